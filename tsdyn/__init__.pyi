@@ -1,0 +1,17 @@
+from . import activations as activations
+from . import analysis as analysis
+from . import archive as archive
+from . import data as data
+from . import networks as networks
+from . import observables as observables
+from . import schema as schema
+from . import studies as studies
+from . import teachers as teachers
+from . import training as training
+from ._version import __version__ as __version__
+from .archive import layer as layer
+from .archive import open as open
+from .experiment import Experiment as Experiment
+from .experiment import ExperimentError as ExperimentError
+from .networks import Network as Network
+from .sweep import run as run

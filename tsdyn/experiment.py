@@ -1,0 +1,474 @@
+"""An experiment is a value: frozen, validated, read from and written to TOML, named by its digest.
+
+Imports no torch.  Field names are those of the experiment file (DESIGN section 5).
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import hashlib
+import itertools
+import json
+import math
+import re
+import tomllib
+import types
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tomli_w
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from tsdyn import schema
+
+MAX_SEEDS = 1_000_000
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
+
+
+class ExperimentError(ValueError):
+    """An experiment that cannot be run as written; the message names each key, its value and the rule."""
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _float(value: Any) -> Any:
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _epochs_as_integers(value: Any) -> Any:
+    """TOML keys are strings: ``{ 0 = 0.2, 20 = 0.1 }``."""
+    if not isinstance(value, Mapping):
+        return _float(value)
+    return {
+        int(k) if isinstance(k, str) and re.fullmatch(r"\d{1,9}", k) else k: _float(v) for k, v in value.items()
+    }
+
+
+Real = Annotated[float, BeforeValidator(_float)]
+Positive = Annotated[Real, Field(gt=0)]
+NonNegative = Annotated[Real, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+Widths = Annotated[tuple[Count, ...], BeforeValidator(_tuple), Field(min_length=2)]
+Reals = Annotated[tuple[Real, ...], BeforeValidator(_tuple), Field(min_length=1)]
+Counts = Annotated[tuple[Count, ...], BeforeValidator(_tuple)]
+Epochs = Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_tuple), Field(min_length=1)]
+Rate = Annotated[
+    Positive | dict[Annotated[int, Field(ge=0)], Positive],
+    BeforeValidator(_epochs_as_integers),
+    PlainSerializer(lambda v: {str(k): r for k, r in v.items()} if isinstance(v, dict) else v),
+]
+ActivationName = Literal["relu", "leaky_relu", "identity", "erf", "tanh", "sigmoid", "softplus", "gelu"]
+
+
+class Teacher(_Part):
+    """The fixed network. Each seed draws its own."""
+
+    widths: Widths
+    init: Literal["separated", "orthonormal", "gaussian"] = "separated"
+    choices: Reals = (-1.0, -0.75, -0.5, -0.25, 0.0, 0.25, 0.5, 0.75, 1.0)
+    scale: Positive = 1.0
+    polarity: NonNegative = 0.0
+    bias: Real | Literal[False] = -0.1
+    activation: ActivationName | None = None
+    leak: NonNegative | None = None
+
+
+class Student(_Part):
+    """The network that learns; each seed draws its own start."""
+
+    overrealization: Positive | None = None
+    widths: Widths | None = None
+    init: Literal["gaussian", "torch"] = "gaussian"
+    scale: Positive = 0.005
+    activation: ActivationName = "relu"
+    leak: NonNegative = 0.01
+    bias: bool = True
+
+
+class Data(_Part):
+    """Where inputs come from."""
+
+    law: Literal["gaussian", "uniform"] = "gaussian"
+    std: Positive = 1.0
+    train: Count | Literal["fresh"] = 10_000
+    eval: Count = 10_000
+
+
+class Training(_Part):
+    """How students learn. The update is W += learning_rate · (1/batch) Σ g fᵀ."""
+
+    method: Literal["sgd", "gd", "adam"] = "sgd"
+    learning_rate: Rate = 0.01
+    batch: Count = 16
+    steps_per_epoch: Count | None = None
+    epochs: Annotated[int, Field(ge=0)] = 100
+    momentum: Annotated[NonNegative, Field(lt=1)] = 0.0
+    weight_decay: NonNegative = 0.0
+    beta_1: Annotated[NonNegative, Field(lt=1)] = 0.9
+    beta_2: Annotated[NonNegative, Field(lt=1)] = 0.999
+    epsilon: Positive = 1e-8
+    frozen: Counts = ()
+    normalize: bool = False
+
+    def rate(self, epoch: int) -> float:
+        """Learning rate of the epoch that ends at `epoch` (1-based): the last table entry ≤ epoch − 1."""
+        if not isinstance(self.learning_rate, dict):
+            return self.learning_rate
+        return self.learning_rate[max(start for start in self.learning_rate if start <= epoch - 1)]
+
+    @field_validator("learning_rate")
+    @classmethod
+    def _starts_at_zero(cls, value: Any) -> Any:
+        if isinstance(value, dict) and 0 not in value:
+            raise ValueError("a table of rates needs an entry for epoch 0")
+        return value
+
+
+class Record(_Part):
+    """What to measure and when. Epoch 0 and the last epoch are always recorded."""
+
+    every: Count | None = None
+    epochs: Epochs | None = None
+    geometric: Annotated[Real, Field(gt=1)] | None = None
+    observables: Annotated[tuple[str, ...], BeforeValidator(_tuple)] = ("loss", "correlation", "fanout_norm", "weight")
+    band: Positive = 0.1
+
+    @field_validator("observables")
+    @classmethod
+    def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        known = list(dict.fromkeys([*schema.FAMILIES, *schema.RECORDABLE]))
+        for name in value:
+            if name not in known:
+                raise ValueError(f"{name!r} is not an observable{_nearest(name, known)}; there are: " + ", ".join(known))
+        return value
+
+    @model_validator(mode="after")
+    def _one_schedule(self) -> Record:
+        given = [k for k in ("every", "epochs", "geometric") if getattr(self, k) is not None]
+        if len(given) > 1:
+            raise ValueError(f"one schedule only, not {' and '.join(given)}")
+        return self
+
+    def schedule(self, last: int) -> tuple[int, ...]:
+        """Recorded epochs, increasing, from 0 to `last`."""
+        if self.epochs is not None:
+            chosen = {e for e in self.epochs if e <= last}
+        elif self.geometric is not None:
+            ratio, steps = self.geometric, math.log(max(last, 1)) / math.log(self.geometric)
+            chosen = {round(ratio**k) for k in range(math.floor(steps) + 1)}
+        else:
+            chosen = set(range(0, last + 1, self.every or 1))
+        return tuple(sorted(e for e in chosen | {0, last} if e <= last))
+
+
+class Experiment(_Part):
+    """Everything that decides what a run computes, and nothing else.
+
+    Attributes:
+        name: Letters, digits and ``._+-``; also the default directory.
+        seeds: How many members (labels 0..n−1), or their labels.
+        dtype: Of training and of the archive.
+        sweep: Key → values; the experiment is then the product of these.
+
+    Raises:
+        ExperimentError: from every constructor, naming each bad key, its value, the rule and, for an
+            unknown key, the nearest known one.
+    """
+
+    name: str
+    seeds: Count | Epochs = 8
+    dtype: Literal["float32", "float64"] = "float64"
+    teacher: Teacher
+    student: Student = Student(overrealization=1.0)
+    data: Data = Data()
+    training: Training = Training()
+    record: Record = Record()
+    sweep: dict[str, Annotated[tuple[Any, ...], BeforeValidator(_tuple), Field(min_length=1)]] = {}
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ExperimentError(_explain(error, type(self))) from None
+
+    @field_validator("seeds", mode="before")
+    @classmethod
+    def _seed_list(cls, value: Any) -> Any:
+        return _tuple(value)
+
+    @field_validator("name")
+    @classmethod
+    def _safe_name(cls, value: str) -> str:
+        if not _NAME.fullmatch(value):
+            raise ValueError("a name is 1–100 letters, digits and ._+- and starts with a letter or digit")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Experiment:
+        if isinstance(self.seeds, int) and self.seeds > MAX_SEEDS:
+            raise ValueError(f"seeds = {self.seeds}: at most {MAX_SEEDS} members a run")
+        if len(set(self.seed_labels)) != len(self.seed_labels):
+            raise ValueError(f"seeds = {list(self.seed_labels)}: labels repeat")
+        if (self.student.widths is None) == (self.student.overrealization is None):
+            raise ValueError("student: give either widths or overrealization")
+        if not self.sweep:
+            self._check_widths()
+        _check_sweep_keys(self)
+        return self
+
+    def _check_widths(self) -> None:
+        student, teacher = self.student_widths, self.teacher.widths
+        if len(student) != len(teacher):
+            raise ValueError(
+                f"student.widths = {list(student)} has {len(student) - 1} layers and teacher.widths = "
+                f"{list(teacher)} has {len(teacher) - 1}: layers are compared one to one, so depths must agree"
+            )
+        for which, index in (("input", 0), ("output", -1)):
+            if student[index] != teacher[index]:
+                raise ValueError(
+                    f"student.widths = {list(student)} and teacher.widths = {list(teacher)} differ at the {which}: "
+                    f"{student[index]} against {teacher[index]}; a student learns from the teacher's own "
+                    "inputs and outputs"
+                )
+        bad = [layer for layer in self.training.frozen if layer > len(student) - 1]
+        if bad:
+            raise ValueError(f"training.frozen = {list(self.training.frozen)}: layers are 1..{len(student) - 1}")
+        train = self.data.train
+        if isinstance(train, int) and self.training.method != "gd" and self.training.batch > train:
+            raise ValueError(f"training.batch = {self.training.batch} is more than data.train = {train} samples")
+        if train == "fresh" and self.training.method == "gd":
+            raise ValueError("training.method = 'gd' needs finite data; data.train is 'fresh'")
+        if train == "fresh" and self.training.steps_per_epoch is None:
+            raise ValueError("training.steps_per_epoch: needed with data.train = 'fresh'")
+
+    @property
+    def seed_labels(self) -> tuple[int, ...]:
+        """Labels of the members."""
+        return tuple(range(self.seeds)) if isinstance(self.seeds, int) else self.seeds
+
+    @property
+    def student_widths(self) -> tuple[int, ...]:
+        """Widths of the student: input, hidden ..., output."""
+        if self.student.widths is not None:
+            return self.student.widths
+        first, *hidden, last = self.teacher.widths
+        ratio = self.student.overrealization or 1.0
+        return (first, *(max(1, round(m * ratio)) for m in hidden), last)
+
+    @property
+    def layout(self) -> schema.Layout:
+        """Shape of the run."""
+        return schema.Layout(self.seed_labels, self.teacher.widths[0], self.student_widths[1:], self.teacher.widths[1:])
+
+    @property
+    def steps(self) -> int:
+        """Steps an epoch: as given, or one pass over the data (a remainder smaller than a batch is left out)."""
+        if self.training.steps_per_epoch is not None:
+            return self.training.steps_per_epoch
+        if self.training.method == "gd":
+            return 1
+        assert isinstance(self.data.train, int)
+        return self.data.train // self.training.batch
+
+    @property
+    def schedule(self) -> tuple[int, ...]:
+        """Recorded epochs."""
+        return self.record.schedule(self.training.epochs)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the canonical form, 64 hex digits."""
+        canonical = json.dumps(self.as_dict(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain nested dict with every default filled, as TOML writes it."""
+        plain = json.loads(self.model_dump_json(exclude_none=True))
+        return plain if self.sweep else {k: v for k, v in plain.items() if k != "sweep"}
+
+    def to_toml(self) -> str:
+        """TOML text with every default filled; `from_toml_text` gives an equal Experiment back."""
+        return tomli_w.dumps(self.as_dict())
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Experiment:
+        """From a nested dict as TOML gives it."""
+        return cls(**values)
+
+    @classmethod
+    def from_toml_text(cls, text: str, *, origin: str = "experiment") -> Experiment:
+        """From TOML text; `origin` names it in errors."""
+        try:
+            values = tomllib.loads(text)
+        except (tomllib.TOMLDecodeError, RecursionError) as error:
+            raise ExperimentError(f"{origin}: not TOML: {error}") from None
+        try:
+            return cls(**values)
+        except ExperimentError as error:
+            raise ExperimentError(f"{origin}: {error}") from None
+
+    @classmethod
+    def from_toml(cls, path: str | Path) -> Experiment:
+        """From a file.
+
+        Raises:
+            ExperimentError: if the file cannot be read or does not hold an experiment.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ExperimentError(f"{path}: cannot be read: {error}") from None
+        return cls.from_toml_text(text, origin=str(path))
+
+    def replace(self, changes: Mapping[str, Any]) -> Experiment:
+        """A copy with dotted keys set, e.g. ``{"training.epochs": 5}``.
+
+        Setting one of student.widths and student.overrealization unsets the other.
+        """
+        return type(self)(**_applied(self.as_dict(), changes))
+
+    def points(self) -> Iterator[tuple[dict[str, Any], Experiment]]:
+        """Each point of the sweep: its swept values, and the experiment there (without a sweep)."""
+        base = {k: v for k, v in self.as_dict().items() if k != "sweep"}
+        for values in itertools.product(*self.sweep.values()):
+            point = dict(zip(self.sweep, values, strict=True))
+            yield point, Experiment(**_applied(base, point))
+
+
+def _applied(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of the nested dict `base` with dotted keys set."""
+    values: dict[str, Any] = copy.deepcopy(dict(base))
+    for key, value in changes.items():
+        *sections, last = key.split(".")
+        table = values
+        for section in sections:
+            table = table.setdefault(section, {})
+            if not isinstance(table, dict):
+                raise ExperimentError(f"{key}: {section} is a value, not a table")
+        if key in ("student.widths", "student.overrealization"):
+            table.pop("overrealization" if last == "widths" else "widths", None)
+        table[last] = value
+    return values
+
+
+def sweep_dimensions(keys: Mapping[str, Any] | Iterable[str]) -> dict[str, str]:
+    """Swept key → dimension: the key's last word, or the whole key where that word is taken in the schema.
+
+    Raises:
+        ExperimentError: if two keys would share a dimension.
+    """
+    taken = {*schema.VARIABLES, *schema.COORDINATES, *schema.DIMENSIONS}
+    names = {key: key.rsplit(".", 1)[-1] for key in keys}
+    names = {key: key if word in taken else word for key, word in names.items()}
+    shared = {w for w in names.values() if list(names.values()).count(w) > 1}
+    return {key: key if word in shared else word for key, word in names.items()}
+
+
+def differences(mine: Experiment, theirs: Experiment) -> list[str]:
+    """Each key whose value differs, as ``key: mine here, theirs there``."""
+    left, right = dict(_flat(mine.as_dict())), dict(_flat(theirs.as_dict()))
+    absent = "not set"
+    return [
+        f"{key}: {left.get(key, absent)!r} here, {right.get(key, absent)!r} there"
+        for key in dict.fromkeys([*left, *right])
+        if left.get(key, absent) != right.get(key, absent)
+    ]
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _check_sweep_keys(experiment: Experiment) -> None:
+    known = _keys(Experiment)
+    for key, values in experiment.sweep.items():
+        if key not in known or key in ("name", "seeds", "dtype") or key.startswith("sweep"):
+            raise ValueError(
+                f"sweep: {key!r} is not a key that can be swept{_nearest(key, [k for k in known if '.' in k])}"
+            )
+        if len({json.dumps(v, sort_keys=True, default=str) for v in values}) != len(values):
+            raise ValueError(f"sweep: values of {key!r} repeat: {list(values)}")
+    if experiment.sweep:
+        for _ in experiment.points():  # each point must be a valid experiment
+            pass
+
+
+def _keys(model: type[BaseModel], prefix: str = "") -> list[str]:
+    found = []
+    for name, field in model.model_fields.items():
+        part = field.annotation
+        if isinstance(part, type) and issubclass(part, BaseModel):
+            found += _keys(part, f"{prefix}{name}.")
+        else:
+            found.append(prefix + name)
+    return found
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _explain(error: ValidationError, model: type[BaseModel]) -> str:
+    """One line a mistake: key, value, rule, way out."""
+    lines: dict[str, list[str]] = {}
+    for item in error.errors(include_url=False):
+        fields = [str(p) for p in item["loc"] if not _is_branch(p)]
+        key = ".".join(fields)
+        shown = repr(item.get("input"))
+        shown = shown if len(shown) <= 80 else shown[:77] + "..."
+        if item["type"] == "extra_forbidden":
+            section = ".".join(fields[:-1])
+            siblings = _fields(model, fields[:-1])
+            sentence = f"{key}: unknown key{_nearest(fields[-1], siblings)}; " + (
+                f"[{section}] has {', '.join(siblings)}" if section else f"there are {', '.join(siblings)}"
+            )
+        elif item["type"] == "missing":
+            sentence = f"{key}: missing, and has no default"
+        elif item["type"] == "value_error":
+            message = str(item["ctx"]["error"])
+            sentence = f"{key} = {shown}: {message}" if key else message
+        else:
+            message = item["msg"].removeprefix("Input should be ")
+            sentence = f"{key} = {shown}: must be {message}" if message != item["msg"] else f"{key} = {shown}: {message}"
+        head, _, rule = sentence.partition(": must be ")
+        lines.setdefault(head, [])
+        if rule and rule not in lines[head]:
+            lines[head].append(rule)
+    return "\n  ".join(f"{head}: must be {' or '.join(rules)}" if rules else head for head, rules in lines.items())
+
+
+def _is_branch(part: object) -> bool:
+    """Pydantic names the branch of a union in a location; a reader has no use for it."""
+    return isinstance(part, int) or (isinstance(part, str) and bool(re.search(r"[\[\]()]|^constrained-|^(int|float|bool|str|dict|tuple)$", part)))
+
+
+def _fields(model: type[BaseModel], path: list[str]) -> list[str]:
+    for name in path:
+        field = model.model_fields.get(name)
+        part = field.annotation if field else None
+        if isinstance(part, types.UnionType) or not (isinstance(part, type) and issubclass(part, BaseModel)):
+            return []
+        model = part
+    return list(model.model_fields)

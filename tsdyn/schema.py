@@ -1,0 +1,348 @@
+"""The archive's alphabet: every dimension, coordinate and variable, declared once.
+
+What is declared here is law: `validate` refuses a Dataset that differs, observables register under these
+names, and the reference table of the documentation is printed from `VARIABLES`.  Imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import xarray as xr
+
+VERSION = 1
+
+DIMENSIONS: Mapping[str, str] = {
+    "seed": "member of the ensemble; names every random draw of that member",
+    "epoch": "epochs of training done; 0 is before training",
+    "layer": "1..L; L is the output layer",
+    "node": "student node, padded to the widest layer",
+    "node_2": "second student node of a pair",
+    "teacher_node": "teacher node, padded to the widest layer",
+    "teacher_node_2": "second teacher node of a pair",
+    "input_node": "node of the layer below (layer 1: the input)",
+    "output": "node of the output layer",
+    "sample": "sample of a data set",
+    "mode": "eigenvalue, largest first",
+    "quantile": "quantile over samples",
+}
+
+TIAN = "Tian 2020 (PMLR 119:9470)"
+LUCK = "Tian et al. 2019 (arXiv:1905.13405)"
+SAAD = "Saad & Solla 1995; Goldt et al. 2019 (arXiv:1906.08632)"
+
+
+@dataclass(frozen=True)
+class Variable:
+    """One variable of the archive.
+
+    Attributes:
+        name: Name in the Dataset.
+        dims: Dimensions in order, without those of swept keys, which come first.
+        units: ``1`` for dimensionless.
+        long_name: One line, as an axis label would say it.
+        source: Paper and equation.
+        conditions: What NaN means and over which set it is measured.
+    """
+
+    name: str
+    dims: tuple[str, ...]
+    units: str
+    long_name: str
+    source: str
+    conditions: str = ""
+
+    @property
+    def layered(self) -> bool:
+        """Whether the variable has one block a layer."""
+        return "layer" in self.dims
+
+    @property
+    def attrs(self) -> dict[str, str]:
+        """netCDF attributes; only strings."""
+        attrs = {"units": self.units, "long_name": self.long_name, "source": self.source}
+        return attrs | ({"comment": self.conditions} if self.conditions else {})
+
+
+def _table(*rows: Variable) -> dict[str, Variable]:
+    return {row.name: row for row in rows}
+
+
+_MEMBER = ("seed", "epoch")
+_LAYER = (*_MEMBER, "layer")
+_NODE = (*_LAYER, "node")
+_MIXED = (*_LAYER, "node", "teacher_node")
+_PAIR = (*_LAYER, "node", "node_2")
+_HIDDEN = "hidden layers; NaN at the output layer"
+
+VARIABLES: Mapping[str, Variable] = _table(
+    Variable("loss_train", _MEMBER, "1", "training loss J = ½ E‖f* − f‖²", f"{TIAN}, Eq. 1"),
+    Variable("loss_eval", _MEMBER, "1", "evaluation loss J = ½ E‖f* − f‖²", f"{TIAN}, Eq. 1"),
+    Variable("mse_train", _MEMBER, "1", "training mean squared error per output", f"{TIAN}, released code"),
+    Variable("mse_eval", _MEMBER, "1", "evaluation mean squared error per output", f"{TIAN}, released code"),
+    Variable("weight", (*_NODE, "input_node"), "1", "student weight", f"{TIAN}, section 3"),
+    Variable("bias", _NODE, "1", "student bias", f"{TIAN}, section 3", "0 where the student has no bias"),
+    Variable(
+        "teacher_weight",
+        ("seed", "layer", "teacher_node", "input_node"),
+        "1",
+        "teacher weight",
+        f"{TIAN}, section 3",
+    ),
+    Variable("teacher_bias", ("seed", "layer", "teacher_node"), "1", "teacher bias", f"{TIAN}, section 3"),
+    Variable(
+        "correlation",
+        (*_LAYER, "teacher_node", "node"),
+        "1",
+        "correlation of teacher and student activations",
+        f"{TIAN}, Eq. 9, centred as in {LUCK}",
+        f"over the evaluation set, signed; NaN for a node whose activation is constant; {_HIDDEN}",
+    ),
+    Variable(
+        "fanout_norm",
+        _NODE,
+        "1",
+        "student fan-out norm √E β_kk",
+        f"{TIAN}, Definition 2",
+        f"over the evaluation set; ‖v_k‖ in a two-layer network; {_HIDDEN}",
+    ),
+    Variable(
+        "teacher_fanout_norm",
+        (*_LAYER, "teacher_node"),
+        "1",
+        "teacher fan-out norm √E β*_jj",
+        f"{TIAN}, Definition 2",
+        f"over the evaluation set; ‖v*_j‖ in a two-layer network; {_HIDDEN}",
+    ),
+    Variable("A", _MIXED, "1", "E[α_kj] = E[v_k · v*_j]", f"{TIAN}, Definition 2", _HIDDEN),
+    Variable("B", _PAIR, "1", "E[β_kk'] = E[v_k · v_k']", f"{TIAN}, Definition 2", _HIDDEN),
+    Variable("H_star", _MIXED, "1", "H* = β* ∘ D*", f"{LUCK}, section 4", _HIDDEN),
+    Variable("H", _PAIR, "1", "H = β ∘ D", f"{LUCK}, section 4", _HIDDEN),
+    Variable("D_star", _MIXED, "1", "D* = E[f' f*']", f"{LUCK}, section 4", _HIDDEN),
+    Variable("D", _PAIR, "1", "D = E[f' f']", f"{LUCK}, section 4", _HIDDEN),
+    Variable("L_star", _MIXED, "1", "L* = E[f f*ᵀ]", f"{LUCK}, section 4", _HIDDEN),
+    Variable("L", _PAIR, "1", "L = E[f fᵀ]", f"{LUCK}, section 4", _HIDDEN),
+    Variable(
+        "gradient_rms",
+        _NODE,
+        "1",
+        "root mean square of the backpropagated gradient g_l(x)",
+        f"{TIAN}, Eq. 1",
+        "over the training set; g is the negative gradient at the pre-activation",
+    ),
+    Variable(
+        "gradient_max",
+        _NODE,
+        "1",
+        "largest |g_l(x)|",
+        f"{TIAN}, Theorem 1",
+        "over the training set; g is the negative gradient at the pre-activation",
+    ),
+    Variable(
+        "gradient_norm",
+        (*_MEMBER, "quantile"),
+        "1",
+        "norm of the per-sample parameter gradient",
+        f"{TIAN}, Assumption 2",
+    ),
+    Variable(
+        "observation",
+        (*_LAYER, "teacher_node", "node"),
+        "1",
+        "share of a teacher's boundary samples inside the student's active region",
+        f"{TIAN}, Definition 4 (finite sample: κ of Theorem 3)",
+        "over the training set; boundary: pre-activation within record.band of its standard deviation; "
+        f"NaN without boundary samples; {_HIDDEN}",
+    ),
+    Variable(
+        "observation_count",
+        (*_LAYER, "teacher_node", "node"),
+        "1",
+        "samples on the rarer side of a teacher's boundary inside the student's active region",
+        f"{TIAN}, released code",
+        f"over the training set; {_HIDDEN}",
+    ),
+    Variable(
+        "alignment",
+        (*_MEMBER, "teacher_node", "node"),
+        "1",
+        "ε of ε-alignment, lowest layer",
+        f"{TIAN}, Definition 3 (orientation-safe)",
+    ),
+    Variable("lemma1_residual", _MEMBER, "1", "relative residual of Lemma 1", f"{TIAN}, Lemma 1"),
+    Variable("Q", (*_MEMBER, "node", "node_2"), "1", "order parameter w_i · w_k / N", SAAD),
+    Variable("R", (*_MEMBER, "node", "teacher_node"), "1", "order parameter w_i · B_m / N", SAAD),
+    Variable("T", (*_MEMBER, "teacher_node", "teacher_node_2"), "1", "order parameter B_n · B_m / N", SAAD),
+    Variable("hessian_eigenvalue", (*_MEMBER, "mode"), "1", "eigenvalue of the Hessian of J", "definition"),
+)
+
+COORDINATES: Mapping[str, Variable] = _table(
+    Variable("width", ("layer",), "1", "nodes of the student layer", "tsdyn"),
+    Variable("teacher_width", ("layer",), "1", "nodes of the teacher layer", "tsdyn"),
+    Variable("input_width", ("layer",), "1", "nodes of the layer below the student layer", "tsdyn"),
+    Variable("teacher_input_width", ("layer",), "1", "nodes of the layer below the teacher layer", "tsdyn"),
+    Variable(
+        "death_epoch",
+        ("seed",),
+        "1",
+        "first epoch at whose end the member was NaN or infinite",
+        "tsdyn",
+        "−1: alive to the end",
+    ),
+)
+
+#: Size of each node dimension at one layer: the coordinate that says where the layer ends.
+NODE_WIDTHS: Mapping[str, str] = {
+    "node": "width",
+    "node_2": "width",
+    "teacher_node": "teacher_width",
+    "teacher_node_2": "teacher_width",
+}
+
+#: What one word in ``record.observables`` asks for, where it is more than the variable of that name.
+FAMILIES: Mapping[str, tuple[str, ...]] = {
+    "loss": ("loss_train", "loss_eval"),
+    "mse": ("mse_train", "mse_eval"),
+    "weight": ("weight", "bias"),
+    "fanout_norm": ("fanout_norm", "teacher_fanout_norm"),
+    "observation": ("observation", "observation_count"),
+}
+
+#: Stored for every run, once a seed.
+CONSTANTS = ("teacher_weight", "teacher_bias")
+
+
+#: Variables that an experiment file can ask for; `observables` registers a measurement for each of these.
+RECORDABLE = (
+    "loss_train",
+    "loss_eval",
+    "mse_train",
+    "mse_eval",
+    "weight",
+    "bias",
+    "correlation",
+    "fanout_norm",
+    "teacher_fanout_norm",
+    "gradient_rms",
+    "gradient_max",
+    "observation",
+    "observation_count",
+)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The shape of one run: who its members are and how wide each layer is.
+
+    Attributes:
+        seeds: Labels of the members.
+        input_width: Width d of the input.
+        widths: Student widths n_1..n_L.
+        teacher_widths: Teacher widths m_1..m_L.
+    """
+
+    seeds: tuple[int, ...]
+    input_width: int
+    widths: tuple[int, ...]
+    teacher_widths: tuple[int, ...]
+
+    @property
+    def depth(self) -> int:
+        """L, the number of layers above the input."""
+        return len(self.widths)
+
+    @property
+    def input_widths(self) -> tuple[int, ...]:
+        return (self.input_width, *self.widths[:-1])
+
+    @property
+    def teacher_input_widths(self) -> tuple[int, ...]:
+        return (self.input_width, *self.teacher_widths[:-1])
+
+    def node_widths(self, variable: Variable, dim: str) -> tuple[int, ...]:
+        """True sizes of a node dimension at layers 1..L, for `variable`."""
+        if dim == "input_node":
+            teacher = variable.name.startswith("teacher_")
+            return self.teacher_input_widths if teacher else self.input_widths
+        return self.teacher_widths if dim.startswith("teacher_") else self.widths
+
+    def padded(self, dim: str) -> int:
+        """Size of a node dimension in the Dataset: that of the widest layer."""
+        if dim == "input_node":
+            return max(*self.input_widths, *self.teacher_input_widths)
+        return max(self.teacher_widths if dim.startswith("teacher_") else self.widths)
+
+    def block(self, variable: Variable, layer: int) -> tuple[int, ...]:
+        """True sizes of the node dimensions of `variable` at `layer` (1..L)."""
+        return tuple(
+            self.node_widths(variable, dim)[layer - 1] for dim in variable.dims[variable.dims.index("layer") + 1 :]
+        )
+
+
+def expand(names: Iterable[str]) -> tuple[str, ...]:
+    """Variables asked for by a list of observables, families spelled out, in order and once each."""
+    variables: dict[str, None] = {}
+    for name in names:
+        variables.update(dict.fromkeys(FAMILIES.get(name, (name,))))
+    return tuple(variables)
+
+
+def problems(ds: xr.Dataset, *, swept: Iterable[str] = ()) -> list[str]:
+    """What in `ds` breaks the schema, one sentence each; empty if nothing does.
+
+    Args:
+        ds: Dataset of one run or, with `swept`, of a sweep.
+        swept: Names of the dimensions of swept keys; they may lead any variable.
+    """
+    found = []
+    extra = tuple(swept)
+    known = {**VARIABLES, **COORDINATES}
+    for name, array in ds.variables.items():
+        name = str(name)
+        if name in extra or (name in DIMENSIONS and array.dims == (name,)):
+            continue
+        if name not in known:
+            found.append(f"{name}: not a variable of schema {VERSION}")
+            continue
+        dims = tuple(str(d) for d in array.dims if d not in extra)
+        if dims != known[name].dims:
+            found.append(f"{name}: dimensions {dims}, the schema says {known[name].dims}")
+        if name in VARIABLES:
+            found += [
+                f"{name}: attribute {key!r} is {array.attrs.get(key)!r}, the schema says {value!r}"
+                for key, value in known[name].attrs.items()
+                if array.attrs.get(key) != value
+            ]
+            if array.dtype.kind != "f":
+                found.append(f"{name}: dtype {array.dtype}, the schema says floating point")
+    for dim in ds.dims:
+        if str(dim) not in DIMENSIONS and str(dim) not in extra:
+            found.append(f"dimension {dim}: not a dimension of schema {VERSION}")
+    for dim in ("seed", "epoch", "layer"):
+        if dim not in ds.indexes:
+            found.append(f"coordinate {dim}: missing")
+        elif not ds.indexes[dim].is_unique:
+            found.append(f"coordinate {dim}: labels repeat")
+    if "epoch" in ds.indexes and not ds.indexes["epoch"].is_monotonic_increasing:
+        found.append("coordinate epoch: not increasing")
+    for key in ("experiment", "digest", "schema_version", "tsdyn_version"):
+        if key not in ds.attrs:
+            found.append(f"attribute {key}: missing")
+    return found
+
+
+class SchemaError(ValueError):
+    """A Dataset that is not of the schema."""
+
+
+def validate(ds: xr.Dataset, *, swept: Iterable[str] = ()) -> xr.Dataset:
+    """`ds` itself, if it obeys the schema.
+
+    Raises:
+        SchemaError: naming every difference.
+    """
+    found = problems(ds, swept=swept)
+    if found:
+        raise SchemaError("validate: the dataset breaks the schema:\n  " + "\n  ".join(found))
+    return ds
