@@ -84,6 +84,7 @@ class Teacher(_Part):
     init: Literal["separated", "orthonormal", "gaussian"] = "separated"
     choices: Reals = (-1.0, -0.75, -0.5, -0.25, 0.0, 0.25, 0.5, 0.75, 1.0)
     scale: Positive = 1.0
+    unit_norm: bool = True
     polarity: NonNegative = 0.0
     bias: Real | Literal[False] = -0.1
     activation: ActivationName | None = None

@@ -1,0 +1,197 @@
+"""Networks as values: an architecture with its parameters.
+
+A formula is written for one network and batched from outside with torch.func.vmap: every operation here
+accepts leading dimensions through vmap and keeps gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from numpy.typing import ArrayLike
+from torch import Tensor, nn
+
+from tsdyn import activations
+from tsdyn.activations import Activation, AtZero
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One forward pass, layer by layer; index l−1 holds layer l = 1..L, each (sample, node).
+
+    Attributes:
+        preactivations: z_l = W_l f_{l−1} + b_l.
+        gates: σ'(z_l); ones at the output layer, which has no σ.
+        activations: f_l = σ(z_l); at the output layer f_L = z_L.
+    """
+
+    preactivations: list[Tensor]
+    gates: list[Tensor]
+    activations: list[Tensor]
+
+    @property
+    def output(self) -> Tensor:
+        """f_L, (sample, output)."""
+        return self.activations[-1]
+
+
+class Network:
+    """A fully connected network f_l = σ(W_l f_{l−1} + b_l), l = 1..L, with f_L linear.
+
+    Args:
+        weights: W_1..W_L, each (n_l, n_{l−1}) as torch stores them; arrays or tensors.
+        biases: b_1..b_L, each (n_l,) or None; None for no biases at all.
+        activation: Name registered in `tsdyn.activations`.
+        leak: Slope below 0 of ``"leaky_relu"``.
+        gate_at_zero: Gate at exactly 0: ``"torch"`` (autograd's) or ``"paper"`` (1).
+
+    Tensors are kept as given, so gradients flow through them.
+
+    Raises:
+        ValueError: if shapes do not chain, dtypes or devices are mixed, or the activation is unknown.
+    """
+
+    def __init__(
+        self,
+        weights: Sequence[ArrayLike | Tensor],
+        biases: Sequence[ArrayLike | Tensor | None] | None = None,
+        activation: str = "relu",
+        *,
+        leak: float = 0.01,
+        gate_at_zero: AtZero = "torch",
+    ) -> None:
+        self.weights: list[Tensor] = [torch.as_tensor(w) for w in weights]
+        given = [None] * len(self.weights) if biases is None else list(biases)
+        self.biases: list[Tensor | None] = [None if b is None else torch.as_tensor(b) for b in given]
+        self.activation: Activation = activations.activation(activation, leak=leak)
+        if gate_at_zero not in ("torch", "paper"):
+            raise ValueError(f"Network: gate_at_zero={gate_at_zero!r}; it is 'torch' or 'paper'")
+        self.gate_at_zero: AtZero = gate_at_zero
+        _check_chain(self.weights, self.biases)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """n_0..n_L, the input first."""
+        return (self.weights[0].shape[-1], *(w.shape[-2] for w in self.weights))
+
+    @property
+    def depth(self) -> int:
+        """L, the number of layers above the input."""
+        return len(self.weights)
+
+    def __call__(self, x: Float[Tensor, "sample input"]) -> Float[Tensor, "sample output"]:
+        """f_L(x), (sample, output)."""
+        for layer in range(self.depth):
+            z = self._affine(layer, x)
+            x = self.activation(z) if layer < self.depth - 1 else z
+        return x
+
+    forward = __call__
+
+    def trace(self, x: Float[Tensor, "sample input"]) -> Trace:
+        """Pre-activation, gate and activation of every layer, each (sample, node).
+
+        Source: Tian (2020), section 3 (f_l, D_l = diag of the gate).
+        """
+        trace = Trace([], [], [])
+        for layer in range(self.depth):
+            z = self._affine(layer, x)
+            last = layer == self.depth - 1
+            x = z if last else self.activation(z)
+            trace.preactivations.append(z)
+            trace.gates.append(torch.ones_like(z) if last else self.activation.gate(z, at_zero=self.gate_at_zero))
+            trace.activations.append(x)
+        return trace
+
+    def _affine(self, layer: int, x: Tensor) -> Tensor:
+        weight, bias = self.weights[layer], self.biases[layer]
+        if x.shape[-1] != weight.shape[-1]:
+            raise ValueError(
+                f"Network: inputs have {x.shape[-1]} features, layer {layer + 1} takes {weight.shape[-1]}; "
+                "x is (sample, input)"
+            )
+        return nn.functional.linear(x, weight, bias)
+
+    @classmethod
+    def from_torch(cls, module: nn.Module, *, gate_at_zero: AtZero = "torch") -> Network:
+        """The network an ``nn.Sequential`` of Linear layers and one kind of activation computes.
+
+        The module's own parameters are kept, so gradients reach them.
+
+        Raises:
+            ValueError: naming the module that has no place here, activations that differ between layers, or
+                an activation after the last layer.
+        """
+        weights, biases, found = [], [], []
+        for part in _leaves(module):
+            if isinstance(part, nn.Linear):
+                if len(found) < len(weights):
+                    found.append(activations.activation("identity"))
+                weights.append(part.weight)
+                biases.append(part.bias)
+                continue
+            sigma = activations.from_module(part)
+            if sigma is None or not weights or len(found) >= len(weights):
+                raise ValueError(
+                    f"from_torch: {part} has no place here; a Network is Linear, activation, Linear, ..., Linear"
+                )
+            found.append(sigma)
+        if not weights or len(found) != len(weights) - 1:
+            raise ValueError(f"from_torch: {type(module).__name__} must end with a Linear layer and hold at least one")
+        kinds = {(a.name, a.leak) for a in found}
+        if len(kinds) > 1:
+            raise ValueError(f"from_torch: activations differ between layers: {sorted(map(str, kinds))}; use one")
+        name, leak = kinds.pop() if kinds else ("relu", None)
+        return cls(weights, biases, name, leak=leak or 0.0, gate_at_zero=gate_at_zero)
+
+    def to_torch(self) -> nn.Sequential:
+        """An ``nn.Sequential`` with copies of the parameters, computing the same function."""
+        parts: list[nn.Module] = []
+        for layer, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+            linear = nn.Linear(
+                weight.shape[1], weight.shape[0], bias is not None, device=weight.device, dtype=weight.dtype
+            )
+            with torch.no_grad():
+                linear.weight.copy_(weight)
+                if bias is not None:
+                    linear.bias.copy_(bias)
+            parts.append(linear)
+            if layer < self.depth - 1:
+                parts.append(self.activation.module())
+        return nn.Sequential(*parts)
+
+    def __repr__(self) -> str:
+        bias = "" if any(b is not None for b in self.biases) else ", no bias"
+        return f"Network({'-'.join(map(str, self.widths))}, {self.activation.name}{bias}, {self.weights[0].dtype})"
+
+
+def _leaves(module: nn.Module) -> list[nn.Module]:
+    if isinstance(module, nn.Sequential):
+        return [leaf for part in module for leaf in _leaves(part)]
+    return [module]
+
+
+def _check_chain(weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> None:
+    if not weights or len(biases) != len(weights):
+        raise ValueError(f"Network: {len(weights)} weights and {len(biases)} biases; give one of each a layer, at least one")
+    below = None
+    for layer, (weight, bias) in enumerate(zip(weights, biases, strict=True), start=1):
+        if weight.ndim != 2 or not weight.is_floating_point():
+            raise ValueError(
+                f"Network: weight of layer {layer} is {weight.dtype} of shape {tuple(weight.shape)}; "
+                "it must be floating point (node, input_node)"
+            )
+        if below is not None and weight.shape[1] != below:
+            raise ValueError(f"Network: layer {layer} takes {weight.shape[1]} inputs, layer {layer - 1} has {below} nodes")
+        below = weight.shape[0]
+        if bias is not None and bias.shape != (below,):
+            raise ValueError(f"Network: bias of layer {layer} has shape {tuple(bias.shape)}, the layer has {below} nodes")
+        for tensor in (weight, bias):
+            if tensor is not None and (tensor.dtype, tensor.device) != (weights[0].dtype, weights[0].device):
+                raise ValueError(
+                    f"Network: layer {layer} is {tensor.dtype} on {tensor.device}, layer 1 {weights[0].dtype} on "
+                    f"{weights[0].device}; move all to one dtype and device"
+                )

@@ -1,0 +1,216 @@
+"""What is measured: pure functions of a student and its teacher, registered under the schema variable they fill.
+
+A layered observable gives one array a layer, or None where it has no meaning; the archive pads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tsdyn import schema
+from tsdyn.axes import Activations, Outputs, TeacherActivations, TeacherByStudent
+from tsdyn.networks import Network, Trace
+
+#: Per-sample output Jacobians are formed in pieces of at most this many numbers.
+JACOBIAN_NUMBERS = 1 << 23
+
+
+# --- formulas, for one network -------------------------------------------------------------------------------
+
+
+def loss(teacher_output: Outputs, output: Outputs) -> Float[Tensor, ""]:
+    """J = ½ E‖f* − f‖², the sum over outputs and mean over samples.  Source: Tian (2020), Eq. 1."""
+    return 0.5 * (teacher_output - output).square().sum(1).mean()
+
+
+def mse(teacher_output: Outputs, output: Outputs) -> Float[Tensor, ""]:
+    """Mean over samples and outputs of (f* − f)², 2/C times `loss`.  Source: released code."""
+    return (teacher_output - output).square().mean()
+
+
+def standardized(activation: Activations) -> Activations:
+    """Centred over samples and scaled to unit sum of squares; NaN where an activation is constant.
+
+    A constant activation is told by its range, not its variance: rounding leaves the latter above zero.
+    """
+    centred = activation - activation.mean(0)
+    constant = activation.amax(0) == activation.amin(0)
+    return torch.where(constant, torch.nan, centred / centred.norm(dim=0))
+
+
+def correlation(teacher_activation: TeacherActivations, activation: Activations) -> TeacherByStudent:
+    """Pearson correlation over samples of each teacher node with each student node, (teacher_node, node).
+
+    Signed; NaN for a node whose activation is constant.  Source: Tian (2020), Eq. 9, centred as in Tian et al. (2019).
+    """
+    return standardized(teacher_activation).T @ standardized(activation)
+
+
+def backpropagated_gradients(student: Network, trace: Trace, teacher_output: Outputs) -> list[Tensor]:
+    """g_l(x) for l = 1..L, each (sample, node): the negative gradient of ½‖f* − f‖² at the pre-activation.
+
+    g_L = f* − f, g_l = (W_{l+1}ᵀ g_{l+1}) ∘ σ'(z_l).  Source: Tian (2020), Eq. 1.
+    """
+    gradient = teacher_output - trace.output
+    found = [gradient]
+    for layer in range(student.depth - 1, 0, -1):
+        gradient = (gradient @ student.weights[layer]) * trace.gates[layer - 1]
+        found.append(gradient)
+    return found[::-1]
+
+
+def fanout_norms(network: Network, trace: Trace) -> list[Tensor]:
+    """√E β_kk = √E‖v_k(x)‖² of every hidden layer l = 1..L−1, each (node,).
+
+    V_L = I, V_{l−1} = V_l D_l W_l with W_l as torch stores it; the top hidden layer's V is W_L for every x.
+    Source: Tian (2020), Definition 2.
+    """
+    outputs, samples = network.widths[-1], len(trace.output)
+    widest = max(network.widths[1:])
+    piece = max(1, JACOBIAN_NUMBERS // (outputs * widest))
+    squares = [torch.zeros_like(g[0]) for g in trace.gates[:-1]]
+    if network.depth >= 2:
+        squares[-1] = network.weights[-1].square().sum(0) * samples
+    for start in range(0, samples if network.depth > 2 else 0, piece):
+        v = network.weights[-1].expand(min(piece, samples - start), -1, -1)
+        for layer in range(network.depth - 2, 0, -1):
+            v = (v * trace.gates[layer][start : start + piece, None, :]) @ network.weights[layer]
+            squares[layer - 1] += v.square().sum((0, 1))
+    return [(s / samples).sqrt() for s in squares]
+
+
+def observation(teacher_z: TeacherActivations, student_z: Activations, *, band: float) -> TeacherByStudent:
+    """Share of a teacher node's boundary samples that lie in a student node's active region.
+
+    Boundary samples of node j: |z*_j(x)| ≤ band · std(z*_j).  NaN without any.  Active: z_k(x) > 0.
+    Source: Tian (2020), Definition 4, on a finite sample (κ of Theorem 3).
+    """
+    near = (teacher_z.abs() <= band * teacher_z.std(0, correction=0)).to(teacher_z.dtype)
+    return near.T @ (student_z > 0).to(near.dtype) / near.sum(0)[:, None]
+
+
+def observation_count(teacher_z: TeacherActivations, student_z: Activations) -> TeacherByStudent:
+    """min over the two sides of teacher node j's boundary of the number of samples active in student node k.
+
+    Source: Tian (2020), released code.
+    """
+    active = (student_z > 0).to(student_z.dtype)
+    positive = (teacher_z > 0).to(student_z.dtype)
+    return torch.minimum(positive.T @ active, (1 - positive).T @ active)
+
+
+# --- what a member shows at one epoch ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A data set as one teacher sees it; computed once for as long as the data stay the same."""
+
+    inputs: Tensor
+    teacher: Network
+
+    @cached_property
+    def trace(self) -> Trace:
+        return self.teacher.trace(self.inputs)
+
+    @cached_property
+    def standardized(self) -> list[Tensor]:
+        return [standardized(f) for f in self.trace.activations[:-1]]
+
+    @cached_property
+    def fanout_norms(self) -> list[Tensor]:
+        return fanout_norms(self.teacher, self.trace)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One member at one epoch; what observables share is computed once and only when asked for."""
+
+    student: Network
+    train: Probe
+    eval: Probe
+    band: float = 0.1
+
+    @cached_property
+    def train_trace(self) -> Trace:
+        return self.student.trace(self.train.inputs)
+
+    @cached_property
+    def eval_trace(self) -> Trace:
+        return self.student.trace(self.eval.inputs)
+
+    @cached_property
+    def gradients(self) -> list[Tensor]:
+        return backpropagated_gradients(self.student, self.train_trace, self.train.trace.output)
+
+
+Layers: TypeAlias = list[Tensor | None]
+Observable: TypeAlias = Callable[[Measurement], Tensor | Layers]
+OBSERVABLES: dict[str, Observable] = {}
+
+
+def fills(variable: str) -> Callable[[Observable], Observable]:
+    """Register a measurement under the schema variable it fills."""
+    if variable not in schema.VARIABLES:
+        raise ValueError(f"fills: {variable!r} is not a variable of the schema; declare it in schema.VARIABLES first")
+
+    def register(observable: Observable) -> Observable:
+        OBSERVABLES[variable] = observable
+        return observable
+
+    return register
+
+
+fills("loss_train")(lambda m: loss(m.train.trace.output, m.train_trace.output))
+fills("loss_eval")(lambda m: loss(m.eval.trace.output, m.eval_trace.output))
+fills("mse_train")(lambda m: mse(m.train.trace.output, m.train_trace.output))
+fills("mse_eval")(lambda m: mse(m.eval.trace.output, m.eval_trace.output))
+fills("weight")(lambda m: list(m.student.weights))
+fills("bias")(lambda m: [w.new_zeros(len(w)) if b is None else b for w, b in _layers(m.student)])
+fills("correlation")(
+    lambda m: [t.T @ standardized(f) for t, f in zip(m.eval.standardized, m.eval_trace.activations, strict=False)]
+)
+fills("fanout_norm")(lambda m: list(fanout_norms(m.student, m.eval_trace)))
+fills("teacher_fanout_norm")(lambda m: list(m.eval.fanout_norms))
+fills("gradient_rms")(lambda m: [g.square().mean(0).sqrt() for g in m.gradients])
+fills("gradient_max")(lambda m: [g.abs().amax(0) for g in m.gradients])
+fills("observation")(lambda m: [observation(t, s, band=m.band) for t, s in _hidden_z(m)])
+fills("observation_count")(lambda m: [observation_count(t, s) for t, s in _hidden_z(m)])
+
+
+def _layers(network: Network) -> list[tuple[Tensor, Tensor | None]]:
+    return list(zip(network.weights, network.biases, strict=True))
+
+
+def _hidden_z(m: Measurement) -> list[tuple[Tensor, Tensor]]:
+    pairs = zip(m.train.trace.preactivations, m.train_trace.preactivations, strict=True)
+    return list(pairs)[:-1]
+
+
+Record: TypeAlias = Mapping[str, np.ndarray | list[np.ndarray]]
+
+
+def measure(variables: Iterable[str], measurement: Measurement) -> dict[str, float | list[np.ndarray]]:
+    """The named variables of one member: a number, or one array for each layer from the lowest up.
+
+    A list shorter than the depth means that the variable has no value at the layers above.
+
+    Raises:
+        KeyError: for a variable without a measurement.
+    """
+    found: dict[str, float | list[np.ndarray]] = {}
+    with torch.no_grad():
+        for name in variables:
+            value = OBSERVABLES[name](measurement)
+            found[name] = (
+                [v.cpu().numpy() for v in value if v is not None] if isinstance(value, list) else float(value)
+            )
+    return found

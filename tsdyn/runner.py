@@ -1,0 +1,384 @@
+"""From an experiment to its archive: draw, train, measure, commit, resume, consolidate."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import Tensor
+
+from tsdyn import archive, data, observables, schema, training
+from tsdyn._version import __version__
+from tsdyn.archive import Run
+from tsdyn.experiment import Experiment
+from tsdyn.networks import Network
+from tsdyn.observables import Measurement, Probe
+from tsdyn.students import draw_student
+from tsdyn.teachers import draw_teacher
+from tsdyn.training import Ensemble, Rule
+
+#: A segment is committed after this much work, so that committing (13–21 ms) stays under one per cent of it.
+COMMIT_SECONDS = 2.0
+#: ... or once its records hold this many bytes.
+COMMIT_BYTES = 1 << 28
+#: Fresh batches of a block of members are drawn in pieces of about this size.
+FRESH_BYTES = 1 << 26
+
+
+class DeviceError(ValueError):
+    """A device that is not there."""
+
+
+def check_device(device: str) -> str:
+    """`device` itself, if this machine has it.
+
+    Raises:
+        DeviceError: if not; names what there is.
+    """
+    available = ["cpu", *([f"cuda:{i}" for i in range(torch.cuda.device_count())])]
+    if device == "cpu" or (device == "cuda" and len(available) > 1) or device in available:
+        return device
+    raise DeviceError(f"device {device!r} is not there; this machine has {', '.join(available)}")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a run will take, estimated from shapes and a timed handful of steps.
+
+    Attributes:
+        members: Students trained side by side.
+        parameters: Numbers a student has.
+        memory: Bytes held at once.
+        disk: Bytes of the finished archive.
+        seconds: Wall time on this machine.
+    """
+
+    members: int
+    parameters: int
+    memory: int
+    disk: int
+    seconds: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.members} members of {self.parameters} parameters; about {self.memory / 1e6:.0f} MB of memory, "
+            f"{self.disk / 1e6:.1f} MB of disk, {_duration(self.seconds)}"
+        )
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+@dataclass
+class Members:
+    """All members of a run: teachers, data and the ensemble in training."""
+
+    experiment: Experiment
+    device: str = "cpu"
+
+    @cached_property
+    def teachers(self) -> list[Network]:
+        return [_moved(draw_teacher(self.experiment, seed), self.device) for seed in self.experiment.seed_labels]
+
+    @cached_property
+    def ensemble(self) -> Ensemble:
+        return Ensemble.of([draw_student(self.experiment, s) for s in self.experiment.seed_labels], device=self.device)
+
+    @cached_property
+    def eval_probes(self) -> list[Probe]:
+        draws = [data.evaluation_inputs(self.experiment, seed) for seed in self.experiment.seed_labels]
+        return [Probe(self._tensor(x), t) for x, t in zip(draws, self.teachers, strict=True)]
+
+    @cached_property
+    def _finite(self) -> tuple[Tensor, Tensor]:
+        draws = [data.training_inputs(self.experiment, seed) for seed in self.experiment.seed_labels]
+        inputs = torch.stack([self._tensor(x) for x in draws])
+        with torch.no_grad():
+            return inputs, torch.stack([t(x) for t, x in zip(self.teachers, inputs, strict=True)])
+
+    @cached_property
+    def _finite_probes(self) -> list[Probe]:
+        return [Probe(x, t) for x, t in zip(self._finite[0], self.teachers, strict=True)]
+
+    def train_probe(self, member: int, epoch: int) -> Probe:
+        """The set on which this member's training quantities are measured."""
+        if self.experiment.data.train != "fresh":
+            return self._finite_probes[member]
+        seed = self.experiment.seed_labels[member]
+        return Probe(self._tensor(data.training_inputs(self.experiment, seed, epoch)), self.teachers[member])
+
+    def stream(self, epoch: int) -> training.Stream:
+        """Batches of the epoch that ends at `epoch`."""
+        if self.experiment.data.train == "fresh":
+            return lambda members: self._fresh(members, epoch)
+        if self.experiment.training.method == "gd":
+            return training.finite_stream(*self._finite, None, steps=self.experiment.steps)
+        draws = [data.batch_indices(self.experiment, seed, epoch) for seed in self.experiment.seed_labels]
+        return training.finite_stream(*self._finite, torch.from_numpy(np.stack(draws)))
+
+    def _fresh(self, members: slice, epoch: int) -> Iterator[training.Batch]:
+        seeds, teachers = self.experiment.seed_labels[members], self.teachers[members]
+        step = len(seeds) * self.experiment.training.batch * self.experiment.layout.input_width * 8
+        pieces = [
+            data.fresh_batches(self.experiment, seed, epoch, steps_at_once=max(1, FRESH_BYTES // step)) for seed in seeds
+        ]
+        for draws in zip(*pieces, strict=True):
+            x = torch.stack([self._tensor(draw) for draw in draws])  # (member, step, batch, input)
+            y = torch.stack([t(part.flatten(0, 1)).unflatten(0, part.shape[:2]) for t, part in zip(teachers, x, strict=True)])
+            yield from zip(x.unbind(1), y.unbind(1), strict=True)
+
+    def measure(self, epoch: int, variables: tuple[str, ...]) -> dict[str, Any]:
+        """One epoch of every member: variable → (seed,) array, or one (seed, *nodes) array a layer; NaN for the dead."""
+        found: list[dict[str, Any] | None] = []
+        for member in range(self.ensemble.members):
+            if self.ensemble.death_epoch[member] >= 0:
+                found.append(None)
+                continue
+            view = Measurement(
+                self.ensemble.network(member),
+                self.train_probe(member, epoch),
+                self.eval_probes[member],
+                self.experiment.record.band,
+            )
+            found.append(observables.measure(variables, view))
+        return {name: self._stacked(name, [None if f is None else f[name] for f in found]) for name in variables}
+
+    def _stacked(self, name: str, values: list[Any]) -> Any:
+        variable, dtype = schema.VARIABLES[name], self.experiment.dtype
+        if not variable.layered:
+            return np.array([np.nan if v is None else v for v in values], dtype=dtype)
+        layers = max((len(v) for v in values if v is not None), default=0)
+        shapes = [self.experiment.layout.block(variable, layer) for layer in range(1, layers + 1)]
+        return [
+            np.stack([np.full(shape, np.nan, dtype) if v is None else v[i] for v in values])
+            for i, shape in enumerate(shapes)
+        ]
+
+    def constants(self) -> dict[str, list[np.ndarray]]:
+        """The teachers' parameters, one (seed, *nodes) array a layer."""
+        depth = self.experiment.layout.depth
+        weights = [np.stack([t.weights[i].cpu().numpy() for t in self.teachers]) for i in range(depth)]
+        biases = []
+        for i in range(depth):
+            columns = [t.biases[i] for t in self.teachers]
+            biases.append(np.stack([np.zeros(w.shape[0], w.dtype) if b is None else b.cpu().numpy() for b, w in zip(columns, weights[i], strict=True)]))
+        return {"teacher_weight": weights, "teacher_bias": biases}
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Everything the next epoch depends on; draws need no state, they are keyed by (seed, epoch)."""
+        ensemble = self.ensemble
+        found = {f"{kind}_{layer}": p.cpu().numpy() for kind, layer, p in ensemble.parameters()}
+        for name, moments in ensemble.moments.items():
+            for (kind, layer, _), moment in zip(ensemble.parameters(), moments, strict=True):
+                found[f"{name}_{kind}_{layer}"] = moment.cpu().numpy()
+        return found | {"death_epoch": ensemble.death_epoch.numpy(), "steps": np.int64(ensemble.steps)[()]}  # type: ignore[dict-item]
+
+    def restore(self, state: Mapping[str, np.ndarray]) -> None:
+        """Go on from a stored state."""
+        ensemble = self.ensemble
+        Rule.of(self.experiment.training, 1).prepare(ensemble)
+        for kind, layer, parameter in ensemble.parameters():
+            parameter.copy_(torch.from_numpy(state[f"{kind}_{layer}"]))
+        for name, moments in ensemble.moments.items():
+            for (kind, layer, _), moment in zip(ensemble.parameters(), moments, strict=True):
+                moment.copy_(torch.from_numpy(state[f"{name}_{kind}_{layer}"]))
+        ensemble.death_epoch = torch.from_numpy(np.array(state["death_epoch"]))
+        ensemble.steps = int(state["steps"])
+
+    def train(self, epoch: int) -> list[int]:
+        """The epoch that ends at `epoch`; returns the seeds that died in it."""
+        rule = Rule.of(self.experiment.training, epoch)
+        training.train_epoch(self.ensemble, self.stream(epoch), rule, batch=self._batch)
+        return [self.experiment.seed_labels[i] for i in self.ensemble.bury(epoch)]
+
+    @property
+    def _batch(self) -> int:
+        whole = self.experiment.training.method == "gd"
+        return len(self._finite[0][0]) if whole else self.experiment.training.batch
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self.device)
+
+
+def _moved(network: Network, device: str) -> Network:
+    if device == "cpu":
+        return network
+    leak = network.activation.leak
+    return Network(
+        [w.to(device) for w in network.weights],
+        [None if b is None else b.to(device) for b in network.biases],
+        network.activation.name,
+        leak=0.0 if leak is None else leak,
+    )
+
+
+def estimate(experiment: Experiment, *, device: str = "cpu") -> Cost:
+    """What `experiment` (one run, no sweep) will take; times a few steps and one measurement of one member."""
+    layout, members = experiment.layout, len(experiment.seed_labels)
+    few = experiment.replace({"seeds": list(experiment.seed_labels[:8]), "data.eval": min(512, experiment.data.eval)})
+    steps = min(experiment.steps, 20)
+    few = few.replace({"training.steps_per_epoch": steps})
+    if isinstance(experiment.data.train, int) and experiment.training.method != "gd":
+        few = few.replace({"data.train": min(experiment.data.train, max(512, experiment.training.batch))})
+    trial = Members(few, device)
+    variables = schema.expand(experiment.record.observables)
+    trial.train(1)
+    start = time.perf_counter()
+    trial.train(2 if few.training.epochs > 1 else 1)
+    per_step = (time.perf_counter() - start) / steps / trial.ensemble.members
+    trial.measure(0, variables)
+    start = time.perf_counter()
+    trial.measure(0, variables)
+    per_sample = (time.perf_counter() - start) / trial.ensemble.members / few.data.eval
+    recorded = len(experiment.schedule)
+    seconds = members * (
+        per_step * experiment.steps * experiment.training.epochs + per_sample * experiment.data.eval * recorded
+    )
+    itemsize = np.dtype(experiment.dtype).itemsize
+    train = experiment.data.train if isinstance(experiment.data.train, int) else 0
+    teacher = sum(layout.teacher_widths)
+    samples = (train + experiment.data.eval) * (layout.input_width + 2 * teacher)
+    parameters = sum(p[0].numel() for _, _, p in trial.ensemble.parameters())
+    epoch = archive._bytes_per_epoch(layout, variables, experiment.dtype)
+    memory = members * (samples + 3 * parameters) * itemsize + min(COMMIT_BYTES, epoch * recorded)
+    return Cost(members, parameters, memory, epoch * recorded, seconds)
+
+
+#: Called after each epoch with (epoch, epochs, seeds that died, evaluation mse or None).
+Progress = Callable[[int, int, list[int], "float | None"], None]
+
+
+def run(
+    experiment: Experiment, path: str | Path, *, device: str = "cpu", progress: Progress | None = None
+) -> xr.Dataset:
+    """Train and measure one experiment into `path`; goes on from the last committed epoch if there is one.
+
+    Args:
+        experiment: Without a sweep.
+        path: Directory; made if absent.
+        device: ``cpu``, ``cuda`` or ``cuda:0``.
+        progress: Told after every epoch.
+
+    Returns:
+        The lazy archive, as `tsdyn.open` gives it.
+
+    Raises:
+        ArchiveError: if the directory is another's, held by another process, or cannot be written.
+        DeviceError: if there is no such device.
+        ExperimentError: if the teacher cannot be drawn as asked.
+    """
+    check_device(device)
+    with Run(path, experiment) as target:
+        if not target.finished:
+            _train(target, Members(experiment, device), progress)
+    return archive.open(path)
+
+
+def _train(target: Run, members: Members, progress: Progress | None) -> None:
+    experiment = target.experiment
+    variables = schema.expand(experiment.record.observables)
+    attrs = attributes(experiment, members.device)
+    recorded, last = set(experiment.schedule), experiment.training.epochs
+    committed = target.committed()
+    start = 0
+    if committed is not None:
+        members.restore(target.state())
+        start = committed + 1
+    pending: list[dict[str, Any]] = []
+    epochs: list[int] = []
+    first, clock = start, time.monotonic()
+    for epoch in range(start, last + 1):
+        died = members.train(epoch) if epoch else []
+        if epoch in recorded:
+            pending.append(members.measure(epoch, variables))
+            epochs.append(epoch)
+        if progress is not None:
+            progress(epoch, last, died, _mean_mse(pending[-1]) if epoch in recorded else None)
+        full = len(pending) * target.bytes_per_epoch >= COMMIT_BYTES
+        if epoch == last or full or time.monotonic() - clock >= COMMIT_SECONDS:
+            records = _along_epochs(pending) if pending else {}
+            target.commit(
+                first, epoch, epochs, {**records, **(members.constants() if first == 0 else {})}, members.state(), attrs
+            )
+            pending, epochs, first, clock = [], [], epoch + 1, time.monotonic()
+    target.consolidate(attrs)
+
+
+def _along_epochs(pending: list[dict[str, Any]]) -> dict[str, Any]:
+    """Records of several epochs, stacked along a second axis."""
+    found: dict[str, Any] = {}
+    for name, value in pending[0].items():
+        if isinstance(value, list):
+            depth = max(len(p[name]) for p in pending)
+            whole = [p[name] for p in pending if len(p[name]) == depth]
+            found[name] = [
+                np.stack([p[name][i] if i < len(p[name]) else np.full_like(whole[0][i], np.nan) for p in pending], 1)
+                for i in range(depth)
+            ]
+        else:
+            found[name] = np.stack([p[name] for p in pending], 1)
+    return found
+
+
+def _mean_mse(record: Mapping[str, Any]) -> float | None:
+    for name in ("mse_eval", "loss_eval"):
+        if name in record:
+            alive = record[name][~np.isnan(record[name])]
+            return float(alive.mean()) if len(alive) else float("nan")
+    return None
+
+
+def attributes(experiment: Experiment, device: str) -> dict[str, str | int]:
+    """Global attributes of an archive: what ran, where, with what, under which conventions."""
+    return {
+        "experiment": experiment.to_toml(),
+        "name": experiment.name,
+        "digest": experiment.digest,
+        "schema_version": schema.VERSION,
+        "tsdyn_version": __version__,
+        "torch_version": torch.__version__,
+        "numpy_version": np.__version__,
+        "python_version": platform.python_version(),
+        "device": device if device == "cpu" else torch.cuda.get_device_name(device),
+        "dtype": experiment.dtype,
+        "threads": torch.get_num_threads(),
+        "git_commit": _git_commit(),
+        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "conventions": json.dumps(
+            {
+                "loss": "J = 1/2 E |f* - f|^2, summed over outputs",
+                "gradient": "g is the negative gradient at the pre-activation",
+                "gate_at_zero": "torch",
+                "correlation": "centred, standardised, signed",
+                "learning_rate": "W += learning_rate (1/batch) sum g f^T",
+                "time": "epoch = steps_per_epoch steps",
+                "batch_norm": "none",
+            }
+        ),
+    }
+
+
+def _git_commit() -> str:
+    """Commit of the checkout this code runs from, ``unknown`` for an installed wheel."""
+    try:
+        here = Path(__file__).resolve().parent
+        answer = subprocess.run(
+            ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False
+        )
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return answer.stdout.strip() or "unknown"
