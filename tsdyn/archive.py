@@ -48,6 +48,10 @@ class ArchiveError(RuntimeError):
     """A directory that cannot be read or written as asked; the message says which, why and the way out."""
 
 
+class DirectoryError(ArchiveError):
+    """A path that does not fit the request: another experiment's, not a run's, or not there at all."""
+
+
 def local_path(path: str | Path) -> Path:
     """`path` as a Path, refused if netCDF would take it for a network address.
 
@@ -56,7 +60,7 @@ def local_path(path: str | Path) -> Path:
     """
     text = os.fspath(path)
     if "://" in text or "#" in text or not text.isprintable():
-        raise ArchiveError(
+        raise DirectoryError(
             f"{text!r}: not a local path; a name with '://', '#' or control characters would not be opened as a file"
         )
     return Path(text)
@@ -233,7 +237,7 @@ class Run:
     @property
     def bytes_per_epoch(self) -> int:
         """Size of one recorded epoch, without padding."""
-        return _bytes_per_epoch(self.layout, self.variables, self.experiment.dtype)
+        return bytes_per_epoch(self.layout, self.variables, self.experiment.dtype)
 
     def committed(self) -> int | None:
         """Last committed epoch of training, None before the first commit."""
@@ -332,7 +336,8 @@ class Run:
                     yield name, _index(variable, self.layout, slice(window.start, window.stop), layer), block
 
 
-def _bytes_per_epoch(layout: Layout, variables: Sequence[str], dtype: str) -> int:
+def bytes_per_epoch(layout: Layout, variables: Sequence[str], dtype: str) -> int:
+    """Size of one recorded epoch of all members, without padding."""
     numbers = 0
     for variable in (VARIABLES[name] for name in variables if "epoch" in VARIABLES[name].dims):
         blocks = range(1, layout.depth + 1) if variable.layered else ()
@@ -365,7 +370,7 @@ def claim(path: Path, experiment: Experiment) -> None:
         theirs = Experiment.from_toml(file)
         found = differences(experiment, theirs)
         if found:
-            raise ArchiveError(
+            raise DirectoryError(
                 f"{path}: holds another experiment; nothing was overwritten. What differs:\n  "
                 + "\n  ".join(found)
                 + "\nGive another directory with -o, or remove this one."
@@ -373,12 +378,12 @@ def claim(path: Path, experiment: Experiment) -> None:
         return
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         what = "is not empty and holds no experiment" if path.is_dir() else "is a file"
-        raise ArchiveError(f"{path}: {what}; nothing was overwritten. Give another directory with -o.")
+        raise DirectoryError(f"{path}: {what}; nothing was overwritten. Give another directory with -o.")
     try:
         path.mkdir(parents=True, exist_ok=True)
         write_text(file, experiment.to_toml())
     except OSError as error:
-        raise ArchiveError(f"{path}: cannot be made: {error}; give another directory with -o") from error
+        raise DirectoryError(f"{path}: cannot be made: {error}; give another directory with -o") from error
 
 
 def lock(path: Path) -> int:
@@ -462,10 +467,10 @@ def open(path: str | Path) -> xr.Dataset:
     if (path / ARCHIVE).is_file():
         return _open_file(path / ARCHIVE)
     if not path.exists():
-        raise ArchiveError(f"{path}: does not exist; runs are made by `tsdyn run EXPERIMENT.toml -o {path}`")
+        raise DirectoryError(f"{path}: does not exist; runs are made by `tsdyn run EXPERIMENT.toml -o {path}`")
     files = [path / SEGMENTS / f"epoch-{a:06d}-{b:06d}.nc" for a, b in segments(path)]
     if not files:
-        raise ArchiveError(f"{path}: holds no archive and no committed epoch; finish it with `tsdyn run`")
+        raise DirectoryError(f"{path}: holds no archive and no committed epoch; finish it with `tsdyn run`")
     parts = [_open_file(file) for file in files]
     constants = parts[0][[name for name in CONSTANTS if name in parts[0]]]
     joined = xr.concat(
@@ -484,7 +489,7 @@ def _open_file(path: Path) -> xr.Dataset:
     try:
         ds = xr.open_dataset(path, engine="netcdf4", decode_times=False)
     except (OSError, RuntimeError, ValueError) as error:
-        raise ArchiveError(f"{path}: not a readable netCDF file: {error}") from error
+        raise DirectoryError(f"{path}: not a readable netCDF file: {error}") from error
     return ds.assign({name: _lazily(array) for name, array in ds.data_vars.items()})
 
 
@@ -511,7 +516,7 @@ def _open_sweep(path: Path) -> xr.Dataset:
         if (directory / ARCHIVE).is_file() or segments(directory):
             opened[tuple(_label(point["values"][key]) for key in dims)] = open(directory)
     if not opened:
-        raise ArchiveError(f"{path}: no point of this sweep has a committed epoch yet; go on with `tsdyn run`")
+        raise DirectoryError(f"{path}: no point of this sweep has a committed epoch yet; go on with `tsdyn run`")
     widest = {
         dim: max(ds.sizes.get(dim, 0) for ds in opened.values()) for dim in (*schema.NODE_WIDTHS, "input_node")
     }
@@ -552,6 +557,36 @@ def _missing(template: xr.Dataset) -> xr.Dataset:
     """A point that has no archive yet."""
     blank = xr.full_like(template, np.nan)
     return blank.assign_coords({n: xr.full_like(c, -1) for n, c in template.coords.items() if n not in template.dims})
+
+
+def write_dataset(path: Path, ds: xr.Dataset) -> None:
+    """A small, loaded Dataset as one netCDF file, whole or not at all."""
+    with _replacing(path, ds.nbytes) as temporary:
+        ds.to_netcdf(temporary, engine="netcdf4")
+
+
+def check(path: str | Path) -> list[str]:
+    """What is wrong with a run, a sweep or a file, one sentence each; empty if it is whole.
+
+    Schema, attributes, agreement with ``experiment.toml``, and every stored number read once (its checksum with it).
+    """
+    path = local_path(path)
+    ds = open(path)
+    found = schema.problems(ds, swept=swept_dimensions(ds))
+    if (path / EXPERIMENT).is_file():
+        experiment = Experiment.from_toml(path / EXPERIMENT)
+        if ds.attrs.get("digest") != experiment.digest:
+            found.append(f"{path}: the archive's digest is not that of {EXPERIMENT}")
+        if not experiment.sweep and (path / ARCHIVE).is_file():
+            epochs = [int(e) for e in ds["epoch"]]
+            if epochs != list(experiment.schedule):
+                found.append(f"{path}: epochs in the archive are not the {len(experiment.schedule)} of the schedule")
+    for name, array in ds.data_vars.items():
+        try:
+            array.sum().compute(scheduler="synchronous")
+        except (OSError, RuntimeError) as error:
+            found.append(f"{path}: {name} cannot be read: {error}")
+    return [f"{path}: {problem}" if not problem.startswith(str(path)) else problem for problem in found]
 
 
 def swept_dimensions(ds: xr.Dataset | xr.DataArray) -> tuple[str, ...]:

@@ -253,7 +253,7 @@ def estimate(experiment: Experiment, *, device: str = "cpu") -> Cost:
     teacher = sum(layout.teacher_widths)
     samples = (train + experiment.data.eval) * (layout.input_width + 2 * teacher)
     parameters = sum(p[0].numel() for _, _, p in trial.ensemble.parameters())
-    epoch = archive._bytes_per_epoch(layout, variables, experiment.dtype)
+    epoch = archive.bytes_per_epoch(layout, variables, experiment.dtype)
     memory = members * (samples + 3 * parameters) * itemsize + min(COMMIT_BYTES, epoch * recorded)
     return Cost(members, parameters, memory, epoch * recorded, seconds)
 

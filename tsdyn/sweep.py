@@ -14,6 +14,15 @@ from tsdyn.experiment import Experiment
 PointProgress = Callable[[int, int, str, Experiment], "runner.Progress | None"]
 
 
+def preflight(experiment: Experiment, path: str | Path) -> None:
+    """Refuse a directory that is another's before anything is estimated or drawn.
+
+    Raises:
+        ArchiveError: as `run`.
+    """
+    archive.claim(archive.local_path(path), experiment)
+
+
 def run(
     experiment: Experiment,
     path: str | Path,

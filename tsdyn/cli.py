@@ -1,0 +1,291 @@
+"""The ``tsdyn`` command: argument parsing and printing only."""
+
+from __future__ import annotations
+
+import re
+import sys
+import tomllib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from tsdyn._version import __version__
+from tsdyn.archive import ArchiveError, DirectoryError
+from tsdyn.experiment import Experiment, ExperimentError
+
+if TYPE_CHECKING:
+    from tsdyn.runner import Progress as Report
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+study = typer.Typer(no_args_is_help=True, help="Figures of the papers, from the experiment to the picture.")
+app.add_typer(study, name="study")
+
+FAILED, WRONG = 1, 2
+
+OutDirectory = Annotated[Path | None, typer.Option("-o", "--output", help="Directory; runs/NAME if not given.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")]
+Directory = Annotated[Path, typer.Argument(metavar="DIR", help="A run, a sweep or an archive file.")]
+
+
+def main() -> None:
+    """Entry point: errors in one reading, no traceback; exit 0, 1 (the run failed) or 2 (the request is wrong)."""
+    with _errors():
+        app()
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    try:
+        yield
+    except (ExperimentError, DirectoryError, _DeviceMissing) as error:
+        _fail(error, WRONG)
+    except ArchiveError as error:
+        _fail(error, FAILED)
+    except KeyboardInterrupt:
+        _fail("interrupted; what was committed is intact, the same command goes on from there", 130)
+
+
+class _DeviceMissing(Exception):
+    pass
+
+
+def _fail(error: object, code: int) -> None:
+    text = "".join(c if c.isprintable() or c == "\n" else "�" for c in str(error))
+    print(f"tsdyn: {text}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"tsdyn {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    """Exact, labelled analysis of training dynamics in teacher-student networks."""
+
+
+@app.command()
+def run(
+    experiment: Annotated[Path, typer.Argument(metavar="EXPERIMENT.toml", help="The experiment file.")],
+    output: OutDirectory = None,
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set a key, e.g. training.epochs=5.")
+    ] = None,
+    device: Device = "cpu",
+    quiet: Quiet = False,
+) -> None:
+    """Run an experiment, or every point of its sweep; goes on from what was committed."""
+    chosen = Experiment.from_toml(experiment)
+    if changes:
+        chosen = chosen.replace(dict(_assignment(text) for text in changes))
+    _run(chosen, output or Path("runs") / chosen.name, device, quiet)
+
+
+@study.command("list")
+def list_studies() -> None:
+    """Names and what they show."""
+    from tsdyn import studies
+
+    for name in studies.names():
+        print(f"{name:24} {studies.load(name).TITLE}")
+
+
+@study.command("show")
+def show_study(name: Annotated[str, typer.Argument()]) -> None:
+    """What a study runs at each scale."""
+    module = _study(name)
+    print(f"{module.TITLE}\n{module.SOURCE}")
+    for scale, experiment in module.EXPERIMENTS.items():
+        print(f"\n# --scale {scale}\n{experiment.to_toml()}", end="")
+
+
+@study.command("run")
+def run_study(
+    name: Annotated[str, typer.Argument()],
+    scale: Annotated[str, typer.Option(help="smoke (seconds), desk (minutes) or paper.")] = "desk",
+    output: OutDirectory = None,
+    device: Device = "cpu",
+    quiet: Quiet = False,
+) -> None:
+    """Run, measure and draw: leaves the archive, measured.nc and figure.png."""
+    from tsdyn import archive
+
+    module = _study(name)
+    if scale not in module.EXPERIMENTS:
+        raise ExperimentError(f"--scale {scale}: there are {', '.join(module.EXPERIMENTS)}")
+    path = output or Path("runs") / f"{name}-{scale}"
+    _run(module.EXPERIMENTS[scale], path, device, quiet)
+    measured = module.measure(archive.open(path)).load()
+    archive.write_dataset(path / "measured.nc", measured)
+    _save(module.draw(measured), path / "figure.png", quiet)
+
+
+@app.command()
+def show(directory: Directory) -> None:
+    """What is in there, in one screen."""
+    from tsdyn import archive
+
+    ds = archive.open(directory)
+    console = Console()
+    sizes = ", ".join(f"{dim} {size}" for dim, size in ds.sizes.items())
+    facts = Table.grid(padding=(0, 2))
+    dead = int((ds["death_epoch"] >= 0).sum())
+    rows = {
+        "experiment": f"{ds.attrs.get('name', '?')}  ({str(ds.attrs.get('digest', '?'))[:12]})",
+        "made": f"{ds.attrs.get('created', '?')}, tsdyn {ds.attrs.get('tsdyn_version', '?')}, "
+        f"torch {ds.attrs.get('torch_version', '?')}, {ds.attrs.get('device', '?')}, {ds.attrs.get('dtype', '?')}",
+        "dimensions": sizes,
+        "epochs": f"{int(ds.epoch[0])}..{int(ds.epoch[-1])}, {ds.sizes['epoch']} recorded",
+        "size": f"{ds.nbytes / 1e6:.1f} MB as arrays",
+        "died": f"{dead} members became NaN or infinite" if dead else "no member became NaN or infinite",
+    }
+    for key, value in rows.items():
+        facts.add_row(key, _plain(value))
+    console.print(facts)
+    table = Table("variable", "dimensions", "meaning")
+    for name, array in ds.data_vars.items():
+        table.add_row(str(name), ", ".join(map(str, array.dims)), _plain(array.attrs.get("long_name", "")))
+    console.print(table)
+
+
+@app.command()
+def plot(
+    directory: Directory,
+    figure: Annotated[str, typer.Argument(help="l-shape, success-rate, recovery, loss, correlation.")],
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="FILE.png; FIGURE.png if not given.")] = None,
+) -> None:
+    """Draw a figure from an archive."""
+    from tsdyn import archive
+    from tsdyn.analysis.figures import FIGURES
+
+    if figure not in FIGURES:
+        raise ExperimentError(f"plot: no figure {figure!r}; there are {', '.join(FIGURES)}")
+    try:
+        drawn = FIGURES[figure](archive.open(directory))
+    except (ValueError, KeyError) as error:
+        raise DirectoryError(f"plot {figure}: {error.args[0] if error.args else error}") from error
+    _save(drawn, output or Path(f"{figure}.png"), quiet=False)
+
+
+@app.command()
+def validate(directory: Directory) -> None:
+    """Schema and readability; exit 1 and the reasons if not whole."""
+    from tsdyn import archive
+
+    found = archive.check(directory)
+    for problem in found:
+        print(_plain(problem))
+    if found:
+        raise typer.Exit(FAILED)
+    print(f"{directory}: whole")
+
+
+def _study(name: str) -> Any:
+    from tsdyn import studies
+
+    try:
+        return studies.load(name)
+    except (KeyError, ValueError) as error:
+        raise ExperimentError(str(error.args[0])) from error
+
+
+def _assignment(text: str) -> tuple[str, Any]:
+    """``key=value`` with a TOML value; a bare word is a string."""
+    key, sign, value = text.partition("=")
+    if not sign or not key:
+        raise ExperimentError(f"--set {text}: write KEY=VALUE, e.g. --set training.epochs=5")
+    try:
+        return key.strip(), tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        if re.fullmatch(r"[A-Za-z][\w.-]*", value.strip()):
+            return key.strip(), value.strip()
+        raise ExperimentError(f"--set {text}: {value!r} is not a TOML value") from None
+
+
+def _run(experiment: Experiment, path: Path, device: str, quiet: bool) -> None:
+    from tsdyn import runner, sweep
+
+    try:
+        runner.check_device(device)
+    except runner.DeviceError as error:
+        raise _DeviceMissing(str(error)) from error
+    points = [single for _, single in experiment.points()] if experiment.sweep else [experiment]
+    if quiet:
+        sweep.run(experiment, path, device=device)
+        return
+    sweep.preflight(experiment, path)
+    costs = [runner.estimate(single, device=device) for single in points]
+    total = runner.Cost(
+        sum(c.members for c in costs),
+        max(c.parameters for c in costs),
+        max(c.memory for c in costs),
+        sum(c.disk for c in costs),
+        sum(c.seconds for c in costs),
+    )
+    print(f"{experiment.name} -> {path}: {len(points)} run{'s' * (len(points) > 1)}, {total}", flush=True)
+    with _reporting(points) as (report, point):
+        sweep.run(experiment, path, device=device, progress=report, point=point)
+    print(f"done: {path}", flush=True)
+
+
+@contextmanager
+def _reporting(points: list[Experiment]) -> Iterator[tuple[Report, Callable[..., Report | None]]]:
+    """Bars on a terminal, one line an epoch otherwise; deaths are said in both."""
+    console = Console(stderr=True)
+    name = [""]
+
+    def died(epoch: int, seeds: list[int]) -> None:
+        if seeds:
+            console.print(f"{name[0]}epoch {epoch}: seeds {seeds} became NaN or infinite and were stopped", markup=False)
+
+    if not console.is_terminal:
+
+        def line(epoch: int, epochs: int, seeds: list[int], mse: float | None) -> None:
+            died(epoch, seeds)
+            shown = "" if mse is None else f"  evaluation {mse:.4g}"
+            print(f"{name[0]}epoch {epoch}/{epochs}{shown}", file=sys.stderr, flush=True)
+
+        def announce(position: int, count: int, directory: str, _: Experiment) -> None:
+            name[0] = f"[{position}/{count}] {directory}  "
+
+        yield line, announce
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as bars:
+        work = bars.add_task("epochs", total=sum(p.training.epochs + 1 for p in points))
+
+        def advance(epoch: int, epochs: int, seeds: list[int], mse: float | None) -> None:
+            died(epoch, seeds)
+            bars.update(work, advance=1)
+
+        def describe(position: int, count: int, directory: str, _: Experiment) -> None:
+            name[0] = f"{directory}  "
+            bars.update(work, description=f"{position}/{count} {directory}")
+
+        yield advance, describe
+
+
+def _save(figure: Any, path: Path, quiet: bool) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=150, bbox_inches="tight")
+    except (OSError, ValueError) as error:
+        raise DirectoryError(f"{path}: the figure cannot be written: {error}") from error
+    if not quiet:
+        print(path)
+
+
+def _plain(text: object) -> str:
+    """Without control characters or console markup: attributes may come from anybody's file."""
+    return "".join(c if c.isprintable() else "�" for c in str(text)).replace("[", r"\[")
