@@ -65,7 +65,7 @@ class Activation:
 
 def _leaky(name: str, leak: float) -> Activation:
     def derivative(z: Tensor) -> Tensor:
-        return torch.where(z > 0, 1.0, leak).to(z.dtype)
+        return torch.where(z > 0, torch.ones_like(z), leak)  # the other way round would be float32
 
     if name == "relu":
         return Activation(name, torch.relu, derivative, nn.ReLU, 0.0)

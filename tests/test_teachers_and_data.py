@@ -1,0 +1,128 @@
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from tests.cases import small
+from tsdyn import ExperimentError, data
+from tsdyn.students import draw_student
+from tsdyn.teachers import draw_teacher, orthonormal, separated_rows
+
+CHOICES = (-1.0, -0.5, 0.0, 0.5, 1.0)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(24, 2), (50, 10), (4, 1), (200, 30)])
+def test_separated_rows_are_distinct_nonzero_and_from_the_choices(rows, columns):
+    drawn = separated_rows(np.random.default_rng(0), rows, columns, CHOICES)
+    assert drawn.shape == (rows, columns)
+    assert len(np.unique(drawn, axis=0)) == rows
+    assert drawn.any(axis=1).all()
+    assert np.isin(drawn, CHOICES).all()
+
+
+@pytest.mark.parametrize("columns", [4, 12])
+def test_separated_entries_are_uniform_over_the_choices(columns):
+    rows = 600
+    drawn = separated_rows(np.random.default_rng(1), rows, columns, CHOICES)
+    counts = np.array([(drawn == c).sum() for c in CHOICES])
+    expected = rows * columns / len(CHOICES)
+    # five standard deviations of a binomial count; distinctness only lowers the scatter
+    assert (np.abs(counts - expected) < 5 * np.sqrt(expected * (1 - 1 / len(CHOICES)))).all()
+
+
+def test_too_few_choices_say_how_many_rows_exist():
+    with pytest.raises(ExperimentError, match="9 rows of 2 entries from 3 choices: only 8 distinct non-zero rows exist"):
+        separated_rows(np.random.default_rng(0), 9, 2, (-1.0, 0.0, 1.0))
+    exhausted = separated_rows(np.random.default_rng(0), 8, 2, (-1.0, 0.0, 1.0, 1.0))
+    assert len(np.unique(exhausted, axis=0)) == 8
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(3, 7), (7, 3), (5, 5)])
+def test_orthonormal(rows, columns):
+    q = orthonormal(np.random.default_rng(0), rows, columns)
+    gram = q @ q.T if rows <= columns else q.T @ q
+    np.testing.assert_allclose(gram, np.eye(min(rows, columns)), atol=1e-14)
+
+
+def test_teacher_of_the_released_experiment():
+    teacher = draw_teacher(small(teacher__polarity=2.0), seed=5)
+    first, second = teacher.weights
+    torch.testing.assert_close(first.norm(dim=1), torch.ones(4, dtype=torch.float64), rtol=0, atol=1e-15)
+    undivided = second * torch.arange(1, 5, dtype=torch.float64) ** 2
+    # multiples of 1/4 again once the division is undone
+    torch.testing.assert_close(undivided * 4, (undivided * 4).round(), rtol=0, atol=1e-14)
+    assert all(torch.equal(b, torch.full_like(b, -0.1)) for b in teacher.biases)
+
+
+def test_teacher_options():
+    assert draw_teacher(small(teacher__bias=False), 0).biases == [None, None]
+    ortho = draw_teacher(small(teacher__init="orthonormal"), 0).weights[0]
+    torch.testing.assert_close(ortho @ ortho.T, torch.eye(4, dtype=torch.float64), rtol=0, atol=1e-14)
+    loose = draw_teacher(small(teacher__init="gaussian", teacher__unit_norm=False, teacher__scale=3.0), 0)
+    assert float(loose.weights[0].norm(dim=1).min()) > 2
+    with pytest.raises(ExperimentError, match="12 orthonormal rows do not fit in 10 inputs"):
+        draw_teacher(small(teacher__widths=[10, 12, 6], teacher__init="orthonormal"), 0)
+
+
+def test_students_start_as_the_experiment_says():
+    student = draw_student(small(student__scale=0.005), 0)
+    assert student.widths == (10, 8, 6)
+    numbers = torch.cat([w.flatten() for w in student.weights]) / 0.005
+    assert abs(float(numbers.square().mean()) - 1) < 5 * (2 / len(numbers)) ** 0.5
+    assert not any(b.any() for b in student.biases)
+    assert draw_student(small(student__bias=False), 0).biases == [None, None]
+    uniform = draw_student(small(student__init="torch"), 0)
+    assert float(uniform.weights[1].abs().max()) <= 8**-0.5
+    assert bool(uniform.biases[0].any())
+    unit = draw_student(small(training__normalize=True), 0)
+    torch.testing.assert_close(unit.weights[0].norm(dim=1), torch.ones(8, dtype=torch.float64), rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("law", ["gaussian", "uniform"])
+def test_inputs_have_the_law_they_name(law):
+    experiment = small(data__law=law, data__std=1.5, data__eval=4000)
+    x = data.evaluation_inputs(experiment, 0)
+    n = x.size
+    fourth = {"gaussian": 3.0, "uniform": 9 / 5}[law]
+    assert abs(x.mean()) < 5 * 1.5 / n**0.5
+    assert abs(x.var() - 1.5**2) < 5 * 1.5**2 * ((fourth - 1) / n) ** 0.5
+    if law == "uniform":
+        assert np.abs(x).max() <= 1.5 * 3**0.5
+
+
+def test_streams_are_independent_and_keyed_by_seed_and_epoch_only():
+    draws = {
+        key: data.generator(*key).standard_normal(64)
+        for key in itertools.product((0, 1, 2**40), data.STREAMS, (0, 1))
+    }
+    assert len({d.tobytes() for d in draws.values()}) == len(draws)
+    np.testing.assert_array_equal(draws[1, "eval", 0], data.generator(1, "eval", 0).standard_normal(64))
+    stacked = np.stack(list(draws.values()))
+    off = np.corrcoef(stacked)[~np.eye(len(stacked), dtype=bool)]
+    assert np.abs(off).max() < 6 / 64**0.5
+
+
+def test_a_seeds_draws_do_not_depend_on_the_other_seeds_or_what_is_swept():
+    alone, among = small(seeds=[7]), small(seeds=[3, 7, 9], teacher__polarity=0.0)
+    np.testing.assert_array_equal(data.batch_indices(alone, 7, 2), data.batch_indices(among, 7, 2))
+    assert torch.equal(draw_teacher(alone, 7).weights[0], draw_teacher(among, 7).weights[0])
+
+
+def test_one_pass_uses_every_sample_at_most_once():
+    experiment = small(data__train=100, training__batch=16).replace({})
+    experiment = type(experiment)(**{k: v for k, v in experiment.as_dict().items() if k != "training"})
+    experiment = experiment.replace({"training.epochs": 1})
+    indices = data.batch_indices(experiment, 0, 1)
+    assert indices.shape == (100 // 16, 16)
+    assert len(np.unique(indices)) == indices.size
+    assert not np.array_equal(indices, data.batch_indices(experiment, 0, 2))
+
+
+def test_fresh_samples_do_not_depend_on_how_many_are_drawn_at_once():
+    experiment = small(data__train="fresh")
+    whole = np.concatenate(list(data.fresh_batches(experiment, 0, 1, steps_at_once=30)))
+    pieces = np.concatenate(list(data.fresh_batches(experiment, 0, 1, steps_at_once=7)))
+    np.testing.assert_array_equal(whole, pieces)
+    assert whole.shape == (30, 16, 10)
+    assert not np.array_equal(data.training_inputs(experiment, 0, 1), data.training_inputs(experiment, 0, 2))

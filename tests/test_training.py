@@ -1,0 +1,191 @@
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import tests.oracles as oracles
+from tests.cases import reference
+from tsdyn import activations
+from tsdyn.experiment import Training
+from tsdyn.networks import Network
+from tsdyn.training import (
+    Ensemble,
+    Rule,
+    block_size,
+    finite_stream,
+    living_blocks,
+    train_epoch,
+    train_epoch_plain,
+)
+
+EPS = torch.finfo(torch.float64).eps
+
+
+def ensemble(widths, members=3, name="relu", bias=True, seed=0, leak=0.1):
+    draw = torch.Generator().manual_seed(seed)
+    normal = lambda *shape: torch.randn(*shape, generator=draw, dtype=torch.float64)  # noqa: E731
+    return Ensemble.of(
+        [
+            Network(
+                [normal(n, below) / below**0.5 for below, n in itertools.pairwise(widths)],
+                [0.1 * normal(n) for n in widths[1:]] if bias else None,
+                name,
+                leak=leak,
+            )
+            for _ in range(members)
+        ]
+    )
+
+
+def samples(widths, members=3, count=40, steps=10, batch=8, seed=1):
+    draw = torch.Generator().manual_seed(seed)
+    x = torch.randn(members, count, widths[0], generator=draw, dtype=torch.float64)
+    y = torch.randn(members, count, widths[-1], generator=draw, dtype=torch.float64)
+    return x, y, torch.randint(0, count, (members, steps, batch), generator=draw)
+
+
+RULES = {
+    "sgd": Rule(0.05),
+    "weight decay": Rule(0.05, weight_decay=0.1),
+    "momentum": Rule(0.02, momentum=0.9, weight_decay=0.01),
+    "adam": Rule(0.01, adam=True),
+    "adam with weight decay": Rule(0.01, adam=True, weight_decay=0.1),
+    "features fixed": Rule(0.05, frozen=(1,)),
+    "top fixed": Rule(0.05, frozen=(2,)),
+    "all fixed": Rule(0.05, frozen=(1, 2, 3)),
+    "normalized": Rule(0.05, normalize=True),
+    "normalized momentum, top fixed": Rule(0.02, momentum=0.5, normalize=True, frozen=(3,)),
+}
+
+
+def assert_same(mine, theirs, tolerance):
+    for (kind, layer, a), (_, _, b) in zip(mine.parameters(), theirs.parameters(), strict=True):
+        assert float((a - b).abs().max()) <= tolerance * float(b.abs().max() + 1), (kind, layer)
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+@pytest.mark.parametrize("bias", [True, False])
+def test_batched_plain_and_torch_optim_agree(rule, bias):
+    widths = (6, 9, 7, 4)
+    x, y, indices = samples(widths)
+    fast, plain, start = (ensemble(widths, bias=bias) for _ in range(3))
+    train_epoch(fast, finite_stream(x, y, indices), rule, batch=8)
+    train_epoch_plain(plain, finite_stream(x, y, indices), rule, batch=8)
+    # ten steps of sums over at most 9 nodes and 8 samples; Adam divides by small numbers, which amplifies
+    tolerance = (1e4 if rule.adam else 1e2) * EPS
+    assert_same(fast, plain, tolerance)
+    for member in range(3):
+        batches = [(x[member, rows], y[member, rows]) for rows in indices[member]]
+        module = oracles.train(start.network(member), batches, rule)
+        expected = Ensemble.of([Network.from_torch(module)])
+        for tensor in (*expected.weights, *(b for b in expected.biases if b is not None)):
+            tensor.detach_()
+        mine = fast.block(slice(member, member + 1))
+        assert_same(mine, expected, tolerance)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    hidden=st.lists(st.integers(1, 9), min_size=0, max_size=4),
+    name=st.sampled_from(activations.NAMES),
+    bias=st.booleans(),
+    rule=st.sampled_from([RULES["sgd"], RULES["momentum"], RULES["weight decay"]]),
+)
+def test_batched_equals_plain_for_any_depth_and_activation(hidden, name, bias, rule):
+    widths = (5, *hidden, 3)
+    x, y, indices = samples(widths, steps=6)
+    fast, plain = (ensemble(widths, name=name, bias=bias) for _ in range(2))
+    train_epoch(fast, finite_stream(x, y, indices), rule, batch=8)
+    train_epoch_plain(plain, finite_stream(x, y, indices), rule, batch=8)
+    assert_same(fast, plain, 1e3 * EPS)
+
+
+def test_float32():
+    widths = (6, 9, 4)
+    x, y, indices = (t.float() if t.is_floating_point() else t for t in samples(widths))
+    fast = ensemble(widths)
+    plain = ensemble(widths)
+    for e in (fast, plain):
+        e.weights = [w.float() for w in e.weights]
+        e.biases = [b.float() for b in e.biases]
+    train_epoch(fast, finite_stream(x, y, indices), RULES["sgd"], batch=8)
+    train_epoch_plain(plain, finite_stream(x, y, indices), RULES["sgd"], batch=8)
+    assert fast.weights[0].dtype == torch.float32
+    assert_same(fast, plain, 1e2 * torch.finfo(torch.float32).eps)
+
+
+def test_gradient_descent_uses_every_sample():
+    widths = (6, 9, 4)
+    x, y, _ = samples(widths)
+    fast = ensemble(widths)
+    module = oracles.train(fast.network(0), [(x[0], y[0])] * 3, RULES["sgd"])
+    train_epoch(fast, finite_stream(x, y, None, steps=3), RULES["sgd"], batch=40)
+    torch.testing.assert_close(fast.weights[0][0], module[0].weight.detach(), rtol=0, atol=1e2 * EPS)
+
+
+def test_a_dying_member_does_not_touch_the_others():
+    widths = (6, 9, 4)
+    x, y, indices = samples(widths)
+    alone = ensemble(widths)
+    train_epoch(alone, finite_stream(x, y, indices), RULES["sgd"], batch=8)
+    train_epoch(alone, finite_stream(x, y, indices), RULES["sgd"], batch=8)
+    poisoned = ensemble(widths)
+    y = y.clone()
+    y[1] = 1e300
+    train_epoch(poisoned, finite_stream(x, y, indices), RULES["sgd"], batch=8)
+    assert poisoned.bury(1) == [1]
+    assert poisoned.bury(1) == []
+    train_epoch(poisoned, finite_stream(x, y, indices), RULES["sgd"], batch=8)
+    assert poisoned.death_epoch.tolist() == [-1, 1, -1]
+    assert bool(torch.isnan(poisoned.weights[0][1]).all())
+    for member in (0, 2):
+        torch.testing.assert_close(poisoned.weights[0][member], alone.weights[0][member], rtol=0, atol=1e2 * EPS)
+
+
+def test_living_blocks_cover_the_living_once_and_are_neighbours():
+    death = torch.tensor([-1, -1, 3, -1, -1, -1, -1, 5])
+    blocks = living_blocks(death, 2)
+    covered = [i for b in blocks for i in range(b.start, b.stop)]
+    assert covered == [0, 1, 3, 4, 5, 6]
+    assert all(b.stop - b.start <= 2 for b in blocks)
+    assert living_blocks(torch.tensor([1, 1]), 4) == []
+
+
+def test_block_size_falls_with_the_parameters_and_is_at_least_one():
+    assert block_size(ensemble((100, 10, 50)), 16) > block_size(ensemble((100, 100, 50)), 16) >= 1
+    assert block_size(ensemble((2000, 500, 5)), 16) == 1
+
+
+def test_members_of_different_kinds_are_refused():
+    with pytest.raises(ValueError, match="an ensemble is of one shape"):
+        Ensemble.of([Network([torch.ones(2, 2)], [torch.ones(2)]), Network([torch.ones(2, 2)])])
+
+
+def test_learning_rate_table():
+    training = Training(learning_rate={"0": 0.2, "20": 0.1})
+    assert [training.rate(e) for e in (1, 20, 21, 99)] == [0.2, 0.2, 0.1, 0.1]
+
+
+def test_replays_the_released_code():
+    """Same start, same batches: the same weights, to the rounding of 1000 steps (seen: 6e-16)."""
+    with np.load(reference("luckmatters_two_layer.npz"), allow_pickle=False) as z:
+        data = {k: z[k] for k in z.files if k not in ("config",)}
+
+    def network(first, second):  # the released code keeps (input, node) with the bias as last row
+        return Network([first[:-1].T.copy(), second[:-1].T.copy()], [first[-1], second[-1]])
+
+    teacher = network(data["W1_t"], data["W2_t"])
+    student = Ensemble.of([network(data["e0_W1_s"], data["e0_W2_s"])])
+    x = torch.from_numpy(data["X_train"])
+    indices = torch.from_numpy(data["sel"].astype(np.int64)).view(2, 1, 500, 16)
+    plain = Ensemble.of([student.network(0)])
+    for epoch in (1, 2):
+        for train, members in ((train_epoch, student), (train_epoch_plain, plain)):
+            train(members, finite_stream(x[None], teacher(x)[None], indices[epoch - 1]), Rule(0.01), batch=16)
+            for layer, expected in enumerate((data[f"e{epoch}_W1_s"], data[f"e{epoch}_W2_s"])):
+                scale = np.abs(expected).max()
+                assert np.abs(members.weights[layer][0].numpy() - expected[:-1].T).max() <= 1e-12 * scale
+                assert np.abs(members.biases[layer][0].numpy() - expected[-1]).max() <= 1e-12 * scale
