@@ -90,8 +90,8 @@ def test_tiles_of_pure_padding_are_never_written(tmp_path):
     true = 2 * 8 * (8 * 6000 + 6 * 8 + 8 + 6) + 8 * (4 * 6000 + 6 * 4 + 4 + 6)
     size = (tmp_path / "wide" / "archive.nc").stat().st_size
     assert ds.weight.nbytes + ds.teacher_weight.nbytes > 1.7 * true
-    # headers, and tiles that are only partly full
-    assert size < 1.1 * true + 100_000
+    # headers, and the eighth that a tile may waste along each of its node dimensions
+    assert size < 1.125**2 * true + 100_000
 
 
 def test_every_variable_of_epochs_carries_a_checksum(finished):

@@ -1,0 +1,5 @@
+"""Analysis after the fact: lazy, on archives, one topic a module."""
+
+import lazy_loader as _lazy
+
+__getattr__, __dir__, __all__ = _lazy.attach(__name__, submodules=["figures", "lift", "specialization"])

@@ -1,0 +1,158 @@
+"""Student specialization: which teacher nodes have a student node of their own.
+
+Every topic has two storeys: an array formula over (..., teacher_node, node), and its labelled lift, which takes
+any slice of a run or a sweep that keeps both node dimensions and stays lazy if the archive is.
+
+Source: Tian (2020), section 6.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+
+from tsdyn.analysis.lift import lift
+
+#: A teacher node is recovered above this correlation (Tian 2020, Figure 7).
+THRESHOLD = 0.95
+SOURCE = "Tian 2020 (PMLR 119:9470), section 6"
+
+
+def _nanmax(values: NDArray, axis: int) -> NDArray:
+    """NaN only where every entry is (np.nanmax would warn there)."""
+    return np.fmax.reduce(values, axis=axis)
+
+
+def best_match(correlation: NDArray) -> NDArray:
+    """(..., teacher_node, node) -> (..., teacher_node): the largest correlation any student node reaches; signed."""
+    return _nanmax(correlation, axis=-1)
+
+
+def best_teacher(correlation: NDArray) -> NDArray:
+    """(..., teacher_node, node) -> (..., node): the largest correlation with any teacher node; signed."""
+    return _nanmax(correlation, axis=-2)
+
+
+def mean_best_match(correlation: NDArray) -> NDArray:
+    """(..., teacher_node, node) -> (...): ρ̄; teacher nodes without any correlation are left out."""
+    best = best_match(correlation)
+    real = ~np.isnan(best)
+    count = real.sum(-1)
+    return np.where(count > 0, np.where(real, best, 0.0).sum(-1) / np.maximum(count, 1), np.nan)
+
+
+def match_counts(correlation: NDArray, threshold: float) -> NDArray:
+    """(..., teacher_node, node) -> (...): teacher nodes whose best match is above `threshold`; NaN if all are NaN."""
+    best = best_match(correlation)
+    return np.where(np.isnan(best).all(-1), np.nan, (best > threshold).sum(-1))
+
+
+def _correlation(archive: xr.Dataset, caller: str) -> xr.DataArray:
+    if "correlation" not in archive:
+        raise ValueError(
+            f"{caller}: the archive has no correlation, only {', '.join(map(str, archive.data_vars))}; "
+            'record it: [record] observables = ["correlation", ...]'
+        )
+    return archive["correlation"]
+
+
+def specialization(archive: xr.Dataset) -> xr.DataArray:
+    """Best correlation any student node reaches with each teacher node.
+
+    A maximum, not a matching: several teacher nodes may share a student node.  Dimensionless, (..., teacher_node);
+    NaN for padding and dead members.  Source: Tian (2020), Figure 8.
+
+    Raises:
+        ValueError: if the archive has no correlation or the slice lacks ``node``.
+    """
+    return lift(
+        best_match,
+        _correlation(archive, "specialization"),
+        reads=("teacher_node", "node"),
+        gives=("teacher_node",),
+        name="specialization",
+        attrs={"units": "1", "long_name": "best correlation with any student node", "source": SOURCE},
+    )
+
+
+def student_specialization(archive: xr.Dataset) -> xr.DataArray:
+    """Best correlation of each student node with any teacher node, the abscissa of the L-shape; (..., node).
+
+    Raises:
+        ValueError: as `specialization`.  Source: Tian (2020), Figure 5.
+    """
+    return lift(
+        best_teacher,
+        _correlation(archive, "student_specialization"),
+        reads=("teacher_node", "node"),
+        gives=("node",),
+        name="student_specialization",
+        attrs={"units": "1", "long_name": "best correlation with any teacher node", "source": SOURCE},
+    )
+
+
+def mean_specialization(archive: xr.Dataset) -> xr.DataArray:
+    """ρ̄: mean over teacher nodes of the best correlation; (...).
+
+    Raises:
+        ValueError: as `specialization`.  Source: Tian (2020), Figure 6; Tian et al. (2019), section 5.
+    """
+    return lift(
+        mean_best_match,
+        _correlation(archive, "mean_specialization"),
+        reads=("teacher_node", "node"),
+        name="mean_specialization",
+        attrs={"units": "1", "long_name": "mean best correlation ρ̄", "source": SOURCE},
+    )
+
+
+def recovered(archive: xr.Dataset, *, threshold: float = THRESHOLD) -> xr.DataArray:
+    """Number of teacher nodes with a student node correlated above `threshold`; (...).
+
+    Raises:
+        ValueError: as `specialization`.
+    """
+
+    def counts(correlation: NDArray) -> NDArray:
+        return match_counts(correlation, threshold)
+
+    return lift(
+        counts,
+        _correlation(archive, "recovered"),
+        reads=("teacher_node", "node"),
+        name="recovered",
+        attrs={"units": "1", "long_name": f"teacher nodes recovered (correlation > {threshold:g})", "source": SOURCE},
+    )
+
+
+def success_rate(archive: xr.Dataset, *, threshold: float = THRESHOLD) -> xr.DataArray:
+    """Share of seeds in which each teacher node is recovered; (..., teacher_node).
+
+    Seeds without a value (dead members, missing points) count neither way.
+
+    Raises:
+        ValueError: as `specialization`.  Source: Tian (2020), Figure 7.
+    """
+    best = specialization(archive)
+    if "seed" not in best.dims:
+        raise ValueError("success_rate: the slice has no dimension seed; select seeds with a list or slice")
+    rate = (best > threshold).where(best.notnull()).mean("seed")
+    return rate.rename("success_rate").assign_attrs(
+        units="1", long_name=f"share of seeds with correlation > {threshold:g}", source=SOURCE
+    )
+
+
+def recovery_epoch(archive: xr.Dataset, *, threshold: float = THRESHOLD) -> xr.DataArray:
+    """First recorded epoch at which each teacher node is recovered, NaN if it never is; (..., teacher_node).
+
+    Raises:
+        ValueError: as `specialization`.
+    """
+    best = specialization(archive)
+    if "epoch" not in best.dims:
+        raise ValueError("recovery_epoch: the slice has no dimension epoch; select epochs with a list or slice")
+    first = best["epoch"].where(best > threshold).min("epoch")
+    return first.rename("recovery_epoch").assign_attrs(
+        units="epoch", long_name=f"first epoch with correlation > {threshold:g}", source=SOURCE
+    )
