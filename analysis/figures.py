@@ -56,6 +56,7 @@ def l_shape(correlation: xr.DataArray, fanout_norm: xr.DataArray, *, ax: Axes | 
             label=f"seed {seed}",
         )
     ax.set(xlim=(-0.05, 1.05), xlabel=_label(correlation), ylabel=_label(fanout_norm))
+    ax.set_ylim(bottom=0)
     return ax
 
 
@@ -163,7 +164,7 @@ def draw_l_shape(measured: xr.Dataset) -> Figure:
         lambda at, ax: l_shape(measured["student_specialization"].sel(at), measured["fanout_norm"].sel(at), ax=ax),
         swept=swept_dimensions(measured),
         title=f"fan-out norm against best correlation, epoch {int(measured['epoch'])}",
-        sharey=False,
+        sharey=True,
     )
 
 

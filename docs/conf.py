@@ -1,0 +1,107 @@
+"""Sphinx: MyST pages; the schema and the experiment file's keys are printed from the code."""
+
+from pathlib import Path
+
+from tsdyn import __version__, experiment, schema
+
+project = "tsdyn"
+author = "The tsdyn developers"
+release = version = __version__
+extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax", "myst_parser"]
+myst_enable_extensions = ["dollarmath", "deflist"]
+myst_heading_anchors = 3
+exclude_patterns = ["_build", "reference/generated"]
+html_theme = "furo"
+html_static_path = ["_static"]
+html_title = f"tsdyn {version}"
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_preserve_defaults = True
+# `Attributes:` of a dataclass are also its members
+napoleon_use_ivar = True
+nitpicky = False
+
+HERE = Path(__file__).parent
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def _schema_tables() -> str:
+    recordable = set(schema.RECORDABLE) | set(schema.CONSTANTS)
+    variables = [
+        [f"`{v.name}`", ", ".join(v.dims), v.units, v.long_name, v.conditions, v.source]
+        + ["yes" if v.name in recordable else "reserved"]
+        for v in schema.VARIABLES.values()
+    ]
+    coordinates = [[f"`{c.name}`", ", ".join(c.dims), c.long_name, c.conditions] for c in schema.COORDINATES.values()]
+    dimensions = [[f"`{name}`", meaning] for name, meaning in schema.DIMENSIONS.items()]
+    families = [[f"`{name}`", ", ".join(f"`{v}`" for v in members)] for name, members in schema.FAMILIES.items()]
+    header = ["variable", "dimensions", "units", "meaning", "conditions", "source", "recorded"]
+    return "\n".join(
+        [
+            "## Dimensions\n",
+            _table(["dimension", "labels"], dimensions),
+            "## Variables\n",
+            _table(header, variables),
+            "## Coordinates\n",
+            _table(["coordinate", "dimensions", "meaning", "conditions"], coordinates),
+            "## Words in `record.observables`\n",
+            "A variable's own name, or one of\n",
+            _table(["word", "variables"], families),
+        ]
+    )
+
+
+def _experiment_tables() -> str:
+    pages = []
+    for title, part in (
+        ("Top level", experiment.Experiment),
+        ("[teacher]", experiment.Teacher),
+        ("[student]", experiment.Student),
+        ("[data]", experiment.Data),
+        ("[training]", experiment.Training),
+        ("[record]", experiment.Record),
+    ):
+        rows = []
+        for name, field in part.model_fields.items():
+            if isinstance(field.annotation, type) and issubclass(field.annotation, experiment._Part):
+                continue
+            shape = part.model_json_schema()["properties"][name]
+            default = "required" if field.is_required() else f"`{field.default!r}`"
+            rows.append([f"`{name}`", _kind(shape), default])
+        pages += [f"## {title}\n", part.__doc__.split("\n\n")[0] + "\n", _table(["key", "value", "default"], rows)]
+    return "\n".join(pages)
+
+
+def _kind(shape: dict) -> str:
+    if "enum" in shape:
+        return " or ".join(f"`{v!r}`" for v in shape["enum"])
+    if "const" in shape:
+        return f"`{shape['const']!r}`"
+    if "anyOf" in shape:
+        return " or ".join(_kind(s) for s in shape["anyOf"] if s.get("type") != "null")
+    kind = shape.get("type", "any")
+    if kind == "array":
+        return f"list of {_kind(shape.get('items', {}))}"
+    if kind == "object":
+        return f"table of {_kind(shape.get('additionalProperties', {}) or {})}"
+    words = {"minimum": "≥ {}", "maximum": "≤ {}", "exclusiveMinimum": "> {}", "exclusiveMaximum": "< {}"}
+    bounds = [text.format(f"{shape[key]:g}") for key, text in words.items() if key in shape]
+    return " ".join([kind, *bounds])
+
+
+def _generate(_app: object) -> None:
+    target = HERE / "reference" / "generated"
+    target.mkdir(exist_ok=True)
+    for name, text in (("schema", _schema_tables()), ("experiment", _experiment_tables())):
+        (target / f"{name}.md").write_text(text, encoding="utf-8")
+
+
+def setup(app: object) -> None:
+    app.connect("builder-inited", _generate)
+
+
