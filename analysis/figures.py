@@ -17,9 +17,9 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from tsdyn.analysis import specialization
 
 from tsdyn import layer as one_layer
-from tsdyn.analysis import specialization
 from tsdyn.archive import swept_dimensions
 
 #: Okabe & Ito's palette: told apart by every common kind of colour vision.
@@ -117,9 +117,11 @@ def _lowest(archive: xr.Dataset, figure: str, *variables: str) -> xr.Dataset:
         raise ValueError(
             f"{figure}: the archive has no {', '.join(missing)}; record it: [record] observables = {families}"
         )
-    return one_layer(archive[list(variables)], 1).load() if "layer" in archive[list(variables)].dims else archive[
-        list(variables)
-    ].load()
+    return (
+        one_layer(archive[list(variables)], 1).load()
+        if "layer" in archive[list(variables)].dims
+        else archive[list(variables)].load()
+    )
 
 
 def _points(ds: xr.Dataset, dims: tuple[str, ...]) -> list[dict[str, Any]]:
@@ -127,11 +129,18 @@ def _points(ds: xr.Dataset, dims: tuple[str, ...]) -> list[dict[str, Any]]:
 
 
 def _title(point: Mapping[str, Any]) -> str:
-    return ", ".join(f"{dim} {value:g}" if isinstance(value, float) else f"{dim} {value}" for dim, value in point.items())
+    return ", ".join(
+        f"{dim} {value:g}" if isinstance(value, float) else f"{dim} {value}" for dim, value in point.items()
+    )
 
 
 def _grid(
-    ds: xr.Dataset, draw: Callable[[dict[str, Any], Axes], object], *, swept: tuple[str, ...], title: str, sharey: bool
+    ds: xr.Dataset,
+    draw: Callable[[dict[str, Any], Axes], object],
+    *,
+    swept: tuple[str, ...],
+    title: str,
+    sharey: bool,
 ) -> Figure:
     """A panel a point: the first swept dimension along columns, the rest along rows."""
     columns, rows = swept[:1], swept[1:]
@@ -158,7 +167,7 @@ def _grid(
 
 
 def draw_l_shape(measured: xr.Dataset) -> Figure:
-    """Panels of `l_shape` from ``student_specialization`` and ``fanout_norm``, both (*swept, seed, node)."""
+    """Panels of `l_shape` from ``student_specialization`` and ``fanout_norm``, both (swept..., seed, node)."""
     return _grid(
         measured,
         lambda at, ax: l_shape(measured["student_specialization"].sel(at), measured["fanout_norm"].sel(at), ax=ax),
@@ -171,11 +180,16 @@ def draw_l_shape(measured: xr.Dataset) -> Figure:
 def measure_l_shape(archive: xr.Dataset) -> xr.Dataset:
     """``student_specialization`` and ``fanout_norm`` of the lowest layer at the last epoch, loaded."""
     last = _lowest(archive.isel(epoch=-1), "l-shape", "correlation", "fanout_norm")
-    return xr.Dataset({"student_specialization": specialization.student_specialization(last), "fanout_norm": last["fanout_norm"]})
+    return xr.Dataset(
+        {
+            "student_specialization": specialization.student_specialization(last),
+            "fanout_norm": last["fanout_norm"],
+        }
+    )
 
 
 def draw_success_rate(measured: xr.Dataset) -> Figure:
-    """Panels of `success_rate` from (*swept, epoch, teacher_node): a colour an over-realization, the last epoch solid."""
+    """Panels of `success_rate` from (swept..., epoch, teacher_node): a colour a width, the last epoch solid."""
     rate = measured["success_rate"]
     swept = swept_dimensions(rate)
     lines = [dim for dim in swept if dim in ("overrealization", "widths")][:1] or list(swept[-1:])
@@ -192,9 +206,7 @@ def draw_success_rate(measured: xr.Dataset) -> Figure:
                     label=f"{_title(point)} epoch {epoch}".strip(),
                 )
 
-    figure = _grid(
-        measured, draw, swept=tuple(d for d in swept if d not in lines), title="success rate", sharey=True
-    )
+    figure = _grid(measured, draw, swept=tuple(d for d in swept if d not in lines), title="success rate", sharey=True)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", fontsize=7)
     return figure
@@ -209,7 +221,7 @@ def measure_success_rate(archive: xr.Dataset, *, early: int = 5) -> xr.Dataset:
 
 
 def draw_recovery(measured: xr.Dataset) -> Figure:
-    """Panels of `recovery` from ``specialization`` (*swept, seed, epoch, teacher_node)."""
+    """Panels of `recovery` from ``specialization`` (swept..., seed, epoch, teacher_node)."""
     best = measured["specialization"]
     figure = _grid(
         measured,

@@ -38,8 +38,8 @@ def lift(
                 f"{formula.__name__}: {array.name!r} has no dimension {', '.join(missing)}, only {tuple(array.dims)}; "
                 "select with a list or slice to keep a dimension"
             )
-    whole = [array.chunk({dim: -1 for dim in reads}) if array.chunks is not None else array for array in arrays]
-    result = xr.apply_ufunc(
+    whole = [array.chunk(dict.fromkeys(reads, -1)) if array.chunks is not None else array for array in arrays]
+    result: xr.DataArray = xr.apply_ufunc(
         formula,
         *whole,
         input_core_dims=[list(reads)] * len(arrays),

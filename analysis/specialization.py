@@ -11,7 +11,6 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
-
 from tsdyn.analysis.lift import lift
 
 #: A teacher node is recovered above this correlation (Tian 2020, Figure 7).
@@ -21,7 +20,8 @@ SOURCE = "Tian 2020 (PMLR 119:9470), section 6"
 
 def _nanmax(values: NDArray, axis: int) -> NDArray:
     """NaN only where every entry is (np.nanmax would warn there)."""
-    return np.fmax.reduce(values, axis=axis)
+    largest: NDArray = np.fmax.reduce(values, axis=axis)
+    return largest
 
 
 def best_match(correlation: NDArray) -> NDArray:
@@ -122,7 +122,11 @@ def recovered(archive: xr.Dataset, *, threshold: float = THRESHOLD) -> xr.DataAr
         _correlation(archive, "recovered"),
         reads=("teacher_node", "node"),
         name="recovered",
-        attrs={"units": "1", "long_name": f"teacher nodes recovered (correlation > {threshold:g})", "source": SOURCE},
+        attrs={
+            "units": "1",
+            "long_name": f"teacher nodes recovered (correlation > {threshold:g})",
+            "source": SOURCE,
+        },
     )
 
 

@@ -33,8 +33,15 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
 def _schema_tables() -> str:
     recordable = set(schema.RECORDABLE) | set(schema.CONSTANTS)
     variables = [
-        [f"`{v.name}`", ", ".join(v.dims), v.units, v.long_name, v.conditions, v.source]
-        + ["yes" if v.name in recordable else "reserved"]
+        [
+            f"`{v.name}`",
+            ", ".join(v.dims),
+            v.units,
+            v.long_name,
+            v.conditions,
+            v.source,
+            "yes" if v.name in recordable else "reserved",
+        ]
         for v in schema.VARIABLES.values()
     ]
     coordinates = [[f"`{c.name}`", ", ".join(c.dims), c.long_name, c.conditions] for c in schema.COORDINATES.values()]
@@ -73,7 +80,11 @@ def _experiment_tables() -> str:
             shape = part.model_json_schema()["properties"][name]
             default = "required" if field.is_required() else f"`{field.default!r}`"
             rows.append([f"`{name}`", _kind(shape), default])
-        pages += [f"## {title}\n", part.__doc__.split("\n\n")[0] + "\n", _table(["key", "value", "default"], rows)]
+        pages += [
+            f"## {title}\n",
+            part.__doc__.split("\n\n")[0] + "\n",
+            _table(["key", "value", "default"], rows),
+        ]
     return "\n".join(pages)
 
 
@@ -103,5 +114,3 @@ def _generate(_app: object) -> None:
 
 def setup(app: object) -> None:
     app.connect("builder-inited", _generate)
-
-

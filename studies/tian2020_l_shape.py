@@ -10,8 +10,9 @@ from collections.abc import Mapping
 
 from tsdyn.analysis.figures import draw_l_shape as draw
 from tsdyn.analysis.figures import measure_l_shape as measure
-from tsdyn.experiment import Experiment
 from tsdyn.studies.two_layer import PAPER, SMOKE
+
+from tsdyn.experiment import Experiment
 
 __all__ = ["EXPERIMENTS", "SOURCE", "TITLE", "draw", "measure"]
 
@@ -25,6 +26,8 @@ EXPERIMENTS: Mapping[str, Experiment] = {
         {"name": "l-shape-smoke", "sweep": {"student.overrealization": [1, 5], "teacher.polarity": [1.0]}}
     ),
     # d = 100 as in the paper; 4 seeds and 25 epochs instead of 32 and 100
-    "desk": PAPER.replace({"name": "l-shape-desk", "seeds": 4, "training.epochs": 25, "record.every": 5, "sweep": _GRID}),
+    "desk": PAPER.replace(
+        {"name": "l-shape-desk", "seeds": 4, "training.epochs": 25, "record.every": 5, "sweep": _GRID}
+    ),
     "paper": PAPER.replace({"name": "l-shape-paper", "record.every": 5, "sweep": _GRID}),
 }

@@ -9,8 +9,9 @@ from collections.abc import Mapping
 
 from tsdyn.analysis.figures import draw_recovery as draw
 from tsdyn.analysis.figures import measure_recovery as measure
-from tsdyn.experiment import Experiment
 from tsdyn.studies.two_layer import PAPER, SMOKE
+
+from tsdyn.experiment import Experiment
 
 __all__ = ["EXPERIMENTS", "SOURCE", "TITLE", "draw", "measure"]
 

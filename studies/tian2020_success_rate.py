@@ -10,8 +10,9 @@ from collections.abc import Mapping
 
 from tsdyn.analysis.figures import draw_success_rate as draw
 from tsdyn.analysis.figures import measure_success_rate as measure
-from tsdyn.experiment import Experiment
 from tsdyn.studies.two_layer import PAPER, SMOKE
+
+from tsdyn.experiment import Experiment
 
 __all__ = ["EXPERIMENTS", "SOURCE", "TITLE", "draw", "measure"]
 

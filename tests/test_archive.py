@@ -271,7 +271,11 @@ def test_schema_problems_are_each_named(finished):
 def test_measurements_of_dead_members_are_nan_and_the_rest_goes_on(tmp_path):
     told = []
     experiment = small(training__learning_rate=2.5, seeds=6, training__epochs=6, record__observables=["loss", "weight"])
-    ds = tsdyn.run(experiment, tmp_path / "run", progress=lambda epoch, _, died, __: told.extend((epoch, s) for s in died))
+    ds = tsdyn.run(
+        experiment,
+        tmp_path / "run",
+        progress=lambda epoch, _, died, __: told.extend((epoch, s) for s in died),
+    )
     ds = ds.load()
     dead = ds.death_epoch >= 0
     assert bool(dead.any())

@@ -108,7 +108,10 @@ def test_dimensions_of_swept_keys_avoid_the_schemas_names():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"training.lerning_rate": 1.0}, "training.lerning_rate: unknown key (did you mean 'learning_rate'?); [training] has"),
+        (
+            {"training.lerning_rate": 1.0},
+            "training.lerning_rate: unknown key (did you mean 'learning_rate'?); [training] has",
+        ),
         ({"techer.widths": [1, 2]}, "techer: unknown key (did you mean 'teacher'?)"),
         ({"training.epochs": "many"}, "training.epochs = 'many': must be a valid integer"),
         ({"training.epochs": 2.5}, "training.epochs = 2.5: must be a valid integer"),
@@ -123,14 +126,20 @@ def test_dimensions_of_swept_keys_avoid_the_schemas_names():
         ({"student.widths": [10, 8, 7]}, "differ at the output: 7 against 6"),
         ({"student.widths": [10, 8, 8, 6]}, "depths must agree"),
         ({"student.activation": "swish"}, "student.activation = 'swish': must be 'relu', 'leaky_relu'"),
-        ({"record.observables": ["corelation"]}, "'corelation' is not an observable (did you mean 'correlation'?)"),
+        (
+            {"record.observables": ["corelation"]},
+            "'corelation' is not an observable (did you mean 'correlation'?)",
+        ),
         ({"record.observables": ["hessian_eigenvalue"]}, "'hessian_eigenvalue' is not an observable"),
         ({"name": "../../etc/passwd"}, "a name is 1–100 letters"),
         ({"seeds": 0}, "seeds = 0: must be greater than or equal to 1"),
         ({"seeds": 10**9}, "at most 1000000 members"),
         ({"seeds": [1, 2, 1]}, "labels repeat"),
         ({"seeds": [-1]}, "must be greater than or equal to 0"),
-        ({"sweep": {"student.scal": [1.0]}}, "'student.scal' is not a key that can be swept (did you mean 'student.scale'?)"),
+        (
+            {"sweep": {"student.scal": [1.0]}},
+            "'student.scal' is not a key that can be swept (did you mean 'student.scale'?)",
+        ),
         ({"sweep": {"name": ["a", "b"]}}, "'name' is not a key that can be swept"),
         ({"sweep": {"student.scale": [0.1, 0.1]}}, "values of 'student.scale' repeat"),
         ({"sweep": {"student.scale": [0.1, -0.1]}}, "student.scale = -0.1: must be greater than 0"),

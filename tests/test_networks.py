@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,7 @@ from tsdyn import Network, activations
 def random_network(widths, name="relu", bias=True, seed=0, **options):
     draw = torch.Generator().manual_seed(seed)
     normal = lambda *shape: torch.randn(*shape, generator=draw, dtype=torch.float64)  # noqa: E731
-    weights = [normal(n, below) for below, n in zip(widths, widths[1:], strict=False)]
+    weights = [normal(n, below) for below, n in itertools.pairwise(widths)]
     return Network(weights, [normal(n) for n in widths[1:]] if bias else None, name, **options)
 
 
@@ -84,15 +86,24 @@ def test_numpy_is_accepted():
     ("make", "message"),
     [
         (lambda: Network([]), "0 weights"),
-        (lambda: Network([torch.ones(2, 3), torch.ones(4, 5)]), "layer 2 takes 5 inputs, layer 1 has 2 nodes"),
+        (
+            lambda: Network([torch.ones(2, 3), torch.ones(4, 5)]),
+            "layer 2 takes 5 inputs, layer 1 has 2 nodes",
+        ),
         (lambda: Network([torch.ones(2, 3)], [torch.ones(3)]), r"bias of layer 1 has shape \(3,\)"),
         (lambda: Network([torch.ones(2)]), "must be floating point"),
         (lambda: Network([torch.ones(2, 3, dtype=torch.int64)]), "must be floating point"),
         (lambda: Network([torch.ones(2, 3), torch.ones(1, 2).double()]), "one dtype and device"),
-        (lambda: Network([torch.ones(2, 3)], activation="swish"), "'swish' is not registered; there are relu"),
+        (
+            lambda: Network([torch.ones(2, 3)], activation="swish"),
+            "'swish' is not registered; there are relu",
+        ),
         (lambda: Network([torch.ones(2, 3)], activation="leaky_relu", leak=-1.0), "leak=-1.0 is negative"),
         (lambda: Network([torch.ones(2, 3)])(torch.ones(1, 4)), "inputs have 4 features, layer 1 takes 3"),
-        (lambda: Network.from_torch(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))), "BatchNorm1d.* has no place"),
+        (
+            lambda: Network.from_torch(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))),
+            "BatchNorm1d.* has no place",
+        ),
         (lambda: Network.from_torch(nn.Sequential(nn.Linear(2, 2), nn.ReLU())), "must end with a Linear"),
         (
             lambda: Network.from_torch(
@@ -100,7 +111,10 @@ def test_numpy_is_accepted():
             ),
             "activations differ",
         ),
-        (lambda: Network.from_torch(nn.Sequential(nn.Linear(2, 2), nn.GELU("tanh"), nn.Linear(2, 2))), "approximate"),
+        (
+            lambda: Network.from_torch(nn.Sequential(nn.Linear(2, 2), nn.GELU("tanh"), nn.Linear(2, 2))),
+            "approximate",
+        ),
     ],
 )
 def test_bad_networks_are_refused_with_the_reason(make, message):

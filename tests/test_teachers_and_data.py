@@ -32,7 +32,9 @@ def test_separated_entries_are_uniform_over_the_choices(columns):
 
 
 def test_too_few_choices_say_how_many_rows_exist():
-    with pytest.raises(ExperimentError, match="9 rows of 2 entries from 3 choices: only 8 distinct non-zero rows exist"):
+    with pytest.raises(
+        ExperimentError, match="9 rows of 2 entries from 3 choices: only 8 distinct non-zero rows exist"
+    ):
         separated_rows(np.random.default_rng(0), 9, 2, (-1.0, 0.0, 1.0))
     exhausted = separated_rows(np.random.default_rng(0), 8, 2, (-1.0, 0.0, 1.0, 1.0))
     assert len(np.unique(exhausted, axis=0)) == 8
@@ -93,8 +95,7 @@ def test_inputs_have_the_law_they_name(law):
 
 def test_streams_are_independent_and_keyed_by_seed_and_epoch_only():
     draws = {
-        key: data.generator(*key).standard_normal(64)
-        for key in itertools.product((0, 1, 2**40), data.STREAMS, (0, 1))
+        key: data.generator(*key).standard_normal(64) for key in itertools.product((0, 1, 2**40), data.STREAMS, (0, 1))
     }
     assert len({d.tobytes() for d in draws.values()}) == len(draws)
     np.testing.assert_array_equal(draws[1, "eval", 0], data.generator(1, "eval", 0).standard_normal(64))

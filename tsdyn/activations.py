@@ -77,7 +77,7 @@ def _gaussian_density(z: Tensor) -> Tensor:
 
 
 def _gelu_derivative(z: Tensor) -> Tensor:
-    return torch.special.ndtr(z) + z * _gaussian_density(z)
+    return torch.special.ndtr(z).add(z * _gaussian_density(z))
 
 
 _SMOOTH: Mapping[str, Activation] = {

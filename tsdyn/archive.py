@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import itertools
 import json
 import os
 import re
@@ -22,7 +23,7 @@ import numpy as np
 import xarray as xr
 
 from tsdyn import schema
-from tsdyn.experiment import Experiment, ExperimentError, differences, sweep_dimensions
+from tsdyn.experiment import Experiment, differences, sweep_dimensions
 from tsdyn.schema import CONSTANTS, COORDINATES, VARIABLES, Layout
 
 EXPERIMENT = "experiment.toml"
@@ -39,7 +40,7 @@ _TILE = 16
 _SEGMENT = re.compile(r"epoch-(\d{6,})-(\d{6,})\.nc")
 _MARGIN = 1 << 20
 
-#: Variable → one array (seed, epoch), or one a layer from the lowest up, (seed, epoch, *nodes); constants: no epoch.
+#: Variable → one array (seed, epoch), or one a layer from the lowest up, (seed, epoch, node...); constants: no epoch.
 Records = Mapping[str, "np.ndarray | list[np.ndarray]"]
 State = Mapping[str, np.ndarray]
 
@@ -88,7 +89,7 @@ def _sizes(layout: Layout, epochs: int) -> dict[str, int]:
 
 
 def _chunks(variable: schema.Variable, layout: Layout, sizes: Mapping[str, int], itemsize: int) -> list[int]:
-    chunk = {dim: 1 for dim in ("seed", "layer")}
+    chunk = dict.fromkeys(("seed", "layer"), 1)
     for dim in variable.dims:
         if dim not in ("seed", "epoch", "layer"):
             chunk[dim] = _tile(layout.node_widths(variable, dim))
@@ -164,7 +165,7 @@ def _fsync(path: Path) -> None:
 
 @contextmanager
 def _replacing(path: Path, needed: int) -> Iterator[Path]:
-    """A temporary name beside `path` that becomes `path` once written, flushed and synced; nothing is left otherwise."""
+    """A temporary name beside `path` that becomes `path` once written and synced; nothing is left otherwise."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     free = shutil.disk_usage(path.parent).free
     if free < needed + _MARGIN:
@@ -253,7 +254,13 @@ class Run:
         return found[-1][1] if found else None
 
     def commit(
-        self, first: int, last: int, epochs: Sequence[int], records: Records, state: State, attrs: Mapping[str, Any]
+        self,
+        first: int,
+        last: int,
+        epochs: Sequence[int],
+        records: Records,
+        state: State,
+        attrs: Mapping[str, Any],
     ) -> None:
         """Write the recorded `epochs` among trained epochs `first`..`last` and the state after `last`, in one rename.
 
@@ -313,7 +320,9 @@ class Run:
         nc.set_auto_mask(False)
         for name, index, block in self._windows(files, nc):
             if not np.array_equal(nc[name][index], block, equal_nan=True):
-                raise ArchiveError(f"{self.path}: {name} read back differently from what was written; segments are kept")
+                raise ArchiveError(
+                    f"{self.path}: {name} read back differently from what was written; segments are kept"
+                )
 
     def _windows(
         self, files: Sequence[Path], nc: netCDF4.Dataset
@@ -361,7 +370,7 @@ def segments(path: Path) -> list[tuple[int, int]]:
     """
     names = [_SEGMENT.fullmatch(entry.name) for entry in (path / SEGMENTS).glob("*.nc")]
     found = sorted((int(m[1]), int(m[2])) for m in names if m)
-    for (_, end), (start, _) in zip(found, found[1:], strict=False):
+    for (_, end), (start, _) in itertools.pairwise(found):
         if start != end + 1:
             raise ArchiveError(f"{path}: segments end at epoch {end} and go on at {start}; epochs between are missing")
     return found
@@ -424,7 +433,7 @@ def point_name(values: Mapping[str, Any]) -> str:
 
 def _label(value: Any) -> str | int | float:
     """A coordinate value for a swept value: numbers and strings are themselves, lists join with ``-``."""
-    if isinstance(value, bool) or isinstance(value, dict):
+    if isinstance(value, (bool, dict)):
         return json.dumps(value)
     if isinstance(value, (list, tuple)):
         return "-".join(str(v) for v in value)
@@ -525,9 +534,7 @@ def _open_sweep(path: Path) -> xr.Dataset:
             opened[tuple(_label(point["values"][key]) for key in dims)] = open(directory)
     if not opened:
         raise DirectoryError(f"{path}: no point of this sweep has a committed epoch yet; go on with `tsdyn run`")
-    widest = {
-        dim: max(ds.sizes.get(dim, 0) for ds in opened.values()) for dim in (*schema.NODE_WIDTHS, "input_node")
-    }
+    widest = {dim: max(ds.sizes.get(dim, 0) for ds in opened.values()) for dim in (*schema.NODE_WIDTHS, "input_node")}
     padded = {key: _padded(ds, widest) for key, ds in opened.items()}
     template = next(iter(padded.values()))
     labels = {dims[key]: [_label(v) for v in values] for key, values in experiment.sweep.items()}

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from tsdyn._version import __version__
-from tsdyn.archive import ArchiveError, DirectoryError
+from tsdyn.archive import ArchiveError, DirectoryError, local_path
 from tsdyn.experiment import Experiment, ExperimentError
 
 if TYPE_CHECKING:
@@ -28,10 +28,11 @@ app.add_typer(study, name="study")
 
 FAILED, WRONG = 1, 2
 
-OutDirectory = Annotated[Path | None, typer.Option("-o", "--output", help="Directory; runs/NAME if not given.")]
+# Not Path, which would turn http://host into the local http:/host before it can be refused.
+OutDirectory = Annotated[str | None, typer.Option("-o", "--output", help="Directory; runs/NAME if not given.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")]
-Directory = Annotated[Path, typer.Argument(metavar="DIR", help="A run, a sweep or an archive file.")]
+Directory = Annotated[str, typer.Argument(metavar="DIR", help="A run, a sweep or an archive file.")]
 
 
 def main() -> None:
@@ -62,7 +63,7 @@ def _fail(error: object, code: int) -> None:
     raise SystemExit(code)
 
 
-def _version(asked: bool) -> None:
+def _version(asked: bool | None) -> None:
     if asked:
         print(f"tsdyn {__version__}")
         raise typer.Exit
@@ -70,7 +71,9 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool | None, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = None,
 ) -> None:
     """Exact, labelled analysis of training dynamics in teacher-student networks."""
 
@@ -80,7 +83,8 @@ def run(
     experiment: Annotated[Path, typer.Argument(metavar="EXPERIMENT.toml", help="The experiment file.")],
     output: OutDirectory = None,
     changes: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set a key, e.g. training.epochs=5.")
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Set a key, e.g. training.epochs=5."),
     ] = None,
     device: Device = "cpu",
     quiet: Quiet = False,
@@ -89,7 +93,7 @@ def run(
     chosen = Experiment.from_toml(experiment)
     if changes:
         chosen = chosen.replace(dict(_assignment(text) for text in changes))
-    _run(chosen, output or Path("runs") / chosen.name, device, quiet)
+    _run(chosen, local_path(output or Path("runs") / chosen.name), device, quiet)
 
 
 @study.command("list")
@@ -124,7 +128,7 @@ def run_study(
     module = _study(name)
     if scale not in module.EXPERIMENTS:
         raise ExperimentError(f"--scale {scale}: there are {', '.join(module.EXPERIMENTS)}")
-    path = output or Path("runs") / f"{name}-{scale}"
+    path = archive.local_path(output or Path("runs") / f"{name}-{scale}")
     _run(module.EXPERIMENTS[scale], path, device, quiet)
     measured = module.measure(archive.open(path)).load()
     archive.write_dataset(path / "measured.nc", measured)
@@ -247,7 +251,9 @@ def _reporting(points: list[Experiment]) -> Iterator[tuple[Report, Callable[...,
 
     def died(epoch: int, seeds: list[int]) -> None:
         if seeds:
-            console.print(f"{name[0]}epoch {epoch}: seeds {seeds} became NaN or infinite and were stopped", markup=False)
+            console.print(
+                f"{name[0]}epoch {epoch}: seeds {seeds} became NaN or infinite and were stopped", markup=False
+            )
 
     if not console.is_terminal:
 

@@ -24,9 +24,7 @@ def generator(seed: int, stream: str, epoch: int = 0) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, STREAMS.index(stream), epoch))))
 
 
-def draw_inputs(
-    experiment: Experiment, rng: np.random.Generator, samples: int
-) -> Float[np.ndarray, "sample input"]:
+def draw_inputs(experiment: Experiment, rng: np.random.Generator, samples: int) -> Float[np.ndarray, "sample input"]:
     """Inputs from the experiment's law, in its dtype.
 
     ``gaussian``: N(0, std²) per coordinate.  ``uniform``: on [−√3 std, √3 std], which has the same variance.

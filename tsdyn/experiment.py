@@ -56,9 +56,7 @@ def _epochs_as_integers(value: Any) -> Any:
     """TOML keys are strings: ``{ 0 = 0.2, 20 = 0.1 }``."""
     if not isinstance(value, Mapping):
         return _float(value)
-    return {
-        int(k) if isinstance(k, str) and re.fullmatch(r"\d{1,9}", k) else k: _float(v) for k, v in value.items()
-    }
+    return {int(k) if isinstance(k, str) and re.fullmatch(r"\d{1,9}", k) else k: _float(v) for k, v in value.items()}
 
 
 Real = Annotated[float, BeforeValidator(_float)]
@@ -148,7 +146,12 @@ class Record(_Part):
     every: Count | None = None
     epochs: Epochs | None = None
     geometric: Annotated[Real, Field(gt=1)] | None = None
-    observables: Annotated[tuple[str, ...], BeforeValidator(_tuple)] = ("loss", "correlation", "fanout_norm", "weight")
+    observables: Annotated[tuple[str, ...], BeforeValidator(_tuple)] = (
+        "loss",
+        "correlation",
+        "fanout_norm",
+        "weight",
+    )
     band: Positive = 0.1
 
     @field_validator("observables")
@@ -157,7 +160,9 @@ class Record(_Part):
         known = list(dict.fromkeys([*schema.FAMILIES, *schema.RECORDABLE]))
         for name in value:
             if name not in known:
-                raise ValueError(f"{name!r} is not an observable{_nearest(name, known)}; there are: " + ", ".join(known))
+                raise ValueError(
+                    f"{name!r} is not an observable{_nearest(name, known)}; there are: " + ", ".join(known)
+                )
         return value
 
     @model_validator(mode="after")
@@ -452,7 +457,9 @@ def _explain(error: ValidationError, model: type[BaseModel]) -> str:
             sentence = f"{key} = {shown}: {message}" if key else message
         else:
             message = item["msg"].removeprefix("Input should be ")
-            sentence = f"{key} = {shown}: must be {message}" if message != item["msg"] else f"{key} = {shown}: {message}"
+            sentence = (
+                f"{key} = {shown}: must be {message}" if message != item["msg"] else f"{key} = {shown}: {message}"
+            )
         head, _, rule = sentence.partition(": must be ")
         lines.setdefault(head, [])
         if rule and rule not in lines[head]:
@@ -462,7 +469,9 @@ def _explain(error: ValidationError, model: type[BaseModel]) -> str:
 
 def _is_branch(part: object) -> bool:
     """Pydantic names the branch of a union in a location; a reader has no use for it."""
-    return isinstance(part, int) or (isinstance(part, str) and bool(re.search(r"[\[\]()]|^constrained-|^(int|float|bool|str|dict|tuple)$", part)))
+    return isinstance(part, int) or (
+        isinstance(part, str) and bool(re.search(r"[\[\]()]|^constrained-|^(int|float|bool|str|dict|tuple)$", part))
+    )
 
 
 def _fields(model: type[BaseModel], path: list[str]) -> list[str]:

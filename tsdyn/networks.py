@@ -125,7 +125,9 @@ class Network:
             ValueError: naming the module that has no place here, activations that differ between layers, or
                 an activation after the last layer.
         """
-        weights, biases, found = [], [], []
+        weights: list[Tensor] = []
+        biases: list[Tensor | None] = []
+        found: list[Activation] = []
         for part in _leaves(module):
             if isinstance(part, nn.Linear):
                 if len(found) < len(weights):
@@ -176,7 +178,9 @@ def _leaves(module: nn.Module) -> list[nn.Module]:
 
 def _check_chain(weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> None:
     if not weights or len(biases) != len(weights):
-        raise ValueError(f"Network: {len(weights)} weights and {len(biases)} biases; give one of each a layer, at least one")
+        raise ValueError(
+            f"Network: {len(weights)} weights and {len(biases)} biases; give one of each a layer, at least one"
+        )
     below = None
     for layer, (weight, bias) in enumerate(zip(weights, biases, strict=True), start=1):
         if weight.ndim != 2 or not weight.is_floating_point():
@@ -185,10 +189,14 @@ def _check_chain(weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> 
                 "it must be floating point (node, input_node)"
             )
         if below is not None and weight.shape[1] != below:
-            raise ValueError(f"Network: layer {layer} takes {weight.shape[1]} inputs, layer {layer - 1} has {below} nodes")
+            raise ValueError(
+                f"Network: layer {layer} takes {weight.shape[1]} inputs, layer {layer - 1} has {below} nodes"
+            )
         below = weight.shape[0]
         if bias is not None and bias.shape != (below,):
-            raise ValueError(f"Network: bias of layer {layer} has shape {tuple(bias.shape)}, the layer has {below} nodes")
+            raise ValueError(
+                f"Network: bias of layer {layer} has shape {tuple(bias.shape)}, the layer has {below} nodes"
+            )
         for tensor in (weight, bias):
             if tensor is not None and (tensor.dtype, tensor.device) != (weights[0].dtype, weights[0].device):
                 raise ValueError(

@@ -90,7 +90,8 @@ def fanout_norms(network: Network, trace: Trace) -> list[Tensor]:
 def observation(teacher_z: TeacherActivations, student_z: Activations, *, band: float) -> TeacherByStudent:
     """Share of a teacher node's boundary samples that lie in a student node's active region.
 
-    Boundary samples of node j: |z*_j(x)| ≤ band · std(z*_j).  NaN without any.  Active: z_k(x) > 0.
+    Boundary samples of node j: those whose pre-activation is within `band` of its standard deviations of 0.
+    NaN without any.  Active: z_k(x) > 0.
     Source: Tian (2020), Definition 4, on a finite sample (κ of Theorem 3).
     """
     near = (teacher_z.abs() <= band * teacher_z.std(0, correction=0)).to(teacher_z.dtype)
@@ -210,7 +211,5 @@ def measure(variables: Iterable[str], measurement: Measurement) -> dict[str, flo
     with torch.no_grad():
         for name in variables:
             value = OBSERVABLES[name](measurement)
-            found[name] = (
-                [v.cpu().numpy() for v in value if v is not None] if isinstance(value, list) else float(value)
-            )
+            found[name] = [v.cpu().numpy() for v in value if v is not None] if isinstance(value, list) else float(value)
     return found

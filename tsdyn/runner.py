@@ -134,15 +134,18 @@ class Members:
         seeds, teachers = self.experiment.seed_labels[members], self.teachers[members]
         step = len(seeds) * self.experiment.training.batch * self.experiment.layout.input_width * 8
         pieces = [
-            data.fresh_batches(self.experiment, seed, epoch, steps_at_once=max(1, FRESH_BYTES // step)) for seed in seeds
+            data.fresh_batches(self.experiment, seed, epoch, steps_at_once=max(1, FRESH_BYTES // step))
+            for seed in seeds
         ]
         for draws in zip(*pieces, strict=True):
             x = torch.stack([self._tensor(draw) for draw in draws])  # (member, step, batch, input)
-            y = torch.stack([t(part.flatten(0, 1)).unflatten(0, part.shape[:2]) for t, part in zip(teachers, x, strict=True)])
+            y = torch.stack(
+                [t(part.flatten(0, 1)).view(*part.shape[:2], -1) for t, part in zip(teachers, x, strict=True)]
+            )
             yield from zip(x.unbind(1), y.unbind(1), strict=True)
 
     def measure(self, epoch: int, variables: tuple[str, ...]) -> dict[str, Any]:
-        """One epoch of every member: variable → (seed,) array, or one (seed, *nodes) array a layer; NaN for the dead."""
+        """One epoch of every member: variable → (seed,), or one (seed, node...) array a layer; NaN for the dead."""
         found: list[dict[str, Any] | None] = []
         for member in range(self.ensemble.members):
             if self.ensemble.death_epoch[member] >= 0:
@@ -169,13 +172,20 @@ class Members:
         ]
 
     def constants(self) -> dict[str, list[np.ndarray]]:
-        """The teachers' parameters, one (seed, *nodes) array a layer."""
+        """The teachers' parameters, one (seed, node...) array a layer."""
         depth = self.experiment.layout.depth
         weights = [np.stack([t.weights[i].cpu().numpy() for t in self.teachers]) for i in range(depth)]
         biases = []
         for i in range(depth):
             columns = [t.biases[i] for t in self.teachers]
-            biases.append(np.stack([np.zeros(w.shape[0], w.dtype) if b is None else b.cpu().numpy() for b, w in zip(columns, weights[i], strict=True)]))
+            biases.append(
+                np.stack(
+                    [
+                        np.zeros(w.shape[0], w.dtype) if b is None else b.cpu().numpy()
+                        for b, w in zip(columns, weights[i], strict=True)
+                    ]
+                )
+            )
         return {"teacher_weight": weights, "teacher_bias": biases}
 
     def state(self) -> dict[str, np.ndarray]:
@@ -185,7 +195,7 @@ class Members:
         for name, moments in ensemble.moments.items():
             for (kind, layer, _), moment in zip(ensemble.parameters(), moments, strict=True):
                 found[f"{name}_{kind}_{layer}"] = moment.cpu().numpy()
-        return found | {"death_epoch": ensemble.death_epoch.numpy(), "steps": np.int64(ensemble.steps)[()]}  # type: ignore[dict-item]
+        return found | {"death_epoch": ensemble.death_epoch.numpy(), "steps": np.array(ensemble.steps)}
 
     def restore(self, state: Mapping[str, np.ndarray]) -> None:
         """Go on from a stored state."""
@@ -312,7 +322,12 @@ def _train(target: Run, members: Members, progress: Progress | None) -> None:
         if epoch == last or full or time.monotonic() - clock >= COMMIT_SECONDS:
             records = _along_epochs(pending) if pending else {}
             target.commit(
-                first, epoch, epochs, {**records, **(members.constants() if first == 0 else {})}, members.state(), attrs
+                first,
+                epoch,
+                epochs,
+                {**records, **(members.constants() if first == 0 else {})},
+                members.state(),
+                attrs,
             )
             pending, epochs, first, clock = [], [], epoch + 1, time.monotonic()
     target.consolidate(attrs)
@@ -326,7 +341,10 @@ def _along_epochs(pending: list[dict[str, Any]]) -> dict[str, Any]:
             depth = max(len(p[name]) for p in pending)
             whole = [p[name] for p in pending if len(p[name]) == depth]
             found[name] = [
-                np.stack([p[name][i] if i < len(p[name]) else np.full_like(whole[0][i], np.nan) for p in pending], 1)
+                np.stack(
+                    [p[name][i] if i < len(p[name]) else np.full_like(whole[0][i], np.nan) for p in pending],
+                    1,
+                )
                 for i in range(depth)
             ]
         else:
@@ -357,7 +375,7 @@ def attributes(experiment: Experiment, device: str) -> dict[str, str | int]:
         "dtype": experiment.dtype,
         "threads": torch.get_num_threads(),
         "git_commit": _git_commit(),
-        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "conventions": json.dumps(
             {
                 "loss": "J = 1/2 E |f* - f|^2, summed over outputs",
@@ -377,7 +395,11 @@ def _git_commit() -> str:
     try:
         here = Path(__file__).resolve().parent
         answer = subprocess.run(
-            ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False
+            ["git", "-C", str(here), "rev-parse", "HEAD"],
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=False,
         )
     except (OSError, subprocess.SubprocessError):
         return "unknown"

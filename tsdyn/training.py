@@ -267,7 +267,12 @@ _Step: TypeAlias = Callable[[Ensemble, Tensor, Tensor, Rule, int], None]
 
 
 def _epoch(
-    ensemble: Ensemble, stream: Stream, rule: Rule, batch: int, step: _Step, tick: Callable[[int], None] | None
+    ensemble: Ensemble,
+    stream: Stream,
+    rule: Rule,
+    batch: int,
+    step: _Step,
+    tick: Callable[[int], None] | None,
 ) -> None:
     rule.prepare(ensemble)
     taken = 0
@@ -309,7 +314,8 @@ def _through_gate(gradient: Tensor, activation: Activation, z: Tensor, f: Tensor
     if activation.name == "identity":
         return gradient
     if activation.name == "relu":  # f > 0 where z > 0
-        return torch.ops.aten.threshold_backward.grad_input(gradient, f, 0.0, grad_input=gradient)
+        torch.ops.aten.threshold_backward.grad_input(gradient, f, 0.0, grad_input=gradient)
+        return gradient
     return gradient.mul_(activation.gate(z))
 
 
@@ -323,7 +329,9 @@ def _update_layer(block: Ensemble, i: int, gradient: Tensor, below: Tensor, rule
                 bias.mul_(kept)
             bias.add_(gradient.sum(1), alpha=rate)
     else:
-        position = next(p for p, (kind, layer, _) in enumerate(block.parameters()) if (kind, layer) == ("weight", i + 1))
+        position = next(
+            p for p, (kind, layer, _) in enumerate(block.parameters()) if (kind, layer) == ("weight", i + 1)
+        )
         down = torch.bmm(gradient.mT, below).mul_(-1 / samples)
         rule.update(weight, down, [m[position] for m in block.moments.values()], step)
         if bias is not None:

@@ -1,0 +1,31 @@
+import pytest
+
+import tsdyn
+from tsdyn import studies
+
+
+@pytest.mark.parametrize("name", studies.names())
+def test_a_study_runs_from_experiment_to_figure(name, tmp_path):
+    study = studies.load(name)
+    assert set(study.EXPERIMENTS) == {"smoke", "desk", "paper"}
+    smoke = study.EXPERIMENTS["smoke"]
+    archive = tsdyn.run(smoke.replace({"seeds": 2, "training.steps_per_epoch": 20}), tmp_path / "run")
+    measured = study.measure(archive)
+    assert all(array.chunks is None and array.attrs["source"] for array in measured.data_vars.values())
+    assert measured.nbytes < 1e6
+    study.draw(measured).savefig(tmp_path / "figure.png")
+
+
+@pytest.mark.parametrize("name", studies.names())
+def test_the_paper_scale_is_the_papers(name):
+    paper = studies.load(name).EXPERIMENTS["paper"]
+    assert len(paper.seed_labels) == 32
+    assert paper.teacher.widths[::2] == (100, 50)
+    assert (paper.training.epochs, paper.steps, paper.training.batch) == (100, 1000, 16)
+    assert (paper.training.learning_rate, paper.data.std, paper.data.train) == (0.01, 1.5, 10_000)
+    assert {0, 5, 100} <= set(paper.schedule)
+
+
+def test_an_unknown_study_names_the_nearest():
+    with pytest.raises(ValueError, match=r"no study 'tian2020-lshape' \(did you mean 'tian2020-l-shape'\?\)"):
+        studies.load("tian2020-lshape")

@@ -1,0 +1,144 @@
+import re
+
+import pytest
+
+import tsdyn
+from tests.cases import small
+from tsdyn import cli, runner
+
+
+@pytest.fixture
+def command(capfd, monkeypatch):
+    """The command as a user calls it: (exit code, printed, complained)."""
+
+    def call(*words):
+        monkeypatch.setattr("sys.argv", ["tsdyn", *map(str, words)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        out, err = capfd.readouterr()
+        assert "Traceback" not in err
+        return end.value.code or 0, out, err
+
+    return call
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "small.toml"
+    path.write_text(small().to_toml(), encoding="utf-8")
+    return path
+
+
+def test_run_show_plot_validate(command, file, tmp_path):
+    run = tmp_path / "run"
+    code, out, err = command("run", file, "-o", run, "--set", "training.epochs=2")
+    assert code == 0
+    assert re.search(r"1 run, 3 members of 142 parameters; about \d+ MB of memory, \d\.\d MB of disk, \d+ s", out)
+    assert [line.split()[1] for line in err.splitlines()] == ["0/2", "1/2", "2/2"]
+    code, out, _ = command("show", run)
+    assert code == 0
+    assert "small" in out
+    assert "correlation" in out
+    assert "0..2, 3 recorded" in out
+    code, out, _ = command("plot", run, "l-shape", "-o", tmp_path / "l.png")
+    assert code == 0
+    assert (tmp_path / "l.png").read_bytes().startswith(b"\x89PNG")
+    assert command("validate", run)[:2] == (0, f"{run}: whole\n")
+
+
+def test_a_sweep_says_which_point_it_is_at(command, tmp_path):
+    file = tmp_path / "sweep.toml"
+    file.write_text(small(sweep={"teacher.polarity": [0.0, 1.0]}, training__epochs=1).to_toml(), encoding="utf-8")
+    code, out, err = command("run", file, "-o", tmp_path / "sweep")
+    assert code == 0
+    assert "2 runs, 6 members" in out
+    assert "[2/2] polarity=1.0  epoch 1/1" in err
+    assert command("run", file, "-o", tmp_path / "sweep", "--quiet") == (0, "", "")
+    assert tsdyn.open(tmp_path / "sweep").sizes["polarity"] == 2
+
+
+def test_deaths_are_said(command, tmp_path):
+    file = tmp_path / "wild.toml"
+    file.write_text(small(training__learning_rate=50.0).to_toml(), encoding="utf-8")
+    code, _, err = command("run", file, "-o", tmp_path / "run")
+    assert code == 0
+    assert "seeds [0, 1, 2] became NaN or infinite and were stopped" in err.replace("\n", " ")
+    assert "3 members became NaN" in command("show", tmp_path / "run")[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["run", "FILE", "--set", "training.epoch=2"], 2, "training.epoch: unknown key (did you mean 'epochs'?)"),
+        (["run", "FILE", "--set", "training.epochs=two"], 2, "training.epochs = 'two': must be a valid integer"),
+        (["run", "FILE", "--set", "training.epochs"], 2, "write KEY=VALUE"),
+        (["run", "FILE", "--set", "a=[1,"], 2, "is not a TOML value"),
+        (["run", "nowhere.toml"], 2, "nowhere.toml: cannot be read"),
+        (["run", "FILE", "-o", "http://host/dir"], 2, "not a local path"),
+        (["show", "nowhere"], 2, "nowhere: does not exist"),
+        (["plot", "RUN", "pie-chart"], 2, "no figure 'pie-chart'; there are l-shape"),
+        (["study", "run", "tian2020-lshape"], 2, "did you mean 'tian2020-l-shape'?"),
+        (["study", "run", "tian2020-l-shape", "--scale", "huge"], 2, "there are smoke, desk, paper"),
+        (["frobnicate"], 2, "No such command"),
+    ],
+)
+def test_wrong_requests_exit_2_in_one_reading(command, file, words, code, message):
+    got, _, err = command(*(file if w == "FILE" else w for w in words))
+    assert got == code
+    assert message in err.replace("\n", " ")
+
+
+def test_a_device_that_is_not_there(command, file, monkeypatch):
+    monkeypatch.setattr(runner.torch.cuda, "device_count", lambda: 0)
+    code, _, err = command("run", file, "--device", "cuda")
+    assert code == 2
+    assert "device 'cuda' is not there; this machine has cpu" in err
+    with pytest.raises(runner.DeviceError, match="this machine has cpu"):
+        tsdyn.run(small(), file.parent / "run", device="cuda:3")
+    assert not (file.parent / "run").exists()
+
+
+def test_a_figure_needs_its_variables(command, tmp_path):
+    tsdyn.run(small(record__observables=["loss"], training__epochs=1), tmp_path / "run")
+    code, _, err = command("plot", tmp_path / "run", "l-shape", "-o", tmp_path / "x.png")
+    assert code == 2
+    assert "the archive has no correlation, fanout_norm; record it: [record] observables" in err
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_control_characters_do_not_reach_the_terminal(command, tmp_path):
+    import netCDF4
+
+    tsdyn.run(small(training__epochs=1), tmp_path / "run")
+    with netCDF4.Dataset(tmp_path / "run" / "archive.nc", "a") as nc:
+        nc.setncattr("name", "\x1b[31mred[bold]x[/bold]")
+    code, out, _ = command("show", tmp_path / "run")
+    assert code == 0
+    assert "\x1b[31m" not in out
+    assert "[bold]" in out
+
+
+def test_validate_names_what_is_wrong(command, tmp_path):
+    import netCDF4
+
+    tsdyn.run(small(training__epochs=1), tmp_path / "run")
+    with netCDF4.Dataset(tmp_path / "run" / "archive.nc", "a") as nc:
+        nc.setncattr("digest", "0" * 64)
+        nc["weight"].setncattr("units", "kg")
+    code, out, _ = command("validate", tmp_path / "run")
+    assert code == 1
+    assert "the archive's digest is not that of experiment.toml" in out
+    assert "weight: attribute 'units' is 'kg'" in out
+
+
+def test_version(command):
+    assert command("--version")[:2] == (0, f"tsdyn {tsdyn.__version__}\n")
+
+
+def test_studies_are_listed_and_shown(command):
+    code, out, _ = command("study", "list")
+    assert code == 0
+    assert out.count("tian2020-") == 3
+    code, out, _ = command("study", "show", "tian2020-recovery")
+    assert code == 0
+    assert "# --scale paper" in out

@@ -1,0 +1,89 @@
+"""What the docs show is executed: each page's Python blocks in order, in one namespace, on a real small run."""
+
+import re
+import shlex
+import tomllib
+from pathlib import Path
+
+import matplotlib
+import matplotlib.pyplot as plt
+import pytest
+from typer.main import get_command
+
+import tsdyn
+from tsdyn import cli
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*/*.md"))]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory):
+    """A folder as it is after the quickstarts: the tutorial's run, and the README's on fewer samples and epochs."""
+    folder = tmp_path_factory.mktemp("desk")
+    (text,) = blocks(ROOT / "docs/tutorial/quickstart.md", "toml")
+    (folder / "quickstart.toml").write_text(text, encoding="utf-8")
+    tsdyn.run(tsdyn.Experiment.from_toml(folder / "quickstart.toml"), folder / "runs/quickstart")
+    example = tsdyn.Experiment.from_toml(ROOT / "examples/l-shape.toml")
+    less = {"seeds": 4, "training.epochs": 12, "training.steps_per_epoch": 20, "data.train": 200, "data.eval": 200}
+    tsdyn.run(example.replace(less), folder / "runs/l-shape")
+    return folder
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.name)
+def test_python_blocks_run(page, desk, monkeypatch, capsys):
+    monkeypatch.chdir(desk)
+    matplotlib.use("Agg")
+    namespace: dict = {}
+    for number, block in enumerate(blocks(page, "python")):
+        exec(compile(block, f"{page.name}, block {number}", "exec"), namespace)
+    plt.close("all")
+    assert "None" not in capsys.readouterr().out
+
+
+def test_the_pages_that_should_have_code_have_it():
+    assert {p.name for p in PAGES if blocks(p, "python")} >= {"README.md", "quickstart.md", "slice.md"}
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if "tsdyn " in p.read_text(encoding="utf-8")], ids=lambda p: p.name)
+def test_shown_commands_exist(page):
+    lines = [
+        line.removeprefix("$ ").split("#")[0]
+        for block in blocks(page, "console")
+        for line in block.splitlines()
+        if line.startswith("$ tsdyn ")
+    ]
+    for line in lines:
+        group, words = get_command(cli.app), shlex.split(line)[1:]
+        while hasattr(group, "commands"):
+            assert words[0] in group.commands, line
+            group = group.commands[words.pop(0)]
+        options = {option for parameter in group.params for option in parameter.opts}
+        assert {w for w in words if w.startswith("-")} <= options, line
+
+
+def test_toml_blocks_are_experiments():
+    found = [block for page in PAGES for block in blocks(page, "toml")]
+    assert found
+    for block in found:
+        assert tsdyn.Experiment.from_toml_text(block).as_dict()["name"] == tomllib.loads(block)["name"]
+
+
+def test_the_example_file_is_the_released_experiment():
+    experiment = tsdyn.Experiment.from_toml(ROOT / "examples/l-shape.toml")
+    from tsdyn.studies.two_layer import PAPER
+
+    for part in ("teacher", "data"):
+        assert getattr(experiment, part) == getattr(PAPER, part)
+    assert experiment.training.learning_rate == PAPER.training.learning_rate
+    assert experiment.student.scale == PAPER.student.scale
+
+
+def test_make_targets_of_the_readme_exist():
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.M)
+    for target in re.findall(r"make ([a-z]+)", (ROOT / "README.md").read_text(encoding="utf-8")):
+        assert target in targets
