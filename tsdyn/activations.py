@@ -77,7 +77,8 @@ def _gaussian_density(z: Tensor) -> Tensor:
 
 
 def _gelu_derivative(z: Tensor) -> Tensor:
-    return torch.special.ndtr(z).add(z * _gaussian_density(z))
+    normal_cdf: Tensor = torch.special.ndtr(z)
+    return normal_cdf + z * _gaussian_density(z)
 
 
 _SMOOTH: Mapping[str, Activation] = {
