@@ -17,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from tsdyn.analysis import specialization
 
 from tsdyn import layer as one_layer
@@ -65,6 +66,7 @@ def success_rate(rate: xr.DataArray, *, ax: Axes | None = None, color: str = PAL
     ax = _axes(ax)
     ax.plot(rate["teacher_node"] + 1, rate, color=color, marker="o", markersize=2.5, linewidth=1.2, **style)
     ax.set(ylim=(-0.05, 1.05), xlabel="teacher node", ylabel=_label(rate))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     return ax
 
 
@@ -141,8 +143,9 @@ def _grid(
     swept: tuple[str, ...],
     title: str,
     sharey: bool,
+    beside: float = 0.0,
 ) -> Figure:
-    """A panel a point: the first swept dimension along columns, the rest along rows."""
+    """A panel a point: the first swept dimension along columns, the rest along rows; `beside` inches for a legend."""
     columns, rows = swept[:1], swept[1:]
     across, down = _points(ds, columns), _points(ds, rows)
     if len(across) * len(down) > MAX_PANELS:
@@ -150,7 +153,7 @@ def _grid(
             f"{title}: {len(across) * len(down)} panels are more than {MAX_PANELS}; select a part of the sweep first"
         )
     figure = Figure(
-        figsize=(PANEL[0] * max(len(across), 1.6), PANEL[1] * max(len(down), 1.3) + 0.4), layout="constrained"
+        figsize=(PANEL[0] * max(len(across), 1.6) + beside, PANEL[1] * max(len(down), 1.3) + 0.4), layout="constrained"
     )
     panels = figure.subplots(len(down), len(across), squeeze=False, sharex=True, sharey=sharey)
     for (i, row), (j, column) in itertools.product(enumerate(down), enumerate(across)):
@@ -206,7 +209,8 @@ def draw_success_rate(measured: xr.Dataset) -> Figure:
                     label=f"{_title(point)} epoch {epoch}".strip(),
                 )
 
-    figure = _grid(measured, draw, swept=tuple(d for d in swept if d not in lines), title="success rate", sharey=True)
+    panels = tuple(d for d in swept if d not in lines)
+    figure = _grid(measured, draw, swept=panels, title="success rate", sharey=True, beside=1.8)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", fontsize=7)
     return figure

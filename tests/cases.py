@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 
 from tsdyn import Experiment
 
 HERE = Path(__file__).resolve().parent
-_SHARED = Path(os.environ.get("TSDYN_REFERENCE", HERE.parent.parent / "shared" / "reference"))
-
-
-def reference(name: str) -> Path:
-    """A file of the reference folder, which lies beside the repository; the test is skipped where it is missing."""
-    path = _SHARED / name
-    if not path.exists():
-        pytest.skip(f"reference data {path} is not here; set TSDYN_REFERENCE to its folder")
-    return path
+REFERENCE = HERE / "reference"
 
 
 def small(**changes: Any) -> Experiment:

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tests.oracles as oracles
-from tests.cases import reference
+from tests.cases import REFERENCE
 from tests.test_networks import random_network
 from tsdyn import observables, schema
 from tsdyn.networks import Network
@@ -106,7 +106,7 @@ def test_measures_the_released_runs():
     Correlations need another bound: the released code adds about 1e-8 to each standard deviation's product
     (seen: 1e-10 at the start, where students are 5e-3 wide, and 4e-12 and 9e-13 later), ours adds nothing.
     """
-    with np.load(reference("luckmatters_two_layer.npz"), allow_pickle=False) as z:
+    with np.load(REFERENCE / "luckmatters_two_layer.npz", allow_pickle=False) as z:
         data = {k: z[k] for k in z.files if k not in ("config",)}
 
     def network(first, second):

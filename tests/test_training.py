@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tests.oracles as oracles
-from tests.cases import reference
+from tests.cases import REFERENCE
 from tsdyn import activations
 from tsdyn.experiment import Training
 from tsdyn.networks import Network
@@ -171,7 +171,7 @@ def test_learning_rate_table():
 
 def test_replays_the_released_code():
     """Same start, same batches: the same weights, to the rounding of 1000 steps (seen: 6e-16)."""
-    with np.load(reference("luckmatters_two_layer.npz"), allow_pickle=False) as z:
+    with np.load(REFERENCE / "luckmatters_two_layer.npz", allow_pickle=False) as z:
         data = {k: z[k] for k in z.files if k not in ("config",)}
 
     def network(first, second):  # the released code keeps (input, node) with the bias as last row
