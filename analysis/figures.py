@@ -47,7 +47,7 @@ def l_shape(correlation: xr.DataArray, fanout_norm: xr.DataArray, *, ax: Axes | 
     """
     ax = _axes(ax)
     for position, seed in enumerate(correlation["seed"].values):
-        ax.scatter(
+        points = ax.scatter(
             correlation.sel(seed=seed),
             fanout_norm.sel(seed=seed),
             s=9,
@@ -56,8 +56,11 @@ def l_shape(correlation: xr.DataArray, fanout_norm: xr.DataArray, *, ax: Axes | 
             color=PALETTE[position % len(PALETTE)],
             label=f"seed {seed}",
         )
+        points.sticky_edges.y.append(0.0)
+    # A lower limit would stop autoscaling, and panels that share the axis would be cut at the first one's top.
+    ax.update_datalim([(0.0, 0.0)], updatex=False)
     ax.set(xlim=(-0.05, 1.05), xlabel=_label(correlation), ylabel=_label(fanout_norm))
-    ax.set_ylim(bottom=0)
+    ax.autoscale_view(scalex=False)
     return ax
 
 
@@ -142,7 +145,7 @@ def _grid(
     *,
     swept: tuple[str, ...],
     title: str,
-    sharey: bool,
+    share: bool = True,
     beside: float = 0.0,
 ) -> Figure:
     """A panel a point: the first swept dimension along columns, the rest along rows; `beside` inches for a legend."""
@@ -155,7 +158,7 @@ def _grid(
     figure = Figure(
         figsize=(PANEL[0] * max(len(across), 1.6) + beside, PANEL[1] * max(len(down), 1.3) + 0.4), layout="constrained"
     )
-    panels = figure.subplots(len(down), len(across), squeeze=False, sharex=True, sharey=sharey)
+    panels = figure.subplots(len(down), len(across), squeeze=False, sharex=share, sharey=share)
     for (i, row), (j, column) in itertools.product(enumerate(down), enumerate(across)):
         draw({**column, **row}, panels[i, j])
         panels[i, j].set_title(_title({**column, **row}), fontsize=9)
@@ -176,7 +179,6 @@ def draw_l_shape(measured: xr.Dataset) -> Figure:
         lambda at, ax: l_shape(measured["student_specialization"].sel(at), measured["fanout_norm"].sel(at), ax=ax),
         swept=swept_dimensions(measured),
         title=f"fan-out norm against best correlation, epoch {int(measured['epoch'])}",
-        sharey=True,
     )
 
 
@@ -210,7 +212,7 @@ def draw_success_rate(measured: xr.Dataset) -> Figure:
                 )
 
     panels = tuple(d for d in swept if d not in lines)
-    figure = _grid(measured, draw, swept=panels, title="success rate", sharey=True, beside=1.8)
+    figure = _grid(measured, draw, swept=panels, title="success rate", beside=1.8)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", fontsize=7)
     return figure
@@ -232,11 +234,11 @@ def draw_recovery(measured: xr.Dataset) -> Figure:
         lambda at, ax: recovery(best.sel(at), ax=ax),
         swept=swept_dimensions(best),
         title="best correlation of each teacher node, mean over seeds",
-        sharey=True,
     )
     nodes = best.sizes["teacher_node"]
     shades = colormaps["viridis"].resampled(256)
     bar = figure.colorbar(ScalarMappable(Normalize(1, nodes / 0.92), shades), ax=figure.axes, label="teacher node")
+    bar.locator = MaxNLocator(integer=True)
     bar.ax.set_ylim(1, nodes)
     return figure
 
@@ -274,7 +276,7 @@ def draw_correlation(archive: xr.Dataset) -> Figure:
         draw,
         swept=swept_dimensions(last),
         title=f"correlation, seed {int(last['seed'])}, epoch {int(last['epoch'])}",
-        sharey=False,
+        share=False,
     )
 
 

@@ -240,20 +240,14 @@ def estimate(experiment: Experiment, *, device: str = "cpu") -> Cost:
     """What `experiment` (one run, no sweep) will take; times a few steps and one measurement of one member."""
     layout, members = experiment.layout, len(experiment.seed_labels)
     few = experiment.replace({"seeds": list(experiment.seed_labels[:8]), "data.eval": min(512, experiment.data.eval)})
-    steps = min(experiment.steps, 20)
+    steps = min(experiment.steps, 60)
     few = few.replace({"training.steps_per_epoch": steps})
     if isinstance(experiment.data.train, int) and experiment.training.method != "gd":
         few = few.replace({"data.train": min(experiment.data.train, max(512, experiment.training.batch))})
     trial = Members(few, device)
     variables = schema.expand(experiment.record.observables)
-    trial.train(1)
-    start = time.perf_counter()
-    trial.train(2 if few.training.epochs > 1 else 1)
-    per_step = (time.perf_counter() - start) / steps / trial.ensemble.members
-    trial.measure(0, variables)
-    start = time.perf_counter()
-    trial.measure(0, variables)
-    per_sample = (time.perf_counter() - start) / trial.ensemble.members / few.data.eval
+    per_step = _quickest(lambda: trial.train(1)) / steps / trial.ensemble.members
+    per_sample = _quickest(lambda: trial.measure(0, variables)) / trial.ensemble.members / few.data.eval
     recorded = len(experiment.schedule)
     seconds = members * (
         per_step * experiment.steps * experiment.training.epochs + per_sample * experiment.data.eval * recorded
@@ -266,6 +260,17 @@ def estimate(experiment: Experiment, *, device: str = "cpu") -> Cost:
     epoch = archive.bytes_per_epoch(layout, variables, experiment.dtype)
     memory = members * (samples + 3 * parameters) * itemsize + min(COMMIT_BYTES, epoch * recorded)
     return Cost(members, parameters, memory, epoch * recorded, seconds)
+
+
+def _quickest(work: Callable[[], object], *, times: int = 3) -> float:
+    """Seconds of the quickest of a few calls: the first ones warm caches, others may be disturbed."""
+
+    def once() -> float:
+        start = time.perf_counter()
+        work()
+        return time.perf_counter() - start
+
+    return min(once() for _ in range(times))
 
 
 #: Called after each epoch with (epoch, epochs, seeds that died, evaluation mse or None).
