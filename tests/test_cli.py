@@ -34,7 +34,7 @@ def test_run_show_plot_validate(command, file, tmp_path):
     code, out, err = command("run", file, "-o", run, "--set", "training.epochs=2")
     assert code == 0
     assert re.search(r"1 run, 3 members of 142 parameters; about \d+ MB of memory, \d\.\d MB of disk, \d+ s", out)
-    assert [line.split()[1] for line in err.splitlines()] == ["0/2", "2/2"]  # 1 comes sooner than a line is due
+    assert [line.split()[1] for line in err.splitlines()] == ["0/2", "1/2", "2/2"]
     code, out, _ = command("show", run)
     assert code == 0
     assert "small" in out

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import sys
-import time
 import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,8 +27,6 @@ study = typer.Typer(no_args_is_help=True, help="Figures of the papers, from the 
 app.add_typer(study, name="study")
 
 FAILED, WRONG = 1, 2
-#: Between two lines of progress where there is no terminal.
-LINE_SECONDS = 10.0
 
 # Not Path, which would turn http://host into the local http:/host before it can be refused.
 OutDirectory = Annotated[str | None, typer.Option("-o", "--output", help="Directory; runs/NAME if not given.")]
@@ -248,9 +245,9 @@ def _run(experiment: Experiment, path: Path, device: str, quiet: bool) -> None:
 
 @contextmanager
 def _reporting(points: list[Experiment]) -> Iterator[tuple[Report, Callable[..., Report | None]]]:
-    """Bars on a terminal, otherwise a line at the first and last epoch and every `LINE_SECONDS`; deaths always."""
+    """Bars on a terminal, one line an epoch otherwise; deaths are said in both."""
     console = Console(stderr=True)
-    name, said = [""], [0.0]
+    name = [""]
 
     def died(epoch: int, seeds: list[int]) -> None:
         if seeds:
@@ -262,10 +259,6 @@ def _reporting(points: list[Experiment]) -> Iterator[tuple[Report, Callable[...,
 
         def line(epoch: int, epochs: int, seeds: list[int], mse: float | None) -> None:
             died(epoch, seeds)
-            now = time.monotonic()
-            if epoch not in (0, epochs) and now - said[0] < LINE_SECONDS:
-                return
-            said[0] = now
             shown = "" if mse is None else f"  evaluation {mse:.4g}"
             print(f"{name[0]}epoch {epoch}/{epochs}{shown}", file=sys.stderr, flush=True)
 
