@@ -36,11 +36,8 @@ def backpropagated_gradient(student: Network, target: Tensor, x: Tensor, layer: 
     return torch.stack(rows)
 
 
-def fanout_norms(network: Network, x: Tensor, layer: int) -> Tensor:
-    """√E‖v_k‖² with V_l = ∂f_L/∂f_l by autograd, one sample at a time."""
-    f = x
-    for w, b in list(zip(network.weights, network.biases, strict=True))[:layer]:
-        f = network.activation(f @ w.T + (0 if b is None else b))
+def output_jacobian(network: Network, f: Tensor, layer: int) -> Tensor:
+    """∂f_L/∂f_l of one sample by autograd, at its activation f of layer l; (output, node)."""
 
     def upper(f_l: Tensor) -> Tensor:
         for i in range(layer, network.depth):
@@ -49,8 +46,16 @@ def fanout_norms(network: Network, x: Tensor, layer: int) -> Tensor:
             f_l = network.activation(z) if i < network.depth - 1 else z
         return f_l
 
-    jacobians = torch.stack([torch.autograd.functional.jacobian(upper, sample) for sample in f])
-    return jacobians.square().sum(1).mean(0).sqrt()
+    jacobian: Tensor = torch.autograd.functional.jacobian(upper, f)
+    return jacobian
+
+
+def fanout_norms(network: Network, x: Tensor, layer: int) -> Tensor:
+    """√E‖v_k‖² with V_l = ∂f_L/∂f_l by autograd, one sample at a time."""
+    f = x
+    for w, b in list(zip(network.weights, network.biases, strict=True))[:layer]:
+        f = network.activation(f @ w.T + (0 if b is None else b))
+    return torch.stack([output_jacobian(network, sample, layer) for sample in f]).square().sum(1).mean(0).sqrt()
 
 
 def train(network: Network, batches: list[tuple[Tensor, Tensor]], rule: Rule) -> nn.Sequential:

@@ -7,6 +7,7 @@ from . import observables as observables
 from . import schema as schema
 from . import studies as studies
 from . import teachers as teachers
+from . import theory as theory
 from . import training as training
 from ._version import __version__ as __version__
 from .archive import layer as layer

@@ -18,10 +18,7 @@ from torch import Tensor
 from tsdyn import schema
 from tsdyn.axes import Activations, Outputs, TeacherActivations, TeacherByStudent
 from tsdyn.networks import Network, Trace
-
-#: Per-sample output Jacobians are formed in pieces of at most this many numbers.
-JACOBIAN_NUMBERS = 1 << 23
-
+from tsdyn.theory import backpropagated_gradients, fanout_norms
 
 # --- formulas, for one network -------------------------------------------------------------------------------
 
@@ -52,39 +49,6 @@ def correlation(teacher_activation: TeacherActivations, activation: Activations)
     Signed; NaN for a node whose activation is constant.  Source: Tian (2020), Eq. 9, centred as in Tian et al. (2019).
     """
     return standardized(teacher_activation).T @ standardized(activation)
-
-
-def backpropagated_gradients(student: Network, trace: Trace, teacher_output: Outputs) -> list[Tensor]:
-    """g_l(x) for l = 1..L, each (sample, node): the negative gradient of ½‖f* − f‖² at the pre-activation.
-
-    g_L = f* − f, g_l = (W_{l+1}ᵀ g_{l+1}) ∘ σ'(z_l).  Source: Tian (2020), Eq. 1.
-    """
-    gradient = teacher_output - trace.output
-    found = [gradient]
-    for layer in range(student.depth - 1, 0, -1):
-        gradient = (gradient @ student.weights[layer]) * trace.gates[layer - 1]
-        found.append(gradient)
-    return found[::-1]
-
-
-def fanout_norms(network: Network, trace: Trace) -> list[Tensor]:
-    """√E β_kk = √E‖v_k(x)‖² of every hidden layer l = 1..L−1, each (node,).
-
-    V_L = I, V_{l−1} = V_l D_l W_l with W_l as torch stores it; the top hidden layer's V is W_L for every x.
-    Source: Tian (2020), Definition 2.
-    """
-    outputs, samples = network.widths[-1], len(trace.output)
-    widest = max(network.widths[1:])
-    piece = max(1, JACOBIAN_NUMBERS // (outputs * widest))
-    squares = [torch.zeros_like(g[0]) for g in trace.gates[:-1]]
-    if network.depth >= 2:
-        squares[-1] = network.weights[-1].square().sum(0) * samples
-    for start in range(0, samples if network.depth > 2 else 0, piece):
-        v = network.weights[-1].expand(min(piece, samples - start), -1, -1)
-        for layer in range(network.depth - 2, 0, -1):
-            v = (v * trace.gates[layer][start : start + piece, None, :]) @ network.weights[layer]
-            squares[layer - 1] += v.square().sum((0, 1))
-    return [(s / samples).sqrt() for s in squares]
 
 
 def observation(teacher_z: TeacherActivations, student_z: Activations, *, band: float) -> TeacherByStudent:
