@@ -2,6 +2,7 @@ from . import activations as activations
 from . import analysis as analysis
 from . import archive as archive
 from . import data as data
+from . import derivatives as derivatives
 from . import networks as networks
 from . import observables as observables
 from . import schema as schema

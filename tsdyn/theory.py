@@ -343,7 +343,7 @@ def moments(
         dims = tuple(d for d in variable.dims if d not in ("seed", "epoch"))
         array = np.full((student.depth, *(max(widths[d]) for d in dims[1:])), np.nan)
         for i, block in enumerate(found.variable(name, form)):
-            array[(i, *(slice(size) for size in block.shape))] = block.cpu().numpy()
+            array[i][tuple(slice(size) for size in block.shape)] = block.cpu().numpy()
         extra = {"definition": f"{form} form"} if name in ("H", "H_star") else {}
         variables[name] = xr.Variable(dims, array, variable.attrs | extra)
     coords = {
