@@ -22,6 +22,7 @@ RANKS = {
     "data": 1,
     "teachers": 2,
     "students": 2,
+    "alignment": 2,
     "derivatives": 2,
     "theory": 2,
     "training": 2,

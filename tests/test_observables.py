@@ -7,9 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tests.oracles as oracles
-from tests.cases import REFERENCE
+import tsdyn
+from tests.cases import REFERENCE, small
 from tests.test_networks import random_network
-from tsdyn import observables, schema, theory
+from tsdyn import alignment, derivatives, observables, runner, schema, theory
 from tsdyn.networks import Network
 from tsdyn.observables import Measurement, Probe
 
@@ -88,11 +89,12 @@ def test_loss_and_mse_differ_by_half_the_outputs():
 
 def test_measurement_gives_every_variable_in_the_schemas_shape():
     teacher, student = random_network((4, 3, 5, 2)), random_network((4, 7, 6, 2), seed=9)
-    layout = schema.Layout((0,), 4, (7, 6, 2), (3, 5, 2))
-    found = observables.measure(schema.RECORDABLE, Measurement(student, probe(teacher), probe(teacher, seed=4)))
+    layout = schema.Layout((0,), 4, (7, 6, 2), (3, 5, 2), quantiles=(0.5, 1.0), modes=4)
+    measurement = Measurement(student, probe(teacher), probe(teacher, seed=4), layout=layout)
+    found = observables.measure(schema.RECORDABLE, measurement)
     for name, value in found.items():
         if not schema.VARIABLES[name].layered:
-            assert isinstance(value, float), name
+            assert value.shape == layout.block(schema.VARIABLES[name], None), name
             continue
         assert len(value) in (2, 3), name
         for layer, block in enumerate(value, start=1):
@@ -116,7 +118,8 @@ def test_measures_the_released_runs():
     for epoch in range(3):
         student = network(data[f"e{epoch}_W1_s"], data[f"e{epoch}_W2_s"])
         m = Measurement(student, train, test)
-        found = observables.measure(schema.RECORDABLE, m)
+        without_layout = [v for v in schema.RECORDABLE if v not in ("gradient_norm", "hessian_eigenvalue")]
+        found = observables.measure(without_layout, m)
         at = lambda name, e=epoch: data[f"e{e}_{name}"]  # noqa: E731
         assert found["mse_train"] == pytest.approx(float(at("train_loss")), rel=1e-9)
         assert found["mse_eval"] == pytest.approx(float(at("eval_loss")), rel=1e-9)
@@ -137,3 +140,53 @@ def test_shares_of_observation_lie_between_zero_and_one_for_deep_nets():
     found = observables.measure(["observation"], Measurement(student, probe(teacher), probe(teacher)))
     for block in itertools.chain(found["observation"]):
         assert ((block >= 0) & (block <= 1)).all()
+
+
+def test_theory_can_be_asked_for_in_an_experiment(tmp_path):
+    """Moments, Lemma 1, alignment, gradient norms and Hessian: each from the archive against the direct call."""
+    experiment = small(
+        teacher__widths=[6, 4, 3, 2],
+        record__quantiles=[0.0, 0.5, 1.0],
+        record__eigenvalues=3,
+        record__observables=[
+            "weight", "moments", "lemma1_residual", "alignment", "gradient_norm", "hessian_eigenvalue", "fanout_norm",
+        ],
+    )  # fmt: skip
+    ds = tsdyn.run(experiment, tmp_path / "run")
+    assert ds.gradient_norm.dims == ("seed", "epoch", "quantile")
+    assert list(ds["quantile"].values) == [0.0, 0.5, 1.0]
+    assert ds.hessian_eigenvalue.sizes["mode"] == 3
+    assert float(ds.lemma1_residual.max()) < 1e-12
+    members = runner.Members(experiment)
+    for seed in range(3):
+        at = ds.sel(seed=seed).isel(epoch=-1)
+        layers = [tsdyn.layer(at, number) for number in (1, 2, 3)]
+        widths = experiment.student_widths
+        student = Network(
+            [one.weight.values[:, :below] for one, below in zip(layers, widths, strict=False)],
+            [one.bias.values for one in layers],
+        )
+        teacher = members.teachers[seed]
+        train, test = members.train_probe(seed, 4), members.eval_probes[seed]
+        moments = theory.moments(student, teacher, test.inputs)
+        for number in (1, 2):
+            one, direct = layers[number - 1], tsdyn.layer(moments, number)
+            for name in schema.FAMILIES["moments"]:
+                np.testing.assert_allclose(one[name], direct[name], rtol=1e-10, atol=1e-12)
+            np.testing.assert_allclose(np.sqrt(np.diagonal(one.B)), one.fanout_norm, rtol=1e-10)
+        np.testing.assert_allclose(layers[0].alignment, alignment.alignment(teacher, student), rtol=1e-9, atol=1e-12)
+        assert "alignment" not in layers[1]
+        half = lambda o, t: 0.5 * (o - t).square().sum()  # noqa: E731
+        norms = derivatives.per_sample_gradient_norms(student, half, train.inputs, teacher(train.inputs))
+        expected = np.quantile(norms.detach().numpy(), [0.0, 0.5, 1.0])
+        np.testing.assert_allclose(at.gradient_norm, expected, rtol=1e-10)
+        module = student.to_torch()
+        names = [n for n, _ in module.named_parameters()]
+
+        def loss(parameters, module=module, names=names, train=train, teacher=teacher):
+            named = dict(zip(names, parameters, strict=True))
+            output = torch.func.functional_call(module, named, (train.inputs,))
+            return observables.loss(teacher(train.inputs), output)
+
+        values = derivatives.hessian_spectrum(loss, [p.detach() for p in module.parameters()], 3)
+        np.testing.assert_allclose(at.hessian_eigenvalue, values, rtol=1e-8, atol=1e-10)

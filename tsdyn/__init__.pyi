@@ -1,4 +1,5 @@
 from . import activations as activations
+from . import alignment as alignment
 from . import analysis as analysis
 from . import archive as archive
 from . import data as data

@@ -10,6 +10,7 @@ import errno
 import fcntl
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -85,7 +86,7 @@ def _tile(sizes: Sequence[int]) -> int:
 
 def _sizes(layout: Layout, epochs: int) -> dict[str, int]:
     sizes = {"seed": len(layout.seeds), "epoch": epochs, "layer": layout.depth}
-    return sizes | {dim: layout.padded(dim) for dim in (*schema.NODE_WIDTHS, "input_node")}
+    return sizes | {dim: layout.padded(dim) for dim in (*schema.NODE_WIDTHS, "input_node", *schema.SIZED)}
 
 
 def _chunks(variable: schema.Variable, layout: Layout, sizes: Mapping[str, int], itemsize: int) -> list[int]:
@@ -113,11 +114,17 @@ def _create(
     used = {d for name in variables for d in VARIABLES[name].dims} | {"seed", "epoch", "layer"}
     for dim in (d for d in sizes if d in used):
         nc.createDimension(dim, sizes[dim])
-        labels: Sequence[int] = range(sizes[dim])
-        labels = {"seed": layout.seeds, "epoch": epochs, "layer": range(1, layout.depth + 1)}.get(dim, labels)
-        index = nc.createVariable(dim, "i8", (dim,), fletcher32=len(labels) > 0)
+        labels: Sequence[float] = range(sizes[dim])
+        labels = {
+            "seed": layout.seeds,
+            "epoch": epochs,
+            "layer": range(1, layout.depth + 1),
+            "quantile": layout.quantiles,
+        }.get(dim, labels)
+        kind = "f8" if dim == "quantile" else "i8"
+        index = nc.createVariable(dim, kind, (dim,), fletcher32=len(labels) > 0)
         index.long_name = schema.DIMENSIONS[dim]
-        index[:] = np.asarray(labels, dtype=np.int64)
+        index[:] = np.asarray(labels, dtype=kind)
     columns = {
         "width": layout.widths,
         "teacher_width": layout.teacher_widths,
@@ -149,9 +156,9 @@ def _index(variable: schema.Variable, layout: Layout, epochs: slice, layer: int 
     """Where one layer of a variable sits in a file, without its padding."""
     at: dict[str, slice | int] = {"seed": slice(None), "epoch": epochs}
     if layer is not None:
-        nodes = variable.dims[variable.dims.index("layer") + 1 :]
         at |= {"layer": layer - 1}
-        at |= {dim: slice(0, n) for dim, n in zip(nodes, layout.block(variable, layer), strict=True)}
+    inner = [dim for dim in variable.dims if dim not in ("seed", "epoch", "layer")]
+    at |= {dim: slice(0, n) for dim, n in zip(inner, layout.block(variable, layer), strict=True)}
     return tuple(at[dim] for dim in variable.dims)
 
 
@@ -357,8 +364,8 @@ def bytes_per_epoch(layout: Layout, variables: Sequence[str], dtype: str) -> int
     """Size of one recorded epoch of all members, without padding."""
     numbers = 0
     for variable in (VARIABLES[name] for name in variables if "epoch" in VARIABLES[name].dims):
-        blocks = range(1, layout.depth + 1) if variable.layered else ()
-        numbers += sum(int(np.prod(layout.block(variable, layer))) for layer in blocks) if blocks else 1
+        layers = range(1, layout.depth + 1) if variable.layered else (None,)
+        numbers += sum(math.prod(layout.block(variable, layer)) for layer in layers)
     return numbers * len(layout.seeds) * np.dtype(dtype).itemsize
 
 
@@ -534,7 +541,8 @@ def _open_sweep(path: Path) -> xr.Dataset:
             opened[tuple(_label(point["values"][key]) for key in dims)] = open(directory)
     if not opened:
         raise DirectoryError(f"{path}: no point of this sweep has a committed epoch yet; go on with `tsdyn run`")
-    widest = {dim: max(ds.sizes.get(dim, 0) for ds in opened.values()) for dim in (*schema.NODE_WIDTHS, "input_node")}
+    dims_that_differ = (*schema.NODE_WIDTHS, "input_node", "mode")
+    widest = {dim: max(ds.sizes.get(dim, 0) for ds in opened.values()) for dim in dims_that_differ}
     padded = {key: _padded(ds, widest) for key, ds in opened.items()}
     template = next(iter(padded.values()))
     labels = {dims[key]: [_label(v) for v in values] for key, values in experiment.sweep.items()}
@@ -614,7 +622,8 @@ def layer(ds: T, number: int) -> T:
 
     Node dimensions end where the layer does (for several widths in `ds`, where the widest of them does), so that
     selecting a node that is not there is a KeyError.  In a Dataset that holds student and teacher weights,
-    ``input_node`` ends where the wider of the two layers below does.
+    ``input_node`` ends where the wider of the two layers below does.  Variables of the lowest layer alone
+    (``alignment``) stay with layer 1.
 
     Args:
         ds: Dataset or variable of a run or a sweep, with a ``layer`` dimension.
@@ -627,6 +636,9 @@ def layer(ds: T, number: int) -> T:
         held = list(ds.indexes["layer"]) if "layer" in ds.dims else "no layer dimension"
         raise ValueError(f"layer: {number} is not in the dataset, which has {held}")
     one = ds.sel(layer=number)
+    if number > 1 and isinstance(one, xr.Dataset):  # variables of the lowest layer alone have nodes but no layer
+        lowest = [n for n, v in ds.data_vars.items() if "layer" not in v.dims and set(schema.NODE_WIDTHS) & set(v.dims)]
+        one = one.drop_vars(lowest)
     ends = {dim: coordinate for dim, coordinate in schema.NODE_WIDTHS.items() if dim in one.dims}
     widths = {dim: int(one[coordinate].max()) for dim, coordinate in ends.items() if coordinate in one.coords}
     if "input_node" in one.dims:

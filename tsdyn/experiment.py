@@ -153,6 +153,10 @@ class Record(_Part):
         "weight",
     )
     band: Positive = 0.1
+    quantiles: Annotated[tuple[Annotated[Real, Field(ge=0, le=1)], ...], BeforeValidator(_tuple)] = (
+        0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0,
+    )  # fmt: skip
+    eigenvalues: Annotated[Count, Field(ge=1)] = 10
 
     @field_validator("observables")
     @classmethod
@@ -163,6 +167,13 @@ class Record(_Part):
                 raise ValueError(
                     f"{name!r} is not an observable{_nearest(name, known)}; there are: " + ", ".join(known)
                 )
+        return value
+
+    @field_validator("quantiles")
+    @classmethod
+    def _increasing(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if not value or list(value) != sorted(set(value)):
+            raise ValueError("quantiles must increase, and there must be one at least")
         return value
 
     @model_validator(mode="after")
@@ -281,7 +292,16 @@ class Experiment(_Part):
     @property
     def layout(self) -> schema.Layout:
         """Shape of the run."""
-        return schema.Layout(self.seed_labels, self.teacher.widths[0], self.student_widths[1:], self.teacher.widths[1:])
+        widths = self.student_widths
+        parameters = sum((below + 1) * n for below, n in itertools.pairwise(widths))
+        return schema.Layout(
+            self.seed_labels,
+            self.teacher.widths[0],
+            widths[1:],
+            self.teacher.widths[1:],
+            self.record.quantiles,
+            min(self.record.eigenvalues, parameters),
+        )
 
     @property
     def steps(self) -> int:

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tsdyn import schema
+from tsdyn import alignment, derivatives, schema, theory
 from tsdyn.axes import Activations, Outputs, TeacherActivations, TeacherByStudent
 from tsdyn.networks import Network, Trace
 from tsdyn.theory import backpropagated_gradients, fanout_norms
@@ -103,6 +103,7 @@ class Measurement:
     train: Probe
     eval: Probe
     band: float = 0.1
+    layout: schema.Layout | None = None
 
     @cached_property
     def train_trace(self) -> Trace:
@@ -111,6 +112,10 @@ class Measurement:
     @cached_property
     def eval_trace(self) -> Trace:
         return self.student.trace(self.eval.inputs)
+
+    @cached_property
+    def moments(self) -> theory.Moments:
+        return theory.expectations(self.student, self.eval.teacher, self.eval.inputs)
 
     @cached_property
     def gradients(self) -> list[Tensor]:
@@ -151,6 +156,56 @@ fills("observation")(lambda m: [observation(t, s, band=m.band) for t, s in _hidd
 fills("observation_count")(lambda m: [observation_count(t, s) for t, s in _hidden_z(m)])
 
 
+for _moment in schema.FAMILIES["moments"]:
+    fills(_moment)(lambda m, name=_moment: list(m.moments.variable(name)))  # type: ignore[misc]
+
+
+@fills("lemma1_residual")
+def _lemma1_residual(m: Measurement) -> Tensor:
+    return torch.tensor(theory.lemma1_residual(m.student, m.eval.teacher, m.eval.inputs))
+
+
+@fills("alignment")
+def _alignment(m: Measurement) -> Tensor:
+    return alignment.alignment(m.train.teacher, m.student)
+
+
+@fills("gradient_norm")
+def _gradient_norm(m: Measurement) -> Tensor:
+    """‖∂J_x/∂θ‖² = Σ_l ‖g_l‖² (‖f_{l−1}‖² + 1), the 1 where layer l has a bias."""
+    below = [m.train.inputs, *m.train_trace.activations[:-1]]
+    squares = [
+        g.square().sum(1) * (f.square().sum(1) + (bias is not None))
+        for g, f, bias in zip(m.gradients, below, m.student.biases, strict=True)
+    ]
+    quantiles = torch.tensor(_layout(m).quantiles, dtype=squares[0].dtype, device=squares[0].device)
+    return torch.quantile(torch.stack(squares).sum(0).sqrt(), quantiles)
+
+
+@fills("hessian_eigenvalue")
+def _hessian_eigenvalue(m: Measurement) -> Tensor:
+    student, inputs, target = m.student, m.train.inputs, m.train.trace.output
+    free = [*student.weights, *(b for b in student.biases if b is not None)]
+    leak = student.activation.leak
+
+    def at(parameters: list[Tensor]) -> Tensor:
+        weights, rest = parameters[: student.depth], iter(parameters[student.depth :])
+        biases = [None if b is None else next(rest) for b in student.biases]
+        moved = Network(weights, biases, student.activation.name, leak=0.0 if leak is None else leak)
+        return loss(target, moved(inputs))
+
+    wanted = _layout(m).modes
+    values = derivatives.hessian_spectrum(at, free, wanted)
+    missing = values.new_full((wanted - len(values),), torch.nan)  # a student without biases may have fewer
+    return torch.cat([values, missing])
+
+
+def _layout(m: Measurement) -> schema.Layout:
+    if m.layout is None:
+        raise ValueError("measure: gradient_norm and hessian_eigenvalue need the Measurement's layout")
+    return m.layout
+
+
 def _layers(network: Network) -> list[tuple[Tensor, Tensor | None]]:
     return list(zip(network.weights, network.biases, strict=True))
 
@@ -163,17 +218,19 @@ def _hidden_z(m: Measurement) -> list[tuple[Tensor, Tensor]]:
 Record: TypeAlias = Mapping[str, np.ndarray | list[np.ndarray]]
 
 
-def measure(variables: Iterable[str], measurement: Measurement) -> dict[str, float | list[np.ndarray]]:
-    """The named variables of one member: a number, or one array for each layer from the lowest up.
+def measure(variables: Iterable[str], measurement: Measurement) -> dict[str, np.ndarray | list[np.ndarray]]:
+    """The named variables of one member: an array, or one for each layer from the lowest up.
 
     A list shorter than the depth means that the variable has no value at the layers above.
 
     Raises:
         KeyError: for a variable without a measurement.
     """
-    found: dict[str, float | list[np.ndarray]] = {}
+    found: dict[str, np.ndarray | list[np.ndarray]] = {}
     with torch.no_grad():
         for name in variables:
             value = OBSERVABLES[name](measurement)
-            found[name] = [v.cpu().numpy() for v in value if v is not None] if isinstance(value, list) else float(value)
+            found[name] = (
+                [v.cpu().numpy() for v in value if v is not None] if isinstance(value, list) else value.cpu().numpy()
+            )
     return found

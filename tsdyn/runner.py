@@ -156,6 +156,7 @@ class Members:
                 self.train_probe(member, epoch),
                 self.eval_probes[member],
                 self.experiment.record.band,
+                self.experiment.layout,
             )
             found.append(observables.measure(variables, view))
         return {name: self._stacked(name, [None if f is None else f[name] for f in found]) for name in variables}
@@ -163,7 +164,8 @@ class Members:
     def _stacked(self, name: str, values: list[Any]) -> Any:
         variable, dtype = schema.VARIABLES[name], self.experiment.dtype
         if not variable.layered:
-            return np.array([np.nan if v is None else v for v in values], dtype=dtype)
+            shape = self.experiment.layout.block(variable, None)
+            return np.stack([np.full(shape, np.nan, dtype) if v is None else np.asarray(v, dtype) for v in values])
         layers = max((len(v) for v in values if v is not None), default=0)
         shapes = [self.experiment.layout.block(variable, layer) for layer in range(1, layers + 1)]
         return [

@@ -75,6 +75,7 @@ _NODE = (*_LAYER, "node")
 _MIXED = (*_LAYER, "node", "teacher_node")
 _PAIR = (*_LAYER, "node", "node_2")
 _HIDDEN = "hidden layers; NaN at the output layer"
+_MOMENT = f"over the evaluation set; without the constant node; {_HIDDEN}"
 
 VARIABLES: Mapping[str, Variable] = _table(
     Variable("loss_train", _MEMBER, "1", "training loss J = ½ E‖f* − f‖²", f"{TIAN}, Eq. 1"),
@@ -115,14 +116,14 @@ VARIABLES: Mapping[str, Variable] = _table(
         f"{TIAN}, Definition 2",
         f"over the evaluation set; ‖v*_j‖ in a two-layer network; {_HIDDEN}",
     ),
-    Variable("A", _MIXED, "1", "E[α_kj] = E[v_k · v*_j]", f"{TIAN}, Definition 2", _HIDDEN),
-    Variable("B", _PAIR, "1", "E[β_kk'] = E[v_k · v_k']", f"{TIAN}, Definition 2", _HIDDEN),
-    Variable("H_star", _MIXED, "1", "H* = β* ∘ D*", f"{LUCK}, section 4", _HIDDEN),
-    Variable("H", _PAIR, "1", "H = β ∘ D", f"{LUCK}, section 4", _HIDDEN),
-    Variable("D_star", _MIXED, "1", "D* = E[f' f*']", f"{LUCK}, section 4", _HIDDEN),
-    Variable("D", _PAIR, "1", "D = E[f' f']", f"{LUCK}, section 4", _HIDDEN),
-    Variable("L_star", _MIXED, "1", "L* = E[f f*ᵀ]", f"{LUCK}, section 4", _HIDDEN),
-    Variable("L", _PAIR, "1", "L = E[f fᵀ]", f"{LUCK}, section 4", _HIDDEN),
+    Variable("A", _MIXED, "1", "E[α_kj] = E[v_k · v*_j]", f"{TIAN}, Definition 2", _MOMENT),
+    Variable("B", _PAIR, "1", "E[β_kk'] = E[v_k · v_k']", f"{TIAN}, Definition 2", _MOMENT),
+    Variable("H_star", _MIXED, "1", "H* = β* ∘ D*", f"{LUCK}, section 4", _MOMENT),
+    Variable("H", _PAIR, "1", "H = β ∘ D", f"{LUCK}, section 4", _MOMENT),
+    Variable("D_star", _MIXED, "1", "D* = E[f' f*']", f"{LUCK}, section 4", _MOMENT),
+    Variable("D", _PAIR, "1", "D = E[f' f']", f"{LUCK}, section 4", _MOMENT),
+    Variable("L_star", _MIXED, "1", "L* = E[f f*ᵀ]", f"{LUCK}, section 4", _MOMENT),
+    Variable("L", _PAIR, "1", "L = E[f fᵀ]", f"{LUCK}, section 4", _MOMENT),
     Variable(
         "gradient_rms",
         _NODE,
@@ -145,6 +146,7 @@ VARIABLES: Mapping[str, Variable] = _table(
         "1",
         "norm of the per-sample parameter gradient",
         f"{TIAN}, Assumption 2",
+        "quantiles over the training set of ‖∂J_x/∂θ‖ over all parameters; quantile 1 is the largest",
     ),
     Variable(
         "observation",
@@ -169,12 +171,27 @@ VARIABLES: Mapping[str, Variable] = _table(
         "1",
         "ε of ε-alignment, lowest layer",
         f"{TIAN}, Definition 3 (orientation-safe)",
+        "max of sin ∠(w*_j, w_k) and |b*_j ∓ b_k|, weights scaled to norm 1; NaN for a zero weight",
     ),
-    Variable("lemma1_residual", _MEMBER, "1", "relative residual of Lemma 1", f"{TIAN}, Lemma 1"),
+    Variable(
+        "lemma1_residual",
+        _MEMBER,
+        "1",
+        "relative residual of Lemma 1",
+        f"{TIAN}, Lemma 1",
+        "over the evaluation set; largest error over layers, samples and nodes, relative to the largest term",
+    ),
     Variable("Q", (*_MEMBER, "node", "node_2"), "1", "order parameter w_i · w_k / N", SAAD),
     Variable("R", (*_MEMBER, "node", "teacher_node"), "1", "order parameter w_i · B_m / N", SAAD),
     Variable("T", (*_MEMBER, "teacher_node", "teacher_node_2"), "1", "order parameter B_n · B_m / N", SAAD),
-    Variable("hessian_eigenvalue", (*_MEMBER, "mode"), "1", "eigenvalue of the Hessian of J", "definition"),
+    Variable(
+        "hessian_eigenvalue",
+        (*_MEMBER, "mode"),
+        "1",
+        "eigenvalue of the Hessian of J",
+        "definition",
+        "of the training loss in all parameters; the algebraically largest",
+    ),
 )
 
 COORDINATES: Mapping[str, Variable] = _table(
@@ -192,6 +209,9 @@ COORDINATES: Mapping[str, Variable] = _table(
     ),
 )
 
+#: Dimensions whose sizes the record decides, not the networks.
+SIZED = ("quantile", "mode")
+
 #: Size of each node dimension at one layer: the coordinate that says where the layer ends.
 NODE_WIDTHS: Mapping[str, str] = {
     "node": "width",
@@ -207,6 +227,7 @@ FAMILIES: Mapping[str, tuple[str, ...]] = {
     "weight": ("weight", "bias"),
     "fanout_norm": ("fanout_norm", "teacher_fanout_norm"),
     "observation": ("observation", "observation_count"),
+    "moments": ("A", "B", "H", "H_star", "D", "D_star", "L", "L_star"),
 }
 
 #: Stored for every run, once a seed.
@@ -228,6 +249,18 @@ RECORDABLE = (
     "gradient_max",
     "observation",
     "observation_count",
+    "A",
+    "B",
+    "H",
+    "H_star",
+    "D",
+    "D_star",
+    "L",
+    "L_star",
+    "lemma1_residual",
+    "alignment",
+    "gradient_norm",
+    "hessian_eigenvalue",
 )
 
 
@@ -240,12 +273,16 @@ class Layout:
         input_width: Width d of the input.
         widths: Student widths n_1..n_L.
         teacher_widths: Teacher widths m_1..m_L.
+        quantiles: Labels of the ``quantile`` dimension.
+        modes: Hessian eigenvalues recorded.
     """
 
     seeds: tuple[int, ...]
     input_width: int
     widths: tuple[int, ...]
     teacher_widths: tuple[int, ...]
+    quantiles: tuple[float, ...] = ()
+    modes: int = 0
 
     @property
     def depth(self) -> int:
@@ -261,23 +298,30 @@ class Layout:
         return (self.input_width, *self.teacher_widths[:-1])
 
     def node_widths(self, variable: Variable, dim: str) -> tuple[int, ...]:
-        """True sizes of a node dimension at layers 1..L, for `variable`."""
+        """True sizes of a dimension at layers 1..L, for `variable`; without layers, at the lowest, or the one size."""
+        if dim in SIZED:
+            return (self.padded(dim),)
+        widths = self._node_widths(variable, dim)
+        return widths if variable.layered else widths[:1]
+
+    def _node_widths(self, variable: Variable, dim: str) -> tuple[int, ...]:
         if dim == "input_node":
             teacher = variable.name.startswith("teacher_")
             return self.teacher_input_widths if teacher else self.input_widths
         return self.teacher_widths if dim.startswith("teacher_") else self.widths
 
     def padded(self, dim: str) -> int:
-        """Size of a node dimension in the Dataset: that of the widest layer."""
+        """Size of a dimension in the Dataset; of node dimensions, that of the widest layer."""
+        if dim in SIZED:
+            return len(self.quantiles) if dim == "quantile" else self.modes
         if dim == "input_node":
             return max(*self.input_widths, *self.teacher_input_widths)
         return max(self.teacher_widths if dim.startswith("teacher_") else self.widths)
 
-    def block(self, variable: Variable, layer: int) -> tuple[int, ...]:
-        """True sizes of the node dimensions of `variable` at `layer` (1..L)."""
-        return tuple(
-            self.node_widths(variable, dim)[layer - 1] for dim in variable.dims[variable.dims.index("layer") + 1 :]
-        )
+    def block(self, variable: Variable, layer: int | None) -> tuple[int, ...]:
+        """True sizes of what `variable` holds of one member and epoch, at `layer` (1..L) if it has layers."""
+        inner = [dim for dim in variable.dims if dim not in ("seed", "epoch", "layer")]
+        return tuple(self.node_widths(variable, dim)[(layer or 1) - 1] for dim in inner)
 
 
 def expand(names: Iterable[str]) -> tuple[str, ...]:
