@@ -131,6 +131,16 @@ def test_validate_names_what_is_wrong(command, tmp_path):
     assert "weight: attribute 'units' is 'kg'" in out
 
 
+def test_audit_says_what_holds_and_what_to_record(command, tmp_path):
+    tsdyn.run(small(record__observables=["mse", "lemma1_residual"]), tmp_path / "run")
+    code, out, _ = command("audit", tmp_path / "run")
+    assert code == 0
+    assert "Lemma 1" in out
+    assert "3 holds" in out
+    assert "3 unrecorded" in out
+    assert "3 untested" in out
+
+
 def test_version(command):
     assert command("--version")[:2] == (0, f"tsdyn {tsdyn.__version__}\n")
 

@@ -63,7 +63,7 @@ def test_analysis_and_studies_import_no_engine():
 
 
 def test_import_is_cheap_and_without_torch():
-    """Under 0.3 s is the promise (3 ms measured); here only its reason: nothing heavy is imported."""
+    """Under 0.3 s is the promise (see docs/performance.md); here only its reason: nothing heavy is imported."""
     heavy = "torch", "xarray", "netCDF4", "dask", "matplotlib", "pydantic", "scipy"
     code = f"import tsdyn, sys; print([m for m in {heavy!r} if m in sys.modules])"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import numpy as np
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -180,6 +181,30 @@ def plot(
     except (ValueError, KeyError) as error:
         raise DirectoryError(f"plot {figure}: {error.args[0] if error.args else error}") from error
     _save(drawn, output or Path(f"{figure}.png"), quiet=False)
+
+
+@app.command()
+def audit(directory: Directory) -> None:
+    """Each theorem: hypothesis met? conclusion holds? margin."""
+    from tsdyn import archive
+    from tsdyn.analysis.audit import VERDICTS
+    from tsdyn.analysis.audit import audit as measure
+
+    found = measure(archive.open(directory))
+    table = Table("claim", "members", "largest margin", "what is checked, or what it needs")
+    for claim in found["claim"].values:
+        row = found.sel(claim=claim)
+        words, counts = np.unique(row["verdict"].values, return_counts=True)
+        tally = dict(zip(words.tolist(), counts.tolist(), strict=True))
+        margins = row["margin"].values[np.isfinite(row["margin"].values)]
+        table.add_row(
+            _plain(claim),
+            ", ".join(f"{tally[word]} {word}" for word in VERDICTS if word in tally),
+            f"{margins.max():.2g}" if margins.size else "",
+            _plain(row["used"].item()),
+        )
+    Console().print(table)
+    print("margin: conclusion over bound, at most 1 where it holds; unmet: the hypothesis is not, so nothing is tested")
 
 
 @app.command()

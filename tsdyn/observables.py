@@ -157,7 +157,7 @@ fills("observation_count")(lambda m: [observation_count(t, s) for t, s in _hidde
 
 
 for _moment in schema.FAMILIES["moments"]:
-    fills(_moment)(lambda m, name=_moment: list(m.moments.variable(name)))  # type: ignore[misc]
+    fills(_moment)(lambda m, name=_moment: list(getattr(m.moments, name)))  # type: ignore[misc]
 
 
 @fills("lemma1_residual")

@@ -205,36 +205,31 @@ class Moments:
     """Expectations over samples, one array a hidden layer 1..L−1, constant nodes left out.
 
     Attributes:
-        A, A_joint: E[α_kj] and E[α_kj f'_k f*'_j], (node, teacher_node).
-        B, B_joint: E[β_kk'] and E[β_kk' f'_k f'_k'], (node, node_2).
+        A, B: E[α_kj] and E[β_kk'], (node, teacher_node) and (node, node_2).
+        H_star, H: E[α_kj] E[f'_k f*'_j] and E[β_kk'] E[f'_k f'_k'] in the product form, E[α_kj f'_k f*'_j] and
+            E[β_kk' f'_k f'_k'] in the joint form.
         D_star, D: E[f'_k f*'_j] and E[f'_k f'_k'].
         L_star, L: E[f_k f*_j] and E[f_k f_k'].
     """
 
     A: list[Tensor]
     B: list[Tensor]
-    A_joint: list[Tensor]
-    B_joint: list[Tensor]
+    H_star: list[Tensor]
+    H: list[Tensor]
     D_star: list[Tensor]
     D: list[Tensor]
     L_star: list[Tensor]
     L: list[Tensor]
 
-    def variable(self, name: str, form: Form = "product") -> list[Tensor]:
-        """A schema variable by name; H and H* in the form asked for."""
-        if name in ("H", "H_star"):
-            suffix, coupling, gates = ("B", self.B, self.D) if name == "H" else ("A", self.A, self.D_star)
-            if form == "joint":
-                joint: list[Tensor] = getattr(self, f"{suffix}_joint")
-                return joint
-            return [c * d for c, d in zip(coupling, gates, strict=True)]
-        if name == "fanout_norm":
-            return [b.diagonal().clamp(min=0).sqrt() for b in self.B]
-        found: list[Tensor] = getattr(self, name)
-        return found
+    @property
+    def fanout_norm(self) -> list[Tensor]:
+        """√E β_kk, (node,)."""
+        return [b.diagonal().clamp(min=0).sqrt() for b in self.B]
 
 
-def expectations(student: Network, teacher: Network, x: Samples, *, memory: int = MEMORY) -> Moments:
+def expectations(
+    student: Network, teacher: Network, x: Samples, *, form: Form = "product", memory: int = MEMORY
+) -> Moments:
     """E over the samples of all matrices of all hidden layers, streamed.
 
     Per-sample couplings are never formed.  With G_l = V_l D_l (sample·output, node),
@@ -246,12 +241,14 @@ def expectations(student: Network, teacher: Network, x: Samples, *, memory: int 
         student: Any activation.
         teacher: As deep as the student.
         x: (sample, input), or batches of it.
+        form: Of H; the joint form costs one more product, at the lowest layer.
         memory: Bytes that batches may take.
 
     Raises:
         ValueError: as `coupling`.
     """
     _check_pair("expectations", student, teacher)
+    lowest = 1 if form == "joint" else 2
     hidden = student.depth - 1
     sums: dict[str, list[Tensor]] = {}
     samples = 0
@@ -260,25 +257,30 @@ def expectations(student: Network, teacher: Network, x: Samples, *, memory: int 
     with torch.no_grad():
         for part in _batches("expectations", x, student, teacher, numbers=per_sample, memory=memory):
             samples += len(part)
-            for name, layers in _batch_sums(student, student.trace(part), teacher, teacher.trace(part)).items():
+            for name, layers in _batch_sums(student, student.trace(part), teacher, teacher.trace(part), lowest).items():
                 held = sums.setdefault(name, layers)
                 if held is not layers:
                     for total, more in zip(held, layers, strict=True):
                         total += more
         means = {name: [total / samples for total in layers] for name, layers in sums.items()}
+        # E[D V' V* D*] and E[D V' V D] of the layers lowest..L-1
+        h_star, h = means.pop("h_star"), means.pop("h")
         w, w_star = student.weights, teacher.weights
-        if hidden:
-            means["A_joint"].append((w[-1].T @ w_star[-1]) * means["D_star"][-1])
-            means["B_joint"].append((w[-1].T @ w[-1]) * means["D"][-1])
-        a = [w[i + 1].T @ means["A_joint"][i + 1] @ w_star[i + 1] for i in range(hidden - 1)]
-        b = [w[i + 1].T @ means["B_joint"][i + 1] @ w[i + 1] for i in range(hidden - 1)]
-        if hidden:
-            a.append(w[-1].T @ w_star[-1])
-            b.append(w[-1].T @ w[-1])
-    return Moments(A=a, B=b, **means)
+        top, top_star = w[-1].T @ w[-1], w[-1].T @ w_star[-1]
+        if hidden >= lowest:
+            h_star.append(top_star * means["D_star"][-1])
+            h.append(top * means["D"][-1])
+        above = zip(range(1, hidden), h_star[2 - lowest :], h[2 - lowest :], strict=True)
+        pairs = [(w[i].T @ inner_star @ w_star[i], w[i].T @ inner @ w[i]) for i, inner_star, inner in above]
+        pairs += [(top_star, top)] if hidden else []
+        a, b = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+        if form == "product":
+            h_star = [alpha * d for alpha, d in zip(a, means["D_star"], strict=True)]
+            h = [beta * d for beta, d in zip(b, means["D"], strict=True)]
+    return Moments(A=a, B=b, H_star=h_star, H=h, **means)
 
 
-def _batch_sums(student: Network, own: Trace, teacher: Network, taught: Trace) -> dict[str, list[Tensor]]:
+def _batch_sums(student: Network, own: Trace, teacher: Network, taught: Trace, lowest: int) -> dict[str, list[Tensor]]:
     hidden = student.depth - 1
     gates, gates_star = own.gates[:-1], taught.gates[:-1]
     below = list(zip(own.activations, taught.activations, strict=True))[:-1]
@@ -288,16 +290,16 @@ def _batch_sums(student: Network, own: Trace, teacher: Network, taught: Trace) -
         "L": [f.T @ f for f, _ in below],
         "L_star": [f.T @ s for f, s in below],
     }
-    sums |= {"A_joint": [], "B_joint": []}
+    sums |= {"h_star": [], "h": []}
     # (sample·output, node) of student and teacher, from the top hidden layer, which needs no sum, downwards
     rows = [_gate(net.weights[-1], trace, hidden) for net, trace in ((student, own), (teacher, taught)) if hidden > 1]
-    for layer in range(hidden - 1, 0, -1):
+    for layer in range(hidden - 1, lowest - 1, -1):
         g, g_star = rows = [
             _gate((above @ net.weights[layer]).view(len(trace.output), -1, net.widths[layer]), trace, layer)
             for above, net, trace in zip(rows, (student, teacher), (own, taught), strict=True)
         ]
-        sums["A_joint"].insert(0, g.T @ g_star)
-        sums["B_joint"].insert(0, g.T @ g)
+        sums["h_star"].insert(0, g.T @ g_star)
+        sums["h"].insert(0, g.T @ g)
     return sums
 
 
@@ -334,7 +336,7 @@ def moments(
     """
     if form not in ("product", "joint"):
         raise ValueError(f"moments: form={form!r}; it is 'product' (E[β] ∘ E[f'f']) or 'joint' (E[β f'f'])")
-    found = expectations(student, teacher, x, memory=memory)
+    found = expectations(student, teacher, x, form=form, memory=memory)
     layers = np.arange(1, student.depth + 1)
     widths = {"node": student.widths[1:], "node_2": student.widths[1:], "teacher_node": teacher.widths[1:]}
     variables = {}
@@ -342,7 +344,7 @@ def moments(
         variable = schema.VARIABLES[name]
         dims = tuple(d for d in variable.dims if d not in ("seed", "epoch"))
         array = np.full((student.depth, *(max(widths[d]) for d in dims[1:])), np.nan)
-        for i, block in enumerate(found.variable(name, form)):
+        for i, block in enumerate(getattr(found, name)):
             array[i][tuple(slice(size) for size in block.shape)] = block.cpu().numpy()
         extra = {"definition": f"{form} form"} if name in ("H", "H_star") else {}
         variables[name] = xr.Variable(dims, array, variable.attrs | extra)
