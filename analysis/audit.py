@@ -114,7 +114,7 @@ def _lowest(ds: xr.Dataset) -> xr.Dataset:
 
 def _observed(low: xr.Dataset) -> xr.DataArray:
     """Whether some student observes the teacher node and pulls at it; (..., teacher_node)."""
-    pulls = (low["observation"] > 0) & (np.abs(low["A"]) > 0)
+    pulls = (low["observation"] > 0) & (abs(low["A"]) > 0)
     return pulls.any("node")
 
 
@@ -133,7 +133,7 @@ def _theorem_1(ds: xr.Dataset, experiment: Experiment) -> Finding:
 def _theorem_3(ds: xr.Dataset, experiment: Experiment) -> Finding:
     low = _lowest(ds)
     nodes, inputs = low["width"] + low["teacher_width"], low["input_width"]
-    pull = np.abs(low["A"]).where(low["observation"] > 0).max("node")
+    pull = abs(low["A"]).where(low["observation"] > 0).max("node")
     reach = 5 * nodes**1.5 * np.sqrt(inputs) * low["gradient_max"].max("node") / pull
     inside = reach <= _separation(ds)
     margin = (_best(low) / reach).where(inside).max("teacher_node")
@@ -255,18 +255,21 @@ def audit(archive: xr.Dataset) -> xr.Dataset:
             found = claim.check(archive[[*claim.needs, "teacher_weight", "teacher_bias"]], experiment)
             met = (found.met & alive).transpose(*shape.dims).load()
             margin = found.margin.transpose(*shape.dims).load().where(met)
-            verdict = xr.where(met & margin.notnull(), xr.where(margin <= 1, "holds", "fails"), "unmet")
+            words = np.where(met & margin.notnull(), np.where(margin <= 1, "holds", "fails"), "unmet")
+            verdict = met.copy(data=words)
             used.append(claim.says)
         verdicts.append(verdict.drop_vars(set(verdict.coords) - set(verdict.dims)))
         margins.append(margin.drop_vars(set(margin.coords) - set(margin.dims)))
     names = xr.DataArray([claim.name for claim in CLAIMS], dims="claim", name="claim")
-    options = {"dim": names, "coords": "minimal", "compat": "override", "join": "exact", "combine_attrs": "drop"}
+
+    def stacked(arrays: list[xr.DataArray]) -> xr.DataArray:
+        joined = xr.concat(arrays, dim=names, coords="minimal", compat="override", join="exact", combine_attrs="drop")
+        return joined.transpose("claim", ...)
+
     return xr.Dataset(
         {
-            "verdict": xr.concat(verdicts, **options).transpose("claim", ...),
-            "margin": xr.concat(margins, **options)
-            .transpose("claim", ...)
-            .assign_attrs(units="1", long_name="conclusion over bound"),
+            "verdict": stacked(verdicts),
+            "margin": stacked(margins).assign_attrs(units="1", long_name="conclusion over bound"),
             "source": ("claim", [claim.source for claim in CLAIMS]),
             "used": ("claim", used),
         }
