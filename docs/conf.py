@@ -1,5 +1,6 @@
 """Sphinx: MyST pages; the schema and the experiment file's keys are printed from the code."""
 
+import re
 from pathlib import Path
 
 from tsdyn import __version__, experiment, schema
@@ -112,5 +113,13 @@ def _generate(_app: object) -> None:
         (target / f"{name}.md").write_text(text, encoding="utf-8")
 
 
-def setup(app: object) -> None:
+def _plain_stars_and_bars(app, what, name, obj, options, lines):
+    """Formulas in docstrings write w* and |g|; neither is markup here, except inside backticks."""
+    for i, line in enumerate(lines):
+        parts = re.split(r"(`+[^`]*`+)", line)
+        lines[i] = "".join(p if p.startswith("`") else re.sub(r"([*|])", r"\\\1", p) for p in parts)
+
+
+def setup(app):
     app.connect("builder-inited", _generate)
+    app.connect("autodoc-process-docstring", _plain_stars_and_bars, priority=400)  # before napoleon's own markup
