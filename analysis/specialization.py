@@ -48,6 +48,20 @@ def match_counts(correlation: NDArray, threshold: float) -> NDArray:
     return np.where(np.isnan(best).all(-1), np.nan, (best > threshold).sum(-1))
 
 
+def winner_rank(correlation: NDArray) -> NDArray:
+    """(..., epoch, teacher_node, node) -> (..., epoch, teacher_node): rank of the last epoch's best student node.
+
+    Counted from 0, the best, and divided by the number of nodes with a correlation at that epoch; NaN where the
+    winner has none.
+    """
+    filled = np.where(np.isnan(correlation), -np.inf, correlation)
+    winner = filled[..., -1:, :, :].argmax(-1)[..., None]
+    won = np.take_along_axis(correlation, np.broadcast_to(winner, (*correlation.shape[:-1], 1)), -1)
+    nodes = (~np.isnan(correlation)).sum(-1)
+    rank = (correlation > won).sum(-1) / np.maximum(nodes, 1)
+    return np.where(np.isnan(won[..., 0]), np.nan, rank)
+
+
 def _correlation(archive: xr.Dataset, caller: str) -> xr.DataArray:
     if "correlation" not in archive:
         raise ValueError(
@@ -104,6 +118,32 @@ def mean_specialization(archive: xr.Dataset) -> xr.DataArray:
         reads=("teacher_node", "node"),
         name="mean_specialization",
         attrs={"units": "1", "long_name": "mean best correlation ρ̄", "source": SOURCE},
+    )
+
+
+def mean_rank(archive: xr.Dataset) -> xr.DataArray:
+    """r̄: rank of the last epoch's best student node at each epoch, in [0, 1), mean over teacher nodes; (..., epoch).
+
+    0 means that every teacher node's final winner already leads: winners are those that were lucky at the start.
+    Teacher nodes without a correlation are left out.
+
+    Raises:
+        ValueError: as `specialization`, or without ``epoch``.  Source: Tian et al. (2019), section 6.
+    """
+    ranks = lift(
+        winner_rank,
+        _correlation(archive, "mean_rank"),
+        reads=("epoch", "teacher_node", "node"),
+        gives=("epoch", "teacher_node"),
+    )
+    return (
+        ranks.mean("teacher_node")
+        .rename("mean_rank")
+        .assign_attrs(
+            units="1",
+            long_name="mean rank r̄ of the final winner",
+            source="Tian et al. 2019 (arXiv:1905.13405), section 6",
+        )
     )
 
 

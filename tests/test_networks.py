@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import tests.oracles as oracles
-from tsdyn import Network, activations
+from tsdyn import Network, activations, theory
 
 
 def random_network(widths, name="relu", bias=True, seed=0, **options):
@@ -102,7 +102,7 @@ def test_numpy_is_accepted():
         (lambda: Network([torch.ones(2, 3)])(torch.ones(1, 4)), "inputs have 4 features, layer 1 takes 3"),
         (
             lambda: Network.from_torch(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))),
-            "BatchNorm1d.* has no place",
+            "BatchNorm1d.* normalizes by the batch",
         ),
         (lambda: Network.from_torch(nn.Sequential(nn.Linear(2, 2), nn.ReLU())), "must end with a Linear"),
         (
@@ -125,3 +125,29 @@ def test_bad_networks_are_refused_with_the_reason(make, message):
 def test_linear_layers_without_activation_between_are_an_identity_network():
     network = Network.from_torch(nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1)))
     assert network.activation.name == "identity"
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_batch_norm_in_eval_mode_is_folded(affine, bias):
+    torch.manual_seed(0)
+    norms = [nn.BatchNorm1d(n, affine=affine) for n in (6, 5)]
+    module = nn.Sequential(
+        nn.Linear(4, 6, bias=bias), norms[0], nn.ReLU(), nn.Linear(6, 5, bias=bias), nn.ReLU(), norms[1],
+        nn.Linear(5, 3, bias=bias),
+    ).double()  # fmt: skip
+    x = torch.randn(50, 4, dtype=torch.float64)
+    if affine:
+        for norm in norms:
+            nn.init.normal_(norm.weight)
+            nn.init.normal_(norm.bias)
+    module(x)  # moves the running statistics off 0 and 1
+    with pytest.raises(ValueError, match=r"BatchNorm1d.* normalizes by the batch, .* call module.eval\(\)"):
+        Network.from_torch(module)
+    network = Network.from_torch(module.eval())
+    assert network.widths == (4, 6, 5, 3)
+    torch.testing.assert_close(network(x), module(x), rtol=1e-13, atol=1e-13)
+    teacher = random_network((4, 3, 4, 3))
+    assert theory.lemma1_residual(network, teacher, x) < 1e-12
+    with pytest.raises(ValueError, match="must end with a Linear layer"):
+        Network.from_torch(nn.Sequential(*module[:-1]))

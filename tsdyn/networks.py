@@ -119,21 +119,38 @@ class Network:
     def from_torch(cls, module: nn.Module, *, gate_at_zero: AtZero = "torch") -> Network:
         """The network an ``nn.Sequential`` of Linear layers and one kind of activation computes.
 
-        The module's own parameters are kept, so gradients reach them.
+        The module's own parameters are kept, so gradients reach them.  BatchNorm in eval mode is an affine map of each
+        node and is folded into the Linear layer below it, or above it if it follows an activation.
 
         Raises:
-            ValueError: naming the module that has no place here, activations that differ between layers, or
-                an activation after the last layer.
+            ValueError: naming the module that has no place here, BatchNorm in training mode, activations that differ
+                between layers, or an activation after the last layer.
         """
         weights: list[Tensor] = []
         biases: list[Tensor | None] = []
         found: list[Activation] = []
+        pending: tuple[Tensor, Tensor] | None = None  # of a BatchNorm above an activation
         for part in _leaves(module):
             if isinstance(part, nn.Linear):
                 if len(found) < len(weights):
                     found.append(activations.activation("identity"))
-                weights.append(part.weight)
-                biases.append(part.bias)
+                weight: Tensor = part.weight
+                bias: Tensor | None = part.bias
+                if pending is not None:
+                    scale, shift = pending
+                    bias = weight @ shift if bias is None else bias + weight @ shift
+                    weight, pending = weight * scale, None
+                weights.append(weight)
+                biases.append(bias)
+                continue
+            if isinstance(part, nn.BatchNorm1d) and weights and pending is None:
+                scale, shift = _affine_of(part)
+                if len(found) < len(weights):
+                    bias = biases[-1]
+                    weights[-1] = scale[:, None] * weights[-1]
+                    biases[-1] = shift if bias is None else scale * bias + shift
+                else:
+                    pending = scale, shift
                 continue
             sigma = activations.from_module(part)
             if sigma is None or not weights or len(found) >= len(weights):
@@ -141,7 +158,7 @@ class Network:
                     f"from_torch: {part} has no place here; a Network is Linear, activation, Linear, ..., Linear"
                 )
             found.append(sigma)
-        if not weights or len(found) != len(weights) - 1:
+        if not weights or len(found) != len(weights) - 1 or pending is not None:
             raise ValueError(f"from_torch: {type(module).__name__} must end with a Linear layer and hold at least one")
         kinds = {(a.name, a.leak) for a in found}
         if len(kinds) > 1:
@@ -174,6 +191,19 @@ def _leaves(module: nn.Module) -> list[nn.Module]:
     if isinstance(module, nn.Sequential):
         return [leaf for part in module for leaf in _leaves(part)]
     return [module]
+
+
+def _affine_of(norm: nn.BatchNorm1d) -> tuple[Tensor, Tensor]:
+    """Scale and shift of each node in eval mode."""
+    if norm.training or norm.running_mean is None or norm.running_var is None:
+        raise ValueError(
+            f"from_torch: {norm} normalizes by the batch, so it is no function of one sample; "
+            "call module.eval() to use its running statistics"
+        )
+    scale = (norm.running_var + norm.eps).rsqrt()
+    if norm.affine:
+        return norm.weight * scale, norm.bias - norm.weight * scale * norm.running_mean
+    return scale, -scale * norm.running_mean
 
 
 def _check_chain(weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> None:

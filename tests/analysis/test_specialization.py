@@ -109,3 +109,21 @@ def test_lift_keeps_labels_and_broadcasts():
     assert list(result.seed.values) == [4, 9]
     assert result.values.tolist() == [3.0, 12.0]
     assert result.attrs == {"units": "1"}
+
+
+def test_mean_rank_follows_the_final_winner():
+    correlation = np.array(
+        [
+            [[0.1, 0.5, 0.3, np.nan], [0.9, 0.2, 0.1, np.nan]],
+            [[0.6, 0.5, 0.3, np.nan], [0.9, 0.2, 0.1, np.nan]],
+        ]
+    )
+    np.testing.assert_allclose(specialization.winner_rank(correlation), [[2 / 3, 0], [0, 0]])
+    dead = correlation.copy()
+    dead[0, 0, 0] = np.nan  # the winner was dead at the start
+    dead[:, 1] = np.nan
+    np.testing.assert_allclose(specialization.winner_rank(dead), [[np.nan, np.nan], [0, np.nan]])
+    ds = xr.Dataset({"correlation": (("epoch", "teacher_node", "node"), correlation)}).assign_coords(epoch=[0, 1])
+    found = specialization.mean_rank(ds)
+    assert found.dims == ("epoch",)
+    np.testing.assert_allclose(found, [1 / 3, 0])
