@@ -1,12 +1,13 @@
 """Derivatives of any module against autograd, one sample at a time."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from tests.test_theory import scaled_network
-from tsdyn import derivatives, theory
+from tsdyn import curvature, derivatives, memory, theory
 
 EPS = 1e-12
 
@@ -213,8 +214,52 @@ def test_lanczos_agrees_with_the_dense_spectrum(monkeypatch):
     x = torch.randn(30, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     loss, params = network_loss(student, teacher, x)
     dense = derivatives.hessian_spectrum(loss, params, 5)
-    monkeypatch.setattr(derivatives, "DENSE_PARAMETERS", 10)
+    monkeypatch.setattr(curvature, "DENSE_PARAMETERS", 10)
     torch.testing.assert_close(derivatives.hessian_spectrum(loss, params, 5), dense, rtol=1e-10, atol=1e-12)
+
+
+def test_spectral_density_integrates_polynomials_exactly():
+    """k Lanczos steps from v give Σ w θ^p = vᵀ H^p v for p < 2k; with all steps the nodes are the eigenvalues."""
+    student, teacher = scaled_network((4, 6, 3), "erf", 0.0, True, 1), scaled_network((4, 3, 3), "erf", 0.0, True, 2)
+    x = torch.randn(30, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    loss, params = network_loss(student, teacher, x)
+    dense = derivatives.hessian(loss, params)
+    size, steps = len(dense), 4
+    found = derivatives.hessian_density(loss, params, probes=3, steps=steps, seed=5)
+    draw = torch.Generator().manual_seed(5)
+    for probe in range(3):
+        v = torch.randn(size, generator=draw, dtype=torch.float64)
+        power = v = v / v.norm()
+        for p in range(2 * steps):
+            expected = float(v @ power)
+            scale = float(torch.linalg.matrix_norm(dense, 2)) ** p
+            assert abs((found.weights[probe] * found.nodes[probe] ** p).sum() - expected) <= 1e-13 * scale
+            power = dense @ power
+    whole = derivatives.hessian_density(loss, params, probes=1, steps=size)
+    values = torch.linalg.eigvalsh(dense)
+    np.testing.assert_allclose(whole.nodes[0], values, atol=1e-10 * float(values.abs().max()))
+
+
+def test_spectral_density_estimates_the_trace_within_its_own_error():
+    student, teacher = scaled_network((4, 6, 3), "erf", 0.0, True, 1), scaled_network((4, 3, 3), "erf", 0.0, True, 2)
+    x = torch.randn(30, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    loss, params = network_loss(student, teacher, x)
+    values = torch.linalg.eigvalsh(derivatives.hessian(loss, params)).numpy()
+    found = derivatives.hessian_density(loss, params, probes=40, steps=20)
+    for function in (lambda v: v, np.square, lambda v: np.exp(-np.abs(v))):
+        mean, error = found.mean(function)
+        assert abs(mean - function(values).mean()) <= 5 * error
+    grid, width = np.linspace(values[0] - 3, values[-1] + 3, 4001), 0.1
+    np.testing.assert_allclose(np.trapezoid(found(grid, width), grid), 1, rtol=1e-6)
+    assert found.weights.min() >= 0
+
+
+def test_spectral_density_of_a_hessian_of_low_rank_stops_early():
+    """Rank 1: the Krylov space has two dimensions; the rest of the nodes weigh nothing."""
+    direction = torch.arange(1.0, 11.0, dtype=torch.float64)
+    found = derivatives.hessian_density(lambda p: 0.5 * (p @ direction) ** 2, torch.zeros(10, dtype=torch.float64))
+    assert np.count_nonzero(found.weights.sum(0)) == 2
+    np.testing.assert_allclose(found.nodes.max(1), float(direction @ direction), rtol=1e-12)
 
 
 def test_gauss_newton_is_the_hessian_at_zero_residual():
@@ -288,7 +333,7 @@ def test_bad_input_is_named(monkeypatch):
         derivatives.jacobian(module, x, wrt="9")
     with pytest.raises(ValueError, match="k=0; ask for at least one"):
         derivatives.hessian_spectrum(lambda p: p.sum(), x, 0)
-    monkeypatch.setattr(derivatives, "_available_memory", lambda: 1000)
+    monkeypatch.setattr(memory, "available", lambda: 1000)
     with pytest.raises(
         MemoryError, match=r"per_sample_gradients: the result needs 0.0 GB, .* per_sample_gradient_norms"
     ):

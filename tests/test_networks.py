@@ -151,3 +151,44 @@ def test_batch_norm_in_eval_mode_is_folded(affine, bias):
     assert theory.lemma1_residual(network, teacher, x) < 1e-12
     with pytest.raises(ValueError, match="must end with a Linear layer"):
         Network.from_torch(nn.Sequential(*module[:-1]))
+
+
+def test_a_small_convolution_is_a_matrix_and_obeys_lemma_1():
+    """THEORY section 3, last row: 3x3, 5 channels against 3, leaky, 8x8; A_1 is (n H W) x (m H W + 1)."""
+    torch.manual_seed(0)
+
+    def net(channels):
+        return nn.Sequential(
+            nn.Conv2d(2, channels, 3), nn.BatchNorm2d(channels), nn.LeakyReLU(0.1),
+            nn.Conv2d(channels, 4, 3, stride=2, padding=1), nn.LeakyReLU(0.1), nn.Flatten(), nn.Linear(4 * 3 * 3, 6),
+        ).double()  # fmt: skip
+
+    images = torch.randn(12, 2, 8, 8, dtype=torch.float64)
+    student, teacher = net(5), net(3)
+    for module in (student, teacher):
+        module(images)  # statistics for the BatchNorm
+        module.eval()
+    flat = images.flatten(1)
+    networks = [Network.from_torch(module, input_shape=(2, 8, 8)) for module in (student, teacher)]
+    for module, network in zip((student, teacher), networks, strict=True):
+        torch.testing.assert_close(network(flat), module(images), rtol=1e-12, atol=1e-12)
+    assert 0 < theory.lemma1_residual(*networks, flat) < 1e-12
+    assert theory.coupling(*networks, flat[:2], layer=1).A.shape == (2, 5 * 6 * 6, 3 * 6 * 6 + 1)
+    # g_1 against autograd through the module itself
+    z = student[1](student[0](images)).detach().requires_grad_(True)
+    half_square = 0.5 * (teacher(images) - student[2:](z)).square().sum()
+    (expected,) = torch.autograd.grad(half_square, z)
+    found = theory.backpropagated_gradient(*networks, flat, layer=1)
+    torch.testing.assert_close(found, -expected.flatten(1), rtol=1e-12, atol=1e-12)
+    # gradients reach the module's own parameters
+    networks[0](flat).sum().backward()
+    assert float(student[0].weight.grad.abs().max()) > 0
+
+
+def test_a_convolution_needs_the_shape_of_its_images():
+    module = nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(3 * 36, 1))
+    for shape in (None, (1, 8, 8)):
+        with pytest.raises(ValueError, match="input_shape"):
+            Network.from_torch(module, input_shape=shape)
+    with pytest.raises(MemoryError, match="smaller images"):
+        Network.from_torch(module, input_shape=(2, 4000, 4000))

@@ -10,7 +10,7 @@ import tests.oracles as oracles
 import tsdyn
 from tests.cases import REFERENCE, small
 from tests.test_networks import random_network
-from tsdyn import alignment, derivatives, observables, runner, schema, theory
+from tsdyn import alignment, data, derivatives, observables, runner, schema, theory
 from tsdyn.networks import Network
 from tsdyn.observables import Measurement, Probe
 
@@ -190,3 +190,42 @@ def test_theory_can_be_asked_for_in_an_experiment(tmp_path):
 
         values = derivatives.hessian_spectrum(loss, [p.detach() for p in module.parameters()], 3)
         np.testing.assert_allclose(at.hessian_eigenvalue, values, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("law", ["agnostic", "aware"])
+def test_an_experiment_trains_on_definition_7s_augmentation(law, tmp_path):
+    """Sizes are Definition 7's, batches reach the new points, and training quantities are measured on all of them."""
+    d, train = 10, 40
+    experiment = small(
+        data__train=train, data__augment=law, data__augment_eps=0.5, data__augment_c=2.0,
+        training__epochs=1, record__observables=["loss"],
+    )  # fmt: skip
+    members = runner.Members(experiment)
+    sizes = []
+    for member, (seed, teacher) in enumerate(zip(experiment.seed_labels, members.teachers, strict=True)):
+        x = torch.from_numpy(data.training_inputs(experiment, seed))
+        near = int(alignment.boundary(teacher, x, 0.5).sum())
+        expected = (2 * d + 1) * train if law == "agnostic" else train + 2 * near
+        held = members.train_probe(member, 1).inputs
+        assert len(held) == expected
+        torch.testing.assert_close(held[:train], x)
+        step = 2 * 0.5 / (2.0 * (4 + 8) ** 1.5)
+        nearest = torch.cdist(held[train:], x).amin(1)
+        torch.testing.assert_close(nearest, torch.full_like(nearest, step), rtol=1e-8, atol=0)
+        sizes.append(expected)
+    drawn = [data.batch_indices(experiment, s, 1, n) for s, n in zip(experiment.seed_labels, sizes, strict=True)]
+    assert all(train <= i.max() < n for i, n in zip(drawn, sizes, strict=True))
+    run = tsdyn.run(experiment, tmp_path / "run")
+    assert bool(np.isfinite(run.loss_train).all())
+
+
+def test_augmentations_that_cannot_be_trained_on_are_refused():
+    for changes, rule in (
+        ({"data__train": "fresh", "data__augment": "agnostic"}, "needs finite data"),
+        ({"data__augment": "aware", "training__method": "gd"}, "training sets of different size"),
+    ):
+        with pytest.raises(tsdyn.ExperimentError, match=rule.replace(" ", "\\s+")):
+            small(**changes)
+    one_pass = small(data__train=40, data__augment="agnostic").as_dict()
+    del one_pass["training"]["steps_per_epoch"]
+    assert tsdyn.Experiment(**one_pass).steps == 21 * 40 // 16

@@ -106,7 +106,7 @@ def test_streams_are_independent_and_keyed_by_seed_and_epoch_only():
 
 def test_a_seeds_draws_do_not_depend_on_the_other_seeds_or_what_is_swept():
     alone, among = small(seeds=[7]), small(seeds=[3, 7, 9], teacher__polarity=0.0)
-    np.testing.assert_array_equal(data.batch_indices(alone, 7, 2), data.batch_indices(among, 7, 2))
+    np.testing.assert_array_equal(data.batch_indices(alone, 7, 2, 200), data.batch_indices(among, 7, 2, 200))
     assert torch.equal(draw_teacher(alone, 7).weights[0], draw_teacher(among, 7).weights[0])
 
 
@@ -114,10 +114,10 @@ def test_one_pass_uses_every_sample_at_most_once():
     experiment = small(data__train=100, training__batch=16).replace({})
     experiment = type(experiment)(**{k: v for k, v in experiment.as_dict().items() if k != "training"})
     experiment = experiment.replace({"training.epochs": 1})
-    indices = data.batch_indices(experiment, 0, 1)
+    indices = data.batch_indices(experiment, 0, 1, 100)
     assert indices.shape == (100 // 16, 16)
     assert len(np.unique(indices)) == indices.size
-    assert not np.array_equal(indices, data.batch_indices(experiment, 0, 2))
+    assert not np.array_equal(indices, data.batch_indices(experiment, 0, 2, 100))
 
 
 def test_fresh_samples_do_not_depend_on_how_many_are_drawn_at_once():

@@ -1,6 +1,9 @@
 """The theory's matrices: against autograd, against one sample at a time, and against the conventions that are wrong."""
 
 import itertools
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -267,3 +270,29 @@ def test_bad_input_is_named(call, message):
     student, teacher = random_network((4, 5, 2)), random_network((4, 3, 2), seed=1)
     with pytest.raises(ValueError, match=message):
         call(student, teacher, torch.randn(6, 4, dtype=torch.float64))
+
+
+def test_peak_memory_does_not_grow_with_the_number_of_samples():
+    """Ten batches, then four hundred: what the process ever held grows by less than two batches (20 KB each) and what
+    the allocator rounds up, far below the 8 MB that all samples would be, or their per-sample matrices (670 MB)."""
+    code = """
+import resource, torch
+from tests.test_theory import scaled_network
+from tsdyn import derivatives, theory
+teacher, student = (scaled_network(w, "relu", 0.0, True, i) for i, w in enumerate([(8, 20, 20, 5), (8, 40, 40, 5)]))
+module, loss = student.to_torch(), lambda output, target: 0.5 * (output - target).square().sum()
+def work(batches):
+    draws = (torch.randn(320, 8, dtype=torch.float64) for _ in range(batches))
+    theory.moments(student, teacher, draws)
+    theory.lemma1_residual(student, teacher, (torch.randn(320, 8, dtype=torch.float64) for _ in range(batches)))
+    for _ in range(batches):
+        x = torch.randn(320, 8, dtype=torch.float64)
+        derivatives.per_sample_gradient_norms(module, loss, x, teacher(x))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+print(work(10), work(400))
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent
+    )
+    few, many = map(int, run.stdout.split())
+    assert many - few <= 4 << 20

@@ -4,6 +4,7 @@ from . import analysis as analysis
 from . import archive as archive
 from . import data as data
 from . import derivatives as derivatives
+from . import dynamics as dynamics
 from . import networks as networks
 from . import observables as observables
 from . import schema as schema

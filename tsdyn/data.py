@@ -41,7 +41,8 @@ def draw_inputs(experiment: Experiment, rng: np.random.Generator, samples: int) 
 def training_inputs(experiment: Experiment, seed: int, epoch: int = 0) -> Float[np.ndarray, "sample input"]:
     """The set on which training quantities are measured.
 
-    Finite data: the training set.  Fresh data has none: as many new samples as the evaluation set, at each epoch.
+    Finite data: the training set, before augmentation.  Fresh data has none: as many new samples as the evaluation
+    set, at each epoch.
     """
     if experiment.data.train == "fresh":
         return draw_inputs(experiment, generator(seed, "probe", epoch), experiment.data.eval)
@@ -53,14 +54,13 @@ def evaluation_inputs(experiment: Experiment, seed: int) -> Float[np.ndarray, "s
     return draw_inputs(experiment, generator(seed, "eval"), experiment.data.eval)
 
 
-def batch_indices(experiment: Experiment, seed: int, epoch: int) -> Int[np.ndarray, "step batch"]:
-    """Which samples make each batch of the epoch that ends at `epoch`; finite data.
+def batch_indices(experiment: Experiment, seed: int, epoch: int, samples: int) -> Int[np.ndarray, "step batch"]:
+    """Which of this member's training samples make each batch of the epoch that ends at `epoch`; finite data.
 
     With ``steps_per_epoch`` given, batches are drawn with replacement (the released code's way); without, they
     are one pass over a permutation, and a remainder smaller than a batch is left out.
     """
-    samples, shape = experiment.data.train, (experiment.steps, experiment.training.batch)
-    assert isinstance(samples, int)
+    shape = experiment.steps, experiment.training.batch
     rng = generator(seed, "batches", epoch)
     if experiment.training.steps_per_epoch is not None:
         return rng.integers(0, samples, shape, dtype=np.int64)

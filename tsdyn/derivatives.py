@@ -12,31 +12,30 @@ All others go through ``vmap(grad(functional_call))``.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 from torch import Tensor, nn
-from torch.func import functional_call, grad, jacrev, jvp, vmap
+from torch.func import functional_call, grad, jacrev, vmap
 from torch.func import hessian as torch_hessian
 from torch.utils.hooks import RemovableHandle
 
+from tsdyn.curvature import hessian as hessian
+from tsdyn.curvature import hessian_density as hessian_density
+from tsdyn.curvature import hessian_spectrum as hessian_spectrum
+from tsdyn.curvature import hessian_vector_product as hessian_vector_product
+from tsdyn.memory import refuse_beyond
 from tsdyn.networks import Network
 
 Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
-Parameters: TypeAlias = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 
 #: Bytes that one chunk of samples may take.
 MEMORY = 64 << 20
-#: Hessians with at most this many parameters are diagonalized whole: below a second, and every eigenvalue is exact.
-DENSE_PARAMETERS = 1000
 
 
 # --- gradients of each sample --------------------------------------------------------------------------------
@@ -122,7 +121,7 @@ def per_sample_gradients(
     wanted = _wanted(caller, module, names)
     parameters = dict(module.named_parameters())
     size = len(x) * sum(parameters[n].numel() * parameters[n].element_size() for n in wanted)
-    _refuse_beyond(caller, size, x.device, "ask for fewer samples or names, or for per_sample_gradient_norms")
+    refuse_beyond(caller, size, x.device, "ask for fewer samples or names, or for per_sample_gradient_norms")
     layers, chunk = _plan(caller, module, loss, x, y, wanted, memory)
     found: dict[str, list[Tensor]] = {name: [] for name in wanted}
     for part, target in _chunks(x, y, chunk):
@@ -365,7 +364,7 @@ def jacobian(
             wrt, 0 if tap.seen is None else tap.seen.numel()
         )
     bytes_a_sample = outputs * size * x.element_size()
-    _refuse_beyond(caller, len(x) * bytes_a_sample, x.device, "ask for fewer samples")
+    refuse_beyond(caller, len(x) * bytes_a_sample, x.device, "ask for fewer samples")
     chunk = max(1, memory // max(1, 3 * bytes_a_sample))
     function: Callable[..., Any]
     if wrt == "parameters":
@@ -438,7 +437,7 @@ def neural_tangent_kernel(
         raise ValueError(f"{caller}: outputs have shape {tuple(output.shape)}; (sample, output) is needed")
     outputs = output.shape[1]
     parameters = sum(p.numel() for p in module.parameters())
-    _refuse_beyond(caller, len(x) * len(other) * outputs**2 * x.element_size(), x.device, "give x and x2 in blocks")
+    refuse_beyond(caller, len(x) * len(other) * outputs**2 * x.element_size(), x.device, "give x and x2 in blocks")
     block = max(1, memory // (4 * outputs * parameters * x.element_size()))
 
     def rows(part: Tensor) -> Tensor:
@@ -462,85 +461,7 @@ def neural_tangent_kernel(
     return kernel.transpose(1, 2)
 
 
-# --- second order --------------------------------------------------------------------------------------------
-
-
-def hessian(loss: Callable[[Any], Tensor], params: Parameters) -> Tensor:
-    """∂²loss/∂θ∂θ', dense, (parameter, parameter), in the order the parameters are given, each flattened.
-
-    Args:
-        loss: Of parameters of the structure of `params` → scalar.
-        params: A tensor, a sequence or a mapping of tensors.
-
-    Raises:
-        MemoryError: before it starts, if it does not fit.
-    """
-    flat, shaped = _flattened(params)
-    _refuse_beyond(
-        "hessian",
-        3 * len(flat) ** 2 * flat.element_size(),
-        flat.device,
-        "use hessian_spectrum or hessian_vector_product",
-    )
-    found: Tensor = torch_hessian(lambda v: loss(shaped(v)))(flat)
-    return found
-
-
-def hessian_vector_product(loss: Callable[[Any], Tensor], params: Parameters, vector: Tensor) -> Tensor:
-    """(∂²loss/∂θ∂θ') v, forward over reverse: about two gradients; (parameter,), flattened as in `hessian`."""
-    flat, shaped = _flattened(params)
-    if vector.shape != flat.shape:
-        raise ValueError(
-            f"hessian_vector_product: the vector has shape {tuple(vector.shape)}, there are {len(flat)} parameters"
-        )
-
-    def at(v: Tensor) -> Tensor:
-        return loss(shaped(v))
-
-    found: Tensor = jvp(grad(at), (flat,), (vector,))[1]
-    return found
-
-
-def hessian_spectrum(loss: Callable[[Any], Tensor], params: Parameters, k: int | None = 10) -> Tensor:
-    """The k algebraically largest Hessian eigenvalues, largest first; all of them for k=None.
-
-    Dense up to `DENSE_PARAMETERS` parameters or if k is not below their number, otherwise SciPy's ``eigsh`` on
-    Hessian-vector products to machine precision.
-
-    Raises:
-        ValueError: for k < 1.
-        RuntimeError: if Lanczos does not converge, with what did.
-        MemoryError: before it starts, if a dense Hessian does not fit.
-    """
-    flat, shaped = _flattened(params)
-    if k is not None and k < 1:
-        raise ValueError(f"hessian_spectrum: k={k}; ask for at least one eigenvalue, or None for all")
-    if k is None or k >= len(flat) - 1 or len(flat) <= DENSE_PARAMETERS:
-        dense = hessian(lambda v: loss(shaped(v)), flat)
-        every: Tensor = torch.linalg.eigvalsh(dense).flip(0)
-        return every if k is None else every[:k]
-
-    def at(v: Tensor) -> Tensor:
-        return loss(shaped(v))
-
-    product = grad(at)
-
-    def apply(vector: np.ndarray) -> np.ndarray:
-        tangent = torch.from_numpy(vector.reshape(-1)).to(flat)
-        found: np.ndarray = jvp(product, (flat,), (tangent,))[1].cpu().numpy()
-        return found
-
-    dtype = torch.zeros((), dtype=flat.dtype).numpy().dtype
-    operator = LinearOperator((len(flat), len(flat)), matvec=apply, dtype=dtype)
-    start = np.random.default_rng(0).standard_normal(len(flat)).astype(dtype)
-    try:
-        values = eigsh(operator, k=k, which="LA", v0=start, return_eigenvectors=False)
-    except ArpackNoConvergence as error:
-        raise RuntimeError(
-            f"hessian_spectrum: {len(error.eigenvalues)} of {k} eigenvalues converged, {error.eigenvalues}; "
-            "ask for fewer, or for all (k=None)"
-        ) from error
-    return torch.from_numpy(np.sort(values)[::-1].copy()).to(flat.device)
+# --- curvature --------------------------------------------------------------------------------------------
 
 
 def gauss_newton(module: nn.Module | Network, loss: Loss, x: Tensor, y: Tensor, *, memory: int = MEMORY) -> Tensor:
@@ -555,7 +476,7 @@ def gauss_newton(module: nn.Module | Network, loss: Loss, x: Tensor, y: Tensor, 
     caller = "gauss_newton"
     module = _module(caller, module)
     count = sum(p.numel() for p in module.parameters())
-    _refuse_beyond(caller, 2 * count**2 * x.element_size(), x.device, "take a smaller module")
+    refuse_beyond(caller, 2 * count**2 * x.element_size(), x.device, "take a smaller module")
     total = x.new_zeros(count, count)
     with torch.no_grad():
         outputs = module(x[:1]).numel()
@@ -623,37 +544,3 @@ def _explained(caller: str) -> Iterator[None]:
                 f"{caller}: the module works in place where torch.func cannot; use inplace=False"
             ) from error
         raise
-
-
-def _refuse_beyond(caller: str, size: int, device: torch.device, way_out: str) -> None:
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _available_memory()
-    if size > free:
-        raise MemoryError(
-            f"{caller}: the result needs {size / 1e9:.1f} GB, {free / 1e9:.1f} GB of memory are free; {way_out}"
-        )
-
-
-def _available_memory() -> int:
-    """Bytes a process may still take without swapping; free pages alone would leave out what the page cache holds."""
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        for line in meminfo.read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def _flattened(params: Parameters) -> tuple[Tensor, Callable[[Tensor], Any]]:
-    """One vector of all parameters, and the way back to their structure."""
-    if isinstance(params, Tensor):
-        return params.detach().flatten(), lambda v: v.view(params.shape)
-    tensors = list(params.values()) if isinstance(params, Mapping) else list(params)
-    sizes = [t.numel() for t in tensors]
-
-    def shaped(vector: Tensor) -> Any:
-        pieces = [v.view(t.shape) for v, t in zip(torch.split(vector, sizes), tensors, strict=True)]
-        if isinstance(params, Mapping):
-            return dict(zip(params, pieces, strict=True))
-        return pieces
-
-    return torch.cat([t.detach().flatten() for t in tensors]), shaped

@@ -102,12 +102,15 @@ class Student(_Part):
 
 
 class Data(_Part):
-    """Where inputs come from."""
+    """Where inputs come from; `augment` adds Definition 7's points of Tian (2020) to a finite training set."""
 
     law: Literal["gaussian", "uniform"] = "gaussian"
     std: Positive = 1.0
     train: Count | Literal["fresh"] = 10_000
     eval: Count = 10_000
+    augment: Literal["none", "agnostic", "aware"] = "none"
+    augment_eps: Positive = 0.1
+    augment_c: Positive = 1.0
 
 
 class Training(_Part):
@@ -274,6 +277,13 @@ class Experiment(_Part):
             raise ValueError("training.method = 'gd' needs finite data; data.train is 'fresh'")
         if train == "fresh" and self.training.steps_per_epoch is None:
             raise ValueError("training.steps_per_epoch: needed with data.train = 'fresh'")
+        if train == "fresh" and self.data.augment != "none":
+            raise ValueError(f"data.augment = {self.data.augment!r}: needs finite data; data.train is 'fresh'")
+        if self.data.augment == "aware" and (self.training.steps_per_epoch is None or self.training.method == "gd"):
+            raise ValueError(
+                "data.augment = 'aware': how many samples it adds depends on the teacher, so members have training "
+                "sets of different size; give training.steps_per_epoch, with 'sgd' or 'adam'"
+            )
 
     @property
     def seed_labels(self) -> tuple[int, ...]:
@@ -311,7 +321,8 @@ class Experiment(_Part):
         if self.training.method == "gd":
             return 1
         assert isinstance(self.data.train, int)
-        return self.data.train // self.training.batch
+        points = 2 * self.teacher.widths[0] + 1 if self.data.augment == "agnostic" else 1
+        return points * self.data.train // self.training.batch
 
     @property
     def schedule(self) -> tuple[int, ...]:

@@ -6,8 +6,10 @@ accepts leading dimensions through vmap and keeps gradients.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 
 from tsdyn import activations
 from tsdyn.activations import Activation, AtZero
+from tsdyn.memory import refuse_beyond
 
 
 @dataclass(frozen=True)
@@ -116,26 +119,43 @@ class Network:
         return nn.functional.linear(x, weight, bias)
 
     @classmethod
-    def from_torch(cls, module: nn.Module, *, gate_at_zero: AtZero = "torch") -> Network:
-        """The network an ``nn.Sequential`` of Linear layers and one kind of activation computes.
+    def from_torch(
+        cls,
+        module: nn.Module,
+        *,
+        input_shape: tuple[int, int, int] | None = None,
+        gate_at_zero: AtZero = "torch",
+    ) -> Network:
+        """The network an ``nn.Sequential`` of Linear or Conv2d layers and one kind of activation computes.
 
         The module's own parameters are kept, so gradients reach them.  BatchNorm in eval mode is an affine map of each
-        node and is folded into the Linear layer below it, or above it if it follows an activation.
+        node and is folded into the layer below it, or above it if it follows an activation.  A convolution becomes its
+        matrix, (channel·row·column of the output, channel·row·column of the input), which only small images allow.
+
+        Args:
+            module: Sequential, nested or not.
+            input_shape: (channel, row, column) of the images that a convolution takes; x is then
+                (sample, channel·row·column).
+            gate_at_zero: Gate at exactly 0: ``"torch"`` (autograd's) or ``"paper"`` (1).
 
         Raises:
             ValueError: naming the module that has no place here, BatchNorm in training mode, activations that differ
-                between layers, or an activation after the last layer.
+                between layers, an activation after the last layer, or a convolution without `input_shape`.
+            MemoryError: if a convolution's matrix does not fit.
         """
         weights: list[Tensor] = []
         biases: list[Tensor | None] = []
         found: list[Activation] = []
         pending: tuple[Tensor, Tensor] | None = None  # of a BatchNorm above an activation
+        shape = input_shape
         for part in _leaves(module):
-            if isinstance(part, nn.Linear):
+            if isinstance(part, (nn.Linear, nn.Conv2d)):
                 if len(found) < len(weights):
                     found.append(activations.activation("identity"))
-                weight: Tensor = part.weight
-                bias: Tensor | None = part.bias
+                if isinstance(part, nn.Conv2d):
+                    weight, bias, shape = _unrolled(part, shape)
+                else:
+                    weight, bias, shape = part.weight, part.bias, None
                 if pending is not None:
                     scale, shift = pending
                     bias = weight @ shift if bias is None else bias + weight @ shift
@@ -143,8 +163,11 @@ class Network:
                 weights.append(weight)
                 biases.append(bias)
                 continue
-            if isinstance(part, nn.BatchNorm1d) and weights and pending is None:
-                scale, shift = _affine_of(part)
+            if isinstance(part, nn.Flatten):
+                shape = None
+                continue
+            if isinstance(part, (nn.BatchNorm1d, nn.BatchNorm2d)) and weights and pending is None:
+                scale, shift = _affine_of(part, len(weights[-1]))
                 if len(found) < len(weights):
                     bias = biases[-1]
                     weights[-1] = scale[:, None] * weights[-1]
@@ -155,7 +178,7 @@ class Network:
             sigma = activations.from_module(part)
             if sigma is None or not weights or len(found) >= len(weights):
                 raise ValueError(
-                    f"from_torch: {part} has no place here; a Network is Linear, activation, Linear, ..., Linear"
+                    f"from_torch: {part} has no place here; a Network is Linear or Conv2d, activation, ..., Linear"
                 )
             found.append(sigma)
         if not weights or len(found) != len(weights) - 1 or pending is not None:
@@ -193,8 +216,34 @@ def _leaves(module: nn.Module) -> list[nn.Module]:
     return [module]
 
 
-def _affine_of(norm: nn.BatchNorm1d) -> tuple[Tensor, Tensor]:
-    """Scale and shift of each node in eval mode."""
+Image: TypeAlias = tuple[int, int, int]
+
+
+def _unrolled(layer: nn.Conv2d, shape: Image | None) -> tuple[Tensor, Tensor | None, Image]:
+    """Matrix and bias of a convolution on images of one shape, and the shape it gives."""
+    if shape is None or shape[0] != layer.in_channels:
+        raise ValueError(
+            f"from_torch: {layer} takes images of {layer.in_channels} channels and gets {shape or 'a flat vector'}; "
+            "give input_shape=(channel, row, column)"
+        )
+    with torch.no_grad():
+        after: Image = tuple(layer(layer.weight.new_zeros(1, *shape)).shape[1:])
+    size, size_after = math.prod(shape), math.prod(after)
+    refuse_beyond(
+        "from_torch",
+        2 * size * (size + size_after) * layer.weight.element_size(),
+        layer.weight.device,
+        "take smaller images: a convolution's matrix grows with the square of their size",
+    )
+    # column i is the response to the i-th unit image
+    units = torch.eye(size, dtype=layer.weight.dtype, device=layer.weight.device).view(size, *shape)
+    response = layer._conv_forward(units, layer.weight, None)
+    bias = None if layer.bias is None else layer.bias.repeat_interleave(size_after // len(layer.bias))
+    return response.flatten(1).T, bias, after
+
+
+def _affine_of(norm: nn.BatchNorm1d | nn.BatchNorm2d, nodes: int) -> tuple[Tensor, Tensor]:
+    """Scale and shift of each node in eval mode; a channel has as many nodes as it has pixels."""
     if norm.training or norm.running_mean is None or norm.running_var is None:
         raise ValueError(
             f"from_torch: {norm} normalizes by the batch, so it is no function of one sample; "
@@ -202,8 +251,12 @@ def _affine_of(norm: nn.BatchNorm1d) -> tuple[Tensor, Tensor]:
         )
     scale = (norm.running_var + norm.eps).rsqrt()
     if norm.affine:
-        return norm.weight * scale, norm.bias - norm.weight * scale * norm.running_mean
-    return scale, -scale * norm.running_mean
+        scale = norm.weight * scale
+    shift = -scale * norm.running_mean
+    if norm.affine:
+        shift = norm.bias + shift
+    pixels = nodes // norm.num_features
+    return scale.repeat_interleave(pixels), shift.repeat_interleave(pixels)
 
 
 def _check_chain(weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> None:

@@ -17,8 +17,9 @@ import numpy as np
 import torch
 import xarray as xr
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from tsdyn import archive, data, observables, schema, training
+from tsdyn import alignment, archive, data, observables, schema, training
 from tsdyn._version import __version__
 from tsdyn.archive import Run
 from tsdyn.experiment import Experiment
@@ -105,14 +106,15 @@ class Members:
 
     @cached_property
     def _finite(self) -> tuple[Tensor, Tensor]:
-        draws = [data.training_inputs(self.experiment, seed) for seed in self.experiment.seed_labels]
-        inputs = torch.stack([self._tensor(x) for x in draws])
+        """Inputs and teacher outputs, (member, sample, ...); NaN beyond a member's own samples."""
+        inputs = pad_sequence([p.inputs for p in self._finite_probes], batch_first=True, padding_value=torch.nan)
         with torch.no_grad():
             return inputs, torch.stack([t(x) for t, x in zip(self.teachers, inputs, strict=True)])
 
     @cached_property
     def _finite_probes(self) -> list[Probe]:
-        return [Probe(x, t) for x, t in zip(self._finite[0], self.teachers, strict=True)]
+        pairs = zip(self.experiment.seed_labels, self.teachers, strict=True)
+        return [Probe(training_set(self.experiment, s, t), t) for s, t in pairs]
 
     def train_probe(self, member: int, epoch: int) -> Probe:
         """The set on which this member's training quantities are measured."""
@@ -127,7 +129,8 @@ class Members:
             return lambda members: self._fresh(members, epoch)
         if self.experiment.training.method == "gd":
             return training.finite_stream(*self._finite, None, steps=self.experiment.steps)
-        draws = [data.batch_indices(self.experiment, seed, epoch) for seed in self.experiment.seed_labels]
+        pairs = zip(self.experiment.seed_labels, self._finite_probes, strict=True)
+        draws = [data.batch_indices(self.experiment, seed, epoch, len(probe.inputs)) for seed, probe in pairs]
         return training.finite_stream(*self._finite, torch.from_numpy(np.stack(draws)))
 
     def _fresh(self, members: slice, epoch: int) -> Iterator[training.Batch]:
@@ -226,6 +229,18 @@ class Members:
         return torch.from_numpy(array).to(self.device)
 
 
+def training_set(experiment: Experiment, seed: int, teacher: Network) -> Tensor:
+    """One member's finite training inputs, augmented as the experiment says, on the teacher's device."""
+    x = torch.from_numpy(data.training_inputs(experiment, seed)).to(teacher.weights[0].device)
+    law = experiment.data
+    nodes = experiment.student_widths[1] + teacher.widths[1]
+    if law.augment == "agnostic":
+        return alignment.augment_agnostic(x, eps=law.augment_eps, nodes=nodes, c=law.augment_c)
+    if law.augment == "aware":
+        return alignment.augment_aware(teacher, x, eps=law.augment_eps, nodes=nodes, c=law.augment_c)
+    return x
+
+
 def _moved(network: Network, device: str) -> Network:
     if device == "cpu":
         return network
@@ -255,7 +270,9 @@ def estimate(experiment: Experiment, *, device: str = "cpu") -> Cost:
         per_step * experiment.steps * experiment.training.epochs + per_sample * experiment.data.eval * recorded
     )
     itemsize = np.dtype(experiment.dtype).itemsize
-    train = experiment.data.train if isinstance(experiment.data.train, int) else 0
+    train = 0
+    if isinstance(experiment.data.train, int) and isinstance(few.data.train, int):
+        train = experiment.data.train * len(trial.train_probe(0, 0).inputs) // few.data.train
     teacher = sum(layout.teacher_widths)
     samples = (train + experiment.data.eval) * (layout.input_width + 2 * teacher)
     parameters = sum(p[0].numel() for _, _, p in trial.ensemble.parameters())

@@ -1,0 +1,31 @@
+"""How much memory there is, asked before it is taken."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+
+def available() -> int:
+    """Bytes a process may still take without swapping; free pages alone would leave out what the page cache holds."""
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        for line in meminfo.read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def refuse_beyond(caller: str, size: int, device: torch.device, way_out: str) -> None:
+    """Raise before a result of `size` bytes is begun that `device` has no room for.
+
+    Raises:
+        MemoryError: with the estimate, what is free and the way out.
+    """
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available()
+    if size > free:
+        raise MemoryError(
+            f"{caller}: the result needs {size / 1e9:.1f} GB, {free / 1e9:.1f} GB of memory are free; {way_out}"
+        )
