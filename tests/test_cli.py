@@ -138,7 +138,7 @@ def test_audit_says_what_holds_and_what_to_record(command, tmp_path):
     assert "Lemma 1" in out
     assert "3 holds" in out
     assert "3 unrecorded" in out
-    assert "3 untested" in out
+    assert "unmet" in out
 
 
 def test_version(command):

@@ -177,3 +177,78 @@ def test_two_layer_dynamics_are_the_updates_of_the_theory():
 def test_bad_input(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+class BatchNorm(torch.nn.Module):
+    """Training mode; torch's own refuses eps = 0."""
+
+    def __init__(self, nodes):
+        super().__init__()
+        self.weight, self.bias = (torch.nn.Parameter(f(nodes, dtype=torch.float64)) for f in (torch.ones, torch.zeros))
+        self.eps = 0.0
+
+    def forward(self, x):
+        centred = x - x.mean(0)
+        return self.weight * centred / (centred.square().mean(0) + self.eps).sqrt() + self.bias
+
+
+def implicit_midpoint(gradient, flat, step):
+    """w₊ = w + h f((w + w₊)/2) by fixed-point iteration; None where it does not contract."""
+    following = flat
+    for _ in range(60):
+        before, following = following, flat + step * gradient((flat + following) / 2)
+        if np.abs(following - before).max() <= 1e-15 * np.abs(flat).max():
+            return following
+    return None
+
+
+@pytest.mark.parametrize("order", ["relu-batchnorm", "batchnorm-relu"])
+def test_theorem_3_batchnorm_keeps_the_norm_under_gradient_flow(order):
+    """d‖w_j‖²/dt = −2 w_j·∂J/∂w_j = 0 with eps = 0: J does not change with the scale of a node's incoming parameters.
+
+    After a ReLU that scale is [w; b]'s, before it w's alone.  The implicit midpoint rule keeps a quadratic invariant of
+    the flow exactly: w₊ − w = h f(m), m = (w₊ + w)/2, so ‖w₊‖² − ‖w‖² = 2h m·f(m) = 0; the rest is rounding.  It has
+    no solution once the flow slides along a gate's edge, where f jumps; from there on each step of descent must grow
+    the norm by its own square alone.  With eps = 1e-5 the identity is off, by far more than rounding.
+    """
+    torch.manual_seed(0)
+    x, y = torch.randn(40, 4, dtype=torch.float64), torch.randn(40, 3, dtype=torch.float64)
+    linear, top = torch.nn.Linear(4, 5).double(), torch.nn.Linear(5, 3).double()
+    norm_layer = BatchNorm(5)
+    middle = [torch.nn.ReLU(), norm_layer] if order == "relu-batchnorm" else [norm_layer, torch.nn.ReLU()]
+    module = torch.nn.Sequential(linear, *middle, top)
+    free = list(module.parameters())
+    sizes = [p.numel() for p in free]
+
+    def gradient(flat):
+        with torch.no_grad():
+            for p, part in zip(free, torch.from_numpy(flat).split(sizes), strict=True):
+                p.copy_(part.view_as(p))
+        loss = 0.5 * (y - module(x)).square().sum(1).mean()
+        return -torch.cat([g.flatten() for g in torch.autograd.grad(loss, free)]).numpy()
+
+    def squares(flat):
+        w, b = flat[:20].reshape(5, 4), flat[20:25]
+        return (w**2).sum(1) + (b**2 if order == "relu-batchnorm" else 0)
+
+    start = torch.cat([p.detach().flatten() for p in free]).numpy()
+    flow = gradient(start)
+    along = (start[:20] * flow[:20]).reshape(5, 4).sum(1) + (
+        start[20:25] * flow[20:25] if order == "relu-batchnorm" else 0
+    )
+    assert np.abs(along).max() <= 1e-14 * np.abs(start[:20]).max() * np.abs(flow[:20]).max() * 20
+    flat, step, steps = start, 0.01, 0
+    while steps < 200 and (following := implicit_midpoint(gradient, flat, step)) is not None:
+        flat, steps = following, steps + 1
+    assert np.abs(flat[:20] - start[:20]).max() > 0.01  # it went somewhere
+    np.testing.assert_allclose(squares(flat), squares(start), rtol=1e-12)
+    for _ in range(50):
+        following = flat + step * gradient(flat)
+        np.testing.assert_allclose(squares(following), squares(flat) + squares(following - flat), rtol=1e-13)
+        flat = following
+    norm_layer.eps = 1e-5
+    off = gradient(start)
+    drift = (start[:20] * off[:20]).reshape(5, 4).sum(1) + (
+        start[20:25] * off[20:25] if order == "relu-batchnorm" else 0
+    )
+    assert np.abs(drift).max() > 1e3 * np.abs(along).max()

@@ -13,7 +13,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tsdyn import data
 from tsdyn.axes import Inputs, TeacherByStudent
+from tsdyn.experiment import Experiment
 from tsdyn.networks import Network
 
 
@@ -200,6 +202,18 @@ def augment_aware(teacher: Network, x: Inputs, *, eps: float, nodes: int, c: flo
     near = boundary(teacher, x, eps)
     moved = [x[near[:, j]] + sign * step * w[j] for j in range(len(w)) for sign in (1, -1)]
     return torch.cat([x, *moved])
+
+
+def training_set(experiment: Experiment, seed: int, teacher: Network) -> Tensor:
+    """One member's finite training inputs, augmented as the experiment says, on the teacher's device."""
+    x = torch.from_numpy(data.training_inputs(experiment, seed)).to(teacher.weights[0].device)
+    law = experiment.data
+    nodes = experiment.student_widths[1] + teacher.widths[1]
+    if law.augment == "agnostic":
+        return augment_agnostic(x, eps=law.augment_eps, nodes=nodes, c=law.augment_c)
+    if law.augment == "aware":
+        return augment_aware(teacher, x, eps=law.augment_eps, nodes=nodes, c=law.augment_c)
+    return x
 
 
 def jumps(teacher: Network, student: Network, *, tolerance: float) -> Float[Tensor, "teacher_node node"]:

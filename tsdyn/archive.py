@@ -434,11 +434,11 @@ def lock(path: Path) -> int:
 def point_name(values: Mapping[str, Any]) -> str:
     """Directory of one point of a sweep, such as ``overrealization=5,polarity=1.0``."""
     names = sweep_dimensions(values)
-    text = ",".join(f"{names[key]}={_label(value)}" for key, value in values.items())
+    text = ",".join(f"{names[key]}={label(value)}" for key, value in values.items())
     return re.sub(r"[^A-Za-z0-9._+=,-]", "-", text)
 
 
-def _label(value: Any) -> str | int | float:
+def label(value: Any) -> str | int | float:
     """A coordinate value for a swept value: numbers and strings are themselves, lists join with ``-``."""
     if isinstance(value, (bool, dict)):
         return json.dumps(value)
@@ -538,14 +538,14 @@ def _open_sweep(path: Path) -> xr.Dataset:
     for point in index["points"]:
         directory = path / point["directory"]
         if (directory / ARCHIVE).is_file() or segments(directory):
-            opened[tuple(_label(point["values"][key]) for key in dims)] = open(directory)
+            opened[tuple(label(point["values"][key]) for key in dims)] = open(directory)
     if not opened:
         raise DirectoryError(f"{path}: no point of this sweep has a committed epoch yet; go on with `tsdyn run`")
     dims_that_differ = (*schema.NODE_WIDTHS, "input_node", "mode")
     widest = {dim: max(ds.sizes.get(dim, 0) for ds in opened.values()) for dim in dims_that_differ}
     padded = {key: _padded(ds, widest) for key, ds in opened.items()}
     template = next(iter(padded.values()))
-    labels = {dims[key]: [_label(v) for v in values] for key, values in experiment.sweep.items()}
+    labels = {dims[key]: [label(v) for v in values] for key, values in experiment.sweep.items()}
 
     def gather(prefix: tuple[Any, ...]) -> xr.Dataset:
         if len(prefix) == len(dims):

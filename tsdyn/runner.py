@@ -114,7 +114,7 @@ class Members:
     @cached_property
     def _finite_probes(self) -> list[Probe]:
         pairs = zip(self.experiment.seed_labels, self.teachers, strict=True)
-        return [Probe(training_set(self.experiment, s, t), t) for s, t in pairs]
+        return [Probe(alignment.training_set(self.experiment, s, t), t) for s, t in pairs]
 
     def train_probe(self, member: int, epoch: int) -> Probe:
         """The set on which this member's training quantities are measured."""
@@ -227,18 +227,6 @@ class Members:
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.device)
-
-
-def training_set(experiment: Experiment, seed: int, teacher: Network) -> Tensor:
-    """One member's finite training inputs, augmented as the experiment says, on the teacher's device."""
-    x = torch.from_numpy(data.training_inputs(experiment, seed)).to(teacher.weights[0].device)
-    law = experiment.data
-    nodes = experiment.student_widths[1] + teacher.widths[1]
-    if law.augment == "agnostic":
-        return alignment.augment_agnostic(x, eps=law.augment_eps, nodes=nodes, c=law.augment_c)
-    if law.augment == "aware":
-        return alignment.augment_aware(teacher, x, eps=law.augment_eps, nodes=nodes, c=law.augment_c)
-    return x
 
 
 def _moved(network: Network, device: str) -> Network:

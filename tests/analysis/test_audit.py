@@ -93,3 +93,94 @@ def test_separation_is_the_engines():
     padded[:5] = teacher.weights[0]
     bias = torch.cat([teacher.biases[0], torch.full((2,), torch.nan)])
     assert float(teacher_separation(padded, bias.numpy())) == float(mine)
+
+
+# --- checks that need the networks: on members made by hand ----------------------------------------------------
+
+
+def placed(run, students, teachers):
+    """The run with the members' parameters replaced: padded blocks at the last epoch."""
+    ds = run.copy(deep=True)
+    for seed, (student, teacher) in enumerate(zip(students, teachers, strict=True)):
+        for layer in (1, 2):
+            at = {"seed": seed, "layer": layer}
+            for name, net in (("", student), ("teacher_", teacher)):
+                weight, bias = net.weights[layer - 1].numpy(), net.biases[layer - 1].numpy()
+                last = {} if name else {"epoch": int(ds.epoch[-1])}
+                for variable, block in ((f"{name}weight", weight), (f"{name}bias", bias)):
+                    where = ds[variable].sel(at | last)
+                    where[tuple(slice(size) for size in block.shape)] = block
+                    ds[variable].loc[at | last] = where
+    return ds
+
+
+def perfect(width, teacher, extra, fanout):
+    """A student that is its teacher, plus nodes of its own: `extra` (node, input) with fan-outs `fanout`."""
+    spare = width - len(teacher.weights[0])
+    pad = torch.zeros(teacher.weights[1].shape[0], spare, dtype=torch.float64)
+    first = torch.cat([teacher.weights[0], extra])
+    pad[:, : fanout.shape[1]] = fanout
+    bias = torch.cat([teacher.biases[0], torch.zeros(spare, dtype=torch.float64)])
+    return tsdyn.Network([first, torch.cat([teacher.weights[1], pad], 1)], [bias, teacher.biases[1]])
+
+
+def test_theorem_2_and_its_corollary_judge_the_fanouts_of_unaligned_nodes(run, monkeypatch):
+    """Students that are their teachers, and four spare nodes of their own."""
+    draw = torch.Generator().manual_seed(0)
+    teachers = [scaled_network((10, 4, 6), "relu", 0.0, True, seed) for seed in range(3)]
+    extra = torch.randn(4, 10, generator=draw, dtype=torch.float64)
+    silent = torch.zeros(6, 4, dtype=torch.float64)
+    ds = placed(run, [perfect(8, t, extra, silent) for t in teachers], teachers)
+    verdicts = audit(ds).verdict.sel(claim=["Theorem 2", "Corollary 1"])
+    assert (verdicts == "unmet").all()  # fan-outs of rank 4 < C = 6 cannot test the spare nodes
+    # spare nodes 4, 6 and 5, 7 coincide; opposite fan-outs cancel, and bring the rank to 6
+    extra[2:] = extra[:2]
+    some = torch.randn(6, 2, generator=draw, dtype=torch.float64)
+    ds = placed(run, [perfect(8, t, extra, torch.cat([some, -some], 1)) for t in teachers], teachers)
+    for claim in ("Theorem 2", "Corollary 1"):
+        found = audit(ds).sel(claim=claim)
+        assert set(found.verdict.values) <= {"holds", "unmet"}
+        assert (found.verdict == "holds").any()
+        assert float(found.margin.max()) < 1e-10
+    # fan-outs that do not cancel are no critical point; taken for one, both claims fail
+    ds = placed(run, [perfect(8, t, extra, torch.cat([some, some], 1)) for t in teachers], teachers)
+    assert (audit(ds).verdict.sel(claim="Theorem 2") == "unmet").all()
+    monkeypatch.setattr("tsdyn.analysis.audit.CRITICAL", np.inf)
+    for claim in ("Theorem 2", "Corollary 1"):
+        assert (audit(ds).verdict.sel(claim=claim) == "fails").any()
+
+
+def test_the_update_of_luck_matters_is_reported_and_never_judged(run):
+    found = audit(run).sel(claim="update L*W*H* − LWH")
+    assert (found.verdict == "reported").all()
+    assert float(found.margin.min()) > 0
+
+
+def test_theorem_4_asks_for_training_on_the_aware_augmentation(run, tmp_path):
+    critical = {"gradient_max": 1e-9, "observation": 0.5, "A": 2.0, "alignment": 1e-12}
+    assert (audit(changed(run, **critical)).sel(claim="Theorem 4").verdict == "unmet").all()
+    experiment = small(
+        record__observables=[*RECORD, "observation"], teacher__polarity=0.5, data__augment="aware", training__epochs=1
+    )
+    aware = tsdyn.run(experiment, tmp_path / "run").load()
+    assert (audit(changed(aware, **critical)).sel(claim="Theorem 4").verdict == "holds").all()
+    assert (audit(changed(aware, **critical | {"alignment": 0.9})).sel(claim="Theorem 4").verdict == "fails").all()
+
+
+def test_theorem_5_is_for_deep_students(tmp_path):
+    """A deep student made equal to its teacher: g = 0, so every bound is 0 and every ε is 0 or the claim fails."""
+    experiment = small(
+        teacher__widths=[6, 3, 3, 2], student__overrealization=1.0, training__epochs=0,
+        record__observables=["weight", "mse"],
+    )  # fmt: skip
+    run = tsdyn.run(experiment, tmp_path / "run").load()
+    assert (audit(run).sel(claim="Theorem 5").verdict == "unmet").all()  # untrained: g is large
+    near = run.copy(deep=True)
+    for name in ("weight", "bias"):
+        source = run[f"teacher_{name}"].rename(teacher_node="node")
+        near[name] = source.expand_dims(epoch=run.epoch).transpose(*run[name].dims)
+    # α (1 + 1e-9): a gradient of that order, aligned to the last bit
+    near["weight"].loc[{"layer": 3}] = near["weight"].sel(layer=3) * (1 + 1e-9)
+    found = audit(near).sel(claim="Theorem 5")
+    assert set(found.verdict.values) <= {"holds", "unmet"}
+    assert (found.verdict == "holds").any()
