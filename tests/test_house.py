@@ -30,6 +30,7 @@ RANKS = {
     "students": 2,
     "alignment": 2,
     "memory": 0,
+    "kernel": 0,
     "curvature": 1,
     "derivatives": 2,
     "dynamics": 2,

@@ -139,7 +139,7 @@ class Members:
         draws = [data.batch_indices(self.experiment, seed, epoch, len(probe.inputs)) for seed, probe in pairs]
         return training.finite_stream(*self._finite, torch.from_numpy(np.stack(draws)))
 
-    def _fresh(self, members: slice, epoch: int) -> Iterator[training.Batch]:
+    def _fresh(self, members: slice, epoch: int) -> Iterator[training.Batches]:
         seeds, teachers = self.experiment.seed_labels[members], self.teachers[members]
         step = len(seeds) * self.experiment.training.batch * self.experiment.layout.input_width * 8
         pieces = [
@@ -147,11 +147,11 @@ class Members:
             for seed in seeds
         ]
         for draws in zip(*pieces, strict=True):
-            x = torch.stack([self._tensor(draw) for draw in draws])  # (member, step, batch, input)
-            y = torch.stack(
-                [t(part.flatten(0, 1)).view(*part.shape[:2], -1) for t, part in zip(teachers, x, strict=True)]
-            )
-            yield from zip(x.unbind(1), y.unbind(1), strict=True)
+            steps, batch, _ = draws[0].shape
+            x = torch.stack([self._tensor(draw) for draw in draws]).flatten(1, 2)  # (member, sample, input)
+            y = torch.stack([t(part) for t, part in zip(teachers, x, strict=True)])
+            rows = torch.arange(steps * batch).view(1, steps, batch).expand(len(seeds), -1, -1)
+            yield training.Batches(x, y, rows, steps)
 
     def measure(self, epoch: int, variables: tuple[str, ...]) -> dict[str, Any]:
         """One epoch of every member: variable → (seed,), or one (seed, node...) array a layer; NaN for the dead."""
