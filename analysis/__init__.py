@@ -2,4 +2,7 @@
 
 import lazy_loader as _lazy
 
-__getattr__, __dir__, __all__ = _lazy.attach(__name__, submodules=["figures", "lift", "specialization"])
+__getattr__, __dir__, __all__ = _lazy.attach(
+    __name__,
+    submodules=["alignment", "figures", "lift", "lottery", "order_parameters", "phase", "specialization", "summary"],
+)
