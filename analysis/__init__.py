@@ -4,5 +4,19 @@ import lazy_loader as _lazy
 
 __getattr__, __dir__, __all__ = _lazy.attach(
     __name__,
-    submodules=["alignment", "figures", "lift", "lottery", "order_parameters", "phase", "specialization", "summary"],
+    submodules=[
+        "alignment",
+        "audit",
+        "connectivity",
+        "figures",
+        "lift",
+        "lottery",
+        "matching",
+        "members",
+        "order_parameters",
+        "phase",
+        "similarity",
+        "specialization",
+        "summary",
+    ],
 )

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import dask
+import dask.array
 import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
@@ -63,3 +65,24 @@ def lift(
         keep_attrs=False,
     )
     return result.rename(name).assign_coords(new).assign_attrs(attrs or {})
+
+
+def cellwise(measure: Callable[[xr.Dataset], Sequence[float]], cells: NDArray, count: int) -> Any:
+    """`measure` of every Dataset of an object array: (count, *cells.shape), NaN where there is none.
+
+    For what needs a whole member at once and is no array formula.  Lazy, a task a cell, if the Datasets are.
+    """
+    flat = list(cells.ravel())
+    nothing = np.full(count, np.nan)
+
+    def values(cell: xr.Dataset) -> NDArray:
+        return np.asarray(measure(cell), float)
+
+    if any(cell is not None and cell.chunks for cell in flat):
+        task = dask.delayed(values)
+        columns = [
+            dask.array.from_array(nothing) if c is None else dask.array.from_delayed(task(c), (count,), float)
+            for c in flat
+        ]
+        return dask.array.stack(columns, axis=-1).reshape(count, *cells.shape)
+    return np.stack([nothing if c is None else values(c) for c in flat], axis=-1).reshape(count, *cells.shape)

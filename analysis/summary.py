@@ -5,7 +5,6 @@ Members that died and points that are missing are NaN; they count neither way, a
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -67,14 +66,14 @@ def bootstrap_interval(values: NDArray, statistic: str, confidence: float, resam
 
     Every row is resampled by the same draws, those of ``default_rng(random_seed)``, so that no chunking changes it.
     """
-    summarise = functools.partial(np.mean if statistic == "mean" else np.median, axis=-1)
+    middle = np.mean if statistic == "mean" else np.median
+    tail = (1 - confidence) / 2
 
     def interval(rows: NDArray) -> NDArray:
         entries = rows.shape[-1]
         draws = np.random.default_rng(random_seed).integers(0, entries, (resamples, entries))
-        resampled = np.stack([summarise(rows[:, draw]) for draw in draws], axis=-1)
-        tail = (1 - confidence) / 2
-        return np.quantile(resampled, [tail, 1 - tail], axis=-1).T
+        resampled = np.stack([np.asarray(middle(rows[:, draw], axis=-1)) for draw in draws], axis=-1)
+        return np.asarray(np.quantile(resampled, [tail, 1 - tail], axis=-1).T)
 
     return _over_present(interval, values, 2)
 
