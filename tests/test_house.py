@@ -69,7 +69,12 @@ def test_analysis_and_studies_import_no_engine():
     for folder in ("analysis", "studies"):
         for file in (ROOT / folder).glob("*.py"):
             allowed = {"analysis", "studies", "experiment", "archive", "schema", "layer"}
-            if file.stem in ("members", "audit"):  # which make networks of what was recorded, and ask the theory
+            if file.stem in (
+                "members",
+                "audit",
+                "similarity",
+                "connectivity",
+            ):  # which make networks of what was recorded, and ask the theory
                 allowed |= {"data", "networks", "alignment", "theory"}
             assert _imports(file) <= allowed, file
 
