@@ -35,7 +35,7 @@ RANKS = {
     "cli": 6,
 }
 #: Within a rank, who may import whom.
-SAME_RANK = {("experiment", "schema"), ("networks", "activations")}
+SAME_RANK = {("experiment", "schema"), ("networks", "activations"), ("students", "teachers")}
 
 
 def _imports(file: Path) -> set[str]:

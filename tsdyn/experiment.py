@@ -82,9 +82,10 @@ class Teacher(_Part):
     init: Literal["separated", "orthonormal", "gaussian"] = "separated"
     choices: Reals = (-1.0, -0.75, -0.5, -0.25, 0.0, 0.25, 0.5, 0.75, 1.0)
     scale: Positive = 1.0
-    unit_norm: bool = True
+    unit_norm: bool | Literal["every-layer"] = True
     polarity: NonNegative = 0.0
-    bias: Real | Literal[False] = -0.1
+    bias: Real | Literal[False, "uniform"] = -0.1
+    balanced: bool = False
     activation: ActivationName | None = None
     leak: NonNegative | None = None
 
@@ -94,8 +95,10 @@ class Student(_Part):
 
     overrealization: Positive | None = None
     widths: Widths | None = None
-    init: Literal["gaussian", "torch"] = "gaussian"
+    init: Literal["gaussian", "torch", "near-teacher", "same-direction", "same-sign"] = "gaussian"
     scale: Positive = 0.005
+    shrink: Positive = 1.0
+    toward_weakest: Literal["free", "adversarial", "helped"] = "free"
     activation: ActivationName = "relu"
     leak: NonNegative = 0.01
     bias: bool = True
@@ -267,6 +270,11 @@ class Experiment(_Part):
                     f"{student[index]} against {teacher[index]}; a student learns from the teacher's own "
                     "inputs and outputs"
                 )
+        if self.student.init in ("near-teacher", "same-direction", "same-sign") and student != teacher:
+            raise ValueError(
+                f"student.init = {self.student.init!r}: starts from the teacher's parameters, so widths must agree: "
+                f"{list(student)} and {list(teacher)}; set student.overrealization = 1"
+            )
         bad = [layer for layer in self.training.frozen if layer > len(student) - 1]
         if bad:
             raise ValueError(f"training.frozen = {list(self.training.frozen)}: layers are 1..{len(student) - 1}")
