@@ -275,6 +275,11 @@ class Experiment(_Part):
                 f"student.init = {self.student.init!r}: starts from the teacher's parameters, so widths must agree: "
                 f"{list(student)} and {list(teacher)}; set student.overrealization = 1"
             )
+        shrink = self.student.shrink
+        if self.training.normalize and shrink != 1.0:
+            raise ValueError(
+                f"training.normalize keeps hidden rows at norm 1, which student.shrink = {shrink} would undo"
+            )
         bad = [layer for layer in self.training.frozen if layer > len(student) - 1]
         if bad:
             raise ValueError(f"training.frozen = {list(self.training.frozen)}: layers are 1..{len(student) - 1}")

@@ -49,7 +49,7 @@ def draw_student(experiment: Experiment, seed: int, teacher: Network | None = No
             weights[0] = torch.where((sign * facing < 0)[:, None], -weights[0], weights[0])
     if experiment.training.normalize:
         weights[:-1] = [w / w.norm(dim=1, keepdim=True) for w in weights[:-1]]
-    elif student.shrink != 1.0:
+    if student.shrink != 1.0:
         weights, biases = [w * student.shrink for w in weights], [b * student.shrink for b in biases]
     dtype = getattr(torch, experiment.dtype)
     return Network(
