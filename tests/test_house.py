@@ -19,6 +19,7 @@ RANKS = {
     "archive": 1,
     "activations": 1,
     "networks": 1,
+    "images": 1,
     "data": 1,
     "teachers": 2,
     "students": 2,
@@ -35,7 +36,7 @@ RANKS = {
     "cli": 6,
 }
 #: Within a rank, who may import whom.
-SAME_RANK = {("experiment", "schema"), ("networks", "activations"), ("students", "teachers")}
+SAME_RANK = {("experiment", "schema"), ("networks", "activations"), ("students", "teachers"), ("data", "images")}
 
 
 def _imports(file: Path) -> set[str]:

@@ -104,16 +104,46 @@ class Student(_Part):
     bias: bool = True
 
 
-class Data(_Part):
-    """Where inputs come from; `augment` adds Definition 7's points of Tian (2020) to a finite training set."""
+#: (channel, row, column) of the image laws.
+IMAGES: Mapping[str, tuple[int, int, int]] = {"digits": (1, 8, 8), "mnist": (1, 28, 28), "cifar10": (3, 32, 32)}
 
-    law: Literal["gaussian", "uniform"] = "gaussian"
+
+class Data(_Part):
+    """Where inputs come from.
+
+    `augment` adds Definition 7's points of Tian (2020) to a finite training set (agnostic, aware), or crops and
+    mirrors images anew at every step (crop-flip).
+    """
+
+    law: Literal["gaussian", "uniform", "digits", "mnist", "cifar10", "file"] = "gaussian"
+    path: str | None = None
+    eval_path: str | None = None
     std: Positive = 1.0
     train: Count | Literal["fresh"] = 10_000
     eval: Count = 10_000
-    augment: Literal["none", "agnostic", "aware"] = "none"
+    augment: Literal["none", "agnostic", "aware", "crop-flip"] = "none"
     augment_eps: Positive = 0.1
     augment_c: Positive = 1.0
+
+    @property
+    def drawn(self) -> bool:
+        """Whether inputs are drawn from a distribution, not taken from a data set."""
+        return self.law in ("gaussian", "uniform")
+
+    @model_validator(mode="after")
+    def _whole(self) -> Data:
+        if self.law in ("mnist", "cifar10", "file") and self.path is None:
+            what = "its file (.npz, .nc or .npy)" if self.law == "file" else "the folder that holds it"
+            raise ValueError(f"data.law = {self.law!r}: name {what} as data.path")
+        if self.path is not None and self.law not in ("mnist", "cifar10", "file"):
+            raise ValueError(f"data.path = {self.path!r}: data.law = {self.law!r} reads no file")
+        if self.eval_path is not None and self.law != "file":
+            raise ValueError(f"data.eval_path = {self.eval_path!r}: only data.law = 'file' takes one")
+        if self.train == "fresh" and not self.drawn:
+            raise ValueError(f"data.train = 'fresh': {self.law} is a finite data set; give a number of samples")
+        if self.augment == "crop-flip" and self.drawn:
+            raise ValueError(f"data.augment = 'crop-flip': is of images; data.law is {self.law!r}")
+        return self
 
 
 class Training(_Part):
@@ -283,6 +313,12 @@ class Experiment(_Part):
         bad = [layer for layer in self.training.frozen if layer > len(student) - 1]
         if bad:
             raise ValueError(f"training.frozen = {list(self.training.frozen)}: layers are 1..{len(student) - 1}")
+        image = IMAGES.get(self.data.law)
+        if image is not None and math.prod(image) != teacher[0]:
+            raise ValueError(
+                f"teacher.widths = {list(teacher)}: {self.data.law} has {math.prod(image)} inputs ({image}), "
+                f"not {teacher[0]}"
+            )
         train = self.data.train
         if isinstance(train, int) and self.training.method != "gd" and self.training.batch > train:
             raise ValueError(f"training.batch = {self.training.batch} is more than data.train = {train} samples")
@@ -292,6 +328,8 @@ class Experiment(_Part):
             raise ValueError("training.steps_per_epoch: needed with data.train = 'fresh'")
         if train == "fresh" and self.data.augment != "none":
             raise ValueError(f"data.augment = {self.data.augment!r}: needs finite data; data.train is 'fresh'")
+        if self.data.augment == "crop-flip" and self.training.method == "gd":
+            raise ValueError("data.augment = 'crop-flip': moves images anew at every step; use 'sgd' or 'adam'")
         if self.data.augment == "aware" and (self.training.steps_per_epoch is None or self.training.method == "gd"):
             raise ValueError(
                 "data.augment = 'aware': how many samples it adds depends on the teacher, so members have training "

@@ -126,7 +126,7 @@ class Members:
 
     def stream(self, epoch: int) -> training.Stream:
         """Batches of the epoch that ends at `epoch`."""
-        if self.experiment.data.train == "fresh":
+        if data.new_at_every_step(self.experiment):
             return lambda members: self._fresh(members, epoch)
         if self.experiment.training.method == "gd":
             return training.finite_stream(*self._finite, None, steps=self.experiment.steps)
