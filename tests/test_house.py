@@ -25,6 +25,7 @@ RANKS = {
     "integrity": 4,
     "activations": 1,
     "networks": 1,
+    "images": 1,
     "data": 1,
     "teachers": 2,
     "students": 2,
@@ -42,7 +43,7 @@ RANKS = {
     "cli": 6,
 }
 #: Within a rank, who may import whom.
-SAME_RANK = {("experiment", "schema"), ("networks", "activations")}
+SAME_RANK = {("experiment", "schema"), ("networks", "activations"), ("students", "teachers"), ("data", "images")}
 
 
 def _imports(file: Path) -> set[str]:

@@ -99,11 +99,12 @@ class Members:
 
     @cached_property
     def teachers(self) -> list[Network]:
-        return [_moved(draw_teacher(self.experiment, seed), self.device) for seed in self.experiment.seed_labels]
+        return [draw_teacher(self.experiment, seed).to(self.device) for seed in self.experiment.seed_labels]
 
     @cached_property
     def ensemble(self) -> Ensemble:
-        return Ensemble.of([draw_student(self.experiment, s) for s in self.experiment.seed_labels], device=self.device)
+        pairs = zip(self.experiment.seed_labels, self.teachers, strict=True)
+        return Ensemble.of([draw_student(self.experiment, seed, t.to("cpu")) for seed, t in pairs], device=self.device)
 
     @cached_property
     def eval_probes(self) -> list[Probe]:
@@ -131,7 +132,7 @@ class Members:
 
     def stream(self, epoch: int) -> training.Stream:
         """Batches of the epoch that ends at `epoch`."""
-        if self.experiment.data.train == "fresh":
+        if data.new_at_every_step(self.experiment):
             return lambda members: self._fresh(members, epoch)
         if self.experiment.training.method == "gd":
             return training.finite_stream(*self._finite, None, steps=self.experiment.steps)
@@ -233,18 +234,6 @@ class Members:
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.device)
-
-
-def _moved(network: Network, device: str) -> Network:
-    if device == "cpu":
-        return network
-    leak = network.activation.leak
-    return Network(
-        [w.to(device) for w in network.weights],
-        [None if b is None else b.to(device) for b in network.biases],
-        network.activation.name,
-        leak=0.0 if leak is None else leak,
-    )
 
 
 def estimate(experiment: Experiment, *, device: str = "cpu") -> Cost:
