@@ -18,6 +18,7 @@ RANKS = {
     "experiment": 0,
     "archive": 1,
     "activations": 1,
+    "interaction": 2,
     "networks": 1,
     "data": 1,
     "teachers": 2,
