@@ -18,7 +18,8 @@ RANKS = {
     "experiment": 0,
     "archive": 1,
     "activations": 1,
-    "interaction": 2,
+    "interaction": 1,
+    "population_loss": 2,
     "networks": 1,
     "data": 1,
     "teachers": 2,
@@ -36,7 +37,7 @@ RANKS = {
     "cli": 6,
 }
 #: Within a rank, who may import whom.
-SAME_RANK = {("experiment", "schema"), ("networks", "activations")}
+SAME_RANK = {("experiment", "schema"), ("networks", "activations"), ("interaction", "activations")}
 
 
 def _imports(file: Path) -> set[str]:

@@ -31,8 +31,9 @@ Elementwise: TypeAlias = Float[Tensor, "..."]
 Number: TypeAlias = Tensor | float
 Function: TypeAlias = Callable[[Tensor], Tensor]
 
-#: Least sin θ and least norm: at parallel weights the relu's E[σ''σ''] is infinite, but enters multiplied by sin² θ.
-_SINE_FLOOR, _NORM_FLOOR = 1e-8, 1e-150
+#: Below this sin θ weights count as parallel.  There the relu's E[σ''σ''] is infinite, but enters a Hessian in weights
+#: multiplied by sin² θ: taken as 0, it errs by sin θ, while rounding the cosine of a weight with itself gives 5e-8.
+_PARALLEL, _NORM_FLOOR = 1e-7, 1e-150
 #: Spacing in log λ and range of the logistic law's scales; see `_logistic_scales`.
 _SCALE_STEP, _SCALES = 0.1, (0.30, 9.2)
 #: The trapezoid rule's box, where the normal density is 2e-17 of its peak, its limits in nodes a side and its error.
@@ -90,6 +91,10 @@ def _arcsine_partials(p: Tensor, q: Tensor, c: Tensor) -> Partials:
     return Partials(value, A, root, AA, -q * cube / 2, -p * cube / 2, c * cube)
 
 
+def _inverse_sine(sine: Tensor) -> Tensor:
+    return torch.where(sine > _PARALLEL, 1 / sine.clamp(min=_PARALLEL), 0.0)
+
+
 class _ArcCosine(torch.autograd.Function):
     """2π times the n-th derivative of K(u) = [√(1−u²) + u(π − acos u)]/2π, n = 0, 1, 2; finite at u = ±1."""
 
@@ -100,7 +105,7 @@ class _ArcCosine(torch.autograd.Function):
         u = u.clamp(-1, 1)
         sine = ((1 - u) * (1 + u)).sqrt()
         if order == 2:
-            return 1 / sine.clamp(min=_SINE_FLOOR)
+            return _inverse_sine(sine)
         beyond = math.pi - torch.atan2(sine, u)
         return beyond if order else sine + u * beyond
 
@@ -138,17 +143,17 @@ def _rectifier_partials(A: Tensor, B: Tensor, c: Tensor) -> Partials:
     product = r1 * r2
     u = (c / product).clamp(-1, 1)
     s = ((1 - u) * (1 + u)).sqrt()
-    floor = s.clamp(min=_SINE_FLOOR)
+    inverse = _inverse_sine(s)
     slope = math.pi - torch.atan2(s, u)
     A_safe, B_safe = r1 * r1, r2 * r2
     return Partials(
         product * (s + u * slope) / (2 * math.pi),
         r2 / r1 * s / (4 * math.pi),
         slope / (2 * math.pi),
-        r2 / (r1 * A_safe) * (2 * u * u - 1) / (8 * math.pi * floor),
-        -u / (4 * math.pi * A_safe * floor),
-        -u / (4 * math.pi * B_safe * floor),
-        1 / (2 * math.pi * product * floor),
+        r2 / (r1 * A_safe) * (2 * u * u - 1) * inverse / (8 * math.pi),
+        -u * inverse / (4 * math.pi * A_safe),
+        -u * inverse / (4 * math.pi * B_safe),
+        inverse / (2 * math.pi * product),
     )
 
 
