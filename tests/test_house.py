@@ -24,6 +24,8 @@ RANKS = {
     "archive": 3,
     "integrity": 4,
     "activations": 1,
+    "interaction": 1,
+    "population_loss": 2,
     "networks": 1,
     "images": 1,
     "data": 1,
@@ -43,7 +45,13 @@ RANKS = {
     "cli": 6,
 }
 #: Within a rank, who may import whom.
-SAME_RANK = {("experiment", "schema"), ("networks", "activations"), ("students", "teachers"), ("data", "images")}
+SAME_RANK = {
+    ("experiment", "schema"),
+    ("networks", "activations"),
+    ("interaction", "activations"),
+    ("students", "teachers"),
+    ("data", "images"),
+}
 
 
 def _imports(file: Path) -> set[str]:
