@@ -2,4 +2,21 @@
 
 import lazy_loader as _lazy
 
-__getattr__, __dir__, __all__ = _lazy.attach(__name__, submodules=["figures", "lift", "specialization"])
+__getattr__, __dir__, __all__ = _lazy.attach(
+    __name__,
+    submodules=[
+        "alignment",
+        "audit",
+        "connectivity",
+        "figures",
+        "lift",
+        "lottery",
+        "matching",
+        "members",
+        "order_parameters",
+        "phase",
+        "similarity",
+        "specialization",
+        "summary",
+    ],
+)

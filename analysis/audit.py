@@ -20,6 +20,7 @@ import torch
 import xarray as xr
 from scipy.stats import spearmanr
 from tsdyn.analysis import specialization
+from tsdyn.analysis.alignment import teacher_separation
 from tsdyn.analysis.members import PARAMETERS, Member, each
 
 from tsdyn import alignment, theory
@@ -83,36 +84,8 @@ def _lemma_1(ds: xr.Dataset, experiment: Experiment) -> Finding:
     return Finding(residual.notnull(), residual / TOLERANCE[experiment.dtype])
 
 
-def teacher_separation(weight: np.ndarray, bias: np.ndarray) -> np.ndarray | np.float64:
-    """(..., node, input), (..., node) -> (...): ε_0, the least ε-alignment of two teacher nodes (Assumption 3).
-
-    Padding (NaN) counts as no node.
-    """
-    norm = np.linalg.norm(weight, axis=-1)
-    w, b = weight / norm[..., None], bias / norm
-    cosine = np.einsum("...ji,...ki->...jk", w, w)
-    sine = np.linalg.norm(w[..., None, :, :] - cosine[..., None] * w[..., :, None, :], axis=-1)
-    eps = np.maximum(sine, np.abs(b[..., :, None] - np.where(cosine < 0, -1, 1) * b[..., None, :]))
-    eps[..., np.arange(w.shape[-2]), np.arange(w.shape[-2])] = np.inf
-    least: np.ndarray | np.float64 = np.where(np.isnan(eps), np.inf, eps).min((-2, -1))
-    return least
-
-
-def _separation(ds: xr.Dataset) -> xr.DataArray:
-    low = one_layer(ds[["teacher_weight", "teacher_bias"]], 1).load()
-    widths = int(low["teacher_input_width"].max())
-    weight = low["teacher_weight"].isel(input_node=slice(0, widths))
-    found: xr.DataArray = xr.apply_ufunc(
-        teacher_separation,
-        weight,
-        low["teacher_bias"],
-        input_core_dims=[["teacher_node", "input_node"], ["teacher_node"]],
-    )
-    return found
-
-
 def _assumption_1(ds: xr.Dataset, experiment: Experiment) -> Finding:
-    eps_0 = _separation(ds)
+    eps_0 = teacher_separation(ds).load()
     return Finding(_all(eps_0), 10 * TOLERANCE[experiment.dtype] / eps_0)
 
 
@@ -135,7 +108,7 @@ def _theorem_1(ds: xr.Dataset, experiment: Experiment) -> Finding:
     critical = low["gradient_max"].max("node") <= CRITICAL
     observed = _observed(low)
     met = critical & observed.any("teacher_node")
-    return Finding(met, (_best(low).where(observed).max("teacher_node")) / (_separation(ds) / 2))
+    return Finding(met, (_best(low).where(observed).max("teacher_node")) / (teacher_separation(ds).load() / 2))
 
 
 def _theorem_3(ds: xr.Dataset, experiment: Experiment, *, aware: bool = False) -> Finding:
@@ -143,7 +116,7 @@ def _theorem_3(ds: xr.Dataset, experiment: Experiment, *, aware: bool = False) -
     nodes, inputs = low["width"] + low["teacher_width"], low["input_width"]
     pull = abs(low["A"]).where(low["observation"] > 0).max("node")
     reach = 5 * nodes**1.5 * (1 if aware else np.sqrt(inputs)) * low["gradient_max"].max("node") / pull
-    inside = reach <= _separation(ds)
+    inside = reach <= teacher_separation(ds).load()
     margin = (_best(low) / reach).where(inside).max("teacher_node")
     return Finding(inside.any("teacher_node"), margin)
 

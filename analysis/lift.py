@@ -1,9 +1,12 @@
-"""From array formulas to labelled, lazy ones: the one module that knows dask."""
+"""From array formulas to labelled, lazy ones: the one module of the analysis that knows dask."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+import dask
+import dask.array
 import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
@@ -12,40 +15,74 @@ from numpy.typing import NDArray
 def lift(
     formula: Callable[..., NDArray],
     *arrays: xr.DataArray,
-    reads: Sequence[str],
+    reads: Sequence[str] | Sequence[Sequence[str]],
     gives: Sequence[str] = (),
+    labels: Mapping[str, Sequence[Any]] | None = None,
     name: str | None = None,
-    attrs: Mapping[str, str] | None = None,
+    attrs: Mapping[str, Any] | None = None,
+    **knobs: Any,
 ) -> xr.DataArray:
     """Apply an array formula over labelled arrays; the result is lazy if an array is.
 
     Args:
         formula: Takes arrays whose last axes are `reads`, in that order, after any others; gives an array whose
-            last axes are `gives`, each as long as it was read.
+            last axes are `gives`.
         arrays: What it takes; other dimensions broadcast.
-        reads: Dimensions that the formula consumes.
-        gives: Those of `reads` that remain.
+        reads: Dimensions that the formula consumes: of every array alike, or a sequence of them for each array.
+        gives: Those that remain or arise; one that is read is as long as it was read.
+        labels: Coordinate of each dimension that arises.
         name: Of the result.
         attrs: Of the result.
+        knobs: Keyword arguments of the formula.
 
     Raises:
         ValueError: if an array lacks a dimension that the formula reads.
     """
-    for array in arrays:
-        missing = [dim for dim in reads if dim not in array.dims]
+    each: list[list[str]] = [[r for r in reads if isinstance(r, str)]] * len(arrays)
+    if not all(isinstance(r, str) for r in reads):
+        each = [list(r) for r in reads]
+    for array, wanted in zip(arrays, each, strict=True):
+        missing = [dim for dim in wanted if dim not in array.dims]
         if missing:
             raise ValueError(
                 f"{formula.__name__}: {array.name!r} has no dimension {', '.join(missing)}, only {tuple(array.dims)}; "
                 "select with a list or slice to keep a dimension"
             )
-    whole = [array.chunk(dict.fromkeys(reads, -1)) if array.chunks is not None else array for array in arrays]
+    whole = [
+        array.chunk(dict.fromkeys(wanted, -1)) if array.chunks is not None else array
+        for array, wanted in zip(arrays, each, strict=True)
+    ]
+    new = dict(labels or {})
     result: xr.DataArray = xr.apply_ufunc(
         formula,
         *whole,
-        input_core_dims=[list(reads)] * len(arrays),
+        input_core_dims=each,
         output_core_dims=[list(gives)],
+        kwargs=knobs,
         dask="parallelized",
         output_dtypes=[np.float64],
+        dask_gufunc_kwargs={"output_sizes": {dim: len(values) for dim, values in new.items()}},
         keep_attrs=False,
     )
-    return result.rename(name).assign_attrs(attrs or {})
+    return result.rename(name).assign_coords(new).assign_attrs(attrs or {})
+
+
+def cellwise(measure: Callable[[xr.Dataset], Sequence[float]], cells: NDArray, count: int) -> Any:
+    """`measure` of every Dataset of an object array: (count, *cells.shape), NaN where there is none.
+
+    For what needs a whole member at once and is no array formula.  Lazy, a task a cell, if the Datasets are.
+    """
+    flat = list(cells.ravel())
+    nothing = np.full(count, np.nan)
+
+    def values(cell: xr.Dataset) -> NDArray:
+        return np.asarray(measure(cell), float)
+
+    if any(cell is not None and cell.chunks for cell in flat):
+        task = dask.delayed(values)
+        columns = [
+            dask.array.from_array(nothing) if c is None else dask.array.from_delayed(task(c), (count,), float)
+            for c in flat
+        ]
+        return dask.array.stack(columns, axis=-1).reshape(count, *cells.shape)
+    return np.stack([nothing if c is None else values(c) for c in flat], axis=-1).reshape(count, *cells.shape)

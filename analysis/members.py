@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import xarray as xr
 from torch import Tensor
+from tsdyn.analysis.lift import cellwise
 
 from tsdyn import alignment, data
 from tsdyn.archive import label
@@ -95,8 +96,10 @@ def member(ds: xr.Dataset, experiment: Experiment) -> Member:
     return Member(experiment, int(ds["seed"]), student, teacher)
 
 
-def each(ds: xr.Dataset, measure: Callable[[Member], tuple[float, ...]], names: tuple[str, ...]) -> xr.Dataset:
+def each(ds: xr.Dataset, measure: Callable[[Member], Sequence[float]], names: Sequence[str]) -> xr.Dataset:
     """`measure` of every living member at one epoch: names over what is left of (swept..., seed); NaN for the dead.
+
+    Lazy, a task a member, if `ds` is.
 
     Args:
         ds: Archive or slice of one, at one epoch.
@@ -107,12 +110,19 @@ def each(ds: xr.Dataset, measure: Callable[[Member], tuple[float, ...]], names: 
         ValueError: as `member`.
     """
     dead = ds["death_epoch"]
-    found = xr.Dataset({name: xr.full_like(dead, np.nan, dtype=float) for name in names})
+    needed = ds[list(PARAMETERS)] if set(PARAMETERS) <= set(ds) else ds
+    cells = np.full(dead.shape, None, dtype=object)
     seeds = np.atleast_1d(ds["seed"].values)
     for chosen, experiment in points(ds).values():
         for seed in seeds:
             at = {**chosen, **({"seed": seed} if "seed" in ds.dims else {})}
             if int(dead.sel(at)) < 0:
-                for name, value in zip(names, measure(member(ds.sel(at), experiment)), strict=True):
-                    found[name].loc[at] = value
-    return found
+                index = tuple(dead.get_index(dim).get_loc(at[str(dim)]) for dim in dead.dims)
+                cell = needed.sel(at)
+                cells[index] = cell.assign_attrs(experiment=experiment.to_toml())
+
+    def of(cell: xr.Dataset) -> Sequence[float]:
+        return measure(member(cell, Experiment.from_toml_text(cell.attrs["experiment"])))
+
+    found = cellwise(of, cells, len(names))
+    return xr.Dataset({name: dead.copy(data=found[i]).drop_attrs() for i, name in enumerate(names)})

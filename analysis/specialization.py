@@ -12,6 +12,7 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 from tsdyn.analysis.lift import lift
+from tsdyn.analysis.summary import share_interval
 
 #: A teacher node is recovered above this correlation (Tian 2020, Figure 7).
 THRESHOLD = 0.95
@@ -62,7 +63,7 @@ def winner_rank(correlation: NDArray) -> NDArray:
     return np.where(np.isnan(won[..., 0]), np.nan, rank)
 
 
-def _correlation(archive: xr.Dataset, caller: str) -> xr.DataArray:
+def correlation_of(archive: xr.Dataset, caller: str) -> xr.DataArray:
     if "correlation" not in archive:
         raise ValueError(
             f"{caller}: the archive has no correlation, only {', '.join(map(str, archive.data_vars))}; "
@@ -82,7 +83,7 @@ def specialization(archive: xr.Dataset) -> xr.DataArray:
     """
     return lift(
         best_match,
-        _correlation(archive, "specialization"),
+        correlation_of(archive, "specialization"),
         reads=("teacher_node", "node"),
         gives=("teacher_node",),
         name="specialization",
@@ -98,7 +99,7 @@ def student_specialization(archive: xr.Dataset) -> xr.DataArray:
     """
     return lift(
         best_teacher,
-        _correlation(archive, "student_specialization"),
+        correlation_of(archive, "student_specialization"),
         reads=("teacher_node", "node"),
         gives=("node",),
         name="student_specialization",
@@ -114,7 +115,7 @@ def mean_specialization(archive: xr.Dataset) -> xr.DataArray:
     """
     return lift(
         mean_best_match,
-        _correlation(archive, "mean_specialization"),
+        correlation_of(archive, "mean_specialization"),
         reads=("teacher_node", "node"),
         name="mean_specialization",
         attrs={"units": "1", "long_name": "mean best correlation ρ̄", "source": SOURCE},
@@ -132,7 +133,7 @@ def mean_rank(archive: xr.Dataset) -> xr.DataArray:
     """
     ranks = lift(
         winner_rank,
-        _correlation(archive, "mean_rank"),
+        correlation_of(archive, "mean_rank"),
         reads=("epoch", "teacher_node", "node"),
         gives=("epoch", "teacher_node"),
     )
@@ -153,13 +154,9 @@ def recovered(archive: xr.Dataset, *, threshold: float = THRESHOLD) -> xr.DataAr
     Raises:
         ValueError: as `specialization`.
     """
-
-    def counts(correlation: NDArray) -> NDArray:
-        return match_counts(correlation, threshold)
-
     return lift(
-        counts,
-        _correlation(archive, "recovered"),
+        match_counts,
+        correlation_of(archive, "recovered"),
         reads=("teacher_node", "node"),
         name="recovered",
         attrs={
@@ -167,6 +164,7 @@ def recovered(archive: xr.Dataset, *, threshold: float = THRESHOLD) -> xr.DataAr
             "long_name": f"teacher nodes recovered (correlation > {threshold:g})",
             "source": SOURCE,
         },
+        threshold=threshold,
     )
 
 
@@ -178,13 +176,29 @@ def success_rate(archive: xr.Dataset, *, threshold: float = THRESHOLD) -> xr.Dat
     Raises:
         ValueError: as `specialization`.  Source: Tian (2020), Figure 7.
     """
-    best = specialization(archive)
-    if "seed" not in best.dims:
-        raise ValueError("success_rate: the slice has no dimension seed; select seeds with a list or slice")
-    rate = (best > threshold).where(best.notnull()).mean("seed")
+    rate = _success(archive, threshold, "success_rate").mean("seed")
     return rate.rename("success_rate").assign_attrs(
         units="1", long_name=f"share of seeds with correlation > {threshold:g}", source=SOURCE
     )
+
+
+def success_interval(archive: xr.Dataset, *, threshold: float = THRESHOLD, confidence: float = 0.95) -> xr.DataArray:
+    """Wilson interval of `success_rate`, from how many seeds it was counted over; (..., teacher_node, bound).
+
+    Raises:
+        ValueError: as `success_rate`, or if `confidence` is outside (0, 1).
+    """
+    interval = share_interval(_success(archive, threshold, "success_interval"), confidence=confidence)
+    return interval.rename("success_interval").assign_attrs(
+        units="1", long_name=f"{confidence:.0%} interval of the share of seeds with correlation > {threshold:g}"
+    )
+
+
+def _success(archive: xr.Dataset, threshold: float, caller: str) -> xr.DataArray:
+    best = specialization(archive)
+    if "seed" not in best.dims:
+        raise ValueError(f"{caller}: the slice has no dimension seed; select seeds with a list or slice")
+    return (best > threshold).where(best.notnull())
 
 
 def recovery_epoch(archive: xr.Dataset, *, threshold: float = THRESHOLD) -> xr.DataArray:

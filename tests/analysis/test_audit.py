@@ -1,12 +1,11 @@
 import numpy as np
 import pytest
 import torch
-from tsdyn.analysis.audit import CLAIMS, VERDICTS, audit, teacher_separation
+from tsdyn.analysis.audit import CLAIMS, VERDICTS, audit
 
 import tsdyn
 from tests.cases import small
 from tests.test_theory import scaled_network
-from tsdyn import alignment
 
 RECORD = ["mse", "correlation", "fanout_norm", "weight", "moments", "lemma1_residual", "alignment", "gradient_max"]
 
@@ -83,16 +82,6 @@ def test_a_sweep_is_audited_point_by_point(tmp_path):
     assert found.sel(claim="Lemma 1").verdict.size == 6
     for name in ("Lemma 1", "Assumption 1"):
         assert (found.sel(claim=name).verdict == "holds").all()
-
-
-def test_separation_is_the_engines():
-    teacher = scaled_network((4, 5, 2), "relu", 0.0, True, 3)
-    mine = teacher_separation(teacher.weights[0].numpy(), teacher.biases[0].numpy())
-    assert float(mine) == pytest.approx(alignment.separation(teacher), rel=1e-12)
-    padded = np.full((7, 4), np.nan)
-    padded[:5] = teacher.weights[0]
-    bias = torch.cat([teacher.biases[0], torch.full((2,), torch.nan)])
-    assert float(teacher_separation(padded, bias.numpy())) == float(mine)
 
 
 # --- checks that need the networks: on members made by hand ----------------------------------------------------

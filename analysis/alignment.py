@@ -1,0 +1,139 @@
+"""ε-alignment of student and teacher nodes at the lowest layer: which teacher node's boundary has been found.
+
+Read from the recorded ``alignment``, or computed from recorded weights.  A node is the pair (w, b) of its weight and
+bias, scaled to ‖w‖ = 1.  Source: Tian (2020), Definition 3.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+from tsdyn.analysis.lift import lift
+
+from tsdyn import layer as one_layer
+from tsdyn.schema import TIAN, VARIABLES
+
+_WEIGHTS = ("weight", "bias", "teacher_weight", "teacher_bias")
+
+
+def epsilon(weight: NDArray, bias: NDArray, teacher_weight: NDArray, teacher_bias: NDArray) -> NDArray:
+    """ε_jk = max(sin ∠(w*_j, w_k), |b*_j − s b_k|), s = sign cos ∠; (..., teacher_node, node).
+
+    From (..., node, input_node), (..., node) and the teacher's alike.  The sine comes from the part of w_k that is
+    orthogonal to w*_j, which keeps angles far below the square root of rounding.  NaN for a zero weight and padding.
+    """
+    (w, b), (w_star, b_star) = _regular(weight, bias), _regular(teacher_weight, teacher_bias)
+    cosine = np.einsum("...ji,...ki->...jk", w_star, w)
+    orthogonal = w[..., None, :, :] - cosine[..., None] * w_star[..., :, None, :]
+    sine = np.minimum(np.sqrt(np.einsum("...jki,...jki->...jk", orthogonal, orthogonal)), 1)
+    offset = np.abs(b_star[..., :, None] - np.where(cosine < 0, -1, 1) * b[..., None, :])
+    found: NDArray = np.maximum(sine, offset)
+    return found
+
+
+def _regular(weight: NDArray, bias: NDArray) -> tuple[NDArray, NDArray]:
+    norm = np.sqrt(np.einsum("...i,...i->...", weight, weight))
+    norm = np.where(norm > 0, norm, np.nan)
+    return weight / norm[..., None], bias / norm
+
+
+def separation(teacher_weight: NDArray, teacher_bias: NDArray) -> NDArray:
+    """(..., teacher_node, input_node), (..., teacher_node) -> (...): ε_0 = min_{j ≠ j'} ε_jj'; ∞ for a single node.
+
+    Padding (NaN) counts as no node.  Source: Tian (2020), Assumption 3.
+    """
+    eps = epsilon(teacher_weight, teacher_bias, teacher_weight, teacher_bias)
+    nodes = np.arange(eps.shape[-1])
+    eps[..., nodes, nodes] = np.inf
+    return np.asarray(np.where(np.isnan(eps), np.inf, eps).min((-2, -1)))
+
+
+def least(eps: NDArray) -> NDArray:
+    """(..., teacher_node, node) -> (..., teacher_node): ε of the nearest student node; NaN only where all are."""
+    found: NDArray = np.fmin.reduce(eps, axis=-1)
+    return found
+
+
+def _lowest(archive: xr.Dataset, names: tuple[str, ...]) -> xr.Dataset:
+    part = archive[list(names)]
+    if "layer" not in part.dims:  # a slice of one layer already
+        if "layer" in part.coords and int(part["layer"]) != 1:
+            raise ValueError(f"alignment: of the lowest layer, not of layer {int(part['layer'])}")
+        return part
+    part = one_layer(part, 1)
+    return part.isel(input_node=slice(0, int(part["input_width"].max()))) if "input_node" in part.dims else part
+
+
+def alignment(archive: xr.Dataset) -> xr.DataArray:
+    """ε between each teacher and student node of the lowest layer; (..., teacher_node, node).
+
+    The recorded variable if there is one, else from the weights; 0 where both have one boundary, whichever way round.
+
+    Raises:
+        ValueError: if neither is recorded, or the slice is of another layer.
+    """
+    if "alignment" in archive:
+        return archive["alignment"]
+    missing = [name for name in _WEIGHTS if name not in archive]
+    if missing:
+        raise ValueError(
+            f"alignment: the archive has neither alignment nor {', '.join(missing)}; "
+            'record it: [record] observables = ["alignment", ...]'
+        )
+    low = _lowest(archive, _WEIGHTS)
+    return lift(
+        epsilon,
+        *(low[name] for name in _WEIGHTS),
+        reads=(("node", "input_node"), ("node",), ("teacher_node", "input_node"), ("teacher_node",)),
+        gives=("teacher_node", "node"),
+        name="alignment",
+        attrs=VARIABLES["alignment"].attrs,
+    )
+
+
+def teacher_separation(archive: xr.Dataset) -> xr.DataArray:
+    """ε_0, the least ε between two teacher nodes: below half of it an aligned student node is one teacher's; (...).
+
+    Raises:
+        ValueError: if the slice is of another layer than the lowest.  Source: Tian (2020), Assumption 3.
+    """
+    low = _lowest(archive, ("teacher_weight", "teacher_bias"))
+    return lift(
+        separation,
+        low["teacher_weight"],
+        low["teacher_bias"],
+        reads=(("teacher_node", "input_node"), ("teacher_node",)),
+        name="teacher_separation",
+        attrs={"units": "1", "long_name": "least ε of two teacher nodes", "source": f"{TIAN}, Assumption 3"},
+    )
+
+
+def best_alignment(archive: xr.Dataset) -> xr.DataArray:
+    """ε of each teacher node's nearest student node; (..., teacher_node).
+
+    Raises:
+        ValueError: as `alignment`.
+    """
+    return lift(
+        least,
+        alignment(archive),
+        reads=("teacher_node", "node"),
+        gives=("teacher_node",),
+        name="best_alignment",
+        attrs={"units": "1", "long_name": "ε of the nearest student node", "source": f"{TIAN}, Definition 3"},
+    )
+
+
+def aligned(archive: xr.Dataset) -> xr.DataArray:
+    """Number of teacher nodes with a student node within ε_0/2, where no other teacher node can be meant; (...).
+
+    Raises:
+        ValueError: as `alignment`.  Source: Tian (2020), Theorem 1.
+    """
+    best = best_alignment(archive)
+    near = (best <= teacher_separation(archive) / 2).where(best.notnull())
+    count = near.sum("teacher_node").where(near.notnull().any("teacher_node"))
+    return count.rename("aligned").assign_attrs(
+        units="1", long_name="teacher nodes with a student node within ε_0/2", source=f"{TIAN}, Theorem 1"
+    )

@@ -1,0 +1,239 @@
+"""Connectivity of solutions: the loss along straight lines, matched lines and the path that Theorem 2 allows.
+
+Two students of one teacher.  A straight line between them crosses a barrier, if only because nodes are numbered
+differently; a line to the matched student a lower one; and where unaligned nodes cancel (Theorem 2), there is a path
+without any.  Source: Tian (2020), Theorem 2 and its discussion of connectivity; Kuditipudi et al. 2019.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import Tensor
+from tsdyn.analysis.matching import assignment
+from tsdyn.analysis.members import Member, member, points
+
+from tsdyn import alignment
+from tsdyn.networks import Network
+from tsdyn.schema import TIAN
+
+#: The ways from one student to the other.
+ROUTES = ("straight", "matched", "theorem 2")
+
+
+def _like(network: Network, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Network:
+    leak = network.activation.leak
+    return Network(list(weights), list(biases), network.activation.name, leak=leak or 0.0)
+
+
+def _biases(network: Network) -> list[Tensor]:
+    pairs = zip(network.weights, network.biases, strict=True)
+    return [w.new_zeros(len(w)) if b is None else b for w, b in pairs]
+
+
+def widened(network: Network, widths: Sequence[int]) -> Network:
+    """The same function with hidden layers of the given widths: the nodes added have zero weights in and out.
+
+    Raises:
+        ValueError: if a width is less than the layer has.
+    """
+    have = network.widths[1:-1]
+    if len(widths) != len(have) or any(n < m for n, m in zip(widths, have, strict=True)):
+        raise ValueError(f"widened: widths {tuple(widths)} do not hold a network with hidden layers {have}")
+    sizes = (network.widths[0], *widths, network.widths[-1])
+    weights, biases = [], []
+    for (below, nodes), w, b in zip(itertools.pairwise(sizes), network.weights, _biases(network), strict=True):
+        weights.append(torch.nn.functional.pad(w, (0, below - w.shape[1], 0, nodes - w.shape[0])))
+        biases.append(torch.nn.functional.pad(b, (0, nodes - len(b))))
+    return _like(network, weights, biases)
+
+
+def permuted(network: Network, orders: Sequence[Sequence[int]]) -> Network:
+    """The same function with the nodes of each hidden layer in another order, old positions listed in the new one.
+
+    Raises:
+        ValueError: if an order is no permutation of its layer.
+    """
+    hidden = network.widths[1:-1]
+    if [sorted(order) for order in orders] != [list(range(n)) for n in hidden]:
+        raise ValueError(f"permuted: orders {list(orders)} are no permutations of hidden layers {hidden}")
+    around = [list(range(network.widths[0])), *map(list, orders), list(range(network.widths[-1]))]
+    weights = [
+        w[above][:, below] for w, (below, above) in zip(network.weights, itertools.pairwise(around), strict=True)
+    ]
+    return _like(network, weights, [b[above] for b, above in zip(_biases(network), around[1:], strict=True)])
+
+
+def matched(reference: Network, other: Network, x: Tensor) -> tuple[Network, Network]:
+    """Both at the wider one's widths, `other` with its hidden nodes in the order of their partners in `reference`.
+
+    Partners: the one-to-one matching of largest total correlation of activations on `x`, layer by layer.  Functions
+    are unchanged.
+
+    Raises:
+        ValueError: if depths, inputs or outputs differ.
+    """
+    ends = [(net.depth, net.widths[0], net.widths[-1]) for net in (reference, other)]
+    if ends[0] != ends[1]:
+        raise ValueError(f"matched: {reference!r} and {other!r} differ in depth, inputs or outputs")
+    widths = [max(pair) for pair in zip(reference.widths[1:-1], other.widths[1:-1], strict=True)]
+    reference, other = widened(reference, widths), widened(other, widths)
+    traces = [net.trace(x).activations[:-1] for net in (reference, other)]
+    orders = []
+    for f, g in zip(*traces, strict=True):
+        f, g = f - f.mean(0), g - g.mean(0)
+        scale = f.norm(dim=0)[:, None] * g.norm(dim=0)
+        score = torch.where(scale > 0, f.T @ g / torch.where(scale > 0, scale, 1.0), 0.0)  # dead nodes go anywhere
+        orders.append([int(k) for k in assignment(score.numpy())])
+    return reference, permuted(other, orders)
+
+
+def between(first: Network, second: Network, share: float) -> Network:
+    """(1 − share) first + share second, parameter by parameter."""
+    mix = [
+        [(1 - share) * a + share * b for a, b in zip(mine, theirs, strict=True)]
+        for mine, theirs in ((first.weights, second.weights), (_biases(first), _biases(second)))
+    ]
+    return _like(first, *mix)
+
+
+def carriers(student: Network, teacher: Network) -> tuple[list[int], Tensor]:
+    """Student nodes that stand for teacher nodes, one each and orientation, and fan-outs with all others' zero.
+
+    Nodes aligned with one teacher node within ε_0/2 that point the same way act as one, by homogeneity: the largest
+    carries Σ v_k ‖w_k‖ of them all.  Unaligned nodes, whose fan-outs cancel by Theorem 2, get 0.
+
+    Returns:
+        Their positions, and the new W_2 (output, node).
+    """
+    eps = alignment.alignment(teacher, student)
+    near = alignment.separation(teacher) / 2
+    nearest = torch.where(eps.isnan(), torch.inf, eps).min(0)
+    norm = student.weights[0].norm(dim=1)
+    same_way = (student.weights[0] * teacher.weights[0][nearest.indices]).sum(1) > 0
+    scaled = student.weights[1] * norm
+    fanout = torch.zeros_like(student.weights[1])
+    kept: list[int] = []
+    for teacher_node, way in itertools.product(range(teacher.widths[1]), (True, False)):
+        group = ((nearest.indices == teacher_node) & (nearest.values <= near) & (same_way == way)).nonzero().flatten()
+        if len(group):
+            carrier = int(group[scaled[:, group].norm(dim=0).argmax()])
+            fanout[:, carrier] = scaled[:, group].sum(1) / norm[carrier]
+            kept.append(carrier)
+    return kept, fanout
+
+
+def theorem_2_path(first: Network, second: Network, teacher: Network) -> list[Network]:
+    """Corners of a path from `first` to `second` (its nodes renumbered) along which the loss meets no barrier.
+
+    1. Fan-outs of `first` move onto its carriers.  2. Free nodes take the incoming weights of the carriers of
+    `second`.  3. Fan-outs move over to those.  4. The other nodes take their weights of `second`.  5. Fan-outs become
+    those of `second`.  Legs 2 and 4 move nodes without fan-out: the function stays.  Along legs 1, 3 and 5 the output
+    is affine in what moves, so the loss is convex: nowhere above the larger of the leg's two ends.
+
+    Raises:
+        ValueError: if the networks are not two-layer of one width with a piecewise linear activation, or have too few
+            nodes for the carriers of both.  Source: Tian (2020), Theorem 2; Kuditipudi et al. 2019.
+    """
+    if first.widths != second.widths or first.depth != 2 or not first.activation.piecewise_linear:
+        raise ValueError(
+            f"theorem_2_path: {first!r} and {second!r}; two-layer, of one width and piecewise linear they must be"
+        )
+    (mine, my_fanout), (theirs, their_fanout) = (carriers(net, teacher) for net in (first, second))
+    nodes = first.widths[1]
+    free = [k for k in range(nodes) if k not in mine]
+    if len(free) < len(theirs):
+        raise ValueError(
+            f"theorem_2_path: {nodes} nodes do not hold {len(mine)} carriers of one and {len(theirs)} of the other; "
+            "it needs over-realization"
+        )
+    places = free[: len(theirs)]
+    rest = iter([k for k in range(nodes) if k not in theirs])
+    at = dict(zip(places, theirs, strict=True))
+    order = [at[k] if k in at else next(rest) for k in range(nodes)]
+    second, their_fanout = permuted(second, [order]), their_fanout[:, order]
+    (w, _), (b, c) = first.weights, _biases(first)
+    (w2, v2), (b2, c2) = second.weights, _biases(second)
+    w_both, b_both = w.clone(), b.clone()
+    w_both[places], b_both[places] = w2[places], b2[places]
+    return [
+        first,
+        _like(first, [w, my_fanout], [b, c]),
+        _like(first, [w_both, my_fanout], [b_both, c]),
+        _like(first, [w_both, their_fanout], [b_both, c2]),
+        _like(first, [w2, their_fanout], [b2, c2]),
+        _like(first, [w2, v2], [b2, c2]),
+    ]
+
+
+def loss_along(corners: Sequence[Network], teacher: Network, x: Tensor, positions: np.ndarray) -> np.ndarray:
+    """J = ½ E‖f* − f‖² at `positions` in [0, 1] along straight legs of equal length between `corners`."""
+    wanted = teacher(x)
+    legs = len(corners) - 1
+    found = []
+    with torch.no_grad():
+        for position in positions:
+            leg = min(int(position * legs), legs - 1)
+            here = between(corners[leg], corners[leg + 1], position * legs - leg)
+            found.append(float(0.5 * (wanted - here(x)).square().sum(1).mean()))
+    return np.array(found)
+
+
+def _one(ds: xr.Dataset) -> Member:
+    experiments = [experiment for _, experiment in points(ds).values()]
+    if len(experiments) != 1:
+        raise ValueError(f"connect: a slice holds {len(experiments)} points of the sweep; select one by its swept keys")
+    return member(ds, experiments[0])
+
+
+def connect(first: xr.Dataset, second: xr.Dataset, *, points_a_leg: int = 10) -> xr.Dataset:
+    """``loss`` (route, position) on the evaluation set along every route from one student to another.
+
+    ``straight``: as the nodes are numbered, the narrower one widened by zero nodes; ``matched``: after the one-to-one
+    matching; ``theorem 2``: `theorem_2_path`, NaN where the students do not allow it, for the reason in attrs.
+    ``barrier`` (route): largest loss along the route, less the larger of its ends.  Computed at once.
+
+    Args:
+        first, second: One member each (seed, epoch and swept keys selected) with weights; of one teacher.
+        points_a_leg: Intervals along each of the path's five legs; other routes have as many in all.
+
+    Raises:
+        ValueError: if a slice holds more than a member or no weights, or the teachers differ.
+    """
+    a, b = _one(first), _one(second)
+    same = a.teacher.widths == b.teacher.widths and all(
+        torch.equal(t, u) for t, u in zip(a.teacher.weights, b.teacher.weights, strict=True)
+    )
+    if not same:
+        raise ValueError(
+            f"connect: seed {a.seed} and seed {b.seed} learn from different teachers; compare points of a sweep that "
+            "differ in the student, data or training only, at one seed"
+        )
+    x, teacher = a.evaluation_inputs, a.teacher
+    reference, partner = matched(a.student, b.student, x)
+    widths = reference.widths[1:-1]
+    reason = ""
+    try:
+        path = theorem_2_path(reference, partner, teacher)
+    except ValueError as error:
+        path, reason = [], str(error)
+    routes = ([reference, widened(b.student, widths)], [reference, partner], path)
+    positions = np.linspace(0, 1, 5 * points_a_leg + 1)
+    losses = [
+        loss_along(route, teacher, x, positions) if route else np.full(len(positions), np.nan) for route in routes
+    ]
+    loss = xr.DataArray(
+        np.stack(losses),
+        coords={"route": list(ROUTES), "position": positions},
+        dims=("route", "position"),
+        attrs={"units": "1", "long_name": "evaluation loss J = ½ E‖f* − f‖²", "source": f"{TIAN}, Theorem 2"},
+    )
+    if reason:
+        loss.attrs["comment"] = reason
+    ends = np.maximum(loss.isel(position=0), loss.isel(position=-1))
+    barrier = (loss.max("position") - ends).assign_attrs(units="1", long_name="barrier: largest loss above the ends")
+    return xr.Dataset({"loss": loss, "barrier": barrier.drop_vars("position", errors="ignore")})

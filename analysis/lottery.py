@@ -1,0 +1,120 @@
+"""Winners: which student node ends up as a teacher node's own, and what it was at the start.
+
+The lottery-ticket reading of Tian et al. (2019): the node that wins was already correlated best, by luck.
+The rank of winners over training is `tsdyn.analysis.specialization.mean_rank`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+from tsdyn.analysis import specialization
+from tsdyn.analysis.lift import lift
+
+SOURCE = "Tian et al. 2019 (arXiv:1905.13405), section 6"
+
+
+def best_node(correlation: NDArray) -> NDArray:
+    """(..., teacher_node, node) -> (..., teacher_node): index of the best student node, the first of equals; or NaN."""
+    filled = np.where(np.isnan(correlation), -np.inf, correlation)
+    return np.where(np.isneginf(filled).all(-1), np.nan, filled.argmax(-1))
+
+
+def settling(winner: NDArray) -> NDArray:
+    """(..., epoch) -> (...): index of the first epoch from which the winner stays the last epoch's; or NaN."""
+    same = winner == winner[..., -1:]
+    lasting = np.flip(np.logical_and.accumulate(np.flip(same, -1), axis=-1), -1)
+    return np.where(np.isnan(winner[..., -1]), np.nan, lasting.argmax(-1))
+
+
+def is_winner(correlation: NDArray, threshold: float) -> NDArray:
+    """(..., teacher_node, node) -> (..., node): 1 for the best node of a teacher node matched above `threshold`.
+
+    NaN for a node without any correlation: padding, or dead.
+    """
+    winner = best_node(correlation)
+    matched = specialization.best_match(correlation) > threshold
+    nodes = np.arange(correlation.shape[-1])
+    won = ((winner[..., None] == nodes) & matched[..., None]).any(-2)
+    return np.where(np.isnan(correlation).all(-2), np.nan, won)
+
+
+def winner(archive: xr.Dataset) -> xr.DataArray:
+    """Index of the student node with the best correlation with each teacher node; (..., teacher_node), or NaN.
+
+    Raises:
+        ValueError: if the archive has no correlation or the slice lacks ``node``.
+    """
+    return lift(
+        best_node,
+        specialization.correlation_of(archive, "winner"),
+        reads=("teacher_node", "node"),
+        gives=("teacher_node",),
+        name="winner",
+        attrs={"units": "1", "long_name": "student node of best correlation", "source": SOURCE},
+    )
+
+
+def winner_rank(archive: xr.Dataset) -> xr.DataArray:
+    """Rank at every epoch of the last epoch's winner, in [0, 1), 0 the best; (..., epoch, teacher_node), or NaN.
+
+    ``winner_rank(ds).isel(epoch=0)`` is the winners' rank before training: 0 where luck decided.
+
+    Raises:
+        ValueError: as `winner`, or without ``epoch``.
+    """
+    return lift(
+        specialization.winner_rank,
+        specialization.correlation_of(archive, "winner_rank"),
+        reads=("epoch", "teacher_node", "node"),
+        gives=("epoch", "teacher_node"),
+        name="winner_rank",
+        attrs={"units": "1", "long_name": "rank of the final winner", "source": SOURCE},
+    )
+
+
+def settled_epoch(archive: xr.Dataset) -> xr.DataArray:
+    """First recorded epoch from which on each teacher node's winner is the last epoch's; (..., teacher_node), or NaN.
+
+    Raises:
+        ValueError: as `winner`, or without ``epoch``.
+    """
+    if "epoch" not in archive.dims:
+        raise ValueError("settled_epoch: the slice has no dimension epoch; select epochs with a list or slice")
+    position = lift(settling, winner(archive), reads=("epoch",))
+    epochs = archive["epoch"].values.astype(float)
+    found: xr.DataArray = xr.apply_ufunc(
+        lambda at: np.where(np.isnan(at), np.nan, epochs[np.where(np.isnan(at), 0, at).astype(int)]),
+        position,
+        dask="parallelized",
+        output_dtypes=[np.float64],
+    )
+    return found.rename("settled_epoch").assign_attrs(
+        units="epoch", long_name="first epoch of the final winner", source=SOURCE
+    )
+
+
+def rewind_mask(archive: xr.Dataset, *, threshold: float = -1.0) -> xr.DataArray:
+    """1 for student nodes that are the last epoch's winner of some teacher node, 0 for the others; (..., node).
+
+    The ticket: ``ds.weight.sel(epoch=0) * rewind_mask(ds)`` is the start with every loser pruned, and the same mask
+    named ``input_node`` prunes the layer above.  NaN for padding and dead members.
+
+    Args:
+        archive: A slice with ``epoch``, of which the last is read, or of one epoch.
+        threshold: A winner counts only if its correlation is above this; −1 for all.
+
+    Raises:
+        ValueError: as `winner`.
+    """
+    correlation = specialization.correlation_of(archive, "rewind_mask")
+    return lift(
+        is_winner,
+        correlation.isel(epoch=-1) if "epoch" in correlation.dims else correlation,
+        reads=("teacher_node", "node"),
+        gives=("node",),
+        name="rewind_mask",
+        attrs={"units": "1", "long_name": "final winner of a teacher node", "source": SOURCE},
+        threshold=threshold,
+    )

@@ -1,0 +1,93 @@
+"""Phases: what share of seeds ended up in each class, over the swept keys.
+
+A class is a small integer; its attributes ``flag_values`` and ``flag_meanings`` say which (CF conventions, 3.5), so
+that classes survive netCDF and any measure that gives such codes can be counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+from tsdyn.analysis.lift import lift
+from tsdyn.analysis.specialization import SOURCE, THRESHOLD, best_match, correlation_of
+
+#: Classes of `recovery_class`: how many teacher nodes have a student node of their own.
+RECOVERY = ("none", "some", "all")
+
+
+def recovery_code(correlation: NDArray, threshold: float) -> NDArray:
+    """(..., teacher_node, node) -> (...): 0 if no teacher node is matched above `threshold`, 2 if all are, else 1.
+
+    NaN for dead members; padding counts as no teacher node.
+    """
+    best = best_match(correlation)
+    nodes, found = (~np.isnan(best)).sum(-1), (best > threshold).sum(-1)
+    return np.where(nodes == 0, np.nan, np.where(found == 0, 0, np.where(found == nodes, 2, 1)))
+
+
+def shares(codes: NDArray, values: NDArray) -> NDArray:
+    """(..., seed) -> (..., class): share of the codes that are not NaN and equal each of `values`."""
+    n = (~np.isnan(codes)).sum(-1)[..., None]
+    hits = (codes[..., None] == values).sum(-2)
+    return np.where(n > 0, hits / np.maximum(n, 1), np.nan)
+
+
+def flags(meanings: Sequence[str]) -> dict[str, str | NDArray]:
+    """Attributes that name the codes 0, 1, 2, ...; a meaning has no blanks."""
+    return {"flag_values": np.arange(len(meanings), dtype=np.int64), "flag_meanings": " ".join(meanings)}
+
+
+def recovery_class(archive: xr.Dataset, *, threshold: float = THRESHOLD) -> xr.DataArray:
+    """Whether none, some or all teacher nodes are recovered; (...), codes of `RECOVERY`, NaN for dead members.
+
+    Raises:
+        ValueError: if the archive has no correlation or the slice lacks a node dimension.
+    """
+    return lift(
+        recovery_code,
+        correlation_of(archive, "recovery_class"),
+        reads=("teacher_node", "node"),
+        name="recovery_class",
+        attrs={
+            "units": "1",
+            "long_name": f"teacher nodes with correlation > {threshold:g}",
+            "source": SOURCE,
+            **flags(RECOVERY),
+        },
+        threshold=threshold,
+    )
+
+
+def fractions(codes: xr.DataArray, *, over: str = "seed") -> xr.DataArray:
+    """Share of seeds in each class, (..., class); seeds without a class (NaN) count neither way.  Lazy.
+
+    Args:
+        codes: Numbers with the attributes ``flag_values`` and ``flag_meanings``, such as `recovery_class` gives.
+        over: Dimension that goes.
+
+    Raises:
+        ValueError: if `codes` lacks `over` or the attributes.
+    """
+    if over not in codes.dims:
+        raise ValueError(f"fractions: {codes.name!r} has no dimension {over}; select with a list or slice")
+    if not {"flag_values", "flag_meanings"} <= set(codes.attrs):
+        raise ValueError(
+            f"fractions: {codes.name!r} does not name its classes; set attrs flag_values and flag_meanings"
+        )
+    return lift(
+        shares,
+        codes,
+        reads=(over,),
+        gives=("class",),
+        labels={"class": str(codes.attrs["flag_meanings"]).split()},
+        name="fraction",
+        attrs={
+            "units": "1",
+            "long_name": f"share of {over}s, {codes.attrs.get('long_name', codes.name)}",
+            "source": str(codes.attrs.get("source", "")),
+        },
+        values=np.atleast_1d(codes.attrs["flag_values"]),
+    )

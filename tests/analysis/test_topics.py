@@ -1,0 +1,308 @@
+"""Every lazy measure of the analysis: against a plain loop, chunked or not, under every scheduler."""
+
+import warnings
+
+import dask
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+import xarray as xr
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from tsdyn.analysis import alignment, lottery, order_parameters, phase, specialization, summary
+
+import tsdyn
+from tests.test_theory import scaled_network
+from tsdyn import alignment as engine
+
+DIMS = ("seed", "epoch", "teacher_node", "node")
+EPS = np.finfo(float).eps
+
+
+def archive(values):
+    return xr.Dataset(
+        {"correlation": (DIMS, values)},
+        coords={dim: np.arange(size) for dim, size in zip(DIMS, values.shape, strict=True)},
+    )
+
+
+def arrays(*limits, elements):
+    shape = st.tuples(*(st.integers(1, limit) for limit in limits))
+    return hnp.arrays(float, shape, elements=elements)
+
+
+values_or_nan = st.floats(-1, 1) | st.just(np.nan)
+correlations = arrays(3, 4, 4, 5, elements=values_or_nan)
+chunkings = st.fixed_dictionaries(dict.fromkeys(DIMS, st.integers(1, 3)))
+
+
+def recovery_summary(ds):
+    return summary.summarise(specialization.mean_specialization(ds))
+
+
+#: name → measure of a Dataset with `correlation`; what every one of them must give is the same everywhere.
+MEASURES = {
+    "specialization": specialization.specialization,
+    "student_specialization": specialization.student_specialization,
+    "mean_specialization": specialization.mean_specialization,
+    "recovered": specialization.recovered,
+    "success_rate": specialization.success_rate,
+    "success_interval": specialization.success_interval,
+    "recovery_epoch": specialization.recovery_epoch,
+    "mean_rank": specialization.mean_rank,
+    "winner": lottery.winner,
+    "winner_rank": lottery.winner_rank,
+    "settled_epoch": lottery.settled_epoch,
+    "rewind_mask": lottery.rewind_mask,
+    "recovery_class": phase.recovery_class,
+    "fractions": lambda ds: phase.fractions(phase.recovery_class(ds, threshold=0.3)),
+    "summarise": recovery_summary,
+    "bootstrap": lambda ds: summary.bootstrap(specialization.mean_specialization(ds), resamples=20),
+}
+
+
+@settings(max_examples=15, deadline=None)
+@given(correlations, chunkings)
+def test_chunking_and_laziness_change_nothing(values, chunks):
+    eager = archive(values)
+    lazy = eager.chunk(chunks)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for name, measure in MEASURES.items():
+            result = measure(lazy)
+            assert dask.is_dask_collection(result), name
+            wanted = measure(eager)
+            assert not dask.is_dask_collection(wanted), name
+            xr.testing.assert_allclose(result.compute(), wanted, rtol=1e-12, atol=1e-12)
+            arrays = result.data_vars.values() if isinstance(result, xr.Dataset) else [result]
+            assert all({"units", "long_name"} <= set(a.attrs) for a in arrays), name
+
+
+@pytest.mark.parametrize("scheduler", ["threads", "processes"])
+def test_every_scheduler_gives_the_same(scheduler):
+    values = np.random.default_rng(0).uniform(-1, 1, (6, 5, 3, 7))
+    values[1] = np.nan
+    eager = archive(values)
+    lazy = eager.chunk(seed=2, epoch=2)
+    with dask.config.set(scheduler=scheduler):
+        found = dask.compute({name: measure(lazy) for name, measure in MEASURES.items()}, num_workers=2)[0]
+    for name, result in found.items():
+        xr.testing.assert_allclose(result, MEASURES[name](eager), rtol=1e-12, atol=1e-12)
+
+
+# --- summaries -------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(arrays(4, 7, elements=st.floats(-1e3, 1e3) | st.just(np.nan)))
+def test_summaries_are_numpys_of_what_is_there(values):
+    array = xr.DataArray(values, dims=("node", "seed"), name="x")
+    found = summary.summarise(array, probabilities=(0.0, 0.3, 1.0))
+    for row, whole in enumerate(values):
+        real = whole[~np.isnan(whole)]
+        assert int(found["count"][row]) == len(real)
+        if not len(real):
+            assert found["mean"][row].isnull()
+            assert found["quantiles"][row].isnull().all()
+            continue
+        tolerance = 4 * len(real) * EPS * max(1.0, np.abs(real).max())
+        np.testing.assert_allclose(found["mean"][row], real.mean(), atol=tolerance)
+        np.testing.assert_allclose(found["quantiles"][row], np.quantile(real, (0, 0.3, 1)), atol=tolerance)
+        spread = real.std(ddof=1) if len(real) > 1 else np.nan
+        np.testing.assert_allclose(found["standard_deviation"][row], spread, rtol=1e-9, atol=tolerance)
+
+
+def test_the_bootstrap_is_scipys_and_leaves_out_the_missing():
+    values = np.random.default_rng(3).normal(size=(4, 9))
+    values[1, 2] = values[1, 5] = np.nan
+    values[2] = np.nan
+    array = xr.DataArray(values, dims=("node", "seed"), name="x")
+    for statistic, function in (("mean", np.mean), ("median", np.median)):
+        found = summary.bootstrap(array, statistic=statistic, resamples=99, random_seed=7, confidence=0.9)
+        for row, whole in enumerate(values):
+            real = whole[~np.isnan(whole)]
+            if not len(real):
+                assert found[row].isnull().all()
+                continue
+            wanted = scipy.stats.bootstrap(
+                (real,),
+                function,
+                n_resamples=99,
+                confidence_level=0.9,
+                method="percentile",
+                random_state=np.random.default_rng(7),
+            ).confidence_interval
+            np.testing.assert_allclose(found[row], wanted, rtol=1e-12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 60).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))), st.sampled_from([0.8, 0.95]))
+def test_the_wilson_interval_is_scipys(counts, confidence):
+    successes, trials = counts
+    ones = np.r_[np.ones(successes), np.zeros(trials - successes), np.nan]
+    found = summary.share_interval(xr.DataArray(ones, dims="seed", name="success"), confidence=confidence)
+    wanted = scipy.stats.binomtest(successes, trials).proportion_ci(confidence, method="wilson")
+    np.testing.assert_allclose(found, wanted, atol=16 * EPS)
+
+
+def test_intervals_of_nothing_are_nan():
+    nothing = xr.DataArray(np.full((2, 3), np.nan), dims=("node", "seed"), name="success")
+    assert summary.share_interval(nothing).isnull().all()
+    assert summary.bootstrap(nothing).isnull().all()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x: summary.summarise(x, over="epoch"), "summarise: 'x' has no dimension epoch"),
+        (lambda x: summary.summarise(x, probabilities=(1.2,)), r"probabilities=\(1.2,\); each lies in"),
+        (lambda x: summary.bootstrap(x, confidence=95.0), "confidence=95.0; it lies between 0 and 1"),
+        (lambda x: summary.bootstrap(x, statistic="mode"), "statistic='mode'; it is 'mean' or 'median'"),
+        (lambda x: summary.share_interval(x, confidence=0.0), "confidence=0.0; it lies between 0 and 1"),
+        (phase.fractions, "'x' does not name its classes; set attrs flag_values"),
+        (lambda x: phase.fractions(x, over="epoch"), "'x' has no dimension epoch"),
+    ],
+)
+def test_wrong_requests_say_what_is_wrong(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(xr.DataArray(np.zeros((2, 3)), dims=("node", "seed"), name="x"))
+
+
+# --- winners ---------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(correlations)
+def test_winners_agree_with_a_plain_loop(values):
+    ds = archive(values)
+    seeds, epochs, teachers, nodes = values.shape
+    best = np.full((seeds, epochs, teachers), np.nan)
+    for at in np.ndindex(best.shape):
+        real = [(-v, k) for k, v in enumerate(values[at]) if not np.isnan(v)]
+        best[at] = min(real)[1] if real else np.nan
+    np.testing.assert_array_equal(lottery.winner(ds), best)
+    mask = np.full((seeds, nodes), np.nan)
+    settled = np.full((seeds, teachers), np.nan)
+    for s in range(seeds):
+        for k in range(nodes):
+            if not np.isnan(values[s, -1, :, k]).all():
+                mask[s, k] = k in best[s, -1]
+        for j in range(teachers):
+            if not np.isnan(best[s, -1, j]):
+                later = [t for t in range(epochs) if all(best[s, u, j] == best[s, -1, j] for u in range(t, epochs))]
+                settled[s, j] = later[0]
+    np.testing.assert_array_equal(lottery.rewind_mask(ds, threshold=-1.1), mask)
+    np.testing.assert_array_equal(lottery.settled_epoch(ds), settled)
+
+
+def test_a_ticket_holds_winners_above_the_threshold_only():
+    values = np.zeros((1, 2, 2, 3))
+    values[0, 1] = [[0.99, 0.1, 0.2], [0.3, 0.4, 0.1]]
+    np.testing.assert_array_equal(lottery.rewind_mask(archive(values)), [[1, 1, 0]])
+    np.testing.assert_array_equal(lottery.rewind_mask(archive(values), threshold=0.9), [[1, 0, 0]])
+    ranks = lottery.winner_rank(archive(values)).sel(epoch=1)
+    np.testing.assert_array_equal(ranks, [[0, 0]])
+
+
+# --- phases ----------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=40, deadline=None)
+@given(correlations)
+def test_fractions_count_seeds(values):
+    codes = phase.recovery_class(archive(values), threshold=0.2)
+    found = phase.fractions(codes)
+    assert list(found["class"].values) == list(phase.RECOVERY)
+    for epoch in range(values.shape[1]):
+        classes = []
+        for seed in range(values.shape[0]):
+            best = [max(r) for row in values[seed, epoch] if (r := [v for v in row if not np.isnan(v)])]
+            if best:
+                hits = [b > 0.2 for b in best]
+                classes.append("none" if not any(hits) else "all" if all(hits) else "some")
+        for name in phase.RECOVERY:
+            wanted = classes.count(name) / len(classes) if classes else np.nan
+            np.testing.assert_allclose(found.sel({"class": name}).isel(epoch=epoch), wanted, rtol=EPS)
+
+
+def test_classes_survive_netcdf(tmp_path):
+    codes = phase.recovery_class(archive(np.ones((2, 2, 3, 3))))
+    codes.to_netcdf(tmp_path / "codes.nc")
+    again = xr.load_dataarray(tmp_path / "codes.nc")
+    xr.testing.assert_identical(phase.fractions(again), phase.fractions(codes))
+    assert float(phase.fractions(again).sel({"class": "all"}).min()) == 1
+
+
+# --- what is computed from weights -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    from tests.cases import small
+
+    experiment = small(record__observables=["mse", "weight", "correlation", "alignment"], student__overrealization=3.0)
+    return tsdyn.run(experiment, tmp_path_factory.mktemp("topics") / "run")
+
+
+def test_alignment_from_weights_is_the_recorded_one(run):
+    computed = alignment.alignment(run.drop_vars("alignment"))
+    assert dask.is_dask_collection(computed)
+    recorded = run["alignment"].isel(node=slice(0, computed.sizes["node"])).isel(teacher_node=slice(0, 4))
+    # both sines come from a difference of unit vectors: a rounding of each of the d products
+    np.testing.assert_allclose(computed.transpose(*recorded.dims), recorded, atol=8 * 10 * EPS)
+    best = alignment.best_alignment(run)
+    np.testing.assert_array_equal(best.isel(teacher_node=slice(0, 4)), recorded.min("node"))
+
+
+def test_separation_is_the_engines():
+    teacher = scaled_network((4, 5, 2), "relu", 0.0, True, 3)
+    weight, bias = teacher.weights[0].numpy(), teacher.biases[0].numpy()
+    assert float(alignment.separation(weight, bias)) == pytest.approx(engine.separation(teacher), rel=1e-12)
+    padded = np.full((7, 4), np.nan)
+    padded[:5] = weight
+    assert alignment.separation(padded, np.r_[bias, np.nan, np.nan]) == alignment.separation(weight, bias)
+    assert alignment.separation(weight[:1], bias[:1]) == np.inf
+
+
+def test_a_copy_of_the_teacher_is_aligned(run):
+    ds = run.drop_vars("alignment").compute()
+    student, teacher = ds["weight"].copy(), ds["teacher_weight"]
+    copied = student.copy()
+    copied[:, -1, 0, :4] = -3 * teacher[:, 0, :4].values  # the other way round and longer
+    bias = ds["bias"].copy()
+    bias[:, -1, 0, :4] = -3 * ds["teacher_bias"][:, 0, :4].values
+    ds = ds.assign(weight=copied, bias=bias)
+    assert (alignment.aligned(ds).isel(epoch=-1) == 4).all()
+    # the largest offset is of the order of 1, and so is its rounding
+    assert float(alignment.best_alignment(ds).isel(epoch=-1).max()) < 100 * EPS
+
+
+def test_order_parameters_are_products_of_weights(run):
+    found = order_parameters.order_parameters(run)
+    assert dask.is_dask_collection(found)
+    for name, array in found.data_vars.items():
+        assert set(array.dims) == set(tsdyn.schema.VARIABLES[name].dims) - ({"epoch"} if name == "T" else set())
+    low = tsdyn.layer(run[["weight", "teacher_weight"]], 1).load()
+    cosines = order_parameters.cosines(run).compute()
+    for seed in range(3):
+        w = torch.as_tensor(low.weight.sel(seed=seed).isel(epoch=2).values[:, :10])
+        b = torch.as_tensor(low.teacher_weight.sel(seed=seed).values[:, :10])
+        at = found.sel(seed=seed)
+        np.testing.assert_allclose(at.Q.isel(epoch=2), w @ w.T / 10, rtol=1e-12, atol=1e-14)
+        np.testing.assert_allclose(at.R.isel(epoch=2), w @ b.T / 10, rtol=1e-12, atol=1e-14)
+        np.testing.assert_allclose(at["T"], b @ b.T / 10, rtol=1e-12, atol=1e-14)
+        wanted = torch.nn.functional.cosine_similarity(w[:, None], b[None], dim=-1)
+        np.testing.assert_allclose(cosines.sel(seed=seed).isel(epoch=2), wanted, atol=20 * EPS)
+
+
+def test_what_was_not_recorded_is_named(run):
+    with pytest.raises(ValueError, match="alignment: the archive has neither alignment nor weight"):
+        alignment.alignment(run.drop_vars(["alignment", "weight"]))
+    with pytest.raises(ValueError, match="order_parameters: the archive has no weight; record it"):
+        order_parameters.order_parameters(run.drop_vars("weight"))
+    with pytest.raises(ValueError, match="winner: the archive has no correlation"):
+        lottery.winner(run.drop_vars("correlation"))
+    with pytest.raises(ValueError, match="of the lowest layer, not of layer 2"):
+        alignment.alignment(run.drop_vars("alignment").sel(layer=2))
