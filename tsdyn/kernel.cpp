@@ -16,6 +16,8 @@
 #include <cstdlib>
 #include <cstring>
 #include <new>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #if defined(__AVX512F__)
@@ -120,19 +122,40 @@ void multiply(const Product<Real>& p, long rows, long columns) {
     }
 }
 
-// to (column, row) = from (row, column)
+// Lanes of two vectors in turn: those of their lower halves, or of their upper.
+template <class Real, bool upper, int... I>
+Vector<Real> interleave(Vector<Real> a, Vector<Real> b, std::integer_sequence<int, I...>) {
+    constexpr int lanes = Lanes<Real>::count, from = upper ? lanes / 2 : 0;
+#ifdef __clang__
+    return __builtin_shufflevector(a, b, (from + I / 2 + I % 2 * lanes)...);
+#else
+    typedef typename std::conditional<sizeof(Real) == 8, int64_t, int32_t>::type Index;
+    typedef Index Order __attribute__((vector_size(kVectorBytes)));
+    return __builtin_shuffle(a, b, Order{(from + I / 2 + I % 2 * lanes)...});
+#endif
+}
+
+// to (column, row) = from (row, column), both in whole vectors each way: log2(lanes) perfect shuffles of a square.
 template <class Real>
-void transpose(const Real* const* from, long rows, long columns, Real* to, long to_row) {
-    constexpr long lanes = Lanes<Real>::count;
-    long r = 0;
-    for (; r + lanes <= rows; r += lanes)
-        for (long c = 0; c < columns; ++c) {
-            Vector<Real> v;
-            for (int i = 0; i < lanes; ++i) v[i] = from[r + i][c];
-            at(to + c * to_row + r) = v;
+void transpose(const Real* from, long from_row, long rows, long columns, Real* to, long to_row) {
+    constexpr int lanes = Lanes<Real>::count;
+    constexpr std::make_integer_sequence<int, lanes> each{};
+    for (long r = 0; r < rows; r += lanes)
+        for (long c = 0; c < columns; c += lanes) {
+            Vector<Real> v[lanes], w[lanes];
+            for (int i = 0; i < lanes; ++i) v[i] = at(from + (r + i) * from_row + c);
+#pragma GCC unroll 4
+            for (int stage = 1; stage < lanes; stage *= 2) {
+#pragma GCC unroll 16
+                for (int i = 0; i < lanes / 2; ++i) {
+                    w[2 * i] = interleave<Real, false>(v[i], v[i + lanes / 2], each);
+                    w[2 * i + 1] = interleave<Real, true>(v[i], v[i + lanes / 2], each);
+                }
+#pragma GCC unroll 16
+                for (int i = 0; i < lanes; ++i) v[i] = w[i];
+            }
+            for (int i = 0; i < lanes; ++i) at(to + (c + i) * to_row + r) = v[i];
         }
-    for (; r < rows; ++r)
-        for (long c = 0; c < columns; ++c) to[c * to_row + r] = from[r][c];
 }
 
 }  // namespace
@@ -178,12 +201,15 @@ class Member {
             widest = std::max({widest, below[l], nodes[l]});
             places.push_back(reserve(nodes[l] * stride[l]));
             for (long m = 0; m < moments; ++m) places.push_back(reserve(nodes[l] * stride[l]));
-            places.push_back(reserve(batch * stride[l]));
-            places.push_back(reserve((below[l] + 1) * samples));
+            places.push_back(reserve(samples * stride[l]));
+            places.push_back(reserve(stride[l] * samples));
         }
         long largest = 0;
         for (long l = 0; l < depth; ++l) largest = std::max(largest, nodes[l] * stride[l]);
-        const long down = reserve(moments ? largest : 0), g0 = reserve(widest * samples), g1 = reserve(widest * samples);
+        const long outputs = Lanes<Real>::padded(nodes[depth - 1]);
+        widest = std::max(widest, outputs);
+        const long down = reserve(moments ? largest : 0), y = reserve(samples * outputs);
+        const long g0 = reserve(widest * samples), g1 = reserve(widest * samples);
         memory = static_cast<Real*>(std::aligned_alloc(64, (size * sizeof(Real) + 63) / 64 * 64));
         if (!memory) throw std::bad_alloc();
         std::memset(memory, 0, size * sizeof(Real));
@@ -202,10 +228,9 @@ class Member {
             }
         }
         gradient = memory + down;
+        target = memory + y;
         g = memory + g0;
         passed = memory + g1;
-        x_rows.resize(batch);
-        y_rows.resize(batch);
     }
     Member(const Member&) = delete;
     ~Member() { std::free(memory); }
@@ -219,8 +244,8 @@ class Member {
         rate = job.rates[member];
         for (long s = 0; s < job.steps; ++s, rows += batch) {
             for (long b = 0; b < batch; ++b) {
-                x_rows[b] = x + rows[b] * inputs;
-                y_rows[b] = y + rows[b] * outputs;
+                std::memcpy(by_sample[0] + b * stride[0], x + rows[b] * inputs, inputs * sizeof(Real));
+                std::memcpy(target + b * Lanes<Real>::padded(outputs), y + rows[b] * outputs, outputs * sizeof(Real));
             }
             if (s + 1 < job.steps)  // rows are anywhere in the data: ask for the next ones now
                 for (long b = 0; b < batch; ++b) {
@@ -239,9 +264,9 @@ class Member {
     }
 
     void forward() {
-        for (long b = 0; b < batch; ++b) std::memcpy(by_sample[0] + b * stride[0], x_rows[b], below[0] * sizeof(Real));
-        transpose(x_rows.data(), batch, below[0], by_node[0], samples);
-        transpose(y_rows.data(), batch, nodes[depth - 1], g, samples);
+        const long outputs = Lanes<Real>::padded(nodes[depth - 1]);
+        transpose(by_sample[0], stride[0], samples, stride[0], by_node[0], samples);
+        transpose(target, outputs, samples, outputs, g, samples);
         for (long l = 0; l < depth; ++l) {
             const bool top = l == depth - 1;
             const long k = below[l] + (job.biases[l] ? 1 : 0);
@@ -261,9 +286,7 @@ class Member {
             const Vector<Real> z = at(f + i);
             at(f + i) = z <= 0 ? (leak == 0 ? Vector<Real>{} : leak * z) : z;  // NaN stays NaN
         }
-        columns.clear();
-        for (long n = 0; n < below[l]; ++n) columns.push_back(f + n * samples);
-        transpose(columns.data(), below[l], batch, by_sample[l], stride[l]);
+        transpose(f, samples, stride[l], samples, by_sample[l], stride[l]);
     }
 
     // Down from g = y - z: dJ/dW = -(1/batch) g f^T, g below = (W^T g) gate.
@@ -364,8 +387,7 @@ class Member {
     std::vector<long> below, nodes, stride;
     std::vector<Real*> weight, first, second;
     std::vector<Real*> by_sample, by_node;  // activations below each layer: (sample, node + 1), (node + 1, sample)
-    std::vector<const Real*> x_rows, y_rows, columns;
-    Real *memory, *gradient, *g, *passed;
+    Real *memory, *gradient, *target, *g, *passed;
     double rate = 0;
 };
 
