@@ -11,7 +11,7 @@ import xarray as xr
 
 import tsdyn
 from tests.cases import small
-from tsdyn import archive, runner, schema
+from tsdyn import archive, durable, integrity, runner, schema
 from tsdyn.archive import ArchiveError, DirectoryError, Run
 
 
@@ -30,7 +30,7 @@ def swept(tmp_path_factory):
 
 
 def test_a_run_leaves_a_whole_archive_that_needs_no_tsdyn(finished):
-    assert sorted(p.name for p in finished.iterdir()) == ["LOCK", "archive.nc", "experiment.toml"]
+    assert sorted(p.name for p in finished.iterdir()) == ["LOCK", "archive.nc", "archive.nc.sha256", "experiment.toml"]
     with xr.open_dataset(finished / "archive.nc") as ds:
         assert dict(ds.sizes) == {
             "seed": 3,
@@ -44,7 +44,7 @@ def test_a_run_leaves_a_whole_archive_that_needs_no_tsdyn(finished):
         assert tsdyn.Experiment.from_toml_text(ds.attrs["experiment"]) == small()
         assert json.loads(ds.attrs["conventions"])["gate_at_zero"] == "torch"
         schema.validate(ds)
-    assert archive.check(finished) == []
+    assert integrity.check(finished) == []
 
 
 def test_open_is_lazy_and_labelled(finished):
@@ -86,12 +86,15 @@ def test_tiles_of_pure_padding_are_never_written(tmp_path):
         record__observables=["weight"],
     )
     tsdyn.run(experiment, tmp_path / "wide")
+    tsdyn.run(experiment.replace({"teacher.widths": [6, 4, 6]}), tmp_path / "narrow")
     ds = tsdyn.open(tmp_path / "wide")
-    true = 2 * 8 * (8 * 6000 + 6 * 8 + 8 + 6) + 8 * (4 * 6000 + 6 * 4 + 4 + 6)
+    student = 8 * (8 * 6000 + 6 * 8 + 8 + 6)
+    true = 2 * student + 8 * (4 * 6000 + 6 * 4 + 4 + 6)
     size = (tmp_path / "wide" / "archive.nc").stat().st_size
     assert ds.weight.nbytes + ds.teacher_weight.nbytes > 1.7 * true
-    # headers, and the eighth that a tile may waste along each of its node dimensions
-    assert size < 1.125**2 * true + 100_000
+    # the eighth that a tile may waste along each node dimension; the state to train on from, as it is; headers
+    headers = (tmp_path / "narrow" / "archive.nc").stat().st_size
+    assert size < 1.125**2 * true + student + headers
 
 
 def test_every_variable_of_epochs_carries_a_checksum(finished):
@@ -104,13 +107,13 @@ def test_every_variable_of_epochs_carries_a_checksum(finished):
     assert raw.count(needle) == 1
     raw[raw.index(needle) + 3] ^= 1
     damaged.write_bytes(raw)
-    assert any("weight cannot be read" in problem for problem in archive.check(damaged))
+    assert any("weight cannot be read" in problem for problem in integrity.check(damaged))
 
 
 def test_a_sweep_has_its_keys_as_leading_dimensions(swept):
     ds = tsdyn.open(swept)
     assert ds.weight.dims[:4] == ("overrealization", "polarity", "seed", "epoch")
-    assert archive.check(swept) == []
+    assert integrity.check(swept) == []
     one = ds.sel(overrealization=1, polarity=1.0, seed=1, epoch=slice(1, 2), layer=1)
     alone = tsdyn.open(swept / "overrealization=1,polarity=1.0").sel(seed=1, epoch=slice(1, 2), layer=1)
     np.testing.assert_array_equal(one.correlation.values[..., :6], alone.correlation.values)
@@ -165,8 +168,9 @@ def test_an_interrupted_run_shows_its_epochs_and_ends_bit_identical(tmp_path, mo
 def test_consolidation_can_be_repeated(tmp_path, monkeypatch):
     experiment = small()
     monkeypatch.setattr(runner, "COMMIT_SECONDS", 0.0)
-    monkeypatch.setattr(archive.shutil, "rmtree", lambda *_, **__: None)
-    first = tsdyn.run(experiment, tmp_path / "run").load()
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "_drop_segments", lambda _: None)
+        first = tsdyn.run(experiment, tmp_path / "run").load()
     assert len(archive.segments(tmp_path / "run")) == 5
     (tmp_path / "run" / "archive.nc").unlink()
     xr.testing.assert_equal(tsdyn.run(experiment, tmp_path / "run").load(), first)
@@ -207,7 +211,7 @@ def test_no_space_left_is_said_and_what_is_committed_stays(tmp_path, monkeypatch
     monkeypatch.setattr(runner, "COMMIT_SECONDS", 0.0)
     _interrupted(small(), tmp_path / "run", at=2)
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(archive.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    monkeypatch.setattr(durable.shutil, "disk_usage", lambda _: usage._replace(free=1000))
     with pytest.raises(ArchiveError, match=r"no space left: 1.\d MB needed, 0.0 MB free; what was committed is intact"):
         tsdyn.run(small(), tmp_path / "run")
     assert list(tsdyn.open(tmp_path / "run").epoch.values) == [0, 1]
@@ -220,9 +224,9 @@ def test_a_write_that_fails_midway_leaves_no_temporary_file(tmp_path, monkeypatc
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with Run(tmp_path / "run", small()):
-        monkeypatch.setattr(archive, "_fsync", full)
+        monkeypatch.setattr(durable.os, "fsync", full)
         with pytest.raises(ArchiveError, match="no space left"):
-            archive.write_text(tmp_path / "run" / "note.txt", "x")
+            durable.write_text(tmp_path / "run" / "note.txt", "x")
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["LOCK", "experiment.toml", "segments"]
 
 
@@ -239,7 +243,7 @@ def test_one_writer_a_directory(tmp_path):
     other.start()
     try:
         assert ready.wait(60)
-        with pytest.raises(ArchiveError, match=rf"another process is writing here \(.* pid {other.pid}\)"):
+        with pytest.raises(ArchiveError, match=rf"another process is writing here \(.* pid {other.pid}, since .*\)"):
             tsdyn.run(small(), tmp_path / "run")
     finally:
         leave.set()
@@ -283,3 +287,79 @@ def test_measurements_of_dead_members_are_nan_and_the_rest_goes_on(tmp_path):
     after = ds.epoch >= ds.death_epoch
     assert bool(ds.loss_eval.where(dead & after, drop=True).isnull().all())
     assert bool(ds.loss_eval.where(~(dead & after)).notnull().sum() == (~(dead & after)).sum())
+
+
+DATA = Path(__file__).resolve().parent / "data"
+
+
+def _old(name, tmp_path):
+    return Path(shutil.copytree(DATA / name, tmp_path / name))
+
+
+def test_archives_of_every_earlier_schema_open_as_the_present_one(tmp_path):
+    assert set(schema.MIGRATIONS) == set(range(1, schema.VERSION))
+    for version in schema.MIGRATIONS:
+        path = _old(f"archive-v{version}", tmp_path)
+        assert integrity.check(path) == []
+        ds = tsdyn.open(path)
+        assert ds.attrs["schema_version"] == schema.VERSION
+        schema.validate(ds)
+
+
+def test_an_unfinished_run_of_version_1_is_gone_on_with(tmp_path):
+    path = _old("unfinished-v1", tmp_path)
+    assert list(tsdyn.open(path).epoch.values) == [0, 1]
+    experiment = tsdyn.Experiment.from_toml(path / "experiment.toml")
+    ended = tsdyn.run(experiment, path).load()
+    # another machine's arithmetic may differ in the last bit of each step
+    xr.testing.assert_allclose(ended, tsdyn.open(DATA / "archive-v1").load(), rtol=1e-12)
+    assert integrity.check(path) == []
+
+
+def test_a_finished_run_of_version_1_keeps_no_state_and_is_left_alone(tmp_path):
+    path = _old("archive-v1", tmp_path)
+    longer = tsdyn.Experiment.from_toml(path / "experiment.toml").replace({"training.epochs": 5})
+    before = (path / "archive.nc").read_bytes()
+    with pytest.raises(DirectoryError, match="of schema 1, which keeps no state to train on from; it stays as it is"):
+        tsdyn.run(longer, path)
+    assert (path / "archive.nc").read_bytes() == before
+    assert integrity.check(path) == []
+
+
+def test_a_later_schema_is_refused_by_name(tmp_path):
+    path = _old("archive-v1", tmp_path)
+    with netCDF4.Dataset(path / "archive.nc", "a") as nc:
+        nc.setncattr("schema_version", schema.VERSION + 1)
+    with pytest.raises(DirectoryError, match=f"schema version {schema.VERSION + 1} is not one of"):
+        tsdyn.open(path)
+
+
+@pytest.mark.parametrize("record", [{}, {"record__every": 3}, {"training__method": "adam"}])
+def test_a_finished_run_goes_on_with_more_epochs(tmp_path, record):
+    """Four epochs, then three more, then two: the bits of nine at once; a last epoch off the schedule is not kept."""
+    whole = tsdyn.run(small(training__epochs=9, **record), tmp_path / "whole").load()
+    for epochs in (4, 7, 9):
+        tsdyn.run(small(training__epochs=epochs, **record), tmp_path / "longer")
+        assert integrity.check(tmp_path / "longer") == []
+    xr.testing.assert_equal(tsdyn.open(tmp_path / "longer").load(), whole)
+    with pytest.raises(DirectoryError, match=r"training\.epochs: 4 here, 9 there"):
+        tsdyn.run(small(training__epochs=4, **record), tmp_path / "longer")
+
+
+def test_an_interrupted_extension_is_whole_at_every_epoch(tmp_path, monkeypatch):
+    whole = tsdyn.run(small(training__epochs=7), tmp_path / "whole").load()
+    path = tmp_path / "run"
+    tsdyn.run(small(), path)
+    monkeypatch.setattr(runner, "COMMIT_SECONDS", 0.0)
+    _interrupted(small(training__epochs=7), path, at=6)
+    assert integrity.check(path) == []
+    xr.testing.assert_equal(tsdyn.open(path).load(), whole.sel(epoch=slice(0, 5)))
+    xr.testing.assert_equal(tsdyn.run(small(training__epochs=7), path).load(), whole)
+
+
+def test_a_sweep_goes_on_with_more_epochs(tmp_path):
+    sweep = {"teacher.polarity": [0.0, 1.0]}
+    whole = tsdyn.run(small(sweep=sweep, training__epochs=3), tmp_path / "whole").load()
+    tsdyn.run(small(sweep=sweep, training__epochs=1), tmp_path / "sweep")
+    xr.testing.assert_equal(tsdyn.run(small(sweep=sweep, training__epochs=3), tmp_path / "sweep").load(), whole)
+    assert integrity.check(tmp_path / "sweep") == []

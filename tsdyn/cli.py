@@ -48,10 +48,13 @@ def _errors() -> Iterator[None]:
         yield
     except (ExperimentError, DirectoryError, _DeviceMissing) as error:
         _fail(error, WRONG)
-    except ArchiveError as error:
+    except (ArchiveError, MemoryError) as error:
         _fail(error, FAILED)
-    except KeyboardInterrupt:
-        _fail("interrupted; what was committed is intact, the same command goes on from there", 130)
+    except OSError as error:
+        _fail(f"{error}; what was committed is intact", FAILED)
+    except KeyboardInterrupt as error:
+        signal = getattr(error, "signal", 2)
+        _fail("interrupted; what was committed is intact, the same command goes on from there", 128 + signal)
 
 
 class _DeviceMissing(Exception):
@@ -59,8 +62,7 @@ class _DeviceMissing(Exception):
 
 
 def _fail(error: object, code: int) -> None:
-    text = "".join(c if c.isprintable() or c == "\n" else "�" for c in str(error))
-    print(f"tsdyn: {text}", file=sys.stderr)
+    print(f"tsdyn: {_printable(error)}", file=sys.stderr)
     raise SystemExit(code)
 
 
@@ -209,15 +211,27 @@ def audit(directory: Directory) -> None:
 
 @app.command()
 def validate(directory: Directory) -> None:
-    """Schema and readability; exit 1 and the reasons if not whole."""
-    from tsdyn import archive
+    """Schema, checksums, every number readable, agreement with experiment.toml; exit 1 and the reasons if not whole."""
+    from tsdyn import integrity
 
-    found = archive.check(directory)
+    found = integrity.check(directory)
     for problem in found:
-        print(_plain(problem))
+        print(_printable(problem))
     if found:
         raise typer.Exit(FAILED)
     print(f"{directory}: whole")
+
+
+@app.command()
+def repair(directory: Directory) -> None:
+    """Keep what is whole, say what was dropped; what is not kept goes to DIR/damaged."""
+    from tsdyn import integrity
+
+    done = integrity.repair(directory)
+    for line in done:
+        print(_printable(line))
+    if not done:
+        print(f"{directory}: nothing to repair")
 
 
 def _study(name: str) -> Any:
@@ -317,6 +331,11 @@ def _save(figure: Any, path: Path, quiet: bool) -> None:
         print(path)
 
 
+def _printable(text: object) -> str:
+    """Without control characters: attributes and names may come from anybody's file."""
+    return "".join(c if c.isprintable() or c == "\n" else "�" for c in str(text))
+
+
 def _plain(text: object) -> str:
-    """Without control characters or console markup: attributes may come from anybody's file."""
-    return "".join(c if c.isprintable() else "�" for c in str(text)).replace("[", r"\[")
+    """On one line, without control characters or console markup."""
+    return _printable(str(text).replace("\n", " ")).replace("[", r"\[")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -12,7 +13,24 @@ ALWAYS = 16 << 20
 
 
 def available() -> int:
-    """Bytes a process may still take without swapping; free pages alone would leave out what the page cache holds."""
+    """Bytes a process may still take without swapping, or being killed for it by the limit of its control group."""
+    return min(_of_the_machine(), _of_the_group())
+
+
+def _of_the_group(folder: str = "/sys/fs/cgroup") -> int:
+    """What a container or a batch job may still take; its page cache can be had back."""
+    try:
+        limit = (Path(folder) / "memory.max").read_text(encoding="ascii").strip()
+        used = int((Path(folder) / "memory.current").read_text(encoding="ascii"))
+        lines = (Path(folder) / "memory.stat").read_text(encoding="ascii").splitlines()
+    except (OSError, ValueError):
+        return sys.maxsize
+    cached = next((int(line.split()[1]) for line in lines if line.startswith("inactive_file ")), 0)
+    return sys.maxsize if limit == "max" else max(0, int(limit) - used + cached)
+
+
+def _of_the_machine() -> int:
+    """Free pages alone would leave out what the page cache holds."""
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():
         for line in meminfo.read_text(encoding="ascii").splitlines():

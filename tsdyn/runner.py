@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import logging
 import platform
 import subprocess
 import time
@@ -19,22 +20,27 @@ import xarray as xr
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from tsdyn import alignment, archive, data, observables, schema, training
+from tsdyn import alignment, archive, data, memory, observables, schema, training
 from tsdyn._version import __version__
-from tsdyn.archive import Run
+from tsdyn.archive import ArchiveError, Run
 from tsdyn.experiment import Experiment
+from tsdyn.interrupts import Stopped, stopping
 from tsdyn.networks import Network
 from tsdyn.observables import Measurement, Probe
 from tsdyn.students import draw_student
 from tsdyn.teachers import draw_teacher
 from tsdyn.training import Ensemble, Rule
 
-#: A segment is committed after this much work, so that committing (13–21 ms) stays under one per cent of it.
+#: A segment is committed after this much work (0: after every epoch), ...
 COMMIT_SECONDS = 2.0
-#: ... or once its records hold this many bytes.
-COMMIT_BYTES = 1 << 28
+#: ... or this share of the run so far if that is more, so that a run of days has hundreds of segments and not 100,000,
+#: ... or after so many times what the last commit took, so that a slow disk takes no more than this share either, ...
+COMMIT_SHARE = 0.01
+#: ... but once its records hold this many bytes at the latest.
+COMMIT_BYTES = 1 << 27
 #: Fresh batches of a block of members are drawn in pieces of about this size.
 FRESH_BYTES = 1 << 26
+_log = logging.getLogger("tsdyn")
 
 
 class DeviceError(ValueError):
@@ -257,16 +263,37 @@ def estimate(experiment: Experiment, *, device: str = "cpu") -> Cost:
     seconds = members * (
         per_step * experiment.steps * experiment.training.epochs + per_sample * experiment.data.eval * recorded
     )
-    itemsize = np.dtype(experiment.dtype).itemsize
-    train = 0
+    train = None
     if isinstance(experiment.data.train, int) and isinstance(few.data.train, int):
         train = experiment.data.train * len(trial.train_probe(0, 0).inputs) // few.data.train
-    teacher = sum(layout.teacher_widths)
-    samples = (train + experiment.data.eval) * (layout.input_width + 2 * teacher)
     parameters = sum(p[0].numel() for _, _, p in trial.ensemble.parameters())
     epoch = archive.bytes_per_epoch(layout, variables, experiment.dtype)
-    memory = members * (samples + 3 * parameters) * itemsize + min(COMMIT_BYTES, epoch * recorded)
-    return Cost(members, parameters, memory, epoch * recorded, seconds)
+    return Cost(members, parameters, footprint(experiment, train=train), epoch * recorded, seconds)
+
+
+def footprint(experiment: Experiment, *, train: int | None = None) -> int:
+    """Bytes that a run of `experiment` holds at once, from shapes alone; nothing is drawn.
+
+    The members' samples with the teacher's activations on them, parameters, moments and gradients; and the records of
+    a segment three times: as measured, stacked, and as the file made of them.
+
+    Args:
+        experiment: One run, no sweep.
+        train: Samples of a member's training set, where augmentation makes that another number than ``data.train``.
+    """
+    layout = experiment.layout
+    if train is None:
+        points = 2 * layout.input_width + 1 if experiment.data.augment == "agnostic" else 1
+        train = points * experiment.data.train if isinstance(experiment.data.train, int) else 0
+    samples = (train + experiment.data.eval) * (layout.input_width + 2 * sum(layout.teacher_widths))
+    parameters = sum(n * (below + 1) for n, below in zip(layout.widths, layout.input_widths, strict=True))
+    parameters += sum(
+        n * (below + 1) for n, below in zip(layout.teacher_widths, layout.teacher_input_widths, strict=True)
+    )
+    numbers = len(layout.seeds) * (samples + 4 * parameters)
+    epoch = archive.bytes_per_epoch(layout, schema.expand(experiment.record.observables), experiment.dtype)
+    whole = epoch * len(experiment.schedule)
+    return numbers * np.dtype(experiment.dtype).itemsize + 3 * min(max(COMMIT_BYTES, epoch), whole)
 
 
 def _quickest(work: Callable[[], object], *, times: int = 3) -> float:
@@ -302,15 +329,23 @@ def run(
         ArchiveError: if the directory is another's, held by another process, or cannot be written.
         DeviceError: if there is no such device.
         ExperimentError: if the teacher cannot be drawn as asked.
+        MemoryError: if the members would not fit, before any is drawn.
+        Stopped: after SIGINT or SIGTERM, once the epoch in work is committed.
     """
     check_device(device)
-    with Run(path, experiment) as target:
+    memory.refuse_beyond(
+        "run",
+        footprint(experiment),
+        torch.device(device),
+        "train fewer seeds a directory (seeds = [0, 1, ...]) or on less data (data.train, data.eval)",
+    )
+    with Run(path, experiment) as target, stopping() as asked:
         if not target.finished:
-            _train(target, Members(experiment, device), progress)
+            _train(target, Members(experiment, device), progress, asked)
     return archive.open(path)
 
 
-def _train(target: Run, members: Members, progress: Progress | None) -> None:
+def _train(target: Run, members: Members, progress: Progress | None, asked: Callable[[], int | None]) -> None:
     experiment = target.experiment
     variables = schema.expand(experiment.record.observables)
     attrs = attributes(experiment, members.device)
@@ -318,11 +353,13 @@ def _train(target: Run, members: Members, progress: Progress | None) -> None:
     committed = target.committed()
     start = 0
     if committed is not None:
-        members.restore(target.state())
+        _say_what_changed(target, attrs)
+        members.restore(_of_this_shape(target, members))
         start = committed + 1
     pending: list[dict[str, Any]] = []
     epochs: list[int] = []
-    first, clock = start, time.monotonic()
+    first, began, took = start, time.monotonic(), 0.0
+    clock = began
     for epoch in range(start, last + 1):
         died = members.train(epoch) if epoch else []
         if epoch in recorded:
@@ -331,7 +368,8 @@ def _train(target: Run, members: Members, progress: Progress | None) -> None:
         if progress is not None:
             progress(epoch, last, died, _mean_mse(pending[-1]) if epoch in recorded else None)
         full = len(pending) * target.bytes_per_epoch >= COMMIT_BYTES
-        if epoch == last or full or time.monotonic() - clock >= COMMIT_SECONDS:
+        now = time.monotonic()
+        if epoch == last or full or now - clock >= _interval(now - began, took) or asked() is not None:
             records = _along_epochs(pending) if pending else {}
             target.commit(
                 first,
@@ -342,7 +380,43 @@ def _train(target: Run, members: Members, progress: Progress | None) -> None:
                 attrs,
             )
             pending, epochs, first, clock = [], [], epoch + 1, time.monotonic()
+            took = clock - now
+            stop = asked()
+            if stop is not None:
+                raise Stopped(stop)
     target.consolidate(attrs)
+
+
+def _interval(elapsed: float, took: float) -> float:
+    """Seconds of work between commits, `elapsed` into the run and with the last commit having taken `took`."""
+    return COMMIT_SECONDS and max(COMMIT_SECONDS, COMMIT_SHARE * elapsed, took / COMMIT_SHARE)
+
+
+def _of_this_shape(target: Run, members: Members) -> dict[str, np.ndarray]:
+    """The committed state, refused if it is not one of these members: copied, a wrong shape could broadcast."""
+    stored = target.state()
+    Rule.of(members.experiment.training, 1).prepare(members.ensemble)
+    for name, array in members.state().items():
+        found = stored.get(name)
+        if found is None or found.shape != array.shape or found.dtype != array.dtype:
+            held = "missing" if found is None else f"{found.dtype} {found.shape}"
+            raise ArchiveError(
+                f"{target.path}: the state to go on from has {name} {held}, this experiment needs {array.dtype} "
+                f"{array.shape}; the segments are of another tsdyn or not whole: see `tsdyn validate`"
+            )
+    return stored
+
+
+def _say_what_changed(target: Run, attrs: Mapping[str, Any]) -> None:
+    """Bits are promised for the same device, threads and versions; where these changed, the log says so."""
+    before = target.attrs()
+    changed = [
+        f"{key} {before.get(key)} before, {attrs[key]} now"
+        for key in ("device", "threads", "torch_version", "numpy_version", "tsdyn_version")
+        if before.get(key) != attrs[key]
+    ]
+    if changed:
+        _log.warning("%s: goes on elsewhere than it began (%s): bits may differ", target.path, "; ".join(changed))
 
 
 def _along_epochs(pending: list[dict[str, Any]]) -> dict[str, Any]:

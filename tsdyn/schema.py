@@ -6,12 +6,14 @@ names, and the reference table of the documentation is printed from `VARIABLES`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import xarray as xr
 
-VERSION = 1
+#: 1: no state in a finished archive, no checksum beside it.  2: both.
+VERSION = 2
 
 DIMENSIONS: Mapping[str, str] = {
     "seed": "member of the ensemble; names every random draw of that member",
@@ -389,4 +391,28 @@ def validate(ds: xr.Dataset, *, swept: Iterable[str] = ()) -> xr.Dataset:
     found = problems(ds, swept=swept)
     if found:
         raise SchemaError("validate: the dataset breaks the schema:\n  " + "\n  ".join(found))
+    return ds
+
+
+#: Version → what makes a Dataset of it one of the next.  Every version that ever was has an entry, and an archive of
+#: it in ``tests/data``.
+MIGRATIONS: Mapping[int, Callable[[xr.Dataset], xr.Dataset]] = {
+    1: lambda ds: ds,  # what version 2 added is beside the variables
+}
+
+
+def migrate(ds: xr.Dataset) -> xr.Dataset:
+    """`ds` as the present version of the schema has it; itself if it says no version.
+
+    Raises:
+        SchemaError: if its version is not known to this tsdyn.
+    """
+    version = ds.attrs.get("schema_version", VERSION)
+    if not isinstance(version, (int, np.integer)) or not (version == VERSION or version in MIGRATIONS):
+        raise SchemaError(
+            f"schema version {version} is not one of {[*MIGRATIONS, VERSION]}; it was written by tsdyn "
+            f"{ds.attrs.get('tsdyn_version', 'of another version')}: read it with that one or a later one"
+        )
+    for step in range(int(version), VERSION):
+        ds = MIGRATIONS[step](ds).assign_attrs(schema_version=step + 1)
     return ds

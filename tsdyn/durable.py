@@ -1,0 +1,172 @@
+"""Files that are there whole or not at all, and the checksum kept beside them.  Imports neither torch nor netCDF."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+#: Left free beyond what a write needs.
+MARGIN = 1 << 20
+#: `SUFFIX` of the file beside another one that holds its SHA-256, as ``sha256sum -c`` reads it.
+SUFFIX = ".sha256"
+_SEAL = re.compile(r"([0-9a-f]{64})  [^/\n]+\n")
+_REASONS = {
+    errno.ENOSPC: "no space left",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the limit on the size of a file is reached",
+    errno.EACCES: "permission denied",
+    errno.EPERM: "permission denied",
+    errno.EROFS: "the file system is read-only",
+    errno.EIO: "the device reports an input/output error",
+    errno.ENOENT: "the directory is gone",
+    errno.ELOOP: "it is a symbolic link",
+    errno.ESTALE: "the network file system went away",
+    errno.ENOTCONN: "the network file system went away",
+    errno.ENODEV: "the file system went away",
+}
+
+
+class ArchiveError(RuntimeError):
+    """A directory that cannot be read or written as asked; the message says which, why and the way out."""
+
+
+class DirectoryError(ArchiveError):
+    """A path that does not fit the request: another experiment's, not a run's, or not there at all."""
+
+
+def local_path(path: str | Path) -> Path:
+    """`path` as a Path, refused if netCDF would take it for a network address.
+
+    Raises:
+        ArchiveError: if it holds ``://`` or ``#``, or a control character.
+    """
+    text = os.fspath(path)
+    if "://" in text or "#" in text or not text.isprintable():
+        raise DirectoryError(
+            f"{text!r}: not a local path; a name with '://', '#' or control characters would not be opened as a file"
+        )
+    return Path(text)
+
+
+def refused(path: Path, error: BaseException, needed: int = 0) -> ArchiveError:
+    """What to tell of a write to `path` that failed.
+
+    HDF5 hides the reason of a failed write ("HDF error"); a disk without room for `needed` bytes is then named.
+    """
+    number = error.errno if isinstance(error, OSError) else None
+    reason, free = _REASONS.get(number or 0), None
+    with suppress(OSError):
+        free = shutil.disk_usage(path.parent).free
+    if reason is None and free is not None and free < needed + MARGIN:
+        reason = _REASONS[errno.ENOSPC]
+    if reason == _REASONS[errno.ENOSPC] and free is not None:
+        reason += f": {(needed + MARGIN) / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free"
+    return ArchiveError(
+        f"{path}: cannot be written: {reason or error}; what was committed is intact: put this right and run the same "
+        "command again to go on"
+    )
+
+
+def sync_directory(path: Path) -> None:
+    """Make the names in a directory durable: a rename that is not synced may be undone by a power cut."""
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def make_directory(path: Path) -> None:
+    """A directory and the parents it lacks, durable."""
+    if path.is_dir():
+        return
+    make_directory(path.parent)
+    with suppress(FileExistsError):
+        path.mkdir()
+    sync_directory(path.parent)
+
+
+@contextmanager
+def replacing(path: Path, needed: int, *, seal: bool = False) -> Iterator[Path]:
+    """A temporary name beside `path` that becomes `path` once written and synced; nothing is left otherwise.
+
+    Args:
+        path: The file to be.
+        needed: Bytes it will take.
+        seal: Whether its checksum is to be found beside it: the checksum is durable before `path` appears.
+
+    Raises:
+        ArchiveError: if it cannot be written; `path` is then as before.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        if shutil.disk_usage(path.parent).free < needed + MARGIN:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        temporary.unlink(missing_ok=True)  # were it a link, writing would follow it
+        yield temporary
+        handle = os.open(temporary, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+        if seal:
+            write_text(seal_of(path), f"{sha256(temporary)}  {path.name}\n")
+        temporary.replace(path)
+        sync_directory(path.parent)
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, ArchiveError):
+            raise
+        raise refused(path, error, needed) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, content: bytes | memoryview, *, seal: bool = False) -> None:
+    """A file, whole or not at all; `seal` as in `replacing`."""
+    with replacing(path, len(content), seal=seal) as temporary:
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
+        try:
+            view = memoryview(content)
+            while view:
+                view = view[os.write(handle, view) :]
+        finally:
+            os.close(handle)
+
+
+def write_text(path: Path, text: str) -> None:
+    """A small text file, whole or not at all."""
+    write_bytes(path, text.encode())
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, 64 hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def seal_of(path: Path) -> Path:
+    """Where the checksum of `path` is kept."""
+    return path.with_name(path.name + SUFFIX)
+
+
+def sealed(path: Path) -> bool | None:
+    """Whether `path` is what its checksum says; None if no checksum is kept.  Reads the whole file."""
+    try:
+        kept = seal_of(path).read_text(encoding="ascii", errors="replace")
+    except FileNotFoundError:
+        return None
+    match = _SEAL.fullmatch(kept)
+    return match is not None and match[1] == sha256(path)
+
+
+def remove_sealed(path: Path) -> None:
+    """Remove a file, then its checksum."""
+    path.unlink(missing_ok=True)
+    seal_of(path).unlink(missing_ok=True)

@@ -1,0 +1,287 @@
+"""Is a directory whole, and what can be kept of one that is not.  Imports no torch."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import netCDF4
+import numpy as np
+
+from tsdyn import archive, netcdf, schema
+from tsdyn.archive import SWEEP, sweep_points, swept_dimensions
+from tsdyn.durable import (
+    SUFFIX,
+    ArchiveError,
+    DirectoryError,
+    local_path,
+    make_directory,
+    refused,
+    replacing,
+    seal_of,
+    sealed,
+    sync_directory,
+    write_text,
+)
+from tsdyn.experiment import Experiment, ExperimentError
+from tsdyn.lock import Lock
+from tsdyn.segments import ARCHIVE, EXPERIMENT, SEGMENTS, extends, segment_epochs, segments
+
+#: Where `repair` puts what is not whole; nothing is deleted.
+DAMAGED = "damaged"
+#: `check` and `repair` hold about this much of a variable in memory.
+BLOCK_BYTES = 1 << 26
+
+
+def check(path: str | Path) -> list[str]:
+    """What is wrong with a run, a sweep or a file, one sentence each; empty if it is whole.
+
+    Schema, attributes, monotone epochs, checksums of every segment and archive, agreement with ``experiment.toml``,
+    and every stored number read once.  A run that is not finished is whole if what it committed is.
+    """
+    path = local_path(path)
+    if (path / SWEEP).is_file():
+        return list(dict.fromkeys(_check_sweep(path)))
+    if path.is_dir():
+        return list(dict.fromkeys(_check_run(path)))
+    if not path.exists():
+        raise DirectoryError(f"{path}: does not exist")
+    return list(dict.fromkeys(_check_file(path)))
+
+
+def _check_sweep(path: Path) -> Iterator[str]:
+    try:
+        points = sweep_points(path)
+        index = json.loads((path / SWEEP).read_text(encoding="utf-8"))
+        if {point["directory"] for point in index["points"]} != set(points):
+            yield f"{path / SWEEP}: lists other points than {EXPERIMENT} has"
+    except (ExperimentError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        yield f"{path}: the sweep cannot be read: {error}"
+        return
+    for name, (_, experiment) in points.items():
+        if (path / name).exists():
+            yield from _check_run(path / name, experiment)
+
+
+def _check_run(path: Path, expected: Experiment | None = None) -> Iterator[str]:
+    for entry in (path / EXPERIMENT, path / ARCHIVE, path / SEGMENTS):
+        if entry.is_symlink():
+            yield f"{entry}: is a symbolic link; a run holds its own files"
+    try:
+        experiment = Experiment.from_toml(path / EXPERIMENT)
+    except ExperimentError as error:
+        yield str(error)
+        return
+    if expected is not None and experiment != expected:
+        yield f"{path / EXPERIMENT}: is not the point of the sweep that the directory is named for"
+    finished = (path / ARCHIVE).exists()
+    try:
+        files = [path / ARCHIVE] if finished else [segment.path for segment in segments(path)]
+    except ArchiveError as error:
+        yield str(error)
+        return
+    for seal in (path / SEGMENTS).glob(f"*{SUFFIX}"):
+        if not finished and seal.with_name(seal.name.removesuffix(SUFFIX)) not in files:
+            yield f"{seal}: the checksum of a segment that is not there: lost, or its commit was cut short"
+    problems = [problem for file in files for problem in _check_file(file, experiment)]
+    yield from problems
+    if problems:  # what epochs a damaged file says it holds is not to be told from
+        return
+    epochs: list[int] = []
+    for file in files:
+        with netcdf.dataset(file) as nc:
+            epochs += [int(epoch) for epoch in nc["epoch"][:]]
+    last = epochs[-1] if epochs else -1
+    recorded = {int(epoch) for epoch in epochs}
+    missing = [e for e in experiment.schedule if e not in recorded and (finished or e <= last)]
+    if missing:
+        yield f"{path}: epochs {_few(missing)} are not there"
+    extra = sorted(recorded - set(experiment.schedule)) if finished else []
+    if extra or epochs != sorted(recorded):
+        yield f"{path}: epochs {_few(extra or epochs)} are not those of the schedule, in order"
+
+
+def _check_file(path: Path, experiment: Experiment | None = None) -> Iterator[str]:
+    kept = sealed(path)
+    if kept is False:
+        yield f"{path}: its checksum differs from the one kept in {seal_of(path).name}: it was changed or is damaged"
+    try:
+        ds = archive.open(path)
+    except ArchiveError as error:
+        yield str(error)
+        return
+    with ds:
+        yield from (f"{path}: {problem}" for problem in schema.problems(ds, swept=swept_dimensions(ds)))
+        if experiment is not None and not _is_of(ds.attrs, experiment):
+            yield f"{path}: the archive's digest is not that of {EXPERIMENT}"
+    try:
+        with netcdf.dataset(path) as nc:
+            if experiment is not None and kept is None and int(nc.schema_version) > 1:
+                yield f"{path}: has no checksum beside it ({seal_of(path).name})"
+            if "dropped" in nc.ncattrs():
+                yield f"{path}: was repaired; dropped: {nc.dropped}"
+            for name, array in nc.variables.items():
+                for index in _blocks(array):
+                    try:
+                        array[index]
+                    except (OSError, RuntimeError) as error:
+                        yield f"{path}: {name} cannot be read at {_where(array, index)}: {error}"
+    except (OSError, RuntimeError, AttributeError, ValueError, TypeError) as error:
+        yield f"{path}: cannot be read: {error}"
+
+
+def _is_of(attrs: Mapping[str, Any], experiment: Experiment) -> bool:
+    """Whether a file says it is of `experiment`, or of what that extends."""
+    try:
+        theirs = Experiment.from_toml_text(str(attrs.get("experiment")))
+    except ExperimentError:
+        return False
+    return attrs.get("digest") == theirs.digest and (theirs == experiment or extends(experiment, theirs))
+
+
+def _blocks(array: netCDF4.Variable) -> Iterator[tuple[slice, ...]]:
+    """Indices that cover a variable in whole chunks, of about `BLOCK_BYTES` each."""
+    stored = array.chunking()
+    step = list(stored) if isinstance(stored, list) else list(array.shape)
+    for axis in reversed(range(len(step))):
+        held = math.prod(step) * array.dtype.itemsize
+        step[axis] = min(array.shape[axis], step[axis] * max(1, BLOCK_BYTES // max(1, held)))
+    starts = (range(0, n, max(1, s)) for n, s in zip(array.shape, step, strict=True))
+    for corner in itertools.product(*starts):
+        yield tuple(slice(c, min(c + s, n)) for c, s, n in zip(corner, step, array.shape, strict=True))
+
+
+def _where(array: netCDF4.Variable, index: tuple[slice, ...]) -> str:
+    return ", ".join(f"{dim} {i.start}..{i.stop - 1}" for dim, i in zip(array.dimensions, index, strict=True))
+
+
+def _few(epochs: Sequence[int]) -> str:
+    shown = ", ".join(map(str, epochs[:5]))
+    return shown if len(epochs) <= 5 else f"{shown} and {len(epochs) - 5} more"
+
+
+def repair(path: str | Path) -> list[str]:
+    """Make a run, or every point of a sweep, one that can be opened and gone on with; says what was dropped.
+
+    Segments are kept up to the first that is not whole; ``tsdyn run`` computes the others again, to the same bits.
+    Of a damaged archive without segments every block that reads and passes its checksum is kept, the others are NaN.
+    What is not kept is moved to ``damaged/``, not deleted.
+
+    Raises:
+        ArchiveError: if another process is writing there, or no experiment can be found in it.
+    """
+    path = local_path(path)
+    if (path / SWEEP).is_file():
+        points = [path / name for name in sweep_points(path)]
+        return [line for point in points if point.is_dir() for line in repair(point)]
+    if not path.is_dir():
+        raise DirectoryError(f"{path}: is not the directory of a run")
+    lock = Lock(path).acquire()
+    try:
+        return list(_repair_run(path))
+    except OSError as error:
+        raise refused(path, error) from error
+    finally:
+        lock.release()
+
+
+def _repair_run(path: Path) -> Iterator[str]:
+    files = sorted((path / SEGMENTS).glob("*.nc"))
+    try:
+        experiment = Experiment.from_toml(path / EXPERIMENT)
+    except ExperimentError as error:
+        experiment = _remembered([path / ARCHIVE, *files])
+        if experiment is None:
+            raise DirectoryError(f"{error}; no whole file here remembers the experiment either") from None
+        if (path / EXPERIMENT).exists():
+            _move_to_damaged(path, path / EXPERIMENT)
+        write_text(path / EXPERIMENT, experiment.to_toml())
+        yield f"{path / EXPERIMENT}: written anew from what the archive remembers ({error})"
+    for leftover in [*path.glob(".*.tmp"), *(path / SEGMENTS).glob(".*.tmp")]:
+        leftover.unlink()
+        yield f"{leftover}: removed; a write that was cut short"
+    after = -1
+    for file in files:
+        match = segment_epochs(file)
+        problems = list(_check_file(file, experiment))
+        if match is not None and match[0] == after + 1 and not problems:
+            after = match[1]
+            continue
+        _move_to_damaged(path, file)
+        reason = problems[0] if problems else f"{file}: whole, but epochs from {after + 1} before it are not there"
+        yield f"{reason}; moved to {DAMAGED}/, `tsdyn run` computes its epochs again"
+    for seal in (path / SEGMENTS).glob(f"*{SUFFIX}"):
+        if not seal.with_name(seal.name.removesuffix(SUFFIX)).exists():
+            _move_to_damaged(path, seal)
+    if (path / ARCHIVE).exists():
+        found = list(_check_file(path / ARCHIVE, experiment))
+        if found:
+            _move_to_damaged(path, path / ARCHIVE)
+            yield f"{found[0]}; moved to {DAMAGED}/"
+            if after == -1:
+                yield from _salvage(path, experiment)
+
+
+def _remembered(files: Sequence[Path]) -> Experiment | None:
+    for file in files:
+        if file.exists() and sealed(file) is not False:
+            try:
+                with archive.open(file) as ds:
+                    return Experiment.from_toml_text(ds.attrs["experiment"])
+            except (ArchiveError, ExperimentError, KeyError):
+                continue
+    return None
+
+
+def _move_to_damaged(path: Path, file: Path) -> None:
+    make_directory(path / DAMAGED)
+    for one in (file, seal_of(file)):
+        if one.exists():
+            target = path / DAMAGED / one.name
+            for count in itertools.count(1):
+                if not target.exists():
+                    break
+                target = path / DAMAGED / f"{one.name}.{count}"
+            one.rename(target)
+            sync_directory(one.parent)
+    sync_directory(path / DAMAGED)
+
+
+def _salvage(path: Path, experiment: Experiment) -> Iterator[str]:
+    """Copy what can be read of the damaged archive into a new one."""
+    damaged = max((path / DAMAGED).glob(f"{ARCHIVE}*[!{SUFFIX[-1]}]"), key=lambda f: f.stat().st_ctime_ns)
+    layout, dropped = experiment.layout, []
+    variables = (*schema.expand(experiment.record.observables), *schema.CONSTANTS)
+    try:
+        netcdf.inspect(damaged)
+        with netcdf.dataset(damaged) as old, replacing(path / ARCHIVE, damaged.stat().st_size, seal=True) as temporary:
+            if [int(epoch) for epoch in old["epoch"][:]] != list(experiment.schedule):
+                raise DirectoryError("its epochs cannot be told")
+            with netcdf.dataset(temporary, "w") as new:
+                attrs = {name: old.getncattr(name) for name in old.ncattrs() if name != "coordinates"}
+                netcdf.create(new, layout, experiment.schedule, variables, experiment.dtype, attrs)
+                for name in ("death_epoch", *variables):
+                    for index in _blocks(new[name]):
+                        try:
+                            block = old[name][index]
+                            if block.shape != new[name][index].shape:
+                                raise ValueError("shape differs")
+                        except (OSError, RuntimeError, ValueError, IndexError) as error:
+                            dropped.append(f"{name} at {_where(new[name], index)} ({error})")
+                            continue
+                        if not np.isnan(block).all():
+                            new[name][index] = block
+                with suppress(OSError, RuntimeError):
+                    netcdf.write_state(new, netcdf.read_state(old))
+                new.setncattr("dropped", "; ".join(dropped) or "nothing that could be told")
+    except (ArchiveError, OSError, RuntimeError, ValueError, KeyError, IndexError, AttributeError) as error:
+        (path / ARCHIVE).unlink(missing_ok=True)
+        yield f"{path / ARCHIVE}: nothing of it could be kept ({error}); `tsdyn run` computes it again"
+        return
+    yield from (f"{path / ARCHIVE}: dropped {line}" for line in dropped)
+    yield f"{path / ARCHIVE}: written anew with what could be read; remove it and `tsdyn run` computes it again"

@@ -1,0 +1,208 @@
+"""One netCDF file of the archive: its layout on disk, and a guarded way to open any.  Imports no torch."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import netCDF4
+import numpy as np
+from xarray.backends.locks import HDF5_LOCK, NETCDFC_LOCK, combine_locks
+
+from tsdyn import schema
+from tsdyn.durable import DirectoryError
+from tsdyn.schema import COORDINATES, VARIABLES, Layout
+
+#: On disk, a chunk holds one seed, one layer and as many epochs as fit in this.
+CHUNK_BYTES = 1 << 22
+#: A file may declare chunks of this size, or of its own size; this many chunks, or one a KiB of it; and, as padding
+#: is declared and not stored, this many times its size.
+DECLARED_CHUNK, DECLARED_CHUNKS, DECLARED_RATIO = 1 << 26, 1 << 20, 100_000
+_TILE = 16
+#: netCDF4 is not thread-safe: the lock under which xarray reads is the one under which this library does.
+_LOCK = combine_locks([NETCDFC_LOCK, HDF5_LOCK])
+_inside = threading.local()
+
+State = Mapping[str, np.ndarray]
+
+
+@contextmanager
+def guarded() -> Iterator[None]:
+    """Alone with the netCDF library in this process; may be nested in one thread."""
+    if getattr(_inside, "held", False):
+        yield
+        return
+    with _LOCK:
+        _inside.held = True
+        try:
+            yield
+        finally:
+            _inside.held = False
+
+
+@contextmanager
+def dataset(path: Path, mode: str = "r") -> Iterator[netCDF4.Dataset]:
+    """An open file, alone with the library; values as stored, nothing masked or scaled."""
+    with guarded(), netCDF4.Dataset(path, mode, format="NETCDF4") as nc:
+        nc.set_auto_maskandscale(False)
+        yield nc
+
+
+def inspect(path: Path) -> None:
+    """Refuse a file that is not netCDF-4 or declares more than its own size warrants, before any of it is loaded.
+
+    Coordinates are written whole, so they fit in the file; of variables only a chunk is held at once.
+
+    Raises:
+        DirectoryError: naming the file and what it declares.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        if file.read(8) != b"\x89HDF\r\n\x1a\n":
+            raise DirectoryError(f"{path}: not a readable netCDF file: no netCDF-4 header")
+    try:
+        with dataset(path) as nc:
+            for name, array in nc.variables.items():
+                item = array.dtype.itemsize if isinstance(array.dtype, np.dtype) else 1
+                stored = array.chunking()
+                chunk = array.shape if not isinstance(stored, list) else stored
+                nbytes, chunk_bytes = math.prod(array.shape) * item, math.prod(chunk) * item
+                chunks = math.prod(-(-n // max(1, c)) for n, c in zip(array.shape, chunk, strict=True))
+                coordinate = name in nc.dimensions or name in COORDINATES
+                if (
+                    (coordinate and nbytes > size)
+                    or chunk_bytes > max(size, DECLARED_CHUNK)
+                    or chunks > max(size // 1024, DECLARED_CHUNKS)
+                    or nbytes > DECLARED_RATIO * size
+                ):
+                    raise DirectoryError(
+                        f"{path}: {name} declares the shape {array.shape} in chunks of {tuple(chunk)}, more than a "
+                        f"file of {size} bytes warrants; it is damaged or not tsdyn's"
+                    )
+    except (OSError, RuntimeError, ValueError, AttributeError, KeyError, TypeError, IndexError) as error:
+        if isinstance(error, DirectoryError):
+            raise
+        raise DirectoryError(f"{path}: not a readable netCDF file: {error}") from error
+
+
+def _tile(sizes: Sequence[int]) -> int:
+    """Chunk length along a padded node dimension: tiles of pure padding are never written, and are worth having.
+
+    The longest that wastes at most an eighth of the true sizes in tiles that are partly padding.
+    """
+    widest = max(sizes)
+    for pieces in range(1, widest // _TILE + 1):
+        tile = -(-widest // pieces)
+        if sum(-(-size // tile) * tile for size in sizes) <= 1.125 * sum(sizes):
+            return tile
+    return min(_TILE, widest)
+
+
+def _sizes(layout: Layout, epochs: int) -> dict[str, int]:
+    sizes = {"seed": len(layout.seeds), "epoch": epochs, "layer": layout.depth}
+    return sizes | {dim: layout.padded(dim) for dim in (*schema.NODE_WIDTHS, "input_node", *schema.SIZED)}
+
+
+def _chunks(variable: schema.Variable, layout: Layout, sizes: Mapping[str, int], itemsize: int) -> list[int]:
+    chunk = dict.fromkeys(("seed", "layer"), 1)
+    for dim in variable.dims:
+        if dim not in ("seed", "epoch", "layer"):
+            chunk[dim] = _tile(layout.node_widths(variable, dim))
+    inner = math.prod(chunk[d] for d in variable.dims if d != "epoch")
+    if not variable.layered:
+        chunk["seed"] = min(sizes["seed"], max(1, CHUNK_BYTES // (inner * itemsize)))
+        inner *= chunk["seed"]
+    chunk["epoch"] = min(max(1, CHUNK_BYTES // (inner * itemsize)), max(1, sizes["epoch"]))
+    return [chunk[d] for d in variable.dims]
+
+
+def create(
+    nc: netCDF4.Dataset,
+    layout: Layout,
+    epochs: Sequence[int],
+    variables: Sequence[str],
+    dtype: str,
+    attrs: Mapping[str, Any],
+) -> None:
+    """Dimensions, coordinates and empty variables; what is never written reads as NaN."""
+    sizes = _sizes(layout, len(epochs))
+    used = {d for name in variables for d in VARIABLES[name].dims} | {"seed", "epoch", "layer"}
+    for dim in (d for d in sizes if d in used):
+        nc.createDimension(dim, sizes[dim])
+        labels: Sequence[float] = range(sizes[dim])
+        labels = {
+            "seed": layout.seeds,
+            "epoch": epochs,
+            "layer": range(1, layout.depth + 1),
+            "quantile": layout.quantiles,
+        }.get(dim, labels)
+        kind = "f8" if dim == "quantile" else "i8"
+        labelled = nc.createVariable(dim, kind, (dim,), fletcher32=len(labels) > 0)
+        labelled.long_name = schema.DIMENSIONS[dim]
+        labelled[:] = np.asarray(labels, dtype=kind)
+    columns = {
+        "width": layout.widths,
+        "teacher_width": layout.teacher_widths,
+        "input_width": layout.input_widths,
+        "teacher_input_width": layout.teacher_input_widths,
+    }
+    for name, values in columns.items():
+        column = nc.createVariable(name, "i8", ("layer",), fletcher32=True)
+        column.setncatts(COORDINATES[name].attrs)
+        column[:] = np.asarray(values, dtype=np.int64)
+    death = nc.createVariable("death_epoch", "i8", ("seed",), fletcher32=True)
+    death.setncatts(COORDINATES["death_epoch"].attrs)
+    death[:] = -1
+    for name in variables:
+        variable = VARIABLES[name]
+        array = nc.createVariable(
+            name,
+            dtype,
+            variable.dims,
+            fill_value=np.nan,
+            fletcher32=len(epochs) > 0 or "epoch" not in variable.dims,
+            chunksizes=_chunks(variable, layout, sizes, np.dtype(dtype).itemsize),
+        )
+        array.setncatts(variable.attrs)
+    nc.setncatts({**attrs, "coordinates": " ".join([*columns, "death_epoch"])})
+
+
+def index(
+    variable: schema.Variable, layout: Layout, epochs: slice, layer: int | None, members: slice = slice(None)
+) -> tuple[slice | int, ...]:
+    """Where one layer of a variable sits in a file, without its padding."""
+    at: dict[str, slice | int] = {"seed": members, "epoch": epochs}
+    if layer is not None:
+        at |= {"layer": layer - 1}
+    inner = [dim for dim in variable.dims if dim not in ("seed", "epoch", "layer")]
+    at |= {dim: slice(0, n) for dim, n in zip(inner, layout.block(variable, layer), strict=True)}
+    return tuple(at[dim] for dim in variable.dims)
+
+
+def bytes_per_epoch(layout: Layout, variables: Sequence[str], dtype: str) -> int:
+    """Size of one recorded epoch of all members, without padding."""
+    numbers = 0
+    for variable in (VARIABLES[name] for name in variables if "epoch" in VARIABLES[name].dims):
+        layers = range(1, layout.depth + 1) if variable.layered else (None,)
+        numbers += sum(math.prod(layout.block(variable, layer)) for layer in layers)
+    return numbers * len(layout.seeds) * np.dtype(dtype).itemsize
+
+
+def write_state(nc: netCDF4.Dataset, state: State) -> None:
+    """The group ``state``: everything needed to train on, arrays by name."""
+    group = nc.createGroup("state")
+    for name, array in state.items():
+        dims = tuple(f"{name}_{i}" for i in range(array.ndim))
+        for dim, size in zip(dims, array.shape, strict=True):
+            group.createDimension(dim, size)
+        group.createVariable(name, array.dtype, dims, fletcher32=array.ndim > 0, fill_value=False)[...] = array
+
+
+def read_state(nc: netCDF4.Dataset) -> dict[str, np.ndarray]:
+    """The arrays of the group ``state``; none if the file has no such group."""
+    found = nc.groups["state"].variables if "state" in nc.groups else {}
+    return {name: np.asarray(array[...]) for name, array in found.items()}

@@ -1,0 +1,380 @@
+"""The directory of one run: claimed, committed to segment by segment, resumed, consolidated.  Imports no torch."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import netCDF4
+import numpy as np
+
+from tsdyn import netcdf
+from tsdyn.durable import (
+    SUFFIX,
+    ArchiveError,
+    DirectoryError,
+    local_path,
+    make_directory,
+    refused,
+    remove_sealed,
+    replacing,
+    seal_of,
+    sealed,
+    sha256,
+    sync_directory,
+    write_bytes,
+    write_text,
+)
+from tsdyn.experiment import Experiment, differences
+from tsdyn.lock import NAME as LOCK
+from tsdyn.lock import Lock
+from tsdyn.netcdf import State
+from tsdyn.schema import CONSTANTS, VARIABLES, expand
+
+EXPERIMENT = "experiment.toml"
+ARCHIVE = "archive.nc"
+SEGMENTS = "segments"
+
+#: Consolidation holds about this much of the archive in memory.
+BLOCK_BYTES = 1 << 26
+_SEGMENT = re.compile(r"epoch-(\d{6,})-(\d{6,})\.nc")
+
+#: Variable → one array (seed, epoch), or one a layer from the lowest up, (seed, epoch, node...); constants: no epoch.
+Records = Mapping[str, "np.ndarray | list[np.ndarray]"]
+
+
+class Segment(NamedTuple):
+    """A committed file and the trained epochs it covers."""
+
+    first: int
+    last: int
+    path: Path
+
+
+def segments(path: Path) -> list[Segment]:
+    """The committed segments of a run, in order of epochs.
+
+    Raises:
+        ArchiveError: if epochs are missing between two of them.
+    """
+    named = [(segment_epochs(file), file) for file in (path / SEGMENTS).glob("*.nc")]
+    found = sorted(Segment(*epochs, file) for epochs, file in named if epochs)
+    for before, after in itertools.pairwise([Segment(-1, -1, path), *found]):
+        if after.first != before.last + 1:
+            raise ArchiveError(
+                f"{path}: segments end at epoch {before.last} and go on at {after.first}; epochs between are missing: "
+                f"`tsdyn repair {path}` keeps what can be gone on from"
+            )
+    return found
+
+
+def segment_epochs(file: Path) -> tuple[int, int] | None:
+    """First and last epoch that a segment's name says; None if it is no segment's name."""
+    match = _SEGMENT.fullmatch(file.name)
+    return (int(match[1]), int(match[2])) if match else None
+
+
+def segment_path(path: Path, first: int, last: int) -> Path:
+    """The file that holds what was recorded among trained epochs `first`..`last`, and the state after `last`."""
+    return path / SEGMENTS / f"epoch-{first:06d}-{last:06d}.nc"
+
+
+def extends(longer: Experiment, shorter: Experiment) -> bool:
+    """Whether `longer` is `shorter` trained on: only ``training.epochs`` differs, and is more."""
+    epochs = longer.training.epochs
+    return epochs > shorter.training.epochs and not differences(longer, shorter.replace({"training.epochs": epochs}))
+
+
+def claim(path: Path, experiment: Experiment) -> None:
+    """Make `path` the directory of `experiment`, or check that it is, or that `experiment` extends what it holds.
+
+    Raises:
+        ArchiveError: if it holds another experiment, naming what differs, or files that are not a run's.
+    """
+    file = path / EXPERIMENT
+    if file.exists():
+        theirs = Experiment.from_toml(file)
+        if theirs == experiment:
+            return
+        if not extends(experiment, theirs):
+            raise DirectoryError(
+                f"{path}: holds another experiment; nothing was overwritten. What differs:\n  "
+                + "\n  ".join(differences(experiment, theirs))
+                + "\nGive another directory with -o, or remove this one. (A run can be gone on with by more epochs, "
+                "everything else the same.)"
+            )
+        if experiment.sweep:  # a run's is written under its lock
+            write_text(file, experiment.to_toml())
+        return
+    # what a writer killed in its first milliseconds leaves is its own
+    leftovers = re.compile(rf"{LOCK}|\.{re.escape(EXPERIMENT)}\.\d+\.tmp")
+    if path.exists() and (not path.is_dir() or any(not leftovers.fullmatch(e.name) for e in path.iterdir())):
+        what = "is not empty and holds no experiment" if path.is_dir() else "is a file"
+        raise DirectoryError(f"{path}: {what}; nothing was overwritten. Give another directory with -o.")
+    try:
+        make_directory(path)
+        write_text(file, experiment.to_toml())
+    except OSError as error:
+        raise DirectoryError(f"{path}: cannot be made: {error}; give another directory with -o") from error
+
+
+class Run:
+    """The directory of one run, held for writing.
+
+    Use as a context manager: entering takes the lock and clears what an interrupted writer left, leaving gives the
+    lock back.
+
+    Args:
+        path: The directory; made if it does not exist.
+        experiment: What the run computes; without a sweep.  With more epochs than the directory holds of the same
+            experiment, the run is extended.
+
+    Raises:
+        ArchiveError: if another process holds the directory, it holds another experiment (every difference is
+            named), files that are not a run's, or symbolic links.  Nothing is overwritten.
+    """
+
+    def __init__(self, path: str | Path, experiment: Experiment) -> None:
+        if experiment.sweep:
+            raise ValueError("Run: the experiment has a sweep; each point of it is a run (tsdyn.run does this)")
+        self.path = local_path(path)
+        self.experiment = experiment
+        self.layout = experiment.layout
+        self.variables = (*expand(experiment.record.observables), *CONSTANTS)
+        self._lock = Lock(self.path)
+
+    def __enter__(self) -> Run:
+        claim(self.path, self.experiment)
+        for name in (LOCK, EXPERIMENT, ARCHIVE, SEGMENTS):
+            if (self.path / name).is_symlink():
+                raise DirectoryError(f"{self.path / name}: is a symbolic link; a run is written where it is, or not")
+        self._lock.acquire()
+        try:
+            self._settle()
+        except BaseException as error:
+            self._lock.release()
+            if isinstance(error, OSError):
+                raise refused(self.path, error) from error
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def _settle(self) -> None:
+        """Finish what an interrupted writer began: leftovers go, a verified archive replaces its segments."""
+        claim(self.path, self.experiment)  # again, now that nobody else writes
+        for folder in (self.path, self.path / SEGMENTS):
+            for leftover in folder.glob(".*.tmp"):
+                leftover.unlink()
+        for seal in (self.path / SEGMENTS).glob(f"*{SUFFIX}"):
+            if not seal.with_name(seal.name.removesuffix(SUFFIX)).exists():
+                seal.unlink()
+        if self.finished:
+            self._drop_segments()
+        theirs = Experiment.from_toml(self.path / EXPERIMENT)
+        if theirs != self.experiment:
+            if self.finished:
+                self._reopen(theirs)
+            write_text(self.path / EXPERIMENT, self.experiment.to_toml())
+        if not self.finished and not (self.path / SEGMENTS).is_dir():
+            make_directory(self.path / SEGMENTS)
+
+    def _reopen(self, shorter: Experiment) -> None:
+        """The archive of a finished run becomes the first segment of the longer one, in one rename."""
+        _check_seal(self.path / ARCHIVE, self.path)
+        with netcdf.dataset(self.path / ARCHIVE) as nc:
+            if "state" not in nc.groups:
+                raise DirectoryError(
+                    f"{self.path}: its archive is of schema {nc.schema_version}, which keeps no state to train on "
+                    f"from; it stays as it is, run {self.experiment.training.epochs} epochs into another directory"
+                )
+        make_directory(self.path / SEGMENTS)
+        target = segment_path(self.path, 0, shorter.training.epochs)
+        write_text(seal_of(target), f"{sha256(self.path / ARCHIVE)}  {target.name}\n")
+        (self.path / ARCHIVE).rename(target)
+        sync_directory(self.path / SEGMENTS)
+        sync_directory(self.path)
+        seal_of(self.path / ARCHIVE).unlink()
+
+    @property
+    def finished(self) -> bool:
+        """Whether the archive of all epochs is there."""
+        return (self.path / ARCHIVE).exists()
+
+    @property
+    def bytes_per_epoch(self) -> int:
+        """Size of one recorded epoch, without padding."""
+        return netcdf.bytes_per_epoch(self.layout, self.variables, self.experiment.dtype)
+
+    def committed(self) -> int | None:
+        """Last committed epoch of training, None before the first commit."""
+        found = segments(self.path)
+        return found[-1].last if found else None
+
+    def commit(
+        self,
+        first: int,
+        last: int,
+        epochs: Sequence[int],
+        records: Records,
+        state: State,
+        attrs: Mapping[str, Any],
+    ) -> None:
+        """Write the recorded `epochs` among trained epochs `first`..`last` and the state after `last`, in one rename.
+
+        The file is made in memory and written in one go, so that a failed write is the system's error, not HDF5's.
+
+        Args:
+            first: First epoch of the segment.
+            last: Last epoch of the segment.
+            epochs: Recorded epochs among them, increasing.
+            records: Their measurements, and in the first segment the constants.
+            state: Everything needed to go on; arrays by name, among them ``death_epoch``.
+            attrs: Global attributes.
+
+        Raises:
+            ArchiveError: if it cannot be written, or the lock was lost; what was committed before is intact.
+        """
+        self._lock.confirm()
+        expected = self.bytes_per_epoch * len(epochs) + sum(a.nbytes for a in state.values()) + (1 << 16)
+        with netcdf.guarded():
+            nc = netCDF4.Dataset("segment", "w", format="NETCDF4", memory=expected)
+            netcdf.create(nc, self.layout, epochs, tuple(records), self.experiment.dtype, attrs)
+            nc["death_epoch"][:] = state["death_epoch"]
+            for name, value in records.items():
+                blocks = enumerate(value, start=1) if isinstance(value, list) else ((None, value),)
+                for layer, block in blocks:
+                    nc[name][netcdf.index(VARIABLES[name], self.layout, slice(0, len(epochs)), layer)] = block
+            netcdf.write_state(nc, state)
+            content = nc.close()
+        write_bytes(segment_path(self.path, first, last), content, seal=True)
+
+    def state(self) -> dict[str, np.ndarray]:
+        """State after the last committed epoch.
+
+        Raises:
+            ArchiveError: if the segment that holds it is damaged.
+        """
+        newest = segments(self.path)[-1]
+        _check_seal(newest.path, self.path)
+        with netcdf.dataset(newest.path) as nc:
+            return netcdf.read_state(nc)
+
+    def attrs(self) -> dict[str, Any]:
+        """Global attributes of the last committed segment."""
+        with netcdf.dataset(segments(self.path)[-1].path) as nc:
+            return {name: nc.getncattr(name) for name in nc.ncattrs()}
+
+    def consolidate(self, attrs: Mapping[str, Any]) -> None:
+        """All epochs in one file, read back and compared with the segments before these go.  Repeatable.
+
+        Raises:
+            ArchiveError: if it cannot be written, a segment is damaged, or epochs are missing; segments are kept.
+        """
+        self._lock.confirm()
+        files = [segment.path for segment in segments(self.path)]
+        for file in files:
+            _check_seal(file, self.path)
+        epochs = self.experiment.schedule
+        with replacing(self.path / ARCHIVE, self.bytes_per_epoch * len(epochs), seal=True) as temporary:
+            with netcdf.dataset(temporary, "w") as nc:
+                netcdf.create(nc, self.layout, epochs, self.variables, self.experiment.dtype, attrs)
+                self._copy(files, nc)
+            with netcdf.dataset(temporary) as nc:
+                self._compare(files, nc)
+        self._drop_segments()
+
+    def _drop_segments(self) -> None:
+        """Remove the segments of a finished archive, once it is what its checksum says."""
+        folder = self.path / SEGMENTS
+        if not folder.is_dir():
+            return
+        if any(folder.iterdir()):
+            _check_seal(self.path / ARCHIVE, self.path)
+        for file in sorted(folder.glob("*.nc")):
+            remove_sealed(file)
+        folder.rmdir()
+
+    def _copy(self, files: Sequence[Path], nc: netCDF4.Dataset) -> None:
+        for name, index, block in self._windows(files, nc):
+            if not np.isnan(block).all():  # what is never written reads as NaN and takes no space
+                nc[name][index] = block
+        with netcdf.dataset(files[-1]) as last:
+            nc["death_epoch"][:] = last["death_epoch"][:]
+            netcdf.write_state(nc, netcdf.read_state(last))
+
+    def _compare(self, files: Sequence[Path], nc: netCDF4.Dataset) -> None:
+        for name, index, block in self._windows(files, nc):
+            if not np.array_equal(nc[name][index], block, equal_nan=True):
+                raise ArchiveError(
+                    f"{self.path}: {name} read back differently from what was written; segments are kept"
+                )
+
+    def _windows(
+        self, files: Sequence[Path], nc: netCDF4.Dataset
+    ) -> Iterator[tuple[str, tuple[slice | int, ...], np.ndarray]]:
+        """(variable, index into `nc`, block) over all of `nc`; each block is whole chunks of one layer."""
+        held = self._held(files)
+        for name in self.variables:
+            for window, layer, members in self._blocks(name, nc):
+                index = netcdf.index(VARIABLES[name], self.layout, window, layer, members)
+                yield name, index, self._gathered(held, name, window, layer, members)
+
+    def _held(self, files: Sequence[Path]) -> list[tuple[Path, dict[int, int]]]:
+        """Where each scheduled epoch is: file by file, its position in the archive → its row in the file."""
+        position = {epoch: i for i, epoch in enumerate(self.experiment.schedule)}
+        held = []
+        for file in files:
+            with netcdf.dataset(file) as segment:
+                epochs = [int(epoch) for epoch in segment["epoch"][:]]
+            held.append((file, {position[epoch]: row for row, epoch in enumerate(epochs) if epoch in position}))
+        found = [p for _, rows in held for p in rows]
+        if found != list(range(len(position))):
+            missing = sorted(set(range(len(position))) - set(found))
+            raise ArchiveError(
+                f"{self.path}: segments hold {len(found)} of the {len(position)} epochs to record, missing or out of "
+                f"order from epoch {self.experiment.schedule[missing[0]] if missing else found}; segments are kept"
+            )
+        return held
+
+    def _blocks(self, name: str, nc: netCDF4.Dataset) -> Iterator[tuple[slice, int | None, slice]]:
+        """(epochs, layer, seeds) of blocks of about `BLOCK_BYTES`."""
+        variable, epochs, seeds = VARIABLES[name], len(self.experiment.schedule), len(self.layout.seeds)
+        chunk = {"epoch": epochs} | dict(zip(variable.dims, nc[name].chunking(), strict=True))
+        layers = range(1, self.layout.depth + 1) if variable.layered else (None,)
+        for start in range(0, epochs, chunk["epoch"]):
+            window = slice(start, min(start + chunk["epoch"], epochs))
+            for layer in layers:
+                rows = window.stop - window.start if "epoch" in variable.dims else 1
+                chunk_bytes = (
+                    chunk["seed"] * rows * math.prod(self.layout.block(variable, layer)) * nc[name].dtype.itemsize
+                )
+                members = chunk["seed"] * max(1, BLOCK_BYTES // max(1, chunk_bytes))
+                for low in range(0, seeds, members):
+                    yield window, layer, slice(low, min(low + members, seeds))
+
+    def _gathered(
+        self, held: Sequence[tuple[Path, dict[int, int]]], name: str, window: slice, layer: int | None, members: slice
+    ) -> np.ndarray:
+        """One block, from the segments that hold a part of it."""
+        variable, parts = VARIABLES[name], []
+        constant = "epoch" not in variable.dims
+        for file, rows in held[:1] if constant else held:
+            inside = [row for position, row in rows.items() if window.start <= position < window.stop]
+            if inside or constant:
+                epochs = slice(inside[0], inside[-1] + 1) if inside else slice(None)
+                with netcdf.dataset(file) as segment:
+                    parts.append(np.asarray(segment[name][netcdf.index(variable, self.layout, epochs, layer, members)]))
+        return parts[0] if constant else np.concatenate(parts, axis=1)
+
+
+def _check_seal(file: Path, run: Path) -> None:
+    if sealed(file) is False:
+        raise ArchiveError(
+            f"{file}: is damaged, its checksum differs; `tsdyn repair {run}` keeps what is whole and says what is not"
+        )
