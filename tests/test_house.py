@@ -21,6 +21,7 @@ RANKS = {
     "lock": 1,
     "netcdf": 1,
     "segments": 2,
+    "grid": 2,
     "archive": 3,
     "integrity": 4,
     "activations": 1,
@@ -41,7 +42,7 @@ RANKS = {
     "cli": 6,
 }
 #: Within a rank, who may import whom.
-SAME_RANK = {("experiment", "schema"), ("networks", "activations")}
+SAME_RANK = {("experiment", "schema"), ("networks", "activations"), ("grid", "segments")}
 
 
 def _imports(file: Path) -> set[str]:
