@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from tsdyn import Network
+from tsdyn.activations import Activation
 from tsdyn.training import Rule
 
 
@@ -84,3 +85,25 @@ def train(network: Network, batches: list[tuple[Tensor, Tensor]], rule: Rule) ->
                     if layer not in rule.frozen:
                         part.weight /= part.weight.norm(dim=1, keepdim=True)
     return module
+
+
+def gaussian_pair(activation: Activation, r1: float, r2: float, u: float) -> float:
+    """E[σ(r₁x) σ(r₂y)], x and y standard normal with correlation u, by Gauss–Legendre panels."""
+    nodes, weights = np.polynomial.legendre.leggauss(20)
+
+    def panels(edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        half = np.diff(edges)[:, None] / 2
+        return (edges[:-1, None] + half * (1 + nodes)).ravel(), (half * weights).ravel()
+
+    def sigma(z: np.ndarray) -> np.ndarray:
+        return np.asarray(activation(torch.from_numpy(z)))
+
+    if activation.piecewise_linear:  # polar: the radius gives 2/2π, the angle is smooth between the kinks
+        theta = np.arccos(u)
+        kinks = np.array([np.pi / 2, 3 * np.pi / 2, theta + np.pi / 2, theta + 3 * np.pi / 2]) % (2 * np.pi)
+        phi, w = panels(np.unique([0, 2 * np.pi, *np.linspace(0, 2 * np.pi, 9), *kinks]))
+        return float((sigma(r1 * np.cos(phi)) * sigma(r2 * np.cos(phi - theta))) @ w / np.pi)
+    z, w = panels(np.linspace(-9, 9, 55))
+    density = w * np.exp(-z * z / 2) / np.sqrt(2 * np.pi)
+    y = u * z[:, None] + np.sqrt((1 - u) * (1 + u)) * z
+    return float((density * sigma(r1 * z)) @ sigma(r2 * y) @ density)

@@ -25,12 +25,16 @@ RANKS = {
     "archive": 3,
     "integrity": 4,
     "activations": 1,
+    "interaction": 1,
+    "population_loss": 2,
     "networks": 1,
+    "images": 1,
     "data": 1,
     "teachers": 2,
     "students": 2,
     "alignment": 2,
     "memory": 0,
+    "kernel": 0,
     "curvature": 1,
     "derivatives": 2,
     "dynamics": 2,
@@ -42,7 +46,14 @@ RANKS = {
     "cli": 6,
 }
 #: Within a rank, who may import whom.
-SAME_RANK = {("experiment", "schema"), ("networks", "activations"), ("grid", "segments")}
+SAME_RANK = {
+    ("experiment", "schema"),
+    ("networks", "activations"),
+    ("interaction", "activations"),
+    ("students", "teachers"),
+    ("data", "images"),
+    ("grid", "segments"),
+}
 
 
 def _imports(file: Path) -> set[str]:

@@ -127,3 +127,98 @@ def test_fresh_samples_do_not_depend_on_how_many_are_drawn_at_once():
     np.testing.assert_array_equal(whole, pieces)
     assert whole.shape == (30, 16, 10)
     assert not np.array_equal(data.training_inputs(experiment, 0, 1), data.training_inputs(experiment, 0, 2))
+
+
+def deep(**changes):
+    """A teacher as the released multilayer experiment builds it, smaller."""
+    released = {
+        "teacher__widths": [10, 6, 5, 7, 4], "teacher__polarity": 0.5, "teacher__bias": "uniform", "data__std": 10.0,
+        "teacher__unit_norm": "every-layer", "student__overrealization": 1.0, "student__init": "torch",
+    }  # fmt: skip
+    return small(**(released | changes))
+
+
+def test_every_layer_is_normalized_with_its_bias():
+    plain = draw_teacher(deep(teacher__unit_norm=False), 3)
+    scaled = draw_teacher(deep(), 3)
+    for w, b, w0, b0 in zip(scaled.weights, scaled.biases, plain.weights, plain.biases, strict=True):
+        norm = w0.norm(dim=1)
+        torch.testing.assert_close(w * norm[:, None], w0, rtol=0, atol=1e-15)
+        torch.testing.assert_close(b * norm, b0, rtol=0, atol=1e-15)
+        assert bool((b0.abs() <= 0.5).all())
+        assert len(b0.unique()) == len(b0)
+    # polarity divides the columns of every layer above the first
+    for w0 in plain.weights[1:]:
+        whole = w0 * torch.arange(1, w0.shape[1] + 1, dtype=torch.float64) ** 0.5
+        torch.testing.assert_close(whole * 4, (whole * 4).round(), rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("samples", [150, 151])
+def test_a_balanced_teachers_nodes_are_active_half_the_time_and_its_outputs_standard(samples):
+    experiment = deep(teacher__balanced=True, data__eval=samples)
+    teacher, before = draw_teacher(experiment, 3), draw_teacher(deep(data__eval=samples), 3)
+    x = torch.from_numpy(data.evaluation_inputs(experiment, 3))
+    trace = teacher.trace(x)
+    for z in trace.preactivations[:-1]:
+        # samples where every node below is inactive share one z; but for such ties exactly half are above
+        above, below = (z > 1e-12).sum(0), (z < -1e-12).sum(0)
+        assert bool((above <= samples // 2).all())
+        assert bool((below <= samples // 2).all())
+        assert bool((above == samples // 2).any())
+    torch.testing.assert_close(trace.output.mean(0), torch.zeros(4, dtype=torch.float64), rtol=0, atol=1e-12)
+    torch.testing.assert_close(trace.output.var(0, correction=0), torch.ones(4, dtype=torch.float64))
+    for w, w0 in zip(teacher.weights[:-1], before.weights[:-1], strict=True):
+        assert torch.equal(w, w0)
+    ratio = teacher.weights[-1] / before.weights[-1]
+    finite = torch.isfinite(ratio)
+    assert bool((ratio[finite] > 0).all())
+
+
+def test_a_teacher_that_cannot_be_balanced_says_why():
+    with pytest.raises(ExperimentError, match="tunes biases, and the teacher has none"):
+        draw_teacher(deep(teacher__balanced=True, teacher__bias=False), 0)
+    with pytest.raises(ExperimentError, match=r"outputs \[0, 1, 2, 3\] are constant over the evaluation set"):
+        draw_teacher(deep(teacher__balanced=True, data__eval=1), 0)
+
+
+def test_students_near_the_teacher():
+    teacher = draw_teacher(deep(), 2)
+    near = draw_student(deep(student__init="near-teacher", student__scale=1e-3), 2)
+    noise = torch.cat([(s - t).flatten() for s, t in zip(near.weights, teacher.weights, strict=True)]) / 1e-3
+    assert abs(float(noise.square().mean()) - 1) < 5 * (2 / len(noise)) ** 0.5
+    plain = draw_student(deep(), 2)
+    along = draw_student(deep(student__init="same-direction"), 2)
+    for s, t, w, b, b_star in zip(
+        along.weights, teacher.weights, plain.weights, along.biases, teacher.biases, strict=True
+    ):
+        torch.testing.assert_close(s.norm(), w.norm())
+        torch.testing.assert_close(s / s.norm(), t / t.norm())
+        torch.testing.assert_close(b / s.norm(), b_star / t.norm())
+    signed = draw_student(deep(student__init="same-sign"), 2)
+    for s, t, w in zip(
+        [*signed.weights, *signed.biases], [*teacher.weights, *teacher.biases], [*plain.weights, *plain.biases],
+        strict=True,
+    ):  # fmt: skip
+        assert torch.equal(s.abs(), w.abs())
+        assert bool((s * t >= 0).all())
+        assert torch.equal(s[t == 0], w[t == 0])
+    with pytest.raises(ExperimentError, match="starts from the teacher's parameters, so widths must agree"):
+        small(student__init="same-sign")
+
+
+def test_students_face_or_shun_the_weakest_teacher_node():
+    weakest = draw_teacher(small(), 1).weights[0][-1]
+    free = draw_student(small(), 1)
+    for name, sign in (("adversarial", -1), ("helped", 1)):
+        turned = draw_student(small(student__toward_weakest=name), 1)
+        assert bool((sign * (turned.weights[0] @ weakest) >= 0).all())
+        assert torch.equal(turned.weights[0].abs(), free.weights[0].abs())
+        assert torch.equal(turned.weights[1], free.weights[1])
+
+
+def test_shrink_scales_every_parameter():
+    whole, small_one = draw_student(deep(), 0), draw_student(deep(student__shrink=0.1), 0)
+    for a, b in zip([*whole.weights, *whole.biases], [*small_one.weights, *small_one.biases], strict=True):
+        torch.testing.assert_close(a * 0.1, b, rtol=1e-15, atol=0)
+    with pytest.raises(ExperimentError, match=r"training.normalize.*student.shrink"):
+        deep(student__shrink=0.1, training__normalize=True)

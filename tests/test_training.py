@@ -73,7 +73,7 @@ def test_batched_plain_and_torch_optim_agree(rule, bias):
     x, y, indices = samples(widths)
     fast, plain, start = (ensemble(widths, bias=bias) for _ in range(3))
     train_epoch(fast, finite_stream(x, y, indices), rule, batch=8)
-    train_epoch_plain(plain, finite_stream(x, y, indices), rule, batch=8)
+    train_epoch_plain(plain, finite_stream(x, y, indices), rule)
     # ten steps of sums over at most 9 nodes and 8 samples; Adam divides by small numbers, which amplifies
     tolerance = (1e4 if rule.adam else 1e2) * EPS
     assert_same(fast, plain, tolerance)
@@ -99,7 +99,7 @@ def test_batched_equals_plain_for_any_depth_and_activation(hidden, name, bias, r
     x, y, indices = samples(widths, steps=6)
     fast, plain = (ensemble(widths, name=name, bias=bias) for _ in range(2))
     train_epoch(fast, finite_stream(x, y, indices), rule, batch=8)
-    train_epoch_plain(plain, finite_stream(x, y, indices), rule, batch=8)
+    train_epoch_plain(plain, finite_stream(x, y, indices), rule)
     assert_same(fast, plain, 1e3 * EPS)
 
 
@@ -112,7 +112,7 @@ def test_float32():
         e.weights = [w.float() for w in e.weights]
         e.biases = [b.float() for b in e.biases]
     train_epoch(fast, finite_stream(x, y, indices), RULES["sgd"], batch=8)
-    train_epoch_plain(plain, finite_stream(x, y, indices), RULES["sgd"], batch=8)
+    train_epoch_plain(plain, finite_stream(x, y, indices), RULES["sgd"])
     assert fast.weights[0].dtype == torch.float32
     assert_same(fast, plain, 1e2 * torch.finfo(torch.float32).eps)
 
@@ -183,8 +183,10 @@ def test_replays_the_released_code():
     indices = torch.from_numpy(data["sel"].astype(np.int64)).view(2, 1, 500, 16)
     plain = Ensemble.of([student.network(0)])
     for epoch in (1, 2):
-        for train, members in ((train_epoch, student), (train_epoch_plain, plain)):
-            train(members, finite_stream(x[None], teacher(x)[None], indices[epoch - 1]), Rule(0.01), batch=16)
+        stream = finite_stream(x[None], teacher(x)[None], indices[epoch - 1])
+        train_epoch(student, stream, Rule(0.01), batch=16)
+        train_epoch_plain(plain, stream, Rule(0.01))
+        for members in (student, plain):
             for layer, expected in enumerate((data[f"e{epoch}_W1_s"], data[f"e{epoch}_W2_s"])):
                 scale = np.abs(expected).max()
                 assert np.abs(members.weights[layer][0].numpy() - expected[:-1].T).max() <= 1e-12 * scale

@@ -5,8 +5,11 @@ from . import archive as archive
 from . import data as data
 from . import derivatives as derivatives
 from . import dynamics as dynamics
+from . import images as images
+from . import interaction as interaction
 from . import networks as networks
 from . import observables as observables
+from . import population_loss as population_loss
 from . import schema as schema
 from . import studies as studies
 from . import teachers as teachers

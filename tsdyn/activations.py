@@ -81,6 +81,11 @@ def _gelu_derivative(z: Tensor) -> Tensor:
     return normal_cdf + z * _gaussian_density(z)
 
 
+def _silu_derivative(z: Tensor) -> Tensor:
+    gate = torch.sigmoid(z)
+    return gate * (1 + z * torch.sigmoid(-z))
+
+
 _SMOOTH: Mapping[str, Activation] = {
     a.name: a
     for a in (
@@ -94,6 +99,7 @@ _SMOOTH: Mapping[str, Activation] = {
             lambda: nn.Softplus(threshold=_SOFTPLUS_THRESHOLD),
         ),
         Activation("gelu", F.gelu, _gelu_derivative, nn.GELU),
+        Activation("silu", F.silu, _silu_derivative, nn.SiLU),
     )
 }
 _IDENTITY = Activation("identity", lambda z: z, torch.ones_like, nn.Identity, 1.0)
@@ -139,6 +145,6 @@ def from_module(module: nn.Module) -> Activation | None:
             if module.beta != 1:
                 raise ValueError(f"from_torch: {module} has beta != 1; scale the weights instead")
             return activation("softplus")
-    names = {Erf: "erf", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid", nn.Identity: "identity"}
+    names = {Erf: "erf", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid", nn.SiLU: "silu", nn.Identity: "identity"}
     name = next((n for kind, n in names.items() if isinstance(module, kind)), None)
     return None if name is None else activation(name)

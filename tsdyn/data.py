@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Float, Int
 
+from tsdyn import images
 from tsdyn.experiment import Experiment
 
-STREAMS = ("teacher", "student", "train", "eval", "batches", "probe")
+STREAMS = ("teacher", "student", "train", "eval", "batches", "probe", "augment")
 
 
 def generator(seed: int, stream: str, epoch: int = 0) -> np.random.Generator:
@@ -25,7 +27,7 @@ def generator(seed: int, stream: str, epoch: int = 0) -> np.random.Generator:
 
 
 def draw_inputs(experiment: Experiment, rng: np.random.Generator, samples: int) -> Float[np.ndarray, "sample input"]:
-    """Inputs from the experiment's law, in its dtype.
+    """Inputs from the experiment's distribution, in its dtype.
 
     ``gaussian``: N(0, std²) per coordinate.  ``uniform``: on [−√3 std, √3 std], which has the same variance.
     """
@@ -43,15 +45,50 @@ def training_inputs(experiment: Experiment, seed: int, epoch: int = 0) -> Float[
 
     Finite data: the training set, before augmentation.  Fresh data has none: as many new samples as the evaluation
     set, at each epoch.
+
+    Raises:
+        DataError: if a data set cannot be read, is too small, or does not fit the teacher.
     """
-    if experiment.data.train == "fresh":
-        return draw_inputs(experiment, generator(seed, "probe", epoch), experiment.data.eval)
-    return draw_inputs(experiment, generator(seed, "train"), experiment.data.train)
+    law = experiment.data
+    if not law.drawn:
+        return _taken(experiment, seed, 0)
+    if law.train == "fresh":
+        return draw_inputs(experiment, generator(seed, "probe", epoch), law.eval)
+    return draw_inputs(experiment, generator(seed, "train"), law.train)
 
 
 def evaluation_inputs(experiment: Experiment, seed: int) -> Float[np.ndarray, "sample input"]:
-    """The evaluation set, the same at every epoch."""
+    """The evaluation set, the same at every epoch.
+
+    Raises:
+        DataError: as `training_inputs`.
+    """
+    if not experiment.data.drawn:
+        return _taken(experiment, seed, 1)
     return draw_inputs(experiment, generator(seed, "eval"), experiment.data.eval)
+
+
+def labels(experiment: Experiment, seed: int, part: Literal["train", "eval"]) -> Int[np.ndarray, " sample"]:
+    """The data set's own labels of `training_inputs` or `evaluation_inputs`.
+
+    Raises:
+        DataError: if the data have none, or as `training_inputs`.
+    """
+    which, law = ("train", "eval").index(part), experiment.data
+    found = None if law.drawn else images.load(law)[which].labels
+    if found is None:
+        raise images.DataError(f"data.law = {law.law!r}: these data have no labels")
+    if (most := int(found.max())) >= experiment.teacher.widths[-1]:
+        raise images.DataError(
+            f"teacher.widths: {experiment.teacher.widths[-1]} outputs, but there is a label {most}; labels start at 0"
+        )
+    return found[images.split(law, generator(seed, "train"))[which]]
+
+
+def _taken(experiment: Experiment, seed: int, which: int) -> Float[np.ndarray, "sample input"]:
+    images.check_width(experiment.data, experiment.teacher.widths[0])
+    chosen = images.split(experiment.data, generator(seed, "train"))[which]
+    return images.load(experiment.data)[which].inputs(chosen, experiment.dtype)
 
 
 def batch_indices(experiment: Experiment, seed: int, epoch: int, samples: int) -> Int[np.ndarray, "step batch"]:
@@ -67,6 +104,11 @@ def batch_indices(experiment: Experiment, seed: int, epoch: int, samples: int) -
     return rng.permutation(samples)[: math.prod(shape)].reshape(shape).astype(np.int64)
 
 
+def new_at_every_step(experiment: Experiment) -> bool:
+    """Whether no two steps use the same input: fresh samples, or images moved anew."""
+    return experiment.data.train == "fresh" or experiment.data.augment == "crop-flip"
+
+
 def fresh_batches(
     experiment: Experiment, seed: int, epoch: int, *, steps_at_once: int
 ) -> Iterator[Float[np.ndarray, "step batch input"]]:
@@ -74,8 +116,17 @@ def fresh_batches(
 
     The samples do not depend on `steps_at_once`: one generator draws them in order.
     """
-    rng = generator(seed, "batches", epoch)
-    batch = experiment.training.batch
-    for start in range(0, experiment.steps, steps_at_once):
-        steps = min(steps_at_once, experiment.steps - start)
-        yield draw_inputs(experiment, rng, steps * batch).reshape(steps, batch, -1)
+    batch, steps = experiment.training.batch, experiment.steps
+    pieces = (slice(start, min(start + steps_at_once, steps)) for start in range(0, steps, steps_at_once))
+    if experiment.data.augment != "crop-flip":
+        rng = generator(seed, "batches", epoch)
+        for piece in pieces:
+            count = piece.stop - piece.start
+            yield draw_inputs(experiment, rng, count * batch).reshape(count, batch, -1)
+        return
+    own, _ = images.split(experiment.data, generator(seed, "train"))
+    indices = own[batch_indices(experiment, seed, epoch, len(own))]
+    held, rng = images.load(experiment.data)[0], generator(seed, "augment", epoch)
+    for piece in pieces:
+        # one step at a time, so that the draws do not depend on how many are taken together
+        yield np.stack([held.cropped(step, rng, experiment.dtype) for step in indices[piece]])

@@ -82,9 +82,10 @@ class Teacher(_Part):
     init: Literal["separated", "orthonormal", "gaussian"] = "separated"
     choices: Reals = (-1.0, -0.75, -0.5, -0.25, 0.0, 0.25, 0.5, 0.75, 1.0)
     scale: Positive = 1.0
-    unit_norm: bool = True
+    unit_norm: bool | Literal["every-layer"] = True
     polarity: NonNegative = 0.0
-    bias: Real | Literal[False] = -0.1
+    bias: Real | Literal[False, "uniform"] = -0.1
+    balanced: bool = False
     activation: ActivationName | None = None
     leak: NonNegative | None = None
 
@@ -94,23 +95,55 @@ class Student(_Part):
 
     overrealization: Positive | None = None
     widths: Widths | None = None
-    init: Literal["gaussian", "torch"] = "gaussian"
+    init: Literal["gaussian", "torch", "near-teacher", "same-direction", "same-sign"] = "gaussian"
     scale: Positive = 0.005
+    shrink: Positive = 1.0
+    toward_weakest: Literal["free", "adversarial", "helped"] = "free"
     activation: ActivationName = "relu"
     leak: NonNegative = 0.01
     bias: bool = True
 
 
-class Data(_Part):
-    """Where inputs come from; `augment` adds Definition 7's points of Tian (2020) to a finite training set."""
+#: (channel, row, column) of the image laws.
+IMAGES: Mapping[str, tuple[int, int, int]] = {"digits": (1, 8, 8), "mnist": (1, 28, 28), "cifar10": (3, 32, 32)}
 
-    law: Literal["gaussian", "uniform"] = "gaussian"
+
+class Data(_Part):
+    """Where inputs come from.
+
+    `augment` adds Definition 7's points of Tian (2020) to a finite training set (agnostic, aware), or crops and
+    mirrors images anew at every step (crop-flip).
+    """
+
+    law: Literal["gaussian", "uniform", "digits", "mnist", "cifar10", "file"] = "gaussian"
+    path: str | None = None
+    eval_path: str | None = None
     std: Positive = 1.0
     train: Count | Literal["fresh"] = 10_000
     eval: Count = 10_000
-    augment: Literal["none", "agnostic", "aware"] = "none"
+    augment: Literal["none", "agnostic", "aware", "crop-flip"] = "none"
     augment_eps: Positive = 0.1
     augment_c: Positive = 1.0
+
+    @property
+    def drawn(self) -> bool:
+        """Whether inputs are drawn from a distribution, not taken from a data set."""
+        return self.law in ("gaussian", "uniform")
+
+    @model_validator(mode="after")
+    def _whole(self) -> Data:
+        if self.law in ("mnist", "cifar10", "file") and self.path is None:
+            what = "its file (.npz, .nc or .npy)" if self.law == "file" else "the folder that holds it"
+            raise ValueError(f"data.law = {self.law!r}: name {what} as data.path")
+        if self.path is not None and self.law not in ("mnist", "cifar10", "file"):
+            raise ValueError(f"data.path = {self.path!r}: data.law = {self.law!r} reads no file")
+        if self.eval_path is not None and self.law != "file":
+            raise ValueError(f"data.eval_path = {self.eval_path!r}: only data.law = 'file' takes one")
+        if self.train == "fresh" and not self.drawn:
+            raise ValueError(f"data.train = 'fresh': {self.law} is a finite data set; give a number of samples")
+        if self.augment == "crop-flip" and self.drawn:
+            raise ValueError(f"data.augment = 'crop-flip': is of images; data.law is {self.law!r}")
+        return self
 
 
 class Training(_Part):
@@ -273,9 +306,25 @@ class Experiment(_Part):
                     f"{student[index]} against {teacher[index]}; a student learns from the teacher's own "
                     "inputs and outputs"
                 )
+        if self.student.init in ("near-teacher", "same-direction", "same-sign") and student != teacher:
+            raise ValueError(
+                f"student.init = {self.student.init!r}: starts from the teacher's parameters, so widths must agree: "
+                f"{list(student)} and {list(teacher)}; set student.overrealization = 1"
+            )
+        shrink = self.student.shrink
+        if self.training.normalize and shrink != 1.0:
+            raise ValueError(
+                f"training.normalize keeps hidden rows at norm 1, which student.shrink = {shrink} would undo"
+            )
         bad = [layer for layer in self.training.frozen if layer > len(student) - 1]
         if bad:
             raise ValueError(f"training.frozen = {list(self.training.frozen)}: layers are 1..{len(student) - 1}")
+        image = IMAGES.get(self.data.law)
+        if image is not None and math.prod(image) != teacher[0]:
+            raise ValueError(
+                f"teacher.widths = {list(teacher)}: {self.data.law} has {math.prod(image)} inputs ({image}), "
+                f"not {teacher[0]}"
+            )
         train = self.data.train
         if isinstance(train, int) and self.training.method != "gd" and self.training.batch > train:
             raise ValueError(f"training.batch = {self.training.batch} is more than data.train = {train} samples")
@@ -285,6 +334,8 @@ class Experiment(_Part):
             raise ValueError("training.steps_per_epoch: needed with data.train = 'fresh'")
         if train == "fresh" and self.data.augment != "none":
             raise ValueError(f"data.augment = {self.data.augment!r}: needs finite data; data.train is 'fresh'")
+        if self.data.augment == "crop-flip" and self.training.method == "gd":
+            raise ValueError("data.augment = 'crop-flip': moves images anew at every step; use 'sgd' or 'adam'")
         if self.data.augment == "aware" and (self.training.steps_per_epoch is None or self.training.method == "gd"):
             raise ValueError(
                 "data.augment = 'aware': how many samples it adds depends on the teacher, so members have training "
@@ -468,12 +519,14 @@ def places(sweep: Mapping[str, Any]) -> dict[tuple[int, ...], dict[str, Any]]:
     }
 
 
-def checked_sweep(sweep: Mapping[str, Any]) -> dict[str, Any]:
+def checked_sweep(sweep: Any) -> dict[str, Any]:
     """A sweep with tuples for lists.
 
     Raises:
         ValueError: if it is not keys with lists, ``zip`` or ``points``.
     """
+    if not isinstance(sweep, Mapping):
+        raise ValueError(f"sweep = {sweep!r}: a table of keys and lists")
     found: dict[str, Any] = {}
     for key, values in sweep.items():
         if key == "zip":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from pathlib import Path
@@ -52,3 +53,17 @@ def refuse_beyond(caller: str, size: int, device: torch.device, way_out: str) ->
         raise MemoryError(
             f"{caller}: the result needs {size / 1e9:.1f} GB, {free / 1e9:.1f} GB of memory are free; {way_out}"
         )
+
+
+@functools.cache
+def cache(folder: str = "/sys/devices/system/cpu/cpu0/cache") -> int:
+    """Bytes of a core's own cache: the largest that it shares with no other, 1 MiB where the system does not say."""
+    sizes = []
+    for index in Path(folder).glob("index*"):
+        try:
+            kind, size, cores = ((index / name).read_text().strip() for name in ("type", "size", "shared_cpu_list"))
+        except OSError:
+            continue
+        if kind != "Instruction" and "," not in cores and "-" not in cores and size.endswith("K"):
+            sizes.append(int(size.removesuffix("K")) * 1024)
+    return max(sizes, default=1 << 20)

@@ -205,6 +205,16 @@ class Network:
                 parts.append(self.activation.module())
         return nn.Sequential(*parts)
 
+    def to(self, target: torch.dtype | str) -> Network:
+        """The same network in another floating-point type or on another device; tensors already there are shared."""
+        return Network(
+            [w.to(target) for w in self.weights],
+            [None if b is None else b.to(target) for b in self.biases],
+            self.activation.name,
+            leak=self.activation.leak or 0.0,
+            gate_at_zero=self.gate_at_zero,
+        )
+
     def __repr__(self) -> str:
         bias = "" if any(b is not None for b in self.biases) else ", no bias"
         return f"Network({'-'.join(map(str, self.widths))}, {self.activation.name}{bias}, {self.weights[0].dtype})"

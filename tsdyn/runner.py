@@ -99,11 +99,12 @@ class Members:
 
     @cached_property
     def teachers(self) -> list[Network]:
-        return [_moved(draw_teacher(self.experiment, seed), self.device) for seed in self.experiment.seed_labels]
+        return [draw_teacher(self.experiment, seed).to(self.device) for seed in self.experiment.seed_labels]
 
     @cached_property
     def ensemble(self) -> Ensemble:
-        return Ensemble.of([draw_student(self.experiment, s) for s in self.experiment.seed_labels], device=self.device)
+        pairs = zip(self.experiment.seed_labels, self.teachers, strict=True)
+        return Ensemble.of([draw_student(self.experiment, seed, t.to("cpu")) for seed, t in pairs], device=self.device)
 
     @cached_property
     def eval_probes(self) -> list[Probe]:
@@ -131,7 +132,7 @@ class Members:
 
     def stream(self, epoch: int) -> training.Stream:
         """Batches of the epoch that ends at `epoch`."""
-        if self.experiment.data.train == "fresh":
+        if data.new_at_every_step(self.experiment):
             return lambda members: self._fresh(members, epoch)
         if self.experiment.training.method == "gd":
             return training.finite_stream(*self._finite, None, steps=self.experiment.steps)
@@ -139,7 +140,7 @@ class Members:
         draws = [data.batch_indices(self.experiment, seed, epoch, len(probe.inputs)) for seed, probe in pairs]
         return training.finite_stream(*self._finite, torch.from_numpy(np.stack(draws)))
 
-    def _fresh(self, members: slice, epoch: int) -> Iterator[training.Batch]:
+    def _fresh(self, members: slice, epoch: int) -> Iterator[training.Batches]:
         seeds, teachers = self.experiment.seed_labels[members], self.teachers[members]
         step = len(seeds) * self.experiment.training.batch * self.experiment.layout.input_width * 8
         pieces = [
@@ -147,11 +148,11 @@ class Members:
             for seed in seeds
         ]
         for draws in zip(*pieces, strict=True):
-            x = torch.stack([self._tensor(draw) for draw in draws])  # (member, step, batch, input)
-            y = torch.stack(
-                [t(part.flatten(0, 1)).view(*part.shape[:2], -1) for t, part in zip(teachers, x, strict=True)]
-            )
-            yield from zip(x.unbind(1), y.unbind(1), strict=True)
+            steps, batch, _ = draws[0].shape
+            x = torch.stack([self._tensor(draw) for draw in draws]).flatten(1, 2)  # (member, sample, input)
+            y = torch.stack([t(part) for t, part in zip(teachers, x, strict=True)])
+            rows = torch.arange(steps * batch).view(1, steps, batch).expand(len(seeds), -1, -1)
+            yield training.Batches(x, y, rows, steps)
 
     def measure(self, epoch: int, variables: tuple[str, ...]) -> dict[str, Any]:
         """One epoch of every member: variable → (seed,), or one (seed, node...) array a layer; NaN for the dead."""
@@ -233,18 +234,6 @@ class Members:
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.device)
-
-
-def _moved(network: Network, device: str) -> Network:
-    if device == "cpu":
-        return network
-    leak = network.activation.leak
-    return Network(
-        [w.to(device) for w in network.weights],
-        [None if b is None else b.to(device) for b in network.biases],
-        network.activation.name,
-        leak=0.0 if leak is None else leak,
-    )
 
 
 def estimate(experiment: Experiment, *, device: str = "cpu") -> Cost:

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from jaxtyping import Float
+from torch import Tensor, nn
 
-from tsdyn.data import generator
+from tsdyn.data import evaluation_inputs, generator
 from tsdyn.experiment import Experiment, ExperimentError
 from tsdyn.networks import Network
 
@@ -58,39 +59,75 @@ def orthonormal(rng: np.random.Generator, rows: int, columns: int) -> Float[np.n
 def draw_teacher(experiment: Experiment, seed: int) -> Network:
     """The teacher of one member.
 
-    Layer by layer from the lowest: the rows of the first layer are scaled to unit norm (``teacher.unit_norm``);
-    above it the column of node j = 1, 2, ... is divided by j^p (``teacher.polarity`` p, Tian (2020) Eq. 10);
-    biases are constant and not scaled.
+    Layer by layer from the lowest.  Above the first layer the column of node j = 1, 2, ... is divided by j^p
+    (``teacher.polarity`` p, Tian (2020) Eq. 10).  With ``unit_norm`` the rows of the first layer are scaled to unit
+    norm and biases are not; with ``"every-layer"`` those of every layer are, each bias with its row.  Biases are
+    constant, or ``"uniform"``: U[−½, ½].  ``balanced`` then tunes them on the evaluation set (`balance`).
 
     Raises:
-        ExperimentError: if the choices cannot give distinct rows, or more rows than inputs should be orthonormal.
+        ExperimentError: if the choices cannot give distinct rows, more rows than inputs should be orthonormal, or a
+            balanced teacher's output is constant.
     """
     teacher, rng = experiment.teacher, generator(seed, "teacher")
-    weights: list[np.ndarray] = []
+    weights: list[Tensor] = []
+    biases: list[Tensor | None] = []
     for below, nodes in itertools.pairwise(teacher.widths):
-        if teacher.init == "separated":
-            weight = separated_rows(rng, nodes, below, teacher.choices)
-        elif teacher.init == "orthonormal":
-            if not weights and nodes > below:
-                raise ExperimentError(
-                    f"teacher.init = 'orthonormal': {nodes} orthonormal rows do not fit in {below} inputs"
-                )
-            weight = orthonormal(rng, nodes, below)
-        else:
-            weight = rng.standard_normal((nodes, below)) * teacher.scale
+        weight = _rows(experiment, rng, nodes, below, lowest=not weights)
+        bias = rng.uniform(-0.5, 0.5, nodes) if teacher.bias == "uniform" else np.full(nodes, float(teacher.bias))
         if weights:
             weight = weight / np.arange(1, below + 1) ** teacher.polarity
-        elif teacher.unit_norm:
-            weight = weight / np.linalg.norm(weight, axis=1, keepdims=True)
-        weights.append(weight)
-    dtype = getattr(torch, experiment.dtype)
-    biases = [
-        None if teacher.bias is False else torch.full((len(w),), float(teacher.bias), dtype=dtype) for w in weights
-    ]
-    student = experiment.student
-    return Network(
-        [torch.tensor(w, dtype=dtype) for w in weights],
-        biases,
-        teacher.activation or student.activation,
-        leak=student.leak if teacher.leak is None else teacher.leak,
-    )
+        if teacher.unit_norm == "every-layer" or (teacher.unit_norm and not weights):
+            norm = np.linalg.norm(weight, axis=1)
+            weight = weight / norm[:, None]
+            bias = bias / norm if teacher.unit_norm == "every-layer" else bias
+        weights.append(torch.from_numpy(weight))
+        biases.append(None if teacher.bias is False else torch.from_numpy(bias))
+    leak = experiment.student.leak if teacher.leak is None else teacher.leak
+    network = Network(weights, biases, teacher.activation or experiment.student.activation, leak=leak)
+    if teacher.balanced:
+        network = balance(network, torch.from_numpy(evaluation_inputs(experiment, seed)).double())
+    return network.to(getattr(torch, experiment.dtype))
+
+
+def _rows(experiment: Experiment, rng: np.random.Generator, nodes: int, below: int, *, lowest: bool) -> np.ndarray:
+    teacher = experiment.teacher
+    if teacher.init == "separated":
+        return separated_rows(rng, nodes, below, teacher.choices)
+    if teacher.init == "gaussian":
+        return rng.standard_normal((nodes, below)) * teacher.scale
+    if lowest and nodes > below:
+        raise ExperimentError(f"teacher.init = 'orthonormal': {nodes} orthonormal rows do not fit in {below} inputs")
+    return orthonormal(rng, nodes, below)
+
+
+def balance(network: Network, x: Float[Tensor, "sample input"]) -> Network:
+    """A network of the same directions whose hidden nodes are each active on half of `x` and whose outputs have
+    mean 0 and variance 1 over it.
+
+    From the lowest layer up the median of each pre-activation is taken off its bias; the rows and biases of the last
+    layer are divided by the standard deviations of the outputs.  Needs biases.
+
+    Source: Tian et al. (2019), section 5 and released code.
+
+    Raises:
+        ExperimentError: without biases, or if an output is constant over `x`.
+    """
+    if any(b is None for b in network.biases):
+        raise ExperimentError("teacher.balanced: tunes biases, and the teacher has none; set teacher.bias")
+    weights, biases = list(network.weights), [b.clone() for b in network.biases if b is not None]
+    f = x
+    for i in range(network.depth - 1):
+        z = nn.functional.linear(f, weights[i], biases[i])
+        median = z.median(0).values
+        biases[i] = biases[i] - median
+        f = network.activation(z - median)
+    output = nn.functional.linear(f, weights[-1], biases[-1])
+    std, mean = torch.std_mean(output, 0, correction=0)
+    constant = [int(j) for j in (output.amax(0) == output.amin(0)).nonzero().flatten()]
+    if constant:
+        raise ExperimentError(
+            f"teacher.balanced: outputs {constant} are constant over the evaluation set, so they cannot be scaled to "
+            "unit variance; use more nodes, or a lower teacher.polarity"
+        )
+    weights[-1], biases[-1] = weights[-1] / std[:, None], (biases[-1] - mean) / std
+    return Network(weights, biases, network.activation.name, leak=network.activation.leak or 0.0)

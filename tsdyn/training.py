@@ -1,26 +1,25 @@
 """The ensemble engine: many students of one shape trained in one program.
 
-`train_epoch` is hand-batched: no autograd, in-place batched matrix products, members in blocks whose
-parameters stay in cache while many steps run.  `train_epoch_plain` is the same epoch by vmap(grad(loss)), the
-formula as written: the slow twin that the tests hold it to.
+`train_epoch` takes the quickest way there is: the compiled `kernel`, one member at a time without leaving the cache;
+or hand-batched torch, no autograd, in-place batched products, members in blocks whose parameters stay in cache.
+`train_epoch_plain` is the same epoch by vmap(grad(loss)), the formula as written: the slow twin that the tests hold
+both to.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import TypeAlias
+from dataclasses import dataclass, field, replace
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.func import grad, vmap
 
+from tsdyn import kernel, memory
 from tsdyn.activations import Activation
 from tsdyn.experiment import Training
 from tsdyn.networks import Network
-
-#: Parameters and batch buffers of a block of members should fit in a core's second-level cache.
-CACHE_BYTES = 1 << 20
 
 
 @dataclass
@@ -124,20 +123,22 @@ def _present(tensor: Tensor | None) -> Tensor:
 class Rule:
     """The update of one epoch.
 
-    With gradients ∇ of J = ½ (1/batch) Σ ‖f* − f‖² and torch.optim's conventions:
+    With gradients ∇ of J and torch.optim's conventions:
     SGD p ← p − η m, m ← μ m + ∇ + λ p;  Adam with bias-corrected moments of ∇ + λ p.
 
     Attributes:
-        learning_rate: η.
+        learning_rate: η, of all members or one a member, (member,).
         momentum: μ.
         weight_decay: λ.
         adam: Whether to use Adam's moments.
         beta_1, beta_2, epsilon: Adam's constants.
         frozen: Layers 1..L that are not updated.
         normalize: Whether hidden weight rows are scaled back to unit norm after each step (biases are not).
+        loss: J over a batch: ``mse`` is ½ (1/batch) Σ ‖f* − f‖²; ``cross_entropy`` is −(1/batch) Σ yᵀ log softmax(f)
+            with targets y that sum to 1.
     """
 
-    learning_rate: float
+    learning_rate: float | Tensor
     momentum: float = 0.0
     weight_decay: float = 0.0
     adam: bool = False
@@ -146,6 +147,7 @@ class Rule:
     epsilon: float = 1e-8
     frozen: tuple[int, ...] = ()
     normalize: bool = False
+    loss: Literal["mse", "cross_entropy"] = "mse"
 
     @classmethod
     def of(cls, training: Training, epoch: int) -> Rule:
@@ -167,6 +169,19 @@ class Rule:
         """Whether the update needs no moments."""
         return not self.adam and self.momentum == 0
 
+    def block(self, members: slice) -> Rule:
+        """The rule of some of the members."""
+        rate = self.learning_rate
+        return replace(self, learning_rate=rate[members]) if isinstance(rate, Tensor) else self
+
+    def rates(self, like: Tensor) -> Tensor:
+        """Learning rate of each member of the parameter `like`, (member, 1, ...), on its device in its dtype.
+
+        One rate for all makes the same tensor, so that a member's rounding does not depend on its neighbours' rates.
+        """
+        rate = torch.as_tensor(self.learning_rate, dtype=like.dtype, device=like.device)
+        return rate.expand(len(like)).view(-1, *[1] * (like.dim() - 1))
+
     def prepare(self, ensemble: Ensemble) -> None:
         """Give `ensemble` the moments this rule needs, zero where it has none yet."""
         names = ("first", "second") if self.adam else () if self.momentum == 0 else ("first",)
@@ -174,8 +189,18 @@ class Rule:
             if name not in ensemble.moments:
                 ensemble.moments[name] = [torch.zeros_like(p) for _, _, p in ensemble.parameters()]
 
-    def update(self, parameter: Tensor, gradient: Tensor, moments: Sequence[Tensor], step: int) -> None:
-        """One step of one parameter tensor, in place; `step` counts from 1.  `gradient` is overwritten."""
+    def update(
+        self, parameter: Tensor, gradient: Tensor, moments: Sequence[Tensor], rates: Tensor, step: int | Tensor
+    ) -> None:
+        """One step of one parameter tensor, in place.
+
+        Args:
+            parameter: (member, ...).
+            gradient: As `parameter`; overwritten.
+            moments: As `parameter`.
+            rates: Learning rates, (member, 1, ...).
+            step: From 1; a tensor where a device counts for itself.
+        """
         if self.weight_decay:
             gradient = gradient.add_(parameter, alpha=self.weight_decay)
         if self.adam:
@@ -183,53 +208,84 @@ class Rule:
             first.mul_(self.beta_1).add_(gradient, alpha=1 - self.beta_1)
             second.mul_(self.beta_2).addcmul_(gradient, gradient, value=1 - self.beta_2)
             scale = (second / (1 - self.beta_2**step)).sqrt_().add_(self.epsilon)
-            parameter.addcdiv_(first, scale, value=-self.learning_rate / (1 - self.beta_1**step))
+            parameter.addcdiv_(first * (rates / (1 - self.beta_1**step)), scale, value=-1)
             return
         if self.momentum:
             gradient = moments[0].mul_(self.momentum).add_(gradient)
-        parameter.add_(gradient, alpha=-self.learning_rate)
+        parameter.addcmul_(gradient, rates, value=-1)
+
+    def output_gradient(self, targets: Tensor, output: Tensor) -> Tensor:
+        """g_L = −batch ∂J/∂f_L, in the place of `output`: f* − f, or y − softmax(f)."""
+        if self.loss == "mse":
+            return torch.sub(targets, output, out=output)
+        return torch.sub(targets, torch.softmax(output, -1), out=output)
+
+    def objective(self, targets: Tensor, output: Tensor) -> Tensor:
+        """J of one member's batch, (sample, output) each."""
+        if self.loss == "mse":
+            return 0.5 * (targets - output).square().sum(1).mean()
+        return -(targets * torch.log_softmax(output, -1)).sum(1).mean()
 
 
-Batch: TypeAlias = tuple[Tensor, Tensor]
-#: For a block of members, the epoch's steps: (inputs (member, batch, input), teacher outputs (member, batch, output)).
-Stream: TypeAlias = Callable[[slice], Iterator[Batch]]
+@dataclass(frozen=True)
+class Batches:
+    """Some consecutive steps of a block of members; iterates over the steps' (inputs, targets).
+
+    Attributes:
+        inputs: (member, sample, input).
+        targets: (member, sample, output).
+        rows: Which samples make each batch, (member, step, batch); None for the whole set at each step.
+        steps: How many.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    rows: Tensor | None
+    steps: int
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        if self.rows is None:
+            yield from ((self.inputs, self.targets) for _ in range(self.steps))
+            return
+        count, samples, _ = self.inputs.shape
+        offsets = torch.arange(count, device=self.inputs.device).view(-1, 1, 1) * samples
+        chosen = (self.rows.to(self.inputs.device) + offsets).transpose(0, 1).flatten(1)  # (step, member·batch)
+        x_rows, y_rows = self.inputs.flatten(0, 1), self.targets.flatten(0, 1)
+        x_batch = x_rows.new_empty(chosen.shape[1], x_rows.shape[1])
+        y_batch = y_rows.new_empty(chosen.shape[1], y_rows.shape[1])
+        for at in chosen:
+            torch.index_select(x_rows, 0, at, out=x_batch)
+            torch.index_select(y_rows, 0, at, out=y_batch)
+            yield x_batch.view(count, -1, x_rows.shape[1]), y_batch.view(count, -1, y_rows.shape[1])
 
 
-def finite_stream(inputs: Tensor, targets: Tensor, indices: Tensor | None, *, steps: int = 1) -> Stream:
+#: For a block of members, the epoch's steps.
+Stream: TypeAlias = Callable[[slice], Iterator[Batches]]
+
+
+def finite_stream(inputs: Tensor, targets: Tensor, rows: Tensor | None, *, steps: int = 1) -> Stream:
     """Batches from finite data.
 
     Args:
         inputs: (member, sample, input).
         targets: Teacher outputs, (member, sample, output), computed once for the whole run.
-        indices: (member, step, batch), or None for the whole set at each of `steps` steps.
-        steps: How often the whole set is used, without `indices`.
+        rows: (member, step, batch), or None for the whole set at each of `steps` steps.
+        steps: How often the whole set is used, without `rows`.
     """
 
-    def stream(members: slice) -> Iterator[Batch]:
+    def stream(members: slice) -> Iterator[Batches]:
         x, y = inputs[members], targets[members]
-        if indices is None:
-            yield from ((x, y) for _ in range(steps))
-            return
-        count, samples, _ = x.shape
-        offsets = torch.arange(count, device=x.device).view(-1, 1, 1) * samples
-        chosen = (indices[members].to(x.device) + offsets).transpose(0, 1).flatten(1)  # (step, member·batch)
-        x_rows, y_rows = x.flatten(0, 1), y.flatten(0, 1)
-        x_batch = x.new_empty(chosen.shape[1], x.shape[2])
-        y_batch = y.new_empty(chosen.shape[1], y.shape[2])
-        for rows in chosen:
-            torch.index_select(x_rows, 0, rows, out=x_batch)
-            torch.index_select(y_rows, 0, rows, out=y_batch)
-            yield x_batch.view(count, -1, x.shape[2]), y_batch.view(count, -1, y.shape[2])
+        yield Batches(x, y, None, steps) if rows is None else Batches(x, y, rows[members], rows.shape[1])
 
     return stream
 
 
 def block_size(ensemble: Ensemble, batch: int) -> int:
-    """Members whose parameters, moments and batch buffers fit in `CACHE_BYTES` together; at least one."""
+    """Members whose parameters, moments and batch buffers fit in a core's cache together; at least one."""
     element = ensemble.weights[0].element_size()
     numbers = sum(p[0].numel() for _, _, p in ensemble.parameters()) * (1 + len(ensemble.moments))
     numbers += 2 * batch * sum(w.shape[1] + w.shape[2] for w in ensemble.weights)
-    return max(1, CACHE_BYTES // (numbers * element))
+    return max(1, memory.cache() // (numbers * element))
 
 
 def living_blocks(death_epoch: Tensor, size: int) -> list[slice]:
@@ -243,9 +299,7 @@ def living_blocks(death_epoch: Tensor, size: int) -> list[slice]:
     return blocks
 
 
-def train_epoch(
-    ensemble: Ensemble, stream: Stream, rule: Rule, *, batch: int, tick: Callable[[int], None] | None = None
-) -> None:
+def train_epoch(ensemble: Ensemble, stream: Stream, rule: Rule, *, batch: int) -> None:
     """One epoch of every living member, in place; member death is the caller's to look for (`Ensemble.bury`).
 
     Args:
@@ -253,40 +307,72 @@ def train_epoch(
         stream: The epoch's batches.
         rule: The update.
         batch: Samples a batch, for the choice of block size.
-        tick: Called with the number of members after each block.
     """
-    _epoch(ensemble, stream, rule, batch, _step, tick)
+    if compiled(ensemble, rule):
+        _epoch(ensemble, stream, rule, ensemble.members, _advance_compiled)
+    else:
+        _epoch(ensemble, stream, rule, block_size(ensemble, batch), _advance_batched)
 
 
-def train_epoch_plain(ensemble: Ensemble, stream: Stream, rule: Rule, *, batch: int) -> None:
+def train_epoch_plain(ensemble: Ensemble, stream: Stream, rule: Rule) -> None:
     """`train_epoch` by torch.func: vmap over members of the gradient of the loss as written. Slow and plain."""
-    _epoch(ensemble, stream, rule, batch, _step_plain, None)
+    _epoch(ensemble, stream, rule, ensemble.members, _advance_plain)
 
 
-_Step: TypeAlias = Callable[[Ensemble, Tensor, Tensor, Rule, int], None]
+def compiled(ensemble: Ensemble, rule: Rule) -> bool:
+    """Whether `train_epoch` takes the compiled kernel: on a CPU, piecewise linear, on squared error."""
+    tensors = [p for _, _, p in ensemble.parameters()] + [m for moments in ensemble.moments.values() for m in moments]
+    return ensemble.activation.piecewise_linear and rule.loss == "mse" and kernel.serves(tensors)
 
 
-def _epoch(
-    ensemble: Ensemble,
-    stream: Stream,
-    rule: Rule,
-    batch: int,
-    step: _Step,
-    tick: Callable[[int], None] | None,
-) -> None:
+#: Takes the steps of some batches with a block of members, of which the first is step number ... + 1.
+_Advance: TypeAlias = Callable[[Ensemble, Batches, Rule, int], None]
+
+
+def _epoch(ensemble: Ensemble, stream: Stream, rule: Rule, size: int, advance: _Advance) -> None:
     rule.prepare(ensemble)
     taken = 0
-    for members in living_blocks(ensemble.death_epoch, block_size(ensemble, batch)):
-        block = ensemble.block(members)
+    for members in living_blocks(ensemble.death_epoch, size):
+        block, own, taken = ensemble.block(members), rule.block(members), 0
         with torch.no_grad():
-            for taken, (x, y) in enumerate(stream(members), start=1):
-                step(block, x, y, rule, ensemble.steps + taken)
-        if tick is not None:
-            tick(block.members)
+            for batches in stream(members):
+                advance(block, batches, own, ensemble.steps + taken)
+                taken += batches.steps
     ensemble.steps += taken
 
 
-def _step(block: Ensemble, x: Tensor, y: Tensor, rule: Rule, step: int) -> None:
+def _advance_compiled(block: Ensemble, batches: Batches, rule: Rule, taken: int) -> None:
+    if batches.rows is None:  # a whole data set at once is no small product: torch's are as good
+        return _advance_batched(block, batches, rule, taken)
+    layers = [kernel.Layers(block.weights, block.biases)]
+    for moments in block.moments.values():
+        left = iter(moments)
+        pairs = [(next(left), None if bias is None else next(left)) for bias in block.biases]
+        layers.append(kernel.Layers([w for w, _ in pairs], [b for _, b in pairs]))
+    assert block.activation.leak is not None
+    kernel.train(
+        layers,
+        batches.inputs.contiguous(),
+        batches.targets.contiguous(),
+        batches.rows.contiguous(),
+        rule.rates(torch.empty(block.members, dtype=torch.float64)),
+        leak=block.activation.leak,
+        momentum=rule.momentum,
+        weight_decay=rule.weight_decay,
+        adam=(rule.beta_1, rule.beta_2, rule.epsilon) if rule.adam else None,
+        frozen=rule.frozen,
+        normalize=rule.normalize,
+        taken=taken,
+    )
+    return None
+
+
+def _advance_batched(block: Ensemble, batches: Batches, rule: Rule, taken: int) -> None:
+    for step, (x, y) in enumerate(batches, start=taken + 1):
+        _step(block, x, y, rule, step)
+
+
+def _step(block: Ensemble, x: Tensor, y: Tensor, rule: Rule, step: int | Tensor) -> None:
     r"""Forward, then down the layers: ∂J/∂W_l = −(1/batch) g_l f_{l−1}ᵀ, g_{l−1} = (W_lᵀ g_l) ∘ σ'(z_{l−1})."""
     activations, gates = [x], []
     for i, weight in enumerate(block.weights):
@@ -298,7 +384,7 @@ def _step(block: Ensemble, x: Tensor, y: Tensor, rule: Rule, step: int) -> None:
             activations.append(block.activation(z))
         else:
             activations.append(z)
-    gradient = torch.sub(y, activations.pop(), out=z)  # g_L = f* − f
+    gradient = rule.output_gradient(y, activations.pop())
     lowest = min((i for i in range(block.depth) if i + 1 not in rule.frozen), default=block.depth)
     for i in range(block.depth - 1, lowest - 1, -1):
         weight, below = block.weights[i], activations[i]
@@ -319,26 +405,35 @@ def _through_gate(gradient: Tensor, activation: Activation, z: Tensor, f: Tensor
     return gradient.mul_(activation.gate(z))
 
 
-def _update_layer(block: Ensemble, i: int, gradient: Tensor, below: Tensor, rule: Rule, step: int) -> None:
+def _update_layer(block: Ensemble, i: int, gradient: Tensor, below: Tensor, rule: Rule, step: int | Tensor) -> None:
     weight, bias, samples = block.weights[i], block.biases[i], gradient.shape[1]
+    rates = rule.rates(weight)
     if rule.plain:
-        rate, kept = rule.learning_rate / samples, 1 - rule.learning_rate * rule.weight_decay
-        weight.baddbmm_(gradient.mT, below, beta=kept, alpha=rate)
+        if rule.weight_decay:
+            kept = 1 - rates * rule.weight_decay
+            weight.mul_(kept)
+            if bias is not None:
+                bias.mul_(kept.squeeze(2))
+        gradient = gradient * (rates / samples)
+        weight.baddbmm_(gradient.mT, below)
         if bias is not None:
-            if kept != 1:
-                bias.mul_(kept)
-            bias.add_(gradient.sum(1), alpha=rate)
+            bias.add_(gradient.sum(1))
     else:
         position = next(
             p for p, (kind, layer, _) in enumerate(block.parameters()) if (kind, layer) == ("weight", i + 1)
         )
         down = torch.bmm(gradient.mT, below).mul_(-1 / samples)
-        rule.update(weight, down, [m[position] for m in block.moments.values()], step)
+        rule.update(weight, down, [m[position] for m in block.moments.values()], rates, step)
         if bias is not None:
             down = gradient.sum(1).mul_(-1 / samples)
-            rule.update(bias, down, [m[position + 1] for m in block.moments.values()], step)
+            rule.update(bias, down, [m[position + 1] for m in block.moments.values()], rates.squeeze(2), step)
     if rule.normalize and i < block.depth - 1:
         weight.div_(weight.norm(dim=2, keepdim=True))
+
+
+def _advance_plain(block: Ensemble, batches: Batches, rule: Rule, taken: int) -> None:
+    for step, (x, y) in enumerate(batches, start=taken + 1):
+        _step_plain(block, x, y, rule, step)
 
 
 def _step_plain(block: Ensemble, x: Tensor, y: Tensor, rule: Rule, step: int) -> None:
@@ -354,13 +449,14 @@ def _step_plain(block: Ensemble, x: Tensor, y: Tensor, rule: Rule, step: int) ->
             block.activation.name,
             leak=0.0 if leak is None else leak,
         )
-        return 0.5 * (targets - network(inputs)).square().sum(1).mean()
+        return rule.objective(targets, network(inputs))
 
     parameters = [p for _, _, p in block.parameters()]
     gradients = vmap(grad(loss))(parameters, x, y)
     for position, (kind, layer, parameter) in enumerate(block.parameters()):
         if layer in rule.frozen:
             continue
-        rule.update(parameter, gradients[position], [m[position] for m in block.moments.values()], step)
+        moments = [m[position] for m in block.moments.values()]
+        rule.update(parameter, gradients[position], moments, rule.rates(parameter), step)
         if rule.normalize and kind == "weight" and layer < block.depth:
             parameter.div_(parameter.norm(dim=2, keepdim=True))

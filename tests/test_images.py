@@ -1,0 +1,287 @@
+"""Readers against small files of the true formats, written here byte by byte."""
+
+import gzip
+import struct
+
+import numpy as np
+import pytest
+import xarray as xr
+
+import tsdyn
+from tests.cases import small
+from tsdyn import ExperimentError, data, images
+from tsdyn.images import DataError
+
+RNG = np.random.default_rng(0)
+
+
+def idx(array):
+    """An IDX file of unsigned bytes."""
+    return struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape) + array.tobytes()
+
+
+def mnist(folder, train=12, test=7, *, zipped=False):
+    made = {}
+    for part, count in (("train", train), ("t10k", test)):
+        pixels = RNG.integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        labels = RNG.integers(0, 10, count, dtype=np.uint8)
+        made[part] = pixels, labels
+        for name, array in ((f"{part}-images-idx3-ubyte", pixels), (f"{part}-labels-idx1-ubyte", labels)):
+            file = folder / (name + (".gz" if zipped else ""))
+            file.write_bytes(gzip.compress(idx(array)) if zipped else idx(array))
+    return made
+
+
+def cifar10(folder, each=3):
+    made = {}
+    for name in [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]:
+        pixels = RNG.integers(0, 256, (each, 3, 32, 32), dtype=np.uint8)
+        labels = RNG.integers(0, 10, each, dtype=np.uint8)
+        made[name] = pixels, labels
+        records = b"".join(bytes([y]) + p.tobytes() for p, y in zip(pixels, labels, strict=True))
+        (folder / name).write_bytes(records)
+    return made
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_mnist(tmp_path, zipped):
+    made = mnist(tmp_path, zipped=zipped)
+    for train, part in ((True, "train"), (False, "t10k")):
+        pixels, labels = made[part]
+        found = images.read_mnist(tmp_path, train=train)
+        np.testing.assert_array_equal(found.labels, labels)
+        x = found.inputs(np.arange(len(labels)), "float64")
+        np.testing.assert_allclose(x, (pixels.reshape(-1, 784) / 255 - 0.5) / 0.5, rtol=0, atol=1e-15)
+
+
+def test_cifar10(tmp_path):
+    inner = tmp_path / "cifar-10-batches-bin"
+    inner.mkdir()
+    made = cifar10(inner)
+    for folder in (tmp_path, inner):
+        found = images.read_cifar10(folder, train=True)
+        np.testing.assert_array_equal(
+            found.labels, np.concatenate([made[f"data_batch_{i}.bin"][1] for i in range(1, 6)])
+        )
+    pixels = made["data_batch_2.bin"][0][1]
+    mean, std = np.array([0.4914, 0.4822, 0.4465]), np.array([0.2023, 0.1994, 0.2010])
+    expected = (pixels / 255 - mean[:, None, None]) / std[:, None, None]
+    np.testing.assert_allclose(found.inputs(np.array([4]), "float64")[0], expected.ravel(), rtol=1e-14, atol=1e-14)
+    assert len(images.read_cifar10(tmp_path, train=False)) == 3
+
+
+def test_digits_are_scikit_learns():
+    datasets = pytest.importorskip("sklearn.datasets")
+    found, theirs = images.digits(), datasets.load_digits()
+    np.testing.assert_allclose(found.inputs(np.arange(1797), "float64"), theirs.data / 8 - 1, rtol=0, atol=1e-15)
+    np.testing.assert_array_equal(found.labels, theirs.target)
+
+
+def test_arrays(tmp_path):
+    inputs, labels = RNG.standard_normal((6, 4)), np.arange(6) % 3
+    np.save(tmp_path / "a.npy", inputs)
+    np.savez(tmp_path / "a.npz", inputs=inputs, labels=labels)
+    both = {"inputs": (("sample", "input"), inputs), "labels": ("sample", labels)}
+    xr.Dataset(both).to_netcdf(tmp_path / "a.nc")
+    for name in ("a.npy", "a.npz", "a.nc"):
+        found = images.read_arrays(tmp_path / name)
+        np.testing.assert_array_equal(found.inputs(np.arange(6), "float64"), inputs)
+        assert (found.labels is None) == (name == "a.npy")
+    np.testing.assert_array_equal(found.labels, labels)
+
+
+def spoil(folder, name, change):
+    file = folder / name
+    file.write_bytes(change(file.read_bytes()))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("train-images-idx3-ubyte", lambda b: b[:-1], r"9423 bytes, its header announces 9424: it was cut off"),
+        ("train-images-idx3-ubyte", lambda b: b[:6], r"6 bytes, its header announces"),
+        ("train-images-idx3-ubyte", lambda b: b"", "starts with nothing"),
+        ("train-images-idx3-ubyte", lambda b: b"\0\0\x0d" + b[3:], "starts with 00000d03, an IDX file of bytes"),
+        ("train-images-idx3-ubyte", lambda b: b"PK\3\4" + b[4:], "starts with 504b0304"),
+        ("train-labels-idx1-ubyte", lambda b: b[:10] + b"\x0a" + b[11:], r"label of sample 2 is 10; labels are 0\.\.9"),
+        ("train-labels-idx1-ubyte", lambda b: struct.pack(">BBBBI", 0, 0, 8, 1, 11) + b[8:-1], "not of one set"),
+        ("train-labels-idx1-ubyte", lambda b: idx(np.zeros((3, 4), np.uint8)), "not of one set"),
+    ],
+)  # fmt: skip
+def test_damaged_mnist_is_refused(tmp_path, name, change, message):
+    mnist(tmp_path)
+    spoil(tmp_path, name, change)
+    with pytest.raises(DataError, match=rf"{name}: .*{message}"):
+        images.read_mnist(tmp_path, train=True)
+
+
+@pytest.mark.parametrize("keep", [0, 10, 100])
+def test_a_cut_gzip_file_is_refused(tmp_path, keep):
+    mnist(tmp_path, zipped=True)
+    spoil(tmp_path, "train-images-idx3-ubyte.gz", lambda b: b[:keep])
+    with pytest.raises(DataError, match=r"ubyte.gz: (cannot be read|starts with nothing)"):
+        images.read_mnist(tmp_path, train=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda b: b[:-1], "9218 bytes are not a whole number of records of 3073"),
+        (lambda b: b"", "0 bytes are not"),
+        (lambda b: b[:3073] + b"\x0c" + b[3074:], r"label of sample 1 is 12; labels are 0\.\.9"),
+    ],
+)
+def test_damaged_cifar10_is_refused(tmp_path, change, message):
+    cifar10(tmp_path)
+    spoil(tmp_path, "data_batch_3.bin", change)
+    with pytest.raises(DataError, match=rf"data_batch_3.bin: {message}"):
+        images.read_cifar10(tmp_path, train=True)
+
+
+def test_missing_data_say_where_to_get_them_and_where_to_put_them(tmp_path):
+    with pytest.raises(DataError, match=rf"{tmp_path}: no train-images-idx3-ubyte .*get .* from https.*data.path"):
+        images.read_mnist(tmp_path, train=True)
+    with pytest.raises(DataError, match=r"no data_batch_1.bin, .*get cifar-10-binary.tar.gz.* from https.*data.path"):
+        images.read_cifar10(tmp_path, train=True)
+    with pytest.raises(DataError, match=r"no such file; give a .npz, .nc or .npy file"):
+        images.read_arrays(tmp_path / "absent.npz")
+
+
+def test_the_pickled_cifar10_is_refused_with_the_way_out(tmp_path):
+    for folder in (tmp_path, tmp_path / "cifar-10-batches-py"):
+        folder.mkdir(exist_ok=True)
+        (folder / "data_batch_1").write_bytes(b"\x80\x02}")
+        with pytest.raises(DataError, match=r"python version of CIFAR-10, which is pickles.*cifar-10-binary.tar.gz"):
+            images.read_cifar10(tmp_path, train=True)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"x": np.ones((3, 2))}, "holds x; the samples must be called inputs"),
+        ({"inputs": np.ones(3)}, r"shape \(3,\)"),
+        ({"inputs": np.ones((0, 2))}, r"shape \(0, 2\)"),
+        ({"inputs": np.array([["a"]])}, "must be numbers"),
+        ({"inputs": np.array([[1.0, np.nan]])}, r"inputs\[0, 1\] is nan"),
+        ({"inputs": np.ones((3, 2)), "labels": np.arange(2)}, "must be 3 integers"),
+        ({"inputs": np.ones((3, 2)), "labels": np.ones(3)}, "must be 3 integers"),
+        ({"inputs": np.ones((3, 2)), "labels": np.array([0, 1, -1])}, "label of sample 2 is -1; labels start at 0"),
+        ({"inputs": np.array([[None]], dtype=object)}, "cannot be read as .npz"),
+    ],
+)
+def test_arrays_that_are_no_samples_are_refused(tmp_path, arrays, message):
+    np.savez(tmp_path / "a.npz", **arrays)
+    with pytest.raises(DataError, match=message):
+        images.read_arrays(tmp_path / "a.npz")
+
+
+def test_files_of_another_kind_are_refused(tmp_path):
+    (tmp_path / "a.npz").write_bytes(b"not a zip")
+    (tmp_path / "a.csv").write_text("1,2\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"cannot be read as .npz"):
+        images.read_arrays(tmp_path / "a.npz")
+    with pytest.raises(DataError, match=r"it must end in .npz, .nc or .npy"):
+        images.read_arrays(tmp_path / "a.csv")
+
+
+# --- as a law of an experiment -------------------------------------------------------------------------------
+
+
+def from_file(path, **changes):
+    named = {
+        "teacher__widths": [4, 3, 3], "data__law": "file", "data__path": str(path), "data__train": 20,
+        "data__eval": 10, "training__batch": 5,
+    }  # fmt: skip
+    return small(**(named | changes))
+
+
+@pytest.fixture
+def table(tmp_path):
+    inputs = np.arange(120.0).reshape(30, 4) % 7
+    inputs[:, 0] = np.arange(30)  # names the sample
+    np.savez(tmp_path / "table.npz", inputs=inputs, labels=np.arange(30) % 3)
+    return tmp_path / "table.npz"
+
+
+def test_members_draw_disjoint_samples_from_one_file(table):
+    experiment = from_file(table)
+    drawn = []
+    for seed in (0, 1):
+        train, evaluation = data.training_inputs(experiment, seed), data.evaluation_inputs(experiment, seed)
+        assert len({*train[:, 0], *evaluation[:, 0]}) == 30
+        for part, x in (("train", train), ("eval", evaluation)):
+            np.testing.assert_array_equal(data.labels(experiment, seed, part), x[:, 0] % 3)
+        drawn.append(train)
+    assert not np.array_equal(*drawn)
+    np.testing.assert_array_equal(data.training_inputs(experiment, 0), drawn[0])
+
+
+def test_a_run_on_a_file(table, tmp_path):
+    ds = tsdyn.run(from_file(table, seeds=2), tmp_path / "run")
+    assert ds.mse_eval.isel(epoch=-1).notnull().all()
+
+
+def test_requests_that_the_data_cannot_meet(table, tmp_path):
+    with pytest.raises(DataError, match=r"data.train \+ data.eval = 35: file has 30 samples"):
+        data.training_inputs(from_file(table, data__eval=15), 0)
+    with pytest.raises(DataError, match=r"teacher.widths: takes 5 inputs, samples of .*table.npz have 4"):
+        data.training_inputs(from_file(table, teacher__widths=[5, 3, 3]), 0)
+    with pytest.raises(DataError, match="2 outputs, but there is a label 2"):
+        data.labels(from_file(table, teacher__widths=[4, 3, 2]), 0, "train")
+    np.save(tmp_path / "bare.npy", np.ones((40, 4)))
+    with pytest.raises(DataError, match="these data have no labels"):
+        data.labels(from_file(tmp_path / "bare.npy"), 0, "train")
+    with pytest.raises(DataError, match=r"data.eval = 31: file has 30 samples"):
+        data.training_inputs(from_file(table, data__eval_path=str(table), data__eval=31), 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data__law": "mnist"}, "name the folder that holds it as data.path"),
+        ({"data__law": "file"}, r"name its file \(.npz, .nc or .npy\) as data.path"),
+        ({"data__path": "x"}, "'gaussian' reads no file"),
+        ({"data__law": "digits", "data__eval_path": "x"}, "only data.law = 'file' takes one"),
+        ({"data__law": "digits"}, r"digits has 64 inputs \(\(1, 8, 8\)\), not 10"),
+        ({"data__law": "digits", "data__train": "fresh"}, "digits is a finite data set"),
+        ({"data__augment": "crop-flip"}, "is of images; data.law is 'gaussian'"),
+    ],
+)
+def test_experiments_that_name_data_wrongly(changes, message):
+    with pytest.raises(ExperimentError, match=message):
+        small(**changes)
+
+
+def test_crops_are_shifted_and_mirrored_images(tmp_path):
+    cifar10(tmp_path)
+    held = images.read_cifar10(tmp_path, train=True)
+    moved = held.cropped(np.arange(15), np.random.default_rng(0), "float64").reshape(15, 3, 32, 32)
+    black = held.standardized(np.zeros((1, 3, 32, 32), np.uint8), "float64")[0].reshape(3, 32, 32)
+    framed = np.broadcast_to(black[:, :1, :1], (15, 3, 40, 40)).copy()
+    framed[:, :, 4:36, 4:36] = held.inputs(np.arange(15), "float64").reshape(15, 3, 32, 32)
+    seen = set()
+    for image, frame in zip(moved, framed, strict=True):
+        matches = [
+            (top, left, flip)
+            for top in range(9)
+            for left in range(9)
+            for flip in (1, -1)
+            if np.array_equal(image, frame[:, top : top + 32, left : left + 32][:, :, ::flip])
+        ]
+        assert len(matches) == 1
+        seen.update(matches)
+    assert len({flip for *_, flip in seen}) == 2
+    assert len(seen) > 10
+
+
+def test_cropped_batches_do_not_depend_on_how_many_are_drawn_at_once(tmp_path):
+    cifar10(tmp_path)
+    experiment = small(
+        teacher__widths=[3072, 3, 10], data__law="cifar10", data__path=str(tmp_path), data__train=15, data__eval=3,
+        data__augment="crop-flip", training__batch=4, training__steps_per_epoch=5,
+    )  # fmt: skip
+    whole = np.concatenate(list(data.fresh_batches(experiment, 0, 1, steps_at_once=5)))
+    pieces = np.concatenate(list(data.fresh_batches(experiment, 0, 1, steps_at_once=2)))
+    np.testing.assert_array_equal(whole, pieces)
+    assert whole.shape == (5, 4, 3072)
+    assert tsdyn.run(experiment.replace({"seeds": 1, "training.epochs": 1}), tmp_path / "run").sizes["epoch"] == 2

@@ -1,0 +1,128 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from tests import oracles
+from tests.cases import rng
+from tsdyn import activations, interaction
+
+COSINES = (-1.0, -1 + 1e-9, -0.7, 0.0, 0.3, 0.9999, 1.0)
+NORMS = (1e-3, 0.3, 2.0, 10.0)
+SMOOTH = [n for n in activations.NAMES if not activations.activation(n).piecewise_linear]
+
+
+def covariances(seed=0, count=20, largest=3.0):
+    """Norms up to `largest` and cosines well inside ±1, as A, B, c."""
+    draw = rng(seed)
+    r1, r2, u = draw.uniform(0.05, largest, count), draw.uniform(0.05, largest, count), draw.uniform(-0.95, 0.95, count)
+    return tuple(torch.from_numpy(v) for v in (r1**2, r2**2, r1 * r2 * u))
+
+
+@pytest.mark.parametrize("name", activations.NAMES)
+def test_interactions_are_the_double_integral(name):
+    """Both sides err by rounding of sums of some 1e6 terms of one sign or less: 1e-12 of √(g₁₁ g₂₂)."""
+    sigma = activations.activation(name)
+    pairs = [(r1, r2, u) for r1 in NORMS for r2 in (0.05, 10.0) for u in COSINES]
+    if not sigma.piecewise_linear:
+        pairs = pairs[::3]  # covers every norm and cosine
+    found = interaction.in_cosine(name, *torch.tensor(pairs, dtype=torch.float64).T)
+    for (r1, r2, u), g in zip(pairs, found.tolist(), strict=True):
+        size = math.sqrt(oracles.gaussian_pair(sigma, r1, r1, 1.0) * oracles.gaussian_pair(sigma, r2, r2, 1.0))
+        assert abs(g - oracles.gaussian_pair(sigma, r1, r2, u)) <= 1e-12 * size, (r1, r2, u)
+
+
+@pytest.mark.parametrize("name", activations.NAMES)
+def test_partials_are_the_derivatives_of_the_interaction(name):
+    kernel = interaction.of(name)
+    point = torch.stack(covariances(), -1).requires_grad_()
+    value = kernel(*point.unbind(-1))
+    (first,) = torch.autograd.grad(value.sum(), point, create_graph=True)
+    rows = [
+        torch.autograd.grad(first[:, i].sum(), point, retain_graph=True)[0] if first.requires_grad else 0 * point
+        for i in range(3)
+    ]
+    found = kernel.partials(*point.detach().unbind(-1))
+    pairs = {
+        "value": value,
+        "A": first[:, 0],
+        "c": first[:, 2],
+        "AA": rows[0][:, 0],
+        "Ac": rows[0][:, 2],
+        "Bc": rows[1][:, 2],
+        "cc": rows[2][:, 2],
+    }
+    for part, wanted in pairs.items():
+        torch.testing.assert_close(getattr(found, part), wanted.detach(), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(rows[0][:, 1].detach(), found.cc / 4, rtol=1e-9, atol=1e-12)  # Price
+
+
+@pytest.mark.parametrize("name", SMOOTH)
+def test_closed_forms_are_the_trapezoid_rules(name):
+    """Price's theorem with σ's own derivatives against the derivatives of the closed form."""
+    A, B, c = (v[:4] for v in covariances(1))
+    closed = interaction.of(name).partials(A, B, c)
+    quadrature = interaction.of(activations.activation(name).function).partials(A, B, c)
+    for part, wanted in zip(closed, quadrature, strict=True):
+        torch.testing.assert_close(part, wanted, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", activations.NAMES)
+def test_derivatives_are_finite_where_weights_are_parallel_or_vanish(name):
+    corners = torch.cartesian_prod(
+        torch.tensor([0.0, 1e-12, 1.0]), torch.tensor([0.0, 1.0]), torch.tensor([-1.0, 0.0, 1.0])
+    ).double()
+    found = interaction.derivatives(name, *corners.T)
+    for part in found:
+        assert torch.isfinite(part).all()
+    A, B = torch.ones(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
+    for part in interaction.of(name).partials(A, B, torch.tensor([-1.0, 0.0, 1.0], dtype=torch.float64)):
+        assert torch.isfinite(part).all()
+
+
+def test_a_users_own_activation_is_integrated_and_differentiated():
+    """E[cos(r₁x) cos(r₂y)] = exp(−(A+B)/2) cosh(c); x³ and its fifth derivative, which is none."""
+    A, B, c = covariances(2, 4)
+    found = interaction.of(torch.cos).partials(A, B, c)
+    g = torch.exp(-(A + B) / 2)
+    wanted = (g * c.cosh(), -g * c.cosh() / 2, g * c.sinh(), g * c.cosh() / 4, -g * c.sinh() / 2, -g * c.sinh() / 2)
+    for part, value in zip(found, (*wanted, g * c.cosh()), strict=True):
+        torch.testing.assert_close(part, value, rtol=1e-11, atol=1e-12)
+    cube = interaction.of(lambda z: z**3)
+    torch.testing.assert_close(cube(A, B, c), 6 * c**3 + 9 * A * B * c, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(cube.partials(A, B, c).cc, 36 * c, rtol=1e-11, atol=1e-10)
+
+
+def test_a_users_own_activation_goes_through_torch_func():
+    point = torch.tensor([[0.8, 1.1, 0.4], [0.5, 0.2, -0.9]], dtype=torch.float64)
+
+    def g(row, sigma):
+        return interaction.in_cosine(sigma, *row)
+
+    for transform in (torch.func.grad, torch.func.hessian):
+        closed = torch.func.vmap(lambda row, t=transform: t(g)(row, "tanh"))(point)
+        own = torch.func.vmap(lambda row, t=transform: t(g)(row, torch.tanh))(point)
+        torch.testing.assert_close(own, closed, rtol=1e-10, atol=1e-11)
+
+
+def test_linear_classes_of_the_piecewise_linear_family():
+    r = torch.from_numpy(rng(3).uniform(0.1, 3, (2, 50)))
+    u = torch.from_numpy(rng(4).uniform(-1, 1, 50))
+    even, odd = (interaction.in_cosine("leaky_relu", *r, u, leak=leak) for leak in (0.0, 1.0))
+    torch.testing.assert_close(even, interaction.in_cosine("relu", *r, u))
+    torch.testing.assert_close(odd, interaction.in_cosine("identity", *r, u))
+    torch.testing.assert_close(odd, r[0] * r[1] * u)
+
+
+def test_bad_input_is_named():
+    with pytest.raises(ValueError, match=r"interaction: rho=1\.5; a cosine lies in \[−1, 1\]"):
+        interaction.in_cosine("erf", 1.0, 1.0, 1.5)
+    with pytest.raises(ValueError, match="interaction: r2=-1; a norm is not negative"):
+        interaction.in_cosine("erf", 1.0, [1.0, -1.0], 0.0)
+    with pytest.raises(ValueError, match="interaction: rho=nan"):
+        interaction.in_cosine("erf", 1.0, 1.0, np.nan)
+    with pytest.raises(ValueError, match="activation: 'step' is not registered; there are relu"):
+        interaction.in_cosine("step", 1.0, 1.0, 0.0)
+    with pytest.raises(ValueError, match=r"trapezoid rule for norms 1 and 1 does not settle.*not smooth"):
+        interaction.in_cosine(torch.abs, 1.0, 1.0, 0.5)
