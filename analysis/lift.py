@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import dask
 import dask.array
 import numpy as np
 import xarray as xr
+from dask.delayed import delayed
 from numpy.typing import NDArray
 
 
@@ -79,7 +79,7 @@ def cellwise(measure: Callable[[xr.Dataset], Sequence[float]], cells: NDArray, c
         return np.asarray(measure(cell), float)
 
     if any(cell is not None and cell.chunks for cell in flat):
-        task = dask.delayed(values)
+        task = delayed(values)
         columns = [
             dask.array.from_array(nothing) if c is None else dask.array.from_delayed(task(c), (count,), float)
             for c in flat

@@ -16,7 +16,7 @@ from tsdyn.analysis.lift import cellwise
 
 from tsdyn import alignment, data
 from tsdyn.archive import label
-from tsdyn.experiment import Experiment, sweep_dimensions
+from tsdyn.experiment import POINT, Experiment, axes, places, sweep_dimensions, swept_keys
 from tsdyn.networks import Network
 
 #: Variables of the archive that a student and its teacher are made of.
@@ -56,12 +56,19 @@ def points(ds: xr.Dataset) -> dict[tuple[Any, ...], tuple[Mapping[str, Any], Exp
     experiment = Experiment.from_toml_text(ds.attrs["experiment"])
     if not experiment.sweep:
         return {(): ({}, experiment)}
-    dims = sweep_dimensions(experiment.sweep)
+    names = sweep_dimensions(swept_keys(experiment.sweep))
     found: dict[tuple[Any, ...], tuple[Mapping[str, Any], Experiment]] = {}
-    for values, single in experiment.points():
-        labels = {dims[key]: label(value) for key, value in values.items()}
-        if all(value in np.atleast_1d(ds[dim].values) for dim, value in labels.items()):
-            found[tuple(labels.values())] = {d: v for d, v in labels.items() if d in ds.dims}, single
+    for place, (values, single) in zip(places(experiment.sweep), experiment.points(), strict=True):
+        labels = {names[key]: label(value) for key, value in values.items()}
+        if not all(value in np.atleast_1d(ds[name].values) for name, value in labels.items()):
+            continue
+        along = {
+            axis.dimension: (labels | {POINT: position})[axis.dimension]
+            for axis, position in zip(axes(experiment.sweep), place, strict=True)
+        }
+        if POINT in ds.coords and POINT in along and along[POINT] not in np.atleast_1d(ds[POINT].values):
+            continue
+        found[tuple(labels.values())] = {dim: value for dim, value in along.items() if dim in ds.dims}, single
     return found
 
 
@@ -74,7 +81,7 @@ def member(ds: xr.Dataset, experiment: Experiment) -> Member:
     missing = [name for name in PARAMETERS if name not in ds]
     if missing:
         raise ValueError(f"member: the archive has no {', '.join(missing)}; record them (record.observables)")
-    left = [dim for dim in ("seed", "epoch", *sweep_dimensions(experiment.sweep).values()) if dim in ds.dims]
+    left = [dim for dim in ("seed", "epoch", *(axis.dimension for axis in axes(experiment.sweep))) if dim in ds.dims]
     if left:
         raise ValueError(f"member: {', '.join(left)} left; select one")
     widths, teacher_widths = experiment.layout.widths, experiment.layout.teacher_widths
@@ -116,7 +123,8 @@ def each(ds: xr.Dataset, measure: Callable[[Member], Sequence[float]], names: Se
     for chosen, experiment in points(ds).values():
         for seed in seeds:
             at = {**chosen, **({"seed": seed} if "seed" in ds.dims else {})}
-            if int(dead.sel(at)) < 0:
+            begun = "coverage" not in ds.coords or float(ds["coverage"].sel(chosen)) > 0
+            if begun and int(dead.sel(at)) < 0:
                 index = tuple(dead.get_index(dim).get_loc(at[str(dim)]) for dim in dead.dims)
                 cell = needed.sel(at)
                 cells[index] = cell.assign_attrs(experiment=experiment.to_toml())

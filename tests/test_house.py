@@ -21,6 +21,7 @@ RANKS = {
     "lock": 1,
     "netcdf": 1,
     "segments": 2,
+    "grid": 2,
     "archive": 3,
     "integrity": 4,
     "activations": 1,
@@ -51,6 +52,7 @@ SAME_RANK = {
     ("interaction", "activations"),
     ("students", "teachers"),
     ("data", "images"),
+    ("grid", "segments"),
 }
 
 

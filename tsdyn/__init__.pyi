@@ -18,6 +18,7 @@ from . import training as training
 from ._version import __version__ as __version__
 from .archive import layer as layer
 from .archive import open as open
+from .archive import select as select
 from .experiment import Experiment as Experiment
 from .experiment import ExperimentError as ExperimentError
 from .networks import Network as Network

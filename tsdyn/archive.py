@@ -6,9 +6,7 @@ sees committed epochs only, while a run goes on too.  Imports no torch.
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,8 +17,13 @@ from tsdyn import netcdf, schema
 from tsdyn.durable import ArchiveError as ArchiveError
 from tsdyn.durable import DirectoryError as DirectoryError
 from tsdyn.durable import local_path as local_path
-from tsdyn.durable import write_text
-from tsdyn.experiment import Experiment, sweep_dimensions
+from tsdyn.durable import replacing
+from tsdyn.experiment import POINT
+from tsdyn.grid import LAZY_BYTES, open_sweeps
+from tsdyn.grid import SWEEP as SWEEP
+from tsdyn.grid import label as label
+from tsdyn.grid import sweep_points as sweep_points
+from tsdyn.grid import write_sweep as write_sweep
 from tsdyn.netcdf import bytes_per_epoch as bytes_per_epoch
 from tsdyn.schema import CONSTANTS
 from tsdyn.segments import ARCHIVE as ARCHIVE
@@ -30,71 +33,36 @@ from tsdyn.segments import Run as Run
 from tsdyn.segments import claim as claim
 from tsdyn.segments import segments as segments
 
-SWEEP = "sweep.json"
-
-#: In memory, a dask chunk gathers whole disk chunks of several seeds up to this.
-LAZY_BYTES = 1 << 24
-
-# --- a sweep's directory -------------------------------------------------------------------------------------
-
-
-def point_name(values: Mapping[str, Any]) -> str:
-    """Directory of one point of a sweep, such as ``overrealization=5,polarity=1.0``."""
-    names = sweep_dimensions(values)
-    text = ",".join(f"{names[key]}={label(value)}" for key, value in values.items())
-    return re.sub(r"[^A-Za-z0-9._+=,-]", "-", text)
-
-
-def label(value: Any) -> str | int | float:
-    """A coordinate value for a swept value: numbers and strings are themselves, lists join with ``-``."""
-    if isinstance(value, (bool, dict)):
-        return json.dumps(value)
-    if isinstance(value, (list, tuple)):
-        return "-".join(str(v) for v in value)
-    return value  # type: ignore[no-any-return]
-
-
-def write_sweep(path: Path, experiment: Experiment) -> dict[str, Experiment]:
-    """Make `path` the directory of a sweep; its index lists every point and its directory.
-
-    Returns the experiment of each point by directory name.
-
-    Raises:
-        ArchiveError: as `claim`.
-    """
-    claim(path, experiment)
-    points = sweep_points(path)
-    index = {
-        "schema_version": schema.VERSION,
-        "dimensions": sweep_dimensions(experiment.sweep),
-        "points": [{"directory": name, "values": values} for name, (values, _) in points.items()],
-    }
-    write_text(path / SWEEP, json.dumps(index, indent=1))
-    return {name: point for name, (_, point) in points.items()}
-
-
 # --- reading -------------------------------------------------------------------------------------------------
 
 T = TypeVar("T", xr.Dataset, xr.DataArray)
 
 
-def open(path: str | Path) -> xr.Dataset:
+def open(path: str | Path | Sequence[str | Path], *, skip_damaged: bool = False) -> xr.Dataset:
     """A run, a sweep or one file as one lazy Dataset; nothing is loaded.
 
-    A sweep's swept keys are leading dimensions, named by the key's last word; points without an archive yet are
-    NaN.  A run that is not finished shows its committed epochs.
+    A sweep's swept keys are leading dimensions, named by the key's last word (keys that go together are coordinates
+    along ``point``); points without a committed epoch are NaN, and ``coverage`` is the share of its epochs that a
+    point has.  A run that is not finished shows its committed epochs.  Of several runs or sweeps the keys in which
+    their experiments differ are dimensions, too.
 
     Args:
-        path: Directory of a run or a sweep, or a netCDF file.
+        path: Directory of a run or a sweep, or a netCDF file; or a list of directories.
+        skip_damaged: Of a sweep, leave NaN what cannot be read, with a warning that names it, instead of failing.
 
     Raises:
-        ArchiveError: if there is nothing of tsdyn's to read there.
+        ArchiveError: if there is nothing of tsdyn's to read there, or a list is empty or holds a point twice.
     """
+    if not isinstance(path, (str, Path)):
+        paths = [local_path(one) for one in path]
+        if not paths:
+            raise DirectoryError("open: an empty list; give directories of runs or sweeps")
+        return open_sweeps(paths, skip_damaged=skip_damaged)
     path = local_path(path)
     if path.is_file():
         return _open_file(path)
     if (path / SWEEP).is_file():
-        return _open_sweep(path)
+        return open_sweeps([path], skip_damaged=skip_damaged)
     if not path.exists():
         raise DirectoryError(f"{path}: does not exist; runs are made by `tsdyn run EXPERIMENT.toml -o {path}`")
     try:
@@ -156,75 +124,40 @@ def _lazily(array: xr.DataArray) -> xr.DataArray:
     return array.chunk(chunks)
 
 
-def sweep_points(path: Path) -> dict[str, tuple[dict[str, Any], Experiment]]:
-    """Directory name → swept values and experiment of each point of the sweep in `path`.
-
-    From ``experiment.toml``: the index beside it is for other readers, and its names are not trusted.
-    """
-    experiment = Experiment.from_toml(path / EXPERIMENT)
-    return {point_name(values): (values, point) for values, point in experiment.points()}
-
-
-def _open_sweep(path: Path) -> xr.Dataset:
-    experiment = Experiment.from_toml(path / EXPERIMENT)
-    dims = sweep_dimensions(experiment.sweep)
-    opened: dict[tuple[Any, ...], xr.Dataset] = {}
-    for name, (values, _) in sweep_points(path).items():
-        directory = path / name
-        if (directory / ARCHIVE).is_file() or segments(directory):
-            opened[tuple(label(values[key]) for key in dims)] = open(directory)
-    if not opened:
-        raise DirectoryError(f"{path}: no point of this sweep has a committed epoch yet; go on with `tsdyn run`")
-    dims_that_differ = (*schema.NODE_WIDTHS, "input_node", "mode")
-    widest = {dim: max(ds.sizes.get(dim, 0) for ds in opened.values()) for dim in dims_that_differ}
-    padded = {key: _padded(ds, widest) for key, ds in opened.items()}
-    template = next(iter(padded.values()))
-    labels = {dims[key]: [label(v) for v in values] for key, values in experiment.sweep.items()}
-
-    def gather(prefix: tuple[Any, ...]) -> xr.Dataset:
-        if len(prefix) == len(dims):
-            return padded[prefix] if prefix in padded else _missing(template)
-        dim = list(labels)[len(prefix)]
-        parts = [gather((*prefix, label)) for label in labels[dim]]
-        return xr.concat(
-            parts,
-            dim=xr.DataArray(labels[dim], dims=dim, name=dim),
-            data_vars="all",
-            coords="all",
-            compat="override",
-            join="outer",
-            combine_attrs="override",
-            fill_value=np.nan,
-        )
-
-    ds = gather(())
-    ds.attrs = {**template.attrs, "experiment": experiment.to_toml(), "digest": experiment.digest}
-    return ds
-
-
-def _padded(ds: xr.Dataset, widest: Mapping[str, int]) -> xr.Dataset:
-    missing = {d: (0, widest[d] - ds.sizes[d]) for d in widest if d in ds.sizes and widest[d] > ds.sizes[d]}
-    if not missing:
-        return ds
-    indexes = {d: np.arange(widest[d]) for d in missing}
-    return ds.drop_vars(list(missing)).pad(missing, constant_values=np.nan).assign_coords(indexes)
-
-
-def _missing(template: xr.Dataset) -> xr.Dataset:
-    """A point that has no archive yet."""
-    blank = xr.full_like(template, np.nan)
-    return blank.assign_coords({n: xr.full_like(c, -1) for n, c in template.coords.items() if n not in template.dims})
-
-
 def write_dataset(path: Path, ds: xr.Dataset) -> None:
     """A small, loaded Dataset as one netCDF file, whole or not at all."""
-    with _replacing(path, ds.nbytes) as temporary:
+    with replacing(path, ds.nbytes) as temporary:
         ds.to_netcdf(temporary, engine="netcdf4")
 
 
 def swept_dimensions(ds: xr.Dataset | xr.DataArray) -> tuple[str, ...]:
     """Dimensions of `ds` that come from swept keys."""
     return tuple(str(dim) for dim in ds.dims if str(dim) not in schema.DIMENSIONS)
+
+
+def select(ds: T, **labels: Any) -> T:
+    """The points of a sweep with the given values of swept keys, whether each is a dimension or varies with others.
+
+    ``select(ds, polarity=1.0, learning_rate=[0.01, 0.1])``; a list keeps the dimension.  A single point along
+    ``point`` loses that dimension.
+
+    Raises:
+        KeyError: if a name is no swept key, or no point has such a value; says what there is.
+    """
+    for name, wanted in labels.items():
+        coordinate = ds.coords.get(name)
+        if coordinate is None or coordinate.ndim != 1 or coordinate.dims[0] in schema.DIMENSIONS:
+            there = [str(n) for n, c in ds.coords.items() if c.ndim == 1 and c.dims[0] not in schema.DIMENSIONS]
+            raise KeyError(f"select: no swept key {name!r}; there are {', '.join(there) or 'none'}")
+        values = wanted if isinstance(wanted, (list, tuple, np.ndarray)) else [wanted]
+        missing = [value for value in values if value not in coordinate.values]
+        if missing:
+            held = list(dict.fromkeys(coordinate.values.tolist()))
+            raise KeyError(f"select: {name} has no {missing}; it has {held}")
+        ds = ds.isel({coordinate.dims[0]: np.flatnonzero(np.isin(coordinate.values, values))})
+        if values is not wanted and name in ds.dims:
+            ds = ds.squeeze(name)
+    return ds.squeeze(POINT) if ds.sizes.get(POINT) == 1 else ds
 
 
 def layer(ds: T, number: int) -> T:

@@ -16,7 +16,7 @@ import tomllib
 import types
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import tomli_w
 from pydantic import (
@@ -29,6 +29,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import to_jsonable_python
 
 from tsdyn import schema
 
@@ -238,7 +239,8 @@ class Experiment(_Part):
         name: Letters, digits and ``._+-``; also the default directory.
         seeds: How many members (labels 0..n−1), or their labels.
         dtype: Of training and of the archive.
-        sweep: Key → values; the experiment is then the product of these.
+        sweep: Key → values; the experiment is then the product of these.  ``zip`` is a table of keys whose values,
+            equally many, go together; ``points`` a list of tables, one a point.  Either multiplies with other keys.
 
     Raises:
         ExperimentError: from every constructor, naming each bad key, its value, the rule and, for an
@@ -253,7 +255,7 @@ class Experiment(_Part):
     data: Data = Data()
     training: Training = Training()
     record: Record = Record()
-    sweep: dict[str, Annotated[tuple[Any, ...], BeforeValidator(_tuple), Field(min_length=1)]] = {}
+    sweep: dict[str, Any] = {}
 
     def __init__(self, **values: Any) -> None:
         try:
@@ -265,6 +267,11 @@ class Experiment(_Part):
     @classmethod
     def _seed_list(cls, value: Any) -> Any:
         return _tuple(value)
+
+    @field_validator("sweep")
+    @classmethod
+    def _sweep(cls, value: dict[str, Any]) -> dict[str, Any]:
+        return checked_sweep(value)
 
     @field_validator("name")
     @classmethod
@@ -382,10 +389,8 @@ class Experiment(_Part):
 
     @property
     def digest(self) -> str:
-        """SHA-256 of what is not at its default, 64 hex digits: a key that a later version adds changes none."""
-        chosen = json.loads(self.model_dump_json(exclude_none=True, exclude_defaults=True))
-        canonical = json.dumps(chosen, sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(canonical.encode()).hexdigest()
+        """`digest` of the experiment."""
+        return digest(self.as_dict())
 
     def as_dict(self) -> dict[str, Any]:
         """Plain nested dict with every default filled, as TOML writes it."""
@@ -436,9 +441,32 @@ class Experiment(_Part):
     def points(self) -> Iterator[tuple[dict[str, Any], Experiment]]:
         """Each point of the sweep: its swept values, and the experiment there (without a sweep)."""
         base = {k: v for k, v in self.as_dict().items() if k != "sweep"}
-        for values in itertools.product(*self.sweep.values()):
-            point = dict(zip(self.sweep, values, strict=True))
+        for point in places(self.sweep).values():
             yield point, Experiment(**_applied(base, point))
+
+
+def digest(values: Mapping[str, Any]) -> str:
+    """SHA-256 of an experiment as a plain nested dict, 64 hex digits.
+
+    Of what is not at its default only: a key that a later version adds changes no digest.
+    """
+    canonical = json.dumps(_chosen(values, Experiment), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _chosen(values: Mapping[str, Any], part: type[_Part]) -> dict[str, Any]:
+    """`values` without those at the defaults of `part`."""
+    found = {}
+    for key, value in values.items():
+        field = part.model_fields[key]
+        if isinstance(field.annotation, type) and issubclass(field.annotation, _Part):
+            value = _chosen(value, field.annotation)
+            default: object = {}
+        else:
+            default = to_jsonable_python(field.get_default(call_default_factory=True))
+        if value != default:
+            found[key] = value
+    return found
 
 
 def _applied(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -457,13 +485,103 @@ def _applied(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, A
     return values
 
 
+#: Words in ``[sweep]`` that are no keys.
+TOGETHER = ("zip", "points")
+#: Dimension of the points whose keys go together.
+POINT = "point"
+
+
+class Axis(NamedTuple):
+    """One dimension of a sweep.
+
+    Attributes:
+        dimension: Its name: that of its key, or ``point`` where several keys vary together.
+        keys: What varies along it.
+        values: One tuple a place, with a value a key.
+    """
+
+    dimension: str
+    keys: tuple[str, ...]
+    values: tuple[tuple[Any, ...], ...]
+
+
+def axes(sweep: Mapping[str, Any]) -> tuple[Axis, ...]:
+    """The dimensions of a sweep in order: one a key, then ``point`` for what ``zip`` or ``points`` lists."""
+    names = sweep_dimensions(swept_keys(sweep))
+    found = [
+        Axis(names[key], (key,), tuple((v,) for v in values)) for key, values in sweep.items() if key not in TOGETHER
+    ]
+    if "zip" in sweep:
+        found.append(Axis(POINT, tuple(sweep["zip"]), tuple(zip(*sweep["zip"].values(), strict=True))))
+    if "points" in sweep:
+        keys = tuple(sweep["points"][0])
+        found.append(Axis(POINT, keys, tuple(tuple(point[key] for key in keys) for point in sweep["points"])))
+    return tuple(found)
+
+
+def swept_keys(sweep: Mapping[str, Any]) -> tuple[str, ...]:
+    """Every key that a sweep varies, in order."""
+    listed = (*sweep.get("zip", {}), *(sweep["points"][0] if "points" in sweep else ()))
+    return (*(key for key in sweep if key not in TOGETHER), *listed)
+
+
+def places(sweep: Mapping[str, Any]) -> dict[tuple[int, ...], dict[str, Any]]:
+    """Position along each of `axes` → key and value there, for every point of a sweep."""
+    found = axes(sweep)
+    return {
+        place: {
+            key: value
+            for axis, position in zip(found, place, strict=True)
+            for key, value in zip(axis.keys, axis.values[position], strict=True)
+        }
+        for place in itertools.product(*(range(len(axis.values)) for axis in found))
+    }
+
+
+def checked_sweep(sweep: Any) -> dict[str, Any]:
+    """A sweep with tuples for lists.
+
+    Raises:
+        ValueError: if it is not keys with lists, ``zip`` or ``points``.
+    """
+    if not isinstance(sweep, Mapping):
+        raise ValueError(f"sweep = {sweep!r}: a table of keys and lists")
+    found: dict[str, Any] = {}
+    for key, values in sweep.items():
+        if key == "zip":
+            if not isinstance(values, Mapping) or not values:
+                raise ValueError('sweep.zip: a table of keys and lists, such as { "teacher.polarity" = [0.0, 1.0] }')
+            found[key] = {name: _values(f"zip.{name}", of) for name, of in values.items()}
+            lengths = {name: len(of) for name, of in found[key].items()}
+            if len(set(lengths.values())) > 1:
+                raise ValueError(f"sweep.zip: values go together, so there must be equally many: {lengths}")
+        elif key == "points":
+            found[key] = _values(key, values)
+            if not all(isinstance(point, Mapping) and set(point) == set(found[key][0]) for point in found[key]):
+                raise ValueError("sweep.points: a list of tables, all with the same keys")
+        else:
+            found[key] = _values(key, values)
+    if set(TOGETHER) <= set(found):
+        raise ValueError("sweep: zip and points both list points; write one of them")
+    keys = swept_keys(found)
+    if len(set(keys)) != len(keys):
+        raise ValueError(f"sweep: {sorted({k for k in keys if keys.count(k) > 1})} stands there twice")
+    return found
+
+
+def _values(key: str, values: Any) -> tuple[Any, ...]:
+    if not isinstance(values, (list, tuple)) or not values:
+        raise ValueError(f"sweep: {key!r} = {values!r}: must be a list of at least one value")
+    return tuple(values)
+
+
 def sweep_dimensions(keys: Mapping[str, Any] | Iterable[str]) -> dict[str, str]:
     """Swept key → dimension: the key's last word, or the whole key where that word is taken in the schema.
 
     Raises:
         ExperimentError: if two keys would share a dimension.
     """
-    taken = {*schema.VARIABLES, *schema.COORDINATES, *schema.DIMENSIONS}
+    taken = {*schema.VARIABLES, *schema.COORDINATES, *schema.DIMENSIONS, POINT}
     names = {key: key.rsplit(".", 1)[-1] for key in keys}
     names = {key: key if word in taken else word for key, word in names.items()}
     shared = {w for w in names.values() if list(names.values()).count(w) > 1}
@@ -491,13 +609,15 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 def _check_sweep_keys(experiment: Experiment) -> None:
     known = _keys(Experiment)
-    for key, values in experiment.sweep.items():
+    for key in swept_keys(experiment.sweep):
         if key not in known or key in ("name", "seeds", "dtype") or key.startswith("sweep"):
             raise ValueError(
                 f"sweep: {key!r} is not a key that can be swept{_nearest(key, [k for k in known if '.' in k])}"
             )
-        if len({json.dumps(v, sort_keys=True, default=str) for v in values}) != len(values):
-            raise ValueError(f"sweep: values of {key!r} repeat: {list(values)}")
+    for axis in axes(experiment.sweep):
+        if len({json.dumps(v, sort_keys=True, default=str) for v in axis.values}) != len(axis.values):
+            shown = [v[0] if len(v) == 1 else list(v) for v in axis.values]
+            raise ValueError(f"sweep: values of {', '.join(map(repr, axis.keys))} repeat: {shown}")
     if experiment.sweep:
         for _ in experiment.points():  # each point must be a valid experiment
             pass

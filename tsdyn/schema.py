@@ -209,6 +209,14 @@ COORDINATES: Mapping[str, Variable] = _table(
         "tsdyn",
         "−1: alive to the end",
     ),
+    Variable(
+        "coverage",
+        (),
+        "1",
+        "share of a point's recorded epochs that are committed",
+        "tsdyn",
+        "of a sweep; 0: nothing yet, all NaN",
+    ),
 )
 
 #: Dimensions whose sizes the record decides, not the networks.
@@ -348,6 +356,8 @@ def problems(ds: xr.Dataset, *, swept: Iterable[str] = ()) -> list[str]:
         name = str(name)
         if name in extra or (name in DIMENSIONS and array.dims == (name,)):
             continue
+        if name not in known and name in ds.coords and array.ndim == 1 and array.dims[0] in extra:
+            continue  # a swept key that varies along a dimension with others
         if name not in known:
             found.append(f"{name}: not a variable of schema {VERSION}")
             continue

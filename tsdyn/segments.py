@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,7 +30,7 @@ from tsdyn.durable import (
     write_bytes,
     write_text,
 )
-from tsdyn.experiment import Experiment, differences
+from tsdyn.experiment import Experiment, axes, differences, places
 from tsdyn.lock import NAME as LOCK
 from tsdyn.lock import Lock
 from tsdyn.netcdf import State
@@ -84,9 +85,20 @@ def segment_path(path: Path, first: int, last: int) -> Path:
 
 
 def extends(longer: Experiment, shorter: Experiment) -> bool:
-    """Whether `longer` is `shorter` trained on: only ``training.epochs`` differs, and is more."""
+    """Whether `longer` is `shorter` trained on, over more points, or both.
+
+    Only ``training.epochs`` may differ, and be more, and the values in ``sweep``, of which none may be missing.
+    """
     epochs = longer.training.epochs
-    return epochs > shorter.training.epochs and not differences(longer, shorter.replace({"training.epochs": epochs}))
+    if epochs < shorter.training.epochs or longer == shorter or bool(longer.sweep) != bool(shorter.sweep):
+        return False
+    kept = {"training.epochs": epochs, **({"sweep": longer.sweep} if longer.sweep else {})}
+    if differences(longer, shorter.replace(kept)):
+        return False
+    theirs, mine = ([json.dumps(p, sort_keys=True) for p in places(e.sweep).values()] for e in (shorter, longer))
+    return [axis.keys for axis in axes(longer.sweep)] == [axis.keys for axis in axes(shorter.sweep)] and (
+        set(theirs) <= set(mine)
+    )
 
 
 def claim(path: Path, experiment: Experiment) -> None:
@@ -104,8 +116,8 @@ def claim(path: Path, experiment: Experiment) -> None:
             raise DirectoryError(
                 f"{path}: holds another experiment; nothing was overwritten. What differs:\n  "
                 + "\n  ".join(differences(experiment, theirs))
-                + "\nGive another directory with -o, or remove this one. (A run can be gone on with by more epochs, "
-                "everything else the same.)"
+                + "\nGive another directory with -o, or remove this one. (A run can be gone on with by more epochs "
+                "and a sweep over more values, everything else the same.)"
             )
         if experiment.sweep:  # a run's is written under its lock
             write_text(file, experiment.to_toml())

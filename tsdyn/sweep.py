@@ -1,17 +1,57 @@
-"""A grid of experiments: one run a point, one directory, one Dataset."""
+"""A grid of experiments: one run a point, one directory, one Dataset; in this process or on dask workers.
+
+A point that fails does not stop the others; a worker that dies takes nothing along, because its point goes on from
+the epoch it last committed.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import xarray as xr
 
-from tsdyn import archive, runner
+from tsdyn import archive, grid, runner
+from tsdyn.durable import ArchiveError
 from tsdyn.experiment import Experiment
+from tsdyn.segments import segments
+
+if TYPE_CHECKING:
+    from distributed import Client
 
 #: Called before each point with (position from 1, points, directory name, experiment); its Progress is then used.
 PointProgress = Callable[[int, int, str, Experiment], "runner.Progress | None"]
+
+#: A point whose worker died so often without a committed epoch in between has failed.
+FRUITLESS = 3
+#: A worker tells of its epochs this often; the index is written this often.
+TELL_SECONDS, INDEX_SECONDS = 0.5, 5.0
+CONNECT_SECONDS = 10
+
+
+class SweepError(ArchiveError):
+    """Points of a sweep failed; the others are done.
+
+    Attributes:
+        failures: Directory name of each that failed → why.
+    """
+
+    def __init__(self, path: Path, failures: Mapping[str, str], points: int) -> None:
+        listed = "\n  ".join(f"{name}: {reason}" for name, reason in failures.items())
+        super().__init__(f"{path}: {len(failures)} of {points} points failed, the others are done:\n  {listed}")
+        self.failures = dict(failures)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RuntimeError, (str(self),)
+
+
+class WorkersError(ValueError):
+    """Workers that cannot be had."""
 
 
 def preflight(experiment: Experiment, path: str | Path) -> None:
@@ -28,16 +68,22 @@ def run(
     path: str | Path,
     *,
     device: str = "cpu",
+    workers: int | None = None,
+    scheduler: str | None = None,
     progress: runner.Progress | None = None,
     point: PointProgress | None = None,
 ) -> xr.Dataset:
     """Run an experiment, or every point of its sweep, into `path`; resumes what was committed.
 
+    Points that are finished are skipped, so values added to the sweep cost what is new only.
+
     Args:
         experiment: With or without a sweep.
-        path: Directory; made if absent.
+        path: Directory; made if absent.  With `scheduler`, one that every worker sees under the same name.
         device: ``cpu``, ``cuda`` or ``cuda:0``.
-        progress: Told after every epoch, see `runner.Progress`.
+        workers: Processes on this machine that share the points, one thread each; None runs them here, in turn.
+        scheduler: Address of a dask scheduler, such as ``tcp://10.0.0.1:8786``, whose workers share the points.
+        progress: Told after every epoch, see `runner.Progress`; by workers twice a second at most.
         point: For a sweep, told before each point; returns that point's progress, None for `progress`.
 
     Returns:
@@ -45,14 +91,189 @@ def run(
 
     Raises:
         ArchiveError: if the directory is another's, held by another process, or cannot be written.
+        SweepError: at the end, if points failed: which, and why.
         DeviceError: if there is no such device.
+        WorkersError: if `workers` is below 1, both ways are asked for, or no scheduler answers.
     """
-    runner.check_device(device)
-    if not experiment.sweep:
+    if workers is not None and (workers < 1 or scheduler is not None):
+        raise WorkersError(f"workers = {workers}: at least 1, and not together with a scheduler's address")
+    distributed = workers is not None or scheduler is not None
+    if scheduler is None:
+        runner.check_device(device)
+    path = archive.local_path(path).absolute() if distributed else archive.local_path(path)
+    if not experiment.sweep and not distributed:
         return runner.run(experiment, path, device=device, progress=progress)
-    path = archive.local_path(path)
-    points = archive.write_sweep(path, experiment)
+    points = archive.write_sweep(path, experiment) if experiment.sweep else {".": experiment}
+    due = {name: single for name, single in points.items() if not _finished(path / name, single)}
+    keeper = _IndexKeeper(path)
+    tell = {}
     for position, (name, single) in enumerate(points.items(), start=1):
-        own = point(position, len(points), name, single) if point else None
-        runner.run(single, path / name, device=device, progress=own or progress)
+        if name in due and distributed:
+            tell[name] = (point(position, len(points), name, single) if point else None) or progress
+    failures: dict[str, str] = {}
+    if distributed and due:
+        with _client(workers, scheduler) as client:
+            for name, error in _on_workers(client, due, path, device, tell):
+                keeper.note(name)
+                if error is not None:
+                    failures[name] = _reason(error)
+    elif not distributed:
+        for position, (name, single) in enumerate(points.items(), start=1):
+            if name not in due:
+                continue
+            own = point(position, len(points), name, single) if point else None
+            try:
+                runner.run(single, path / name, device=device, progress=own or progress)
+                keeper.note(name)
+            except Exception as error:  # whatever it is, the other points go on
+                failures[name] = _reason(error)
+    if experiment.sweep:
+        keeper.write(points)
+    if failures:
+        raise SweepError(path, failures, len(points))
     return archive.open(path)
+
+
+def _reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}" if not isinstance(error, (ArchiveError, ValueError)) else str(error)
+
+
+def _finished(path: Path, experiment: Experiment) -> bool:
+    try:
+        there = (path / archive.EXPERIMENT).read_text(encoding="utf-8")
+    except OSError:
+        return False
+    return (path / archive.ARCHIVE).is_file() and there == experiment.to_toml()
+
+
+class _IndexKeeper:
+    """Writes the sweep's index as its points are finished; a cache, so what is lost is read again."""
+
+    def __init__(self, path: Path) -> None:
+        self._index, self._clock = grid.Index(path), time.monotonic()
+
+    def note(self, name: str) -> None:
+        self._read(name)
+        if time.monotonic() - self._clock >= INDEX_SECONDS:
+            self._index.write()
+            self._clock = time.monotonic()
+
+    def write(self, points: Mapping[str, Experiment]) -> None:
+        for name in points:
+            self._read(name)
+        self._index.write()
+
+    def _read(self, name: str) -> None:
+        try:
+            self._index.finished(name)
+        except ArchiveError as error:
+            logging.getLogger("tsdyn").warning("%s", error)
+
+
+# --- on workers ----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _client(workers: int | None, scheduler: str | None) -> Iterator[Client]:
+    """A client of the scheduler at that address, or of a cluster of processes of our own."""
+    import dask
+    from distributed import Client, LocalCluster
+
+    if scheduler is not None:
+        try:
+            client = Client(scheduler, timeout=CONNECT_SECONDS)
+        except (OSError, ValueError) as error:
+            raise WorkersError(f"scheduler {scheduler}: does not answer: {error}") from error
+        with client:
+            yield client
+        return
+    quiet = {"distributed.scheduler.allowed-failures": 10, "distributed.comm.timeouts.connect": "60s"}
+    with (
+        dask.config.set(quiet),
+        LocalCluster(
+            n_workers=workers,
+            threads_per_worker=1,
+            processes=True,
+            dashboard_address=None,
+            silence_logs=logging.CRITICAL,
+        ) as cluster,
+        Client(cluster) as client,
+    ):
+        yield client
+
+
+def _on_workers(
+    client: Client,
+    due: Mapping[str, Experiment],
+    path: Path,
+    device: str,
+    tell: Mapping[str, runner.Progress | None],
+) -> Iterator[tuple[str, BaseException | None]]:
+    """Each point as it ends, with the error that ended it."""
+    from distributed import KilledWorker, as_completed
+
+    topic = f"tsdyn-{uuid.uuid4().hex}"
+
+    def hear(event: tuple[Any, dict[str, Any]]) -> None:
+        told = event[1]
+        report = tell.get(told["name"])
+        if report is not None:
+            report(told["epoch"], told["epochs"], told["died"], told["mse"])
+
+    def submit(name: str) -> Any:
+        key = f"{name}-{uuid.uuid4().hex[:8]}"
+        return client.submit(_work, due[name].to_toml(), str(path / name), name, device, topic, key=key, pure=False)
+
+    client.subscribe_topic(topic, hear)
+    futures = {submit(name): name for name in due}
+    fruitless = dict.fromkeys(due, 0)
+    reached = {name: _reached(path / name) for name in due}
+    try:
+        running = as_completed(list(futures))
+        for future in running:
+            name = futures.pop(future)
+            error = future.exception()
+            if isinstance(error, KilledWorker):
+                now = _reached(path / name)
+                fruitless[name] = 0 if now > reached[name] else fruitless[name] + 1
+                reached[name] = now
+                if fruitless[name] < FRUITLESS:
+                    again = submit(name)
+                    futures[again] = name
+                    running.add(again)
+                    continue
+            yield name, error
+    finally:
+        client.cancel(list(futures))
+        client.unsubscribe_topic(topic)
+
+
+def _reached(path: Path) -> int:
+    """Last committed epoch of a point, −1 for none."""
+    try:
+        found = segments(path)
+    except ArchiveError:
+        return -1
+    return found[-1].last if found else -1
+
+
+def _work(experiment: str, path: str, name: str, device: str, topic: str) -> None:
+    """What a worker does: one point, resumed; tells of its epochs on `topic`."""
+    import torch
+    from distributed import get_worker
+
+    worker = get_worker()
+    torch.set_num_threads(worker.state.nthreads)
+    told = [-TELL_SECONDS]
+    died: list[int] = []
+
+    def tell(epoch: int, epochs: int, dead: list[int], mse: float | None) -> None:
+        died.extend(dead)
+        if epoch == epochs or time.monotonic() - told[0] >= TELL_SECONDS:
+            news = {"name": name, "epoch": epoch, "epochs": epochs, "died": list(died), "mse": mse}
+            worker.log_event(topic, news)
+            told[0] = time.monotonic()
+            died.clear()
+
+    runner.check_device(device)
+    runner.run(Experiment.from_toml_text(experiment), path, device=device, progress=tell)

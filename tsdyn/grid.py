@@ -1,0 +1,532 @@
+"""The directory of a sweep: its points, an index of what they hold, and all of them as one lazy Dataset.
+
+The index repeats what the headers of the finished points say, so that a sweep of thousands of runs opens without
+opening their files.  It is a cache: an entry counts only while its file has the size and time it had, and what is
+missing is read from the files.  Imports no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+import os
+import re
+import tomllib
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import dask.array
+import numpy as np
+import xarray as xr
+from dask.base import tokenize
+from numpy.typing import NDArray
+
+from tsdyn import netcdf, schema
+from tsdyn.durable import ArchiveError, DirectoryError, write_text
+from tsdyn.experiment import POINT, Axis, Experiment, axes, checked_sweep, digest, places, sweep_dimensions, swept_keys
+from tsdyn.segments import ARCHIVE, EXPERIMENT, claim, segments
+
+SWEEP = "sweep.json"
+INDEX = "index.json"
+
+#: A dask chunk gathers whole disk chunks up to this ...
+LAZY_BYTES = 1 << 24
+#: ... and, where a run holds less, the same of up to so many runs: opening a file costs about a millisecond.
+RUNS_A_CHUNK = 25
+#: ... but no more than this in all, so that reading one run of many stays quick.
+GATHERED_BYTES = 1 << 20
+#: Of a file's attributes, those that are its run's own.
+OWN = ("experiment", "name", "digest", "created", "coordinates")
+
+Labels = tuple["str | int | float", ...]
+
+
+# --- points --------------------------------------------------------------------------------------------------
+
+
+def label(value: Any) -> str | int | float:
+    """A coordinate value for a swept value: numbers and strings are themselves, lists join with ``-``."""
+    if isinstance(value, (bool, dict)):
+        return json.dumps(value)
+    if isinstance(value, (list, tuple)):
+        return "-".join(str(v) for v in value)
+    return value  # type: ignore[no-any-return]
+
+
+def point_name(values: Mapping[str, Any]) -> str:
+    """Directory of one point of a sweep, such as ``overrealization=5,polarity=1.0``."""
+    names = sweep_dimensions(values)
+    text = ",".join(f"{names[key]}={label(value)}" for key, value in values.items())
+    name = re.sub(r"[^A-Za-z0-9._+=,-]", "-", text)
+    return name if len(name) <= 200 else f"{name[:180]}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+def sweep_points(path: Path) -> dict[str, tuple[dict[str, Any], Experiment]]:
+    """Directory name → swept values and experiment of each point of the sweep in `path`.
+
+    From ``experiment.toml``: the index beside it is for other readers, and its names are not trusted.
+    """
+    experiment = Experiment.from_toml(path / EXPERIMENT)
+    return {point_name(values): (values, point) for values, point in experiment.points()}
+
+
+def write_sweep(path: Path, experiment: Experiment) -> dict[str, Experiment]:
+    """Make `path` the directory of a sweep; ``sweep.json`` lists every point and its directory for other readers.
+
+    A sweep that holds all points of the one that is there, everything else the same, takes its place.
+
+    Returns the experiment of each point by directory name.
+
+    Raises:
+        ArchiveError: as `claim`.
+    """
+    claim(path, experiment)
+    points = {point_name(values): (values, point) for values, point in experiment.points()}
+    listed = {
+        "schema_version": schema.VERSION,
+        "dimensions": sweep_dimensions(swept_keys(experiment.sweep)),
+        "points": [{"directory": name, "values": values} for name, (values, _) in points.items()],
+    }
+    write_text(path / SWEEP, json.dumps(listed, indent=1))
+    return {name: point for name, (_, point) in points.items()}
+
+
+# --- the index -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file declares, less its numbers; runs of one shape share it.
+
+    Attributes:
+        version: Of the schema.
+        labels: Dimension → its coordinate.
+        columns: Coordinates without a dimension of their own: name → (dimensions, values).
+        variables: Name → (dimensions, dtype, chunk on disk, attributes).
+        attrs: Global attributes that are not the run's own.
+    """
+
+    version: int
+    labels: dict[str, list[Any]]
+    columns: dict[str, tuple[list[str], Any]]
+    variables: dict[str, tuple[list[str], str, list[int], dict[str, Any]]]
+    attrs: dict[str, Any]
+
+    @classmethod
+    def of(cls, path: Path) -> tuple[Header, list[int]]:
+        """Of a file, and the ``death_epoch`` of its members.
+
+        Raises:
+            DirectoryError: if it is no archive of tsdyn's.
+        """
+        netcdf.inspect(path)
+        try:
+            with netcdf.dataset(path) as nc:
+                labels = {
+                    dim: np.asarray(nc[dim][:]).tolist() if dim in nc.variables else list(range(size.size))
+                    for dim, size in nc.dimensions.items()
+                }
+                columns = {
+                    name: (list(nc[name].dimensions), np.asarray(nc[name][...]).tolist())
+                    for name in schema.COORDINATES
+                    if name in nc.variables and name != "death_epoch"
+                }
+                variables = {
+                    name: (
+                        list(array.dimensions),
+                        np.dtype(array.dtype).str,
+                        _stored_chunk(array),
+                        {k: _plain(array.getncattr(k)) for k in array.ncattrs() if not k.startswith("_")},
+                    )
+                    for name, array in nc.variables.items()
+                    if name not in labels and name not in schema.COORDINATES
+                }
+                attrs = {k: _plain(nc.getncattr(k)) for k in nc.ncattrs() if k not in OWN}
+                death = np.asarray(nc["death_epoch"][...]).tolist() if "death_epoch" in nc.variables else []
+                return cls(int(attrs.get("schema_version", schema.VERSION)), labels, columns, variables, attrs), death
+        except (OSError, RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+            raise DirectoryError(f"{path}: not a readable netCDF file: {error}") from error
+
+    def as_json(self) -> list[Any]:
+        return [self.version, self.labels, self.columns, self.variables, self.attrs]
+
+
+def _stored_chunk(array: Any) -> list[int]:
+    stored = array.chunking()
+    return list(stored) if isinstance(stored, list) else list(array.shape)
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
+
+
+class Source(NamedTuple):
+    """One file: where, what it declares, when its members died."""
+
+    path: Path
+    header: Header
+    death: list[int]
+
+
+class Index:
+    """What the finished points of a sweep hold, read from ``index.json`` where that is not out of date.
+
+    Args:
+        path: Directory of the sweep.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._headers: dict[str, Header] = {}
+        self._entries: dict[str, tuple[list[int], str, list[int]]] = {}
+        self._changed = False
+        with suppress(OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            kept = json.loads((path / INDEX).read_text(encoding="utf-8"))
+            if kept["version"] == schema.VERSION:
+                self._headers = {key: Header(*header) for key, header in kept["headers"].items()}
+                self._entries = {name: tuple(entry) for name, entry in kept["runs"].items()}
+
+    def finished(self, name: str) -> Source | None:
+        """The archive of one point, None if it has none.
+
+        Raises:
+            DirectoryError: if it has one that cannot be read.
+        """
+        file = self.path / name / ARCHIVE
+        try:
+            status = os.stat(file)
+        except OSError:
+            return None
+        stamp = [status.st_size, status.st_mtime_ns]
+        entry = self._entries.get(name)
+        if entry is None or entry[0] != stamp or entry[1] not in self._headers:
+            header, death = Header.of(file)
+            key = hashlib.sha256(json.dumps(header.as_json(), sort_keys=True).encode()).hexdigest()[:16]
+            self._headers.setdefault(key, header)
+            entry = self._entries[name] = (stamp, key, death if any(d >= 0 for d in death) else [])
+            self._changed = True
+        header = self._headers[entry[1]]
+        return Source(file, header, entry[2] or [-1] * len(header.labels["seed"]))
+
+    def committed(self, name: str) -> list[Source]:
+        """The archive of one point, or the segments of one that goes on; nothing if it has neither.
+
+        Raises:
+            ArchiveError: if one cannot be read.
+        """
+        for _ in range(3):
+            done = self.finished(name)
+            if done is not None:
+                return [done]
+            with suppress(FileNotFoundError):  # the run was finished in this moment
+                return [Source(s.path, *Header.of(s.path)) for s in segments(self.path / name)]
+        return []
+
+    def write(self) -> None:
+        """Keep what was read, if there is anything new."""
+        if not self._changed:
+            return
+        used = {key for _, key, _ in self._entries.values()}
+        kept = {
+            "version": schema.VERSION,
+            "headers": {key: header.as_json() for key, header in self._headers.items() if key in used},
+            "runs": self._entries,
+        }
+        write_text(self.path / INDEX, json.dumps(kept, separators=(",", ":")))
+        self._changed = False
+
+
+# --- one variable over the grid ------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Stored:
+    """A variable over all points of a grid, an array that reads when it is indexed; NaN where nothing is stored.
+
+    Attributes:
+        name: The variable.
+        outer, inner: Its dimensions: those of the grid, those of the files.
+        shape, dtype: As numpy's.
+        cells: Place in the grid → files.
+        labels: Dimension of the files → the grid's labels.
+        skip: Whether what cannot be read is left NaN, with a warning, not an error.
+    """
+
+    name: str
+    outer: tuple[str, ...]
+    inner: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    cells: Mapping[tuple[int, ...], Sequence[Source]]
+    labels: Mapping[str, list[Any]]
+    skip: bool = False
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @cached_property
+    def _position(self) -> dict[str, dict[Any, int]]:
+        return {dim: {value: i for i, value in enumerate(self.labels[dim])} for dim in self.inner}
+
+    def __getitem__(self, key: Any) -> NDArray:
+        """Basic indexing: integers and slices of positive step."""
+        key = key if isinstance(key, tuple) else (key,)
+        if Ellipsis in key:
+            at = key.index(Ellipsis)
+            key = (*key[:at], *[slice(None)] * (self.ndim + 1 - len(key)), *key[at + 1 :])
+        key = (*key, *[slice(None)] * (self.ndim - len(key)))
+        wanted = [
+            range(n)[k] if isinstance(k, slice) else range(n)[k : k + 1] for k, n in zip(key, self.shape, strict=True)
+        ]
+        found = np.full([len(w) for w in wanted], np.nan, self.dtype)
+        outer = len(self.outer)
+        for at in np.ndindex(*found.shape[:outer]):
+            place = tuple(w[i] for w, i in zip(wanted[:outer], at, strict=True))
+            for source in self.cells.get(place, ()):
+                self._fill(found[at], source, wanted[outer:])
+        return found[tuple(slice(None) if isinstance(k, slice) else 0 for k in key)]
+
+    def _fill(self, block: NDArray, source: Source, wanted: Sequence[range]) -> None:
+        """Put what one file holds of the `wanted` positions where they are in `block`."""
+        if self.name not in source.header.variables:
+            return
+        rows, target = [], []
+        for dim, span in zip(self.inner, wanted, strict=True):
+            where = np.array([self._position[dim][value] for value in source.header.labels[dim]], dtype=int)
+            ahead = where - span.start
+            inside = np.flatnonzero((ahead >= 0) & (where < span.stop) & (ahead % span.step == 0))
+            if not len(inside):
+                return
+            rows.append(_as_slice(inside))
+            target.append(ahead[inside] // span.step)
+        try:
+            with netcdf.dataset(source.path) as nc:
+                stored = nc[self.name][tuple(rows)]
+            block[np.ix_(*target)] = stored
+        except (OSError, RuntimeError, IndexError, KeyError, ValueError) as error:
+            message = f"{source.path}: {self.name} cannot be read: {error}"
+            if not self.skip:
+                raise ArchiveError(f"{message}; `tsdyn validate` tells what is whole") from error
+            warnings.warn(f"{message}; left NaN", stacklevel=2)
+
+
+def _as_slice(rows: NDArray) -> slice | NDArray:
+    """Positions as a slice where they follow one another."""
+    whole = slice(int(rows[0]), int(rows[-1]) + 1)
+    return whole if whole.stop - whole.start == len(rows) else rows
+
+
+# --- all points as one Dataset -------------------------------------------------------------------------------
+
+
+def open_sweeps(paths: Sequence[Path], *, skip_damaged: bool = False) -> xr.Dataset:
+    """One or several sweeps (or runs) as one lazy Dataset; nothing is loaded.
+
+    Swept keys are leading dimensions, and so are the keys in which the experiments differ otherwise; keys that go
+    together (``zip``, ``points``) are coordinates along ``point``.  Points without a committed epoch are NaN;
+    ``coverage`` is the share of its recorded epochs that each point has.
+
+    Raises:
+        ArchiveError: if a file cannot be read (unless `skip_damaged`), nothing is committed yet, or two directories
+            hold the same point.
+    """
+    cells, grid, origin = _gathered(paths, skip_damaged)
+    sources = [source for cell in cells.values() for source in cell]
+    if not sources:
+        where = ", ".join(map(str, paths))
+        raise DirectoryError(f"{where}: no point of this sweep has a committed epoch yet; go on with `tsdyn run`")
+    versions = {source.header.version: source for source in sources}
+    built = []
+    for version, example in versions.items():
+        own = {place: [s for s in cell if s.header.version == version] for place, cell in cells.items()}
+        ds = _built({place: cell for place, cell in own.items() if cell}, grid, skip_damaged)
+        try:
+            built.append(schema.migrate(ds))
+        except schema.SchemaError as error:
+            raise DirectoryError(f"{example.path}: {error}") from error
+    ds = built[0]
+    for other in built[1:]:
+        ds = ds.combine_first(other)
+    return ds.assign_attrs(origin)
+
+
+def _gathered(
+    paths: Sequence[Path], skip_damaged: bool
+) -> tuple[dict[tuple[int, ...], list[Source]], tuple[Axis, ...], dict[str, str]]:
+    """The files at each place of the common grid, the grid (its keys named as coordinates), and its own attributes."""
+    written = [_written(path) for path in paths]
+    sweeps = [values.get("sweep", {}) for values in written]
+    keys = tuple(dict.fromkeys([*_differing(written), *(key for sweep in sweeps for key in swept_keys(sweep))]))
+    groups = {axis.keys for sweep in sweeps for axis in axes(sweep) if axis.dimension == POINT}
+    if len(groups) > 1:
+        raise DirectoryError(f"open: the sweeps list points of different keys, {sorted(groups)}; open one at a time")
+    listed = next(iter(groups), ())
+    along = [*((key,) for key in keys if key not in listed), *groups]
+    found: dict[tuple[Labels, ...], list[Source]] = {}
+    for path, values, sweep in zip(paths, written, sweeps, strict=True):
+        index, base = Index(path), dict(_flat({k: v for k, v in values.items() if k != "sweep"}))
+        for point in places(sweep).values() if sweep else ({},):
+            at = tuple(tuple(label({**base, **point}.get(key, "unset")) for key in group) for group in along)
+            held = found.setdefault(at, [])
+            try:
+                sources = index.committed(point_name(point) if sweep else ".")
+            except ArchiveError as error:
+                if not skip_damaged:
+                    raise
+                warnings.warn(f"{error}; left NaN", stacklevel=4)
+                continue
+            seeds = {seed for source in held for seed in source.header.labels["seed"]}
+            if sources and seeds & set(sources[0].header.labels["seed"]):
+                raise DirectoryError(
+                    f"open: {held[0].path} and {sources[0].path} hold the same seeds of one point, "
+                    f"{dict(zip(map(', '.join, along), at, strict=True))}; open one of them"
+                )
+            held += sources
+    values = [tuple(dict.fromkeys(at[i] for at in found)) for i in range(len(along))]
+    position = [{value: i for i, value in enumerate(of)} for of in values]
+    cells = {tuple(p[v] for p, v in zip(position, at, strict=True)): held for at, held in found.items() if held}
+    names = sweep_dimensions(keys)
+    grid = tuple(
+        Axis(POINT if group == listed else names[group[0]], tuple(names[key] for key in group), of)
+        for group, of in zip(along, values, strict=True)
+    )
+    return cells, grid, _origin(paths, written)
+
+
+def _written(path: Path) -> dict[str, Any]:
+    """The experiment file as a nested dict; only its sweep is checked, for a thousand points take a while."""
+    try:
+        values = tomllib.loads((path / EXPERIMENT).read_text(encoding="utf-8"))
+        return {**values, "sweep": checked_sweep(values.get("sweep", {}))}
+    except (OSError, ValueError, RecursionError) as error:
+        raise DirectoryError(f"{path}: holds no run or sweep of tsdyn's: {error}") from error
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _differing(written: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Keys in which experiments differ, other than by what they sweep, their names and their seeds."""
+    flat = [dict(_flat({k: v for k, v in values.items() if k not in ("sweep", "name", "seeds")})) for values in written]
+    keys = dict.fromkeys(itertools.chain.from_iterable(flat))
+    absent = object()
+    return [key for key in keys if any(f.get(key, absent) != flat[0].get(key, absent) for f in flat)]
+
+
+def _origin(paths: Sequence[Path], written: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Attributes of the whole: the experiment of a single sweep, where several are."""
+    if len(paths) > 1:
+        return {"opened": json.dumps([str(path) for path in paths])}
+    values = {k: v for k, v in written[0].items() if k != "sweep" or v}
+    text = (paths[0] / EXPERIMENT).read_text(encoding="utf-8")
+    return {"experiment": text, "digest": digest(values), "name": str(values.get("name", ""))}
+
+
+def _union(headers: Sequence[Header], dim: str) -> list[Any]:
+    lists = [header.labels[dim] for header in headers if dim in header.labels]
+    longest = max(lists, key=len)
+    return longest if all(set(found) <= set(longest) for found in lists) else sorted(set().union(*lists))
+
+
+def _built(cells: Mapping[tuple[int, ...], Sequence[Source]], grid: Sequence[Axis], skip: bool) -> xr.Dataset:
+    """The Dataset of all cells."""
+    sources = [source for cell in cells.values() for source in cell]
+    headers = list({id(s.header): s.header for s in sources}.values())
+    used = {"seed", "epoch", "layer"} | {d for h in headers for dims, *_ in h.variables.values() for d in dims}
+    labels = {dim: _union(headers, dim) for dim in sorted(used, key=[*schema.DIMENSIONS, *used].index)}
+    outer, sizes = tuple(axis.dimension for axis in grid), tuple(len(axis.values) for axis in grid)
+    token = tokenize([(place, [(str(s.path), _stamp(s.path)) for s in cell]) for place, cell in cells.items()], skip)
+    arrays: dict[str, xr.Variable] = {}
+    for name in dict.fromkeys(name for header in headers for name in header.variables):
+        holding = [header.variables[name] for header in headers if name in header.variables]
+        inner, dtype, _, attrs = holding[0]
+        shape = (*sizes, *(len(labels[dim]) for dim in inner))
+        own = {dim: labels[dim] for dim in inner}
+        stored = Stored(name, outer, tuple(inner), shape, np.dtype(dtype), cells, own, skip)
+        lazy = dask.array.from_array(
+            stored,
+            chunks=_chunks([chunk for _, _, chunk, _ in holding], stored),
+            name=f"{name}-{token}",
+            asarray=False,
+            fancy=False,
+            meta=np.empty((0,) * len(shape), stored.dtype),
+        )
+        arrays[name] = xr.Variable((*outer, *inner), lazy, attrs)
+    coords: dict[str, Any] = {
+        dim: xr.Variable(dim, values, {"long_name": schema.DIMENSIONS.get(dim, dim)}) for dim, values in labels.items()
+    }
+    for axis in grid:
+        if axis.dimension == POINT:
+            coords[POINT] = xr.Variable(POINT, np.arange(len(axis.values)))
+        coords |= {
+            key: xr.Variable(axis.dimension, [value[i] for value in axis.values]) for i, key in enumerate(axis.keys)
+        }
+    coords |= _columns(cells, headers, labels, outer, sizes)
+    return xr.Dataset(arrays, coords, sources[0].header.attrs)
+
+
+def _columns(
+    cells: Mapping[tuple[int, ...], Sequence[Source]],
+    headers: Sequence[Header],
+    labels: Mapping[str, list[Any]],
+    outer: tuple[str, ...],
+    sizes: tuple[int, ...],
+) -> dict[str, xr.Variable]:
+    """Coordinates beside the dimensions' own, over the grid; −1 where a point has nothing yet."""
+    dims = {name: found for header in headers for name, (found, _) in header.columns.items()}
+    columns = {name: np.full((*sizes, *(len(labels[d]) for d in found)), -1) for name, found in dims.items()}
+    death, coverage = np.full((*sizes, len(labels["seed"])), -1), np.zeros(sizes)
+    seeds = {seed: i for i, seed in enumerate(labels["seed"])}
+    for place, cell in cells.items():
+        for name, (found, values) in cell[0].header.columns.items():
+            columns[name][(*place, *(slice(0, len(cell[0].header.labels[d])) for d in found))] = values
+        for source in cell:  # of segments, the last has the word
+            death[(*place, [seeds[s] for s in source.header.labels["seed"]])] = source.death
+        coverage[place] = _coverage(cell)
+    variables = {"death_epoch": xr.Variable((*outer, "seed"), death), "coverage": xr.Variable(outer, coverage)}
+    variables |= {name: xr.Variable((*outer, *dims[name]), values) for name, values in columns.items()}
+    for name, variable in variables.items():
+        variable.attrs.update(schema.COORDINATES[name].attrs)
+    return variables
+
+
+def _coverage(cell: Sequence[Source]) -> float:
+    """Share of the recorded epochs that are committed."""
+    if cell[0].path.name == ARCHIVE:
+        return 1.0
+    there = sum(len(source.header.labels["epoch"]) for source in cell)
+    return there / len(Experiment.from_toml(cell[0].path.parent.parent / EXPERIMENT).schedule)
+
+
+def _stamp(path: Path) -> int:
+    with suppress(OSError):
+        return os.stat(path).st_mtime_ns
+    return 0
+
+
+def _chunks(stored: Sequence[Sequence[int]], array: Stored) -> tuple[int, ...]:
+    """Dask chunks that follow files: whole disk chunks of as many seeds as fit; of several runs only if small."""
+    lengths = dict(zip(array.inner, array.shape[len(array.outer) :], strict=True))
+    chunk = {dim: min(n, lengths[dim]) for dim, n in zip(array.inner, np.max(stored, axis=0).tolist(), strict=True)}
+    chunk |= {dim: lengths[dim] for dim in (*schema.NODE_WIDTHS, "input_node") if dim in chunk}
+    size = max(1, math.prod(chunk.values()) * array.dtype.itemsize)
+    if "seed" in chunk:
+        chunk["seed"] = min(lengths["seed"], chunk["seed"] * max(1, LAZY_BYTES // size))
+        size = max(1, math.prod(chunk.values()) * array.dtype.itemsize)
+    runs = [1] * len(array.outer)
+    if runs:
+        runs[-1] = min(array.shape[len(runs) - 1], RUNS_A_CHUNK, max(1, GATHERED_BYTES // size))
+    return (*runs, *(max(1, n) for n in chunk.values()))
