@@ -6,7 +6,9 @@ names, and the reference table of the documentation is printed from `VARIABLES`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import itertools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,7 +25,7 @@ DIMENSIONS: Mapping[str, str] = {
     "node_2": "second student node of a pair",
     "teacher_node": "teacher node, padded to the widest layer",
     "teacher_node_2": "second teacher node of a pair",
-    "input_node": "node of the layer below (layer 1: the input)",
+    "input_node": "node of the layer below (layer 1: the input); of a convolution (channel, row, column) of its kernel",
     "output": "node of the output layer",
     "sample": "sample of a data set",
     "mode": "eigenvalue, largest first",
@@ -176,6 +178,15 @@ VARIABLES: Mapping[str, Variable] = _table(
         "max of sin ∠(w*_j, w_k) and |b*_j ∓ b_k|, weights scaled to norm 1; NaN for a zero weight",
     ),
     Variable(
+        "conserved_norm",
+        _NODE,
+        "1",
+        "norm of a node's incoming weight and bias",
+        f"{LUCK}, Theorem 3",
+        "gradient flow conserves it below BatchNorm; ‖w‖ where BatchNorm precedes the activation, else ‖[w; b]‖; "
+        f"{_HIDDEN}",
+    ),
+    Variable(
         "lemma1_residual",
         _MEMBER,
         "1",
@@ -259,10 +270,26 @@ RECORDABLE = (
     "D_star",
     "L",
     "L_star",
+    "conserved_norm",
     "lemma1_residual",
     "alignment",
     "gradient_norm",
     "hessian_eigenvalue",
+)
+
+
+#: Those of them that are measured of convolutions (a node is a channel) and of networks with BatchNorm.
+DEEP = (
+    "loss_train",
+    "loss_eval",
+    "mse_train",
+    "mse_eval",
+    "weight",
+    "bias",
+    "correlation",
+    "fanout_norm",
+    "teacher_fanout_norm",
+    "conserved_norm",
 )
 
 
@@ -277,6 +304,8 @@ class Layout:
         teacher_widths: Teacher widths m_1..m_L.
         quantiles: Labels of the ``quantile`` dimension.
         modes: Hessian eigenvalues recorded.
+        fan_ins: Numbers in a row of each student weight, where that is not the width of the layer below.
+        teacher_fan_ins: Likewise of the teacher.
     """
 
     seeds: tuple[int, ...]
@@ -285,6 +314,8 @@ class Layout:
     teacher_widths: tuple[int, ...]
     quantiles: tuple[float, ...] = ()
     modes: int = 0
+    fan_ins: tuple[int, ...] = ()
+    teacher_fan_ins: tuple[int, ...] = ()
 
     @property
     def depth(self) -> int:
@@ -293,11 +324,11 @@ class Layout:
 
     @property
     def input_widths(self) -> tuple[int, ...]:
-        return (self.input_width, *self.widths[:-1])
+        return self.fan_ins or (self.input_width, *self.widths[:-1])
 
     @property
     def teacher_input_widths(self) -> tuple[int, ...]:
-        return (self.input_width, *self.teacher_widths[:-1])
+        return self.teacher_fan_ins or (self.input_width, *self.teacher_widths[:-1])
 
     def node_widths(self, variable: Variable, dim: str) -> tuple[int, ...]:
         """True sizes of a dimension at layers 1..L, for `variable`; without layers, at the lowest, or the one size."""
@@ -324,6 +355,29 @@ class Layout:
         """True sizes of what `variable` holds of one member and epoch, at `layer` (1..L) if it has layers."""
         inner = [dim for dim in variable.dims if dim not in ("seed", "epoch", "layer")]
         return tuple(self.node_widths(variable, dim)[(layer or 1) - 1] for dim in inner)
+
+
+def weight_shapes(
+    widths: Sequence[int], image: tuple[int, int, int] | None, *, kernel: int = 3, stride: int = 1, padding: int = 0
+) -> list[tuple[int, ...]]:
+    """Weight shapes of a network of input, hidden ..., output widths; with `image` its hidden layers are convolutions.
+
+    Raises:
+        ValueError: if an image becomes smaller than a kernel.
+    """
+    if image is None:
+        return [(nodes, below) for below, nodes in itertools.pairwise(widths)]
+    found: list[tuple[int, ...]] = []
+    channels, *size = image
+    for nodes in widths[1:-1]:
+        found.append((nodes, channels, kernel, kernel))
+        channels, size = nodes, [(s + 2 * padding - kernel) // stride + 1 for s in size]
+        if min(size) < 1:
+            raise ValueError(
+                f"{len(widths) - 2} convolutions of {kernel} x {kernel} do not fit images of {image[1:]}; use fewer "
+                "layers, padding or larger images"
+            )
+    return [*found, (widths[-1], channels * math.prod(size))]
 
 
 def expand(names: Iterable[str]) -> tuple[str, ...]:

@@ -162,6 +162,7 @@ class Rule:
             training.epsilon,
             training.frozen,
             training.normalize,
+            training.loss,
         )
 
     @property
