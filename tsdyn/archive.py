@@ -175,7 +175,7 @@ def _open_sweep(path: Path) -> xr.Dataset:
             opened[tuple(label(values[key]) for key in dims)] = open(directory)
     if not opened:
         raise DirectoryError(f"{path}: no point of this sweep has a committed epoch yet; go on with `tsdyn run`")
-    dims_that_differ = (*schema.NODE_WIDTHS, "input_node", "mode")
+    dims_that_differ = (*schema.NODE_WIDTHS, "input_node", "mode", "top_k")
     widest = {dim: max(ds.sizes.get(dim, 0) for ds in opened.values()) for dim in dims_that_differ}
     padded = {key: _padded(ds, widest) for key, ds in opened.items()}
     template = next(iter(padded.values()))

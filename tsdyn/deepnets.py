@@ -18,6 +18,7 @@ from typing import Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
@@ -357,7 +358,7 @@ class DeepNetwork:
         if training and any(n is not None for n in self.norms):
             raise ValueError(
                 "folded: BatchNorm in training mode couples the samples of a batch, so no V_l(x), A_l(x) or B_l(x) of "
-                "one sample exists; its exact backward map is the batch operator normalization.batch_norm_gradient"
+                "one sample exists; its exact backward map is the batch operator deepnets.batch_norm_gradient"
             )
         return Network.from_torch(self.to_torch(), input_shape=self.frame.image)
 
@@ -493,6 +494,62 @@ def _convolved(i: int, weight: Tensor, image: Image | None, frame: Frame) -> Ima
     return len(weight), rows, columns
 
 
+def fanout_norms(network: DeepNetwork, x: Tensor) -> list[Tensor]:
+    """√E β_kk = √E‖∂f_L/∂f_k‖² of every hidden layer, (node,), in evaluation mode; of a channel summed over its pixels.
+
+    One backward pass an output, for all samples at once: they are independent.  Source: Tian (2020), Definition 2.
+    """
+    stacked = Parameters.of([network], share=True)
+    with torch.enable_grad():
+        layers = propagate(stacked, network.frame, x.detach().unsqueeze(0).requires_grad_(True), training=False)
+        hidden = [layer.f for layer in layers[:-1]]
+        output = layers[-1].activation[0].sum(0)
+        squares = [torch.zeros_like(weight[:, 0].flatten(1)[:, 0]) for weight in network.weights[:-1]]
+        for c in range(len(output)):
+            for total, v in zip(squares, torch.autograd.grad(output[c], hidden, retain_graph=True), strict=True):
+                total += v.square().sum((0, 2, 3)) if v.ndim == 4 else v[0].square().sum(0)
+    return [(total / len(x)).sqrt() for total in squares]
+
+
+def batch_norm_gradient(
+    f: Float[Tensor, "sample node"], g: Float[Tensor, "sample node"], *, scale: Tensor | None = None, eps: float = 0.0
+) -> Float[Tensor, "sample node"]:
+    r"""Gradient below BatchNorm in training mode from the gradient g above it, f being what it normalises.
+
+    .. math:: \frac{c}{\sigma} P^\perp_{\{f, 1\}}\, g, \qquad \sigma^2 = \mathrm{Var} f + \epsilon
+
+    A map of the whole batch, one a node: g without its parts along 1 and along the centred f.  With eps > 0 the part
+    along f is taken in the metric of σ², and the map is a projection only as eps → 0.
+
+    Raises:
+        ValueError: for a batch of one sample.
+
+    Source: Tian et al. (2019), Lemma 1.
+    """
+    if len(f) < 2:
+        raise ValueError("batch_norm_gradient: a batch of one sample has no variance; give two or more")
+    centred = f - f.mean(0)
+    variance = centred.square().mean(0) + eps
+    flat = g - g.mean(0)
+    projected = flat - centred * ((flat * centred).mean(0) / variance)
+    return projected * variance.rsqrt() * (1 if scale is None else scale)
+
+
+def conserved_norms(network: DeepNetwork) -> list[Tensor]:
+    """‖w_k‖ of each hidden node where BatchNorm comes before σ, ‖[w_k; b_k]‖ otherwise, (node,).
+
+    Gradient flow conserves it below BatchNorm (eps = 0), which is blind to the scale of its input; SGD adds lr² times
+    the square of each gradient.  Source: Tian et al. (2019), Theorem 3.
+    """
+    found = []
+    for weight, bias in zip(network.weights[:-1], network.biases, strict=False):
+        squares = weight.flatten(1).square().sum(1)
+        if bias is not None and network.frame.norm == "after":
+            squares = squares + bias.square()
+        found.append(squares.sqrt())
+    return found
+
+
 # --- many members --------------------------------------------------------------------------------------------
 
 
@@ -544,10 +601,30 @@ class Parameters:
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer of a forward pass: (member, sample, node), of a convolution (member, sample, channel, row, column)."""
+    """One layer of a forward pass, in the engine's layout: of a convolution (sample, member·channel, row, column).
 
-    preactivation: Tensor
-    activation: Tensor
+    Attributes:
+        z: What σ is applied to.
+        f: What the layer above gets.
+        members: S.
+    """
+
+    z: Tensor
+    f: Tensor
+    members: int
+
+    @property
+    def preactivation(self) -> Tensor:
+        """(member, sample, node), of a convolution (member, sample, channel, row, column)."""
+        return self._by_member(self.z)
+
+    @property
+    def activation(self) -> Tensor:
+        """(member, sample, node), of a convolution (member, sample, channel, row, column)."""
+        return self._by_member(self.f)
+
+    def _by_member(self, x: Tensor) -> Tensor:
+        return x.unflatten(1, (self.members, -1)).transpose(0, 1) if x.ndim == 4 else x
 
 
 def propagate(p: Parameters, frame: Frame, x: Tensor, *, training: bool) -> list[Layer]:
@@ -556,7 +633,7 @@ def propagate(p: Parameters, frame: Frame, x: Tensor, *, training: bool) -> list
     z = W f + b; then BatchNorm and σ in the frame's order.  `preactivation` is what σ is applied to.  In training
     mode each member's BatchNorm uses its own batch and moves its own running statistics, in place.
     """
-    members, samples = x.shape[:2]
+    members = len(x)
     f = x if frame.image is None else x.unflatten(2, frame.image).transpose(0, 1).flatten(1, 2)
     if f.ndim == 4 and f.device.type == "cpu":
         f = f.contiguous(memory_format=torch.channels_last)
@@ -579,7 +656,7 @@ def propagate(p: Parameters, frame: Frame, x: Tensor, *, training: bool) -> list
             f = frame.activation(z)
         else:
             f = _normalized(frame.activation(z), norm, training)
-        found.append(Layer(_by_member(z, members, samples), _by_member(f, members, samples)))
+        found.append(Layer(z, f, members))
     return found
 
 
@@ -589,14 +666,11 @@ def _normalized(x: Tensor, norm: BatchNorm, training: bool) -> Tensor:
     if training and flat.numel() == flat.shape[1]:
         raise ValueError("BatchNorm: one value a node in training mode; a batch must hold two samples or more")
     scale, shift = (None if t is None else t.flatten() for t in (norm.scale, norm.shift))
+    eps = max(norm.eps, torch.finfo(x.dtype).tiny)  # torch refuses 0
     y = F.batch_norm(
-        flat, norm.mean.view(-1), norm.variance.view(-1), scale, shift, training, norm.momentum, norm.eps
+        flat, norm.mean.view(-1), norm.variance.view(-1), scale, shift, training, norm.momentum, eps
     )  # fmt: skip
     return y if x.ndim == 4 else y.unflatten(1, (len(norm.mean), -1)).transpose(0, 1)
-
-
-def _by_member(x: Tensor, members: int, samples: int) -> Tensor:
-    return x.unflatten(1, (members, -1)).transpose(0, 1) if x.ndim == 4 else x.view(members, samples, -1)
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -378,8 +378,13 @@ class Experiment(_Part):
             )
         if self.training.labels == "data" and self.data.augment in ("agnostic", "aware"):
             raise ValueError(f"training.labels = 'data': points of data.augment = {self.data.augment!r} have no label")
+        asked = set(schema.expand(self.record.observables))
+        if "label_accuracy" in asked and self.data.drawn:
+            raise ValueError(f"record.observables: label_accuracy needs labels; data.law = {self.data.law!r} has none")
+        if self.deep and self.data.augment in ("agnostic", "aware"):
+            raise ValueError(f"data.augment = {self.data.augment!r}: is of fully connected layers without BatchNorm")
         if self.deep:
-            unknown = set(schema.expand(self.record.observables)) - set(schema.DEEP)
+            unknown = asked - set(schema.DEEP)
             if unknown:
                 raise ValueError(
                     f"record.observables: {', '.join(sorted(unknown))} is not measured of convolutions and BatchNorm; "

@@ -30,6 +30,7 @@ DIMENSIONS: Mapping[str, str] = {
     "sample": "sample of a data set",
     "mode": "eigenvalue, largest first",
     "quantile": "quantile over samples",
+    "top_k": "how many of the largest outputs count",
 }
 
 TIAN = "Tian 2020 (PMLR 119:9470)"
@@ -80,10 +81,13 @@ _MIXED = (*_LAYER, "node", "teacher_node")
 _PAIR = (*_LAYER, "node", "node_2")
 _HIDDEN = "hidden layers; NaN at the output layer"
 _MOMENT = f"over the evaluation set; without the constant node; {_HIDDEN}"
+_LOSS = "J = ½ E‖f* − f‖², or E[−log softmax(f)_class]: training.loss and the attribute conventions say which"
+_NORM = f"{LUCK}, section 3"
+_NORM_AT = f"layers with BatchNorm; {_HIDDEN}"
 
 VARIABLES: Mapping[str, Variable] = _table(
-    Variable("loss_train", _MEMBER, "1", "training loss J = ½ E‖f* − f‖²", f"{TIAN}, Eq. 1"),
-    Variable("loss_eval", _MEMBER, "1", "evaluation loss J = ½ E‖f* − f‖²", f"{TIAN}, Eq. 1"),
+    Variable("loss_train", _MEMBER, "1", "training loss", f"{TIAN}, Eq. 1", _LOSS),
+    Variable("loss_eval", _MEMBER, "1", "evaluation loss", f"{TIAN}, Eq. 1", _LOSS),
     Variable("mse_train", _MEMBER, "1", "training mean squared error per output", f"{TIAN}, released code"),
     Variable("mse_eval", _MEMBER, "1", "evaluation mean squared error per output", f"{TIAN}, released code"),
     Variable("weight", (*_NODE, "input_node"), "1", "student weight", f"{TIAN}, section 3"),
@@ -178,6 +182,26 @@ VARIABLES: Mapping[str, Variable] = _table(
         "max of sin ∠(w*_j, w_k) and |b*_j ∓ b_k|, weights scaled to norm 1; NaN for a zero weight",
     ),
     Variable(
+        "accuracy",
+        (*_MEMBER, "top_k"),
+        "1",
+        "share of samples with the teacher's class among the k largest outputs",
+        f"{TIAN}, section 6",
+        "over the evaluation set; the teacher's class is its largest output",
+    ),
+    Variable(
+        "label_accuracy",
+        (*_MEMBER, "top_k"),
+        "1",
+        "share of samples with their label among the k largest outputs",
+        f"{TIAN}, section 6",
+        "over the evaluation set; the data's own labels",
+    ),
+    Variable("norm_scale", _NODE, "1", "BatchNorm scale", _NORM, _NORM_AT),
+    Variable("norm_shift", _NODE, "1", "BatchNorm shift (bias)", _NORM, _NORM_AT),
+    Variable("norm_mean", _NODE, "1", "BatchNorm running mean", _NORM, _NORM_AT),
+    Variable("norm_variance", _NODE, "1", "BatchNorm running variance", _NORM, _NORM_AT),
+    Variable(
         "conserved_norm",
         _NODE,
         "1",
@@ -223,7 +247,9 @@ COORDINATES: Mapping[str, Variable] = _table(
 )
 
 #: Dimensions whose sizes the record decides, not the networks.
-SIZED = ("quantile", "mode")
+SIZED = ("quantile", "mode", "top_k")
+#: Most outputs that `accuracy` counts.
+TOP = 5
 
 #: Size of each node dimension at one layer: the coordinate that says where the layer ends.
 NODE_WIDTHS: Mapping[str, str] = {
@@ -240,6 +266,7 @@ FAMILIES: Mapping[str, tuple[str, ...]] = {
     "weight": ("weight", "bias"),
     "fanout_norm": ("fanout_norm", "teacher_fanout_norm"),
     "observation": ("observation", "observation_count"),
+    "batch_norm": ("norm_scale", "norm_shift", "norm_mean", "norm_variance"),
     "moments": ("A", "B", "H", "H_star", "D", "D_star", "L", "L_star"),
 }
 
@@ -270,6 +297,12 @@ RECORDABLE = (
     "D_star",
     "L",
     "L_star",
+    "accuracy",
+    "label_accuracy",
+    "norm_scale",
+    "norm_shift",
+    "norm_mean",
+    "norm_variance",
     "conserved_norm",
     "lemma1_residual",
     "alignment",
@@ -289,6 +322,12 @@ DEEP = (
     "correlation",
     "fanout_norm",
     "teacher_fanout_norm",
+    "accuracy",
+    "label_accuracy",
+    "norm_scale",
+    "norm_shift",
+    "norm_mean",
+    "norm_variance",
     "conserved_norm",
 )
 
@@ -346,7 +385,7 @@ class Layout:
     def padded(self, dim: str) -> int:
         """Size of a dimension in the Dataset; of node dimensions, that of the widest layer."""
         if dim in SIZED:
-            return len(self.quantiles) if dim == "quantile" else self.modes
+            return {"quantile": len(self.quantiles), "mode": self.modes, "top_k": min(TOP, self.widths[-1])}[dim]
         if dim == "input_node":
             return max(*self.input_widths, *self.teacher_input_widths)
         return max(self.teacher_widths if dim.startswith("teacher_") else self.widths)
