@@ -470,8 +470,9 @@ class Experiment(_Part):
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the canonical form, 64 hex digits."""
-        canonical = json.dumps(self.as_dict(), sort_keys=True, separators=(",", ":"))
+        """SHA-256 of all that is not at its default, 64 hex digits: a key that a later version adds changes no digest."""
+        chosen = json.loads(self.model_dump_json(exclude_none=True, exclude_defaults=True))
+        canonical = json.dumps(chosen, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     def as_dict(self) -> dict[str, Any]:
