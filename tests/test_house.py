@@ -28,10 +28,11 @@ RANKS = {
     "interaction": 1,
     "population_loss": 2,
     "networks": 1,
+    "deepnets": 1,
     "images": 1,
     "data": 1,
     "teachers": 2,
-    "students": 2,
+    "students": 3,
     "alignment": 2,
     "memory": 0,
     "kernel": 0,
@@ -40,6 +41,7 @@ RANKS = {
     "dynamics": 2,
     "theory": 2,
     "training": 2,
+    "deeptraining": 3,
     "observables": 3,
     "runner": 4,
     "sweep": 5,
@@ -50,9 +52,11 @@ SAME_RANK = {
     ("experiment", "schema"),
     ("networks", "activations"),
     ("interaction", "activations"),
-    ("students", "teachers"),
+    ("students", "archive"),
     ("data", "images"),
     ("grid", "segments"),
+    ("deepnets", "networks"),
+    ("deepnets", "activations"),
 }
 
 

@@ -90,7 +90,9 @@ def test_loss_and_mse_differ_by_half_the_outputs():
 def test_measurement_gives_every_variable_in_the_schemas_shape():
     teacher, student = random_network((4, 3, 5, 2)), random_network((4, 7, 6, 2), seed=9)
     layout = schema.Layout((0,), 4, (7, 6, 2), (3, 5, 2), quantiles=(0.5, 1.0), modes=4)
-    measurement = Measurement(student, probe(teacher), probe(teacher, seed=4), layout=layout)
+    seen = probe(teacher, seed=4)
+    labelled = observables.Probe(seen.inputs, teacher, torch.zeros(len(seen.inputs), dtype=torch.int64))
+    measurement = Measurement(student, probe(teacher), labelled, layout=layout)
     found = observables.measure(schema.RECORDABLE, measurement)
     for name, value in found.items():
         if not schema.VARIABLES[name].layered:
@@ -118,7 +120,8 @@ def test_measures_the_released_runs():
     for epoch in range(3):
         student = network(data[f"e{epoch}_W1_s"], data[f"e{epoch}_W2_s"])
         m = Measurement(student, train, test)
-        without_layout = [v for v in schema.RECORDABLE if v not in ("gradient_norm", "hessian_eigenvalue")]
+        needs_layout = ("gradient_norm", "hessian_eigenvalue", "accuracy", "label_accuracy")
+        without_layout = [v for v in schema.RECORDABLE if v not in needs_layout]
         found = observables.measure(without_layout, m)
         at = lambda name, e=epoch: data[f"e{e}_{name}"]  # noqa: E731
         assert found["mse_train"] == pytest.approx(float(at("train_loss")), rel=1e-9)

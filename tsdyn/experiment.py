@@ -14,7 +14,7 @@ import math
 import re
 import tomllib
 import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -76,11 +76,24 @@ Rate = Annotated[
 ActivationName = Literal["relu", "leaky_relu", "identity", "erf", "tanh", "sigmoid", "softplus", "gelu"]
 
 
+BatchNormPlace = Literal["none", "before", "after"]
+
+
 class Teacher(_Part):
     """The fixed network. Each seed draws its own."""
 
     widths: Widths
-    init: Literal["separated", "orthonormal", "gaussian"] = "separated"
+    init: Literal["separated", "orthonormal", "gaussian", "trained", "file"] = "separated"
+    path: str | None = None
+    convolution: bool = False
+    stride: Count = 1
+    padding: Annotated[int, Field(ge=0)] = 0
+    batch_norm: BatchNormPlace = "none"
+    batch_norm_affine: bool = True
+    train_epochs: Count = 20
+    train_rate: Positive = 0.01
+    prune: Annotated[tuple[Annotated[NonNegative, Field(lt=1)], ...], BeforeValidator(_tuple)] = ()
+    finetune_epochs: Annotated[int, Field(ge=0)] = 5
     choices: Reals = (-1.0, -0.75, -0.5, -0.25, 0.0, 0.25, 0.5, 0.75, 1.0)
     scale: Positive = 1.0
     unit_norm: bool | Literal["every-layer"] = True
@@ -90,19 +103,45 @@ class Teacher(_Part):
     activation: ActivationName | None = None
     leak: NonNegative | None = None
 
+    @model_validator(mode="after")
+    def _whole(self) -> Teacher:
+        if (self.init == "file") != (self.path is not None):
+            raise ValueError(f"teacher.init = {self.init!r}, teacher.path = {self.path!r}: a file needs both")
+        if self.batch_norm != "none" and self.init not in ("trained", "file"):
+            raise ValueError(
+                f"teacher.batch_norm = {self.batch_norm!r}: a teacher of init = {self.init!r} never saw a batch, so it "
+                "has no statistics; use init = 'trained' or 'file'"
+            )
+        if self.prune and len(self.prune) != len(self.widths) - 2:
+            raise ValueError(
+                f"teacher.prune = {list(self.prune)}: one ratio a hidden layer, and there are {len(self.widths) - 2}"
+            )
+        return self
+
+    @property
+    def active_widths(self) -> tuple[int, ...]:
+        """Widths of what pruning leaves: m − ⌊m · ratio⌋ nodes of each hidden layer."""
+        ratios = (0.0, *(self.prune or (0.0,) * (len(self.widths) - 2)), 0.0)
+        return tuple(m - int(m * ratio) for m, ratio in zip(self.widths, ratios, strict=True))
+
 
 class Student(_Part):
     """The network that learns; each seed draws its own start."""
 
     overrealization: Positive | None = None
     widths: Widths | None = None
-    init: Literal["gaussian", "torch", "near-teacher", "same-direction", "same-sign"] = "gaussian"
+    init: Literal[
+        "gaussian", "torch", "near-teacher", "same-direction", "same-sign", "file", "rewind", "rewind-reinitialised"
+    ] = "gaussian"
+    path: str | None = None
     scale: Positive = 0.005
     shrink: Positive = 1.0
     toward_weakest: Literal["free", "adversarial", "helped"] = "free"
     activation: ActivationName = "relu"
     leak: NonNegative = 0.01
     bias: bool = True
+    batch_norm: BatchNormPlace = "none"
+    batch_norm_affine: bool = True
 
 
 #: (channel, row, column) of the image laws.
@@ -119,6 +158,7 @@ class Data(_Part):
     law: Literal["gaussian", "uniform", "digits", "mnist", "cifar10", "file"] = "gaussian"
     path: str | None = None
     eval_path: str | None = None
+    image: Annotated[tuple[Count, Count, Count], BeforeValidator(_tuple)] | None = None
     std: Positive = 1.0
     train: Count | Literal["fresh"] = 10_000
     eval: Count = 10_000
@@ -148,9 +188,14 @@ class Data(_Part):
 
 
 class Training(_Part):
-    """How students learn. The update is W += learning_rate · (1/batch) Σ g fᵀ."""
+    """How students learn. The update is W += learning_rate · (1/batch) Σ g fᵀ.
+
+    With ``cross_entropy`` the targets are classes: the teacher's largest output, or the data's own labels.
+    """
 
     method: Literal["sgd", "gd", "adam"] = "sgd"
+    loss: Literal["mse", "cross_entropy"] = "mse"
+    labels: Literal["teacher", "data"] = "teacher"
     learning_rate: Rate = 0.01
     batch: Count = 16
     steps_per_epoch: Count | None = None
@@ -294,7 +339,7 @@ class Experiment(_Part):
         return self
 
     def _check_widths(self) -> None:
-        student, teacher = self.student_widths, self.teacher.widths
+        student, teacher = self.student_widths, self.teacher.active_widths
         if len(student) != len(teacher):
             raise ValueError(
                 f"student.widths = {list(student)} has {len(student) - 1} layers and teacher.widths = "
@@ -320,12 +365,38 @@ class Experiment(_Part):
         bad = [layer for layer in self.training.frozen if layer > len(student) - 1]
         if bad:
             raise ValueError(f"training.frozen = {list(self.training.frozen)}: layers are 1..{len(student) - 1}")
-        image = IMAGES.get(self.data.law)
+        image = self.data.image or IMAGES.get(self.data.law)
         if image is not None and math.prod(image) != teacher[0]:
             raise ValueError(
                 f"teacher.widths = {list(teacher)}: {self.data.law} has {math.prod(image)} inputs ({image}), "
                 f"not {teacher[0]}"
             )
+        if self.teacher.convolution and image is None:
+            raise ValueError(
+                "teacher.convolution: needs the shape of its images; set data.image = [channel, row, column]"
+            )
+        self.weight_shapes(student)  # raises where images become smaller than kernels
+        if self.teacher.init == "trained" and self.data.drawn:
+            raise ValueError(f"teacher.init = 'trained': trains on labels, and data.law = {self.data.law!r} has none")
+        if self.training.labels == "data" and (self.training.loss == "mse" or self.data.drawn):
+            raise ValueError(
+                f"training.labels = 'data': needs training.loss = 'cross_entropy' and data with labels; they are "
+                f"{self.training.loss!r} and data.law = {self.data.law!r}"
+            )
+        if self.training.labels == "data" and self.data.augment in ("agnostic", "aware"):
+            raise ValueError(f"training.labels = 'data': points of data.augment = {self.data.augment!r} have no label")
+        asked = set(schema.expand(self.record.observables))
+        if "label_accuracy" in asked and self.data.drawn:
+            raise ValueError(f"record.observables: label_accuracy needs labels; data.law = {self.data.law!r} has none")
+        if self.deep and self.data.augment in ("agnostic", "aware"):
+            raise ValueError(f"data.augment = {self.data.augment!r}: is of fully connected layers without BatchNorm")
+        if self.deep:
+            unknown = asked - set(schema.DEEP)
+            if unknown:
+                raise ValueError(
+                    f"record.observables: {', '.join(sorted(unknown))} is not measured of convolutions and BatchNorm; "
+                    f"there are {', '.join(schema.DEEP)}; theory has the others on DeepNetwork.folded()"
+                )
         train = self.data.train
         if isinstance(train, int) and self.training.method != "gd" and self.training.batch > train:
             raise ValueError(f"training.batch = {self.training.batch} is more than data.train = {train} samples")
@@ -349,26 +420,43 @@ class Experiment(_Part):
         return tuple(range(self.seeds)) if isinstance(self.seeds, int) else self.seeds
 
     @property
+    def deep(self) -> bool:
+        """Whether there are convolutions or BatchNorm."""
+        return self.teacher.convolution or self.student.batch_norm != "none" or self.teacher.batch_norm != "none"
+
+    @property
+    def image(self) -> tuple[int, int, int] | None:
+        """(channel, row, column) of an input of a convolution; None without convolutions."""
+        return (self.data.image or IMAGES[self.data.law]) if self.teacher.convolution else None
+
+    def weight_shapes(self, widths: Sequence[int]) -> list[tuple[int, ...]]:
+        """Weight shapes of a network of these widths: (node, input_node), or those of 3 x 3 convolutions."""
+        return schema.weight_shapes(widths, self.image, stride=self.teacher.stride, padding=self.teacher.padding)
+
+    @property
     def student_widths(self) -> tuple[int, ...]:
         """Widths of the student: input, hidden ..., output."""
         if self.student.widths is not None:
             return self.student.widths
-        first, *hidden, last = self.teacher.widths
+        first, *hidden, last = self.teacher.active_widths
         ratio = self.student.overrealization or 1.0
         return (first, *(max(1, round(m * ratio)) for m in hidden), last)
 
     @property
     def layout(self) -> schema.Layout:
         """Shape of the run."""
-        widths = self.student_widths
-        parameters = sum((below + 1) * n for below, n in itertools.pairwise(widths))
+        widths, taught = self.student_widths, self.teacher.active_widths
+        shapes = self.weight_shapes(widths)
+        parameters = sum(shape[0] * (math.prod(shape[1:]) + 1) for shape in shapes)
         return schema.Layout(
             self.seed_labels,
-            self.teacher.widths[0],
+            widths[0],
             widths[1:],
-            self.teacher.widths[1:],
+            taught[1:],
             self.record.quantiles,
             min(self.record.eigenvalues, parameters),
+            tuple(math.prod(shape[1:]) for shape in shapes),
+            tuple(math.prod(shape[1:]) for shape in self.weight_shapes(taught)),
         )
 
     @property

@@ -139,6 +139,7 @@ def create(
             "epoch": epochs,
             "layer": range(1, layout.depth + 1),
             "quantile": layout.quantiles,
+            "top_k": range(1, sizes["top_k"] + 1),
         }.get(dim, labels)
         kind = "f8" if dim == "quantile" else "i8"
         labelled = nc.createVariable(dim, kind, (dim,), fletcher32=len(labels) > 0)

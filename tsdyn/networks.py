@@ -207,13 +207,14 @@ class Network:
 
     def to(self, target: torch.dtype | str) -> Network:
         """The same network in another floating-point type or on another device; tensors already there are shared."""
-        return Network(
-            [w.to(target) for w in self.weights],
-            [None if b is None else b.to(target) for b in self.biases],
-            self.activation.name,
-            leak=self.activation.leak or 0.0,
-            gate_at_zero=self.gate_at_zero,
+        return self.with_parameters(
+            [w.to(target) for w in self.weights], [None if b is None else b.to(target) for b in self.biases]
         )
+
+    def with_parameters(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Network:
+        """Other parameters with the same activation."""
+        leak = self.activation.leak or 0.0
+        return Network(weights, biases, self.activation.name, leak=leak, gate_at_zero=self.gate_at_zero)
 
     def __repr__(self) -> str:
         bias = "" if any(b is not None for b in self.biases) else ", no bias"

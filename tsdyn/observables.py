@@ -8,15 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from tsdyn import alignment, derivatives, schema, theory
+from tsdyn import alignment, deepnets, derivatives, schema, theory
 from tsdyn.axes import Activations, Outputs, TeacherActivations, TeacherByStudent
+from tsdyn.deepnets import DeepNetwork
 from tsdyn.networks import Network, Trace
 from tsdyn.theory import backpropagated_gradients, fanout_norms
 
@@ -31,6 +32,17 @@ def loss(teacher_output: Outputs, output: Outputs) -> Float[Tensor, ""]:
 def mse(teacher_output: Outputs, output: Outputs) -> Float[Tensor, ""]:
     """Mean over samples and outputs of (f* − f)², 2/C times `loss`.  Source: released code."""
     return (teacher_output - output).square().mean()
+
+
+def cross_entropy(classes: Int[Tensor, " sample"], output: Outputs) -> Float[Tensor, ""]:
+    """E[−log softmax(f)_class].  Source: Tian (2020), section 6."""
+    return torch.nn.functional.cross_entropy(output, classes)
+
+
+def accuracy(classes: Int[Tensor, " sample"], output: Outputs, *, most: int) -> Float[Tensor, " top_k"]:
+    """Share of samples whose class is among the k largest outputs, for k = 1..most.  Source: Tian (2020), section 6."""
+    largest = output.topk(most, dim=1).indices
+    return (largest == classes[:, None]).to(output.dtype).mean(0).cumsum(0)
 
 
 def standardized(activation: Activations) -> Activations:
@@ -75,12 +87,27 @@ def observation_count(teacher_z: TeacherActivations, student_z: Activations) -> 
 # --- what a member shows at one epoch ------------------------------------------------------------------------
 
 
+AnyNetwork: TypeAlias = Network | DeepNetwork
+
+
 @dataclass(frozen=True)
 class Probe:
-    """A data set as one teacher sees it; computed once for as long as the data stay the same."""
+    """A data set as one teacher sees it; computed once for as long as the data stay the same.
+
+    Attributes:
+        inputs: (sample, input).
+        teacher: Of any kind.
+        labels: The data's own, (sample,), where an experiment uses them.
+    """
 
     inputs: Tensor
-    teacher: Network
+    teacher: AnyNetwork
+    labels: Tensor | None = None
+
+    @cached_property
+    def classes(self) -> Tensor:
+        """The teacher's class of each sample: its largest output, (sample,)."""
+        return self.trace.output.argmax(1)
 
     @cached_property
     def trace(self) -> Trace:
@@ -92,18 +119,49 @@ class Probe:
 
     @cached_property
     def fanout_norms(self) -> list[Tensor]:
-        return fanout_norms(self.teacher, self.trace)
+        return _fanout_norms(self.teacher, self.inputs, self.trace)
+
+
+def _fanout_norms(network: AnyNetwork, x: Tensor, trace: Trace) -> list[Tensor]:
+    return deepnets.fanout_norms(network, x) if isinstance(network, DeepNetwork) else fanout_norms(network, trace)
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One member at one epoch; what observables share is computed once and only when asked for."""
+    """One member at one epoch; what observables share is computed once and only when asked for.
 
-    student: Network
+    Attributes:
+        student: Of any kind; `net` where only a fully connected one will do.
+        train, eval: What it is measured on.
+        band: Of `observation`.
+        layout: Sizes that the record decides.
+        objective: What ``loss_train`` and ``loss_eval`` are.
+        targets: Whose classes a cross entropy is of.
+    """
+
+    student: AnyNetwork
     train: Probe
     eval: Probe
     band: float = 0.1
     layout: schema.Layout | None = None
+    objective: Literal["mse", "cross_entropy"] = "mse"
+    targets: Literal["teacher", "data"] = "teacher"
+
+    @property
+    def net(self) -> Network:
+        return _connected(self.student)
+
+    @property
+    def teacher(self) -> Network:
+        return _connected(self.eval.teacher)
+
+    def loss(self, probe: Probe, trace: Trace) -> Tensor:
+        """J over a probe."""
+        if self.objective == "mse":
+            return loss(probe.trace.output, trace.output)
+        classes = probe.classes if self.targets == "teacher" else probe.labels
+        assert classes is not None
+        return cross_entropy(classes, trace.output)
 
     @cached_property
     def train_trace(self) -> Trace:
@@ -115,11 +173,11 @@ class Measurement:
 
     @cached_property
     def moments(self) -> theory.Moments:
-        return theory.expectations(self.student, self.eval.teacher, self.eval.inputs)
+        return theory.expectations(self.net, self.teacher, self.eval.inputs)
 
     @cached_property
     def gradients(self) -> list[Tensor]:
-        return backpropagated_gradients(self.student, self.train_trace, self.train.trace.output)
+        return backpropagated_gradients(self.net, self.train_trace, self.train.trace.output)
 
 
 Layers: TypeAlias = list[Tensor | None]
@@ -139,16 +197,16 @@ def fills(variable: str) -> Callable[[Observable], Observable]:
     return register
 
 
-fills("loss_train")(lambda m: loss(m.train.trace.output, m.train_trace.output))
-fills("loss_eval")(lambda m: loss(m.eval.trace.output, m.eval_trace.output))
+fills("loss_train")(lambda m: m.loss(m.train, m.train_trace))
+fills("loss_eval")(lambda m: m.loss(m.eval, m.eval_trace))
 fills("mse_train")(lambda m: mse(m.train.trace.output, m.train_trace.output))
 fills("mse_eval")(lambda m: mse(m.eval.trace.output, m.eval_trace.output))
-fills("weight")(lambda m: list(m.student.weights))
+fills("weight")(lambda m: [w.flatten(1) for w in m.student.weights])
 fills("bias")(lambda m: [w.new_zeros(len(w)) if b is None else b for w, b in _layers(m.student)])
 fills("correlation")(
     lambda m: [t.T @ standardized(f) for t, f in zip(m.eval.standardized, m.eval_trace.activations, strict=False)]
 )
-fills("fanout_norm")(lambda m: list(fanout_norms(m.student, m.eval_trace)))
+fills("fanout_norm")(lambda m: list(_fanout_norms(m.student, m.eval.inputs, m.eval_trace)))
 fills("teacher_fanout_norm")(lambda m: list(m.eval.fanout_norms))
 fills("gradient_rms")(lambda m: [g.square().mean(0).sqrt() for g in m.gradients])
 fills("gradient_max")(lambda m: [g.abs().amax(0) for g in m.gradients])
@@ -162,12 +220,12 @@ for _moment in schema.FAMILIES["moments"]:
 
 @fills("lemma1_residual")
 def _lemma1_residual(m: Measurement) -> Tensor:
-    return torch.tensor(theory.lemma1_residual(m.student, m.eval.teacher, m.eval.inputs))
+    return torch.tensor(theory.lemma1_residual(m.net, m.teacher, m.eval.inputs))
 
 
 @fills("alignment")
 def _alignment(m: Measurement) -> Tensor:
-    return alignment.alignment(m.train.teacher, m.student)
+    return alignment.alignment(m.teacher, m.net)
 
 
 @fills("gradient_norm")
@@ -184,7 +242,7 @@ def _gradient_norm(m: Measurement) -> Tensor:
 
 @fills("hessian_eigenvalue")
 def _hessian_eigenvalue(m: Measurement) -> Tensor:
-    student, inputs, target = m.student, m.train.inputs, m.train.trace.output
+    student, inputs, target = m.net, m.train.inputs, m.train.trace.output
     free = [*student.weights, *(b for b in student.biases if b is not None)]
     leak = student.activation.leak
 
@@ -202,11 +260,52 @@ def _hessian_eigenvalue(m: Measurement) -> Tensor:
 
 def _layout(m: Measurement) -> schema.Layout:
     if m.layout is None:
-        raise ValueError("measure: gradient_norm and hessian_eigenvalue need the Measurement's layout")
+        raise ValueError("measure: gradient_norm, hessian_eigenvalue and accuracy need the Measurement's layout")
     return m.layout
 
 
-def _layers(network: Network) -> list[tuple[Tensor, Tensor | None]]:
+@fills("accuracy")
+def _accuracy(m: Measurement) -> Tensor:
+    return accuracy(m.eval.classes, m.eval_trace.output, most=_layout(m).padded("top_k"))
+
+
+@fills("label_accuracy")
+def _label_accuracy(m: Measurement) -> Tensor:
+    if m.eval.labels is None:
+        raise ValueError("measure: label_accuracy needs a Probe with labels")
+    return accuracy(m.eval.labels, m.eval_trace.output, most=_layout(m).padded("top_k"))
+
+
+@fills("conserved_norm")
+def _conserved_norm(m: Measurement) -> Layers:
+    student = m.student
+    deep = student if isinstance(student, DeepNetwork) else DeepNetwork(student.weights, student.biases)
+    return list(deepnets.conserved_norms(deep))
+
+
+def _of_norms(variable: str, name: str) -> None:
+    def measured(m: Measurement) -> Layers:
+        norms = m.student.norms if isinstance(m.student, DeepNetwork) else []
+        nothing = [torch.full_like(w.flatten(1)[:, 0], torch.nan) for w in m.student.weights[:-1]]
+        held = [None if n is None else n.tensors().get(name) for n in norms] or [None] * len(nothing)
+        return [n if h is None else h for h, n in zip(held, nothing, strict=True)]
+
+    fills(variable)(measured)
+
+
+for _variable, _name in (
+    ("norm_scale", "weight"), ("norm_shift", "bias"), ("norm_mean", "running_mean"), ("norm_variance", "running_var"),
+):  # fmt: skip
+    _of_norms(_variable, _name)
+
+
+def _connected(network: AnyNetwork) -> Network:
+    if isinstance(network, DeepNetwork):
+        raise ValueError(f"measure: {network!r} is not fully connected; use its folded()")
+    return network
+
+
+def _layers(network: AnyNetwork) -> list[tuple[Tensor, Tensor | None]]:
     return list(zip(network.weights, network.biases, strict=True))
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,9 +20,11 @@ import xarray as xr
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from tsdyn import alignment, archive, data, memory, observables, schema, training
+from tsdyn import alignment, archive, data, deeptraining, memory, observables, schema, training
 from tsdyn._version import __version__
 from tsdyn.archive import ArchiveError, Run
+from tsdyn.deepnets import DeepNetwork
+from tsdyn.deeptraining import DeepEnsemble
 from tsdyn.experiment import Experiment
 from tsdyn.interrupts import Stopped, stopping
 from tsdyn.networks import Network
@@ -98,30 +100,57 @@ class Members:
     device: str = "cpu"
 
     @cached_property
-    def teachers(self) -> list[Network]:
+    def teachers(self) -> list[Network | DeepNetwork]:
         return [draw_teacher(self.experiment, seed).to(self.device) for seed in self.experiment.seed_labels]
 
     @cached_property
-    def ensemble(self) -> Ensemble:
+    def ensemble(self) -> Ensemble | DeepEnsemble:
         pairs = zip(self.experiment.seed_labels, self.teachers, strict=True)
-        return Ensemble.of([draw_student(self.experiment, seed, t.to("cpu")) for seed, t in pairs], device=self.device)
+        kind = DeepEnsemble if self.experiment.deep else Ensemble
+        return kind.of([draw_student(self.experiment, seed, t.to("cpu")) for seed, t in pairs], device=self.device)
 
     @cached_property
     def eval_probes(self) -> list[Probe]:
-        draws = [data.evaluation_inputs(self.experiment, seed) for seed in self.experiment.seed_labels]
-        return [Probe(self._tensor(x), t) for x, t in zip(draws, self.teachers, strict=True)]
+        pairs = zip(self.experiment.seed_labels, self.teachers, strict=True)
+        draws = [(data.evaluation_inputs(self.experiment, seed), t, self._labels(seed, "eval")) for seed, t in pairs]
+        return [Probe(self._tensor(x), t, labels) for x, t, labels in draws]
 
     @cached_property
     def _finite(self) -> tuple[Tensor, Tensor]:
         """Inputs and teacher outputs, (member, sample, ...); NaN beyond a member's own samples."""
         inputs = pad_sequence([p.inputs for p in self._finite_probes], batch_first=True, padding_value=torch.nan)
+        return inputs, torch.stack([self._targets(i, x) for i, x in enumerate(inputs)])
+
+    def _targets(self, member: int, x: Tensor, classes: Tensor | None = None) -> Tensor:
+        """What a member learns on its inputs `x`, (sample, output): the teacher's outputs; with a cross entropy one-hot
+        rows of `classes`, of the data's labels (x then being the training set) or of the teacher's largest output.
+        """
+        law = self.experiment.training
         with torch.no_grad():
-            return inputs, torch.stack([t(x) for t, x in zip(self.teachers, inputs, strict=True)])
+            output = self.teachers[member](x)
+        if law.loss == "mse":
+            return output
+        if law.labels == "data" and classes is None:
+            classes = self._finite_probes[member].labels
+        classes = output.argmax(1) if classes is None else classes
+        return torch.nn.functional.one_hot(classes, output.shape[1]).to(output.dtype)
+
+    def _labels(self, seed: int, part: Literal["train", "eval"]) -> Tensor | None:
+        """The data's own labels, where anything asks for them."""
+        asked = "label_accuracy" in schema.expand(self.experiment.record.observables)
+        if not asked and self.experiment.training.labels == "teacher":
+            return None
+        return self._tensor(data.labels(self.experiment, seed, part))
 
     @cached_property
     def _finite_probes(self) -> list[Probe]:
         pairs = zip(self.experiment.seed_labels, self.teachers, strict=True)
-        return [Probe(alignment.training_set(self.experiment, s, t), t) for s, t in pairs]
+        return [Probe(self._training_set(s, t), t, self._labels(s, "train")) for s, t in pairs]
+
+    def _training_set(self, seed: int, teacher: Network | DeepNetwork) -> Tensor:
+        if isinstance(teacher, Network):
+            return alignment.training_set(self.experiment, seed, teacher)
+        return self._tensor(data.training_inputs(self.experiment, seed))
 
     def train_probe(self, member: int, epoch: int) -> Probe:
         """The set on which this member's training quantities are measured."""
@@ -141,7 +170,9 @@ class Members:
         return training.finite_stream(*self._finite, torch.from_numpy(np.stack(draws)))
 
     def _fresh(self, members: slice, epoch: int) -> Iterator[training.Batches]:
-        seeds, teachers = self.experiment.seed_labels[members], self.teachers[members]
+        seeds = self.experiment.seed_labels[members]
+        classes = [None] * len(seeds) if self.experiment.training.labels == "teacher" else self._shown(members, epoch)
+        taken = 0
         step = len(seeds) * self.experiment.training.batch * self.experiment.layout.input_width * 8
         pieces = [
             data.fresh_batches(self.experiment, seed, epoch, steps_at_once=max(1, FRESH_BYTES // step))
@@ -150,9 +181,22 @@ class Members:
         for draws in zip(*pieces, strict=True):
             steps, batch, _ = draws[0].shape
             x = torch.stack([self._tensor(draw) for draw in draws]).flatten(1, 2)  # (member, sample, input)
-            y = torch.stack([t(part) for t, part in zip(teachers, x, strict=True)])
+            y = torch.stack([
+                self._targets(member, part, None if shown is None else shown[taken : taken + steps].flatten())
+                for member, part, shown in zip(range(*members.indices(len(self.teachers))), x, classes, strict=True)
+            ])  # fmt: skip
+            taken += steps
             rows = torch.arange(steps * batch).view(1, steps, batch).expand(len(seeds), -1, -1)
             yield training.Batches(x, y, rows, steps)
+
+    def _shown(self, members: slice, epoch: int) -> list[Tensor]:
+        """Labels of the samples that each step of the epoch shows, (step, batch) a member."""
+        found = []
+        for seed, probe in zip(self.experiment.seed_labels[members], self._finite_probes[members], strict=True):
+            assert probe.labels is not None
+            rows = data.batch_indices(self.experiment, seed, epoch, len(probe.labels))
+            found.append(probe.labels[torch.from_numpy(rows).to(probe.labels.device)])
+        return found
 
     def measure(self, epoch: int, variables: tuple[str, ...]) -> dict[str, Any]:
         """One epoch of every member: variable → (seed,), or one (seed, node...) array a layer; NaN for the dead."""
@@ -167,6 +211,8 @@ class Members:
                 self.eval_probes[member],
                 self.experiment.record.band,
                 self.experiment.layout,
+                self.experiment.training.loss,
+                self.experiment.training.labels,
             )
             found.append(observables.measure(variables, view))
         return {name: self._stacked(name, [None if f is None else f[name] for f in found]) for name in variables}
@@ -186,7 +232,7 @@ class Members:
     def constants(self) -> dict[str, list[np.ndarray]]:
         """The teachers' parameters, one (seed, node...) array a layer."""
         depth = self.experiment.layout.depth
-        weights = [np.stack([t.weights[i].cpu().numpy() for t in self.teachers]) for i in range(depth)]
+        weights = [np.stack([t.weights[i].flatten(1).cpu().numpy() for t in self.teachers]) for i in range(depth)]
         biases = []
         for i in range(depth):
             columns = [t.biases[i] for t in self.teachers]
@@ -203,7 +249,7 @@ class Members:
     def state(self) -> dict[str, np.ndarray]:
         """Everything the next epoch depends on; draws need no state, they are keyed by (seed, epoch)."""
         ensemble = self.ensemble
-        found = {f"{kind}_{layer}": p.cpu().numpy() for kind, layer, p in ensemble.parameters()}
+        found = {f"{kind}_{layer}": p.cpu().numpy() for kind, layer, p in _held(ensemble)}
         for name, moments in ensemble.moments.items():
             for (kind, layer, _), moment in zip(ensemble.parameters(), moments, strict=True):
                 found[f"{name}_{kind}_{layer}"] = moment.cpu().numpy()
@@ -213,7 +259,7 @@ class Members:
         """Go on from a stored state."""
         ensemble = self.ensemble
         Rule.of(self.experiment.training, 1).prepare(ensemble)
-        for kind, layer, parameter in ensemble.parameters():
+        for kind, layer, parameter in _held(ensemble):
             parameter.copy_(torch.from_numpy(state[f"{kind}_{layer}"]))
         for name, moments in ensemble.moments.items():
             for (kind, layer, _), moment in zip(ensemble.parameters(), moments, strict=True):
@@ -224,7 +270,10 @@ class Members:
     def train(self, epoch: int) -> list[int]:
         """The epoch that ends at `epoch`; returns the seeds that died in it."""
         rule = Rule.of(self.experiment.training, epoch)
-        training.train_epoch(self.ensemble, self.stream(epoch), rule, batch=self._batch)
+        if isinstance(self.ensemble, DeepEnsemble):
+            deeptraining.train_epoch(self.ensemble, self.stream(epoch), rule, batch=self._batch)
+        else:
+            training.train_epoch(self.ensemble, self.stream(epoch), rule, batch=self._batch)
         return [self.experiment.seed_labels[i] for i in self.ensemble.bury(epoch)]
 
     @property
@@ -234,6 +283,11 @@ class Members:
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.device)
+
+
+def _held(ensemble: Ensemble | DeepEnsemble) -> list[tuple[str, int, Tensor]]:
+    """(kind, layer, tensor) of parameters and running statistics."""
+    return ensemble.parameters() + (ensemble.buffers() if isinstance(ensemble, DeepEnsemble) else [])
 
 
 def estimate(experiment: Experiment, *, device: str = "cpu") -> Cost:
@@ -453,16 +507,28 @@ def attributes(experiment: Experiment, device: str) -> dict[str, str | int]:
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "conventions": json.dumps(
             {
-                "loss": "J = 1/2 E |f* - f|^2, summed over outputs",
+                "loss": _loss_convention(experiment),
                 "gradient": "g is the negative gradient at the pre-activation",
                 "gate_at_zero": "torch",
                 "correlation": "centred, standardised, signed",
                 "learning_rate": "W += learning_rate (1/batch) sum g f^T",
                 "time": "epoch = steps_per_epoch steps",
-                "batch_norm": "none",
+                "batch_norm": _batch_norm_convention(experiment),
             }
         ),
     }
+
+
+def _loss_convention(experiment: Experiment) -> str:
+    if experiment.training.loss == "mse":
+        return "J = 1/2 E |f* - f|^2, summed over outputs"
+    whose = "teacher's largest output" if experiment.training.labels == "teacher" else "data's label"
+    return f"E[-log softmax(f)] at the {whose}"
+
+
+def _batch_norm_convention(experiment: Experiment) -> str:
+    place = experiment.student.batch_norm
+    return place if place == "none" else f"{place} the activation; training mode in training, evaluation mode measured"
 
 
 def _git_commit() -> str:

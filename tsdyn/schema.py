@@ -6,7 +6,9 @@ names, and the reference table of the documentation is printed from `VARIABLES`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import itertools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,11 +25,12 @@ DIMENSIONS: Mapping[str, str] = {
     "node_2": "second student node of a pair",
     "teacher_node": "teacher node, padded to the widest layer",
     "teacher_node_2": "second teacher node of a pair",
-    "input_node": "node of the layer below (layer 1: the input)",
+    "input_node": "node of the layer below (layer 1: the input); of a convolution (channel, row, column) of its kernel",
     "output": "node of the output layer",
     "sample": "sample of a data set",
     "mode": "eigenvalue, largest first",
     "quantile": "quantile over samples",
+    "top_k": "how many of the largest outputs count",
 }
 
 TIAN = "Tian 2020 (PMLR 119:9470)"
@@ -78,10 +81,13 @@ _MIXED = (*_LAYER, "node", "teacher_node")
 _PAIR = (*_LAYER, "node", "node_2")
 _HIDDEN = "hidden layers; NaN at the output layer"
 _MOMENT = f"over the evaluation set; without the constant node; {_HIDDEN}"
+_LOSS = "J = ½ E‖f* − f‖², or E[−log softmax(f)_class]: training.loss and the attribute conventions say which"
+_NORM = f"{LUCK}, section 3"
+_NORM_AT = f"layers with BatchNorm; {_HIDDEN}"
 
 VARIABLES: Mapping[str, Variable] = _table(
-    Variable("loss_train", _MEMBER, "1", "training loss J = ½ E‖f* − f‖²", f"{TIAN}, Eq. 1"),
-    Variable("loss_eval", _MEMBER, "1", "evaluation loss J = ½ E‖f* − f‖²", f"{TIAN}, Eq. 1"),
+    Variable("loss_train", _MEMBER, "1", "training loss", f"{TIAN}, Eq. 1", _LOSS),
+    Variable("loss_eval", _MEMBER, "1", "evaluation loss", f"{TIAN}, Eq. 1", _LOSS),
     Variable("mse_train", _MEMBER, "1", "training mean squared error per output", f"{TIAN}, released code"),
     Variable("mse_eval", _MEMBER, "1", "evaluation mean squared error per output", f"{TIAN}, released code"),
     Variable("weight", (*_NODE, "input_node"), "1", "student weight", f"{TIAN}, section 3"),
@@ -176,6 +182,35 @@ VARIABLES: Mapping[str, Variable] = _table(
         "max of sin ∠(w*_j, w_k) and |b*_j ∓ b_k|, weights scaled to norm 1; NaN for a zero weight",
     ),
     Variable(
+        "accuracy",
+        (*_MEMBER, "top_k"),
+        "1",
+        "share of samples with the teacher's class among the k largest outputs",
+        f"{TIAN}, section 6",
+        "over the evaluation set; the teacher's class is its largest output",
+    ),
+    Variable(
+        "label_accuracy",
+        (*_MEMBER, "top_k"),
+        "1",
+        "share of samples with their label among the k largest outputs",
+        f"{TIAN}, section 6",
+        "over the evaluation set; the data's own labels",
+    ),
+    Variable("norm_scale", _NODE, "1", "BatchNorm scale", _NORM, _NORM_AT),
+    Variable("norm_shift", _NODE, "1", "BatchNorm shift (bias)", _NORM, _NORM_AT),
+    Variable("norm_mean", _NODE, "1", "BatchNorm running mean", _NORM, _NORM_AT),
+    Variable("norm_variance", _NODE, "1", "BatchNorm running variance", _NORM, _NORM_AT),
+    Variable(
+        "conserved_norm",
+        _NODE,
+        "1",
+        "norm of a node's incoming weight and bias",
+        f"{LUCK}, Theorem 3",
+        "gradient flow conserves it below BatchNorm; ‖w‖ where BatchNorm precedes the activation, else ‖[w; b]‖; "
+        f"{_HIDDEN}",
+    ),
+    Variable(
         "lemma1_residual",
         _MEMBER,
         "1",
@@ -220,7 +255,9 @@ COORDINATES: Mapping[str, Variable] = _table(
 )
 
 #: Dimensions whose sizes the record decides, not the networks.
-SIZED = ("quantile", "mode")
+SIZED = ("quantile", "mode", "top_k")
+#: Most outputs that `accuracy` counts.
+TOP = 5
 
 #: Size of each node dimension at one layer: the coordinate that says where the layer ends.
 NODE_WIDTHS: Mapping[str, str] = {
@@ -237,6 +274,7 @@ FAMILIES: Mapping[str, tuple[str, ...]] = {
     "weight": ("weight", "bias"),
     "fanout_norm": ("fanout_norm", "teacher_fanout_norm"),
     "observation": ("observation", "observation_count"),
+    "batch_norm": ("norm_scale", "norm_shift", "norm_mean", "norm_variance"),
     "moments": ("A", "B", "H", "H_star", "D", "D_star", "L", "L_star"),
 }
 
@@ -267,10 +305,38 @@ RECORDABLE = (
     "D_star",
     "L",
     "L_star",
+    "accuracy",
+    "label_accuracy",
+    "norm_scale",
+    "norm_shift",
+    "norm_mean",
+    "norm_variance",
+    "conserved_norm",
     "lemma1_residual",
     "alignment",
     "gradient_norm",
     "hessian_eigenvalue",
+)
+
+
+#: Those of them that are measured of convolutions (a node is a channel) and of networks with BatchNorm.
+DEEP = (
+    "loss_train",
+    "loss_eval",
+    "mse_train",
+    "mse_eval",
+    "weight",
+    "bias",
+    "correlation",
+    "fanout_norm",
+    "teacher_fanout_norm",
+    "accuracy",
+    "label_accuracy",
+    "norm_scale",
+    "norm_shift",
+    "norm_mean",
+    "norm_variance",
+    "conserved_norm",
 )
 
 
@@ -285,6 +351,8 @@ class Layout:
         teacher_widths: Teacher widths m_1..m_L.
         quantiles: Labels of the ``quantile`` dimension.
         modes: Hessian eigenvalues recorded.
+        fan_ins: Numbers in a row of each student weight, where that is not the width of the layer below.
+        teacher_fan_ins: Likewise of the teacher.
     """
 
     seeds: tuple[int, ...]
@@ -293,6 +361,8 @@ class Layout:
     teacher_widths: tuple[int, ...]
     quantiles: tuple[float, ...] = ()
     modes: int = 0
+    fan_ins: tuple[int, ...] = ()
+    teacher_fan_ins: tuple[int, ...] = ()
 
     @property
     def depth(self) -> int:
@@ -301,11 +371,11 @@ class Layout:
 
     @property
     def input_widths(self) -> tuple[int, ...]:
-        return (self.input_width, *self.widths[:-1])
+        return self.fan_ins or (self.input_width, *self.widths[:-1])
 
     @property
     def teacher_input_widths(self) -> tuple[int, ...]:
-        return (self.input_width, *self.teacher_widths[:-1])
+        return self.teacher_fan_ins or (self.input_width, *self.teacher_widths[:-1])
 
     def node_widths(self, variable: Variable, dim: str) -> tuple[int, ...]:
         """True sizes of a dimension at layers 1..L, for `variable`; without layers, at the lowest, or the one size."""
@@ -323,7 +393,7 @@ class Layout:
     def padded(self, dim: str) -> int:
         """Size of a dimension in the Dataset; of node dimensions, that of the widest layer."""
         if dim in SIZED:
-            return len(self.quantiles) if dim == "quantile" else self.modes
+            return {"quantile": len(self.quantiles), "mode": self.modes, "top_k": min(TOP, self.widths[-1])}[dim]
         if dim == "input_node":
             return max(*self.input_widths, *self.teacher_input_widths)
         return max(self.teacher_widths if dim.startswith("teacher_") else self.widths)
@@ -332,6 +402,29 @@ class Layout:
         """True sizes of what `variable` holds of one member and epoch, at `layer` (1..L) if it has layers."""
         inner = [dim for dim in variable.dims if dim not in ("seed", "epoch", "layer")]
         return tuple(self.node_widths(variable, dim)[(layer or 1) - 1] for dim in inner)
+
+
+def weight_shapes(
+    widths: Sequence[int], image: tuple[int, int, int] | None, *, kernel: int = 3, stride: int = 1, padding: int = 0
+) -> list[tuple[int, ...]]:
+    """Weight shapes of a network of input, hidden ..., output widths; with `image` its hidden layers are convolutions.
+
+    Raises:
+        ValueError: if an image becomes smaller than a kernel.
+    """
+    if image is None:
+        return [(nodes, below) for below, nodes in itertools.pairwise(widths)]
+    found: list[tuple[int, ...]] = []
+    channels, *size = image
+    for nodes in widths[1:-1]:
+        found.append((nodes, channels, kernel, kernel))
+        channels, size = nodes, [(s + 2 * padding - kernel) // stride + 1 for s in size]
+        if min(size) < 1:
+            raise ValueError(
+                f"{len(widths) - 2} convolutions of {kernel} x {kernel} do not fit images of {image[1:]}; use fewer "
+                "layers, padding or larger images"
+            )
+    return [*found, (widths[-1], channels * math.prod(size))]
 
 
 def expand(names: Iterable[str]) -> tuple[str, ...]:

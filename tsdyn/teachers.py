@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tsdyn.data import evaluation_inputs, generator
-from tsdyn.experiment import Experiment, ExperimentError
+from tsdyn.data import evaluation_inputs, generator, labels, training_inputs
+from tsdyn.deepnets import BatchNorm, DeepNetwork, load_state
+from tsdyn.experiment import Experiment, ExperimentError, Student, Teacher
 from tsdyn.networks import Network
 
 _ENUMERABLE = 1 << 16
@@ -56,37 +59,84 @@ def orthonormal(rng: np.random.Generator, rows: int, columns: int) -> Float[np.n
     return q if rows >= columns else q.T
 
 
-def draw_teacher(experiment: Experiment, seed: int) -> Network:
-    """The teacher of one member.
+AnyNetwork: TypeAlias = Network | DeepNetwork
 
-    Layer by layer from the lowest.  Above the first layer the column of node j = 1, 2, ... is divided by j^p
-    (``teacher.polarity`` p, Tian (2020) Eq. 10).  With ``unit_norm`` the rows of the first layer are scaled to unit
-    norm and biases are not; with ``"every-layer"`` those of every layer are, each bias with its row.  Biases are
-    constant, or ``"uniform"``: U[−½, ½].  ``balanced`` then tunes them on the evaluation set (`balance`).
+
+def draw_teacher(experiment: Experiment, seed: int) -> AnyNetwork:
+    """The teacher of one member; a `DeepNetwork` where the experiment has convolutions or BatchNorm.
+
+    Drawn (`separated_rows`, `orthonormal` or Gaussian) layer by layer from the lowest.  Above the first layer the
+    column of node j = 1, 2, ... is divided by j^p (``teacher.polarity`` p, Tian (2020) Eq. 10).  With ``unit_norm``
+    the rows of the first layer are scaled to unit norm and biases are not; with ``"every-layer"`` those of every layer
+    are, each bias with its row.  Biases are constant, or ``"uniform"``: U[−½, ½].  Or ``trained`` on the data's own
+    labels, from torch's start; or from a state dict (``file``).
+
+    ``prune`` then takes the nodes of least fan-out away (`prune`), after which a trained teacher is trained for
+    ``finetune_epochs`` more.  ``balanced`` last tunes biases on the evaluation set (`balance`).
 
     Raises:
-        ExperimentError: if the choices cannot give distinct rows, more rows than inputs should be orthonormal, or a
-            balanced teacher's output is constant.
+        ExperimentError: if the choices cannot give distinct rows, more rows than inputs should be orthonormal, a
+            balanced teacher's output is constant, the data have no labels, or a state dict does not fit.
     """
     teacher, rng = experiment.teacher, generator(seed, "teacher")
+    if teacher.init == "file":
+        network = from_file(experiment, str(teacher.path), teacher, teacher.widths)
+    elif teacher.init == "trained":
+        start = uniform_start(experiment.weight_shapes(teacher.widths), rng)
+        network = _on_labels(experiment, seed, network_of(experiment, *start, who=teacher), rng, teacher.train_epochs)
+    else:
+        network = _drawn(experiment, rng)
+    if teacher.prune:
+        network, _ = prune(network, teacher.prune)
+        if teacher.init == "trained" and teacher.finetune_epochs:
+            network = _on_labels(experiment, seed, network, rng, teacher.finetune_epochs)
+    if teacher.balanced:
+        network = balance(network, torch.from_numpy(evaluation_inputs(experiment, seed)).double())
+    return network.to(getattr(torch, experiment.dtype))
+
+
+def network_of(
+    experiment: Experiment,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    *,
+    who: Teacher | Student,
+    norms: Sequence[BatchNorm | None] | None = None,
+) -> AnyNetwork:
+    """The teacher's or student's architecture with these parameters; BatchNorm starts afresh unless given."""
+    leak = experiment.student.leak if who.leak is None else who.leak
+    activation = who.activation or experiment.student.activation
+    if not experiment.deep:
+        return Network(weights, biases, activation, leak=leak)
+    place = who.batch_norm
+    if norms is None and place != "none":
+        norms = [BatchNorm.fresh(len(w), affine=who.batch_norm_affine, like=w) for w in weights[:-1]]
+    shared = experiment.teacher
+    return DeepNetwork(
+        weights, biases, activation, leak=leak, norms=norms, norm="after" if place == "none" else place,
+        image=experiment.image, stride=shared.stride, padding=shared.padding,
+    )  # fmt: skip
+
+
+def _drawn(experiment: Experiment, rng: np.random.Generator) -> AnyNetwork:
+    teacher = experiment.teacher
     weights: list[Tensor] = []
     biases: list[Tensor | None] = []
-    for below, nodes in itertools.pairwise(teacher.widths):
-        weight = _rows(experiment, rng, nodes, below, lowest=not weights)
+    below = teacher.widths[0]
+    for shape in experiment.weight_shapes(teacher.widths):
+        nodes, inputs = shape[0], math.prod(shape[1:])
+        weight = _rows(experiment, rng, nodes, inputs, lowest=not weights)
         bias = rng.uniform(-0.5, 0.5, nodes) if teacher.bias == "uniform" else np.full(nodes, float(teacher.bias))
-        if weights:
-            weight = weight / np.arange(1, below + 1) ** teacher.polarity
+        if weights:  # the numbers of one node below lie together: (node, its row and column)
+            weight = weight / np.repeat(np.arange(1, below + 1), inputs // below) ** teacher.polarity
         if teacher.unit_norm == "every-layer" or (teacher.unit_norm and not weights):
             norm = np.linalg.norm(weight, axis=1)
             weight = weight / norm[:, None]
             bias = bias / norm if teacher.unit_norm == "every-layer" else bias
-        weights.append(torch.from_numpy(weight))
+        weights.append(torch.from_numpy(weight.reshape(shape)))
         biases.append(None if teacher.bias is False else torch.from_numpy(bias))
-    leak = experiment.student.leak if teacher.leak is None else teacher.leak
-    network = Network(weights, biases, teacher.activation or experiment.student.activation, leak=leak)
-    if teacher.balanced:
-        network = balance(network, torch.from_numpy(evaluation_inputs(experiment, seed)).double())
-    return network.to(getattr(torch, experiment.dtype))
+        below = nodes
+    return network_of(experiment, weights, biases, who=teacher)
 
 
 def _rows(experiment: Experiment, rng: np.random.Generator, nodes: int, below: int, *, lowest: bool) -> np.ndarray:
@@ -100,12 +150,124 @@ def _rows(experiment: Experiment, rng: np.random.Generator, nodes: int, below: i
     return orthonormal(rng, nodes, below)
 
 
-def balance(network: Network, x: Float[Tensor, "sample input"]) -> Network:
+def uniform_start(shapes: Sequence[tuple[int, ...]], rng: np.random.Generator) -> tuple[list[Tensor], list[Tensor]]:
+    """Weights and biases uniform on ±1/√(inputs), as ``nn.Linear`` and ``nn.Conv2d`` start; float64."""
+    weights, biases = [], []
+    for shape in shapes:
+        edge = 1 / math.sqrt(math.prod(shape[1:]))
+        weights.append(torch.from_numpy(rng.uniform(-edge, edge, shape)))
+        biases.append(torch.from_numpy(rng.uniform(-edge, edge, shape[0])))
+    return weights, biases
+
+
+def from_file(experiment: Experiment, path: str, who: Teacher | Student, widths: Sequence[int]) -> AnyNetwork:
+    """The network of these widths whose state dict a file holds, as ``torch.save(module.state_dict(), ...)`` writes it.
+
+    By the names of ``to_torch()``'s modules, or of a `DeepNetwork.state_dict`.
+
+    Raises:
+        ExperimentError: if the file cannot be read safely, or keys and shapes differ; names each.
+    """
+    shapes = experiment.weight_shapes(widths)
+    weights = [torch.zeros(shape, dtype=torch.float64) for shape in shapes]
+    biases = [None if who.bias is False else w.new_zeros(len(w)) for w in weights]
+    blank = network_of(experiment, weights, biases, who=who)
+    deep = blank if isinstance(blank, DeepNetwork) else DeepNetwork(weights, biases)
+    try:
+        found = deep.with_state(load_state(path))
+    except ValueError as error:
+        raise ExperimentError(f"{path}: {error}") from None
+    return found if blank is deep else blank.with_parameters(found.weights, found.biases)
+
+
+def _on_labels(
+    experiment: Experiment, seed: int, network: AnyNetwork, rng: np.random.Generator, epochs: int
+) -> AnyNetwork:
+    """The network after so many epochs of SGD (momentum 0.9) on the cross entropy with the data's own labels."""
+    x = torch.from_numpy(training_inputs(experiment, seed)).double()
+    y = torch.from_numpy(labels(experiment, seed, "train"))
+    module = network.to_torch().train()
+    x = x if experiment.image is None else x.unflatten(1, experiment.image)
+    optimizer = torch.optim.SGD(module.parameters(), lr=experiment.teacher.train_rate, momentum=0.9)
+    batch = min(experiment.training.batch, len(x))
+    for _ in range(epochs):
+        order = torch.from_numpy(rng.permutation(len(x)))
+        for chosen in order[: len(x) // batch * batch].view(-1, batch):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(module(x[chosen]), y[chosen]).backward()
+            optimizer.step()
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+    if isinstance(network, Network):
+        return Network.from_torch(module)
+    return DeepNetwork.from_torch(module.eval(), image=experiment.image)
+
+
+# --- pruning -------------------------------------------------------------------------------------------------
+
+
+def fanouts(network: AnyNetwork) -> list[Tensor]:
+    """Mean |weight| that leaves each node of each hidden layer, (node,); of a channel over all its kernels or pixels.
+
+    Source: Tian (2020), released code.
+    """
+    found = []
+    for below, above in itertools.pairwise(network.weights):
+        nodes = len(below)
+        by_node = above.flatten(1).unflatten(1, (nodes, -1))  # (node above, node, its row and column)
+        found.append(by_node.abs().mean((0, 2)))
+    return found
+
+
+def prune(network: AnyNetwork, ratios: Sequence[float]) -> tuple[AnyNetwork, list[Tensor]]:
+    """What is left without the ⌊m · ratio⌋ nodes of least fan-out of each hidden layer, and which nodes those are.
+
+    A node without fan-out is no node: it is taken out with its weights, so that widths, correlations and students of
+    the pruned network know active nodes only.
+
+    Args:
+        network: Any.
+        ratios: One a hidden layer, in [0, 1).
+
+    Returns:
+        The smaller network, and for each hidden layer the positions in `network` of its nodes, increasing.
+
+    Source: Tian (2020), section 6.3 and released code.
+
+    Raises:
+        ValueError: if a ratio is not in [0, 1), so that nothing would be left, or there is not one a hidden layer.
+    """
+    if len(ratios) != network.depth - 1 or not all(0 <= r < 1 for r in ratios):
+        raise ValueError(
+            f"prune: ratios {list(ratios)} for {network.depth - 1} hidden layers; give one a layer, at least 0 and "
+            "below 1: pruning everything leaves no network"
+        )
+    active = []
+    for norm, ratio in zip(fanouts(network), ratios, strict=True):
+        order = norm.argsort(stable=True)
+        active.append(order[int(len(norm) * ratio) :].sort().values)
+    weights: list[Tensor] = []
+    for i, weight in enumerate(network.weights):
+        kept = weight if i == network.depth - 1 else weight[active[i]]
+        if i:
+            shape = kept.shape[2:] if kept.ndim == 4 else ()
+            columns = kept.flatten(1).unflatten(1, (len(network.weights[i - 1]), -1))[:, active[i - 1]]
+            kept = columns.reshape(len(kept), -1, *shape) if shape else columns.flatten(1)
+        weights.append(kept)
+    rows = [*active, slice(None)]
+    biases = [None if b is None else b[at] for b, at in zip(network.biases, rows, strict=True)]
+    if isinstance(network, Network):
+        return network.with_parameters(weights, biases), active
+    norms = [None if n is None else n.map(lambda t, at=at: t[at]) for n, at in zip(network.norms, active, strict=True)]
+    return network.with_parameters(weights, biases, norms), active
+
+
+def balance(network: AnyNetwork, x: Float[Tensor, "sample input"]) -> AnyNetwork:
     """A network of the same directions whose hidden nodes are each active on half of `x` and whose outputs have
     mean 0 and variance 1 over it.
 
-    From the lowest layer up the median of each pre-activation is taken off its bias; the rows and biases of the last
-    layer are divided by the standard deviations of the outputs.  Needs biases.
+    From the lowest layer up the median of each pre-activation (of a channel: over pixels too) is taken off its bias;
+    the rows and biases of the last layer are divided by the standard deviations of the outputs.  Needs biases.
 
     Source: Tian et al. (2019), section 5 and released code.
 
@@ -114,14 +276,11 @@ def balance(network: Network, x: Float[Tensor, "sample input"]) -> Network:
     """
     if any(b is None for b in network.biases):
         raise ExperimentError("teacher.balanced: tunes biases, and the teacher has none; set teacher.bias")
-    weights, biases = list(network.weights), [b.clone() for b in network.biases if b is not None]
-    f = x
+    weights, biases = list(network.weights), [b for b in network.biases if b is not None]
     for i in range(network.depth - 1):
-        z = nn.functional.linear(f, weights[i], biases[i])
-        median = z.median(0).values
-        biases[i] = biases[i] - median
-        f = network.activation(z - median)
-    output = nn.functional.linear(f, weights[-1], biases[-1])
+        z = network.with_parameters(weights, biases).trace(x).preactivations[i]
+        biases[i] = biases[i] - z.median(0).values
+    output = network.with_parameters(weights, biases)(x)
     std, mean = torch.std_mean(output, 0, correction=0)
     constant = [int(j) for j in (output.amax(0) == output.amin(0)).nonzero().flatten()]
     if constant:
@@ -130,4 +289,4 @@ def balance(network: Network, x: Float[Tensor, "sample input"]) -> Network:
             "unit variance; use more nodes, or a lower teacher.polarity"
         )
     weights[-1], biases[-1] = weights[-1] / std[:, None], (biases[-1] - mean) / std
-    return Network(weights, biases, network.activation.name, leak=network.activation.leak or 0.0)
+    return network.with_parameters(weights, biases)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, TypeAlias
+from typing import Literal, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -119,6 +119,15 @@ def _present(tensor: Tensor | None) -> Tensor:
     return tensor
 
 
+@runtime_checkable
+class Trainable(Protocol):
+    """What a `Rule` needs of an ensemble of any kind."""
+
+    moments: dict[str, list[Tensor]]
+
+    def parameters(self) -> list[tuple[str, int, Tensor]]: ...
+
+
 @dataclass(frozen=True)
 class Rule:
     """The update of one epoch.
@@ -162,6 +171,7 @@ class Rule:
             training.epsilon,
             training.frozen,
             training.normalize,
+            training.loss,
         )
 
     @property
@@ -182,7 +192,7 @@ class Rule:
         rate = torch.as_tensor(self.learning_rate, dtype=like.dtype, device=like.device)
         return rate.expand(len(like)).view(-1, *[1] * (like.dim() - 1))
 
-    def prepare(self, ensemble: Ensemble) -> None:
+    def prepare(self, ensemble: Trainable) -> None:
         """Give `ensemble` the moments this rule needs, zero where it has none yet."""
         names = ("first", "second") if self.adam else () if self.momentum == 0 else ("first",)
         for name in names:

@@ -1,0 +1,378 @@
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import tsdyn
+from tests.cases import small
+from tests.test_networks import random_network
+from tsdyn import ExperimentError, archive, deepnets, theory
+from tsdyn.deepnets import BatchNorm, DeepNetwork, load_state
+from tsdyn.deeptraining import DeepEnsemble, step, train_epoch
+from tsdyn.students import draw_student, winners
+from tsdyn.teachers import balance, draw_teacher, fanouts, prune
+from tsdyn.training import Ensemble, Rule, finite_stream
+from tsdyn.training import train_epoch as train_mlp
+
+IMAGE = (2, 8, 8)
+
+
+def module(place="before", *, affine=True, channels=(5, 4), eps=1e-5, seed=0):
+    """Two 3x3 convolutions with BatchNorm and a linear layer, statistics off 0 and 1."""
+    torch.manual_seed(seed)
+    parts, below = [], 2
+    for n in channels:
+        norm, gate = nn.BatchNorm2d(n, affine=affine, eps=eps), nn.LeakyReLU(0.1)
+        parts += [nn.Conv2d(below, n, 3), *((norm, gate) if place == "before" else (gate, norm))]
+        below = n
+    made = nn.Sequential(*parts, nn.Flatten(), nn.Linear(below * 16, 3)).double()
+    for norm in (p for p in made if isinstance(p, nn.BatchNorm2d) and affine):
+        nn.init.normal_(norm.weight)
+        nn.init.normal_(norm.bias)
+    made(images(20, seed=9))
+    return made
+
+
+def images(samples, seed=1):
+    return torch.randn(samples, *IMAGE, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def close(a, b):
+    torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("place", ["before", "after"])
+def test_a_deep_network_is_its_torch_module_and_its_folded_matrix(place, affine):
+    theirs = module(place, affine=affine).eval()
+    mine, x = DeepNetwork.from_torch(theirs, image=IMAGE), images(7)
+    assert mine.widths == (128, 5, 4, 3)
+    assert mine.images == [(5, 6, 6), (4, 4, 4), None]
+    for found in (mine(x.flatten(1)), mine.to_torch()(x), mine.folded()(x.flatten(1))):
+        close(found, theirs(x))
+    # training mode: the batch normalises, and the running statistics move as torch's do
+    again = DeepNetwork.from_torch(module(place, affine=affine), image=IMAGE)
+    twin = module(place, affine=affine).train()
+    close(again(x.flatten(1), training=True), twin(x))
+    for norm, part in zip(again.norms, (p for p in twin if isinstance(p, nn.BatchNorm2d)), strict=True):
+        close(norm.mean, part.running_mean)
+        close(norm.variance, part.running_var)
+
+
+def test_traces_are_rows_of_samples_and_pixels():
+    network = DeepNetwork.from_torch(module().eval(), image=IMAGE)
+    x = images(3)
+    trace = network.trace(x.flatten(1))
+    theirs = network.to_torch()[:3](x)
+    assert [f.shape for f in trace.activations] == [(3 * 36, 5), (3 * 16, 4), (3, 3)]
+    close(trace.activations[0], theirs.permute(0, 2, 3, 1).flatten(0, 2))
+
+
+def test_lemma_1_holds_for_batch_norm_in_evaluation_mode_and_is_refused_in_training_mode():
+    student = DeepNetwork.from_torch(module(channels=(5, 4)).eval(), image=IMAGE)
+    teacher = DeepNetwork.from_torch(module(channels=(3, 4), seed=3).eval(), image=IMAGE)
+    x = images(6).flatten(1)
+    assert theory.lemma1_residual(student.folded(), teacher.folded(), x) < 1e-12
+    with pytest.raises(ValueError, match=r"couples the samples of a batch, so no V_l.*batch_norm_gradient"):
+        student.folded(training=True)
+
+
+@pytest.mark.parametrize("eps", [1e-300, 1e-3])
+def test_the_batch_operator_of_luck_matters_lemma_1(eps):
+    draw = torch.Generator().manual_seed(0)
+    f, g = torch.randn(2, 30, 4, generator=draw, dtype=torch.float64)
+    scale = torch.randn(4, generator=draw, dtype=torch.float64)
+    f.requires_grad_(True)
+    y = nn.functional.batch_norm(f, None, None, scale, None, True, 0.0, eps)
+    (expected,) = torch.autograd.grad(y, f, g)
+    found = deepnets.batch_norm_gradient(f.detach(), g, scale=scale, eps=eps)
+    close(found, expected)
+    close(found.sum(0), torch.zeros(4, dtype=torch.float64))
+    along = (found * f.detach()).sum(0)  # orthogonal to f itself only without eps
+    assert bool((along.abs() < 1e-12).all()) == (eps < 1e-12)
+    # per sample there is no such map: the same (f, g) of one sample, another batch, another gradient
+    other = deepnets.batch_norm_gradient(torch.cat([f.detach()[:1], f.detach()[:9] * 2]), g[:10], scale=scale)
+    assert float((other[0] - found[0]).abs().max()) > 1e-3
+    with pytest.raises(ValueError, match="one sample has no variance"):
+        deepnets.batch_norm_gradient(f.detach()[:1], g[:1])
+
+
+@pytest.mark.parametrize("place", ["before", "after"])
+def test_theorem_3_the_norm_below_batch_norm_grows_by_the_square_of_each_step_only(place):
+    """Δ‖w‖² = lr² ‖∇‖² exactly for SGD, since w ⊥ ∇ (eps as good as 0); halving lr quarters the drift."""
+    drifts = []
+    for rate in (1e-2, 5e-3):
+        network = DeepNetwork.from_torch(module(place, eps=1e-300), image=IMAGE)
+        ensemble = DeepEnsemble.of([network])
+        before = ensemble.network(0)
+        norms, weights = deepnets.conserved_norms(before), [w.clone() for w in before.weights]
+        biases = [b.clone() for b in before.biases]
+        x = images(16, seed=4).flatten(1)[None]
+        y = torch.randn(1, 16, 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+        step(ensemble, x, y, Rule(rate), 1)
+        after = ensemble.network(0)
+        for i, (old, new) in enumerate(zip(norms, deepnets.conserved_norms(after), strict=True)):
+            moved = (after.weights[i] - weights[i]).flatten(1).square().sum(1)
+            if place == "after":
+                moved = moved + (after.biases[i] - biases[i]).square()
+            assert float(moved.max()) > 0
+            torch.testing.assert_close(new.square() - old.square(), moved, rtol=1e-6, atol=1e-13)
+        drifts.append(float((deepnets.conserved_norms(after)[0] - norms[0]).max()))
+    assert drifts[0] / drifts[1] == pytest.approx(4, rel=1e-3)
+
+
+def test_fanout_norms_are_those_of_the_unrolled_network():
+    network = DeepNetwork.from_torch(module().eval(), image=IMAGE)
+    x, unrolled = images(5).flatten(1), network.folded()
+    pixels = theory.fanout_norms(unrolled, unrolled.trace(x))
+    # BatchNorm before the gate is folded below it, so f_l is the same; a channel sums over its pixels
+    for found, by_pixel, channels in zip(deepnets.fanout_norms(network, x), pixels, (5, 4), strict=True):
+        close(found, by_pixel.view(channels, -1).square().sum(1).sqrt())
+
+
+# --- ensembles -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", ["before", "after"])
+def test_members_of_an_ensemble_train_as_modules_of_their_own(place):
+    made = [module(place, seed=s) for s in range(3)]
+    ensemble = DeepEnsemble.of([DeepNetwork.from_torch(m, image=IMAGE) for m in made])
+    x = torch.stack([images(24, seed=10 + s).flatten(1) for s in range(3)])
+    y = torch.randn(3, 24, 3, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    rows = torch.randint(24, (3, 6, 8), generator=torch.Generator().manual_seed(6))
+    rule = Rule(0.02, momentum=0.9, weight_decay=0.01)
+    train_epoch(ensemble, finite_stream(x, y, rows), rule, batch=8)
+    for s, theirs in enumerate(made):
+        optimizer = torch.optim.SGD(theirs.train().parameters(), lr=0.02, momentum=0.9, weight_decay=0.01)
+        for chosen in rows[s]:
+            optimizer.zero_grad()
+            output = theirs(x[s, chosen].unflatten(1, IMAGE))
+            (0.5 * (output - y[s, chosen]).square().sum(1).mean()).backward()
+            optimizer.step()
+        expected, found = DeepNetwork.from_torch(theirs, image=IMAGE).state_dict(), ensemble.network(s).state_dict()
+        for name, tensor in expected.items():
+            torch.testing.assert_close(found[name], tensor.detach(), rtol=1e-10, atol=1e-10, msg=name)
+
+
+@pytest.mark.parametrize("rule", [Rule(0.05), Rule(0.01, adam=True), Rule(0.05, normalize=True, frozen=(1,))])
+@pytest.mark.parametrize("loss", ["mse", "cross_entropy"])
+def test_without_convolution_and_norm_it_is_the_engine(rule, loss):
+    rule = Rule(**{**rule.__dict__, "loss": loss})
+    networks = [random_network((4, 6, 5, 3), seed=s) for s in range(3)]
+    deep = DeepEnsemble.of([DeepNetwork(n.weights, n.biases) for n in networks])
+    plain = Ensemble.of(networks)
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 40, 4, generator=draw, dtype=torch.float64)
+    y = torch.softmax(torch.randn(3, 40, 3, generator=draw, dtype=torch.float64), 2)
+    stream = finite_stream(x, y, torch.randint(40, (3, 10, 8), generator=draw))
+    train_epoch(deep, stream, rule, batch=8)
+    train_mlp(plain, stream, rule, batch=8)
+    for (kind, layer, a), (_, _, b) in zip(deep.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9, msg=f"{kind} {layer}")
+
+
+def test_batch_norm_refuses_a_batch_of_one():
+    network = DeepNetwork([np.eye(3), np.ones((1, 3))], norms=[BatchNorm.fresh(3, like=torch.ones(1).double())])
+    with pytest.raises(ValueError, match="a batch must hold two samples or more"):
+        network(torch.ones(1, 3).double(), training=True)
+    network(torch.ones(1, 3).double())
+
+
+# --- state dicts ---------------------------------------------------------------------------------------------
+
+
+def test_state_dicts_round_trip_through_a_file(tmp_path):
+    theirs = module().eval()
+    torch.save(theirs.state_dict(), tmp_path / "net.pt")
+    torch.save({"net": theirs.state_dict()}, tmp_path / "checkpoint.pt")
+    blank = DeepNetwork.from_torch(module(seed=8), image=IMAGE)
+    x = images(4)
+    for name in ("net.pt", "checkpoint.pt"):
+        close(blank.with_state(load_state(tmp_path / name))(x.flatten(1)), theirs(x))
+    torch.save(DeepNetwork.from_torch(theirs, image=IMAGE).state_dict(), tmp_path / "own.pt")
+    close(blank.with_state(load_state(tmp_path / "own.pt"))(x.flatten(1)), theirs(x))
+
+
+def test_a_state_dict_that_does_not_fit_names_every_key(tmp_path):
+    network = DeepNetwork.from_torch(module(), image=IMAGE)
+    state = dict(network.to_torch().state_dict())
+    state["0.weight"] = torch.zeros(6, 2, 3, 3)
+    state["extra"] = torch.zeros(1)
+    del state["7.bias"]
+    with pytest.raises(ValueError, match=r"does not fit") as error:
+        network.with_state(state)
+    for line in ("7.bias: missing, (3,) expected", "extra: unexpected, (1,)",
+                 "0.weight: (6, 2, 3, 3), (5, 2, 3, 3) expected"):  # fmt: skip
+        assert line in str(error.value)
+    (tmp_path / "bad.pt").write_bytes(b"no zip")
+    with pytest.raises(ValueError, match="no state dict that can be read safely"):
+        load_state(tmp_path / "bad.pt")
+    torch.save(nn.Linear(2, 2), tmp_path / "module.pt")  # a pickled object, not tensors
+    with pytest.raises(ValueError, match="no state dict that can be read safely"):
+        load_state(tmp_path / "module.pt")
+    torch.save({"epoch": 3}, tmp_path / "number.pt")
+    with pytest.raises(ValueError, match="epoch is not a tensor"):
+        load_state(tmp_path / "number.pt")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: DeepNetwork([torch.ones(3, 2, 3, 3), torch.ones(1, 3)]), "gets a flat vector; give image="),
+        (lambda: DeepNetwork([torch.ones(3, 2, 3, 3), torch.ones(1, 3)], image=(2, 2, 2)), "fewer layers, padding"),
+        (lambda: DeepNetwork([torch.ones(3, 2, 3, 3), torch.ones(1, 5)], image=(2, 4, 4)), "takes 5 inputs.* has 12"),
+        (lambda: DeepNetwork([torch.ones(3, 2, 3, 3)], image=(2, 4, 4)), "last layer must be linear"),
+        (lambda: DeepNetwork([torch.ones(3, 2), torch.ones(1, 3)], norms=[]), "0 norms; give"),
+        (lambda: DeepNetwork.from_torch(nn.Sequential(nn.Linear(2, 2), nn.Dropout())), "Dropout.* has no place here"),
+        (lambda: DeepNetwork.from_torch(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))), "no activation below"),
+        (
+            lambda: DeepNetwork.from_torch(nn.Sequential(nn.Conv2d(2, 2, 3, groups=2), nn.ReLU(), nn.Linear(8, 2))),
+            "no groups",
+        ),
+    ],
+)
+def test_deep_networks_that_cannot_be_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+# --- teachers and students -----------------------------------------------------------------------------------
+
+
+def test_pruned_is_the_network_without_the_fan_out_of_its_weakest_nodes():
+    network = DeepNetwork.from_torch(module().eval().requires_grad_(False), image=IMAGE)
+    smaller, active = prune(network, [0.4, 0.5])
+    assert smaller.widths == (128, 3, 2, 3)
+    # the same function as with the outgoing weights of those nodes at zero
+    weights = [w.detach().clone() for w in network.weights]
+    for i, kept in enumerate(active):
+        gone = [k for k in range(len(weights[i])) if k not in kept.tolist()]
+        outgoing = weights[i + 1].flatten(1).unflatten(1, (len(weights[i]), -1))
+        strength = fanouts(network)[i]
+        assert float(strength[gone].max()) <= float(strength[kept].min())
+        outgoing[:, gone] = 0
+    x = images(4).flatten(1)
+    close(smaller(x), network.with_parameters(weights, network.biases)(x))
+    mlp, kept = prune(random_network((4, 9, 3)), [0.3])
+    assert mlp.widths == (4, 7, 3)
+    assert kept[0].tolist() == sorted(kept[0].tolist())
+    for ratios in ([1.0, 0.0], [0.5], [-0.1, 0.0]):
+        with pytest.raises(ValueError, match="pruning everything leaves no network"):
+            prune(network, ratios)
+
+
+def test_channels_are_balanced_over_samples_and_pixels():
+    network = DeepNetwork.from_torch(module("after").eval(), image=IMAGE)
+    plain = DeepNetwork(network.weights, network.biases, "relu", image=IMAGE)
+    x = images(20).flatten(1)
+    trace = balance(plain, x).trace(x)
+    for z in trace.preactivations[:-1]:
+        assert bool(((z > 1e-12).sum(0) <= len(z) // 2).all())
+        assert bool(((z < -1e-12).sum(0) <= len(z) // 2).all())
+    close(trace.output.var(0, correction=0), torch.ones(3, dtype=torch.float64))
+
+
+def labelled(tmp_path, **changes):
+    draw = np.random.default_rng(0)
+    inputs = draw.standard_normal((120, 1, 6, 6))
+    np.savez(tmp_path / "set.npz", inputs=inputs, labels=(inputs.mean((1, 2, 3)) > 0).astype(int))
+    named = {
+        "teacher__widths": [36, 8, 6, 2], "teacher__init": "trained", "teacher__prune": [0.25, 0.5],
+        "teacher__train_epochs": 3, "teacher__train_rate": 0.05, "teacher__polarity": 0.0, "data__law": "file",
+        "data__path": str(tmp_path / "set.npz"), "data__train": 80, "data__eval": 40, "training__batch": 10,
+        "training__epochs": 2, "training__steps_per_epoch": 5, "seeds": 2,
+        "record__observables": ["loss", "mse", "correlation", "fanout_norm", "weight", "accuracy", "label_accuracy"],
+    }  # fmt: skip
+    return small(**(named | changes))
+
+
+def test_trained_pruned_teachers_are_drawn_again_the_same_and_reused_from_their_file(tmp_path):
+    experiment = labelled(tmp_path)
+    teacher, again = draw_teacher(experiment, 0), draw_teacher(experiment, 0)
+    assert teacher.widths == experiment.teacher.active_widths == (36, 6, 3, 2)
+    assert experiment.student_widths == (36, 12, 6, 2)
+    for a, b in zip(teacher.weights, again.weights, strict=True):
+        assert torch.equal(a, b)
+    torch.save(teacher.to_torch().state_dict(), tmp_path / "teacher.pt")
+    saved = {"teacher__init": "file", "teacher__path": str(tmp_path / "teacher.pt"), "teacher__prune": []}
+    reused = draw_teacher(labelled(tmp_path, **saved, teacher__widths=[36, 6, 3, 2]), 5)
+    x = torch.randn(4, 36, dtype=torch.float64)
+    assert torch.equal(reused(x), teacher(x))
+    with pytest.raises(ExperimentError, match=r"(?s)teacher.pt: .*0.weight: \(6, 36\), \(7, 36\) expected"):
+        draw_teacher(labelled(tmp_path, **saved, teacher__widths=[36, 7, 3, 2]), 0)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"training__loss": "cross_entropy"},
+        {"training__loss": "cross_entropy", "training__labels": "data", "teacher__convolution": True,
+         "data__image": [1, 6, 6], "data__augment": "crop-flip", "student__batch_norm": "after"},
+        {"teacher__convolution": True, "data__image": [1, 6, 6], "student__batch_norm": "before",
+         "teacher__batch_norm": "before"},
+    ],
+)  # fmt: skip
+def test_runs_with_convolutions_batch_norm_and_classes(tmp_path, changes):
+    experiment = labelled(tmp_path, **changes)
+    ds = tsdyn.run(experiment, tmp_path / "run")
+    assert archive.open(tmp_path / "run").sizes["top_k"] == 2
+    for name in ("loss_eval", "mse_eval", "accuracy", "label_accuracy"):
+        assert ds[name].notnull().all(), name
+    np.testing.assert_allclose(ds.accuracy.sel(top_k=2), 1)
+    assert tsdyn.layer(ds, 1).correlation.sizes["teacher_node"] == 6
+    # stopped after an epoch and gone on with: the same, running statistics included
+    tsdyn.run(experiment.replace({"training.epochs": 1}), tmp_path / "short")
+    resumed = tsdyn.run(experiment, tmp_path / "short")
+    np.testing.assert_array_equal(resumed.weight.values, ds.weight.values)
+
+
+def test_what_convolutions_do_not_have_is_refused(tmp_path):
+    with pytest.raises(ExperimentError, match="H is not measured of convolutions and BatchNorm"):
+        labelled(tmp_path, teacher__convolution=True, data__image=[1, 6, 6], record__observables=["H"])
+    with pytest.raises(ExperimentError, match=r"set data.image = \[channel, row, column\]"):
+        labelled(tmp_path, teacher__convolution=True)
+    with pytest.raises(ExperimentError, match="3 convolutions of 3 x 3 do not fit images"):
+        labelled(tmp_path, teacher__convolution=True, data__image=[1, 6, 6], teacher__widths=[36, 4, 4, 4, 2],
+                 teacher__prune=[])  # fmt: skip
+    with pytest.raises(ExperimentError, match="one ratio a hidden layer, and there are 2"):
+        labelled(tmp_path, teacher__prune=[0.5])
+    with pytest.raises(ExperimentError, match=r"needs training.loss = 'cross_entropy' and data with labels"):
+        labelled(tmp_path, training__labels="data")
+
+
+def test_rewound_students_keep_the_winners_and_nothing_else(tmp_path):
+    record = ["correlation", "weight", "mse"]
+    first = small(seeds=2, record__observables=record)
+    ds = tsdyn.run(first, tmp_path / "first")
+    for init in ("rewind", "rewind-reinitialised"):
+        second = small(seeds=2, student__init=init, student__path=str(tmp_path / "first"))
+        for seed in (0, 1):
+            student = draw_student(second, seed)
+            won = winners(tsdyn.layer(ds, 1).correlation.sel(seed=seed).isel(epoch=-1).values)
+            assert 1 <= won.sum() <= 4
+            assert not student.weights[0][~won].any()
+            assert not student.weights[1][:, ~won].any()
+            start = draw_student(first, seed).weights[0]
+            assert torch.equal(student.weights[0][won], start[won]) == (init == "rewind")
+        trained = tsdyn.run(second.replace({"record.observables": record}), tmp_path / init)
+        end = tsdyn.layer(trained, 1).weight.sel(seed=1).isel(epoch=-1).values
+        assert not end[~won].any()
+        assert end[won].any(1).all()
+    with pytest.raises(ExperimentError, match=r"its students have widths \[8, 6\], these \[4, 6\]"):
+        draw_student(second.replace({"student.overrealization": 1.0}), 0)
+    with pytest.raises(ExperimentError, match="its run must hold seed 9"):
+        draw_student(second, 9)
+
+
+def test_winners_are_the_best_of_some_teacher():
+    correlation = np.array([[0.9, 0.2, np.nan], [0.8, 0.1, np.nan], [np.nan, np.nan, np.nan]])
+    assert winners(correlation).tolist() == [True, False, False]
+
+
+def test_shapes_chain():
+    from tsdyn.schema import weight_shapes
+
+    shapes = weight_shapes([128, 5, 4, 3], IMAGE, stride=2, padding=1)
+    assert shapes == [(5, 2, 3, 3), (4, 5, 3, 3), (3, 4 * 2 * 2)]
+    network = DeepNetwork([torch.zeros(s) for s in shapes], image=IMAGE, stride=2, padding=1)
+    assert network(torch.zeros(2, 128)).shape == (2, 3)
