@@ -20,6 +20,8 @@ RANKS = {
     "activations": 1,
     "interaction": 1,
     "population_loss": 2,
+    "stationary": 1,
+    "gradient_flow": 2,
     "networks": 1,
     "data": 1,
     "teachers": 2,

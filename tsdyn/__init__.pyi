@@ -5,6 +5,7 @@ from . import archive as archive
 from . import data as data
 from . import derivatives as derivatives
 from . import dynamics as dynamics
+from . import gradient_flow as gradient_flow
 from . import interaction as interaction
 from . import networks as networks
 from . import observables as observables
