@@ -16,7 +16,7 @@ START = torch.tensor([[1.0, 0.4]], dtype=torch.float64)
 
 def test_rodas_is_of_order_four():
     ends = []
-    for steps in (32, 64, 128, 256):
+    for steps in (32, 64, 128):
         y, h = START, torch.tensor([1 / steps], dtype=torch.float64)
         for _ in range(steps):
             _, y = _stages(POTENTIAL, y, h, POTENTIAL.gradient(y))
@@ -28,8 +28,8 @@ def test_rodas_is_of_order_four():
 
 def test_dense_output_and_ends_follow_the_tolerance():
     times = np.linspace(0, 1, 14)
-    fine = gradient_flow(POTENTIAL, START, times=times, rtol=1e-12, atol=1e-12, gradient_tolerance=0.0)
-    for tolerance in (1e-4, 1e-6, 1e-8):
+    fine = gradient_flow(POTENTIAL, START, times=times, rtol=1e-9, atol=1e-9, gradient_tolerance=0.0)
+    for tolerance in (1e-3, 1e-5, 1e-7):
         ds = gradient_flow(POTENTIAL, START, times=times, rtol=tolerance, atol=tolerance, gradient_tolerance=0.0)
         # ten steps or more, each with a local error of the tolerance, and a contracting flow
         assert abs(ds.parameters - fine.parameters).max() <= 20 * tolerance
@@ -39,17 +39,17 @@ def test_dense_output_and_ends_follow_the_tolerance():
 
 def test_the_flow_is_bdfs_and_does_not_depend_on_company():
     loss = PopulationLoss(orthonormal_teacher(4), 2)
-    initial = glorot_students(loss, 4)
-    times = np.geomspace(0.1, 300, 8)
-    ds = gradient_flow(loss, initial, times=times, rtol=1e-8, atol=1e-10, gradient_tolerance=0.0)
-    assert dict(ds.weight.sizes) == {"member": 4, "time": 8, "node": 2, "input_node": 5}
-    for member in range(4):
-        slow = oracles.gradient_flow(loss, initial[member], end=300, times=times, gradient_tolerance=0.0)
+    initial = glorot_students(loss, 2)
+    times = np.geomspace(0.1, 100, 8)
+    ds = gradient_flow(loss, initial, times=times, rtol=1e-7, atol=1e-9, gradient_tolerance=0.0)
+    assert dict(ds.weight.sizes) == {"member": 2, "time": 8, "node": 2, "input_node": 5}
+    for member in range(2):
+        slow = oracles.gradient_flow(loss, initial[member], end=100, times=times, gradient_tolerance=0.0)
         w, a = loss.unpack(torch.from_numpy(slow.y.T.copy()))
-        # errors of 1e-8 a step grow along the plateau's unstable directions, at most some thousandfold here
+        # errors of 1e-7 a step grow along the plateau's unstable directions, at most some thousandfold here
         np.testing.assert_allclose(ds.weight.values[member], w, atol=1e-4)
         np.testing.assert_allclose(ds.outgoing.values[member], a, atol=1e-4)
-        alone = gradient_flow(loss, initial[member], times=times, rtol=1e-8, atol=1e-10, gradient_tolerance=0.0)
+        alone = gradient_flow(loss, initial[member], times=times, rtol=1e-7, atol=1e-9, gradient_tolerance=0.0)
         np.testing.assert_allclose(ds.weight.values[member], alone.weight.values[0], atol=1e-9)
     assert (ds.loss.diff("time") < 0).all()
 
@@ -73,12 +73,12 @@ def test_each_member_says_why_it_stopped():
 def test_relu_conserves_the_balance_of_each_node():
     """a² − |w|² of every node, a first integral of the exact flow, away from w = 0, where the flow is singular."""
     loss = PopulationLoss(orthonormal_teacher(3, activation="relu"), 2)
-    ds = gradient_flow(loss, glorot_students(loss, 4, seed=5), times=np.geomspace(0.01, 20, 6), rtol=1e-9, atol=1e-11)
+    ds = gradient_flow(loss, glorot_students(loss, 4, seed=5), times=np.geomspace(0.01, 20, 6), rtol=1e-8, atol=1e-10)
     ds = ds.isel(member=ds.stop_reason != "singular")
     assert ds.sizes["member"] >= 2
     balance = (ds.outgoing**2).sum("output") - (ds.weight**2).sum("input_node")
-    # each step errs by 1e-9 of parameters of order 1, the balance by some four times that
-    assert abs(balance - balance.isel(time=0)).max() <= 4e-9 * ds.steps.max()
+    # each step errs by 1e-8 of parameters of order 1, the balance by some four times that
+    assert abs(balance - balance.isel(time=0)).max() <= 4e-8 * ds.steps.max()
 
 
 def test_a_finite_samples_loss_has_its_flow():

@@ -195,8 +195,8 @@ def polish(
 ) -> Polished:
     """Newton's method from near a stationary point to |∇|_∞ ≤ `tolerance`, whatever the point's index.
 
-    Steps are limited to a tenth of 1 + the point's norm, leave out eigenvectors of zero eigenvalue and are halved until the
-    gradient falls: the stationary point found is the one at hand, not a better one.
+    Steps are limited to a tenth of 1 + the point's norm, leave out eigenvectors of zero eigenvalue and are halved until
+    the gradient falls: the stationary point found is the one at hand, not a better one.
 
     Args:
         loss: With its gradient and Hessian.
