@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from tsdyn import Experiment
+from tsdyn import Experiment, Network
+from tsdyn.population_loss import PopulationLoss
 
 HERE = Path(__file__).resolve().parent
 REFERENCE = HERE / "reference"
@@ -25,6 +27,21 @@ def small(**changes: Any) -> Experiment:
         record={"observables": ["loss", "mse", "correlation", "fanout_norm", "weight"]},
     )
     return base.replace({key.replace("__", "."): value for key, value in changes.items()})
+
+
+def orthonormal_teacher(k: int, *, activation: str = "erf", inputs: int | None = None) -> Network:
+    """k unit nodes along the axes, one input more unless said, outgoing weights 1."""
+    eye = torch.eye(k, k + 1 if inputs is None else inputs, dtype=torch.float64)
+    return Network([eye, torch.ones(1, k, dtype=torch.float64)], activation=activation)
+
+
+def glorot_students(loss: PopulationLoss, members: int, seed: int = 0) -> torch.Tensor:
+    """Rows of parameters, every weight N(0, 2/(inputs + outputs of its layer)) as Glorot & Bengio (2010) start."""
+    n, d, outputs = loss.nodes, loss.inputs, loss.outputs
+    draw = rng(seed)
+    w = draw.standard_normal((members, n * d)) * np.sqrt(2 / (n + d))
+    a = draw.standard_normal((members, n * outputs)) * np.sqrt(2 / (n + outputs))
+    return torch.from_numpy(np.concatenate([w, a], 1))
 
 
 def rng(seed: int = 0) -> np.random.Generator:

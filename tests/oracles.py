@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
+from scipy.integrate import solve_ivp
 from torch import Tensor, nn
 
 from tsdyn import Network
 from tsdyn.activations import Activation
+from tsdyn.stationary import Loss
 from tsdyn.training import Rule
 
 
@@ -107,3 +111,28 @@ def gaussian_pair(activation: Activation, r1: float, r2: float, u: float) -> flo
     density = w * np.exp(-z * z / 2) / np.sqrt(2 * np.pi)
     y = u * z[:, None] + np.sqrt((1 - u) * (1 + u)) * z
     return float((density * sigma(r1 * z)) @ sigma(r2 * y) @ density)
+
+
+def gradient_flow(
+    loss: Loss, initial: Tensor, *, end: float = 1e9, gradient_tolerance: float = 1e-7, times: Any = None
+) -> Any:
+    """One member by SciPy's BDF, rtol 1e-8, the Jacobian exact."""
+
+    def slope(_t: float, y: np.ndarray) -> np.ndarray:
+        return -np.asarray(loss.gradient(torch.from_numpy(y)))
+
+    def arrived(t: float, y: np.ndarray) -> float:
+        return float(np.abs(slope(t, y)).max() - gradient_tolerance)
+
+    arrived.terminal = True  # type: ignore[attr-defined]
+    return solve_ivp(
+        slope,
+        (0, end),
+        initial.numpy(),
+        "BDF",
+        t_eval=times,
+        events=arrived,
+        rtol=1e-8,
+        atol=1e-10,
+        jac=lambda _t, y: -np.asarray(loss.hessian(torch.from_numpy(y))),
+    )

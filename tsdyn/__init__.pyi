@@ -2,13 +2,17 @@ from . import activations as activations
 from . import alignment as alignment
 from . import analysis as analysis
 from . import archive as archive
+from . import classification as classification
+from . import critical_points as critical_points
 from . import data as data
 from . import derivatives as derivatives
 from . import dynamics as dynamics
+from . import gradient_flow as gradient_flow
 from . import images as images
 from . import interaction as interaction
 from . import networks as networks
 from . import observables as observables
+from . import population as population
 from . import population_loss as population_loss
 from . import schema as schema
 from . import studies as studies

@@ -1,0 +1,42 @@
+"""Two-layer networks on Gaussian inputs, without samples: interactions, population loss, copy or average.
+
+Everything here is exact for x ~ N(0, I) up to rounding.  Losses are E‖f − f*‖², without ½ (docs/theory).
+"""
+
+from tsdyn.classification import Classification, classify, phase_boundaries
+from tsdyn.critical_points import (
+    OneNeuron,
+    ReducedLoss,
+    copy_average,
+    one_neuron,
+    partitions,
+    perturbed_copy,
+    perturbed_copy_average,
+)
+from tsdyn.interaction import Derivatives, Interaction, Partials
+from tsdyn.interaction import derivatives as interaction_derivatives
+from tsdyn.interaction import in_cosine as interaction
+from tsdyn.population_loss import PopulationLoss, loss, loss_from_overlaps
+from tsdyn.students import warm_start
+
+__all__ = [
+    "Classification",
+    "Derivatives",
+    "Interaction",
+    "OneNeuron",
+    "Partials",
+    "PopulationLoss",
+    "ReducedLoss",
+    "classify",
+    "copy_average",
+    "interaction",
+    "interaction_derivatives",
+    "loss",
+    "loss_from_overlaps",
+    "one_neuron",
+    "partitions",
+    "perturbed_copy",
+    "perturbed_copy_average",
+    "phase_boundaries",
+    "warm_start",
+]

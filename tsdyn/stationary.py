@@ -1,0 +1,287 @@
+"""Losses with a Hessian, and their stationary points: polished by Newton's method and told apart by signature.
+
+A small gradient alone is no minimum: a few members in a thousand run along a channel to infinity or sit on a plateau
+with a gradient below 1e-8.  The signature says which: minimum, saddle of some index, degenerate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import Protocol, TypeAlias, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+#: Eigenvalues of less than this share of the largest count as zero.
+ZERO = 1e-7
+#: A Newton step is at most this share of 1 + the point's norm; polishing is not a search.
+_REACH = 0.1
+_NEWTON_STEPS = 40
+#: Bytes of Hessians in work at once.
+_CHUNK_BYTES = 32 << 20
+
+Rows: TypeAlias = Float[Tensor, "*member parameter"]
+
+
+@runtime_checkable
+class Loss(Protocol):
+    """A twice differentiable function of a row of parameters, batched over leading dimensions.
+
+    Attributes:
+        parameters: Length of a row.
+        dtype: Of its values.
+        flat_directions: Zero Hessian eigenvalues that a symmetry forces at every critical point.
+    """
+
+    parameters: int
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def flat_directions(self) -> int: ...
+
+    def value(self, parameters: Tensor) -> Tensor:
+        """(…, parameter) → (…,)."""
+        ...
+
+    def gradient(self, parameters: Tensor) -> Tensor:
+        """(…, parameter) → (…, parameter)."""
+        ...
+
+    def hessian(self, parameters: Tensor) -> Tensor:
+        """(…, parameter) → (…, parameter, parameter)."""
+        ...
+
+    def least_norm(self, parameters: Tensor) -> Tensor:
+        """(…,): distance from where the loss is not differentiable, infinite if it is everywhere."""
+        ...
+
+    def labelled(self, parameters: Tensor) -> Mapping[str, tuple[tuple[str, ...], Tensor]]:
+        """Named parts of a row with their dimensions after the leading ones."""
+        ...
+
+
+class FunctionLoss:
+    """Any twice differentiable function of a row of parameters, its derivatives by torch.func.
+
+    Args:
+        function: One row (parameter,) → a scalar, e.g. the mean error of a network on a finite sample.
+        parameters: Length of the row.
+        dtype: Of rows.
+        flat_directions: Zero Hessian eigenvalues that a symmetry of the function forces.
+    """
+
+    def __init__(
+        self,
+        function: Callable[[Tensor], Tensor],
+        parameters: int,
+        *,
+        dtype: torch.dtype = torch.float64,
+        flat_directions: int = 0,
+    ) -> None:
+        self.parameters = parameters
+        self._function = function
+        self._dtype = dtype
+        self._flat_directions = flat_directions
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of rows."""
+        return self._dtype
+
+    @property
+    def flat_directions(self) -> int:
+        """As given."""
+        return self._flat_directions
+
+    def value(self, parameters: Rows) -> Float[Tensor, "*member"]:
+        """The function of each row."""
+        return self._batched(self._function, parameters)
+
+    def gradient(self, parameters: Rows) -> Rows:
+        """By torch.func.grad."""
+        return self._batched(torch.func.grad(self._function), parameters)
+
+    def hessian(self, parameters: Rows) -> Float[Tensor, "*member parameter parameter"]:
+        """By torch.func.hessian."""
+        return self._batched(torch.func.hessian(self._function), parameters)
+
+    def least_norm(self, parameters: Rows) -> Float[Tensor, "*member"]:
+        """Infinite: where the function has kinks is not known."""
+        return parameters.new_full(parameters.shape[:-1], torch.inf)
+
+    def labelled(self, parameters: Rows) -> Mapping[str, tuple[tuple[str, ...], Tensor]]:
+        """The row as it is."""
+        return {"parameters": (("parameter",), parameters)}
+
+    def _batched(self, function: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+        lead = rows.shape[:-1]
+        found = torch.func.vmap(function)(rows.reshape(-1, rows.shape[-1]))
+        return found.reshape(*lead, *found.shape[1:])
+
+
+@dataclass(frozen=True)
+class Signature:
+    """Hessian eigenvalues by sign, (member,) each; those that symmetry forces to zero are left out of `zero`.
+
+    Attributes:
+        negative: Eigenvalues below −1e-7 of the largest.
+        zero: Eigenvalues between, beyond the loss's flat directions.
+        positive: Eigenvalues above.
+        least: Least eigenvalue.
+        largest: Largest absolute eigenvalue.
+    """
+
+    negative: Int[Tensor, " member"]
+    zero: Int[Tensor, " member"]
+    positive: Int[Tensor, " member"]
+    least: Float[Tensor, " member"]
+    largest: Float[Tensor, " member"]
+
+
+@dataclass(frozen=True)
+class Polished:
+    """Where Newton's method ended, (member, …) each.
+
+    Attributes:
+        point: Rows of parameters.
+        loss: At the point.
+        gradient_max: |∇|_∞ at the point.
+        moved: Euclidean distance from where it began.
+        signature: Of the Hessian at the point.
+        kind: ``minimum``, ``saddle`` (its index is ``signature.negative``), ``degenerate`` (no negative eigenvalue but
+            zeros that no symmetry explains: a plateau or a channel), ``not stationary`` (the gradient stayed above
+            the tolerance).
+    """
+
+    point: Float[Tensor, "member parameter"]
+    loss: Float[Tensor, " member"]
+    gradient_max: Float[Tensor, " member"]
+    moved: Float[Tensor, " member"]
+    signature: Signature
+    kind: np.ndarray
+
+
+def signature(loss: Loss, point: Float[Tensor, "member parameter"], *, zero: float = ZERO) -> Signature:
+    """Signs of the Hessian's eigenvalues at each point.
+
+    Args:
+        loss: With its Hessian.
+        point: Rows of parameters.
+        zero: Eigenvalues below this share of the largest count as zero.
+    """
+    found = [_signs(loss, torch.linalg.eigvalsh(loss.hessian(rows)), zero) for rows in _chunks(loss, point)]
+    return Signature(*(torch.cat([getattr(s, f.name) for s in found]) for f in fields(Signature)))
+
+
+def _signs(loss: Loss, eigenvalues: Tensor, zero: float) -> Signature:
+    largest = eigenvalues.abs().amax(-1)
+    cut = (zero * largest)[..., None]
+    negative, positive = (eigenvalues < -cut).sum(-1), (eigenvalues > cut).sum(-1)
+    flat = loss.parameters - negative - positive - loss.flat_directions
+    return Signature(negative, flat.clamp(min=0), positive, eigenvalues[..., 0], largest)
+
+
+def polish(
+    loss: Loss,
+    point: Float[Tensor, "member parameter"] | Float[Tensor, " parameter"],
+    *,
+    tolerance: float = 1e-12,
+    zero: float = ZERO,
+) -> Polished:
+    """Newton's method from near a stationary point to |∇|_∞ ≤ `tolerance`, whatever the point's index.
+
+    Steps are limited to a tenth of 1 + the point's norm, leave out eigenvectors of zero eigenvalue and are halved until
+    the gradient falls: the stationary point found is the one at hand, not a better one.
+
+    Args:
+        loss: With its gradient and Hessian.
+        point: Rows of parameters, or one row.
+        tolerance: Of the largest component of the gradient; rounding of the loss allows some 1e-14.
+        zero: Eigenvalues below this share of the largest count as zero.
+
+    Returns:
+        Point, loss, gradient and kind of each member; those that do not converge are told, not dropped.
+    """
+    rows = point if point.ndim == 2 else point[None]
+    found = [_polished(loss, chunk, tolerance, zero) for chunk in _chunks(loss, rows)]
+    signs = [f.signature for f in found]
+    return Polished(
+        *(torch.cat([getattr(f, name) for f in found]) for name in ("point", "loss", "gradient_max", "moved")),
+        Signature(*(torch.cat([getattr(s, f.name) for s in signs]) for f in fields(Signature))),
+        np.concatenate([f.kind for f in found]),
+    )
+
+
+def _polished(loss: Loss, begin: Tensor, tolerance: float, zero: float) -> Polished:
+    point = begin.clone()
+    gradient = loss.gradient(point)
+    # one step more than the tolerance asks for: it costs little and quadratic convergence ends at rounding
+    pending: Bool[Tensor, " member"] = torch.isfinite(gradient).all(-1)
+    last = torch.zeros_like(pending)
+    for _ in range(_NEWTON_STEPS):
+        index = pending.nonzero()[:, 0]
+        if not len(index):
+            break
+        step = _newton_step(loss, point[index], gradient[index], zero)
+        moved, better, improved = _halved(loss, point[index], step, gradient[index])
+        point[index], gradient[index] = moved, better
+        done = better.abs().amax(-1) <= tolerance
+        pending[index] = improved & ~last[index]
+        last[index] = done
+    at = gradient.abs().amax(-1)
+    finite = torch.isfinite(gradient).all(-1)
+    safe = torch.where(finite[:, None], point, torch.ones_like(point))
+    signs = _signs(loss, torch.linalg.eigvalsh(loss.hessian(safe)), zero)
+    kind = np.select(
+        [
+            (~(at <= tolerance)).numpy(force=True),
+            (signs.negative > 0).numpy(force=True),
+            signs.zero.numpy(force=True) > 0,
+        ],
+        ["not stationary", "saddle", "degenerate"],
+        "minimum",
+    )
+    return Polished(point, loss.value(point), at, (point - begin).norm(dim=-1), signs, kind)
+
+
+def _newton_step(loss: Loss, point: Tensor, gradient: Tensor, zero: float) -> Tensor:
+    values, vectors = torch.linalg.eigh(loss.hessian(point))
+    cut = zero * values.abs().amax(-1, keepdim=True)
+    inverse = torch.where(values.abs() > cut, 1 / values, 0.0)
+    step = -(vectors @ (inverse * (vectors.mT @ gradient[..., None])[..., 0])[..., None])[..., 0]
+    length = step.norm(dim=-1, keepdim=True)
+    reach = _REACH * (1 + point.norm(dim=-1, keepdim=True))
+    return step * (reach / length.clamp(min=torch.finfo(step.dtype).tiny)).clamp(max=1)
+
+
+def _halved(loss: Loss, point: Tensor, step: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The largest of step, step/2, … whose end has a smaller gradient; where none has, the point itself."""
+    before = gradient.norm(dim=-1)
+    moved, after = point.clone(), gradient.clone()
+    improved = torch.zeros_like(before, dtype=torch.bool)
+    for halvings in range(12):
+        index = (~improved).nonzero()[:, 0]
+        if not len(index):
+            break
+        trial = point[index] + step[index] * 0.5**halvings
+        slope = loss.gradient(trial)
+        better = slope.norm(dim=-1) < before[index]
+        moved[index[better]], after[index[better]] = trial[better], slope[better]
+        improved[index[better]] = True
+    return moved, after, improved
+
+
+def _chunks(loss: Loss, rows: Tensor) -> Iterator[Tensor]:
+    if rows.shape[-1] != loss.parameters:
+        raise ValueError(f"polish: points have {rows.shape[-1]} parameters, the loss takes {loss.parameters}")
+    yield from rows.split(chunk_size(loss))
+
+
+def chunk_size(loss: Loss) -> int:
+    """Members whose Hessians are in work at once."""
+    return max(1, _CHUNK_BYTES // (8 * loss.parameters**2))
