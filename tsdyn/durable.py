@@ -83,13 +83,20 @@ def sync_directory(path: Path) -> None:
 
 
 def make_directory(path: Path) -> None:
-    """A directory and the parents it lacks, durable."""
+    """A directory and the parents it lacks, durable.
+
+    Raises:
+        DirectoryError: if it cannot be made.
+    """
     if path.is_dir():
         return
     make_directory(path.parent)
-    with suppress(FileExistsError):
-        path.mkdir()
-    sync_directory(path.parent)
+    try:
+        with suppress(FileExistsError):
+            path.mkdir()
+        sync_directory(path.parent)
+    except OSError as error:
+        raise DirectoryError(f"{path}: cannot be made: {error}; give another directory with -o") from error
 
 
 @contextmanager

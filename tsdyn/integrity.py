@@ -183,13 +183,11 @@ def repair(path: str | Path) -> list[str]:
         return [line for point in points if point.is_dir() for line in repair(point)]
     if not path.is_dir():
         raise DirectoryError(f"{path}: is not the directory of a run")
-    lock = Lock(path).acquire()
-    try:
-        return list(_repair_run(path))
-    except OSError as error:
-        raise refused(path, error) from error
-    finally:
-        lock.release()
+    with Lock(path):
+        try:
+            return list(_repair_run(path))
+        except OSError as error:
+            raise refused(path, error) from error
 
 
 def _repair_run(path: Path) -> Iterator[str]:

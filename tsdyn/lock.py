@@ -54,6 +54,12 @@ class Lock:
             self._exclusive_file()
         return self
 
+    def __enter__(self) -> Lock:
+        return self.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
     def _flock(self) -> None:
         while True:
             handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)

@@ -1,0 +1,69 @@
+"""``python -m tests.torture [--short] [TRIAL ...]``: what docs/reliability.md says was tried, tried again.
+
+Prints a line a trial; exit 1 if a promise was broken.  ``--short`` is what the test suite runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+#: Trial → how often, in full and in short.
+NUMBERS = {
+    "kills": (500, 6),
+    "prefixes": (100_000, 8),
+    "power_cuts": (200, 8),
+    "faults": (100_000, 8),
+    "full_disks": (50, 4),
+    "two_writers": (100, 2),
+}
+SHIM = "TSDYN_TORTURE_SHIM"
+
+
+def _with_shim() -> None:
+    """Begin again with the shim loaded: it must be there before the C library is."""
+    library = Path(tempfile.mkdtemp(prefix="tsdyn-torture-")) / "shim.so"
+    subprocess.run(["cc", "-O1", "-shared", "-fPIC", "-o", library, HERE / "shim.c", "-ldl"], check=True)
+    environment = {**os.environ, "LD_PRELOAD": str(library), SHIM: str(library), "OMP_NUM_THREADS": "1"}
+    os.execve(sys.executable, [sys.executable, "-m", "tests.torture", *sys.argv[1:]], environment)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.torture")
+    parser.add_argument("trials", nargs="*", choices=[[], *NUMBERS], metavar="TRIAL")
+    parser.add_argument("--short", action="store_true")
+    parser.add_argument("--number", type=int)
+    parser.add_argument("--seed", type=int, default=1)
+    chosen = parser.parse_args()
+    if SHIM not in os.environ:
+        _with_shim()
+
+    import torch
+
+    from tests.torture import trials
+
+    torch.set_num_threads(1)
+    failed = False
+    for name in chosen.trials or NUMBERS:
+        number = chosen.number or NUMBERS[name][chosen.short]
+        if not number:
+            continue
+        began = time.monotonic()
+        with tempfile.TemporaryDirectory(prefix="tsdyn-torture-") as scratch:
+            try:
+                told = getattr(trials, name)(Path(scratch), random.Random(f"{name} {chosen.seed}"), number)
+            except AssertionError as error:
+                failed, told = True, f"BROKEN: {error}"
+        print(f"{name}: {told} [{time.monotonic() - began:.0f} s]", flush=True)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
