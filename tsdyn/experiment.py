@@ -551,7 +551,8 @@ def _chosen(values: Mapping[str, Any], part: type[_Part]) -> dict[str, Any]:
             value = _chosen(value, field.annotation)
             default: object = {}
         else:
-            default = to_jsonable_python(field.get_default(call_default_factory=True))
+            required = field.is_required()
+            default = None if required else to_jsonable_python(field.get_default(call_default_factory=True))
         if value != default:
             found[key] = value
     return found
