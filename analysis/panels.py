@@ -136,7 +136,7 @@ def table(
     values: xr.DataArray,
     *,
     ax: Axes | None = None,
-    limits: tuple[float, float],
+    limits: tuple[float | int, float | int],
     cmap: str,
     bar: bool = True,
 ) -> Axes:
