@@ -118,7 +118,7 @@ def _title(ds: xr.Dataset | xr.DataArray, point: Mapping[str, Any]) -> str:
     for dim, value in point.items():
         along = _listed(ds) if dim == POINT else []
         named |= {key: ds[key].sel({POINT: value}).item() for key in along} if along else {dim: value}
-    return ", ".join(f"{dim} {_short(v)}".removeprefix("moment ") for dim, v in named.items())
+    return panels.plain(", ".join(f"{dim} {_short(v)}".removeprefix("moment ") for dim, v in named.items()))
 
 
 def _short(value: Any) -> str:
