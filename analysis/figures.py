@@ -163,7 +163,9 @@ def _grid(
         text = getattr(grid[-1, 0], f"get_{axis}label")()
         for panel in grid.flat:
             panel.set(**{f"{axis}label": ""})
-        getattr(figure, f"sup{axis}label")(textwrap.fill(text, int(8.5 * size[axis == "y"])), fontsize=10)
+        getattr(figure, f"sup{axis}label")(
+            textwrap.fill(text, int((10, 8.5)[axis == "y"] * size[axis == "y"])), fontsize=10
+        )
     # from the left, since a legend stands at the right
     wrapped = textwrap.fill(title, int(10 * (size[0] - beside)))
     figure.suptitle(wrapped, x=0.01, ha="left", fontsize=11)
@@ -195,7 +197,8 @@ def _where(ds: xr.Dataset) -> str:
     """What a slice is of: swept keys, seed, layer and epoch that are single."""
     own = [c for c in ds.coords if ds[c].ndim == 0 and c not in schema.COORDINATES and c not in _MEASURED]
     keys = [c for c in own if c not in schema.DIMENSIONS and c != POINT]
-    return _title(ds, {str(c): ds[c].item() for c in keys})
+    higher = {"layer": int(ds["layer"])} if "layer" in own and int(ds["layer"]) > 1 else {}
+    return _title(ds, {str(c): ds[c].item() for c in keys} | higher)
 
 
 def _headed(text: str, ds: xr.Dataset) -> str:
@@ -759,6 +762,8 @@ def animate_boundaries(ds: xr.Dataset, *, interval: int = 150) -> FuncAnimation:
         return []
 
     frame(0)
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # laid out once; every frame again would take most of the time
     return FuncAnimation(figure, frame, frames=measured.sizes["epoch"], interval=interval, init_func=list)
 
 

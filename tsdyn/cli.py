@@ -168,9 +168,13 @@ def show(directory: Directory) -> None:
     for key, value in rows.items():
         facts.add_row(_plain(key), _plain(value))
     console.print(facts)
-    table = Table("variable", "dimensions", "meaning")
+    swept = archive.swept_dimensions(ds)
+    table = Table(box=None, padding=(0, 2, 0, 0))  # a line a variable, cut where the terminal ends
+    for title in ("variable", f"dimensions, after {', '.join(swept)}" if swept else "dimensions", "meaning"):
+        table.add_column(_plain(title), no_wrap=True, overflow="ellipsis")
     for name, array in ds.data_vars.items():
-        table.add_row(_plain(name), _plain(", ".join(map(str, array.dims))), _plain(array.attrs.get("long_name", "")))
+        own = ", ".join(str(dim) for dim in array.dims if dim not in swept)
+        table.add_row(_plain(name), _plain(own), _plain(array.attrs.get("long_name", "")))
     console.print(table)
 
 
