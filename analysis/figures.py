@@ -163,9 +163,8 @@ def _grid(
         text = getattr(grid[-1, 0], f"get_{axis}label")()
         for panel in grid.flat:
             panel.set(**{f"{axis}label": ""})
-        getattr(figure, f"sup{axis}label")(
-            textwrap.fill(text, int((10, 8.5)[axis == "y"] * size[axis == "y"])), fontsize=10
-        )
+        letters = 10 * size[0] if axis == "x" else 8.5 * size[1]
+        getattr(figure, f"sup{axis}label")(textwrap.fill(text, int(letters)), fontsize=10)
     # from the left, since a legend stands at the right
     wrapped = textwrap.fill(title, int(10 * (size[0] - beside)))
     figure.suptitle(wrapped, x=0.01, ha="left", fontsize=11)

@@ -169,13 +169,15 @@ def show(directory: Directory) -> None:
         facts.add_row(_plain(key), _plain(value))
     console.print(facts)
     swept = archive.swept_dimensions(ds)
-    table = Table(box=None, padding=(0, 2, 0, 0))  # a line a variable, cut where the terminal ends
-    for title in ("variable", f"dimensions, after {', '.join(swept)}" if swept else "dimensions", "meaning"):
-        table.add_column(_plain(title), no_wrap=True, overflow="ellipsis")
-    for name, array in ds.data_vars.items():
-        own = ", ".join(str(dim) for dim in array.dims if dim not in swept)
-        table.add_row(_plain(name), _plain(own), _plain(array.attrs.get("long_name", "")))
-    console.print(table)
+    after = f"dimensions, after {', '.join(swept)}" if swept else "dimensions"
+    lines = [("variable", after, "meaning")] + [
+        (str(name), ", ".join(str(d) for d in array.dims if d not in swept), str(array.attrs.get("long_name", "")))
+        for name, array in ds.data_vars.items()
+    ]
+    first, second = (max(len(line[i]) for line in lines) for i in (0, 1))
+    for name, dims, meaning in lines:  # a line a variable, cut where the terminal ends
+        line = _printable(f"{name:{first}}  {dims:{second}}  {meaning}".replace("\n", " "))
+        print(line[: console.width] if console.is_terminal else line)
 
 
 @app.command()

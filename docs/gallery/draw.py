@@ -1,4 +1,4 @@
-"""The gallery's pictures and page, from real runs of seconds; `docs/conf.py` calls it, once for each state of its sources."""
+"""The gallery's pictures and page, from real runs of seconds; `docs/conf.py` calls it, once a state of its sources."""
 
 from __future__ import annotations
 
