@@ -156,10 +156,11 @@ def show(directory: Directory) -> None:
     }
     if ds.sizes.get("epoch"):
         rows["epochs"] = f"{int(ds.epoch[0])}..{int(ds.epoch[-1])}, {ds.sizes['epoch']} recorded"
-    for dim in archive.swept_dimensions(ds):
-        values = ds[dim].values.tolist()
-        shown = ", ".join(map(str, values[:8])) + (f", ... {values[-1]}" if len(values) > 8 else "")
-        rows[f"swept: {dim}"] = shown
+    for key, column in ds.coords.items():
+        if column.dims and set(column.dims) <= set(archive.swept_dimensions(ds)) and key not in ("point", "coverage"):
+            values = list(dict.fromkeys(column.values.tolist()))
+            shown = ", ".join(map(str, values[:8])) + (f", ... {values[-1]}" if len(values) > 8 else "")
+            rows[f"swept: {key}"] = shown
     if "coverage" in ds.coords:
         rows["coverage"] = f"{int((ds.coverage >= 1).sum())} of {ds.coverage.size} points finished"
     if "death_epoch" in ds.coords:
