@@ -106,8 +106,10 @@ class Members:
     @cached_property
     def ensemble(self) -> Ensemble | DeepEnsemble:
         pairs = zip(self.experiment.seed_labels, self.teachers, strict=True)
-        kind = DeepEnsemble if self.experiment.deep else Ensemble
-        return kind.of([draw_student(self.experiment, seed, t.to("cpu")) for seed, t in pairs], device=self.device)
+        students = [draw_student(self.experiment, seed, t.to("cpu")) for seed, t in pairs]
+        kind: Any = DeepEnsemble if self.experiment.deep else Ensemble
+        ensemble: Ensemble | DeepEnsemble = kind.of(students, device=self.device)
+        return ensemble
 
     @cached_property
     def eval_probes(self) -> list[Probe]:
