@@ -157,10 +157,20 @@ class Header:
     def as_json(self) -> list[Any]:
         return [self.version, self.labels, self.columns, self.variables, self.attrs]
 
+    @classmethod
+    def of_json(cls, kept: Sequence[Any]) -> Header:
+        """What `as_json` gave, whose tuples JSON made lists."""
+        version, labels, columns, variables, attrs = kept
+        return cls(version, labels, _tuples(columns), _tuples(variables), attrs)
+
 
 def _stored_chunk(array: Any) -> list[int]:
     stored = array.chunking()
     return list(stored) if isinstance(stored, list) else list(array.shape)
+
+
+def _tuples(table: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+    return {name: tuple(row) for name, row in table.items()}
 
 
 def _plain(value: Any) -> Any:
@@ -188,10 +198,10 @@ class Index:
         self._entries: dict[str, tuple[list[int], str, list[int]]] = {}
         self._changed = False
         with suppress(OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            kept = json.loads((path / INDEX).read_text(encoding="utf-8"))
-            if kept["version"] == schema.VERSION:
-                self._headers = {key: Header(*header) for key, header in kept["headers"].items()}
-                self._entries = {name: tuple(entry) for name, entry in kept["runs"].items()}
+            found = json.loads((path / INDEX).read_text(encoding="utf-8"))
+            if found["version"] == schema.VERSION:
+                self._headers = {key: Header.of_json(kept) for key, kept in found["headers"].items()}
+                self._entries = {name: tuple(entry) for name, entry in found["runs"].items()}
 
     def finished(self, name: str) -> Source | None:
         """The archive of one point, None if it has none.

@@ -10,7 +10,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -533,6 +533,7 @@ def _batch_norm_convention(experiment: Experiment) -> str:
     return place if place == "none" else f"{place} the activation; training mode in training, evaluation mode measured"
 
 
+@cache
 def _git_commit() -> str:
     """Commit of the checkout this code runs from, ``unknown`` for an installed wheel."""
     try:
