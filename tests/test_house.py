@@ -29,6 +29,7 @@ RANKS = {
     "population_loss": 2,
     "stationary": 1,
     "gradient_flow": 2,
+    "flow": 3,
     "critical_points": 3,
     "classification": 4,
     "population": 5,
