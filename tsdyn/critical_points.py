@@ -239,8 +239,7 @@ def _solved(caller: str, loss: PopulationLoss, basis: Tensor, start: Sequence[fl
     reduced = ReducedLoss(loss, basis, flat)
     begin = torch.tensor([list(start)], dtype=loss.dtype)
     flow = gradient_flow(reduced, begin, gradient_tolerance=1e-9)
-    # the few parameters differ in scale, and with it the eigenvalues
-    end = polish(reduced, torch.from_numpy(flow["final"].values), zero=1e-12)
+    end = polish(reduced, torch.from_numpy(flow["final"].values))
     if end.kind[0] not in ("minimum", "degenerate"):
         raise ValueError(
             f"{caller}: no minimum of the reduced problem was reached from a copy of each node: the flow stopped by "
