@@ -31,6 +31,8 @@ from tsdyn.stationary import Loss, polish
 #: How far from orthonormal a teacher may be that a formula calls orthonormal.
 _ORTHONORMAL = 1e-10
 _LARGEST_NORM = 50.0
+#: Odd σ, for which a node and its outgoing weight may change sign together and copy-average points are critical.
+ODD = ("erf", "tanh", "identity")
 
 
 @dataclass(frozen=True)
