@@ -52,8 +52,8 @@ def described(text: str) -> dict[str, str]:
 
 
 def draw_cosines(u: xr.DataArray, ax: Axes, *, labels: bool = True) -> None:
-    """Map of u (node, teacher_node), blue positive, red negative."""
-    ax.imshow(u.transpose("node", "teacher_node"), cmap="RdBu", vmin=-1, vmax=1, aspect="equal")
+    """Map of u, (node, teacher_node) in this order; blue positive, red negative."""
+    ax.imshow(u, cmap="RdBu", vmin=-1, vmax=1, aspect="equal")
     ax.set(xticks=[], yticks=[])
     if labels:
         ax.set(xlabel="teacher node", ylabel="student node")

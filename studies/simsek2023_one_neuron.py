@@ -39,7 +39,7 @@ def measure(archive: xr.Dataset) -> xr.Dataset:
     maps = []
     for name in names:
         one = at(archive, name, 1, 2)
-        one = one.isel(seed=int(one["loss"].argmin()))
+        one = one.isel(seed=int(one["loss"].argmin("seed")))
         w, a = (torch.from_numpy(one[key].values.copy()) for key in ("weight", "outgoing"))
         teacher = Network([torch.eye(2, dtype=w.dtype), torch.ones(1, 2, dtype=w.dtype)], activation=name)
         student = Network([w[:, :2], a[None]], activation=name)

@@ -40,13 +40,13 @@ def measure(archive: xr.Dataset) -> xr.Dataset:
     for name in names:
         small, large = at(archive, name, 2, 3), at(archive, name, 4, 8)
         w = small["path_weight"].isel(input_node=slice(0, 3)) * np.sign(small["outgoing"])
-        best = int(large["loss"].argmin())
+        best = int(large["loss"].argmin("seed"))
         one = {
             "path": xr.dot(w, xr.DataArray(_PLANE, dims=("axis", "input_node")), dim="input_node"),
             "path_loss": small["path_loss"],
             "copies_and_averages": small["class"] == "copy-average",
             "loss_copy_average": small["loss_copy_average"],
-            "cosine": cosines(large).isel(seed=best, drop=True),
+            "cosine": cosines(large).isel(seed=best, drop=True).rename(node="larger_node"),
             "best_loss": large["loss"].isel(seed=best, drop=True),
         }
         rows.append(xr.Dataset({key: array.drop_vars(_labels(array)) for key, array in one.items()}))
