@@ -102,7 +102,8 @@ def draw(measured: xr.Dataset) -> Figure:
 
 
 def _panel(one: xr.Dataset, along: str, ax: Axes) -> None:
-    average, perturbed = one["index_copy_average"] == 0, one["index_perturbed_copy"] == 0
+    # at n = 1 both points are the one-neuron optimum
+    average, perturbed = one["index_copy_average"] == 0, (one["index_perturbed_copy"] == 0) & (one["n"] > 1)
     for x, a, p in zip(one[along].values, average.values, perturbed.values, strict=True):
         ax.axvspan(x - 0.5, x + 0.5, color=COLOURS["copy-average"], alpha=0.18 * a, linewidth=0)
         ax.axvspan(x - 0.5, x + 0.5, color=COLOURS["perturbed-copy"], alpha=0.25 * p, linewidth=0)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import xarray as xr
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 from tsdyn.analysis.figures import PALETTE
 from tsdyn.studies.simsek2023 import at, described
 
@@ -80,5 +81,8 @@ def draw(measured: xr.Dataset) -> Figure:
         k = one["k"].broadcast_like(one["error"])
         ax.loglog(k.values.ravel(), one["error"].values.ravel(), "o", color=colour, markersize=3, alpha=0.6)
     ax.set(xlabel="teacher nodes k", ylabel="error L*(k)")
+    ticks = sorted({2, int(measured["k"].max())} | {k for k in (4, 8) if k < measured["k"].max()})
+    ax.set_xticks(ticks, labels=list(map(str, ticks)))
+    ax.xaxis.set_minor_formatter(NullFormatter())
     ax.legend(frameon=False, fontsize="small")
     return figure

@@ -1,8 +1,8 @@
 """Simsek et al. (2023), Figure 1: two student nodes on their way to copy one teacher node and average the other two.
 
 Left, incoming weights of n = 2 nodes against k = 3, seen along (1, 1, 1): teacher nodes stand at the corners of a
-triangle, an average of two lies opposite to the third.  Then the loss, with the copy-average point's; last u_ij at the
-end for n = 4, k = 8.
+triangle, an average of two lies opposite to the third.  Then the loss, with the copy-average point's, which relu goes
+below: its critical point is only near it.  Last u_ij at the end for n = 4, k = 8.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import numpy as np
 import xarray as xr
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 from tsdyn.analysis.figures import PALETTE
 from tsdyn.studies.simsek2023 import COLOURS, at, cosines, described, draw_cosines
 
@@ -87,9 +88,18 @@ def draw(measured: xr.Dataset) -> Figure:
         for j, corner in enumerate(_PLANE.T, start=1):
             left.annotate("", corner, (0, 0), arrowprops={"arrowstyle": "->", "color": PALETTE[0]})
             left.annotate(f"v{j}", corner * 1.15, color=PALETTE[0], ha="center", va="center")
-        left.set(aspect="equal", xticks=[], yticks=[], title=f"{name}: w, n = 2, k = 3")
+        edge = 1.1 * max(1.1, float(abs(one["path"]).max()))
+        left.set(
+            aspect="equal",
+            xlim=(-edge, edge),
+            ylim=(-edge, edge),
+            xticks=[],
+            yticks=[],
+            title=f"{name}: w, n = 2, k = 3",
+        )
         middle.axhline(float(one["loss_copy_average"]), color="black", linestyle="--", linewidth=0.8)
-        middle.set(xlabel="time", ylabel="loss", title="20 seeds, dashed L*(2)".replace("20", str(one.sizes["seed"])))
+        middle.set(xlabel="time", ylabel="loss", title=f"{one.sizes['seed']} seeds, dashed L*(2)")
+        middle.yaxis.set_minor_formatter(NullFormatter())
         draw_cosines(one["cosine"], right)
         right.set_title(f"u, n = 4, k = 8, loss {float(one['best_loss']):.4f}")
     return figure
