@@ -30,7 +30,7 @@ def _curves(teachers: tuple[int, ...], students: tuple[int, ...]) -> tuple[tuple
 
 
 EXPERIMENTS: Mapping[str, FlowExperiment] = {
-    "smoke": FlowExperiment("loss-smoke", _curves((4,), (2,)), seeds=2),
+    "smoke": FlowExperiment("loss-smoke", _curves((3,), (2,)), seeds=2),
     "desk": FlowExperiment("loss-desk", _curves((8, 12), (4, 8, 12)), seeds=20),
     "paper": FlowExperiment("loss-paper", _curves((8, 12, 16), (4, 8, 12, 16)), seeds=20),
 }
