@@ -71,7 +71,7 @@ def _whole(ds: xr.Dataset, fixed: str) -> list[int]:
 
 
 def draw(measured: xr.Dataset) -> Figure:
-    """Loss against n for each k, below against k for each n, then u_ij."""
+    """Loss against n for each k; below, how far from L*(k−n+1) for each n, then u_ij."""
     teachers, students = _whole(measured, "k"), _whole(measured, "n")
     columns = max(len(teachers), 2)
     figure = Figure(figsize=(3.4 * columns, 5.4), layout="constrained")
@@ -87,11 +87,15 @@ def draw(measured: xr.Dataset) -> Figure:
     ax = left.subplots()
     for colour, n in zip(PALETTE, students, strict=False):
         one = measured.isel(point=np.flatnonzero((measured["n"] == n) & (measured["k"] <= 2 * n))).sortby("k")
-        ax.plot(one["k"], one["loss_copy_average"], "--", color=colour, linewidth=1)
-        ax.plot(one["k"], one["loss"].mean("seed"), "o", color=colour, markersize=3.5, label=f"n = {n}")
-    ax.set(xlabel="teacher nodes k", ylabel="mean loss at the end")
-    ax.legend(frameon=False, title="dashed L*(k−n+1)", fontsize="small", title_fontsize="small")
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        excess = 100 * (one["loss"] / one["loss_copy_average"] - 1)
+        ratio = (one["n"] / one["k"]).broadcast_like(excess)
+        ax.plot(
+            ratio.values.ravel(), excess.values.ravel(), "o", color=colour, markersize=3, alpha=0.3, markeredgewidth=0
+        )
+        ax.plot(one["n"] / one["k"], excess.median("seed"), "-", color=colour, linewidth=1.2, label=f"n = {n}")
+    ax.axhline(0, color="black", linestyle="--", linewidth=1)
+    ax.set(xlabel="n / k, every k up to 2n", ylabel="loss above L*(k−n+1), %", ylim=(-30, 30))
+    ax.legend(frameon=False, fontsize="small", title="median of seeds", title_fontsize="small")
     maps = right.subplots(len(measured["map_n"]), 1, squeeze=False)[:, 0]
     for ax, n in zip(maps, measured["map_n"].values, strict=True):
         u = measured["cosine"].sel(map_n=n).isel(node=slice(0, int(n)))

@@ -37,7 +37,7 @@ _SOURCE = "Simsek et al. 2023 (arXiv:2311.01644)"
 _TEXTS = {
     "loss": "loss L at the end, no ½",
     "gradient_max": "|∇L|_∞ at the end",
-    "index": "negative Hessian eigenvalues at the end",
+    "index": "negative Hessian eigenvalues at the end, −1 where the flow did not arrive",
     "margin": "distance of the class's deciding number from its threshold",
     "stop_time": "time at which the flow stopped",
     "weight": "incoming weights w at the end",
@@ -147,9 +147,12 @@ def flows(experiment: FlowExperiment, point: Size) -> xr.Dataset:
     begin = starts(loss, range(experiment.seeds))
     times = None if experiment.times is None else np.geomspace(*experiment.times)
     flow = gradient_flow(loss, begin, times=times, end=1e9)
-    end = polish(loss, torch.from_numpy(flow["final"].values))
-    arrived = flow["stop_reason"].values == "gradient"
-    found = [classify(loss.network(row), loss.teacher) for row in end.point]
+    final = torch.from_numpy(flow["final"].values)
+    end = polish(loss, final)
+    # elsewhere Newton would lead away: a member that ran into a singularity or along a channel is left where it stopped
+    arrived = torch.from_numpy(flow["stop_reason"].values == "gradient")
+    at = torch.where(arrived[:, None], end.point, final)
+    found = [classify(loss.network(row), loss.teacher) for row in at]
 
     def weights(prefix: str, rows: Tensor, *dims: str) -> dict[str, Any]:
         w, a = loss.unpack(rows)
@@ -160,12 +163,12 @@ def flows(experiment: FlowExperiment, point: Size) -> xr.Dataset:
         }
 
     values = {
-        "loss": ("seed", end.loss.numpy()),
-        "gradient_max": ("seed", end.gradient_max.numpy()),
-        "index": ("seed", end.signature.negative.numpy()),
+        "loss": ("seed", loss.value(at).numpy()),
+        "gradient_max": ("seed", loss.gradient(at).abs().amax(-1).numpy()),
+        "index": ("seed", torch.where(arrived, end.signature.negative, -1).numpy()),
         "margin": ("seed", np.array([c.margin for c in found])),
         "stop_time": ("seed", flow["stop_time"].values),
-        **weights("", end.point),
+        **weights("", at),
         **weights("start_", begin),
         **{name: ((), value) for name, value in _theory(loss).items()},
     }
@@ -174,7 +177,7 @@ def flows(experiment: FlowExperiment, point: Size) -> xr.Dataset:
         path = flow[list(names)].isel(output=0).rename(names)
         values |= {str(name): (array.dims, array.values) for name, array in path.data_vars.items()}
     words = {
-        "kind": np.where(arrived, end.kind, flow["stop_reason"].values),
+        "kind": np.where(arrived.numpy(), end.kind, flow["stop_reason"].values),
         "class": [c.kind for c in found],
         "reason": [c.reason for c in found],
         "stop_reason": flow["stop_reason"].values,
