@@ -94,7 +94,7 @@ def draw(measured: xr.Dataset) -> Figure:
         )
         ax.plot(one["n"] / one["k"], excess.median("seed"), "-", color=colour, linewidth=1.2, label=f"n = {n}")
     ax.axhline(0, color="black", linestyle="--", linewidth=1)
-    ax.set(xlabel="n / k, every k up to 2n", ylabel="loss above L*(k−n+1), %", ylim=(-30, 30))
+    ax.set(xlabel="n / k, every k up to 2n", ylabel="loss above L*(k−n+1), %", ylim=(-25, 12))
     ax.legend(frameon=False, fontsize="small", title="median of seeds", title_fontsize="small")
     maps = right.subplots(len(measured["map_n"]), 1, squeeze=False)[:, 0]
     for ax, n in zip(maps, measured["map_n"].values, strict=True):

@@ -87,7 +87,7 @@ def draw(measured: xr.Dataset) -> Figure:
             middle.loglog(run["time"], run["path_loss"], color=colour, linewidth=0.9)
         for j, corner in enumerate(_PLANE.T, start=1):
             left.annotate("", corner, (0, 0), arrowprops={"arrowstyle": "->", "color": PALETTE[0]})
-            left.annotate(f"v{j}", corner * 1.15, color=PALETTE[0], ha="center", va="center")
+            left.annotate(f"v{j}", corner * 1.45, color=PALETTE[0], ha="center", va="center")
         edge = 1.1 * max(1.1, float(abs(one["path"]).max()))
         left.set(
             aspect="equal",
