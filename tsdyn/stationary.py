@@ -226,9 +226,12 @@ def polish(
     rows = point if point.ndim == 2 else point[None]
     found = [_polished(loss, chunk, tolerance) for chunk in _chunks(loss, rows)]
     return Polished(
-        *(torch.cat([getattr(f, name) for f in found]) for name in ("point", "loss", "gradient_max", "moved")),
-        _joined([f.signature for f in found]),
-        np.concatenate([f.kind for f in found]),
+        point=torch.cat([f.point for f in found]),
+        loss=torch.cat([f.loss for f in found]),
+        gradient_max=torch.cat([f.gradient_max for f in found]),
+        moved=torch.cat([f.moved for f in found]),
+        signature=_joined([f.signature for f in found]),
+        kind=np.concatenate([f.kind for f in found]),
     )
 
 
@@ -283,7 +286,8 @@ class _Newton:
 def _limited(step: Tensor, point: Tensor) -> Tensor:
     length = step.norm(dim=-1, keepdim=True)
     reach = _REACH * (1 + point.norm(dim=-1, keepdim=True))
-    return step * (reach / length.clamp(min=torch.finfo(step.dtype).tiny)).clamp(max=1)
+    limited: Tensor = step * (reach / length.clamp(min=torch.finfo(step.dtype).tiny)).clamp(max=1)
+    return limited
 
 
 def _halved(loss: Loss, point: Tensor, step: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
