@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
-from tsdyn.analysis.figures import PALETTE
+from tsdyn.analysis.panels import PALETTE
 
 #: Of the classes, and of the regimes where each is the best that is a minimum.
 COLOURS = {"copy-average": PALETTE[2], "perturbed-copy": PALETTE[1], "other": "#999999"}

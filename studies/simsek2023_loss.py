@@ -14,7 +14,7 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from tsdyn.analysis.figures import PALETTE
+from tsdyn.analysis.panels import PALETTE
 from tsdyn.studies.simsek2023 import COLOURS, NAMES, at, cosines, described, draw_cosines
 
 from tsdyn.flow_experiment import FlowExperiment
@@ -75,7 +75,7 @@ def draw(measured: xr.Dataset) -> Figure:
     teachers, students = _whole(measured, "k"), _whole(measured, "n")
     columns = max(len(teachers), 2)
     figure = Figure(figsize=(3.4 * columns, 5.4), layout="constrained")
-    top, bottom = figure.subfigures(2, 1)
+    top, bottom = figure.subfigures(2, 1, squeeze=False)[:, 0]
     for ax, k in zip(top.subplots(1, columns, squeeze=False)[0], teachers, strict=False):
         one = measured.isel(point=np.flatnonzero(measured["k"] == k)).sortby("n")
         _panel(one, "n", ax)
@@ -83,7 +83,7 @@ def draw(measured: xr.Dataset) -> Figure:
     top.axes[0].legend(frameon=False, fontsize="x-small")
     for ax in top.axes[len(teachers) :]:
         ax.set_axis_off()
-    left, right = bottom.subfigures(1, 2, width_ratios=[1, 1.1])
+    left, right = bottom.subfigures(1, 2, squeeze=False, width_ratios=[1, 1.1])[0]
     ax = left.subplots()
     for colour, n in zip(PALETTE, students, strict=False):
         one = measured.isel(point=np.flatnonzero((measured["n"] == n) & (measured["k"] <= 2 * n))).sortby("k")

@@ -11,7 +11,7 @@ import numpy as np
 import xarray as xr
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from tsdyn.analysis.figures import PALETTE
+from tsdyn.analysis.panels import PALETTE
 from tsdyn.studies.simsek2023 import described
 
 from tsdyn.flow_experiment import FlowExperiment
@@ -33,7 +33,7 @@ EXPERIMENTS: Mapping[str, FlowExperiment] = {
 def measure(archive: xr.Dataset) -> xr.Dataset:
     """|w| and |a| at the end, and the one-neuron optimum's, over (activation, k)."""
     values = {
-        "norm": np.sqrt((archive["weight"] ** 2).sum("input_node")).isel(node=0),
+        "norm": (archive["weight"].isel(node=0) ** 2).sum("input_node") ** 0.5,
         "outgoing": abs(archive["outgoing"].isel(node=0)),
         "one_neuron_norm": archive["one_neuron_norm"],
         "one_neuron_outgoing": archive["one_neuron_outgoing"],

@@ -13,7 +13,7 @@ import torch
 import xarray as xr
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
-from tsdyn.analysis.figures import PALETTE
+from tsdyn.analysis.panels import PALETTE
 from tsdyn.studies.simsek2023 import at, described
 
 from tsdyn.flow_experiment import FlowExperiment
@@ -60,7 +60,7 @@ def draw(measured: xr.Dataset) -> Figure:
     """Maps on the left, error on the right."""
     names = measured["map_activation"].values
     figure = Figure(figsize=(1.35 * len(names) + 3.4, 3.2), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=[1.35 * len(names), 3.4])
+    left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=[1.35 * len(names), 3.4])[0]
     panels = left.subplots(2, len(names), squeeze=False, sharex=True, sharey=True)
     for column, name in zip(panels.T, names, strict=True):
         one = measured["output"].sel(map_activation=name)
@@ -76,10 +76,10 @@ def draw(measured: xr.Dataset) -> Figure:
         ax.set_xlabel("$x_1$")
     ax = right.subplots()
     for colour, name in zip(PALETTE, names, strict=False):
-        one = measured.isel(point=np.flatnonzero((measured["activation"] == name) & (measured["k"] > 1)))
-        ax.loglog(one["k"], one["one_neuron_error"], color=colour, linewidth=1, label=name)
-        k = one["k"].broadcast_like(one["error"])
-        ax.loglog(k.values.ravel(), one["error"].values.ravel(), "o", color=colour, markersize=3, alpha=0.6)
+        errors = measured.isel(point=np.flatnonzero((measured["activation"] == name) & (measured["k"] > 1)))
+        ax.loglog(errors["k"], errors["one_neuron_error"], color=colour, linewidth=1, label=name)
+        k = errors["k"].broadcast_like(errors["error"])
+        ax.loglog(k.values.ravel(), errors["error"].values.ravel(), "o", color=colour, markersize=3, alpha=0.6)
     ax.set(xlabel="teacher nodes k", ylabel="error L*(k)")
     ticks = sorted({2, int(measured["k"].max())} | {k for k in (4, 8) if k < measured["k"].max()})
     ax.set_xticks(ticks, labels=list(map(str, ticks)))

@@ -13,7 +13,7 @@ import numpy as np
 import xarray as xr
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
-from tsdyn.analysis.figures import PALETTE
+from tsdyn.analysis.panels import PALETTE
 from tsdyn.studies.simsek2023 import COLOURS, at, cosines, described, draw_cosines
 
 from tsdyn.flow_experiment import FlowExperiment

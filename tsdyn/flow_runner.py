@@ -228,8 +228,8 @@ def _joined(experiment: FlowExperiment, parts: list[xr.Dataset]) -> xr.Dataset:
         combine_attrs="override",
     )
     names = np.array([point.activation for point in experiment.points()])
-    sizes = {dim: ("point", [getattr(point, dim) for point in experiment.points()]) for dim in ("n", "k")}
-    ds = ds.assign_coords(activation=("point", names), **sizes).set_coords(_WORDS)
+    n, k = ([getattr(point, dim) for point in experiment.points()] for dim in ("n", "k"))
+    ds = ds.assign_coords(activation=("point", names), n=("point", n), k=("point", k)).set_coords(_WORDS)
     for name, array in ds.data_vars.items():
         array.attrs = {"units": "1", "long_name": _TEXTS[str(name)], "source": _SOURCE}
     ds["seconds"].attrs["units"] = "s"

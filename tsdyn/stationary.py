@@ -280,7 +280,8 @@ class _Newton:
     def certain(self, ahead: Tensor) -> Tensor:
         """Which eigenvalues change by less than half from here to the Hessian at the step's end."""
         there = (self._axes * (ahead @ self._axes)).sum(-2)
-        return self._seen & ((there - self.spectrum).abs() < self.spectrum.abs() / 2)
+        certain: Tensor = self._seen & ((there - self.spectrum).abs() < self.spectrum.abs() / 2)
+        return certain
 
 
 def _limited(step: Tensor, point: Tensor) -> Tensor:
