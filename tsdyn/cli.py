@@ -36,7 +36,8 @@ OutDirectory = Annotated[str | None, typer.Option("-o", "--output", help="Direct
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
 Workers = Annotated[int | None, typer.Option(metavar="N", help="Share the runs of a sweep among N processes here.")]
 Scheduler = Annotated[
-    str | None, typer.Option(metavar="ADDRESS", help="Share them among the workers of a dask scheduler, tcp://HOST:PORT.")
+    str | None,
+    typer.Option(metavar="ADDRESS", help="Share them among the workers of a dask scheduler, tcp://HOST:PORT."),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")]
 Directory = Annotated[str, typer.Argument(metavar="DIR", help="A run, a sweep or an archive file.")]
@@ -140,8 +141,13 @@ def run_study(
     if scale not in module.EXPERIMENTS:
         raise ExperimentError(f"--scale {scale}: there are {', '.join(module.EXPERIMENTS)}")
     path = archive.local_path(output or Path("runs") / f"{name}-{scale}")
-    _run(module.EXPERIMENTS[scale], path, device, quiet)
-    measured = module.measure(archive.open(path)).load()
+    work = module.EXPERIMENTS[scale]
+    if isinstance(work, Experiment):
+        _run(work, path, device, quiet)
+        found = archive.open(path)
+    else:
+        found = work.run(path, report=(lambda _: None) if quiet else lambda line: print(line, flush=True))
+    measured = module.measure(found).load()
     archive.write_dataset(path / "measured.nc", measured)
     _save(module.draw(measured), path / "figure.png", quiet)
 
