@@ -14,7 +14,7 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
-from tsdyn.critical_points import copy_average, perturbed_copy, unit_orthonormal
+from tsdyn.critical_points import ODD, copy_average, perturbed_copy, unit_orthonormal
 from tsdyn.networks import Network
 from tsdyn.population_loss import PopulationLoss
 from tsdyn.stationary import signature
@@ -76,7 +76,7 @@ def classify(student: Network, teacher: Network, *, owns: float = OWNS, even: fl
     norm = w.norm(dim=1)
     cosine = (w @ v.T) / norm.clamp(min=torch.finfo(w.dtype).tiny)[:, None]
     sign = torch.sign(a * teacher.weights[1].detach()[0, 0])
-    if student.activation.name in ("erf", "tanh", "identity"):
+    if student.activation.name in ODD:
         cosine = cosine * sign[:, None]
     share = cosine.square() / cosine.square().sum(0).clamp(min=torch.finfo(w.dtype).tiny)
     part = (a.abs() * norm) / (a.abs() * norm).max()

@@ -132,8 +132,13 @@ def run_study(
     if scale not in module.EXPERIMENTS:
         raise ExperimentError(f"--scale {scale}: there are {', '.join(module.EXPERIMENTS)}")
     path = archive.local_path(output or Path("runs") / f"{name}-{scale}")
-    _run(module.EXPERIMENTS[scale], path, device, quiet)
-    measured = module.measure(archive.open(path)).load()
+    work = module.EXPERIMENTS[scale]
+    if isinstance(work, Experiment):
+        _run(work, path, device, quiet)
+        found = archive.open(path)
+    else:
+        found = work.run(path, report=(lambda _: None) if quiet else lambda line: print(line, flush=True))
+    measured = module.measure(found).load()
     archive.write_dataset(path / "measured.nc", measured)
     _save(module.draw(measured), path / "figure.png", quiet)
 
