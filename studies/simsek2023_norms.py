@@ -39,9 +39,7 @@ def measure(archive: xr.Dataset) -> xr.Dataset:
         "one_neuron_outgoing": archive["one_neuron_outgoing"],
     }
     texts = ("|w|", "|a|", "|w| of the one-neuron optimum", "a of the one-neuron optimum")
-    ds = xr.Dataset(
-        {name: array.assign_attrs(described(text)) for (name, array), text in zip(values.items(), texts, strict=True)}
-    )
+    ds = xr.Dataset({name: array.assign_attrs(described(text)) for (name, array), text in zip(values.items(), texts, strict=True)})
     return ds.drop_vars([name for name in ds.coords if name not in ("seed", "activation", "k")])
 
 

@@ -103,7 +103,9 @@ def _part(directory: Path, point: Size) -> Path:
     return directory / PARTS / f"{point.activation}-n{point.n}-k{point.k}.nc"
 
 
-def _each(experiment: FlowExperiment, left: list[tuple[Size, Path]], workers: int) -> Iterator[tuple[Size, float]]:
+def _each(
+    experiment: FlowExperiment, left: list[tuple[Size, Path]], workers: int
+) -> Iterator[tuple[Size, float]]:
     """Every size, as it is done; the slowest are begun first so that no process is left with them at the end."""
     if workers == 1 or len(left) < 2:
         for point, path in left:
@@ -186,9 +188,7 @@ def flows(experiment: FlowExperiment, point: Size) -> xr.Dataset:
 def _theory(loss: PopulationLoss) -> dict[str, float]:
     """What no seed is needed for; NaN and −1 where there is no such point."""
     activation, n, k = loss.teacher.activation.name, loss.nodes, loss.teacher.widths[1]
-    values = dict.fromkeys(
-        ("loss_copy_average", "loss_perturbed_copy", "one_neuron_norm", "one_neuron_outgoing"), np.nan
-    )
+    values = dict.fromkeys(("loss_copy_average", "loss_perturbed_copy", "one_neuron_norm", "one_neuron_outgoing"), np.nan)
     values |= {"index_copy_average": -1, "index_perturbed_copy": -1}
     if n > k:
         return values

@@ -1,4 +1,4 @@
-"""Online learning beside its equation, as a value: which students, which teachers, how many seeds.  Imports no torch."""
+"""Online learning beside its equation, as a value: students, teachers, seeds.  Imports no torch."""
 
 from __future__ import annotations
 
