@@ -55,6 +55,7 @@ RANKS = {
     "theory": 2,
     "training": 2,
     "deeptraining": 3,
+    "flowtraining": 3,
     "observables": 3,
     "runner": 4,
     "sweep": 5,
