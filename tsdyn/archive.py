@@ -18,6 +18,7 @@ from tsdyn.durable import ArchiveError as ArchiveError
 from tsdyn.durable import DirectoryError as DirectoryError
 from tsdyn.durable import local_path as local_path
 from tsdyn.durable import replacing
+from tsdyn.durable import write_text as write_text
 from tsdyn.experiment import POINT
 from tsdyn.grid import LAZY_BYTES, open_sweeps
 from tsdyn.grid import SWEEP as SWEEP

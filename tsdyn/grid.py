@@ -159,10 +159,20 @@ class Header:
     def as_json(self) -> list[Any]:
         return [self.version, self.labels, self.columns, self.variables, self.attrs]
 
+    @classmethod
+    def of_json(cls, kept: Sequence[Any]) -> Header:
+        """What `as_json` gave, whose tuples JSON made lists."""
+        version, labels, columns, variables, attrs = kept
+        return cls(version, labels, _tuples(columns), _tuples(variables), attrs)
+
 
 def _stored_chunk(array: Any) -> list[int]:
     stored = array.chunking()
     return list(stored) if isinstance(stored, list) else list(array.shape)
+
+
+def _tuples(table: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+    return {name: tuple(row) for name, row in table.items()}
 
 
 def _plain(value: Any) -> Any:
@@ -190,10 +200,10 @@ class Index:
         self._entries: dict[str, tuple[list[int], str, list[int]]] = {}
         self._changed = False
         with suppress(OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            kept = json.loads((path / INDEX).read_text(encoding="utf-8"))
-            if kept["version"] == schema.VERSION:
-                self._headers = {key: Header(*header) for key, header in kept["headers"].items()}
-                self._entries = {name: tuple(entry) for name, entry in kept["runs"].items()}
+            found = json.loads((path / INDEX).read_text(encoding="utf-8"))
+            if found["version"] == schema.VERSION:
+                self._headers = {key: Header.of_json(kept) for key, kept in found["headers"].items()}
+                self._entries = {name: tuple(entry) for name, entry in found["runs"].items()}
 
     def finished(self, name: str) -> Source | None:
         """The archive of one point, None if it has none.
@@ -420,13 +430,13 @@ def _gathered(
                     f"{dict(zip(map(', '.join, along), at, strict=True))}; open one of them"
                 )
             held += sources
-    values = [tuple(dict.fromkeys(at[i] for at in found)) for i in range(len(along))]
-    position = [{value: i for i, value in enumerate(of)} for of in values]
+    taken = [tuple(dict.fromkeys(at[i] for at in found)) for i in range(len(along))]
+    position = [{value: i for i, value in enumerate(of)} for of in taken]
     cells = {tuple(p[v] for p, v in zip(position, at, strict=True)): held for at, held in found.items() if held}
     names = sweep_dimensions(keys)
     grid = tuple(
         Axis(POINT if group == listed else names[group[0]], tuple(names[key] for key in group), of)
-        for group, of in zip(along, values, strict=True)
+        for group, of in zip(along, taken, strict=True)
     )
     return cells, grid, _origin(paths, written)
 
@@ -521,9 +531,11 @@ def _columns(
     seeds = {seed: i for i, seed in enumerate(labels["seed"])}
     for place, cell in cells.items():
         for name, (found, values) in cell[0].header.columns.items():
-            columns[name][(*place, *(slice(0, len(cell[0].header.labels[d])) for d in found))] = values
+            at: tuple[Any, ...] = (*place, *(slice(0, len(cell[0].header.labels[d])) for d in found))
+            columns[name][at] = values
         for source in cell:  # of segments, the last has the word
-            death[(*place, [seeds[s] for s in source.header.labels["seed"]])] = source.death
+            at = (*place, [seeds[s] for s in source.header.labels["seed"]])
+            death[at] = source.death
         coverage[place] = _coverage(cell)
     variables = {"death_epoch": xr.Variable((*outer, "seed"), death), "coverage": xr.Variable(outer, coverage)}
     variables |= {name: xr.Variable((*outer, *dims[name]), values) for name, values in columns.items()}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import math
+import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -137,12 +139,14 @@ def _check_file(path: Path, experiment: Experiment | None = None) -> Iterator[st
 
 def _is_of(attrs: Mapping[str, Any], experiment: Experiment) -> bool:
     """Whether a file says it is of `experiment`, or of what that extends."""
+    text = str(attrs.get("experiment"))
     try:
-        theirs = Experiment.from_toml_text(str(attrs.get("experiment")))
+        theirs = Experiment.from_toml_text(text)
     except ExperimentError:
         return False
-    # version 1 took its digest over the defaults of its day too
-    named = attrs.get("schema_version") == 1 or attrs.get("digest") == theirs.digest
+    # before it left out what is at its default, a digest was over all that the text says
+    whole = json.dumps(tomllib.loads(text), sort_keys=True, separators=(",", ":"))
+    named = attrs.get("digest") in (theirs.digest, hashlib.sha256(whole.encode()).hexdigest())
     return named and (theirs == experiment or extends(experiment, theirs))
 
 
@@ -195,9 +199,10 @@ def _repair_run(path: Path) -> Iterator[str]:
     try:
         experiment = Experiment.from_toml(path / EXPERIMENT)
     except ExperimentError as error:
-        experiment = _remembered([path / ARCHIVE, *files])
-        if experiment is None:
+        remembered = _remembered([path / ARCHIVE, *files])
+        if remembered is None:
             raise DirectoryError(f"{error}; no whole file here remembers the experiment either") from None
+        experiment = remembered
         if (path / EXPERIMENT).exists():
             _move_to_damaged(path, path / EXPERIMENT)
         write_text(path / EXPERIMENT, experiment.to_toml())

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import netCDF4
 import numpy as np
@@ -45,7 +45,7 @@ def guarded() -> Iterator[None]:
 
 
 @contextmanager
-def dataset(path: Path, mode: str = "r") -> Iterator[netCDF4.Dataset]:
+def dataset(path: Path, mode: Literal["r", "w", "r+", "a"] = "r") -> Iterator[netCDF4.Dataset]:
     """An open file, alone with the library; values as stored, nothing masked or scaled."""
     with guarded(), netCDF4.Dataset(path, mode, format="NETCDF4") as nc:
         nc.set_auto_maskandscale(False)

@@ -10,7 +10,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -107,8 +107,10 @@ class Members:
     @cached_property
     def ensemble(self) -> Ensemble | DeepEnsemble:
         pairs = zip(self.experiment.seed_labels, self.teachers, strict=True)
-        kind = DeepEnsemble if self.experiment.deep else Ensemble
-        return kind.of([draw_student(self.experiment, seed, t.to("cpu")) for seed, t in pairs], device=self.device)
+        students = [draw_student(self.experiment, seed, t.to("cpu")) for seed, t in pairs]
+        kind: Any = DeepEnsemble if self.experiment.deep else Ensemble
+        ensemble: Ensemble | DeepEnsemble = kind.of(students, device=self.device)
+        return ensemble
 
     @cached_property
     def eval_probes(self) -> list[Probe]:
@@ -532,6 +534,7 @@ def _batch_norm_convention(experiment: Experiment) -> str:
     return place if place == "none" else f"{place} the activation; training mode in training, evaluation mode measured"
 
 
+@cache
 def _git_commit() -> str:
     """Commit of the checkout this code runs from, ``unknown`` for an installed wheel."""
     try:

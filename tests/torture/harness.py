@@ -26,7 +26,14 @@ from tests.cases import small
 from tsdyn import integrity, runner
 from tsdyn.archive import ArchiveError, Run
 
-SEGMENTED = small(teacher__widths=[5, 3, 2], data__train=50, data__eval=40, training__steps_per_epoch=5, seeds=2)
+SEGMENTED = small(
+    teacher__widths=[5, 3, 2],
+    data__train=50,
+    data__eval=40,
+    training__steps_per_epoch=5,
+    seeds=2,
+    record__observables=["mse", "weight"],
+)
 FINISHED, FAILED, TRACEBACK = 0, 3, 4
 
 logging.getLogger("tsdyn").setLevel(logging.ERROR)  # stale locks are taken over hundreds of times

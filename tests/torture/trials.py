@@ -21,22 +21,22 @@ from tsdyn import durable
 
 def kills(scratch: Path, rng: random.Random, number: int) -> str:
     """SIGKILL at a random moment of writing, committing, consolidating, half of them of a run that was extended."""
-    law, path = Law(scratch, 12), scratch / "run"
+    law, path = Law(scratch, 8), scratch / "run"
     began = time.monotonic()
-    fork(training(fresh(path), 12)).end()
+    fork(training(fresh(path), 8)).end()
     span = (time.monotonic() - began) * 1.05
     kept = []
     for trial in range(number):
         fresh(path)
         if trial % 2:
-            fork(training(path, 5)).end()
-        child = fork(training(path, 12))
+            fork(training(path, 4)).end()
+        child = fork(training(path, 8))
         time.sleep(rng.uniform(0.0, span if trial % 2 == 0 else span * 0.7))
         _, told, _ = child.end(kill=True)
-        last = max(told, default=5 if trial % 2 else -1)
+        last = max(told, default=4 if trial % 2 else -1)
         kept.append(last)
         law.holds(path, last, f"kill {trial}")
-    counts = f"{sum(k < 0 for k in kept)} before the first commit, {sum(k == 12 for k in kept)} after the last"
+    counts = f"{sum(k < 0 for k in kept)} before the first commit, {sum(k == 8 for k in kept)} after the last"
     return _verdict(law, f"{number} SIGKILLs ({counts})")
 
 
