@@ -6,6 +6,7 @@ import math
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 from xarray.backends.locks import HDF5_LOCK, NETCDFC_LOCK, combine_locks
 
 from tsdyn import schema
-from tsdyn.durable import DirectoryError
+from tsdyn.durable import ArchiveError, DirectoryError
 from tsdyn.schema import COORDINATES, VARIABLES, Layout
 
 #: On disk, a chunk holds one seed, one layer and as many epochs as fit in this.
@@ -46,10 +47,55 @@ def guarded() -> Iterator[None]:
 
 @contextmanager
 def dataset(path: Path, mode: str = "r") -> Iterator[netCDF4.Dataset]:
-    """An open file, alone with the library; values as stored, nothing masked or scaled."""
-    with guarded(), netCDF4.Dataset(path, mode, format="NETCDF4") as nc:
-        nc.set_auto_maskandscale(False)
-        yield nc
+    """An open file, alone with the library; values as stored, nothing masked or scaled.
+
+    Raises:
+        DirectoryError: if it is there and cannot be read.
+    """
+    with guarded():
+        try:
+            nc = netCDF4.Dataset(path, mode, format="NETCDF4")
+        except FileNotFoundError:
+            raise
+        except (OSError, RuntimeError, ValueError) as error:
+            if mode == "r":
+                raise DirectoryError(f"{path}: not a readable netCDF file: {error}") from error
+            raise
+        with nc:
+            nc.set_auto_maskandscale(False)
+            yield nc
+
+
+@dataclass(frozen=True, eq=False)
+class Stored:
+    """A variable of a file as an array that reads when it is indexed, with slices of positive step and integers.
+
+    Holds no open file, so it can be sent to another process; reading is safe from any thread.
+    """
+
+    path: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def __getitem__(self, key: Any) -> np.ndarray:
+        return self._read(self.path, key)
+
+    def _read(self, path: Path, key: Any) -> np.ndarray:
+        """Raises ArchiveError, naming file and variable."""
+        try:
+            with dataset(path) as nc:
+                return np.asarray(nc[self.name][key])
+        except FileNotFoundError:
+            raise
+        except (OSError, RuntimeError, IndexError, KeyError, ValueError) as error:
+            raise ArchiveError(
+                f"{path}: {self.name} cannot be read: {error}; `tsdyn validate` tells what is whole"
+            ) from error
 
 
 def inspect(path: Path) -> None:
