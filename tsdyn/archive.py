@@ -10,27 +10,30 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import dask.array
 import numpy as np
 import xarray as xr
+from dask.base import tokenize
 
 from tsdyn import netcdf, schema
 from tsdyn.durable import ArchiveError as ArchiveError
 from tsdyn.durable import DirectoryError as DirectoryError
 from tsdyn.durable import local_path as local_path
 from tsdyn.durable import replacing
-from tsdyn.experiment import POINT
+from tsdyn.experiment import POINT, Experiment, differences
 from tsdyn.grid import LAZY_BYTES, open_sweeps
 from tsdyn.grid import SWEEP as SWEEP
 from tsdyn.grid import label as label
 from tsdyn.grid import sweep_points as sweep_points
 from tsdyn.grid import write_sweep as write_sweep
 from tsdyn.netcdf import bytes_per_epoch as bytes_per_epoch
-from tsdyn.schema import CONSTANTS
+from tsdyn.schema import CONSTANTS, VARIABLES
 from tsdyn.segments import ARCHIVE as ARCHIVE
 from tsdyn.segments import EXPERIMENT as EXPERIMENT
 from tsdyn.segments import SEGMENTS as SEGMENTS
 from tsdyn.segments import Run as Run
 from tsdyn.segments import claim as claim
+from tsdyn.segments import extends, segment_epochs
 from tsdyn.segments import segments as segments
 
 # --- reading -------------------------------------------------------------------------------------------------
@@ -74,45 +77,89 @@ def open(path: str | Path | Sequence[str | Path], *, skip_damaged: bool = False)
 def _open_run(path: Path) -> xr.Dataset:
     """The archive of a finished run, the committed epochs of one that goes on."""
     if (path / ARCHIVE).is_file():
-        return _open_file(path / ARCHIVE)
+        return _of_this_run(path, _open_file(path / ARCHIVE))
     try:
-        parts = [_open_file(segment.path) for segment in segments(path)]
+        parts = [_of_this_run(path, _open_file(segment.path, Segmented)) for segment in segments(path)]
     except (FileNotFoundError, ArchiveError):
         if (path / ARCHIVE).is_file():  # the run was finished in this moment
-            return _open_file(path / ARCHIVE)
+            return _of_this_run(path, _open_file(path / ARCHIVE))
         raise
     if not parts:
         raise DirectoryError(f"{path}: holds no archive and no committed epoch; finish it with `tsdyn run`")
     constants = parts[0][[name for name in CONSTANTS if name in parts[0]]]
-    joined = xr.concat(
-        [part.drop_vars(CONSTANTS, errors="ignore").drop_vars("death_epoch") for part in parts],
-        dim="epoch",
-        data_vars="minimal",
-        coords="minimal",
-        compat="override",
-        join="exact",
-        combine_attrs="override",
-    )
-    return joined.merge(constants, compat="override", join="exact").assign_coords(death_epoch=parts[-1]["death_epoch"])
+    try:
+        joined = xr.concat(
+            [part.drop_vars(CONSTANTS, errors="ignore").drop_vars("death_epoch") for part in parts],
+            dim="epoch",
+            data_vars="minimal",
+            coords="minimal",
+            compat="override",
+            join="exact",
+            combine_attrs="override",
+        )
+        whole = joined.merge(constants, compat="override", join="exact")
+        return whole.assign_coords(death_epoch=parts[-1]["death_epoch"])
+    except (ValueError, KeyError) as error:
+        raise ArchiveError(
+            f"{path}: its segments do not fit together: {error}; `tsdyn repair {path}` keeps what can be gone on from"
+        ) from error
 
 
-def _open_file(path: Path) -> xr.Dataset:
+def _of_this_run(path: Path, ds: xr.Dataset) -> xr.Dataset:
+    """`ds`, unless its file says that it is of another run than the one in `path`."""
+    text, own = str(ds.attrs.get("experiment")), path / EXPERIMENT
+    if own.exists() and text != own.read_text(encoding="utf-8", errors="replace"):
+        mine, theirs = Experiment.from_toml(own), Experiment.from_toml_text(text, origin=str(path))
+        if mine != theirs and not extends(mine, theirs):
+            raise ArchiveError(
+                f"{path}: holds a file of another run; what differs from {EXPERIMENT}:\n  "
+                + "\n  ".join(differences(theirs, mine))
+            )
+    return ds
+
+
+class Segmented(netcdf.Stored):
+    """A variable of a committed segment, which is the archive's once the run is finished and the segment gone."""
+
+    def __getitem__(self, key: Any) -> np.ndarray:
+        try:
+            return super().__getitem__(key)
+        except FileNotFoundError:
+            whole, epochs = self.path.parent.parent / ARCHIVE, segment_epochs(self.path)
+            dims = VARIABLES[self.name].dims
+            if epochs is not None and "epoch" in dims:
+                with netcdf.dataset(whole) as nc:
+                    first = int(np.searchsorted(nc["epoch"][:], epochs[0]))
+                at = dims.index("epoch")
+                key = (*key[:at], _later(key[at], first), *key[at + 1 :])
+            return self._read(whole, key)
+
+
+def _later(rows: slice | int, by: int) -> slice | int:
+    return slice(rows.start + by, rows.stop + by, rows.step) if isinstance(rows, slice) else rows + by
+
+
+def _open_file(path: Path, kind: type[netcdf.Stored] = netcdf.Stored) -> xr.Dataset:
+    """The coordinates of one file, loaded, and its variables, lazy; the file does not stay open."""
     netcdf.inspect(path)
     try:
-        ds = xr.open_dataset(path, engine="netcdf4", decode_times=False)
-        ds = ds.assign({name: _lazily(array) for name, array in ds.data_vars.items()})
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # whatever a file that is damaged or not tsdyn's makes netCDF and xarray raise
-        raise DirectoryError(f"{path}: not a readable netCDF file: {error}") from error
-    try:
+        with xr.open_dataset(path, engine="netcdf4", decode_times=False, mask_and_scale=False) as ds:
+            ds = ds.drop_vars(list(ds.data_vars)).load().assign({n: _lazily(path, a, kind) for n, a in ds.items()})
+        if "schema_version" not in ds.attrs:
+            raise DirectoryError(f"{path}: not an archive of tsdyn's: it says no schema_version")
         return schema.migrate(ds)
+    except (FileNotFoundError, ArchiveError):
+        raise
     except schema.SchemaError as error:
         raise DirectoryError(f"{path}: {error}") from error
+    except Exception as error:  # whatever a file that is damaged or not tsdyn's makes netCDF and xarray raise
+        raise DirectoryError(f"{path}: not a readable netCDF file: {error}") from error
 
 
-def _lazily(array: xr.DataArray) -> xr.DataArray:
+def _lazily(path: Path, array: xr.DataArray, kind: type[netcdf.Stored]) -> xr.Variable:
     """Dask chunks made of whole disk chunks: as many seeds as fit in `LAZY_BYTES`."""
+    if array.dtype.kind not in "fiu":
+        raise DirectoryError(f"{path}: {array.name} is of type {array.dtype}; an archive of tsdyn's holds numbers")
     stored = array.encoding.get("chunksizes") or array.shape
     chunks = dict(zip(array.dims, stored, strict=True))
     for dim in ("node", "node_2", "teacher_node", "teacher_node_2", "input_node"):
@@ -121,7 +168,16 @@ def _lazily(array: xr.DataArray) -> xr.DataArray:
     size = max(1, int(np.prod(list(chunks.values()))) * array.dtype.itemsize)
     if "seed" in chunks:
         chunks["seed"] = min(array.sizes["seed"], chunks["seed"] * max(1, LAZY_BYTES // size))
-    return array.chunk(chunks)
+    status = path.stat()
+    lazy = dask.array.from_array(
+        kind(path, str(array.name), array.shape, array.dtype),
+        chunks=tuple(max(1, n) for n in chunks.values()),
+        name=f"{array.name}-{tokenize(str(path.absolute()), status.st_ino, status.st_size, status.st_mtime_ns)}",
+        asarray=False,
+        fancy=False,
+        meta=np.empty((0,) * array.ndim, array.dtype),
+    )
+    return xr.Variable(array.dims, lazy, array.attrs)
 
 
 def write_dataset(path: Path, ds: xr.Dataset) -> None:

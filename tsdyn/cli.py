@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 import sys
+import time
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 from tsdyn._version import __version__
@@ -21,6 +22,7 @@ from tsdyn.archive import ArchiveError, DirectoryError, local_path
 from tsdyn.experiment import Experiment, ExperimentError
 
 if TYPE_CHECKING:
+    from tsdyn.runner import Cost
     from tsdyn.runner import Progress as Report
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -32,6 +34,10 @@ FAILED, WRONG = 1, 2
 # Not Path, which would turn http://host into the local http:/host before it can be refused.
 OutDirectory = Annotated[str | None, typer.Option("-o", "--output", help="Directory; runs/NAME if not given.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
+Workers = Annotated[int | None, typer.Option(metavar="N", help="Share the runs of a sweep among N processes here.")]
+Scheduler = Annotated[
+    str | None, typer.Option(metavar="ADDRESS", help="Share them among the workers of a dask scheduler, tcp://HOST:PORT.")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")]
 Directory = Annotated[str, typer.Argument(metavar="DIR", help="A run, a sweep or an archive file.")]
 
@@ -46,7 +52,7 @@ def main() -> None:
 def _errors() -> Iterator[None]:
     try:
         yield
-    except (ExperimentError, DirectoryError, _DeviceMissing) as error:
+    except (ExperimentError, DirectoryError, _Unavailable) as error:
         _fail(error, WRONG)
     except (ArchiveError, MemoryError) as error:
         _fail(error, FAILED)
@@ -57,8 +63,8 @@ def _errors() -> Iterator[None]:
         _fail("interrupted; what was committed is intact, the same command goes on from there", 128 + signal)
 
 
-class _DeviceMissing(Exception):
-    pass
+class _Unavailable(Exception):
+    """A device or workers that are not there."""
 
 
 def _fail(error: object, code: int) -> None:
@@ -90,13 +96,15 @@ def run(
         typer.Option("--set", metavar="KEY=VALUE", help="Set a key, e.g. training.epochs=5."),
     ] = None,
     device: Device = "cpu",
+    workers: Workers = None,
+    scheduler: Scheduler = None,
     quiet: Quiet = False,
 ) -> None:
     """Run an experiment, or every point of its sweep; goes on from what was committed."""
     chosen = Experiment.from_toml(experiment)
     if changes:
         chosen = chosen.replace(dict(_assignment(text) for text in changes))
-    _run(chosen, local_path(output or Path("runs") / chosen.name), device, quiet)
+    _run(chosen, local_path(output or Path("runs") / chosen.name), device, quiet, workers, scheduler)
 
 
 @study.command("list")
@@ -256,69 +264,119 @@ def _assignment(text: str) -> tuple[str, Any]:
         raise ExperimentError(f"--set {text}: {value!r} is not a TOML value") from None
 
 
-def _run(experiment: Experiment, path: Path, device: str, quiet: bool) -> None:
+def _run(
+    experiment: Experiment,
+    path: Path,
+    device: str,
+    quiet: bool,
+    workers: int | None = None,
+    scheduler: str | None = None,
+) -> None:
     from tsdyn import runner, sweep
 
     try:
-        runner.check_device(device)
-    except runner.DeviceError as error:
-        raise _DeviceMissing(str(error)) from error
-    points = [single for _, single in experiment.points()] if experiment.sweep else [experiment]
-    if quiet:
-        sweep.run(experiment, path, device=device)
-        return
-    sweep.preflight(experiment, path)
-    costs = [runner.estimate(single, device=device) for single in points]
-    total = runner.Cost(
-        sum(c.members for c in costs),
-        max(c.parameters for c in costs),
-        max(c.memory for c in costs),
-        sum(c.disk for c in costs),
-        sum(c.seconds for c in costs),
-    )
-    print(f"{experiment.name} -> {path}: {len(points)} run{'s' * (len(points) > 1)}, {total}", flush=True)
-    with _reporting(points) as (report, point):
-        sweep.run(experiment, path, device=device, progress=report, point=point)
+        if scheduler is None:
+            runner.check_device(device)
+        if quiet:
+            sweep.run(experiment, path, device=device, workers=workers, scheduler=scheduler)
+            return
+        sweep.preflight(experiment, path, workers=workers, scheduler=scheduler)
+        due = sweep.due(experiment, path)
+        costs = sweep.estimate(due, device=device if scheduler is None else "cpu")
+        print(f"{experiment.name} -> {path}: {_announced(experiment, len(due), costs, workers or 1)}", flush=True)
+        with _reporting(costs) as (report, point):
+            sweep.run(
+                experiment, path, device=device, workers=workers, scheduler=scheduler, progress=report, point=point
+            )
+    except (runner.DeviceError, sweep.WorkersError) as error:
+        raise _Unavailable(str(error)) from error
     print(f"done: {path}", flush=True)
 
 
-@contextmanager
-def _reporting(points: list[Experiment]) -> Iterator[tuple[Report, Callable[..., Report | None]]]:
-    """Bars on a terminal, one line an epoch otherwise; deaths are said in both."""
-    console = Console(stderr=True)
-    name = [""]
+def _announced(experiment: Experiment, due: int, costs: Mapping[str, Cost], workers: int) -> str:
+    """What is about to be done, in one line; several at once take their memory together."""
+    from tsdyn.runner import Cost
 
-    def died(epoch: int, seeds: list[int]) -> None:
-        if seeds:
-            console.print(
-                f"{name[0]}epoch {epoch}: seeds {seeds} became NaN or infinite and were stopped", markup=False
-            )
+    runs = sum(1 for _ in experiment.points()) if experiment.sweep else 1
+    counted = f"{runs} run{'s' * (runs > 1)}"
+    if due < runs:
+        counted += f", {runs - due} of them finished" if due else ", finished"
+    if not costs:
+        return counted
+    each = list(costs.values())
+    total = Cost(
+        sum(c.members for c in each),
+        max(c.parameters for c in each),
+        sum(sorted(c.memory for c in each)[-workers:]),
+        sum(c.disk for c in each),
+        max(sum(c.seconds for c in each) / workers, *(c.seconds for c in each)),
+    )
+    return f"{counted}, {total}"
+
+
+class _Whole:
+    """How far all runs are together, each counting by the time it was estimated to take."""
+
+    def __init__(self, costs: Mapping[str, Cost]) -> None:
+        self._work = {name: max(cost.seconds, 1e-9) for name, cost in costs.items()}
+        self._from: dict[str, float] = {}  # what an earlier call committed is no work of this one
+        self._share: dict[str, float] = {}
+        self._began = time.monotonic()
+
+    def reached(self, name: str, epoch: int, epochs: int) -> None:
+        if name in self._work:
+            self._from.setdefault(name, epoch / (epochs + 1))
+            self._share[name] = (epoch + 1) / (epochs + 1)
+
+    @property
+    def share(self) -> float:
+        return sum(self._work[name] * share for name, share in self._share.items()) / sum(self._work.values())
+
+    def __str__(self) -> str:
+        from tsdyn.runner import duration
+
+        done = sum(self._work[name] * (share - self._from[name]) for name, share in self._share.items())
+        rest = sum(self._work.values()) * (1 - self.share)
+        return f"{self.share:.0%}, {duration((time.monotonic() - self._began) * rest / done)} left"
+
+
+@contextmanager
+def _reporting(costs: Mapping[str, Cost]) -> Iterator[tuple[Report, Callable[..., Report]]]:
+    """One bar on a terminal, one line an epoch otherwise, both with an estimate of the end; deaths are said in both."""
+    console, whole = Console(stderr=True), _Whole(costs)
+
+    def following(name: str, title: str, show: Callable[[str, str, float | None], None]) -> Report:
+        def report(epoch: int, epochs: int, seeds: list[int], mse: float | None) -> None:
+            if seeds:
+                news = f"{title}epoch {epoch}: seeds {seeds} became NaN or infinite and were stopped"
+                console.print(news, markup=False)
+            whole.reached(name, epoch, epochs)
+            show(title, f"epoch {epoch}/{epochs}", mse)
+
+        return report
+
+    def reports(show: Callable[[str, str, float | None], None]) -> tuple[Report, Callable[..., Report]]:
+        def point(position: int, count: int, name: str, _: Experiment) -> Report:
+            return following(name, f"[{position}/{count}] {name}  " if name != "." else "", show)
+
+        return following(".", "", show), point
 
     if not console.is_terminal:
 
-        def line(epoch: int, epochs: int, seeds: list[int], mse: float | None) -> None:
-            died(epoch, seeds)
+        def line(title: str, epoch: str, mse: float | None) -> None:
             shown = "" if mse is None else f"  evaluation {mse:.4g}"
-            print(f"{name[0]}epoch {epoch}/{epochs}{shown}", file=sys.stderr, flush=True)
+            print(f"{title}{epoch}{shown}  ({whole})", file=sys.stderr, flush=True)
 
-        def announce(position: int, count: int, directory: str, _: Experiment) -> None:
-            name[0] = f"[{position}/{count}] {directory}  "
-
-        yield line, announce
+        yield reports(line)
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[left]}"))
     with Progress(*columns, console=console) as bars:
-        work = bars.add_task("epochs", total=sum(p.training.epochs + 1 for p in points))
+        work = bars.add_task("", total=1.0, left="")
 
-        def advance(epoch: int, epochs: int, seeds: list[int], mse: float | None) -> None:
-            died(epoch, seeds)
-            bars.update(work, advance=1)
+        def advance(title: str, epoch: str, mse: float | None) -> None:
+            bars.update(work, completed=whole.share, description=f"{title}{epoch}", left=str(whole))
 
-        def describe(position: int, count: int, directory: str, _: Experiment) -> None:
-            name[0] = f"{directory}  "
-            bars.update(work, description=f"{position}/{count} {directory}")
-
-        yield advance, describe
+        yield reports(advance)
 
 
 def _save(figure: Any, path: Path, quiet: bool) -> None:

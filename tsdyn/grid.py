@@ -400,13 +400,13 @@ def _gathered(
                     f"{dict(zip(map(', '.join, along), at, strict=True))}; open one of them"
                 )
             held += sources
-    values = [tuple(dict.fromkeys(at[i] for at in found)) for i in range(len(along))]
-    position = [{value: i for i, value in enumerate(of)} for of in values]
+    taken = [tuple(dict.fromkeys(at[i] for at in found)) for i in range(len(along))]
+    position = [{value: i for i, value in enumerate(of)} for of in taken]
     cells = {tuple(p[v] for p, v in zip(position, at, strict=True)): held for at, held in found.items() if held}
     names = sweep_dimensions(keys)
     grid = tuple(
         Axis(POINT if group == listed else names[group[0]], tuple(names[key] for key in group), of)
-        for group, of in zip(along, values, strict=True)
+        for group, of in zip(along, taken, strict=True)
     )
     return cells, grid, _origin(paths, written)
 
@@ -502,9 +502,11 @@ def _columns(
     seeds = {seed: i for i, seed in enumerate(labels["seed"])}
     for place, cell in cells.items():
         for name, (found, values) in cell[0].header.columns.items():
-            columns[name][(*place, *(slice(0, len(cell[0].header.labels[d])) for d in found))] = values
+            at: tuple[Any, ...] = (*place, *(slice(0, len(cell[0].header.labels[d])) for d in found))
+            columns[name][at] = values
         for source in cell:  # of segments, the last has the word
-            death[(*place, [seeds[s] for s in source.header.labels["seed"]])] = source.death
+            at = (*place, [seeds[s] for s in source.header.labels["seed"]])
+            death[at] = source.death
         coverage[place] = _coverage(cell)
     variables = {"death_epoch": xr.Variable((*outer, "seed"), death), "coverage": xr.Variable(outer, coverage)}
     variables |= {name: xr.Variable((*outer, *dims[name]), values) for name, values in columns.items()}

@@ -60,7 +60,7 @@ class Samples:
         """Pixels of this part as inputs."""
         shape = (-1, *([1] * (pixels.ndim - 2)))
         mean, std = np.array(self.mean, dtype).reshape(shape), np.array(self.std, dtype).reshape(shape)
-        x = (pixels.astype(dtype) * np.array(self.scale, dtype) - mean) / std
+        x: np.ndarray = (pixels.astype(dtype) * np.array(self.scale, dtype) - mean) / std
         return x.reshape(len(x), math.prod(x.shape[1:]))
 
     def cropped(self, chosen: np.ndarray, rng: np.random.Generator, dtype: str) -> Float[np.ndarray, "sample input"]:

@@ -199,9 +199,10 @@ def _repair_run(path: Path) -> Iterator[str]:
     try:
         experiment = Experiment.from_toml(path / EXPERIMENT)
     except ExperimentError as error:
-        experiment = _remembered([path / ARCHIVE, *files])
-        if experiment is None:
+        remembered = _remembered([path / ARCHIVE, *files])
+        if remembered is None:
             raise DirectoryError(f"{error}; no whole file here remembers the experiment either") from None
+        experiment = remembered
         if (path / EXPERIMENT).exists():
             _move_to_damaged(path, path / EXPERIMENT)
         write_text(path / EXPERIMENT, experiment.to_toml())

@@ -126,7 +126,7 @@ class Lock:
 
     def _dead(self, holder: dict[str, Any]) -> bool:
         if holder["host"] == os.uname().nodename and holder["started"] is not None:
-            return _started(holder["pid"]) != holder["started"]
+            return bool(_started(holder["pid"]) != holder["started"])
         probe = self.path.with_name(f"{NAME}.{self._token}")
         probe.touch()  # the file system's clock, which need not be this machine's
         now = probe.stat().st_mtime

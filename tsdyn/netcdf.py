@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import netCDF4
 import numpy as np
@@ -46,7 +46,7 @@ def guarded() -> Iterator[None]:
 
 
 @contextmanager
-def dataset(path: Path, mode: str = "r") -> Iterator[netCDF4.Dataset]:
+def dataset(path: Path, mode: Literal["r", "w", "r+", "a"] = "r") -> Iterator[netCDF4.Dataset]:
     """An open file, alone with the library; values as stored, nothing masked or scaled.
 
     Raises:

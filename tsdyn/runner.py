@@ -82,11 +82,12 @@ class Cost:
     def __str__(self) -> str:
         return (
             f"{self.members} members of {self.parameters} parameters; about {self.memory / 1e6:.0f} MB of memory, "
-            f"{self.disk / 1e6:.1f} MB of disk, {_duration(self.seconds)}"
+            f"{self.disk / 1e6:.1f} MB of disk, {duration(self.seconds)}"
         )
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """A time as one says it: ``40 s``, ``12 min``, ``3.5 h``."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
@@ -106,8 +107,10 @@ class Members:
     @cached_property
     def ensemble(self) -> Ensemble | DeepEnsemble:
         pairs = zip(self.experiment.seed_labels, self.teachers, strict=True)
-        kind = DeepEnsemble if self.experiment.deep else Ensemble
-        return kind.of([draw_student(self.experiment, seed, t.to("cpu")) for seed, t in pairs], device=self.device)
+        students = [draw_student(self.experiment, seed, t.to("cpu")) for seed, t in pairs]
+        kind: Any = DeepEnsemble if self.experiment.deep else Ensemble
+        ensemble: Ensemble | DeepEnsemble = kind.of(students, device=self.device)
+        return ensemble
 
     @cached_property
     def eval_probes(self) -> list[Probe]:

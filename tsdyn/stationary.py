@@ -211,9 +211,12 @@ def polish(
     found = [_polished(loss, chunk, tolerance, zero) for chunk in _chunks(loss, rows)]
     signs = [f.signature for f in found]
     return Polished(
-        *(torch.cat([getattr(f, name) for f in found]) for name in ("point", "loss", "gradient_max", "moved")),
-        Signature(*(torch.cat([getattr(s, f.name) for s in signs]) for f in fields(Signature))),
-        np.concatenate([f.kind for f in found]),
+        point=torch.cat([f.point for f in found]),
+        loss=torch.cat([f.loss for f in found]),
+        gradient_max=torch.cat([f.gradient_max for f in found]),
+        moved=torch.cat([f.moved for f in found]),
+        signature=Signature(*(torch.cat([getattr(s, f.name) for s in signs]) for f in fields(Signature))),
+        kind=np.concatenate([f.kind for f in found]),
     )
 
 
@@ -256,7 +259,8 @@ def _newton_step(loss: Loss, point: Tensor, gradient: Tensor, zero: float) -> Te
     step = -(vectors @ (inverse * (vectors.mT @ gradient[..., None])[..., 0])[..., None])[..., 0]
     length = step.norm(dim=-1, keepdim=True)
     reach = _REACH * (1 + point.norm(dim=-1, keepdim=True))
-    return step * (reach / length.clamp(min=torch.finfo(step.dtype).tiny)).clamp(max=1)
+    limited: Tensor = step * (reach / length.clamp(min=torch.finfo(step.dtype).tiny)).clamp(max=1)
+    return limited
 
 
 def _halved(loss: Loss, point: Tensor, step: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
