@@ -14,6 +14,7 @@ import dask.array
 import numpy as np
 import xarray as xr
 from dask.base import tokenize
+from xarray.backends import NetCDF4DataStore
 
 from tsdyn import netcdf, schema
 from tsdyn.durable import ArchiveError as ArchiveError
@@ -125,14 +126,15 @@ class Segmented(netcdf.Stored):
         try:
             return super().__getitem__(key)
         except FileNotFoundError:
-            whole, epochs = self.path.parent.parent / ARCHIVE, segment_epochs(self.path)
+            segment = self.file.path
+            whole, epochs = netcdf.File(segment.parent.parent / ARCHIVE), segment_epochs(segment)
             dims = VARIABLES[self.name].dims
             if epochs is not None and "epoch" in dims:
-                with netcdf.dataset(whole) as nc:
+                with whole.opened() as nc:
                     first = int(np.searchsorted(nc["epoch"][:], epochs[0]))
                 at = dims.index("epoch")
                 key = (*key[:at], _later(key[at], first), *key[at + 1 :])
-            return self._read(whole, key)
+            return self.read(whole, key)
 
 
 def _later(rows: slice | int, by: int) -> slice | int:
@@ -140,11 +142,15 @@ def _later(rows: slice | int, by: int) -> slice | int:
 
 
 def _open_file(path: Path, kind: type[netcdf.Stored] = netcdf.Stored) -> xr.Dataset:
-    """The coordinates of one file, loaded, and its variables, lazy; the file does not stay open."""
-    netcdf.inspect(path)
+    """The coordinates of one file, loaded, and its variables, lazy."""
+    netcdf.refuse_foreign(path)
+    file = netcdf.File(path)
     try:
-        with xr.open_dataset(path, engine="netcdf4", decode_times=False, mask_and_scale=False) as ds:
-            ds = ds.drop_vars(list(ds.data_vars)).load().assign({n: _lazily(path, a, kind) for n, a in ds.items()})
+        with file.opened() as nc:
+            netcdf.refuse_oversized(path, nc)
+        store = NetCDF4DataStore(file.manager)
+        ds = xr.open_dataset(store, decode_times=False, mask_and_scale=False)  # type: ignore[arg-type]
+        ds = ds.drop_vars(list(ds.data_vars)).load().assign({n: _lazily(file, a, kind) for n, a in ds.items()})
         if "schema_version" not in ds.attrs:
             raise DirectoryError(f"{path}: not an archive of tsdyn's: it says no schema_version")
         return schema.migrate(ds)
@@ -156,10 +162,10 @@ def _open_file(path: Path, kind: type[netcdf.Stored] = netcdf.Stored) -> xr.Data
         raise DirectoryError(f"{path}: not a readable netCDF file: {error}") from error
 
 
-def _lazily(path: Path, array: xr.DataArray, kind: type[netcdf.Stored]) -> xr.Variable:
+def _lazily(file: netcdf.File, array: xr.DataArray, kind: type[netcdf.Stored]) -> xr.Variable:
     """Dask chunks made of whole disk chunks: as many seeds as fit in `LAZY_BYTES`."""
     if array.dtype.kind not in "fiu":
-        raise DirectoryError(f"{path}: {array.name} is of type {array.dtype}; an archive of tsdyn's holds numbers")
+        raise DirectoryError(f"{file.path}: {array.name} is of type {array.dtype}; an archive holds numbers")
     stored = array.encoding.get("chunksizes") or array.shape
     chunks = dict(zip(array.dims, stored, strict=True))
     for dim in ("node", "node_2", "teacher_node", "teacher_node_2", "input_node"):
@@ -168,16 +174,16 @@ def _lazily(path: Path, array: xr.DataArray, kind: type[netcdf.Stored]) -> xr.Va
     size = max(1, int(np.prod(list(chunks.values()))) * array.dtype.itemsize)
     if "seed" in chunks:
         chunks["seed"] = min(array.sizes["seed"], chunks["seed"] * max(1, LAZY_BYTES // size))
-    status = path.stat()
+    status = file.path.stat()
     lazy = dask.array.from_array(
-        kind(path, str(array.name), array.shape, array.dtype),
+        kind(file, str(array.name), array.shape, array.dtype),
         chunks=tuple(max(1, n) for n in chunks.values()),
-        name=f"{array.name}-{tokenize(str(path.absolute()), status.st_ino, status.st_size, status.st_mtime_ns)}",
+        name=f"{array.name}-{tokenize(str(file.path.absolute()), status.st_ino, status.st_size, status.st_mtime_ns)}",
         asarray=False,
         fancy=False,
         meta=np.empty((0,) * array.ndim, array.dtype),
     )
-    return xr.Variable(array.dims, lazy, array.attrs)
+    return xr.Variable(array.dims, lazy, {k: v for k, v in array.attrs.items() if not k.startswith("_")})
 
 
 def write_dataset(path: Path, ds: xr.Dataset) -> None:

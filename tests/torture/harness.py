@@ -28,6 +28,7 @@ from tsdyn.archive import ArchiveError, Run
 
 SEGMENTED = small(
     teacher__widths=[5, 3, 2],
+    teacher__init="gaussian",
     data__train=50,
     data__eval=40,
     training__steps_per_epoch=5,

@@ -21,22 +21,22 @@ from tsdyn import durable
 
 def kills(scratch: Path, rng: random.Random, number: int) -> str:
     """SIGKILL at a random moment of writing, committing, consolidating, half of them of a run that was extended."""
-    law, path = Law(scratch, 8), scratch / "run"
+    law, path = Law(scratch, 6), scratch / "run"
     began = time.monotonic()
-    fork(training(fresh(path), 8)).end()
+    fork(training(fresh(path), 6)).end()
     span = (time.monotonic() - began) * 1.05
     kept = []
     for trial in range(number):
         fresh(path)
         if trial % 2:
-            fork(training(path, 4)).end()
-        child = fork(training(path, 8))
+            fork(training(path, 3)).end()
+        child = fork(training(path, 6))
         time.sleep(rng.uniform(0.0, span if trial % 2 == 0 else span * 0.7))
         _, told, _ = child.end(kill=True)
-        last = max(told, default=4 if trial % 2 else -1)
+        last = max(told, default=3 if trial % 2 else -1)
         kept.append(last)
         law.holds(path, last, f"kill {trial}")
-    counts = f"{sum(k < 0 for k in kept)} before the first commit, {sum(k == 8 for k in kept)} after the last"
+    counts = f"{sum(k < 0 for k in kept)} before the first commit, {sum(k == 6 for k in kept)} after the last"
     return _verdict(law, f"{number} SIGKILLs ({counts})")
 
 
@@ -55,10 +55,10 @@ def _traced(scratch: Path, *runs: int) -> tuple[list[trace.Change], Path]:
 
 def prefixes(scratch: Path, rng: random.Random, number: int) -> str:
     """Every prefix (or `number` of them) of the changes that a run and its extension make."""
-    changes, source = _traced(scratch, 3, 6)
+    changes, source = _traced(scratch, 2, 4)
     cuts = list(range(len(changes) + 1))
     cuts = cuts if number >= len(cuts) else sorted(rng.sample(cuts, number))
-    law = Law(scratch, 6)
+    law = Law(scratch, 4)
     for cut in cuts:
         target = fresh(scratch / "cut")
         trace.after_power_loss(changes[:cut], source, target, None)
@@ -68,8 +68,8 @@ def prefixes(scratch: Path, rng: random.Random, number: int) -> str:
 
 def power_cuts(scratch: Path, rng: random.Random, number: int) -> str:
     """Cuts at random points, unsynced writes and names dropped, torn or reordered at random."""
-    changes, source = _traced(scratch, 3, 6)
-    law = Law(scratch, 6)
+    changes, source = _traced(scratch, 2, 4)
+    law = Law(scratch, 4)
     for trial in range(number):
         cut = rng.randint(1, len(changes))
         target = fresh(scratch / "cut")
@@ -131,7 +131,7 @@ def full_disks(scratch: Path, rng: random.Random, number: int) -> str:
 
     Half of the writers are blinded: they do not see beforehand how much is free.
     """
-    law, base = Law(scratch, 12), scratch / "small"
+    law, base = Law(scratch, 8), scratch / "small"
     fresh(base).mkdir()
     whole = sum(f.stat().st_size for f in (scratch / "reference").iterdir())
     mounted = _mount(base, "remount,size=1g") or _mount(base, "size=1g")
@@ -151,7 +151,7 @@ def full_disks(scratch: Path, rng: random.Random, number: int) -> str:
             if limited:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (room // 4, room // 4))
 
-        code, told, words = fork(training(path, 12, before)).end()
+        code, told, words = fork(training(path, 8, before)).end()
         finished += code == FINISHED
         if code == FAILED:
             said += 1
