@@ -6,6 +6,7 @@ sees committed epochs only, while a run goes on too.  Imports no torch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,8 +21,8 @@ from tsdyn import netcdf, schema
 from tsdyn.durable import ArchiveError as ArchiveError
 from tsdyn.durable import DirectoryError as DirectoryError
 from tsdyn.durable import local_path as local_path
-from tsdyn.durable import replacing
-from tsdyn.experiment import POINT, Experiment, differences
+from tsdyn.durable import ALWAYS_VERIFIED, refuse_changed, replacing
+from tsdyn.experiment import POINT, Experiment, ExperimentError, differences
 from tsdyn.grid import LAZY_BYTES, open_sweeps
 from tsdyn.grid import SWEEP as SWEEP
 from tsdyn.grid import label as label
@@ -42,7 +43,9 @@ from tsdyn.segments import segments as segments
 T = TypeVar("T", xr.Dataset, xr.DataArray)
 
 
-def open(path: str | Path | Sequence[str | Path], *, skip_damaged: bool = False) -> xr.Dataset:
+def open(
+    path: str | Path | Sequence[str | Path], *, skip_damaged: bool = False, verify: bool | None = None
+) -> xr.Dataset:
     """A run, a sweep or one file as one lazy Dataset; nothing is loaded.
 
     A sweep's swept keys are leading dimensions, named by the key's last word (keys that go together are coordinates
@@ -53,37 +56,42 @@ def open(path: str | Path | Sequence[str | Path], *, skip_damaged: bool = False)
     Args:
         path: Directory of a run or a sweep, or a netCDF file; or a list of directories.
         skip_damaged: Of a sweep, leave NaN what cannot be read, with a warning that names it, instead of failing.
+        verify: Whether files are compared with the checksums beside them first, which reads them whole.  If not said,
+            those of at most 16 MB are, of a sweep those that the index does not know; the numbers of larger ones are
+            protected chunk by chunk when they are read.
 
     Raises:
-        ArchiveError: if there is nothing of tsdyn's to read there, or a list is empty or holds a point twice.
+        ArchiveError: if there is nothing of tsdyn's to read there, it is not what its checksum says, or a list is
+            empty or holds a point twice.
     """
+    upto = {None: ALWAYS_VERIFIED, True: math.inf, False: -1.0}[verify]
     if not isinstance(path, (str, Path)):
         paths = [local_path(one) for one in path]
         if not paths:
             raise DirectoryError("open: an empty list; give directories of runs or sweeps")
-        return open_sweeps(paths, skip_damaged=skip_damaged)
+        return open_sweeps(paths, skip_damaged=skip_damaged, verify=upto)
     path = local_path(path)
     if path.is_file():
-        return _open_file(path)
+        return _open_file(path, upto)
     if (path / SWEEP).is_file():
-        return open_sweeps([path], skip_damaged=skip_damaged)
+        return open_sweeps([path], skip_damaged=skip_damaged, verify=upto)
     if not path.exists():
         raise DirectoryError(f"{path}: does not exist; runs are made by `tsdyn run EXPERIMENT.toml -o {path}`")
     try:
-        return _open_run(path)
+        return _open_run(path, upto)
     except FileNotFoundError:  # an extension turned the archive into a segment in this moment
-        return _open_run(path)
+        return _open_run(path, upto)
 
 
-def _open_run(path: Path) -> xr.Dataset:
+def _open_run(path: Path, upto: float) -> xr.Dataset:
     """The archive of a finished run, the committed epochs of one that goes on."""
     if (path / ARCHIVE).is_file():
-        return _of_this_run(path, _open_file(path / ARCHIVE))
+        return _of_this_run(path, _open_file(path / ARCHIVE, upto))
     try:
-        parts = [_of_this_run(path, _open_file(segment.path, Segmented)) for segment in segments(path)]
+        parts = [_of_this_run(path, _open_file(segment.path, upto, Segmented)) for segment in segments(path)]
     except (FileNotFoundError, ArchiveError):
         if (path / ARCHIVE).is_file():  # the run was finished in this moment
-            return _of_this_run(path, _open_file(path / ARCHIVE))
+            return _of_this_run(path, _open_file(path / ARCHIVE, upto))
         raise
     if not parts:
         raise DirectoryError(f"{path}: holds no archive and no committed epoch; finish it with `tsdyn run`")
@@ -110,7 +118,10 @@ def _of_this_run(path: Path, ds: xr.Dataset) -> xr.Dataset:
     """`ds`, unless its file says that it is of another run than the one in `path`."""
     text, own = str(ds.attrs.get("experiment")), path / EXPERIMENT
     if own.exists() and text != own.read_text(encoding="utf-8", errors="replace"):
-        mine, theirs = Experiment.from_toml(own), Experiment.from_toml_text(text, origin=str(path))
+        try:
+            mine, theirs = Experiment.from_toml(own), Experiment.from_toml_text(text)
+        except ExperimentError:
+            return ds  # the archive can be read without; `tsdyn validate` names it
         if mine != theirs and not extends(mine, theirs):
             raise ArchiveError(
                 f"{path}: holds a file of another run; what differs from {EXPERIMENT}:\n  "
@@ -141,8 +152,9 @@ def _later(rows: slice | int, by: int) -> slice | int:
     return slice(rows.start + by, rows.stop + by, rows.step) if isinstance(rows, slice) else rows + by
 
 
-def _open_file(path: Path, kind: type[netcdf.Stored] = netcdf.Stored) -> xr.Dataset:
-    """The coordinates of one file, loaded, and its variables, lazy."""
+def _open_file(path: Path, upto: float, kind: type[netcdf.Stored] = netcdf.Stored) -> xr.Dataset:
+    """The coordinates of one file, loaded, and its variables, lazy; up to some size as its checksum says."""
+    refuse_changed(path, upto=upto)
     netcdf.refuse_foreign(path)
     file = netcdf.File(path)
     try:

@@ -66,6 +66,19 @@ def dataset(path: Path, mode: Literal["r", "w", "r+", "a"] = "r") -> Iterator[ne
         with nc:
             nc.set_auto_maskandscale(False)
             yield nc
+            if mode != "r":
+                _flush(nc, path)
+
+
+def _flush(nc: netCDF4.Dataset, path: Path) -> None:
+    """On the disk before the library closes it: where closing fails, as on a network drive that is full, it crashes."""
+    nc.sync()
+    try:
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
+    except OSError:
+        nc._isopen = 0  # left open: closing would fail likewise
+        raise
 
 
 class File:

@@ -21,11 +21,11 @@ from tsdyn.durable import (
     DirectoryError,
     local_path,
     make_directory,
+    refuse_changed,
     refused,
     remove_sealed,
     replacing,
     seal_of,
-    sealed,
     sha256,
     sync_directory,
     write_bytes,
@@ -210,7 +210,7 @@ class Run:
 
     def _reopen(self, shorter: Experiment) -> None:
         """The archive of a finished run becomes the first segment of the longer one, in one rename."""
-        _check_seal(self.path / ARCHIVE, self.path)
+        refuse_changed(self.path / ARCHIVE)
         with netcdf.dataset(self.path / ARCHIVE) as nc:
             if "state" not in nc.groups:
                 raise DirectoryError(
@@ -285,7 +285,7 @@ class Run:
             ArchiveError: if the segment that holds them is damaged.
         """
         newest = segments(self.path)[-1]
-        _check_seal(newest.path, self.path)
+        refuse_changed(newest.path)
         try:
             with netcdf.dataset(newest.path) as nc:
                 return netcdf.read_state(nc), {name: nc.getncattr(name) for name in nc.ncattrs()}
@@ -305,7 +305,7 @@ class Run:
         self._lock.confirm()
         files = [segment.path for segment in segments(self.path)]
         for file in files:
-            _check_seal(file, self.path)
+            refuse_changed(file)
         epochs = self.experiment.schedule
         size = self.bytes_per_epoch * len(epochs)
         with replacing(self.path / ARCHIVE, size, seal=True) as temporary, _Files(files) as opened:
@@ -322,7 +322,7 @@ class Run:
         if not folder.is_dir():
             return
         if any(folder.iterdir()):
-            _check_seal(self.path / ARCHIVE, self.path)
+            refuse_changed(self.path / ARCHIVE)
         for file in sorted(folder.glob("*.nc")):
             remove_sealed(file)
         with suppress(OSError):  # somebody's own files in there stay
@@ -431,10 +431,3 @@ class _Files:
         else:
             with netcdf.dataset(file) as nc:
                 yield nc
-
-
-def _check_seal(file: Path, run: Path) -> None:
-    if sealed(file) is False:
-        raise ArchiveError(
-            f"{file}: is damaged, its checksum differs; `tsdyn repair {run}` keeps what is whole and says what is not"
-        )

@@ -20,6 +20,7 @@ from typing import Any
 
 import dask
 import tomli_w
+import xarray as xr
 import tsdyn.analysis.audit  # so that no child has to
 from dask.distributed import Client as Client
 
@@ -156,9 +157,15 @@ def archives(scratch: Path, rng: random.Random, number: int) -> str:
             else:
                 seal.write_text(f"{durable.sha256(path / file)}  {file.name}\n")
         repaired, going_on = rng.random() < 0.3, rng.random() < 0.3
+        analysed = kind != "sweep" and rng.random() < 0.05  # half a second each
+        verbs = ("show", "validate", *(("audit",) if analysed else ()))
 
         def work(
-            path: Path = path, kind: str = kind, repaired: bool = repaired, going_on: bool = going_on
+            path: Path = path,
+            kind: str = kind,
+            repaired: bool = repaired,
+            going_on: bool = going_on,
+            verbs: tuple[str, ...] = verbs,
         ) -> dict[str, Any]:
             found: dict[str, Any] = {"fate": "refused", "problems": integrity.check(path)[:3]}
             timed()
@@ -167,7 +174,7 @@ def archives(scratch: Path, rng: random.Random, number: int) -> str:
                     found["fate"] = "right" if same(ds.load(), reference[kind]) else "wrong"
             except ArchiveError:
                 pass
-            found["exits"] = [command(verb, path)[0] for verb in ("show", "validate", "audit")]
+            found["exits"] = [command(verb, path)[0] for verb in verbs]
             timed()
             if repaired:
                 with contextlib.suppress(ArchiveError):
@@ -177,7 +184,7 @@ def archives(scratch: Path, rng: random.Random, number: int) -> str:
                 try:
                     with sweep.run(experiments[kind], path) as ds:
                         whole = reference["finished" if kind == "going" else kind]
-                        found["gone on"] = "right" if same(ds.load(), whole) else "wrong"
+                        found["gone on"] = "right" if _but_for_nan(ds.load(), whole, repaired) else "wrong"
                 except (ArchiveError, ExperimentError) as error:
                     found["gone on"] = f"refused: {error}"
             return found
@@ -201,6 +208,13 @@ def archives(scratch: Path, rng: random.Random, number: int) -> str:
     if wrong:
         raise AssertionError("\n".join([text, *wrong[:40]]))
     return text
+
+
+def _but_for_nan(found: xr.Dataset, whole: xr.Dataset, repaired: bool) -> bool:
+    """Whether all is the same; what `tsdyn repair` could not keep of an archive is NaN, and it says so."""
+    if repaired and set(found.variables) == set(whole.variables):
+        found = found.fillna(whole)
+    return same(found, whole)
 
 
 def _stop_before_the_end() -> None:
