@@ -343,9 +343,7 @@ def _as_slice(rows: NDArray) -> slice | NDArray:
 # --- all points as one Dataset -------------------------------------------------------------------------------
 
 
-def open_sweeps(
-    paths: Sequence[Path], *, skip_damaged: bool = False, verify: float = ALWAYS_VERIFIED
-) -> xr.Dataset:
+def open_sweeps(paths: Sequence[Path], *, skip_damaged: bool = False, verify: float = ALWAYS_VERIFIED) -> xr.Dataset:
     """One or several sweeps (or runs) as one lazy Dataset; nothing is loaded.
 
     Swept keys are leading dimensions, and so are the keys in which the experiments differ otherwise; keys that go

@@ -63,7 +63,9 @@ def main() -> int:
         with tempfile.TemporaryDirectory(prefix="tsdyn-torture-") as scratch:
             try:
                 module, _, function = name.rpartition(".")
-                told = getattr(modules[module or "trials"], function)(Path(scratch), random.Random(f"{name} {chosen.seed}"), number)
+                told = getattr(modules[module or "trials"], function)(
+                    Path(scratch), random.Random(f"{name} {chosen.seed}"), number
+                )
             except AssertionError as error:
                 failed, told = True, f"BROKEN: {error}"
         print(f"{name}: {told} [{time.monotonic() - began:.0f} s]", flush=True)
