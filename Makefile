@@ -3,7 +3,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 RUNS   ?= runs/l-shape
 
-.PHONY: quickstart test lint docs bench clean
+.PHONY: quickstart test torture lint docs bench clean
 
 # Installed once per change of the project's metadata.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -24,6 +24,10 @@ quickstart: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest
+
+# Hours: what docs/reliability.md reports, tried again.
+torture: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.torture
 
 # Types are checked on the installed package: the tree's analysis/ and studies/ are tsdyn.analysis and tsdyn.studies there.
 lint: $(VENV)/.installed-dev

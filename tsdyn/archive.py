@@ -18,10 +18,10 @@ from dask.base import tokenize
 from xarray.backends import NetCDF4DataStore
 
 from tsdyn import netcdf, schema
+from tsdyn.durable import ALWAYS_VERIFIED, refuse_changed, replacing
 from tsdyn.durable import ArchiveError as ArchiveError
 from tsdyn.durable import DirectoryError as DirectoryError
 from tsdyn.durable import local_path as local_path
-from tsdyn.durable import ALWAYS_VERIFIED, refuse_changed, replacing
 from tsdyn.experiment import POINT, Experiment, ExperimentError, differences
 from tsdyn.grid import LAZY_BYTES, open_sweeps
 from tsdyn.grid import SWEEP as SWEEP

@@ -301,6 +301,7 @@ def estimate(experiment: Experiment, *, device: str = "cpu") -> Cost:
     few = few.replace({"training.steps_per_epoch": steps})
     if isinstance(experiment.data.train, int) and experiment.training.method != "gd":
         few = few.replace({"data.train": min(experiment.data.train, max(512, experiment.training.batch))})
+    memory.refuse_beyond("estimate", footprint(few), torch.device(device), "narrower networks, fewer samples")
     trial = Members(few, device)
     variables = schema.expand(experiment.record.observables)
     per_step = _quickest(lambda: trial.train(1)) / steps / trial.ensemble.members

@@ -17,13 +17,14 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 #: Trial → how often, in full and in short.
 NUMBERS = {
-    "kills": (500, 6),
-    "prefixes": (100_000, 8),
-    "power_cuts": (200, 8),
-    "faults": (100_000, 8),
-    "full_disks": (50, 4),
+    "kills": (500, 2),
+    "prefixes": (100_000, 3),
+    "power_cuts": (200, 4),
+    "faults": (100_000, 4),
+    "full_disks": (50, 2),
     "two_writers": (100, 2),
-    "fuzz.archives": (2000, 30),
+    "readers": (20, 1),
+    "fuzz.archives": (2000, 6),
     "fuzz.experiments": (2000, 30),
 }
 SHIM = "TSDYN_TORTURE_SHIM"

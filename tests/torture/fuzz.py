@@ -20,8 +20,8 @@ from typing import Any
 
 import dask
 import tomli_w
-import xarray as xr
 import tsdyn.analysis.audit  # so that no child has to
+import xarray as xr
 from dask.distributed import Client as Client
 
 import tsdyn

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import multiprocessing
 import os
 import random
 import resource
@@ -12,11 +13,16 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+
+import dask
+import xarray as xr
+from dask.distributed import Client, LocalCluster
 
 import tsdyn
 from tests.torture import trace
-from tests.torture.harness import FAILED, FINISHED, SEGMENTED, Law, arm, fork, fresh, operations, shim, training
+from tests.torture.harness import FAILED, FINISHED, SEGMENTED, Law, arm, fork, fresh, operations, same, shim, training
 from tsdyn import durable
 
 
@@ -219,6 +225,43 @@ def two_writers(scratch: Path, rng: random.Random, number: int) -> str:
     if wrong:
         raise AssertionError("\n".join([text, *wrong[:10]]))
     return text
+
+
+def readers(scratch: Path, rng: random.Random, number: int) -> str:
+    """An archive of many chunks read so often under each of dask's schedulers, by two datasets at once."""
+    experiment = SEGMENTED.replace({"seeds": 6, "training.epochs": 40, "record.observables": ["mse", "weight", "D"]})
+    tsdyn.run(experiment, scratch / "run")
+    whole = tsdyn.open(scratch / "run").load()
+    wrong: list[str] = []
+    with dask.config.set(scheduler="threads", num_workers=8):
+        wrong += _read("threads", scratch / "run", whole, number)
+    with (
+        ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool,
+        dask.config.set(scheduler="processes", pool=pool),
+    ):
+        wrong += _read("processes", scratch / "run", whole, number)
+    with (
+        LocalCluster(n_workers=2, threads_per_worker=4, dashboard_address=None, silence_logs=40) as cluster,
+        Client(cluster),
+    ):
+        wrong += _read("distributed", scratch / "run", whole, number)
+    text = f"{number} readings each under threads (8), processes (2) and distributed (2 x 4): {len(wrong)} went wrong"
+    if wrong:
+        raise AssertionError("\n".join([text, *wrong[:10]]))
+    return text
+
+
+def _read(scheduler: str, path: Path, whole: xr.Dataset, number: int) -> list[str]:
+    wrong = []
+    for trial in range(number):
+        one, other = tsdyn.open(path).chunk(epoch=7, seed=1), tsdyn.open(path)
+        try:
+            found = dask.compute(one, other)
+        except Exception as error:
+            wrong.append(f"{scheduler} {trial}: {type(error).__name__}: {error}")
+            continue
+        wrong += [f"{scheduler} {trial}: other numbers"] * (not all(same(ds, whole) for ds in found))
+    return wrong
 
 
 def _verdict(law: Law, what: str, more: int = 0) -> str:
