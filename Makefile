@@ -3,7 +3,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 RUNS   ?= runs/l-shape
 
-.PHONY: quickstart test trials lint docs bench clean
+.PHONY: quickstart test trials torture lint docs bench clean
 
 # Installed once per change of the project's metadata.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -28,6 +28,10 @@ test: $(VENV)/.installed-dev
 # Where gradient flow goes, by three integrators: minutes.
 trials: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.copy_or_average
+
+# Hours: what docs/reliability.md reports, tried again.
+torture: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.torture
 
 # Types are checked on the installed package: the tree's analysis/ and studies/ are tsdyn.analysis and tsdyn.studies there.
 lint: $(VENV)/.installed-dev

@@ -204,6 +204,8 @@ def test_control_characters_do_not_reach_the_terminal(command, tmp_path):
     tsdyn.run(small(training__epochs=1), tmp_path / "run")
     with netCDF4.Dataset(tmp_path / "run" / "archive.nc", "a") as nc:
         nc.setncattr("name", "\x1b[31mred[bold]x[/bold]")
+    assert "its checksum differs" in command("show", tmp_path / "run")[2]
+    (tmp_path / "run" / "archive.nc.sha256").unlink()
     code, out, _ = command("show", tmp_path / "run")
     assert code == 0
     assert "\x1b[31m" not in out

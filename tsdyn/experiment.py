@@ -33,7 +33,11 @@ from pydantic_core import to_jsonable_python
 
 from tsdyn import schema
 
-MAX_SEEDS = 1_000_000
+MAX_SEEDS = MAX_EPOCHS = 1_000_000
+#: Points of a sweep; each is a run.
+MAX_POINTS = 100_000
+#: Larger counts overflow somewhere; what fits a machine is much less, and `runner.run` says so.
+MAX_COUNT = 10**12
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
 
 
@@ -63,11 +67,11 @@ def _epochs_as_integers(value: Any) -> Any:
 Real = Annotated[float, BeforeValidator(_float)]
 Positive = Annotated[Real, Field(gt=0)]
 NonNegative = Annotated[Real, Field(ge=0)]
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 Widths = Annotated[tuple[Count, ...], BeforeValidator(_tuple), Field(min_length=2)]
 Reals = Annotated[tuple[Real, ...], BeforeValidator(_tuple), Field(min_length=1)]
 Counts = Annotated[tuple[Count, ...], BeforeValidator(_tuple)]
-Epochs = Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_tuple), Field(min_length=1)]
+Epochs = Annotated[tuple[Annotated[int, Field(ge=0, le=MAX_COUNT)], ...], BeforeValidator(_tuple), Field(min_length=1)]
 Rate = Annotated[
     Positive | dict[Annotated[int, Field(ge=0)], Positive],
     BeforeValidator(_epochs_as_integers),
@@ -93,7 +97,7 @@ class Teacher(_Part):
     train_epochs: Count = 20
     train_rate: Positive = 0.01
     prune: Annotated[tuple[Annotated[NonNegative, Field(lt=1)], ...], BeforeValidator(_tuple)] = ()
-    finetune_epochs: Annotated[int, Field(ge=0)] = 5
+    finetune_epochs: Annotated[int, Field(ge=0, le=MAX_EPOCHS)] = 5
     choices: Reals = (-1.0, -0.75, -0.5, -0.25, 0.0, 0.25, 0.5, 0.75, 1.0)
     scale: Positive = 1.0
     unit_norm: bool | Literal["every-layer"] = True
@@ -201,7 +205,7 @@ class Training(_Part):
     learning_rate: Rate = 0.01
     batch: Count = 16
     steps_per_epoch: Count | None = None
-    epochs: Annotated[int, Field(ge=0)] = 100
+    epochs: Annotated[int, Field(ge=0, le=MAX_EPOCHS)] = 100
     momentum: Annotated[NonNegative, Field(lt=1)] = 0.0
     weight_decay: NonNegative = 0.0
     beta_1: Annotated[NonNegative, Field(lt=1)] = 0.9
@@ -243,7 +247,7 @@ class Record(_Part):
 
     every: Count | None = None
     epochs: Epochs | None = None
-    geometric: Annotated[Real, Field(gt=1)] | None = None
+    geometric: Annotated[Real, Field(ge=1.0001)] | None = None
     observables: Annotated[tuple[str, ...], BeforeValidator(_tuple)] = (
         "loss",
         "correlation",
@@ -731,6 +735,9 @@ def _check_sweep_keys(experiment: Experiment) -> None:
         if len({json.dumps(v, sort_keys=True, default=str) for v in axis.values}) != len(axis.values):
             shown = [v[0] if len(v) == 1 else list(v) for v in axis.values]
             raise ValueError(f"sweep: values of {', '.join(map(repr, axis.keys))} repeat: {shown}")
+    points = math.prod(len(axis.values) for axis in axes(experiment.sweep))
+    if points > MAX_POINTS:
+        raise ValueError(f"sweep: has {points} points, each of which is a run; at most {MAX_POINTS}")
     if experiment.sweep:
         for _ in experiment.points():  # each point must be a valid experiment
             pass

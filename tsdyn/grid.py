@@ -29,7 +29,7 @@ from dask.base import tokenize
 from numpy.typing import NDArray
 
 from tsdyn import netcdf, schema
-from tsdyn.durable import ArchiveError, DirectoryError, write_text
+from tsdyn.durable import ALWAYS_VERIFIED, ArchiveError, DirectoryError, refuse_changed, write_text
 from tsdyn.experiment import POINT, Axis, Experiment, axes, checked_sweep, digest, places, sweep_dimensions, swept_keys
 from tsdyn.segments import ARCHIVE, EXPERIMENT, claim, segments
 
@@ -192,10 +192,12 @@ class Index:
 
     Args:
         path: Directory of the sweep.
+        verify: Files of at most this size are compared with their checksums when they are read; with `math.inf` all,
+            whatever the index says.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, verify: float = ALWAYS_VERIFIED) -> None:
+        self.path, self.verify = path, verify
         self._headers: dict[str, Header] = {}
         self._entries: dict[str, tuple[list[int], str, list[int]]] = {}
         self._changed = False
@@ -218,7 +220,8 @@ class Index:
             return None
         stamp = [status.st_size, status.st_mtime_ns]
         entry = self._entries.get(name)
-        if entry is None or entry[0] != stamp or entry[1] not in self._headers:
+        if entry is None or entry[0] != stamp or entry[1] not in self._headers or self.verify == math.inf:
+            refuse_changed(file, upto=self.verify)
             header, death = Header.of(file)
             key = hashlib.sha256(json.dumps(header.as_json(), sort_keys=True).encode()).hexdigest()[:16]
             self._headers.setdefault(key, header)
@@ -238,7 +241,10 @@ class Index:
             if done is not None:
                 return [done]
             with suppress(FileNotFoundError):  # the run was finished in this moment
-                return [Source(s.path, *Header.of(s.path)) for s in segments(self.path / name)]
+                found = segments(self.path / name)
+                for segment in found:
+                    refuse_changed(segment.path, upto=self.verify)
+                return [Source(s.path, *Header.of(s.path)) for s in found]
         return []
 
     def write(self) -> None:
@@ -367,18 +373,19 @@ def _orthogonal(rows: Sequence[Rows], shape: Sequence[int]) -> tuple[Any, ...]:
 # --- all points as one Dataset -------------------------------------------------------------------------------
 
 
-def open_sweeps(paths: Sequence[Path], *, skip_damaged: bool = False) -> xr.Dataset:
+def open_sweeps(paths: Sequence[Path], *, skip_damaged: bool = False, verify: float = ALWAYS_VERIFIED) -> xr.Dataset:
     """One or several sweeps (or runs) as one lazy Dataset; nothing is loaded.
 
     Swept keys are leading dimensions, and so are the keys in which the experiments differ otherwise; keys that go
     together (``zip``, ``points``) are coordinates along ``point``.  Points without a committed epoch are NaN;
-    ``coverage`` is the share of its recorded epochs that each point has.
+    ``coverage`` is the share of its recorded epochs that each point has.  Files of at most `verify` bytes are compared
+    with their checksums before their headers are believed.
 
     Raises:
         ArchiveError: if a file cannot be read (unless `skip_damaged`), nothing is committed yet, or two directories
             hold the same point.
     """
-    cells, grid, origin = _gathered(paths, skip_damaged)
+    cells, grid, origin = _gathered(paths, skip_damaged, verify)
     sources = [source for cell in cells.values() for source in cell]
     if not sources:
         where = ", ".join(map(str, paths))
@@ -399,7 +406,7 @@ def open_sweeps(paths: Sequence[Path], *, skip_damaged: bool = False) -> xr.Data
 
 
 def _gathered(
-    paths: Sequence[Path], skip_damaged: bool
+    paths: Sequence[Path], skip_damaged: bool, verify: float
 ) -> tuple[dict[tuple[int, ...], list[Source]], tuple[Axis, ...], dict[str, str]]:
     """The files at each place of the common grid, the grid (its keys named as coordinates), and its own attributes."""
     written = [_written(path) for path in paths]
@@ -412,7 +419,7 @@ def _gathered(
     along = [*((key,) for key in keys if key not in listed), *groups]
     found: dict[tuple[Labels, ...], list[Source]] = {}
     for path, values, sweep in zip(paths, written, sweeps, strict=True):
-        index, base = Index(path), dict(_flat({k: v for k, v in values.items() if k != "sweep"}))
+        index, base = Index(path, verify), dict(_flat({k: v for k, v in values.items() if k != "sweep"}))
         for point in places(sweep).values() if sweep else ({},):
             at = tuple(tuple(label({**base, **point}.get(key, "unset")) for key in group) for group in along)
             held = found.setdefault(at, [])

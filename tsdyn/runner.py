@@ -306,6 +306,7 @@ def estimate(experiment: Experiment, *, device: str = "cpu") -> Cost:
     few = few.replace({"training.steps_per_epoch": steps})
     if isinstance(experiment.data.train, int) and not experiment.training.whole:
         few = few.replace({"data.train": min(experiment.data.train, max(512, experiment.training.batch))})
+    memory.refuse_beyond("estimate", footprint(few), torch.device(device), "narrower networks, fewer samples")
     trial = Members(few, device)
     variables = schema.expand(experiment.record.observables)
     per_step = _quickest(lambda: trial.train(1)) / steps / trial.ensemble.members
@@ -406,8 +407,9 @@ def _train(target: Run, members: Members, progress: Progress | None, asked: Call
     committed = target.committed()
     start = 0
     if committed is not None:
-        _say_what_changed(target, attrs)
-        members.restore(_of_this_shape(target, members))
+        state, before = target.state()
+        _say_what_changed(target.path, before, attrs)
+        members.restore(_of_this_shape(target.path, state, members))
         start = committed + 1
     pending: list[dict[str, Any]] = []
     epochs: list[int] = []
@@ -445,31 +447,29 @@ def _interval(elapsed: float, took: float) -> float:
     return COMMIT_SECONDS and max(COMMIT_SECONDS, COMMIT_SHARE * elapsed, took / COMMIT_SHARE)
 
 
-def _of_this_shape(target: Run, members: Members) -> dict[str, np.ndarray]:
+def _of_this_shape(path: Path, stored: dict[str, np.ndarray], members: Members) -> dict[str, np.ndarray]:
     """The committed state, refused if it is not one of these members: copied, a wrong shape could broadcast."""
-    stored = target.state()
     Rule.of(members.experiment.training, 1).prepare(members.ensemble)
     for name, array in members.state().items():
         found = stored.get(name)
         if found is None or found.shape != array.shape or found.dtype != array.dtype:
             held = "missing" if found is None else f"{found.dtype} {found.shape}"
             raise ArchiveError(
-                f"{target.path}: the state to go on from has {name} {held}, this experiment needs {array.dtype} "
+                f"{path}: the state to go on from has {name} {held}, this experiment needs {array.dtype} "
                 f"{array.shape}; the segments are of another tsdyn or not whole: see `tsdyn validate`"
             )
     return stored
 
 
-def _say_what_changed(target: Run, attrs: Mapping[str, Any]) -> None:
+def _say_what_changed(path: Path, before: Mapping[str, Any], attrs: Mapping[str, Any]) -> None:
     """Bits are promised for the same device, threads and versions; where these changed, the log says so."""
-    before = target.attrs()
     changed = [
         f"{key} {before.get(key)} before, {attrs[key]} now"
         for key in ("device", "threads", "torch_version", "numpy_version", "tsdyn_version")
         if before.get(key) != attrs[key]
     ]
     if changed:
-        _log.warning("%s: goes on elsewhere than it began (%s): bits may differ", target.path, "; ".join(changed))
+        _log.warning("%s: goes on elsewhere than it began (%s): bits may differ", path, "; ".join(changed))
 
 
 def _along_epochs(pending: list[dict[str, Any]]) -> dict[str, Any]:
