@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -73,7 +74,7 @@ def draw(
         if name == layered[0]:
             for scalar, ax in zip(scalars, row[len(layers) :], strict=True):
                 _lines(measured[scalar].sel(point), lines, ax)
-                ax.set_title(measured[scalar].attrs.get("long_name", scalar))
+                ax.set_title(fill(str(measured[scalar].attrs.get("long_name", scalar)), 28))
                 if not scalar.endswith("accuracy"):
                     ax.set_yscale("log")
         else:
