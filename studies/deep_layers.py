@@ -81,7 +81,9 @@ def draw(
             for ax in row[len(layers) :]:
                 ax.set_axis_off()
         where = ", ".join(str(v) for v in point.values())
-        row[0].set_ylabel("\n".join(filter(None, (where, str(measured[name].attrs.get("long_name", name))))), fontsize=8)
+        row[0].set_ylabel(
+            "\n".join(filter(None, (where, str(measured[name].attrs.get("long_name", name))))), fontsize=8
+        )
     for ax in panels.flat:
         ax.title.set_fontsize(8)
         ax.tick_params(labelsize=7)

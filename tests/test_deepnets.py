@@ -412,7 +412,9 @@ def test_rewound_students_keep_the_winners_and_nothing_else(tmp_path):
         end = tsdyn.layer(trained, 1).weight.sel(seed=1).isel(epoch=-1).values
         assert not end[~won].any()
         assert end[won].any(1).all()
-    with pytest.raises(ExperimentError, match=r"inputs\) \[\(8, 10\), \(6, 8\)\] a layer, these \[\(4, 10\), \(6, 4\)\]"):
+    with pytest.raises(
+        ExperimentError, match=r"inputs\) \[\(8, 10\), \(6, 8\)\] a layer, these \[\(4, 10\), \(6, 4\)\]"
+    ):
         draw_student(second.replace({"student.overrealization": 1.0}), 0)
     with pytest.raises(ExperimentError, match="its run must hold seed 9"):
         draw_student(second, 9)

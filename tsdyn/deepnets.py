@@ -535,16 +535,16 @@ def expectations(student: DeepNetwork, teacher: DeepNetwork, x: Tensor) -> dict[
     }
     for part in x.detach().split(_samples_at_once(student, teacher)):
         (f, slopes, passes), (f_star, slopes_star, passes_star) = (_backward(net, part) for net in (student, teacher))
-        for l in layers:
-            per_pixel = len(part) / (len(x) * len(f[l]))
+        for i in layers:
+            per_pixel = len(part) / (len(x) * len(f[i]))
             for name, left, right in (
                 ("D_star", slopes, slopes_star), ("D", slopes, slopes), ("L_star", f, f_star), ("L", f, f),
             ):  # fmt: skip
-                sums[name][l] += left[l].T @ right[l] * per_pixel
+                sums[name][i] += left[i].T @ right[i] * per_pixel
         for v, v_star in zip(passes, passes_star, strict=True):
-            for l in layers:
-                sums["A"][l] += v[l].T @ v_star[l] / len(x)
-                sums["B"][l] += v[l].T @ v[l] / len(x)
+            for i in layers:
+                sums["A"][i] += v[i].T @ v_star[i] / len(x)
+                sums["B"][i] += v[i].T @ v[i] / len(x)
     found = {name: [torch.as_tensor(total) for total in totals] for name, totals in sums.items()}
     pairs = {"H_star": ("A", "D_star"), "H": ("B", "D")}
     return found | {
@@ -740,15 +740,23 @@ def propagate(p: Parameters, frame: Frame, x: Tensor, *, training: bool) -> list
 
 def _normalized(x: Tensor, norm: BatchNorm, training: bool) -> Tensor:
     """BatchNorm of (sample, member·channel, row, column) or (member, sample, node); members do not mix."""
-    flat = x if x.ndim == 4 else x.transpose(0, 1).flatten(1)
+    if x.ndim == 4:
+        return normalized(x, norm, training=training)
+    flat = normalized(x.transpose(0, 1).flatten(1), norm, training=training)
+    return flat.unflatten(1, (len(norm.mean), -1)).transpose(0, 1)
+
+
+def normalized(flat: Tensor, norm: BatchNorm, *, training: bool) -> Tensor:
+    """BatchNorm of (any, member·node, ...); in training mode by this batch, and running statistics move, in place.
+
+    Raises:
+        ValueError: for a single value a node in training mode.
+    """
     if training and flat.numel() == flat.shape[1]:
         raise ValueError("BatchNorm: one value a node in training mode; a batch must hold two samples or more")
     scale, shift = (None if t is None else t.flatten() for t in (norm.scale, norm.shift))
-    eps = max(norm.eps, torch.finfo(x.dtype).tiny)  # torch refuses 0
-    y = F.batch_norm(
-        flat, norm.mean.view(-1), norm.variance.view(-1), scale, shift, training, norm.momentum, eps
-    )  # fmt: skip
-    return y if x.ndim == 4 else y.unflatten(1, (len(norm.mean), -1)).transpose(0, 1)
+    eps = max(norm.eps, torch.finfo(flat.dtype).tiny)  # torch refuses 0
+    return F.batch_norm(flat, norm.mean.view(-1), norm.variance.view(-1), scale, shift, training, norm.momentum, eps)
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -399,8 +399,8 @@ class Experiment(_Part):
                 )
         if self.student.batch_norm != "none" and self.training.batch == 1 and self.training.method != "gd":
             raise ValueError(
-                f"training.batch = 1 with student.batch_norm = {self.student.batch_norm!r}: one sample has no variance; "
-                "use batches of two samples or more"
+                f"training.batch = 1 with student.batch_norm = {self.student.batch_norm!r}: one sample has no "
+                "variance; use batches of two samples or more"
             )
         train = self.data.train
         if isinstance(train, int) and self.training.method != "gd" and self.training.batch > train:

@@ -116,8 +116,8 @@ def _rewound(experiment: Experiment, seed: int) -> tuple[list[Tensor], list[Tens
     ]
     if own != theirs:
         raise ExperimentError(
-            f"student.path = {path!r}: its students have (node, inputs) {theirs} a layer, these {own}; a rewound student "
-            "has the same layers"
+            f"student.path = {path!r}: its students have (node, inputs) {theirs} a layer, these {own}; a rewound "
+            "student has the same layers"
         )
     weights, biases = _drawn(experiment, seed)
     won = np.ones(1, bool)  # the input, all of it
