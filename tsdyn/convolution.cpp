@@ -9,13 +9,13 @@
 #include <cstring>
 
 #if defined(__AVX512F__)
-constexpr int kVectorBytes = 64, kTileRows = 6;
+constexpr int kVectorBytes = 64, kTileRows = 6, kGradientRows = 6;
 #elif defined(__AVX__)
-constexpr int kVectorBytes = 32, kTileRows = 3;
+constexpr int kVectorBytes = 32, kTileRows = 3, kGradientRows = 4;
 #else
-constexpr int kVectorBytes = 16, kTileRows = 6;
+constexpr int kVectorBytes = 16, kTileRows = 3, kGradientRows = 4;
 #endif
-constexpr int kTileVectors = 4, kGradientRows = 6, kGradientColumns = 3;
+constexpr int kTileVectors = 4, kGradientColumns = 3;
 
 extern "C" {
 

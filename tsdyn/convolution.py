@@ -1,13 +1,16 @@
 """Convolutions of an ensemble, compiled: convolution.cpp, built as `kernel` builds its own.
 
 Samples lie innermost, (member, channel, row, column, sample): a member's convolution then runs along rows of columns
-and samples, whatever its channels and batch, and no member waits for another.  What torch's grouped convolution does
-with it is in docs: performance.  Without a compiler `serves` says no, and `deepnets.propagate` is the way.
+and samples, whatever its channels and batch.  A member's result does not depend on the others or on threads.  Without
+a compiler `serves` says no, and torch's grouped convolution is the way (`deepnets.propagate`).  Both are in docs:
+performance.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -61,7 +64,9 @@ class _Convolution(torch.autograd.Function):
             # every tap that saw a pixel sends its gradient back: the gradient, framed, with the kernel turned round
             framed = F.pad(g, (0, 0, columns - 1, columns - 1, rows - 1, rows - 1))
             below = _call("convolve", framed, weight.flip(3, 4).transpose(1, 2), None)
-        down = _call("weight_gradient", x, torch.empty_like(weight), None, output=g) if ctx.needs_input_grad[1] else None
+        down = (
+            _call("weight_gradient", x, torch.empty_like(weight), None, output=g) if ctx.needs_input_grad[1] else None
+        )
         return below, down, g.sum((2, 3, 4)) if ctx.needs_input_grad[2] else None
 
 
@@ -74,9 +79,22 @@ def _call(name: str, x: Tensor, weight: Tensor, bias: Tensor | None, *, output: 
     written = output is None
     output = x.new_empty(members, channels, rows, columns, x.shape[4]) if output is None else output.contiguous()
     held = None if bias is None else bias.contiguous()
-    job = Job(
-        members, channels, below, rows, columns, *size, x.shape[4],
-        x.data_ptr(), weight.data_ptr(), None if held is None else held.data_ptr(), output.data_ptr(),
-    )  # fmt: skip
-    getattr(library, f"{name}_{str(x.dtype).removeprefix('torch.')}")(ctypes.byref(job))
+    function = getattr(library, f"{name}_{str(x.dtype).removeprefix('torch.')}")
+    shape = (channels, below, rows, columns, *size, x.shape[4])
+
+    def some(first: int, last: int) -> None:
+        own = (t if t is None else t[first:last].data_ptr() for t in (x, weight, held, output))
+        function(ctypes.byref(Job(last - first, *shape, *own)))  # other threads run meanwhile
+
+    threads = min(members, torch.get_num_threads())
+    if threads == 1:
+        some(0, members)
+    else:
+        ends = [members * t // threads for t in range(threads + 1)]
+        list(_pool(threads).map(some, ends[:-1], ends[1:]))
     return output if written else weight
+
+
+@functools.cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads)

@@ -19,8 +19,8 @@ from tsdyn.activations import Activation
 from tsdyn.deepnets import BatchNorm, DeepNetwork, Frame, Parameters, normalized, propagate
 from tsdyn.training import Rule, Stream, living_blocks
 
-#: Activations of a block of members and their gradients should stay within a processor's last-level cache.
-BLOCK_BYTES = 1 << 24
+#: Activations of a block of members and their gradients should stay within a core's share of the last-level cache.
+BLOCK_BYTES = 1 << 22
 
 
 class DeepEnsemble:
