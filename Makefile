@@ -3,7 +3,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 RUNS   ?= runs/l-shape
 
-.PHONY: quickstart test trials torture lint docs bench clean
+.PHONY: quickstart test trials torture multilayer lint docs bench clean
 
 # Installed once per change of the project's metadata.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -32,6 +32,10 @@ trials: $(VENV)/.installed-dev
 # Hours: what docs/reliability.md reports, tried again.
 torture: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.torture
+
+# The released multilayer experiment against its figures, ten minutes of one core.
+multilayer: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest tests/studies/multilayer_statistics.py
 
 # Types are checked on the installed package: the tree's analysis/ and studies/ are tsdyn.analysis and tsdyn.studies there.
 lint: $(VENV)/.installed-dev

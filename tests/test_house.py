@@ -49,6 +49,7 @@ RANKS = {
     "alignment": 2,
     "memory": 0,
     "kernel": 0,
+    "convolution": 1,
     "curvature": 1,
     "derivatives": 2,
     "dynamics": 2,

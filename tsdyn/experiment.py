@@ -417,6 +417,11 @@ class Experiment(_Part):
                     f"record.observables: {', '.join(sorted(unknown))} is not measured of convolutions and BatchNorm; "
                     f"there are {', '.join(schema.DEEP)}; theory has the others on DeepNetwork.folded()"
                 )
+        if self.student.batch_norm != "none" and self.training.batch == 1 and self.training.method != "gd":
+            raise ValueError(
+                f"training.batch = 1 with student.batch_norm = {self.student.batch_norm!r}: one sample has no "
+                "variance; use batches of two samples or more"
+            )
         train = self.data.train
         if isinstance(train, int) and not self.training.whole and self.training.batch > train:
             raise ValueError(f"training.batch = {self.training.batch} is more than data.train = {train} samples")

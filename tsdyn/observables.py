@@ -173,6 +173,9 @@ class Measurement:
 
     @cached_property
     def moments(self) -> theory.Moments:
+        student, teacher = self.student, self.eval.teacher
+        if isinstance(student, DeepNetwork) and isinstance(teacher, DeepNetwork):
+            return theory.Moments(**deepnets.expectations(student, teacher, self.eval.inputs))
         return theory.expectations(self.net, self.teacher, self.eval.inputs)
 
     @cached_property
