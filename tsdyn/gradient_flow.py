@@ -216,7 +216,7 @@ def _solver(matrix: Tensor) -> Callable[[Tensor], Tensor]:
     def solve(right: Tensor) -> Tensor:
         # cholesky_solve copies the factor first
         half = torch.linalg.solve_triangular(lower, right[..., None], upper=False)
-        found = torch.linalg.solve_triangular(lower.mT, half, upper=True)[..., 0]
+        found: Tensor = torch.linalg.solve_triangular(lower.mT, half, upper=True)[..., 0]
         if factors is not None:
             found[other] = torch.linalg.lu_solve(factors.LU, factors.pivots, right[other, :, None])[..., 0]
         return found
