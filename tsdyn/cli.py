@@ -36,7 +36,8 @@ OutDirectory = Annotated[str | None, typer.Option("-o", "--output", help="Direct
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
 Workers = Annotated[int | None, typer.Option(metavar="N", help="Share the runs of a sweep among N processes here.")]
 Scheduler = Annotated[
-    str | None, typer.Option(metavar="ADDRESS", help="Share them among the workers of a dask scheduler, tcp://HOST:PORT.")
+    str | None,
+    typer.Option(metavar="ADDRESS", help="Share them among the workers of a dask scheduler, tcp://HOST:PORT."),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")]
 Directory = Annotated[str, typer.Argument(metavar="DIR", help="A run, a sweep or an archive file.")]
