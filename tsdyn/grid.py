@@ -430,6 +430,8 @@ def _gathered(
                     f"{dict(zip(map(', '.join, along), at, strict=True))}; open one of them"
                 )
             held += sources
+        with suppress(ArchiveError):  # where it may not be written, the next reader reads the headers again
+            index.write()
     taken = [tuple(dict.fromkeys(at[i] for at in found)) for i in range(len(along))]
     position = [{value: i for i, value in enumerate(of)} for of in taken]
     cells = {tuple(p[v] for p, v in zip(position, at, strict=True)): held for at, held in found.items() if held}

@@ -258,7 +258,7 @@ def _client(workers: int | None, scheduler: str | None) -> Iterator[Client]:
             n_workers=workers,
             threads_per_worker=1,
             processes=True,
-            dashboard_address=None,
+            dashboard_address="127.0.0.1:0",
             memory_limit=0,  # a run asks for room before it begins; dask would kill one that has it
             silence_logs=logging.CRITICAL,
         ) as cluster,
