@@ -77,7 +77,7 @@ def agree(found, wanted):
 @pytest.mark.parametrize("scheduler", ["synchronous", "threads", "processes"])
 def test_schedulers_agree_with_plain_loops(sweep, wanted, scheduler):
     with dask.config.set(scheduler=scheduler):
-        agree(dask.compute(measured(tsdyn.layer(tsdyn.open(sweep), 1)), num_workers=2)[0], wanted)
+        agree(measured(tsdyn.layer(tsdyn.open(sweep), 1)).compute(num_workers=2), wanted)
 
 
 def test_workers_agree_with_plain_loops(sweep, wanted):

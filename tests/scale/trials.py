@@ -98,7 +98,7 @@ def opening(scratch: Path, asked: argparse.Namespace) -> None:
 
 
 def kills(scratch: Path, asked: argparse.Namespace) -> None:
-    """Sweeps on two workers, one of which is killed every few seconds, until so many were."""
+    """Sweeps on two workers, one of which is killed after every commit, until so many were."""
     slow = small(seeds=2, training__epochs=12, training__steps_per_epoch=4000, teacher__widths=[50, 20, 10])
     experiment = slow.replace({"sweep": {"teacher.polarity": [0.0, 0.5, 1.0, 2.0]}})
     wanted = tsdyn.run(experiment, scratch / "undisturbed").load()
@@ -114,18 +114,21 @@ def kills(scratch: Path, asked: argparse.Namespace) -> None:
 
 @contextmanager
 def killing(
-    draw: random.Random, path: Path, number: int, *, pause: tuple[float, float] = (0.5, 4.0)
+    draw: random.Random, path: Path, number: int, *, pause: tuple[float, float] = (0.1, 2.0)
 ) -> Iterator[list[int]]:
-    """While the body runs, a worker process of ours dies now and then, once a point has begun; gives who did."""
+    """While the body runs, a worker process of ours dies some time after each commit; gives who did."""
     killed: list[int] = []
     stop = threading.Event()
 
     def kill() -> None:
+        seen: set[Path] = set()
         while len(killed) < number and not stop.wait(draw.uniform(*pause)):
+            there = {*path.glob("*/segments/*.nc"), *path.glob("*/archive.nc")}
             alive = [child for child in worker_processes() if child not in killed]
-            if alive and any(path.glob("*/segments")):
+            if alive and there - seen:  # whoever dies again and again before it has committed anything has failed
                 killed.append(draw.choice(alive))
                 os.kill(killed[-1], signal.SIGKILL)
+                seen |= there
 
     thread = threading.Thread(target=kill)
     thread.start()
