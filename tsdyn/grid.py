@@ -36,7 +36,7 @@ from tsdyn.segments import ARCHIVE, EXPERIMENT, claim, segments
 SWEEP = "sweep.json"
 INDEX = "index.json"
 
-#: A dask chunk gathers whole disk chunks of as many seeds as fit in this: opening a file costs as much as reading 5 MB, ...
+#: A dask chunk gathers whole disk chunks of as many seeds as fit in this (opening a file costs as much as 5 MB) ...
 LAZY_BYTES = 1 << 26
 #: ... and, where a run holds less, the same of up to so many runs ...
 RUNS_A_CHUNK = 25
@@ -437,6 +437,8 @@ def _gathered(
                     f"{dict(zip(map(', '.join, along), at, strict=True))}; open one of them"
                 )
             held += sources
+        with suppress(ArchiveError):  # where it may not be written, the next reader reads the headers again
+            index.write()
     taken = [tuple(dict.fromkeys(at[i] for at in found)) for i in range(len(along))]
     position = [{value: i for i, value in enumerate(of)} for of in taken]
     cells = {tuple(p[v] for p, v in zip(position, at, strict=True)): held for at, held in found.items() if held}
