@@ -13,6 +13,11 @@ from matplotlib.figure import Figure
 from tsdyn.experiment import Experiment
 
 _MODULES = {
+    "tian2019-luck": "tian2019_luck",
+    "tian2019-heatmaps": "tian2019_heatmaps",
+    "tian2019-multilayer": "tian2019_multilayer",
+    "tian2019-multilayer-large": "tian2019_multilayer_large",
+    "tian2020-digits": "tian2020_digits",
     "tian2020-l-shape": "tian2020_l_shape",
     "tian2020-success-rate": "tian2020_success_rate",
     "tian2020-recovery": "tian2020_recovery",

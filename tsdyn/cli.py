@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -20,6 +19,7 @@ from rich.table import Table
 from tsdyn._version import __version__
 from tsdyn.archive import ArchiveError, DirectoryError, local_path
 from tsdyn.experiment import Experiment, ExperimentError
+from tsdyn.schema import printable as _printable
 
 if TYPE_CHECKING:
     from tsdyn.runner import Cost
@@ -156,64 +156,117 @@ def show(directory: Directory) -> None:
     console = Console()
     sizes = ", ".join(f"{dim} {size}" for dim, size in ds.sizes.items())
     facts = Table.grid(padding=(0, 2))
-    dead = int((ds["death_epoch"] >= 0).sum())
     rows = {
         "experiment": f"{ds.attrs.get('name', '?')}  ({str(ds.attrs.get('digest', '?'))[:12]})",
         "made": f"{ds.attrs.get('created', '?')}, tsdyn {ds.attrs.get('tsdyn_version', '?')}, "
         f"torch {ds.attrs.get('torch_version', '?')}, {ds.attrs.get('device', '?')}, {ds.attrs.get('dtype', '?')}",
         "dimensions": sizes,
-        "epochs": f"{int(ds.epoch[0])}..{int(ds.epoch[-1])}, {ds.sizes['epoch']} recorded",
         "size": f"{ds.nbytes / 1e6:.1f} MB as arrays",
-        "died": f"{dead} members became NaN or infinite" if dead else "no member became NaN or infinite",
     }
+    if ds.sizes.get("epoch"):
+        rows["epochs"] = f"{int(ds.epoch[0])}..{int(ds.epoch[-1])}, {ds.sizes['epoch']} recorded"
+    for dim in archive.swept_dimensions(ds):
+        values = ds[dim].values.tolist()
+        shown = ", ".join(map(str, values[:8])) + (f", ... {values[-1]}" if len(values) > 8 else "")
+        rows[f"swept: {dim}"] = shown
+    if "coverage" in ds.coords:
+        rows["coverage"] = f"{int((ds.coverage >= 1).sum())} of {ds.coverage.size} points finished"
+    if "death_epoch" in ds.coords:
+        dead = int((ds["death_epoch"] >= 0).sum())
+        rows["died"] = f"{dead} members became NaN or infinite" if dead else "no member became NaN or infinite"
     for key, value in rows.items():
-        facts.add_row(key, _plain(value))
+        facts.add_row(_plain(key), _plain(value))
     console.print(facts)
     table = Table("variable", "dimensions", "meaning")
     for name, array in ds.data_vars.items():
-        table.add_row(str(name), ", ".join(map(str, array.dims)), _plain(array.attrs.get("long_name", "")))
+        table.add_row(_plain(name), _plain(", ".join(map(str, array.dims))), _plain(array.attrs.get("long_name", "")))
     console.print(table)
 
 
 @app.command()
 def plot(
     directory: Directory,
-    figure: Annotated[str, typer.Argument(help="l-shape, success-rate, recovery, loss, correlation.")],
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="FILE.png; FIGURE.png if not given.")] = None,
+    figure: Annotated[str | None, typer.Argument(help="Which; without it, what there is.")] = None,
+    output: Annotated[
+        str | None, typer.Option("-o", "--output", help="FILE.png (.svg, .pdf; .gif moves); FIGURE.png if not given.")
+    ] = None,
+    select: Annotated[
+        list[str] | None,
+        typer.Option("--select", metavar="KEY=VALUE", help="A part: a swept key, seed, epoch or layer; repeat it."),
+    ] = None,
 ) -> None:
     """Draw a figure from an archive."""
     from tsdyn import archive
-    from tsdyn.analysis.figures import FIGURES
+    from tsdyn.analysis import figures
 
-    if figure not in FIGURES:
-        raise ExperimentError(f"plot: no figure {figure!r}; there are {', '.join(FIGURES)}")
+    ds = archive.open(directory)
+    if figure is None:
+        for name, recipe in figures.FIGURES.items():
+            missing = recipe.missing(ds)
+            print(f"{name:16} {recipe.shows}" + (f"  (needs {', '.join(missing)})" if missing else ""))
+        return
+    if figure not in figures.FIGURES:
+        raise ExperimentError(f"plot: no figure {figure!r}; there are {', '.join(figures.FIGURES)}")
+    path = archive.local_path(output or f"{figure}.png")
+    moves = path.suffix.lower() == ".gif"
+    if moves and figure != "boundaries":
+        raise ExperimentError(f"plot: {path.name}: only boundaries move; give a .png, .svg or .pdf")
     try:
-        drawn = FIGURES[figure](archive.open(directory))
+        ds = _selected(ds, select or [])
+        drawn = figures.animate_boundaries(ds) if moves else figures.FIGURES[figure](ds)
     except (ValueError, KeyError) as error:
         raise DirectoryError(f"plot {figure}: {error.args[0] if error.args else error}") from error
-    _save(drawn, output or Path(f"{figure}.png"), quiet=False)
+    _save(drawn, path, quiet=False)
+
+
+def _selected(ds: Any, words: list[str]) -> Any:
+    """The part of an archive that ``--select`` names: labels along dimensions, values of swept keys."""
+    from tsdyn import archive
+
+    for word in words:
+        key, value = _assignment(word, "--select")
+        if key not in ds.coords:
+            raise KeyError(f"--select {word}: no {key!r}; there are {', '.join(map(str, ds.dims))}")
+        if key in archive.swept_dimensions(ds) or key not in ds.dims:
+            ds = archive.select(ds, **{key: value})
+        elif value not in ds.indexes[key]:
+            raise KeyError(f"--select {word}: there is {key} {ds.indexes[key][0]} to {ds.indexes[key][-1]}")
+        else:
+            ds = ds.sel({key: value})
+    return ds
+
+
+@app.command()
+def report(
+    directory: Directory,
+    output: Annotated[str, typer.Option("-o", "--output", help="The page.")] = "report.html",
+    audit: Annotated[bool, typer.Option(help="With the audit of the theorems.")] = True,
+) -> None:
+    """One HTML page that needs nothing else: what ran, figures, audit, coverage, failures."""
+    from tsdyn.analysis import report
+
+    print(report.write(directory, output, audit=audit))
+
+
+@app.command()
+def cite(directory: Directory) -> None:
+    """BibTeX of what it rests on."""
+    from tsdyn import archive
+    from tsdyn.analysis.citations import citations
+
+    print("\n\n".join(map(_printable, citations(archive.open(directory)))))
 
 
 @app.command()
 def audit(directory: Directory) -> None:
     """Each theorem: hypothesis met? conclusion holds? margin."""
     from tsdyn import archive
-    from tsdyn.analysis.audit import VERDICTS
     from tsdyn.analysis.audit import audit as measure
+    from tsdyn.analysis.report import audit_rows
 
-    found = measure(archive.open(directory))
     table = Table("claim", "members", "largest margin", "what is checked, or what it needs")
-    for claim in found["claim"].values:
-        row = found.sel(claim=claim)
-        words, counts = np.unique(row["verdict"].values, return_counts=True)
-        tally = dict(zip(words.tolist(), counts.tolist(), strict=True))
-        margins = row["margin"].values[np.isfinite(row["margin"].values)]
-        table.add_row(
-            _plain(claim),
-            ", ".join(f"{tally[word]} {word}" for word in VERDICTS if word in tally),
-            f"{margins.max():.2g}" if margins.size else "",
-            _plain(row["used"].item()),
-        )
+    for row in audit_rows(measure(archive.open(directory))):
+        table.add_row(*map(_plain, row))
     Console().print(table)
     print("margin: conclusion over bound, at most 1 where it holds; unmet: the hypothesis is not, so nothing is tested")
 
@@ -252,17 +305,18 @@ def _study(name: str) -> Any:
         raise ExperimentError(str(error.args[0])) from error
 
 
-def _assignment(text: str) -> tuple[str, Any]:
+def _assignment(text: str, option: str = "--set") -> tuple[str, Any]:
     """``key=value`` with a TOML value; a bare word is a string."""
     key, sign, value = text.partition("=")
     if not sign or not key:
-        raise ExperimentError(f"--set {text}: write KEY=VALUE, e.g. --set training.epochs=5")
+        example = {"--set": "training.epochs=5", "--select": "seed=0"}[option]
+        raise ExperimentError(f"{option} {text}: write KEY=VALUE, e.g. {option} {example}")
     try:
         return key.strip(), tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
         if re.fullmatch(r"[A-Za-z][\w.-]*", value.strip()):
             return key.strip(), value.strip()
-        raise ExperimentError(f"--set {text}: {value!r} is not a TOML value") from None
+        raise ExperimentError(f"{option} {text}: {value!r} is not a TOML value") from None
 
 
 def _run(
@@ -381,18 +435,17 @@ def _reporting(costs: Mapping[str, Cost]) -> Iterator[tuple[Report, Callable[...
 
 
 def _save(figure: Any, path: Path, quiet: bool) -> None:
+    """A figure, or an animation of one, as a file."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150, bbox_inches="tight")
+        if path.suffix.lower() == ".gif":
+            figure.save(path, writer="pillow", dpi=100)
+        else:
+            figure.savefig(path, dpi=150, bbox_inches="tight")
     except (OSError, ValueError) as error:
         raise DirectoryError(f"{path}: the figure cannot be written: {error}") from error
     if not quiet:
         print(path)
-
-
-def _printable(text: object) -> str:
-    """Without control characters: attributes and names may come from anybody's file."""
-    return "".join(c if c.isprintable() or c == "\n" else "�" for c in str(text))
 
 
 def _plain(text: object) -> str:

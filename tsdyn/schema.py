@@ -340,6 +340,11 @@ DEEP = (
 )
 
 
+def printable(text: object) -> str:
+    """Without control characters: attributes and names may come from anybody's file."""
+    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in str(text))
+
+
 @dataclass(frozen=True)
 class Layout:
     """The shape of one run: who its members are and how wide each layer is.

@@ -19,7 +19,7 @@ import xarray as xr
 
 from tsdyn import archive, grid, runner
 from tsdyn.durable import ArchiveError
-from tsdyn.experiment import Experiment
+from tsdyn.experiment import Experiment, ExperimentError
 from tsdyn.segments import segments
 
 if TYPE_CHECKING:

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import netCDF4
-import numpy as np
 import xarray as xr
 from tsdyn.analysis import specialization, summary
 

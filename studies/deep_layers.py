@@ -1,0 +1,103 @@
+"""What the figures of deep networks share: ρ̄ or r̄ of each hidden layer against epochs, a line a width, and the loss."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from tsdyn.analysis import specialization
+from tsdyn.analysis.figures import PALETTE, PANEL
+
+from tsdyn.archive import swept_dimensions
+
+#: Beside the layers, whatever of these was recorded.
+SCALARS = ("mse_eval", "loss_eval", "accuracy", "label_accuracy")
+
+
+def measure(archive: xr.Dataset) -> xr.Dataset:
+    """``mean_specialization`` and ``mean_rank`` (swept..., seed, epoch, layer) of the hidden layers, and loss, mse and
+    top-1 accuracies where they were recorded; loaded.
+    """
+    hidden = archive.isel(layer=slice(None, -1))
+    scalars = {name: archive[name] for name in SCALARS if name in archive}
+    found = {name: array.sel(top_k=1, drop=True) if "top_k" in array.dims else array for name, array in scalars.items()}
+    return xr.Dataset(
+        {
+            "mean_specialization": specialization.mean_specialization(hidden),
+            "mean_rank": specialization.mean_rank(hidden),
+            **found,
+        }
+    ).load()
+
+
+def band(values: xr.DataArray, *, ax: Axes, color: str, label: str) -> None:
+    """Mean over seeds against epoch with the band from the least to the largest; (seed, epoch)."""
+    ax.fill_between(values["epoch"], values.min("seed"), values.max("seed"), color=color, alpha=0.15, linewidth=0)
+    ax.plot(values["epoch"], values.mean("seed"), color=color, label=label, linewidth=1.4)
+
+
+def draw(
+    measured: xr.Dataset,
+    *,
+    title: str,
+    show: tuple[str, ...] = ("mean_specialization", "mse_eval"),
+    lines: str | None = None,
+) -> Figure:
+    """A row a point of the sweep and layered variable: a panel a layer, then a panel a scalar; a colour a `lines`.
+
+    Args:
+        measured: From `measure`.
+        title: Of the figure.
+        show: Variables in the order of their panels; those without ``layer`` stand at the end of each first row.
+        lines: Swept dimension told apart by colour; the first that varies unless given.
+    """
+    swept = swept_dimensions(measured["mean_specialization"])
+    lines = lines or next(iter(swept), None)
+    layered = [name for name in show if "layer" in measured[name].dims]
+    scalars = [name for name in show if name not in layered]
+    others = [dim for dim in swept if dim != lines]
+    points = [dict(zip(others, v, strict=True)) for v in itertools.product(*(measured[d].values for d in others))]
+    rows, layers = list(itertools.product(points, layered)), measured["layer"].values
+    columns = len(layers) + len(scalars)
+    figure = Figure(figsize=(PANEL[0] * 0.85 * columns + 1.2, PANEL[1] * len(rows) + 0.5), layout="constrained")
+    panels = figure.subplots(len(rows), columns, squeeze=False)
+    for (point, name), row in zip(rows, panels, strict=True):
+        for layer, ax in zip(layers, row, strict=False):
+            _lines(measured[name].sel({**point, "layer": layer}), lines, ax)
+            ax.set(ylim=(-0.02, 1.02), title=f"layer {layer}")
+        if name == layered[0]:
+            for scalar, ax in zip(scalars, row[len(layers) :], strict=True):
+                _lines(measured[scalar].sel(point), lines, ax)
+                ax.set_title(measured[scalar].attrs.get("long_name", scalar))
+                if not scalar.endswith("accuracy"):
+                    ax.set_yscale("log")
+        else:
+            for ax in row[len(layers) :]:
+                ax.set_axis_off()
+        where = ", ".join(str(v) for v in point.values())
+        row[0].set_ylabel("\n".join(filter(None, (where, str(measured[name].attrs.get("long_name", name))))), fontsize=8)
+    for ax in panels.flat:
+        ax.title.set_fontsize(8)
+        ax.tick_params(labelsize=7)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=4))
+    figure.supxlabel("epoch", fontsize=9)
+    figure.suptitle(f"{title}; mean over seeds, band least to largest", fontsize=10)
+    if lines is not None:
+        handles, labels = panels[0, 0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside right upper", title=lines, fontsize=8, title_fontsize=8)
+    return figure
+
+
+def _lines(values: xr.DataArray, lines: str | None, ax: Axes) -> None:
+    there: list[Any] = [None] if lines is None else list(values[lines].values)
+    for position, value in enumerate(there):
+        one = values if lines is None else values.sel({lines: value})
+        if bool(np.isnan(one).all()):
+            continue
+        shown = f"{value:g}" if isinstance(value, float) else str(value)
+        band(one, ax=ax, color=PALETTE[position % len(PALETTE)], label=shown)

@@ -1,0 +1,76 @@
+"""Tian et al. (2019), Figure 7: ρ̄ and r̄ of each layer against epochs, with and without BatchNorm, FC and ConvNet.
+
+ρ̄ rises from the lowest layer up, and the rank of the node that wins in the end falls from the start on: winners are
+among those that were lucky at the start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from matplotlib.figure import Figure
+from tsdyn.studies import deep_layers
+from tsdyn.studies.deep_layers import measure
+from tsdyn.studies.tian2019_multilayer import PAPER as MULTILAYER
+
+from tsdyn.experiment import Experiment
+
+__all__ = ["EXPERIMENTS", "SOURCE", "TITLE", "draw", "measure"]
+
+TITLE = "mean best correlation and mean rank with and without BatchNorm, fully connected and ConvNet"
+SOURCE = "Tian et al. 2019 (arXiv:1905.13405), Figure 7"
+
+
+def _points(connected: list[int], channels: int, samples: tuple[int, int]) -> dict[str, Any]:
+    """Both kinds of network, with and without BatchNorm.  A ConvNet sums over pixels, so its rate is smaller."""
+    kinds = [
+        {"teacher.convolution": False, "teacher.widths": [20, *connected, 100], "data.image": [1, 4, 5]},
+        {"teacher.convolution": True, "teacher.widths": [256, *[channels] * 4, 100], "data.image": [1, 16, 16]},
+    ]
+    rest = [
+        {"training.learning_rate": rate, "data.train": train}
+        for rate, train in zip(({"0": 0.004}, {"0": 0.0004}), samples, strict=True)
+    ]
+    return {
+        "student.batch_norm": ["none", "after"],
+        "points": [kind | more for kind, more in zip(kinds, rest, strict=True)],
+    }
+
+
+_PAPER = MULTILAYER.replace(
+    {
+        "name": "luck-paper",
+        "seeds": 5,
+        "student.overrealization": 10.0,
+        "data.eval": 1024,
+        "training.epochs": 40,
+        "sweep": _points([50, 75, 100, 125], 64, (100_000, 100_000)),
+    }
+)
+
+EXPERIMENTS: Mapping[str, Experiment] = {
+    "smoke": _PAPER.replace(
+        {"name": "luck-smoke", "seeds": 2, "student.overrealization": 2.0, "data.eval": 200, "training.epochs": 2}
+        | {"sweep": _points([4, 5, 6, 7], 2, (400, 200))}
+    ),
+    # the small fully connected teacher, 6 channels instead of 64, 4x instead of 10x, fewer images and epochs
+    "desk": _PAPER.replace(
+        {"name": "luck-desk", "seeds": 3, "student.overrealization": 4.0, "training.epochs": 20}
+        | {"sweep": _points([10, 15, 20, 25], 6, (50_000, 5_000))}
+    ),
+    "paper": _PAPER,
+}
+
+
+def draw(measured: xr.Dataset) -> Figure:
+    """Two rows a kind of network, ρ̄ and r̄, a panel a layer; a colour with and one without BatchNorm."""
+    kinds = np.where(measured["convolution"] == "true", "ConvNet", "fully connected")
+    return deep_layers.draw(
+        measured.drop_vars([str(name) for name in measured["point"].coords]).assign_coords(point=kinds),
+        title="with and without BatchNorm",
+        show=("mean_specialization", "mean_rank", "mse_eval"),
+        lines="batch_norm",
+    )

@@ -1,0 +1,61 @@
+"""After Tian (2020), Figure 10, on scikit-learn's digits in place of CIFAR-10: ρ̄ of each layer and accuracy by epoch.
+
+A ConvNet is trained on the labels of each seed's own digits, its weakest three tenths of channels are pruned, and
+students of 1, 2 and 4 times what is left learn its outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import xarray as xr
+from matplotlib.figure import Figure
+from tsdyn.studies import deep_layers
+from tsdyn.studies.deep_layers import measure
+
+from tsdyn.experiment import Experiment
+
+__all__ = ["EXPERIMENTS", "SOURCE", "TITLE", "draw", "measure"]
+
+TITLE = "mean best correlation of each layer and accuracy on digits, pruned ConvNet teacher"
+SOURCE = "after Tian 2020 (PMLR 119:9470), Figure 10, which is of CIFAR-10"
+
+_DESK = Experiment(
+    name="digits-desk",
+    seeds=4,
+    dtype="float32",
+    teacher={
+        "widths": [64, 16, 24, 32, 10],
+        "convolution": True,
+        "init": "trained",
+        "train_epochs": 30,
+        "train_rate": 0.01,
+        "prune": [0.3, 0.3, 0.3],
+        "finetune_epochs": 10,
+    },
+    student={"overrealization": 1.0, "init": "torch"},
+    data={"law": "digits", "train": 1200, "eval": 597},
+    training={"learning_rate": {0: 0.002, 60: 0.0005}, "batch": 32, "epochs": 100},
+    record={"every": 5, "observables": ["mse", "correlation", "label_accuracy"]},
+    sweep={"student.overrealization": [1.0, 2.0, 4.0]},
+)
+
+EXPERIMENTS: Mapping[str, Experiment] = {
+    "smoke": _DESK.replace(
+        {"name": "digits-smoke", "seeds": 2, "teacher.train_epochs": 2, "teacher.finetune_epochs": 1}
+        | {"training.epochs": 2, "record.every": 1, "sweep": {"student.overrealization": [1.0, 2.0]}}
+    ),
+    "desk": _DESK,
+    # digits are 1797 at every scale: more seeds, and five times as long
+    "paper": _DESK.replace(
+        {"name": "digits-paper", "seeds": 16, "training.epochs": 500, "record.every": 10}
+        | {"training.learning_rate": {0: 0.002, 300: 0.0005}}
+    ),
+}
+
+
+def draw(measured: xr.Dataset) -> Figure:
+    """A panel a convolution, then accuracy and error; a colour an over-realization."""
+    return deep_layers.draw(
+        measured, title="digits, pruned teacher", show=("mean_specialization", "label_accuracy", "mse_eval")
+    )
