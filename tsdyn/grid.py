@@ -163,6 +163,8 @@ class Header:
     def of_json(cls, kept: Sequence[Any]) -> Header:
         """What `as_json` gave, whose tuples JSON made lists."""
         version, labels, columns, variables, attrs = kept
+        if not {"seed", "epoch", "layer"} <= set(labels):
+            raise ValueError("not the header of a run")
         return cls(version, labels, _tuples(columns), _tuples(variables), attrs)
 
 
@@ -205,7 +207,8 @@ class Index:
             found = json.loads((path / INDEX).read_text(encoding="utf-8"))
             if found["version"] == schema.VERSION:
                 self._headers = {key: Header.of_json(kept) for key, kept in found["headers"].items()}
-                self._entries = {name: tuple(entry) for name, entry in found["runs"].items()}
+                runs = found["runs"].items()
+                self._entries = {name: (list(stamp), str(key), list(death)) for name, (stamp, key, death) in runs}
 
     def finished(self, name: str) -> Source | None:
         """The archive of one point, None if it has none.
