@@ -7,6 +7,7 @@ __getattr__, __dir__, __all__ = _lazy.attach(
     submodules=[
         "alignment",
         "audit",
+        "citations",
         "connectivity",
         "figures",
         "lift",
@@ -14,7 +15,9 @@ __getattr__, __dir__, __all__ = _lazy.attach(
         "matching",
         "members",
         "order_parameters",
+        "panels",
         "phase",
+        "report",
         "similarity",
         "specialization",
         "summary",

@@ -19,9 +19,10 @@ import numpy as np
 import torch
 import xarray as xr
 from scipy.stats import spearmanr
+from torch import Tensor
 from tsdyn.analysis import specialization
 from tsdyn.analysis.alignment import teacher_separation
-from tsdyn.analysis.members import PARAMETERS, Member, each
+from tsdyn.analysis.members import PARAMETERS, Member, each, points
 
 from tsdyn import alignment, theory
 from tsdyn import layer as one_layer
@@ -128,9 +129,85 @@ def _theorem_4(ds: xr.Dataset, experiment: Experiment) -> Finding:
 
 
 def _per_member(ds: xr.Dataset, measure: Callable[[Member], tuple[float, float]]) -> Finding:
-    """A check that needs the networks themselves; `measure` gives (1 if the hypothesis is met, margin)."""
-    found = each(ds.isel(epoch=-1), measure, ("met", "margin"))
+    """A check that needs the networks themselves; `measure` gives (1 if the hypothesis is met, margin).
+
+    The theory is of fully connected networks: points with convolutions or BatchNorm do not meet its hypotheses.
+    """
+    # loaded first: a dask graph for each member and variable costs more than the checks
+    found = each(ds.isel(epoch=-1).load(), measure, ("met", "margin"), of=lambda experiment: not experiment.deep)
     return Finding(found["met"] == 1, found["margin"])
+
+
+def _backpropagated(member: Member) -> tuple[list[Tensor], list[Tensor]]:
+    """f_{l−1} and g_l on the training set, l = 1..L."""
+    x = member.training_inputs
+    trace = member.student.trace(x)
+    return [x, *trace.activations[:-1]], theory.backpropagated_gradients(member.student, trace, member.teacher(x))
+
+
+def _equation_1(ds: xr.Dataset, experiment: Experiment) -> Finding:
+    def measure(member: Member) -> tuple[float, float]:
+        below, g = _backpropagated(member)
+        student, x = member.student, member.training_inputs
+        free = [w.clone().requires_grad_() for w in student.weights]
+        moved = Network(free, student.biases, student.activation.name, leak=student.activation.leak or 0.0)
+        with torch.enable_grad():
+            slopes = torch.autograd.grad((member.teacher(x) - moved(x)).square().sum() / (2 * len(x)), free)
+        pairs = list(zip(below, g, slopes, strict=True))
+        off = max(float((b.T @ f / len(x) + slope).abs().max()) for f, b, slope in pairs)
+        # what is summed, not what is left of it: a fitted student's gradient is all cancellation
+        scale = max(float((b.abs().T @ f.abs()).max()) / len(x) for f, b, _ in pairs)
+        return 1.0, off / (scale * TOLERANCE[member.experiment.dtype]) if scale else 0.0
+
+    return _per_member(ds, measure)
+
+
+def _assumption_2(ds: xr.Dataset, experiment: Experiment) -> Finding:
+    def measure(member: Member) -> tuple[float, float]:
+        pairs = zip(*_backpropagated(member), strict=True)
+        return 1.0, max(float((f.abs().amax(1) * g.abs().amax(1)).max()) for f, g in pairs)
+
+    return _per_member(ds, measure)
+
+
+def _assumption_3(ds: xr.Dataset, experiment: Experiment) -> Finding:
+    def measure(member: Member) -> tuple[float, float]:
+        eps = member.experiment.record.band * member.experiment.data.std
+        return 1.0, float(alignment.band_density(member.teacher, member.training_inputs, eps).min())
+
+    return _per_member(ds, measure)
+
+
+def _factorization(ds: xr.Dataset, experiment: Experiment) -> Finding:
+    def measure(member: Member) -> tuple[float, float]:
+        given = member.student, member.teacher, member.evaluation_inputs
+        product, joint = (theory.expectations(*given, form=form) for form in ("product", "joint"))
+        layers = [*zip(product.H, joint.H, strict=True), *zip(product.H_star, joint.H_star, strict=True)]
+        return 1.0, max(float((p - j).norm() / j.norm()) for p, j in layers if j.norm() > 0)
+
+    return _per_member(ds, measure)
+
+
+def _weak_overlaps(ds: xr.Dataset, experiment: Experiment) -> Finding:
+    def measure(member: Member) -> tuple[float, float]:
+        own = theory.expectations(member.teacher, member.teacher, member.evaluation_inputs)
+        overlaps = []
+        for matrix in (own.D[0], own.L[0]):
+            share = (matrix / matrix.diagonal()[:, None]).fill_diagonal_(-torch.inf)
+            overlaps.append(float(share.max()))
+        return float(len(own.D[0]) > 1), max(overlaps)
+
+    return _per_member(ds, measure)
+
+
+def _conserved_norm(ds: xr.Dataset, experiment: Experiment) -> Finding:
+    norm = ds["conserved_norm"].isel(epoch=[0, -1]).load()
+    start, end = norm.isel(epoch=0, drop=True), norm.isel(epoch=1, drop=True)
+    grown = abs(end / start.where(start > 0) - 1).max(["layer", "node"])
+    met = _all(grown, False)
+    for chosen, single in points(ds).values():
+        met.loc[dict(chosen)] = single.student.batch_norm != "none"
+    return Finding(met, grown)
 
 
 def _critical(member: Member) -> bool:
@@ -231,6 +308,13 @@ def _strong_first(ds: xr.Dataset, experiment: Experiment) -> Finding:
 
 CLAIMS = (
     Claim(
+        "Equation 1",
+        f"{TIAN}, Eq. 1",
+        "always tested: |E[g fᵀ] + ∂J/∂W| ≤ rounding of E|g||f|, every layer, on the training set",
+        PARAMETERS,
+        _equation_1,
+    ),
+    Claim(
         "Lemma 1",
         f"{TIAN}, Lemma 1; {LUCK}, Theorem 1",
         "piecewise linear ⇒ |g − D(Af* − Bf)| ≤ rounding, every epoch",
@@ -243,6 +327,22 @@ CLAIMS = (
         "always tested: teacher boundaries differ, ε_0 > 10 × rounding (that the data cross them is not tested)",
         ("teacher_weight", "teacher_bias"),
         _assumption_1,
+    ),
+    Claim(
+        "Assumption 2",
+        f"{TIAN}, Assumption 2",
+        "never judged: the margin is max |f|_∞ |g|_∞ over layers and training samples, the least ε of a batch of one",
+        PARAMETERS,
+        _assumption_2,
+        judged=False,
+    ),
+    Claim(
+        "Assumption 3",
+        f"{TIAN}, Assumption 3",
+        "never judged: the margin is τ = min_j N[I_j(ε)]/(εN) on the training set, ε = record.band × data.std",
+        PARAMETERS,
+        _assumption_3,
+        judged=False,
     ),
     Claim(
         "Theorem 1",
@@ -304,18 +404,43 @@ CLAIMS = (
         judged=False,
     ),
     Claim(
+        "E[β f'f'] = E[β] ∘ E[f'f']",
+        f"{LUCK}, Assumption 1",
+        "an approximation, never judged: the margin is the relative difference of H in its two forms, largest layer",
+        PARAMETERS,
+        _factorization,
+        judged=False,
+    ),
+    Claim(
+        "weak overlaps",
+        f"{LUCK}, Assumption 3",
+        "never judged: the margin is the larger of ε_d and ε_l, max_{j≠j'} d*_jj'/d*_jj and l*_jj'/l*_jj, lowest layer",
+        PARAMETERS,
+        _weak_overlaps,
+        judged=False,
+    ),
+    Claim(
         "BatchNorm keeps ‖w‖",
         f"{LUCK}, Theorem 3",
-        "needs BatchNorm in the student; these have none",
+        "BatchNorm in the student ⇒ gradient flow keeps ‖w‖; SGD adds lr²‖∇‖² a step, so never judged: the margin is "
+        "the largest relative change of the norm over the run",
+        ("conserved_norm",),
+        _conserved_norm,
+        judged=False,
+    ),
+    Claim(
+        "BatchNorm's gradient",
+        f"{LUCK}, Lemma 1",
+        "of one batch, not of an archive: tsdyn.deepnets.batch_norm_gradient",
     ),
     Claim(
         "projected dynamics",
-        f"{LUCK}, Theorem 4",
+        f"{LUCK}, Assumption 2, Lemmas 2–4 and Theorem 4",
         "needs β = 11ᵀ and L = I, not a trained student's: tsdyn.dynamics.projected_dynamics",
     ),
     Claim(
         "two-layer dynamics",
-        f"{LUCK}, Theorem 5",
+        f"{LUCK}, Lemmas 5–7 and Theorem 5",
         "needs the approximate dynamics, not SGD's: tsdyn.dynamics.two_layer_dynamics",
     ),
 )

@@ -1,190 +1,218 @@
-"""Figures: functions of labelled data that draw and compute nothing; `FIGURES` is what ``tsdyn plot`` offers.
+"""Figures of an archive; `FIGURES` is what ``tsdyn plot`` offers.  Draws; what it shows, the other topics measure.
 
-Axes functions take measured arrays and ``ax=``; figure functions take an archive, measure it with
-`tsdyn.analysis.specialization` and lay panels out over the swept dimensions.
+For each figure ``x``
+
+- ``measure_x(archive)`` reads a run, a sweep or a slice of one and gives a small loaded Dataset,
+- ``x(ds, ax=...)`` draws one point of the sweep, measured or not, on one set of axes,
+- ``draw_x(ds)`` lays panels out over the swept keys.
+
+What is measured already stays as it is: ``measure_x(measure_x(ds))`` is ``measure_x(ds)``.  The lowest layer is shown
+unless a slice holds another (``ds.sel(layer=2)``).  Colours: see `tsdyn.analysis.panels`.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+import textwrap
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import xarray as xr
 from matplotlib import colormaps
+from matplotlib.animation import FuncAnimation
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from tsdyn.analysis import specialization
+from tsdyn.analysis import lottery, matching, panels, phase, specialization, summary
 
 from tsdyn import layer as one_layer
+from tsdyn import schema
 from tsdyn.archive import swept_dimensions
+from tsdyn.experiment import POINT, Experiment
 
-#: Okabe & Ito's palette: told apart by every common kind of colour vision.
-PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
 PANEL = (2.7, 2.4)
 MAX_PANELS = 48
+#: Most lines in one panel: every colour in every style.
+MAX_LINES = len(panels.PALETTE) * len(panels.STYLES)
+#: Bands over seeds: from the 10th to the 90th percentile, about the median.
+BAND = (0.1, 0.5, 0.9)
+#: Dimensions that a measure adds; swept keys are what is neither these nor the schema's.
+_MEASURED = ("class", "bound")
 
 
-# --- one panel -----------------------------------------------------------------------------------------------
+# --- what a figure reads -------------------------------------------------------------------------------------
 
 
-def _axes(ax: Axes | None) -> Axes:
-    return Figure(figsize=(4.5, 3.5), layout="constrained").subplots() if ax is None else ax
+def _needed(archive: xr.Dataset, figure: str, *, epochs: Sequence[int] | slice | None = None) -> xr.Dataset:
+    """The variables that `figure` needs, with the dimensions seed and epoch that a slice may have lost.
 
+    Args:
+        archive: Run, sweep or slice.
+        figure: Name in `FIGURES`.
+        epochs: Positions to keep; all if None.
 
-def _label(array: xr.DataArray) -> str:
-    return str(array.attrs.get("long_name", array.name))
-
-
-def l_shape(correlation: xr.DataArray, fanout_norm: xr.DataArray, *, ax: Axes | None = None) -> Axes:
-    """Fan-out norm against best correlation, a point a student node and seed; both (seed, node).
-
-    Specialized students sit at correlation 1 with any norm, the others near norm 0: the L of Tian (2020), Figure 5.
+    Raises:
+        ValueError: naming what to record.
     """
-    ax = _axes(ax)
-    for position, seed in enumerate(correlation["seed"].values):
-        points = ax.scatter(
-            correlation.sel(seed=seed),
-            fanout_norm.sel(seed=seed),
-            s=9,
-            alpha=0.6,
-            linewidths=0,
-            color=PALETTE[position % len(PALETTE)],
-            label=f"seed {seed}",
-        )
-        points.sticky_edges.y.append(0.0)
-    # A lower limit would stop autoscaling, and panels that share the axis would be cut at the first one's top.
-    ax.update_datalim([(0.0, 0.0)], updatex=False)
-    ax.set(xlim=(-0.05, 1.05), xlabel=_label(correlation), ylabel=_label(fanout_norm))
-    ax.autoscale_view(scalex=False)
-    return ax
-
-
-def success_rate(rate: xr.DataArray, *, ax: Axes | None = None, color: str = PALETTE[0], **style: Any) -> Axes:
-    """Success rate against teacher node, counted from 1; (teacher_node,).  Tian (2020), Figure 7."""
-    ax = _axes(ax)
-    ax.plot(rate["teacher_node"] + 1, rate, color=color, marker="o", markersize=2.5, linewidth=1.2, **style)
-    ax.set(ylim=(-0.05, 1.05), xlabel="teacher node", ylabel=_label(rate))
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    return ax
-
-
-def recovery(best: xr.DataArray, *, ax: Axes | None = None) -> Axes:
-    """Best correlation of each teacher node against epoch, mean over seeds; (seed, epoch, teacher_node).
-
-    Dark to light: teacher node 1 to the last.  Tian (2020), Figure 8.
-    """
-    ax = _axes(ax)
-    nodes = best.sizes["teacher_node"]
-    for j, node in enumerate(best["teacher_node"].values):
-        curve = best.sel(teacher_node=node).mean("seed")
-        ax.plot(curve["epoch"], curve, color=_node_colour(j, nodes), linewidth=1.2)
-    ax.set(ylim=(-0.05, 1.05), xlabel="epoch", ylabel=_label(best))
-    return ax
-
-
-def _node_colour(position: int, nodes: int) -> Any:
-    return colormaps["viridis"](0.92 * position / max(1, nodes - 1))
-
-
-def curve(values: xr.DataArray, *, ax: Axes | None = None, color: str = PALETTE[0], label: str | None = None) -> Axes:
-    """Median over seeds against epoch with the band from the 10th to the 90th percentile; (seed, epoch)."""
-    ax = _axes(ax)
-    low, middle, high = values.quantile([0.1, 0.5, 0.9], dim="seed").values
-    ax.fill_between(values["epoch"], low, high, color=color, alpha=0.2, linewidth=0)
-    ax.plot(values["epoch"], middle, color=color, label=label, linewidth=1.4)
-    ax.set(xlabel="epoch", ylabel=_label(values))
-    return ax
-
-
-def correlation_map(correlation: xr.DataArray, *, ax: Axes | None = None) -> Axes:
-    """Heat map of one member's correlations, student nodes ordered by their best teacher node; (teacher_node, node)."""
-    ax = _axes(ax)
-    values = np.nan_to_num(correlation.transpose("teacher_node", "node").values)
-    order = np.lexsort((-values.max(0), values.argmax(0)))
-    image = ax.imshow(values[:, order], vmin=-1, vmax=1, cmap="RdBu_r", aspect="auto", interpolation="nearest")
-    ax.figure.colorbar(image, ax=ax, label="correlation")
-    ax.set(xlabel="student node, ordered by best match", ylabel="teacher node")
-    return ax
-
-
-# --- whole figures -------------------------------------------------------------------------------------------
-
-
-def _lowest(archive: xr.Dataset, figure: str, *variables: str) -> xr.Dataset:
-    missing = [v for v in variables if v not in archive]
+    recipe = FIGURES[figure]
+    missing = recipe.missing(archive)
     if missing:
-        families = sorted({v.split("_")[0] if v.startswith(("loss", "mse")) else v for v in missing})
+        families = {v: name for name, members in schema.FAMILIES.items() for v in members}
+        words = list(dict.fromkeys(families.get(name, name) for name in missing))
         raise ValueError(
-            f"{figure}: the archive has no {', '.join(missing)}; record it: [record] observables = {families}"
+            f"{figure}: the archive has no {', '.join(missing)}; record it: [record] observables = {words}"
         )
-    return (
-        one_layer(archive[list(variables)], 1).load()
-        if "layer" in archive[list(variables)].dims
-        else archive[list(variables)].load()
-    )
+    names = [next(n for n in need.split("|") if n in archive) for need in recipe.needs]
+    ds = archive[names]
+    for dim in ("seed", "epoch"):
+        lost = [n for n in names if dim in schema.VARIABLES[n].dims and dim not in ds[n].dims]
+        if lost and dim not in ds.dims:
+            where = ds[dim] if dim in ds.coords else xr.DataArray(0)
+            ds = ds.drop_vars(dim, errors="ignore")
+            ds = ds.assign({n: ds[n].expand_dims({dim: [where.item()]}) for n in lost})
+    if epochs is not None and "epoch" in ds.dims:
+        ds = ds.isel(epoch=epochs)
+    return ds
 
 
-def _points(ds: xr.Dataset, dims: tuple[str, ...]) -> list[dict[str, Any]]:
+def _lowest(ds: xr.Dataset) -> xr.Dataset:
+    return one_layer(ds, 1) if "layer" in ds.dims else ds
+
+
+def _own(ds: xr.Dataset) -> xr.Dataset:
+    """One point without padding: nodes end where its layer does, not the widest one's of the sweep."""
+    ends = {dim: c for dim, c in schema.NODE_WIDTHS.items() if dim in ds.dims and c in ds.coords}
+    return ds.isel({dim: slice(0, int(ds[c].max())) for dim, c in ends.items()})
+
+
+def _swept(ds: xr.Dataset | xr.DataArray) -> tuple[str, ...]:
+    return tuple(dim for dim in swept_dimensions(ds) if dim not in _MEASURED)
+
+
+def _single(ds: xr.Dataset, figure: str) -> None:
+    left = _swept(ds)
+    if left:
+        raise ValueError(f"{figure}: {', '.join(left)} left; one set of axes shows one point, select it")
+
+
+def _quantiles(values: xr.DataArray) -> xr.DataArray:
+    found = summary.summarise(values, probabilities=BAND)["quantiles"]
+    return found.assign_attrs(values.attrs)
+
+
+# --- layout --------------------------------------------------------------------------------------------------
+
+
+def _points(ds: xr.Dataset | xr.DataArray, dims: Iterable[str]) -> list[dict[str, Any]]:
+    dims = tuple(dims)
     return [dict(zip(dims, values, strict=True)) for values in itertools.product(*(ds[d].values for d in dims))]
 
 
-def _title(point: Mapping[str, Any]) -> str:
-    return ", ".join(
-        f"{dim} {value:g}" if isinstance(value, float) else f"{dim} {value}" for dim, value in point.items()
-    )
+def _title(ds: xr.Dataset | xr.DataArray, point: Mapping[str, Any]) -> str:
+    """``overrealization 3, polarity 0``; of a listed point, the keys that vary along it."""
+    named: dict[str, Any] = {}
+    for dim, value in point.items():
+        along = _listed(ds) if dim == POINT else []
+        named |= {key: ds[key].sel({POINT: value}).item() for key in along} if along else {dim: value}
+    return panels.plain(", ".join(f"{dim} {_short(v)}".removeprefix("moment ") for dim, v in named.items()))
+
+
+def _short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _listed(ds: xr.Dataset | xr.DataArray) -> list[str]:
+    """Keys that vary along ``point``."""
+    return [str(c) for c in ds.coords if ds[c].dims == (POINT,) and c != POINT and c not in schema.COORDINATES]
 
 
 def _grid(
     ds: xr.Dataset,
     draw: Callable[[dict[str, Any], Axes], object],
     *,
-    swept: tuple[str, ...],
     title: str,
-    share: bool = True,
+    across: Sequence[str],
+    down: Sequence[str] = (),
+    share: bool | str = True,
     beside: float = 0.0,
 ) -> Figure:
-    """A panel a point: the first swept dimension along columns, the rest along rows; `beside` inches for a legend."""
-    columns, rows = swept[:1], swept[1:]
-    across, down = _points(ds, columns), _points(ds, rows)
-    if len(across) * len(down) > MAX_PANELS:
+    """A panel a point of the dimensions `across` and `down`; `beside` inches for a legend.
+
+    Raises:
+        ValueError: if there are more than `MAX_PANELS`.
+    """
+    columns, rows = _points(ds, across), _points(ds, down)
+    if len(columns) * len(rows) > MAX_PANELS:
         raise ValueError(
-            f"{title}: {len(across) * len(down)} panels are more than {MAX_PANELS}; select a part of the sweep first"
+            f"{title}: {len(columns) * len(rows)} panels are more than {MAX_PANELS}; select a part of the sweep first"
         )
-    figure = Figure(
-        figsize=(PANEL[0] * max(len(across), 1.6) + beside, PANEL[1] * max(len(down), 1.3) + 0.4), layout="constrained"
-    )
-    panels = figure.subplots(len(down), len(across), squeeze=False, sharex=share, sharey=share)
-    for (i, row), (j, column) in itertools.product(enumerate(down), enumerate(across)):
-        draw({**column, **row}, panels[i, j])
-        panels[i, j].set_title(_title({**column, **row}), fontsize=9)
-        panels[i, j].label_outer()
+    size = (PANEL[0] * max(len(columns), 1.6) + beside, PANEL[1] * max(len(rows), 1.3) + 0.4)
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(len(rows), len(columns), squeeze=False, sharex=share, sharey=share)
+    for (i, row), (j, column) in itertools.product(enumerate(rows), enumerate(columns)):
+        draw({**column, **row}, grid[i, j])
+        name = _title(ds, {**column, **row})
+        grid[i, j].set_title(name, fontsize=9 if len(name) < 32 else 7)
+        if share:
+            grid[i, j].label_outer()
     for axis in ("x", "y"):
-        text = getattr(panels[-1, 0], f"get_{axis}label")()
-        for panel in panels.flat:
+        text = getattr(grid[-1, 0], f"get_{axis}label")()
+        for panel in grid.flat:
             panel.set(**{f"{axis}label": ""})
-        getattr(figure, f"sup{axis}label")(text, fontsize=10)
-    figure.suptitle(title, fontsize=11)
+        letters = 10 * size[0] if axis == "x" else 8.5 * size[1]
+        getattr(figure, f"sup{axis}label")(textwrap.fill(text, int(letters)), fontsize=10)
+    # from the left, since a legend stands at the right
+    wrapped = textwrap.fill(title, int(10 * (size[0] - beside)))
+    figure.suptitle(wrapped, x=0.01, ha="left", fontsize=11)
     return figure
 
 
-def draw_l_shape(measured: xr.Dataset) -> Figure:
-    """Panels of `l_shape` from ``student_specialization`` and ``fanout_norm``, both (swept..., seed, node)."""
-    return _grid(
-        measured,
-        lambda at, ax: l_shape(measured["student_specialization"].sel(at), measured["fanout_norm"].sel(at), ax=ax),
-        swept=swept_dimensions(measured),
-        title=f"fan-out norm against best correlation, epoch {int(measured['epoch'])}",
-    )
+def _two_ways(swept: Sequence[str]) -> dict[str, Sequence[str]]:
+    """The first swept key along columns, the rest along rows."""
+    return {"across": swept[:1], "down": swept[1:]}
+
+
+def _legend(figure: Figure, title: str | None = None) -> None:
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    if len(labels) > 1:
+        figure.legend(handles, labels, loc="outside right upper", fontsize=7, title=title, title_fontsize=8)
+
+
+def _shades(figure: Figure, count: int, text: str) -> None:
+    """The colour bar of `panels.shade` for numbers 1..count."""
+    if count == 1:
+        return
+    norm = Normalize(1, 1 + (count - 1) / panels.LIGHTEST)
+    bar = figure.colorbar(ScalarMappable(norm, colormaps["viridis"].resampled(256)), ax=figure.axes, label=text)
+    bar.locator = MaxNLocator(integer=True)
+    bar.ax.set_ylim(1, count)
+
+
+def _where(ds: xr.Dataset) -> str:
+    """What a slice is of: swept keys, seed, layer and epoch that are single."""
+    own = [c for c in ds.coords if ds[c].ndim == 0 and c not in schema.COORDINATES and c not in _MEASURED]
+    keys = [c for c in own if c not in schema.DIMENSIONS and c != POINT]
+    higher = {"layer": int(ds["layer"])} if "layer" in own and int(ds["layer"]) > 1 else {}
+    return _title(ds, {str(c): ds[c].item() for c in keys} | higher)
+
+
+def _headed(text: str, ds: xr.Dataset) -> str:
+    where = _where(ds)
+    return f"{text}; {where}" if where else text
+
+
+# --- L-shape -------------------------------------------------------------------------------------------------
 
 
 def measure_l_shape(archive: xr.Dataset) -> xr.Dataset:
-    """``student_specialization`` and ``fanout_norm`` of the lowest layer at the last epoch, loaded."""
-    last = _lowest(archive.isel(epoch=-1), "l-shape", "correlation", "fanout_norm")
+    """``student_specialization`` and ``fanout_norm`` of one layer at the last epoch, (swept..., seed, node)."""
+    if "student_specialization" in archive:
+        return archive
+    last = _lowest(_needed(archive, "l-shape").isel(epoch=-1)).load()
     return xr.Dataset(
         {
             "student_specialization": specialization.student_specialization(last),
@@ -193,98 +221,670 @@ def measure_l_shape(archive: xr.Dataset) -> xr.Dataset:
     )
 
 
-def draw_success_rate(measured: xr.Dataset) -> Figure:
-    """Panels of `success_rate` from (swept..., epoch, teacher_node): a colour a width, the last epoch solid."""
-    rate = measured["success_rate"]
-    swept = swept_dimensions(rate)
-    lines = [dim for dim in swept if dim in ("overrealization", "widths")][:1] or list(swept[-1:])
-    curves = _points(measured, tuple(lines))
+def l_shape(ds: xr.Dataset, *, ax: Axes | None = None) -> Axes:
+    """Fan-out norm against best correlation, a point a student node, a colour a seed.
 
-    def draw(at: dict[str, Any], ax: Axes) -> None:
-        for position, point in enumerate(curves):
-            for epoch, style in zip(rate["epoch"].values[::-1], ("-", ":", "--"), strict=False):
-                success_rate(
-                    rate.sel({**at, **point, "epoch": epoch}),
-                    ax=ax,
-                    color=PALETTE[position % len(PALETTE)],
-                    linestyle=style,
-                    label=f"{_title(point)} epoch {epoch}".strip(),
-                )
+    Specialized students sit at correlation 1 with any norm, the others near norm 0: the L of Tian (2020), Figure 5.
+    """
+    _single(ds, "l_shape")
+    measured = measure_l_shape(ds)
+    return panels.points(measured["student_specialization"], measured["fanout_norm"], ax=ax)
 
-    panels = tuple(d for d in swept if d not in lines)
-    figure = _grid(measured, draw, swept=panels, title="success rate", beside=1.8)
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", fontsize=7)
-    return figure
+
+def draw_l_shape(ds: xr.Dataset) -> Figure:
+    """Panels of `l_shape`."""
+    measured = measure_l_shape(ds)
+    title = f"fan-out norm against best correlation, epoch {int(measured['epoch'])}"
+    return _grid(
+        measured, lambda at, ax: l_shape(measured.sel(at), ax=ax),
+        title=_headed(title, measured), **_two_ways(_swept(measured)),
+    )  # fmt: skip
+
+
+# --- success rate and recovery -------------------------------------------------------------------------------
 
 
 def measure_success_rate(archive: xr.Dataset, *, early: int = 5) -> xr.Dataset:
-    """``success_rate`` of the lowest layer at the recorded epoch nearest `early` and at the last, loaded."""
-    epochs = archive["epoch"].values
-    chosen = sorted({int(epochs[np.abs(epochs - early).argmin()]), int(epochs[-1])})
-    low = _lowest(archive.sel(epoch=chosen), "success-rate", "correlation")
-    return xr.Dataset({"success_rate": specialization.success_rate(low)})
-
-
-def draw_recovery(measured: xr.Dataset) -> Figure:
-    """Panels of `recovery` from ``specialization`` (swept..., seed, epoch, teacher_node)."""
-    best = measured["specialization"]
-    figure = _grid(
-        measured,
-        lambda at, ax: recovery(best.sel(at), ax=ax),
-        swept=swept_dimensions(best),
-        title="best correlation of each teacher node, mean over seeds",
+    """``success_rate`` and its ``success_interval`` at the recorded epoch nearest `early` and at the last."""
+    if "success_rate" in archive:
+        return archive
+    needed = _needed(archive, "success-rate")
+    epochs = needed["epoch"].values
+    chosen = sorted({int(np.abs(epochs - early).argmin()), len(epochs) - 1})
+    low = _lowest(needed.isel(epoch=chosen)).load()
+    return xr.Dataset(
+        {
+            "success_rate": specialization.success_rate(low),
+            "success_interval": specialization.success_interval(low),
+        }
     )
-    nodes = best.sizes["teacher_node"]
-    shades = colormaps["viridis"].resampled(256)
-    bar = figure.colorbar(ScalarMappable(Normalize(1, nodes / 0.92), shades), ax=figure.axes, label="teacher node")
-    bar.locator = MaxNLocator(integer=True)
-    bar.ax.set_ylim(1, nodes)
+
+
+def success_rate(
+    ds: xr.Dataset, *, ax: Axes | None = None, color: str = panels.PALETTE[0], label: str = "", beside: float = 0.0
+) -> Axes:
+    """Share of seeds in which each teacher node is recovered; last epoch solid with its 95 % interval, others dotted.
+
+    Source: Tian (2020), Figure 7.
+
+    Args:
+        ds: One point of a sweep.
+        ax: Axes.
+        color: Of all its lines.
+        label: In the legend, before the epoch.
+        beside: Intervals stand so far beside their nodes, so that those of several curves do not hide one another.
+    """
+    _single(ds, "success_rate")
+    measured = _own(measure_success_rate(ds))
+    ax = panels.axes(ax)
+    epochs = np.atleast_1d(measured["epoch"].values)
+    for epoch, line in zip(epochs[::-1], ("-", ":", "--"), strict=False):
+        now = measured.sel(epoch=epoch)
+        interval = now["success_interval"] if line == "-" and "success_interval" in now else None
+        name = f"{label}, epoch {epoch}" if label else f"epoch {epoch}"
+        panels.rate(now["success_rate"], interval, ax=ax, color=color, linestyle=line, label=name, beside=beside)
+    return ax
+
+
+def draw_success_rate(ds: xr.Dataset) -> Figure:
+    """Panels of `success_rate`: a colour a student width, or else a value of the last swept key."""
+    measured = measure_success_rate(ds)
+    swept = _swept(measured)
+    widths = [dim for dim in swept if dim in ("overrealization", "widths")][:1] or list(swept[-1:])
+    curves = _lines(measured, widths)
+
+    def draw(at: dict[str, Any], ax: Axes) -> None:
+        for position, point in enumerate(curves):
+            success_rate(
+                measured.sel({**at, **point}), ax=ax, color=panels.colour(position), label=_title(measured, point),
+                beside=0.3 * (position / max(1, len(curves) - 1) - 0.5) if len(curves) > 1 else 0.0,
+            )  # fmt: skip
+
+    others = [d for d in swept if d not in widths]
+    figure = _grid(measured, draw, title=_headed("success rate", measured), beside=1.8, **_two_ways(others))
+    _legend(figure)
     return figure
+
+
+def _lines(measured: xr.Dataset, dims: Sequence[str]) -> list[dict[str, Any]]:
+    found = _points(measured, dims)
+    if len(found) > MAX_LINES:
+        raise ValueError(f"{len(found)} lines are more than {MAX_LINES} in a panel; select a part of the sweep first")
+    return found
 
 
 def measure_recovery(archive: xr.Dataset) -> xr.Dataset:
-    """``specialization`` of the lowest layer at every epoch, loaded."""
-    return xr.Dataset({"specialization": specialization.specialization(_lowest(archive, "recovery", "correlation"))})
+    """``specialization`` of one layer at every epoch, (swept..., epoch, teacher_node), mean over seeds."""
+    if "specialization" in archive:
+        return archive
+    best = specialization.specialization(_lowest(_needed(archive, "recovery")))
+    mean = summary.summarise(best)["mean"].assign_attrs(best.attrs)
+    return xr.Dataset({"specialization": mean}).load()
 
 
-def draw_loss(archive: xr.Dataset) -> Figure:
-    """Evaluation loss (or mse) against epoch on a log scale, a colour a point of the sweep."""
-    name = next((v for v in ("mse_eval", "loss_eval") if v in archive), "loss_eval")
-    values = _lowest(archive, "loss", name)[name]
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    ax = figure.subplots()
-    points = _points(values.to_dataset(), swept_dimensions(values))
-    for position, point in enumerate(points):
-        curve(values.sel(point), ax=ax, color=PALETTE[position % len(PALETTE)], label=_title(point) or None)
-    ax.set_yscale("log")
-    if len(points) > 1:
-        ax.legend(fontsize=7)
+def recovery(ds: xr.Dataset, *, ax: Axes | None = None) -> Axes:
+    """Best correlation of each teacher node against epoch, mean over seeds, dark to light from the first to the last.
+
+    Source: Tian (2020), Figure 8.
+    """
+    _single(ds, "recovery")
+    ax = panels.nodes(_own(measure_recovery(ds))["specialization"], ax=ax)
+    ax.set_ylim(min(-0.05, ax.get_ylim()[0]), 1.05)
+    return ax
+
+
+def draw_recovery(ds: xr.Dataset) -> Figure:
+    """Panels of `recovery`."""
+    measured = measure_recovery(ds)
+    figure = _grid(
+        measured, lambda at, ax: recovery(measured.sel(at), ax=ax),
+        title=_headed("best correlation of each teacher node, mean over seeds", measured),
+        **_two_ways(_swept(measured)),
+    )  # fmt: skip
+    _shades(figure, int(_own(measured).sizes["teacher_node"]), "teacher node")
     return figure
 
 
-def draw_correlation(archive: xr.Dataset) -> Figure:
-    """`correlation_map` of the first seed at the last epoch, a panel a point of the sweep."""
-    last = _lowest(archive.isel(epoch=-1, seed=0), "correlation", "correlation")["correlation"]
+# --- curves over epochs --------------------------------------------------------------------------------------
+
+
+def curve(values: xr.DataArray, *, ax: Axes | None = None, color: str = panels.PALETTE[0], label: str = "") -> Axes:
+    """Median over seeds against epoch with the band from the 10th to the 90th percentile; (seed, epoch)."""
+    ax = panels.band(_quantiles(values), ax=ax, color=color, label=label or None)
+    ax.set_ylabel(panels.axis_label(values))
+    return ax
+
+
+def measure_curves(archive: xr.Dataset, name: str) -> xr.Dataset:
+    """Quantiles over seeds of a variable over (swept..., seed, epoch), under its name; (swept..., epoch, quantile)."""
+    if name in archive and "quantile" in archive[name].dims:
+        return archive
+    return xr.Dataset({name: _quantiles(archive[name])}).load()
+
+
+def draw_curves(measured: xr.Dataset, *, log: bool = False) -> Figure:
+    """A band a value of the last swept key (of every layer, if there are several), panels over the others."""
+    (name,) = measured.data_vars
+    values = measured[name]
+    swept = _swept(measured)
+    layered = "layer" in values.dims and values.sizes["layer"] > 1
+    if "layer" in values.dims and not layered:
+        values = values.isel(layer=0)
+    chosen = ("layer",) if layered else swept[-1:]
+    curves = _lines(measured, chosen)
 
     def draw(at: dict[str, Any], ax: Axes) -> None:
-        own = last.sel(at)
-        correlation_map(own.dropna("node", how="all").dropna("teacher_node", how="all"), ax=ax)
+        for position, point in enumerate(curves):
+            panels.band(
+                values.sel({**at, **point}), ax=ax, color=panels.colour(position),
+                linestyle=panels.style(position), label=_title(measured, point) or None,
+            )  # fmt: skip
+        if log:
+            ax.set_yscale("log")
+        ax.set_ylabel(panels.axis_label(values))
+
+    others = [d for d in swept if d not in chosen]
+    beside = 1.4 if len(curves) > 1 else 0.0
+    title = _headed(f"{panels.axis_label(values)}: median and 10th to 90th percentile of seeds", measured)
+    figure = _grid(measured, draw, title=title, beside=beside, **_two_ways(others))
+    _legend(figure)
+    return figure
+
+
+def measure_loss(archive: xr.Dataset) -> xr.Dataset:
+    """Quantiles over seeds of ``mse_eval``, or of ``loss_eval`` where that was not recorded."""
+    if any("quantile" in array.dims for array in archive.data_vars.values() if array.name in ("mse_eval", "loss_eval")):
+        return archive
+    needed = _needed(archive, "loss")
+    return measure_curves(needed, str(next(iter(needed.data_vars))))
+
+
+def loss(ds: xr.Dataset, *, ax: Axes | None = None, color: str = panels.PALETTE[0]) -> Axes:
+    """Evaluation mse (or loss) against epoch on a log scale, with its band over seeds."""
+    _single(ds, "loss")
+    (values,) = measure_loss(ds).data_vars.values()
+    ax = panels.band(values, ax=ax, color=color)
+    ax.set(yscale="log", ylabel=panels.axis_label(values))
+    return ax
+
+
+def draw_loss(ds: xr.Dataset) -> Figure:
+    """Panels of `loss`, a colour a value of the last swept key."""
+    return draw_curves(measure_loss(ds), log=True)
+
+
+def measure_specialization(archive: xr.Dataset) -> xr.Dataset:
+    """Quantiles over seeds of ρ̄ at each hidden layer, (swept..., [layer,] epoch, quantile)."""
+    if "mean_specialization" in archive:
+        return archive
+    return _by_layer(_needed(archive, "specialization"), specialization.mean_specialization)
+
+
+def mean_specialization(ds: xr.Dataset, *, ax: Axes | None = None, color: str = panels.PALETTE[0]) -> Axes:
+    """ρ̄, the mean best correlation, of the lowest layer against epoch, with its band over seeds.
+
+    Source: Tian (2020), Figure 6; Tian et al. (2019), Figure 7.
+    """
+    return _lowest_band(measure_specialization(ds), "mean_specialization", ax, color)
+
+
+def draw_specialization(ds: xr.Dataset) -> Figure:
+    """Panels of `mean_specialization`, a colour a hidden layer, or a value of the last swept key."""
+    return draw_curves(measure_specialization(ds))
+
+
+def measure_rank(archive: xr.Dataset) -> xr.Dataset:
+    """Quantiles over seeds of r̄, the mean rank of the final winners, at each hidden layer."""
+    if "mean_rank" in archive:
+        return archive
+    return _by_layer(_needed(archive, "rank"), specialization.mean_rank)
+
+
+def mean_rank(ds: xr.Dataset, *, ax: Axes | None = None, color: str = panels.PALETTE[0]) -> Axes:
+    """r̄, the mean rank of the last epoch's winners, of the lowest layer against epoch, with its band; 0 is the first.
+
+    Source: Tian et al. (2019), Figure 7.
+    """
+    return _lowest_band(measure_rank(ds), "mean_rank", ax, color)
+
+
+def draw_rank(ds: xr.Dataset) -> Figure:
+    """Panels of `mean_rank`, colours as in `draw_specialization`."""
+    return draw_curves(measure_rank(ds))
+
+
+def _by_layer(needed: xr.Dataset, measure: Callable[[xr.Dataset], xr.DataArray]) -> xr.Dataset:
+    hidden = needed.isel(layer=slice(0, -1)) if "layer" in needed.dims and needed.sizes["layer"] > 1 else needed
+    values = measure(hidden)
+    return measure_curves(values.to_dataset(), str(values.name))
+
+
+def _lowest_band(measured: xr.Dataset, name: str, ax: Axes | None, color: str) -> Axes:
+    _single(measured, name)
+    values = measured[name]
+    values = values.isel(layer=0) if "layer" in values.dims else values
+    ax = panels.band(values, ax=ax, color=color)
+    ax.set_ylabel(panels.axis_label(values))
+    return ax
+
+
+def measure_winners(archive: xr.Dataset) -> xr.Dataset:
+    """``winner_rank`` of one layer at every epoch, (swept..., epoch, teacher_node), mean over seeds."""
+    if "winner_rank" in archive:
+        return archive
+    ranks = lottery.winner_rank(_lowest(_needed(archive, "winners")))
+    return xr.Dataset({"winner_rank": summary.summarise(ranks)["mean"].assign_attrs(ranks.attrs)}).load()
+
+
+def winners(ds: xr.Dataset, *, ax: Axes | None = None) -> Axes:
+    """Rank of each teacher node's final winner against epoch, mean over seeds; 0 at the start if luck decided.
+
+    Source: Tian et al. (2019), Figures 19 to 21.
+    """
+    _single(ds, "winners")
+    ax = panels.nodes(_own(measure_winners(ds))["winner_rank"], ax=ax)
+    ax.set_ylim(bottom=-0.02)
+    return ax
+
+
+def draw_winners(ds: xr.Dataset) -> Figure:
+    """Panels of `winners`."""
+    measured = measure_winners(ds)
+    figure = _grid(
+        measured, lambda at, ax: winners(measured.sel(at), ax=ax),
+        title=_headed("rank of each teacher node's final winner, mean over seeds", measured),
+        **_two_ways(_swept(measured)),
+    )  # fmt: skip
+    _shades(figure, int(_own(measured).sizes["teacher_node"]), "teacher node")
+    return figure
+
+
+# --- heat maps -----------------------------------------------------------------------------------------------
+
+
+def measure_correlation(archive: xr.Dataset) -> xr.Dataset:
+    """``correlation`` of the first seed at the last epoch and ``node_order``; (swept..., teacher_node, node)."""
+    return _ordered(archive, "correlation")
+
+
+def correlation_map(ds: xr.Dataset, *, ax: Axes | None = None, bar: bool = True) -> Axes:
+    """Correlations of one seed (the first) at one epoch (the last), student nodes ordered by their best teacher node.
+
+    Grey: dead nodes.
+    """
+    _single(ds, "correlation_map")
+    return _map(measure_correlation(ds), "correlation", 1.0, ax, bar)
+
+
+def draw_correlation(ds: xr.Dataset) -> Figure:
+    """Panels of `correlation_map`."""
+    measured = measure_correlation(ds)
+    figure = _grid(
+        measured, lambda at, ax: correlation_map(measured.sel(at), ax=ax, bar=False),
+        title=_headed(f"correlation, seed {int(measured['seed'])}, epoch {int(measured['epoch'])}", measured),
+        share=False, **_two_ways(_swept(measured)),
+    )  # fmt: skip
+    figure.colorbar(figure.axes[0].images[0], ax=figure.axes, label="correlation")
+    return figure
+
+
+def measure_couplings(archive: xr.Dataset) -> xr.Dataset:
+    """β* (``A``) and ``H_star`` of the first seed at the first and last epoch, and ``node_order`` of the last."""
+    return _ordered(archive, "couplings")
+
+
+def coupling_map(ds: xr.Dataset, *, variable: str = "H_star", ax: Axes | None = None, bar: bool = True) -> Axes:
+    """β* (``A``) or H* (``H_star``) of one seed at the last epoch, student nodes ordered by their best teacher node.
+
+    Where students specialize both become a staircase: the diagonal dominates.  Source: Tian et al. (2019), Figure 10.
+
+    Raises:
+        ValueError: if `variable` is neither.
+    """
+    if variable not in ("A", "H_star"):
+        raise ValueError(f"coupling_map: variable={variable!r}; it is 'A' (β*) or 'H_star'")
+    _single(ds, "coupling_map")
+    measured = measure_couplings(ds)
+    largest = float(np.fmax.reduce(np.abs(measured[variable].values), axis=None, initial=0.0)) or 1.0
+    now = measured.isel(epoch=-1) if "epoch" in measured.dims else measured
+    return _map(now, variable, largest, ax, bar)
+
+
+def draw_couplings(ds: xr.Dataset) -> Figure:
+    """β* and H* before and after training, a row a point of the sweep; each pair on one scale."""
+    measured = measure_couplings(ds)
+    names = {"β*": "A", "H*": "H_star"}
+    cells = measured.assign_coords(moment=list(names))
+
+    def draw(at: dict[str, Any], ax: Axes) -> None:
+        point = {dim: value for dim, value in at.items() if dim not in ("moment", "epoch")}
+        own, name = measured.sel(point), names[at["moment"]]
+        largest = float(np.fmax.reduce(np.abs(own[name].values), axis=None, initial=0.0)) or 1.0
+        _map(own.sel(epoch=at["epoch"]), name, largest, ax, True).images[0].colorbar.set_label("")
 
     return _grid(
-        last.to_dataset(),
-        draw,
-        swept=swept_dimensions(last),
-        title=f"correlation, seed {int(last['seed'])}, epoch {int(last['epoch'])}",
-        share=False,
+        cells, draw, across=("moment", "epoch"), down=_swept(measured), share=False,
+        title=_headed(f"student nodes ordered by best teacher node, seed {int(measured['seed'])}", measured),
+    )  # fmt: skip
+
+
+def _ordered(archive: xr.Dataset, figure: str) -> xr.Dataset:
+    if "node_order" in archive:
+        return archive
+    needed = _lowest(_needed(archive, figure).isel(seed=0))
+    ends = needed.isel(epoch=[-1] if figure == "correlation" else sorted({0, needed.sizes["epoch"] - 1})).load()
+    order = matching.node_order(ends.isel(epoch=-1)).drop_vars("epoch")
+    ends = ends.isel(epoch=-1) if figure == "correlation" else ends
+    return ends.assign(node_order=order)
+
+
+def _map(one: xr.Dataset, variable: str, largest: float, ax: Axes | None, bar: bool) -> Axes:
+    own = _own(one)
+    order = own["node_order"].values.astype(int)  # padding comes last, and is cut already
+    values = own[variable].transpose("teacher_node", "node").isel(node=order[order < own.sizes["node"]])
+    ax = panels.table(values, ax=ax, limits=(-largest, largest), cmap="RdBu_r", bar=bar)
+    ax.set(xlabel="student node, by best teacher node", ylabel="teacher node")
+    ax.set_yticks(*_node_ticks(values.sizes["teacher_node"]))
+    ax.set_xticks([])
+    return ax
+
+
+def _node_ticks(count: int) -> tuple[list[int], list[str]]:
+    """Counted from 1; about eight of them."""
+    step = max(1, round(count / 8))
+    return list(range(0, count, step)), [str(1 + i) for i in range(0, count, step)]
+
+
+# --- spectra -------------------------------------------------------------------------------------------------
+
+#: Epochs whose spectra are drawn.
+SPECTRA = 4
+
+
+def measure_spectrum(archive: xr.Dataset) -> xr.Dataset:
+    """Quantiles over seeds of ``hessian_eigenvalue`` at up to `SPECTRA` epochs; (swept..., epoch, mode, quantile)."""
+    if "hessian_eigenvalue" in archive and "quantile" in archive["hessian_eigenvalue"].dims:
+        return archive
+    needed = _needed(archive, "spectrum")
+    chosen = np.unique(np.linspace(0, needed.sizes["epoch"] - 1, SPECTRA).round().astype(int))
+    return measure_curves(needed.isel(epoch=chosen), "hessian_eigenvalue")
+
+
+def spectrum(ds: xr.Dataset, *, ax: Axes | None = None) -> Axes:
+    """Largest eigenvalues of the Hessian in descending order, dark to light over epochs, with their bands over seeds.
+
+    On a log scale; where some are not positive, on one that is linear near 0.
+    """
+    _single(ds, "spectrum")
+    values = measure_spectrum(ds)["hessian_eigenvalue"]
+    values = values.assign_coords(mode=values["mode"] + 1)
+    ax = panels.axes(ax)
+    epochs = np.atleast_1d(values["epoch"].values)
+    for position, epoch in enumerate(epochs):
+        own = values.sel(epoch=epoch) if "epoch" in values.dims else values
+        panels.band(own, along="mode", ax=ax, color=panels.shade(position, len(epochs)), label=f"epoch {epoch}")
+    smallest, largest = (float(f.reduce(values.values, axis=None)) for f in (np.fmin, np.fmax))
+    if smallest > 0:
+        ax.set_yscale("log")
+    elif largest > smallest:
+        ax.set_yscale("symlog", linthresh=1e-3 * max(largest, -smallest))
+    ax.set(xlabel="eigenvalue, largest first", ylabel="eigenvalue of the Hessian")
+    return ax
+
+
+def draw_spectrum(ds: xr.Dataset) -> Figure:
+    """Panels of `spectrum`."""
+    measured = measure_spectrum(ds)
+    figure = _grid(
+        measured, lambda at, ax: spectrum(measured.sel(at), ax=ax), beside=1.0,
+        title=_headed("spectrum of the Hessian, median and 10th to 90th percentile of seeds", measured),
+        **_two_ways(_swept(measured)),
+    )  # fmt: skip
+    _legend(figure)
+    return figure
+
+
+# --- boundaries in the plane ---------------------------------------------------------------------------------
+
+#: Epochs shown as panels.
+SNAPSHOTS = 4
+
+
+def measure_boundaries(archive: xr.Dataset) -> xr.Dataset:
+    """Weights and biases of the lowest layer of the first seed and its fan-out norms, at every epoch.
+
+    Raises:
+        ValueError: if inputs are not in the plane.
+    """
+    if "extent" in archive.attrs:
+        return archive
+    needed = _needed(archive, "boundaries").isel(seed=0)
+    if "layer" not in needed.dims:
+        if int(needed["layer"]) != 1:
+            raise ValueError(f"boundaries: of the lowest layer, not of layer {int(needed['layer'])}")
+    else:
+        needed = one_layer(needed, 1)
+    inputs = int(needed["input_width"].max())
+    if inputs != 2:
+        raise ValueError(
+            f"boundaries: inputs have {inputs} dimensions, and a map needs the plane: [teacher] widths = [2, ...]"
+        )
+    experiment = Experiment.from_toml_text(archive.attrs["experiment"])
+    measured = needed.isel(input_node=slice(0, 2)).load()
+    return measured.assign_attrs(extent=3 * experiment.data.std)
+
+
+def boundaries(ds: xr.Dataset, *, ax: Axes | None = None, strongest: float | None = None) -> Axes:
+    """Where each node of the lowest layer switches on, of one seed (the first) at one epoch (the last).
+
+    Teacher nodes dashed and black, student nodes coloured, the wider and darker the larger their fan-out norm ‖v_k‖,
+    which the legend says.  Over three standard deviations of the inputs.  Source: Tian (2020), Figure 3.
+
+    Args:
+        ds: One point of a sweep.
+        ax: Axes.
+        strongest: Fan-out norm drawn at full width; the largest of `ds` at any epoch if None.
+    """
+    _single(ds, "boundaries")
+    measured = _own(measure_boundaries(ds))
+    if strongest is None:
+        strongest = float(np.fmax.reduce(measured["fanout_norm"].values, axis=None)) or 1.0
+    now = measured.isel(epoch=-1) if "epoch" in measured.dims else measured
+    ax = panels.axes(ax)
+    extent = float(measured.attrs["extent"])
+    ax.set(xlim=(-extent, extent), ylim=(-extent, extent), aspect="equal", xlabel="$x_1$", ylabel="$x_2$")
+    strength = (now["fanout_norm"] / strongest).fillna(0.0).clip(0, 1)
+    panels.lines(now["weight"], now["bias"], strength, ax)
+    panels.lines(
+        now["teacher_weight"], now["teacher_bias"], None, ax, color="black", linestyle=(0, (5, 3)), linewidth=1.0
     )
+    return ax
+
+
+def _boundary_key(figure: Figure, measured: xr.Dataset) -> None:
+    """Legend: colours of student nodes with their final fan-out norms, where there is one point and few nodes."""
+    from matplotlib.lines import Line2D
+
+    handles = [Line2D([], [], color="black", linestyle="--", linewidth=1, label="teacher node")]
+    norms = _own(measured.isel(epoch=-1) if "epoch" in measured.dims else measured)["fanout_norm"]
+    if norms.ndim == 1 and norms.size <= 2 * len(panels.PALETTE):
+        handles += [
+            Line2D([], [], color=panels.colour(k), linewidth=2, label=f"student {k + 1}: ‖v‖ = {float(norms[k]):.2g}")
+            for k in range(norms.size)
+        ]
+    else:
+        handles.append(Line2D([], [], color=panels.colour(0), linewidth=2, label="student node"))
+    figure.legend(handles=handles, loc="outside right upper", fontsize=7)
+
+
+def draw_boundaries(ds: xr.Dataset) -> Figure:
+    """`boundaries` at up to `SNAPSHOTS` epochs, a row a point of the sweep; widths comparable along a row."""
+    measured = measure_boundaries(ds)
+    chosen = np.unique(np.linspace(0, measured.sizes["epoch"] - 1, SNAPSHOTS).round().astype(int))
+    shown = measured.isel(epoch=chosen)
+
+    def draw(at: dict[str, Any], ax: Axes) -> None:
+        point = {dim: value for dim, value in at.items() if dim != "epoch"}
+        strongest = float(np.fmax.reduce(measured["fanout_norm"].sel(point).values, axis=None)) or 1.0
+        boundaries(shown.sel(at), ax=ax, strongest=strongest)
+
+    title = f"boundaries, seed {int(measured['seed'])}; wide: large ‖v‖"
+    figure = _grid(
+        shown, draw, across=("epoch",), down=_swept(measured), title=_headed(title, measured), beside=1.6
+    )  # fmt: skip
+    _boundary_key(figure, shown)
+    return figure
+
+
+def animate_boundaries(ds: xr.Dataset, *, interval: int = 150) -> FuncAnimation:
+    """`boundaries` over all recorded epochs of one point; ``.save("x.gif", writer="pillow")``, or ``.to_jshtml()``.
+
+    Args:
+        ds: One point of a sweep.
+        interval: Milliseconds a frame.
+
+    Raises:
+        ValueError: if several points are left.
+    """
+    _single(ds, "animate_boundaries")
+    measured = measure_boundaries(ds)
+    strongest = float(np.fmax.reduce(measured["fanout_norm"].values, axis=None)) or 1.0
+    figure = Figure(figsize=(5.6, 4.0), layout="constrained")
+    ax = figure.subplots()
+    _boundary_key(figure, measured)
+
+    def frame(position: int) -> list[Any]:
+        ax.clear()
+        now = measured.isel(epoch=position)
+        boundaries(now, ax=ax, strongest=strongest)
+        ax.set_title(_headed(f"seed {int(now['seed'])}, epoch {int(now['epoch'])}", now), fontsize=10)
+        return []
+
+    frame(0)
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # laid out once; every frame again would take most of the time
+    return FuncAnimation(figure, frame, frames=measured.sizes["epoch"], interval=interval, init_func=list)
+
+
+# --- phase diagram -------------------------------------------------------------------------------------------
+
+
+def measure_phase(archive: xr.Dataset) -> xr.Dataset:
+    """``fraction`` of seeds in which none, some or all teacher nodes are recovered; (swept..., class).
+
+    At the last epoch; of a single point at every epoch.
+    """
+    if "fraction" in archive:
+        return archive
+    needed = _lowest(_needed(archive, "phase"))
+    needed = needed.isel(epoch=-1) if _swept(needed) else needed
+    return xr.Dataset({"fraction": phase.fractions(phase.recovery_class(needed))}).load()
+
+
+def phase_diagram(ds: xr.Dataset, *, of: str | None = None, ax: Axes | None = None) -> Axes:
+    """Shares of seeds by class: stacked against one swept key (or epoch), or of one class over two swept keys.
+
+    Args:
+        ds: An archive, or ``fraction`` (..., class) of any measure with classes (`tsdyn.analysis.phase.fractions`).
+        of: The class shown over two keys; the last if None.
+        ax: Axes.
+
+    Raises:
+        ValueError: if neither one nor two keys are left, or there is no such class.
+    """
+    shares = measure_phase(ds)["fraction"]
+    along = [dim for dim in shares.dims if dim != "class"]
+    if len(along) == 1:
+        ax = panels.stack(shares, ax=ax)
+        if along[0] == POINT:
+            keys = _listed(shares)
+            labels = zip(*([_short(v) for v in shares[key].values.tolist()] for key in keys), strict=True)
+            panels.name_ticks(ax, "x", [", ".join(at) for at in labels])
+            ax.set_xlabel(", ".join(keys))
+        return ax
+    if len(along) != 2:
+        raise ValueError(f"phase_diagram: over {', '.join(map(str, along)) or 'nothing'}; one or two swept keys it is")
+    names = [str(name) for name in shares["class"].values]
+    if of is not None and of not in names:
+        raise ValueError(f"phase_diagram: no class {of!r}; there are {', '.join(names)}")
+    own = shares.sel({"class": of or names[-1]}).transpose(along[1], along[0])
+    ax = panels.table(own, ax=ax, limits=(0, 1), cmap="cividis", bar=False)
+    panels.numbers(own, ax)
+    for axis, dim in zip("xy", along, strict=True):
+        panels.name_ticks(ax, axis, [_title(own, at).removeprefix(f"{dim} ") for at in _points(own, [dim])])
+        ax.set(**{f"{axis}label": str(dim)})
+    ax.invert_yaxis()
+    return ax
+
+
+def draw_phase(ds: xr.Dataset) -> Figure:
+    """`phase_diagram` over the first two swept keys, a panel a class, a row a point of the others."""
+    measured = measure_phase(ds)
+    swept = _swept(measured)
+    long_name = str(measured["fraction"].attrs["long_name"])
+    if len(swept) < 2:
+        figure = _grid(
+            measured, lambda at, ax: phase_diagram(measured, ax=ax), across=(), title=_headed(long_name, measured),
+            beside=1.0,
+        )  # fmt: skip
+        _legend(figure)
+        return figure
+    figure = _grid(
+        measured,
+        lambda at, ax: phase_diagram(
+            measured.sel({d: v for d, v in at.items() if d != "class"}), of=at["class"], ax=ax
+        ),
+        across=("class",),
+        down=swept[2:],
+        title=_headed(long_name, measured),
+    )
+    figure.colorbar(figure.axes[0].images[0], ax=figure.axes, label="share of seeds")
+    return figure
+
+
+# --- what there is -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A figure by name.
+
+    Attributes:
+        shows: One line.
+        needs: Variables of the archive; ``a|b`` where either will do.
+        draw: Of an archive.
+    """
+
+    shows: str
+    needs: tuple[str, ...]
+    draw: Callable[[xr.Dataset], Figure]
+
+    def missing(self, archive: xr.Dataset) -> list[str]:
+        """Needed variables that were not recorded."""
+        return [need.split("|")[0] for need in self.needs if not any(n in archive for n in need.split("|"))]
+
+    def __call__(self, archive: xr.Dataset) -> Figure:
+        return self.draw(archive)
 
 
 #: What ``tsdyn plot DIR NAME`` draws.
-FIGURES: Mapping[str, Callable[[xr.Dataset], Figure]] = {
-    "l-shape": lambda archive: draw_l_shape(measure_l_shape(archive)),
-    "success-rate": lambda archive: draw_success_rate(measure_success_rate(archive)),
-    "recovery": lambda archive: draw_recovery(measure_recovery(archive)),
-    "loss": draw_loss,
-    "correlation": draw_correlation,
-}
+FIGURES: Mapping[str, Recipe] = {
+    "l-shape": Recipe("fan-out norm against best correlation", ("correlation", "fanout_norm"), draw_l_shape),
+    "success-rate": Recipe("share of seeds that recover each teacher node", ("correlation",), draw_success_rate),
+    "recovery": Recipe("best correlation of each teacher node over epochs", ("correlation",), draw_recovery),
+    "loss": Recipe("evaluation mse or loss over epochs", ("mse_eval|loss_eval",), draw_loss),
+    "specialization": Recipe("mean best correlation over epochs", ("correlation",), draw_specialization),
+    "rank": Recipe("mean rank of the final winners over epochs", ("correlation",), draw_rank),
+    "winners": Recipe("rank of each final winner over epochs", ("correlation",), draw_winners),
+    "correlation": Recipe("heat map of correlations by best match", ("correlation",), draw_correlation),
+    "couplings": Recipe(
+        "heat maps of β* and H* before and after", ("A", "H_star", "correlation"), draw_couplings
+    ),
+    "spectrum": Recipe("largest eigenvalues of the Hessian", ("hessian_eigenvalue",), draw_spectrum),
+    "boundaries": Recipe(
+        "boundaries in the plane over epochs (also .gif)",
+        ("weight", "bias", "teacher_weight", "teacher_bias", "fanout_norm"),
+        draw_boundaries,
+    ),
+    "phase": Recipe("share of seeds by what they recover", ("correlation",), draw_phase),
+}  # fmt: skip

@@ -13,6 +13,8 @@ from scipy.optimize import linear_sum_assignment
 from tsdyn.analysis.lift import lift
 from tsdyn.analysis.specialization import correlation_of
 
+from tsdyn.schema import LUCK
+
 SOURCE = "Kuhn 1955; scipy.optimize.linear_sum_assignment"
 
 
@@ -42,6 +44,19 @@ def matched_score(score: NDArray) -> NDArray:
     return np.where(np.isnan(partner), np.nan, np.take_along_axis(score, index, -1)[..., 0])
 
 
+def best_teacher_order(score: NDArray) -> NDArray:
+    """(..., teacher_node, node) -> (..., node): student nodes, those of the first teacher node first.
+
+    A student node belongs to its best teacher node; among equals the better comes first.  Nodes without a score (dead,
+    padding) come last, as they were.
+    """
+    filled = np.where(np.isnan(score), -np.inf, score)
+    best, teacher = filled.max(-2), filled.argmax(-2)
+    teacher = np.where(np.isneginf(best), score.shape[-2], teacher)
+    order: NDArray = np.lexsort((-best, teacher), axis=-1).astype(float)
+    return order
+
+
 def partner(archive: xr.Dataset) -> xr.DataArray:
     """Student node of each teacher node in the matching with the largest total correlation; (..., teacher_node).
 
@@ -57,6 +72,25 @@ def partner(archive: xr.Dataset) -> xr.DataArray:
         gives=("teacher_node",),
         name="partner",
         attrs={"units": "1", "long_name": "matched student node", "source": SOURCE},
+    )
+
+
+def node_order(archive: xr.Dataset) -> xr.DataArray:
+    """Student nodes in the order that makes a heat map of correlations a staircase; (..., node).
+
+    At position p stands the p-th node: those whose best teacher node is the first, the best of them first, and so on.
+
+    Raises:
+        ValueError: if the archive has no correlation or the slice lacks a node dimension.  Source: Tian et al. (2019),
+            Figure 10.
+    """
+    return lift(
+        best_teacher_order,
+        correlation_of(archive, "node_order"),
+        reads=("teacher_node", "node"),
+        gives=("node",),
+        name="node_order",
+        attrs={"units": "1", "long_name": "student nodes by best teacher node", "source": f"{LUCK}, Figure 10"},
     )
 
 

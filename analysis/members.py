@@ -76,8 +76,14 @@ def member(ds: xr.Dataset, experiment: Experiment) -> Member:
     """The member that `ds` holds: one seed, epoch and point.
 
     Raises:
-        ValueError: naming the dimension that is left, or the variable that was not recorded.
+        ValueError: naming the dimension that is left, or the variable that was not recorded; for convolutions and
+            BatchNorm.
     """
+    if experiment.deep:
+        raise ValueError(
+            "member: has convolutions or BatchNorm and is no Network; build a DeepNetwork from the recorded weight, "
+            "bias and norm_* variables, and take its folded()"
+        )
     missing = [name for name in PARAMETERS if name not in ds]
     if missing:
         raise ValueError(f"member: the archive has no {', '.join(missing)}; record them (record.observables)")
@@ -103,7 +109,13 @@ def member(ds: xr.Dataset, experiment: Experiment) -> Member:
     return Member(experiment, int(ds["seed"]), student, teacher)
 
 
-def each(ds: xr.Dataset, measure: Callable[[Member], Sequence[float]], names: Sequence[str]) -> xr.Dataset:
+def each(
+    ds: xr.Dataset,
+    measure: Callable[[Member], Sequence[float]],
+    names: Sequence[str],
+    *,
+    of: Callable[[Experiment], bool] = lambda experiment: True,
+) -> xr.Dataset:
     """`measure` of every living member at one epoch: names over what is left of (swept..., seed); NaN for the dead.
 
     Lazy, a task a member, if `ds` is.
@@ -112,6 +124,7 @@ def each(ds: xr.Dataset, measure: Callable[[Member], Sequence[float]], names: Se
         ds: Archive or slice of one, at one epoch.
         measure: Gives a number a name.
         names: Of what it gives.
+        of: Which points of a sweep to look at; the others are NaN.
 
     Raises:
         ValueError: as `member`.
@@ -121,6 +134,8 @@ def each(ds: xr.Dataset, measure: Callable[[Member], Sequence[float]], names: Se
     cells = np.full(dead.shape, None, dtype=object)
     seeds = np.atleast_1d(ds["seed"].values)
     for chosen, experiment in points(ds).values():
+        if not of(experiment):
+            continue
         for seed in seeds:
             at = {**chosen, **({"seed": seed} if "seed" in ds.dims else {})}
             begun = "coverage" not in ds.coords or float(ds["coverage"].sel(chosen)) > 0
@@ -129,8 +144,8 @@ def each(ds: xr.Dataset, measure: Callable[[Member], Sequence[float]], names: Se
                 cell = needed.sel(at)
                 cells[index] = cell.assign_attrs(experiment=experiment.to_toml())
 
-    def of(cell: xr.Dataset) -> Sequence[float]:
+    def measured(cell: xr.Dataset) -> Sequence[float]:
         return measure(member(cell, Experiment.from_toml_text(cell.attrs["experiment"])))
 
-    found = cellwise(of, cells, len(names))
+    found = cellwise(measured, cells, len(names))
     return xr.Dataset({name: dead.copy(data=found[i]).drop_attrs() for i, name in enumerate(names)})

@@ -39,6 +39,14 @@ def test_overlaps_at_zero_threshold_are_the_arc_cosine_kernels():
     np.testing.assert_allclose(dynamics.activation_overlap(theta), arc_cosine, atol=2e-16)
 
 
+def test_lemma_4_the_overlap_with_the_teacher_is_quadratic_in_the_angle():
+    """ψ_l(0) − ψ_l(θ) = θ²/4 − θ³/6π + O(θ⁴).  Source: Tian et al. (2019), Lemma 4."""
+    theta = np.array([1e-1, 1e-2, 1e-3])
+    lost = 0.5 - dynamics.activation_overlap(theta)
+    rest = lost - (theta**2 / 4 - theta**3 / (6 * np.pi))
+    assert (np.abs(rest) <= theta**4 / 48 * 1.2 + np.finfo(float).eps).all()  # the next term is θ⁴/48
+
+
 def test_overlaps_are_the_theory_moments_of_gaussian_samples():
     """D and L of `theory.expectations` on N samples, within five standard errors (E of a product of bounded terms)."""
     rng = np.random.default_rng(1)

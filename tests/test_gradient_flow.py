@@ -42,7 +42,7 @@ def test_the_flow_is_bdfs_and_does_not_depend_on_company():
     initial = glorot_students(loss, 2)
     times = np.geomspace(0.1, 100, 8)
     ds = gradient_flow(loss, initial, times=times, rtol=1e-7, atol=1e-9, gradient_tolerance=0.0)
-    assert dict(ds.weight.sizes) == {"member": 2, "time": 8, "node": 2, "input_node": 5}
+    assert dict(ds.weight.sizes) == {"seed": 2, "time": 8, "node": 2, "input_node": 5}
     for member in range(2):
         slow = oracles.gradient_flow(loss, initial[member], end=100, times=times, gradient_tolerance=0.0)
         w, a = loss.unpack(torch.from_numpy(slow.y.T.copy()))
@@ -59,9 +59,9 @@ def test_each_member_says_why_it_stopped():
     rows = glorot_students(loss, 5, seed=3)
     rows[1, :4] = 0.0  # a weight of norm zero
     rows[2] = float("nan")
-    ds = gradient_flow(loss, rows, members=[10, 11, 12, 13, 14])
-    assert ds.stop_reason.sel(member=11).item() == "singular"
-    assert ds.stop_reason.sel(member=12).item() == "not finite"
+    ds = gradient_flow(loss, rows, seeds=[10, 11, 12, 13, 14])
+    assert ds.stop_reason.sel(seed=11).item() == "singular"
+    assert ds.stop_reason.sel(seed=12).item() == "not finite"
     assert {"gradient"} <= set(ds.stop_reason.values.tolist())
     assert gradient_flow(loss, rows[0], max_steps=5).stop_reason.item() == "steps"
     stopped = gradient_flow(loss, rows[0], end=0.5, times=[0.1, 0.4, 2.0])
@@ -74,8 +74,8 @@ def test_relu_conserves_the_balance_of_each_node():
     """a² − |w|² of every node, a first integral of the exact flow, away from w = 0, where the flow is singular."""
     loss = PopulationLoss(orthonormal_teacher(3, activation="relu"), 2)
     ds = gradient_flow(loss, glorot_students(loss, 4, seed=5), times=np.geomspace(0.01, 20, 6), rtol=1e-8, atol=1e-10)
-    ds = ds.isel(member=ds.stop_reason != "singular")
-    assert ds.sizes["member"] >= 2
+    ds = ds.isel(seed=ds.stop_reason != "singular")
+    assert ds.sizes["seed"] >= 2
     balance = (ds.outgoing**2).sum("output") - (ds.weight**2).sum("input_node")
     # each step errs by 1e-8 of parameters of order 1, the balance by some four times that
     assert abs(balance - balance.isel(time=0)).max() <= 4e-8 * ds.steps.max()
@@ -111,6 +111,34 @@ def test_polish_tells_stationary_points_apart():
     assert polish(channel, torch.tensor([[5.0, 0.1]], dtype=torch.float64)).kind.tolist() != ["minimum"]
 
 
+@pytest.mark.parametrize(
+    ("function", "start"),
+    [
+        (lambda p: p[0] ** 4 + p[1] ** 2, 0.1),
+        (lambda p: torch.exp(-p[0]) + p[1] ** 2, 25.0),
+        (lambda p: 1 / p[0] + p[1] ** 2, 1e5),
+    ],
+)
+def test_curvature_that_vanishes_with_the_gradient_is_degenerate(function, start):
+    """By Kantorovich's condition at whatever gradient: over a Newton step x⁴ loses 5/9 of its curvature, e⁻ˣ 1 − 1/e,
+    1/x 19/27."""
+    loss = FunctionLoss(function, 2)
+    for tolerance in (1e-8, 1e-10, 1e-12):
+        found = polish(loss, torch.tensor([[start, 0.1]], dtype=torch.float64), tolerance=tolerance)
+        assert found.kind.tolist() == ["degenerate"]
+        assert found.signature.zero.tolist() == [1]
+
+
+def test_a_soft_minimum_is_a_minimum():
+    """Curvatures 1 and 1e-10, far above rounding: 10 · 2 · ε of the largest."""
+    soft = FunctionLoss(lambda p: (p[0] ** 2 + 1e-10 * (p[1] - 3) ** 2) / 2, 2)
+    found = polish(soft, torch.tensor([[0.1, 3.1]], dtype=torch.float64))
+    assert found.kind.tolist() == ["minimum"]
+    assert found.point[0, 1] == pytest.approx(3, abs=1e-6)
+    lost = FunctionLoss(lambda p: (p[0] ** 2 + 1e-15 * (p[1] - 3) ** 2) / 2, 2)
+    assert polish(lost, torch.tensor([[0.1, 3.1]], dtype=torch.float64)).kind.tolist() == ["degenerate"]
+
+
 def test_bad_input_is_named():
     with pytest.raises(ValueError, match=r"initial has shape \(1, 3\); the loss takes \(member, 2\)"):
         gradient_flow(POTENTIAL, torch.zeros(3))
@@ -118,7 +146,7 @@ def test_bad_input_is_named():
         gradient_flow(POTENTIAL, START, times=[1.0, 0.5])
     with pytest.raises(ValueError, match=r"rtol=0\.0"):
         gradient_flow(POTENTIAL, START, rtol=0.0)
-    with pytest.raises(ValueError, match="2 labels for 1 members"):
-        gradient_flow(POTENTIAL, START, members=[1, 2])
+    with pytest.raises(ValueError, match="2 labels for 1 rows"):
+        gradient_flow(POTENTIAL, START, seeds=[1, 2])
     with pytest.raises(ValueError, match="points have 3 parameters, the loss takes 2"):
         polish(POTENTIAL, torch.zeros(3))

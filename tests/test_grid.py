@@ -128,6 +128,9 @@ def test_a_running_point_shows_its_committed_epochs(copy):
 def test_a_corrupt_member_is_named_and_skipped_on_request(copy):
     file = copy / "overrealization=3,polarity=0.0" / "archive.nc"
     file.write_bytes(file.read_bytes()[:2000])
+    with pytest.raises(ArchiveError, match=r"overrealization=3,polarity=0\.0/archive\.nc: was changed or is damaged"):
+        tsdyn.open(copy)
+    file.with_name("archive.nc.sha256").unlink()
     with pytest.raises(DirectoryError, match=r"overrealization=3,polarity=0\.0/archive\.nc: not a readable netCDF"):
         tsdyn.open(copy)
     with pytest.warns(UserWarning, match=r"overrealization=3,polarity=0\.0.*left NaN"):
@@ -150,6 +153,7 @@ def test_a_file_damaged_after_opening_is_named(copy):
 def test_a_version_that_is_not_known_is_named(copy):
     import netCDF4
 
+    (copy / "overrealization=1,polarity=0.0" / "archive.nc.sha256").unlink()
     with netCDF4.Dataset(copy / "overrealization=1,polarity=0.0" / "archive.nc", "a") as nc:
         nc.setncattr("schema_version", np.int64(1))  # an older one is migrated, beside the present one
     same(tsdyn.open(copy).mse_eval.isnull().any(), xr.DataArray(False))

@@ -1,4 +1,5 @@
 import itertools
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -8,10 +9,11 @@ from hypothesis import strategies as st
 
 import tests.oracles as oracles
 from tests.cases import REFERENCE
-from tsdyn import activations
+from tsdyn import activations, kernel
 from tsdyn.experiment import Training
 from tsdyn.networks import Network
 from tsdyn.training import (
+    Batches,
     Ensemble,
     Rule,
     block_size,
@@ -101,6 +103,100 @@ def test_batched_equals_plain_for_any_depth_and_activation(hidden, name, bias, r
     train_epoch(fast, finite_stream(x, y, indices), rule, batch=8)
     train_epoch_plain(plain, finite_stream(x, y, indices), rule)
     assert_same(fast, plain, 1e3 * EPS)
+
+
+OPTIONS = st.fixed_dictionaries(
+    {
+        "learning_rate": st.sampled_from([0.01, torch.tensor([0.01, 0.02, 0.005], dtype=torch.float64)]),
+        "momentum": st.sampled_from([0.0, 0.5]),
+        "weight_decay": st.sampled_from([0.0, 0.1]),
+        "adam": st.booleans(),
+        "epsilon": st.just(0.1),  # Adam divides by √v + ε: a rounding of the gradient grows by at most η/ε a step
+        "frozen": st.sets(st.integers(1, 3)).map(lambda layers: tuple(sorted(layers))),
+        "normalize": st.booleans(),
+        "loss": st.sampled_from(["mse", "cross_entropy"]),
+    }
+)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    hidden=st.lists(st.integers(1, 19), min_size=0, max_size=3),
+    name=st.sampled_from(activations.NAMES),
+    bias=st.booleans(),
+    options=OPTIONS,
+    batch=st.integers(1, 17),
+    data=st.sampled_from(["batches", "whole", "fresh"]),
+    dies=st.booleans(),
+    with_kernel=st.booleans(),
+)
+def test_the_engine_equals_the_plain_path_after_100_steps_whatever_the_options(
+    hidden, name, bias, options, batch, data, dies, with_kernel
+):
+    widths = (5, *hidden, 3)
+    x, y, rows = samples(widths, steps=50, batch=batch)
+    if options["loss"] == "cross_entropy":
+        y = y.softmax(2)
+    poisoned = y.clone()
+    poisoned[1] = 1e300
+    held, streams = {"batches": rows, "whole": None, "fresh": None}[data], []
+    for targets in (poisoned if dies else y, y):
+
+        def fresh(members, targets=targets):  # in two pieces, as a long epoch of fresh samples comes
+            for piece in rows[members].split(25, dim=1):
+                own = [(x[m][r.flatten()], targets[m][r.flatten()]) for m, r in zip(range(3)[members], piece)]
+                order = torch.arange(25 * batch).view(1, 25, batch).expand(len(own), -1, -1)
+                yield Batches(torch.stack([a for a, _ in own]), torch.stack([b for _, b in own]), order, 25)
+
+        streams.append(fresh if data == "fresh" else finite_stream(x, targets, held, steps=50))
+    fast, plain = (ensemble(widths, name=name, bias=bias) for _ in range(2))
+    no_kernel = mock.patch.object(kernel, "load", lambda: None)
+    for epoch, stream in enumerate(streams, start=1):
+        at = Rule(**{**options, "learning_rate": options["learning_rate"] / epoch})  # a table of rates
+        if with_kernel:
+            train_epoch(fast, stream, at, batch=batch)
+        else:
+            with no_kernel:
+                train_epoch(fast, stream, at, batch=batch)
+        train_epoch_plain(plain, stream, at)
+        assert fast.bury(epoch) == plain.bury(epoch)
+    alive = fast.death_epoch < 0
+    trained = [layer for layer in range(1, len(widths)) if layer not in options["frozen"]]
+    assert alive.tolist() == [True, not (dies and trained), True]
+    for (kind, layer, a), (_, _, b) in zip(fast.parameters(), plain.parameters(), strict=True):
+        assert float((a - b)[alive].abs().max()) <= 1e-12 * float(b[alive].abs().max()), (kind, layer)
+
+
+def trained(chosen, dtype, threads=1):
+    """Some of seven members."""
+    widths, members = (20, 30, 11, 10), 7
+    x, y, rows = samples(widths, members, steps=30)
+    part = Ensemble.of([ensemble(widths, members).network(i).to(dtype) for i in chosen])
+    stream = finite_stream(x[chosen].to(dtype), y[chosen].to(dtype), rows[chosen])
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        train_epoch(part, stream, Rule(0.02, momentum=0.9), batch=8)
+    finally:
+        torch.set_num_threads(before)
+    return [p for _, _, p in part.parameters()]
+
+
+@pytest.mark.skipif(kernel.load() is None, reason="no C++ compiler here")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_kernels_bits_depend_neither_on_neighbours_nor_on_threads(dtype):
+    every = list(range(7))
+    whole = trained(every, dtype)
+    for chosen, threads in ([3], 1), ([6, 3, 0], 1), (every, 2):
+        for mine, theirs in zip(trained(chosen, dtype, threads), whole, strict=True):
+            assert torch.equal(mine, theirs[chosen])
+
+
+@pytest.mark.parametrize("load", [kernel.load, lambda: None], ids=["kernel", "torch"])
+def test_reruns_are_bit_identical(load):
+    with mock.patch.object(kernel, "load", load):
+        once, again = (trained(list(range(7)), torch.float64) for _ in range(2))
+    assert all(map(torch.equal, once, again))
 
 
 def test_float32():

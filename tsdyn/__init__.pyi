@@ -7,6 +7,7 @@ from . import critical_points as critical_points
 from . import data as data
 from . import derivatives as derivatives
 from . import dynamics as dynamics
+from . import flow as flow
 from . import gradient_flow as gradient_flow
 from . import images as images
 from . import interaction as interaction

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import re
 import sys
+import time
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 from tsdyn._version import __version__
 from tsdyn.archive import ArchiveError, DirectoryError, local_path
 from tsdyn.experiment import Experiment, ExperimentError
+from tsdyn.schema import printable as _printable
 
 if TYPE_CHECKING:
+    from tsdyn.runner import Cost
     from tsdyn.runner import Progress as Report
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -32,6 +34,11 @@ FAILED, WRONG = 1, 2
 # Not Path, which would turn http://host into the local http:/host before it can be refused.
 OutDirectory = Annotated[str | None, typer.Option("-o", "--output", help="Directory; runs/NAME if not given.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
+Workers = Annotated[int | None, typer.Option(metavar="N", help="Share the runs of a sweep among N processes here.")]
+Scheduler = Annotated[
+    str | None,
+    typer.Option(metavar="ADDRESS", help="Share them among the workers of a dask scheduler, tcp://HOST:PORT."),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")]
 Directory = Annotated[str, typer.Argument(metavar="DIR", help="A run, a sweep or an archive file.")]
 
@@ -46,7 +53,7 @@ def main() -> None:
 def _errors() -> Iterator[None]:
     try:
         yield
-    except (ExperimentError, DirectoryError, _DeviceMissing) as error:
+    except (ExperimentError, DirectoryError, _Unavailable) as error:
         _fail(error, WRONG)
     except (ArchiveError, MemoryError) as error:
         _fail(error, FAILED)
@@ -57,8 +64,8 @@ def _errors() -> Iterator[None]:
         _fail("interrupted; what was committed is intact, the same command goes on from there", 128 + signal)
 
 
-class _DeviceMissing(Exception):
-    pass
+class _Unavailable(Exception):
+    """A device or workers that are not there."""
 
 
 def _fail(error: object, code: int) -> None:
@@ -90,13 +97,15 @@ def run(
         typer.Option("--set", metavar="KEY=VALUE", help="Set a key, e.g. training.epochs=5."),
     ] = None,
     device: Device = "cpu",
+    workers: Workers = None,
+    scheduler: Scheduler = None,
     quiet: Quiet = False,
 ) -> None:
     """Run an experiment, or every point of its sweep; goes on from what was committed."""
     chosen = Experiment.from_toml(experiment)
     if changes:
         chosen = chosen.replace(dict(_assignment(text) for text in changes))
-    _run(chosen, local_path(output or Path("runs") / chosen.name), device, quiet)
+    _run(chosen, local_path(output or Path("runs") / chosen.name), device, quiet, workers, scheduler)
 
 
 @study.command("list")
@@ -132,8 +141,13 @@ def run_study(
     if scale not in module.EXPERIMENTS:
         raise ExperimentError(f"--scale {scale}: there are {', '.join(module.EXPERIMENTS)}")
     path = archive.local_path(output or Path("runs") / f"{name}-{scale}")
-    _run(module.EXPERIMENTS[scale], path, device, quiet)
-    measured = module.measure(archive.open(path)).load()
+    work = module.EXPERIMENTS[scale]
+    if isinstance(work, Experiment):
+        _run(work, path, device, quiet)
+        found = archive.open(path)
+    else:
+        found = work.run(path, report=(lambda _: None) if quiet else lambda line: print(line, flush=True))
+    measured = module.measure(found).load()
     archive.write_dataset(path / "measured.nc", measured)
     _save(module.draw(measured), path / "figure.png", quiet)
 
@@ -147,64 +161,124 @@ def show(directory: Directory) -> None:
     console = Console()
     sizes = ", ".join(f"{dim} {size}" for dim, size in ds.sizes.items())
     facts = Table.grid(padding=(0, 2))
-    dead = int((ds["death_epoch"] >= 0).sum())
     rows = {
         "experiment": f"{ds.attrs.get('name', '?')}  ({str(ds.attrs.get('digest', '?'))[:12]})",
         "made": f"{ds.attrs.get('created', '?')}, tsdyn {ds.attrs.get('tsdyn_version', '?')}, "
         f"torch {ds.attrs.get('torch_version', '?')}, {ds.attrs.get('device', '?')}, {ds.attrs.get('dtype', '?')}",
         "dimensions": sizes,
-        "epochs": f"{int(ds.epoch[0])}..{int(ds.epoch[-1])}, {ds.sizes['epoch']} recorded",
         "size": f"{ds.nbytes / 1e6:.1f} MB as arrays",
-        "died": f"{dead} members became NaN or infinite" if dead else "no member became NaN or infinite",
     }
+    if ds.sizes.get("epoch"):
+        rows["epochs"] = f"{int(ds.epoch[0])}..{int(ds.epoch[-1])}, {ds.sizes['epoch']} recorded"
+    for key, column in ds.coords.items():
+        if column.dims and set(column.dims) <= set(archive.swept_dimensions(ds)) and key not in ("point", "coverage"):
+            values = list(dict.fromkeys(column.values.tolist()))
+            shown = ", ".join(map(str, values[:8])) + (f", ... {values[-1]}" if len(values) > 8 else "")
+            rows[f"swept: {key}"] = shown
+    if "coverage" in ds.coords:
+        rows["coverage"] = f"{int((ds.coverage >= 1).sum())} of {ds.coverage.size} points finished"
+    if "death_epoch" in ds.coords:
+        dead = int((ds["death_epoch"] >= 0).sum())
+        rows["died"] = f"{dead} members became NaN or infinite" if dead else "no member became NaN or infinite"
     for key, value in rows.items():
-        facts.add_row(key, _plain(value))
+        facts.add_row(_plain(key), _plain(value))
     console.print(facts)
-    table = Table("variable", "dimensions", "meaning")
-    for name, array in ds.data_vars.items():
-        table.add_row(str(name), ", ".join(map(str, array.dims)), _plain(array.attrs.get("long_name", "")))
-    console.print(table)
+    swept = archive.swept_dimensions(ds)
+    after = f"dimensions, after {', '.join(swept)}" if swept else "dimensions"
+    lines = [("variable", after, "meaning")] + [
+        (str(name), ", ".join(str(d) for d in array.dims if d not in swept), str(array.attrs.get("long_name", "")))
+        for name, array in ds.data_vars.items()
+    ]
+    first, second = (max(len(line[i]) for line in lines) for i in (0, 1))
+    for name, dims, meaning in lines:  # a line a variable, cut where the terminal ends
+        line = _printable(f"{name:{first}}  {dims:{second}}  {meaning}".replace("\n", " "))
+        print(line[: console.width] if console.is_terminal else line)
 
 
 @app.command()
 def plot(
     directory: Directory,
-    figure: Annotated[str, typer.Argument(help="l-shape, success-rate, recovery, loss, correlation.")],
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="FILE.png; FIGURE.png if not given.")] = None,
+    figure: Annotated[str | None, typer.Argument(help="Which; without it, what there is.")] = None,
+    output: Annotated[
+        str | None, typer.Option("-o", "--output", help="FILE.png (.svg, .pdf; .gif moves); FIGURE.png if not given.")
+    ] = None,
+    select: Annotated[
+        list[str] | None,
+        typer.Option("--select", metavar="KEY=VALUE", help="A part: a swept key, seed, epoch or layer; repeat it."),
+    ] = None,
 ) -> None:
     """Draw a figure from an archive."""
     from tsdyn import archive
-    from tsdyn.analysis.figures import FIGURES
+    from tsdyn.analysis import figures
 
-    if figure not in FIGURES:
-        raise ExperimentError(f"plot: no figure {figure!r}; there are {', '.join(FIGURES)}")
+    ds = archive.open(directory)
+    if figure is None:
+        for name, recipe in figures.FIGURES.items():
+            missing = recipe.missing(ds)
+            print(f"{name:16} {recipe.shows}" + (f"  (needs {', '.join(missing)})" if missing else ""))
+        return
+    if figure not in figures.FIGURES:
+        raise ExperimentError(f"plot: no figure {figure!r}; there are {', '.join(figures.FIGURES)}")
+    path = archive.local_path(output or f"{figure}.png")
+    moves = path.suffix.lower() == ".gif"
+    if moves and figure != "boundaries":
+        raise ExperimentError(f"plot: {path.name}: only boundaries move; give a .png, .svg or .pdf")
     try:
-        drawn = FIGURES[figure](archive.open(directory))
+        ds = _selected(ds, select or [])
+        drawn = figures.animate_boundaries(ds) if moves else figures.FIGURES[figure](ds)
     except (ValueError, KeyError) as error:
         raise DirectoryError(f"plot {figure}: {error.args[0] if error.args else error}") from error
-    _save(drawn, output or Path(f"{figure}.png"), quiet=False)
+    _save(drawn, path, quiet=False)
+
+
+def _selected(ds: Any, words: list[str]) -> Any:
+    """The part of an archive that ``--select`` names: labels along dimensions, values of swept keys."""
+    from tsdyn import archive
+
+    for word in words:
+        key, value = _assignment(word, "--select")
+        if key not in ds.coords:
+            raise KeyError(f"--select {word}: no {key!r}; there are {', '.join(map(str, ds.dims))}")
+        if key in archive.swept_dimensions(ds) or key not in ds.dims:
+            ds = archive.select(ds, **{key: value})
+        elif value not in ds.indexes[key]:
+            raise KeyError(f"--select {word}: there is {key} {ds.indexes[key][0]} to {ds.indexes[key][-1]}")
+        else:
+            ds = ds.sel({key: value})
+    return ds
+
+
+@app.command()
+def report(
+    directory: Directory,
+    output: Annotated[str, typer.Option("-o", "--output", help="The page.")] = "report.html",
+    audit: Annotated[bool, typer.Option(help="With the audit of the theorems.")] = True,
+) -> None:
+    """One HTML page that needs nothing else: what ran, figures, audit, coverage, failures."""
+    from tsdyn.analysis import report
+
+    print(report.write(directory, output, audit=audit))
+
+
+@app.command()
+def cite(directory: Directory) -> None:
+    """BibTeX of what it rests on."""
+    from tsdyn import archive
+    from tsdyn.analysis.citations import citations
+
+    print("\n\n".join(map(_printable, citations(archive.open(directory)))))
 
 
 @app.command()
 def audit(directory: Directory) -> None:
     """Each theorem: hypothesis met? conclusion holds? margin."""
     from tsdyn import archive
-    from tsdyn.analysis.audit import VERDICTS
     from tsdyn.analysis.audit import audit as measure
+    from tsdyn.analysis.report import audit_rows
 
-    found = measure(archive.open(directory))
     table = Table("claim", "members", "largest margin", "what is checked, or what it needs")
-    for claim in found["claim"].values:
-        row = found.sel(claim=claim)
-        words, counts = np.unique(row["verdict"].values, return_counts=True)
-        tally = dict(zip(words.tolist(), counts.tolist(), strict=True))
-        margins = row["margin"].values[np.isfinite(row["margin"].values)]
-        table.add_row(
-            _plain(claim),
-            ", ".join(f"{tally[word]} {word}" for word in VERDICTS if word in tally),
-            f"{margins.max():.2g}" if margins.size else "",
-            _plain(row["used"].item()),
-        )
+    for row in audit_rows(measure(archive.open(directory))):
+        table.add_row(*map(_plain, row))
     Console().print(table)
     print("margin: conclusion over bound, at most 1 where it holds; unmet: the hypothesis is not, so nothing is tested")
 
@@ -243,97 +317,147 @@ def _study(name: str) -> Any:
         raise ExperimentError(str(error.args[0])) from error
 
 
-def _assignment(text: str) -> tuple[str, Any]:
+def _assignment(text: str, option: str = "--set") -> tuple[str, Any]:
     """``key=value`` with a TOML value; a bare word is a string."""
     key, sign, value = text.partition("=")
     if not sign or not key:
-        raise ExperimentError(f"--set {text}: write KEY=VALUE, e.g. --set training.epochs=5")
+        example = {"--set": "training.epochs=5", "--select": "seed=0"}[option]
+        raise ExperimentError(f"{option} {text}: write KEY=VALUE, e.g. {option} {example}")
     try:
         return key.strip(), tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
         if re.fullmatch(r"[A-Za-z][\w.-]*", value.strip()):
             return key.strip(), value.strip()
-        raise ExperimentError(f"--set {text}: {value!r} is not a TOML value") from None
+        raise ExperimentError(f"{option} {text}: {value!r} is not a TOML value") from None
 
 
-def _run(experiment: Experiment, path: Path, device: str, quiet: bool) -> None:
+def _run(
+    experiment: Experiment,
+    path: Path,
+    device: str,
+    quiet: bool,
+    workers: int | None = None,
+    scheduler: str | None = None,
+) -> None:
     from tsdyn import runner, sweep
 
     try:
-        runner.check_device(device)
-    except runner.DeviceError as error:
-        raise _DeviceMissing(str(error)) from error
-    points = [single for _, single in experiment.points()] if experiment.sweep else [experiment]
-    if quiet:
-        sweep.run(experiment, path, device=device)
-        return
-    sweep.preflight(experiment, path)
-    costs = [runner.estimate(single, device=device) for single in points]
-    total = runner.Cost(
-        sum(c.members for c in costs),
-        max(c.parameters for c in costs),
-        max(c.memory for c in costs),
-        sum(c.disk for c in costs),
-        sum(c.seconds for c in costs),
-    )
-    print(f"{experiment.name} -> {path}: {len(points)} run{'s' * (len(points) > 1)}, {total}", flush=True)
-    with _reporting(points) as (report, point):
-        sweep.run(experiment, path, device=device, progress=report, point=point)
+        if scheduler is None:
+            runner.check_device(device)
+        if quiet:
+            sweep.run(experiment, path, device=device, workers=workers, scheduler=scheduler)
+            return
+        sweep.preflight(experiment, path, workers=workers, scheduler=scheduler)
+        due = sweep.due(experiment, path)
+        costs = sweep.estimate(due, device=device if scheduler is None else "cpu")
+        print(f"{experiment.name} -> {path}: {_announced(experiment, len(due), costs, workers or 1)}", flush=True)
+        with _reporting(costs) as (report, point):
+            sweep.run(
+                experiment, path, device=device, workers=workers, scheduler=scheduler, progress=report, point=point
+            )
+    except (runner.DeviceError, sweep.WorkersError) as error:
+        raise _Unavailable(str(error)) from error
     print(f"done: {path}", flush=True)
 
 
-@contextmanager
-def _reporting(points: list[Experiment]) -> Iterator[tuple[Report, Callable[..., Report | None]]]:
-    """Bars on a terminal, one line an epoch otherwise; deaths are said in both."""
-    console = Console(stderr=True)
-    name = [""]
+def _announced(experiment: Experiment, due: int, costs: Mapping[str, Cost], workers: int) -> str:
+    """What is about to be done, in one line; several at once take their memory together."""
+    from tsdyn.runner import Cost
 
-    def died(epoch: int, seeds: list[int]) -> None:
-        if seeds:
-            console.print(
-                f"{name[0]}epoch {epoch}: seeds {seeds} became NaN or infinite and were stopped", markup=False
-            )
+    runs = sum(1 for _ in experiment.points()) if experiment.sweep else 1
+    counted = f"{runs} run{'s' * (runs > 1)}"
+    if due < runs:
+        counted += f", {runs - due} of them finished" if due else ", finished"
+    if not costs:
+        return counted
+    each = list(costs.values())
+    total = Cost(
+        sum(c.members for c in each),
+        max(c.parameters for c in each),
+        sum(sorted(c.memory for c in each)[-workers:]),
+        sum(c.disk for c in each),
+        max(sum(c.seconds for c in each) / workers, *(c.seconds for c in each)),
+    )
+    return f"{counted}, {total}"
+
+
+class _Whole:
+    """How far all runs are together, each counting by the time it was estimated to take."""
+
+    def __init__(self, costs: Mapping[str, Cost]) -> None:
+        self._work = {name: max(cost.seconds, 1e-9) for name, cost in costs.items()}
+        self._from: dict[str, float] = {}  # what an earlier call committed is no work of this one
+        self._share: dict[str, float] = {}
+        self._began = time.monotonic()
+
+    def reached(self, name: str, epoch: int, epochs: int) -> None:
+        if name in self._work:
+            self._from.setdefault(name, epoch / (epochs + 1))
+            self._share[name] = (epoch + 1) / (epochs + 1)
+
+    @property
+    def share(self) -> float:
+        return sum(self._work[name] * share for name, share in self._share.items()) / sum(self._work.values())
+
+    def __str__(self) -> str:
+        from tsdyn.runner import duration
+
+        done = sum(self._work[name] * (share - self._from[name]) for name, share in self._share.items())
+        rest = sum(self._work.values()) * (1 - self.share)
+        return f"{self.share:.0%}, {duration((time.monotonic() - self._began) * rest / done)} left"
+
+
+@contextmanager
+def _reporting(costs: Mapping[str, Cost]) -> Iterator[tuple[Report, Callable[..., Report]]]:
+    """One bar on a terminal, one line an epoch otherwise, both with an estimate of the end; deaths are said in both."""
+    console, whole = Console(stderr=True), _Whole(costs)
+
+    def following(name: str, title: str, show: Callable[[str, str, float | None], None]) -> Report:
+        def report(epoch: int, epochs: int, seeds: list[int], mse: float | None) -> None:
+            if seeds:
+                news = f"{title}epoch {epoch}: seeds {seeds} became NaN or infinite and were stopped"
+                console.print(news, markup=False)
+            whole.reached(name, epoch, epochs)
+            show(title, f"epoch {epoch}/{epochs}", mse)
+
+        return report
+
+    def reports(show: Callable[[str, str, float | None], None]) -> tuple[Report, Callable[..., Report]]:
+        def point(position: int, count: int, name: str, _: Experiment) -> Report:
+            return following(name, f"[{position}/{count}] {name}  " if name != "." else "", show)
+
+        return following(".", "", show), point
 
     if not console.is_terminal:
 
-        def line(epoch: int, epochs: int, seeds: list[int], mse: float | None) -> None:
-            died(epoch, seeds)
+        def line(title: str, epoch: str, mse: float | None) -> None:
             shown = "" if mse is None else f"  evaluation {mse:.4g}"
-            print(f"{name[0]}epoch {epoch}/{epochs}{shown}", file=sys.stderr, flush=True)
+            print(f"{title}{epoch}{shown}  ({whole})", file=sys.stderr, flush=True)
 
-        def announce(position: int, count: int, directory: str, _: Experiment) -> None:
-            name[0] = f"[{position}/{count}] {directory}  "
-
-        yield line, announce
+        yield reports(line)
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[left]}"))
     with Progress(*columns, console=console) as bars:
-        work = bars.add_task("epochs", total=sum(p.training.epochs + 1 for p in points))
+        work = bars.add_task("", total=1.0, left="")
 
-        def advance(epoch: int, epochs: int, seeds: list[int], mse: float | None) -> None:
-            died(epoch, seeds)
-            bars.update(work, advance=1)
+        def advance(title: str, epoch: str, mse: float | None) -> None:
+            bars.update(work, completed=whole.share, description=f"{title}{epoch}", left=str(whole))
 
-        def describe(position: int, count: int, directory: str, _: Experiment) -> None:
-            name[0] = f"{directory}  "
-            bars.update(work, description=f"{position}/{count} {directory}")
-
-        yield advance, describe
+        yield reports(advance)
 
 
 def _save(figure: Any, path: Path, quiet: bool) -> None:
+    """A figure, or an animation of one, as a file."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150, bbox_inches="tight")
+        if path.suffix.lower() == ".gif":
+            figure.save(path, writer="pillow", dpi=100)
+        else:
+            figure.savefig(path, dpi=150, bbox_inches="tight")
     except (OSError, ValueError) as error:
         raise DirectoryError(f"{path}: the figure cannot be written: {error}") from error
     if not quiet:
         print(path)
-
-
-def _printable(text: object) -> str:
-    """Without control characters: attributes and names may come from anybody's file."""
-    return "".join(c if c.isprintable() or c == "\n" else "�" for c in str(text))
 
 
 def _plain(text: object) -> str:

@@ -82,7 +82,8 @@ def labels(experiment: Experiment, seed: int, part: Literal["train", "eval"]) ->
         raise images.DataError(
             f"teacher.widths: {experiment.teacher.widths[-1]} outputs, but there is a label {most}; labels start at 0"
         )
-    return found[images.split(law, generator(seed, "train"))[which]]
+    labels: np.ndarray = found[images.split(law, generator(seed, "train"))[which]]
+    return labels
 
 
 def _taken(experiment: Experiment, seed: int, which: int) -> Float[np.ndarray, "sample input"]:

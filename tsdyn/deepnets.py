@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -229,7 +229,7 @@ class DeepNetwork:
         return nn.Sequential(*parts).eval()
 
     def _torch_layer(self, i: int, weight: Tensor, bias: Tensor | None) -> list[nn.Module]:
-        like = {"device": weight.device, "dtype": weight.dtype}
+        like: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
         made: nn.Conv2d | nn.Linear
         if weight.ndim == 4:
             channels, below, *kernel = weight.shape
@@ -332,13 +332,14 @@ class DeepNetwork:
         # both name layer by layer, in the same order
         by_name = {n: given[k].detach().to(self.weights[0]) for n, k in zip(own, expected, strict=True)}
         layers = range(1, self.depth + 1)
-        norms = [
-            None if n is None else replace(n, **{
+        norms: list[BatchNorm | None] = []
+        for i, norm in enumerate(self.norms, start=1):
+            held: dict[str, Any] = {
                 field: by_name[f"norm.{i}.{name}"]
-                for field, name in _NORM_FIELDS.items() if f"norm.{i}.{name}" in by_name
-            })
-            for i, n in enumerate(self.norms, start=1)
-        ]  # fmt: skip
+                for field, name in _NORM_FIELDS.items()
+                if f"norm.{i}.{name}" in by_name
+            }
+            norms.append(None if norm is None else replace(norm, **held))
         return self.with_parameters(
             [by_name[f"layer.{i}.weight"] for i in layers], [by_name.get(f"layer.{i}.bias") for i in layers], norms
         )

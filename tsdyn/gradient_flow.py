@@ -78,7 +78,7 @@ def gradient_flow(
     gradient_tolerance: float = 1e-7,
     least_norm: float = 1e-6,
     max_steps: int = 20_000,
-    members: Sequence[int] | None = None,
+    seeds: Sequence[int] | None = None,
 ) -> xr.Dataset:
     """Trajectories of dθ/dt = −∇L from each initial row to its end.
 
@@ -92,12 +92,13 @@ def gradient_flow(
         gradient_tolerance: A member with |∇|_∞ below it has arrived; 0 to go on to `end`.
         least_norm: A member with a weight of smaller norm has hit the singularity of relu's loss at w = 0.
         max_steps: Steps, rejected ones with them, after which a member is stopped.
-        members: Labels; 0, 1, … unless given.
+        seeds: Labels of the rows; 0, 1, … unless given.
 
     Returns:
-        Dataset over (member, time): the named parts of the parameters, ``loss`` and ``gradient_max``, NaN beyond a
-        member's end; over (member,): ``stop_reason`` (one of `REASONS`), ``stop_time``, ``stop_loss``,
-        ``stop_gradient_max``, ``steps``, ``rejected``; ``final`` (member, parameter), the row where it stopped.
+        Dataset over (seed, time), one seed a row: the named parts of the parameters, ``loss`` and ``gradient_max``, NaN
+        beyond a member's end; over (seed,): the coordinate ``stop_reason`` (one of `REASONS`) and ``stop_time``,
+        ``stop_loss``, ``stop_gradient_max``, ``steps``, ``rejected``; ``final`` (seed, parameter), the row where it
+        stopped.
 
     Raises:
         ValueError: for rows of another length than the loss's, times that do not increase or are negative, and
@@ -117,9 +118,9 @@ def gradient_flow(
     if not (rtol > 0 and atol > 0):
         raise ValueError(f"gradient_flow: rtol={rtol}, atol={atol}; both must be positive")
     until = float(end if end is not None else at[-1] if len(at) else 1e9)
-    labels = list(range(len(rows))) if members is None else list(members)
+    labels = list(range(len(rows))) if seeds is None else list(seeds)
     if len(labels) != len(rows):
-        raise ValueError(f"gradient_flow: {len(labels)} labels for {len(rows)} members")
+        raise ValueError(f"gradient_flow: {len(labels)} labels for {len(rows)} rows")
     limits = _Limits(rtol, atol, gradient_tolerance, least_norm, max_steps, until)
     with torch.no_grad():
         states = [_integrated(loss, chunk, at, limits) for chunk in rows.split(chunk_size(loss))]
@@ -235,25 +236,36 @@ def _dataset(loss: Loss, states: list[_State], times: np.ndarray, labels: list[i
         return torch.cat([getattr(s, name) for s in states])
 
     final, path = joined("y"), joined("path")
-    per_member = {
-        "stop_reason": (np.array(REASONS)[joined("reason").numpy()], "why the member stopped"),
+    per_seed = {
         "stop_time": (joined("t").numpy(), "time at which it stopped"),
         "stop_loss": (loss.value(final).numpy(), "loss where it stopped"),
         "stop_gradient_max": (loss.gradient(final).abs().amax(-1).numpy(), "|∇|_∞ where it stopped"),
         "steps": (joined("steps").numpy(), "steps tried"),
         "rejected": (joined("rejected").numpy(), "steps refused by the error estimate"),
     }
+    reasons = np.array(REASONS)[joined("reason").numpy()]
     ds = xr.Dataset(
-        {name: ("member", values, {"units": "1", "long_name": text}) for name, (values, text) in per_member.items()},
-        {"member": labels},
-        {"method": "Rodas4(3)", "rtol": limits.rtol, "atol": limits.atol, "end": limits.end, "loss_factor": "no ½"},
+        {name: ("seed", values, _described(text)) for name, (values, text) in per_seed.items()},
+        {"seed": labels, "stop_reason": ("seed", reasons, {"long_name": "why the member stopped"})},
+        {
+            "method": "Rodas4(3)",
+            "rtol": limits.rtol,
+            "atol": limits.atol,
+            "gradient_tolerance": limits.gradient,
+            "end": limits.end,
+            "time": "t of dθ/dt = −∇L, L as the loss gives it; the population loss has no ½",
+        },
     )
-    ds["final"] = ("member", "parameter"), final.numpy(), {"units": "1", "long_name": "parameters where it stopped"}
+    ds["final"] = ("seed", "parameter"), final.numpy(), _described("parameters where it stopped")
     if len(times):
         ds = ds.assign_coords(time=("time", times, {"units": "1", "long_name": "time t of dθ/dt = −∇L"}))
         for name, (dims, values) in loss.labelled(path).items():
-            ds[name] = ("member", "time", *dims), values.numpy(), {"units": "1", "long_name": name}
-        ds["loss"] = ("member", "time"), loss.value(path).numpy(), {"units": "1", "long_name": "loss L"}
+            ds[name] = ("seed", "time", *dims), values.numpy(), _described(name)
+        ds["loss"] = ("seed", "time"), loss.value(path).numpy(), _described("loss L")
         slope = loss.gradient(path).abs().amax(-1).numpy()
-        ds["gradient_max"] = ("member", "time"), slope, {"units": "1", "long_name": "|∇L|_∞"}
+        ds["gradient_max"] = ("seed", "time"), slope, _described("|∇L|_∞")
     return ds
+
+
+def _described(text: str) -> dict[str, str]:
+    return {"units": "1", "long_name": text, "source": "Simsek et al. 2023 (arXiv 2311.01644), section 3"}

@@ -128,7 +128,8 @@ class _ArcCosine(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        return tangents[0] * _ArcCosine._slope(ctx)
+        moved: Tensor = tangents[0] * _ArcCosine._slope(ctx)
+        return moved
 
 
 def arc_cosine(u: Tensor) -> Tensor:
@@ -452,7 +453,7 @@ def of(activation: str | Activation | Function, *, leak: float = 0.01) -> Intera
         return _Quadrature(activation.function)
     if activation.name in ("sigmoid", "tanh", "softplus", "silu"):
         return _LogisticMixture(activation.name)
-    return {"erf": _Erf, "gelu": _Gelu}[activation.name]()
+    return _Erf() if activation.name == "erf" else _Gelu()
 
 
 def in_cosine(

@@ -165,9 +165,10 @@ class PopulationLoss:
     def least_norm(self, parameters: Parameters) -> Float[Tensor, "*member"]:
         """Least |wᵢ| of each student whose activation has a kink at 0, where the flow is singular; else infinite."""
         w, _ = self.unpack(parameters)
-        if self.interaction.homogeneous and self.teacher.activation.leak != 1:
-            return w.norm(dim=-1).amin(-1)
-        return w.new_full(w.shape[:-2], torch.inf)
+        if not self.interaction.homogeneous or self.teacher.activation.leak == 1:
+            return w.new_full(w.shape[:-2], torch.inf)
+        shortest: Tensor = w.norm(dim=-1).amin(-1)
+        return shortest
 
     @property
     def flat_directions(self) -> int:

@@ -6,6 +6,7 @@ the epoch it last committed.
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 import uuid
@@ -18,7 +19,7 @@ import xarray as xr
 
 from tsdyn import archive, grid, runner
 from tsdyn.durable import ArchiveError
-from tsdyn.experiment import Experiment
+from tsdyn.experiment import Experiment, ExperimentError
 from tsdyn.segments import segments
 
 if TYPE_CHECKING:
@@ -54,13 +55,66 @@ class WorkersError(ValueError):
     """Workers that cannot be had."""
 
 
-def preflight(experiment: Experiment, path: str | Path) -> None:
-    """Refuse a directory that is another's before anything is estimated or drawn.
+def preflight(
+    experiment: Experiment, path: str | Path, *, workers: int | None = None, scheduler: str | None = None
+) -> None:
+    """Refuse a directory that is another's, and workers that cannot be had, before anything is estimated or drawn.
 
     Raises:
-        ArchiveError: as `run`.
+        ArchiveError, WorkersError: as `run`.
     """
+    _check_workers(workers, scheduler)
     archive.claim(archive.local_path(path), experiment)
+
+
+def _check_workers(workers: int | None, scheduler: str | None) -> None:
+    if workers is not None and (workers < 1 or scheduler is not None):
+        raise WorkersError(f"workers = {workers}: at least 1, and not together with a scheduler's address")
+
+
+def due(experiment: Experiment, path: str | Path) -> dict[str, Experiment]:
+    """Directory name → experiment of each point that is not finished in `path`; ``.`` for one without a sweep."""
+    path, points = archive.local_path(path), _points(experiment)
+    return {name: single for name, single in points.items() if not _finished(path / name, single)}
+
+
+def _points(experiment: Experiment) -> dict[str, Experiment]:
+    if not experiment.sweep:
+        return {".": experiment}
+    return {grid.point_name(values): single for values, single in experiment.points()}
+
+
+def estimate(points: Mapping[str, Experiment], *, device: str = "cpu") -> dict[str, runner.Cost]:
+    """What each point will take; of those with the same shapes and settings one is timed, for all of them.
+
+    Real numbers, such as rates and scales, cost no time.  Of several points, those that cannot begin are left out:
+    they fail when their turn comes, and the others go on.
+
+    Raises:
+        DeviceError: if there is no such device.
+        ExperimentError: if the only point cannot begin.
+    """
+    known: dict[Any, runner.Cost] = {}
+    found = {}
+    for name, single in points.items():
+        kind = single.layout, json.dumps(_without_reals(single.as_dict()), sort_keys=True)
+        try:
+            if kind not in known:
+                known[kind] = runner.estimate(single, device=runner.check_device(device))
+        except ExperimentError:
+            if len(points) == 1:
+                raise
+            continue
+        found[name] = known[kind]
+    return found
+
+
+def _without_reals(values: Any) -> Any:
+    if isinstance(values, dict):
+        return {key: _without_reals(value) for key, value in values.items()}
+    if isinstance(values, list):
+        return [_without_reals(value) for value in values]
+    return None if isinstance(values, float) else values
 
 
 def run(
@@ -95,8 +149,7 @@ def run(
         DeviceError: if there is no such device.
         WorkersError: if `workers` is below 1, both ways are asked for, or no scheduler answers.
     """
-    if workers is not None and (workers < 1 or scheduler is not None):
-        raise WorkersError(f"workers = {workers}: at least 1, and not together with a scheduler's address")
+    _check_workers(workers, scheduler)
     distributed = workers is not None or scheduler is not None
     if scheduler is None:
         runner.check_device(device)
@@ -104,22 +157,22 @@ def run(
     if not experiment.sweep and not distributed:
         return runner.run(experiment, path, device=device, progress=progress)
     points = archive.write_sweep(path, experiment) if experiment.sweep else {".": experiment}
-    due = {name: single for name, single in points.items() if not _finished(path / name, single)}
+    left = due(experiment, path)
     keeper = _IndexKeeper(path)
     tell = {}
     for position, (name, single) in enumerate(points.items(), start=1):
-        if name in due and distributed:
+        if name in left and distributed:
             tell[name] = (point(position, len(points), name, single) if point else None) or progress
     failures: dict[str, str] = {}
-    if distributed and due:
+    if distributed and left:
         with _client(workers, scheduler) as client:
-            for name, error in _on_workers(client, due, path, device, tell):
+            for name, error in _on_workers(client, left, path, device, tell):
                 keeper.note(name)
                 if error is not None:
                     failures[name] = _reason(error)
     elif not distributed:
         for position, (name, single) in enumerate(points.items(), start=1):
-            if name not in due:
+            if name not in left:
                 continue
             own = point(position, len(points), name, single) if point else None
             try:

@@ -254,8 +254,8 @@ def prune(network: AnyNetwork, ratios: Sequence[float]) -> tuple[AnyNetwork, lis
             columns = kept.flatten(1).unflatten(1, (len(network.weights[i - 1]), -1))[:, active[i - 1]]
             kept = columns.reshape(len(kept), -1, *shape) if shape else columns.flatten(1)
         weights.append(kept)
-    rows = [*active, slice(None)]
-    biases = [None if b is None else b[at] for b, at in zip(network.biases, rows, strict=True)]
+    hidden = zip(network.biases[:-1], active, strict=True)
+    biases = [*(None if b is None else b[at] for b, at in hidden), network.biases[-1]]
     if isinstance(network, Network):
         return network.with_parameters(weights, biases), active
     norms = [None if n is None else n.map(lambda t, at=at: t[at]) for n, at in zip(network.norms, active, strict=True)]

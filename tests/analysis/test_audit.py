@@ -2,10 +2,12 @@ import numpy as np
 import pytest
 import torch
 from tsdyn.analysis.audit import CLAIMS, VERDICTS, audit
+from tsdyn.analysis.members import member
 
 import tsdyn
 from tests.cases import small
 from tests.test_theory import scaled_network
+from tsdyn import alignment, theory
 
 RECORD = ["mse", "correlation", "fanout_norm", "weight", "moments", "lemma1_residual", "alignment", "gradient_max"]
 
@@ -143,6 +145,60 @@ def test_the_update_of_luck_matters_is_reported_and_never_judged(run):
     found = audit(run).sel(claim="update L*W*H* − LWH")
     assert (found.verdict == "reported").all()
     assert float(found.margin.min()) > 0
+
+
+def test_equation_1_holds_and_a_gradient_of_another_network_fails(run, monkeypatch):
+    found = audit(run).sel(claim="Equation 1")
+    assert (found.verdict == "holds").all()
+    true = theory.backpropagated_gradients
+    monkeypatch.setattr(theory, "backpropagated_gradients", lambda *of: [1.001 * g for g in true(*of)])
+    assert (audit(run).sel(claim="Equation 1").verdict == "fails").all()
+
+
+def test_approximations_and_assumptions_are_reported_with_their_size(run):
+    """Each margin again, from the same members by other means."""
+    found = audit(run)
+    cell = run.isel(epoch=-1, seed=1)
+    one = member(cell, tsdyn.Experiment.from_toml_text(run.attrs["experiment"]))
+    margin = found.margin.isel(seed=1)
+    names = ["Assumption 2", "Assumption 3", "E[β f'f'] = E[β] ∘ E[f'f']", "weak overlaps"]
+    assert (found.verdict.sel(claim=names) == "reported").all()
+    x, hidden = one.training_inputs, one.student.trace(one.training_inputs).activations[0]
+    g = [theory.backpropagated_gradient(one.student, one.teacher, x, layer) for layer in (1, 2)]
+    largest = [max((abs(a).max() * abs(b).max()).item() for a, b in zip(*of, strict=True))
+               for of in ((x, g[0]), (hidden, g[1]))]  # fmt: skip
+    np.testing.assert_allclose(margin.sel(claim="Assumption 2"), max(largest), rtol=1e-12)
+    w, b = alignment.regular(one.teacher)
+    near = ((x @ w.T + b).abs() <= 0.1).double().mean(0) / 0.1
+    np.testing.assert_allclose(margin.sel(claim="Assumption 3"), near.min(), rtol=1e-12)
+    # two layers: V is constant, so that the two forms of H agree
+    assert float(margin.sel(claim=names[2])) <= 1e-12
+    f = one.teacher.trace(one.evaluation_inputs).activations[0]
+    shares = []
+    for moment in (f.T @ f, (f > 0).double().T @ (f > 0).double()):
+        share = moment / moment.diagonal()[:, None]
+        shares.append(share[~torch.eye(len(share), dtype=bool)].max().item())
+    np.testing.assert_allclose(margin.sel(claim="weak overlaps"), max(shares), rtol=1e-12)
+
+
+def test_batch_norm_keeps_the_norm_but_for_sgds_own_part(tmp_path):
+    """‖w‖² grows by lr² ‖∇‖² a step: a tenth of the rate, for as many steps, a hundredth as much; the rest is unmet."""
+    change = []
+    for rate in (1e-2, 1e-3):
+        experiment = small(
+            sweep={"student.batch_norm": ["none", "before"]}, training__learning_rate=rate,
+            record__observables=["weight", "conserved_norm"],
+        )  # fmt: skip
+        found = audit(tsdyn.run(experiment, tmp_path / str(rate)))
+        norm = found.sel(claim="BatchNorm keeps ‖w‖")
+        assert (norm.verdict.sel(batch_norm="none") == "unmet").all()
+        assert (norm.verdict.sel(batch_norm="before") == "reported").all()
+        change.append(norm.margin.sel(batch_norm="before"))
+        # the theory's claims are of networks without BatchNorm, and say so
+        equation = found.sel(claim="Equation 1").verdict
+        assert (equation.sel(batch_norm="none") == "holds").all()
+        assert (equation.sel(batch_norm="before") == "unmet").all()
+    assert (change[1] < change[0] / 20).all()
 
 
 def test_theorem_4_asks_for_training_on_the_aware_augmentation(run, tmp_path):
