@@ -36,7 +36,8 @@ def _rule() -> tuple[np.ndarray, np.ndarray]:
 def _correlation(c: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """c/√(ab) within ±1; 0 where a or b is 0: the gate of a field that is 0 counts half, whatever the others do."""
     product = np.sqrt(np.maximum(a, 0) * np.maximum(b, 0))
-    return np.clip(np.divide(c, product, out=np.zeros_like(c), where=product > 0), -1, 1)
+    found: np.ndarray = np.clip(np.divide(c, product, out=np.zeros_like(c), where=product > 0), -1, 1)
+    return found
 
 
 def probability(C: np.ndarray) -> np.ndarray:
@@ -77,12 +78,13 @@ def _conditioned(C: np.ndarray, s: int) -> np.ndarray:
     variance, before = np.einsum("...ii->...i", found), np.einsum("...ii->...i", cut)
     parallel = variance <= _PARALLEL * before
     found[parallel[..., :, None] | parallel[..., None, :]] = 0
-    return found
+    return np.asarray(found)
 
 
 def _density(variance: np.ndarray) -> np.ndarray:
     """At 0; of a field that is 0 itself, whose covariances are 0 too, nothing."""
-    return np.divide(1, _ROOT * np.sqrt(np.maximum(variance, 0)), out=np.zeros_like(variance), where=variance > 0)
+    root = _ROOT * np.sqrt(np.maximum(variance, 0))
+    return np.asarray(np.divide(1, root, out=np.zeros_like(variance), where=variance > 0))
 
 
 def moment(C: np.ndarray, gates: int, rectifiers: int) -> np.ndarray:
@@ -132,10 +134,11 @@ def _groups(nodes: int, fields: int) -> tuple[tuple[bool, int, np.ndarray, np.nd
                     rectified = [z] if z == z2 else [z, z2]
                     term = ([*gates, *rectified], i * nodes + k, (z, z2))
                     found.setdefault((z == z2, len(gates)), []).append(term)
-    return tuple(
-        (same, gates, *(np.array(column) for column in zip(*terms, strict=True)))
-        for (same, gates), terms in found.items()
-    )
+    groups = []
+    for (same, remaining), terms in found.items():
+        chosen, at, pair = (np.array(column) for column in zip(*terms, strict=True))
+        groups.append((same, remaining, chosen, at, pair))
+    return tuple(groups)
 
 
 def gated_square(C: np.ndarray, m: np.ndarray, nodes: int) -> np.ndarray:
