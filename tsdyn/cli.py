@@ -59,9 +59,6 @@ def _errors() -> Iterator[None]:
         _fail(error, FAILED)
     except OSError as error:
         _fail(f"{error}; what was committed is intact", FAILED)
-    except KeyboardInterrupt as error:
-        signal = getattr(error, "signal", 2)
-        _fail("interrupted; what was committed is intact, the same command goes on from there", 128 + signal)
 
 
 class _Unavailable(Exception):
@@ -141,8 +138,13 @@ def run_study(
     if scale not in module.EXPERIMENTS:
         raise ExperimentError(f"--scale {scale}: there are {', '.join(module.EXPERIMENTS)}")
     path = archive.local_path(output or Path("runs") / f"{name}-{scale}")
-    _run(module.EXPERIMENTS[scale], path, device, quiet)
-    measured = module.measure(archive.open(path)).load()
+    work = module.EXPERIMENTS[scale]
+    if isinstance(work, Experiment):
+        _run(work, path, device, quiet)
+        found = archive.open(path)
+    else:
+        found = work.run(path, report=(lambda _: None) if quiet else lambda line: print(line, flush=True))
+    measured = module.measure(found).load()
     archive.write_dataset(path / "measured.nc", measured)
     _save(module.draw(measured), path / "figure.png", quiet)
 
@@ -352,6 +354,9 @@ def _run(
             )
     except (runner.DeviceError, sweep.WorkersError) as error:
         raise _Unavailable(str(error)) from error
+    except KeyboardInterrupt as error:  # here, for typer would make any of them exit 130 without a word
+        signal = getattr(error, "signal", 2)
+        _fail("interrupted; what was committed is intact, the same command goes on from there", 128 + signal)
     print(f"done: {path}", flush=True)
 
 
