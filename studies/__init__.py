@@ -27,6 +27,7 @@ _MODULES = {
     "simsek2023-loss": "simsek2023_loss",
     "simsek2023-norms": "simsek2023_norms",
     "simsek2023-phase-diagram": "simsek2023_phase_diagram",
+    "goldt2019-eg": "goldt2019_eg",
 }
 
 

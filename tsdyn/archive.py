@@ -6,32 +6,37 @@ sees committed epochs only, while a run goes on too.  Imports no torch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import dask.array
 import numpy as np
 import xarray as xr
+from dask.base import tokenize
+from xarray.backends import NetCDF4DataStore
 
 from tsdyn import netcdf, schema
+from tsdyn.durable import ALWAYS_VERIFIED, refuse_changed, replacing
 from tsdyn.durable import ArchiveError as ArchiveError
 from tsdyn.durable import DirectoryError as DirectoryError
 from tsdyn.durable import local_path as local_path
-from tsdyn.durable import replacing
 from tsdyn.durable import write_text as write_text
-from tsdyn.experiment import POINT
+from tsdyn.experiment import POINT, Experiment, ExperimentError, differences
 from tsdyn.grid import LAZY_BYTES, open_sweeps
 from tsdyn.grid import SWEEP as SWEEP
 from tsdyn.grid import label as label
 from tsdyn.grid import sweep_points as sweep_points
 from tsdyn.grid import write_sweep as write_sweep
 from tsdyn.netcdf import bytes_per_epoch as bytes_per_epoch
-from tsdyn.schema import CONSTANTS
+from tsdyn.schema import CONSTANTS, VARIABLES
 from tsdyn.segments import ARCHIVE as ARCHIVE
 from tsdyn.segments import EXPERIMENT as EXPERIMENT
 from tsdyn.segments import SEGMENTS as SEGMENTS
 from tsdyn.segments import Run as Run
 from tsdyn.segments import claim as claim
+from tsdyn.segments import extends, segment_epochs
 from tsdyn.segments import segments as segments
 
 # --- reading -------------------------------------------------------------------------------------------------
@@ -39,7 +44,9 @@ from tsdyn.segments import segments as segments
 T = TypeVar("T", xr.Dataset, xr.DataArray)
 
 
-def open(path: str | Path | Sequence[str | Path], *, skip_damaged: bool = False) -> xr.Dataset:
+def open(
+    path: str | Path | Sequence[str | Path], *, skip_damaged: bool = False, verify: bool | None = None
+) -> xr.Dataset:
     """A run, a sweep or one file as one lazy Dataset; nothing is loaded.
 
     A sweep's swept keys are leading dimensions, named by the key's last word (keys that go together are coordinates
@@ -50,69 +57,124 @@ def open(path: str | Path | Sequence[str | Path], *, skip_damaged: bool = False)
     Args:
         path: Directory of a run or a sweep, or a netCDF file; or a list of directories.
         skip_damaged: Of a sweep, leave NaN what cannot be read, with a warning that names it, instead of failing.
+        verify: Whether files are compared with the checksums beside them first, which reads them whole.  If not said,
+            those of at most 16 MB are, of a sweep those that the index does not know; the numbers of larger ones are
+            protected chunk by chunk when they are read.
 
     Raises:
-        ArchiveError: if there is nothing of tsdyn's to read there, or a list is empty or holds a point twice.
+        ArchiveError: if there is nothing of tsdyn's to read there, it is not what its checksum says, or a list is
+            empty or holds a point twice.
     """
+    upto = {None: ALWAYS_VERIFIED, True: math.inf, False: -1.0}[verify]
     if not isinstance(path, (str, Path)):
         paths = [local_path(one) for one in path]
         if not paths:
             raise DirectoryError("open: an empty list; give directories of runs or sweeps")
-        return open_sweeps(paths, skip_damaged=skip_damaged)
+        return open_sweeps(paths, skip_damaged=skip_damaged, verify=upto)
     path = local_path(path)
     if path.is_file():
-        return _open_file(path)
+        return _open_file(path, upto)
     if (path / SWEEP).is_file():
-        return open_sweeps([path], skip_damaged=skip_damaged)
+        return open_sweeps([path], skip_damaged=skip_damaged, verify=upto)
     if not path.exists():
         raise DirectoryError(f"{path}: does not exist; runs are made by `tsdyn run EXPERIMENT.toml -o {path}`")
     try:
-        return _open_run(path)
+        return _open_run(path, upto)
     except FileNotFoundError:  # an extension turned the archive into a segment in this moment
-        return _open_run(path)
+        return _open_run(path, upto)
 
 
-def _open_run(path: Path) -> xr.Dataset:
+def _open_run(path: Path, upto: float) -> xr.Dataset:
     """The archive of a finished run, the committed epochs of one that goes on."""
     if (path / ARCHIVE).is_file():
-        return _open_file(path / ARCHIVE)
+        return _of_this_run(path, _open_file(path / ARCHIVE, upto))
     try:
-        parts = [_open_file(segment.path) for segment in segments(path)]
+        parts = [_of_this_run(path, _open_file(segment.path, upto, Segmented)) for segment in segments(path)]
     except (FileNotFoundError, ArchiveError):
         if (path / ARCHIVE).is_file():  # the run was finished in this moment
-            return _open_file(path / ARCHIVE)
+            return _of_this_run(path, _open_file(path / ARCHIVE, upto))
         raise
     if not parts:
         raise DirectoryError(f"{path}: holds no archive and no committed epoch; finish it with `tsdyn run`")
     constants = parts[0][[name for name in CONSTANTS if name in parts[0]]]
-    joined = xr.concat(
-        [part.drop_vars(CONSTANTS, errors="ignore").drop_vars("death_epoch") for part in parts],
-        dim="epoch",
-        data_vars="minimal",
-        coords="minimal",
-        compat="override",
-        join="exact",
-        combine_attrs="override",
-    )
-    return joined.merge(constants, compat="override", join="exact").assign_coords(death_epoch=parts[-1]["death_epoch"])
+    try:
+        joined = xr.concat(
+            [part.drop_vars(CONSTANTS, errors="ignore").drop_vars("death_epoch") for part in parts],
+            dim="epoch",
+            data_vars="minimal",
+            coords="minimal",
+            compat="override",
+            join="exact",
+            combine_attrs="override",
+        )
+        whole = joined.merge(constants, compat="override", join="exact")
+        return whole.assign_coords(death_epoch=parts[-1]["death_epoch"])
+    except (ValueError, KeyError) as error:
+        raise ArchiveError(
+            f"{path}: its segments do not fit together: {error}; `tsdyn repair {path}` keeps what can be gone on from"
+        ) from error
 
 
-def _open_file(path: Path) -> xr.Dataset:
-    netcdf.inspect(path)
+def _of_this_run(path: Path, ds: xr.Dataset) -> xr.Dataset:
+    """`ds`, unless its file says that it is of another run than the one in `path`."""
+    text, own = str(ds.attrs.get("experiment")), path / EXPERIMENT
+    if own.exists() and text != own.read_text(encoding="utf-8", errors="replace"):
+        try:
+            mine, theirs = Experiment.from_toml(own), Experiment.from_toml_text(text)
+        except ExperimentError:
+            return ds  # the archive can be read without; `tsdyn validate` names it
+        if mine != theirs and not extends(mine, theirs):
+            raise ArchiveError(
+                f"{path}: holds a file of another run; what differs from {EXPERIMENT}:\n  "
+                + "\n  ".join(differences(theirs, mine))
+            )
+    return ds
+
+
+class Segmented(netcdf.Stored):
+    """A variable of a committed segment, which is the archive's once the run is finished and the segment gone."""
+
+    def __getitem__(self, key: Any) -> np.ndarray:
+        try:
+            return super().__getitem__(key)
+        except FileNotFoundError:
+            segment = self.file.path
+            whole, epochs = netcdf.File(segment.parent.parent / ARCHIVE), segment_epochs(segment)
+            dims = VARIABLES[self.name].dims
+            if epochs is not None and "epoch" in dims:
+                with whole.opened() as nc:
+                    first = int(np.searchsorted(nc["epoch"][:], epochs[0]))
+                at = dims.index("epoch")
+                key = (*key[:at], _later(key[at], first), *key[at + 1 :])
+            return self.read(whole, key)
+
+
+def _later(rows: slice | int, by: int) -> slice | int:
+    return slice(rows.start + by, rows.stop + by, rows.step) if isinstance(rows, slice) else rows + by
+
+
+def _open_file(path: Path, upto: float, kind: type[netcdf.Stored] = netcdf.Stored) -> xr.Dataset:
+    """The coordinates of one file, loaded, and its variables, lazy; up to some size as its checksum says."""
+    refuse_changed(path, upto=upto)
+    netcdf.refuse_foreign(path)
+    file = netcdf.File(path)
     try:
-        ds = xr.open_dataset(path, engine="netcdf4", decode_times=False)
-        ds = ds.assign({name: _lazily(array) for name, array in ds.data_vars.items()})
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # whatever a file that is damaged or not tsdyn's makes netCDF and xarray raise
-        raise DirectoryError(f"{path}: not a readable netCDF file: {error}") from error
-    try:
+        with file.opened() as nc:
+            netcdf.refuse_oversized(path, nc)
+        store = NetCDF4DataStore(file.manager)
+        ds = xr.open_dataset(store, decode_times=False, mask_and_scale=False)  # type: ignore[arg-type]
+        lazy = {n: _lazily(file, a, kind) if a.dtype.kind in "fiu" else a.load() for n, a in ds.items()}
+        ds = ds.drop_vars(list(lazy)).load().assign(lazy)
         return schema.migrate(ds)
+    except (FileNotFoundError, ArchiveError):
+        raise
     except schema.SchemaError as error:
         raise DirectoryError(f"{path}: {error}") from error
+    except Exception as error:  # whatever a file that is damaged or not tsdyn's makes netCDF and xarray raise
+        raise DirectoryError(f"{path}: not a readable netCDF file: {error}") from error
 
 
-def _lazily(array: xr.DataArray) -> xr.DataArray:
+def _lazily(file: netcdf.File, array: xr.DataArray, kind: type[netcdf.Stored]) -> xr.Variable:
     """Dask chunks made of whole disk chunks: as many seeds as fit in `LAZY_BYTES`."""
     stored = array.encoding.get("chunksizes") or array.shape
     chunks = dict(zip(array.dims, stored, strict=True))
@@ -122,7 +184,16 @@ def _lazily(array: xr.DataArray) -> xr.DataArray:
     size = max(1, int(np.prod(list(chunks.values()))) * array.dtype.itemsize)
     if "seed" in chunks:
         chunks["seed"] = min(array.sizes["seed"], chunks["seed"] * max(1, LAZY_BYTES // size))
-    return array.chunk(chunks)
+    status = file.path.stat()
+    lazy = dask.array.from_array(
+        kind(file, str(array.name), array.shape, array.dtype),
+        chunks=tuple(max(1, n) for n in chunks.values()),
+        name=f"{array.name}-{tokenize(str(file.path.absolute()), status.st_ino, status.st_size, status.st_mtime_ns)}",
+        asarray=False,
+        fancy=False,
+        meta=np.empty((0,) * array.ndim, array.dtype),
+    )
+    return xr.Variable(array.dims, lazy, {k: v for k, v in array.attrs.items() if not k.startswith("_")})
 
 
 def write_dataset(path: Path, ds: xr.Dataset) -> None:
@@ -179,15 +250,17 @@ def layer(ds: T, number: int) -> T:
     if "layer" not in ds.dims or number not in ds.indexes["layer"]:
         held = list(ds.indexes["layer"]) if "layer" in ds.dims else "no layer dimension"
         raise ValueError(f"layer: {number} is not in the dataset, which has {held}")
-    one = ds.sel(layer=number)
-    if number > 1 and isinstance(one, xr.Dataset):  # variables of the lowest layer alone have nodes but no layer
+    if number > 1 and isinstance(ds, xr.Dataset):  # variables of the lowest layer alone have nodes but no layer
         lowest = [n for n, v in ds.data_vars.items() if "layer" not in v.dims and set(schema.NODE_WIDTHS) & set(v.dims)]
-        one = one.drop_vars(lowest)
-    ends = {dim: coordinate for dim, coordinate in schema.NODE_WIDTHS.items() if dim in one.dims}
-    widths = {dim: int(one[coordinate].max()) for dim, coordinate in ends.items() if coordinate in one.coords}
-    if "input_node" in one.dims:
-        names = {one.name} if isinstance(one, xr.DataArray) else set(one.data_vars)
+        ds = ds.drop_vars(lowest)
+    # one cut, not one after another: dask then reads no more than it asks for
+    place = int(ds.get_index("layer").get_loc(number))
+    at = {name: c.isel(layer=place) for name, c in ds.coords.items() if "layer" in c.dims}
+    ends = {dim: coordinate for dim, coordinate in schema.NODE_WIDTHS.items() if dim in ds.dims}
+    widths = {dim: int(at[coordinate].max()) for dim, coordinate in ends.items() if coordinate in at}
+    if "input_node" in ds.dims:
+        names = {ds.name} if isinstance(ds, xr.DataArray) else set(ds.data_vars)
         below = [c for c, v in (("input_width", "weight"), ("teacher_input_width", "teacher_weight")) if v in names]
         below = below or ["input_width", "teacher_input_width"]
-        widths["input_node"] = max(int(one[c].max()) for c in below if c in one.coords)
-    return one.isel({dim: slice(0, width) for dim, width in widths.items()})
+        widths["input_node"] = max(int(at[c].max()) for c in below if c in at)
+    return ds.isel({"layer": place, **{dim: slice(0, width) for dim, width in widths.items()}})

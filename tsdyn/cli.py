@@ -59,9 +59,6 @@ def _errors() -> Iterator[None]:
         _fail(error, FAILED)
     except OSError as error:
         _fail(f"{error}; what was committed is intact", FAILED)
-    except KeyboardInterrupt as error:
-        signal = getattr(error, "signal", 2)
-        _fail("interrupted; what was committed is intact, the same command goes on from there", 128 + signal)
 
 
 class _Unavailable(Exception):
@@ -170,10 +167,11 @@ def show(directory: Directory) -> None:
     }
     if ds.sizes.get("epoch"):
         rows["epochs"] = f"{int(ds.epoch[0])}..{int(ds.epoch[-1])}, {ds.sizes['epoch']} recorded"
-    for dim in archive.swept_dimensions(ds):
-        values = ds[dim].values.tolist()
-        shown = ", ".join(map(str, values[:8])) + (f", ... {values[-1]}" if len(values) > 8 else "")
-        rows[f"swept: {dim}"] = shown
+    for key, column in ds.coords.items():
+        if column.dims and set(column.dims) <= set(archive.swept_dimensions(ds)) and key not in ("point", "coverage"):
+            values = list(dict.fromkeys(column.values.tolist()))
+            shown = ", ".join(map(str, values[:8])) + (f", ... {values[-1]}" if len(values) > 8 else "")
+            rows[f"swept: {key}"] = shown
     if "coverage" in ds.coords:
         rows["coverage"] = f"{int((ds.coverage >= 1).sum())} of {ds.coverage.size} points finished"
     if "death_epoch" in ds.coords:
@@ -182,10 +180,16 @@ def show(directory: Directory) -> None:
     for key, value in rows.items():
         facts.add_row(_plain(key), _plain(value))
     console.print(facts)
-    table = Table("variable", "dimensions", "meaning")
-    for name, array in ds.data_vars.items():
-        table.add_row(_plain(name), _plain(", ".join(map(str, array.dims))), _plain(array.attrs.get("long_name", "")))
-    console.print(table)
+    swept = archive.swept_dimensions(ds)
+    after = f"dimensions, after {', '.join(swept)}" if swept else "dimensions"
+    lines = [("variable", after, "meaning")] + [
+        (str(name), ", ".join(str(d) for d in array.dims if d not in swept), str(array.attrs.get("long_name", "")))
+        for name, array in ds.data_vars.items()
+    ]
+    first, second = (max(len(line[i]) for line in lines) for i in (0, 1))
+    for name, dims, meaning in lines:  # a line a variable, cut where the terminal ends
+        line = _printable(f"{name:{first}}  {dims:{second}}  {meaning}".replace("\n", " "))
+        print(line[: console.width] if console.is_terminal else line)
 
 
 @app.command()
@@ -350,6 +354,9 @@ def _run(
             )
     except (runner.DeviceError, sweep.WorkersError) as error:
         raise _Unavailable(str(error)) from error
+    except KeyboardInterrupt as error:  # here, for typer would make any of them exit 130 without a word
+        signal = getattr(error, "signal", 2)
+        _fail("interrupted; what was committed is intact, the same command goes on from there", 128 + signal)
     print(f"done: {path}", flush=True)
 
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import math
 import os
 import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 
 #: Left free beyond what a write needs.
 MARGIN = 1 << 20
+#: A file up to this size is compared with its checksum whenever it is opened: 10 ms.
+ALWAYS_VERIFIED = float(1 << 24)
 #: `SUFFIX` of the file beside another one that holds its SHA-256, as ``sha256sum -c`` reads it.
 SUFFIX = ".sha256"
 _SEAL = re.compile(r"([0-9a-f]{64})  [^/\n]+\n")
@@ -171,6 +175,27 @@ def sealed(path: Path) -> bool | None:
         return None
     match = _SEAL.fullmatch(kept)
     return match is not None and match[1] == sha256(path)
+
+
+def refuse_changed(path: Path, *, upto: float = math.inf) -> None:
+    """Refuse a file of at most `upto` bytes that is not what its checksum says; once read, it is not read again.
+
+    Raises:
+        ArchiveError: naming the file and the way out.
+    """
+    status = path.stat()
+    with suppress(FileNotFoundError):
+        stamp = (status.st_ino, status.st_size, status.st_mtime_ns, seal_of(path).stat().st_mtime_ns)
+        if status.st_size <= upto and not _as_sealed(path.absolute(), stamp):
+            raise ArchiveError(
+                f"{path}: was changed or is damaged: its checksum differs from the one in {seal_of(path).name}; "
+                "`tsdyn validate` says where, `tsdyn repair` keeps what is whole"
+            )
+
+
+@lru_cache(maxsize=1 << 14)
+def _as_sealed(path: Path, stamp: tuple[int, ...]) -> bool:
+    return sealed(path) is not False
 
 
 def remove_sealed(path: Path) -> None:

@@ -25,6 +25,8 @@ _SOURCES: Mapping[str, tuple[str, str]] = {
     "cifar10": ("https://www.cs.toronto.edu/~kriz/cifar.html", "cifar-10-binary.tar.gz, unpacked"),
 }
 _IDX_UNSIGNED_BYTE = 8
+#: Deflate makes a byte of at most so many.
+DEFLATES = 1032
 _CIFAR10_RECORD = 1 + 3 * 32 * 32
 
 
@@ -252,7 +254,7 @@ def read_arrays(path: str | Path) -> Samples:
         raise DataError(f"{path}: no such file{_where_from('file')}")
     try:
         found = _arrays(path)
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, MemoryError) as error:
         raise DataError(f"{path}: cannot be read as {path.suffix or 'arrays'}: {error}") from None
     if "inputs" not in found:
         raise DataError(f"{path}: holds {', '.join(found) or 'nothing'}; the samples must be called inputs")
@@ -284,6 +286,8 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
             return {name: held[name] for name in held.files}
     if path.suffix == ".nc":
         with xr.open_dataset(path) as ds:
+            if ds.nbytes > DEFLATES * path.stat().st_size:
+                raise ValueError(f"it declares {ds.nbytes} bytes, more than {path.stat().st_size} can hold")
             return {str(name): ds[name].values for name in ds.data_vars}
     raise ValueError("it must end in .npz, .nc or .npy")
 

@@ -113,7 +113,7 @@ def _check_file(path: Path, experiment: Experiment | None = None) -> Iterator[st
     if kept is False:
         yield f"{path}: its checksum differs from the one kept in {seal_of(path).name}: it was changed or is damaged"
     try:
-        ds = archive.open(path)
+        ds = archive.open(path, verify=False)
     except ArchiveError as error:
         yield str(error)
         return
@@ -226,10 +226,10 @@ def _repair_run(path: Path) -> Iterator[str]:
     if (path / ARCHIVE).exists():
         found = list(_check_file(path / ARCHIVE, experiment))
         if found:
-            _move_to_damaged(path, path / ARCHIVE)
+            damaged = _move_to_damaged(path, path / ARCHIVE)
             yield f"{found[0]}; moved to {DAMAGED}/"
             if after == -1:
-                yield from _salvage(path, experiment)
+                yield from _salvage(path, experiment, damaged)
 
 
 def _remembered(files: Sequence[Path]) -> Experiment | None:
@@ -243,23 +243,22 @@ def _remembered(files: Sequence[Path]) -> Experiment | None:
     return None
 
 
-def _move_to_damaged(path: Path, file: Path) -> None:
+def _move_to_damaged(path: Path, file: Path) -> Path:
+    """Where `file` is then; its checksum goes with it."""
     make_directory(path / DAMAGED)
-    for one in (file, seal_of(file)):
-        if one.exists():
-            target = path / DAMAGED / one.name
-            for count in itertools.count(1):
-                if not target.exists():
-                    break
-                target = path / DAMAGED / f"{one.name}.{count}"
-            one.rename(target)
-            sync_directory(one.parent)
+    taken = {one.name for one in (path / DAMAGED).iterdir()}
+    names = (f"{file.name}.{count}" if count else file.name for count in itertools.count())
+    target = path / DAMAGED / next(name for name in names if name not in taken)
+    for one, there in ((file, target), (seal_of(file), seal_of(target))):
+        with suppress(FileNotFoundError):
+            one.rename(there)
+    sync_directory(file.parent)
     sync_directory(path / DAMAGED)
+    return target
 
 
-def _salvage(path: Path, experiment: Experiment) -> Iterator[str]:
+def _salvage(path: Path, experiment: Experiment, damaged: Path) -> Iterator[str]:
     """Copy what can be read of the damaged archive into a new one."""
-    damaged = max((path / DAMAGED).glob(f"{ARCHIVE}*[!{SUFFIX[-1]}]"), key=lambda f: f.stat().st_ctime_ns)
     layout, dropped = experiment.layout, []
     variables = (*schema.expand(experiment.record.observables), *schema.CONSTANTS)
     try:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
+import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import netCDF4
 import numpy as np
+from xarray.backends import CachingFileManager
 from xarray.backends.locks import HDF5_LOCK, NETCDFC_LOCK, combine_locks
 
 from tsdyn import schema
-from tsdyn.durable import DirectoryError
+from tsdyn.durable import ArchiveError, DirectoryError
 from tsdyn.schema import COORDINATES, VARIABLES, Layout
 
 #: On disk, a chunk holds one seed, one layer and as many epochs as fit in this.
@@ -46,43 +49,148 @@ def guarded() -> Iterator[None]:
 
 @contextmanager
 def dataset(path: Path, mode: Literal["r", "w", "r+", "a"] = "r") -> Iterator[netCDF4.Dataset]:
-    """An open file, alone with the library; values as stored, nothing masked or scaled."""
-    with guarded(), netCDF4.Dataset(path, mode, format="NETCDF4") as nc:
-        nc.set_auto_maskandscale(False)
-        yield nc
+    """An open file, alone with the library; values as stored, nothing masked or scaled.
+
+    Raises:
+        DirectoryError: if it is there and cannot be read.
+    """
+    with guarded():
+        try:
+            nc = netCDF4.Dataset(path, mode, format="NETCDF4")
+        except FileNotFoundError:
+            raise
+        except (OSError, RuntimeError, ValueError) as error:
+            if mode == "r":
+                raise DirectoryError(f"{path}: not a readable netCDF file: {error}") from error
+            raise
+        with nc:
+            nc.set_auto_maskandscale(False)
+            yield nc
+            if mode != "r":
+                _flush(nc, path)
+
+
+def _flush(nc: netCDF4.Dataset, path: Path) -> None:
+    """On the disk before the library closes it: where closing fails, as on a network drive that is full, it crashes."""
+    nc.sync()
+    try:
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
+    except OSError:
+        nc._isopen = 0  # left open: closing would fail likewise
+        raise
+
+
+class File:
+    """A file for reading, opened when it is first needed and again in another process; closed with its last user.
+
+    Reading is safe from any thread.  What is opened stays what it was when another file takes its name.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.manager = CachingFileManager(netCDF4.Dataset, os.fspath(path), mode="r", lock=_LOCK)
+
+    @contextmanager
+    def opened(self) -> Iterator[netCDF4.Dataset]:
+        """The open file, alone with the library.
+
+        Raises:
+            DirectoryError: if it is there and cannot be read.
+        """
+        with guarded():
+            try:
+                nc = self.manager.acquire(needs_lock=False)
+            except FileNotFoundError:
+                raise
+            except (OSError, RuntimeError, ValueError) as error:
+                raise DirectoryError(f"{self.path}: not a readable netCDF file: {error}") from error
+            nc.set_auto_maskandscale(False)
+            yield nc
+
+
+@dataclass(frozen=True, eq=False)
+class Stored:
+    """A variable of a file as an array that reads when it is indexed, with slices of positive step and integers."""
+
+    file: File
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def __getitem__(self, key: Any) -> np.ndarray:
+        return self.read(self.file, key)
+
+    def read(self, file: File, key: Any) -> np.ndarray:
+        """From this file or another.
+
+        Raises:
+            ArchiveError: naming file and variable.
+        """
+        try:
+            with file.opened() as nc:
+                return np.asarray(nc[self.name][key])
+        except FileNotFoundError:
+            raise
+        except (OSError, RuntimeError, IndexError, KeyError, ValueError) as error:
+            raise ArchiveError(
+                f"{file.path}: {self.name} cannot be read: {error}; `tsdyn validate` tells what is whole"
+            ) from error
 
 
 def inspect(path: Path) -> None:
     """Refuse a file that is not netCDF-4 or declares more than its own size warrants, before any of it is loaded.
 
-    Coordinates are written whole, so they fit in the file; of variables only a chunk is held at once.
-
     Raises:
         DirectoryError: naming the file and what it declares.
     """
-    size = path.stat().st_size
+    refuse_foreign(path)
+    with dataset(path) as nc:
+        refuse_oversized(path, nc)
+
+
+def refuse_foreign(path: Path) -> None:
+    """Raises DirectoryError if the first bytes are not netCDF-4's, before a library is asked to make sense of them."""
     with path.open("rb") as file:
         if file.read(8) != b"\x89HDF\r\n\x1a\n":
             raise DirectoryError(f"{path}: not a readable netCDF file: no netCDF-4 header")
+
+
+def refuse_oversized(path: Path, nc: netCDF4.Dataset) -> None:
+    """Coordinates are written whole, so they fit in the file; of variables only a chunk is held at once.
+
+    Raises:
+        DirectoryError: naming what declares more than that.
+    """
+    size = path.stat().st_size
     try:
-        with dataset(path) as nc:
-            for name, array in nc.variables.items():
-                item = array.dtype.itemsize if isinstance(array.dtype, np.dtype) else 1
-                stored = array.chunking()
-                chunk = array.shape if not isinstance(stored, list) else stored
-                nbytes, chunk_bytes = math.prod(array.shape) * item, math.prod(chunk) * item
-                chunks = math.prod(-(-n // max(1, c)) for n, c in zip(array.shape, chunk, strict=True))
-                coordinate = name in nc.dimensions or name in COORDINATES
-                if (
-                    (coordinate and nbytes > size)
-                    or chunk_bytes > max(size, DECLARED_CHUNK)
-                    or chunks > max(size // 1024, DECLARED_CHUNKS)
-                    or nbytes > DECLARED_RATIO * size
-                ):
-                    raise DirectoryError(
-                        f"{path}: {name} declares the shape {array.shape} in chunks of {tuple(chunk)}, more than a "
-                        f"file of {size} bytes warrants; it is damaged or not tsdyn's"
-                    )
+        for name, dimension in nc.dimensions.items():
+            if name not in nc.variables and dimension.size > size:
+                raise DirectoryError(
+                    f"{path}: {name} declares {dimension.size} labels, more than a file of {size} bytes warrants; it "
+                    "is damaged or not tsdyn's"
+                )
+        for name, array in nc.variables.items():
+            item = array.dtype.itemsize if isinstance(array.dtype, np.dtype) else 1
+            stored = array.chunking()
+            chunk = array.shape if not isinstance(stored, list) else stored
+            nbytes, chunk_bytes = math.prod(array.shape) * item, math.prod(chunk) * item
+            chunks = math.prod(-(-n // max(1, c)) for n, c in zip(array.shape, chunk, strict=True))
+            coordinate = name in nc.dimensions or name in COORDINATES
+            if (
+                (coordinate and nbytes > size)
+                or chunk_bytes > max(size, DECLARED_CHUNK)
+                or chunks > max(size // 1024, DECLARED_CHUNKS)
+                or nbytes > DECLARED_RATIO * size
+            ):
+                raise DirectoryError(
+                    f"{path}: {name} declares the shape {array.shape} in chunks of {tuple(chunk)}, more than a "
+                    f"file of {size} bytes warrants; it is damaged or not tsdyn's"
+                )
     except (OSError, RuntimeError, ValueError, AttributeError, KeyError, TypeError, IndexError) as error:
         if isinstance(error, DirectoryError):
             raise

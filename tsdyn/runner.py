@@ -20,7 +20,7 @@ import xarray as xr
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from tsdyn import alignment, archive, data, deeptraining, memory, observables, schema, training
+from tsdyn import alignment, archive, data, deeptraining, flowtraining, memory, observables, schema, training
 from tsdyn._version import __version__
 from tsdyn.archive import ArchiveError, Run
 from tsdyn.deepnets import DeepNetwork
@@ -166,7 +166,7 @@ class Members:
         """Batches of the epoch that ends at `epoch`."""
         if data.new_at_every_step(self.experiment):
             return lambda members: self._fresh(members, epoch)
-        if self.experiment.training.method == "gd":
+        if self.experiment.training.whole:
             return training.finite_stream(*self._finite, None, steps=self.experiment.steps)
         pairs = zip(self.experiment.seed_labels, self._finite_probes, strict=True)
         draws = [data.batch_indices(self.experiment, seed, epoch, len(probe.inputs)) for seed, probe in pairs]
@@ -273,7 +273,11 @@ class Members:
     def train(self, epoch: int) -> list[int]:
         """The epoch that ends at `epoch`; returns the seeds that died in it."""
         rule = Rule.of(self.experiment.training, epoch)
-        if isinstance(self.ensemble, DeepEnsemble):
+        if self.experiment.training.method == "flow":
+            assert isinstance(self.ensemble, Ensemble)
+            lasting = self.experiment.training.rate(epoch) * self.experiment.steps
+            flowtraining.train_epoch(self.ensemble, list(zip(*self._finite, strict=True)), rule, time=lasting)
+        elif isinstance(self.ensemble, DeepEnsemble):
             deeptraining.train_epoch(self.ensemble, self.stream(epoch), rule, batch=self._batch)
         else:
             training.train_epoch(self.ensemble, self.stream(epoch), rule, batch=self._batch)
@@ -281,8 +285,7 @@ class Members:
 
     @property
     def _batch(self) -> int:
-        whole = self.experiment.training.method == "gd"
-        return len(self._finite[0][0]) if whole else self.experiment.training.batch
+        return len(self._finite[0][0]) if self.experiment.training.whole else self.experiment.training.batch
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.device)
@@ -296,11 +299,14 @@ def _held(ensemble: Ensemble | DeepEnsemble) -> list[tuple[str, int, Tensor]]:
 def estimate(experiment: Experiment, *, device: str = "cpu") -> Cost:
     """What `experiment` (one run, no sweep) will take; times a few steps and one measurement of one member."""
     layout, members = experiment.layout, len(experiment.seed_labels)
-    few = experiment.replace({"seeds": list(experiment.seed_labels[:8]), "data.eval": min(512, experiment.data.eval)})
-    steps = min(experiment.steps, 60)
+    flow = experiment.training.method == "flow"  # whose time an epoch is no sum of its steps'
+    seeds = list(experiment.seed_labels[: 1 if flow else 8])
+    few = experiment.replace({"seeds": seeds, "data.eval": min(512, experiment.data.eval)})
+    steps = experiment.steps if flow else min(experiment.steps, 60)
     few = few.replace({"training.steps_per_epoch": steps})
-    if isinstance(experiment.data.train, int) and experiment.training.method != "gd":
+    if isinstance(experiment.data.train, int) and not experiment.training.whole:
         few = few.replace({"data.train": min(experiment.data.train, max(512, experiment.training.batch))})
+    memory.refuse_beyond("estimate", footprint(few), torch.device(device), "narrower networks, fewer samples")
     trial = Members(few, device)
     variables = schema.expand(experiment.record.observables)
     per_step = _quickest(lambda: trial.train(1)) / steps / trial.ensemble.members
@@ -337,6 +343,8 @@ def footprint(experiment: Experiment, *, train: int | None = None) -> int:
         n * (below + 1) for n, below in zip(layout.teacher_widths, layout.teacher_input_widths, strict=True)
     )
     numbers = len(layout.seeds) * (samples + 4 * parameters)
+    if experiment.training.method == "flow":  # the Hessian of one member, its factors and what becomes of it
+        numbers += 4 * sum(n * (below + 1) for n, below in zip(layout.widths, layout.input_widths, strict=True)) ** 2
     epoch = archive.bytes_per_epoch(layout, schema.expand(experiment.record.observables), experiment.dtype)
     whole = epoch * len(experiment.schedule)
     return numbers * np.dtype(experiment.dtype).itemsize + 3 * min(max(COMMIT_BYTES, epoch), whole)
@@ -399,8 +407,9 @@ def _train(target: Run, members: Members, progress: Progress | None, asked: Call
     committed = target.committed()
     start = 0
     if committed is not None:
-        _say_what_changed(target, attrs)
-        members.restore(_of_this_shape(target, members))
+        state, before = target.state()
+        _say_what_changed(target.path, before, attrs)
+        members.restore(_of_this_shape(target.path, state, members))
         start = committed + 1
     pending: list[dict[str, Any]] = []
     epochs: list[int] = []
@@ -438,31 +447,29 @@ def _interval(elapsed: float, took: float) -> float:
     return COMMIT_SECONDS and max(COMMIT_SECONDS, COMMIT_SHARE * elapsed, took / COMMIT_SHARE)
 
 
-def _of_this_shape(target: Run, members: Members) -> dict[str, np.ndarray]:
+def _of_this_shape(path: Path, stored: dict[str, np.ndarray], members: Members) -> dict[str, np.ndarray]:
     """The committed state, refused if it is not one of these members: copied, a wrong shape could broadcast."""
-    stored = target.state()
     Rule.of(members.experiment.training, 1).prepare(members.ensemble)
     for name, array in members.state().items():
         found = stored.get(name)
         if found is None or found.shape != array.shape or found.dtype != array.dtype:
             held = "missing" if found is None else f"{found.dtype} {found.shape}"
             raise ArchiveError(
-                f"{target.path}: the state to go on from has {name} {held}, this experiment needs {array.dtype} "
+                f"{path}: the state to go on from has {name} {held}, this experiment needs {array.dtype} "
                 f"{array.shape}; the segments are of another tsdyn or not whole: see `tsdyn validate`"
             )
     return stored
 
 
-def _say_what_changed(target: Run, attrs: Mapping[str, Any]) -> None:
+def _say_what_changed(path: Path, before: Mapping[str, Any], attrs: Mapping[str, Any]) -> None:
     """Bits are promised for the same device, threads and versions; where these changed, the log says so."""
-    before = target.attrs()
     changed = [
         f"{key} {before.get(key)} before, {attrs[key]} now"
         for key in ("device", "threads", "torch_version", "numpy_version", "tsdyn_version")
         if before.get(key) != attrs[key]
     ]
     if changed:
-        _log.warning("%s: goes on elsewhere than it began (%s): bits may differ", target.path, "; ".join(changed))
+        _log.warning("%s: goes on elsewhere than it began (%s): bits may differ", path, "; ".join(changed))
 
 
 def _along_epochs(pending: list[dict[str, Any]]) -> dict[str, Any]:
@@ -514,11 +521,23 @@ def attributes(experiment: Experiment, device: str) -> dict[str, str | int]:
                 "gradient": "g is the negative gradient at the pre-activation",
                 "gate_at_zero": "torch",
                 "correlation": "centred, standardised, signed",
-                "learning_rate": "W += learning_rate (1/batch) sum g f^T",
-                "time": "epoch = steps_per_epoch steps",
+                **_time_convention(experiment),
                 "batch_norm": _batch_norm_convention(experiment),
             }
         ),
+    }
+
+
+def _time_convention(experiment: Experiment) -> dict[str, str]:
+    if experiment.training.method == "flow":
+        how = f"Rodas4(3), rtol {flowtraining.RTOL:g}, atol {flowtraining.ATOL:g}"
+        return {
+            "learning_rate": "time an epoch takes, by steps_per_epoch",
+            "time": f"epoch = learning_rate steps_per_epoch of t in dtheta/dt = -grad J ({how})",
+        }
+    return {
+        "learning_rate": "W += learning_rate (1/batch) sum g f^T",
+        "time": "epoch = steps_per_epoch steps",
     }
 
 

@@ -21,11 +21,11 @@ from tsdyn.durable import (
     DirectoryError,
     local_path,
     make_directory,
+    refuse_changed,
     refused,
     remove_sealed,
     replacing,
     seal_of,
-    sealed,
     sha256,
     sync_directory,
     write_bytes,
@@ -210,7 +210,7 @@ class Run:
 
     def _reopen(self, shorter: Experiment) -> None:
         """The archive of a finished run becomes the first segment of the longer one, in one rename."""
-        _check_seal(self.path / ARCHIVE, self.path)
+        refuse_changed(self.path / ARCHIVE)
         with netcdf.dataset(self.path / ARCHIVE) as nc:
             if "state" not in nc.groups:
                 raise DirectoryError(
@@ -278,21 +278,23 @@ class Run:
             content = nc.close()
         write_bytes(segment_path(self.path, first, last), content, seal=True)
 
-    def state(self) -> dict[str, np.ndarray]:
-        """State after the last committed epoch.
+    def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """State after the last committed epoch, and the global attributes of its segment.
 
         Raises:
-            ArchiveError: if the segment that holds it is damaged.
+            ArchiveError: if the segment that holds them is damaged.
         """
         newest = segments(self.path)[-1]
-        _check_seal(newest.path, self.path)
-        with netcdf.dataset(newest.path) as nc:
-            return netcdf.read_state(nc)
-
-    def attrs(self) -> dict[str, Any]:
-        """Global attributes of the last committed segment."""
-        with netcdf.dataset(segments(self.path)[-1].path) as nc:
-            return {name: nc.getncattr(name) for name in nc.ncattrs()}
+        refuse_changed(newest.path)
+        try:
+            with netcdf.dataset(newest.path) as nc:
+                return netcdf.read_state(nc), {name: nc.getncattr(name) for name in nc.ncattrs()}
+        except (OSError, RuntimeError, AttributeError) as error:
+            if isinstance(error, ArchiveError):
+                raise
+            raise ArchiveError(
+                f"{newest.path}: cannot be read: {error}; `tsdyn repair {self.path}` keeps what can be gone on from"
+            ) from error
 
     def consolidate(self, attrs: Mapping[str, Any]) -> None:
         """All epochs in one file, read back and compared with the segments before these go.  Repeatable.
@@ -303,14 +305,15 @@ class Run:
         self._lock.confirm()
         files = [segment.path for segment in segments(self.path)]
         for file in files:
-            _check_seal(file, self.path)
+            refuse_changed(file)
         epochs = self.experiment.schedule
-        with replacing(self.path / ARCHIVE, self.bytes_per_epoch * len(epochs), seal=True) as temporary:
+        size = self.bytes_per_epoch * len(epochs)
+        with replacing(self.path / ARCHIVE, size, seal=True) as temporary, _Files(files) as opened:
             with netcdf.dataset(temporary, "w") as nc:
                 netcdf.create(nc, self.layout, epochs, self.variables, self.experiment.dtype, attrs)
-                self._copy(files, nc)
+                self._copy(opened, nc)
             with netcdf.dataset(temporary) as nc:
-                self._compare(files, nc)
+                self._compare(opened, nc)
         self._drop_segments()
 
     def _drop_segments(self) -> None:
@@ -319,28 +322,26 @@ class Run:
         if not folder.is_dir():
             return
         if any(folder.iterdir()):
-            _check_seal(self.path / ARCHIVE, self.path)
+            refuse_changed(self.path / ARCHIVE)
         for file in sorted(folder.glob("*.nc")):
             remove_sealed(file)
         with suppress(OSError):  # somebody's own files in there stay
             folder.rmdir()
 
-    def _copy(self, files: Sequence[Path], nc: netCDF4.Dataset) -> None:
-        with _Files(files) as opened:
-            for name, index, block in self._windows(opened, nc):
-                if not np.isnan(block).all():  # what is never written reads as NaN and takes no space
-                    nc[name][index] = block
-            with opened[files[-1]] as last:
-                nc["death_epoch"][:] = last["death_epoch"][:]
-                netcdf.write_state(nc, netcdf.read_state(last))
+    def _copy(self, opened: _Files, nc: netCDF4.Dataset) -> None:
+        for name, index, block in self._windows(opened, nc):
+            if not np.isnan(block).all():  # what is never written reads as NaN and takes no space
+                nc[name][index] = block
+        with opened[opened.files[-1]] as last:
+            nc["death_epoch"][:] = last["death_epoch"][:]
+            netcdf.write_state(nc, netcdf.read_state(last))
 
-    def _compare(self, files: Sequence[Path], nc: netCDF4.Dataset) -> None:
-        with _Files(files) as opened:
-            for name, index, block in self._windows(opened, nc):
-                if not np.array_equal(nc[name][index], block, equal_nan=True):
-                    raise ArchiveError(
-                        f"{self.path}: {name} read back differently from what was written; segments are kept"
-                    )
+    def _compare(self, opened: _Files, nc: netCDF4.Dataset) -> None:
+        for name, index, block in self._windows(opened, nc):
+            if not np.array_equal(nc[name][index], block, equal_nan=True):
+                raise ArchiveError(
+                    f"{self.path}: {name} read back differently from what was written; segments are kept"
+                )
 
     def _windows(
         self, opened: _Files, nc: netCDF4.Dataset
@@ -430,10 +431,3 @@ class _Files:
         else:
             with netcdf.dataset(file) as nc:
                 yield nc
-
-
-def _check_seal(file: Path, run: Path) -> None:
-    if sealed(file) is False:
-        raise ArchiveError(
-            f"{file}: is damaged, its checksum differs; `tsdyn repair {run}` keeps what is whole and says what is not"
-        )

@@ -48,7 +48,9 @@ def chunks(file: Path) -> int:
         ends = dict(zip(array.dimensions, array.shape, strict=True))
         ends |= {"node": int(nc["width"][LAYER - 1]), "teacher_node": int(nc["teacher_width"][LAYER - 1])}
         spans = [
-            [LAYER - 1] if dim == "layer" else [slice(at, min(at + step, ends[dim])) for at in range(0, ends[dim], step)]
+            [LAYER - 1]
+            if dim == "layer"
+            else [slice(at, min(at + step, ends[dim])) for at in range(0, ends[dim], step)]
             for dim, step in zip(array.dimensions, array.chunking(), strict=True)
         ]
         for at in itertools.product(*spans):

@@ -17,12 +17,15 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 #: Trial → how often, in full and in short.
 NUMBERS = {
-    "kills": (500, 6),
-    "prefixes": (100_000, 8),
-    "power_cuts": (200, 8),
-    "faults": (100_000, 8),
-    "full_disks": (50, 4),
+    "kills": (500, 2),
+    "prefixes": (100_000, 3),
+    "power_cuts": (200, 4),
+    "faults": (100_000, 4),
+    "full_disks": (50, 2),
     "two_writers": (100, 2),
+    "readers": (20, 1),
+    "fuzz.archives": (2000, 6),
+    "fuzz.experiments": (2000, 30),
 }
 SHIM = "TSDYN_TORTURE_SHIM"
 
@@ -47,7 +50,9 @@ def main() -> int:
 
     import torch
 
-    from tests.torture import trials
+    from tests.torture import fuzz, trials
+
+    modules = {"trials": trials, "fuzz": fuzz}
 
     torch.set_num_threads(1)
     failed = False
@@ -58,7 +63,10 @@ def main() -> int:
         began = time.monotonic()
         with tempfile.TemporaryDirectory(prefix="tsdyn-torture-") as scratch:
             try:
-                told = getattr(trials, name)(Path(scratch), random.Random(f"{name} {chosen.seed}"), number)
+                module, _, function = name.rpartition(".")
+                told = getattr(modules[module or "trials"], function)(
+                    Path(scratch), random.Random(f"{name} {chosen.seed}"), number
+                )
             except AssertionError as error:
                 failed, told = True, f"BROKEN: {error}"
         print(f"{name}: {told} [{time.monotonic() - began:.0f} s]", flush=True)

@@ -12,7 +12,6 @@ import resource
 import shutil
 import signal
 import struct
-import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from tsdyn.archive import ArchiveError, Run
 
 SEGMENTED = small(
     teacher__widths=[5, 3, 2],
+    teacher__init="gaussian",
     data__train=50,
     data__eval=40,
     training__steps_per_epoch=5,
@@ -57,13 +57,18 @@ class Child:
 
     pid: int
     pipe: int
-    started: float
+    said: bytes = b""
+
+    def wait_for(self, commits: int) -> None:
+        """Until it said so many times that it committed, or it ended."""
+        while len(self.said) < 4 * commits and (chunk := os.read(self.pipe, 1 << 16)):
+            self.said += chunk
 
     def end(self, *, kill: bool = False) -> tuple[int, list[int], str]:
         """(exit code, committed epochs, last words); a signal is a negative code."""
         if kill:
             os.kill(self.pid, signal.SIGKILL)
-        said = b""
+        said = self.said
         while chunk := os.read(self.pipe, 1 << 16):
             said += chunk
         os.close(self.pipe)
@@ -79,7 +84,7 @@ def fork(work: Callable[[int], None]) -> Child:
     pid = os.fork()
     if pid:
         os.close(writing)
-        return Child(pid, reading, time.monotonic())
+        return Child(pid, reading)
     code = TRACEBACK
     try:
         os.close(reading)
