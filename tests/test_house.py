@@ -30,6 +30,7 @@ RANKS = {
     "stationary": 1,
     "gradient_flow": 2,
     "overlaps": 2,
+    "orthants": 0,
     "order_parameters": 3,
     "online": 4,
     "conventions": 0,

@@ -29,6 +29,7 @@ from torch import Tensor
 from tsdyn import activations, interaction
 from tsdyn import overlaps as order
 from tsdyn.activations import Activation
+from tsdyn.orthants import gated_square
 from tsdyn.overlaps import Overlaps
 
 #: Overlaps beyond it count as diverged.
@@ -273,4 +274,4 @@ def _triangle(nodes: int) -> tuple[np.ndarray, np.ndarray]:
     return i, k
 
 
-_FLUCTUATIONS: dict[str, Fluctuation] = {"erf": _erf, "identity": _linear}
+_FLUCTUATIONS: dict[str, Fluctuation] = {"erf": _erf, "identity": _linear, "relu": gated_square}
