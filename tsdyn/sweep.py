@@ -74,8 +74,8 @@ def _check_workers(workers: int | None, scheduler: str | None) -> None:
 
 def due(experiment: Experiment, path: str | Path) -> dict[str, Experiment]:
     """Directory name → experiment of each point that is not finished in `path`; ``.`` for one without a sweep."""
-    path, points = archive.local_path(path), _points(experiment)
-    return {name: single for name, single in points.items() if not _finished(path / name, single)}
+    directory, points = archive.local_path(path), _points(experiment)
+    return {name: single for name, single in points.items() if not _finished(directory / name, single)}
 
 
 def _points(experiment: Experiment) -> dict[str, Experiment]:
