@@ -283,7 +283,7 @@ def _on_workers(
         told = event[1]
         report = tell.get(told["name"])
         if report is not None:
-            report(told["epoch"], told["epochs"], told["died"], told["mse"])
+            report(told["epoch"], told["epochs"], list(told["died"]), told["mse"])  # lists arrive as tuples
 
     def submit(name: str) -> Any:
         key = f"{name}-{uuid.uuid4().hex[:8]}"
