@@ -3,7 +3,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 RUNS   ?= runs/l-shape
 
-.PHONY: quickstart test torture lint docs bench clean
+.PHONY: quickstart test trials torture multilayer lint docs bench scale clean
 
 # Installed once per change of the project's metadata.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -25,9 +25,17 @@ quickstart: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest
 
+# Where gradient flow goes, by three integrators: minutes.
+trials: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.copy_or_average
+
 # Hours: what docs/reliability.md reports, tried again.
 torture: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.torture
+
+# The released multilayer experiment against its figures, ten minutes of one core.
+multilayer: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest tests/studies/multilayer_statistics.py
 
 # Types are checked on the installed package: the tree's analysis/ and studies/ are tsdyn.analysis and tsdyn.studies there.
 lint: $(VENV)/.installed-dev
@@ -44,5 +52,9 @@ bench: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.engine
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/benchmarks -o addopts= --benchmark-only --benchmark-columns=min,median
 
+# Archives of 10 GB, 10,000 runs, 50 killed workers: minutes, and 12 GB below the temporary directory, which go at the end.
+scale: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.scale
+
 clean:
-	rm -rf $(VENV) build dist docs/_build docs/reference/generated .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) build dist docs/_build docs/reference/generated docs/gallery/generated .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -17,6 +17,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from tsdyn.schema import printable
+
 #: Okabe & Ito (2008); yellow, faint on white, comes last.
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#F0E442")
 STYLES = ("-", "--", ":", "-.")
@@ -34,7 +36,12 @@ def axes(ax: Axes | None) -> Axes:
 def axis_label(array: xr.DataArray) -> str:
     """``long_name``, and the units if there are any."""
     name, units = array.attrs.get("long_name", array.name), array.attrs.get("units", "1")
-    return f"{name}" if units in ("1", "epoch") else f"{name} [{units}]"
+    return plain(f"{name}" if units in ("1", "epoch") else f"{name} [{units}]")
+
+
+def plain(text: str) -> str:
+    """As matplotlib shows it as it stands: no formula, no control characters."""
+    return printable(text).replace("$", r"\$")
 
 
 def colour(position: int) -> str:
@@ -136,7 +143,7 @@ def table(
     values: xr.DataArray,
     *,
     ax: Axes | None = None,
-    limits: tuple[float, float],
+    limits: tuple[float | int, float | int],
     cmap: str,
     bar: bool = True,
 ) -> Axes:

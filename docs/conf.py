@@ -1,6 +1,7 @@
 """Sphinx: MyST pages; the schema and the experiment file's keys are printed from the code."""
 
 import re
+import sys
 from pathlib import Path
 
 from tsdyn import __version__, experiment, schema
@@ -11,7 +12,7 @@ release = version = __version__
 extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax", "myst_parser"]
 myst_enable_extensions = ["dollarmath", "deflist"]
 myst_heading_anchors = 3
-exclude_patterns = ["_build", "reference/generated"]
+exclude_patterns = ["_build", "reference/generated", "gallery/generated"]
 html_theme = "furo"
 html_static_path = ["_static"]
 html_title = f"tsdyn {version}"
@@ -111,6 +112,10 @@ def _generate(_app: object) -> None:
     target.mkdir(exist_ok=True)
     for name, text in (("schema", _schema_tables()), ("experiment", _experiment_tables())):
         (target / f"{name}.md").write_text(text, encoding="utf-8")
+    sys.path.insert(0, str(HERE / "gallery"))
+    import draw
+
+    draw.draw(HERE / "gallery" / "generated")
 
 
 def _plain_stars_and_bars(app, what, name, obj, options, lines):

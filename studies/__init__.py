@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Mapping
-from typing import Protocol, cast
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Protocol, cast, runtime_checkable
 
 import xarray as xr
 from matplotlib.figure import Figure
@@ -21,7 +22,27 @@ _MODULES = {
     "tian2020-l-shape": "tian2020_l_shape",
     "tian2020-success-rate": "tian2020_success_rate",
     "tian2020-recovery": "tian2020_recovery",
+    "simsek2023-trajectories": "simsek2023_trajectories",
+    "simsek2023-one-neuron": "simsek2023_one_neuron",
+    "simsek2023-loss": "simsek2023_loss",
+    "simsek2023-norms": "simsek2023_norms",
+    "simsek2023-phase-diagram": "simsek2023_phase_diagram",
+    "goldt2019-eg": "goldt2019_eg",
 }
+
+
+@runtime_checkable
+class Work(Protocol):
+    """What a study runs where that is no training of an ensemble: a value that knows how to fill a directory."""
+
+    @property
+    def name(self) -> str: ...
+
+    def to_toml(self) -> str: ...
+
+    def run(self, directory: Path, *, report: Callable[[str], None]) -> xr.Dataset:
+        """The archive; goes on from what the directory holds and tells `report` a line for each part done."""
+        ...
 
 
 class Study(Protocol):
@@ -30,12 +51,12 @@ class Study(Protocol):
     Attributes:
         TITLE: One line.
         SOURCE: Paper and figure.
-        EXPERIMENTS: Scale (smoke, desk, paper) → experiment.
+        EXPERIMENTS: Scale (smoke, desk, paper) → experiment, or other work that leaves an archive.
     """
 
     TITLE: str
     SOURCE: str
-    EXPERIMENTS: Mapping[str, Experiment]
+    EXPERIMENTS: Mapping[str, Experiment | Work]
 
     def measure(self, archive: xr.Dataset) -> xr.Dataset: ...
 

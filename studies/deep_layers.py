@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from tsdyn.analysis import specialization
-from tsdyn.analysis.figures import PALETTE, PANEL
+from tsdyn.analysis.figures import PANEL
+from tsdyn.analysis.panels import PALETTE
 
 from tsdyn.archive import swept_dimensions
 
@@ -73,14 +75,16 @@ def draw(
         if name == layered[0]:
             for scalar, ax in zip(scalars, row[len(layers) :], strict=True):
                 _lines(measured[scalar].sel(point), lines, ax)
-                ax.set_title(measured[scalar].attrs.get("long_name", scalar))
+                ax.set_title(fill(str(measured[scalar].attrs.get("long_name", scalar)), 28))
                 if not scalar.endswith("accuracy"):
                     ax.set_yscale("log")
         else:
             for ax in row[len(layers) :]:
                 ax.set_axis_off()
         where = ", ".join(str(v) for v in point.values())
-        row[0].set_ylabel("\n".join(filter(None, (where, str(measured[name].attrs.get("long_name", name))))), fontsize=8)
+        row[0].set_ylabel(
+            "\n".join(filter(None, (where, str(measured[name].attrs.get("long_name", name))))), fontsize=8
+        )
     for ax in panels.flat:
         ax.title.set_fontsize(8)
         ax.tick_params(labelsize=7)

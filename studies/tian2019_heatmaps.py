@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import numpy as np
 import xarray as xr
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from tsdyn.analysis.figures import PANEL
 from tsdyn.analysis.matching import assignment
@@ -61,9 +62,9 @@ def order(correlation: NDArray) -> NDArray:
 
 
 def measure(archive: xr.Dataset) -> xr.Dataset:
-    """``A`` and ``H_star`` (epoch, layer, teacher_node, position) of the first seed at the first and last epoch, student
-    nodes in the order of the last epoch's `order`; and of every seed ``contrast_A``, ``contrast_H_star`` (seed, epoch,
-    layer): mean |entry| of matched pairs over that of all others.  Loaded.
+    """``A`` and ``H_star`` (layer, epoch, teacher_node, position) of the first seed at both ends of the run, student
+    nodes in the last epoch's `order`; and of every seed ``contrast_A`` and ``contrast_H_star`` (layer, seed, epoch):
+    mean |entry| of matched pairs over that of all others.  Loaded.
     """
     ends = archive[["correlation", *_MOMENTS]].isel(epoch=[0, -1]).load()
     maps: dict[str, list[xr.DataArray]] = {name: [] for name in _MOMENTS}
@@ -79,14 +80,17 @@ def measure(archive: xr.Dataset) -> xr.Dataset:
                 ordered.append(values.sel(seed=seed).values[..., order(final)])
             stacked = np.stack(ordered)  # (seed, epoch, teacher_node, position)
             maps[name].append(
-                xr.DataArray(stacked[0], dims=("epoch", "teacher_node", "position"))
-                .assign_coords(teacher_node=np.arange(stacked.shape[2]), position=np.arange(stacked.shape[3]))
+                xr.DataArray(stacked[0], dims=("epoch", "teacher_node", "position")).assign_coords(
+                    teacher_node=np.arange(stacked.shape[2]), position=np.arange(stacked.shape[3])
+                )
             )
             contrasts[name].append(xr.DataArray(_contrast(stacked), dims=("seed", "epoch")))
     along = xr.DataArray(hidden, dims="layer", name="layer")
-    combine = {"coords": "minimal", "compat": "override", "join": "outer", "combine_attrs": "override"}
-    found = {name: xr.concat(parts, along, **combine) for name, parts in maps.items()}
-    found |= {f"contrast_{name}": xr.concat(parts, along, **combine) for name, parts in contrasts.items()}
+    columns = maps | {f"contrast_{name}": parts for name, parts in contrasts.items()}
+    found = {
+        name: xr.concat(parts, along, coords="minimal", compat="override", join="outer", combine_attrs="override")
+        for name, parts in columns.items()
+    }
     for name, array in found.items():
         symbol = _MOMENTS[name.removeprefix("contrast_")]
         what = f"matched entries of {symbol} over all others" if name.startswith("contrast") else symbol
@@ -96,7 +100,7 @@ def measure(archive: xr.Dataset) -> xr.Dataset:
 
 def _contrast(values: NDArray) -> NDArray:
     """(..., teacher_node, position) -> (...): the matched come first, in the teacher's order."""
-    matched = np.eye(*values.shape[-2:], dtype=bool)
+    matched = np.eye(*values.shape[-2:]) > 0
     size = np.abs(values)
     found: NDArray = size[..., matched].mean(-1) / size[..., ~matched].mean(-1)
     return found
@@ -117,6 +121,7 @@ def draw(measured: xr.Dataset) -> Figure:
             contrast = float(measured[f"contrast_{name}"].sel(epoch=epoch, layer=at).mean("seed"))
             ax.set_title(f"layer {at}: matched over others {contrast:.1f}", fontsize=8)
             ax.tick_params(labelsize=6)
+            ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
         row[0].set_ylabel(f"{_MOMENTS[name]}, epoch {epoch}\nteacher node", fontsize=8)
     figure.supxlabel("student node, in the order of the teacher nodes; the matched first", fontsize=9)
     figure.suptitle(f"β* and H* of seed {int(measured['seed'][0])}; each panel on its own scale", fontsize=10)

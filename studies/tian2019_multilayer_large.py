@@ -1,4 +1,8 @@
-"""Tian et al. (2019), Figure 9a, large teacher 50-75-100-125: as `tian2019_multilayer`, with every layer five times wider."""
+"""Tian et al. (2019), Figure 9a, large teacher 50-75-100-125: as `tian2019_multilayer`, every layer five times wider.
+
+At desk scale, two fifths of the samples, only the lowest layer specializes, to 0.74-0.83, most at 2x;
+above it ρ̄ stays near 0.5 and rises with over-realization.
+"""
 
 from __future__ import annotations
 

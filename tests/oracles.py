@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -111,6 +113,71 @@ def gaussian_pair(activation: Activation, r1: float, r2: float, u: float) -> flo
     density = w * np.exp(-z * z / 2) / np.sqrt(2 * np.pi)
     y = u * z[:, None] + np.sqrt((1 - u) * (1 + u)) * z
     return float((density * sigma(r1 * z)) @ sigma(r2 * y) @ density)
+
+
+def saad_solla(a: list[Any], kind: str = "erf") -> dict[str, Callable[..., float]]:
+    """I2, I3, I4, J2 of erf(x/√2) or the identity as Saad & Solla print them; `a` the covariance of the fields."""
+    pi, sqrt, asin = math.pi, math.sqrt, math.asin
+    if kind == "identity":
+        return {
+            "I2": lambda i, j: a[i][j],
+            "I3": lambda i, j, k: a[j][k],
+            "I4": lambda i, j, k, n: a[k][n],
+            "J2": lambda i, j: 1.0,
+        }
+
+    def L4(i: int, j: int) -> float:
+        return (1 + a[i][i]) * (1 + a[j][j]) - a[i][j] ** 2
+
+    def I3(i: int, j: int, k: int) -> float:
+        return 2 / pi * (a[j][k] * (1 + a[i][i]) - a[i][j] * a[i][k]) / ((1 + a[i][i]) * sqrt(L4(i, k)))
+
+    def I4(i: int, j: int, k: int, n: int) -> float:
+        def own(c: int) -> float:
+            crossed = 2 * a[i][j] * a[i][c] * a[j][c]
+            return L4(i, j) * (1 + a[c][c]) - a[j][c] ** 2 * (1 + a[i][i]) - a[i][c] ** 2 * (1 + a[j][j]) + crossed
+
+        L0 = L4(i, j) * a[k][n] - a[j][k] * a[j][n] * (1 + a[i][i]) - a[i][k] * a[i][n] * (1 + a[j][j])
+        L0 += a[i][j] * a[i][k] * a[j][n] + a[i][j] * a[i][n] * a[j][k]
+        return 4 / pi**2 * asin(L0 / sqrt(own(k) * own(n))) / sqrt(L4(i, j))
+
+    return {
+        "I2": lambda i, j: 2 / pi * asin(a[i][j] / sqrt((1 + a[i][i]) * (1 + a[j][j]))),
+        "I3": I3,
+        "I4": I4,
+        "J2": lambda i, j: 2 / pi / sqrt(L4(i, j)),
+    }
+
+
+def order_parameter_slope(
+    Q: np.ndarray, R: np.ndarray, T: np.ndarray, v: np.ndarray, A: np.ndarray, *,
+    learning_rate: float, second_learning_rate: float, weight_decay: float, batch: float, noise: float, activation: str,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
+    """dQ, dR, dv by d alpha, term by term as Goldt et al. write them."""
+    K, M = R.shape
+    C = np.block([[Q, R], [R.T, T]]).tolist()
+    I2, I3, I4, J2 = saad_solla(C, activation).values()
+    S, B = range(K), range(K, K + M)
+    a = dict(zip(B, A, strict=True))
+    eta, lam = learning_rate, weight_decay
+    dQ, dR, dv = np.zeros((K, K)), np.zeros((K, M)), np.zeros(K)
+
+    def drift(i: int, k: int) -> float:
+        return v[i] * (sum(a[m] * I3(i, k, m) for m in B) - sum(v[j] * I3(i, k, j) for j in S))
+
+    for i in S:
+        for n in range(M):
+            dR[i, n] = eta * drift(i, K + n) - lam * R[i, n]
+        for k in S:
+            spread = sum(a[n] * a[m] * I4(i, k, n, m) for n in B for m in B)
+            spread -= 2 * sum(v[j] * a[n] * I4(i, k, j, n) for j in S for n in B)
+            spread += sum(v[j] * v[s] * I4(i, k, j, s) for j in S for s in S)
+            dQ[i, k] = eta * (drift(i, k) + drift(k, i)) - 2 * lam * Q[i, k]
+            dQ[i, k] += eta**2 / batch * v[i] * v[k] * (spread + noise**2 * J2(i, k))
+        if second_learning_rate:
+            pulled = sum(a[n] * I2(i, n) for n in B) - sum(v[k] * I2(i, k) for k in S)
+            dv[i] = second_learning_rate * pulled - lam * v[i]
+    return dQ, dR, dv
 
 
 def gradient_flow(

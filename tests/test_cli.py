@@ -1,6 +1,7 @@
 import re
 
 import pytest
+from tsdyn.analysis.figures import FIGURES
 
 import tsdyn
 from tests.cases import small
@@ -57,6 +58,25 @@ def test_a_sweep_says_which_point_it_is_at(command, tmp_path):
     assert tsdyn.open(tmp_path / "sweep").sizes["polarity"] == 2
 
 
+def test_workers_share_a_sweep_and_what_failed_is_listed(command, tmp_path):
+    file = tmp_path / "sweep.toml"
+    widths = [[10, 4, 6], [1, 20, 6], [10, 5, 6]]  # 20 separated rows of length 1 from 9 choices do not exist
+    file.write_text(small(sweep={"teacher.widths": widths}, training__epochs=1).to_toml(), encoding="utf-8")
+    code, out, err = command("run", file, "-o", tmp_path / "sweep", "--workers", 2)
+    assert code == 1
+    assert "3 runs, 6 members" in out
+    assert "1 of 3 points failed, the others are done:\n  widths=1-20-6: " in err
+    assert re.search(r"\[3/3\] widths=10-5-6  epoch 1/1  evaluation \S+  \(\d+%, \d+ s left\)", err)
+    assert "(100%, 0 s left)" in err
+    code, out, err = command("run", file, "-o", tmp_path / "sweep")  # only what failed is tried again
+    assert code == 1
+    assert "3 runs, 2 of them finished" in out
+    assert "1 of 3 points failed" in err
+    code, _, err = command("run", file, "-o", tmp_path / "sweep", "--scheduler", "nonsense://x")
+    assert code == 2
+    assert "scheduler nonsense://x: does not answer" in err
+
+
 def test_deaths_are_said(command, tmp_path):
     file = tmp_path / "wild.toml"
     file.write_text(small(training__learning_rate=50.0).to_toml(), encoding="utf-8")
@@ -73,10 +93,16 @@ def test_deaths_are_said(command, tmp_path):
         (["run", "FILE", "--set", "training.epochs=two"], 2, "training.epochs = 'two': must be a valid integer"),
         (["run", "FILE", "--set", "training.epochs"], 2, "write KEY=VALUE"),
         (["run", "FILE", "--set", "a=[1,"], 2, "is not a TOML value"),
+        (["run", "FILE", "--workers", "0"], 2, "workers = 0: at least 1"),
+        (["run", "FILE", "--workers", "2", "--scheduler", "tcp://h:1"], 2, "not together with a scheduler's address"),
         (["run", "nowhere.toml"], 2, "nowhere.toml: cannot be read"),
         (["run", "FILE", "-o", "http://host/dir"], 2, "not a local path"),
         (["show", "nowhere"], 2, "nowhere: does not exist"),
-        (["plot", "RUN", "pie-chart"], 2, "no figure 'pie-chart'; there are l-shape"),
+        (["plot", "RUN", "pie-chart"], 2, "RUN: does not exist"),
+        (["report", "nowhere"], 2, "nowhere: does not exist"),
+        (["cite", "nowhere"], 2, "nowhere: does not exist"),
+        (["audit", "nowhere"], 2, "nowhere: does not exist"),
+        (["validate", "nowhere"], 2, "nowhere: does not exist"),
         (["study", "run", "tian2020-lshape"], 2, "did you mean 'tian2020-l-shape'?"),
         (["study", "run", "tian2020-l-shape", "--scale", "huge"], 2, "there are smoke, desk, paper"),
         (["frobnicate"], 2, "No such command"),
@@ -104,6 +130,93 @@ def test_a_figure_needs_its_variables(command, tmp_path):
     assert code == 2
     assert "the archive has no correlation, fanout_norm; record it: [record] observables" in err
     assert not (tmp_path / "x.png").exists()
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    sweep = {"student.overrealization": [1, 2], "zip": {"teacher.polarity": [0.0, 1.0], "data.std": [1.0, 1.5]}}
+    path = tmp_path_factory.mktemp("cli") / "sweep"
+    tsdyn.run(small(training__epochs=1, sweep=sweep, record__observables=["mse", "correlation"]), path)
+    return path
+
+
+def test_plot_lists_what_it_can_draw(command, swept):
+    code, out, _ = command("plot", swept)
+    assert code == 0
+    assert [line.split()[0] for line in out.splitlines()] == list(FIGURES)
+    needs = {line.split()[0]: line.partition("(needs ")[2].rstrip(")") for line in out.splitlines()}
+    assert needs["loss"] == ""
+    assert needs["l-shape"] == "fanout_norm"
+    assert needs["couplings"] == "A, H_star"
+    code, _, err = command("plot", swept, "pie-chart")
+    assert code == 2
+    assert "no figure 'pie-chart'; there are l-shape" in err
+
+
+def test_plot_selects_a_part(command, swept, tmp_path):
+    picture = tmp_path / "new" / "c.svg"
+    words = ["--select", "overrealization=2", "--select", "polarity=1.0", "--select", "seed=2", "--select", "epoch=0"]
+    code, out, _ = command("plot", swept, "correlation", *words, "-o", picture)
+    assert (code, out) == (0, f"{picture}\n")
+    assert picture.read_text(encoding="utf-8").startswith("<?xml")
+    for word, message in (
+        ("polarity=3.0", "select: polarity has no [3.0]; it has [0.0, 1.0]"),
+        ("seed=7", "--select seed=7: there is seed 0 to 2"),
+        ("width=2", "no swept key 'width'"),
+        ("depth=2", "--select depth=2: no 'depth'; there are"),
+        ("seed", "--select seed: write KEY=VALUE, e.g. --select seed=0"),
+    ):
+        code, _, err = command("plot", swept, "correlation", "--select", word, "-o", tmp_path / "x.png")
+        assert code == 2
+        assert message in err
+    assert not (tmp_path / "x.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["boundaries"], "record it: [record] observables = ['weight', 'fanout_norm']"),
+        (["loss", "-o", "loss.gif"], "only boundaries move"),
+        (["loss", "-o", "loss.docx"], "the figure cannot be written"),
+        (["loss", "-o", "http://host/x.png"], "not a local path"),
+    ],
+)
+def test_figures_that_cannot_be_drawn(command, swept, monkeypatch, tmp_path, words, message):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = command("plot", swept, *words)
+    assert code == 2
+    assert message in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_report_and_cite(command, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "run"
+    tsdyn.run(small(training__epochs=1, record__observables=["mse"]), run)
+    code, out, _ = command("report", run, "--no-audit")
+    assert (code, out) == (0, "report.html\n")
+    assert (tmp_path / "report.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+    code, out, _ = command("cite", run)
+    assert code == 0
+    assert out.count("@") == 2
+    assert "9470--9480" in out
+    (tmp_path / "taken").write_text("", encoding="utf-8")
+    code, _, err = command("report", run, "-o", "taken/page.html", "--no-audit")
+    assert code == 1
+    assert "cannot be written" in err
+
+
+def test_show_fits_a_screen_and_shows_any_file(command, swept, tmp_path):
+    code, out, _ = command("show", swept)
+    assert code == 0
+    assert len(out.splitlines()) < 24
+    assert "swept: overrealization" in out
+    assert "4 of 4 points finished" in out
+    measured = tsdyn.analysis.figures.measure_phase(tsdyn.open(swept))
+    tsdyn.archive.write_dataset(tmp_path / "measured.nc", measured)
+    code, out, _ = command("show", tmp_path / "measured.nc")
+    assert code == 0
+    assert "fraction" in out
 
 
 def test_control_characters_do_not_reach_the_terminal(command, tmp_path):

@@ -130,6 +130,58 @@ def test_fanout_norms_are_those_of_the_unrolled_network():
         close(found, by_pixel.view(channels, -1).square().sum(1).sqrt())
 
 
+@pytest.mark.parametrize(("stride", "padding"), [(1, 0), (2, 1), (1, 1)])
+def test_a_convolution_is_the_linear_network_of_its_unrolled_matrix(stride, padding):
+    """Every weight put by hand where the pixel it sees is, row by row and column by column."""
+    draw = np.random.default_rng(0)
+    kernel, offset = draw.standard_normal((4, 2, 3, 3)), draw.standard_normal(4)
+    rows, columns = ((n + 2 * padding - 3) // stride + 1 for n in (7, 6))
+    unrolled = np.zeros((4, rows, columns, 2, 7, 6))
+    for r, c, i, j in np.ndindex(rows, columns, 3, 3):
+        y, x = r * stride + i - padding, c * stride + j - padding
+        if 0 <= y < 7 and 0 <= x < 6:
+            unrolled[:, r, c, :, y, x] = kernel[:, :, i, j]
+    top = draw.standard_normal((3, 4 * rows * columns))
+    deep = DeepNetwork([kernel, top], [offset, None], image=(2, 7, 6), stride=stride, padding=padding)
+    matrix = unrolled.reshape(4 * rows * columns, -1)
+    linear = tsdyn.Network([matrix, top], [np.repeat(offset, rows * columns), np.zeros(3)])
+    x = torch.from_numpy(draw.standard_normal((5, 84)))
+    close(deep(x), linear(x))
+    close(deep.folded().weights[0], torch.from_numpy(matrix))
+
+
+@pytest.mark.parametrize("place", ["before", "after"])
+def test_expectations_of_channels_are_those_of_the_unrolled_network_summed_over_pixels(place, monkeypatch):
+    student = DeepNetwork.from_torch(module(place).eval().requires_grad_(False), image=IMAGE)
+    teacher = DeepNetwork.from_torch(module(place, channels=(3, 2), seed=3).eval().requires_grad_(False), image=IMAGE)
+    x = images(6).flatten(1)
+    found = deepnets.expectations(student, teacher, x)
+    monkeypatch.setattr(deepnets, "_BYTES_AT_ONCE", 1)  # one sample at a time
+    again = deepnets.expectations(student, teacher, x)
+    for name, arrays in found.items():
+        for a, b in zip(arrays, again[name], strict=True):
+            close(a, b)
+    for norm, diagonal in zip(deepnets.fanout_norms(student, x), found["B"], strict=True):
+        close(norm.square(), diagonal.diagonal())
+    trace, taught = student.trace(x), teacher.trace(x)
+    for at, (f, f_star) in enumerate(zip(trace.activations[:-1], taught.activations[:-1], strict=True)):
+        close(found["L_star"][at], f.T @ f_star / len(f))
+        close(found["H"][at], found["B"][at] * found["D"][at])
+    if place == "after":  # folded above the gate: V is then of σ, not of what BatchNorm makes of it
+        scales = [[n.affine()[0] for n in net.norms] for net in (student, teacher)]
+    else:
+        scales = [[torch.ones(1)] * 2, [torch.ones(1)] * 2]
+    own, theirs = student.folded(), teacher.folded()
+    for at, (n, m) in enumerate(((5, 3), (4, 2))):
+        pair = theory.coupling(own, theirs, x, layer=at + 1)
+        for name, matrix, other in (("A", pair.A, m), ("B", pair.B, n)):
+            by_pixel = matrix[..., :-1].mean(0).unflatten(1, (other, -1)).unflatten(0, (n, -1))
+            left, right = scales[0][at], scales[1 if name == "A" else 0][at]
+            close(torch.einsum("kpjp->kj", by_pixel), found[name][at] * left[:, None] * right)
+    with pytest.raises(ValueError, match="differ in depth, inputs, outputs or images"):
+        deepnets.expectations(student, DeepNetwork(teacher.weights[2:], image=None), x)
+
+
 # --- ensembles -----------------------------------------------------------------------------------------------
 
 
@@ -176,6 +228,8 @@ def test_batch_norm_refuses_a_batch_of_one():
     with pytest.raises(ValueError, match="a batch must hold two samples or more"):
         network(torch.ones(1, 3).double(), training=True)
     network(torch.ones(1, 3).double())
+    with pytest.raises(ExperimentError, match=r"training.batch = 1 with student.batch_norm = 'after'.*two samples"):
+        small(training__batch=1, student__batch_norm="after")
 
 
 # --- state dicts ---------------------------------------------------------------------------------------------
@@ -327,8 +381,8 @@ def test_runs_with_convolutions_batch_norm_and_classes(tmp_path, changes):
 
 
 def test_what_convolutions_do_not_have_is_refused(tmp_path):
-    with pytest.raises(ExperimentError, match="H is not measured of convolutions and BatchNorm"):
-        labelled(tmp_path, teacher__convolution=True, data__image=[1, 6, 6], record__observables=["H"])
+    with pytest.raises(ExperimentError, match="gradient_rms is not measured of convolutions and BatchNorm"):
+        labelled(tmp_path, teacher__convolution=True, data__image=[1, 6, 6], record__observables=["gradient_rms"])
     with pytest.raises(ExperimentError, match=r"set data.image = \[channel, row, column\]"):
         labelled(tmp_path, teacher__convolution=True)
     with pytest.raises(ExperimentError, match="3 convolutions of 3 x 3 do not fit images"):
@@ -358,10 +412,36 @@ def test_rewound_students_keep_the_winners_and_nothing_else(tmp_path):
         end = tsdyn.layer(trained, 1).weight.sel(seed=1).isel(epoch=-1).values
         assert not end[~won].any()
         assert end[won].any(1).all()
-    with pytest.raises(ExperimentError, match=r"its students have widths \[8, 6\], these \[4, 6\]"):
+    with pytest.raises(
+        ExperimentError, match=r"inputs\) \[\(8, 10\), \(6, 8\)\] a layer, these \[\(4, 10\), \(6, 4\)\]"
+    ):
         draw_student(second.replace({"student.overrealization": 1.0}), 0)
     with pytest.raises(ExperimentError, match="its run must hold seed 9"):
         draw_student(second, 9)
+
+
+@pytest.mark.parametrize("place", ["none", "before", "after"])
+def test_channels_are_rewound_with_their_kernels_and_pixels(tmp_path, place):
+    first = small(
+        seeds=1, teacher__widths=[64, 3, 4, 5], teacher__convolution=True, data__image=[1, 8, 8],
+        student__batch_norm=place, student__init="torch", record__observables=["correlation", "weight", "mse"],
+    )  # fmt: skip
+    ds = tsdyn.run(first, tmp_path / "first")
+    second = first.replace({"student.init": "rewind", "student.path": str(tmp_path / "first")})
+    start, before = draw_student(second, 0), draw_student(first, 0)
+    won = [
+        winners(tsdyn.layer(ds, i).correlation.isel(seed=0, epoch=-1).transpose("teacher_node", "node").values)
+        for i in (1, 2)
+    ]
+    assert not all(w.all() for w in won)
+    assert torch.equal(start.weights[0][won[0]], before.weights[0][won[0]])
+    assert torch.equal(start.weights[1][np.ix_(*won[::-1])], before.weights[1][np.ix_(*won[::-1])])
+    for i, kept in enumerate(won):
+        above = start.weights[i + 1].flatten(1).unflatten(1, (len(kept), -1))
+        assert not start.weights[i][~kept].any()
+        assert not above[:, ~kept].any()
+    ends = tsdyn.layer(tsdyn.run(second, tmp_path / "second"), 1).weight.isel(seed=0, epoch=-1).values
+    assert not ends[~won[0]].any()
 
 
 def test_winners_are_the_best_of_some_teacher():

@@ -62,7 +62,7 @@ def test_shown_commands_exist(page):
         while hasattr(group, "commands"):
             assert words[0] in group.commands, line
             group = group.commands[words.pop(0)]
-        options = {option for parameter in group.params for option in parameter.opts}
+        options = {option for p in group.params for option in (*p.opts, *p.secondary_opts)}
         assert {w for w in words if w.startswith("-")} <= options, line
 
 

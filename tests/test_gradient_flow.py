@@ -6,7 +6,7 @@ import torch
 
 from tests import oracles
 from tests.cases import glorot_students, orthonormal_teacher
-from tsdyn.gradient_flow import _stages, gradient_flow
+from tsdyn.gradient_flow import _solver, _stages, gradient_flow
 from tsdyn.population_loss import PopulationLoss
 from tsdyn.stationary import FunctionLoss, polish, signature
 
@@ -111,6 +111,34 @@ def test_polish_tells_stationary_points_apart():
     assert polish(channel, torch.tensor([[5.0, 0.1]], dtype=torch.float64)).kind.tolist() != ["minimum"]
 
 
+@pytest.mark.parametrize(
+    ("function", "start"),
+    [
+        (lambda p: p[0] ** 4 + p[1] ** 2, 0.1),
+        (lambda p: torch.exp(-p[0]) + p[1] ** 2, 25.0),
+        (lambda p: 1 / p[0] + p[1] ** 2, 1e5),
+    ],
+)
+def test_curvature_that_vanishes_with_the_gradient_is_degenerate(function, start):
+    """By Kantorovich's condition at whatever gradient: over a Newton step x⁴ loses 5/9 of its curvature, e⁻ˣ 1 − 1/e,
+    1/x 19/27."""
+    loss = FunctionLoss(function, 2)
+    for tolerance in (1e-8, 1e-10, 1e-12):
+        found = polish(loss, torch.tensor([[start, 0.1]], dtype=torch.float64), tolerance=tolerance)
+        assert found.kind.tolist() == ["degenerate"]
+        assert found.signature.zero.tolist() == [1]
+
+
+def test_a_soft_minimum_is_a_minimum():
+    """Curvatures 1 and 1e-10, far above rounding: 10 · 2 · ε of the largest."""
+    soft = FunctionLoss(lambda p: (p[0] ** 2 + 1e-10 * (p[1] - 3) ** 2) / 2, 2)
+    found = polish(soft, torch.tensor([[0.1, 3.1]], dtype=torch.float64))
+    assert found.kind.tolist() == ["minimum"]
+    assert found.point[0, 1] == pytest.approx(3, abs=1e-6)
+    lost = FunctionLoss(lambda p: (p[0] ** 2 + 1e-15 * (p[1] - 3) ** 2) / 2, 2)
+    assert polish(lost, torch.tensor([[0.1, 3.1]], dtype=torch.float64)).kind.tolist() == ["degenerate"]
+
+
 def test_bad_input_is_named():
     with pytest.raises(ValueError, match=r"initial has shape \(1, 3\); the loss takes \(member, 2\)"):
         gradient_flow(POTENTIAL, torch.zeros(3))
@@ -122,3 +150,15 @@ def test_bad_input_is_named():
         gradient_flow(POTENTIAL, START, seeds=[1, 2])
     with pytest.raises(ValueError, match="points have 3 parameters, the loss takes 2"):
         polish(POTENTIAL, torch.zeros(3))
+
+
+def test_a_step_beyond_a_negative_eigenvalue_solves_the_same_system():
+    """Where H + I/(γh) is indefinite Cholesky's method fails, and LU's takes over for that member alone."""
+    draw = torch.Generator().manual_seed(1)
+    root = torch.randn(3, 6, 6, generator=draw, dtype=torch.float64)
+    matrix = root @ root.mT + torch.eye(6)
+    matrix[1] -= 5 * torch.eye(6)  # between its eigenvalues
+    assert torch.linalg.eigvalsh(matrix[1])[[0, -1]].sign().tolist() == [-1, 1]
+    right = torch.randn(3, 6, generator=draw, dtype=torch.float64)
+    found = _solver(matrix)(right)
+    torch.testing.assert_close((matrix @ found[..., None])[..., 0], right, rtol=0, atol=1e-12)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.cases import REFERENCE, glorot_students, orthonormal_teacher, rng
-from tsdyn import Network, population
+from tsdyn import Network, flow_runner, population
 from tsdyn.gradient_flow import gradient_flow
 from tsdyn.population import PopulationLoss
 from tsdyn.stationary import polish, signature
@@ -57,8 +57,7 @@ def test_one_neuron_optima_are_where_newton_ends(name):
         if name == "relu":
             assert float(w.norm() * a) == pytest.approx(best.norm * best.outgoing, abs=1e-10)
         else:
-            # sigmoid's curvature along the norm is 1e-4: the optimum is known to 1e-12 / 1e-4
-            assert float(w.norm()) == pytest.approx(best.norm, abs=1e-8)
+            assert (float(w.norm()), float(a)) == pytest.approx((best.norm, best.outgoing), abs=1e-10)
 
 
 @pytest.mark.parametrize(("n", "k"), [(2, 3), (2, 4), (3, 6), (4, 8), (8, 16)])
@@ -77,6 +76,20 @@ def test_copy_average_points_are_critical_and_their_losses_add(n, k):
         large = sum(size > 1 for size in group)
         assert index >= large - 1
         assert (index == 0) == (large == 1)
+
+
+def test_relu_members_that_go_wrong_are_told():
+    """Glorot starts of n = 2, k = 3: one copies and averages, one is trapped by a sign and is no minimum of its own,
+    one runs into w = 0, where the flow is singular."""
+    loss = PopulationLoss(orthonormal_teacher(3, activation="relu"), 2)
+    flow = gradient_flow(loss, flow_runner.starts(loss, (0, 2, 7)))
+    end = polish(loss, torch.from_numpy(flow.final.values))
+    good, trapped, _ = (population.classify(loss.network(row), loss.teacher) for row in end.point)
+    assert flow.stop_reason.values.tolist() == ["gradient", "gradient", "singular"]
+    assert (good.kind, end.kind[0]) == ("copy-average", "minimum")
+    assert (trapped.kind, end.kind[1]) == ("other", "degenerate")
+    assert trapped.reason == "nodes [1] are trapped: their outgoing weights have the wrong sign"
+    assert float(end.loss[1]) == pytest.approx(population.one_neuron("relu", 3).loss, abs=1e-12)
 
 
 def test_copy_average_takes_nodes_by_name_and_any_rotation():

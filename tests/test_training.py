@@ -1,4 +1,5 @@
 import itertools
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -8,10 +9,11 @@ from hypothesis import strategies as st
 
 import tests.oracles as oracles
 from tests.cases import REFERENCE
-from tsdyn import activations
+from tsdyn import activations, kernel, training
 from tsdyn.experiment import Training
 from tsdyn.networks import Network
 from tsdyn.training import (
+    Batches,
     Ensemble,
     Rule,
     block_size,
@@ -101,6 +103,145 @@ def test_batched_equals_plain_for_any_depth_and_activation(hidden, name, bias, r
     train_epoch(fast, finite_stream(x, y, indices), rule, batch=8)
     train_epoch_plain(plain, finite_stream(x, y, indices), rule)
     assert_same(fast, plain, 1e3 * EPS)
+
+
+OPTIONS = st.fixed_dictionaries(
+    {
+        "learning_rate": st.sampled_from([0.01, torch.tensor([0.01, 0.02, 0.005], dtype=torch.float64)]),
+        "momentum": st.sampled_from([0.0, 0.5]),
+        "weight_decay": st.sampled_from([0.0, 0.1]),
+        "adam": st.booleans(),
+        "epsilon": st.just(0.1),  # Adam divides by √v + ε: a rounding of the gradient grows by at most η/ε a step
+        "frozen": st.sets(st.integers(1, 3)).map(lambda layers: tuple(sorted(layers))),
+        "normalize": st.booleans(),
+        "loss": st.sampled_from(["mse", "cross_entropy"]),
+    }
+)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    hidden=st.lists(st.integers(1, 19), min_size=0, max_size=3),
+    name=st.sampled_from(activations.NAMES),
+    bias=st.booleans(),
+    options=OPTIONS,
+    batch=st.integers(1, 17),
+    data=st.sampled_from(["batches", "whole", "fresh"]),
+    dies=st.booleans(),
+    with_kernel=st.booleans(),
+)
+def test_the_engine_equals_the_plain_path_after_100_steps_whatever_the_options(
+    hidden, name, bias, options, batch, data, dies, with_kernel
+):
+    widths = (5, *hidden, 3)
+    x, y, rows = samples(widths, steps=50, batch=batch)
+    if options["loss"] == "cross_entropy":
+        y = y.softmax(2)
+    poisoned = y.clone()
+    poisoned[1] = 1e300
+    held, streams = {"batches": rows, "whole": None, "fresh": None}[data], []
+    for targets in (poisoned if dies else y, y):
+
+        def fresh(members, targets=targets):  # in two pieces, as a long epoch of fresh samples comes
+            for piece in rows[members].split(25, dim=1):
+                own = [(x[m][r.flatten()], targets[m][r.flatten()]) for m, r in zip(range(3)[members], piece)]
+                order = torch.arange(25 * batch).view(1, 25, batch).expand(len(own), -1, -1)
+                yield Batches(torch.stack([a for a, _ in own]), torch.stack([b for _, b in own]), order, 25)
+
+        streams.append(fresh if data == "fresh" else finite_stream(x, targets, held, steps=50))
+    fast, plain = (ensemble(widths, name=name, bias=bias) for _ in range(2))
+    no_kernel = mock.patch.object(kernel, "load", lambda: None)
+    for epoch, stream in enumerate(streams, start=1):
+        at = Rule(**{**options, "learning_rate": options["learning_rate"] / epoch})  # a table of rates
+        if with_kernel:
+            train_epoch(fast, stream, at, batch=batch)
+        else:
+            with no_kernel:
+                train_epoch(fast, stream, at, batch=batch)
+        train_epoch_plain(plain, stream, at)
+        assert fast.bury(epoch) == plain.bury(epoch)
+    alive = fast.death_epoch < 0
+    trained = [layer for layer in range(1, len(widths)) if layer not in options["frozen"]]
+    assert alive.tolist() == [True, not (dies and trained), True]
+    for (kind, layer, a), (_, _, b) in zip(fast.parameters(), plain.parameters(), strict=True):
+        assert float((a - b)[alive].abs().max()) <= 1e-12 * float(b[alive].abs().max()), (kind, layer)
+
+
+def trained(chosen, dtype, threads=1):
+    """Some of seven members."""
+    widths, members = (20, 30, 11, 10), 7
+    x, y, rows = samples(widths, members, steps=30)
+    part = Ensemble.of([ensemble(widths, members).network(i).to(dtype) for i in chosen])
+    stream = finite_stream(x[chosen].to(dtype), y[chosen].to(dtype), rows[chosen])
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        train_epoch(part, stream, Rule(0.02, momentum=0.9), batch=8)
+    finally:
+        torch.set_num_threads(before)
+    return [p for _, _, p in part.parameters()]
+
+
+@pytest.mark.skipif(kernel.load() is None, reason="no C++ compiler here")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_kernels_bits_depend_neither_on_neighbours_nor_on_threads(dtype):
+    every = list(range(7))
+    whole = trained(every, dtype)
+    for chosen, threads in ([3], 1), ([6, 3, 0], 1), (every, 2):
+        for mine, theirs in zip(trained(chosen, dtype, threads), whole, strict=True):
+            assert torch.equal(mine, theirs[chosen])
+
+
+@pytest.mark.parametrize("load", [kernel.load, lambda: None], ids=["kernel", "torch"])
+def test_reruns_are_bit_identical(load):
+    with mock.patch.object(kernel, "load", load):
+        once, again = (trained(list(range(7)), torch.float64) for _ in range(2))
+    assert all(map(torch.equal, once, again))
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_chunks_are_the_same_steps(rule):
+    """What a GPU runs, here without one: 45 steps in chunks of 20, 20 and 5, kept for an epoch of another rate."""
+    widths = (6, 9, 7, 4)
+    x, y, rows = samples(widths, steps=45)
+    chunked, batched = (ensemble(widths) for _ in range(2))
+    for divisor in (1, 2):
+        at = Rule(**{**vars(rule), "learning_rate": rule.learning_rate / divisor})
+        for members, advance in (chunked, training._advance_chunks), (batched, training._advance_batched):
+            training._epoch(members, finite_stream(x, y, rows), at, 3, advance)
+    assert len(chunked.chunks) == 2
+    assert_same(chunked, batched, 1e2 * EPS)
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+@pytest.mark.parametrize("whole", [True, False])
+def test_no_step_asks_the_host(rule, whole):
+    """On the meta device there is nothing to ask: a value that is read raises, and so does a tensor from elsewhere."""
+    widths = (6, 9, 7, 4)
+    x, y, rows = (t.to("meta") for t in samples(widths, steps=45))
+    members = ensemble(widths)
+    members.weights = [w.to("meta") for w in members.weights]
+    members.biases = [b.to("meta") for b in members.biases]
+    train_epoch(members, finite_stream(x, y, None if whole else rows, steps=45), rule, batch=8)
+    assert members.steps == 45
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_a_gpu_takes_the_same_steps(rule):
+    widths = (6, 9, 7, 4)
+    x, y, rows = samples(widths, steps=45)
+    here, there, again = ensemble(widths), ensemble(widths), ensemble(widths)
+    train_epoch(here, finite_stream(x, y, rows), rule, batch=8)
+    for members in (there, again):
+        members.weights = [w.cuda() for w in members.weights]
+        members.biases = [b.cuda() for b in members.biases]
+        train_epoch(members, finite_stream(x.cuda(), y.cuda(), rows), rule, batch=8)
+    for (_, _, a), (_, _, b) in zip(there.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b)
+    there.weights = [w.cpu() for w in there.weights]
+    there.biases = [b.cpu() for b in there.biases]
+    assert_same(there, here, (1e4 if rule.adam else 1e2) * EPS)
 
 
 def test_float32():

@@ -250,15 +250,17 @@ def layer(ds: T, number: int) -> T:
     if "layer" not in ds.dims or number not in ds.indexes["layer"]:
         held = list(ds.indexes["layer"]) if "layer" in ds.dims else "no layer dimension"
         raise ValueError(f"layer: {number} is not in the dataset, which has {held}")
-    one = ds.sel(layer=number)
-    if number > 1 and isinstance(one, xr.Dataset):  # variables of the lowest layer alone have nodes but no layer
+    if number > 1 and isinstance(ds, xr.Dataset):  # variables of the lowest layer alone have nodes but no layer
         lowest = [n for n, v in ds.data_vars.items() if "layer" not in v.dims and set(schema.NODE_WIDTHS) & set(v.dims)]
-        one = one.drop_vars(lowest)
-    ends = {dim: coordinate for dim, coordinate in schema.NODE_WIDTHS.items() if dim in one.dims}
-    widths = {dim: int(one[coordinate].max()) for dim, coordinate in ends.items() if coordinate in one.coords}
-    if "input_node" in one.dims:
-        names = {one.name} if isinstance(one, xr.DataArray) else set(one.data_vars)
+        ds = ds.drop_vars(lowest)
+    # one cut, not one after another: dask then reads no more than it asks for
+    place = int(ds.get_index("layer").get_loc(number))
+    at = {name: c.isel(layer=place) for name, c in ds.coords.items() if "layer" in c.dims}
+    ends = {dim: coordinate for dim, coordinate in schema.NODE_WIDTHS.items() if dim in ds.dims}
+    widths = {dim: int(at[coordinate].max()) for dim, coordinate in ends.items() if coordinate in at}
+    if "input_node" in ds.dims:
+        names = {ds.name} if isinstance(ds, xr.DataArray) else set(ds.data_vars)
         below = [c for c, v in (("input_width", "weight"), ("teacher_input_width", "teacher_weight")) if v in names]
         below = below or ["input_width", "teacher_input_width"]
-        widths["input_node"] = max(int(one[c].max()) for c in below if c in one.coords)
-    return one.isel({dim: slice(0, width) for dim, width in widths.items()})
+        widths["input_node"] = max(int(at[c].max()) for c in below if c in at)
+    return ds.isel({"layer": place, **{dim: slice(0, width) for dim, width in widths.items()}})

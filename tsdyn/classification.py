@@ -14,7 +14,7 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
-from tsdyn.critical_points import copy_average, perturbed_copy, unit_orthonormal
+from tsdyn.critical_points import ODD, copy_average, perturbed_copy, unit_orthonormal
 from tsdyn.networks import Network
 from tsdyn.population_loss import PopulationLoss
 from tsdyn.stationary import signature
@@ -54,7 +54,8 @@ class Classification:
 def classify(student: Network, teacher: Network, *, owns: float = OWNS, even: float = EVEN) -> Classification:
     """Whether a student copies and averages, perturbs copies, or neither; of one output.
 
-    A student node owns a teacher node if `owns` of the squared cosines of all student nodes with it are its own.
+    A student node owns a teacher node if `owns` of the squared cosines of all student nodes with it are its own.  Where
+    σ is not odd, a node whose outgoing weight has not the sign of the teacher's can only work against the others.
 
     Args:
         student: Two layers, one output.
@@ -76,7 +77,8 @@ def classify(student: Network, teacher: Network, *, owns: float = OWNS, even: fl
     norm = w.norm(dim=1)
     cosine = (w @ v.T) / norm.clamp(min=torch.finfo(w.dtype).tiny)[:, None]
     sign = torch.sign(a * teacher.weights[1].detach()[0, 0])
-    if student.activation.name in ("erf", "tanh", "identity"):
+    odd = student.activation.name in ODD
+    if odd:
         cosine = cosine * sign[:, None]
     share = cosine.square() / cosine.square().sum(0).clamp(min=torch.finfo(w.dtype).tiny)
     part = (a.abs() * norm) / (a.abs() * norm).max()
@@ -90,6 +92,9 @@ def classify(student: Network, teacher: Network, *, owns: float = OWNS, even: fl
     dead = (part < _DEAD).nonzero()[:, 0].tolist()
     if dead:
         return found("other", _DEAD - float(part.min()), f"nodes {dead} have no part in the output")
+    trapped = [] if odd else (sign < 0).nonzero()[:, 0].tolist()
+    if trapped:
+        return found("other", owns, f"nodes {trapped} are trapped: their outgoing weights have the wrong sign")
     pulls = [cosine[i, list(g)] for i, g in enumerate(groups)]
     wrong = [i for i, p in enumerate(pulls) if len(p) and (p.min() <= 0)]
     if wrong:

@@ -138,8 +138,13 @@ def run_study(
     if scale not in module.EXPERIMENTS:
         raise ExperimentError(f"--scale {scale}: there are {', '.join(module.EXPERIMENTS)}")
     path = archive.local_path(output or Path("runs") / f"{name}-{scale}")
-    _run(module.EXPERIMENTS[scale], path, device, quiet)
-    measured = module.measure(archive.open(path)).load()
+    work = module.EXPERIMENTS[scale]
+    if isinstance(work, Experiment):
+        _run(work, path, device, quiet)
+        found = archive.open(path)
+    else:
+        found = work.run(path, report=(lambda _: None) if quiet else lambda line: print(line, flush=True))
+    measured = module.measure(found).load()
     archive.write_dataset(path / "measured.nc", measured)
     _save(module.draw(measured), path / "figure.png", quiet)
 
@@ -162,10 +167,11 @@ def show(directory: Directory) -> None:
     }
     if ds.sizes.get("epoch"):
         rows["epochs"] = f"{int(ds.epoch[0])}..{int(ds.epoch[-1])}, {ds.sizes['epoch']} recorded"
-    for dim in archive.swept_dimensions(ds):
-        values = ds[dim].values.tolist()
-        shown = ", ".join(map(str, values[:8])) + (f", ... {values[-1]}" if len(values) > 8 else "")
-        rows[f"swept: {dim}"] = shown
+    for key, column in ds.coords.items():
+        if column.dims and set(column.dims) <= set(archive.swept_dimensions(ds)) and key not in ("point", "coverage"):
+            values = list(dict.fromkeys(column.values.tolist()))
+            shown = ", ".join(map(str, values[:8])) + (f", ... {values[-1]}" if len(values) > 8 else "")
+            rows[f"swept: {key}"] = shown
     if "coverage" in ds.coords:
         rows["coverage"] = f"{int((ds.coverage >= 1).sum())} of {ds.coverage.size} points finished"
     if "death_epoch" in ds.coords:
@@ -174,10 +180,16 @@ def show(directory: Directory) -> None:
     for key, value in rows.items():
         facts.add_row(_plain(key), _plain(value))
     console.print(facts)
-    table = Table("variable", "dimensions", "meaning")
-    for name, array in ds.data_vars.items():
-        table.add_row(_plain(name), _plain(", ".join(map(str, array.dims))), _plain(array.attrs.get("long_name", "")))
-    console.print(table)
+    swept = archive.swept_dimensions(ds)
+    after = f"dimensions, after {', '.join(swept)}" if swept else "dimensions"
+    lines = [("variable", after, "meaning")] + [
+        (str(name), ", ".join(str(d) for d in array.dims if d not in swept), str(array.attrs.get("long_name", "")))
+        for name, array in ds.data_vars.items()
+    ]
+    first, second = (max(len(line[i]) for line in lines) for i in (0, 1))
+    for name, dims, meaning in lines:  # a line a variable, cut where the terminal ends
+        line = _printable(f"{name:{first}}  {dims:{second}}  {meaning}".replace("\n", " "))
+        print(line[: console.width] if console.is_terminal else line)
 
 
 @app.command()

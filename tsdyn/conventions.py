@@ -103,6 +103,7 @@ _CONVENTIONS: Mapping[str, Callable[[_Given], Online]] = {
     "tsdyn": _steps(1.0),
     "torch": _steps(2.0),
     "gradient_flow": _flow_without_half,
+    "MLPGradientFlow.jl": _flow_without_half,
 }
 #: Whose conventions are known.
 NAMES = tuple(_CONVENTIONS)
@@ -121,19 +122,20 @@ def convention(
 ) -> Online:
     """What a code calls by these numbers, in Goldt's units; rates that diverge there diverge here.
 
-    ==================  =========================================================================================
-    goldt               nn2pp: as they are; v = A = 1 (or your own)
+    ==================  =================================================================================
+    goldt               nn2pp: as they are; v = A = 1, or your own
     goldt-normalise     the same with ``--normalise``: v = 1/K, A = 1/M
     goldt-meanfield     the same with ``--meanfield``: v = 1/√K, A = 1/√M
     saad-solla          v = A = 1
     statphys-ml         v = 1/√K, A = 1/√M
     committee_learning  outputs are means (v = 1/K, A = 1/M), ``noise`` is a variance, time is γα/K
-    tsdyn               experiment file: J has ½, weights are w/√N, η = N · rate, λ = N · rate · weight_decay; time counts
+    tsdyn               experiment file: J has ½, weights are w/√N, η = N·rate, λ = N·rate·weight_decay; time
+                        counts steps
+    torch               ``MSELoss`` of one output and ``SGD``, weights w/√N: no ½, η = 2N·rate; time counts
                         steps
-    torch               ``MSELoss()`` and ``SGD`` of one output, weights w/√N: no ½, so η = 2N · rate; time counts steps
-    gradient_flow       `flow.gradient_flow` of the population loss and MLPGradientFlow.jl: no ½, t = ηα/2; compare with
-                        ``batch=math.inf``
-    ==================  =========================================================================================
+    gradient_flow       `flow.gradient_flow` of the population loss: no ½, t = ηα/2; compare ``batch=math.inf``
+    MLPGradientFlow.jl  the same, if its ``tauinv`` makes its sum over samples a mean
+    ==================  =================================================================================
 
     Args:
         name: One of `NAMES`.

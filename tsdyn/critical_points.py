@@ -31,6 +31,8 @@ from tsdyn.stationary import Loss, polish
 #: How far from orthonormal a teacher may be that a formula calls orthonormal.
 _ORTHONORMAL = 1e-10
 _LARGEST_NORM = 50.0
+#: Odd σ, for which a node and its outgoing weight may change sign together and copy-average points are critical.
+ODD = ("erf", "tanh", "identity")
 
 
 @dataclass(frozen=True)
@@ -239,8 +241,7 @@ def _solved(caller: str, loss: PopulationLoss, basis: Tensor, start: Sequence[fl
     reduced = ReducedLoss(loss, basis, flat)
     begin = torch.tensor([list(start)], dtype=loss.dtype)
     flow = gradient_flow(reduced, begin, gradient_tolerance=1e-9)
-    # the few parameters differ in scale, and with it the eigenvalues
-    end = polish(reduced, torch.from_numpy(flow["final"].values), zero=1e-12)
+    end = polish(reduced, torch.from_numpy(flow["final"].values))
     if end.kind[0] not in ("minimum", "degenerate"):
         raise ValueError(
             f"{caller}: no minimum of the reduced problem was reached from a copy of each node: the flow stopped by "

@@ -11,7 +11,7 @@ that whatever is defined for nodes - correlation, dead nodes, moments - is defin
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -512,6 +512,84 @@ def fanout_norms(network: DeepNetwork, x: Tensor) -> list[Tensor]:
     return [(total / len(x)).sqrt() for total in squares]
 
 
+def expectations(student: DeepNetwork, teacher: DeepNetwork, x: Tensor) -> dict[str, list[Tensor]]:
+    r"""Expectations over samples, one array a hidden layer, in evaluation mode; of channels aggregated over pixels p.
+
+    .. math:: A_{kj} = E \sum_p v_{kp} \cdot v^*_{jp}, \quad B_{kk'} = E \sum_p v_{kp} \cdot v_{k'p}
+
+    with v a column of V_l = ∂f_L/∂f_l, so that √B_kk is `fanout_norms`.  D_star, D are E[f'_k f*'_j], E[f'_k f'_k'] and
+    L_star, L E[f_k f*_j], E[f_k f_k'], over samples and pixels; H_star = A ∘ D_star, H = B ∘ D.  f' = ∂f_l/∂z_l, with
+    BatchNorm after σ its slope times the gate.  No matrix of one sample is formed: one backward pass an output.
+
+    Raises:
+        ValueError: if the networks differ in depth, outputs or images.
+
+    Source: Tian (2020), Definition 2; Tian et al. (2019), Theorem 2.
+    """
+    ends = [(net.depth, net.widths[0], net.widths[-1]) for net in (student, teacher)]
+    pixels = [[None if i is None else i[1:] for i in net.images] for net in (student, teacher)]
+    if ends[0] != ends[1] or pixels[0] != pixels[1]:
+        raise ValueError(f"expectations: {student!r} and {teacher!r} differ in depth, inputs, outputs or images")
+    layers = range(student.depth - 1)
+    sums: dict[str, list[Tensor | float]] = {
+        name: [0.0 for _ in layers] for name in ("A", "B", "D_star", "D", "L_star", "L")
+    }
+    for part in x.detach().split(_samples_at_once(student, teacher)):
+        (f, slopes, passes), (f_star, slopes_star, passes_star) = (_backward(net, part) for net in (student, teacher))
+        for i in layers:
+            per_pixel = len(part) / (len(x) * len(f[i]))
+            for name, left, right in (
+                ("D_star", slopes, slopes_star), ("D", slopes, slopes), ("L_star", f, f_star), ("L", f, f),
+            ):  # fmt: skip
+                sums[name][i] += left[i].T @ right[i] * per_pixel
+        for v, v_star in zip(passes, passes_star, strict=True):
+            for i in layers:
+                sums["A"][i] += v[i].T @ v_star[i] / len(x)
+                sums["B"][i] += v[i].T @ v[i] / len(x)
+    found = {name: [torch.as_tensor(total) for total in totals] for name, totals in sums.items()}
+    pairs = {"H_star": ("A", "D_star"), "H": ("B", "D")}
+    return found | {
+        name: [b * d for b, d in zip(found[beta], found[gate], strict=True)] for name, (beta, gate) in pairs.items()
+    }
+
+
+#: Activations and their gradients of as many samples as `expectations` takes together.
+_BYTES_AT_ONCE = 1 << 27
+
+
+def _samples_at_once(*networks: DeepNetwork) -> int:
+    numbers = sum(
+        n if image is None else math.prod(image)
+        for net in networks
+        for n, image in zip(net.widths[1:], net.images, strict=True)
+    )
+    return max(1, _BYTES_AT_ONCE // (4 * numbers * networks[0].weights[0].element_size()))
+
+
+def _backward(network: DeepNetwork, x: Tensor) -> tuple[list[Tensor], list[Tensor], Iterator[list[Tensor]]]:
+    """Of the hidden layers, by rows (sample·pixel, node): f_l, ∂f_l/∂z_l and, an output at a time, ∂f_Lc/∂f_l."""
+    with torch.enable_grad():
+        layers = propagate(
+            Parameters.of([network], share=True),
+            network.frame, x.unsqueeze(0).requires_grad_(True), training=False,
+        )  # fmt: skip
+        hidden, output = [layer.f for layer in layers[:-1]], layers[-1].activation[0].sum(0)
+
+    def jacobians() -> Iterator[list[Tensor]]:
+        for c in range(len(output)):
+            yield [_rows(layer._by_member(v)) for layer, v in zip(layers, _gradient(output[c], hidden), strict=False)]
+
+    slopes = []
+    for layer, norm in zip(layers[:-1], network.norms, strict=True):
+        gate = network.activation.gate(_rows(layer.preactivation).detach())
+        slopes.append(gate * norm.affine()[0] if norm is not None and network.frame.norm == "after" else gate)
+    return [_rows(layer.activation).detach() for layer in layers[:-1]], slopes, jacobians()
+
+
+def _gradient(output: Tensor, at: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(output, at, retain_graph=True)
+
+
 def batch_norm_gradient(
     f: Float[Tensor, "sample node"], g: Float[Tensor, "sample node"], *, scale: Tensor | None = None, eps: float = 0.0
 ) -> Float[Tensor, "sample node"]:
@@ -663,15 +741,23 @@ def propagate(p: Parameters, frame: Frame, x: Tensor, *, training: bool) -> list
 
 def _normalized(x: Tensor, norm: BatchNorm, training: bool) -> Tensor:
     """BatchNorm of (sample, member·channel, row, column) or (member, sample, node); members do not mix."""
-    flat = x if x.ndim == 4 else x.transpose(0, 1).flatten(1)
+    if x.ndim == 4:
+        return normalized(x, norm, training=training)
+    flat = normalized(x.transpose(0, 1).flatten(1), norm, training=training)
+    return flat.unflatten(1, (len(norm.mean), -1)).transpose(0, 1)
+
+
+def normalized(flat: Tensor, norm: BatchNorm, *, training: bool) -> Tensor:
+    """BatchNorm of (any, member·node, ...); in training mode by this batch, and running statistics move, in place.
+
+    Raises:
+        ValueError: for a single value a node in training mode.
+    """
     if training and flat.numel() == flat.shape[1]:
         raise ValueError("BatchNorm: one value a node in training mode; a batch must hold two samples or more")
     scale, shift = (None if t is None else t.flatten() for t in (norm.scale, norm.shift))
-    eps = max(norm.eps, torch.finfo(x.dtype).tiny)  # torch refuses 0
-    y = F.batch_norm(
-        flat, norm.mean.view(-1), norm.variance.view(-1), scale, shift, training, norm.momentum, eps
-    )  # fmt: skip
-    return y if x.ndim == 4 else y.unflatten(1, (len(norm.mean), -1)).transpose(0, 1)
+    eps = max(norm.eps, torch.finfo(flat.dtype).tiny)  # torch refuses 0
+    return F.batch_norm(flat, norm.mean.view(-1), norm.variance.view(-1), scale, shift, training, norm.momentum, eps)
 
 
 def _rows(x: Tensor) -> Tensor:

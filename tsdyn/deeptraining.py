@@ -10,15 +10,17 @@ import itertools
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.func import vmap
 
+from tsdyn import convolution
 from tsdyn.activations import Activation
-from tsdyn.deepnets import BatchNorm, DeepNetwork, Frame, Parameters, propagate
+from tsdyn.deepnets import BatchNorm, DeepNetwork, Frame, Parameters, normalized, propagate
 from tsdyn.training import Rule, Stream, living_blocks
 
-#: Activations of a block of members and their gradients should stay within a processor's last-level cache.
-BLOCK_BYTES = 1 << 24
+#: Activations of a block of members and their gradients should stay within a core's share of the last-level cache.
+BLOCK_BYTES = 1 << 22
 
 
 class DeepEnsemble:
@@ -156,6 +158,36 @@ def _block_size(ensemble: DeepEnsemble, batch: int) -> int:
     return max(1, BLOCK_BYTES // (numbers * ensemble.weights[0].element_size()))
 
 
+def _output(values: Parameters, frame: Frame, x: Tensor) -> Tensor:
+    """f_L of every member on its own batch in training mode, (member, sample, output): `propagate`, or quicker."""
+    if frame.image is None or frame.stride != 1 or not convolution.serves(x):
+        return propagate(values, frame, x, training=True)[-1].activation
+    f = x.transpose(1, 2).contiguous().unflatten(1, frame.image)  # (member, channel, row, column, sample)
+    for i, (weight, bias) in enumerate(zip(values.weights, values.biases, strict=True)):
+        if weight.ndim == 5:
+            edge = frame.padding
+            z = convolution.convolve(F.pad(f, (0, 0, edge, edge, edge, edge)) if edge else f, weight, bias)
+        else:
+            f = f.flatten(1, -2)
+            z = torch.bmm(weight, f) if bias is None else torch.baddbmm(bias.unsqueeze(2), weight, f)
+        norm = values.norms[i] if i < len(values.norms) else None
+        if i == len(values.weights) - 1:
+            f = z
+        elif norm is None:
+            f = frame.activation(z)
+        elif frame.norm == "before":
+            f = frame.activation(_normalized(z, norm))
+        else:
+            f = _normalized(frame.activation(z), norm)
+    return f.transpose(1, 2)
+
+
+def _normalized(x: Tensor, norm: BatchNorm) -> Tensor:
+    """BatchNorm of (member, node, ..., sample) by the batch."""
+    flat = x.reshape(1, x.shape[0] * x.shape[1], -1)
+    return normalized(flat, norm, training=True).view_as(x)
+
+
 def step(ensemble: DeepEnsemble, x: Tensor, y: Tensor, rule: Rule, count: int) -> None:
     """One update of every member on its own batch, in place.
 
@@ -172,7 +204,7 @@ def step(ensemble: DeepEnsemble, x: Tensor, y: Tensor, rule: Rule, count: int) -
     leaves = {id(t): next(held)[1] for _, layer, t in named if layer not in rule.frozen}
     values = _mapped(ensemble.values, lambda t: leaves.get(id(t), t))
     with torch.enable_grad():
-        output = propagate(values, ensemble.frame, x, training=True)[-1].activation
+        output = _output(values, ensemble.frame, x)
         objective = vmap(rule.objective)(y, output).sum()
         gradients = torch.autograd.grad(objective, [leaf for _, leaf in free])
     for (at, _), gradient in zip(free, gradients, strict=True):

@@ -192,12 +192,14 @@ class Data(_Part):
 
 
 class Training(_Part):
-    """How students learn. The update is W += learning_rate · (1/batch) Σ g fᵀ.
+    """How students learn. The update is W += learning_rate · (1/batch) Σ g fᵀ; ``gd`` takes all the data at each
+    step, ``flow`` is gradient flow dθ/dt = −∇J, an epoch of which lasts as long as the steps of ``gd`` add up to:
+    learning_rate · steps_per_epoch.
 
     With ``cross_entropy`` the targets are classes: the teacher's largest output, or the data's own labels.
     """
 
-    method: Literal["sgd", "gd", "adam"] = "sgd"
+    method: Literal["sgd", "gd", "adam", "flow"] = "sgd"
     loss: Literal["mse", "cross_entropy"] = "mse"
     labels: Literal["teacher", "data"] = "teacher"
     learning_rate: Rate = 0.01
@@ -211,6 +213,20 @@ class Training(_Part):
     epsilon: Positive = 1e-8
     frozen: Counts = ()
     normalize: bool = False
+
+    @property
+    def whole(self) -> bool:
+        """Whether every step sees all the data."""
+        return self.method in ("gd", "flow")
+
+    @model_validator(mode="after")
+    def _flow(self) -> Training:
+        if self.method == "flow" and (self.momentum or self.normalize):
+            raise ValueError(
+                f"training.method = 'flow': momentum = {self.momentum}, normalize = {str(self.normalize).lower()}; "
+                "gradient flow has neither, use 'gd'"
+            )
+        return self
 
     def rate(self, epoch: int) -> float:
         """Learning rate of the epoch that ends at `epoch` (1-based): the last table entry ≤ epoch − 1."""
@@ -401,18 +417,31 @@ class Experiment(_Part):
                     f"record.observables: {', '.join(sorted(unknown))} is not measured of convolutions and BatchNorm; "
                     f"there are {', '.join(schema.DEEP)}; theory has the others on DeepNetwork.folded()"
                 )
+        if self.student.batch_norm != "none" and self.training.batch == 1 and self.training.method != "gd":
+            raise ValueError(
+                f"training.batch = 1 with student.batch_norm = {self.student.batch_norm!r}: one sample has no "
+                "variance; use batches of two samples or more"
+            )
         train = self.data.train
-        if isinstance(train, int) and self.training.method != "gd" and self.training.batch > train:
+        if isinstance(train, int) and not self.training.whole and self.training.batch > train:
             raise ValueError(f"training.batch = {self.training.batch} is more than data.train = {train} samples")
-        if train == "fresh" and self.training.method == "gd":
-            raise ValueError("training.method = 'gd' needs finite data; data.train is 'fresh'")
+        if train == "fresh" and self.training.whole:
+            way = "; flow.gradient_flow of a PopulationLoss needs none" if self.training.method == "flow" else ""
+            raise ValueError(
+                f"training.method = {self.training.method!r} needs finite data; data.train is 'fresh'{way}"
+            )
+        if self.training.method == "flow" and (self.deep or self.dtype != "float64"):
+            raise ValueError(
+                f"training.method = 'flow': dtype = {self.dtype!r}{', convolutions or BatchNorm' * self.deep}; it "
+                "integrates fully connected students in float64, others learn by 'gd'"
+            )
         if train == "fresh" and self.training.steps_per_epoch is None:
             raise ValueError("training.steps_per_epoch: needed with data.train = 'fresh'")
         if train == "fresh" and self.data.augment != "none":
             raise ValueError(f"data.augment = {self.data.augment!r}: needs finite data; data.train is 'fresh'")
-        if self.data.augment == "crop-flip" and self.training.method == "gd":
+        if self.data.augment == "crop-flip" and self.training.whole:
             raise ValueError("data.augment = 'crop-flip': moves images anew at every step; use 'sgd' or 'adam'")
-        if self.data.augment == "aware" and (self.training.steps_per_epoch is None or self.training.method == "gd"):
+        if self.data.augment == "aware" and (self.training.steps_per_epoch is None or self.training.whole):
             raise ValueError(
                 "data.augment = 'aware': how many samples it adds depends on the teacher, so members have training "
                 "sets of different size; give training.steps_per_epoch, with 'sgd' or 'adam'"
@@ -468,7 +497,7 @@ class Experiment(_Part):
         """Steps an epoch: as given, or one pass over the data (a remainder smaller than a batch is left out)."""
         if self.training.steps_per_epoch is not None:
             return self.training.steps_per_epoch
-        if self.training.method == "gd":
+        if self.training.whole:
             return 1
         assert isinstance(self.data.train, int)
         points = 2 * self.teacher.widths[0] + 1 if self.data.augment == "agnostic" else 1

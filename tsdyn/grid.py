@@ -36,9 +36,9 @@ from tsdyn.segments import ARCHIVE, EXPERIMENT, claim, segments
 SWEEP = "sweep.json"
 INDEX = "index.json"
 
-#: A dask chunk gathers whole disk chunks up to this ...
-LAZY_BYTES = 1 << 24
-#: ... and, where a run holds less, the same of up to so many runs: opening a file costs about a millisecond.
+#: A dask chunk gathers whole disk chunks of as many seeds as fit in this (opening a file costs as much as 5 MB) ...
+LAZY_BYTES = 1 << 26
+#: ... and, where a run holds less, the same of up to so many runs ...
 RUNS_A_CHUNK = 25
 #: ... but no more than this in all, so that reading one run of many stays quick.
 GATHERED_BYTES = 1 << 20
@@ -46,6 +46,8 @@ GATHERED_BYTES = 1 << 20
 OWN = ("experiment", "name", "digest", "created", "coordinates")
 
 Labels = tuple["str | int | float", ...]
+#: Positions along one dimension.
+Rows = slice | NDArray
 
 
 # --- points --------------------------------------------------------------------------------------------------
@@ -296,51 +298,79 @@ class Stored:
         return {dim: {value: i for i, value in enumerate(self.labels[dim])} for dim in self.inner}
 
     def __getitem__(self, key: Any) -> NDArray:
-        """Basic indexing: integers and slices of positive step."""
+        """As numpy's, by integers, slices and lists; what dask asks for is read and no more."""
         key = key if isinstance(key, tuple) else (key,)
         if Ellipsis in key:
             at = key.index(Ellipsis)
             key = (*key[:at], *[slice(None)] * (self.ndim + 1 - len(key)), *key[at + 1 :])
         key = (*key, *[slice(None)] * (self.ndim - len(key)))
-        wanted = [
-            range(n)[k] if isinstance(k, slice) else range(n)[k : k + 1] for k, n in zip(key, self.shape, strict=True)
-        ]
-        found = np.full([len(w) for w in wanted], np.nan, self.dtype)
-        outer = len(self.outer)
-        for at in np.ndindex(*found.shape[:outer]):
-            place = tuple(w[i] for w, i in zip(wanted[:outer], at, strict=True))
+        wanted = [np.atleast_1d(np.arange(n)[k]) for k, n in zip(key, self.shape, strict=True)]
+        shape, outer = [len(w) for w in wanted], len(self.outer)
+        parts = []
+        for at in np.ndindex(*shape[:outer]):
+            place = tuple(int(w[i]) for w, i in zip(wanted[:outer], at, strict=True))
             for source in self.cells.get(place, ()):
-                self._fill(found[at], source, wanted[outer:])
-        return found[tuple(slice(None) if isinstance(k, slice) else 0 for k in key)]
+                part = self._part(source, wanted[outer:])
+                if part is not None:
+                    parts.append((at, source, *part))
+        held = sum(math.prod(map(_length, target)) for *_, target in parts)
+        if len(parts) == 1 and held == math.prod(shape):  # as it comes, without a copy
+            found = self._rows(*parts[0][1:3]).reshape(shape)
+        else:
+            found = np.empty(shape, self.dtype) if held == math.prod(shape) else np.full(shape, np.nan, self.dtype)
+            for at, source, rows, target in parts:
+                found[at][_orthogonal(target, found.shape[outer:])] = self._rows(source, rows)
+        return found[tuple(0 if isinstance(k, (int, np.integer)) else slice(None) for k in key)]
 
-    def _fill(self, block: NDArray, source: Source, wanted: Sequence[range]) -> None:
-        """Put what one file holds of the `wanted` positions where they are in `block`."""
+    def _part(self, source: Source, wanted: Sequence[NDArray]) -> tuple[list[Rows], list[Rows]] | None:
+        """Of each dimension, the rows that one file holds of the `wanted` positions, and where these are among them."""
         if self.name not in source.header.variables:
-            return
+            return None
         rows, target = [], []
-        for dim, span in zip(self.inner, wanted, strict=True):
-            where = np.array([self._position[dim][value] for value in source.header.labels[dim]], dtype=int)
-            ahead = where - span.start
-            inside = np.flatnonzero((ahead >= 0) & (where < span.stop) & (ahead % span.step == 0))
+        for dim, positions in zip(self.inner, wanted, strict=True):
+            row = np.full(len(self.labels[dim]), -1)
+            there = source.header.labels[dim]
+            row[[self._position[dim][value] for value in there]] = np.arange(len(there))
+            asked = row[positions]
+            (inside,) = np.nonzero(asked >= 0)
             if not len(inside):
-                return
-            rows.append(_as_slice(inside))
-            target.append(ahead[inside] // span.step)
+                return None
+            rows.append(_as_slice(asked[inside]))
+            target.append(_as_slice(inside))
+        return rows, target
+
+    def _rows(self, source: Source, rows: Sequence[Rows]) -> NDArray:
+        """Those rows of one file, every dimension by itself."""
+        # given lists, netCDF reads row by row; the whole range and a choice from it cost one reading
+        spans = [r if isinstance(r, slice) else slice(int(r.min()), int(r.max()) + 1) for r in rows]
+        chosen = [slice(None) if isinstance(r, slice) else r - span.start for r, span in zip(rows, spans, strict=True)]
         try:
             with netcdf.dataset(source.path) as nc:
-                stored = nc[self.name][tuple(rows)]
-            block[np.ix_(*target)] = stored
+                stored: NDArray = nc[self.name][tuple(spans)]
+            return stored[_orthogonal(chosen, stored.shape)]
         except (OSError, RuntimeError, IndexError, KeyError, ValueError) as error:
             message = f"{source.path}: {self.name} cannot be read: {error}"
             if not self.skip:
                 raise ArchiveError(f"{message}; `tsdyn validate` tells what is whole") from error
             warnings.warn(f"{message}; left NaN", stacklevel=2)
+            return np.full([_length(r) for r in rows], np.nan, self.dtype)
 
 
-def _as_slice(rows: NDArray) -> slice | NDArray:
+def _as_slice(rows: NDArray) -> Rows:
     """Positions as a slice where they follow one another."""
-    whole = slice(int(rows[0]), int(rows[-1]) + 1)
-    return whole if whole.stop - whole.start == len(rows) else rows
+    first, last = int(rows[0]), int(rows[-1])
+    return slice(first, last + 1) if np.array_equal(rows, np.arange(first, last + 1)) else rows
+
+
+def _length(rows: Rows) -> int:
+    return rows.stop - rows.start if isinstance(rows, slice) else len(rows)
+
+
+def _orthogonal(rows: Sequence[Rows], shape: Sequence[int]) -> tuple[Any, ...]:
+    """An index of which every dimension chooses for itself; slices, which copy no index, where all are."""
+    if all(isinstance(r, slice) for r in rows):
+        return tuple(rows)
+    return np.ix_(*(np.arange(n)[r] for r, n in zip(rows, shape, strict=True)))
 
 
 # --- all points as one Dataset -------------------------------------------------------------------------------
@@ -410,6 +440,8 @@ def _gathered(
                     f"{dict(zip(map(', '.join, along), at, strict=True))}; open one of them"
                 )
             held += sources
+        with suppress(ArchiveError):  # where it may not be written, the next reader reads the headers again
+            index.write()
     taken = [tuple(dict.fromkeys(at[i] for at in found)) for i in range(len(along))]
     position = [{value: i for i, value in enumerate(of)} for of in taken]
     cells = {tuple(p[v] for p, v in zip(position, at, strict=True)): held for at, held in found.items() if held}
@@ -478,10 +510,9 @@ def _built(cells: Mapping[tuple[int, ...], Sequence[Source]], grid: Sequence[Axi
         stored = Stored(name, outer, tuple(inner), shape, np.dtype(dtype), cells, own, skip)
         lazy = dask.array.from_array(
             stored,
-            chunks=_chunks([chunk for _, _, chunk, _ in holding], stored),
+            chunks=_chunks([h for h in headers if name in h.variables], stored),
             name=f"{name}-{token}",
             asarray=False,
-            fancy=False,
             meta=np.empty((0,) * len(shape), stored.dtype),
         )
         arrays[name] = xr.Variable((*outer, *inner), lazy, attrs)
@@ -539,16 +570,30 @@ def _stamp(path: Path) -> int:
     return 0
 
 
-def _chunks(stored: Sequence[Sequence[int]], array: Stored) -> tuple[int, ...]:
+def _chunks(headers: Sequence[Header], array: Stored) -> tuple[int, ...]:
     """Dask chunks that follow files: whole disk chunks of as many seeds as fit; of several runs only if small."""
     lengths = dict(zip(array.inner, array.shape[len(array.outer) :], strict=True))
+    stored = [header.variables[array.name][2] for header in headers]
     chunk = {dim: min(n, lengths[dim]) for dim, n in zip(array.inner, np.max(stored, axis=0).tolist(), strict=True)}
     chunk |= {dim: lengths[dim] for dim in (*schema.NODE_WIDTHS, "input_node") if dim in chunk}
-    size = max(1, math.prod(chunk.values()) * array.dtype.itemsize)
+    whole = math.prod(chunk.values()) * array.dtype.itemsize
+    size = max(1, round(whole * max(_filled(header, array) for header in headers)))
     if "seed" in chunk:
-        chunk["seed"] = min(lengths["seed"], chunk["seed"] * max(1, LAZY_BYTES // size))
-        size = max(1, math.prod(chunk.values()) * array.dtype.itemsize)
+        seeds = min(lengths["seed"], chunk["seed"] * max(1, LAZY_BYTES // size))
+        size, chunk["seed"] = size * seeds // chunk["seed"], seeds
     runs = [1] * len(array.outer)
     if runs:
-        runs[-1] = min(array.shape[len(runs) - 1], RUNS_A_CHUNK, max(1, GATHERED_BYTES // size))
+        runs[-1] = min(array.shape[len(runs) - 1], RUNS_A_CHUNK, max(1, GATHERED_BYTES // max(1, size)))
     return (*runs, *(max(1, n) for n in chunk.values()))
+
+
+def _filled(header: Header, array: Stored) -> float:
+    """Share of the padded node dimensions that the largest layer of a run fills; the rest is never read."""
+    own = "teacher_input_width" if array.name.startswith("teacher_") else "input_width"
+    names = {**schema.NODE_WIDTHS, "input_node": own}
+    sizes = {
+        dim: (np.asarray(header.columns[names[dim]][1]), array.shape[len(array.outer) + i])
+        for i, dim in enumerate(array.inner)
+        if names.get(dim) in header.columns
+    }
+    return float(np.max(np.prod([widths / padded for widths, padded in sizes.values()], axis=0))) if sizes else 1.0

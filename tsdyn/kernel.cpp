@@ -1,13 +1,13 @@
 // Training steps of one member at a time, whole epochs without leaving the cache; see kernel.py.
 //
-// Every product of a step is the same small one, C <- beta C + alpha A B, with the columns of B and C contiguous:
+// Every product of a step is the same small one, C <- beta C + A B, with the columns of B and C contiguous:
 //
 //   forward    Z (node, sample)        = W      F        columns: samples
 //   backward   G (input_node, sample)  = W^T    G        columns: samples
 //   update     W (node, input_node)   += G      F^T      columns: input nodes
 //
-// A bias is the column of W that belongs to a constant node 1.  Rows are padded to whole vectors with zeros, and zeros
-// they stay: padded samples have no gradient, padded input nodes no activation.
+// A bias is the column of W that belongs to a constant node 1.  Rows are padded to whole cache lines with zeros, and
+// zeros they stay: padded samples have no gradient, padded input nodes no activation.
 // Vectors are the compiler's own (GCC and Clang); sums run in one order whatever the number of members or threads.
 
 #include <algorithm>
@@ -20,14 +20,25 @@
 #include <utility>
 #include <vector>
 
+// A tile of C, kRows x kVectors, is summed in registers: enough sums to wait for none (two multiply-adds a cycle, four
+// cycles each, need eight), and room for a line of B and a number of A beside them.
 #if defined(__AVX512F__)
-constexpr int kVectorBytes = 64, kAccumulators = 24;
+constexpr int kVectorBytes = 64, kRows = 12, kVectors = 2;
 #elif defined(__AVX__)
-constexpr int kVectorBytes = 32, kAccumulators = 12;
+constexpr int kVectorBytes = 32, kRows = 6, kVectors = 2;
+#elif defined(__aarch64__)
+constexpr int kVectorBytes = 16, kRows = 6, kVectors = 4;
 #else
-constexpr int kVectorBytes = 16, kAccumulators = 24;
+constexpr int kVectorBytes = 16, kRows = 6, kVectors = 2;
 #endif
-constexpr int kMostVectors = 4, kMostRows = 12;
+constexpr int kLineBytes = 64;
+
+// Without it GCC loads each vector of B again for every row: loads, two a cycle, then hold up the multiply-adds.
+#if defined(__x86_64__)
+#define TSDYN_IN_REGISTER(vector) asm("" : "+v"(vector))
+#else
+#define TSDYN_IN_REGISTER(vector)
+#endif
 
 namespace {
 
@@ -35,7 +46,10 @@ template <class Real>
 struct Lanes {
     typedef Real Vector __attribute__((vector_size(kVectorBytes)));
     static constexpr long count = kVectorBytes / sizeof(Real);
-    static long padded(long n) { return (n + count - 1) / count * count; }
+    static long padded(long n) {
+        constexpr long line = kLineBytes / sizeof(Real);
+        return (n + line - 1) / line * line;
+    }
 };
 
 template <class Real>
@@ -59,23 +73,31 @@ struct Product {
     long b_k;
     Real* c;
     long c_row;
-    Real beta, alpha;
+    Real beta;
 };
 
-constexpr int most_rows(int vectors) { return std::min(kMostRows, kAccumulators / vectors); }
-
-// R rows of V vectors, kept in registers over the whole sum.
 template <class Real, int R, int V>
-void tile(const Product<Real>& p, long row, long column) {
+inline void tile(const Product<Real>& p, long row, long column) {
     constexpr long lanes = Lanes<Real>::count;
     const Real* a = p.a + row * p.a_row;
     const Real* b = p.b + column;
-    const long a_row = p.a_row, a_k = p.a_k, b_k = p.b_k;
+    Real* c = p.c + row * p.c_row + column;
+    const long a_row = p.a_row, a_k = p.a_k, b_k = p.b_k, c_row = p.c_row;
     Vector<Real> sum[R][V] = {};
+    if (p.beta != 0) {  // C need not hold numbers otherwise
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 16
+            for (int v = 0; v < V; ++v) sum[r][v] = p.beta * at(c + r * c_row + v * lanes);
+        }
+    }
     for (long k = p.k; k > 0; --k, a += a_k, b += b_k) {
         Vector<Real> line[V];
 #pragma GCC unroll 16
-        for (int v = 0; v < V; ++v) line[v] = at(b + v * lanes);
+        for (int v = 0; v < V; ++v) {
+            line[v] = at(b + v * lanes);
+            TSDYN_IN_REGISTER(line[v]);
+        }
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
             const Real factor = a[r * a_row];
@@ -83,42 +105,32 @@ void tile(const Product<Real>& p, long row, long column) {
             for (int v = 0; v < V; ++v) sum[r][v] += factor * line[v];
         }
     }
-    Real* c = p.c + row * p.c_row + column;
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 16
-        for (int v = 0; v < V; ++v) {
-            Vector<Real>& out = at(c + r * p.c_row + v * lanes);
-            out = p.beta == 0 ? p.alpha * sum[r][v] : p.beta * out + p.alpha * sum[r][v];
-        }
+        for (int v = 0; v < V; ++v) at(c + r * c_row + v * lanes) = sum[r][v];
     }
 }
 
-template <class Real, int V, int R = most_rows(V)>
-void tile_of(const Product<Real>& p, int rows, long row, long column) {
-    if (rows == R) return tile<Real, R, V>(p, row, column);
-    if constexpr (R > 1) tile_of<Real, V, R - 1>(p, rows, row, column);
+template <class Real, int R = kRows>
+void panel(const Product<Real>& p, long rows, long row, long columns) {
+    if constexpr (R > 1) {
+        if (rows < R) return panel<Real, R - 1>(p, rows, row, columns);
+    }
+    constexpr long lanes = Lanes<Real>::count;
+    long column = 0;
+    for (; column + kVectors * lanes <= columns; column += kVectors * lanes) tile<Real, R, kVectors>(p, row, column);
+    for (; column < columns; column += lanes) tile<Real, R, 1>(p, row, column);
 }
 
-template <class Real, int V = kMostVectors>
-void strip(const Product<Real>& p, int vectors, long rows, long column) {
-    if constexpr (V > 1) {
-        if (vectors < V) return strip<Real, V - 1>(p, vectors, rows, column);
-    }
-    // pieces of nearly equal height: a short last one would wait for its own sums
-    const long pieces = (rows + most_rows(V) - 1) / most_rows(V);
-    for (long i = 0; i < pieces; ++i) {
-        const long from = rows * i / pieces, to = rows * (i + 1) / pieces;
-        tile_of<Real, V>(p, static_cast<int>(to - from), from, column);
-    }
-}
-
+// Rows of A, the larger factor, once from far away; B again for each panel, from a near cache.
 template <class Real>
 void multiply(const Product<Real>& p, long rows, long columns) {
-    const long vectors = columns / Lanes<Real>::count, pieces = (vectors + kMostVectors - 1) / kMostVectors;
-    for (long i = 0; i < pieces; ++i) {
-        const long from = vectors * i / pieces, to = vectors * (i + 1) / pieces;
-        strip<Real>(p, static_cast<int>(to - from), rows, from * Lanes<Real>::count);
+    // panels of nearly equal height: a low last one would wait for its own sums
+    const long panels = (rows + kRows - 1) / kRows;
+    for (long i = 0; i < panels; ++i) {
+        const long from = rows * i / panels, to = rows * (i + 1) / panels;
+        panel<Real>(p, to - from, from, columns);
     }
 }
 
@@ -186,8 +198,12 @@ namespace {
 template <class Real>
 class Member {
   public:
-    explicit Member(const Job& job) : job(job), depth(job.depth), batch(job.batch), samples(Lanes<Real>::padded(batch)) {
-        const long moments = job.adam ? 2 : job.momentum != 0 ? 1 : 0;
+    explicit Member(const Job& job)
+        : job(job),
+          depth(job.depth),
+          batch(job.batch),
+          samples(Lanes<Real>::padded(batch)),
+          moments(job.adam ? 2 : job.momentum != 0) {
         long size = 0, widest = 0;
         const auto reserve = [&size](long numbers) {
             size += numbers;
@@ -271,11 +287,14 @@ class Member {
             const bool top = l == depth - 1;
             const long k = below[l] + (job.biases[l] ? 1 : 0);
             Real* out = top ? g : by_node[l + 1];
-            // at the top y - z, the gradient
-            multiply<Real>({k, weight[l], stride[l], 1, by_node[l], samples, out, samples, Real(top), Real(top ? -1 : 1)},
-                           nodes[l], samples);
+            // at the top z - y
+            multiply<Real>({k, weight[l], stride[l], 1, by_node[l], samples, out, samples, Real(top ? -1 : 0)}, nodes[l],
+                           samples);
             if (!top) activate(l + 1);
         }
+        // everything below is linear in it
+        const Real scale = static_cast<Real>((moments ? 1 : -rate) / batch);
+        for (long i = 0; i < nodes[depth - 1] * samples; ++i) g[i] *= scale;
     }
 
     void activate(long l) {
@@ -289,13 +308,13 @@ class Member {
         transpose(f, samples, stride[l], samples, by_sample[l], stride[l]);
     }
 
-    // Down from g = y - z: dJ/dW = -(1/batch) g f^T, g below = (W^T g) gate.
+    // Down the layers: g below = (W^T g) gate, and g f^T is dJ/dW, or at once the step -rate dJ/dW.
     void backward(long step) {
         long lowest = 0;
         while (lowest < depth && job.frozen[lowest]) ++lowest;
         for (long l = depth - 1; l >= lowest; --l) {
             if (l > lowest) {
-                multiply<Real>({nodes[l], weight[l], 1, stride[l], g, samples, passed, samples, 0, 1}, below[l], samples);
+                multiply<Real>({nodes[l], weight[l], 1, stride[l], g, samples, passed, samples, 0}, below[l], samples);
                 gate(l);
             }
             if (!job.frozen[l]) update(l, step);
@@ -312,17 +331,10 @@ class Member {
     }
 
     void update(long l, long step) {
-        const Product<Real> down{batch, g, samples, 1, by_sample[l], stride[l], gradient, stride[l], 0, Real(-1.0 / batch)};
-        if (first[l]) {
-            multiply<Real>(down, nodes[l], stride[l]);
-            job.adam ? adam(l, step) : momentum(l);
-        } else {
-            Product<Real> direct = down;
-            direct.c = weight[l];
-            direct.beta = static_cast<Real>(1 - rate * job.weight_decay);
-            direct.alpha = static_cast<Real>(rate / batch);
-            multiply<Real>(direct, nodes[l], stride[l]);
-        }
+        const Real kept = static_cast<Real>(moments ? 0 : 1 - rate * job.weight_decay);
+        Real* sum = moments ? gradient : weight[l];
+        multiply<Real>({batch, g, samples, 1, by_sample[l], stride[l], sum, stride[l], kept}, nodes[l], stride[l]);
+        if (moments) job.adam ? adam(l, step) : momentum(l);
         if (job.normalize && l < depth - 1)
             for (long n = 0; n < nodes[l]; ++n) {
                 Real* w = weight[l] + n * stride[l];
@@ -383,7 +395,7 @@ class Member {
     }
 
     const Job& job;
-    const long depth, batch, samples;
+    const long depth, batch, samples, moments;
     std::vector<long> below, nodes, stride;
     std::vector<Real*> weight, first, second;
     std::vector<Real*> by_sample, by_node;  // activations below each layer: (sample, node + 1), (node + 1, sample)

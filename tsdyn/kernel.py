@@ -177,31 +177,31 @@ def train(
 
 
 @functools.cache
-def load() -> ctypes.CDLL | None:
-    """The compiled kernel, built if this machine has none yet; None where that cannot be."""
+def load(source: Path = SOURCE) -> ctypes.CDLL | None:
+    """The compiled kernel of a source file, built if this machine has none yet; None where that cannot be."""
     if os.environ.get("TSDYN_KERNEL", "on") == "off":
         return None
     compiler = next((c for c in (os.environ.get("CXX", ""), "c++", "g++", "clang++") if c and shutil.which(c)), None)
     if compiler is None:
         return None
     try:
-        return ctypes.CDLL(str(_built(compiler)))
+        return ctypes.CDLL(str(_built(compiler, source)))
     except (OSError, subprocess.SubprocessError):
         return None
 
 
-def _built(compiler: str) -> Path:
+def _built(compiler: str, source: Path) -> Path:
     version = subprocess.run([compiler, "--version"], capture_output=True, timeout=BUILD_SECONDS, check=True).stdout
-    key = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), version, _processor(), " ".join(FLAGS).encode()]))
+    key = hashlib.sha256(b"\0".join([source.read_bytes(), version, _processor(), " ".join(FLAGS).encode()]))
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tsdyn"
-    library = folder / f"kernel-{key.hexdigest()[:16]}.so"
+    library = folder / f"{source.stem}-{key.hexdigest()[:16]}.so"
     if not library.exists():
         folder.mkdir(parents=True, exist_ok=True)
         # several processes may build at once: each its own file, renamed when whole
         with tempfile.TemporaryDirectory(dir=folder) as private:
             unfinished = Path(private) / library.name
             subprocess.run(
-                [compiler, *FLAGS, str(SOURCE), "-o", str(unfinished)],
+                [compiler, *FLAGS, str(source), "-o", str(unfinished)],
                 capture_output=True,
                 timeout=BUILD_SECONDS,
                 check=True,

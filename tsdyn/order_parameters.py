@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TypeAlias
 
 import numpy as np
@@ -33,8 +34,10 @@ from tsdyn.overlaps import Overlaps
 #: Overlaps beyond it count as diverged.
 _BEYOND = 1e12
 
-#: (C (field, field), masses (field,), student nodes K) → E[σ'_i σ'_k Δ²], (K, K).
-Fluctuation: TypeAlias = Callable[[Tensor, Tensor, int], Tensor]
+#: (C (field, field), student nodes K) → E[σσ], ½E[σ''σ] and E[σ'σ'] of student with all fields, (K, field) each.
+Pairs: TypeAlias = Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray, np.ndarray]]
+#: (C, masses (field,), K) → E[σ'_i σ'_k Δ²], (K, K).
+Fluctuation: TypeAlias = Callable[[np.ndarray, np.ndarray, int], np.ndarray]
 
 
 def order_parameters(
@@ -48,7 +51,7 @@ def order_parameters(
     alpha: ArrayLike,
     second_learning_rate: float = 0.0,
     weight_decay: float = 0.0,
-    batch: float = 1,
+    batch: int | float = 1,
     noise: float = 0.0,
     activation: str | Activation = "erf",
     seeds: Sequence[int] | None = None,
@@ -123,7 +126,7 @@ class Rates:
     learning_rate: float
     second_learning_rate: float = 0.0
     weight_decay: float = 0.0
-    batch: float = 1
+    batch: int | float = 1
     noise: float = 0.0
 
     def check(self, caller: str) -> None:
@@ -162,16 +165,15 @@ def _integrated(
     atol: float,
 ) -> tuple[tuple[Tensor, Tensor, Tensor], str]:
     nodes, teacher_nodes = begin.R.shape
-    sizes = [nodes * nodes, nodes * teacher_nodes, nodes]
-
-    def parts(y: np.ndarray) -> list[Tensor]:
-        q, r, v = torch.from_numpy(y).split(sizes, -1)
-        return [q.unflatten(-1, (nodes, nodes)), r.unflatten(-1, (nodes, teacher_nodes)), v]
+    ends = np.cumsum([nodes * nodes, nodes * teacher_nodes])
+    C, A, pairs = begin.covariance.numpy().copy(), begin.A.numpy(), _PAIRS.get(sigma.name) or _pairs(sigma)
 
     def slope(_alpha: float, y: np.ndarray) -> np.ndarray:
-        q, r, v = parts(y)
-        moved = _slope(Overlaps(q, r, begin.T, v, begin.A), sigma, rates, fluctuation)
-        return torch.cat([x.flatten() for x in moved]).numpy()
+        q, r, v = np.split(y, ends)
+        C[:nodes, :nodes] = q.reshape(nodes, nodes)
+        C[:nodes, nodes:] = r.reshape(nodes, teacher_nodes)
+        C[nodes:, :nodes] = C[:nodes, nodes:].T
+        return np.concatenate([x.ravel() for x in _slope(C, v, A, pairs, rates, fluctuation)])
 
     def within(_alpha: float, y: np.ndarray) -> float:
         return float(_BEYOND - np.abs(y).max())
@@ -182,31 +184,54 @@ def _integrated(
     solved = solve_ivp(slope, (0.0, end), y, "DOP853", t_eval=times, events=within, rtol=rtol, atol=atol)
     path = np.full((len(times), len(y)), np.nan)
     path[: solved.y.shape[1]] = solved.y.T
-    q, r, v = parts(path)
-    return (q, r, v), "time" if solved.status == 0 else "diverged"
+    q, r, v = (torch.from_numpy(x.copy()) for x in np.split(path, ends, axis=1))
+    shaped = q.unflatten(-1, (nodes, nodes)), r.unflatten(-1, (nodes, teacher_nodes)), v
+    return shaped, "time" if solved.status == 0 else "diverged"
 
 
 def _slope(
-    state: Overlaps, sigma: Activation, rates: Rates, fluctuation: Fluctuation | None
-) -> tuple[Tensor, Tensor, Tensor]:
+    C: np.ndarray, v: np.ndarray, A: np.ndarray, pairs: Pairs, rates: Rates, fluctuation: Fluctuation | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """d(Q, R, v)/dα."""
-    nodes, v = len(state.v), state.v
-    C, m = state.covariance, state.masses
-    own = C.diagonal()
-    g = interaction.of(sigma).partials(*torch.broadcast_tensors(own[:nodes, None], own, C[:nodes]))
+    nodes, m = len(v), np.concatenate([v, -A])
+    g, g_A, g_c = pairs(C, nodes)
     # E[σ'_i b Δ] = −Σ_z m_z I₃(i,b,z), of all i and b at once
-    along = -(2 * (g.A @ m)[:, None] * C[:nodes] + (g.c * m) @ C)
+    along = -(2 * (g_A @ m)[:, None] * C[:nodes] + (g_c * m) @ C)
     drift = rates.learning_rate * v[:, None] * along
-    dQ = drift[:, :nodes] + drift[:, :nodes].T - 2 * rates.weight_decay * state.Q
-    dR = drift[:, nodes:] - rates.weight_decay * state.R
+    dQ = drift[:, :nodes] + drift[:, :nodes].T - 2 * rates.weight_decay * C[:nodes, :nodes]
+    dR = drift[:, nodes:] - rates.weight_decay * C[:nodes, nodes:]
     if fluctuation is not None:
         spread = fluctuation(C, m, nodes)
         if rates.noise:
-            spread = spread + rates.noise**2 * g.c[:, :nodes]
-        dQ = dQ + rates.learning_rate**2 / rates.batch * torch.outer(v, v) * spread
+            spread = spread + rates.noise**2 * g_c[:, :nodes]
+        dQ = dQ + rates.learning_rate**2 / rates.batch * np.outer(v, v) * spread
     if not rates.second_learning_rate:
-        return dQ, dR, torch.zeros_like(v)
-    return dQ, dR, -rates.second_learning_rate * (g.value @ m) - rates.weight_decay * v
+        return dQ, dR, np.zeros_like(v)
+    return dQ, dR, -rates.second_learning_rate * (g @ m) - rates.weight_decay * v
+
+
+def _pairs(sigma: Activation) -> Pairs:
+    """Of any activation."""
+    kernel = interaction.of(sigma)
+
+    def pairs(C: np.ndarray, nodes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        c = torch.from_numpy(C)
+        own = c.diagonal()
+        g = kernel.partials(*torch.broadcast_tensors(own[:nodes, None], own, c[:nodes]))
+        return g.value.numpy(), g.A.numpy(), g.c.numpy()
+
+    return pairs
+
+
+def _erf_pairs(C: np.ndarray, nodes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`interaction`'s for erf, without what is not needed: arrays this small cost what their operations' calls cost."""
+    p, c = 1 + C.diagonal(), C[:nodes]
+    root = np.sqrt(p[:nodes, None] * p - c * c)
+    slope = (2 / math.pi) / root
+    return (2 / math.pi) * np.arctan2(c, root), -slope * c / (2 * p[:nodes, None]), slope
+
+
+_PAIRS: dict[str, Pairs] = {"erf": _erf_pairs}
 
 
 def _fluctuation(sigma: Activation) -> Fluctuation:
@@ -219,28 +244,33 @@ def _fluctuation(sigma: Activation) -> Fluctuation:
     )
 
 
-def _linear(C: Tensor, m: Tensor, nodes: int) -> Tensor:
+def _linear(C: np.ndarray, m: np.ndarray, nodes: int) -> np.ndarray:
     """σ' = 1: E[Δ²] for all pairs."""
-    return (m @ C @ m).expand(nodes, nodes)
+    return np.full((nodes, nodes), m @ C @ m)
 
 
-def _erf(C: Tensor, m: Tensor, nodes: int) -> Tensor:
-    """σ'_i σ'_k is a Gaussian factor: (2/π)/√L₄ times E[Δ²] at the covariance S = C − C_zq (1 + C_qq)⁻¹ C_qz, q = (i, k).
+def _erf(C: np.ndarray, m: np.ndarray, nodes: int) -> np.ndarray:
+    """(2/π)/√L₄ times E[Δ²] at the covariance S = C − C_zq (1 + C_qq)⁻¹ C_qz, q = (i, k): σ'_i σ'_k is Gaussian.
 
     L₄ = det(1 + C_qq); S is L₀/L₄ of Saad & Solla, and 1 + S_cc their L₁/L₄.
     """
-    i, k = torch.triu_indices(nodes, nodes)
-    p, q, c = 1 + C.diagonal()[i], 1 + C.diagonal()[k], C[i, k]
+    i, k = _triangle(nodes)
+    p, q, c = 1 + C[i, i], 1 + C[k, k], C[i, k]
     L4 = p * q - c * c
-    left, right = C[i], C[k]
-    to_left, to_right = (q[:, None] * left - c[:, None] * right), (p[:, None] * right - c[:, None] * left)
-    explained = to_left[:, :, None] * left[:, None, :] + to_right[:, :, None] * right[:, None, :]
-    S = C - explained / L4[:, None, None]
-    one = 1 + S.diagonal(dim1=-2, dim2=-1)
-    angle = torch.atan2(S, (one[:, :, None] * one[:, None, :] - S * S).sqrt())
-    found = C.new_empty(nodes, nodes)
-    found[i, k] = found[k, i] = (2 / math.pi) ** 2 * (angle @ m @ m) / L4.sqrt()
+    both = C[np.stack([i, k], 1)]  # (pair, 2, field)
+    inverse = np.stack([q, -c, -c, p], 1).reshape(-1, 2, 2) / L4[:, None, None]
+    S = C - both.transpose(0, 2, 1) @ (inverse @ both)
+    one = 1 + np.einsum("pzz->pz", S)
+    angle = np.arctan2(S, np.sqrt(one[:, :, None] * one[:, None, :] - S * S))
+    found = np.empty((nodes, nodes))
+    found[i, k] = found[k, i] = (2 / math.pi) ** 2 * (angle @ m @ m) / np.sqrt(L4)
     return found
+
+
+@lru_cache
+def _triangle(nodes: int) -> tuple[np.ndarray, np.ndarray]:
+    i, k = np.triu_indices(nodes)
+    return i, k
 
 
 _FLUCTUATIONS: dict[str, Fluctuation] = {"erf": _erf, "identity": _linear}

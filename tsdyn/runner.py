@@ -20,7 +20,7 @@ import xarray as xr
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from tsdyn import alignment, archive, data, deeptraining, memory, observables, schema, training
+from tsdyn import alignment, archive, data, deeptraining, flowtraining, memory, observables, schema, training
 from tsdyn._version import __version__
 from tsdyn.archive import ArchiveError, Run
 from tsdyn.deepnets import DeepNetwork
@@ -166,7 +166,7 @@ class Members:
         """Batches of the epoch that ends at `epoch`."""
         if data.new_at_every_step(self.experiment):
             return lambda members: self._fresh(members, epoch)
-        if self.experiment.training.method == "gd":
+        if self.experiment.training.whole:
             return training.finite_stream(*self._finite, None, steps=self.experiment.steps)
         pairs = zip(self.experiment.seed_labels, self._finite_probes, strict=True)
         draws = [data.batch_indices(self.experiment, seed, epoch, len(probe.inputs)) for seed, probe in pairs]
@@ -273,7 +273,11 @@ class Members:
     def train(self, epoch: int) -> list[int]:
         """The epoch that ends at `epoch`; returns the seeds that died in it."""
         rule = Rule.of(self.experiment.training, epoch)
-        if isinstance(self.ensemble, DeepEnsemble):
+        if self.experiment.training.method == "flow":
+            assert isinstance(self.ensemble, Ensemble)
+            lasting = self.experiment.training.rate(epoch) * self.experiment.steps
+            flowtraining.train_epoch(self.ensemble, list(zip(*self._finite, strict=True)), rule, time=lasting)
+        elif isinstance(self.ensemble, DeepEnsemble):
             deeptraining.train_epoch(self.ensemble, self.stream(epoch), rule, batch=self._batch)
         else:
             training.train_epoch(self.ensemble, self.stream(epoch), rule, batch=self._batch)
@@ -281,8 +285,7 @@ class Members:
 
     @property
     def _batch(self) -> int:
-        whole = self.experiment.training.method == "gd"
-        return len(self._finite[0][0]) if whole else self.experiment.training.batch
+        return len(self._finite[0][0]) if self.experiment.training.whole else self.experiment.training.batch
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.device)
@@ -296,10 +299,12 @@ def _held(ensemble: Ensemble | DeepEnsemble) -> list[tuple[str, int, Tensor]]:
 def estimate(experiment: Experiment, *, device: str = "cpu") -> Cost:
     """What `experiment` (one run, no sweep) will take; times a few steps and one measurement of one member."""
     layout, members = experiment.layout, len(experiment.seed_labels)
-    few = experiment.replace({"seeds": list(experiment.seed_labels[:8]), "data.eval": min(512, experiment.data.eval)})
-    steps = min(experiment.steps, 60)
+    flow = experiment.training.method == "flow"  # whose time an epoch is no sum of its steps'
+    seeds = list(experiment.seed_labels[: 1 if flow else 8])
+    few = experiment.replace({"seeds": seeds, "data.eval": min(512, experiment.data.eval)})
+    steps = experiment.steps if flow else min(experiment.steps, 60)
     few = few.replace({"training.steps_per_epoch": steps})
-    if isinstance(experiment.data.train, int) and experiment.training.method != "gd":
+    if isinstance(experiment.data.train, int) and not experiment.training.whole:
         few = few.replace({"data.train": min(experiment.data.train, max(512, experiment.training.batch))})
     memory.refuse_beyond("estimate", footprint(few), torch.device(device), "narrower networks, fewer samples")
     trial = Members(few, device)
@@ -338,6 +343,8 @@ def footprint(experiment: Experiment, *, train: int | None = None) -> int:
         n * (below + 1) for n, below in zip(layout.teacher_widths, layout.teacher_input_widths, strict=True)
     )
     numbers = len(layout.seeds) * (samples + 4 * parameters)
+    if experiment.training.method == "flow":  # the Hessian of one member, its factors and what becomes of it
+        numbers += 4 * sum(n * (below + 1) for n, below in zip(layout.widths, layout.input_widths, strict=True)) ** 2
     epoch = archive.bytes_per_epoch(layout, schema.expand(experiment.record.observables), experiment.dtype)
     whole = epoch * len(experiment.schedule)
     return numbers * np.dtype(experiment.dtype).itemsize + 3 * min(max(COMMIT_BYTES, epoch), whole)
@@ -514,11 +521,23 @@ def attributes(experiment: Experiment, device: str) -> dict[str, str | int]:
                 "gradient": "g is the negative gradient at the pre-activation",
                 "gate_at_zero": "torch",
                 "correlation": "centred, standardised, signed",
-                "learning_rate": "W += learning_rate (1/batch) sum g f^T",
-                "time": "epoch = steps_per_epoch steps",
+                **_time_convention(experiment),
                 "batch_norm": _batch_norm_convention(experiment),
             }
         ),
+    }
+
+
+def _time_convention(experiment: Experiment) -> dict[str, str]:
+    if experiment.training.method == "flow":
+        how = f"Rodas4(3), rtol {flowtraining.RTOL:g}, atol {flowtraining.ATOL:g}"
+        return {
+            "learning_rate": "time an epoch takes, by steps_per_epoch",
+            "time": f"epoch = learning_rate steps_per_epoch of t in dtheta/dt = -grad J ({how})",
+        }
+    return {
+        "learning_rate": "W += learning_rate (1/batch) sum g f^T",
+        "time": "epoch = steps_per_epoch steps",
     }
 
 

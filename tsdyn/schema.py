@@ -337,6 +337,7 @@ DEEP = (
     "norm_mean",
     "norm_variance",
     "conserved_norm",
+    *FAMILIES["moments"],
 )
 
 

@@ -15,8 +15,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-#: Eigenvalues of less than this share of the largest count as zero.
-ZERO = 1e-7
+#: Roundings behind one entry of a Hessian, which with the solver's own put an eigenvalue off by this many times the
+#: matrix's order, ε and its norm (Weyl); smaller ones count as zero.
+_ROUNDINGS = 10
 #: A Newton step is at most this share of 1 + the point's norm; polishing is not a search.
 _REACH = 0.1
 _NEWTON_STEPS = 40
@@ -126,13 +127,16 @@ class FunctionLoss:
 
 @dataclass(frozen=True)
 class Signature:
-    """Hessian eigenvalues by sign, (member,) each; those that symmetry forces to zero are left out of `zero`.
+    """Hessian eigenvalues by sign, (member,) each.
+
+    The ``flat_directions`` of least magnitude are left out: symmetry accounts for them.
 
     Attributes:
-        negative: Eigenvalues below −1e-7 of the largest.
-        zero: Eigenvalues between, beyond the loss's flat directions.
+        negative: Eigenvalues below 0 by more than rounding.
+        zero: Eigenvalues that rounding hides or, in `polish`, that change sign or half their value on the way to the
+            stationary point.
         positive: Eigenvalues above.
-        least: Least eigenvalue.
+        least: Least eigenvalue, flat directions included.
         largest: Largest absolute eigenvalue.
     """
 
@@ -166,24 +170,32 @@ class Polished:
     kind: np.ndarray
 
 
-def signature(loss: Loss, point: Float[Tensor, "member parameter"], *, zero: float = ZERO) -> Signature:
+def signature(loss: Loss, point: Float[Tensor, "member parameter"]) -> Signature:
     """Signs of the Hessian's eigenvalues at each point.
 
     Args:
         loss: With its Hessian.
         point: Rows of parameters.
-        zero: Eigenvalues below this share of the largest count as zero.
     """
-    found = [_signs(loss, torch.linalg.eigvalsh(loss.hessian(rows)), zero) for rows in _chunks(loss, point)]
+    spectra = [torch.linalg.eigvalsh(loss.hessian(rows)) for rows in _chunks(loss, point)]
+    return _joined([_signs(loss, spectrum, _seen(loss, spectrum)) for spectrum in spectra])
+
+
+def _joined(found: list[Signature]) -> Signature:
     return Signature(*(torch.cat([getattr(s, f.name) for s in found]) for f in fields(Signature)))
 
 
-def _signs(loss: Loss, eigenvalues: Tensor, zero: float) -> Signature:
-    largest = eigenvalues.abs().amax(-1)
-    cut = (zero * largest)[..., None]
-    negative, positive = (eigenvalues < -cut).sum(-1), (eigenvalues > cut).sum(-1)
-    flat = loss.parameters - negative - positive - loss.flat_directions
-    return Signature(negative, flat.clamp(min=0), positive, eigenvalues[..., 0], largest)
+def _seen(loss: Loss, spectrum: Tensor) -> Tensor:
+    """Which eigenvalues stand above rounding, but for the least ones, for which symmetry accounts."""
+    size = spectrum.abs()
+    above = size > _ROUNDINGS * loss.parameters * torch.finfo(size.dtype).eps * size.amax(-1, keepdim=True)
+    return above.scatter(-1, size.argsort(-1)[..., : loss.flat_directions], False)
+
+
+def _signs(loss: Loss, spectrum: Tensor, certain: Tensor) -> Signature:
+    negative, positive = ((certain & (side > 0)).sum(-1) for side in (-spectrum, spectrum))
+    zero = loss.parameters - loss.flat_directions - negative - positive
+    return Signature(negative, zero, positive, spectrum[..., 0], spectrum.abs().amax(-1))
 
 
 def polish(
@@ -191,36 +203,39 @@ def polish(
     point: Float[Tensor, "member parameter"] | Float[Tensor, " parameter"],
     *,
     tolerance: float = 1e-12,
-    zero: float = ZERO,
 ) -> Polished:
     """Newton's method from near a stationary point to |∇|_∞ ≤ `tolerance`, whatever the point's index.
 
-    Steps are limited to a tenth of 1 + the point's norm, leave out eigenvectors of zero eigenvalue and are halved until
-    the gradient falls: the stationary point found is the one at hand, not a better one.
+    Steps are limited to a tenth of 1 + the point's norm, leave out eigenvectors whose eigenvalue is zero by rounding
+    or symmetry and are halved until the gradient falls: the point found is the one at hand, not a better one.
+
+    An eigenvalue counts as nonzero by Kantorovich's condition: the Hessian may change by less than half of it over the
+    Newton step that is left.  So a minimum may be soft (one neuron against 16: 8e-8 of the largest), while x⁴ at 0 and
+    channels like e⁻ˣ or 1/x, whose curvature changes as fast as it is small, are degenerate at whatever gradient.
 
     Args:
         loss: With its gradient and Hessian.
         point: Rows of parameters, or one row.
         tolerance: Of the largest component of the gradient; rounding of the loss allows some 1e-14.
-        zero: Eigenvalues below this share of the largest count as zero.
 
     Returns:
         Point, loss, gradient and kind of each member; those that do not converge are told, not dropped.
+
+    Source: Kantorovich (1948), on the convergence of Newton's method: ‖H⁻¹‖ K ‖step‖ ≤ ½, K the Lipschitz constant.
     """
     rows = point if point.ndim == 2 else point[None]
-    found = [_polished(loss, chunk, tolerance, zero) for chunk in _chunks(loss, rows)]
-    signs = [f.signature for f in found]
+    found = [_polished(loss, chunk, tolerance) for chunk in _chunks(loss, rows)]
     return Polished(
         point=torch.cat([f.point for f in found]),
         loss=torch.cat([f.loss for f in found]),
         gradient_max=torch.cat([f.gradient_max for f in found]),
         moved=torch.cat([f.moved for f in found]),
-        signature=Signature(*(torch.cat([getattr(s, f.name) for s in signs]) for f in fields(Signature))),
+        signature=_joined([f.signature for f in found]),
         kind=np.concatenate([f.kind for f in found]),
     )
 
 
-def _polished(loss: Loss, begin: Tensor, tolerance: float, zero: float) -> Polished:
+def _polished(loss: Loss, begin: Tensor, tolerance: float) -> Polished:
     point = begin.clone()
     gradient = loss.gradient(point)
     # one step more than the tolerance asks for: it costs little and quadratic convergence ends at rounding
@@ -230,7 +245,7 @@ def _polished(loss: Loss, begin: Tensor, tolerance: float, zero: float) -> Polis
         index = pending.nonzero()[:, 0]
         if not len(index):
             break
-        step = _newton_step(loss, point[index], gradient[index], zero)
+        step = _limited(_Newton(loss, point[index], gradient[index]).step, point[index])
         moved, better, improved = _halved(loss, point[index], step, gradient[index])
         point[index], gradient[index] = moved, better
         done = better.abs().amax(-1) <= tolerance
@@ -239,7 +254,8 @@ def _polished(loss: Loss, begin: Tensor, tolerance: float, zero: float) -> Polis
     at = gradient.abs().amax(-1)
     finite = torch.isfinite(gradient).all(-1)
     safe = torch.where(finite[:, None], point, torch.ones_like(point))
-    signs = _signs(loss, torch.linalg.eigvalsh(loss.hessian(safe)), zero)
+    newton = _Newton(loss, safe, torch.where(finite[:, None], gradient, 0.0))
+    signs = _signs(loss, newton.spectrum, newton.certain(loss.hessian(safe + newton.step)))
     kind = np.select(
         [
             (~(at <= tolerance)).numpy(force=True),
@@ -252,11 +268,23 @@ def _polished(loss: Loss, begin: Tensor, tolerance: float, zero: float) -> Polis
     return Polished(point, loss.value(point), at, (point - begin).norm(dim=-1), signs, kind)
 
 
-def _newton_step(loss: Loss, point: Tensor, gradient: Tensor, zero: float) -> Tensor:
-    values, vectors = torch.linalg.eigh(loss.hessian(point))
-    cut = zero * values.abs().amax(-1, keepdim=True)
-    inverse = torch.where(values.abs() > cut, 1 / values, 0.0)
-    step = -(vectors @ (inverse * (vectors.mT @ gradient[..., None])[..., 0])[..., None])[..., 0]
+class _Newton:
+    """Newton's step at each point, in the Hessian's own axes."""
+
+    def __init__(self, loss: Loss, point: Tensor, gradient: Tensor) -> None:
+        self.spectrum, self._axes = torch.linalg.eigh(loss.hessian(point))
+        self._seen = _seen(loss, self.spectrum)
+        inverse = torch.where(self._seen, 1 / self.spectrum, 0.0)
+        self.step = -(self._axes @ (inverse * (self._axes.mT @ gradient[..., None])[..., 0])[..., None])[..., 0]
+
+    def certain(self, ahead: Tensor) -> Tensor:
+        """Which eigenvalues change by less than half from here to the Hessian at the step's end."""
+        there = (self._axes * (ahead @ self._axes)).sum(-2)
+        certain: Tensor = self._seen & ((there - self.spectrum).abs() < self.spectrum.abs() / 2)
+        return certain
+
+
+def _limited(step: Tensor, point: Tensor) -> Tensor:
     length = step.norm(dim=-1, keepdim=True)
     reach = _REACH * (1 + point.norm(dim=-1, keepdim=True))
     limited: Tensor = step * (reach / length.clamp(min=torch.finfo(step.dtype).tiny)).clamp(max=1)

@@ -28,8 +28,8 @@ def draw_student(experiment: Experiment, seed: int, teacher: AnyNetwork | None =
     uniform on ±1/√(inputs), as ``nn.Linear`` starts.  ``near-teacher``: the teacher's parameters plus N(0, scale²).
     ``same-direction``: the teacher's layers, each scaled to the Frobenius norm of one that starts as torch's.
     ``same-sign``: torch's start with the signs of the teacher's parameters (Tian et al. 2019, released code).
-    ``file``: a state dict (`teachers.from_file`).  ``rewind``: the start of an earlier run of the same widths, whose
-    archive ``student.path`` names, but only with its winners: of each hidden layer the nodes that at its end
+    ``file``: a state dict (`teachers.from_file`).  ``rewind``: the start of an earlier run of the same layers, whose
+    archive ``student.path`` names, but only with its winners: of each hidden layer the nodes (channels) that at its end
     correlated best with some teacher node.  The others get no weight and bias, in or out, and then have no gradient.
     ``rewind-reinitialised``: the same nodes, started as torch does.
 
@@ -108,24 +108,32 @@ def _rewound(experiment: Experiment, seed: int) -> tuple[list[Tensor], list[Tens
             f"student.path = {path!r}: the archive has no {error}; its run must hold seed {seed} and record weight and "
             "correlation"
         ) from None
-    own, theirs = list(experiment.student_widths[1:]), [int(n) for n in ds["width"].values]
-    if own != theirs or experiment.deep:
+    shapes = experiment.weight_shapes(experiment.student_widths)
+    own = [(shape[0], math.prod(shape[1:])) for shape in shapes]
+    theirs = [
+        (int(n), int(first["weight"].sel(layer=i).notnull().any("node").sum()))
+        for i, n in enumerate(ds["width"].values, start=1)
+    ]
+    if own != theirs:
         raise ExperimentError(
-            f"student.path = {path!r}: its students have widths {theirs}, these {own}; a rewound student has the same "
-            "layers, all fully connected and without BatchNorm"
+            f"student.path = {path!r}: its students have (node, inputs) {theirs} a layer, these {own}; a rewound "
+            "student has the same layers"
         )
     weights, biases = _drawn(experiment, seed)
-    kept = [np.ones(experiment.student_widths[0], bool)]
-    for i, weight in enumerate(weights, start=1):
-        nodes, below = weight.shape
+    won = np.ones(1, bool)  # the input, all of it
+    for i, (shape, (nodes, inputs)) in enumerate(zip(shapes, own, strict=True), start=1):
         if student.init == "rewind":
-            weights[i - 1] = torch.from_numpy(first["weight"].sel(layer=i).values[:nodes, :below].copy()).double()
+            held = first["weight"].sel(layer=i).values[:nodes, :inputs].reshape(shape)
+            weights[i - 1] = torch.from_numpy(held.copy()).double()
             biases[i - 1] = torch.from_numpy(first["bias"].sel(layer=i).values[:nodes].copy()).double()
-        hidden = i < len(weights)
-        values = last.sel(layer=i).values[:, :nodes]
-        kept.append(winners(values[: experiment.layout.teacher_widths[i - 1]]) if hidden else np.ones(nodes, bool))
-        weights[i - 1] = weights[i - 1] * torch.from_numpy(np.outer(kept[i], kept[i - 1]))
-        biases[i - 1] = biases[i - 1] * torch.from_numpy(kept[i])
+        below, won = won, np.ones(nodes, bool)
+        if i < len(shapes):
+            values = last.sel(layer=i).values[:, :nodes]
+            won = winners(values[: experiment.layout.teacher_widths[i - 1]])
+        # the numbers of one node below lie together: its row and column
+        mask = torch.from_numpy(np.outer(won, np.repeat(below, inputs // len(below))).reshape(shape))
+        weights[i - 1] = weights[i - 1] * mask
+        biases[i - 1] = biases[i - 1] * torch.from_numpy(won)
     return weights, biases
 
 

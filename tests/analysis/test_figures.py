@@ -1,30 +1,112 @@
+"""Figures show what was measured, of runs, sweeps, listed points and slices; nothing here is timed or looked at."""
+
 import numpy as np
 import pytest
-from tsdyn.analysis import specialization
+import xarray as xr
+from matplotlib.figure import Figure
+from PIL import Image
+from tsdyn.analysis import figures, matching, panels, phase, specialization
 from tsdyn.analysis.figures import FIGURES, draw_l_shape, measure_l_shape
 
 import tsdyn
 from tests.cases import small
 
+RICH = {
+    "record__observables": ["mse", "correlation", "fanout_norm", "weight", "moments", "hessian_eigenvalue"],
+    "record__eigenvalues": 3,
+    "teacher__widths": [2, 3, 4],
+    "training__epochs": 3,
+    "training__steps_per_epoch": 10,
+    "data__train": 40,
+    "data__eval": 40,
+}
+AXES = {
+    "l-shape": figures.l_shape,
+    "success-rate": figures.success_rate,
+    "recovery": figures.recovery,
+    "loss": figures.loss,
+    "specialization": figures.mean_specialization,
+    "rank": figures.mean_rank,
+    "winners": figures.winners,
+    "correlation": figures.correlation_map,
+    "couplings": figures.coupling_map,
+    "spectrum": figures.spectrum,
+    "boundaries": figures.boundaries,
+    "phase": figures.phase_diagram,
+}
+
 
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory):
     path = tmp_path_factory.mktemp("figures") / "sweep"
-    return tsdyn.run(small(sweep={"student.overrealization": [1, 3], "teacher.polarity": [0.0, 1.0]}), path)
+    return tsdyn.run(small(**RICH, sweep={"student.overrealization": [1, 3], "teacher.polarity": [0.0, 1.0]}), path)
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    return tsdyn.run(small(), tmp_path_factory.mktemp("figures") / "run")
+    """One run in the plane with everything that any figure needs."""
+    return tsdyn.run(small(**RICH), tmp_path_factory.mktemp("figures") / "run")
+
+
+@pytest.fixture(scope="module")
+def listed(tmp_path_factory):
+    points = [
+        {"student.overrealization": 1, "teacher.polarity": 0.0},
+        {"student.overrealization": 2, "teacher.polarity": 1.0},
+    ]
+    return tsdyn.run(small(**RICH, sweep={"points": points}), tmp_path_factory.mktemp("figures") / "listed")
 
 
 @pytest.mark.parametrize("name", FIGURES)
-def test_every_figure_draws_runs_and_sweeps(name, run, sweep, tmp_path):
-    for ds in (run, sweep):
+def test_every_figure_draws_runs_sweeps_and_slices(name, run, sweep, listed):
+    FIGURES[name](run).draw_without_rendering()
+    slices = [
+        sweep,
+        listed,
+        run.sel(seed=1),
+        run.isel(epoch=-1) if name not in ("rank", "winners") else run,
+        run.isel(layer=0),
+        sweep.sel(overrealization=3, seed=[0, 2]),
+        sweep.sel(polarity=[1.0]).isel(epoch=slice(1, None)),
+        listed.isel(point=1),
+    ]
+    for ds in slices:
         figure = FIGURES[name](ds)
-        figure.savefig(tmp_path / "figure.png")
-        assert figure.axes
         assert any(ax.has_data() for ax in figure.axes)
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_axes_functions_draw_on_the_axes_given(name, run, sweep):
+    own = Figure().subplots()
+    assert AXES[name](run, ax=own) is own
+    assert own.has_data()
+    assert own.get_xlabel()
+    assert AXES[name](run) is not own
+    if name != "phase":  # which is drawn over what is swept
+        with pytest.raises(ValueError, match="overrealization, polarity left"):
+            AXES[name](sweep)
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_what_is_measured_stays_as_it_is(name, sweep):
+    measure = getattr(figures, "measure_" + name.replace("-", "_"))
+    once = measure(sweep)
+    assert not any(array.chunks for array in once.data_vars.values())
+    assert measure(once) is once
+    assert FIGURES[name].shows
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_members_that_died_are_left_out(name, run):
+    """Bands and means are of the living; nothing warns."""
+    death = xr.DataArray([-1, 1, 1], dims="seed")
+    alive = (death < 0) | (run["epoch"] < 1)
+    dead = run.load().copy()
+    for variable, array in dead.data_vars.items():
+        if "epoch" in array.dims:
+            dead[variable] = array.where(alive).transpose(*array.dims)
+    FIGURES[name](dead)
+    FIGURES[name](dead.isel(seed=[1]))
 
 
 def test_l_shape_shows_every_student_node_where_it_was_measured(sweep):
@@ -32,13 +114,12 @@ def test_l_shape_shows_every_student_node_where_it_was_measured(sweep):
     assert len(figure.axes) == 4
     hidden = tsdyn.layer(sweep, 1).isel(epoch=-1)
     best = specialization.student_specialization(hidden)
-    titles = [ax.get_title() for ax in figure.axes]
-    assert titles[1] == "overrealization 3, polarity 0"
+    assert [ax.get_title() for ax in figure.axes][1] == "overrealization 3, polarity 0"
     at = {"overrealization": 3, "polarity": 0.0}
     for seed, points in enumerate(figure.axes[1].collections):
         np.testing.assert_array_equal(points.get_offsets()[:, 0], best.sel(at).isel(seed=seed))
         np.testing.assert_array_equal(points.get_offsets()[:, 1], hidden.fanout_norm.sel(at).isel(seed=seed))
-        assert len(points.get_offsets()) == 12
+        assert len(points.get_offsets()) == 9
     bottom, top = figure.axes[0].get_ylim()
     assert bottom == 0
     assert top > hidden.fanout_norm.max()
@@ -47,6 +128,86 @@ def test_l_shape_shows_every_student_node_where_it_was_measured(sweep):
 def test_loss_curves_are_medians(run):
     (line,) = FIGURES["loss"](run).axes[0].lines
     np.testing.assert_allclose(line.get_ydata(), np.median(run.mse_eval, axis=0))
+
+
+def test_curves_of_a_deep_network_are_of_its_layers():
+    correlation = xr.DataArray(
+        np.random.default_rng(0).uniform(0, 1, (4, 3, 3, 2, 5)),
+        dims=("seed", "epoch", "layer", "teacher_node", "node"),
+        coords={"seed": range(4), "epoch": range(3), "layer": [1, 2, 3]},
+        name="correlation",
+    )
+    ds = correlation.to_dataset()
+    for name in ("specialization", "rank"):
+        lines = FIGURES[name](ds).axes[0].lines
+        assert [line.get_label() for line in lines] == ["layer 1", "layer 2"]  # 3 is the output's
+    wanted = specialization.mean_specialization(ds.sel(layer=2)).median("seed")
+    np.testing.assert_allclose(FIGURES["specialization"](ds).axes[0].lines[1].get_ydata(), wanted)
+
+
+def test_success_rates_stand_in_their_intervals(run):
+    ax = figures.success_rate(run)
+    measured = figures.measure_success_rate(run)
+    (line,) = ax.lines  # no epoch is nearer to the fifth than the last
+    np.testing.assert_array_equal(line.get_ydata(), measured.success_rate.isel(epoch=0))
+    ends = np.array([segment[:, 1] for segment in ax.collections[0].get_segments()])
+    np.testing.assert_array_equal(ends, measured.success_interval.isel(epoch=0))
+
+
+def test_heat_maps_are_ordered_by_best_teacher(run):
+    ax = figures.correlation_map(run.sel(seed=1))
+    drawn = ax.images[0].get_array().data
+    stored = tsdyn.layer(run, 1).correlation.sel(seed=1).isel(epoch=-1).values
+    assert sorted(map(tuple, drawn.T)) == sorted(map(tuple, stored.T))
+    best = drawn.argmax(0)
+    assert (np.diff(best) >= 0).all()
+    same = np.diff(best) == 0
+    assert (np.diff(drawn.max(0))[same] <= 0).all()
+    # both moments of one student node stand in one column
+    order = matching.node_order(tsdyn.layer(run, 1).sel(seed=1).isel(epoch=-1)).values.astype(int)
+    for variable in ("A", "H_star"):
+        image = figures.coupling_map(run.sel(seed=1), variable=variable).images[0].get_array()
+        wanted = tsdyn.layer(run, 1)[variable].sel(seed=1).isel(epoch=-1).values[order].T
+        np.testing.assert_array_equal(image, wanted)
+    with pytest.raises(ValueError, match="variable='B'; it is 'A'"):
+        figures.coupling_map(run, variable="B")
+
+
+def test_boundaries_are_where_nodes_switch(run):
+    ax = figures.boundaries(run.sel(seed=2))
+    low = tsdyn.layer(run, 1).sel(seed=2).isel(epoch=-1, input_node=slice(0, 2))
+    students, teachers = ax.lines[:6], ax.lines[6:]
+    assert len(teachers) == 3
+    for lines, weight, bias in ((students, low.weight, low.bias), (teachers, low.teacher_weight, low.teacher_bias)):
+        for line, w, b in zip(lines, weight.values, bias.values, strict=False):
+            for point in (line.get_xy1(), line.get_xy2()):
+                assert abs(w @ np.array(point) + b) <= 8 * np.finfo(float).eps * (np.abs(w) @ np.abs(point) + abs(b))
+
+
+def test_boundaries_move(run, tmp_path):
+    figures.animate_boundaries(run, interval=100).save(tmp_path / "moves.gif", writer="pillow", dpi=30)
+    with Image.open(tmp_path / "moves.gif") as gif:
+        assert gif.n_frames == run.sizes["epoch"]
+
+
+def test_phase_diagram_shows_shares(sweep):
+    shares = phase.fractions(phase.recovery_class(tsdyn.layer(sweep, 1).isel(epoch=-1), threshold=0.5)).compute()
+    ax = figures.phase_diagram(shares.to_dataset(), of="some")
+    np.testing.assert_array_equal(ax.images[0].get_array(), shares.sel({"class": "some"}).values.T)
+    bars = figures.phase_diagram(shares.isel(polarity=0).to_dataset()).patches
+    heights = np.array([bar.get_height() for bar in bars]).reshape(3, 2)
+    np.testing.assert_allclose(heights, shares.isel(polarity=0).values.T, atol=4 * np.finfo(float).eps)
+    with pytest.raises(ValueError, match="no class 'most'; there are none, some, all"):
+        figures.phase_diagram(shares.to_dataset(), of="most")
+
+
+def test_colours_are_the_palette_and_lines_differ_beyond_it():
+    looks = [(panels.colour(i), panels.style(i)) for i in range(figures.MAX_LINES)]
+    assert len(set(looks)) == figures.MAX_LINES
+    with pytest.raises(ValueError, match="40 lines are more than 32"):
+        figures.draw_curves(
+            xr.Dataset({"x": (("scale", "epoch", "quantile"), np.ones((40, 2, 3)))}, {"scale": range(40)})
+        )
 
 
 def test_too_many_panels_are_refused(run):
@@ -58,3 +219,7 @@ def test_too_many_panels_are_refused(run):
 def test_missing_variables_say_what_to_record(run):
     with pytest.raises(ValueError, match=r"l-shape: the archive has no fanout_norm; record it: \[record\] observables"):
         FIGURES["l-shape"](run.drop_vars("fanout_norm"))
+    with pytest.raises(ValueError, match=r"couplings: the archive has no A, H_star; .* observables = \['moments'\]"):
+        FIGURES["couplings"](run.drop_vars(["A", "H_star"]))
+    with pytest.raises(ValueError, match="boundaries: inputs have 10 dimensions, and a map needs the plane"):
+        FIGURES["boundaries"](run.assign_coords(input_width=run.input_width + 8))

@@ -1,0 +1,56 @@
+"""Goldt et al. (2019): generalization error of online learning, simulated in N dimensions and by the equation.
+
+A student that learns by its first layer alone waits on a plateau until its nodes specialize; with both layers learning
+the wait is shorter.  Simulations scatter about the equation by 1/√N, most where they leave the plateau.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import xarray as xr
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from tsdyn.analysis.panels import PALETTE
+
+from tsdyn.online_experiment import OnlineExperiment
+
+TITLE = "generalization error of online learning: simulation against equation"
+SOURCE = "Goldt et al. 2019 (arXiv 1906.08632), Figure 1; Saad & Solla 1995"
+
+EXPERIMENTS: Mapping[str, OnlineExperiment] = {
+    "smoke": OnlineExperiment("goldt-eg-smoke", (2,), inputs=60, last=10.0, points=12, seeds=2),
+    "desk": OnlineExperiment("goldt-eg-desk", (2, 4), inputs=500, noise=0.01, last=300.0, seeds=5),
+    "paper": OnlineExperiment("goldt-eg-paper", (2, 4, 8), inputs=784, noise=0.01, last=1000.0, seeds=10),
+}
+
+
+def measure(archive: xr.Dataset) -> xr.Dataset:
+    """eg of both over (layers, nodes, seed, alpha)."""
+    return archive[["eg_simulation", "eg_equation"]]
+
+
+def draw(measured: xr.Dataset) -> Figure:
+    """A panel for the layers that learn: lines are the equation, points the simulation, of the same start each."""
+    figure = Figure(figsize=(8, 3.4), layout="constrained")
+    layers = measured["layers"].values.tolist()
+    panels = figure.subplots(1, len(layers), sharey=True, squeeze=False)[0]
+    for ax, layer in zip(panels, layers, strict=True):
+        for colour, K in zip(PALETTE, measured["nodes"].values.tolist(), strict=False):
+            one = measured.sel(layers=layer, nodes=K).transpose("alpha", "seed")
+            alpha = one["alpha"].values
+            shown = np.unique(np.linspace(0, len(alpha) - 1, 25).astype(int))
+            ax.plot(alpha, one["eg_equation"].values, color=colour, linewidth=1)
+            ax.plot(alpha[shown], one["eg_simulation"].values[shown], "o", color=colour, markersize=2.5, alpha=0.6)
+        title = "first layer learns" if layer == "first" else "both layers learn"
+        ax.set(xscale="log", yscale="log", xlabel="α = steps / N", title=title)
+    panels[0].set_ylabel("generalization error")
+    nodes = measured["nodes"].values.tolist()
+    handles = [Line2D([], [], color=c, label=f"K = {K}") for c, K in zip(PALETTE, nodes, strict=False)]
+    handles += [
+        Line2D([], [], color="0.3", linewidth=1, label="equation"),
+        Line2D([], [], color="0.3", marker="o", markersize=3, linestyle="", label="simulation"),
+    ]
+    panels[-1].legend(handles=handles, frameon=False)
+    return figure

@@ -1,0 +1,101 @@
+"""Copy or average over (n, k): the share of seeds in each class, and the borders that need no seed.
+
+A complement to Simsek et al. (2023), Figure 4.  The borders: from where the perturbed n-copy is a minimum, up to where
+the copy-average point is one, and from where the former has the smaller loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import xarray as xr
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LinearSegmentedColormap, Normalize
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from tsdyn.studies.simsek2023 import COLOURS, described
+
+from tsdyn.flow_experiment import FlowExperiment
+
+TITLE = "copy or average: shares of seeds over (n, k) and seed-free borders"
+SOURCE = "Simsek et al. 2023 (arXiv:2311.01644), section 5 and Figure 4; the borders are computed here"
+
+
+def _triangle(largest: int) -> tuple[tuple[int, int], ...]:
+    return tuple((n, k) for k in range(2, largest + 1) for n in range(1, k))
+
+
+EXPERIMENTS: Mapping[str, FlowExperiment] = {
+    "smoke": FlowExperiment("phase-diagram-smoke", _triangle(3), seeds=2),
+    "desk": FlowExperiment("phase-diagram-desk", _triangle(10), seeds=10),
+    "paper": FlowExperiment("phase-diagram-paper", _triangle(20), seeds=20),
+}
+
+_BORDERS = {
+    "perturbed_copy_from": ("perturbed n-copy a minimum above", "-"),
+    "copy_average_to": ("copy-average a minimum below", "--"),
+    "perturbed_copy_below_from": ("perturbed n-copy of smaller loss above", ":"),
+}
+
+
+def measure(archive: xr.Dataset) -> xr.Dataset:
+    """Share of seeds at the perturbed n-copy and at neither, over (n, k); the three borders over k, NaN for none."""
+    n, k = archive["n"].values, archive["k"].values
+    sizes = {"n": np.arange(1, n.max() + 1), "k": np.arange(k.min(), k.max() + 1)}
+
+    def table(values: xr.DataArray) -> np.ndarray:
+        found = np.full((len(sizes["n"]), len(sizes["k"])), np.nan)
+        found[n - 1, k - k.min()] = values
+        return found
+
+    perturbed = table(archive["index_perturbed_copy"]) == 0
+    average = table(archive["index_copy_average"]) == 0
+    # at n = 1 both are the one-neuron optimum
+    below = table((archive["loss_perturbed_copy"] < archive["loss_copy_average"]) & (archive["n"] > 1)) == 1
+
+    def border(holds: np.ndarray, nearest: np.ufunc, side: float) -> tuple[str, np.ndarray]:
+        found = nearest.reduce(np.where(holds, sizes["n"][:, None] + side, np.nan), axis=0)
+        return "k", found
+
+    ds = xr.Dataset(
+        {
+            "perturbed_share": (("n", "k"), table((archive["class"] == "perturbed-copy").mean("seed"))),
+            "other_share": (("n", "k"), table((archive["class"] == "other").mean("seed"))),
+            "perturbed_copy_from": border(perturbed & (sizes["n"][:, None] > 1), np.fmin, -0.5),
+            "copy_average_to": border(average, np.fmax, 0.5),
+            "perturbed_copy_below_from": border(below, np.fmin, -0.5),
+        },
+        sizes,
+    )
+    texts = {
+        "perturbed_share": "share of seeds at the perturbed n-copy",
+        "other_share": "share of seeds at neither",
+        **{name: f"{text} this n" for name, (text, _) in _BORDERS.items()},
+    }
+    return ds.assign({name: ds[name].assign_attrs(described(text)) for name, text in texts.items()})
+
+
+def draw(measured: xr.Dataset) -> Figure:
+    """Green: every seed averages; orange: every seed copies; a number: seeds per hundred that do neither."""
+    figure = Figure(figsize=(5.6, 4.2), layout="constrained")
+    ax = figure.subplots()
+    colours = LinearSegmentedColormap.from_list("classes", [COLOURS["copy-average"], COLOURS["perturbed-copy"]])
+    k, n = measured["k"].values, measured["n"].values
+    ax.pcolormesh(
+        k, n, measured["perturbed_share"], cmap=colours, vmin=0, vmax=1, shading="nearest", edgecolors="white"
+    )
+    for i, j in np.argwhere(measured["other_share"].values > 0):
+        ax.text(k[j], n[i], f"{100 * measured['other_share'].values[i, j]:.0f}", ha="center", va="center", fontsize=6)
+    edges = np.append(k - 0.5, k[-1] + 0.5)
+    for name, (text, style) in _BORDERS.items():
+        heights = measured[name].values
+        ax.stairs(heights, edges, baseline=None, color="black", linewidth=1.3, linestyle=style, label=text)
+    ax.set(xlabel="teacher nodes k", ylabel="student nodes n")
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
+    ax.legend(frameon=False, loc="upper left", fontsize="small")
+    figure.colorbar(
+        ScalarMappable(Normalize(0, 1), colours), ax=ax, label=measured["perturbed_share"].attrs["long_name"]
+    )
+    return figure
