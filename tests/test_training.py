@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import tests.oracles as oracles
 from tests.cases import REFERENCE
-from tsdyn import activations, kernel
+from tsdyn import activations, kernel, training
 from tsdyn.experiment import Training
 from tsdyn.networks import Network
 from tsdyn.training import (
@@ -197,6 +197,51 @@ def test_reruns_are_bit_identical(load):
     with mock.patch.object(kernel, "load", load):
         once, again = (trained(list(range(7)), torch.float64) for _ in range(2))
     assert all(map(torch.equal, once, again))
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_chunks_are_the_same_steps(rule):
+    """What a GPU runs, here without one: 45 steps in chunks of 20, 20 and 5, kept for an epoch of another rate."""
+    widths = (6, 9, 7, 4)
+    x, y, rows = samples(widths, steps=45)
+    chunked, batched = (ensemble(widths) for _ in range(2))
+    for divisor in (1, 2):
+        at = Rule(**{**vars(rule), "learning_rate": rule.learning_rate / divisor})
+        for members, advance in (chunked, training._advance_chunks), (batched, training._advance_batched):
+            training._epoch(members, finite_stream(x, y, rows), at, 3, advance)
+    assert len(chunked.chunks) == 2
+    assert_same(chunked, batched, 1e2 * EPS)
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+@pytest.mark.parametrize("whole", [True, False])
+def test_no_step_asks_the_host(rule, whole):
+    """On the meta device there is nothing to ask: a value that is read raises, and so does a tensor from elsewhere."""
+    widths = (6, 9, 7, 4)
+    x, y, rows = (t.to("meta") for t in samples(widths, steps=45))
+    members = ensemble(widths)
+    members.weights = [w.to("meta") for w in members.weights]
+    members.biases = [b.to("meta") for b in members.biases]
+    train_epoch(members, finite_stream(x, y, None if whole else rows, steps=45), rule, batch=8)
+    assert members.steps == 45
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_a_gpu_takes_the_same_steps(rule):
+    widths = (6, 9, 7, 4)
+    x, y, rows = samples(widths, steps=45)
+    here, there, again = ensemble(widths), ensemble(widths), ensemble(widths)
+    train_epoch(here, finite_stream(x, y, rows), rule, batch=8)
+    for members in (there, again):
+        members.weights = [w.cuda() for w in members.weights]
+        members.biases = [b.cuda() for b in members.biases]
+        train_epoch(members, finite_stream(x.cuda(), y.cuda(), rows), rule, batch=8)
+    for (_, _, a), (_, _, b) in zip(there.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b)
+    there.weights = [w.cpu() for w in there.weights]
+    there.biases = [b.cpu() for b in there.biases]
+    assert_same(there, here, (1e4 if rule.adam else 1e2) * EPS)
 
 
 def test_float32():

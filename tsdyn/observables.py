@@ -21,6 +21,10 @@ from tsdyn.deepnets import DeepNetwork
 from tsdyn.networks import Network, Trace
 from tsdyn.theory import backpropagated_gradients, fanout_norms
 
+AnyNetwork: TypeAlias = Network | DeepNetwork
+#: Samples that are worked on at once: their activations stay in a core's cache.
+PIECE = 1000
+
 # --- formulas, for one network -------------------------------------------------------------------------------
 
 
@@ -63,6 +67,45 @@ def correlation(teacher_activation: TeacherActivations, activation: Activations)
     return standardized(teacher_activation).T @ standardized(activation)
 
 
+def _correlation(teacher_standardized: Tensor, activation: Activations) -> TeacherByStudent:
+    """`correlation` in one pass over pieces that stay in cache, the teacher's side given; differs by rounding."""
+    mean = activation.mean(0)
+    overlap = activation.new_zeros(teacher_standardized.shape[1], activation.shape[1])
+    square = torch.zeros_like(mean)
+    for t, f in zip(teacher_standardized.split(PIECE), activation.split(PIECE), strict=True):
+        centred = f - mean
+        overlap.addmm_(t.T, centred)
+        square += centred.square_().sum(0)
+    constant = activation.amax(0) == activation.amin(0)
+    return overlap / torch.where(constant, torch.nan, square.sqrt())
+
+
+def _squared_error(target: Outputs, output: Outputs) -> Float[Tensor, ""]:
+    """Σ (f* − f)² over samples and outputs."""
+    pieces = zip(target.split(PIECE), output.split(PIECE), strict=True)
+    return torch.stack([(t - f).square_().sum() for t, f in pieces]).sum()
+
+
+def _activations(student: AnyNetwork, x: Tensor) -> list[Tensor]:
+    """f_1..f_L of all samples.
+
+    A two-layer network's without its pre-activations and gates, which no observable asks for every time and which
+    take longer to write than the products to compute.
+    """
+    if not isinstance(student, Network) or student.depth > 2:
+        return student.trace(x).activations
+    found = [x.new_empty(len(x), width) for width in student.widths[1:]]
+    for start in range(0, len(x), PIECE):
+        f = x[start : start + PIECE]
+        for layer, (weight, bias) in enumerate(zip(student.weights, student.biases, strict=True)):
+            out = found[layer][start : start + PIECE]
+            torch.mm(f, weight.T, out=out) if bias is None else torch.addmm(bias, f, weight.T, out=out)
+            if layer < student.depth - 1:
+                torch.relu_(out) if student.activation.name == "relu" else out.copy_(student.activation(out))
+            f = out
+    return found
+
+
 def observation(teacher_z: TeacherActivations, student_z: Activations, *, band: float) -> TeacherByStudent:
     """Share of a teacher node's boundary samples that lie in a student node's active region.
 
@@ -85,9 +128,6 @@ def observation_count(teacher_z: TeacherActivations, student_z: Activations) -> 
 
 
 # --- what a member shows at one epoch ------------------------------------------------------------------------
-
-
-AnyNetwork: TypeAlias = Network | DeepNetwork
 
 
 @dataclass(frozen=True)
@@ -155,13 +195,37 @@ class Measurement:
     def teacher(self) -> Network:
         return _connected(self.eval.teacher)
 
-    def loss(self, probe: Probe, trace: Trace) -> Tensor:
+    def loss(self, probe: Probe, output: Tensor, squared_error: Tensor) -> Tensor:
         """J over a probe."""
         if self.objective == "mse":
-            return loss(probe.trace.output, trace.output)
+            return 0.5 * squared_error / len(output)
         classes = probe.classes if self.targets == "teacher" else probe.labels
         assert classes is not None
-        return cross_entropy(classes, trace.output)
+        return cross_entropy(classes, output)
+
+    @cached_property
+    def train_activations(self) -> list[Tensor]:
+        return _activations(self.student, self.train.inputs)
+
+    @cached_property
+    def eval_activations(self) -> list[Tensor]:
+        return _activations(self.student, self.eval.inputs)
+
+    @cached_property
+    def train_error(self) -> Tensor:
+        """Σ (f* − f)²."""
+        return _squared_error(self.train.trace.output, self.train_activations[-1])
+
+    @cached_property
+    def eval_error(self) -> Tensor:
+        return _squared_error(self.eval.trace.output, self.eval_activations[-1])
+
+    @property
+    def fanout_norms(self) -> list[Tensor]:
+        student = self.student
+        if isinstance(student, Network) and student.depth == 2:  # V_1 = W_2 whatever x
+            return [student.weights[1].norm(dim=0)]
+        return _fanout_norms(student, self.eval.inputs, self.eval_trace)
 
     @cached_property
     def train_trace(self) -> Trace:
@@ -200,16 +264,16 @@ def fills(variable: str) -> Callable[[Observable], Observable]:
     return register
 
 
-fills("loss_train")(lambda m: m.loss(m.train, m.train_trace))
-fills("loss_eval")(lambda m: m.loss(m.eval, m.eval_trace))
-fills("mse_train")(lambda m: mse(m.train.trace.output, m.train_trace.output))
-fills("mse_eval")(lambda m: mse(m.eval.trace.output, m.eval_trace.output))
+fills("loss_train")(lambda m: m.loss(m.train, m.train_activations[-1], m.train_error))
+fills("loss_eval")(lambda m: m.loss(m.eval, m.eval_activations[-1], m.eval_error))
+fills("mse_train")(lambda m: m.train_error / m.train_activations[-1].numel())
+fills("mse_eval")(lambda m: m.eval_error / m.eval_activations[-1].numel())
 fills("weight")(lambda m: [w.flatten(1) for w in m.student.weights])
 fills("bias")(lambda m: [w.new_zeros(len(w)) if b is None else b for w, b in _layers(m.student)])
 fills("correlation")(
-    lambda m: [t.T @ standardized(f) for t, f in zip(m.eval.standardized, m.eval_trace.activations, strict=False)]
+    lambda m: [_correlation(t, f) for t, f in zip(m.eval.standardized, m.eval_activations, strict=False)]
 )
-fills("fanout_norm")(lambda m: list(_fanout_norms(m.student, m.eval.inputs, m.eval_trace)))
+fills("fanout_norm")(lambda m: list(m.fanout_norms))
 fills("teacher_fanout_norm")(lambda m: list(m.eval.fanout_norms))
 fills("gradient_rms")(lambda m: [g.square().mean(0).sqrt() for g in m.gradients])
 fills("gradient_max")(lambda m: [g.abs().amax(0) for g in m.gradients])

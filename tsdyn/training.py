@@ -1,7 +1,8 @@
 """The ensemble engine: many students of one shape trained in one program.
 
 `train_epoch` takes the quickest way there is: the compiled `kernel`, one member at a time without leaving the cache;
-or hand-batched torch, no autograd, in-place batched products, members in blocks whose parameters stay in cache.
+or hand-batched torch, no autograd, in-place batched products, members in blocks whose parameters stay in cache;
+on a GPU the same steps in chunks that are recorded as a graph.
 `train_epoch_plain` is the same epoch by vmap(grad(loss)), the formula as written: the slow twin that the tests hold
 both to.
 """
@@ -33,6 +34,7 @@ class Ensemble:
         moments: Optimiser moments by name, one tensor per parameter (`parameters` order).
         steps: Steps taken, the same for all members (Adam's bias correction).
         death_epoch: (member,), the epoch at whose end a parameter was NaN or infinite; −1 while alive.
+        chunks: Steps recorded on a device, by what they depend on; shared with blocks.
     """
 
     weights: list[Tensor]
@@ -41,6 +43,7 @@ class Ensemble:
     moments: dict[str, list[Tensor]] = field(default_factory=dict)
     steps: int = 0
     death_epoch: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    chunks: dict[object, Chunk] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         if not len(self.death_epoch):
@@ -96,6 +99,7 @@ class Ensemble:
             {name: [m[members] for m in moments] for name, moments in self.moments.items()},
             self.steps,
             self.death_epoch[members],
+            self.chunks,
         )
 
     def bury(self, epoch: int) -> list[int]:
@@ -184,6 +188,11 @@ class Rule:
         rate = self.learning_rate
         return replace(self, learning_rate=rate[members]) if isinstance(rate, Tensor) else self
 
+    def on(self, parameter: Tensor) -> Rule:
+        """The same rule with its rates on a parameter's device, from where no step has to fetch them."""
+        rate = torch.as_tensor(self.learning_rate, dtype=parameter.dtype, device=parameter.device)
+        return replace(self, learning_rate=rate.expand(len(parameter)).clone())
+
     def rates(self, like: Tensor) -> Tensor:
         """Learning rate of each member of the parameter `like`, (member, 1, ...), on its device in its dtype.
 
@@ -253,13 +262,20 @@ class Batches:
     rows: Tensor | None
     steps: int
 
+    def chosen(self) -> Tensor | None:
+        """`rows` counted over the samples of all members, (step, member·batch)."""
+        if self.rows is None:
+            return None
+        count, samples, _ = self.inputs.shape
+        offsets = torch.arange(count, device=self.inputs.device).view(-1, 1, 1) * samples
+        return (self.rows.to(self.inputs.device) + offsets).transpose(0, 1).flatten(1)
+
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         if self.rows is None:
             yield from ((self.inputs, self.targets) for _ in range(self.steps))
             return
-        count, samples, _ = self.inputs.shape
-        offsets = torch.arange(count, device=self.inputs.device).view(-1, 1, 1) * samples
-        chosen = (self.rows.to(self.inputs.device) + offsets).transpose(0, 1).flatten(1)  # (step, member·batch)
+        count, chosen = len(self.inputs), self.chosen()
+        assert chosen is not None
         x_rows, y_rows = self.inputs.flatten(0, 1), self.targets.flatten(0, 1)
         x_batch = x_rows.new_empty(chosen.shape[1], x_rows.shape[1])
         y_batch = y_rows.new_empty(chosen.shape[1], y_rows.shape[1])
@@ -291,11 +307,19 @@ def finite_stream(inputs: Tensor, targets: Tensor, rows: Tensor | None, *, steps
 
 
 def block_size(ensemble: Ensemble, batch: int) -> int:
-    """Members whose parameters, moments and batch buffers fit in a core's cache together; at least one."""
+    """Members whose parameters, moments and batch buffers fit in a core's cache together; at least one.
+
+    On a CUDA device, whose kernels want all members at once: those whose chunk fits in a quarter of its memory, the
+    rest being for data and records.
+    """
     element = ensemble.weights[0].element_size()
     numbers = sum(p[0].numel() for _, _, p in ensemble.parameters()) * (1 + len(ensemble.moments))
     numbers += 2 * batch * sum(w.shape[1] + w.shape[2] for w in ensemble.weights)
-    return max(1, memory.cache() // (numbers * element))
+    room, device = memory.cache(), ensemble.weights[0].device
+    if device.type == "cuda":
+        numbers += CHUNK * batch * (ensemble.weights[0].shape[2] + ensemble.weights[-1].shape[1])
+        room = torch.cuda.mem_get_info(device)[1] // 4
+    return max(1, room // (numbers * element))
 
 
 def living_blocks(death_epoch: Tensor, size: int) -> list[slice]:
@@ -321,7 +345,8 @@ def train_epoch(ensemble: Ensemble, stream: Stream, rule: Rule, *, batch: int) -
     if compiled(ensemble, rule):
         _epoch(ensemble, stream, rule, ensemble.members, _advance_compiled)
     else:
-        _epoch(ensemble, stream, rule, block_size(ensemble, batch), _advance_batched)
+        advance = _advance_batched if ensemble.weights[0].device.type == "cpu" else _advance_chunks
+        _epoch(ensemble, stream, rule, block_size(ensemble, batch), advance)
 
 
 def train_epoch_plain(ensemble: Ensemble, stream: Stream, rule: Rule) -> None:
@@ -380,6 +405,90 @@ def _advance_compiled(block: Ensemble, batches: Batches, rule: Rule, taken: int)
 def _advance_batched(block: Ensemble, batches: Batches, rule: Rule, taken: int) -> None:
     for step, (x, y) in enumerate(batches, start=taken + 1):
         _step(block, x, y, rule, step)
+
+
+#: Steps of one CUDA graph: a replay costs some 10 µs on the host, their batches must fit beside the data.
+CHUNK = 20
+
+
+class Chunk:
+    """Some steps of a block whose batches, rates and step count lie on its device, so that none asks the host.
+
+    On a CUDA device the first call records them as a graph, which later calls replay: the host then launches one thing
+    a chunk instead of some fifteen kernels a step.  Elsewhere a call takes the steps one by one.
+
+    Args:
+        block: Its parameters and moments, in place.
+        batches: Whose shapes the chunk's own batches take.
+        rule: The update; `rates` may be written over between calls.
+        steps: How many a call takes.
+    """
+
+    def __init__(self, block: Ensemble, batches: Batches, rule: Rule, steps: int) -> None:
+        self.block, self.steps = block, steps
+        x, y, rows = batches.inputs, batches.targets, batches.rows
+        per, batch = (1, x.shape[1]) if rows is None else (steps, rows.shape[2])
+        self.inputs = x.new_empty(per, len(x), batch, x.shape[2])
+        self.targets = y.new_empty(per, len(y), batch, y.shape[2])
+        self.rule = rule.on(block.weights[0])
+        self.taken = torch.zeros((), dtype=torch.float64, device=x.device)
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    @property
+    def rates(self) -> Tensor:
+        assert isinstance(self.rule.learning_rate, Tensor)
+        return self.rule.learning_rate
+
+    def load(self, batches: Batches, chosen: Tensor | None) -> None:
+        """Fetch the batches of the next call; `chosen` are their rows, (step, member·batch), of all members' samples."""
+        for own, source in ((self.inputs, batches.inputs), (self.targets, batches.targets)):
+            if chosen is None:
+                own[0].copy_(source)
+            else:
+                torch.index_select(source.flatten(0, 1), 0, chosen.flatten(), out=own.view(-1, own.shape[-1]))
+
+    def take(self) -> None:
+        """The steps, one by one."""
+        for i in range(self.steps):
+            self.taken += 1
+            at = i % len(self.inputs)
+            _step(self.block, self.inputs[at], self.targets[at], self.rule, self.taken)
+
+    def __call__(self) -> None:
+        if self.inputs.device.type != "cuda":
+            self.take()
+        elif self._graph is None:
+            # libraries set themselves up in a first pass, which a graph must not record; these are steps like any other
+            stream = torch.cuda.Stream(self.inputs.device)
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                self.take()
+            torch.cuda.current_stream().wait_stream(stream)
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):  # records, and takes no step
+                self.take()
+        else:
+            self._graph.replay()
+
+
+def _advance_chunks(block: Ensemble, batches: Batches, rule: Rule, taken: int) -> None:
+    """As `_advance_batched`, by chunks that are kept from epoch to epoch with the ensemble they are of."""
+    chosen, done = batches.chosen(), 0
+    rates = rule.on(block.weights[0]).learning_rate
+    while done < batches.steps:
+        steps = min(CHUNK, batches.steps - done)
+        key = (
+            steps, batches.inputs.shape[0], None if batches.rows is None else batches.rows.shape[2],
+            block.weights[0].data_ptr(), replace(rule, learning_rate=0.0),
+        )  # fmt: skip
+        if key not in block.chunks:
+            block.chunks[key] = Chunk(block, batches, rule, steps)
+        chunk = block.chunks[key]
+        chunk.rates.copy_(rates)
+        chunk.taken.fill_(taken + done)
+        chunk.load(batches, None if chosen is None else chosen[done : done + steps])
+        chunk()
+        done += steps
 
 
 def _step(block: Ensemble, x: Tensor, y: Tensor, rule: Rule, step: int | Tensor) -> None:
