@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import tests.oracles as oracles
 from tests.cases import REFERENCE
-from tsdyn import activations, kernel, training
+from tsdyn import activations, kernel, runner, training
 from tsdyn.experiment import Training
 from tsdyn.networks import Network
 from tsdyn.training import (
@@ -332,3 +332,15 @@ def test_replays_the_released_code():
                 scale = np.abs(expected).max()
                 assert np.abs(members.weights[layer][0].numpy() - expected[:-1].T).max() <= 1e-12 * scale
                 assert np.abs(members.biases[layer][0].numpy() - expected[-1]).max() <= 1e-12 * scale
+
+
+@pytest.mark.parametrize(("asked", "allowed"), [(None, False), ("on", True)])
+def test_tf32_is_off_unless_asked(monkeypatch, asked, allowed):
+    if asked is not None:
+        monkeypatch.setenv("TSDYN_TF32", asked)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+    runner._exact_products("cuda")
+    assert torch.backends.cudnn.allow_tf32 is torch.backends.cuda.matmul.allow_tf32 is allowed
+    runner._exact_products("cpu")
+    assert torch.backends.cudnn.allow_tf32 is allowed
