@@ -144,13 +144,14 @@ def test_the_engine_equals_the_plain_path_after_100_steps_whatever_the_options(
 
         def fresh(members, targets=targets):  # in two pieces, as a long epoch of fresh samples comes
             for piece in rows[members].split(25, dim=1):
-                own = [(x[m][r.flatten()], targets[m][r.flatten()]) for m, r in zip(range(3)[members], piece)]
+                pairs = zip(range(3)[members], piece, strict=True)
+                own = [(x[m][r.flatten()], targets[m][r.flatten()]) for m, r in pairs]
                 order = torch.arange(25 * batch).view(1, 25, batch).expand(len(own), -1, -1)
                 yield Batches(torch.stack([a for a, _ in own]), torch.stack([b for _, b in own]), order, 25)
 
         streams.append(fresh if data == "fresh" else finite_stream(x, targets, held, steps=50))
     fast, plain = (ensemble(widths, name=name, bias=bias) for _ in range(2))
-    no_kernel = mock.patch.object(kernel, "load", lambda: None)
+    no_kernel = mock.patch.object(kernel, "load", return_value=None)
     for epoch, stream in enumerate(streams, start=1):
         at = Rule(**{**options, "learning_rate": options["learning_rate"] / epoch})  # a table of rates
         if with_kernel:
