@@ -10,6 +10,7 @@ __getattr__, __dir__, __all__ = _lazy.attach(
         "citations",
         "connectivity",
         "figures",
+        "layout",
         "lift",
         "lottery",
         "matching",

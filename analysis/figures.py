@@ -12,36 +12,28 @@ unless a slice holds another (``ds.sel(layer=2)``).  Colours: see `tsdyn.analysi
 
 from __future__ import annotations
 
-import itertools
-import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import xarray as xr
-from matplotlib import colormaps
 from matplotlib.animation import FuncAnimation
 from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
-from tsdyn.analysis import lottery, matching, panels, phase, specialization, summary
+from tsdyn.analysis import layout, lottery, matching, panels, phase, specialization, summary
+from tsdyn.analysis.layout import MAX_PANELS as MAX_PANELS
+from tsdyn.analysis.layout import PANEL as PANEL
+from tsdyn.analysis.panels import PALETTE as PALETTE
 
 from tsdyn import layer as one_layer
 from tsdyn import schema
-from tsdyn.archive import swept_dimensions
 from tsdyn.experiment import POINT, Experiment
 
-PANEL = (2.7, 2.4)
-MAX_PANELS = 48
 #: Most lines in one panel: every colour in every style.
 MAX_LINES = len(panels.PALETTE) * len(panels.STYLES)
 #: Bands over seeds: from the 10th to the 90th percentile, about the median.
 BAND = (0.1, 0.5, 0.9)
-#: Dimensions that a measure adds; swept keys are what is neither these nor the schema's.
-_MEASURED = ("class", "bound")
 
 
 # --- what a figure reads -------------------------------------------------------------------------------------
@@ -83,126 +75,9 @@ def _lowest(ds: xr.Dataset) -> xr.Dataset:
     return one_layer(ds, 1) if "layer" in ds.dims else ds
 
 
-def _own(ds: xr.Dataset) -> xr.Dataset:
-    """One point without padding: nodes end where its layer does, not the widest one's of the sweep."""
-    ends = {dim: c for dim, c in schema.NODE_WIDTHS.items() if dim in ds.dims and c in ds.coords}
-    return ds.isel({dim: slice(0, int(ds[c].max())) for dim, c in ends.items()})
-
-
-def _swept(ds: xr.Dataset | xr.DataArray) -> tuple[str, ...]:
-    return tuple(dim for dim in swept_dimensions(ds) if dim not in _MEASURED)
-
-
-def _single(ds: xr.Dataset, figure: str) -> None:
-    left = _swept(ds)
-    if left:
-        raise ValueError(f"{figure}: {', '.join(left)} left; one set of axes shows one point, select it")
-
-
 def _quantiles(values: xr.DataArray) -> xr.DataArray:
     found = summary.summarise(values, probabilities=BAND)["quantiles"]
     return found.assign_attrs(values.attrs)
-
-
-# --- layout --------------------------------------------------------------------------------------------------
-
-
-def _points(ds: xr.Dataset | xr.DataArray, dims: Iterable[str]) -> list[dict[str, Any]]:
-    dims = tuple(dims)
-    return [dict(zip(dims, values, strict=True)) for values in itertools.product(*(ds[d].values for d in dims))]
-
-
-def _title(ds: xr.Dataset | xr.DataArray, point: Mapping[str, Any]) -> str:
-    """``overrealization 3, polarity 0``; of a listed point, the keys that vary along it."""
-    named: dict[str, Any] = {}
-    for dim, value in point.items():
-        along = _listed(ds) if dim == POINT else []
-        named |= {key: ds[key].sel({POINT: value}).item() for key in along} if along else {dim: value}
-    return panels.plain(", ".join(f"{dim} {_short(v)}".removeprefix("moment ") for dim, v in named.items()))
-
-
-def _short(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _listed(ds: xr.Dataset | xr.DataArray) -> list[str]:
-    """Keys that vary along ``point``."""
-    return [str(c) for c in ds.coords if ds[c].dims == (POINT,) and c != POINT and c not in schema.COORDINATES]
-
-
-def _grid(
-    ds: xr.Dataset,
-    draw: Callable[[dict[str, Any], Axes], object],
-    *,
-    title: str,
-    across: Sequence[str],
-    down: Sequence[str] = (),
-    share: bool | str = True,
-    beside: float = 0.0,
-) -> Figure:
-    """A panel a point of the dimensions `across` and `down`; `beside` inches for a legend.
-
-    Raises:
-        ValueError: if there are more than `MAX_PANELS`.
-    """
-    columns, rows = _points(ds, across), _points(ds, down)
-    if len(columns) * len(rows) > MAX_PANELS:
-        raise ValueError(
-            f"{title}: {len(columns) * len(rows)} panels are more than {MAX_PANELS}; select a part of the sweep first"
-        )
-    size = (PANEL[0] * max(len(columns), 1.6) + beside, PANEL[1] * max(len(rows), 1.3) + 0.4)
-    figure = Figure(figsize=size, layout="constrained")
-    grid = figure.subplots(len(rows), len(columns), squeeze=False, sharex=share, sharey=share)
-    for (i, row), (j, column) in itertools.product(enumerate(rows), enumerate(columns)):
-        draw({**column, **row}, grid[i, j])
-        name = _title(ds, {**column, **row})
-        grid[i, j].set_title(name, fontsize=9 if len(name) < 32 else 7)
-        if share:
-            grid[i, j].label_outer()
-    for axis in ("x", "y"):
-        text = getattr(grid[-1, 0], f"get_{axis}label")()
-        for panel in grid.flat:
-            panel.set(**{f"{axis}label": ""})
-        letters = 10 * size[0] if axis == "x" else 8.5 * size[1]
-        getattr(figure, f"sup{axis}label")(textwrap.fill(text, int(letters)), fontsize=10)
-    # from the left, since a legend stands at the right
-    wrapped = textwrap.fill(title, int(10 * (size[0] - beside)))
-    figure.suptitle(wrapped, x=0.01, ha="left", fontsize=11)
-    return figure
-
-
-def _two_ways(swept: Sequence[str]) -> dict[str, Sequence[str]]:
-    """The first swept key along columns, the rest along rows."""
-    return {"across": swept[:1], "down": swept[1:]}
-
-
-def _legend(figure: Figure, title: str | None = None) -> None:
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    if len(labels) > 1:
-        figure.legend(handles, labels, loc="outside right upper", fontsize=7, title=title, title_fontsize=8)
-
-
-def _shades(figure: Figure, count: int, text: str) -> None:
-    """The colour bar of `panels.shade` for numbers 1..count."""
-    if count == 1:
-        return
-    norm = Normalize(1, 1 + (count - 1) / panels.LIGHTEST)
-    bar = figure.colorbar(ScalarMappable(norm, colormaps["viridis"].resampled(256)), ax=figure.axes, label=text)
-    bar.locator = MaxNLocator(integer=True)
-    bar.ax.set_ylim(1, count)
-
-
-def _where(ds: xr.Dataset) -> str:
-    """What a slice is of: swept keys, seed, layer and epoch that are single."""
-    own = [c for c in ds.coords if ds[c].ndim == 0 and c not in schema.COORDINATES and c not in _MEASURED]
-    keys = [c for c in own if c not in schema.DIMENSIONS and c != POINT]
-    higher = {"layer": int(ds["layer"])} if "layer" in own and int(ds["layer"]) > 1 else {}
-    return _title(ds, {str(c): ds[c].item() for c in keys} | higher)
-
-
-def _headed(text: str, ds: xr.Dataset) -> str:
-    where = _where(ds)
-    return f"{text}; {where}" if where else text
 
 
 # --- L-shape -------------------------------------------------------------------------------------------------
@@ -226,7 +101,7 @@ def l_shape(ds: xr.Dataset, *, ax: Axes | None = None) -> Axes:
 
     Specialized students sit at correlation 1 with any norm, the others near norm 0: the L of Tian (2020), Figure 5.
     """
-    _single(ds, "l_shape")
+    layout.require_point(ds, "l_shape")
     measured = measure_l_shape(ds)
     return panels.points(measured["student_specialization"], measured["fanout_norm"], ax=ax)
 
@@ -235,9 +110,9 @@ def draw_l_shape(ds: xr.Dataset) -> Figure:
     """Panels of `l_shape`."""
     measured = measure_l_shape(ds)
     title = f"fan-out norm against best correlation, epoch {int(measured['epoch'])}"
-    return _grid(
+    return layout.grid(
         measured, lambda at, ax: l_shape(measured.sel(at), ax=ax),
-        title=_headed(title, measured), **_two_ways(_swept(measured)),
+        title=layout.headed(title, measured), **layout.two_ways(layout.swept(measured)),
     )  # fmt: skip
 
 
@@ -274,8 +149,8 @@ def success_rate(
         label: In the legend, before the epoch.
         beside: Intervals stand so far beside their nodes, so that those of several curves do not hide one another.
     """
-    _single(ds, "success_rate")
-    measured = _own(measure_success_rate(ds))
+    layout.require_point(ds, "success_rate")
+    measured = layout.unpadded(measure_success_rate(ds))
     ax = panels.axes(ax)
     epochs = np.atleast_1d(measured["epoch"].values)
     for epoch, line in zip(epochs[::-1], ("-", ":", "--"), strict=False):
@@ -289,25 +164,28 @@ def success_rate(
 def draw_success_rate(ds: xr.Dataset) -> Figure:
     """Panels of `success_rate`: a colour a student width, or else a value of the last swept key."""
     measured = measure_success_rate(ds)
-    swept = _swept(measured)
+    swept = layout.swept(measured)
     widths = [dim for dim in swept if dim in ("overrealization", "widths")][:1] or list(swept[-1:])
     curves = _lines(measured, widths)
 
     def draw(at: dict[str, Any], ax: Axes) -> None:
         for position, point in enumerate(curves):
             success_rate(
-                measured.sel({**at, **point}), ax=ax, color=panels.colour(position), label=_title(measured, point),
+                measured.sel({**at, **point}), ax=ax, color=panels.colour(position),
+                label=layout.name_of(measured, point),
                 beside=0.3 * (position / max(1, len(curves) - 1) - 0.5) if len(curves) > 1 else 0.0,
             )  # fmt: skip
 
     others = [d for d in swept if d not in widths]
-    figure = _grid(measured, draw, title=_headed("success rate", measured), beside=1.8, **_two_ways(others))
-    _legend(figure)
+    figure = layout.grid(
+        measured, draw, title=layout.headed("success rate", measured), beside=1.8, **layout.two_ways(others)
+    )
+    layout.legend(figure)
     return figure
 
 
 def _lines(measured: xr.Dataset, dims: Sequence[str]) -> list[dict[str, Any]]:
-    found = _points(measured, dims)
+    found = layout.points(measured, dims)
     if len(found) > MAX_LINES:
         raise ValueError(f"{len(found)} lines are more than {MAX_LINES} in a panel; select a part of the sweep first")
     return found
@@ -327,8 +205,8 @@ def recovery(ds: xr.Dataset, *, ax: Axes | None = None) -> Axes:
 
     Source: Tian (2020), Figure 8.
     """
-    _single(ds, "recovery")
-    ax = panels.nodes(_own(measure_recovery(ds))["specialization"], ax=ax)
+    layout.require_point(ds, "recovery")
+    ax = panels.nodes(layout.unpadded(measure_recovery(ds))["specialization"], ax=ax)
     ax.set_ylim(min(-0.05, ax.get_ylim()[0]), 1.05)
     return ax
 
@@ -336,12 +214,12 @@ def recovery(ds: xr.Dataset, *, ax: Axes | None = None) -> Axes:
 def draw_recovery(ds: xr.Dataset) -> Figure:
     """Panels of `recovery`."""
     measured = measure_recovery(ds)
-    figure = _grid(
+    figure = layout.grid(
         measured, lambda at, ax: recovery(measured.sel(at), ax=ax),
-        title=_headed("best correlation of each teacher node, mean over seeds", measured),
-        **_two_ways(_swept(measured)),
+        title=layout.headed("best correlation of each teacher node, mean over seeds", measured),
+        **layout.two_ways(layout.swept(measured)),
     )  # fmt: skip
-    _shades(figure, int(_own(measured).sizes["teacher_node"]), "teacher node")
+    layout.shade_bar(figure, int(layout.unpadded(measured).sizes["teacher_node"]), "teacher node")
     return figure
 
 
@@ -366,7 +244,7 @@ def draw_curves(measured: xr.Dataset, *, log: bool = False) -> Figure:
     """A band a value of the last swept key (of every layer, if there are several), panels over the others."""
     (name,) = measured.data_vars
     values = measured[name]
-    swept = _swept(measured)
+    swept = layout.swept(measured)
     layered = "layer" in values.dims and values.sizes["layer"] > 1
     if "layer" in values.dims and not layered:
         values = values.isel(layer=0)
@@ -377,7 +255,7 @@ def draw_curves(measured: xr.Dataset, *, log: bool = False) -> Figure:
         for position, point in enumerate(curves):
             panels.band(
                 values.sel({**at, **point}), ax=ax, color=panels.colour(position),
-                linestyle=panels.style(position), label=_title(measured, point) or None,
+                linestyle=panels.style(position), label=layout.name_of(measured, point) or None,
             )  # fmt: skip
         if log:
             ax.set_yscale("log")
@@ -385,9 +263,9 @@ def draw_curves(measured: xr.Dataset, *, log: bool = False) -> Figure:
 
     others = [d for d in swept if d not in chosen]
     beside = 1.4 if len(curves) > 1 else 0.0
-    title = _headed(f"{panels.axis_label(values)}: median and 10th to 90th percentile of seeds", measured)
-    figure = _grid(measured, draw, title=title, beside=beside, **_two_ways(others))
-    _legend(figure)
+    title = layout.headed(f"{panels.axis_label(values)}: median and 10th to 90th percentile of seeds", measured)
+    figure = layout.grid(measured, draw, title=title, beside=beside, **layout.two_ways(others))
+    layout.legend(figure)
     return figure
 
 
@@ -401,7 +279,7 @@ def measure_loss(archive: xr.Dataset) -> xr.Dataset:
 
 def loss(ds: xr.Dataset, *, ax: Axes | None = None, color: str = panels.PALETTE[0]) -> Axes:
     """Evaluation mse (or loss) against epoch on a log scale, with its band over seeds."""
-    _single(ds, "loss")
+    layout.require_point(ds, "loss")
     (values,) = measure_loss(ds).data_vars.values()
     ax = panels.band(values, ax=ax, color=color)
     ax.set(yscale="log", ylabel=panels.axis_label(values))
@@ -460,7 +338,7 @@ def _by_layer(needed: xr.Dataset, measure: Callable[[xr.Dataset], xr.DataArray])
 
 
 def _lowest_band(measured: xr.Dataset, name: str, ax: Axes | None, color: str) -> Axes:
-    _single(measured, name)
+    layout.require_point(measured, name)
     values = measured[name]
     values = values.isel(layer=0) if "layer" in values.dims else values
     ax = panels.band(values, ax=ax, color=color)
@@ -481,8 +359,8 @@ def winners(ds: xr.Dataset, *, ax: Axes | None = None) -> Axes:
 
     Source: Tian et al. (2019), Figures 19 to 21.
     """
-    _single(ds, "winners")
-    ax = panels.nodes(_own(measure_winners(ds))["winner_rank"], ax=ax)
+    layout.require_point(ds, "winners")
+    ax = panels.nodes(layout.unpadded(measure_winners(ds))["winner_rank"], ax=ax)
     ax.set_ylim(bottom=-0.02)
     return ax
 
@@ -490,12 +368,12 @@ def winners(ds: xr.Dataset, *, ax: Axes | None = None) -> Axes:
 def draw_winners(ds: xr.Dataset) -> Figure:
     """Panels of `winners`."""
     measured = measure_winners(ds)
-    figure = _grid(
+    figure = layout.grid(
         measured, lambda at, ax: winners(measured.sel(at), ax=ax),
-        title=_headed("rank of each teacher node's final winner, mean over seeds", measured),
-        **_two_ways(_swept(measured)),
+        title=layout.headed("rank of each teacher node's final winner, mean over seeds", measured),
+        **layout.two_ways(layout.swept(measured)),
     )  # fmt: skip
-    _shades(figure, int(_own(measured).sizes["teacher_node"]), "teacher node")
+    layout.shade_bar(figure, int(layout.unpadded(measured).sizes["teacher_node"]), "teacher node")
     return figure
 
 
@@ -512,17 +390,17 @@ def correlation_map(ds: xr.Dataset, *, ax: Axes | None = None, bar: bool = True)
 
     Grey: dead nodes.
     """
-    _single(ds, "correlation_map")
+    layout.require_point(ds, "correlation_map")
     return _map(measure_correlation(ds), "correlation", 1.0, ax, bar)
 
 
 def draw_correlation(ds: xr.Dataset) -> Figure:
     """Panels of `correlation_map`."""
     measured = measure_correlation(ds)
-    figure = _grid(
+    figure = layout.grid(
         measured, lambda at, ax: correlation_map(measured.sel(at), ax=ax, bar=False),
-        title=_headed(f"correlation, seed {int(measured['seed'])}, epoch {int(measured['epoch'])}", measured),
-        share=False, **_two_ways(_swept(measured)),
+        title=layout.headed(f"correlation, seed {int(measured['seed'])}, epoch {int(measured['epoch'])}", measured),
+        share=False, **layout.two_ways(layout.swept(measured)),
     )  # fmt: skip
     figure.colorbar(figure.axes[0].images[0], ax=figure.axes, label="correlation")
     return figure
@@ -543,7 +421,7 @@ def coupling_map(ds: xr.Dataset, *, variable: str = "H_star", ax: Axes | None = 
     """
     if variable not in ("A", "H_star"):
         raise ValueError(f"coupling_map: variable={variable!r}; it is 'A' (β*) or 'H_star'")
-    _single(ds, "coupling_map")
+    layout.require_point(ds, "coupling_map")
     measured = measure_couplings(ds)
     largest = float(np.fmax.reduce(np.abs(measured[variable].values), axis=None, initial=0.0)) or 1.0
     now = measured.isel(epoch=-1) if "epoch" in measured.dims else measured
@@ -560,11 +438,11 @@ def draw_couplings(ds: xr.Dataset) -> Figure:
         point = {dim: value for dim, value in at.items() if dim not in ("moment", "epoch")}
         own, name = measured.sel(point), names[at["moment"]]
         largest = float(np.fmax.reduce(np.abs(own[name].values), axis=None, initial=0.0)) or 1.0
-        _map(own.sel(epoch=at["epoch"]), name, largest, ax, True).images[0].colorbar.set_label("")
+        ax.figure.colorbar(_map(own.sel(epoch=at["epoch"]), name, largest, ax, False).images[0], ax=ax)
 
-    return _grid(
-        cells, draw, across=("moment", "epoch"), down=_swept(measured), share=False,
-        title=_headed(f"student nodes ordered by best teacher node, seed {int(measured['seed'])}", measured),
+    return layout.grid(
+        cells, draw, across=("moment", "epoch"), down=layout.swept(measured), share=False,
+        title=layout.headed(f"student nodes ordered by best teacher node, seed {int(measured['seed'])}", measured),
     )  # fmt: skip
 
 
@@ -579,7 +457,7 @@ def _ordered(archive: xr.Dataset, figure: str) -> xr.Dataset:
 
 
 def _map(one: xr.Dataset, variable: str, largest: float, ax: Axes | None, bar: bool) -> Axes:
-    own = _own(one)
+    own = layout.unpadded(one)
     order = own["node_order"].values.astype(int)  # padding comes last, and is cut already
     values = own[variable].transpose("teacher_node", "node").isel(node=order[order < own.sizes["node"]])
     ax = panels.table(values, ax=ax, limits=(-largest, largest), cmap="RdBu_r", bar=bar)
@@ -615,7 +493,7 @@ def spectrum(ds: xr.Dataset, *, ax: Axes | None = None) -> Axes:
 
     On a log scale; where some are not positive, on one that is linear near 0.
     """
-    _single(ds, "spectrum")
+    layout.require_point(ds, "spectrum")
     values = measure_spectrum(ds)["hessian_eigenvalue"]
     values = values.assign_coords(mode=values["mode"] + 1)
     ax = panels.axes(ax)
@@ -635,12 +513,12 @@ def spectrum(ds: xr.Dataset, *, ax: Axes | None = None) -> Axes:
 def draw_spectrum(ds: xr.Dataset) -> Figure:
     """Panels of `spectrum`."""
     measured = measure_spectrum(ds)
-    figure = _grid(
+    figure = layout.grid(
         measured, lambda at, ax: spectrum(measured.sel(at), ax=ax), beside=1.0,
-        title=_headed("spectrum of the Hessian, median and 10th to 90th percentile of seeds", measured),
-        **_two_ways(_swept(measured)),
+        title=layout.headed("spectrum of the Hessian, median and 10th to 90th percentile of seeds", measured),
+        **layout.two_ways(layout.swept(measured)),
     )  # fmt: skip
-    _legend(figure)
+    layout.legend(figure)
     return figure
 
 
@@ -685,8 +563,8 @@ def boundaries(ds: xr.Dataset, *, ax: Axes | None = None, strongest: float | Non
         ax: Axes.
         strongest: Fan-out norm drawn at full width; the largest of `ds` at any epoch if None.
     """
-    _single(ds, "boundaries")
-    measured = _own(measure_boundaries(ds))
+    layout.require_point(ds, "boundaries")
+    measured = layout.unpadded(measure_boundaries(ds))
     if strongest is None:
         strongest = float(np.fmax.reduce(measured["fanout_norm"].values, axis=None)) or 1.0
     now = measured.isel(epoch=-1) if "epoch" in measured.dims else measured
@@ -706,7 +584,7 @@ def _boundary_key(figure: Figure, measured: xr.Dataset) -> None:
     from matplotlib.lines import Line2D
 
     handles = [Line2D([], [], color="black", linestyle="--", linewidth=1, label="teacher node")]
-    norms = _own(measured.isel(epoch=-1) if "epoch" in measured.dims else measured)["fanout_norm"]
+    norms = layout.unpadded(measured.isel(epoch=-1) if "epoch" in measured.dims else measured)["fanout_norm"]
     if norms.ndim == 1 and norms.size <= 2 * len(panels.PALETTE):
         handles += [
             Line2D([], [], color=panels.colour(k), linewidth=2, label=f"student {k + 1}: ‖v‖ = {float(norms[k]):.2g}")
@@ -729,8 +607,8 @@ def draw_boundaries(ds: xr.Dataset) -> Figure:
         boundaries(shown.sel(at), ax=ax, strongest=strongest)
 
     title = f"boundaries, seed {int(measured['seed'])}; wide: large ‖v‖"
-    figure = _grid(
-        shown, draw, across=("epoch",), down=_swept(measured), title=_headed(title, measured), beside=1.6
+    figure = layout.grid(
+        shown, draw, across=("epoch",), down=layout.swept(measured), title=layout.headed(title, measured), beside=1.6
     )  # fmt: skip
     _boundary_key(figure, shown)
     return figure
@@ -746,7 +624,7 @@ def animate_boundaries(ds: xr.Dataset, *, interval: int = 150) -> FuncAnimation:
     Raises:
         ValueError: if several points are left.
     """
-    _single(ds, "animate_boundaries")
+    layout.require_point(ds, "animate_boundaries")
     measured = measure_boundaries(ds)
     strongest = float(np.fmax.reduce(measured["fanout_norm"].values, axis=None)) or 1.0
     figure = Figure(figsize=(5.6, 4.0), layout="constrained")
@@ -757,7 +635,7 @@ def animate_boundaries(ds: xr.Dataset, *, interval: int = 150) -> FuncAnimation:
         ax.clear()
         now = measured.isel(epoch=position)
         boundaries(now, ax=ax, strongest=strongest)
-        ax.set_title(_headed(f"seed {int(now['seed'])}, epoch {int(now['epoch'])}", now), fontsize=10)
+        ax.set_title(layout.headed(f"seed {int(now['seed'])}, epoch {int(now['epoch'])}", now), fontsize=10)
         return []
 
     frame(0)
@@ -777,7 +655,7 @@ def measure_phase(archive: xr.Dataset) -> xr.Dataset:
     if "fraction" in archive:
         return archive
     needed = _lowest(_needed(archive, "phase"))
-    needed = needed.isel(epoch=-1) if _swept(needed) else needed
+    needed = needed.isel(epoch=-1) if layout.swept(needed) else needed
     return xr.Dataset({"fraction": phase.fractions(phase.recovery_class(needed))}).load()
 
 
@@ -793,12 +671,12 @@ def phase_diagram(ds: xr.Dataset, *, of: str | None = None, ax: Axes | None = No
         ValueError: if neither one nor two keys are left, or there is no such class.
     """
     shares = measure_phase(ds)["fraction"]
-    along = [dim for dim in shares.dims if dim != "class"]
+    along = [str(dim) for dim in shares.dims if dim != "class"]
     if len(along) == 1:
         ax = panels.stack(shares, ax=ax)
         if along[0] == POINT:
-            keys = _listed(shares)
-            labels = zip(*([_short(v) for v in shares[key].values.tolist()] for key in keys), strict=True)
+            keys = layout.listed(shares)
+            labels = zip(*([layout.short(v) for v in shares[key].values.tolist()] for key in keys), strict=True)
             panels.name_ticks(ax, "x", [", ".join(at) for at in labels])
             ax.set_xlabel(", ".join(keys))
         return ax
@@ -811,7 +689,9 @@ def phase_diagram(ds: xr.Dataset, *, of: str | None = None, ax: Axes | None = No
     ax = panels.table(own, ax=ax, limits=(0, 1), cmap="cividis", bar=False)
     panels.numbers(own, ax)
     for axis, dim in zip("xy", along, strict=True):
-        panels.name_ticks(ax, axis, [_title(own, at).removeprefix(f"{dim} ") for at in _points(own, [dim])])
+        panels.name_ticks(
+            ax, axis, [layout.name_of(own, at).removeprefix(f"{dim} ") for at in layout.points(own, [dim])]
+        )
         ax.set(**{f"{axis}label": str(dim)})
     ax.invert_yaxis()
     return ax
@@ -820,23 +700,23 @@ def phase_diagram(ds: xr.Dataset, *, of: str | None = None, ax: Axes | None = No
 def draw_phase(ds: xr.Dataset) -> Figure:
     """`phase_diagram` over the first two swept keys, a panel a class, a row a point of the others."""
     measured = measure_phase(ds)
-    swept = _swept(measured)
+    swept = layout.swept(measured)
     long_name = str(measured["fraction"].attrs["long_name"])
     if len(swept) < 2:
-        figure = _grid(
-            measured, lambda at, ax: phase_diagram(measured, ax=ax), across=(), title=_headed(long_name, measured),
-            beside=1.0,
+        figure = layout.grid(
+            measured, lambda at, ax: phase_diagram(measured, ax=ax), across=(), beside=1.0,
+            title=layout.headed(long_name, measured),
         )  # fmt: skip
-        _legend(figure)
+        layout.legend(figure)
         return figure
-    figure = _grid(
+    figure = layout.grid(
         measured,
         lambda at, ax: phase_diagram(
             measured.sel({d: v for d, v in at.items() if d != "class"}), of=at["class"], ax=ax
         ),
         across=("class",),
         down=swept[2:],
-        title=_headed(long_name, measured),
+        title=layout.headed(long_name, measured),
     )
     figure.colorbar(figure.axes[0].images[0], ax=figure.axes, label="share of seeds")
     return figure

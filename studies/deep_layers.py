@@ -12,7 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from tsdyn.analysis import specialization
-from tsdyn.analysis.figures import PALETTE, PANEL
+from tsdyn.analysis.figures import PANEL
+from tsdyn.analysis.panels import PALETTE
 
 from tsdyn.archive import swept_dimensions
 

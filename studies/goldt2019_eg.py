@@ -12,7 +12,7 @@ import numpy as np
 import xarray as xr
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from tsdyn.analysis.figures import PALETTE
+from tsdyn.analysis.panels import PALETTE
 
 from tsdyn.online_experiment import OnlineExperiment
 

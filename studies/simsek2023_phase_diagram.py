@@ -28,7 +28,7 @@ def _triangle(largest: int) -> tuple[tuple[int, int], ...]:
 
 EXPERIMENTS: Mapping[str, FlowExperiment] = {
     "smoke": FlowExperiment("phase-diagram-smoke", _triangle(3), seeds=2),
-    "desk": FlowExperiment("phase-diagram-desk", _triangle(12), seeds=10),
+    "desk": FlowExperiment("phase-diagram-desk", _triangle(10), seeds=10),
     "paper": FlowExperiment("phase-diagram-paper", _triangle(20), seeds=20),
 }
 

@@ -86,9 +86,11 @@ def measure(archive: xr.Dataset) -> xr.Dataset:
             )
             contrasts[name].append(xr.DataArray(_contrast(stacked), dims=("seed", "epoch")))
     along = xr.DataArray(hidden, dims="layer", name="layer")
-    combine = {"coords": "minimal", "compat": "override", "join": "outer", "combine_attrs": "override"}
-    found = {name: xr.concat(parts, along, **combine) for name, parts in maps.items()}
-    found |= {f"contrast_{name}": xr.concat(parts, along, **combine) for name, parts in contrasts.items()}
+    columns = maps | {f"contrast_{name}": parts for name, parts in contrasts.items()}
+    found = {
+        name: xr.concat(parts, along, coords="minimal", compat="override", join="outer", combine_attrs="override")
+        for name, parts in columns.items()
+    }
     for name, array in found.items():
         symbol = _MOMENTS[name.removeprefix("contrast_")]
         what = f"matched entries of {symbol} over all others" if name.startswith("contrast") else symbol
@@ -98,7 +100,7 @@ def measure(archive: xr.Dataset) -> xr.Dataset:
 
 def _contrast(values: NDArray) -> NDArray:
     """(..., teacher_node, position) -> (...): the matched come first, in the teacher's order."""
-    matched = np.eye(*values.shape[-2:], dtype=bool)
+    matched = np.eye(*values.shape[-2:]) > 0
     size = np.abs(values)
     found: NDArray = size[..., matched].mean(-1) / size[..., ~matched].mean(-1)
     return found

@@ -58,6 +58,25 @@ def test_a_sweep_says_which_point_it_is_at(command, tmp_path):
     assert tsdyn.open(tmp_path / "sweep").sizes["polarity"] == 2
 
 
+def test_workers_share_a_sweep_and_what_failed_is_listed(command, tmp_path):
+    file = tmp_path / "sweep.toml"
+    widths = [[10, 4, 6], [1, 20, 6], [10, 5, 6]]  # 20 separated rows of length 1 from 9 choices do not exist
+    file.write_text(small(sweep={"teacher.widths": widths}, training__epochs=1).to_toml(), encoding="utf-8")
+    code, out, err = command("run", file, "-o", tmp_path / "sweep", "--workers", 2)
+    assert code == 1
+    assert "3 runs, 6 members" in out
+    assert "1 of 3 points failed, the others are done:\n  widths=1-20-6: " in err
+    assert re.search(r"\[3/3\] widths=10-5-6  epoch 1/1  evaluation \S+  \(\d+%, \d+ s left\)", err)
+    assert "(100%, 0 s left)" in err
+    code, out, err = command("run", file, "-o", tmp_path / "sweep")  # only what failed is tried again
+    assert code == 1
+    assert "3 runs, 2 of them finished" in out
+    assert "1 of 3 points failed" in err
+    code, _, err = command("run", file, "-o", tmp_path / "sweep", "--scheduler", "nonsense://x")
+    assert code == 2
+    assert "scheduler nonsense://x: does not answer" in err
+
+
 def test_deaths_are_said(command, tmp_path):
     file = tmp_path / "wild.toml"
     file.write_text(small(training__learning_rate=50.0).to_toml(), encoding="utf-8")
@@ -74,6 +93,8 @@ def test_deaths_are_said(command, tmp_path):
         (["run", "FILE", "--set", "training.epochs=two"], 2, "training.epochs = 'two': must be a valid integer"),
         (["run", "FILE", "--set", "training.epochs"], 2, "write KEY=VALUE"),
         (["run", "FILE", "--set", "a=[1,"], 2, "is not a TOML value"),
+        (["run", "FILE", "--workers", "0"], 2, "workers = 0: at least 1"),
+        (["run", "FILE", "--workers", "2", "--scheduler", "tcp://h:1"], 2, "not together with a scheduler's address"),
         (["run", "nowhere.toml"], 2, "nowhere.toml: cannot be read"),
         (["run", "FILE", "-o", "http://host/dir"], 2, "not a local path"),
         (["show", "nowhere"], 2, "nowhere: does not exist"),

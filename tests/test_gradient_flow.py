@@ -6,7 +6,7 @@ import torch
 
 from tests import oracles
 from tests.cases import glorot_students, orthonormal_teacher
-from tsdyn.gradient_flow import _stages, gradient_flow
+from tsdyn.gradient_flow import _solver, _stages, gradient_flow
 from tsdyn.population_loss import PopulationLoss
 from tsdyn.stationary import FunctionLoss, polish, signature
 
@@ -150,3 +150,15 @@ def test_bad_input_is_named():
         gradient_flow(POTENTIAL, START, seeds=[1, 2])
     with pytest.raises(ValueError, match="points have 3 parameters, the loss takes 2"):
         polish(POTENTIAL, torch.zeros(3))
+
+
+def test_a_step_beyond_a_negative_eigenvalue_solves_the_same_system():
+    """Where H + I/(γh) is indefinite Cholesky's method fails, and LU's takes over for that member alone."""
+    draw = torch.Generator().manual_seed(1)
+    root = torch.randn(3, 6, 6, generator=draw, dtype=torch.float64)
+    matrix = root @ root.mT + torch.eye(6)
+    matrix[1] -= 5 * torch.eye(6)  # between its eigenvalues
+    assert torch.linalg.eigvalsh(matrix[1])[[0, -1]].sign().tolist() == [-1, 1]
+    right = torch.randn(3, 6, generator=draw, dtype=torch.float64)
+    found = _solver(matrix)(right)
+    torch.testing.assert_close((matrix @ found[..., None])[..., 0], right, rtol=0, atol=1e-12)

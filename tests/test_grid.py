@@ -68,6 +68,19 @@ def test_slicing_lazily_is_slicing_what_was_loaded(sweep, at):
     same(ds.chunk(dict.fromkeys(ds.dims, 2)).isel(at), ds.compute().isel(at))
 
 
+def test_of_one_layer_no_padding_is_read(sweep, monkeypatch):
+    """dask joins what it slices with what it reads, of slices after one another only the first."""
+    read = []
+    rows = grid.Stored._rows
+    monkeypatch.setattr(grid.Stored, "_rows", lambda *at: read.append(rows(*at).shape) or rows(*at))
+    one = tsdyn.layer(tsdyn.open(sweep).isel(overrealization=[1]), 1)
+    (one.correlation + 1).compute()
+    assert set(read) == {(2, 3, 1, 4, 12)}
+    read.clear()
+    (one.correlation.isel(epoch=[0, 2]) + 1).compute()
+    assert {shape[1] for shape in read} <= {2, 3}
+
+
 def test_what_is_stored_can_be_indexed_and_shipped(sweep):
     index = grid.Index(sweep)
     source = index.finished("overrealization=1,polarity=0.0")
@@ -78,6 +91,9 @@ def test_what_is_stored_can_be_indexed_and_shipped(sweep):
     assert np.isnan(whole[0]).all()
     np.testing.assert_array_equal(whole[1], tsdyn.open(source.path).mse_eval)
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(stored))[1, :, 1], whole[1, :, 1])
+    for rows in ([2, 0], [1], [2, 1, 1], np.array([0, 2])):
+        np.testing.assert_array_equal(stored[:, :, rows], whole[:, :, rows])
+        np.testing.assert_array_equal(stored[1, ::-1, rows[0]], whole[1, ::-1, rows[0]])
 
 
 def test_the_index_spares_the_files_and_is_not_trusted(copy, monkeypatch):
@@ -96,7 +112,10 @@ def test_the_index_spares_the_files_and_is_not_trusted(copy, monkeypatch):
         (copy / grid.INDEX).write_text(content, encoding="utf-8")
         same(tsdyn.open(copy), ds)
     (copy / grid.INDEX).unlink()
+    same(tsdyn.open(copy), ds)  # which leaves it for the next
+    opened.clear()
     same(tsdyn.open(copy), ds)
+    assert opened == []
 
 
 def test_a_partial_sweep_says_what_it_has(copy):

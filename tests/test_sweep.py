@@ -1,10 +1,6 @@
 """Sweeps run: in this process and on workers, with points that fail and workers that die."""
 
-import os
-import signal
-import threading
-import time
-from pathlib import Path
+import random
 
 import numpy as np
 import pytest
@@ -12,6 +8,7 @@ import xarray as xr
 
 import tsdyn
 from tests.cases import small
+from tests.scale.trials import killing
 from tsdyn import runner, sweep
 from tsdyn.segments import segments
 
@@ -54,47 +51,44 @@ def test_finished_points_are_not_run_again(tmp_path, monkeypatch, undisturbed):
 
 
 def test_workers_compute_the_same_bits_and_survive_each_other(tmp_path, undisturbed):
-    """Two processes; one is killed whenever a new epoch was committed, three times."""
-    told, killed = [], []
+    """Two processes; two are killed as soon as a point has begun (`make scale`: 50 of them, at any time)."""
+    told = []
     path = tmp_path / "sweep"
-    stop = threading.Event()
-
-    def progress(epoch, epochs, died, mse):
-        told.append((epoch, epochs))
-
-    def kill():
-        while not stop.is_set() and len(killed) < 3:
-            time.sleep(0.05)
-            for child in children():
-                if len(killed) < 3 and any(path.glob("*/segments/*.nc")) and child not in killed:
-                    os.kill(child, signal.SIGKILL)
-                    killed.append(child)
-                    time.sleep(0.5)
-
-    def children():
-        """Processes of workers: those of ours that say so, not the helper that spawns them."""
-        found = []
-        for entry in os.listdir("/proc"):
-            try:
-                parent = int(Path(f"/proc/{entry}/stat").read_text().rsplit(")", 1)[1].split()[1])
-                words = Path(f"/proc/{entry}/cmdline").read_text()
-            except (OSError, ValueError, IndexError):
-                continue
-            if parent == os.getpid() and "spawn_main" in words:
-                found.append(int(entry))
-        return found
-
-    killer = threading.Thread(target=kill)
-    killer.start()
-    try:
-        ds = sweep.run(small(sweep=GRID, **FEW), path, workers=2, progress=progress)
-    finally:
-        stop.set()
-        killer.join()
+    with killing(random.Random(0), path, 2, pause=(0.02, 0.1)) as killed:
+        ds = sweep.run(small(sweep=GRID, **FEW), path, workers=2, progress=lambda *news: told.append(news[:2]))
     assert killed
     same(ds, undisturbed)
     assert (3, 3) in told
     assert not any(segments(point) for point in path.iterdir() if point.is_dir())
+
+
+def test_what_is_estimated_is_timed_once_a_shape(monkeypatch):
+    timed = []
+    monkeypatch.setattr(sweep.runner, "estimate", lambda e, device: timed.append(e) or sweep.runner.Cost(2, 3, 4, 5, 6))
+    grid = {"teacher.polarity": [0.0, 1.0, 2.0], "student.overrealization": [1, 2]}
+    points = {str(i): single for i, (_, single) in enumerate(small(sweep=grid).points())}
+    assert set(sweep.estimate(points)) == set(points)
+    assert [e.student.overrealization for e in timed] == [1, 2]
+
+
+def test_points_that_cannot_begin_are_no_part_of_the_estimate():
+    widths = {"teacher.widths": [[10, 4, 6], [1, 20, 6]]}
+    points = {str(i): single for i, (_, single) in enumerate(small(sweep=widths, **FEW).points())}
+    assert list(sweep.estimate(points)) == ["0"]
+    with pytest.raises(tsdyn.ExperimentError):
+        sweep.estimate({".": points["1"]})
+
+
+def test_no_more_workers_than_memory_holds(monkeypatch, caplog):
+    points = {"a": small(), "b": small(seeds=30)}
+    largest = max(runner.footprint(single) for single in points.values())
+    monkeypatch.setattr(sweep.memory, "available", lambda: 2 * largest + 1)
+    assert sweep.fitting(2, points) == 2
+    assert not caplog.records
+    assert sweep.fitting(5, points) == 2
+    assert "2 workers instead of 5" in caplog.text
+    monkeypatch.setattr(sweep.memory, "available", lambda: 0)
+    assert sweep.fitting(5, points) == 1  # which says itself what it lacks
 
 
 @pytest.mark.parametrize(
@@ -115,6 +109,6 @@ def test_workers_that_cannot_be_had(tmp_path, monkeypatch, how, message):
 def test_an_existing_scheduler_is_used(tmp_path, undisturbed):
     from distributed import LocalCluster
 
-    with LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None) as cluster:
+    with LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address="127.0.0.1:0") as cluster:
         ds = sweep.run(small(sweep=GRID, **FEW), tmp_path / "sweep", scheduler=cluster.scheduler_address)
     same(ds, undisturbed)

@@ -163,9 +163,8 @@ def _open_file(path: Path, upto: float, kind: type[netcdf.Stored] = netcdf.Store
             netcdf.refuse_oversized(path, nc)
         store = NetCDF4DataStore(file.manager)
         ds = xr.open_dataset(store, decode_times=False, mask_and_scale=False)  # type: ignore[arg-type]
-        ds = ds.drop_vars(list(ds.data_vars)).load().assign({n: _lazily(file, a, kind) for n, a in ds.items()})
-        if "schema_version" not in ds.attrs:
-            raise DirectoryError(f"{path}: not an archive of tsdyn's: it says no schema_version")
+        lazy = {n: _lazily(file, a, kind) if a.dtype.kind in "fiu" else a.load() for n, a in ds.items()}
+        ds = ds.drop_vars(list(lazy)).load().assign(lazy)
         return schema.migrate(ds)
     except (FileNotFoundError, ArchiveError):
         raise
@@ -177,8 +176,6 @@ def _open_file(path: Path, upto: float, kind: type[netcdf.Stored] = netcdf.Store
 
 def _lazily(file: netcdf.File, array: xr.DataArray, kind: type[netcdf.Stored]) -> xr.Variable:
     """Dask chunks made of whole disk chunks: as many seeds as fit in `LAZY_BYTES`."""
-    if array.dtype.kind not in "fiu":
-        raise DirectoryError(f"{file.path}: {array.name} is of type {array.dtype}; an archive holds numbers")
     stored = array.encoding.get("chunksizes") or array.shape
     chunks = dict(zip(array.dims, stored, strict=True))
     for dim in ("node", "node_2", "teacher_node", "teacher_node_2", "input_node"):

@@ -59,9 +59,6 @@ def _errors() -> Iterator[None]:
         _fail(error, FAILED)
     except OSError as error:
         _fail(f"{error}; what was committed is intact", FAILED)
-    except KeyboardInterrupt as error:
-        signal = getattr(error, "signal", 2)
-        _fail("interrupted; what was committed is intact, the same command goes on from there", 128 + signal)
 
 
 class _Unavailable(Exception):
@@ -357,6 +354,9 @@ def _run(
             )
     except (runner.DeviceError, sweep.WorkersError) as error:
         raise _Unavailable(str(error)) from error
+    except KeyboardInterrupt as error:  # here, for typer would make any of them exit 130 without a word
+        signal = getattr(error, "signal", 2)
+        _fail("interrupted; what was committed is intact, the same command goes on from there", 128 + signal)
     print(f"done: {path}", flush=True)
 
 

@@ -11,7 +11,7 @@ Source: Hairer & Wanner (1996), Solving Ordinary Differential Equations II, sect
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -192,7 +192,7 @@ def _step(loss: Loss, state: _State, index: Tensor, gradient: Tensor, times: Ten
 def _stages(loss: Loss, y: Tensor, h: Tensor, gradient: Tensor) -> tuple[list[Tensor], Tensor]:
     matrix = loss.hessian(y)
     matrix.diagonal(dim1=-2, dim2=-1).add_((1 / (_GAMMA * h))[:, None])
-    factors = torch.linalg.lu_factor_ex(matrix)
+    solve = _solver(matrix)
     k: list[Tensor] = []
     point = y
     for a, c in zip(_A, _C, strict=True):
@@ -201,8 +201,27 @@ def _stages(loss: Loss, y: Tensor, h: Tensor, gradient: Tensor) -> tuple[list[Te
             point = y + torch.stack([w * stage for w, stage in zip(a, k, strict=True)]).sum(0)
             mixed = torch.stack([w * stage for w, stage in zip(c, k, strict=True)]).sum(0)
             right = mixed / h[:, None] - loss.gradient(point)
-        k.append(torch.linalg.lu_solve(factors.LU, factors.pivots, right[..., None])[..., 0])
+        k.append(solve(right))
     return k, point + k[-1]
+
+
+def _solver(matrix: Tensor) -> Callable[[Tensor], Tensor]:
+    """Solves with H + I/(γh): by Cholesky's method, a third of LU's time, while the step is short of the Hessian's
+    negative eigenvalues, as the error estimate has it nearly always; else by LU.
+    """
+    lower, failed = torch.linalg.cholesky_ex(matrix)
+    other = failed.nonzero()[:, 0]
+    factors = torch.linalg.lu_factor_ex(matrix[other]) if len(other) else None
+
+    def solve(right: Tensor) -> Tensor:
+        # cholesky_solve copies the factor first
+        half = torch.linalg.solve_triangular(lower, right[..., None], upper=False)
+        found: Tensor = torch.linalg.solve_triangular(lower.mT, half, upper=True)[..., 0]
+        if factors is not None:
+            found[other] = torch.linalg.lu_solve(factors.LU, factors.pivots, right[other, :, None])[..., 0]
+        return found
+
+    return solve
 
 
 def _record(

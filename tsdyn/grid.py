@@ -36,7 +36,7 @@ from tsdyn.segments import ARCHIVE, EXPERIMENT, claim, segments
 SWEEP = "sweep.json"
 INDEX = "index.json"
 
-#: A dask chunk gathers whole disk chunks of as many seeds as fit in this: opening a file costs as much as reading 5 MB, ...
+#: A dask chunk gathers whole disk chunks of as many seeds as fit in this (opening a file costs as much as 5 MB) ...
 LAZY_BYTES = 1 << 26
 #: ... and, where a run holds less, the same of up to so many runs ...
 RUNS_A_CHUNK = 25
@@ -163,6 +163,8 @@ class Header:
     def of_json(cls, kept: Sequence[Any]) -> Header:
         """What `as_json` gave, whose tuples JSON made lists."""
         version, labels, columns, variables, attrs = kept
+        if not {"seed", "epoch", "layer"} <= set(labels):
+            raise ValueError("not the header of a run")
         return cls(version, labels, _tuples(columns), _tuples(variables), attrs)
 
 
@@ -205,7 +207,8 @@ class Index:
             found = json.loads((path / INDEX).read_text(encoding="utf-8"))
             if found["version"] == schema.VERSION:
                 self._headers = {key: Header.of_json(kept) for key, kept in found["headers"].items()}
-                self._entries = {name: tuple(entry) for name, entry in found["runs"].items()}
+                runs = found["runs"].items()
+                self._entries = {name: (list(stamp), str(key), list(death)) for name, (stamp, key, death) in runs}
 
     def finished(self, name: str) -> Source | None:
         """The archive of one point, None if it has none.
@@ -437,6 +440,8 @@ def _gathered(
                     f"{dict(zip(map(', '.join, along), at, strict=True))}; open one of them"
                 )
             held += sources
+        with suppress(ArchiveError):  # where it may not be written, the next reader reads the headers again
+            index.write()
     taken = [tuple(dict.fromkeys(at[i] for at in found)) for i in range(len(along))]
     position = [{value: i for i, value in enumerate(of)} for of in taken]
     cells = {tuple(p[v] for p, v in zip(position, at, strict=True)): held for at, held in found.items() if held}

@@ -107,9 +107,7 @@ class OnlineExperiment:
                 archive.write_dataset(path, self.one(layer, K))
                 report(f"layers {layer}, K = {K}")
         rows = [[xr.load_dataset(parts[layer, K], engine="netcdf4") for K in self.nodes] for layer in self.layers]
-        how = {"data_vars": "all", "coords": "different", "compat": "equals", "join": "exact"}
-        joined = [xr.concat(row, "nodes", combine_attrs="override", **how) for row in rows]
-        ds = xr.concat(joined, "layers", combine_attrs="override", **how)
+        ds = _joined([_joined(row, "nodes") for row in rows], "layers")
         ds = ds.assign_coords(layers=list(self.layers), nodes=list(self.nodes))
         archive.write_dataset(directory / RESULT, ds.assign_attrs(name=self.name, experiment=self.to_toml()))
         for path in parts.values():
@@ -119,11 +117,20 @@ class OnlineExperiment:
         """Simulation and equation of one width."""
         from tsdyn import flow  # torch, which a list of studies does not need
 
-        begin = [np.stack(x) for x in zip(*(self._start(layer, nodes, s) for s in range(self.seeds)), strict=True)]
-        rates = {"learning_rate": self.learning_rate, "noise": self.noise, "activation": self.activation}
-        rates["second_learning_rate"] = self.learning_rate if layer == "both" else 0.0
-        simulated = flow.online(*begin, inputs=self.inputs, alpha=self.alpha, seeds=self.seeds, **rates)
-        solved = flow.order_parameters(*begin, alpha=self.alpha, **rates)
+        Q, R, T, v, A = (
+            np.stack(x) for x in zip(*(self._start(layer, nodes, s) for s in range(self.seeds)), strict=True)
+        )
+        second = self.learning_rate if layer == "both" else 0.0
+        simulated = flow.online(
+            Q, R, T, v, A,
+            inputs=self.inputs, learning_rate=self.learning_rate, second_learning_rate=second, noise=self.noise,
+            activation=self.activation, alpha=self.alpha, seeds=self.seeds,
+        )  # fmt: skip
+        solved = flow.order_parameters(
+            Q, R, T, v, A,
+            learning_rate=self.learning_rate, second_learning_rate=second, noise=self.noise,
+            activation=self.activation, alpha=self.alpha,
+        )  # fmt: skip
         ds = xr.Dataset({"eg_simulation": simulated["eg"], "eg_equation": solved["eg"]}).drop_vars("stop_reason")
         ds["eg_simulation"].attrs["long_name"] += f", online SGD, N = {self.inputs}"
         ds["eg_equation"].attrs["long_name"] += ", differential equation, N → ∞"
@@ -134,3 +141,9 @@ class OnlineExperiment:
         w, B = draw.standard_normal((nodes, self.inputs)), draw.standard_normal((M, self.inputs))
         outgoing = [draw.standard_normal(n) if layer == "both" else np.ones(n) for n in (nodes, M)]
         return w @ w.T / self.inputs, w @ B.T / self.inputs, B @ B.T / self.inputs, *outgoing
+
+
+def _joined(parts: list[xr.Dataset], dim: str) -> xr.Dataset:
+    return xr.concat(
+        parts, dim, data_vars="all", coords="different", compat="equals", join="exact", combine_attrs="override"
+    )

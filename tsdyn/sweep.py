@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import xarray as xr
 
-from tsdyn import archive, grid, runner
+from tsdyn import archive, grid, memory, runner
 from tsdyn.durable import ArchiveError
 from tsdyn.experiment import Experiment, ExperimentError
 from tsdyn.segments import segments
@@ -87,12 +87,12 @@ def _points(experiment: Experiment) -> dict[str, Experiment]:
 def estimate(points: Mapping[str, Experiment], *, device: str = "cpu") -> dict[str, runner.Cost]:
     """What each point will take; of those with the same shapes and settings one is timed, for all of them.
 
-    Real numbers, such as rates and scales, cost no time.  Of several points, those that cannot begin are left out:
-    they fail when their turn comes, and the others go on.
+    Real numbers, such as rates and scales, cost no time.  Points of a sweep that cannot begin are left out: they fail
+    when their turn comes, and the others go on.
 
     Raises:
         DeviceError: if there is no such device.
-        ExperimentError: if the only point cannot begin.
+        ExperimentError: if an experiment without a sweep cannot begin.
     """
     known: dict[Any, runner.Cost] = {}
     found = {}
@@ -102,7 +102,7 @@ def estimate(points: Mapping[str, Experiment], *, device: str = "cpu") -> dict[s
             if kind not in known:
                 known[kind] = runner.estimate(single, device=runner.check_device(device))
         except ExperimentError:
-            if len(points) == 1:
+            if name == ".":
                 raise
             continue
         found[name] = known[kind]
@@ -165,7 +165,7 @@ def run(
             tell[name] = (point(position, len(points), name, single) if point else None) or progress
     failures: dict[str, str] = {}
     if distributed and left:
-        with _client(workers, scheduler) as client:
+        with _client(workers and fitting(workers, left), scheduler) as client:
             for name, error in _on_workers(client, left, path, device, tell):
                 keeper.note(name)
                 if error is not None:
@@ -226,6 +226,17 @@ class _IndexKeeper:
 # --- on workers ----------------------------------------------------------------------------------------------
 
 
+def fitting(workers: int, points: Mapping[str, Experiment]) -> int:
+    """`workers`, or as many as have room in memory for the largest of the points each; one at least."""
+    largest = max(runner.footprint(single) for single in points.values())
+    room = max(1, memory.available() // max(1, largest))
+    if room < workers:
+        logging.getLogger("tsdyn").warning(
+            "%d workers instead of %d: the largest run takes %.1f GB of memory", room, workers, largest / 1e9
+        )
+    return min(workers, room)
+
+
 @contextmanager
 def _client(workers: int | None, scheduler: str | None) -> Iterator[Client]:
     """A client of the scheduler at that address, or of a cluster of processes of our own."""
@@ -247,7 +258,8 @@ def _client(workers: int | None, scheduler: str | None) -> Iterator[Client]:
             n_workers=workers,
             threads_per_worker=1,
             processes=True,
-            dashboard_address=None,
+            dashboard_address="127.0.0.1:0",
+            memory_limit=0,  # a run asks for room before it begins; dask would kill one that has it
             silence_logs=logging.CRITICAL,
         ) as cluster,
         Client(cluster) as client,

@@ -11,7 +11,7 @@ import xarray as xr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from tsdyn.analysis import alignment, lottery, order_parameters, phase, specialization, summary
+from tsdyn.analysis import alignment, lottery, matching, order_parameters, phase, specialization, summary
 
 import tsdyn
 from tests.test_theory import scaled_network
@@ -56,6 +56,9 @@ MEASURES = {
     "winner_rank": lottery.winner_rank,
     "settled_epoch": lottery.settled_epoch,
     "rewind_mask": lottery.rewind_mask,
+    "partner": matching.partner,
+    "matched_correlation": matching.matched_correlation,
+    "node_order": matching.node_order,
     "recovery_class": phase.recovery_class,
     "fractions": lambda ds: phase.fractions(phase.recovery_class(ds, threshold=0.3)),
     "summarise": recovery_summary,
@@ -195,6 +198,19 @@ def test_winners_agree_with_a_plain_loop(values):
                 settled[s, j] = later[0]
     np.testing.assert_array_equal(lottery.rewind_mask(ds, threshold=-1.1), mask)
     np.testing.assert_array_equal(lottery.settled_epoch(ds), settled)
+
+
+@settings(max_examples=60, deadline=None)
+@given(correlations)
+def test_the_order_of_nodes_is_a_plain_sort(values):
+    order = matching.node_order(archive(values))
+    for at in np.ndindex(values.shape[:2]):
+
+        def place(k, table=values[at]):
+            real = [(-v, j) for j, v in enumerate(table[:, k]) if not np.isnan(v)]
+            return (min(real)[1], min(real)[0], k) if real else (len(table), 0, k)
+
+        np.testing.assert_array_equal(order[at], sorted(range(values.shape[3]), key=place))
 
 
 def test_a_ticket_holds_winners_above_the_threshold_only():

@@ -38,16 +38,16 @@ def flows(members: int, slow_members: int) -> None:
     initial = glorot_students(loss, members)
     with torch.no_grad():
         ends, taken = {}, {}
-        for rtol in (1e-4, 1e-8):
+        for rtol, count in ((1e-4, members), (1e-8, slow_members)):
             start = time.perf_counter()
-            ds = flow.gradient_flow(loss, initial, rtol=rtol, atol=rtol / 100)
+            ds = flow.gradient_flow(loss, initial[:count], rtol=rtol, atol=rtol / 100)
             middle = time.perf_counter()
             ends[rtol] = flow.polish(loss, torch.from_numpy(ds["final"].values))
-            taken[rtol] = (time.perf_counter() - start) / members
+            taken[rtol] = (time.perf_counter() - start) / count
             kinds = ", ".join(sorted(set(ends[rtol].kind.tolist())))
             print(
                 f"flow to |∇| < 1e-7 and polish, rtol {rtol:g}: {taken[rtol]:.3f} s a seed "
-                f"({(middle - start) / members:.3f} the flow, {int(ds.steps.sum()) / members:.0f} steps), {members} "
+                f"({(middle - start) / count:.3f} the flow, {int(ds.steps.sum()) / count:.0f} steps), {count} "
                 f"seeds; {kinds}, |∇| at most {float(ends[rtol].gradient_max.max()):.1g}"
             )
         start = time.perf_counter()
@@ -94,7 +94,7 @@ def order_parameters() -> None:
 if __name__ == "__main__":
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--members", type=int, default=20)
-    options.add_argument("--slow-members", type=int, default=20)
+    options.add_argument("--slow-members", type=int, default=8)
     chosen = options.parse_args()
     torch.set_num_threads(1)
     hessians(chosen.members, 5)

@@ -113,7 +113,7 @@ def _mutated(raw: bytes, others: list[bytes], rng: random.Random) -> tuple[str, 
 
 
 def archives(scratch: Path, rng: random.Random, number: int) -> str:
-    """Archives with a file truncated, flipped, spliced or exchanged: never a crash, a hang, a traceback, a wrong number.
+    """Archives with a file truncated, flipped, spliced or exchanged: no crash, no hang, no traceback, no wrong number.
 
     Each is checked, read, shown, audited; some are repaired and all gone on with.  A changed file beside which a
     checksum is kept must be named by ``tsdyn validate``, and nothing may be computed from it.
@@ -201,9 +201,10 @@ def archives(scratch: Path, rng: random.Random, number: int) -> str:
             wrong.append(f"archive {trial}: {kind}/{file} {way}, seal {'kept' if kept else 'none'}: {found}")
     text = (
         f"{number} fuzzed archives: {fates['crash']} crashes, {fates['hang']} hangs over {WORK} s, "
-        f"{fates['traceback']} tracebacks; {fates['sealed']} with their checksum kept, of which {fates['sealed, wrong when read']} "
-        f"gave a wrong number and {sum('seal kept' in line for line in wrong)} went unnamed or wrong in any way; "
-        f"{fates['refused']} refused when read, {fates['right']} read right, {fates['wrong']} otherwise, without checksum"
+        f"{fates['traceback']} tracebacks; of {fates['sealed']} with their checksum kept "
+        f"{fates['sealed, wrong when read']} gave a wrong number and {sum('seal kept' in line for line in wrong)} went "
+        f"unnamed or wrong in any way; {fates['refused']} refused when read, {fates['right']} read right, "
+        f"{fates['wrong']} read as other numbers"
     )
     if wrong:
         raise AssertionError("\n".join([text, *wrong[:40]]))
@@ -284,7 +285,7 @@ def _absurd(rng: random.Random) -> Any:
             {"x": {"y": {}}},
             _deep(50, 1),
             {"teacher.polarity": [0.0] * 1000},
-        )  # fmt: skip
+        )
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import multiprocessing
 import os
 import random
@@ -241,7 +242,9 @@ def readers(scratch: Path, rng: random.Random, number: int) -> str:
     ):
         wrong += _read("processes", scratch / "run", whole, number)
     with (
-        LocalCluster(n_workers=2, threads_per_worker=4, dashboard_address=None, silence_logs=40) as cluster,
+        LocalCluster(
+            n_workers=2, threads_per_worker=4, dashboard_address=None, silence_logs=logging.CRITICAL
+        ) as cluster,
         Client(cluster),
     ):
         wrong += _read("distributed", scratch / "run", whole, number)

@@ -1,0 +1,160 @@
+"""The trials of `python -m tests.scale`; each prints what it measured and asserts what must hold."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import xarray as xr
+
+import tsdyn
+from tests.cases import small
+from tests.scale import generate
+from tests.scale import reading as read
+from tsdyn import grid, sweep
+
+#: dask's limit for each worker.
+MEMORY = "2GiB"
+
+
+def reading(scratch: Path, asked: argparse.Namespace) -> None:
+    """Three reductions by one and by two workers, beside netCDF4 alone; page cache warm, then cold."""
+    path = scratch / "large"
+    if not path.exists():
+        runs = max(2, round(asked.gigabytes / 0.256))
+        print(
+            f"made {runs} runs, {generate.sweep(path, generate.swept(generate.LARGE, runs)) / 1e9:.1f} GB", flush=True
+        )
+    read.raw(path, 2)  # into the page cache, as far as it goes
+    speed: dict[tuple[str, int], float] = {}
+    for workers in (1, 2):
+        speed["raw", workers] = read.raw(path, workers)
+        print(f"{workers} x netCDF4: {speed['raw', workers] / 1e6:.0f} MB/s", flush=True)
+        with cluster(workers) as client:
+            for name, reduce in read.REDUCTIONS.items():
+                speed[name, workers], found = read.lazily(path, client, reduce)
+                assert found.notnull().all(), name
+                print(
+                    f"{workers} x {name}: {speed[name, workers] / 1e6:.0f} MB/s, "
+                    f"{speed[name, workers] / speed['raw', workers]:.0%} of netCDF4, "
+                    f"{speed[name, workers] / speed[name, 1]:.2f} x one worker",
+                    flush=True,
+                )
+            print("peak memory of a worker:", max(client.run(read.peak).values()) // 1_000_000, "MB", flush=True)
+    read.forget(path)
+    cold = read.raw(path, 1)
+    read.forget(path)
+    with cluster(1) as client:
+        lazily, _ = read.lazily(path, client, read.REDUCTIONS["mean_specialization"])
+    print(f"cold, 1 x netCDF4: {cold / 1e6:.0f} MB/s, mean_specialization: {lazily / 1e6:.0f} MB/s", flush=True)
+
+
+@contextmanager
+def cluster(workers: int) -> Iterator[object]:
+    from distributed import Client, LocalCluster
+
+    with (
+        LocalCluster(
+            n_workers=workers, threads_per_worker=1, memory_limit=MEMORY, dashboard_address="127.0.0.1:0", silence_logs=50
+        ) as made,
+        Client(made) as client,
+    ):
+        yield client
+
+
+def opening(scratch: Path, asked: argparse.Namespace) -> None:
+    """Many runs from the index, and one (seed, layer) slice of one of them."""
+    path = scratch / "many"
+    if not path.exists():
+        generate.sweep(path, generate.swept(generate.MANY, asked.runs))
+    if not (path / grid.INDEX).exists():
+        began = time.perf_counter()
+        index = grid.Index(path)
+        for name in grid.sweep_points(path):
+            index.finished(name)
+        index.write()
+        print(f"index from the files' headers: {time.perf_counter() - began:.0f} s", flush=True)
+    began = time.perf_counter()
+    ds = tsdyn.open(path)
+    print(f"opened {ds.sizes['learning_rate']} runs: {time.perf_counter() - began:.2f} s", flush=True)
+    took = []
+    for position in random.Random(1).sample(range(asked.runs), 20):
+        began = time.perf_counter()
+        found = ds["correlation"].isel(learning_rate=position).sel(seed=1, layer=1).compute(scheduler="synchronous")
+        took.append(time.perf_counter() - began)
+        experiment = generate.MANY.replace({"training.learning_rate": float(ds["learning_rate"][position])})
+        wanted = generate.correlations(experiment, position, 1)[1]
+        inside = found.values[:, : wanted.shape[1], : wanted.shape[2]]
+        assert np.array_equal(inside, wanted), f"run {position} reads differently from what was written"
+    print(f"one (seed, layer) of one run: median {np.median(took):.3f} s, worst {max(took):.3f} s", flush=True)
+
+
+def kills(scratch: Path, asked: argparse.Namespace) -> None:
+    """Sweeps on two workers, one of which is killed after every commit, until so many were."""
+    slow = small(seeds=2, training__epochs=12, training__steps_per_epoch=4000, teacher__widths=[50, 20, 10])
+    experiment = slow.replace({"sweep": {"teacher.polarity": [0.0, 0.5, 1.0, 2.0]}})
+    wanted = tsdyn.run(experiment, scratch / "undisturbed").load()
+    done = sweeps = 0
+    while done < asked.kills:
+        path = scratch / f"killed-{sweeps}"
+        with killing(random.Random(f"kills {sweeps}"), path, asked.kills - done) as killed:
+            found = sweep.run(experiment, path, workers=2).load()
+        xr.testing.assert_identical(found.drop_attrs(), wanted.drop_attrs())
+        done, sweeps = done + len(killed), sweeps + 1
+        print(f"{done} kills in {sweeps} sweeps, each complete and bit-identical", flush=True)
+
+
+@contextmanager
+def killing(
+    draw: random.Random, path: Path, number: int, *, pause: tuple[float, float] = (0.1, 2.0)
+) -> Iterator[list[int]]:
+    """While the body runs, a worker process of ours dies some time after each commit; gives who did."""
+    killed: list[int] = []
+    stop = threading.Event()
+
+    def kill() -> None:
+        seen: set[Path] = set()
+        while len(killed) < number and not stop.wait(draw.uniform(*pause)):
+            there = {*path.glob("*/segments/*.nc"), *path.glob("*/archive.nc")}
+            alive = [child for child in worker_processes() if child not in killed]
+            if alive and there - seen:  # whoever dies again and again before it has committed anything has failed
+                killed.append(draw.choice(alive))
+                os.kill(killed[-1], signal.SIGKILL)
+                seen |= there
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    try:
+        yield killed
+    finally:
+        stop.set()
+        thread.join()
+
+
+def worker_processes() -> list[int]:
+    """Children of ours that were spawned to be workers, not the helper that spawns them."""
+    found = []
+    for entry in os.listdir("/proc"):
+        try:
+            parent = int(Path(f"/proc/{entry}/stat").read_text().rsplit(")", 1)[1].split()[1])
+            words = Path(f"/proc/{entry}/cmdline").read_text()
+        except (OSError, ValueError, IndexError):
+            continue
+        if parent == os.getpid() and "spawn_main" in words:
+            found.append(int(entry))
+    return found
+
+
+TRIALS: dict[str, Callable[[Path, argparse.Namespace], None]] = {
+    "reading": reading,
+    "opening": opening,
+    "kills": kills,
+}
