@@ -45,7 +45,7 @@ def lift(
         missing = [dim for dim in wanted if dim not in array.dims]
         if missing:
             raise ValueError(
-                f"{formula.__name__}: {array.name!r} has no dimension {', '.join(missing)}, only {tuple(array.dims)}; "
+                f"{name or formula.__name__}: {array.name!r} has no dimension {', '.join(missing)}, only {tuple(array.dims)}; "
                 "select with a list or slice to keep a dimension"
             )
     whole = [

@@ -39,7 +39,13 @@ def _weights(archive: xr.Dataset, caller: str) -> tuple[xr.DataArray, xr.DataArr
             f'{caller}: the archive has no {", ".join(missing)}; record it: [record] observables = ["weight", ...]'
         )
     low = archive[["weight", "teacher_weight"]]
-    low = one_layer(low, 1) if "layer" in low.dims else low
+    if "layer" in low.dims:
+        low = one_layer(low, 1)
+    elif "layer" in low.coords and int(low["layer"]) != 1:
+        raise ValueError(f"{caller}: of the lowest layer, not of layer {int(low['layer'])}")
+    lost = [d for d, n in (("node", "weight"), ("teacher_node", "teacher_weight")) if d not in low[n].dims]
+    if lost:
+        raise ValueError(f"{caller}: the slice has no dimension {', '.join(lost)}; select with a list or slice")
     low = low.isel(input_node=slice(0, int(low["input_width"].max())))
     return low["weight"], low["teacher_weight"]
 
@@ -56,7 +62,7 @@ def order_parameters(archive: xr.Dataset) -> xr.Dataset:
     Q (..., node, node_2), R (..., node, teacher_node), T (..., teacher_node, teacher_node_2).
 
     Raises:
-        ValueError: if weights are not recorded.
+        ValueError: if weights are not recorded, or the slice is of another layer or lacks a node dimension.
     """
     student, teacher = _weights(archive, "order_parameters")
     below = "input_node"
@@ -86,7 +92,7 @@ def cosines(archive: xr.Dataset) -> xr.DataArray:
     """u_im, the cosine between student weight i and teacher weight m of the lowest layer; (..., node, teacher_node).
 
     Raises:
-        ValueError: if weights are not recorded.
+        ValueError: as `order_parameters`.
     """
     return lift(
         cosine,

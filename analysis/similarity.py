@@ -81,10 +81,12 @@ def student_teacher(archive: xr.Dataset, *, samples: int | None = None) -> xr.Da
         samples: Of the evaluation set, the first so many; all if None.
 
     Raises:
-        ValueError: if epochs are left, weights were not recorded, or samples are too few for the widths.
+        ValueError: if epochs are left, layers are not, weights were not recorded, or samples are too few for the widths.
     """
     if "epoch" in archive.dims:
         raise ValueError("student_teacher: epochs are left; select one, e.g. ds.isel(epoch=-1)")
+    if "layer" not in archive.dims:
+        raise ValueError("student_teacher: one layer is left; networks are made of all of them, select it afterwards")
     layers = range(1, archive.sizes["layer"] + 1)
 
     def measure(member: Member) -> list[float]:

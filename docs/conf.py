@@ -101,7 +101,8 @@ def _kind(shape: dict) -> str:
     if kind == "array":
         return f"list of {_kind(shape.get('items', {}))}"
     if kind == "object":
-        return f"table of {_kind(shape.get('additionalProperties', {}) or {})}"
+        values = shape.get("additionalProperties")
+        return f"table of {_kind(values)}" if isinstance(values, dict) else "table"
     words = {"minimum": "≥ {}", "maximum": "≤ {}", "exclusiveMinimum": "> {}", "exclusiveMaximum": "< {}"}
     bounds = [text.format(f"{shape[key]:g}") for key, text in words.items() if key in shape]
     return " ".join([kind, *bounds])

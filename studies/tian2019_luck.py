@@ -1,7 +1,7 @@
 """Tian et al. (2019), Figure 7: ρ̄ and r̄ of each layer against epochs, with and without BatchNorm, FC and ConvNet.
 
-ρ̄ rises from the lowest layer up, and the rank of the node that wins in the end falls from the start on: winners are
-among those that were lucky at the start.
+What the paper finds: ρ̄ rises from the lowest layer up, and the rank of the node that wins in the end falls from the
+start on: winners are among those that were lucky at the start.
 """
 
 from __future__ import annotations

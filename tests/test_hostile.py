@@ -22,7 +22,9 @@ from tsdyn.experiment import Experiment, ExperimentError
 
 FEW = {"training__epochs": 2, "seeds": 2, "record__observables": ["mse", "weight"]}
 
-MANY = list(range(1, 200))
+MANY_POINTS = "[sweep]\n" + "".join(
+    f'"{key}" = {list(range(1, 200))}\n' for key in ("data.eval", "training.batch", "student.scale")
+)
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +189,7 @@ def _reopened(acquire):
         ("[training]\nepochs = 1e400", "training.epochs"),
         ("[training]\nepochs = 1000000001", "must be less than or equal to 1000000"),
         ("[training]\nlearning_rate = nan", "training.learning_rate = nan"),
-        (f'[sweep]\n"training.batch" = {MANY}\n"data.eval" = {MANY}\n"student.scale" = {MANY}', "each of which is a run"),
+        (MANY_POINTS, "7880599 points, each of which is a run; at most 100000"),
         ("x = " + "[" * 20_000 + "]" * 20_000, "not TOML"),
         ("x = " + "{a=" * 20_000 + "1" + "}" * 20_000, "not TOML"),
         ("\x00", "not TOML"),

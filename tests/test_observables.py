@@ -232,3 +232,23 @@ def test_augmentations_that_cannot_be_trained_on_are_refused():
     one_pass = small(data__train=40, data__augment="agnostic").as_dict()
     del one_pass["training"]["steps_per_epoch"]
     assert tsdyn.Experiment(**one_pass).steps == 21 * 40 // 16
+
+
+@pytest.mark.parametrize("name", ["relu", "tanh"])
+def test_a_two_layer_record_made_in_pieces_is_what_the_formulas_give(name):
+    """More samples than a piece; a node that never fires."""
+    teacher, student = (random_network((4, width, 3), name, seed=seed) for width, seed in ((3, 1), (6, 2)))
+    student.weights[0][2], student.biases[0][2] = 0, -1
+    train, held = probe(teacher, 2500), probe(teacher, 2100, seed=4)
+    variables = "loss_train", "loss_eval", "mse_eval", "correlation", "fanout_norm"
+    found = observables.measure(variables, Measurement(student, train, held))
+    trace = student.trace(held.inputs)
+    assert found["loss_train"] == pytest.approx(
+        float(observables.loss(train.trace.output, student(train.inputs))), rel=1e-13
+    )
+    assert found["loss_eval"] == pytest.approx(float(observables.loss(held.trace.output, trace.output)), rel=1e-13)
+    assert found["mse_eval"] == pytest.approx(float(observables.mse(held.trace.output, trace.output)), rel=1e-13)
+    expected = observables.correlation(held.trace.activations[0], trace.activations[0])
+    np.testing.assert_allclose(found["correlation"][0], expected, rtol=0, atol=1e-13)
+    assert np.isnan(found["correlation"][0][:, 2]).all()
+    np.testing.assert_allclose(found["fanout_norm"][0], theory.fanout_norms(student, trace)[0], rtol=1e-14)

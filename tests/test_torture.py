@@ -12,5 +12,5 @@ import pytest
 def test_a_few_of_each_trial():
     command = [sys.executable, "-m", "tests.torture", "--short"]
     root = Path(__file__).resolve().parent.parent
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import tests.oracles as oracles
 from tests.cases import REFERENCE
-from tsdyn import activations, kernel, training
+from tsdyn import activations, kernel, runner, training
 from tsdyn.experiment import Training
 from tsdyn.networks import Network
 from tsdyn.training import (
@@ -144,13 +144,14 @@ def test_the_engine_equals_the_plain_path_after_100_steps_whatever_the_options(
 
         def fresh(members, targets=targets):  # in two pieces, as a long epoch of fresh samples comes
             for piece in rows[members].split(25, dim=1):
-                own = [(x[m][r.flatten()], targets[m][r.flatten()]) for m, r in zip(range(3)[members], piece)]
+                pairs = zip(range(3)[members], piece, strict=True)
+                own = [(x[m][r.flatten()], targets[m][r.flatten()]) for m, r in pairs]
                 order = torch.arange(25 * batch).view(1, 25, batch).expand(len(own), -1, -1)
                 yield Batches(torch.stack([a for a, _ in own]), torch.stack([b for _, b in own]), order, 25)
 
         streams.append(fresh if data == "fresh" else finite_stream(x, targets, held, steps=50))
     fast, plain = (ensemble(widths, name=name, bias=bias) for _ in range(2))
-    no_kernel = mock.patch.object(kernel, "load", lambda: None)
+    no_kernel = mock.patch.object(kernel, "load", return_value=None)
     for epoch, stream in enumerate(streams, start=1):
         at = Rule(**{**options, "learning_rate": options["learning_rate"] / epoch})  # a table of rates
         if with_kernel:
@@ -332,3 +333,15 @@ def test_replays_the_released_code():
                 scale = np.abs(expected).max()
                 assert np.abs(members.weights[layer][0].numpy() - expected[:-1].T).max() <= 1e-12 * scale
                 assert np.abs(members.biases[layer][0].numpy() - expected[-1]).max() <= 1e-12 * scale
+
+
+@pytest.mark.parametrize(("asked", "allowed"), [(None, False), ("on", True)])
+def test_tf32_is_off_unless_asked(monkeypatch, asked, allowed):
+    if asked is not None:
+        monkeypatch.setenv("TSDYN_TF32", asked)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+    runner._exact_products("cuda")
+    assert torch.backends.cudnn.allow_tf32 is torch.backends.cuda.matmul.allow_tf32 is allowed
+    runner._exact_products("cpu")
+    assert torch.backends.cudnn.allow_tf32 is allowed

@@ -161,8 +161,8 @@ def _open_file(path: Path, upto: float, kind: type[netcdf.Stored] = netcdf.Store
     try:
         with file.opened() as nc:
             netcdf.refuse_oversized(path, nc)
-        store = NetCDF4DataStore(file.manager)
-        ds = xr.open_dataset(store, decode_times=False, mask_and_scale=False)  # type: ignore[arg-type]
+        store = NetCDF4DataStore(file.manager)  # type: ignore[no-untyped-call]
+        ds = xr.open_dataset(store, decode_times=False, mask_and_scale=False)
         lazy = {n: _lazily(file, a, kind) if a.dtype.kind in "fiu" else a.load() for n, a in ds.items()}
         ds = ds.drop_vars(list(lazy)).load().assign(lazy)
         return schema.migrate(ds)

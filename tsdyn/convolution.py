@@ -44,7 +44,7 @@ def convolve(
     bias: Float[Tensor, "member channel"] | None,
 ) -> Float[Tensor, "member channel row_out column_out sample"]:
     """Each member's own convolution, stride 1 and without padding; differentiable once."""
-    found: Tensor = _Convolution.apply(x, weight, bias)
+    found: Tensor = _Convolution.apply(x, weight, bias)  # type: ignore[no-untyped-call]
     return found
 
 

@@ -757,7 +757,9 @@ def normalized(flat: Tensor, norm: BatchNorm, *, training: bool) -> Tensor:
         raise ValueError("BatchNorm: one value a node in training mode; a batch must hold two samples or more")
     scale, shift = (None if t is None else t.flatten() for t in (norm.scale, norm.shift))
     eps = max(norm.eps, torch.finfo(flat.dtype).tiny)  # torch refuses 0
-    return F.batch_norm(flat, norm.mean.view(-1), norm.variance.view(-1), scale, shift, training, norm.momentum, eps)
+    mean, variance = norm.mean.view(-1), norm.variance.view(-1)
+    found: Tensor = F.batch_norm(flat, mean, variance, scale, shift, training, norm.momentum, eps)
+    return found
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -185,7 +185,8 @@ def _output(values: Parameters, frame: Frame, x: Tensor) -> Tensor:
 def _normalized(x: Tensor, norm: BatchNorm) -> Tensor:
     """BatchNorm of (member, node, ..., sample) by the batch."""
     flat = x.reshape(1, x.shape[0] * x.shape[1], -1)
-    return normalized(flat, norm, training=True).view_as(x)
+    found: Tensor = normalized(flat, norm, training=True).view_as(x)
+    return found
 
 
 def step(ensemble: DeepEnsemble, x: Tensor, y: Tensor, rule: Rule, count: int) -> None:

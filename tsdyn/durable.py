@@ -90,7 +90,8 @@ def make_directory(path: Path) -> None:
     """A directory and the parents it lacks, durable.
 
     Raises:
-        DirectoryError: if it cannot be made.
+        DirectoryError: if it cannot be made there.
+        ArchiveError: if the device fails.
     """
     if path.is_dir():
         return
@@ -100,6 +101,8 @@ def make_directory(path: Path) -> None:
             path.mkdir()
         sync_directory(path.parent)
     except OSError as error:
+        if error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.ESTALE):
+            raise refused(path, error) from error
         raise DirectoryError(f"{path}: cannot be made: {error}; give another directory with -o") from error
 
 

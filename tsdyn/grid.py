@@ -306,7 +306,7 @@ class Stored:
         key = (*key, *[slice(None)] * (self.ndim - len(key)))
         wanted = [np.atleast_1d(np.arange(n)[k]) for k, n in zip(key, self.shape, strict=True)]
         shape, outer = [len(w) for w in wanted], len(self.outer)
-        parts = []
+        parts: list[tuple[tuple[int, ...], Source, list[Rows], list[Rows]]] = []
         for at in np.ndindex(*shape[:outer]):
             place = tuple(int(w[i]) for w, i in zip(wanted[:outer], at, strict=True))
             for source in self.cells.get(place, ()):
@@ -315,7 +315,8 @@ class Stored:
                     parts.append((at, source, *part))
         held = sum(math.prod(map(_length, target)) for *_, target in parts)
         if len(parts) == 1 and held == math.prod(shape):  # as it comes, without a copy
-            found = self._rows(*parts[0][1:3]).reshape(shape)
+            _, source, rows, _ = parts[0]
+            found = self._rows(source, rows).reshape(shape)
         else:
             found = np.empty(shape, self.dtype) if held == math.prod(shape) else np.full(shape, np.nan, self.dtype)
             for at, source, rows, target in parts:
@@ -346,8 +347,9 @@ class Stored:
         chosen = [slice(None) if isinstance(r, slice) else r - span.start for r, span in zip(rows, spans, strict=True)]
         try:
             with netcdf.dataset(source.path) as nc:
-                stored: NDArray = nc[self.name][tuple(spans)]
-            return stored[_orthogonal(chosen, stored.shape)]
+                stored = nc[self.name][tuple(spans)]
+            kept: NDArray = stored[_orthogonal(chosen, stored.shape)]
+            return kept
         except (OSError, RuntimeError, IndexError, KeyError, ValueError) as error:
             message = f"{source.path}: {self.name} cannot be read: {error}"
             if not self.skip:
@@ -363,7 +365,7 @@ def _as_slice(rows: NDArray) -> Rows:
 
 
 def _length(rows: Rows) -> int:
-    return rows.stop - rows.start if isinstance(rows, slice) else len(rows)
+    return int(rows.stop - rows.start) if isinstance(rows, slice) else len(rows)
 
 
 def _orthogonal(rows: Sequence[Rows], shape: Sequence[int]) -> tuple[Any, ...]:

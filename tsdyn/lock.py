@@ -172,9 +172,10 @@ class Lock:
         """Give the directory back; ``LOCK`` is left empty, which says that its last holder ended in order."""
         if self._handle is not None:
             handle, self._handle = self._handle, None
-            for step in (lambda: os.ftruncate(handle, 0), lambda: os.close(handle)):
-                with suppress(OSError):  # of a file system that went away; the kernel frees the lock all the same
-                    step()
+            with suppress(OSError):  # of a file system that went away; the kernel frees the lock all the same
+                os.ftruncate(handle, 0)
+            with suppress(OSError):
+                os.close(handle)
         elif self._beating is not None:
             self._beating.set()
             self._beating = None

@@ -89,7 +89,8 @@ class File:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.manager = CachingFileManager(netCDF4.Dataset, os.fspath(path), mode="r", lock=_LOCK)
+        opener: Any = netCDF4.Dataset
+        self.manager: Any = CachingFileManager(opener, os.fspath(path), mode="r", lock=_LOCK)
 
     @contextmanager
     def opened(self) -> Iterator[netCDF4.Dataset]:

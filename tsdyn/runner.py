@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import logging
+import os
 import platform
 import subprocess
 import time
@@ -59,6 +60,14 @@ def check_device(device: str) -> str:
     if device == "cpu" or (device == "cuda" and len(available) > 1) or device in available:
         return device
     raise DeviceError(f"device {device!r} is not there; this machine has {', '.join(available)}")
+
+
+def _exact_products(device: str) -> None:
+    """float32 products on a GPU in float32 unless the environment says ``TSDYN_TF32=on``: TF32 keeps 10 bits of 23,
+    and torch's own choice differs between matrices (off) and convolutions (on).
+    """
+    if device != "cpu":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = os.environ.get("TSDYN_TF32") == "on"
 
 
 @dataclass(frozen=True)
@@ -387,6 +396,7 @@ def run(
         Stopped: after SIGINT or SIGTERM, once the epoch in work is committed.
     """
     check_device(device)
+    _exact_products(device)
     memory.refuse_beyond(
         "run",
         footprint(experiment),

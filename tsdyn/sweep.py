@@ -74,8 +74,8 @@ def _check_workers(workers: int | None, scheduler: str | None) -> None:
 
 def due(experiment: Experiment, path: str | Path) -> dict[str, Experiment]:
     """Directory name → experiment of each point that is not finished in `path`; ``.`` for one without a sweep."""
-    path, points = archive.local_path(path), _points(experiment)
-    return {name: single for name, single in points.items() if not _finished(path / name, single)}
+    directory, points = archive.local_path(path), _points(experiment)
+    return {name: single for name, single in points.items() if not _finished(directory / name, single)}
 
 
 def _points(experiment: Experiment) -> dict[str, Experiment]:
@@ -283,7 +283,7 @@ def _on_workers(
         told = event[1]
         report = tell.get(told["name"])
         if report is not None:
-            report(told["epoch"], told["epochs"], told["died"], told["mse"])
+            report(told["epoch"], told["epochs"], list(told["died"]), told["mse"])  # lists arrive as tuples
 
     def submit(name: str) -> Any:
         key = f"{name}-{uuid.uuid4().hex[:8]}"

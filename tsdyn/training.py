@@ -440,7 +440,7 @@ class Chunk:
         return self.rule.learning_rate
 
     def load(self, batches: Batches, chosen: Tensor | None) -> None:
-        """Fetch the batches of the next call; `chosen` are their rows, (step, member·batch), of all members' samples."""
+        """Fetch the batches of the next call; `chosen` are their rows as `Batches.chosen` counts them."""
         for own, source in ((self.inputs, batches.inputs), (self.targets, batches.targets)):
             if chosen is None:
                 own[0].copy_(source)

@@ -87,7 +87,7 @@ def test_anticorrelation_is_no_match():
 
 def test_slices_that_lack_a_dimension_are_told_so():
     ds = archive(np.zeros((2, 2, 2, 2)))
-    with pytest.raises(ValueError, match="best_match: 'correlation' has no dimension node"):
+    with pytest.raises(ValueError, match="specialization: 'correlation' has no dimension node"):
         specialization.specialization(ds.isel(node=0))
     with pytest.raises(ValueError, match="success_rate: the slice has no dimension seed"):
         specialization.success_rate(ds.isel(seed=0))

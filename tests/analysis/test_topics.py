@@ -11,7 +11,7 @@ import xarray as xr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from tsdyn.analysis import alignment, lottery, matching, order_parameters, phase, specialization, summary
+from tsdyn.analysis import alignment, lottery, matching, order_parameters, phase, similarity, specialization, summary
 
 import tsdyn
 from tests.test_theory import scaled_network
@@ -320,5 +320,15 @@ def test_what_was_not_recorded_is_named(run):
         order_parameters.order_parameters(run.drop_vars("weight"))
     with pytest.raises(ValueError, match="winner: the archive has no correlation"):
         lottery.winner(run.drop_vars("correlation"))
+    with pytest.raises(ValueError, match="order_parameters: of the lowest layer, not of layer 2"):
+        order_parameters.order_parameters(run.sel(layer=2))
+    with pytest.raises(
+        ValueError, match="cosines: the slice has no dimension teacher_node; select with a list or slice"
+    ):
+        order_parameters.cosines(run.sel(teacher_node=0))
+    with pytest.raises(ValueError, match="specialization: 'correlation' has no dimension teacher_node, only"):
+        specialization.specialization(run.sel(teacher_node=0))
+    with pytest.raises(ValueError, match="student_teacher: one layer is left"):
+        similarity.student_teacher(run.sel(layer=1).isel(epoch=-1))
     with pytest.raises(ValueError, match="of the lowest layer, not of layer 2"):
         alignment.alignment(run.drop_vars("alignment").sel(layer=2))

@@ -63,7 +63,11 @@ def cluster(workers: int) -> Iterator[object]:
 
     with (
         LocalCluster(
-            n_workers=workers, threads_per_worker=1, memory_limit=MEMORY, dashboard_address="127.0.0.1:0", silence_logs=50
+            n_workers=workers,
+            threads_per_worker=1,
+            memory_limit=MEMORY,
+            dashboard_address="127.0.0.1:0",
+            silence_logs=50,
         ) as made,
         Client(made) as client,
     ):

@@ -18,14 +18,14 @@ HERE = Path(__file__).resolve().parent
 #: Trial → how often, in full and in short.
 NUMBERS = {
     "kills": (500, 2),
-    "prefixes": (100_000, 3),
-    "power_cuts": (200, 4),
-    "faults": (100_000, 4),
+    "prefixes": (100_000, 2),
+    "power_cuts": (200, 3),
+    "faults": (100_000, 3),
     "full_disks": (50, 2),
     "two_writers": (100, 2),
     "readers": (20, 1),
-    "fuzz.archives": (2000, 6),
-    "fuzz.experiments": (2000, 30),
+    "fuzz.archives": (2000, 5),
+    "fuzz.experiments": (2000, 20),
 }
 SHIM = "TSDYN_TORTURE_SHIM"
 
