@@ -45,8 +45,8 @@ def lift(
         missing = [dim for dim in wanted if dim not in array.dims]
         if missing:
             raise ValueError(
-                f"{name or formula.__name__}: {array.name!r} has no dimension {', '.join(missing)}, only {tuple(array.dims)}; "
-                "select with a list or slice to keep a dimension"
+                f"{name or formula.__name__}: {array.name!r} has no dimension {', '.join(missing)}, only "
+                f"{tuple(array.dims)}; select with a list or slice to keep a dimension"
             )
     whole = [
         array.chunk(dict.fromkeys(wanted, -1)) if array.chunks is not None else array

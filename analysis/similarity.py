@@ -81,7 +81,7 @@ def student_teacher(archive: xr.Dataset, *, samples: int | None = None) -> xr.Da
         samples: Of the evaluation set, the first so many; all if None.
 
     Raises:
-        ValueError: if epochs are left, layers are not, weights were not recorded, or samples are too few for the widths.
+        ValueError: if epochs are left, layers are not, weights were not recorded, or samples are too few.
     """
     if "epoch" in archive.dims:
         raise ValueError("student_teacher: epochs are left; select one, e.g. ds.isel(epoch=-1)")
