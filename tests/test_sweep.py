@@ -64,7 +64,9 @@ def test_workers_compute_the_same_bits_and_survive_each_other(tmp_path, undistur
 
 def test_what_is_estimated_is_timed_once_a_shape(monkeypatch):
     timed = []
-    monkeypatch.setattr(sweep.runner, "estimate", lambda e, device: timed.append(e) or sweep.runner.Cost(2, 3, 4, 5, 6))
+    monkeypatch.setattr(
+        sweep.runner, "estimate", lambda e, device: timed.append(e) or sweep.runner.Cost(2, 3, 4, 5, 6.0)
+    )
     grid = {"teacher.polarity": [0.0, 1.0, 2.0], "student.overrealization": [1, 2]}
     points = {str(i): single for i, (_, single) in enumerate(small(sweep=grid).points())}
     assert set(sweep.estimate(points)) == set(points)

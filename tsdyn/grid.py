@@ -300,9 +300,9 @@ class Stored:
     def __getitem__(self, key: Any) -> NDArray:
         """As numpy's, by integers, slices and lists; what dask asks for is read and no more."""
         key = key if isinstance(key, tuple) else (key,)
-        if Ellipsis in key:
-            at = key.index(Ellipsis)
-            key = (*key[:at], *[slice(None)] * (self.ndim + 1 - len(key)), *key[at + 1 :])
+        gaps = [i for i, k in enumerate(key) if k is Ellipsis]  # `in` would compare arrays
+        if gaps:
+            key = (*key[: gaps[0]], *[slice(None)] * (self.ndim + 1 - len(key)), *key[gaps[0] + 1 :])
         key = (*key, *[slice(None)] * (self.ndim - len(key)))
         wanted = [np.atleast_1d(np.arange(n)[k]) for k, n in zip(key, self.shape, strict=True)]
         shape, outer = [len(w) for w in wanted], len(self.outer)
