@@ -19,6 +19,7 @@ from rich.table import Table
 from tsdyn._version import __version__
 from tsdyn.archive import ArchiveError, DirectoryError, local_path
 from tsdyn.experiment import Experiment, ExperimentError
+from tsdyn.schema import COORDINATES
 from tsdyn.schema import printable as _printable
 
 if TYPE_CHECKING:
@@ -168,7 +169,8 @@ def show(directory: Directory) -> None:
     if ds.sizes.get("epoch"):
         rows["epochs"] = f"{int(ds.epoch[0])}..{int(ds.epoch[-1])}, {ds.sizes['epoch']} recorded"
     for key, column in ds.coords.items():
-        if column.dims and set(column.dims) <= set(archive.swept_dimensions(ds)) and key not in ("point", "coverage"):
+        along = column.ndim == 1 and column.dims[0] in archive.swept_dimensions(ds)
+        if along and key != "point" and key not in COORDINATES:
             values = list(dict.fromkeys(column.values.tolist()))
             shown = ", ".join(map(str, values[:8])) + (f", ... {values[-1]}" if len(values) > 8 else "")
             rows[f"swept: {key}"] = shown

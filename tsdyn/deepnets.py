@@ -744,7 +744,8 @@ def _normalized(x: Tensor, norm: BatchNorm, training: bool) -> Tensor:
     if x.ndim == 4:
         return normalized(x, norm, training=training)
     flat = normalized(x.transpose(0, 1).flatten(1), norm, training=training)
-    return flat.unflatten(1, (len(norm.mean), -1)).transpose(0, 1)
+    by_member: Tensor = flat.unflatten(1, (len(norm.mean), -1)).transpose(0, 1)
+    return by_member
 
 
 def normalized(flat: Tensor, norm: BatchNorm, *, training: bool) -> Tensor:

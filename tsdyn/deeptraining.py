@@ -179,7 +179,8 @@ def _output(values: Parameters, frame: Frame, x: Tensor) -> Tensor:
             f = frame.activation(_normalized(z, norm))
         else:
             f = _normalized(frame.activation(z), norm)
-    return f.transpose(1, 2)
+    output: Tensor = f.transpose(1, 2)
+    return output
 
 
 def _normalized(x: Tensor, norm: BatchNorm) -> Tensor:

@@ -350,7 +350,8 @@ class Experiment(_Part):
         if isinstance(self.seeds, int) and self.seeds > MAX_SEEDS:
             raise ValueError(f"seeds = {self.seeds}: at most {MAX_SEEDS} members a run")
         if len(set(self.seed_labels)) != len(self.seed_labels):
-            raise ValueError(f"seeds = {list(self.seed_labels)}: labels repeat")
+            repeated = [before for before, after in itertools.pairwise(sorted(self.seed_labels)) if before == after]
+            raise ValueError(f"seeds: labels repeat: {', '.join(map(str, dict.fromkeys(repeated[:5])))}")
         if (self.student.widths is None) == (self.student.overrealization is None):
             raise ValueError("student: give either widths or overrealization")
         if not self.sweep:

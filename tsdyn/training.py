@@ -474,7 +474,7 @@ class Chunk:
 def _advance_chunks(block: Ensemble, batches: Batches, rule: Rule, taken: int) -> None:
     """As `_advance_batched`, by chunks that are kept from epoch to epoch with the ensemble they are of."""
     chosen, done = batches.chosen(), 0
-    rates = rule.on(block.weights[0]).learning_rate
+    rates = rule.rates(block.weights[0]).flatten()
     while done < batches.steps:
         steps = min(CHUNK, batches.steps - done)
         key = (
