@@ -64,7 +64,7 @@ def test_the_designs_example_reads_and_round_trips():
 
 @settings(max_examples=50, deadline=None)
 @given(
-    seeds=st.integers(1, 50) | st.lists(st.integers(0, 2**40), min_size=1, max_size=5, unique=True),
+    seeds=st.integers(1, 50) | st.lists(st.integers(0, 10**12), min_size=1, max_size=5, unique=True),
     rate=st.floats(1e-6, 10) | st.dictionaries(st.integers(1, 99), st.floats(1e-6, 1)).map(lambda d: {0: 0.5, **d}),
     bias=st.floats(-1, 1) | st.just(False),
     train=st.integers(16, 10**6) | st.just("fresh"),

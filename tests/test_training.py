@@ -1,3 +1,4 @@
+import functools
 import itertools
 from unittest import mock
 
@@ -163,7 +164,8 @@ def test_the_engine_equals_the_plain_path_after_100_steps_whatever_the_options(
         assert fast.bury(epoch) == plain.bury(epoch)
     alive = fast.death_epoch < 0
     trained = [layer for layer in range(1, len(widths)) if layer not in options["frozen"]]
-    assert alive.tolist() == [True, not (dies and trained), True]
+    assert alive[::2].all()
+    assert alive[1] or (dies and trained)  # one layer alone may bear 1e300
     for (kind, layer, a), (_, _, b) in zip(fast.parameters(), plain.parameters(), strict=True):
         assert float((a - b)[alive].abs().max()) <= 1e-12 * float(b[alive].abs().max()), (kind, layer)
 
@@ -336,12 +338,14 @@ def test_replays_the_released_code():
 
 
 @pytest.mark.parametrize(("asked", "allowed"), [(None, False), ("on", True)])
-def test_tf32_is_off_unless_asked(monkeypatch, asked, allowed):
+def test_tf32_is_off_unless_asked(monkeypatch, request, asked, allowed):
+    switches = torch.backends.cudnn, torch.backends.cuda.matmul
+    for switch in switches:  # monkeypatch cannot undo what these make up in __getattr__
+        request.addfinalizer(functools.partial(setattr, switch, "allow_tf32", switch.allow_tf32))
+        switch.allow_tf32 = True
     if asked is not None:
         monkeypatch.setenv("TSDYN_TF32", asked)
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
     runner._exact_products("cuda")
-    assert torch.backends.cudnn.allow_tf32 is torch.backends.cuda.matmul.allow_tf32 is allowed
+    assert [switch.allow_tf32 for switch in switches] == [allowed, allowed]
     runner._exact_products("cpu")
-    assert torch.backends.cudnn.allow_tf32 is allowed
+    assert [switch.allow_tf32 for switch in switches] == [allowed, allowed]
