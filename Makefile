@@ -23,7 +23,7 @@ quickstart: $(VENV)/.installed
 	@echo "archive: $(RUNS)   figure: $(RUNS)/l-shape.png"
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 # Where gradient flow goes, by three integrators: minutes.
 trials: $(VENV)/.installed-dev
@@ -50,6 +50,8 @@ docs: $(VENV)/.installed-dev
 # Without the run-time type checks that the tests turn on by addopts.
 bench: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.engine
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.deep
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.population
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/benchmarks -o addopts= --benchmark-only --benchmark-columns=min,median
 
 # Archives of 10 GB, 10,000 runs, 50 killed workers: minutes, and 12 GB below the temporary directory, which go at the end.
