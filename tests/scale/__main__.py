@@ -1,6 +1,6 @@
 """``python -m tests.scale [TRIAL ...]``: large archives read lazily, many runs opened, workers killed.
 
-Prints what docs/performance.md quotes; exit 1 if a result is wrong or a sweep did not complete.  Takes minutes and,
+Prints what docs/performance/sweeps.md quotes; exit 1 if a result is wrong or a sweep did not complete.  Takes minutes and,
 below --scratch, as many GB as asked for, which go at the end.
 """
 
