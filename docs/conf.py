@@ -22,6 +22,8 @@ autodoc_preserve_defaults = True
 # `Attributes:` of a dataclass are also its members
 napoleon_use_ivar = True
 nitpicky = False
+# an attribute A has more than one class: teacher's weights, r², coupling
+suppress_warnings = ["ref.python"]
 
 HERE = Path(__file__).parent
 
@@ -126,6 +128,14 @@ def _plain_stars_and_bars(app, what, name, obj, options, lines):
         lines[i] = "".join(p if p.startswith("`") else re.sub(r"([*|])", r"\\\1", p) for p in parts)
 
 
+def _plain_types(app, what, name, obj, options, lines):
+    """Nor are the stars of shapes (*member) in the types that napoleon writes out."""
+    for i, line in enumerate(lines):
+        if line.lstrip().startswith((":vartype", ":type", ":rtype")):
+            lines[i] = re.sub(r"(?<!\\)\*", r"\*", line)
+
+
 def setup(app):
     app.connect("builder-inited", _generate)
     app.connect("autodoc-process-docstring", _plain_stars_and_bars, priority=400)  # before napoleon's own markup
+    app.connect("autodoc-process-docstring", _plain_types, priority=600)  # after it
