@@ -1,7 +1,7 @@
 """``python -m tests.scale [TRIAL ...]``: large archives read lazily, many runs opened, workers killed.
 
-Prints what docs/performance/sweeps.md quotes; exit 1 if a result is wrong or a sweep did not complete.  Takes minutes and,
-below --scratch, as many GB as asked for, which go at the end.
+Prints what docs/performance/sweeps.md quotes; exit 1 if a result is wrong or a sweep did not complete.  Takes minutes
+and, below --scratch, as many GB as asked for, which go at the end.
 """
 
 from __future__ import annotations
