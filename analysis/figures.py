@@ -213,11 +213,14 @@ def recovery(ds: xr.Dataset, *, ax: Axes | None = None) -> Axes:
 
 def draw_recovery(ds: xr.Dataset) -> Figure:
     """Panels of `recovery`."""
-    measured = measure_recovery(ds)
+    return _by_teacher_node(measure_recovery(ds), recovery, "best correlation of each teacher node, mean over seeds")
+
+
+def _by_teacher_node(measured: xr.Dataset, panel: Callable[..., Axes], title: str) -> Figure:
+    """Panels of the sweep, a shade a teacher node."""
     figure = layout.grid(
-        measured, lambda at, ax: recovery(measured.sel(at), ax=ax),
-        title=layout.headed("best correlation of each teacher node, mean over seeds", measured),
-        **layout.two_ways(layout.swept(measured)),
+        measured, lambda at, ax: panel(measured.sel(at), ax=ax),
+        title=layout.headed(title, measured), **layout.two_ways(layout.swept(measured)),
     )  # fmt: skip
     layout.shade_bar(figure, int(layout.unpadded(measured).sizes["teacher_node"]), "teacher node")
     return figure
@@ -367,14 +370,7 @@ def winners(ds: xr.Dataset, *, ax: Axes | None = None) -> Axes:
 
 def draw_winners(ds: xr.Dataset) -> Figure:
     """Panels of `winners`."""
-    measured = measure_winners(ds)
-    figure = layout.grid(
-        measured, lambda at, ax: winners(measured.sel(at), ax=ax),
-        title=layout.headed("rank of each teacher node's final winner, mean over seeds", measured),
-        **layout.two_ways(layout.swept(measured)),
-    )  # fmt: skip
-    layout.shade_bar(figure, int(layout.unpadded(measured).sizes["teacher_node"]), "teacher node")
-    return figure
+    return _by_teacher_node(measure_winners(ds), winners, "rank of each teacher node's final winner, mean over seeds")
 
 
 # --- heat maps -----------------------------------------------------------------------------------------------
