@@ -105,6 +105,8 @@ def test_deaths_are_said(command, tmp_path):
         (["validate", "nowhere"], 2, "nowhere: does not exist"),
         (["study", "run", "tian2020-lshape"], 2, "did you mean 'tian2020-l-shape'?"),
         (["study", "run", "tian2020-l-shape", "--scale", "huge"], 2, "there are smoke, desk, paper"),
+        (["study", "run", "simsek2023-loss", "--scale", "smoke", "--workers", "2"], 2, "trains no sweep"),
+        (["study", "run", "tian2020-l-shape", "--scale", "smoke", "--workers", "0"], 2, "workers = 0: at least 1"),
         (["frobnicate"], 2, "No such command"),
     ],
 )

@@ -56,6 +56,7 @@ RANKS = {
     "dynamics": 2,
     "theory": 2,
     "training": 2,
+    "forward": 2,
     "deeptraining": 3,
     "flowtraining": 3,
     "observables": 3,

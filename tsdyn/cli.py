@@ -130,6 +130,8 @@ def run_study(
     scale: Annotated[str, typer.Option(help="smoke (seconds), desk (minutes) or paper.")] = "desk",
     output: OutDirectory = None,
     device: Device = "cpu",
+    workers: Workers = None,
+    scheduler: Scheduler = None,
     quiet: Quiet = False,
 ) -> None:
     """Run, measure and draw: leaves the archive, measured.nc and figure.png."""
@@ -141,8 +143,12 @@ def run_study(
     path = archive.local_path(output or Path("runs") / f"{name}-{scale}")
     work = module.EXPERIMENTS[scale]
     if isinstance(work, Experiment):
-        _run(work, path, device, quiet)
+        _run(work, path, device, quiet, workers, scheduler)
         found = archive.open(path)
+    elif workers is not None or scheduler is not None:
+        raise ExperimentError(
+            f"study run {name}: trains no sweep that --workers or --scheduler could share; leave it out"
+        )
     else:
         found = work.run(path, report=(lambda _: None) if quiet else lambda line: print(line, flush=True))
     measured = module.measure(found).load()

@@ -8,7 +8,7 @@
 //
 // A bias is the column of W that belongs to a constant node 1.  Rows are padded to whole cache lines with zeros, and
 // zeros they stay: padded samples have no gradient, padded input nodes no activation.
-// Vectors are the compiler's own (GCC and Clang); sums run in one order whatever the number of members or threads.
+// Sums run in one order whatever the number of members or threads.
 
 #include <algorithm>
 #include <cmath>
@@ -16,161 +16,10 @@
 #include <cstdlib>
 #include <cstring>
 #include <new>
-#include <type_traits>
 #include <utility>
 #include <vector>
 
-// A tile of C, kRows x kVectors, is summed in registers: enough sums to wait for none (two multiply-adds a cycle, four
-// cycles each, need eight), and room for a line of B and a number of A beside them.
-#if defined(__AVX512F__)
-constexpr int kVectorBytes = 64, kRows = 12, kVectors = 2;
-#elif defined(__AVX__)
-constexpr int kVectorBytes = 32, kRows = 6, kVectors = 2;
-#elif defined(__aarch64__)
-constexpr int kVectorBytes = 16, kRows = 6, kVectors = 4;
-#else
-constexpr int kVectorBytes = 16, kRows = 6, kVectors = 2;
-#endif
-constexpr int kLineBytes = 64;
-
-// Without it GCC loads each vector of B again for every row: loads, two a cycle, then hold up the multiply-adds.
-#if defined(__x86_64__)
-#define TSDYN_IN_REGISTER(vector) asm("" : "+v"(vector))
-#else
-#define TSDYN_IN_REGISTER(vector)
-#endif
-
-namespace {
-
-template <class Real>
-struct Lanes {
-    typedef Real Vector __attribute__((vector_size(kVectorBytes)));
-    static constexpr long count = kVectorBytes / sizeof(Real);
-    static long padded(long n) {
-        constexpr long line = kLineBytes / sizeof(Real);
-        return (n + line - 1) / line * line;
-    }
-};
-
-template <class Real>
-using Vector = typename Lanes<Real>::Vector;
-
-template <class Real>
-inline Vector<Real>& at(Real* p) {
-    return *reinterpret_cast<Vector<Real>*>(p);
-}
-template <class Real>
-inline const Vector<Real>& at(const Real* p) {
-    return *reinterpret_cast<const Vector<Real>*>(p);
-}
-
-template <class Real>
-struct Product {
-    long k;
-    const Real* a;
-    long a_row, a_k;
-    const Real* b;
-    long b_k;
-    Real* c;
-    long c_row;
-    Real beta;
-};
-
-template <class Real, int R, int V>
-inline void tile(const Product<Real>& p, long row, long column) {
-    constexpr long lanes = Lanes<Real>::count;
-    const Real* a = p.a + row * p.a_row;
-    const Real* b = p.b + column;
-    Real* c = p.c + row * p.c_row + column;
-    const long a_row = p.a_row, a_k = p.a_k, b_k = p.b_k, c_row = p.c_row;
-    Vector<Real> sum[R][V] = {};
-    if (p.beta != 0) {  // C need not hold numbers otherwise
-#pragma GCC unroll 16
-        for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 16
-            for (int v = 0; v < V; ++v) sum[r][v] = p.beta * at(c + r * c_row + v * lanes);
-        }
-    }
-    for (long k = p.k; k > 0; --k, a += a_k, b += b_k) {
-        Vector<Real> line[V];
-#pragma GCC unroll 16
-        for (int v = 0; v < V; ++v) {
-            line[v] = at(b + v * lanes);
-            TSDYN_IN_REGISTER(line[v]);
-        }
-#pragma GCC unroll 16
-        for (int r = 0; r < R; ++r) {
-            const Real factor = a[r * a_row];
-#pragma GCC unroll 16
-            for (int v = 0; v < V; ++v) sum[r][v] += factor * line[v];
-        }
-    }
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 16
-        for (int v = 0; v < V; ++v) at(c + r * c_row + v * lanes) = sum[r][v];
-    }
-}
-
-template <class Real, int R = kRows>
-void panel(const Product<Real>& p, long rows, long row, long columns) {
-    if constexpr (R > 1) {
-        if (rows < R) return panel<Real, R - 1>(p, rows, row, columns);
-    }
-    constexpr long lanes = Lanes<Real>::count;
-    long column = 0;
-    for (; column + kVectors * lanes <= columns; column += kVectors * lanes) tile<Real, R, kVectors>(p, row, column);
-    for (; column < columns; column += lanes) tile<Real, R, 1>(p, row, column);
-}
-
-// Rows of A, the larger factor, once from far away; B again for each panel, from a near cache.
-template <class Real>
-void multiply(const Product<Real>& p, long rows, long columns) {
-    // panels of nearly equal height: a low last one would wait for its own sums
-    const long panels = (rows + kRows - 1) / kRows;
-    for (long i = 0; i < panels; ++i) {
-        const long from = rows * i / panels, to = rows * (i + 1) / panels;
-        panel<Real>(p, to - from, from, columns);
-    }
-}
-
-// Lanes of two vectors in turn: those of their lower halves, or of their upper.
-template <class Real, bool upper, int... I>
-Vector<Real> interleave(Vector<Real> a, Vector<Real> b, std::integer_sequence<int, I...>) {
-    constexpr int lanes = Lanes<Real>::count, from = upper ? lanes / 2 : 0;
-#ifdef __clang__
-    return __builtin_shufflevector(a, b, (from + I / 2 + I % 2 * lanes)...);
-#else
-    typedef typename std::conditional<sizeof(Real) == 8, int64_t, int32_t>::type Index;
-    typedef Index Order __attribute__((vector_size(kVectorBytes)));
-    return __builtin_shuffle(a, b, Order{(from + I / 2 + I % 2 * lanes)...});
-#endif
-}
-
-// to (column, row) = from (row, column), both in whole vectors each way: log2(lanes) perfect shuffles of a square.
-template <class Real>
-void transpose(const Real* from, long from_row, long rows, long columns, Real* to, long to_row) {
-    constexpr int lanes = Lanes<Real>::count;
-    constexpr std::make_integer_sequence<int, lanes> each{};
-    for (long r = 0; r < rows; r += lanes)
-        for (long c = 0; c < columns; c += lanes) {
-            Vector<Real> v[lanes], w[lanes];
-            for (int i = 0; i < lanes; ++i) v[i] = at(from + (r + i) * from_row + c);
-#pragma GCC unroll 4
-            for (int stage = 1; stage < lanes; stage *= 2) {
-#pragma GCC unroll 16
-                for (int i = 0; i < lanes / 2; ++i) {
-                    w[2 * i] = interleave<Real, false>(v[i], v[i + lanes / 2], each);
-                    w[2 * i + 1] = interleave<Real, true>(v[i], v[i + lanes / 2], each);
-                }
-#pragma GCC unroll 16
-                for (int i = 0; i < lanes; ++i) v[i] = w[i];
-            }
-            for (int i = 0; i < lanes; ++i) at(to + (c + i) * to_row + r) = v[i];
-        }
-}
-
-}  // namespace
+#include "product.hpp"
 
 extern "C" {
 

@@ -27,6 +27,8 @@ from torch import Tensor
 SOURCE = Path(__file__).with_name("kernel.cpp")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fno-math-errno", "-ffp-contract=fast")
 BUILD_SECONDS = 120
+#: Bytes of a cache line, product.hpp's kLineBytes.
+LINE = 64
 
 Pointers = ctypes.POINTER(ctypes.c_void_p)
 
@@ -63,12 +65,14 @@ class Job(ctypes.Structure):
     )
 
 
-def _array(kind: Any, values: Sequence[object]) -> ctypes.Array:
+def array(kind: Any, values: Sequence[object]) -> ctypes.Array:
+    """Values in C."""
     return (kind * len(values))(*values)  # type: ignore[no-any-return]
 
 
-def _pointers(tensors: Sequence[Tensor | None]) -> ctypes.Array:
-    return _array(ctypes.c_void_p, [None if t is None else t.data_ptr() for t in tensors])
+def pointers(tensors: Sequence[Tensor | None]) -> ctypes.Array:
+    """Addresses; null for None."""
+    return array(ctypes.c_void_p, [None if t is None else t.data_ptr() for t in tensors])
 
 
 @dataclass(frozen=True)
@@ -84,12 +88,18 @@ class Layers:
     biases: Sequence[Tensor | None]
 
 
-def serves(tensors: Sequence[Tensor]) -> bool:
-    """Whether these tensors can be handed to the kernel, and there is one."""
+def padded(numbers: int, dtype: torch.dtype) -> int:
+    """Numbers in the whole cache lines that hold these, as product.hpp pads its rows."""
+    line = LINE // dtype.itemsize
+    return -(-numbers // line) * line
+
+
+def serves(tensors: Sequence[Tensor], source: Path = SOURCE) -> bool:
+    """Whether these tensors can be handed to a kernel, and there is one."""
     return (
         all(t.device.type == "cpu" and t.is_contiguous() for t in tensors)
         and tensors[0].dtype in (torch.float32, torch.float64)
-        and load() is not None
+        and load(source) is not None
     )
 
 
@@ -140,16 +150,16 @@ def train(
     beta_1, beta_2, epsilon = adam or (0.0, 0.0, 0.0)
     job = Job(
         depth,
-        _array(ctypes.c_int64, widths),
+        array(ctypes.c_int64, widths),
         rows.shape[2],
         rows.shape[1],
         samples,
         leak,
-        *map(_pointers, tensors),
+        *map(pointers, tensors),
         inputs.data_ptr(),
         targets.data_ptr(),
         rows.data_ptr(),
-        _array(ctypes.c_double, rates.tolist()),
+        array(ctypes.c_double, rates.tolist()),
         momentum,
         weight_decay,
         beta_1,
@@ -157,7 +167,7 @@ def train(
         epsilon,
         adam is not None,
         normalize,
-        _array(ctypes.c_uint8, [layer + 1 in frozen for layer in range(depth)]),
+        array(ctypes.c_uint8, [layer + 1 in frozen for layer in range(depth)]),
         taken,
     )
     function = library.train_float64 if inputs.dtype == torch.float64 else library.train_float32
@@ -192,7 +202,8 @@ def load(source: Path = SOURCE) -> ctypes.CDLL | None:
 
 def _built(compiler: str, source: Path) -> Path:
     version = subprocess.run([compiler, "--version"], capture_output=True, timeout=BUILD_SECONDS, check=True).stdout
-    key = hashlib.sha256(b"\0".join([source.read_bytes(), version, _processor(), " ".join(FLAGS).encode()]))
+    sources = [path.read_bytes() for path in (source, *sorted(source.parent.glob("*.hpp")))]
+    key = hashlib.sha256(b"\0".join([*sources, version, _processor(), " ".join(FLAGS).encode()]))
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tsdyn"
     library = folder / f"{source.stem}-{key.hexdigest()[:16]}.so"
     if not library.exists():

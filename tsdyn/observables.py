@@ -15,15 +15,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tsdyn import alignment, deepnets, derivatives, schema, theory
+from tsdyn import alignment, deepnets, derivatives, forward, schema, theory
 from tsdyn.axes import Activations, Outputs, TeacherActivations, TeacherByStudent
 from tsdyn.deepnets import DeepNetwork
 from tsdyn.networks import Network, Trace
 from tsdyn.theory import backpropagated_gradients, fanout_norms
 
 AnyNetwork: TypeAlias = Network | DeepNetwork
-#: Samples that are worked on at once: their activations stay in a core's cache.
-PIECE = 1000
 
 # --- formulas, for one network -------------------------------------------------------------------------------
 
@@ -65,45 +63,6 @@ def correlation(teacher_activation: TeacherActivations, activation: Activations)
     Signed; NaN for a node whose activation is constant.  Source: Tian (2020), Eq. 9, centred as in Tian et al. (2019).
     """
     return standardized(teacher_activation).T @ standardized(activation)
-
-
-def _correlation(teacher_standardized: Tensor, activation: Activations) -> TeacherByStudent:
-    """`correlation` in one pass over pieces that stay in cache, the teacher's side given; differs by rounding."""
-    mean = activation.mean(0)
-    overlap = activation.new_zeros(teacher_standardized.shape[1], activation.shape[1])
-    square = torch.zeros_like(mean)
-    for t, f in zip(teacher_standardized.split(PIECE), activation.split(PIECE), strict=True):
-        centred = f - mean
-        overlap.addmm_(t.T, centred)
-        square += centred.square_().sum(0)
-    constant = activation.amax(0) == activation.amin(0)
-    return overlap / torch.where(constant, torch.nan, square.sqrt())
-
-
-def _squared_error(target: Outputs, output: Outputs) -> Float[Tensor, ""]:
-    """Σ (f* − f)² over samples and outputs."""
-    pieces = zip(target.split(PIECE), output.split(PIECE), strict=True)
-    return torch.stack([(t - f).square_().sum() for t, f in pieces]).sum()
-
-
-def _activations(student: AnyNetwork, x: Tensor) -> list[Tensor]:
-    """f_1..f_L of all samples.
-
-    A two-layer network's without its pre-activations and gates, which no observable asks for every time and which
-    take longer to write than the products to compute.
-    """
-    if not isinstance(student, Network) or student.depth > 2:
-        return student.trace(x).activations
-    found = [x.new_empty(len(x), width) for width in student.widths[1:]]
-    for start in range(0, len(x), PIECE):
-        f = x[start : start + PIECE]
-        for layer, (weight, bias) in enumerate(zip(student.weights, student.biases, strict=True)):
-            out = found[layer][start : start + PIECE]
-            torch.mm(f, weight.T, out=out) if bias is None else torch.addmm(bias, f, weight.T, out=out)
-            if layer < student.depth - 1:
-                torch.relu_(out) if student.activation.name == "relu" else out.copy_(student.activation(out))
-            f = out
-    return found
 
 
 def observation(teacher_z: TeacherActivations, student_z: Activations, *, band: float) -> TeacherByStudent:
@@ -167,6 +126,49 @@ def _fanout_norms(network: AnyNetwork, x: Tensor, trace: Trace) -> list[Tensor]:
 
 
 @dataclass(frozen=True)
+class Response:
+    """A student on a probe; what observables share is computed once and only when asked for.
+
+    Attributes:
+        student: Of any kind.
+        probe: The data set.
+        correlated: Whether correlations are asked for, too.
+    """
+
+    student: AnyNetwork
+    probe: Probe
+    correlated: bool = False
+
+    @cached_property
+    def trace(self) -> Trace:
+        return self.student.trace(self.probe.inputs)
+
+    @cached_property
+    def _sums(self) -> forward.Forward:
+        student, probe = self.student, self.probe
+        teachers, target = probe.standardized if self.correlated else [], probe.trace.output
+        if isinstance(student, Network) and forward.serves(student, probe.inputs):
+            return forward.forward(student, probe.inputs, target, teachers)
+        pairs = zip(teachers, self.trace.activations, strict=False)
+        return forward.Forward((target - self.trace.output).square().sum(), [t.T @ standardized(f) for t, f in pairs])
+
+    @property
+    def squared_error(self) -> Tensor:
+        """Σ (f* − f)² over samples and outputs."""
+        return self._sums.squared_error
+
+    @property
+    def mse(self) -> Tensor:
+        """As the module's `mse`."""
+        return self.squared_error / self.probe.trace.output.numel()
+
+    @property
+    def correlations(self) -> list[Tensor]:
+        """`correlation` of each hidden layer."""
+        return self._sums.correlations
+
+
+@dataclass(frozen=True)
 class Measurement:
     """One member at one epoch; what observables share is computed once and only when asked for.
 
@@ -195,45 +197,29 @@ class Measurement:
     def teacher(self) -> Network:
         return _connected(self.eval.teacher)
 
-    def loss(self, probe: Probe, output: Tensor, squared_error: Tensor) -> Tensor:
+    def loss(self, response: Response) -> Tensor:
         """J over a probe."""
         if self.objective == "mse":
-            return 0.5 * squared_error / len(output)
+            return 0.5 * response.squared_error / len(response.probe.inputs)
+        probe = response.probe
         classes = probe.classes if self.targets == "teacher" else probe.labels
         assert classes is not None
-        return cross_entropy(classes, output)
+        return cross_entropy(classes, response.trace.output)
 
     @cached_property
-    def train_activations(self) -> list[Tensor]:
-        return _activations(self.student, self.train.inputs)
+    def on_train(self) -> Response:
+        return Response(self.student, self.train)
 
     @cached_property
-    def eval_activations(self) -> list[Tensor]:
-        return _activations(self.student, self.eval.inputs)
-
-    @cached_property
-    def train_error(self) -> Tensor:
-        """Σ (f* − f)²."""
-        return _squared_error(self.train.trace.output, self.train_activations[-1])
-
-    @cached_property
-    def eval_error(self) -> Tensor:
-        return _squared_error(self.eval.trace.output, self.eval_activations[-1])
+    def on_eval(self) -> Response:
+        return Response(self.student, self.eval, correlated=True)
 
     @property
     def fanout_norms(self) -> list[Tensor]:
         student = self.student
         if isinstance(student, Network) and student.depth == 2:  # V_1 = W_2 whatever x
             return [student.weights[1].norm(dim=0)]
-        return _fanout_norms(student, self.eval.inputs, self.eval_trace)
-
-    @cached_property
-    def train_trace(self) -> Trace:
-        return self.student.trace(self.train.inputs)
-
-    @cached_property
-    def eval_trace(self) -> Trace:
-        return self.student.trace(self.eval.inputs)
+        return _fanout_norms(student, self.eval.inputs, self.on_eval.trace)
 
     @cached_property
     def moments(self) -> theory.Moments:
@@ -244,7 +230,7 @@ class Measurement:
 
     @cached_property
     def gradients(self) -> list[Tensor]:
-        return backpropagated_gradients(self.net, self.train_trace, self.train.trace.output)
+        return backpropagated_gradients(self.net, self.on_train.trace, self.train.trace.output)
 
 
 Layers: TypeAlias = list[Tensor | None]
@@ -264,15 +250,13 @@ def fills(variable: str) -> Callable[[Observable], Observable]:
     return register
 
 
-fills("loss_train")(lambda m: m.loss(m.train, m.train_activations[-1], m.train_error))
-fills("loss_eval")(lambda m: m.loss(m.eval, m.eval_activations[-1], m.eval_error))
-fills("mse_train")(lambda m: m.train_error / m.train_activations[-1].numel())
-fills("mse_eval")(lambda m: m.eval_error / m.eval_activations[-1].numel())
+fills("loss_train")(lambda m: m.loss(m.on_train))
+fills("loss_eval")(lambda m: m.loss(m.on_eval))
+fills("mse_train")(lambda m: m.on_train.mse)
+fills("mse_eval")(lambda m: m.on_eval.mse)
 fills("weight")(lambda m: [w.flatten(1) for w in m.student.weights])
 fills("bias")(lambda m: [w.new_zeros(len(w)) if b is None else b for w, b in _layers(m.student)])
-fills("correlation")(
-    lambda m: [_correlation(t, f) for t, f in zip(m.eval.standardized, m.eval_activations, strict=False)]
-)
+fills("correlation")(lambda m: m.on_eval.correlations)
 fills("fanout_norm")(lambda m: list(m.fanout_norms))
 fills("teacher_fanout_norm")(lambda m: list(m.eval.fanout_norms))
 fills("gradient_rms")(lambda m: [g.square().mean(0).sqrt() for g in m.gradients])
@@ -298,7 +282,7 @@ def _alignment(m: Measurement) -> Tensor:
 @fills("gradient_norm")
 def _gradient_norm(m: Measurement) -> Tensor:
     """‖∂J_x/∂θ‖² = Σ_l ‖g_l‖² (‖f_{l−1}‖² + 1), the 1 where layer l has a bias."""
-    below = [m.train.inputs, *m.train_trace.activations[:-1]]
+    below = [m.train.inputs, *m.on_train.trace.activations[:-1]]
     squares = [
         g.square().sum(1) * (f.square().sum(1) + (bias is not None))
         for g, f, bias in zip(m.gradients, below, m.student.biases, strict=True)
@@ -333,14 +317,14 @@ def _layout(m: Measurement) -> schema.Layout:
 
 @fills("accuracy")
 def _accuracy(m: Measurement) -> Tensor:
-    return accuracy(m.eval.classes, m.eval_trace.output, most=_layout(m).padded("top_k"))
+    return accuracy(m.eval.classes, m.on_eval.trace.output, most=_layout(m).padded("top_k"))
 
 
 @fills("label_accuracy")
 def _label_accuracy(m: Measurement) -> Tensor:
     if m.eval.labels is None:
         raise ValueError("measure: label_accuracy needs a Probe with labels")
-    return accuracy(m.eval.labels, m.eval_trace.output, most=_layout(m).padded("top_k"))
+    return accuracy(m.eval.labels, m.on_eval.trace.output, most=_layout(m).padded("top_k"))
 
 
 @fills("conserved_norm")
@@ -377,7 +361,7 @@ def _layers(network: AnyNetwork) -> list[tuple[Tensor, Tensor | None]]:
 
 
 def _hidden_z(m: Measurement) -> list[tuple[Tensor, Tensor]]:
-    pairs = zip(m.train.trace.preactivations, m.train_trace.preactivations, strict=True)
+    pairs = zip(m.train.trace.preactivations, m.on_train.trace.preactivations, strict=True)
     return list(pairs)[:-1]
 
 

@@ -1,0 +1,246 @@
+// What a network makes of a data set, in one pass that never leaves the cache; see forward.py.
+//
+// Samples go through in pieces of kColumns, node by sample as in kernel.cpp.  Of each block of samples there stay, written
+// one after another: sum of squared errors; then for each hidden layer that has a teacher's activations beside it
+// mean, sum of squares about it, least and greatest of every node (node); and sum over samples of
+// (f - shift) t (node, teacher_node, rows padded), with the shift (node): the mean of the block's first piece, so that
+// no digit is lost in nodes of small variance.  Blocks are of a fixed size and added by the caller in order: sums do not
+// depend on how many threads share them.
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <new>
+#include <vector>
+
+#include "product.hpp"
+
+extern "C" {
+
+// Mirrored by forward.Job.
+struct Job {
+    int64_t depth;
+    const int64_t* widths;  // input, hidden ..., output
+    int64_t samples, block;
+    double leak;
+    void *const *weights, *const *biases;  // per layer: (node, input_node), (node) or null
+    const void *inputs, *targets;          // (sample, ...)
+    const int64_t* teacher_widths;         // per hidden layer
+    void* const* teachers;                 // per hidden layer: (sample, teacher_node) or null
+    void* found;                           // (block, numbers)
+    int64_t numbers;
+};
+}
+
+namespace {
+
+constexpr long kColumns = 32;
+
+template <class Real>
+class Pass {
+    static constexpr long lanes = Lanes<Real>::count;
+
+  public:
+    explicit Pass(const Job& job) : job(job), depth(job.depth) {
+        long size = 0;
+        std::vector<long> places;
+        const auto reserve = [&](long numbers) {
+            places.push_back(size);
+            size += Lanes<Real>::padded(numbers);
+        };
+        long widest = 0;
+        for (long l = 0; l < depth; ++l) {
+            below.push_back(job.widths[l]);
+            nodes.push_back(job.widths[l + 1]);
+            stride.push_back(Lanes<Real>::padded(below[l] + 1));
+            widest = std::max(widest, nodes[l]);
+            reserve(nodes[l] * stride[l]);  // weight
+            reserve(stride[l] * kColumns);  // activation below, (node + 1, sample)
+            const bool asked = l + 1 < depth && job.teachers[l];
+            known.push_back(asked ? Lanes<Real>::padded(job.teacher_widths[l]) : 0);
+            reserve(asked ? nodes[l] * (4 * lanes + 1 + known[l]) + kLineBytes : 0);  // sums, shift, overlap
+            reserve(asked ? kColumns * known[l] : 0);                                   // teacher's, (sample, node)
+        }
+        const long inputs = stride[0], outputs = Lanes<Real>::padded(nodes[depth - 1]);
+        reserve(kColumns * inputs);
+        reserve(kColumns * outputs);
+        reserve(outputs * kColumns);
+        reserve(widest * kColumns);
+        memory = static_cast<Real*>(std::aligned_alloc(64, size * sizeof(Real)));
+        if (!memory) throw std::bad_alloc();
+        std::memset(memory, 0, size * sizeof(Real));
+        auto place = places.begin();
+        for (long l = 0; l < depth; ++l) {
+            weight.push_back(memory + *place++);
+            activation.push_back(memory + *place++);
+            sums.push_back(memory + *place++);
+            teacher.push_back(memory + *place++);
+            const Real* w = static_cast<const Real*>(job.weights[l]);
+            const Real* b = static_cast<const Real*>(job.biases[l]);
+            for (long n = 0; n < nodes[l]; ++n) {
+                std::memcpy(weight[l] + n * stride[l], w + n * below[l], below[l] * sizeof(Real));
+                if (b) weight[l][n * stride[l] + below[l]] = b[n];
+            }
+            std::fill_n(activation[l] + below[l] * kColumns, kColumns, Real(1));  // the constant node
+        }
+        input = memory + *place++;
+        target = memory + *place++;
+        error = memory + *place++;
+        centred = memory + *place++;
+        for (long s = 0; s < kColumns; ++s) input[s * inputs + below[0]] = 1;
+    }
+    Pass(const Pass&) = delete;
+    ~Pass() { std::free(memory); }
+
+    void block(long index) {
+        const long from = index * job.block, to = std::min<long>(from + job.block, job.samples);
+        square = Vector<Real>{};
+        rest = 0;
+        for (long s = from; s < to; s += kColumns) piece(s, std::min(kColumns, to - s), s == from);
+        write(static_cast<Real*>(job.found) + index * job.numbers, to - from);
+    }
+
+  private:
+    void piece(long first, long count, bool begins) {
+        gather(job.inputs, first, count, below[0], input, stride[0]);
+        transpose(input, stride[0], kColumns, stride[0], activation[0], kColumns);
+        const long outputs = nodes[depth - 1], padded = Lanes<Real>::padded(outputs);
+        gather(job.targets, first, count, outputs, target, padded);
+        transpose(target, padded, kColumns, padded, error, kColumns);
+        for (long l = 0; l < depth; ++l) {
+            const bool top = l == depth - 1;
+            const long k = below[l] + (job.biases[l] ? 1 : 0);
+            Real* out = top ? error : activation[l + 1];
+            multiply<Real>({k, weight[l], stride[l], 1, activation[l], kColumns, out, kColumns, Real(top ? -1 : 0)},
+                           nodes[l], kColumns);
+            if (top) break;
+            activate(out, nodes[l]);
+            if (known[l]) {
+                gather(job.teachers[l], first, count, job.teacher_widths[l], teacher[l], known[l]);
+                compare(l, count, begins);
+            }
+        }
+        const long whole = count / lanes * lanes;
+        for (long n = 0; n < outputs; ++n) {
+            const Real* e = error + n * kColumns;
+            for (long i = 0; i < whole; i += lanes) square += at(e + i) * at(e + i);
+            for (long i = whole; i < count; ++i) rest += e[i] * e[i];
+        }
+    }
+
+    // Some rows, each from a line's beginning.
+    static void gather(const void* from, long first, long count, long width, Real* to, long stride) {
+        const Real* p = static_cast<const Real*>(from) + first * width;
+        for (long s = 0; s < count; ++s) std::memcpy(to + s * stride, p + s * width, width * sizeof(Real));
+    }
+
+    void activate(Real* f, long rows) const {
+        const Real leak = static_cast<Real>(job.leak);
+        for (long i = 0; i < rows * kColumns; i += lanes) {
+            const Vector<Real> z = at(f + i);
+            at(f + i) = z <= 0 ? (leak == 0 ? Vector<Real>{} : leak * z) : z;  // NaN stays NaN
+        }
+    }
+
+    // A hidden layer's sums, of as many samples as there are.
+    void compare(long l, long count, bool begins) {
+        const long n = nodes[l], whole = count / lanes * lanes;
+        Real* const f = activation[l + 1];
+        Real* shift = sums[l] + n * 4 * lanes;
+        Real* overlap = shift + Lanes<Real>::padded(n);
+        constexpr Real most = std::numeric_limits<Real>::infinity();
+        for (long k = 0; k < n; ++k) {
+            Real* const own = sums[l] + k * 4 * lanes;
+            Real* const row = f + k * kColumns;
+            if (begins) {
+                Real total = 0;
+                for (long i = 0; i < count; ++i) total += row[i];
+                shift[k] = total / static_cast<Real>(count);
+                at(own) = at(own + lanes) = Vector<Real>{};
+                at(own + 2 * lanes) = Vector<Real>{} + most;
+                at(own + 3 * lanes) = Vector<Real>{} - most;
+            }
+            Vector<Real> sum = at(own), squares = at(own + lanes), low = at(own + 2 * lanes), high = at(own + 3 * lanes);
+            Real* const c = centred + k * kColumns;
+            for (long i = 0; i < whole; i += lanes) {
+                const Vector<Real> value = at(row + i), d = value - shift[k];
+                at(c + i) = d;
+                sum += d;
+                squares += d * d;
+                low = value < low ? value : low;
+                high = value > high ? value : high;
+            }
+            for (long i = whole; i < count; ++i) {
+                const Real d = row[i] - shift[k];
+                c[i] = d;
+                sum[i - whole] += d;
+                squares[i - whole] += d * d;
+                low[i - whole] = std::min<Real>(low[i - whole], row[i]);
+                high[i - whole] = std::max<Real>(high[i - whole], row[i]);
+            }
+            at(own) = sum, at(own + lanes) = squares, at(own + 2 * lanes) = low, at(own + 3 * lanes) = high;
+        }
+        multiply<Real>({count, centred, kColumns, 1, teacher[l], known[l], overlap, known[l], Real(begins ? 0 : 1)}, n,
+                       known[l]);
+    }
+
+    void write(Real* to, long count) const {
+        Real total = rest;
+        for (long i = 0; i < lanes; ++i) total += square[i];
+        *to++ = total;
+        for (long l = 0; l + 1 < depth; ++l) {
+            if (!known[l]) continue;
+            const long n = nodes[l];
+            const Real* shift = sums[l] + n * 4 * lanes;
+            const Real* overlap = shift + Lanes<Real>::padded(n);
+            for (long k = 0; k < n; ++k) {
+                const Real* own = sums[l] + k * 4 * lanes;
+                Real sum = 0, squares = 0, low = own[2 * lanes], high = own[3 * lanes];
+                for (long i = 0; i < lanes; ++i) {
+                    sum += own[i];
+                    squares += own[lanes + i];
+                    low = std::min(low, own[2 * lanes + i]);
+                    high = std::max(high, own[3 * lanes + i]);
+                }
+                const Real off = sum / static_cast<Real>(count);
+                to[k] = shift[k] + off;
+                to[n + k] = squares - off * sum;
+                to[2 * n + k] = low;
+                to[3 * n + k] = high;
+                to[4 * n + k] = shift[k];
+            }
+            to += 5 * n;
+            std::memcpy(to, overlap, n * known[l] * sizeof(Real));
+            to += n * known[l];
+        }
+    }
+
+    const Job& job;
+    const long depth;
+    std::vector<long> below, nodes, stride, known;  // known: padded teacher nodes, 0 where not asked
+    std::vector<Real*> weight, activation, sums, teacher;
+    Real *memory, *input, *target, *error, *centred;
+    Vector<Real> square{};
+    Real rest = 0;
+};
+
+template <class Real>
+int run(const Job& job, int64_t from, int64_t to) {
+    try {
+        Pass<Real> pass(job);
+        for (int64_t i = from; i < to; ++i) pass.block(i);
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
+    return 0;
+}
+
+}  // namespace
+
+extern "C" {
+// Blocks from..to-1.
+int forward_float64(const Job* job, int64_t from, int64_t to) { return run<double>(*job, from, to); }
+int forward_float32(const Job* job, int64_t from, int64_t to) { return run<float>(*job, from, to); }
+}
