@@ -2,10 +2,13 @@
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 
 import netCDF4
 import numpy as np
@@ -16,7 +19,7 @@ import xarray as xr
 import tsdyn
 from tests.cases import small
 from tests.test_cli import command  # noqa: F401
-from tsdyn import durable, integrity, lock, memory, netcdf, runner
+from tsdyn import durable, integrity, lock, memory, netcdf, runner, sweep
 from tsdyn.archive import ArchiveError, DirectoryError
 from tsdyn.experiment import Experiment, ExperimentError
 
@@ -354,14 +357,91 @@ def test_what_does_not_fit_in_memory_is_refused_before_it_is_drawn(command, tmp_
     assert not (tmp_path / "other").exists()
 
 
-def test_an_index_of_somebody_else_s_is_not_believed(tmp_path):
-    path = tmp_path / "sweep"
-    whole = tsdyn.run(small(sweep={"teacher.polarity": [0.0, 1.0]}, **FEW), path).load()
-    index = json.loads((path / "index.json").read_text(encoding="utf-8"))
+def _sealed_index(kept):
+    text = json.dumps(kept)
+    return f'{{"sha256": "{hashlib.sha256(text.encode()).hexdigest()}", "kept": {text}}}'
+
+
+@pytest.fixture(scope="module")
+def finished_sweep(tmp_path_factory):
+    path = tmp_path_factory.mktemp("hostile") / "sweep"
+    return path, tsdyn.run(small(sweep={"teacher.polarity": [0.0, 1.0]}, **FEW), path).load()
+
+
+@pytest.fixture
+def swept(finished_sweep, tmp_path):
+    return shutil.copytree(finished_sweep[0], tmp_path / "sweep", dirs_exist_ok=True)
+
+
+def test_an_index_of_somebody_else_s_is_not_believed(swept, finished_sweep):
+    index = json.loads((swept / "index.json").read_text(encoding="utf-8"))["kept"]
     for damage in (
         {"headers": {k: h[:2] for k, h in index["headers"].items()}},
         {"headers": {k: [2, {}, {}, {}, {}] for k in index["headers"]}},
         {"runs": {k: [e[0]] for k, e in index["runs"].items()}},
     ):
-        (path / "index.json").write_text(json.dumps({**index, **damage}), encoding="utf-8")
-        xr.testing.assert_equal(tsdyn.open(path).load(), whole)
+        (swept / "index.json").write_text(_sealed_index({**index, **damage}), encoding="utf-8")
+        xr.testing.assert_equal(tsdyn.open(swept).load(), finished_sweep[1])
+
+
+def test_a_damaged_index_is_read_anew(swept, finished_sweep):
+    """A letter of a coordinate's name, a digit of a size: still JSON, and nothing but its checksum tells."""
+    text = (swept / "index.json").read_text(encoding="utf-8")
+    for was, now in (("teacher_input_width", "teacher_inp5t_width"), ('"seed":[0,1]', '"seed":[0,3]')):
+        assert was in text
+        (swept / "index.json").write_text(text.replace(was, now), encoding="utf-8")
+        xr.testing.assert_identical(tsdyn.open(swept).load(), finished_sweep[1])
+
+
+def test_a_sweep_whose_experiment_is_damaged_is_refused_by_every_verb(command, swept):  # noqa: F811
+    file = swept / "experiment.toml"
+    whole = file.read_text(encoding="utf-8")
+    file.write_text(whole.replace("[training]", "[tr~ining"), encoding="utf-8")
+    for verb in ("show", "validate", "repair"):
+        code, _, told = command(verb, swept)
+        assert code in (1, 2)
+        assert "Traceback" not in told
+    with pytest.raises(ArchiveError, match="put the sweep's experiment file back"):
+        integrity.repair(swept)
+    file.write_text(whole.replace("observables", "observ5bles"), encoding="utf-8")
+    with pytest.raises(ArchiveError, match="no experiment of tsdyn's"):
+        tsdyn.open(swept)
+
+
+def test_a_point_whose_experiment_is_no_text_fails_alone(swept):
+    experiment = Experiment.from_toml(swept / "experiment.toml")
+    (swept / "polarity=1.0" / "experiment.toml").write_bytes(b"\x89\xff\x00")
+    with pytest.raises(sweep.SweepError, match=r"polarity=1\.0"):
+        sweep.run(experiment, swept)
+
+
+def test_a_file_that_crashes_the_library_is_named_and_put_aside(copy, monkeypatch):
+    """What differs from its checksum is looked into by a process of its own; here one that dies."""
+    _flipped(copy / "archive.nc")
+    monkeypatch.setattr(sys, "executable", _dying(copy.parent))
+    assert any("crashes the library" in line for line in integrity.check(copy))
+    told = integrity.repair(copy)
+    assert any("nothing of it could be kept" in line for line in told)
+    assert not list(copy.glob(".*.tmp"))
+    monkeypatch.undo()
+    tsdyn.run(small(**FEW), copy)
+    assert integrity.check(copy) == []
+
+
+def _dying(folder):
+    program = folder / "python"
+    program.write_text("#!/bin/sh\nkill -SEGV $$\n", encoding="ascii")
+    program.chmod(0o755)
+    return str(program)
+
+
+def test_reading_a_damaged_file_apart_has_a_limit(copy):
+    """A loop that never ends is ended by the limit on processor time."""
+    code = (
+        "import sys; from tsdyn import integrity; integrity.APART_SECONDS = 0; "
+        "integrity._contents = lambda *_: iter(int, 1); integrity._work_apart('contents', sys.argv[1])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, copy / "archive.nc"], input="", text=True, timeout=60, check=False
+    )
+    assert done.returncode in (-signal.SIGXCPU, -signal.SIGKILL)

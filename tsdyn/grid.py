@@ -35,6 +35,7 @@ from tsdyn.segments import ARCHIVE, EXPERIMENT, claim, segments
 
 SWEEP = "sweep.json"
 INDEX = "index.json"
+_INDEX = re.compile(rb'\{"sha256": "([0-9a-f]{64})", "kept": (.*)\}', re.DOTALL)
 
 #: A dask chunk gathers whole disk chunks of as many seeds as fit in this (opening a file costs as much as 5 MB) ...
 LAZY_BYTES = 1 << 26
@@ -204,7 +205,9 @@ class Index:
         self._entries: dict[str, tuple[list[int], str, list[int]]] = {}
         self._changed = False
         with suppress(OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            found = json.loads((path / INDEX).read_text(encoding="utf-8"))
+            whole = _INDEX.fullmatch((path / INDEX).read_bytes())
+            sealed = whole is not None and hashlib.sha256(whole[2]).hexdigest() == whole[1].decode()
+            found = json.loads(whole[2]) if whole is not None and sealed else {"version": None}
             if found["version"] == schema.VERSION:
                 self._headers = {key: Header.of_json(kept) for key, kept in found["headers"].items()}
                 runs = found["runs"].items()
@@ -260,7 +263,9 @@ class Index:
             "headers": {key: header.as_json() for key, header in self._headers.items() if key in used},
             "runs": self._entries,
         }
-        write_text(self.path / INDEX, json.dumps(kept, separators=(",", ":")))
+        text = json.dumps(kept, separators=(",", ":"))
+        seal = hashlib.sha256(text.encode()).hexdigest()
+        write_text(self.path / INDEX, f'{{"sha256": "{seal}", "kept": {text}}}')
         self._changed = False
 
 
@@ -486,7 +491,12 @@ def _origin(paths: Sequence[Path], written: Sequence[Mapping[str, Any]]) -> dict
         return {"opened": json.dumps([str(path) for path in paths])}
     values = {k: v for k, v in written[0].items() if k != "sweep" or v}
     text = (paths[0] / EXPERIMENT).read_text(encoding="utf-8")
-    return {"experiment": text, "digest": digest(values), "name": str(values.get("name", ""))}
+    try:
+        return {"experiment": text, "digest": digest(values), "name": str(values.get("name", ""))}
+    except (KeyError, AttributeError, TypeError) as error:
+        raise DirectoryError(
+            f"{paths[0] / EXPERIMENT}: is no experiment of tsdyn's: {error}; `tsdyn validate` says where"
+        ) from error
 
 
 def _union(headers: Sequence[Header], dim: str) -> list[Any]:

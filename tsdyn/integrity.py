@@ -6,6 +6,9 @@ import hashlib
 import itertools
 import json
 import math
+import resource
+import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -38,6 +41,8 @@ from tsdyn.segments import ARCHIVE, EXPERIMENT, SEGMENTS, extends, segment_epoch
 DAMAGED = "damaged"
 #: `check` and `repair` hold about this much of a variable in memory.
 BLOCK_BYTES = 1 << 26
+#: Processor time that a process of its own has for a damaged file: seconds, and seconds a byte.
+APART_SECONDS, APART_PER_BYTE = 2, 2e-7
 
 
 def check(path: str | Path) -> list[str]:
@@ -112,6 +117,12 @@ def _check_file(path: Path, experiment: Experiment | None = None) -> Iterator[st
     kept = sealed(path)
     if kept is False:
         yield f"{path}: its checksum differs from the one kept in {seal_of(path).name}: it was changed or is damaged"
+        yield from _apart("contents", experiment, path) or [f"{path}: reading it any further crashes the library"]
+    else:
+        yield from _contents(path, experiment, unsealed=kept is None)
+
+
+def _contents(path: Path, experiment: Experiment | None, *, unsealed: bool = False) -> Iterator[str]:
     try:
         ds = archive.open(path, verify=False)
     except ArchiveError as error:
@@ -123,7 +134,7 @@ def _check_file(path: Path, experiment: Experiment | None = None) -> Iterator[st
         with netcdf.dataset(path) as nc:
             if experiment is not None and not _is_of(nc.__dict__, experiment):
                 yield f"{path}: the archive's digest is not that of {EXPERIMENT}"
-            if experiment is not None and kept is None and int(nc.schema_version) > 1:
+            if experiment is not None and unsealed and int(nc.schema_version) > 1:
                 yield f"{path}: has no checksum beside it ({seal_of(path).name})"
             if "dropped" in nc.ncattrs():
                 yield f"{path}: was repaired; dropped: {nc.dropped}"
@@ -135,6 +146,39 @@ def _check_file(path: Path, experiment: Experiment | None = None) -> Iterator[st
                         yield f"{path}: {name} cannot be read at {_where(array, index)}: {error}"
     except (OSError, RuntimeError, AttributeError, ValueError, TypeError) as error:
         yield f"{path}: cannot be read: {error}"
+
+
+def _apart(work: str, experiment: Experiment | None, *paths: Path) -> list[str] | None:
+    """What ``contents`` or ``salvage`` say of a damaged file, in a process of its own; None where that came to nothing.
+
+    Over bytes it never wrote the library can crash, or never return.
+    """
+    code = "import sys; from tsdyn import integrity; integrity._work_apart(*sys.argv[1:])"
+    told = subprocess.run(
+        [sys.executable, "-c", code, work, *map(str, paths)],
+        input="" if experiment is None else experiment.to_toml(),
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        check=False,
+    )
+    return list(json.loads(told.stdout)) if told.returncode == 0 else None
+
+
+def _work_apart(work: str, *paths: str) -> None:
+    """The other side of `_apart`; the experiment comes by stdin."""
+    text = sys.stdin.read()
+    experiment = Experiment.from_toml_text(text) if text else None
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_utime + resource.getrusage(resource.RUSAGE_SELF).ru_stime
+    limit = math.ceil(used + APART_SECONDS + APART_PER_BYTE * Path(paths[-1]).stat().st_size)
+    resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
+    if work == "contents":
+        lines = _contents(Path(paths[0]), experiment)
+    else:
+        assert experiment is not None
+        lines = _salvage(Path(paths[0]), experiment, Path(paths[1]))
+    found = list(lines)
+    print(json.dumps(found))
 
 
 def _is_of(attrs: Mapping[str, Any], experiment: Experiment) -> bool:
@@ -183,7 +227,13 @@ def repair(path: str | Path) -> list[str]:
     """
     path = local_path(path)
     if (path / SWEEP).is_file():
-        points = [path / name for name in sweep_points(path)]
+        try:
+            points = [path / name for name in sweep_points(path)]
+        except ExperimentError as error:
+            raise DirectoryError(
+                f"{error}; put the sweep's experiment file back; its points are whole or not each by itself: "
+                "`tsdyn repair DIR/POINT`"
+            ) from None
         return [line for point in points if point.is_dir() for line in repair(point)]
     if not path.is_dir():
         raise DirectoryError(f"{path}: is not the directory of a run")
@@ -229,7 +279,7 @@ def _repair_run(path: Path) -> Iterator[str]:
             damaged = _move_to_damaged(path, path / ARCHIVE)
             yield f"{found[0]}; moved to {DAMAGED}/"
             if after == -1:
-                yield from _salvage(path, experiment, damaged)
+                yield from _salvaged(path, experiment, damaged)
 
 
 def _remembered(files: Sequence[Path]) -> Experiment | None:
@@ -255,6 +305,16 @@ def _move_to_damaged(path: Path, file: Path) -> Path:
     sync_directory(file.parent)
     sync_directory(path / DAMAGED)
     return target
+
+
+def _salvaged(path: Path, experiment: Experiment, damaged: Path) -> Iterator[str]:
+    found = _apart("salvage", experiment, path, damaged)
+    if found is None:
+        for leftover in path.glob(".*.tmp"):
+            leftover.unlink()
+        why = "reading it crashes the library"
+        found = [f"{path / ARCHIVE}: nothing of it could be kept: {why}; `tsdyn run` computes it again"]
+    yield from found
 
 
 def _salvage(path: Path, experiment: Experiment, damaged: Path) -> Iterator[str]:

@@ -194,7 +194,7 @@ def _reason(error: BaseException) -> str:
 def _finished(path: Path, experiment: Experiment) -> bool:
     try:
         there = (path / archive.EXPERIMENT).read_text(encoding="utf-8")
-    except OSError:
+    except (OSError, ValueError):  # ValueError: bytes that are no text; the run says so when its turn comes
         return False
     return (path / archive.ARCHIVE).is_file() and there == experiment.to_toml()
 
