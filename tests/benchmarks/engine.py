@@ -20,6 +20,8 @@ from tsdyn.training import Ensemble, Rule, finite_stream, train_epoch
 
 RATE = 0.01
 SAMPLES = 10_000
+#: Of a member in one call, at least: an epoch has 1000, and a call packs and unpacks each member once.
+STEPS = 200
 #: Members share this much data, so that 512 of them fit in memory; rows are drawn from all of it.
 POOL = 8
 DEEP_TEACHER = (20, 50, 75, 100, 125, 100)
@@ -195,7 +197,7 @@ def main() -> None:
         for nodes in asked.nodes:
             for members in asked.members:
                 problem = Problem((100, 10, 50), (100, nodes, 50), 16, members, dtype)
-                print(row(f"n={nodes}", problem, max(50, 1600 // members), limit, asked.seconds), flush=True)
+                print(row(f"n={nodes}", problem, max(STEPS, 1600 // members), limit, asked.seconds), flush=True)
         for members in asked.deep:
             problem = Problem(DEEP_TEACHER, DEEP_STUDENT, 64, members, dtype)
             print(row("deep", problem, max(5, 60 // members), limit, asked.seconds), flush=True)
