@@ -28,7 +28,8 @@ from tsdyn.analysis.panels import PALETTE as PALETTE
 
 from tsdyn import layer as one_layer
 from tsdyn import schema
-from tsdyn.experiment import POINT, Experiment
+from tsdyn.experiment import Experiment
+from tsdyn.points import POINT
 
 #: Most lines in one panel: every colour in every style.
 MAX_LINES = len(panels.PALETTE) * len(panels.STYLES)

@@ -16,8 +16,9 @@ from tsdyn.analysis.lift import cellwise
 
 from tsdyn import alignment, data
 from tsdyn.archive import label
-from tsdyn.experiment import POINT, Experiment, axes, places, sweep_dimensions, swept_keys
+from tsdyn.experiment import Experiment
 from tsdyn.networks import Network
+from tsdyn.points import POINT, axes, places, sweep_dimensions, swept_keys
 
 #: Variables of the archive that a student and its teacher are made of.
 PARAMETERS = ("weight", "bias", "teacher_weight", "teacher_bias")

@@ -23,13 +23,14 @@ from tsdyn.durable import ArchiveError as ArchiveError
 from tsdyn.durable import DirectoryError as DirectoryError
 from tsdyn.durable import local_path as local_path
 from tsdyn.durable import write_text as write_text
-from tsdyn.experiment import POINT, Experiment, ExperimentError, differences
+from tsdyn.experiment import Experiment, ExperimentError, differences
 from tsdyn.grid import LAZY_BYTES, open_sweeps
 from tsdyn.grid import SWEEP as SWEEP
 from tsdyn.grid import label as label
 from tsdyn.grid import sweep_points as sweep_points
 from tsdyn.grid import write_sweep as write_sweep
 from tsdyn.netcdf import bytes_per_epoch as bytes_per_epoch
+from tsdyn.points import POINT
 from tsdyn.schema import CONSTANTS, VARIABLES
 from tsdyn.segments import ARCHIVE as ARCHIVE
 from tsdyn.segments import EXPERIMENT as EXPERIMENT

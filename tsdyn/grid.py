@@ -30,7 +30,8 @@ from numpy.typing import NDArray
 
 from tsdyn import netcdf, schema
 from tsdyn.durable import ALWAYS_VERIFIED, ArchiveError, DirectoryError, refuse_changed, write_text
-from tsdyn.experiment import POINT, Axis, Experiment, axes, checked_sweep, digest, places, sweep_dimensions, swept_keys
+from tsdyn.experiment import Experiment, digest
+from tsdyn.points import POINT, Axis, axes, checked_sweep, places, sweep_dimensions, swept_keys
 from tsdyn.segments import ARCHIVE, EXPERIMENT, claim, segments
 
 SWEEP = "sweep.json"

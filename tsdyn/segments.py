@@ -31,10 +31,11 @@ from tsdyn.durable import (
     write_bytes,
     write_text,
 )
-from tsdyn.experiment import Experiment, axes, differences, places
+from tsdyn.experiment import Experiment, differences
 from tsdyn.lock import NAME as LOCK
 from tsdyn.lock import Lock
 from tsdyn.netcdf import State
+from tsdyn.points import axes, places
 from tsdyn.schema import CONSTANTS, VARIABLES, expand
 
 EXPERIMENT = "experiment.toml"

@@ -1,0 +1,107 @@
+"""What ``[sweep]`` says: its axes, the points on them, and the dimensions they become.  Imports no torch."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from tsdyn import schema
+
+#: Words in ``[sweep]`` that are no keys.
+TOGETHER = ("zip", "points")
+#: Dimension of the points whose keys go together.
+POINT = "point"
+
+
+class Axis(NamedTuple):
+    """One dimension of a sweep.
+
+    Attributes:
+        dimension: Its name: that of its key, or ``point`` where several keys vary together.
+        keys: What varies along it.
+        values: One tuple a place, with a value a key.
+    """
+
+    dimension: str
+    keys: tuple[str, ...]
+    values: tuple[tuple[Any, ...], ...]
+
+
+def axes(sweep: Mapping[str, Any]) -> tuple[Axis, ...]:
+    """The dimensions of a sweep in order: one a key, then ``point`` for what ``zip`` or ``points`` lists."""
+    names = sweep_dimensions(swept_keys(sweep))
+    found = [
+        Axis(names[key], (key,), tuple((v,) for v in values)) for key, values in sweep.items() if key not in TOGETHER
+    ]
+    if "zip" in sweep:
+        found.append(Axis(POINT, tuple(sweep["zip"]), tuple(zip(*sweep["zip"].values(), strict=True))))
+    if "points" in sweep:
+        keys = tuple(sweep["points"][0])
+        found.append(Axis(POINT, keys, tuple(tuple(point[key] for key in keys) for point in sweep["points"])))
+    return tuple(found)
+
+
+def swept_keys(sweep: Mapping[str, Any]) -> tuple[str, ...]:
+    """Every key that a sweep varies, in order."""
+    listed = (*sweep.get("zip", {}), *(sweep["points"][0] if "points" in sweep else ()))
+    return (*(key for key in sweep if key not in TOGETHER), *listed)
+
+
+def places(sweep: Mapping[str, Any]) -> dict[tuple[int, ...], dict[str, Any]]:
+    """Position along each of `axes` → key and value there, for every point of a sweep."""
+    found = axes(sweep)
+    return {
+        place: {
+            key: value
+            for axis, position in zip(found, place, strict=True)
+            for key, value in zip(axis.keys, axis.values[position], strict=True)
+        }
+        for place in itertools.product(*(range(len(axis.values)) for axis in found))
+    }
+
+
+def checked_sweep(sweep: Any) -> dict[str, Any]:
+    """A sweep with tuples for lists.
+
+    Raises:
+        ValueError: if it is not keys with lists, ``zip`` or ``points``.
+    """
+    if not isinstance(sweep, Mapping):
+        raise ValueError(f"sweep = {sweep!r}: a table of keys and lists")
+    found: dict[str, Any] = {}
+    for key, values in sweep.items():
+        if key == "zip":
+            if not isinstance(values, Mapping) or not values:
+                raise ValueError('sweep.zip: a table of keys and lists, such as { "teacher.polarity" = [0.0, 1.0] }')
+            found[key] = {name: _values(f"zip.{name}", of) for name, of in values.items()}
+            lengths = {name: len(of) for name, of in found[key].items()}
+            if len(set(lengths.values())) > 1:
+                raise ValueError(f"sweep.zip: values go together, so there must be equally many: {lengths}")
+        elif key == "points":
+            found[key] = _values(key, values)
+            if not all(isinstance(point, Mapping) and set(point) == set(found[key][0]) for point in found[key]):
+                raise ValueError("sweep.points: a list of tables, all with the same keys")
+        else:
+            found[key] = _values(key, values)
+    if set(TOGETHER) <= set(found):
+        raise ValueError("sweep: zip and points both list points; write one of them")
+    keys = swept_keys(found)
+    if len(set(keys)) != len(keys):
+        raise ValueError(f"sweep: {sorted({k for k in keys if keys.count(k) > 1})} stands there twice")
+    return found
+
+
+def _values(key: str, values: Any) -> tuple[Any, ...]:
+    if not isinstance(values, (list, tuple)) or not values:
+        raise ValueError(f"sweep: {key!r} = {values!r}: must be a list of at least one value")
+    return tuple(values)
+
+
+def sweep_dimensions(keys: Mapping[str, Any] | Iterable[str]) -> dict[str, str]:
+    """Swept key → dimension: the key's last word, or the whole key where the schema or another key has that word."""
+    taken = {*schema.VARIABLES, *schema.COORDINATES, *schema.DIMENSIONS, POINT}
+    names = {key: key.rsplit(".", 1)[-1] for key in keys}
+    names = {key: key if word in taken else word for key, word in names.items()}
+    shared = {w for w in names.values() if list(names.values()).count(w) > 1}
+    return {key: key if word in shared else word for key, word in names.items()}
