@@ -1,5 +1,8 @@
+import sys
+
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
@@ -243,8 +246,21 @@ def test_state_dicts_round_trip_through_a_file(tmp_path):
     x = images(4)
     for name in ("net.pt", "checkpoint.pt"):
         close(blank.with_state(load_state(tmp_path / name))(x.flatten(1)), theirs(x))
+    safetensors.torch.save_file(theirs.state_dict(), tmp_path / "net.safetensors")
+    close(blank.with_state(load_state(tmp_path / "net.safetensors"))(x.flatten(1)), theirs(x))
     torch.save(DeepNetwork.from_torch(theirs, image=IMAGE).state_dict(), tmp_path / "own.pt")
     close(blank.with_state(load_state(tmp_path / "own.pt"))(x.flatten(1)), theirs(x))
+
+
+def test_safetensors_that_are_damaged_or_cannot_be_read_are_said(tmp_path, monkeypatch):
+    file = tmp_path / "net.safetensors"
+    safetensors.torch.save_file(module().state_dict(), file)
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"net\.safetensors is no state dict that can be read safely"):
+        load_state(file)
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(ValueError, match=r"pip install 'tsdyn\[safetensors\]'"):
+        load_state(file)
 
 
 def test_a_state_dict_that_does_not_fit_names_every_key(tmp_path):

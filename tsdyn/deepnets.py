@@ -10,8 +10,9 @@ that whatever is defined for nodes - correlation, dead nodes, moments - is defin
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -375,13 +376,20 @@ _NORM_FIELDS = {"mean": "running_mean", "variance": "running_var", "scale": "wei
 def load_state(path: str | Path) -> dict[str, Tensor]:
     """The state dict that ``torch.save`` wrote: tensors only, so that nothing in the file is executed.
 
-    A checkpoint that holds one under ``state_dict``, ``model`` or ``net`` gives that.
+    A checkpoint that holds one under ``state_dict``, ``model`` or ``net`` gives that.  A file ``*.safetensors`` is read by
+    the library of that name.
 
     Raises:
-        ValueError: if the file is missing, damaged, or holds anything but tensors.
+        ValueError: if the file is missing, damaged, or holds anything but tensors; or that library is not installed.
     """
+    read: Callable[[str], Any] = functools.partial(torch.load, map_location="cpu", weights_only=True)
+    if Path(path).suffix == ".safetensors":
+        try:
+            from safetensors.torch import load_file as read
+        except ImportError:
+            raise ValueError(f"load_state: {path} needs safetensors: pip install 'tsdyn[safetensors]'") from None
     try:
-        held = torch.load(path, map_location="cpu", weights_only=True)
+        held = read(str(path))
     except Exception as error:  # torch raises a different type for each kind of damage
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
