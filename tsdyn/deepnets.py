@@ -376,8 +376,8 @@ _NORM_FIELDS = {"mean": "running_mean", "variance": "running_var", "scale": "wei
 def load_state(path: str | Path) -> dict[str, Tensor]:
     """The state dict that ``torch.save`` wrote: tensors only, so that nothing in the file is executed.
 
-    A checkpoint that holds one under ``state_dict``, ``model`` or ``net`` gives that.  A file ``*.safetensors`` is read by
-    the library of that name.
+    A checkpoint that holds one under ``state_dict``, ``model`` or ``net`` gives that.
+    A file ``*.safetensors`` is read by the library of that name.
 
     Raises:
         ValueError: if the file is missing, damaged, or holds anything but tensors; or that library is not installed.
