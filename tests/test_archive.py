@@ -1,5 +1,6 @@
 import errno
 import json
+import math
 import multiprocessing
 import shutil
 from pathlib import Path
@@ -164,6 +165,22 @@ def test_an_interrupted_run_shows_its_epochs_and_ends_bit_identical(tmp_path, mo
     resumed = tsdyn.run(experiment, tmp_path / "broken").load()
     xr.testing.assert_equal(resumed, whole)
     assert not (tmp_path / "broken" / "segments").exists()
+
+
+@pytest.mark.parametrize(("cost", "whole"), [(0.001, 60), (0.05, 60), (0.05, 3000), (5.0, 36_000)])
+def test_commits_keep_their_share_of_a_run(cost, whole):
+    """Epochs of 0.1 s, commits that always take as long: the first is due before its cost is known, all others fit."""
+    clock, last, spent, count = 0.0, 0.0, 0.0, 0
+    while clock < whole:
+        clock += 0.1
+        if runner._due(clock, clock - last, cost if count else 0.0, spent):
+            clock, spent, count = clock + cost, spent + cost, count + 1
+            last = clock
+    spent += cost
+    assert spent <= max(runner.COMMIT_SHARE * clock, 2 * cost)
+    # as often as that allows, or as time does: every 2 s, after 200 s every hundredth of the run
+    by_time = min(whole, 200) / 2.2 + math.log(max(whole / 200, 1)) / math.log1p(runner.COMMIT_SHARE)
+    assert count >= 0.8 * min(by_time, runner.COMMIT_SHARE * whole / cost) - 3
 
 
 def test_consolidation_can_be_repeated(tmp_path, monkeypatch):

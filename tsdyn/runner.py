@@ -37,7 +37,7 @@ from tsdyn.training import Ensemble, Rule
 #: A segment is committed after this much work (0: after every epoch), ...
 COMMIT_SECONDS = 2.0
 #: ... or this share of the run so far if that is more, so that a run of days has hundreds of segments and not 100,000,
-#: ... or after so many times what the last commit took, so that a slow disk takes no more than this share either, ...
+#: ... and not before all commits together keep this share, so that a slow disk takes no more either, ...
 COMMIT_SHARE = 0.01
 #: ... but once its records hold this many bytes at the latest.
 COMMIT_BYTES = 1 << 27
@@ -423,7 +423,7 @@ def _train(target: Run, members: Members, progress: Progress | None, asked: Call
         start = committed + 1
     pending: list[dict[str, Any]] = []
     epochs: list[int] = []
-    first, began, took = start, time.monotonic(), 0.0
+    first, began, took, spent = start, time.monotonic(), 0.0, 0.0
     clock = began
     for epoch in range(start, last + 1):
         died = members.train(epoch) if epoch else []
@@ -434,7 +434,7 @@ def _train(target: Run, members: Members, progress: Progress | None, asked: Call
             progress(epoch, last, died, _mean_mse(pending[-1]) if epoch in recorded else None)
         full = len(pending) * target.bytes_per_epoch >= COMMIT_BYTES
         now = time.monotonic()
-        if epoch == last or full or now - clock >= _interval(now - began, took) or asked() is not None:
+        if epoch == last or full or _due(now - began, now - clock, took, spent) or asked() is not None:
             records = _along_epochs(pending) if pending else {}
             target.commit(
                 first,
@@ -446,15 +446,20 @@ def _train(target: Run, members: Members, progress: Progress | None, asked: Call
             )
             pending, epochs, first, clock = [], [], epoch + 1, time.monotonic()
             took = clock - now
+            spent += took
             stop = asked()
             if stop is not None:
                 raise Stopped(stop)
     target.consolidate(attrs)
 
 
-def _interval(elapsed: float, took: float) -> float:
-    """Seconds of work between commits, `elapsed` into the run and with the last commit having taken `took`."""
-    return COMMIT_SECONDS and max(COMMIT_SECONDS, COMMIT_SHARE * elapsed, took / COMMIT_SHARE)
+def _due(elapsed: float, since: float, took: float, spent: float) -> bool:
+    """Whether to commit, seconds into the run and since the last commit, which took `took`, and all so far `spent`.
+
+    This one and the run's last, which comes whatever it costs, are to keep the share.
+    """
+    waited = since >= max(COMMIT_SECONDS, COMMIT_SHARE * elapsed)
+    return COMMIT_SECONDS == 0 or (waited and spent + 2 * took <= COMMIT_SHARE * elapsed)
 
 
 def _of_this_shape(path: Path, stored: dict[str, np.ndarray], members: Members) -> dict[str, np.ndarray]:
