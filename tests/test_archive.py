@@ -1,6 +1,5 @@
 import errno
 import json
-import math
 import multiprocessing
 import shutil
 from pathlib import Path
@@ -179,8 +178,8 @@ def test_commits_keep_their_share_of_a_run(cost, whole):
     spent += cost
     assert spent <= max(runner.COMMIT_SHARE * clock, 2 * cost)
     # as often as that allows, or as time does: every 2 s, after 200 s every hundredth of the run
-    by_time = min(whole, 200) / 2.2 + math.log(max(whole / 200, 1)) / math.log1p(runner.COMMIT_SHARE)
-    assert count >= 0.8 * min(by_time, runner.COMMIT_SHARE * whole / cost) - 3
+    share = runner.COMMIT_SHARE
+    assert count >= 0.9 * sum(min(1 / max(2.2, share * t), share / cost) for t in range(whole)) - 3
 
 
 def test_consolidation_can_be_repeated(tmp_path, monkeypatch):
