@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import dask.array
 import numpy as np
 import xarray as xr
+from dask.base import tokenize
 from dask.delayed import delayed
 from numpy.typing import NDArray
 
@@ -53,18 +55,57 @@ def lift(
         for array, wanted in zip(arrays, each, strict=True)
     ]
     new = dict(labels or {})
+    sizes = {dim: len(values) for dim, values in new.items()}
     result: xr.DataArray = xr.apply_ufunc(
-        formula,
+        lambda *parts: _blockwise(formula, parts, each, gives, sizes, knobs),
         *whole,
         input_core_dims=each,
         output_core_dims=[list(gives)],
-        kwargs=knobs,
-        dask="parallelized",
-        output_dtypes=[np.float64],
-        dask_gufunc_kwargs={"output_sizes": {dim: len(values) for dim, values in new.items()}},
+        dask="allowed",
         keep_attrs=False,
     )
     return result.rename(name).assign_coords(new).assign_attrs(attrs or {})
+
+
+def _blockwise(
+    formula: Callable[..., NDArray],
+    arrays: Sequence[Any],
+    reads: Sequence[Sequence[str]],
+    gives: Sequence[str],
+    sizes: Mapping[str, int],
+    knobs: Mapping[str, Any],
+) -> Any:
+    """The formula on arrays whose last axes are what it reads, block by block where one is dask's.
+
+    As `dask.array.apply_gufunc`, which would copy each block once more to join it, alone, along those axes.
+    """
+    if not any(isinstance(array, dask.array.Array) for array in arrays):
+        return formula(*arrays, **knobs)
+    count = max(array.ndim - len(own) for array, own in zip(arrays, reads, strict=True))
+    outer = tuple(f"{i} outer" for i in range(count))  # no dimension of the schema has such a name
+    pairs: list[Any] = []
+    for array, own in zip(arrays, reads, strict=True):
+        pairs += [array, (*outer[count - (array.ndim - len(own)) :], *own)]
+
+    return dask.array.blockwise(
+        partial(_on_blocks, formula, dict(knobs)),
+        (*outer, *gives),
+        *pairs,
+        new_axes=sizes,
+        dtype=np.float64,
+        meta=np.empty((0,) * (count + len(gives))),
+        name=f"{formula.__name__}-{tokenize(formula, *arrays, reads, gives, knobs)}",
+    )
+
+
+def _on_blocks(formula: Callable[..., NDArray], knobs: Mapping[str, Any], *blocks: Any) -> NDArray:
+    """The formula on arrays, each of which comes in a list for every axis that is read and not given."""
+    arrays = []
+    for block in blocks:
+        while isinstance(block, list):
+            (block,) = block
+        arrays.append(block)
+    return formula(*arrays, **knobs)
 
 
 def cellwise(measure: Callable[[xr.Dataset], Sequence[float]], cells: NDArray, count: int) -> Any:

@@ -39,7 +39,7 @@ INDEX = "index.json"
 _INDEX = re.compile(rb'\{"sha256": "([0-9a-f]{64})", "kept": (.*)\}', re.DOTALL)
 
 #: A dask chunk gathers whole disk chunks of as many seeds as fit in this (opening a file costs as much as 5 MB) ...
-LAZY_BYTES = 1 << 26
+LAZY_BYTES = 1 << 27
 #: ... and, where a run holds less, the same of up to so many runs ...
 RUNS_A_CHUNK = 25
 #: ... but no more than this in all, so that reading one run of many stays quick.
