@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import dask
 import numpy as np
 import xarray as xr
 
@@ -23,6 +24,11 @@ from tsdyn import grid, sweep
 
 #: dask's limit for each worker.
 MEMORY = "2GiB"
+#: As docs/how-to/bigger-than-memory.md says: what a worker gives back to the system it gets back page by page.
+KEEPING = {
+    "distributed.nanny.pre-spawn-environ.MALLOC_TRIM_THRESHOLD_": 1 << 30,
+    "distributed.nanny.pre-spawn-environ.MALLOC_MMAP_THRESHOLD_": 1 << 30,
+}
 
 
 def reading(scratch: Path, asked: argparse.Namespace) -> None:
@@ -62,6 +68,7 @@ def cluster(workers: int) -> Iterator[object]:
     from distributed import Client, LocalCluster
 
     with (
+        dask.config.set(KEEPING),
         LocalCluster(
             n_workers=workers,
             threads_per_worker=1,
