@@ -208,8 +208,8 @@ class Index:
         with suppress(OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
             whole = _INDEX.fullmatch((path / INDEX).read_bytes())
             sealed = whole is not None and hashlib.sha256(whole[2]).hexdigest() == whole[1].decode()
-            found = json.loads(whole[2]) if whole is not None and sealed else {"version": None}
-            if found["version"] == schema.VERSION:
+            found: dict[str, Any] = json.loads(whole[2]) if whole is not None and sealed else {}
+            if found.get("version") == schema.VERSION:
                 self._headers = {key: Header.of_json(kept) for key, kept in found["headers"].items()}
                 runs = found["runs"].items()
                 self._entries = {name: (list(stamp), str(key), list(death)) for name, (stamp, key, death) in runs}
