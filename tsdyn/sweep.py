@@ -165,8 +165,9 @@ def run(
             tell[name] = (point(position, len(points), name, single) if point else None) or progress
     failures: dict[str, str] = {}
     if distributed and left:
-        with _client(workers and fitting(workers, left), scheduler) as client:
-            for name, error in _on_workers(client, left, path, device, tell):
+        at_once = workers and fitting(workers, left)
+        with _client(at_once, scheduler) as client:
+            for name, error in _on_workers(client, left, path, device, tell, at_once or len(left)):
                 keeper.note(name)
                 if error is not None:
                     failures[name] = _reason(error)
@@ -273,8 +274,13 @@ def _on_workers(
     path: Path,
     device: str,
     tell: Mapping[str, runner.Progress | None],
+    at_once: int,
 ) -> Iterator[tuple[str, BaseException | None]]:
-    """Each point as it ends, with the error that ended it."""
+    """Each point as it ends, with the error that ended it.
+
+    The scheduler is given no more than `at_once` points: it hands out all it has at once, and does not take back what a
+    busy worker has waiting when another is idle.  The longest begin first, so that none is left to the end.
+    """
     from distributed import KilledWorker, as_completed
 
     topic = f"tsdyn-{uuid.uuid4().hex}"
@@ -290,7 +296,11 @@ def _on_workers(
         return client.submit(_work, due[name].to_toml(), str(path / name), name, device, topic, key=key, pure=False)
 
     client.subscribe_topic(topic, hear)
-    futures = {submit(name): name for name in due}
+    waiting = sorted(due, key=lambda name: _work_in(due[name]))
+    futures: dict[Any, str] = {}
+    for _ in range(min(at_once, len(waiting))):
+        name = waiting.pop()
+        futures[submit(name)] = name
     fruitless = dict.fromkeys(due, 0)
     reached = {name: _reached(path / name) for name in due}
     try:
@@ -307,10 +317,22 @@ def _on_workers(
                     futures[again] = name
                     running.add(again)
                     continue
+            if waiting:
+                name_of_next = waiting.pop()
+                following = submit(name_of_next)
+                futures[following] = name_of_next
+                running.add(following)
             yield name, error
     finally:
         client.cancel(list(futures))
         client.unsubscribe_topic(topic)
+
+
+def _work_in(single: Experiment) -> int:
+    """What a run's time goes with: members, steps and parameters."""
+    layout = single.layout
+    parameters = sum(n * below for n, below in zip(layout.widths, layout.input_widths, strict=True))
+    return len(layout.seeds) * single.training.epochs * single.steps * parameters
 
 
 def _reached(path: Path) -> int:
