@@ -42,8 +42,9 @@ EXPERIMENT = "experiment.toml"
 ARCHIVE = "archive.nc"
 SEGMENTS = "segments"
 
-#: Consolidation holds about this much of the archive in memory.
-BLOCK_BYTES = 1 << 26
+#: Consolidation holds about this much of the archive in memory.  Above 32 MB the allocator maps every block anew, and
+#: its pages cost as much as what is read into them.
+BLOCK_BYTES = 1 << 24
 OPEN_FILES = 256
 _SEGMENT = re.compile(r"epoch-(\d{6,})-(\d{6,})\.nc")
 
@@ -199,7 +200,9 @@ class Run:
         for seal in (self.path / SEGMENTS).glob(f"*{SUFFIX}"):
             if not seal.with_name(seal.name.removesuffix(SUFFIX)).exists():
                 seal.unlink()
-        if self.finished:
+        if self.finished and (self.path / SEGMENTS).is_dir():
+            if any((self.path / SEGMENTS).iterdir()):
+                refuse_changed(self.path / ARCHIVE)
             self._drop_segments()
         theirs = Experiment.from_toml(self.path / EXPERIMENT)
         if theirs != self.experiment:
@@ -318,12 +321,8 @@ class Run:
         self._drop_segments()
 
     def _drop_segments(self) -> None:
-        """Remove the segments of a finished archive, once it is what its checksum says."""
+        """Remove the segments of an archive that is finished and whole."""
         folder = self.path / SEGMENTS
-        if not folder.is_dir():
-            return
-        if any(folder.iterdir()):
-            refuse_changed(self.path / ARCHIVE)
         for file in sorted(folder.glob("*.nc")):
             remove_sealed(file)
         with suppress(OSError):  # somebody's own files in there stay
