@@ -27,7 +27,7 @@ def measure(archive: xr.Dataset) -> xr.Dataset:
     """
     hidden = archive.isel(layer=slice(None, -1))
     scalars = {name: archive[name] for name in SCALARS if name in archive}
-    found = {name: array.sel(top_k=1, drop=True) if "top_k" in array.dims else array for name, array in scalars.items()}
+    found = {name: _top_1(array) if "top_k" in array.dims else array for name, array in scalars.items()}
     return xr.Dataset(
         {
             "mean_specialization": specialization.mean_specialization(hidden),
@@ -35,6 +35,11 @@ def measure(archive: xr.Dataset) -> xr.Dataset:
             **found,
         }
     ).load()
+
+
+def _top_1(accuracy: xr.DataArray) -> xr.DataArray:
+    meaning = accuracy.attrs["long_name"].replace("among the k largest outputs", "as largest output")
+    return accuracy.sel(top_k=1, drop=True).assign_attrs(long_name=meaning)
 
 
 def band(values: xr.DataArray, *, ax: Axes, color: str, label: str) -> None:
@@ -87,7 +92,7 @@ def draw(
         )
     for ax in panels.flat:
         ax.title.set_fontsize(8)
-        ax.tick_params(labelsize=7)
+        ax.tick_params(which="both", labelsize=7)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=4))
     figure.supxlabel("epoch", fontsize=9)
     figure.suptitle(f"{title}; mean over seeds, band least to largest", fontsize=10)

@@ -1,8 +1,9 @@
 """After Tian (2020), Figure 10, on scikit-learn's digits in place of CIFAR-10: ρ̄ of each layer and accuracy by epoch.
 
 A ConvNet is trained on the labels of each seed's own digits, its weakest three tenths of channels are pruned, and
-students of 1, 2 and 4 times what is left learn its outputs.  Of one seed after 40 epochs at rate 0.001: ρ̄ of the three
-convolutions 0.67, 0.68, 0.71 at 1x and 0.80, 0.79, 0.82 at 4x, evaluation accuracy 0.958 and 0.963 (teacher 0.963).
+students of 1, 2 and 4 times what is left learn its outputs.  At desk scale more over-realization is more
+specialization: ρ̄ of the three convolutions ends at 0.67, 0.66, 0.70 at 1x, 0.77, 0.71, 0.76 at 2x and 0.80, 0.76, 0.78
+at 4x, evaluation mse at 0.90, 0.58, 0.44, and accuracy at 0.965 to 0.968 whatever the width.
 """
 
 from __future__ import annotations
