@@ -165,7 +165,8 @@ def test_the_engine_equals_the_plain_path_after_100_steps_whatever_the_options(
     alive = fast.death_epoch < 0
     trained = [layer for layer in range(1, len(widths)) if layer not in options["frozen"]]
     assert alive[::2].all()
-    assert alive[1] or (dies and trained)  # one layer alone may bear 1e300
+    assert alive[1] or (dies and trained)
+    alive[1] &= not dies  # one layer alone may bear 1e300, which is no target of a cross entropy
     for (kind, layer, a), (_, _, b) in zip(fast.parameters(), plain.parameters(), strict=True):
         assert float((a - b)[alive].abs().max()) <= 1e-12 * float(b[alive].abs().max()), (kind, layer)
 
