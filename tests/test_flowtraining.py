@@ -9,10 +9,10 @@ import torch
 
 import tsdyn
 from tests.cases import small
-from tsdyn import ExperimentError, runner
+from tsdyn import ExperimentError, costs
 from tsdyn.flowtraining import TrainingLoss
 from tsdyn.gradient_flow import gradient_flow
-from tsdyn.runner import Members
+from tsdyn.members import Members
 from tsdyn.training import Rule
 
 SMALL = {
@@ -35,7 +35,7 @@ def test_an_epoch_is_the_flow_of_the_training_loss_for_rate_times_steps():
     for epoch in (1, 2):
         assert members.train(epoch) == []
     for member in range(2):
-        loss = TrainingLoss(begin.ensemble, member, *(x[member] for x in begin._finite), Rule(1.0, weight_decay=0.01))
+        loss = TrainingLoss(begin.ensemble, member, *(x[member] for x in begin.finite), Rule(1.0, weight_decay=0.01))
         row = torch.cat([p[member].flatten() for _, _, p in begin.ensemble.parameters()])
         ds = gradient_flow(loss, row, end=2 * 0.5 * 4, rtol=1e-7, atol=1e-9, gradient_tolerance=0.0)
         reached = torch.cat([p[member].flatten() for _, _, p in members.ensemble.parameters()])
@@ -88,7 +88,7 @@ def test_a_run_says_what_its_epochs_are_and_resumes_to_the_same_bits(tmp_path):
     again.train(2)
     found = again.measure(2, ("loss_train",))["loss_train"]
     np.testing.assert_array_equal(found, losses.sel(epoch=2))
-    assert runner.estimate(experiment).seconds > 0
+    assert costs.estimate(experiment).seconds > 0
 
 
 def test_a_member_that_does_not_arrive_is_dead_and_the_log_says_why(caplog):

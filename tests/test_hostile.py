@@ -22,6 +22,7 @@ from tests.test_cli import command  # noqa: F401
 from tsdyn import durable, integrity, lock, memory, netcdf, runner, sweep
 from tsdyn.archive import ArchiveError, DirectoryError
 from tsdyn.experiment import Experiment, ExperimentError
+from tsdyn.members import Members
 
 FEW = {"training__epochs": 2, "seeds": 2, "record__observables": ["mse", "weight"]}
 
@@ -270,7 +271,7 @@ def test_weights_are_loaded_without_executing_anything(tmp_path, monkeypatch):
 def test_a_signal_commits_the_epoch_in_work(command, tmp_path, monkeypatch, number, code):  # noqa: F811
     file = tmp_path / "small.toml"
     file.write_text(small(**{**FEW, "training__epochs": 6}).to_toml(), encoding="utf-8")
-    train = runner.Members.train
+    train = Members.train
 
     def interrupted(self, epoch):
         if epoch == 3:
@@ -278,7 +279,7 @@ def test_a_signal_commits_the_epoch_in_work(command, tmp_path, monkeypatch, numb
         return train(self, epoch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(runner.Members, "train", interrupted)
+        patch.setattr(Members, "train", interrupted)
         got, _, err = command("run", file, "-o", tmp_path / "run", "--quiet")
     assert got == code
     assert "the same command goes on from there" in err

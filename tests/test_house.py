@@ -61,9 +61,11 @@ RANKS = {
     "deeptraining": 3,
     "flowtraining": 3,
     "observables": 3,
-    "runner": 4,
-    "sweep": 5,
-    "cli": 6,
+    "members": 4,
+    "costs": 5,
+    "runner": 5,
+    "sweep": 6,
+    "cli": 7,
 }
 #: Within a rank, who may import whom.
 SAME_RANK = {
@@ -77,6 +79,7 @@ SAME_RANK = {
     ("grid", "segments"),
     ("deepnets", "networks"),
     ("deepnets", "activations"),
+    ("runner", "costs"),
 }
 
 

@@ -10,7 +10,8 @@ import tests.oracles as oracles
 import tsdyn
 from tests.cases import REFERENCE, small
 from tests.test_networks import random_network
-from tsdyn import alignment, data, derivatives, observables, runner, schema, theory
+from tsdyn import alignment, data, derivatives, observables, schema, theory
+from tsdyn.members import Members
 from tsdyn.networks import Network
 from tsdyn.observables import Measurement, Probe
 
@@ -160,7 +161,7 @@ def test_theory_can_be_asked_for_in_an_experiment(tmp_path):
     assert list(ds["quantile"].values) == [0.0, 0.5, 1.0]
     assert ds.hessian_eigenvalue.sizes["mode"] == 3
     assert float(ds.lemma1_residual.max()) < 1e-12
-    members = runner.Members(experiment)
+    members = Members(experiment)
     for seed in range(3):
         at = ds.sel(seed=seed).isel(epoch=-1)
         layers = [tsdyn.layer(at, number) for number in (1, 2, 3)]
@@ -203,7 +204,7 @@ def test_an_experiment_trains_on_definition_7s_augmentation(law, tmp_path):
         data__train=train, data__augment=law, data__augment_eps=0.5, data__augment_c=2.0,
         training__epochs=1, record__observables=["loss"],
     )  # fmt: skip
-    members = runner.Members(experiment)
+    members = Members(experiment)
     sizes = []
     for member, (seed, teacher) in enumerate(zip(experiment.seed_labels, members.teachers, strict=True)):
         x = torch.from_numpy(data.training_inputs(experiment, seed))

@@ -9,7 +9,8 @@ import xarray as xr
 import tsdyn
 from tests.cases import small
 from tests.scale.trials import killing
-from tsdyn import runner, sweep
+from tsdyn import costs, kernel, runner, sweep
+from tsdyn.members import Members, Together, kinship
 from tsdyn.segments import segments
 
 FEW = {"training__epochs": 3, "seeds": 2, "record__observables": ["mse", "correlation"]}
@@ -36,8 +37,8 @@ def test_a_failing_point_does_not_stop_the_others(tmp_path):
 
 def test_finished_points_are_not_run_again(tmp_path, monkeypatch, undisturbed):
     ran = []
-    run = runner.run
-    monkeypatch.setattr(runner, "run", lambda e, path, **kw: ran.append(path.name) or run(e, path, **kw))
+    run = runner.run_together
+    monkeypatch.setattr(runner, "run_together", lambda e, **kw: ran.extend(p.name for p in e) or run(e, **kw))
     tsdyn.run(small(sweep=GRID, **FEW), tmp_path / "sweep")
     assert len(ran) == 3
     tsdyn.run(small(sweep=GRID, **FEW), tmp_path / "sweep")
@@ -64,9 +65,7 @@ def test_workers_compute_the_same_bits_and_survive_each_other(tmp_path, undistur
 
 def test_what_is_estimated_is_timed_once_a_shape(monkeypatch):
     timed = []
-    monkeypatch.setattr(
-        sweep.runner, "estimate", lambda e, device: timed.append(e) or sweep.runner.Cost(2, 3, 4, 5, 6.0)
-    )
+    monkeypatch.setattr(sweep.costs, "estimate", lambda e, device: timed.append(e) or sweep.costs.Cost(2, 3, 4, 5, 6.0))
     grid = {"teacher.polarity": [0.0, 1.0, 2.0], "student.overrealization": [1, 2]}
     points = {str(i): single for i, (_, single) in enumerate(small(sweep=grid).points())}
     assert set(sweep.estimate(points)) == set(points)
@@ -83,7 +82,7 @@ def test_points_that_cannot_begin_are_no_part_of_the_estimate():
 
 def test_no_more_workers_than_memory_holds(monkeypatch, caplog):
     points = {"a": small(), "b": small(seeds=30)}
-    largest = max(runner.footprint(single) for single in points.values())
+    largest = max(costs.footprint(single) for single in points.values())
     monkeypatch.setattr(sweep.memory, "available", lambda: 2 * largest + 1)
     assert sweep.fitting(2, points) == 2
     assert not caplog.records
@@ -114,3 +113,123 @@ def test_an_existing_scheduler_is_used(tmp_path, undisturbed):
     with LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address="127.0.0.1:0") as cluster:
         ds = sweep.run(small(sweep=GRID, **FEW), tmp_path / "sweep", scheduler=cluster.scheduler_address)
     same(ds, undisturbed)
+
+
+# --- points of one shape as one ensemble --------------------------------------------------------------------
+
+
+@pytest.fixture
+def ensembles(monkeypatch):
+    """Sizes of the ensembles that trained several points."""
+    found = []
+    real = runner.Together
+
+    def counted(parts):
+        found.append(len(parts))
+        return real(parts)
+
+    monkeypatch.setattr(runner, "Together", counted)
+    return found
+
+
+MIXED = {"teacher.polarity": [0.0, 1.0], "training.learning_rate": [0.01, {"0": 0.02, "2": 0.005}]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "bits"),
+    [
+        ({}, True),
+        ({"data__train": "fresh", "training__steps_per_epoch": 7, "student__scale": 0.3}, True),
+        ({"training__momentum": 0.5, "training__weight_decay": 0.01, "dtype": "float32"}, True),
+        ({"training__method": "gd"}, False),
+        ({"student__activation": "erf", "training__method": "adam", "training__epsilon": 0.1}, False),
+        ({"training__loss": "cross_entropy", "data__augment": "aware"}, False),
+    ],
+)
+def test_points_of_one_shape_train_as_one_ensemble(tmp_path, ensembles, changes, bits):
+    """To the bits of points by themselves in the compiled kernel; to the rounding of some hundred steps elsewhere."""
+    experiment = small(sweep=MIXED, **(FEW | changes))
+    found = sweep.run(experiment, tmp_path / "together", together=True).compute()
+    assert ensembles == [4]
+    wanted = sweep.run(experiment, tmp_path / "apart").compute()
+    assert ensembles == [4]
+    if bits and kernel.load() is not None:
+        xr.testing.assert_equal(found, wanted)
+    else:
+        xr.testing.assert_allclose(found, wanted, rtol=1e-10, atol=1e-12)
+    assert not np.allclose(found.mse_eval.isel(learning_rate=0), found.mse_eval.isel(learning_rate=1))
+
+
+def test_a_member_that_dies_leaves_its_ensemble_as_it_is(tmp_path, ensembles):
+    experiment = small(sweep={"training.learning_rate": [0.01, 1e9, 0.02]}, **FEW)
+    found = sweep.run(experiment, tmp_path / "together", together=True).compute()
+    assert ensembles == [3]
+    assert (found.death_epoch.isel(learning_rate=1) > 0).all()
+    same(found, sweep.run(experiment, tmp_path / "apart"))
+
+
+def test_who_fails_in_company_does_not_stop_the_others_and_goes_on_later(tmp_path, monkeypatch, ensembles, undisturbed):
+    """One is never drawn, two fail at different epochs: then those two go on in ensembles of their own."""
+    widths = {"teacher.widths": [[10, 4, 6], [1, 20, 6]]}
+    with pytest.raises(sweep.SweepError, match="1 of 2 points failed"):
+        sweep.run(small(sweep=widths, **FEW), tmp_path / "drawn", together=True)
+    assert ensembles == []
+
+    monkeypatch.setattr(runner, "COMMIT_SECONDS", 0.0)
+    measure = Members.measure
+    with monkeypatch.context() as patch:
+
+        def failing(members, epoch, variables):
+            if epoch == {1.0: 2, 2.0: 3}.get(members.experiment.teacher.polarity):
+                raise OSError("no more")
+            return measure(members, epoch, variables)
+
+        patch.setattr(Members, "measure", failing)
+        with pytest.raises(sweep.SweepError, match=r"2 of 3 points failed(.|\n)*polarity=1.0: OSError: no more"):
+            sweep.run(small(sweep=GRID, **FEW), tmp_path / "sweep", together=True)
+    assert ensembles == [3]
+    same(sweep.run(small(sweep=GRID, **FEW), tmp_path / "sweep", together=True), undisturbed)
+    assert ensembles == [3]
+
+
+@pytest.mark.parametrize("method", ["sgd", "adam"])
+def test_an_ensemble_that_stopped_goes_on_as_one(tmp_path, monkeypatch, ensembles, method):
+    """With its moments, as many steps as were taken, and a member that died before."""
+    rates = {"training.learning_rate": [0.01, 1e9, 0.02]}
+    experiment = small(sweep=rates, **FEW, training__momentum=0.5, training__method=method)
+    monkeypatch.setattr(runner, "COMMIT_SECONDS", 0.0)
+    train = Together.train
+    with monkeypatch.context() as patch:
+
+        def stopped(together, epoch):
+            if epoch == 3:
+                raise OSError("no more")
+            return train(together, epoch)
+
+        patch.setattr(Together, "train", stopped)
+        with pytest.raises(sweep.SweepError, match="3 of 3 points failed"):
+            sweep.run(experiment, tmp_path / "sweep", together=True)
+    found = sweep.run(experiment, tmp_path / "sweep", together=True)
+    assert ensembles == [3, 3]
+    same(found, sweep.run(experiment, tmp_path / "apart"))
+
+
+def test_companies_on_workers_compute_the_same_bits(tmp_path, undisturbed):
+    same(sweep.run(small(sweep=GRID, **FEW), tmp_path / "sweep", workers=2, together=True), undisturbed)
+
+
+def test_companies_hold_each_point_once_and_keep_to_room_and_workers():
+    grid = {"teacher.polarity": [0.0, 1.0, 2.0], "student.overrealization": [1, 2]}
+    points = {str(i): single for i, (_, single) in enumerate(small(sweep=grid).points())}
+    points["flow"] = small(training__method="flow")
+    points["flow 2"] = small(training__method="flow")
+    two = 2 * max(map(costs.footprint, points.values()))
+    for workers, room in ((1, 1 << 40), (3, 1 << 40), (1, two), (1, 0)):
+        groups = sweep.companies(points, workers, room)
+        assert sorted(name for group in groups for name in group) == sorted(points)
+        assert len(groups) >= workers
+        for group in groups:
+            assert len({kinship(single) for single in group.values()}) == 1
+            assert len(group) == 1 or sum(map(costs.footprint, group.values())) <= room
+            assert len(group) == 1 or not any(name.startswith("flow") for name in group)
+    assert sorted(map(len, sweep.companies(points, 1, 1 << 40))) == [1, 1, 3, 3]

@@ -23,7 +23,7 @@ from tsdyn.schema import COORDINATES
 from tsdyn.schema import printable as _printable
 
 if TYPE_CHECKING:
-    from tsdyn.runner import Cost
+    from tsdyn.costs import Cost
     from tsdyn.runner import Progress as Report
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -39,6 +39,12 @@ Workers = Annotated[int | None, typer.Option(metavar="N", help="Share the runs o
 Scheduler = Annotated[
     str | None,
     typer.Option(metavar="ADDRESS", help="Share them among the workers of a dask scheduler, tcp://HOST:PORT."),
+]
+Company = Annotated[
+    bool | None,
+    typer.Option(
+        "--together/--apart", help="Train points whose students have one shape as one ensemble; on a GPU the default."
+    ),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")]
 Directory = Annotated[str, typer.Argument(metavar="DIR", help="A run, a sweep or an archive file.")]
@@ -97,13 +103,14 @@ def run(
     device: Device = "cpu",
     workers: Workers = None,
     scheduler: Scheduler = None,
+    together: Company = None,
     quiet: Quiet = False,
 ) -> None:
     """Run an experiment, or every point of its sweep; goes on from what was committed."""
     chosen = Experiment.from_toml(experiment)
     if changes:
         chosen = chosen.replace(dict(_assignment(text) for text in changes))
-    _run(chosen, local_path(output or Path("runs") / chosen.name), device, quiet, workers, scheduler)
+    _run(chosen, local_path(output or Path("runs") / chosen.name), device, quiet, workers, scheduler, together)
 
 
 @study.command("list")
@@ -132,6 +139,7 @@ def run_study(
     device: Device = "cpu",
     workers: Workers = None,
     scheduler: Scheduler = None,
+    together: Company = None,
     quiet: Quiet = False,
 ) -> None:
     """Run, measure and draw: leaves the archive, measured.nc and figure.png."""
@@ -143,7 +151,7 @@ def run_study(
     path = archive.local_path(output or Path("runs") / f"{name}-{scale}")
     work = module.EXPERIMENTS[scale]
     if isinstance(work, Experiment):
-        _run(work, path, device, quiet, workers, scheduler)
+        _run(work, path, device, quiet, workers, scheduler, together)
         found = archive.open(path)
     elif workers is not None or scheduler is not None:
         raise ExperimentError(
@@ -343,23 +351,23 @@ def _run(
     quiet: bool,
     workers: int | None = None,
     scheduler: str | None = None,
+    together: bool | None = None,
 ) -> None:
     from tsdyn import runner, sweep
 
+    shared: dict[str, Any] = {"device": device, "workers": workers, "scheduler": scheduler, "together": together}
     try:
         if scheduler is None:
             runner.check_device(device)
         if quiet:
-            sweep.run(experiment, path, device=device, workers=workers, scheduler=scheduler)
+            sweep.run(experiment, path, **shared)
             return
         sweep.preflight(experiment, path, workers=workers, scheduler=scheduler)
         due = sweep.due(experiment, path)
         costs = sweep.estimate(due, device=device if scheduler is None else "cpu")
         print(f"{experiment.name} -> {path}: {_announced(experiment, len(due), costs, workers or 1)}", flush=True)
         with _reporting(costs) as (report, point):
-            sweep.run(
-                experiment, path, device=device, workers=workers, scheduler=scheduler, progress=report, point=point
-            )
+            sweep.run(experiment, path, **shared, progress=report, point=point)
     except (runner.DeviceError, sweep.WorkersError) as error:
         raise _Unavailable(str(error)) from error
     except KeyboardInterrupt as error:  # here, for typer would make any of them exit 130 without a word
@@ -370,7 +378,7 @@ def _run(
 
 def _announced(experiment: Experiment, due: int, costs: Mapping[str, Cost], workers: int) -> str:
     """What is about to be done, in one line; several at once take their memory together."""
-    from tsdyn.runner import Cost
+    from tsdyn.costs import Cost
 
     runs = sum(1 for _ in experiment.points()) if experiment.sweep else 1
     counted = f"{runs} run{'s' * (runs > 1)}"
@@ -408,7 +416,7 @@ class _Whole:
         return sum(self._work[name] * share for name, share in self._share.items()) / sum(self._work.values())
 
     def __str__(self) -> str:
-        from tsdyn.runner import duration
+        from tsdyn.costs import duration
 
         done = sum(self._work[name] * (share - self._from[name]) for name, share in self._share.items())
         rest = sum(self._work.values()) * (1 - self.share)

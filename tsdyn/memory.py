@@ -40,6 +40,12 @@ def _of_the_machine() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
+def free(device: str | torch.device) -> int:
+    """Bytes that may still be taken, on this machine or a CUDA device of it."""
+    device = torch.device(device)
+    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else available()
+
+
 def refuse_beyond(caller: str, size: int, device: torch.device, way_out: str) -> None:
     """Raise before a result of `size` bytes is begun that `device` has no room for.
 
@@ -48,10 +54,10 @@ def refuse_beyond(caller: str, size: int, device: torch.device, way_out: str) ->
     """
     if size <= ALWAYS:
         return
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available()
-    if size > free:
+    room = free(device)
+    if size > room:
         raise MemoryError(
-            f"{caller}: the result needs {size / 1e9:.1f} GB, {free / 1e9:.1f} GB of memory are free; {way_out}"
+            f"{caller}: the result needs {size / 1e9:.1f} GB, {room / 1e9:.1f} GB of memory are free; {way_out}"
         )
 
 

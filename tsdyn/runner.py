@@ -9,40 +9,31 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import cache, cached_property
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 import xarray as xr
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
-from tsdyn import alignment, archive, data, deeptraining, flowtraining, memory, observables, schema, training
+from tsdyn import archive, flowtraining, memory, schema
 from tsdyn._version import __version__
 from tsdyn.archive import ArchiveError, Run
-from tsdyn.deepnets import DeepNetwork
-from tsdyn.deeptraining import DeepEnsemble
+from tsdyn.costs import COMMIT_BYTES, footprint
 from tsdyn.experiment import Experiment
 from tsdyn.interrupts import Stopped, stopping
-from tsdyn.networks import Network
-from tsdyn.observables import Measurement, Probe
-from tsdyn.students import draw_student
-from tsdyn.teachers import draw_teacher
-from tsdyn.training import Ensemble, Rule
+from tsdyn.members import Members, Together
+from tsdyn.training import Rule
 
 #: A segment is committed after this much work (0: after every epoch), ...
 COMMIT_SECONDS = 2.0
 #: ... or this share of the run so far if that is more, so that a run of days has hundreds of segments and not 100,000,
 #: ... and not before all commits together keep this share, so that a slow disk takes no more either, ...
 COMMIT_SHARE = 0.01
-#: ... but once its records hold this many bytes at the latest.
-COMMIT_BYTES = 1 << 27
-#: Fresh batches of a block of members are drawn in pieces of about this size.
-FRESH_BYTES = 1 << 26
+_SMALLER = "train fewer seeds a directory (seeds = [0, 1, ...]) or on less data (data.train, data.eval)"
 _log = logging.getLogger("tsdyn")
 
 
@@ -70,306 +61,6 @@ def _exact_products(device: str) -> None:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = os.environ.get("TSDYN_TF32") == "on"
 
 
-@dataclass(frozen=True)
-class Cost:
-    """What a run will take, estimated from shapes and a timed handful of steps.
-
-    Attributes:
-        members: Students trained side by side.
-        parameters: Numbers a student has.
-        memory: Bytes held at once.
-        disk: Bytes of the finished archive.
-        seconds: Wall time on this machine.
-    """
-
-    members: int
-    parameters: int
-    memory: int
-    disk: int
-    seconds: float
-
-    def __str__(self) -> str:
-        return (
-            f"{self.members} members of {self.parameters} parameters; about {self.memory / 1e6:.0f} MB of memory, "
-            f"{self.disk / 1e6:.1f} MB of disk, {duration(self.seconds)}"
-        )
-
-
-def duration(seconds: float) -> str:
-    """A time as one says it: ``40 s``, ``12 min``, ``3.5 h``."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-@dataclass
-class Members:
-    """All members of a run: teachers, data and the ensemble in training."""
-
-    experiment: Experiment
-    device: str = "cpu"
-
-    @cached_property
-    def teachers(self) -> list[Network | DeepNetwork]:
-        return [draw_teacher(self.experiment, seed).to(self.device) for seed in self.experiment.seed_labels]
-
-    @cached_property
-    def ensemble(self) -> Ensemble | DeepEnsemble:
-        pairs = zip(self.experiment.seed_labels, self.teachers, strict=True)
-        students = [draw_student(self.experiment, seed, t.to("cpu")) for seed, t in pairs]
-        kind: Any = DeepEnsemble if self.experiment.deep else Ensemble
-        ensemble: Ensemble | DeepEnsemble = kind.of(students, device=self.device)
-        return ensemble
-
-    @cached_property
-    def eval_probes(self) -> list[Probe]:
-        pairs = zip(self.experiment.seed_labels, self.teachers, strict=True)
-        draws = [(data.evaluation_inputs(self.experiment, seed), t, self._labels(seed, "eval")) for seed, t in pairs]
-        return [Probe(self._tensor(x), t, labels) for x, t, labels in draws]
-
-    @cached_property
-    def _finite(self) -> tuple[Tensor, Tensor]:
-        """Inputs and teacher outputs, (member, sample, ...); NaN beyond a member's own samples."""
-        inputs = pad_sequence([p.inputs for p in self._finite_probes], batch_first=True, padding_value=torch.nan)
-        return inputs, torch.stack([self._targets(i, x) for i, x in enumerate(inputs)])
-
-    def _targets(self, member: int, x: Tensor, classes: Tensor | None = None) -> Tensor:
-        """What a member learns on its inputs `x`, (sample, output): the teacher's outputs; with a cross entropy one-hot
-        rows of `classes`, of the data's labels (x then being the training set) or of the teacher's largest output.
-        """
-        law = self.experiment.training
-        with torch.no_grad():
-            output = self.teachers[member](x)
-        if law.loss == "mse":
-            return output
-        if law.labels == "data" and classes is None:
-            classes = self._finite_probes[member].labels
-        classes = output.argmax(1) if classes is None else classes
-        return torch.nn.functional.one_hot(classes, output.shape[1]).to(output.dtype)
-
-    def _labels(self, seed: int, part: Literal["train", "eval"]) -> Tensor | None:
-        """The data's own labels, where anything asks for them."""
-        asked = "label_accuracy" in schema.expand(self.experiment.record.observables)
-        if not asked and self.experiment.training.labels == "teacher":
-            return None
-        return self._tensor(data.labels(self.experiment, seed, part))
-
-    @cached_property
-    def _finite_probes(self) -> list[Probe]:
-        pairs = zip(self.experiment.seed_labels, self.teachers, strict=True)
-        return [Probe(self._training_set(s, t), t, self._labels(s, "train")) for s, t in pairs]
-
-    def _training_set(self, seed: int, teacher: Network | DeepNetwork) -> Tensor:
-        if isinstance(teacher, Network):
-            return alignment.training_set(self.experiment, seed, teacher)
-        return self._tensor(data.training_inputs(self.experiment, seed))
-
-    def train_probe(self, member: int, epoch: int) -> Probe:
-        """The set on which this member's training quantities are measured."""
-        if self.experiment.data.train != "fresh":
-            return self._finite_probes[member]
-        seed = self.experiment.seed_labels[member]
-        return Probe(self._tensor(data.training_inputs(self.experiment, seed, epoch)), self.teachers[member])
-
-    def stream(self, epoch: int) -> training.Stream:
-        """Batches of the epoch that ends at `epoch`."""
-        if data.new_at_every_step(self.experiment):
-            return lambda members: self._fresh(members, epoch)
-        if self.experiment.training.whole:
-            return training.finite_stream(*self._finite, None, steps=self.experiment.steps)
-        pairs = zip(self.experiment.seed_labels, self._finite_probes, strict=True)
-        draws = [data.batch_indices(self.experiment, seed, epoch, len(probe.inputs)) for seed, probe in pairs]
-        return training.finite_stream(*self._finite, torch.from_numpy(np.stack(draws)))
-
-    def _fresh(self, members: slice, epoch: int) -> Iterator[training.Batches]:
-        seeds = self.experiment.seed_labels[members]
-        classes = [None] * len(seeds) if self.experiment.training.labels == "teacher" else self._shown(members, epoch)
-        taken = 0
-        step = len(seeds) * self.experiment.training.batch * self.experiment.layout.input_width * 8
-        pieces = [
-            data.fresh_batches(self.experiment, seed, epoch, steps_at_once=max(1, FRESH_BYTES // step))
-            for seed in seeds
-        ]
-        for draws in zip(*pieces, strict=True):
-            steps, batch, _ = draws[0].shape
-            x = torch.stack([self._tensor(draw) for draw in draws]).flatten(1, 2)  # (member, sample, input)
-            y = torch.stack([
-                self._targets(member, part, None if shown is None else shown[taken : taken + steps].flatten())
-                for member, part, shown in zip(range(*members.indices(len(self.teachers))), x, classes, strict=True)
-            ])  # fmt: skip
-            taken += steps
-            rows = torch.arange(steps * batch).view(1, steps, batch).expand(len(seeds), -1, -1)
-            yield training.Batches(x, y, rows, steps)
-
-    def _shown(self, members: slice, epoch: int) -> list[Tensor]:
-        """Labels of the samples that each step of the epoch shows, (step, batch) a member."""
-        found = []
-        for seed, probe in zip(self.experiment.seed_labels[members], self._finite_probes[members], strict=True):
-            assert probe.labels is not None
-            rows = data.batch_indices(self.experiment, seed, epoch, len(probe.labels))
-            found.append(probe.labels[torch.from_numpy(rows).to(probe.labels.device)])
-        return found
-
-    def measure(self, epoch: int, variables: tuple[str, ...]) -> dict[str, Any]:
-        """One epoch of every member: variable → (seed,), or one (seed, node...) array a layer; NaN for the dead."""
-        found: list[dict[str, Any] | None] = []
-        for member in range(self.ensemble.members):
-            if self.ensemble.death_epoch[member] >= 0:
-                found.append(None)
-                continue
-            view = Measurement(
-                self.ensemble.network(member),
-                self.train_probe(member, epoch),
-                self.eval_probes[member],
-                self.experiment.record.band,
-                self.experiment.layout,
-                self.experiment.training.loss,
-                self.experiment.training.labels,
-            )
-            found.append(observables.measure(variables, view))
-        return {name: self._stacked(name, [None if f is None else f[name] for f in found]) for name in variables}
-
-    def _stacked(self, name: str, values: list[Any]) -> Any:
-        variable, dtype = schema.VARIABLES[name], self.experiment.dtype
-        if not variable.layered:
-            shape = self.experiment.layout.block(variable, None)
-            return np.stack([np.full(shape, np.nan, dtype) if v is None else np.asarray(v, dtype) for v in values])
-        layers = max((len(v) for v in values if v is not None), default=0)
-        shapes = [self.experiment.layout.block(variable, layer) for layer in range(1, layers + 1)]
-        return [
-            np.stack([np.full(shape, np.nan, dtype) if v is None else v[i] for v in values])
-            for i, shape in enumerate(shapes)
-        ]
-
-    def constants(self) -> dict[str, list[np.ndarray]]:
-        """The teachers' parameters, one (seed, node...) array a layer."""
-        depth = self.experiment.layout.depth
-        weights = [np.stack([t.weights[i].flatten(1).cpu().numpy() for t in self.teachers]) for i in range(depth)]
-        biases = []
-        for i in range(depth):
-            columns = [t.biases[i] for t in self.teachers]
-            biases.append(
-                np.stack(
-                    [
-                        np.zeros(w.shape[0], w.dtype) if b is None else b.cpu().numpy()
-                        for b, w in zip(columns, weights[i], strict=True)
-                    ]
-                )
-            )
-        return {"teacher_weight": weights, "teacher_bias": biases}
-
-    def state(self) -> dict[str, np.ndarray]:
-        """Everything the next epoch depends on; draws need no state, they are keyed by (seed, epoch)."""
-        ensemble = self.ensemble
-        found = {f"{kind}_{layer}": p.cpu().numpy() for kind, layer, p in _held(ensemble)}
-        for name, moments in ensemble.moments.items():
-            for (kind, layer, _), moment in zip(ensemble.parameters(), moments, strict=True):
-                found[f"{name}_{kind}_{layer}"] = moment.cpu().numpy()
-        return found | {"death_epoch": ensemble.death_epoch.numpy(), "steps": np.array(ensemble.steps)}
-
-    def restore(self, state: Mapping[str, np.ndarray]) -> None:
-        """Go on from a stored state."""
-        ensemble = self.ensemble
-        Rule.of(self.experiment.training, 1).prepare(ensemble)
-        for kind, layer, parameter in _held(ensemble):
-            parameter.copy_(torch.from_numpy(state[f"{kind}_{layer}"]))
-        for name, moments in ensemble.moments.items():
-            for (kind, layer, _), moment in zip(ensemble.parameters(), moments, strict=True):
-                moment.copy_(torch.from_numpy(state[f"{name}_{kind}_{layer}"]))
-        ensemble.death_epoch = torch.from_numpy(np.array(state["death_epoch"]))
-        ensemble.steps = int(state["steps"])
-
-    def train(self, epoch: int) -> list[int]:
-        """The epoch that ends at `epoch`; returns the seeds that died in it."""
-        rule = Rule.of(self.experiment.training, epoch)
-        if self.experiment.training.method == "flow":
-            assert isinstance(self.ensemble, Ensemble)
-            lasting = self.experiment.training.rate(epoch) * self.experiment.steps
-            flowtraining.train_epoch(self.ensemble, list(zip(*self._finite, strict=True)), rule, time=lasting)
-        elif isinstance(self.ensemble, DeepEnsemble):
-            deeptraining.train_epoch(self.ensemble, self.stream(epoch), rule, batch=self._batch)
-        else:
-            training.train_epoch(self.ensemble, self.stream(epoch), rule, batch=self._batch)
-        return [self.experiment.seed_labels[i] for i in self.ensemble.bury(epoch)]
-
-    @property
-    def _batch(self) -> int:
-        return len(self._finite[0][0]) if self.experiment.training.whole else self.experiment.training.batch
-
-    def _tensor(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(self.device)
-
-
-def _held(ensemble: Ensemble | DeepEnsemble) -> list[tuple[str, int, Tensor]]:
-    """(kind, layer, tensor) of parameters and running statistics."""
-    return ensemble.parameters() + (ensemble.buffers() if isinstance(ensemble, DeepEnsemble) else [])
-
-
-def estimate(experiment: Experiment, *, device: str = "cpu") -> Cost:
-    """What `experiment` (one run, no sweep) will take; times a few steps and one measurement of one member."""
-    layout, members = experiment.layout, len(experiment.seed_labels)
-    flow = experiment.training.method == "flow"  # whose time an epoch is no sum of its steps'
-    seeds = list(experiment.seed_labels[: 1 if flow else 8])
-    few = experiment.replace({"seeds": seeds, "data.eval": min(512, experiment.data.eval)})
-    steps = experiment.steps if flow else min(experiment.steps, 60)
-    few = few.replace({"training.steps_per_epoch": steps})
-    if isinstance(experiment.data.train, int) and not experiment.training.whole:
-        few = few.replace({"data.train": min(experiment.data.train, max(512, experiment.training.batch))})
-    memory.refuse_beyond("estimate", footprint(few), torch.device(device), "narrower networks, fewer samples")
-    trial = Members(few, device)
-    variables = schema.expand(experiment.record.observables)
-    per_step = _quickest(lambda: trial.train(1)) / steps / trial.ensemble.members
-    per_sample = _quickest(lambda: trial.measure(0, variables)) / trial.ensemble.members / few.data.eval
-    recorded = len(experiment.schedule)
-    seconds = members * (
-        per_step * experiment.steps * experiment.training.epochs + per_sample * experiment.data.eval * recorded
-    )
-    train = None
-    if isinstance(experiment.data.train, int) and isinstance(few.data.train, int):
-        train = experiment.data.train * len(trial.train_probe(0, 0).inputs) // few.data.train
-    parameters = sum(p[0].numel() for _, _, p in trial.ensemble.parameters())
-    epoch = archive.bytes_per_epoch(layout, variables, experiment.dtype)
-    return Cost(members, parameters, footprint(experiment, train=train), epoch * recorded, seconds)
-
-
-def footprint(experiment: Experiment, *, train: int | None = None) -> int:
-    """Bytes that a run of `experiment` holds at once, from shapes alone; nothing is drawn.
-
-    The members' samples with the teacher's activations on them, parameters, moments and gradients; and the records of
-    a segment three times: as measured, stacked, and as the file made of them.
-
-    Args:
-        experiment: One run, no sweep.
-        train: Samples of a member's training set, where augmentation makes that another number than ``data.train``.
-    """
-    layout = experiment.layout
-    if train is None:
-        points = 2 * layout.input_width + 1 if experiment.data.augment == "agnostic" else 1
-        train = points * experiment.data.train if isinstance(experiment.data.train, int) else 0
-    samples = (train + experiment.data.eval) * (layout.input_width + 2 * sum(layout.teacher_widths))
-    parameters = sum(n * (below + 1) for n, below in zip(layout.widths, layout.input_widths, strict=True))
-    parameters += sum(
-        n * (below + 1) for n, below in zip(layout.teacher_widths, layout.teacher_input_widths, strict=True)
-    )
-    numbers = len(layout.seeds) * (samples + 4 * parameters)
-    if experiment.training.method == "flow":  # the Hessian of one member, its factors and what becomes of it
-        numbers += 4 * sum(n * (below + 1) for n, below in zip(layout.widths, layout.input_widths, strict=True)) ** 2
-    epoch = archive.bytes_per_epoch(layout, schema.expand(experiment.record.observables), experiment.dtype)
-    whole = epoch * len(experiment.schedule)
-    return numbers * np.dtype(experiment.dtype).itemsize + 3 * min(max(COMMIT_BYTES, epoch), whole)
-
-
-def _quickest(work: Callable[[], object], *, times: int = 3) -> float:
-    """Seconds of the quickest of a few calls: the first ones warm caches, others may be disturbed."""
-
-    def once() -> float:
-        start = time.perf_counter()
-        work()
-        return time.perf_counter() - start
-
-    return min(once() for _ in range(times))
-
-
 #: Called after each epoch with (epoch, epochs, seeds that died, evaluation mse or None).
 Progress = Callable[[int, int, list[int], "float | None"], None]
 
@@ -395,62 +86,143 @@ def run(
         MemoryError: if the members would not fit, before any is drawn.
         Stopped: after SIGINT or SIGTERM, once the epoch in work is committed.
     """
-    check_device(device)
-    _exact_products(device)
-    memory.refuse_beyond(
-        "run",
-        footprint(experiment),
-        torch.device(device),
-        "train fewer seeds a directory (seeds = [0, 1, ...]) or on less data (data.train, data.eval)",
-    )
-    with Run(path, experiment) as target, stopping() as asked:
-        if not target.finished:
-            _train(target, Members(experiment, device), progress, asked)
+    failed = run_together({Path(path): experiment}, device=device, progress={Path(path): progress})
+    for error in failed.values():
+        raise error
     return archive.open(path)
 
 
-def _train(target: Run, members: Members, progress: Progress | None, asked: Callable[[], int | None]) -> None:
-    experiment = target.experiment
-    variables = schema.expand(experiment.record.observables)
-    attrs = attributes(experiment, members.device)
-    recorded, last = set(experiment.schedule), experiment.training.epochs
-    committed = target.committed()
-    start = 0
-    if committed is not None:
-        state, before = target.state()
-        _say_what_changed(target.path, before, attrs)
-        members.restore(_of_this_shape(target.path, state, members))
-        start = committed + 1
-    pending: list[dict[str, Any]] = []
-    epochs: list[int] = []
-    first, began, took, spent = start, time.monotonic(), 0.0, 0.0
-    clock = began
-    for epoch in range(start, last + 1):
-        died = members.train(epoch) if epoch else []
-        if epoch in recorded:
-            pending.append(members.measure(epoch, variables))
-            epochs.append(epoch)
-        if progress is not None:
-            progress(epoch, last, died, _mean_mse(pending[-1]) if epoch in recorded else None)
-        full = len(pending) * target.bytes_per_epoch >= COMMIT_BYTES
-        now = time.monotonic()
-        if epoch == last or full or _due(now - began, now - clock, took, spent) or asked() is not None:
-            records = _along_epochs(pending) if pending else {}
-            target.commit(
-                first,
-                epoch,
-                epochs,
-                {**records, **(members.constants() if first == 0 else {})},
-                members.state(),
-                attrs,
-            )
-            pending, epochs, first, clock = [], [], epoch + 1, time.monotonic()
-            took = clock - now
-            spent += took
-            stop = asked()
-            if stop is not None:
-                raise Stopped(stop)
-    target.consolidate(attrs)
+def run_together(
+    experiments: Mapping[Path, Experiment],
+    *,
+    device: str = "cpu",
+    progress: Mapping[Path, Progress | None] | None = None,
+) -> dict[Path, Exception]:
+    """Experiments of one `kinship` trained as one ensemble, each into its own directory, as `run` would.
+
+    Those that were committed up to different epochs go on in ensembles of their own.
+
+    Args:
+        experiments: Directory → experiment.
+        device: As `run`.
+        progress: Directory → who is told after every epoch.
+
+    Returns:
+        Directory → error of those that failed; the others are done.
+
+    Raises:
+        DeviceError, Stopped: as `run`.
+    """
+    check_device(device)
+    _exact_products(device)
+    failed: dict[Path, Exception] = {}
+    with ExitStack() as held, stopping() as asked:
+        begun: dict[int, list[_Point]] = {}
+        room = sum(map(footprint, experiments.values()))
+        for path, experiment in experiments.items():
+            try:
+                memory.refuse_beyond("run", room, torch.device(device), _SMALLER)
+                target = held.enter_context(Run(path, experiment))
+                if not target.finished:
+                    point = _Point(path, target, Members(experiment, device), (progress or {}).get(path))
+                    begun.setdefault(point.begin(), []).append(point)
+            except Exception as error:  # whatever it is, the others go on
+                failed[path] = error
+        for start, points in begun.items():
+            _train(points, start, asked, failed)
+    return failed
+
+
+class _Point:
+    """One experiment in training: what was measured since its last commit, and where that goes."""
+
+    def __init__(self, path: Path, target: Run, members: Members, progress: Progress | None) -> None:
+        self.path, self.members = path, members
+        self._target, self._progress, self._experiment = target, progress, members.experiment
+        self._variables = schema.expand(self._experiment.record.observables)
+        self._attrs = attributes(self._experiment, members.device)
+        self._schedule = set(self._experiment.schedule)
+        self._pending: list[dict[str, Any]] = []
+        self._epochs: list[int] = []
+        self._first = 0
+        self.died: list[int] = []  #: seeds that did in the epoch that ended
+
+    def begin(self) -> int:
+        """The first epoch to do; goes on from what is committed."""
+        committed = self._target.committed()
+        if committed is not None:
+            state, before = self._target.state()
+            _say_what_changed(self._target.path, before, self._attrs)
+            self.members.restore(_of_this_shape(self._target.path, state, self.members))
+            self._first = committed + 1
+        else:
+            _ = self.members.ensemble  # drawn here, so that what cannot be drawn fails by itself
+        return self._first
+
+    def measure(self, epoch: int) -> None:
+        """Record the epoch if it is due to be, and tell of it."""
+        recorded = epoch in self._schedule
+        if recorded:
+            self._pending.append(self.members.measure(epoch, self._variables))
+            self._epochs.append(epoch)
+        if self._progress is not None:
+            mse = _mean_mse(self._pending[-1]) if recorded else None
+            self._progress(epoch, self._experiment.training.epochs, self.died, mse)
+
+    @property
+    def pending_bytes(self) -> int:
+        return len(self._pending) * self._target.bytes_per_epoch
+
+    def commit(self, epoch: int) -> None:
+        records = _along_epochs(self._pending) if self._pending else {}
+        constants = self.members.constants() if self._first == 0 else {}
+        state = self.members.state()
+        self._target.commit(self._first, epoch, self._epochs, {**records, **constants}, state, self._attrs)
+        self._pending, self._epochs, self._first = [], [], epoch + 1
+
+    def finish(self) -> None:
+        self._target.consolidate(self._attrs)
+
+
+def _train(points: list[_Point], start: int, asked: Callable[[], int | None], failed: dict[Path, Exception]) -> None:
+    """Epochs from `start` on, of all points in step; what fails of one is noted in `failed`, and the others go on."""
+    going = list(points)
+
+    def each(work: Callable[..., None], *given: int) -> None:
+        for point in list(going):
+            try:
+                work(point, *given)
+            except Exception as error:
+                failed[point.path] = error
+                going.remove(point)
+
+    last = points[0].members.experiment.training.epochs
+    began = clock = time.monotonic()
+    took = spent = 0.0
+    try:
+        together = Together([point.members for point in points]) if len(points) > 1 else None
+        for epoch in range(start, last + 1):
+            if epoch:
+                died = together.train(epoch) if together else [points[0].members.train(epoch)]
+                for point, seeds in zip(points, died, strict=True):
+                    point.died = seeds
+            each(_Point.measure, epoch)
+            full = sum(point.pending_bytes for point in going) >= COMMIT_BYTES
+            now = time.monotonic()
+            if epoch == last or full or _due(now - began, now - clock, took, spent) or asked() is not None:
+                each(_Point.commit, epoch)
+                clock = time.monotonic()
+                took = clock - now
+                spent += took
+                stop = asked()
+                if stop is not None:
+                    raise Stopped(stop)
+            if not going:
+                return
+    except Exception as error:
+        failed.update({point.path: error for point in going})
+        return
+    each(_Point.finish)
 
 
 def _due(elapsed: float, since: float, took: float, spent: float) -> bool:

@@ -1,4 +1,4 @@
-"""A grid of experiments: one run a point, one directory, one Dataset; in this process or on dask workers.
+"""A grid of experiments: one directory a point, one Dataset; in this process or on dask workers.
 
 A point that fails does not stop the others; a worker that dies takes nothing along, because its point goes on from
 the epoch it last committed.
@@ -10,16 +10,17 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import xarray as xr
 
-from tsdyn import archive, grid, memory, runner
+from tsdyn import archive, costs, grid, memory, runner
 from tsdyn.durable import ArchiveError
 from tsdyn.experiment import Experiment, ExperimentError
+from tsdyn.members import kinship
 from tsdyn.segments import segments
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def _points(experiment: Experiment) -> dict[str, Experiment]:
     return {grid.point_name(values): single for values, single in experiment.points()}
 
 
-def estimate(points: Mapping[str, Experiment], *, device: str = "cpu") -> dict[str, runner.Cost]:
+def estimate(points: Mapping[str, Experiment], *, device: str = "cpu") -> dict[str, costs.Cost]:
     """What each point will take; of those with the same shapes and settings one is timed, for all of them.
 
     Real numbers, such as rates and scales, cost no time.  Points of a sweep that cannot begin are left out: they fail
@@ -94,13 +95,13 @@ def estimate(points: Mapping[str, Experiment], *, device: str = "cpu") -> dict[s
         DeviceError: if there is no such device.
         ExperimentError: if an experiment without a sweep cannot begin.
     """
-    known: dict[Any, runner.Cost] = {}
+    known: dict[Any, costs.Cost] = {}
     found = {}
     for name, single in points.items():
         kind = single.layout, json.dumps(_without_reals(single.as_dict()), sort_keys=True)
         try:
             if kind not in known:
-                known[kind] = runner.estimate(single, device=runner.check_device(device))
+                known[kind] = costs.estimate(single, device=runner.check_device(device))
         except ExperimentError:
             if name == ".":
                 raise
@@ -124,6 +125,7 @@ def run(
     device: str = "cpu",
     workers: int | None = None,
     scheduler: str | None = None,
+    together: bool | None = None,
     progress: runner.Progress | None = None,
     point: PointProgress | None = None,
 ) -> xr.Dataset:
@@ -137,6 +139,9 @@ def run(
         device: ``cpu``, ``cuda`` or ``cuda:0``.
         workers: Processes on this machine that share the points, one thread each; None runs them here, in turn.
         scheduler: Address of a dask scheduler, such as ``tcp://10.0.0.1:8786``, whose workers share the points.
+        together: Whether points whose students have the same shape train as one ensemble, as many as have room
+            (`companies`); None: on a GPU, which wants many members at once.  On a CPU the compiled kernel trains
+            member by member and gains nothing by it.
         progress: Told after every epoch, see `runner.Progress`; by workers twice a second at most.
         point: For a sweep, told before each point; returns that point's progress, None for `progress`.
 
@@ -159,28 +164,37 @@ def run(
     points = archive.write_sweep(path, experiment) if experiment.sweep else {".": experiment}
     left = due(experiment, path)
     keeper = _IndexKeeper(path)
-    tell = {}
-    for position, (name, single) in enumerate(points.items(), start=1):
-        if name in left and distributed:
-            tell[name] = (point(position, len(points), name, single) if point else None) or progress
+    places = {name: position for position, name in enumerate(points, start=1)}
     failures: dict[str, str] = {}
+
+    def telling(names: Iterable[str]) -> dict[str, runner.Progress | None]:
+        return {n: (point(places[n], len(points), n, left[n]) if point else None) or progress for n in names}
+
+    def ended(name: str, reason: str | None) -> None:
+        if reason is not None:
+            failures[name] = reason
+        keeper.note(name)
+
+    if together is None:
+        together = device != "cpu"
     if distributed and left:
         at_once = workers and fitting(workers, left)
         with _client(at_once, scheduler) as client:
-            for name, error in _on_workers(client, left, path, device, tell, at_once or len(left)):
-                keeper.note(name)
-                if error is not None:
-                    failures[name] = _reason(error)
-    elif not distributed:
-        for position, (name, single) in enumerate(points.items(), start=1):
-            if name not in left:
-                continue
-            own = point(position, len(points), name, single) if point else None
-            try:
-                runner.run(single, path / name, device=device, progress=own or progress)
-                keeper.note(name)
-            except Exception as error:  # whatever it is, the other points go on
-                failures[name] = _reason(error)
+            groups = _apart(left)
+            if together:
+                busy = at_once or max(1, len(client.scheduler_info(n_workers=-1)["workers"]))
+                room = client.submit(memory.free, device, pure=False).result()
+                groups = companies(left, busy, room // (at_once or 1))  # workers elsewhere have memory of their own
+            tell = telling(left)
+            for name, reason in _on_workers(client, groups, path, device, tell, at_once or len(left)):
+                ended(name, reason)
+    elif left:
+        for group in companies(left, 1, memory.free(device)) if together else _apart(left):
+            reports = {path / name: report for name, report in telling(group).items()}
+            paths = {path / name: single for name, single in group.items()}
+            failed = runner.run_together(paths, device=device, progress=reports)
+            for name in group:
+                ended(name, _reason(failed[path / name]) if path / name in failed else None)
     if experiment.sweep:
         keeper.write(points)
     if failures:
@@ -224,12 +238,36 @@ class _IndexKeeper:
             logging.getLogger("tsdyn").warning("%s", error)
 
 
+def _apart(points: Mapping[str, Experiment]) -> list[dict[str, Experiment]]:
+    return [{name: single} for name, single in points.items()]
+
+
+def companies(points: Mapping[str, Experiment], workers: int, room: int) -> list[dict[str, Experiment]]:
+    """Points divided into ensembles: of one `kinship` each, and each of at most `room` bytes.
+
+    Args:
+        points: Directory name → experiment.
+        workers: Who share them: none is left idle for the sake of a larger ensemble.
+        room: What one worker has of memory, in bytes; a point that takes more by itself stays one.
+    """
+    alike: dict[object, list[dict[str, Experiment]]] = {}
+    sizes = {name: costs.footprint(single) for name, single in points.items()}
+    for name, single in points.items():
+        kin = kinship(single)
+        groups = alike.setdefault(name if kin is None else kin, [{}])
+        last = groups[-1]
+        if last and (len(last) * workers >= len(points) or sum(map(sizes.__getitem__, [*last, name])) > room):
+            groups.append({})
+        groups[-1][name] = single
+    return [group for groups in alike.values() for group in groups]
+
+
 # --- on workers ----------------------------------------------------------------------------------------------
 
 
 def fitting(workers: int, points: Mapping[str, Experiment]) -> int:
     """`workers`, or as many as have room in memory for the largest of the points each; one at least."""
-    largest = max(runner.footprint(single) for single in points.values())
+    largest = max(costs.footprint(single) for single in points.values())
     room = max(1, memory.available() // max(1, largest))
     if room < workers:
         logging.getLogger("tsdyn").warning(
@@ -270,15 +308,15 @@ def _client(workers: int | None, scheduler: str | None) -> Iterator[Client]:
 
 def _on_workers(
     client: Client,
-    due: Mapping[str, Experiment],
+    groups: Sequence[Mapping[str, Experiment]],
     path: Path,
     device: str,
     tell: Mapping[str, runner.Progress | None],
     at_once: int,
-) -> Iterator[tuple[str, BaseException | None]]:
-    """Each point as it ends, with the error that ended it.
+) -> Iterator[tuple[str, str | None]]:
+    """Each point as its group ends, with why it failed.
 
-    The scheduler is given no more than `at_once` points: it hands out all it has at once, and does not take back what a
+    The scheduler is given no more than `at_once` groups: it hands out all it has at once, and does not take back what a
     busy worker has waiting when another is idle.  The longest begin first, so that none is left to the end.
     """
     from distributed import KilledWorker, as_completed
@@ -291,38 +329,43 @@ def _on_workers(
         if report is not None:
             report(told["epoch"], told["epochs"], list(told["died"]), told["mse"])  # lists arrive as tuples
 
-    def submit(name: str) -> Any:
-        key = f"{name}-{uuid.uuid4().hex[:8]}"
-        return client.submit(_work, due[name].to_toml(), str(path / name), name, device, topic, key=key, pure=False)
+    def submit(group: Mapping[str, Experiment]) -> Any:
+        key = f"{next(iter(group))}-{uuid.uuid4().hex[:8]}"
+        texts = {name: single.to_toml() for name, single in group.items()}
+        future = client.submit(_work, texts, str(path), device, topic, key=key, pure=False)
+        futures[future] = group
+        return future
 
     client.subscribe_topic(topic, hear)
-    waiting = sorted(due, key=lambda name: _work_in(due[name]))
-    futures: dict[Any, str] = {}
-    for _ in range(min(at_once, len(waiting))):
-        name = waiting.pop()
-        futures[submit(name)] = name
-    fruitless = dict.fromkeys(due, 0)
-    reached = {name: _reached(path / name) for name in due}
+    waiting = sorted(groups, key=lambda group: sum(map(_work_in, group.values())))
+    futures: dict[Any, Mapping[str, Experiment]] = {}
+    names = [name for group in groups for name in group]
+    fruitless, reached = dict.fromkeys(names, 0), {name: _reached(path / name) for name in names}
     try:
-        running = as_completed(list(futures))
+        running = as_completed([submit(waiting.pop()) for _ in range(min(at_once, len(waiting)))])
         for future in running:
-            name = futures.pop(future)
+            group = futures.pop(future)
             error = future.exception()
             if isinstance(error, KilledWorker):
-                now = _reached(path / name)
-                fruitless[name] = 0 if now > reached[name] else fruitless[name] + 1
-                reached[name] = now
-                if fruitless[name] < FRUITLESS:
-                    again = submit(name)
-                    futures[again] = name
-                    running.add(again)
+                again = {}
+                for name, single in group.items():
+                    now = _reached(path / name)
+                    fruitless[name] = 0 if now > reached[name] else fruitless[name] + 1
+                    reached[name] = now
+                    if fruitless[name] < FRUITLESS:
+                        again[name] = single
+                    else:
+                        yield name, _reason(error)
+                if again:
+                    running.add(submit(again))
                     continue
             if waiting:
-                name_of_next = waiting.pop()
-                following = submit(name_of_next)
-                futures[following] = name_of_next
-                running.add(following)
-            yield name, error
+                running.add(submit(waiting.pop()))
+            if isinstance(error, KilledWorker):
+                continue
+            failed = {} if error is not None else future.result()
+            for name in group:
+                yield name, _reason(error) if error is not None else failed.get(name)
     finally:
         client.cancel(list(futures))
         client.unsubscribe_topic(topic)
@@ -344,23 +387,32 @@ def _reached(path: Path) -> int:
     return found[-1].last if found else -1
 
 
-def _work(experiment: str, path: str, name: str, device: str, topic: str) -> None:
-    """What a worker does: one point, resumed; tells of its epochs on `topic`."""
+def _work(texts: Mapping[str, str], path: str, device: str, topic: str) -> dict[str, str]:
+    """What a worker does: a group of points, resumed; tells of their epochs on `topic`.  Why which failed."""
     import torch
     from distributed import get_worker
 
     worker = get_worker()
     torch.set_num_threads(worker.state.nthreads)
-    told = [-TELL_SECONDS]
-    died: list[int] = []
 
-    def tell(epoch: int, epochs: int, dead: list[int], mse: float | None) -> None:
-        died.extend(dead)
-        if epoch == epochs or time.monotonic() - told[0] >= TELL_SECONDS:
-            news = {"name": name, "epoch": epoch, "epochs": epochs, "died": list(died), "mse": mse}
-            worker.log_event(topic, news)
-            told[0] = time.monotonic()
-            died.clear()
+    def teller(name: str) -> runner.Progress:
+        told = [-TELL_SECONDS]
+        died: list[int] = []
 
-    runner.check_device(device)
-    runner.run(Experiment.from_toml_text(experiment), path, device=device, progress=tell)
+        def tell(epoch: int, epochs: int, dead: list[int], mse: float | None) -> None:
+            died.extend(dead)
+            if epoch == epochs or time.monotonic() - told[0] >= TELL_SECONDS:
+                news = {"name": name, "epoch": epoch, "epochs": epochs, "died": list(died), "mse": mse}
+                worker.log_event(topic, news)
+                told[0] = time.monotonic()
+                died.clear()
+
+        return tell
+
+    paths = {name: Path(path) / name for name in texts}
+    failed = runner.run_together(
+        {paths[name]: Experiment.from_toml_text(text) for name, text in texts.items()},
+        device=device,
+        progress={paths[name]: teller(name) for name in texts},
+    )
+    return {name: _reason(failed[at]) for name, at in paths.items() if at in failed}

@@ -62,6 +62,33 @@ class Ensemble:
             first.activation,
         )
 
+    @classmethod
+    def joined(cls, parts: Sequence[Ensemble]) -> Ensemble:
+        """The members of several ensembles of one shape; copies.
+
+        Raises:
+            ValueError: if they took different numbers of steps.
+        """
+        first = parts[0]
+        if any(part.steps != first.steps for part in parts):
+            raise ValueError(
+                f"Ensemble.joined: took {[part.steps for part in parts]} steps; all must have taken as many"
+            )
+        return cls(
+            [torch.cat([part.weights[i] for part in parts]) for i in range(first.depth)],
+            [
+                None if first.biases[i] is None else torch.cat([_present(part.biases[i]) for part in parts])
+                for i in range(first.depth)
+            ],
+            first.activation,
+            {
+                name: [torch.cat(of) for of in zip(*(part.moments[name] for part in parts), strict=True)]
+                for name in first.moments
+            },
+            first.steps,
+            torch.cat([part.death_epoch for part in parts]),
+        )
+
     @property
     def members(self) -> int:
         return len(self.weights[0])

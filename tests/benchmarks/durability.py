@@ -18,7 +18,8 @@ import netCDF4
 import torch
 
 import tsdyn
-from tsdyn import netcdf, runner, schema, segments
+from tsdyn import netcdf, schema, segments
+from tsdyn.members import Members
 
 
 def experiment(epochs: int, steps: int) -> tsdyn.Experiment:
@@ -86,7 +87,7 @@ def until_training(of: tsdyn.Experiment, path: Path) -> float:
         raise Reached
 
     start = time.perf_counter()
-    with patch.object(runner.Members, "train", stop):
+    with patch.object(Members, "train", stop):
         try:
             tsdyn.run(of, path)
         except Reached:

@@ -17,11 +17,12 @@ from unittest.mock import patch
 import torch
 
 import tsdyn
-from tsdyn import forward, runner, segments
+from tsdyn import forward, segments
+from tsdyn.members import Members
 
 PARTS = {
-    "training": (runner.Members, "train"),
-    "recording": (runner.Members, "measure"),
+    "training": (Members, "train"),
+    "recording": (Members, "measure"),
     "committing": (segments.Run, "commit"),
     "joining": (segments.Run, "consolidate"),
 }

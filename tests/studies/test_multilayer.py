@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from tsdyn import data, studies
-from tsdyn.runner import Members
+from tsdyn.members import Members
 from tsdyn.students import draw_student
 from tsdyn.teachers import draw_teacher
 

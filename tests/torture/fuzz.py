@@ -27,9 +27,10 @@ from dask.distributed import Client as Client
 import tsdyn
 from tests.cases import small
 from tests.torture.harness import FINISHED, SEGMENTED, fork, fresh, same, training
-from tsdyn import cli, durable, integrity, runner, sweep
+from tsdyn import cli, costs, durable, integrity, runner, sweep
 from tsdyn.archive import ArchiveError
 from tsdyn.experiment import Experiment, ExperimentError
+from tsdyn.members import Members
 
 HERE = Path(__file__).resolve().parent
 #: What a child may take beyond what it was forked with, for files below 1 MB; seconds of work; seconds in all.
@@ -346,8 +347,8 @@ def experiments(scratch: Path, rng: random.Random, number: int) -> str:
                 return {"fate": "refused" if code == 2 and len(str(error)) < 20_000 else "wrong", "words": said[:300]}
             assert Experiment.from_toml_text(accepted.to_toml()) == accepted
             points = [single for _, single in accepted.points()]
-            if len(points) == 1 and runner.footprint(points[0]) < MEMORY // 8:
-                _ = runner.Members(points[0]).ensemble
+            if len(points) == 1 and costs.footprint(points[0]) < MEMORY // 8:
+                _ = Members(points[0]).ensemble
             return {"fate": "accepted" if code in (0, 1, 2) else "wrong", "words": said[:300]}
 
         found = limited(work)

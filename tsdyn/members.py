@@ -1,0 +1,336 @@
+"""The members of a run, and of several runs that share one program: drawn, trained, measured, stored and restored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from tsdyn import alignment, data, deeptraining, flowtraining, observables, schema, training
+from tsdyn.deepnets import DeepNetwork
+from tsdyn.deeptraining import DeepEnsemble
+from tsdyn.experiment import Experiment
+from tsdyn.networks import Network
+from tsdyn.observables import Measurement, Probe
+from tsdyn.students import draw_student
+from tsdyn.teachers import draw_teacher
+from tsdyn.training import Ensemble, Rule
+
+#: Fresh batches of a block of members are drawn in pieces of about this size.
+FRESH_BYTES = 1 << 26
+
+
+@dataclass
+class Members:
+    """All members of a run: teachers, data and the ensemble in training."""
+
+    experiment: Experiment
+    device: str = "cpu"
+
+    @cached_property
+    def teachers(self) -> list[Network | DeepNetwork]:
+        return [draw_teacher(self.experiment, seed).to(self.device) for seed in self.experiment.seed_labels]
+
+    @cached_property
+    def ensemble(self) -> Ensemble | DeepEnsemble:
+        pairs = zip(self.experiment.seed_labels, self.teachers, strict=True)
+        students = [draw_student(self.experiment, seed, t.to("cpu")) for seed, t in pairs]
+        kind: Any = DeepEnsemble if self.experiment.deep else Ensemble
+        ensemble: Ensemble | DeepEnsemble = kind.of(students, device=self.device)
+        return ensemble
+
+    @cached_property
+    def eval_probes(self) -> list[Probe]:
+        pairs = zip(self.experiment.seed_labels, self.teachers, strict=True)
+        draws = [(data.evaluation_inputs(self.experiment, seed), t, self._labels(seed, "eval")) for seed, t in pairs]
+        return [Probe(self._tensor(x), t, labels) for x, t, labels in draws]
+
+    @cached_property
+    def finite(self) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of the training sets, (member, sample, ...); NaN beyond a member's own samples."""
+        return _side_by_side([self])
+
+    def targets(self, member: int, x: Tensor, classes: Tensor | None = None) -> Tensor:
+        """What a member learns on its inputs `x`, (sample, output): the teacher's outputs; with a cross entropy one-hot
+        rows of `classes`, of the data's labels (x then being the training set) or of the teacher's largest output.
+        """
+        law = self.experiment.training
+        with torch.no_grad():
+            output = self.teachers[member](x)
+        if law.loss == "mse":
+            return output
+        if law.labels == "data" and classes is None:
+            classes = self._finite_probes[member].labels
+        classes = output.argmax(1) if classes is None else classes
+        return torch.nn.functional.one_hot(classes, output.shape[1]).to(output.dtype)
+
+    def _labels(self, seed: int, part: Literal["train", "eval"]) -> Tensor | None:
+        """The data's own labels, where anything asks for them."""
+        asked = "label_accuracy" in schema.expand(self.experiment.record.observables)
+        if not asked and self.experiment.training.labels == "teacher":
+            return None
+        return self._tensor(data.labels(self.experiment, seed, part))
+
+    @cached_property
+    def _finite_probes(self) -> list[Probe]:
+        pairs = zip(self.experiment.seed_labels, self.teachers, strict=True)
+        return [Probe(self._training_set(s, t), t, self._labels(s, "train")) for s, t in pairs]
+
+    def _training_set(self, seed: int, teacher: Network | DeepNetwork) -> Tensor:
+        if isinstance(teacher, Network):
+            return alignment.training_set(self.experiment, seed, teacher)
+        return self._tensor(data.training_inputs(self.experiment, seed))
+
+    def train_probe(self, member: int, epoch: int) -> Probe:
+        """The set on which this member's training quantities are measured."""
+        if self.experiment.data.train != "fresh":
+            return self._finite_probes[member]
+        seed = self.experiment.seed_labels[member]
+        return Probe(self._tensor(data.training_inputs(self.experiment, seed, epoch)), self.teachers[member])
+
+    def stream(self, epoch: int) -> training.Stream:
+        """Batches of the epoch that ends at `epoch`."""
+        if data.new_at_every_step(self.experiment):
+            return lambda members: self.fresh(
+                members, epoch, self.steps_at_once(len(range(len(self.teachers))[members]))
+            )
+        return training.finite_stream(*self.finite, self.rows(epoch), steps=self.experiment.steps)
+
+    def rows(self, epoch: int) -> Tensor | None:
+        """Which samples make the batches of that epoch, (member, step, batch); None: all of them each."""
+        if self.experiment.training.whole:
+            return None
+        pairs = zip(self.experiment.seed_labels, self._finite_probes, strict=True)
+        draws = [data.batch_indices(self.experiment, seed, epoch, len(probe.inputs)) for seed, probe in pairs]
+        return torch.from_numpy(np.stack(draws))
+
+    def steps_at_once(self, members: int) -> int:
+        """Steps whose new samples are drawn together for so many members."""
+        step = members * self.experiment.training.batch * self.experiment.layout.input_width * 8
+        return max(1, FRESH_BYTES // step)
+
+    def fresh(self, members: slice, epoch: int, steps_at_once: int) -> Iterator[training.Batches]:
+        """Batches of which no two have a sample in common, drawn some steps at a time."""
+        seeds = self.experiment.seed_labels[members]
+        classes = [None] * len(seeds) if self.experiment.training.labels == "teacher" else self._shown(members, epoch)
+        taken = 0
+        pieces = [data.fresh_batches(self.experiment, seed, epoch, steps_at_once=steps_at_once) for seed in seeds]
+        for draws in zip(*pieces, strict=True):
+            steps, batch, _ = draws[0].shape
+            x = torch.stack([self._tensor(draw) for draw in draws]).flatten(1, 2)  # (member, sample, input)
+            y = torch.stack([
+                self.targets(member, part, None if shown is None else shown[taken : taken + steps].flatten())
+                for member, part, shown in zip(range(*members.indices(len(self.teachers))), x, classes, strict=True)
+            ])  # fmt: skip
+            taken += steps
+            rows = torch.arange(steps * batch).view(1, steps, batch).expand(len(seeds), -1, -1)
+            yield training.Batches(x, y, rows, steps)
+
+    def _shown(self, members: slice, epoch: int) -> list[Tensor]:
+        """Labels of the samples that each step of the epoch shows, (step, batch) a member."""
+        found = []
+        for seed, probe in zip(self.experiment.seed_labels[members], self._finite_probes[members], strict=True):
+            assert probe.labels is not None
+            rows = data.batch_indices(self.experiment, seed, epoch, len(probe.labels))
+            found.append(probe.labels[torch.from_numpy(rows).to(probe.labels.device)])
+        return found
+
+    def measure(self, epoch: int, variables: tuple[str, ...]) -> dict[str, Any]:
+        """One epoch of every member: variable → (seed,), or one (seed, node...) array a layer; NaN for the dead."""
+        found: list[dict[str, Any] | None] = []
+        for member in range(self.ensemble.members):
+            if self.ensemble.death_epoch[member] >= 0:
+                found.append(None)
+                continue
+            view = Measurement(
+                self.ensemble.network(member),
+                self.train_probe(member, epoch),
+                self.eval_probes[member],
+                self.experiment.record.band,
+                self.experiment.layout,
+                self.experiment.training.loss,
+                self.experiment.training.labels,
+            )
+            found.append(observables.measure(variables, view))
+        return {name: self._stacked(name, [None if f is None else f[name] for f in found]) for name in variables}
+
+    def _stacked(self, name: str, values: list[Any]) -> Any:
+        variable, dtype = schema.VARIABLES[name], self.experiment.dtype
+        if not variable.layered:
+            shape = self.experiment.layout.block(variable, None)
+            return np.stack([np.full(shape, np.nan, dtype) if v is None else np.asarray(v, dtype) for v in values])
+        layers = max((len(v) for v in values if v is not None), default=0)
+        shapes = [self.experiment.layout.block(variable, layer) for layer in range(1, layers + 1)]
+        return [
+            np.stack([np.full(shape, np.nan, dtype) if v is None else v[i] for v in values])
+            for i, shape in enumerate(shapes)
+        ]
+
+    def constants(self) -> dict[str, list[np.ndarray]]:
+        """The teachers' parameters, one (seed, node...) array a layer."""
+        depth = self.experiment.layout.depth
+        weights = [np.stack([t.weights[i].flatten(1).cpu().numpy() for t in self.teachers]) for i in range(depth)]
+        biases = []
+        for i in range(depth):
+            columns = [t.biases[i] for t in self.teachers]
+            biases.append(
+                np.stack(
+                    [
+                        np.zeros(w.shape[0], w.dtype) if b is None else b.cpu().numpy()
+                        for b, w in zip(columns, weights[i], strict=True)
+                    ]
+                )
+            )
+        return {"teacher_weight": weights, "teacher_bias": biases}
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Everything the next epoch depends on; draws need no state, they are keyed by (seed, epoch)."""
+        ensemble = self.ensemble
+        found = {f"{kind}_{layer}": p.cpu().numpy() for kind, layer, p in _held(ensemble)}
+        for name, moments in ensemble.moments.items():
+            for (kind, layer, _), moment in zip(ensemble.parameters(), moments, strict=True):
+                found[f"{name}_{kind}_{layer}"] = moment.cpu().numpy()
+        return found | {"death_epoch": ensemble.death_epoch.numpy(), "steps": np.array(ensemble.steps)}
+
+    def restore(self, state: Mapping[str, np.ndarray]) -> None:
+        """Go on from a stored state."""
+        ensemble = self.ensemble
+        Rule.of(self.experiment.training, 1).prepare(ensemble)
+        for kind, layer, parameter in _held(ensemble):
+            parameter.copy_(torch.from_numpy(state[f"{kind}_{layer}"]))
+        for name, moments in ensemble.moments.items():
+            for (kind, layer, _), moment in zip(ensemble.parameters(), moments, strict=True):
+                moment.copy_(torch.from_numpy(state[f"{name}_{kind}_{layer}"]))
+        ensemble.death_epoch = torch.from_numpy(np.array(state["death_epoch"]))
+        ensemble.steps = int(state["steps"])
+
+    def train(self, epoch: int) -> list[int]:
+        """The epoch that ends at `epoch`; returns the seeds that died in it."""
+        rule = Rule.of(self.experiment.training, epoch)
+        if self.experiment.training.method == "flow":
+            assert isinstance(self.ensemble, Ensemble)
+            lasting = self.experiment.training.rate(epoch) * self.experiment.steps
+            flowtraining.train_epoch(self.ensemble, list(zip(*self.finite, strict=True)), rule, time=lasting)
+        elif isinstance(self.ensemble, DeepEnsemble):
+            deeptraining.train_epoch(self.ensemble, self.stream(epoch), rule, batch=self.batch)
+        else:
+            training.train_epoch(self.ensemble, self.stream(epoch), rule, batch=self.batch)
+        return self.bury(epoch)
+
+    def bury(self, epoch: int) -> list[int]:
+        """Seeds whose parameters are NaN or infinite since `epoch` (`Ensemble.bury`)."""
+        return [self.experiment.seed_labels[i] for i in self.ensemble.bury(epoch)]
+
+    @property
+    def batch(self) -> int:
+        """Samples a step."""
+        return len(self.finite[0][0]) if self.experiment.training.whole else self.experiment.training.batch
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self.device)
+
+
+def _held(ensemble: Ensemble | DeepEnsemble) -> list[tuple[str, int, Tensor]]:
+    """(kind, layer, tensor) of parameters and running statistics."""
+    return ensemble.parameters() + (ensemble.buffers() if isinstance(ensemble, DeepEnsemble) else [])
+
+
+def _side_by_side(parts: Sequence[Members]) -> tuple[Tensor, Tensor]:
+    inputs = [probe.inputs for part in parts for probe in part._finite_probes]
+    padded = pad_sequence(inputs, batch_first=True, padding_value=torch.nan)
+    own = [(part, member) for part in parts for member in range(len(part.teachers))]
+    return padded, torch.stack([part.targets(member, x) for (part, member), x in zip(own, padded, strict=True)])
+
+
+def kinship(experiment: Experiment) -> object | None:
+    """Experiments of equal kinship can train as one ensemble (`Together`); None: this one only by itself.
+
+    Their students have the same layers and take as many steps of one rule.  Learning rates, starts, teachers and data
+    may differ.
+    """
+    law, student = experiment.training, experiment.student
+    if experiment.deep or law.method == "flow":
+        return None
+    return (
+        experiment.dtype,
+        experiment.student_widths,
+        (student.activation, student.leak, student.bias),
+        law.model_copy(update={"learning_rate": 0.0}),
+        experiment.steps,
+        data.new_at_every_step(experiment),
+        (experiment.data.train, experiment.data.augment) if law.whole else None,
+    )
+
+
+class Together:
+    """Members of several experiments of one `kinship` and at one epoch, trained as one ensemble.
+
+    What is drawn for a member is its own.  Its bits, too, are those it has by itself where the compiled kernel trains
+    it; batched products may round otherwise in other company.
+
+    Args:
+        parts: Whose ensembles become views of one, and whose training sets become views of another.
+
+    Raises:
+        ValueError: if they took different numbers of steps so far.
+    """
+
+    def __init__(self, parts: Sequence[Members]) -> None:
+        self.parts = parts
+        ensembles = []
+        for part in parts:
+            assert isinstance(part.ensemble, Ensemble)  # kinship leaves others by themselves
+            Rule.of(part.experiment.training, 1).prepare(part.ensemble)
+            ensembles.append(part.ensemble)
+        self.ensemble = Ensemble.joined(ensembles)
+        self._new = data.new_at_every_step(parts[0].experiment)
+        finite = None if self._new else _side_by_side(parts)
+        self._places, stop = [], 0
+        for part in parts:
+            start, stop = stop, stop + len(part.teachers)
+            self._places.append(slice(start, stop))
+            part.ensemble = self.ensemble.block(self._places[-1])
+            if finite is not None:
+                part.finite = (finite[0][start:stop], finite[1][start:stop])
+        self._finite = finite
+
+    def train(self, epoch: int) -> list[list[int]]:
+        """The epoch that ends at `epoch`; the seeds of each part that died in it."""
+        rates = [
+            torch.full((len(p.teachers),), p.experiment.training.rate(epoch), dtype=torch.float64) for p in self.parts
+        ]
+        rule = replace(Rule.of(self.parts[0].experiment.training, epoch), learning_rate=torch.cat(rates))
+        training.train_epoch(self.ensemble, self._stream(epoch), rule, batch=self.parts[0].batch)
+        for part in self.parts:
+            part.ensemble.steps = self.ensemble.steps
+        return [part.bury(epoch) for part in self.parts]
+
+    def _stream(self, epoch: int) -> training.Stream:
+        if self._finite is None:
+            return lambda members: self._fresh(members, epoch)
+        rows = [part.rows(epoch) for part in self.parts]
+        whole = [r for r in rows if r is not None]
+        steps = self.parts[0].experiment.steps
+        return training.finite_stream(*self._finite, torch.cat(whole) if whole else None, steps=steps)
+
+    def _fresh(self, members: slice, epoch: int) -> Iterator[training.Batches]:
+        at_once = self.parts[0].steps_at_once(members.stop - members.start)
+        pieces = []
+        for part, place in zip(self.parts, self._places, strict=True):
+            first, last = max(members.start, place.start), min(members.stop, place.stop)
+            if first < last:
+                pieces.append(part.fresh(slice(first - place.start, last - place.start), epoch, at_once))
+        for each in zip(*pieces, strict=True):
+            rows = [b.rows for b in each if b.rows is not None]
+            yield training.Batches(
+                torch.cat([b.inputs for b in each]),
+                torch.cat([b.targets for b in each]),
+                torch.cat(rows),
+                each[0].steps,
+            )
