@@ -18,6 +18,7 @@ from tsdyn.training import (
     Ensemble,
     Rule,
     block_size,
+    bury,
     finite_stream,
     living_blocks,
     train_epoch,
@@ -161,7 +162,7 @@ def test_the_engine_equals_the_plain_path_after_100_steps_whatever_the_options(
             with no_kernel:
                 train_epoch(fast, stream, at, batch=batch)
         train_epoch_plain(plain, stream, at)
-        assert fast.bury(epoch) == plain.bury(epoch)
+        assert bury(fast, epoch) == bury(plain, epoch)
     alive = fast.death_epoch < 0
     trained = [layer for layer in range(1, len(widths)) if layer not in options["frozen"]]
     assert alive[::2].all()
@@ -281,8 +282,8 @@ def test_a_dying_member_does_not_touch_the_others():
     y = y.clone()
     y[1] = 1e300
     train_epoch(poisoned, finite_stream(x, y, indices), RULES["sgd"], batch=8)
-    assert poisoned.bury(1) == [1]
-    assert poisoned.bury(1) == []
+    assert bury(poisoned, 1) == [1]
+    assert bury(poisoned, 1) == []
     train_epoch(poisoned, finite_stream(x, y, indices), RULES["sgd"], batch=8)
     assert poisoned.death_epoch.tolist() == [-1, 1, -1]
     assert bool(torch.isnan(poisoned.weights[0][1]).all())

@@ -110,20 +110,6 @@ class DeepEnsemble:
             self.death_epoch[members],
         )
 
-    def bury(self, epoch: int) -> list[int]:
-        """Members with a NaN or infinite parameter since `epoch`: all their parameters become NaN.
-
-        Returns their positions, only those that died now.
-        """
-        whole = torch.ones(self.members, dtype=torch.bool, device=self.weights[0].device)
-        for _, _, parameter in self.parameters():
-            whole &= torch.isfinite(parameter).flatten(1).all(1)
-        dead = ~whole.cpu() & (self.death_epoch < 0)
-        for _, _, parameter in self.parameters():
-            parameter[dead.to(parameter.device)] = torch.nan
-        self.death_epoch[dead] = epoch
-        return [int(i) for i in dead.nonzero()]
-
 
 def _mapped(values: Parameters, change: object) -> Parameters:
     assert callable(change)

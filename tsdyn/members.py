@@ -224,8 +224,8 @@ class Members:
         return self.bury(epoch)
 
     def bury(self, epoch: int) -> list[int]:
-        """Seeds whose parameters are NaN or infinite since `epoch` (`Ensemble.bury`)."""
-        return [self.experiment.seed_labels[i] for i in self.ensemble.bury(epoch)]
+        """Seeds whose parameters are NaN or infinite since `epoch` (`training.bury`)."""
+        return [self.experiment.seed_labels[i] for i in training.bury(self.ensemble, epoch)]
 
     @property
     def batch(self) -> int:

@@ -142,7 +142,7 @@ def _trained(
         if step > taken:
             stream = _stream(members, sigma, rates, scale, step - taken)
             training.train_epoch(ensemble, stream, rule, batch=batch)
-            ensemble.bury(step)
+            training.bury(ensemble, step)
             taken = step
         w, u = ensemble.weights
         found.append((w @ w.mT / inputs, w @ B.mT / inputs, u[:, 0] * scale))

@@ -129,20 +129,6 @@ class Ensemble:
             self.chunks,
         )
 
-    def bury(self, epoch: int) -> list[int]:
-        """Members that have a NaN or infinite parameter since `epoch`: all their parameters become NaN.
-
-        Returns their positions, only those that died now.
-        """
-        whole = torch.ones(self.members, dtype=torch.bool, device=self.weights[0].device)
-        for _, _, parameter in self.parameters():
-            whole &= torch.isfinite(parameter).flatten(1).all(1)
-        dead = ~whole.cpu() & (self.death_epoch < 0)
-        for _, _, parameter in self.parameters():
-            parameter[dead.to(parameter.device)] = torch.nan
-        self.death_epoch[dead] = epoch
-        return [int(i) for i in dead.nonzero()]
-
 
 def _present(tensor: Tensor | None) -> Tensor:
     if tensor is None:
@@ -152,11 +138,26 @@ def _present(tensor: Tensor | None) -> Tensor:
 
 @runtime_checkable
 class Trainable(Protocol):
-    """What a `Rule` needs of an ensemble of any kind."""
+    """What every kind of ensemble has."""
 
     moments: dict[str, list[Tensor]]
+    death_epoch: Tensor
 
     def parameters(self) -> list[tuple[str, int, Tensor]]: ...
+
+
+def bury(ensemble: Trainable, epoch: int) -> list[int]:
+    """Members that have a NaN or infinite parameter since `epoch`: all their parameters become NaN.
+
+    Returns their positions, only those that died now.
+    """
+    parameters = [parameter for _, _, parameter in ensemble.parameters()]
+    whole = torch.stack([torch.isfinite(parameter).flatten(1).all(1) for parameter in parameters]).all(0)
+    dead = ~whole.cpu() & (ensemble.death_epoch < 0)
+    for parameter in parameters:
+        parameter[dead.to(parameter.device)] = torch.nan
+    ensemble.death_epoch[dead] = epoch
+    return [int(i) for i in dead.nonzero()]
 
 
 @dataclass(frozen=True)
@@ -361,7 +362,7 @@ def living_blocks(death_epoch: Tensor, size: int) -> list[slice]:
 
 
 def train_epoch(ensemble: Ensemble, stream: Stream, rule: Rule, *, batch: int) -> None:
-    """One epoch of every living member, in place; member death is the caller's to look for (`Ensemble.bury`).
+    """One epoch of every living member, in place; member death is the caller's to look for (`bury`).
 
     Args:
         ensemble: Trained in place.
