@@ -14,6 +14,7 @@ from tests.cases import small
 from tsdyn import archive, grid, schema
 from tsdyn.durable import ArchiveError, DirectoryError
 from tsdyn.experiment import ExperimentError
+from tsdyn.index import INDEX, Header, Index
 
 FEW = {"training__epochs": 2, "seeds": 2, "record__observables": ["mse", "correlation", "weight"]}
 PRODUCT = {"student.overrealization": [1, 3], "teacher.polarity": [0.0, 1.0]}
@@ -78,7 +79,7 @@ def test_of_one_layer_no_padding_is_read(sweep, monkeypatch):
 
 
 def test_what_is_stored_can_be_indexed_and_shipped(sweep):
-    index = grid.Index(sweep)
+    index = Index(sweep)
     source = index.finished("overrealization=1,polarity=0.0")
     labels = source.header.labels
     inner = ("seed", "epoch")
@@ -94,20 +95,20 @@ def test_what_is_stored_can_be_indexed_and_shipped(sweep):
 
 def test_the_index_spares_the_files_and_is_not_trusted(copy, monkeypatch):
     ds = tsdyn.open(copy).compute()
-    assert (copy / grid.INDEX).is_file()
+    assert (copy / INDEX).is_file()
     opened = []
-    header = grid.Header.of.__func__
-    monkeypatch.setattr(grid.Header, "of", classmethod(lambda cls, path: opened.append(path) or header(cls, path)))
+    header = Header.of.__func__
+    monkeypatch.setattr(Header, "of", classmethod(lambda cls, path: opened.append(path) or header(cls, path)))
     same(tsdyn.open(copy), ds)
     assert opened == []
     archive_file = copy / "overrealization=1,polarity=0.0" / "archive.nc"
     archive_file.touch()  # a file that changed is read again
     same(tsdyn.open(copy), ds)
     assert opened == [archive_file]
-    for content in ("", "[]", '{"version": 2}', (copy / grid.INDEX).read_text(encoding="utf-8")[:-1]):
-        (copy / grid.INDEX).write_text(content, encoding="utf-8")
+    for content in ("", "[]", '{"version": 2}', (copy / INDEX).read_text(encoding="utf-8")[:-1]):
+        (copy / INDEX).write_text(content, encoding="utf-8")
         same(tsdyn.open(copy), ds)
-    (copy / grid.INDEX).unlink()
+    (copy / INDEX).unlink()
     same(tsdyn.open(copy), ds)  # which leaves it for the next
     opened.clear()
     same(tsdyn.open(copy), ds)

@@ -20,6 +20,7 @@ import xarray as xr
 from tsdyn import archive, costs, grid, memory, runner
 from tsdyn.durable import ArchiveError
 from tsdyn.experiment import Experiment, ExperimentError
+from tsdyn.index import Index
 from tsdyn.members import kinship
 from tsdyn.segments import segments
 
@@ -218,7 +219,7 @@ class _IndexKeeper:
     """Writes the sweep's index as its points are finished; a cache, so what is lost is read again."""
 
     def __init__(self, path: Path) -> None:
-        self._index, self._clock = grid.Index(path), time.monotonic()
+        self._index, self._clock = Index(path), time.monotonic()
 
     def note(self, name: str) -> None:
         self._read(name)

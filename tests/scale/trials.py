@@ -21,6 +21,7 @@ from tests.cases import small
 from tests.scale import generate
 from tests.scale import reading as read
 from tsdyn import grid, sweep
+from tsdyn.index import INDEX, Index
 
 #: dask's limit for each worker.
 MEMORY = "2GiB"
@@ -86,9 +87,9 @@ def opening(scratch: Path, asked: argparse.Namespace) -> None:
     path = scratch / "many"
     if not path.exists():
         generate.sweep(path, generate.swept(generate.MANY, asked.runs))
-    if not (path / grid.INDEX).exists():
+    if not (path / INDEX).exists():
         began = time.perf_counter()
-        index = grid.Index(path)
+        index = Index(path)
         for name in grid.sweep_points(path):
             index.finished(name)
         index.write()
