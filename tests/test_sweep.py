@@ -9,7 +9,7 @@ import xarray as xr
 import tsdyn
 from tests.cases import small
 from tests.scale.trials import killing
-from tsdyn import costs, kernel, runner, sweep
+from tsdyn import costs, kernel, runner, sweep, training
 from tsdyn.members import Members, Together, kinship
 from tsdyn.segments import segments
 
@@ -158,6 +158,16 @@ def test_points_of_one_shape_train_as_one_ensemble(tmp_path, ensembles, changes,
     else:
         xr.testing.assert_allclose(found, wanted, rtol=1e-10, atol=1e-12)
     assert not np.allclose(found.mse_eval.isel(learning_rate=0), found.mse_eval.isel(learning_rate=1))
+
+
+def test_an_ensemble_of_points_goes_through_the_chunks_of_a_device(tmp_path, monkeypatch, ensembles):
+    """As on a GPU: their steps are recorded once and taken again in later epochs, with the rates of each member."""
+    wanted = sweep.run(small(sweep=MIXED, **FEW), tmp_path / "apart").compute()
+    monkeypatch.setattr(training, "compiled", lambda *_: False)
+    monkeypatch.setattr(training, "_advance_batched", training._advance_chunks)
+    found = sweep.run(small(sweep=MIXED, **FEW), tmp_path / "together", together=True).compute()
+    assert ensembles == [4]
+    xr.testing.assert_allclose(found, wanted, rtol=1e-10, atol=1e-12)
 
 
 def test_a_member_that_dies_leaves_its_ensemble_as_it_is(tmp_path, ensembles):
