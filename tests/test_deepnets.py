@@ -1,3 +1,4 @@
+import subprocess
 import sys
 
 import numpy as np
@@ -78,6 +79,32 @@ def test_lemma_1_holds_for_batch_norm_in_evaluation_mode_and_is_refused_in_train
     assert theory.lemma1_residual(student.folded(), teacher.folded(), x) < 1e-12
     with pytest.raises(ValueError, match=r"couples the samples of a batch, so no V_l.*batch_norm_gradient"):
         student.folded(training=True)
+
+
+def test_theory_takes_no_batch_norm_for_a_plain_network():
+    """Read as one's, the parameters would give numbers, and wrong ones.  In a process without the tests' type checks,
+    as a user has it.
+    """
+    code = """
+import torch
+from tsdyn import theory
+from tsdyn.deepnets import DeepNetwork
+
+linear = torch.nn.Linear(5, 6), torch.nn.BatchNorm1d(6), torch.nn.ReLU(), torch.nn.Linear(6, 3)
+net, x = DeepNetwork.from_torch(torch.nn.Sequential(*linear).double().eval()), torch.randn(7, 5).double()
+for name, given in {
+    "coupling": (net.folded(), net, x, 1), "output_jacobian": (net, x, 1), "augmented_output_jacobian": (net, x, 1),
+    "backpropagated_gradient": (net, net, x, 1), "backpropagated_gradients": (net, net.trace(x), net(x)),
+    "fanout_norms": (net, net.trace(x)), "lemma1_residual": (net, net, x), "expectations": (net, net, x),
+    "moments": (net, net, x), "luck_matters_updates": (net, net, x),
+}.items():
+    try:
+        getattr(theory, name)(*given)
+    except TypeError as error:
+        print(name, "is no Network" in str(error) and "take .folded()" in str(error))
+"""
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert [line.split()[1] for line in told.splitlines()] == ["True"] * 10
 
 
 @pytest.mark.parametrize("eps", [1e-300, 1e-3])

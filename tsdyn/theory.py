@@ -53,6 +53,7 @@ def backpropagated_gradients(student: Network, trace: Trace, teacher_output: Out
 
     g_L = f* − f, g_l = (W_{l+1}ᵀ g_{l+1}) ∘ σ'(z_l).  Source: Tian (2020), Eq. 1.
     """
+    _check_network("backpropagated_gradients", student)
     gradient = teacher_output - trace.output
     found = [gradient]
     for layer in range(student.depth - 1, 0, -1):
@@ -361,6 +362,7 @@ def fanout_norms(network: Network, trace: Trace, *, memory: int = MEMORY) -> lis
 
     The top hidden layer's V is W_L for every x.  Source: Tian (2020), Definition 2.
     """
+    _check_network("fanout_norms", network)
     outputs, samples = network.widths[-1], len(trace.output)
     piece = max(1, memory // (3 * trace.output.element_size() * outputs * max(network.widths[1:])))
     squares = [torch.zeros_like(g[0]) for g in trace.gates[:-1]]
@@ -478,6 +480,19 @@ def _augmented_weight(net: Network, layer: int) -> Tensor:
 # --- what may be asked ---------------------------------------------------------------------------------------
 
 
+def _check_network(caller: str, net: object) -> None:
+    """Refuse what is no plain `Network`: its parameters would be read as one's, and say something else.
+
+    Raises:
+        TypeError: naming the way out.
+    """
+    if not isinstance(net, Network):
+        raise TypeError(
+            f"{caller}: {net!r} is no Network; of one with convolutions or BatchNorm take .folded(), which is the same "
+            "function in evaluation mode, or tsdyn.deepnets.expectations, whose nodes are channels"
+        )
+
+
 def _inputs(caller: str, x: ArrayLike | Tensor, *nets: Network) -> Inputs:
     inputs = torch.as_tensor(x)
     if inputs.ndim != 2 or len(inputs) == 0:
@@ -485,6 +500,7 @@ def _inputs(caller: str, x: ArrayLike | Tensor, *nets: Network) -> Inputs:
             f"{caller}: x has shape {tuple(inputs.shape)}; it must be (sample, input) with at least one sample"
         )
     for net in nets:
+        _check_network(caller, net)
         weight = net.weights[0]
         if inputs.shape[1] != net.widths[0]:
             raise ValueError(f"{caller}: x has {inputs.shape[1]} features, {net!r} takes {net.widths[0]}")
