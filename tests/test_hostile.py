@@ -5,6 +5,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -245,6 +246,69 @@ def test_symbolic_links_in_a_run_are_refused(copy, tmp_path, name):
     assert elsewhere.stat().st_mtime_ns == before
     if name != "LOCK":
         assert any("is a symbolic link" in problem for problem in integrity.check(copy))
+
+
+def _tree(path):
+    return {p.relative_to(path): (p.lstat().st_mtime_ns, p.lstat().st_size) for p in path.rglob("*")}
+
+
+@pytest.mark.parametrize("name", ["segments", "archive.nc", "damaged", "segments/epoch-000000-000000.nc"])
+def test_nothing_is_read_moved_or_removed_through_a_link(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(runner, "COMMIT_SECONDS", 0.0)
+    path, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    with monkeypatch.context() as patch:
+        if name != "archive.nc":
+            patch.setattr(runner.Run, "consolidate", lambda *_: None)
+        with contextlib.suppress(ArchiveError):
+            tsdyn.run(small(**FEW), path)
+    if name == "damaged":
+        elsewhere.mkdir()
+    else:
+        (path / name).rename(elsewhere)
+    if elsewhere.is_dir():
+        (elsewhere / ".precious.tmp").write_text("mine")
+    (path / name).symlink_to(elsewhere)
+    before = _tree(tmp_path)
+    said = rf"{re.escape(str(path / name))}: is a symbolic link; runs and sweeps hold their own files"
+    with pytest.raises(ArchiveError, match=said):
+        integrity.repair(path)
+    if name != "damaged":  # which nobody reads
+        with pytest.raises(ArchiveError, match=said):
+            tsdyn.open(path)
+        with pytest.raises(ArchiveError, match=said):
+            tsdyn.run(small(**FEW), path)
+        assert any("is a symbolic link" in problem for problem in integrity.check(path))
+    after = _tree(tmp_path)
+    assert {f: after.get(f) for f in before if f.name not in ("LOCK", "run")} == {
+        f: kept for f, kept in before.items() if f.name not in ("LOCK", "run")
+    }
+
+
+def test_a_point_that_is_a_link_is_not_trained_into(tmp_path):
+    sweep_file = small(sweep={"teacher.polarity": [0.0, 1.0]}, **FEW)
+    path, elsewhere = tmp_path / "sweep", tmp_path / "elsewhere"
+    tsdyn.run(sweep_file, path)
+    shutil.rmtree(path / "polarity=1.0")
+    elsewhere.mkdir()
+    (path / "polarity=1.0").symlink_to(elsewhere)
+    with pytest.raises(ArchiveError, match=r"1 of 2 points failed(.|\n)*polarity=1.0: is a symbolic link"):
+        tsdyn.run(sweep_file, path)
+    assert not any(elsewhere.iterdir())
+    assert any("is a symbolic link" in problem for problem in integrity.check(path))
+    with pytest.raises(ArchiveError, match="is a symbolic link"):
+        integrity.repair(path)
+    with pytest.raises(ArchiveError, match="is a symbolic link"):
+        tsdyn.open(path)
+    with pytest.warns(UserWarning, match="is a symbolic link"):
+        assert int((tsdyn.open(path, skip_damaged=True).coverage == 1).sum()) == 1
+
+
+def test_a_figure_is_not_written_through_a_link(tmp_path, command):  # noqa: F811
+    tsdyn.run(small(**FEW), tmp_path / "run")
+    (tmp_path / "figure.png").symlink_to(tmp_path / "elsewhere.png")
+    code, _, complained = command("plot", tmp_path / "run", "loss", "-o", tmp_path / "figure.png")
+    assert (code, "is a symbolic link" in complained) == (2, True)
+    assert not (tmp_path / "elsewhere.png").exists()
 
 
 class _Harm:

@@ -18,7 +18,7 @@ from dask.base import tokenize
 from xarray.backends import NetCDF4DataStore
 
 from tsdyn import netcdf, schema
-from tsdyn.durable import ALWAYS_VERIFIED, refuse_changed, replacing
+from tsdyn.durable import ALWAYS_VERIFIED, refuse_changed, refuse_link, replacing
 from tsdyn.durable import ArchiveError as ArchiveError
 from tsdyn.durable import DirectoryError as DirectoryError
 from tsdyn.durable import local_path as local_path
@@ -87,6 +87,7 @@ def open(
 
 def _open_run(path: Path, upto: float) -> xr.Dataset:
     """The archive of a finished run, the committed epochs of one that goes on."""
+    refuse_link(path / ARCHIVE)
     if (path / ARCHIVE).is_file():
         return _of_this_run(path, _open_file(path / ARCHIVE, upto))
     try:

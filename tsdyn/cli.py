@@ -18,6 +18,7 @@ from rich.table import Table
 
 from tsdyn._version import __version__
 from tsdyn.archive import ArchiveError, DirectoryError, local_path
+from tsdyn.durable import refuse_link
 from tsdyn.experiment import Experiment, ExperimentError
 from tsdyn.schema import COORDINATES
 from tsdyn.schema import printable as _printable
@@ -466,6 +467,7 @@ def _save(figure: Any, path: Path, quiet: bool) -> None:
     """A figure, or an animation of one, as a file."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        refuse_link(path)
         if path.suffix.lower() == ".gif":
             figure.save(path, writer="pillow", dpi=100)
         else:

@@ -201,6 +201,19 @@ def _as_sealed(path: Path, stamp: tuple[int, ...]) -> bool:
     return sealed(path) is not False
 
 
+def refuse_link(path: Path) -> None:
+    """Refuse a symbolic link: inside a run or a sweep it would have files elsewhere read, written or removed.
+
+    Raises:
+        DirectoryError: naming it.
+    """
+    if path.is_symlink():
+        raise DirectoryError(
+            f"{path}: is a symbolic link; runs and sweeps hold their own files, so that nothing elsewhere is read, "
+            "written or removed through them; put what it points at in its place"
+        )
+
+
 def remove_sealed(path: Path) -> None:
     """Remove a file, then its checksum."""
     path.unlink(missing_ok=True)

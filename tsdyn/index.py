@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tsdyn import netcdf, schema
-from tsdyn.durable import ALWAYS_VERIFIED, DirectoryError, refuse_changed, write_text
+from tsdyn.durable import ALWAYS_VERIFIED, DirectoryError, refuse_changed, refuse_link, write_text
 from tsdyn.segments import ARCHIVE, segments
 
 INDEX = "index.json"
@@ -145,11 +145,13 @@ class Index:
         Raises:
             DirectoryError: if it has one that cannot be read.
         """
+        refuse_link(self.path / name)
         file = self.path / name / ARCHIVE
         try:
-            status = os.stat(file)
+            status = os.lstat(file)
         except OSError:
             return None
+        refuse_link(file)
         stamp = [status.st_size, status.st_mtime_ns]
         entry = self._entries.get(name)
         if entry is None or entry[0] != stamp or entry[1] not in self._headers or self.verify == math.inf:

@@ -26,6 +26,7 @@ from tsdyn.durable import (
     DirectoryError,
     local_path,
     make_directory,
+    refuse_link,
     refused,
     replacing,
     seal_of,
@@ -71,7 +72,9 @@ def _check_sweep(path: Path) -> Iterator[str]:
         yield f"{path}: the sweep cannot be read: {error}"
         return
     for name, (_, experiment) in points.items():
-        if (path / name).exists():
+        if (path / name).is_symlink():
+            yield f"{path / name}: is a symbolic link; a sweep holds its own points"
+        elif (path / name).exists():
             yield from _check_run(path / name, experiment)
 
 
@@ -223,7 +226,8 @@ def repair(path: str | Path) -> list[str]:
     What is not kept is moved to ``damaged/``, not deleted.
 
     Raises:
-        ArchiveError: if another process is writing there, or no experiment can be found in it.
+        ArchiveError: if another process is writing there, no experiment can be found in it, or there are symbolic
+            links, through which something elsewhere would be moved.
     """
     path = local_path(path)
     if (path / SWEEP).is_file():
@@ -234,9 +238,15 @@ def repair(path: str | Path) -> list[str]:
                 f"{error}; put the sweep's experiment file back; its points are whole or not each by itself: "
                 "`tsdyn repair DIR/POINT`"
             ) from None
+        for point in points:
+            refuse_link(point)
         return [line for point in points if point.is_dir() for line in repair(point)]
     if not path.is_dir():
         raise DirectoryError(f"{path}: is not the directory of a run")
+    for folder in (path, path / SEGMENTS, path / DAMAGED):
+        for entry in (folder, *folder.iterdir()) if folder.is_dir() else ():
+            if entry != path:
+                refuse_link(entry)
     with Lock(path):
         try:
             return list(_repair_run(path))

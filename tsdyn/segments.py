@@ -22,6 +22,7 @@ from tsdyn.durable import (
     local_path,
     make_directory,
     refuse_changed,
+    refuse_link,
     refused,
     remove_sealed,
     replacing,
@@ -64,10 +65,13 @@ def segments(path: Path) -> list[Segment]:
     """The committed segments of a run, in order of epochs.
 
     Raises:
-        ArchiveError: if epochs are missing between two of them.
+        ArchiveError: if epochs are missing between two of them, or one is a symbolic link.
     """
+    refuse_link(path / SEGMENTS)
     named = [(segment_epochs(file), file) for file in (path / SEGMENTS).glob("*.nc")]
     found = sorted(Segment(*epochs, file) for epochs, file in named if epochs)
+    for segment in found:
+        refuse_link(segment.path)
     for before, after in itertools.pairwise([Segment(-1, -1, path), *found]):
         if after.first != before.last + 1:
             raise ArchiveError(
@@ -176,8 +180,7 @@ class Run:
         if not _claimed(self.path, self.experiment):
             make_directory(self.path)
         for name in (LOCK, EXPERIMENT, ARCHIVE, SEGMENTS):
-            if (self.path / name).is_symlink():
-                raise DirectoryError(f"{self.path / name}: is a symbolic link; a run is written where it is, or not")
+            refuse_link(self.path / name)
         self._lock.acquire()
         try:
             self._settle()

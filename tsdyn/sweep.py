@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import xarray as xr
 
 from tsdyn import archive, costs, grid, memory, runner
-from tsdyn.durable import ArchiveError
+from tsdyn.durable import ArchiveError, refuse_link
 from tsdyn.experiment import Experiment, ExperimentError
 from tsdyn.index import Index
 from tsdyn.members import kinship
@@ -167,6 +167,12 @@ def run(
     keeper = _IndexKeeper(path)
     places = {name: position for position, name in enumerate(points, start=1)}
     failures: dict[str, str] = {}
+    for name in points if experiment.sweep else ():
+        try:
+            refuse_link(path / name)
+        except ArchiveError as error:
+            failures[name] = str(error)
+            left.pop(name, None)
 
     def telling(names: Iterable[str]) -> dict[str, runner.Progress | None]:
         return {n: (point(places[n], len(points), n, left[n]) if point else None) or progress for n in names}
