@@ -26,6 +26,7 @@ from tsdyn.analysis.members import PARAMETERS, Member, each, points
 
 from tsdyn import alignment, theory
 from tsdyn import layer as one_layer
+from tsdyn.archive import experiment_of
 from tsdyn.experiment import Experiment
 from tsdyn.networks import Network
 from tsdyn.schema import LUCK, TIAN
@@ -456,7 +457,7 @@ def audit(archive: xr.Dataset) -> xr.Dataset:
         ``verdict`` (a word of `VERDICTS`) and ``margin`` over (claim, swept..., seed); ``source`` and ``used`` a claim.
         Loaded: one epoch of a few variables.
     """
-    experiment = Experiment.from_toml_text(archive.attrs["experiment"])
+    experiment = experiment_of(archive)
     shape = archive["death_epoch"]
     alive = shape < 0
     verdicts, margins, used = [], [], []

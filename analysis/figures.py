@@ -28,7 +28,7 @@ from tsdyn.analysis.panels import PALETTE as PALETTE
 
 from tsdyn import layer as one_layer
 from tsdyn import schema
-from tsdyn.experiment import Experiment
+from tsdyn.archive import experiment_of
 from tsdyn.points import POINT
 
 #: Most lines in one panel: every colour in every style.
@@ -544,9 +544,8 @@ def measure_boundaries(archive: xr.Dataset) -> xr.Dataset:
         raise ValueError(
             f"boundaries: inputs have {inputs} dimensions, and a map needs the plane: [teacher] widths = [2, ...]"
         )
-    experiment = Experiment.from_toml_text(archive.attrs["experiment"])
     measured = needed.isel(input_node=slice(0, 2)).load()
-    return measured.assign_attrs(extent=3 * experiment.data.std)
+    return measured.assign_attrs(extent=3 * experiment_of(archive).data.std)
 
 
 def boundaries(ds: xr.Dataset, *, ax: Axes | None = None, strongest: float | None = None) -> Axes:

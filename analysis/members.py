@@ -15,7 +15,7 @@ from torch import Tensor
 from tsdyn.analysis.lift import cellwise
 
 from tsdyn import alignment, data
-from tsdyn.archive import label
+from tsdyn.archive import experiment_of, label
 from tsdyn.experiment import Experiment
 from tsdyn.networks import Network
 from tsdyn.points import POINT, axes, places, sweep_dimensions, swept_keys
@@ -54,7 +54,7 @@ class Member:
 
 def points(ds: xr.Dataset) -> dict[tuple[Any, ...], tuple[Mapping[str, Any], Experiment]]:
     """For each point of the archive's sweep that is in `ds`: its labels → (selection, experiment)."""
-    experiment = Experiment.from_toml_text(ds.attrs["experiment"])
+    experiment = experiment_of(ds)
     if not experiment.sweep:
         return {(): ({}, experiment)}
     names = sweep_dimensions(swept_keys(experiment.sweep))
@@ -146,7 +146,7 @@ def each(
                 cells[index] = cell.assign_attrs(experiment=experiment.to_toml())
 
     def measured(cell: xr.Dataset) -> Sequence[float]:
-        return measure(member(cell, Experiment.from_toml_text(cell.attrs["experiment"])))
+        return measure(member(cell, experiment_of(cell)))
 
     found = cellwise(measured, cells, len(names))
     return xr.Dataset({name: dead.copy(data=found[i]).drop_attrs() for i, name in enumerate(names)})

@@ -19,7 +19,8 @@ import numpy as np
 import xarray as xr
 
 from tsdyn import archive, schema
-from tsdyn.experiment import Experiment, ExperimentError
+from tsdyn.archive import experiment_of
+from tsdyn.experiment import ExperimentError
 
 #: Most rows of a table; what is left out is said.
 ROWS = 100
@@ -122,7 +123,7 @@ def _points(ds: xr.Dataset) -> list[tuple[str, dict[str, object]]]:
 def _expected(ds: xr.Dataset) -> int | None:
     """Epochs that a whole run records."""
     try:
-        experiment = Experiment.from_toml_text(str(ds.attrs["experiment"]))
+        experiment = experiment_of(ds)
     except (KeyError, ExperimentError):
         return None
     return len(experiment.record.schedule(experiment.training.epochs))

@@ -311,6 +311,13 @@ def test_a_figure_is_not_written_through_a_link(tmp_path, command):  # noqa: F81
     assert not (tmp_path / "elsewhere.png").exists()
 
 
+def test_a_run_is_refused_a_url_before_anything_is_trained(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ArchiveError, match="s3://bucket/run"):
+        runner.run(small(**FEW), "s3://bucket/run")
+    assert not any(tmp_path.iterdir())
+
+
 class _Harm:
     def __reduce__(self):
         return os.mkdir, ("harm",)

@@ -1,6 +1,7 @@
 """Sweeps run: in this process and on workers, with points that fail and workers that die."""
 
 import random
+import signal
 
 import numpy as np
 import pytest
@@ -9,7 +10,9 @@ import xarray as xr
 import tsdyn
 from tests.cases import small
 from tests.scale.trials import killing
-from tsdyn import costs, kernel, runner, sweep, training
+from tsdyn import archive, costs, kernel, runner, sweep, training
+from tsdyn.archive import ArchiveError
+from tsdyn.interrupts import Stopped
 from tsdyn.members import Members, Together, kinship
 from tsdyn.segments import segments
 
@@ -82,7 +85,7 @@ def test_points_that_cannot_begin_are_no_part_of_the_estimate():
 
 def test_no_more_workers_than_memory_holds(monkeypatch, caplog):
     points = {"a": small(), "b": small(seeds=30)}
-    largest = max(costs.footprint(single) for single in points.values())
+    largest = max(costs.footprint(single).bytes for single in points.values())
     monkeypatch.setattr(sweep.memory, "available", lambda: 2 * largest + 1)
     assert sweep.fitting(2, points) == 2
     assert not caplog.records
@@ -202,44 +205,113 @@ def test_who_fails_in_company_does_not_stop_the_others_and_goes_on_later(tmp_pat
     assert ensembles == [3]
 
 
+@pytest.fixture
+def stopping_at(monkeypatch):
+    """Every epoch committed, and the signal that comes while a given epoch is measured."""
+    monkeypatch.setattr(runner, "COMMIT_SECONDS", 0.0)
+    measure = Members.measure
+
+    def at(stop, patch):
+        def measured(members, epoch, variables):
+            asks_now = signal.getsignal(signal.SIGTERM) != signal.SIG_DFL  # a second one acts as ever
+            if epoch == stop and asks_now:
+                signal.raise_signal(signal.SIGTERM)
+            return measure(members, epoch, variables)
+
+        patch.setattr(Members, "measure", measured)
+
+    return at
+
+
 @pytest.mark.parametrize("method", ["sgd", "adam"])
-def test_an_ensemble_that_stopped_goes_on_as_one(tmp_path, monkeypatch, ensembles, method):
-    """With its moments, as many steps as were taken, and a member that died before."""
+def test_an_ensemble_that_was_stopped_goes_on_as_one(tmp_path, monkeypatch, ensembles, stopping_at, method):
+    """All of it committed; with its moments, as many steps as were taken, and a member that died before."""
     rates = {"training.learning_rate": [0.01, 1e9, 0.02]}
     experiment = small(sweep=rates, **FEW, training__momentum=0.5, training__method=method)
-    monkeypatch.setattr(runner, "COMMIT_SECONDS", 0.0)
-    train = Together.train
     with monkeypatch.context() as patch:
-
-        def stopped(together, epoch):
-            if epoch == 3:
-                raise OSError("no more")
-            return train(together, epoch)
-
-        patch.setattr(Together, "train", stopped)
-        with pytest.raises(sweep.SweepError, match="3 of 3 points failed"):
+        stopping_at(2, patch)
+        with pytest.raises(Stopped, match=r"stopped by SIGTERM; what was computed is committed$"):
             sweep.run(experiment, tmp_path / "sweep", together=True)
+    assert {tuple(s.last for s in segments(p)) for p in (tmp_path / "sweep").iterdir() if p.is_dir()} == {(0, 1, 2)}
     found = sweep.run(experiment, tmp_path / "sweep", together=True)
     assert ensembles == [3, 3]
     same(found, sweep.run(experiment, tmp_path / "apart"))
+
+
+def test_a_point_whose_members_all_died_by_itself_goes_on_in_company(tmp_path, monkeypatch, ensembles, stopping_at):
+    """It has stopped counting steps."""
+    experiment = small(sweep={"training.learning_rate": [1e9, 0.01, 0.02]}, **FEW)
+    with monkeypatch.context() as patch:
+        stopping_at(2, patch)
+        for name, point in archive.write_sweep(tmp_path / "sweep", experiment).items():
+            with pytest.raises(Stopped):
+                runner.run(point, tmp_path / "sweep" / name)
+    found = sweep.run(experiment, tmp_path / "sweep", together=True)
+    assert ensembles == [3]
+    same(found, sweep.run(experiment, tmp_path / "apart"))
+
+
+def test_data_that_cannot_be_had_fail_one_point_of_an_ensemble(tmp_path, ensembles):
+    deep = {"data__law": "digits", "data__eval": 100, "teacher__widths": [64, 5, 10], "training__steps_per_epoch": 10}
+    experiment = small(sweep={"data.train": [100, 100_000, 200]}, **(FEW | deep))
+    with pytest.raises(sweep.SweepError, match=r"1 of 3 points failed(.|\n)*train=100000: "):
+        sweep.run(experiment, tmp_path / "sweep", together=True)
+    assert ensembles == [2]
+
+
+def test_data_of_different_sizes_and_their_own_labels(tmp_path, ensembles):
+    labels = {"data__law": "digits", "data__eval": 100, "teacher__widths": [64, 5, 10], "training__steps_per_epoch": 10}
+    labels |= {"training__loss": "cross_entropy", "training__labels": "data"}
+    experiment = small(sweep={"data.train": [100, 200]}, **(FEW | labels))
+    found = sweep.run(experiment, tmp_path / "together", together=True).compute()
+    assert ensembles == [2]
+    xr.testing.assert_allclose(found, sweep.run(experiment, tmp_path / "apart").compute(), rtol=1e-10, atol=1e-12)
+
+
+def test_an_ensemble_that_cannot_be_trained_is_taken_apart(tmp_path, monkeypatch, undisturbed, caplog):
+    def fails(together, epoch):
+        raise MemoryError("no room for all")
+
+    monkeypatch.setattr(Together, "train", fails)
+    same(sweep.run(small(sweep=GRID, **FEW), tmp_path / "sweep", together=True), undisturbed)
+    assert "cannot train together, so one by one: no room for all" in caplog.text
+
+
+def test_what_cannot_be_committed_is_said_when_a_signal_stops_the_others(tmp_path, monkeypatch, stopping_at):
+    commit = runner.Run.commit
+
+    def full(run, *given):
+        if run.experiment.teacher.polarity == 1.0:
+            raise ArchiveError("the disk is full")
+        commit(run, *given)
+
+    monkeypatch.setattr(runner.Run, "commit", full)
+    stopping_at(0, monkeypatch)
+    with pytest.raises(Stopped, match=r"committed; but for .*polarity=1.0: the disk is full"):
+        sweep.run(small(sweep=GRID, **FEW), tmp_path / "sweep", together=True)
+    with pytest.raises(ArchiveError, match="the disk is full"):
+        runner.run(small(**FEW), tmp_path / "run")
 
 
 def test_companies_on_workers_compute_the_same_bits(tmp_path, undisturbed):
     same(sweep.run(small(sweep=GRID, **FEW), tmp_path / "sweep", workers=2, together=True), undisturbed)
 
 
-def test_companies_hold_each_point_once_and_keep_to_room_and_workers():
+def test_companies_hold_each_point_once_and_keep_to_room_and_workers(monkeypatch):
     grid = {"teacher.polarity": [0.0, 1.0, 2.0], "student.overrealization": [1, 2]}
     points = {str(i): single for i, (_, single) in enumerate(small(sweep=grid).points())}
     points["flow"] = small(training__method="flow")
     points["flow 2"] = small(training__method="flow")
-    two = 2 * max(map(costs.footprint, points.values()))
+    two = 2 * max(costs.footprint(single).bytes for single in points.values())
     for workers, room in ((1, 1 << 40), (3, 1 << 40), (1, two), (1, 0)):
         groups = sweep.companies(points, workers, room)
         assert sorted(name for group in groups for name in group) == sorted(points)
         assert len(groups) >= workers
         for group in groups:
             assert len({kinship(single) for single in group.values()}) == 1
-            assert len(group) == 1 or sum(map(costs.footprint, group.values())) <= room
+            held = sum(map(costs.footprint, group.values()), costs.Footprint())
+            assert len(group) == 1 or held.bytes <= room
             assert len(group) == 1 or not any(name.startswith("flow") for name in group)
     assert sorted(map(len, sweep.companies(points, 1, 1 << 40))) == [1, 1, 3, 3]
+    monkeypatch.setattr(sweep.resource, "getrlimit", lambda _: (8, 8))  # of open files: a lock each, and others to join
+    assert sorted(map(len, sweep.companies(points, 1, 1 << 40))) == [1, 1, 1, 1, 2, 2]

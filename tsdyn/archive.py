@@ -204,6 +204,21 @@ def write_dataset(path: Path, ds: xr.Dataset) -> None:
         ds.to_netcdf(temporary, engine="netcdf4")
 
 
+def experiment_of(ds: xr.Dataset) -> Experiment:
+    """The experiment that an archive, or any slice of one, is of.
+
+    Raises:
+        ValueError: if it has none, as several archives opened together, of which each has its own.
+    """
+    text = ds.attrs.get("experiment")
+    if text is None:
+        raise ValueError(
+            "experiment_of: the Dataset has no attribute 'experiment'; of several archives opened together ask each by "
+            "itself, tsdyn.open(one of them)"
+        )
+    return Experiment.from_toml_text(str(text))
+
+
 def swept_dimensions(ds: xr.Dataset | xr.DataArray) -> tuple[str, ...]:
     """Dimensions of `ds` that come from swept keys."""
     return tuple(str(dim) for dim in ds.dims if str(dim) not in schema.DIMENSIONS)

@@ -41,7 +41,7 @@ Scheduler = Annotated[
     str | None,
     typer.Option(metavar="ADDRESS", help="Share them among the workers of a dask scheduler, tcp://HOST:PORT."),
 ]
-Company = Annotated[
+Together = Annotated[
     bool | None,
     typer.Option(
         "--together/--apart", help="Train points whose students have one shape as one ensemble; on a GPU the default."
@@ -104,7 +104,7 @@ def run(
     device: Device = "cpu",
     workers: Workers = None,
     scheduler: Scheduler = None,
-    together: Company = None,
+    together: Together = None,
     quiet: Quiet = False,
 ) -> None:
     """Run an experiment, or every point of its sweep; goes on from what was committed."""
@@ -140,7 +140,7 @@ def run_study(
     device: Device = "cpu",
     workers: Workers = None,
     scheduler: Scheduler = None,
-    together: Company = None,
+    together: Together = None,
     quiet: Quiet = False,
 ) -> None:
     """Run, measure and draw: leaves the archive, measured.nc and figure.png."""
@@ -154,9 +154,9 @@ def run_study(
     if isinstance(work, Experiment):
         _run(work, path, device, quiet, workers, scheduler, together)
         found = archive.open(path)
-    elif workers is not None or scheduler is not None:
+    elif workers is not None or scheduler is not None or together is not None:
         raise ExperimentError(
-            f"study run {name}: trains no sweep that --workers or --scheduler could share; leave it out"
+            f"study run {name}: trains no sweep that --workers, --scheduler or --together could be for; leave it out"
         )
     else:
         found = work.run(path, report=(lambda _: None) if quiet else lambda line: print(line, flush=True))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,7 +60,7 @@ def estimate(experiment: Experiment, *, device: str = "cpu") -> Cost:
     few = few.replace({"training.steps_per_epoch": steps})
     if isinstance(experiment.data.train, int) and not experiment.training.whole:
         few = few.replace({"data.train": min(experiment.data.train, max(512, experiment.training.batch))})
-    memory.refuse_beyond("estimate", footprint(few), torch.device(device), "narrower networks, fewer samples")
+    memory.refuse_beyond("estimate", footprint(few).bytes, torch.device(device), "narrower networks, fewer samples")
     trial = Members(few, device)
     variables = schema.expand(experiment.record.observables)
     per_step = _quickest(lambda: trial.train(1)) / steps / trial.ensemble.members
@@ -73,14 +74,47 @@ def estimate(experiment: Experiment, *, device: str = "cpu") -> Cost:
         train = experiment.data.train * len(trial.train_probe(0, 0).inputs) // few.data.train
     parameters = sum(p[0].numel() for _, _, p in trial.ensemble.parameters())
     epoch = archive.bytes_per_epoch(layout, variables, experiment.dtype)
-    return Cost(members, parameters, footprint(experiment, train=train), epoch * recorded, seconds)
+    return Cost(members, parameters, footprint(experiment, train=train).bytes, epoch * recorded, seconds)
 
 
-def footprint(experiment: Experiment, *, train: int | None = None) -> int:
-    """Bytes that a run of `experiment` holds at once, from shapes alone; nothing is drawn.
+@dataclass(frozen=True)
+class Footprint:
+    """What runs hold in memory, side by side if there are several: their sum.
 
-    The members' samples with the teacher's activations on them, parameters, moments and gradients; and the records of
-    a segment three times: as measured, stacked, and as the file made of them.
+    Attributes:
+        members: Students of all of them.
+        each: Bytes of the largest member, which all data are padded to.
+        extra: Bytes of the one member that is worked on by itself.
+        epoch: Bytes that all of them record an epoch.
+        records: Bytes that all of them record.
+    """
+
+    members: int = 0
+    each: int = 0
+    extra: int = 0
+    epoch: int = 0
+    records: int = 0
+
+    def __add__(self, other: Footprint) -> Footprint:
+        return Footprint(
+            self.members + other.members,
+            max(self.each, other.each),
+            max(self.extra, other.extra),
+            self.epoch + other.epoch,
+            self.records + other.records,
+        )
+
+    @property
+    def bytes(self) -> int:
+        """All at once; the records of a segment three times: as measured, stacked, and as the file made of them."""
+        return self.members * self.each + self.extra + 3 * min(max(COMMIT_BYTES, self.epoch), self.records)
+
+
+def footprint(experiment: Experiment, *, train: int | None = None) -> Footprint:
+    """What a run of `experiment` holds at once, from shapes alone; nothing is drawn.
+
+    Of each member the samples with the teacher's trace on them, parameters, moments and gradients; of one the
+    student's trace.
 
     Args:
         experiment: One run, no sweep.
@@ -90,17 +124,33 @@ def footprint(experiment: Experiment, *, train: int | None = None) -> int:
     if train is None:
         points = 2 * layout.input_width + 1 if experiment.data.augment == "agnostic" else 1
         train = points * experiment.data.train if isinstance(experiment.data.train, int) else 0
-    samples = (train + experiment.data.eval) * (layout.input_width + 2 * sum(layout.teacher_widths))
-    parameters = sum(n * (below + 1) for n, below in zip(layout.widths, layout.input_widths, strict=True))
-    parameters += sum(
-        n * (below + 1) for n, below in zip(layout.teacher_widths, layout.teacher_input_widths, strict=True)
+    taught, own = (
+        _trace_numbers(experiment, widths) for widths in (experiment.teacher.active_widths, experiment.student_widths)
     )
-    numbers = len(layout.seeds) * (samples + 4 * parameters)
+    parameters = _parameters(layout.widths, layout.input_widths)
+    each = (train + experiment.data.eval) * (_inputs(experiment) + taught)
+    each += 4 * (parameters + _parameters(layout.teacher_widths, layout.teacher_input_widths))
+    extra = max(train, experiment.data.eval) * own * 3 // 2  # while a trace is made, some of it is there twice
     if experiment.training.method == "flow":  # the Hessian of one member, its factors and what becomes of it
-        numbers += 4 * sum(n * (below + 1) for n, below in zip(layout.widths, layout.input_widths, strict=True)) ** 2
+        extra += 4 * parameters**2
+    size = np.dtype(experiment.dtype).itemsize
     epoch = archive.bytes_per_epoch(layout, schema.expand(experiment.record.observables), experiment.dtype)
-    whole = epoch * len(experiment.schedule)
-    return numbers * np.dtype(experiment.dtype).itemsize + 3 * min(max(COMMIT_BYTES, epoch), whole)
+    return Footprint(len(layout.seeds), each * size, extra * size, epoch, epoch * len(experiment.schedule))
+
+
+def _parameters(widths: Sequence[int], input_widths: Sequence[int]) -> int:
+    return sum(n * (below + 1) for n, below in zip(widths, input_widths, strict=True))
+
+
+def _inputs(experiment: Experiment) -> int:
+    return math.prod(experiment.image) if experiment.image else experiment.layout.input_width
+
+
+def _trace_numbers(experiment: Experiment, widths: Sequence[int]) -> int:
+    """Of one sample: pre-activations, gates, activations, and these standardised; of a channel one a pixel."""
+    # what a linear layer put on top of them would see
+    seen = [experiment.weight_shapes((*widths[: i + 1], 1))[-1][1] for i in range(1, len(widths) - 1)]
+    return 4 * (sum(seen) + widths[-1])
 
 
 def _quickest(work: Callable[[], object], *, times: int = 3) -> float:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -18,11 +19,13 @@ class Stopped(KeyboardInterrupt):
 
     Attributes:
         signal: The signal's number; the command exits with 128 more.
+        failed: What could not be committed in this moment, and why.
     """
 
-    def __init__(self, number: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name}; what was computed is committed")
-        self.signal = number
+    def __init__(self, number: int, failed: Mapping[Path, Exception] | None = None) -> None:
+        self.signal, self.failed = number, dict(failed or {})
+        but = "".join(f"; but for {path}: {error}" for path, error in self.failed.items())
+        super().__init__(f"stopped by {signal.Signals(number).name}; what was computed is committed{but}")
 
 
 @contextmanager

@@ -54,7 +54,16 @@ class Members:
     @cached_property
     def finite(self) -> tuple[Tensor, Tensor]:
         """Inputs and targets of the training sets, (member, sample, ...); NaN beyond a member's own samples."""
-        return _side_by_side([self])
+        inputs = [probe.inputs for probe in self._finite_probes]
+        targets = [self.targets(member, x) for member, x in enumerate(inputs)]
+        padded = (pad_sequence(each, batch_first=True, padding_value=torch.nan) for each in (inputs, targets))
+        return next(padded), next(padded)
+
+    def draw(self) -> None:
+        """What training begins with: the students and, where it is finite, the data."""
+        _ = self.ensemble
+        if not data.new_at_every_step(self.experiment):
+            _ = self.finite
 
     def targets(self, member: int, x: Tensor, classes: Tensor | None = None) -> Tensor:
         """What a member learns on its inputs `x`, (sample, output): the teacher's outputs; with a cross entropy one-hot
@@ -241,13 +250,6 @@ def _held(ensemble: Ensemble | DeepEnsemble) -> list[tuple[str, int, Tensor]]:
     return ensemble.parameters() + (ensemble.buffers() if isinstance(ensemble, DeepEnsemble) else [])
 
 
-def _side_by_side(parts: Sequence[Members]) -> tuple[Tensor, Tensor]:
-    inputs = [probe.inputs for part in parts for probe in part._finite_probes]
-    padded = pad_sequence(inputs, batch_first=True, padding_value=torch.nan)
-    own = [(part, member) for part in parts for member in range(len(part.teachers))]
-    return padded, torch.stack([part.targets(member, x) for (part, member), x in zip(own, padded, strict=True)])
-
-
 def kinship(experiment: Experiment) -> object | None:
     """Experiments of equal kinship can train as one ensemble (`Together`); None: this one only by itself.
 
@@ -289,16 +291,15 @@ class Together:
             Rule.of(part.experiment.training, 1).prepare(part.ensemble)
             ensembles.append(part.ensemble)
         self.ensemble = Ensemble.joined(ensembles)
-        self._new = data.new_at_every_step(parts[0].experiment)
-        finite = None if self._new else _side_by_side(parts)
+        finite = [part.finite for part in parts] if not data.new_at_every_step(parts[0].experiment) else []
+        self._finite = tuple(_stacked(each) for each in zip(*finite, strict=True))
         self._places, stop = [], 0
         for part in parts:
             start, stop = stop, stop + len(part.teachers)
             self._places.append(slice(start, stop))
             part.ensemble = self.ensemble.block(self._places[-1])
-            if finite is not None:
-                part.finite = (finite[0][start:stop], finite[1][start:stop])
-        self._finite = finite
+            if self._finite:
+                part.finite = (self._finite[0][start:stop], self._finite[1][start:stop])
 
     def train(self, epoch: int) -> list[list[int]]:
         """The epoch that ends at `epoch`; the seeds of each part that died in it."""
@@ -312,12 +313,11 @@ class Together:
         return [part.bury(epoch) for part in self.parts]
 
     def _stream(self, epoch: int) -> training.Stream:
-        if self._finite is None:
+        if not self._finite:
             return lambda members: self._fresh(members, epoch)
         rows = [part.rows(epoch) for part in self.parts]
-        whole = [r for r in rows if r is not None]
-        steps = self.parts[0].experiment.steps
-        return training.finite_stream(*self._finite, torch.cat(whole) if whole else None, steps=steps)
+        chosen = None if rows[0] is None else torch.cat([r for r in rows if r is not None])
+        return training.finite_stream(self._finite[0], self._finite[1], chosen, steps=self.parts[0].experiment.steps)
 
     def _fresh(self, members: slice, epoch: int) -> Iterator[training.Batches]:
         at_once = self.parts[0].steps_at_once(members.stop - members.start)
@@ -327,10 +327,14 @@ class Together:
             if first < last:
                 pieces.append(part.fresh(slice(first - place.start, last - place.start), epoch, at_once))
         for each in zip(*pieces, strict=True):
-            rows = [b.rows for b in each if b.rows is not None]
-            yield training.Batches(
-                torch.cat([b.inputs for b in each]),
-                torch.cat([b.targets for b in each]),
-                torch.cat(rows),
-                each[0].steps,
-            )
+            inputs, targets = torch.cat([b.inputs for b in each]), torch.cat([b.targets for b in each])
+            rows = torch.cat([b.rows for b in each if b.rows is not None])  # new samples have rows, always
+            yield training.Batches(inputs, targets, rows, each[0].steps)
+
+
+def _stacked(parts: Sequence[Tensor]) -> Tensor:
+    """(member, sample, ...) of several, one after another; NaN beyond the samples of those that have fewer."""
+    longest = max(part.shape[1] for part in parts)
+    return torch.cat([
+        torch.nn.functional.pad(part, (0, 0, 0, longest - part.shape[1]), value=torch.nan) for part in parts
+    ])  # fmt: skip

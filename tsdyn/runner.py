@@ -22,7 +22,7 @@ import xarray as xr
 from tsdyn import archive, flowtraining, memory, schema
 from tsdyn._version import __version__
 from tsdyn.archive import ArchiveError, Run
-from tsdyn.costs import COMMIT_BYTES, footprint
+from tsdyn.costs import COMMIT_BYTES, Footprint, footprint
 from tsdyn.experiment import Experiment
 from tsdyn.interrupts import Stopped, stopping
 from tsdyn.members import Members, Together
@@ -31,7 +31,8 @@ from tsdyn.training import Rule
 #: A segment is committed after this much work (0: after every epoch), ...
 COMMIT_SECONDS = 2.0
 #: ... or this share of the run so far if that is more, so that a run of days has hundreds of segments and not 100,000,
-#: ... and not before all commits together keep this share, so that a slow disk takes no more either, ...
+#: ... and not before all commits together keep this share, so that a slow disk takes no more either; but once the
+#: records hold COMMIT_BYTES at the latest.
 COMMIT_SHARE = 0.01
 _SMALLER = "train fewer seeds a directory (seeds = [0, 1, ...]) or on less data (data.train, data.eval)"
 _log = logging.getLogger("tsdyn")
@@ -86,7 +87,13 @@ def run(
         MemoryError: if the members would not fit, before any is drawn.
         Stopped: after SIGINT or SIGTERM, once the epoch in work is committed.
     """
-    failed = run_together({Path(path): experiment}, device=device, progress={Path(path): progress})
+    path = archive.local_path(path)
+    try:
+        failed = run_together({path: experiment}, device=device, progress={path: progress})
+    except Stopped as stopped:
+        failed = stopped.failed
+        if not failed:
+            raise
     for error in failed.values():
         raise error
     return archive.open(path)
@@ -100,7 +107,8 @@ def run_together(
 ) -> dict[Path, Exception]:
     """Experiments of one `kinship` trained as one ensemble, each into its own directory, as `run` would.
 
-    Those that were committed up to different epochs go on in ensembles of their own.
+    Those that were committed up to different epochs go on in ensembles of their own.  An ensemble that cannot be
+    trained is taken apart, and its experiments go on one by one.
 
     Args:
         experiments: Directory → experiment.
@@ -116,12 +124,13 @@ def run_together(
     check_device(device)
     _exact_products(device)
     failed: dict[Path, Exception] = {}
+    apart: list[Path] = []
     with ExitStack() as held, stopping() as asked:
         begun: dict[int, list[_Point]] = {}
-        room = sum(map(footprint, experiments.values()))
+        needed = sum((footprint(single) for single in experiments.values()), Footprint()).bytes
         for path, experiment in experiments.items():
             try:
-                memory.refuse_beyond("run", room, torch.device(device), _SMALLER)
+                memory.refuse_beyond("run", needed, torch.device(device), _SMALLER)
                 target = held.enter_context(Run(path, experiment))
                 if not target.finished:
                     point = _Point(path, target, Members(experiment, device), (progress or {}).get(path))
@@ -129,7 +138,15 @@ def run_together(
             except Exception as error:  # whatever it is, the others go on
                 failed[path] = error
         for start, points in begun.items():
-            _train(points, start, asked, failed)
+            try:
+                _train(points, start, asked, failed)
+            except Exception as error:
+                if len(experiments) == 1:
+                    raise
+                _log.warning("%s and others cannot train together, so one by one: %s", points[0].path, error)
+                apart += [point.path for point in points if point.path not in failed]
+    for path in apart:
+        failed |= run_together({path: experiments[path]}, device=device, progress=progress)
     return failed
 
 
@@ -155,8 +172,7 @@ class _Point:
             _say_what_changed(self._target.path, before, self._attrs)
             self.members.restore(_of_this_shape(self._target.path, state, self.members))
             self._first = committed + 1
-        else:
-            _ = self.members.ensemble  # drawn here, so that what cannot be drawn fails by itself
+        self.members.draw()  # what cannot be drawn fails by itself
         return self._first
 
     def measure(self, epoch: int) -> None:
@@ -185,44 +201,52 @@ class _Point:
 
 
 def _train(points: list[_Point], start: int, asked: Callable[[], int | None], failed: dict[Path, Exception]) -> None:
-    """Epochs from `start` on, of all points in step; what fails of one is noted in `failed`, and the others go on."""
+    """Epochs from `start` on, of all points in step.
+
+    What fails of one, measuring or writing, is noted in `failed`, and the others go on; what fails of all is raised.
+    """
     going = list(points)
+
+    def attempt(point: _Point, work: Callable[..., None], *given: int) -> None:
+        try:
+            work(point, *given)
+        except Exception as error:
+            # its frames hold the members of all
+            failed[point.path] = error if len(points) == 1 else error.with_traceback(None)
+            going.remove(point)
 
     def each(work: Callable[..., None], *given: int) -> None:
         for point in list(going):
-            try:
-                work(point, *given)
-            except Exception as error:
-                failed[point.path] = error
-                going.remove(point)
+            attempt(point, work, *given)
+
+    def stop_if_asked() -> None:
+        number = asked()
+        if number is not None:
+            raise Stopped(number, {point.path: failed[point.path] for point in points if point.path in failed})
 
     last = points[0].members.experiment.training.epochs
     began = clock = time.monotonic()
     took = spent = 0.0
-    try:
-        together = Together([point.members for point in points]) if len(points) > 1 else None
-        for epoch in range(start, last + 1):
-            if epoch:
-                died = together.train(epoch) if together else [points[0].members.train(epoch)]
-                for point, seeds in zip(points, died, strict=True):
-                    point.died = seeds
-            each(_Point.measure, epoch)
-            full = sum(point.pending_bytes for point in going) >= COMMIT_BYTES
-            now = time.monotonic()
-            if epoch == last or full or _due(now - began, now - clock, took, spent) or asked() is not None:
-                each(_Point.commit, epoch)
-                clock = time.monotonic()
-                took = clock - now
-                spent += took
-                stop = asked()
-                if stop is not None:
-                    raise Stopped(stop)
-            if not going:
-                return
-    except Exception as error:
-        failed.update({point.path: error for point in going})
-        return
-    each(_Point.finish)
+    together = Together([point.members for point in points]) if len(points) > 1 and start <= last else None
+    for epoch in range(start, last + 1):
+        if epoch:
+            died = together.train(epoch) if together else [points[0].members.train(epoch)]
+            for point, seeds in zip(points, died, strict=True):
+                point.died = seeds
+        each(_Point.measure, epoch)
+        full = sum(point.pending_bytes for point in going) >= COMMIT_BYTES
+        now = time.monotonic()
+        if epoch == last or full or _due(now - began, now - clock, took, spent) or asked() is not None:
+            each(_Point.commit, epoch)
+            clock = time.monotonic()
+            took = clock - now
+            spent += took
+            stop_if_asked()
+        if not going:
+            return
+    for point in list(going):
+        attempt(point, _Point.finish)
+        stop_if_asked()
 
 
 def _due(elapsed: float, since: float, took: float, spent: float) -> bool:

@@ -10,6 +10,7 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 from tsdyn import archive, interaction
+from tsdyn.activations import activation
 from tsdyn.data import generator
 from tsdyn.experiment import Experiment, ExperimentError
 from tsdyn.networks import Network
@@ -99,6 +100,11 @@ def winners(correlation: np.ndarray) -> np.ndarray:
 def _rewound(experiment: Experiment, seed: int) -> tuple[list[Tensor], list[Tensor]]:
     """The earlier run's start, or a new one, on the nodes that won there."""
     student, path = experiment.student, str(experiment.student.path)
+    if activation(student.activation)(torch.zeros(1)) != 0:
+        raise ExperimentError(
+            f"student.init = {student.init!r}: with student.activation = {student.activation!r} a node without weights "
+            "is not silent, so those that lost would learn again; take one with σ(0) = 0"
+        )
     try:
         ds = archive.open(path)
         first = ds[["weight", "bias"]].sel(seed=seed, epoch=0).load()

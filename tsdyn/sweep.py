@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import resource
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -27,7 +28,8 @@ from tsdyn.segments import segments
 if TYPE_CHECKING:
     from distributed import Client
 
-#: Called before each point with (position from 1, points, directory name, experiment); its Progress is then used.
+#: Called before each point, or the ensemble it is in, with (position from 1, points, directory name, experiment); its
+#: Progress is then used.
 PointProgress = Callable[[int, int, str, Experiment], "runner.Progress | None"]
 
 #: A point whose worker died so often without a committed epoch in between has failed.
@@ -189,14 +191,14 @@ def run(
         with _client(at_once, scheduler) as client:
             groups = _apart(left)
             if together:
-                busy = at_once or max(1, len(client.scheduler_info(n_workers=-1)["workers"]))
-                room = client.submit(memory.free, device, pure=False).result()
-                groups = companies(left, busy, room // (at_once or 1))  # workers elsewhere have memory of their own
+                room = client.submit(memory.free, device, pure=False).result()  # once there is a worker
+                busy = at_once or len(client.scheduler_info(n_workers=-1)["workers"])
+                groups = companies(left, busy, room // 2 // (at_once or 1))  # those elsewhere have memory of their own
             tell = telling(left)
             for name, reason in _on_workers(client, groups, path, device, tell, at_once or len(left)):
                 ended(name, reason)
     elif left:
-        for group in companies(left, 1, memory.free(device)) if together else _apart(left):
+        for group in companies(left, 1, memory.free(device) // 2) if together else _apart(left):
             reports = {path / name: report for name, report in telling(group).items()}
             paths = {path / name: single for name, single in group.items()}
             failed = runner.run_together(paths, device=device, progress=reports)
@@ -250,23 +252,30 @@ def _apart(points: Mapping[str, Experiment]) -> list[dict[str, Experiment]]:
 
 
 def companies(points: Mapping[str, Experiment], workers: int, room: int) -> list[dict[str, Experiment]]:
-    """Points divided into ensembles: of one `kinship` each, and each of at most `room` bytes.
+    """Points divided into ensembles: of one `kinship` each, and each of at most `room` bytes and `_at_most` points.
 
     Args:
         points: Directory name → experiment.
         workers: Who share them: none is left idle for the sake of a larger ensemble.
         room: What one worker has of memory, in bytes; a point that takes more by itself stays one.
     """
-    alike: dict[object, list[dict[str, Experiment]]] = {}
-    sizes = {name: costs.footprint(single) for name, single in points.items()}
+    share = min(_at_most(), -(-len(points) // workers))
+    groups: list[dict[str, Experiment]] = []
+    open_ones: dict[object, tuple[dict[str, Experiment], costs.Footprint]] = {}
     for name, single in points.items():
-        kin = kinship(single)
-        groups = alike.setdefault(name if kin is None else kin, [{}])
-        last = groups[-1]
-        if last and (len(last) * workers >= len(points) or sum(map(sizes.__getitem__, [*last, name])) > room):
-            groups.append({})
-        groups[-1][name] = single
-    return [group for groups in alike.values() for group in groups]
+        kin, alone = kinship(single), costs.footprint(single)
+        group, held = open_ones.get(kin, ({}, costs.Footprint()))
+        if kin is None or not group or len(group) >= share or (held + alone).bytes > room:
+            group, held = {}, costs.Footprint()
+            groups.append(group)
+        group[name] = single
+        open_ones[kin] = group, held + alone
+    return groups
+
+
+def _at_most() -> int:
+    """Points that one process writes side by side: each keeps a file open for its lock, joining opens more."""
+    return max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
 
 
 # --- on workers ----------------------------------------------------------------------------------------------
@@ -274,7 +283,7 @@ def companies(points: Mapping[str, Experiment], workers: int, room: int) -> list
 
 def fitting(workers: int, points: Mapping[str, Experiment]) -> int:
     """`workers`, or as many as have room in memory for the largest of the points each; one at least."""
-    largest = max(costs.footprint(single) for single in points.values())
+    largest = max(costs.footprint(single).bytes for single in points.values())
     room = max(1, memory.available() // max(1, largest))
     if room < workers:
         logging.getLogger("tsdyn").warning(
@@ -363,8 +372,10 @@ def _on_workers(
                         again[name] = single
                     else:
                         yield name, _reason(error)
+                halves = list(again)[::2], list(again)[1::2]  # the one that kills its worker is found, and fails alone
+                for half in filter(None, halves):
+                    running.add(submit({name: again[name] for name in half}))
                 if again:
-                    running.add(submit(again))
                     continue
             if waiting:
                 running.add(submit(waiting.pop()))

@@ -67,13 +67,12 @@ class Ensemble:
         """The members of several ensembles of one shape; copies.
 
         Raises:
-            ValueError: if they took different numbers of steps.
+            ValueError: if those with a living member took different numbers of steps.
         """
         first = parts[0]
-        if any(part.steps != first.steps for part in parts):
-            raise ValueError(
-                f"Ensemble.joined: took {[part.steps for part in parts]} steps; all must have taken as many"
-            )
+        taken = {part.steps for part in parts if bool((part.death_epoch < 0).any())}
+        if len(taken) > 1:
+            raise ValueError(f"Ensemble.joined: took {sorted(taken)} steps; all must have taken as many")
         return cls(
             [torch.cat([part.weights[i] for part in parts]) for i in range(first.depth)],
             [
@@ -85,7 +84,7 @@ class Ensemble:
                 name: [torch.cat(of) for of in zip(*(part.moments[name] for part in parts), strict=True)]
                 for name in first.moments
             },
-            first.steps,
+            max(part.steps for part in parts),  # a part without a living member has stopped counting
             torch.cat([part.death_epoch for part in parts]),
         )
 

@@ -347,7 +347,7 @@ def experiments(scratch: Path, rng: random.Random, number: int) -> str:
                 return {"fate": "refused" if code == 2 and len(str(error)) < 20_000 else "wrong", "words": said[:300]}
             assert Experiment.from_toml_text(accepted.to_toml()) == accepted
             points = [single for _, single in accepted.points()]
-            if len(points) == 1 and costs.footprint(points[0]) < MEMORY // 8:
+            if len(points) == 1 and costs.footprint(points[0]).bytes < MEMORY // 8:
                 _ = Members(points[0]).ensemble
             return {"fate": "accepted" if code in (0, 1, 2) else "wrong", "words": said[:300]}
 
