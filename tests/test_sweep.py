@@ -1,7 +1,12 @@
 """Sweeps run: in this process and on workers, with points that fail and workers that die."""
 
+import os
 import random
+import re
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -315,3 +320,26 @@ def test_companies_hold_each_point_once_and_keep_to_room_and_workers(monkeypatch
     assert sorted(map(len, sweep.companies(points, 1, 1 << 40))) == [1, 1, 3, 3]
     monkeypatch.setattr(sweep.resource, "getrlimit", lambda _: (8, 8))  # of open files: a lock each, and others to join
     assert sorted(map(len, sweep.companies(points, 1, 1 << 40))) == [1, 1, 1, 1, 2, 2]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_has_the_workers_commit(tmp_path, number, code):
+    """Ctrl-C goes to every process of a terminal, a termination to the command alone."""
+    experiment = small(sweep=GRID, training__steps_per_epoch=20_000, **(FEW | {"training__epochs": 200}))
+    (tmp_path / "sweep.toml").write_text(experiment.to_toml(), encoding="utf-8")
+    words = [Path(sys.executable).with_name("tsdyn"), "run", "sweep.toml", "-o", "sweep", "--workers", "2"]
+    with subprocess.Popen(words, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True) as child:
+        assert child.stderr is not None
+        said = []
+        for line in child.stderr:
+            said.append(line)
+            if re.search(r"epoch [1-9]\d*/200", line):
+                (os.killpg if number == signal.SIGINT else os.kill)(child.pid, number)
+                break
+        said += child.stderr.readlines()
+    assert child.returncode == code, "".join(said)
+    assert "the same command goes on from there" in said[-1], "".join(said)
+    assert not any("Traceback" in line for line in said), "".join(said)
+    begun = [found[-1].last for found in (segments(p) for p in (tmp_path / "sweep").iterdir() if p.is_dir()) if found]
+    assert begun
+    assert all(0 < last < 200 for last in begun)

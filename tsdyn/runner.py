@@ -104,6 +104,7 @@ def run_together(
     *,
     device: str = "cpu",
     progress: Mapping[Path, Progress | None] | None = None,
+    asked: Callable[[], int | None] | None = None,
 ) -> dict[Path, Exception]:
     """Experiments of one `kinship` trained as one ensemble, each into its own directory, as `run` would.
 
@@ -114,6 +115,7 @@ def run_together(
         experiments: Directory → experiment.
         device: As `run`.
         progress: Directory → who is told after every epoch.
+        asked: Gives the signal that asks to stop, once it came; `stopping` unless given.
 
     Returns:
         Directory → error of those that failed; the others are done.
@@ -125,7 +127,8 @@ def run_together(
     _exact_products(device)
     failed: dict[Path, Exception] = {}
     apart: list[Path] = []
-    with ExitStack() as held, stopping() as asked:
+    with ExitStack() as held:
+        heard, asked = asked, asked or held.enter_context(stopping())
         begun: dict[int, list[_Point]] = {}
         needed = sum((footprint(single) for single in experiments.values()), Footprint()).bytes
         for path, experiment in experiments.items():
@@ -146,7 +149,7 @@ def run_together(
                 _log.warning("%s and others cannot train together, so one by one: %s", points[0].path, error)
                 apart += [point.path for point in points if point.path not in failed]
     for path in apart:
-        failed |= run_together({path: experiments[path]}, device=device, progress=progress)
+        failed |= run_together({path: experiments[path]}, device=device, progress=progress, asked=heard)
     return failed
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import resource
+import signal
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ from tsdyn import archive, costs, grid, memory, runner
 from tsdyn.durable import ArchiveError, refuse_link
 from tsdyn.experiment import Experiment, ExperimentError
 from tsdyn.index import Index
+from tsdyn.interrupts import Stopped, stopping
 from tsdyn.members import kinship
 from tsdyn.segments import segments
 
@@ -37,6 +39,7 @@ FRUITLESS = 3
 #: A worker tells of its epochs this often; the index is written this often.
 TELL_SECONDS, INDEX_SECONDS = 0.5, 5.0
 CONNECT_SECONDS = 10
+POLL_SECONDS = 0.05
 
 
 class SweepError(ArchiveError):
@@ -188,14 +191,14 @@ def run(
         together = device != "cpu"
     if distributed and left:
         at_once = workers and fitting(workers, left)
-        with _client(at_once, scheduler) as client:
+        with stopping() as asked, _client(at_once, scheduler) as client:
             groups = _apart(left)
             if together:
                 room = client.submit(memory.free, device, pure=False).result()  # once there is a worker
                 busy = at_once or len(client.scheduler_info(n_workers=-1)["workers"])
                 groups = companies(left, busy, room // 2 // (at_once or 1))  # those elsewhere have memory of their own
             tell = telling(left)
-            for name, reason in _on_workers(client, groups, path, device, tell, at_once or len(left)):
+            for name, reason in _on_workers(client, groups, path, device, tell, at_once or len(left), asked):
                 ended(name, reason)
     elif left:
         for group in companies(left, 1, memory.free(device) // 2) if together else _apart(left):
@@ -315,6 +318,8 @@ def _client(workers: int | None, scheduler: str | None) -> Iterator[Client]:
             processes=True,
             dashboard_address="127.0.0.1:0",
             memory_limit=0,  # a run asks for room before it begins; dask would kill one that has it
+            # Ctrl-C reaches every process of a terminal; a worker is told to stop by this one
+            preload="import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)",
             silence_logs=logging.CRITICAL,
         ) as cluster,
         Client(cluster) as client,
@@ -329,13 +334,14 @@ def _on_workers(
     device: str,
     tell: Mapping[str, runner.Progress | None],
     at_once: int,
+    asked: Callable[[], int | None],
 ) -> Iterator[tuple[str, str | None]]:
-    """Each point as its group ends, with why it failed.
+    """Each point as its group ends, with why it failed; after a signal those that finished, then `Stopped`.
 
     The scheduler is given no more than `at_once` groups: it hands out all it has at once, and does not take back what a
     busy worker has waiting when another is idle.  The longest begin first, so that none is left to the end.
     """
-    from distributed import KilledWorker, as_completed
+    from distributed import Event, KilledWorker, as_completed
 
     topic = f"tsdyn-{uuid.uuid4().hex}"
 
@@ -357,9 +363,17 @@ def _on_workers(
     futures: dict[Any, Mapping[str, Experiment]] = {}
     names = [name for group in groups for name in group]
     fruitless, reached = dict.fromkeys(names, 0), {name: _reached(path / name) for name in names}
+    stop: int | None = None
     try:
         running = as_completed([submit(waiting.pop()) for _ in range(min(at_once, len(waiting)))])
-        for future in running:
+        while not running.is_empty():
+            if stop is None and (stop := asked()) is not None:
+                waiting.clear()
+                Event(topic, client=client).set()  # all workers hear it, and commit what they have
+            if not running.has_ready():
+                time.sleep(POLL_SECONDS)
+                continue
+            future = next(running)
             group = futures.pop(future)
             error = future.exception()
             if isinstance(error, KilledWorker):
@@ -373,7 +387,7 @@ def _on_workers(
                     else:
                         yield name, _reason(error)
                 halves = list(again)[::2], list(again)[1::2]  # the one that kills its worker is found, and fails alone
-                for half in filter(None, halves):
+                for half in filter(None, halves if stop is None else ()):
                     running.add(submit({name: again[name] for name in half}))
                 if again:
                     continue
@@ -381,9 +395,11 @@ def _on_workers(
                 running.add(submit(waiting.pop()))
             if isinstance(error, KilledWorker):
                 continue
-            failed = {} if error is not None else future.result()
-            for name in group:
-                yield name, _reason(error) if error is not None else failed.get(name)
+            told = {"failed": {}, "finished": list(group)} if error is not None else future.result()
+            for name in group if error is not None else (*told["failed"], *told["finished"]):
+                yield name, _reason(error) if error is not None else told["failed"].get(name)
+        if stop is not None:
+            raise Stopped(stop)
     finally:
         client.cancel(list(futures))
         client.unsubscribe_topic(topic)
@@ -405,13 +421,22 @@ def _reached(path: Path) -> int:
     return found[-1].last if found else -1
 
 
-def _work(texts: Mapping[str, str], path: str, device: str, topic: str) -> dict[str, str]:
-    """What a worker does: a group of points, resumed; tells of their epochs on `topic`.  Why which failed."""
-    import torch
-    from distributed import get_worker
+def _work(texts: Mapping[str, str], path: str, device: str, topic: str) -> dict[str, Any]:
+    """What a worker does: a group of points, resumed; tells of their epochs on `topic`, whose event asks it to stop.
 
-    worker = get_worker()
+    Returns why which failed, and which are finished.
+    """
+    import torch
+    from distributed import Event, get_worker
+
+    worker, stop = get_worker(), Event(topic)
     torch.set_num_threads(worker.state.nthreads)
+    heard = [-TELL_SECONDS, False]
+
+    def asked() -> int | None:
+        if not heard[1] and time.monotonic() - heard[0] >= TELL_SECONDS:
+            heard[:] = time.monotonic(), stop.is_set()
+        return signal.SIGTERM if heard[1] else None
 
     def teller(name: str) -> runner.Progress:
         told = [-TELL_SECONDS]
@@ -428,9 +453,19 @@ def _work(texts: Mapping[str, str], path: str, device: str, topic: str) -> dict[
         return tell
 
     paths = {name: Path(path) / name for name in texts}
-    failed = runner.run_together(
-        {paths[name]: Experiment.from_toml_text(text) for name, text in texts.items()},
-        device=device,
-        progress={paths[name]: teller(name) for name in texts},
-    )
-    return {name: _reason(failed[at]) for name, at in paths.items() if at in failed}
+    experiments = {name: Experiment.from_toml_text(text) for name, text in texts.items()}
+    failed: Mapping[Path, Exception] = {}
+    if asked() is None:
+        try:
+            failed = runner.run_together(
+                {paths[name]: single for name, single in experiments.items()},
+                device=device,
+                progress={paths[name]: teller(name) for name in texts},
+                asked=asked,
+            )
+        except Stopped as stopped:  # as what it is, a KeyboardInterrupt, it would end the worker
+            failed = stopped.failed
+    return {
+        "failed": {name: _reason(failed[at]) for name, at in paths.items() if at in failed},
+        "finished": [name for name, at in paths.items() if at not in failed and _finished(at, experiments[name])],
+    }
