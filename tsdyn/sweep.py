@@ -395,9 +395,11 @@ def _on_workers(
                 running.add(submit(waiting.pop()))
             if isinstance(error, KilledWorker):
                 continue
-            told = {"failed": {}, "finished": list(group)} if error is not None else future.result()
-            for name in group if error is not None else (*told["failed"], *told["finished"]):
-                yield name, _reason(error) if error is not None else told["failed"].get(name)
+            if error is not None:
+                yield from dict.fromkeys(group, _reason(error)).items()
+            else:
+                told = future.result()
+                yield from (dict.fromkeys(told["finished"]) | told["failed"]).items()
         if stop is not None:
             raise Stopped(stop)
     finally:
