@@ -517,3 +517,28 @@ def test_reading_a_damaged_file_apart_has_a_limit(copy):
         [sys.executable, "-c", code, copy / "archive.nc"], input="", text=True, timeout=60, check=False
     )
     assert done.returncode in (-signal.SIGXCPU, -signal.SIGKILL)
+
+
+def test_a_file_that_is_opened_and_not_understood_is_never_closed(copy, tmp_path):
+    """Collected, what netCDF4 had opened half-way was closed, and took the process along."""
+    code = """
+import gc, random, sys
+from pathlib import Path
+from tsdyn import netcdf
+from tsdyn.archive import ArchiveError
+
+whole, file = Path(sys.argv[1]).read_bytes(), Path(sys.argv[2])
+draw, refused = random.Random(0), 0
+for trial in range(150):
+    at = draw.randrange(len(whole))
+    file.write_bytes(whole[:at] + draw.choice([bytes(64), b"\\xff" * 64, draw.randbytes(64)]) + whole[at + 64:])
+    try:
+        netcdf.inspect(file)
+    except ArchiveError:
+        refused += 1
+    gc.collect()
+print(refused)
+"""
+    words = [sys.executable, "-c", code, copy / "archive.nc", tmp_path / "broken.nc"]
+    told = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert int(told.stdout) > 10

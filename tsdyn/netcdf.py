@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 import threading
@@ -47,6 +48,18 @@ def guarded() -> Iterator[None]:
             _inside.held = False
 
 
+def _opened(path: str | Path, mode: Literal["r", "w", "r+", "a"]) -> netCDF4.Dataset:
+    """``netCDF4.Dataset``, but a file that is opened and then not understood is never closed: closing it can crash."""
+    nc = netCDF4.Dataset.__new__(netCDF4.Dataset)
+    try:
+        nc.__init__(path, mode, format="NETCDF4")  # type: ignore[misc]
+    except (OSError, RuntimeError, ValueError):
+        if nc._isopen:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(nc))
+        raise
+    return nc
+
+
 @contextmanager
 def dataset(path: Path, mode: Literal["r", "w", "r+", "a"] = "r") -> Iterator[netCDF4.Dataset]:
     """An open file, alone with the library; values as stored, nothing masked or scaled.
@@ -56,7 +69,7 @@ def dataset(path: Path, mode: Literal["r", "w", "r+", "a"] = "r") -> Iterator[ne
     """
     with guarded():
         try:
-            nc = netCDF4.Dataset(path, mode, format="NETCDF4")
+            nc = _opened(path, mode)
         except FileNotFoundError:
             raise
         except (OSError, RuntimeError, ValueError) as error:
@@ -89,8 +102,7 @@ class File:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        opener: Any = netCDF4.Dataset
-        self.manager: Any = CachingFileManager(opener, os.fspath(path), mode="r", lock=_LOCK)
+        self.manager: Any = CachingFileManager(_opened, os.fspath(path), mode="r", lock=_LOCK)
 
     @contextmanager
     def opened(self) -> Iterator[netCDF4.Dataset]:
