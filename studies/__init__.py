@@ -19,6 +19,7 @@ _MODULES = {
     "tian2019-multilayer": "tian2019_multilayer",
     "tian2019-multilayer-large": "tian2019_multilayer_large",
     "tian2020-digits": "tian2020_digits",
+    "tian2020-boundaries": "tian2020_boundaries",
     "tian2020-l-shape": "tian2020_l_shape",
     "tian2020-success-rate": "tian2020_success_rate",
     "tian2020-recovery": "tian2020_recovery",
