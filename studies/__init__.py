@@ -18,6 +18,7 @@ _MODULES = {
     "tian2019-heatmaps": "tian2019_heatmaps",
     "tian2019-multilayer": "tian2019_multilayer",
     "tian2019-multilayer-large": "tian2019_multilayer_large",
+    "tian2020-connectivity": "tian2020_connectivity",
     "tian2020-digits": "tian2020_digits",
     "tian2020-boundaries": "tian2020_boundaries",
     "tian2020-l-shape": "tian2020_l_shape",

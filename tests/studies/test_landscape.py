@@ -32,3 +32,22 @@ def test_boundaries_do_not_depend_on_how_a_node_shares_its_scale(plane):
     # of the recorded ε's, the least; both storeys sum in another order
     recorded = plane["alignment"].isel(epoch=-1, node=slice(0, 6)).min("teacher_node")
     np.testing.assert_allclose(wanted["nearest"], recorded, rtol=1e-10)
+
+
+def test_every_way_leads_from_one_recorded_student_to_the_other(tmp_path):
+    """Each cell of the sweep is connected to its own partner: ends have the recorded losses."""
+    study = studies.load("tian2020-connectivity")
+    archive = tsdyn.run(study.EXPERIMENTS["smoke"].replace({"training.steps_per_epoch": 20}), tmp_path / "run").load()
+    measured = study.measure(archive)
+    assert measured["epoch"].values.tolist() == [3, 6]
+    for route in measured["route"].values:
+        for start, end in (("gaussian", 0), ("torch", -1)):
+            found = measured["loss"].sel(route=route).isel(position=end)
+            wanted = archive["loss_eval"].sel(init=start, epoch=[3, 6]).transpose(*found.dims)
+            there = found.notnull()  # a short run may leave nodes free at 1x, too
+            assert there.sel(overrealization=2).all()
+            # a mean of the same samples by other sums
+            np.testing.assert_allclose(found.where(there), wanted.where(there), rtol=1e-10)
+    path = measured["loss"].sel(route="theorem 2", overrealization=2)
+    corners = path.isel(position=slice(None, None, 10))
+    assert (path.max("position") <= corners.max("position") * (1 + 1e-12)).all()  # legs are convex or flat
