@@ -22,6 +22,7 @@ _MODULES = {
     "tian2020-digits": "tian2020_digits",
     "tian2020-boundaries": "tian2020_boundaries",
     "tian2020-l-shape": "tian2020_l_shape",
+    "tian2020-multilayer-l-shape": "tian2020_multilayer_l_shape",
     "tian2020-success-rate": "tian2020_success_rate",
     "tian2020-recovery": "tian2020_recovery",
     "simsek2023-trajectories": "simsek2023_trajectories",

@@ -57,7 +57,7 @@ def measure(archive: xr.Dataset) -> xr.Dataset:
     end = archive.isel(epoch=-1)
     low = one_layer(end[["weight", "bias", "fanout_norm"]], 1)
     length = np.sqrt((low["weight"] ** 2).sum("input_node"))
-    found = {
+    found: dict[str, xr.DataArray] = {
         "nearest": alignment.alignment(end).isel(node=slice(0, low.sizes["node"])).min("teacher_node"),
         "regular_fanout": low["fanout_norm"] * length,
         "offset": np.abs(low["bias"]) / length,
@@ -81,7 +81,7 @@ def draw(measured: xr.Dataset) -> Figure:
     shown = measured.drop_dims("member")
     chosen = np.unique(np.linspace(0, shown.sizes["epoch"] - 1, SNAPSHOTS).round().astype(int))
     figure = Figure(figsize=(PANEL[0] * 1.15 * len(chosen), PANEL[1] * 2.7), layout="constrained")
-    above, below = figure.subfigures(2, 1, height_ratios=(1.3, 1))
+    (above,), (below,) = figure.subfigures(2, 1, height_ratios=(1.3, 1), squeeze=False)
     strongest = float(shown["fanout_norm"].max())
     for position, ax in zip(chosen, above.subplots(1, len(chosen), sharey=True), strict=True):
         now = shown.isel(epoch=position)

@@ -47,7 +47,7 @@ _PAIRS = {
 EXPERIMENTS: Mapping[str, Experiment] = {
     "smoke": SMOKE.replace(
         _PAIRS
-        | {"name": "connectivity-smoke", "seeds": 2, "record.epochs": [3, 6], "data.eval": 200}
+        | {"name": "connectivity-smoke", "seeds": 2, "record.epochs": [6], "data.eval": 200}
         | {"sweep": {"student.init": ["gaussian", "torch"], "student.overrealization": [1, 2]}}
     ),
     # the paper's two-layer experiment with 4 seeds instead of 32, and loss on 2000 samples instead of 10,000

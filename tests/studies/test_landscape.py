@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 import xarray as xr
+from tsdyn.analysis import figures
 
 import tsdyn
+from tests.cases import small
 from tsdyn import studies
 
 
@@ -37,7 +39,9 @@ def test_boundaries_do_not_depend_on_how_a_node_shares_its_scale(plane):
 def test_every_way_leads_from_one_recorded_student_to_the_other(tmp_path):
     """Each cell of the sweep is connected to its own partner: ends have the recorded losses."""
     study = studies.load("tian2020-connectivity")
-    archive = tsdyn.run(study.EXPERIMENTS["smoke"].replace({"training.steps_per_epoch": 20}), tmp_path / "run").load()
+    archive = tsdyn.run(
+        study.EXPERIMENTS["smoke"].replace({"training.steps_per_epoch": 20, "record.epochs": [3, 6]}), tmp_path / "run"
+    ).load()
     measured = study.measure(archive)
     assert measured["epoch"].values.tolist() == [3, 6]
     for route in measured["route"].values:
@@ -51,3 +55,22 @@ def test_every_way_leads_from_one_recorded_student_to_the_other(tmp_path):
     path = measured["loss"].sel(route="theorem 2", overrealization=2)
     corners = path.isel(position=slice(None, None, 10))
     assert (path.max("position") <= corners.max("position") * (1 + 1e-12)).all()  # legs are convex or flat
+
+
+def test_l_shapes_of_a_deep_student_are_those_of_its_layers(tmp_path):
+    study = studies.load("tian2020-multilayer-l-shape")
+    archive = tsdyn.run(small(teacher__widths=[6, 3, 5, 4, 6], training__epochs=2), tmp_path / "run")
+    measured = study.measure(archive)
+    assert measured["layer"].values.tolist() == [1, 2, 3]
+    for layer in (1, 2, 3):
+        alone = figures.measure_l_shape(archive.sel(layer=layer))
+        for name, wanted in alone.data_vars.items():
+            found = measured[name].isel(epoch=-1).sel(layer=layer).transpose(*wanted.dims)
+            np.testing.assert_array_equal(found, wanted)
+    cells = np.reshape(study.draw(measured).axes, (3, 3))
+    for row, epoch in zip(cells, measured["epoch"].values, strict=True):
+        for ax, layer in zip(row, (1, 2, 3), strict=True):
+            own = measured.sel(epoch=epoch, layer=layer)
+            for points, seed in zip(ax.collections, own["seed"].values, strict=True):
+                shown = np.ma.filled(points.get_offsets(), np.nan)
+                np.testing.assert_array_equal(shown[:, 0], own["student_specialization"].sel(seed=seed))
