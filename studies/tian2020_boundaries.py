@@ -1,8 +1,13 @@
 """Tian (2020), Figure 3: boundaries of 2 teacher nodes and 6 student nodes in the plane while the student learns.
 
-What the paper finds: every teacher node's boundary is found by student nodes, and ‖v_k‖ → 0 for those that find none.
-``tsdyn plot DIR boundaries -o boundaries.gif`` makes the run move.  The paper's outputs, inputs and rates are not
-given; these are 10 outputs, inputs of standard deviation 1.5 and orthonormal teacher weights.
+What the paper finds: student nodes find every teacher node's boundary, and ‖v_k‖ → 0 for those that find none.  At desk
+scale in all 16 seeds some student node is within ε = 0.004 of each teacher node (‖v*_j‖ = 1).  9 of 96 nodes end with
+ε > 0.1 and a boundary among the data: six never left the size of the start, 0.03 to 0.07, the largest falls from 0.27
+to 0.19, and ‖v_k‖ ‖w_k‖, which counts once rows have unit norm, is at most 0.035.  20 more nodes left the data: 18 are
+on for almost all samples, with ‖v_k‖ up to 1 but ‖v_k‖ ‖w_k‖ at most 0.002, so that they add a constant; 2 are off.
+
+``tsdyn plot DIR boundaries -o boundaries.gif`` makes the first seed move.  The paper's numbers of outputs, samples and
+steps are not at hand: 10 outputs and inputs of standard deviation 1.5; an epoch is 10 steps.
 """
 
 from __future__ import annotations
@@ -56,11 +61,11 @@ def measure(archive: xr.Dataset) -> xr.Dataset:
     shown = measure_boundaries(archive)
     end = archive.isel(epoch=-1)
     low = one_layer(end[["weight", "bias", "fanout_norm"]], 1)
-    length = np.sqrt((low["weight"] ** 2).sum("input_node"))
+    length = (low["weight"] ** 2).sum("input_node") ** 0.5
     found: dict[str, xr.DataArray] = {
         "nearest": alignment.alignment(end).isel(node=slice(0, low.sizes["node"])).min("teacher_node"),
         "regular_fanout": low["fanout_norm"] * length,
-        "offset": np.abs(low["bias"]) / length,
+        "offset": abs(low["bias"]) / length,
     }
     names = {
         "nearest": ("ε of the nearest teacher node", f"{TIAN}, Definition 3"),
@@ -118,7 +123,7 @@ def _against_nearest(measured: xr.Dataset, ax: Axes) -> None:
     crosses = measured["offset"] < measured.attrs["extent"]
     for inside, face, label in (
         (True, colour(0), "boundary within 3 std"),
-        (False, "none", "beyond: on or off for all"),
+        (False, "none", "beyond: on or off for almost all"),
     ):
         own = measured[["nearest", "regular_fanout"]].where(crosses == inside)
         ax.scatter(
