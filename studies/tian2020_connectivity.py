@@ -109,7 +109,10 @@ def draw(measured: xr.Dataset) -> Figure:
         ax.set_ylabel(axis_label(measured[name]), fontsize=8)
     handles, labels = below[-1].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", fontsize=8)
-    figure.suptitle(f"two students of one teacher; a line each of {measured.sizes['seed']} seeds", fontsize=10)
+    figure.suptitle(
+        f"two students of one teacher, a line each of {measured.sizes['seed']} seeds; losses no lower than {_FLOOR:g}",
+        fontsize=10,
+    )
     return figure
 
 
