@@ -23,6 +23,8 @@ from tsdyn.schema import TIAN
 
 #: The ways from one student to the other.
 ROUTES = ("straight", "matched", "theorem 2")
+#: Of Theorem 2's path.
+LEGS = 5
 
 
 def _like(network: Network, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Network:
@@ -222,7 +224,7 @@ def connect(first: xr.Dataset, second: xr.Dataset, *, points_a_leg: int = 10) ->
     except ValueError as error:
         path, reason = [], str(error)
     routes = ([reference, widened(b.student, widths)], [reference, partner], path)
-    positions = np.linspace(0, 1, 5 * points_a_leg + 1)
+    positions = np.linspace(0, 1, LEGS * points_a_leg + 1)
     losses = [
         loss_along(route, teacher, x, positions) if route else np.full(len(positions), np.nan) for route in routes
     ]
@@ -235,5 +237,7 @@ def connect(first: xr.Dataset, second: xr.Dataset, *, points_a_leg: int = 10) ->
     if reason:
         loss.attrs["comment"] = reason
     ends = np.maximum(loss.isel(position=0), loss.isel(position=-1))
-    barrier = (loss.max("position") - ends).assign_attrs(units="1", long_name="barrier: largest loss above the ends")
+    barrier = (loss.max("position") - ends).assign_attrs(
+        units="1", long_name="barrier: largest loss above the ends", source=loss.attrs["source"]
+    )
     return xr.Dataset({"loss": loss, "barrier": barrier.drop_vars("position", errors="ignore")})

@@ -575,19 +575,21 @@ def boundaries(ds: xr.Dataset, *, ax: Axes | None = None, strongest: float | Non
     return ax
 
 
+def _boundary_names(norms: xr.DataArray) -> list[str]:
+    """Of the coloured lines of a legend: each student node with its fan-out norm, where there is one point and few."""
+    if norms.ndim == 1 and norms.size <= 2 * len(panels.PALETTE):
+        return [f"student {k + 1}: ‖v‖ = {float(norms[k]):.2g}" for k in range(norms.size)]
+    return ["student node"]
+
+
 def _boundary_key(figure: Figure, measured: xr.Dataset) -> None:
-    """Legend: colours of student nodes with their final fan-out norms, where there is one point and few nodes."""
+    """Legend: colours of student nodes with their fan-out norms at the last epoch, where there is room for them."""
     from matplotlib.lines import Line2D
 
     handles = [Line2D([], [], color="black", linestyle="--", linewidth=1, label="teacher node")]
-    norms = layout.unpadded(measured.isel(epoch=-1) if "epoch" in measured.dims else measured)["fanout_norm"]
-    if norms.ndim == 1 and norms.size <= 2 * len(panels.PALETTE):
-        handles += [
-            Line2D([], [], color=panels.colour(k), linewidth=2, label=f"student {k + 1}: ‖v‖ = {float(norms[k]):.2g}")
-            for k in range(norms.size)
-        ]
-    else:
-        handles.append(Line2D([], [], color=panels.colour(0), linewidth=2, label="student node"))
+    last = measured.isel(epoch=-1) if "epoch" in measured.dims else measured
+    for k, name in enumerate(_boundary_names(layout.unpadded(last)["fanout_norm"])):
+        handles.append(Line2D([], [], color=panels.colour(k), linewidth=2, label=name))
     figure.legend(handles=handles, loc="outside right upper", fontsize=7)
 
 
@@ -632,11 +634,16 @@ def animate_boundaries(ds: xr.Dataset, *, interval: int = 150) -> FuncAnimation:
         now = measured.isel(epoch=position)
         boundaries(now, ax=ax, strongest=strongest)
         ax.set_title(layout.headed(f"seed {int(now['seed'])}, epoch {int(now['epoch'])}", now), fontsize=10)
+        names = _boundary_names(layout.unpadded(now)["fanout_norm"])
+        for text, name in zip(figure.legends[0].get_texts()[1:], names, strict=True):
+            text.set_text(name)
         return []
 
-    frame(0)
-    figure.draw_without_rendering()
+    frame(measured.sizes["epoch"] - 1)
+    for _ in range(2):  # the second pass knows how wide the legend is
+        figure.draw_without_rendering()
     figure.set_layout_engine("none")  # laid out once; every frame again would take most of the time
+    frame(0)
     return FuncAnimation(figure, frame, frames=measured.sizes["epoch"], interval=interval, init_func=list)
 
 

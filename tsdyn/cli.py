@@ -120,7 +120,7 @@ def list_studies() -> None:
     from tsdyn import studies
 
     for name in studies.names():
-        print(f"{name:24} {studies.load(name).TITLE}")
+        print(f"{name:28} {studies.load(name).TITLE}")
 
 
 @study.command("show")

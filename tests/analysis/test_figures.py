@@ -190,6 +190,16 @@ def test_boundaries_move(run, tmp_path):
         assert gif.n_frames == run.sizes["epoch"]
 
 
+def test_the_legend_of_a_frame_is_of_its_epoch(run):
+    moves = figures.animate_boundaries(run.sel(seed=2))
+    for position in (0, run.sizes["epoch"] - 1):
+        moves._draw_frame(position)
+        norms = tsdyn.layer(run, 1).fanout_norm.sel(seed=2).isel(epoch=position).values
+        said = [text.get_text() for text in moves._fig.legends[0].get_texts()]
+        assert said == ["teacher node", *(f"student {k + 1}: ‖v‖ = {norm:.2g}" for k, norm in enumerate(norms))]
+    moves._draw_was_started = True  # matplotlib warns of an animation that is never saved
+
+
 def test_phase_diagram_shows_shares(sweep):
     shares = phase.fractions(phase.recovery_class(tsdyn.layer(sweep, 1).isel(epoch=-1), threshold=0.5)).compute()
     ax = figures.phase_diagram(shares.to_dataset(), of="some")
