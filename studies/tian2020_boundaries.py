@@ -3,8 +3,8 @@
 What the paper finds: student nodes find every teacher node's boundary, and ‖v_k‖ → 0 for those that find none.  At desk
 scale in all 16 seeds some student node is within ε = 0.004 of each teacher node (‖v*_j‖ = 1).  9 of 96 nodes end with
 ε > 0.1 and a boundary among the data: seven stay near the size of the start, at 0.03 to 0.07, the largest falls from
-0.27 to 0.19, and ‖v_k‖ ‖w_k‖, which counts once rows have unit norm, is at most 0.035.  20 more nodes left the data: 18 are
-on for almost all samples, with ‖v_k‖ up to 1 but ‖v_k‖ ‖w_k‖ at most 0.002, so that they add a constant; 2 are off.
+0.27 to 0.19, and ‖v_k‖ ‖w_k‖, which counts once rows have unit norm, is at most 0.035.  20 more nodes left the data: 18
+are on for almost all samples, with ‖v_k‖ up to 1 but ‖v_k‖ ‖w_k‖ at most 0.002: they add a constant; 2 are off.
 
 ``tsdyn plot DIR boundaries -o boundaries.gif`` makes the first seed move.  The paper's numbers of outputs, samples and
 steps are not at hand: 10 outputs and inputs of standard deviation 1.5; an epoch is 10 steps.

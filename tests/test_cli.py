@@ -1,6 +1,7 @@
 import re
 
 import pytest
+import xarray as xr
 from tsdyn.analysis.figures import FIGURES
 
 import tsdyn
@@ -269,3 +270,14 @@ def test_studies_are_listed_and_shown(command):
     code, out, _ = command("study", "show", "tian2020-recovery")
     assert code == 0
     assert "# --scale paper" in out
+
+
+def test_keys_of_a_study_are_set_and_its_measurement_says_what_was_run(command, tmp_path):
+    words = ["study", "run", "tian2020-l-shape", "--scale", "smoke", "-o", tmp_path / "run", "--quiet"]
+    assert command(*words, "--set", "seeds=1", "--set", "training.epochs=1")[0] == 0
+    with xr.open_dataset(tmp_path / "run" / "measured.nc") as measured:
+        assert measured.sizes["seed"] == 1
+        made_by = tsdyn.Experiment.from_toml_text(measured.attrs["experiment"])
+    assert (made_by.training.epochs, made_by.digest) == (1, measured.attrs["digest"])
+    code, _, complained = command("study", "run", "simsek2023-loss", "--scale", "smoke", "--set", "seeds=1")
+    assert (code, "is no experiment whose keys" in complained) == (2, True)

@@ -47,6 +47,10 @@ Together = Annotated[
         "--together/--apart", help="Train points whose students have one shape as one ensemble; on a GPU the default."
     ),
 ]
+Changes = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Set a key, e.g. training.epochs=5."),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")]
 Directory = Annotated[str, typer.Argument(metavar="DIR", help="A run, a sweep or an archive file.")]
 
@@ -97,10 +101,7 @@ def _root(
 def run(
     experiment: Annotated[Path, typer.Argument(metavar="EXPERIMENT.toml", help="The experiment file.")],
     output: OutDirectory = None,
-    changes: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Set a key, e.g. training.epochs=5."),
-    ] = None,
+    changes: Changes = None,
     device: Device = "cpu",
     workers: Workers = None,
     scheduler: Scheduler = None,
@@ -137,6 +138,7 @@ def run_study(
     name: Annotated[str, typer.Argument()],
     scale: Annotated[str, typer.Option(help="smoke (seconds), desk (minutes) or paper.")] = "desk",
     output: OutDirectory = None,
+    changes: Changes = None,
     device: Device = "cpu",
     workers: Workers = None,
     scheduler: Scheduler = None,
@@ -151,7 +153,10 @@ def run_study(
         raise ExperimentError(f"--scale {scale}: there are {', '.join(module.EXPERIMENTS)}")
     path = archive.local_path(output or Path("runs") / f"{name}-{scale}")
     work = module.EXPERIMENTS[scale]
+    if changes and not isinstance(work, Experiment):
+        raise ExperimentError(f"study run {name}: is no experiment whose keys --set could change; leave it out")
     if isinstance(work, Experiment):
+        work = work.replace(dict(_assignment(text) for text in changes or ()))
         _run(work, path, device, quiet, workers, scheduler, together)
         found = archive.open(path)
     elif workers is not None or scheduler is not None or together is not None:
@@ -160,7 +165,9 @@ def run_study(
         )
     else:
         found = work.run(path, report=(lambda _: None) if quiet else lambda line: print(line, flush=True))
+    made_by = {key: found.attrs[key] for key in ("name", "digest", "experiment", "tsdyn_version") if key in found.attrs}
     measured = module.measure(found).load()
+    measured = measured.assign_attrs(made_by | measured.attrs)
     archive.write_dataset(path / "measured.nc", measured)
     _save(module.draw(measured), path / "figure.png", quiet)
 
