@@ -18,6 +18,8 @@ _MODULES = {
     "tian2019-heatmaps": "tian2019_heatmaps",
     "tian2019-multilayer": "tian2019_multilayer",
     "tian2019-multilayer-large": "tian2019_multilayer_large",
+    "tian2020-samples": "tian2020_samples",
+    "tian2020-augmentation": "tian2020_augmentation",
     "tian2020-digits": "tian2020_digits",
     "tian2020-l-shape": "tian2020_l_shape",
     "tian2020-success-rate": "tian2020_success_rate",

@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from tsdyn.analysis import specialization
 from tsdyn.analysis.figures import PANEL
-from tsdyn.analysis.panels import PALETTE
+from tsdyn.analysis.layout import short
+from tsdyn.analysis.panels import colour, shade
 
 from tsdyn.archive import swept_dimensions
 
@@ -22,8 +23,8 @@ SCALARS = ("mse_eval", "loss_eval", "accuracy", "label_accuracy")
 
 
 def measure(archive: xr.Dataset) -> xr.Dataset:
-    """``mean_specialization`` and ``mean_rank`` (swept..., seed, epoch, layer) of the hidden layers, and loss, mse and
-    top-1 accuracies where they were recorded; loaded.
+    """``mean_specialization``, ``mean_rank`` and ``median_rank`` (swept..., seed, epoch, layer) of the hidden layers,
+    and loss, mse and top-1 accuracies where they were recorded; loaded.
     """
     hidden = archive.isel(layer=slice(None, -1))
     scalars = {name: archive[name] for name in SCALARS if name in archive}
@@ -32,6 +33,7 @@ def measure(archive: xr.Dataset) -> xr.Dataset:
         {
             "mean_specialization": specialization.mean_specialization(hidden),
             "mean_rank": specialization.mean_rank(hidden),
+            "median_rank": specialization.median_rank(hidden),
             **found,
         }
     ).load()
@@ -42,10 +44,25 @@ def _top_1(accuracy: xr.DataArray) -> xr.DataArray:
     return accuracy.sel(top_k=1, drop=True).assign_attrs(long_name=meaning)
 
 
-def band(values: xr.DataArray, *, ax: Axes, color: str, label: str) -> None:
-    """Mean over seeds against epoch with the band from the least to the largest; (seed, epoch)."""
-    ax.fill_between(values["epoch"], values.min("seed"), values.max("seed"), color=color, alpha=0.15, linewidth=0)
-    ax.plot(values["epoch"], values.mean("seed"), color=color, label=label, linewidth=1.4)
+def band(values: xr.DataArray, *, ax: Axes, color: Any, label: str, along: str = "epoch") -> None:
+    """Mean over seeds against `along` with the band from the least to the largest; (seed, `along`)."""
+    x = values[along]
+    ax.fill_between(x, values.min("seed"), values.max("seed"), color=color, alpha=0.15, linewidth=0)
+    ax.plot(
+        x, values.mean("seed"), color=color, label=label, linewidth=1.4, marker="o" if along != "epoch" else None, ms=3
+    )
+
+
+def draw_lines(values: xr.DataArray, lines: str | None, ax: Axes, *, along: str = "epoch") -> None:
+    """A `band` a value of the dimension `lines`, layers dark to light, others in the colours of the palette."""
+    there: list[Any] = [None] if lines is None else list(values[lines].values)
+    for position, value in enumerate(there):
+        one = values if lines is None else values.sel({lines: value})
+        if bool(np.isnan(one).all()):
+            continue
+        color = shade(position, len(there)) if lines == "layer" else colour(position)
+        shown = f"layer {value}" if lines == "layer" else short(value)
+        band(one, ax=ax, color=color, label=shown, along=along)
 
 
 def draw(
@@ -75,11 +92,11 @@ def draw(
     panels = figure.subplots(len(rows), columns, squeeze=False)
     for (point, name), row in zip(rows, panels, strict=True):
         for layer, ax in zip(layers, row, strict=False):
-            _lines(measured[name].sel({**point, "layer": layer}), lines, ax)
+            draw_lines(measured[name].sel({**point, "layer": layer}), lines, ax)
             ax.set(ylim=(-0.02, 1.02), title=f"layer {layer}")
         if name == layered[0]:
             for scalar, ax in zip(scalars, row[len(layers) :], strict=True):
-                _lines(measured[scalar].sel(point), lines, ax)
+                draw_lines(measured[scalar].sel(point), lines, ax)
                 ax.set_title(fill(str(measured[scalar].attrs.get("long_name", scalar)), 28))
                 if not scalar.endswith("accuracy"):
                     ax.set_yscale("log")
@@ -100,13 +117,3 @@ def draw(
         handles, labels = panels[0, 0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside right upper", title=lines, fontsize=8, title_fontsize=8)
     return figure
-
-
-def _lines(values: xr.DataArray, lines: str | None, ax: Axes) -> None:
-    there: list[Any] = [None] if lines is None else list(values[lines].values)
-    for position, value in enumerate(there):
-        one = values if lines is None else values.sel({lines: value})
-        if bool(np.isnan(one).all()):
-            continue
-        shown = f"{value:g}" if isinstance(value, float) else str(value)
-        band(one, ax=ax, color=PALETTE[position % len(PALETTE)], label=shown)
