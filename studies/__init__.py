@@ -15,6 +15,8 @@ from tsdyn.experiment import Experiment
 
 _MODULES = {
     "tian2019-luck": "tian2019_luck",
+    "tian2019-data": "tian2019_data",
+    "tian2019-ranks": "tian2019_ranks",
     "tian2019-heatmaps": "tian2019_heatmaps",
     "tian2019-multilayer": "tian2019_multilayer",
     "tian2019-multilayer-large": "tian2019_multilayer_large",

@@ -22,6 +22,27 @@ from tsdyn.archive import swept_dimensions
 SCALARS = ("mse_eval", "loss_eval", "accuracy", "label_accuracy")
 
 
+def networks(connected: list[int], channels: int) -> list[dict[str, Any]]:
+    """The two kinds of teacher of Luck Matters, as keys of a listed point: fully connected and ConvNet.
+
+    Args:
+        connected: Hidden widths of the fully connected one, which takes 20 inputs.
+        channels: Of each of the four convolutions, of images of 16 x 16.
+
+    Source: Tian et al. (2019), section 5.
+    """
+    return [
+        {"teacher.convolution": False, "teacher.widths": [20, *connected, 100], "data.image": [1, 4, 5]},
+        {"teacher.convolution": True, "teacher.widths": [256, *[channels] * 4, 100], "data.image": [1, 16, 16]},
+    ]
+
+
+def by_network(measured: xr.Dataset) -> xr.Dataset:
+    """`measured`, its ``point`` named after the kind of network that `networks` put there."""
+    kinds = np.where(measured["convolution"] == "true", "ConvNet", "fully connected")
+    return measured.drop_vars([str(name) for name in measured["point"].coords]).assign_coords(point=kinds)
+
+
 def measure(archive: xr.Dataset) -> xr.Dataset:
     """``mean_specialization``, ``mean_rank`` and ``median_rank`` (swept..., seed, epoch, layer) of the hidden layers,
     and loss, mse and top-1 accuracies where they were recorded; loaded.

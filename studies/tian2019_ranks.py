@@ -1,0 +1,67 @@
+"""Tian et al. (2019), Figures 17 to 22 on Gaussian inputs: loss, ρ̄, and mean and median rank of the final winners.
+
+With and without BatchNorm, of the small teacher 10-15-20-25 and the large one 50-75-100-125; the figures' halves on
+CIFAR-10 are not drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import xarray as xr
+from matplotlib.figure import Figure
+from tsdyn.studies import deep_layers
+from tsdyn.studies.deep_layers import measure
+from tsdyn.studies.tian2019_multilayer import PAPER as MULTILAYER
+
+from tsdyn.experiment import Experiment
+
+__all__ = ["EXPERIMENTS", "SOURCE", "TITLE", "draw", "measure"]
+
+TITLE = "mean and median rank of the final winners, mean best correlation and loss, small and large teacher"
+SOURCE = "Tian et al. 2019 (arXiv:1905.13405), Figures 17 to 22"
+
+
+def _sweep(*teachers: Sequence[int]) -> dict[str, Any]:
+    """Teachers of these hidden widths, students with and without BatchNorm."""
+    return {
+        "student.batch_norm": ["none", "after"],
+        "teacher.widths": [[20, *hidden, 100] for hidden in teachers],
+    }
+
+
+_PAPER = MULTILAYER.replace(
+    {
+        "name": "ranks-paper",
+        "seeds": 5,
+        "student.overrealization": 10.0,
+        "data.train": 100_000,
+        "data.eval": 1024,
+        "training.epochs": 40,
+        "sweep": _sweep([10, 15, 20, 25], [50, 75, 100, 125]),
+    }
+)
+
+EXPERIMENTS: Mapping[str, Experiment] = {
+    "smoke": _PAPER.replace(
+        {"name": "ranks-smoke", "seeds": 2, "student.overrealization": 2.0, "data.train": 300, "data.eval": 200}
+        | {"training.epochs": 2, "sweep": _sweep([4, 5, 6, 7], [5, 7, 9, 11])}
+    ),
+    # both teachers; 4x instead of 10x, a fifth of the samples, half of the epochs
+    "desk": _PAPER.replace(
+        {"name": "ranks-desk", "seeds": 2, "student.overrealization": 4.0, "data.train": 20_000}
+        | {"training.epochs": 20, "training.learning_rate": {0: 0.004, 13: 0.002}}
+    ),
+    "paper": _PAPER,
+}
+
+
+def draw(measured: xr.Dataset) -> Figure:
+    """Three rows a teacher, ρ̄ and both ranks, a panel a layer and one of the loss; a colour with and one without."""
+    return deep_layers.draw(
+        measured,
+        title="winners of the small and the large teacher",
+        show=("mean_specialization", "mean_rank", "median_rank", "mse_eval"),
+        lines="batch_norm",
+    )
