@@ -146,12 +146,12 @@ def boundary_samples(teacher_weight: NDArray, teacher_bias: NDArray, eps: NDArra
     """(..., teacher_node, input_node), (..., teacher_node), (...), (...) -> (...): Σ_j P[|w*_j·x + b*_j| ≤ ε].
 
     For x ~ N(0, std² I) and regular nodes, ‖w*_j‖ = 1, of which w*_j·x is N(0, std²); padding and zero weights have
-    no boundary.
+    no boundary, and NaN is where no node has one: a point that is not committed yet.
     """
     _, b = _regular(teacher_weight, teacher_bias)
     eps, std = eps[..., None], std[..., None]
     share = ndtr((eps - b) / std) - ndtr((-eps - b) / std)
-    return np.asarray(np.nansum(share, axis=-1))
+    return np.where(np.isnan(share).all(-1), np.nan, np.nansum(share, axis=-1))
 
 
 def augmented_samples(archive: xr.Dataset) -> xr.DataArray:
@@ -187,11 +187,8 @@ def augmented_samples(archive: xr.Dataset) -> xr.DataArray:
         told("std"),
         reads=(("teacher_node", "input_node"), ("teacher_node",), (), ()),
     )
-    factor = xr.where(augment == "aware", 1 + 2 * near, xr.where(augment == "agnostic", 2.0 * inputs + 1, 1.0))
-    return (
-        (train * factor)
-        .rename("augmented_samples")
-        .assign_attrs(
-            units="1", long_name="training samples with what augmentation adds", source=f"{TIAN}, Definition 7"
-        )
+    added = near * (augment == "aware") + inputs * (augment == "agnostic")
+    total: xr.DataArray = train * (1.0 + 2.0 * added)
+    return total.rename("augmented_samples").assign_attrs(
+        units="1", long_name="training samples with those of augmentation", source=f"{TIAN}, Definition 7"
     )

@@ -133,7 +133,7 @@ def draw(
         ax.tick_params(which="both", labelsize=7)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=4))
     figure.supxlabel("epoch", fontsize=9)
-    figure.suptitle(f"{title}; mean over seeds, band least to largest", fontsize=10)
+    figure.suptitle(f"{title}; mean over {measured.sizes['seed']} seeds, band least to largest", fontsize=10)
     if lines is not None:
         handles, labels = panels[0, 0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside right upper", title=lines, fontsize=8, title_fontsize=8)
