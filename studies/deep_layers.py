@@ -111,10 +111,11 @@ def draw(
     columns = len(layers) + len(scalars)
     figure = Figure(figsize=(PANEL[0] * 0.85 * columns + 1.2, PANEL[1] * len(rows) + 0.5), layout="constrained")
     panels = figure.subplots(len(rows), columns, squeeze=False)
+    tops = {name: _top(measured[name]) for name in layered}
     for (point, name), row in zip(rows, panels, strict=True):
         for layer, ax in zip(layers, row, strict=False):
             draw_lines(measured[name].sel({**point, "layer": layer}), lines, ax)
-            ax.set(ylim=(-0.02, 1.02), title=f"layer {layer}")
+            ax.set(ylim=(-0.02 * tops[name], 1.02 * tops[name]), title=f"layer {layer}")
         if name == layered[0]:
             for scalar, ax in zip(scalars, row[len(layers) :], strict=True):
                 draw_lines(measured[scalar].sel(point), lines, ax)
@@ -138,3 +139,9 @@ def draw(
         handles, labels = panels[0, 0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside right upper", title=lines, fontsize=8, title_fontsize=8)
     return figure
+
+
+def _top(values: xr.DataArray) -> float:
+    """Where a panel ends: winners lead from early on, and at the bottom of [0, 1] their ranks would be flat lines."""
+    largest = float(np.fmax.reduce(values.values, axis=None, initial=0.0))
+    return largest if "rank" in str(values.name) and largest > 0 else 1.0

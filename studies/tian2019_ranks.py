@@ -2,6 +2,14 @@
 
 With and without BatchNorm, of the small teacher 10-15-20-25 and the large one 50-75-100-125; the figures' halves on
 CIFAR-10 are not drawn.
+
+At desk scale winners are those that were near the top at the start, the nearer the lower the layer, and they lead
+after two epochs: without BatchNorm the small teacher's mean ranks go from 0.05, 0.17, 0.17, 0.28 to 0.00, 0.03, 0.02,
+0.03 and the large teacher's from 0.01, 0.05, 0.09, 0.18 to below 0.01.  Medians are lower, at the start 0.02, 0.06,
+0.09, 0.21 and 0.00, 0.01, 0.04, 0.12: a few winners come from far behind.  With BatchNorm errors end smaller, at 0.057
+against 0.075 and at 0.246 against 0.275, and winners lead sooner in most layers, but start no better in layer 3.  The
+small teacher's ρ̄ ends at 1.00, 0.95, 0.85, 0.83 with and 1.00, 0.95, 0.80, 0.80 without it; the large one is far from
+recovered, at 0.76, 0.58, 0.53, 0.53 and 0.75, 0.57, 0.52, 0.51.
 """
 
 from __future__ import annotations
@@ -59,8 +67,9 @@ EXPERIMENTS: Mapping[str, Experiment] = {
 
 def draw(measured: xr.Dataset) -> Figure:
     """Three rows a teacher, ρ̄ and both ranks, a panel a layer and one of the loss; a colour with and one without."""
+    teachers = [f"teacher {'-'.join(str(widths).split('-')[1:-1])}" for widths in measured["widths"].values]
     return deep_layers.draw(
-        measured,
+        measured.assign_coords(widths=teachers),
         title="winners of the small and the large teacher",
         show=("mean_specialization", "mean_rank", "median_rank", "mse_eval"),
         lines="batch_norm",
