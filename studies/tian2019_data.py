@@ -62,7 +62,7 @@ _PAPER = MULTILAYER.replace(
 EXPERIMENTS: Mapping[str, Experiment] = {
     "smoke": _PAPER.replace(
         {"name": "data-smoke", "seeds": 2, "student.overrealization": 2.0, "data.eval": 100, "training.epochs": 1}
-        | {"sweep": _sweep([4, 5, 6, 7], 2, 100, (4, 2))}
+        | {"sweep": _sweep([4, 5, 6, 7], 2, 100, (4, 2)) | {"student.batch_norm": ["after"]}}
     ),
     # the small fully connected teacher, 6 channels instead of 64, 2x instead of 10x, fewer samples and steps
     "desk": _PAPER.replace(
