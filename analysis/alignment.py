@@ -9,9 +9,12 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
+from scipy.special import ndtr
 from tsdyn.analysis.lift import lift
 
 from tsdyn import layer as one_layer
+from tsdyn.experiment import Experiment
+from tsdyn.points import sweep_dimensions, swept_keys
 from tsdyn.schema import TIAN, VARIABLES
 
 _WEIGHTS = ("weight", "bias", "teacher_weight", "teacher_bias")
@@ -136,4 +139,56 @@ def aligned(archive: xr.Dataset) -> xr.DataArray:
     count = near.sum("teacher_node").where(near.notnull().any("teacher_node"))
     return count.rename("aligned").assign_attrs(
         units="1", long_name="teacher nodes with a student node within ε_0/2", source=f"{TIAN}, Theorem 1"
+    )
+
+
+def boundary_samples(teacher_weight: NDArray, teacher_bias: NDArray, eps: NDArray, std: NDArray) -> NDArray:
+    """(..., teacher_node, input_node), (..., teacher_node), (...), (...) -> (...): Σ_j P[|w*_j·x + b*_j| ≤ ε].
+
+    For x ~ N(0, std² I) and regular nodes, ‖w*_j‖ = 1, of which w*_j·x is N(0, std²); padding and zero weights have
+    no boundary, and NaN is where no node has one: a point that is not committed yet.
+    """
+    _, b = _regular(teacher_weight, teacher_bias)
+    eps, std = eps[..., None], std[..., None]
+    share = ndtr((eps - b) / std) - ndtr((-eps - b) / std)
+    return np.where(np.isnan(share).all(-1), np.nan, np.nansum(share, axis=-1))
+
+
+def augmented_samples(archive: xr.Dataset) -> xr.DataArray:
+    """How many samples each training set has with the points that ``data.augment`` adds; (swept..., seed).
+
+    N as it stands, (2d + 1) N teacher-agnostic, and N + 2 Σ_j N[I_j(ε)] teacher-aware, where the expectation over
+    Gaussian inputs N Σ_j P[x ∈ I_j(ε)] stands for the count, which an archive does not hold.
+
+    Raises:
+        ValueError: if samples are fresh, or augmented teacher-aware and not Gaussian.
+            Source: Tian (2020), Definition 7.
+    """
+    experiment = Experiment.from_toml_text(archive.attrs["experiment"])
+    names = sweep_dimensions(swept_keys(experiment.sweep))
+
+    def told(key: str) -> xr.DataArray:
+        value = getattr(experiment.data, key)
+        return archive[name] if (name := names.get(f"data.{key}")) in archive.coords else xr.DataArray(value)
+
+    train, augment = told("train"), told("augment")
+    if train.dtype.kind not in "iuf":
+        raise ValueError("augmented_samples: data.train = 'fresh' has no training set; select the finite ones")
+    aware = bool((augment == "aware").any())
+    if aware and bool((told("law") != "gaussian").any()):
+        raise ValueError("augmented_samples: teacher-aware points are counted for Gaussian inputs only")
+    low = _lowest(archive, ("teacher_weight", "teacher_bias"))
+    inputs = experiment.teacher.widths[0]
+    near = lift(
+        boundary_samples,
+        low["teacher_weight"],
+        low["teacher_bias"],
+        told("augment_eps"),
+        told("std"),
+        reads=(("teacher_node", "input_node"), ("teacher_node",), (), ()),
+    )
+    added = near * (augment == "aware") + inputs * (augment == "agnostic")
+    total: xr.DataArray = train * (1.0 + 2.0 * added)
+    return total.rename("augmented_samples").assign_attrs(
+        units="1", long_name="training samples with those of augmentation", source=f"{TIAN}, Definition 7"
     )

@@ -15,10 +15,14 @@ from tsdyn.experiment import Experiment
 
 _MODULES = {
     "tian2019-luck": "tian2019_luck",
+    "tian2019-data": "tian2019_data",
+    "tian2019-ranks": "tian2019_ranks",
     "tian2019-heatmaps": "tian2019_heatmaps",
     "tian2019-multilayer": "tian2019_multilayer",
     "tian2019-multilayer-large": "tian2019_multilayer_large",
     "tian2020-connectivity": "tian2020_connectivity",
+    "tian2020-samples": "tian2020_samples",
+    "tian2020-augmentation": "tian2020_augmentation",
     "tian2020-digits": "tian2020_digits",
     "tian2020-boundaries": "tian2020_boundaries",
     "tian2020-l-shape": "tian2020_l_shape",

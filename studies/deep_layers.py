@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from tsdyn.analysis import specialization
 from tsdyn.analysis.figures import PANEL
-from tsdyn.analysis.panels import PALETTE
+from tsdyn.analysis.layout import short
+from tsdyn.analysis.panels import colour, shade
 
 from tsdyn.archive import swept_dimensions
 
@@ -21,9 +22,30 @@ from tsdyn.archive import swept_dimensions
 SCALARS = ("mse_eval", "loss_eval", "accuracy", "label_accuracy")
 
 
+def networks(connected: list[int], channels: int) -> list[dict[str, Any]]:
+    """The two kinds of teacher of Luck Matters, as keys of a listed point: fully connected and ConvNet.
+
+    Args:
+        connected: Hidden widths of the fully connected one, which takes 20 inputs.
+        channels: Of each of the four convolutions, of images of 16 x 16.
+
+    Source: Tian et al. (2019), section 5.
+    """
+    return [
+        {"teacher.convolution": False, "teacher.widths": [20, *connected, 100], "data.image": [1, 4, 5]},
+        {"teacher.convolution": True, "teacher.widths": [256, *[channels] * 4, 100], "data.image": [1, 16, 16]},
+    ]
+
+
+def by_network(measured: xr.Dataset) -> xr.Dataset:
+    """`measured`, its ``point`` named after the kind of network that `networks` put there."""
+    kinds = np.where(measured["convolution"] == "true", "ConvNet", "fully connected")
+    return measured.drop_vars([str(name) for name in measured["point"].coords]).assign_coords(point=kinds)
+
+
 def measure(archive: xr.Dataset) -> xr.Dataset:
-    """``mean_specialization`` and ``mean_rank`` (swept..., seed, epoch, layer) of the hidden layers, and loss, mse and
-    top-1 accuracies where they were recorded; loaded.
+    """``mean_specialization``, ``mean_rank`` and ``median_rank`` (swept..., seed, epoch, layer) of the hidden layers,
+    and loss, mse and top-1 accuracies where they were recorded; loaded.
     """
     hidden = archive.isel(layer=slice(None, -1))
     scalars = {name: archive[name] for name in SCALARS if name in archive}
@@ -32,6 +54,7 @@ def measure(archive: xr.Dataset) -> xr.Dataset:
         {
             "mean_specialization": specialization.mean_specialization(hidden),
             "mean_rank": specialization.mean_rank(hidden),
+            "median_rank": specialization.median_rank(hidden),
             **found,
         }
     ).load()
@@ -42,10 +65,25 @@ def _top_1(accuracy: xr.DataArray) -> xr.DataArray:
     return accuracy.sel(top_k=1, drop=True).assign_attrs(long_name=meaning)
 
 
-def band(values: xr.DataArray, *, ax: Axes, color: str, label: str) -> None:
-    """Mean over seeds against epoch with the band from the least to the largest; (seed, epoch)."""
-    ax.fill_between(values["epoch"], values.min("seed"), values.max("seed"), color=color, alpha=0.15, linewidth=0)
-    ax.plot(values["epoch"], values.mean("seed"), color=color, label=label, linewidth=1.4)
+def band(values: xr.DataArray, *, ax: Axes, color: Any, label: str, along: str = "epoch") -> None:
+    """Mean over seeds against `along` with the band from the least to the largest; (seed, `along`)."""
+    x = values[along]
+    ax.fill_between(x, values.min("seed"), values.max("seed"), color=color, alpha=0.15, linewidth=0)
+    ax.plot(
+        x, values.mean("seed"), color=color, label=label, linewidth=1.4, marker="o" if along != "epoch" else None, ms=3
+    )
+
+
+def draw_lines(values: xr.DataArray, lines: str | None, ax: Axes, *, along: str = "epoch") -> None:
+    """A `band` a value of the dimension `lines`, layers dark to light, others in the colours of the palette."""
+    there: list[Any] = [None] if lines is None else list(values[lines].values)
+    for position, value in enumerate(there):
+        one = values if lines is None else values.sel({lines: value})
+        if bool(np.isnan(one).all()):
+            continue
+        color = shade(position, len(there)) if lines == "layer" else colour(position)
+        shown = f"layer {value}" if lines == "layer" else short(value)
+        band(one, ax=ax, color=color, label=shown, along=along)
 
 
 def draw(
@@ -73,13 +111,14 @@ def draw(
     columns = len(layers) + len(scalars)
     figure = Figure(figsize=(PANEL[0] * 0.85 * columns + 1.2, PANEL[1] * len(rows) + 0.5), layout="constrained")
     panels = figure.subplots(len(rows), columns, squeeze=False)
+    tops = {name: _top(measured[name]) for name in layered}
     for (point, name), row in zip(rows, panels, strict=True):
         for layer, ax in zip(layers, row, strict=False):
-            _lines(measured[name].sel({**point, "layer": layer}), lines, ax)
-            ax.set(ylim=(-0.02, 1.02), title=f"layer {layer}")
+            draw_lines(measured[name].sel({**point, "layer": layer}), lines, ax)
+            ax.set(ylim=(-0.02 * tops[name], 1.02 * tops[name]), title=f"layer {layer}")
         if name == layered[0]:
             for scalar, ax in zip(scalars, row[len(layers) :], strict=True):
-                _lines(measured[scalar].sel(point), lines, ax)
+                draw_lines(measured[scalar].sel(point), lines, ax)
                 ax.set_title(fill(str(measured[scalar].attrs.get("long_name", scalar)), 28))
                 if not scalar.endswith("accuracy"):
                     ax.set_yscale("log")
@@ -95,18 +134,14 @@ def draw(
         ax.tick_params(which="both", labelsize=7)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=4))
     figure.supxlabel("epoch", fontsize=9)
-    figure.suptitle(f"{title}; mean over seeds, band least to largest", fontsize=10)
+    figure.suptitle(f"{title}; mean over {measured.sizes['seed']} seeds, band least to largest", fontsize=10)
     if lines is not None:
         handles, labels = panels[0, 0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside right upper", title=lines, fontsize=8, title_fontsize=8)
     return figure
 
 
-def _lines(values: xr.DataArray, lines: str | None, ax: Axes) -> None:
-    there: list[Any] = [None] if lines is None else list(values[lines].values)
-    for position, value in enumerate(there):
-        one = values if lines is None else values.sel({lines: value})
-        if bool(np.isnan(one).all()):
-            continue
-        shown = f"{value:g}" if isinstance(value, float) else str(value)
-        band(one, ax=ax, color=PALETTE[position % len(PALETTE)], label=shown)
+def _top(values: xr.DataArray) -> float:
+    """Where a panel ends: winners lead from early on, and at the bottom of [0, 1] their ranks would be flat lines."""
+    largest = float(np.fmax.reduce(values.values, axis=None, initial=0.0))
+    return largest if "rank" in str(values.name) and largest > 0 else 1.0

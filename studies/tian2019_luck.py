@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import xarray as xr
 from matplotlib.figure import Figure
 from tsdyn.studies import deep_layers
@@ -30,14 +29,10 @@ def _points(
     connected: list[int], channels: int, samples: tuple[int, int], rates: tuple[float, float] = (0.004, 0.0004)
 ) -> dict[str, Any]:
     """Both kinds of network, with and without BatchNorm.  A wide ConvNet sums over many pixels: its rate is small."""
-    kinds = [
-        {"teacher.convolution": False, "teacher.widths": [20, *connected, 100], "data.image": [1, 4, 5]},
-        {"teacher.convolution": True, "teacher.widths": [256, *[channels] * 4, 100], "data.image": [1, 16, 16]},
-    ]
     rest = [{"training.learning_rate": rate, "data.train": train} for rate, train in zip(rates, samples, strict=True)]
     return {
         "student.batch_norm": ["none", "after"],
-        "points": [kind | more for kind, more in zip(kinds, rest, strict=True)],
+        "points": [kind | more for kind, more in zip(deep_layers.networks(connected, channels), rest, strict=True)],
     }
 
 
@@ -68,9 +63,8 @@ EXPERIMENTS: Mapping[str, Experiment] = {
 
 def draw(measured: xr.Dataset) -> Figure:
     """Two rows a kind of network, ρ̄ and r̄, a panel a layer; a colour with and one without BatchNorm."""
-    kinds = np.where(measured["convolution"] == "true", "ConvNet", "fully connected")
     return deep_layers.draw(
-        measured.drop_vars([str(name) for name in measured["point"].coords]).assign_coords(point=kinds),
+        deep_layers.by_network(measured),
         title="with and without BatchNorm",
         show=("mean_specialization", "mean_rank", "mse_eval"),
         lines="batch_norm",

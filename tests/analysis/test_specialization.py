@@ -127,3 +127,28 @@ def test_mean_rank_follows_the_final_winner():
     found = specialization.mean_rank(ds)
     assert found.dims == ("epoch",)
     np.testing.assert_allclose(found, [1 / 3, 0])
+
+
+@settings(max_examples=60, deadline=None)
+@given(correlations)
+def test_the_median_rank_is_the_median_of_a_plain_loop(values):
+    """By sorting, one member and epoch at a time."""
+    ds = archive(values)
+    found, ranks = specialization.median_rank(ds), specialization.winner_rank(values)
+    assert found.dims == ("seed", "epoch")
+    for at in np.ndindex(found.shape):
+        real = sorted(r for r in ranks[at] if not np.isnan(r))
+        expected = (real[(len(real) - 1) // 2] + real[len(real) // 2]) / 2 if real else np.nan
+        # one sum of two numbers below 1, in whatever way it is interpolated
+        np.testing.assert_allclose(found.values[at], expected, rtol=0, atol=4 * np.finfo(float).eps)
+    xr.testing.assert_identical(specialization.median_rank(ds.chunk({"seed": 1, "node": 2})).compute(), found)
+
+
+def test_one_late_winner_moves_the_mean_rank_and_not_the_median():
+    correlation = np.full((2, 3, 4), 0.1)
+    for teacher in range(3):
+        correlation[:, teacher, teacher] = 0.9
+    correlation[0, 2] = [0.5, 0.4, 0.2, 0.3]  # the third teacher node's winner was last of four at the start
+    ds = xr.Dataset({"correlation": (("epoch", "teacher_node", "node"), correlation)}).assign_coords(epoch=[0, 1])
+    np.testing.assert_allclose(specialization.mean_rank(ds), [0.25, 0])
+    np.testing.assert_array_equal(specialization.median_rank(ds), [0, 0])

@@ -1,5 +1,6 @@
 """Every lazy measure of the analysis: against a plain loop, chunked or not, under every scheduler."""
 
+import os
 import warnings
 
 import dask
@@ -14,8 +15,11 @@ from hypothesis.extra import numpy as hnp
 from tsdyn.analysis import alignment, lottery, matching, order_parameters, phase, similarity, specialization, summary
 
 import tsdyn
+from tests.cases import small
 from tests.test_theory import scaled_network
 from tsdyn import alignment as engine
+from tsdyn import data
+from tsdyn.teachers import draw_teacher
 
 DIMS = ("seed", "epoch", "teacher_node", "node")
 EPS = np.finfo(float).eps
@@ -52,6 +56,7 @@ MEASURES = {
     "success_interval": specialization.success_interval,
     "recovery_epoch": specialization.recovery_epoch,
     "mean_rank": specialization.mean_rank,
+    "median_rank": specialization.median_rank,
     "winner": lottery.winner,
     "winner_rank": lottery.winner_rank,
     "settled_epoch": lottery.settled_epoch,
@@ -256,8 +261,6 @@ def test_classes_survive_netcdf(tmp_path):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    from tests.cases import small
-
     experiment = small(record__observables=["mse", "weight", "correlation", "alignment"], student__overrealization=3.0)
     return tsdyn.run(experiment, tmp_path_factory.mktemp("topics") / "run")
 
@@ -280,6 +283,39 @@ def test_separation_is_the_engines():
     padded[:5] = weight
     assert alignment.separation(padded, np.r_[bias, np.nan, np.nan]) == alignment.separation(weight, bias)
     assert alignment.separation(weight[:1], bias[:1]) == np.inf
+
+
+def test_augmented_samples_are_the_size_of_the_training_set(tmp_path, monkeypatch):
+    """Of the engine's own: to the sample where nothing is random, in the mean where inputs decide how many are near."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})  # one process: starting others costs more than it saves
+    keys = ("data.augment", "data.train", "data.augment_eps", "data.std")
+    chosen = [("none", 40, 0.1, 1.0), ("agnostic", 40, 0.1, 1.0), ("aware", 9000, 0.1, 0.5), ("aware", 3000, 0.6, 2.0)]
+    points = [dict(zip(keys, values, strict=True)) for values in chosen]
+    experiment = small(seeds=2, training__epochs=0, record__observables=["mse"], sweep={"points": points})
+    counted = alignment.augmented_samples(tsdyn.run(experiment, tmp_path / "run"))
+    for place, (_, one) in enumerate(experiment.points()):
+        for seed in one.seed_labels:
+            teacher, (augment, n, eps, _) = draw_teacher(one, seed), chosen[place]
+            size, found = len(engine.training_set(one, seed, teacher)), float(counted.sel(point=place, seed=seed))
+            if augment != "aware":
+                assert found == size
+            else:
+                x = torch.from_numpy(data.training_inputs(one, seed))
+                each = 2 * engine.boundary(teacher, x, eps).sum(1).double()  # points that a sample adds
+                assert abs(size - found) < 5 * float(each.std()) * n**0.5
+
+
+def test_augmented_samples_are_counted_of_gaussian_and_finite_data_only(run):
+    def of(changes):
+        experiment = tsdyn.Experiment.from_toml_text(run.attrs["experiment"])
+        return run.assign_attrs(experiment=experiment.replace(changes).to_toml())
+
+    with pytest.raises(ValueError, match=r"augmented_samples: data\.train = 'fresh' has no training set"):
+        alignment.augmented_samples(of({"data.train": "fresh"}))
+    with pytest.raises(ValueError, match="augmented_samples: teacher-aware points are counted for Gaussian inputs"):
+        alignment.augmented_samples(of({"data.law": "uniform", "data.augment": "aware"}))
+    agnostic = alignment.augmented_samples(of({"data.law": "uniform", "data.augment": "agnostic", "data.train": 70}))
+    assert (agnostic == 70 * (2 * 10 + 1)).all()
 
 
 def test_a_copy_of_the_teacher_is_aligned(run):

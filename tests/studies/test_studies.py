@@ -43,6 +43,19 @@ def test_the_paper_scale_of_a_flow_has_twenty_seeds(name):
     assert all(n < k or k == 1 for _, n, k in paper.points())
 
 
+def test_the_paper_scale_against_samples_is_the_papers():
+    points = [one for _, one in studies.load("tian2020-samples").EXPERIMENTS["paper"].points()]
+    assert {one.teacher.widths for one in points} == {(20, 50, 75, 100, 125, 100)}
+    assert {one.student_widths for one in points} == {(20, 100, 150, 200, 250, 100)}
+    assert len({one.steps * one.training.epochs for one in points}) == 1
+    losses = [{one.data.train for one in points if one.training.loss == loss} for loss in ("mse", "cross_entropy")]
+    assert losses[0] == losses[1]
+    augmented = studies.load("tian2020-augmentation").EXPERIMENTS["paper"]
+    assert len(augmented.seed_labels) == 10
+    kinds = {one.data.augment for _, one in augmented.points()}
+    assert kinds == {"none", "agnostic", "aware"}
+
+
 def test_an_unknown_study_names_the_nearest():
     with pytest.raises(ValueError, match=r"no study 'tian2020-lshape' \(did you mean 'tian2020-l-shape'\?\)"):
         studies.load("tian2020-lshape")

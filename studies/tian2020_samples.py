@@ -1,0 +1,95 @@
+"""Tian (2020), Figure 6: evaluation loss and ρ̄ of each hidden layer against the number of training samples N.
+
+Students twice as wide as their teacher learn its outputs (squared error) or its classes, its largest outputs (cross
+entropy).  All take as many steps, so that they differ in N alone and not in how long they were trained.  At desk scale,
+teacher 10-15-20-25, more samples are less loss and more specialization, the lowest layer first: from 300 to 100,000
+samples ρ̄ of the layers goes from 0.62, 0.51, 0.51, 0.47 to 1.00, 0.99, 0.95, 0.88 and the loss from 43 to 1.7 under
+squared error, and from 0.45, 0.39, 0.36, 0.31 to 1.00, 0.96, 0.71, 0.63 and from 28 to 1.3 under cross entropy, which
+teaches less of a teacher at every N.  From 30,000 samples on the squared error no longer falls: there the 20,000 steps
+are what is short.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import xarray as xr
+from matplotlib.figure import Figure
+from tsdyn.analysis.figures import PANEL
+from tsdyn.studies import deep_layers, samples
+from tsdyn.studies.samples import measure
+from tsdyn.studies.tian2019_multilayer import PAPER as MULTILAYER
+
+from tsdyn.experiment import Experiment
+
+__all__ = ["EXPERIMENTS", "SOURCE", "TITLE", "draw", "measure"]
+
+TITLE = (
+    "evaluation loss and mean best correlation of each layer against training samples, squared error and cross entropy"
+)
+SOURCE = "Tian 2020 (PMLR 119:9470), Figure 6"
+
+#: How the two losses are called in the figure.
+LOSSES = {"mse": "squared error", "cross_entropy": "cross entropy"}
+
+#: What each column shows.
+TITLES = {
+    "loss_eval": "evaluation loss",
+    "accuracy": "samples with the teacher's class, top 1",
+    "mean_specialization": "mean best correlation ρ̄",
+}
+
+
+def _sweep(train: Sequence[int], half: int) -> dict[str, Any]:
+    """Both losses at each N; the rates, which differ in their units, halve from epoch `half` on."""
+    rates = {"mse": 0.004, "cross_entropy": 0.1}
+    points = [
+        {"training.loss": loss, "training.learning_rate": {0: rate, half: rate / 2}} for loss, rate in rates.items()
+    ]
+    return {"data.train": list(train), "points": points}
+
+
+_PAPER = MULTILAYER.replace(
+    {
+        "name": "samples-paper",
+        "seeds": 5,
+        "teacher.widths": [20, 50, 75, 100, 125, 100],
+        "student.overrealization": 2.0,
+        "training.steps_per_epoch": 1000,
+        "training.epochs": 100,
+        "record.every": 10,
+        "record.observables": ["loss", "correlation", "accuracy"],
+        "sweep": _sweep([1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000, 200_000], 60),
+    }
+)
+
+EXPERIMENTS: Mapping[str, Experiment] = {
+    "smoke": _PAPER.replace(
+        {"name": "samples-smoke", "seeds": 2, "teacher.widths": [20, 4, 5, 6, 7, 10], "data.eval": 200}
+        | {"training.steps_per_epoch": 20, "training.epochs": 2, "record.every": 1, "sweep": _sweep([100, 1000], 1)}
+    ),
+    # the small teacher, a fifth of the steps
+    "desk": _PAPER.replace(
+        {"name": "samples-desk", "seeds": 4, "teacher.widths": [20, 10, 15, 20, 25, 100], "data.eval": 4000}
+        | {"training.epochs": 20, "sweep": _sweep([300, 1000, 3000, 10_000, 30_000, 100_000], 13)}
+    ),
+    "paper": _PAPER,
+}
+
+
+def draw(measured: xr.Dataset) -> Figure:
+    """A row a loss: what it is after training, top-1 accuracy, and ρ̄ with a line a hidden layer, all against N."""
+    kinds = [str(name) for name in measured["loss"].values]
+    figure = Figure(figsize=(3 * PANEL[0] + 1.4, len(kinds) * PANEL[1] + 0.8), layout="constrained")
+    for kind, row in zip(kinds, figure.subplots(len(kinds), 3, squeeze=False), strict=True):
+        own = measured.isel(point=kinds.index(kind))
+        for name, ax in zip(("loss_eval", "accuracy", "mean_specialization"), row, strict=True):
+            deep_layers.draw_lines(own[name], "layer" if "layer" in own[name].dims else None, ax, along="train")
+            samples.scales(own[name], ax, counts="training samples N")
+            ax.set_title(TITLES[name], fontsize=9)
+        row[0].set_ylabel(LOSSES[kind], fontsize=9)
+    figure.legend(*figure.axes[2].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    end = f"students twice as wide, epoch {int(measured['epoch'])}, {measured.sizes['seed']} seeds"
+    figure.suptitle(f"{end}: mean over seeds, band least to largest", fontsize=10)
+    return figure
