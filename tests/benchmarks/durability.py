@@ -118,7 +118,7 @@ def resuming(folder: Path, megabytes: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--epochs", type=int, nargs="*", default=[60, 600])
+    parser.add_argument("--epochs", type=int, nargs="*", default=[60, 300])
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--megabytes", type=int, default=1000)
     asked = parser.parse_args()

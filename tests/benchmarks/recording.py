@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--nodes", type=int, nargs="*", default=[10, 50, 100])
     parser.add_argument("--train", type=int, nargs="*", default=[1000, 10_000])
     parser.add_argument("--seeds", type=int, default=8)
-    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--dtypes", nargs="*", default=["float64"])
     asked = parser.parse_args()
     torch.set_num_threads(1)
