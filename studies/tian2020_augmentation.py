@@ -4,13 +4,15 @@ Definition 7 adds to each of N inputs 2d shifts along the axes, whatever the tea
 teacher node's boundary across it: training sets of (2d + 1) N and of about (1 + 2 Σ_j P[I_j(ε)]) N samples.  Both ways
 of comparing are drawn, at equal numbers of inputs N and at equal totals; without augmentation these are the same.  All
 take as many steps.  Definition 7's constant c, which the paper leaves open, is 0.001: at c = 1 a shift is 0.0004 and
-changes nothing that could be seen; here it is 0.43, inputs having a standard deviation of 1.5.
+changes nothing that could be seen; here it is 0.43, inputs having a standard deviation of 1.5.  It was chosen after
+runs of two seeds at 0.002, 0.001 and 0.0005, and decides who is ahead at equal N: at N = 100 the mse was 0.23 agnostic
+and 0.16 aware, 0.14 and 0.08, and 0.04 both.
 
 At desk scale teacher-aware sets are far ahead at equal totals: at 10,000 samples of either kind the mse is 7e-6
 against 1.5 and ρ̄ 1.00 against 0.67, since a teacher-agnostic set of that size has 50 inputs and a teacher-aware one
 5,000.  At equal N both beat what they started from where inputs are few (at N = 50, ρ̄ 0.76 aware, 0.67 agnostic, 0.35
-as it stands), and the agnostic set of a hundred times more samples is not better; from 800 inputs on nothing is left to
-gain, and at equal totals new inputs are worth more than either augmentation.
+as it stands), the agnostic set of a hundred times more samples is behind at 50 and 100 and level at 200 and 400; from
+800 inputs on nothing is left to gain.  At equal totals, from 400 samples on, new inputs are worth more than either.
 """
 
 from __future__ import annotations

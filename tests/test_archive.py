@@ -1,7 +1,9 @@
 import errno
 import json
 import multiprocessing
+import os
 import shutil
+import time
 from pathlib import Path
 
 import netCDF4
@@ -11,7 +13,7 @@ import xarray as xr
 
 import tsdyn
 from tests.cases import small
-from tsdyn import archive, durable, integrity, runner, schema
+from tsdyn import archive, durable, integrity, lock, runner, schema
 from tsdyn.archive import ArchiveError, DirectoryError, Run
 
 
@@ -380,3 +382,47 @@ def test_a_sweep_goes_on_with_more_epochs(tmp_path):
     tsdyn.run(small(sweep=sweep, training__epochs=1), tmp_path / "sweep")
     xr.testing.assert_equal(tsdyn.run(small(sweep=sweep, training__epochs=3), tmp_path / "sweep").load(), whole)
     assert integrity.check(tmp_path / "sweep") == []
+
+
+@pytest.fixture
+def no_flock(monkeypatch):
+    def missing(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(lock.fcntl, "flock", missing)
+
+
+def test_without_flock_the_file_itself_is_the_lock(tmp_path, no_flock, monkeypatch, caplog):
+    monkeypatch.setattr(lock, "BEAT", 0.01)
+    first, second = lock.Lock(tmp_path), lock.Lock(tmp_path)
+    with first:
+        with pytest.raises(ArchiveError, match="another process is writing here"):
+            second.acquire()
+        before = first.path.stat().st_mtime_ns
+        while first.path.stat().st_mtime_ns == before:  # it beats
+            pass
+        first.confirm()
+    assert not first.path.exists()
+    assert not caplog.records
+    with second:
+        second.path.unlink()
+        with pytest.raises(ArchiveError, match="the lock was taken away"):
+            second.confirm()
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_stale_lock_file_is_taken_over_and_whose_it_was_is_said(tmp_path, no_flock, monkeypatch, caplog, elsewhere):
+    """Of this machine once its process is gone; of another once it gave no sign of life for `SILENCE`."""
+    holder = json.loads(lock.Lock(tmp_path)._owner()) | {"pid": 2**22 + 1}
+    holder |= {"host": "elsewhere"} if elsewhere else {}
+    (tmp_path / "LOCK").write_text(json.dumps(holder))
+    if elsewhere:
+        with pytest.raises(ArchiveError, match=r"another process is writing here .*elsewhere pid"):
+            lock.Lock(tmp_path).acquire()
+        long_ago = time.time() - lock.SILENCE - 1
+        os.utime(tmp_path / "LOCK", (long_ago, long_ago))
+    with lock.Lock(tmp_path) as mine:
+        mine.confirm()
+    assert "ended without finishing; going on from what it committed" in caplog.text
+    assert str(2**22 + 1) in caplog.text
+    assert not any(tmp_path.iterdir())

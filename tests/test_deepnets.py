@@ -461,6 +461,11 @@ def test_rewound_students_keep_the_winners_and_nothing_else(tmp_path):
         draw_student(second.replace({"student.overrealization": 1.0}), 0)
     with pytest.raises(ExperimentError, match="its run must hold seed 9"):
         draw_student(second, 9)
+    for alive in ("softplus", "sigmoid"):  # at 0, so that who lost would have a gradient
+        with pytest.raises(
+            ExperimentError, match=rf"student.activation = '{alive}' a node without weights is not silent"
+        ):
+            draw_student(second.replace({"student.activation": alive}), 0)
 
 
 @pytest.mark.parametrize("place", ["none", "before", "after"])

@@ -7,6 +7,8 @@ import dask
 import numpy as np
 import pytest
 import xarray as xr
+from tsdyn.analysis import similarity
+from tsdyn.analysis.audit import audit
 from tsdyn.analysis.members import points
 
 import tsdyn
@@ -291,3 +293,13 @@ def test_chunks_follow_files(sweep):
     assert ds.mse_eval.chunksizes["polarity"] == (2,)  # small ones are gathered, along the last swept key
     assert ds.mse_eval.chunksizes["overrealization"] == (1, 1)
     assert dask.is_dask_collection(ds)
+
+
+def test_what_needs_the_experiment_says_so_of_several_archives(tmp_path):
+    for polarity in (0.0, 1.0):
+        tsdyn.run(small(seeds=1, training__epochs=1, teacher__polarity=polarity), tmp_path / str(polarity))
+    both = tsdyn.open([tmp_path / "0.0", tmp_path / "1.0"])
+    for ask in (audit, similarity.student_teacher):
+        with pytest.raises(ValueError, match="no attribute 'experiment'; of several archives opened together ask each"):
+            ask(both if ask is audit else both.isel(epoch=-1))
+    assert archive.experiment_of(tsdyn.open(tmp_path / "0.0")).teacher.polarity == 0.0
