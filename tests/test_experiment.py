@@ -165,3 +165,8 @@ def test_file_errors(tmp_path):
 
 def test_differences_name_the_key_and_both_values():
     assert differences(small(training__epochs=3), small()) == ["training.epochs: 3 here, 4 there"]
+
+
+def test_an_overrealization_that_no_width_can_have_is_refused():
+    with pytest.raises(ExperimentError, match=r"student.overrealization = 1e\+308: must be less than or equal to"):
+        small(student__overrealization=1e308)

@@ -500,6 +500,18 @@ def test_a_file_that_crashes_the_library_is_named_and_put_aside(copy, monkeypatc
     assert integrity.check(copy) == []
 
 
+def test_nothing_is_kept_of_an_archive_of_another_experiment(tmp_path):
+    """Of the same shape, in this one's place, beside this one's checksum."""
+    experiment = small(sweep={"teacher.polarity": [0.0, 1.0]}, **FEW)
+    path = tmp_path / "sweep"
+    whole = tsdyn.run(experiment, path).load()
+    shutil.copy(path / "polarity=0.0" / "archive.nc", path / "polarity=1.0" / "archive.nc")
+    assert any("its checksum differs" in line for line in integrity.check(path))
+    told = integrity.repair(path)
+    assert any("nothing of it could be kept (it is of another experiment" in line for line in told)
+    xr.testing.assert_equal(tsdyn.run(experiment, path).load(), whole)
+
+
 def _dying(folder):
     program = folder / "python"
     program.write_text("#!/bin/sh\nkill -SEGV $$\n", encoding="ascii")

@@ -133,7 +133,7 @@ class Teacher(_Part):
 class Student(_Part):
     """The network that learns; each seed draws its own start."""
 
-    overrealization: Positive | None = None
+    overrealization: Annotated[Positive, Field(le=MAX_COUNT)] | None = None
     widths: Widths | None = None
     init: Literal[
         "gaussian", "torch", "near-teacher", "same-direction", "same-sign", "file", "rewind", "rewind-reinitialised"

@@ -334,6 +334,8 @@ def _salvage(path: Path, experiment: Experiment, damaged: Path) -> Iterator[str]
     try:
         netcdf.inspect(damaged)
         with netcdf.dataset(damaged) as old, replacing(path / ARCHIVE, damaged.stat().st_size, seal=True) as temporary:
+            if not _is_of(old.__dict__, experiment):
+                raise DirectoryError("it is of another experiment, or that cannot be told")
             if [int(epoch) for epoch in old["epoch"][:]] != list(experiment.schedule):
                 raise DirectoryError("its epochs cannot be told")
             with netcdf.dataset(temporary, "w") as new:
