@@ -17,6 +17,7 @@ _MODULES = {
     "tian2019-luck": "tian2019_luck",
     "tian2019-data": "tian2019_data",
     "tian2019-ranks": "tian2019_ranks",
+    "tian2019-batchnorm-bias": "tian2019_batchnorm_bias",
     "tian2019-heatmaps": "tian2019_heatmaps",
     "tian2019-multilayer": "tian2019_multilayer",
     "tian2019-multilayer-large": "tian2019_multilayer_large",
