@@ -70,6 +70,12 @@ def data_of(archive: xr.Dataset) -> str:
     return Experiment.from_toml_text(str(archive.attrs["experiment"])).data.law
 
 
+def data_name(measured: xr.Dataset) -> str:
+    """What a figure calls the data that `measure` named; a file stays what it is called."""
+    law = str(measured.attrs["data"])
+    return DATA.get(law, law)
+
+
 def _top_1(accuracy: xr.DataArray) -> xr.DataArray:
     meaning = accuracy.attrs["long_name"].replace("among the k largest outputs", "as largest output")
     return accuracy.sel(top_k=1, drop=True).assign_attrs(long_name=meaning)

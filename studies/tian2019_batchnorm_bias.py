@@ -196,8 +196,7 @@ def draw(measured: xr.Dataset) -> Figure:
     told = measured.attrs
     pooled = f", nodes of {told['seeds']} seeds" if told["seeds"] else ""
     where = f", epoch {int(measured['epoch'])}" if "epoch" in measured.coords else ""
-    data = deep_layers.DATA.get(told["data"], told["data"])
-    figure.suptitle(f"BatchNorm biases, {told['name']} ({data}){pooled}{where}", fontsize=10)
+    figure.suptitle(f"BatchNorm biases, {told['name']} ({deep_layers.data_name(measured)}){pooled}{where}", fontsize=10)
     figure.supxlabel("BatchNorm bias: negative blue, others orange", fontsize=9)
     figure.supylabel("number of nodes", fontsize=9)
     return figure

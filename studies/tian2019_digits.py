@@ -1,0 +1,39 @@
+"""After Tian et al. (2019), Figure 8, on scikit-learn's digits in place of CIFAR-10: ρ̄ and r̄ of each layer by epoch.
+
+Teachers trained on the labels of each seed's own digits, fully connected and a ConvNet (padded, for four 3 x 3
+convolutions do not fit in 8 x 8 pixels), and students of four times their width with and without BatchNorm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from tsdyn.studies.deep_layers import measure
+from tsdyn.studies.tian2019_cifar10 import PAPER, draw, points
+
+from tsdyn.experiment import Experiment
+
+__all__ = ["EXPERIMENTS", "SOURCE", "TITLE", "draw", "measure"]
+
+TITLE = "mean best correlation and mean rank on digits, teachers trained on labels, with and without BatchNorm"
+SOURCE = "after Tian et al. 2019 (arXiv:1905.13405), Figure 8, which is of CIFAR-10"
+
+_DESK = PAPER.replace(
+    {"name": "luck-digits-desk", "seeds": 3, "student.overrealization": 4.0, "teacher.padding": 1}
+    | {"data": {"law": "digits", "train": 1200, "eval": 597}}
+    | {"training.batch": 32, "training.epochs": 60, "record.every": 4}
+    | {"sweep": points(64, [10, 15, 20, 25], [6, 8, 10, 12], (0.004, 0.002))}
+)
+
+EXPERIMENTS: Mapping[str, Experiment] = {
+    "smoke": _DESK.replace(
+        {"name": "luck-digits-smoke", "seeds": 2, "student.overrealization": 1.5, "teacher.train_epochs": 2}
+        | {"training.epochs": 2, "record.every": 1}
+    ),
+    "desk": _DESK,
+    # digits are 1797 at every scale: more seeds, wider students, eight times as long
+    "paper": _DESK.replace(
+        {"name": "luck-digits-paper", "seeds": 5, "student.overrealization": 10.0, "training.epochs": 500}
+        | {"record.every": 10}
+    ),
+}
