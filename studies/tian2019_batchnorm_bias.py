@@ -95,9 +95,8 @@ class StateDict:
         padded = np.full((len(shifts), max(widths)), np.nan)
         for row, shift in zip(padded, shifts.values(), strict=True):
             row[: len(shift)] = shift
-        shift = VARIABLES["norm_shift"].attrs
         return xr.Dataset(
-            {"norm_shift": (("layer", "node"), padded, shift | {"source": SOURCE})},
+            {"norm_shift": (("layer", "node"), padded, VARIABLES["norm_shift"].attrs | {"source": SOURCE})},
             coords={
                 "layer": range(1, len(shifts) + 1),
                 "node": range(max(widths)),

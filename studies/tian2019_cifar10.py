@@ -6,8 +6,8 @@ the folder ``cifar-10-batches-bin`` is looked for in the current one; another pl
 
     tsdyn study run tian2019-cifar10 --set data.path=/where/cifar-10-batches-bin
 
-Without the user's files nothing of it can be shown, and nothing was: desk scale was only timed, and its rates chosen, on
-other photographs in the same format (3 minutes of one core); the rate of the ConvNet at paper scale is smaller for its
+Without the user's files nothing of it can be shown, and nothing was: desk scale was timed, and its rates chosen, on other
+photographs in the same format (3 minutes of one core); the rate of the ConvNet at paper scale is smaller for its
 wider layers and untried.  `tian2019_digits` is the same study on data that are always there.
 
 The paper's teachers (55 % and 86 % accuracy) are not public.  Here each seed trains its own, without augmentation or
