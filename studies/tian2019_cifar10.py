@@ -6,8 +6,8 @@ the folder ``cifar-10-batches-bin`` is looked for in the current one; another pl
 
     tsdyn study run tian2019-cifar10 --set data.path=/where/cifar-10-batches-bin
 
-Without the user's files nothing of it can be shown, and nothing was: desk scale was timed, and its rates chosen, on other
-photographs in the same format (3 minutes of one core); the rate of the ConvNet at paper scale is smaller for its
+Without these files nothing of it can be shown, and nothing was; desk scale was timed, and its rates chosen, on
+other photographs in the same format (3 minutes of one core); the rate of the ConvNet at paper scale is smaller for its
 wider layers and untried.  `tian2019_digits` is the same study on data that are always there.
 
 The paper's teachers (55 % and 86 % accuracy) are not public.  Here each seed trains its own, without augmentation or
@@ -62,7 +62,7 @@ PAPER = Experiment(
 EXPERIMENTS: Mapping[str, Experiment] = {
     "smoke": PAPER.replace(
         {"name": "luck-cifar10-smoke", "seeds": 2, "student.overrealization": 2.0, "training.epochs": 2}
-        | {"teacher.train_epochs": 1, "data.train": 128, "data.eval": 32}
+        | {"teacher.train_epochs": 1, "data.train": 64, "data.eval": 32, "training.batch": 16}
         | {"sweep": points(3072, [4, 5, 6, 7], [2] * 4, (0.0005, 0.0003))}
     ),
     # a fifth of the nodes, a tenth of the channels, a twenty-fifth of the samples, 4x instead of 10x

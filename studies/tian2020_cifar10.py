@@ -6,8 +6,8 @@ downloaded: the folder ``cifar-10-batches-bin`` is looked for in the current one
 
     tsdyn study run tian2020-cifar10 --set data.path=/where/cifar-10-batches-bin
 
-Without the user's files nothing of it can be shown, and nothing was: desk scale was timed, and its rates chosen, on other
-photographs in the same format (4 minutes of one core); the rates of paper scale are smaller for its wider layers
+Without these files nothing of it can be shown, and nothing was; desk scale was timed, and its rates chosen, on
+other photographs in the same format (4 minutes of one core); the rates of paper scale are smaller for its wider layers
 and untried.  `tian2020_digits` is the same study on data that are always there, and says what it was seen to do.
 
 Every point of the sweep trains its seeds' teachers itself, at paper scale for hours of a core each.  A teacher that was
