@@ -19,14 +19,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import xarray as xr
+from matplotlib.figure import Figure
+from tsdyn.studies import deep_layers
 from tsdyn.studies.deep_layers import measure
-from tsdyn.studies.tian2019_luck import draw
 
 from tsdyn.experiment import Experiment
 
 __all__ = ["EXPERIMENTS", "PAPER", "SOURCE", "TITLE", "draw", "measure", "points"]
 
-TITLE = "mean best correlation and mean rank on CIFAR-10, teachers trained on labels, with and without BatchNorm"
+TITLE = "mean best correlation and ranks on CIFAR-10, teachers trained on labels, with and without BatchNorm"
 SOURCE = "Tian et al. 2019 (arXiv:1905.13405), Figures 8 and 17-21"
 
 
@@ -73,3 +75,15 @@ EXPERIMENTS: Mapping[str, Experiment] = {
     ),
     "paper": PAPER,
 }
+
+
+def draw(measured: xr.Dataset) -> Figure:
+    """Three rows a kind of network, ρ̄ and both ranks, a panel a layer, then error and accuracy; a colour with and one
+    without BatchNorm.
+    """
+    return deep_layers.draw(
+        deep_layers.by_network(measured),
+        title=f"{deep_layers.data_name(measured)}, with and without BatchNorm",
+        show=("mean_specialization", "mean_rank", "median_rank", "mse_eval", "label_accuracy"),
+        lines="batch_norm",
+    )

@@ -21,7 +21,7 @@ from tsdyn.experiment import Experiment
 
 __all__ = ["EXPERIMENTS", "SOURCE", "TITLE", "draw", "measure"]
 
-TITLE = "mean best correlation and mean rank on digits, teachers trained on labels, with and without BatchNorm"
+TITLE = "mean best correlation and ranks on digits, teachers trained on labels, with and without BatchNorm"
 SOURCE = "after Tian et al. 2019 (arXiv:1905.13405), Figure 8, which is of CIFAR-10"
 
 _DESK = PAPER.replace(

@@ -62,13 +62,10 @@ EXPERIMENTS: Mapping[str, Experiment] = {
 
 
 def draw(measured: xr.Dataset) -> Figure:
-    """Two rows a kind of network, ρ̄ and r̄, a panel a layer; a colour with and one without BatchNorm.
-
-    Beside them the error, and where the data have labels the share of them that students find.
-    """
+    """Two rows a kind of network, ρ̄ and r̄, a panel a layer; a colour with and one without BatchNorm."""
     return deep_layers.draw(
         deep_layers.by_network(measured),
-        title=f"{deep_layers.data_name(measured)}, with and without BatchNorm",
-        show=("mean_specialization", "mean_rank", "mse_eval", *("label_accuracy",) * ("label_accuracy" in measured)),
+        title="with and without BatchNorm",
+        show=("mean_specialization", "mean_rank", "mse_eval"),
         lines="batch_norm",
     )
