@@ -4,7 +4,7 @@ As `tian2019_luck`, with teachers trained on labels: fully connected 50-75-100-1
 students of ten times their width with and without BatchNorm.  Needs CIFAR-10's binary version, which is not downloaded:
 the folder ``cifar-10-batches-bin`` is looked for in the current one; another place is named by
 
-    tsdyn study run tian2019-cifar10 --set data.path=/where/cifar-10-batches-bin
+    tsdyn study run tian2019-cifar10 --set 'data.path="/where/cifar-10-batches-bin"'
 
 Without these files nothing of it can be shown, and nothing was; desk scale was timed, and its rates chosen, on
 other photographs in the same format (3 minutes of one core); the rate of the ConvNet at paper scale is smaller for its

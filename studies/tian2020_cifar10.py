@@ -4,7 +4,7 @@ A ConvNet of 4 x 64 channels is trained on the labels, its weakest channels (0.3
 pruned, and students of several times what is left learn its outputs.  Needs CIFAR-10's binary version, which is not
 downloaded: the folder ``cifar-10-batches-bin`` is looked for in the current one; another place is named by
 
-    tsdyn study run tian2020-cifar10 --set data.path=/where/cifar-10-batches-bin
+    tsdyn study run tian2020-cifar10 --set 'data.path="/where/cifar-10-batches-bin"'
 
 Without these files nothing of it can be shown, and nothing was; desk scale was timed, and its rates chosen, on
 other photographs in the same format (4 minutes of one core); the rates of paper scale are smaller for its wider layers
