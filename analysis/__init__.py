@@ -7,6 +7,7 @@ __getattr__, __dir__, __all__ = _lazy.attach(
     submodules=[
         "alignment",
         "audit",
+        "batch_norm",
         "citations",
         "connectivity",
         "figures",

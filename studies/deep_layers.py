@@ -17,9 +17,13 @@ from tsdyn.analysis.layout import short
 from tsdyn.analysis.panels import colour, shade
 
 from tsdyn.archive import swept_dimensions
+from tsdyn.experiment import Experiment
 
 #: Beside the layers, whatever of these was recorded.
 SCALARS = ("mse_eval", "loss_eval", "accuracy", "label_accuracy")
+
+#: What figures call the data of a law.
+DATA = {"gaussian": "Gaussian inputs", "digits": "scikit-learn's digits", "cifar10": "CIFAR-10"}
 
 
 def networks(connected: list[int], channels: int) -> list[dict[str, Any]]:
@@ -45,7 +49,7 @@ def by_network(measured: xr.Dataset) -> xr.Dataset:
 
 def measure(archive: xr.Dataset) -> xr.Dataset:
     """``mean_specialization``, ``mean_rank`` and ``median_rank`` (swept..., seed, epoch, layer) of the hidden layers,
-    and loss, mse and top-1 accuracies where they were recorded; loaded.
+    and loss, mse and top-1 accuracies where they were recorded; loaded.  The attribute ``data`` names the inputs' law.
     """
     hidden = archive.isel(layer=slice(None, -1))
     scalars = {name: archive[name] for name in SCALARS if name in archive}
@@ -56,8 +60,20 @@ def measure(archive: xr.Dataset) -> xr.Dataset:
             "mean_rank": specialization.mean_rank(hidden),
             "median_rank": specialization.median_rank(hidden),
             **found,
-        }
+        },
+        attrs={"data": data_of(archive)},
     ).load()
+
+
+def data_of(archive: xr.Dataset) -> str:
+    """``data.law`` of the experiment that an archive is of: what a figure says it shows."""
+    return Experiment.from_toml_text(str(archive.attrs["experiment"])).data.law
+
+
+def data_name(measured: xr.Dataset) -> str:
+    """What a figure calls the data that `measure` named; a file stays what it is called."""
+    law = str(measured.attrs["data"])
+    return DATA.get(law, law)
 
 
 def _top_1(accuracy: xr.DataArray) -> xr.DataArray:

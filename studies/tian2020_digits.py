@@ -10,10 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import xarray as xr
-from matplotlib.figure import Figure
-from tsdyn.studies import deep_layers
 from tsdyn.studies.deep_layers import measure
+from tsdyn.studies.tian2020_cifar10 import PAPER, draw
 
 from tsdyn.experiment import Experiment
 
@@ -22,24 +20,11 @@ __all__ = ["EXPERIMENTS", "SOURCE", "TITLE", "draw", "measure"]
 TITLE = "mean best correlation of each layer and accuracy on digits, pruned ConvNet teacher"
 SOURCE = "after Tian 2020 (PMLR 119:9470), Figure 10, which is of CIFAR-10"
 
-_DESK = Experiment(
-    name="digits-desk",
-    seeds=3,
-    dtype="float32",
-    teacher={
-        "widths": [64, 16, 24, 32, 10],
-        "convolution": True,
-        "init": "trained",
-        "train_epochs": 30,
-        "train_rate": 0.01,
-        "prune": [0.3, 0.3, 0.3],
-        "finetune_epochs": 10,
-    },
-    student={"overrealization": 1.0, "init": "torch"},
-    data={"law": "digits", "train": 1200, "eval": 597},
-    training={"learning_rate": {0: 0.002, 25: 0.0005}, "batch": 32, "epochs": 40},
-    record={"every": 5, "observables": ["mse", "correlation", "label_accuracy"]},
-    sweep={"student.overrealization": [1.0, 2.0, 4.0]},
+_DESK = PAPER.replace(
+    {"name": "digits-desk", "teacher.widths": [64, 16, 24, 32, 10], "teacher.prune": [0.3, 0.3, 0.3]}
+    | {"data": {"law": "digits", "train": 1200, "eval": 597}}
+    | {"training.learning_rate": {0: 0.002, 25: 0.0005}, "training.epochs": 40}
+    | {"sweep": {"student.overrealization": [1.0, 2.0, 4.0]}}
 )
 
 EXPERIMENTS: Mapping[str, Experiment] = {
@@ -54,10 +39,3 @@ EXPERIMENTS: Mapping[str, Experiment] = {
         | {"training.learning_rate": {0: 0.002, 300: 0.0005}}
     ),
 }
-
-
-def draw(measured: xr.Dataset) -> Figure:
-    """A panel a convolution, then accuracy and error; a colour an over-realization."""
-    return deep_layers.draw(
-        measured, title="digits, pruned teacher", show=("mean_specialization", "label_accuracy", "mse_eval")
-    )

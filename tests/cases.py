@@ -46,3 +46,15 @@ def glorot_students(loss: PopulationLoss, members: int, seed: int = 0) -> torch.
 
 def rng(seed: int = 0) -> np.random.Generator:
     return np.random.default_rng(seed)
+
+
+def cifar10(folder: Path, each: int = 3) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Files of CIFAR-10's binary version with `each` random images; (pixels, labels) by file name."""
+    made, draw = {}, rng()
+    for name in [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]:
+        pixels = draw.integers(0, 256, (each, 3, 32, 32), dtype=np.uint8)
+        labels = draw.integers(0, 10, each, dtype=np.uint8)
+        made[name] = pixels, labels
+        records = b"".join(bytes([y]) + p.tobytes() for p, y in zip(pixels, labels, strict=True))
+        (folder / name).write_bytes(records)
+    return made

@@ -8,7 +8,7 @@ import pytest
 import xarray as xr
 
 import tsdyn
-from tests.cases import small
+from tests.cases import cifar10, small
 from tsdyn import ExperimentError, data, images
 from tsdyn.images import DataError
 
@@ -29,17 +29,6 @@ def mnist(folder, train=12, test=7, *, zipped=False):
         for name, array in ((f"{part}-images-idx3-ubyte", pixels), (f"{part}-labels-idx1-ubyte", labels)):
             file = folder / (name + (".gz" if zipped else ""))
             file.write_bytes(gzip.compress(idx(array)) if zipped else idx(array))
-    return made
-
-
-def cifar10(folder, each=3):
-    made = {}
-    for name in [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]:
-        pixels = RNG.integers(0, 256, (each, 3, 32, 32), dtype=np.uint8)
-        labels = RNG.integers(0, 10, each, dtype=np.uint8)
-        made[name] = pixels, labels
-        records = b"".join(bytes([y]) + p.tobytes() for p, y in zip(pixels, labels, strict=True))
-        (folder / name).write_bytes(records)
     return made
 
 

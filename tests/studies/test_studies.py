@@ -3,6 +3,7 @@ import os
 import pytest
 
 import tsdyn
+from tests.cases import cifar10
 from tsdyn import studies
 from tsdyn.archive import write_dataset
 
@@ -16,6 +17,9 @@ def test_a_study_runs_from_experiment_to_figure(name, tmp_path, monkeypatch):
     assert set(study.EXPERIMENTS) == {"smoke", "desk", "paper"}
     smoke = study.EXPERIMENTS["smoke"]
     if isinstance(smoke, tsdyn.Experiment):
+        if smoke.data.law == "cifar10":  # the user's files; these are of the same format
+            cifar10(tmp_path, each=32)
+            smoke = smoke.replace({"data.path": str(tmp_path)})
         archive = tsdyn.run(smoke.replace({"seeds": 2, "training.steps_per_epoch": 20}), tmp_path / "run")
     else:
         archive = smoke.run(tmp_path / "run", report=lambda _: None)
