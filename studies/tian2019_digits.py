@@ -4,9 +4,9 @@ Teachers trained on the labels of each seed's own digits, fully connected and a 
 convolutions do not fit in 8 x 8 pixels), and students of four times their width with and without BatchNorm.
 
 At desk scale winners are lucky as in the paper: they start at a mean rank of 0.02 to 0.43, least in the lowest layer,
-and lead soon, with BatchNorm after four epochs.  BatchNorm is ahead at the start only: without it ρ̄ ends at 0.79, 0.83,
-0.86, 0.90 against 0.72, 0.78, 0.76, 0.82 fully connected, and 0.68, 0.64, 0.66, 0.57 against 0.67, 0.58, 0.47, 0.41 of
-the ConvNet's channels, at accuracies of 0.86 against 0.90 and 0.97 each.  At four times the rate and more some
+and lead soon, with BatchNorm after four epochs.  BatchNorm is ahead at the start only: ρ̄ ends without it at 0.79,
+0.83, 0.86, 0.90 against 0.72, 0.78, 0.76, 0.82 fully connected, and at 0.68, 0.64, 0.66, 0.57 against 0.67, 0.58, 0.47,
+0.41 of the ConvNet's channels; accuracies are 0.86 against 0.90, and 0.97 both.  At four times the rate and more some
 students without BatchNorm stay at chance.
 """
 

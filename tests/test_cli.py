@@ -281,3 +281,10 @@ def test_keys_of_a_study_are_set_and_its_measurement_says_what_was_run(command, 
     assert (made_by.training.epochs, made_by.digest) == (1, measured.attrs["digest"])
     code, _, complained = command("study", "run", "simsek2023-loss", "--scale", "smoke", "--set", "seeds=1")
     assert (code, "is no experiment whose keys" in complained) == (2, True)
+
+
+def test_a_path_is_set_without_quotes(command, tmp_path):
+    file = tmp_path / "small.toml"
+    file.write_text(small(data__law="file", data__path="x.npy").to_toml(), encoding="utf-8")
+    code, _, complained = command("run", file, "-o", tmp_path / "run", "--set", "data.path=/no/such-file.npy")
+    assert (code, "/no/such-file.npy" in complained) == (2, True)

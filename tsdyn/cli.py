@@ -347,7 +347,7 @@ def _assignment(text: str, option: str = "--set") -> tuple[str, Any]:
     try:
         return key.strip(), tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
-        if re.fullmatch(r"[A-Za-z][\w.-]*", value.strip()):
+        if re.fullmatch(r"[A-Za-z/.][\w./ -]*", value.strip()):
             return key.strip(), value.strip()
         raise ExperimentError(f"{option} {text}: {value!r} is not a TOML value") from None
 

@@ -19,12 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 import xarray as xr
 
-from tsdyn import archive, costs, grid, memory, runner
+from tsdyn import archive, costs, grid, images, memory, runner
 from tsdyn.durable import ArchiveError, refuse_link
 from tsdyn.experiment import Experiment, ExperimentError
 from tsdyn.index import Index
 from tsdyn.interrupts import Stopped, stopping
 from tsdyn.members import kinship
+from tsdyn.points import swept_keys
 from tsdyn.segments import segments
 
 if TYPE_CHECKING:
@@ -65,18 +66,27 @@ class WorkersError(ValueError):
 def preflight(
     experiment: Experiment, path: str | Path, *, workers: int | None = None, scheduler: str | None = None
 ) -> None:
-    """Refuse a directory that is another's, and workers that cannot be had, before anything is estimated or drawn.
+    """Refuse a directory that is another's, workers that cannot be had and data files that no point could read, before
+    anything is estimated or drawn.
 
     Raises:
-        ArchiveError, WorkersError: as `run`.
+        ArchiveError, WorkersError, DataError: as `run`.
     """
     _check_workers(workers, scheduler)
+    _check_data(experiment, path, scheduler)
     archive.claim(archive.local_path(path), experiment)
 
 
 def _check_workers(workers: int | None, scheduler: str | None) -> None:
     if workers is not None and (workers < 1 or scheduler is not None):
         raise WorkersError(f"workers = {workers}: at least 1, and not together with a scheduler's address")
+
+
+def _check_data(experiment: Experiment, path: str | Path, scheduler: str | None) -> None:
+    """Read the data that all points share, unless other machines do or no point is left that needs them."""
+    shared = not any(key.startswith("data.") for key in swept_keys(experiment.sweep))
+    if scheduler is None and shared and not experiment.data.drawn and due(experiment, path):
+        images.load(experiment.data)
 
 
 def due(experiment: Experiment, path: str | Path) -> dict[str, Experiment]:
@@ -159,8 +169,10 @@ def run(
         SweepError: at the end, if points failed: which, and why.
         DeviceError: if there is no such device.
         WorkersError: if `workers` is below 1, both ways are asked for, or no scheduler answers.
+        DataError: if all points read the same data files and these are missing or damaged.
     """
     _check_workers(workers, scheduler)
+    _check_data(experiment, path, scheduler)
     distributed = workers is not None or scheduler is not None
     if scheduler is None:
         runner.check_device(device)

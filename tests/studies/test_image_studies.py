@@ -8,9 +8,11 @@ from tsdyn import cli, studies
 CIFAR10, DIGITS = ("tian2020-cifar10", "tian2019-cifar10"), ("tian2020-digits", "tian2019-digits")
 
 
-def test_without_the_files_one_line_says_where_they_are_to_be_had(tmp_path, monkeypatch, capfd):
+@pytest.mark.parametrize("scale", ["smoke", "desk"])  # without and with a sweep
+@pytest.mark.parametrize("name", CIFAR10)
+def test_without_the_files_one_line_says_where_they_are_to_be_had(tmp_path, monkeypatch, capfd, name, scale):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["tsdyn", "study", "run", "tian2020-cifar10", "--scale", "smoke"])
+    monkeypatch.setattr("sys.argv", ["tsdyn", "study", "run", name, "--scale", scale])
     with pytest.raises(SystemExit) as end:
         cli.main()
     complaint = capfd.readouterr().err
