@@ -57,7 +57,7 @@ bench: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.population
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/benchmarks -o addopts= --benchmark-only --benchmark-columns=min,median
 
-# Archives of 10 GB, 10,000 runs, 50 killed workers: minutes, and 12 GB below the temporary directory, which go at the end.
+# Archives of 20 GB, 10,000 runs, 50 killed workers: minutes, and 22 GB below the temporary directory, which go at the end.
 scale: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.scale
 

@@ -19,7 +19,7 @@ def main() -> int:
 
     parser = argparse.ArgumentParser(prog="python -m tests.scale")
     parser.add_argument("trials", nargs="*", choices=[[], *trials.TRIALS], metavar="TRIAL")
-    parser.add_argument("--gigabytes", type=float, default=10.0, help="of the archive that is read")
+    parser.add_argument("--gigabytes", type=float, default=20.0, help="of the archive that is read")
     parser.add_argument("--runs", type=int, default=10_000, help="that are opened")
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--scratch", type=Path, help="made archives are kept here, and used again")

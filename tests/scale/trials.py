@@ -32,8 +32,15 @@ KEEPING = {
 }
 
 
+#: The quickest of so many counts: of a few seconds one is as good as the machine's next whim.
+PASSES = 3
+
+
 def reading(scratch: Path, asked: argparse.Namespace) -> None:
-    """Three reductions by one and by two workers, beside netCDF4 alone; page cache warm, then cold."""
+    """Three reductions by one and by two workers, beside netCDF4 alone; page cache warm, then cold.
+
+    Raises AssertionError if two workers make other numbers than one.
+    """
     path = scratch / "large"
     if not path.exists():
         runs = max(2, round(asked.gigabytes / 0.256))
@@ -42,13 +49,16 @@ def reading(scratch: Path, asked: argparse.Namespace) -> None:
         )
     read.raw(path, 2)  # into the page cache, as far as it goes
     speed: dict[tuple[str, int], float] = {}
+    by_one: dict[str, xr.DataArray] = {}
     for workers in (1, 2):
-        speed["raw", workers] = read.raw(path, workers)
+        speed["raw", workers] = max(read.raw(path, workers) for _ in range(PASSES))
         print(f"{workers} x netCDF4: {speed['raw', workers] / 1e6:.0f} MB/s", flush=True)
         with cluster(workers) as client:
             for name, reduce in read.REDUCTIONS.items():
-                speed[name, workers], found = read.lazily(path, client, reduce)
+                passes = [read.lazily(path, client, reduce) for _ in range(PASSES)]
+                speed[name, workers], found = max(quick for quick, _ in passes), passes[0][1]
                 assert found.notnull().all(), name
+                xr.testing.assert_allclose(found, by_one.setdefault(name, found), rtol=1e-12)
                 print(
                     f"{workers} x {name}: {speed[name, workers] / 1e6:.0f} MB/s, "
                     f"{speed[name, workers] / speed['raw', workers]:.0%} of netCDF4, "
