@@ -116,10 +116,12 @@ def test_workers_that_cannot_be_had(tmp_path, monkeypatch, how, message):
 
 
 def test_an_existing_scheduler_is_used(tmp_path, undisturbed):
-    from distributed import LocalCluster
+    from distributed import LocalCluster, default_client
 
     with LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address="127.0.0.1:0") as cluster:
         ds = sweep.run(small(sweep=GRID, **FEW), tmp_path / "sweep", scheduler=cluster.scheduler_address)
+        with pytest.raises(ValueError, match="No clients found"):  # one would be gone with the cluster
+            default_client()
     same(ds, undisturbed)
 
 

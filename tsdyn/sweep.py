@@ -441,15 +441,17 @@ def _work(texts: Mapping[str, str], path: str, device: str, topic: str) -> dict[
     Returns why which failed, and which are finished.
     """
     import torch
-    from distributed import Event, get_worker
+    from distributed import get_worker
+    from distributed.utils import sync
 
-    worker, stop = get_worker(), Event(topic)
+    worker = get_worker()
     torch.set_num_threads(worker.state.nthreads)
     heard = [-TELL_SECONDS, False]
 
     def asked() -> int | None:
         if not heard[1] and time.monotonic() - heard[0] >= TELL_SECONDS:
-            heard[:] = time.monotonic(), stop.is_set()
+            # the scheduler by the worker's own line: an Event here would make a client, and it this process's default
+            heard[:] = time.monotonic(), sync(worker.loop, worker.scheduler.event_is_set, name=topic)
         return signal.SIGTERM if heard[1] else None
 
     def teller(name: str) -> runner.Progress:
