@@ -29,7 +29,7 @@ test: $(VENV)/.installed-dev
 trials: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.copy_or_average
 
-# Hours: what docs/reliability.md reports, tried again.
+# Forty minutes of one core: what docs/reliability.md reports, tried again.
 torture: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.torture
 

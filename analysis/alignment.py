@@ -13,7 +13,7 @@ from scipy.special import ndtr
 from tsdyn.analysis.lift import lift
 
 from tsdyn import layer as one_layer
-from tsdyn.experiment import Experiment
+from tsdyn.archive import experiment_of
 from tsdyn.points import sweep_dimensions, swept_keys
 from tsdyn.schema import TIAN, VARIABLES
 
@@ -162,9 +162,10 @@ def augmented_samples(archive: xr.Dataset) -> xr.DataArray:
 
     Raises:
         ValueError: if samples are fresh, or augmented teacher-aware and not Gaussian.
-            Source: Tian (2020), Definition 7.
+
+    Source: Tian (2020), Definition 7.
     """
-    experiment = Experiment.from_toml_text(archive.attrs["experiment"])
+    experiment = experiment_of(archive)
     names = sweep_dimensions(swept_keys(experiment.sweep))
 
     def told(key: str) -> xr.DataArray:

@@ -145,7 +145,9 @@ def median_rank(archive: xr.Dataset) -> xr.DataArray:
     A few winners that came from far behind lift the mean, but not the median: below r̄, most were near the top.
 
     Raises:
-        ValueError: as `mean_rank`.  Source: Tian et al. (2019), Figures 19 to 21.
+        ValueError: as `mean_rank`.
+
+    Source: Tian et al. (2019), Figures 19 to 21.
     """
     ranks = lift(median, _final_ranks(archive, "median_rank"), reads=("teacher_node",))
     return _rank_named(ranks, "median_rank", "median rank")

@@ -16,8 +16,7 @@ from tsdyn.analysis.figures import PANEL
 from tsdyn.analysis.layout import short
 from tsdyn.analysis.panels import colour, shade
 
-from tsdyn.archive import swept_dimensions
-from tsdyn.experiment import Experiment
+from tsdyn.archive import experiment_of, swept_dimensions
 
 #: Beside the layers, whatever of these was recorded.
 SCALARS = ("mse_eval", "loss_eval", "accuracy", "label_accuracy")
@@ -67,7 +66,7 @@ def measure(archive: xr.Dataset) -> xr.Dataset:
 
 def data_of(archive: xr.Dataset) -> str:
     """``data.law`` of the experiment that an archive is of: what a figure says it shows."""
-    return Experiment.from_toml_text(str(archive.attrs["experiment"])).data.law
+    return experiment_of(archive).data.law
 
 
 def data_name(measured: xr.Dataset) -> str:

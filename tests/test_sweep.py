@@ -43,6 +43,21 @@ def test_a_failing_point_does_not_stop_the_others(tmp_path):
     np.testing.assert_array_equal(tsdyn.open(tmp_path / "sweep").coverage, [1, 0, 1])
 
 
+def test_a_point_that_fails_in_training_does_not_stop_the_others(tmp_path, monkeypatch):
+    train = Members.train
+
+    def failing(members, epoch):
+        if members.experiment.teacher.polarity == 0.0:
+            raise RuntimeError("no more")
+        return train(members, epoch)
+
+    monkeypatch.setattr(Members, "train", failing)
+    with pytest.raises(sweep.SweepError, match=r"1 of 3 points failed(.|\n)*polarity=0.0: RuntimeError: no more"):
+        tsdyn.run(small(sweep=GRID, **FEW), tmp_path / "sweep")
+    with pytest.raises(RuntimeError, match="no more"):
+        tsdyn.run(small(teacher__polarity=0.0, **FEW), tmp_path / "run")
+
+
 def test_finished_points_are_not_run_again(tmp_path, monkeypatch, undisturbed):
     ran = []
     run = runner.run_together

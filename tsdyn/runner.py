@@ -144,8 +144,9 @@ def run_together(
             try:
                 _train(points, start, asked, failed)
             except Exception as error:
-                if len(experiments) == 1:
-                    raise
+                if len(points) == 1:
+                    failed[points[0].path] = error
+                    continue
                 _log.warning("%s and others cannot train together, so one by one: %s", points[0].path, error)
                 apart += [point.path for point in points if point.path not in failed]
     for path in apart:

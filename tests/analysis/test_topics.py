@@ -9,6 +9,7 @@ import pytest
 import scipy.stats
 import torch
 import xarray as xr
+from distributed import Client, LocalCluster
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -98,6 +99,18 @@ def test_every_scheduler_gives_the_same(scheduler):
         found = dask.compute({name: measure(lazy) for name, measure in MEASURES.items()}, num_workers=2)[0]
     for name, result in found.items():
         xr.testing.assert_allclose(result, MEASURES[name](eager), rtol=1e-12, atol=1e-12)
+
+
+def test_workers_of_a_cluster_give_the_same():
+    eager = archive(np.random.default_rng(0).uniform(-1, 1, (6, 5, 3, 7)))
+    lazy = eager.chunk(seed=2, epoch=2)
+    with (
+        LocalCluster(n_workers=1, threads_per_worker=1, processes=True, dashboard_address="127.0.0.1:0") as cluster,
+        Client(cluster) as client,
+    ):
+        for measure in MEASURES.values():
+            found = measure(lazy).compute(scheduler=client)
+            xr.testing.assert_allclose(found, measure(eager), rtol=1e-12, atol=1e-12)
 
 
 # --- summaries -------------------------------------------------------------------------------------------------

@@ -15,20 +15,15 @@ from pathlib import Path
 import torch
 
 import tsdyn
+from tests.benchmarks import durability
 from tsdyn import sweep
 
 
 def equal(points: int, epochs: int) -> tsdyn.Experiment:
-    """So many points that cost the same: the released two-layer experiment at five times the teacher's width."""
-    return tsdyn.Experiment(
-        name="equal",
-        seeds=16,
-        teacher={"widths": [100, 10, 50], "polarity": 1.0},
-        student={"overrealization": 5.0, "scale": 0.005},
-        data={"train": 10_000, "eval": 1000},
-        training={"epochs": epochs, "steps_per_epoch": 1000, "batch": 16, "learning_rate": 0.01},
-        record={"every": 5, "observables": ["mse_eval", "correlation"]},
-        sweep={"teacher.polarity": [i / points for i in range(points)]},
+    """So many points that cost the same, of 16 seeds and 1000 steps an epoch."""
+    return durability.experiment(epochs, 1000).replace(
+        {"name": "equal", "seeds": 16, "record.every": 5, "record.observables": ["mse_eval", "correlation"]}
+        | {"sweep": {"teacher.polarity": [i / points for i in range(points)]}}
     )
 
 
