@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import xarray as xr
+from distributed import default_client
 
 import tsdyn
 from tests.cases import small
@@ -126,12 +127,15 @@ def test_no_more_workers_than_memory_holds(monkeypatch, caplog):
 )
 def test_workers_that_cannot_be_had(tmp_path, monkeypatch, how, message):
     monkeypatch.setattr(sweep, "CONNECT_SECONDS", 1)
-    with pytest.raises(sweep.WorkersError, match=message):
+    with pytest.raises(sweep.WorkersError, match=message) as refused:
         sweep.run(small(sweep=GRID, **FEW), tmp_path / "sweep", **how)
+    assert refused.tb is not None  # which holds a client that got no answer: it must not be who computes from here on
+    with pytest.raises(ValueError, match="No clients found"):
+        default_client()
 
 
 def test_an_existing_scheduler_is_used(tmp_path, undisturbed):
-    from distributed import LocalCluster, default_client
+    from distributed import LocalCluster
 
     with LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address="127.0.0.1:0") as cluster:
         ds = sweep.run(small(sweep=GRID, **FEW), tmp_path / "sweep", scheduler=cluster.scheduler_address)

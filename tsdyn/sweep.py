@@ -309,13 +309,17 @@ def fitting(workers: int, points: Mapping[str, Experiment]) -> int:
 
 @contextmanager
 def _client(workers: int | None, scheduler: str | None) -> Iterator[Client]:
-    """A client of the scheduler at that address, or of a cluster of processes of our own."""
+    """A client of the scheduler at that address, or of a cluster of processes of our own.
+
+    Never the process's default one: one that got no answer would stay that until it is collected, and whatever is
+    computed meanwhile wait for it.
+    """
     import dask
     from distributed import Client, LocalCluster
 
     if scheduler is not None:
         try:
-            client = Client(scheduler, timeout=CONNECT_SECONDS)
+            client = Client(scheduler, timeout=CONNECT_SECONDS, set_as_default=False)
         except (OSError, ValueError) as error:
             raise WorkersError(f"scheduler {scheduler}: does not answer: {error}") from error
         with client:
@@ -334,7 +338,7 @@ def _client(workers: int | None, scheduler: str | None) -> Iterator[Client]:
             preload="import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)",
             silence_logs=logging.CRITICAL,
         ) as cluster,
-        Client(cluster) as client,
+        Client(cluster, set_as_default=False) as client,
     ):
         yield client
 
@@ -377,7 +381,8 @@ def _on_workers(
     fruitless, reached = dict.fromkeys(names, 0), {name: _reached(path / name) for name in names}
     stop: int | None = None
     try:
-        running = as_completed([submit(waiting.pop()) for _ in range(min(at_once, len(waiting)))])
+        first = [submit(waiting.pop()) for _ in range(min(at_once, len(waiting)))]
+        running = as_completed(first, loop=client.loop)
         while not running.is_empty():
             if stop is None and (stop := asked()) is not None:
                 waiting.clear()
