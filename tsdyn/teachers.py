@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -245,7 +246,11 @@ def prune(network: Network, ratios: Sequence[float]) -> tuple[Network, list[Tens
         weights.append(kept)
     hidden = zip(network.biases[:-1], active, strict=True)
     biases = [*(None if b is None else b[at] for b, at in hidden), network.biases[-1]]
-    norms = [None if n is None else n.map(lambda t, at=at: t[at]) for n, at in zip(network.norms, active, strict=True)]
+    # `index_select` and no lambda, which would see the last layer's nodes
+    norms = [
+        None if n is None else n.map(functools.partial(torch.index_select, dim=0, index=at))
+        for n, at in zip(network.norms, active, strict=True)
+    ]
     return network.with_parameters(weights, biases, norms), active
 
 

@@ -92,7 +92,7 @@ def _take(found: Parts, name: str, part: nn.Module) -> None:
         found.norms[-1] = norm_of(part)
         found.places[-1] = "before" if open_layer else "after"
         return
-    if kind is nn.Flatten:
+    if isinstance(part, nn.Flatten) and kind is nn.Flatten:
         if (part.start_dim, part.end_dim) != (1, -1):
             raise ValueError(f"from_torch: {name} {part} does not flatten one sample each; use nn.Flatten()")
         return
