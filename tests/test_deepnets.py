@@ -11,12 +11,15 @@ import tsdyn
 from tests.cases import small
 from tests.test_networks import random_network
 from tsdyn import ExperimentError, archive, deepnets, theory
+from tsdyn.batches import finite_stream
 from tsdyn.deepnets import BatchNorm, DeepNetwork, load_state
-from tsdyn.deeptraining import DeepEnsemble, step, train_epoch
+from tsdyn.ensemble import Ensemble
+from tsdyn.losses import LOSSES
+from tsdyn.propagated import step
+from tsdyn.rules import Rule
 from tsdyn.students import draw_student, winners
 from tsdyn.teachers import balance, draw_teacher, fanouts, prune
-from tsdyn.training import Ensemble, Rule, finite_stream
-from tsdyn.training import train_epoch as train_mlp
+from tsdyn.train import train_epoch
 
 IMAGE = (2, 8, 8)
 
@@ -133,7 +136,7 @@ def test_theorem_3_the_norm_below_batch_norm_grows_by_the_square_of_each_step_on
     drifts = []
     for rate in (1e-2, 5e-3):
         network = DeepNetwork.from_torch(module(place, eps=1e-300), image=IMAGE)
-        ensemble = DeepEnsemble.of([network])
+        ensemble = Ensemble.of([network])
         before = ensemble.network(0)
         norms, weights = deepnets.conserved_norms(before), [w.clone() for w in before.weights]
         biases = [b.clone() for b in before.biases]
@@ -218,7 +221,7 @@ def test_expectations_of_channels_are_those_of_the_unrolled_network_summed_over_
 @pytest.mark.parametrize("place", ["before", "after"])
 def test_members_of_an_ensemble_train_as_modules_of_their_own(place):
     made = [module(place, seed=s) for s in range(3)]
-    ensemble = DeepEnsemble.of([DeepNetwork.from_torch(m, image=IMAGE) for m in made])
+    ensemble = Ensemble.of([DeepNetwork.from_torch(m, image=IMAGE) for m in made])
     x = torch.stack([images(24, seed=10 + s).flatten(1) for s in range(3)])
     y = torch.randn(3, 24, 3, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     rows = torch.randint(24, (3, 6, 8), generator=torch.Generator().manual_seed(6))
@@ -236,21 +239,21 @@ def test_members_of_an_ensemble_train_as_modules_of_their_own(place):
             torch.testing.assert_close(found[name], tensor.detach(), rtol=1e-10, atol=1e-10, msg=name)
 
 
-@pytest.mark.parametrize("rule", [Rule(0.05), Rule(0.01, adam=True), Rule(0.05, normalize=True, frozen=(1,))])
+@pytest.mark.parametrize("rule", [Rule(0.05), Rule(0.01, "adam"), Rule(0.05, normalize=True, frozen=(1,))])
 @pytest.mark.parametrize("loss", ["mse", "cross_entropy"])
 def test_without_convolution_and_norm_it_is_the_engine(rule, loss):
-    rule = Rule(**{**rule.__dict__, "loss": loss})
+    rule = Rule(**{**rule.__dict__, "loss": LOSSES[loss]})
     networks = [random_network((4, 6, 5, 3), seed=s) for s in range(3)]
-    deep = DeepEnsemble.of([DeepNetwork(n.weights, n.biases) for n in networks])
+    deep = Ensemble.of([DeepNetwork(n.weights, n.biases) for n in networks])
     plain = Ensemble.of(networks)
     draw = torch.Generator().manual_seed(0)
     x = torch.randn(3, 40, 4, generator=draw, dtype=torch.float64)
     y = torch.softmax(torch.randn(3, 40, 3, generator=draw, dtype=torch.float64), 2)
     stream = finite_stream(x, y, torch.randint(40, (3, 10, 8), generator=draw))
     train_epoch(deep, stream, rule, batch=8)
-    train_mlp(plain, stream, rule, batch=8)
-    for (kind, layer, a), (_, _, b) in zip(deep.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9, msg=f"{kind} {layer}")
+    train_epoch(plain, stream, rule, batch=8)
+    for name, expected in plain.values.items():
+        torch.testing.assert_close(deep.values[name], expected, rtol=1e-9, atol=1e-9, msg=name)
 
 
 def test_batch_norm_refuses_a_batch_of_one():

@@ -72,7 +72,7 @@ def estimate(experiment: Experiment, *, device: str = "cpu") -> Cost:
     train = None
     if isinstance(experiment.data.train, int) and isinstance(few.data.train, int):
         train = experiment.data.train * len(trial.train_probe(0, 0).inputs) // few.data.train
-    parameters = sum(p[0].numel() for _, _, p in trial.ensemble.parameters())
+    parameters = sum(p[0].numel() for p in trial.ensemble.values.values())
     epoch = archive.bytes_per_epoch(layout, variables, experiment.dtype)
     return Cost(members, parameters, footprint(experiment, train=train).bytes, epoch * recorded, seconds)
 

@@ -8,16 +8,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, assert_never
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tsdyn import alignment, deepnets, derivatives, forward, schema, theory
+from tsdyn import alignment, compiled_sums, deepnets, derivatives, schema, theory
 from tsdyn.axes import Activations, Outputs, TeacherActivations, TeacherByStudent
 from tsdyn.deepnets import DeepNetwork
+from tsdyn.losses import CROSS_ENTROPY, MSE, Loss
 from tsdyn.networks import Network, Trace
 from tsdyn.theory import backpropagated_gradients, fanout_norms
 
@@ -28,7 +29,7 @@ AnyNetwork: TypeAlias = Network | DeepNetwork
 
 def loss(teacher_output: Outputs, output: Outputs) -> Float[Tensor, ""]:
     """J = ½ E‖f* − f‖², the sum over outputs and mean over samples.  Source: Tian (2020), Eq. 1."""
-    return 0.5 * (teacher_output - output).square().sum(1).mean()
+    return MSE.value(output, teacher_output)
 
 
 def mse(teacher_output: Outputs, output: Outputs) -> Float[Tensor, ""]:
@@ -38,7 +39,7 @@ def mse(teacher_output: Outputs, output: Outputs) -> Float[Tensor, ""]:
 
 def cross_entropy(classes: Int[Tensor, " sample"], output: Outputs) -> Float[Tensor, ""]:
     """E[−log softmax(f)_class].  Source: Tian (2020), section 6."""
-    return torch.nn.functional.cross_entropy(output, classes)
+    return CROSS_ENTROPY.over(output, output, classes)
 
 
 def accuracy(classes: Int[Tensor, " sample"], output: Outputs, *, most: int) -> Float[Tensor, " top_k"]:
@@ -144,13 +145,15 @@ class Response:
         return self.student.trace(self.probe.inputs)
 
     @cached_property
-    def _sums(self) -> forward.Forward:
+    def _sums(self) -> compiled_sums.Sums:
         student, probe = self.student, self.probe
         teachers, target = probe.standardized if self.correlated else [], probe.trace.output
-        if isinstance(student, Network) and forward.serves(student, probe.inputs):
-            return forward.forward(student, probe.inputs, target, teachers)
+        if isinstance(student, Network) and compiled_sums.serves(student, probe.inputs):
+            return compiled_sums.sums(student, probe.inputs, target, teachers)
         pairs = zip(teachers, self.trace.activations, strict=False)
-        return forward.Forward((target - self.trace.output).square().sum(), [t.T @ standardized(f) for t, f in pairs])
+        return compiled_sums.Sums(
+            (target - self.trace.output).square().sum(), [t.T @ standardized(f) for t, f in pairs]
+        )
 
     @property
     def squared_error(self) -> Tensor:
@@ -177,8 +180,8 @@ class Measurement:
         train, eval: What it is measured on.
         band: Of `observation`.
         layout: Sizes that the record decides.
-        objective: What ``loss_train`` and ``loss_eval`` are.
-        targets: Whose classes a cross entropy is of.
+        objective: The loss that is trained; gradients and Hessians are of it.
+        labels: Whose classes it is of, where it is of classes.
     """
 
     student: AnyNetwork
@@ -186,8 +189,8 @@ class Measurement:
     eval: Probe
     band: float = 0.1
     layout: schema.Layout | None = None
-    objective: Literal["mse", "cross_entropy"] = "mse"
-    targets: Literal["teacher", "data"] = "teacher"
+    objective: Loss = MSE
+    labels: Literal["teacher", "data"] = "teacher"
 
     @property
     def net(self) -> Network:
@@ -199,12 +202,24 @@ class Measurement:
 
     def loss(self, response: Response) -> Tensor:
         """J over a probe."""
-        if self.objective == "mse":
+        if self.objective == MSE:  # whose sums are compiled
             return 0.5 * response.squared_error / len(response.probe.inputs)
-        probe = response.probe
-        classes = probe.classes if self.targets == "teacher" else probe.labels
-        assert classes is not None
-        return cross_entropy(classes, response.trace.output)
+        return self.objective.over(response.trace.output, response.probe.trace.output, self._classes(response.probe))
+
+    def target(self, probe: Probe) -> Tensor:
+        """What the loss that is trained wants on a probe, (sample, output)."""
+        return self.objective.target(probe.trace.output, self._classes(probe))
+
+    def _classes(self, probe: Probe) -> Tensor:
+        match self.labels:
+            case "teacher":
+                return probe.classes
+            case "data":
+                if probe.labels is None:
+                    raise ValueError("measure: labels='data' needs Probes with labels")
+                return probe.labels
+            case other:
+                assert_never(other)
 
     @cached_property
     def on_train(self) -> Response:
@@ -230,7 +245,10 @@ class Measurement:
 
     @cached_property
     def gradients(self) -> list[Tensor]:
-        return backpropagated_gradients(self.net, self.on_train.trace, self.train.trace.output)
+        """g_l of the loss that is trained, over the training set."""
+        trace = self.on_train.trace
+        residual = self.objective.residual(trace.output, self.target(self.train))
+        return backpropagated_gradients(self.net, trace, residual)
 
 
 Layers: TypeAlias = list[Tensor | None]
@@ -293,7 +311,7 @@ def _gradient_norm(m: Measurement) -> Tensor:
 
 @fills("hessian_eigenvalue")
 def _hessian_eigenvalue(m: Measurement) -> Tensor:
-    student, inputs, target = m.net, m.train.inputs, m.train.trace.output
+    student, inputs, target = m.net, m.train.inputs, m.target(m.train)
     free = [*student.weights, *(b for b in student.biases if b is not None)]
     leak = student.activation.leak
 
@@ -301,7 +319,7 @@ def _hessian_eigenvalue(m: Measurement) -> Tensor:
         weights, rest = parameters[: student.depth], iter(parameters[student.depth :])
         biases = [None if b is None else next(rest) for b in student.biases]
         moved = Network(weights, biases, student.activation.name, leak=0.0 if leak is None else leak)
-        return loss(target, moved(inputs))
+        return m.objective.value(moved(inputs), target)
 
     wanted = _layout(m).modes
     values = derivatives.hessian_spectrum(at, free, wanted)

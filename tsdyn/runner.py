@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, assert_never
 
 import numpy as np
 import torch
@@ -25,8 +25,8 @@ from tsdyn.archive import ArchiveError, Run
 from tsdyn.costs import COMMIT_BYTES, Footprint, footprint
 from tsdyn.experiment import Experiment
 from tsdyn.interrupts import Stopped, stopping
+from tsdyn.losses import loss
 from tsdyn.members import Members, Together
-from tsdyn.training import Rule
 
 #: A segment is committed after this much work (0: after every epoch), ...
 COMMIT_SECONDS = 2.0
@@ -264,7 +264,7 @@ def _due(elapsed: float, since: float, took: float, spent: float) -> bool:
 
 def _of_this_shape(path: Path, stored: dict[str, np.ndarray], members: Members) -> dict[str, np.ndarray]:
     """The committed state, refused if it is not one of these members: copied, a wrong shape could broadcast."""
-    Rule.of(members.experiment.training, 1).prepare(members.ensemble)
+    members.prepare()
     for name, array in members.state().items():
         found = stored.get(name)
         if found is None or found.shape != array.shape or found.dtype != array.dtype:
@@ -357,10 +357,15 @@ def _time_convention(experiment: Experiment) -> dict[str, str]:
 
 
 def _loss_convention(experiment: Experiment) -> str:
-    if experiment.training.loss == "mse":
-        return "J = 1/2 E |f* - f|^2, summed over outputs"
-    whose = "teacher's largest output" if experiment.training.labels == "teacher" else "data's label"
-    return f"E[-log softmax(f)] at the {whose}"
+    trained = loss(experiment.training.loss)
+    match trained.targets:
+        case "outputs":
+            return trained.convention
+        case "classes":
+            whose = {"teacher": "teacher's largest output", "data": "data's label"}[experiment.training.labels]
+            return f"{trained.convention} at the {whose}"
+        case other:
+            assert_never(other)
 
 
 def _batch_norm_convention(experiment: Experiment) -> str:
