@@ -125,7 +125,7 @@ def test_analysis_and_studies_import_no_engine():
                 "similarity",
                 "connectivity",
             ):  # which make networks of what was recorded, and ask the theory
-                allowed |= {"data", "networks", "alignment", "theory"}
+                allowed |= {"data", "networks", "alignment", "theory", "losses"}
             if file.stem == "simsek2023_one_neuron":  # which maps a network's output
                 allowed |= {"networks"}
             assert _imports(file) <= allowed, file

@@ -38,7 +38,7 @@ def test_gradients_and_fanout_norms_are_autograds(hidden, name, bias):
     student = random_network((4, *(n for _, n in hidden), 3), name, bias, seed=2)
     data = probe(teacher, samples=7)
     trace = student.trace(data.inputs)
-    gradients = theory.backpropagated_gradients(student, trace, data.trace.output)
+    gradients = theory.backpropagated_gradients(student, trace, data.trace.output - trace.output)
     norms = theory.fanout_norms(student, trace)
     for layer in range(1, student.depth + 1):
         expected = oracles.backpropagated_gradient(student, data.trace.output, data.inputs, layer)

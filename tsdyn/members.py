@@ -67,8 +67,10 @@ class Members:
             _ = self.finite
 
     def targets(self, member: int, x: Tensor, classes: Tensor | None = None) -> Tensor:
-        """What a member learns on its inputs `x`, (sample, output): the teacher's outputs; with a loss of classes
-        one-hot rows of `classes`, of the data's labels (x then being the training set) or of the teacher's largest output.
+        """What a member learns on its inputs `x`, (sample, output).
+
+        The teacher's outputs; with a loss of classes one-hot rows of `classes`, of the data's labels (x then being the
+        training set) or of the teacher's largest output.
         """
         law = self.experiment.training
         with torch.no_grad():

@@ -124,14 +124,14 @@ def _compiler() -> tuple[str, bytes]:
     return found, _asked([found, "--version"], VERSION_SECONDS)
 
 
-#: Compilers that did not answer in time; no source is given to them again.
-_hanging: set[str] = set()
+#: Compilers that did not answer in time → what was said of it; no source is given to them again.
+_hanging: dict[str, str] = {}
 
 
 def _asked(command: Sequence[str], seconds: float) -> bytes:
     """What a command prints; it and its children are killed when it takes too long."""
     if command[0] in _hanging:
-        raise _Unusable(f"{command[0]} hangs")
+        raise _Unusable(_hanging[command[0]])
     with tempfile.TemporaryFile() as printed:
         try:
             process = subprocess.Popen(command, stdout=printed, stderr=subprocess.STDOUT, start_new_session=True)
@@ -145,8 +145,8 @@ def _asked(command: Sequence[str], seconds: float) -> bytes:
             process.wait()
             if not isinstance(error, subprocess.TimeoutExpired):
                 raise
-            _hanging.add(command[0])
-            raise _Unusable(f"{command[0]} hangs: given up after {seconds:g} s") from None
+            _hanging[command[0]] = f"{command[0]} hangs: given up after {seconds:g} s"
+            raise _Unusable(_hanging[command[0]]) from None
         printed.seek(0)
         answer = printed.read()
     if code != 0:
