@@ -205,7 +205,9 @@ class Ensemble:
         """Everything training depends on, by name; what `restore` takes."""
         # a module's own names could be those of other entries
         own = "module." if isinstance(self.architecture, nn.Module) else ""
-        found = {f"{own}{n}": t.cpu().numpy() for n, t in (self.values | self.buffers).items()}
+        # netCDF has no booleans
+        held = {n: t.byte() if t.dtype == torch.bool else t for n, t in (self.values | self.buffers).items()}
+        found = {f"{own}{n}": t.cpu().numpy() for n, t in held.items()}
         for moment, named in self.moments.items():
             found |= {f"{moment}_{own}{n}": t.cpu().numpy() for n, t in named.items()}
         return found | {"death_epoch": self.death_epoch.numpy(), "steps": np.array(self.steps)}

@@ -76,6 +76,9 @@ def refuse_unfit(module: nn.Module) -> None:
     for path, parameter in module.named_parameters():
         if isinstance(parameter, nn.parameter.UninitializedParameter) or parameter.is_complex():
             raise ValueError(f"train: {name}.{path} is lazy or complex; parameters must be real, their shapes known")
+    for path, buffer in module.named_buffers():
+        if buffer.is_complex():
+            raise ValueError(f"train: {name}.{path} is a complex buffer, which no archive can hold")
     for path, part in module.named_modules():
         if isinstance(part, nn.modules.dropout._DropoutNd) and part.training and part.p > 0:
             raise ValueError(

@@ -20,6 +20,7 @@ from tsdyn.experiment import Experiment
 from tsdyn.losses import loss
 from tsdyn.networks import Network
 from tsdyn.observables import Measurement, Probe
+from tsdyn.own_modules import Maker, Own, check_given, made
 from tsdyn.rules import Rule
 from tsdyn.students import draw_student
 from tsdyn.teachers import draw_teacher
@@ -35,15 +36,28 @@ class Members:
 
     experiment: Experiment
     device: str = "cpu"
+    student: Maker | None = None  #: makes a module of the user's own, as `teacher` does
+    teacher: Maker | None = None
+
+    def __post_init__(self) -> None:
+        check_given(self.experiment, student=self.student, teacher=self.teacher)
 
     @cached_property
-    def teachers(self) -> list[Network | DeepNetwork]:
-        return [draw_teacher(self.experiment, seed).to(self.device) for seed in self.experiment.seed_labels]
+    def teachers(self) -> list[Network | DeepNetwork | Own]:
+        return [self._teacher(seed).to(self.device) for seed in self.experiment.seed_labels]
+
+    def _teacher(self, seed: int) -> Network | DeepNetwork | Own:
+        if self.teacher is None:
+            return draw_teacher(self.experiment, seed)
+        return Own(made(self.teacher, self.experiment, seed, "teacher").requires_grad_(False))
 
     @cached_property
     def ensemble(self) -> Ensemble:
-        pairs = zip(self.experiment.seed_labels, self.teachers, strict=True)
-        students = [draw_student(self.experiment, seed, t.to("cpu")) for seed, t in pairs]
+        seeds = self.experiment.seed_labels
+        if self.student is not None:
+            return Ensemble.of([made(self.student, self.experiment, s, "student") for s in seeds], device=self.device)
+        drawn = [None if isinstance(t, Own) else t.to("cpu") for t in self.teachers]
+        students = [draw_student(self.experiment, seed, t) for seed, t in zip(seeds, drawn, strict=True)]
         return Ensemble.of(students, device=self.device)
 
     @cached_property
@@ -91,8 +105,8 @@ class Members:
         pairs = zip(self.experiment.seed_labels, self.teachers, strict=True)
         return [Probe(self._training_set(s, t), t, self._labels(s, "train")) for s, t in pairs]
 
-    def _training_set(self, seed: int, teacher: Network | DeepNetwork) -> Tensor:
-        if isinstance(teacher, Network):
+    def _training_set(self, seed: int, teacher: Network | DeepNetwork | Own) -> Tensor:
+        if isinstance(teacher, Network) and self.student is None:
             return alignment.training_set(self.experiment, seed, teacher)
         return self._tensor(data.training_inputs(self.experiment, seed))
 
@@ -158,7 +172,7 @@ class Members:
                 found.append(None)
                 continue
             view = Measurement(
-                self.ensemble.network(member),
+                self.ensemble.network(member) if self.student is None else Own(self.ensemble.module(member)),
                 self.train_probe(member, epoch),
                 self.eval_probes[member],
                 self.experiment.record.band,
@@ -181,13 +195,17 @@ class Members:
             for i, shape in enumerate(shapes)
         ]
 
-    def constants(self) -> dict[str, list[np.ndarray]]:
-        """The teachers' parameters, one (seed, node...) array a layer."""
+    def constants(self) -> dict[str, Any]:
+        """The teachers' parameters, one (seed, node...) array for each layer; of own modules (seed, entry)."""
+        own = [t for t in self.teachers if isinstance(t, Own)]
+        if own:
+            return {"teacher_parameter": np.stack([t.entries().cpu().numpy() for t in own])}
+        teachers = [t for t in self.teachers if not isinstance(t, Own)]
         depth = self.experiment.layout.depth
-        weights = [np.stack([t.weights[i].flatten(1).cpu().numpy() for t in self.teachers]) for i in range(depth)]
+        weights = [np.stack([t.weights[i].flatten(1).cpu().numpy() for t in teachers]) for i in range(depth)]
         biases = []
         for i in range(depth):
-            columns = [t.biases[i] for t in self.teachers]
+            columns = [t.biases[i] for t in teachers]
             biases.append(
                 np.stack(
                     [
@@ -244,7 +262,7 @@ def kinship(experiment: Experiment) -> object | None:
     may differ.
     """
     law, student = experiment.training, experiment.student
-    if experiment.deep or law.method == "flow":
+    if experiment.deep or law.method == "flow" or experiment.of_own_modules:
         return None
     return (
         experiment.dtype,

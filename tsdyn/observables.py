@@ -20,9 +20,10 @@ from tsdyn.axes import Activations, Outputs, TeacherActivations, TeacherByStuden
 from tsdyn.deepnets import DeepNetwork
 from tsdyn.losses import CROSS_ENTROPY, MSE, Loss
 from tsdyn.networks import Network, Trace
+from tsdyn.own_modules import Own
 from tsdyn.theory import backpropagated_gradients, fanout_norms
 
-AnyNetwork: TypeAlias = Network | DeepNetwork
+AnyNetwork: TypeAlias = Network | DeepNetwork | Own
 
 # --- formulas, for one network -------------------------------------------------------------------------------
 
@@ -227,7 +228,8 @@ class Measurement:
 
     @cached_property
     def on_eval(self) -> Response:
-        return Response(self.student, self.eval, correlated=True)
+        own = isinstance(self.student, Own) or isinstance(self.eval.teacher, Own)  # which have no layers to compare
+        return Response(self.student, self.eval, correlated=not own)
 
     @property
     def fanout_norms(self) -> list[Tensor]:
@@ -366,6 +368,13 @@ for _variable, _name in (
     ("norm_scale", "weight"), ("norm_shift", "bias"), ("norm_mean", "running_mean"), ("norm_variance", "running_var"),
 ):  # fmt: skip
     _of_norms(_variable, _name)
+
+
+@fills("parameter")
+def _parameter(m: Measurement) -> Tensor:
+    if not isinstance(m.student, Own):
+        raise ValueError("measure: parameter is of students that are modules of the user's own; record weight")
+    return m.student.entries()
 
 
 def _connected(network: AnyNetwork) -> Network:

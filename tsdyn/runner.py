@@ -27,6 +27,7 @@ from tsdyn.experiment import Experiment
 from tsdyn.interrupts import Stopped, stopping
 from tsdyn.losses import loss
 from tsdyn.members import Members, Together
+from tsdyn.own_modules import Maker, attribute
 
 #: A segment is committed after this much work (0: after every epoch), ...
 COMMIT_SECONDS = 2.0
@@ -67,7 +68,13 @@ Progress = Callable[[int, int, list[int], "float | None"], None]
 
 
 def run(
-    experiment: Experiment, path: str | Path, *, device: str = "cpu", progress: Progress | None = None
+    experiment: Experiment,
+    path: str | Path,
+    *,
+    device: str = "cpu",
+    progress: Progress | None = None,
+    student: Maker | None = None,
+    teacher: Maker | None = None,
 ) -> xr.Dataset:
     """Train and measure one experiment into `path`; goes on from the last committed epoch if there is one.
 
@@ -76,6 +83,7 @@ def run(
         path: Directory; made if absent.
         device: ``cpu``, ``cuda`` or ``cuda:0``.
         progress: Told after every epoch.
+        student, teacher: Make modules of the user's own, as of `own_modules.described` experiments.
 
     Returns:
         The lazy archive, as `tsdyn.open` gives it.
@@ -89,7 +97,9 @@ def run(
     """
     path = archive.local_path(path)
     try:
-        failed = run_together({path: experiment}, device=device, progress={path: progress})
+        failed = run_together(
+            {path: experiment}, device=device, progress={path: progress}, student=student, teacher=teacher
+        )
     except Stopped as stopped:
         failed = stopped.failed
         if not failed:
@@ -105,6 +115,8 @@ def run_together(
     device: str = "cpu",
     progress: Mapping[Path, Progress | None] | None = None,
     asked: Callable[[], int | None] | None = None,
+    student: Maker | None = None,
+    teacher: Maker | None = None,
 ) -> dict[Path, Exception]:
     """Experiments of one `kinship` trained as one ensemble, each into its own directory, as `run` would.
 
@@ -116,6 +128,7 @@ def run_together(
         device: As `run`.
         progress: Directory → who is told after every epoch.
         asked: Gives the signal that asks to stop, once it came; `stopping` unless given.
+        student, teacher: As `run`.
 
     Returns:
         Directory → error of those that failed; the others are done.
@@ -136,7 +149,9 @@ def run_together(
                 memory.refuse_beyond("run", needed, torch.device(device), _SMALLER)
                 target = held.enter_context(Run(path, experiment))
                 if not target.finished:
-                    point = _Point(path, target, Members(experiment, device), (progress or {}).get(path))
+                    point = _Point(
+                        path, target, Members(experiment, device, student, teacher), (progress or {}).get(path)
+                    )
                     begun.setdefault(point.begin(), []).append(point)
             except Exception as error:  # whatever it is, the others go on
                 failed[path] = error
@@ -150,7 +165,9 @@ def run_together(
                 _log.warning("%s and others cannot train together, so one by one: %s", points[0].path, error)
                 apart += [point.path for point in points if point.path not in failed]
     for path in apart:
-        failed |= run_together({path: experiments[path]}, device=device, progress=progress, asked=heard)
+        failed |= run_together(
+            {path: experiments[path]}, device=device, progress=progress, asked=heard, student=student, teacher=teacher
+        )
     return failed
 
 
@@ -162,6 +179,8 @@ class _Point:
         self._target, self._progress, self._experiment = target, progress, members.experiment
         self._variables = schema.expand(self._experiment.record.observables)
         self._attrs = attributes(self._experiment, members.device)
+        if members.student is not None:
+            self._attrs["parameters"] = attribute(members.ensemble.module(0))
         self._schedule = set(self._experiment.schedule)
         self._pending: list[dict[str, Any]] = []
         self._epochs: list[int] = []
