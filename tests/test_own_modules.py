@@ -15,6 +15,7 @@ from tests.comparing import assert_same
 from tsdyn import data, general, own_modules, train
 from tsdyn.batches import finite_stream
 from tsdyn.ensemble import Ensemble, mark_dead
+from tsdyn.experiment import Record
 from tsdyn.losses import LOSSES
 from tsdyn.members import Members
 from tsdyn.rules import Rule
@@ -67,7 +68,7 @@ RULES = {
 
 def experiment(**changes):
     base = {"teacher__widths": [INPUTS, 5, OUTPUTS], "training__epochs": 1, "training__steps_per_epoch": 50}
-    return small(record__observables=["loss", "mse", "parameter"], seeds=2, **(base | changes))
+    return small(**{"record__observables": ["loss", "mse", "parameter"], "seeds": 2} | base | changes)
 
 
 def start(make, seed, stream="student"):
@@ -123,7 +124,8 @@ def test_a_run_is_plain_torch_on_the_same_batches(tmp_path, name, rule, taught):
 
 
 def test_what_is_recorded_and_how_it_is_read(tmp_path, caplog):
-    asked = small(teacher__widths=[INPUTS, 5, OUTPUTS], training__epochs=2)
+    unchosen = Record().observables
+    asked = small(teacher__widths=[INPUTS, 5, OUTPUTS], training__epochs=2, record__observables=unchosen)
     with caplog.at_level(logging.INFO):
         ds = tsdyn.run(asked, tmp_path / "run", student=Residual)
     assert "loss, mse, parameter are recorded" in caplog.text  # the default list is of networks
@@ -177,8 +179,8 @@ def test_a_resumed_run_has_the_same_bits_and_another_module_is_refused(tmp_path)
         tsdyn.run(asked, tmp_path / "whole", student=Residual)
     with pytest.raises(tsdyn.archive.ArchiveError, match=r"student\.module: 'not set' here, '.*Both' there"):
         tsdyn.run(small(teacher__widths=[INPUTS, 5, OUTPUTS]), tmp_path / "whole")
-    changed = type("Both", (Both,), {"forward": lambda self, x: self.inner(x), "__qualname__": Both.__qualname__})
-    changed.__module__ = Both.__module__
+    changed = type("Both", (Both,), {"forward": lambda self, x: self.inner(x), "__module__": Both.__module__})
+    changed.__qualname__ = Both.__qualname__
     with pytest.raises(tsdyn.archive.ArchiveError, match=r"student\.source: '[0-9a-f]{64}' here, '[0-9a-f]{64}' there"):
         tsdyn.run(asked, tmp_path / "whole", student=changed)
     held = tsdyn.Experiment.from_toml(tmp_path / "whole" / "experiment.toml").replace({"training.epochs": 9})
@@ -188,7 +190,7 @@ def test_a_resumed_run_has_the_same_bits_and_another_module_is_refused(tmp_path)
 
 def test_a_network_learns_from_a_module_of_another_depth(tmp_path):
     asked = small(
-        teacher__widths=[INPUTS, OUTPUTS],
+        teacher__widths=[INPUTS, 2, 2, OUTPUTS],
         student__widths=[INPUTS, 6, 5, OUTPUTS],
         record__observables=["loss", "weight"],
     )
@@ -393,7 +395,7 @@ def test_what_only_networks_have_is_refused_of_modules():
         ({"record__observables": ["weight"]}, r"weight is not measured with student.module = .*; there are loss_train"),
     ):
         with pytest.raises(tsdyn.ExperimentError, match=message):
-            own_modules.described(small(teacher__widths=[INPUTS, 1, OUTPUTS], **changes), student=Residual)
+            own_modules.described(experiment(**changes), student=Residual)
     with pytest.raises(tsdyn.ExperimentError, match="'parameter' is of a module of your own"):
         own_modules.described(experiment())
     module = nn.Linear(INPUTS, OUTPUTS)

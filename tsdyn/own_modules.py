@@ -12,6 +12,7 @@ attribute ``parameters`` says the name and shape of each, and `named` gives them
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 import json
@@ -132,19 +133,36 @@ def _name(make: Maker) -> str:
 
 
 def _source(make: Maker, module: nn.Module) -> str:
-    """SHA-256 of the sources of the function and of every class of the module that is not torch's, and of its shape."""
-    kinds = {type(part) for part in module.modules() if not type(part).__module__.startswith("torch.")}
+    """SHA-256 of the function, of the classes of the module that are not torch's, and of the shape it has."""
+    kinds = {kind for part in module.modules() for kind in type(part).__mro__ if not _foreign(kind)}
     parts = [_text(make), *(_text(kind) for kind in sorted(kinds, key=lambda kind: kind.__qualname__))]
     parts += [str(module), *(f"{n} {tuple(t.shape)} {t.requires_grad}" for n, t in _held(module).items())]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
+def _foreign(kind: type) -> bool:
+    return kind.__module__.split(".")[0] in ("torch", "builtins")
+
+
 def _text(of: Any) -> str:
+    """The source of a function, or of all that a class defines: of two classes of one name python finds one."""
+    if inspect.isclass(of):
+        if _foreign(of):
+            return of.__qualname__
+        return "\n".join(f"{name} = {_text(value)}" for name, value in sorted(vars(of).items()) if name != "__doc__")
+    if isinstance(of, (staticmethod, classmethod)):
+        return _text(of.__func__)
+    if isinstance(of, property):
+        return _text(of.fget)
+    if isinstance(of, functools.partial):
+        return f"{_text(of.func)} of {of.args} {of.keywords}"
     try:
         return inspect.getsource(of)
-    except (OSError, TypeError):  # typed at a prompt, or no function: what it compiles to
+    except (OSError, TypeError):  # typed at a prompt: what it compiles to; or a value
         code = getattr(of, "__code__", None)
-        return repr(of.__class__) if code is None else f"{code.co_code!r}{code.co_consts!r}{code.co_names!r}"
+        if code is not None:
+            return f"{code.co_code!r}{code.co_consts!r}{code.co_names!r}"
+        return repr(of) if isinstance(of, (bool, int, float, str, bytes, tuple, list, dict)) else type(of).__qualname__
 
 
 def attribute(module: nn.Module) -> str:
@@ -170,7 +188,7 @@ def named(ds: xr.Dataset) -> dict[str, xr.DataArray]:
         lead = [str(dim) for dim in part.dims if dim != "entry"]
         sizes = {dim: part.sizes[dim] for dim in lead} | {f"dim_{i}": n for i, n in enumerate(shape)}
         coords = {key: coord for key, coord in part.coords.items() if set(coord.dims) <= set(lead)}
-        values = part.data.reshape(*sizes.values())
+        values = part.data.reshape(tuple(sizes.values()))
         found[name] = xr.DataArray(values, coords, list(sizes), name=name, attrs=part.attrs)
         start += math.prod(shape)
     return found
