@@ -17,7 +17,7 @@ from torch import Tensor
 from tsdyn import data
 from tsdyn.axes import Inputs, TeacherByStudent
 from tsdyn.experiment import Experiment
-from tsdyn.networks import Network
+from tsdyn.networks import Network, require_plain
 
 
 def regular(network: Network, layer: int = 1) -> tuple[Tensor, Tensor]:
@@ -25,6 +25,7 @@ def regular(network: Network, layer: int = 1) -> tuple[Tensor, Tensor]:
 
     Source: Tian (2020), Definition 1.
     """
+    require_plain("regular", network)
     weight, bias = network.weights[layer - 1], network.biases[layer - 1]
     norm = weight.norm(dim=1)
     norm = torch.where(norm > 0, norm, torch.nan)
@@ -234,6 +235,7 @@ def jumps(teacher: Network, student: Network, *, tolerance: float) -> Float[Tens
     Raises:
         ValueError: if one is not two-layer, or inputs differ in width.
     """
+    require_plain("jumps", teacher, student)
     for net in (teacher, student):
         if net.depth != 2:
             raise ValueError(f"jumps: {net!r} has {net.depth} layers; the jump is one number in two only")
@@ -245,6 +247,7 @@ def jumps(teacher: Network, student: Network, *, tolerance: float) -> Float[Tens
 
 
 def _check_inputs(caller: str, teacher: Network, student: Network) -> None:
+    require_plain(caller, teacher, student)
     if teacher.widths[0] != student.widths[0]:
         raise ValueError(
             f"{caller}: the teacher takes {teacher.widths[0]} inputs, the student {student.widths[0]}; they must agree"

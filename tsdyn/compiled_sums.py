@@ -58,7 +58,7 @@ class Sums:
 def serves(network: Network, inputs: Tensor) -> bool:
     """Whether the compiled pass is there for this network and these inputs."""
     tensors = [inputs, *network.weights, *(b for b in network.biases if b is not None)]
-    return network.activation.piecewise_linear and native.serves(tensors, SOURCE, Job)
+    return network.plain and network.activation.piecewise_linear and native.serves(tensors, SOURCE, Job)
 
 
 def sums(network: Network, inputs: Tensor, targets: Tensor, teachers: Sequence[Tensor] = ()) -> Sums:

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tsdyn.deepnets import BatchNorm, DeepNetwork
+from tsdyn.batch_norm import BatchNorm
 from tsdyn.networks import Network
 from tsdyn.rules import Rule
 
-Architecture: TypeAlias = Network | DeepNetwork | nn.Module
+Architecture: TypeAlias = Network | nn.Module
 Named: TypeAlias = dict[str, Tensor]
 
 #: Tensors of a network's BatchNorm: parameter or buffer → field of `BatchNorm`.
@@ -59,8 +59,13 @@ class Ensemble:
         """Members side by side; copies.
 
         Raises:
-            ValueError: if some have parameters or buffers that others lack.
+            ValueError: if some have parameters or buffers that others lack, or they differ in anything else than their
+                numbers.
         """
+        kinds = dict.fromkeys(_kind(member) for member in members)
+        if len(kinds) > 1:
+            first, second, *_ = kinds
+            raise ValueError(f"Ensemble: an ensemble is of one architecture; {first} and {second} are two")
         parts = [_tensors(member) for member in members]
         names = [[*values, *buffers] for values, buffers in parts]
         if any(other != names[0] for other in names):
@@ -112,7 +117,8 @@ class Ensemble:
     @property
     def connected(self) -> Network | None:
         """The architecture, where it is fully connected layers without BatchNorm and nothing else."""
-        return self.architecture if type(self.architecture) is Network else None
+        architecture = self.architecture
+        return architecture if type(architecture) is Network and architecture.plain else None
 
     @property
     def depth(self) -> int:
@@ -135,7 +141,7 @@ class Ensemble:
         return [named[f"weight_{layer}"] for layer in layers], [named.get(f"bias_{layer}") for layer in layers]
 
     @property
-    def _network(self) -> Network | DeepNetwork:
+    def _network(self) -> Network:
         if isinstance(self.architecture, nn.Module):
             raise TypeError(f"Ensemble: {type(self.architecture).__name__} is a module of its own and has no layers")
         return self.architecture
@@ -149,7 +155,7 @@ class Ensemble:
         """One member; of a network its tensors are shared, of a module copied."""
         return self.module(i) if isinstance(self.architecture, nn.Module) else self.network(i)
 
-    def network(self, i: int) -> Network | DeepNetwork:
+    def network(self, i: int) -> Network:
         """One member of an ensemble of networks; shares memory."""
         return network_of(self._network, _mapped(self.values, lambda t: t[i]), _mapped(self.buffers, lambda t: t[i]))
 
@@ -238,26 +244,33 @@ def loaded(module: nn.Module, values: Named, buffers: Named, member: int) -> nn.
     return module
 
 
-def network_of(architecture: Network | DeepNetwork, values: Named, buffers: Named) -> Network | DeepNetwork:
+def network_of(architecture: Network, values: Named, buffers: Named) -> Network:
     """A network of this architecture whose tensors are those of one member."""
-    weights, biases, norms = parts_of(architecture, values, buffers)
-    if isinstance(architecture, Network):
-        return architecture.with_parameters(weights, biases)
-    return architecture.with_parameters(weights, biases, norms)
+    return architecture.with_parameters(*parts_of(architecture, values, buffers))
 
 
 def parts_of(
-    architecture: Network | DeepNetwork, values: Named, buffers: Named
+    architecture: Network, values: Named, buffers: Named
 ) -> tuple[list[Tensor], list[Tensor | None], list[BatchNorm | None]]:
     """Weights, biases and BatchNorm of a network from tensors by name; of one member or of many."""
     layers = range(1, architecture.depth + 1)
     norms: list[BatchNorm | None] = []
-    for layer, norm in enumerate(architecture.norms if isinstance(architecture, DeepNetwork) else [], start=1):
+    for layer, norm in enumerate(architecture.norms, start=1):
         held = {f: values[f"{n}_{layer}"] for n, f in _NORM_PARAMETERS.items() if f"{n}_{layer}" in values}
         held |= {f: buffers[f"{n}_{layer}"] for n, f in _NORM_BUFFERS.items() if f"{n}_{layer}" in buffers}
         norms.append(None if norm is None else replace(norm, **held))  # type: ignore[arg-type]
     weights = [values[f"weight_{layer}"] for layer in layers]
     return weights, [values.get(f"bias_{layer}") for layer in layers], norms
+
+
+def _kind(member: Architecture) -> str:
+    """All that members of one ensemble have in common beside names and shapes."""
+    if isinstance(member, nn.Module):
+        return f"{type(member).__qualname__} {member}"
+    frame, sigma = member.frame, member.activation
+    norms = [None if norm is None else (norm.eps, norm.momentum) for norm in member.norms]
+    shared = frame.image, frame.strides, frame.paddings, frame.places, norms, member.gate_at_zero
+    return f"{sigma.name}, leak {sigma.leak}, {shared}"
 
 
 def _tensors(member: Architecture) -> tuple[Named, Named]:
@@ -267,9 +280,8 @@ def _tensors(member: Architecture) -> tuple[Named, Named]:
         values = {n: p for n, p in parameters.items() if p.requires_grad}
         return values, {n: p for n, p in parameters.items() if not p.requires_grad} | dict(member.named_buffers())
     values, buffers = {}, {}
-    norms = member.norms if isinstance(member, DeepNetwork) else []
     for layer, (weight, bias) in enumerate(zip(member.weights, member.biases, strict=True), start=1):
-        norm = norms[layer - 1] if layer <= len(norms) else None
+        norm = member.norms[layer - 1] if layer < member.depth else None
         values |= {f"weight_{layer}": weight} | ({} if bias is None else {f"bias_{layer}": bias})
         if norm is not None:
             held = {n: getattr(norm, f) for n, f in _NORM_PARAMETERS.items()}

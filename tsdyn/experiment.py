@@ -434,7 +434,7 @@ class Experiment(_Part):
             if unknown:
                 raise ValueError(
                     f"record.observables: {', '.join(sorted(unknown))} is not measured of convolutions and BatchNorm; "
-                    f"there are {', '.join(schema.DEEP)}; theory has the others on DeepNetwork.folded()"
+                    f"there are {', '.join(schema.DEEP)}; theory has the others on Network.folded()"
                 )
         if self.student.batch_norm != "none" and self.training.batch == 1 and self.training.method != "gd":
             raise ValueError(

@@ -14,7 +14,6 @@ from torch.nn.utils.rnn import pad_sequence
 
 from tsdyn import alignment, data, flowtraining, observables, schema
 from tsdyn.batches import Batches, Stream, finite_stream
-from tsdyn.deepnets import DeepNetwork
 from tsdyn.ensemble import Ensemble, mark_dead
 from tsdyn.experiment import Experiment
 from tsdyn.losses import loss
@@ -43,10 +42,10 @@ class Members:
         check_given(self.experiment, student=self.student, teacher=self.teacher)
 
     @cached_property
-    def teachers(self) -> list[Network | DeepNetwork | Own]:
+    def teachers(self) -> list[Network | Own]:
         return [self._teacher(seed).to(self.device) for seed in self.experiment.seed_labels]
 
-    def _teacher(self, seed: int) -> Network | DeepNetwork | Own:
+    def _teacher(self, seed: int) -> Network | Own:
         if self.teacher is None:
             return draw_teacher(self.experiment, seed)
         return Own(made(self.teacher, self.experiment, seed, "teacher").requires_grad_(False))
@@ -105,8 +104,8 @@ class Members:
         pairs = zip(self.experiment.seed_labels, self.teachers, strict=True)
         return [Probe(self._training_set(s, t), t, self._labels(s, "train")) for s, t in pairs]
 
-    def _training_set(self, seed: int, teacher: Network | DeepNetwork | Own) -> Tensor:
-        if isinstance(teacher, Network) and self.student is None:
+    def _training_set(self, seed: int, teacher: Network | Own) -> Tensor:
+        if isinstance(teacher, Network) and teacher.plain and self.student is None:
             return alignment.training_set(self.experiment, seed, teacher)
         return self._tensor(data.training_inputs(self.experiment, seed))
 

@@ -12,9 +12,11 @@ from torch import Tensor
 from torch.func import vmap
 
 from tsdyn import convolution
+from tsdyn.batch_norm import BatchNorm, normalized
 from tsdyn.batches import Batches
-from tsdyn.deepnets import BatchNorm, DeepNetwork, Frame, Parameters, normalized, propagate
 from tsdyn.ensemble import Ensemble, layer_of, parts_of
+from tsdyn.networks import Network
+from tsdyn.propagate import Frame, Parameters, propagate
 from tsdyn.rules import Rule
 
 #: Optimizers that it was written and tested with.
@@ -25,13 +27,14 @@ BLOCK_BYTES = 1 << 22
 
 def claims(ensemble: Ensemble, rule: Rule) -> bool:
     """Whether this step serves these members with this rule and loss."""
-    return type(ensemble.architecture) is DeepNetwork and rule.name in RULES
+    architecture = ensemble.architecture
+    return type(architecture) is Network and not architecture.plain and rule.name in RULES
 
 
 def block_size(ensemble: Ensemble, batch: int) -> int:
     """Members whose activations and gradients fit in `BLOCK_BYTES`, on CUDA in an eighth of it all; at least one."""
     architecture = ensemble.architecture
-    assert isinstance(architecture, DeepNetwork)
+    assert isinstance(architecture, Network)
     numbers = 0
     for image, weight in zip(architecture.images, ensemble.weights, strict=True):
         numbers += 2 * batch * (weight.shape[1] if image is None else image[0] * image[1] * image[2])
@@ -60,7 +63,7 @@ def step(block: Ensemble, x: Tensor, y: Tensor, rule: Rule, count: int) -> None:
         ValueError: for BatchNorm with batches of one sample.
     """
     architecture = block.architecture
-    assert isinstance(architecture, DeepNetwork)
+    assert isinstance(architecture, Network)
     free = {n: t.detach().requires_grad_(True) for n, t in block.values.items() if layer_of(n) not in rule.frozen}
     with torch.enable_grad():
         output = _output(Parameters(*parts_of(architecture, block.values | free, block.buffers)), architecture.frame, x)
@@ -71,12 +74,12 @@ def step(block: Ensemble, x: Tensor, y: Tensor, rule: Rule, count: int) -> None:
 
 def _output(values: Parameters, frame: Frame, x: Tensor) -> Tensor:
     """f_L of every member on its own batch in training mode, (member, sample, output): `propagate`, or quicker."""
-    if frame.image is None or frame.stride != 1 or not convolution.serves(x):
+    if frame.image is None or any(stride != 1 for stride in frame.strides) or not convolution.serves(x):
         return propagate(values, frame, x, training=True)[-1].activation
     f = x.transpose(1, 2).contiguous().unflatten(1, frame.image)  # (member, channel, row, column, sample)
     for i, (weight, bias) in enumerate(zip(values.weights, values.biases, strict=True)):
         if weight.ndim == 5:
-            edge = frame.padding
+            edge = frame.paddings[i]
             z = convolution.convolve(F.pad(f, (0, 0, edge, edge, edge, edge)) if edge else f, weight, bias)
         else:
             f = f.flatten(1, -2)
@@ -86,7 +89,7 @@ def _output(values: Parameters, frame: Frame, x: Tensor) -> Tensor:
             f = z
         elif norm is None:
             f = frame.activation(z)
-        elif frame.norm == "before":
+        elif frame.places[i] == "before":
             f = frame.activation(_normalized(z, norm))
         else:
             f = _normalized(frame.activation(z), norm)

@@ -17,8 +17,8 @@ from torch.func import functional_call, grad, stack_module_state, vmap
 
 from tsdyn import convolution, propagated
 from tsdyn.batches import finite_stream
-from tsdyn.deepnets import DeepNetwork
 from tsdyn.ensemble import Ensemble
+from tsdyn.networks import Network
 from tsdyn.rules import Rule
 from tsdyn.train import train_epoch
 
@@ -62,7 +62,7 @@ class Problem:
         self.batch, self.count = batch, members * steps
 
     def engine(self) -> Callable[[], object]:
-        ensemble = Ensemble.of([DeepNetwork.from_torch(m, image=IMAGE) for m in self.modules])
+        ensemble = Ensemble.of([Network.from_torch(m, image=IMAGE) for m in self.modules])
         stream, rule = finite_stream(self.x, self.y, self.rows), Rule(RATE)
         return lambda: train_epoch(ensemble, stream, rule, batch=self.batch)
 
