@@ -67,9 +67,9 @@ class Ensemble:
             first, second, *_ = kinds
             raise ValueError(f"Ensemble: an ensemble is of one architecture; {first} and {second} are two")
         parts = [_tensors(member) for member in members]
-        names = [[*values, *buffers] for values, buffers in parts]
+        names: list[list[str]] = [[*values, *buffers] for values, buffers in parts]
         if any(other != names[0] for other in names):
-            odd = sorted({name for each in names for name in each} - set.intersection(*map(set, names)))
+            odd = sorted({name for each in names for name in each} - set(names[0]).intersection(*names))
             raise ValueError(
                 f"Ensemble: an ensemble is of one shape; some members have {', '.join(odd) or 'another order'}, others "
                 "do not"
@@ -237,7 +237,7 @@ def layer_of(name: str) -> int:
 
 def loaded(module: nn.Module, values: Named, buffers: Named, member: int) -> nn.Module:
     """`module` itself, with the tensors of one member copied into it."""
-    named = dict(module.named_parameters()) | dict(module.named_buffers())
+    named: Named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     with torch.no_grad():
         for name, tensor in (values | buffers).items():
             named[name].copy_(tensor[member])
@@ -275,11 +275,13 @@ def _kind(member: Architecture) -> str:
 
 def _tensors(member: Architecture) -> tuple[Named, Named]:
     """What of one member is trained, and what is not."""
+    values: Named = {}
+    buffers: Named = {}
     if isinstance(member, nn.Module):
-        parameters = dict(member.named_parameters())  # a shared one once, by its first name
-        values = {n: p for n, p in parameters.items() if p.requires_grad}
-        return values, {n: p for n, p in parameters.items() if not p.requires_grad} | dict(member.named_buffers())
-    values, buffers = {}, {}
+        for name, parameter in member.named_parameters():  # a shared one comes once, by its first name
+            (values if parameter.requires_grad else buffers)[name] = parameter
+        buffers |= dict(member.named_buffers())
+        return values, buffers
     for layer, (weight, bias) in enumerate(zip(member.weights, member.biases, strict=True), start=1):
         norm = member.norms[layer - 1] if layer < member.depth else None
         values |= {f"weight_{layer}": weight} | ({} if bias is None else {f"bias_{layer}": bias})

@@ -218,10 +218,9 @@ def _one(block: Ensemble, member: int, x: Tensor, y: Tensor, loss: Loss) -> tupl
             if "module" not in block.kept:
                 block.kept["module"] = copy.deepcopy(architecture).to(x.device)
             module: nn.Module = loaded(block.kept["module"], block.values, block.buffers, member)
-            named = dict(module.named_parameters())
-            values, output = {n: named[n] for n in block.values}, module(x)
-            named |= dict(module.named_buffers())
-            buffers = {n: named[n] for n in block.buffers}
+            output = module(x)
+            named: Named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+            values, buffers = {n: named[n] for n in block.values}, {n: named[n] for n in block.buffers}
         else:
             values = {n: t[member].detach().clone().requires_grad_() for n, t in block.values.items()}
             buffers = {n: t[member].clone() for n, t in block.buffers.items()}

@@ -94,12 +94,12 @@ class Probe:
 
     Attributes:
         inputs: (sample, input).
-        teacher: Of any kind.
+        teacher: A network, or a module of the user's own.
         labels: The data's own, (sample,), where an experiment uses them.
     """
 
     inputs: Tensor
-    teacher: Network
+    teacher: Network | Own
     labels: Tensor | None = None
 
     @cached_property
@@ -117,7 +117,13 @@ class Probe:
 
     @cached_property
     def fanout_norms(self) -> list[Tensor]:
-        return _fanout_norms(self.teacher, self.inputs, self.trace)
+        return _fanout_norms(_network(self.teacher), self.inputs, self.trace)
+
+
+def _network(member: Network | Own) -> Network:
+    if isinstance(member, Own):
+        raise ValueError(f"measure: {type(member.module).__name__} is a module of the user's own, without known layers")
+    return member
 
 
 def _fanout_norms(network: Network, x: Tensor, trace: Trace) -> list[Tensor]:
@@ -129,12 +135,12 @@ class Response:
     """A student on a probe; what observables share is computed once and only when asked for.
 
     Attributes:
-        student: Of any kind.
+        student: A network, or a module of the user's own.
         probe: The data set.
         correlated: Whether correlations are asked for, too.
     """
 
-    student: Network
+    student: Network | Own
     probe: Probe
     correlated: bool = False
 
@@ -174,7 +180,8 @@ class Measurement:
     """One member at one epoch; what observables share is computed once and only when asked for.
 
     Attributes:
-        student: Of any kind; `net` where only plain linear layers will do.
+        student: A network, or a module of the user's own; `network` and `net` where only the former will do, or only
+            plain linear layers.
         train, eval: What it is measured on.
         band: Of `observation`.
         layout: Sizes that the record decides.
@@ -182,7 +189,7 @@ class Measurement:
         labels: Whose classes it is of, where it is of classes.
     """
 
-    student: Network
+    student: Network | Own
     train: Probe
     eval: Probe
     band: float = 0.1
@@ -191,12 +198,16 @@ class Measurement:
     labels: Literal["teacher", "data"] = "teacher"
 
     @property
+    def network(self) -> Network:
+        return _network(self.student)
+
+    @property
     def net(self) -> Network:
-        return _plain(self.student)
+        return _plain(self.network)
 
     @property
     def teacher(self) -> Network:
-        return _plain(self.eval.teacher)
+        return _plain(_network(self.eval.teacher))
 
     def loss(self, response: Response) -> Tensor:
         """J over a probe."""
@@ -230,14 +241,14 @@ class Measurement:
 
     @property
     def fanout_norms(self) -> list[Tensor]:
-        student = self.student
+        student = self.network
         if student.plain and student.depth == 2:  # V_1 = W_2 whatever x
             return [student.weights[1].norm(dim=0)]
         return _fanout_norms(student, self.eval.inputs, self.on_eval.trace)
 
     @cached_property
     def moments(self) -> theory.Moments:
-        return theory.expectations(self.student, self.eval.teacher, self.eval.inputs)
+        return theory.expectations(self.network, _network(self.eval.teacher), self.eval.inputs)
 
     @cached_property
     def gradients(self) -> list[Tensor]:
@@ -268,8 +279,8 @@ fills("loss_train")(lambda m: m.loss(m.on_train))
 fills("loss_eval")(lambda m: m.loss(m.on_eval))
 fills("mse_train")(lambda m: m.on_train.mse)
 fills("mse_eval")(lambda m: m.on_eval.mse)
-fills("weight")(lambda m: [w.flatten(1) for w in m.student.weights])
-fills("bias")(lambda m: [w.new_zeros(len(w)) if b is None else b for w, b in _layers(m.student)])
+fills("weight")(lambda m: [w.flatten(1) for w in m.network.weights])
+fills("bias")(lambda m: [w.new_zeros(len(w)) if b is None else b for w, b in _layers(m.network)])
 fills("correlation")(lambda m: list(m.on_eval.correlations))
 fills("fanout_norm")(lambda m: list(m.fanout_norms))
 fills("teacher_fanout_norm")(lambda m: list(m.eval.fanout_norms))
@@ -299,7 +310,7 @@ def _gradient_norm(m: Measurement) -> Tensor:
     below = [m.train.inputs, *m.on_train.trace.activations[:-1]]
     squares = [
         g.square().sum(1) * (f.square().sum(1) + (bias is not None))
-        for g, f, bias in zip(m.gradients, below, m.student.biases, strict=True)
+        for g, f, bias in zip(m.gradients, below, m.net.biases, strict=True)
     ]
     quantiles = torch.tensor(_layout(m).quantiles, dtype=squares[0].dtype, device=squares[0].device)
     return torch.quantile(torch.stack(squares).sum(0).sqrt(), quantiles)
@@ -343,13 +354,13 @@ def _label_accuracy(m: Measurement) -> Tensor:
 
 @fills("conserved_norm")
 def _conserved_norm(m: Measurement) -> Layers:
-    return list(theory.conserved_norms(m.student))
+    return list(theory.conserved_norms(m.network))
 
 
 def _of_norms(variable: str, name: str) -> None:
     def measured(m: Measurement) -> Layers:
-        nothing = [torch.full_like(w.flatten(1)[:, 0], torch.nan) for w in m.student.weights[:-1]]
-        held = [None if n is None else n.tensors().get(name) for n in m.student.norms]
+        nothing = [torch.full_like(w.flatten(1)[:, 0], torch.nan) for w in m.network.weights[:-1]]
+        held = [None if n is None else n.tensors().get(name) for n in m.network.norms]
         return [n if h is None else h for h, n in zip(held, nothing, strict=True)]
 
     fills(variable)(measured)

@@ -64,7 +64,7 @@ class Own:
 
 
 def _held(module: nn.Module) -> dict[str, Tensor]:
-    return dict(module.named_parameters()) | dict(module.named_buffers())
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
 def made(make: Maker, experiment: Experiment, seed: int, stream: Literal["student", "teacher"]) -> nn.Module:
