@@ -66,6 +66,7 @@ class Claim:
         needs: Variables of the archive that the check reads.
         check: From those variables of the archive and its experiment; None where no run of tsdyn meets the hypothesis.
         judged: Whether a margin above 1 fails.
+        squared_error: Whether it speaks of the gradient of the squared error: unmet by students of another loss.
     """
 
     name: str
@@ -74,6 +75,7 @@ class Claim:
     needs: tuple[str, ...] = ()
     check: Callable[[xr.Dataset, Experiment], Finding] | None = None
     judged: bool = True
+    squared_error: bool = False
 
 
 def _all(array: xr.DataArray, value: bool = True) -> xr.DataArray:
@@ -143,7 +145,8 @@ def _backpropagated(member: Member) -> tuple[list[Tensor], list[Tensor]]:
     """f_{l−1} and g_l on the training set, l = 1..L."""
     x = member.training_inputs
     trace = member.student.trace(x)
-    return [x, *trace.activations[:-1]], theory.backpropagated_gradients(member.student, trace, member.teacher(x))
+    residual = member.loss.residual(trace.output, member.training_targets)
+    return [x, *trace.activations[:-1]], theory.backpropagated_gradients(member.student, trace, residual)
 
 
 def _equation_1(ds: xr.Dataset, experiment: Experiment) -> Finding:
@@ -153,7 +156,7 @@ def _equation_1(ds: xr.Dataset, experiment: Experiment) -> Finding:
         free = [w.clone().requires_grad_() for w in student.weights]
         moved = Network(free, student.biases, student.activation.name, leak=student.activation.leak or 0.0)
         with torch.enable_grad():
-            slopes = torch.autograd.grad((member.teacher(x) - moved(x)).square().sum() / (2 * len(x)), free)
+            slopes = torch.autograd.grad(member.loss.value(moved(x), member.training_targets), free)
         pairs = list(zip(below, g, slopes, strict=True))
         off = max(float((b.T @ f / len(x) + slope).abs().max()) for f, b, slope in pairs)
         # what is summed, not what is left of it: a fitted student's gradient is all cancellation
@@ -321,6 +324,7 @@ CLAIMS = (
         "piecewise linear ⇒ |g − D(Af* − Bf)| ≤ rounding, every epoch",
         ("lemma1_residual",),
         _lemma_1,
+        squared_error=True,
     ),
     Claim(
         "Assumption 1",
@@ -336,6 +340,7 @@ CLAIMS = (
         PARAMETERS,
         _assumption_2,
         judged=False,
+        squared_error=True,
     ),
     Claim(
         "Assumption 3",
@@ -351,6 +356,7 @@ CLAIMS = (
         f"max|g_1| ≤ {CRITICAL:g} and a teacher observed with α ≠ 0 ⇒ its best ε ≤ ε_0/2 (g on the training set)",
         ("gradient_max", "observation", "A", "alignment"),
         _theorem_1,
+        squared_error=True,
     ),
     Claim(
         "Theorem 2",
@@ -359,6 +365,7 @@ CLAIMS = (
         f"‖Σ v‖w‖‖ ≤ {NEGLIGIBLE:g} of the largest teacher's; two-layer",
         PARAMETERS,
         _theorem_2,
+        squared_error=True,
     ),
     Claim(
         "Corollary 1",
@@ -366,6 +373,7 @@ CLAIMS = (
         f"as Theorem 2, for all students with ε > ε_0/2 ⇒ without them the output changes by ≤ {NEGLIGIBLE:g} in norm",
         PARAMETERS,
         _corollary_1,
+        squared_error=True,
     ),
     Claim(
         "Theorem 3",
@@ -373,6 +381,7 @@ CLAIMS = (
         "ε_g = 5 K^{3/2} √d max|g_1| / max|α_kj| ≤ ε_0 ⇒ best ε ≤ ε_g (g on the training set, not on its augmentation)",
         ("gradient_max", "observation", "A", "alignment"),
         _theorem_3,
+        squared_error=True,
     ),
     Claim(
         "Theorem 4",
@@ -380,6 +389,7 @@ CLAIMS = (
         "trained on the teacher-aware augmentation, ε_g = 5 K^{3/2} max|g_1| / max|α_kj| ≤ ε_0 ⇒ best ε ≤ ε_g",
         ("gradient_max", "observation", "A", "alignment"),
         _theorem_4,
+        squared_error=True,
     ),
     Claim(
         "Theorem 5",
@@ -388,6 +398,7 @@ CLAIMS = (
         f"Q: the linear pieces that {PIECES} samples meet, a lower bound, so that the claim is tested sharper",
         PARAMETERS,
         _theorem_5,
+        squared_error=True,
     ),
     Claim(
         "strong teachers first",
@@ -403,6 +414,7 @@ CLAIMS = (
         PARAMETERS,
         _update_gap,
         judged=False,
+        squared_error=True,
     ),
     Claim(
         "E[β f'f'] = E[β] ∘ E[f'f']",
@@ -447,6 +459,16 @@ CLAIMS = (
 )
 
 
+def _other_losses(ds: xr.Dataset, met: xr.DataArray) -> list[str]:
+    """Losses other than the squared error that students were trained by; their points become unmet, in place."""
+    others: dict[str, None] = {}
+    for chosen, single in points(ds).values():
+        if single.training.loss != "mse":
+            met.loc[dict(chosen)] = False
+            others[single.training.loss] = None
+    return list(others)
+
+
 def audit(archive: xr.Dataset) -> xr.Dataset:
     """Every claim's verdict and margin on a run or a sweep.
 
@@ -473,11 +495,14 @@ def audit(archive: xr.Dataset) -> xr.Dataset:
         else:
             found = claim.check(archive[list({*claim.needs, "teacher_weight", "teacher_bias"})], experiment)
             met = (found.met & alive).transpose(*shape.dims).load()
+            says = claim.says
+            if claim.squared_error and (others := _other_losses(archive, met)):
+                says += f"; of the squared error, so unmet where students were trained by {', '.join(others)}"
             margin = found.margin.transpose(*shape.dims).load().where(met)
             judged = np.where(margin <= 1, "holds", "fails") if claim.judged else "reported"
             words = np.where(met & margin.notnull(), judged, "unmet")
             verdict = met.copy(data=words)
-            used.append(claim.says)
+            used.append(says)
         verdicts.append(verdict.drop_vars(set(verdict.coords) - set(verdict.dims)))
         margins.append(margin.drop_vars(set(margin.coords) - set(margin.dims)))
     names = xr.DataArray([claim.name for claim in CLAIMS], dims="claim", name="claim")

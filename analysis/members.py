@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, assert_never
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from tsdyn.analysis.lift import cellwise
 from tsdyn import alignment, data
 from tsdyn.archive import experiment_of, label
 from tsdyn.experiment import Experiment
+from tsdyn.losses import Loss, loss
 from tsdyn.networks import Network
 from tsdyn.points import POINT, axes, places, sweep_dimensions, swept_keys
 
@@ -50,6 +51,23 @@ class Member:
         if self.experiment.data.train == "fresh":
             return torch.from_numpy(data.training_inputs(self.experiment, self.seed, self.experiment.training.epochs))
         return alignment.training_set(self.experiment, self.seed, self.teacher)
+
+    @property
+    def loss(self) -> Loss:
+        """The loss that was trained."""
+        return loss(self.experiment.training.loss)
+
+    @cached_property
+    def training_targets(self) -> Tensor:
+        """What the loss wants on `training_inputs`, (sample, output)."""
+        match self.experiment.training.labels:
+            case "teacher":
+                classes = None
+            case "data":
+                classes = torch.from_numpy(data.labels(self.experiment, self.seed, "train"))
+            case other:
+                assert_never(other)
+        return self.loss.target(self.teacher(self.training_inputs), classes)
 
 
 def points(ds: xr.Dataset) -> dict[tuple[Any, ...], tuple[Mapping[str, Any], Experiment]]:

@@ -19,7 +19,6 @@ from . import schema as schema
 from . import studies as studies
 from . import teachers as teachers
 from . import theory as theory
-from . import training as training
 from ._version import __version__ as __version__
 from .archive import layer as layer
 from .archive import open as open

@@ -8,6 +8,7 @@ every function here scales nodes to that first.  A boundary has no orientation: 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import assert_never
 
 import torch
 from jaxtyping import Float
@@ -210,11 +211,15 @@ def training_set(experiment: Experiment, seed: int, teacher: Network) -> Tensor:
     x = torch.from_numpy(data.training_inputs(experiment, seed)).to(teacher.weights[0].device)
     law = experiment.data
     nodes = experiment.student_widths[1] + teacher.widths[1]
-    if law.augment == "agnostic":
-        return augment_agnostic(x, eps=law.augment_eps, nodes=nodes, c=law.augment_c)
-    if law.augment == "aware":
-        return augment_aware(teacher, x, eps=law.augment_eps, nodes=nodes, c=law.augment_c)
-    return x
+    match law.augment:
+        case "agnostic":
+            return augment_agnostic(x, eps=law.augment_eps, nodes=nodes, c=law.augment_c)
+        case "aware":
+            return augment_aware(teacher, x, eps=law.augment_eps, nodes=nodes, c=law.augment_c)
+        case "none" | "crop-flip":  # images are moved at every step
+            return x
+        case other:
+            assert_never(other)
 
 
 def jumps(teacher: Network, student: Network, *, tolerance: float) -> Float[Tensor, "teacher_node node"]:

@@ -72,7 +72,7 @@ def estimate(experiment: Experiment, *, device: str = "cpu") -> Cost:
     train = None
     if isinstance(experiment.data.train, int) and isinstance(few.data.train, int):
         train = experiment.data.train * len(trial.train_probe(0, 0).inputs) // few.data.train
-    parameters = sum(p[0].numel() for _, _, p in trial.ensemble.parameters())
+    parameters = sum(p[0].numel() for p in trial.ensemble.values.values())
     epoch = archive.bytes_per_epoch(layout, variables, experiment.dtype)
     return Cost(members, parameters, footprint(experiment, train=train).bytes, epoch * recorded, seconds)
 
@@ -127,9 +127,11 @@ def footprint(experiment: Experiment, *, train: int | None = None) -> Footprint:
     taught, own = (
         _trace_numbers(experiment, widths) for widths in (experiment.teacher.active_widths, experiment.student_widths)
     )
-    parameters = _parameters(layout.widths, layout.input_widths)
+    parameters = layout.entries or _parameters(layout.widths, layout.input_widths)
     each = (train + experiment.data.eval) * (_inputs(experiment) + taught)
-    each += 4 * (parameters + _parameters(layout.teacher_widths, layout.teacher_input_widths))
+    each += 4 * (
+        parameters + (layout.teacher_entries or _parameters(layout.teacher_widths, layout.teacher_input_widths))
+    )
     extra = max(train, experiment.data.eval) * own * 3 // 2  # while a trace is made, some of it is there twice
     if experiment.training.method == "flow":  # the Hessian of one member, its factors and what becomes of it
         extra += 4 * parameters**2

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Literal
+from typing import Literal, assert_never
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -32,11 +32,16 @@ def draw_inputs(experiment: Experiment, rng: np.random.Generator, samples: int) 
     ``gaussian``: N(0, std²) per coordinate.  ``uniform``: on [−√3 std, √3 std], which has the same variance.
     """
     law, shape = experiment.data, (samples, experiment.teacher.widths[0])
-    if law.law == "gaussian":
-        x = rng.standard_normal(shape) * law.std
-    else:
-        edge = math.sqrt(3.0) * law.std
-        x = rng.uniform(-edge, edge, shape)
+    match law.law:
+        case "gaussian":
+            x = rng.standard_normal(shape) * law.std
+        case "uniform":
+            edge = math.sqrt(3.0) * law.std
+            x = rng.uniform(-edge, edge, shape)
+        case "digits" | "mnist" | "cifar10" | "file":
+            raise ValueError(f"draw_inputs: data.law = {law.law!r} is a data set; training_inputs takes from it")
+        case other:
+            assert_never(other)
     return x.astype(experiment.dtype, copy=False)
 
 

@@ -85,7 +85,10 @@ BatchNormPlace = Literal["none", "before", "after"]
 
 
 class Teacher(_Part):
-    """The fixed network. Each seed draws its own."""
+    """The fixed network. Each seed draws its own.
+
+    `module`, `source` and `numbers` are of a module of the user's own that was passed from Python (`own_modules`).
+    """
 
     widths: Widths
     init: Literal["separated", "orthonormal", "gaussian", "trained", "file"] = "separated"
@@ -107,6 +110,9 @@ class Teacher(_Part):
     balanced: bool = False
     activation: ActivationName | None = None
     leak: NonNegative | None = None
+    module: str | None = None
+    source: str | None = None
+    numbers: Count | None = None
 
     @model_validator(mode="after")
     def _whole(self) -> Teacher:
@@ -131,7 +137,10 @@ class Teacher(_Part):
 
 
 class Student(_Part):
-    """The network that learns; each seed draws its own start."""
+    """The network that learns; each seed draws its own start.
+
+    `module`, `source` and `numbers` are of a module of the user's own that was passed from Python (`own_modules`).
+    """
 
     overrealization: Annotated[Positive, Field(le=MAX_COUNT)] | None = None
     widths: Widths | None = None
@@ -147,6 +156,9 @@ class Student(_Part):
     bias: bool = True
     batch_norm: BatchNormPlace = "none"
     batch_norm_affine: bool = True
+    module: str | None = None
+    source: str | None = None
+    numbers: Count | None = None
 
 
 #: (channel, row, column) of the image laws.
@@ -298,6 +310,10 @@ class Record(_Part):
         return tuple(sorted(e for e in chosen | {0, last} if e <= last))
 
 
+#: Starts that are not of a module of the user's own, which starts as it is made.
+_STARTS = ("torch", "near-teacher", "same-direction", "same-sign", "file", "rewind", "rewind-reinitialised")
+
+
 class Experiment(_Part):
     """Everything that decides what a run computes, and nothing else.
 
@@ -362,7 +378,8 @@ class Experiment(_Part):
 
     def _check_widths(self) -> None:
         student, teacher = self.student_widths, self.teacher.active_widths
-        if len(student) != len(teacher):
+        self._check_modules()
+        if len(student) != len(teacher) and not self.of_own_modules:
             raise ValueError(
                 f"student.widths = {list(student)} has {len(student) - 1} layers and teacher.widths = "
                 f"{list(teacher)} has {len(teacher) - 1}: layers are compared one to one, so depths must agree"
@@ -417,7 +434,7 @@ class Experiment(_Part):
             if unknown:
                 raise ValueError(
                     f"record.observables: {', '.join(sorted(unknown))} is not measured of convolutions and BatchNorm; "
-                    f"there are {', '.join(schema.DEEP)}; theory has the others on DeepNetwork.folded()"
+                    f"there are {', '.join(schema.DEEP)}; theory has the others on Network.folded()"
                 )
         if self.student.batch_norm != "none" and self.training.batch == 1 and self.training.method != "gd":
             raise ValueError(
@@ -449,6 +466,48 @@ class Experiment(_Part):
                 "sets of different size; give training.steps_per_epoch, with 'sgd' or 'adam'"
             )
 
+    def _check_modules(self) -> None:
+        """What modules of the user's own cannot have."""
+        asked = set(schema.expand(self.record.observables))
+        known = set(schema.RECORDABLE)
+        if self.teacher.module is not None:
+            known -= set(schema.OF_TEACHERS_LAYERS)
+        if self.student.module is not None:
+            known &= set(schema.OWN)
+        if unknown := asked - known:
+            raise ValueError(
+                f"record.observables: {', '.join(sorted(unknown))} is not measured with student.module = "
+                f"{self.student.module!r} and teacher.module = {self.teacher.module!r}; there are "
+                f"{', '.join(v for v in schema.RECORDABLE if v in known)}"
+            )
+        if not self.of_own_modules:
+            return
+        refused = {
+            "training.method = 'flow'": self.training.method == "flow",
+            f"data.augment = {self.data.augment!r}": self.data.augment in ("agnostic", "aware"),
+            "convolutions or BatchNorm of the experiment file": self.deep,
+            "training.frozen and training.normalize": self.student.module is not None
+            and bool(self.training.frozen or self.training.normalize),
+            f"student.init = {self.student.init!r}": self.student.init
+            in (("near-teacher", "same-direction", "same-sign") if self.student.module is None else _STARTS),
+            "teacher.init, prune and balanced": self.teacher.module is not None
+            and (self.teacher.init in ("trained", "file") or bool(self.teacher.prune) or self.teacher.balanced),
+        }
+        for what, there in refused.items():
+            if there:
+                raise ValueError(f"{what}: is of networks that tsdyn makes, and here a module is the user's own")
+
+    @property
+    def of_own_modules(self) -> bool:
+        """Whether the student or the teacher is a module of the user's own."""
+        return self.student.module is not None or self.teacher.module is not None
+
+    @property
+    def constants(self) -> tuple[str, ...]:
+        """Variables that are stored once a seed."""
+        own = self.teacher.module is not None
+        return tuple(name for name in schema.CONSTANTS if (name == "teacher_parameter") == own)
+
     @property
     def seed_labels(self) -> tuple[int, ...]:
         """Labels of the members."""
@@ -470,7 +529,9 @@ class Experiment(_Part):
 
     @property
     def student_widths(self) -> tuple[int, ...]:
-        """Widths of the student: input, hidden ..., output."""
+        """Widths of the student: input, hidden ..., output; of a module of the user's own its ends."""
+        if self.student.module is not None:
+            return self.teacher.widths[0], self.teacher.widths[-1]
         if self.student.widths is not None:
             return self.student.widths
         first, *hidden, last = self.teacher.active_widths
@@ -480,6 +541,8 @@ class Experiment(_Part):
     @property
     def layout(self) -> schema.Layout:
         """Shape of the run."""
+        if self.of_own_modules:
+            return self._layout_of_modules()
         widths, taught = self.student_widths, self.teacher.active_widths
         shapes = self.weight_shapes(widths)
         parameters = sum(shape[0] * (math.prod(shape[1:]) + 1) for shape in shapes)
@@ -492,6 +555,28 @@ class Experiment(_Part):
             min(self.record.eigenvalues, parameters),
             tuple(math.prod(shape[1:]) for shape in shapes),
             tuple(math.prod(shape[1:]) for shape in self.weight_shapes(taught)),
+        )
+
+    def _layout_of_modules(self) -> schema.Layout:
+        """A module has its output as the top layer, and no other: its layers below have width 0."""
+        inputs, outputs = self.teacher.widths[0], self.teacher.widths[-1]
+        own, taught = self.student.module is not None, self.teacher.module is not None
+        depth = max(1, 0 if own else len(self.student_widths) - 1, 0 if taught else len(self.teacher.active_widths) - 1)
+        bare = (*(0 for _ in range(depth - 1)), outputs)
+        student = bare if own else self.student_widths[1:]
+        teacher = bare if taught else self.teacher.active_widths[1:]
+        shapes = self.weight_shapes(self.student_widths)
+        return schema.Layout(
+            self.seed_labels,
+            inputs,
+            student,
+            teacher,
+            self.record.quantiles,
+            min(self.record.eigenvalues, sum(shape[0] * (math.prod(shape[1:]) + 1) for shape in shapes)),
+            (0,) * depth if own else (),
+            (0,) * depth if taught else (),
+            self.student.numbers or 0,
+            self.teacher.numbers or 0,
         )
 
     @property

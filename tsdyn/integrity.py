@@ -330,7 +330,7 @@ def _salvaged(path: Path, experiment: Experiment, damaged: Path) -> Iterator[str
 def _salvage(path: Path, experiment: Experiment, damaged: Path) -> Iterator[str]:
     """Copy what can be read of the damaged archive into a new one."""
     layout, dropped = experiment.layout, []
-    variables = (*schema.expand(experiment.record.observables), *schema.CONSTANTS)
+    variables = (*schema.expand(experiment.record.observables), *experiment.constants)
     try:
         netcdf.inspect(damaged)
         with netcdf.dataset(damaged) as old, replacing(path / ARCHIVE, damaged.stat().st_size, seal=True) as temporary:

@@ -15,9 +15,9 @@ Source: Saad & Solla (1995); Cho & Saul (2009); Simsek et al. (2023), section 3;
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
-from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, assert_never, runtime_checkable
 
 import numpy as np
 import torch
@@ -278,7 +278,7 @@ class _LogisticMixture:
 
     homogeneous = False
 
-    def __init__(self, of: str) -> None:
+    def __init__(self, of: Literal["sigmoid", "tanh", "softplus", "silu"]) -> None:
         self.of = of
 
     def _mixed(self, A: Tensor, B: Tensor, c: Tensor) -> tuple[Tensor, ...]:
@@ -291,24 +291,37 @@ class _LogisticMixture:
 
     def __call__(self, A: Tensor, B: Tensor, c: Tensor) -> Tensor:
         A, B, c, a, b, pairs = self._mixed(A, B, c)
-        if self.of == "softplus":  # E relu(x + λZ)
-            return (_PiecewiseLinear(0.0)(a + A, b + B, c) * pairs).sum((-2, -1))
-        if self.of == "silu":
-            return (_Gelu(a, b)(A, B, c) * pairs).sum((-2, -1))
-        angle = (torch.atan2(c, ((a + A) * (b + B) - c * c).sqrt()) * pairs).sum((-2, -1))
-        return angle * (2 / math.pi) if self.of == "tanh" else 0.25 + angle / (2 * math.pi)
+
+        def angle() -> Tensor:
+            return (torch.atan2(c, ((a + A) * (b + B) - c * c).sqrt()) * pairs).sum((-2, -1))
+
+        match self.of:
+            case "softplus":  # E relu(x + λZ)
+                return (_PiecewiseLinear(0.0)(a + A, b + B, c) * pairs).sum((-2, -1))
+            case "silu":
+                return (_Gelu(a, b)(A, B, c) * pairs).sum((-2, -1))
+            case "tanh":
+                return angle() * (2 / math.pi)
+            case "sigmoid":
+                return 0.25 + angle() / (2 * math.pi)
+            case other:
+                assert_never(other)
 
     def partials(self, A: Tensor, B: Tensor, c: Tensor) -> Partials:
         A, B, c, a, b, pairs = self._mixed(A, B, c)
-        if self.of == "softplus":
-            parts = _rectifier_partials(a + A, b + B, c)
-        elif self.of == "silu":
-            parts = _Gelu(a, b).partials(A, B, c)
-        else:
-            parts = _arcsine_partials(a + A, b + B, c)
-        factor = {"tanh": 2 / math.pi, "sigmoid": 1 / (2 * math.pi)}.get(self.of, 1.0)
+        match self.of:
+            case "softplus":
+                parts, factor, constant = _rectifier_partials(a + A, b + B, c), 1.0, 0.0
+            case "silu":
+                parts, factor, constant = _Gelu(a, b).partials(A, B, c), 1.0, 0.0
+            case "tanh":
+                parts, factor, constant = _arcsine_partials(a + A, b + B, c), 2 / math.pi, 0.0
+            case "sigmoid":
+                parts, factor, constant = _arcsine_partials(a + A, b + B, c), 1 / (2 * math.pi), 0.25
+            case other:
+                assert_never(other)
         found = Partials(*((part * pairs).sum((-2, -1)) * factor for part in parts))
-        return found._replace(value=found.value + 0.25) if self.of == "sigmoid" else found
+        return found._replace(value=found.value + constant)
 
 
 # --- a user's own σ ------------------------------------------------------------------------------------------
@@ -433,6 +446,20 @@ class _Quadrature:
 # --- what others use -----------------------------------------------------------------------------------------
 
 
+#: Of smooth activations, by the activation itself and not its name; any that is not here is integrated.
+_CLOSED_FORMS: Mapping[Activation, Interaction] = {
+    activations.activation(name): closed
+    for name, closed in (
+        ("erf", _Erf()),
+        ("gelu", _Gelu()),
+        ("sigmoid", _LogisticMixture("sigmoid")),
+        ("tanh", _LogisticMixture("tanh")),
+        ("softplus", _LogisticMixture("softplus")),
+        ("silu", _LogisticMixture("silu")),
+    )
+}
+
+
 def of(activation: str | Activation | Function, *, leak: float = 0.01) -> Interaction:
     """The interaction function of an activation.
 
@@ -449,11 +476,8 @@ def of(activation: str | Activation | Function, *, leak: float = 0.01) -> Intera
         return _Quadrature(activation)
     if activation.leak is not None:
         return _PiecewiseLinear(activation.leak)
-    if activation.name not in activations.NAMES:
-        return _Quadrature(activation.function)
-    if activation.name in ("sigmoid", "tanh", "softplus", "silu"):
-        return _LogisticMixture(activation.name)
-    return _Erf() if activation.name == "erf" else _Gelu()
+    closed = _CLOSED_FORMS.get(activation)
+    return _Quadrature(activation.function) if closed is None else closed
 
 
 def in_cosine(

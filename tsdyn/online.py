@@ -20,12 +20,16 @@ import xarray as xr
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from tsdyn import activations, training
+from tsdyn import activations
 from tsdyn import overlaps as order
 from tsdyn.activations import Activation
+from tsdyn.batches import Batches, Stream
+from tsdyn.ensemble import Ensemble, mark_dead
+from tsdyn.networks import Network
 from tsdyn.order_parameters import Rates, checked_times
 from tsdyn.overlaps import Overlaps
-from tsdyn.training import Ensemble, Rule
+from tsdyn.rules import Rule
+from tsdyn.train import train_epoch
 
 #: Inputs of a block of members are drawn in pieces of about this size.
 _PIECE_BYTES = 1 << 23
@@ -134,15 +138,15 @@ def _trained(
     """Q, R (seed, alpha, …) and v at each of these steps."""
     inputs = members[0].w.shape[1]
     rule, scale = _rule(rates, inputs)
-    outgoing = [torch.stack([m.v for m in members])[:, None] / scale]
-    ensemble = Ensemble([torch.stack([m.w for m in members]), *outgoing], [None, None], sigma)
+    leak = 0.0 if sigma.leak is None else sigma.leak
+    ensemble = Ensemble.of([Network([m.w, m.v[None] / scale], activation=sigma.name, leak=leak) for m in members])
     B = torch.stack([m.B for m in members])
     batch, found, taken = int(rates.batch), [], 0
     for step in steps.tolist():
         if step > taken:
             stream = _stream(members, sigma, rates, scale, step - taken)
-            training.train_epoch(ensemble, stream, rule, batch=batch)
-            training.bury(ensemble, step)
+            train_epoch(ensemble, stream, rule, batch=batch)
+            mark_dead(ensemble, step)
             taken = step
         w, u = ensemble.weights
         found.append((w @ w.mT / inputs, w @ B.mT / inputs, u[:, 0] * scale))
@@ -159,10 +163,10 @@ def _rule(rates: Rates, inputs: int) -> tuple[Rule, float]:
     return Rule(rate, weight_decay=rates.weight_decay / (inputs * rate), frozen=frozen), scale
 
 
-def _stream(members: list[_Member], sigma: Activation, rates: Rates, scale: float, steps: int) -> training.Stream:
+def _stream(members: list[_Member], sigma: Activation, rates: Rates, scale: float, steps: int) -> Stream:
     batch, inputs = int(rates.batch), members[0].w.shape[1]
 
-    def stream(chosen: slice) -> Iterator[training.Batches]:
+    def stream(chosen: slice) -> Iterator[Batches]:
         block = members[chosen]
         piece = max(1, _PIECE_BYTES // (8 * len(block) * batch * inputs))
         for done in range(0, steps, piece):
@@ -173,6 +177,6 @@ def _stream(members: list[_Member], sigma: Activation, rates: Rates, scale: floa
             if rates.noise:
                 y += rates.noise * torch.from_numpy(np.stack([m.noise.standard_normal(y.shape[1]) for m in block]))
             rows = torch.arange(count * batch).view(1, count, batch).expand(len(block), -1, -1)
-            yield training.Batches(fields, y[..., None] / scale, rows, count)
+            yield Batches(fields, y[..., None] / scale, rows, count)
 
     return stream

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, assert_never
 
 import numpy as np
 import torch
@@ -25,8 +25,9 @@ from tsdyn.archive import ArchiveError, Run
 from tsdyn.costs import COMMIT_BYTES, Footprint, footprint
 from tsdyn.experiment import Experiment
 from tsdyn.interrupts import Stopped, stopping
+from tsdyn.losses import loss
 from tsdyn.members import Members, Together
-from tsdyn.training import Rule
+from tsdyn.own_modules import Maker, attribute
 
 #: A segment is committed after this much work (0: after every epoch), ...
 COMMIT_SECONDS = 2.0
@@ -67,7 +68,13 @@ Progress = Callable[[int, int, list[int], "float | None"], None]
 
 
 def run(
-    experiment: Experiment, path: str | Path, *, device: str = "cpu", progress: Progress | None = None
+    experiment: Experiment,
+    path: str | Path,
+    *,
+    device: str = "cpu",
+    progress: Progress | None = None,
+    student: Maker | None = None,
+    teacher: Maker | None = None,
 ) -> xr.Dataset:
     """Train and measure one experiment into `path`; goes on from the last committed epoch if there is one.
 
@@ -76,6 +83,7 @@ def run(
         path: Directory; made if absent.
         device: ``cpu``, ``cuda`` or ``cuda:0``.
         progress: Told after every epoch.
+        student, teacher: Make modules of the user's own, as of `own_modules.described` experiments.
 
     Returns:
         The lazy archive, as `tsdyn.open` gives it.
@@ -89,7 +97,9 @@ def run(
     """
     path = archive.local_path(path)
     try:
-        failed = run_together({path: experiment}, device=device, progress={path: progress})
+        failed = run_together(
+            {path: experiment}, device=device, progress={path: progress}, student=student, teacher=teacher
+        )
     except Stopped as stopped:
         failed = stopped.failed
         if not failed:
@@ -105,6 +115,8 @@ def run_together(
     device: str = "cpu",
     progress: Mapping[Path, Progress | None] | None = None,
     asked: Callable[[], int | None] | None = None,
+    student: Maker | None = None,
+    teacher: Maker | None = None,
 ) -> dict[Path, Exception]:
     """Experiments of one `kinship` trained as one ensemble, each into its own directory, as `run` would.
 
@@ -116,6 +128,7 @@ def run_together(
         device: As `run`.
         progress: Directory → who is told after every epoch.
         asked: Gives the signal that asks to stop, once it came; `stopping` unless given.
+        student, teacher: As `run`.
 
     Returns:
         Directory → error of those that failed; the others are done.
@@ -136,7 +149,9 @@ def run_together(
                 memory.refuse_beyond("run", needed, torch.device(device), _SMALLER)
                 target = held.enter_context(Run(path, experiment))
                 if not target.finished:
-                    point = _Point(path, target, Members(experiment, device), (progress or {}).get(path))
+                    point = _Point(
+                        path, target, Members(experiment, device, student, teacher), (progress or {}).get(path)
+                    )
                     begun.setdefault(point.begin(), []).append(point)
             except Exception as error:  # whatever it is, the others go on
                 failed[path] = error
@@ -150,7 +165,9 @@ def run_together(
                 _log.warning("%s and others cannot train together, so one by one: %s", points[0].path, error)
                 apart += [point.path for point in points if point.path not in failed]
     for path in apart:
-        failed |= run_together({path: experiments[path]}, device=device, progress=progress, asked=heard)
+        failed |= run_together(
+            {path: experiments[path]}, device=device, progress=progress, asked=heard, student=student, teacher=teacher
+        )
     return failed
 
 
@@ -162,6 +179,8 @@ class _Point:
         self._target, self._progress, self._experiment = target, progress, members.experiment
         self._variables = schema.expand(self._experiment.record.observables)
         self._attrs = attributes(self._experiment, members.device)
+        if members.student is not None:
+            self._attrs["parameters"] = attribute(members.ensemble.module(0))
         self._schedule = set(self._experiment.schedule)
         self._pending: list[dict[str, Any]] = []
         self._epochs: list[int] = []
@@ -264,7 +283,7 @@ def _due(elapsed: float, since: float, took: float, spent: float) -> bool:
 
 def _of_this_shape(path: Path, stored: dict[str, np.ndarray], members: Members) -> dict[str, np.ndarray]:
     """The committed state, refused if it is not one of these members: copied, a wrong shape could broadcast."""
-    Rule.of(members.experiment.training, 1).prepare(members.ensemble)
+    members.prepare()
     for name, array in members.state().items():
         found = stored.get(name)
         if found is None or found.shape != array.shape or found.dtype != array.dtype:
@@ -357,10 +376,15 @@ def _time_convention(experiment: Experiment) -> dict[str, str]:
 
 
 def _loss_convention(experiment: Experiment) -> str:
-    if experiment.training.loss == "mse":
-        return "J = 1/2 E |f* - f|^2, summed over outputs"
-    whose = "teacher's largest output" if experiment.training.labels == "teacher" else "data's label"
-    return f"E[-log softmax(f)] at the {whose}"
+    trained = loss(experiment.training.loss)
+    match trained.targets:
+        case "outputs":
+            return trained.convention
+        case "classes":
+            whose = {"teacher": "teacher's largest output", "data": "data's label"}[experiment.training.labels]
+            return f"{trained.convention} at the {whose}"
+        case other:
+            assert_never(other)
 
 
 def _batch_norm_convention(experiment: Experiment) -> str:

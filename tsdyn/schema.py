@@ -32,6 +32,8 @@ DIMENSIONS: Mapping[str, str] = {
     "mode": "eigenvalue, largest first",
     "quantile": "quantile over samples",
     "top_k": "how many of the largest outputs count",
+    "entry": "number in the parameters and buffers of a student that is a module of the user's own, one after another",
+    "teacher_entry": "the same of a teacher",
 }
 
 TIAN = "Tian 2020 (PMLR 119:9470)"
@@ -219,6 +221,22 @@ VARIABLES: Mapping[str, Variable] = _table(
         f"{TIAN}, Lemma 1",
         "over the evaluation set; largest error over layers, samples and nodes, relative to the largest term",
     ),
+    Variable(
+        "parameter",
+        (*_MEMBER, "entry"),
+        "1",
+        "parameters and buffers of a module of the user's own",
+        "tsdyn",
+        "all of them one after another; the attribute parameters of the Dataset has the name and shape of each",
+    ),
+    Variable(
+        "teacher_parameter",
+        ("seed", "teacher_entry"),
+        "1",
+        "parameters and buffers of a teacher that is a module of the user's own",
+        "tsdyn",
+        "all of them one after another",
+    ),
     Variable("Q", (*_MEMBER, "node", "node_2"), "1", "order parameter w_i · w_k / N", SAAD),
     Variable("R", (*_MEMBER, "node", "teacher_node"), "1", "order parameter w_i · B_m / N", SAAD),
     Variable("T", (*_MEMBER, "teacher_node", "teacher_node_2"), "1", "order parameter B_n · B_m / N", SAAD),
@@ -256,7 +274,7 @@ COORDINATES: Mapping[str, Variable] = _table(
 )
 
 #: Dimensions whose sizes the record decides, not the networks.
-SIZED = ("quantile", "mode", "top_k")
+SIZED = ("quantile", "mode", "top_k", "entry", "teacher_entry")
 #: Most outputs that `accuracy` counts.
 TOP = 5
 
@@ -279,8 +297,8 @@ FAMILIES: Mapping[str, tuple[str, ...]] = {
     "moments": ("A", "B", "H", "H_star", "D", "D_star", "L", "L_star"),
 }
 
-#: Stored for every run, once a seed.
-CONSTANTS = ("teacher_weight", "teacher_bias")
+#: Stored once a seed: weights and biases of the teacher, or the parameters of one that is a user's own module.
+CONSTANTS = ("teacher_weight", "teacher_bias", "teacher_parameter")
 
 
 #: Variables that an experiment file can ask for; `observables` registers a measurement for each of these.
@@ -317,6 +335,27 @@ RECORDABLE = (
     "alignment",
     "gradient_norm",
     "hessian_eigenvalue",
+    "parameter",
+)
+
+#: Those of them that are measured of students that are modules of the user's own ...
+OWN = ("loss_train", "loss_eval", "mse_train", "mse_eval", "accuracy", "label_accuracy", "parameter")
+#: ... and those that need the layers of a teacher.
+OF_TEACHERS_LAYERS = (
+    "correlation",
+    "teacher_fanout_norm",
+    "observation",
+    "observation_count",
+    "alignment",
+    "lemma1_residual",
+    "A",
+    "B",
+    "H",
+    "H_star",
+    "D",
+    "D_star",
+    "L",
+    "L_star",
 )
 
 
@@ -360,6 +399,7 @@ class Layout:
         modes: Hessian eigenvalues recorded.
         fan_ins: Numbers in a row of each student weight, where that is not the width of the layer below.
         teacher_fan_ins: Likewise of the teacher.
+        entries, teacher_entries: Numbers of a student's or teacher's parameters and buffers, if it is an own module.
     """
 
     seeds: tuple[int, ...]
@@ -370,6 +410,8 @@ class Layout:
     modes: int = 0
     fan_ins: tuple[int, ...] = ()
     teacher_fan_ins: tuple[int, ...] = ()
+    entries: int = 0
+    teacher_entries: int = 0
 
     @property
     def depth(self) -> int:
@@ -400,7 +442,8 @@ class Layout:
     def padded(self, dim: str) -> int:
         """Size of a dimension in the Dataset; of node dimensions, that of the widest layer."""
         if dim in SIZED:
-            return {"quantile": len(self.quantiles), "mode": self.modes, "top_k": min(TOP, self.widths[-1])}[dim]
+            sizes = {"quantile": len(self.quantiles), "mode": self.modes, "top_k": min(TOP, self.widths[-1])}
+            return (sizes | {"entry": self.entries, "teacher_entry": self.teacher_entries})[dim]
         if dim == "input_node":
             return max(*self.input_widths, *self.teacher_input_widths)
         return max(self.teacher_widths if dim.startswith("teacher_") else self.widths)

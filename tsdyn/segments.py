@@ -37,7 +37,7 @@ from tsdyn.lock import NAME as LOCK
 from tsdyn.lock import Lock
 from tsdyn.netcdf import State
 from tsdyn.points import axes, places
-from tsdyn.schema import CONSTANTS, VARIABLES, expand
+from tsdyn.schema import VARIABLES, expand
 
 EXPERIMENT = "experiment.toml"
 ARCHIVE = "archive.nc"
@@ -173,7 +173,7 @@ class Run:
         self.path = local_path(path)
         self.experiment = experiment
         self.layout = experiment.layout
-        self.variables = (*expand(experiment.record.observables), *CONSTANTS)
+        self.variables = (*expand(experiment.record.observables), *experiment.constants)
         self._lock = Lock(self.path)
 
     def __enter__(self) -> Run:

@@ -25,6 +25,7 @@ from tsdyn.experiment import Experiment, ExperimentError
 from tsdyn.index import Index
 from tsdyn.interrupts import Stopped, stopping
 from tsdyn.members import kinship
+from tsdyn.own_modules import Maker, described
 from tsdyn.points import swept_keys
 from tsdyn.segments import segments
 
@@ -144,6 +145,8 @@ def run(
     together: bool | None = None,
     progress: runner.Progress | None = None,
     point: PointProgress | None = None,
+    student: Maker | None = None,
+    teacher: Maker | None = None,
 ) -> xr.Dataset:
     """Run an experiment, or every point of its sweep, into `path`; resumes what was committed.
 
@@ -160,6 +163,8 @@ def run(
             member by member and gains nothing by it.
         progress: Told after every epoch, see `runner.Progress`; by workers twice a second at most.
         point: For a sweep, told before each point; returns that point's progress, None for `progress`.
+        student, teacher: Make an ``nn.Module`` of the user's own to be the student or the teacher (`own_modules`);
+            called once per seed, here and not by workers.
 
     Returns:
         The lazy archive; the swept keys of a sweep are its leading dimensions.
@@ -174,11 +179,14 @@ def run(
     _check_workers(workers, scheduler)
     _check_data(experiment, path, scheduler)
     distributed = workers is not None or scheduler is not None
+    if distributed and (student is not None or teacher is not None):
+        raise WorkersError("student, teacher: modules passed from Python train in this process; leave workers out")
+    experiment = described(experiment, student=student, teacher=teacher)
     if scheduler is None:
         runner.check_device(device)
     path = archive.local_path(path).absolute() if distributed else archive.local_path(path)
     if not experiment.sweep and not distributed:
-        return runner.run(experiment, path, device=device, progress=progress)
+        return runner.run(experiment, path, device=device, progress=progress, student=student, teacher=teacher)
     points = archive.write_sweep(path, experiment) if experiment.sweep else {".": experiment}
     left = due(experiment, path)
     keeper = _IndexKeeper(path)
@@ -216,7 +224,7 @@ def run(
         for group in companies(left, 1, memory.free(device) // 2) if together else _apart(left):
             reports = {path / name: report for name, report in telling(group).items()}
             paths = {path / name: single for name, single in group.items()}
-            failed = runner.run_together(paths, device=device, progress=reports)
+            failed = runner.run_together(paths, device=device, progress=reports, student=student, teacher=teacher)
             for name in group:
                 ended(name, _reason(failed[path / name]) if path / name in failed else None)
     if experiment.sweep:
