@@ -14,9 +14,9 @@ from tsdyn.analysis.members import points
 import tsdyn
 from tests.cases import small
 from tsdyn import archive, grid, schema
-from tsdyn.durable import ArchiveError, DirectoryError
+from tsdyn.whole_files import ArchiveError, DirectoryError
 from tsdyn.experiment import ExperimentError
-from tsdyn.index import INDEX, Header, Index
+from tsdyn.headers import INDEX, Header, Index
 
 FEW = {"training__epochs": 2, "seeds": 2, "record__observables": ["mse", "correlation", "weight"]}
 PRODUCT = {"student.overrealization": [1, 3], "teacher.polarity": [0.0, 1.0]}

@@ -20,7 +20,7 @@ import xarray as xr
 import tsdyn
 from tests.cases import small
 from tests.test_cli import command  # noqa: F401
-from tsdyn import durable, integrity, lock, memory, netcdf, runner, sweep
+from tsdyn import whole_files, integrity, lock, memory, netcdf, runner, sweep
 from tsdyn.archive import ArchiveError, DirectoryError
 from tsdyn.experiment import Experiment, ExperimentError
 from tsdyn.members import Members
@@ -258,7 +258,7 @@ def test_nothing_is_read_moved_or_removed_through_a_link(tmp_path, monkeypatch, 
     path, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
     with monkeypatch.context() as patch:
         if name != "archive.nc":
-            patch.setattr(runner.Run, "consolidate", lambda *_: None)
+            patch.setattr(runner.RunDirectory, "consolidate", lambda *_: None)
         with contextlib.suppress(ArchiveError):
             tsdyn.run(small(**FEW), path)
     if name == "damaged":
@@ -381,7 +381,7 @@ def test_what_a_file_system_refuses_is_said_and_survived(tmp_path, monkeypatch, 
         return opening(path, flags, *rest, **more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(durable.os, "open", refusing)
+        patch.setattr(whole_files.os, "open", refusing)
         with pytest.raises(ArchiveError, match=f"{reason}; what was committed is intact"):
             tsdyn.run(experiment, tmp_path / "run")
     assert list(tsdyn.open(tmp_path / "run").epoch.values) == [0]

@@ -23,7 +23,7 @@ from tsdyn import archive
 from tsdyn.classification import classify
 from tsdyn.critical_points import ODD, copy_average, one_neuron, perturbed_copy
 from tsdyn.data import generator
-from tsdyn.durable import DirectoryError, make_directory, write_text
+from tsdyn.whole_files import DirectoryError, make_directory, write_text
 from tsdyn.flow_experiment import FlowExperiment, Size
 from tsdyn.gradient_flow import gradient_flow
 from tsdyn.lock import Lock

@@ -20,7 +20,7 @@ import numpy as np
 
 from tsdyn import archive, netcdf, schema
 from tsdyn.archive import SWEEP, sweep_points, swept_dimensions
-from tsdyn.durable import (
+from tsdyn.whole_files import (
     SUFFIX,
     ArchiveError,
     DirectoryError,
@@ -36,7 +36,7 @@ from tsdyn.durable import (
 )
 from tsdyn.experiment import Experiment, ExperimentError
 from tsdyn.lock import Lock
-from tsdyn.segments import ARCHIVE, EXPERIMENT, SEGMENTS, extends, segment_epochs, segments
+from tsdyn.run_directory import ARCHIVE, EXPERIMENT, SEGMENTS, extends, segment_epochs, segments
 
 #: Where `repair` puts what is not whole; nothing is deleted.
 DAMAGED = "damaged"

@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from tsdyn.durable import ArchiveError, refused
+from tsdyn.whole_files import ArchiveError, refused
 
 NAME = "LOCK"
 #: Where flock is missing: seconds between signs of life, and after how many without one a writer counts as dead.

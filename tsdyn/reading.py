@@ -1,19 +1,20 @@
-"""The directory of a sweep: its points, and all of them as one lazy Dataset.  Imports no torch."""
+"""Runs, sweeps and files as one lazy Dataset: a run is a sweep of one point.
+
+Whole files or none are written (`tsdyn.whole_files`), so a reader needs no lock and sees committed epochs only, while a run
+goes on too.  Imports no torch.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import math
-import os
-import re
 import tomllib
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,12 @@ from dask.base import tokenize
 from numpy.typing import NDArray
 
 from tsdyn import netcdf, schema
-from tsdyn.durable import ALWAYS_VERIFIED, ArchiveError, DirectoryError, write_text
 from tsdyn.experiment import Experiment, digest
-from tsdyn.index import Header, Index, Source
+from tsdyn.headers import Header, Headers, Source
 from tsdyn.points import POINT, Axis, axes, checked_sweep, places, sweep_dimensions, swept_keys
-from tsdyn.segments import ARCHIVE, EXPERIMENT, claim
-
-SWEEP = "sweep.json"
+from tsdyn.run_directory import ARCHIVE, EXPERIMENT, RUN, SEGMENTS, segments
+from tsdyn.sweep_directory import SWEEP, label, point_directory
+from tsdyn.whole_files import ALWAYS_VERIFIED, ArchiveError, DirectoryError, local_path, refuse_changed
 
 #: A dask chunk gathers whole disk chunks of as many seeds as fit in this (opening a file costs as much as 5 MB) ...
 LAZY_BYTES = 1 << 27
@@ -42,56 +42,12 @@ GATHERED_BYTES = 1 << 20
 Labels = tuple["str | int | float", ...]
 #: Positions along one dimension.
 Rows = slice | NDArray
+#: Place in the grid → the files that hold it.
+Cells = Mapping[tuple[int, ...], Sequence[Source]]
 
-
-# --- points --------------------------------------------------------------------------------------------------
-
-
-def label(value: Any) -> str | int | float:
-    """A coordinate value for a swept value: numbers and strings are themselves, lists join with ``-``."""
-    if isinstance(value, (bool, dict)):
-        return json.dumps(value)
-    if isinstance(value, (list, tuple)):
-        return "-".join(str(v) for v in value)
-    return value  # type: ignore[no-any-return]
-
-
-def point_name(values: Mapping[str, Any]) -> str:
-    """Directory of one point of a sweep, such as ``overrealization=5,polarity=1.0``."""
-    names = sweep_dimensions(values)
-    text = ",".join(f"{names[key]}={label(value)}" for key, value in values.items())
-    name = re.sub(r"[^A-Za-z0-9._+=,-]", "-", text)
-    return name if len(name) <= 200 else f"{name[:180]}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
-
-
-def sweep_points(path: Path) -> dict[str, tuple[dict[str, Any], Experiment]]:
-    """Directory name → swept values and experiment of each point of the sweep in `path`.
-
-    From ``experiment.toml``: the index beside it is for other readers, and its names are not trusted.
-    """
-    experiment = Experiment.from_toml(path / EXPERIMENT)
-    return {point_name(values): (values, point) for values, point in experiment.points()}
-
-
-def write_sweep(path: Path, experiment: Experiment) -> dict[str, Experiment]:
-    """Make `path` the directory of a sweep; ``sweep.json`` lists every point and its directory for other readers.
-
-    A sweep that holds all points of the one that is there, everything else the same, takes its place.
-
-    Returns the experiment of each point by directory name.
-
-    Raises:
-        ArchiveError: as `claim`.
-    """
-    claim(path, experiment)
-    points = {point_name(values): (values, point) for values, point in experiment.points()}
-    listed = {
-        "schema_version": schema.VERSION,
-        "dimensions": sweep_dimensions(swept_keys(experiment.sweep)),
-        "points": [{"directory": name, "values": values} for name, (values, _) in points.items()],
-    }
-    write_text(path / SWEEP, json.dumps(listed, indent=1))
-    return {name: point for name, (_, point) in points.items()}
+#: Readings that may come upon a directory in the moment that it changes.
+_ATTEMPTS = 3
+_warned: set[Path] = set()
 
 
 # --- one variable over the grid ------------------------------------------------------------------------------
@@ -115,7 +71,7 @@ class Stored:
     inner: tuple[str, ...]
     shape: tuple[int, ...]
     dtype: np.dtype
-    cells: Mapping[tuple[int, ...], Sequence[Source]]
+    cells: Cells
     labels: Mapping[str, list[Any]]
     skip: bool = False
 
@@ -172,20 +128,80 @@ class Stored:
 
     def _rows(self, source: Source, rows: Sequence[Rows]) -> NDArray:
         """Those rows of one file, every dimension by itself."""
-        # given lists, netCDF reads row by row; the whole range and a choice from it cost one reading
-        spans = [r if isinstance(r, slice) else slice(int(r.min()), int(r.max()) + 1) for r in rows]
-        chosen = [slice(None) if isinstance(r, slice) else r - span.start for r, span in zip(rows, spans, strict=True)]
         try:
-            with netcdf.dataset(source.path) as nc:
-                stored = nc[self.name][tuple(spans)]
-            kept: NDArray = stored[_orthogonal(chosen, stored.shape)]
-            return kept
+            return self._read(source, rows)
         except (OSError, RuntimeError, IndexError, KeyError, ValueError) as error:
             message = f"{source.path}: {self.name} cannot be read: {error}"
             if not self.skip:
-                raise ArchiveError(f"{message}; `tsdyn validate` tells what is whole") from error
+                way_out = "" if isinstance(error, _Replaced) else "; `tsdyn validate` tells what is whole"
+                raise ArchiveError(message + way_out) from error
             warnings.warn(f"{message}; left NaN", stacklevel=2)
             return np.full([_length(r) for r in rows], np.nan, self.dtype)
+
+    def _read(self, source: Source, rows: Sequence[Rows]) -> NDArray:
+        """From the file that was opened, or from where its epochs are now."""
+        for _ in range(_ATTEMPTS):
+            with suppress(FileNotFoundError):
+                now, at = (source, rows) if source.unchanged else _found_again(source, self.name, rows)
+                found = _stored(now, self.name, at)
+                if now.unchanged:  # else another file took its name just before it was opened
+                    return found
+        raise _Replaced("its directory changes while it is read; open it again")
+
+
+class _Replaced(ArchiveError):
+    """What was opened is no longer there."""
+
+
+def _stored(source: Source, name: str, rows: Sequence[Rows]) -> NDArray:
+    # given lists, netCDF reads row by row; the whole range and a choice from it cost one reading
+    spans = [r if isinstance(r, slice) else slice(int(r.min()), int(r.max()) + 1) for r in rows]
+    chosen = [slice(None) if isinstance(r, slice) else r - span.start for r, span in zip(rows, spans, strict=True)]
+    declared = source.header.variables[name]
+    with netcdf.dataset(source.path, only=name) as nc:
+        stored = np.asarray(nc[name][tuple(spans)])
+    if declared.encoding:
+        stored = netcdf.decoded(name, xr.Variable(declared.dims, stored, declared.encoding)).values
+    kept: NDArray = stored[_orthogonal(chosen, stored.shape)]
+    return kept
+
+
+def _found_again(source: Source, name: str, rows: Sequence[Rows]) -> tuple[Source, list[Rows]]:
+    """The file that now holds what `source` held of a variable, and the rows there.
+
+    That is a file with the same checksum, or one of the same run: what a run has committed, joining its segments and
+    training on keep.
+    """
+    for path in _files_now(source.path):
+        now = Source.of(path)
+        same = source.identity.seal is not None and now.identity.seal == source.identity.seal
+        if same:
+            refuse_changed(path)
+        if same or (source.own.get(RUN) is not None and now.own.get(RUN) == source.own[RUN]):
+            with suppress(KeyError):
+                dims = now.header.variables[name].dims
+                return now, [_by_label(source.header.labels[d], now.header.labels[d], r) for d, r in zip(dims, rows, strict=True)]
+    raise _Replaced(
+        "it was opened before the file was replaced or removed, and what is there now is not known to hold the same epochs; "
+        "open it again"
+    )
+
+
+def _files_now(path: Path) -> list[Path]:
+    """The files that may hold what the file at `path` held: those of its run, if it is of one."""
+    if path.name != ARCHIVE and path.parent.name != SEGMENTS:
+        return [path] if path.exists() else []
+    folder = path.parent if path.name == ARCHIVE else path.parent.parent
+    return [folder / ARCHIVE] if (folder / ARCHIVE).exists() else [segment.path for segment in segments(folder)]
+
+
+def _by_label(before: Sequence[Any], now: Sequence[Any], rows: Rows) -> Rows:
+    """Where the labels at `rows` are now; KeyError if one is not there."""
+    if before == now:
+        return rows
+    position = {label: i for i, label in enumerate(now)}
+    wanted = before[rows] if isinstance(rows, slice) else [before[i] for i in rows]
+    return _as_slice(np.array([position[label] for label in wanted]))
 
 
 def _as_slice(rows: NDArray) -> Rows:
@@ -208,28 +224,33 @@ def _orthogonal(rows: Sequence[Rows], shape: Sequence[int]) -> tuple[Any, ...]:
 # --- all points as one Dataset -------------------------------------------------------------------------------
 
 
-def open_sweeps(paths: Sequence[Path], *, skip_damaged: bool = False, verify: float = ALWAYS_VERIFIED) -> xr.Dataset:
-    """One or several sweeps (or runs) as one lazy Dataset; nothing is loaded.
-
-    Swept keys are leading dimensions, and so are the keys in which the experiments differ otherwise; keys that go
-    together (``zip``, ``points``) are coordinates along ``point``.  Points without a committed epoch are NaN;
-    ``coverage`` is the share of its recorded epochs that each point has.  Files of at most `verify` bytes are compared
-    with their checksums before their headers are believed.
+def _opened_together(paths: Sequence[Path], skip_damaged: bool, upto: float) -> xr.Dataset:
+    """One or several sweeps (or runs) as one lazy Dataset, with the attributes of the whole.
 
     Raises:
         ArchiveError: if a file cannot be read (unless `skip_damaged`), nothing is committed yet, or two directories
             hold the same point.
     """
-    cells, grid, origin = _gathered(paths, skip_damaged, verify)
-    sources = [source for cell in cells.values() for source in cell]
-    if not sources:
+    cells, grid, origin = _gathered(paths, skip_damaged, upto)
+    if not cells:
         where = ", ".join(map(str, paths))
         raise DirectoryError(f"{where}: no point of this sweep has a committed epoch yet; go on with `tsdyn run`")
-    versions = {source.header.version: source for source in sources}
+    ds = _whole(cells, grid, skip_damaged)
+    coverage = np.zeros([len(axis.values) for axis in grid])
+    for place, cell in cells.items():
+        coverage[place] = _coverage(cell)
+    dims = tuple(axis.dimension for axis in grid)
+    column = xr.Variable(dims, coverage, schema.COORDINATES["coverage"].attrs)
+    return ds.assign_coords(coverage=column).assign_attrs(origin)
+
+
+def _whole(cells: Cells, grid: Sequence[Axis], skip: bool = False) -> xr.Dataset:
+    """The Dataset of all cells, each of which is migrated from the version of the schema that it has."""
+    examples = {source.header.version: source for cell in cells.values() for source in cell}
     built = []
-    for version, example in versions.items():
+    for version, example in examples.items():
         own = {place: [s for s in cell if s.header.version == version] for place, cell in cells.items()}
-        ds = _built({place: cell for place, cell in own.items() if cell}, grid, skip_damaged)
+        ds = _built({place: cell for place, cell in own.items() if cell}, grid, skip)
         try:
             built.append(schema.migrate(ds))
         except schema.SchemaError as error:
@@ -237,11 +258,23 @@ def open_sweeps(paths: Sequence[Path], *, skip_damaged: bool = False, verify: fl
     ds = built[0]
     for other in built[1:]:
         ds = ds.combine_first(other)
-    return ds.assign_attrs(origin)
+    if len(built) > 1:  # which holds only what the first says of coordinates beside the dimensions
+        labels = {dim: ds.indexes[dim].tolist() for dim in ("seed", "layer")}
+        ds = ds.assign_coords(_columns(cells, labels, grid))
+    return _marked(ds, [source for cell in cells.values() for source in cell])
+
+
+def _marked(ds: xr.Dataset, sources: Sequence[Source]) -> xr.Dataset:
+    """`ds`, with the attribute ``wrong`` where a variable's numbers are not what its name says."""
+    for name in dict.fromkeys(name for source in sources for name in source.wrong):
+        where = [str(source.path) for source in sources if name in source.wrong]
+        told = ", ".join(where[:3]) + (f" and {len(where) - 3} more" if len(where) > 3 else "")
+        ds[name] = ds[name].assign_attrs(wrong=f"{schema.WRONG}; in {told}")
+    return ds
 
 
 def _gathered(
-    paths: Sequence[Path], skip_damaged: bool, verify: float
+    paths: Sequence[Path], skip_damaged: bool, upto: float
 ) -> tuple[dict[tuple[int, ...], list[Source]], tuple[Axis, ...], dict[str, str]]:
     """The files at each place of the common grid, the grid (its keys named as coordinates), and its own attributes."""
     written = [_written(path) for path in paths]
@@ -254,17 +287,10 @@ def _gathered(
     along = [*((key,) for key in keys if key not in listed), *groups]
     found: dict[tuple[Labels, ...], list[Source]] = {}
     for path, values, sweep in zip(paths, written, sweeps, strict=True):
-        index, base = Index(path, verify), dict(_flat({k: v for k, v in values.items() if k != "sweep"}))
-        for point in places(sweep).values() if sweep else ({},):
+        base = dict(_flat({k: v for k, v in values.items() if k != "sweep"}))
+        for point, sources in _committed(path, values, skip_damaged, upto):
             at = tuple(tuple(label({**base, **point}.get(key, "unset")) for key in group) for group in along)
             held = found.setdefault(at, [])
-            try:
-                sources = index.committed(point_name(point) if sweep else ".")
-            except ArchiveError as error:
-                if not skip_damaged:
-                    raise
-                warnings.warn(f"{error}; left NaN", stacklevel=4)
-                continue
             seeds = {seed for source in held for seed in source.header.labels["seed"]}
             if sources and seeds & set(sources[0].header.labels["seed"]):
                 raise DirectoryError(
@@ -272,8 +298,6 @@ def _gathered(
                     f"{dict(zip(map(', '.join, along), at, strict=True))}; open one of them"
                 )
             held += sources
-        with suppress(ArchiveError):  # where it may not be written, the next reader reads the headers again
-            index.write()
     taken = [tuple(dict.fromkeys(at[i] for at in found)) for i in range(len(along))]
     position = [{value: i for i, value in enumerate(of)} for of in taken]
     cells = {tuple(p[v] for p, v in zip(position, at, strict=True)): held for at, held in found.items() if held}
@@ -283,6 +307,34 @@ def _gathered(
         for group, of in zip(along, taken, strict=True)
     )
     return cells, grid, _origin(paths, written)
+
+
+def _committed(
+    path: Path, written: Mapping[str, Any], skip_damaged: bool, upto: float
+) -> Iterator[tuple[dict[str, Any], list[Source]]]:
+    """Swept values and files of each point of a sweep; a run is one without."""
+    headers, sweep = Headers(path, upto), written.get("sweep", {})
+    alone = cache(lambda: Experiment.from_dict({k: v for k, v in written.items() if k != "sweep"}))
+    for point in places(sweep).values() if sweep else ({},):
+        expected = partial(_at, alone, point)
+        sources: list[Source] = []
+        try:
+            sources = headers.committed(point_directory(path, point, expected) if sweep else ".", expected)
+            for source in sources:
+                if not {"seed", "epoch", "layer"} <= set(source.header.labels):
+                    raise DirectoryError(f"{source.path}: is no archive of a run; `tsdyn.open` opens such a file by itself")
+        except ArchiveError as error:
+            if not skip_damaged:
+                raise
+            warnings.warn(f"{error}; left NaN", stacklevel=6)
+        yield point, sources
+    if sweep:
+        with suppress(ArchiveError):  # where it may not be written, the next reader reads the headers again
+            headers.write()
+
+
+def _at(alone: Callable[[], Experiment], point: Mapping[str, Any]) -> Experiment:
+    return alone().replace(point) if point else alone()
 
 
 def _written(path: Path) -> dict[str, Any]:
@@ -324,27 +376,54 @@ def _origin(paths: Sequence[Path], written: Sequence[Mapping[str, Any]]) -> dict
         ) from error
 
 
-def _union(headers: Sequence[Header], dim: str) -> list[Any]:
-    lists = [header.labels[dim] for header in headers if dim in header.labels]
-    longest = max(lists, key=len)
-    return longest if all(set(found) <= set(longest) for found in lists) else sorted(set().union(*lists))
+def _union(sources: Sequence[Source], dim: str) -> list[Any]:
+    """The labels of all files along a dimension.
+
+    Raises:
+        ArchiveError: if files differ and labels repeat in one, so that a label does not say which number is meant.
+    """
+    lists = {id(s.header.labels[dim]): (s, s.header.labels[dim]) for s in sources if dim in s.header.labels}
+    longest = max((labels for _, labels in lists.values()), key=len)
+    if all(labels == longest for _, labels in lists.values()):
+        return longest
+    for source, labels in lists.values():
+        if len(set(labels)) < len(labels):
+            raise ArchiveError(f"{source.path}: labels of {dim} repeat; `tsdyn validate` tells what is whole")
+    everything = set().union(*(labels for _, labels in lists.values()))
+    return longest if everything == set(longest) else sorted(everything)
 
 
-def _built(cells: Mapping[tuple[int, ...], Sequence[Source]], grid: Sequence[Axis], skip: bool) -> xr.Dataset:
-    """The Dataset of all cells."""
+def _declared(sources: Sequence[Source], name: str, many: bool) -> tuple[tuple[str, ...], np.dtype, dict[str, Any]]:
+    """Dimensions, dtype and attributes of a variable in all files; where it may be missing, its dtype knows NaN.
+
+    Raises:
+        ArchiveError: if its dimensions differ.
+    """
+    holding = {id(s.header): (s, s.header.variables[name]) for s in sources if name in s.header.variables}
+    (first, declared), *others = holding.values()
+    for source, other in others:
+        if other.dims != declared.dims:
+            raise ArchiveError(
+                f"{source.path}: {name} has the dimensions {other.dims}, in {first.path} {declared.dims}: they do not fit "
+                "together; `tsdyn validate` tells what is whole"
+            )
+    kinds = [np.dtype(declared.dtype) for _, declared in holding.values()]
+    return declared.dims, np.result_type(*kinds, *([np.float32] if many else [])), declared.attrs
+
+
+def _built(cells: Cells, grid: Sequence[Axis], skip: bool) -> xr.Dataset:
+    """The Dataset of all cells, of files of one version."""
     sources = [source for cell in cells.values() for source in cell]
     headers = list({id(s.header): s.header for s in sources}.values())
-    used = {"seed", "epoch", "layer"} | {d for h in headers for dims, *_ in h.variables.values() for d in dims}
-    labels = {dim: _union(headers, dim) for dim in sorted(used, key=[*schema.DIMENSIONS, *used].index)}
+    used = dict.fromkeys(dim for header in headers for dim in header.labels)
+    labels = {dim: _union(sources, dim) for dim in sorted(used, key=[*schema.DIMENSIONS, *used].index)}
     outer, sizes = tuple(axis.dimension for axis in grid), tuple(len(axis.values) for axis in grid)
-    token = tokenize([(place, [(str(s.path), _stamp(s.path)) for s in cell]) for place, cell in cells.items()], skip)
+    token = tokenize([(place, [(str(s.path), s.identity) for s in cell]) for place, cell in cells.items()], skip)
     arrays: dict[str, xr.Variable] = {}
     for name in dict.fromkeys(name for header in headers for name in header.variables):
-        holding = [header.variables[name] for header in headers if name in header.variables]
-        inner, dtype, _, attrs = holding[0]
+        inner, dtype, attrs = _declared(sources, name, many=bool(grid) or len(sources) > 1)
         shape = (*sizes, *(len(labels[dim]) for dim in inner))
-        own = {dim: labels[dim] for dim in inner}
-        stored = Stored(name, outer, tuple(inner), shape, np.dtype(dtype), cells, own, skip)
+        stored = Stored(name, outer, inner, shape, dtype, cells, {dim: labels[dim] for dim in inner}, skip)
         lazy = dask.array.from_array(
             stored,
             chunks=_chunks([h for h in headers if name in h.variables], stored),
@@ -353,64 +432,68 @@ def _built(cells: Mapping[tuple[int, ...], Sequence[Source]], grid: Sequence[Axi
             meta=np.empty((0,) * len(shape), stored.dtype),
         )
         arrays[name] = xr.Variable((*outer, *inner), lazy, attrs)
-    coords: dict[str, Any] = {
-        dim: xr.Variable(dim, values, {"long_name": schema.DIMENSIONS.get(dim, dim)}) for dim, values in labels.items()
-    }
+    if len(sources) == 1 and not grid:
+        arrays |= {name: xr.Variable(*text) for name, text in headers[0].texts.items()}
+    coords: dict[str, Any] = {}
+    for dim, values in labels.items():
+        held = next((h.columns[dim] for h in headers if h.columns.get(dim, ((),))[0] == (dim,)), None)
+        if held is not None:
+            coords[dim] = xr.Variable(dim, np.asarray(values, np.asarray(held[1]).dtype), held[2])
     for axis in grid:
         if axis.dimension == POINT:
             coords[POINT] = xr.Variable(POINT, np.arange(len(axis.values)))
         coords |= {
             key: xr.Variable(axis.dimension, [value[i] for value in axis.values]) for i, key in enumerate(axis.keys)
         }
-    coords |= _columns(cells, headers, labels, outer, sizes)
-    return xr.Dataset(arrays, coords, sources[0].header.attrs)
+    return xr.Dataset(arrays, coords | _columns(cells, labels, grid), headers[0].attrs)
 
 
-def _columns(
-    cells: Mapping[tuple[int, ...], Sequence[Source]],
-    headers: Sequence[Header],
-    labels: Mapping[str, list[Any]],
-    outer: tuple[str, ...],
-    sizes: tuple[int, ...],
-) -> dict[str, xr.Variable]:
+def _columns(cells: Cells, labels: Mapping[str, list[Any]], grid: Sequence[Axis]) -> dict[str, xr.Variable]:
     """Coordinates beside the dimensions' own, over the grid; −1 where a point has nothing yet."""
-    dims = {name: found for header in headers for name, (found, _) in header.columns.items()}
-    columns = {name: np.full((*sizes, *(len(labels[d]) for d in found)), -1) for name, found in dims.items()}
-    death, coverage = np.full((*sizes, len(labels["seed"])), -1), np.zeros(sizes)
-    seeds = {seed: i for i, seed in enumerate(labels["seed"])}
-    for place, cell in cells.items():
-        for name, (found, values) in cell[0].header.columns.items():
-            at: tuple[Any, ...] = (*place, *(slice(0, len(cell[0].header.labels[d])) for d in found))
-            columns[name][at] = values
-        for source in cell:  # of segments, the last has the word
-            at = (*place, [seeds[s] for s in source.header.labels["seed"]])
-            death[at] = source.death
-        coverage[place] = _coverage(cell)
-    variables = {"death_epoch": xr.Variable((*outer, "seed"), death), "coverage": xr.Variable(outer, coverage)}
-    variables |= {name: xr.Variable((*outer, *dims[name]), values) for name, values in columns.items()}
-    for name, variable in variables.items():
-        variable.attrs.update(schema.COORDINATES[name].attrs)
-    return variables
+    sources = [source for cell in cells.values() for source in cell]
+    if not grid and len({id(source.header.columns) for source in sources}) == 1:
+        found = {n: xr.Variable(*c) for n, c in sources[0].header.columns.items() if c[0] != (n,)}
+    else:
+        found = _gridded(cells, labels, grid)
+    if any(source.death for source in sources):
+        outer, sizes = tuple(axis.dimension for axis in grid), tuple(len(axis.values) for axis in grid)
+        death = np.full((*sizes, len(labels["seed"])), -1)
+        seeds = {seed: i for i, seed in enumerate(labels["seed"])}
+        for place, cell in cells.items():
+            for source in cell:  # of segments, the last has the word
+                death[(*place, [seeds[s] for s in source.header.labels["seed"][: len(source.death)]])] = source.death
+        attrs = schema.COORDINATES["death_epoch"].attrs
+        found["death_epoch"] = xr.Variable((*outer, "seed"), death, attrs)
+    return found
+
+
+def _gridded(cells: Cells, labels: Mapping[str, list[Any]], grid: Sequence[Axis]) -> dict[str, xr.Variable]:
+    """Those of the schema's, of files that differ; the first file of a cell has the word."""
+    outer, sizes = tuple(axis.dimension for axis in grid), tuple(len(axis.values) for axis in grid)
+    found: dict[str, xr.Variable] = {}
+    for place, (first, *_) in cells.items():
+        for name, (dims, values, attrs) in first.header.columns.items():
+            if name not in schema.COORDINATES or name in found and found[name].dims != (*outer, *dims):
+                continue
+            if name not in found:
+                empty = np.full((*sizes, *(len(labels[d]) for d in dims)), -1)
+                found[name] = xr.Variable((*outer, *dims), empty, attrs)
+            found[name].values[(*place, *(slice(0, len(first.header.labels[d])) for d in dims))] = values
+    return found
 
 
 def _coverage(cell: Sequence[Source]) -> float:
     """Share of the recorded epochs that are committed."""
     if cell[0].path.name == ARCHIVE:
         return 1.0
-    there = sum(len(source.header.labels["epoch"]) for source in cell)
-    return there / len(Experiment.from_toml(cell[0].path.parent.parent / EXPERIMENT).schedule)
-
-
-def _stamp(path: Path) -> int:
-    with suppress(OSError):
-        return os.stat(path).st_mtime_ns
-    return 0
+    schedule = set(Experiment.from_toml(cell[0].path.parent.parent / EXPERIMENT).schedule)
+    return sum(epoch in schedule for source in cell for epoch in source.header.labels["epoch"]) / len(schedule)
 
 
 def _chunks(headers: Sequence[Header], array: Stored) -> tuple[int, ...]:
     """Dask chunks that follow files: whole disk chunks of as many seeds as fit; of several runs only if small."""
     lengths = dict(zip(array.inner, array.shape[len(array.outer) :], strict=True))
-    stored = [header.variables[array.name][2] for header in headers]
+    stored = [header.variables[array.name].chunk for header in headers]
     chunk = {dim: min(n, lengths[dim]) for dim, n in zip(array.inner, np.max(stored, axis=0).tolist(), strict=True)}
     chunk |= {dim: lengths[dim] for dim in (*schema.NODE_WIDTHS, "input_node") if dim in chunk}
     whole = math.prod(chunk.values()) * array.dtype.itemsize

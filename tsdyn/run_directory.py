@@ -15,7 +15,7 @@ import netCDF4
 import numpy as np
 
 from tsdyn import netcdf
-from tsdyn.durable import (
+from tsdyn.whole_files import (
     SUFFIX,
     ArchiveError,
     DirectoryError,
@@ -42,6 +42,8 @@ from tsdyn.schema import CONSTANTS, VARIABLES, expand
 EXPERIMENT = "experiment.toml"
 ARCHIVE = "archive.nc"
 SEGMENTS = "segments"
+#: Attribute of all files of one run, drawn when it begins: what one of them has committed, later ones hold.
+RUN = "run"
 
 #: Consolidation holds about this much of the archive in memory.  Above 32 MB the allocator maps every block anew, and
 #: its pages cost as much as what is read into them.
@@ -151,7 +153,7 @@ def _sign(path: Path, experiment: Experiment) -> None:
         write_text(path / EXPERIMENT, experiment.to_toml())
 
 
-class Run:
+class RunDirectory:
     """The directory of one run, held for writing.
 
     Use as a context manager: entering takes the lock and clears what an interrupted writer left, leaving gives the
@@ -169,14 +171,14 @@ class Run:
 
     def __init__(self, path: str | Path, experiment: Experiment) -> None:
         if experiment.sweep:
-            raise ValueError("Run: the experiment has a sweep; each point of it is a run (tsdyn.run does this)")
+            raise ValueError("RunDirectory: the experiment has a sweep; each point of it is a run (tsdyn.run does this)")
         self.path = local_path(path)
         self.experiment = experiment
         self.layout = experiment.layout
         self.variables = (*expand(experiment.record.observables), *CONSTANTS)
         self._lock = Lock(self.path)
 
-    def __enter__(self) -> Run:
+    def __enter__(self) -> RunDirectory:
         if not _claimed(self.path, self.experiment):
             make_directory(self.path)
         for name in (LOCK, EXPERIMENT, ARCHIVE, SEGMENTS):

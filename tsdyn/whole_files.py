@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 #: Left free beyond what a write needs.
 MARGIN = 1 << 20
@@ -178,6 +179,28 @@ def sealed(path: Path) -> bool | None:
         return None
     match = _SEAL.fullmatch(kept)
     return match is not None and match[1] == sha256(path)
+
+
+class Identity(NamedTuple):
+    """What tells a file from another that takes its name: its place on the disk, its size, its time and its checksum."""
+
+    inode: int
+    size: int
+    modified: int
+    seal: str | None
+
+
+def identity(path: Path) -> Identity:
+    """Of the file at `path` now; the checksum is the one kept beside it, None if none is.
+
+    Raises:
+        OSError: if there is no such file.
+    """
+    status, seal = os.lstat(path), None
+    with suppress(FileNotFoundError):
+        match = _SEAL.fullmatch(seal_of(path).read_text(encoding="ascii", errors="replace"))
+        seal = match[1] if match else ""
+    return Identity(status.st_ino, status.st_size, status.st_mtime_ns, seal)
 
 
 def refuse_changed(path: Path, *, upto: float = math.inf) -> None:
