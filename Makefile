@@ -3,7 +3,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 RUNS   ?= runs/l-shape
 
-.PHONY: quickstart test trials torture multilayer lint docs bench scale clean
+.PHONY: quickstart test fuzz trials torture multilayer lint docs bench scale clean
 
 # Installed once per change of the project's metadata.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -24,6 +24,11 @@ quickstart: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n auto
+
+# The property tests' random search, FUZZ examples each; what it finds becomes a fixed example of the suite.
+FUZZ ?= 500
+fuzz: $(VENV)/.installed-dev
+	TSDYN_FUZZ=$(FUZZ) $(BIN)/python -m pytest -n auto -m hypothesis
 
 # Where gradient flow goes, by three integrators: minutes.
 trials: $(VENV)/.installed-dev

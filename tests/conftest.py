@@ -1,14 +1,36 @@
-"""One thread and no display, so that results do not depend on the machine's load."""
+"""One thread, no display and the same examples every time, so that results depend on no chance and no load."""
 
 import os
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 import dask
+import hypothesis
 import pytest
 import torch
 
 torch.set_num_threads(1)
+
+# `make test` draws its examples from a fixed seed and cannot fail by chance; `make fuzz` searches at random.
+hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None, database=None)
+hypothesis.settings.register_profile(
+    "fuzz", derandomize=False, deadline=None, max_examples=int(os.environ.get("TSDYN_FUZZ", "0")) or 500
+)
+hypothesis.settings.load_profile("fuzz" if "TSDYN_FUZZ" in os.environ else "fixed")
+FUZZING = "TSDYN_FUZZ" in os.environ
+
+
+def pytest_collection_modifyitems(items):
+    """`make fuzz` searches all property tests by the same number of examples, whatever they set for the suite."""
+    if not FUZZING:
+        return
+    examples = hypothesis.settings.get_profile("fuzz").max_examples
+    for item in items:
+        test = getattr(item, "obj", None)
+        if hypothesis.is_hypothesis_test(test):
+            target = getattr(test, "__func__", test)
+            own = target._hypothesis_internal_use_settings
+            target._hypothesis_internal_use_settings = hypothesis.settings(own, max_examples=examples)
 
 
 @pytest.fixture(autouse=True)

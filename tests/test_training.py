@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import tests.oracles as oracles
 from tests.cases import REFERENCE
+from tests.comparing import assert_close
 from tsdyn import activations, kernel, runner, training
 from tsdyn.experiment import Training
 from tsdyn.networks import Network
@@ -67,7 +68,7 @@ RULES = {
 
 def assert_same(mine, theirs, tolerance):
     for (kind, layer, a), (_, _, b) in zip(mine.parameters(), theirs.parameters(), strict=True):
-        assert float((a - b).abs().max()) <= tolerance * float(b.abs().max() + 1), (kind, layer)
+        assert_close(a, b, tolerance, what=(kind, layer), floor=1.0)
 
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)

@@ -15,7 +15,8 @@ import numpy as np
 import xarray as xr
 
 #: 1: no state in a finished archive, no checksum beside it.  2: both.
-VERSION = 2
+#: 3: gradients and Hessians are those of the loss that was trained; before, of the squared error whatever was trained.
+VERSION = 3
 
 DIMENSIONS: Mapping[str, str] = {
     "seed": "member of the ensemble; names every random draw of that member",
@@ -507,6 +508,7 @@ def validate(ds: xr.Dataset, *, swept: Iterable[str] = ()) -> xr.Dataset:
 #: it in ``tests/data``.
 MIGRATIONS: Mapping[int, Callable[[xr.Dataset], xr.Dataset]] = {
     1: lambda ds: ds,  # what version 2 added is beside the variables
+    2: lambda ds: ds,  # the same variables; which of them are wrong, `wrong_variables` says
 }
 
 
