@@ -13,7 +13,7 @@ import xarray as xr
 
 import tsdyn
 from tests.cases import small
-from tsdyn import archive, whole_files, integrity, lock, runner, schema
+from tsdyn import archive, integrity, lock, runner, schema, whole_files
 from tsdyn.archive import ArchiveError, DirectoryError, RunDirectory
 
 

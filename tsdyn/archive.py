@@ -1,7 +1,7 @@
 """Archives: what runs and sweeps leave on disk, written whole or not at all and opened lazily as labelled Datasets.
 
-The names that other parts of the library use; `tsdyn.open`, `tsdyn.layer` and `tsdyn.select` are those from here.  Imports no
-torch.
+The names that other parts of the library use; `tsdyn.open`, `tsdyn.layer` and `tsdyn.select` are those from here.
+Imports no torch.
 """
 
 from tsdyn.netcdf import bytes_per_epoch as bytes_per_epoch
@@ -13,6 +13,7 @@ from tsdyn.run_directory import SEGMENTS as SEGMENTS
 from tsdyn.run_directory import RunDirectory as RunDirectory
 from tsdyn.run_directory import claim as claim
 from tsdyn.run_directory import segments as segments
+from tsdyn.schema import WrongNumbersWarning as WrongNumbersWarning
 from tsdyn.selecting import experiment_of as experiment_of
 from tsdyn.selecting import layer as layer
 from tsdyn.selecting import select as select
@@ -26,4 +27,3 @@ from tsdyn.whole_files import ArchiveError as ArchiveError
 from tsdyn.whole_files import DirectoryError as DirectoryError
 from tsdyn.whole_files import local_path as local_path
 from tsdyn.whole_files import write_text as write_text
-from tsdyn.schema import WrongNumbersWarning as WrongNumbersWarning

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
@@ -33,7 +34,7 @@ _VIRTUAL, _FLOATING = 3, 1  # H5D_VIRTUAL, H5T_FLOAT
 @cache
 def _library() -> Any:
     """The HDF5 library that netCDF4 has loaded: another copy would not know the files that are open."""
-    library = ctypes.CDLL(netCDF4._netCDF4.__file__)
+    library = ctypes.CDLL(sys.modules[netCDF4.Dataset.__module__].__file__)
     for name, (result, *arguments) in _SIGNATURES.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
@@ -54,7 +55,9 @@ def oddities(path: Path, names: Iterable[str]) -> list[str]:
         own = _file_name(library, file)
         for name in names:
             *groups, last = name.split("/")
-            kept = "/".join([*groups, f"_nc4_non_coord_{last}"])  # netCDF's name for a variable that a dimension shadows
+            kept = "/".join(
+                [*groups, f"_nc4_non_coord_{last}"]
+            )  # netCDF's name for a variable that a dimension shadows
             variable = library.H5Dopen2(file, name.encode(), 0)
             variable = library.H5Dopen2(file, kept.encode(), 0) if variable < 0 else variable
             if variable < 0:

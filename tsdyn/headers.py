@@ -84,7 +84,9 @@ class Header:
     attrs: dict[str, Any]
 
     def as_json(self) -> list[Any]:
-        columns = {name: (dims, np.asarray(values).tolist(), attrs) for name, (dims, values, attrs) in self.columns.items()}
+        columns = {
+            name: (dims, np.asarray(values).tolist(), attrs) for name, (dims, values, attrs) in self.columns.items()
+        }
         return [self.version, self.labels, columns, self.variables, self.attrs]
 
     @classmethod
@@ -130,7 +132,8 @@ class Source(NamedTuple):
         """What a file declares, once it is compared with its checksum if it has at most `upto` bytes.
 
         Raises:
-            ArchiveError: if it is no netCDF-4 file, declares more than its size warrants or is not what its checksum says.
+            ArchiveError: if it is no netCDF-4 file, declares more than its size warrants or is not what its checksum
+                says.
         """
         refuse_changed(path, upto=upto)
         netcdf.refuse_foreign(path)
@@ -189,7 +192,9 @@ def _variable(array: netCDF4.Variable) -> Declared:
 
 def _plain(attrs: Mapping[str, Any]) -> dict[str, Any]:
     """Attributes for a reader, as JSON can hold them: without those that say how things are stored."""
-    shown = {str(name): value for name, value in attrs.items() if not str(name).startswith("_") and name != "coordinates"}
+    shown = {
+        str(name): value for name, value in attrs.items() if not str(name).startswith("_") and name != "coordinates"
+    }
     return {n: v.tolist() if isinstance(v, (np.ndarray, np.generic)) else v for n, v in shown.items()}
 
 
@@ -279,7 +284,9 @@ class Headers:
             self._changed = True
         else:
             header = self._headers[entry.header]
-            source = Source(file, now, header, entry.own, entry.death or [-1] * len(header.labels["seed"]), tuple(entry.wrong))
+            source = Source(
+                file, now, header, entry.own, entry.death or [-1] * len(header.labels["seed"]), tuple(entry.wrong)
+            )
         if name not in self._of_theirs:
             try:
                 refuse_other(source, expected)

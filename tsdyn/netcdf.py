@@ -73,8 +73,8 @@ def dataset(
         only: The one variable that will be read; None for any.
 
     Raises:
-        DirectoryError: if it is there and cannot be read, or what will be read is stored in other files or in numbers that
-            crash the library.
+        DirectoryError: if it is there and cannot be read, or what will be read is stored in other files or in numbers
+            that crash the library.
     """
     with guarded():
         try:
@@ -121,7 +121,7 @@ def refuse_foreign(path: Path) -> None:
 def refuse_oversized(path: Path, nc: netCDF4.Dataset) -> None:
     """Refuse a file that declares more than its own size warrants, before any of it is loaded.
 
-    What is loaded when a file is opened, coordinates and text, fits in `_room`; of variables only a chunk is held at once.
+    What is loaded when a file is opened, coordinates and text, fits in `_room`; of variables only a chunk is held.
 
     Raises:
         DirectoryError: naming what declares more than that.
@@ -172,7 +172,8 @@ def stored_chunk(array: netCDF4.Variable) -> list[int]:
 def loaded_at_once(nc: netCDF4.Dataset) -> dict[str, bool]:
     """Name → whether it is a coordinate, of what is loaded when a file is opened: coordinates, and all that is text."""
     named = {*nc.dimensions, *COORDINATES}
-    for holder in (nc, *nc.variables.values()):
+    holders: list[Any] = [nc, *nc.variables.values()]
+    for holder in holders:
         if "coordinates" in holder.ncattrs():
             named.update(str(holder.getncattr("coordinates")).split())
     return {
@@ -195,7 +196,9 @@ def loaded(path: Path, array: netCDF4.Variable) -> xr.Variable:
         step = max(1, LOADED_BYTES // path.stat().st_size)
         for start in range(0, len(values), step):
             where = np.unravel_index(np.arange(start, min(start + step, len(values))), array.shape or (1,))
-            values[start : start + step] = [str(array[at] if array.shape else array[...]) for at in zip(*where, strict=True)]
+            values[start : start + step] = [
+                str(array[at] if array.shape else array[...]) for at in zip(*where, strict=True)
+            ]
             room -= sum(map(len, values[start : start + step]))
             if room < 0:
                 raise DirectoryError(

@@ -1,7 +1,7 @@
 """Runs, sweeps and files as one lazy Dataset: a run is a sweep of one point.
 
-Whole files or none are written (`tsdyn.whole_files`), so a reader needs no lock and sees committed epochs only, while a run
-goes on too.  Imports no torch.
+Whole files or none are written (`tsdyn.whole_files`), so a reader needs no lock and sees committed epochs only, while
+a run goes on too.  Imports no torch.
 """
 
 from __future__ import annotations
@@ -48,6 +48,74 @@ Cells = Mapping[tuple[int, ...], Sequence[Source]]
 #: Readings that may come upon a directory in the moment that it changes.
 _ATTEMPTS = 3
 _warned: set[Path] = set()
+
+
+def open(
+    path: str | Path | Sequence[str | Path], *, skip_damaged: bool = False, verify: bool | None = None
+) -> xr.Dataset:
+    """A run, a sweep or one file as one lazy Dataset; nothing is loaded.
+
+    A sweep's swept keys are leading dimensions, named by the key's last word (keys that go together are coordinates
+    along ``point``); points without a committed epoch are NaN, and ``coverage`` is the share of its epochs that a
+    point has.  A run that is not finished shows its committed epochs.  Of several runs or sweeps the keys in which
+    their experiments differ are dimensions, too.
+
+    What was opened stays what it is: when a run is finished or goes on, its committed epochs are found where they then
+    are; where anything else has taken a file's place, reading raises `ArchiveError` and says to open it again.
+
+    Args:
+        path: Directory of a run or a sweep, or a netCDF file; or a list of directories.
+        skip_damaged: Of a sweep, leave NaN what cannot be read, with a warning that names it, instead of failing.
+        verify: Whether files are compared with the checksums beside them first, which reads them whole.  If not said,
+            those of at most 16 MB are, of a sweep those that the index does not know; the numbers of larger ones are
+            protected chunk by chunk when they are read.
+
+    Warns:
+        WrongNumbersWarning: once for each path, if variables hold other numbers than their names say, as an earlier
+            version wrote them; these have the attribute ``wrong``.
+
+    Raises:
+        ArchiveError: if there is nothing of tsdyn's to read there, it is not what its checksum says, or a list is
+            empty or holds a point twice.
+    """
+    upto = {None: ALWAYS_VERIFIED, True: math.inf, False: -1.0}[verify]
+    paths = [local_path(path)] if isinstance(path, (str, Path)) else [local_path(one) for one in path]
+    if not paths:
+        raise DirectoryError("open: an empty list; give directories of runs or sweeps")
+    if isinstance(path, (str, Path)):
+        ds = opened(paths[0], skip_damaged=skip_damaged, upto=upto)
+    else:
+        ds = _opened_together(paths, skip_damaged, upto)
+    wrong = [str(name) for name, array in ds.data_vars.items() if "wrong" in array.attrs]
+    for one in (p.absolute() for p in paths if wrong):
+        if one not in _warned:
+            _warned.add(one)
+            warnings.warn(
+                f"{one}: {', '.join(wrong)}: {ds[wrong[0]].attrs['wrong']}", schema.WrongNumbersWarning, stacklevel=2
+            )
+    return ds
+
+
+def opened(path: Path, *, skip_damaged: bool = False, upto: float = -1.0) -> xr.Dataset:
+    """As `open` of one path, without its warning; files of at most `upto` bytes are compared with their checksums."""
+    if path.is_file():
+        return _one_file(path, upto)
+    if (path / SWEEP).is_file():
+        return _opened_together([path], skip_damaged, upto)
+    if not path.exists():
+        raise DirectoryError(f"{path}: does not exist; runs are made by `tsdyn run EXPERIMENT.toml -o {path}`")
+    sources = Headers(path, upto).committed(".", lambda: Experiment.from_toml(path / EXPERIMENT))
+    if not sources:
+        raise DirectoryError(f"{path}: holds no archive and no committed epoch; finish it with `tsdyn run`")
+    return _whole({(): sources}, ()).assign_attrs(sources[0].own)
+
+
+def _one_file(path: Path, upto: float) -> xr.Dataset:
+    source = Source.of(path, upto=upto)
+    try:
+        return _whole({(): [source]}, ()).assign_attrs(source.own)
+    except (ValueError, KeyError, IndexError, TypeError) as error:
+        raise DirectoryError(f"{path}: not a file of tsdyn's: {error}") from error
 
 
 # --- one variable over the grid ------------------------------------------------------------------------------
@@ -102,7 +170,7 @@ class Stored:
         held = sum(math.prod(map(_length, target)) for *_, target in parts)
         if len(parts) == 1 and held == math.prod(shape):  # as it comes, without a copy
             _, source, rows, _ = parts[0]
-            found = self._rows(source, rows).reshape(shape)
+            found = self._rows(source, rows).reshape(shape).astype(self.dtype, copy=False)
         else:
             found = np.empty(shape, self.dtype) if held == math.prod(shape) else np.full(shape, np.nan, self.dtype)
             for at, source, rows, target in parts:
@@ -115,10 +183,13 @@ class Stored:
             return None
         rows, target = [], []
         for dim, positions in zip(self.inner, wanted, strict=True):
-            row = np.full(len(self.labels[dim]), -1)
             there = source.header.labels[dim]
-            row[[self._position[dim][value] for value in there]] = np.arange(len(there))
-            asked = row[positions]
+            if there is self.labels[dim]:
+                asked = positions
+            else:
+                row = np.full(len(self.labels[dim]), -1)
+                row[[self._position[dim][value] for value in there]] = np.arange(len(there))
+                asked = row[positions]
             (inside,) = np.nonzero(asked >= 0)
             if not len(inside):
                 return None
@@ -180,10 +251,12 @@ def _found_again(source: Source, name: str, rows: Sequence[Rows]) -> tuple[Sourc
         if same or (source.own.get(RUN) is not None and now.own.get(RUN) == source.own[RUN]):
             with suppress(KeyError):
                 dims = now.header.variables[name].dims
-                return now, [_by_label(source.header.labels[d], now.header.labels[d], r) for d, r in zip(dims, rows, strict=True)]
+                return now, [
+                    _by_label(source.header.labels[d], now.header.labels[d], r) for d, r in zip(dims, rows, strict=True)
+                ]
     raise _Replaced(
-        "it was opened before the file was replaced or removed, and what is there now is not known to hold the same epochs; "
-        "open it again"
+        "it was opened before the file was replaced or removed, and what is there now is not known to hold the same "
+        "epochs; open it again"
     )
 
 
@@ -286,7 +359,7 @@ def _gathered(
     listed = next(iter(groups), ())
     along = [*((key,) for key in keys if key not in listed), *groups]
     found: dict[tuple[Labels, ...], list[Source]] = {}
-    for path, values, sweep in zip(paths, written, sweeps, strict=True):
+    for path, values in zip(paths, written, strict=True):
         base = dict(_flat({k: v for k, v in values.items() if k != "sweep"}))
         for point, sources in _committed(path, values, skip_damaged, upto):
             at = tuple(tuple(label({**base, **point}.get(key, "unset")) for key in group) for group in along)
@@ -322,7 +395,9 @@ def _committed(
             sources = headers.committed(point_directory(path, point, expected) if sweep else ".", expected)
             for source in sources:
                 if not {"seed", "epoch", "layer"} <= set(source.header.labels):
-                    raise DirectoryError(f"{source.path}: is no archive of a run; `tsdyn.open` opens such a file by itself")
+                    raise DirectoryError(
+                        f"{source.path}: is no archive of a run; `tsdyn.open` opens such a file by itself"
+                    )
         except ArchiveError as error:
             if not skip_damaged:
                 raise
@@ -404,8 +479,8 @@ def _declared(sources: Sequence[Source], name: str, many: bool) -> tuple[tuple[s
     for source, other in others:
         if other.dims != declared.dims:
             raise ArchiveError(
-                f"{source.path}: {name} has the dimensions {other.dims}, in {first.path} {declared.dims}: they do not fit "
-                "together; `tsdyn validate` tells what is whole"
+                f"{source.path}: {name} has the dimensions {other.dims}, in {first.path} {declared.dims}: they do not "
+                "fit together; `tsdyn validate` tells what is whole"
             )
     kinds = [np.dtype(declared.dtype) for _, declared in holding.values()]
     return declared.dims, np.result_type(*kinds, *([np.float32] if many else [])), declared.attrs
@@ -461,7 +536,9 @@ def _columns(cells: Cells, labels: Mapping[str, list[Any]], grid: Sequence[Axis]
         seeds = {seed: i for i, seed in enumerate(labels["seed"])}
         for place, cell in cells.items():
             for source in cell:  # of segments, the last has the word
-                death[(*place, [seeds[s] for s in source.header.labels["seed"][: len(source.death)]])] = source.death
+                own = source.header.labels["seed"]
+                at: tuple[Any, ...] = (*place, slice(None) if own is labels["seed"] else [seeds[s] for s in own])
+                death[at] = source.death
         attrs = schema.COORDINATES["death_epoch"].attrs
         found["death_epoch"] = xr.Variable((*outer, "seed"), death, attrs)
     return found
@@ -473,12 +550,13 @@ def _gridded(cells: Cells, labels: Mapping[str, list[Any]], grid: Sequence[Axis]
     found: dict[str, xr.Variable] = {}
     for place, (first, *_) in cells.items():
         for name, (dims, values, attrs) in first.header.columns.items():
-            if name not in schema.COORDINATES or name in found and found[name].dims != (*outer, *dims):
+            if name not in schema.COORDINATES or (name in found and found[name].dims != (*outer, *dims)):
                 continue
             if name not in found:
                 empty = np.full((*sizes, *(len(labels[d]) for d in dims)), -1)
                 found[name] = xr.Variable((*outer, *dims), empty, attrs)
-            found[name].values[(*place, *(slice(0, len(first.header.labels[d])) for d in dims))] = values
+            at: tuple[Any, ...] = (*place, *(slice(0, len(first.header.labels[d])) for d in dims))
+            found[name].values[at] = values
     return found
 
 

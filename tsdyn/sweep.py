@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, Any
 import xarray as xr
 
 from tsdyn import archive, costs, images, memory, runner, sweep_directory
-from tsdyn.whole_files import ArchiveError, refuse_link
 from tsdyn.experiment import Experiment, ExperimentError
 from tsdyn.headers import Headers
 from tsdyn.interrupts import Stopped, stopping
 from tsdyn.members import kinship
 from tsdyn.points import swept_keys
 from tsdyn.run_directory import segments
+from tsdyn.whole_files import ArchiveError, refuse_link
 
 if TYPE_CHECKING:
     from distributed import Client

@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from tsdyn.run_directory import EXPERIMENT, claim, extends
 from tsdyn.whole_files import DirectoryError, write_text
 
 SWEEP = "sweep.json"
-
 
 
 def label(value: Any) -> str | int | float:
@@ -74,10 +74,11 @@ def sweep_points(path: Path) -> dict[str, tuple[dict[str, Any], Experiment]]:
 
 def named_points(path: Path, experiment: Experiment) -> dict[str, tuple[dict[str, Any], Experiment]]:
     """As `sweep_points`, of an experiment that need not be the one in `path` yet."""
-    return {
-        point_directory(path, values, lambda single=point: single): (values, point)
-        for values, point in experiment.points()
-    }
+    return {point_directory(path, values, partial(_itself, at)): (values, at) for values, at in experiment.points()}
+
+
+def _itself(experiment: Experiment) -> Experiment:
+    return experiment
 
 
 def refuse_equal_names(experiment: Experiment) -> None:
@@ -91,8 +92,8 @@ def refuse_equal_names(experiment: Experiment) -> None:
         other = seen.setdefault(point_name(values).casefold(), values)
         if other is not values:
             raise DirectoryError(
-                f"sweep: the points {other} and {values} would share the directory {point_name(values)} where upper and lower "
-                "case are one; give them names that differ otherwise, or run them as two sweeps"
+                f"sweep: the points {other} and {values} would share {point_name(values)} where upper and "
+                "lower case are one; give them names that differ otherwise, or run them as two sweeps"
             )
 
 

@@ -46,17 +46,26 @@ class DirectoryError(ArchiveError):
 
 
 def local_path(path: str | Path) -> Path:
-    """`path` as a Path, refused if netCDF would take it for a network address.
+    """`path` as a Path, ``~`` expanded, refused if netCDF would take it for a network address or another path.
 
     Raises:
-        ArchiveError: if it holds ``://`` or ``#``, or a control character.
+        ArchiveError: if it holds ``://`` or ``#``, or a control character; a backslash, or a drive's letter.
     """
     text = os.fspath(path)
     if "://" in text or "#" in text or not text.isprintable():
         raise DirectoryError(
             f"{text!r}: not a local path; a name with '://', '#' or control characters would not be opened as a file"
         )
-    return Path(text)
+    try:
+        expanded = Path(text).expanduser()
+    except RuntimeError as error:
+        raise DirectoryError(f"{text!r}: {error}") from error
+    if "\\" in os.path.abspath(expanded) or re.match(r"[A-Za-z]:/", os.fspath(expanded)):
+        raise DirectoryError(
+            f"{text!r}: the netCDF library takes a backslash for a slash and C:/ for a drive, and would open another "
+            "path; use a directory whose path has neither"
+        )
+    return expanded
 
 
 def refused(path: Path, error: BaseException, needed: int = 0) -> ArchiveError:
@@ -182,7 +191,7 @@ def sealed(path: Path) -> bool | None:
 
 
 class Identity(NamedTuple):
-    """What tells a file from another that takes its name: its place on the disk, its size, its time and its checksum."""
+    """What tells a file from another that takes its name: place on the disk, size, time and checksum."""
 
     inode: int
     size: int

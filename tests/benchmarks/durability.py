@@ -69,7 +69,10 @@ def costs(folder: Path, epochs: int, steps: int) -> None:
         timed("append", plain.close)
         timed("consolidate", consolidate, run, attrs)
 
-    with patch.object(run_directory.RunDirectory, "commit", committing), patch.object(run_directory.RunDirectory, "consolidate", joining):
+    with (
+        patch.object(run_directory.RunDirectory, "commit", committing),
+        patch.object(run_directory.RunDirectory, "consolidate", joining),
+    ):
         start = time.perf_counter()
         tsdyn.run(of, folder / "run")
         whole = time.perf_counter() - start - spent["append"]

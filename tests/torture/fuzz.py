@@ -27,7 +27,7 @@ from dask.distributed import Client as Client
 import tsdyn
 from tests.cases import small
 from tests.torture.harness import FINISHED, SEGMENTED, fork, fresh, same, training
-from tsdyn import cli, costs, whole_files, integrity, runner, sweep
+from tsdyn import cli, costs, integrity, runner, sweep, whole_files
 from tsdyn.archive import ArchiveError
 from tsdyn.experiment import Experiment, ExperimentError
 from tsdyn.members import Members
