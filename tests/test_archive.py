@@ -355,12 +355,15 @@ def test_a_later_schema_is_refused_by_name(tmp_path):
 
 @pytest.mark.parametrize("record", [{}, {"record__every": 3}, {"training__method": "adam"}])
 def test_a_finished_run_goes_on_with_more_epochs(tmp_path, record):
-    """Four epochs, then three more, then two: the bits of nine at once; a last epoch off the schedule is not kept."""
+    """Four epochs, then three more, then two: the bits of nine at once; a last epoch off the schedule is kept, too."""
     whole = tsdyn.run(small(training__epochs=9, **record), tmp_path / "whole").load()
+    recorded = set()
     for epochs in (4, 7, 9):
-        tsdyn.run(small(training__epochs=epochs, **record), tmp_path / "longer")
+        recorded |= set(tsdyn.run(small(training__epochs=epochs, **record), tmp_path / "longer").epoch.values)
         assert integrity.check(tmp_path / "longer") == []
-    xr.testing.assert_equal(tsdyn.open(tmp_path / "longer").load(), whole)
+    longer = tsdyn.open(tmp_path / "longer").load()
+    assert set(longer.epoch.values) == recorded
+    xr.testing.assert_equal(longer.sel(epoch=whole.epoch), whole)
     with pytest.raises(DirectoryError, match=r"training\.epochs: 4 here, 9 there"):
         tsdyn.run(small(training__epochs=4, **record), tmp_path / "longer")
 

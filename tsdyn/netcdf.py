@@ -127,8 +127,8 @@ def refuse_oversized(path: Path, nc: netCDF4.Dataset) -> None:
         DirectoryError: naming what declares more than that.
     """
     size, room = path.stat().st_size, _room(path)
-    loaded = loaded_at_once(nc)
     try:
+        loaded = loaded_at_once(nc)
         for name, dimension in nc.dimensions.items():
             if name not in nc.variables and dimension.size > size:
                 raise DirectoryError(

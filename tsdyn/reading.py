@@ -29,7 +29,7 @@ from tsdyn.experiment import Experiment, digest
 from tsdyn.headers import Header, Headers, Source
 from tsdyn.points import POINT, Axis, axes, checked_sweep, places, sweep_dimensions, swept_keys
 from tsdyn.run_directory import ARCHIVE, EXPERIMENT, RUN, SEGMENTS, segments
-from tsdyn.sweep_directory import SWEEP, label, point_directory
+from tsdyn.sweep_directory import SWEEP, label, point_directories
 from tsdyn.whole_files import ALWAYS_VERIFIED, ArchiveError, DirectoryError, local_path, refuse_changed
 
 #: A dask chunk gathers whole disk chunks of as many seeds as fit in this (opening a file costs as much as 5 MB) ...
@@ -388,11 +388,12 @@ def _committed(
     """Swept values and files of each point of a sweep; a run is one without."""
     headers, sweep = Headers(path, upto), written.get("sweep", {})
     alone = cache(lambda: Experiment.from_dict({k: v for k, v in written.items() if k != "sweep"}))
-    for point in places(sweep).values() if sweep else ({},):
-        expected = partial(_at, alone, point)
+    points = [(point, partial(_at, alone, point)) for point in (places(sweep).values() if sweep else ({},))]
+    names = point_directories(path, points) if sweep else ["."]
+    for name, (point, expected) in zip(names, points, strict=True):
         sources: list[Source] = []
         try:
-            sources = headers.committed(point_directory(path, point, expected) if sweep else ".", expected)
+            sources = headers.committed(name, expected)
             for source in sources:
                 if not {"seed", "epoch", "layer"} <= set(source.header.labels):
                     raise DirectoryError(

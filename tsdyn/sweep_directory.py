@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -49,19 +50,35 @@ def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def point_directory(path: Path, values: Mapping[str, Any], expected: Callable[[], Experiment]) -> str:
-    """The directory that holds a point of the sweep in `path`: `point_name`, or what versions before 0.2 called it.
+def point_directories(path: Path, points: Iterable[tuple[Mapping[str, Any], Callable[[], Experiment]]]) -> list[str]:
+    """The directory that holds each point of the sweep in `path`: `point_name`, or what versions before 0.2 called it.
 
-    These left the hash away where characters were replaced, so that two points could have one directory: it is the
-    point's whose experiment it holds, which `expected` gives.
+    These left the hash away where characters were replaced, so that two points could have one directory: it is that of
+    the point whose experiment it holds.
+
+    Args:
+        path: Directory of the sweep.
+        points: Of each, its values and what gives its experiment, asked for only where the directory is in doubt.
     """
-    name, (_, before) = point_name(values), _spelled(values)
-    if name != before and len(before) <= 200 and not (path / name).exists() and (path / before / EXPERIMENT).is_file():
-        with suppress(ExperimentError):
-            mine, theirs = expected(), Experiment.from_toml(path / before / EXPERIMENT)
-            if mine == theirs or extends(mine, theirs):
-                return before
-    return name
+    listed = list(points)
+    before = [_spelled(values)[1] for values, _ in listed]
+    shared = Counter(before)
+    found = []
+    for (values, expected), old in zip(listed, before, strict=True):
+        name = point_name(values)
+        in_doubt = len(old) <= 200 and (shared[old] > 1 or (name != old and not (path / name).exists()))
+        if in_doubt and (path / old / EXPERIMENT).is_file():
+            name = old if _holds(path / old, expected) else f"{old[:180]}-{_hash(_spelled(values)[0])}"
+        found.append(name)
+    return found
+
+
+def _holds(path: Path, expected: Callable[[], Experiment]) -> bool:
+    """Whether a directory is of that experiment, or of what it extends."""
+    with suppress(ExperimentError):
+        mine, theirs = expected(), Experiment.from_toml(path / EXPERIMENT)
+        return mine == theirs or extends(mine, theirs)
+    return False
 
 
 def sweep_points(path: Path) -> dict[str, tuple[dict[str, Any], Experiment]]:
@@ -74,7 +91,9 @@ def sweep_points(path: Path) -> dict[str, tuple[dict[str, Any], Experiment]]:
 
 def named_points(path: Path, experiment: Experiment) -> dict[str, tuple[dict[str, Any], Experiment]]:
     """As `sweep_points`, of an experiment that need not be the one in `path` yet."""
-    return {point_directory(path, values, partial(_itself, at)): (values, at) for values, at in experiment.points()}
+    points = list(experiment.points())
+    names = point_directories(path, [(values, partial(_itself, at)) for values, at in points])
+    return dict(zip(names, points, strict=True))
 
 
 def _itself(experiment: Experiment) -> Experiment:

@@ -100,8 +100,8 @@ def opening(scratch: Path, asked: argparse.Namespace) -> None:
     if not (path / INDEX).exists():
         began = time.perf_counter()
         index = Headers(path)
-        for name in sweep_directory.sweep_points(path):
-            index.finished(name)
+        for name, (_, single) in sweep_directory.sweep_points(path).items():
+            index.finished(name, lambda expected=single: expected)
         index.write()
         print(f"index from the files' headers: {time.perf_counter() - began:.0f} s", flush=True)
     began = time.perf_counter()
