@@ -13,7 +13,7 @@ from tsdyn.analysis.members import points
 
 import tsdyn
 from tests.cases import small
-from tsdyn import archive, headers, reading, schema
+from tsdyn import archive, headers, lazy_arrays, schema
 from tsdyn.experiment import ExperimentError
 from tsdyn.headers import INDEX, Headers
 from tsdyn.whole_files import ArchiveError, DirectoryError
@@ -73,8 +73,8 @@ def test_slicing_lazily_is_slicing_what_was_loaded(sweep, at):
 def test_of_one_layer_no_padding_is_read(sweep, monkeypatch):
     """dask joins what it slices with what it reads, of slices after one another only the first."""
     read = []
-    rows = reading.Stored._rows
-    monkeypatch.setattr(reading.Stored, "_rows", lambda *at: read.append(rows(*at).shape) or rows(*at))
+    rows = lazy_arrays.Stored._rows
+    monkeypatch.setattr(lazy_arrays.Stored, "_rows", lambda *at: read.append(rows(*at).shape) or rows(*at))
     one = tsdyn.layer(tsdyn.open(sweep), 1)
     (one.correlation + 1).compute()
     assert {shape[3:] for shape in read} == {(4, 6), (4, 12)}  # as wide as the layer, or as the file
@@ -86,7 +86,7 @@ def test_what_is_stored_can_be_indexed_and_shipped(sweep):
     )
     labels = source.header.labels
     inner = ("seed", "epoch")
-    stored = reading.Stored("mse_eval", ("a",), inner, (2, 2, 3), np.dtype(float), {(1,): [source]}, labels)
+    stored = lazy_arrays.Stored("mse_eval", ("a",), inner, (2, 2, 3), np.dtype(float), {(1,): [source]}, labels)
     whole = stored[...]
     assert np.isnan(whole[0]).all()
     np.testing.assert_array_equal(whole[1], tsdyn.open(source.path).mse_eval)

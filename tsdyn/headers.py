@@ -213,7 +213,7 @@ def refuse_other(source: Source, expected: Callable[[], Experiment]) -> None:
         theirs = Experiment.from_toml_text(str(text))
     except ExperimentError:
         return  # the archive can be read without; `tsdyn validate` names it
-    if mine != theirs and not extends(mine, theirs):
+    if mine != theirs and not extends(mine, theirs) and not extends(theirs, mine):
         raise ArchiveError(
             f"{source.path}: holds a file of another run; what differs from {EXPERIMENT}:\n  "
             + "\n  ".join(differences(theirs, mine))
