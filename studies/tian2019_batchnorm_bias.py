@@ -74,7 +74,7 @@ class StateDict:
 
     def read(self) -> xr.Dataset:
         """As `run`, without a directory."""
-        from tsdyn.deepnets import load_state  # torch, which a list of studies does not need
+        from tsdyn.torch_io import load_state  # torch, which a list of studies does not need
 
         path = Path(self.path)
         if not path.is_file():

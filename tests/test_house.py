@@ -13,6 +13,7 @@ import tsdyn
 ROOT = Path(__file__).resolve().parent.parent
 RANKS = {
     "_version": 0,
+    "registers": 0,
     "axes": 0,
     "schema": 0,
     "experiment": 0,
@@ -31,7 +32,7 @@ RANKS = {
     "lazy_arrays": 2,
     "archive": 3,
     "integrity": 4,
-    "activations": 1,
+    "activations": 0,
     "interaction": 1,
     "population_loss": 2,
     "stationary": 1,
@@ -49,7 +50,11 @@ RANKS = {
     "flow_experiment": 1,
     "flow_runner": 5,
     "networks": 1,
-    "deepnets": 1,
+    "batch_norm": 0,
+    "propagate": 1,
+    "torch_io": 1,
+    "theory_inputs": 2,
+    "coupling_moments": 2,
     "images": 1,
     "data": 1,
     "teachers": 2,
@@ -75,11 +80,16 @@ RANKS = {
 }
 #: Within a rank, who may import whom.
 SAME_RANK = {
+    ("activations", "registers"),
     ("experiment", "schema"),
     ("experiment", "points"),
     ("points", "schema"),
-    ("networks", "activations"),
-    ("interaction", "activations"),
+    ("networks", "propagate"),
+    ("networks", "torch_io"),
+    ("torch_io", "propagate"),
+    ("theory", "coupling_moments"),
+    ("theory", "theory_inputs"),
+    ("coupling_moments", "theory_inputs"),
     ("students", "archive"),
     ("data", "images"),
     ("run_directory", "joining"),
@@ -91,8 +101,6 @@ SAME_RANK = {
     ("lazy_arrays", "run_directory"),
     ("reading", "run_directory"),
     ("reading", "sweep_directory"),
-    ("deepnets", "networks"),
-    ("deepnets", "activations"),
     ("runner", "costs"),
 }
 

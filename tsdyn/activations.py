@@ -16,10 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tsdyn import registers
+
 AtZero = Literal["torch", "paper"]
 
 # Beyond it log(1 + eᶻ) = z to the last bit of float64 (torch's own default, 20, is off by 2e-9).
 _SOFTPLUS_THRESHOLD = 50.0
+#: torch's default: taken for the function itself, from which it differs by less than 2.1e-9.
+_LEAST_THRESHOLD = 20.0
 
 
 class Erf(nn.Module):
@@ -86,9 +90,13 @@ def _silu_derivative(z: Tensor) -> Tensor:
     return gate * (1 + z * torch.sigmoid(-z))
 
 
-_SMOOTH: Mapping[str, Activation] = {
+#: tsdyn's own, by name; leaky_relu here has torch's default slope.
+TABLE: Mapping[str, Activation] = {
     a.name: a
     for a in (
+        _leaky("relu", 0.0),
+        _leaky("leaky_relu", 0.01),
+        Activation("identity", lambda z: z, torch.ones_like, nn.Identity, 1.0),
         Activation("erf", Erf(), lambda z: 2 * _gaussian_density(z), Erf),
         Activation("tanh", torch.tanh, lambda z: 1 - torch.tanh(z) ** 2, nn.Tanh),
         Activation("sigmoid", torch.sigmoid, lambda z: torch.sigmoid(z) * torch.sigmoid(-z), nn.Sigmoid),
@@ -102,49 +110,56 @@ _SMOOTH: Mapping[str, Activation] = {
         Activation("silu", F.silu, _silu_derivative, nn.SiLU),
     )
 }
-_IDENTITY = Activation("identity", lambda z: z, torch.ones_like, nn.Identity, 1.0)
-
-NAMES = ("relu", "leaky_relu", "identity", *_SMOOTH)
+NAMES = tuple(TABLE)
 
 
 def activation(name: str, *, leak: float = 0.01) -> Activation:
-    """The activation called `name`; `leak` is the slope of leaky_relu below 0.
+    """The activation called `name`: tsdyn's own, or one that an installed package offers (`registers.ACTIVATIONS`).
+
+    Args:
+        name: As the experiment file writes it.
+        leak: Slope of leaky_relu below 0; others do not look at it.
 
     Raises:
-        ValueError: if there is none of that name, or the leak is negative.
+        ValueError: if there is none of that name, the leak is negative, or what a package offers is no `Activation`.
     """
-    if name in _SMOOTH:
-        return _SMOOTH[name]
-    if name == "identity":
-        return _IDENTITY
-    if name == "relu":
-        return _leaky(name, 0.0)
     if name == "leaky_relu":
         if not leak >= 0:
             raise ValueError(f"activation: leak={leak} is negative; the gate would not be monotone, use leak >= 0")
         return _leaky(name, leak)
-    raise ValueError(f"activation: {name!r} is not registered; there are {', '.join(NAMES)}")
+    found = registers.ACTIVATIONS.load(name)
+    if not isinstance(found, Activation) or found.name != name:
+        raise registers.PartError(
+            f"activation {name!r}: {registers.ACTIVATIONS.origin(name).target} is {found!r}; it must be a "
+            f"tsdyn.activations.Activation of that name"
+        )
+    return found
 
 
 def from_module(module: nn.Module) -> Activation | None:
     """The activation a torch module computes, or None if it is not one of ours.
 
     Raises:
-        ValueError: for a variant that differs from ours (an approximate GELU, a scaled softplus).
+        ValueError: for a variant that differs from ours (an approximate GELU, a softplus scaled or cut off).
     """
-    match module:
-        case nn.ReLU():
-            return activation("relu")
-        case nn.LeakyReLU():
-            return activation("leaky_relu", leak=module.negative_slope)
-        case nn.GELU():
-            if module.approximate != "none":
-                raise ValueError(f"from_torch: {module} is approximate; use nn.GELU()")
-            return activation("gelu")
-        case nn.Softplus():
-            if module.beta != 1:
-                raise ValueError(f"from_torch: {module} has beta != 1; scale the weights instead")
-            return activation("softplus")
-    names = {Erf: "erf", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid", nn.SiLU: "silu", nn.Identity: "identity"}
-    name = next((n for kind, n in names.items() if isinstance(module, kind)), None)
-    return None if name is None else activation(name)
+    kind = type(module)  # a subclass may compute anything else
+    if kind is nn.ReLU:
+        return activation("relu")
+    if isinstance(module, nn.LeakyReLU) and kind is nn.LeakyReLU:
+        return activation("leaky_relu", leak=module.negative_slope)
+    if isinstance(module, nn.GELU) and kind is nn.GELU:
+        if module.approximate != "none":
+            raise ValueError(f"from_torch: {module} is approximate; use nn.GELU()")
+        return activation("gelu")
+    if isinstance(module, nn.Softplus) and kind is nn.Softplus:
+        if module.beta != 1:
+            raise ValueError(f"from_torch: {module} has beta != 1; scale the weights instead")
+        if not module.threshold >= _LEAST_THRESHOLD:
+            raise ValueError(
+                f"from_torch: {module} is linear above {module.threshold}, which is another function; use nn.Softplus()"
+            )
+        return activation("softplus")
+    names: dict[type[nn.Module], str] = {
+        Erf: "erf", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid", nn.SiLU: "silu", nn.Identity: "identity",
+    }  # fmt: skip
+    return activation(names[kind]) if kind in names else None
