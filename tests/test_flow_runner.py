@@ -7,8 +7,8 @@ import xarray as xr
 
 from tests.cases import orthonormal_teacher
 from tsdyn import ExperimentError, flow_runner, population
-from tsdyn.durable import DirectoryError
 from tsdyn.flow_experiment import FlowExperiment
+from tsdyn.whole_files import DirectoryError
 
 SMALL = FlowExperiment("small", ((1, 2), (2, 3)), ("erf",), seeds=3, times=(0.1, 1e4, 6))
 

@@ -1,5 +1,6 @@
 """Directories written by earlier versions, frozen in tests/data, are read by this one: the numbers they had then."""
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -20,7 +21,9 @@ ROUNDING = 1e-12
 @pytest.mark.parametrize("name", sorted(set(EXPECTED) - FLOWS))
 def test_a_frozen_archive_reads_as_its_own_version_read_it(name, tmp_path):
     path = Path(shutil.copytree(DATA / name, tmp_path / name))
-    ds = tsdyn.open(path).load()
+    told = pytest.warns(tsdyn.WrongNumbersWarning) if name == "cross-entropy-v2" else contextlib.nullcontext()
+    with told:
+        ds = tsdyn.open(path).load()
     assert {str(n) for n in ds.variables} == set(EXPECTED[name])
     for variable, then in EXPECTED[name].items():
         now = ds[variable]

@@ -21,7 +21,7 @@ from tsdyn import archive, compiled_step, costs, native, runner, sweep, train
 from tsdyn.archive import ArchiveError
 from tsdyn.interrupts import Stopped
 from tsdyn.members import Members, Together, kinship
-from tsdyn.segments import segments
+from tsdyn.run_directory import segments
 
 FEW = {"training__epochs": 3, "seeds": 2, "record__observables": ["mse", "correlation"]}
 GRID = {"teacher.polarity": [0.0, 1.0, 2.0]}
@@ -305,14 +305,14 @@ def test_an_ensemble_that_cannot_be_trained_is_taken_apart(tmp_path, monkeypatch
 
 
 def test_what_cannot_be_committed_is_said_when_a_signal_stops_the_others(tmp_path, monkeypatch, stopping_at):
-    commit = runner.Run.commit
+    commit = runner.RunDirectory.commit
 
     def full(run, *given):
         if run.experiment.teacher.polarity == 1.0:
             raise ArchiveError("the disk is full")
         commit(run, *given)
 
-    monkeypatch.setattr(runner.Run, "commit", full)
+    monkeypatch.setattr(runner.RunDirectory, "commit", full)
     stopping_at(0, monkeypatch)
     with pytest.raises(Stopped, match=r"committed; but for .*polarity=1.0: the disk is full"):
         sweep.run(small(sweep=GRID, **FEW), tmp_path / "sweep", together=True)

@@ -20,6 +20,7 @@ from . import studies as studies
 from . import teachers as teachers
 from . import theory as theory
 from ._version import __version__ as __version__
+from .archive import WrongNumbersWarning as WrongNumbersWarning
 from .archive import layer as layer
 from .archive import open as open
 from .archive import select as select

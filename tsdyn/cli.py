@@ -18,10 +18,10 @@ from rich.table import Table
 
 from tsdyn._version import __version__
 from tsdyn.archive import ArchiveError, DirectoryError, local_path
-from tsdyn.durable import refuse_link
 from tsdyn.experiment import Experiment, ExperimentError
 from tsdyn.schema import COORDINATES
 from tsdyn.schema import printable as _printable
+from tsdyn.whole_files import refuse_link
 
 if TYPE_CHECKING:
     from tsdyn.costs import Cost

@@ -713,6 +713,15 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield f"{prefix}{key}", value
 
 
+def _number_as_such(value: Any) -> Any:
+    """1.0 as 1, wherever it stands: both are the same point of a sweep."""
+    if isinstance(value, Mapping):
+        return {key: _number_as_such(of) for key, of in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_number_as_such(of) for of in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 def _check_sweep_keys(experiment: Experiment) -> None:
     known = _keys(Experiment)
     for key in swept_keys(experiment.sweep):
@@ -721,7 +730,7 @@ def _check_sweep_keys(experiment: Experiment) -> None:
                 f"sweep: {key!r} is not a key that can be swept{_nearest(key, [k for k in known if '.' in k])}"
             )
     for axis in axes(experiment.sweep):
-        if len({json.dumps(v, sort_keys=True, default=str) for v in axis.values}) != len(axis.values):
+        if len({json.dumps(_number_as_such(v), sort_keys=True, default=str) for v in axis.values}) != len(axis.values):
             shown = [v[0] if len(v) == 1 else list(v) for v in axis.values]
             raise ValueError(f"sweep: values of {', '.join(map(repr, axis.keys))} repeat: {shown}")
     points = math.prod(len(axis.values) for axis in axes(experiment.sweep))

@@ -23,13 +23,13 @@ from tsdyn import archive
 from tsdyn.classification import classify
 from tsdyn.critical_points import ODD, copy_average, one_neuron, perturbed_copy
 from tsdyn.data import generator
-from tsdyn.durable import DirectoryError, make_directory, write_text
 from tsdyn.flow_experiment import FlowExperiment, Size
 from tsdyn.gradient_flow import gradient_flow
 from tsdyn.lock import Lock
 from tsdyn.networks import Network
 from tsdyn.population_loss import PopulationLoss
 from tsdyn.stationary import polish, signature
+from tsdyn.whole_files import DirectoryError, make_directory, write_text
 
 EXPERIMENT, FLOWS, PARTS = "experiment.toml", "flows.nc", "parts"
 _WORDS = ("kind", "class", "reason", "stop_reason")

@@ -11,9 +11,9 @@ import tomli_w
 import xarray as xr
 
 from tsdyn import archive
-from tsdyn.durable import DirectoryError, make_directory, write_text
 from tsdyn.experiment import ExperimentError
 from tsdyn.lock import Lock
+from tsdyn.whole_files import DirectoryError, make_directory, write_text
 
 FILE, RESULT, PARTS = "experiment.toml", "online.nc", "parts"
 #: Which layers learn.

@@ -21,7 +21,7 @@ import xarray as xr
 
 from tsdyn import archive, flowtraining, memory, schema
 from tsdyn._version import __version__
-from tsdyn.archive import ArchiveError, Run
+from tsdyn.archive import ArchiveError, RunDirectory
 from tsdyn.costs import COMMIT_BYTES, Footprint, footprint
 from tsdyn.experiment import Experiment
 from tsdyn.interrupts import Stopped, stopping
@@ -147,7 +147,7 @@ def run_together(
         for path, experiment in experiments.items():
             try:
                 memory.refuse_beyond("run", needed, torch.device(device), _SMALLER)
-                target = held.enter_context(Run(path, experiment))
+                target = held.enter_context(RunDirectory(path, experiment))
                 if not target.finished:
                     point = _Point(
                         path, target, Members(experiment, device, student, teacher), (progress or {}).get(path)
@@ -174,7 +174,7 @@ def run_together(
 class _Point:
     """One experiment in training: what was measured since its last commit, and where that goes."""
 
-    def __init__(self, path: Path, target: Run, members: Members, progress: Progress | None) -> None:
+    def __init__(self, path: Path, target: RunDirectory, members: Members, progress: Progress | None) -> None:
         self.path, self.members = path, members
         self._target, self._progress, self._experiment = target, progress, members.experiment
         self._variables = schema.expand(self._experiment.record.observables)
