@@ -344,20 +344,24 @@ def test_a_copy_of_the_teacher_is_aligned(run):
     assert float(alignment.best_alignment(ds).isel(epoch=-1).max()) < 100 * EPS
 
 
-def test_order_parameters_are_products_of_weights(run):
+@pytest.mark.parametrize("std", [1.0, 1.5])
+def test_order_parameters_are_the_covariance_of_fields(run, std):
+    experiment = tsdyn.Experiment.from_toml_text(run.attrs["experiment"])
+    run = run.assign_attrs(experiment=experiment.replace({"data.std": std}).to_toml())
     found = order_parameters.order_parameters(run)
     assert dask.is_dask_collection(found)
     for name, array in found.data_vars.items():
         assert set(array.dims) == set(tsdyn.schema.VARIABLES[name].dims) - ({"epoch"} if name == "T" else set())
+        assert array.attrs["normalisation"].startswith("covariance of the fields")
     low = tsdyn.layer(run[["weight", "teacher_weight"]], 1).load()
     cosines = order_parameters.cosines(run).compute()
     for seed in range(3):
         w = torch.as_tensor(low.weight.sel(seed=seed).isel(epoch=2).values[:, :10])
         b = torch.as_tensor(low.teacher_weight.sel(seed=seed).values[:, :10])
         at = found.sel(seed=seed)
-        np.testing.assert_allclose(at.Q.isel(epoch=2), w @ w.T / 10, rtol=1e-12, atol=1e-14)
-        np.testing.assert_allclose(at.R.isel(epoch=2), w @ b.T / 10, rtol=1e-12, atol=1e-14)
-        np.testing.assert_allclose(at["T"], b @ b.T / 10, rtol=1e-12, atol=1e-14)
+        np.testing.assert_allclose(at.Q.isel(epoch=2), std**2 * w @ w.T, rtol=1e-12, atol=1e-13)
+        np.testing.assert_allclose(at.R.isel(epoch=2), std**2 * w @ b.T, rtol=1e-12, atol=1e-13)
+        np.testing.assert_allclose(at["T"], std**2 * b @ b.T, rtol=1e-12, atol=1e-13)
         wanted = torch.nn.functional.cosine_similarity(w[:, None], b[None], dim=-1)
         np.testing.assert_allclose(cosines.sel(seed=seed).isel(epoch=2), wanted, atol=20 * EPS)
 
