@@ -59,6 +59,27 @@ def per_point(ds: xr.Dataset, told: Callable[[Experiment], Any]) -> xr.DataArray
     return xr.DataArray(np.array(values.tolist()), {dim: ds[dim].variable for dim in dims}, dims)
 
 
+def refuse_odd(ds: xr.Dataset, caller: str) -> None:
+    """Refuse what reads well, but cannot be labels or values of an archive.
+
+    Raises:
+        ValueError: if a label stands along a dimension more than once, or a variable of the schema holds no floating
+            point numbers; names it.
+    """
+    for dim, index in ds.indexes.items():
+        if not index.is_unique:
+            twice = index[index.duplicated()].unique().tolist()
+            raise ValueError(f"{caller}: {dim} has the labels {twice[:5]} more than once; it cannot be told which is meant")
+    whole = ("seed", "epoch", "layer", "node", "node_2", "teacher_node", "teacher_node_2", "input_node")
+    for name, array in ds.variables.items():
+        number = name in schema.VARIABLES or name == "coverage"
+        count = name in schema.COORDINATES and name != "coverage" or name in whole
+        if number and array.dtype.kind != "f":
+            raise ValueError(f"{caller}: {name} holds {array.dtype}, not floating point numbers; it is no archive's")
+        if count and array.dtype.kind not in "iu":
+            raise ValueError(f"{caller}: {name} holds {array.dtype}, not integers; it is no archive's")
+
+
 def begun(ds: xr.Dataset) -> xr.DataArray:
     """Whether each point has a committed epoch; a lone run has."""
     return ds["coverage"] > 0 if "coverage" in ds.coords else xr.DataArray(True)
