@@ -41,8 +41,6 @@ CRITICAL = 1e-6
 NEGLIGIBLE = 0.01
 #: Samples on which the linear pieces of a deep network are looked at.
 PIECES = 512
-#: What may be trained but the squared error.
-OTHER = "'cross_entropy'"
 VERDICTS = ("holds", "fails", "unmet", "unrecorded", "reported")
 
 
@@ -96,7 +94,9 @@ def _separation(ds: xr.Dataset) -> xr.DataArray:
 def _assumption_1(ds: xr.Dataset, experiment: Experiment) -> Finding:
     eps_0 = _separation(ds)
     rounding = 10 * TOLERANCE[experiment.dtype]
-    return Finding(eps_0.notnull(), xr.where(eps_0 > 0, rounding / eps_0.where(eps_0 > 0), np.inf).where(eps_0.notnull()))
+    return Finding(
+        eps_0.notnull(), xr.where(eps_0 > 0, rounding / eps_0.where(eps_0 > 0), np.inf).where(eps_0.notnull())
+    )
 
 
 def _lowest(ds: xr.Dataset) -> xr.Dataset:
@@ -352,9 +352,7 @@ def _strong_first(ds: xr.Dataset, experiment: Experiment) -> Finding:
     def rank_correlation(epochs: np.ndarray, norms: np.ndarray) -> np.ndarray:
         flat = zip(epochs.reshape(-1, epochs.shape[-1]), norms.reshape(-1, norms.shape[-1]), strict=True)
         real = [(e[~np.isnan(n)], n[~np.isnan(n)]) for e, n in flat]  # padding is no teacher node
-        found = [
-            spearmanr(e, n).statistic if len(n) and np.ptp(n) > 0 and len(set(e)) > 1 else np.nan for e, n in real
-        ]
+        found = [spearmanr(e, n).statistic if len(n) and np.ptp(n) > 0 and len(set(e)) > 1 else np.nan for e, n in real]
         return np.array(found).reshape(epochs.shape[:-1])
 
     first, strength = xr.broadcast(first.load(), strength.load())
@@ -533,19 +531,21 @@ def audit(archive: xr.Dataset) -> xr.Dataset:
     lost = [dim for dim in ("epoch", "layer") if dim not in archive.dims]
     if lost:
         raise ValueError(f"audit: the slice has no dimension {', '.join(lost)}; select with a list or slice")
-    experiment, _ = experiment_of(archive), points(archive)
+    experiment = experiment_of(archive)
+    losses = {point.training.loss for _, point in points(archive).values()}
     if "death_epoch" not in archive.coords:
         raise ValueError("audit: the Dataset has no death_epoch, so that the dead cannot be left out; is it tsdyn's?")
     shape = archive["death_epoch"]
     alive = (shape < 0) & begun(archive)
     squared = per_point(archive, lambda point: point.training.loss == "mse")
+    reason = f"of the squared error, not of training.loss = {', '.join(map(repr, sorted(losses - {'mse'})))}"
     verdicts, margins, used = [], [], []
     for claim in CLAIMS:
         needed = list({*claim.needs, "teacher_weight", "teacher_bias"}) if claim.needs else []
         missing = sorted(name for name in needed if name not in archive)
         margin, verdict = xr.full_like(shape, np.nan, dtype=float), xr.full_like(shape, "", dtype="U10")
         fits = squared if claim.squared else xr.ones_like(squared)
-        says = claim.says if bool(fits.all()) else f"of the squared error, not of training.loss = {OTHER}; {claim.says}"
+        says = claim.says if bool(fits.all()) else f"{reason}; {claim.says}"
         if claim.check is None or not bool(fits.any()):
             verdict[...] = "unmet"
             used.append(says)

@@ -69,11 +69,13 @@ def refuse_odd(ds: xr.Dataset, caller: str) -> None:
     for dim, index in ds.indexes.items():
         if not index.is_unique:
             twice = index[index.duplicated()].unique().tolist()
-            raise ValueError(f"{caller}: {dim} has the labels {twice[:5]} more than once; it cannot be told which is meant")
+            raise ValueError(
+                f"{caller}: {dim} has the labels {twice[:5]} more than once; it cannot be told which is meant"
+            )
     whole = ("seed", "epoch", "layer", "node", "node_2", "teacher_node", "teacher_node_2", "input_node")
     for name, array in ds.variables.items():
         number = name in schema.VARIABLES or name == "coverage"
-        count = name in schema.COORDINATES and name != "coverage" or name in whole
+        count = (name in schema.COORDINATES and name != "coverage") or name in whole
         if number and array.dtype.kind != "f":
             raise ValueError(f"{caller}: {name} holds {array.dtype}, not floating point numbers; it is no archive's")
         if count and array.dtype.kind not in "iu":

@@ -76,6 +76,9 @@ def member(ds: xr.Dataset, experiment: Experiment) -> Member:
     seed = int(ds["seed"])
     if seed not in experiment.seed_labels:
         raise ValueError(f"member: seed {seed} is none of {experiment.name}'s; the experiment is another archive's")
+    absent = [i for i in range(1, experiment.layout.depth + 1) if i not in np.atleast_1d(ds["layer"].values)]
+    if absent or "layer" not in ds["weight"].dims:
+        raise ValueError(f"member: networks are made of all layers, and {absent or 'the dimension layer'} is left out")
     widths, teacher_widths = experiment.layout.widths, experiment.layout.teacher_widths
     inputs = experiment.layout.input_width
     law, taught = experiment.student, experiment.teacher

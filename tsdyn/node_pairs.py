@@ -47,10 +47,7 @@ def epsilon(weight: Array, bias: Array, weight_2: Array, bias_2: Array) -> Array
     cosine = w @ library.swapaxes(w_2, -1, -2)
     # a node at a time: all pairs at once would take as many numbers as there are pairs times inputs
     sine = library.stack(
-        [
-            library.linalg.norm(w_2 - cosine[..., j, :, None] * w[..., j, None, :], axis=-1)
-            for j in range(w.shape[-2])
-        ],
+        [library.linalg.norm(w_2 - cosine[..., j, :, None] * w[..., j, None, :], axis=-1) for j in range(w.shape[-2])],
         axis=-2,
     )
     b_2 = b_2[..., None, :]

@@ -94,8 +94,7 @@ def checked(
         raise ValueError(f"{caller}: R has shape {tuple(r.shape)}; it is (node, teacher_node)")
     nodes, teacher_nodes = r.shape[-2:]
     outgoing = [
-        torch.ones(n, dtype=torch.float64) if x is None else _tensor(x)
-        for x, n in ((v, nodes), (A, teacher_nodes))
+        torch.ones(n, dtype=torch.float64) if x is None else _tensor(x) for x, n in ((v, nodes), (A, teacher_nodes))
     ]
     wanted = {"Q": (nodes, nodes), "T": (teacher_nodes, teacher_nodes), "v": (nodes,), "A": (teacher_nodes,)}
     for (name, shape), x in zip(wanted.items(), (q, t, *outgoing), strict=True):
