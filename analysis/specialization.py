@@ -113,7 +113,7 @@ def _recorded(archive: xr.Dataset) -> xr.DataArray:
 
 
 def counted(values: xr.DataArray, archive: xr.Dataset) -> xr.DataArray:
-    """`values` of living members, with 0 in the place of NaN where the student is `silent`; no teacher node is found."""
+    """`values` of living members, with 0 for NaN where the student is `silent`: it finds no teacher node."""
     none = silent(archive)
     if "teacher_node" in values.dims and "teacher_width" in archive.coords:
         none = none & (archive["teacher_node"] < archive["teacher_width"])

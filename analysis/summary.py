@@ -39,7 +39,7 @@ def _over_present(statistic: Callable[[NDArray], NDArray], values: NDArray, *end
     for position, pattern in enumerate(patterns):
         rows = gappy[member.ravel() == position]
         found[rows] = statistic(flat[rows][:, pattern])
-    return found.reshape(*values.shape[:-1], *ends)
+    return found.reshape((*values.shape[:-1], *ends))
 
 
 def present(values: NDArray) -> NDArray:
@@ -95,7 +95,7 @@ def student_interval(values: NDArray, confidence: float) -> NDArray:
 
 
 def _rank(n: NDArray, confidence: float) -> NDArray:
-    """Largest k with P[x_(k) ≤ median ≤ x_(n+1−k)] = 1 − 2 P[Bin(n, ½) < k] ≥ `confidence`, counted from 1; 0 for none."""
+    """Largest k with P[x_(k) ≤ median ≤ x_(n+1−k)] = 1 − 2 P[Bin(n, ½) < k] ≥ `confidence`, or 0 for none."""
     k = np.zeros_like(n)
     for candidate in range(1, int(n.max(initial=0)) // 2 + 1):
         k = np.where((candidate <= n / 2) & (_level(n, np.full_like(n, candidate)) >= confidence), candidate, k)
@@ -114,7 +114,7 @@ def median_interval(values: NDArray, confidence: float) -> NDArray:
     """
     k = _rank(present(values), confidence)
     ordered = np.sort(values, axis=-1)  # NaN last
-    last = np.maximum(present(values) - k, 0)
+    last = np.clip(present(values) - k, 0, values.shape[-1] - 1)
     ends = [np.take_along_axis(ordered, at.astype(int)[..., None], -1)[..., 0] for at in (np.maximum(k - 1, 0), last)]
     return np.where((k > 0)[..., None], np.stack(ends, -1), np.nan)
 
@@ -199,7 +199,7 @@ def summarise(
 def interval(
     array: xr.DataArray, *, over: str = "seed", statistic: str = "mean", confidence: float = 0.95
 ) -> xr.DataArray:
-    """Confidence interval of the mean or median over seeds, (..., bound) with bound ``low`` and ``high``; lazy as `array`.
+    """Interval of the mean or median over seeds, (..., bound) with bounds ``low`` and ``high``; lazy as `array`.
 
     ``mean``: Student's t, exact for normal values, NaN for fewer than two.  ``median``: order statistics, for any law;
     they attain some levels only, so the coordinate ``level`` says which, `confidence` at least (31/32 of six for 95 %);

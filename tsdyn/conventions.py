@@ -50,8 +50,8 @@ class Online:
         if self.outgoing is None:
             raise ValueError(
                 "convention: the second layer is the networks' own here, drawn or learned; take v and A from "
-                "tsdyn.analysis.order_parameters.order_parameters(ds) or flow.overlaps(student, teacher), or give them, "
-                "convention(..., v=..., A=...)"
+                "tsdyn.analysis.order_parameters.order_parameters(ds) or flow.overlaps(student, teacher), or give "
+                "them, convention(..., v=..., A=...)"
             )
         return self.outgoing
 

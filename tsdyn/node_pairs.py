@@ -76,7 +76,7 @@ def overlap(weight: Array, weight_2: Array) -> Array:
 
 
 def best_match(score: NDArray) -> NDArray:
-    """(..., teacher_node, node) → (..., teacher_node): the largest score of any student node; NaN only where all are."""
+    """(..., teacher_node, node) → (..., teacher_node): the largest score of any student node; or NaN."""
     largest: NDArray = np.fmax.reduce(score, axis=-1)  # np.nanmax would warn where all are NaN
     return largest
 
