@@ -14,6 +14,7 @@ from tsdyn.analysis.identity import per_point
 from tsdyn.analysis.lift import lift
 
 from tsdyn import layer as one_layer
+from tsdyn.archive import lowest_layer
 from tsdyn.node_pairs import epsilon, regular, separation
 from tsdyn.schema import TIAN, VARIABLES
 
@@ -43,7 +44,7 @@ def _lowest(archive: xr.Dataset, names: tuple[str, ...]) -> xr.Dataset:
         if "layer" in part.coords and int(part["layer"]) != 1:
             raise ValueError(f"alignment: of the lowest layer, not of layer {int(part['layer'])}")
     else:
-        part = one_layer(part, 1)
+        part = one_layer(part, lowest_layer(part))
     if "input_node" in part.dims and "input_width" in part.coords:
         part = part.isel(input_node=slice(0, int(part["input_width"].max())))
         weights = {n: w for n, w in part.data_vars.items() if "input_node" in w.dims}

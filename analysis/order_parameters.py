@@ -17,6 +17,7 @@ from tsdyn.analysis.identity import per_point
 from tsdyn.analysis.lift import lift
 
 from tsdyn import layer as one_layer
+from tsdyn.archive import lowest_layer
 from tsdyn.node_pairs import FIELDS, overlap
 from tsdyn.schema import SAAD
 
@@ -46,7 +47,7 @@ def _weights(archive: xr.Dataset, caller: str) -> tuple[xr.DataArray, xr.DataArr
         )
     low = archive[["weight", "teacher_weight"]]
     if "layer" in low.dims:
-        low = one_layer(low, 1)
+        low = one_layer(low, lowest_layer(low))
     elif "layer" in low.coords and int(low["layer"]) != 1:
         raise ValueError(f"{caller}: of the lowest layer, not of layer {int(low['layer'])}")
     lost = [d for d, n in (("node", "weight"), ("teacher_node", "teacher_weight")) if d not in low[n].dims]

@@ -210,8 +210,8 @@ def polish(
     """Newton's method from near a stationary point to |∇|_∞ ≤ `tolerance`, whatever the point's index.
 
     Steps are limited to a tenth of 1 + the point's norm, leave out eigenvectors whose eigenvalue is zero by rounding
-    or symmetry and are halved until the gradient falls.  A member that would move further than `within` times 1 + its
-    norm in all is ``not stationary`` and stays where it began: the point found is the one at hand, not a better one.
+    or symmetry and are halved until the gradient falls.  No member moves further than `within` times 1 + its norm in all;
+    one that is not stationary there is ``not stationary`` and stays where it began: the point found is the one at hand, not a better one.
 
     An eigenvalue counts as nonzero by Kantorovich's condition: the Hessian may change by less than half of it over the
     Newton step that is left.  So a minimum may be soft (one neuron against 16: 8e-8 of the largest), while x⁴ at 0 and
@@ -265,7 +265,7 @@ def _polished(loss: Loss, begin: Tensor, tolerance: float, within: float) -> Pol
 
 
 def _newton_path(loss: Loss, begin: Tensor, tolerance: float, within: float) -> tuple[Tensor, Tensor]:
-    """Where Newton's steps end, and the gradient there; where each began, if they leave its neighbourhood."""
+    """Where Newton's steps end, and the gradient there; where each began, if it is sought beyond the neighbourhood."""
     point, gradient = begin.clone(), loss.gradient(begin)
     start, reach = gradient.clone(), within * (1 + begin.norm(dim=-1))
     away = torch.zeros_like(reach, dtype=torch.bool)
@@ -278,12 +278,14 @@ def _newton_path(loss: Loss, begin: Tensor, tolerance: float, within: float) -> 
             break
         step = _limited(_Newton(loss, point[index], gradient[index]).step, point[index])
         moved, better, improved = _halved(loss, point[index], step, gradient[index])
-        away[index] = (moved - begin[index]).norm(dim=-1) > reach[index]
-        point[index], gradient[index] = moved, better
+        gone = (moved - begin[index]).norm(dim=-1) > reach[index]
+        away[index] = gone
+        point[index[~gone]], gradient[index[~gone]] = moved[~gone], better[~gone]
         done = better.abs().amax(-1) <= tolerance
-        pending[index] = improved & ~last[index] & ~away[index]
+        pending[index] = improved & ~last[index] & ~gone
         last[index] = done
-    return torch.where(away[:, None], begin, point), torch.where(away[:, None], start, gradient)
+    lost = (away & ~(gradient.abs().amax(-1) <= tolerance))[:, None]  # along a channel every point may be stationary
+    return torch.where(lost, begin, point), torch.where(lost, start, gradient)
 
 
 class _Newton:
