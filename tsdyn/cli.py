@@ -298,7 +298,11 @@ def audit(directory: Directory) -> None:
     from tsdyn.analysis.report import audit_rows
 
     table = Table("claim", "members", "largest margin", "what is checked, or what it needs")
-    for row in audit_rows(measure(archive.open(directory))):
+    try:
+        rows = audit_rows(measure(archive.open(directory)))
+    except (ValueError, KeyError) as error:
+        raise DirectoryError(f"{directory}: {error.args[0] if error.args else error}") from error
+    for row in rows:
         table.add_row(*map(_plain, row))
     Console().print(table)
     print("margin: conclusion over bound, at most 1 where it holds; unmet: the hypothesis is not, so nothing is tested")

@@ -103,6 +103,8 @@ def opened(path: Path, *, skip_damaged: bool = False, upto: float = -1.0) -> xr.
     if not path.exists():
         raise DirectoryError(f"{path}: does not exist; runs are made by `tsdyn run EXPERIMENT.toml -o {path}`")
     sources = Headers(path, upto).committed(".", lambda: Experiment.from_toml(path / EXPERIMENT))
+    if not sources and any((path / name).exists() for name in ("zarr.json", ".zgroup", ".zmetadata")):
+        raise DirectoryError(f"{path}: is a zarr store; open it by xarray.open_zarr({str(path)!r})")
     if not sources:
         raise DirectoryError(f"{path}: holds no archive and no committed epoch; finish it with `tsdyn run`")
     return _whole({(): sources}, ()).assign_attrs(sources[0].own)
