@@ -27,7 +27,7 @@ from tsdyn.segments import ARCHIVE, segments
 INDEX = "index.json"
 _INDEX = re.compile(rb'\{"sha256": "([0-9a-f]{64})", "kept": (.*)\}', re.DOTALL)
 #: Of a file's attributes, those that are its run's own.
-OWN = ("experiment", "name", "digest", "created", "coordinates")
+OWN = ("experiment", "name", "digest", "created", "coordinates", "input_sha256", "history")
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import xarray as xr
 
-from tsdyn import archive, flowtraining, memory, schema
+from tsdyn import archive, data, flowtraining, inputs, memory, schema
 from tsdyn._version import __version__
 from tsdyn.archive import ArchiveError, Run
 from tsdyn.costs import COMMIT_BYTES, Footprint, footprint
@@ -32,8 +32,10 @@ from tsdyn.training import Rule
 COMMIT_SECONDS = 2.0
 #: ... or this share of the run so far if that is more, so that a run of days has hundreds of segments and not 100,000,
 #: ... and not before all commits together keep this share, so that a slow disk takes no more either; but once the
-#: records hold COMMIT_BYTES at the latest.
+#: records hold COMMIT_BYTES at the latest, ...
 COMMIT_SHARE = 0.01
+#: ... or after so long, which is what a power cut can cost; if a commit takes long itself, after so many times that.
+LONGEST_SECONDS, LONGEST_TIMES = 60.0, 30
 _SMALLER = "train fewer seeds a directory (seeds = [0, 1, ...]) or on less data (data.train, data.eval)"
 _log = logging.getLogger("tsdyn")
 
@@ -85,7 +87,7 @@ def run(
         DeviceError: if there is no such device.
         ExperimentError: if the teacher cannot be drawn as asked.
         MemoryError: if the members would not fit, before any is drawn.
-        Stopped: after SIGINT or SIGTERM, once the epoch in work is committed.
+        Stopped: after SIGINT, SIGTERM, SIGHUP, SIGXCPU or SIGUSR1, once the epoch in work is committed.
     """
     path = archive.local_path(path)
     try:
@@ -161,11 +163,13 @@ class _Point:
         self.path, self.members = path, members
         self._target, self._progress, self._experiment = target, progress, members.experiment
         self._variables = schema.expand(self._experiment.record.observables)
-        self._attrs = attributes(self._experiment, members.device)
+        self._inputs = inputs.digests(self._experiment)
+        self._attrs = attributes(self._experiment, members.device) | {inputs.ATTRIBUTE: json.dumps(self._inputs)}
         self._schedule = set(self._experiment.schedule)
         self._pending: list[dict[str, Any]] = []
         self._epochs: list[int] = []
         self._first = 0
+        self._read = False
         self.died: list[int] = []  #: seeds that did in the epoch that ended
 
     def begin(self) -> int:
@@ -174,10 +178,29 @@ class _Point:
         if committed is not None:
             state, before = self._target.state()
             _say_what_changed(self._target.path, before, self._attrs)
+            self._refuse_other_inputs(before)
             self.members.restore(_of_this_shape(self._target.path, state, self.members))
             self._first = committed + 1
         self.members.draw()  # what cannot be drawn fails by itself
         return self._first
+
+    def _refuse_other_inputs(self, before: Mapping[str, Any]) -> None:
+        kept = inputs.kept(before)
+        if kept is None and self._inputs:
+            _log.warning(
+                "%s: its committed epochs keep no checksums of %s; whether these are what they were is not known",
+                self._target.path,
+                ", ".join(self._inputs),
+            )
+        inputs.refuse_other(self._target.path, self._experiment, kept or {}, self._inputs)
+
+    def _refuse_changed_inputs(self) -> None:
+        """All were read by the first commit; images that are moved anew are read at every epoch."""
+        again = not self._experiment.data.drawn and data.new_at_every_step(self._experiment)
+        due = self._inputs if not self._read else {k: v for k, v in self._inputs.items() if again and "data" in k}
+        if due:
+            inputs.refuse_other(self._target.path, self._experiment, due, inputs.digests(self._experiment))
+        self._read = True
 
     def measure(self, epoch: int) -> None:
         """Record the epoch if it is due to be, and tell of it."""
@@ -194,6 +217,7 @@ class _Point:
         return len(self._pending) * self._target.bytes_per_epoch
 
     def commit(self, epoch: int) -> None:
+        self._refuse_changed_inputs()
         records = _along_epochs(self._pending) if self._pending else {}
         constants = self.members.constants() if self._first == 0 else {}
         state = self.members.state()
@@ -231,6 +255,7 @@ def _train(points: list[_Point], start: int, asked: Callable[[], int | None], fa
     last = points[0].members.experiment.training.epochs
     began = clock = time.monotonic()
     took = spent = 0.0
+    slow = False
     together = Together([point.members for point in points]) if len(points) > 1 and start <= last else None
     for epoch in range(start, last + 1):
         if epoch:
@@ -245,6 +270,9 @@ def _train(points: list[_Point], start: int, asked: Callable[[], int | None], fa
             clock = time.monotonic()
             took = clock - now
             spent += took
+            if not slow and took > LONGEST_SECONDS / LONGEST_TIMES:
+                slow = True
+                _say_slow(points[0].path, took)
             stop_if_asked()
         if not going:
             return
@@ -256,10 +284,25 @@ def _train(points: list[_Point], start: int, asked: Callable[[], int | None], fa
 def _due(elapsed: float, since: float, took: float, spent: float) -> bool:
     """Whether to commit, seconds into the run and since the last commit, which took `took`, and all so far `spent`.
 
-    This one and the run's last, which comes whatever it costs, are to keep the share.
+    This one and the run's last, which comes whatever it costs, are to keep the share, but for the bound on how long
+    nothing is committed.
     """
     waited = since >= max(COMMIT_SECONDS, COMMIT_SHARE * elapsed)
-    return COMMIT_SECONDS == 0 or (waited and spent + 2 * took <= COMMIT_SHARE * elapsed)
+    affordable = spent + 2 * took <= COMMIT_SHARE * elapsed
+    return COMMIT_SECONDS == 0 or (waited and affordable) or since >= _longest(took)
+
+
+def _longest(took: float) -> float:
+    """Seconds after which a commit is due whatever it costs, the last of which took `took`."""
+    return max(LONGEST_SECONDS, LONGEST_TIMES * took)
+
+
+def _say_slow(path: Path, took: float) -> None:
+    _log.warning(
+        "%s: a commit takes %.0f s here, so up to %.0f s of work are between two, instead of %.0f; a quicker disk, or "
+        "recording less often (record.every), makes it less",
+        path, took, _longest(took), LONGEST_SECONDS,
+    )  # fmt: skip
 
 
 def _of_this_shape(path: Path, stored: dict[str, np.ndarray], members: Members) -> dict[str, np.ndarray]:
