@@ -18,6 +18,7 @@ RANKS = {
     "experiment": 0,
     "durable": 0,
     "interrupts": 0,
+    "terminal": 0,
     "points": 0,
     "lock": 1,
     "netcdf": 1,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import sys
 import time
@@ -22,6 +23,7 @@ from tsdyn.durable import refuse_link
 from tsdyn.experiment import Experiment, ExperimentError
 from tsdyn.schema import COORDINATES
 from tsdyn.schema import printable as _printable
+from tsdyn.terminal import make_lenient
 
 if TYPE_CHECKING:
     from tsdyn.costs import Cost
@@ -56,9 +58,30 @@ Directory = Annotated[str, typer.Argument(metavar="DIR", help="A run, a sweep or
 
 
 def main() -> None:
-    """Entry point: errors in one reading, no traceback; exit 0, 1 (the run failed) or 2 (the request is wrong)."""
-    with _errors():
-        app()
+    """Entry point: errors in one reading, no traceback; exit 0, 1 (the run failed) or 2 (the request is wrong).
+
+    What cannot be printed is dropped: of a run the report, which it does not need; of other commands it is said, unless
+    the reader closed the pipe.
+    """
+    _reported.clear()
+    before = sys.stdout, sys.stderr
+    out, complaints = make_lenient()
+    try:
+        with _errors():
+            app()
+    except SystemExit as end:
+        out.flush()
+        if not end.code and out.lost is not None and out.lost.errno not in (errno.EPIPE, None) and not _reported:
+            _fail(f"standard output: {out.lost.strerror}; what was to be printed is incomplete", FAILED)
+        raise
+    finally:
+        out.abandon()
+        complaints.abandon()
+        sys.stdout, sys.stderr = before
+
+
+#: Whether what is printed is the report of work that was done all the same.
+_reported: list[bool] = []
 
 
 @contextmanager
@@ -363,6 +386,7 @@ def _run(
 ) -> None:
     from tsdyn import runner, sweep
 
+    _reported.append(True)
     shared: dict[str, Any] = {"device": device, "workers": workers, "scheduler": scheduler, "together": together}
     try:
         if scheduler is None:

@@ -23,6 +23,10 @@ _NO_FLOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 _log = logging.getLogger("tsdyn.archive")
 
 
+class HeldError(ArchiveError):
+    """Another process is writing there."""
+
+
 class Lock:
     """An exclusive claim on a directory, held from `acquire` to `release`.
 
@@ -53,6 +57,17 @@ class Lock:
                 raise refused(self.path, error) from error
             self._exclusive_file()
         return self
+
+    def wait(self, seconds: float) -> Lock:
+        """`acquire`, tried for so long: for what others hold for a moment."""
+        until = time.monotonic() + seconds
+        while True:
+            try:
+                return self.acquire()
+            except HeldError:
+                if time.monotonic() >= until:
+                    raise
+                time.sleep(0.05)
 
     def __enter__(self) -> Lock:
         return self.acquire()
@@ -143,8 +158,8 @@ class Lock:
         }
         return json.dumps(owner).encode()
 
-    def _held(self, holder: dict[str, Any]) -> ArchiveError:
-        return ArchiveError(
+    def _held(self, holder: dict[str, Any]) -> HeldError:
+        return HeldError(
             f"{self.path.parent}: another process is writing here ({_described(holder)}); wait for it, or give another "
             "directory with -o"
         )

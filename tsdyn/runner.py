@@ -210,7 +210,11 @@ class _Point:
             self._epochs.append(epoch)
         if self._progress is not None:
             mse = _mean_mse(self._pending[-1]) if recorded else None
-            self._progress(epoch, self._experiment.training.epochs, self.died, mse)
+            try:
+                self._progress(epoch, self._experiment.training.epochs, self.died, mse)
+            except (OSError, UnicodeError) as error:  # of printing: a closed pipe, a full disk, a narrow encoding
+                self._progress = None
+                _log.warning("%s: goes on, without telling of its epochs: %s", self.path, error)
 
     @property
     def pending_bytes(self) -> int:
