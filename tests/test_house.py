@@ -66,6 +66,8 @@ RANKS = {
     "observables": 3,
     "members": 4,
     "costs": 5,
+    "provenance": 1,
+    "diagnosis": 2,
     "runner": 5,
     "sweep": 6,
     "cli": 7,

@@ -94,6 +94,10 @@ def _errors() -> Iterator[None]:
         _fail(error, FAILED)
     except OSError as error:
         _fail(f"{error}; what was committed is intact", FAILED)
+    except RuntimeError as error:
+        if "allocate memory" not in str(error) and "out of memory" not in str(error):
+            raise
+        _fail(f"no memory is left ({str(error).splitlines()[0]}); what was committed is intact", FAILED)
 
 
 class _Unavailable(Exception):
@@ -198,7 +202,7 @@ def run_study(
 @app.command()
 def show(directory: Directory) -> None:
     """What is in there, in one screen."""
-    from tsdyn import archive
+    from tsdyn import archive, provenance
 
     ds = archive.open(directory)
     console = Console()
@@ -224,6 +228,8 @@ def show(directory: Directory) -> None:
     if "death_epoch" in ds.coords:
         dead = int((ds["death_epoch"] >= 0).sum())
         rows["died"] = f"{dead} members became NaN or infinite" if dead else "no member became NaN or infinite"
+    for position, line in enumerate(provenance.lines(ds.attrs)):
+        rows["history" if not position else f"history {position + 1}"] = line
     for key, value in rows.items():
         facts.add_row(_plain(key), _plain(value))
     console.print(facts)
@@ -352,6 +358,22 @@ def repair(directory: Directory) -> None:
         print(f"{directory}: nothing to repair")
 
 
+@app.command()
+def doctor(
+    directory: Annotated[str, typer.Argument(metavar="[DIR]", help="Where runs are to be written.")] = ".",
+) -> None:
+    """What this machine and a directory mean for numbers, speed and files; exit 1 if something is bad."""
+    from tsdyn import diagnosis
+
+    bad = False
+    for finding in diagnosis.diagnose(local_path(directory)):
+        bad |= finding.verdict == "bad"
+        print(_printable(f"{finding.verdict:4}  {finding.subject}: {finding.found}".replace("\n", " ")))
+        print(_printable(f"      {finding.meaning}".replace("\n", " ")), flush=True)
+    if bad:
+        raise typer.Exit(FAILED)
+
+
 def _study(name: str) -> Any:
     from tsdyn import studies
 
@@ -367,12 +389,13 @@ def _assignment(text: str, option: str = "--set") -> tuple[str, Any]:
     if not sign or not key:
         example = {"--set": "training.epochs=5", "--select": "seed=0"}[option]
         raise ExperimentError(f"{option} {text}: write KEY=VALUE, e.g. {option} {example}")
+    value = value.strip()
     try:
         return key.strip(), tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
-        if re.fullmatch(r"[A-Za-z/.][\w./ -]*", value.strip()):
-            return key.strip(), value.strip()
-        raise ExperimentError(f"{option} {text}: {value!r} is not a TOML value") from None
+    except (ValueError, RecursionError):
+        if value and value.isprintable() and value[0] not in "[{\"'#=" and len(value) < 4096:
+            return key.strip(), value  # a word, or a path whatever it begins with; the key says whether it takes one
+        raise ExperimentError(f"{option} {text[:80]}: {value[:80]!r} is not a TOML value") from None
 
 
 def _run(

@@ -72,12 +72,22 @@ def refused(path: Path, error: BaseException, needed: int = 0) -> ArchiveError:
         free = shutil.disk_usage(path.parent).free
     if reason is None and free is not None and free < needed + MARGIN:
         reason = _REASONS[errno.ENOSPC]
-    if reason == _REASONS[errno.ENOSPC] and free is not None:
+    if reason == _REASONS[errno.ENOSPC] and free is not None and free >= needed + MARGIN:
+        reason = f"no space left for {_what_is_used_up(path.parent)}, though {free / 1e6:.1f} MB are free"
+    elif reason == _REASONS[errno.ENOSPC] and free is not None:
         reason += f": {(needed + MARGIN) / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free"
     return ArchiveError(
         f"{path}: cannot be written: {reason or error}; what was committed is intact: put this right and run the same "
         "command again to go on"
     )
+
+
+def _what_is_used_up(folder: Path) -> str:
+    with suppress(OSError):
+        found = os.statvfs(folder)
+        if found.f_files and not found.f_favail:
+            return f"another file: all {found.f_files} inodes are used"
+    return "it: a quota or what is kept for the administrator"
 
 
 def sync_directory(path: Path) -> None:

@@ -58,6 +58,11 @@ class Lock:
             self._exclusive_file()
         return self
 
+    @property
+    def of_the_kernel(self) -> bool:
+        """Whether it is flock that is held, and not the file."""
+        return self._handle is not None
+
     def wait(self, seconds: float) -> Lock:
         """`acquire`, tried for so long: for what others hold for a moment."""
         until = time.monotonic() + seconds

@@ -6,12 +6,9 @@ import datetime
 import json
 import logging
 import os
-import platform
-import subprocess
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +16,7 @@ import numpy as np
 import torch
 import xarray as xr
 
-from tsdyn import archive, data, flowtraining, inputs, memory, schema
-from tsdyn._version import __version__
+from tsdyn import archive, data, flowtraining, inputs, memory, provenance, schema
 from tsdyn.archive import ArchiveError, Run
 from tsdyn.costs import COMMIT_BYTES, Footprint, footprint
 from tsdyn.experiment import Experiment
@@ -175,12 +171,17 @@ class _Point:
     def begin(self) -> int:
         """The first epoch to do; goes on from what is committed."""
         committed = self._target.committed()
+        before: Mapping[str, Any] = {}
         if committed is not None:
             state, before = self._target.state()
             _say_what_changed(self._target.path, before, self._attrs)
             self._refuse_other_inputs(before)
             self.members.restore(_of_this_shape(self._target.path, state, self.members))
             self._first = committed + 1
+        if self._first <= self._experiment.training.epochs:
+            self._attrs |= {provenance.HISTORY: provenance.extended(before, self._attrs, self._first)}
+        elif provenance.HISTORY in before:
+            self._attrs |= {provenance.HISTORY: before[provenance.HISTORY]}
         self.members.draw()  # what cannot be drawn fails by itself
         return self._first
 
@@ -324,12 +325,10 @@ def _of_this_shape(path: Path, stored: dict[str, np.ndarray], members: Members) 
 
 
 def _say_what_changed(path: Path, before: Mapping[str, Any], attrs: Mapping[str, Any]) -> None:
-    """Bits are promised for the same device, threads and versions; where these changed, the log says so."""
-    changed = [
-        f"{key} {before.get(key)} before, {attrs[key]} now"
-        for key in ("device", "threads", "torch_version", "numpy_version", "tsdyn_version")
-        if before.get(key) != attrs[key]
-    ]
+    """Bits are promised for the same device, threads, versions, engine and processor; where these changed, the log says
+    so.
+    """
+    changed = provenance.changed(before, attrs)
     if changed:
         _log.warning("%s: goes on elsewhere than it began (%s): bits may differ", path, "; ".join(changed))
 
@@ -368,14 +367,8 @@ def attributes(experiment: Experiment, device: str) -> dict[str, str | int]:
         "name": experiment.name,
         "digest": experiment.digest,
         "schema_version": schema.VERSION,
-        "tsdyn_version": __version__,
-        "torch_version": torch.__version__,
-        "numpy_version": np.__version__,
-        "python_version": platform.python_version(),
-        "device": device if device == "cpu" else torch.cuda.get_device_name(device),
+        **provenance.facts(device),
         "dtype": experiment.dtype,
-        "threads": torch.get_num_threads(),
-        "git_commit": _git_commit(),
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "conventions": json.dumps(
             {
@@ -413,20 +406,3 @@ def _loss_convention(experiment: Experiment) -> str:
 def _batch_norm_convention(experiment: Experiment) -> str:
     place = experiment.student.batch_norm
     return place if place == "none" else f"{place} the activation; training mode in training, evaluation mode measured"
-
-
-@cache
-def _git_commit() -> str:
-    """Commit of the checkout this code runs from, ``unknown`` for an installed wheel."""
-    try:
-        here = Path(__file__).resolve().parent
-        answer = subprocess.run(
-            ["git", "-C", str(here), "rev-parse", "HEAD"],
-            capture_output=True,
-            text=True,
-            timeout=5,
-            check=False,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return answer.stdout.strip() or "unknown"

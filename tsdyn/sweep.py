@@ -202,10 +202,12 @@ def run(
         return {n: (point(places[n], len(points), n, left[n]) if point else None) or progress for n in names}
 
     def ended(name: str, reason: str | None) -> None:
+        if reason is not None and reason.startswith(_HELD) and experiment.sweep:
+            held.add(name)
+            return
         if reason is not None:
-            failures[name] = reason
-        if name not in held:
-            keeper.note(name)
+            failures[name] = reason.removeprefix(_HELD)
+        keeper.note(name)
 
     if together is None:
         together = device != "cpu"
@@ -219,20 +221,14 @@ def run(
                 groups = companies(left, busy, room // 2 // (at_once or 1))  # those elsewhere have memory of their own
             tell = telling(left)
             for name, reason in _on_workers(client, groups, path, device, tell, at_once or len(left), asked):
-                if reason == HELD and experiment.sweep:
-                    held.add(name)
-                ended(name, None if name in held else reason)
+                ended(name, reason)
     elif left:
         for group in companies(left, 1, memory.free(device) // 2) if together else _apart(left):
             reports = {path / name: report for name, report in telling(group).items()}
             paths = {path / name: single for name, single in group.items()}
             failed = runner.run_together(paths, device=device, progress=reports)
             for name in group:
-                error = failed.get(path / name)
-                if isinstance(error, HeldError) and experiment.sweep:
-                    held.add(name)
-                    continue
-                ended(name, None if error is None else _reason(error))
+                ended(name, _reason(failed[path / name]) if path / name in failed else None)
     if held:
         _log.warning("%s: %d of %d points are being written by other processes", path, len(held), len(points))
     if experiment.sweep:
@@ -242,13 +238,13 @@ def run(
     return archive.open(path)
 
 
-#: What a worker says of a point that another process is writing.
-HELD = "held"
+#: How the reason begins why a point was left out that another process is writing.
+_HELD = "held: "
 
 
 def _reason(error: BaseException) -> str:
     if isinstance(error, HeldError):
-        return HELD
+        return f"{_HELD}{error}"
     return f"{type(error).__name__}: {error}" if not isinstance(error, (ArchiveError, ValueError)) else str(error)
 
 
