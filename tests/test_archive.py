@@ -186,7 +186,9 @@ def test_commits_keep_their_share_of_a_run_and_are_never_far_apart(cost, whole):
     assert spent <= max(runner.COMMIT_SHARE * clock, 2 * cost) + clock * cost / longest
     # as often as that allows, or as time does: every 2 s, after 200 s every hundredth of the run, after 6000 s 60 s
     share = runner.COMMIT_SHARE
-    often = [min(1 / max(2.2, min(share * t, 60.1)), max(share / cost, 1 / (longest + cost + 0.1))) for t in range(whole)]
+    often = [
+        min(1 / max(2.2, min(share * t, 60.1)), max(share / cost, 1 / (longest + cost + 0.1))) for t in range(whole)
+    ]
     assert count >= 0.9 * sum(often) - 3
 
 

@@ -25,9 +25,17 @@ def quick(monkeypatch):
 
 def test_it_looks_at_everything_and_leaves_nothing(tmp_path):
     found = findings(tmp_path)
-    assert {"threads", "BLAS", "denormals", "TF32", "memory, of the machine", "disk", "commit", "locks", "compiled step"} <= {
-        *found
-    }
+    assert {
+        "threads",
+        "BLAS",
+        "denormals",
+        "TF32",
+        "memory, of the machine",
+        "disk",
+        "commit",
+        "locks",
+        "compiled step",
+    } <= {*found}
     assert all(finding.meaning and finding.found for finding in found.values())
     assert not any(tmp_path.iterdir())
     if shutil.which("c++"):

@@ -282,13 +282,13 @@ def test_cropped_batches_do_not_depend_on_how_many_are_drawn_at_once(tmp_path):
 
 def read_or_refuse(reader, path):
     """Whether it was read; a refusal names the file in one line."""
+    said = ""
     try:
         reader(path)
     except DataError as error:
-        assert str(path) in str(error)
-        assert len(str(error).splitlines()) == 1
-        return False
-    return True
+        said = str(error)
+    assert not said or (str(path) in said and len(said.splitlines()) == 1)
+    return not said
 
 
 @pytest.mark.parametrize("name", ["a.npy", "a.npz", "compressed.npz", "a.gz"])

@@ -96,7 +96,9 @@ def test_a_missing_input_file_is_refused_on_resume(tmp_path):
     experiment = of_files(tmp_path)
     tsdyn.run(experiment, tmp_path / "run")
     (tmp_path / "teacher.pt").unlink()
-    with pytest.raises(ArchiveError, match=r"teacher\.path: .*SHA-256 [0-9a-f]{64} of the committed epochs, missing now"):
+    with pytest.raises(
+        ArchiveError, match=r"teacher\.path: .*SHA-256 [0-9a-f]{64} of the committed epochs, missing now"
+    ):
         tsdyn.run(experiment.replace({"training.epochs": 4}), tmp_path / "run")
 
 
@@ -106,7 +108,9 @@ def test_epochs_without_checksums_are_gone_on_with_and_that_is_said(tmp_path, ca
         patch.setattr(inputs, "ATTRIBUTE", "of_an_earlier_version")
         tsdyn.run(experiment, tmp_path / "run")
     tsdyn.run(experiment.replace({"training.epochs": 3}), tmp_path / "run")
-    assert "its committed epochs keep no checksums of teacher.path, student.path, data.path, data.eval_path" in caplog.text
+    assert (
+        "its committed epochs keep no checksums of teacher.path, student.path, data.path, data.eval_path" in caplog.text
+    )
 
 
 def test_a_file_that_changes_between_reading_and_the_first_commit_is_refused(tmp_path):

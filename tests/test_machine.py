@@ -16,6 +16,7 @@ import dask
 import numpy as np
 import psutil
 import pytest
+import torch
 import xarray as xr
 from distributed import Client, LocalCluster, Security
 
@@ -40,7 +41,12 @@ def shell(script, folder, **more):
     """Run by sh with ``$tsdyn``; (exit code, what it said)."""
     environment = {**os.environ, "tsdyn": TSDYN, **more}
     done = subprocess.run(
-        ["bash", "-o", "pipefail", "-c", script], cwd=folder, env=environment, capture_output=True, timeout=300, check=False
+        ["bash", "-o", "pipefail", "-c", script],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        timeout=300,
+        check=False,
     )
     return done.returncode, done.stdout, done.stderr
 
@@ -117,7 +123,10 @@ def test_a_reader_that_has_enough_is_no_error(file, tmp_path):
     code, out, err = shell('"$tsdyn" show run | head -n 1', tmp_path)
     assert (code, err, out.count(b"\n")) == (0, b"", 1)
     code, _, err = shell('"$tsdyn" show run > /dev/full', tmp_path)
-    assert (code, err) == (1, b"tsdyn: standard output: No space left on device; what was to be printed is incomplete\n")
+    assert (code, err) == (
+        1,
+        b"tsdyn: standard output: No space left on device; what was to be printed is incomplete\n",
+    )
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
@@ -149,28 +158,34 @@ def reached(address, **how):
         return False
 
 
+def answers(port, page):
+    """Whether a browser sees anything there."""
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 5) as plain:
+        plain.settimeout(3)
+        plain.sendall(f"GET /{page} HTTP/1.0\r\n\r\n".encode())
+        return b" 200 " in plain.recv(100)
+    return False
+
+
 def test_nobody_without_the_certificate_reaches_a_sweep_s_workers(tmp_path):
     """On every port that is open: not plainly, not with a certificate of their own; and there is no dashboard."""
     experiment = small(sweep=GRID, **FEW | {"training__epochs": 100_000})
     (tmp_path / "sweep.toml").write_text(experiment.to_toml(), encoding="utf-8")
     words = [TSDYN, "run", "sweep.toml", "-o", "sweep", "--workers", "1"]
     found, stranger = {}, Security.temporary()
-    with subprocess.Popen(words, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as command:
+    with subprocess.Popen(words, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as sweeping:
         try:
-            command.stderr.readline()  # an epoch was told of: all is up
-            drain = threading.Thread(target=command.stderr.read)
+            sweeping.stderr.readline()  # an epoch was told of: all is up
+            drain = threading.Thread(target=sweeping.stderr.read)
             drain.start()
-            for port in listening(psutil.Process(command.pid)):
-                with socket.create_connection(("127.0.0.1", port), 5) as plain:
-                    plain.settimeout(5)
-                    plain.sendall(b"GET / HTTP/1.0\r\n\r\n")
-                    with contextlib.suppress(OSError):
-                        found[port, "http"] = plain.recv(100).startswith(b"HTTP")
+            for port in listening(psutil.Process(sweeping.pid)):
+                for page in ("", "status", "info/main/workers.html", "json/counts.json", "metrics", "health"):
+                    found[port, page] = answers(port, page)
                 found[port, "tcp"] = reached(f"tcp://127.0.0.1:{port}")
                 found[port, "tls"] = reached(f"tls://127.0.0.1:{port}", security=stranger)
         finally:
-            command.terminate()
-            assert command.wait(120) == 143
+            sweeping.terminate()
+            assert sweeping.wait(120) == 143
             drain.join()
     assert len(found) >= 4
     assert not any(found.values()), found
@@ -208,7 +223,9 @@ def pem_files(security, folder):
 def test_a_scheduler_without_the_certificate_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(sweep, "CONNECT_SECONDS", 2)
     with (
-        LocalCluster(1, processes=False, dashboard_address=None, security=Security.temporary(), protocol="tls") as cluster,
+        LocalCluster(
+            1, processes=False, dashboard_address=None, security=Security.temporary(), protocol="tls"
+        ) as cluster,
         pytest.raises(sweep.WorkersError, match="does not answer"),
     ):
         tsdyn.run(small(sweep=GRID, **FEW), tmp_path / "sweep", scheduler=cluster.scheduler_address)
@@ -270,9 +287,11 @@ def test_commands_on_one_sweep_share_its_points_and_none_fails(tmp_path, workers
     experiment = small(sweep={"teacher.polarity": [0.0, 0.5, 1.0, 1.5, 2.0, 2.5]}, **FEW)
     (tmp_path / "sweep.toml").write_text(experiment.to_toml(), encoding="utf-8")
     words = [TSDYN, "run", "sweep.toml", "-o", "sweep", *workers]
-    commands = [subprocess.Popen(words, cwd=tmp_path, stderr=subprocess.PIPE, text=True) for _ in range(3 - len(workers))]
-    said = [command.communicate(timeout=300)[1] for command in commands]
-    assert [command.returncode for command in commands] == [0] * len(commands), said
+    commands = [
+        subprocess.Popen(words, cwd=tmp_path, stderr=subprocess.PIPE, text=True) for _ in range(3 - len(workers))
+    ]
+    said = [each.communicate(timeout=300)[1] for each in commands]
+    assert [each.returncode for each in commands] == [0] * len(commands), said
     assert not any("Traceback" in text for text in said)
     ds = tsdyn.open(tmp_path / "sweep")
     assert int(ds.coverage.sum()) == 6
@@ -379,7 +398,7 @@ def test_memory_that_runs_out_all_the_same_is_a_sentence(command, file, tmp_path
 
 
 def test_the_commit_is_that_of_tsdyn_s_own_checkout_only(tmp_path):
-    """Installed inside somebody's repository, even tracked by it, it is none of that; GIT_DIR of a hook misleads nobody."""
+    """Installed inside somebody's repository, even tracked by it, it is none of that; nor does GIT_DIR mislead."""
     root = Path(tsdyn.__file__).resolve().parent.parent
     site = tmp_path / "theirs" / ".venv" / "site"
     own = tmp_path / "own"
@@ -412,9 +431,7 @@ def _recorded(folder, tmp_path, **environment):
     file = tmp_path / "commit.toml"
     file.write_text(small(**FEW | {"training__epochs": 0}).to_toml(), encoding="utf-8")
     words = [sys.executable, "-c", code, str(folder), str(file)]
-    done = subprocess.run(
-        words, capture_output=True, text=True, check=True, env=os.environ | environment, cwd=tmp_path
-    )
+    done = subprocess.run(words, capture_output=True, text=True, check=True, env=os.environ | environment, cwd=tmp_path)
     return done.stdout.strip()
 
 
@@ -429,7 +446,9 @@ def test_what_computed_each_part_is_kept_and_said(command, file, tmp_path, monke
     longer = Experiment.from_toml(file).replace({"training.epochs": 5})
     with monkeypatch.context() as patch:
         patch.setattr("tsdyn.kernel.load", lambda *_: None)
-        patch.setattr(provenance, "engine", lambda: {"engine": "torch", "compiler": "none", "cpu": "Z80", "cpu_flags": "-"})
+        patch.setattr(
+            provenance, "engine", lambda: {"engine": "torch", "compiler": "none", "cpu": "Z80", "cpu_flags": "-"}
+        )
         second = tsdyn.run(longer, path)
     assert "goes on elsewhere than it began" in caplog.text
     assert f"cpu {entry['cpu']} before, Z80 now" in caplog.text
@@ -471,7 +490,9 @@ def test_a_byte_order_mark_is_no_part_of_an_experiment(file, tmp_path):
     assert Experiment.from_toml(tmp_path / "marked.toml") == Experiment.from_toml(file)
 
 
-@pytest.mark.parametrize("name", ["3d.npy", "2024-01-02x.npy", "1.5.npy", "~x.npy", "data (1).npz", "ä/b,c.npy", "x#1.npy"])
+@pytest.mark.parametrize(
+    "name", ["3d.npy", "2024-01-02x.npy", "1.5.npy", "~x.npy", "data (1).npz", "ä/b,c.npy", "x#1.npy"]
+)
 def test_a_path_may_begin_with_anything(command, tmp_path, name):  # noqa: F811
     file = tmp_path / "file.toml"
     file.write_text(small(data__law="file", data__path="x.npy").to_toml(), encoding="utf-8")
@@ -491,3 +512,17 @@ def test_inodes_that_are_used_up_are_named(tmp_path):
             tsdyn.run(small(**FEW), mounted / "run")
     finally:
         subprocess.run(["umount", str(mounted)], check=True)
+
+
+def test_the_user_s_default_device_is_the_user_s(command, file, tmp_path):  # noqa: F811
+    expected = tsdyn.run(Experiment.from_toml(file), tmp_path / "expected").load()
+    torch.set_default_device("meta")
+    try:
+        found = tsdyn.run(Experiment.from_toml(file), tmp_path / "run").load()
+        code, _, err = command("run", file, "-o", tmp_path / "again")
+        assert torch.get_default_device().type == "meta"
+    finally:
+        torch.set_default_device("cpu")
+    assert code == 0, err
+    xr.testing.assert_equal(found, expected)
+    xr.testing.assert_equal(tsdyn.open(tmp_path / "again").load(), expected)

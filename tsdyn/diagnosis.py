@@ -159,7 +159,11 @@ def _tf32() -> Iterator[Finding]:
 
 
 def _memory() -> Iterator[Finding]:
-    names = {"machine": "of the machine", "control groups": "of a container or batch job", "ulimit": "of ulimit -v or -d"}
+    names = {
+        "machine": "of the machine",
+        "control groups": "of a container or batch job",
+        "ulimit": "of ulimit -v or -d",
+    }
     for name, left in memory.limits().items():
         if name == "machine" or left < sys.maxsize // 4:
             yield Finding(
@@ -249,7 +253,7 @@ def _engine(trial: _Trial) -> Iterator[Finding]:
         off = " (TSDYN_KERNEL=off)" if os.environ.get("TSDYN_KERNEL") == "off" else ""
         yield Finding(
             "compiled step", f"none{off}", "note",
-            "training goes by torch, several times slower and with other roundings; install a C++ compiler (c++, g++ or "
+            "training goes by torch, several times slower and with other roundings; install a C++ compiler (c++, g++, "
             "clang++, or name one as CXX) and let its cache be written (XDG_CACHE_HOME, or ~/.cache)",
         )  # fmt: skip
         return

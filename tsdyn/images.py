@@ -472,9 +472,7 @@ def _samples_first(name: str, dims: tuple[str, ...]) -> list[int]:
         return [dims.index(dim) for dim in named]
     first = dims.index("sample")
     if len(dims) > 2 and first:
-        raise ValueError(
-            f"{name} have dimensions {', '.join(dims)}: which is which? Call them {', '.join(named)}, or put sample first"
-        )
+        raise ValueError(f"{name} have dimensions {', '.join(dims)}: which is which? Call them {', '.join(named)}")
     return [first, *(i for i in range(len(dims)) if i != first)]
 
 

@@ -1,4 +1,4 @@
-"""The input files of an experiment, known by what they hold: SHA-256 of each, kept in the archive, compared on resume."""
+"""The input files of an experiment, known by what they hold: SHA-256 of each, kept and compared on resume."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def refuse_other(path: Path, experiment: Experiment, before: Mapping[str, str], 
     ]
     if other:
         raise DirectoryError(
-            f"{path}: was computed from other input files than are there now; nothing was overwritten. What differs:\n  "
+            f"{path}: was computed from other input files than are there now, so nothing is added. What differs:\n  "
             + "\n  ".join(other)
             + "\nPut the former back to go on, or give another directory with -o"
         )

@@ -8,7 +8,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,11 @@ def _exact_products(device: str) -> None:
     """
     if device != "cpu":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = os.environ.get("TSDYN_TF32") == "on"
+
+
+def own_device() -> AbstractContextManager[Any]:
+    """Inside, tensors that are made without a device are on the CPU, whatever the user's default is."""
+    return nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
 
 
 #: Called after each epoch with (epoch, epochs, seeds that died, evaluation mse or None).
@@ -126,6 +131,7 @@ def run_together(
     failed: dict[Path, Exception] = {}
     apart: list[Path] = []
     with ExitStack() as held:
+        held.enter_context(own_device())
         heard, asked = asked, asked or held.enter_context(stopping())
         begun: dict[int, list[_Point]] = {}
         needed = sum((footprint(single) for single in experiments.values()), Footprint()).bytes

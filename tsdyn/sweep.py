@@ -121,7 +121,8 @@ def estimate(points: Mapping[str, Experiment], *, device: str = "cpu") -> dict[s
         kind = single.layout, json.dumps(_without_reals(single.as_dict()), sort_keys=True)
         try:
             if kind not in known:
-                known[kind] = costs.estimate(single, device=runner.check_device(device))
+                with runner.own_device():
+                    known[kind] = costs.estimate(single, device=runner.check_device(device))
         except ExperimentError:
             if name == ".":
                 raise
@@ -338,21 +339,32 @@ def _client(workers: int | None, scheduler: str | None) -> Iterator[Client]:
     if scheduler is not None:
         try:
             client = Client(scheduler, timeout=CONNECT_SECONDS, set_as_default=False)
-        except (OSError, ValueError, TypeError, ImportError) as error:  # TypeError: tls:// without the user's certificate
+        except (
+            OSError,
+            ValueError,
+            TypeError,
+            ImportError,
+        ) as error:  # TypeError: tls:// without the user's certificate
             raise WorkersError(f"scheduler {scheduler}: does not answer: {error}") from error
         with client:
             yield client
         return
-    quiet = {"distributed.scheduler.allowed-failures": 10, "distributed.comm.timeouts.connect": "60s"}
+    settings: dict[str, Any] = {
+        "distributed.scheduler.allowed-failures": 10,
+        "distributed.comm.timeouts.connect": "60s",
+    }
+    # dask has each process listen for a browser as well, and without TLS: nothing is to be had there
+    settings |= {f"distributed.{who}.http.routes": [] for who in ("scheduler", "worker")}
     ignored = "signal.SIGINT, signal.SIGHUP, signal.SIGUSR1"
     with (
-        dask.config.set(quiet),
+        dask.config.set(settings),
         LocalCluster(
             n_workers=workers,
             threads_per_worker=1,
             processes=True,
             security=_own_certificate(),
             dashboard_address=None,
+            scheduler_kwargs={"dashboard": False, "dashboard_address": "127.0.0.1:0"},
             memory_limit=0,  # a run asks for room before it begins; dask would kill one that has it
             # Ctrl-C and a terminal that goes away reach every process of it; a worker is told to stop by this one
             preload=f"import signal; [signal.signal(number, signal.SIG_IGN) for number in ({ignored})]",
@@ -364,8 +376,9 @@ def _client(workers: int | None, scheduler: str | None) -> Iterator[Client]:
 
 
 def _own_certificate() -> Security:
-    """A certificate of this sweep alone, kept in memory: who has it not cannot talk to the scheduler or its workers, and
-    whoever can has them run any code.
+    """A certificate of this sweep alone, kept in memory.
+
+    Who can talk to the scheduler or its workers can have them run any code; without it nobody can.
     """
     from distributed import Security
 
@@ -421,7 +434,9 @@ class _Listening:
         from distributed.utils import sync
 
         if self._client.status in ("closed", "closing"):
-            raise WorkersError("the scheduler is gone; what was committed is intact, the same command goes on from there")
+            raise WorkersError(
+                "the scheduler is gone; what was committed is intact, the same command goes on from there"
+            )
         try:
             told = sync(self._client.loop, self._client.scheduler.identity, n_workers=-1, callback_timeout=ASK_SECONDS)
         except (OSError, TimeoutError):
