@@ -46,7 +46,7 @@ def stopping() -> Iterator[Callable[[], int | None]]:
     before = {number: signal.getsignal(number) for number in (*_ENDING, *_WARNING)}
     heard = [number for number in before if number in _ENDING or before[number] is not signal.SIG_IGN]
 
-    def restore(numbers: Iterable[int]) -> None:
+    def restore(numbers: Iterable[signal.Signals]) -> None:
         for number in numbers:
             signal.signal(number, before[number])
 

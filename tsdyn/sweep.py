@@ -13,7 +13,7 @@ import signal
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -400,6 +400,9 @@ def _say_open(scheduler: str | None) -> None:
         )
 
 
+_GONE = "the scheduler is gone; what was committed is intact, the same command goes on from there"
+
+
 class _Listening:
     """Says once, of each silence, that no worker of the scheduler gives a sign of life."""
 
@@ -507,6 +510,8 @@ def _on_workers(
                 time.sleep(POLL_SECONDS)
                 continue
             future = next(running)
+            if future.status in ("cancelled", "lost"):  # nobody else cancels
+                raise WorkersError(_GONE)
             group = futures.pop(future)
             error = future.exception()
             if isinstance(error, KilledWorker):
@@ -536,8 +541,9 @@ def _on_workers(
         if stop is not None:
             raise Stopped(stop)
     finally:
-        client.cancel(list(futures))
-        client.unsubscribe_topic(topic)
+        with suppress(OSError, TimeoutError):  # of a scheduler that is gone
+            client.cancel(list(futures))
+            client.unsubscribe_topic(topic)
 
 
 def _work_in(single: Experiment) -> int:
