@@ -120,7 +120,7 @@ def claim(path: Path, experiment: Experiment) -> None:
     """
     if not _claimed(path, experiment):
         make_directory(path)
-        lock = Lock(path).wait(CLAIM_SECONDS if experiment.sweep else 0)  # several commands may share a sweep
+        lock = Lock(path).wait(CLAIM_SECONDS if experiment.sweep else 0.0)  # several commands may share a sweep
         try:
             _sign(path, experiment)
         finally:
