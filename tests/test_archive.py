@@ -168,20 +168,43 @@ def test_an_interrupted_run_shows_its_epochs_and_ends_bit_identical(tmp_path, mo
     assert not (tmp_path / "broken" / "segments").exists()
 
 
-@pytest.mark.parametrize(("cost", "whole"), [(0.001, 60), (0.05, 60), (0.05, 3000), (5.0, 36_000)])
-def test_commits_keep_their_share_of_a_run(cost, whole):
-    """Epochs of 0.1 s, commits that always take as long: the first is due before its cost is known, all others fit."""
-    clock, last, spent, count = 0.0, 0.0, 0.0, 0
+@pytest.mark.parametrize(("cost", "whole"), [(0.001, 60), (0.05, 60), (0.05, 3000), (1.9, 36_000), (5.0, 36_000)])
+def test_commits_keep_their_share_of_a_run_and_are_never_far_apart(cost, whole):
+    """Epochs of 0.1 s, commits that always take as long: the first is due before its cost is known, all others fit;
+    whatever they cost, a minute of work is between two, or thirty times what one takes.
+    """
+    clock, last, spent, count, gap = 0.0, 0.0, 0.0, 0, 0.0
     while clock < whole:
         clock += 0.1
         if runner._due(clock, clock - last, cost if count else 0.0, spent):
+            gap = max(gap, clock - last)
             clock, spent, count = clock + cost, spent + cost, count + 1
             last = clock
     spent += cost
-    assert spent <= max(runner.COMMIT_SHARE * clock, 2 * cost)
-    # as often as that allows, or as time does: every 2 s, after 200 s every hundredth of the run
+    longest = max(60, 30 * cost)
+    assert max(gap, clock - last) <= longest + 0.1 + 1e-6
+    assert spent <= max(runner.COMMIT_SHARE * clock, 2 * cost) + clock * cost / longest
+    # as often as that allows, or as time does: every 2 s, after 200 s every hundredth of the run, after 6000 s 60 s
     share = runner.COMMIT_SHARE
-    assert count >= 0.9 * sum(min(1 / max(2.2, share * t), share / cost) for t in range(whole)) - 3
+    often = [
+        min(1 / max(2.2, min(share * t, 60.1)), max(share / cost, 1 / (longest + cost + 0.1))) for t in range(whole)
+    ]
+    assert count >= 0.9 * sum(often) - 3
+
+
+def test_a_slow_disk_is_said_once(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(runner, "COMMIT_SECONDS", 0.0)
+    monkeypatch.setattr(runner, "LONGEST_SECONDS", 0.3)
+    commit = RunDirectory.commit
+
+    def slow(run, *given):
+        time.sleep(0.02)
+        commit(run, *given)
+
+    monkeypatch.setattr(RunDirectory, "commit", slow)
+    tsdyn.run(small(training__epochs=3), tmp_path / "run")
+    said = [record for record in caplog.records if "a commit takes" in record.getMessage()]
+    assert len(said) == 1
 
 
 def test_consolidation_can_be_repeated(tmp_path, monkeypatch):

@@ -619,7 +619,7 @@ class Experiment(_Part):
         """From TOML text; `origin` names it in errors."""
         try:
             values = tomllib.loads(text)
-        except (tomllib.TOMLDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # ValueError: TOMLDecodeError, and numbers of thousands of digits
             raise ExperimentError(f"{origin}: not TOML: {error}") from None
         try:
             return cls(**values)
@@ -634,7 +634,7 @@ class Experiment(_Part):
             ExperimentError: if the file cannot be read or does not hold an experiment.
         """
         try:
-            text = Path(path).read_text(encoding="utf-8")
+            text = Path(path).read_text(encoding="utf-8-sig")  # editors of one system begin with a byte-order mark
         except (OSError, UnicodeDecodeError) as error:
             raise ExperimentError(f"{path}: cannot be read: {error}") from None
         return cls.from_toml_text(text, origin=str(path))
@@ -763,7 +763,7 @@ def _explain(error: ValidationError, model: type[BaseModel]) -> str:
     for item in error.errors(include_url=False):
         fields = [str(p) for p in item["loc"] if not _is_branch(p)]
         key = ".".join(fields)
-        shown = repr(item.get("input"))
+        shown = _shown(item.get("input"))
         shown = shown if len(shown) <= 80 else shown[:77] + "..."
         if item["type"] == "extra_forbidden":
             section = ".".join(fields[:-1])
@@ -786,6 +786,13 @@ def _explain(error: ValidationError, model: type[BaseModel]) -> str:
         if rule and rule not in lines[head]:
             lines[head].append(rule)
     return "\n  ".join(f"{head}: must be {' or '.join(rules)}" if rules else head for head, rules in lines.items())
+
+
+def _shown(value: object) -> str:
+    try:
+        return repr(value)
+    except ValueError:  # an integer of more digits than Python writes
+        return "a number of thousands of digits"
 
 
 def _is_branch(part: object) -> bool:
