@@ -14,7 +14,7 @@ from tsdyn.analysis.lift import lift
 
 from tsdyn import layer as one_layer
 from tsdyn.archive import experiment_of
-from tsdyn.points import sweep_dimensions, swept_keys
+from tsdyn.sweep_axes import sweep_dimensions, swept_keys
 from tsdyn.schema import TIAN, VARIABLES
 
 _WEIGHTS = ("weight", "bias", "teacher_weight", "teacher_bias")

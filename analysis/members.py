@@ -18,7 +18,7 @@ from tsdyn import alignment, data
 from tsdyn.archive import experiment_of, label
 from tsdyn.experiment import Experiment
 from tsdyn.networks import Network
-from tsdyn.points import POINT, axes, places, sweep_dimensions, swept_keys
+from tsdyn.sweep_axes import POINT, axes, places, sweep_dimensions, swept_keys
 
 #: Variables of the archive that a student and its teacher are made of.
 PARAMETERS = ("weight", "bias", "teacher_weight", "teacher_bias")

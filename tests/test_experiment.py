@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tests.cases import small
 from tsdyn import Experiment, ExperimentError
 from tsdyn.experiment import differences
-from tsdyn.points import sweep_dimensions
+from tsdyn.sweep_axes import sweep_dimensions
 
 EXAMPLE = """
 name = "l-shape"

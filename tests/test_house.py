@@ -18,7 +18,7 @@ RANKS = {
     "experiment": 0,
     "durable": 0,
     "interrupts": 0,
-    "points": 0,
+    "sweep_axes": 0,
     "lock": 1,
     "netcdf": 1,
     "segments": 2,
@@ -71,8 +71,8 @@ RANKS = {
 #: Within a rank, who may import whom.
 SAME_RANK = {
     ("experiment", "schema"),
-    ("experiment", "points"),
-    ("points", "schema"),
+    ("experiment", "sweep_axes"),
+    ("sweep_axes", "schema"),
     ("networks", "activations"),
     ("interaction", "activations"),
     ("students", "archive"),
@@ -110,7 +110,7 @@ def test_analysis_and_studies_import_no_engine():
     for folder in ("analysis", "studies"):
         for file in (ROOT / folder).glob("*.py"):
             allowed = {"analysis", "studies", "experiment", "flow_experiment", "online_experiment"}
-            allowed |= {"archive", "schema", "points", "layer"}
+            allowed |= {"archive", "schema", "sweep_axes", "layer"}
             if file.stem in (
                 "members",
                 "audit",

@@ -30,8 +30,8 @@ from tsdyn.grid import label as label
 from tsdyn.grid import sweep_points as sweep_points
 from tsdyn.grid import write_sweep as write_sweep
 from tsdyn.netcdf import bytes_per_epoch as bytes_per_epoch
-from tsdyn.points import POINT
-from tsdyn.schema import CONSTANTS, VARIABLES
+from tsdyn.sweep_axes import POINT
+from tsdyn.schema import CONSTANTS, OUTCOMES, VARIABLES
 from tsdyn.segments import ARCHIVE as ARCHIVE
 from tsdyn.segments import EXPERIMENT as EXPERIMENT
 from tsdyn.segments import SEGMENTS as SEGMENTS
@@ -98,11 +98,13 @@ def _open_run(path: Path, upto: float) -> xr.Dataset:
         raise
     if not parts:
         raise DirectoryError(f"{path}: holds no archive and no committed epoch; finish it with `tsdyn run`")
+    once = [*CONSTANTS, *OUTCOMES]
     constants = parts[0][[name for name in CONSTANTS if name in parts[0]]]
+    constants = constants.assign(parts[-1][[name for name in OUTCOMES if name in parts[-1]]].data_vars)
     try:
         joined = xr.concat(
-            [part.drop_vars(CONSTANTS, errors="ignore").drop_vars("death_epoch") for part in parts],
-            dim="epoch",
+            [part.drop_vars(once, errors="ignore").drop_vars("death_epoch") for part in parts],
+            dim=schema.path_of(parts[0]),
             data_vars="minimal",
             coords="minimal",
             compat="override",
@@ -144,8 +146,8 @@ class Segmented(netcdf.Stored):
             whole, epochs = netcdf.File(segment.parent.parent / ARCHIVE), segment_epochs(segment)
             dims = VARIABLES[self.name].dims
             if epochs is not None and "epoch" in dims:
-                with whole.opened() as nc:
-                    first = int(np.searchsorted(nc["epoch"][:], epochs[0]))
+                with whole.opened() as nc:  # of other kinds than training, recorded steps are the first ones
+                    first = int(np.searchsorted(nc["epoch"][:], epochs[0])) if "epoch" in nc.variables else epochs[0]
                 at = dims.index("epoch")
                 key = (*key[:at], _later(key[at], first), *key[at + 1 :])
             return self.read(whole, key)

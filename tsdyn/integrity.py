@@ -102,18 +102,19 @@ def _check_run(path: Path, expected: Experiment | None = None) -> Iterator[str]:
     yield from problems
     if problems:  # what epochs a damaged file says it holds is not to be told from
         return
-    epochs: list[int] = []
+    epochs: list[float] = []
+    dimension = experiment.layout.path
     for file in files:
         with netcdf.dataset(file) as nc:
-            epochs += [int(epoch) for epoch in nc["epoch"][:]]
+            epochs += nc[dimension][:].tolist()
     last = epochs[-1] if epochs else -1
-    recorded = {int(epoch) for epoch in epochs}
-    missing = [e for e in experiment.schedule if e not in recorded and (finished or e <= last)]
+    recorded = set(epochs)
+    missing = [e for e in experiment.labels if e not in recorded and (finished or e <= last)]
     if missing:
-        yield f"{path}: epochs {_few(missing)} are not there"
-    extra = sorted(recorded - set(experiment.schedule)) if finished else []
+        yield f"{path}: {dimension}s {_few(missing)} are not there"
+    extra = sorted(recorded - set(experiment.labels)) if finished else []
     if extra or epochs != sorted(recorded):
-        yield f"{path}: epochs {_few(extra or epochs)} are not those of the schedule, in order"
+        yield f"{path}: {dimension}s {_few(extra or epochs)} are not those of the schedule, in order"
 
 
 def _check_file(path: Path, experiment: Experiment | None = None) -> Iterator[str]:
@@ -213,7 +214,7 @@ def _where(array: netCDF4.Variable, index: tuple[slice, ...]) -> str:
     return ", ".join(f"{dim} {i.start}..{i.stop - 1}" for dim, i in zip(array.dimensions, index, strict=True))
 
 
-def _few(epochs: Sequence[int]) -> str:
+def _few(epochs: Sequence[float]) -> str:
     shown = ", ".join(map(str, epochs[:5]))
     return shown if len(epochs) <= 5 else f"{shown} and {len(epochs) - 5} more"
 
@@ -330,17 +331,17 @@ def _salvaged(path: Path, experiment: Experiment, damaged: Path) -> Iterator[str
 def _salvage(path: Path, experiment: Experiment, damaged: Path) -> Iterator[str]:
     """Copy what can be read of the damaged archive into a new one."""
     layout, dropped = experiment.layout, []
-    variables = (*schema.expand(experiment.record.observables), *schema.CONSTANTS)
+    variables = schema.recorded(experiment.kind, experiment.record.observables)
     try:
         netcdf.inspect(damaged)
         with netcdf.dataset(damaged) as old, replacing(path / ARCHIVE, damaged.stat().st_size, seal=True) as temporary:
             if not _is_of(old.__dict__, experiment):
                 raise DirectoryError("it is of another experiment, or that cannot be told")
-            if [int(epoch) for epoch in old["epoch"][:]] != list(experiment.schedule):
-                raise DirectoryError("its epochs cannot be told")
+            if old[layout.path][:].tolist() != list(experiment.labels):
+                raise DirectoryError(f"its {layout.path}s cannot be told")
             with netcdf.dataset(temporary, "w") as new:
                 attrs = {name: old.getncattr(name) for name in old.ncattrs() if name != "coordinates"}
-                netcdf.create(new, layout, experiment.schedule, variables, experiment.dtype, attrs)
+                netcdf.create(new, layout, experiment.labels, variables, experiment.dtype, attrs)
                 for name in ("death_epoch", *variables):
                     for index in _blocks(new[name]):
                         try:

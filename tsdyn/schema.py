@@ -10,6 +10,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 import xarray as xr
@@ -18,9 +19,17 @@ import xarray as xr
 #: 3: gradients and Hessians are those of the loss that was trained; before, of the squared error whatever was trained.
 VERSION = 3
 
+Kind = Literal["training", "population-flow", "online"]
+Path = Literal["epoch", "time", "alpha"]
+When = Literal["start", "along", "end"]
+#: Dimensions along which runs go, each the one of a kind.  `VARIABLES` says ``epoch`` for all of them.
+PATHS: tuple[Path, ...] = ("epoch", "time", "alpha")
+
 DIMENSIONS: Mapping[str, str] = {
     "seed": "member of the ensemble; names every random draw of that member",
     "epoch": "epochs of training done; 0 is before training",
+    "time": "of a population flow, in the place of epoch: t of dθ/dt = −∇L; 0 is the start",
+    "alpha": "of online learning, in the place of epoch: steps / N; 0 is the start",
     "layer": "1..L; L is the output layer",
     "node": "student node, padded to the widest layer",
     "node_2": "second student node of a pair",
@@ -36,6 +45,7 @@ DIMENSIONS: Mapping[str, str] = {
 
 TIAN = "Tian 2020 (PMLR 119:9470)"
 LUCK = "Tian et al. 2019 (arXiv:1905.13405)"
+SIMSEK = "Simsek et al. 2023 (arXiv:2311.01644)"
 SAAD = "Saad & Solla 1995; Goldt et al. 2019 (arXiv:1906.08632)"
 
 
@@ -50,6 +60,10 @@ class Variable:
         long_name: One line, as an axis label would say it.
         source: Paper and equation.
         conditions: What NaN means and over which set it is measured.
+        kinds: Kinds of experiments whose runs record it; those of training if their file asks for it.
+        deep: Whether it is measured of convolutions and of networks with BatchNorm, too.
+        when: ``along`` the run, once at its ``start`` or once at its ``end``.
+        words: What the numbers 0, 1, ... stand for.
     """
 
     name: str
@@ -58,6 +72,14 @@ class Variable:
     long_name: str
     source: str
     conditions: str = ""
+    kinds: tuple[Kind, ...] = ()
+    deep: bool = False
+    when: When = "along"
+    words: tuple[str, ...] = ()
+
+    def along(self, path: Path) -> tuple[str, ...]:
+        """Dimensions in a file of a run along `path`."""
+        return tuple(path if dim == "epoch" else dim for dim in self.dims)
 
     @property
     def layered(self) -> bool:
@@ -65,9 +87,11 @@ class Variable:
         return "layer" in self.dims
 
     @property
-    def attrs(self) -> dict[str, str]:
-        """netCDF attributes; only strings."""
-        attrs = {"units": self.units, "long_name": self.long_name, "source": self.source}
+    def attrs(self) -> dict[str, Any]:
+        """netCDF attributes; numbers that stand for words say so as CF has it."""
+        attrs: dict[str, Any] = {"units": self.units, "long_name": self.long_name, "source": self.source}
+        if self.words:
+            attrs |= {"flag_values": [float(i) for i in range(len(self.words))], "flag_meanings": " ".join(self.words)}
         return attrs | ({"comment": self.conditions} if self.conditions else {})
 
 
@@ -86,21 +110,73 @@ _LOSS = "J = ½ E‖f* − f‖², or E[−log softmax(f)_class]: training.loss 
 _NORM = f"{LUCK}, section 3"
 _NORM_AT = f"layers with BatchNorm; {_HIDDEN}"
 
+_TRAINED: tuple[Kind, ...] = ("training",)
+_FLOW: tuple[Kind, ...] = ("population-flow",)
+_FLOWN: tuple[Kind, ...] = ("training", "population-flow")
+_ONLINE: tuple[Kind, ...] = ("online",)
+_EQUATION = "from the same start as the simulation"
+_GONE = "NaN beyond the time at which the flow stopped"
+_END = "after Newton's method where the flow arrived, else where it stopped"
+_ODD = "NaN where it is not known: n >= k and activations that are not odd"
+
+STOP_REASONS = ("time", "gradient", "singular", "steps", "not-finite")
+#: Kinds of stationary points, then why a flow that did not arrive stopped.
+END_KINDS = ("minimum", "saddle", "degenerate", "not-stationary", "time", "singular", "steps", "not-finite")
+END_CLASSES = ("copy-average", "perturbed-copy", "other")
+END_GROUNDS = (
+    "groups", "copies", "no-part", "wrong-sign", "pointing-away", "owning-nothing", "uneven", "groups-and-shared",
+)  # fmt: skip
+
 VARIABLES: Mapping[str, Variable] = _table(
-    Variable("loss_train", _MEMBER, "1", "training loss", f"{TIAN}, Eq. 1", _LOSS),
-    Variable("loss_eval", _MEMBER, "1", "evaluation loss", f"{TIAN}, Eq. 1", _LOSS),
-    Variable("mse_train", _MEMBER, "1", "training mean squared error per output", f"{TIAN}, released code"),
-    Variable("mse_eval", _MEMBER, "1", "evaluation mean squared error per output", f"{TIAN}, released code"),
-    Variable("weight", (*_NODE, "input_node"), "1", "student weight", f"{TIAN}, section 3"),
-    Variable("bias", _NODE, "1", "student bias", f"{TIAN}, section 3", "0 where the student has no bias"),
+    Variable("loss_train", _MEMBER, "1", "training loss", f"{TIAN}, Eq. 1", _LOSS, kinds=_TRAINED, deep=True),
+    Variable("loss_eval", _MEMBER, "1", "evaluation loss", f"{TIAN}, Eq. 1", _LOSS, kinds=_TRAINED, deep=True),
+    Variable(
+        "mse_train",
+        _MEMBER,
+        "1",
+        "training mean squared error per output",
+        f"{TIAN}, released code",
+        kinds=_TRAINED,
+        deep=True,
+    ),
+    Variable(
+        "mse_eval",
+        _MEMBER,
+        "1",
+        "evaluation mean squared error per output",
+        f"{TIAN}, released code",
+        kinds=_TRAINED,
+        deep=True,
+    ),
+    Variable("weight", (*_NODE, "input_node"), "1", "student weight", f"{TIAN}, section 3", kinds=_FLOWN, deep=True),
+    Variable(
+        "bias",
+        _NODE,
+        "1",
+        "student bias",
+        f"{TIAN}, section 3",
+        "0 where the student has no bias",
+        kinds=_TRAINED,
+        deep=True,
+    ),
     Variable(
         "teacher_weight",
         ("seed", "layer", "teacher_node", "input_node"),
         "1",
         "teacher weight",
         f"{TIAN}, section 3",
+        kinds=_FLOWN,
+        when="start",
     ),
-    Variable("teacher_bias", ("seed", "layer", "teacher_node"), "1", "teacher bias", f"{TIAN}, section 3"),
+    Variable(
+        "teacher_bias",
+        ("seed", "layer", "teacher_node"),
+        "1",
+        "teacher bias",
+        f"{TIAN}, section 3",
+        kinds=_TRAINED,
+        when="start",
+    ),
     Variable(
         "correlation",
         (*_LAYER, "teacher_node", "node"),
@@ -108,6 +184,8 @@ VARIABLES: Mapping[str, Variable] = _table(
         "correlation of teacher and student activations",
         f"{TIAN}, Eq. 9, centred as in {LUCK}",
         f"over the evaluation set, signed; NaN for a node whose activation is constant; {_HIDDEN}",
+        kinds=_TRAINED,
+        deep=True,
     ),
     Variable(
         "fanout_norm",
@@ -116,6 +194,8 @@ VARIABLES: Mapping[str, Variable] = _table(
         "student fan-out norm √E β_kk",
         f"{TIAN}, Definition 2",
         f"over the evaluation set; ‖v_k‖ in a two-layer network; {_HIDDEN}",
+        kinds=_TRAINED,
+        deep=True,
     ),
     Variable(
         "teacher_fanout_norm",
@@ -124,15 +204,17 @@ VARIABLES: Mapping[str, Variable] = _table(
         "teacher fan-out norm √E β*_jj",
         f"{TIAN}, Definition 2",
         f"over the evaluation set; ‖v*_j‖ in a two-layer network; {_HIDDEN}",
+        kinds=_TRAINED,
+        deep=True,
     ),
-    Variable("A", _MIXED, "1", "E[α_kj] = E[v_k · v*_j]", f"{TIAN}, Definition 2", _MOMENT),
-    Variable("B", _PAIR, "1", "E[β_kk'] = E[v_k · v_k']", f"{TIAN}, Definition 2", _MOMENT),
-    Variable("H_star", _MIXED, "1", "H* = β* ∘ D*", f"{LUCK}, section 4", _MOMENT),
-    Variable("H", _PAIR, "1", "H = β ∘ D", f"{LUCK}, section 4", _MOMENT),
-    Variable("D_star", _MIXED, "1", "D* = E[f' f*']", f"{LUCK}, section 4", _MOMENT),
-    Variable("D", _PAIR, "1", "D = E[f' f']", f"{LUCK}, section 4", _MOMENT),
-    Variable("L_star", _MIXED, "1", "L* = E[f f*ᵀ]", f"{LUCK}, section 4", _MOMENT),
-    Variable("L", _PAIR, "1", "L = E[f fᵀ]", f"{LUCK}, section 4", _MOMENT),
+    Variable("A", _MIXED, "1", "E[α_kj] = E[v_k · v*_j]", f"{TIAN}, Definition 2", _MOMENT, kinds=_TRAINED, deep=True),
+    Variable("B", _PAIR, "1", "E[β_kk'] = E[v_k · v_k']", f"{TIAN}, Definition 2", _MOMENT, kinds=_TRAINED, deep=True),
+    Variable("H_star", _MIXED, "1", "H* = β* ∘ D*", f"{LUCK}, section 4", _MOMENT, kinds=_TRAINED, deep=True),
+    Variable("H", _PAIR, "1", "H = β ∘ D", f"{LUCK}, section 4", _MOMENT, kinds=_TRAINED, deep=True),
+    Variable("D_star", _MIXED, "1", "D* = E[f' f*']", f"{LUCK}, section 4", _MOMENT, kinds=_TRAINED, deep=True),
+    Variable("D", _PAIR, "1", "D = E[f' f']", f"{LUCK}, section 4", _MOMENT, kinds=_TRAINED, deep=True),
+    Variable("L_star", _MIXED, "1", "L* = E[f f*ᵀ]", f"{LUCK}, section 4", _MOMENT, kinds=_TRAINED, deep=True),
+    Variable("L", _PAIR, "1", "L = E[f fᵀ]", f"{LUCK}, section 4", _MOMENT, kinds=_TRAINED, deep=True),
     Variable(
         "gradient_rms",
         _NODE,
@@ -140,6 +222,7 @@ VARIABLES: Mapping[str, Variable] = _table(
         "root mean square of the backpropagated gradient g_l(x)",
         f"{TIAN}, Eq. 1",
         "over the training set; g is the negative gradient at the pre-activation",
+        kinds=_TRAINED,
     ),
     Variable(
         "gradient_max",
@@ -148,6 +231,7 @@ VARIABLES: Mapping[str, Variable] = _table(
         "largest |g_l(x)|",
         f"{TIAN}, Theorem 1",
         "over the training set; g is the negative gradient at the pre-activation",
+        kinds=_TRAINED,
     ),
     Variable(
         "gradient_norm",
@@ -156,6 +240,7 @@ VARIABLES: Mapping[str, Variable] = _table(
         "norm of the per-sample parameter gradient",
         f"{TIAN}, Assumption 2",
         "quantiles over the training set of ‖∂J_x/∂θ‖ over all parameters; quantile 1 is the largest",
+        kinds=_TRAINED,
     ),
     Variable(
         "observation",
@@ -165,6 +250,7 @@ VARIABLES: Mapping[str, Variable] = _table(
         f"{TIAN}, Definition 4 (finite sample: κ of Theorem 3)",
         "over the training set; boundary: pre-activation within record.band of its standard deviation; "
         f"NaN without boundary samples; {_HIDDEN}",
+        kinds=_TRAINED,
     ),
     Variable(
         "observation_count",
@@ -173,6 +259,7 @@ VARIABLES: Mapping[str, Variable] = _table(
         "samples on the rarer side of a teacher's boundary inside the student's active region",
         f"{TIAN}, released code",
         f"over the training set; {_HIDDEN}",
+        kinds=_TRAINED,
     ),
     Variable(
         "alignment",
@@ -181,6 +268,7 @@ VARIABLES: Mapping[str, Variable] = _table(
         "ε of ε-alignment, lowest layer",
         f"{TIAN}, Definition 3 (orientation-safe)",
         "max of sin ∠(w*_j, w_k) and |b*_j ∓ b_k|, weights scaled to norm 1; NaN for a zero weight",
+        kinds=_TRAINED,
     ),
     Variable(
         "accuracy",
@@ -189,6 +277,8 @@ VARIABLES: Mapping[str, Variable] = _table(
         "share of samples with the teacher's class among the k largest outputs",
         f"{TIAN}, section 6",
         "over the evaluation set; the teacher's class is its largest output",
+        kinds=_TRAINED,
+        deep=True,
     ),
     Variable(
         "label_accuracy",
@@ -197,11 +287,13 @@ VARIABLES: Mapping[str, Variable] = _table(
         "share of samples with their label among the k largest outputs",
         f"{TIAN}, section 6",
         "over the evaluation set; the data's own labels",
+        kinds=_TRAINED,
+        deep=True,
     ),
-    Variable("norm_scale", _NODE, "1", "BatchNorm scale", _NORM, _NORM_AT),
-    Variable("norm_shift", _NODE, "1", "BatchNorm shift (bias)", _NORM, _NORM_AT),
-    Variable("norm_mean", _NODE, "1", "BatchNorm running mean", _NORM, _NORM_AT),
-    Variable("norm_variance", _NODE, "1", "BatchNorm running variance", _NORM, _NORM_AT),
+    Variable("norm_scale", _NODE, "1", "BatchNorm scale", _NORM, _NORM_AT, kinds=_TRAINED, deep=True),
+    Variable("norm_shift", _NODE, "1", "BatchNorm shift (bias)", _NORM, _NORM_AT, kinds=_TRAINED, deep=True),
+    Variable("norm_mean", _NODE, "1", "BatchNorm running mean", _NORM, _NORM_AT, kinds=_TRAINED, deep=True),
+    Variable("norm_variance", _NODE, "1", "BatchNorm running variance", _NORM, _NORM_AT, kinds=_TRAINED, deep=True),
     Variable(
         "conserved_norm",
         _NODE,
@@ -210,6 +302,8 @@ VARIABLES: Mapping[str, Variable] = _table(
         f"{LUCK}, Theorem 3",
         "gradient flow conserves it below BatchNorm; ‖w‖ where BatchNorm precedes the activation, else ‖[w; b]‖; "
         f"{_HIDDEN}",
+        kinds=_TRAINED,
+        deep=True,
     ),
     Variable(
         "lemma1_residual",
@@ -218,10 +312,19 @@ VARIABLES: Mapping[str, Variable] = _table(
         "relative residual of Lemma 1",
         f"{TIAN}, Lemma 1",
         "over the evaluation set; largest error over layers, samples and nodes, relative to the largest term",
+        kinds=_TRAINED,
     ),
-    Variable("Q", (*_MEMBER, "node", "node_2"), "1", "order parameter w_i · w_k / N", SAAD),
-    Variable("R", (*_MEMBER, "node", "teacher_node"), "1", "order parameter w_i · B_m / N", SAAD),
-    Variable("T", (*_MEMBER, "teacher_node", "teacher_node_2"), "1", "order parameter B_n · B_m / N", SAAD),
+    Variable("Q", (*_MEMBER, "node", "node_2"), "1", "order parameter w_i · w_k / N", SAAD, kinds=_ONLINE),
+    Variable("R", (*_MEMBER, "node", "teacher_node"), "1", "order parameter w_i · B_m / N", SAAD, kinds=_ONLINE),
+    Variable(
+        "T",
+        ("seed", "teacher_node", "teacher_node_2"),
+        "1",
+        "order parameter B_n · B_m / N",
+        SAAD,
+        kinds=_ONLINE,
+        when="start",
+    ),
     Variable(
         "hessian_eigenvalue",
         (*_MEMBER, "mode"),
@@ -229,6 +332,174 @@ VARIABLES: Mapping[str, Variable] = _table(
         "eigenvalue of the Hessian of J",
         "definition",
         "of the training loss in all parameters; the algebraically largest",
+        kinds=_TRAINED,
+    ),
+    Variable("Q_equation", (*_MEMBER, "node", "node_2"), "1", "Q by the equation, N → ∞", SAAD, _EQUATION, _ONLINE),
+    Variable(
+        "R_equation", (*_MEMBER, "node", "teacher_node"), "1", "R by the equation, N → ∞", SAAD, _EQUATION, _ONLINE
+    ),
+    Variable("outgoing", (*_MEMBER, "node"), "1", "outgoing weight v of the student", SAAD, kinds=_ONLINE),
+    Variable("outgoing_equation", (*_MEMBER, "node"), "1", "v by the equation, N → ∞", SAAD, _EQUATION, _ONLINE),
+    Variable(
+        "teacher_outgoing",
+        ("seed", "teacher_node"),
+        "1",
+        "outgoing weight A of the teacher",
+        SAAD,
+        kinds=_ONLINE,
+        when="start",
+    ),
+    Variable(
+        "eg",
+        _MEMBER,
+        "1",
+        "generalization error ½ E[(student − teacher)²]",
+        SAAD,
+        "online SGD in N dimensions; exact from Q, R, T, v; the teacher without noise",
+        _ONLINE,
+    ),
+    Variable("eg_equation", _MEMBER, "1", "generalization error by the equation, N → ∞", SAAD, _EQUATION, _ONLINE),
+    Variable("population_loss", _MEMBER, "1", "loss L = E(f* − f)², no ½", f"{SIMSEK}, section 3", _GONE, _FLOW),
+    Variable(
+        "end_weight",
+        ("seed", "layer", "node", "input_node"),
+        "1",
+        "student weight at the end",
+        SIMSEK,
+        _END,
+        _FLOW,
+        when="end",
+    ),
+    Variable("end_loss", ("seed",), "1", "loss L at the end, no ½", f"{SIMSEK}, section 3", _END, _FLOW, when="end"),
+    Variable("end_gradient_max", ("seed",), "1", "|∇L|_∞ at the end", SIMSEK, _END, _FLOW, when="end"),
+    Variable(
+        "end_index",
+        ("seed",),
+        "1",
+        "negative Hessian eigenvalues at the end",
+        SIMSEK,
+        "NaN where the flow did not arrive",
+        _FLOW,
+        when="end",
+    ),
+    Variable(
+        "end_kind",
+        ("seed",),
+        "1",
+        "kind of stationary point at the end, or why the flow stopped short of one",
+        SIMSEK,
+        _END,
+        _FLOW,
+        when="end",
+        words=END_KINDS,
+    ),
+    Variable(
+        "end_class",
+        ("seed",),
+        "1",
+        "what the student does with the teacher's nodes at the end",
+        f"{SIMSEK}, section 5",
+        _END,
+        _FLOW,
+        when="end",
+        words=END_CLASSES,
+    ),
+    Variable(
+        "end_ground",
+        ("seed",),
+        "1",
+        "what decided the class",
+        f"{SIMSEK}, section 5",
+        _END,
+        _FLOW,
+        when="end",
+        words=END_GROUNDS,
+    ),
+    Variable(
+        "end_margin",
+        ("seed",),
+        "1",
+        "distance of the class's deciding number from its threshold",
+        SIMSEK,
+        _END,
+        _FLOW,
+        when="end",
+    ),
+    Variable(
+        "end_owner",
+        ("seed", "teacher_node"),
+        "1",
+        "student node that owns the teacher node at the end",
+        f"{SIMSEK}, section 5",
+        "NaN for a teacher node that is shared",
+        _FLOW,
+        when="end",
+    ),
+    Variable(
+        "stop_time", ("seed",), "1", "time t of dθ/dt = −∇L at which the flow stopped", SIMSEK, kinds=_FLOW, when="end"
+    ),
+    Variable(
+        "stop_reason", ("seed",), "1", "why the flow stopped", SIMSEK, kinds=_FLOW, when="end", words=STOP_REASONS
+    ),
+    Variable(
+        "loss_copy_average",
+        ("seed",),
+        "1",
+        "L*(k−n+1), the loss of the least copy-average point",
+        f"{SIMSEK}, Theorem 5.1",
+        "NaN for n > k",
+        _FLOW,
+        when="start",
+    ),
+    Variable(
+        "loss_perturbed_copy",
+        ("seed",),
+        "1",
+        "loss of the perturbed n-copy point",
+        f"{SIMSEK}, section 5",
+        _ODD,
+        _FLOW,
+        when="start",
+    ),
+    Variable(
+        "index_copy_average",
+        ("seed",),
+        "1",
+        "negative Hessian eigenvalues at the copy-average point",
+        f"{SIMSEK}, section 5",
+        "NaN where it is not critical: n > k and activations that are not odd",
+        _FLOW,
+        when="start",
+    ),
+    Variable(
+        "index_perturbed_copy",
+        ("seed",),
+        "1",
+        "negative Hessian eigenvalues at the perturbed n-copy point",
+        f"{SIMSEK}, section 5",
+        _ODD,
+        _FLOW,
+        when="start",
+    ),
+    Variable(
+        "one_neuron_norm",
+        ("seed",),
+        "1",
+        "norm of the best single neuron",
+        f"{SIMSEK}, Theorem 4.2",
+        "NaN for n > 1",
+        _FLOW,
+        when="start",
+    ),
+    Variable(
+        "one_neuron_outgoing",
+        ("seed",),
+        "1",
+        "outgoing weight of the best single neuron",
+        f"{SIMSEK}, Theorem 4.2",
+        "NaN for n > 1",
+        _FLOW,
+        when="start",
     ),
 )
 
@@ -279,67 +550,36 @@ FAMILIES: Mapping[str, tuple[str, ...]] = {
     "moments": ("A", "B", "H", "H_star", "D", "D_star", "L", "L_star"),
 }
 
-#: Stored for every run, once a seed.
-CONSTANTS = ("teacher_weight", "teacher_bias")
+#: Stored once a seed, and known when a run begins.
+CONSTANTS = tuple(row.name for row in VARIABLES.values() if row.when == "start")
+#: Stored once a seed, and known when a run has ended.
+OUTCOMES = tuple(row.name for row in VARIABLES.values() if row.when == "end")
 
 
-#: Variables that an experiment file can ask for; `observables` registers a measurement for each of these.
-RECORDABLE = (
-    "loss_train",
-    "loss_eval",
-    "mse_train",
-    "mse_eval",
-    "weight",
-    "bias",
-    "correlation",
-    "fanout_norm",
-    "teacher_fanout_norm",
-    "gradient_rms",
-    "gradient_max",
-    "observation",
-    "observation_count",
-    "A",
-    "B",
-    "H",
-    "H_star",
-    "D",
-    "D_star",
-    "L",
-    "L_star",
-    "accuracy",
-    "label_accuracy",
-    "norm_scale",
-    "norm_shift",
-    "norm_mean",
-    "norm_variance",
-    "conserved_norm",
-    "lemma1_residual",
-    "alignment",
-    "gradient_norm",
-    "hessian_eigenvalue",
-)
+def recordable(*, deep: bool = False) -> tuple[str, ...]:
+    """Variables that an experiment file of training can ask for; `observables` registers a measurement for each.
+
+    Args:
+        deep: Only those that are measured of convolutions (a node is a channel) and of networks with BatchNorm.
+    """
+    rows = (row for row in VARIABLES.values() if "training" in row.kinds and row.when == "along")
+    return tuple(row.name for row in rows if row.deep or not deep)
 
 
-#: Those of them that are measured of convolutions (a node is a channel) and of networks with BatchNorm.
-DEEP = (
-    "loss_train",
-    "loss_eval",
-    "mse_train",
-    "mse_eval",
-    "weight",
-    "bias",
-    "correlation",
-    "fanout_norm",
-    "teacher_fanout_norm",
-    "accuracy",
-    "label_accuracy",
-    "norm_scale",
-    "norm_shift",
-    "norm_mean",
-    "norm_variance",
-    "conserved_norm",
-    *FAMILIES["moments"],
-)
+def recorded(kind: Kind, asked: Iterable[str], when: When | None = None) -> tuple[str, ...]:
+    """Variables that a run of `kind` records: of training those `asked` for by `expand`, of others all of the kind's.
+
+    Args:
+        kind: Of the experiment.
+        asked: ``record.observables``.
+        when: Only those of this time.
+    """
+    rows = tuple(row for row in VARIABLES.values() if kind in row.kinds)
+    if kind == "training":
+        names = (*expand(asked), *(row.name for row in rows if row.when != "along"))
+    else:
+        names = tuple(row.name for row in rows)
+    return tuple(name for name in names if when is None or VARIABLES[name].when == when)
 
 
 def printable(text: object) -> str:
@@ -360,6 +600,7 @@ class Layout:
         modes: Hessian eigenvalues recorded.
         fan_ins: Numbers in a row of each student weight, where that is not the width of the layer below.
         teacher_fan_ins: Likewise of the teacher.
+        path: The dimension along which the run goes.
     """
 
     seeds: tuple[int, ...]
@@ -370,6 +611,7 @@ class Layout:
     modes: int = 0
     fan_ins: tuple[int, ...] = ()
     teacher_fan_ins: tuple[int, ...] = ()
+    path: Path = "epoch"
 
     @property
     def depth(self) -> int:
@@ -442,6 +684,25 @@ def expand(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(variables)
 
 
+def path_of(ds: xr.Dataset | xr.DataArray) -> Path:
+    """The dimension along which a run went, of its archive or a slice; ``epoch`` if it has none."""
+    return next((path for path in PATHS if path in ds.dims or path in ds.coords), "epoch")
+
+
+def words_of(array: xr.DataArray) -> xr.DataArray:
+    """The words that a variable's numbers stand for; the empty word for NaN.
+
+    Raises:
+        ValueError: if its attributes name none.
+    """
+    if "flag_meanings" not in array.attrs:
+        raise ValueError(f"words_of: {array.name} has no attribute flag_meanings; its numbers stand for themselves")
+    words = np.array([*str(array.attrs["flag_meanings"]).split(), ""])
+    codes = array.fillna(len(words) - 1).astype(int)
+    attrs = {key: value for key, value in array.attrs.items() if not key.startswith("flag_")}
+    return codes.copy(data=words[codes.values]).assign_attrs(attrs)
+
+
 def problems(ds: xr.Dataset, *, swept: Iterable[str] = ()) -> list[str]:
     """What in `ds` breaks the schema, one sentence each; empty if nothing does.
 
@@ -462,8 +723,9 @@ def problems(ds: xr.Dataset, *, swept: Iterable[str] = ()) -> list[str]:
             found.append(f"{name}: not a variable of schema {VERSION}")
             continue
         dims = tuple(str(d) for d in array.dims if d not in extra)
-        if dims != known[name].dims:
-            found.append(f"{name}: dimensions {dims}, the schema says {known[name].dims}")
+        wanted = known[name].along(path_of(ds))
+        if dims != wanted:
+            found.append(f"{name}: dimensions {dims}, the schema says {wanted}")
         if name in VARIABLES:
             if array.attrs.get("units") != known[name].units:
                 found.append(f"{name}: attribute 'units' is {array.attrs.get('units')!r}, not {known[name].units!r}")
@@ -475,13 +737,14 @@ def problems(ds: xr.Dataset, *, swept: Iterable[str] = ()) -> list[str]:
     for dim in ds.dims:
         if str(dim) not in DIMENSIONS and str(dim) not in extra:
             found.append(f"dimension {dim}: not a dimension of schema {VERSION}")
-    for dim in ("seed", "epoch", "layer"):
+    path = path_of(ds)
+    for dim in ("seed", path, "layer"):
         if dim not in ds.indexes:
             found.append(f"coordinate {dim}: missing")
         elif not ds.indexes[dim].is_unique:
             found.append(f"coordinate {dim}: labels repeat")
-    if "epoch" in ds.indexes and not ds.indexes["epoch"].is_monotonic_increasing:
-        found.append("coordinate epoch: not increasing")
+    if path in ds.indexes and not ds.indexes[path].is_monotonic_increasing:
+        found.append(f"coordinate {path}: not increasing")
     for key in ("experiment", "digest", "schema_version", "tsdyn_version"):
         if key not in ds.attrs:
             found.append(f"attribute {key}: missing")

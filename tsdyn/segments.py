@@ -36,8 +36,8 @@ from tsdyn.experiment import Experiment, differences
 from tsdyn.lock import NAME as LOCK
 from tsdyn.lock import Lock
 from tsdyn.netcdf import State
-from tsdyn.points import axes, places
-from tsdyn.schema import CONSTANTS, VARIABLES, expand
+from tsdyn.sweep_axes import axes, places
+from tsdyn.schema import VARIABLES, recorded
 
 EXPERIMENT = "experiment.toml"
 ARCHIVE = "archive.nc"
@@ -98,9 +98,11 @@ def extends(longer: Experiment, shorter: Experiment) -> bool:
     Only ``training.epochs`` may differ, and be more, and the values in ``sweep``, of which none may be missing.
     """
     epochs = longer.training.epochs
-    if epochs < shorter.training.epochs or longer == shorter or bool(longer.sweep) != bool(shorter.sweep):
+    alike = longer.kind == shorter.kind and bool(longer.sweep) == bool(shorter.sweep)
+    if epochs < shorter.training.epochs or longer == shorter or not alike:
         return False
-    kept = {"training.epochs": epochs, **({"sweep": longer.sweep} if longer.sweep else {})}
+    kept: dict[str, Any] = {"training.epochs": epochs} if longer.kind == "training" else {}
+    kept |= {"sweep": longer.sweep} if longer.sweep else {}
     if differences(longer, shorter.replace(kept)):
         return False
     theirs, mine = ([json.dumps(p, sort_keys=True) for p in places(e.sweep).values()] for e in (shorter, longer))
@@ -173,7 +175,7 @@ class Run:
         self.path = local_path(path)
         self.experiment = experiment
         self.layout = experiment.layout
-        self.variables = (*expand(experiment.record.observables), *CONSTANTS)
+        self.variables = recorded(experiment.kind, experiment.record.observables)
         self._lock = Lock(self.path)
 
     def __enter__(self) -> Run:
@@ -251,7 +253,7 @@ class Run:
         self,
         first: int,
         last: int,
-        epochs: Sequence[int],
+        epochs: Sequence[float],
         records: Records,
         state: State,
         attrs: Mapping[str, Any],
@@ -261,10 +263,11 @@ class Run:
         The file is made in memory and written in one go, so that a failed write is the system's error, not HDF5's.
 
         Args:
-            first: First epoch of the segment.
-            last: Last epoch of the segment.
-            epochs: Recorded epochs among them, increasing.
-            records: Their measurements, and in the first segment the constants.
+            first: First step of the segment: of training, an epoch.
+            last: Last step of the segment.
+            epochs: Labels of the recorded ones among them, increasing: epochs, times or α.
+            records: Their measurements; in the first segment also what is known at the start, in the last what is
+                known at the end.
             state: Everything needed to go on; arrays by name, among them ``death_epoch``.
             attrs: Global attributes.
 
@@ -313,7 +316,7 @@ class Run:
         files = [segment.path for segment in segments(self.path)]
         for file in files:
             refuse_changed(file)
-        epochs = self.experiment.schedule
+        epochs = self.experiment.labels
         size = self.bytes_per_epoch * len(epochs)
         with replacing(self.path / ARCHIVE, size, seal=True) as temporary, _Files(files) as opened:
             with netcdf.dataset(temporary, "w") as nc:
@@ -358,18 +361,19 @@ class Run:
 
     def _held(self, opened: _Files) -> list[tuple[Path, dict[int, int]]]:
         """Where each scheduled epoch is: file by file, its position in the archive → its row in the file."""
-        position = {epoch: i for i, epoch in enumerate(self.experiment.schedule)}
+        labels = self.experiment.labels
+        position = {label: i for i, label in enumerate(labels)}
         held = []
         for file in opened.files:
             with opened[file] as segment:
-                epochs = [int(epoch) for epoch in segment["epoch"][:]]
+                epochs = segment[self.layout.path][:].tolist()
             held.append((file, {position[epoch]: row for row, epoch in enumerate(epochs) if epoch in position}))
         found = [p for _, rows in held for p in rows]
         if found != list(range(len(position))):
             missing = sorted(set(range(len(position))) - set(found))
             raise ArchiveError(
                 f"{self.path}: segments hold {len(found)} of the {len(position)} epochs to record, missing or out of "
-                f"order from epoch {self.experiment.schedule[missing[0]] if missing else found}; segments are kept"
+                f"order from {self.layout.path} {labels[missing[0]] if missing else found}; segments are kept"
             )
         return held
 
@@ -401,7 +405,8 @@ class Run:
         """One block, from the segments that hold a part of it."""
         variable, parts = VARIABLES[name], []
         constant = "epoch" not in variable.dims
-        for file, rows in held[:1] if constant else held:
+        holding = {"start": held[:1], "along": held, "end": held[-1:]}[variable.when]
+        for file, rows in holding:
             inside = [row for position, row in rows.items() if window.start <= position < window.stop]
             if inside or constant:
                 epochs = slice(inside[0], inside[-1] + 1) if inside else slice(None)

@@ -25,7 +25,7 @@ from tsdyn.experiment import Experiment, ExperimentError
 from tsdyn.index import Index
 from tsdyn.interrupts import Stopped, stopping
 from tsdyn.members import kinship
-from tsdyn.points import swept_keys
+from tsdyn.sweep_axes import swept_keys
 from tsdyn.segments import segments
 
 if TYPE_CHECKING:
