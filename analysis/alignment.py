@@ -14,8 +14,8 @@ from tsdyn.analysis.lift import lift
 
 from tsdyn import layer as one_layer
 from tsdyn.archive import experiment_of
-from tsdyn.sweep_axes import sweep_dimensions, swept_keys
 from tsdyn.schema import TIAN, VARIABLES
+from tsdyn.sweep_axes import sweep_dimensions, swept_keys
 
 _WEIGHTS = ("weight", "bias", "teacher_weight", "teacher_bias")
 

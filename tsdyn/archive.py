@@ -30,7 +30,6 @@ from tsdyn.grid import label as label
 from tsdyn.grid import sweep_points as sweep_points
 from tsdyn.grid import write_sweep as write_sweep
 from tsdyn.netcdf import bytes_per_epoch as bytes_per_epoch
-from tsdyn.sweep_axes import POINT
 from tsdyn.schema import CONSTANTS, OUTCOMES, VARIABLES
 from tsdyn.segments import ARCHIVE as ARCHIVE
 from tsdyn.segments import EXPERIMENT as EXPERIMENT
@@ -39,6 +38,7 @@ from tsdyn.segments import Run as Run
 from tsdyn.segments import claim as claim
 from tsdyn.segments import extends, segment_epochs
 from tsdyn.segments import segments as segments
+from tsdyn.sweep_axes import POINT
 
 # --- reading -------------------------------------------------------------------------------------------------
 

@@ -27,8 +27,8 @@ from tsdyn import netcdf, schema
 from tsdyn.durable import ALWAYS_VERIFIED, ArchiveError, DirectoryError, write_text
 from tsdyn.experiment import Experiment, digest
 from tsdyn.index import Header, Index, Source
-from tsdyn.sweep_axes import POINT, Axis, axes, checked_sweep, places, sweep_dimensions, swept_keys
 from tsdyn.segments import ARCHIVE, EXPERIMENT, claim
+from tsdyn.sweep_axes import POINT, Axis, axes, checked_sweep, places, sweep_dimensions, swept_keys
 
 SWEEP = "sweep.json"
 
@@ -334,7 +334,11 @@ def _built(cells: Mapping[tuple[int, ...], Sequence[Source]], grid: Sequence[Axi
     """The Dataset of all cells."""
     sources = [source for cell in cells.values() for source in cell]
     headers = list({id(s.header): s.header for s in sources}.values())
-    used = {"seed", "layer"} | {d for h in headers for d in h.labels if d in schema.PATHS} | {d for h in headers for dims, *_ in h.variables.values() for d in dims}
+    used = (
+        {"seed", "layer"}
+        | {d for h in headers for d in h.labels if d in schema.PATHS}
+        | {d for h in headers for dims, *_ in h.variables.values() for d in dims}
+    )
     labels = {dim: _union(headers, dim) for dim in sorted(used, key=[*schema.DIMENSIONS, *used].index)}
     outer, sizes = tuple(axis.dimension for axis in grid), tuple(len(axis.values) for axis in grid)
     token = tokenize([(place, [(str(s.path), _stamp(s.path)) for s in cell]) for place, cell in cells.items()], skip)
@@ -397,7 +401,9 @@ def _coverage(cell: Sequence[Source]) -> float:
     """Share of the recorded epochs that are committed."""
     if cell[0].path.name == ARCHIVE:
         return 1.0
-    there = sum(len(source.header.labels[dim]) for source in cell for dim in schema.PATHS if dim in source.header.labels)
+    there = sum(
+        len(source.header.labels[dim]) for source in cell for dim in schema.PATHS if dim in source.header.labels
+    )
     experiment = Experiment.from_toml(cell[0].path.parent.parent / EXPERIMENT)
     outcomes = schema.recorded(experiment.kind, (), "end")  # a record of its own, which comes last
     there += sum(set(outcomes) <= set(source.header.variables) for source in cell) if outcomes else 0

@@ -18,6 +18,7 @@ from tsdyn.deeptraining import DeepEnsemble
 from tsdyn.experiment import Experiment
 from tsdyn.networks import Network
 from tsdyn.observables import Measurement, Probe
+from tsdyn.protocol import of_this_shape
 from tsdyn.students import draw_student
 from tsdyn.teachers import draw_teacher
 from tsdyn.training import Ensemble, Rule
@@ -28,7 +29,7 @@ FRESH_BYTES = 1 << 26
 
 @dataclass
 class Members:
-    """All members of a run: teachers, data and the ensemble in training."""
+    """All members of a run of training: teachers, data and the ensemble; as `tsdyn.protocol.Runnable` says."""
 
     experiment: Experiment
     device: str = "cpu"
@@ -198,6 +199,10 @@ class Members:
             )
         return {"teacher_weight": weights, "teacher_bias": biases}
 
+    def outcome(self) -> dict[str, Any]:
+        """Nothing that is not recorded along the run."""
+        return {}
+
     def state(self) -> dict[str, np.ndarray]:
         """Everything the next epoch depends on; draws need no state, they are keyed by (seed, epoch)."""
         ensemble = self.ensemble
@@ -208,9 +213,14 @@ class Members:
         return found | {"death_epoch": ensemble.death_epoch.numpy(), "steps": np.array(ensemble.steps)}
 
     def restore(self, state: Mapping[str, np.ndarray]) -> None:
-        """Go on from a stored state."""
+        """Go on from a stored state.
+
+        Raises:
+            StateError: if it is not a state of these members.
+        """
         ensemble = self.ensemble
         Rule.of(self.experiment.training, 1).prepare(ensemble)
+        of_this_shape(state, self.state())
         for kind, layer, parameter in _held(ensemble):
             parameter.copy_(torch.from_numpy(state[f"{kind}_{layer}"]))
         for name, moments in ensemble.moments.items():
@@ -219,18 +229,18 @@ class Members:
         ensemble.death_epoch = torch.from_numpy(np.array(state["death_epoch"]))
         ensemble.steps = int(state["steps"])
 
-    def train(self, epoch: int) -> list[int]:
-        """The epoch that ends at `epoch`; returns the seeds that died in it."""
-        rule = Rule.of(self.experiment.training, epoch)
+    def advance(self, step: int) -> list[int]:
+        """The epoch that ends at `step`; returns the seeds that died in it."""
+        rule = Rule.of(self.experiment.training, step)
         if self.experiment.training.method == "flow":
             assert isinstance(self.ensemble, Ensemble)
-            lasting = self.experiment.training.rate(epoch) * self.experiment.steps
+            lasting = self.experiment.training.rate(step) * self.experiment.steps
             flowtraining.train_epoch(self.ensemble, list(zip(*self.finite, strict=True)), rule, time=lasting)
         elif isinstance(self.ensemble, DeepEnsemble):
-            deeptraining.train_epoch(self.ensemble, self.stream(epoch), rule, batch=self.batch)
+            deeptraining.train_epoch(self.ensemble, self.stream(step), rule, batch=self.batch)
         else:
-            training.train_epoch(self.ensemble, self.stream(epoch), rule, batch=self.batch)
-        return self.bury(epoch)
+            training.train_epoch(self.ensemble, self.stream(step), rule, batch=self.batch)
+        return self.bury(step)
 
     def bury(self, epoch: int) -> list[int]:
         """Seeds whose parameters are NaN or infinite since `epoch` (`training.bury`)."""
@@ -251,13 +261,14 @@ def _held(ensemble: Ensemble | DeepEnsemble) -> list[tuple[str, int, Tensor]]:
 
 
 def kinship(experiment: Experiment) -> object | None:
-    """Experiments of equal kinship can train as one ensemble (`Together`); None: this one only by itself.
+    """Experiments of equal kinship can train as one ensemble (`Together`); None: this one only by itself, as all that
+    train none.
 
     Their students have the same layers and take as many steps of one rule.  Learning rates, starts, teachers and data
     may differ.
     """
     law, student = experiment.training, experiment.student
-    if experiment.deep or law.method == "flow":
+    if experiment.kind != "training" or experiment.deep or law.method == "flow":
         return None
     return (
         experiment.dtype,

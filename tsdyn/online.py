@@ -29,7 +29,7 @@ from tsdyn.overlaps import Overlaps
 from tsdyn.training import Ensemble, Rule
 
 #: Inputs of a block of members are drawn in pieces of about this size.
-_PIECE_BYTES = 1 << 23
+PIECE_BYTES = 1 << 23
 
 
 def online(
@@ -216,7 +216,7 @@ def _stream(members: list[Member], sigma: Activation, rates: Rates, scale: float
 
     def stream(chosen: slice) -> Iterator[training.Batches]:
         block = members[chosen]
-        piece = max(1, _PIECE_BYTES // (8 * len(block) * batch * inputs))
+        piece = max(1, PIECE_BYTES // (8 * len(block) * batch * inputs))
         for done in range(0, steps, piece):
             count = min(piece, steps - done)
             x = np.stack([m.x.standard_normal((count * batch, inputs)) for m in block])

@@ -36,8 +36,8 @@ from tsdyn.experiment import Experiment, differences
 from tsdyn.lock import NAME as LOCK
 from tsdyn.lock import Lock
 from tsdyn.netcdf import State
-from tsdyn.sweep_axes import axes, places
 from tsdyn.schema import VARIABLES, recorded
+from tsdyn.sweep_axes import axes, places
 
 EXPERIMENT = "experiment.toml"
 ARCHIVE = "archive.nc"
