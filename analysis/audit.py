@@ -464,7 +464,10 @@ def audit(archive: xr.Dataset) -> xr.Dataset:
     for claim in CLAIMS:
         missing = [name for name in claim.needs if name not in archive]
         margin, verdict = xr.full_like(shape, np.nan, dtype=float), xr.full_like(shape, "", dtype="U10")
-        if claim.check is None:
+        if experiment.kind != "training":
+            verdict[...] = "unmet"
+            used.append(f"of students trained on samples, and this is kind = {experiment.kind!r}; {claim.says}")
+        elif claim.check is None:
             verdict[...] = "unmet"
             used.append(claim.says)
         elif missing:

@@ -17,7 +17,7 @@ import xarray as xr
 from dask.base import tokenize
 from xarray.backends import NetCDF4DataStore
 
-from tsdyn import netcdf, schema
+from tsdyn import netcdf, schema, study_directories
 from tsdyn.durable import ALWAYS_VERIFIED, refuse_changed, refuse_link, replacing
 from tsdyn.durable import ArchiveError as ArchiveError
 from tsdyn.durable import DirectoryError as DirectoryError
@@ -79,6 +79,9 @@ def open(
         return open_sweeps([path], skip_damaged=skip_damaged, verify=upto)
     if not path.exists():
         raise DirectoryError(f"{path}: does not exist; runs are made by `tsdyn run EXPERIMENT.toml -o {path}`")
+    of_a_study = study_directories.result(path)
+    if of_a_study is not None:
+        return study_directories.read(of_a_study)
     try:
         return _open_run(path, upto)
     except FileNotFoundError:  # an extension turned the archive into a segment in this moment

@@ -59,7 +59,7 @@ class Experiment(Part):
     record: Record = Record()
     flow: Flow = Flow()
     online: Online = Online()
-    sweep: dict[str, Any] = {}
+    sweep: dict[str, Any] = {}  # noqa: RUF012 (pydantic gives each its own)
 
     def __init__(self, **values: Any) -> None:
         try:

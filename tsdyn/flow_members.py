@@ -18,25 +18,13 @@ from torch import Tensor
 from tsdyn import schema
 from tsdyn.classification import Classification, classify
 from tsdyn.critical_points import ODD, copy_average, one_neuron, perturbed_copy
-from tsdyn.data import generator
 from tsdyn.experiment import Experiment
 from tsdyn.experiment_shapes import FLOW_END
 from tsdyn.gradient_flow import Flow, Limits
 from tsdyn.networks import Network
-from tsdyn.population_loss import PopulationLoss
+from tsdyn.population_loss import PopulationLoss, starts
 from tsdyn.protocol import of_this_shape
 from tsdyn.stationary import polish, signature
-
-
-def starts(loss: PopulationLoss, seeds: Iterable[int]) -> Tensor:
-    """Rows of parameters (seed, parameter) as Glorot & Bengio (2010) start: N(0, 2/(inputs + outputs)) a layer."""
-    n, d, outputs = loss.nodes, loss.inputs, loss.outputs
-    rows = []
-    for seed in seeds:
-        draw = generator(seed, "student")
-        w = draw.standard_normal(n * d) * np.sqrt(2 / (n + d))
-        rows.append(np.concatenate([w, draw.standard_normal(n * outputs) * np.sqrt(2 / (n + outputs))]))
-    return torch.from_numpy(np.stack(rows)).to(loss.dtype)
 
 
 class FlowMembers:

@@ -18,7 +18,7 @@ from typing import Any
 import netCDF4
 import numpy as np
 
-from tsdyn import archive, netcdf, schema
+from tsdyn import archive, netcdf, schema, study_directories
 from tsdyn.archive import SWEEP, sweep_points, swept_dimensions
 from tsdyn.durable import (
     SUFFIX,
@@ -55,11 +55,29 @@ def check(path: str | Path) -> list[str]:
     path = local_path(path)
     if (path / SWEEP).is_file():
         return list(dict.fromkeys(_check_sweep(path)))
+    of_a_study = study_directories.result(path)
+    if of_a_study is not None:
+        return _check_study(of_a_study)
     if path.is_dir():
         return list(dict.fromkeys(_check_run(path)))
     if not path.exists():
         raise DirectoryError(f"{path}: does not exist")
     return list(dict.fromkeys(_check_file(path)))
+
+
+def _check_study(file: Path) -> list[str]:
+    """Of what tsdyn 0.1 left without a checksum: whether it reads, and says what each variable is."""
+    try:
+        ds = study_directories.read(file)
+    except ArchiveError as error:
+        return [str(error)]
+    wanted = ("units", "long_name")
+    return [
+        f"{file}: {name}: attribute {key!r} is missing"
+        for name, a in ds.items()
+        for key in wanted
+        if key not in a.attrs
+    ]
 
 
 def _check_sweep(path: Path) -> Iterator[str]:

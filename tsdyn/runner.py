@@ -179,9 +179,8 @@ class _Point:
             try:
                 self.members.restore(state)
             except StateError as error:
-                raise ArchiveError(
-                    f"{self._target.path}: {error}; the segments are of another tsdyn or not whole: see `tsdyn validate`"
-                ) from error
+                where = "the segments are of another tsdyn or not whole: see `tsdyn validate`"
+                raise ArchiveError(f"{self._target.path}: {error}; {where}") from error
             self._first = committed + 1
         self.members.draw()  # what cannot be drawn fails by itself
         return self._first

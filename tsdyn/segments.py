@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import netCDF4
 import numpy as np
 
-from tsdyn import netcdf
+from tsdyn import netcdf, study_directories
 from tsdyn.durable import (
     SUFFIX,
     ArchiveError,
@@ -128,6 +128,7 @@ def _claimed(path: Path, experiment: Experiment) -> bool:
     """Whether `path` is the directory of `experiment` already; if not, it is free to be, or `claim`'s error."""
     file = path / EXPERIMENT
     if file.exists():
+        study_directories.refuse_to_write(path)
         theirs = Experiment.from_toml(file)
         if theirs == experiment:
             return True
