@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -30,6 +30,7 @@ def of_this_shape(stored: Mapping[str, np.ndarray], own: Mapping[str, np.ndarray
     return stored
 
 
+@runtime_checkable
 class Runnable(Protocol):
     """The members of one run; `runner` drives nothing else.
 
