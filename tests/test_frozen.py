@@ -12,12 +12,11 @@ from tsdyn import integrity
 
 DATA = Path(__file__).resolve().parent / "data"
 EXPECTED = json.loads((DATA / "expected-v2.json").read_text(encoding="utf-8"))
-FLOWS = {"flow-study-v2", "online-study-v2"}
 #: Sums of float64 numbers of order 1 in another order: their count times half a rounding, with room.
 ROUNDING = 1e-12
 
 
-@pytest.mark.parametrize("name", sorted(set(EXPECTED) - FLOWS))
+@pytest.mark.parametrize("name", sorted(EXPECTED))
 def test_a_frozen_archive_reads_as_its_own_version_read_it(name, tmp_path):
     path = Path(shutil.copytree(DATA / name, tmp_path / name))
     ds = tsdyn.open(path).load()

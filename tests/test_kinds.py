@@ -13,8 +13,21 @@ from hypothesis import strategies as st
 
 import tsdyn
 from tests.cases import orthonormal_teacher, small
-from tsdyn import Experiment, ExperimentError, archive, costs, flow, integrity, order_parameters, population, runner, schema
-from tsdyn import experiment_rules, kinds, sweep
+from tsdyn import (
+    Experiment,
+    ExperimentError,
+    archive,
+    costs,
+    experiment_rules,
+    flow,
+    integrity,
+    kinds,
+    order_parameters,
+    population,
+    runner,
+    schema,
+    sweep,
+)
 from tsdyn.classification import Ground, Kind
 from tsdyn.durable import DirectoryError
 from tsdyn.gradient_flow import REASONS, Flow, Limits
@@ -391,12 +404,12 @@ def test_tables_of_words_are_those_of_the_code_that_says_them():
     def of(literal):
         return literal.__args__
 
-    assert schema.END_CLASSES == of(Kind)
-    assert schema.END_GROUNDS == of(Ground)
-    assert schema.STOP_REASONS == tuple(reason.replace(" ", "-") for reason in REASONS)
-    assert set(schema.END_KINDS) == {"minimum", "saddle", "degenerate", "not-stationary"} | set(
-        schema.STOP_REASONS
-    ) - {"gradient"}
+    assert of(Kind) == schema.END_CLASSES
+    assert of(Ground) == schema.END_GROUNDS
+    assert tuple(reason.replace(" ", "-") for reason in REASONS) == schema.STOP_REASONS
+    assert set(schema.END_KINDS) == {"minimum", "saddle", "degenerate", "not-stationary"} | set(schema.STOP_REASONS) - {
+        "gradient"
+    }
     assert set(experiment_rules.FLUCTUATING) == set(order_parameters._FLUCTUATIONS)
 
 
