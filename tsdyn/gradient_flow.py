@@ -153,7 +153,7 @@ class Flow:
 
     def __init__(self, loss: Loss, initial: Tensor, *, times: np.ndarray, limits: Limits) -> None:
         self.loss, self._limits = loss, limits
-        self._times = torch.as_tensor(times, dtype=initial.dtype)
+        self._times = torch.tensor(np.asarray(times, float), dtype=initial.dtype)
         self.states = [_begun(loss, chunk, self._times, limits) for chunk in initial.split(chunk_size(loss))]
 
     def until(self, time: float) -> None:
@@ -170,7 +170,8 @@ class Flow:
     @property
     def reasons(self) -> np.ndarray:
         """Why each member stopped, a word of `REASONS`, once none is running."""
-        return np.array(REASONS)[self.joined("reason").numpy()]
+        found: np.ndarray = np.array(REASONS)[self.joined("reason").numpy()]
+        return found
 
     def joined(self, name: str) -> Tensor:
         """One of the arrays of all members: ``y`` where they are, ``t``, ``path`` (member, time, parameter), ..."""
