@@ -127,6 +127,25 @@ END_GROUNDS = (
     "groups", "copies", "no-part", "wrong-sign", "pointing-away", "owning-nothing", "uneven", "groups-and-shared",
 )  # fmt: skip
 
+
+def _online(name: str, dims: tuple[str, ...], text: str, conditions: str = "", when: When = "along") -> Variable:
+    return Variable(name, dims, "1", text, SAAD, conditions, _ONLINE, when=when)
+
+
+def _flow(
+    name: str,
+    text: str,
+    section: str = "",
+    conditions: str = _END,
+    *,
+    dims: tuple[str, ...] = ("seed",),
+    when: When = "end",
+    words: tuple[str, ...] = (),
+) -> Variable:
+    source = f"{SIMSEK}, {section}" if section else SIMSEK
+    return Variable(name, dims, "1", text, source, conditions, _FLOW, when=when, words=words)
+
+
 VARIABLES: Mapping[str, Variable] = _table(
     Variable("loss_train", _MEMBER, "1", "training loss", f"{TIAN}, Eq. 1", _LOSS, kinds=_TRAINED, deep=True),
     Variable("loss_eval", _MEMBER, "1", "evaluation loss", f"{TIAN}, Eq. 1", _LOSS, kinds=_TRAINED, deep=True),
@@ -334,172 +353,61 @@ VARIABLES: Mapping[str, Variable] = _table(
         "of the training loss in all parameters; the algebraically largest",
         kinds=_TRAINED,
     ),
-    Variable("Q_equation", (*_MEMBER, "node", "node_2"), "1", "Q by the equation, N → ∞", SAAD, _EQUATION, _ONLINE),
-    Variable(
-        "R_equation", (*_MEMBER, "node", "teacher_node"), "1", "R by the equation, N → ∞", SAAD, _EQUATION, _ONLINE
-    ),
-    Variable("outgoing", (*_MEMBER, "node"), "1", "outgoing weight v of the student", SAAD, kinds=_ONLINE),
-    Variable("outgoing_equation", (*_MEMBER, "node"), "1", "v by the equation, N → ∞", SAAD, _EQUATION, _ONLINE),
-    Variable(
-        "teacher_outgoing",
-        ("seed", "teacher_node"),
-        "1",
-        "outgoing weight A of the teacher",
-        SAAD,
-        kinds=_ONLINE,
-        when="start",
-    ),
-    Variable(
+    _online("Q_equation", (*_MEMBER, "node", "node_2"), "Q by the equation, N → ∞", _EQUATION),
+    _online("R_equation", (*_MEMBER, "node", "teacher_node"), "R by the equation, N → ∞", _EQUATION),
+    _online("outgoing", (*_MEMBER, "node"), "outgoing weight v of the student"),
+    _online("outgoing_equation", (*_MEMBER, "node"), "v by the equation, N → ∞", _EQUATION),
+    _online("teacher_outgoing", ("seed", "teacher_node"), "outgoing weight A of the teacher", when="start"),
+    _online(
         "eg",
         _MEMBER,
-        "1",
         "generalization error ½ E[(student − teacher)²]",
-        SAAD,
         "online SGD in N dimensions; exact from Q, R, T, v; the teacher without noise",
-        _ONLINE,
     ),
-    Variable("eg_equation", _MEMBER, "1", "generalization error by the equation, N → ∞", SAAD, _EQUATION, _ONLINE),
-    Variable("population_loss", _MEMBER, "1", "loss L = E(f* − f)², no ½", f"{SIMSEK}, section 3", _GONE, _FLOW),
-    Variable(
-        "end_weight",
-        ("seed", "layer", "node", "input_node"),
-        "1",
-        "student weight at the end",
-        SIMSEK,
-        _END,
-        _FLOW,
-        when="end",
-    ),
-    Variable("end_loss", ("seed",), "1", "loss L at the end, no ½", f"{SIMSEK}, section 3", _END, _FLOW, when="end"),
-    Variable("end_gradient_max", ("seed",), "1", "|∇L|_∞ at the end", SIMSEK, _END, _FLOW, when="end"),
-    Variable(
-        "end_index",
-        ("seed",),
-        "1",
-        "negative Hessian eigenvalues at the end",
-        SIMSEK,
-        "NaN where the flow did not arrive",
-        _FLOW,
-        when="end",
-    ),
-    Variable(
-        "end_kind",
-        ("seed",),
-        "1",
-        "kind of stationary point at the end, or why the flow stopped short of one",
-        SIMSEK,
-        _END,
-        _FLOW,
-        when="end",
-        words=END_KINDS,
-    ),
-    Variable(
-        "end_class",
-        ("seed",),
-        "1",
-        "what the student does with the teacher's nodes at the end",
-        f"{SIMSEK}, section 5",
-        _END,
-        _FLOW,
-        when="end",
-        words=END_CLASSES,
-    ),
-    Variable(
-        "end_ground",
-        ("seed",),
-        "1",
-        "what decided the class",
-        f"{SIMSEK}, section 5",
-        _END,
-        _FLOW,
-        when="end",
-        words=END_GROUNDS,
-    ),
-    Variable(
-        "end_margin",
-        ("seed",),
-        "1",
-        "distance of the class's deciding number from its threshold",
-        SIMSEK,
-        _END,
-        _FLOW,
-        when="end",
-    ),
-    Variable(
+    _online("eg_equation", _MEMBER, "generalization error by the equation, N → ∞", _EQUATION),
+    _flow("population_loss", "loss L = E(f* − f)², no ½", "section 3", _GONE, dims=_MEMBER, when="along"),
+    _flow("end_weight", "student weight at the end", dims=("seed", "layer", "node", "input_node")),
+    _flow("end_loss", "loss L at the end, no ½", "section 3"),
+    _flow("end_gradient_max", "|∇L|_∞ at the end"),
+    _flow("end_index", "negative Hessian eigenvalues at the end", conditions="NaN where the flow did not arrive"),
+    _flow("end_kind", "kind of stationary point at the end, or why the flow stopped short of one", words=END_KINDS),
+    _flow("end_class", "what the student does with the teacher's nodes at the end", "section 5", words=END_CLASSES),
+    _flow("end_ground", "what decided the class", "section 5", words=END_GROUNDS),
+    _flow("end_margin", "distance of the class's deciding number from its threshold"),
+    _flow(
         "end_owner",
-        ("seed", "teacher_node"),
-        "1",
         "student node that owns the teacher node at the end",
-        f"{SIMSEK}, section 5",
+        "section 5",
         "NaN for a teacher node that is shared",
-        _FLOW,
-        when="end",
+        dims=("seed", "teacher_node"),
     ),
-    Variable(
-        "stop_time", ("seed",), "1", "time t of dθ/dt = −∇L at which the flow stopped", SIMSEK, kinds=_FLOW, when="end"
-    ),
-    Variable(
-        "stop_reason", ("seed",), "1", "why the flow stopped", SIMSEK, kinds=_FLOW, when="end", words=STOP_REASONS
-    ),
-    Variable(
+    _flow("stop_time", "time t of dθ/dt = −∇L at which the flow stopped", conditions=""),
+    _flow("stop_reason", "why the flow stopped", conditions="", words=STOP_REASONS),
+    _flow(
         "loss_copy_average",
-        ("seed",),
-        "1",
         "L*(k−n+1), the loss of the least copy-average point",
-        f"{SIMSEK}, Theorem 5.1",
+        "Theorem 5.1",
         "NaN for n > k",
-        _FLOW,
         when="start",
     ),
-    Variable(
-        "loss_perturbed_copy",
-        ("seed",),
-        "1",
-        "loss of the perturbed n-copy point",
-        f"{SIMSEK}, section 5",
-        _ODD,
-        _FLOW,
-        when="start",
-    ),
-    Variable(
+    _flow("loss_perturbed_copy", "loss of the perturbed n-copy point", "section 5", _ODD, when="start"),
+    _flow(
         "index_copy_average",
-        ("seed",),
-        "1",
         "negative Hessian eigenvalues at the copy-average point",
-        f"{SIMSEK}, section 5",
+        "section 5",
         "NaN where it is not critical: n > k and activations that are not odd",
-        _FLOW,
         when="start",
     ),
-    Variable(
+    _flow(
         "index_perturbed_copy",
-        ("seed",),
-        "1",
         "negative Hessian eigenvalues at the perturbed n-copy point",
-        f"{SIMSEK}, section 5",
+        "section 5",
         _ODD,
-        _FLOW,
         when="start",
     ),
-    Variable(
-        "one_neuron_norm",
-        ("seed",),
-        "1",
-        "norm of the best single neuron",
-        f"{SIMSEK}, Theorem 4.2",
-        "NaN for n > 1",
-        _FLOW,
-        when="start",
-    ),
-    Variable(
-        "one_neuron_outgoing",
-        ("seed",),
-        "1",
-        "outgoing weight of the best single neuron",
-        f"{SIMSEK}, Theorem 4.2",
-        "NaN for n > 1",
-        _FLOW,
-        when="start",
+    _flow("one_neuron_norm", "norm of the best single neuron", "Theorem 4.2", "NaN for n > 1", when="start"),
+    _flow(
+        "one_neuron_outgoing", "outgoing weight of the best single neuron", "Theorem 4.2", "NaN for n > 1", when="start"
     ),
 )
 
