@@ -432,7 +432,7 @@ CLAIMS = (
     Claim(
         "BatchNorm's gradient",
         f"{LUCK}, Lemma 1",
-        "of one batch, not of an archive: tsdyn.deepnets.batch_norm_gradient",
+        "of one batch, not of an archive: tsdyn.theory.batch_norm_gradient",
     ),
     Claim(
         "projected dynamics",

@@ -18,7 +18,7 @@ from tsdyn.analysis.matching import assignment
 from tsdyn.analysis.members import Member, member, points
 
 from tsdyn import alignment
-from tsdyn.networks import Network
+from tsdyn.networks import Network, require_plain
 from tsdyn.schema import TIAN
 
 #: The ways from one student to the other.
@@ -28,6 +28,7 @@ LEGS = 5
 
 
 def _like(network: Network, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Network:
+    require_plain("connectivity", network)
     leak = network.activation.leak
     return Network(list(weights), list(biases), network.activation.name, leak=leak or 0.0)
 

@@ -82,8 +82,8 @@ def member(ds: xr.Dataset, experiment: Experiment) -> Member:
     """
     if experiment.deep:
         raise ValueError(
-            f"member: {experiment.name} has convolutions or BatchNorm, so its members are no Network; build a "
-            "DeepNetwork from the recorded weight, bias and norm_* variables, and take its folded()"
+            f"member: {experiment.name} has convolutions or BatchNorm, which are not rebuilt here; build a "
+            "Network from the recorded weight, bias and norm_* variables, and take its folded()"
         )
     missing = [name for name in PARAMETERS if name not in ds]
     if missing:

@@ -65,7 +65,7 @@ class StateDict:
         Raises:
             ExperimentError: if the file is missing, cannot be read safely or holds no BatchNorm with a bias.
         """
-        from tsdyn.deepnets import load_state  # torch, which a list of studies does not need
+        from tsdyn.torch_io import load_state  # torch, which a list of studies does not need
 
         path = Path(self.path)
         if not path.is_file():

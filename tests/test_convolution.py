@@ -2,10 +2,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.test_deepnets import IMAGE, images, module
+from tests.test_convolutional_networks import IMAGE, images, module
 from tsdyn import convolution
-from tsdyn.deepnets import DeepNetwork
 from tsdyn.deeptraining import DeepEnsemble, step
+from tsdyn.networks import Network
 from tsdyn.training import Rule
 
 served = pytest.mark.skipif(not convolution.serves(torch.zeros(1)), reason="no compiler")
@@ -58,10 +58,10 @@ def test_a_step_is_the_same_without_a_compiler(place, padding, monkeypatch):
     for compiled in (True, False):
         if not compiled:
             monkeypatch.setattr(convolution, "serves", lambda x: False)
-        made = [DeepNetwork.from_torch(module(place, seed=s).eval(), image=IMAGE) for s in range(2)]
+        made = [Network.from_torch(module(place, seed=s).eval(), image=IMAGE) for s in range(2)]
         if padding:
             made = [
-                DeepNetwork(
+                Network(
                     [*n.weights[:-1], torch.ones(3, 4 * 64).double()], n.biases, norms=n.norms, norm=place,
                     image=IMAGE, padding=1,
                 )

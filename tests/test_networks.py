@@ -102,7 +102,7 @@ def test_numpy_is_accepted():
         (lambda: Network([torch.ones(2, 3)])(torch.ones(1, 4)), "inputs have 4 features, layer 1 takes 3"),
         (
             lambda: Network.from_torch(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))),
-            "BatchNorm1d.* normalizes by the batch",
+            "must end with a Linear",
         ),
         (lambda: Network.from_torch(nn.Sequential(nn.Linear(2, 2), nn.ReLU())), "must end with a Linear"),
         (
@@ -142,10 +142,13 @@ def test_batch_norm_in_eval_mode_is_folded(affine, bias):
             nn.init.normal_(norm.weight)
             nn.init.normal_(norm.bias)
     module(x)  # moves the running statistics off 0 and 1
-    with pytest.raises(ValueError, match=r"BatchNorm1d.* normalizes by the batch, .* call module.eval\(\)"):
-        Network.from_torch(module)
-    network = Network.from_torch(module.eval())
-    assert network.widths == (4, 6, 5, 3)
+    kept = Network.from_torch(module.eval())
+    assert kept.frame.places == ("before", "after")
+    assert kept.norms[0].mean is norms[0].running_mean
+    network = kept.folded()
+    assert network.plain
+    assert network.widths == kept.widths == (4, 6, 5, 3)
+    torch.testing.assert_close(kept(x), module(x), rtol=1e-13, atol=1e-13)
     torch.testing.assert_close(network(x), module(x), rtol=1e-13, atol=1e-13)
     teacher = random_network((4, 3, 4, 3))
     assert theory.lemma1_residual(network, teacher, x) < 1e-12
@@ -169,7 +172,7 @@ def test_a_small_convolution_is_a_matrix_and_obeys_lemma_1():
         module(images)  # statistics for the BatchNorm
         module.eval()
     flat = images.flatten(1)
-    networks = [Network.from_torch(module, input_shape=(2, 8, 8)) for module in (student, teacher)]
+    networks = [Network.from_torch(module, image=(2, 8, 8)).folded() for module in (student, teacher)]
     for module, network in zip((student, teacher), networks, strict=True):
         torch.testing.assert_close(network(flat), module(images), rtol=1e-12, atol=1e-12)
     assert 0 < theory.lemma1_residual(*networks, flat) < 1e-12
@@ -188,7 +191,8 @@ def test_a_small_convolution_is_a_matrix_and_obeys_lemma_1():
 def test_a_convolution_needs_the_shape_of_its_images():
     module = nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(3 * 36, 1))
     for shape in (None, (1, 8, 8)):
-        with pytest.raises(ValueError, match="input_shape"):
-            Network.from_torch(module, input_shape=shape)
+        with pytest.raises(ValueError, match="give image="):
+            Network.from_torch(module, image=shape)
+    large = Network([torch.ones(3, 2, 3, 3), torch.ones(1, 3 * 63 * 63)], image=(2, 4000, 4000), stride=64)
     with pytest.raises(MemoryError, match="smaller images"):
-        Network.from_torch(module, input_shape=(2, 4000, 4000))
+        large.folded()

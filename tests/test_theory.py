@@ -296,3 +296,24 @@ print(work(10), work(400))
     )
     few, many = map(int, run.stdout.split())
     assert many - few <= 4 << 20
+
+
+def test_lemma_1s_residual_notices_an_error_in_any_layer(monkeypatch):
+    """Of layer 1 alone A and B vanish, where entries are a thousandth of the upper layers'."""
+    student, teacher = (scaled_network((6, n, n, n, 3), "relu", 0.0, True, s) for n, s in ((5, 1), (4, 2)))
+    x = torch.randn(40, 6, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    for network in (student, teacher):  # the same function with small fan-out of layer 1, and 2 and 3
+        for layer in range(3):
+            network.weights[layer].mul_(1e7)
+            network.biases[layer].mul_(1e7 ** (layer + 1))
+            network.weights[-1].mul_(1e-7)
+    assert theory.lemma1_residual(student, teacher, x) < TOLERANCE
+    right = theory._coupling
+    for wrong in range(1, student.depth + 1):
+
+        def planted(student, own, teacher, taught, layer, wrong=wrong):
+            pair = right(student, own, teacher, taught, layer)
+            return theory.Coupling(0 * pair.A, 0 * pair.B) if layer == wrong else pair
+
+        monkeypatch.setattr(theory, "_coupling", planted)
+        assert theory.lemma1_residual(student, teacher, x) == pytest.approx(1)

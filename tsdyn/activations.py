@@ -20,6 +20,8 @@ AtZero = Literal["torch", "paper"]
 
 # Beyond it log(1 + eᶻ) = z to the last bit of float64 (torch's own default, 20, is off by 2e-9).
 _SOFTPLUS_THRESHOLD = 50.0
+#: torch's default: taken for the function itself, from which it differs by less than 2.1e-9.
+_LEAST_THRESHOLD = 20.0
 
 
 class Erf(nn.Module):
@@ -130,21 +132,26 @@ def from_module(module: nn.Module) -> Activation | None:
     """The activation a torch module computes, or None if it is not one of ours.
 
     Raises:
-        ValueError: for a variant that differs from ours (an approximate GELU, a scaled softplus).
+        ValueError: for a variant that differs from ours (an approximate GELU, a softplus scaled or cut off).
     """
-    match module:
-        case nn.ReLU():
-            return activation("relu")
-        case nn.LeakyReLU():
-            return activation("leaky_relu", leak=module.negative_slope)
-        case nn.GELU():
-            if module.approximate != "none":
-                raise ValueError(f"from_torch: {module} is approximate; use nn.GELU()")
-            return activation("gelu")
-        case nn.Softplus():
-            if module.beta != 1:
-                raise ValueError(f"from_torch: {module} has beta != 1; scale the weights instead")
-            return activation("softplus")
-    names = {Erf: "erf", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid", nn.SiLU: "silu", nn.Identity: "identity"}
-    name = next((n for kind, n in names.items() if isinstance(module, kind)), None)
-    return None if name is None else activation(name)
+    kind = type(module)  # a subclass may compute anything else
+    if kind is nn.ReLU:
+        return activation("relu")
+    if isinstance(module, nn.LeakyReLU) and kind is nn.LeakyReLU:
+        return activation("leaky_relu", leak=module.negative_slope)
+    if isinstance(module, nn.GELU) and kind is nn.GELU:
+        if module.approximate != "none":
+            raise ValueError(f"from_torch: {module} is approximate; use nn.GELU()")
+        return activation("gelu")
+    if isinstance(module, nn.Softplus) and kind is nn.Softplus:
+        if module.beta != 1:
+            raise ValueError(f"from_torch: {module} has beta != 1; scale the weights instead")
+        if not module.threshold >= _LEAST_THRESHOLD:
+            raise ValueError(
+                f"from_torch: {module} is linear above {module.threshold}, which is another function; use nn.Softplus()"
+            )
+        return activation("softplus")
+    names: dict[type[nn.Module], str] = {
+        Erf: "erf", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid", nn.SiLU: "silu", nn.Identity: "identity",
+    }  # fmt: skip
+    return activation(names[kind]) if kind in names else None

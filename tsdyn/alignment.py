@@ -16,7 +16,7 @@ from torch import Tensor
 from tsdyn import data
 from tsdyn.axes import Inputs, TeacherByStudent
 from tsdyn.experiment import Experiment
-from tsdyn.networks import Network
+from tsdyn.networks import Network, require_plain
 
 
 def regular(network: Network, layer: int = 1) -> tuple[Tensor, Tensor]:
@@ -24,6 +24,7 @@ def regular(network: Network, layer: int = 1) -> tuple[Tensor, Tensor]:
 
     Source: Tian (2020), Definition 1.
     """
+    require_plain("regular", network)
     weight, bias = network.weights[layer - 1], network.biases[layer - 1]
     norm = weight.norm(dim=1)
     norm = torch.where(norm > 0, norm, torch.nan)
@@ -229,6 +230,7 @@ def jumps(teacher: Network, student: Network, *, tolerance: float) -> Float[Tens
     Raises:
         ValueError: if one is not two-layer, or inputs differ in width.
     """
+    require_plain("jumps", teacher, student)
     for net in (teacher, student):
         if net.depth != 2:
             raise ValueError(f"jumps: {net!r} has {net.depth} layers; the jump is one number in two only")
@@ -240,6 +242,7 @@ def jumps(teacher: Network, student: Network, *, tolerance: float) -> Float[Tens
 
 
 def _check_inputs(caller: str, teacher: Network, student: Network) -> None:
+    require_plain(caller, teacher, student)
     if teacher.widths[0] != student.widths[0]:
         raise ValueError(
             f"{caller}: the teacher takes {teacher.widths[0]} inputs, the student {student.widths[0]}; they must agree"

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tsdyn.critical_points import ODD, copy_average, perturbed_copy, unit_orthonormal
-from tsdyn.networks import Network
+from tsdyn.networks import Network, require_plain
 from tsdyn.population_loss import PopulationLoss
 from tsdyn.stationary import signature
 
@@ -75,6 +75,7 @@ def classify(student: Network, teacher: Network, *, owns: float = OWNS, even: fl
     Source: Simsek et al. (2023), section 5; the thresholds are ours.
     """
     unit_orthonormal("classify", teacher)
+    require_plain("classify", student)
     if not (0.5 < owns < 1 and 0 < even < 1):
         raise ValueError(f"classify: owns={owns}, even={even}; 0.5 < owns < 1 and 0 < even < 1")
     if student.depth != 2 or (student.widths[0], student.widths[2]) != (teacher.widths[0], 1):

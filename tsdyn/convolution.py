@@ -2,7 +2,7 @@
 
 Samples lie innermost, (member, channel, row, column, sample): a member's convolution then runs along rows of columns
 and samples, whatever its channels and batch.  A member's result does not depend on the others or on threads.  Without
-a compiler `serves` says no, and torch's grouped convolution is the way (`deepnets.propagate`).  Both are in docs:
+a compiler `serves` says no, and torch's grouped convolution is the way (`propagate.propagate`).  Both are in docs:
 performance.
 """
 

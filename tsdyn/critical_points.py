@@ -24,7 +24,7 @@ from torch import Tensor
 
 from tsdyn import interaction
 from tsdyn.gradient_flow import gradient_flow
-from tsdyn.networks import Network
+from tsdyn.networks import Network, require_plain
 from tsdyn.population_loss import PopulationLoss
 from tsdyn.stationary import Loss, polish
 
@@ -165,6 +165,7 @@ def _groups(groups: Sequence[int] | Sequence[Sequence[int]], k: int) -> list[lis
 
 def unit_orthonormal(caller: str, teacher: Network) -> Float[Tensor, " output"]:
     """The common outgoing weight of an orthonormal teacher."""
+    require_plain(caller, teacher)
     v, b = teacher.weights[0].detach(), teacher.weights[1].detach()
     eye = torch.eye(len(v), dtype=v.dtype, device=v.device)
     off = float((v @ v.T - eye).abs().max())

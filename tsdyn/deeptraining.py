@@ -16,7 +16,9 @@ from torch.func import vmap
 
 from tsdyn import convolution
 from tsdyn.activations import Activation
-from tsdyn.deepnets import BatchNorm, DeepNetwork, Frame, Parameters, normalized, propagate
+from tsdyn.batch_norm import BatchNorm, normalized
+from tsdyn.networks import Network
+from tsdyn.propagate import Frame, Parameters, propagate
 from tsdyn.training import Rule, Stream, living_blocks
 
 #: Activations of a block of members and their gradients should stay within a core's share of the last-level cache.
@@ -47,7 +49,7 @@ class DeepEnsemble:
         self.death_epoch = torch.full((self.members,), -1) if death_epoch is None else death_epoch
 
     @classmethod
-    def of(cls, networks: Sequence[DeepNetwork], *, device: str = "cpu") -> DeepEnsemble:
+    def of(cls, networks: Sequence[Network], *, device: str = "cpu") -> DeepEnsemble:
         """Members side by side; copies."""
         return cls(Parameters.of([n.to(device) for n in networks]), networks[0].frame)
 
@@ -91,13 +93,13 @@ class DeepEnsemble:
             for kind, tensor in (("norm_mean", norm.mean), ("norm_variance", norm.variance))
         ]
 
-    def network(self, member: int) -> DeepNetwork:
+    def network(self, member: int) -> Network:
         """One member; shares memory."""
         one = _mapped(self.values, lambda t: t[member])
         f = self.frame
-        return DeepNetwork(
-            one.weights, one.biases, f.activation.name, leak=f.activation.leak or 0.0, norms=one.norms, norm=f.norm,
-            image=f.image, stride=f.stride, padding=f.padding,
+        return Network(
+            one.weights, one.biases, f.activation.name, leak=f.activation.leak or 0.0, norms=one.norms, norm=f.places,
+            image=f.image, stride=f.strides, padding=f.paddings,
         )  # fmt: skip
 
     def block(self, members: slice) -> DeepEnsemble:
@@ -148,12 +150,12 @@ def _block_size(ensemble: DeepEnsemble, batch: int) -> int:
 
 def _output(values: Parameters, frame: Frame, x: Tensor) -> Tensor:
     """f_L of every member on its own batch in training mode, (member, sample, output): `propagate`, or quicker."""
-    if frame.image is None or frame.stride != 1 or not convolution.serves(x):
+    if frame.image is None or any(stride != 1 for stride in frame.strides) or not convolution.serves(x):
         return propagate(values, frame, x, training=True)[-1].activation
     f = x.transpose(1, 2).contiguous().unflatten(1, frame.image)  # (member, channel, row, column, sample)
     for i, (weight, bias) in enumerate(zip(values.weights, values.biases, strict=True)):
         if weight.ndim == 5:
-            edge = frame.padding
+            edge = frame.paddings[i]
             z = convolution.convolve(F.pad(f, (0, 0, edge, edge, edge, edge)) if edge else f, weight, bias)
         else:
             f = f.flatten(1, -2)
@@ -163,7 +165,7 @@ def _output(values: Parameters, frame: Frame, x: Tensor) -> Tensor:
             f = z
         elif norm is None:
             f = frame.activation(z)
-        elif frame.norm == "before":
+        elif frame.places[i] == "before":
             f = frame.activation(_normalized(z, norm))
         else:
             f = _normalized(frame.activation(z), norm)

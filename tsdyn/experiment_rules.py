@@ -201,7 +201,7 @@ def _deep(e: Experiment) -> str | None:
     if unknown:
         return (
             f"record.observables: {', '.join(sorted(unknown))} is not measured of convolutions and BatchNorm; "
-            f"there are {', '.join(there)}; theory has the others on DeepNetwork.folded()"
+            f"there are {', '.join(there)}; theory has the others on Network.folded()"
         )
     return None
 

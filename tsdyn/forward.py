@@ -61,7 +61,8 @@ def serves(network: Network, inputs: Tensor) -> bool:
     """Whether the compiled pass is there for this network and these inputs."""
     tensors = [inputs, *network.weights, *(b for b in network.biases if b is not None)]
     return (
-        network.activation.piecewise_linear
+        network.plain
+        and network.activation.piecewise_linear
         and all(t.dtype == inputs.dtype for t in tensors)
         and (kernel.serves(tensors, SOURCE))
     )

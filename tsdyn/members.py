@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from tsdyn import alignment, data, deeptraining, flowtraining, observables, schema, training
-from tsdyn.deepnets import DeepNetwork
 from tsdyn.deeptraining import DeepEnsemble
 from tsdyn.experiment import Experiment
 from tsdyn.networks import Network
@@ -35,7 +34,7 @@ class Members:
     device: str = "cpu"
 
     @cached_property
-    def teachers(self) -> list[Network | DeepNetwork]:
+    def teachers(self) -> list[Network]:
         return [draw_teacher(self.experiment, seed).to(self.device) for seed in self.experiment.seed_labels]
 
     @cached_property
@@ -92,8 +91,8 @@ class Members:
         pairs = zip(self.experiment.seed_labels, self.teachers, strict=True)
         return [Probe(self._training_set(s, t), t, self._labels(s, "train")) for s, t in pairs]
 
-    def _training_set(self, seed: int, teacher: Network | DeepNetwork) -> Tensor:
-        if isinstance(teacher, Network):
+    def _training_set(self, seed: int, teacher: Network) -> Tensor:
+        if teacher.plain:
             return alignment.training_set(self.experiment, seed, teacher)
         return self._tensor(data.training_inputs(self.experiment, seed))
 

@@ -15,13 +15,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tsdyn import alignment, deepnets, derivatives, forward, schema, theory
+from tsdyn import alignment, derivatives, forward, schema, theory
 from tsdyn.axes import Activations, Outputs, TeacherActivations, TeacherByStudent
-from tsdyn.deepnets import DeepNetwork
-from tsdyn.networks import Network, Trace
-from tsdyn.theory import backpropagated_gradients, fanout_norms
-
-AnyNetwork: TypeAlias = Network | DeepNetwork
+from tsdyn.networks import Network, Trace, require_plain
+from tsdyn.theory import backpropagated_gradients
 
 # --- formulas, for one network -------------------------------------------------------------------------------
 
@@ -100,7 +97,7 @@ class Probe:
     """
 
     inputs: Tensor
-    teacher: AnyNetwork
+    teacher: Network
     labels: Tensor | None = None
 
     @cached_property
@@ -121,8 +118,8 @@ class Probe:
         return _fanout_norms(self.teacher, self.inputs, self.trace)
 
 
-def _fanout_norms(network: AnyNetwork, x: Tensor, trace: Trace) -> list[Tensor]:
-    return deepnets.fanout_norms(network, x) if isinstance(network, DeepNetwork) else fanout_norms(network, trace)
+def _fanout_norms(network: Network, x: Tensor, trace: Trace) -> list[Tensor]:
+    return theory.fanout_norms(network, x if network.convolutional else trace)
 
 
 @dataclass(frozen=True)
@@ -135,7 +132,7 @@ class Response:
         correlated: Whether correlations are asked for, too.
     """
 
-    student: AnyNetwork
+    student: Network
     probe: Probe
     correlated: bool = False
 
@@ -147,7 +144,7 @@ class Response:
     def _sums(self) -> forward.Forward:
         student, probe = self.student, self.probe
         teachers, target = probe.standardized if self.correlated else [], probe.trace.output
-        if isinstance(student, Network) and forward.serves(student, probe.inputs):
+        if forward.serves(student, probe.inputs):
             return forward.forward(student, probe.inputs, target, teachers)
         pairs = zip(teachers, self.trace.activations, strict=False)
         return forward.Forward((target - self.trace.output).square().sum(), [t.T @ standardized(f) for t, f in pairs])
@@ -173,7 +170,7 @@ class Measurement:
     """One member at one epoch; what observables share is computed once and only when asked for.
 
     Attributes:
-        student: Of any kind; `net` where only a fully connected one will do.
+        student: Of any kind; `net` where only plain linear layers will do.
         train, eval: What it is measured on.
         band: Of `observation`.
         layout: Sizes that the record decides.
@@ -181,7 +178,7 @@ class Measurement:
         targets: Whose classes a cross entropy is of.
     """
 
-    student: AnyNetwork
+    student: Network
     train: Probe
     eval: Probe
     band: float = 0.1
@@ -191,11 +188,11 @@ class Measurement:
 
     @property
     def net(self) -> Network:
-        return _connected(self.student)
+        return _plain(self.student)
 
     @property
     def teacher(self) -> Network:
-        return _connected(self.eval.teacher)
+        return _plain(self.eval.teacher)
 
     def loss(self, response: Response) -> Tensor:
         """J over a probe."""
@@ -217,16 +214,13 @@ class Measurement:
     @property
     def fanout_norms(self) -> list[Tensor]:
         student = self.student
-        if isinstance(student, Network) and student.depth == 2:  # V_1 = W_2 whatever x
+        if student.plain and student.depth == 2:  # V_1 = W_2 whatever x
             return [student.weights[1].norm(dim=0)]
         return _fanout_norms(student, self.eval.inputs, self.on_eval.trace)
 
     @cached_property
     def moments(self) -> theory.Moments:
-        student, teacher = self.student, self.eval.teacher
-        if isinstance(student, DeepNetwork) and isinstance(teacher, DeepNetwork):
-            return theory.Moments(**deepnets.expectations(student, teacher, self.eval.inputs))
-        return theory.expectations(self.net, self.teacher, self.eval.inputs)
+        return theory.expectations(self.student, self.eval.teacher, self.eval.inputs)
 
     @cached_property
     def gradients(self) -> list[Tensor]:
@@ -329,16 +323,13 @@ def _label_accuracy(m: Measurement) -> Tensor:
 
 @fills("conserved_norm")
 def _conserved_norm(m: Measurement) -> Layers:
-    student = m.student
-    deep = student if isinstance(student, DeepNetwork) else DeepNetwork(student.weights, student.biases)
-    return list(deepnets.conserved_norms(deep))
+    return list(theory.conserved_norms(m.student))
 
 
 def _of_norms(variable: str, name: str) -> None:
     def measured(m: Measurement) -> Layers:
-        norms = m.student.norms if isinstance(m.student, DeepNetwork) else []
         nothing = [torch.full_like(w.flatten(1)[:, 0], torch.nan) for w in m.student.weights[:-1]]
-        held = [None if n is None else n.tensors().get(name) for n in norms] or [None] * len(nothing)
+        held = [None if n is None else n.tensors().get(name) for n in m.student.norms]
         return [n if h is None else h for h, n in zip(held, nothing, strict=True)]
 
     fills(variable)(measured)
@@ -350,14 +341,13 @@ for _variable, _name in (
     _of_norms(_variable, _name)
 
 
-def _connected(network: AnyNetwork) -> Network:
-    if isinstance(network, DeepNetwork):
-        raise ValueError(f"measure: {network!r} is not fully connected; use its folded()")
-    return network
-
-
-def _layers(network: AnyNetwork) -> list[tuple[Tensor, Tensor | None]]:
+def _layers(network: Network) -> list[tuple[Tensor, Tensor | None]]:
     return list(zip(network.weights, network.biases, strict=True))
+
+
+def _plain(network: Network) -> Network:
+    require_plain("measure", network)
+    return network
 
 
 def _hidden_z(m: Measurement) -> list[tuple[Tensor, Tensor]]:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from tsdyn import interaction
 from tsdyn.activations import Activation
-from tsdyn.networks import Network
+from tsdyn.networks import Network, require_plain
 
 SOURCE = "Saad & Solla 1995; Goldt et al. 2019 (arXiv 1906.08632)"
 #: Overlaps whose least eigenvalue is below minus this share of the largest belong to no weights.
@@ -123,6 +123,7 @@ def of(student: Network, teacher: Network) -> Overlaps:
     Raises:
         ValueError: for other depths, outputs, biases, or networks that differ in activation or inputs.
     """
+    require_plain("overlaps", student, teacher)
     for role, network in (("student", student), ("teacher", teacher)):
         if network.depth != 2 or network.widths[-1] != 1:
             raise ValueError(f"overlaps: the {role} is {network}; order parameters are of two layers and one output")

@@ -20,7 +20,7 @@ from torch import Tensor
 from tsdyn import interaction
 from tsdyn.data import generator
 from tsdyn.interaction import Interaction
-from tsdyn.networks import Network
+from tsdyn.networks import Network, require_plain
 
 Parameters = Float[Tensor, "*member parameter"]
 
@@ -242,6 +242,7 @@ def loss_from_overlaps(
 
 
 def _check_two_layers(caller: str, role: str, network: Network) -> None:
+    require_plain(caller, network)
     if network.depth != 2:
         raise ValueError(f"{caller}: the {role} is {network}; the population loss is of two layers")
     if any(b is not None and bool((b.detach() != 0).any()) for b in network.biases):

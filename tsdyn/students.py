@@ -13,8 +13,8 @@ from tsdyn import archive, interaction
 from tsdyn.activations import activation
 from tsdyn.data import generator
 from tsdyn.experiment import Experiment, ExperimentError
-from tsdyn.networks import Network
-from tsdyn.teachers import AnyNetwork, draw_teacher, from_file, network_of, uniform_start
+from tsdyn.networks import Network, require_plain
+from tsdyn.teachers import draw_teacher, from_file, network_of, uniform_start
 
 #: Starts that need the teacher.
 NEAR = ("near-teacher", "same-direction", "same-sign")
@@ -22,8 +22,8 @@ NEAR = ("near-teacher", "same-direction", "same-sign")
 REWOUND = ("rewind", "rewind-reinitialised")
 
 
-def draw_student(experiment: Experiment, seed: int, teacher: AnyNetwork | None = None) -> AnyNetwork:
-    """The student of one member before training; a `DeepNetwork` with convolutions or BatchNorm, which starts afresh.
+def draw_student(experiment: Experiment, seed: int, teacher: Network | None = None) -> Network:
+    """The student of one member before training; its BatchNorm, where it has some, starts afresh.
 
     ``gaussian``: every weight N(0, scale²), biases 0 (Tian 2020, released code).  ``torch``: weights and biases
     uniform on ±1/√(inputs), as ``nn.Linear`` starts.  ``near-teacher``: the teacher's parameters plus N(0, scale²).
@@ -171,6 +171,7 @@ def warm_start(teacher: Network, nodes: int) -> Network:
 
     Source: Simsek et al. (2023), Theorem 5.3 and section 6.
     """
+    require_plain("warm_start", teacher)
     if teacher.depth != 2 or any(b is not None and bool((b != 0).any()) for b in teacher.biases):
         raise ValueError(f"warm_start: {teacher} must have two layers and no biases")
     v, b = teacher.weights[0].detach(), teacher.weights[1].detach().T

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
-from typing import TypeAlias
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from tsdyn.batch_norm import BatchNorm
 from tsdyn.data import evaluation_inputs, generator, labels, training_inputs
-from tsdyn.deepnets import BatchNorm, DeepNetwork, load_state
 from tsdyn.experiment import Experiment, ExperimentError, Student, Teacher
 from tsdyn.networks import Network
+from tsdyn.torch_io import load_state
 
 _ENUMERABLE = 1 << 16
 
@@ -59,11 +60,8 @@ def orthonormal(rng: np.random.Generator, rows: int, columns: int) -> Float[np.n
     return q if rows >= columns else q.T
 
 
-AnyNetwork: TypeAlias = Network | DeepNetwork
-
-
-def draw_teacher(experiment: Experiment, seed: int) -> AnyNetwork:
-    """The teacher of one member; a `DeepNetwork` where the experiment has convolutions or BatchNorm.
+def draw_teacher(experiment: Experiment, seed: int) -> Network:
+    """The teacher of one member, with the convolutions and BatchNorm that the experiment asks for.
 
     Drawn (`separated_rows`, `orthonormal` or Gaussian) layer by layer from the lowest.  Above the first layer the
     column of node j = 1, 2, ... is divided by j^p (``teacher.polarity`` p, Tian (2020) Eq. 10).  With ``unit_norm``
@@ -102,23 +100,21 @@ def network_of(
     *,
     who: Teacher | Student,
     norms: Sequence[BatchNorm | None] | None = None,
-) -> AnyNetwork:
+) -> Network:
     """The teacher's or student's architecture with these parameters; BatchNorm starts afresh unless given."""
     leak = experiment.student.leak if who.leak is None else who.leak
     activation = who.activation or experiment.student.activation
-    if not experiment.deep:
-        return Network(weights, biases, activation, leak=leak)
     place = who.batch_norm
     if norms is None and place != "none":
         norms = [BatchNorm.fresh(len(w), affine=who.batch_norm_affine, like=w) for w in weights[:-1]]
     shared = experiment.teacher
-    return DeepNetwork(
+    return Network(
         weights, biases, activation, leak=leak, norms=norms, norm="after" if place == "none" else place,
         image=experiment.image, stride=shared.stride, padding=shared.padding,
     )  # fmt: skip
 
 
-def _drawn(experiment: Experiment, rng: np.random.Generator) -> AnyNetwork:
+def _drawn(experiment: Experiment, rng: np.random.Generator) -> Network:
     teacher = experiment.teacher
     weights: list[Tensor] = []
     biases: list[Tensor | None] = []
@@ -160,10 +156,10 @@ def uniform_start(shapes: Sequence[tuple[int, ...]], rng: np.random.Generator) -
     return weights, biases
 
 
-def from_file(experiment: Experiment, path: str, who: Teacher | Student, widths: Sequence[int]) -> AnyNetwork:
+def from_file(experiment: Experiment, path: str, who: Teacher | Student, widths: Sequence[int]) -> Network:
     """The network of these widths whose state dict a file holds, as ``torch.save(module.state_dict(), ...)`` writes it.
 
-    By the names of ``to_torch()``'s modules, or of a `DeepNetwork.state_dict`.
+    By the names of ``to_torch()``'s modules, or of a `Network.state_dict`.
 
     Raises:
         ExperimentError: if the file cannot be read safely, or keys and shapes differ; names each.
@@ -172,17 +168,13 @@ def from_file(experiment: Experiment, path: str, who: Teacher | Student, widths:
     weights = [torch.zeros(shape, dtype=torch.float64) for shape in shapes]
     biases = [None if who.bias is False else w.new_zeros(len(w)) for w in weights]
     blank = network_of(experiment, weights, biases, who=who)
-    deep = blank if isinstance(blank, DeepNetwork) else DeepNetwork(weights, biases)
     try:
-        found = deep.with_state(load_state(path))
+        return blank.with_state(load_state(path))
     except ValueError as error:
         raise ExperimentError(f"{path}: {error}") from None
-    return found if blank is deep else blank.with_parameters(found.weights, found.biases)
 
 
-def _on_labels(
-    experiment: Experiment, seed: int, network: AnyNetwork, rng: np.random.Generator, epochs: int
-) -> AnyNetwork:
+def _on_labels(experiment: Experiment, seed: int, network: Network, rng: np.random.Generator, epochs: int) -> Network:
     """The network after so many epochs of SGD (momentum 0.9) on the cross entropy with the data's own labels."""
     x = torch.from_numpy(training_inputs(experiment, seed)).double()
     y = torch.from_numpy(labels(experiment, seed, "train"))
@@ -198,15 +190,13 @@ def _on_labels(
             optimizer.step()
     for parameter in module.parameters():
         parameter.requires_grad_(False)
-    if isinstance(network, Network):
-        return Network.from_torch(module)
-    return DeepNetwork.from_torch(module.eval(), image=experiment.image)
+    return Network.from_torch(module.eval(), image=experiment.image)
 
 
 # --- pruning -------------------------------------------------------------------------------------------------
 
 
-def fanouts(network: AnyNetwork) -> list[Tensor]:
+def fanouts(network: Network) -> list[Tensor]:
     """Mean |weight| that leaves each node of each hidden layer, (node,); of a channel over all its kernels or pixels.
 
     Source: Tian (2020), released code.
@@ -219,7 +209,7 @@ def fanouts(network: AnyNetwork) -> list[Tensor]:
     return found
 
 
-def prune(network: AnyNetwork, ratios: Sequence[float]) -> tuple[AnyNetwork, list[Tensor]]:
+def prune(network: Network, ratios: Sequence[float]) -> tuple[Network, list[Tensor]]:
     """What is left without the ⌊m · ratio⌋ nodes of least fan-out of each hidden layer, and which nodes those are.
 
     A node without fan-out is no node: it is taken out with its weights, so that widths, correlations and students of
@@ -256,13 +246,15 @@ def prune(network: AnyNetwork, ratios: Sequence[float]) -> tuple[AnyNetwork, lis
         weights.append(kept)
     hidden = zip(network.biases[:-1], active, strict=True)
     biases = [*(None if b is None else b[at] for b, at in hidden), network.biases[-1]]
-    if isinstance(network, Network):
-        return network.with_parameters(weights, biases), active
-    norms = [None if n is None else n.map(lambda t, at=at: t[at]) for n, at in zip(network.norms, active, strict=True)]
+    # `index_select` and no lambda, which would see the last layer's nodes
+    norms = [
+        None if n is None else n.map(functools.partial(torch.index_select, dim=0, index=at))
+        for n, at in zip(network.norms, active, strict=True)
+    ]
     return network.with_parameters(weights, biases, norms), active
 
 
-def balance(network: AnyNetwork, x: Float[Tensor, "sample input"]) -> AnyNetwork:
+def balance(network: Network, x: Float[Tensor, "sample input"]) -> Network:
     """A network of the same directions whose hidden nodes are each active on half of `x` and whose outputs have
     mean 0 and variance 1 over it.
 

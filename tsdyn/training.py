@@ -20,7 +20,7 @@ from torch.func import grad, vmap
 from tsdyn import kernel, memory
 from tsdyn.activations import Activation
 from tsdyn.experiment import Training
-from tsdyn.networks import Network
+from tsdyn.networks import Network, require_plain
 
 
 @dataclass
@@ -53,6 +53,7 @@ class Ensemble:
     def of(cls, networks: Sequence[Network], *, device: str = "cpu") -> Ensemble:
         """Members side by side; copies."""
         first = networks[0]
+        require_plain("Ensemble.of", *networks)
         return cls(
             [torch.stack([n.weights[i] for n in networks]).to(device) for i in range(first.depth)],
             [

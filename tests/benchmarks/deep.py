@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, stack_module_state, vmap
 
 from tsdyn import convolution, deeptraining
-from tsdyn.deepnets import DeepNetwork
 from tsdyn.deeptraining import DeepEnsemble, train_epoch
+from tsdyn.networks import Network
 from tsdyn.training import Rule, finite_stream
 
 IMAGE, CHANNELS, OUTPUTS, SAMPLES, RATE = (1, 16, 16), (16, 16, 16, 16), 100, 512, 1e-3
@@ -60,7 +60,7 @@ class Problem:
         self.batch, self.count = batch, members * steps
 
     def engine(self) -> Callable[[], object]:
-        ensemble = DeepEnsemble.of([DeepNetwork.from_torch(m, image=IMAGE) for m in self.modules])
+        ensemble = DeepEnsemble.of([Network.from_torch(m, image=IMAGE) for m in self.modules])
         stream, rule = finite_stream(self.x, self.y, self.rows), Rule(RATE)
         return lambda: train_epoch(ensemble, stream, rule, batch=self.batch)
 

@@ -1,18 +1,15 @@
-import subprocess
-import sys
-
 import numpy as np
 import pytest
-import safetensors.torch
 import torch
 from torch import nn
 
 import tsdyn
 from tests.cases import small
 from tests.test_networks import random_network
-from tsdyn import ExperimentError, archive, deepnets, theory
-from tsdyn.deepnets import BatchNorm, DeepNetwork, load_state
-from tsdyn.deeptraining import DeepEnsemble, step, train_epoch
+from tsdyn import ExperimentError, alignment, archive, flow, population, theory
+from tsdyn.batch_norm import BatchNorm
+from tsdyn.deeptraining import DeepEnsemble, train_epoch
+from tsdyn.networks import Network
 from tsdyn.students import draw_student, winners
 from tsdyn.teachers import balance, draw_teacher, fanouts, prune
 from tsdyn.training import Ensemble, Rule, finite_stream
@@ -49,13 +46,13 @@ def close(a, b):
 @pytest.mark.parametrize("place", ["before", "after"])
 def test_a_deep_network_is_its_torch_module_and_its_folded_matrix(place, affine):
     theirs = module(place, affine=affine).eval()
-    mine, x = DeepNetwork.from_torch(theirs, image=IMAGE), images(7)
+    mine, x = Network.from_torch(theirs, image=IMAGE), images(7)
     assert mine.widths == (128, 5, 4, 3)
     assert mine.images == [(5, 6, 6), (4, 4, 4), None]
     for found in (mine(x.flatten(1)), mine.to_torch()(x), mine.folded()(x.flatten(1))):
         close(found, theirs(x))
     # training mode: the batch normalises, and the running statistics move as torch's do
-    again = DeepNetwork.from_torch(module(place, affine=affine), image=IMAGE)
+    again = Network.from_torch(module(place, affine=affine), image=IMAGE)
     twin = module(place, affine=affine).train()
     close(again(x.flatten(1), training=True), twin(x))
     for norm, part in zip(again.norms, (p for p in twin if isinstance(p, nn.BatchNorm2d)), strict=True):
@@ -64,7 +61,7 @@ def test_a_deep_network_is_its_torch_module_and_its_folded_matrix(place, affine)
 
 
 def test_traces_are_rows_of_samples_and_pixels():
-    network = DeepNetwork.from_torch(module().eval(), image=IMAGE)
+    network = Network.from_torch(module().eval(), image=IMAGE)
     x = images(3)
     trace = network.trace(x.flatten(1))
     theirs = network.to_torch()[:3](x)
@@ -73,90 +70,42 @@ def test_traces_are_rows_of_samples_and_pixels():
 
 
 def test_lemma_1_holds_for_batch_norm_in_evaluation_mode_and_is_refused_in_training_mode():
-    student = DeepNetwork.from_torch(module(channels=(5, 4)).eval(), image=IMAGE)
-    teacher = DeepNetwork.from_torch(module(channels=(3, 4), seed=3).eval(), image=IMAGE)
+    student = Network.from_torch(module(channels=(5, 4)).eval(), image=IMAGE)
+    teacher = Network.from_torch(module(channels=(3, 4), seed=3).eval(), image=IMAGE)
     x = images(6).flatten(1)
     assert theory.lemma1_residual(student.folded(), teacher.folded(), x) < 1e-12
     with pytest.raises(ValueError, match=r"couples the samples of a batch, so no V_l.*batch_norm_gradient"):
         student.folded(training=True)
 
 
-def test_theory_takes_no_batch_norm_for_a_plain_network():
-    """Read as one's, the parameters would give numbers, and wrong ones.  In a process without the tests' type checks,
-    as a user has it.
-    """
-    code = """
-import torch
-from tsdyn import theory
-from tsdyn.deepnets import DeepNetwork
-
-linear = torch.nn.Linear(5, 6), torch.nn.BatchNorm1d(6), torch.nn.ReLU(), torch.nn.Linear(6, 3)
-net, x = DeepNetwork.from_torch(torch.nn.Sequential(*linear).double().eval()), torch.randn(7, 5).double()
-for name, given in {
-    "coupling": (net.folded(), net, x, 1), "output_jacobian": (net, x, 1), "augmented_output_jacobian": (net, x, 1),
-    "backpropagated_gradient": (net, net, x, 1), "backpropagated_gradients": (net, net.trace(x), net(x)),
-    "fanout_norms": (net, net.trace(x)), "lemma1_residual": (net, net, x), "expectations": (net, net, x),
-    "moments": (net, net, x), "luck_matters_updates": (net, net, x),
-}.items():
-    try:
-        getattr(theory, name)(*given)
-    except TypeError as error:
-        print(name, "is no Network" in str(error) and "take .folded()" in str(error))
-"""
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert [line.split()[1] for line in told.splitlines()] == ["True"] * 10
-
-
-@pytest.mark.parametrize("eps", [1e-300, 1e-3])
-def test_the_batch_operator_of_luck_matters_lemma_1(eps):
-    draw = torch.Generator().manual_seed(0)
-    f, g = torch.randn(2, 30, 4, generator=draw, dtype=torch.float64)
-    scale = torch.randn(4, generator=draw, dtype=torch.float64)
-    f.requires_grad_(True)
-    y = nn.functional.batch_norm(f, None, None, scale, None, True, 0.0, eps)
-    (expected,) = torch.autograd.grad(y, f, g)
-    found = deepnets.batch_norm_gradient(f.detach(), g, scale=scale, eps=eps)
-    close(found, expected)
-    close(found.sum(0), torch.zeros(4, dtype=torch.float64))
-    along = (found * f.detach()).sum(0)  # orthogonal to f itself only without eps
-    assert bool((along.abs() < 1e-12).all()) == (eps < 1e-12)
-    # per sample there is no such map: the same (f, g) of one sample, another batch, another gradient
-    other = deepnets.batch_norm_gradient(torch.cat([f.detach()[:1], f.detach()[:9] * 2]), g[:10], scale=scale)
-    assert float((other[0] - found[0]).abs().max()) > 1e-3
-    with pytest.raises(ValueError, match="one sample has no variance"):
-        deepnets.batch_norm_gradient(f.detach()[:1], g[:1])
-
-
-@pytest.mark.parametrize("place", ["before", "after"])
-def test_theorem_3_the_norm_below_batch_norm_grows_by_the_square_of_each_step_only(place):
-    """Δ‖w‖² = lr² ‖∇‖² exactly for SGD, since w ⊥ ∇ (eps as good as 0); halving lr quarters the drift."""
-    drifts = []
-    for rate in (1e-2, 5e-3):
-        network = DeepNetwork.from_torch(module(place, eps=1e-300), image=IMAGE)
-        ensemble = DeepEnsemble.of([network])
-        before = ensemble.network(0)
-        norms, weights = deepnets.conserved_norms(before), [w.clone() for w in before.weights]
-        biases = [b.clone() for b in before.biases]
-        x = images(16, seed=4).flatten(1)[None]
-        y = torch.randn(1, 16, 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-        step(ensemble, x, y, Rule(rate), 1)
-        after = ensemble.network(0)
-        for i, (old, new) in enumerate(zip(norms, deepnets.conserved_norms(after), strict=True)):
-            moved = (after.weights[i] - weights[i]).flatten(1).square().sum(1)
-            if place == "after":
-                moved = moved + (after.biases[i] - biases[i]).square()
-            assert float(moved.max()) > 0
-            torch.testing.assert_close(new.square() - old.square(), moved, rtol=1e-6, atol=1e-13)
-        drifts.append(float((deepnets.conserved_norms(after)[0] - norms[0]).max()))
-    assert drifts[0] / drifts[1] == pytest.approx(4, rel=1e-3)
+def test_what_is_of_one_sample_takes_no_batch_norm_for_a_plain_network():
+    """Read as one's, the parameters would give numbers, and wrong ones."""
+    linear = nn.Linear(5, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3)
+    net, x = Network.from_torch(nn.Sequential(*linear).double().eval()), torch.randn(7, 5).double()
+    for refused in (
+        lambda: theory.coupling(net.folded(), net, x, 1),
+        lambda: theory.output_jacobian(net, x, 1),
+        lambda: theory.augmented_output_jacobian(net, x, 1),
+        lambda: theory.backpropagated_gradient(net, net, x, 1),
+        lambda: theory.backpropagated_gradients(net, net.trace(x), net(x)),
+        lambda: theory.lemma1_residual(net, net, x),
+        lambda: theory.luck_matters_updates(net, net, x),
+        lambda: alignment.alignment(net.folded(), net),
+        lambda: alignment.regular(net),
+        lambda: population.loss(net, net.folded()),
+        lambda: flow.overlaps(net, net),
+        lambda: Ensemble.of([net]),
+    ):
+        with pytest.raises(ValueError, match=r"Network\(5-6-3, .*BatchNorm before.* take its folded\(\)"):
+            refused()
 
 
 def test_fanout_norms_are_those_of_the_unrolled_network():
-    network = DeepNetwork.from_torch(module().eval(), image=IMAGE)
+    network = Network.from_torch(module().eval(), image=IMAGE)
     x, unrolled = images(5).flatten(1), network.folded()
     pixels = theory.fanout_norms(unrolled, unrolled.trace(x))
     # BatchNorm before the gate is folded below it, so f_l is the same; a channel sums over its pixels
-    for found, by_pixel, channels in zip(deepnets.fanout_norms(network, x), pixels, (5, 4), strict=True):
+    for found, by_pixel, channels in zip(theory.fanout_norms(network, x), pixels, (5, 4), strict=True):
         close(found, by_pixel.view(channels, -1).square().sum(1).sqrt())
 
 
@@ -172,7 +121,7 @@ def test_a_convolution_is_the_linear_network_of_its_unrolled_matrix(stride, padd
         if 0 <= y < 7 and 0 <= x < 6:
             unrolled[:, r, c, :, y, x] = kernel[:, :, i, j]
     top = draw.standard_normal((3, 4 * rows * columns))
-    deep = DeepNetwork([kernel, top], [offset, None], image=(2, 7, 6), stride=stride, padding=padding)
+    deep = Network([kernel, top], [offset, None], image=(2, 7, 6), stride=stride, padding=padding)
     matrix = unrolled.reshape(4 * rows * columns, -1)
     linear = tsdyn.Network([matrix, top], [np.repeat(offset, rows * columns), np.zeros(3)])
     x = torch.from_numpy(draw.standard_normal((5, 84)))
@@ -181,17 +130,20 @@ def test_a_convolution_is_the_linear_network_of_its_unrolled_matrix(stride, padd
 
 
 @pytest.mark.parametrize("place", ["before", "after"])
-def test_expectations_of_channels_are_those_of_the_unrolled_network_summed_over_pixels(place, monkeypatch):
-    student = DeepNetwork.from_torch(module(place).eval().requires_grad_(False), image=IMAGE)
-    teacher = DeepNetwork.from_torch(module(place, channels=(3, 2), seed=3).eval().requires_grad_(False), image=IMAGE)
+def test_expectations_of_channels_are_those_of_the_unrolled_network_summed_over_pixels(place):
+    student = Network.from_torch(module(place).eval().requires_grad_(False), image=IMAGE)
+    teacher = Network.from_torch(module(place, channels=(3, 2), seed=3).eval().requires_grad_(False), image=IMAGE)
     x = images(6).flatten(1)
-    found = deepnets.expectations(student, teacher, x)
-    monkeypatch.setattr(deepnets, "_BYTES_AT_ONCE", 1)  # one sample at a time
-    again = deepnets.expectations(student, teacher, x)
-    for name, arrays in found.items():
-        for a, b in zip(arrays, again[name], strict=True):
-            close(a, b)
-    for norm, diagonal in zip(deepnets.fanout_norms(student, x), found["B"], strict=True):
+    moments = theory.expectations(student, teacher, x)
+    found = vars(moments)
+    for again in (
+        theory.expectations(student, teacher, x, memory=15000),  # one sample at a time
+        theory.expectations(student, teacher, iter(x.split(4))),
+    ):
+        for name, arrays in found.items():
+            for a, b in zip(arrays, getattr(again, name), strict=True):
+                close(a, b)
+    for norm, diagonal in zip(theory.fanout_norms(student, x), found["B"], strict=True):
         close(norm.square(), diagonal.diagonal())
     trace, taught = student.trace(x), teacher.trace(x)
     for at, (f, f_star) in enumerate(zip(trace.activations[:-1], taught.activations[:-1], strict=True)):
@@ -208,8 +160,8 @@ def test_expectations_of_channels_are_those_of_the_unrolled_network_summed_over_
             by_pixel = matrix[..., :-1].mean(0).unflatten(1, (other, -1)).unflatten(0, (n, -1))
             left, right = scales[0][at], scales[1 if name == "A" else 0][at]
             close(torch.einsum("kpjp->kj", by_pixel), found[name][at] * left[:, None] * right)
-    with pytest.raises(ValueError, match="differ in depth, inputs, outputs or images"):
-        deepnets.expectations(student, DeepNetwork(teacher.weights[2:], image=None), x)
+    with pytest.raises(ValueError, match="must agree in their inputs, 128 and 36"):
+        theory.expectations(student, Network([torch.ones(3, 36).double()], image=None), x)
 
 
 # --- ensembles -----------------------------------------------------------------------------------------------
@@ -218,7 +170,7 @@ def test_expectations_of_channels_are_those_of_the_unrolled_network_summed_over_
 @pytest.mark.parametrize("place", ["before", "after"])
 def test_members_of_an_ensemble_train_as_modules_of_their_own(place):
     made = [module(place, seed=s) for s in range(3)]
-    ensemble = DeepEnsemble.of([DeepNetwork.from_torch(m, image=IMAGE) for m in made])
+    ensemble = DeepEnsemble.of([Network.from_torch(m, image=IMAGE) for m in made])
     x = torch.stack([images(24, seed=10 + s).flatten(1) for s in range(3)])
     y = torch.randn(3, 24, 3, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     rows = torch.randint(24, (3, 6, 8), generator=torch.Generator().manual_seed(6))
@@ -231,7 +183,7 @@ def test_members_of_an_ensemble_train_as_modules_of_their_own(place):
             output = theirs(x[s, chosen].unflatten(1, IMAGE))
             (0.5 * (output - y[s, chosen]).square().sum(1).mean()).backward()
             optimizer.step()
-        expected, found = DeepNetwork.from_torch(theirs, image=IMAGE).state_dict(), ensemble.network(s).state_dict()
+        expected, found = Network.from_torch(theirs, image=IMAGE).state_dict(), ensemble.network(s).state_dict()
         for name, tensor in expected.items():
             torch.testing.assert_close(found[name], tensor.detach(), rtol=1e-10, atol=1e-10, msg=name)
 
@@ -241,7 +193,7 @@ def test_members_of_an_ensemble_train_as_modules_of_their_own(place):
 def test_without_convolution_and_norm_it_is_the_engine(rule, loss):
     rule = Rule(**{**rule.__dict__, "loss": loss})
     networks = [random_network((4, 6, 5, 3), seed=s) for s in range(3)]
-    deep = DeepEnsemble.of([DeepNetwork(n.weights, n.biases) for n in networks])
+    deep = DeepEnsemble.of([Network(n.weights, n.biases) for n in networks])
     plain = Ensemble.of(networks)
     draw = torch.Generator().manual_seed(0)
     x = torch.randn(3, 40, 4, generator=draw, dtype=torch.float64)
@@ -253,77 +205,30 @@ def test_without_convolution_and_norm_it_is_the_engine(rule, loss):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9, msg=f"{kind} {layer}")
 
 
-def test_batch_norm_refuses_a_batch_of_one():
-    network = DeepNetwork([np.eye(3), np.ones((1, 3))], norms=[BatchNorm.fresh(3, like=torch.ones(1).double())])
-    with pytest.raises(ValueError, match="a batch must hold two samples or more"):
-        network(torch.ones(1, 3).double(), training=True)
-    network(torch.ones(1, 3).double())
-    with pytest.raises(ExperimentError, match=r"training.batch = 1 with student.batch_norm = 'after'.*two samples"):
-        small(training__batch=1, student__batch_norm="after")
-
-
-# --- state dicts ---------------------------------------------------------------------------------------------
-
-
-def test_state_dicts_round_trip_through_a_file(tmp_path):
-    theirs = module().eval()
-    torch.save(theirs.state_dict(), tmp_path / "net.pt")
-    torch.save({"net": theirs.state_dict()}, tmp_path / "checkpoint.pt")
-    blank = DeepNetwork.from_torch(module(seed=8), image=IMAGE)
-    x = images(4)
-    for name in ("net.pt", "checkpoint.pt"):
-        close(blank.with_state(load_state(tmp_path / name))(x.flatten(1)), theirs(x))
-    safetensors.torch.save_file(theirs.state_dict(), tmp_path / "net.safetensors")
-    close(blank.with_state(load_state(tmp_path / "net.safetensors"))(x.flatten(1)), theirs(x))
-    torch.save(DeepNetwork.from_torch(theirs, image=IMAGE).state_dict(), tmp_path / "own.pt")
-    close(blank.with_state(load_state(tmp_path / "own.pt"))(x.flatten(1)), theirs(x))
-
-
-def test_safetensors_that_are_damaged_or_cannot_be_read_are_said(tmp_path, monkeypatch):
-    file = tmp_path / "net.safetensors"
-    safetensors.torch.save_file(module().state_dict(), file)
-    file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(ValueError, match=r"net\.safetensors is no state dict that can be read safely"):
-        load_state(file)
-    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
-    with pytest.raises(ValueError, match=r"pip install 'tsdyn\[safetensors\]'"):
-        load_state(file)
-
-
-def test_a_state_dict_that_does_not_fit_names_every_key(tmp_path):
-    network = DeepNetwork.from_torch(module(), image=IMAGE)
-    state = dict(network.to_torch().state_dict())
-    state["0.weight"] = torch.zeros(6, 2, 3, 3)
-    state["extra"] = torch.zeros(1)
-    del state["7.bias"]
-    with pytest.raises(ValueError, match=r"does not fit") as error:
-        network.with_state(state)
-    for line in ("7.bias: missing, (3,) expected", "extra: unexpected, (1,)",
-                 "0.weight: (6, 2, 3, 3), (5, 2, 3, 3) expected"):  # fmt: skip
-        assert line in str(error.value)
-    (tmp_path / "bad.pt").write_bytes(b"no zip")
-    with pytest.raises(ValueError, match="no state dict that can be read safely"):
-        load_state(tmp_path / "bad.pt")
-    torch.save(nn.Linear(2, 2), tmp_path / "module.pt")  # a pickled object, not tensors
-    with pytest.raises(ValueError, match="no state dict that can be read safely"):
-        load_state(tmp_path / "module.pt")
-    torch.save({"epoch": 3}, tmp_path / "number.pt")
-    with pytest.raises(ValueError, match="epoch is not a tensor"):
-        load_state(tmp_path / "number.pt")
-
-
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: DeepNetwork([torch.ones(3, 2, 3, 3), torch.ones(1, 3)]), "gets a flat vector; give image="),
-        (lambda: DeepNetwork([torch.ones(3, 2, 3, 3), torch.ones(1, 3)], image=(2, 2, 2)), "fewer layers, padding"),
-        (lambda: DeepNetwork([torch.ones(3, 2, 3, 3), torch.ones(1, 5)], image=(2, 4, 4)), "takes 5 inputs.* has 12"),
-        (lambda: DeepNetwork([torch.ones(3, 2, 3, 3)], image=(2, 4, 4)), "last layer must be linear"),
-        (lambda: DeepNetwork([torch.ones(3, 2), torch.ones(1, 3)], norms=[]), "0 norms; give"),
-        (lambda: DeepNetwork.from_torch(nn.Sequential(nn.Linear(2, 2), nn.Dropout())), "Dropout.* has no place here"),
-        (lambda: DeepNetwork.from_torch(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))), "no activation below"),
+        (lambda: Network([torch.ones(3, 2, 3, 3), torch.ones(1, 3)]), "gets a flat vector; give image="),
+        (lambda: Network([torch.ones(3, 2, 3, 3), torch.ones(1, 3)], image=(2, 2, 2)), "fewer layers, padding"),
+        (lambda: Network([torch.ones(3, 2, 3, 3), torch.ones(1, 5)], image=(2, 4, 4)), "takes 5 inputs.* has 12"),
+        (lambda: Network([torch.ones(3, 2, 3, 3)], image=(2, 4, 4)), "last layer must be linear"),
+        (lambda: Network([torch.ones(3, 2), torch.ones(1, 3)], norms=[]), "0 norms; give"),
+        (lambda: Network.from_torch(nn.Sequential(nn.Linear(2, 2), nn.Dropout())), "Dropout.* has no place here"),
         (
-            lambda: DeepNetwork.from_torch(nn.Sequential(nn.Conv2d(2, 2, 3, groups=2), nn.ReLU(), nn.Linear(8, 2))),
+            lambda: Network.from_torch(
+                nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)),
+            ),
+            "activations differ between layers",
+        ),
+        (lambda: Network([torch.ones(3, 2), torch.ones(1, 3, 1, 1)], image=(1, 1, 2)), "convolutions come first"),
+        (
+            lambda: Network([torch.ones(3, 2), torch.ones(1, 3)], norm=["after"] * 2),
+            "of all 1 hidden layers or of each",
+        ),
+        (lambda: Network([torch.ones(3, 2, 3, 3), torch.ones(1, 3)], image=(2, 3, 3), stride=0), "stride=0"),
+        (lambda: BatchNorm(torch.zeros(2), torch.ones(2), torch.ones(2)), "a scale or a shift alone"),
+        (
+            lambda: Network.from_torch(nn.Sequential(nn.Conv2d(2, 2, 3, groups=2), nn.ReLU(), nn.Linear(8, 2))),
             "no groups",
         ),
     ],
@@ -337,7 +242,7 @@ def test_deep_networks_that_cannot_be_are_refused(make, message):
 
 
 def test_pruned_is_the_network_without_the_fan_out_of_its_weakest_nodes():
-    network = DeepNetwork.from_torch(module().eval().requires_grad_(False), image=IMAGE)
+    network = Network.from_torch(module().eval().requires_grad_(False), image=IMAGE)
     smaller, active = prune(network, [0.4, 0.5])
     assert smaller.widths == (128, 3, 2, 3)
     # the same function as with the outgoing weights of those nodes at zero
@@ -359,8 +264,8 @@ def test_pruned_is_the_network_without_the_fan_out_of_its_weakest_nodes():
 
 
 def test_channels_are_balanced_over_samples_and_pixels():
-    network = DeepNetwork.from_torch(module("after").eval(), image=IMAGE)
-    plain = DeepNetwork(network.weights, network.biases, "relu", image=IMAGE)
+    network = Network.from_torch(module("after").eval(), image=IMAGE)
+    plain = Network(network.weights, network.biases, "relu", image=IMAGE)
     x = images(20).flatten(1)
     trace = balance(plain, x).trace(x)
     for z in trace.preactivations[:-1]:
@@ -502,5 +407,5 @@ def test_shapes_chain():
 
     shapes = weight_shapes([128, 5, 4, 3], IMAGE, stride=2, padding=1)
     assert shapes == [(5, 2, 3, 3), (4, 5, 3, 3), (3, 4 * 2 * 2)]
-    network = DeepNetwork([torch.zeros(s) for s in shapes], image=IMAGE, stride=2, padding=1)
+    network = Network([torch.zeros(s) for s in shapes], image=IMAGE, stride=2, padding=1)
     assert network(torch.zeros(2, 128)).shape == (2, 3)

@@ -1,0 +1,211 @@
+"""The parts that an experiment can name, and where their code is.
+
+A register has two halves.  This one knows names: tsdyn's own and, by entry points, those of installed packages; it
+imports neither torch nor any part.  The module that uses a part loads it on first use (`Register.load`).  An archive
+is opened without loading anything: names that are not installed here are accepted there (`recorded`).
+
+A package offers a part by an entry point, for example in its pyproject.toml::
+
+    [project.entry-points."tsdyn.activations"]
+    sine = "mylab.parts:sine"
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib import metadata
+from typing import Any
+
+
+class PartError(ValueError):
+    """A part that is not there, or is not what its register holds; the message names it and the way out."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a part comes from.
+
+    Attributes:
+        package: Name of the distribution; ``this process`` for a part that was added by `Register.add`.
+        version: Of that distribution.
+        target: ``module:attribute``.
+    """
+
+    package: str
+    version: str
+    target: str
+
+
+_RECORDED: ContextVar[bool] = ContextVar("tsdyn_recorded", default=False)
+
+
+@contextmanager
+def recorded() -> Iterator[None]:
+    """Accept names of parts that are not installed: what an archive says was there when it was made."""
+    token = _RECORDED.set(True)
+    try:
+        yield
+    finally:
+        _RECORDED.reset(token)
+
+
+@dataclass
+class Register:
+    """Parts of one kind by name.
+
+    Attributes:
+        kind: One of them, as messages call it: ``activation``.
+        table: ``module:attribute`` of the mapping name → part that holds tsdyn's own.
+        own: Names of these.
+        aliases: Own names that are no parts of the table: ways of an experiment file to say something else.
+    """
+
+    kind: str
+    table: str
+    own: tuple[str, ...]
+    aliases: tuple[str, ...] = ()
+    _added: dict[str, Any] = field(default_factory=dict, repr=False)
+    _loaded: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def group(self) -> str:
+        """The entry-point group by which packages offer parts: ``tsdyn.activations``."""
+        return "tsdyn." + (self.kind[:-1] + "ies" if self.kind.endswith("y") else self.kind + "s").replace(" ", "_")
+
+    @cached_property
+    def _installed(self) -> Mapping[str, metadata.EntryPoint]:
+        found: dict[str, metadata.EntryPoint] = {}
+        for entry in metadata.entry_points(group=self.group):
+            if entry.name in (*self.own, *self.aliases):
+                raise PartError(
+                    f"{self.kind} {entry.name!r} of {_package(entry)[0]} has the name of one of tsdyn's own; rename it "
+                    f"in that package's entry points ({self.group})"
+                )
+            if entry.name in found and found[entry.name].value != entry.value:
+                raise PartError(
+                    f"{self.kind} {entry.name!r} is offered by {_package(found[entry.name])[0]} and by "
+                    f"{_package(entry)[0]}; uninstall one of them"
+                )
+            found[entry.name] = entry
+        return found
+
+    def names(self) -> tuple[str, ...]:
+        """Every name that can be asked for here: tsdyn's own, those of installed packages, those added."""
+        return tuple(dict.fromkeys([*self.own, *self.aliases, *self._installed, *self._added]))
+
+    def check(self, name: str) -> str:
+        """`name` itself, if there is a part of that name or an archive is being read.
+
+        Raises:
+            PartError: otherwise; names the nearest and how a package offers one.
+        """
+        if name in self.own or name in self.aliases or _RECORDED.get() or name in self._added:
+            return name
+        if name in self._installed:
+            return name
+        known = self.names()
+        near = difflib.get_close_matches(str(name), known, n=1)
+        meant = f" (did you mean {near[0]!r}?)" if near else ""
+        raise PartError(
+            f"{name!r} is no {self.kind}{meant}; there are {', '.join(known)}; a package offers its own by an entry "
+            f"point in the group {self.group!r}"
+        )
+
+    def load(self, name: str) -> Any:
+        """The part itself; its module is imported on first use.
+
+        Raises:
+            PartError: if there is none of that name, or its code cannot be imported.
+        """
+        if name not in self._loaded:
+            self.check(name)
+            if name in self._added:
+                return self._added[name]
+            if name in self.own:
+                self._loaded[name] = _attribute(self.table)[name]
+            elif name in self._installed:
+                entry = self._installed[name]
+                try:
+                    self._loaded[name] = entry.load()
+                except (ImportError, AttributeError) as error:
+                    raise PartError(
+                        f"{self.kind} {name!r}: {entry.value} of {_package(entry)[0]} cannot be imported: {error}"
+                    ) from error
+            else:
+                raise PartError(
+                    f"{self.kind} {name!r} is not installed here; install the package that offers it (the archive's "
+                    "attribute 'parts' names it) and try again"
+                )
+        return self._loaded[name]
+
+    def add(self, name: str, part: Any) -> None:
+        """Make a part known to this process under `name`; other processes do not see it.
+
+        Raises:
+            PartError: if the name is taken.
+        """
+        if name in self.own or name in self.aliases or name in self._installed:
+            raise PartError(f"{self.kind} {name!r} is there already ({self.origin(name).package}); give another name")
+        self._added[name] = part
+
+    def remove(self, name: str) -> None:
+        """Forget a part that was added to this process."""
+        self._added.pop(name, None)
+
+    def origin(self, name: str) -> Origin:
+        """Where the part of that name comes from, without importing it."""
+        if name in self.own or name in self.aliases:
+            from tsdyn._version import __version__
+
+            return Origin("tsdyn", __version__, f"{self.table}[{name!r}]")
+        if name in self._installed:
+            entry = self._installed[name]
+            return Origin(*_package(entry), entry.value)
+        self.check(name)
+        return Origin("this process", "", repr(self._added.get(name)))
+
+    def foreign(self, name: str) -> bool:
+        """Whether the part is not one of tsdyn's own."""
+        return name not in self.own and name not in self.aliases
+
+    def forget_installed(self) -> None:
+        """Look for installed packages anew; for tests and for sessions that install one."""
+        self.__dict__.pop("_installed", None)
+        self._loaded.clear()
+
+
+def _package(entry: metadata.EntryPoint) -> tuple[str, str]:
+    return ("?", "") if entry.dist is None else (entry.dist.name, entry.dist.version)
+
+
+def _attribute(target: str) -> Any:
+    module, _, attribute = target.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+ACTIVATIONS = Register(
+    "activation",
+    "tsdyn.activations:TABLE",
+    ("relu", "leaky_relu", "identity", "erf", "tanh", "sigmoid", "softplus", "gelu", "silu"),
+)
+LOSSES = Register("loss", "tsdyn.losses:LOSSES", ("mse", "cross_entropy"))
+OPTIMIZERS = Register("optimizer", "tsdyn.rules:RULES", ("sgd", "adam"), aliases=("gd", "flow"))
+LAWS = Register(
+    "data law", "tsdyn.data:LAWS", ("gaussian", "uniform"), aliases=("digits", "mnist", "cifar10", "file")
+)
+TEACHERS = Register(
+    "teacher", "tsdyn.teachers:TEACHERS", ("separated", "orthonormal", "gaussian", "trained", "file")
+)
+STARTS = Register(
+    "student start",
+    "tsdyn.students:STARTS",
+    (
+        "gaussian", "torch", "near-teacher", "same-direction", "same-sign", "file", "rewind", "rewind-reinitialised",
+    ),
+)  # fmt: skip
