@@ -13,6 +13,7 @@ import tsdyn
 ROOT = Path(__file__).resolve().parent.parent
 RANKS = {
     "_version": 0,
+    "registers": 0,
     "axes": 0,
     "schema": 0,
     "experiment_errors": 0,
@@ -80,6 +81,7 @@ RANKS = {
 }
 #: Within a rank, who may import whom.
 SAME_RANK = {
+    ("activations", "registers"),
     ("experiment", "schema"),
     ("experiment", "sweep_axes"),
     ("sweep_axes", "schema"),

@@ -122,7 +122,7 @@ def test_bad_input_is_named():
         interaction.in_cosine("erf", 1.0, [1.0, -1.0], 0.0)
     with pytest.raises(ValueError, match="interaction: rho=nan"):
         interaction.in_cosine("erf", 1.0, 1.0, np.nan)
-    with pytest.raises(ValueError, match="activation: 'step' is not registered; there are relu"):
+    with pytest.raises(ValueError, match="'step' is no activation; there are relu"):
         interaction.in_cosine("step", 1.0, 1.0, 0.0)
     with pytest.raises(ValueError, match=r"trapezoid rule for norms 1 and 1 does not settle.*not smooth"):
         interaction.in_cosine(torch.abs, 1.0, 1.0, 0.5)

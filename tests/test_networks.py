@@ -96,7 +96,7 @@ def test_numpy_is_accepted():
         (lambda: Network([torch.ones(2, 3), torch.ones(1, 2).double()]), "one dtype and device"),
         (
             lambda: Network([torch.ones(2, 3)], activation="swish"),
-            "'swish' is not registered; there are relu",
+            "'swish' is no activation; there are relu",
         ),
         (lambda: Network([torch.ones(2, 3)], activation="leaky_relu", leak=-1.0), "leak=-1.0 is negative"),
         (lambda: Network([torch.ones(2, 3)])(torch.ones(1, 4)), "inputs have 4 features, layer 1 takes 3"),

@@ -283,7 +283,7 @@ def test_bad_input_is_named():
         ({"alpha": []}, "increasing times"),
         ({"learning_rate": -1.0}, r"learning_rate=-1\.0; it is finite and not negative"),
         ({"batch": 0}, "batch=0; a step sees one sample at least"),
-        ({"activation": "swish"}, "'swish' is not registered"),
+        ({"activation": "swish"}, "'swish' is no activation"),
     ]:
         for caller, extra in ((flow.order_parameters, {}), (flow.online, {"inputs": 20})):
             with pytest.raises(ValueError, match=message):

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tsdyn import registers
+
 AtZero = Literal["torch", "paper"]
 
 # Beyond it log(1 + eᶻ) = z to the last bit of float64 (torch's own default, 20, is off by 2e-9).
@@ -88,9 +90,13 @@ def _silu_derivative(z: Tensor) -> Tensor:
     return gate * (1 + z * torch.sigmoid(-z))
 
 
-_SMOOTH: Mapping[str, Activation] = {
+#: tsdyn's own, by name; leaky_relu here has torch's default slope.
+TABLE: Mapping[str, Activation] = {
     a.name: a
     for a in (
+        _leaky("relu", 0.0),
+        _leaky("leaky_relu", 0.01),
+        Activation("identity", lambda z: z, torch.ones_like, nn.Identity, 1.0),
         Activation("erf", Erf(), lambda z: 2 * _gaussian_density(z), Erf),
         Activation("tanh", torch.tanh, lambda z: 1 - torch.tanh(z) ** 2, nn.Tanh),
         Activation("sigmoid", torch.sigmoid, lambda z: torch.sigmoid(z) * torch.sigmoid(-z), nn.Sigmoid),
@@ -104,28 +110,30 @@ _SMOOTH: Mapping[str, Activation] = {
         Activation("silu", F.silu, _silu_derivative, nn.SiLU),
     )
 }
-_IDENTITY = Activation("identity", lambda z: z, torch.ones_like, nn.Identity, 1.0)
-
-NAMES = ("relu", "leaky_relu", "identity", *_SMOOTH)
+NAMES = tuple(TABLE)
 
 
 def activation(name: str, *, leak: float = 0.01) -> Activation:
-    """The activation called `name`; `leak` is the slope of leaky_relu below 0.
+    """The activation called `name`: tsdyn's own, or one that an installed package offers (`registers.ACTIVATIONS`).
+
+    Args:
+        name: As the experiment file writes it.
+        leak: Slope of leaky_relu below 0; others do not look at it.
 
     Raises:
-        ValueError: if there is none of that name, or the leak is negative.
+        ValueError: if there is none of that name, the leak is negative, or what a package offers is no `Activation`.
     """
-    if name in _SMOOTH:
-        return _SMOOTH[name]
-    if name == "identity":
-        return _IDENTITY
-    if name == "relu":
-        return _leaky(name, 0.0)
     if name == "leaky_relu":
         if not leak >= 0:
             raise ValueError(f"activation: leak={leak} is negative; the gate would not be monotone, use leak >= 0")
         return _leaky(name, leak)
-    raise ValueError(f"activation: {name!r} is not registered; there are {', '.join(NAMES)}")
+    found = registers.ACTIVATIONS.load(name)
+    if not isinstance(found, Activation) or found.name != name:
+        raise registers.PartError(
+            f"activation {name!r}: {registers.ACTIVATIONS.origin(name).target} is {found!r}; it must be a "
+            f"tsdyn.activations.Activation of that name"
+        )
+    return found
 
 
 def from_module(module: nn.Module) -> Activation | None:

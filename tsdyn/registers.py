@@ -196,12 +196,8 @@ ACTIVATIONS = Register(
 )
 LOSSES = Register("loss", "tsdyn.losses:LOSSES", ("mse", "cross_entropy"))
 OPTIMIZERS = Register("optimizer", "tsdyn.rules:RULES", ("sgd", "adam"), aliases=("gd", "flow"))
-LAWS = Register(
-    "data law", "tsdyn.data:LAWS", ("gaussian", "uniform"), aliases=("digits", "mnist", "cifar10", "file")
-)
-TEACHERS = Register(
-    "teacher", "tsdyn.teachers:TEACHERS", ("separated", "orthonormal", "gaussian", "trained", "file")
-)
+LAWS = Register("data law", "tsdyn.data:LAWS", ("gaussian", "uniform"), aliases=("digits", "mnist", "cifar10", "file"))
+TEACHERS = Register("teacher", "tsdyn.teachers:TEACHERS", ("separated", "orthonormal", "gaussian", "trained", "file"))
 STARTS = Register(
     "student start",
     "tsdyn.students:STARTS",

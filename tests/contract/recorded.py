@@ -270,13 +270,12 @@ class Seen:
     def lemma1_residual(self) -> float:
         """Of g_l = D_l (A_l [f*; 1] − B_l [f; 1]) by autograd's Jacobians, relative to the largest term of the layer.
 
-        The column of the constant node is what is left of f_L when V_l f_l is taken away.
+        With the column of the constant node V_l [f_l; 1] is f_L, so that A_l [f*; 1] = V_lᵀ f*_L and likewise for B.
         """
         worst = 0.0
         gradients = self.gradients()
-        v, v_star, d = self.jacobians(self.student), self.jacobians(self.teacher), self.slopes(self.student)
-        output, target = self.student(self.x).detach(), self.teacher(self.x).detach()
-        f, f_star = [h.detach() for h in self.student.f], [h.detach() for h in self.teacher.f]
+        v, d = self.jacobians(self.student), self.slopes(self.student)
+        output, target = self.student(self.x).detach(), self.target
         for i in range(len(v)):
             pull = torch.einsum("nck,nc->nk", v[i], target) * d[i]
             push = torch.einsum("nck,nc->nk", v[i], output) * d[i]

@@ -1,4 +1,4 @@
-"""Every registered activation: its derivative is autograd's, its module is itself, its closed forms are expectations."""
+"""Every registered activation: its derivative is autograd's, its module is itself, its closed forms are means."""
 
 import math
 

@@ -129,12 +129,10 @@ def check(ds, folder, shape, activation, loss, dtype, labels="teacher"):
             at(f"loss_{part}", one[f"loss_{part}"], seen[part].mean_loss.detach())
             at(f"mse_{part}", one[f"mse_{part}"], seen[part].mse.detach())
 
-        def layers(name, wanted, epoch=one):
+        def layers(name, wanted, held=one, at=at):
             for layer, values in enumerate(wanted, start=1):
-                held = epoch[name].sel(layer=layer).values
-                wanted_here = np.asarray(torch.as_tensor(values).detach())
-                held = held[tuple(slice(0, n) for n in wanted_here.shape)]
-                at((name, layer), held, wanted_here)
+                right = np.asarray(torch.as_tensor(values).detach())
+                at((name, layer), held[name].sel(layer=layer).values[tuple(slice(0, n) for n in right.shape)], right)
 
         layers("correlation", seen["eval"].correlations())
         layers("fanout_norm", seen["eval"].fanout_norms(student))
@@ -154,7 +152,8 @@ def check(ds, folder, shape, activation, loss, dtype, labels="teacher"):
         at("hessian_eigenvalue", one["hessian_eigenvalue"], values[:MODES])
         layers("observation", seen["train"].observation(BAND))
         layers("observation_count", seen["train"].observation_count())
-        at("alignment", one["alignment"][: len(teacher.weights[0]), : len(student.weights[0])], seen["eval"].alignment())
+        aligned = seen["eval"].alignment()
+        at("alignment", one["alignment"].values[tuple(map(slice, aligned.shape))], aligned)
         if "lemma1_residual" in one:
             assert seen["eval"].lemma1_residual() <= tolerance(dtype)
             assert float(one["lemma1_residual"]) <= tolerance(dtype)
@@ -177,6 +176,4 @@ def test_recorded_numbers_are_those_of_autograd(shape, activation, loss, dtype, 
 @pytest.mark.parametrize("shape", ["connected", "convolution", "norm-after"])
 def test_labels_of_the_data_are_what_a_cross_entropy_is_of(shape, folder, tmp_path):
     trained = experiment(folder, shape, "relu", "cross_entropy", "float64", labels="data")
-    check(
-        tsdyn.run(trained, tmp_path / "run").load(), folder, shape, "relu", "cross_entropy", "float64", labels="data"
-    )
+    check(tsdyn.run(trained, tmp_path / "run").load(), folder, shape, "relu", "cross_entropy", "float64", labels="data")
