@@ -22,7 +22,7 @@ SOURCE = "Goldt et al. 2019 (arXiv 1906.08632), Figure 1; Saad & Solla 1995"
 TEACHER_NODES = 2
 
 
-def _online(name: str, nodes: tuple[int, ...], *, inputs: int, seeds: int, **online: float) -> Experiment:
+def _online(name: str, nodes: tuple[int, ...], *, inputs: int, seeds: int, **online: int | float) -> Experiment:
     widths = [[inputs, K, 1] for K in nodes]
     return Experiment(
         kind="online",

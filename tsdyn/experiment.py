@@ -141,7 +141,7 @@ class Experiment(Part):
         return points * self.data.train // self.training.batch
 
     @property
-    def marks(self) -> tuple[float, ...]:
+    def marks(self) -> tuple[schema.Label, ...]:
         """Where the run can be committed and gone on from: epochs, times or α, one for each of its steps 0, 1, ..."""
         return experiment_shapes.marks(self)
 
@@ -156,7 +156,7 @@ class Experiment(Part):
         return experiment_shapes.schedule(self)
 
     @property
-    def labels(self) -> tuple[float, ...]:
+    def labels(self) -> tuple[schema.Label, ...]:
         """What the recorded steps are called along the run's dimension: epochs, times or α."""
         if self.kind == "training":
             return self.schedule

@@ -84,7 +84,7 @@ def layout(experiment: Experiment) -> schema.Layout:
     )
 
 
-def marks(experiment: Experiment) -> tuple[float, ...]:
+def marks(experiment: Experiment) -> tuple[schema.Label, ...]:
     """Where a run can be committed and gone on from: epochs, times or α, one for each of its steps 0, 1, ..."""
     kind = experiment.kind
     if kind == "training":

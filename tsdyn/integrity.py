@@ -120,7 +120,7 @@ def _check_run(path: Path, expected: Experiment | None = None) -> Iterator[str]:
     yield from problems
     if problems:  # what epochs a damaged file says it holds is not to be told from
         return
-    epochs: list[float] = []
+    epochs: list[schema.Label] = []
     dimension = experiment.layout.path
     for file in files:
         with netcdf.dataset(file) as nc:
@@ -232,7 +232,7 @@ def _where(array: netCDF4.Variable, index: tuple[slice, ...]) -> str:
     return ", ".join(f"{dim} {i.start}..{i.stop - 1}" for dim, i in zip(array.dimensions, index, strict=True))
 
 
-def _few(epochs: Sequence[float]) -> str:
+def _few(epochs: Sequence[schema.Label]) -> str:
     shown = ", ".join(map(str, epochs[:5]))
     return shown if len(epochs) <= 5 else f"{shown} and {len(epochs) - 5} more"
 

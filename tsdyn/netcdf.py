@@ -244,7 +244,7 @@ def _chunks(variable: schema.Variable, layout: Layout, sizes: Mapping[str, int],
 def create(
     nc: netCDF4.Dataset,
     layout: Layout,
-    epochs: Sequence[float],
+    epochs: Sequence[schema.Label],
     variables: Sequence[str],
     dtype: str,
     attrs: Mapping[str, Any],

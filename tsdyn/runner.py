@@ -166,7 +166,7 @@ class _Point:
         self._attrs = attributes(self.experiment, members.device)
         self._labels = dict(zip(self.experiment.schedule, self.experiment.labels, strict=True))
         self._pending: list[dict[str, Any]] = []
-        self._recorded: list[float] = []
+        self._recorded: list[schema.Label] = []
         self._first = 0
         self.died: list[int] = []  #: seeds that did in the step that ended
 

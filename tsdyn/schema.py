@@ -22,6 +22,8 @@ VERSION = 3
 Kind = Literal["training", "population-flow", "online"]
 Path = Literal["epoch", "time", "alpha"]
 When = Literal["start", "along", "end"]
+#: Of a recorded step: an epoch, a time or an α.
+Label = int | float
 #: Dimensions along which runs go, each the one of a kind.  `VARIABLES` says ``epoch`` for all of them.
 PATHS: tuple[Path, ...] = ("epoch", "time", "alpha")
 

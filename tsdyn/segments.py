@@ -36,7 +36,7 @@ from tsdyn.experiment import Experiment, differences
 from tsdyn.lock import NAME as LOCK
 from tsdyn.lock import Lock
 from tsdyn.netcdf import State
-from tsdyn.schema import VARIABLES, recorded
+from tsdyn.schema import VARIABLES, Label, recorded
 from tsdyn.sweep_axes import axes, places
 
 EXPERIMENT = "experiment.toml"
@@ -254,7 +254,7 @@ class Run:
         self,
         first: int,
         last: int,
-        epochs: Sequence[float],
+        epochs: Sequence[Label],
         records: Records,
         state: State,
         attrs: Mapping[str, Any],
