@@ -22,13 +22,14 @@ from matplotlib.animation import FuncAnimation
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from tsdyn.analysis import layout, lottery, matching, panels, phase, specialization, summary
+from tsdyn.analysis.identity import refuse_odd
 from tsdyn.analysis.layout import MAX_PANELS as MAX_PANELS
 from tsdyn.analysis.layout import PANEL as PANEL
 from tsdyn.analysis.panels import PALETTE as PALETTE
 
 from tsdyn import layer as one_layer
 from tsdyn import schema
-from tsdyn.archive import experiment_of
+from tsdyn.archive import experiment_of, lowest_layer
 from tsdyn.sweep_axes import POINT
 
 #: Most lines in one panel: every colour in every style.
@@ -73,7 +74,7 @@ def _needed(archive: xr.Dataset, figure: str, *, epochs: Sequence[int] | slice |
 
 
 def _lowest(ds: xr.Dataset) -> xr.Dataset:
-    return one_layer(ds, 1) if "layer" in ds.dims else ds
+    return one_layer(ds, lowest_layer(ds)) if "layer" in ds.dims else ds
 
 
 def _quantiles(values: xr.DataArray) -> xr.DataArray:
@@ -538,7 +539,7 @@ def measure_boundaries(archive: xr.Dataset) -> xr.Dataset:
         if int(needed["layer"]) != 1:
             raise ValueError(f"boundaries: of the lowest layer, not of layer {int(needed['layer'])}")
     else:
-        needed = one_layer(needed, 1)
+        needed = one_layer(needed, lowest_layer(needed))
     inputs = int(needed["input_width"].max())
     if inputs != 2:
         raise ValueError(
@@ -747,6 +748,7 @@ class Recipe:
         return [need.split("|")[0] for need in self.needs if not any(n in archive for n in need.split("|"))]
 
     def __call__(self, archive: xr.Dataset) -> Figure:
+        refuse_odd(archive, "plot")
         return self.draw(archive)
 
 

@@ -17,10 +17,10 @@ from pathlib import Path
 
 import numpy as np
 import xarray as xr
+from tsdyn.analysis.identity import refuse_odd
 
 from tsdyn import archive, schema
 from tsdyn.archive import experiment_of
-from tsdyn.experiment import ExperimentError
 
 #: Most rows of a table; what is left out is said.
 ROWS = 100
@@ -125,7 +125,7 @@ def _expected(ds: xr.Dataset) -> int | None:
     """Steps that a whole run records."""
     try:
         return len(experiment_of(ds).labels)
-    except (KeyError, ExperimentError):
+    except ValueError:  # none, or one that this version does not know
         return None
 
 
@@ -207,6 +207,21 @@ def _variables(ds: xr.Dataset) -> str:
     return _section("Variables", _table(rows, ("name", "dimensions", "meaning", "source")))
 
 
+def _opened(path: str | Path) -> xr.Dataset:
+    """What is there, if a page can be made of it."""
+    ds = archive.open(path, skip_damaged=True)
+    try:
+        refuse_odd(ds, "report")
+    except ValueError as error:
+        raise archive.DirectoryError(f"{path}: {error}") from error
+    lost = [dim for dim in ("seed", "epoch") if dim not in ds.dims or not ds.sizes[dim]]
+    if lost:
+        raise archive.DirectoryError(
+            f"{path}: has no {', '.join(lost)}; a page is made of a run, a sweep or an archive file of tsdyn's"
+        )
+    return ds
+
+
 def render(path: str | Path, *, audit: bool = True) -> str:
     """The page of a run, a sweep or an archive file.
 
@@ -215,12 +230,12 @@ def render(path: str | Path, *, audit: bool = True) -> str:
         audit: Whether with the audit of `tsdyn.analysis.audit`, of at most `AUDITED` members.
 
     Raises:
-        ArchiveError: if there is nothing to read.
+        ArchiveError: if there is nothing to read, or what there is cannot be an archive's (`refuse_odd`).
     """
     said: list[str] = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        ds = archive.open(path, skip_damaged=True)
+        ds = _opened(path)
         middle = [_figures(ds), _audit(ds) if audit else ""]
     for warning in caught:
         message = str(warning.message)

@@ -1,31 +1,36 @@
-"""One comparison of arrays for all tests: dtype, shape, NaN in the same places, and a bound relative to the largest."""
+"""One comparison of arrays for tests whose numbers may diverge."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import torch
 
 
-def assert_close(mine: Any, theirs: Any, tolerance: float, *, what: object = "", floor: float = 0.0) -> None:
-    """Assert that two arrays hold the same numbers up to `tolerance` times the largest finite one.
+def assert_same(found: Any, expected: Any, tolerance: float, *, scale: float | None = None, what: str = "") -> None:
+    """Same shape, dtype, and numbers: NaN and infinities in the same places, the others within tolerance × scale.
 
     Args:
-        mine, theirs: Tensors or arrays.
-        tolerance: Relative to ``max(|theirs|) + floor``; 0 asks for the same bits.
-        what: Names the pair in the message.
-        floor: Added to the scale, where numbers near zero have errors of another origin.
-
-    NaN agrees with NaN and an infinity with itself, and with nothing else.
+        found, expected: Arrays or tensors, or mappings of these with the same keys.
+        tolerance: Relative to `scale`.
+        scale: One plus the largest finite number expected, unless given.
+        what: Named when it fails.
     """
-    a, b = (np.asarray(x.detach().cpu() if isinstance(x, torch.Tensor) else x) for x in (mine, theirs))
-    assert a.dtype == b.dtype, f"{what}: {a.dtype} against {b.dtype}"
-    assert a.shape == b.shape, f"{what}: {a.shape} against {b.shape}"
+    if isinstance(expected, Mapping):
+        assert list(found) == list(expected), (what, list(found), list(expected))
+        for name in expected:
+            assert_same(found[name], expected[name], tolerance, scale=scale, what=f"{what}{name}")
+        return
+    a, b = (np.asarray(x.detach().cpu() if hasattr(x, "detach") else x) for x in (found, expected))
+    assert a.dtype == b.dtype, (what, a.dtype, b.dtype)
+    assert a.shape == b.shape, (what, a.shape, b.shape)
+    if b.dtype.kind not in "fc":
+        np.testing.assert_array_equal(a, b, err_msg=what)
+        return
     finite = np.isfinite(b)
-    assert np.array_equal(np.isfinite(a), finite), f"{what}: not finite in other places"
-    assert np.array_equal(a[~finite], b[~finite], equal_nan=True), f"{what}: NaN and infinities differ"
+    np.testing.assert_array_equal(np.where(finite, 0, b), np.where(np.isfinite(a), 0, a), err_msg=what)
     if finite.any():
-        scale = float(np.abs(b[finite]).max()) + floor
+        room = tolerance * (1 + float(np.abs(b[finite]).max()) if scale is None else scale)
         worst = float(np.abs(a[finite] - b[finite]).max())
-        assert worst <= tolerance * scale, f"{what}: {worst:.3g} apart, {tolerance * scale:.3g} allowed"
+        assert worst <= room, f"{what}: off by {worst:g}, {room:g} allowed"

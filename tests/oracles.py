@@ -1,4 +1,8 @@
-"""Slow twins: each obviously right, one sample or one member at a time."""
+"""Slow twins: each obviously right, one sample or one member at a time.
+
+Imports nothing from tsdyn: networks, activations, losses and rules come as arguments, of which only the plainest parts
+are asked (parameters, `to_torch`, numbers).
+"""
 
 from __future__ import annotations
 
@@ -11,13 +15,8 @@ import torch
 from scipy.integrate import solve_ivp
 from torch import Tensor, nn
 
-from tsdyn import Network
-from tsdyn.activations import Activation
-from tsdyn.stationary import Loss
-from tsdyn.training import Rule
 
-
-def forward(network: Network, x: Tensor) -> Tensor:
+def forward(network: Any, x: Tensor) -> Tensor:
     """One sample at a time, through torch's own modules."""
     module = network.to_torch()
     return torch.stack([module(sample) for sample in x])
@@ -28,7 +27,7 @@ def correlation(teacher: np.ndarray, student: np.ndarray) -> np.ndarray:
     return np.array([[np.corrcoef(t, s)[0, 1] for s in student.T] for t in teacher.T])
 
 
-def backpropagated_gradient(student: Network, target: Tensor, x: Tensor, layer: int) -> Tensor:
+def backpropagated_gradient(student: Any, target: Tensor, x: Tensor, layer: int) -> Tensor:
     """−∂(½‖f* − f‖²)/∂z_l by autograd, one sample: an offset added to z_l is differentiated at zero."""
     rows = []
     for sample, wanted in zip(x, target, strict=True):
@@ -43,7 +42,7 @@ def backpropagated_gradient(student: Network, target: Tensor, x: Tensor, layer: 
     return torch.stack(rows)
 
 
-def output_jacobian(network: Network, f: Tensor, layer: int) -> Tensor:
+def output_jacobian(network: Any, f: Tensor, layer: int) -> Tensor:
     """∂f_L/∂f_l of one sample by autograd, at its activation f of layer l; (output, node)."""
 
     def upper(f_l: Tensor) -> Tensor:
@@ -57,7 +56,7 @@ def output_jacobian(network: Network, f: Tensor, layer: int) -> Tensor:
     return jacobian
 
 
-def fanout_norms(network: Network, x: Tensor, layer: int) -> Tensor:
+def fanout_norms(network: Any, x: Tensor, layer: int) -> Tensor:
     """√E‖v_k‖² with V_l = ∂f_L/∂f_l by autograd, one sample at a time."""
     f = x
     for w, b in list(zip(network.weights, network.biases, strict=True))[:layer]:
@@ -65,7 +64,7 @@ def fanout_norms(network: Network, x: Tensor, layer: int) -> Tensor:
     return torch.stack([output_jacobian(network, sample, layer) for sample in f]).square().sum(1).mean(0).sqrt()
 
 
-def train(network: Network, batches: list[tuple[Tensor, Tensor]], rule: Rule) -> nn.Sequential:
+def train(network: Any, batches: list[tuple[Tensor, Tensor]], rule: Any) -> nn.Sequential:
     """One member through nn.Module and torch.optim."""
     module = network.to_torch()
     linears = [part for part in module if isinstance(part, nn.Linear)]
@@ -75,7 +74,7 @@ def train(network: Network, batches: list[tuple[Tensor, Tensor]], rule: Rule) ->
     if not free:
         return module
     optimizer: torch.optim.Optimizer
-    if rule.adam:
+    if rule.name == "adam":
         optimizer = torch.optim.Adam(
             free, rule.learning_rate, (rule.beta_1, rule.beta_2), rule.epsilon, rule.weight_decay
         )
@@ -93,7 +92,7 @@ def train(network: Network, batches: list[tuple[Tensor, Tensor]], rule: Rule) ->
     return module
 
 
-def gaussian_pair(activation: Activation, r1: float, r2: float, u: float) -> float:
+def gaussian_pair(activation: Any, r1: float, r2: float, u: float) -> float:
     """E[σ(r₁x) σ(r₂y)], x and y standard normal with correlation u, by Gauss–Legendre panels."""
     nodes, weights = np.polynomial.legendre.leggauss(20)
 
@@ -181,7 +180,7 @@ def order_parameter_slope(
 
 
 def gradient_flow(
-    loss: Loss, initial: Tensor, *, end: float = 1e9, gradient_tolerance: float = 1e-7, times: Any = None
+    loss: Any, initial: Tensor, *, end: float = 1e9, gradient_tolerance: float = 1e-7, times: Any = None
 ) -> Any:
     """One member by SciPy's BDF, rtol 1e-8, the Jacobian exact."""
 

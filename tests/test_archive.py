@@ -13,8 +13,8 @@ import xarray as xr
 
 import tsdyn
 from tests.cases import small
-from tsdyn import archive, durable, integrity, lock, runner, schema
-from tsdyn.archive import ArchiveError, DirectoryError, Run
+from tsdyn import archive, integrity, lock, runner, schema, whole_files
+from tsdyn.archive import ArchiveError, DirectoryError, RunDirectory
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +188,7 @@ def test_consolidation_can_be_repeated(tmp_path, monkeypatch):
     experiment = small()
     monkeypatch.setattr(runner, "COMMIT_SECONDS", 0.0)
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "_drop_segments", lambda _: None)
+        patch.setattr(RunDirectory, "_drop_segments", lambda _: None)
         first = tsdyn.run(experiment, tmp_path / "run").load()
     assert len(archive.segments(tmp_path / "run")) == 5
     (tmp_path / "run" / "archive.nc").unlink()
@@ -230,7 +230,7 @@ def test_no_space_left_is_said_and_what_is_committed_stays(tmp_path, monkeypatch
     monkeypatch.setattr(runner, "COMMIT_SECONDS", 0.0)
     _interrupted(small(), tmp_path / "run", at=2)
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(durable.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    monkeypatch.setattr(whole_files.shutil, "disk_usage", lambda _: usage._replace(free=1000))
     with pytest.raises(ArchiveError, match=r"no space left: 1.\d MB needed, 0.0 MB free; what was committed is intact"):
         tsdyn.run(small(), tmp_path / "run")
     assert list(tsdyn.open(tmp_path / "run").epoch.values) == [0, 1]
@@ -242,15 +242,15 @@ def test_a_write_that_fails_midway_leaves_no_temporary_file(tmp_path, monkeypatc
     def full(_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with Run(tmp_path / "run", small()):
-        monkeypatch.setattr(durable.os, "fsync", full)
+    with RunDirectory(tmp_path / "run", small()):
+        monkeypatch.setattr(whole_files.os, "fsync", full)
         with pytest.raises(ArchiveError, match="no space left"):
-            durable.write_text(tmp_path / "run" / "note.txt", "x")
+            whole_files.write_text(tmp_path / "run" / "note.txt", "x")
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["LOCK", "experiment.toml", "segments"]
 
 
 def _hold(path, ready, leave):
-    with Run(path, small()):
+    with RunDirectory(path, small()):
         ready.set()
         leave.wait(30)
 
@@ -272,7 +272,7 @@ def test_one_writer_a_directory(tmp_path):
 
 def test_run_refuses_a_sweep():
     with pytest.raises(ValueError, match="has a sweep"):
-        Run(Path("x"), small(sweep={"teacher.polarity": [0.0]}))
+        RunDirectory(Path("x"), small(sweep={"teacher.polarity": [0.0]}))
 
 
 def test_schema_problems_are_each_named(finished):
@@ -355,12 +355,15 @@ def test_a_later_schema_is_refused_by_name(tmp_path):
 
 @pytest.mark.parametrize("record", [{}, {"record__every": 3}, {"training__method": "adam"}])
 def test_a_finished_run_goes_on_with_more_epochs(tmp_path, record):
-    """Four epochs, then three more, then two: the bits of nine at once; a last epoch off the schedule is not kept."""
+    """Four epochs, then three more, then two: the bits of nine at once; a last epoch off the schedule is kept, too."""
     whole = tsdyn.run(small(training__epochs=9, **record), tmp_path / "whole").load()
+    recorded = set()
     for epochs in (4, 7, 9):
-        tsdyn.run(small(training__epochs=epochs, **record), tmp_path / "longer")
+        recorded |= set(tsdyn.run(small(training__epochs=epochs, **record), tmp_path / "longer").epoch.values)
         assert integrity.check(tmp_path / "longer") == []
-    xr.testing.assert_equal(tsdyn.open(tmp_path / "longer").load(), whole)
+    longer = tsdyn.open(tmp_path / "longer").load()
+    assert set(longer.epoch.values) == recorded
+    xr.testing.assert_equal(longer.sel(epoch=whole.epoch), whole)
     with pytest.raises(DirectoryError, match=r"training\.epochs: 4 here, 9 there"):
         tsdyn.run(small(training__epochs=4, **record), tmp_path / "longer")
 

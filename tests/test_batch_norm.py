@@ -8,10 +8,11 @@ from tests.cases import small
 from tests.test_convolutional_networks import IMAGE, close, images, module
 from tsdyn import ExperimentError, data, theory
 from tsdyn.batch_norm import BatchNorm
-from tsdyn.deeptraining import DeepEnsemble, step
+from tsdyn.ensemble import Ensemble
 from tsdyn.networks import Network
+from tsdyn.propagated import step
+from tsdyn.rules import Rule
 from tsdyn.teachers import draw_teacher
-from tsdyn.training import Rule
 
 
 @pytest.mark.parametrize("eps", [1e-300, 1e-3])
@@ -40,7 +41,7 @@ def test_theorem_3_the_norm_below_batch_norm_grows_by_the_square_of_each_step_on
     drifts = []
     for rate in (1e-2, 5e-3):
         network = Network.from_torch(module(place, eps=1e-300), image=IMAGE)
-        ensemble = DeepEnsemble.of([network])
+        ensemble = Ensemble.of([network])
         before = ensemble.network(0)
         norms, weights = theory.conserved_norms(before), [w.clone() for w in before.weights]
         biases = [b.clone() for b in before.biases]

@@ -4,9 +4,10 @@ import torch.nn.functional as F
 
 from tests.test_convolutional_networks import IMAGE, images, module
 from tsdyn import convolution
-from tsdyn.deeptraining import DeepEnsemble, step
+from tsdyn.ensemble import Ensemble
 from tsdyn.networks import Network
-from tsdyn.training import Rule
+from tsdyn.propagated import step
+from tsdyn.rules import Rule
 
 served = pytest.mark.skipif(not convolution.serves(torch.zeros(1)), reason="no compiler")
 
@@ -67,9 +68,9 @@ def test_a_step_is_the_same_without_a_compiler(place, padding, monkeypatch):
                 )
                 for n in made
             ]  # fmt: skip
-        ensemble = DeepEnsemble.of(made)
+        ensemble = Ensemble.of(made)
         x = torch.stack([images(6, seed=s).flatten(1) for s in range(2)])
         step(ensemble, x, torch.ones(2, 6, 3, dtype=torch.float64), Rule(0.01), 1)
-        ways.append([t for _, _, t in ensemble.parameters() + ensemble.buffers()])
+        ways.append(list(ensemble.tensors()))
     for a, b in zip(*ways, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)

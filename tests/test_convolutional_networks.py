@@ -5,15 +5,18 @@ from torch import nn
 
 import tsdyn
 from tests.cases import small
+from tests.comparing import assert_same
 from tests.test_networks import random_network
-from tsdyn import ExperimentError, alignment, archive, flow, population, theory
+from tsdyn import ExperimentError, alignment, archive, flow, population, theory, train
 from tsdyn.batch_norm import BatchNorm
-from tsdyn.deeptraining import DeepEnsemble, train_epoch
+from tsdyn.batches import finite_stream
+from tsdyn.ensemble import Ensemble, mark_dead
+from tsdyn.losses import LOSSES
 from tsdyn.networks import Network
+from tsdyn.rules import Rule
 from tsdyn.students import draw_student, winners
 from tsdyn.teachers import balance, draw_teacher, fanouts, prune
-from tsdyn.training import Ensemble, Rule, finite_stream
-from tsdyn.training import train_epoch as train_mlp
+from tsdyn.train import train_epoch
 
 IMAGE = (2, 8, 8)
 
@@ -94,7 +97,6 @@ def test_what_is_of_one_sample_takes_no_batch_norm_for_a_plain_network():
         lambda: alignment.regular(net),
         lambda: population.loss(net, net.folded()),
         lambda: flow.overlaps(net, net),
-        lambda: Ensemble.of([net]),
     ):
         with pytest.raises(ValueError, match=r"Network\(5-6-3, .*BatchNorm before.* take its folded\(\)"):
             refused()
@@ -170,7 +172,7 @@ def test_expectations_of_channels_are_those_of_the_unrolled_network_summed_over_
 @pytest.mark.parametrize("place", ["before", "after"])
 def test_members_of_an_ensemble_train_as_modules_of_their_own(place):
     made = [module(place, seed=s) for s in range(3)]
-    ensemble = DeepEnsemble.of([Network.from_torch(m, image=IMAGE) for m in made])
+    ensemble = Ensemble.of([Network.from_torch(m, image=IMAGE) for m in made])
     x = torch.stack([images(24, seed=10 + s).flatten(1) for s in range(3)])
     y = torch.randn(3, 24, 3, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     rows = torch.randint(24, (3, 6, 8), generator=torch.Generator().manual_seed(6))
@@ -188,21 +190,43 @@ def test_members_of_an_ensemble_train_as_modules_of_their_own(place):
             torch.testing.assert_close(found[name], tensor.detach(), rtol=1e-10, atol=1e-10, msg=name)
 
 
-@pytest.mark.parametrize("rule", [Rule(0.05), Rule(0.01, adam=True), Rule(0.05, normalize=True, frozen=(1,))])
+@pytest.mark.parametrize("rule", [Rule(0.05), Rule(0.01, "adam"), Rule(0.05, normalize=True, frozen=(1,))])
 @pytest.mark.parametrize("loss", ["mse", "cross_entropy"])
 def test_without_convolution_and_norm_it_is_the_engine(rule, loss):
-    rule = Rule(**{**rule.__dict__, "loss": loss})
+    rule = Rule(**{**rule.__dict__, "loss": LOSSES[loss]})
     networks = [random_network((4, 6, 5, 3), seed=s) for s in range(3)]
-    deep = DeepEnsemble.of([Network(n.weights, n.biases) for n in networks])
+    deep = Ensemble.of(networks)
     plain = Ensemble.of(networks)
     draw = torch.Generator().manual_seed(0)
     x = torch.randn(3, 40, 4, generator=draw, dtype=torch.float64)
     y = torch.softmax(torch.randn(3, 40, 3, generator=draw, dtype=torch.float64), 2)
     stream = finite_stream(x, y, torch.randint(40, (3, 10, 8), generator=draw))
-    train_epoch(deep, stream, rule, batch=8)
-    train_mlp(plain, stream, rule, batch=8)
-    for (kind, layer, a), (_, _, b) in zip(deep.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9, msg=f"{kind} {layer}")
+    train_epoch(deep, stream, rule, batch=8, backend=train.PROPAGATED)
+    train_epoch(plain, stream, rule, batch=8)
+    for name, expected in plain.values.items():
+        torch.testing.assert_close(deep.values[name], expected, rtol=1e-9, atol=1e-9, msg=name)
+
+
+@pytest.mark.parametrize("place", ["before", "after"])
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+@pytest.mark.parametrize("dies", [False, True])
+def test_the_general_engine_is_its_slow_twin(place, loss, dies, caplog):
+    """Convolutions and running statistics under vmap, to rounding of six steps."""
+    quick, slow = (
+        Ensemble.of([Network.from_torch(module(place, seed=s), image=IMAGE) for s in range(3)]) for _ in "ab"
+    )
+    x = torch.stack([images(24, seed=10 + s).flatten(1) for s in range(3)])
+    y = loss.target(torch.randn(72, 3, generator=torch.Generator().manual_seed(5), dtype=torch.float64)).view(3, 24, 3)
+    if dies:
+        x[1] = torch.nan
+    stream = finite_stream(x, y, torch.randint(24, (3, 6, 8), generator=torch.Generator().manual_seed(6)))
+    assert train.chosen(quick, Rule(0.02, loss=loss)) is train.PROPAGATED
+    for ensemble, backend in ((quick, train.PROPAGATED), (slow, train.GENERAL)):
+        train_epoch(ensemble, stream, Rule(0.02, momentum=0.9, loss=loss), batch=8, backend=backend)
+        assert mark_dead(ensemble, 1) == ([1] if dies else [])
+    assert caplog.messages == []  # vmap was found right
+    for name, expected in (slow.values | slow.buffers).items():
+        assert_same((quick.values | quick.buffers)[name][::2], expected[::2], 1e-11, what=name)
 
 
 @pytest.mark.parametrize(

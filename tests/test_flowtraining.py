@@ -10,10 +10,11 @@ import torch
 import tsdyn
 from tests.cases import small
 from tsdyn import ExperimentError, costs
+from tsdyn.ensemble import layer_of
 from tsdyn.flowtraining import TrainingLoss
 from tsdyn.gradient_flow import gradient_flow
 from tsdyn.members import Members
-from tsdyn.training import Rule
+from tsdyn.rules import Rule
 
 SMALL = {
     "seeds": 2,
@@ -36,9 +37,9 @@ def test_an_epoch_is_the_flow_of_the_training_loss_for_rate_times_steps():
         assert members.advance(epoch) == []
     for member in range(2):
         loss = TrainingLoss(begin.ensemble, member, *(x[member] for x in begin.finite), Rule(1.0, weight_decay=0.01))
-        row = torch.cat([p[member].flatten() for _, _, p in begin.ensemble.parameters()])
+        row = torch.cat([p[member].flatten() for p in begin.ensemble.values.values()])
         ds = gradient_flow(loss, row, end=2 * 0.5 * 4, rtol=1e-7, atol=1e-9, gradient_tolerance=0.0)
-        reached = torch.cat([p[member].flatten() for _, _, p in members.ensemble.parameters()])
+        reached = torch.cat([p[member].flatten() for p in members.ensemble.values.values()])
         np.testing.assert_allclose(reached, ds.final[0], rtol=0, atol=1e-4)
 
 
@@ -57,8 +58,8 @@ def test_gradient_descent_tends_to_the_flow_as_its_rate_falls(activation, loss):
         }
         descent = Members(small(**(changes | more)))
         descent.advance(1)
-        pairs = zip(flow.ensemble.parameters(), descent.ensemble.parameters(), strict=True)
-        apart.append(math.sqrt(sum(float((p - q).square().sum()) for (_, _, p), (_, _, q) in pairs)))
+        pairs = zip(flow.ensemble.values.values(), descent.ensemble.values.values(), strict=True)
+        apart.append(math.sqrt(sum(float((p - q).square().sum()) for p, q in pairs)))
     assert apart[1] == pytest.approx(apart[0] / 2, rel=0.2)
     assert apart[1] < 0.01
 
@@ -66,10 +67,10 @@ def test_gradient_descent_tends_to_the_flow_as_its_rate_falls(activation, loss):
 def test_frozen_layers_stay():
     experiment = small(**SMALL, training__frozen=[1])
     members = Members(experiment)
-    before = [p.clone() for _, _, p in members.ensemble.parameters()]
+    before = [p.clone() for p in members.ensemble.values.values()]
     members.advance(1)
-    moved = [bool((p != q).any()) for (_, _, p), q in zip(members.ensemble.parameters(), before, strict=True)]
-    layers = [layer for _, layer, _ in members.ensemble.parameters()]
+    moved = [bool((p != q).any()) for p, q in zip(members.ensemble.values.values(), before, strict=True)]
+    layers = [layer_of(name) for name in members.ensemble.values]
     assert [m for m, layer in zip(moved, layers, strict=True) if layer == 1] == [False, False]
     assert all(m for m, layer in zip(moved, layers, strict=True) if layer == 2)
 

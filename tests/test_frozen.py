@@ -1,5 +1,6 @@
 """Directories written by earlier versions, frozen in tests/data, are read by this one: the numbers they had then."""
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -12,15 +13,18 @@ from tsdyn import integrity
 
 DATA = Path(__file__).resolve().parent / "data"
 EXPECTED = json.loads((DATA / "expected-v2.json").read_text(encoding="utf-8"))
+FLOWS = {"flow-study-v2", "online-study-v2"}
 #: Sums of float64 numbers of order 1 in another order: their count times half a rounding, with room.
 ROUNDING = 1e-12
 
 
-@pytest.mark.parametrize("name", sorted(EXPECTED))
+@pytest.mark.parametrize("name", sorted(set(EXPECTED) - FLOWS))
 def test_a_frozen_archive_reads_as_its_own_version_read_it(name, tmp_path):
     path = Path(shutil.copytree(DATA / name, tmp_path / name))
-    ds = tsdyn.open(path).load()
-    assert {str(n) for n in ds.variables} - {"seconds"} == set(EXPECTED[name])  # wall time of a flow is not of it
+    told = pytest.warns(tsdyn.WrongNumbersWarning) if name == "cross-entropy-v2" else contextlib.nullcontext()
+    with told:
+        ds = tsdyn.open(path).load()
+    assert {str(n) for n in ds.variables} == set(EXPECTED[name])
     for variable, then in EXPECTED[name].items():
         now = ds[variable]
         assert list(now.dims) == then["dims"], variable

@@ -13,10 +13,10 @@ from tsdyn.analysis.members import points
 
 import tsdyn
 from tests.cases import small
-from tsdyn import archive, grid, schema
-from tsdyn.durable import ArchiveError, DirectoryError
+from tsdyn import archive, headers, lazy_arrays, schema
 from tsdyn.experiment import ExperimentError
-from tsdyn.index import INDEX, Header, Index
+from tsdyn.headers import INDEX, Headers
+from tsdyn.whole_files import ArchiveError, DirectoryError
 
 FEW = {"training__epochs": 2, "seeds": 2, "record__observables": ["mse", "correlation", "weight"]}
 PRODUCT = {"student.overrealization": [1, 3], "teacher.polarity": [0.0, 1.0]}
@@ -73,19 +73,20 @@ def test_slicing_lazily_is_slicing_what_was_loaded(sweep, at):
 def test_of_one_layer_no_padding_is_read(sweep, monkeypatch):
     """dask joins what it slices with what it reads, of slices after one another only the first."""
     read = []
-    rows = grid.Stored._rows
-    monkeypatch.setattr(grid.Stored, "_rows", lambda *at: read.append(rows(*at).shape) or rows(*at))
+    rows = lazy_arrays.Stored._rows
+    monkeypatch.setattr(lazy_arrays.Stored, "_rows", lambda *at: read.append(rows(*at).shape) or rows(*at))
     one = tsdyn.layer(tsdyn.open(sweep), 1)
     (one.correlation + 1).compute()
     assert {shape[3:] for shape in read} == {(4, 6), (4, 12)}  # as wide as the layer, or as the file
 
 
 def test_what_is_stored_can_be_indexed_and_shipped(sweep):
-    index = Index(sweep)
-    source = index.finished("overrealization=1,polarity=0.0")
+    (source,) = Headers(sweep / "overrealization=1,polarity=0.0").committed(
+        ".", lambda: small(**FEW, student__overrealization=1, teacher__polarity=0.0)
+    )
     labels = source.header.labels
     inner = ("seed", "epoch")
-    stored = grid.Stored("mse_eval", ("a",), inner, (2, 2, 3), np.dtype(float), {(1,): [source]}, labels)
+    stored = lazy_arrays.Stored("mse_eval", ("a",), inner, (2, 2, 3), np.dtype(float), {(1,): [source]}, labels)
     whole = stored[...]
     assert np.isnan(whole[0]).all()
     np.testing.assert_array_equal(whole[1], tsdyn.open(source.path).mse_eval)
@@ -99,8 +100,9 @@ def test_the_index_spares_the_files_and_is_not_trusted(copy, monkeypatch):
     ds = tsdyn.open(copy).compute()
     assert (copy / INDEX).is_file()
     opened = []
-    header = Header.of.__func__
-    monkeypatch.setattr(Header, "of", classmethod(lambda cls, path: opened.append(path) or header(cls, path)))
+    of = headers.Source.of.__func__
+    counted = classmethod(lambda cls, path, **more: opened.append(path) or of(cls, path, **more))
+    monkeypatch.setattr(headers.Source, "of", counted)
     same(tsdyn.open(copy), ds)
     assert opened == []
     archive_file = copy / "overrealization=1,polarity=0.0" / "archive.nc"

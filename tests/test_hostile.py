@@ -20,7 +20,7 @@ import xarray as xr
 import tsdyn
 from tests.cases import small
 from tests.test_cli import command  # noqa: F401
-from tsdyn import durable, integrity, lock, memory, netcdf, runner, sweep
+from tsdyn import integrity, lock, memory, reading, runner, sweep, whole_files
 from tsdyn.archive import ArchiveError, DirectoryError
 from tsdyn.experiment import Experiment, ExperimentError
 from tsdyn.members import Members
@@ -148,10 +148,8 @@ def test_a_damaged_block_is_named_when_it_is_read(finished, tmp_path):
 
 
 def test_verify_reads_files_of_any_size(copy, monkeypatch):
-    from tsdyn import archive
-
     _flipped(copy / "archive.nc")
-    monkeypatch.setattr(archive, "ALWAYS_VERIFIED", 1000.0)
+    monkeypatch.setattr(reading, "ALWAYS_VERIFIED", 1000.0)
     tsdyn.open(copy, verify=False)
     with pytest.raises(ArchiveError, match="was changed or is damaged"):
         tsdyn.open(copy, verify=True)
@@ -167,18 +165,7 @@ def test_a_dataset_of_a_run_that_goes_on_is_readable_when_it_is_finished(tmp_pat
 
     experiment = small(**{**FEW, "training__epochs": 4})
     whole = tsdyn.run(experiment, tmp_path / "run", progress=look).load()
-    monkeypatch.setattr(netcdf.CachingFileManager, "acquire", _reopened(netcdf.CachingFileManager.acquire))
     xr.testing.assert_equal(opened[0].load(), whole.sel(epoch=slice(0, 2)))
-
-
-def _reopened(acquire):
-    """As if the file had been closed in between, for there are many."""
-
-    def again(self, *args, **kwargs):
-        self.close(needs_lock=False)
-        return acquire(self, *args, **kwargs)
-
-    return again
 
 
 @pytest.mark.parametrize(
@@ -258,7 +245,7 @@ def test_nothing_is_read_moved_or_removed_through_a_link(tmp_path, monkeypatch, 
     path, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
     with monkeypatch.context() as patch:
         if name != "archive.nc":
-            patch.setattr(runner.Run, "consolidate", lambda *_: None)
+            patch.setattr(runner.RunDirectory, "consolidate", lambda *_: None)
         with contextlib.suppress(ArchiveError):
             tsdyn.run(small(**FEW), path)
     if name == "damaged":
@@ -381,7 +368,7 @@ def test_what_a_file_system_refuses_is_said_and_survived(tmp_path, monkeypatch, 
         return opening(path, flags, *rest, **more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(durable.os, "open", refusing)
+        patch.setattr(whole_files.os, "open", refusing)
         with pytest.raises(ArchiveError, match=f"{reason}; what was committed is intact"):
             tsdyn.run(experiment, tmp_path / "run")
     assert list(tsdyn.open(tmp_path / "run").epoch.values) == [0]
@@ -536,7 +523,7 @@ def test_a_file_that_is_opened_and_not_understood_is_never_closed(copy, tmp_path
     code = """
 import gc, random, sys
 from pathlib import Path
-from tsdyn import netcdf
+from tsdyn import headers
 from tsdyn.archive import ArchiveError
 
 whole, file = Path(sys.argv[1]).read_bytes(), Path(sys.argv[2])
@@ -545,7 +532,7 @@ for trial in range(150):
     at = draw.randrange(len(whole))
     file.write_bytes(whole[:at] + draw.choice([bytes(64), b"\\xff" * 64, draw.randbytes(64)]) + whole[at + 64:])
     try:
-        netcdf.inspect(file)
+        headers.Source.of(file)
     except ArchiveError:
         refused += 1
     gc.collect()

@@ -30,10 +30,10 @@ from tsdyn import (
     sweep,
 )
 from tsdyn.classification import Ground, Kind
-from tsdyn.durable import DirectoryError
 from tsdyn.gradient_flow import REASONS, Flow, Limits
 from tsdyn.protocol import Runnable, StateError
 from tsdyn.schema import words_of
+from tsdyn.whole_files import DirectoryError
 
 FLOWS = Experiment(
     kind="population-flow",
@@ -224,8 +224,7 @@ def test_a_run_is_announced_and_what_it_leaves_is_what_was_said(kind, tmp_path):
     assert said.disk <= written <= said.disk + (1 << 18)  # headers
     assert schema.problems(ds) == []
     assert isinstance(kinds.members_of(experiment), Runnable)
-    recorded = set(schema.recorded(experiment.kind, experiment.record.observables))
-    assert set(ds.data_vars) == recorded
+    assert set(ds.data_vars) == set(experiment.recorded())
 
 
 def test_a_state_of_another_shape_is_refused_by_every_kind():

@@ -1,5 +1,6 @@
 """Sweeps run: in this process and on workers, with points that fail and workers that die."""
 
+import dataclasses
 import os
 import random
 import re
@@ -16,11 +17,11 @@ from distributed import default_client
 import tsdyn
 from tests.cases import small
 from tests.scale.trials import killing
-from tsdyn import archive, costs, kernel, runner, sweep, training
+from tsdyn import archive, compiled_step, costs, native, runner, sweep, train
 from tsdyn.archive import ArchiveError
 from tsdyn.interrupts import Stopped
 from tsdyn.members import Members, Together, kinship
-from tsdyn.segments import segments
+from tsdyn.run_directory import segments
 
 FEW = {"training__epochs": 3, "seeds": 2, "record__observables": ["mse", "correlation"]}
 GRID = {"teacher.polarity": [0.0, 1.0, 2.0]}
@@ -182,7 +183,7 @@ def test_points_of_one_shape_train_as_one_ensemble(tmp_path, ensembles, changes,
     assert ensembles == [4]
     wanted = sweep.run(experiment, tmp_path / "apart").compute()
     assert ensembles == [4]
-    if bits and kernel.load() is not None:
+    if bits and native.load(compiled_step.SOURCE, compiled_step.Job) is not None:
         xr.testing.assert_equal(found, wanted)
     else:
         xr.testing.assert_allclose(found, wanted, rtol=1e-10, atol=1e-12)
@@ -192,8 +193,8 @@ def test_points_of_one_shape_train_as_one_ensemble(tmp_path, ensembles, changes,
 def test_an_ensemble_of_points_goes_through_the_chunks_of_a_device(tmp_path, monkeypatch, ensembles):
     """As on a GPU: their steps are recorded once and taken again in later epochs, with the rates of each member."""
     wanted = sweep.run(small(sweep=MIXED, **FEW), tmp_path / "apart").compute()
-    monkeypatch.setattr(training, "compiled", lambda *_: False)
-    monkeypatch.setattr(training, "_advance_batched", training._advance_chunks)
+    chunks = dataclasses.replace(train.CHUNKS, claims=lambda *_: True)
+    monkeypatch.setattr(train, "BACKENDS", (chunks,))
     found = sweep.run(small(sweep=MIXED, **FEW), tmp_path / "together", together=True).compute()
     assert ensembles == [4]
     xr.testing.assert_allclose(found, wanted, rtol=1e-10, atol=1e-12)
@@ -304,14 +305,14 @@ def test_an_ensemble_that_cannot_be_trained_is_taken_apart(tmp_path, monkeypatch
 
 
 def test_what_cannot_be_committed_is_said_when_a_signal_stops_the_others(tmp_path, monkeypatch, stopping_at):
-    commit = runner.Run.commit
+    commit = runner.RunDirectory.commit
 
     def full(run, *given):
         if run.experiment.teacher.polarity == 1.0:
             raise ArchiveError("the disk is full")
         commit(run, *given)
 
-    monkeypatch.setattr(runner.Run, "commit", full)
+    monkeypatch.setattr(runner.RunDirectory, "commit", full)
     stopping_at(0, monkeypatch)
     with pytest.raises(Stopped, match=r"committed; but for .*polarity=1.0: the disk is full"):
         sweep.run(small(sweep=GRID, **FEW), tmp_path / "sweep", together=True)

@@ -10,21 +10,15 @@ from hypothesis import strategies as st
 
 import tests.oracles as oracles
 from tests.cases import REFERENCE
-from tests.comparing import assert_close
-from tsdyn import activations, kernel, runner, training
+from tests.comparing import assert_same
+from tsdyn import activations, batched, compiled_step, native, runner, train
+from tsdyn.batches import Batches, finite_stream
+from tsdyn.ensemble import Ensemble, layer_of, living_blocks, mark_dead
 from tsdyn.experiment import Training
+from tsdyn.losses import LOSSES
 from tsdyn.networks import Network
-from tsdyn.training import (
-    Batches,
-    Ensemble,
-    Rule,
-    block_size,
-    bury,
-    finite_stream,
-    living_blocks,
-    train_epoch,
-    train_epoch_plain,
-)
+from tsdyn.rules import OPTIMIZERS, Optimizer, Rule
+from tsdyn.train import train_epoch
 
 EPS = torch.finfo(torch.float64).eps
 
@@ -56,8 +50,8 @@ RULES = {
     "sgd": Rule(0.05),
     "weight decay": Rule(0.05, weight_decay=0.1),
     "momentum": Rule(0.02, momentum=0.9, weight_decay=0.01),
-    "adam": Rule(0.01, adam=True),
-    "adam with weight decay": Rule(0.01, adam=True, weight_decay=0.1),
+    "adam": Rule(0.01, "adam"),
+    "adam with weight decay": Rule(0.01, "adam", weight_decay=0.1),
     "features fixed": Rule(0.05, frozen=(1,)),
     "top fixed": Rule(0.05, frozen=(2,)),
     "all fixed": Rule(0.05, frozen=(1, 2, 3)),
@@ -66,9 +60,9 @@ RULES = {
 }
 
 
-def assert_same(mine, theirs, tolerance):
-    for (kind, layer, a), (_, _, b) in zip(mine.parameters(), theirs.parameters(), strict=True):
-        assert_close(a, b, tolerance, what=(kind, layer), floor=1.0)
+def general(ensemble, stream, rule, *, batch=8):
+    """The slow twin."""
+    train_epoch(ensemble, stream, rule, batch=batch, backend=train.GENERAL)
 
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
@@ -78,18 +72,15 @@ def test_batched_plain_and_torch_optim_agree(rule, bias):
     x, y, indices = samples(widths)
     fast, plain, start = (ensemble(widths, bias=bias) for _ in range(3))
     train_epoch(fast, finite_stream(x, y, indices), rule, batch=8)
-    train_epoch_plain(plain, finite_stream(x, y, indices), rule)
+    general(plain, finite_stream(x, y, indices), rule)
     # ten steps of sums over at most 9 nodes and 8 samples; Adam divides by small numbers, which amplifies
-    tolerance = (1e4 if rule.adam else 1e2) * EPS
-    assert_same(fast, plain, tolerance)
+    tolerance = (1e4 if rule.name == "adam" else 1e2) * EPS
+    assert_same(fast.values, plain.values, tolerance)
     for member in range(3):
         batches = [(x[member, rows], y[member, rows]) for rows in indices[member]]
         module = oracles.train(start.network(member), batches, rule)
         expected = Ensemble.of([Network.from_torch(module)])
-        for tensor in (*expected.weights, *(b for b in expected.biases if b is not None)):
-            tensor.detach_()
-        mine = fast.block(slice(member, member + 1))
-        assert_same(mine, expected, tolerance)
+        assert_same(fast.block(slice(member, member + 1)).values, expected.values, tolerance)
 
 
 @settings(max_examples=25, deadline=None)
@@ -104,8 +95,8 @@ def test_batched_equals_plain_for_any_depth_and_activation(hidden, name, bias, r
     x, y, indices = samples(widths, steps=6)
     fast, plain = (ensemble(widths, name=name, bias=bias) for _ in range(2))
     train_epoch(fast, finite_stream(x, y, indices), rule, batch=8)
-    train_epoch_plain(plain, finite_stream(x, y, indices), rule)
-    assert_same(fast, plain, 1e3 * EPS)
+    general(plain, finite_stream(x, y, indices), rule)
+    assert_same(fast.values, plain.values, 1e3 * EPS)
 
 
 OPTIONS = st.fixed_dictionaries(
@@ -113,11 +104,11 @@ OPTIONS = st.fixed_dictionaries(
         "learning_rate": st.sampled_from([0.01, torch.tensor([0.01, 0.02, 0.005], dtype=torch.float64)]),
         "momentum": st.sampled_from([0.0, 0.5]),
         "weight_decay": st.sampled_from([0.0, 0.1]),
-        "adam": st.booleans(),
+        "name": st.sampled_from(["sgd", "adam"]),
         "epsilon": st.just(0.1),  # Adam divides by √v + ε: a rounding of the gradient grows by at most η/ε a step
         "frozen": st.sets(st.integers(1, 3)).map(lambda layers: tuple(sorted(layers))),
         "normalize": st.booleans(),
-        "loss": st.sampled_from(["mse", "cross_entropy"]),
+        "loss": st.sampled_from(list(LOSSES.values())),
     }
 )
 
@@ -138,7 +129,7 @@ def test_the_engine_equals_the_plain_path_after_100_steps_whatever_the_options(
 ):
     widths = (5, *hidden, 3)
     x, y, rows = samples(widths, steps=50, batch=batch)
-    if options["loss"] == "cross_entropy":
+    if options["loss"].targets == "classes":
         y = y.softmax(2)
     poisoned = y.clone()
     poisoned[1] = 1e300
@@ -154,7 +145,7 @@ def test_the_engine_equals_the_plain_path_after_100_steps_whatever_the_options(
 
         streams.append(fresh if data == "fresh" else finite_stream(x, targets, held, steps=50))
     fast, plain = (ensemble(widths, name=name, bias=bias) for _ in range(2))
-    no_kernel = mock.patch.object(kernel, "load", return_value=None)
+    no_kernel = mock.patch.object(native, "load", return_value=None)
     for epoch, stream in enumerate(streams, start=1):
         at = Rule(**{**options, "learning_rate": options["learning_rate"] / epoch})  # a table of rates
         if with_kernel:
@@ -162,15 +153,15 @@ def test_the_engine_equals_the_plain_path_after_100_steps_whatever_the_options(
         else:
             with no_kernel:
                 train_epoch(fast, stream, at, batch=batch)
-        train_epoch_plain(plain, stream, at)
-        assert bury(fast, epoch) == bury(plain, epoch)
+        general(plain, stream, at)
+        assert mark_dead(fast, epoch) == mark_dead(plain, epoch)
     alive = fast.death_epoch < 0
     trained = [layer for layer in range(1, len(widths)) if layer not in options["frozen"]]
     assert alive[::2].all()
     assert alive[1] or (dies and trained)
     alive[1] &= not dies  # one layer alone may bear 1e300, which is no target of a cross entropy
-    for (kind, layer, a), (_, _, b) in zip(fast.parameters(), plain.parameters(), strict=True):
-        assert float((a - b)[alive].abs().max()) <= 1e-12 * float(b[alive].abs().max()), (kind, layer)
+    for name, b in plain.values.items():
+        assert_same(fast.values[name][alive], b[alive], 1e-12, scale=float(b[alive].abs().max()), what=name)
 
 
 def trained(chosen, dtype, threads=1):
@@ -185,10 +176,10 @@ def trained(chosen, dtype, threads=1):
         train_epoch(part, stream, Rule(0.02, momentum=0.9), batch=8)
     finally:
         torch.set_num_threads(before)
-    return [p for _, _, p in part.parameters()]
+    return list(part.values.values())
 
 
-@pytest.mark.skipif(kernel.load() is None, reason="no C++ compiler here")
+@pytest.mark.skipif(native.load(compiled_step.SOURCE, compiled_step.Job) is None, reason="no C++ compiler here")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_kernels_bits_depend_neither_on_neighbours_nor_on_threads(dtype):
     every = list(range(7))
@@ -198,9 +189,9 @@ def test_the_kernels_bits_depend_neither_on_neighbours_nor_on_threads(dtype):
             assert torch.equal(mine, theirs[chosen])
 
 
-@pytest.mark.parametrize("load", [kernel.load, lambda *_: None], ids=["kernel", "torch"])
+@pytest.mark.parametrize("load", [native.load, lambda *_: None], ids=["compiled", "torch"])
 def test_reruns_are_bit_identical(load):
-    with mock.patch.object(kernel, "load", load):
+    with mock.patch.object(native, "load", load):
         once, again = (trained(list(range(7)), torch.float64) for _ in range(2))
     assert all(map(torch.equal, once, again))
 
@@ -210,13 +201,13 @@ def test_chunks_are_the_same_steps(rule):
     """What a GPU runs, here without one: 45 steps in chunks of 20, 20 and 5, kept for an epoch of another rate."""
     widths = (6, 9, 7, 4)
     x, y, rows = samples(widths, steps=45)
-    chunked, batched = (ensemble(widths) for _ in range(2))
+    chunked, plain = (ensemble(widths) for _ in range(2))
     for divisor in (1, 2):
         at = Rule(**{**vars(rule), "learning_rate": rule.learning_rate / divisor})
-        for members, advance in (chunked, training._advance_chunks), (batched, training._advance_batched):
-            training._epoch(members, finite_stream(x, y, rows), at, 3, advance)
-    assert len(chunked.chunks) == 2
-    assert_same(chunked, batched, 1e2 * EPS)
+        for members, backend in (chunked, train.CHUNKS), (plain, train.BATCHED):
+            train_epoch(members, finite_stream(x, y, rows), at, batch=8, backend=backend)
+    assert len(chunked.kept) == 2
+    assert_same(chunked.values, plain.values, 1e2 * EPS)
 
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
@@ -225,9 +216,7 @@ def test_no_step_asks_the_host(rule, whole):
     """On the meta device there is nothing to ask: a value that is read raises, and so does a tensor from elsewhere."""
     widths = (6, 9, 7, 4)
     x, y, rows = (t.to("meta") for t in samples(widths, steps=45))
-    members = ensemble(widths)
-    members.weights = [w.to("meta") for w in members.weights]
-    members.biases = [b.to("meta") for b in members.biases]
+    members = ensemble(widths).to("meta")
     train_epoch(members, finite_stream(x, y, None if whole else rows, steps=45), rule, batch=8)
     assert members.steps == 45
 
@@ -237,31 +226,22 @@ def test_no_step_asks_the_host(rule, whole):
 def test_a_gpu_takes_the_same_steps(rule):
     widths = (6, 9, 7, 4)
     x, y, rows = samples(widths, steps=45)
-    here, there, again = ensemble(widths), ensemble(widths), ensemble(widths)
+    here, there, again = ensemble(widths), ensemble(widths).to("cuda"), ensemble(widths).to("cuda")
     train_epoch(here, finite_stream(x, y, rows), rule, batch=8)
     for members in (there, again):
-        members.weights = [w.cuda() for w in members.weights]
-        members.biases = [b.cuda() for b in members.biases]
         train_epoch(members, finite_stream(x.cuda(), y.cuda(), rows), rule, batch=8)
-    for (_, _, a), (_, _, b) in zip(there.parameters(), again.parameters(), strict=True):
-        assert torch.equal(a, b)
-    there.weights = [w.cpu() for w in there.weights]
-    there.biases = [b.cpu() for b in there.biases]
-    assert_same(there, here, (1e4 if rule.adam else 1e2) * EPS)
+    assert all(map(torch.equal, there.values.values(), again.values.values()))
+    assert_same(there.values, here.values, (1e4 if rule.name == "adam" else 1e2) * EPS)
 
 
 def test_float32():
     widths = (6, 9, 4)
     x, y, indices = (t.float() if t.is_floating_point() else t for t in samples(widths))
-    fast = ensemble(widths)
-    plain = ensemble(widths)
-    for e in (fast, plain):
-        e.weights = [w.float() for w in e.weights]
-        e.biases = [b.float() for b in e.biases]
+    fast, plain = (ensemble(widths).to(torch.float32) for _ in range(2))
     train_epoch(fast, finite_stream(x, y, indices), RULES["sgd"], batch=8)
-    train_epoch_plain(plain, finite_stream(x, y, indices), RULES["sgd"])
+    general(plain, finite_stream(x, y, indices), RULES["sgd"])
     assert fast.weights[0].dtype == torch.float32
-    assert_same(fast, plain, 1e2 * torch.finfo(torch.float32).eps)
+    assert_same(fast.values, plain.values, 1e2 * torch.finfo(torch.float32).eps)
 
 
 def test_gradient_descent_uses_every_sample():
@@ -283,8 +263,8 @@ def test_a_dying_member_does_not_touch_the_others():
     y = y.clone()
     y[1] = 1e300
     train_epoch(poisoned, finite_stream(x, y, indices), RULES["sgd"], batch=8)
-    assert bury(poisoned, 1) == [1]
-    assert bury(poisoned, 1) == []
+    assert mark_dead(poisoned, 1) == [1]
+    assert mark_dead(poisoned, 1) == []
     train_epoch(poisoned, finite_stream(x, y, indices), RULES["sgd"], batch=8)
     assert poisoned.death_epoch.tolist() == [-1, 1, -1]
     assert bool(torch.isnan(poisoned.weights[0][1]).all())
@@ -302,8 +282,8 @@ def test_living_blocks_cover_the_living_once_and_are_neighbours():
 
 
 def test_block_size_falls_with_the_parameters_and_is_at_least_one():
-    assert block_size(ensemble((100, 10, 50)), 16) > block_size(ensemble((100, 100, 50)), 16) >= 1
-    assert block_size(ensemble((2000, 500, 5)), 16) == 1
+    assert batched.block_size(ensemble((100, 10, 50)), 16) > batched.block_size(ensemble((100, 100, 50)), 16) >= 1
+    assert batched.block_size(ensemble((2000, 500, 5)), 16) == 1
 
 
 def test_members_of_different_kinds_are_refused():
@@ -332,7 +312,7 @@ def test_replays_the_released_code():
     for epoch in (1, 2):
         stream = finite_stream(x[None], teacher(x)[None], indices[epoch - 1])
         train_epoch(student, stream, Rule(0.01), batch=16)
-        train_epoch_plain(plain, stream, Rule(0.01))
+        general(plain, stream, Rule(0.01))
         for members in (student, plain):
             for layer, expected in enumerate((data[f"e{epoch}_W1_s"], data[f"e{epoch}_W2_s"])):
                 scale = np.abs(expected).max()
@@ -352,3 +332,56 @@ def test_tf32_is_off_unless_asked(monkeypatch, request, asked, allowed):
     assert [switch.allow_tf32 for switch in switches] == [allowed, allowed]
     runner._exact_products("cpu")
     assert [switch.allow_tf32 for switch in switches] == [allowed, allowed]
+
+
+# --- rules and claims ----------------------------------------------------------------------------------------
+
+
+def test_a_rule_that_is_written_anew_is_never_silently_sgd(monkeypatch):
+    """No backend claims it; the general engine takes its own steps."""
+
+    def sign(rule, parameter, gradient, moments, rates, step):
+        parameter.addcmul_(gradient.sign(), rates, value=-1)
+
+    monkeypatch.setitem(OPTIMIZERS, "sign", Optimizer("sign", (), sign))
+    rule, widths = Rule(0.01, "sign"), (6, 9, 4)
+    x, y, rows = samples(widths)
+    mine, start = ensemble(widths), ensemble(widths)
+    assert train.chosen(mine, rule) is train.GENERAL
+    train_epoch(mine, finite_stream(x, y, rows), rule, batch=8)
+    for member in range(3):
+        values = {n: t[member].clone().requires_grad_() for n, t in start.values.items()}
+        for chosen in rows[member]:
+            f = torch.relu(x[member, chosen] @ values["weight_1"].T + values["bias_1"])
+            f = f @ values["weight_2"].T + values["bias_2"]
+            loss = 0.5 * (y[member, chosen] - f).square().sum(1).mean()
+            slopes = torch.autograd.grad(loss, list(values.values()))
+            with torch.no_grad():
+                for value, slope in zip(values.values(), slopes, strict=True):
+                    value -= 0.01 * slope.sign()
+        assert_same({n: t[member] for n, t in mine.values.items()}, values, 1e2 * EPS)
+
+
+def test_an_unknown_rule_is_refused():
+    with pytest.raises(ValueError, match=r"'adagrad' is no optimizer; there are sgd, momentum, adam"):
+        Rule(0.1, "adagrad")
+
+
+def test_backends_serve_what_they_name(monkeypatch):
+    members, smooth = ensemble((3, 4, 2)), ensemble((3, 4, 2), name="tanh")
+    assert train.chosen(smooth, Rule(0.1)) is train.BATCHED
+    assert train.chosen(members, Rule(0.1, loss=LOSSES["cross_entropy"])) is train.BATCHED
+    huber = type(LOSSES["mse"])("huber", lambda f, y: torch.nn.functional.huber_loss(f, y), "Huber's")
+    assert train.chosen(members, Rule(0.1, loss=huber)) is train.GENERAL
+    monkeypatch.setattr(native, "load", lambda *_: None)
+    assert train.chosen(members, Rule(0.1)) is train.BATCHED
+
+
+def test_moments_of_a_state_keep_their_names():
+    members = ensemble((3, 4, 2))
+    members.prepare(Rule(0.1, "adam").optimizer.moments)
+    assert list(members.state()) == [
+        *(names := ["weight_1", "bias_1", "weight_2", "bias_2"]),
+        *(f"first_{n}" for n in names), *(f"second_{n}" for n in names), "death_epoch", "steps",
+    ]  # fmt: skip
+    assert [layer_of(n) for n in names] == [1, 1, 2, 2]

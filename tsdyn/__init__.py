@@ -3,8 +3,13 @@
 Names are imported on first use (SPEC 1), so that ``import tsdyn`` is cheap and does not import torch.
 """
 
+import os as _os
+
 import lazy_loader as _lazy
 
 from tsdyn._version import __version__ as __version__
+
+# HDF5 asks this once, when it is loaded.  Its own locks fail on file systems that have none; tsdyn's are its own.
+_os.environ.setdefault("HDF5_USE_FILE_LOCKING", "FALSE")
 
 __getattr__, __dir__, __all__ = _lazy.attach_stub(__name__, __file__)

@@ -19,8 +19,8 @@ from . import schema as schema
 from . import studies as studies
 from . import teachers as teachers
 from . import theory as theory
-from . import training as training
 from ._version import __version__ as __version__
+from .archive import WrongNumbersWarning as WrongNumbersWarning
 from .archive import layer as layer
 from .archive import open as open
 from .archive import select as select

@@ -129,7 +129,7 @@ def phase_boundaries(k: int, *, activation: str = "erf", outside: int = 1) -> xr
 
     Args:
         k: Nodes of the unit-orthonormal teacher.
-        activation: An odd one, where copy-average points are critical.
+        activation: An odd one: where copy-average points are critical (erf) or near critical ones, which are taken.
         outside: Input dimensions beyond the teacher's.
 
     Returns:
@@ -140,12 +140,14 @@ def phase_boundaries(k: int, *, activation: str = "erf", outside: int = 1) -> xr
         the smaller loss.
 
     Raises:
-        ValueError: for k < 2.
+        ValueError: for k < 2, or an activation that is not odd.
 
     Source: Simsek et al. (2023), section 5 and Figure 4; the boundaries are computed here.
     """
     if k < 2:
         raise ValueError(f"phase_boundaries: k={k}; a student smaller than its teacher needs k >= 2")
+    if activation not in ODD:
+        raise ValueError(f"phase_boundaries: activation={activation!r} is not odd ({', '.join(ODD)} are)")
     eye = torch.eye(k, k + outside, dtype=torch.float64)
     teacher = Network([eye, torch.ones(1, k, dtype=torch.float64)], activation=activation)
     nodes = np.arange(1, k)

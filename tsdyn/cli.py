@@ -18,10 +18,10 @@ from rich.table import Table
 
 from tsdyn._version import __version__
 from tsdyn.archive import ArchiveError, DirectoryError, local_path
-from tsdyn.durable import refuse_link
 from tsdyn.experiment import Experiment, ExperimentError
 from tsdyn.schema import COORDINATES, path_of
 from tsdyn.schema import printable as _printable
+from tsdyn.whole_files import refuse_link
 
 if TYPE_CHECKING:
     from tsdyn.costs import Cost
@@ -303,7 +303,11 @@ def audit(directory: Directory) -> None:
     from tsdyn.analysis.report import audit_rows
 
     table = Table("claim", "members", "largest margin", "what is checked, or what it needs")
-    for row in audit_rows(measure(archive.open(directory))):
+    try:
+        rows = audit_rows(measure(archive.open(directory)))
+    except (ValueError, KeyError) as error:
+        raise DirectoryError(f"{directory}: {error.args[0] if error.args else error}") from error
+    for row in rows:
         table.add_row(*map(_plain, row))
     Console().print(table)
     print("margin: conclusion over bound, at most 1 where it holds; unmet: the hypothesis is not, so nothing is tested")

@@ -8,6 +8,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "job.hpp"
+
 #if defined(__AVX512F__)
 constexpr int kVectorBytes = 64, kTileRows = 6, kGradientRows = 6;
 #elif defined(__AVX__)
@@ -25,6 +27,11 @@ struct Job {
     const void *input, *weight, *bias, *output;  // bias: null for none
 };
 }
+
+TSDYN_EXPORT_JOB(
+    TSDYN_FIELD(members), TSDYN_FIELD(channels), TSDYN_FIELD(below), TSDYN_FIELD(rows), TSDYN_FIELD(columns),
+    TSDYN_FIELD(kernel_rows), TSDYN_FIELD(kernel_columns), TSDYN_FIELD(batch), TSDYN_FIELD(input),
+    TSDYN_FIELD(weight), TSDYN_FIELD(bias), TSDYN_FIELD(output))
 
 namespace {
 

@@ -1,4 +1,4 @@
-"""Convolutions of an ensemble, compiled: convolution.cpp, built as `kernel` builds its own.
+"""Convolutions of an ensemble, compiled: convolution.cpp, built and called by `native`.
 
 Samples lie innermost, (member, channel, row, column, sample): a member's convolution then runs along rows of columns
 and samples, whatever its channels and batch.  A member's result does not depend on the others or on threads.  Without
@@ -9,8 +9,6 @@ performance.
 from __future__ import annotations
 
 import ctypes
-import functools
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -18,9 +16,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from tsdyn import kernel
+from tsdyn import native
 
-SOURCE = kernel.SOURCE.with_name("convolution.cpp")
+SOURCE = native.FOLDER / "convolution.cpp"
 
 
 class Job(ctypes.Structure):
@@ -35,7 +33,7 @@ class Job(ctypes.Structure):
 
 def serves(x: Tensor) -> bool:
     """Whether convolutions of inputs like `x` can be taken here: on a CPU with a compiler."""
-    return x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and kernel.load(SOURCE) is not None
+    return x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and native.load(SOURCE, Job) is not None
 
 
 def convolve(
@@ -71,7 +69,7 @@ class _Convolution(torch.autograd.Function):
 
 
 def _call(name: str, x: Tensor, weight: Tensor, bias: Tensor | None, *, output: Tensor | None = None) -> Tensor:
-    library = kernel.load(SOURCE)
+    library = native.load(SOURCE, Job)
     assert library is not None
     x, weight = x.contiguous(), weight.contiguous()
     members, channels, below, *size = weight.shape
@@ -79,22 +77,13 @@ def _call(name: str, x: Tensor, weight: Tensor, bias: Tensor | None, *, output: 
     written = output is None
     output = x.new_empty(members, channels, rows, columns, x.shape[4]) if output is None else output.contiguous()
     held = None if bias is None else bias.contiguous()
-    function = getattr(library, f"{name}_{str(x.dtype).removeprefix('torch.')}")
+    function = native.function(library, name, x.dtype)
     shape = (channels, below, rows, columns, *size, x.shape[4])
 
-    def some(first: int, last: int) -> None:
+    def some(first: int, last: int) -> int:
         own = (t if t is None else t[first:last].data_ptr() for t in (x, weight, held, output))
-        function(ctypes.byref(Job(last - first, *shape, *own)))  # other threads run meanwhile
+        function(ctypes.byref(Job(last - first, *shape, *own)))
+        return 0
 
-    threads = min(members, torch.get_num_threads())
-    if threads == 1:
-        some(0, members)
-    else:
-        ends = [members * t // threads for t in range(threads + 1)]
-        list(_pool(threads).map(some, ends[:-1], ends[1:]))
+    native.each(some, list(native.shares(members)))
     return output if written else weight
-
-
-@functools.cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads)

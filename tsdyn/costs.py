@@ -122,7 +122,7 @@ def _estimate_training(experiment: Experiment, device: str) -> Cost:
     train = None
     if isinstance(experiment.data.train, int) and isinstance(few.data.train, int):
         train = experiment.data.train * len(trial.train_probe(0, 0).inputs) // few.data.train
-    parameters = sum(p[0].numel() for _, _, p in trial.ensemble.parameters())
+    parameters = sum(p[0].numel() for p in trial.ensemble.values.values())
     epoch = archive.bytes_per_epoch(layout, variables, experiment.dtype)
     return Cost(members, parameters, footprint(experiment, train=train).bytes, epoch * recorded, seconds)
 
@@ -201,7 +201,7 @@ def _footprint_online(experiment: Experiment) -> Footprint:
 
 def _records(experiment: Experiment) -> tuple[int, int]:
     """Bytes that all members record of one step, and once."""
-    names = schema.recorded(experiment.kind, experiment.record.observables)
+    names = experiment.recorded()
     layout, dtype = experiment.layout, np.dtype(experiment.dtype)
     numbers = sum(
         math.prod(layout.block(variable, layer))
@@ -219,9 +219,11 @@ def _footprint_training(experiment: Experiment, train: int | None) -> Footprint:
     taught, own = (
         _trace_numbers(experiment, widths) for widths in (experiment.teacher.active_widths, experiment.student_widths)
     )
-    parameters = _parameters(layout.widths, layout.input_widths)
+    parameters = layout.entries or _parameters(layout.widths, layout.input_widths)
     each = (train + experiment.data.eval) * (_inputs(experiment) + taught)
-    each += 4 * (parameters + _parameters(layout.teacher_widths, layout.teacher_input_widths))
+    each += 4 * (
+        parameters + (layout.teacher_entries or _parameters(layout.teacher_widths, layout.teacher_input_widths))
+    )
     extra = max(train, experiment.data.eval) * own * 3 // 2  # while a trace is made, some of it is there twice
     if experiment.training.method == "flow":  # the Hessian of one member, its factors and what becomes of it
         extra += 4 * parameters**2

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Literal
+from typing import Literal, assert_never
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -23,7 +23,11 @@ STREAMS = ("teacher", "student", "train", "eval", "batches", "probe", "augment")
 
 def generator(seed: int, stream: str, epoch: int = 0) -> np.random.Generator:
     """The generator of one stream of one member at one epoch (Philox, the same on every platform)."""
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, STREAMS.index(stream), epoch))))
+    # numpy cuts an integer into words of 32 bits, so that the second word of a large seed would stand where the stream
+    # does; as a spawn key it comes after four words and meets none of them.  Smaller seeds have one word
+    high, low = divmod(seed, 1 << 32)
+    key = np.random.SeedSequence((low, STREAMS.index(stream), epoch), spawn_key=(high,) if high else ())
+    return np.random.Generator(np.random.Philox(key))
 
 
 def draw_inputs(experiment: Experiment, rng: np.random.Generator, samples: int) -> Float[np.ndarray, "sample input"]:
@@ -32,11 +36,16 @@ def draw_inputs(experiment: Experiment, rng: np.random.Generator, samples: int) 
     ``gaussian``: N(0, std²) per coordinate.  ``uniform``: on [−√3 std, √3 std], which has the same variance.
     """
     law, shape = experiment.data, (samples, experiment.teacher.widths[0])
-    if law.law == "gaussian":
-        x = rng.standard_normal(shape) * law.std
-    else:
-        edge = math.sqrt(3.0) * law.std
-        x = rng.uniform(-edge, edge, shape)
+    match law.law:
+        case "gaussian":
+            x = rng.standard_normal(shape) * law.std
+        case "uniform":
+            edge = math.sqrt(3.0) * law.std
+            x = rng.uniform(-edge, edge, shape)
+        case "digits" | "mnist" | "cifar10" | "file":
+            raise ValueError(f"draw_inputs: data.law = {law.law!r} is a data set; training_inputs takes from it")
+        case other:
+            assert_never(other)
     return x.astype(experiment.dtype, copy=False)
 
 

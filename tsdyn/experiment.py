@@ -96,6 +96,25 @@ class Experiment(Part):
         return self
 
     @property
+    def of_own_modules(self) -> bool:
+        """Whether the student or the teacher is a module of the user's own."""
+        return self.student.module is not None or self.teacher.module is not None
+
+    @property
+    def constants(self) -> tuple[str, ...]:
+        """Variables that are stored once a seed, and known when the run begins."""
+        names = schema.recorded(self.kind, (), "start")
+        if self.kind != "training":
+            return names
+        own = self.teacher.module is not None
+        return tuple(name for name in names if (name == "teacher_parameter") == own)
+
+    def recorded(self, when: schema.When | None = None) -> tuple[str, ...]:
+        """Variables that the run records; only those of `when`, if given."""
+        names = schema.recorded(self.kind, self.record.observables, when)
+        return tuple(name for name in names if schema.VARIABLES[name].when != "start" or name in self.constants)
+
+    @property
     def seed_labels(self) -> tuple[int, ...]:
         """Labels of the members."""
         return tuple(range(self.seeds)) if isinstance(self.seeds, int) else self.seeds

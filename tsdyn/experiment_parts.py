@@ -71,7 +71,10 @@ BatchNormPlace = Literal["none", "before", "after"]
 
 
 class Teacher(Part):
-    """The fixed network. Each seed draws its own."""
+    """The fixed network. Each seed draws its own.
+
+    `module`, `source` and `numbers` are of a module of the user's own that was passed from Python (`own_modules`).
+    """
 
     widths: Widths
     init: Literal["separated", "orthonormal", "gaussian", "trained", "file"] = "separated"
@@ -93,6 +96,9 @@ class Teacher(Part):
     balanced: bool = False
     activation: ActivationName | None = None
     leak: NonNegative | None = None
+    module: str | None = None
+    source: str | None = None
+    numbers: Count | None = None
 
     @model_validator(mode="after")
     def _whole(self) -> Teacher:
@@ -117,7 +123,10 @@ class Teacher(Part):
 
 
 class Student(Part):
-    """The network that learns; each seed draws its own start."""
+    """The network that learns; each seed draws its own start.
+
+    `module`, `source` and `numbers` are of a module of the user's own that was passed from Python (`own_modules`).
+    """
 
     overrealization: Annotated[Positive, Field(le=MAX_COUNT)] | None = None
     widths: Widths | None = None
@@ -133,6 +142,9 @@ class Student(Part):
     bias: bool = True
     batch_norm: BatchNormPlace = "none"
     batch_norm_affine: bool = True
+    module: str | None = None
+    source: str | None = None
+    numbers: Count | None = None
 
 
 #: (channel, row, column) of the image laws.

@@ -111,7 +111,7 @@ def _one_of_widths_and_ratio(e: Experiment) -> str | None:
 
 def _depths(e: Experiment) -> str | None:
     student, teacher = e.student_widths, e.teacher_widths
-    if len(student) == len(teacher):
+    if len(student) == len(teacher) or e.of_own_modules:
         return None
     return (
         f"student.widths = {list(student)} has {len(student) - 1} layers and teacher.widths = "
@@ -132,6 +132,39 @@ def _ends(e: Experiment) -> str | None:
 
 
 # --- training ------------------------------------------------------------------------------------------------
+
+#: Starts that are not of a module of the user's own, which starts as it is made.
+_STARTS = ("torch", "near-teacher", "same-direction", "same-sign", "file", "rewind", "rewind-reinitialised")
+
+
+def _own_modules_record(e: Experiment) -> str | None:
+    there = schema.recordable(own=e.student.module is not None, bare_teacher=e.teacher.module is not None)
+    unknown = set(schema.expand(e.record.observables)) - set(there)
+    if not unknown:
+        return None
+    return (
+        f"record.observables: {', '.join(sorted(unknown))} is not measured with student.module = "
+        f"{e.student.module!r} and teacher.module = {e.teacher.module!r}; there are {', '.join(there)}"
+    )
+
+
+def _own_modules(e: Experiment) -> str | None:
+    """What modules of the user's own cannot have."""
+    if not e.of_own_modules:
+        return None
+    own, taught = e.student.module is not None, e.teacher.module is not None
+    near = ("near-teacher", "same-direction", "same-sign")
+    refused = {
+        "training.method = 'flow'": e.training.method == "flow",
+        f"data.augment = {e.data.augment!r}": e.data.augment in ("agnostic", "aware"),
+        "convolutions or BatchNorm of the experiment file": e.deep,
+        "training.frozen and training.normalize": own and bool(e.training.frozen or e.training.normalize),
+        f"student.init = {e.student.init!r}": e.student.init in (_STARTS if own else near),
+        "teacher.init, prune and balanced": taught
+        and (e.teacher.init in ("trained", "file") or bool(e.teacher.prune) or e.teacher.balanced),
+    }
+    what = next((what for what, there in refused.items() if there), None)
+    return what and f"{what}: is of networks that tsdyn makes, and here a module is the user's own"
 
 
 def _starts_from_teacher(e: Experiment) -> str | None:
@@ -317,6 +350,8 @@ ALWAYS: tuple[Rule, ...] = (_keys_of_the_kind, _seeds, _one_of_widths_and_ratio)
 #: ... and of one without a sweep, by its kind: the first that is broken is said.
 RULES: Mapping[Kind, tuple[Rule, ...]] = {
     "training": (
+        _own_modules_record,
+        _own_modules,
         _depths,
         _ends,
         _starts_from_teacher,
@@ -344,6 +379,15 @@ def broken(experiment: Experiment) -> str | None:
     return next((said for rule in rules if (said := rule(experiment)) is not None), None)
 
 
+def _number_as_such(value: Any) -> Any:
+    """1.0 as 1, wherever it stands: both are the same point of a sweep."""
+    if isinstance(value, Mapping):
+        return {key: _number_as_such(of) for key, of in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_number_as_such(of) for of in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 def check_sweep(experiment: Experiment, model: type[BaseModel]) -> None:
     """Refuse a sweep of keys that are none, of values that repeat or of too many points.
 
@@ -357,7 +401,7 @@ def check_sweep(experiment: Experiment, model: type[BaseModel]) -> None:
                 f"sweep: {key!r} is not a key that can be swept{nearest(key, [k for k in there if '.' in k])}"
             )
     for axis in axes(experiment.sweep):
-        if len({json.dumps(v, sort_keys=True, default=str) for v in axis.values}) != len(axis.values):
+        if len({json.dumps(_number_as_such(v), sort_keys=True, default=str) for v in axis.values}) != len(axis.values):
             shown = [v[0] if len(v) == 1 else list(v) for v in axis.values]
             raise ValueError(f"sweep: values of {', '.join(map(repr, axis.keys))} repeat: {shown}")
     points = math.prod(len(axis.values) for axis in axes(experiment.sweep))

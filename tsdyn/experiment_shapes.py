@@ -35,7 +35,9 @@ def teacher_widths(experiment: Experiment) -> tuple[int, ...]:
 
 
 def student_widths(experiment: Experiment) -> tuple[int, ...]:
-    """Widths of the student: input, hidden ..., output."""
+    """Widths of the student: input, hidden ..., output; of a module of the user's own its ends."""
+    if experiment.student.module is not None:
+        return experiment.teacher.widths[0], experiment.teacher.widths[-1]
     if experiment.student.widths is not None:
         return with_inputs(experiment, experiment.student.widths)
     first, *hidden, last = teacher_widths(experiment)
@@ -68,6 +70,8 @@ def along(experiment: Experiment) -> schema.Path:
 
 def layout(experiment: Experiment) -> schema.Layout:
     """Shape of the run."""
+    if experiment.of_own_modules:
+        return _layout_of_modules(experiment)
     widths, taught = student_widths(experiment), teacher_widths(experiment)
     shapes = weight_shapes(experiment, widths)
     parameters = sum(shape[0] * (math.prod(shape[1:]) + 1) for shape in shapes)
@@ -80,7 +84,29 @@ def layout(experiment: Experiment) -> schema.Layout:
         min(experiment.record.eigenvalues, parameters),
         tuple(math.prod(shape[1:]) for shape in shapes),
         tuple(math.prod(shape[1:]) for shape in weight_shapes(experiment, taught)),
-        along(experiment),
+        path=along(experiment),
+    )
+
+
+def _layout_of_modules(experiment: Experiment) -> schema.Layout:
+    """A module has its output as the top layer, and no other: its layers below have width 0."""
+    inputs, outputs = experiment.teacher.widths[0], experiment.teacher.widths[-1]
+    own, taught = experiment.student.module is not None, experiment.teacher.module is not None
+    mine, theirs = student_widths(experiment), teacher_widths(experiment)
+    depth = max(1, 0 if own else len(mine) - 1, 0 if taught else len(theirs) - 1)
+    bare = (*(0 for _ in range(depth - 1)), outputs)
+    shapes = weight_shapes(experiment, mine)
+    return schema.Layout(
+        experiment.seed_labels,
+        inputs,
+        bare if own else mine[1:],
+        bare if taught else theirs[1:],
+        experiment.record.quantiles,
+        min(experiment.record.eigenvalues, sum(shape[0] * (math.prod(shape[1:]) + 1) for shape in shapes)),
+        (0,) * depth if own else (),
+        (0,) * depth if taught else (),
+        experiment.student.numbers or 0,
+        experiment.teacher.numbers or 0,
     )
 
 

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from tsdyn.ensemble import Ensemble, layer_of, network_of
 from tsdyn.gradient_flow import gradient_flow
 from tsdyn.memory import refuse_beyond
-from tsdyn.networks import Network
+from tsdyn.rules import Rule
 from tsdyn.stationary import FunctionLoss
-from tsdyn.training import Ensemble, Rule
 
 #: Of a step's local error: that of a trajectory to be looked at, well below the plots' and the seeds' differences.
 RTOL, ATOL = 1e-6, 1e-8
@@ -37,23 +37,17 @@ class TrainingLoss(FunctionLoss):
     """
 
     def __init__(self, ensemble: Ensemble, member: int, inputs: Tensor, targets: Tensor, rule: Rule) -> None:
-        parts = [(kind, layer, p[member].cpu()) for kind, layer, p in ensemble.parameters()]
-        free = [i for i, (_, layer, _) in enumerate(parts) if layer not in rule.frozen]
-        sizes = [parts[i][2].numel() for i in free]
-        leak = ensemble.activation.leak
+        own = {name: p[member].cpu() for name, p in ensemble.values.items()}
+        free = [name for name in own if layer_of(name) not in rule.frozen]
+        sizes = [own[name].numel() for name in free]
+        architecture = ensemble.connected
+        assert architecture is not None  # an experiment lets nothing else flow
 
         def objective(row: Tensor) -> Tensor:
-            by_name = {(kind, layer): p for kind, layer, p in parts}
-            for i, values in zip(free, row.split(sizes), strict=True):
-                by_name[parts[i][:2]] = values.view(parts[i][2].shape)
-            layers = range(1, ensemble.depth + 1)
-            network = Network(
-                [by_name["weight", layer] for layer in layers],
-                [by_name.get(("bias", layer)) for layer in layers],
-                ensemble.activation.name,
-                leak=0.0 if leak is None else leak,
-            )
-            return rule.objective(targets, network(inputs)) + 0.5 * rule.weight_decay * row.square().sum()
+            pairs = zip(free, row.split(sizes), strict=True)
+            moved = own | {name: values.view(own[name].shape) for name, values in pairs}
+            output = network_of(architecture, moved, {})(inputs)
+            return rule.loss.value(output, targets) + 0.5 * rule.weight_decay * row.square().sum()
 
         super().__init__(objective, sum(sizes), dtype=inputs.dtype)
         nodes = sum(w.shape[1] for w in ensemble.weights)
@@ -82,7 +76,7 @@ def train_epoch(ensemble: Ensemble, data: Sequence[tuple[Tensor, Tensor]], rule:
         MemoryError: if a Hessian does not fit.
     """
     for member, (inputs, targets) in enumerate(data):
-        free = [p[member] for _, layer, p in ensemble.parameters() if layer not in rule.frozen]
+        free = [p[member] for name, p in ensemble.values.items() if layer_of(name) not in rule.frozen]
         if ensemble.death_epoch[member] >= 0 or not free:
             continue
         row = torch.cat([p.flatten() for p in free]).cpu()

@@ -13,6 +13,7 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, TypeAlias, assert_never
 
 import numpy as np
 import xarray as xr
@@ -100,19 +101,28 @@ def load(law: Data) -> tuple[Samples, Samples]:
     return _load(law.law, law.path, law.eval_path)
 
 
+Law: TypeAlias = Literal["gaussian", "uniform", "digits", "mnist", "cifar10", "file"]
+
+
 @functools.lru_cache(maxsize=2)
-def _load(law: str, path: str | None, eval_path: str | None) -> tuple[Samples, Samples]:
+def _load(law: Law, path: str | None, eval_path: str | None) -> tuple[Samples, Samples]:
     if law == "digits":
         whole = digits()
         return whole, whole
     if path is None:
         raise DataError(f"data.path: needed with data.law = {law!r}{_where_from(law)}")
-    if law == "mnist":
-        return read_mnist(path, train=True), read_mnist(path, train=False)
-    if law == "cifar10":
-        return read_cifar10(path, train=True), read_cifar10(path, train=False)
-    train = read_arrays(path)
-    return train, train if eval_path is None else read_arrays(eval_path)
+    match law:
+        case "mnist":
+            return read_mnist(path, train=True), read_mnist(path, train=False)
+        case "cifar10":
+            return read_cifar10(path, train=True), read_cifar10(path, train=False)
+        case "file":
+            train = read_arrays(path)
+            return train, train if eval_path is None else read_arrays(eval_path)
+        case "gaussian" | "uniform":
+            raise DataError(f"data.law = {law!r} is drawn, and reads no file")
+        case other:
+            assert_never(other)
 
 
 def _where_from(law: str) -> str:

@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import resource
 import subprocess
 import sys
@@ -18,9 +19,15 @@ from typing import Any
 import netCDF4
 import numpy as np
 
-from tsdyn import archive, netcdf, schema, study_directories
-from tsdyn.archive import SWEEP, sweep_points, swept_dimensions
-from tsdyn.durable import (
+from tsdyn import netcdf, schema, study_directories
+from tsdyn.experiment import Experiment, ExperimentError
+from tsdyn.headers import Source
+from tsdyn.lock import Lock
+from tsdyn.reading import opened
+from tsdyn.run_directory import ARCHIVE, EXPERIMENT, KEPT, RUN, SEGMENTS, extends, segment_epochs, segments
+from tsdyn.selecting import swept_dimensions
+from tsdyn.sweep_directory import SWEEP, sweep_points
+from tsdyn.whole_files import (
     SUFFIX,
     ArchiveError,
     DirectoryError,
@@ -34,9 +41,6 @@ from tsdyn.durable import (
     sync_directory,
     write_text,
 )
-from tsdyn.experiment import Experiment, ExperimentError
-from tsdyn.lock import Lock
-from tsdyn.segments import ARCHIVE, EXPERIMENT, SEGMENTS, extends, segment_epochs, segments
 
 #: Where `repair` puts what is not whole; nothing is deleted.
 DAMAGED = "damaged"
@@ -62,7 +66,7 @@ def check(path: str | Path) -> list[str]:
         return list(dict.fromkeys(_check_run(path)))
     if not path.exists():
         raise DirectoryError(f"{path}: does not exist")
-    return list(dict.fromkeys(_check_file(path)))
+    return list(dict.fromkeys([*_check_file(path), *_said_of(path)]))
 
 
 def _check_study(file: Path) -> list[str]:
@@ -118,19 +122,22 @@ def _check_run(path: Path, expected: Experiment | None = None) -> Iterator[str]:
             yield f"{seal}: the checksum of a segment that is not there: lost, or its commit was cut short"
     problems = [problem for file in files for problem in _check_file(file, experiment)]
     yield from problems
+    yield from (told for file in files for told in _said_of(file))
     if problems:  # what epochs a damaged file says it holds is not to be told from
         return
     epochs: list[schema.Label] = []
+    kept: set[schema.Label] = set()
     dimension = experiment.layout.path
     for file in files:
-        with netcdf.dataset(file) as nc:
+        with netcdf.dataset(file, only=dimension) as nc:
             epochs += nc[dimension][:].tolist()
+            kept |= set(np.atleast_1d(netcdf.attributes(nc).get(KEPT, ())).tolist())
     last = epochs[-1] if epochs else -1
     recorded = set(epochs)
     missing = [e for e in experiment.labels if e not in recorded and (finished or e <= last)]
     if missing:
         yield f"{path}: {dimension}s {_few(missing)} are not there"
-    extra = sorted(recorded - set(experiment.labels)) if finished else []
+    extra = sorted(recorded - set(experiment.labels) - kept) if finished else []
     if extra or epochs != sorted(recorded):
         yield f"{path}: {dimension}s {_few(extra or epochs)} are not those of the schedule, in order"
 
@@ -144,9 +151,19 @@ def _check_file(path: Path, experiment: Experiment | None = None) -> Iterator[st
         yield from _contents(path, experiment, unsealed=kept is None)
 
 
+def _said_of(path: Path) -> Iterator[str]:
+    """What is wrong with the numbers of a file that reads: it was repaired, or an earlier version got them wrong."""
+    with suppress(ArchiveError, OSError):  # what cannot be read is named by `_contents`
+        source = Source.of(path)
+        if "dropped" in source.header.attrs:
+            yield f"{path}: was repaired; dropped: {source.header.attrs['dropped']}"
+        if source.wrong:
+            yield f"{path}: {', '.join(source.wrong)}: {schema.WRONG}"
+
+
 def _contents(path: Path, experiment: Experiment | None, *, unsealed: bool = False) -> Iterator[str]:
     try:
-        ds = archive.open(path, verify=False)
+        ds = opened(path)
     except ArchiveError as error:
         yield str(error)
         return
@@ -158,8 +175,6 @@ def _contents(path: Path, experiment: Experiment | None, *, unsealed: bool = Fal
                 yield f"{path}: the archive's digest is not that of {EXPERIMENT}"
             if experiment is not None and unsealed and int(nc.schema_version) > 1:
                 yield f"{path}: has no checksum beside it ({seal_of(path).name})"
-            if "dropped" in nc.ncattrs():
-                yield f"{path}: was repaired; dropped: {nc.dropped}"
             for name, array in nc.variables.items():
                 for index in _blocks(array):
                     try:
@@ -176,9 +191,12 @@ def _apart(work: str, experiment: Experiment | None, *paths: Path) -> list[str] 
     Over bytes it never wrote the library can crash, or never return.
     """
     code = "import sys; from tsdyn import integrity; integrity._work_apart(*sys.argv[1:])"
+    # -P, and no such entry of PYTHONPATH: whatever lies in the directory that is looked into must not be imported
+    kept = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if os.path.isabs(entry)]
     told = subprocess.run(
-        [sys.executable, "-c", code, work, *map(str, paths)],
+        [sys.executable, "-P", "-c", code, work, *map(str, paths)],
         input="" if experiment is None else experiment.to_toml(),
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(kept)},
         capture_output=True,
         text=True,
         encoding="utf-8",
@@ -290,9 +308,16 @@ def _repair_run(path: Path) -> Iterator[str]:
         leftover.unlink()
         yield f"{leftover}: removed; a write that was cut short"
     after = -1
+    found = {file: list(_check_file(file, experiment)) for file in [*files, path / ARCHIVE] if file.exists()}
+    for file, problems in found.items():
+        if problems and sealed(file):
+            raise ArchiveError(
+                f"{problems[0]}; yet its checksum agrees: it is what was written, and the reason lies elsewhere (the "
+                "file system, its locks, memory, or a file that belongs to another run); nothing was moved"
+            )
     for file in files:
         match = segment_epochs(file)
-        problems = list(_check_file(file, experiment))
+        problems = found[file]
         if match is not None and match[0] == after + 1 and not problems:
             after = match[1]
             continue
@@ -302,21 +327,18 @@ def _repair_run(path: Path) -> Iterator[str]:
     for seal in (path / SEGMENTS).glob(f"*{SUFFIX}"):
         if not seal.with_name(seal.name.removesuffix(SUFFIX)).exists():
             _move_to_damaged(path, seal)
-    if (path / ARCHIVE).exists():
-        found = list(_check_file(path / ARCHIVE, experiment))
-        if found:
-            damaged = _move_to_damaged(path, path / ARCHIVE)
-            yield f"{found[0]}; moved to {DAMAGED}/"
-            if after == -1:
-                yield from _salvaged(path, experiment, damaged)
+    if found.get(path / ARCHIVE):
+        damaged = _move_to_damaged(path, path / ARCHIVE)
+        yield f"{found[path / ARCHIVE][0]}; moved to {DAMAGED}/"
+        if after == -1:
+            yield from _salvaged(path, experiment, damaged)
 
 
 def _remembered(files: Sequence[Path]) -> Experiment | None:
     for file in files:
         if file.exists() and sealed(file) is not False:
             try:
-                with archive.open(file) as ds:
-                    return Experiment.from_toml_text(ds.attrs["experiment"])
+                return Experiment.from_toml_text(Source.of(file).own["experiment"])
             except (ArchiveError, ExperimentError, KeyError):
                 continue
     return None
@@ -349,17 +371,20 @@ def _salvaged(path: Path, experiment: Experiment, damaged: Path) -> Iterator[str
 def _salvage(path: Path, experiment: Experiment, damaged: Path) -> Iterator[str]:
     """Copy what can be read of the damaged archive into a new one."""
     layout, dropped = experiment.layout, []
-    variables = schema.recorded(experiment.kind, experiment.record.observables)
+    variables = experiment.recorded()
     try:
-        netcdf.inspect(damaged)
+        Source.of(damaged)
         with netcdf.dataset(damaged) as old, replacing(path / ARCHIVE, damaged.stat().st_size, seal=True) as temporary:
             if not _is_of(old.__dict__, experiment):
                 raise DirectoryError("it is of another experiment, or that cannot be told")
-            if old[layout.path][:].tolist() != list(experiment.labels):
+            epochs = old[layout.path][:].tolist()
+            if not set(experiment.labels) <= set(epochs) or epochs != sorted(set(epochs)):
                 raise DirectoryError(f"its {layout.path}s cannot be told")
             with netcdf.dataset(temporary, "w") as new:
-                attrs = {name: old.getncattr(name) for name in old.ncattrs() if name != "coordinates"}
-                netcdf.create(new, layout, experiment.labels, variables, experiment.dtype, attrs)
+                attrs = {
+                    name: value for name, value in netcdf.attributes(old).items() if name not in ("coordinates", RUN)
+                }
+                netcdf.create(new, layout, epochs, variables, experiment.dtype, attrs)
                 for name in ("death_epoch", *variables):
                     for index in _blocks(new[name]):
                         try:

@@ -10,11 +10,12 @@ import os
 import secrets
 import threading
 import time
+import weakref
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from tsdyn.durable import ArchiveError, refused
+from tsdyn.whole_files import ArchiveError, refused
 
 NAME = "LOCK"
 #: Where flock is missing: seconds between signs of life, and after how many without one a writer counts as dead.
@@ -23,13 +24,25 @@ _NO_FLOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 _log = logging.getLogger("tsdyn.archive")
 
 
+#: Held by this process; a child that it forks holds none of them.
+_held: weakref.WeakSet[Lock] = weakref.WeakSet()
+
+
+def _forked() -> None:
+    for lock in list(_held):
+        lock._forget()
+
+
+os.register_at_fork(after_in_child=_forked)
+
+
 class Lock:
     """An exclusive claim on a directory, held from `acquire` to `release`.
 
     The kernel's flock on the file ``LOCK``, which says who holds it; the kernel frees it however the process ends.
     On file systems without flock the file itself is the lock: made exclusively, touched every `BEAT` seconds, and
-    stale once its process is gone from this machine or it was not touched for `SILENCE` seconds of the file
-    system's own clock.  A stale lock is taken over and the log (``tsdyn.archive``) says whose it was.
+    stale once its process is gone from this machine (and container) or it was not touched for `SILENCE` seconds of
+    the file system's own clock.  A stale lock is taken over and the log (``tsdyn.archive``) says whose it was.
 
     Args:
         directory: It must exist.
@@ -52,7 +65,15 @@ class Lock:
             if error.errno not in _NO_FLOCK:
                 raise refused(self.path, error) from error
             self._exclusive_file()
+        _held.add(self)
         return self
+
+    def _forget(self) -> None:
+        """In a forked child: the parent's lock is the parent's, and freed when it ends though the child goes on."""
+        if self._handle is not None:
+            os.close(self._handle)
+        self._handle, self._beating, self._token = None, None, secrets.token_hex(8)
+        _held.discard(self)
 
     def __enter__(self) -> Lock:
         return self.acquire()
@@ -125,7 +146,7 @@ class Lock:
                 return
 
     def _dead(self, holder: dict[str, Any]) -> bool:
-        if holder["host"] == os.uname().nodename and holder["started"] is not None:
+        if holder["world"] is not None and holder["world"] == _world() and holder["started"] is not None:
             return bool(_started(holder["pid"]) != holder["started"])
         probe = self.path.with_name(f"{NAME}.{self._token}")
         probe.touch()  # the file system's clock, which need not be this machine's
@@ -136,6 +157,7 @@ class Lock:
     def _owner(self) -> bytes:
         owner = {
             "host": os.uname().nodename,
+            "world": _world(),
             "pid": os.getpid(),
             "started": _started(os.getpid()),
             "since": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -170,6 +192,7 @@ class Lock:
 
     def release(self) -> None:
         """Give the directory back; ``LOCK`` is left empty, which says that its last holder ended in order."""
+        _held.discard(self)
         if self._handle is not None:
             handle, self._handle = self._handle, None
             with suppress(OSError):  # of a file system that went away; the kernel frees the lock all the same
@@ -182,6 +205,18 @@ class Lock:
             with suppress(OSError):
                 if _parsed(self.path.read_bytes()).get("token") == self._token:
                     self.path.unlink()
+
+
+def _world() -> str | None:
+    """Among which processes a pid names one: those of this machine since it started, of this container; or None.
+
+    Containers of one host name, or of one image, see different processes.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return None
 
 
 def _started(pid: int) -> int | None:
@@ -198,6 +233,7 @@ def _parsed(content: bytes) -> dict[str, Any]:
         found = json.loads(content)
         return {
             "host": str(found["host"]),
+            "world": found.get("world"),
             "pid": int(found["pid"]),
             "started": found["started"],
             "since": str(found["since"]),

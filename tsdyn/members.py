@@ -5,22 +5,26 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, assert_never
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from tsdyn import alignment, data, deeptraining, flowtraining, observables, schema, training
-from tsdyn.deeptraining import DeepEnsemble
+from tsdyn import alignment, data, flowtraining, observables, schema
+from tsdyn.batches import Batches, Stream, finite_stream
+from tsdyn.ensemble import Ensemble, mark_dead
 from tsdyn.experiment import Experiment
+from tsdyn.losses import loss
 from tsdyn.networks import Network
 from tsdyn.observables import Measurement, Probe
+from tsdyn.own_modules import Maker, Own, check_given, made
 from tsdyn.protocol import of_this_shape
+from tsdyn.rules import Rule
 from tsdyn.students import draw_student
 from tsdyn.teachers import draw_teacher
-from tsdyn.training import Ensemble, Rule
+from tsdyn.train import train_epoch
 
 #: Fresh batches of a block of members are drawn in pieces of about this size.
 FRESH_BYTES = 1 << 26
@@ -32,18 +36,29 @@ class Members:
 
     experiment: Experiment
     device: str = "cpu"
+    student: Maker | None = None  #: makes a module of the user's own, as `teacher` does
+    teacher: Maker | None = None
+
+    def __post_init__(self) -> None:
+        check_given(self.experiment, student=self.student, teacher=self.teacher)
 
     @cached_property
-    def teachers(self) -> list[Network]:
-        return [draw_teacher(self.experiment, seed).to(self.device) for seed in self.experiment.seed_labels]
+    def teachers(self) -> list[Network | Own]:
+        return [self._teacher(seed).to(self.device) for seed in self.experiment.seed_labels]
+
+    def _teacher(self, seed: int) -> Network | Own:
+        if self.teacher is None:
+            return draw_teacher(self.experiment, seed)
+        return Own(made(self.teacher, self.experiment, seed, "teacher").requires_grad_(False))
 
     @cached_property
-    def ensemble(self) -> Ensemble | DeepEnsemble:
-        pairs = zip(self.experiment.seed_labels, self.teachers, strict=True)
-        students = [draw_student(self.experiment, seed, t.to("cpu")) for seed, t in pairs]
-        kind: Any = DeepEnsemble if self.experiment.deep else Ensemble
-        ensemble: Ensemble | DeepEnsemble = kind.of(students, device=self.device)
-        return ensemble
+    def ensemble(self) -> Ensemble:
+        seeds = self.experiment.seed_labels
+        if self.student is not None:
+            return Ensemble.of([made(self.student, self.experiment, s, "student") for s in seeds], device=self.device)
+        drawn = [None if isinstance(t, Own) else t.to("cpu") for t in self.teachers]
+        students = [draw_student(self.experiment, seed, t) for seed, t in zip(seeds, drawn, strict=True)]
+        return Ensemble.of(students, device=self.device)
 
     @cached_property
     def eval_probes(self) -> list[Probe]:
@@ -66,18 +81,17 @@ class Members:
             _ = self.finite
 
     def targets(self, member: int, x: Tensor, classes: Tensor | None = None) -> Tensor:
-        """What a member learns on its inputs `x`, (sample, output): the teacher's outputs; with a cross entropy one-hot
-        rows of `classes`, of the data's labels (x then being the training set) or of the teacher's largest output.
+        """What a member learns on its inputs `x`, (sample, output).
+
+        The teacher's outputs; with a loss of classes one-hot rows of `classes`, of the data's labels (x then being the
+        training set) or of the teacher's largest output.
         """
         law = self.experiment.training
         with torch.no_grad():
             output = self.teachers[member](x)
-        if law.loss == "mse":
-            return output
         if law.labels == "data" and classes is None:
             classes = self._finite_probes[member].labels
-        classes = output.argmax(1) if classes is None else classes
-        return torch.nn.functional.one_hot(classes, output.shape[1]).to(output.dtype)
+        return loss(law.loss).target(output, classes)
 
     def _labels(self, seed: int, part: Literal["train", "eval"]) -> Tensor | None:
         """The data's own labels, where anything asks for them."""
@@ -91,8 +105,8 @@ class Members:
         pairs = zip(self.experiment.seed_labels, self.teachers, strict=True)
         return [Probe(self._training_set(s, t), t, self._labels(s, "train")) for s, t in pairs]
 
-    def _training_set(self, seed: int, teacher: Network) -> Tensor:
-        if teacher.plain:
+    def _training_set(self, seed: int, teacher: Network | Own) -> Tensor:
+        if isinstance(teacher, Network) and teacher.plain and self.student is None:
             return alignment.training_set(self.experiment, seed, teacher)
         return self._tensor(data.training_inputs(self.experiment, seed))
 
@@ -103,13 +117,13 @@ class Members:
         seed = self.experiment.seed_labels[member]
         return Probe(self._tensor(data.training_inputs(self.experiment, seed, epoch)), self.teachers[member])
 
-    def stream(self, epoch: int) -> training.Stream:
+    def stream(self, epoch: int) -> Stream:
         """Batches of the epoch that ends at `epoch`."""
         if data.new_at_every_step(self.experiment):
             return lambda members: self.fresh(
                 members, epoch, self.steps_at_once(len(range(len(self.teachers))[members]))
             )
-        return training.finite_stream(*self.finite, self.rows(epoch), steps=self.experiment.steps)
+        return finite_stream(*self.finite, self.rows(epoch), steps=self.experiment.steps)
 
     def rows(self, epoch: int) -> Tensor | None:
         """Which samples make the batches of that epoch, (member, step, batch); None: all of them each."""
@@ -124,7 +138,7 @@ class Members:
         step = members * self.experiment.training.batch * self.experiment.layout.input_width * 8
         return max(1, FRESH_BYTES // step)
 
-    def fresh(self, members: slice, epoch: int, steps_at_once: int) -> Iterator[training.Batches]:
+    def fresh(self, members: slice, epoch: int, steps_at_once: int) -> Iterator[Batches]:
         """Batches of which no two have a sample in common, drawn some steps at a time."""
         seeds = self.experiment.seed_labels[members]
         classes = [None] * len(seeds) if self.experiment.training.labels == "teacher" else self._shown(members, epoch)
@@ -139,7 +153,7 @@ class Members:
             ])  # fmt: skip
             taken += steps
             rows = torch.arange(steps * batch).view(1, steps, batch).expand(len(seeds), -1, -1)
-            yield training.Batches(x, y, rows, steps)
+            yield Batches(x, y, rows, steps)
 
     def _shown(self, members: slice, epoch: int) -> list[Tensor]:
         """Labels of the samples that each step of the epoch shows, (step, batch) a member."""
@@ -158,12 +172,12 @@ class Members:
                 found.append(None)
                 continue
             view = Measurement(
-                self.ensemble.network(member),
+                self.ensemble.network(member) if self.student is None else Own(self.ensemble.module(member)),
                 self.train_probe(member, epoch),
                 self.eval_probes[member],
                 self.experiment.record.band,
                 self.experiment.layout,
-                self.experiment.training.loss,
+                loss(self.experiment.training.loss),
                 self.experiment.training.labels,
             )
             found.append(observables.measure(variables, view))
@@ -181,13 +195,17 @@ class Members:
             for i, shape in enumerate(shapes)
         ]
 
-    def constants(self) -> dict[str, list[np.ndarray]]:
-        """The teachers' parameters, one (seed, node...) array a layer."""
+    def constants(self) -> dict[str, Any]:
+        """The teachers' parameters, one (seed, node...) array for each layer; of own modules (seed, entry)."""
+        own = [t for t in self.teachers if isinstance(t, Own)]
+        if own:
+            return {"teacher_parameter": np.stack([t.entries().cpu().numpy() for t in own])}
+        teachers = [t for t in self.teachers if not isinstance(t, Own)]
         depth = self.experiment.layout.depth
-        weights = [np.stack([t.weights[i].flatten(1).cpu().numpy() for t in self.teachers]) for i in range(depth)]
+        weights = [np.stack([t.weights[i].flatten(1).cpu().numpy() for t in teachers]) for i in range(depth)]
         biases = []
         for i in range(depth):
-            columns = [t.biases[i] for t in self.teachers]
+            columns = [t.biases[i] for t in teachers]
             biases.append(
                 np.stack(
                     [
@@ -204,12 +222,7 @@ class Members:
 
     def state(self) -> dict[str, np.ndarray]:
         """Everything the next epoch depends on; draws need no state, they are keyed by (seed, epoch)."""
-        ensemble = self.ensemble
-        found = {f"{kind}_{layer}": p.cpu().numpy() for kind, layer, p in _held(ensemble)}
-        for name, moments in ensemble.moments.items():
-            for (kind, layer, _), moment in zip(ensemble.parameters(), moments, strict=True):
-                found[f"{name}_{kind}_{layer}"] = moment.cpu().numpy()
-        return found | {"death_epoch": ensemble.death_epoch.numpy(), "steps": np.array(ensemble.steps)}
+        return self.ensemble.state()
 
     def restore(self, state: Mapping[str, np.ndarray]) -> None:
         """Go on from a stored state.
@@ -217,33 +230,29 @@ class Members:
         Raises:
             StateError: if it is not a state of these members.
         """
-        ensemble = self.ensemble
-        Rule.of(self.experiment.training, 1).prepare(ensemble)
-        of_this_shape(state, self.state())
-        for kind, layer, parameter in _held(ensemble):
-            parameter.copy_(torch.from_numpy(state[f"{kind}_{layer}"]))
-        for name, moments in ensemble.moments.items():
-            for (kind, layer, _), moment in zip(ensemble.parameters(), moments, strict=True):
-                moment.copy_(torch.from_numpy(state[f"{name}_{kind}_{layer}"]))
-        ensemble.death_epoch = torch.from_numpy(np.array(state["death_epoch"]))
-        ensemble.steps = int(state["steps"])
+        self.prepare()
+        self.ensemble.restore(of_this_shape(state, self.state()))
+
+    def prepare(self) -> None:
+        """Give the members the moments that training needs."""
+        self.ensemble.prepare(Rule.of(self.experiment.training, 1).optimizer.moments)
 
     def advance(self, step: int) -> list[int]:
         """The epoch that ends at `step`; returns the seeds that died in it."""
         rule = Rule.of(self.experiment.training, step)
-        if self.experiment.training.method == "flow":
-            assert isinstance(self.ensemble, Ensemble)
-            lasting = self.experiment.training.rate(step) * self.experiment.steps
-            flowtraining.train_epoch(self.ensemble, list(zip(*self.finite, strict=True)), rule, time=lasting)
-        elif isinstance(self.ensemble, DeepEnsemble):
-            deeptraining.train_epoch(self.ensemble, self.stream(step), rule, batch=self.batch)
-        else:
-            training.train_epoch(self.ensemble, self.stream(step), rule, batch=self.batch)
-        return self.bury(step)
+        match self.experiment.training.method:
+            case "flow":
+                lasting = self.experiment.training.rate(step) * self.experiment.steps
+                flowtraining.train_epoch(self.ensemble, list(zip(*self.finite, strict=True)), rule, time=lasting)
+            case "sgd" | "gd" | "adam":
+                train_epoch(self.ensemble, self.stream(step), rule, batch=self.batch)
+            case other:
+                assert_never(other)
+        return self.mark_dead(step)
 
-    def bury(self, epoch: int) -> list[int]:
-        """Seeds whose parameters are NaN or infinite since `epoch` (`training.bury`)."""
-        return [self.experiment.seed_labels[i] for i in training.bury(self.ensemble, epoch)]
+    def mark_dead(self, epoch: int) -> list[int]:
+        """Seeds whose parameters are NaN or infinite since `epoch` (`ensemble.mark_dead`)."""
+        return [self.experiment.seed_labels[i] for i in mark_dead(self.ensemble, epoch)]
 
     @property
     def batch(self) -> int:
@@ -254,11 +263,6 @@ class Members:
         return torch.from_numpy(array).to(self.device)
 
 
-def _held(ensemble: Ensemble | DeepEnsemble) -> list[tuple[str, int, Tensor]]:
-    """(kind, layer, tensor) of parameters and running statistics."""
-    return ensemble.parameters() + (ensemble.buffers() if isinstance(ensemble, DeepEnsemble) else [])
-
-
 def kinship(experiment: Experiment) -> object | None:
     """Experiments of equal kinship can train as one ensemble (`Together`); None: this one only by itself, as all that
     train none.
@@ -267,7 +271,7 @@ def kinship(experiment: Experiment) -> object | None:
     may differ.
     """
     law, student = experiment.training, experiment.student
-    if experiment.kind != "training" or experiment.deep or law.method == "flow":
+    if experiment.kind != "training" or experiment.deep or law.method == "flow" or experiment.of_own_modules:
         return None
     return (
         experiment.dtype,
@@ -295,12 +299,9 @@ class Together:
 
     def __init__(self, parts: Sequence[Members]) -> None:
         self.parts = parts
-        ensembles = []
         for part in parts:
-            assert isinstance(part.ensemble, Ensemble)  # kinship leaves others by themselves
-            Rule.of(part.experiment.training, 1).prepare(part.ensemble)
-            ensembles.append(part.ensemble)
-        self.ensemble = Ensemble.joined(ensembles)
+            part.prepare()
+        self.ensemble = Ensemble.joined([part.ensemble for part in parts])
         finite = [part.finite for part in parts] if not data.new_at_every_step(parts[0].experiment) else []
         self._finite = tuple(_stacked(each) for each in zip(*finite, strict=True))
         self._places, stop = [], 0
@@ -317,19 +318,19 @@ class Together:
             torch.full((len(p.teachers),), p.experiment.training.rate(epoch), dtype=torch.float64) for p in self.parts
         ]
         rule = replace(Rule.of(self.parts[0].experiment.training, epoch), learning_rate=torch.cat(rates))
-        training.train_epoch(self.ensemble, self._stream(epoch), rule, batch=self.parts[0].batch)
+        train_epoch(self.ensemble, self._stream(epoch), rule, batch=self.parts[0].batch)
         for part in self.parts:
             part.ensemble.steps = self.ensemble.steps
-        return [part.bury(epoch) for part in self.parts]
+        return [part.mark_dead(epoch) for part in self.parts]
 
-    def _stream(self, epoch: int) -> training.Stream:
+    def _stream(self, epoch: int) -> Stream:
         if not self._finite:
             return lambda members: self._fresh(members, epoch)
         rows = [part.rows(epoch) for part in self.parts]
         chosen = None if rows[0] is None else torch.cat([r for r in rows if r is not None])
-        return training.finite_stream(self._finite[0], self._finite[1], chosen, steps=self.parts[0].experiment.steps)
+        return finite_stream(self._finite[0], self._finite[1], chosen, steps=self.parts[0].experiment.steps)
 
-    def _fresh(self, members: slice, epoch: int) -> Iterator[training.Batches]:
+    def _fresh(self, members: slice, epoch: int) -> Iterator[Batches]:
         at_once = self.parts[0].steps_at_once(members.stop - members.start)
         pieces = []
         for part, place in zip(self.parts, self._places, strict=True):
@@ -339,7 +340,7 @@ class Together:
         for each in zip(*pieces, strict=True):
             inputs, targets = torch.cat([b.inputs for b in each]), torch.cat([b.targets for b in each])
             rows = torch.cat([b.rows for b in each if b.rows is not None])  # new samples have rows, always
-            yield training.Batches(inputs, targets, rows, each[0].steps)
+            yield Batches(inputs, targets, rows, each[0].steps)
 
 
 def _stacked(parts: Sequence[Tensor]) -> Tensor:

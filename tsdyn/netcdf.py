@@ -8,24 +8,25 @@ import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import netCDF4
 import numpy as np
-from xarray.backends import CachingFileManager
+import xarray as xr
 from xarray.backends.locks import HDF5_LOCK, NETCDFC_LOCK, combine_locks
 
-from tsdyn import schema
-from tsdyn.durable import ArchiveError, DirectoryError
+from tsdyn import hdf5, schema
 from tsdyn.schema import COORDINATES, VARIABLES, Layout
+from tsdyn.whole_files import DirectoryError, replacing
 
 #: On disk, a chunk holds one seed, one layer and as many epochs as fit in this.
 CHUNK_BYTES = 1 << 22
 #: A file may declare chunks of this size, or of its own size; this many chunks, or one a KiB of it; and, as padding
 #: is declared and not stored, this many times its size.
 DECLARED_CHUNK, DECLARED_CHUNKS, DECLARED_RATIO = 1 << 26, 1 << 20, 100_000
+#: What is loaded when a file is opened may be so large, or as large as the file.
+LOADED_BYTES = 1 << 20
 _TILE = 16
 #: netCDF4 is not thread-safe: the lock under which xarray reads is the one under which this library does.
 _LOCK = combine_locks([NETCDFC_LOCK, HDF5_LOCK])
@@ -61,11 +62,19 @@ def _opened(path: str | Path, mode: Literal["r", "w", "r+", "a"]) -> netCDF4.Dat
 
 
 @contextmanager
-def dataset(path: Path, mode: Literal["r", "w", "r+", "a"] = "r") -> Iterator[netCDF4.Dataset]:
+def dataset(
+    path: Path, mode: Literal["r", "w", "r+", "a"] = "r", *, only: str | None = None
+) -> Iterator[netCDF4.Dataset]:
     """An open file, alone with the library; values as stored, nothing masked or scaled.
 
+    Args:
+        path: The file.
+        mode: As netCDF4's.
+        only: The one variable that will be read; None for any.
+
     Raises:
-        DirectoryError: if it is there and cannot be read.
+        DirectoryError: if it is there and cannot be read, or what will be read is stored in other files or in numbers
+            that crash the library.
     """
     with guarded():
         try:
@@ -78,9 +87,17 @@ def dataset(path: Path, mode: Literal["r", "w", "r+", "a"] = "r") -> Iterator[ne
             raise
         with nc:
             nc.set_auto_maskandscale(False)
+            if mode != "w":
+                odd = hdf5.oddities(path, _names(nc) if only is None else [only])
+                if odd:
+                    raise DirectoryError(f"{path}: {odd[0]}; it is not tsdyn's")
             yield nc
             if mode != "r":
                 _flush(nc, path)
+
+
+def _names(nc: netCDF4.Dataset) -> list[str]:
+    return [*nc.variables, *(f"{group}/{name}" for group, held in nc.groups.items() for name in held.variables)]
 
 
 def _flush(nc: netCDF4.Dataset, path: Path) -> None:
@@ -94,78 +111,6 @@ def _flush(nc: netCDF4.Dataset, path: Path) -> None:
         raise
 
 
-class File:
-    """A file for reading, opened when it is first needed and again in another process; closed with its last user.
-
-    Reading is safe from any thread.  What is opened stays what it was when another file takes its name.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.manager: Any = CachingFileManager(_opened, os.fspath(path), mode="r", lock=_LOCK)
-
-    @contextmanager
-    def opened(self) -> Iterator[netCDF4.Dataset]:
-        """The open file, alone with the library.
-
-        Raises:
-            DirectoryError: if it is there and cannot be read.
-        """
-        with guarded():
-            try:
-                nc = self.manager.acquire(needs_lock=False)
-            except FileNotFoundError:
-                raise
-            except (OSError, RuntimeError, ValueError) as error:
-                raise DirectoryError(f"{self.path}: not a readable netCDF file: {error}") from error
-            nc.set_auto_maskandscale(False)
-            yield nc
-
-
-@dataclass(frozen=True, eq=False)
-class Stored:
-    """A variable of a file as an array that reads when it is indexed, with slices of positive step and integers."""
-
-    file: File
-    name: str
-    shape: tuple[int, ...]
-    dtype: np.dtype
-
-    @property
-    def ndim(self) -> int:
-        return len(self.shape)
-
-    def __getitem__(self, key: Any) -> np.ndarray:
-        return self.read(self.file, key)
-
-    def read(self, file: File, key: Any) -> np.ndarray:
-        """From this file or another.
-
-        Raises:
-            ArchiveError: naming file and variable.
-        """
-        try:
-            with file.opened() as nc:
-                return np.asarray(nc[self.name][key])
-        except FileNotFoundError:
-            raise
-        except (OSError, RuntimeError, IndexError, KeyError, ValueError) as error:
-            raise ArchiveError(
-                f"{file.path}: {self.name} cannot be read: {error}; `tsdyn validate` tells what is whole"
-            ) from error
-
-
-def inspect(path: Path) -> None:
-    """Refuse a file that is not netCDF-4 or declares more than its own size warrants, before any of it is loaded.
-
-    Raises:
-        DirectoryError: naming the file and what it declares.
-    """
-    refuse_foreign(path)
-    with dataset(path) as nc:
-        refuse_oversized(path, nc)
-
-
 def refuse_foreign(path: Path) -> None:
     """Raises DirectoryError if the first bytes are not netCDF-4's, before a library is asked to make sense of them."""
     with path.open("rb") as file:
@@ -174,13 +119,16 @@ def refuse_foreign(path: Path) -> None:
 
 
 def refuse_oversized(path: Path, nc: netCDF4.Dataset) -> None:
-    """Coordinates are written whole, so they fit in the file; of variables only a chunk is held at once.
+    """Refuse a file that declares more than its own size warrants, before any of it is loaded.
+
+    What is loaded when a file is opened, coordinates and text, fits in `_room`; of variables only a chunk is held.
 
     Raises:
         DirectoryError: naming what declares more than that.
     """
-    size = path.stat().st_size
+    size, room = path.stat().st_size, _room(path)
     try:
+        loaded = loaded_at_once(nc)
         for name, dimension in nc.dimensions.items():
             if name not in nc.variables and dimension.size > size:
                 raise DirectoryError(
@@ -188,14 +136,14 @@ def refuse_oversized(path: Path, nc: netCDF4.Dataset) -> None:
                     "is damaged or not tsdyn's"
                 )
         for name, array in nc.variables.items():
-            item = array.dtype.itemsize if isinstance(array.dtype, np.dtype) else 1
-            stored = array.chunking()
-            chunk = array.shape if not isinstance(stored, list) else stored
+            item = array.dtype.itemsize if isinstance(array.dtype, np.dtype) else 16  # where its text is
+            chunk = stored_chunk(array)
             nbytes, chunk_bytes = math.prod(array.shape) * item, math.prod(chunk) * item
             chunks = math.prod(-(-n // max(1, c)) for n, c in zip(array.shape, chunk, strict=True))
-            coordinate = name in nc.dimensions or name in COORDINATES
+            if name in loaded:
+                room -= nbytes
             if (
-                (coordinate and nbytes > size)
+                room < 0
                 or chunk_bytes > max(size, DECLARED_CHUNK)
                 or chunks > max(size // 1024, DECLARED_CHUNKS)
                 or nbytes > DECLARED_RATIO * size
@@ -208,6 +156,79 @@ def refuse_oversized(path: Path, nc: netCDF4.Dataset) -> None:
         if isinstance(error, DirectoryError):
             raise
         raise DirectoryError(f"{path}: not a readable netCDF file: {error}") from error
+
+
+def _room(path: Path) -> int:
+    """Bytes that may be loaded of a file when it is opened."""
+    return max(path.stat().st_size, LOADED_BYTES)
+
+
+def stored_chunk(array: netCDF4.Variable) -> list[int]:
+    """Chunk of a variable on disk; all of it where it is in one piece."""
+    stored = array.chunking()
+    return list(stored) if isinstance(stored, list) else list(array.shape)
+
+
+def loaded_at_once(nc: netCDF4.Dataset) -> dict[str, bool]:
+    """Name → whether it is a coordinate, of what is loaded when a file is opened: coordinates, and all that is text."""
+    named = {*nc.dimensions, *COORDINATES}
+    holders: list[Any] = [nc, *nc.variables.values()]
+    for holder in holders:
+        if "coordinates" in holder.ncattrs():
+            named.update(str(holder.getncattr("coordinates")).split())
+    return {
+        name: name in named
+        for name, array in nc.variables.items()
+        if name in named or not isinstance(array.dtype, np.dtype) or array.dtype.kind not in "fiu"
+    }
+
+
+def loaded(path: Path, array: netCDF4.Variable) -> xr.Variable:
+    """A coordinate or a text of an open file, as xarray decodes it; times stay the numbers they are.
+
+    Raises:
+        DirectoryError: if its text is more than the file's size warrants.
+    """
+    if isinstance(array.dtype, np.dtype):
+        values = np.asarray(array[...])
+    else:  # its size is known once it is read: a little at a time
+        values, room = np.empty(math.prod(array.shape), object), _room(path)
+        step = max(1, LOADED_BYTES // path.stat().st_size)
+        for start in range(0, len(values), step):
+            where = np.unravel_index(np.arange(start, min(start + step, len(values))), array.shape or (1,))
+            values[start : start + step] = [
+                str(array[at] if array.shape else array[...]) for at in zip(*where, strict=True)
+            ]
+            room -= sum(map(len, values[start : start + step]))
+            if room < 0:
+                raise DirectoryError(
+                    f"{path}: {array.name} holds more text than a file of {path.stat().st_size} bytes warrants; it is "
+                    "damaged or not tsdyn's"
+                )
+        values = values.reshape(array.shape)
+    return decoded(str(array.name), xr.Variable(array.dimensions, values, attributes(array)))
+
+
+def attributes(holder: Any) -> dict[str, Any]:
+    """Attributes of a file or of a variable in it."""
+    return {name: holder.getncattr(name) for name in holder.ncattrs()}
+
+
+#: Attributes that say that the numbers stored are not those meant.
+_PACKING = ("scale_factor", "add_offset", "_FillValue", "missing_value", "_Unsigned", "dtype")
+
+
+def packing(dtype: np.dtype, attrs: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a variable's attributes that say how its numbers are stored; none where they are stored as they are."""
+    found = {name: attrs[name] for name in _PACKING if name in attrs}
+    missing = all(name in ("_FillValue", "missing_value") for name in found)
+    plain = missing and dtype.kind == "f" and all(np.isnan(value).all() for value in found.values())
+    return {} if plain else found
+
+
+def decoded(name: str, variable: xr.Variable) -> xr.Variable:
+    """Stored numbers as what they mean (``scale_factor``, ``add_offset``, ``_FillValue``, ...), in memory."""
+    return xr.conventions.decode_cf_variable(name, variable, decode_times=False, decode_timedelta=False).load()
 
 
 def _tile(sizes: Sequence[int]) -> int:
@@ -332,3 +353,9 @@ def read_state(nc: netCDF4.Dataset) -> dict[str, np.ndarray]:
     """The arrays of the group ``state``; none if the file has no such group."""
     found = nc.groups["state"].variables if "state" in nc.groups else {}
     return {name: np.asarray(array[...]) for name, array in found.items()}
+
+
+def write_dataset(path: Path, ds: xr.Dataset) -> None:
+    """A small, loaded Dataset as one netCDF file, whole or not at all."""
+    with replacing(path, ds.nbytes) as temporary:
+        ds.to_netcdf(temporary, engine="netcdf4")

@@ -8,16 +8,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, assert_never
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tsdyn import alignment, derivatives, forward, schema, theory
+from tsdyn import alignment, compiled_sums, derivatives, schema, theory
 from tsdyn.axes import Activations, Outputs, TeacherActivations, TeacherByStudent
+from tsdyn.losses import CROSS_ENTROPY, MSE, Loss
 from tsdyn.networks import Network, Trace, require_plain
+from tsdyn.own_modules import Own
 from tsdyn.theory import backpropagated_gradients
 
 # --- formulas, for one network -------------------------------------------------------------------------------
@@ -25,7 +27,7 @@ from tsdyn.theory import backpropagated_gradients
 
 def loss(teacher_output: Outputs, output: Outputs) -> Float[Tensor, ""]:
     """J = ½ E‖f* − f‖², the sum over outputs and mean over samples.  Source: Tian (2020), Eq. 1."""
-    return 0.5 * (teacher_output - output).square().sum(1).mean()
+    return MSE.value(output, teacher_output)
 
 
 def mse(teacher_output: Outputs, output: Outputs) -> Float[Tensor, ""]:
@@ -35,7 +37,7 @@ def mse(teacher_output: Outputs, output: Outputs) -> Float[Tensor, ""]:
 
 def cross_entropy(classes: Int[Tensor, " sample"], output: Outputs) -> Float[Tensor, ""]:
     """E[−log softmax(f)_class].  Source: Tian (2020), section 6."""
-    return torch.nn.functional.cross_entropy(output, classes)
+    return CROSS_ENTROPY.over(output, output, classes)
 
 
 def accuracy(classes: Int[Tensor, " sample"], output: Outputs, *, most: int) -> Float[Tensor, " top_k"]:
@@ -92,12 +94,12 @@ class Probe:
 
     Attributes:
         inputs: (sample, input).
-        teacher: Of any kind.
+        teacher: A network, or a module of the user's own.
         labels: The data's own, (sample,), where an experiment uses them.
     """
 
     inputs: Tensor
-    teacher: Network
+    teacher: Network | Own
     labels: Tensor | None = None
 
     @cached_property
@@ -115,7 +117,13 @@ class Probe:
 
     @cached_property
     def fanout_norms(self) -> list[Tensor]:
-        return _fanout_norms(self.teacher, self.inputs, self.trace)
+        return _fanout_norms(_network(self.teacher), self.inputs, self.trace)
+
+
+def _network(member: Network | Own) -> Network:
+    if isinstance(member, Own):
+        raise ValueError(f"measure: {type(member.module).__name__} is a module of the user's own, without known layers")
+    return member
 
 
 def _fanout_norms(network: Network, x: Tensor, trace: Trace) -> list[Tensor]:
@@ -127,12 +135,12 @@ class Response:
     """A student on a probe; what observables share is computed once and only when asked for.
 
     Attributes:
-        student: Of any kind.
+        student: A network, or a module of the user's own.
         probe: The data set.
         correlated: Whether correlations are asked for, too.
     """
 
-    student: Network
+    student: Network | Own
     probe: Probe
     correlated: bool = False
 
@@ -141,13 +149,15 @@ class Response:
         return self.student.trace(self.probe.inputs)
 
     @cached_property
-    def _sums(self) -> forward.Forward:
+    def _sums(self) -> compiled_sums.Sums:
         student, probe = self.student, self.probe
         teachers, target = probe.standardized if self.correlated else [], probe.trace.output
-        if forward.serves(student, probe.inputs):
-            return forward.forward(student, probe.inputs, target, teachers)
+        if isinstance(student, Network) and compiled_sums.serves(student, probe.inputs):
+            return compiled_sums.sums(student, probe.inputs, target, teachers)
         pairs = zip(teachers, self.trace.activations, strict=False)
-        return forward.Forward((target - self.trace.output).square().sum(), [t.T @ standardized(f) for t, f in pairs])
+        return compiled_sums.Sums(
+            (target - self.trace.output).square().sum(), [t.T @ standardized(f) for t, f in pairs]
+        )
 
     @property
     def squared_error(self) -> Tensor:
@@ -170,38 +180,55 @@ class Measurement:
     """One member at one epoch; what observables share is computed once and only when asked for.
 
     Attributes:
-        student: Of any kind; `net` where only plain linear layers will do.
+        student: A network, or a module of the user's own; `network` and `net` where only the former will do, or only
+            plain linear layers.
         train, eval: What it is measured on.
         band: Of `observation`.
         layout: Sizes that the record decides.
-        objective: What ``loss_train`` and ``loss_eval`` are.
-        targets: Whose classes a cross entropy is of.
+        objective: The loss that is trained; gradients and Hessians are of it.
+        labels: Whose classes it is of, where it is of classes.
     """
 
-    student: Network
+    student: Network | Own
     train: Probe
     eval: Probe
     band: float = 0.1
     layout: schema.Layout | None = None
-    objective: Literal["mse", "cross_entropy"] = "mse"
-    targets: Literal["teacher", "data"] = "teacher"
+    objective: Loss = MSE
+    labels: Literal["teacher", "data"] = "teacher"
+
+    @property
+    def network(self) -> Network:
+        return _network(self.student)
 
     @property
     def net(self) -> Network:
-        return _plain(self.student)
+        return _plain(self.network)
 
     @property
     def teacher(self) -> Network:
-        return _plain(self.eval.teacher)
+        return _plain(_network(self.eval.teacher))
 
     def loss(self, response: Response) -> Tensor:
         """J over a probe."""
-        if self.objective == "mse":
+        if self.objective == MSE:  # whose sums are compiled
             return 0.5 * response.squared_error / len(response.probe.inputs)
-        probe = response.probe
-        classes = probe.classes if self.targets == "teacher" else probe.labels
-        assert classes is not None
-        return cross_entropy(classes, response.trace.output)
+        return self.objective.over(response.trace.output, response.probe.trace.output, self._classes(response.probe))
+
+    def target(self, probe: Probe) -> Tensor:
+        """What the loss that is trained wants on a probe, (sample, output)."""
+        return self.objective.target(probe.trace.output, self._classes(probe))
+
+    def _classes(self, probe: Probe) -> Tensor:
+        match self.labels:
+            case "teacher":
+                return probe.classes
+            case "data":
+                if probe.labels is None:
+                    raise ValueError("measure: labels='data' needs Probes with labels")
+                return probe.labels
+            case other:
+                assert_never(other)
 
     @cached_property
     def on_train(self) -> Response:
@@ -209,22 +236,26 @@ class Measurement:
 
     @cached_property
     def on_eval(self) -> Response:
-        return Response(self.student, self.eval, correlated=True)
+        own = isinstance(self.student, Own) or isinstance(self.eval.teacher, Own)  # which have no layers to compare
+        return Response(self.student, self.eval, correlated=not own)
 
     @property
     def fanout_norms(self) -> list[Tensor]:
-        student = self.student
+        student = self.network
         if student.plain and student.depth == 2:  # V_1 = W_2 whatever x
             return [student.weights[1].norm(dim=0)]
         return _fanout_norms(student, self.eval.inputs, self.on_eval.trace)
 
     @cached_property
     def moments(self) -> theory.Moments:
-        return theory.expectations(self.student, self.eval.teacher, self.eval.inputs)
+        return theory.expectations(self.network, _network(self.eval.teacher), self.eval.inputs)
 
     @cached_property
     def gradients(self) -> list[Tensor]:
-        return backpropagated_gradients(self.net, self.on_train.trace, self.train.trace.output)
+        """g_l of the loss that is trained, over the training set."""
+        trace = self.on_train.trace
+        residual = self.objective.residual(trace.output, self.target(self.train))
+        return backpropagated_gradients(self.net, trace, residual)
 
 
 Layers: TypeAlias = list[Tensor | None]
@@ -248,8 +279,8 @@ fills("loss_train")(lambda m: m.loss(m.on_train))
 fills("loss_eval")(lambda m: m.loss(m.on_eval))
 fills("mse_train")(lambda m: m.on_train.mse)
 fills("mse_eval")(lambda m: m.on_eval.mse)
-fills("weight")(lambda m: [w.flatten(1) for w in m.student.weights])
-fills("bias")(lambda m: [w.new_zeros(len(w)) if b is None else b for w, b in _layers(m.student)])
+fills("weight")(lambda m: [w.flatten(1) for w in m.network.weights])
+fills("bias")(lambda m: [w.new_zeros(len(w)) if b is None else b for w, b in _layers(m.network)])
 fills("correlation")(lambda m: list(m.on_eval.correlations))
 fills("fanout_norm")(lambda m: list(m.fanout_norms))
 fills("teacher_fanout_norm")(lambda m: list(m.eval.fanout_norms))
@@ -279,7 +310,7 @@ def _gradient_norm(m: Measurement) -> Tensor:
     below = [m.train.inputs, *m.on_train.trace.activations[:-1]]
     squares = [
         g.square().sum(1) * (f.square().sum(1) + (bias is not None))
-        for g, f, bias in zip(m.gradients, below, m.student.biases, strict=True)
+        for g, f, bias in zip(m.gradients, below, m.net.biases, strict=True)
     ]
     quantiles = torch.tensor(_layout(m).quantiles, dtype=squares[0].dtype, device=squares[0].device)
     return torch.quantile(torch.stack(squares).sum(0).sqrt(), quantiles)
@@ -287,7 +318,7 @@ def _gradient_norm(m: Measurement) -> Tensor:
 
 @fills("hessian_eigenvalue")
 def _hessian_eigenvalue(m: Measurement) -> Tensor:
-    student, inputs, target = m.net, m.train.inputs, m.train.trace.output
+    student, inputs, target = m.net, m.train.inputs, m.target(m.train)
     free = [*student.weights, *(b for b in student.biases if b is not None)]
     leak = student.activation.leak
 
@@ -295,7 +326,7 @@ def _hessian_eigenvalue(m: Measurement) -> Tensor:
         weights, rest = parameters[: student.depth], iter(parameters[student.depth :])
         biases = [None if b is None else next(rest) for b in student.biases]
         moved = Network(weights, biases, student.activation.name, leak=0.0 if leak is None else leak)
-        return loss(target, moved(inputs))
+        return m.objective.value(moved(inputs), target)
 
     wanted = _layout(m).modes
     values = derivatives.hessian_spectrum(at, free, wanted)
@@ -323,13 +354,13 @@ def _label_accuracy(m: Measurement) -> Tensor:
 
 @fills("conserved_norm")
 def _conserved_norm(m: Measurement) -> Layers:
-    return list(theory.conserved_norms(m.student))
+    return list(theory.conserved_norms(m.network))
 
 
 def _of_norms(variable: str, name: str) -> None:
     def measured(m: Measurement) -> Layers:
-        nothing = [torch.full_like(w.flatten(1)[:, 0], torch.nan) for w in m.student.weights[:-1]]
-        held = [None if n is None else n.tensors().get(name) for n in m.student.norms]
+        nothing = [torch.full_like(w.flatten(1)[:, 0], torch.nan) for w in m.network.weights[:-1]]
+        held = [None if n is None else n.tensors().get(name) for n in m.network.norms]
         return [n if h is None else h for h, n in zip(held, nothing, strict=True)]
 
     fills(variable)(measured)
@@ -339,6 +370,13 @@ for _variable, _name in (
     ("norm_scale", "weight"), ("norm_shift", "bias"), ("norm_mean", "running_mean"), ("norm_variance", "running_var"),
 ):  # fmt: skip
     _of_norms(_variable, _name)
+
+
+@fills("parameter")
+def _parameter(m: Measurement) -> Tensor:
+    if not isinstance(m.student, Own):
+        raise ValueError("measure: parameter is of students that are modules of the user's own; record weight")
+    return m.student.entries()
 
 
 def _layers(network: Network) -> list[tuple[Tensor, Tensor | None]]:

@@ -21,12 +21,16 @@ import xarray as xr
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from tsdyn import activations, training
+from tsdyn import activations
 from tsdyn import overlaps as order
 from tsdyn.activations import Activation
+from tsdyn.batches import Batches, Stream
+from tsdyn.ensemble import Ensemble, mark_dead
+from tsdyn.networks import Network
 from tsdyn.order_parameters import Rates, checked_times
 from tsdyn.overlaps import Overlaps
-from tsdyn.training import Ensemble, Rule
+from tsdyn.rules import Rule
+from tsdyn.train import train_epoch
 
 #: Inputs of a block of members are drawn in pieces of about this size.
 PIECE_BYTES = 1 << 23
@@ -143,8 +147,9 @@ class Simulation:
         self.members, self._sigma, self._rates = members, sigma, rates
         self._inputs = members[0].w.shape[1]
         self._rule, self._scale = _rule(rates, self._inputs)
-        outgoing = [torch.stack([m.v for m in members])[:, None] / self._scale]
-        self.ensemble = Ensemble([torch.stack([m.w for m in members]), *outgoing], [None, None], sigma)
+        leak = 0.0 if sigma.leak is None else sigma.leak
+        students = [Network([m.w, m.v[None] / self._scale], activation=sigma.name, leak=leak) for m in members]
+        self.ensemble = Ensemble.of(students)
         self._B = torch.stack([m.B for m in members])
         self._taken = 0
 
@@ -152,8 +157,8 @@ class Simulation:
         """Q, R and v (seed, …) after so many steps in all."""
         if step > self._taken:
             stream = _stream(self.members, self._sigma, self._rates, self._scale, step - self._taken)
-            training.train_epoch(self.ensemble, stream, self._rule, batch=int(self._rates.batch))
-            training.bury(self.ensemble, step)
+            train_epoch(self.ensemble, stream, self._rule, batch=int(self._rates.batch))
+            mark_dead(self.ensemble, step)
             self._taken = step
         w, u = self.ensemble.weights
         return w @ w.mT / self._inputs, w @ self._B.mT / self._inputs, u[:, 0] * self._scale
@@ -211,10 +216,10 @@ def _rule(rates: Rates, inputs: int) -> tuple[Rule, float]:
     return Rule(rate, weight_decay=rates.weight_decay / (inputs * rate), frozen=frozen), scale
 
 
-def _stream(members: list[Member], sigma: Activation, rates: Rates, scale: float, steps: int) -> training.Stream:
+def _stream(members: list[Member], sigma: Activation, rates: Rates, scale: float, steps: int) -> Stream:
     batch, inputs = int(rates.batch), members[0].w.shape[1]
 
-    def stream(chosen: slice) -> Iterator[training.Batches]:
+    def stream(chosen: slice) -> Iterator[Batches]:
         block = members[chosen]
         piece = max(1, PIECE_BYTES // (8 * len(block) * batch * inputs))
         for done in range(0, steps, piece):
@@ -225,6 +230,6 @@ def _stream(members: list[Member], sigma: Activation, rates: Rates, scale: float
             if rates.noise:
                 y += rates.noise * torch.from_numpy(np.stack([m.noise.standard_normal(y.shape[1]) for m in block]))
             rows = torch.arange(count * batch).view(1, count, batch).expand(len(block), -1, -1)
-            yield training.Batches(fields, y[..., None] / scale, rows, count)
+            yield Batches(fields, y[..., None] / scale, rows, count)
 
     return stream

@@ -1,4 +1,4 @@
-// The one product of kernel.cpp and forward.cpp, C <- beta C + A B with the columns of B and C contiguous.
+// The one product of compiled_step.cpp and compiled_sums.cpp, C <- beta C + A B with the columns of B and C contiguous.
 //
 // Rows are padded to whole cache lines, and begin at one.  Vectors are the compiler's own (GCC and Clang).
 

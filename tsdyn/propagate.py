@@ -137,7 +137,8 @@ def propagate(p: Parameters, frame: Frame, x: Tensor, *, training: bool) -> list
     """
     members = len(x)
     f = x if frame.image is None else x.unflatten(2, frame.image).transpose(0, 1).flatten(1, 2)
-    if f.ndim == 4 and f.device.type == "cpu":
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(f)  # vmap knows one memory format only
+    if f.ndim == 4 and f.device.type == "cpu" and not wrapped:
         f = f.contiguous(memory_format=torch.channels_last)
     found = []
     for i, (weight, bias) in enumerate(zip(p.weights, p.biases, strict=True)):

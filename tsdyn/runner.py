@@ -21,12 +21,14 @@ import xarray as xr
 
 from tsdyn import archive, flowtraining, memory, schema
 from tsdyn._version import __version__
-from tsdyn.archive import ArchiveError, Run
+from tsdyn.archive import ArchiveError, RunDirectory
 from tsdyn.costs import COMMIT_BYTES, Footprint, footprint
 from tsdyn.experiment import Experiment
 from tsdyn.interrupts import Stopped, stopping
 from tsdyn.kinds import members_of
+from tsdyn.losses import loss
 from tsdyn.members import Members, Together
+from tsdyn.own_modules import Maker, attribute
 from tsdyn.protocol import Runnable, StateError
 
 #: A segment is committed after this much work (0: after every epoch), ...
@@ -69,7 +71,13 @@ Progress = Callable[[int, int, list[int], "float | None"], None]
 
 
 def run(
-    experiment: Experiment, path: str | Path, *, device: str = "cpu", progress: Progress | None = None
+    experiment: Experiment,
+    path: str | Path,
+    *,
+    device: str = "cpu",
+    progress: Progress | None = None,
+    student: Maker | None = None,
+    teacher: Maker | None = None,
 ) -> xr.Dataset:
     """Run and measure one experiment into `path`; goes on from the last committed step if there is one.
 
@@ -78,6 +86,7 @@ def run(
         path: Directory; made if absent.
         device: ``cpu``, ``cuda`` or ``cuda:0``.
         progress: Told after every epoch.
+        student, teacher: Make modules of the user's own, as of `own_modules.described` experiments.
 
     Returns:
         The lazy archive, as `tsdyn.open` gives it.
@@ -91,7 +100,9 @@ def run(
     """
     path = archive.local_path(path)
     try:
-        failed = run_together({path: experiment}, device=device, progress={path: progress})
+        failed = run_together(
+            {path: experiment}, device=device, progress={path: progress}, student=student, teacher=teacher
+        )
     except Stopped as stopped:
         failed = stopped.failed
         if not failed:
@@ -107,6 +118,8 @@ def run_together(
     device: str = "cpu",
     progress: Mapping[Path, Progress | None] | None = None,
     asked: Callable[[], int | None] | None = None,
+    student: Maker | None = None,
+    teacher: Maker | None = None,
 ) -> dict[Path, Exception]:
     """Experiments of one `kinship` trained as one ensemble, each into its own directory, as `run` would.
 
@@ -118,6 +131,7 @@ def run_together(
         device: As `run`.
         progress: Directory → who is told after every epoch.
         asked: Gives the signal that asks to stop, once it came; `stopping` unless given.
+        student, teacher: As `run`.
 
     Returns:
         Directory → error of those that failed; the others are done.
@@ -136,9 +150,10 @@ def run_together(
         for path, experiment in experiments.items():
             try:
                 memory.refuse_beyond("run", needed, torch.device(device), _SMALLER)
-                target = held.enter_context(Run(path, experiment))
+                target = held.enter_context(RunDirectory(path, experiment))
                 if not target.finished:
-                    point = _Point(path, target, members_of(experiment, device), (progress or {}).get(path))
+                    members = members_of(experiment, device, student, teacher)
+                    point = _Point(path, target, members, (progress or {}).get(path))
                     begun.setdefault(point.begin(), []).append(point)
             except Exception as error:  # whatever it is, the others go on
                 failed[path] = error
@@ -152,18 +167,22 @@ def run_together(
                 _log.warning("%s and others cannot train together, so one by one: %s", points[0].path, error)
                 apart += [point.path for point in points if point.path not in failed]
     for path in apart:
-        failed |= run_together({path: experiments[path]}, device=device, progress=progress, asked=heard)
+        failed |= run_together(
+            {path: experiments[path]}, device=device, progress=progress, asked=heard, student=student, teacher=teacher
+        )
     return failed
 
 
 class _Point:
     """One experiment in training: what was measured since its last commit, and where that goes."""
 
-    def __init__(self, path: Path, target: Run, members: Runnable, progress: Progress | None) -> None:
+    def __init__(self, path: Path, target: RunDirectory, members: Runnable, progress: Progress | None) -> None:
         self.path, self.members, self.experiment = path, members, members.experiment
         self._target, self._progress = target, progress
-        self._variables = schema.recorded(self.experiment.kind, self.experiment.record.observables, "along")
+        self._variables = self.experiment.recorded("along")
         self._attrs = attributes(self.experiment, members.device)
+        if isinstance(members, Members) and members.student is not None:
+            self._attrs["parameters"] = attribute(members.ensemble.module(0))
         self._labels = dict(zip(self.experiment.schedule, self.experiment.labels, strict=True))
         self._pending: list[dict[str, Any]] = []
         self._recorded: list[schema.Label] = []
@@ -373,10 +392,15 @@ def _time_convention(experiment: Experiment) -> dict[str, str]:
 
 
 def _loss_convention(experiment: Experiment) -> str:
-    if experiment.training.loss == "mse":
-        return "J = 1/2 E |f* - f|^2, summed over outputs"
-    whose = "teacher's largest output" if experiment.training.labels == "teacher" else "data's label"
-    return f"E[-log softmax(f)] at the {whose}"
+    trained = loss(experiment.training.loss)
+    match trained.targets:
+        case "outputs":
+            return trained.convention
+        case "classes":
+            whose = {"teacher": "teacher's largest output", "data": "data's label"}[experiment.training.labels]
+            return f"{trained.convention} at the {whose}"
+        case other:
+            assert_never(other)
 
 
 def _batch_norm_convention(experiment: Experiment) -> str:

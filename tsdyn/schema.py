@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -43,6 +44,8 @@ DIMENSIONS: Mapping[str, str] = {
     "mode": "eigenvalue, largest first",
     "quantile": "quantile over samples",
     "top_k": "how many of the largest outputs count",
+    "entry": "number in the parameters and buffers of a student that is a module of the user's own, one after another",
+    "teacher_entry": "the same of a teacher",
 }
 
 TIAN = "Tian 2020 (PMLR 119:9470)"
@@ -63,7 +66,9 @@ class Variable:
         source: Paper and equation.
         conditions: What NaN means and over which set it is measured.
         kinds: Kinds of experiments whose runs record it; those of training if their file asks for it.
-        deep: Whether it is measured of convolutions and of networks with BatchNorm, too.
+        deep: Whether it is measured of convolutions and of networks with BatchNorm, too ...
+        own: ... of students that are modules of the user's own ...
+        bare_teacher: ... and with teachers that are, whose layers are not known.
         when: ``along`` the run, once at its ``start`` or once at its ``end``.
         words: What the numbers 0, 1, ... stand for.
     """
@@ -76,6 +81,8 @@ class Variable:
     conditions: str = ""
     kinds: tuple[Kind, ...] = ()
     deep: bool = False
+    own: bool = False
+    bare_teacher: bool = True
     when: When = "along"
     words: tuple[str, ...] = ()
 
@@ -149,8 +156,10 @@ def _flow(
 
 
 VARIABLES: Mapping[str, Variable] = _table(
-    Variable("loss_train", _MEMBER, "1", "training loss", f"{TIAN}, Eq. 1", _LOSS, kinds=_TRAINED, deep=True),
-    Variable("loss_eval", _MEMBER, "1", "evaluation loss", f"{TIAN}, Eq. 1", _LOSS, kinds=_TRAINED, deep=True),
+    Variable("loss_train", _MEMBER, "1", "training loss", f"{TIAN}, Eq. 1", _LOSS, kinds=_TRAINED, deep=True, own=True),
+    Variable(
+        "loss_eval", _MEMBER, "1", "evaluation loss", f"{TIAN}, Eq. 1", _LOSS, kinds=_TRAINED, deep=True, own=True
+    ),
     Variable(
         "mse_train",
         _MEMBER,
@@ -159,6 +168,7 @@ VARIABLES: Mapping[str, Variable] = _table(
         f"{TIAN}, released code",
         kinds=_TRAINED,
         deep=True,
+        own=True,
     ),
     Variable(
         "mse_eval",
@@ -168,6 +178,7 @@ VARIABLES: Mapping[str, Variable] = _table(
         f"{TIAN}, released code",
         kinds=_TRAINED,
         deep=True,
+        own=True,
     ),
     Variable("weight", (*_NODE, "input_node"), "1", "student weight", f"{TIAN}, section 3", kinds=_FLOWN, deep=True),
     Variable(
@@ -207,6 +218,7 @@ VARIABLES: Mapping[str, Variable] = _table(
         f"over the evaluation set, signed; NaN for a node whose activation is constant; {_HIDDEN}",
         kinds=_TRAINED,
         deep=True,
+        bare_teacher=False,
     ),
     Variable(
         "fanout_norm",
@@ -227,15 +239,72 @@ VARIABLES: Mapping[str, Variable] = _table(
         f"over the evaluation set; ‖v*_j‖ in a two-layer network; {_HIDDEN}",
         kinds=_TRAINED,
         deep=True,
+        bare_teacher=False,
     ),
-    Variable("A", _MIXED, "1", "E[α_kj] = E[v_k · v*_j]", f"{TIAN}, Definition 2", _MOMENT, kinds=_TRAINED, deep=True),
-    Variable("B", _PAIR, "1", "E[β_kk'] = E[v_k · v_k']", f"{TIAN}, Definition 2", _MOMENT, kinds=_TRAINED, deep=True),
-    Variable("H_star", _MIXED, "1", "H* = β* ∘ D*", f"{LUCK}, section 4", _MOMENT, kinds=_TRAINED, deep=True),
-    Variable("H", _PAIR, "1", "H = β ∘ D", f"{LUCK}, section 4", _MOMENT, kinds=_TRAINED, deep=True),
-    Variable("D_star", _MIXED, "1", "D* = E[f' f*']", f"{LUCK}, section 4", _MOMENT, kinds=_TRAINED, deep=True),
-    Variable("D", _PAIR, "1", "D = E[f' f']", f"{LUCK}, section 4", _MOMENT, kinds=_TRAINED, deep=True),
-    Variable("L_star", _MIXED, "1", "L* = E[f f*ᵀ]", f"{LUCK}, section 4", _MOMENT, kinds=_TRAINED, deep=True),
-    Variable("L", _PAIR, "1", "L = E[f fᵀ]", f"{LUCK}, section 4", _MOMENT, kinds=_TRAINED, deep=True),
+    Variable(
+        "A",
+        _MIXED,
+        "1",
+        "E[α_kj] = E[v_k · v*_j]",
+        f"{TIAN}, Definition 2",
+        _MOMENT,
+        kinds=_TRAINED,
+        deep=True,
+        bare_teacher=False,
+    ),
+    Variable(
+        "B",
+        _PAIR,
+        "1",
+        "E[β_kk'] = E[v_k · v_k']",
+        f"{TIAN}, Definition 2",
+        _MOMENT,
+        kinds=_TRAINED,
+        deep=True,
+        bare_teacher=False,
+    ),
+    Variable(
+        "H_star",
+        _MIXED,
+        "1",
+        "H* = β* ∘ D*",
+        f"{LUCK}, section 4",
+        _MOMENT,
+        kinds=_TRAINED,
+        deep=True,
+        bare_teacher=False,
+    ),
+    Variable(
+        "H", _PAIR, "1", "H = β ∘ D", f"{LUCK}, section 4", _MOMENT, kinds=_TRAINED, deep=True, bare_teacher=False
+    ),
+    Variable(
+        "D_star",
+        _MIXED,
+        "1",
+        "D* = E[f' f*']",
+        f"{LUCK}, section 4",
+        _MOMENT,
+        kinds=_TRAINED,
+        deep=True,
+        bare_teacher=False,
+    ),
+    Variable(
+        "D", _PAIR, "1", "D = E[f' f']", f"{LUCK}, section 4", _MOMENT, kinds=_TRAINED, deep=True, bare_teacher=False
+    ),
+    Variable(
+        "L_star",
+        _MIXED,
+        "1",
+        "L* = E[f f*ᵀ]",
+        f"{LUCK}, section 4",
+        _MOMENT,
+        kinds=_TRAINED,
+        deep=True,
+        bare_teacher=False,
+    ),
+    Variable(
+        "L", _PAIR, "1", "L = E[f fᵀ]", f"{LUCK}, section 4", _MOMENT, kinds=_TRAINED, deep=True, bare_teacher=False
+    ),
     Variable(
         "gradient_rms",
         _NODE,
@@ -272,6 +341,7 @@ VARIABLES: Mapping[str, Variable] = _table(
         "over the training set; boundary: pre-activation within record.band of its standard deviation; "
         f"NaN without boundary samples; {_HIDDEN}",
         kinds=_TRAINED,
+        bare_teacher=False,
     ),
     Variable(
         "observation_count",
@@ -281,6 +351,7 @@ VARIABLES: Mapping[str, Variable] = _table(
         f"{TIAN}, released code",
         f"over the training set; {_HIDDEN}",
         kinds=_TRAINED,
+        bare_teacher=False,
     ),
     Variable(
         "alignment",
@@ -290,6 +361,7 @@ VARIABLES: Mapping[str, Variable] = _table(
         f"{TIAN}, Definition 3 (orientation-safe)",
         "max of sin ∠(w*_j, w_k) and |b*_j ∓ b_k|, weights scaled to norm 1; NaN for a zero weight",
         kinds=_TRAINED,
+        bare_teacher=False,
     ),
     Variable(
         "accuracy",
@@ -300,6 +372,7 @@ VARIABLES: Mapping[str, Variable] = _table(
         "over the evaluation set; the teacher's class is its largest output",
         kinds=_TRAINED,
         deep=True,
+        own=True,
     ),
     Variable(
         "label_accuracy",
@@ -310,6 +383,7 @@ VARIABLES: Mapping[str, Variable] = _table(
         "over the evaluation set; the data's own labels",
         kinds=_TRAINED,
         deep=True,
+        own=True,
     ),
     Variable("norm_scale", _NODE, "1", "BatchNorm scale", _NORM, _NORM_AT, kinds=_TRAINED, deep=True),
     Variable("norm_shift", _NODE, "1", "BatchNorm shift (bias)", _NORM, _NORM_AT, kinds=_TRAINED, deep=True),
@@ -334,6 +408,7 @@ VARIABLES: Mapping[str, Variable] = _table(
         f"{TIAN}, Lemma 1",
         "over the evaluation set; largest error over layers, samples and nodes, relative to the largest term",
         kinds=_TRAINED,
+        bare_teacher=False,
     ),
     Variable("Q", (*_MEMBER, "node", "node_2"), "1", "order parameter w_i · w_k / N", SAAD, kinds=_ONLINE),
     Variable("R", (*_MEMBER, "node", "teacher_node"), "1", "order parameter w_i · B_m / N", SAAD, kinds=_ONLINE),
@@ -344,6 +419,26 @@ VARIABLES: Mapping[str, Variable] = _table(
         "order parameter B_n · B_m / N",
         SAAD,
         kinds=_ONLINE,
+        when="start",
+    ),
+    Variable(
+        "parameter",
+        (*_MEMBER, "entry"),
+        "1",
+        "parameters and buffers of a module of the user's own",
+        "tsdyn",
+        "all of them one after another; the attribute parameters of the Dataset has the name and shape of each",
+        kinds=_TRAINED,
+        own=True,
+    ),
+    Variable(
+        "teacher_parameter",
+        ("seed", "teacher_entry"),
+        "1",
+        "parameters and buffers of a teacher that is a module of the user's own",
+        "tsdyn",
+        "all of them one after another",
+        kinds=_TRAINED,
         when="start",
     ),
     Variable(
@@ -437,7 +532,7 @@ COORDINATES: Mapping[str, Variable] = _table(
 )
 
 #: Dimensions whose sizes the record decides, not the networks.
-SIZED = ("quantile", "mode", "top_k")
+SIZED = ("quantile", "mode", "top_k", "entry", "teacher_entry")
 #: Most outputs that `accuracy` counts.
 TOP = 5
 
@@ -466,14 +561,17 @@ CONSTANTS = tuple(row.name for row in VARIABLES.values() if row.when == "start")
 OUTCOMES = tuple(row.name for row in VARIABLES.values() if row.when == "end")
 
 
-def recordable(*, deep: bool = False) -> tuple[str, ...]:
+def recordable(*, deep: bool = False, own: bool = False, bare_teacher: bool = False) -> tuple[str, ...]:
     """Variables that an experiment file of training can ask for; `observables` registers a measurement for each.
 
     Args:
         deep: Only those that are measured of convolutions (a node is a channel) and of networks with BatchNorm.
+        own: Only those that are measured of students that are modules of the user's own.
+        bare_teacher: Only those that need no layers of the teacher, which is a module of the user's own.
     """
     rows = (row for row in VARIABLES.values() if "training" in row.kinds and row.when == "along")
-    return tuple(row.name for row in rows if row.deep or not deep)
+    asked = {"deep": deep, "own": own, "bare_teacher": bare_teacher}
+    return tuple(row.name for row in rows if all(getattr(row, of) for of, only in asked.items() if only))
 
 
 def recorded(kind: Kind, asked: Iterable[str], when: When | None = None) -> tuple[str, ...]:
@@ -510,6 +608,7 @@ class Layout:
         modes: Hessian eigenvalues recorded.
         fan_ins: Numbers in a row of each student weight, where that is not the width of the layer below.
         teacher_fan_ins: Likewise of the teacher.
+        entries, teacher_entries: Numbers of a student's or teacher's parameters and buffers, if it is an own module.
         path: The dimension along which the run goes.
     """
 
@@ -521,6 +620,8 @@ class Layout:
     modes: int = 0
     fan_ins: tuple[int, ...] = ()
     teacher_fan_ins: tuple[int, ...] = ()
+    entries: int = 0
+    teacher_entries: int = 0
     path: Path = "epoch"
 
     @property
@@ -552,7 +653,8 @@ class Layout:
     def padded(self, dim: str) -> int:
         """Size of a dimension in the Dataset; of node dimensions, that of the widest layer."""
         if dim in SIZED:
-            return {"quantile": len(self.quantiles), "mode": self.modes, "top_k": min(TOP, self.widths[-1])}[dim]
+            sizes = {"quantile": len(self.quantiles), "mode": self.modes, "top_k": min(TOP, self.widths[-1])}
+            return (sizes | {"entry": self.entries, "teacher_entry": self.teacher_entries})[dim]
         if dim == "input_node":
             return max(*self.input_widths, *self.teacher_input_widths)
         return max(self.teacher_widths if dim.startswith("teacher_") else self.widths)
@@ -659,6 +761,38 @@ def problems(ds: xr.Dataset, *, swept: Iterable[str] = ()) -> list[str]:
         if key not in ds.attrs:
             found.append(f"attribute {key}: missing")
     return found
+
+
+class WrongNumbersWarning(UserWarning):
+    """An archive that is read holds numbers that are not what their variables' names say."""
+
+
+#: Global attribute of an archive that an earlier version began: the last epoch whose numbers are its.
+WRONG_THROUGH = "wrong_through"
+#: Until version 2, these were measured of the squared error whatever loss was trained.
+_OF_THE_LOSS = ("gradient_rms", "gradient_max", "gradient_norm", "hessian_eigenvalue")
+#: What is to be told of them.
+WRONG = (
+    "of the squared error, though cross entropy was trained: tsdyn before 0.2 (archives of schema 2 and below) "
+    "measured them so; run the experiment anew into another directory"
+)
+
+
+def wrong_variables(version: object, through: object, experiment: str) -> tuple[str, ...]:
+    """Variables whose numbers are wrong in a file, by what it says of itself.
+
+    Args:
+        version: Its schema version.
+        through: Its attribute `WRONG_THROUGH`, None if it has none.
+        experiment: Its experiment, TOML.
+    """
+    if through is None and not (isinstance(version, int) and version <= 2):
+        return ()
+    try:
+        trained = tomllib.loads(experiment).get("training", {}).get("loss", "mse")
+    except (tomllib.TOMLDecodeError, AttributeError, RecursionError):
+        return ()
+    return _OF_THE_LOSS if trained == "cross_entropy" else ()
 
 
 class SchemaError(ValueError):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
+from typing import TypeAlias, assert_never
 
 import numpy as np
 import torch
@@ -14,12 +16,8 @@ from tsdyn.activations import activation
 from tsdyn.data import generator
 from tsdyn.experiment import Experiment, ExperimentError
 from tsdyn.networks import Network, require_plain
+from tsdyn.node_pairs import is_winner
 from tsdyn.teachers import draw_teacher, from_file, network_of, uniform_start
-
-#: Starts that need the teacher.
-NEAR = ("near-teacher", "same-direction", "same-sign")
-#: Starts from the winners of an earlier run.
-REWOUND = ("rewind", "rewind-reinitialised")
 
 
 def draw_student(experiment: Experiment, seed: int, teacher: Network | None = None) -> Network:
@@ -47,22 +45,29 @@ def draw_student(experiment: Experiment, seed: int, teacher: Network | None = No
         ExperimentError: if a file or archive cannot be used.
     """
     student = experiment.student
-    if student.init == "file":
-        found = from_file(experiment, str(student.path), student, experiment.student_widths)
-        return found.to(getattr(torch, experiment.dtype))
-    if teacher is None and (student.init in NEAR or student.toward_weakest != "free"):
+    sign = {"free": 0.0, "adversarial": -1.0, "helped": 1.0}[student.toward_weakest]
+    if teacher is None and (student.init in _NEAR or sign):
         teacher = draw_teacher(experiment, seed)
-    weights, biases = _rewound(experiment, seed) if student.init in REWOUND else _drawn(experiment, seed)
-    if teacher is not None:
-        if student.init in NEAR:
-            pairs = zip(weights, biases, teacher.weights, teacher.biases, strict=True)
-            moved = [_near(student.init, w, b, w_star, b_star) for w, b, w_star, b_star in pairs]
+    match student.init:
+        case "file":
+            found = from_file(experiment, str(student.path), student, experiment.student_widths)
+            return found.to(getattr(torch, experiment.dtype))
+        case "gaussian" | "torch":
+            weights, biases = _drawn(experiment, seed)
+        case "rewind" | "rewind-reinitialised":
+            weights, biases = _rewound(experiment, seed)
+        case "near-teacher" | "same-direction" | "same-sign":
+            assert teacher is not None
+            pairs = zip(*_drawn(experiment, seed), teacher.weights, teacher.biases, strict=True)
+            moved = [_NEAR[student.init](w, b, *_taught(w, b, w_star, b_star)) for w, b, w_star, b_star in pairs]
             weights, biases = [w for w, _ in moved], [b for _, b in moved]
-        if student.toward_weakest != "free":
-            sign = -1.0 if student.toward_weakest == "adversarial" else 1.0
-            facing = weights[0].flatten(1) @ teacher.weights[0][-1].to(weights[0]).flatten()
-            turned = (sign * facing < 0).view(-1, *([1] * (weights[0].ndim - 1)))
-            weights[0] = torch.where(turned, -weights[0], weights[0])
+        case other:
+            assert_never(other)
+    if sign:
+        assert teacher is not None
+        facing = weights[0].flatten(1) @ teacher.weights[0][-1].to(weights[0]).flatten()
+        turned = (sign * facing < 0).view(-1, *([1] * (weights[0].ndim - 1)))
+        weights[0] = torch.where(turned, -weights[0], weights[0])
     if experiment.training.normalize:
         weights[:-1] = [w / w.flatten(1).norm(dim=1).view(-1, *([1] * (w.ndim - 1))) for w in weights[:-1]]
     if student.shrink != 1.0:
@@ -75,12 +80,20 @@ def _drawn(experiment: Experiment, seed: int) -> tuple[list[Tensor], list[Tensor
     """Parameters that know no teacher, float64; for ``near-teacher`` the noise."""
     student, rng = experiment.student, generator(seed, "student")
     shapes = experiment.weight_shapes(experiment.student_widths)
-    if student.init not in ("gaussian", "near-teacher"):
-        return uniform_start(shapes, rng)
+    match student.init:
+        case "gaussian":
+            noisy = False
+        case "near-teacher":
+            noisy = True
+        case "torch" | "same-direction" | "same-sign" | "rewind" | "rewind-reinitialised":
+            return uniform_start(shapes, rng)
+        case "file":
+            raise ValueError("student.init = 'file' draws nothing")
+        case other:
+            assert_never(other)
     weights, biases = [], []
     for shape in shapes:
         weights.append(torch.from_numpy(rng.standard_normal(shape) * student.scale))
-        noisy = student.init == "near-teacher"
         bias = rng.standard_normal(shape[0]) * student.scale if noisy else np.zeros(shape[0])
         biases.append(torch.from_numpy(bias))
     return weights, biases
@@ -91,10 +104,7 @@ def winners(correlation: np.ndarray) -> np.ndarray:
 
     Source: Tian et al. (2019), section 1 (lottery tickets).
     """
-    alive = correlation[~np.isnan(correlation).all(1)]
-    won = np.zeros(correlation.shape[1], bool)
-    won[np.nanargmax(alive, axis=1)] = True
-    return won
+    return np.asarray(is_winner(correlation) == 1)
 
 
 def _rewound(experiment: Experiment, seed: int) -> tuple[list[Tensor], list[Tensor]]:
@@ -143,16 +153,31 @@ def _rewound(experiment: Experiment, seed: int) -> tuple[list[Tensor], list[Tens
     return weights, biases
 
 
-def _near(init: str, weight: Tensor, bias: Tensor, taught: Tensor, offset: Tensor | None) -> tuple[Tensor, Tensor]:
-    """One layer moved towards the teacher's."""
-    taught = taught.to(weight)
-    offset = torch.zeros_like(bias) if offset is None else offset.to(bias)
-    if init == "near-teacher":
-        return taught + weight, offset + bias
-    if init == "same-direction":
-        ratio = weight.norm() / taught.norm()
-        return taught * ratio, offset * ratio
+Layer: TypeAlias = tuple[Tensor, Tensor]
+
+
+def _taught(weight: Tensor, bias: Tensor, taught: Tensor, offset: Tensor | None) -> Layer:
+    """The teacher's weight and bias as the student's are."""
+    return taught.to(weight), torch.zeros_like(bias) if offset is None else offset.to(bias)
+
+
+def _near_teacher(weight: Tensor, bias: Tensor, taught: Tensor, offset: Tensor) -> Layer:
+    return taught + weight, offset + bias
+
+
+def _same_direction(weight: Tensor, bias: Tensor, taught: Tensor, offset: Tensor) -> Layer:
+    ratio = weight.norm() / taught.norm()
+    return taught * ratio, offset * ratio
+
+
+def _same_sign(weight: Tensor, bias: Tensor, taught: Tensor, offset: Tensor) -> Layer:
     return torch.where(weight * taught < 0, -weight, weight), torch.where(bias * offset < 0, -bias, bias)
+
+
+#: Starts that need the teacher: one layer's weight and bias, moved towards the teacher's.
+_NEAR: Mapping[str, Callable[[Tensor, Tensor, Tensor, Tensor], Layer]] = {
+    "near-teacher": _near_teacher, "same-direction": _same_direction, "same-sign": _same_sign,
+}  # fmt: skip
 
 
 def warm_start(teacher: Network, nodes: int) -> Network:

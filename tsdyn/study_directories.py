@@ -11,7 +11,7 @@ from pathlib import Path
 import xarray as xr
 
 from tsdyn import netcdf
-from tsdyn.durable import DirectoryError, refuse_link
+from tsdyn.whole_files import DirectoryError, refuse_link
 
 EXPERIMENT = "experiment.toml"
 #: Result → keys that only such an experiment file has.

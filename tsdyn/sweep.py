@@ -19,14 +19,15 @@ from typing import TYPE_CHECKING, Any, assert_never
 
 import xarray as xr
 
-from tsdyn import archive, costs, grid, images, memory, runner
-from tsdyn.durable import ArchiveError, refuse_link
+from tsdyn import archive, costs, images, memory, runner, sweep_directory
 from tsdyn.experiment import Experiment, ExperimentError
-from tsdyn.index import Index
+from tsdyn.headers import Headers
 from tsdyn.interrupts import Stopped, stopping
 from tsdyn.members import kinship
-from tsdyn.segments import segments
+from tsdyn.own_modules import Maker, described
+from tsdyn.run_directory import segments
 from tsdyn.sweep_axes import swept_keys
+from tsdyn.whole_files import ArchiveError, refuse_link
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -91,14 +92,15 @@ def _check_data(experiment: Experiment, path: str | Path, scheduler: str | None)
 
 def due(experiment: Experiment, path: str | Path) -> dict[str, Experiment]:
     """Directory name → experiment of each point that is not finished in `path`; ``.`` for one without a sweep."""
-    directory, points = archive.local_path(path), _points(experiment)
+    directory = archive.local_path(path)
+    points = _points(experiment, directory)
     return {name: single for name, single in points.items() if not _finished(directory / name, single)}
 
 
-def _points(experiment: Experiment) -> dict[str, Experiment]:
+def _points(experiment: Experiment, path: Path) -> dict[str, Experiment]:
     if not experiment.sweep:
         return {".": experiment}
-    return {grid.point_name(values): single for values, single in experiment.points()}
+    return {name: single for name, (_, single) in sweep_directory.named_points(path, experiment).items()}
 
 
 def estimate(points: Mapping[str, Experiment], *, device: str = "cpu") -> dict[str, costs.Cost]:
@@ -144,6 +146,8 @@ def run(
     together: bool | None = None,
     progress: runner.Progress | None = None,
     point: PointProgress | None = None,
+    student: Maker | None = None,
+    teacher: Maker | None = None,
 ) -> xr.Dataset:
     """Run an experiment, or every point of its sweep, into `path`; resumes what was committed.
 
@@ -160,6 +164,8 @@ def run(
             member by member and gains nothing by it.
         progress: Told after every epoch, see `runner.Progress`; by workers twice a second at most.
         point: For a sweep, told before each point; returns that point's progress, None for `progress`.
+        student, teacher: Make an ``nn.Module`` of the user's own to be the student or the teacher (`own_modules`);
+            called once per seed, here and not by workers.
 
     Returns:
         The lazy archive; the swept keys of a sweep are its leading dimensions.
@@ -174,14 +180,17 @@ def run(
     _check_workers(workers, scheduler)
     _check_data(experiment, path, scheduler)
     distributed = workers is not None or scheduler is not None
+    if distributed and (student is not None or teacher is not None):
+        raise WorkersError("student, teacher: modules passed from Python train in this process; leave workers out")
+    experiment = described(experiment, student=student, teacher=teacher)
     if scheduler is None:
         runner.check_device(device)
     path = archive.local_path(path).absolute() if distributed else archive.local_path(path)
     if not experiment.sweep and not distributed:
-        return runner.run(experiment, path, device=device, progress=progress)
+        return runner.run(experiment, path, device=device, progress=progress, student=student, teacher=teacher)
     points = archive.write_sweep(path, experiment) if experiment.sweep else {".": experiment}
     left = due(experiment, path)
-    keeper = _IndexKeeper(path)
+    keeper = _IndexKeeper(path, points)
     places = {name: position for position, name in enumerate(points, start=1)}
     failures: dict[str, str] = {}
     for name in points if experiment.sweep else ():
@@ -216,11 +225,11 @@ def run(
         for group in companies(left, 1, memory.free(device) // 2) if together else _apart(left):
             reports = {path / name: report for name, report in telling(group).items()}
             paths = {path / name: single for name, single in group.items()}
-            failed = runner.run_together(paths, device=device, progress=reports)
+            failed = runner.run_together(paths, device=device, progress=reports, student=student, teacher=teacher)
             for name in group:
                 ended(name, _reason(failed[path / name]) if path / name in failed else None)
     if experiment.sweep:
-        keeper.write(points)
+        keeper.write()
     if failures:
         raise SweepError(path, failures, len(points))
     return archive.open(path)
@@ -241,23 +250,23 @@ def _finished(path: Path, experiment: Experiment) -> bool:
 class _IndexKeeper:
     """Writes the sweep's index as its points are finished; a cache, so what is lost is read again."""
 
-    def __init__(self, path: Path) -> None:
-        self._index, self._clock = Index(path), time.monotonic()
+    def __init__(self, path: Path, points: Mapping[str, Experiment]) -> None:
+        self._headers, self._points, self._clock = Headers(path), points, time.monotonic()
 
     def note(self, name: str) -> None:
         self._read(name)
         if time.monotonic() - self._clock >= INDEX_SECONDS:
-            self._index.write()
+            self._headers.write()
             self._clock = time.monotonic()
 
-    def write(self, points: Mapping[str, Experiment]) -> None:
-        for name in points:
+    def write(self) -> None:
+        for name in self._points:
             self._read(name)
-        self._index.write()
+        self._headers.write()
 
     def _read(self, name: str) -> None:
         try:
-            self._index.finished(name)
+            self._headers.finished(name, lambda: self._points[name])
         except ArchiveError as error:
             logging.getLogger("tsdyn").warning("%s", error)
 

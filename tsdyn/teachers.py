@@ -6,6 +6,7 @@ import functools
 import itertools
 import math
 from collections.abc import Sequence
+from typing import assert_never
 
 import numpy as np
 import torch
@@ -77,13 +78,16 @@ def draw_teacher(experiment: Experiment, seed: int) -> Network:
             balanced teacher's output is constant, the data have no labels, or a state dict does not fit.
     """
     teacher, rng = experiment.teacher, generator(seed, "teacher")
-    if teacher.init == "file":
-        network = from_file(experiment, str(teacher.path), teacher, teacher.widths)
-    elif teacher.init == "trained":
-        start = uniform_start(experiment.weight_shapes(teacher.widths), rng)
-        network = _on_labels(experiment, seed, network_of(experiment, *start, who=teacher), rng, teacher.train_epochs)
-    else:
-        network = _drawn(experiment, rng)
+    match teacher.init:
+        case "file":
+            network = from_file(experiment, str(teacher.path), teacher, teacher.widths)
+        case "trained":
+            start = network_of(experiment, *uniform_start(experiment.weight_shapes(teacher.widths), rng), who=teacher)
+            network = _on_labels(experiment, seed, start, rng, teacher.train_epochs)
+        case "separated" | "orthonormal" | "gaussian":
+            network = _drawn(experiment, rng)
+        case other:
+            assert_never(other)
     if teacher.prune:
         network, _ = prune(network, teacher.prune)
         if teacher.init == "trained" and teacher.finetune_epochs:
@@ -137,13 +141,21 @@ def _drawn(experiment: Experiment, rng: np.random.Generator) -> Network:
 
 def _rows(experiment: Experiment, rng: np.random.Generator, nodes: int, below: int, *, lowest: bool) -> np.ndarray:
     teacher = experiment.teacher
-    if teacher.init == "separated":
-        return separated_rows(rng, nodes, below, teacher.choices)
-    if teacher.init == "gaussian":
-        return rng.standard_normal((nodes, below)) * teacher.scale
-    if lowest and nodes > below:
-        raise ExperimentError(f"teacher.init = 'orthonormal': {nodes} orthonormal rows do not fit in {below} inputs")
-    return orthonormal(rng, nodes, below)
+    match teacher.init:
+        case "separated":
+            return separated_rows(rng, nodes, below, teacher.choices)
+        case "gaussian":
+            return rng.standard_normal((nodes, below)) * teacher.scale
+        case "orthonormal":
+            if lowest and nodes > below:
+                raise ExperimentError(
+                    f"teacher.init = 'orthonormal': {nodes} orthonormal rows do not fit in {below} inputs"
+                )
+            return orthonormal(rng, nodes, below)
+        case "trained" | "file":
+            raise ValueError(f"teacher.init = {teacher.init!r} draws no rows")
+        case other:
+            assert_never(other)
 
 
 def uniform_start(shapes: Sequence[tuple[int, ...]], rng: np.random.Generator) -> tuple[list[Tensor], list[Tensor]]:

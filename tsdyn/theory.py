@@ -69,13 +69,14 @@ class Coupling:
     B: Float[Tensor, "sample node node_1"]
 
 
-def backpropagated_gradients(student: Network, trace: Trace, teacher_output: Outputs) -> list[Tensor]:
-    """g_l(x) for l = 1..L, each (sample, node): the negative gradient of ½‖f* − f‖² at the pre-activation.
+def backpropagated_gradients(student: Network, trace: Trace, residual: Outputs) -> list[Tensor]:
+    """g_l(x) for l = 1..L, each (sample, node): the negative gradient of a loss at the pre-activation.
 
-    g_L = f* − f, g_l = (W_{l+1}ᵀ g_{l+1}) ∘ σ'(z_l).  Source: Tian (2020), Eq. 1.
+    g_L is given (`residual`, the negative gradient at the output: f* − f for ½‖f* − f‖²), and
+    g_l = (W_{l+1}ᵀ g_{l+1}) ∘ σ'(z_l).  Source: Tian (2020), Eq. 1.
     """
     require_plain("backpropagated_gradients", student)
-    gradient = teacher_output - trace.output
+    gradient = residual
     found = [gradient]
     for layer in range(student.depth - 1, 0, -1):
         gradient = (gradient @ student.weights[layer]) * trace.gates[layer - 1]
@@ -96,7 +97,8 @@ def backpropagated_gradient(student: Network, teacher: Network, x: ArrayLike | T
     x = inputs(caller, x, student, teacher)
     check_layer(caller, layer, student)
     check_outputs(caller, student, teacher)
-    return backpropagated_gradients(student, student.trace(x), teacher(x))[layer - 1]
+    trace = student.trace(x)
+    return backpropagated_gradients(student, trace, teacher(x) - trace.output)[layer - 1]
 
 
 def output_jacobian(net: Network, x: ArrayLike | Tensor, layer: int) -> Tensor:
@@ -213,7 +215,7 @@ def lemma1_residual(student: Network, teacher: Network, x: Samples, *, memory: i
     with torch.no_grad():
         for part in batches(caller, x, student, teacher, numbers=per_sample, memory=memory):
             own, taught = student.trace(part), teacher.trace(part)
-            gradients = backpropagated_gradients(student, own, taught.output)
+            gradients = backpropagated_gradients(student, own, taught.output - own.output)
             for layer in range(1, student.depth + 1):
                 pair = _coupling(student, own, teacher, taught, layer)
                 gate = own.gates[layer - 1]
@@ -289,7 +291,7 @@ def luck_matters_updates(
         for part in batches(caller, x, student, teacher, numbers=per_sample, memory=memory):
             samples += len(part)
             own, taught = student.trace(part), teacher.trace(part)
-            gradients = backpropagated_gradients(student, own, taught.output)
+            gradients = backpropagated_gradients(student, own, taught.output - own.output)
             f, f_star = [part, *own.activations], [part, *taught.activations]
             for layer in range(1, depth + 1):
                 below, below_star = _with_one(f[layer - 1]), _with_one(f_star[layer - 1])

@@ -6,8 +6,8 @@ from tsdyn.analysis.members import member
 
 import tsdyn
 from tests.cases import small
-from tests.test_theory import scaled_network
 from tsdyn import alignment, theory
+from tsdyn.teachers import draw_teacher
 
 RECORD = ["mse", "correlation", "fanout_norm", "weight", "moments", "lemma1_residual", "alignment", "gradient_max"]
 
@@ -118,7 +118,7 @@ def perfect(width, teacher, extra, fanout):
 def test_theorem_2_and_its_corollary_judge_the_fanouts_of_unaligned_nodes(run, monkeypatch):
     """Students that are their teachers, and four spare nodes of their own."""
     draw = torch.Generator().manual_seed(0)
-    teachers = [scaled_network((10, 4, 6), "relu", 0.0, True, seed) for seed in range(3)]
+    teachers = [draw_teacher(tsdyn.Experiment.from_toml_text(run.attrs["experiment"]), seed) for seed in range(3)]
     extra = torch.randn(4, 10, generator=draw, dtype=torch.float64)
     silent = torch.zeros(6, 4, dtype=torch.float64)
     ds = placed(run, [perfect(8, t, extra, silent) for t in teachers], teachers)

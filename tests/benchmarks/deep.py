@@ -15,10 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, stack_module_state, vmap
 
-from tsdyn import convolution, deeptraining
-from tsdyn.deeptraining import DeepEnsemble, train_epoch
+from tsdyn import convolution, propagated
+from tsdyn.batches import finite_stream
+from tsdyn.ensemble import Ensemble
 from tsdyn.networks import Network
-from tsdyn.training import Rule, finite_stream
+from tsdyn.rules import Rule
+from tsdyn.train import train_epoch
 
 IMAGE, CHANNELS, OUTPUTS, SAMPLES, RATE = (1, 16, 16), (16, 16, 16, 16), 100, 512, 1e-3
 
@@ -60,7 +62,7 @@ class Problem:
         self.batch, self.count = batch, members * steps
 
     def engine(self) -> Callable[[], object]:
-        ensemble = DeepEnsemble.of([Network.from_torch(m, image=IMAGE) for m in self.modules])
+        ensemble = Ensemble.of([Network.from_torch(m, image=IMAGE) for m in self.modules])
         stream, rule = finite_stream(self.x, self.y, self.rows), Rule(RATE)
         return lambda: train_epoch(ensemble, stream, rule, batch=self.batch)
 
@@ -71,7 +73,7 @@ class Problem:
         def without() -> None:
             with (
                 patch.object(convolution, "serves", lambda x: False),
-                patch.object(deeptraining, "BLOCK_BYTES", 1 << 24),
+                patch.object(propagated, "BLOCK_BYTES", 1 << 24),
             ):
                 work()
 

@@ -18,7 +18,7 @@ import netCDF4
 import torch
 
 import tsdyn
-from tsdyn import netcdf, schema, segments
+from tsdyn import netcdf, run_directory, schema
 from tsdyn.members import Members
 
 
@@ -52,24 +52,27 @@ def costs(folder: Path, epochs: int, steps: int) -> None:
     plain.set_auto_maskandscale(False)
     names = (*schema.expand(of.record.observables), *schema.CONSTANTS)
     netcdf.create(plain, of.layout, of.schedule, names, of.dtype, {})
-    commit, consolidate = segments.Run.commit, segments.Run.consolidate
+    commit, consolidate = run_directory.RunDirectory.commit, run_directory.RunDirectory.consolidate
 
     def timed(name: str, work: Callable[..., None], *given: Any) -> None:
         start = time.perf_counter()
         work(*given)
         spent[name] += time.perf_counter() - start
 
-    def committing(run: segments.Run, first: int, last: int, held: Any, records: Any, *rest: Any) -> None:
+    def committing(run: run_directory.RunDirectory, first: int, last: int, held: Any, records: Any, *rest: Any) -> None:
         nonlocal commits
         commits += 1
         timed("commit", commit, run, first, last, held, records, *rest)
         timed("append", append, plain, of.layout, first, records, len(held))
 
-    def joining(run: segments.Run, attrs: Any) -> None:
+    def joining(run: run_directory.RunDirectory, attrs: Any) -> None:
         timed("append", plain.close)
         timed("consolidate", consolidate, run, attrs)
 
-    with patch.object(segments.Run, "commit", committing), patch.object(segments.Run, "consolidate", joining):
+    with (
+        patch.object(run_directory.RunDirectory, "commit", committing),
+        patch.object(run_directory.RunDirectory, "consolidate", joining),
+    ):
         start = time.perf_counter()
         tsdyn.run(of, folder / "run")
         whole = time.perf_counter() - start - spent["append"]
@@ -100,7 +103,7 @@ def resuming(folder: Path, megabytes: int) -> None:
     of = experiment(1, 5)
     epochs = int(megabytes * 1e6 / netcdf.bytes_per_epoch(of.layout, schema.expand(of.record.observables), of.dtype))
     of, longer, path = experiment(epochs, 5), experiment(epochs + 1, 5), folder / "run"
-    with patch.object(segments.Run, "consolidate", lambda *_: None):
+    with patch.object(run_directory.RunDirectory, "consolidate", lambda *_: None):
         tsdyn.run(of, path)
     files = list((path / "segments").glob("*.nc"))
     size = sum(file.stat().st_size for file in files) / 1e6

@@ -15,8 +15,11 @@ import torch
 from torch import Tensor
 from torch.func import functional_call, grad, vmap
 
+from tsdyn.batches import finite_stream
+from tsdyn.ensemble import Ensemble
 from tsdyn.networks import Network
-from tsdyn.training import Ensemble, Rule, finite_stream, train_epoch
+from tsdyn.rules import Rule
+from tsdyn.train import train_epoch
 
 RATE = 0.01
 SAMPLES = 10_000

@@ -17,14 +17,14 @@ from unittest.mock import patch
 import torch
 
 import tsdyn
-from tsdyn import forward, segments
+from tsdyn import forward, run_directory
 from tsdyn.members import Members
 
 PARTS = {
     "training": (Members, "train"),
     "recording": (Members, "measure"),
-    "committing": (segments.Run, "commit"),
-    "joining": (segments.Run, "consolidate"),
+    "committing": (run_directory.RunDirectory, "commit"),
+    "joining": (run_directory.RunDirectory, "consolidate"),
 }
 
 

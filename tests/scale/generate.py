@@ -9,9 +9,9 @@ import netCDF4
 import numpy as np
 
 from tests.cases import small
-from tsdyn import grid, netcdf, schema
+from tsdyn import netcdf, schema, sweep_directory
 from tsdyn.experiment import Experiment
-from tsdyn.segments import ARCHIVE, EXPERIMENT
+from tsdyn.run_directory import ARCHIVE, EXPERIMENT
 
 #: About 100 MB a run: what the large archives are made of.
 LARGE = small(
@@ -60,7 +60,7 @@ def _write(task: tuple[Path, str, int]) -> int:
 
 def sweep(path: Path, experiment: Experiment) -> int:
     """Every point of `experiment` as a finished run below `path`; returns the bytes of all."""
-    points = grid.write_sweep(path, experiment)
+    points = sweep_directory.write_sweep(path, experiment)
     tasks = [(path / name, single.to_toml(), position) for position, (name, single) in enumerate(points.items())]
     with multiprocessing.get_context("fork").Pool(2) as pool:
         return sum(pool.imap_unordered(_write, tasks, chunksize=4))

@@ -20,8 +20,8 @@ import tsdyn
 from tests.cases import small
 from tests.scale import generate
 from tests.scale import reading as read
-from tsdyn import grid, sweep
-from tsdyn.index import INDEX, Index
+from tsdyn import sweep, sweep_directory
+from tsdyn.headers import INDEX, Headers
 
 #: dask's limit for each worker.
 MEMORY = "2GiB"
@@ -99,9 +99,9 @@ def opening(scratch: Path, asked: argparse.Namespace) -> None:
         generate.sweep(path, generate.swept(generate.MANY, asked.runs))
     if not (path / INDEX).exists():
         began = time.perf_counter()
-        index = Index(path)
-        for name in grid.sweep_points(path):
-            index.finished(name)
+        index = Headers(path)
+        for name, (_, single) in sweep_directory.sweep_points(path).items():
+            index.finished(name, lambda expected=single: expected)
         index.write()
         print(f"index from the files' headers: {time.perf_counter() - began:.0f} s", flush=True)
     began = time.perf_counter()

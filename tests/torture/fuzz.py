@@ -27,7 +27,7 @@ from dask.distributed import Client as Client
 import tsdyn
 from tests.cases import small
 from tests.torture.harness import FINISHED, SEGMENTED, fork, fresh, same, training
-from tsdyn import cli, costs, durable, integrity, runner, sweep
+from tsdyn import cli, costs, integrity, runner, sweep, whole_files
 from tsdyn.archive import ArchiveError
 from tsdyn.experiment import Experiment, ExperimentError
 from tsdyn.members import Members
@@ -173,13 +173,13 @@ def archives(scratch: Path, rng: random.Random, number: int) -> str:
         before = (path / file).read_bytes()
         way, content = _mutated(before, donors, rng)
         (path / file).write_bytes(content)
-        seal = durable.seal_of(path / file)
+        seal = whole_files.seal_of(path / file)
         kept = seal.exists() and rng.random() < 0.8
         if seal.exists() and not kept:  # a seal that agrees with what is there now, or none
             if rng.random() < 0.5:
                 seal.unlink()
             else:
-                seal.write_text(f"{durable.sha256(path / file)}  {file.name}\n")
+                seal.write_text(f"{whole_files.sha256(path / file)}  {file.name}\n")
         repaired, going_on = rng.random() < 0.3, rng.random() < 0.3
         analysed = kind != "sweep" and rng.random() < 0.05  # half a second each
         verbs = ("show", "validate", *(("audit",) if analysed else ()))
@@ -243,7 +243,7 @@ def _but_for_nan(found: xr.Dataset, whole: xr.Dataset, repaired: bool) -> bool:
 
 
 def _stop_before_the_end() -> None:
-    runner.Run.consolidate = lambda self, attrs: None  # type: ignore[method-assign]
+    runner.RunDirectory.consolidate = lambda self, attrs: None  # type: ignore[method-assign]
     tsdyn.archive.open = lambda path: None  # type: ignore[assignment]
 
 

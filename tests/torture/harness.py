@@ -23,7 +23,7 @@ import xarray as xr
 import tsdyn
 from tests.cases import small
 from tsdyn import integrity, runner
-from tsdyn.archive import ArchiveError, Run
+from tsdyn.archive import ArchiveError, RunDirectory
 
 SEGMENTED = small(
     teacher__widths=[5, 3, 2],
@@ -104,14 +104,14 @@ def training(path: Path, epochs: int, before: Callable[[], None] = lambda: None)
     """A run of `SEGMENTED` for so many epochs, one segment an epoch, that tells of each commit."""
 
     def work(pipe: int) -> None:
-        commit = Run.commit
+        commit = RunDirectory.commit
 
-        def telling(self: Run, first: int, last: int, *rest: object) -> None:
+        def telling(self: RunDirectory, first: int, last: int, *rest: object) -> None:
             commit(self, first, last, *rest)  # type: ignore[arg-type]
             os.write(pipe, struct.pack("<i", last))
             shim.torture_mark(ctypes.c_long(last))
 
-        Run.commit = telling  # type: ignore[method-assign]
+        RunDirectory.commit = telling  # type: ignore[method-assign]
         runner.COMMIT_SECONDS = 0.0
         before()
         tsdyn.run(SEGMENTED.replace({"training.epochs": epochs}), path)

@@ -24,7 +24,7 @@ from dask.distributed import Client, LocalCluster
 import tsdyn
 from tests.torture import trace
 from tests.torture.harness import FAILED, FINISHED, SEGMENTED, Law, arm, fork, fresh, operations, same, shim, training
-from tsdyn import durable
+from tsdyn import whole_files
 
 
 def kills(scratch: Path, rng: random.Random, number: int) -> str:
@@ -158,12 +158,12 @@ def full_disks(scratch: Path, rng: random.Random, number: int) -> str:
         room = rng.randint(60_000, 2 * whole)
         path = fresh(base / "run")
         if mounted:
-            _mount(base, f"remount,size={'1g' if limited else room + (0 if blind else durable.MARGIN)}")
+            _mount(base, f"remount,size={'1g' if limited else room + (0 if blind else whole_files.MARGIN)}")
 
         def before(blind: bool = blind, limited: bool = limited, room: int = room) -> None:
             if blind:
                 usage = shutil.disk_usage(base)._replace(free=1 << 40)
-                durable.shutil.disk_usage = lambda _: usage
+                whole_files.shutil.disk_usage = lambda _: usage
             if limited:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (room // 4, room // 4))
 

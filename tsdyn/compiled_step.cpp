@@ -1,4 +1,4 @@
-// Training steps of one member at a time, whole epochs without leaving the cache; see kernel.py.
+// Training steps of one member at a time, whole epochs without leaving the cache; see compiled_step.py.
 //
 // Every product of a step is the same small one, C <- beta C + A B, with the columns of B and C contiguous:
 //
@@ -19,11 +19,12 @@
 #include <utility>
 #include <vector>
 
+#include "job.hpp"
 #include "product.hpp"
 
 extern "C" {
 
-// Mirrored by kernel.Job.
+// Mirrored by compiled_step.Job.
 struct Job {
     int64_t depth;
     const int64_t* widths;  // input, hidden ..., output
@@ -41,6 +42,14 @@ struct Job {
     int64_t taken;          // steps before these
 };
 }
+
+TSDYN_EXPORT_JOB(
+    TSDYN_FIELD(depth), TSDYN_FIELD(widths), TSDYN_FIELD(batch), TSDYN_FIELD(steps), TSDYN_FIELD(samples),
+    TSDYN_FIELD(leak), TSDYN_FIELD(weights), TSDYN_FIELD(biases), TSDYN_FIELD(first_weights),
+    TSDYN_FIELD(first_biases), TSDYN_FIELD(second_weights), TSDYN_FIELD(second_biases), TSDYN_FIELD(inputs),
+    TSDYN_FIELD(targets), TSDYN_FIELD(rows), TSDYN_FIELD(rates), TSDYN_FIELD(momentum), TSDYN_FIELD(weight_decay),
+    TSDYN_FIELD(beta_1), TSDYN_FIELD(beta_2), TSDYN_FIELD(epsilon), TSDYN_FIELD(adam), TSDYN_FIELD(normalize),
+    TSDYN_FIELD(frozen), TSDYN_FIELD(taken))
 
 namespace {
 

@@ -1,6 +1,6 @@
-// What a network makes of a data set, in one pass that never leaves the cache; see forward.py.
+// What a network makes of a data set, in one pass that never leaves the cache; see compiled_sums.py.
 //
-// Samples go through in pieces of kColumns, node by sample as in kernel.cpp.  Of each block of samples there stay, written
+// Samples go through in pieces of kColumns, node by sample as in compiled_step.cpp.  Of each block of samples there stay, written
 // one after another: sum of squared errors; then for each hidden layer that has a teacher's activations beside it
 // mean, sum of squares about it, least and greatest of every node (node); and sum over samples of
 // (f - shift) t (node, teacher_node, rows padded), with the shift (node): the mean of the block's first piece, so that
@@ -15,11 +15,12 @@
 #include <new>
 #include <vector>
 
+#include "job.hpp"
 #include "product.hpp"
 
 extern "C" {
 
-// Mirrored by forward.Job.
+// Mirrored by compiled_sums.Job.
 struct Job {
     int64_t depth;
     const int64_t* widths;  // input, hidden ..., output
@@ -33,6 +34,11 @@ struct Job {
     int64_t numbers;
 };
 }
+
+TSDYN_EXPORT_JOB(
+    TSDYN_FIELD(depth), TSDYN_FIELD(widths), TSDYN_FIELD(samples), TSDYN_FIELD(block), TSDYN_FIELD(leak),
+    TSDYN_FIELD(weights), TSDYN_FIELD(biases), TSDYN_FIELD(inputs), TSDYN_FIELD(targets), TSDYN_FIELD(teacher_widths),
+    TSDYN_FIELD(teachers), TSDYN_FIELD(found), TSDYN_FIELD(numbers))
 
 namespace {
 

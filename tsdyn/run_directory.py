@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+import secrets
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import netCDF4
 import numpy as np
 
-from tsdyn import netcdf, study_directories
-from tsdyn.durable import (
+from tsdyn import joining, netcdf, study_directories
+from tsdyn.experiment import Experiment, differences
+from tsdyn.lock import NAME as LOCK
+from tsdyn.lock import Lock
+from tsdyn.netcdf import State
+from tsdyn.schema import VARIABLES, WRONG_THROUGH, Label
+from tsdyn.sweep_axes import axes, places
+from tsdyn.whole_files import (
     SUFFIX,
     ArchiveError,
     DirectoryError,
@@ -32,21 +38,15 @@ from tsdyn.durable import (
     write_bytes,
     write_text,
 )
-from tsdyn.experiment import Experiment, differences
-from tsdyn.lock import NAME as LOCK
-from tsdyn.lock import Lock
-from tsdyn.netcdf import State
-from tsdyn.schema import VARIABLES, Label, recorded
-from tsdyn.sweep_axes import axes, places
 
 EXPERIMENT = "experiment.toml"
 ARCHIVE = "archive.nc"
 SEGMENTS = "segments"
+#: Attribute of all files of one run, drawn when it begins: what one of them has committed, later ones hold.
+RUN = "run"
 
-#: Consolidation holds about this much of the archive in memory.  Above 32 MB the allocator maps every block anew, and
-#: its pages cost as much as what is read into them.
-BLOCK_BYTES = 1 << 24
-OPEN_FILES = 256
+#: Attribute of an archive: epochs that it holds beyond its schedule, since shorter runs that it extends recorded them.
+KEPT = "kept_epochs"
 _SEGMENT = re.compile(r"epoch-(\d{6,})-(\d{6,})\.nc")
 
 #: Variable → one array (seed, epoch), or one a layer from the lowest up, (seed, epoch, node...); constants: no epoch.
@@ -154,7 +154,7 @@ def _sign(path: Path, experiment: Experiment) -> None:
         write_text(path / EXPERIMENT, experiment.to_toml())
 
 
-class Run:
+class RunDirectory:
     """The directory of one run, held for writing.
 
     Use as a context manager: entering takes the lock and clears what an interrupted writer left, leaving gives the
@@ -172,14 +172,17 @@ class Run:
 
     def __init__(self, path: str | Path, experiment: Experiment) -> None:
         if experiment.sweep:
-            raise ValueError("Run: the experiment has a sweep; each point of it is a run (tsdyn.run does this)")
+            raise ValueError(
+                "RunDirectory: the experiment has a sweep; each point of it is a run (tsdyn.run does this)"
+            )
         self.path = local_path(path)
         self.experiment = experiment
         self.layout = experiment.layout
-        self.variables = recorded(experiment.kind, experiment.record.observables)
+        self.variables = experiment.recorded()
         self._lock = Lock(self.path)
+        self._run: str | None = None
 
-    def __enter__(self) -> Run:
+    def __enter__(self) -> RunDirectory:
         if not _claimed(self.path, self.experiment):
             make_directory(self.path)
         for name in (LOCK, EXPERIMENT, ARCHIVE, SEGMENTS):
@@ -233,7 +236,7 @@ class Run:
         (self.path / ARCHIVE).rename(target)
         sync_directory(self.path / SEGMENTS)
         sync_directory(self.path)
-        seal_of(self.path / ARCHIVE).unlink()
+        seal_of(self.path / ARCHIVE).unlink(missing_ok=True)
 
     @property
     def finished(self) -> bool:
@@ -249,6 +252,16 @@ class Run:
         """Last committed epoch of training, None before the first commit."""
         found = segments(self.path)
         return found[-1].last if found else None
+
+    def _own_attrs(self) -> dict[str, str]:
+        """The attribute `RUN`: that of the last segment, drawn where there is none yet."""
+        if self._run is None:
+            found = segments(self.path)
+            self._run = secrets.token_hex(8)
+            if found:
+                with netcdf.dataset(found[-1].path, only="epoch") as nc:
+                    self._run = str(netcdf.attributes(nc).get(RUN, ""))
+        return {RUN: self._run} if self._run else {}  # versions before 0.2 drew none
 
     def commit(
         self,
@@ -279,7 +292,8 @@ class Run:
         expected = self.bytes_per_epoch * len(epochs) + sum(a.nbytes for a in state.values()) + (1 << 16)
         with netcdf.guarded():
             nc = netCDF4.Dataset("segment", "w", format="NETCDF4", memory=expected)
-            netcdf.create(nc, self.layout, epochs, tuple(records), self.experiment.dtype, attrs)
+            own = {**attrs, **self._own_attrs()}
+            netcdf.create(nc, self.layout, epochs, tuple(records), self.experiment.dtype, own)
             nc["death_epoch"][:] = state["death_epoch"]
             for name, value in records.items():
                 blocks = enumerate(value, start=1) if isinstance(value, list) else ((None, value),)
@@ -317,14 +331,19 @@ class Run:
         files = [segment.path for segment in segments(self.path)]
         for file in files:
             refuse_changed(file)
-        epochs = self.experiment.labels
+        parts, epochs = joining.recorded(files, self.experiment.labels, self.layout.path)
+        attrs = {**attrs, **self._own_attrs(), **_history(parts, epochs, self.experiment, self.variables)}
         size = self.bytes_per_epoch * len(epochs)
-        with replacing(self.path / ARCHIVE, size, seal=True) as temporary, _Files(files) as opened:
+        with replacing(self.path / ARCHIVE, size, seal=True) as temporary, joining.little_cached():
             with netcdf.dataset(temporary, "w") as nc:
                 netcdf.create(nc, self.layout, epochs, self.variables, self.experiment.dtype, attrs)
-                self._copy(opened, nc)
+                joining.copy(parts, self.layout, self.variables, nc)
             with netcdf.dataset(temporary) as nc:
-                self._compare(opened, nc)
+                name = joining.differing(parts, self.layout, self.variables, nc)
+            if name is not None:
+                raise ArchiveError(
+                    f"{self.path}: {name} read back differently from what was written; segments are kept"
+                )
         self._drop_segments()
 
     def _drop_segments(self) -> None:
@@ -335,115 +354,12 @@ class Run:
         with suppress(OSError):  # somebody's own files in there stay
             folder.rmdir()
 
-    def _copy(self, opened: _Files, nc: netCDF4.Dataset) -> None:
-        for name, index, block in self._windows(opened, nc):
-            if not np.isnan(block).all():  # what is never written reads as NaN and takes no space
-                nc[name][index] = block
-        with opened[opened.files[-1]] as last:
-            nc["death_epoch"][:] = last["death_epoch"][:]
-            netcdf.write_state(nc, netcdf.read_state(last))
 
-    def _compare(self, opened: _Files, nc: netCDF4.Dataset) -> None:
-        for name, index, block in self._windows(opened, nc):
-            if not _same(np.asarray(nc[name][index]), block):
-                raise ArchiveError(
-                    f"{self.path}: {name} read back differently from what was written; segments are kept"
-                )
-
-    def _windows(
-        self, opened: _Files, nc: netCDF4.Dataset
-    ) -> Iterator[tuple[str, tuple[slice | int, ...], np.ndarray]]:
-        """(variable, index into `nc`, block) over all of `nc`; each block is whole chunks of one layer."""
-        held = self._held(opened)
-        for name in self.variables:
-            for window, layer, members in self._blocks(name, nc):
-                index = netcdf.index(VARIABLES[name], self.layout, window, layer, members)
-                yield name, index, self._gathered(held, opened, name, window, layer, members)
-
-    def _held(self, opened: _Files) -> list[tuple[Path, dict[int, int]]]:
-        """Where each scheduled epoch is: file by file, its position in the archive → its row in the file."""
-        labels = self.experiment.labels
-        position = {label: i for i, label in enumerate(labels)}
-        held = []
-        for file in opened.files:
-            with opened[file] as segment:
-                epochs = segment[self.layout.path][:].tolist()
-            held.append((file, {position[epoch]: row for row, epoch in enumerate(epochs) if epoch in position}))
-        found = [p for _, rows in held for p in rows]
-        if found != list(range(len(position))):
-            missing = sorted(set(range(len(position))) - set(found))
-            raise ArchiveError(
-                f"{self.path}: segments hold {len(found)} of the {len(position)} epochs to record, missing or out of "
-                f"order from {self.layout.path} {labels[missing[0]] if missing else found}; segments are kept"
-            )
-        return held
-
-    def _blocks(self, name: str, nc: netCDF4.Dataset) -> Iterator[tuple[slice, int | None, slice]]:
-        """(epochs, layer, seeds) of blocks of about `BLOCK_BYTES`."""
-        variable, epochs, seeds = VARIABLES[name], len(self.experiment.schedule), len(self.layout.seeds)
-        chunk = {"epoch": epochs} | dict(zip(variable.dims, nc[name].chunking(), strict=True))
-        layers = range(1, self.layout.depth + 1) if variable.layered else (None,)
-        for start in range(0, epochs, chunk["epoch"]):
-            window = slice(start, min(start + chunk["epoch"], epochs))
-            for layer in layers:
-                rows = window.stop - window.start if "epoch" in variable.dims else 1
-                chunk_bytes = (
-                    chunk["seed"] * rows * math.prod(self.layout.block(variable, layer)) * nc[name].dtype.itemsize
-                )
-                members = chunk["seed"] * max(1, BLOCK_BYTES // max(1, chunk_bytes))
-                for low in range(0, seeds, members):
-                    yield window, layer, slice(low, min(low + members, seeds))
-
-    def _gathered(
-        self,
-        held: Sequence[tuple[Path, dict[int, int]]],
-        opened: _Files,
-        name: str,
-        window: slice,
-        layer: int | None,
-        members: slice,
-    ) -> np.ndarray:
-        """One block, from the segments that hold a part of it."""
-        variable, parts = VARIABLES[name], []
-        constant = "epoch" not in variable.dims
-        holding = {"start": held[:1], "along": held, "end": held[-1:]}[variable.when]
-        for file, rows in holding:
-            inside = [row for position, row in rows.items() if window.start <= position < window.stop]
-            if inside or constant:
-                epochs = slice(inside[0], inside[-1] + 1) if inside else slice(None)
-                with opened[file] as segment:
-                    parts.append(np.asarray(segment[name][netcdf.index(variable, self.layout, epochs, layer, members)]))
-        return parts[0] if constant else np.concatenate(parts, axis=1)
-
-
-def _same(found: np.ndarray, block: np.ndarray) -> bool:
-    """Equal numbers; by their bits first, which is six times as quick, and NaN with NaN where these differ."""
-    bits = f"u{block.dtype.itemsize}"
-    alike = found.dtype == block.dtype and np.array_equal(found.view(bits), block.view(bits))
-    return alike or np.array_equal(found, block, equal_nan=True)
-
-
-class _Files:
-    """Segments being read side by side: opening one takes 3 ms, so as many as `OPEN_FILES` stay open."""
-
-    def __init__(self, files: Sequence[Path]) -> None:
-        self.files = files
-        self._stack = ExitStack()
-        self._open: dict[Path, netCDF4.Dataset] = {}
-
-    def __enter__(self) -> _Files:
-        self._stack.enter_context(netcdf.guarded())
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._stack.__exit__(*error)
-
-    @contextmanager
-    def __getitem__(self, file: Path) -> Iterator[netCDF4.Dataset]:
-        if file not in self._open and len(self._open) < OPEN_FILES:
-            self._open[file] = self._stack.enter_context(netcdf.dataset(file))
-        if file in self._open:
-            yield self._open[file]
-        else:
-            with netcdf.dataset(file) as nc:
-                yield nc
+def _history(
+    parts: Sequence[joining.Part], epochs: Sequence[Label], experiment: Experiment, variables: Sequence[str]
+) -> dict[str, Any]:
+    """Attributes that say what an archive has from before: epochs beyond its schedule, wrong numbers."""
+    kept = np.setdiff1d(epochs, experiment.labels)
+    wrong = joining.wrong_through(parts, epochs, variables)
+    found: dict[str, Any] = {KEPT: kept} if len(kept) else {}
+    return found | ({} if wrong is None else {WRONG_THROUGH: wrong})

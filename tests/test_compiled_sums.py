@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.test_networks import random_network
-from tsdyn import forward, kernel, observables
+from tsdyn import compiled_sums, native, observables
 
-pytestmark = pytest.mark.skipif(kernel.load(forward.SOURCE) is None, reason="no compiler here")
+pytestmark = pytest.mark.skipif(native.load(compiled_sums.SOURCE, compiled_sums.Job) is None, reason="no compiler here")
 
 
 def drawn(widths, seed, *, bias=True, dtype=torch.float64, leak=0.0):
@@ -28,7 +28,7 @@ def by_formula(student, teacher, x):
 @given(
     hidden=st.lists(st.tuples(st.integers(1, 20), st.integers(1, 20)), max_size=3),
     ends=st.tuples(st.integers(1, 20), st.integers(1, 20)),
-    samples=st.integers(2, 2 * forward.BLOCK + 40),
+    samples=st.integers(2, 2 * compiled_sums.BLOCK + 40),
     bias=st.booleans(),
     leak=st.sampled_from([0.0, 0.1]),
     dtype=st.sampled_from([torch.float64, torch.float32]),
@@ -41,7 +41,7 @@ def test_sums_are_those_of_the_formulas(hidden, ends, samples, bias, leak, dtype
     student = drawn((ends[0], *(n for _, n in hidden), ends[1]), seed + 100, bias=bias, dtype=dtype, leak=leak)
     x = torch.randn(samples, ends[0], generator=torch.Generator().manual_seed(seed), dtype=dtype)
     probe = observables.Probe(x, teacher)
-    found = forward.forward(student, x, probe.trace.output, probe.standardized)
+    found = compiled_sums.sums(student, x, probe.trace.output, probe.standardized)
     squared_error, correlations = by_formula(student, teacher, x)
     eps = torch.finfo(dtype).eps
     # an output is a sum of its own, of products that may cancel: as exact as its size before that
@@ -60,7 +60,7 @@ def test_sums_are_those_of_the_formulas(hidden, ends, samples, bias, leak, dtype
         assert (error[told] <= 4 * eps * (depth + samples)).all()
 
 
-@pytest.mark.parametrize("samples", [1, 31, 32, 33, forward.BLOCK, forward.BLOCK + 1, 5 * forward.BLOCK - 3])
+@pytest.mark.parametrize("samples", [1, 31, 32, 33, 1024, 1025, 5117])
 def test_bits_do_not_depend_on_threads(samples):
     teacher, student = drawn((7, 5, 6, 3), 1), drawn((7, 12, 9, 3), 2)
     x = torch.randn(samples, 7, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
@@ -68,7 +68,7 @@ def test_bits_do_not_depend_on_threads(samples):
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            found.append(forward.forward(student, x, probe.trace.output, probe.standardized))
+            found.append(compiled_sums.sums(student, x, probe.trace.output, probe.standardized))
     finally:
         torch.set_num_threads(before)
     for other in found[1:]:
@@ -85,7 +85,7 @@ def test_a_node_of_small_variance_keeps_its_digits():
     student.weights[0].fill_(1e-6)
     student.biases[0].fill_(1.0)
     t = observables.standardized(x)
-    (got,) = forward.forward(student, x, teacher(x), [t]).correlations
+    (got,) = compiled_sums.sums(student, x, teacher(x), [t]).correlations
     # f itself is rounded to eps/2, and the scatter of those errors is 2**-53 / 1e-6 of its own
     assert float(got) == pytest.approx(1.0, abs=1e-9)
 
@@ -97,7 +97,7 @@ def test_constant_and_dead_nodes_are_nan():
     student.weights[0][5] = torch.nan
     x = torch.randn(2500, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     probe = observables.Probe(x, teacher)
-    found = forward.forward(student, x, probe.trace.output, probe.standardized)
+    found = compiled_sums.sums(student, x, probe.trace.output, probe.standardized)
     lost = found.correlations[0].isnan()
     assert lost[:, [2, 4, 5]].all()
     assert not lost[:, [0, 1, 3]].any()

@@ -1,4 +1,4 @@
-"""A data set put through a network once, compiled: forward.cpp, built as `kernel` builds its own.
+"""A data set put through a network once, compiled: compiled_sums.cpp, built and called by `native`.
 
 What recording asks of every member at every recorded epoch, squared error and correlations, is summed while a piece
 of the samples is in cache; no activation is ever written out.  `tsdyn.observables` holds the formulas in torch, which
@@ -8,24 +8,22 @@ the tests hold this to, and takes them where `serves` says no.
 from __future__ import annotations
 
 import ctypes
-import functools
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from tsdyn import kernel
+from tsdyn import native
 from tsdyn.networks import Network
 
-SOURCE = kernel.SOURCE.with_name("forward.cpp")
+SOURCE = native.FOLDER / "compiled_sums.cpp"
 #: Samples summed together; blocks are shared out over threads and added in order.
 BLOCK = 1024
 
 
 class Job(ctypes.Structure):
-    """What a call is about; the fields are forward.cpp's, which says what they are."""
+    """What a call is about; the fields are compiled_sums.cpp's, which says what they are."""
 
     _fields_ = (
         ("depth", ctypes.c_int64),
@@ -33,19 +31,19 @@ class Job(ctypes.Structure):
         ("samples", ctypes.c_int64),
         ("block", ctypes.c_int64),
         ("leak", ctypes.c_double),
-        ("weights", kernel.Pointers),
-        ("biases", kernel.Pointers),
+        ("weights", native.Pointers),
+        ("biases", native.Pointers),
         ("inputs", ctypes.c_void_p),
         ("targets", ctypes.c_void_p),
         ("teacher_widths", ctypes.POINTER(ctypes.c_int64)),
-        ("teachers", kernel.Pointers),
+        ("teachers", native.Pointers),
         ("found", ctypes.c_void_p),
         ("numbers", ctypes.c_int64),
     )
 
 
 @dataclass(frozen=True)
-class Forward:
+class Sums:
     """What is kept of a forward pass.
 
     Attributes:
@@ -60,15 +58,10 @@ class Forward:
 def serves(network: Network, inputs: Tensor) -> bool:
     """Whether the compiled pass is there for this network and these inputs."""
     tensors = [inputs, *network.weights, *(b for b in network.biases if b is not None)]
-    return (
-        network.plain
-        and network.activation.piecewise_linear
-        and all(t.dtype == inputs.dtype for t in tensors)
-        and (kernel.serves(tensors, SOURCE))
-    )
+    return network.plain and network.activation.piecewise_linear and native.serves(tensors, SOURCE, Job)
 
 
-def forward(network: Network, inputs: Tensor, targets: Tensor, teachers: Sequence[Tensor] = ()) -> Forward:
+def sums(network: Network, inputs: Tensor, targets: Tensor, teachers: Sequence[Tensor] = ()) -> Sums:
     """Squared error, and correlations with a teacher's standardised activations, of any number of samples.
 
     Bits do not depend on the number of threads.
@@ -83,14 +76,14 @@ def forward(network: Network, inputs: Tensor, targets: Tensor, teachers: Sequenc
     Raises:
         MemoryError: if there is no room for the network's parameters twice.
     """
-    library = kernel.load(SOURCE)
+    library = native.load(SOURCE, Job)
     assert library is not None
     samples, hidden = len(inputs), network.depth - 1
     held = [t.contiguous() for t in (inputs, targets, *teachers)]
     widths, known = [t.shape[1] for t in held[2:]], []
     numbers = 1
     for width, nodes in zip(widths, network.widths[1:], strict=False):
-        known.append(kernel.padded(width, inputs.dtype))
+        known.append(native.padded(width, inputs.dtype))
         numbers += nodes * (5 + known[-1])
     blocks = -(-samples // BLOCK)
     found = inputs.new_empty(blocks, numbers)
@@ -98,36 +91,33 @@ def forward(network: Network, inputs: Tensor, targets: Tensor, teachers: Sequenc
     assert leak is not None
     job = Job(
         network.depth,
-        kernel.array(ctypes.c_int64, network.widths),
+        native.array(ctypes.c_int64, network.widths),
         samples,
         BLOCK,
         leak,
-        kernel.pointers(network.weights),
-        kernel.pointers(network.biases),
+        native.pointers(network.weights),
+        native.pointers(network.biases),
         held[0].data_ptr(),
         held[1].data_ptr(),
-        kernel.array(ctypes.c_int64, [*widths, *[0] * (hidden - len(widths))]),
-        kernel.pointers([*held[2:], *[None] * (hidden - len(widths))]),
+        native.array(ctypes.c_int64, [*widths, *[0] * (hidden - len(widths))]),
+        native.pointers([*held[2:], *[None] * (hidden - len(widths))]),
         found.data_ptr(),
         numbers,
     )
-    function = library.forward_float64 if inputs.dtype == torch.float64 else library.forward_float32
+    function = native.function(library, "forward", inputs.dtype)
 
     def some(first: int, last: int) -> int:
         return int(function(ctypes.byref(job), ctypes.c_int64(first), ctypes.c_int64(last)))
 
-    threads = min(blocks, torch.get_num_threads())
-    ends = [blocks * t // threads for t in range(threads + 1)]
-    share = map if threads == 1 else _pool(threads).map
-    if any(list(share(some, ends[:-1], ends[1:]))):  # all of them: they write to `found`
-        raise MemoryError(f"forward: no memory for a second copy of a network of widths {network.widths}")
+    if native.each(some, list(native.shares(blocks))):
+        raise MemoryError(f"sums: no memory for a second copy of a network of widths {network.widths}")
     own, sizes, correlations = found[:, 1:], inputs.new_full((blocks, 1), BLOCK), []
     sizes[-1] = samples - BLOCK * (blocks - 1)
     for t, width, room, nodes in zip(held[2:], widths, known, network.widths[1:], strict=False):
         part, own = own[:, : nodes * (5 + room)], own[:, nodes * (5 + room) :]
         moments, overlap = part[:, : 5 * nodes].view(blocks, 5, nodes), part[:, 5 * nodes :].view(blocks, nodes, room)
         correlations.append(_correlation(moments, overlap[..., :width].mT, sizes, t))
-    return Forward(found[:, 0].sum(), correlations)
+    return Sums(found[:, 0].sum(), correlations)
 
 
 def _correlation(moments: Tensor, overlap: Tensor, sizes: Tensor, teacher: Tensor) -> Tensor:
@@ -141,8 +131,3 @@ def _correlation(moments: Tensor, overlap: Tensor, sizes: Tensor, teacher: Tenso
     total = overlap.sum(0) + sums.T @ (shift - whole)
     constant = least.amin(0) == greatest.amax(0)
     return total / torch.where(constant, torch.nan, variance.sqrt())
-
-
-@functools.cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads)

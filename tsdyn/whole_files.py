@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 #: Left free beyond what a write needs.
 MARGIN = 1 << 20
@@ -45,17 +46,26 @@ class DirectoryError(ArchiveError):
 
 
 def local_path(path: str | Path) -> Path:
-    """`path` as a Path, refused if netCDF would take it for a network address.
+    """`path` as a Path, ``~`` expanded, refused if netCDF would take it for a network address or another path.
 
     Raises:
-        ArchiveError: if it holds ``://`` or ``#``, or a control character.
+        ArchiveError: if it holds ``://`` or ``#``, or a control character; a backslash, or a drive's letter.
     """
     text = os.fspath(path)
     if "://" in text or "#" in text or not text.isprintable():
         raise DirectoryError(
             f"{text!r}: not a local path; a name with '://', '#' or control characters would not be opened as a file"
         )
-    return Path(text)
+    try:
+        expanded = Path(text).expanduser()
+    except RuntimeError as error:
+        raise DirectoryError(f"{text!r}: {error}") from error
+    if "\\" in os.path.abspath(expanded) or re.match(r"[A-Za-z]:/", os.fspath(expanded)):
+        raise DirectoryError(
+            f"{text!r}: the netCDF library takes a backslash for a slash and C:/ for a drive, and would open another "
+            "path; use a directory whose path has neither"
+        )
+    return expanded
 
 
 def refused(path: Path, error: BaseException, needed: int = 0) -> ArchiveError:
@@ -178,6 +188,28 @@ def sealed(path: Path) -> bool | None:
         return None
     match = _SEAL.fullmatch(kept)
     return match is not None and match[1] == sha256(path)
+
+
+class Identity(NamedTuple):
+    """What tells a file from another that takes its name: place on the disk, size, time and checksum."""
+
+    inode: int
+    size: int
+    modified: int
+    seal: str | None
+
+
+def identity(path: Path) -> Identity:
+    """Of the file at `path` now; the checksum is the one kept beside it, None if none is.
+
+    Raises:
+        OSError: if there is no such file.
+    """
+    status, seal = os.lstat(path), None
+    with suppress(FileNotFoundError):
+        match = _SEAL.fullmatch(seal_of(path).read_text(encoding="ascii", errors="replace"))
+        seal = match[1] if match else ""
+    return Identity(status.st_ino, status.st_size, status.st_mtime_ns, seal)
 
 
 def refuse_changed(path: Path, *, upto: float = math.inf) -> None:

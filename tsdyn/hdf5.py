@@ -1,0 +1,94 @@
+"""What the netCDF library does not tell of a file: asked of the HDF5 library below it.  Imports no torch."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import netCDF4
+
+_ID, _INT, _SIZE, _TEXT = ctypes.c_int64, ctypes.c_int, ctypes.c_size_t, ctypes.c_char_p
+_SIGNATURES: dict[str, tuple[Any, ...]] = {  # the result, then the arguments
+    "H5Fopen": (_ID, _TEXT, ctypes.c_uint, _ID),
+    "H5Fclose": (_INT, _ID),
+    "H5Fget_name": (ctypes.c_ssize_t, _ID, _TEXT, _SIZE),
+    "H5Dopen2": (_ID, _ID, _TEXT, _ID),
+    "H5Dclose": (_INT, _ID),
+    "H5Dget_create_plist": (_ID, _ID),
+    "H5Dget_type": (_ID, _ID),
+    "H5Pget_layout": (_INT, _ID),
+    "H5Pget_external_count": (_INT, _ID),
+    "H5Pclose": (_INT, _ID),
+    "H5Tget_class": (_INT, _ID),
+    "H5Tget_size": (_SIZE, _ID),
+    "H5Tclose": (_INT, _ID),
+}
+_VIRTUAL, _FLOATING = 3, 1  # H5D_VIRTUAL, H5T_FLOAT
+
+
+@cache
+def _library() -> Any:
+    """The HDF5 library that netCDF4 has loaded: another copy would not know the files that are open."""
+    library = ctypes.CDLL(sys.modules[netCDF4.Dataset.__module__].__file__)
+    for name, (result, *arguments) in _SIGNATURES.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    return library
+
+
+def oddities(path: Path, names: Iterable[str]) -> list[str]:
+    """What is wrong with how these variables are stored, one phrase each; to be called alone with the library.
+
+    HDF5 can keep a variable's bytes in any file that the header names, so that a stranger's file would show what is in
+    files of this machine.  Floating-point numbers of two bytes are taken for text, and reading them ends the process.
+    """
+    library, found = _library(), []
+    file = library.H5Fopen(os.fsencode(path), 0, 0)
+    if file < 0:
+        return ["cannot be opened by the HDF5 library"]
+    try:
+        own = _file_name(library, file)
+        for name in names:
+            *groups, last = name.split("/")
+            kept = "/".join(
+                [*groups, f"_nc4_non_coord_{last}"]
+            )  # netCDF's name for a variable that a dimension shadows
+            variable = library.H5Dopen2(file, name.encode(), 0)
+            variable = library.H5Dopen2(file, kept.encode(), 0) if variable < 0 else variable
+            if variable < 0:
+                found.append(f"{name} cannot be opened by the HDF5 library")
+                continue
+            try:
+                found += [f"{name} {what}" for what in _odd(library, variable, own)]
+            finally:
+                library.H5Dclose(variable)
+    finally:
+        library.H5Fclose(file)
+    return found
+
+
+def _odd(library: Any, variable: int, own: bytes) -> list[str]:
+    creation, kind = library.H5Dget_create_plist(variable), library.H5Dget_type(variable)
+    try:
+        outside = (
+            library.H5Pget_layout(creation) == _VIRTUAL
+            or library.H5Pget_external_count(creation) != 0
+            or _file_name(library, variable) != own
+        )
+        short = library.H5Tget_class(kind) == _FLOATING and library.H5Tget_size(kind) < 4
+    finally:
+        library.H5Pclose(creation)
+        library.H5Tclose(kind)
+    found = ["is stored in other files, which are not read"] if outside else []
+    return found + (["holds floating-point numbers of two bytes, which netCDF cannot read"] if short else [])
+
+
+def _file_name(library: Any, of: int) -> bytes:
+    name = ctypes.create_string_buffer(1 << 12)
+    library.H5Fget_name(of, name, len(name))
+    return name.value

@@ -1,0 +1,136 @@
+"""Losses: what training makes small.  Each is declared once, here; residuals and Hessians follow from its value.
+
+`LOSSES` is the table.  Whoever needs a loss takes the value itself and asks it; nothing decides by its name, except
+code that claims to serve the losses it names (the compiled step).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, TypeAlias, assert_never
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+from torch.func import grad, hessian, vmap
+
+#: Of one batch, (output, target) → J; of every sample where it is a closed form of a derivative.
+Function: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """J of one batch, the mean over samples of a loss of each sample, as a function of outputs and targets.
+
+    Attributes:
+        name: As ``training.loss`` writes it.
+        value: (output, target), each (sample, output) → J.
+        convention: What J is, in one line; archives keep it.
+        targets: What the target is: the teacher's ``outputs``, or ``classes``, one-hot rows of which `value` gets.
+        negative_gradient: Closed form of `residual`, if there is one.
+        curvature: Closed form of `hessian`, if there is one.
+        of_classes: `value` with the classes themselves, (sample,), in the place of one-hot rows, if that is quicker.
+    """
+
+    name: str
+    value: Function
+    convention: str
+    targets: Literal["outputs", "classes"] = "outputs"
+    negative_gradient: Function | None = None
+    curvature: Function | None = None
+    of_classes: Function | None = None
+
+    def target(self, teacher_output: Tensor, classes: Tensor | None = None) -> Tensor:
+        """What a student is to give, (sample, output): the teacher's outputs, or one-hot rows of `classes`, (sample,).
+
+        Classes are the teacher's largest output unless given.
+        """
+        match self.targets:
+            case "outputs":
+                return teacher_output
+            case "classes":
+                classes = teacher_output.argmax(1) if classes is None else classes
+                return F.one_hot(classes, teacher_output.shape[1]).to(teacher_output.dtype)
+            case other:
+                assert_never(other)
+
+    def over(self, output: Tensor, teacher_output: Tensor, classes: Tensor | None = None) -> Tensor:
+        """J of outputs against `target`."""
+        if self.of_classes is not None:
+            return self.of_classes(output, teacher_output.argmax(1) if classes is None else classes)
+        return self.value(output, self.target(teacher_output, classes))
+
+    def residual(self, output: Tensor, target: Tensor) -> Float[Tensor, "... output"]:
+        """g_L of every sample: the negative gradient of its own loss at the output; any leading dimensions."""
+        if self.negative_gradient is not None:
+            return self.negative_gradient(output, target)
+        return -self._of_samples(grad(self._one), output, target)
+
+    def hessian(self, output: Tensor, target: Tensor) -> Float[Tensor, "... output output"]:
+        """Second derivatives of every sample's own loss at the output; any leading dimensions."""
+        if self.curvature is not None:
+            return self.curvature(output, target)
+        return self._of_samples(hessian(self._one), output, target)
+
+    def _one(self, output: Tensor, target: Tensor) -> Tensor:
+        return self.value(output[None], target[None])
+
+    def _of_samples(self, function: Function, output: Tensor, target: Tensor) -> Tensor:
+        lead = output.shape[:-1]
+        found: Tensor = vmap(function)(output.flatten(0, -2), target.flatten(0, -2))
+        return found.view(*lead, *found.shape[1:])
+
+
+def _half_squared_error(output: Tensor, target: Tensor) -> Tensor:
+    return 0.5 * (target - output).square().sum(1).mean()
+
+
+def _cross_entropy(output: Tensor, target: Tensor) -> Tensor:
+    return -(target * torch.log_softmax(output, -1)).sum(1).mean()
+
+
+def _from_softmax(output: Tensor, target: Tensor) -> Tensor:
+    """Σ_c y_c [y − softmax(f)]: Σ y is 1 for classes, but J is defined for any target."""
+    return target - target.sum(-1, keepdim=True) * torch.softmax(output, -1)
+
+
+def _softmax_curvature(output: Tensor, target: Tensor) -> Tensor:
+    p = torch.softmax(output, -1)
+    return target.sum(-1)[..., None, None] * (torch.diag_embed(p) - p[..., :, None] * p[..., None, :])
+
+
+def _identity(output: Tensor, target: Tensor) -> Tensor:
+    return torch.eye(output.shape[-1], dtype=output.dtype, device=output.device).expand(*output.shape, -1)
+
+
+MSE = Loss(
+    "mse",
+    _half_squared_error,
+    "J = 1/2 E |f* - f|^2, summed over outputs",
+    negative_gradient=lambda output, target: target - output,
+    curvature=_identity,
+)
+CROSS_ENTROPY = Loss(
+    "cross_entropy",
+    _cross_entropy,
+    "E[-log softmax(f)]",
+    targets="classes",
+    negative_gradient=_from_softmax,
+    curvature=_softmax_curvature,
+    of_classes=F.cross_entropy,
+)
+
+LOSSES: dict[str, Loss] = {loss.name: loss for loss in (MSE, CROSS_ENTROPY)}
+
+
+def loss(name: str) -> Loss:
+    """The loss of that name.
+
+    Raises:
+        ValueError: if there is none; names those there are.
+    """
+    if name not in LOSSES:
+        raise ValueError(f"loss: {name!r} is not registered; there are {', '.join(LOSSES)}")
+    return LOSSES[name]

@@ -1,0 +1,290 @@
+"""Native code: C++ sources of this folder, built by the system's compiler at first use, loaded, checked and called.
+
+A build is kept in the user's cache directory, under a name made of the source, the compiler and the processor, so that
+a home directory shared by different machines holds one for each.  A file that is not what the checksum beside it says
+is built again.  Where there is no home, or the cache cannot be used or is somebody else's, a private temporary folder
+is the way.  Without a compiler, or with the environment variable ``TSDYN_KERNEL=off``, `load` gives None and its
+callers go on in torch; the log says so once.
+
+The struct that a call takes is written in C++ and again in ctypes.  Every library says what its own looks like
+(job.hpp), and one that differs from the ctypes side is refused.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import signal
+import stat
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FOLDER = Path(__file__).parent
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fno-math-errno", "-ffp-contract=fast")
+#: A compiler that takes longer to build, or to say its version, hangs.
+BUILD_SECONDS, VERSION_SECONDS = 120.0, 20.0
+#: Bytes of a cache line, product.hpp's kLineBytes.
+LINE = 64
+
+Pointers = ctypes.POINTER(ctypes.c_void_p)
+_log = logging.getLogger("tsdyn")
+
+
+class LayoutError(RuntimeError):
+    """A compiled library whose struct is not the one that is written here."""
+
+
+class _Unusable(Exception):
+    """A compiler or a folder that cannot be used; the message says why."""
+
+
+class _Field(ctypes.Structure):
+    _fields_ = (("name", ctypes.c_char_p), ("offset", ctypes.c_int64), ("size", ctypes.c_int64))
+
+
+# --- loading -------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def load(source: Path, job: type[ctypes.Structure]) -> ctypes.CDLL | None:
+    """The library of a source file, built if this machine has none yet; None where that cannot be.
+
+    Raises:
+        LayoutError: if the library's struct is not `job`.
+    """
+    if os.environ.get("TSDYN_KERNEL", "on") == "off":
+        return None
+    try:
+        compiler = _compiler()
+        library = _loaded(compiler, source)
+    except _Unusable as error:
+        _say_once(f"compiled code is not used, which is slower and rounds otherwise: {error}")
+        return None
+    _check_layout(library, source, job)
+    return library
+
+
+@functools.cache
+def _say_once(sentence: str) -> None:
+    _log.warning("%s", sentence)
+
+
+def _loaded(compiler: tuple[str, bytes], source: Path) -> ctypes.CDLL:
+    """From the cache directory or, where that cannot be used, from a private one that goes when the process does."""
+    reasons = []
+    for folder in (_cache_folder, _private_folder):
+        try:
+            return ctypes.CDLL(str(_built(compiler, source, folder())))
+        except (OSError, _Unusable) as error:
+            reasons.append(str(error))
+        if folder is _cache_folder:
+            _say_once(f"compiled code is not kept, but built by each process anew: {reasons[-1]}")
+    raise _Unusable(reasons[-1])
+
+
+def _check_layout(library: ctypes.CDLL, source: Path, job: type[ctypes.Structure]) -> None:
+    library.job_size.restype, library.job_fields.restype = ctypes.c_int64, ctypes.POINTER(_Field)
+    theirs: list[tuple[str, int, int]] = []
+    fields = library.job_fields()
+    while (field := fields[len(theirs)]).name:
+        theirs.append((field.name.decode(), field.offset, field.size))
+    described = ((name, getattr(job, name)) for name, *_ in job._fields_)
+    mine = [(name, member.offset, member.size) for name, member in described]
+    if mine != theirs or ctypes.sizeof(job) != library.job_size():
+        raise LayoutError(
+            f"{source.name}: its Job has {library.job_size()} bytes, {[name for name, *_ in theirs]}; "
+            f"{job.__module__}.{job.__name__} has {ctypes.sizeof(job)}, {[name for name, *_ in mine]}: a call would "
+            "write into other memory. Declare the same fields in both, in one order"
+        )
+
+
+# --- building ------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _compiler() -> tuple[str, bytes]:
+    """The compiler and what it says of its version."""
+    found = next((c for c in (os.environ.get("CXX", ""), "c++", "g++", "clang++") if c and shutil.which(c)), None)
+    if found is None:
+        raise _Unusable("no C++ compiler is installed (CXX, c++, g++ or clang++)")
+    return found, _asked([found, "--version"], VERSION_SECONDS)
+
+
+#: Compilers that did not answer in time → what was said of it; no source is given to them again.
+_hanging: dict[str, str] = {}
+
+
+def _asked(command: Sequence[str], seconds: float) -> bytes:
+    """What a command prints; it and its children are killed when it takes too long."""
+    if command[0] in _hanging:
+        raise _Unusable(_hanging[command[0]])
+    with tempfile.TemporaryFile() as printed:
+        try:
+            process = subprocess.Popen(command, stdout=printed, stderr=subprocess.STDOUT, start_new_session=True)
+        except OSError as error:
+            raise _Unusable(f"{command[0]} cannot be started: {error}") from None
+        try:
+            code = process.wait(seconds)
+        except BaseException as error:
+            with suppress(OSError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
+            _hanging[command[0]] = f"{command[0]} hangs: given up after {seconds:g} s"
+            raise _Unusable(_hanging[command[0]]) from None
+        printed.seek(0)
+        answer = printed.read()
+    if code != 0:
+        first = next(iter(answer.decode(errors="replace").strip().splitlines()), "it says nothing")
+        raise _Unusable(f"{command[0]} ended with code {code}: {first}")
+    return answer
+
+
+def _built(compiler: tuple[str, bytes], source: Path, folder: Path) -> Path:
+    """The library of `source` in `folder`; built there unless it is there and whole."""
+    name, version = compiler
+    sources = [path.read_bytes() for path in (source, *sorted(source.parent.glob("*.hpp")))]
+    key = hashlib.sha256(b"\0".join([*sources, version, _processor(), " ".join(FLAGS).encode()]))
+    library = folder / f"{source.stem}-{key.hexdigest()[:16]}.so"
+    if _whole(library):
+        return library
+    # several processes may build at once: each its own file, renamed when whole
+    with tempfile.TemporaryDirectory(dir=folder) as private:
+        unfinished = Path(private) / library.name
+        _asked([name, *FLAGS, str(source), "-o", str(unfinished)], BUILD_SECONDS)
+        checksum = unfinished.with_suffix(".sha256")
+        checksum.write_text(hashlib.sha256(unfinished.read_bytes()).hexdigest(), encoding="ascii")
+        for file in (unfinished, checksum):
+            with file.open("rb+") as written:
+                os.fsync(written.fileno())
+        unfinished.replace(library)
+        checksum.replace(library.with_suffix(".sha256"))
+    return library
+
+
+def _whole(library: Path) -> bool:
+    """Whether a build is there, this user's own, and what the checksum beside it says."""
+    try:
+        if library.is_symlink() or not _own(library):
+            return False
+        said = library.with_suffix(".sha256").read_text(encoding="ascii")
+        return hashlib.sha256(library.read_bytes()).hexdigest() == said
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def _own(path: Path) -> bool:
+    """Whether nobody but this user (or root) could have written it."""
+    held = path.stat()
+    return held.st_uid in (os.geteuid(), 0) and not held.st_mode & stat.S_IWOTH
+
+
+def _cache_folder() -> Path:
+    """Where builds are kept.
+
+    Raises:
+        _Unusable: if there is no home directory, or the folder cannot be made or belongs to somebody else.
+    """
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tsdyn"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not _own(folder):
+            raise _Unusable(f"{folder} belongs to another user or can be written by all; what is in there is not run")
+    except RuntimeError:
+        raise _Unusable("there is no home directory; set XDG_CACHE_HOME to keep it") from None
+    except OSError as error:
+        raise _Unusable(str(error)) from None
+    return folder
+
+
+@functools.cache
+def _private_folder() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="tsdyn-"))
+    owner = os.getpid()
+
+    def remove() -> None:
+        if os.getpid() == owner:  # a forked child ends before its parent
+            shutil.rmtree(folder, ignore_errors=True)
+
+    atexit.register(remove)
+    return folder
+
+
+def _processor() -> bytes:
+    """What -march=native depends on."""
+    described = Path("/proc/cpuinfo")
+    if described.exists():
+        first, _, _ = described.read_bytes().partition(b"\n\n")
+        kept = (b"model name", b"flags", b"Features", b"CPU part")
+        return b"\n".join(line for line in first.splitlines() if line.startswith(kept))
+    return f"{platform.machine()} {platform.processor()} {platform.platform()}".encode()
+
+
+# --- calling -------------------------------------------------------------------------------------------------
+
+
+def array(kind: Any, values: Sequence[object]) -> ctypes.Array:
+    """Values in C."""
+    return (kind * len(values))(*values)  # type: ignore[no-any-return]
+
+
+def pointers(tensors: Sequence[Tensor | None]) -> ctypes.Array:
+    """Addresses; null for None."""
+    return array(ctypes.c_void_p, [None if t is None else t.data_ptr() for t in tensors])
+
+
+def padded(numbers: int, dtype: torch.dtype) -> int:
+    """Numbers in the whole cache lines that hold these, as product.hpp pads its rows."""
+    line = LINE // dtype.itemsize
+    return -(-numbers // line) * line
+
+
+def serves(tensors: Sequence[Tensor], source: Path, job: type[ctypes.Structure]) -> bool:
+    """Whether these tensors can be handed to a library, and there is one."""
+    return (
+        all(t.device.type == "cpu" and t.is_contiguous() and t.dtype == tensors[0].dtype for t in tensors)
+        and tensors[0].dtype in (torch.float32, torch.float64)
+        and load(source, job) is not None
+    )
+
+
+def function(library: ctypes.CDLL, name: str, dtype: torch.dtype) -> Callable[..., Any]:
+    """The function of that name for numbers of this type."""
+    found: Callable[..., Any] = getattr(library, f"{name}_{str(dtype).removeprefix('torch.')}")
+    return found
+
+
+def shares(count: int) -> Iterator[tuple[int, int]]:
+    """(first, last + 1) of what each of torch's threads does of `count` things."""
+    threads = min(count, torch.get_num_threads())
+    yield from ((count * t // threads, count * (t + 1) // threads) for t in range(threads))
+
+
+def each(call: Callable[[int, int], int], bounds: Sequence[tuple[int, int]]) -> bool:
+    """Whether `call` of any of these bounds failed (gave a number that is not 0), on as many threads as torch has.
+
+    ctypes lets other threads run during a call, and signals are seen between calls.
+    """
+    threads = min(len(bounds), torch.get_num_threads())
+    spread = map if threads <= 1 else _pool(threads).map
+    return any(list(spread(call, *zip(*bounds, strict=True))))  # all of them: they write
+
+
+@functools.cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads)
