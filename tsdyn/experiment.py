@@ -21,8 +21,9 @@ from pydantic_core import to_jsonable_python
 from tsdyn import experiment_rules, experiment_shapes, schema
 from tsdyn.experiment_errors import ExperimentError as ExperimentError
 from tsdyn.experiment_errors import explain
-from tsdyn.experiment_parts import Count, Epochs, Flow, Kind, Online, Part, Record, as_tuple
+from tsdyn.experiment_parts import Count, Epochs, Flow, Kind, Online, Part, as_tuple
 from tsdyn.experiment_parts import Data as Data
+from tsdyn.experiment_parts import Record as Record
 from tsdyn.experiment_parts import Student as Student
 from tsdyn.experiment_parts import Teacher as Teacher
 from tsdyn.experiment_parts import Training as Training

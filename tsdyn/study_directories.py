@@ -43,7 +43,9 @@ def read(file: Path) -> xr.Dataset:
             f"{file.parent}: a study of tsdyn 0.1 that was not finished: it holds parts/ and no {file.name}; run the "
             "study into another directory"
         )
-    netcdf.inspect(file)
+    netcdf.refuse_foreign(file)
+    with netcdf.dataset(file) as nc:
+        netcdf.refuse_oversized(file, nc)
     try:
         return xr.load_dataset(file, engine="netcdf4")  # under the lock that `netcdf.guarded` holds
     except (OSError, RuntimeError, ValueError, KeyError, AttributeError, TypeError) as error:
