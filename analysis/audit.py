@@ -31,7 +31,7 @@ from tsdyn import layer as one_layer
 from tsdyn.archive import experiment_of
 from tsdyn.experiment import Experiment
 from tsdyn.networks import Network
-from tsdyn.schema import LUCK, TIAN
+from tsdyn.schema import LUCK, TIAN, path_of
 
 #: Of the largest quantity: what rounding may leave of an identity.
 TOLERANCE = {"float64": 1e-12, "float32": 1e-5}
@@ -529,7 +529,7 @@ def audit(archive: xr.Dataset) -> xr.Dataset:
             are (`tsdyn.analysis.identity.points`).
     """
     refuse_odd(archive, "audit")
-    lost = [dim for dim in ("epoch", "layer") if dim not in archive.dims]
+    lost = [dim for dim in (path_of(archive), "layer") if dim not in archive.dims]
     if lost:
         raise ValueError(f"audit: the slice has no dimension {', '.join(lost)}; select with a list or slice")
     experiment = experiment_of(archive)
@@ -547,7 +547,10 @@ def audit(archive: xr.Dataset) -> xr.Dataset:
         margin, verdict = xr.full_like(shape, np.nan, dtype=float), xr.full_like(shape, "", dtype="U10")
         fits = squared if claim.squared else xr.ones_like(squared)
         says = claim.says if bool(fits.all()) else f"{reason}; {claim.says}"
-        if claim.check is None or not bool(fits.any()):
+        if experiment.kind != "training":
+            verdict[...] = "unmet"
+            used.append(f"of students trained on samples, and this is kind = {experiment.kind!r}; {claim.says}")
+        elif claim.check is None or not bool(fits.any()):
             verdict[...] = "unmet"
             used.append(says)
         elif missing:

@@ -30,7 +30,7 @@ from tsdyn.analysis.panels import PALETTE as PALETTE
 from tsdyn import layer as one_layer
 from tsdyn import schema
 from tsdyn.archive import experiment_of, lowest_layer
-from tsdyn.points import POINT
+from tsdyn.sweep_axes import POINT
 
 #: Most lines in one panel: every colour in every style.
 MAX_LINES = len(panels.PALETTE) * len(panels.STYLES)

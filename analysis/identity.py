@@ -16,7 +16,7 @@ import xarray as xr
 from tsdyn import schema
 from tsdyn.archive import experiment_of, label
 from tsdyn.experiment import Experiment
-from tsdyn.points import POINT, axes, places, sweep_dimensions, swept_keys
+from tsdyn.sweep_axes import POINT, axes, places, sweep_dimensions, swept_keys
 
 #: Labels of a point → where it stands in the Dataset, and its experiment.
 Points = dict[tuple[Any, ...], tuple[Mapping[str, Any], Experiment]]

@@ -20,7 +20,7 @@ from tsdyn.archive import experiment_of
 from tsdyn.experiment import Experiment, Student, Teacher
 from tsdyn.losses import Loss, loss
 from tsdyn.networks import Network
-from tsdyn.points import axes
+from tsdyn.sweep_axes import axes
 from tsdyn.teachers import draw_teacher
 
 #: Variables of the archive that a student and its teacher are made of.

@@ -85,9 +85,10 @@ def audit_rows(found: xr.Dataset) -> list[tuple[str, str, str, str]]:
 
 def _what_ran(ds: xr.Dataset) -> str:
     sizes = ", ".join(f"{dim} {size}" for dim, size in ds.sizes.items())
+    along = schema.path_of(ds)
     rows = [
         ("dimensions", sizes),
-        ("epochs", f"{int(ds['epoch'][0])} to {int(ds['epoch'][-1])}, {ds.sizes['epoch']} recorded"),
+        (f"{along}s", f"{ds[along].values[0]:g} to {ds[along].values[-1]:g}, {ds.sizes[along]} recorded"),
         ("size", f"{ds.nbytes / 1e6:.1f} MB as arrays"),
     ]
     written = f"<pre>{text(ds.attrs.get('experiment', 'not recorded'))}</pre>"
@@ -121,18 +122,18 @@ def _points(ds: xr.Dataset) -> list[tuple[str, dict[str, object]]]:
 
 
 def _expected(ds: xr.Dataset) -> int | None:
-    """Epochs that a whole run records."""
+    """Steps that a whole run records."""
     try:
-        experiment = experiment_of(ds)
+        return len(experiment_of(ds).labels)
     except ValueError:  # none, or one that this version does not know
         return None
-    return len(experiment.record.schedule(experiment.training.epochs))
 
 
 def _coverage(ds: xr.Dataset) -> str:
     if "coverage" not in ds.coords:
         whole = _expected(ds)
-        return _section("Coverage", f"<p>{ds.sizes['epoch']} of {whole or '?'} epochs to be recorded are there.</p>")
+        along = schema.path_of(ds)
+        return _section("Coverage", f"<p>{ds.sizes[along]} of {whole or '?'} {along}s to be recorded are there.</p>")
     named = _points(ds)
     shares = [float(ds["coverage"].sel(at)) for _, at in named]
     line = f"<p>{sum(s >= 1 for s in shares)} of {len(shares)} points are finished.</p>"

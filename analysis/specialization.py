@@ -17,7 +17,7 @@ from tsdyn.analysis.summary import quantiles, share_interval
 
 from tsdyn.archive import experiment_of
 from tsdyn.node_pairs import best_match, best_node
-from tsdyn.points import swept_keys
+from tsdyn.sweep_axes import swept_keys
 
 #: A teacher node is recovered above this correlation (Tian 2020, Figure 7).
 THRESHOLD = 0.95

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.cases import REFERENCE, glorot_students, orthonormal_teacher, rng
-from tsdyn import Network, flow_runner, population
+from tsdyn import Network, population
 from tsdyn.gradient_flow import gradient_flow
 from tsdyn.population import PopulationLoss
 from tsdyn.stationary import polish, signature
@@ -82,7 +82,7 @@ def test_relu_members_that_go_wrong_are_told():
     """Glorot starts of n = 2, k = 3: one copies and averages, one is trapped by a sign and is no minimum of its own,
     one runs into w = 0, where the flow is singular."""
     loss = PopulationLoss(orthonormal_teacher(3, activation="relu"), 2)
-    flow = gradient_flow(loss, flow_runner.starts(loss, (0, 2, 7)))
+    flow = gradient_flow(loss, population.starts(loss, (0, 2, 7)))
     end = polish(loss, torch.from_numpy(flow.final.values))
     good, trapped, _ = (population.classify(loss.network(row), loss.teacher) for row in end.point)
     assert flow.stop_reason.values.tolist() == ["gradient", "gradient", "singular"]

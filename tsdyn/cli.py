@@ -19,7 +19,7 @@ from rich.table import Table
 from tsdyn._version import __version__
 from tsdyn.archive import ArchiveError, DirectoryError, local_path
 from tsdyn.experiment import Experiment, ExperimentError
-from tsdyn.schema import COORDINATES
+from tsdyn.schema import COORDINATES, path_of
 from tsdyn.schema import printable as _printable
 from tsdyn.terminal import make_lenient
 from tsdyn.whole_files import refuse_link
@@ -33,6 +33,8 @@ study = typer.Typer(no_args_is_help=True, help="Figures of the papers, from the 
 app.add_typer(study, name="study")
 
 FAILED, WRONG = 1, 2
+#: What the labels along a run are called.
+PLURAL = {"epoch": "epochs", "time": "times", "alpha": "alphas"}
 
 # Not Path, which would turn http://host into the local http:/host before it can be refused.
 OutDirectory = Annotated[str | None, typer.Option("-o", "--output", help="Directory; runs/NAME if not given.")]
@@ -179,18 +181,19 @@ def run_study(
         raise ExperimentError(f"--scale {scale}: there are {', '.join(module.EXPERIMENTS)}")
     path = archive.local_path(output or Path("runs") / f"{name}-{scale}")
     work = module.EXPERIMENTS[scale]
-    if changes and not isinstance(work, Experiment):
-        raise ExperimentError(f"study run {name}: is no experiment whose keys --set could change; leave it out")
+    asked = [("--set", changes), ("--workers", workers), ("--scheduler", scheduler), ("--together", together)]
+    given = [option for option, value in asked if value]
     if isinstance(work, Experiment):
         work = work.replace(dict(_assignment(text) for text in changes or ()))
         _run(work, path, device, quiet, workers, scheduler, together)
         found = archive.open(path)
-    elif workers is not None or scheduler is not None or together is not None:
+    elif given:
         raise ExperimentError(
-            f"study run {name}: trains no sweep that --workers, --scheduler or --together could be for; leave it out"
+            f"study run {name} --scale {scale}: reads a file and runs nothing, so {', '.join(given)} is for nothing; "
+            "leave it out"
         )
     else:
-        found = work.run(path, report=(lambda _: None) if quiet else lambda line: print(line, flush=True))
+        found = work.read()
     made_by = {key: found.attrs[key] for key in ("name", "digest", "experiment", "tsdyn_version") if key in found.attrs}
     measured = module.measure(found).load()
     measured = measured.assign_attrs(made_by | measured.attrs)
@@ -214,11 +217,13 @@ def show(directory: Directory) -> None:
         "dimensions": sizes,
         "size": f"{ds.nbytes / 1e6:.1f} MB as arrays",
     }
-    if ds.sizes.get("epoch"):
-        rows["epochs"] = f"{int(ds.epoch[0])}..{int(ds.epoch[-1])}, {ds.sizes['epoch']} recorded"
+    along = path_of(ds)
+    if ds.sizes.get(along):
+        first, last = (ds[along].values[end] for end in (0, -1))
+        rows[PLURAL[along]] = f"{first:g}..{last:g}, {ds.sizes[along]} recorded"
     for key, column in ds.coords.items():
-        along = column.ndim == 1 and column.dims[0] in archive.swept_dimensions(ds)
-        if along and key != "point" and key not in COORDINATES:
+        varies = column.ndim == 1 and column.dims[0] in archive.swept_dimensions(ds)
+        if varies and key != "point" and key not in COORDINATES:
             values = list(dict.fromkeys(column.values.tolist()))
             shown = ", ".join(map(str, values[:8])) + (f", ... {values[-1]}" if len(values) > 8 else "")
             rows[f"swept: {key}"] = shown
@@ -424,7 +429,7 @@ def _run(
         due = sweep.due(experiment, path)
         costs = sweep.estimate(due, device=device if scheduler is None else "cpu")
         print(f"{experiment.name} -> {path}: {_announced(experiment, len(due), costs, workers or 1)}", flush=True)
-        with _reporting(costs) as (report, point):
+        with _reporting(costs, experiment.layout.path) as (report, point):
             sweep.run(experiment, path, **shared, progress=report, point=point)
     except (runner.DeviceError, sweep.WorkersError) as error:
         raise _Unavailable(str(error)) from error
@@ -482,17 +487,22 @@ class _Whole:
 
 
 @contextmanager
-def _reporting(costs: Mapping[str, Cost]) -> Iterator[tuple[Report, Callable[..., Report]]]:
-    """One bar on a terminal, one line an epoch otherwise, both with an estimate of the end; deaths are said in both."""
+def _reporting(costs: Mapping[str, Cost], step: str) -> Iterator[tuple[Report, Callable[..., Report]]]:
+    """One bar on a terminal, one line a step otherwise, both with an estimate of the end; deaths are said in both.
+
+    Args:
+        costs: Of the runs that are left.
+        step: What steps are called.
+    """
     console, whole = Console(stderr=True), _Whole(costs)
 
     def following(name: str, title: str, show: Callable[[str, str, float | None], None]) -> Report:
         def report(epoch: int, epochs: int, seeds: list[int], mse: float | None) -> None:
             if seeds:
-                news = f"{title}epoch {epoch}: seeds {seeds} became NaN or infinite and were stopped"
+                news = f"{title}{step} {epoch}: seeds {seeds} became NaN or infinite and were stopped"
                 console.print(news, markup=False)
             whole.reached(name, epoch, epochs)
-            show(title, f"epoch {epoch}/{epochs}", mse)
+            show(title, f"{step} {epoch}/{epochs}", mse)
 
         return report
 

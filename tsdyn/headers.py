@@ -93,7 +93,7 @@ class Header:
     def of_json(cls, kept: Sequence[Any]) -> Header:
         """What `as_json` gave, whose tuples JSON made lists."""
         version, labels, columns, variables, attrs = kept
-        if not {"seed", "epoch", "layer"} <= set(labels):
+        if not {"seed", "layer"} <= set(labels) or not set(schema.PATHS) & set(labels):
             raise ValueError("not the header of a run")
         loaded = {name: (tuple(dims), np.asarray(values), own) for name, (dims, values, own) in columns.items()}
         declared = {name: Declared(tuple(dims), *rest) for name, (dims, *rest) in variables.items()}

@@ -12,7 +12,7 @@ import xarray as xr
 
 from tsdyn import schema
 from tsdyn.experiment import Experiment
-from tsdyn.points import POINT
+from tsdyn.sweep_axes import POINT
 
 T = TypeVar("T", xr.Dataset, xr.DataArray)
 

@@ -24,7 +24,7 @@ _REACH = 0.1
 WITHIN = 0.25
 _NEWTON_STEPS = 40
 #: Bytes of Hessians in work at once.
-_CHUNK_BYTES = 32 << 20
+CHUNK_BYTES = 32 << 20
 
 Rows: TypeAlias = Float[Tensor, "*member parameter"]
 
@@ -336,4 +336,4 @@ def _chunks(loss: Loss, rows: Tensor) -> Iterator[Tensor]:
 
 def chunk_size(loss: Loss) -> int:
     """Members whose Hessians are in work at once."""
-    return max(1, _CHUNK_BYTES // (8 * loss.parameters**2))
+    return max(1, CHUNK_BYTES // (8 * loss.parameters**2))

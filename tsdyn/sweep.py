@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, assert_never
 
 import xarray as xr
 
@@ -26,8 +26,8 @@ from tsdyn.interrupts import Stopped, stopping
 from tsdyn.lock import HeldError
 from tsdyn.members import kinship
 from tsdyn.own_modules import Maker, described
-from tsdyn.points import swept_keys
 from tsdyn.run_directory import segments
+from tsdyn.sweep_axes import swept_keys
 from tsdyn.whole_files import ArchiveError, refuse_link
 
 if TYPE_CHECKING:
@@ -557,9 +557,17 @@ def _on_workers(
 
 def _work_in(single: Experiment) -> int:
     """What a run's time goes with: members, steps and parameters."""
-    layout = single.layout
+    layout, kind = single.layout, single.kind
     parameters = sum(n * below for n, below in zip(layout.widths, layout.input_widths, strict=True))
-    return len(layout.seeds) * single.training.epochs * single.steps * parameters
+    if kind == "training":
+        steps = single.training.epochs * single.steps
+    elif kind == "population-flow":
+        steps = parameters**2  # a Hessian and its factors a step
+    elif kind == "online":
+        steps = round(single.marks[-1] * layout.input_width)
+    else:
+        assert_never(kind)
+    return len(layout.seeds) * steps * parameters
 
 
 def _reached(path: Path) -> int:
