@@ -315,7 +315,7 @@ def test_modules_without_per_sample_gradients(module, message):
 
 
 def test_random_modules_have_no_jacobian():
-    with pytest.raises(ValueError, match="jacobian: the module draws random numbers"):
+    with pytest.raises(ValueError, match="jacobian: Noisy draws random numbers"):
         derivatives.jacobian(Noisy(4, 3).double(), torch.randn(5, 4, dtype=torch.float64))
 
 
