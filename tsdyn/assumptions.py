@@ -13,6 +13,7 @@ import inspect
 import logging
 import random
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, TypeAlias
@@ -169,6 +170,14 @@ class Asked:
             raise _explained(self.caller, self.name, error) from error
         return [torch.zeros_like(t) if g is None else g.detach() for t, g in zip(wrt, found, strict=True)]
 
+    def refuse_detached(self, value: Tensor) -> None:
+        """Refuse what autograd has no gradient of at all, rather than answer with zeros."""
+        if not value.requires_grad:
+            raise ValueError(
+                f"{self.caller}: the output of {self.name} does not depend on what it is differentiated in, as far as "
+                "autograd sees: it is detached, under no_grad, or rounded"
+            )
+
     def _by_backward(self, value: Tensor, wrt: Sequence[Tensor], again: bool) -> list[Tensor]:
         """Of a reentrant checkpoint, which knows only ``backward``; what was in .grad is put back."""
         leaves = [*self.module.parameters(), *wrt]
@@ -191,6 +200,7 @@ class Asked:
         """The definition: gradient of one sample's loss, by name."""
         inputs, targets = self.some(slice(sample, sample + 1))
         value = self.value(loss, self.call(inputs), targets)
+        self.refuse_detached(value)
         return dict(zip(self.parameters, self.gradients(value, list(self.parameters.values())), strict=True))
 
     # --- what must hold --------------------------------------------------------------------------------------
@@ -272,7 +282,8 @@ class Asked:
         axis = sample_axis(batch, alone, count)
         if axis is not None:
             return batch.movedim(axis, 0).unsqueeze(axis + 1)
-        if batch.ndim and len(batch) % count == 0 and batch.numel() == count * alone.numel():
+        folded = batch.ndim > 0 and len(batch) % count == 0 and batch.numel() == count * alone.numel()
+        if folded or (count == 1 and batch.shape == alone.shape):
             return batch.reshape(count, *alone.shape)
         raise ValueError(
             f"{self.caller}: the output of {self.name} for {count} samples has shape {tuple(batch.shape)}, for one "
@@ -292,14 +303,19 @@ class Asked:
         )
 
     def _refuse_other_values(self, rows: Tree, chosen: Tensor) -> None:
-        for place in range(min(ALONE, len(chosen))):
-            index = int(chosen[place])
-            single = self.call(self.some(slice(index, index + 1))[0])
-            for row, one in zip(_numbers(rows), _numbers(single), strict=True):
-                if one.shape != row.shape[1:]:
-                    raise ValueError(f"{self.caller}: outputs of {self.name} differ in shape from sample to sample")
-                if not torch.allclose(row[place], one, rtol=0, atol=_rounding_of_batches(row), equal_nan=True):
-                    raise self._mixes(f"output {index} is another alone")
+        """Outputs of every other sample, and of some alone: of all where no gradient of the inputs can tell."""
+        floats = [t for t in tree_leaves(self.inputs) if _sliced(t) and (t.is_floating_point() or t.is_complex())]
+        alone = min(ALONE, len(chosen)) if floats else len(chosen)
+        places = torch.arange(len(chosen), device=chosen.device)
+        for at in [*places[:alone].split(1), places[0::2], places[1::2]]:
+            single = self.call(self.some(chosen[at])[0])
+            fewer = self.rows(single, tree_map(lambda t: t[0], rows), len(at))
+            for row, one in zip(_numbers(rows), _numbers(fewer), strict=True):
+                if not torch.allclose(row[at], one, rtol=0, atol=_rounding_of_batches(row), equal_nan=True):
+                    index = int(chosen[at[0]])
+                    raise self._mixes(
+                        f"output {index} is another with {len(at) - 1} others than with {len(chosen) - 1}"
+                    )
 
     def _refuse_other_gradients(self, rows: Tree, inputs: list[Tensor], draw: torch.Generator) -> None:
         floats = [r for r in _numbers(rows) if r.requires_grad]
@@ -396,10 +412,19 @@ def asked(
 
 
 @contextmanager
+def without_advice() -> Iterator[None]:
+    """Without torch's advice on speed and on settings of other machines, which is no one's concern here."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "There is a performance drop")
+        warnings.filterwarnings("ignore", "TF32 acceleration")
+        yield
+
+
+@contextmanager
 def gradients_on() -> Iterator[None]:
     """Gradients on, inference mode off, compiled code as it was written: autograd does not differentiate it twice."""
     eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
-    with torch.inference_mode(False), torch.enable_grad(), eager:
+    with torch.inference_mode(False), torch.enable_grad(), eager, without_advice():
         yield
 
 

@@ -23,6 +23,7 @@ from scipy.linalg import eigh_tridiagonal
 from scipy.sparse.linalg import ArpackError, ArpackNoConvergence, LinearOperator, eigsh
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from tsdyn.assumptions import Loss, Tree, _explained, _Randomness, agree, asked, comparable, gradients_on, log
 from tsdyn.memory import refuse_beyond
@@ -56,6 +57,7 @@ def hessian(*args: Any, **keywords: Any) -> Tensor:
         MemoryError: before it starts, if it does not fit.
     """
     with _curved("hessian", args, keywords) as (curve, _):
+        curve.refuse_asymmetry()
         return curve.dense()
 
 
@@ -77,6 +79,7 @@ def hessian_vector_product(*args: Any, **keywords: Any) -> Tensor:
             raise ValueError(
                 f"hessian_vector_product: the vector has shape {tuple(vector.shape)}, there are {curve.size} parameters"
             )
+        curve.refuse_asymmetry()
         return curve.product(vector.detach().to(curve.device, curve.dtype))
 
 
@@ -355,18 +358,31 @@ def _traced(
 ) -> _Curve:
     """The value's graph through kernels that can be differentiated twice.
 
-    Attention's fused kernels cannot, nor can recurrent layers of cuDNN and MKL-DNN: the latter are left out once a product
+    Torch's fused weight norm takes the norm for constant in its second derivative: it is written out.  Attention's fused kernels cannot, nor can recurrent layers of cuDNN and MKL-DNN: the latter are left out once a product
     has failed.
     """
-    with sdpa_kernel(SDPBackend.MATH):
+    with sdpa_kernel(SDPBackend.MATH), _WrittenOut():
         curve = _Curve(caller, name, leaves, steady())
+        ones = torch.ones(curve.size, dtype=curve.dtype, device=curve.device)
         try:
-            curve.product(torch.ones(curve.size, dtype=curve.dtype, device=curve.device))
-        except (RuntimeError, ValueError):
-            with torch.backends.mkldnn.flags(enabled=False), torch.backends.cudnn.flags(enabled=False):
-                curve = _Curve(caller, name, leaves, value())
-                curve.product(torch.ones(curve.size, dtype=curve.dtype, device=curve.device))
+            curve.product(ones)
+            return curve
+        except (RuntimeError, ValueError) as error:
+            log.warning("%s: %s; without fused kernels instead", caller, str(error).strip().splitlines()[0][:120])
+        with torch.backends.mkldnn.flags(enabled=False), torch.backends.cudnn.flags(enabled=False):
+            curve = _Curve(caller, name, leaves, value())
+            curve.product(ones)
     return curve
+
+
+class _WrittenOut(TorchFunctionMode):
+    """Weight norm, w = v g/‖v‖, as its formula."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch._weight_norm:
+            v, g, dim = (*args, 0)[:3] if not kwargs else (*args, *kwargs.values(), 0)[:3]
+            return v * (g / torch.norm_except_dim(v, 2, dim))
+        return func(*args, **(kwargs or {}))
 
 
 def _steady(caller: str, compute: Callable[[], Tensor]) -> Tensor:

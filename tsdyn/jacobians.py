@@ -239,6 +239,7 @@ class _View:
 
     def _plain(self, sample: int) -> dict[str, Tensor]:
         output, wrt = self._traced(slice(sample, sample + 1))
+        self._one.refuse_detached(output)
         output = output.flatten()
         last = len(output) - 1
         rows = [self._one.gradients(o, list(wrt.values()), again=i < last) for i, o in enumerate(output)]
