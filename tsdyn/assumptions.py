@@ -190,7 +190,7 @@ class Asked:
         try:
             for p in leaves:
                 p.grad = None
-            value.backward(retain_graph=again)  # type: ignore[no-untyped-call]
+            value.backward(retain_graph=again)
             return [torch.zeros_like(t) if t.grad is None else t.grad for t in wrt]
         finally:
             for p, g in zip(leaves, before, strict=True):
@@ -217,12 +217,13 @@ class Asked:
             )
         if self._randomness.moved():
             raise ValueError(
-                f"{self.caller}: {self.name} draws random numbers in its forward pass, or its loss does, so there is no "
-                "one gradient; make it deterministic (module.eval())"
+                f"{self.caller}: {self.name} draws random numbers in its forward pass, or its loss does, so there is "
+                "no one gradient; make it deterministic (module.eval())"
             )
         again = value()
         for one, other in zip(_numbers(first), _numbers(again), strict=True):
-            if one.is_floating_point() and not (agree(other, one) or not comparable([one])) or one.shape != other.shape:
+            told = one.is_floating_point() and comparable([one])
+            if one.shape != other.shape or (told and not agree(other, one)):
                 raise ValueError(
                     f"{self.caller}: {self.name} gives two values for one input, so it draws random numbers of its own "
                     "or remembers earlier calls; make it deterministic"
@@ -287,7 +288,8 @@ class Asked:
             return batch.reshape(count, *alone.shape)
         raise ValueError(
             f"{self.caller}: the output of {self.name} for {count} samples has shape {tuple(batch.shape)}, for one "
-            f"{tuple(alone.shape)}: it mixes samples or has no axis for them; outputs must be (sample, ...){self._layout()}"
+            f"{tuple(alone.shape)}: it mixes samples or has no axis for them; outputs must be (sample, ...)"
+            f"{self._layout()}"
         )
 
     def _layout(self) -> str:
@@ -337,7 +339,8 @@ class Asked:
 
     def _mixes(self, evidence: str) -> ValueError:
         return ValueError(
-            f"{self.caller}: {self.name} mixes samples ({evidence}), so no derivative of one sample exists{self._layout()}"
+            f"{self.caller}: {self.name} mixes samples ({evidence}), so no derivative of one sample exists"
+            f"{self._layout()}"
         )
 
     # --- comparing a shorter way with the definition ---------------------------------------------------------
@@ -613,7 +616,7 @@ class _Randomness:
         return torch.get_rng_state(), cuda, np.random.get_state(), random.getstate()  # noqa: NPY002
 
     def moved(self) -> bool:
-        """Whether numbers were drawn; of Python's ``random`` not where beartype is loaded, which draws what it checks."""
+        """Whether numbers were drawn; not of Python's ``random`` if beartype is loaded, which draws what it checks."""
         (cpu, cuda, numpy, python), (cpu0, cuda0, numpy0, python0) = self._now(), self._before
         return (
             not torch.equal(cpu, cpu0)

@@ -1,10 +1,10 @@
 """Second derivatives of a scalar loss in its parameters: products, the dense Hessian, its spectrum and its density.
 
 Each function takes either ``(loss, params)``, a function of parameters and where to differentiate it, or ``(module,
-loss, x, y)``: then the function is ``loss(module(x), y)``, of the whole batch as it is trained, and its arguments are the
-module's parameters that require a gradient.  Products are plain reverse mode over reverse mode; the dense Hessian is its
-products with unit vectors, all at once where a random combination of them agrees with one product alone (Freivalds
-1977).  A loss that ignores its parameters, draws random numbers or moves the module's state is refused.
+loss, x, y)``: then the function is ``loss(module(x), y)``, of the whole batch as it is trained, and its arguments are
+the module's parameters that require a gradient.  Products are plain reverse mode over reverse mode; the dense Hessian
+is its products with unit vectors, all at once where a random combination of them agrees with one product alone
+(Freivalds 1977).  A loss that ignores its parameters, draws random numbers or moves the module's state is refused.
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ def hessian_density(
 def hessian_density(*args: Any, **keywords: Any) -> SpectralDensity:
     """Density of the Hessian's eigenvalues by stochastic Lanczos quadrature; no Hessian is formed.
 
-    Called ``hessian_density(loss, params)`` or ``hessian_density(module, loss, x, y)``, with probes=10, steps=80, seed=0.
+    Called ``hessian_density(loss, params)`` or ``hessian_density(module, loss, x, y)``; probes=10, steps=80, seed=0.
     `probes` random directions, for each `steps` Hessian-vector products and a full reorthogonalization, without which
     converged eigenvalues come back as ghosts and weigh twice.  Fewer steps are taken where a Krylov space is exhausted;
     its nodes are repeated with weight 0.
@@ -330,7 +330,8 @@ def _curved(
     with ExitStack() as stack:
         if "module" in given:
             one = stack.enter_context(asked(caller, given["module"], given["x"], given["y"], per_sample=False))
-            leaves, name = list(one.parameters.values()), one.name
+            leaves: list[Tensor] = list(one.parameters.values())
+            name = one.name
             if not leaves:
                 raise ValueError(f"{caller}: {name} has no parameter that requires a gradient")
             _refuse_unreal(caller, leaves)
@@ -338,19 +339,15 @@ def _curved(
             def value() -> Tensor:
                 return one.value(given["loss"], one.call(one.inputs), one.targets)
 
-            steady = one.refuse_unsteady
-        else:
-            stack.enter_context(gradients_on())
-            leaves, structured = _leaves(caller, given["params"])
-            name = "the loss"
+            yield _traced(caller, name, leaves, lambda: one.refuse_unsteady(value), value), given
+            return
+        stack.enter_context(gradients_on())
+        leaves, structured = _leaves(caller, given["params"])
 
-            def value() -> Tensor:
-                return _scalar(caller, given["loss"](structured()))
+        def at() -> Tensor:
+            return _scalar(caller, given["loss"](structured()))
 
-            def steady(compute: Callable[[], Tensor]) -> Tensor:
-                return _steady(caller, compute)
-
-        yield _traced(caller, name, leaves, lambda: steady(value), value), given
+        yield _traced(caller, "the loss", leaves, lambda: _steady(caller, at), at), given
 
 
 def _traced(
@@ -358,8 +355,8 @@ def _traced(
 ) -> _Curve:
     """The value's graph through kernels that can be differentiated twice.
 
-    Torch's fused weight norm takes the norm for constant in its second derivative: it is written out.  Attention's fused kernels cannot, nor can recurrent layers of cuDNN and MKL-DNN: the latter are left out once a product
-    has failed.
+    Torch's fused weight norm holds the norm constant in its second derivative: it is written out.  Attention's fused
+    kernels have none; nor have recurrent layers of cuDNN and MKL-DNN, which are left out once a product has failed.
     """
     with sdpa_kernel(SDPBackend.MATH), _WrittenOut():
         curve = _Curve(caller, name, leaves, steady())
@@ -392,7 +389,8 @@ def _steady(caller: str, compute: Callable[[], Tensor]) -> Tensor:
         first = compute()
         if randomness.moved():
             raise ValueError(
-                f"{caller}: the loss draws random numbers, so it has no one Hessian; make it deterministic (module.eval())"
+                f"{caller}: the loss draws random numbers, so it has no one Hessian; make it deterministic "
+                "(module.eval())"
             )
         again = compute()
     finally:

@@ -8,9 +8,9 @@ it does not, the log ("tsdyn") says so.
 What is trainable is what requires a gradient, everywhere: frozen parameters (``requires_grad=False``) are left out of
 gradients, norms, Jacobians, kernels and Hessians, unless they are asked for by name.
 
-A `loss` of per-sample functions is called with a batch of one, ``loss(module(x[i:i+1]), y[i:i+1])``, so its reduction does
-not matter; every gradient here is that of one sample's loss, not divided by the number of samples.  A Hessian's is called
-with the whole batch, ``loss(module(x), y)``.
+A `loss` of per-sample functions is called with a batch of one, ``loss(module(x[i:i+1]), y[i:i+1])``, so its reduction
+does not matter; every gradient here is that of one sample's loss, not divided by the number of samples.  A Hessian's
+is called with the whole batch, ``loss(module(x), y)``.
 
 The module is left as it was: parameters and their ``.grad``, buffers, training flags, hooks and random states.
 """
