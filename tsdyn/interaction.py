@@ -182,10 +182,10 @@ class _Erf:
     homogeneous = False
 
     def __call__(self, A: Tensor, B: Tensor, c: Tensor) -> Tensor:
-        return torch.atan2(c, _determinant(A, B, c, 1, 1).sqrt()) * (2 / math.pi)
+        return torch.atan2(c, _determinant(A, B, c, 1.0, 1.0).sqrt()) * (2 / math.pi)
 
     def partials(self, A: Tensor, B: Tensor, c: Tensor) -> Partials:
-        return _scaled(_arcsine_partials(A, B, c, 1, 1), 2 / math.pi)
+        return _scaled(_arcsine_partials(A, B, c, 1.0, 1.0), 2 / math.pi)
 
 
 class _PiecewiseLinear:
