@@ -1,4 +1,4 @@
-"""Every analysis of a whole sweep is what each point alone gives, whatever is swept; and it knows whose numbers these are."""
+"""Every analysis of a whole sweep is what each point alone gives, and it knows whose numbers these are."""
 
 import numpy as np
 import pytest
