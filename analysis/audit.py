@@ -449,7 +449,7 @@ CLAIMS = (
         "Theorem 5",
         f"{TIAN}, Theorem 5",
         "deeper than two layers, otherwise as Theorem 3 with ε_g = 5 Q^{3/2} √d max|g_1| / max_k min_R "
-        f"|α_kj(R)|‖w*_j‖; Q: the linear pieces that {PIECES} samples meet, a lower bound, so that the claim is tested sharper",
+        f"|α_kj(R)|‖w*_j‖; Q: the linear pieces that {PIECES} samples meet, a lower bound: tested the sharper",
         PARAMETERS,
         _theorem_5,
         squared=True,
