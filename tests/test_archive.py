@@ -452,3 +452,24 @@ def test_a_stale_lock_file_is_taken_over_and_whose_it_was_is_said(tmp_path, no_f
     assert "ended without finishing; going on from what it committed" in caplog.text
     assert str(2**22 + 1) in caplog.text
     assert not any(tmp_path.iterdir())
+
+
+def test_layers_of_ones_own_may_be_counted_from_0_and_have_no_widths():
+    """The lowest label is the lowest layer, whose variables have no layer dimension."""
+    own = xr.Dataset(
+        {"weight": (("layer", "node", "input_node"), np.zeros((3, 4, 5))), "alignment": (("node",), np.zeros(4))},
+        coords={"layer": [0, 1, 2]},
+    )
+    assert set(tsdyn.layer(own, 0).data_vars) == {"weight", "alignment"}
+    assert set(tsdyn.layer(own, 1).data_vars) == {"weight"}
+    assert tsdyn.layer(own, 1)["weight"].shape == (4, 5)
+    with pytest.raises(ValueError, match=r"layer: 3 is not in the dataset, which has \[0, 1, 2\]"):
+        tsdyn.layer(own, 3)
+    counted = own.assign_coords(layer=[1, 2, 3])
+    assert set(tsdyn.layer(counted.sel(layer=[2, 3]), 2).data_vars) == {"weight"}
+
+
+def test_a_zarr_store_is_called_one(tmp_path):
+    (tmp_path / "zarr.json").write_text("{}")
+    with pytest.raises(tsdyn.archive.DirectoryError, match=r"is a zarr store; open it by xarray\.open_zarr"):
+        tsdyn.open(tmp_path)
