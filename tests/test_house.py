@@ -101,6 +101,7 @@ SAME_RANK = {
     ("coupling_moments", "theory_inputs"),
     ("students", "archive"),
     ("data", "images"),
+    ("images", "netcdf"),
     ("run_directory", "joining"),
     ("headers", "run_directory"),
     ("sweep_directory", "run_directory"),

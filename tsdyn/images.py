@@ -19,7 +19,9 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Float, Int
 
+from tsdyn import netcdf
 from tsdyn.experiment import Data, ExperimentError
+from tsdyn.whole_files import ArchiveError
 
 _SOURCES: Mapping[str, tuple[str, str]] = {
     "mnist": ("https://ossci-datasets.s3.amazonaws.com/mnist/", "the four *-ubyte.gz files"),
@@ -28,6 +30,8 @@ _SOURCES: Mapping[str, tuple[str, str]] = {
 _IDX_UNSIGNED_BYTE = 8
 #: Deflate makes a byte of at most so many.
 DEFLATES = 1032
+#: ... and what unpacks to this much may be compressed as well as it is.
+ANY_RATIO = 1 << 28
 _CIFAR10_RECORD = 1 + 3 * 32 * 32
 
 
@@ -295,11 +299,33 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
         with np.load(path, allow_pickle=False) as held:
             return {name: held[name] for name in held.files}
     if path.suffix == ".nc":
-        with xr.open_dataset(path) as ds:
-            if ds.nbytes > DEFLATES * path.stat().st_size:
-                raise ValueError(f"it declares {ds.nbytes} bytes, more than {path.stat().st_size} can hold")
-            return {str(name): ds[name].values for name in ds.data_vars}
+        return _of_netcdf(path)
     raise ValueError("it must end in .npz, .nc or .npy")
+
+
+def _of_netcdf(path: Path) -> dict[str, np.ndarray]:
+    """The variables of a netCDF file, dimensions in the order of `read_arrays` where they have its names."""
+    with path.open("rb") as file:
+        classic = file.read(3) == b"CDF"
+    if not classic:  # which HDF5 reads, from other files too, and the netCDF library crashes over two-byte floats
+        try:
+            with netcdf.dataset(path):
+                pass
+        except ArchiveError as error:
+            raise ValueError(str(error)) from None
+    with xr.open_dataset(path) as ds:
+        if ds.nbytes > max(DEFLATES * path.stat().st_size, ANY_RATIO):
+            raise ValueError(f"it declares {ds.nbytes} bytes, more than {path.stat().st_size} can hold")
+        found = {str(name): ds[name] for name in ds.data_vars}
+        for name, array in found.items():
+            known = [dim for dim in ("sample", "channel", "row", "column", "input") if dim in array.dims]
+            if len(known) == array.ndim:
+                found[name] = array.transpose(*known)
+        arrays = {name: array.values for name, array in found.items()}
+    labels = arrays.get("labels")
+    if labels is not None and labels.dtype.kind == "f" and np.equal(labels, np.round(labels)).all():
+        arrays["labels"] = labels.astype(np.int64)  # integers with a fill value that no sample has
+    return arrays
 
 
 def _check_labels(path: str | Path, labels: np.ndarray, classes: int | None) -> None:
