@@ -18,6 +18,7 @@ RANKS = {
     "schema": 0,
     "experiment": 0,
     "whole_files": 0,
+    "wrong_numbers": 0,
     "hdf5": 0,
     "interrupts": 0,
     "points": 0,

@@ -20,7 +20,7 @@ from tsdyn.lock import NAME as LOCK
 from tsdyn.lock import Lock
 from tsdyn.netcdf import State
 from tsdyn.points import axes, places
-from tsdyn.schema import VARIABLES, WRONG_THROUGH, expand
+from tsdyn.schema import VARIABLES, expand
 from tsdyn.whole_files import (
     SUFFIX,
     ArchiveError,
@@ -38,6 +38,7 @@ from tsdyn.whole_files import (
     write_bytes,
     write_text,
 )
+from tsdyn.wrong_numbers import WRONG_THROUGH
 
 EXPERIMENT = "experiment.toml"
 ARCHIVE = "archive.nc"
