@@ -41,6 +41,7 @@ from tsdyn.whole_files import (
     sync_directory,
     write_text,
 )
+from tsdyn.wrong_numbers import WRONG
 
 #: Where `repair` puts what is not whole; nothing is deleted.
 DAMAGED = "damaged"
@@ -158,7 +159,7 @@ def _said_of(path: Path) -> Iterator[str]:
         if "dropped" in source.header.attrs:
             yield f"{path}: was repaired; dropped: {source.header.attrs['dropped']}"
         if source.wrong:
-            yield f"{path}: {', '.join(source.wrong)}: {schema.WRONG}"
+            yield f"{path}: {', '.join(source.wrong)}: {WRONG}"
 
 
 def _contents(path: Path, experiment: Experiment | None, *, unsealed: bool = False) -> Iterator[str]:
