@@ -243,7 +243,10 @@ def test_a_scheduler_without_the_certificate_is_refused(tmp_path, monkeypatch):
 def test_a_scheduler_without_workers_is_said_to_have_none(tmp_path, caplog, monkeypatch, together):
     monkeypatch.setattr(sweep, "SILENT_SECONDS", 1.0)
     monkeypatch.setattr(sweep, "ASK_SECONDS", 0.3)
-    with LocalCluster(0, threads_per_worker=1, processes=False, dashboard_address=None, protocol="tcp") as cluster:
+    with LocalCluster(1, threads_per_worker=1, processes=False, dashboard_address=None, protocol="tcp") as cluster:
+        cluster.scale(0)
+        while cluster.scheduler.workers:
+            time.sleep(0.1)
 
         def join():
             until = time.monotonic() + 60
