@@ -405,8 +405,8 @@ CLAIMS = (
     Claim(
         "Theorem 1",
         f"{TIAN}, Theorem 1",
-        f"max|g_1k| ≤ {CRITICAL:g} Σ_j |α_kj| (std ‖w*_j‖ + |b*_j|) for every node, std = data.std, and a teacher node, "
-        "one of several, observed with α ≠ 0 ⇒ its best ε ≤ ε_0/2 (g on the training set)",
+        f"max|g_1k| ≤ {CRITICAL:g} Σ_j |α_kj| (std ‖w*_j‖ + |b*_j|) for every node, std = data.std, and a "
+        "teacher node, one of several, observed with α ≠ 0 ⇒ its best ε ≤ ε_0/2 (g on the training set)",
         ("gradient_max", "observation", "A", "alignment"),
         _theorem_1,
         squared=True,
@@ -449,8 +449,8 @@ CLAIMS = (
     Claim(
         "Theorem 5",
         f"{TIAN}, Theorem 5",
-        "deeper than two layers, otherwise as Theorem 3 with ε_g = 5 Q^{3/2} √d max|g_1| / max_k min_R |α_kj(R)|‖w*_j‖; "
-        f"Q: the linear pieces that {PIECES} samples meet, a lower bound, so that the claim is tested sharper",
+        "deeper than two layers, otherwise as Theorem 3 with ε_g = 5 Q^{3/2} √d max|g_1| / max_k min_R "
+        f"|α_kj(R)|‖w*_j‖; Q: the linear pieces that {PIECES} samples meet, a lower bound: tested the sharper",
         PARAMETERS,
         _theorem_5,
         squared=True,

@@ -35,7 +35,8 @@ def points(ds: xr.Dataset) -> Points:
     if "seed" in ds.coords and (foreign := sorted(set(np.atleast_1d(ds["seed"].values).tolist()) - seeds)):
         raise ValueError(
             f"points: seeds {foreign[:5]} are none of {experiment.name}'s, whose experiment the Dataset carries; of "
-            "archives joined, and of a Dataset of your own, it cannot be known whose the networks are: ask each by itself"
+            "archives joined, and of a Dataset of your own, it cannot be known whose the networks are: ask each "
+            "by itself"
         )
     for chosen, single in found.values():
         _refuse_other_widths(ds, chosen, single)

@@ -48,10 +48,11 @@ def _unit(x: NDArray) -> NDArray:
 def linear_cka(x: NDArray, y: NDArray, *, debiased: bool = False) -> float:
     """‖Yᵀ X‖² / (‖Xᵀ X‖ ‖Yᵀ Y‖) of centred X (sample, node) and Y (sample, node_2).
 
-    1 for equal representations up to rotation and a common scale; NaN if one is constant or not finite.  The plain estimator lies in [0, 1] and is too large
-    by about (nodes · nodes_2)^½ / samples: independent layers of n and m nodes give .35 at the fewest samples that are
-    taken, n + m + 1.  The debiased one is 0 in the mean there, and may be a little below: it is the right one
-    unless samples are a hundred times the nodes and more, where the two agree.
+    1 for equal representations up to rotation and a common scale; NaN if one is constant or not finite.
+
+    The plain estimator lies in [0, 1] and is too large by about (nodes · nodes_2)^½ / samples: independent layers give
+    .35 at the fewest samples that are taken.  The debiased one is 0 in the mean there, and may be a little below: it is
+    the right one unless samples are a hundred times the nodes and more, where the two agree.
 
     Args:
         x, y: Activations of the same samples.

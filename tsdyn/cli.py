@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import errno
 import sys
 import time
 import tomllib
@@ -21,6 +21,7 @@ from tsdyn.archive import ArchiveError, DirectoryError, local_path
 from tsdyn.experiment import Experiment, ExperimentError
 from tsdyn.schema import COORDINATES, path_of
 from tsdyn.schema import printable as _printable
+from tsdyn.terminal import make_lenient
 from tsdyn.whole_files import refuse_link
 
 if TYPE_CHECKING:
@@ -58,9 +59,30 @@ Directory = Annotated[str, typer.Argument(metavar="DIR", help="A run, a sweep or
 
 
 def main() -> None:
-    """Entry point: errors in one reading, no traceback; exit 0, 1 (the run failed) or 2 (the request is wrong)."""
-    with _errors():
-        app()
+    """Entry point: errors in one reading, no traceback; exit 0, 1 (the run failed) or 2 (the request is wrong).
+
+    What cannot be printed is dropped: of a run the report, which it does not need; of other commands it is said, unless
+    the reader closed the pipe.
+    """
+    _reported.clear()
+    before = sys.stdout, sys.stderr
+    out, complaints = make_lenient()
+    try:
+        with _errors():
+            app()
+    except SystemExit as end:
+        out.flush()
+        if not end.code and out.lost is not None and out.lost.errno not in (errno.EPIPE, None) and not _reported:
+            _fail(f"standard output: {out.lost.strerror}; what was to be printed is incomplete", FAILED)
+        raise
+    finally:
+        out.abandon()
+        complaints.abandon()
+        sys.stdout, sys.stderr = before
+
+
+#: Whether what is printed is the report of work that was done all the same.
+_reported: list[bool] = []
 
 
 @contextmanager
@@ -73,6 +95,10 @@ def _errors() -> Iterator[None]:
         _fail(error, FAILED)
     except OSError as error:
         _fail(f"{error}; what was committed is intact", FAILED)
+    except RuntimeError as error:
+        if "allocate memory" not in str(error) and "out of memory" not in str(error):
+            raise
+        _fail(f"no memory is left ({str(error).splitlines()[0]}); what was committed is intact", FAILED)
 
 
 class _Unavailable(Exception):
@@ -178,7 +204,7 @@ def run_study(
 @app.command()
 def show(directory: Directory) -> None:
     """What is in there, in one screen."""
-    from tsdyn import archive
+    from tsdyn import archive, provenance
 
     ds = archive.open(directory)
     console = Console()
@@ -206,6 +232,8 @@ def show(directory: Directory) -> None:
     if "death_epoch" in ds.coords:
         dead = int((ds["death_epoch"] >= 0).sum())
         rows["died"] = f"{dead} members became NaN or infinite" if dead else "no member became NaN or infinite"
+    for position, line in enumerate(provenance.lines(ds.attrs)):
+        rows["history" if not position else f"history {position + 1}"] = line
     for key, value in rows.items():
         facts.add_row(_plain(key), _plain(value))
     console.print(facts)
@@ -338,6 +366,22 @@ def repair(directory: Directory) -> None:
         print(f"{directory}: nothing to repair")
 
 
+@app.command()
+def doctor(
+    directory: Annotated[str, typer.Argument(metavar="[DIR]", help="Where runs are to be written.")] = ".",
+) -> None:
+    """What this machine and a directory mean for numbers, speed and files; exit 1 if something is bad."""
+    from tsdyn import diagnosis
+
+    bad = False
+    for finding in diagnosis.diagnose(local_path(directory)):
+        bad |= finding.verdict == "bad"
+        print(_printable(f"{finding.verdict:4}  {finding.subject}: {finding.found}".replace("\n", " ")))
+        print(_printable(f"      {finding.meaning}".replace("\n", " ")), flush=True)
+    if bad:
+        raise typer.Exit(FAILED)
+
+
 def _study(name: str) -> Any:
     from tsdyn import studies
 
@@ -353,12 +397,13 @@ def _assignment(text: str, option: str = "--set") -> tuple[str, Any]:
     if not sign or not key:
         example = {"--set": "training.epochs=5", "--select": "seed=0"}[option]
         raise ExperimentError(f"{option} {text}: write KEY=VALUE, e.g. {option} {example}")
+    value = value.strip()
     try:
         return key.strip(), tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
-        if re.fullmatch(r"[A-Za-z/.][\w./ -]*", value.strip()):
-            return key.strip(), value.strip()
-        raise ExperimentError(f"{option} {text}: {value!r} is not a TOML value") from None
+    except (ValueError, RecursionError):
+        if value and value.isprintable() and value[0] not in "[{\"'#=" and len(value) < 4096:
+            return key.strip(), value  # a word, or a path whatever it begins with; the key says whether it takes one
+        raise ExperimentError(f"{option} {text[:80]}: {value[:80]!r} is not a TOML value") from None
 
 
 def _run(
@@ -372,6 +417,7 @@ def _run(
 ) -> None:
     from tsdyn import runner, sweep
 
+    _reported.append(True)
     shared: dict[str, Any] = {"device": device, "workers": workers, "scheduler": scheduler, "together": together}
     try:
         if scheduler is None:

@@ -2,8 +2,9 @@
 
 A student of n nodes against a unit-orthonormal teacher of k can give each node a group of teacher nodes: a group of one
 is copied, a larger one averaged by the one-neuron optimum.  For erf every such point is critical; the least is
-(1, …, 1, k−n+1).  For tanh a critical point lies 1e-3 from each, for σ that is not odd one near the least.  Perturbed copies leave the groups of one for a mixture and exist for n < k only.  Both are found from
-reduced problems of a few parameters, whose critical points are the full problem's (symmetric criticality).
+(1, …, 1, k−n+1).  For tanh a critical point lies 1e-3 from each, for σ that is not odd one near the least.  Perturbed
+copies leave the groups of one for a mixture and exist for n < k only.  Perturbed points are found from reduced problems
+of a few parameters, whose critical points are the full problem's (symmetric criticality).
 
 Source: Simsek et al. (2023), sections 4 and 5.
 """

@@ -207,7 +207,7 @@ class Experiment(Part):
         """From TOML text; `origin` names it in errors."""
         try:
             values = tomllib.loads(text)
-        except (tomllib.TOMLDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # ValueError: TOMLDecodeError, and numbers of thousands of digits
             raise ExperimentError(f"{origin}: not TOML: {error}") from None
         try:
             return cls(**values)
@@ -222,7 +222,7 @@ class Experiment(Part):
             ExperimentError: if the file cannot be read or does not hold an experiment.
         """
         try:
-            text = Path(path).read_text(encoding="utf-8")
+            text = Path(path).read_text(encoding="utf-8-sig")  # editors of one system begin with a byte-order mark
         except (OSError, UnicodeDecodeError) as error:
             raise ExperimentError(f"{path}: cannot be read: {error}") from None
         return cls.from_toml_text(text, origin=str(path))

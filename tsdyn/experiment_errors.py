@@ -36,7 +36,7 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
     for item in error.errors(include_url=False):
         fields = [str(p) for p in item["loc"] if not _is_branch(p)]
         key = ".".join(fields)
-        shown = repr(item.get("input"))
+        shown = _shown(item.get("input"))
         shown = shown if len(shown) <= 80 else shown[:77] + "..."
         if item["type"] == "extra_forbidden":
             section = ".".join(fields[:-1])
@@ -59,6 +59,13 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
         if rule and rule not in lines[head]:
             lines[head].append(rule)
     return "\n  ".join(f"{head}: must be {' or '.join(rules)}" if rules else head for head, rules in lines.items())
+
+
+def _shown(value: object) -> str:
+    try:
+        return repr(value)
+    except ValueError:  # an integer of more digits than Python writes
+        return "a number of thousands of digits"
 
 
 def _is_branch(part: object) -> bool:

@@ -39,7 +39,7 @@ from tsdyn.whole_files import (
 INDEX = "index.json"
 _INDEX = re.compile(rb'\{"sha256": "([0-9a-f]{64})", "kept": (.*)\}', re.DOTALL)
 #: Of a file's attributes, those that are its run's own.
-OWN = ("experiment", "name", "digest", "created", RUN)
+OWN = ("experiment", "name", "digest", "created", RUN, "input_sha256", "history")
 
 #: Dimensions, values and attributes of what is loaded when a file is opened.
 Loaded = tuple[tuple[str, ...], Any, dict[str, Any]]

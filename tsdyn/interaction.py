@@ -182,10 +182,10 @@ class _Erf:
     homogeneous = False
 
     def __call__(self, A: Tensor, B: Tensor, c: Tensor) -> Tensor:
-        return torch.atan2(c, _determinant(A, B, c, 1, 1).sqrt()) * (2 / math.pi)
+        return torch.atan2(c, _determinant(A, B, c, 1.0, 1.0).sqrt()) * (2 / math.pi)
 
     def partials(self, A: Tensor, B: Tensor, c: Tensor) -> Partials:
-        return _scaled(_arcsine_partials(A, B, c, 1, 1), 2 / math.pi)
+        return _scaled(_arcsine_partials(A, B, c, 1.0, 1.0), 2 / math.pi)
 
 
 class _PiecewiseLinear:
@@ -219,7 +219,7 @@ class _Gelu:
     """x Φ(x/λ) beside y Φ(y/λ'): cF + [AB + c²(λ²λ'² − AB)/pq] / 2π√(pq − c²), p = λ² + A, q = λ'² + B.
 
     F = E[ΦΦ] = ¼ + asin(c/√(pq))/2π.  gelu has λ = λ' = 1.  With D = pq − c² the bracket is (AB D + λ²λ'²c²)/pq.  At
-    c < 0 both terms grow and cancel; the sum is that of relu on fields of variances p and q, and a rest:
+    c < 0 and large norms both terms grow and cancel; the sum is relu's on fields of variances p and q, and a rest:
 
         2π g = [λ²λ'²c² − (pq − AB) D]/(pq √D) + √D + c (π/2 + atan(c/√D)).
     """
@@ -239,7 +239,9 @@ class _Gelu:
         pq = (a + A) * (b + B)
         # _rectified has √D already, (AB D + λ²λ'²c²)/(pq √D) less it is what stands here
         rest = (c * c * (a * b / pq) - (a * B + b * A + a * b) / pq * D) / root
-        return (rest + _rectified(c, root)) / (2 * math.pi)
+        both = 0.25 + torch.atan2(c, root) / (2 * math.pi)
+        plain = c * both + (A * B + c * c * (a * b - A * B) / pq) / (2 * math.pi * root)
+        return torch.where(A * B > _LARGE, (rest + _rectified(c, root)) / (2 * math.pi), plain)
 
     def partials(self, A: Tensor, B: Tensor, c: Tensor) -> Partials:
         a, b = self.variances

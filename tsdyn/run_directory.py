@@ -47,6 +47,8 @@ RUN = "run"
 
 #: Attribute of an archive: epochs that it holds beyond its schedule, since shorter runs that it extends recorded them.
 KEPT = "kept_epochs"
+#: How long another command may take to make a sweep's directory its own.
+CLAIM_SECONDS = 30.0
 _SEGMENT = re.compile(r"epoch-(\d{6,})-(\d{6,})\.nc")
 
 #: Variable → one array (seed, epoch), or one a layer from the lowest up, (seed, epoch, node...); constants: no epoch.
@@ -120,8 +122,11 @@ def claim(path: Path, experiment: Experiment) -> None:
     """
     if not _claimed(path, experiment):
         make_directory(path)
-        with Lock(path):
+        lock = Lock(path).wait(CLAIM_SECONDS if experiment.sweep else 0.0)  # several commands may share a sweep
+        try:
             _sign(path, experiment)
+        finally:
+            lock.release()
 
 
 def _claimed(path: Path, experiment: Experiment) -> bool:

@@ -6,12 +6,9 @@ import datetime
 import json
 import logging
 import os
-import platform
-import subprocess
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
-from functools import cache
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, assert_never
 
@@ -19,8 +16,7 @@ import numpy as np
 import torch
 import xarray as xr
 
-from tsdyn import archive, flowtraining, memory, schema
-from tsdyn._version import __version__
+from tsdyn import archive, data, flowtraining, inputs, memory, provenance, schema
 from tsdyn.archive import ArchiveError, RunDirectory
 from tsdyn.costs import COMMIT_BYTES, Footprint, footprint
 from tsdyn.experiment import Experiment
@@ -35,8 +31,10 @@ from tsdyn.protocol import Runnable, StateError
 COMMIT_SECONDS = 2.0
 #: ... or this share of the run so far if that is more, so that a run of days has hundreds of segments and not 100,000,
 #: ... and not before all commits together keep this share, so that a slow disk takes no more either; but once the
-#: records hold COMMIT_BYTES at the latest.
+#: records hold COMMIT_BYTES at the latest, ...
 COMMIT_SHARE = 0.01
+#: ... or after so long, which is what a power cut can cost; if a commit takes long itself, after so many times that.
+LONGEST_SECONDS, LONGEST_TIMES = 60.0, 30
 _SMALLER = "train fewer seeds a directory (seeds = [0, 1, ...]) or on less data (data.train, data.eval)"
 _log = logging.getLogger("tsdyn")
 
@@ -63,6 +61,11 @@ def _exact_products(device: str) -> None:
     """
     if device != "cpu":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = os.environ.get("TSDYN_TF32") == "on"
+
+
+def own_device() -> AbstractContextManager[Any]:
+    """Inside, tensors that are made without a device are on the CPU, whatever the user's default is."""
+    return nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
 
 
 #: Called after each step with (step, last step, seeds that died, evaluation error or None); of training a step is an
@@ -96,7 +99,7 @@ def run(
         DeviceError: if there is no such device.
         ExperimentError: if the teacher cannot be drawn as asked.
         MemoryError: if the members would not fit, before any is drawn.
-        Stopped: after SIGINT or SIGTERM, once the epoch in work is committed.
+        Stopped: after SIGINT, SIGTERM, SIGHUP, SIGXCPU or SIGUSR1, once the epoch in work is committed.
     """
     path = archive.local_path(path)
     try:
@@ -144,6 +147,7 @@ def run_together(
     failed: dict[Path, Exception] = {}
     apart: list[Path] = []
     with ExitStack() as held:
+        held.enter_context(own_device())
         heard, asked = asked, asked or held.enter_context(stopping())
         begun: dict[int, list[_Point]] = {}
         needed = sum((footprint(single) for single in experiments.values()), Footprint()).bytes
@@ -180,29 +184,55 @@ class _Point:
         self.path, self.members, self.experiment = path, members, members.experiment
         self._target, self._progress = target, progress
         self._variables = self.experiment.recorded("along")
-        self._attrs = attributes(self.experiment, members.device)
+        self._inputs = inputs.digests(self.experiment)
+        self._attrs = attributes(self.experiment, members.device) | {inputs.ATTRIBUTE: json.dumps(self._inputs)}
         if isinstance(members, Members) and members.student is not None:
             self._attrs["parameters"] = attribute(members.ensemble.module(0))
         self._labels = dict(zip(self.experiment.schedule, self.experiment.labels, strict=True))
         self._pending: list[dict[str, Any]] = []
         self._recorded: list[schema.Label] = []
         self._first = 0
+        self._read = False
         self.died: list[int] = []  #: seeds that did in the step that ended
 
     def begin(self) -> int:
         """The first step to do; goes on from what is committed."""
         committed = self._target.committed()
+        before: Mapping[str, Any] = {}
         if committed is not None:
             state, before = self._target.state()
             _say_what_changed(self._target.path, before, self._attrs)
+            self._refuse_other_inputs(before)
             try:
                 self.members.restore(state)
             except StateError as error:
                 where = "the segments are of another tsdyn or not whole: see `tsdyn validate`"
                 raise ArchiveError(f"{self._target.path}: {error}; {where}") from error
             self._first = committed + 1
+        if self._first <= self.experiment.last:
+            self._attrs |= {provenance.HISTORY: provenance.extended(before, self._attrs, self._first)}
+        elif provenance.HISTORY in before:
+            self._attrs |= {provenance.HISTORY: before[provenance.HISTORY]}
         self.members.draw()  # what cannot be drawn fails by itself
         return self._first
+
+    def _refuse_other_inputs(self, before: Mapping[str, Any]) -> None:
+        kept = inputs.kept(before)
+        if kept is None and self._inputs:
+            _log.warning(
+                "%s: its committed epochs keep no checksums of %s; whether these are what they were is not known",
+                self._target.path,
+                ", ".join(self._inputs),
+            )
+        inputs.refuse_other(self._target.path, self.experiment, kept or {}, self._inputs)
+
+    def _refuse_changed_inputs(self) -> None:
+        """All were read by the first commit; images that are moved anew are read at every epoch."""
+        again = not self.experiment.data.drawn and data.new_at_every_step(self.experiment)
+        due = self._inputs if not self._read else {k: v for k, v in self._inputs.items() if again and "data" in k}
+        if due:
+            inputs.refuse_other(self._target.path, self.experiment, due, inputs.digests(self.experiment))
+        self._read = True
 
     def measure(self, step: int) -> None:
         """Record the step if it is due to be, and tell of it."""
@@ -212,13 +242,18 @@ class _Point:
             self._recorded.append(self._labels[step])
         if self._progress is not None:
             error = _mean_error(self._pending[-1]) if recorded else None
-            self._progress(step, self.experiment.last, self.died, error)
+            try:
+                self._progress(step, self.experiment.last, self.died, error)
+            except (OSError, UnicodeError) as lost:  # of printing: a closed pipe, a full disk, a narrow encoding
+                self._progress = None
+                _log.warning("%s: goes on, without telling of its epochs: %s", self.path, lost)
 
     @property
     def pending_bytes(self) -> int:
         return len(self._pending) * self._target.bytes_per_epoch
 
     def commit(self, step: int) -> None:
+        self._refuse_changed_inputs()
         records = _along_steps(self._pending) if self._pending else {}
         constants = self.members.constants() if self._first == 0 else {}
         outcome = self.members.outcome() if step == self.experiment.last else {}
@@ -257,6 +292,7 @@ def _train(points: list[_Point], start: int, asked: Callable[[], int | None], fa
     last = points[0].experiment.last
     began = clock = time.monotonic()
     took = spent = 0.0
+    slow = False
     together = Together([_training(point.members) for point in points]) if len(points) > 1 and start <= last else None
     for step in range(start, last + 1):
         if step:
@@ -271,6 +307,9 @@ def _train(points: list[_Point], start: int, asked: Callable[[], int | None], fa
             clock = time.monotonic()
             took = clock - now
             spent += took
+            if not slow and took > LONGEST_SECONDS / LONGEST_TIMES:
+                slow = True
+                _say_slow(points[0].path, took)
             stop_if_asked()
         if not going:
             return
@@ -282,10 +321,25 @@ def _train(points: list[_Point], start: int, asked: Callable[[], int | None], fa
 def _due(elapsed: float, since: float, took: float, spent: float) -> bool:
     """Whether to commit, seconds into the run and since the last commit, which took `took`, and all so far `spent`.
 
-    This one and the run's last, which comes whatever it costs, are to keep the share.
+    This one and the run's last, which comes whatever it costs, are to keep the share, but for the bound on how long
+    nothing is committed.
     """
     waited = since >= max(COMMIT_SECONDS, COMMIT_SHARE * elapsed)
-    return COMMIT_SECONDS == 0 or (waited and spent + 2 * took <= COMMIT_SHARE * elapsed)
+    affordable = spent + 2 * took <= COMMIT_SHARE * elapsed
+    return COMMIT_SECONDS == 0 or (waited and affordable) or since >= _longest(took)
+
+
+def _longest(took: float) -> float:
+    """Seconds after which a commit is due whatever it costs, the last of which took `took`."""
+    return max(LONGEST_SECONDS, LONGEST_TIMES * took)
+
+
+def _say_slow(path: Path, took: float) -> None:
+    _log.warning(
+        "%s: a commit takes %.0f s here, so up to %.0f s of work are between two, instead of %.0f; a quicker disk, or "
+        "recording less often (record.every), makes it less",
+        path, took, _longest(took), LONGEST_SECONDS,
+    )  # fmt: skip
 
 
 def _training(members: Runnable) -> Members:
@@ -294,12 +348,10 @@ def _training(members: Runnable) -> Members:
 
 
 def _say_what_changed(path: Path, before: Mapping[str, Any], attrs: Mapping[str, Any]) -> None:
-    """Bits are promised for the same device, threads and versions; where these changed, the log says so."""
-    changed = [
-        f"{key} {before.get(key)} before, {attrs[key]} now"
-        for key in ("device", "threads", "torch_version", "numpy_version", "tsdyn_version")
-        if before.get(key) != attrs[key]
-    ]
+    """Bits are promised for the same device, threads, versions, engine and processor; where these changed, the log says
+    so.
+    """
+    changed = provenance.changed(before, attrs)
     if changed:
         _log.warning("%s: goes on elsewhere than it began (%s): bits may differ", path, "; ".join(changed))
 
@@ -338,14 +390,8 @@ def attributes(experiment: Experiment, device: str) -> dict[str, str | int]:
         "name": experiment.name,
         "digest": experiment.digest,
         "schema_version": schema.VERSION,
-        "tsdyn_version": __version__,
-        "torch_version": torch.__version__,
-        "numpy_version": np.__version__,
-        "python_version": platform.python_version(),
-        "device": device if device == "cpu" else torch.cuda.get_device_name(device),
+        **provenance.facts(device),
         "dtype": experiment.dtype,
-        "threads": torch.get_num_threads(),
-        "git_commit": _git_commit(),
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "conventions": json.dumps(_conventions(experiment)),
     }
@@ -406,20 +452,3 @@ def _loss_convention(experiment: Experiment) -> str:
 def _batch_norm_convention(experiment: Experiment) -> str:
     place = experiment.student.batch_norm
     return place if place == "none" else f"{place} the activation; training mode in training, evaluation mode measured"
-
-
-@cache
-def _git_commit() -> str:
-    """Commit of the checkout this code runs from, ``unknown`` for an installed wheel."""
-    try:
-        here = Path(__file__).resolve().parent
-        answer = subprocess.run(
-            ["git", "-C", str(here), "rev-parse", "HEAD"],
-            capture_output=True,
-            text=True,
-            timeout=5,
-            check=False,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return answer.stdout.strip() or "unknown"

@@ -90,9 +90,7 @@ def layer(ds: T, number: int) -> T:
     if "layer" not in ds.dims or number not in ds.indexes["layer"]:
         held = list(ds.indexes["layer"]) if "layer" in ds.dims else "no layer dimension"
         raise ValueError(f"layer: {number} is not in the dataset, which has {held}")
-    if number > lowest_layer(ds) and isinstance(
-        ds, xr.Dataset
-    ):  # variables of the lowest layer alone have nodes but no layer
+    if number > lowest_layer(ds) and isinstance(ds, xr.Dataset):  # variables of the lowest alone have no layer
         lowest = [n for n, v in ds.data_vars.items() if "layer" not in v.dims and set(schema.NODE_WIDTHS) & set(v.dims)]
         ds = ds.drop_vars(lowest)
     # one cut, not one after another: dask then reads no more than it asks for

@@ -210,8 +210,9 @@ def polish(
     """Newton's method from near a stationary point to |∇|_∞ ≤ `tolerance`, whatever the point's index.
 
     Steps are limited to a tenth of 1 + the point's norm, leave out eigenvectors whose eigenvalue is zero by rounding
-    or symmetry and are halved until the gradient falls.  No member moves further than `within` times 1 + its norm in all;
-    one that is not stationary there is ``not stationary`` and stays where it began: the point found is the one at hand, not a better one.
+    or symmetry and are halved until the gradient falls.  No member moves further than `within` times 1 + its norm in
+    all; one that has to is ``not stationary`` and stays where it began: the point found is the one at hand, not a
+    better one.
 
     An eigenvalue counts as nonzero by Kantorovich's condition: the Hessian may change by less than half of it over the
     Newton step that is left.  So a minimum may be soft (one neuron against 16: 8e-8 of the largest), while x⁴ at 0 and

@@ -14,12 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from tsdyn.analysis import alignment, lottery, matching, order_parameters, phase, similarity, specialization, summary
+from tsdyn.analysis.members import member
 
 import tsdyn
 from tests.cases import small
 from tests.test_theory import scaled_network
 from tsdyn import alignment as engine
-from tsdyn import data
+from tsdyn import data, derivatives, flow
 from tsdyn.teachers import draw_teacher
 
 DIMS = ("seed", "epoch", "teacher_node", "node")
@@ -428,3 +429,130 @@ def test_what_was_not_recorded_is_named(run):
         similarity.student_teacher(run.sel(layer=1).isel(epoch=-1))
     with pytest.raises(ValueError, match="of the lowest layer, not of layer 2"):
         alignment.alignment(run.drop_vars("alignment").sel(layer=2))
+
+
+# --- dead is not missing ----------------------------------------------------------------------------------------
+
+
+def test_a_living_student_without_a_living_node_has_found_nothing(run):
+    """One of four seeds recovers its teacher, three live with dead nodes only: a rate of ¼, not of 1."""
+    ds = run.load()
+    values = np.full_like(ds["correlation"].values, np.nan)
+    values[0, :, 0, :4, :4] = np.eye(4)
+    ds = ds.assign(correlation=(ds["correlation"].dims, values))
+    low = tsdyn.layer(ds[["correlation"]], 1)
+    np.testing.assert_allclose(specialization.success_rate(low), 1 / 3)
+    assert (specialization.recovered(low).isel(epoch=-1) == [4, 0, 0]).all()
+    shares = phase.fractions(phase.recovery_class(low)).isel(epoch=-1)
+    np.testing.assert_allclose(shares.sel({"class": ["none", "all"]}), [2 / 3, 1 / 3])
+    died = low.assign_coords(death_epoch=("seed", [-1, 2, -1]))
+    np.testing.assert_allclose(specialization.success_rate(died).sel(epoch=[0, 1]), 1 / 3)
+    np.testing.assert_allclose(specialization.success_rate(died).sel(epoch=[2, 4]), 1 / 2)  # the dead are missing
+    whole = specialization.success_rate(ds[["correlation"]])
+    assert whole.sel(layer=2).isnull().all()  # of the output layer there is nothing to recover
+    np.testing.assert_allclose(whole.sel(layer=1).isel(teacher_node=slice(0, 4)), 1 / 3)
+    assert whole.isel(teacher_node=slice(4, None)).isnull().all()
+
+
+def test_a_member_without_a_last_epoch_has_no_final_winner():
+    values = np.random.default_rng(0).uniform(-1, 1, (2, 3, 2, 5))
+    values[1, -1] = np.nan
+    ranks = lottery.winner_rank(archive(values))
+    assert ranks.isel(seed=1).isnull().all()
+    assert ranks.isel(seed=0).notnull().all()
+    assert specialization.mean_rank(archive(values)).isel(seed=1).isnull().all()
+
+
+# --- similarity -------------------------------------------------------------------------------------------------
+
+
+def layers(draw, samples=600):
+    x = draw.standard_normal((samples, 3))
+    return x, x @ draw.standard_normal((3, 5)) + 0.7 * draw.standard_normal((samples, 5))
+
+
+@pytest.mark.parametrize(("dtype", "scale"), [("f8", 1e100), ("f8", 1e-100), ("f4", 1e15), ("f4", 1e-15)])
+def test_similarity_does_not_depend_on_scale(dtype, scale):
+    x, y = layers(np.random.default_rng(0))
+    for measure in (similarity.linear_cka, similarity.svcca, lambda a, b: similarity.linear_cka(a, b, debiased=True)):
+        found = measure((scale * x).astype(dtype), (y / scale).astype(dtype))
+        assert found == pytest.approx(measure(x, y), abs=10 * float(np.finfo(dtype).eps))
+
+
+def test_similarity_does_not_depend_on_the_mean():
+    """Activations about 100 in float32 hold 5e-6 of their own spread."""
+    x, y = layers(np.random.default_rng(0))
+    assert similarity.linear_cka((x + 100).astype("f4"), y) == pytest.approx(similarity.linear_cka(x, y), abs=1e-5)
+
+
+def test_similarity_of_a_constant_or_infinite_layer_is_nan():
+    x, y = layers(np.random.default_rng(0))
+    for other in (np.full_like(x, 0.1), np.full_like(x, np.nan), np.where(x > 2, np.inf, x)):
+        for measure in (similarity.linear_cka, similarity.svcca):
+            assert np.isnan(measure(other, y))
+            assert np.isnan(measure(y, other))
+
+
+def test_the_debiased_estimator_is_the_sum_over_different_samples_and_zero_for_independent_layers():
+    def product(x, y):
+        """Song et al. (2012), Eq. 5, as it is written."""
+        n, one = len(x), np.ones(len(x))
+        K, L = x @ x.T, y @ y.T
+        np.fill_diagonal(K, 0)
+        np.fill_diagonal(L, 0)
+        sums = (one @ K @ one) * (one @ L @ one) / ((n - 1) * (n - 2))
+        return np.trace(K @ L) + sums - 2 / (n - 2) * (one @ K @ L @ one)
+
+    draw = np.random.default_rng(0)
+    found, plain = [], []
+    for _ in range(500):
+        x, y = draw.standard_normal((9, 4)) + 3, draw.standard_normal((9, 4))
+        wanted = product(x, y) / np.sqrt(product(x, x) * product(y, y))
+        found.append(similarity.linear_cka(x, y, debiased=True))
+        plain.append(similarity.linear_cka(x, y))
+        assert found[-1] == pytest.approx(wanted, rel=1e-9, abs=1e-11)
+    # the three products are unbiased, their ratio but for terms of order 1/samples
+    assert abs(np.mean(found)) < 0.03 + 5 * np.std(found) / 500**0.5
+    assert np.mean(plain) > 0.3
+
+
+# --- overlaps that a flow takes -----------------------------------------------------------------------------------
+
+
+def test_an_archives_order_parameters_start_the_flow_at_its_recorded_loss(tmp_path):
+    """eg(0) is ½ E[(φ − y)²] over all inputs, the recorded loss a mean over 20,000: five standard errors."""
+    experiment = small(
+        seeds=2, teacher__widths=[8, 2, 1], teacher__bias=False, student__activation="erf", student__bias=False,
+        student__scale=0.4, data__eval=20_000, training__epochs=0, record__observables=["loss", "weight"],
+        sweep={"data.std": [1.0, 2.0]},
+    )  # fmt: skip
+    ds = tsdyn.run(experiment, tmp_path / "run")
+    found = order_parameters.order_parameters(ds).isel(epoch=0)
+    for std in (1.0, 2.0):
+        at = found.sel(std=std)
+        path = flow.order_parameters(
+            at["Q"], at["R"], at["T"], at["v"], at["A"], learning_rate=0.1, alpha=[0.0, 0.1], activation="erf"
+        )
+        wanted = ds["loss_eval"].sel(std=std).isel(epoch=0)
+        np.testing.assert_allclose(path["eg"].isel(alpha=0), wanted, rtol=5 * 2 / 20_000**0.5)
+        divided = at["Q"].assign_attrs(normalisation="w·w/N")
+        with pytest.raises(ValueError, match="order_parameters: Q is the 'w·w/N', not the 'covariance of the fields"):
+            flow.order_parameters(divided, at["R"], at["T"], learning_rate=0.1, alpha=[0.0])
+
+
+def test_members_have_the_biases_that_their_networks_have(tmp_path):
+    """The recorded norm of per-sample gradients is over parameters that there are: √(Σ ‖g_l‖² ‖f_{l−1}‖²) without."""
+    experiment = small(
+        seeds=1, teacher__bias=False, student__bias=False, record__observables=["weight", "gradient_norm"],
+        training__epochs=1,
+    )  # fmt: skip
+    ds = tsdyn.run(experiment, tmp_path / "run")
+    one = member(ds.isel(seed=0, epoch=-1), experiment)
+    assert one.student.biases == one.teacher.biases == [None, None]
+    x = one.training_inputs
+    module, target = one.student.to_torch(), one.teacher(x)
+    norms = derivatives.per_sample_gradient_norms(
+        module, lambda found, wanted: 0.5 * (found - wanted).square().sum(), x, target
+    )
+    recorded = ds["gradient_norm"].isel(seed=0, epoch=-1).sel(quantile=1.0)
+    assert float(norms.max()) == pytest.approx(float(recorded), rel=1e-12)
