@@ -50,7 +50,7 @@ def costs(folder: Path, epochs: int, steps: int) -> None:
     commits = 0
     plain = netCDF4.Dataset(folder / "plain.nc", "w", format="NETCDF4")
     plain.set_auto_maskandscale(False)
-    names = (*schema.expand(of.record.observables), *schema.CONSTANTS)
+    names = of.recorded()
     netcdf.create(plain, of.layout, of.schedule, names, of.dtype, {})
     commit, consolidate = run_directory.RunDirectory.commit, run_directory.RunDirectory.consolidate
 

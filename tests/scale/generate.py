@@ -46,7 +46,7 @@ def _write(task: tuple[Path, str, int]) -> int:
     attrs = {"experiment": text, "name": experiment.name, "digest": experiment.digest, "schema_version": schema.VERSION}
     with netcdf.guarded():
         nc = netCDF4.Dataset("run", "w", format="NETCDF4", memory=size)
-        netcdf.create(nc, layout, experiment.schedule, (*names, *schema.CONSTANTS), experiment.dtype, attrs)
+        netcdf.create(nc, layout, experiment.schedule, (*names, *experiment.constants), experiment.dtype, attrs)
         for layer in range(1, layout.depth + 1):
             at = netcdf.index(schema.VARIABLES["correlation"], layout, slice(0, len(experiment.schedule)), layer)
             nc["correlation"][at] = correlations(experiment, position, layer)
