@@ -11,6 +11,7 @@ __getattr__, __dir__, __all__ = _lazy.attach(
         "citations",
         "connectivity",
         "figures",
+        "identity",
         "layout",
         "lift",
         "lottery",

@@ -10,46 +10,15 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 from scipy.special import ndtr
+from tsdyn.analysis.identity import per_point
 from tsdyn.analysis.lift import lift
 
 from tsdyn import layer as one_layer
-from tsdyn.archive import experiment_of
-from tsdyn.points import sweep_dimensions, swept_keys
+from tsdyn.archive import lowest_layer
+from tsdyn.node_pairs import epsilon, regular, separation
 from tsdyn.schema import TIAN, VARIABLES
 
 _WEIGHTS = ("weight", "bias", "teacher_weight", "teacher_bias")
-
-
-def epsilon(weight: NDArray, bias: NDArray, teacher_weight: NDArray, teacher_bias: NDArray) -> NDArray:
-    """ε_jk = max(sin ∠(w*_j, w_k), |b*_j − s b_k|), s = sign cos ∠; (..., teacher_node, node).
-
-    From (..., node, input_node), (..., node) and the teacher's alike.  The sine comes from the part of w_k that is
-    orthogonal to w*_j, which keeps angles far below the square root of rounding.  NaN for a zero weight and padding.
-    """
-    (w, b), (w_star, b_star) = _regular(weight, bias), _regular(teacher_weight, teacher_bias)
-    cosine = np.einsum("...ji,...ki->...jk", w_star, w)
-    orthogonal = w[..., None, :, :] - cosine[..., None] * w_star[..., :, None, :]
-    sine = np.minimum(np.sqrt(np.einsum("...jki,...jki->...jk", orthogonal, orthogonal)), 1)
-    offset = np.abs(b_star[..., :, None] - np.where(cosine < 0, -1, 1) * b[..., None, :])
-    found: NDArray = np.maximum(sine, offset)
-    return found
-
-
-def _regular(weight: NDArray, bias: NDArray) -> tuple[NDArray, NDArray]:
-    norm = np.sqrt(np.einsum("...i,...i->...", weight, weight))
-    norm = np.where(norm > 0, norm, np.nan)
-    return weight / norm[..., None], bias / norm
-
-
-def separation(teacher_weight: NDArray, teacher_bias: NDArray) -> NDArray:
-    """(..., teacher_node, input_node), (..., teacher_node) -> (...): ε_0 = min_{j ≠ j'} ε_jj'; ∞ for a single node.
-
-    Padding (NaN) counts as no node.  Source: Tian (2020), Assumption 3.
-    """
-    eps = epsilon(teacher_weight, teacher_bias, teacher_weight, teacher_bias)
-    nodes = np.arange(eps.shape[-1])
-    eps[..., nodes, nodes] = np.inf
-    return np.asarray(np.where(np.isnan(eps), np.inf, eps).min((-2, -1)))
 
 
 def least(eps: NDArray) -> NDArray:
@@ -58,14 +27,29 @@ def least(eps: NDArray) -> NDArray:
     return found
 
 
+def without_padding(weight: xr.DataArray, width: xr.DataArray) -> xr.DataArray:
+    """Weights whose inputs end where those of each point do: 0 beyond, which adds nothing to a product; lazy.
+
+    Args:
+        weight: (..., input_node), NaN beyond a point's own inputs.
+        width: Inputs of each point; −1 where it has nothing yet.
+    """
+    inputs = xr.DataArray(np.arange(weight.sizes["input_node"]), dims="input_node")
+    return weight.where((inputs < width) | (width < 0), 0.0)
+
+
 def _lowest(archive: xr.Dataset, names: tuple[str, ...]) -> xr.Dataset:
     part = archive[list(names)]
     if "layer" not in part.dims:  # a slice of one layer already
         if "layer" in part.coords and int(part["layer"]) != 1:
             raise ValueError(f"alignment: of the lowest layer, not of layer {int(part['layer'])}")
-        return part
-    part = one_layer(part, 1)
-    return part.isel(input_node=slice(0, int(part["input_width"].max()))) if "input_node" in part.dims else part
+    else:
+        part = one_layer(part, lowest_layer(part))
+    if "input_node" in part.dims and "input_width" in part.coords:
+        part = part.isel(input_node=slice(0, int(part["input_width"].max())))
+        weights = {n: w for n, w in part.data_vars.items() if "input_node" in w.dims}
+        part = part.assign({n: without_padding(w, part["input_width"]) for n, w in weights.items()})
+    return part
 
 
 def alignment(archive: xr.Dataset) -> xr.DataArray:
@@ -87,8 +71,8 @@ def alignment(archive: xr.Dataset) -> xr.DataArray:
     low = _lowest(archive, _WEIGHTS)
     return lift(
         epsilon,
-        *(low[name] for name in _WEIGHTS),
-        reads=(("node", "input_node"), ("node",), ("teacher_node", "input_node"), ("teacher_node",)),
+        *(low[name] for name in ("teacher_weight", "teacher_bias", "weight", "bias")),
+        reads=(("teacher_node", "input_node"), ("teacher_node",), ("node", "input_node"), ("node",)),
         gives=("teacher_node", "node"),
         name="alignment",
         attrs=VARIABLES["alignment"].attrs,
@@ -97,6 +81,8 @@ def alignment(archive: xr.Dataset) -> xr.DataArray:
 
 def teacher_separation(archive: xr.Dataset) -> xr.DataArray:
     """ε_0, the least ε between two teacher nodes: below half of it an aligned student node is one teacher's; (...).
+
+    Infinite for a single teacher node.
 
     Raises:
         ValueError: if the slice is of another layer than the lowest.  Source: Tian (2020), Assumption 3.
@@ -148,7 +134,7 @@ def boundary_samples(teacher_weight: NDArray, teacher_bias: NDArray, eps: NDArra
     For x ~ N(0, std² I) and regular nodes, ‖w*_j‖ = 1, of which w*_j·x is N(0, std²); padding and zero weights have
     no boundary, and NaN is where no node has one: a point that is not committed yet.
     """
-    _, b = _regular(teacher_weight, teacher_bias)
+    _, b = regular(teacher_weight, teacher_bias)
     eps, std = eps[..., None], std[..., None]
     share = ndtr((eps - b) / std) - ndtr((-eps - b) / std)
     return np.where(np.isnan(share).all(-1), np.nan, np.nansum(share, axis=-1))
@@ -165,30 +151,23 @@ def augmented_samples(archive: xr.Dataset) -> xr.DataArray:
 
     Source: Tian (2020), Definition 7.
     """
-    experiment = experiment_of(archive)
-    names = sweep_dimensions(swept_keys(experiment.sweep))
-
-    def told(key: str) -> xr.DataArray:
-        value = getattr(experiment.data, key)
-        return archive[name] if (name := names.get(f"data.{key}")) in archive.coords else xr.DataArray(value)
-
-    train, augment = told("train"), told("augment")
-    if train.dtype.kind not in "iuf":
+    train = per_point(archive, lambda point: -1 if point.data.train == "fresh" else point.data.train)
+    augment = per_point(archive, lambda point: point.data.augment)
+    if (train < 0).any():
         raise ValueError("augmented_samples: data.train = 'fresh' has no training set; select the finite ones")
-    aware = bool((augment == "aware").any())
-    if aware and bool((told("law") != "gaussian").any()):
+    if per_point(archive, lambda point: point.data.augment == "aware" and point.data.law != "gaussian").any():
         raise ValueError("augmented_samples: teacher-aware points are counted for Gaussian inputs only")
     low = _lowest(archive, ("teacher_weight", "teacher_bias"))
-    inputs = experiment.teacher.widths[0]
     near = lift(
         boundary_samples,
         low["teacher_weight"],
         low["teacher_bias"],
-        told("augment_eps"),
-        told("std"),
+        per_point(archive, lambda point: point.data.augment_eps),
+        per_point(archive, lambda point: point.data.std),
         reads=(("teacher_node", "input_node"), ("teacher_node",), (), ()),
     )
-    added = near * (augment == "aware") + inputs * (augment == "agnostic")
+    axes = per_point(archive, lambda point: point.student_widths[0])
+    added = near * (augment == "aware") + axes * (augment == "agnostic")
     total: xr.DataArray = train * (1.0 + 2.0 * added)
     return total.rename("augmented_samples").assign_attrs(
         units="1", long_name="training samples with those of augmentation", source=f"{TIAN}, Definition 7"

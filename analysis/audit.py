@@ -3,7 +3,8 @@
 A claim has a hypothesis and a conclusion.  A verdict is one of
 
 - ``holds``, ``fails``: the hypothesis is met, and the conclusion does or does not hold;
-- ``unmet``: the hypothesis is not met, so nothing is tested;
+- ``unmet``: the hypothesis is not met, so nothing is tested; of another loss than the squared error, where a claim is
+  of that one; of a lone teacher node, where a claim tells several apart;
 - ``unrecorded``: the archive lacks what is needed; `used` names it;
 - ``reported``: an approximation, whose error is the margin and which no bound judges.
 
@@ -21,19 +22,20 @@ import xarray as xr
 from scipy.stats import spearmanr
 from torch import Tensor
 from tsdyn.analysis import specialization
-from tsdyn.analysis.alignment import teacher_separation
-from tsdyn.analysis.members import PARAMETERS, Member, each, points
+from tsdyn.analysis.alignment import teacher_separation, without_padding
+from tsdyn.analysis.identity import begun, per_point, points, refuse_odd
+from tsdyn.analysis.members import PARAMETERS, Member, each
 
 from tsdyn import alignment, theory
 from tsdyn import layer as one_layer
 from tsdyn.archive import experiment_of
 from tsdyn.experiment import Experiment
 from tsdyn.networks import Network
-from tsdyn.schema import LUCK, TIAN
+from tsdyn.schema import LUCK, TIAN, path_of
 
 #: Of the largest quantity: what rounding may leave of an identity.
 TOLERANCE = {"float64": 1e-12, "float32": 1e-5}
-#: A critical point: largest |g_1| over samples and nodes.
+#: A critical point: largest |g_1| over samples and nodes, against the size of what it is the sum of.
 CRITICAL = 1e-6
 #: Share of the largest teacher fan-out, or of the output, below which a student node's part counts as vanished.
 NEGLIGIBLE = 0.01
@@ -66,7 +68,7 @@ class Claim:
         needs: Variables of the archive that the check reads.
         check: From those variables of the archive and its experiment; None where no run of tsdyn meets the hypothesis.
         judged: Whether a margin above 1 fails.
-        squared_error: Whether it speaks of the gradient of the squared error: unmet by students of another loss.
+        squared: Whether it speaks of the squared error, so that no run of another loss meets its hypothesis.
     """
 
     name: str
@@ -75,12 +77,7 @@ class Claim:
     needs: tuple[str, ...] = ()
     check: Callable[[xr.Dataset, Experiment], Finding] | None = None
     judged: bool = True
-    squared_error: bool = False
-
-
-def _all(array: xr.DataArray, value: bool = True) -> xr.DataArray:
-    """A constant shaped like `array`."""
-    return xr.full_like(array, value, dtype=bool)
+    squared: bool = False
 
 
 def _lemma_1(ds: xr.Dataset, experiment: Experiment) -> Finding:
@@ -88,9 +85,18 @@ def _lemma_1(ds: xr.Dataset, experiment: Experiment) -> Finding:
     return Finding(residual.notnull(), residual / TOLERANCE[experiment.dtype])
 
 
-def _assumption_1(ds: xr.Dataset, experiment: Experiment) -> Finding:
+def _separation(ds: xr.Dataset) -> xr.DataArray:
+    """ε_0; NaN, which meets no hypothesis, for a lone teacher node: there is no other to be told from."""
     eps_0 = teacher_separation(ds).load()
-    return Finding(_all(eps_0), 10 * TOLERANCE[experiment.dtype] / eps_0)
+    return eps_0.where(np.isfinite(eps_0))
+
+
+def _assumption_1(ds: xr.Dataset, experiment: Experiment) -> Finding:
+    eps_0 = _separation(ds)
+    rounding = 10 * TOLERANCE[experiment.dtype]
+    return Finding(
+        eps_0.notnull(), xr.where(eps_0 > 0, rounding / eps_0.where(eps_0 > 0), np.inf).where(eps_0.notnull())
+    )
 
 
 def _lowest(ds: xr.Dataset) -> xr.Dataset:
@@ -107,28 +113,54 @@ def _best(low: xr.Dataset) -> xr.DataArray:
     return low["alignment"].min("node")
 
 
+def _spread(ds: xr.Dataset) -> xr.DataArray:
+    """Standard deviation of the inputs at each point, as far as the experiment says."""
+    return per_point(ds, lambda point: point.data.std)
+
+
+def _teacher_norms(low: xr.Dataset) -> tuple[xr.DataArray, xr.DataArray]:
+    """‖w*_j‖ and |b*_j| of the lowest layer; NaN for padding."""
+    weight = without_padding(low["teacher_weight"], low["input_width"])
+    norm = np.sqrt((weight**2).sum("input_node", skipna=False))
+    return norm, abs(low["teacher_bias"])
+
+
+def _relative_gradient(ds: xr.Dataset, low: xr.Dataset) -> xr.DataArray:
+    """max_k max_x |g_1k| / Σ_j |α_kj| (std ‖w*_j‖ + |b*_j|): against the pull of the teacher nodes alone.
+
+    Numerator and denominator grow alike with the student's fan-out and the teacher's weights, so that a small start or
+    a small teacher is no critical point.  A node without pull and gradient has 0, one with a gradient only infinity.
+    """
+    norm, bias = _teacher_norms(low)
+    pull = (abs(low["A"]) * (_spread(ds) * norm + bias)).sum("teacher_node")
+    g = low["gradient_max"]
+    share = xr.where(pull > 0, g / pull.where(pull > 0), xr.where(g > 0, np.inf, 0.0))
+    return share.where(g.notnull()).max("node")
+
+
 def _theorem_1(ds: xr.Dataset, experiment: Experiment) -> Finding:
-    low = _lowest(ds)
-    critical = low["gradient_max"].max("node") <= CRITICAL
+    low, eps_0 = _lowest(ds), _separation(ds)
+    critical = (_relative_gradient(ds, low) <= CRITICAL) & eps_0.notnull()
     observed = _observed(low)
     met = critical & observed.any("teacher_node")
-    return Finding(met, (_best(low).where(observed).max("teacher_node")) / (teacher_separation(ds).load() / 2))
+    return Finding(met, _best(low).where(observed).max("teacher_node") / (eps_0 / 2))
 
 
 def _theorem_3(ds: xr.Dataset, experiment: Experiment, *, aware: bool = False) -> Finding:
-    low = _lowest(ds)
+    low, eps_0 = _lowest(ds), _separation(ds)
     nodes, inputs = low["width"] + low["teacher_width"], low["input_width"]
-    pull = abs(low["A"]).where(low["observation"] > 0).max("node")
-    reach = 5 * nodes**1.5 * (1 if aware else np.sqrt(inputs)) * low["gradient_max"].max("node") / pull
-    inside = reach <= teacher_separation(ds).load()
-    margin = (_best(low) / reach).where(inside).max("teacher_node")
+    # of regular teacher nodes, ‖w*‖ = 1, whose fan-out takes the norm
+    pull = abs(low["A"]).where(low["observation"] > 0).max("node") * _teacher_norms(low)[0]
+    reach = 5 * nodes**1.5 * (1 if aware else np.sqrt(inputs)) * low["gradient_max"].max("node") / pull.where(pull > 0)
+    inside = reach <= eps_0 * np.minimum(1.0, _spread(ds))
+    bound = np.maximum(reach, 10 * TOLERANCE[experiment.dtype])
+    margin = (_best(low) / bound).where(inside).max("teacher_node")
     return Finding(inside.any("teacher_node"), margin)
 
 
 def _theorem_4(ds: xr.Dataset, experiment: Experiment) -> Finding:
     found = _theorem_3(ds, experiment, aware=True)
-    trained_so = experiment.data.augment == "aware"
-    return Finding(found.met & trained_so, found.margin)
+    return Finding(found.met & per_point(ds, lambda point: point.data.augment == "aware"), found.margin)
 
 
 def _per_member(ds: xr.Dataset, measure: Callable[[Member], tuple[float, float]]) -> Finding:
@@ -139,6 +171,11 @@ def _per_member(ds: xr.Dataset, measure: Callable[[Member], tuple[float, float]]
     # loaded first: a dask graph for each member and variable costs more than the checks
     found = each(ds.isel(epoch=-1).load(), measure, ("met", "margin"), of=lambda experiment: not experiment.deep)
     return Finding(found["met"] == 1, found["margin"])
+
+
+def _share(part: float, whole: float) -> float:
+    """part/whole of numbers that are not negative; 0 of nothing is 0, and something of nothing infinite."""
+    return part / whole if whole > 0 else (np.inf if part > 0 else 0.0)
 
 
 def _backpropagated(member: Member) -> tuple[list[Tensor], list[Tensor]]:
@@ -157,11 +194,13 @@ def _equation_1(ds: xr.Dataset, experiment: Experiment) -> Finding:
         moved = Network(free, student.biases, student.activation.name, leak=student.activation.leak or 0.0)
         with torch.enable_grad():
             slopes = torch.autograd.grad(member.loss.value(moved(x), member.training_targets), free)
-        pairs = list(zip(below, g, slopes, strict=True))
-        off = max(float((b.T @ f / len(x) + slope).abs().max()) for f, b, slope in pairs)
-        # what is summed, not what is left of it: a fitted student's gradient is all cancellation
-        scale = max(float((b.abs().T @ f.abs()).max()) / len(x) for f, b, _ in pairs)
-        return 1.0, off / (scale * TOLERANCE[member.experiment.dtype]) if scale else 0.0
+        off = []
+        for f, b, slope in zip(below, g, slopes, strict=True):
+            # what is summed, not what is left of it: a fitted student's gradient is all cancellation; by layer, for
+            # the largest would hide an error in the others
+            scale = float((b.abs().T @ f.abs()).max()) / len(x)
+            off.append(_share(float((b.T @ f / len(x) + slope).abs().max()), scale))
+        return 1.0, max(off) / TOLERANCE[member.experiment.dtype]
 
     return _per_member(ds, measure)
 
@@ -187,7 +226,8 @@ def _factorization(ds: xr.Dataset, experiment: Experiment) -> Finding:
         given = member.student, member.teacher, member.evaluation_inputs
         product, joint = (theory.expectations(*given, form=form) for form in ("product", "joint"))
         layers = [*zip(product.H, joint.H, strict=True), *zip(product.H_star, joint.H_star, strict=True)]
-        return 1.0, max(float((p - j).norm() / j.norm()) for p, j in layers if j.norm() > 0)
+        some = [(p, j) for p, j in layers if p.norm() > 0 or j.norm() > 0]  # none, if the student is dead
+        return float(bool(some)), max((_share(float((p - j).norm()), float(j.norm())) for p, j in some), default=np.nan)
 
     return _per_member(ds, measure)
 
@@ -197,9 +237,10 @@ def _weak_overlaps(ds: xr.Dataset, experiment: Experiment) -> Finding:
         own = theory.expectations(member.teacher, member.teacher, member.evaluation_inputs)
         overlaps = []
         for matrix in (own.D[0], own.L[0]):
-            share = (matrix / matrix.diagonal()[:, None]).fill_diagonal_(-torch.inf)
-            overlaps.append(float(share.max()))
-        return float(len(own.D[0]) > 1), max(overlaps)
+            alive = matrix.diagonal() > 0  # a node that is never on overlaps with none
+            share = (matrix[alive][:, alive] / matrix.diagonal()[alive, None]).fill_diagonal_(-torch.inf)
+            overlaps.append(float(share.max()) if len(share) > 1 else np.nan)
+        return float(not np.isnan(overlaps).any()), max(overlaps)
 
     return _per_member(ds, measure)
 
@@ -208,15 +249,18 @@ def _conserved_norm(ds: xr.Dataset, experiment: Experiment) -> Finding:
     norm = ds["conserved_norm"].isel(epoch=[0, -1]).load()
     start, end = norm.isel(epoch=0, drop=True), norm.isel(epoch=1, drop=True)
     grown = abs(end / start.where(start > 0) - 1).max(["layer", "node"])
-    met = _all(grown, False)
-    for chosen, single in points(ds).values():
-        met.loc[dict(chosen)] = single.student.batch_norm != "none"
-    return Finding(met, grown)
+    return Finding(grown.notnull() & per_point(ds, lambda point: point.student.batch_norm != "none"), grown)
 
 
 def _critical(member: Member) -> bool:
-    g = theory.backpropagated_gradient(member.student, member.teacher, member.training_inputs, 1)
-    return float(g.abs().max()) <= CRITICAL
+    """Whether |g_1k| ≤ `CRITICAL` |v_k|ᵀ (|f*| + |f|) for every node and sample of the training set; two-layer.
+
+    v_kᵀ (f* − f) is what g is made of: both sides grow alike with fan-outs and outputs.
+    """
+    student, x = member.student, member.training_inputs
+    g = theory.backpropagated_gradient(student, member.teacher, x, 1).abs().amax(0)
+    size = ((member.teacher(x).abs() + student(x).abs()) @ student.weights[1].abs()).amax(0)
+    return bool((g <= CRITICAL * size).all())
 
 
 def _unaligned(member: Member) -> tuple[list[alignment.ClusterFanout], bool]:
@@ -241,7 +285,7 @@ def _theorem_2(ds: xr.Dataset, experiment: Experiment) -> Finding:
         groups, _ = _unaligned(member)
         strongest = float((member.teacher.weights[1].norm(dim=0) * member.teacher.weights[0].norm(dim=1)).max())
         left = max((g.total for g in groups), default=np.nan)
-        return float(bool(groups)), left / (NEGLIGIBLE * strongest)
+        return float(bool(groups)), left / (NEGLIGIBLE * strongest) if strongest > 0 else np.nan
 
     return _per_member(ds, measure)
 
@@ -259,7 +303,8 @@ def _corollary_1(ds: xr.Dataset, experiment: Experiment) -> Finding:
         leak = student.activation.leak
         pruned = Network([student.weights[0], fanout], student.biases, student.activation.name, leak=leak or 0.0)
         f = student(x)
-        return float(bool(dropped) and all_observed), float((pruned(x) - f).norm() / f.norm()) / NEGLIGIBLE
+        changed = _share(float((pruned(x) - f).norm()), float(f.norm()))
+        return float(bool(dropped) and all_observed), changed / NEGLIGIBLE
 
     return _per_member(ds, measure)
 
@@ -268,20 +313,24 @@ def _theorem_5(ds: xr.Dataset, experiment: Experiment) -> Finding:
     def measure(member: Member) -> tuple[float, float]:
         student, teacher = member.student, member.teacher
         x = member.evaluation_inputs[:PIECES]
-        if student.depth == 2 or not student.activation.piecewise_linear:
+        eps_0 = alignment.separation(teacher)
+        if student.depth == 2 or not student.activation.piecewise_linear or not np.isfinite(eps_0):
             return 0.0, np.nan
         traces = [net.trace(x) for net in (student, teacher)]
         pieces = len(np.unique(torch.cat([gate for t in traces for gate in t.gates[:-1]], 1).numpy(), axis=0))
-        pull = theory.coupling(student, teacher, x, 1).A[..., :-1].abs()
-        eps = member.experiment.record.band * member.experiment.data.std
-        there = alignment.boundary(teacher, x, eps)[:, None, :] & (traces[0].preactivations[0] > 0)[:, :, None]
+        # of regular teacher nodes, ‖w*‖ = 1, whose fan-out takes the norm
+        pull = theory.coupling(student, teacher, x, 1).A[..., :-1].abs() * teacher.weights[0].norm(dim=1)
+        std = member.experiment.data.std
+        there = alignment.boundary(teacher, x, member.experiment.record.band * std)[:, None, :]
+        there = there & (traces[0].preactivations[0] > 0)[:, :, None]
         least = torch.where(there, pull, torch.inf).amin(0)  # over the regions where k sees j's boundary
         strength = torch.where(there.any(0), least, 0).amax(0)
         g = theory.backpropagated_gradient(student, teacher, member.training_inputs, 1).abs().max()
-        reach = 5 * pieces**1.5 * student.widths[0] ** 0.5 * g / strength
-        inside = reach <= alignment.separation(teacher)
-        best = alignment.alignment(teacher, student).amin(1)
-        return float(bool(inside.any())), float((best / reach)[inside].amax()) if bool(inside.any()) else np.nan
+        reach = 5 * pieces**1.5 * student.widths[0] ** 0.5 * g / torch.where(strength > 0, strength, torch.nan)
+        inside = reach <= eps_0 * min(1.0, std)
+        best = alignment.alignment(teacher, student).nan_to_num(nan=torch.inf).amin(1)
+        bound = reach.clamp(min=10 * TOLERANCE[member.experiment.dtype])
+        return float(bool(inside.any())), float((best / bound)[inside].amax()) if bool(inside.any()) else np.nan
 
     return _per_member(ds, measure)
 
@@ -297,12 +346,14 @@ def _update_gap(ds: xr.Dataset, experiment: Experiment) -> Finding:
 
 
 def _strong_first(ds: xr.Dataset, experiment: Experiment) -> Finding:
-    first = specialization.recovery_epoch(one_layer(ds[["correlation"]], 1)).fillna(np.inf)
-    strength = one_layer(ds[["teacher_fanout_norm"]], 1)["teacher_fanout_norm"].isel(epoch=0)
+    low = one_layer(ds[["correlation", "teacher_fanout_norm"]], 1)
+    first = specialization.recovery_epoch(low[["correlation"]]).fillna(np.inf)
+    strength = low["teacher_fanout_norm"].isel(epoch=0)
 
     def rank_correlation(epochs: np.ndarray, norms: np.ndarray) -> np.ndarray:
         flat = zip(epochs.reshape(-1, epochs.shape[-1]), norms.reshape(-1, norms.shape[-1]), strict=True)
-        found = [spearmanr(e, n).statistic if np.ptp(n) > 0 and len(set(e)) > 1 else np.nan for e, n in flat]
+        real = [(e[~np.isnan(n)], n[~np.isnan(n)]) for e, n in flat]  # padding is no teacher node
+        found = [spearmanr(e, n).statistic if len(n) and np.ptp(n) > 0 and len(set(e)) > 1 else np.nan for e, n in real]
         return np.array(found).reshape(epochs.shape[:-1])
 
     first, strength = xr.broadcast(first.load(), strength.load())
@@ -314,9 +365,10 @@ CLAIMS = (
     Claim(
         "Equation 1",
         f"{TIAN}, Eq. 1",
-        "always tested: |E[g fᵀ] + ∂J/∂W| ≤ rounding of E|g||f|, every layer, on the training set",
+        "always tested: |E[g fᵀ] + ∂J/∂W| ≤ rounding of E|g||f|, layer by layer, on the training set",
         PARAMETERS,
         _equation_1,
+        squared=True,
     ),
     Claim(
         "Lemma 1",
@@ -324,12 +376,12 @@ CLAIMS = (
         "piecewise linear ⇒ |g − D(Af* − Bf)| ≤ rounding, every epoch",
         ("lemma1_residual",),
         _lemma_1,
-        squared_error=True,
+        squared=True,
     ),
     Claim(
         "Assumption 1",
         f"{TIAN}, Assumption 1",
-        "always tested: teacher boundaries differ, ε_0 > 10 × rounding (that the data cross them is not tested)",
+        "two teacher nodes or more ⇒ boundaries differ, ε_0 > 10 × rounding (that the data cross them is not tested)",
         ("teacher_weight", "teacher_bias"),
         _assumption_1,
     ),
@@ -340,7 +392,7 @@ CLAIMS = (
         PARAMETERS,
         _assumption_2,
         judged=False,
-        squared_error=True,
+        squared=True,
     ),
     Claim(
         "Assumption 3",
@@ -353,19 +405,20 @@ CLAIMS = (
     Claim(
         "Theorem 1",
         f"{TIAN}, Theorem 1",
-        f"max|g_1| ≤ {CRITICAL:g} and a teacher observed with α ≠ 0 ⇒ its best ε ≤ ε_0/2 (g on the training set)",
+        f"max|g_1k| ≤ {CRITICAL:g} Σ_j |α_kj| (std ‖w*_j‖ + |b*_j|) for every node, std = data.std, and a "
+        "teacher node, one of several, observed with α ≠ 0 ⇒ its best ε ≤ ε_0/2 (g on the training set)",
         ("gradient_max", "observation", "A", "alignment"),
         _theorem_1,
-        squared_error=True,
+        squared=True,
     ),
     Claim(
         "Theorem 2",
         f"{TIAN}, Theorem 2",
-        f"max|g_1| ≤ {CRITICAL:g}, co-linear students with ε > ε_0/2 whose observers' fan-outs have rank C ⇒ "
-        f"‖Σ v‖w‖‖ ≤ {NEGLIGIBLE:g} of the largest teacher's; two-layer",
+        f"max|g_1k| ≤ {CRITICAL:g} max |v_k|ᵀ(|f*| + |f|) for every node, co-linear students with ε > ε_0/2 whose "
+        f"observers' fan-outs have rank C ⇒ ‖Σ v‖w‖‖ ≤ {NEGLIGIBLE:g} of the largest teacher's; two-layer",
         PARAMETERS,
         _theorem_2,
-        squared_error=True,
+        squared=True,
     ),
     Claim(
         "Corollary 1",
@@ -373,32 +426,34 @@ CLAIMS = (
         f"as Theorem 2, for all students with ε > ε_0/2 ⇒ without them the output changes by ≤ {NEGLIGIBLE:g} in norm",
         PARAMETERS,
         _corollary_1,
-        squared_error=True,
+        squared=True,
     ),
     Claim(
         "Theorem 3",
         f"{TIAN}, Theorem 3",
-        "ε_g = 5 K^{3/2} √d max|g_1| / max|α_kj| ≤ ε_0 ⇒ best ε ≤ ε_g (g on the training set, not on its augmentation)",
+        "ε_g = 5 K^{3/2} √d max|g_1| / max|α_kj|‖w*_j‖ ≤ ε_0 min(1, data.std), several teacher nodes ⇒ best ε ≤ ε_g or "
+        "10 × rounding (g on the training set, not on its augmentation)",
         ("gradient_max", "observation", "A", "alignment"),
         _theorem_3,
-        squared_error=True,
+        squared=True,
     ),
     Claim(
         "Theorem 4",
         f"{TIAN}, Theorem 4",
-        "trained on the teacher-aware augmentation, ε_g = 5 K^{3/2} max|g_1| / max|α_kj| ≤ ε_0 ⇒ best ε ≤ ε_g",
+        "trained on the teacher-aware augmentation, otherwise as Theorem 3 with ε_g = 5 K^{3/2} max|g_1| / "
+        "max|α_kj|‖w*_j‖",
         ("gradient_max", "observation", "A", "alignment"),
         _theorem_4,
-        squared_error=True,
+        squared=True,
     ),
     Claim(
         "Theorem 5",
         f"{TIAN}, Theorem 5",
-        "deeper than two layers, ε_g = 5 Q^{3/2} √d max|g_1| / max_k min_R |α_kj(R)| ≤ ε_0 ⇒ best ε ≤ ε_g; "
-        f"Q: the linear pieces that {PIECES} samples meet, a lower bound, so that the claim is tested sharper",
+        "deeper than two layers, otherwise as Theorem 3 with ε_g = 5 Q^{3/2} √d max|g_1| / max_k min_R "
+        f"|α_kj(R)|‖w*_j‖; Q: the linear pieces that {PIECES} samples meet, a lower bound: tested the sharper",
         PARAMETERS,
         _theorem_5,
-        squared_error=True,
+        squared=True,
     ),
     Claim(
         "strong teachers first",
@@ -414,7 +469,7 @@ CLAIMS = (
         PARAMETERS,
         _update_gap,
         judged=False,
-        squared_error=True,
+        squared=True,
     ),
     Claim(
         "E[β f'f'] = E[β] ∘ E[f'f']",
@@ -459,16 +514,6 @@ CLAIMS = (
 )
 
 
-def _other_losses(ds: xr.Dataset, met: xr.DataArray) -> list[str]:
-    """Losses other than the squared error that students were trained by; their points become unmet, in place."""
-    others: dict[str, None] = {}
-    for chosen, single in points(ds).values():
-        if single.training.loss != "mse":
-            met.loc[dict(chosen)] = False
-            others[single.training.loss] = None
-    return list(others)
-
-
 def audit(archive: xr.Dataset) -> xr.Dataset:
     """Every claim's verdict and margin on a run or a sweep.
 
@@ -478,27 +523,43 @@ def audit(archive: xr.Dataset) -> xr.Dataset:
     Returns:
         ``verdict`` (a word of `VERDICTS`) and ``margin`` over (claim, swept..., seed); ``source`` and ``used`` a claim.
         Loaded: one epoch of a few variables.
+
+    Raises:
+        ValueError: if labels repeat, the slice lacks ``epoch`` or ``layer``, or it cannot be known whose the numbers
+            are (`tsdyn.analysis.identity.points`).
     """
+    refuse_odd(archive, "audit")
+    lost = [dim for dim in (path_of(archive), "layer") if dim not in archive.dims]
+    if lost:
+        raise ValueError(f"audit: the slice has no dimension {', '.join(lost)}; select with a list or slice")
     experiment = experiment_of(archive)
+    losses = {point.training.loss for _, point in points(archive).values()}
+    if "death_epoch" not in archive.coords:
+        raise ValueError("audit: the Dataset has no death_epoch, so that the dead cannot be left out; is it tsdyn's?")
     shape = archive["death_epoch"]
-    alive = shape < 0
+    alive = (shape < 0) & begun(archive)
+    squared = per_point(archive, lambda point: point.training.loss == "mse")
+    reason = f"of the squared error, not of training.loss = {', '.join(map(repr, sorted(losses - {'mse'})))}"
     verdicts, margins, used = [], [], []
     for claim in CLAIMS:
-        missing = [name for name in claim.needs if name not in archive]
+        needed = list({*claim.needs, "teacher_weight", "teacher_bias"}) if claim.needs else []
+        missing = sorted(name for name in needed if name not in archive)
         margin, verdict = xr.full_like(shape, np.nan, dtype=float), xr.full_like(shape, "", dtype="U10")
-        if claim.check is None:
+        fits = squared if claim.squared else xr.ones_like(squared)
+        says = claim.says if bool(fits.all()) else f"{reason}; {claim.says}"
+        if experiment.kind != "training":
             verdict[...] = "unmet"
-            used.append(claim.says)
+            used.append(f"of students trained on samples, and this is kind = {experiment.kind!r}; {claim.says}")
+        elif claim.check is None or not bool(fits.any()):
+            verdict[...] = "unmet"
+            used.append(says)
         elif missing:
             verdict[...] = "unrecorded"
-            used.append(f"record.observables lacks {', '.join(missing)}; {claim.says}")
+            used.append(f"record.observables lacks {', '.join(missing)}; {says}")
         else:
-            found = claim.check(archive[list({*claim.needs, "teacher_weight", "teacher_bias"})], experiment)
-            met = (found.met & alive).transpose(*shape.dims).load()
-            says = claim.says
-            if claim.squared_error and (others := _other_losses(archive, met)):
-                says += f"; of the squared error, so unmet where students were trained by {', '.join(others)}"
-            margin = found.margin.transpose(*shape.dims).load().where(met)
+            found = claim.check(archive[needed], experiment)
+            met = (found.met & alive & fits).transpose(*shape.dims).load()
+            margin = found.margin.broadcast_like(met).transpose(*shape.dims).load().where(met)
             judged = np.where(margin <= 1, "holds", "fails") if claim.judged else "reported"
             words = np.where(met & margin.notnull(), judged, "unmet")
             verdict = met.copy(data=words)

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 import xarray as xr
 from torch import Tensor
+from tsdyn.analysis.identity import points
 from tsdyn.analysis.matching import assignment
-from tsdyn.analysis.members import Member, member, points
+from tsdyn.analysis.members import Member, member
 
 from tsdyn import alignment
 from tsdyn.networks import Network, require_plain
@@ -209,8 +210,12 @@ def connect(first: xr.Dataset, second: xr.Dataset, *, points_a_leg: int = 10) ->
     """
     a, b = _one(first), _one(second)
     same = a.teacher.widths == b.teacher.widths and all(
-        torch.equal(t, u) for t, u in zip(a.teacher.weights, b.teacher.weights, strict=True)
+        torch.equal(t, u)
+        for mine, theirs in ((a.teacher.weights, b.teacher.weights), (_biases(a.teacher), _biases(b.teacher)))
+        for t, u in zip(mine, theirs, strict=True)
     )
+    same = same and a.teacher.activation.name == b.teacher.activation.name
+    same = same and a.teacher.activation.leak == b.teacher.activation.leak
     if not same:
         raise ValueError(
             f"connect: seed {a.seed} and seed {b.seed} learn from different teachers; compare points of a sweep that "

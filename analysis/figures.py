@@ -22,14 +22,15 @@ from matplotlib.animation import FuncAnimation
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from tsdyn.analysis import layout, lottery, matching, panels, phase, specialization, summary
+from tsdyn.analysis.identity import per_point, refuse_odd
 from tsdyn.analysis.layout import MAX_PANELS as MAX_PANELS
 from tsdyn.analysis.layout import PANEL as PANEL
 from tsdyn.analysis.panels import PALETTE as PALETTE
 
 from tsdyn import layer as one_layer
 from tsdyn import schema
-from tsdyn.archive import experiment_of
-from tsdyn.points import POINT
+from tsdyn.archive import lowest_layer
+from tsdyn.sweep_axes import POINT
 
 #: Most lines in one panel: every colour in every style.
 MAX_LINES = len(panels.PALETTE) * len(panels.STYLES)
@@ -73,7 +74,7 @@ def _needed(archive: xr.Dataset, figure: str, *, epochs: Sequence[int] | slice |
 
 
 def _lowest(ds: xr.Dataset) -> xr.Dataset:
-    return one_layer(ds, 1) if "layer" in ds.dims else ds
+    return one_layer(ds, lowest_layer(ds)) if "layer" in ds.dims else ds
 
 
 def _quantiles(values: xr.DataArray) -> xr.DataArray:
@@ -531,21 +532,21 @@ def measure_boundaries(archive: xr.Dataset) -> xr.Dataset:
     Raises:
         ValueError: if inputs are not in the plane.
     """
-    if "extent" in archive.attrs:
+    if "extent" in archive:
         return archive
     needed = _needed(archive, "boundaries").isel(seed=0)
     if "layer" not in needed.dims:
         if int(needed["layer"]) != 1:
             raise ValueError(f"boundaries: of the lowest layer, not of layer {int(needed['layer'])}")
     else:
-        needed = one_layer(needed, 1)
+        needed = one_layer(needed, lowest_layer(needed))
     inputs = int(needed["input_width"].max())
     if inputs != 2:
         raise ValueError(
             f"boundaries: inputs have {inputs} dimensions, and a map needs the plane: [teacher] widths = [2, ...]"
         )
     measured = needed.isel(input_node=slice(0, 2)).load()
-    return measured.assign_attrs(extent=3 * experiment_of(archive).data.std)
+    return measured.assign(extent=3.0 * per_point(archive, lambda point: point.data.std))
 
 
 def boundaries(ds: xr.Dataset, *, ax: Axes | None = None, strongest: float | None = None) -> Axes:
@@ -565,7 +566,7 @@ def boundaries(ds: xr.Dataset, *, ax: Axes | None = None, strongest: float | Non
         strongest = float(np.fmax.reduce(measured["fanout_norm"].values, axis=None)) or 1.0
     now = measured.isel(epoch=-1) if "epoch" in measured.dims else measured
     ax = panels.axes(ax)
-    extent = float(measured.attrs["extent"])
+    extent = float(measured["extent"])
     ax.set(xlim=(-extent, extent), ylim=(-extent, extent), aspect="equal", xlabel="$x_1$", ylabel="$x_2$")
     strength = (now["fanout_norm"] / strongest).fillna(0.0).clip(0, 1)
     panels.lines(now["weight"], now["bias"], strength, ax)
@@ -747,6 +748,7 @@ class Recipe:
         return [need.split("|")[0] for need in self.needs if not any(n in archive for n in need.split("|"))]
 
     def __call__(self, archive: xr.Dataset) -> Figure:
+        refuse_odd(archive, "plot")
         return self.draw(archive)
 
 

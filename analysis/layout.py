@@ -18,7 +18,7 @@ from tsdyn.analysis import panels
 
 from tsdyn import schema
 from tsdyn.archive import swept_dimensions
-from tsdyn.points import POINT
+from tsdyn.sweep_axes import POINT
 
 #: Inches of one panel.
 PANEL = (2.7, 2.4)

@@ -80,7 +80,7 @@ def _blockwise(
     As `dask.array.apply_gufunc`, which would copy each block once more to join it, alone, along those axes.
     """
     if not any(isinstance(array, dask.array.Array) for array in arrays):
-        return formula(*arrays, **knobs)
+        return formula(*map(np.asarray, arrays), **knobs)  # of no dimensions, xarray hands a number
     count = max(array.ndim - len(own) for array, own in zip(arrays, reads, strict=True))
     outer = tuple(f"{i} outer" for i in range(count))  # no dimension of the schema has such a name
     pairs: list[Any] = []
@@ -104,7 +104,7 @@ def _on_blocks(formula: Callable[..., NDArray], knobs: Mapping[str, Any], *block
     for block in blocks:
         while isinstance(block, list):
             (block,) = block
-        arrays.append(block)
+        arrays.append(np.asarray(block))
     return formula(*arrays, **knobs)
 
 

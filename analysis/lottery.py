@@ -12,13 +12,9 @@ from numpy.typing import NDArray
 from tsdyn.analysis import specialization
 from tsdyn.analysis.lift import lift
 
+from tsdyn.node_pairs import best_node, is_winner
+
 SOURCE = "Tian et al. 2019 (arXiv:1905.13405), section 6"
-
-
-def best_node(correlation: NDArray) -> NDArray:
-    """(..., teacher_node, node) -> (..., teacher_node): index of the best student node, the first of equals; or NaN."""
-    filled = np.where(np.isnan(correlation), -np.inf, correlation)
-    return np.where(np.isneginf(filled).all(-1), np.nan, filled.argmax(-1))
 
 
 def settling(winner: NDArray) -> NDArray:
@@ -26,18 +22,6 @@ def settling(winner: NDArray) -> NDArray:
     same = winner == winner[..., -1:]
     lasting = np.flip(np.logical_and.accumulate(np.flip(same, -1), axis=-1), -1)
     return np.where(np.isnan(winner[..., -1]), np.nan, lasting.argmax(-1))
-
-
-def is_winner(correlation: NDArray, threshold: float) -> NDArray:
-    """(..., teacher_node, node) -> (..., node): 1 for the best node of a teacher node matched above `threshold`.
-
-    NaN for a node without any correlation: padding, or dead.
-    """
-    winner = best_node(correlation)
-    matched = specialization.best_match(correlation) > threshold
-    nodes = np.arange(correlation.shape[-1])
-    won = ((winner[..., None] == nodes) & matched[..., None]).any(-2)
-    return np.where(np.isnan(correlation).all(-2), np.nan, won)
 
 
 def winner(archive: xr.Dataset) -> xr.DataArray:

@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, assert_never
+from typing import assert_never
 
 import numpy as np
 import torch
 import xarray as xr
 from torch import Tensor
+from tsdyn.analysis.identity import begun, points
 from tsdyn.analysis.lift import cellwise
 
 from tsdyn import alignment, data
-from tsdyn.archive import experiment_of, label
-from tsdyn.experiment import Experiment
+from tsdyn.archive import experiment_of
+from tsdyn.experiment import Experiment, Student, Teacher
 from tsdyn.losses import Loss, loss
 from tsdyn.networks import Network
-from tsdyn.points import POINT, axes, places, sweep_dimensions, swept_keys
+from tsdyn.sweep_axes import axes
+from tsdyn.teachers import draw_teacher
 
 #: Variables of the archive that a student and its teacher are made of.
 PARAMETERS = ("weight", "bias", "teacher_weight", "teacher_bias")
+#: Teachers that can be drawn again at once, from (experiment, seed) alone.
+DRAWN = ("separated", "orthonormal", "gaussian")
 
 
 @dataclass(frozen=True)
@@ -70,33 +74,12 @@ class Member:
         return self.loss.target(self.teacher(self.training_inputs), classes)
 
 
-def points(ds: xr.Dataset) -> dict[tuple[Any, ...], tuple[Mapping[str, Any], Experiment]]:
-    """For each point of the archive's sweep that is in `ds`: its labels → (selection, experiment)."""
-    experiment = experiment_of(ds)
-    if not experiment.sweep:
-        return {(): ({}, experiment)}
-    names = sweep_dimensions(swept_keys(experiment.sweep))
-    found: dict[tuple[Any, ...], tuple[Mapping[str, Any], Experiment]] = {}
-    for place, (values, single) in zip(places(experiment.sweep), experiment.points(), strict=True):
-        labels = {names[key]: label(value) for key, value in values.items()}
-        if not all(value in np.atleast_1d(ds[name].values) for name, value in labels.items()):
-            continue
-        along = {
-            axis.dimension: (labels | {POINT: position})[axis.dimension]
-            for axis, position in zip(axes(experiment.sweep), place, strict=True)
-        }
-        if POINT in ds.coords and POINT in along and along[POINT] not in np.atleast_1d(ds[POINT].values):
-            continue
-        found[tuple(labels.values())] = {dim: value for dim, value in along.items() if dim in ds.dims}, single
-    return found
-
-
 def member(ds: xr.Dataset, experiment: Experiment) -> Member:
     """The member that `ds` holds: one seed, epoch and point.
 
     Raises:
         ValueError: naming the dimension that is left, or the variable that was not recorded; for convolutions and
-            BatchNorm.
+            BatchNorm, and where the labels or the recorded teacher are not those of the experiment.
     """
     if experiment.deep:
         raise ValueError(
@@ -109,23 +92,52 @@ def member(ds: xr.Dataset, experiment: Experiment) -> Member:
     left = [dim for dim in ("seed", "epoch", *(axis.dimension for axis in axes(experiment.sweep))) if dim in ds.dims]
     if left:
         raise ValueError(f"member: {', '.join(left)} left; select one")
+    seed = int(ds["seed"])
+    if seed not in experiment.seed_labels:
+        raise ValueError(f"member: seed {seed} is none of {experiment.name}'s; the experiment is another archive's")
+    absent = [i for i in range(1, experiment.layout.depth + 1) if i not in np.atleast_1d(ds["layer"].values)]
+    if absent or "layer" not in ds["weight"].dims:
+        raise ValueError(f"member: networks are made of all layers, and {absent or 'the dimension layer'} is left out")
     widths, teacher_widths = experiment.layout.widths, experiment.layout.teacher_widths
     inputs = experiment.layout.input_width
     law, taught = experiment.student, experiment.teacher
 
-    def network(weight: xr.DataArray, bias: xr.DataArray, sizes: tuple[int, ...], name: str, leak: float) -> Network:
+    def network(
+        weight: xr.DataArray, bias: xr.DataArray, sizes: tuple[int, ...], who: Student | Teacher, name: str, leak: float
+    ) -> Network:
         pairs = list(enumerate(itertools.pairwise((inputs, *sizes)), start=1))
         weights = [np.ascontiguousarray(weight.sel(layer=i).values[:n, :below]) for i, (below, n) in pairs]
-        biases = [np.ascontiguousarray(bias.sel(layer=i).values[:n]) for i, (_, n) in pairs]
+        # archives hold 0 for a bias that is not there, which is no parameter and has no gradient
+        biases = [
+            None if who.bias is False else np.ascontiguousarray(bias.sel(layer=i).values[:n]) for i, (_, n) in pairs
+        ]
         return Network(weights, biases, name, leak=leak)
 
     ds = ds[list(PARAMETERS)].transpose(..., "layer", "node", "teacher_node", "input_node").load()
-    student = network(ds["weight"], ds["bias"], widths, law.activation, law.leak)
+    student = network(ds["weight"], ds["bias"], widths, law, law.activation, law.leak)
     teacher = network(
-        ds["teacher_weight"], ds["teacher_bias"], teacher_widths, taught.activation or law.activation,
+        ds["teacher_weight"], ds["teacher_bias"], teacher_widths, taught, taught.activation or law.activation,
         law.leak if taught.leak is None else taught.leak,
     )  # fmt: skip
-    return Member(experiment, int(ds["seed"]), student, teacher)
+    _refuse_another(teacher, experiment, seed)
+    return Member(experiment, seed, student, teacher)
+
+
+def _refuse_another(teacher: Network, experiment: Experiment, seed: int) -> None:
+    """The teacher that the experiment draws for a seed is what tells its archive from others of the same shape."""
+    if experiment.teacher.init not in DRAWN:
+        return
+    drawn = draw_teacher(experiment, seed)
+    # QR and norms round differently on other machines: float32's rounding, a thousandfold
+    if any(
+        float((mine - theirs).abs().max()) > 1e-4 * float(theirs.abs().max())
+        for mine, theirs in zip(teacher.weights, drawn.weights, strict=True)
+    ):
+        raise ValueError(
+            f"member: the teacher recorded for seed {seed} is not the one that {experiment.name} draws, so that the "
+            "experiment is another archive's (archives joined keep the first one's) or the teacher was replaced: ask "
+            "each archive by itself, or name the teacher's file, teacher.init = 'file'"
+        )
 
 
 def each(
@@ -148,17 +160,19 @@ def each(
     Raises:
         ValueError: as `member`.
     """
-    dead = ds["death_epoch"]
+    if "death_epoch" not in ds.coords:
+        raise ValueError("members: the Dataset has no death_epoch, so that the dead cannot be left out; is it tsdyn's?")
+    dead, committed = ds["death_epoch"], begun(ds)
     needed = ds[list(PARAMETERS)] if set(PARAMETERS) <= set(ds) else ds
     cells = np.full(dead.shape, None, dtype=object)
     seeds = np.atleast_1d(ds["seed"].values)
     for chosen, experiment in points(ds).values():
         if not of(experiment):
             continue
-        for seed in seeds:
+        there = bool(committed.sel({dim: value for dim, value in chosen.items() if dim in committed.dims}))
+        for seed in seeds if there else ():
             at = {**chosen, **({"seed": seed} if "seed" in ds.dims else {})}
-            begun = "coverage" not in ds.coords or float(ds["coverage"].sel(chosen)) > 0
-            if begun and int(dead.sel(at)) < 0:
+            if int(dead.sel(at)) < 0:
                 index = tuple(dead.get_index(dim).get_loc(at[str(dim)]) for dim in dead.dims)
                 cell = needed.sel(at)
                 cells[index] = cell.assign_attrs(experiment=experiment.to_toml())

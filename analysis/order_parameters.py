@@ -1,6 +1,9 @@
 """Order parameters of two-layer networks from recorded weights: the overlaps that carry all there is to learn.
 
-With x ~ N(0, I) the pre-activations w_i·x and w*_m·x are jointly Gaussian with these as covariance, times N.
+With x ~ N(0, std² I) the fields w_i·x and w*_m·x are jointly Gaussian, and these are their covariance: what
+`tsdyn.flow.order_parameters` and `tsdyn.flow.overlaps` call Q, R and T.  (Where papers write fields as w·x/√N and
+overlaps as w·w/N, w is √N times a network's weight.)
+
 Source: Saad & Solla 1995; Goldt et al. 2019 (arXiv:1906.08632).
 """
 
@@ -9,25 +12,29 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
+from tsdyn.analysis.alignment import without_padding
+from tsdyn.analysis.identity import per_point
 from tsdyn.analysis.lift import lift
 
 from tsdyn import layer as one_layer
-from tsdyn.schema import VARIABLES
+from tsdyn.archive import lowest_layer
+from tsdyn.node_pairs import FIELDS, overlap
+from tsdyn.schema import SAAD
 
 SIMSEK = "Simsek et al. 2023 (arXiv:2311.01644), section 4"
 
 
-def overlap(w: NDArray, w2: NDArray) -> NDArray:
-    """(..., node, input), (..., node_2, input) -> (..., node, node_2): w_i · w_k / N; NaN for padding."""
-    found: NDArray = np.einsum("...ni,...mi->...nm", w, w2) / w.shape[-1]
+def cosine(w: NDArray, w2: NDArray) -> NDArray:
+    """(..., node, input), (..., node_2, input) -> (..., node, node_2): cos ∠(w_i, w_k); NaN for a zero weight."""
+    norms = [np.linalg.norm(v, axis=-1) for v in (w, w2)]
+    first, second = (v / np.where(norm > 0, norm, np.nan)[..., None] for v, norm in zip((w, w2), norms, strict=True))
+    found: NDArray = overlap(first, second)
     return found
 
 
-def cosine(w: NDArray, w2: NDArray) -> NDArray:
-    """(..., node, input), (..., node_2, input) -> (..., node, node_2): cos ∠(w_i, w_k); NaN for a zero weight."""
-    norms = [np.sqrt(np.einsum("...i,...i->...", v, v)) for v in (w, w2)]
-    first, second = (v / np.where(norm > 0, norm, np.nan)[..., None] for v, norm in zip((w, w2), norms, strict=True))
-    found: NDArray = np.einsum("...ni,...mi->...nm", first, second)
+def scaled_overlap(w: NDArray, w2: NDArray, std: NDArray) -> NDArray:
+    """(..., node, input), (..., node_2, input), (...) -> (..., node, node_2): std² w_i · w_k; NaN for padding."""
+    found: NDArray = overlap(w, w2) * (std**2)[..., None, None]
     return found
 
 
@@ -40,14 +47,15 @@ def _weights(archive: xr.Dataset, caller: str) -> tuple[xr.DataArray, xr.DataArr
         )
     low = archive[["weight", "teacher_weight"]]
     if "layer" in low.dims:
-        low = one_layer(low, 1)
+        low = one_layer(low, lowest_layer(low))
     elif "layer" in low.coords and int(low["layer"]) != 1:
         raise ValueError(f"{caller}: of the lowest layer, not of layer {int(low['layer'])}")
     lost = [d for d, n in (("node", "weight"), ("teacher_node", "teacher_weight")) if d not in low[n].dims]
     if lost:
         raise ValueError(f"{caller}: the slice has no dimension {', '.join(lost)}; select with a list or slice")
     low = low.isel(input_node=slice(0, int(low["input_width"].max())))
-    return low["weight"], low["teacher_weight"]
+    student, teacher = (without_padding(low[name], low["input_width"]) for name in ("weight", "teacher_weight"))
+    return student, teacher
 
 
 def _pair(array: xr.DataArray) -> xr.DataArray:
@@ -56,36 +64,71 @@ def _pair(array: xr.DataArray) -> xr.DataArray:
     return array.rename({dim: f"{dim}_2"})
 
 
-def order_parameters(archive: xr.Dataset) -> xr.Dataset:
-    """Q = w_i·w_k/N, R = w_i·w*_m/N and T = w*_n·w*_m/N of the lowest layer, N its input width; lazy.
+def _spread(archive: xr.Dataset) -> xr.DataArray:
+    """Standard deviation of the inputs of each point; 1 for data sets, and where no experiment says."""
+    if "experiment" not in archive.attrs:
+        return xr.DataArray(1.0)
+    return per_point(archive, lambda point: point.data.std if point.data.drawn else 1.0)
 
-    Q (..., node, node_2), R (..., node, teacher_node), T (..., teacher_node, teacher_node_2).
+
+def _outgoing(archive: xr.Dataset, nodes: dict[str, int]) -> dict[str, xr.DataArray]:
+    """v and A, if there are two layers and one output at every point."""
+    if "layer" not in archive.dims or archive["layer"].values.tolist() != [1, 2]:
+        return {}
+    top = archive[["weight", "teacher_weight"]].sel(layer=2)
+    if int(top["width"].max()) != 1:
+        return {}
+    chosen = {"v": ("weight", "node"), "A": ("teacher_weight", "teacher_node")}
+    words = {"v": "outgoing weight of the student", "A": "outgoing weight of the teacher"}
+    return {
+        name: top[weight]
+        .isel({dim: 0, "input_node": slice(0, nodes[dim])}, drop=True)
+        .rename(input_node=dim)
+        .drop_vars(dim, errors="ignore")
+        .assign_attrs(units="1", long_name=words[name], source=SAAD)
+        for name, (weight, dim) in chosen.items()
+    }
+
+
+def order_parameters(archive: xr.Dataset) -> xr.Dataset:
+    """Covariances of the fields l_i = w_i·x and r_m = w*_m·x of the lowest layer, and the outgoing weights; lazy.
+
+    Q = E[l_i l_k] (..., node, node_2), R = E[l_i r_m] (..., node, teacher_node) and T = E[r_n r_m]
+    (..., teacher_node, teacher_node_2): std² times products of weights, std that of the inputs (1 for data sets).
+    With two layers and one output also v (..., node) and A (..., teacher_node).  They are what
+    `tsdyn.flow.order_parameters` takes, which knows no biases: give it networks without.
 
     Raises:
         ValueError: if weights are not recorded, or the slice is of another layer or lacks a node dimension.
     """
     student, teacher = _weights(archive, "order_parameters")
     below = "input_node"
+    std = _spread(archive)
 
-    def of(first: xr.DataArray, second: xr.DataArray, name: str) -> xr.DataArray:
+    def of(first: xr.DataArray, second: xr.DataArray, name: str, fields: str) -> xr.DataArray:
         dims = [str(next(d for d in a.dims if "node" in str(d) and d != below)) for a in (first, second)]
+        attrs = {"units": "1", "long_name": f"order parameter E[{fields}]", "source": SAAD, "normalisation": FIELDS}
         return lift(
-            overlap,
+            scaled_overlap,
             first,
             second,
-            reads=((dims[0], below), (dims[1], below)),
+            std,
+            reads=((dims[0], below), (dims[1], below), ()),
             gives=dims,
             name=name,
-            attrs=VARIABLES[name].attrs,
+            attrs=attrs,
         )
 
-    return xr.Dataset(
+    found = xr.Dataset(
         {
-            "Q": of(student, _pair(student), "Q"),
-            "R": of(student, teacher, "R"),
-            "T": of(teacher, _pair(teacher), "T"),
-        }
+            "Q": of(student, _pair(student), "Q", "l_i l_k"),
+            "R": of(student, teacher, "R", "l_i r_m"),
+            "T": of(teacher, _pair(teacher), "T", "r_n r_m"),
+        },
+        attrs={"normalisation": FIELDS},
     )
+    sizes = {"node": student.sizes["node"], "teacher_node": teacher.sizes["teacher_node"]}
+    return found.assign(_outgoing(archive, sizes))
 
 
 def cosines(archive: xr.Dataset) -> xr.DataArray:

@@ -12,7 +12,9 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 from tsdyn.analysis.lift import lift
-from tsdyn.analysis.specialization import SOURCE, THRESHOLD, best_match, correlation_of
+from tsdyn.analysis.specialization import SOURCE, THRESHOLD, correlation_of, counted
+
+from tsdyn.node_pairs import best_match
 
 #: Classes of `recovery_class`: how many teacher nodes have a student node of their own.
 RECOVERY = ("none", "some", "all")
@@ -43,10 +45,12 @@ def flags(meanings: Sequence[str]) -> dict[str, str | NDArray]:
 def recovery_class(archive: xr.Dataset, *, threshold: float = THRESHOLD) -> xr.DataArray:
     """Whether none, some or all teacher nodes are recovered; (...), codes of `RECOVERY`, NaN for dead members.
 
+    A living student all of whose nodes are dead has recovered none.
+
     Raises:
         ValueError: if the archive has no correlation or the slice lacks a node dimension.
     """
-    return lift(
+    found = lift(
         recovery_code,
         correlation_of(archive, "recovery_class"),
         reads=("teacher_node", "node"),
@@ -59,6 +63,7 @@ def recovery_class(archive: xr.Dataset, *, threshold: float = THRESHOLD) -> xr.D
         },
         threshold=threshold,
     )
+    return counted(found, archive)
 
 
 def fractions(codes: xr.DataArray, *, over: str = "seed") -> xr.DataArray:

@@ -17,10 +17,10 @@ from pathlib import Path
 
 import numpy as np
 import xarray as xr
+from tsdyn.analysis.identity import refuse_odd
 
 from tsdyn import archive, schema
 from tsdyn.archive import experiment_of
-from tsdyn.experiment import ExperimentError
 
 #: Most rows of a table; what is left out is said.
 ROWS = 100
@@ -85,9 +85,10 @@ def audit_rows(found: xr.Dataset) -> list[tuple[str, str, str, str]]:
 
 def _what_ran(ds: xr.Dataset) -> str:
     sizes = ", ".join(f"{dim} {size}" for dim, size in ds.sizes.items())
+    along = schema.path_of(ds)
     rows = [
         ("dimensions", sizes),
-        ("epochs", f"{int(ds['epoch'][0])} to {int(ds['epoch'][-1])}, {ds.sizes['epoch']} recorded"),
+        (f"{along}s", f"{ds[along].values[0]:g} to {ds[along].values[-1]:g}, {ds.sizes[along]} recorded"),
         ("size", f"{ds.nbytes / 1e6:.1f} MB as arrays"),
     ]
     written = f"<pre>{text(ds.attrs.get('experiment', 'not recorded'))}</pre>"
@@ -121,18 +122,18 @@ def _points(ds: xr.Dataset) -> list[tuple[str, dict[str, object]]]:
 
 
 def _expected(ds: xr.Dataset) -> int | None:
-    """Epochs that a whole run records."""
+    """Steps that a whole run records."""
     try:
-        experiment = experiment_of(ds)
-    except (KeyError, ExperimentError):
+        return len(experiment_of(ds).labels)
+    except ValueError:  # none, or one that this version does not know
         return None
-    return len(experiment.record.schedule(experiment.training.epochs))
 
 
 def _coverage(ds: xr.Dataset) -> str:
     if "coverage" not in ds.coords:
         whole = _expected(ds)
-        return _section("Coverage", f"<p>{ds.sizes['epoch']} of {whole or '?'} epochs to be recorded are there.</p>")
+        along = schema.path_of(ds)
+        return _section("Coverage", f"<p>{ds.sizes[along]} of {whole or '?'} {along}s to be recorded are there.</p>")
     named = _points(ds)
     shares = [float(ds["coverage"].sel(at)) for _, at in named]
     line = f"<p>{sum(s >= 1 for s in shares)} of {len(shares)} points are finished.</p>"
@@ -206,6 +207,21 @@ def _variables(ds: xr.Dataset) -> str:
     return _section("Variables", _table(rows, ("name", "dimensions", "meaning", "source")))
 
 
+def _opened(path: str | Path) -> xr.Dataset:
+    """What is there, if a page can be made of it."""
+    ds = archive.open(path, skip_damaged=True)
+    try:
+        refuse_odd(ds, "report")
+    except ValueError as error:
+        raise archive.DirectoryError(f"{path}: {error}") from error
+    lost = [dim for dim in ("seed", "epoch") if dim not in ds.dims or not ds.sizes[dim]]
+    if lost:
+        raise archive.DirectoryError(
+            f"{path}: has no {', '.join(lost)}; a page is made of a run, a sweep or an archive file of tsdyn's"
+        )
+    return ds
+
+
 def render(path: str | Path, *, audit: bool = True) -> str:
     """The page of a run, a sweep or an archive file.
 
@@ -214,12 +230,12 @@ def render(path: str | Path, *, audit: bool = True) -> str:
         audit: Whether with the audit of `tsdyn.analysis.audit`, of at most `AUDITED` members.
 
     Raises:
-        ArchiveError: if there is nothing to read.
+        ArchiveError: if there is nothing to read, or what there is cannot be an archive's (`refuse_odd`).
     """
     said: list[str] = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        ds = archive.open(path, skip_damaged=True)
+        ds = _opened(path)
         middle = [_figures(ds), _audit(ds) if audit else ""]
     for warning in caught:
         message = str(warning.message)

@@ -17,35 +17,81 @@ KORNBLITH = "Kornblith et al. 2019 (arXiv:1905.00414), Eq. 4"
 RAGHU = "Raghu et al. 2017 (arXiv:1706.05806)"
 
 
-def _centred(x: NDArray, y: NDArray, caller: str) -> tuple[NDArray, NDArray]:
+def _centred(x: NDArray, y: NDArray, caller: str, fewest: int) -> tuple[NDArray, NDArray]:
+    """Both in float64, centred and of largest entry 1: what neither their scale nor their mean can round away.
+
+    A layer that is constant is exactly 0.
+    """
     if x.ndim != 2 or y.ndim != 2 or len(x) != len(y):
         raise ValueError(f"{caller}: shapes {x.shape} and {y.shape}; both are (sample, node) of the same samples")
-    if len(x) <= x.shape[1] + y.shape[1]:
+    if len(x) <= fewest:
         raise ValueError(
             f"{caller}: {len(x)} samples of {x.shape[1]} and {y.shape[1]} nodes share directions whatever they hold; "
-            f"give more than {x.shape[1] + y.shape[1]} samples"
+            f"give more than {fewest} samples"
         )
-    return x - x.mean(0), y - y.mean(0)
+    first, second = (_unit(a) for a in (x, y))
+    return first, second
 
 
-def linear_cka(x: NDArray, y: NDArray) -> float:
-    """‖Yᵀ X‖² / (‖Xᵀ X‖ ‖Yᵀ Y‖) of centred X (sample, node) and Y (sample, node_2), in [0, 1]; NaN if one is constant.
+def _unit(x: NDArray) -> NDArray:
+    x = np.asarray(x, dtype=np.float64)
+    if not np.isfinite(x).all():
+        return np.full_like(x, np.nan)
+    for _ in range(2):  # once before, so that differences do not overflow, and once of what is left
+        largest = np.abs(x).max(initial=0.0)
+        x = x / largest if largest > 0 else x
+        x = x - x[:1]  # exactly 0 of a constant, unlike what its mean, which is rounded, leaves
+        x = x - x.mean(0)
+    return x
 
-    1 for equal representations up to rotation and a common scale.
+
+def linear_cka(x: NDArray, y: NDArray, *, debiased: bool = False) -> float:
+    """‖Yᵀ X‖² / (‖Xᵀ X‖ ‖Yᵀ Y‖) of centred X (sample, node) and Y (sample, node_2).
+
+    1 for equal representations up to rotation and a common scale; NaN if one is constant or not finite.
+
+    The plain estimator lies in [0, 1] and is too large by about (nodes · nodes_2)^½ / samples: independent layers give
+    .35 at the fewest samples that are taken.  The debiased one is 0 in the mean there, and may be a little below: it is
+    the right one unless samples are a hundred times the nodes and more, where the two agree.
+
+    Args:
+        x, y: Activations of the same samples.
+        debiased: With the unbiased estimator of each of the three products; from four samples on.
 
     Raises:
-        ValueError: if samples differ in number or are no more than both widths together.
-        Source: Kornblith et al. 2019 (arXiv:1905.00414), Eq. 4.
+        ValueError: if samples differ in number or are too few (no more than both widths together, plain).
+        Source: Kornblith et al. 2019 (arXiv:1905.00414), Eq. 4; Song et al. 2012 (JMLR 13:1393), Eq. 5, debiased.
     """
-    x, y = _centred(x, y, "linear_cka")
-    size = np.linalg.norm(x.T @ x) * np.linalg.norm(y.T @ y)
-    return float(np.linalg.norm(y.T @ x) ** 2 / size) if size > 0 else float("nan")
+    fewest = 3 if debiased else x.shape[-1] + y.shape[-1]
+    x, y = _centred(x, y, "linear_cka", fewest)
+    product = _debiased_product if debiased else _product
+    own = [product(a, a) for a in (x, y)]
+    if not all(size > 0 for size in own):
+        return float("nan")
+    return float(product(x, y) / np.sqrt(own[0]) / np.sqrt(own[1]))
+
+
+def _product(x: NDArray, y: NDArray) -> float:
+    return float(np.linalg.norm(y.T @ x) ** 2)
+
+
+def _debiased_product(x: NDArray, y: NDArray) -> float:
+    """n (n − 3) times the unbiased estimator of ‖cov(x, y)‖²: the sums over different samples alone.
+
+    With K = X Xᵀ and L = Y Yᵀ without diagonals and centred x and y, K1 = −a and L1 = −b, a_i = |x_i|², b_i = |y_i|²:
+    tr(KL) + 1ᵀK1 1ᵀL1/((n−1)(n−2)) − 2/(n−2) 1ᵀKL1.
+    """
+    n = len(x)
+    a, b = (x**2).sum(1), (y**2).sum(1)
+    both = float((a * b).sum())
+    return _product(x, y) - both + float(a.sum() * b.sum()) / ((n - 1) * (n - 2)) - 2 * both / (n - 2)
 
 
 def svcca(x: NDArray, y: NDArray, *, variance: float = 0.99) -> float:
-    """Mean canonical correlation of the principal directions that hold `variance` of each; in [0, 1], NaN if constant.
+    """Mean canonical correlation of the principal directions that hold `variance` of each; in [0, 1].
 
-    1 if one's kept subspace contains the other's.
+    1 if one's kept subspace contains the other's; NaN if a layer is constant or not finite.  Biased as `linear_cka`:
+    independent layers give .6 at the fewest samples that are taken.
 
     Raises:
         ValueError: as `linear_cka`, or if `variance` is outside (0, 1].
@@ -53,17 +99,24 @@ def svcca(x: NDArray, y: NDArray, *, variance: float = 0.99) -> float:
     """
     if not 0 < variance <= 1:
         raise ValueError(f"svcca: variance={variance!r}; it lies in (0, 1]")
-    bases = [_principal(a, variance) for a in _centred(x, y, "svcca")]
+    eps = max(float(np.finfo(a.dtype).eps) if a.dtype.kind == "f" else 0.0 for a in (x, y))
+    centred = _centred(x, y, "svcca", x.shape[-1] + y.shape[-1])
+    if any(np.isnan(a).any() for a in centred):
+        return float("nan")
+    bases = [_principal(a, variance, max(eps, float(np.finfo(np.float64).eps))) for a in centred]
     if any(basis.shape[1] == 0 for basis in bases):
         return float("nan")
     correlations = np.linalg.svd(bases[0].T @ bases[1], compute_uv=False)
     return float(np.clip(correlations, 0, 1).mean())
 
 
-def _principal(x: NDArray, variance: float) -> NDArray:
-    """Orthonormal columns (sample, k): the fewest principal directions of centred x that hold `variance` of it."""
+def _principal(x: NDArray, variance: float, eps: float) -> NDArray:
+    """Orthonormal columns (sample, k): the fewest principal directions of centred x that hold `variance` of it.
+
+    Directions as small as `eps`, the rounding of the activations as they were given, are none.
+    """
     u, s, _ = np.linalg.svd(x, full_matrices=False)
-    real = s > s[0] * max(x.shape) * np.finfo(x.dtype).eps
+    real = s > s[0] * max(x.shape) * eps
     held = np.cumsum(s[real] ** 2)
     # the last kept one is the first at which the share is reached, to rounding
     count = 0 if not len(held) else int(np.searchsorted(held, variance * held[-1] * (1 - 1e-12))) + 1
@@ -71,14 +124,15 @@ def _principal(x: NDArray, variance: float) -> NDArray:
     return basis
 
 
-def student_teacher(archive: xr.Dataset, *, samples: int | None = None) -> xr.Dataset:
+def student_teacher(archive: xr.Dataset, *, samples: int | None = None, debiased: bool = False) -> xr.Dataset:
     """``cka`` and ``svcca`` of student and teacher activations at each layer; (..., layer), lazy if `archive` is.
 
-    Over the evaluation set, drawn again.  Of one epoch.
+    Over the evaluation set, drawn again.  Of one epoch.  NaN above the layers of a point that has fewer.
 
     Args:
         archive: A run, a sweep or a slice, at one epoch, with weights.
         samples: Of the evaluation set, the first so many; all if None.
+        debiased: Which estimator of CKA, see `linear_cka`.
 
     Raises:
         ValueError: if epochs are left, layers are not, weights were not recorded, or samples are too few.
@@ -87,14 +141,16 @@ def student_teacher(archive: xr.Dataset, *, samples: int | None = None) -> xr.Da
         raise ValueError("student_teacher: epochs are left; select one, e.g. ds.isel(epoch=-1)")
     if "layer" not in archive.dims:
         raise ValueError("student_teacher: one layer is left; networks are made of all of them, select it afterwards")
-    layers = range(1, archive.sizes["layer"] + 1)
+    layers = archive["layer"].values.tolist()
 
     def measure(member: Member) -> list[float]:
         with torch.no_grad():
             x = member.evaluation_inputs[:samples]
             traces = [net.trace(x).activations for net in (member.student, member.teacher)]
         pairs = [(f.numpy(), f_star.numpy()) for f, f_star in zip(*traces, strict=True)]
-        return [linear_cka(*pair) for pair in pairs] + [svcca(*pair) for pair in pairs]
+        above = [np.nan] * (len(layers) - len(pairs))
+        cka = [linear_cka(*pair, debiased=debiased) for pair in pairs]
+        return cka + above + [svcca(*pair) for pair in pairs] + above
 
     names = [f"{kind}_{number}" for kind in ("cka", "svcca") for number in layers]
     found = each(archive, measure, names)
@@ -107,7 +163,7 @@ def student_teacher(archive: xr.Dataset, *, samples: int | None = None) -> xr.Da
 
     return xr.Dataset(
         {
-            "cka": stacked("cka", "linear CKA of student and teacher", KORNBLITH),
+            "cka": stacked("cka", f"{'debiased ' * debiased}linear CKA of student and teacher", KORNBLITH),
             "svcca": stacked("svcca", "SVCCA of student and teacher", RAGHU),
         }
     )

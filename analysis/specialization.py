@@ -11,8 +11,13 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
+from tsdyn.analysis.identity import begun, per_point, points
 from tsdyn.analysis.lift import lift
 from tsdyn.analysis.summary import quantiles, share_interval
+
+from tsdyn.archive import experiment_of
+from tsdyn.node_pairs import best_match, best_node
+from tsdyn.sweep_axes import swept_keys
 
 #: A teacher node is recovered above this correlation (Tian 2020, Figure 7).
 THRESHOLD = 0.95
@@ -23,11 +28,6 @@ def _nanmax(values: NDArray, axis: int) -> NDArray:
     """NaN only where every entry is (np.nanmax would warn there)."""
     largest: NDArray = np.fmax.reduce(values, axis=axis)
     return largest
-
-
-def best_match(correlation: NDArray) -> NDArray:
-    """(..., teacher_node, node) -> (..., teacher_node): the largest correlation any student node reaches; signed."""
-    return _nanmax(correlation, axis=-1)
 
 
 def best_teacher(correlation: NDArray) -> NDArray:
@@ -53,14 +53,14 @@ def winner_rank(correlation: NDArray) -> NDArray:
     """(..., epoch, teacher_node, node) -> (..., epoch, teacher_node): rank of the last epoch's best student node.
 
     Counted from 0, the best, and divided by the number of nodes with a correlation at that epoch; NaN where the
-    winner has none.
+    winner has none, and where the last epoch has no winner.
     """
-    filled = np.where(np.isnan(correlation), -np.inf, correlation)
-    winner = filled[..., -1:, :, :].argmax(-1)[..., None]
-    won = np.take_along_axis(correlation, np.broadcast_to(winner, (*correlation.shape[:-1], 1)), -1)
+    winner = best_node(correlation[..., -1:, :, :])
+    place = np.where(np.isnan(winner), 0, winner).astype(int)[..., None]
+    won = np.take_along_axis(correlation, np.broadcast_to(place, (*correlation.shape[:-1], 1)), -1)
     nodes = (~np.isnan(correlation)).sum(-1)
     rank = (correlation > won).sum(-1) / np.maximum(nodes, 1)
-    return np.where(np.isnan(won[..., 0]), np.nan, rank)
+    return np.where(np.isnan(won[..., 0]) | np.isnan(winner), np.nan, rank)
 
 
 def median(values: NDArray) -> NDArray:
@@ -75,6 +75,50 @@ def correlation_of(archive: xr.Dataset, caller: str) -> xr.DataArray:
             'record it: [record] observables = ["correlation", ...]'
         )
     return archive["correlation"]
+
+
+def silent(archive: xr.Dataset) -> xr.DataArray:
+    """Whether a member lives at an epoch, and yet no node of its layer varies, so that it has no correlation; (...).
+
+    Such a student has recovered nothing, which is a result; without a value for another reason (dead members, epochs
+    and points that are not there, padding, the output layer) it is missing.  False where the Dataset does not tell.
+    """
+    correlation = correlation_of(archive, "silent")
+    none = correlation.isnull().all(["teacher_node", "node"])
+    if not {"death_epoch", "epoch", "layer"} <= set(archive.coords) or "experiment" not in archive.attrs:
+        return xr.zeros_like(none)
+    death, epoch = archive["death_epoch"], archive["epoch"]
+    there = ((death < 0) | (epoch < death)) & begun(archive)
+    experiment = experiment_of(archive)
+    keys = {key.split(".")[0] for key in swept_keys(experiment.sweep)}
+    if "coverage" in archive.coords and (keys & {"training", "record"} or float(archive["coverage"].min()) < 1):
+        there = there & _recorded(archive)
+    depth = per_point(archive, lambda point: point.layout.depth) if "teacher" in keys else experiment.layout.depth
+    found: xr.DataArray = (none & there & (archive["layer"] < depth)).transpose(*none.dims)
+    return found.drop_vars(set(found.coords) - set(none.coords))
+
+
+def _recorded(archive: xr.Dataset) -> xr.DataArray:
+    """Whether each point has committed each epoch: the first `coverage` of those on its own schedule."""
+    found = list(points(archive).values())
+    dims = tuple(dict.fromkeys(dim for chosen, _ in found for dim in chosen))
+    epochs = np.atleast_1d(archive["epoch"].values)
+    there = np.zeros((*(archive.sizes[dim] for dim in dims), len(epochs)), bool)
+    for chosen, experiment in found:
+        schedule = experiment.schedule
+        committed = schedule[: round(float(archive["coverage"].sel(chosen)) * len(schedule))]
+        there[tuple(archive.get_index(dim).get_loc(chosen[dim]) for dim in dims)] = np.isin(epochs, committed)
+    held = xr.DataArray(there, {**{dim: archive[dim].variable for dim in dims}, "epoch": epochs}, (*dims, "epoch"))
+    return held if "epoch" in archive.dims else held.isel(epoch=0, drop=True)
+
+
+def counted(values: xr.DataArray, archive: xr.Dataset) -> xr.DataArray:
+    """`values` of living members, with 0 for NaN where the student is `silent`: it finds no teacher node."""
+    none = silent(archive)
+    if "teacher_node" in values.dims and "teacher_width" in archive.coords:
+        none = none & (archive["teacher_node"] < archive["teacher_width"])
+    found: xr.DataArray = values.where(~none, 0.0).transpose(*values.dims)
+    return found.drop_vars(set(found.coords) - set(values.coords)).assign_attrs(values.attrs).rename(values.name)
 
 
 def specialization(archive: xr.Dataset) -> xr.DataArray:
@@ -172,10 +216,12 @@ def _rank_named(ranks: xr.DataArray, name: str, words: str) -> xr.DataArray:
 def recovered(archive: xr.Dataset, *, threshold: float = THRESHOLD) -> xr.DataArray:
     """Number of teacher nodes with a student node correlated above `threshold`; (...).
 
+    0 for a living student all of whose nodes are dead; NaN for dead members and missing points.
+
     Raises:
         ValueError: as `specialization`.
     """
-    return lift(
+    found = lift(
         match_counts,
         correlation_of(archive, "recovered"),
         reads=("teacher_node", "node"),
@@ -187,12 +233,14 @@ def recovered(archive: xr.Dataset, *, threshold: float = THRESHOLD) -> xr.DataAr
         },
         threshold=threshold,
     )
+    return counted(found, archive)
 
 
 def success_rate(archive: xr.Dataset, *, threshold: float = THRESHOLD) -> xr.DataArray:
     """Share of seeds in which each teacher node is recovered; (..., teacher_node).
 
-    Seeds without a value (dead members, missing points) count neither way.
+    Seeds without a value (dead members, missing points) count neither way; a living student all of whose nodes are dead
+    counts as a failure.
 
     Raises:
         ValueError: as `specialization`.  Source: Tian (2020), Figure 7.
@@ -219,7 +267,7 @@ def _success(archive: xr.Dataset, threshold: float, caller: str) -> xr.DataArray
     best = specialization(archive)
     if "seed" not in best.dims:
         raise ValueError(f"{caller}: the slice has no dimension seed; select seeds with a list or slice")
-    return (best > threshold).where(best.notnull())
+    return counted((best > threshold).where(best.notnull()), archive)
 
 
 def recovery_epoch(archive: xr.Dataset, *, threshold: float = THRESHOLD) -> xr.DataArray:

@@ -35,7 +35,6 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def _schema_tables() -> str:
-    recordable = set(schema.RECORDABLE) | set(schema.CONSTANTS)
     variables = [
         [
             f"`{v.name}`",
@@ -44,14 +43,14 @@ def _schema_tables() -> str:
             v.long_name,
             v.conditions,
             v.source,
-            "yes" if v.name in recordable else "reserved",
+            ", ".join(v.kinds) or "reserved",
         ]
         for v in schema.VARIABLES.values()
     ]
     coordinates = [[f"`{c.name}`", ", ".join(c.dims), c.long_name, c.conditions] for c in schema.COORDINATES.values()]
     dimensions = [[f"`{name}`", meaning] for name, meaning in schema.DIMENSIONS.items()]
     families = [[f"`{name}`", ", ".join(f"`{v}`" for v in members)] for name, members in schema.FAMILIES.items()]
-    header = ["variable", "dimensions", "units", "meaning", "conditions", "source", "recorded"]
+    header = ["variable", "dimensions", "units", "meaning", "conditions", "source", "recorded by"]
     return "\n".join(
         [
             "## Dimensions\n",
@@ -76,10 +75,12 @@ def _experiment_tables() -> str:
         ("[data]", experiment.Data),
         ("[training]", experiment.Training),
         ("[record]", experiment.Record),
+        ("[flow]", experiment.Flow),
+        ("[online]", experiment.Online),
     ):
         rows = []
         for name, field in part.model_fields.items():
-            if isinstance(field.annotation, type) and issubclass(field.annotation, experiment._Part):
+            if isinstance(field.annotation, type) and issubclass(field.annotation, experiment.Part):
                 continue
             shape = part.model_json_schema()["properties"][name]
             default = "required" if field.is_required() else f"`{field.default!r}`"

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Protocol, cast, runtime_checkable
 
 import xarray as xr
@@ -43,16 +42,16 @@ _MODULES = {
 
 
 @runtime_checkable
-class Work(Protocol):
-    """What a study runs where that is no training of an ensemble: a value that knows how to fill a directory."""
+class Reading(Protocol):
+    """What a study measures where there is nothing to run: somebody's file."""
 
     @property
     def name(self) -> str: ...
 
     def to_toml(self) -> str: ...
 
-    def run(self, directory: Path, *, report: Callable[[str], None]) -> xr.Dataset:
-        """The archive; goes on from what the directory holds and tells `report` a line for each part done."""
+    def read(self) -> xr.Dataset:
+        """What `Study.measure` takes."""
         ...
 
 
@@ -62,12 +61,12 @@ class Study(Protocol):
     Attributes:
         TITLE: One line.
         SOURCE: Paper and figure.
-        EXPERIMENTS: Scale (smoke, desk, paper) → experiment, or other work that leaves an archive.
+        EXPERIMENTS: Scale (smoke, desk, paper) → experiment, or somebody's file that is read.
     """
 
     TITLE: str
     SOURCE: str
-    EXPERIMENTS: Mapping[str, Experiment | Work]
+    EXPERIMENTS: Mapping[str, Experiment | Reading]
 
     def measure(self, archive: xr.Dataset) -> xr.Dataset: ...
 

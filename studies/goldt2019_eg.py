@@ -14,21 +14,41 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from tsdyn.analysis.panels import PALETTE
 
-from tsdyn.online_experiment import OnlineExperiment
+from tsdyn.experiment import Experiment
 
 TITLE = "generalization error of online learning: simulation against equation"
 SOURCE = "Goldt et al. 2019 (arXiv 1906.08632), Figure 1; Saad & Solla 1995"
 
-EXPERIMENTS: Mapping[str, OnlineExperiment] = {
-    "smoke": OnlineExperiment("goldt-eg-smoke", (2,), inputs=60, last=10.0, points=12, seeds=2),
-    "desk": OnlineExperiment("goldt-eg-desk", (2, 4), inputs=500, noise=0.01, last=300.0, seeds=5),
-    "paper": OnlineExperiment("goldt-eg-paper", (2, 4, 8), inputs=784, noise=0.01, last=1000.0, seeds=10),
+TEACHER_NODES = 2
+
+
+def _online(name: str, nodes: tuple[int, ...], *, inputs: int, seeds: int, **online: int | float) -> Experiment:
+    widths = [[inputs, K, 1] for K in nodes]
+    return Experiment(
+        kind="online",
+        name=name,
+        seeds=seeds,
+        teacher={"widths": [inputs, TEACHER_NODES, 1], "init": "gaussian"},
+        student={"widths": widths[0], "activation": "erf"},
+        training={"learning_rate": 0.5},
+        online=online,
+        sweep={"online.layers": ["first", "both"], "student.widths": widths},
+    )
+
+
+EXPERIMENTS: Mapping[str, Experiment] = {
+    "smoke": _online("goldt-eg-smoke", (2,), inputs=60, last=10.0, points=12, seeds=2),
+    "desk": _online("goldt-eg-desk", (2, 4), inputs=500, noise=0.01, last=300.0, seeds=5),
+    "paper": _online("goldt-eg-paper", (2, 4, 8), inputs=784, noise=0.01, last=1000.0, seeds=10),
 }
 
 
 def measure(archive: xr.Dataset) -> xr.Dataset:
-    """eg of both over (layers, nodes, seed, alpha)."""
-    return archive[["eg_simulation", "eg_equation"]]
+    """eg of both over (layers, nodes, seed, alpha), α > 0."""
+    ds = archive[["eg", "eg_equation"]].rename(eg="eg_simulation", widths="nodes").load()
+    ds = ds.where(ds["alpha"] > 0, drop=True)
+    nodes = archive["width"].sel(layer=1).isel(layers=0).values
+    return ds.drop_vars([name for name in ds.coords if name not in ds.dims]).assign_coords(nodes=nodes)
 
 
 def draw(measured: xr.Dataset) -> Figure:

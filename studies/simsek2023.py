@@ -1,27 +1,94 @@
-"""What the figures of Simsek et al. (2023) share: points of a flow archive, u_ij, colours of the classes."""
+"""What the figures of Simsek et al. (2023) share: experiments, where flows ended, u_ij, colours of the classes."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
 from tsdyn.analysis.panels import PALETTE
 
+from tsdyn.experiment import Experiment
+from tsdyn.schema import words_of
+
 #: Of the classes, and of the regimes where each is the best that is a minimum.
 COLOURS = {"copy-average": PALETTE[2], "perturbed-copy": PALETTE[1], "other": "#999999"}
 NAMES = {"copy-average": "copy-average", "perturbed-copy": "perturbed n-copy", "other": "other"}
 
 
-def at(archive: xr.Dataset, activation: str, n: int, k: int) -> xr.Dataset:
-    """One size without padding, the inputs being the teacher's nodes first.
+#: Of `ends`: its variables that do not depend on the seed.
+THEORY = (
+    "loss_copy_average", "loss_perturbed_copy", "index_copy_average", "index_perturbed_copy",
+    "one_neuron_norm", "one_neuron_outgoing",
+)  # fmt: skip
+
+
+def flows(
+    name: str,
+    sizes: Sequence[tuple[int, int]],
+    activations: Sequence[str] = ("erf",),
+    *,
+    seeds: int = 20,
+    times: Mapping[str, Any] | None = None,
+) -> Experiment:
+    """Gradient flows of students of n nodes against orthonormal teachers of k on k + 1 inputs, at every (n, k).
+
+    Activation by activation, the cheapest sizes first.
+    """
+    ordered = sorted(dict.fromkeys(sizes), key=lambda size: (size[0] * size[1], size))
+    points = [(activation, n, k) for activation in activations for n, k in ordered]
+    zipped: dict[str, list[Any]] = {
+        "student.activation": [activation for activation, _, _ in points],
+        "teacher.widths": [[k + 1, k, 1] for _, _, k in points],
+        "student.widths": [[k + 1, n, 1] for _, n, k in points],
+    }
+    return Experiment(
+        kind="population-flow",
+        name=name,
+        seeds=seeds,
+        teacher={"widths": zipped["teacher.widths"][0], "init": "orthonormal"},
+        student={"widths": zipped["student.widths"][0], "activation": points[0][0]},
+        flow={} if times is None else {"times": times},
+        sweep={"zip": zipped},
+    )
+
+
+def ends(archive: xr.Dataset) -> xr.Dataset:
+    """Where flows ended, over (point, seed), loaded: ``weight`` (node, input_node) of layer 1, ``outgoing`` (node) of
+    layer 2, ``loss``, ``class`` in words, and `THEORY`; coordinates activation, n and k."""
+    ds = archive[["end_weight", "end_loss", "end_class", *THEORY]].load()
+    lower, upper = (ds["end_weight"].sel(layer=layer, drop=True) for layer in (1, 2))
+    outgoing = upper.isel(node=0, drop=True).isel(input_node=slice(0, ds.sizes["node"]))
+    found = {
+        "loss": ds["end_loss"],
+        "class": words_of(ds["end_class"]),
+        "weight": lower,
+        "outgoing": outgoing.rename(input_node="node"),
+        **{name: ds[name].isel(seed=0, drop=True) for name in THEORY},
+    }
+    kept = [name for name in ("point", "seed", "activation") if name in ds.coords]
+    bare = {name: array.drop_vars(set(array.coords) - set(kept)) for name, array in found.items()}
+    return xr.Dataset(bare).assign_coords(nodes_of(archive))
+
+
+def nodes_of(archive: xr.Dataset) -> dict[str, xr.DataArray]:
+    """Coordinates n and k of each point."""
+    columns = {"n": archive["width"], "k": archive["teacher_width"]}
+    return {name: column.sel(layer=1, drop=True).reset_coords(drop=True) for name, column in columns.items()}
+
+
+def at(ends: xr.Dataset, activation: str, n: int, k: int) -> xr.Dataset:
+    """One size of `ends` without padding, the inputs being the teacher's nodes first.
 
     Raises:
         KeyError: if the archive does not hold that size.
     """
-    here = (archive["activation"] == activation) & (archive["n"] == n) & (archive["k"] == k)
+    here = (ends["activation"] == activation) & (ends["n"] == n) & (ends["k"] == k)
     if not here.any():
         raise KeyError(f"no flows of {activation} with n={n}, k={k} in the archive")
-    one = archive.isel(point=int(here.values.argmax()))
+    one = ends.isel(point=int(here.values.argmax()))
     inputs = int(one["weight"].notnull().any(["seed", "node"]).sum())
     return one.isel(node=slice(0, n), input_node=slice(0, inputs))
 

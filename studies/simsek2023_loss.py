@@ -15,9 +15,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from tsdyn.analysis.panels import PALETTE
-from tsdyn.studies.simsek2023 import COLOURS, NAMES, at, cosines, described, draw_cosines
+from tsdyn.studies.simsek2023 import COLOURS, NAMES, at, cosines, described, draw_cosines, ends, flows
 
-from tsdyn.flow_experiment import FlowExperiment
+from tsdyn.experiment import Experiment
 
 TITLE = "loss at the end of gradient flow against n, with the copy-average points'"
 SOURCE = "Simsek et al. 2023 (arXiv:2311.01644), Figure 4"
@@ -29,10 +29,10 @@ def _curves(teachers: tuple[int, ...], students: tuple[int, ...]) -> tuple[tuple
     return tuple(dict.fromkeys(against_n + [(n, k) for n in students for k in range(n + 1, 2 * n + 1)]))
 
 
-EXPERIMENTS: Mapping[str, FlowExperiment] = {
-    "smoke": FlowExperiment("loss-smoke", _curves((3,), (2,)), seeds=2),
-    "desk": FlowExperiment("loss-desk", _curves((8, 12), (4, 8, 12)), seeds=20),
-    "paper": FlowExperiment("loss-paper", _curves((8, 12, 16), (4, 8, 12, 16)), seeds=20),
+EXPERIMENTS: Mapping[str, Experiment] = {
+    "smoke": flows("loss-smoke", _curves((3,), (2,)), seeds=2),
+    "desk": flows("loss-desk", _curves((8, 12), (4, 8, 12)), seeds=20),
+    "paper": flows("loss-paper", _curves((8, 12, 16), (4, 8, 12, 16)), seeds=20),
 }
 
 
@@ -40,13 +40,14 @@ def measure(archive: xr.Dataset) -> xr.Dataset:
     """Loss and class of every seed and what theory says, over points; u_ij of three students against the largest k
     that has every n."""
     wanted = ["loss", "loss_copy_average", "loss_perturbed_copy", "index_copy_average", "index_perturbed_copy", "class"]
-    ds = archive.reset_coords("class")[wanted]
-    ds["class"] = ds["class"].astype(str).assign_attrs(described("class of the student at the end"))
-    k = max(_whole(archive, "k"), default=int(archive["k"].max()))
+    ended = ends(archive)
+    ds = ended[wanted]
+    ds["class"] = ds["class"].assign_attrs(described("class of the student at the end"))
+    k = max(_whole(ended, "k"), default=int(ended["k"].max()))
     shown = sorted({max(1, round(k * part)) for part in (0.5, 0.75, 0.92)} & set(range(1, k)))
     maps = []
     for n in shown:
-        u = cosines(at(archive, "erf", n, k)).isel(seed=0, drop=True).values
+        u = cosines(at(ended, "erf", n, k)).isel(seed=0, drop=True).values
         maps.append(np.pad(u, ((0, shown[-1] - n), (0, 0)), constant_values=np.nan))
     ds["cosine"] = ("map_n", "node", "teacher_node"), np.array(maps), described(f"u_ij at the end, k = {k}, seed 0")
     ds = ds.assign_coords(map_n=shown)

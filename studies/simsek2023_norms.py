@@ -12,9 +12,9 @@ import xarray as xr
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from tsdyn.analysis.panels import PALETTE
-from tsdyn.studies.simsek2023 import described
+from tsdyn.studies.simsek2023 import described, ends, flows
 
-from tsdyn.flow_experiment import FlowExperiment
+from tsdyn.experiment import Experiment
 
 TITLE = "norms of the one-neuron network against k"
 SOURCE = "Simsek et al. 2023 (arXiv:2311.01644), Figure 5"
@@ -22,21 +22,22 @@ SOURCE = "Simsek et al. 2023 (arXiv:2311.01644), Figure 5"
 _SIZES = tuple((1, k) for k in range(2, 11))
 _SMOOTH = ("erf", "tanh", "sigmoid", "softplus")
 
-EXPERIMENTS: Mapping[str, FlowExperiment] = {
-    "smoke": FlowExperiment("norms-smoke", ((1, 2), (1, 4)), ("erf",), seeds=2),
+EXPERIMENTS: Mapping[str, Experiment] = {
+    "smoke": flows("norms-smoke", ((1, 2), (1, 4)), ("erf",), seeds=2),
     # the mixtures' interactions cost a thousand times erf's: 5 seeds of each
-    "desk": FlowExperiment("norms-desk", _SIZES, ("erf", "tanh"), seeds=20),
-    "paper": FlowExperiment("norms-paper", _SIZES, _SMOOTH, seeds=20),
+    "desk": flows("norms-desk", _SIZES, ("erf", "tanh"), seeds=20),
+    "paper": flows("norms-paper", _SIZES, _SMOOTH, seeds=20),
 }
 
 
 def measure(archive: xr.Dataset) -> xr.Dataset:
     """|w| and |a| at the end, and the one-neuron optimum's, over (activation, k)."""
+    ended = ends(archive)
     values = {
-        "norm": (archive["weight"].isel(node=0) ** 2).sum("input_node") ** 0.5,
-        "outgoing": abs(archive["outgoing"].isel(node=0)),
-        "one_neuron_norm": archive["one_neuron_norm"],
-        "one_neuron_outgoing": archive["one_neuron_outgoing"],
+        "norm": (ended["weight"].isel(node=0) ** 2).sum("input_node") ** 0.5,
+        "outgoing": abs(ended["outgoing"].isel(node=0)),
+        "one_neuron_norm": ended["one_neuron_norm"],
+        "one_neuron_outgoing": ended["one_neuron_outgoing"],
     }
     texts = ("|w|", "|a|", "|w| of the one-neuron optimum", "a of the one-neuron optimum")
     ds = xr.Dataset(

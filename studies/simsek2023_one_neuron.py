@@ -14,9 +14,9 @@ import xarray as xr
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 from tsdyn.analysis.panels import PALETTE
-from tsdyn.studies.simsek2023 import at, described
+from tsdyn.studies.simsek2023 import at, described, ends, flows
 
-from tsdyn.flow_experiment import FlowExperiment
+from tsdyn.experiment import Experiment
 from tsdyn.networks import Network
 
 TITLE = "one neuron: output maps and error against k"
@@ -25,10 +25,10 @@ SOURCE = "Simsek et al. 2023 (arXiv:2311.01644), Figure 3"
 _ACTIVATIONS = ("erf", "sigmoid", "tanh", "softplus", "relu")
 _EDGE, _PIXELS = 3.0, 61
 
-EXPERIMENTS: Mapping[str, FlowExperiment] = {
-    "smoke": FlowExperiment("one-neuron-smoke", ((1, 2), (1, 4)), ("erf", "relu"), seeds=2),
-    "desk": FlowExperiment("one-neuron-desk", tuple((1, k) for k in (1, 2, 3, 4, 6, 8, 12)), _ACTIVATIONS, seeds=3),
-    "paper": FlowExperiment("one-neuron-paper", tuple((1, k) for k in range(1, 17)), _ACTIVATIONS, seeds=20),
+EXPERIMENTS: Mapping[str, Experiment] = {
+    "smoke": flows("one-neuron-smoke", ((1, 2), (1, 4)), ("erf", "relu"), seeds=2),
+    "desk": flows("one-neuron-desk", tuple((1, k) for k in (1, 2, 3, 4, 6, 8, 12)), _ACTIVATIONS, seeds=3),
+    "paper": flows("one-neuron-paper", tuple((1, k) for k in range(1, 17)), _ACTIVATIONS, seeds=20),
 }
 
 
@@ -36,10 +36,11 @@ def measure(archive: xr.Dataset) -> xr.Dataset:
     """Maps of teacher and student for k = 2 over x₁, x₂; error of every seed and of the one-neuron optimum over k."""
     x = torch.linspace(-_EDGE, _EDGE, _PIXELS, dtype=torch.float64)
     grid = torch.cartesian_prod(x, x)
-    names = list(dict.fromkeys(archive["activation"].values.tolist()))
+    ended = ends(archive)
+    names = list(dict.fromkeys(ended["activation"].values.tolist()))
     maps = []
     for name in names:
-        one = at(archive, name, 1, 2)
+        one = at(ended, name, 1, 2)
         one = one.isel(seed=int(one["loss"].argmin("seed")))
         w, a = (torch.from_numpy(one[key].values.copy()) for key in ("weight", "outgoing"))
         teacher = Network([torch.eye(2, dtype=w.dtype), torch.ones(1, 2, dtype=w.dtype)], activation=name)
@@ -48,12 +49,12 @@ def measure(archive: xr.Dataset) -> xr.Dataset:
     ds = xr.Dataset(
         {
             "output": (("map_activation", "role", "x1", "x2"), np.array(maps), described("output, k = 2")),
-            "error": archive["loss"].assign_attrs(described("error L of one neuron")),
-            "one_neuron_error": archive["loss_copy_average"].assign_attrs(described("L*(k)")),
+            "error": ended["loss"].assign_attrs(described("error L of one neuron")),
+            "one_neuron_error": ended["loss_copy_average"].assign_attrs(described("L*(k)")),
         },
         {"map_activation": names, "role": ["teacher", "student"], "x1": x.numpy(), "x2": x.numpy()},
     )
-    return ds.drop_vars([name for name in archive.coords if name not in ("seed", "activation", "k") and name in ds])
+    return ds.drop_vars([name for name in ended.coords if name not in ("seed", "activation", "k") and name in ds])
 
 
 def draw(measured: xr.Dataset) -> Figure:

@@ -14,9 +14,9 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from tsdyn.studies.simsek2023 import COLOURS, described
+from tsdyn.studies.simsek2023 import COLOURS, described, ends, flows
 
-from tsdyn.flow_experiment import FlowExperiment
+from tsdyn.experiment import Experiment
 
 TITLE = "copy or average: shares of seeds over (n, k) and seed-free borders"
 SOURCE = "Simsek et al. 2023 (arXiv:2311.01644), section 5 and Figure 4; the borders are computed here"
@@ -26,10 +26,10 @@ def _triangle(largest: int) -> tuple[tuple[int, int], ...]:
     return tuple((n, k) for k in range(2, largest + 1) for n in range(1, k))
 
 
-EXPERIMENTS: Mapping[str, FlowExperiment] = {
-    "smoke": FlowExperiment("phase-diagram-smoke", _triangle(3), seeds=2),
-    "desk": FlowExperiment("phase-diagram-desk", _triangle(10), seeds=10),
-    "paper": FlowExperiment("phase-diagram-paper", _triangle(20), seeds=20),
+EXPERIMENTS: Mapping[str, Experiment] = {
+    "smoke": flows("phase-diagram-smoke", _triangle(3), seeds=2),
+    "desk": flows("phase-diagram-desk", _triangle(10), seeds=10),
+    "paper": flows("phase-diagram-paper", _triangle(20), seeds=20),
 }
 
 _BORDERS = {
@@ -41,7 +41,8 @@ _BORDERS = {
 
 def measure(archive: xr.Dataset) -> xr.Dataset:
     """Share of seeds at the perturbed n-copy and at neither, over (n, k); the three borders over k, NaN for none."""
-    n, k = archive["n"].values, archive["k"].values
+    ended = ends(archive)
+    n, k = ended["n"].values, ended["k"].values
     sizes = {"n": np.arange(1, n.max() + 1), "k": np.arange(k.min(), k.max() + 1)}
 
     def table(values: xr.DataArray) -> np.ndarray:
@@ -49,10 +50,10 @@ def measure(archive: xr.Dataset) -> xr.Dataset:
         found[n - 1, k - k.min()] = values
         return found
 
-    perturbed = table(archive["index_perturbed_copy"]) == 0
-    average = table(archive["index_copy_average"]) == 0
+    perturbed = table(ended["index_perturbed_copy"]) == 0
+    average = table(ended["index_copy_average"]) == 0
     # at n = 1 both are the one-neuron optimum
-    below = table((archive["loss_perturbed_copy"] < archive["loss_copy_average"]) & (archive["n"] > 1)) == 1
+    below = table((ended["loss_perturbed_copy"] < ended["loss_copy_average"]) & (ended["n"] > 1)) == 1
 
     def border(holds: np.ndarray, nearest: np.ufunc, side: float) -> tuple[str, np.ndarray]:
         found = nearest.reduce(np.where(holds, sizes["n"][:, None] + side, np.nan), axis=0)
@@ -60,8 +61,8 @@ def measure(archive: xr.Dataset) -> xr.Dataset:
 
     ds = xr.Dataset(
         {
-            "perturbed_share": (("n", "k"), table((archive["class"] == "perturbed-copy").mean("seed"))),
-            "other_share": (("n", "k"), table((archive["class"] == "other").mean("seed"))),
+            "perturbed_share": (("n", "k"), table((ended["class"] == "perturbed-copy").mean("seed"))),
+            "other_share": (("n", "k"), table((ended["class"] == "other").mean("seed"))),
             "perturbed_copy_from": border(perturbed & (sizes["n"][:, None] > 1), np.fmin, -0.5),
             "copy_average_to": border(average, np.fmax, 0.5),
             "perturbed_copy_below_from": border(below, np.fmin, -0.5),

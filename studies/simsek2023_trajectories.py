@@ -14,20 +14,20 @@ import xarray as xr
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 from tsdyn.analysis.panels import PALETTE
-from tsdyn.studies.simsek2023 import COLOURS, at, cosines, described, draw_cosines
+from tsdyn.studies.simsek2023 import COLOURS, at, cosines, described, draw_cosines, ends, flows
 
-from tsdyn.flow_experiment import FlowExperiment
+from tsdyn.experiment import Experiment
 
 TITLE = "trajectories of gradient flow and order parameters at convergence"
 SOURCE = "Simsek et al. 2023 (arXiv:2311.01644), Figure 1"
 
 _SIZES = ((2, 3), (4, 8))
-_TIMES = (1e-2, 1e4, 200)
+_TIMES = {"first": 1e-2, "last": 1e4, "number": 200}
 
-EXPERIMENTS: Mapping[str, FlowExperiment] = {
-    "smoke": FlowExperiment("trajectories-smoke", _SIZES, ("erf", "relu"), seeds=2, times=(1e-2, 1e4, 20)),
-    "desk": FlowExperiment("trajectories-desk", _SIZES, ("erf", "relu"), seeds=10, times=_TIMES),
-    "paper": FlowExperiment("trajectories-paper", _SIZES, ("erf", "relu"), seeds=20, times=_TIMES),
+EXPERIMENTS: Mapping[str, Experiment] = {
+    "smoke": flows("trajectories-smoke", _SIZES, ("erf", "relu"), seeds=2, times=_TIMES | {"number": 20}),
+    "desk": flows("trajectories-desk", _SIZES, ("erf", "relu"), seeds=10, times=_TIMES),
+    "paper": flows("trajectories-paper", _SIZES, ("erf", "relu"), seeds=20, times=_TIMES),
 }
 
 #: The plane orthogonal to (1, 1, 1): axes whose projections are the corners of an upright triangle.
@@ -36,10 +36,13 @@ _PLANE = np.stack([np.array([-1, 0, 1]) / np.sqrt(2), np.array([-1, 2, -1]) / np
 
 def measure(archive: xr.Dataset) -> xr.Dataset:
     """Paths in the plane orthogonal to v₁ + v₂ + v₃, losses along them, u_ij of the seed with the least loss."""
-    names = list(dict.fromkeys(archive["activation"].values.tolist()))
+    path = archive[["weight", "population_loss"]].sel(layer=1, drop=True).load()
+    path = path.where(path["time"] > 0, drop=True)
+    ended = ends(archive).assign(path_weight=path["weight"], path_loss=path["population_loss"])
+    names = list(dict.fromkeys(ended["activation"].values.tolist()))
     rows = []
     for name in names:
-        small, large = at(archive, name, 2, 3), at(archive, name, 4, 8)
+        small, large = at(ended, name, 2, 3), at(ended, name, 4, 8)
         w = small["path_weight"].isel(input_node=slice(0, 3)) * np.sign(small["outgoing"])
         best = int(large["loss"].argmin("seed"))
         one = {

@@ -4,7 +4,7 @@ The paper's are of VGG16 and VGG11 with BatchNorm before the activation, pretrai
 negative, so that few nodes are active on one sample.  ``--scale paper`` reads such a state dict from the current folder
 (``vgg16_bn.pth``); of any other network,
 
->>> StateDict("mine", "mine.pth").run(Path("runs/mine"))  # doctest: +SKIP
+>>> draw(measure(StateDict("mine", "mine.pth").read()))  # doctest: +SKIP
 
 The scales smoke and desk train a small ConvNet on the labels of scikit-learn's digits instead, and say so.  At desk
 scale 89 % of the biases of the lowest convolution and 96 % of the next are negative, from the first ten epochs on, and
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -29,7 +29,6 @@ from tsdyn.analysis import batch_norm
 from tsdyn.analysis.panels import PALETTE
 from tsdyn.studies import deep_layers
 
-from tsdyn import archive
 from tsdyn.experiment import Experiment, ExperimentError
 from tsdyn.schema import COORDINATES, VARIABLES
 
@@ -56,8 +55,8 @@ class StateDict:
     def to_toml(self) -> str:
         return tomli_w.dumps(asdict(self))
 
-    def run(self, directory: Path, *, report: Callable[[str], None] = lambda _: None) -> xr.Dataset:
-        """The biases as a Dataset, also left in `directory` as ``norms.nc``; read anew each time.
+    def read(self) -> xr.Dataset:
+        """The biases as a Dataset, read anew each time.
 
         Returns:
             ``norm_shift`` (layer, node), padded with NaN; ``module`` names the layer in the state dict, ``width`` says
@@ -66,14 +65,6 @@ class StateDict:
         Raises:
             ExperimentError: if the file is missing, cannot be read safely or holds no BatchNorm with a bias.
         """
-        ds = self.read()
-        directory.mkdir(parents=True, exist_ok=True)
-        archive.write_dataset(directory / "norms.nc", ds)
-        report(f"{self.path}: {ds.sizes['layer']} BatchNorm layers")
-        return ds
-
-    def read(self) -> xr.Dataset:
-        """As `run`, without a directory."""
         from tsdyn.torch_io import load_state  # torch, which a list of studies does not need
 
         path = Path(self.path)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tests import oracles
 from tests.cases import orthonormal_teacher
-from tsdyn import flow_runner, population
+from tsdyn import population
 from tsdyn.gradient_flow import gradient_flow
 from tsdyn.population import PopulationLoss
 from tsdyn.stationary import polish
@@ -43,7 +43,7 @@ def main(seeds: int = 20) -> int:
     bad = 0
     for n, k in ((2, 3), (4, 8), (8, 16), (8, 12)):
         loss = PopulationLoss(orthonormal_teacher(k), n)
-        starts = flow_runner.starts(loss, range(seeds))
+        starts = population.starts(loss, range(seeds))
         ways = {
             "rtol 1e-4": lambda loss=loss, starts=starts: ours(loss, starts, 1e-4),
             "rtol 1e-8": lambda loss=loss, starts=starts: ours(loss, starts, 1e-8),

@@ -155,7 +155,7 @@ def _interrupted(experiment, path, at):
 
 @pytest.mark.parametrize("method", ["sgd", "adam"])
 def test_an_interrupted_run_shows_its_epochs_and_ends_bit_identical(tmp_path, monkeypatch, method):
-    everything = [name for name in schema.RECORDABLE if name != "label_accuracy"]  # Gaussian inputs have no labels
+    everything = [name for name in schema.recordable() if name != "label_accuracy"]  # Gaussian inputs have no labels
     experiment = small(training__method=method, record__observables=everything)
     whole = tsdyn.run(experiment, tmp_path / "whole").load()
     monkeypatch.setattr(runner, "COMMIT_SECONDS", 0.0)
@@ -168,20 +168,43 @@ def test_an_interrupted_run_shows_its_epochs_and_ends_bit_identical(tmp_path, mo
     assert not (tmp_path / "broken" / "segments").exists()
 
 
-@pytest.mark.parametrize(("cost", "whole"), [(0.001, 60), (0.05, 60), (0.05, 3000), (5.0, 36_000)])
-def test_commits_keep_their_share_of_a_run(cost, whole):
-    """Epochs of 0.1 s, commits that always take as long: the first is due before its cost is known, all others fit."""
-    clock, last, spent, count = 0.0, 0.0, 0.0, 0
+@pytest.mark.parametrize(("cost", "whole"), [(0.001, 60), (0.05, 60), (0.05, 3000), (1.9, 36_000), (5.0, 36_000)])
+def test_commits_keep_their_share_of_a_run_and_are_never_far_apart(cost, whole):
+    """Epochs of 0.1 s, commits that always take as long: the first is due before its cost is known, all others fit;
+    whatever they cost, a minute of work is between two, or thirty times what one takes.
+    """
+    clock, last, spent, count, gap = 0.0, 0.0, 0.0, 0, 0.0
     while clock < whole:
         clock += 0.1
         if runner._due(clock, clock - last, cost if count else 0.0, spent):
+            gap = max(gap, clock - last)
             clock, spent, count = clock + cost, spent + cost, count + 1
             last = clock
     spent += cost
-    assert spent <= max(runner.COMMIT_SHARE * clock, 2 * cost)
-    # as often as that allows, or as time does: every 2 s, after 200 s every hundredth of the run
+    longest = max(60, 30 * cost)
+    assert max(gap, clock - last) <= longest + 0.1 + 1e-6
+    assert spent <= max(runner.COMMIT_SHARE * clock, 2 * cost) + clock * cost / longest
+    # as often as that allows, or as time does: every 2 s, after 200 s every hundredth of the run, after 6000 s 60 s
     share = runner.COMMIT_SHARE
-    assert count >= 0.9 * sum(min(1 / max(2.2, share * t), share / cost) for t in range(whole)) - 3
+    often = [
+        min(1 / max(2.2, min(share * t, 60.1)), max(share / cost, 1 / (longest + cost + 0.1))) for t in range(whole)
+    ]
+    assert count >= 0.9 * sum(often) - 3
+
+
+def test_a_slow_disk_is_said_once(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(runner, "COMMIT_SECONDS", 0.0)
+    monkeypatch.setattr(runner, "LONGEST_SECONDS", 0.3)
+    commit = RunDirectory.commit
+
+    def slow(run, *given):
+        time.sleep(0.02)
+        commit(run, *given)
+
+    monkeypatch.setattr(RunDirectory, "commit", slow)
+    tsdyn.run(small(training__epochs=3), tmp_path / "run")
+    said = [record for record in caplog.records if "a commit takes" in record.getMessage()]
+    assert len(said) == 1
 
 
 def test_consolidation_can_be_repeated(tmp_path, monkeypatch):
@@ -429,3 +452,24 @@ def test_a_stale_lock_file_is_taken_over_and_whose_it_was_is_said(tmp_path, no_f
     assert "ended without finishing; going on from what it committed" in caplog.text
     assert str(2**22 + 1) in caplog.text
     assert not any(tmp_path.iterdir())
+
+
+def test_layers_of_ones_own_may_be_counted_from_0_and_have_no_widths():
+    """The lowest label is the lowest layer, whose variables have no layer dimension."""
+    own = xr.Dataset(
+        {"weight": (("layer", "node", "input_node"), np.zeros((3, 4, 5))), "alignment": (("node",), np.zeros(4))},
+        coords={"layer": [0, 1, 2]},
+    )
+    assert set(tsdyn.layer(own, 0).data_vars) == {"weight", "alignment"}
+    assert set(tsdyn.layer(own, 1).data_vars) == {"weight"}
+    assert tsdyn.layer(own, 1)["weight"].shape == (4, 5)
+    with pytest.raises(ValueError, match=r"layer: 3 is not in the dataset, which has \[0, 1, 2\]"):
+        tsdyn.layer(own, 3)
+    counted = own.assign_coords(layer=[1, 2, 3])
+    assert set(tsdyn.layer(counted.sel(layer=[2, 3]), 2).data_vars) == {"weight"}
+
+
+def test_a_zarr_store_is_called_one(tmp_path):
+    (tmp_path / "zarr.json").write_text("{}")
+    with pytest.raises(tsdyn.archive.DirectoryError, match=r"is a zarr store; open it by xarray\.open_zarr"):
+        tsdyn.open(tmp_path)

@@ -1,4 +1,5 @@
 import re
+from pathlib import Path
 
 import pytest
 import xarray as xr
@@ -106,7 +107,9 @@ def test_deaths_are_said(command, tmp_path):
         (["validate", "nowhere"], 2, "nowhere: does not exist"),
         (["study", "run", "tian2020-lshape"], 2, "did you mean 'tian2020-l-shape'?"),
         (["study", "run", "tian2020-l-shape", "--scale", "huge"], 2, "there are smoke, desk, paper"),
-        (["study", "run", "simsek2023-loss", "--scale", "smoke", "--workers", "2"], 2, "trains no sweep"),
+        (["study", "run", "tian2019-batchnorm-bias", "--scale", "paper", "--workers", "2"], 2, "so --workers is"),
+        (["study", "run", "tian2019-batchnorm-bias", "--scale", "paper", "--set", "seeds=1"], 2, "so --set is"),
+        (["study", "run", "simsek2023-loss", "--scale", "smoke", "--set", "data.std=1"], 2, "does not know this key"),
         (["study", "run", "tian2020-l-shape", "--scale", "smoke", "--workers", "0"], 2, "workers = 0: at least 1"),
         (["frobnicate"], 2, "No such command"),
     ],
@@ -279,8 +282,44 @@ def test_keys_of_a_study_are_set_and_its_measurement_says_what_was_run(command, 
         assert measured.sizes["seed"] == 1
         made_by = tsdyn.Experiment.from_toml_text(measured.attrs["experiment"])
     assert (made_by.training.epochs, made_by.digest) == (1, measured.attrs["digest"])
-    code, _, complained = command("study", "run", "simsek2023-loss", "--scale", "smoke", "--set", "seeds=1")
-    assert (code, "is no experiment whose keys" in complained) == (2, True)
+
+
+@pytest.mark.parametrize(("name", "along"), [("simsek2023-norms", "time"), ("goldt2019-eg", "alpha")])
+def test_a_study_that_trains_nothing_is_run_and_read_like_any_other(command, tmp_path, name, along):
+    run = tmp_path / "run"
+    words = ["study", "run", name, "--scale", "smoke", "-o", run, "--set", "seeds=1"]
+    code, out, err = command(*words)
+    assert code == 0
+    assert re.search(r"2 runs, 2 members of \d+ parameters; about \d+ MB of memory, \d\.\d MB of disk, \d+ s", out)
+    assert re.search(rf"\[2/2\] .*  {along} (\d+)/\1  ", err)
+    with xr.open_dataset(run / "measured.nc") as measured:
+        made_by = tsdyn.Experiment.from_toml_text(measured.attrs["experiment"])
+    assert (made_by.seeds, made_by.digest) == (1, measured.attrs["digest"])
+    code, out, _ = command("show", run)
+    assert (code, "2 of 2 points finished" in out, f"{along}s" in out) == (0, True, True)
+    assert command("validate", run)[:2] == (0, f"{run}: whole\n")
+    code, out, _ = command("audit", run)
+    assert (code, "1 unmet" in out or "2 unmet" in out, re.search(r"\d (holds|fails|reported)", out)) == (0, True, None)
+    assert "of students trained on samples" in " ".join(out.split())
+    code, out, _ = command("cite", run)
+    assert (code, {"simsek2023-norms": "simsek2023copy", "goldt2019-eg": "goldt2019dynamics"}[name] in out) == (0, True)
+    assert command("plot", run)[0] == 0
+    assert command("report", run, "-o", tmp_path / "page.html")[0] == 0
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert f"{along}s" in page
+    assert "2 of 2 points are finished" in page
+    code, out, _ = command(*words)
+    assert (code, "2 runs, finished" in out) == (0, True)
+
+
+@pytest.mark.parametrize("name", ["flow-study-v2", "online-study-v2"])
+def test_a_directory_of_a_study_of_0_1_is_shown_and_validated(command, name):
+    path = Path(__file__).parent / "data" / name
+    code, out, _ = command("show", path)
+    assert (code, "loss" in out or "eg_equation" in out) == (0, True)
+    assert command("validate", path)[:2] == (0, f"{path}: whole\n")
+    code, _, err = command("study", "run", "simsek2023-norms", "--scale", "smoke", "-o", path)
+    assert (code, "Give another directory with -o" in err) == (2, True)
 
 
 def test_a_path_is_set_without_quotes(command, tmp_path):

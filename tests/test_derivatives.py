@@ -315,7 +315,7 @@ def test_modules_without_per_sample_gradients(module, message):
 
 
 def test_random_modules_have_no_jacobian():
-    with pytest.raises(ValueError, match="jacobian: the module draws random numbers"):
+    with pytest.raises(ValueError, match="jacobian: Noisy draws random numbers"):
         derivatives.jacobian(Noisy(4, 3).double(), torch.randn(5, 4, dtype=torch.float64))
 
 
@@ -341,3 +341,93 @@ def test_bad_input_is_named(monkeypatch):
         derivatives.per_sample_gradients(module, half_square, x, y)
     with pytest.raises(MemoryError, match="hessian: the result needs"):
         derivatives.hessian(lambda p: (p**3).sum(), torch.ones(30))
+
+
+def test_what_is_refused_of_a_loss():
+    flat = torch.ones(5, dtype=torch.float64)
+    own = torch.Generator().manual_seed(0)
+    drawn = lambda p: (p * torch.randn(5, dtype=torch.float64)).square().sum()  # noqa: E731
+    drawn_by_its_own = lambda p: (p * torch.randn(5, generator=own, dtype=torch.float64)).square().sum()  # noqa: E731
+    for call in (
+        derivatives.hessian,
+        derivatives.hessian_spectrum,
+        derivatives.hessian_density,
+        lambda *args: derivatives.hessian_vector_product(*args, flat),
+    ):
+        with pytest.raises(ValueError, match="does not depend on its parameters"):
+            call(lambda p: torch.ones((), dtype=torch.float64), flat)
+        with pytest.raises(ValueError, match="the loss draws random numbers"):
+            call(drawn, flat)
+        with pytest.raises(ValueError, match="two values for the same parameters"):
+            call(drawn_by_its_own, flat)
+        with pytest.raises(ValueError, match=r"complex128; a Hessian is that of real ones"):
+            call(lambda p: p.abs().sum(), flat.to(torch.complex128))
+
+
+def test_a_linear_loss_has_a_hessian_of_zeros(monkeypatch):
+    flat = torch.ones(9, dtype=torch.float64)
+    assert not derivatives.hessian(torch.sum, flat).any()
+    assert not derivatives.hessian_vector_product(torch.sum, flat, flat).any()
+    assert not derivatives.hessian_density(torch.sum, flat).nodes.any()
+    monkeypatch.setattr(curvature, "DENSE_PARAMETERS", 2)
+    assert torch.equal(derivatives.hessian_spectrum(torch.sum, flat, 3), flat.new_zeros(3))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_derivatives_do_not_depend_on_the_callers_mode(mode):
+    module, x, y = problem("mlp")
+    calls = (
+        lambda x, y: derivatives.per_sample_gradient_norms(module, half_square, x, y),
+        lambda x, y: derivatives.jacobian(module, x, wrt="inputs"),
+        lambda x, y: derivatives.neural_tangent_kernel(module, x),
+        lambda x, y: derivatives.hessian(module, F.mse_loss, x, y),
+        lambda x, y: derivatives.gauss_newton(module, half_square, x, y),
+    )
+    for call in calls:
+        expected = call(x, y)
+        with mode():
+            close(call(x.clone(), y.clone()), expected)
+
+
+def test_the_log_says_when_the_plain_way_is_taken(caplog):
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.layer(x.transpose(0, 1)).mean(0)
+
+    x, y = torch.randn(5, 5, 4), torch.randn(5, 3)
+    derivatives.per_sample_gradient_norms(Tokens(), half_square, x, y)
+    assert "the gradient of layer does not factor" in caplog.text
+    caplog.clear()
+    lstm = nn.LSTM(4, 3, batch_first=True).double()
+    derivatives.per_sample_gradients(lstm, lambda o, t: o[0].square().sum(), x.double())
+    assert "one backward pass per sample instead" in caplog.text
+
+
+def test_norms_whose_squares_are_out_of_range():
+    """Gradients of 1e25 and 1e-25 in float32, and 1e200 in float64: the norm is a number, its square is not."""
+    for scale, dtype in (
+        (1e25, torch.float32),
+        (1e-25, torch.float32),
+        (1e200, torch.float64),
+        (1e-200, torch.float64),
+    ):
+        module = nn.Linear(4, 3).to(dtype)
+        x, y = torch.ones(5, 4, dtype=dtype), torch.arange(5, dtype=dtype)
+        loss = lambda o, t, s=scale: (o * s).sum() * (1 + t.sum())  # noqa: E731
+        found = derivatives.per_sample_gradient_norms(module, loss, x, y)
+        expected = (1 + y.double()) * scale * 15**0.5
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5 if dtype == torch.float32 else 1e-12, atol=0)
+
+
+def test_norms_of_gradients_whose_positions_cancel():
+    """Σ_t g_t = 0 with equal inputs: the Gram form would keep eight of sixteen digits."""
+    module = nn.Sequential(nn.Linear(20, 20, bias=False)).double()
+    x = 1 + 1e-9 * torch.randn(5, 4, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    sign = torch.tensor([1.0, -1, 1, -1], dtype=torch.float64)[:, None]
+    loss = lambda o, t: (o * sign).sum()  # noqa: E731
+    expected = torch.cat([g.reshape(5, -1) for g in one_by_one(module, loss, x, x).values()], 1).norm(dim=1)
+    torch.testing.assert_close(derivatives.per_sample_gradient_norms(module, loss, x, x), expected, rtol=1e-6, atol=0)

@@ -1,14 +1,17 @@
+import json
 import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.cases import small
-from tsdyn import Experiment, ExperimentError
+from tsdyn import Experiment, ExperimentError, studies
 from tsdyn.experiment import differences
-from tsdyn.points import sweep_dimensions
+from tsdyn.sweep_axes import sweep_dimensions
 
+HERE = Path(__file__).resolve().parent
 EXAMPLE = """
 name = "l-shape"
 seeds = 32                      # or a list
@@ -83,6 +86,18 @@ def test_round_trip(seeds, rate, bias, train, steps):
     assert again == experiment
     assert again.digest == experiment.digest
     assert differences(again, experiment) == []
+
+
+def test_digests_are_those_that_experiments_always_had():
+    """Recorded before experiments had kinds; an archive is found by its digest."""
+    for name, digest in json.loads((HERE / "data" / "digests.json").read_text(encoding="utf-8")).items():
+        if name.startswith("examples/"):
+            experiment = Experiment.from_toml(HERE.parent / name)
+        else:
+            study, scale = name.split()
+            experiment = studies.load(study).EXPERIMENTS[scale]
+        assert experiment.kind == "training"
+        assert experiment.digest == digest, name
 
 
 def test_an_experiment_is_frozen():

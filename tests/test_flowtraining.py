@@ -34,7 +34,7 @@ def test_an_epoch_is_the_flow_of_the_training_loss_for_rate_times_steps():
     experiment = small(**SMALL, training__weight_decay=0.01)
     begin, members = Members(experiment), Members(experiment)
     for epoch in (1, 2):
-        assert members.train(epoch) == []
+        assert members.advance(epoch) == []
     for member in range(2):
         loss = TrainingLoss(begin.ensemble, member, *(x[member] for x in begin.finite), Rule(1.0, weight_decay=0.01))
         row = torch.cat([p[member].flatten() for p in begin.ensemble.values.values()])
@@ -48,7 +48,7 @@ def test_gradient_descent_tends_to_the_flow_as_its_rate_falls(activation, loss):
     """Euler's error is of first order in the rate: halving it about halves the distance."""
     changes = SMALL | {"student__activation": activation, "training__loss": loss, "seeds": 1, "data__train": 20}
     flow = Members(small(**changes))
-    flow.train(1)
+    flow.advance(1)
     apart = []
     for finer in (50, 100):
         more = {
@@ -57,7 +57,7 @@ def test_gradient_descent_tends_to_the_flow_as_its_rate_falls(activation, loss):
             "training__steps_per_epoch": 4 * finer,
         }
         descent = Members(small(**(changes | more)))
-        descent.train(1)
+        descent.advance(1)
         pairs = zip(flow.ensemble.values.values(), descent.ensemble.values.values(), strict=True)
         apart.append(math.sqrt(sum(float((p - q).square().sum()) for p, q in pairs)))
     assert apart[1] == pytest.approx(apart[0] / 2, rel=0.2)
@@ -68,7 +68,7 @@ def test_frozen_layers_stay():
     experiment = small(**SMALL, training__frozen=[1])
     members = Members(experiment)
     before = [p.clone() for p in members.ensemble.values.values()]
-    members.train(1)
+    members.advance(1)
     moved = [bool((p != q).any()) for p, q in zip(members.ensemble.values.values(), before, strict=True)]
     layers = [layer_of(name) for name in members.ensemble.values]
     assert [m for m, layer in zip(moved, layers, strict=True) if layer == 1] == [False, False]
@@ -82,11 +82,11 @@ def test_a_run_says_what_its_epochs_are_and_resumes_to_the_same_bits(tmp_path):
     losses = whole.loss_train
     assert (losses.diff("epoch") < 0).all()
     members = Members(experiment)
-    members.train(1)
+    members.advance(1)
     state = {name: array.copy() for name, array in members.state().items()}
     again = Members(experiment)
     again.restore(state)
-    again.train(2)
+    again.advance(2)
     found = again.measure(2, ("loss_train",))["loss_train"]
     np.testing.assert_array_equal(found, losses.sel(epoch=2))
     assert costs.estimate(experiment).seconds > 0
@@ -95,7 +95,7 @@ def test_a_run_says_what_its_epochs_are_and_resumes_to_the_same_bits(tmp_path):
 def test_a_member_that_does_not_arrive_is_dead_and_the_log_says_why(caplog):
     members = Members(small(**SMALL))
     members.ensemble.weights[0][1] = torch.nan
-    assert members.train(1) == [1]
+    assert members.advance(1) == [1]
     assert "ended by 'not finite'" in caplog.text
 
 

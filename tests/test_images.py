@@ -2,6 +2,7 @@
 
 import gzip
 import struct
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -274,3 +275,150 @@ def test_cropped_batches_do_not_depend_on_how_many_are_drawn_at_once(tmp_path):
     np.testing.assert_array_equal(whole, pieces)
     assert whole.shape == (5, 4, 3072)
     assert tsdyn.run(experiment.replace({"seeds": 1, "training.epochs": 1}), tmp_path / "run").sizes["epoch"] == 2
+
+
+# --- damaged and odd files -----------------------------------------------------------------------------------
+
+
+def read_or_refuse(reader, path):
+    """Whether it was read; a refusal names the file in one line."""
+    said = ""
+    try:
+        reader(path)
+    except DataError as error:
+        said = str(error)
+    assert not said or (str(path) in said and len(said.splitlines()) == 1)
+    return not said
+
+
+@pytest.mark.parametrize("name", ["a.npy", "a.npz", "compressed.npz", "a.gz"])
+def test_every_byte_flipped_or_cut_off_is_read_or_refused_in_a_sentence(tmp_path, name):
+    whole = tmp_path / name
+    inputs, labels = RNG.standard_normal((5, 4)), np.arange(5)
+    if name == "a.npy":
+        np.save(whole, inputs)
+    elif name == "a.gz":
+        whole.write_bytes(gzip.compress(idx(RNG.integers(0, 256, (40, 3, 3), dtype=np.uint8))))
+    else:
+        (np.savez_compressed if "compressed" in name else np.savez)(whole, inputs=inputs, labels=labels)
+    reader = images.read_idx if name == "a.gz" else images.read_arrays
+    raw, damaged = whole.read_bytes(), tmp_path / f"damaged{whole.suffix}"
+    for at in range(len(raw)):
+        damaged.write_bytes(raw[:at] + bytes([raw[at] ^ (255, 1)[at % 2]]) + raw[at + 1 :])
+        read_or_refuse(reader, damaged)
+        if at % 5 == 0:
+            damaged.write_bytes(raw[:at])
+            assert not read_or_refuse(reader, damaged), f"{at} bytes of {len(raw)}"
+
+
+def test_numbers_changed_in_a_zip_or_gzip_are_noticed(tmp_path):
+    """Both keep a checksum of what they hold."""
+    inputs = RNG.standard_normal((5, 4))
+    np.savez(tmp_path / "a.npz", inputs=inputs)
+    raw = (tmp_path / "a.npz").read_bytes()
+    start = raw.index(inputs.tobytes())
+    for at in range(start, start + inputs.nbytes):
+        (tmp_path / "b.npz").write_bytes(raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :])
+        assert not read_or_refuse(images.read_arrays, tmp_path / "b.npz")
+
+
+@pytest.mark.parametrize("at", [3, 8, 40, 300, 700, 1500, 2500])
+def test_a_damaged_netcdf_file_is_read_or_refused_in_a_sentence(tmp_path, at):
+    xr.Dataset({"inputs": (("sample", "input"), RNG.standard_normal((5, 4)))}).to_netcdf(tmp_path / "a.nc")
+    raw = (tmp_path / "a.nc").read_bytes()
+    (tmp_path / "flipped.nc").write_bytes(raw[:at] + bytes(b ^ 255 for b in raw[at : at + 8]) + raw[at + 8 :])
+    (tmp_path / "cut.nc").write_bytes(raw[:at])
+    read_or_refuse(images.read_arrays, tmp_path / "flipped.nc")
+    assert not read_or_refuse(images.read_arrays, tmp_path / "cut.nc")
+
+
+def test_a_netcdf_file_that_crashes_the_library_is_refused(tmp_path, monkeypatch):
+    xr.Dataset({"inputs": (("sample", "input"), np.ones((5, 4)))}).to_netcdf(tmp_path / "a.nc")
+    (tmp_path / "python").write_text("#!/bin/sh\nkill -SEGV $$\n", encoding="ascii")
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(tmp_path / "python"))
+    with pytest.raises(DataError, match=r"a\.nc: .*crashes the library \(SIGSEGV\); it is damaged"):
+        images.read_arrays(tmp_path / "a.nc")
+
+
+@pytest.mark.parametrize("order", [("sample", "input"), ("input", "sample")])
+def test_samples_of_netcdf_are_found_by_the_name_of_their_dimension(tmp_path, order):
+    x = RNG.standard_normal((5, 5))  # square: nothing but the name tells
+    stored = xr.DataArray(x, dims=("sample", "input")).transpose(*order)
+    xr.Dataset({"inputs": stored}).to_netcdf(tmp_path / "a.nc")
+    np.testing.assert_array_equal(images.read_arrays(tmp_path / "a.nc").pixels, x)
+
+
+def test_images_of_netcdf_are_found_by_the_names_of_their_dimensions(tmp_path):
+    x = xr.DataArray(RNG.standard_normal((3, 3, 3, 3)), dims=("sample", "channel", "row", "column"))
+    for order in (x.dims, x.dims[::-1], ("row", "sample", "column", "channel")):
+        xr.Dataset({"inputs": x.transpose(*order)}).to_netcdf(tmp_path / "a.nc")
+        np.testing.assert_array_equal(images.read_arrays(tmp_path / "a.nc").pixels, x.values)
+    xr.Dataset({"inputs": (("x", "y", "z", "sample"), x.values)}).to_netcdf(tmp_path / "a.nc")
+    with pytest.raises(DataError, match="x, y, z, sample: which is which"):
+        images.read_arrays(tmp_path / "a.nc")
+
+
+def test_values_of_netcdf_are_decoded(tmp_path):
+    x, y = np.round(RNG.standard_normal((30, 4)), 2), np.arange(30, dtype="i4") % 3
+    ds = xr.Dataset({"inputs": (("sample", "input"), x), "labels": ("sample", y)})
+    packed = {"dtype": "i2", "scale_factor": 0.01, "add_offset": 5.0, "_FillValue": -32768}
+    for fill in (-2147483647, -1, 99):
+        ds.to_netcdf(tmp_path / "a.nc", encoding={"labels": {"_FillValue": fill}, "inputs": packed})
+        found = images.read_arrays(tmp_path / "a.nc")
+        np.testing.assert_array_equal(found.labels, y)
+        np.testing.assert_allclose(found.pixels, x, rtol=0, atol=0.005)
+    ds.to_netcdf(tmp_path / "a.nc", encoding={"labels": {"_FillValue": 2}})
+    with pytest.raises(DataError, match=r"labels\[2\] is missing: the file has its fill value there"):
+        images.read_arrays(tmp_path / "a.nc")
+
+
+@pytest.mark.parametrize("codec", ["zlib", "zstd"])
+def test_inputs_that_compress_well_are_read(tmp_path, codec):
+    """A thousand times and more: deflate's bound is not that of others, and memory is what has to hold them."""
+    one_hot = np.eye(2000)[:1000]
+    encoding = {"inputs": {"compression": codec, "complevel": 9, "chunksizes": one_hot.shape}}
+    xr.Dataset({"inputs": (("sample", "input"), one_hot)}).to_netcdf(tmp_path / "a.nc", encoding=encoding)
+    np.testing.assert_array_equal(images.read_arrays(tmp_path / "a.nc").pixels, one_hot)
+
+
+@pytest.mark.parametrize("name", ["a.npz", "a.nc"])
+def test_what_unpacks_to_more_than_memory_is_refused_before_it_is_unpacked(tmp_path, monkeypatch, name):
+    wide = np.zeros((1000, 12_500))  # 100 MB
+    if name == "a.npz":
+        np.savez_compressed(tmp_path / name, inputs=wide)
+    else:
+        encoding = {"inputs": {"zlib": True, "chunksizes": (100, 12_500)}}
+        xr.Dataset({"inputs": (("sample", "input"), wide)}).to_netcdf(tmp_path / name, encoding=encoding)
+    monkeypatch.setattr(images, "READ_APART", 0)
+    monkeypatch.setattr("tsdyn.memory.available", lambda: 150_000_000)
+    tracemalloc.start()
+    with pytest.raises(DataError, match=r"it unpacks to 0\.1 GB, and 0\.1 GB of memory are free"):
+        images.read_arrays(tmp_path / name)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 20_000_000
+
+
+def test_a_gzip_is_unpacked_as_far_as_its_header_announces(tmp_path):
+    (tmp_path / "a.gz").write_bytes(gzip.compress(idx(np.zeros((3, 28, 28), np.uint8)) + bytes(100_000_000), 1))
+    tracemalloc.start()
+    with pytest.raises(DataError, match=r"a\.gz: goes on after the 2368 bytes that its header announces"):
+        images.read_idx(tmp_path / "a.gz")
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 5_000_000
+    lying = struct.pack(">BBBB3I", 0, 0, 8, 3, 4_000_000_000, 28, 28) + bytes(1000)
+    (tmp_path / "b.gz").write_bytes(gzip.compress(lying))
+    with pytest.raises(DataError, match=r"at most \d+ bytes, its header announces 3136000000016: it was cut off"):
+        images.read_idx(tmp_path / "b.gz")
+
+
+def test_an_encrypted_zip_is_refused(tmp_path):
+    np.savez(tmp_path / "a.npz", inputs=np.ones((3, 4)))
+    raw = bytearray((tmp_path / "a.npz").read_bytes())
+    for header, flags in ((b"PK\3\4", 6), (b"PK\1\2", 8)):
+        raw[raw.index(header) + flags] |= 1
+    (tmp_path / "a.npz").write_bytes(raw)
+    with pytest.raises(DataError, match=r"a\.npz: cannot be read as \.npz: .*(encrypted|password)"):
+        images.read_arrays(tmp_path / "a.npz")

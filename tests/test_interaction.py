@@ -130,6 +130,31 @@ def test_linear_classes_of_the_piecewise_linear_family():
     torch.testing.assert_close(odd, r[0] * r[1] * u)
 
 
+@pytest.mark.parametrize("name", ["gelu", "silu", "softplus"])
+@pytest.mark.parametrize("norm", [1e4, 1e6, 1e8])
+def test_interactions_of_large_antiparallel_weights_keep_their_digits(name, norm):
+    """E[σ(rx) σ(−rx)] = ∫ σ(t) σ(−t) e^{−t²/2r²} dt / (r √2π): by quadrature over the few t where the product is not 0."""
+    t = torch.linspace(-60, 60, 24_001, dtype=torch.float64)
+    sigma = activations.activation(name)
+    wanted = float(torch.trapezoid(sigma(t) * sigma(-t), t)) / (norm * math.sqrt(2 * math.pi))
+    found = interaction.in_cosine(name, norm, norm, -1.0)
+    assert float(found) == pytest.approx(wanted, rel=1e-7)  # e^{−t²/2r²} is 1 to 1e-7 where r ≥ 1e4 and |t| ≤ 5
+    parts = interaction.of(name).partials(
+        *(torch.tensor([v], dtype=torch.float64) for v in (norm**2, norm**2, -(norm**2)))
+    )
+    assert float(parts.value) == pytest.approx(wanted, rel=1e-7)
+
+
+@pytest.mark.parametrize("name", activations.NAMES)
+@pytest.mark.parametrize("cosine", [-1.0, -0.5, 0.0, 1.0])
+def test_interactions_of_large_weights_are_those_of_their_limit(name, cosine):
+    """σ(rx)/r → relu (or its like), σ(rx) → a step: at r = 1e8 the limits' values to 1e-7 of the largest."""
+    found = [float(interaction.in_cosine(name, r, r, cosine)) for r in (1e7, 1e8)]
+    size = [float(interaction.in_cosine(name, r, r, 1.0)) for r in (1e7, 1e8)]
+    assert all(math.isfinite(f) for f in found)
+    assert found[0] / size[0] == pytest.approx(found[1] / size[1], abs=1e-6)
+
+
 def test_bad_input_is_named():
     with pytest.raises(ValueError, match=r"interaction: rho=1\.5; a cosine lies in \[−1, 1\]"):
         interaction.in_cosine("erf", 1.0, 1.0, 1.5)

@@ -22,7 +22,7 @@ def probe(teacher, samples=60, seed=3):
 
 
 def test_every_recordable_variable_is_registered_and_no_other():
-    assert set(observables.OBSERVABLES) == set(schema.RECORDABLE)
+    assert set(observables.OBSERVABLES) == set(schema.recordable())
     with pytest.raises(ValueError, match="not a variable of the schema"):
         observables.fills("lossy")
 
@@ -94,7 +94,7 @@ def test_measurement_gives_every_variable_in_the_schemas_shape():
     seen = probe(teacher, seed=4)
     labelled = observables.Probe(seen.inputs, teacher, torch.zeros(len(seen.inputs), dtype=torch.int64))
     measurement = Measurement(student, probe(teacher), labelled, layout=layout)
-    found = observables.measure([v for v in schema.RECORDABLE if v != "parameter"], measurement)
+    found = observables.measure([v for v in schema.recordable() if v != "parameter"], measurement)
     for name, value in found.items():
         if not schema.VARIABLES[name].layered:
             assert value.shape == layout.block(schema.VARIABLES[name], None), name
@@ -122,7 +122,7 @@ def test_measures_the_released_runs():
         student = network(data[f"e{epoch}_W1_s"], data[f"e{epoch}_W2_s"])
         m = Measurement(student, train, test)
         needs_layout = ("gradient_norm", "hessian_eigenvalue", "accuracy", "label_accuracy", "parameter")
-        without_layout = [v for v in schema.RECORDABLE if v not in needs_layout]
+        without_layout = [v for v in schema.recordable() if v not in needs_layout]
         found = observables.measure(without_layout, m)
         at = lambda name, e=epoch: data[f"e{e}_{name}"]  # noqa: E731
         assert found["mse_train"] == pytest.approx(float(at("train_loss")), rel=1e-9)

@@ -257,6 +257,30 @@ def test_committees_of_means():
     assert known.learning_rate**2 * known.v[0] ** 2 == pytest.approx(1.4 / 4 * known.time_per_alpha)
 
 
+def test_what_diverges_before_the_first_time_says_so():
+    ds = flow.order_parameters(
+        [[1.0]], [[0.1]], [[1.0]], learning_rate=50.0, alpha=[900.0, 1000.0], activation="identity"
+    )
+    assert ds.stop_reason.item() == "diverged"
+    assert ds.eg.isnull().all()
+    both = flow.order_parameters(
+        np.array([[[1.0]], [[1.0]]]), [[0.1]], [[1.0]], learning_rate=50.0, alpha=[0.0, 900.0], activation="identity"
+    )
+    assert both.stop_reason.values.tolist() == ["diverged"] * 2
+    assert both.eg.isel(alpha=0).notnull().all()
+
+
+def test_a_second_layer_that_is_drawn_is_not_taken_for_ones():
+    known = flow.convention("tsdyn", learning_rate=0.1, nodes=2, teacher_nodes=1, inputs=10, std=2.0, both=True)
+    assert (known.learning_rate, known.second_learning_rate) == (4.0, 1.0)
+    with pytest.raises(ValueError, match="convention: the second layer is the networks' own here"):
+        _ = known.v
+    given = flow.convention("tsdyn", learning_rate=0.1, nodes=2, teacher_nodes=1, inputs=10, v=[0.5, -0.5], A=[2.0])
+    assert (given.v.tolist(), given.A.tolist()) == ([0.5, -0.5], [2.0])
+    with pytest.raises(ValueError, match=r"convention: v has shape \(1,\), A \(1,\); \(2,\) and \(1,\)"):
+        flow.convention("goldt", learning_rate=0.1, nodes=2, teacher_nodes=1, v=[0.5], A=[2.0])
+
+
 def test_what_a_convention_scales():
     def weights(name):
         known = flow.convention(name, learning_rate=0.5, nodes=4, teacher_nodes=9)

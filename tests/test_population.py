@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.cases import REFERENCE, glorot_students, orthonormal_teacher, rng
-from tsdyn import Network, flow_runner, population
+from tsdyn import Network, population
 from tsdyn.gradient_flow import gradient_flow
 from tsdyn.population import PopulationLoss
 from tsdyn.stationary import polish, signature
@@ -82,7 +82,7 @@ def test_relu_members_that_go_wrong_are_told():
     """Glorot starts of n = 2, k = 3: one copies and averages, one is trapped by a sign and is no minimum of its own,
     one runs into w = 0, where the flow is singular."""
     loss = PopulationLoss(orthonormal_teacher(3, activation="relu"), 2)
-    flow = gradient_flow(loss, flow_runner.starts(loss, (0, 2, 7)))
+    flow = gradient_flow(loss, population.starts(loss, (0, 2, 7)))
     end = polish(loss, torch.from_numpy(flow.final.values))
     good, trapped, _ = (population.classify(loss.network(row), loss.teacher) for row in end.point)
     assert flow.stop_reason.values.tolist() == ["gradient", "gradient", "singular"]
@@ -100,6 +100,38 @@ def test_copy_average_takes_nodes_by_name_and_any_rotation():
     assert population.loss(student, teacher) == pytest.approx(4 * population.one_neuron("erf", 3).loss, abs=1e-12)
     torch.testing.assert_close(student.weights[0][0], teacher.weights[0][3])
     assert population.classify(student, teacher).groups == ((3,), (0, 1, 2))
+
+
+@pytest.mark.parametrize("groups", [(1, 2), (1, 3), (2, 2), (1, 2, 3), (3,), (1, 1)])
+@pytest.mark.parametrize("name", ["erf", "tanh", "identity"])
+def test_copy_average_points_of_odd_activations_are_critical(name, groups):
+    """What the theorem says of erf; of tanh the construction itself has a gradient of 5e-5 and more."""
+    teacher = orthonormal_teacher(sum(groups), activation=name)
+    loss = PopulationLoss(teacher, len(groups))
+    row = loss.pack(population.copy_average(name, teacher, groups))
+    assert loss.gradient(row).abs().max() <= 1e-12
+    sum_of_parts = sum(population.one_neuron(name, size).loss for size in groups)
+    assert float(loss.value(row)[0]) <= sum_of_parts + 1e-12
+    if name == "erf":
+        assert float(loss.value(row)[0]) == pytest.approx(sum_of_parts, abs=1e-12)
+
+
+def test_phase_boundaries_are_of_odd_activations():
+    with pytest.raises(ValueError, match="phase_boundaries: activation='relu' is not odd"):
+        population.phase_boundaries(3, activation="relu")
+
+
+def test_polish_stays_at_the_point_at_hand():
+    """The third member runs into w = 0, where Newton's method would walk 1.9 away to another point."""
+    loss = PopulationLoss(orthonormal_teacher(3, activation="relu"), 2)
+    stopped = torch.from_numpy(gradient_flow(loss, flow_runner.starts(loss, (0, 2, 7))).final.values)
+    end = polish(loss, stopped)
+    assert end.kind[2] == "not stationary"
+    assert float(end.moved[2]) == 0
+    torch.testing.assert_close(end.loss[2], loss.value(stopped)[2])
+    assert (end.moved <= 0.25 * (1 + stopped.norm(dim=-1))).all()
+    with pytest.raises(ValueError, match="polish: within=0; a share of 1"):
+        polish(loss, stopped, within=0)
 
 
 def test_relus_copy_average_point_is_only_near_a_critical_one():

@@ -104,6 +104,27 @@ def test_streams_are_independent_and_keyed_by_seed_and_epoch_only():
     assert np.abs(off).max() < 6 / 64**0.5
 
 
+@pytest.mark.parametrize("seed", [2**32, 3 * 2**32, 2**33 + 2, 10**12])
+def test_large_seeds_share_no_stream_with_small_ones(seed):
+    """numpy cuts a seed into words of 32 bits: its second word must not be taken for the name of a stream."""
+    small_seeds = (seed % 2**32, seed // 2**32, 0, 1, 2, 3)
+    held = {
+        data.generator(low, stream, epoch).bytes(16)
+        for low, stream, epoch in itertools.product(small_seeds, data.STREAMS, (0, 1, 2, 3))
+    }
+    mine = {data.generator(seed, stream, epoch).bytes(16) for stream in data.STREAMS for epoch in (0, 1)}
+    assert len(mine) == 2 * len(data.STREAMS)
+    assert not mine & held
+
+
+def test_small_seeds_draw_what_they_always_drew():
+    """Philox of SeedSequence((seed, position of the stream, epoch)), as archives of 0.1 were made."""
+    for seed, stream, epoch in itertools.product((0, 7, 2**32 - 1), data.STREAMS, (0, 5)):
+        key = np.random.SeedSequence((seed, data.STREAMS.index(stream), epoch))
+        wanted = np.random.Generator(np.random.Philox(key)).bytes(32)
+        assert data.generator(seed, stream, epoch).bytes(32) == wanted
+
+
 def test_a_seeds_draws_do_not_depend_on_the_other_seeds_or_what_is_swept():
     alone, among = small(seeds=[7]), small(seeds=[3, 7, 9], teacher__polarity=0.0)
     np.testing.assert_array_equal(data.batch_indices(alone, 7, 2, 200), data.batch_indices(among, 7, 2, 200))

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tsdyn import data
+from tsdyn import data, node_pairs
 from tsdyn.axes import Inputs, TeacherByStudent
 from tsdyn.experiment import Experiment
 from tsdyn.networks import Network, require_plain
@@ -27,9 +27,13 @@ def regular(network: Network, layer: int = 1) -> tuple[Tensor, Tensor]:
     """
     require_plain("regular", network)
     weight, bias = network.weights[layer - 1], network.biases[layer - 1]
-    norm = weight.norm(dim=1)
-    norm = torch.where(norm > 0, norm, torch.nan)
-    return weight / norm[:, None], (torch.zeros_like(norm) if bias is None else bias) / norm
+    found: tuple[Tensor, Tensor] = node_pairs.regular(weight, weight.new_zeros(len(weight)) if bias is None else bias)
+    return found
+
+
+def _lowest(network: Network) -> tuple[Tensor, Tensor]:
+    weight, bias = network.weights[0], network.biases[0]
+    return weight, weight.new_zeros(len(weight)) if bias is None else bias
 
 
 def alignment(teacher: Network, student: Network) -> TeacherByStudent:
@@ -42,25 +46,16 @@ def alignment(teacher: Network, student: Network) -> TeacherByStudent:
         ValueError: if the two take inputs of different width.
     """
     _check_inputs("alignment", teacher, student)
-    return _eps(*regular(teacher), *regular(student))
-
-
-def _eps(w: Tensor, b: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
-    cosine = w @ w2.T
-    sine = torch.stack([(w2 - c[:, None] * row).norm(dim=1) for row, c in zip(w, cosine, strict=True)])
-    sign = torch.where(cosine < 0, -1.0, 1.0).to(w.dtype)
-    return torch.maximum(sine.clamp(max=1), (b[:, None] - sign * b2).abs())
+    found: Tensor = node_pairs.epsilon(*_lowest(teacher), *_lowest(student))
+    return found
 
 
 def separation(teacher: Network) -> float:
-    """ε_0 = min_{j ≠ j'} ε_jj' of the teacher's own nodes; infinite for a single node.
+    """ε_0 = min_{j ≠ j'} ε_jj' of the teacher's own nodes; infinite for a single node, NaN if all weights are zero.
 
     Source: Tian (2020), Assumption 3.
     """
-    nodes = regular(teacher)
-    eps = _eps(*nodes, *nodes)
-    eps.fill_diagonal_(torch.inf)
-    return float(eps.min())
+    return float(node_pairs.separation(*_lowest(teacher)))
 
 
 def boundary(network: Network, x: Inputs, eps: float) -> Tensor:
@@ -91,9 +86,9 @@ def clusters(network: Network, tolerance: float) -> list[list[int]]:
 
     Zero weights have no boundary and form no group.  Source: Tian (2020), Theorem 2 (co-linear students).
     """
-    nodes = regular(network)
-    close = _eps(*nodes, *nodes) <= tolerance
-    left = {int(k) for k in (~torch.isnan(nodes[0][:, 0])).nonzero().flatten()}
+    nodes = _lowest(network)
+    close = node_pairs.epsilon(*nodes, *nodes) <= tolerance
+    left = {int(k) for k in (~torch.isnan(regular(network)[0][:, 0])).nonzero().flatten()}
     found = []
     while left:
         group, front = set(), {min(left)}

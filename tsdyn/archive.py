@@ -15,6 +15,7 @@ from tsdyn.run_directory import claim as claim
 from tsdyn.run_directory import segments as segments
 from tsdyn.selecting import experiment_of as experiment_of
 from tsdyn.selecting import layer as layer
+from tsdyn.selecting import lowest_layer as lowest_layer
 from tsdyn.selecting import select as select
 from tsdyn.selecting import swept_dimensions as swept_dimensions
 from tsdyn.sweep_directory import SWEEP as SWEEP

@@ -20,6 +20,10 @@ from tsdyn.population_loss import PopulationLoss
 from tsdyn.stationary import signature
 
 Kind = Literal["copy-average", "perturbed-copy", "other"]
+#: What decided the kind: each a sentence of `Classification.reason`, in the order in which they are asked.
+Ground = Literal[
+    "groups", "copies", "no-part", "wrong-sign", "pointing-away", "owning-nothing", "uneven", "groups-and-shared"
+]
 
 #: A node owns a teacher node if this share of all nodes' squared cosines with it is its own …
 OWNS = 0.8
@@ -40,7 +44,8 @@ class Classification:
         cosine: Signed by the outgoing weights for odd σ, (node, teacher_node).
         share: Each node's share of all squared cosines with a teacher node, (node, teacher_node); columns sum to 1.
         margin: How far the nearest deciding number is from its threshold: the larger the clearer.
-        reason: One sentence.
+        ground: What decided, in a word.
+        reason: The same in a sentence.
     """
 
     kind: Kind
@@ -48,6 +53,7 @@ class Classification:
     cosine: Float[Tensor, "node teacher_node"]
     share: Float[Tensor, "node teacher_node"]
     margin: float
+    ground: Ground
     reason: str
 
 
@@ -87,34 +93,35 @@ def classify(student: Network, teacher: Network, *, owns: float = OWNS, even: fl
     owned = best >= owns
     groups = tuple(tuple(j for j in range(len(v)) if owned[j] and owner[j] == i) for i in range(len(w)))
 
-    def found(kind: Kind, margin: float, reason: str) -> Classification:
-        return Classification(kind, groups, cosine, share, margin, reason)
+    def found(kind: Kind, margin: float, ground: Ground, reason: str) -> Classification:
+        return Classification(kind, groups, cosine, share, margin, ground, reason)
 
     dead = (part < _DEAD).nonzero()[:, 0].tolist()
     if dead:
-        return found("other", _DEAD - float(part.min()), f"nodes {dead} have no part in the output")
+        return found("other", _DEAD - float(part.min()), "no-part", f"nodes {dead} have no part in the output")
     trapped = [] if odd else (sign < 0).nonzero()[:, 0].tolist()
     if trapped:
-        return found("other", owns, f"nodes {trapped} are trapped: their outgoing weights have the wrong sign")
+        said = f"nodes {trapped} are trapped: their outgoing weights have the wrong sign"
+        return found("other", owns, "wrong-sign", said)
     pulls = [cosine[i, list(g)] for i, g in enumerate(groups)]
     wrong = [i for i, p in enumerate(pulls) if len(p) and (p.min() <= 0)]
     if wrong:
-        return found("other", owns, f"nodes {wrong} point away from what they own")
+        return found("other", owns, "pointing-away", f"nodes {wrong} point away from what they own")
     empty = [i for i, g in enumerate(groups) if not g]
     if empty:
         spare = min(owns - float(share[i].max()) for i in empty)
-        return found("other", spare, f"nodes {empty} own no teacher node")
+        return found("other", spare, "owning-nothing", f"nodes {empty} own no teacher node")
     clear = float((best - owns).abs().min())
     if owned.all():
         ratios = [float(p.min() / p.max()) for p in pulls]
         if min(ratios) >= even:
             sizes = sorted(len(g) for g in groups)
-            return found("copy-average", min(clear, min(ratios) - even), f"groups of {sizes}")
-        return found("other", even - min(ratios), "a group is not averaged evenly")
+            return found("copy-average", min(clear, min(ratios) - even), "groups", f"groups of {sizes}")
+        return found("other", even - min(ratios), "uneven", "a group is not averaged evenly")
     if all(len(g) == 1 for g in groups):
         shared = int((~owned).sum())
-        return found("perturbed-copy", clear, f"every node copies one teacher node, {shared} are shared")
-    return found("other", clear, "some teacher nodes are averaged, others shared")
+        return found("perturbed-copy", clear, "copies", f"every node copies one teacher node, {shared} are shared")
+    return found("other", clear, "groups-and-shared", "some teacher nodes are averaged, others shared")
 
 
 def phase_boundaries(k: int, *, activation: str = "erf", outside: int = 1) -> xr.Dataset:
@@ -122,7 +129,7 @@ def phase_boundaries(k: int, *, activation: str = "erf", outside: int = 1) -> xr
 
     Args:
         k: Nodes of the unit-orthonormal teacher.
-        activation: An odd one, where copy-average points are critical.
+        activation: An odd one: where copy-average points are critical (erf) or near critical ones, which are taken.
         outside: Input dimensions beyond the teacher's.
 
     Returns:
@@ -133,12 +140,14 @@ def phase_boundaries(k: int, *, activation: str = "erf", outside: int = 1) -> xr
         the smaller loss.
 
     Raises:
-        ValueError: for k < 2.
+        ValueError: for k < 2, or an activation that is not odd.
 
     Source: Simsek et al. (2023), section 5 and Figure 4; the boundaries are computed here.
     """
     if k < 2:
         raise ValueError(f"phase_boundaries: k={k}; a student smaller than its teacher needs k >= 2")
+    if activation not in ODD:
+        raise ValueError(f"phase_boundaries: activation={activation!r} is not odd ({', '.join(ODD)} are)")
     eye = torch.eye(k, k + outside, dtype=torch.float64)
     teacher = Network([eye, torch.ones(1, k, dtype=torch.float64)], activation=activation)
     nodes = np.arange(1, k)

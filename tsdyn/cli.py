@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import errno
 import sys
 import time
 import tomllib
@@ -19,8 +19,9 @@ from rich.table import Table
 from tsdyn._version import __version__
 from tsdyn.archive import ArchiveError, DirectoryError, local_path
 from tsdyn.experiment import Experiment, ExperimentError
-from tsdyn.schema import COORDINATES
+from tsdyn.schema import COORDINATES, path_of
 from tsdyn.schema import printable as _printable
+from tsdyn.terminal import make_lenient
 from tsdyn.whole_files import refuse_link
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ study = typer.Typer(no_args_is_help=True, help="Figures of the papers, from the 
 app.add_typer(study, name="study")
 
 FAILED, WRONG = 1, 2
+#: What the labels along a run are called.
+PLURAL = {"epoch": "epochs", "time": "times", "alpha": "alphas"}
 
 # Not Path, which would turn http://host into the local http:/host before it can be refused.
 OutDirectory = Annotated[str | None, typer.Option("-o", "--output", help="Directory; runs/NAME if not given.")]
@@ -56,9 +59,30 @@ Directory = Annotated[str, typer.Argument(metavar="DIR", help="A run, a sweep or
 
 
 def main() -> None:
-    """Entry point: errors in one reading, no traceback; exit 0, 1 (the run failed) or 2 (the request is wrong)."""
-    with _errors():
-        app()
+    """Entry point: errors in one reading, no traceback; exit 0, 1 (the run failed) or 2 (the request is wrong).
+
+    What cannot be printed is dropped: of a run the report, which it does not need; of other commands it is said, unless
+    the reader closed the pipe.
+    """
+    _reported.clear()
+    before = sys.stdout, sys.stderr
+    out, complaints = make_lenient()
+    try:
+        with _errors():
+            app()
+    except SystemExit as end:
+        out.flush()
+        if not end.code and out.lost is not None and out.lost.errno not in (errno.EPIPE, None) and not _reported:
+            _fail(f"standard output: {out.lost.strerror}; what was to be printed is incomplete", FAILED)
+        raise
+    finally:
+        out.abandon()
+        complaints.abandon()
+        sys.stdout, sys.stderr = before
+
+
+#: Whether what is printed is the report of work that was done all the same.
+_reported: list[bool] = []
 
 
 @contextmanager
@@ -71,6 +95,10 @@ def _errors() -> Iterator[None]:
         _fail(error, FAILED)
     except OSError as error:
         _fail(f"{error}; what was committed is intact", FAILED)
+    except RuntimeError as error:
+        if "allocate memory" not in str(error) and "out of memory" not in str(error):
+            raise
+        _fail(f"no memory is left ({str(error).splitlines()[0]}); what was committed is intact", FAILED)
 
 
 class _Unavailable(Exception):
@@ -153,18 +181,19 @@ def run_study(
         raise ExperimentError(f"--scale {scale}: there are {', '.join(module.EXPERIMENTS)}")
     path = archive.local_path(output or Path("runs") / f"{name}-{scale}")
     work = module.EXPERIMENTS[scale]
-    if changes and not isinstance(work, Experiment):
-        raise ExperimentError(f"study run {name}: is no experiment whose keys --set could change; leave it out")
+    asked = [("--set", changes), ("--workers", workers), ("--scheduler", scheduler), ("--together", together)]
+    given = [option for option, value in asked if value]
     if isinstance(work, Experiment):
         work = work.replace(dict(_assignment(text) for text in changes or ()))
         _run(work, path, device, quiet, workers, scheduler, together)
         found = archive.open(path)
-    elif workers is not None or scheduler is not None or together is not None:
+    elif given:
         raise ExperimentError(
-            f"study run {name}: trains no sweep that --workers, --scheduler or --together could be for; leave it out"
+            f"study run {name} --scale {scale}: reads a file and runs nothing, so {', '.join(given)} is for nothing; "
+            "leave it out"
         )
     else:
-        found = work.run(path, report=(lambda _: None) if quiet else lambda line: print(line, flush=True))
+        found = work.read()
     made_by = {key: found.attrs[key] for key in ("name", "digest", "experiment", "tsdyn_version") if key in found.attrs}
     measured = module.measure(found).load()
     measured = measured.assign_attrs(made_by | measured.attrs)
@@ -175,7 +204,7 @@ def run_study(
 @app.command()
 def show(directory: Directory) -> None:
     """What is in there, in one screen."""
-    from tsdyn import archive
+    from tsdyn import archive, provenance
 
     ds = archive.open(directory)
     console = Console()
@@ -188,11 +217,13 @@ def show(directory: Directory) -> None:
         "dimensions": sizes,
         "size": f"{ds.nbytes / 1e6:.1f} MB as arrays",
     }
-    if ds.sizes.get("epoch"):
-        rows["epochs"] = f"{int(ds.epoch[0])}..{int(ds.epoch[-1])}, {ds.sizes['epoch']} recorded"
+    along = path_of(ds)
+    if ds.sizes.get(along):
+        first, last = (ds[along].values[end] for end in (0, -1))
+        rows[PLURAL[along]] = f"{first:g}..{last:g}, {ds.sizes[along]} recorded"
     for key, column in ds.coords.items():
-        along = column.ndim == 1 and column.dims[0] in archive.swept_dimensions(ds)
-        if along and key != "point" and key not in COORDINATES:
+        varies = column.ndim == 1 and column.dims[0] in archive.swept_dimensions(ds)
+        if varies and key != "point" and key not in COORDINATES:
             values = list(dict.fromkeys(column.values.tolist()))
             shown = ", ".join(map(str, values[:8])) + (f", ... {values[-1]}" if len(values) > 8 else "")
             rows[f"swept: {key}"] = shown
@@ -201,6 +232,8 @@ def show(directory: Directory) -> None:
     if "death_epoch" in ds.coords:
         dead = int((ds["death_epoch"] >= 0).sum())
         rows["died"] = f"{dead} members became NaN or infinite" if dead else "no member became NaN or infinite"
+    for position, line in enumerate(provenance.lines(ds.attrs)):
+        rows["history" if not position else f"history {position + 1}"] = line
     for key, value in rows.items():
         facts.add_row(_plain(key), _plain(value))
     console.print(facts)
@@ -298,7 +331,11 @@ def audit(directory: Directory) -> None:
     from tsdyn.analysis.report import audit_rows
 
     table = Table("claim", "members", "largest margin", "what is checked, or what it needs")
-    for row in audit_rows(measure(archive.open(directory))):
+    try:
+        rows = audit_rows(measure(archive.open(directory)))
+    except (ValueError, KeyError) as error:
+        raise DirectoryError(f"{directory}: {error.args[0] if error.args else error}") from error
+    for row in rows:
         table.add_row(*map(_plain, row))
     Console().print(table)
     print("margin: conclusion over bound, at most 1 where it holds; unmet: the hypothesis is not, so nothing is tested")
@@ -329,6 +366,22 @@ def repair(directory: Directory) -> None:
         print(f"{directory}: nothing to repair")
 
 
+@app.command()
+def doctor(
+    directory: Annotated[str, typer.Argument(metavar="[DIR]", help="Where runs are to be written.")] = ".",
+) -> None:
+    """What this machine and a directory mean for numbers, speed and files; exit 1 if something is bad."""
+    from tsdyn import diagnosis
+
+    bad = False
+    for finding in diagnosis.diagnose(local_path(directory)):
+        bad |= finding.verdict == "bad"
+        print(_printable(f"{finding.verdict:4}  {finding.subject}: {finding.found}".replace("\n", " ")))
+        print(_printable(f"      {finding.meaning}".replace("\n", " ")), flush=True)
+    if bad:
+        raise typer.Exit(FAILED)
+
+
 def _study(name: str) -> Any:
     from tsdyn import studies
 
@@ -344,12 +397,13 @@ def _assignment(text: str, option: str = "--set") -> tuple[str, Any]:
     if not sign or not key:
         example = {"--set": "training.epochs=5", "--select": "seed=0"}[option]
         raise ExperimentError(f"{option} {text}: write KEY=VALUE, e.g. {option} {example}")
+    value = value.strip()
     try:
         return key.strip(), tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
-        if re.fullmatch(r"[A-Za-z/.][\w./ -]*", value.strip()):
-            return key.strip(), value.strip()
-        raise ExperimentError(f"{option} {text}: {value!r} is not a TOML value") from None
+    except (ValueError, RecursionError):
+        if value and value.isprintable() and value[0] not in "[{\"'#=" and len(value) < 4096:
+            return key.strip(), value  # a word, or a path whatever it begins with; the key says whether it takes one
+        raise ExperimentError(f"{option} {text[:80]}: {value[:80]!r} is not a TOML value") from None
 
 
 def _run(
@@ -363,6 +417,7 @@ def _run(
 ) -> None:
     from tsdyn import runner, sweep
 
+    _reported.append(True)
     shared: dict[str, Any] = {"device": device, "workers": workers, "scheduler": scheduler, "together": together}
     try:
         if scheduler is None:
@@ -374,7 +429,7 @@ def _run(
         due = sweep.due(experiment, path)
         costs = sweep.estimate(due, device=device if scheduler is None else "cpu")
         print(f"{experiment.name} -> {path}: {_announced(experiment, len(due), costs, workers or 1)}", flush=True)
-        with _reporting(costs) as (report, point):
+        with _reporting(costs, experiment.layout.path) as (report, point):
             sweep.run(experiment, path, **shared, progress=report, point=point)
     except (runner.DeviceError, sweep.WorkersError) as error:
         raise _Unavailable(str(error)) from error
@@ -432,17 +487,22 @@ class _Whole:
 
 
 @contextmanager
-def _reporting(costs: Mapping[str, Cost]) -> Iterator[tuple[Report, Callable[..., Report]]]:
-    """One bar on a terminal, one line an epoch otherwise, both with an estimate of the end; deaths are said in both."""
+def _reporting(costs: Mapping[str, Cost], step: str) -> Iterator[tuple[Report, Callable[..., Report]]]:
+    """One bar on a terminal, one line a step otherwise, both with an estimate of the end; deaths are said in both.
+
+    Args:
+        costs: Of the runs that are left.
+        step: What steps are called.
+    """
     console, whole = Console(stderr=True), _Whole(costs)
 
     def following(name: str, title: str, show: Callable[[str, str, float | None], None]) -> Report:
         def report(epoch: int, epochs: int, seeds: list[int], mse: float | None) -> None:
             if seeds:
-                news = f"{title}epoch {epoch}: seeds {seeds} became NaN or infinite and were stopped"
+                news = f"{title}{step} {epoch}: seeds {seeds} became NaN or infinite and were stopped"
                 console.print(news, markup=False)
             whole.reached(name, epoch, epochs)
-            show(title, f"epoch {epoch}/{epochs}", mse)
+            show(title, f"{step} {epoch}/{epochs}", mse)
 
         return report
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 
 @dataclass(frozen=True)
@@ -20,8 +21,7 @@ class Online:
         second_learning_rate: η₂.
         weight_decay: λ.
         noise: Standard deviation of the noise on the teacher's output.
-        v: Outgoing weights of the student, (node,), at the start.
-        A: Of the teacher, (teacher_node,).
+        outgoing: `v` and `A`; None where that code draws or learns them, so that nobody but its archive knows.
         time_per_alpha: The other code's time that passes while α grows by 1.
     """
 
@@ -29,9 +29,31 @@ class Online:
     second_learning_rate: float
     weight_decay: float
     noise: float
-    v: np.ndarray
-    A: np.ndarray
+    outgoing: tuple[np.ndarray, np.ndarray] | None
     time_per_alpha: float
+
+    @property
+    def v(self) -> np.ndarray:
+        """Outgoing weights of the student, (node,), at the start.
+
+        Raises:
+            ValueError: where the convention does not fix them.
+        """
+        return self._known()[0]
+
+    @property
+    def A(self) -> np.ndarray:
+        """Outgoing weights of the teacher, (teacher_node,); raises as `v`."""
+        return self._known()[1]
+
+    def _known(self) -> tuple[np.ndarray, np.ndarray]:
+        if self.outgoing is None:
+            raise ValueError(
+                "convention: the second layer is the networks' own here, drawn or learned; take v and A from "
+                "tsdyn.analysis.order_parameters.order_parameters(ds) or flow.overlaps(student, teacher), or give "
+                "them, convention(..., v=..., A=...)"
+            )
+        return self.outgoing
 
     @property
     def rates(self) -> dict[str, float]:
@@ -56,6 +78,7 @@ class _Given(NamedTuple):
     teacher_nodes: int
     inputs: int
     both: bool
+    std: float
 
 
 def _goldt(given: _Given, student: float = 1.0, teacher: float = 1.0) -> Online:
@@ -64,8 +87,7 @@ def _goldt(given: _Given, student: float = 1.0, teacher: float = 1.0) -> Online:
         given.learning_rate if given.both else 0.0,
         given.weight_decay,
         given.noise,
-        np.full(given.nodes, student),
-        np.full(given.teacher_nodes, teacher),
+        (np.full(given.nodes, student), np.full(given.teacher_nodes, teacher)),
         1.0,
     )
 
@@ -73,24 +95,32 @@ def _goldt(given: _Given, student: float = 1.0, teacher: float = 1.0) -> Online:
 def _means(given: _Given) -> Online:
     """Outputs are means over nodes, the noise is given as a variance, time is γα/p."""
     plain = _goldt(given._replace(noise=math.sqrt(given.noise)), 1 / given.nodes, 1 / given.teacher_nodes)
-    return Online(**{**vars(plain), "time_per_alpha": given.learning_rate / given.nodes})
+    return replace(plain, time_per_alpha=given.learning_rate / given.nodes)
 
 
 def _steps(factor: float) -> Callable[[_Given], Online]:
-    """SGD on weights w/√N, of which a step of rate r moves by `factor`·r of Goldt's −∇eg; time counts steps."""
+    """SGD on weights w/√N, of which a step of rate r moves by `factor`·r of Goldt's −∇eg; time counts steps.
+
+    Inputs std·z make the fields those of weights std·w on z, whose steps are std² as large.
+    """
 
     def converted(given: _Given) -> Online:
         rate = factor * given.inputs * given.learning_rate
         plain = _goldt(given._replace(learning_rate=rate))
-        decay = given.inputs * given.learning_rate * given.weight_decay
-        return Online(**{**vars(plain), "weight_decay": decay, "time_per_alpha": float(given.inputs)})
+        return replace(
+            plain,
+            learning_rate=rate * given.std**2,
+            weight_decay=given.inputs * given.learning_rate * given.weight_decay,
+            time_per_alpha=float(given.inputs),
+            outgoing=None,
+        )
 
     return converted
 
 
 def _flow_without_half(given: _Given) -> Online:
     """dθ/dt = −∇L with L = 2eg: any η will do, and t = ηα/2; only without fluctuations, batch = ∞."""
-    return Online(**{**vars(_goldt(given)), "time_per_alpha": given.learning_rate / 2})
+    return replace(_goldt(given), time_per_alpha=given.learning_rate / 2)
 
 
 _CONVENTIONS: Mapping[str, Callable[[_Given], Online]] = {
@@ -119,6 +149,9 @@ def convention(
     noise: float = 0.0,
     weight_decay: float = 0.0,
     both: bool = False,
+    std: float = 1.0,
+    v: ArrayLike | None = None,
+    A: ArrayLike | None = None,
 ) -> Online:
     """What a code calls by these numbers, in Goldt's units; rates that diverge there diverge here.
 
@@ -129,11 +162,12 @@ def convention(
     saad-solla          v = A = 1
     statphys-ml         v = 1/√K, A = 1/√M
     committee_learning  outputs are means (v = 1/K, A = 1/M), ``noise`` is a variance, time is γα/K
-    tsdyn               experiment file: J has ½, weights are w/√N, η = N·rate, λ = N·rate·weight_decay; time
-                        counts steps
-    torch               ``MSELoss`` of one output and ``SGD``, weights w/√N: no ½, η = 2N·rate; time counts
-                        steps
-    gradient_flow       `flow.gradient_flow` of the population loss: no ½, t = ηα/2; compare ``batch=math.inf``
+    tsdyn               experiment file: J has ½, weights are w/√N, η = N·rate·std², η₂ = N·rate,
+                        λ = N·rate·weight_decay; time counts steps; v and A are the networks' own
+    torch               ``MSELoss`` of one output and ``SGD``, weights w/√N: no ½, twice these rates; time counts
+                        steps; v and A are the networks' own
+    gradient_flow       `flow.gradient_flow` of the population loss: no ½, t = ηα/2; compare ``batch=math.inf``;
+                        v = A = 1, or your own
     MLPGradientFlow.jl  the same, if its ``tauinv`` makes its sum over samples a mean
     ==================  =================================================================================
 
@@ -146,6 +180,9 @@ def convention(
         noise: As that code takes it.
         weight_decay: As that code takes it.
         both: Whether the second layer learns too, at the code's one rate.
+        std: Standard deviation of the inputs (tsdyn: ``data.std``, torch); others have 1.
+        v: Outgoing weights of the student, (node,), in place of the convention's.
+        A: Of the teacher, (teacher_node,); both or none.
 
     Raises:
         ValueError: for an unknown name, numbers out of range, and `inputs` where it is needed and missing.
@@ -167,4 +204,12 @@ def convention(
         )
     if name == "gradient_flow" and noise:
         raise ValueError("convention: gradient flow on the population knows no noise; noise=0")
-    return _CONVENTIONS[name](_Given(learning_rate, noise, weight_decay, nodes, teacher_nodes, inputs or 1, both))
+    if not std > 0 or (std != 1 and name not in ("tsdyn", "torch")):
+        raise ValueError(f"convention: std={std}; it is positive, and 1 but for tsdyn and torch")
+    given = _Given(learning_rate, noise, weight_decay, nodes, teacher_nodes, inputs or 1, both, std)
+    found = _CONVENTIONS[name](given)
+    if v is None and A is None:
+        return found
+    if v is None or A is None or np.shape(v) != (nodes,) or np.shape(A) != (teacher_nodes,):
+        raise ValueError(f"convention: v has shape {np.shape(v)}, A {np.shape(A)}; ({nodes},) and ({teacher_nodes},)")
+    return replace(found, outgoing=(np.array(v, dtype=float), np.array(A, dtype=float)))

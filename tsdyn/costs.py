@@ -6,16 +6,25 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import assert_never
 
 import numpy as np
 import torch
 
 from tsdyn import archive, memory, schema
 from tsdyn.experiment import Experiment
+from tsdyn.experiment_shapes import FLOW_END
+from tsdyn.flow_members import FlowMembers
+from tsdyn.gradient_flow import Flow, Limits
 from tsdyn.members import Members
+from tsdyn.online import PIECE_BYTES
+from tsdyn.online_members import OnlineMembers
+from tsdyn.stationary import CHUNK_BYTES as HESSIAN_BYTES
 
 #: Records of this many bytes are committed at the latest.
 COMMIT_BYTES = 1 << 27
+#: Steps of the integrator that a population flow takes, as the studies' flows do: a few hundred.
+FLOW_STEPS = 300
 
 
 @dataclass(frozen=True)
@@ -51,7 +60,48 @@ def duration(seconds: float) -> str:
 
 
 def estimate(experiment: Experiment, *, device: str = "cpu") -> Cost:
-    """What `experiment` (one run, no sweep) will take; times a few steps and one measurement of one member."""
+    """What `experiment` (one run, no sweep) will take; times a few steps and one measurement."""
+    kind = experiment.kind
+    if kind == "training":
+        return _estimate_training(experiment, device)
+    if kind == "population-flow":
+        return _estimate_flow(experiment)
+    if kind == "online":
+        return _estimate_online(experiment)
+    assert_never(kind)
+
+
+def _estimate_flow(experiment: Experiment) -> Cost:
+    """One step of the integrator and one Hessian of all members are timed; `FLOW_STEPS` are usual."""
+    trial = FlowMembers(experiment)
+    memory.refuse_beyond("estimate", footprint(experiment).bytes, torch.device("cpu"), "fewer seeds, smaller networks")
+    begin = trial.flow.joined("y")
+    limits = Limits(end=FLOW_END, steps=1)
+    with torch.no_grad():
+        per_step = _quickest(lambda: Flow(trial.loss, begin, times=np.zeros(0), limits=limits).until(math.inf))
+    return _cost(experiment, trial.loss.parameters, FLOW_STEPS * per_step)
+
+
+def _estimate_online(experiment: Experiment) -> Cost:
+    """A few samples of all members are timed; every recorded α takes as many steps as there are from the last."""
+    inputs = experiment.student_widths[0]
+    steps = round(experiment.marks[-1] * inputs)
+    few = min(steps, 200)
+    memory.refuse_beyond("estimate", footprint(experiment).bytes, torch.device("cpu"), "fewer seeds, smaller networks")
+
+    def once() -> None:
+        OnlineMembers(experiment).simulation.until(few)
+
+    with torch.no_grad():
+        return _cost(experiment, experiment.student_widths[1] * (inputs + 1), _quickest(once) / few * steps)
+
+
+def _cost(experiment: Experiment, parameters: int, seconds: float) -> Cost:
+    found = footprint(experiment)
+    return Cost(found.members, parameters, found.bytes, found.records, seconds)
+
+
+def _estimate_training(experiment: Experiment, device: str) -> Cost:
     layout, members = experiment.layout, len(experiment.seed_labels)
     flow = experiment.training.method == "flow"  # whose time an epoch is no sum of its steps'
     seeds = list(experiment.seed_labels[: 1 if flow else 8])
@@ -63,7 +113,7 @@ def estimate(experiment: Experiment, *, device: str = "cpu") -> Cost:
     memory.refuse_beyond("estimate", footprint(few).bytes, torch.device(device), "narrower networks, fewer samples")
     trial = Members(few, device)
     variables = schema.expand(experiment.record.observables)
-    per_step = _quickest(lambda: trial.train(1)) / steps / trial.ensemble.members
+    per_step = _quickest(lambda: trial.advance(1)) / steps / trial.ensemble.members
     per_sample = _quickest(lambda: trial.measure(0, variables)) / trial.ensemble.members / few.data.eval
     recorded = len(experiment.schedule)
     seconds = members * (
@@ -120,6 +170,48 @@ def footprint(experiment: Experiment, *, train: int | None = None) -> Footprint:
         experiment: One run, no sweep.
         train: Samples of a member's training set, where augmentation makes that another number than ``data.train``.
     """
+    kind = experiment.kind
+    if kind == "training":
+        return _footprint_training(experiment, train)
+    if kind == "population-flow":
+        return _footprint_flow(experiment)
+    if kind == "online":
+        return _footprint_online(experiment)
+    assert_never(kind)
+
+
+def _footprint_flow(experiment: Experiment) -> Footprint:
+    """The paths of all, and of the members of one chunk Hessian, factor, gradient stages and what they are made of."""
+    inputs, nodes, outputs = experiment.student_widths
+    parameters, labels = nodes * (inputs + outputs), len(experiment.labels)
+    epoch, once = _records(experiment)
+    at_once = max(HESSIAN_BYTES, 8 * parameters**2)
+    return Footprint(
+        len(experiment.seed_labels), 8 * parameters * (labels + 12), 6 * at_once, epoch, epoch * labels + once
+    )
+
+
+def _footprint_online(experiment: Experiment) -> Footprint:
+    """Weights of student and teacher, and the samples of one piece three times: drawn, stacked and seen."""
+    inputs, nodes, _ = experiment.student_widths
+    epoch, once = _records(experiment)
+    each = 8 * inputs * (3 * nodes + 2 * experiment.teacher_widths[1])
+    return Footprint(len(experiment.seed_labels), each, 3 * PIECE_BYTES, epoch, epoch * len(experiment.labels) + once)
+
+
+def _records(experiment: Experiment) -> tuple[int, int]:
+    """Bytes that all members record of one step, and once."""
+    names = experiment.recorded()
+    layout, dtype = experiment.layout, np.dtype(experiment.dtype)
+    numbers = sum(
+        math.prod(layout.block(variable, layer))
+        for variable in (schema.VARIABLES[name] for name in names if schema.VARIABLES[name].when != "along")
+        for layer in (range(1, layout.depth + 1) if variable.layered else (None,))
+    )
+    return archive.bytes_per_epoch(layout, names, experiment.dtype), numbers * len(layout.seeds) * dtype.itemsize
+
+
+def _footprint_training(experiment: Experiment, train: int | None) -> Footprint:
     layout = experiment.layout
     if train is None:
         points = 2 * layout.input_width + 1 if experiment.data.augment == "agnostic" else 1

@@ -1,9 +1,10 @@
 """Copy or average: critical points of the population loss that a small student shares with no random seed.
 
 A student of n nodes against a unit-orthonormal teacher of k can give each node a group of teacher nodes: a group of one
-is copied, a larger one averaged by the one-neuron optimum.  For odd σ every such point is critical; the least is
-(1, …, 1, k−n+1).  Perturbed copies leave the groups of one for a mixture and exist for n < k only.  Both are found from
-reduced problems of a few parameters, whose critical points are the full problem's (symmetric criticality).
+is copied, a larger one averaged by the one-neuron optimum.  For erf every such point is critical; the least is
+(1, …, 1, k−n+1).  For tanh a critical point lies 1e-3 from each, for σ that is not odd one near the least.  Perturbed
+copies leave the groups of one for a mixture and exist for n < k only.  Perturbed points are found from reduced problems
+of a few parameters, whose critical points are the full problem's (symmetric criticality).
 
 Source: Simsek et al. (2023), sections 4 and 5.
 """
@@ -31,8 +32,11 @@ from tsdyn.stationary import Loss, polish
 #: How far from orthonormal a teacher may be that a formula calls orthonormal.
 _ORTHONORMAL = 1e-10
 _LARGEST_NORM = 50.0
-#: Odd σ, for which a node and its outgoing weight may change sign together and copy-average points are critical.
+#: Odd σ, for which a node and its outgoing weight may change sign together.
 ODD = ("erf", "tanh", "identity")
+#: σ whose copy-average points are critical: those with E[σ'(r x)] a r/√m = E[σ'(x)] at the one-neuron optimum (r, a) of
+#: every m, by which what a node leaves to the others has no slope; an identity of erf (and of identity), not of odd σ.
+EXACT = ("erf", "identity")
 
 
 @dataclass(frozen=True)
@@ -120,8 +124,10 @@ def partitions(k: int, n: int) -> Iterator[tuple[int, ...]]:
 def copy_average(activation: str, teacher: Network, groups: Sequence[int] | Sequence[Sequence[int]]) -> Network:
     """The student whose node i averages the i-th group of teacher nodes, or copies it if it is one.
 
-    Critical for odd σ (erf, tanh), with loss Σ L*(size); for others near a critical point only
-    (`perturbed_copy_average`).
+    For erf and identity that point is critical, with loss Σ L*(size).  For another odd σ (tanh) the critical point is
+    near, and it is what is returned, polished to |∇| ≤ 1e-12.  For σ that is not odd no critical point need be near:
+    returned is the construction itself, not critical; `perturbed_copy_average` has the critical point of
+    (1, …, 1, k−n+1).
 
     Args:
         activation: The teacher's.
@@ -129,10 +135,10 @@ def copy_average(activation: str, teacher: Network, groups: Sequence[int] | Sequ
         groups: Sizes, of consecutive teacher nodes, or the nodes of each group; every node once.
 
     Raises:
-        ValueError: for a teacher that is not so, an activation that is not the teacher's, or groups that do not
-            partition its nodes.
+        ValueError: for a teacher that is not so, an activation that is not the teacher's, groups that do not
+            partition its nodes, or an odd σ with no critical point near.
 
-    Source: Simsek et al. (2023), Theorem 5.1.
+    Source: Simsek et al. (2023), Theorem 5.1 (erf).
     """
     b = unit_orthonormal("copy_average", teacher)
     if activation != teacher.activation.name:
@@ -145,7 +151,20 @@ def copy_average(activation: str, teacher: Network, groups: Sequence[int] | Sequ
         best = one_neuron(activation, len(group), leak=0.01 if leak is None else leak)
         rows.append(best.norm / math.sqrt(len(group)) * teacher.weights[0][group].sum(0))
         outgoing.append(best.outgoing * b)
-    return Network([torch.stack(rows), torch.stack(outgoing, 1)], activation=activation, leak=leak or 0.0)
+    made = Network([torch.stack(rows), torch.stack(outgoing, 1)], activation=activation, leak=leak or 0.0)
+    return _critical(made, teacher, groups) if activation in ODD and activation not in EXACT else made
+
+
+def _critical(near: Network, teacher: Network, groups: Sequence[int] | Sequence[Sequence[int]]) -> Network:
+    """The critical point of the population loss that Newton's method finds near a network."""
+    loss = PopulationLoss(teacher, near.widths[1])
+    end = polish(loss, loss.pack([near]))
+    if end.kind[0] == "not stationary":
+        raise ValueError(
+            f"copy_average: for {teacher.activation.name} and groups={groups} there is no critical point near the "
+            f"copy-average point (|∇| = {float(end.gradient_max[0]):.2g} where it was looked for)"
+        )
+    return loss.network(end.point[0])
 
 
 def _groups(groups: Sequence[int] | Sequence[Sequence[int]], k: int) -> list[list[int]]:
@@ -283,7 +302,7 @@ def perturbed_copy_average(teacher: Network, nodes: int) -> Network:
     """The critical point near the copy-average point (1, …, 1, k−n+1), for σ whose copy-average point is not critical.
 
     w_i = p v_i + q Σ_{other copies} v_j + t Σ_rest v_j for the n−1 nodes that copy, and
-    w_n = x Σ_copies v_j + y Σ_rest v_j.  For odd σ it is the copy-average point itself.
+    w_n = x Σ_copies v_j + y Σ_rest v_j.  For erf it is the copy-average point itself.
 
     Args:
         teacher: Unit-orthonormal incoming weights, equal outgoing weights, no biases.

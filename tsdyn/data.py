@@ -23,7 +23,11 @@ STREAMS = ("teacher", "student", "train", "eval", "batches", "probe", "augment")
 
 def generator(seed: int, stream: str, epoch: int = 0) -> np.random.Generator:
     """The generator of one stream of one member at one epoch (Philox, the same on every platform)."""
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, STREAMS.index(stream), epoch))))
+    # numpy cuts an integer into words of 32 bits, so that the second word of a large seed would stand where the stream
+    # does; as a spawn key it comes after four words and meets none of them.  Smaller seeds have one word
+    high, low = divmod(seed, 1 << 32)
+    key = np.random.SeedSequence((low, STREAMS.index(stream), epoch), spawn_key=(high,) if high else ())
+    return np.random.Generator(np.random.Philox(key))
 
 
 def draw_inputs(experiment: Experiment, rng: np.random.Generator, samples: int) -> Float[np.ndarray, "sample input"]:

@@ -11,8 +11,8 @@ Source: Hairer & Wanner (1996), Solving Ordinary Differential Equations II, sect
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -65,6 +65,7 @@ class _State:
     rejected: Tensor
     path: Tensor  # (member, time, parameter)
     recorded: Tensor  # output times passed
+    gradient: Tensor  # at y
 
 
 def gradient_flow(
@@ -121,23 +122,75 @@ def gradient_flow(
     labels = list(range(len(rows))) if seeds is None else list(seeds)
     if len(labels) != len(rows):
         raise ValueError(f"gradient_flow: {len(labels)} labels for {len(rows)} rows")
-    limits = _Limits(rtol, atol, gradient_tolerance, least_norm, max_steps, until)
+    limits = Limits(rtol, atol, gradient_tolerance, least_norm, max_steps, until)
     with torch.no_grad():
-        states = [_integrated(loss, chunk, at, limits) for chunk in rows.split(chunk_size(loss))]
-        return _dataset(loss, states, at, labels, limits)
+        flow = Flow(loss, rows, times=at, limits=limits)
+        flow.until(math.inf)
+        return _dataset(loss, flow.states, at, labels, limits)
 
 
 @dataclass(frozen=True)
-class _Limits:
-    rtol: float
-    atol: float
-    gradient: float
-    norm: float
-    steps: int
-    end: float
+class Limits:
+    """When a step is taken and a member stops; see `gradient_flow`."""
+
+    rtol: float = 1e-4
+    atol: float = 1e-6
+    gradient: float = 1e-7
+    norm: float = 1e-6
+    steps: int = 20_000
+    end: float = 1e9
 
 
-def _integrated(loss: Loss, begin: Tensor, times: np.ndarray, limits: _Limits) -> _State:
+class Flow:
+    """Members on their way, which can be halted at a common time, stored and gone on with: the same steps as at once.
+
+    Args:
+        loss: As of `gradient_flow`.
+        initial: Rows of parameters (member, parameter).
+        times: Increasing output times.
+        limits: When a step is taken and a member stops.
+    """
+
+    def __init__(self, loss: Loss, initial: Tensor, *, times: np.ndarray, limits: Limits) -> None:
+        self.loss, self._limits = loss, limits
+        self._times = torch.tensor(np.asarray(times, float), dtype=initial.dtype)
+        self.states = [_begun(loss, chunk, self._times, limits) for chunk in initial.split(chunk_size(loss))]
+
+    def until(self, time: float) -> None:
+        """Go on with every member that has neither stopped nor come to `time`."""
+        for state in self.states:
+            while len(index := ((state.reason == _RUNNING) & (state.t < time)).nonzero()[:, 0]):
+                state.gradient[index] = _step(self.loss, state, index, state.gradient[index], self._times, self._limits)
+
+    @property
+    def running(self) -> Tensor:
+        """Which members have not stopped, (member,)."""
+        return self.joined("reason") == _RUNNING
+
+    @property
+    def reasons(self) -> np.ndarray:
+        """Why each member stopped, a word of `REASONS`, once none is running."""
+        found: np.ndarray = np.array(REASONS)[self.joined("reason").numpy()]
+        return found
+
+    def joined(self, name: str) -> Tensor:
+        """One of the arrays of all members: ``y`` where they are, ``t``, ``path`` (member, time, parameter), ..."""
+        return torch.cat([getattr(state, name) for state in self.states])
+
+    def state(self) -> dict[str, np.ndarray]:
+        """All that the next step depends on, by name."""
+        return {field.name: self.joined(field.name).numpy() for field in fields(_State)}
+
+    def restore(self, stored: Mapping[str, np.ndarray]) -> None:
+        """Go on from what `state` gave."""
+        sizes = [len(state.y) for state in self.states]
+        for field in fields(_State):
+            parts = torch.from_numpy(np.array(stored[field.name])).split(sizes)
+            for state, part in zip(self.states, parts, strict=True):
+                getattr(state, field.name).copy_(part)
+
+
+def _begun(loss: Loss, begin: Tensor, at: Tensor, limits: Limits) -> _State:
     members = len(begin)
     gradient = loss.gradient(begin)
     zeros = torch.zeros(members, dtype=torch.int64)
@@ -149,21 +202,17 @@ def _integrated(loss: Loss, begin: Tensor, times: np.ndarray, limits: _Limits) -
         torch.full((members,), _RUNNING),
         zeros.clone(),
         zeros.clone(),
-        begin.new_full((members, len(times), begin.shape[1]), math.nan),
+        begin.new_full((members, len(at), begin.shape[1]), math.nan),
         zeros.clone(),
+        gradient,
     )
-    at = torch.as_tensor(times, dtype=begin.dtype)
     if len(at) and at[0] == 0:
         state.path[:, 0], state.recorded[:] = begin, 1
     _stop(loss, state, torch.arange(members), gradient, limits)
-    while True:
-        index = (state.reason == _RUNNING).nonzero()[:, 0]
-        if not len(index):
-            return state
-        gradient[index] = _step(loss, state, index, gradient[index], at, limits)
+    return state
 
 
-def _step(loss: Loss, state: _State, index: Tensor, gradient: Tensor, times: Tensor, limits: _Limits) -> Tensor:
+def _step(loss: Loss, state: _State, index: Tensor, gradient: Tensor, times: Tensor, limits: Limits) -> Tensor:
     """One step, taken or refused, of the members in `index`; gives the gradient where they are then."""
     y, t = state.y[index], state.t[index]
     h = torch.minimum(state.h[index], limits.end - t)
@@ -240,7 +289,7 @@ def _record(
     state.recorded[index] = high
 
 
-def _stop(loss: Loss, state: _State, index: Tensor, gradient: Tensor, limits: _Limits) -> None:
+def _stop(loss: Loss, state: _State, index: Tensor, gradient: Tensor, limits: Limits) -> None:
     reason = torch.full((len(index),), _RUNNING)
     reason[state.t[index] >= limits.end] = REASONS.index("time")
     reason[state.steps[index] >= limits.steps] = REASONS.index("steps")
@@ -250,7 +299,7 @@ def _stop(loss: Loss, state: _State, index: Tensor, gradient: Tensor, limits: _L
     state.reason[index] = reason
 
 
-def _dataset(loss: Loss, states: list[_State], times: np.ndarray, labels: list[int], limits: _Limits) -> xr.Dataset:
+def _dataset(loss: Loss, states: list[_State], times: np.ndarray, labels: list[int], limits: Limits) -> xr.Dataset:
     def joined(name: str) -> Tensor:
         return torch.cat([getattr(s, name) for s in states])
 

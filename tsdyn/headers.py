@@ -40,7 +40,7 @@ from tsdyn.wrong_numbers import WRONG_THROUGH, wrong_variables
 INDEX = "index.json"
 _INDEX = re.compile(rb'\{"sha256": "([0-9a-f]{64})", "kept": (.*)\}', re.DOTALL)
 #: Of a file's attributes, those that are its run's own.
-OWN = ("experiment", "name", "digest", "created", RUN)
+OWN = ("experiment", "name", "digest", "created", RUN, "input_sha256", "history")
 
 #: Dimensions, values and attributes of what is loaded when a file is opened.
 Loaded = tuple[tuple[str, ...], Any, dict[str, Any]]
@@ -94,7 +94,7 @@ class Header:
     def of_json(cls, kept: Sequence[Any]) -> Header:
         """What `as_json` gave, whose tuples JSON made lists."""
         version, labels, columns, variables, attrs = kept
-        if not {"seed", "epoch", "layer"} <= set(labels):
+        if not {"seed", "layer"} <= set(labels) or not set(schema.PATHS) & set(labels):
             raise ValueError("not the header of a run")
         loaded = {name: (tuple(dims), np.asarray(values), own) for name, (dims, values, own) in columns.items()}
         declared = {name: Declared(tuple(dims), *rest) for name, (dims, *rest) in variables.items()}

@@ -8,20 +8,25 @@ from __future__ import annotations
 
 import functools
 import gzip
+import io
 import math
+import signal
 import struct
+import subprocess
+import sys
+import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeAlias, assert_never
+from typing import Any, Literal, TypeAlias, assert_never
 
 import numpy as np
-import xarray as xr
 from jaxtyping import Float, Int
 
-from tsdyn import netcdf
+from tsdyn import memory, netcdf
 from tsdyn.experiment import Data, ExperimentError
-from tsdyn.whole_files import ArchiveError
+from tsdyn.whole_files import ArchiveError, version
 
 _SOURCES: Mapping[str, tuple[str, str]] = {
     "mnist": ("https://ossci-datasets.s3.amazonaws.com/mnist/", "the four *-ubyte.gz files"),
@@ -30,8 +35,9 @@ _SOURCES: Mapping[str, tuple[str, str]] = {
 _IDX_UNSIGNED_BYTE = 8
 #: Deflate makes a byte of at most so many.
 DEFLATES = 1032
-#: ... and what unpacks to this much may be compressed as well as it is.
-ANY_RATIO = 1 << 28
+#: A netCDF file up to this size is read once by a process of its own before this one reads it; of a larger one only
+#: the beginning.
+READ_APART, APART_SECONDS = 1 << 26, 120
 _CIFAR10_RECORD = 1 + 3 * 32 * 32
 
 
@@ -102,14 +108,29 @@ def load(law: Data) -> tuple[Samples, Samples]:
     Raises:
         DataError: if a file is missing, damaged or not of its format; says where to get it and where to put it.
     """
-    return _load(law.law, law.path, law.eval_path)
+    return _load(law.law, law.path, law.eval_path, tuple(version(file) for file in files(law)))
+
+
+def files(law: Data) -> list[Path]:
+    """The files that `load` reads, as far as they are there."""
+    if law.path is None:
+        return []
+    if law.law == "mnist":
+        named = [_idx_files(Path(law.path), name) for part in _MNIST_PARTS for name in _mnist_names(part)]
+        return [file for places in named for file in [p for p in places if p.is_file()][:1]]
+    if law.law == "cifar10":
+        folder = _cifar10_folder(Path(law.path))
+        return [folder / name for train in (True, False) for name in _cifar10_names(train)]
+    return [Path(path) for path in (law.path, law.eval_path) if path is not None]
 
 
 Law: TypeAlias = Literal["gaussian", "uniform", "digits", "mnist", "cifar10", "file"]
 
 
 @functools.lru_cache(maxsize=2)
-def _load(law: Law, path: str | None, eval_path: str | None) -> tuple[Samples, Samples]:
+def _load(
+    law: Law, path: str | None, eval_path: str | None, _: tuple[tuple[object, ...] | None, ...]
+) -> tuple[Samples, Samples]:
     if law == "digits":
         whole = digits()
         return whole, whole
@@ -164,10 +185,9 @@ def read_mnist(folder: str | Path, *, train: bool) -> Samples:
     Raises:
         DataError: as `load`.
     """
-    part = "train" if train else "t10k"
-    images = read_idx(_idx_file(Path(folder), f"{part}-images-idx3-ubyte"))
-    file = _idx_file(Path(folder), f"{part}-labels-idx1-ubyte")
-    labels = read_idx(file)
+    file, labels_file = (_idx_file(Path(folder), name) for name in _mnist_names(_MNIST_PARTS[not train]))
+    images, labels = read_idx(file), read_idx(labels_file)
+    file = labels_file
     if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels):
         raise DataError(
             f"{file}: {labels.shape} labels for images of shape {images.shape}; the files are not of one set"
@@ -176,37 +196,72 @@ def read_mnist(folder: str | Path, *, train: bool) -> Samples:
     return Samples(images[:, None], labels.astype(np.int64), (0.5,), (0.5,), 1 / 255)
 
 
+_MNIST_PARTS = "train", "t10k"
+
+
+def _mnist_names(part: str) -> tuple[str, str]:
+    return f"{part}-images-idx3-ubyte", f"{part}-labels-idx1-ubyte"
+
+
+def _idx_files(folder: Path, name: str) -> list[Path]:
+    """The names a file goes by, the first there is counts."""
+    spellings = name, name.replace("-idx", ".idx")
+    return [file for spelling in spellings for file in (folder / spelling, folder / f"{spelling}.gz")]
+
+
 def _idx_file(folder: Path, name: str) -> Path:
-    for spelling in (name, name.replace("-idx", ".idx")):
-        for file in (folder / spelling, folder / f"{spelling}.gz"):
-            if file.is_file():
-                return file
+    for file in _idx_files(folder, name):
+        if file.is_file():
+            return file
     raise DataError(f"{folder}: no {name} or {name}.gz there{_where_from('mnist')}")
 
 
 def read_idx(path: str | Path) -> np.ndarray:
     """An IDX file of unsigned bytes: 0, 0, type 8, number of dimensions, each size as big-endian uint32, the bytes.
 
+    No more is unpacked of a .gz than its header announces, and a byte to see that it ends there.
+
     Raises:
-        DataError: if the magic number, the type or the length is not that.
+        DataError: if the magic number, the type or the length is not that, or memory has no room.
     """
     path = Path(path)
     try:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read: {error}; get it again") from None
-    if len(raw) < 4 or raw[:2] != b"\0\0" or raw[2] != _IDX_UNSIGNED_BYTE:
+        with gzip.GzipFile(path) if path.suffix == ".gz" else path.open("rb") as file:
+            return _idx(path, file)
+    except (OSError, EOFError, ValueError, zlib.error, MemoryError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{path}: cannot be read: {_words(error)}; get it again") from None
+
+
+def _idx(path: Path, file: io.BufferedIOBase) -> np.ndarray:
+    magic = file.read(4)
+    if len(magic) < 4 or magic[:2] != b"\0\0" or magic[2] != _IDX_UNSIGNED_BYTE:
         raise DataError(
-            f"{path}: starts with {raw[:4].hex() or 'nothing'}, an IDX file of bytes with 0000 08 and its number of "
+            f"{path}: starts with {magic.hex() or 'nothing'}, an IDX file of bytes with 0000 08 and its number of "
             "dimensions; it is another kind of file"
         )
-    header = 4 + 4 * raw[3]
-    shape = struct.unpack(f">{raw[3]}I", raw[4:header]) if len(raw) >= header else ()
-    if len(raw) != header + math.prod(shape) or not shape:
+    sizes = file.read(4 * magic[3])
+    header = 4 + 4 * magic[3]
+    shape = struct.unpack(f">{magic[3]}I", sizes) if len(sizes) == 4 * magic[3] else ()
+    wanted = math.prod(shape) if shape else 0
+    most = path.stat().st_size * (DEFLATES if path.suffix == ".gz" else 1)
+    body = file.read(wanted) if wanted <= most and shape else b""
+    if wanted > most or len(body) < wanted or not shape:
+        there = most if wanted > most else 4 + len(sizes) + len(body)
         raise DataError(
-            f"{path}: {len(raw)} bytes, its header announces {header + math.prod(shape)}: it was cut off; get it again"
+            f"{path}: {'at most ' * (wanted > most)}{there} bytes, its header announces {header + wanted}: it was cut "
+            "off; get it again"
         )
-    return np.frombuffer(raw, np.uint8, offset=header).reshape(shape)
+    if file.read(1):
+        raise DataError(f"{path}: goes on after the {header + wanted} bytes that its header announces; get it again")
+    return np.frombuffer(body, np.uint8).reshape(shape)
+
+
+def _words(error: BaseException) -> str:
+    """What an error says, on one line; its name where it says nothing."""
+    said = " ".join(str(error).split())
+    return said or type(error).__name__
 
 
 # --- CIFAR-10 ------------------------------------------------------------------------------------------------
@@ -218,10 +273,7 @@ def read_cifar10(folder: str | Path, *, train: bool) -> Samples:
     Raises:
         DataError: as `load`; the python version, which is pickles, is refused.
     """
-    folder = Path(folder)
-    inner = folder / "cifar-10-batches-bin"
-    folder = inner if inner.is_dir() else folder
-    names = [f"data_batch_{i}.bin" for i in range(1, 6)] if train else ["test_batch.bin"]
+    folder, names = _cifar10_folder(Path(folder)), _cifar10_names(train)
     if missing := [name for name in names if not (folder / name).is_file()]:
         pickled = [f for f in (folder, folder / "cifar-10-batches-py") if (f / "data_batch_1").exists()]
         if pickled:
@@ -233,6 +285,15 @@ def read_cifar10(folder: str | Path, *, train: bool) -> Samples:
     parts = [read_cifar10_batch(folder / name) for name in names]
     pixels, labels = np.concatenate([p for p, _ in parts]), np.concatenate([y for _, y in parts])
     return Samples(pixels, labels, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010), 1 / 255)
+
+
+def _cifar10_folder(folder: Path) -> Path:
+    inner = folder / "cifar-10-batches-bin"
+    return inner if inner.is_dir() else folder
+
+
+def _cifar10_names(train: bool) -> list[str]:
+    return [f"data_batch_{i}.bin" for i in range(1, 6)] if train else ["test_batch.bin"]
 
 
 def read_cifar10_batch(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
@@ -258,18 +319,24 @@ def read_cifar10_batch(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
 def read_arrays(path: str | Path) -> Samples:
     """Samples from ``.npy`` (inputs), ``.npz`` or ``.nc`` (``inputs`` and, if there are any, ``labels``), as they are.
 
-    Inputs are (sample, input) or (sample, channel, row, column) and finite, labels integers from 0.
+    Inputs are (sample, input) or (sample, channel, row, column) and finite, labels integers from 0.  In ``.nc`` the
+    dimension called ``sample`` is the first whatever its place in the file, which R, MATLAB, Julia and Fortran write
+    last; so are ``channel``, ``row`` and ``column`` in that order.  Values are decoded as CF has it (``_FillValue``,
+    ``scale_factor``, ``add_offset``).
 
     Raises:
-        DataError: if the file is missing, holds something else, or a value is not finite.
+        DataError: if the file is missing, damaged or holds something else, memory has no room for what it unpacks to,
+            or a value is missing or not finite.
     """
     path = Path(path)
     if not path.is_file():
         raise DataError(f"{path}: no such file{_where_from('file')}")
     try:
         found = _arrays(path)
-    except (OSError, ValueError, EOFError, MemoryError) as error:
-        raise DataError(f"{path}: cannot be read as {path.suffix or 'arrays'}: {error}") from None
+    except Exception as error:  # of a damaged file the libraries raise a dozen types, not all of them in their manuals
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{path}: cannot be read as {path.suffix or 'arrays'}: {_words(error)}") from None
     if "inputs" not in found:
         raise DataError(f"{path}: holds {', '.join(found) or 'nothing'}; the samples must be called inputs")
     inputs, labels = found["inputs"], found.get("labels")
@@ -294,38 +361,128 @@ def read_arrays(path: str | Path) -> Samples:
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:
     if path.suffix == ".npy":
-        return {"inputs": np.load(path, allow_pickle=False)}
+        with path.open("rb") as file:
+            return {"inputs": _npy(file, path.stat().st_size)}
     if path.suffix == ".npz":
-        with np.load(path, allow_pickle=False) as held:
-            return {name: held[name] for name in held.files}
+        return _npz(path)
     if path.suffix == ".nc":
-        return _of_netcdf(path)
+        return _netcdf(path)
     raise ValueError("it must end in .npz, .nc or .npy")
 
 
-def _of_netcdf(path: Path) -> dict[str, np.ndarray]:
-    """The variables of a netCDF file, dimensions in the order of `read_arrays` where they have its names."""
-    with path.open("rb") as file:
-        classic = file.read(3) == b"CDF"
-    if not classic:  # which HDF5 reads, from other files too, and the netCDF library crashes over two-byte floats
-        try:
-            with netcdf.dataset(path):
-                pass
-        except ArchiveError as error:
-            raise ValueError(str(error)) from None
-    with xr.open_dataset(path) as ds:
-        if ds.nbytes > max(DEFLATES * path.stat().st_size, ANY_RATIO):
-            raise ValueError(f"it declares {ds.nbytes} bytes, more than {path.stat().st_size} can hold")
-        found = {str(name): ds[name] for name in ds.data_vars}
-        for name, array in found.items():
-            known = [dim for dim in ("sample", "channel", "row", "column", "input") if dim in array.dims]
-            if len(known) == array.ndim:
-                found[name] = array.transpose(*known)
-        arrays = {name: array.values for name, array in found.items()}
-    labels = arrays.get("labels")
-    if labels is not None and labels.dtype.kind == "f" and np.equal(labels, np.round(labels)).all():
-        arrays["labels"] = labels.astype(np.int64)  # integers with a fill value that no sample has
-    return arrays
+def _npz(path: Path) -> dict[str, np.ndarray]:
+    """Inputs and labels, and an empty array for anything else: its name is for the message."""
+    found = {}
+    with zipfile.ZipFile(path) as held:
+        for member in held.infolist():
+            name = member.filename.removesuffix(".npy")
+            if name in found:
+                raise ValueError(f"it holds {name} twice")
+            with held.open(member) as file:  # which compares the names in its two places
+                if name in ("inputs", "labels"):
+                    found[name] = _npy(file, member.file_size)
+                else:
+                    found[name] = np.empty(0)
+    return found
+
+
+def _npy(file: io.BufferedIOBase, size: int) -> np.ndarray:
+    """An array of numpy's format of so many bytes in all; no more is read than its header announces."""
+    head = file.read(12)
+    if len(head) < 12:
+        raise ValueError("it is cut off")
+    length = int.from_bytes(head[8:10] if head[6] == 1 else head[8:12], "little")
+    if length > 1 << 16 or length > size:
+        raise ValueError(f"its header of {length} bytes is no array's")
+    start = io.BytesIO(head + file.read(length))
+    kind = np.lib.format.read_magic(start)
+    if kind not in ((1, 0), (2, 0)):
+        raise ValueError(f"numpy's format {kind[0]}.{kind[1]} is not one of numbers")
+    header = np.lib.format.read_array_header_1_0 if kind == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, transposed, dtype = header(start)
+    if dtype.hasobject:
+        raise ValueError(f"{dtype} are pickles, and a pickle runs code when it is read")
+    wanted, there = math.prod(shape) * dtype.itemsize, size - start.tell()
+    if wanted != there or min(shape, default=0) < 0:
+        raise ValueError(f"its header announces {dtype} of shape {shape}, {wanted} bytes, and {there} are there")
+    _refuse_beyond_memory(wanted)
+    content = start.read() + file.read()  # to the end, where a .npz has its checksum compared
+    if len(content) != wanted:
+        raise ValueError(f"{len(content)} of {wanted} bytes are there")
+    return np.frombuffer(content, dtype).reshape(shape, order="F" if transposed else "C")
+
+
+def _refuse_beyond_memory(wanted: int) -> None:
+    if 2 * wanted > (room := memory.available()):  # as stored, and as inputs
+        raise ValueError(f"it unpacks to {wanted / 1e9:.1f} GB, and {room / 1e9:.1f} GB of memory are free")
+
+
+#: What a process of its own does with a netCDF file: opens it and reads, of a large one only that.
+_READ_APART = """
+import netCDF4, sys
+with netCDF4.Dataset(sys.argv[1]) as nc:
+    for name in sys.argv[2:]:
+        if name in nc.variables:
+            nc[name][...]
+"""
+
+
+def _netcdf(path: Path) -> dict[str, np.ndarray]:
+    """Inputs and labels, their dimensions in order, and an empty array for anything else."""
+    _refuse_crashing(path)
+    found = {}
+    try:
+        with netcdf.dataset(path) as nc:
+            for name, variable in nc.variables.items():
+                found[name] = _decoded(name, variable) if name in ("inputs", "labels") else np.empty(0)
+    except ArchiveError as error:
+        raise ValueError(_words(error).removeprefix(f"{path}: ")) from None
+    return found
+
+
+def _refuse_crashing(path: Path) -> None:
+    """Have a process of its own read the file first: a damaged one may end the process that reads it.
+
+    In isolated mode, so that nothing is imported from the working directory.
+    """
+    names = ["inputs", "labels"] if path.stat().st_size <= READ_APART else []
+    words = [sys.executable, "-I", "-c", _READ_APART, str(path.absolute()), *names]
+    try:
+        ended = subprocess.run(words, capture_output=True, timeout=APART_SECONDS, check=False).returncode
+    except subprocess.TimeoutExpired:
+        raise ValueError(f"reading it does not end within {APART_SECONDS} s; it is damaged") from None
+    if ended < 0:
+        raise ValueError(f"reading it crashes the library ({signal.Signals(-ended).name}); it is damaged")
+
+
+def _decoded(name: str, variable: Any) -> np.ndarray:
+    """Values as CF has them, samples first; refused where one is missing."""
+    if not isinstance(variable.dtype, np.dtype):
+        raise ValueError(f"{name} are no numbers")
+    _refuse_beyond_memory(math.prod(variable.shape) * variable.dtype.itemsize)
+    order = _samples_first(name, variable.dimensions)
+    variable.set_auto_maskandscale(True)
+    values = variable[...]
+    if isinstance(values, np.ma.MaskedArray):
+        missing = np.ma.getmaskarray(values)
+        if missing.any():
+            where = np.argwhere(missing)[0].tolist()
+            raise ValueError(f"{name}{where} is missing: the file has its fill value there")
+        values = values.data
+    return np.asarray(values).transpose(order)
+
+
+def _samples_first(name: str, dims: tuple[str, ...]) -> list[int]:
+    """Where the dimensions go that an array of samples has, by their names; their own order without names."""
+    if "sample" not in dims or name == "labels":
+        return list(range(len(dims)))
+    named = ("sample", "channel", "row", "column")
+    if len(dims) == 4 and set(dims) == set(named):
+        return [dims.index(dim) for dim in named]
+    first = dims.index("sample")
+    if len(dims) > 2 and first:
+        raise ValueError(f"{name} have dimensions {', '.join(dims)}: which is which? Call them {', '.join(named)}")
+    return [first, *(i for i in range(len(dims)) if i != first)]
 
 
 def _check_labels(path: str | Path, labels: np.ndarray, classes: int | None) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 import netCDF4
 import numpy as np
 
-from tsdyn import netcdf, schema
+from tsdyn import netcdf, schema, study_directories
 from tsdyn.experiment import Experiment, ExperimentError
 from tsdyn.headers import Source
 from tsdyn.lock import Lock
@@ -60,11 +60,29 @@ def check(path: str | Path) -> list[str]:
     path = local_path(path)
     if (path / SWEEP).is_file():
         return list(dict.fromkeys(_check_sweep(path)))
+    of_a_study = study_directories.result(path)
+    if of_a_study is not None:
+        return _check_study(of_a_study)
     if path.is_dir():
         return list(dict.fromkeys(_check_run(path)))
     if not path.exists():
         raise DirectoryError(f"{path}: does not exist")
     return list(dict.fromkeys([*_check_file(path), *_said_of(path)]))
+
+
+def _check_study(file: Path) -> list[str]:
+    """Of what tsdyn 0.1 left without a checksum: whether it reads, and says what each variable is."""
+    try:
+        ds = study_directories.read(file)
+    except ArchiveError as error:
+        return [str(error)]
+    wanted = ("units", "long_name")
+    return [
+        f"{file}: {name}: attribute {key!r} is missing"
+        for name, a in ds.items()
+        for key in wanted
+        if key not in a.attrs
+    ]
 
 
 def _check_sweep(path: Path) -> Iterator[str]:
@@ -110,20 +128,21 @@ def _check_run(path: Path, expected: Experiment | None = None) -> Iterator[str]:
     yield from (told for file in files for told in _said_of(file))
     if problems:  # what epochs a damaged file says it holds is not to be told from
         return
-    epochs: list[int] = []
-    kept: set[int] = set()
+    epochs: list[schema.Label] = []
+    kept: set[schema.Label] = set()
+    dimension = experiment.layout.path
     for file in files:
-        with netcdf.dataset(file, only="epoch") as nc:
-            epochs += [int(epoch) for epoch in nc["epoch"][:]]
-            kept |= {int(epoch) for epoch in np.atleast_1d(netcdf.attributes(nc).get(KEPT, ()))}
+        with netcdf.dataset(file, only=dimension) as nc:
+            epochs += nc[dimension][:].tolist()
+            kept |= set(np.atleast_1d(netcdf.attributes(nc).get(KEPT, ())).tolist())
     last = epochs[-1] if epochs else -1
-    recorded = {int(epoch) for epoch in epochs}
-    missing = [e for e in experiment.schedule if e not in recorded and (finished or e <= last)]
+    recorded = set(epochs)
+    missing = [e for e in experiment.labels if e not in recorded and (finished or e <= last)]
     if missing:
-        yield f"{path}: epochs {_few(missing)} are not there"
-    extra = sorted(recorded - set(experiment.schedule) - kept) if finished else []
+        yield f"{path}: {dimension}s {_few(missing)} are not there"
+    extra = sorted(recorded - set(experiment.labels) - kept) if finished else []
     if extra or epochs != sorted(recorded):
-        yield f"{path}: epochs {_few(extra or epochs)} are not those of the schedule, in order"
+        yield f"{path}: {dimension}s {_few(extra or epochs)} are not those of the schedule, in order"
 
 
 def _check_file(path: Path, experiment: Experiment | None = None) -> Iterator[str]:
@@ -234,7 +253,7 @@ def _where(array: netCDF4.Variable, index: tuple[slice, ...]) -> str:
     return ", ".join(f"{dim} {i.start}..{i.stop - 1}" for dim, i in zip(array.dimensions, index, strict=True))
 
 
-def _few(epochs: Sequence[int]) -> str:
+def _few(epochs: Sequence[schema.Label]) -> str:
     shown = ", ".join(map(str, epochs[:5]))
     return shown if len(epochs) <= 5 else f"{shown} and {len(epochs) - 5} more"
 
@@ -355,15 +374,15 @@ def _salvaged(path: Path, experiment: Experiment, damaged: Path) -> Iterator[str
 def _salvage(path: Path, experiment: Experiment, damaged: Path) -> Iterator[str]:
     """Copy what can be read of the damaged archive into a new one."""
     layout, dropped = experiment.layout, []
-    variables = (*schema.expand(experiment.record.observables), *experiment.constants)
+    variables = experiment.recorded()
     try:
         Source.of(damaged)
         with netcdf.dataset(damaged) as old, replacing(path / ARCHIVE, damaged.stat().st_size, seal=True) as temporary:
             if not _is_of(old.__dict__, experiment):
                 raise DirectoryError("it is of another experiment, or that cannot be told")
-            epochs = [int(epoch) for epoch in old["epoch"][:]]
-            if not set(experiment.schedule) <= set(epochs) or epochs != sorted(set(epochs)):
-                raise DirectoryError("its epochs cannot be told")
+            epochs = old[layout.path][:].tolist()
+            if not set(experiment.labels) <= set(epochs) or epochs != sorted(set(epochs)):
+                raise DirectoryError(f"its {layout.path}s cannot be told")
             with netcdf.dataset(temporary, "w") as new:
                 attrs = {
                     name: value for name, value in netcdf.attributes(old).items() if name not in ("coordinates", RUN)

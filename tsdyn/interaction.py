@@ -34,6 +34,8 @@ Function: TypeAlias = Callable[[Tensor], Tensor]
 #: Below this sin θ weights count as parallel.  There the relu's E[σ''σ''] is infinite, but enters a Hessian in weights
 #: multiplied by sin² θ: taken as 0, it errs by sin θ, while rounding the cosine of a weight with itself gives 5e-8.
 _PARALLEL, _NORM_FLOOR = 1e-7, 1e-150
+#: |w|²|v|² beyond which the determinant of a covariance is computed from what is left of it.
+_LARGE = 1e4
 #: Spacing in log λ and range of the logistic law's scales; see `_logistic_scales`.
 _SCALE_STEP, _SCALES = 0.1, (0.30, 9.2)
 #: The trapezoid rule's box, where the normal density is 2e-17 of its peak, its limits in nodes a side and its error.
@@ -79,10 +81,26 @@ class Interaction(Protocol):
 # --- closed forms --------------------------------------------------------------------------------------------
 
 
-def _arcsine_partials(p: Tensor, q: Tensor, c: Tensor) -> Partials:
-    """Of asin(c/√(pq)), with D = pq − c²."""
+def _determinant(A: Tensor, B: Tensor, c: Tensor, a: Number, b: Number) -> Tensor:
+    """D = pq − c², p = a + A, q = b + B, which stays above 0 and keeps its digits at large norms.
+
+    There pq and c² agree to more digits than they have.  D = (AB − c²) + aB + bA + ab holds what they differ by, and
+    AB − c² counts as 0 where it is no more than rounding: fields (anti)parallel as far as A, B and c tell.  Its slopes
+    stay.
+    """
+    plain = (a + A) * (b + B) - c * c
+    square = A * B
+    apart = square - c * c
+    rounding = 4 * torch.finfo(apart.dtype).eps * square
+    apart = apart - torch.where(apart.abs() <= rounding, apart, 0.0).detach()
+    return torch.where(square > _LARGE, apart + (a * B + b * A + a * b), plain)
+
+
+def _arcsine_partials(A: Tensor, B: Tensor, c: Tensor, a: Number, b: Number) -> Partials:
+    """Of asin(c/√(pq)), with p = a + A, q = b + B and D = pq − c²."""
+    p, q = a + A, b + B
     pq = p * q
-    D = pq - c * c
+    D = _determinant(A, B, c, a, b)
     root = D.rsqrt()
     cube = root / D
     value = torch.atan2(c, D.sqrt())  # keeps its digits near c = √(pq), where asin loses half of them
@@ -164,11 +182,10 @@ class _Erf:
     homogeneous = False
 
     def __call__(self, A: Tensor, B: Tensor, c: Tensor) -> Tensor:
-        pq = (1 + A) * (1 + B)
-        return torch.atan2(c, (pq - c * c).sqrt()) * (2 / math.pi)
+        return torch.atan2(c, _determinant(A, B, c, 1.0, 1.0).sqrt()) * (2 / math.pi)
 
     def partials(self, A: Tensor, B: Tensor, c: Tensor) -> Partials:
-        return _scaled(_arcsine_partials(1 + A, 1 + B, c), 2 / math.pi)
+        return _scaled(_arcsine_partials(A, B, c, 1.0, 1.0), 2 / math.pi)
 
 
 class _PiecewiseLinear:
@@ -201,7 +218,10 @@ class _PiecewiseLinear:
 class _Gelu:
     """x Φ(x/λ) beside y Φ(y/λ'): cF + [AB + c²(λ²λ'² − AB)/pq] / 2π√(pq − c²), p = λ² + A, q = λ'² + B.
 
-    F = E[ΦΦ] = ¼ + asin(c/√(pq))/2π.  gelu has λ = λ' = 1.
+    F = E[ΦΦ] = ¼ + asin(c/√(pq))/2π.  gelu has λ = λ' = 1.  With D = pq − c² the bracket is (AB D + λ²λ'²c²)/pq.  At
+    c < 0 and large norms both terms grow and cancel; the sum is relu's on fields of variances p and q, and a rest:
+
+        2π g = [λ²λ'²c² − (pq − AB) D]/(pq √D) + √D + c (π/2 + atan(c/√D)).
     """
 
     homogeneous = False
@@ -211,24 +231,31 @@ class _Gelu:
 
     def __call__(self, A: Tensor, B: Tensor, c: Tensor) -> Tensor:
         a, b = self.variances
+        D = _determinant(A, B, c, a, b)
+        return self._value(A, B, c, D, D.sqrt())
+
+    def _value(self, A: Tensor, B: Tensor, c: Tensor, D: Tensor, root: Tensor) -> Tensor:
+        a, b = self.variances
         pq = (a + A) * (b + B)
-        root = (pq - c * c).sqrt()
+        # _rectified has √D already, (AB D + λ²λ'²c²)/(pq √D) less it is what stands here
+        rest = (c * c * (a * b / pq) - (a * B + b * A + a * b) / pq * D) / root
         both = 0.25 + torch.atan2(c, root) / (2 * math.pi)
-        return c * both + (A * B + c * c * (a * b - A * B) / pq) / (2 * math.pi * root)
+        plain = c * both + (A * B + c * c * (a * b - A * B) / pq) / (2 * math.pi * root)
+        return torch.where(A * B > _LARGE, (rest + _rectified(c, root)) / (2 * math.pi), plain)
 
     def partials(self, A: Tensor, B: Tensor, c: Tensor) -> Partials:
         a, b = self.variances
         p, q = a + A, b + B
         pq = p * q
-        D = pq - c * c
+        D = _determinant(A, B, c, a, b)
         root = D.rsqrt()
-        arcsine = _arcsine_partials(p, q, c)
+        arcsine = _arcsine_partials(A, B, c, a, b)
         # N = AB + c²(ab − AB)/pq; ∂_A of (ab − AB)/pq is −b(a + B)·/(p²q)…, written out: (ab − AB)/pq = S
         S = (a * b - A * B) / pq
         S_A = -(B + S * q) / pq
         S_B = -(A + S * p) / pq
         S_AA = 2 * (B + S * q) / (pq * p)
-        N, N_c = A * B + c * c * S, 2 * c * S
+        N, N_c = A * B / pq * D + c * c * (a * b / pq), 2 * c * S
         N_A, N_B = B + c * c * S_A, A + c * c * S_B
         R, R_A, R_B, R_c = root, -q * root / (2 * D), -p * root / (2 * D), c * root / D
         R_AA = 3 * q * q * root / (4 * D * D)
@@ -245,7 +272,27 @@ class _Gelu:
             F_B + c * arcsine.Bc + 2 * c * S_B * R + N_B * R_c + N_c * R_B + N * R_Bc,
             2 * F_c + c * arcsine.cc + 2 * S * R + 2 * N_c * R_c + N * R_cc,
         )
-        return _scaled(both, 1 / (2 * math.pi))
+        found = _scaled(both, 1 / (2 * math.pi))
+        return found._replace(value=self._value(A, B, c, D, D.sqrt()))
+
+
+def _rectified(c: Tensor, root: Tensor) -> Tensor:
+    """√D + c (π/2 + atan(c/√D)): 2π E[relu relu] of fields of covariance c, determinant D.
+
+    At c < 0, where terms cancel, it is |c| (t − atan t), t = √D/|c|.
+    """
+    size = torch.where(c < 0, -c, 1.0)
+    return torch.where(c < 0, size * _beyond_slope(root / size), root + c * (math.pi / 2 + torch.atan2(c, root)))
+
+
+def _beyond_slope(t: Tensor) -> Tensor:
+    """t − atan t, t > 0; by its series where t is small and the two agree."""
+    small = t < 0.25
+    u = torch.where(small, t, 0.25)
+    square, series = u * u, torch.zeros_like(u)
+    for odd in range(29, 1, -2):  # 0.25²⁸/31 is 4e-19
+        series = ((1 / odd if odd % 4 == 3 else -1 / odd) + series * square) if odd < 29 else series - 1 / odd
+    return torch.where(small, series * square * u, t - torch.atan(t))
 
 
 def _scaled(partials: Partials, factor: Number) -> Partials:
@@ -293,11 +340,11 @@ class _LogisticMixture:
         A, B, c, a, b, pairs = self._mixed(A, B, c)
 
         def angle() -> Tensor:
-            return (torch.atan2(c, ((a + A) * (b + B) - c * c).sqrt()) * pairs).sum((-2, -1))
+            return (torch.atan2(c, _determinant(A, B, c, a, b).sqrt()) * pairs).sum((-2, -1))
 
         match self.of:
             case "softplus":  # E relu(x + λZ)
-                return (_PiecewiseLinear(0.0)(a + A, b + B, c) * pairs).sum((-2, -1))
+                return (_rectified(c, _determinant(A, B, c, a, b).sqrt()) * pairs).sum((-2, -1)) / (2 * math.pi)
             case "silu":
                 return (_Gelu(a, b)(A, B, c) * pairs).sum((-2, -1))
             case "tanh":
@@ -311,13 +358,14 @@ class _LogisticMixture:
         A, B, c, a, b, pairs = self._mixed(A, B, c)
         match self.of:
             case "softplus":
-                parts, factor, constant = _rectifier_partials(a + A, b + B, c), 1.0, 0.0
+                value = _rectified(c, _determinant(A, B, c, a, b).sqrt()) / (2 * math.pi)
+                parts, factor, constant = _rectifier_partials(a + A, b + B, c)._replace(value=value), 1.0, 0.0
             case "silu":
                 parts, factor, constant = _Gelu(a, b).partials(A, B, c), 1.0, 0.0
             case "tanh":
-                parts, factor, constant = _arcsine_partials(a + A, b + B, c), 2 / math.pi, 0.0
+                parts, factor, constant = _arcsine_partials(A, B, c, a, b), 2 / math.pi, 0.0
             case "sigmoid":
-                parts, factor, constant = _arcsine_partials(a + A, b + B, c), 1 / (2 * math.pi), 0.25
+                parts, factor, constant = _arcsine_partials(A, B, c, a, b), 1 / (2 * math.pi), 0.25
             case other:
                 assert_never(other)
         found = Partials(*((part * pairs).sum((-2, -1)) * factor for part in parts))

@@ -5,12 +5,16 @@ from __future__ import annotations
 import logging
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+#: Signals a second one of which acts as ever.
+_ENDING = (signal.SIGINT, signal.SIGTERM)
+#: A terminal that went away, the limit on processor time, a batch system's warning: sent again and again, they only
+#: ask.  Where they are ignored, as nohup has it, they stay ignored.
+_WARNING = (signal.SIGHUP, signal.SIGXCPU, signal.SIGUSR1)
 _log = logging.getLogger("tsdyn")
 
 
@@ -30,29 +34,34 @@ class Stopped(KeyboardInterrupt):
 
 @contextmanager
 def stopping() -> Iterator[Callable[[], int | None]]:
-    """Inside, the first SIGINT or SIGTERM only asks; the function given says which came.  A second acts as ever.
+    """Inside, the first SIGINT, SIGTERM, SIGHUP, SIGXCPU or SIGUSR1 only asks; the function given says which came.
 
-    Outside the main thread signals are left alone: they are the main thread's to hear.
+    After it SIGINT and SIGTERM act as ever.  Outside the main thread signals are left alone: they are the main thread's
+    to hear.
     """
     asked: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield lambda: None
         return
-    before = {number: signal.getsignal(number) for number in _SIGNALS}
+    before = {number: signal.getsignal(number) for number in (*_ENDING, *_WARNING)}
+    heard = [number for number in before if number in _ENDING or before[number] is not signal.SIG_IGN]
 
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    def restore(numbers: Iterable[signal.Signals]) -> None:
+        for number in numbers:
+            signal.signal(number, before[number])
 
     def hear(number: int, _: FrameType | None) -> None:
+        if asked:
+            return
         asked.append(number)
-        restore()
+        restore(_ENDING)
         name = signal.Signals(number).name
-        _log.warning("%s: finishing this epoch and committing; send it again to stop at once", name)
+        way = "; send it again to stop at once" if number in _ENDING else ""
+        _log.warning("%s: finishing this epoch and committing%s", name, way)
 
-    for number in _SIGNALS:
+    for number in heard:
         signal.signal(number, hear)
     try:
         yield lambda: asked[0] if asked else None
     finally:
-        restore()
+        restore(heard)

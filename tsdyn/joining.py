@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import netCDF4
 import numpy as np
 
-from tsdyn import netcdf
-from tsdyn.schema import VARIABLES, Layout
+from tsdyn import netcdf, schema
+from tsdyn.schema import VARIABLES, Label, Layout
 from tsdyn.whole_files import ArchiveError
 from tsdyn.wrong_numbers import WRONG_THROUGH, wrong_variables
 
@@ -44,24 +44,27 @@ class Block(NamedTuple):
     members: slice
 
 
-def recorded(paths: Sequence[Path], schedule: Sequence[int]) -> tuple[list[Part], list[int]]:
-    """What each segment holds, and all recorded epochs: those of `schedule`, and the last ones of shorter runs before.
+def recorded(
+    paths: Sequence[Path], schedule: Sequence[Label], dimension: schema.Path = "epoch"
+) -> tuple[list[Part], list[Label]]:
+    """What each segment holds, and all recorded labels: those of `schedule`, and the last ones of shorter runs before.
 
     Raises:
         ArchiveError: if epochs of the schedule are missing, or they are out of order.
     """
     parts: list[Part] = []
-    epochs: list[int] = []
+    epochs: list[Label] = []
     for path in paths:
-        with netcdf.dataset(path, only="epoch") as nc:
-            own = [int(epoch) for epoch in nc["epoch"][:]]
+        with netcdf.dataset(path, only=dimension) as nc:
+            own = nc[dimension][:].tolist()
             parts.append(Part(path, len(epochs), len(epochs) + len(own), netcdf.attributes(nc)))
         epochs += own
     missing = sorted(set(schedule) - set(epochs))
     if missing or epochs != sorted(set(epochs)):
         raise ArchiveError(
             f"{paths[0].parent.parent if paths else 'no segments'}: segments hold {len(set(epochs))} of the "
-            f"{len(schedule)} epochs to record, missing or out of order from epoch {missing[0] if missing else epochs}"
+            f"{len(schedule)} {dimension}s to record, missing or out of order from {dimension} "
+            f"{missing[0] if missing else epochs}"
             "; segments are kept"
         )
     return parts, epochs
@@ -132,7 +135,7 @@ def _fill(parts: Sequence[Part], layout: Layout, held: Sequence[tuple[Block, np.
             variable = VARIABLES[block.name]
             if "epoch" not in variable.dims:
                 low, high, window = 0, 1, slice(None)
-                if part is not parts[0]:
+                if part is not parts[-1 if variable.when == "end" else 0]:
                     continue
             else:
                 low, high = max(block.window.start, part.first), min(block.window.stop, part.end)
@@ -162,12 +165,12 @@ def _blocks(name: str, epochs: int, layout: Layout, nc: netCDF4.Dataset) -> Iter
                 yield Block(name, window, layer, slice(low, min(low + members, seeds)))
 
 
-def wrong_through(parts: Sequence[Part], epochs: Sequence[int], variables: Sequence[str]) -> int | None:
+def wrong_through(parts: Sequence[Part], epochs: Sequence[Label], variables: Sequence[str]) -> int | None:
     """The last epoch that an earlier version recorded of variables that it got wrong, None if there is none."""
     last = None
     for part in parts:
         version, through = part.attrs.get("schema_version"), part.attrs.get(WRONG_THROUGH)
         version = int(version) if isinstance(version, (int, np.integer)) else version
         if set(wrong_variables(version, through, str(part.attrs.get("experiment")))) & set(variables):
-            last = epochs[part.end - 1] if through is None else int(through)
+            last = int(epochs[part.end - 1]) if through is None else int(through)
     return last

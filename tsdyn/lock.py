@@ -24,6 +24,10 @@ _NO_FLOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 _log = logging.getLogger("tsdyn.archive")
 
 
+class HeldError(ArchiveError):
+    """Another process is writing there."""
+
+
 #: Held by this process; a child that it forks holds none of them.
 _held: weakref.WeakSet[Lock] = weakref.WeakSet()
 
@@ -74,6 +78,22 @@ class Lock:
             os.close(self._handle)
         self._handle, self._beating, self._token = None, None, secrets.token_hex(8)
         _held.discard(self)
+
+    @property
+    def of_the_kernel(self) -> bool:
+        """Whether it is flock that is held, and not the file."""
+        return self._handle is not None
+
+    def wait(self, seconds: float) -> Lock:
+        """`acquire`, tried for so long: for what others hold for a moment."""
+        until = time.monotonic() + seconds
+        while True:
+            try:
+                return self.acquire()
+            except HeldError:
+                if time.monotonic() >= until:
+                    raise
+                time.sleep(0.05)
 
     def __enter__(self) -> Lock:
         return self.acquire()
@@ -165,8 +185,8 @@ class Lock:
         }
         return json.dumps(owner).encode()
 
-    def _held(self, holder: dict[str, Any]) -> ArchiveError:
-        return ArchiveError(
+    def _held(self, holder: dict[str, Any]) -> HeldError:
+        return HeldError(
             f"{self.path.parent}: another process is writing here ({_described(holder)}); wait for it, or give another "
             "directory with -o"
         )

@@ -20,6 +20,7 @@ from tsdyn.losses import loss
 from tsdyn.networks import Network
 from tsdyn.observables import Measurement, Probe
 from tsdyn.own_modules import Maker, Own, check_given, made
+from tsdyn.protocol import of_this_shape
 from tsdyn.rules import Rule
 from tsdyn.students import draw_student
 from tsdyn.teachers import draw_teacher
@@ -31,7 +32,7 @@ FRESH_BYTES = 1 << 26
 
 @dataclass
 class Members:
-    """All members of a run: teachers, data and the ensemble in training."""
+    """All members of a run of training: teachers, data and the ensemble; as `tsdyn.protocol.Runnable` says."""
 
     experiment: Experiment
     device: str = "cpu"
@@ -215,31 +216,39 @@ class Members:
             )
         return {"teacher_weight": weights, "teacher_bias": biases}
 
+    def outcome(self) -> dict[str, Any]:
+        """Nothing that is not recorded along the run."""
+        return {}
+
     def state(self) -> dict[str, np.ndarray]:
         """Everything the next epoch depends on; draws need no state, they are keyed by (seed, epoch)."""
         return self.ensemble.state()
 
     def restore(self, state: Mapping[str, np.ndarray]) -> None:
-        """Go on from a stored state."""
+        """Go on from a stored state.
+
+        Raises:
+            StateError: if it is not a state of these members.
+        """
         self.prepare()
-        self.ensemble.restore(state)
+        self.ensemble.restore(of_this_shape(state, self.state()))
 
     def prepare(self) -> None:
         """Give the members the moments that training needs."""
         self.ensemble.prepare(Rule.of(self.experiment.training, 1).optimizer.moments)
 
-    def train(self, epoch: int) -> list[int]:
-        """The epoch that ends at `epoch`; returns the seeds that died in it."""
-        rule = Rule.of(self.experiment.training, epoch)
+    def advance(self, step: int) -> list[int]:
+        """The epoch that ends at `step`; returns the seeds that died in it."""
+        rule = Rule.of(self.experiment.training, step)
         match self.experiment.training.method:
             case "flow":
-                lasting = self.experiment.training.rate(epoch) * self.experiment.steps
+                lasting = self.experiment.training.rate(step) * self.experiment.steps
                 flowtraining.train_epoch(self.ensemble, list(zip(*self.finite, strict=True)), rule, time=lasting)
             case "sgd" | "gd" | "adam":
-                train_epoch(self.ensemble, self.stream(epoch), rule, batch=self.batch)
+                train_epoch(self.ensemble, self.stream(step), rule, batch=self.batch)
             case other:
                 assert_never(other)
-        return self.mark_dead(epoch)
+        return self.mark_dead(step)
 
     def mark_dead(self, epoch: int) -> list[int]:
         """Seeds whose parameters are NaN or infinite since `epoch` (`ensemble.mark_dead`)."""
@@ -255,13 +264,14 @@ class Members:
 
 
 def kinship(experiment: Experiment) -> object | None:
-    """Experiments of equal kinship can train as one ensemble (`Together`); None: this one only by itself.
+    """Experiments of equal kinship can train as one ensemble (`Together`); None: this one only by itself, as all that
+    train none.
 
     Their students have the same layers and take as many steps of one rule.  Learning rates, starts, teachers and data
     may differ.
     """
     law, student = experiment.training, experiment.student
-    if experiment.deep or law.method == "flow" or experiment.of_own_modules:
+    if experiment.kind != "training" or experiment.deep or law.method == "flow" or experiment.of_own_modules:
         return None
     return (
         experiment.dtype,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import os
+import resource
 import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -14,20 +16,85 @@ ALWAYS = 16 << 20
 
 
 def available() -> int:
-    """Bytes a process may still take without swapping, or being killed for it by the limit of its control group."""
-    return min(_of_the_machine(), _of_the_group())
+    """Bytes a process may still take without swapping, being killed for it, or being refused.
+
+    The least of what the machine has, what each of its control groups allows (v1 and v2, up to the root: a container's,
+    a batch job's, a user session's), and ``ulimit -v`` and ``-d``.
+    """
+    return min(_of_the_machine(), _of_the_groups(), _of_the_process())
 
 
-def _of_the_group(folder: str = "/sys/fs/cgroup") -> int:
-    """What a container or a batch job may still take; its page cache can be had back."""
+def limits() -> dict[str, int]:
+    """What `available` is the least of, in bytes; ``sys.maxsize`` where there is no limit."""
+    return {"machine": _of_the_machine(), "control groups": _of_the_groups(), "ulimit": _of_the_process()}
+
+
+def _of_the_groups(membership: str = "/proc/self/cgroup", mounts: str = "/proc/self/mountinfo") -> int:
+    """What this process's control groups leave, and those that hold them; their page cache can be had back."""
     try:
-        limit = (Path(folder) / "memory.max").read_text(encoding="ascii").strip()
-        used = int((Path(folder) / "memory.current").read_text(encoding="ascii"))
-        lines = (Path(folder) / "memory.stat").read_text(encoding="ascii").splitlines()
+        lines = Path(membership).read_text(encoding="utf-8").splitlines()
+        mounted = Path(mounts).read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError):
         return sys.maxsize
-    cached = next((int(line.split()[1]) for line in lines if line.startswith("inactive_file ")), 0)
-    return sys.maxsize if limit == "max" else max(0, int(limit) - used + cached)
+    left = sys.maxsize
+    for _, controllers, group in (line.split(":", 2) for line in lines if line.count(":") >= 2):
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        kind = "cgroup" if controllers else "cgroup2"
+        for root, point in _mounted(mounted, kind):
+            inside = Path(group).relative_to(root) if Path(group).is_relative_to(root) else Path()
+            folder = Path(point) / inside
+            for each in (folder, *folder.parents):
+                if not each.is_relative_to(point):
+                    break
+                left = min(left, _left_in(each, kind))
+    return left
+
+
+def _mounted(lines: Sequence[str], kind: str) -> Iterator[tuple[str, str]]:
+    """(group, directory) of each place where groups with memory limits are to be seen."""
+    for line in lines:
+        before, _, after = line.partition(" - ")
+        fields, described = before.split(), after.split()
+        if len(fields) < 5 or len(described) < 3 or described[0] != kind:
+            continue
+        if kind == "cgroup2" or "memory" in described[2].split(","):
+            yield fields[3], fields[4]
+
+
+_FILES: Mapping[str, tuple[tuple[str, ...], str, str]] = {
+    "cgroup": (("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactive_file "),
+    "cgroup2": (("memory.max", "memory.high"), "memory.current", "inactive_file "),
+}
+
+
+def _left_in(folder: Path, kind: str) -> int:
+    names, used, cached = _FILES[kind]
+    limits = [int(text) for name in names if (text := _text(folder / name)).isdigit()]
+    taken = _text(folder / used)
+    if not limits or not taken.isdigit():
+        return sys.maxsize
+    lines = _text(folder / "memory.stat").splitlines()
+    back = next((int(line.split()[1]) for line in lines if line.startswith(cached)), 0)
+    return max(0, min(limits) - int(taken) + back)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="ascii").strip()
+    except (OSError, ValueError):
+        return ""
+
+
+def _of_the_process() -> int:
+    """What ``ulimit -v`` (addresses) and ``-d`` (data) leave this process."""
+    left = sys.maxsize
+    fields = _text(Path("/proc/self/statm")).split()
+    for kind, field in ((resource.RLIMIT_AS, 0), (resource.RLIMIT_DATA, 5)):
+        limit = resource.getrlimit(kind)[0]
+        if limit != resource.RLIM_INFINITY and len(fields) > field:
+            left = min(left, max(0, limit - int(fields[field]) * resource.getpagesize()))
+    return left
 
 
 def _of_the_machine() -> int:

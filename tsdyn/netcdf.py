@@ -265,16 +265,20 @@ def _chunks(variable: schema.Variable, layout: Layout, sizes: Mapping[str, int],
 def create(
     nc: netCDF4.Dataset,
     layout: Layout,
-    epochs: Sequence[int],
+    epochs: Sequence[schema.Label],
     variables: Sequence[str],
     dtype: str,
     attrs: Mapping[str, Any],
 ) -> None:
-    """Dimensions, coordinates and empty variables; what is never written reads as NaN."""
+    """Dimensions, coordinates and empty variables; what is never written reads as NaN.
+
+    `epochs` are the labels along the run's dimension, ``layout.path``.
+    """
     sizes = _sizes(layout, len(epochs))
     used = {d for name in variables for d in VARIABLES[name].dims} | {"seed", "epoch", "layer"}
     for dim in (d for d in sizes if d in used):
-        nc.createDimension(dim, sizes[dim])
+        name = layout.path if dim == "epoch" else dim
+        nc.createDimension(name, sizes[dim])
         labels: Sequence[float] = range(sizes[dim])
         labels = {
             "seed": layout.seeds,
@@ -283,9 +287,9 @@ def create(
             "quantile": layout.quantiles,
             "top_k": range(1, sizes["top_k"] + 1),
         }.get(dim, labels)
-        kind = "f8" if dim == "quantile" else "i8"
-        labelled = nc.createVariable(dim, kind, (dim,), fletcher32=len(labels) > 0)
-        labelled.long_name = schema.DIMENSIONS[dim]
+        kind = "f8" if name in ("quantile", "time", "alpha") else "i8"
+        labelled = nc.createVariable(name, kind, (name,), fletcher32=len(labels) > 0)
+        labelled.long_name = schema.DIMENSIONS[name]
         labelled[:] = np.asarray(labels, dtype=kind)
     columns = {
         "width": layout.widths,
@@ -305,7 +309,7 @@ def create(
         array = nc.createVariable(
             name,
             dtype,
-            variable.dims,
+            variable.along(layout.path),
             fill_value=np.nan,
             fletcher32=len(epochs) > 0 or "epoch" not in variable.dims,
             chunksizes=_chunks(variable, layout, sizes, np.dtype(dtype).itemsize),

@@ -11,8 +11,9 @@ Source: Goldt et al. (2019), section 2.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ from tsdyn.rules import Rule
 from tsdyn.train import train_epoch
 
 #: Inputs of a block of members are drawn in pieces of about this size.
-_PIECE_BYTES = 1 << 23
+PIECE_BYTES = 1 << 23
 
 
 def online(
@@ -100,10 +101,11 @@ def online(
     steps = np.round(times * inputs).astype(int)
     if (np.diff(steps) == 0).any():
         raise ValueError(f"online: alpha holds times closer than a step, 1/N = {1 / inputs:.3g}")
-    members = [_Member.draw(begin if not lead else Overlaps(*(x[i] for x in begin)), inputs, seed)
+    members = [Member.draw(begin if not lead else Overlaps(*(x[i] for x in begin)), inputs, seed)
                for i, seed in enumerate(labels)]  # fmt: skip
     with torch.no_grad():
-        path = _trained(members, steps, sigma, rates)
+        simulation = Simulation(members, sigma, rates)
+        path = [torch.stack(part, 1) for part in zip(*map(simulation.until, steps.tolist()), strict=True)]
         T_, A_ = (x.expand(len(labels), *x.shape[len(lead) :]) for x in (begin.T, begin.A))
         return order.labelled(
             Overlaps(path[0], path[1], T_, path[2], A_),
@@ -115,7 +117,7 @@ def online(
 
 
 @dataclass
-class _Member:
+class Member:
     """One seed: its weights at the start, its teacher and its samples to come."""
 
     w: Tensor
@@ -126,32 +128,83 @@ class _Member:
     noise: np.random.Generator
 
     @classmethod
-    def draw(cls, begin: Overlaps, inputs: int, seed: int) -> _Member:
+    def draw(cls, begin: Overlaps, inputs: int, seed: int) -> Member:
         frame, x, noise = (np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(3))
         w, B = order.weights(begin, inputs, frame)
         return cls(w, B, begin.v.clone(), begin.A, x, noise)
 
 
-def _trained(
-    members: list[_Member], steps: np.ndarray, sigma: Activation, rates: Rates
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Q, R (seed, alpha, …) and v at each of these steps."""
-    inputs = members[0].w.shape[1]
-    rule, scale = _rule(rates, inputs)
-    leak = 0.0 if sigma.leak is None else sigma.leak
-    ensemble = Ensemble.of([Network([m.w, m.v[None] / scale], activation=sigma.name, leak=leak) for m in members])
-    B = torch.stack([m.B for m in members])
-    batch, found, taken = int(rates.batch), [], 0
-    for step in steps.tolist():
-        if step > taken:
-            stream = _stream(members, sigma, rates, scale, step - taken)
-            train_epoch(ensemble, stream, rule, batch=batch)
-            mark_dead(ensemble, step)
-            taken = step
-        w, u = ensemble.weights
-        found.append((w @ w.mT / inputs, w @ B.mT / inputs, u[:, 0] * scale))
-    Q, R, v = (torch.stack(part, 1) for part in zip(*found, strict=True))
-    return Q, R, v
+class Simulation:
+    """Members side by side, which can be halted at any step, stored and gone on with.
+
+    Args:
+        members: Weights at the start and generators of samples.
+        sigma: Activation.
+        rates: The rule.
+    """
+
+    def __init__(self, members: list[Member], sigma: Activation, rates: Rates) -> None:
+        self.members, self._sigma, self._rates = members, sigma, rates
+        self._inputs = members[0].w.shape[1]
+        self._rule, self._scale = _rule(rates, self._inputs)
+        leak = 0.0 if sigma.leak is None else sigma.leak
+        students = [Network([m.w, m.v[None] / self._scale], activation=sigma.name, leak=leak) for m in members]
+        self.ensemble = Ensemble.of(students)
+        self._B = torch.stack([m.B for m in members])
+        self._taken = 0
+
+    def until(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Q, R and v (seed, …) after so many steps in all."""
+        if step > self._taken:
+            stream = _stream(self.members, self._sigma, self._rates, self._scale, step - self._taken)
+            train_epoch(self.ensemble, stream, self._rule, batch=int(self._rates.batch))
+            mark_dead(self.ensemble, step)
+            self._taken = step
+        w, u = self.ensemble.weights
+        return w @ w.mT / self._inputs, w @ self._B.mT / self._inputs, u[:, 0] * self._scale
+
+    def state(self) -> dict[str, np.ndarray]:
+        """All that the next step depends on, by name; generators as (seed, 6) numbers."""
+        w, u = self.ensemble.weights
+        generators = {name: np.stack([_numbers(getattr(m, name)) for m in self.members]) for name in ("x", "noise")}
+        return {
+            "w": w.numpy(),
+            "u": u.numpy(),
+            **generators,
+            "taken": np.array(self._taken),
+            "died": self.ensemble.death_epoch.numpy(),
+        }
+
+    def restore(self, stored: Mapping[str, np.ndarray]) -> None:
+        """Go on from what `state` gave."""
+        for name, parameter in zip(("w", "u"), self.ensemble.weights, strict=True):
+            parameter.copy_(torch.from_numpy(np.array(stored[name])))
+        for name in ("x", "noise"):
+            for member, numbers in zip(self.members, stored[name], strict=True):
+                _set(getattr(member, name), numbers)
+        self._taken = self.ensemble.steps = int(stored["taken"])
+        self.ensemble.death_epoch.copy_(torch.from_numpy(np.array(stored["died"])))
+
+
+_LOW = (1 << 64) - 1
+
+
+def _numbers(generator: np.random.Generator) -> np.ndarray:
+    """The state of a PCG64: its two 128-bit numbers in halves, and the half draw that it keeps."""
+    state: Any = generator.bit_generator.state
+    wide = (state["state"]["state"], state["state"]["inc"])
+    halves = [half for number in wide for half in (number >> 64, number & _LOW)]
+    return np.array([*halves, state["has_uint32"], state["uinteger"]], dtype=np.uint64)
+
+
+def _set(generator: np.random.Generator, numbers: np.ndarray) -> None:
+    high, low, inc_high, inc_low, has, kept = (int(number) for number in numbers)
+    generator.bit_generator.state = {
+        "bit_generator": "PCG64",
+        "state": {"state": high << 64 | low, "inc": inc_high << 64 | inc_low},
+        "has_uint32": has,
+        "uinteger": kept,
+    }
 
 
 def _rule(rates: Rates, inputs: int) -> tuple[Rule, float]:
@@ -163,12 +216,12 @@ def _rule(rates: Rates, inputs: int) -> tuple[Rule, float]:
     return Rule(rate, weight_decay=rates.weight_decay / (inputs * rate), frozen=frozen), scale
 
 
-def _stream(members: list[_Member], sigma: Activation, rates: Rates, scale: float, steps: int) -> Stream:
+def _stream(members: list[Member], sigma: Activation, rates: Rates, scale: float, steps: int) -> Stream:
     batch, inputs = int(rates.batch), members[0].w.shape[1]
 
     def stream(chosen: slice) -> Iterator[Batches]:
         block = members[chosen]
-        piece = max(1, _PIECE_BYTES // (8 * len(block) * batch * inputs))
+        piece = max(1, PIECE_BYTES // (8 * len(block) * batch * inputs))
         for done in range(0, steps, piece):
             count = min(piece, steps - done)
             x = np.stack([m.x.standard_normal((count * batch, inputs)) for m in block])

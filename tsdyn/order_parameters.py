@@ -184,7 +184,8 @@ def _integrated(
     end = max(times[-1], np.finfo(float).tiny)
     solved = solve_ivp(slope, (0.0, end), y, "DOP853", t_eval=times, events=within, rtol=rtol, atol=atol)
     path = np.full((len(times), len(y)), np.nan)
-    path[: solved.y.shape[1]] = solved.y.T
+    if len(solved.t):  # none, if it diverged before the first time
+        path[: len(solved.t)] = solved.y.T
     q, r, v = (torch.from_numpy(x.copy()) for x in np.split(path, ends, axis=1))
     shaped = q.unflatten(-1, (nodes, nodes)), r.unflatten(-1, (nodes, teacher_nodes)), v
     return shaped, "time" if solved.status == 0 else "diverged"

@@ -21,9 +21,10 @@ from jaxtyping import Float
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from tsdyn import interaction
+from tsdyn import interaction, node_pairs
 from tsdyn.activations import Activation
 from tsdyn.networks import Network, require_plain
+from tsdyn.node_pairs import FIELDS
 
 SOURCE = "Saad & Solla 1995; Goldt et al. 2019 (arXiv 1906.08632)"
 #: Overlaps whose least eigenvalue is below minus this share of the largest belong to no weights.
@@ -58,6 +59,10 @@ class Overlaps(NamedTuple):
         return torch.cat([self.v, -self.A], -1)
 
 
+def _tensor(x: ArrayLike | Tensor) -> Tensor:
+    return torch.as_tensor(x if isinstance(x, Tensor) else np.array(x)).detach().to(torch.float64)
+
+
 def checked(
     caller: str,
     Q: ArrayLike | Tensor,
@@ -80,13 +85,16 @@ def checked(
         ValueError: for shapes that do not fit together, values that are not finite, and overlaps that are not
             symmetric or not positive semidefinite.
     """
-    q, r, t = (torch.as_tensor(x).detach().to(torch.float64) for x in (Q, R, T))
+    for name, x in (("Q", Q), ("R", R), ("T", T)):
+        said = getattr(x, "attrs", {}).get("normalisation", FIELDS)
+        if said != FIELDS:
+            raise ValueError(f"{caller}: {name} is the {said!r}, not the {FIELDS!r}")
+    q, r, t = (_tensor(x) for x in (Q, R, T))
     if r.ndim < 2:
         raise ValueError(f"{caller}: R has shape {tuple(r.shape)}; it is (node, teacher_node)")
     nodes, teacher_nodes = r.shape[-2:]
     outgoing = [
-        torch.ones(n, dtype=torch.float64) if x is None else torch.as_tensor(x).detach().to(torch.float64)
-        for x, n in ((v, nodes), (A, teacher_nodes))
+        torch.ones(n, dtype=torch.float64) if x is None else _tensor(x) for x, n in ((v, nodes), (A, teacher_nodes))
     ]
     wanted = {"Q": (nodes, nodes), "T": (teacher_nodes, teacher_nodes), "v": (nodes,), "A": (teacher_nodes,)}
     for (name, shape), x in zip(wanted.items(), (q, t, *outgoing), strict=True):
@@ -132,7 +140,8 @@ def of(student: Network, teacher: Network) -> Overlaps:
     if student.widths[0] != teacher.widths[0] or _kind(student) != _kind(teacher):
         raise ValueError(f"overlaps: {student} and {teacher} differ in inputs or activation")
     w, b = student.weights[0].detach(), teacher.weights[0].detach()
-    return Overlaps(w @ w.T, w @ b.T, b @ b.T, student.weights[1].detach()[0], teacher.weights[1].detach()[0])
+    pairs = (node_pairs.overlap(*of) for of in ((w, w), (w, b), (b, b)))
+    return Overlaps(*pairs, student.weights[1].detach()[0], teacher.weights[1].detach()[0])
 
 
 def _kind(network: Network) -> tuple[str, float | None]:
@@ -149,6 +158,10 @@ def generalization_error(overlaps: Overlaps, sigma: Activation) -> Float[Tensor,
     A, B, c = torch.broadcast_tensors(own[..., :, None], own[..., None, :], C)
     pairs = interaction.of(sigma)(A, B, c)
     return (masses[..., None, :] @ pairs @ masses[..., :, None])[..., 0, 0] / 2
+
+
+def _stated(name: str) -> dict[str, str]:
+    return {"normalisation": FIELDS} if name in ("Q", "R", "T") else {}
 
 
 def weights(
@@ -212,7 +225,7 @@ def labelled(
     }
     return xr.Dataset(
         {
-            key: ((*member, *dims), x.numpy(), {"units": "1", "long_name": text, "source": SOURCE})
+            key: ((*member, *dims), x.numpy(), {"units": "1", "long_name": text, "source": SOURCE} | _stated(key))
             for key, (dims, x, text) in parts.items()
         },
         coordinates,

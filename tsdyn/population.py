@@ -16,7 +16,7 @@ from tsdyn.critical_points import (
 from tsdyn.interaction import Derivatives, Interaction, Partials
 from tsdyn.interaction import derivatives as interaction_derivatives
 from tsdyn.interaction import in_cosine as interaction
-from tsdyn.population_loss import PopulationLoss, loss, loss_from_overlaps
+from tsdyn.population_loss import PopulationLoss, loss, loss_from_overlaps, starts
 from tsdyn.students import warm_start
 
 __all__ = [
@@ -38,5 +38,6 @@ __all__ = [
     "perturbed_copy",
     "perturbed_copy_average",
     "phase_boundaries",
+    "starts",
     "warm_start",
 ]

@@ -10,13 +10,15 @@ Source: Saad & Solla (1995); Simsek et al. (2023), section 3.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from tsdyn import interaction
+from tsdyn.data import generator
 from tsdyn.interaction import Interaction
 from tsdyn.networks import Network, require_plain
 
@@ -179,6 +181,17 @@ class PopulationLoss:
         """Named parts of rows of parameters with the dimensions that follow the leading ones."""
         w, a = self.unpack(parameters)
         return {"weight": (("node", "input_node"), w), "outgoing": (("node", "output"), a)}
+
+
+def starts(loss: PopulationLoss, seeds: Iterable[int]) -> Tensor:
+    """Rows of parameters (seed, parameter) as Glorot & Bengio (2010) start: N(0, 2/(inputs + outputs)) a layer."""
+    n, d, outputs = loss.nodes, loss.inputs, loss.outputs
+    rows = []
+    for seed in seeds:
+        draw = generator(seed, "student")
+        w = draw.standard_normal(n * d) * np.sqrt(2 / (n + d))
+        rows.append(np.concatenate([w, draw.standard_normal(n * outputs) * np.sqrt(2 / (n + outputs))]))
+    return torch.from_numpy(np.stack(rows)).to(loss.dtype)
 
 
 def loss(student: Network, teacher: Network) -> Float[Tensor, ""]:

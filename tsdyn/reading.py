@@ -22,12 +22,12 @@ import numpy as np
 import xarray as xr
 from dask.base import tokenize
 
-from tsdyn import schema
+from tsdyn import schema, study_directories
 from tsdyn.experiment import Experiment, digest
 from tsdyn.headers import Header, Headers, Source
 from tsdyn.lazy_arrays import Cells, Stored
-from tsdyn.points import POINT, Axis, axes, checked_sweep, places, sweep_dimensions, swept_keys
 from tsdyn.run_directory import ARCHIVE, EXPERIMENT
+from tsdyn.sweep_axes import POINT, Axis, axes, checked_sweep, places, sweep_dimensions, swept_keys
 from tsdyn.sweep_directory import SWEEP, label, point_directories
 from tsdyn.whole_files import (
     ALWAYS_VERIFIED,
@@ -103,7 +103,12 @@ def opened(path: Path, *, skip_damaged: bool = False, upto: float = -1.0) -> xr.
         return _opened_together([path], skip_damaged, upto)
     if not path.exists():
         raise DirectoryError(f"{path}: does not exist; runs are made by `tsdyn run EXPERIMENT.toml -o {path}`")
+    of_a_study = study_directories.result(path)
+    if of_a_study is not None:
+        return study_directories.read(of_a_study)
     sources = Headers(path, upto).committed(".", lambda: Experiment.from_toml(path / EXPERIMENT))
+    if not sources and any((path / name).exists() for name in ("zarr.json", ".zgroup", ".zmetadata")):
+        raise DirectoryError(f"{path}: is a zarr store; open it by xarray.open_zarr({str(path)!r})")
     if not sources:
         raise DirectoryError(f"{path}: holds no archive and no committed epoch; finish it with `tsdyn run`")
     return _whole({(): sources}, ()).assign_attrs(sources[0].own)
@@ -218,7 +223,8 @@ def _committed(
         try:
             sources = headers.committed(name, expected)
             for source in sources:
-                if not {"seed", "epoch", "layer"} <= set(source.header.labels):
+                dims = set(source.header.labels)
+                if not {"seed", "layer"} <= dims or not set(schema.PATHS) & dims:
                     raise DirectoryError(
                         f"{source.path}: is no archive of a run; `tsdyn.open` opens such a file by itself"
                     )
@@ -388,8 +394,12 @@ def _coverage(cell: Sequence[Source]) -> float:
     """Share of the recorded epochs that are committed."""
     if cell[0].path.name == ARCHIVE:
         return 1.0
-    schedule = set(Experiment.from_toml(cell[0].path.parent.parent / EXPERIMENT).schedule)
-    return sum(epoch in schedule for source in cell for epoch in source.header.labels["epoch"]) / len(schedule)
+    experiment = Experiment.from_toml(cell[0].path.parent.parent / EXPERIMENT)
+    labels, along = set(experiment.labels), experiment.layout.path
+    there = sum(label in labels for source in cell for label in source.header.labels[along])
+    outcomes = experiment.recorded("end")  # a record of its own, which comes last
+    there += sum(set(outcomes) <= set(source.header.variables) for source in cell) if outcomes else 0
+    return there / (len(labels) + bool(outcomes))
 
 
 def _chunks(headers: Sequence[Header], array: Stored) -> tuple[int, ...]:

@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 import netCDF4
 import numpy as np
 
-from tsdyn import joining, netcdf
+from tsdyn import joining, netcdf, study_directories
 from tsdyn.experiment import Experiment, differences
 from tsdyn.lock import NAME as LOCK
 from tsdyn.lock import Lock
 from tsdyn.netcdf import State
-from tsdyn.points import axes, places
-from tsdyn.schema import VARIABLES, expand
+from tsdyn.schema import VARIABLES, Label
+from tsdyn.sweep_axes import axes, places
 from tsdyn.whole_files import (
     SUFFIX,
     ArchiveError,
@@ -48,6 +48,8 @@ RUN = "run"
 
 #: Attribute of an archive: epochs that it holds beyond its schedule, since shorter runs that it extends recorded them.
 KEPT = "kept_epochs"
+#: How long another command may take to make a sweep's directory its own.
+CLAIM_SECONDS = 30.0
 _SEGMENT = re.compile(r"epoch-(\d{6,})-(\d{6,})\.nc")
 
 #: Variable → one array (seed, epoch), or one a layer from the lowest up, (seed, epoch, node...); constants: no epoch.
@@ -99,9 +101,11 @@ def extends(longer: Experiment, shorter: Experiment) -> bool:
     Only ``training.epochs`` may differ, and be more, and the values in ``sweep``, of which none may be missing.
     """
     epochs = longer.training.epochs
-    if epochs < shorter.training.epochs or longer == shorter or bool(longer.sweep) != bool(shorter.sweep):
+    alike = longer.kind == shorter.kind and bool(longer.sweep) == bool(shorter.sweep)
+    if epochs < shorter.training.epochs or longer == shorter or not alike:
         return False
-    kept = {"training.epochs": epochs, **({"sweep": longer.sweep} if longer.sweep else {})}
+    kept: dict[str, Any] = {"training.epochs": epochs} if longer.kind == "training" else {}
+    kept |= {"sweep": longer.sweep} if longer.sweep else {}
     if differences(longer, shorter.replace(kept)):
         return False
     theirs, mine = ([json.dumps(p, sort_keys=True) for p in places(e.sweep).values()] for e in (shorter, longer))
@@ -119,14 +123,18 @@ def claim(path: Path, experiment: Experiment) -> None:
     """
     if not _claimed(path, experiment):
         make_directory(path)
-        with Lock(path):
+        lock = Lock(path).wait(CLAIM_SECONDS if experiment.sweep else 0.0)  # several commands may share a sweep
+        try:
             _sign(path, experiment)
+        finally:
+            lock.release()
 
 
 def _claimed(path: Path, experiment: Experiment) -> bool:
     """Whether `path` is the directory of `experiment` already; if not, it is free to be, or `claim`'s error."""
     file = path / EXPERIMENT
     if file.exists():
+        study_directories.refuse_to_write(path)
         theirs = Experiment.from_toml(file)
         if theirs == experiment:
             return True
@@ -176,7 +184,7 @@ class RunDirectory:
         self.path = local_path(path)
         self.experiment = experiment
         self.layout = experiment.layout
-        self.variables = (*expand(experiment.record.observables), *experiment.constants)
+        self.variables = experiment.recorded()
         self._lock = Lock(self.path)
         self._run: str | None = None
 
@@ -265,7 +273,7 @@ class RunDirectory:
         self,
         first: int,
         last: int,
-        epochs: Sequence[int],
+        epochs: Sequence[Label],
         records: Records,
         state: State,
         attrs: Mapping[str, Any],
@@ -275,10 +283,11 @@ class RunDirectory:
         The file is made in memory and written in one go, so that a failed write is the system's error, not HDF5's.
 
         Args:
-            first: First epoch of the segment.
-            last: Last epoch of the segment.
-            epochs: Recorded epochs among them, increasing.
-            records: Their measurements, and in the first segment the constants.
+            first: First step of the segment: of training, an epoch.
+            last: Last step of the segment.
+            epochs: Labels of the recorded ones among them, increasing: epochs, times or α.
+            records: Their measurements; in the first segment also what is known at the start, in the last what is
+                known at the end.
             state: Everything needed to go on; arrays by name, among them ``death_epoch``.
             attrs: Global attributes.
 
@@ -328,7 +337,7 @@ class RunDirectory:
         files = [segment.path for segment in segments(self.path)]
         for file in files:
             refuse_changed(file)
-        parts, epochs = joining.recorded(files, self.experiment.schedule)
+        parts, epochs = joining.recorded(files, self.experiment.labels, self.layout.path)
         attrs = {**attrs, **self._own_attrs(), **_history(parts, epochs, self.experiment, self.variables)}
         size = self.bytes_per_epoch * len(epochs)
         with replacing(self.path / ARCHIVE, size, seal=True) as temporary, joining.little_cached():
@@ -353,10 +362,10 @@ class RunDirectory:
 
 
 def _history(
-    parts: Sequence[joining.Part], epochs: Sequence[int], experiment: Experiment, variables: Sequence[str]
+    parts: Sequence[joining.Part], epochs: Sequence[Label], experiment: Experiment, variables: Sequence[str]
 ) -> dict[str, Any]:
     """Attributes that say what an archive has from before: epochs beyond its schedule, wrong numbers."""
-    kept = np.setdiff1d(np.asarray(epochs, dtype=np.int64), experiment.schedule)
+    kept = np.setdiff1d(epochs, experiment.labels)
     wrong = joining.wrong_through(parts, epochs, variables)
     found: dict[str, Any] = {KEPT: kept} if len(kept) else {}
     return found | ({} if wrong is None else {WRONG_THROUGH: wrong})

@@ -6,12 +6,9 @@ import datetime
 import json
 import logging
 import os
-import platform
-import subprocess
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
-from functools import cache
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, assert_never
 
@@ -19,22 +16,25 @@ import numpy as np
 import torch
 import xarray as xr
 
-from tsdyn import archive, flowtraining, memory, schema
-from tsdyn._version import __version__
+from tsdyn import archive, data, flowtraining, inputs, memory, provenance, schema
 from tsdyn.archive import ArchiveError, RunDirectory
 from tsdyn.costs import COMMIT_BYTES, Footprint, footprint
 from tsdyn.experiment import Experiment
 from tsdyn.interrupts import Stopped, stopping
+from tsdyn.kinds import members_of
 from tsdyn.losses import loss
 from tsdyn.members import Members, Together
 from tsdyn.own_modules import Maker, attribute
+from tsdyn.protocol import Runnable, StateError
 
 #: A segment is committed after this much work (0: after every epoch), ...
 COMMIT_SECONDS = 2.0
 #: ... or this share of the run so far if that is more, so that a run of days has hundreds of segments and not 100,000,
 #: ... and not before all commits together keep this share, so that a slow disk takes no more either; but once the
-#: records hold COMMIT_BYTES at the latest.
+#: records hold COMMIT_BYTES at the latest, ...
 COMMIT_SHARE = 0.01
+#: ... or after so long, which is what a power cut can cost; if a commit takes long itself, after so many times that.
+LONGEST_SECONDS, LONGEST_TIMES = 60.0, 30
 _SMALLER = "train fewer seeds a directory (seeds = [0, 1, ...]) or on less data (data.train, data.eval)"
 _log = logging.getLogger("tsdyn")
 
@@ -63,7 +63,13 @@ def _exact_products(device: str) -> None:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = os.environ.get("TSDYN_TF32") == "on"
 
 
-#: Called after each epoch with (epoch, epochs, seeds that died, evaluation mse or None).
+def own_device() -> AbstractContextManager[Any]:
+    """Inside, tensors that are made without a device are on the CPU, whatever the user's default is."""
+    return nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
+
+
+#: Called after each step with (step, last step, seeds that died, evaluation error or None); of training a step is an
+#: epoch.
 Progress = Callable[[int, int, list[int], "float | None"], None]
 
 
@@ -76,7 +82,7 @@ def run(
     student: Maker | None = None,
     teacher: Maker | None = None,
 ) -> xr.Dataset:
-    """Train and measure one experiment into `path`; goes on from the last committed epoch if there is one.
+    """Run and measure one experiment into `path`; goes on from the last committed step if there is one.
 
     Args:
         experiment: Without a sweep.
@@ -93,7 +99,7 @@ def run(
         DeviceError: if there is no such device.
         ExperimentError: if the teacher cannot be drawn as asked.
         MemoryError: if the members would not fit, before any is drawn.
-        Stopped: after SIGINT or SIGTERM, once the epoch in work is committed.
+        Stopped: after SIGINT, SIGTERM, SIGHUP, SIGXCPU or SIGUSR1, once the epoch in work is committed.
     """
     path = archive.local_path(path)
     try:
@@ -141,6 +147,7 @@ def run_together(
     failed: dict[Path, Exception] = {}
     apart: list[Path] = []
     with ExitStack() as held:
+        held.enter_context(own_device())
         heard, asked = asked, asked or held.enter_context(stopping())
         begun: dict[int, list[_Point]] = {}
         needed = sum((footprint(single) for single in experiments.values()), Footprint()).bytes
@@ -149,9 +156,8 @@ def run_together(
                 memory.refuse_beyond("run", needed, torch.device(device), _SMALLER)
                 target = held.enter_context(RunDirectory(path, experiment))
                 if not target.finished:
-                    point = _Point(
-                        path, target, Members(experiment, device, student, teacher), (progress or {}).get(path)
-                    )
+                    members = members_of(experiment, device, student, teacher)
+                    point = _Point(path, target, members, (progress or {}).get(path))
                     begun.setdefault(point.begin(), []).append(point)
             except Exception as error:  # whatever it is, the others go on
                 failed[path] = error
@@ -174,57 +180,93 @@ def run_together(
 class _Point:
     """One experiment in training: what was measured since its last commit, and where that goes."""
 
-    def __init__(self, path: Path, target: RunDirectory, members: Members, progress: Progress | None) -> None:
-        self.path, self.members = path, members
-        self._target, self._progress, self._experiment = target, progress, members.experiment
-        self._variables = schema.expand(self._experiment.record.observables)
-        self._attrs = attributes(self._experiment, members.device)
-        if members.student is not None:
+    def __init__(self, path: Path, target: RunDirectory, members: Runnable, progress: Progress | None) -> None:
+        self.path, self.members, self.experiment = path, members, members.experiment
+        self._target, self._progress = target, progress
+        self._variables = self.experiment.recorded("along")
+        self._inputs = inputs.digests(self.experiment)
+        self._attrs = attributes(self.experiment, members.device) | {inputs.ATTRIBUTE: json.dumps(self._inputs)}
+        if isinstance(members, Members) and members.student is not None:
             self._attrs["parameters"] = attribute(members.ensemble.module(0))
-        self._schedule = set(self._experiment.schedule)
+        self._labels = dict(zip(self.experiment.schedule, self.experiment.labels, strict=True))
         self._pending: list[dict[str, Any]] = []
-        self._epochs: list[int] = []
+        self._recorded: list[schema.Label] = []
         self._first = 0
-        self.died: list[int] = []  #: seeds that did in the epoch that ended
+        self._read = False
+        self.died: list[int] = []  #: seeds that did in the step that ended
 
     def begin(self) -> int:
-        """The first epoch to do; goes on from what is committed."""
+        """The first step to do; goes on from what is committed."""
         committed = self._target.committed()
+        before: Mapping[str, Any] = {}
         if committed is not None:
             state, before = self._target.state()
             _say_what_changed(self._target.path, before, self._attrs)
-            self.members.restore(_of_this_shape(self._target.path, state, self.members))
+            self._refuse_other_inputs(before)
+            try:
+                self.members.restore(state)
+            except StateError as error:
+                where = "the segments are of another tsdyn or not whole: see `tsdyn validate`"
+                raise ArchiveError(f"{self._target.path}: {error}; {where}") from error
             self._first = committed + 1
+        if self._first <= self.experiment.last:
+            self._attrs |= {provenance.HISTORY: provenance.extended(before, self._attrs, self._first)}
+        elif provenance.HISTORY in before:
+            self._attrs |= {provenance.HISTORY: before[provenance.HISTORY]}
         self.members.draw()  # what cannot be drawn fails by itself
         return self._first
 
-    def measure(self, epoch: int) -> None:
-        """Record the epoch if it is due to be, and tell of it."""
-        recorded = epoch in self._schedule
+    def _refuse_other_inputs(self, before: Mapping[str, Any]) -> None:
+        kept = inputs.kept(before)
+        if kept is None and self._inputs:
+            _log.warning(
+                "%s: its committed epochs keep no checksums of %s; whether these are what they were is not known",
+                self._target.path,
+                ", ".join(self._inputs),
+            )
+        inputs.refuse_other(self._target.path, self.experiment, kept or {}, self._inputs)
+
+    def _refuse_changed_inputs(self) -> None:
+        """All were read by the first commit; images that are moved anew are read at every epoch."""
+        again = not self.experiment.data.drawn and data.new_at_every_step(self.experiment)
+        due = self._inputs if not self._read else {k: v for k, v in self._inputs.items() if again and "data" in k}
+        if due:
+            inputs.refuse_other(self._target.path, self.experiment, due, inputs.digests(self.experiment))
+        self._read = True
+
+    def measure(self, step: int) -> None:
+        """Record the step if it is due to be, and tell of it."""
+        recorded = step in self._labels
         if recorded:
-            self._pending.append(self.members.measure(epoch, self._variables))
-            self._epochs.append(epoch)
+            self._pending.append(self.members.measure(step, self._variables))
+            self._recorded.append(self._labels[step])
         if self._progress is not None:
-            mse = _mean_mse(self._pending[-1]) if recorded else None
-            self._progress(epoch, self._experiment.training.epochs, self.died, mse)
+            error = _mean_error(self._pending[-1]) if recorded else None
+            try:
+                self._progress(step, self.experiment.last, self.died, error)
+            except (OSError, UnicodeError) as lost:  # of printing: a closed pipe, a full disk, a narrow encoding
+                self._progress = None
+                _log.warning("%s: goes on, without telling of its epochs: %s", self.path, lost)
 
     @property
     def pending_bytes(self) -> int:
         return len(self._pending) * self._target.bytes_per_epoch
 
-    def commit(self, epoch: int) -> None:
-        records = _along_epochs(self._pending) if self._pending else {}
+    def commit(self, step: int) -> None:
+        self._refuse_changed_inputs()
+        records = _along_steps(self._pending) if self._pending else {}
         constants = self.members.constants() if self._first == 0 else {}
-        state = self.members.state()
-        self._target.commit(self._first, epoch, self._epochs, {**records, **constants}, state, self._attrs)
-        self._pending, self._epochs, self._first = [], [], epoch + 1
+        outcome = self.members.outcome() if step == self.experiment.last else {}
+        held = {**records, **constants, **outcome}
+        self._target.commit(self._first, step, self._recorded, held, self.members.state(), self._attrs)
+        self._pending, self._recorded, self._first = [], [], step + 1
 
     def finish(self) -> None:
         self._target.consolidate(self._attrs)
 
 
 def _train(points: list[_Point], start: int, asked: Callable[[], int | None], failed: dict[Path, Exception]) -> None:
-    """Epochs from `start` on, of all points in step.
+    """Steps from `start` on, of all points side by side.
 
     What fails of one, measuring or writing, is noted in `failed`, and the others go on; what fails of all is raised.
     """
@@ -247,23 +289,27 @@ def _train(points: list[_Point], start: int, asked: Callable[[], int | None], fa
         if number is not None:
             raise Stopped(number, {point.path: failed[point.path] for point in points if point.path in failed})
 
-    last = points[0].members.experiment.training.epochs
+    last = points[0].experiment.last
     began = clock = time.monotonic()
     took = spent = 0.0
-    together = Together([point.members for point in points]) if len(points) > 1 and start <= last else None
-    for epoch in range(start, last + 1):
-        if epoch:
-            died = together.train(epoch) if together else [points[0].members.train(epoch)]
+    slow = False
+    together = Together([_training(point.members) for point in points]) if len(points) > 1 and start <= last else None
+    for step in range(start, last + 1):
+        if step:
+            died = together.train(step) if together else [points[0].members.advance(step)]
             for point, seeds in zip(points, died, strict=True):
                 point.died = seeds
-        each(_Point.measure, epoch)
+        each(_Point.measure, step)
         full = sum(point.pending_bytes for point in going) >= COMMIT_BYTES
         now = time.monotonic()
-        if epoch == last or full or _due(now - began, now - clock, took, spent) or asked() is not None:
-            each(_Point.commit, epoch)
+        if step == last or full or _due(now - began, now - clock, took, spent) or asked() is not None:
+            each(_Point.commit, step)
             clock = time.monotonic()
             took = clock - now
             spent += took
+            if not slow and took > LONGEST_SECONDS / LONGEST_TIMES:
+                slow = True
+                _say_slow(points[0].path, took)
             stop_if_asked()
         if not going:
             return
@@ -275,39 +321,43 @@ def _train(points: list[_Point], start: int, asked: Callable[[], int | None], fa
 def _due(elapsed: float, since: float, took: float, spent: float) -> bool:
     """Whether to commit, seconds into the run and since the last commit, which took `took`, and all so far `spent`.
 
-    This one and the run's last, which comes whatever it costs, are to keep the share.
+    This one and the run's last, which comes whatever it costs, are to keep the share, but for the bound on how long
+    nothing is committed.
     """
     waited = since >= max(COMMIT_SECONDS, COMMIT_SHARE * elapsed)
-    return COMMIT_SECONDS == 0 or (waited and spent + 2 * took <= COMMIT_SHARE * elapsed)
+    affordable = spent + 2 * took <= COMMIT_SHARE * elapsed
+    return COMMIT_SECONDS == 0 or (waited and affordable) or since >= _longest(took)
 
 
-def _of_this_shape(path: Path, stored: dict[str, np.ndarray], members: Members) -> dict[str, np.ndarray]:
-    """The committed state, refused if it is not one of these members: copied, a wrong shape could broadcast."""
-    members.prepare()
-    for name, array in members.state().items():
-        found = stored.get(name)
-        if found is None or found.shape != array.shape or found.dtype != array.dtype:
-            held = "missing" if found is None else f"{found.dtype} {found.shape}"
-            raise ArchiveError(
-                f"{path}: the state to go on from has {name} {held}, this experiment needs {array.dtype} "
-                f"{array.shape}; the segments are of another tsdyn or not whole: see `tsdyn validate`"
-            )
-    return stored
+def _longest(took: float) -> float:
+    """Seconds after which a commit is due whatever it costs, the last of which took `took`."""
+    return max(LONGEST_SECONDS, LONGEST_TIMES * took)
+
+
+def _say_slow(path: Path, took: float) -> None:
+    _log.warning(
+        "%s: a commit takes %.0f s here, so up to %.0f s of work are between two, instead of %.0f; a quicker disk, or "
+        "recording less often (record.every), makes it less",
+        path, took, _longest(took), LONGEST_SECONDS,
+    )  # fmt: skip
+
+
+def _training(members: Runnable) -> Members:
+    assert isinstance(members, Members)  # kinship leaves other kinds by themselves
+    return members
 
 
 def _say_what_changed(path: Path, before: Mapping[str, Any], attrs: Mapping[str, Any]) -> None:
-    """Bits are promised for the same device, threads and versions; where these changed, the log says so."""
-    changed = [
-        f"{key} {before.get(key)} before, {attrs[key]} now"
-        for key in ("device", "threads", "torch_version", "numpy_version", "tsdyn_version")
-        if before.get(key) != attrs[key]
-    ]
+    """Bits are promised for the same device, threads, versions, engine and processor; where these changed, the log says
+    so.
+    """
+    changed = provenance.changed(before, attrs)
     if changed:
         _log.warning("%s: goes on elsewhere than it began (%s): bits may differ", path, "; ".join(changed))
 
 
-def _along_epochs(pending: list[dict[str, Any]]) -> dict[str, Any]:
-    """Records of several epochs, stacked along a second axis."""
+def _along_steps(pending: list[dict[str, Any]]) -> dict[str, Any]:
+    """Records of several steps, stacked along a second axis."""
     found: dict[str, Any] = {}
     for name, value in pending[0].items():
         if isinstance(value, list):
@@ -325,8 +375,8 @@ def _along_epochs(pending: list[dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _mean_mse(record: Mapping[str, Any]) -> float | None:
-    for name in ("mse_eval", "loss_eval"):
+def _mean_error(record: Mapping[str, Any]) -> float | None:
+    for name in ("mse_eval", "loss_eval", "population_loss", "eg"):
         if name in record:
             alive = record[name][~np.isnan(record[name])]
             return float(alive.mean()) if len(alive) else float("nan")
@@ -340,26 +390,38 @@ def attributes(experiment: Experiment, device: str) -> dict[str, str | int]:
         "name": experiment.name,
         "digest": experiment.digest,
         "schema_version": schema.VERSION,
-        "tsdyn_version": __version__,
-        "torch_version": torch.__version__,
-        "numpy_version": np.__version__,
-        "python_version": platform.python_version(),
-        "device": device if device == "cpu" else torch.cuda.get_device_name(device),
+        **provenance.facts(device),
         "dtype": experiment.dtype,
-        "threads": torch.get_num_threads(),
-        "git_commit": _git_commit(),
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "conventions": json.dumps(
-            {
-                "loss": _loss_convention(experiment),
-                "gradient": "g is the negative gradient at the pre-activation",
-                "gate_at_zero": "torch",
-                "correlation": "centred, standardised, signed",
-                **_time_convention(experiment),
-                "batch_norm": _batch_norm_convention(experiment),
-            }
-        ),
+        "conventions": json.dumps(_conventions(experiment)),
     }
+
+
+def _conventions(experiment: Experiment) -> dict[str, str]:
+    kind = experiment.kind
+    if kind == "training":
+        return {
+            "loss": _loss_convention(experiment),
+            "gradient": "g is the negative gradient at the pre-activation",
+            "gate_at_zero": "torch",
+            "correlation": "centred, standardised, signed",
+            **_time_convention(experiment),
+            "batch_norm": _batch_norm_convention(experiment),
+        }
+    if kind == "population-flow":
+        return {
+            "loss": "L = E (f* - f)^2 on Gaussian inputs, no 1/2",
+            "time": "t of dtheta/dt = -grad L",
+            "start": "Glorot normal: each weight N(0, 2/(inputs + outputs of its layer))",
+        }
+    if kind == "online":
+        return {
+            "loss": "eg = 1/2 E (f* - f)^2 against the teacher without noise",
+            "time": "alpha = steps / N",
+            "learning_rate": "w += rate/sqrt(N) v sigma'(l) D x, v += rate/N sigma(l) D, D = y + noise - f",
+            "overlaps": "Q = w w^T/N, R = w B^T/N, T = B B^T/N",
+        }
+    assert_never(kind)
 
 
 def _time_convention(experiment: Experiment) -> dict[str, str]:
@@ -390,20 +452,3 @@ def _loss_convention(experiment: Experiment) -> str:
 def _batch_norm_convention(experiment: Experiment) -> str:
     place = experiment.student.batch_norm
     return place if place == "none" else f"{place} the activation; training mode in training, evaluation mode measured"
-
-
-@cache
-def _git_commit() -> str:
-    """Commit of the checkout this code runs from, ``unknown`` for an installed wheel."""
-    try:
-        here = Path(__file__).resolve().parent
-        answer = subprocess.run(
-            ["git", "-C", str(here), "rev-parse", "HEAD"],
-            capture_output=True,
-            text=True,
-            timeout=5,
-            check=False,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return answer.stdout.strip() or "unknown"

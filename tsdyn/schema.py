@@ -10,6 +10,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 import xarray as xr
@@ -18,9 +19,19 @@ import xarray as xr
 #: 3: gradients and Hessians are those of the loss that was trained; before, of the squared error whatever was trained.
 VERSION = 3
 
+Kind = Literal["training", "population-flow", "online"]
+Path = Literal["epoch", "time", "alpha"]
+When = Literal["start", "along", "end"]
+#: Of a recorded step: an epoch, a time or an α.
+Label = int | float
+#: Dimensions along which runs go, each the one of a kind.  `VARIABLES` says ``epoch`` for all of them.
+PATHS: tuple[Path, ...] = ("epoch", "time", "alpha")
+
 DIMENSIONS: Mapping[str, str] = {
     "seed": "member of the ensemble; names every random draw of that member",
     "epoch": "epochs of training done; 0 is before training",
+    "time": "of a population flow, in the place of epoch: t of dθ/dt = −∇L; 0 is the start",
+    "alpha": "of online learning, in the place of epoch: steps / N; 0 is the start",
     "layer": "1..L; L is the output layer",
     "node": "student node, padded to the widest layer",
     "node_2": "second student node of a pair",
@@ -38,6 +49,7 @@ DIMENSIONS: Mapping[str, str] = {
 
 TIAN = "Tian 2020 (PMLR 119:9470)"
 LUCK = "Tian et al. 2019 (arXiv:1905.13405)"
+SIMSEK = "Simsek et al. 2023 (arXiv:2311.01644)"
 SAAD = "Saad & Solla 1995; Goldt et al. 2019 (arXiv:1906.08632)"
 
 
@@ -52,6 +64,12 @@ class Variable:
         long_name: One line, as an axis label would say it.
         source: Paper and equation.
         conditions: What NaN means and over which set it is measured.
+        kinds: Kinds of experiments whose runs record it; those of training if their file asks for it.
+        deep: Whether it is measured of convolutions and of networks with BatchNorm, too ...
+        own: ... of students that are modules of the user's own ...
+        bare_teacher: ... and with teachers that are, whose layers are not known.
+        when: ``along`` the run, once at its ``start`` or once at its ``end``.
+        words: What the numbers 0, 1, ... stand for.
     """
 
     name: str
@@ -60,6 +78,16 @@ class Variable:
     long_name: str
     source: str
     conditions: str = ""
+    kinds: tuple[Kind, ...] = ()
+    deep: bool = False
+    own: bool = False
+    bare_teacher: bool = True
+    when: When = "along"
+    words: tuple[str, ...] = ()
+
+    def along(self, path: Path) -> tuple[str, ...]:
+        """Dimensions in a file of a run along `path`."""
+        return tuple(path if dim == "epoch" else dim for dim in self.dims)
 
     @property
     def layered(self) -> bool:
@@ -67,9 +95,11 @@ class Variable:
         return "layer" in self.dims
 
     @property
-    def attrs(self) -> dict[str, str]:
-        """netCDF attributes; only strings."""
-        attrs = {"units": self.units, "long_name": self.long_name, "source": self.source}
+    def attrs(self) -> dict[str, Any]:
+        """netCDF attributes; numbers that stand for words say so as CF has it."""
+        attrs: dict[str, Any] = {"units": self.units, "long_name": self.long_name, "source": self.source}
+        if self.words:
+            attrs |= {"flag_values": [float(i) for i in range(len(self.words))], "flag_meanings": " ".join(self.words)}
         return attrs | ({"comment": self.conditions} if self.conditions else {})
 
 
@@ -88,21 +118,96 @@ _LOSS = "J = ½ E‖f* − f‖², or E[−log softmax(f)_class]: training.loss 
 _NORM = f"{LUCK}, section 3"
 _NORM_AT = f"layers with BatchNorm; {_HIDDEN}"
 
+_TRAINED: tuple[Kind, ...] = ("training",)
+_FLOW: tuple[Kind, ...] = ("population-flow",)
+_FLOWN: tuple[Kind, ...] = ("training", "population-flow")
+_ONLINE: tuple[Kind, ...] = ("online",)
+_EQUATION = "from the same start as the simulation"
+_GONE = "NaN beyond the time at which the flow stopped"
+_END = "after Newton's method where the flow arrived, else where it stopped"
+_ODD = "NaN where it is not known: n >= k and activations that are not odd"
+
+STOP_REASONS = ("time", "gradient", "singular", "steps", "not-finite")
+#: Kinds of stationary points, then why a flow that did not arrive stopped.
+END_KINDS = ("minimum", "saddle", "degenerate", "not-stationary", "time", "singular", "steps", "not-finite")
+END_CLASSES = ("copy-average", "perturbed-copy", "other")
+END_GROUNDS = (
+    "groups", "copies", "no-part", "wrong-sign", "pointing-away", "owning-nothing", "uneven", "groups-and-shared",
+)  # fmt: skip
+
+
+def _online(name: str, dims: tuple[str, ...], text: str, conditions: str = "", when: When = "along") -> Variable:
+    return Variable(name, dims, "1", text, SAAD, conditions, _ONLINE, when=when)
+
+
+def _flow(
+    name: str,
+    text: str,
+    section: str = "",
+    conditions: str = _END,
+    *,
+    dims: tuple[str, ...] = ("seed",),
+    when: When = "end",
+    words: tuple[str, ...] = (),
+) -> Variable:
+    source = f"{SIMSEK}, {section}" if section else SIMSEK
+    return Variable(name, dims, "1", text, source, conditions, _FLOW, when=when, words=words)
+
+
 VARIABLES: Mapping[str, Variable] = _table(
-    Variable("loss_train", _MEMBER, "1", "training loss", f"{TIAN}, Eq. 1", _LOSS),
-    Variable("loss_eval", _MEMBER, "1", "evaluation loss", f"{TIAN}, Eq. 1", _LOSS),
-    Variable("mse_train", _MEMBER, "1", "training mean squared error per output", f"{TIAN}, released code"),
-    Variable("mse_eval", _MEMBER, "1", "evaluation mean squared error per output", f"{TIAN}, released code"),
-    Variable("weight", (*_NODE, "input_node"), "1", "student weight", f"{TIAN}, section 3"),
-    Variable("bias", _NODE, "1", "student bias", f"{TIAN}, section 3", "0 where the student has no bias"),
+    Variable("loss_train", _MEMBER, "1", "training loss", f"{TIAN}, Eq. 1", _LOSS, kinds=_TRAINED, deep=True, own=True),
+    Variable(
+        "loss_eval", _MEMBER, "1", "evaluation loss", f"{TIAN}, Eq. 1", _LOSS, kinds=_TRAINED, deep=True, own=True
+    ),
+    Variable(
+        "mse_train",
+        _MEMBER,
+        "1",
+        "training mean squared error per output",
+        f"{TIAN}, released code",
+        kinds=_TRAINED,
+        deep=True,
+        own=True,
+    ),
+    Variable(
+        "mse_eval",
+        _MEMBER,
+        "1",
+        "evaluation mean squared error per output",
+        f"{TIAN}, released code",
+        kinds=_TRAINED,
+        deep=True,
+        own=True,
+    ),
+    Variable("weight", (*_NODE, "input_node"), "1", "student weight", f"{TIAN}, section 3", kinds=_FLOWN, deep=True),
+    Variable(
+        "bias",
+        _NODE,
+        "1",
+        "student bias",
+        f"{TIAN}, section 3",
+        "0 where the student has no bias",
+        kinds=_TRAINED,
+        deep=True,
+    ),
     Variable(
         "teacher_weight",
         ("seed", "layer", "teacher_node", "input_node"),
         "1",
         "teacher weight",
         f"{TIAN}, section 3",
+        kinds=_FLOWN,
+        when="start",
     ),
-    Variable("teacher_bias", ("seed", "layer", "teacher_node"), "1", "teacher bias", f"{TIAN}, section 3"),
+    Variable(
+        "teacher_bias",
+        ("seed", "layer", "teacher_node"),
+        "1",
+        "teacher bias",
+        f"{TIAN}, section 3",
+        kinds=_TRAINED,
+        when="start",
+    ),
     Variable(
         "correlation",
         (*_LAYER, "teacher_node", "node"),
@@ -110,6 +215,9 @@ VARIABLES: Mapping[str, Variable] = _table(
         "correlation of teacher and student activations",
         f"{TIAN}, Eq. 9, centred as in {LUCK}",
         f"over the evaluation set, signed; NaN for a node whose activation is constant; {_HIDDEN}",
+        kinds=_TRAINED,
+        deep=True,
+        bare_teacher=False,
     ),
     Variable(
         "fanout_norm",
@@ -118,6 +226,8 @@ VARIABLES: Mapping[str, Variable] = _table(
         "student fan-out norm √E β_kk",
         f"{TIAN}, Definition 2",
         f"over the evaluation set; ‖v_k‖ in a two-layer network; {_HIDDEN}",
+        kinds=_TRAINED,
+        deep=True,
     ),
     Variable(
         "teacher_fanout_norm",
@@ -126,15 +236,74 @@ VARIABLES: Mapping[str, Variable] = _table(
         "teacher fan-out norm √E β*_jj",
         f"{TIAN}, Definition 2",
         f"over the evaluation set; ‖v*_j‖ in a two-layer network; {_HIDDEN}",
+        kinds=_TRAINED,
+        deep=True,
+        bare_teacher=False,
     ),
-    Variable("A", _MIXED, "1", "E[α_kj] = E[v_k · v*_j]", f"{TIAN}, Definition 2", _MOMENT),
-    Variable("B", _PAIR, "1", "E[β_kk'] = E[v_k · v_k']", f"{TIAN}, Definition 2", _MOMENT),
-    Variable("H_star", _MIXED, "1", "H* = β* ∘ D*", f"{LUCK}, section 4", _MOMENT),
-    Variable("H", _PAIR, "1", "H = β ∘ D", f"{LUCK}, section 4", _MOMENT),
-    Variable("D_star", _MIXED, "1", "D* = E[f' f*']", f"{LUCK}, section 4", _MOMENT),
-    Variable("D", _PAIR, "1", "D = E[f' f']", f"{LUCK}, section 4", _MOMENT),
-    Variable("L_star", _MIXED, "1", "L* = E[f f*ᵀ]", f"{LUCK}, section 4", _MOMENT),
-    Variable("L", _PAIR, "1", "L = E[f fᵀ]", f"{LUCK}, section 4", _MOMENT),
+    Variable(
+        "A",
+        _MIXED,
+        "1",
+        "E[α_kj] = E[v_k · v*_j]",
+        f"{TIAN}, Definition 2",
+        _MOMENT,
+        kinds=_TRAINED,
+        deep=True,
+        bare_teacher=False,
+    ),
+    Variable(
+        "B",
+        _PAIR,
+        "1",
+        "E[β_kk'] = E[v_k · v_k']",
+        f"{TIAN}, Definition 2",
+        _MOMENT,
+        kinds=_TRAINED,
+        deep=True,
+        bare_teacher=False,
+    ),
+    Variable(
+        "H_star",
+        _MIXED,
+        "1",
+        "H* = β* ∘ D*",
+        f"{LUCK}, section 4",
+        _MOMENT,
+        kinds=_TRAINED,
+        deep=True,
+        bare_teacher=False,
+    ),
+    Variable(
+        "H", _PAIR, "1", "H = β ∘ D", f"{LUCK}, section 4", _MOMENT, kinds=_TRAINED, deep=True, bare_teacher=False
+    ),
+    Variable(
+        "D_star",
+        _MIXED,
+        "1",
+        "D* = E[f' f*']",
+        f"{LUCK}, section 4",
+        _MOMENT,
+        kinds=_TRAINED,
+        deep=True,
+        bare_teacher=False,
+    ),
+    Variable(
+        "D", _PAIR, "1", "D = E[f' f']", f"{LUCK}, section 4", _MOMENT, kinds=_TRAINED, deep=True, bare_teacher=False
+    ),
+    Variable(
+        "L_star",
+        _MIXED,
+        "1",
+        "L* = E[f f*ᵀ]",
+        f"{LUCK}, section 4",
+        _MOMENT,
+        kinds=_TRAINED,
+        deep=True,
+        bare_teacher=False,
+    ),
+    Variable(
+        "L", _PAIR, "1", "L = E[f fᵀ]", f"{LUCK}, section 4", _MOMENT, kinds=_TRAINED, deep=True, bare_teacher=False
+    ),
     Variable(
         "gradient_rms",
         _NODE,
@@ -142,6 +311,7 @@ VARIABLES: Mapping[str, Variable] = _table(
         "root mean square of the backpropagated gradient g_l(x)",
         f"{TIAN}, Eq. 1",
         "over the training set; g is the negative gradient at the pre-activation",
+        kinds=_TRAINED,
     ),
     Variable(
         "gradient_max",
@@ -150,6 +320,7 @@ VARIABLES: Mapping[str, Variable] = _table(
         "largest |g_l(x)|",
         f"{TIAN}, Theorem 1",
         "over the training set; g is the negative gradient at the pre-activation",
+        kinds=_TRAINED,
     ),
     Variable(
         "gradient_norm",
@@ -158,6 +329,7 @@ VARIABLES: Mapping[str, Variable] = _table(
         "norm of the per-sample parameter gradient",
         f"{TIAN}, Assumption 2",
         "quantiles over the training set of ‖∂J_x/∂θ‖ over all parameters; quantile 1 is the largest",
+        kinds=_TRAINED,
     ),
     Variable(
         "observation",
@@ -167,6 +339,8 @@ VARIABLES: Mapping[str, Variable] = _table(
         f"{TIAN}, Definition 4 (finite sample: κ of Theorem 3)",
         "over the training set; boundary: pre-activation within record.band of its standard deviation; "
         f"NaN without boundary samples; {_HIDDEN}",
+        kinds=_TRAINED,
+        bare_teacher=False,
     ),
     Variable(
         "observation_count",
@@ -175,6 +349,8 @@ VARIABLES: Mapping[str, Variable] = _table(
         "samples on the rarer side of a teacher's boundary inside the student's active region",
         f"{TIAN}, released code",
         f"over the training set; {_HIDDEN}",
+        kinds=_TRAINED,
+        bare_teacher=False,
     ),
     Variable(
         "alignment",
@@ -183,6 +359,8 @@ VARIABLES: Mapping[str, Variable] = _table(
         "ε of ε-alignment, lowest layer",
         f"{TIAN}, Definition 3 (orientation-safe)",
         "max of sin ∠(w*_j, w_k) and |b*_j ∓ b_k|, weights scaled to norm 1; NaN for a zero weight",
+        kinds=_TRAINED,
+        bare_teacher=False,
     ),
     Variable(
         "accuracy",
@@ -191,6 +369,9 @@ VARIABLES: Mapping[str, Variable] = _table(
         "share of samples with the teacher's class among the k largest outputs",
         f"{TIAN}, section 6",
         "over the evaluation set; the teacher's class is its largest output",
+        kinds=_TRAINED,
+        deep=True,
+        own=True,
     ),
     Variable(
         "label_accuracy",
@@ -199,11 +380,14 @@ VARIABLES: Mapping[str, Variable] = _table(
         "share of samples with their label among the k largest outputs",
         f"{TIAN}, section 6",
         "over the evaluation set; the data's own labels",
+        kinds=_TRAINED,
+        deep=True,
+        own=True,
     ),
-    Variable("norm_scale", _NODE, "1", "BatchNorm scale", _NORM, _NORM_AT),
-    Variable("norm_shift", _NODE, "1", "BatchNorm shift (bias)", _NORM, _NORM_AT),
-    Variable("norm_mean", _NODE, "1", "BatchNorm running mean", _NORM, _NORM_AT),
-    Variable("norm_variance", _NODE, "1", "BatchNorm running variance", _NORM, _NORM_AT),
+    Variable("norm_scale", _NODE, "1", "BatchNorm scale", _NORM, _NORM_AT, kinds=_TRAINED, deep=True),
+    Variable("norm_shift", _NODE, "1", "BatchNorm shift (bias)", _NORM, _NORM_AT, kinds=_TRAINED, deep=True),
+    Variable("norm_mean", _NODE, "1", "BatchNorm running mean", _NORM, _NORM_AT, kinds=_TRAINED, deep=True),
+    Variable("norm_variance", _NODE, "1", "BatchNorm running variance", _NORM, _NORM_AT, kinds=_TRAINED, deep=True),
     Variable(
         "conserved_norm",
         _NODE,
@@ -212,6 +396,8 @@ VARIABLES: Mapping[str, Variable] = _table(
         f"{LUCK}, Theorem 3",
         "gradient flow conserves it below BatchNorm; ‖w‖ where BatchNorm precedes the activation, else ‖[w; b]‖; "
         f"{_HIDDEN}",
+        kinds=_TRAINED,
+        deep=True,
     ),
     Variable(
         "lemma1_residual",
@@ -220,6 +406,19 @@ VARIABLES: Mapping[str, Variable] = _table(
         "relative residual of Lemma 1",
         f"{TIAN}, Lemma 1",
         "over the evaluation set; largest error over layers, samples and nodes, relative to the largest term",
+        kinds=_TRAINED,
+        bare_teacher=False,
+    ),
+    Variable("Q", (*_MEMBER, "node", "node_2"), "1", "order parameter w_i · w_k / N", SAAD, kinds=_ONLINE),
+    Variable("R", (*_MEMBER, "node", "teacher_node"), "1", "order parameter w_i · B_m / N", SAAD, kinds=_ONLINE),
+    Variable(
+        "T",
+        ("seed", "teacher_node", "teacher_node_2"),
+        "1",
+        "order parameter B_n · B_m / N",
+        SAAD,
+        kinds=_ONLINE,
+        when="start",
     ),
     Variable(
         "parameter",
@@ -228,6 +427,8 @@ VARIABLES: Mapping[str, Variable] = _table(
         "parameters and buffers of a module of the user's own",
         "tsdyn",
         "all of them one after another; the attribute parameters of the Dataset has the name and shape of each",
+        kinds=_TRAINED,
+        own=True,
     ),
     Variable(
         "teacher_parameter",
@@ -236,10 +437,9 @@ VARIABLES: Mapping[str, Variable] = _table(
         "parameters and buffers of a teacher that is a module of the user's own",
         "tsdyn",
         "all of them one after another",
+        kinds=_TRAINED,
+        when="start",
     ),
-    Variable("Q", (*_MEMBER, "node", "node_2"), "1", "order parameter w_i · w_k / N", SAAD),
-    Variable("R", (*_MEMBER, "node", "teacher_node"), "1", "order parameter w_i · B_m / N", SAAD),
-    Variable("T", (*_MEMBER, "teacher_node", "teacher_node_2"), "1", "order parameter B_n · B_m / N", SAAD),
     Variable(
         "hessian_eigenvalue",
         (*_MEMBER, "mode"),
@@ -247,6 +447,63 @@ VARIABLES: Mapping[str, Variable] = _table(
         "eigenvalue of the Hessian of J",
         "definition",
         "of the training loss in all parameters; the algebraically largest",
+        kinds=_TRAINED,
+    ),
+    _online("Q_equation", (*_MEMBER, "node", "node_2"), "Q by the equation, N → ∞", _EQUATION),
+    _online("R_equation", (*_MEMBER, "node", "teacher_node"), "R by the equation, N → ∞", _EQUATION),
+    _online("outgoing", (*_MEMBER, "node"), "outgoing weight v of the student"),
+    _online("outgoing_equation", (*_MEMBER, "node"), "v by the equation, N → ∞", _EQUATION),
+    _online("teacher_outgoing", ("seed", "teacher_node"), "outgoing weight A of the teacher", when="start"),
+    _online(
+        "eg",
+        _MEMBER,
+        "generalization error ½ E[(student − teacher)²]",
+        "online SGD in N dimensions; exact from Q, R, T, v; the teacher without noise",
+    ),
+    _online("eg_equation", _MEMBER, "generalization error by the equation, N → ∞", _EQUATION),
+    _flow("population_loss", "loss L = E(f* − f)², no ½", "section 3", _GONE, dims=_MEMBER, when="along"),
+    _flow("end_weight", "student weight at the end", dims=("seed", "layer", "node", "input_node")),
+    _flow("end_loss", "loss L at the end, no ½", "section 3"),
+    _flow("end_gradient_max", "|∇L|_∞ at the end"),
+    _flow("end_index", "negative Hessian eigenvalues at the end", conditions="NaN where the flow did not arrive"),
+    _flow("end_kind", "kind of stationary point at the end, or why the flow stopped short of one", words=END_KINDS),
+    _flow("end_class", "what the student does with the teacher's nodes at the end", "section 5", words=END_CLASSES),
+    _flow("end_ground", "what decided the class", "section 5", words=END_GROUNDS),
+    _flow("end_margin", "distance of the class's deciding number from its threshold"),
+    _flow(
+        "end_owner",
+        "student node that owns the teacher node at the end",
+        "section 5",
+        "NaN for a teacher node that is shared",
+        dims=("seed", "teacher_node"),
+    ),
+    _flow("stop_time", "time t of dθ/dt = −∇L at which the flow stopped", conditions=""),
+    _flow("stop_reason", "why the flow stopped", conditions="", words=STOP_REASONS),
+    _flow(
+        "loss_copy_average",
+        "L*(k−n+1), the loss of the least copy-average point",
+        "Theorem 5.1",
+        "NaN for n > k",
+        when="start",
+    ),
+    _flow("loss_perturbed_copy", "loss of the perturbed n-copy point", "section 5", _ODD, when="start"),
+    _flow(
+        "index_copy_average",
+        "negative Hessian eigenvalues at the copy-average point",
+        "section 5",
+        "NaN where it is not critical: n > k and activations that are not odd",
+        when="start",
+    ),
+    _flow(
+        "index_perturbed_copy",
+        "negative Hessian eigenvalues at the perturbed n-copy point",
+        "section 5",
+        _ODD,
+        when="start",
+    ),
+    _flow("one_neuron_norm", "norm of the best single neuron", "Theorem 4.2", "NaN for n > 1", when="start"),
+    _flow(
+        "one_neuron_outgoing", "outgoing weight of the best single neuron", "Theorem 4.2", "NaN for n > 1", when="start"
     ),
 )
 
@@ -297,88 +554,39 @@ FAMILIES: Mapping[str, tuple[str, ...]] = {
     "moments": ("A", "B", "H", "H_star", "D", "D_star", "L", "L_star"),
 }
 
-#: Stored once a seed: weights and biases of the teacher, or the parameters of one that is a user's own module.
-CONSTANTS = ("teacher_weight", "teacher_bias", "teacher_parameter")
+#: Stored once a seed, and known when a run begins.
+CONSTANTS = tuple(row.name for row in VARIABLES.values() if row.when == "start")
+#: Stored once a seed, and known when a run has ended.
+OUTCOMES = tuple(row.name for row in VARIABLES.values() if row.when == "end")
 
 
-#: Variables that an experiment file can ask for; `observables` registers a measurement for each of these.
-RECORDABLE = (
-    "loss_train",
-    "loss_eval",
-    "mse_train",
-    "mse_eval",
-    "weight",
-    "bias",
-    "correlation",
-    "fanout_norm",
-    "teacher_fanout_norm",
-    "gradient_rms",
-    "gradient_max",
-    "observation",
-    "observation_count",
-    "A",
-    "B",
-    "H",
-    "H_star",
-    "D",
-    "D_star",
-    "L",
-    "L_star",
-    "accuracy",
-    "label_accuracy",
-    "norm_scale",
-    "norm_shift",
-    "norm_mean",
-    "norm_variance",
-    "conserved_norm",
-    "lemma1_residual",
-    "alignment",
-    "gradient_norm",
-    "hessian_eigenvalue",
-    "parameter",
-)
+def recordable(*, deep: bool = False, own: bool = False, bare_teacher: bool = False) -> tuple[str, ...]:
+    """Variables that an experiment file of training can ask for; `observables` registers a measurement for each.
 
-#: Those of them that are measured of students that are modules of the user's own ...
-OWN = ("loss_train", "loss_eval", "mse_train", "mse_eval", "accuracy", "label_accuracy", "parameter")
-#: ... and those that need the layers of a teacher.
-OF_TEACHERS_LAYERS = (
-    "correlation",
-    "teacher_fanout_norm",
-    "observation",
-    "observation_count",
-    "alignment",
-    "lemma1_residual",
-    "A",
-    "B",
-    "H",
-    "H_star",
-    "D",
-    "D_star",
-    "L",
-    "L_star",
-)
+    Args:
+        deep: Only those that are measured of convolutions (a node is a channel) and of networks with BatchNorm.
+        own: Only those that are measured of students that are modules of the user's own.
+        bare_teacher: Only those that need no layers of the teacher, which is a module of the user's own.
+    """
+    rows = (row for row in VARIABLES.values() if "training" in row.kinds and row.when == "along")
+    asked = {"deep": deep, "own": own, "bare_teacher": bare_teacher}
+    return tuple(row.name for row in rows if all(getattr(row, of) for of, only in asked.items() if only))
 
 
-#: Those of them that are measured of convolutions (a node is a channel) and of networks with BatchNorm.
-DEEP = (
-    "loss_train",
-    "loss_eval",
-    "mse_train",
-    "mse_eval",
-    "weight",
-    "bias",
-    "correlation",
-    "fanout_norm",
-    "teacher_fanout_norm",
-    "accuracy",
-    "label_accuracy",
-    "norm_scale",
-    "norm_shift",
-    "norm_mean",
-    "norm_variance",
-    "conserved_norm",
-    *FAMILIES["moments"],
-)
+def recorded(kind: Kind, asked: Iterable[str], when: When | None = None) -> tuple[str, ...]:
+    """Variables that a run of `kind` records: of training those `asked` for by `expand`, of others all of the kind's.
+
+    Args:
+        kind: Of the experiment.
+        asked: ``record.observables``.
+        when: Only those of this time.
+    """
+    rows = tuple(row for row in VARIABLES.values() if kind in row.kinds)
+    if kind == "training":
+        names = (*expand(asked), *(row.name for row in rows if row.when != "along"))
+    else:
+        names = tuple(row.name for row in rows)
+    return tuple(name for name in names if when is None or VARIABLES[name].when == when)
 
 
 def printable(text: object) -> str:
@@ -400,6 +608,7 @@ class Layout:
         fan_ins: Numbers in a row of each student weight, where that is not the width of the layer below.
         teacher_fan_ins: Likewise of the teacher.
         entries, teacher_entries: Numbers of a student's or teacher's parameters and buffers, if it is an own module.
+        path: The dimension along which the run goes.
     """
 
     seeds: tuple[int, ...]
@@ -412,6 +621,7 @@ class Layout:
     teacher_fan_ins: tuple[int, ...] = ()
     entries: int = 0
     teacher_entries: int = 0
+    path: Path = "epoch"
 
     @property
     def depth(self) -> int:
@@ -485,6 +695,25 @@ def expand(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(variables)
 
 
+def path_of(ds: xr.Dataset | xr.DataArray) -> Path:
+    """The dimension along which a run went, of its archive or a slice; ``epoch`` if it has none."""
+    return next((path for path in PATHS if path in ds.dims or path in ds.coords), "epoch")
+
+
+def words_of(array: xr.DataArray) -> xr.DataArray:
+    """The words that a variable's numbers stand for; the empty word for NaN.
+
+    Raises:
+        ValueError: if its attributes name none.
+    """
+    if "flag_meanings" not in array.attrs:
+        raise ValueError(f"words_of: {array.name} has no attribute flag_meanings; its numbers stand for themselves")
+    words = np.array([*str(array.attrs["flag_meanings"]).split(), ""])
+    codes = array.fillna(len(words) - 1).astype(int)
+    attrs = {key: value for key, value in array.attrs.items() if not key.startswith("flag_")}
+    return codes.copy(data=words[codes.values]).assign_attrs(attrs)
+
+
 def problems(ds: xr.Dataset, *, swept: Iterable[str] = ()) -> list[str]:
     """What in `ds` breaks the schema, one sentence each; empty if nothing does.
 
@@ -505,8 +734,9 @@ def problems(ds: xr.Dataset, *, swept: Iterable[str] = ()) -> list[str]:
             found.append(f"{name}: not a variable of schema {VERSION}")
             continue
         dims = tuple(str(d) for d in array.dims if d not in extra)
-        if dims != known[name].dims:
-            found.append(f"{name}: dimensions {dims}, the schema says {known[name].dims}")
+        wanted = known[name].along(path_of(ds))
+        if dims != wanted:
+            found.append(f"{name}: dimensions {dims}, the schema says {wanted}")
         if name in VARIABLES:
             if array.attrs.get("units") != known[name].units:
                 found.append(f"{name}: attribute 'units' is {array.attrs.get('units')!r}, not {known[name].units!r}")
@@ -518,13 +748,14 @@ def problems(ds: xr.Dataset, *, swept: Iterable[str] = ()) -> list[str]:
     for dim in ds.dims:
         if str(dim) not in DIMENSIONS and str(dim) not in extra:
             found.append(f"dimension {dim}: not a dimension of schema {VERSION}")
-    for dim in ("seed", "epoch", "layer"):
+    path = path_of(ds)
+    for dim in ("seed", path, "layer"):
         if dim not in ds.indexes:
             found.append(f"coordinate {dim}: missing")
         elif not ds.indexes[dim].is_unique:
             found.append(f"coordinate {dim}: labels repeat")
-    if "epoch" in ds.indexes and not ds.indexes["epoch"].is_monotonic_increasing:
-        found.append("coordinate epoch: not increasing")
+    if path in ds.indexes and not ds.indexes[path].is_monotonic_increasing:
+        found.append(f"coordinate {path}: not increasing")
     for key in ("experiment", "digest", "schema_version", "tsdyn_version"):
         if key not in ds.attrs:
             found.append(f"attribute {key}: missing")

@@ -12,7 +12,7 @@ import xarray as xr
 
 from tsdyn import schema
 from tsdyn.experiment import Experiment
-from tsdyn.points import POINT
+from tsdyn.sweep_axes import POINT
 
 T = TypeVar("T", xr.Dataset, xr.DataArray)
 
@@ -25,9 +25,14 @@ def experiment_of(ds: xr.Dataset) -> Experiment:
     """
     text = ds.attrs.get("experiment")
     if text is None:
+        if "opened" in ds.attrs:
+            raise ValueError(
+                "experiment_of: several archives opened together have several experiments; ask each by itself, "
+                "tsdyn.open(one of them)"
+            )
         raise ValueError(
-            "experiment_of: the Dataset has no attribute 'experiment'; of several archives opened together ask each by "
-            "itself, tsdyn.open(one of them)"
+            "experiment_of: the Dataset has no attribute 'experiment'; it is no archive of tsdyn's, or lost its "
+            "attributes on the way (xarray's arithmetic drops them; ds.assign_attrs(archive.attrs) puts them back)"
         )
     return Experiment.from_toml_text(str(text))
 
@@ -62,17 +67,22 @@ def select(ds: T, **labels: Any) -> T:
     return ds.squeeze(POINT) if ds.sizes.get(POINT) == 1 else ds
 
 
+def lowest_layer(ds: xr.Dataset | xr.DataArray) -> int:
+    """Label of the lowest layer: 1, also of a slice that starts above it, or where layers are counted from."""
+    return min(1, *ds.indexes["layer"].tolist())
+
+
 def layer(ds: T, number: int) -> T:
     """One layer without padding.
 
     Node dimensions end where the layer does (for several widths in `ds`, where the widest of them does), so that
     selecting a node that is not there is a KeyError.  In a Dataset that holds student and teacher weights,
     ``input_node`` ends where the wider of the two layers below does.  Variables of the lowest layer alone
-    (``alignment``) stay with layer 1.
+    (``alignment``) stay with the lowest layer.  A Dataset without widths (your own) is cut nowhere.
 
     Args:
         ds: Dataset or variable of a run or a sweep, with a ``layer`` dimension.
-        number: 1..L.
+        number: A label of ``layer``, 1..L in an archive; layers of your own may be counted from 0.
 
     Raises:
         ValueError: if `ds` has no such layer.
@@ -80,7 +90,7 @@ def layer(ds: T, number: int) -> T:
     if "layer" not in ds.dims or number not in ds.indexes["layer"]:
         held = list(ds.indexes["layer"]) if "layer" in ds.dims else "no layer dimension"
         raise ValueError(f"layer: {number} is not in the dataset, which has {held}")
-    if number > 1 and isinstance(ds, xr.Dataset):  # variables of the lowest layer alone have nodes but no layer
+    if number > lowest_layer(ds) and isinstance(ds, xr.Dataset):  # variables of the lowest alone have no layer
         lowest = [n for n, v in ds.data_vars.items() if "layer" not in v.dims and set(schema.NODE_WIDTHS) & set(v.dims)]
         ds = ds.drop_vars(lowest)
     # one cut, not one after another: dask then reads no more than it asks for
@@ -92,5 +102,6 @@ def layer(ds: T, number: int) -> T:
         names = {ds.name} if isinstance(ds, xr.DataArray) else set(ds.data_vars)
         below = [c for c, v in (("input_width", "weight"), ("teacher_input_width", "teacher_weight")) if v in names]
         below = below or ["input_width", "teacher_input_width"]
-        widths["input_node"] = max(int(at[c].max()) for c in below if c in at)
+        if held := [int(at[c].max()) for c in below if c in at]:
+            widths["input_node"] = max(held)
     return ds.isel({"layer": place, **{dim: slice(0, width) for dim, width in widths.items()}})

@@ -20,9 +20,11 @@ from torch import Tensor
 _ROUNDINGS = 10
 #: A Newton step is at most this share of 1 + the point's norm; polishing is not a search.
 _REACH = 0.1
+#: Polishing ends within this share of 1 + the point's norm of where it began, or there: what is further is another one.
+WITHIN = 0.25
 _NEWTON_STEPS = 40
 #: Bytes of Hessians in work at once.
-_CHUNK_BYTES = 32 << 20
+CHUNK_BYTES = 32 << 20
 
 Rows: TypeAlias = Float[Tensor, "*member parameter"]
 
@@ -203,11 +205,14 @@ def polish(
     point: Float[Tensor, "member parameter"] | Float[Tensor, " parameter"],
     *,
     tolerance: float = 1e-12,
+    within: float = WITHIN,
 ) -> Polished:
     """Newton's method from near a stationary point to |∇|_∞ ≤ `tolerance`, whatever the point's index.
 
     Steps are limited to a tenth of 1 + the point's norm, leave out eigenvectors whose eigenvalue is zero by rounding
-    or symmetry and are halved until the gradient falls: the point found is the one at hand, not a better one.
+    or symmetry and are halved until the gradient falls.  No member moves further than `within` times 1 + its norm in
+    all; one that has to is ``not stationary`` and stays where it began: the point found is the one at hand, not a
+    better one.
 
     An eigenvalue counts as nonzero by Kantorovich's condition: the Hessian may change by less than half of it over the
     Newton step that is left.  So a minimum may be soft (one neuron against 16: 8e-8 of the largest), while x⁴ at 0 and
@@ -217,14 +222,20 @@ def polish(
         loss: With its gradient and Hessian.
         point: Rows of parameters, or one row.
         tolerance: Of the largest component of the gradient; rounding of the loss allows some 1e-14.
+        within: How far a point may move, as a share of 1 + its norm.
 
     Returns:
         Point, loss, gradient and kind of each member; those that do not converge are told, not dropped.
 
+    Raises:
+        ValueError: for rows of another length, or `within` that is not positive.
+
     Source: Kantorovich (1948), on the convergence of Newton's method: ‖H⁻¹‖ K ‖step‖ ≤ ½, K the Lipschitz constant.
     """
     rows = point if point.ndim == 2 else point[None]
-    found = [_polished(loss, chunk, tolerance) for chunk in _chunks(loss, rows)]
+    if not within > 0:
+        raise ValueError(f"polish: within={within}; a share of 1 + the point's norm, above 0")
+    found = [_polished(loss, chunk, tolerance, within) for chunk in _chunks(loss, rows)]
     return Polished(
         point=torch.cat([f.point for f in found]),
         loss=torch.cat([f.loss for f in found]),
@@ -235,22 +246,8 @@ def polish(
     )
 
 
-def _polished(loss: Loss, begin: Tensor, tolerance: float) -> Polished:
-    point = begin.clone()
-    gradient = loss.gradient(point)
-    # one step more than the tolerance asks for: it costs little and quadratic convergence ends at rounding
-    pending: Bool[Tensor, " member"] = torch.isfinite(gradient).all(-1)
-    last = torch.zeros_like(pending)
-    for _ in range(_NEWTON_STEPS):
-        index = pending.nonzero()[:, 0]
-        if not len(index):
-            break
-        step = _limited(_Newton(loss, point[index], gradient[index]).step, point[index])
-        moved, better, improved = _halved(loss, point[index], step, gradient[index])
-        point[index], gradient[index] = moved, better
-        done = better.abs().amax(-1) <= tolerance
-        pending[index] = improved & ~last[index]
-        last[index] = done
+def _polished(loss: Loss, begin: Tensor, tolerance: float, within: float) -> Polished:
+    point, gradient = _newton_path(loss, begin, tolerance, within)
     at = gradient.abs().amax(-1)
     finite = torch.isfinite(gradient).all(-1)
     safe = torch.where(finite[:, None], point, torch.ones_like(point))
@@ -266,6 +263,30 @@ def _polished(loss: Loss, begin: Tensor, tolerance: float) -> Polished:
         "minimum",
     )
     return Polished(point, loss.value(point), at, (point - begin).norm(dim=-1), signs, kind)
+
+
+def _newton_path(loss: Loss, begin: Tensor, tolerance: float, within: float) -> tuple[Tensor, Tensor]:
+    """Where Newton's steps end, and the gradient there; where each began, if it is sought beyond the neighbourhood."""
+    point, gradient = begin.clone(), loss.gradient(begin)
+    start, reach = gradient.clone(), within * (1 + begin.norm(dim=-1))
+    away = torch.zeros_like(reach, dtype=torch.bool)
+    # one step more than the tolerance asks for: it costs little and quadratic convergence ends at rounding
+    pending: Bool[Tensor, " member"] = torch.isfinite(gradient).all(-1)
+    last = torch.zeros_like(pending)
+    for _ in range(_NEWTON_STEPS):
+        index = pending.nonzero()[:, 0]
+        if not len(index):
+            break
+        step = _limited(_Newton(loss, point[index], gradient[index]).step, point[index])
+        moved, better, improved = _halved(loss, point[index], step, gradient[index])
+        gone = (moved - begin[index]).norm(dim=-1) > reach[index]
+        away[index] = gone
+        point[index[~gone]], gradient[index[~gone]] = moved[~gone], better[~gone]
+        done = better.abs().amax(-1) <= tolerance
+        pending[index] = improved & ~last[index] & ~gone
+        last[index] = done
+    lost = (away & ~(gradient.abs().amax(-1) <= tolerance))[:, None]  # along a channel every point may be stationary
+    return torch.where(lost, begin, point), torch.where(lost, start, gradient)
 
 
 class _Newton:
@@ -316,4 +337,4 @@ def _chunks(loss: Loss, rows: Tensor) -> Iterator[Tensor]:
 
 def chunk_size(loss: Loss) -> int:
     """Members whose Hessians are in work at once."""
-    return max(1, _CHUNK_BYTES // (8 * loss.parameters**2))
+    return max(1, CHUNK_BYTES // (8 * loss.parameters**2))

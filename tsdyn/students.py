@@ -16,6 +16,7 @@ from tsdyn.activations import activation
 from tsdyn.data import generator
 from tsdyn.experiment import Experiment, ExperimentError
 from tsdyn.networks import Network, require_plain
+from tsdyn.node_pairs import is_winner
 from tsdyn.teachers import draw_teacher, from_file, network_of, uniform_start
 
 
@@ -103,10 +104,7 @@ def winners(correlation: np.ndarray) -> np.ndarray:
 
     Source: Tian et al. (2019), section 1 (lottery tickets).
     """
-    alive = correlation[~np.isnan(correlation).all(1)]
-    won = np.zeros(correlation.shape[1], bool)
-    won[np.nanargmax(alive, axis=1)] = True
-    return won
+    return np.asarray(is_winner(correlation) == 1)
 
 
 def _rewound(experiment: Experiment, seed: int) -> tuple[list[Tensor], list[Tensor]]:

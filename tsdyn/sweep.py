@@ -13,9 +13,9 @@ import signal
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, assert_never
 
 import xarray as xr
 
@@ -23,14 +23,15 @@ from tsdyn import archive, costs, images, memory, runner, sweep_directory
 from tsdyn.experiment import Experiment, ExperimentError
 from tsdyn.headers import Headers
 from tsdyn.interrupts import Stopped, stopping
+from tsdyn.lock import HeldError
 from tsdyn.members import kinship
 from tsdyn.own_modules import Maker, described
-from tsdyn.points import swept_keys
 from tsdyn.run_directory import segments
+from tsdyn.sweep_axes import swept_keys
 from tsdyn.whole_files import ArchiveError, refuse_link
 
 if TYPE_CHECKING:
-    from distributed import Client
+    from distributed import Client, Security
 
 #: Called before each point, or the ensemble it is in, with (position from 1, points, directory name, experiment); its
 #: Progress is then used.
@@ -42,6 +43,9 @@ FRUITLESS = 3
 TELL_SECONDS, INDEX_SECONDS = 0.5, 5.0
 CONNECT_SECONDS = 10
 POLL_SECONDS = 0.05
+#: Without a sign of life of any worker for so long, the log says so; asked this often.
+SILENT_SECONDS, ASK_SECONDS = 20.0, 5.0
+_log = logging.getLogger("tsdyn")
 
 
 class SweepError(ArchiveError):
@@ -119,7 +123,8 @@ def estimate(points: Mapping[str, Experiment], *, device: str = "cpu") -> dict[s
         kind = single.layout, json.dumps(_without_reals(single.as_dict()), sort_keys=True)
         try:
             if kind not in known:
-                known[kind] = costs.estimate(single, device=runner.check_device(device))
+                with runner.own_device():
+                    known[kind] = costs.estimate(single, device=runner.check_device(device))
         except ExperimentError:
             if name == ".":
                 raise
@@ -151,7 +156,8 @@ def run(
 ) -> xr.Dataset:
     """Run an experiment, or every point of its sweep, into `path`; resumes what was committed.
 
-    Points that are finished are skipped, so values added to the sweep cost what is new only.
+    Points that are finished are skipped, so values added to the sweep cost what is new only.  So are those that another
+    process is writing: several commands on one sweep, as a job array starts them, share its points.
 
     Args:
         experiment: With or without a sweep.
@@ -179,6 +185,7 @@ def run(
     """
     _check_workers(workers, scheduler)
     _check_data(experiment, path, scheduler)
+    _say_open(scheduler)
     distributed = workers is not None or scheduler is not None
     if distributed and (student is not None or teacher is not None):
         raise WorkersError("student, teacher: modules passed from Python train in this process; leave workers out")
@@ -193,6 +200,7 @@ def run(
     keeper = _IndexKeeper(path, points)
     places = {name: position for position, name in enumerate(points, start=1)}
     failures: dict[str, str] = {}
+    held: set[str] = set()
     for name in points if experiment.sweep else ():
         try:
             refuse_link(path / name)
@@ -204,8 +212,11 @@ def run(
         return {n: (point(places[n], len(points), n, left[n]) if point else None) or progress for n in names}
 
     def ended(name: str, reason: str | None) -> None:
+        if reason is not None and reason.startswith(_HELD) and experiment.sweep:
+            held.add(name)
+            return
         if reason is not None:
-            failures[name] = reason
+            failures[name] = reason.removeprefix(_HELD)
         keeper.note(name)
 
     if together is None:
@@ -215,7 +226,7 @@ def run(
         with stopping() as asked, _client(at_once, scheduler) as client:
             groups = _apart(left)
             if together:
-                room = client.submit(memory.free, device, pure=False).result()  # once there is a worker
+                room = _answer(client, client.submit(memory.free, device, pure=False))  # once there is a worker
                 busy = at_once or len(client.scheduler_info(n_workers=-1)["workers"])
                 groups = companies(left, busy, room // 2 // (at_once or 1))  # those elsewhere have memory of their own
             tell = telling(left)
@@ -228,6 +239,8 @@ def run(
             failed = runner.run_together(paths, device=device, progress=reports, student=student, teacher=teacher)
             for name in group:
                 ended(name, _reason(failed[path / name]) if path / name in failed else None)
+    if held:
+        _log.warning("%s: %d of %d points are being written by other processes", path, len(held), len(points))
     if experiment.sweep:
         keeper.write()
     if failures:
@@ -235,7 +248,13 @@ def run(
     return archive.open(path)
 
 
+#: How the reason begins why a point was left out that another process is writing.
+_HELD = "held: "
+
+
 def _reason(error: BaseException) -> str:
+    if isinstance(error, HeldError):
+        return f"{_HELD}{error}"
     return f"{type(error).__name__}: {error}" if not isinstance(error, (ArchiveError, ValueError)) else str(error)
 
 
@@ -329,27 +348,125 @@ def _client(workers: int | None, scheduler: str | None) -> Iterator[Client]:
     if scheduler is not None:
         try:
             client = Client(scheduler, timeout=CONNECT_SECONDS, set_as_default=False)
-        except (OSError, ValueError) as error:
+        except (
+            OSError,
+            ValueError,
+            TypeError,
+            ImportError,
+        ) as error:  # TypeError: tls:// without the user's certificate
             raise WorkersError(f"scheduler {scheduler}: does not answer: {error}") from error
         with client:
             yield client
         return
-    quiet = {"distributed.scheduler.allowed-failures": 10, "distributed.comm.timeouts.connect": "60s"}
+    settings: dict[str, Any] = {
+        "distributed.scheduler.allowed-failures": 10,
+        "distributed.comm.timeouts.connect": "60s",
+    }
+    # dask has each process listen for a browser as well, and without TLS: nothing is to be had there
+    settings |= {f"distributed.{who}.http.routes": [] for who in ("scheduler", "worker")}
+    ignored = "signal.SIGINT, signal.SIGHUP, signal.SIGUSR1"
     with (
-        dask.config.set(quiet),
+        dask.config.set(settings),
         LocalCluster(
             n_workers=workers,
             threads_per_worker=1,
             processes=True,
-            dashboard_address="127.0.0.1:0",
+            security=_own_certificate(),
+            dashboard_address=None,
+            scheduler_kwargs={"dashboard": False, "dashboard_address": "127.0.0.1:0"},
             memory_limit=0,  # a run asks for room before it begins; dask would kill one that has it
-            # Ctrl-C reaches every process of a terminal; a worker is told to stop by this one
-            preload="import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)",
+            # Ctrl-C and a terminal that goes away reach every process of it; a worker is told to stop by this one
+            preload=f"import signal; [signal.signal(number, signal.SIG_IGN) for number in ({ignored})]",
             silence_logs=logging.CRITICAL,
         ) as cluster,
         Client(cluster, set_as_default=False) as client,
     ):
         yield client
+
+
+def _own_certificate() -> Security:
+    """A certificate of this sweep alone, kept in memory.
+
+    Who can talk to the scheduler or its workers can have them run any code; without it nobody can.
+    """
+    from distributed import Security
+
+    try:
+        return Security.temporary()
+    except ImportError as error:
+        raise WorkersError(
+            "workers: their connections are encrypted, so that nobody else on this machine can run code through them, "
+            f"and that needs the package cryptography ({error}): pip install cryptography"
+        ) from None
+
+
+def _say_open(scheduler: str | None) -> None:
+    if scheduler is not None and not scheduler.startswith(("tls://", "inproc://")):
+        _log.warning(
+            "scheduler %s: the connection is not encrypted, and anyone who reaches that address can run code as you "
+            "there; start dask with tls:// and a certificate where others can",
+            scheduler,
+        )
+
+
+_GONE = "the scheduler is gone; what was committed is intact, the same command goes on from there"
+
+
+class _Listening:
+    """Says once, of each silence, that no worker of the scheduler gives a sign of life."""
+
+    def __init__(self, client: Client) -> None:
+        self._client, self._asked, self._said = client, time.monotonic(), False
+        self._heard = self._asked
+
+    def ask(self) -> None:
+        """At most every `ASK_SECONDS`.
+
+        Raises:
+            WorkersError: if the scheduler itself is gone.
+        """
+        now = time.monotonic()
+        if now - self._asked < ASK_SECONDS:
+            return
+        self._asked = now
+        found = self._alive()
+        if found is None:
+            self._heard, self._said = now, False
+        elif now - self._heard >= SILENT_SECONDS and not self._said:
+            self._said = True
+            _log.warning(
+                "%s for %.0f s, and nothing is computed meanwhile; waiting for one (what was committed is intact, "
+                "Ctrl-C ends)",
+                found,
+                now - self._heard,
+            )
+
+    def _alive(self) -> str | None:
+        """None if a worker gave a sign of life since it was asked last, else what is wrong."""
+        from distributed.utils import sync
+
+        if self._client.status in ("closed", "closing"):
+            raise WorkersError(
+                "the scheduler is gone; what was committed is intact, the same command goes on from there"
+            )
+        try:
+            told = sync(self._client.loop, self._client.scheduler.identity, n_workers=-1, callback_timeout=ASK_SECONDS)
+        except (OSError, TimeoutError):
+            return "the scheduler has not answered"
+        if not told["workers"]:
+            return "no worker has been there"
+        newest = max(worker["last_seen"] for worker in told["workers"].values())
+        self._newest, before = newest, getattr(self, "_newest", None)
+        return None if newest != before else "no worker has given a sign of life"
+
+
+def _answer(client: Client, future: Any) -> Any:
+    """A result, saying meanwhile if nobody is there to compute it."""
+    listening = _Listening(client)
+    while not future.done():
+        listening.ask()
+        time.sleep(POLL_SECONDS)
+    return future.result()
 
 
 def _on_workers(
@@ -384,6 +501,7 @@ def _on_workers(
         return future
 
     client.subscribe_topic(topic, hear)
+    listening = _Listening(client)
     waiting = sorted(groups, key=lambda group: sum(map(_work_in, group.values())))
     futures: dict[Any, Mapping[str, Experiment]] = {}
     names = [name for group in groups for name in group]
@@ -397,9 +515,12 @@ def _on_workers(
                 waiting.clear()
                 Event(topic, client=client).set()  # all workers hear it, and commit what they have
             if not running.has_ready():
+                listening.ask()
                 time.sleep(POLL_SECONDS)
                 continue
             future = next(running)
+            if future.status in ("cancelled", "lost"):  # nobody else cancels
+                raise WorkersError(_GONE)
             group = futures.pop(future)
             error = future.exception()
             if isinstance(error, KilledWorker):
@@ -429,15 +550,24 @@ def _on_workers(
         if stop is not None:
             raise Stopped(stop)
     finally:
-        client.cancel(list(futures))
-        client.unsubscribe_topic(topic)
+        with suppress(OSError, TimeoutError):  # of a scheduler that is gone
+            client.cancel(list(futures))
+            client.unsubscribe_topic(topic)
 
 
 def _work_in(single: Experiment) -> int:
     """What a run's time goes with: members, steps and parameters."""
-    layout = single.layout
+    layout, kind = single.layout, single.kind
     parameters = sum(n * below for n, below in zip(layout.widths, layout.input_widths, strict=True))
-    return len(layout.seeds) * single.training.epochs * single.steps * parameters
+    if kind == "training":
+        steps = single.training.epochs * single.steps
+    elif kind == "population-flow":
+        steps = parameters**2  # a Hessian and its factors a step
+    elif kind == "online":
+        steps = round(single.marks[-1] * layout.input_width)
+    else:
+        assert_never(kind)
+    return len(layout.seeds) * steps * parameters
 
 
 def _reached(path: Path) -> int:

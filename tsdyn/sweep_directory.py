@@ -14,8 +14,8 @@ from typing import Any
 
 from tsdyn import schema
 from tsdyn.experiment import Experiment, ExperimentError
-from tsdyn.points import places, sweep_dimensions, swept_keys
 from tsdyn.run_directory import EXPERIMENT, claim, extends
+from tsdyn.sweep_axes import places, sweep_dimensions, swept_keys
 from tsdyn.whole_files import DirectoryError, write_text
 
 SWEEP = "sweep.json"

@@ -8,6 +8,7 @@ import math
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
@@ -20,6 +21,8 @@ MARGIN = 1 << 20
 ALWAYS_VERIFIED = float(1 << 24)
 #: `SUFFIX` of the file beside another one that holds its SHA-256, as ``sha256sum -c`` reads it.
 SUFFIX = ".sha256"
+#: A file that changed within so many seconds could change again and keep its times: the system's clock has ticks.
+TICK_SECONDS = 2.0
 _SEAL = re.compile(r"([0-9a-f]{64})  [^/\n]+\n")
 _REASONS = {
     errno.ENOSPC: "no space left",
@@ -79,12 +82,22 @@ def refused(path: Path, error: BaseException, needed: int = 0) -> ArchiveError:
         free = shutil.disk_usage(path.parent).free
     if reason is None and free is not None and free < needed + MARGIN:
         reason = _REASONS[errno.ENOSPC]
-    if reason == _REASONS[errno.ENOSPC] and free is not None:
+    if reason == _REASONS[errno.ENOSPC] and free is not None and free >= needed + MARGIN:
+        reason = f"no space left for {_what_is_used_up(path.parent)}, though {free / 1e6:.1f} MB are free"
+    elif reason == _REASONS[errno.ENOSPC] and free is not None:
         reason += f": {(needed + MARGIN) / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free"
     return ArchiveError(
         f"{path}: cannot be written: {reason or error}; what was committed is intact: put this right and run the same "
         "command again to go on"
     )
+
+
+def _what_is_used_up(folder: Path) -> str:
+    with suppress(OSError):
+        found = os.statvfs(folder)
+        if found.f_files and not found.f_favail:
+            return f"another file: all {found.f_files} inodes are used"
+    return "it: a quota or what is kept for the administrator"
 
 
 def sync_directory(path: Path) -> None:
@@ -173,6 +186,34 @@ def sha256(path: Path) -> str:
     """SHA-256 of a file, 64 hex digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def version(path: Path) -> tuple[object, ...] | None:
+    """What differs whenever the content of a file does; None if there is no file.
+
+    Its identity, size and times; of a file that changed just now its SHA-256 too (`TICK_SECONDS`).
+    """
+    try:
+        status = path.stat()
+        changed = max(status.st_mtime_ns, status.st_ctime_ns)
+        stamp = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+        return stamp if abs(time.time_ns() - changed) > TICK_SECONDS * 1e9 else (*stamp, sha256(path))
+    except OSError:
+        return None
+
+
+def digest_of(path: Path) -> str | None:
+    """SHA-256 of a file, read again only once its `version` changed; None if it cannot be read."""
+    found = version(path)
+    return None if found is None else _digest_of(path.absolute(), found)
+
+
+@lru_cache(maxsize=1 << 10)
+def _digest_of(path: Path, _: tuple[object, ...]) -> str | None:
+    try:
+        return sha256(path)
+    except OSError:
+        return None
 
 
 def seal_of(path: Path) -> Path:

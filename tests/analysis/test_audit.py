@@ -6,8 +6,8 @@ from tsdyn.analysis.members import member
 
 import tsdyn
 from tests.cases import small
-from tests.test_theory import scaled_network
 from tsdyn import alignment, theory
+from tsdyn.teachers import draw_teacher
 
 RECORD = ["mse", "correlation", "fanout_norm", "weight", "moments", "lemma1_residual", "alignment", "gradient_max"]
 
@@ -118,7 +118,7 @@ def perfect(width, teacher, extra, fanout):
 def test_theorem_2_and_its_corollary_judge_the_fanouts_of_unaligned_nodes(run, monkeypatch):
     """Students that are their teachers, and four spare nodes of their own."""
     draw = torch.Generator().manual_seed(0)
-    teachers = [scaled_network((10, 4, 6), "relu", 0.0, True, seed) for seed in range(3)]
+    teachers = [draw_teacher(tsdyn.Experiment.from_toml_text(run.attrs["experiment"]), seed) for seed in range(3)]
     extra = torch.randn(4, 10, generator=draw, dtype=torch.float64)
     silent = torch.zeros(6, 4, dtype=torch.float64)
     ds = placed(run, [perfect(8, t, extra, silent) for t in teachers], teachers)
@@ -229,3 +229,118 @@ def test_theorem_5_is_for_deep_students(tmp_path):
     found = audit(near).sel(claim="Theorem 5")
     assert set(found.verdict.values) <= {"holds", "unmet"}
     assert (found.verdict == "holds").any()
+
+
+# --- constructed archives with known answers --------------------------------------------------------------------
+
+THEOREMS = ["Theorem 1", "Theorem 2", "Corollary 1", "Theorem 3", "Theorem 4", "Theorem 5"]
+
+
+def constructed(folder, **changes):
+    """An untrained run of everything that an audit reads."""
+    observables = [*RECORD, "observation"]
+    return tsdyn.run(small(seeds=2, training__epochs=0, record__observables=observables, **changes), folder / "run")
+
+
+def saved(folder, weights, biases):
+    state = {}
+    for i, (w, b) in enumerate(zip(weights, biases, strict=True)):
+        state |= {f"{2 * i}.weight": w, f"{2 * i}.bias": b}
+    torch.save(state, folder / "network.pt")
+    return str(folder / "network.pt")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"student__scale": 1e-7},
+        {"teacher__init": "gaussian", "teacher__scale": 1e-3, "teacher__unit_norm": False, "teacher__bias": False},
+        {"data__std": 1e-3, "teacher__bias": False},
+        {"student__scale": 1e-7, "teacher__widths": [10, 4, 4, 6]},
+    ],
+)
+def test_an_untrained_student_is_at_no_critical_point_however_small_its_gradient(changes, tmp_path):
+    ds = constructed(tmp_path, **changes)
+    assert float(ds["gradient_max"].sel(layer=1).max()) < 1e-2
+    assert (audit(ds).verdict.sel(claim=THEOREMS) == "unmet").all()
+
+
+def test_a_student_equal_to_its_teacher_holds(tmp_path):
+    """g = 0 exactly: every bound is rounding, and so is every ε."""
+    teacher = draw_teacher(small(), 0)
+    path = saved(tmp_path, teacher.weights, teacher.biases)
+    ds = constructed(
+        tmp_path, teacher__init="file", teacher__path=path, student__init="file", student__path=path,
+        student__overrealization=1.0,
+    )  # fmt: skip
+    found = audit(ds)
+    assert (found.verdict.sel(claim=["Equation 1", "Lemma 1", "Theorem 1", "Theorem 3"]) == "holds").all()
+    assert float(found.margin.sel(claim=["Theorem 1", "Theorem 3"]).max()) < 1e-3
+
+
+def test_one_teacher_node_proves_nothing_about_several(tmp_path):
+    found = audit(constructed(tmp_path, teacher__widths=[10, 1, 6]))
+    assert (found.verdict.sel(claim=["Assumption 1", *THEOREMS]) == "unmet").all()
+
+
+def test_a_dead_student_is_audited_row_by_row(tmp_path):
+    """No moment is above 0: the factorization has nothing to compare."""
+    dead = saved(
+        tmp_path,
+        [torch.zeros(8, 10, dtype=torch.float64), torch.zeros(6, 8, dtype=torch.float64)],
+        [-torch.ones(8, dtype=torch.float64), torch.zeros(6, dtype=torch.float64)],
+    )
+    found = audit(constructed(tmp_path, student__init="file", student__path=dead))
+    assert (found.verdict.sel(claim=["E[β f'f'] = E[β] ∘ E[f'f']", *THEOREMS]) == "unmet").all()
+    assert (found.verdict.sel(claim="Equation 1") == "holds").all()
+
+
+def test_claims_of_the_squared_error_are_unmet_under_another_loss_and_say_so(tmp_path):
+    found = audit(constructed(tmp_path, training__loss="cross_entropy"))
+    for claim in ["Equation 1", "Lemma 1", "Assumption 2", *THEOREMS]:
+        assert (found.verdict.sel(claim=claim) == "unmet").all()
+        assert "of the squared error, not of training.loss = 'cross_entropy'" in found.used.sel(claim=claim).item()
+    assert (found.verdict.sel(claim="Assumption 1") == "holds").all()
+
+
+def test_equation_1_notices_an_error_in_the_smallest_layer(tmp_path, monkeypatch):
+    """Relative by layer: with fan-outs of 1e-6 the lowest layer's gradient is a millionth of the other's."""
+    ds = constructed(tmp_path, student__scale=1e-6)
+    assert (audit(ds).sel(claim="Equation 1").verdict == "holds").all()
+    true = theory.backpropagated_gradients
+
+    def planted(*of):
+        first, *others = true(*of)
+        return [1.001 * first, *others]
+
+    monkeypatch.setattr(theory, "backpropagated_gradients", planted)
+    assert (audit(ds).sel(claim="Equation 1").verdict == "fails").all()
+
+
+def test_verdicts_do_not_depend_on_the_unit_of_the_output(tmp_path):
+    """Fan-outs of teacher and student a thousandth as large: gradients a millionth, the same verdicts and margins."""
+    margins = []
+    for place, unit in enumerate((1.0, 1e-3)):
+        folder = tmp_path / str(place)
+        folder.mkdir()
+        teacher, student = draw_teacher(small(), 0), draw_teacher(small(), 1)
+        paths = []
+        for name, net in (("t", teacher), ("s", student)):
+            (folder / name).mkdir()
+            scaled = [net.weights[0], unit * net.weights[1]]
+            paths.append(saved(folder / name, scaled, [net.biases[0], unit * net.biases[1]]))
+        found = audit(
+            constructed(
+                folder,
+                teacher__init="file",
+                teacher__path=paths[0],
+                student__init="file",
+                student__path=paths[1],
+                student__overrealization=1.0,
+            )
+        )
+        chosen = [claim for claim in found.claim.values if claim != "Assumption 2"]  # which bounds f and g as they are
+        margins.append(found.sel(claim=chosen))
+    np.testing.assert_array_equal(margins[0].verdict, margins[1].verdict)
+    sizes = ["Theorem 1", "Theorem 2", "Corollary 1", "Theorem 3", "weak overlaps"]
+    np.testing.assert_allclose(margins[0].margin.sel(claim=sizes), margins[1].margin.sel(claim=sizes), rtol=1e-9)

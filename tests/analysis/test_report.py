@@ -7,8 +7,10 @@ import subprocess
 from html.parser import HTMLParser
 
 import netCDF4
+import numpy as np
 import pytest
-from tsdyn.analysis import report
+import xarray as xr
+from tsdyn.analysis import audit, figures, report
 from tsdyn.analysis.citations import DATA, PAPERS, citations
 
 import tsdyn
@@ -172,3 +174,26 @@ def test_citations_are_of_what_was_recorded(run):
     for words in ("Tian 2020", "Tian et al. 2019", "Saad & Solla 1995", "Goldt et al. 2019"):
         assert words in PAPERS
         assert words in named
+
+
+@pytest.mark.parametrize(
+    ("odd", "words"),
+    [
+        (lambda ds: ds.assign_coords(seed=[0] * ds.sizes["seed"]), r"seed has the labels \[0\] more than once"),
+        (lambda ds: ds.assign(mse_eval=(ds["mse_eval"].dims, np.full(ds["mse_eval"].shape, "a"))), "mse_eval holds"),
+        (lambda ds: ds.assign(mse_eval=ds["mse_eval"].fillna(0).astype(int)), "mse_eval holds int64, not floating"),
+        (lambda ds: xr.Dataset({"x": ("t", [1.0])}), "seed, epoch|needs|no dimension epoch|no mse_eval"),
+        (lambda ds: ds.drop_attrs(), "has no attribute 'experiment'"),
+    ],
+)
+def test_what_reads_well_but_is_no_archive_is_refused_in_words(run, odd, words, tmp_path):
+    ds = odd(tsdyn.open(run).load())
+    ds.to_netcdf(tmp_path / "odd.nc")
+    there = tsdyn.open(tmp_path / "odd.nc")
+    with pytest.raises(ValueError, match=words):
+        audit.audit(there)
+    if "experiment" not in words:  # a page and a curve need none
+        with pytest.raises(DirectoryError, match=words):
+            report.render(tmp_path / "odd.nc")
+        with pytest.raises(ValueError, match=words):
+            figures.FIGURES["loss"](there)

@@ -14,12 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from tsdyn.analysis import alignment, lottery, matching, order_parameters, phase, similarity, specialization, summary
+from tsdyn.analysis.members import member
 
 import tsdyn
 from tests.cases import small
 from tests.test_theory import scaled_network
 from tsdyn import alignment as engine
-from tsdyn import data
+from tsdyn import data, derivatives, flow
 from tsdyn.teachers import draw_teacher
 
 DIMS = ("seed", "epoch", "teacher_node", "node")
@@ -68,7 +69,8 @@ MEASURES = {
     "recovery_class": phase.recovery_class,
     "fractions": lambda ds: phase.fractions(phase.recovery_class(ds, threshold=0.3)),
     "summarise": recovery_summary,
-    "bootstrap": lambda ds: summary.bootstrap(specialization.mean_specialization(ds), resamples=20),
+    "mean interval": lambda ds: summary.interval(specialization.mean_specialization(ds)),
+    "median interval": lambda ds: summary.interval(specialization.mean_specialization(ds), statistic="median"),
 }
 
 
@@ -135,27 +137,68 @@ def test_summaries_are_numpys_of_what_is_there(values):
         np.testing.assert_allclose(found["standard_deviation"][row], spread, rtol=1e-9, atol=tolerance)
 
 
-def test_the_bootstrap_is_scipys_and_leaves_out_the_missing():
-    values = np.random.default_rng(3).normal(size=(4, 9))
+def test_the_interval_of_a_mean_is_scipys_and_leaves_out_the_missing():
+    values = np.random.default_rng(3).normal(size=(5, 9))
     values[1, 2] = values[1, 5] = np.nan
     values[2] = np.nan
-    array = xr.DataArray(values, dims=("node", "seed"), name="x")
-    for statistic, function in (("mean", np.mean), ("median", np.median)):
-        found = summary.bootstrap(array, statistic=statistic, resamples=99, random_seed=7, confidence=0.9)
-        for row, whole in enumerate(values):
-            real = whole[~np.isnan(whole)]
-            if not len(real):
-                assert found[row].isnull().all()
-                continue
-            wanted = scipy.stats.bootstrap(
-                (real,),
-                function,
-                n_resamples=99,
-                confidence_level=0.9,
-                method="percentile",
-                random_state=np.random.default_rng(7),
-            ).confidence_interval
-            np.testing.assert_allclose(found[row], wanted, rtol=1e-12)
+    values[3, 1:] = np.nan  # one value has no spread
+    found = summary.interval(xr.DataArray(values, dims=("node", "seed"), name="x"), confidence=0.9)
+    for row, whole in enumerate(values):
+        real = whole[~np.isnan(whole)]
+        if len(real) < 2:
+            assert found[row].isnull().all()
+            continue
+        wanted = scipy.stats.ttest_1samp(real, 0).confidence_interval(0.9)
+        np.testing.assert_allclose(found[row], [wanted.low, wanted.high], rtol=1e-12)
+
+
+@pytest.mark.parametrize("n", [3, 5, 8, 20])
+def test_the_interval_of_a_mean_covers_as_it_says(n):
+    """20,000 times n normal seeds: 95 %, with a standard error of 0.15 %."""
+    values = xr.DataArray(np.random.default_rng(n).normal(2.0, 3.0, (20_000, n)), dims=("trial", "seed"), name="x")
+    found = summary.interval(values)
+    inside = (found.sel(bound="low") <= 2.0) & (found.sel(bound="high") >= 2.0)
+    assert abs(float(inside.mean()) - 0.95) < 5 * (0.95 * 0.05 / 20_000) ** 0.5
+
+
+@pytest.mark.parametrize("n", [6, 9, 30])
+def test_the_interval_of_a_median_covers_as_its_level_says(n):
+    """Of a skewed law, whose mean is no median: e^z of a standard normal z has median 1."""
+    draw = np.random.default_rng(n).lognormal(size=(20_000, n))
+    found = summary.interval(xr.DataArray(draw, dims=("trial", "seed"), name="x"), statistic="median")
+    level = float(found["level"][0])
+    assert level >= 0.95
+    inside = (found.sel(bound="low") <= 1.0) & (found.sel(bound="high") >= 1.0)
+    assert abs(float(inside.mean()) - level) < 5 * (0.05 / 20_000) ** 0.5
+
+
+def test_the_median_has_no_interval_below_six_and_the_least_that_suffices_above():
+    ranks = xr.DataArray(np.arange(1.0, 12.0), dims="seed", name="x")
+    for n in range(1, 6):
+        none = summary.interval(ranks[:n], statistic="median", confidence=0.8)
+        assert none.isnull().all()
+        assert none["level"].isnull()
+    six = summary.interval(ranks[:6], statistic="median")
+    np.testing.assert_array_equal(six, [1, 6])
+    assert float(six["level"]) == 1 - 2 / 2**6
+    np.testing.assert_array_equal(summary.interval(ranks, statistic="median"), [2, 10])  # 1 − 24/2¹¹; [3, 9] has 93 %
+    assert summary.interval(ranks[:6], statistic="median", confidence=0.99).isnull().all()
+    gappy = summary.interval(xr.concat([ranks[:6], ranks[:2] * np.nan], "seed"), statistic="median")
+    np.testing.assert_array_equal(gappy, six)
+
+
+def test_quantiles_of_infinite_values_are_order_statistics():
+    def middle(*values):
+        array = xr.DataArray(list(values), dims="seed", name="x")
+        return summary.summarise(array, probabilities=(0.5,))["quantiles"].item()
+
+    inf = np.inf
+    assert middle(1, 2, inf) == 2
+    assert middle(-inf, 2, inf) == 2
+    assert middle(1, 2, inf, inf) == inf
+    assert middle(inf, inf) == inf
+    assert np.isnan(middle(-inf, inf))
+    assert middle(1.0, inf, np.nan, 3.0) == 3
 
 
 @settings(max_examples=60, deadline=None)
@@ -171,7 +214,8 @@ def test_the_wilson_interval_is_scipys(counts, confidence):
 def test_intervals_of_nothing_are_nan():
     nothing = xr.DataArray(np.full((2, 3), np.nan), dims=("node", "seed"), name="success")
     assert summary.share_interval(nothing).isnull().all()
-    assert summary.bootstrap(nothing).isnull().all()
+    assert summary.interval(nothing).isnull().all()
+    assert summary.interval(nothing, statistic="median").isnull().all()
 
 
 @pytest.mark.parametrize(
@@ -179,8 +223,8 @@ def test_intervals_of_nothing_are_nan():
     [
         (lambda x: summary.summarise(x, over="epoch"), "summarise: 'x' has no dimension epoch"),
         (lambda x: summary.summarise(x, probabilities=(1.2,)), r"probabilities=\(1.2,\); each lies in"),
-        (lambda x: summary.bootstrap(x, confidence=95.0), "confidence=95.0; it lies between 0 and 1"),
-        (lambda x: summary.bootstrap(x, statistic="mode"), "statistic='mode'; it is 'mean' or 'median'"),
+        (lambda x: summary.interval(x, confidence=95.0), "confidence=95.0; it lies between 0 and 1"),
+        (lambda x: summary.interval(x, statistic="mode"), "statistic='mode'; it is 'mean' or 'median'"),
         (lambda x: summary.share_interval(x, confidence=0.0), "confidence=0.0; it lies between 0 and 1"),
         (phase.fractions, "'x' does not name its classes; set attrs flag_values"),
         (lambda x: phase.fractions(x, over="epoch"), "'x' has no dimension epoch"),
@@ -344,20 +388,24 @@ def test_a_copy_of_the_teacher_is_aligned(run):
     assert float(alignment.best_alignment(ds).isel(epoch=-1).max()) < 100 * EPS
 
 
-def test_order_parameters_are_products_of_weights(run):
+@pytest.mark.parametrize("std", [1.0, 1.5])
+def test_order_parameters_are_the_covariance_of_fields(run, std):
+    experiment = tsdyn.Experiment.from_toml_text(run.attrs["experiment"])
+    run = run.assign_attrs(experiment=experiment.replace({"data.std": std}).to_toml())
     found = order_parameters.order_parameters(run)
     assert dask.is_dask_collection(found)
     for name, array in found.data_vars.items():
         assert set(array.dims) == set(tsdyn.schema.VARIABLES[name].dims) - ({"epoch"} if name == "T" else set())
+        assert array.attrs["normalisation"].startswith("covariance of the fields")
     low = tsdyn.layer(run[["weight", "teacher_weight"]], 1).load()
     cosines = order_parameters.cosines(run).compute()
     for seed in range(3):
         w = torch.as_tensor(low.weight.sel(seed=seed).isel(epoch=2).values[:, :10])
         b = torch.as_tensor(low.teacher_weight.sel(seed=seed).values[:, :10])
         at = found.sel(seed=seed)
-        np.testing.assert_allclose(at.Q.isel(epoch=2), w @ w.T / 10, rtol=1e-12, atol=1e-14)
-        np.testing.assert_allclose(at.R.isel(epoch=2), w @ b.T / 10, rtol=1e-12, atol=1e-14)
-        np.testing.assert_allclose(at["T"], b @ b.T / 10, rtol=1e-12, atol=1e-14)
+        np.testing.assert_allclose(at.Q.isel(epoch=2), std**2 * w @ w.T, rtol=1e-12, atol=1e-13)
+        np.testing.assert_allclose(at.R.isel(epoch=2), std**2 * w @ b.T, rtol=1e-12, atol=1e-13)
+        np.testing.assert_allclose(at["T"], std**2 * b @ b.T, rtol=1e-12, atol=1e-13)
         wanted = torch.nn.functional.cosine_similarity(w[:, None], b[None], dim=-1)
         np.testing.assert_allclose(cosines.sel(seed=seed).isel(epoch=2), wanted, atol=20 * EPS)
 
@@ -381,3 +429,130 @@ def test_what_was_not_recorded_is_named(run):
         similarity.student_teacher(run.sel(layer=1).isel(epoch=-1))
     with pytest.raises(ValueError, match="of the lowest layer, not of layer 2"):
         alignment.alignment(run.drop_vars("alignment").sel(layer=2))
+
+
+# --- dead is not missing ----------------------------------------------------------------------------------------
+
+
+def test_a_living_student_without_a_living_node_has_found_nothing(run):
+    """One of four seeds recovers its teacher, three live with dead nodes only: a rate of ¼, not of 1."""
+    ds = run.load()
+    values = np.full_like(ds["correlation"].values, np.nan)
+    values[0, :, 0, :4, :4] = np.eye(4)
+    ds = ds.assign(correlation=(ds["correlation"].dims, values))
+    low = tsdyn.layer(ds[["correlation"]], 1)
+    np.testing.assert_allclose(specialization.success_rate(low), 1 / 3)
+    assert (specialization.recovered(low).isel(epoch=-1) == [4, 0, 0]).all()
+    shares = phase.fractions(phase.recovery_class(low)).isel(epoch=-1)
+    np.testing.assert_allclose(shares.sel({"class": ["none", "all"]}), [2 / 3, 1 / 3])
+    died = low.assign_coords(death_epoch=("seed", [-1, 2, -1]))
+    np.testing.assert_allclose(specialization.success_rate(died).sel(epoch=[0, 1]), 1 / 3)
+    np.testing.assert_allclose(specialization.success_rate(died).sel(epoch=[2, 4]), 1 / 2)  # the dead are missing
+    whole = specialization.success_rate(ds[["correlation"]])
+    assert whole.sel(layer=2).isnull().all()  # of the output layer there is nothing to recover
+    np.testing.assert_allclose(whole.sel(layer=1).isel(teacher_node=slice(0, 4)), 1 / 3)
+    assert whole.isel(teacher_node=slice(4, None)).isnull().all()
+
+
+def test_a_member_without_a_last_epoch_has_no_final_winner():
+    values = np.random.default_rng(0).uniform(-1, 1, (2, 3, 2, 5))
+    values[1, -1] = np.nan
+    ranks = lottery.winner_rank(archive(values))
+    assert ranks.isel(seed=1).isnull().all()
+    assert ranks.isel(seed=0).notnull().all()
+    assert specialization.mean_rank(archive(values)).isel(seed=1).isnull().all()
+
+
+# --- similarity -------------------------------------------------------------------------------------------------
+
+
+def layers(draw, samples=600):
+    x = draw.standard_normal((samples, 3))
+    return x, x @ draw.standard_normal((3, 5)) + 0.7 * draw.standard_normal((samples, 5))
+
+
+@pytest.mark.parametrize(("dtype", "scale"), [("f8", 1e100), ("f8", 1e-100), ("f4", 1e15), ("f4", 1e-15)])
+def test_similarity_does_not_depend_on_scale(dtype, scale):
+    x, y = layers(np.random.default_rng(0))
+    for measure in (similarity.linear_cka, similarity.svcca, lambda a, b: similarity.linear_cka(a, b, debiased=True)):
+        found = measure((scale * x).astype(dtype), (y / scale).astype(dtype))
+        assert found == pytest.approx(measure(x, y), abs=10 * float(np.finfo(dtype).eps))
+
+
+def test_similarity_does_not_depend_on_the_mean():
+    """Activations about 100 in float32 hold 5e-6 of their own spread."""
+    x, y = layers(np.random.default_rng(0))
+    assert similarity.linear_cka((x + 100).astype("f4"), y) == pytest.approx(similarity.linear_cka(x, y), abs=1e-5)
+
+
+def test_similarity_of_a_constant_or_infinite_layer_is_nan():
+    x, y = layers(np.random.default_rng(0))
+    for other in (np.full_like(x, 0.1), np.full_like(x, np.nan), np.where(x > 2, np.inf, x)):
+        for measure in (similarity.linear_cka, similarity.svcca):
+            assert np.isnan(measure(other, y))
+            assert np.isnan(measure(y, other))
+
+
+def test_the_debiased_estimator_is_the_sum_over_different_samples_and_zero_for_independent_layers():
+    def product(x, y):
+        """Song et al. (2012), Eq. 5, as it is written."""
+        n, one = len(x), np.ones(len(x))
+        K, L = x @ x.T, y @ y.T
+        np.fill_diagonal(K, 0)
+        np.fill_diagonal(L, 0)
+        sums = (one @ K @ one) * (one @ L @ one) / ((n - 1) * (n - 2))
+        return np.trace(K @ L) + sums - 2 / (n - 2) * (one @ K @ L @ one)
+
+    draw = np.random.default_rng(0)
+    found, plain = [], []
+    for _ in range(500):
+        x, y = draw.standard_normal((9, 4)) + 3, draw.standard_normal((9, 4))
+        wanted = product(x, y) / np.sqrt(product(x, x) * product(y, y))
+        found.append(similarity.linear_cka(x, y, debiased=True))
+        plain.append(similarity.linear_cka(x, y))
+        assert found[-1] == pytest.approx(wanted, rel=1e-9, abs=1e-11)
+    # the three products are unbiased, their ratio but for terms of order 1/samples
+    assert abs(np.mean(found)) < 0.03 + 5 * np.std(found) / 500**0.5
+    assert np.mean(plain) > 0.3
+
+
+# --- overlaps that a flow takes -----------------------------------------------------------------------------------
+
+
+def test_an_archives_order_parameters_start_the_flow_at_its_recorded_loss(tmp_path):
+    """eg(0) is ½ E[(φ − y)²] over all inputs, the recorded loss a mean over 20,000: five standard errors."""
+    experiment = small(
+        seeds=2, teacher__widths=[8, 2, 1], teacher__bias=False, student__activation="erf", student__bias=False,
+        student__scale=0.4, data__eval=20_000, training__epochs=0, record__observables=["loss", "weight"],
+        sweep={"data.std": [1.0, 2.0]},
+    )  # fmt: skip
+    ds = tsdyn.run(experiment, tmp_path / "run")
+    found = order_parameters.order_parameters(ds).isel(epoch=0)
+    for std in (1.0, 2.0):
+        at = found.sel(std=std)
+        path = flow.order_parameters(
+            at["Q"], at["R"], at["T"], at["v"], at["A"], learning_rate=0.1, alpha=[0.0, 0.1], activation="erf"
+        )
+        wanted = ds["loss_eval"].sel(std=std).isel(epoch=0)
+        np.testing.assert_allclose(path["eg"].isel(alpha=0), wanted, rtol=5 * 2 / 20_000**0.5)
+        divided = at["Q"].assign_attrs(normalisation="w·w/N")
+        with pytest.raises(ValueError, match="order_parameters: Q is the 'w·w/N', not the 'covariance of the fields"):
+            flow.order_parameters(divided, at["R"], at["T"], learning_rate=0.1, alpha=[0.0])
+
+
+def test_members_have_the_biases_that_their_networks_have(tmp_path):
+    """The recorded norm of per-sample gradients is over parameters that there are: √(Σ ‖g_l‖² ‖f_{l−1}‖²) without."""
+    experiment = small(
+        seeds=1, teacher__bias=False, student__bias=False, record__observables=["weight", "gradient_norm"],
+        training__epochs=1,
+    )  # fmt: skip
+    ds = tsdyn.run(experiment, tmp_path / "run")
+    one = member(ds.isel(seed=0, epoch=-1), experiment)
+    assert one.student.biases == one.teacher.biases == [None, None]
+    x = one.training_inputs
+    module, target = one.student.to_torch(), one.teacher(x)
+    norms = derivatives.per_sample_gradient_norms(
+        module, lambda found, wanted: 0.5 * (found - wanted).square().sum(), x, target
+    )
+    recorded = ds["gradient_norm"].isel(seed=0, epoch=-1).sel(quantile=1.0)
+    assert float(norms.max()) == pytest.approx(float(recorded), rel=1e-12)

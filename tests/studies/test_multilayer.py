@@ -25,7 +25,7 @@ def test_an_epoch_is_the_released_codes():
         torch.nn.MSELoss()(theirs(x[rows]), teacher(x[rows])).backward()
         optimizer.step()
     members = Members(experiment)
-    members.train(1)
+    members.advance(1)
     ours = members.ensemble.network(0).to_torch()
     for (name, a), (_, b) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11, msg=name)

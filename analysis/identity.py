@@ -1,0 +1,148 @@
+"""Whose numbers these are: the experiment behind every point and seed of an archive, or why that cannot be known.
+
+What a Dataset says of itself are its attribute ``experiment``, its labels and its widths.  They must agree: joining
+archives (`xarray.concat`) keeps the attributes of the first alone, and an attribute can be copied to anything.  Imports
+no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from tsdyn import schema
+from tsdyn.archive import experiment_of, label
+from tsdyn.experiment import Experiment
+from tsdyn.sweep_axes import POINT, axes, places, sweep_dimensions, swept_keys
+
+#: Labels of a point → where it stands in the Dataset, and its experiment.
+Points = dict[tuple[Any, ...], tuple[Mapping[str, Any], Experiment]]
+
+
+def points(ds: xr.Dataset) -> Points:
+    """For each point of the archive's sweep that is in `ds`: its labels → (selection, experiment).
+
+    Raises:
+        ValueError: if the labels of `ds` are not those of its experiment.
+    """
+    experiment = experiment_of(ds)
+    _refuse_foreign(ds, experiment)
+    found = _swept(ds, experiment) if experiment.sweep else {(): ({}, experiment)}
+    seeds = set().union(*(single.seed_labels for _, single in found.values()))
+    if "seed" in ds.coords and (foreign := sorted(set(np.atleast_1d(ds["seed"].values).tolist()) - seeds)):
+        raise ValueError(
+            f"points: seeds {foreign[:5]} are none of {experiment.name}'s, whose experiment the Dataset carries; of "
+            "archives joined, and of a Dataset of your own, it cannot be known whose the networks are: ask each "
+            "by itself"
+        )
+    for chosen, single in found.values():
+        _refuse_other_widths(ds, chosen, single)
+    return found
+
+
+def per_point(ds: xr.Dataset, told: Callable[[Experiment], Any]) -> xr.DataArray:
+    """What the experiment of each point says, over what is left of the swept dimensions.
+
+    Raises:
+        ValueError: as `points`.
+    """
+    found = list(points(ds).values())
+    dims = tuple(dict.fromkeys(dim for chosen, _ in found for dim in chosen))
+    values = np.full(tuple(ds.sizes[dim] for dim in dims), None, dtype=object)
+    for chosen, experiment in found:
+        values[tuple(ds.get_index(dim).get_loc(chosen[dim]) for dim in dims)] = told(experiment)
+    if any(value is None for value in values.flat):
+        raise ValueError(f"points: {', '.join(dims)} of the Dataset have labels that its experiment does not sweep")
+    return xr.DataArray(np.array(values.tolist()), {dim: ds[dim].variable for dim in dims}, dims)
+
+
+def refuse_odd(ds: xr.Dataset, caller: str) -> None:
+    """Refuse what reads well, but cannot be labels or values of an archive.
+
+    Raises:
+        ValueError: if a label stands along a dimension more than once, or a variable of the schema holds no floating
+            point numbers; names it.
+    """
+    for dim, index in ds.indexes.items():
+        if not index.is_unique:
+            twice = index[index.duplicated()].unique().tolist()
+            raise ValueError(
+                f"{caller}: {dim} has the labels {twice[:5]} more than once; it cannot be told which is meant"
+            )
+    whole = ("seed", "epoch", "layer", "node", "node_2", "teacher_node", "teacher_node_2", "input_node")
+    for name, array in ds.variables.items():
+        number = name in schema.VARIABLES or name == "coverage"
+        count = (name in schema.COORDINATES and name != "coverage") or name in whole
+        if number and array.dtype.kind != "f":
+            raise ValueError(f"{caller}: {name} holds {array.dtype}, not floating point numbers; it is no archive's")
+        if count and array.dtype.kind not in "iu":
+            raise ValueError(f"{caller}: {name} holds {array.dtype}, not integers; it is no archive's")
+
+
+def begun(ds: xr.Dataset) -> xr.DataArray:
+    """Whether each point has a committed epoch; a lone run has."""
+    return ds["coverage"] > 0 if "coverage" in ds.coords else xr.DataArray(True)
+
+
+def _swept(ds: xr.Dataset, experiment: Experiment) -> Points:
+    names = sweep_dimensions(swept_keys(experiment.sweep))
+    lost = [name for name in names.values() if name not in ds.coords]
+    if lost:
+        raise ValueError(
+            f"points: the Dataset lacks {', '.join(lost)}, which {experiment.name} sweeps, so that it cannot be known "
+            "which point it is; select without drop=True"
+        )
+    found: Points = {}
+    for place, (values, single) in zip(places(experiment.sweep), experiment.points(), strict=True):
+        labels = {names[key]: label(value) for key, value in values.items()}
+        if not all(value in np.atleast_1d(ds[name].values) for name, value in labels.items()):
+            continue
+        along = {
+            axis.dimension: (labels | {POINT: position})[axis.dimension]
+            for axis, position in zip(axes(experiment.sweep), place, strict=True)
+        }
+        if POINT in ds.coords and POINT in along and along[POINT] not in np.atleast_1d(ds[POINT].values):
+            continue
+        found[tuple(labels.values())] = {dim: value for dim, value in along.items() if dim in ds.dims}, single
+    if not found:
+        raise ValueError(f"points: no point of {experiment.name}'s sweep has the labels of the Dataset")
+    return found
+
+
+def _refuse_foreign(ds: xr.Dataset, experiment: Experiment) -> None:
+    """Dimensions that no swept key made, and labels that stand there twice."""
+    swept = {axis.dimension for axis in axes(experiment.sweep)}
+    held = {str(dim) for name, array in ds.variables.items() if name in schema.VARIABLES for dim in array.dims}
+    foreign = sorted(held - swept - set(schema.DIMENSIONS))
+    if foreign:
+        raise ValueError(
+            f"points: {', '.join(foreign)} is no dimension of {experiment.name}, whose experiment the Dataset carries; "
+            "archives joined keep the first one's: open them together by tsdyn.open([...]), and ask each by itself"
+        )
+    for dim in ("seed", "epoch", *swept):
+        if dim in ds.indexes and not ds.indexes[dim].is_unique:
+            twice = ds.indexes[dim][ds.indexes[dim].duplicated()].unique().tolist()
+            raise ValueError(
+                f"points: {dim} has {twice[:5]} more than once; of archives joined it cannot be known whose the "
+                "networks are: ask each archive by itself"
+            )
+
+
+def _refuse_other_widths(ds: xr.Dataset, chosen: Mapping[str, Any], experiment: Experiment) -> None:
+    if "width" not in ds.coords or "layer" not in ds["width"].dims or "layer" not in ds.coords:
+        return
+    layout = experiment.layout
+    at = {dim: value for dim, value in chosen.items() if dim in ds["width"].dims}
+    for name, wanted in (("width", layout.widths), ("teacher_width", layout.teacher_widths)):
+        if name not in ds.coords:
+            continue
+        held = ds[name].sel(at)
+        there = {int(number): int(n) for number, n in zip(ds["layer"].values, held.values, strict=True) if n > 0}
+        if any(wanted[number - 1 : number] != (n,) for number, n in there.items()):
+            raise ValueError(
+                f"points: {name} is {there} by layer, but {list(wanted)} in {experiment.name}, whose experiment the "
+                "Dataset carries; it belongs to other networks"
+            )
