@@ -16,7 +16,7 @@ import xarray as xr
 
 import tsdyn
 from tests.cases import small
-from tsdyn import hdf5, images, integrity, lock, netcdf
+from tsdyn import hdf5, integrity, lock, netcdf
 from tsdyn.archive import ArchiveError, DirectoryError, RunDirectory
 
 FEW = {"training__epochs": 1, "seeds": 2, "record__observables": ["mse", "correlation", "weight"]}
@@ -269,45 +269,3 @@ def test_a_live_lock_of_another_container_of_this_name_is_not_taken(tmp_path, mo
     with pytest.raises(ArchiveError, match="another process is writing here"):
         lock.Lock(tmp_path).acquire()
     held.release()
-
-
-# --- data files -----------------------------------------------------------------------------------------------------
-
-
-def test_dimensions_of_data_go_by_their_names(tmp_path):
-    x = np.random.default_rng(0).standard_normal((6, 4))
-    pictures = np.random.default_rng(1).standard_normal((6, 3, 2, 5))
-    xr.Dataset({"inputs": (("input", "sample"), x.T)}).to_netcdf(tmp_path / "x.nc")
-    np.testing.assert_array_equal(images.read_arrays(tmp_path / "x.nc").pixels, x)
-    dims = ("row", "column", "channel", "sample")
-    xr.Dataset({"inputs": (dims, pictures.transpose(2, 3, 1, 0))}).to_netcdf(tmp_path / "pictures.nc")
-    np.testing.assert_array_equal(images.read_arrays(tmp_path / "pictures.nc").pixels, pictures)
-    xr.Dataset({"inputs": (("a", "b"), x)}).to_netcdf(tmp_path / "nameless.nc", format="NETCDF3_64BIT")
-    np.testing.assert_array_equal(images.read_arrays(tmp_path / "nameless.nc").pixels, x)
-
-
-def test_labels_with_a_fill_value_are_labels_unless_one_is_missing(tmp_path):
-    x, labels = np.zeros((4, 2)), np.array([0, 2, 1, 1], dtype="i4")
-    ds = xr.Dataset({"inputs": (("sample", "input"), x), "labels": ("sample", labels)})
-    ds.to_netcdf(tmp_path / "all.nc", encoding={"labels": {"_FillValue": -1}})
-    np.testing.assert_array_equal(images.read_arrays(tmp_path / "all.nc").labels, labels)
-    ds.to_netcdf(tmp_path / "some.nc", encoding={"labels": {"_FillValue": 2}})
-    with pytest.raises(images.DataError, match=r"labels are float\d+ .* integers"):
-        images.read_arrays(tmp_path / "some.nc")
-
-
-def test_well_compressed_data_are_read(tmp_path):
-    one_hot = np.eye(1000)
-    xr.Dataset({"inputs": (("sample", "input"), one_hot)}).to_netcdf(
-        tmp_path / "x.nc", encoding={"inputs": {"compression": "zstd", "complevel": 9, "chunksizes": (1000, 1000)}}
-    )
-    assert one_hot.nbytes > 300 * (tmp_path / "x.nc").stat().st_size
-    np.testing.assert_array_equal(images.read_arrays(tmp_path / "x.nc").pixels, one_hot)
-
-
-@pytest.mark.parametrize("kind", ["external", "float16"])
-def test_data_files_that_mean_harm_are_refused(tmp_path, kind):
-    (tmp_path / "secret").write_bytes(b"twenty secret bytes.")
-    _raw(tmp_path / "x.nc", kind)
-    with pytest.raises(images.DataError, match=r"cannot be read as \.nc: .*weight"):
-        images.read_arrays(tmp_path / "x.nc")

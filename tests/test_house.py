@@ -138,7 +138,6 @@ SAME_RANK = {
     ("interaction", "activations"),
     ("students", "archive"),
     ("data", "images"),
-    ("images", "netcdf"),
     ("run_directory", "joining"),
     ("images", "netcdf"),
     ("headers", "run_directory"),

@@ -26,7 +26,7 @@ from tsdyn.lock import Lock
 from tsdyn.reading import opened
 from tsdyn.run_directory import ARCHIVE, EXPERIMENT, KEPT, RUN, SEGMENTS, extends, segment_epochs, segments
 from tsdyn.selecting import swept_dimensions
-from tsdyn.sweep_directory import SWEEP, sweep_points
+from tsdyn.sweep_directory import SWEEP, possible_names, sweep_points
 from tsdyn.whole_files import (
     SUFFIX,
     ArchiveError,
@@ -89,7 +89,9 @@ def _check_sweep(path: Path) -> Iterator[str]:
     try:
         points = sweep_points(path)
         index = json.loads((path / SWEEP).read_text(encoding="utf-8"))
-        if {point["directory"] for point in index["points"]} != set(points):
+        listed = {point["directory"] for point in index["points"]}
+        named = set().union(*(possible_names(values) for values, _ in points.values()))
+        if len(listed) != len(points) or not listed <= named:
             yield f"{path / SWEEP}: lists other points than {EXPERIMENT} has"
     except (ExperimentError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         yield f"{path}: the sweep cannot be read: {error}"

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import netCDF4
 import numpy as np
 
-from tsdyn import netcdf
+from tsdyn import netcdf, schema
 from tsdyn.schema import VARIABLES, Label, Layout
 from tsdyn.whole_files import ArchiveError
 from tsdyn.wrong_numbers import WRONG_THROUGH, wrong_variables
