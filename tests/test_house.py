@@ -54,6 +54,7 @@ RANKS = {
     "kernel": 0,
     "convolution": 1,
     "assumptions": 1,
+    "module_state": 0,
     "curvature": 2,
     "jacobians": 2,
     "per_sample": 2,
