@@ -74,6 +74,7 @@ RANKS = {
     "native": 0,
     "convolution": 1,
     "assumptions": 1,
+    "module_state": 0,
     "curvature": 2,
     "jacobians": 2,
     "per_sample": 2,
