@@ -95,7 +95,7 @@ def citations(archive: xr.Dataset) -> list[str]:
     sources = " ".join(str(array.attrs.get("source", "")) for array in archive.variables.values())
     found = [entry for words, entry in PAPERS.items() if words in sources]
     try:
-        law = Experiment.from_toml_text(str(archive.attrs["experiment"])).data.law
+        law = Experiment.from_toml_text(str(archive.attrs["experiment"]), archived=True).data.law
         found += [DATA[law]] if law in DATA else []
     except (KeyError, ExperimentError):  # something measured, which does not say what it was run on
         pass

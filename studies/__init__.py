@@ -10,9 +10,10 @@ from typing import Protocol, cast, runtime_checkable
 import xarray as xr
 from matplotlib.figure import Figure
 
+from tsdyn import registers
 from tsdyn.experiment import Experiment
 
-_MODULES = {
+MODULES = {
     "tian2019-luck": "tian2019_luck",
     "tian2019-data": "tian2019_data",
     "tian2019-ranks": "tian2019_ranks",
@@ -74,8 +75,8 @@ class Study(Protocol):
 
 
 def names() -> tuple[str, ...]:
-    """Names of all studies."""
-    return tuple(_MODULES)
+    """Names of all studies: tsdyn's own, and those of installed packages (`registers.STUDIES`)."""
+    return tuple(dict.fromkeys([*MODULES, *registers.STUDIES.names()]))
 
 
 def load(name: str) -> Study:
@@ -84,8 +85,16 @@ def load(name: str) -> Study:
     Raises:
         ValueError: if there is none; names the nearest.
     """
-    if name not in _MODULES:
-        close = difflib.get_close_matches(name, _MODULES, n=1)
+    if name in MODULES:
+        return cast(Study, importlib.import_module(f"tsdyn.studies.{MODULES[name]}"))
+    if name not in names():
+        close = difflib.get_close_matches(name, names(), n=1)
         hint = f" (did you mean {close[0]!r}?)" if close else ""
-        raise ValueError(f"studies: no study {name!r}{hint}; there are {', '.join(_MODULES)}")
-    return cast(Study, importlib.import_module(f"tsdyn.studies.{_MODULES[name]}"))
+        raise ValueError(f"studies: no study {name!r}{hint}; there are {', '.join(names())}")
+    found = registers.STUDIES.load(name)
+    if missing := [word for word in ("TITLE", "SOURCE", "EXPERIMENTS", "measure", "draw") if not hasattr(found, word)]:
+        raise registers.PartError(
+            f"study {name!r}: {registers.STUDIES.origin(name).target} has no {', '.join(missing)}; a study is a module "
+            "with TITLE, SOURCE, EXPERIMENTS, measure(archive) and draw(measured)"
+        )
+    return cast(Study, found)

@@ -18,6 +18,7 @@ from . import population_loss as population_loss
 from . import schema as schema
 from . import studies as studies
 from . import teachers as teachers
+from . import testing as testing
 from . import theory as theory
 from ._version import __version__ as __version__
 from .archive import WrongNumbersWarning as WrongNumbersWarning
@@ -27,4 +28,6 @@ from .archive import select as select
 from .experiment import Experiment as Experiment
 from .experiment import ExperimentError as ExperimentError
 from .networks import Network as Network
+from .observables import Observed as Observed
+from .schema import declare as declare
 from .sweep import run as run

@@ -11,7 +11,7 @@ from typing import assert_never
 import numpy as np
 import torch
 
-from tsdyn import archive, memory, schema
+from tsdyn import archive, memory, observables, schema
 from tsdyn.experiment import Experiment
 from tsdyn.experiment_shapes import FLOW_END
 from tsdyn.flow_members import FlowMembers
@@ -61,6 +61,7 @@ def duration(seconds: float) -> str:
 
 def estimate(experiment: Experiment, *, device: str = "cpu") -> Cost:
     """What `experiment` (one run, no sweep) will take; times a few steps and one measurement."""
+    observables.load(experiment)
     kind = experiment.kind
     if kind == "training":
         return _estimate_training(experiment, device)
@@ -205,7 +206,7 @@ def _records(experiment: Experiment) -> tuple[int, int]:
     layout, dtype = experiment.layout, np.dtype(experiment.dtype)
     numbers = sum(
         math.prod(layout.block(variable, layer))
-        for variable in (schema.VARIABLES[name] for name in names if schema.VARIABLES[name].when != "along")
+        for variable in (schema.variable(name) for name in names if schema.variable(name).when != "along")
         for layer in (range(1, layout.depth + 1) if variable.layered else (None,))
     )
     return archive.bytes_per_epoch(layout, names, experiment.dtype), numbers * len(layout.seeds) * dtype.itemsize

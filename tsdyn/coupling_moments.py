@@ -256,7 +256,7 @@ def moments(
     widths = {"node": student.widths[1:], "node_2": student.widths[1:], "teacher_node": teacher.widths[1:]}
     variables = {}
     for name in MOMENTS:
-        variable = schema.VARIABLES[name]
+        variable = schema.variable(name)
         dims = tuple(d for d in variable.dims if d not in ("seed", "epoch"))
         array = np.full((student.depth, *(max(widths[d]) for d in dims[1:])), np.nan)
         for i, block in enumerate(getattr(found, name)):

@@ -9,13 +9,13 @@ so points of a sweep share their random numbers wherever shapes agree (a paired 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import Literal, assert_never
+from collections.abc import Callable, Iterator, Mapping
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Float, Int
 
-from tsdyn import images
+from tsdyn import images, registers
 from tsdyn.experiment import Experiment
 
 STREAMS = ("teacher", "student", "train", "eval", "batches", "probe", "augment")
@@ -30,22 +30,38 @@ def generator(seed: int, stream: str, epoch: int = 0) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key))
 
 
+def _gaussian(rng: np.random.Generator, samples: int, inputs: int, *, std: float) -> np.ndarray:
+    return rng.standard_normal((samples, inputs)) * std
+
+
+def _uniform(rng: np.random.Generator, samples: int, inputs: int, *, std: float) -> np.ndarray:
+    edge = math.sqrt(3.0) * std
+    return rng.uniform(-edge, edge, (samples, inputs))
+
+
+#: Laws by name: (rng, samples, inputs, *, std, **data.arguments) → (sample, input).
+LAWS: Mapping[str, Callable[..., np.ndarray]] = {"gaussian": _gaussian, "uniform": _uniform}
+
+
 def draw_inputs(experiment: Experiment, rng: np.random.Generator, samples: int) -> Float[np.ndarray, "sample input"]:
     """Inputs from the experiment's distribution, in its dtype.
 
-    ``gaussian``: N(0, std²) per coordinate.  ``uniform``: on [−√3 std, √3 std], which has the same variance.
+    ``gaussian``: N(0, std²) per coordinate.  ``uniform``: on [−√3 std, √3 std], which has the same variance.  Or a law
+    that an installed package offers (`registers.LAWS`).
+
+    Raises:
+        ValueError: for a data set, which is no distribution.
+        PartError: if what a package's law draws are not that many finite real inputs.
     """
     law, shape = experiment.data, (samples, experiment.teacher.widths[0])
-    match law.law:
-        case "gaussian":
-            x = rng.standard_normal(shape) * law.std
-        case "uniform":
-            edge = math.sqrt(3.0) * law.std
-            x = rng.uniform(-edge, edge, shape)
-        case "digits" | "mnist" | "cifar10" | "file":
-            raise ValueError(f"draw_inputs: data.law = {law.law!r} is a data set; training_inputs takes from it")
-        case other:
-            assert_never(other)
+    if not law.drawn:
+        raise ValueError(f"draw_inputs: data.law = {law.law!r} is a data set; training_inputs takes from it")
+    x = np.asarray(registers.LAWS.load(law.law)(rng, *shape, std=law.std, **(law.arguments or {})))
+    if registers.LAWS.foreign(law.law) and (x.shape != shape or x.dtype.kind != "f" or not np.isfinite(x).all()):
+        raise registers.PartError(
+            f"law {law.law!r} of {registers.LAWS.origin(law.law).package} drew {x.dtype} of shape {x.shape}; it must "
+            f"draw finite real numbers of shape {shape}, (samples, inputs)"
+        )
     return x.astype(experiment.dtype, copy=False)
 
 

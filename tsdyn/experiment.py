@@ -11,6 +11,7 @@ import json
 import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ import tomli_w
 from pydantic import ValidationError, field_validator, model_validator
 from pydantic_core import to_jsonable_python
 
-from tsdyn import experiment_rules, experiment_shapes, schema
+from tsdyn import experiment_rules, experiment_shapes, registers, schema
 from tsdyn.experiment_errors import ExperimentError as ExperimentError
 from tsdyn.experiment_errors import explain
 from tsdyn.experiment_parts import Count, Epochs, Flow, Kind, Online, Part, as_tuple
@@ -92,7 +93,7 @@ class Experiment(Part):
             raise ValueError(wrong)
         experiment_rules.check_sweep(self, Experiment)
         if self.sweep:
-            for _ in self.points():  # each point must be a valid experiment
+            for _ in self._points():  # each point must be a valid experiment
                 pass
         return self
 
@@ -113,7 +114,7 @@ class Experiment(Part):
     def recorded(self, when: schema.When | None = None) -> tuple[str, ...]:
         """Variables that the run records; only those of `when`, if given."""
         names = schema.recorded(self.kind, self.record.observables, when)
-        return tuple(name for name in names if schema.VARIABLES[name].when != "start" or name in self.constants)
+        return tuple(name for name in names if schema.variable(name).when != "start" or name in self.constants)
 
     @property
     def seed_labels(self) -> tuple[int, ...]:
@@ -197,26 +198,60 @@ class Experiment(Part):
         """TOML text with every default filled; `from_toml_text` gives an equal Experiment back."""
         return tomli_w.dumps(self.as_dict())
 
+    @property
+    def parts(self) -> dict[str, tuple[registers.Register, str]]:
+        """The registered parts that it names: key → (register, name)."""
+        found = {
+            "teacher.init": (registers.TEACHERS, self.teacher.init),
+            "teacher.activation": (registers.ACTIVATIONS, self.teacher.activation or self.student.activation),
+            "student.init": (registers.STARTS, self.student.init),
+            "student.activation": (registers.ACTIVATIONS, self.student.activation),
+            "data.law": (registers.LAWS, self.data.law),
+            "training.method": (registers.OPTIMIZERS, self.training.method),
+            "training.loss": (registers.LOSSES, self.training.loss),
+        }
+        own = {*schema.FAMILIES, *schema.recordable()}
+        asked = (name for name in self.record.observables if name not in own)
+        return found | {f"record.observables[{name}]": (registers.OBSERVABLES, name) for name in asked}
+
+    @property
+    def foreign_parts(self) -> dict[str, registers.Origin]:
+        """Where those of its parts come from that are not tsdyn's own: key → origin; nothing is imported."""
+        return {key: register.origin(name) for key, (register, name) in self.parts.items() if register.foreign(name)}
+
+    @property
+    def part_names(self) -> frozenset[str]:
+        """Names of its parts, swept ones too."""
+        named = {name for _, name in self.parts.values()}
+        return frozenset({*named, *_strings(self.sweep)})
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Experiment:
         """From a nested dict as TOML gives it."""
         return cls(**values)
 
     @classmethod
-    def from_toml_text(cls, text: str, *, origin: str = "experiment") -> Experiment:
-        """From TOML text; `origin` names it in errors."""
+    def from_toml_text(cls, text: str, *, origin: str = "experiment", archived: bool = False) -> Experiment:
+        """From TOML text.
+
+        Args:
+            text: As an experiment file holds it.
+            origin: Names it in errors.
+            archived: Whether an archive says so: parts that it names need not be installed here.
+        """
         try:
             values = tomllib.loads(text)
         except (ValueError, RecursionError) as error:  # ValueError: TOMLDecodeError, and numbers of thousands of digits
             raise ExperimentError(f"{origin}: not TOML: {error}") from None
         try:
-            return cls(**values)
+            with registers.accepting(None) if archived else nullcontext():
+                return cls(**values)
         except ExperimentError as error:
             raise ExperimentError(f"{origin}: {error}") from None
 
     @classmethod
-    def from_toml(cls, path: str | Path) -> Experiment:
-        """From a file.
+    def from_toml(cls, path: str | Path, *, archived: bool = False) -> Experiment:
+        """From a file; `archived` as in `from_toml_text`.
 
         Raises:
             ExperimentError: if the file cannot be read or does not hold an experiment.
@@ -225,17 +260,27 @@ class Experiment(Part):
             text = Path(path).read_text(encoding="utf-8-sig")  # editors of one system begin with a byte-order mark
         except (OSError, UnicodeDecodeError) as error:
             raise ExperimentError(f"{path}: cannot be read: {error}") from None
-        return cls.from_toml_text(text, origin=str(path))
+        return cls.from_toml_text(text, origin=str(path), archived=archived)
 
     def replace(self, changes: Mapping[str, Any]) -> Experiment:
         """A copy with dotted keys set, e.g. ``{"training.epochs": 5}``.
 
         Setting one of student.widths and student.overrealization unsets the other.
         """
-        return type(self)(**_applied(self.as_dict(), changes))
+        with registers.accepting(self.part_names):  # what it holds may be of an archive, of parts that are not here
+            return type(self)(**_applied(self.as_dict(), changes))
 
     def points(self) -> Iterator[tuple[dict[str, Any], Experiment]]:
         """Each point of the sweep: its swept values, and the experiment there (without a sweep)."""
+        points = self._points()
+        while True:
+            with registers.accepting(None):  # names were checked when this experiment was made
+                found = next(points, None)
+            if found is None:
+                return
+            yield found
+
+    def _points(self) -> Iterator[tuple[dict[str, Any], Experiment]]:
         base = {k: v for k, v in self.as_dict().items() if k != "sweep"}
         for point in places(self.sweep).values():
             yield point, Experiment(**_applied(base, point))
@@ -291,6 +336,18 @@ def differences(mine: Experiment, theirs: Experiment) -> list[str]:
         for key in dict.fromkeys([*left, *right])
         if left.get(key, absent) != right.get(key, absent)
     ]
+
+
+def _strings(values: Any) -> Iterator[str]:
+    """Every string in nested tables and lists."""
+    if isinstance(values, str):
+        yield values
+    elif isinstance(values, Mapping):
+        for value in values.values():
+            yield from _strings(value)
+    elif isinstance(values, (list, tuple)):
+        for value in values:
+            yield from _strings(value)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -21,7 +22,7 @@ from pydantic import (
     model_validator,
 )
 
-from tsdyn import schema
+from tsdyn import registers, schema
 from tsdyn.experiment_errors import nearest
 from tsdyn.schema import Kind as Kind
 
@@ -64,7 +65,26 @@ Rate = Annotated[
     BeforeValidator(_epochs_as_integers),
     PlainSerializer(lambda v: {str(k): r for k, r in v.items()} if isinstance(v, dict) else v),
 ]
-ActivationName = Literal["relu", "leaky_relu", "identity", "erf", "tanh", "sigmoid", "softplus", "gelu"]
+#: Names of registered parts; of an archive, also of parts that are not installed here.
+ActivationName = Annotated[str, AfterValidator(registers.ACTIVATIONS.check)]
+LossName = Annotated[str, AfterValidator(registers.LOSSES.check)]
+Method = Annotated[str, AfterValidator(registers.OPTIMIZERS.check)]
+Law = Annotated[str, AfterValidator(registers.LAWS.check)]
+TeacherInit = Annotated[str, AfterValidator(registers.TEACHERS.check)]
+StudentInit = Annotated[str, AfterValidator(registers.STARTS.check)]
+#: Keyword arguments of a part that a package offers; tsdyn's own parts have keys of their own.
+Arguments = Annotated[dict[str, Any], Field(min_length=1)]
+
+
+def _refuse_arguments(
+    section: str, arguments: Mapping[str, Any] | None, register: registers.Register, name: str
+) -> None:
+    """Keyword arguments for one of tsdyn's own parts, which would be left unread."""
+    if arguments is not None and not register.foreign(name):
+        raise ValueError(
+            f"{section}.arguments = {dict(arguments)}: the {register.kind} {name!r} is tsdyn's own and takes none; its "
+            f"numbers are keys of [{section}]"
+        )
 
 
 BatchNormPlace = Literal["none", "before", "after"]
@@ -77,7 +97,7 @@ class Teacher(Part):
     """
 
     widths: Widths
-    init: Literal["separated", "orthonormal", "gaussian", "trained", "file"] = "separated"
+    init: TeacherInit = "separated"
     path: str | None = None
     convolution: bool = False
     stride: Count = 1
@@ -99,9 +119,11 @@ class Teacher(Part):
     module: str | None = None
     source: str | None = None
     numbers: Count | None = None
+    arguments: Arguments | None = None
 
     @model_validator(mode="after")
     def _whole(self) -> Teacher:
+        _refuse_arguments("teacher", self.arguments, registers.TEACHERS, self.init)
         if (self.init == "file") != (self.path is not None):
             raise ValueError(f"teacher.init = {self.init!r}, teacher.path = {self.path!r}: a file needs both")
         if self.batch_norm != "none" and self.init not in ("trained", "file"):
@@ -130,9 +152,7 @@ class Student(Part):
 
     overrealization: Annotated[Positive, Field(le=MAX_COUNT)] | None = None
     widths: Widths | None = None
-    init: Literal[
-        "gaussian", "torch", "near-teacher", "same-direction", "same-sign", "file", "rewind", "rewind-reinitialised"
-    ] = "gaussian"
+    init: StudentInit = "gaussian"
     path: str | None = None
     scale: Positive = 0.005
     shrink: Positive = 1.0
@@ -145,6 +165,12 @@ class Student(Part):
     module: str | None = None
     source: str | None = None
     numbers: Count | None = None
+    arguments: Arguments | None = None
+
+    @model_validator(mode="after")
+    def _whole(self) -> Student:
+        _refuse_arguments("student", self.arguments, registers.STARTS, self.init)
+        return self
 
 
 #: (channel, row, column) of the image laws.
@@ -158,7 +184,7 @@ class Data(Part):
     mirrors images anew at every step (crop-flip).
     """
 
-    law: Literal["gaussian", "uniform", "digits", "mnist", "cifar10", "file"] = "gaussian"
+    law: Law = "gaussian"
     path: str | None = None
     eval_path: str | None = None
     image: Annotated[tuple[Count, Count, Count], BeforeValidator(as_tuple)] | None = None
@@ -168,14 +194,16 @@ class Data(Part):
     augment: Literal["none", "agnostic", "aware", "crop-flip"] = "none"
     augment_eps: Positive = 0.1
     augment_c: Positive = 1.0
+    arguments: Arguments | None = None
 
     @property
     def drawn(self) -> bool:
         """Whether inputs are drawn from a distribution, not taken from a data set."""
-        return self.law in ("gaussian", "uniform")
+        return self.law not in registers.LAWS.aliases
 
     @model_validator(mode="after")
     def _whole(self) -> Data:
+        _refuse_arguments("data", self.arguments, registers.LAWS, self.law)
         if self.law in ("mnist", "cifar10", "file") and self.path is None:
             what = "its file (.npz, .nc or .npy)" if self.law == "file" else "the folder that holds it"
             raise ValueError(f"data.law = {self.law!r}: name {what} as data.path")
@@ -198,8 +226,8 @@ class Training(Part):
     With ``cross_entropy`` the targets are classes: the teacher's largest output, or the data's own labels.
     """
 
-    method: Literal["sgd", "gd", "adam", "flow"] = "sgd"
-    loss: Literal["mse", "cross_entropy"] = "mse"
+    method: Method = "sgd"
+    loss: LossName = "mse"
     labels: Literal["teacher", "data"] = "teacher"
     learning_rate: Rate = 0.01
     batch: Count = 16
@@ -212,11 +240,19 @@ class Training(Part):
     epsilon: Positive = 1e-8
     frozen: Counts = ()
     normalize: bool = False
+    arguments: Arguments | None = None
 
     @property
     def whole(self) -> bool:
         """Whether every step sees all the data."""
         return self.method in ("gd", "flow")
+
+    @model_validator(mode="after")
+    def _whole(self) -> Training:
+        _refuse_arguments("training", self.arguments, registers.OPTIMIZERS, self.method)
+        if self.method == "momentum":
+            raise ValueError(f"training.method = 'momentum': say 'sgd' with training.momentum = {self.momentum or 0.9}")
+        return self
 
     @model_validator(mode="after")
     def _flow(self) -> Training:
@@ -264,8 +300,15 @@ class Record(Part):
     def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         known = list(dict.fromkeys([*schema.FAMILIES, *schema.recordable()]))
         for name in value:
-            if name not in known:
-                raise ValueError(f"{name!r} is not an observable{nearest(name, known)}; there are: " + ", ".join(known))
+            if name in known:
+                continue
+            try:
+                registers.OBSERVABLES.check(name)
+            except registers.PartError:
+                known += registers.OBSERVABLES.names()
+                raise ValueError(
+                    f"{name!r} is not an observable{nearest(name, known)}; there are: " + ", ".join(known)
+                ) from None
         return value
 
     @field_validator("quantiles")

@@ -396,6 +396,9 @@ def check_sweep(experiment: Experiment, model: type[BaseModel]) -> None:
     """
     there = [key for key in keys(model) if known(experiment.kind, key)]
     for key in swept_keys(experiment.sweep):
+        section, _, rest = key.partition(".arguments.")
+        if rest and f"{section}.arguments" in there:  # a number of a part that a package offers
+            continue
         if key not in there or key in _COMMON:
             raise ValueError(
                 f"sweep: {key!r} is not a key that can be swept{nearest(key, [k for k in there if '.' in k])}"

@@ -211,7 +211,7 @@ def refuse_other(source: Source, expected: Callable[[], Experiment]) -> None:
             return
         if text is None:  # the index remembers the digest alone
             text = Source.of(source.path).own.get("experiment")
-        theirs = Experiment.from_toml_text(str(text))
+        theirs = Experiment.from_toml_text(str(text), archived=True)
     except ExperimentError:
         return  # the archive can be read without; `tsdyn validate` names it
     if mine != theirs and not extends(mine, theirs) and not extends(theirs, mine):

@@ -108,7 +108,7 @@ def _check_run(path: Path, expected: Experiment | None = None) -> Iterator[str]:
         if entry.is_symlink():
             yield f"{entry}: is a symbolic link; a run holds its own files"
     try:
-        experiment = Experiment.from_toml(path / EXPERIMENT)
+        experiment = Experiment.from_toml(path / EXPERIMENT, archived=True)
     except ExperimentError as error:
         yield str(error)
         return
@@ -211,7 +211,7 @@ def _apart(work: str, experiment: Experiment | None, *paths: Path) -> list[str] 
 def _work_apart(work: str, *paths: str) -> None:
     """The other side of `_apart`; the experiment comes by stdin."""
     text = sys.stdin.read()
-    experiment = Experiment.from_toml_text(text) if text else None
+    experiment = Experiment.from_toml_text(text, archived=True) if text else None
     used = resource.getrusage(resource.RUSAGE_SELF).ru_utime + resource.getrusage(resource.RUSAGE_SELF).ru_stime
     limit = math.ceil(used + APART_SECONDS + APART_PER_BYTE * Path(paths[-1]).stat().st_size)
     resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
@@ -228,7 +228,7 @@ def _is_of(attrs: Mapping[str, Any], experiment: Experiment) -> bool:
     """Whether a file says it is of `experiment`, or of what that extends."""
     text = str(attrs.get("experiment"))
     try:
-        theirs = Experiment.from_toml_text(text)
+        theirs = Experiment.from_toml_text(text, archived=True)
     except ExperimentError:
         return False
     # before it left out what is at its default, a digest was over all that the text says
@@ -297,7 +297,7 @@ def repair(path: str | Path) -> list[str]:
 def _repair_run(path: Path) -> Iterator[str]:
     files = sorted((path / SEGMENTS).glob("*.nc"))
     try:
-        experiment = Experiment.from_toml(path / EXPERIMENT)
+        experiment = Experiment.from_toml(path / EXPERIMENT, archived=True)
     except ExperimentError as error:
         remembered = _remembered([path / ARCHIVE, *files])
         if remembered is None:
@@ -341,7 +341,7 @@ def _remembered(files: Sequence[Path]) -> Experiment | None:
     for file in files:
         if file.exists() and sealed(file) is not False:
             try:
-                return Experiment.from_toml_text(Source.of(file).own["experiment"])
+                return Experiment.from_toml_text(Source.of(file).own["experiment"], archived=True)
             except (ArchiveError, ExperimentError, KeyError):
                 continue
     return None

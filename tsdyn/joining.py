@@ -12,7 +12,8 @@ import netCDF4
 import numpy as np
 
 from tsdyn import netcdf, schema
-from tsdyn.schema import VARIABLES, Label, Layout
+from tsdyn.schema import Label, Layout
+from tsdyn.schema import variable as variable_of
 from tsdyn.whole_files import ArchiveError
 from tsdyn.wrong_numbers import WRONG_THROUGH, wrong_variables
 
@@ -117,13 +118,13 @@ def _gathered(
     sizes = {name: nc[name].dtype for name in variables}
     held: list[tuple[Block, np.ndarray]] = []
     for block in blocks:
-        index = netcdf.index(VARIABLES[block.name], layout, block.window, block.layer, block.members)
+        index = netcdf.index(variable_of(block.name), layout, block.window, block.layer, block.members)
         shape = [i.stop - i.start for i in index if isinstance(i, slice)]
         held.append((block, np.empty(shape, sizes[block.name])))
         if sum(array.nbytes for _, array in held) >= GATHERED_BYTES or block is blocks[-1]:
             _fill(parts, layout, held)
             for one, array in held:
-                yield netcdf.index(VARIABLES[one.name], layout, one.window, one.layer, one.members), one.name, array
+                yield netcdf.index(variable_of(one.name), layout, one.window, one.layer, one.members), one.name, array
             held = []
 
 
@@ -132,7 +133,7 @@ def _fill(parts: Sequence[Part], layout: Layout, held: Sequence[tuple[Block, np.
     for part in parts:
         inside = []
         for block, array in held:
-            variable = VARIABLES[block.name]
+            variable = variable_of(block.name)
             if "epoch" not in variable.dims:
                 low, high, window = 0, 1, slice(None)
                 if part is not parts[-1 if variable.when == "end" else 0]:
@@ -152,7 +153,7 @@ def _fill(parts: Sequence[Part], layout: Layout, held: Sequence[tuple[Block, np.
 
 def _blocks(name: str, epochs: int, layout: Layout, nc: netCDF4.Dataset) -> Iterator[Block]:
     """The blocks of one variable, of about `BLOCK_BYTES`."""
-    variable, seeds = VARIABLES[name], len(layout.seeds)
+    variable, seeds = variable_of(name), len(layout.seeds)
     chunk = {"epoch": epochs} | dict(zip(variable.dims, nc[name].chunking(), strict=True))
     layers = range(1, layout.depth + 1) if variable.layered else (None,)
     for start in range(0, epochs, max(1, chunk["epoch"])):

@@ -16,6 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.func import grad, hessian, vmap
 
+from tsdyn import registers
+
 #: Of one batch, (output, target) → J; of every sample where it is a closed form of a derivative.
 Function: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
@@ -126,11 +128,14 @@ LOSSES: dict[str, Loss] = {loss.name: loss for loss in (MSE, CROSS_ENTROPY)}
 
 
 def loss(name: str) -> Loss:
-    """The loss of that name.
+    """The loss of that name: tsdyn's own, or one that an installed package offers (`registers.LOSSES`).
 
     Raises:
-        ValueError: if there is none; names those there are.
+        ValueError: if there is none, or what a package offers is no `Loss` of that name.
     """
-    if name not in LOSSES:
-        raise ValueError(f"loss: {name!r} is not registered; there are {', '.join(LOSSES)}")
-    return LOSSES[name]
+    found = registers.LOSSES.load(name)
+    if not isinstance(found, Loss) or found.name != name:
+        raise registers.PartError(
+            f"loss {name!r}: {registers.LOSSES.origin(name).target} is {found!r}; it must be a tsdyn Loss of that name"
+        )
+    return found

@@ -184,7 +184,7 @@ class Members:
         return {name: self._stacked(name, [None if f is None else f[name] for f in found]) for name in variables}
 
     def _stacked(self, name: str, values: list[Any]) -> Any:
-        variable, dtype = schema.VARIABLES[name], self.experiment.dtype
+        variable, dtype = schema.variable(name), self.experiment.dtype
         if not variable.layered:
             shape = self.experiment.layout.block(variable, None)
             return np.stack([np.full(shape, np.nan, dtype) if v is None else np.asarray(v, dtype) for v in values])

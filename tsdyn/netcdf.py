@@ -17,7 +17,8 @@ import xarray as xr
 from xarray.backends.locks import HDF5_LOCK, NETCDFC_LOCK, combine_locks
 
 from tsdyn import hdf5, schema
-from tsdyn.schema import COORDINATES, VARIABLES, Layout
+from tsdyn.schema import COORDINATES, Layout
+from tsdyn.schema import variable as variable_of
 from tsdyn.whole_files import DirectoryError, replacing
 
 #: On disk, a chunk holds one seed, one layer and as many epochs as fit in this.
@@ -275,7 +276,7 @@ def create(
     `epochs` are the labels along the run's dimension, ``layout.path``.
     """
     sizes = _sizes(layout, len(epochs))
-    used = {d for name in variables for d in VARIABLES[name].dims} | {"seed", "epoch", "layer"}
+    used = {d for name in variables for d in variable_of(name).dims} | {"seed", "epoch", "layer"}
     for dim in (d for d in sizes if d in used):
         name = layout.path if dim == "epoch" else dim
         nc.createDimension(name, sizes[dim])
@@ -305,7 +306,7 @@ def create(
     death.setncatts(COORDINATES["death_epoch"].attrs)
     death[:] = -1
     for name in variables:
-        variable = VARIABLES[name]
+        variable = variable_of(name)
         array = nc.createVariable(
             name,
             dtype,
@@ -333,7 +334,7 @@ def index(
 def bytes_per_epoch(layout: Layout, variables: Sequence[str], dtype: str) -> int:
     """Size of one recorded epoch of all members, without padding."""
     numbers = 0
-    for variable in (VARIABLES[name] for name in variables if "epoch" in VARIABLES[name].dims):
+    for variable in (variable_of(name) for name in variables if "epoch" in variable_of(name).dims):
         layers = range(1, layout.depth + 1) if variable.layered else (None,)
         numbers += sum(math.prod(layout.block(variable, layer)) for layer in layers)
     return numbers * len(layout.seeds) * np.dtype(dtype).itemsize

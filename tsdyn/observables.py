@@ -15,8 +15,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tsdyn import alignment, compiled_sums, derivatives, schema, theory
+from tsdyn import alignment, compiled_sums, derivatives, registers, schema, theory
 from tsdyn.axes import Activations, Outputs, TeacherActivations, TeacherByStudent
+from tsdyn.experiment import Experiment, ExperimentError
 from tsdyn.losses import CROSS_ENTROPY, MSE, Loss
 from tsdyn.networks import Network, Trace, require_plain
 from tsdyn.own_modules import Own
@@ -260,13 +261,68 @@ class Measurement:
 
 Layers: TypeAlias = list[Tensor | None]
 Observable: TypeAlias = Callable[[Measurement], Tensor | Layers]
+#: tsdyn's own, by the variable that each fills.
 OBSERVABLES: dict[str, Observable] = {}
+
+
+@dataclass(frozen=True)
+class Observed:
+    """An observable of a package or of the user's own: what an entry point of ``tsdyn.observables`` names.
+
+    Attributes:
+        variable: As `tsdyn.declare` gives it; experiment files ask for it by its name.
+        measure: `Measurement` → a tensor, or one per layer from the lowest up, of the variable's sizes.
+    """
+
+    variable: schema.Variable
+    measure: Observable
+
+    @property
+    def name(self) -> str:
+        return self.variable.name
+
+
+def observable(name: str) -> Observable:
+    """The measurement of that name: tsdyn's own, or one that a package offers or `tsdyn.run` was given.
+
+    Raises:
+        PartError: if there is none, or what a package offers is no `Observed` of that name.
+    """
+    if name in OBSERVABLES:
+        return OBSERVABLES[name]
+    found = registers.OBSERVABLES.load(name)
+    if not isinstance(found, Observed) or found.name != name or schema.DECLARED.get(name) != found.variable:
+        raise registers.PartError(
+            f"observable {name!r}: {registers.OBSERVABLES.origin(name).target} is {found!r}; it must be a tsdyn "
+            "Observed whose variable tsdyn.declare gave, of that name"
+        )
+    return found.measure
+
+
+def load(experiment: Experiment) -> None:
+    """Load the observables that packages offer and `experiment` asks for, so that their variables are declared.
+
+    Raises:
+        ExperimentError: if one is not there, or cannot be measured of this experiment's networks.
+    """
+    for register, name in experiment.parts.values():
+        if register is not registers.OBSERVABLES:
+            continue
+        try:
+            observable(name)
+        except registers.PartError as error:
+            raise ExperimentError(f"record.observables: {error}") from None
+        row = schema.variable(name)
+        if experiment.deep and not row.deep:
+            raise ExperimentError(f"record.observables: {name} is not measured of convolutions and BatchNorm (deep)")
+        if experiment.student.module is not None and not row.own:
+            raise ExperimentError(f"record.observables: {name} is not measured of modules of your own (own)")
 
 
 def fills(variable: str) -> Callable[[Observable], Observable]:
     """Register a measurement under the schema variable it fills."""
     if variable not in schema.VARIABLES:
-        raise ValueError(f"fills: {variable!r} is not a variable of the schema; declare it in schema.VARIABLES first")
+        raise ValueError(f"fills: {variable!r} is not a variable of the schema; declare it in tsdyn.variables first")
 
     def register(observable: Observable) -> Observable:
         OBSERVABLES[variable] = observable
@@ -407,8 +463,37 @@ def measure(variables: Iterable[str], measurement: Measurement) -> dict[str, np.
     found: dict[str, np.ndarray | list[np.ndarray]] = {}
     with torch.no_grad():
         for name in variables:
-            value = OBSERVABLES[name](measurement)
+            value = observable(name)(measurement)
+            if name not in OBSERVABLES:
+                value = _checked(name, value, _layout(measurement))
             found[name] = (
                 [v.cpu().numpy() for v in value if v is not None] if isinstance(value, list) else value.cpu().numpy()
             )
     return found
+
+
+def _checked(name: str, value: Tensor | Layers, layout: schema.Layout) -> Tensor | Layers:
+    """What a user's observable gave, if it has the dimensions that its variable declares.
+
+    Raises:
+        PartError: otherwise, naming both.
+    """
+    row = schema.variable(name)
+    parts = value if isinstance(value, (list, tuple)) else [value]
+    if isinstance(value, (list, tuple)) != row.layered or len(parts) > max(layout.depth, 1):
+        what = f"a list of {len(parts)}" if isinstance(value, (list, tuple)) else "one array"
+        raise registers.PartError(
+            f"observable {name!r} gave {what}; its variable has dimensions {row.dims}: "
+            + ("give a list of one tensor per layer from the lowest up" if row.layered else "give one tensor")
+        )
+    tensors = [torch.as_tensor(part) for part in parts if part is not None]
+    for layer, tensor in enumerate(tensors, start=1):
+        wanted = layout.block(row, layer if row.layered else None)
+        if tuple(tensor.shape) != wanted:
+            inner = [dim for dim in row.dims if dim not in ("seed", "epoch", "layer")]
+            where = f" at layer {layer}" if row.layered else ""
+            raise registers.PartError(
+                f"observable {name!r} gave shape {tuple(tensor.shape)}{where}; its variable declares "
+                f"({', '.join(inner)}), which is {wanted} here"
+            )
+    return list(tensors) if row.layered else tensors[0]

@@ -106,7 +106,7 @@ def opened(path: Path, *, skip_damaged: bool = False, upto: float = -1.0) -> xr.
     of_a_study = study_directories.result(path)
     if of_a_study is not None:
         return study_directories.read(of_a_study)
-    sources = Headers(path, upto).committed(".", lambda: Experiment.from_toml(path / EXPERIMENT))
+    sources = Headers(path, upto).committed(".", lambda: Experiment.from_toml(path / EXPERIMENT, archived=True))
     if not sources and any((path / name).exists() for name in ("zarr.json", ".zgroup", ".zmetadata")):
         raise DirectoryError(f"{path}: is a zarr store; open it by xarray.open_zarr({str(path)!r})")
     if not sources:
@@ -394,7 +394,7 @@ def _coverage(cell: Sequence[Source]) -> float:
     """Share of the recorded epochs that are committed."""
     if cell[0].path.name == ARCHIVE:
         return 1.0
-    experiment = Experiment.from_toml(cell[0].path.parent.parent / EXPERIMENT)
+    experiment = Experiment.from_toml(cell[0].path.parent.parent / EXPERIMENT, archived=True)
     labels, along = set(experiment.labels), experiment.layout.path
     there = sum(label in labels for source in cell for label in source.header.labels[along])
     outcomes = experiment.recorded("end")  # a record of its own, which comes last

@@ -2,7 +2,7 @@
 
 A register has two halves.  This one knows names: tsdyn's own and, by entry points, those of installed packages; it
 imports neither torch nor any part.  The module that uses a part loads it on first use (`Register.load`).  An archive
-is opened without loading anything: names that are not installed here are accepted there (`recorded`).
+is opened without loading anything: names that are not installed here are accepted there (`accepting`).
 
 A package offers a part by an entry point, for example in its pyproject.toml::
 
@@ -14,21 +14,23 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import metadata
-from typing import Any
+from typing import Any, NamedTuple
+
+#: What is said of the package of a part that was added by `Register.add`.
+THIS_PROCESS = "this process"
 
 
 class PartError(ValueError):
     """A part that is not there, or is not what its register holds; the message names it and the way out."""
 
 
-@dataclass(frozen=True)
-class Origin:
+class Origin(NamedTuple):
     """Where a part comes from.
 
     Attributes:
@@ -42,17 +44,21 @@ class Origin:
     target: str
 
 
-_RECORDED: ContextVar[bool] = ContextVar("tsdyn_recorded", default=False)
+#: Names that are accepted without a part of that name; None: all.
+_ACCEPTED: ContextVar[frozenset[str] | None] = ContextVar("tsdyn_accepted", default=frozenset())
 
 
 @contextmanager
-def recorded() -> Iterator[None]:
-    """Accept names of parts that are not installed: what an archive says was there when it was made."""
-    token = _RECORDED.set(True)
+def accepting(names: Iterable[str] | None) -> Iterator[None]:
+    """Inside, names of parts that are not installed are accepted: these, or all of them for None.
+
+    What an archive says was there when it was made, and what an experiment read from it holds.
+    """
+    token = _ACCEPTED.set(None if names is None else frozenset(names))
     try:
         yield
     finally:
-        _RECORDED.reset(token)
+        _ACCEPTED.reset(token)
 
 
 @dataclass
@@ -105,7 +111,8 @@ class Register:
         Raises:
             PartError: otherwise; names the nearest and how a package offers one.
         """
-        if name in self.own or name in self.aliases or _RECORDED.get() or name in self._added:
+        accepted = _ACCEPTED.get()
+        if name in self.own or name in self.aliases or name in self._added or accepted is None or name in accepted:
             return name
         if name in self._installed:
             return name
@@ -124,7 +131,6 @@ class Register:
             PartError: if there is none of that name, or its code cannot be imported.
         """
         if name not in self._loaded:
-            self.check(name)
             if name in self._added:
                 return self._added[name]
             if name in self.own:
@@ -138,10 +144,9 @@ class Register:
                         f"{self.kind} {name!r}: {entry.value} of {_package(entry)[0]} cannot be imported: {error}"
                     ) from error
             else:
-                raise PartError(
-                    f"{self.kind} {name!r} is not installed here; install the package that offers it (the archive's "
-                    "attribute 'parts' names it) and try again"
-                )
+                with accepting(()):
+                    self.check(name)  # says what there is, if nobody said that the name is an archive's
+                raise AssertionError(name)
         return self._loaded[name]
 
     def add(self, name: str, part: Any) -> None:
@@ -168,7 +173,8 @@ class Register:
             entry = self._installed[name]
             return Origin(*_package(entry), entry.value)
         self.check(name)
-        return Origin("this process", "", repr(self._added.get(name)))
+        where = THIS_PROCESS if name in self._added else "unknown"
+        return Origin(where, "", repr(self._added.get(name)))
 
     def foreign(self, name: str) -> bool:
         """Whether the part is not one of tsdyn's own."""
@@ -195,13 +201,23 @@ ACTIVATIONS = Register(
     ("relu", "leaky_relu", "identity", "erf", "tanh", "sigmoid", "softplus", "gelu", "silu"),
 )
 LOSSES = Register("loss", "tsdyn.losses:LOSSES", ("mse", "cross_entropy"))
-OPTIMIZERS = Register("optimizer", "tsdyn.rules:RULES", ("sgd", "adam"), aliases=("gd", "flow"))
-LAWS = Register("data law", "tsdyn.data:LAWS", ("gaussian", "uniform"), aliases=("digits", "mnist", "cifar10", "file"))
-TEACHERS = Register("teacher", "tsdyn.teachers:TEACHERS", ("separated", "orthonormal", "gaussian", "trained", "file"))
+#: Plain SGD with training.momentum is "momentum"; files say "sgd".
+OPTIMIZERS = Register("optimizer", "tsdyn.rules:OPTIMIZERS", ("sgd", "adam", "momentum"), aliases=("gd", "flow"))
+LAWS = Register("law", "tsdyn.data:LAWS", ("gaussian", "uniform"), aliases=("digits", "mnist", "cifar10", "file"))
+TEACHERS = Register(
+    "teacher", "tsdyn.teachers:TEACHERS", ("separated", "orthonormal", "gaussian"), aliases=("trained", "file")
+)
 STARTS = Register(
-    "student start",
+    "start",
     "tsdyn.students:STARTS",
-    (
-        "gaussian", "torch", "near-teacher", "same-direction", "same-sign", "file", "rewind", "rewind-reinitialised",
-    ),
-)  # fmt: skip
+    ("gaussian", "torch", "near-teacher", "same-direction", "same-sign"),
+    aliases=("file", "rewind", "rewind-reinitialised"),
+)
+OBSERVABLES = Register("observable", "tsdyn.observables:OBSERVABLES", ())
+STUDIES = Register("study", "tsdyn.studies:MODULES", ())
+
+#: Every register by its kind.
+ALL: Mapping[str, Register] = {
+    register.kind: register
+    for register in (ACTIVATIONS, LOSSES, OPTIMIZERS, LAWS, TEACHERS, STARTS, OBSERVABLES, STUDIES)
+}

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from tsdyn import registers
 from tsdyn.experiment import Training
 from tsdyn.losses import MSE, Loss, loss
 
@@ -66,6 +67,22 @@ OPTIMIZERS: dict[str, Optimizer] = {
     )
 }
 
+
+def optimizer(name: str) -> Optimizer:
+    """The optimizer of that name: tsdyn's own, or one that an installed package offers (`registers.OPTIMIZERS`).
+
+    Raises:
+        ValueError: if there is none, or what a package offers is no `Optimizer` of that name.
+    """
+    found = registers.OPTIMIZERS.load(name)
+    if not isinstance(found, Optimizer) or found.name != name:
+        raise registers.PartError(
+            f"optimizer {name!r}: {registers.OPTIMIZERS.origin(name).target} is {found!r}; it must be a tsdyn "
+            "Optimizer of that name"
+        )
+    return found
+
+
 #: Methods of an experiment that take SGD's steps: on all the data at once, or infinitely small ones.
 _STEPS_OF = {"gd": "sgd", "flow": "sgd"}
 
@@ -86,6 +103,7 @@ class Rule:
         frozen: Layers 1..L that are not updated.
         normalize: Whether hidden weight rows are scaled back to unit norm after each step (biases are not).
         loss: J over a batch.
+        arguments: ``training.arguments`` of an optimizer that a package offers, (key, value) by key.
 
     Raises:
         ValueError: if there is no optimizer of that name.
@@ -101,12 +119,12 @@ class Rule:
     frozen: tuple[int, ...] = ()
     normalize: bool = False
     loss: Loss = MSE
+    arguments: tuple[tuple[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
         if self.name == "sgd" and self.momentum:
             object.__setattr__(self, "name", "momentum")
-        if self.name not in OPTIMIZERS:
-            raise ValueError(f"Rule: {self.name!r} is no optimizer; there are {', '.join(OPTIMIZERS)}")
+        optimizer(self.name)
 
     @classmethod
     def of(cls, training: Training, epoch: int) -> Rule:
@@ -122,11 +140,16 @@ class Rule:
             training.frozen,
             training.normalize,
             loss(training.loss),
+            tuple(sorted((training.arguments or {}).items())),
         )
+
+    def argument(self, key: str, default: float) -> float:
+        """A number of ``training.arguments``, for optimizers that packages offer."""
+        return float(dict(self.arguments).get(key, default))
 
     @property
     def optimizer(self) -> Optimizer:
-        return OPTIMIZERS[self.name]
+        return optimizer(self.name)
 
     def block(self, members: slice) -> Rule:
         """The rule of some of the members."""

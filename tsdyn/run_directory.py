@@ -19,7 +19,8 @@ from tsdyn.experiment import Experiment, differences
 from tsdyn.lock import NAME as LOCK
 from tsdyn.lock import Lock
 from tsdyn.netcdf import State
-from tsdyn.schema import VARIABLES, Label
+from tsdyn.schema import Label
+from tsdyn.schema import variable as variable_of
 from tsdyn.sweep_axes import axes, places
 from tsdyn.whole_files import (
     SUFFIX,
@@ -135,7 +136,7 @@ def _claimed(path: Path, experiment: Experiment) -> bool:
     file = path / EXPERIMENT
     if file.exists():
         study_directories.refuse_to_write(path)
-        theirs = Experiment.from_toml(file)
+        theirs = Experiment.from_toml(file, archived=True)
         if theirs == experiment:
             return True
         if not extends(experiment, theirs):
@@ -219,7 +220,7 @@ class RunDirectory:
             if any((self.path / SEGMENTS).iterdir()):
                 refuse_changed(self.path / ARCHIVE)
             self._drop_segments()
-        theirs = Experiment.from_toml(self.path / EXPERIMENT)
+        theirs = Experiment.from_toml(self.path / EXPERIMENT, archived=True)
         if theirs != self.experiment:
             if self.finished:
                 self._reopen(theirs)
@@ -304,7 +305,7 @@ class RunDirectory:
             for name, value in records.items():
                 blocks = enumerate(value, start=1) if isinstance(value, list) else ((None, value),)
                 for layer, block in blocks:
-                    nc[name][netcdf.index(VARIABLES[name], self.layout, slice(0, len(epochs)), layer)] = block
+                    nc[name][netcdf.index(variable_of(name), self.layout, slice(0, len(epochs)), layer)] = block
             netcdf.write_state(nc, state)
             content = nc.close()
         write_bytes(segment_path(self.path, first, last), content, seal=True)

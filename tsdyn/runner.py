@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import xarray as xr
 
-from tsdyn import archive, data, flowtraining, inputs, memory, provenance, schema
+from tsdyn import archive, data, flowtraining, inputs, memory, observables, provenance, schema
 from tsdyn.archive import ArchiveError, RunDirectory
 from tsdyn.costs import COMMIT_BYTES, Footprint, footprint
 from tsdyn.experiment import Experiment
@@ -27,6 +27,8 @@ from tsdyn.members import Members, Together
 from tsdyn.own_modules import Maker, attribute
 from tsdyn.protocol import Runnable, StateError
 
+#: Attribute of an archive: the registered parts of its experiment that packages offered, as JSON.
+PARTS = "parts"
 #: A segment is committed after this much work (0: after every epoch), ...
 COMMIT_SECONDS = 2.0
 #: ... or this share of the run so far if that is more, so that a run of days has hundreds of segments and not 100,000,
@@ -150,6 +152,8 @@ def run_together(
         held.enter_context(own_device())
         heard, asked = asked, asked or held.enter_context(stopping())
         begun: dict[int, list[_Point]] = {}
+        for experiment in experiments.values():
+            observables.load(experiment)
         needed = sum((footprint(single) for single in experiments.values()), Footprint()).bytes
         for path, experiment in experiments.items():
             try:
@@ -389,12 +393,20 @@ def attributes(experiment: Experiment, device: str) -> dict[str, str | int]:
         "experiment": experiment.to_toml(),
         "name": experiment.name,
         "digest": experiment.digest,
+        **_foreign(experiment),
         "schema_version": schema.VERSION,
         **provenance.facts(device),
         "dtype": experiment.dtype,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "conventions": json.dumps(_conventions(experiment)),
     }
+
+
+def _foreign(experiment: Experiment) -> dict[str, str]:
+    """Parts that are not tsdyn's own: package, version and place of each; and the variables that they declare."""
+    parts = {key: origin._asdict() for key, origin in experiment.foreign_parts.items()}
+    declared = schema.declarations(experiment.recorded())
+    return ({PARTS: json.dumps(parts)} if parts else {}) | declared
 
 
 def _conventions(experiment: Experiment) -> dict[str, str]:

@@ -1,563 +1,131 @@
-"""The archive's alphabet: every dimension, coordinate and variable, declared once.
+"""What an archive may hold: the law of its variables, the shape of a run, and how earlier versions are read.
 
-What is declared here is law: `validate` refuses a Dataset that differs, observables register under these
-names, and the reference table of the documentation is printed from `VARIABLES`.  Imports no torch.
+What is declared in `tsdyn.variables`, or by `declare`, is law: `validate` refuses a Dataset that differs, and
+observables register under these names.  Imports no torch.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import xarray as xr
+
+from tsdyn.variables import CONSTANTS as CONSTANTS
+from tsdyn.variables import COORDINATES as COORDINATES
+from tsdyn.variables import DIMENSIONS as DIMENSIONS
+from tsdyn.variables import END_CLASSES as END_CLASSES
+from tsdyn.variables import END_GROUNDS as END_GROUNDS
+from tsdyn.variables import END_KINDS as END_KINDS
+from tsdyn.variables import FAMILIES as FAMILIES
+from tsdyn.variables import LUCK as LUCK
+from tsdyn.variables import NODE_WIDTHS as NODE_WIDTHS
+from tsdyn.variables import OUTCOMES as OUTCOMES
+from tsdyn.variables import PATHS as PATHS
+from tsdyn.variables import SAAD as SAAD
+from tsdyn.variables import SIMSEK as SIMSEK
+from tsdyn.variables import SIZED as SIZED
+from tsdyn.variables import STOP_REASONS as STOP_REASONS
+from tsdyn.variables import TIAN as TIAN
+from tsdyn.variables import TOP as TOP
+from tsdyn.variables import VARIABLES as VARIABLES
+from tsdyn.variables import Kind as Kind
+from tsdyn.variables import Label as Label
+from tsdyn.variables import Path as Path
+from tsdyn.variables import Variable as Variable
+from tsdyn.variables import When as When
 
 #: 1: no state in a finished archive, no checksum beside it.  2: both.
 #: 3: gradients and Hessians are those of the loss that was trained; before, of the squared error whatever was trained.
 VERSION = 3
 
-Kind = Literal["training", "population-flow", "online"]
-Path = Literal["epoch", "time", "alpha"]
-When = Literal["start", "along", "end"]
-#: Of a recorded step: an epoch, a time or an α.
-Label = int | float
-#: Dimensions along which runs go, each the one of a kind.  `VARIABLES` says ``epoch`` for all of them.
-PATHS: tuple[Path, ...] = ("epoch", "time", "alpha")
 
-DIMENSIONS: Mapping[str, str] = {
-    "seed": "member of the ensemble; names every random draw of that member",
-    "epoch": "epochs of training done; 0 is before training",
-    "time": "of a population flow, in the place of epoch: t of dθ/dt = −∇L; 0 is the start",
-    "alpha": "of online learning, in the place of epoch: steps / N; 0 is the start",
-    "layer": "1..L; L is the output layer",
-    "node": "student node, padded to the widest layer",
-    "node_2": "second student node of a pair",
-    "teacher_node": "teacher node, padded to the widest layer",
-    "teacher_node_2": "second teacher node of a pair",
-    "input_node": "node of the layer below (layer 1: the input); of a convolution (channel, row, column) of its kernel",
-    "output": "node of the output layer",
-    "sample": "sample of a data set",
-    "mode": "eigenvalue, largest first",
-    "quantile": "quantile over samples",
-    "top_k": "how many of the largest outputs count",
-    "entry": "number in the parameters and buffers of a student that is a module of the user's own, one after another",
-    "teacher_entry": "the same of a teacher",
-}
-
-TIAN = "Tian 2020 (PMLR 119:9470)"
-LUCK = "Tian et al. 2019 (arXiv:1905.13405)"
-SIMSEK = "Simsek et al. 2023 (arXiv:2311.01644)"
-SAAD = "Saad & Solla 1995; Goldt et al. 2019 (arXiv:1906.08632)"
+#: Variables that were declared in this process, by name; see `declare`.
+DECLARED: dict[str, Variable] = {}
 
 
-@dataclass(frozen=True)
-class Variable:
-    """One variable of the archive.
-
-    Attributes:
-        name: Name in the Dataset.
-        dims: Dimensions in order, without those of swept keys, which come first.
-        units: ``1`` for dimensionless.
-        long_name: One line, as an axis label would say it.
-        source: Paper and equation.
-        conditions: What NaN means and over which set it is measured.
-        kinds: Kinds of experiments whose runs record it; those of training if their file asks for it.
-        deep: Whether it is measured of convolutions and of networks with BatchNorm, too ...
-        own: ... of students that are modules of the user's own ...
-        bare_teacher: ... and with teachers that are, whose layers are not known.
-        when: ``along`` the run, once at its ``start`` or once at its ``end``.
-        words: What the numbers 0, 1, ... stand for.
-    """
-
-    name: str
-    dims: tuple[str, ...]
-    units: str
-    long_name: str
-    source: str
-    conditions: str = ""
-    kinds: tuple[Kind, ...] = ()
-    deep: bool = False
-    own: bool = False
-    bare_teacher: bool = True
-    when: When = "along"
-    words: tuple[str, ...] = ()
-
-    def along(self, path: Path) -> tuple[str, ...]:
-        """Dimensions in a file of a run along `path`."""
-        return tuple(path if dim == "epoch" else dim for dim in self.dims)
-
-    @property
-    def layered(self) -> bool:
-        """Whether the variable has one block a layer."""
-        return "layer" in self.dims
-
-    @property
-    def attrs(self) -> dict[str, Any]:
-        """netCDF attributes; numbers that stand for words say so as CF has it."""
-        attrs: dict[str, Any] = {"units": self.units, "long_name": self.long_name, "source": self.source}
-        if self.words:
-            attrs |= {"flag_values": [float(i) for i in range(len(self.words))], "flag_meanings": " ".join(self.words)}
-        return attrs | ({"comment": self.conditions} if self.conditions else {})
-
-
-def _table(*rows: Variable) -> dict[str, Variable]:
-    return {row.name: row for row in rows}
-
-
-_MEMBER = ("seed", "epoch")
-_LAYER = (*_MEMBER, "layer")
-_NODE = (*_LAYER, "node")
-_MIXED = (*_LAYER, "node", "teacher_node")
-_PAIR = (*_LAYER, "node", "node_2")
-_HIDDEN = "hidden layers; NaN at the output layer"
-_MOMENT = f"over the evaluation set; without the constant node; {_HIDDEN}"
-_LOSS = "J = ½ E‖f* − f‖², or E[−log softmax(f)_class]: training.loss and the attribute conventions say which"
-_NORM = f"{LUCK}, section 3"
-_NORM_AT = f"layers with BatchNorm; {_HIDDEN}"
-
-_TRAINED: tuple[Kind, ...] = ("training",)
-_FLOW: tuple[Kind, ...] = ("population-flow",)
-_FLOWN: tuple[Kind, ...] = ("training", "population-flow")
-_ONLINE: tuple[Kind, ...] = ("online",)
-_EQUATION = "from the same start as the simulation"
-_GONE = "NaN beyond the time at which the flow stopped"
-_END = "after Newton's method where the flow arrived, else where it stopped"
-_ODD = "NaN where it is not known: n >= k and activations that are not odd"
-
-STOP_REASONS = ("time", "gradient", "singular", "steps", "not-finite")
-#: Kinds of stationary points, then why a flow that did not arrive stopped.
-END_KINDS = ("minimum", "saddle", "degenerate", "not-stationary", "time", "singular", "steps", "not-finite")
-END_CLASSES = ("copy-average", "perturbed-copy", "other")
-END_GROUNDS = (
-    "groups", "copies", "no-part", "wrong-sign", "pointing-away", "owning-nothing", "uneven", "groups-and-shared",
-)  # fmt: skip
-
-
-def _online(name: str, dims: tuple[str, ...], text: str, conditions: str = "", when: When = "along") -> Variable:
-    return Variable(name, dims, "1", text, SAAD, conditions, _ONLINE, when=when)
-
-
-def _flow(
+def declare(
     name: str,
-    text: str,
-    section: str = "",
-    conditions: str = _END,
+    dims: Sequence[str],
     *,
-    dims: tuple[str, ...] = ("seed",),
-    when: When = "end",
-    words: tuple[str, ...] = (),
+    units: str,
+    long_name: str,
+    source: str,
+    conditions: str = "",
+    deep: bool = False,
+    own: bool = False,
 ) -> Variable:
-    source = f"{SIMSEK}, {section}" if section else SIMSEK
-    return Variable(name, dims, "1", text, source, conditions, _FLOW, when=when, words=words)
+    """Make a variable of your own known to this process, so that runs record and archives hold it.
+
+    Args:
+        name: Of the variable; an identifier that no variable, coordinate or dimension has.
+        dims: ``seed``, ``epoch``, then ``layer`` if it has one array per layer, then node dimensions of `DIMENSIONS`
+            whose sizes a run knows (``node``, ``node_2``, ``teacher_node``, ``teacher_node_2``, ``input_node``,
+            ``quantile``, ``mode``, ``top_k``).
+        units: As CF writes them; ``"1"`` for a number without.
+        long_name: One line, as an axis label would say it.
+        source: Paper and equation, or the package.
+        conditions: What NaN means and over which set it is measured.
+        deep: Whether it is measured of convolutions and of networks with BatchNorm, too.
+        own: Whether it is measured of students that are modules of the user's own.
+
+    Returns:
+        The variable.  Declaring the same once more changes nothing.
+
+    Raises:
+        SchemaError: if the name is taken by another, or the dimensions are none that a run can size.
+
+    Example:
+        >>> import tsdyn
+        >>> entropy = tsdyn.declare(
+        ...     "weight_entropy", ("seed", "epoch", "layer", "node"), units="1",
+        ...     long_name="entropy of squared weights", source="mylab",
+        ... )
+        >>> entropy.dims
+        ('seed', 'epoch', 'layer', 'node')
+    """
+    row = Variable(
+        name, tuple(dims), units, long_name, source, conditions, kinds=("training",), deep=deep, own=own,
+        bare_teacher=not any(dim.startswith("teacher_") for dim in dims),
+    )  # fmt: skip
+    sized = (*NODE_WIDTHS, "input_node", *SIZED)
+    inner = row.dims[3:] if row.layered else row.dims[2:]
+    if row.dims[:2] != ("seed", "epoch") or "layer" in inner or len(set(row.dims)) != len(row.dims):
+        raise SchemaError(f"declare: {name}: dims = {row.dims}; begin with seed, epoch and perhaps layer, each once")
+    if unknown := [dim for dim in inner if dim not in sized]:
+        raise SchemaError(f"declare: {name}: a run has no size for {', '.join(unknown)}; it has {', '.join(sized)}")
+    if not name.isidentifier() or name in {*COORDINATES, *DIMENSIONS, *FAMILIES, *VARIABLES}:
+        raise SchemaError(f"declare: {name!r} is taken, or is no identifier; give another name")
+    if missing := [key for key in ("units", "long_name", "source") if not getattr(row, key).strip()]:
+        raise SchemaError(f"declare: {name}: {', '.join(missing)} is empty; an archive must say what its numbers are")
+    adopt(row)
+    return row
 
 
-VARIABLES: Mapping[str, Variable] = _table(
-    Variable("loss_train", _MEMBER, "1", "training loss", f"{TIAN}, Eq. 1", _LOSS, kinds=_TRAINED, deep=True, own=True),
-    Variable(
-        "loss_eval", _MEMBER, "1", "evaluation loss", f"{TIAN}, Eq. 1", _LOSS, kinds=_TRAINED, deep=True, own=True
-    ),
-    Variable(
-        "mse_train",
-        _MEMBER,
-        "1",
-        "training mean squared error per output",
-        f"{TIAN}, released code",
-        kinds=_TRAINED,
-        deep=True,
-        own=True,
-    ),
-    Variable(
-        "mse_eval",
-        _MEMBER,
-        "1",
-        "evaluation mean squared error per output",
-        f"{TIAN}, released code",
-        kinds=_TRAINED,
-        deep=True,
-        own=True,
-    ),
-    Variable("weight", (*_NODE, "input_node"), "1", "student weight", f"{TIAN}, section 3", kinds=_FLOWN, deep=True),
-    Variable(
-        "bias",
-        _NODE,
-        "1",
-        "student bias",
-        f"{TIAN}, section 3",
-        "0 where the student has no bias",
-        kinds=_TRAINED,
-        deep=True,
-    ),
-    Variable(
-        "teacher_weight",
-        ("seed", "layer", "teacher_node", "input_node"),
-        "1",
-        "teacher weight",
-        f"{TIAN}, section 3",
-        kinds=_FLOWN,
-        when="start",
-    ),
-    Variable(
-        "teacher_bias",
-        ("seed", "layer", "teacher_node"),
-        "1",
-        "teacher bias",
-        f"{TIAN}, section 3",
-        kinds=_TRAINED,
-        when="start",
-    ),
-    Variable(
-        "correlation",
-        (*_LAYER, "teacher_node", "node"),
-        "1",
-        "correlation of teacher and student activations",
-        f"{TIAN}, Eq. 9, centred as in {LUCK}",
-        f"over the evaluation set, signed; NaN for a node whose activation is constant; {_HIDDEN}",
-        kinds=_TRAINED,
-        deep=True,
-        bare_teacher=False,
-    ),
-    Variable(
-        "fanout_norm",
-        _NODE,
-        "1",
-        "student fan-out norm √E β_kk",
-        f"{TIAN}, Definition 2",
-        f"over the evaluation set; ‖v_k‖ in a two-layer network; {_HIDDEN}",
-        kinds=_TRAINED,
-        deep=True,
-    ),
-    Variable(
-        "teacher_fanout_norm",
-        (*_LAYER, "teacher_node"),
-        "1",
-        "teacher fan-out norm √E β*_jj",
-        f"{TIAN}, Definition 2",
-        f"over the evaluation set; ‖v*_j‖ in a two-layer network; {_HIDDEN}",
-        kinds=_TRAINED,
-        deep=True,
-        bare_teacher=False,
-    ),
-    Variable(
-        "A",
-        _MIXED,
-        "1",
-        "E[α_kj] = E[v_k · v*_j]",
-        f"{TIAN}, Definition 2",
-        _MOMENT,
-        kinds=_TRAINED,
-        deep=True,
-        bare_teacher=False,
-    ),
-    Variable(
-        "B",
-        _PAIR,
-        "1",
-        "E[β_kk'] = E[v_k · v_k']",
-        f"{TIAN}, Definition 2",
-        _MOMENT,
-        kinds=_TRAINED,
-        deep=True,
-        bare_teacher=False,
-    ),
-    Variable(
-        "H_star",
-        _MIXED,
-        "1",
-        "H* = β* ∘ D*",
-        f"{LUCK}, section 4",
-        _MOMENT,
-        kinds=_TRAINED,
-        deep=True,
-        bare_teacher=False,
-    ),
-    Variable(
-        "H", _PAIR, "1", "H = β ∘ D", f"{LUCK}, section 4", _MOMENT, kinds=_TRAINED, deep=True, bare_teacher=False
-    ),
-    Variable(
-        "D_star",
-        _MIXED,
-        "1",
-        "D* = E[f' f*']",
-        f"{LUCK}, section 4",
-        _MOMENT,
-        kinds=_TRAINED,
-        deep=True,
-        bare_teacher=False,
-    ),
-    Variable(
-        "D", _PAIR, "1", "D = E[f' f']", f"{LUCK}, section 4", _MOMENT, kinds=_TRAINED, deep=True, bare_teacher=False
-    ),
-    Variable(
-        "L_star",
-        _MIXED,
-        "1",
-        "L* = E[f f*ᵀ]",
-        f"{LUCK}, section 4",
-        _MOMENT,
-        kinds=_TRAINED,
-        deep=True,
-        bare_teacher=False,
-    ),
-    Variable(
-        "L", _PAIR, "1", "L = E[f fᵀ]", f"{LUCK}, section 4", _MOMENT, kinds=_TRAINED, deep=True, bare_teacher=False
-    ),
-    Variable(
-        "gradient_rms",
-        _NODE,
-        "1",
-        "root mean square of the backpropagated gradient g_l(x)",
-        f"{TIAN}, Eq. 1",
-        "over the training set; g is the negative gradient at the pre-activation",
-        kinds=_TRAINED,
-    ),
-    Variable(
-        "gradient_max",
-        _NODE,
-        "1",
-        "largest |g_l(x)|",
-        f"{TIAN}, Theorem 1",
-        "over the training set; g is the negative gradient at the pre-activation",
-        kinds=_TRAINED,
-    ),
-    Variable(
-        "gradient_norm",
-        (*_MEMBER, "quantile"),
-        "1",
-        "norm of the per-sample parameter gradient",
-        f"{TIAN}, Assumption 2",
-        "quantiles over the training set of ‖∂J_x/∂θ‖ over all parameters; quantile 1 is the largest",
-        kinds=_TRAINED,
-    ),
-    Variable(
-        "observation",
-        (*_LAYER, "teacher_node", "node"),
-        "1",
-        "share of a teacher's boundary samples inside the student's active region",
-        f"{TIAN}, Definition 4 (finite sample: κ of Theorem 3)",
-        "over the training set; boundary: pre-activation within record.band of its standard deviation; "
-        f"NaN without boundary samples; {_HIDDEN}",
-        kinds=_TRAINED,
-        bare_teacher=False,
-    ),
-    Variable(
-        "observation_count",
-        (*_LAYER, "teacher_node", "node"),
-        "1",
-        "samples on the rarer side of a teacher's boundary inside the student's active region",
-        f"{TIAN}, released code",
-        f"over the training set; {_HIDDEN}",
-        kinds=_TRAINED,
-        bare_teacher=False,
-    ),
-    Variable(
-        "alignment",
-        (*_MEMBER, "teacher_node", "node"),
-        "1",
-        "ε of ε-alignment, lowest layer",
-        f"{TIAN}, Definition 3 (orientation-safe)",
-        "max of sin ∠(w*_j, w_k) and |b*_j ∓ b_k|, weights scaled to norm 1; NaN for a zero weight",
-        kinds=_TRAINED,
-        bare_teacher=False,
-    ),
-    Variable(
-        "accuracy",
-        (*_MEMBER, "top_k"),
-        "1",
-        "share of samples with the teacher's class among the k largest outputs",
-        f"{TIAN}, section 6",
-        "over the evaluation set; the teacher's class is its largest output",
-        kinds=_TRAINED,
-        deep=True,
-        own=True,
-    ),
-    Variable(
-        "label_accuracy",
-        (*_MEMBER, "top_k"),
-        "1",
-        "share of samples with their label among the k largest outputs",
-        f"{TIAN}, section 6",
-        "over the evaluation set; the data's own labels",
-        kinds=_TRAINED,
-        deep=True,
-        own=True,
-    ),
-    Variable("norm_scale", _NODE, "1", "BatchNorm scale", _NORM, _NORM_AT, kinds=_TRAINED, deep=True),
-    Variable("norm_shift", _NODE, "1", "BatchNorm shift (bias)", _NORM, _NORM_AT, kinds=_TRAINED, deep=True),
-    Variable("norm_mean", _NODE, "1", "BatchNorm running mean", _NORM, _NORM_AT, kinds=_TRAINED, deep=True),
-    Variable("norm_variance", _NODE, "1", "BatchNorm running variance", _NORM, _NORM_AT, kinds=_TRAINED, deep=True),
-    Variable(
-        "conserved_norm",
-        _NODE,
-        "1",
-        "norm of a node's incoming weight and bias",
-        f"{LUCK}, Theorem 3",
-        "gradient flow conserves it below BatchNorm; ‖w‖ where BatchNorm precedes the activation, else ‖[w; b]‖; "
-        f"{_HIDDEN}",
-        kinds=_TRAINED,
-        deep=True,
-    ),
-    Variable(
-        "lemma1_residual",
-        _MEMBER,
-        "1",
-        "relative residual of Lemma 1",
-        f"{TIAN}, Lemma 1",
-        "over the evaluation set; largest error over layers, samples and nodes, relative to the largest term",
-        kinds=_TRAINED,
-        bare_teacher=False,
-    ),
-    Variable("Q", (*_MEMBER, "node", "node_2"), "1", "order parameter w_i · w_k / N", SAAD, kinds=_ONLINE),
-    Variable("R", (*_MEMBER, "node", "teacher_node"), "1", "order parameter w_i · B_m / N", SAAD, kinds=_ONLINE),
-    Variable(
-        "T",
-        ("seed", "teacher_node", "teacher_node_2"),
-        "1",
-        "order parameter B_n · B_m / N",
-        SAAD,
-        kinds=_ONLINE,
-        when="start",
-    ),
-    Variable(
-        "parameter",
-        (*_MEMBER, "entry"),
-        "1",
-        "parameters and buffers of a module of the user's own",
-        "tsdyn",
-        "all of them one after another; the attribute parameters of the Dataset has the name and shape of each",
-        kinds=_TRAINED,
-        own=True,
-    ),
-    Variable(
-        "teacher_parameter",
-        ("seed", "teacher_entry"),
-        "1",
-        "parameters and buffers of a teacher that is a module of the user's own",
-        "tsdyn",
-        "all of them one after another",
-        kinds=_TRAINED,
-        when="start",
-    ),
-    Variable(
-        "hessian_eigenvalue",
-        (*_MEMBER, "mode"),
-        "1",
-        "eigenvalue of the Hessian of J",
-        "definition",
-        "of the training loss in all parameters; the algebraically largest",
-        kinds=_TRAINED,
-    ),
-    _online("Q_equation", (*_MEMBER, "node", "node_2"), "Q by the equation, N → ∞", _EQUATION),
-    _online("R_equation", (*_MEMBER, "node", "teacher_node"), "R by the equation, N → ∞", _EQUATION),
-    _online("outgoing", (*_MEMBER, "node"), "outgoing weight v of the student"),
-    _online("outgoing_equation", (*_MEMBER, "node"), "v by the equation, N → ∞", _EQUATION),
-    _online("teacher_outgoing", ("seed", "teacher_node"), "outgoing weight A of the teacher", when="start"),
-    _online(
-        "eg",
-        _MEMBER,
-        "generalization error ½ E[(student − teacher)²]",
-        "online SGD in N dimensions; exact from Q, R, T, v; the teacher without noise",
-    ),
-    _online("eg_equation", _MEMBER, "generalization error by the equation, N → ∞", _EQUATION),
-    _flow("population_loss", "loss L = E(f* − f)², no ½", "section 3", _GONE, dims=_MEMBER, when="along"),
-    _flow("end_weight", "student weight at the end", dims=("seed", "layer", "node", "input_node")),
-    _flow("end_loss", "loss L at the end, no ½", "section 3"),
-    _flow("end_gradient_max", "|∇L|_∞ at the end"),
-    _flow("end_index", "negative Hessian eigenvalues at the end", conditions="NaN where the flow did not arrive"),
-    _flow("end_kind", "kind of stationary point at the end, or why the flow stopped short of one", words=END_KINDS),
-    _flow("end_class", "what the student does with the teacher's nodes at the end", "section 5", words=END_CLASSES),
-    _flow("end_ground", "what decided the class", "section 5", words=END_GROUNDS),
-    _flow("end_margin", "distance of the class's deciding number from its threshold"),
-    _flow(
-        "end_owner",
-        "student node that owns the teacher node at the end",
-        "section 5",
-        "NaN for a teacher node that is shared",
-        dims=("seed", "teacher_node"),
-    ),
-    _flow("stop_time", "time t of dθ/dt = −∇L at which the flow stopped", conditions=""),
-    _flow("stop_reason", "why the flow stopped", conditions="", words=STOP_REASONS),
-    _flow(
-        "loss_copy_average",
-        "L*(k−n+1), the loss of the least copy-average point",
-        "Theorem 5.1",
-        "NaN for n > k",
-        when="start",
-    ),
-    _flow("loss_perturbed_copy", "loss of the perturbed n-copy point", "section 5", _ODD, when="start"),
-    _flow(
-        "index_copy_average",
-        "negative Hessian eigenvalues at the copy-average point",
-        "section 5",
-        "NaN where it is not critical: n > k and activations that are not odd",
-        when="start",
-    ),
-    _flow(
-        "index_perturbed_copy",
-        "negative Hessian eigenvalues at the perturbed n-copy point",
-        "section 5",
-        _ODD,
-        when="start",
-    ),
-    _flow("one_neuron_norm", "norm of the best single neuron", "Theorem 4.2", "NaN for n > 1", when="start"),
-    _flow(
-        "one_neuron_outgoing", "outgoing weight of the best single neuron", "Theorem 4.2", "NaN for n > 1", when="start"
-    ),
-)
+def adopt(row: Variable) -> None:
+    """Make a variable that was declared, perhaps in another process, known to this one.
 
-COORDINATES: Mapping[str, Variable] = _table(
-    Variable("width", ("layer",), "1", "nodes of the student layer", "tsdyn"),
-    Variable("teacher_width", ("layer",), "1", "nodes of the teacher layer", "tsdyn"),
-    Variable("input_width", ("layer",), "1", "nodes of the layer below the student layer", "tsdyn"),
-    Variable("teacher_input_width", ("layer",), "1", "nodes of the layer below the teacher layer", "tsdyn"),
-    Variable(
-        "death_epoch",
-        ("seed",),
-        "1",
-        "first epoch at whose end the member was NaN or infinite",
-        "tsdyn",
-        "−1: alive to the end",
-    ),
-    Variable(
-        "coverage",
-        (),
-        "1",
-        "share of a point's recorded epochs that are committed",
-        "tsdyn",
-        "of a sweep; 0: nothing yet, all NaN",
-    ),
-)
+    Raises:
+        SchemaError: if another one of that name is.
+    """
+    if DECLARED.setdefault(row.name, row) != row:
+        raise SchemaError(f"declare: {row.name!r} is declared already, differently: {DECLARED[row.name]}")
 
-#: Dimensions whose sizes the record decides, not the networks.
-SIZED = ("quantile", "mode", "top_k", "entry", "teacher_entry")
-#: Most outputs that `accuracy` counts.
-TOP = 5
 
-#: Size of each node dimension at one layer: the coordinate that says where the layer ends.
-NODE_WIDTHS: Mapping[str, str] = {
-    "node": "width",
-    "node_2": "width",
-    "teacher_node": "teacher_width",
-    "teacher_node_2": "teacher_width",
-}
+def variable(name: str) -> Variable:
+    """The schema's variable of that name, or the one that was declared in this process.
 
-#: What one word in ``record.observables`` asks for, where it is more than the variable of that name.
-FAMILIES: Mapping[str, tuple[str, ...]] = {
-    "loss": ("loss_train", "loss_eval"),
-    "mse": ("mse_train", "mse_eval"),
-    "weight": ("weight", "bias"),
-    "fanout_norm": ("fanout_norm", "teacher_fanout_norm"),
-    "observation": ("observation", "observation_count"),
-    "batch_norm": ("norm_scale", "norm_shift", "norm_mean", "norm_variance"),
-    "moments": ("A", "B", "H", "H_star", "D", "D_star", "L", "L_star"),
-}
-
-#: Stored once a seed, and known when a run begins.
-CONSTANTS = tuple(row.name for row in VARIABLES.values() if row.when == "start")
-#: Stored once a seed, and known when a run has ended.
-OUTCOMES = tuple(row.name for row in VARIABLES.values() if row.when == "end")
+    Raises:
+        SchemaError: if there is none; says how to declare it.
+    """
+    found = VARIABLES.get(name) or DECLARED.get(name)
+    if found is None:
+        raise SchemaError(f"{name!r} is not a variable of the schema; declare it (tsdyn.declare) before it is recorded")
+    return found
 
 
 def recordable(*, deep: bool = False, own: bool = False, bare_teacher: bool = False) -> tuple[str, ...]:
@@ -586,7 +154,7 @@ def recorded(kind: Kind, asked: Iterable[str], when: When | None = None) -> tupl
         names = (*expand(asked), *(row.name for row in rows if row.when != "along"))
     else:
         names = tuple(row.name for row in rows)
-    return tuple(name for name in names if when is None or VARIABLES[name].when == when)
+    return tuple(name for name in names if when is None or variable(name).when == when)
 
 
 def printable(text: object) -> str:
@@ -714,6 +282,27 @@ def words_of(array: xr.DataArray) -> xr.DataArray:
     return codes.copy(data=words[codes.values]).assign_attrs(attrs)
 
 
+#: Attribute of an archive: variables of users that it holds, as JSON.
+DECLARES = "declared_variables"
+
+
+def declarations(names: Iterable[str]) -> dict[str, str]:
+    """The attribute by which an archive declares those of its variables that are not the schema's own."""
+    rows = [asdict(variable(name)) for name in names if name not in VARIABLES]
+    return {DECLARES: json.dumps(rows)} if rows else {}
+
+
+def declared_in(ds: xr.Dataset) -> dict[str, Variable]:
+    """Variables that a Dataset says it holds beside the schema's own, by name."""
+    try:
+        rows = json.loads(ds.attrs.get(DECLARES, "[]"))
+        lists = ("dims", "kinds", "words")
+        found = [Variable(**{k: tuple(v) if k in lists else v for k, v in row.items()}) for row in rows]
+    except (TypeError, ValueError, AttributeError) as error:
+        raise SchemaError(f"attribute {DECLARES} is not what tsdyn writes: {error}") from None
+    return {row.name: row for row in found}
+
+
 def problems(ds: xr.Dataset, *, swept: Iterable[str] = ()) -> list[str]:
     """What in `ds` breaks the schema, one sentence each; empty if nothing does.
 
@@ -723,7 +312,7 @@ def problems(ds: xr.Dataset, *, swept: Iterable[str] = ()) -> list[str]:
     """
     found = []
     extra = tuple(swept)
-    known = {**VARIABLES, **COORDINATES}
+    known = {**declared_in(ds), **VARIABLES, **COORDINATES}
     for name, array in ds.variables.items():
         name = str(name)
         if name in extra or (name in DIMENSIONS and array.dims == (name,)):
@@ -737,7 +326,7 @@ def problems(ds: xr.Dataset, *, swept: Iterable[str] = ()) -> list[str]:
         wanted = known[name].along(path_of(ds))
         if dims != wanted:
             found.append(f"{name}: dimensions {dims}, the schema says {wanted}")
-        if name in VARIABLES:
+        if name not in COORDINATES:
             if array.attrs.get("units") != known[name].units:
                 found.append(f"{name}: attribute 'units' is {array.attrs.get('units')!r}, not {known[name].units!r}")
             # an archive keeps the words of its day

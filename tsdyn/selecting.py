@@ -34,7 +34,7 @@ def experiment_of(ds: xr.Dataset) -> Experiment:
             "experiment_of: the Dataset has no attribute 'experiment'; it is no archive of tsdyn's, or lost its "
             "attributes on the way (xarray's arithmetic drops them; ds.assign_attrs(archive.attrs) puts them back)"
         )
-    return Experiment.from_toml_text(str(text))
+    return Experiment.from_toml_text(str(text), archived=True)
 
 
 def swept_dimensions(ds: xr.Dataset | xr.DataArray) -> tuple[str, ...]:

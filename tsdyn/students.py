@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import TypeAlias, assert_never
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
-from tsdyn import archive, interaction
+from tsdyn import archive, interaction, registers
 from tsdyn.activations import activation
 from tsdyn.data import generator
-from tsdyn.experiment import Experiment, ExperimentError
+from tsdyn.experiment import Experiment, ExperimentError, Student
 from tsdyn.networks import Network, require_plain
 from tsdyn.node_pairs import is_winner
 from tsdyn.teachers import draw_teacher, from_file, network_of, uniform_start
+
+#: Of a weight: (node, input_node) or (channel, channel below, row, column).
+Shape: TypeAlias = tuple[int, ...]
+#: Weight and bias of one layer.
+Layer: TypeAlias = tuple[Tensor, Tensor]
+#: Starts that cannot do without the teacher.
+_TAUGHT = ("near-teacher", "same-direction", "same-sign")
 
 
 def draw_student(experiment: Experiment, seed: int, teacher: Network | None = None) -> Network:
@@ -46,23 +53,15 @@ def draw_student(experiment: Experiment, seed: int, teacher: Network | None = No
     """
     student = experiment.student
     sign = {"free": 0.0, "adversarial": -1.0, "helped": 1.0}[student.toward_weakest]
-    if teacher is None and (student.init in _NEAR or sign):
+    if teacher is None and (student.init in _TAUGHT or registers.STARTS.foreign(student.init) or sign):
         teacher = draw_teacher(experiment, seed)
-    match student.init:
-        case "file":
-            found = from_file(experiment, str(student.path), student, experiment.student_widths)
-            return found.to(getattr(torch, experiment.dtype))
-        case "gaussian" | "torch":
-            weights, biases = _drawn(experiment, seed)
-        case "rewind" | "rewind-reinitialised":
-            weights, biases = _rewound(experiment, seed)
-        case "near-teacher" | "same-direction" | "same-sign":
-            assert teacher is not None
-            pairs = zip(*_drawn(experiment, seed), teacher.weights, teacher.biases, strict=True)
-            moved = [_NEAR[student.init](w, b, *_taught(w, b, w_star, b_star)) for w, b, w_star, b_star in pairs]
-            weights, biases = [w for w, _ in moved], [b for _, b in moved]
-        case other:
-            assert_never(other)
+    if student.init == "file":
+        found = from_file(experiment, str(student.path), student, experiment.student_widths)
+        return found.to(getattr(torch, experiment.dtype))
+    if student.init in ("rewind", "rewind-reinitialised"):
+        weights, biases = _rewound(experiment, seed)
+    else:
+        weights, biases = _started(experiment, generator(seed, "student"), teacher)
     if sign:
         assert teacher is not None
         facing = weights[0].flatten(1) @ teacher.weights[0][-1].to(weights[0]).flatten()
@@ -76,27 +75,37 @@ def draw_student(experiment: Experiment, seed: int, teacher: Network | None = No
     return made.to(getattr(torch, experiment.dtype))
 
 
-def _drawn(experiment: Experiment, seed: int) -> tuple[list[Tensor], list[Tensor]]:
-    """Parameters that know no teacher, float64; for ``near-teacher`` the noise."""
-    student, rng = experiment.student, generator(seed, "student")
-    shapes = experiment.weight_shapes(experiment.student_widths)
-    match student.init:
-        case "gaussian":
-            noisy = False
-        case "near-teacher":
-            noisy = True
-        case "torch" | "same-direction" | "same-sign" | "rewind" | "rewind-reinitialised":
-            return uniform_start(shapes, rng)
-        case "file":
-            raise ValueError("student.init = 'file' draws nothing")
-        case other:
-            assert_never(other)
+def _started(
+    experiment: Experiment, rng: np.random.Generator, teacher: Network | None, init: str | None = None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Parameters of the registered start `init`, the experiment's unless given; layer by layer, float64."""
+    student = experiment.student
+    init = student.init if init is None else init
+    start, foreign = registers.STARTS.load(init), registers.STARTS.foreign(init)
     weights, biases = [], []
-    for shape in shapes:
-        weights.append(torch.from_numpy(rng.standard_normal(shape) * student.scale))
-        bias = rng.standard_normal(shape[0]) * student.scale if noisy else np.zeros(shape[0])
-        biases.append(torch.from_numpy(bias))
+    for i, shape in enumerate(experiment.weight_shapes(experiment.student_widths)):
+        taught = None
+        if teacher is not None and teacher.weights[i].shape == shape:
+            taught = teacher.weights[i].double(), _offset(teacher, i)
+        weight, bias = (torch.as_tensor(part) for part in start(rng, shape, student=student, taught=taught))
+        if foreign and not (
+            weight.shape == shape
+            and bias.shape == shape[:1]
+            and all(part.is_floating_point() and bool(part.isfinite().all()) for part in (weight, bias))
+        ):
+            raise registers.PartError(
+                f"start {init!r} of {registers.STARTS.origin(init).package} gave a weight of shape "
+                f"{tuple(weight.shape)} and a bias of shape {tuple(bias.shape)}; they must be finite real numbers of "
+                f"shapes {shape} and {shape[:1]}"
+            )
+        weights.append(weight.double())
+        biases.append(bias.double())
     return weights, biases
+
+
+def _offset(teacher: Network, layer: int) -> Tensor:
+    bias = teacher.biases[layer]
+    return torch.zeros(len(teacher.weights[layer]), dtype=torch.float64) if bias is None else bias.double()
 
 
 def winners(correlation: np.ndarray) -> np.ndarray:
@@ -135,7 +144,7 @@ def _rewound(experiment: Experiment, seed: int) -> tuple[list[Tensor], list[Tens
             f"student.path = {path!r}: its students have (node, inputs) {theirs} a layer, these {own}; a rewound "
             "student has the same layers"
         )
-    weights, biases = _drawn(experiment, seed)
+    weights, biases = _started(experiment, generator(seed, "student"), None, "torch")
     won = np.ones(1, bool)  # the input, all of it
     for i, (shape, (nodes, inputs)) in enumerate(zip(shapes, own, strict=True), start=1):
         if student.init == "rewind":
@@ -153,31 +162,46 @@ def _rewound(experiment: Experiment, seed: int) -> tuple[list[Tensor], list[Tens
     return weights, biases
 
 
-Layer: TypeAlias = tuple[Tensor, Tensor]
+def _gaussian(rng: np.random.Generator, shape: Shape, *, student: Student, taught: Layer | None) -> Layer:
+    weight = torch.from_numpy(rng.standard_normal(shape) * student.scale)
+    return weight, torch.zeros(shape[0], dtype=torch.float64)
 
 
-def _taught(weight: Tensor, bias: Tensor, taught: Tensor, offset: Tensor | None) -> Layer:
-    """The teacher's weight and bias as the student's are."""
-    return taught.to(weight), torch.zeros_like(bias) if offset is None else offset.to(bias)
+def _torch(rng: np.random.Generator, shape: Shape, *, student: Student, taught: Layer | None) -> Layer:
+    (weight,), (bias,) = uniform_start([shape], rng)
+    return weight, bias
 
 
-def _near_teacher(weight: Tensor, bias: Tensor, taught: Tensor, offset: Tensor) -> Layer:
-    return taught + weight, offset + bias
+def _near_teacher(rng: np.random.Generator, shape: Shape, *, student: Student, taught: Layer | None) -> Layer:
+    assert taught is not None
+    weight = torch.from_numpy(rng.standard_normal(shape) * student.scale)
+    bias = torch.from_numpy(rng.standard_normal(shape[0]) * student.scale)
+    return taught[0] + weight, taught[1] + bias
 
 
-def _same_direction(weight: Tensor, bias: Tensor, taught: Tensor, offset: Tensor) -> Layer:
-    ratio = weight.norm() / taught.norm()
-    return taught * ratio, offset * ratio
+def _same_direction(rng: np.random.Generator, shape: Shape, *, student: Student, taught: Layer | None) -> Layer:
+    assert taught is not None
+    weight, _ = _torch(rng, shape, student=student, taught=taught)
+    ratio = weight.norm() / taught[0].norm()
+    return taught[0] * ratio, taught[1] * ratio
 
 
-def _same_sign(weight: Tensor, bias: Tensor, taught: Tensor, offset: Tensor) -> Layer:
-    return torch.where(weight * taught < 0, -weight, weight), torch.where(bias * offset < 0, -bias, bias)
+def _same_sign(rng: np.random.Generator, shape: Shape, *, student: Student, taught: Layer | None) -> Layer:
+    assert taught is not None
+    drawn = _torch(rng, shape, student=student, taught=taught)
+    weight, bias = (torch.where(own * star < 0, -own, own) for own, star in zip(drawn, taught, strict=True))
+    return weight, bias
 
 
-#: Starts that need the teacher: one layer's weight and bias, moved towards the teacher's.
-_NEAR: Mapping[str, Callable[[Tensor, Tensor, Tensor, Tensor], Layer]] = {
-    "near-teacher": _near_teacher, "same-direction": _same_direction, "same-sign": _same_sign,
-}  # fmt: skip
+#: How a layer starts, by ``student.init``: (rng, shape, *, student, taught) → weight of that shape and bias (node,),
+#: with the experiment's section ``[student]`` and the teacher's weight and bias of that layer, where shapes agree.
+STARTS: Mapping[str, Callable[..., Layer]] = {
+    "gaussian": _gaussian,
+    "torch": _torch,
+    "near-teacher": _near_teacher,
+    "same-direction": _same_direction,
+    "same-sign": _same_sign,
+}
 
 
 def warm_start(teacher: Network, nodes: int) -> Network:

@@ -19,12 +19,13 @@ from typing import TYPE_CHECKING, Any, assert_never
 
 import xarray as xr
 
-from tsdyn import archive, costs, images, memory, runner, sweep_directory
+from tsdyn import archive, costs, images, memory, registers, runner, schema, sweep_directory
 from tsdyn.experiment import Experiment, ExperimentError
 from tsdyn.headers import Headers
 from tsdyn.interrupts import Stopped, stopping
 from tsdyn.lock import HeldError
 from tsdyn.members import kinship
+from tsdyn.observables import Observed
 from tsdyn.own_modules import Maker, described
 from tsdyn.run_directory import segments
 from tsdyn.sweep_axes import swept_keys
@@ -153,6 +154,7 @@ def run(
     point: PointProgress | None = None,
     student: Maker | None = None,
     teacher: Maker | None = None,
+    observables: Sequence[Observed] = (),
 ) -> xr.Dataset:
     """Run an experiment, or every point of its sweep, into `path`; resumes what was committed.
 
@@ -172,6 +174,8 @@ def run(
         point: For a sweep, told before each point; returns that point's progress, None for `progress`.
         student, teacher: Make an ``nn.Module`` of the user's own to be the student or the teacher (`own_modules`);
             called once per seed, here and not by workers.
+        observables: Of the user's own (`tsdyn.declare`), recorded beside what the experiment asks for; workers get them
+            by cloudpickle.
 
     Returns:
         The lazy archive; the swept keys of a sweep are its leading dimensions.
@@ -189,7 +193,72 @@ def run(
     distributed = workers is not None or scheduler is not None
     if distributed and (student is not None or teacher is not None):
         raise WorkersError("student, teacher: modules passed from Python train in this process; leave workers out")
-    experiment = described(experiment, student=student, teacher=teacher)
+    with _added(observables):
+        own = described(_asking(experiment, observables), student=student, teacher=teacher)
+        if distributed:
+            _refuse_parts_of_this_process(own, observables)
+        return _run(
+            own, path, device=device, workers=workers, scheduler=scheduler, together=together, progress=progress,
+            point=point, student=student, teacher=teacher, observables=tuple(observables),
+        )  # fmt: skip
+
+
+@contextmanager
+def _added(observables: Sequence[Observed]) -> Iterator[None]:
+    """Inside, these observables can be asked for by name in this process."""
+    done: list[str] = []
+    try:
+        for each in observables:
+            if each.name not in done:
+                schema.adopt(each.variable)
+                registers.OBSERVABLES.add(each.name, each)
+                done.append(each.name)
+        yield
+    finally:
+        for name in done:
+            registers.OBSERVABLES.remove(name)
+
+
+def _asking(experiment: Experiment, observables: Sequence[Observed]) -> Experiment:
+    """The experiment that asks for these observables, too."""
+    asked = list(experiment.record.observables)
+    missing = [each.name for each in observables if each.name not in asked]
+    return experiment.replace({"record.observables": [*asked, *missing]}) if missing else experiment
+
+
+def _refuse_parts_of_this_process(experiment: Experiment, passed: Sequence[Observed]) -> None:
+    """Parts that were added to this process and that workers, which are other processes, would not find."""
+    names = {each.name for each in passed}
+    lost = [
+        f"{key} = {register.kind} {name!r}"
+        for _, single in experiment.points()
+        for key, (register, name) in single.parts.items()
+        if name not in names and register.origin(name).package == registers.THIS_PROCESS
+    ]
+    if lost:
+        raise WorkersError(
+            f"{', '.join(dict.fromkeys(lost))}: added to this process only, so that workers do not have it; offer it "
+            "by an entry point of an installed package (docs: Growing tsdyn), pass observables to tsdyn.run, or leave "
+            "workers out"
+        )
+
+
+def _run(
+    experiment: Experiment,
+    path: str | Path,
+    *,
+    device: str,
+    workers: int | None,
+    scheduler: str | None,
+    together: bool | None,
+    progress: runner.Progress | None,
+    point: PointProgress | None,
+    student: Maker | None,
+    teacher: Maker | None,
+    observables: tuple[Observed, ...],
+) -> xr.Dataset:
+    """As `run`, of an experiment all of whose parts are known."""
+    distributed = workers is not None or scheduler is not None
     if scheduler is None:
         runner.check_device(device)
     path = archive.local_path(path).absolute() if distributed else archive.local_path(path)
@@ -230,7 +299,8 @@ def run(
                 busy = at_once or len(client.scheduler_info(n_workers=-1)["workers"])
                 groups = companies(left, busy, room // 2 // (at_once or 1))  # those elsewhere have memory of their own
             tell = telling(left)
-            for name, reason in _on_workers(client, groups, path, device, tell, at_once or len(left), asked):
+            told = _on_workers(client, groups, path, device, tell, at_once or len(left), asked, observables)
+            for name, reason in told:
                 ended(name, reason)
     elif left:
         for group in companies(left, 1, memory.free(device) // 2) if together else _apart(left):
@@ -477,6 +547,7 @@ def _on_workers(
     tell: Mapping[str, runner.Progress | None],
     at_once: int,
     asked: Callable[[], int | None],
+    observables: tuple[Observed, ...],
 ) -> Iterator[tuple[str, str | None]]:
     """Each point as its group ends, with why it failed; after a signal those that finished, then `Stopped`.
 
@@ -496,7 +567,7 @@ def _on_workers(
     def submit(group: Mapping[str, Experiment]) -> Any:
         key = f"{next(iter(group))}-{uuid.uuid4().hex[:8]}"
         texts = {name: single.to_toml() for name, single in group.items()}
-        future = client.submit(_work, texts, str(path), device, topic, key=key, pure=False)
+        future = client.submit(_work, texts, str(path), device, topic, observables, key=key, pure=False)
         futures[future] = group
         return future
 
@@ -579,7 +650,9 @@ def _reached(path: Path) -> int:
     return found[-1].last if found else -1
 
 
-def _work(texts: Mapping[str, str], path: str, device: str, topic: str) -> dict[str, Any]:
+def _work(
+    texts: Mapping[str, str], path: str, device: str, topic: str, observables: tuple[Observed, ...]
+) -> dict[str, Any]:
     """What a worker does: a group of points, resumed; tells of their epochs on `topic`, whose event asks it to stop.
 
     Returns why which failed, and which are finished.
@@ -613,18 +686,19 @@ def _work(texts: Mapping[str, str], path: str, device: str, topic: str) -> dict[
         return tell
 
     paths = {name: Path(path) / name for name in texts}
-    experiments = {name: Experiment.from_toml_text(text) for name, text in texts.items()}
     failed: Mapping[Path, Exception] = {}
-    if asked() is None:
-        try:
-            failed = runner.run_together(
-                {paths[name]: single for name, single in experiments.items()},
-                device=device,
-                progress={paths[name]: teller(name) for name in texts},
-                asked=asked,
-            )
-        except Stopped as stopped:  # as what it is, a KeyboardInterrupt, it would end the worker
-            failed = stopped.failed
+    with _added(observables):
+        experiments = {name: Experiment.from_toml_text(text) for name, text in texts.items()}
+        if asked() is None:
+            try:
+                failed = runner.run_together(
+                    {paths[name]: single for name, single in experiments.items()},
+                    device=device,
+                    progress={paths[name]: teller(name) for name in texts},
+                    asked=asked,
+                )
+            except Stopped as stopped:  # as what it is, a KeyboardInterrupt, it would end the worker
+                failed = stopped.failed
     return {
         "failed": {name: _reason(failed[at]) for name, at in paths.items() if at in failed},
         "finished": [name for name, at in paths.items() if at not in failed and _finished(at, experiments[name])],

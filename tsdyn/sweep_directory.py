@@ -82,7 +82,7 @@ def point_directories(path: Path, points: Iterable[tuple[Mapping[str, Any], Call
 def _holds(path: Path, expected: Callable[[], Experiment]) -> bool:
     """Whether a directory is of that experiment, or of what it extends."""
     with suppress(ExperimentError):
-        mine, theirs = expected(), Experiment.from_toml(path / EXPERIMENT)
+        mine, theirs = expected(), Experiment.from_toml(path / EXPERIMENT, archived=True)
         return mine == theirs or extends(mine, theirs)
     return False
 
@@ -92,7 +92,7 @@ def sweep_points(path: Path) -> dict[str, tuple[dict[str, Any], Experiment]]:
 
     From ``experiment.toml``: the index beside it is for other readers, and its names are not trusted.
     """
-    return named_points(path, Experiment.from_toml(path / EXPERIMENT))
+    return named_points(path, Experiment.from_toml(path / EXPERIMENT, archived=True))
 
 
 def named_points(path: Path, experiment: Experiment) -> dict[str, tuple[dict[str, Any], Experiment]]:

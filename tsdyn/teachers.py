@@ -5,14 +5,14 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Sequence
-from typing import assert_never
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from tsdyn import registers
 from tsdyn.batch_norm import BatchNorm
 from tsdyn.data import evaluation_inputs, generator, labels, training_inputs
 from tsdyn.experiment import Experiment, ExperimentError, Student, Teacher
@@ -78,16 +78,13 @@ def draw_teacher(experiment: Experiment, seed: int) -> Network:
             balanced teacher's output is constant, the data have no labels, or a state dict does not fit.
     """
     teacher, rng = experiment.teacher, generator(seed, "teacher")
-    match teacher.init:
-        case "file":
-            network = from_file(experiment, str(teacher.path), teacher, teacher.widths)
-        case "trained":
-            start = network_of(experiment, *uniform_start(experiment.weight_shapes(teacher.widths), rng), who=teacher)
-            network = _on_labels(experiment, seed, start, rng, teacher.train_epochs)
-        case "separated" | "orthonormal" | "gaussian":
-            network = _drawn(experiment, rng)
-        case other:
-            assert_never(other)
+    if teacher.init == "file":
+        network = from_file(experiment, str(teacher.path), teacher, teacher.widths)
+    elif teacher.init == "trained":
+        start = network_of(experiment, *uniform_start(experiment.weight_shapes(teacher.widths), rng), who=teacher)
+        network = _on_labels(experiment, seed, start, rng, teacher.train_epochs)
+    else:
+        network = _drawn(experiment, rng)
     if teacher.prune:
         network, _ = prune(network, teacher.prune)
         if teacher.init == "trained" and teacher.finetune_epochs:
@@ -139,23 +136,39 @@ def _drawn(experiment: Experiment, rng: np.random.Generator) -> Network:
     return network_of(experiment, weights, biases, who=teacher)
 
 
+def _separated(rng: np.random.Generator, nodes: int, inputs: int, *, teacher: Teacher, lowest: bool) -> np.ndarray:
+    return separated_rows(rng, nodes, inputs, teacher.choices)
+
+
+def _gaussian(rng: np.random.Generator, nodes: int, inputs: int, *, teacher: Teacher, lowest: bool) -> np.ndarray:
+    return rng.standard_normal((nodes, inputs)) * teacher.scale
+
+
+def _orthonormal(rng: np.random.Generator, nodes: int, inputs: int, *, teacher: Teacher, lowest: bool) -> np.ndarray:
+    if lowest and nodes > inputs:
+        raise ExperimentError(f"teacher.init = 'orthonormal': {nodes} orthonormal rows do not fit in {inputs} inputs")
+    return orthonormal(rng, nodes, inputs)
+
+
+#: How the rows of a layer's weight are drawn, by ``teacher.init``: (rng, nodes, inputs, *, teacher, lowest) →
+#: (node, input_node), with the experiment's section ``[teacher]`` and whether the layer is the lowest.
+TEACHERS: Mapping[str, Callable[..., np.ndarray]] = {
+    "separated": _separated,
+    "gaussian": _gaussian,
+    "orthonormal": _orthonormal,
+}
+
+
 def _rows(experiment: Experiment, rng: np.random.Generator, nodes: int, below: int, *, lowest: bool) -> np.ndarray:
     teacher = experiment.teacher
-    match teacher.init:
-        case "separated":
-            return separated_rows(rng, nodes, below, teacher.choices)
-        case "gaussian":
-            return rng.standard_normal((nodes, below)) * teacher.scale
-        case "orthonormal":
-            if lowest and nodes > below:
-                raise ExperimentError(
-                    f"teacher.init = 'orthonormal': {nodes} orthonormal rows do not fit in {below} inputs"
-                )
-            return orthonormal(rng, nodes, below)
-        case "trained" | "file":
-            raise ValueError(f"teacher.init = {teacher.init!r} draws no rows")
-        case other:
-            assert_never(other)
+    rows = np.asarray(registers.TEACHERS.load(teacher.init)(rng, nodes, below, teacher=teacher, lowest=lowest))
+    foreign = registers.TEACHERS.foreign(teacher.init)
+    if foreign and (rows.shape != (nodes, below) or rows.dtype.kind != "f" or not np.isfinite(rows).all()):
+        raise registers.PartError(
+            f"teacher {teacher.init!r} of {registers.TEACHERS.origin(teacher.init).package} drew {rows.dtype} of shape "
+            f"{rows.shape}; it must draw finite real numbers of shape {(nodes, below)}, (node, input_node)"
+        )
+    return rows
 
 
 def uniform_start(shapes: Sequence[tuple[int, ...]], rng: np.random.Generator) -> tuple[list[Tensor], list[Tensor]]:
