@@ -98,6 +98,8 @@ def _swept(ds: xr.Dataset, experiment: Experiment) -> Points:
     found: Points = {}
     for place, (values, single) in zip(places(experiment.sweep), experiment.points(), strict=True):
         labels = {names[key]: label(value) for key, value in values.items()}
+        # numpy makes words of numbers that stand beside words, as those of bias = [-0.1, false]
+        labels = {name: str(v) if ds[name].dtype.kind == "U" else v for name, v in labels.items()}
         if not all(value in np.atleast_1d(ds[name].values) for name, value in labels.items()):
             continue
         along = {

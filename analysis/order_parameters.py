@@ -72,16 +72,22 @@ def _spread(archive: xr.Dataset) -> xr.DataArray:
 
 
 def _outgoing(archive: xr.Dataset, nodes: dict[str, int]) -> dict[str, xr.DataArray]:
-    """v and A, if there are two layers and one output at every point."""
-    if "layer" not in archive.dims or archive["layer"].values.tolist() != [1, 2]:
+    """v and A, if some point has two layers and one output; NaN at the others."""
+    if "layer" not in archive.dims or not {1, 2} <= set(archive["layer"].values.tolist()):
         return {}
     top = archive[["weight", "teacher_weight"]].sel(layer=2)
-    if int(top["width"].max()) != 1:
+    if "experiment" in archive.attrs:
+        depth = per_point(archive, lambda point: point.layout.depth)
+    else:
+        depth = (archive["width"] > 0).sum("layer")
+    meant = (depth == 2) & (top["width"] == 1)
+    if not bool(meant.any()):
         return {}
     chosen = {"v": ("weight", "node"), "A": ("teacher_weight", "teacher_node")}
     words = {"v": "outgoing weight of the student", "A": "outgoing weight of the teacher"}
     return {
         name: top[weight]
+        .where(meant)
         .isel({dim: 0, "input_node": slice(0, nodes[dim])}, drop=True)
         .rename(input_node=dim)
         .drop_vars(dim, errors="ignore")

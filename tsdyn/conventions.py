@@ -210,6 +210,9 @@ def convention(
     found = _CONVENTIONS[name](given)
     if v is None and A is None:
         return found
-    if v is None or A is None or np.shape(v) != (nodes,) or np.shape(A) != (teacher_nodes,):
-        raise ValueError(f"convention: v has shape {np.shape(v)}, A {np.shape(A)}; ({nodes},) and ({teacher_nodes},)")
-    return replace(found, outgoing=(np.array(v, dtype=float), np.array(A, dtype=float)))
+    outgoing = np.array(v, dtype=float), np.array(A, dtype=float)  # of None, NaN of no dimensions
+    if outgoing[0].shape != (nodes,) or outgoing[1].shape != (teacher_nodes,):
+        raise ValueError(
+            f"convention: v has shape {outgoing[0].shape}, A {outgoing[1].shape}; ({nodes},) and ({teacher_nodes},)"
+        )
+    return replace(found, outgoing=outgoing)
