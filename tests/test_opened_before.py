@@ -1,6 +1,7 @@
 """Directories that changed after they were opened, grew, moved or were exchanged: the right numbers, or words."""
 
 import contextlib
+import json
 import os
 import pickle
 import shutil
@@ -261,3 +262,25 @@ def test_an_archive_copied_without_its_checksum_is_extended(tmp_path):
     grown = tsdyn.run(small(**FEW, training__epochs=3), tmp_path / "run")
     same(grown, tsdyn.run(small(**FEW, training__epochs=3), tmp_path / "whole"))
     assert integrity.check(tmp_path / "run") == []
+
+
+def test_a_partial_sweep_of_before_with_names_that_lack_a_character_is_whole(tmp_path, monkeypatch):
+    """Versions before 0.2 left the hash away; here its second point is not there yet."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("a b.npz", "b b.npz"):
+        np.savez(name, inputs=np.random.default_rng(0).standard_normal((60, 10)))
+    files = {"data__law": "file", "data__train": 40, "data__eval": 20, "training__epochs": 1, "data__path": "a b.npz"}
+    experiment = small(**FEW, **files, sweep={"data.path": ["a b.npz", "b b.npz"]})
+    whole = tsdyn.run(experiment, "sweep").load()
+    listed = json.loads(Path("sweep/sweep.json").read_text(encoding="utf-8"))
+    for point, before in zip(listed["points"], ("path=a-b.npz", "path=b-b.npz"), strict=True):
+        (Path("sweep") / point["directory"]).rename(Path("sweep") / before)
+        point["directory"] = before
+    Path("sweep/sweep.json").write_text(json.dumps(listed), encoding="utf-8")
+    assert integrity.check("sweep") == []
+    same(tsdyn.open("sweep"), whole)
+    shutil.rmtree("sweep/path=b-b.npz")
+    assert integrity.check("sweep") == []
+    same(tsdyn.run(experiment, "sweep"), whole)
+    assert sorted(p.name for p in Path("sweep").glob("path=*"))[0] == "path=a-b.npz"
+    assert integrity.check("sweep") == []

@@ -130,8 +130,8 @@ def test_polish_stays_at_the_point_at_hand():
     assert float(end.moved[2]) == 0
     torch.testing.assert_close(end.loss[2], loss.value(stopped)[2])
     assert (end.moved <= 0.25 * (1 + stopped.norm(dim=-1))).all()
-    with pytest.raises(ValueError, match="polish: within=0; a share of 1"):
-        polish(loss, stopped, within=0)
+    with pytest.raises(ValueError, match=r"polish: within=0\.0; a share of 1"):
+        polish(loss, stopped, within=0.0)
 
 
 def test_relus_copy_average_point_is_only_near_a_critical_one():

@@ -13,7 +13,6 @@ from tsdyn.run_directory import SEGMENTS as SEGMENTS
 from tsdyn.run_directory import RunDirectory as RunDirectory
 from tsdyn.run_directory import claim as claim
 from tsdyn.run_directory import segments as segments
-from tsdyn.schema import WrongNumbersWarning as WrongNumbersWarning
 from tsdyn.selecting import experiment_of as experiment_of
 from tsdyn.selecting import layer as layer
 from tsdyn.selecting import lowest_layer as lowest_layer
@@ -28,3 +27,4 @@ from tsdyn.whole_files import ArchiveError as ArchiveError
 from tsdyn.whole_files import DirectoryError as DirectoryError
 from tsdyn.whole_files import local_path as local_path
 from tsdyn.whole_files import write_text as write_text
+from tsdyn.wrong_numbers import WrongNumbersWarning as WrongNumbersWarning

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-import random
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from tsdyn.module_state import Randomness, State
 from tsdyn.networks import Network
 
 #: Arrays, or tuples, lists and dicts of them.
@@ -98,8 +98,8 @@ class Asked:
 
     def __init__(self, caller: str, module: nn.Module, x: Tree, y: Tree, names: Iterable[str] | None) -> None:
         self.caller, self.module, self.name = caller, module, type(module).__name__
-        self._state = _State(module)
-        self._randomness = _Randomness(module)
+        self._state = State(module)
+        self._randomness = Randomness(module)
         self._drawn = False
         kept = next((p for p in module.parameters() if p.is_floating_point()), None)
         self.inputs, self.targets = (_tensors(caller, tree, kept) for tree in (x, y))
@@ -552,83 +552,3 @@ def _wanted(caller: str, module: nn.Module, names: Iterable[str] | None) -> dict
     if unknown or not chosen:
         raise ValueError(f"{caller}: no parameters {unknown}; there are {', '.join(known)}")
     return {n: known[n] for n in chosen}
-
-
-# --- what a call may move ------------------------------------------------------------------------------------
-
-
-class _State:
-    """All that a module holds, and what of it a call has moved."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._parts = [
-            (part, dict(vars(part)), [dict(vars(part)[n]) for n in ("_parameters", "_buffers", "_modules")])
-            for part in module.modules()
-        ]
-        held = [*module.named_buffers(), *module.named_parameters()]
-        small = sum(t.nbytes for _, t in held) <= MEMORY
-        self._tensors = [
-            (name, t, t._version, t.detach().clone() if small or not isinstance(t, nn.Parameter) else None)
-            for name, t in held
-        ]
-
-    def moved(self) -> str:
-        """Name of a buffer or parameter that is not what it was; "" if none."""
-        for name, tensor, version, value in self._tensors:
-            if value is None:
-                if tensor._version != version:
-                    return name
-            elif not torch.equal(tensor, value) and not torch.allclose(tensor, value, rtol=0, atol=0, equal_nan=True):
-                return name
-        for part, _, dicts in self._parts:
-            for attribute, before in zip(("_parameters", "_buffers"), dicts, strict=False):
-                now = vars(part)[attribute]
-                for name in now.keys() | before.keys():
-                    if now.get(name) is not before.get(name):
-                        return str(name)
-        return ""
-
-    def restore(self) -> None:
-        for part, attributes, dicts in self._parts:
-            for name in vars(part).keys() - attributes.keys():
-                del vars(part)[name]
-            vars(part).update(attributes)
-            for attribute, before in zip(("_parameters", "_buffers", "_modules"), dicts, strict=True):
-                now = vars(part)[attribute]
-                if now.keys() != before.keys() or any(now[name] is not before[name] for name in before):
-                    now.clear()
-                    now.update(before)
-        with torch.no_grad():
-            for _, tensor, _, value in self._tensors:
-                if value is not None and not torch.equal(tensor, value):
-                    tensor.copy_(value)
-
-
-class _Randomness:
-    """States of the generators that a module may draw from without saying so."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._devices = sorted({p.device.index or 0 for p in module.parameters() if p.is_cuda})
-        self._before = self._now()
-
-    def _now(self) -> tuple[Any, ...]:
-        cuda = [torch.cuda.get_rng_state(d) for d in self._devices]
-        return torch.get_rng_state(), cuda, np.random.get_state(), random.getstate()  # noqa: NPY002
-
-    def moved(self) -> bool:
-        """Whether numbers were drawn; not of Python's ``random`` if beartype is loaded, which draws what it checks."""
-        (cpu, cuda, numpy, python), (cpu0, cuda0, numpy0, python0) = self._now(), self._before
-        return (
-            not torch.equal(cpu, cpu0)
-            or any(not torch.equal(a, b) for a, b in zip(cuda, cuda0, strict=True))
-            or any(not np.array_equal(a, b) for a, b in zip(numpy, numpy0, strict=True))
-            or (python != python0 and "beartype" not in sys.modules)
-        )
-
-    def restore(self) -> None:
-        cpu, cuda, numpy, python = self._before
-        torch.set_rng_state(cpu)
-        for device, state in zip(self._devices, cuda, strict=True):
-            torch.cuda.set_rng_state(state, device)
-        np.random.set_state(numpy)  # noqa: NPY002
-        random.setstate(python)

@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from tsdyn.assumptions import Loss, Tree, _explained, _Randomness, agree, asked, comparable, gradients_on, log
+from tsdyn.assumptions import Loss, Tree, _explained, agree, asked, comparable, gradients_on, log
 from tsdyn.memory import refuse_beyond
+from tsdyn.module_state import Randomness
 from tsdyn.networks import Network
 
 Parameters: TypeAlias = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
@@ -384,7 +385,7 @@ class _WrittenOut(TorchFunctionMode):
 
 def _steady(caller: str, compute: Callable[[], Tensor]) -> Tensor:
     """The loss, computed twice; refused if it draws random numbers, or gives two values."""
-    randomness = _Randomness(nn.Module())
+    randomness = Randomness(nn.Module())
     try:
         first = compute()
         if randomness.moved():

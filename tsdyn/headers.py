@@ -35,6 +35,7 @@ from tsdyn.whole_files import (
     refuse_link,
     write_text,
 )
+from tsdyn.wrong_numbers import WRONG_THROUGH, wrong_variables
 
 INDEX = "index.json"
 _INDEX = re.compile(rb'\{"sha256": "([0-9a-f]{64})", "kept": (.*)\}', re.DOTALL)
@@ -109,7 +110,7 @@ class Source(NamedTuple):
         header: What it declares.
         own: Those of its attributes that are in `OWN`.
         death: ``death_epoch`` of its members, none if it does not say.
-        wrong: Variables whose numbers are not what they are called (`schema.wrong_variables`).
+        wrong: Variables whose numbers are not what they are called (`wrong_variables`).
     """
 
     path: Path
@@ -171,7 +172,7 @@ def _declared(path: Path, nc: netCDF4.Dataset) -> tuple[Header, dict[str, Any], 
     attrs = _plain(netcdf.attributes(nc))
     own = {name: attrs.pop(name) for name in OWN if name in attrs}
     version = attrs.get("schema_version", schema.VERSION)
-    wrong = schema.wrong_variables(version, attrs.get(schema.WRONG_THROUGH), str(own.get("experiment", "")))
+    wrong = wrong_variables(version, attrs.get(WRONG_THROUGH), str(own.get("experiment", "")))
     held = Header(version, labels, columns, texts, variables, attrs)
     return held, own, death, tuple(name for name in wrong if name in variables)
 

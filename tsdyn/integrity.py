@@ -26,7 +26,7 @@ from tsdyn.lock import Lock
 from tsdyn.reading import opened
 from tsdyn.run_directory import ARCHIVE, EXPERIMENT, KEPT, RUN, SEGMENTS, extends, segment_epochs, segments
 from tsdyn.selecting import swept_dimensions
-from tsdyn.sweep_directory import SWEEP, sweep_points
+from tsdyn.sweep_directory import SWEEP, possible_names, sweep_points
 from tsdyn.whole_files import (
     SUFFIX,
     ArchiveError,
@@ -41,6 +41,7 @@ from tsdyn.whole_files import (
     sync_directory,
     write_text,
 )
+from tsdyn.wrong_numbers import WRONG
 
 #: Where `repair` puts what is not whole; nothing is deleted.
 DAMAGED = "damaged"
@@ -88,7 +89,9 @@ def _check_sweep(path: Path) -> Iterator[str]:
     try:
         points = sweep_points(path)
         index = json.loads((path / SWEEP).read_text(encoding="utf-8"))
-        if {point["directory"] for point in index["points"]} != set(points):
+        listed = {point["directory"] for point in index["points"]}
+        named = set().union(*(possible_names(values) for values, _ in points.values()))
+        if len(listed) != len(points) or not listed <= named:
             yield f"{path / SWEEP}: lists other points than {EXPERIMENT} has"
     except (ExperimentError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         yield f"{path}: the sweep cannot be read: {error}"
@@ -158,7 +161,7 @@ def _said_of(path: Path) -> Iterator[str]:
         if "dropped" in source.header.attrs:
             yield f"{path}: was repaired; dropped: {source.header.attrs['dropped']}"
         if source.wrong:
-            yield f"{path}: {', '.join(source.wrong)}: {schema.WRONG}"
+            yield f"{path}: {', '.join(source.wrong)}: {WRONG}"
 
 
 def _contents(path: Path, experiment: Experiment | None, *, unsealed: bool = False) -> Iterator[str]:

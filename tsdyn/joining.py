@@ -14,6 +14,7 @@ import numpy as np
 from tsdyn import netcdf, schema
 from tsdyn.schema import VARIABLES, Label, Layout
 from tsdyn.whole_files import ArchiveError
+from tsdyn.wrong_numbers import WRONG_THROUGH, wrong_variables
 
 #: A block that is copied at once holds about this much.  Above 32 MB the allocator maps every block anew, and its
 #: pages cost as much as what is read into them.
@@ -168,8 +169,8 @@ def wrong_through(parts: Sequence[Part], epochs: Sequence[Label], variables: Seq
     """The last epoch that an earlier version recorded of variables that it got wrong, None if there is none."""
     last = None
     for part in parts:
-        version, through = part.attrs.get("schema_version"), part.attrs.get(schema.WRONG_THROUGH)
+        version, through = part.attrs.get("schema_version"), part.attrs.get(WRONG_THROUGH)
         version = int(version) if isinstance(version, (int, np.integer)) else version
-        if set(schema.wrong_variables(version, through, str(part.attrs.get("experiment")))) & set(variables):
+        if set(wrong_variables(version, through, str(part.attrs.get("experiment")))) & set(variables):
             last = int(epochs[part.end - 1]) if through is None else int(through)
     return last

@@ -35,6 +35,7 @@ from tsdyn.whole_files import (
     DirectoryError,
     local_path,
 )
+from tsdyn.wrong_numbers import WRONG, WrongNumbersWarning
 
 #: A dask chunk gathers whole disk chunks of as many seeds as fit in this (opening a file costs as much as 5 MB) ...
 LAZY_BYTES = 1 << 27
@@ -89,7 +90,7 @@ def open(
         if one not in _warned:
             _warned.add(one)
             warnings.warn(
-                f"{one}: {', '.join(wrong)}: {ds[wrong[0]].attrs['wrong']}", schema.WrongNumbersWarning, stacklevel=2
+                f"{one}: {', '.join(wrong)}: {ds[wrong[0]].attrs['wrong']}", WrongNumbersWarning, stacklevel=2
             )
     return ds
 
@@ -169,7 +170,7 @@ def _marked(ds: xr.Dataset, sources: Sequence[Source]) -> xr.Dataset:
     for name in dict.fromkeys(name for source in sources for name in source.wrong):
         where = [str(source.path) for source in sources if name in source.wrong]
         told = ", ".join(where[:3]) + (f" and {len(where) - 3} more" if len(where) > 3 else "")
-        ds[name] = ds[name].assign_attrs(wrong=f"{schema.WRONG}; in {told}")
+        ds[name] = ds[name].assign_attrs(wrong=f"{WRONG}; in {told}")
     return ds
 
 

@@ -19,7 +19,7 @@ from tsdyn.experiment import Experiment, differences
 from tsdyn.lock import NAME as LOCK
 from tsdyn.lock import Lock
 from tsdyn.netcdf import State
-from tsdyn.schema import VARIABLES, WRONG_THROUGH, Label
+from tsdyn.schema import VARIABLES, Label
 from tsdyn.sweep_axes import axes, places
 from tsdyn.whole_files import (
     SUFFIX,
@@ -38,6 +38,7 @@ from tsdyn.whole_files import (
     write_bytes,
     write_text,
 )
+from tsdyn.wrong_numbers import WRONG_THROUGH
 
 EXPERIMENT = "experiment.toml"
 ARCHIVE = "archive.nc"

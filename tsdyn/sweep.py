@@ -31,7 +31,7 @@ from tsdyn.sweep_axes import swept_keys
 from tsdyn.whole_files import ArchiveError, refuse_link
 
 if TYPE_CHECKING:
-    from distributed import Client, Security
+    from distributed import Client
 
 #: Called before each point, or the ensemble it is in, with (position from 1, points, directory name, experiment); its
 #: Progress is then used.
@@ -384,7 +384,7 @@ def _client(workers: int | None, scheduler: str | None) -> Iterator[Client]:
         yield client
 
 
-def _own_certificate() -> Security:
+def _own_certificate() -> Any:
     """A certificate of this sweep alone, kept in memory.
 
     Who can talk to the scheduler or its workers can have them run any code; without it nobody can.
@@ -415,7 +415,7 @@ _GONE = "the scheduler is gone; what was committed is intact, the same command g
 class _Listening:
     """Says once, of each silence, that no worker of the scheduler gives a sign of life."""
 
-    def __init__(self, client: Client) -> None:
+    def __init__(self, client: Any) -> None:
         self._client, self._asked, self._said = client, time.monotonic(), False
         self._heard = self._asked
 
@@ -460,7 +460,7 @@ class _Listening:
         return None if newest != before else "no worker has given a sign of life"
 
 
-def _answer(client: Client, future: Any) -> Any:
+def _answer(client: Any, future: Any) -> Any:
     """A result, saying meanwhile if nobody is there to compute it."""
     listening = _Listening(client)
     while not future.done():

@@ -39,6 +39,12 @@ def point_name(values: Mapping[str, Any]) -> str:
     return name if name == text and len(name) <= 200 else f"{name[:180]}-{_hash(text)}"
 
 
+def possible_names(values: Mapping[str, Any]) -> set[str]:
+    """What the directory of a point may be called, by this version and by those before 0.2."""
+    text, before = _spelled(values)
+    return {point_name(values), before, f"{before[:180]}-{_hash(text)}"}
+
+
 def _spelled(values: Mapping[str, Any]) -> tuple[str, str]:
     """A point's values in words, and those with only characters that any file system takes."""
     names = sweep_dimensions(values)
