@@ -214,7 +214,7 @@ def _opened(path: str | Path) -> xr.Dataset:
         refuse_odd(ds, "report")
     except ValueError as error:
         raise archive.DirectoryError(f"{path}: {error}") from error
-    lost = [dim for dim in ("seed", "epoch") if dim not in ds.dims or not ds.sizes[dim]]
+    lost = [dim for dim in ("seed", schema.path_of(ds)) if dim not in ds.dims or not ds.sizes[dim]]
     if lost:
         raise archive.DirectoryError(
             f"{path}: has no {', '.join(lost)}; a page is made of a run, a sweep or an archive file of tsdyn's"

@@ -221,7 +221,11 @@ class Members:
         return {}
 
     def state(self) -> dict[str, np.ndarray]:
-        """Everything the next epoch depends on; draws need no state, they are keyed by (seed, epoch)."""
+        """Everything the next epoch depends on; draws need no state, they are keyed by (seed, epoch).
+
+        Moments are there from the start, so that a run killed after its first commit is gone on with.
+        """
+        self.prepare()
         return self.ensemble.state()
 
     def restore(self, state: Mapping[str, np.ndarray]) -> None:
@@ -230,7 +234,6 @@ class Members:
         Raises:
             StateError: if it is not a state of these members.
         """
-        self.prepare()
         self.ensemble.restore(of_this_shape(state, self.state()))
 
     def prepare(self) -> None:

@@ -266,7 +266,7 @@ class RunDirectory:
             found = segments(self.path)
             self._run = secrets.token_hex(8)
             if found:
-                with netcdf.dataset(found[-1].path, only="epoch") as nc:
+                with netcdf.dataset(found[-1].path, only=self.layout.path) as nc:
                     self._run = str(netcdf.attributes(nc).get(RUN, ""))
         return {RUN: self._run} if self._run else {}  # versions before 0.2 drew none
 
