@@ -16,7 +16,7 @@ from tsdyn.analysis.lift import lift
 from tsdyn import layer as one_layer
 from tsdyn.archive import lowest_layer
 from tsdyn.node_pairs import epsilon, regular, separation
-from tsdyn.schema import TIAN, VARIABLES
+from tsdyn.vocabulary import TIAN, VARIABLES
 
 _WEIGHTS = ("weight", "bias", "teacher_weight", "teacher_bias")
 

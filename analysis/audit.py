@@ -31,7 +31,8 @@ from tsdyn import layer as one_layer
 from tsdyn.archive import experiment_of
 from tsdyn.experiment import Experiment
 from tsdyn.networks import Network
-from tsdyn.schema import LUCK, TIAN, path_of
+from tsdyn.schema import path_of
+from tsdyn.vocabulary import LUCK, TIAN
 
 #: Of the largest quantity: what rounding may leave of an identity.
 TOLERANCE = {"float64": 1e-12, "float32": 1e-5}

@@ -20,7 +20,7 @@ from tsdyn.analysis.members import Member, member
 
 from tsdyn import alignment
 from tsdyn.networks import Network, require_plain
-from tsdyn.schema import TIAN
+from tsdyn.vocabulary import TIAN
 
 #: The ways from one student to the other.
 ROUTES = ("straight", "matched", "theorem 2")

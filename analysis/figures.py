@@ -28,7 +28,7 @@ from tsdyn.analysis.layout import PANEL as PANEL
 from tsdyn.analysis.panels import PALETTE as PALETTE
 
 from tsdyn import layer as one_layer
-from tsdyn import schema
+from tsdyn import vocabulary
 from tsdyn.archive import lowest_layer
 from tsdyn.sweep_axes import POINT
 
@@ -55,7 +55,7 @@ def _needed(archive: xr.Dataset, figure: str, *, epochs: Sequence[int] | slice |
     recipe = FIGURES[figure]
     missing = recipe.missing(archive)
     if missing:
-        families = {v: name for name, members in schema.FAMILIES.items() for v in members}
+        families = {v: name for name, members in vocabulary.FAMILIES.items() for v in members}
         words = list(dict.fromkeys(families.get(name, name) for name in missing))
         raise ValueError(
             f"{figure}: the archive has no {', '.join(missing)}; record it: [record] observables = {words}"
@@ -63,7 +63,7 @@ def _needed(archive: xr.Dataset, figure: str, *, epochs: Sequence[int] | slice |
     names = [next(n for n in need.split("|") if n in archive) for need in recipe.needs]
     ds = archive[names]
     for dim in ("seed", "epoch"):
-        lost = [n for n in names if dim in schema.VARIABLES[n].dims and dim not in ds[n].dims]
+        lost = [n for n in names if dim in vocabulary.VARIABLES[n].dims and dim not in ds[n].dims]
         if lost and dim not in ds.dims:
             where = ds[dim] if dim in ds.coords else xr.DataArray(0)
             ds = ds.drop_vars(dim, errors="ignore")

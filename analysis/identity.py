@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from tsdyn import schema
+from tsdyn import vocabulary
 from tsdyn.archive import experiment_of, label
 from tsdyn.experiment import Experiment
 from tsdyn.sweep_axes import POINT, axes, places, sweep_dimensions, swept_keys
@@ -74,8 +74,8 @@ def refuse_odd(ds: xr.Dataset, caller: str) -> None:
             )
     whole = ("seed", "epoch", "layer", "node", "node_2", "teacher_node", "teacher_node_2", "input_node")
     for name, array in ds.variables.items():
-        number = name in schema.VARIABLES or name == "coverage"
-        count = (name in schema.COORDINATES and name != "coverage") or name in whole
+        number = name in vocabulary.VARIABLES or name == "coverage"
+        count = (name in vocabulary.COORDINATES and name != "coverage") or name in whole
         if number and array.dtype.kind != "f":
             raise ValueError(f"{caller}: {name} holds {array.dtype}, not floating point numbers; it is no archive's")
         if count and array.dtype.kind not in "iu":
@@ -117,8 +117,8 @@ def _swept(ds: xr.Dataset, experiment: Experiment) -> Points:
 def _refuse_foreign(ds: xr.Dataset, experiment: Experiment) -> None:
     """Dimensions that no swept key made, and labels that stand there twice."""
     swept = {axis.dimension for axis in axes(experiment.sweep)}
-    held = {str(dim) for name, array in ds.variables.items() if name in schema.VARIABLES for dim in array.dims}
-    foreign = sorted(held - swept - set(schema.DIMENSIONS))
+    held = {str(dim) for name, array in ds.variables.items() if name in vocabulary.VARIABLES for dim in array.dims}
+    foreign = sorted(held - swept - set(vocabulary.DIMENSIONS))
     if foreign:
         raise ValueError(
             f"points: {', '.join(foreign)} is no dimension of {experiment.name}, whose experiment the Dataset carries; "

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from tsdyn.analysis import panels
 
-from tsdyn import schema
+from tsdyn import vocabulary
 from tsdyn.archive import swept_dimensions
 from tsdyn.sweep_axes import POINT
 
@@ -36,7 +36,7 @@ class Ways(TypedDict):
 
 def unpadded(ds: xr.Dataset) -> xr.Dataset:
     """One point without padding: nodes end where its layer does, not the widest one's of the sweep."""
-    ends = {dim: c for dim, c in schema.NODE_WIDTHS.items() if dim in ds.dims and c in ds.coords}
+    ends = {dim: c for dim, c in vocabulary.NODE_WIDTHS.items() if dim in ds.dims and c in ds.coords}
     return ds.isel({dim: slice(0, int(ds[c].max())) for dim, c in ends.items()})
 
 
@@ -74,7 +74,7 @@ def short(value: Any) -> str:
 
 def listed(ds: xr.Dataset | xr.DataArray) -> list[str]:
     """Keys that vary along ``point``."""
-    return [str(c) for c in ds.coords if ds[c].dims == (POINT,) and c != POINT and c not in schema.COORDINATES]
+    return [str(c) for c in ds.coords if ds[c].dims == (POINT,) and c != POINT and c not in vocabulary.COORDINATES]
 
 
 def grid(
@@ -142,8 +142,8 @@ def shade_bar(figure: Figure, count: int, text: str) -> None:
 
 def place(ds: xr.Dataset) -> str:
     """What a slice is of: swept keys, seed, layer and epoch that are single."""
-    own = [c for c in ds.coords if ds[c].ndim == 0 and c not in schema.COORDINATES and c not in _MEASURED]
-    keys = [c for c in own if c not in schema.DIMENSIONS and c != POINT]
+    own = [c for c in ds.coords if ds[c].ndim == 0 and c not in vocabulary.COORDINATES and c not in _MEASURED]
+    keys = [c for c in own if c not in vocabulary.DIMENSIONS and c != POINT]
     higher = {"layer": int(ds["layer"])} if "layer" in own and int(ds["layer"]) > 1 else {}
     return name_of(ds, {str(c): ds[c].item() for c in keys} | higher)
 

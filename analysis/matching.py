@@ -13,7 +13,7 @@ from scipy.optimize import linear_sum_assignment
 from tsdyn.analysis.lift import lift
 from tsdyn.analysis.specialization import correlation_of
 
-from tsdyn.schema import LUCK
+from tsdyn.vocabulary import LUCK
 
 SOURCE = "Kuhn 1955; scipy.optimize.linear_sum_assignment"
 

@@ -19,7 +19,7 @@ import numpy as np
 import xarray as xr
 from tsdyn.analysis.identity import refuse_odd
 
-from tsdyn import archive, schema
+from tsdyn import archive, schema, vocabulary
 from tsdyn.archive import experiment_of
 
 #: Most rows of a table; what is left out is said.
@@ -111,7 +111,7 @@ def _provenance(ds: xr.Dataset) -> str:
 def _points(ds: xr.Dataset) -> list[tuple[str, dict[str, object]]]:
     """Each point of the sweep: how it is called, and where it stands."""
     swept = archive.swept_dimensions(ds)
-    listed = [c for c in ds.coords if ds[c].ndim == 1 and ds[c].dims[0] in swept and c not in schema.COORDINATES]
+    listed = [c for c in ds.coords if ds[c].ndim == 1 and ds[c].dims[0] in swept and c not in vocabulary.COORDINATES]
     found = []
     for values in itertools.product(*(ds[dim].values for dim in swept)):
         at = dict(zip(swept, values, strict=True))

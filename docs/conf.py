@@ -4,7 +4,7 @@ import re
 import sys
 from pathlib import Path
 
-from tsdyn import __version__, experiment, schema
+from tsdyn import __version__, experiment, vocabulary
 
 project = "tsdyn"
 author = "The tsdyn developers"
@@ -45,11 +45,13 @@ def _schema_tables() -> str:
             v.source,
             ", ".join(v.kinds) or "reserved",
         ]
-        for v in schema.VARIABLES.values()
+        for v in vocabulary.VARIABLES.values()
     ]
-    coordinates = [[f"`{c.name}`", ", ".join(c.dims), c.long_name, c.conditions] for c in schema.COORDINATES.values()]
-    dimensions = [[f"`{name}`", meaning] for name, meaning in schema.DIMENSIONS.items()]
-    families = [[f"`{name}`", ", ".join(f"`{v}`" for v in members)] for name, members in schema.FAMILIES.items()]
+    coordinates = [
+        [f"`{c.name}`", ", ".join(c.dims), c.long_name, c.conditions] for c in vocabulary.COORDINATES.values()
+    ]
+    dimensions = [[f"`{name}`", meaning] for name, meaning in vocabulary.DIMENSIONS.items()]
+    families = [[f"`{name}`", ", ".join(f"`{v}`" for v in members)] for name, members in vocabulary.FAMILIES.items()]
     header = ["variable", "dimensions", "units", "meaning", "conditions", "source", "recorded by"]
     return "\n".join(
         [

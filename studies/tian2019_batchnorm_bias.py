@@ -30,7 +30,7 @@ from tsdyn.analysis.panels import PALETTE
 from tsdyn.studies import deep_layers
 
 from tsdyn.experiment import Experiment, ExperimentError
-from tsdyn.schema import COORDINATES, VARIABLES
+from tsdyn.vocabulary import COORDINATES, VARIABLES
 
 TITLE = "BatchNorm biases of each layer, and the share of negative ones"
 SOURCE = "Tian et al. 2019 (arXiv:1905.13405), Figures 6 and 16"

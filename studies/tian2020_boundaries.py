@@ -25,7 +25,7 @@ from tsdyn.analysis.panels import axis_label, colour
 
 from tsdyn import layer as one_layer
 from tsdyn.experiment import Experiment
-from tsdyn.schema import TIAN
+from tsdyn.vocabulary import TIAN
 
 __all__ = ["EXPERIMENTS", "SOURCE", "TITLE", "draw", "measure"]
 

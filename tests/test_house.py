@@ -16,7 +16,7 @@ RANKS = {
     "registers": 0,
     "axes": 0,
     "node_pairs": 0,
-    "variables": 0,
+    "vocabulary": 0,
     "schema": 0,
     "experiment_errors": 0,
     "experiment_parts": 0,

@@ -28,6 +28,7 @@ from tsdyn import (
     runner,
     schema,
     sweep,
+    vocabulary,
 )
 from tsdyn.classification import Ground, Kind
 from tsdyn.gradient_flow import REASONS, Flow, Limits
@@ -204,7 +205,7 @@ def test_a_run_killed_after_any_step_ends_with_the_bits_of_one_that_was_not(kind
         assert integrity.check(path) == []
         part = archive.open(path)
         assert part.sizes[experiment.layout.path] == sum(step <= last for step in experiment.schedule)
-        assert not set(schema.OUTCOMES) & set(part.data_vars)
+        assert not set(vocabulary.OUTCOMES) & set(part.data_vars)
         ended = runner.run(experiment, path).load()
         assert integrity.check(path) == []
         drop = ["created", "run"]  # when and which it was
@@ -408,12 +409,12 @@ def test_tables_of_words_are_those_of_the_code_that_says_them():
     def of(literal):
         return literal.__args__
 
-    assert of(Kind) == schema.END_CLASSES
-    assert of(Ground) == schema.END_GROUNDS
-    assert tuple(reason.replace(" ", "-") for reason in REASONS) == schema.STOP_REASONS
-    assert set(schema.END_KINDS) == {"minimum", "saddle", "degenerate", "not-stationary"} | set(schema.STOP_REASONS) - {
-        "gradient"
-    }
+    assert of(Kind) == vocabulary.END_CLASSES
+    assert of(Ground) == vocabulary.END_GROUNDS
+    assert tuple(reason.replace(" ", "-") for reason in REASONS) == vocabulary.STOP_REASONS
+    assert set(vocabulary.END_KINDS) == {"minimum", "saddle", "degenerate", "not-stationary"} | set(
+        vocabulary.STOP_REASONS
+    ) - {"gradient"}
     assert set(experiment_rules.FLUCTUATING) == set(order_parameters._FLUCTUATIONS)
 
 

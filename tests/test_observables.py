@@ -10,7 +10,7 @@ import tests.oracles as oracles
 import tsdyn
 from tests.cases import REFERENCE, small
 from tests.test_networks import random_network
-from tsdyn import alignment, data, derivatives, observables, schema, theory
+from tsdyn import alignment, data, derivatives, observables, schema, theory, vocabulary
 from tsdyn.members import Members
 from tsdyn.networks import Network
 from tsdyn.observables import Measurement, Probe
@@ -96,12 +96,12 @@ def test_measurement_gives_every_variable_in_the_schemas_shape():
     measurement = Measurement(student, probe(teacher), labelled, layout=layout)
     found = observables.measure([v for v in schema.recordable() if v != "parameter"], measurement)
     for name, value in found.items():
-        if not schema.VARIABLES[name].layered:
-            assert value.shape == layout.block(schema.VARIABLES[name], None), name
+        if not vocabulary.VARIABLES[name].layered:
+            assert value.shape == layout.block(vocabulary.VARIABLES[name], None), name
             continue
         assert len(value) in (2, 3), name
         for layer, block in enumerate(value, start=1):
-            assert block.shape == layout.block(schema.VARIABLES[name], layer), name
+            assert block.shape == layout.block(vocabulary.VARIABLES[name], layer), name
 
 
 def test_measures_the_released_runs():
@@ -175,7 +175,7 @@ def test_theory_can_be_asked_for_in_an_experiment(tmp_path):
         moments = theory.moments(student, teacher, test.inputs)
         for number in (1, 2):
             one, direct = layers[number - 1], tsdyn.layer(moments, number)
-            for name in schema.FAMILIES["moments"]:
+            for name in vocabulary.FAMILIES["moments"]:
                 np.testing.assert_allclose(one[name], direct[name], rtol=1e-10, atol=1e-12)
             np.testing.assert_allclose(np.sqrt(np.diagonal(one.B)), one.fanout_norm, rtol=1e-10)
         np.testing.assert_allclose(layers[0].alignment, alignment.alignment(teacher, student), rtol=1e-9, atol=1e-12)

@@ -124,7 +124,7 @@ def test_phase_boundaries_are_of_odd_activations():
 def test_polish_stays_at_the_point_at_hand():
     """The third member runs into w = 0, where Newton's method would walk 1.9 away to another point."""
     loss = PopulationLoss(orthonormal_teacher(3, activation="relu"), 2)
-    stopped = torch.from_numpy(gradient_flow(loss, flow_runner.starts(loss, (0, 2, 7))).final.values)
+    stopped = torch.from_numpy(gradient_flow(loss, population.starts(loss, (0, 2, 7))).final.values)
     end = polish(loss, stopped)
     assert end.kind[2] == "not stationary"
     assert float(end.moved[2]) == 0

@@ -20,6 +20,7 @@ from . import studies as studies
 from . import teachers as teachers
 from . import testing as testing
 from . import theory as theory
+from . import vocabulary as vocabulary
 from ._version import __version__ as __version__
 from .archive import WrongNumbersWarning as WrongNumbersWarning
 from .archive import layer as layer

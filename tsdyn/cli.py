@@ -19,9 +19,10 @@ from rich.table import Table
 from tsdyn._version import __version__
 from tsdyn.archive import ArchiveError, DirectoryError, local_path
 from tsdyn.experiment import Experiment, ExperimentError
-from tsdyn.schema import COORDINATES, path_of
+from tsdyn.schema import path_of
 from tsdyn.schema import printable as _printable
 from tsdyn.terminal import make_lenient
+from tsdyn.vocabulary import COORDINATES
 from tsdyn.whole_files import refuse_link
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ import tomli_w
 from pydantic import ValidationError, field_validator, model_validator
 from pydantic_core import to_jsonable_python
 
-from tsdyn import experiment_rules, experiment_shapes, registers, schema
+from tsdyn import experiment_rules, experiment_shapes, registers, schema, vocabulary
 from tsdyn.experiment_errors import ExperimentError as ExperimentError
 from tsdyn.experiment_errors import explain
 from tsdyn.experiment_parts import Count, Epochs, Flow, Kind, Online, Part, as_tuple
@@ -111,7 +111,7 @@ class Experiment(Part):
         own = self.teacher.module is not None
         return tuple(name for name in names if (name == "teacher_parameter") == own)
 
-    def recorded(self, when: schema.When | None = None) -> tuple[str, ...]:
+    def recorded(self, when: vocabulary.When | None = None) -> tuple[str, ...]:
         """Variables that the run records; only those of `when`, if given."""
         names = schema.recorded(self.kind, self.record.observables, when)
         return tuple(name for name in names if schema.variable(name).when != "start" or name in self.constants)
@@ -162,7 +162,7 @@ class Experiment(Part):
         return points * self.data.train // self.training.batch
 
     @property
-    def marks(self) -> tuple[schema.Label, ...]:
+    def marks(self) -> tuple[vocabulary.Label, ...]:
         """Where the run can be committed and gone on from: epochs, times or α, one for each of its steps 0, 1, ..."""
         return experiment_shapes.marks(self)
 
@@ -177,7 +177,7 @@ class Experiment(Part):
         return experiment_shapes.schedule(self)
 
     @property
-    def labels(self) -> tuple[schema.Label, ...]:
+    def labels(self) -> tuple[vocabulary.Label, ...]:
         """What the recorded steps are called along the run's dimension: epochs, times or α."""
         if self.kind == "training":
             return self.schedule
@@ -210,7 +210,7 @@ class Experiment(Part):
             "training.method": (registers.OPTIMIZERS, self.training.method),
             "training.loss": (registers.LOSSES, self.training.loss),
         }
-        own = {*schema.FAMILIES, *schema.recordable()}
+        own = {*vocabulary.FAMILIES, *schema.recordable()}
         asked = (name for name in self.record.observables if name not in own)
         return found | {f"record.observables[{name}]": (registers.OBSERVABLES, name) for name in asked}
 

@@ -22,9 +22,9 @@ from pydantic import (
     model_validator,
 )
 
-from tsdyn import registers, schema
+from tsdyn import registers, schema, vocabulary
 from tsdyn.experiment_errors import nearest
-from tsdyn.schema import Kind as Kind
+from tsdyn.vocabulary import Kind as Kind
 
 MAX_SEEDS = MAX_EPOCHS = 1_000_000
 #: Larger counts overflow somewhere; what fits a machine is much less, and `runner.run` says so.
@@ -298,7 +298,7 @@ class Record(Part):
     @field_validator("observables")
     @classmethod
     def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        known = list(dict.fromkeys([*schema.FAMILIES, *schema.recordable()]))
+        known = list(dict.fromkeys([*vocabulary.FAMILIES, *schema.recordable()]))
         for name in value:
             if name in known:
                 continue

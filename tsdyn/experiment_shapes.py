@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, assert_never
 
 import numpy as np
 
-from tsdyn import schema
+from tsdyn import schema, vocabulary
 from tsdyn.experiment_parts import IMAGES
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def weight_shapes(experiment: Experiment, widths: Sequence[int]) -> list[tuple[i
     return schema.weight_shapes(widths, image(experiment), stride=teacher.stride, padding=teacher.padding)
 
 
-def along(experiment: Experiment) -> schema.Path:
+def along(experiment: Experiment) -> vocabulary.Path:
     """The dimension along which a run goes."""
     kind = experiment.kind
     if kind == "training":
@@ -110,7 +110,7 @@ def _layout_of_modules(experiment: Experiment) -> schema.Layout:
     )
 
 
-def marks(experiment: Experiment) -> tuple[schema.Label, ...]:
+def marks(experiment: Experiment) -> tuple[vocabulary.Label, ...]:
     """Where a run can be committed and gone on from: epochs, times or α, one for each of its steps 0, 1, ..."""
     kind = experiment.kind
     if kind == "training":

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tsdyn import schema
+from tsdyn import vocabulary
 from tsdyn.classification import Classification, classify
 from tsdyn.critical_points import ODD, copy_average, one_neuron, perturbed_copy
 from tsdyn.experiment import Experiment
@@ -104,13 +104,13 @@ class FlowMembers:
             "end_loss": loss.value(at).numpy(),
             "end_gradient_max": loss.gradient(at).abs().amax(-1).numpy(),
             "end_index": torch.where(arrived, end.signature.negative.double(), math.nan).numpy(),
-            "end_kind": _codes(kinds, schema.END_KINDS),
-            "end_class": _codes([c.kind for c in found], schema.END_CLASSES),
-            "end_ground": _codes([c.ground for c in found], schema.END_GROUNDS),
+            "end_kind": _codes(kinds, vocabulary.END_KINDS),
+            "end_class": _codes([c.kind for c in found], vocabulary.END_CLASSES),
+            "end_ground": _codes([c.ground for c in found], vocabulary.END_GROUNDS),
             "end_margin": np.array([c.margin for c in found]),
             "end_owner": np.stack([_owners(c) for c in found]),
             "stop_time": flow.joined("t").numpy(),
-            "stop_reason": _codes(reasons, schema.STOP_REASONS),
+            "stop_reason": _codes(reasons, vocabulary.STOP_REASONS),
         }
 
     def state(self) -> dict[str, np.ndarray]:

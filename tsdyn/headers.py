@@ -22,7 +22,7 @@ import netCDF4
 import numpy as np
 import xarray as xr
 
-from tsdyn import netcdf, schema
+from tsdyn import netcdf, schema, vocabulary
 from tsdyn.experiment import Experiment, ExperimentError, differences
 from tsdyn.run_directory import ARCHIVE, EXPERIMENT, RUN, extends, segments
 from tsdyn.whole_files import (
@@ -94,7 +94,7 @@ class Header:
     def of_json(cls, kept: Sequence[Any]) -> Header:
         """What `as_json` gave, whose tuples JSON made lists."""
         version, labels, columns, variables, attrs = kept
-        if not {"seed", "layer"} <= set(labels) or not set(schema.PATHS) & set(labels):
+        if not {"seed", "layer"} <= set(labels) or not set(vocabulary.PATHS) & set(labels):
             raise ValueError("not the header of a run")
         loaded = {name: (tuple(dims), np.asarray(values), own) for name, (dims, values, own) in columns.items()}
         declared = {name: Declared(tuple(dims), *rest) for name, (dims, *rest) in variables.items()}

@@ -19,7 +19,7 @@ from typing import Any
 import netCDF4
 import numpy as np
 
-from tsdyn import netcdf, schema, study_directories
+from tsdyn import netcdf, schema, study_directories, vocabulary
 from tsdyn.experiment import Experiment, ExperimentError
 from tsdyn.headers import Source
 from tsdyn.lock import Lock
@@ -128,8 +128,8 @@ def _check_run(path: Path, expected: Experiment | None = None) -> Iterator[str]:
     yield from (told for file in files for told in _said_of(file))
     if problems:  # what epochs a damaged file says it holds is not to be told from
         return
-    epochs: list[schema.Label] = []
-    kept: set[schema.Label] = set()
+    epochs: list[vocabulary.Label] = []
+    kept: set[vocabulary.Label] = set()
     dimension = experiment.layout.path
     for file in files:
         with netcdf.dataset(file, only=dimension) as nc:
@@ -253,7 +253,7 @@ def _where(array: netCDF4.Variable, index: tuple[slice, ...]) -> str:
     return ", ".join(f"{dim} {i.start}..{i.stop - 1}" for dim, i in zip(array.dimensions, index, strict=True))
 
 
-def _few(epochs: Sequence[schema.Label]) -> str:
+def _few(epochs: Sequence[vocabulary.Label]) -> str:
     shown = ", ".join(map(str, epochs[:5]))
     return shown if len(epochs) <= 5 else f"{shown} and {len(epochs) - 5} more"
 

@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 import netCDF4
 import numpy as np
 
-from tsdyn import netcdf, schema
-from tsdyn.schema import Label, Layout
+from tsdyn import netcdf, vocabulary
+from tsdyn.schema import Layout
 from tsdyn.schema import variable as variable_of
+from tsdyn.vocabulary import Label
 from tsdyn.whole_files import ArchiveError
 from tsdyn.wrong_numbers import WRONG_THROUGH, wrong_variables
 
@@ -46,7 +47,7 @@ class Block(NamedTuple):
 
 
 def recorded(
-    paths: Sequence[Path], schedule: Sequence[Label], dimension: schema.Path = "epoch"
+    paths: Sequence[Path], schedule: Sequence[Label], dimension: vocabulary.Path = "epoch"
 ) -> tuple[list[Part], list[Label]]:
     """What each segment holds, and all recorded labels: those of `schedule`, and the last ones of shorter runs before.
 

@@ -16,9 +16,10 @@ import numpy as np
 import xarray as xr
 from xarray.backends.locks import HDF5_LOCK, NETCDFC_LOCK, combine_locks
 
-from tsdyn import hdf5, schema
-from tsdyn.schema import COORDINATES, Layout
+from tsdyn import hdf5, vocabulary
+from tsdyn.schema import Layout
 from tsdyn.schema import variable as variable_of
+from tsdyn.vocabulary import COORDINATES
 from tsdyn.whole_files import DirectoryError, replacing
 
 #: On disk, a chunk holds one seed, one layer and as many epochs as fit in this.
@@ -247,10 +248,10 @@ def _tile(sizes: Sequence[int]) -> int:
 
 def _sizes(layout: Layout, epochs: int) -> dict[str, int]:
     sizes = {"seed": len(layout.seeds), "epoch": epochs, "layer": layout.depth}
-    return sizes | {dim: layout.padded(dim) for dim in (*schema.NODE_WIDTHS, "input_node", *schema.SIZED)}
+    return sizes | {dim: layout.padded(dim) for dim in (*vocabulary.NODE_WIDTHS, "input_node", *vocabulary.SIZED)}
 
 
-def _chunks(variable: schema.Variable, layout: Layout, sizes: Mapping[str, int], itemsize: int) -> list[int]:
+def _chunks(variable: vocabulary.Variable, layout: Layout, sizes: Mapping[str, int], itemsize: int) -> list[int]:
     chunk = dict.fromkeys(("seed", "layer"), 1)
     for dim in variable.dims:
         if dim not in ("seed", "epoch", "layer"):
@@ -266,7 +267,7 @@ def _chunks(variable: schema.Variable, layout: Layout, sizes: Mapping[str, int],
 def create(
     nc: netCDF4.Dataset,
     layout: Layout,
-    epochs: Sequence[schema.Label],
+    epochs: Sequence[vocabulary.Label],
     variables: Sequence[str],
     dtype: str,
     attrs: Mapping[str, Any],
@@ -290,7 +291,7 @@ def create(
         }.get(dim, labels)
         kind = "f8" if name in ("quantile", "time", "alpha") else "i8"
         labelled = nc.createVariable(name, kind, (name,), fletcher32=len(labels) > 0)
-        labelled.long_name = schema.DIMENSIONS[name]
+        labelled.long_name = vocabulary.DIMENSIONS[name]
         labelled[:] = np.asarray(labels, dtype=kind)
     columns = {
         "width": layout.widths,
@@ -320,7 +321,7 @@ def create(
 
 
 def index(
-    variable: schema.Variable, layout: Layout, epochs: slice, layer: int | None, members: slice = slice(None)
+    variable: vocabulary.Variable, layout: Layout, epochs: slice, layer: int | None, members: slice = slice(None)
 ) -> tuple[slice | int, ...]:
     """Where one layer of a variable sits in a file, without its padding."""
     at: dict[str, slice | int] = {"seed": members, "epoch": epochs}

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tsdyn import alignment, compiled_sums, derivatives, registers, schema, theory
+from tsdyn import alignment, compiled_sums, derivatives, registers, schema, theory, vocabulary
 from tsdyn.axes import Activations, Outputs, TeacherActivations, TeacherByStudent
 from tsdyn.experiment import Experiment, ExperimentError
 from tsdyn.losses import CROSS_ENTROPY, MSE, Loss
@@ -274,7 +274,7 @@ class Observed:
         measure: `Measurement` → a tensor, or one per layer from the lowest up, of the variable's sizes.
     """
 
-    variable: schema.Variable
+    variable: vocabulary.Variable
     measure: Observable
 
     @property
@@ -321,8 +321,8 @@ def load(experiment: Experiment) -> None:
 
 def fills(variable: str) -> Callable[[Observable], Observable]:
     """Register a measurement under the schema variable it fills."""
-    if variable not in schema.VARIABLES:
-        raise ValueError(f"fills: {variable!r} is not a variable of the schema; declare it in tsdyn.variables first")
+    if variable not in vocabulary.VARIABLES:
+        raise ValueError(f"fills: {variable!r} is not a variable of the schema; declare it in tsdyn.vocabulary first")
 
     def register(observable: Observable) -> Observable:
         OBSERVABLES[variable] = observable
@@ -346,7 +346,7 @@ fills("observation")(lambda m: [observation(t, s, band=m.band) for t, s in _hidd
 fills("observation_count")(lambda m: [observation_count(t, s) for t, s in _hidden_z(m)])
 
 
-for _moment in schema.FAMILIES["moments"]:
+for _moment in vocabulary.FAMILIES["moments"]:
     fills(_moment)(lambda m, name=_moment: list(getattr(m.moments, name)))  # type: ignore[misc]
 
 

@@ -22,7 +22,7 @@ import numpy as np
 import xarray as xr
 from dask.base import tokenize
 
-from tsdyn import schema, study_directories
+from tsdyn import schema, study_directories, vocabulary
 from tsdyn.experiment import Experiment, digest
 from tsdyn.headers import Header, Headers, Source
 from tsdyn.lazy_arrays import Cells, Stored
@@ -141,7 +141,7 @@ def _opened_together(paths: Sequence[Path], skip_damaged: bool, upto: float) -> 
     for place, cell in cells.items():
         coverage[place] = _coverage(cell)
     dims = tuple(axis.dimension for axis in grid)
-    column = xr.Variable(dims, coverage, schema.COORDINATES["coverage"].attrs)
+    column = xr.Variable(dims, coverage, vocabulary.COORDINATES["coverage"].attrs)
     return ds.assign_coords(coverage=column).assign_attrs(origin)
 
 
@@ -224,7 +224,7 @@ def _committed(
             sources = headers.committed(name, expected)
             for source in sources:
                 dims = set(source.header.labels)
-                if not {"seed", "layer"} <= dims or not set(schema.PATHS) & dims:
+                if not {"seed", "layer"} <= dims or not set(vocabulary.PATHS) & dims:
                     raise DirectoryError(
                         f"{source.path}: is no archive of a run; `tsdyn.open` opens such a file by itself"
                     )
@@ -321,7 +321,7 @@ def _built(cells: Cells, grid: Sequence[Axis], skip: bool) -> xr.Dataset:
     sources = [source for cell in cells.values() for source in cell]
     headers = list({id(s.header): s.header for s in sources}.values())
     used = dict.fromkeys(dim for header in headers for dim in header.labels)
-    labels = {dim: _union(sources, dim) for dim in sorted(used, key=[*schema.DIMENSIONS, *used].index)}
+    labels = {dim: _union(sources, dim) for dim in sorted(used, key=[*vocabulary.DIMENSIONS, *used].index)}
     outer, sizes = tuple(axis.dimension for axis in grid), tuple(len(axis.values) for axis in grid)
     token = tokenize([(place, [(str(s.path), s.identity) for s in cell]) for place, cell in cells.items()], skip)
     arrays: dict[str, xr.Variable] = {}
@@ -369,7 +369,7 @@ def _columns(cells: Cells, labels: Mapping[str, list[Any]], grid: Sequence[Axis]
                 own = source.header.labels["seed"]
                 at: tuple[Any, ...] = (*place, slice(None) if own is labels["seed"] else [seeds[s] for s in own])
                 death[at] = source.death
-        attrs = schema.COORDINATES["death_epoch"].attrs
+        attrs = vocabulary.COORDINATES["death_epoch"].attrs
         found["death_epoch"] = xr.Variable((*outer, "seed"), death, attrs)
     return found
 
@@ -380,7 +380,7 @@ def _gridded(cells: Cells, labels: Mapping[str, list[Any]], grid: Sequence[Axis]
     found: dict[str, xr.Variable] = {}
     for place, (first, *_) in cells.items():
         for name, (dims, values, attrs) in first.header.columns.items():
-            if name not in schema.COORDINATES or (name in found and found[name].dims != (*outer, *dims)):
+            if name not in vocabulary.COORDINATES or (name in found and found[name].dims != (*outer, *dims)):
                 continue
             if name not in found:
                 empty = np.full((*sizes, *(len(labels[d]) for d in dims)), -1)
@@ -407,7 +407,7 @@ def _chunks(headers: Sequence[Header], array: Stored) -> tuple[int, ...]:
     lengths = dict(zip(array.inner, array.shape[len(array.outer) :], strict=True))
     stored = [header.variables[array.name].chunk for header in headers]
     chunk = {dim: min(n, lengths[dim]) for dim, n in zip(array.inner, np.max(stored, axis=0).tolist(), strict=True)}
-    chunk |= {dim: lengths[dim] for dim in (*schema.NODE_WIDTHS, "input_node") if dim in chunk}
+    chunk |= {dim: lengths[dim] for dim in (*vocabulary.NODE_WIDTHS, "input_node") if dim in chunk}
     whole = math.prod(chunk.values()) * array.dtype.itemsize
     size = max(1, round(whole * max(_filled(header, array) for header in headers)))
     if "seed" in chunk:
@@ -422,7 +422,7 @@ def _chunks(headers: Sequence[Header], array: Stored) -> tuple[int, ...]:
 def _filled(header: Header, array: Stored) -> float:
     """Share of the padded node dimensions that the largest layer of a run fills; the rest is never read."""
     own = "teacher_input_width" if array.name.startswith("teacher_") else "input_width"
-    names = {**schema.NODE_WIDTHS, "input_node": own}
+    names = {**vocabulary.NODE_WIDTHS, "input_node": own}
     sizes = {
         dim: (np.asarray(header.columns[names[dim]][1]), array.shape[len(array.outer) + i])
         for i, dim in enumerate(array.inner)

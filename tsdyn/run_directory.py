@@ -19,9 +19,9 @@ from tsdyn.experiment import Experiment, differences
 from tsdyn.lock import NAME as LOCK
 from tsdyn.lock import Lock
 from tsdyn.netcdf import State
-from tsdyn.schema import Label
 from tsdyn.schema import variable as variable_of
 from tsdyn.sweep_axes import axes, places
+from tsdyn.vocabulary import Label
 from tsdyn.whole_files import (
     SUFFIX,
     ArchiveError,

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import xarray as xr
 
-from tsdyn import archive, data, flowtraining, inputs, memory, observables, provenance, schema
+from tsdyn import archive, data, flowtraining, inputs, memory, observables, provenance, schema, vocabulary
 from tsdyn.archive import ArchiveError, RunDirectory
 from tsdyn.costs import COMMIT_BYTES, Footprint, footprint
 from tsdyn.experiment import Experiment
@@ -194,7 +194,7 @@ class _Point:
             self._attrs["parameters"] = attribute(members.ensemble.module(0))
         self._labels = dict(zip(self.experiment.schedule, self.experiment.labels, strict=True))
         self._pending: list[dict[str, Any]] = []
-        self._recorded: list[schema.Label] = []
+        self._recorded: list[vocabulary.Label] = []
         self._first = 0
         self._read = False
         self.died: list[int] = []  #: seeds that did in the step that ended

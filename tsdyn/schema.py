@@ -1,6 +1,6 @@
 """What an archive may hold: the law of its variables, the shape of a run, and how earlier versions are read.
 
-What is declared in `tsdyn.variables`, or by `declare`, is law: `validate` refuses a Dataset that differs, and
+What is declared in `tsdyn.vocabulary`, or by `declare`, is law: `validate` refuses a Dataset that differs, and
 observables register under these names.  Imports no torch.
 """
 
@@ -15,29 +15,20 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import xarray as xr
 
-from tsdyn.variables import CONSTANTS as CONSTANTS
-from tsdyn.variables import COORDINATES as COORDINATES
-from tsdyn.variables import DIMENSIONS as DIMENSIONS
-from tsdyn.variables import END_CLASSES as END_CLASSES
-from tsdyn.variables import END_GROUNDS as END_GROUNDS
-from tsdyn.variables import END_KINDS as END_KINDS
-from tsdyn.variables import FAMILIES as FAMILIES
-from tsdyn.variables import LUCK as LUCK
-from tsdyn.variables import NODE_WIDTHS as NODE_WIDTHS
-from tsdyn.variables import OUTCOMES as OUTCOMES
-from tsdyn.variables import PATHS as PATHS
-from tsdyn.variables import SAAD as SAAD
-from tsdyn.variables import SIMSEK as SIMSEK
-from tsdyn.variables import SIZED as SIZED
-from tsdyn.variables import STOP_REASONS as STOP_REASONS
-from tsdyn.variables import TIAN as TIAN
-from tsdyn.variables import TOP as TOP
-from tsdyn.variables import VARIABLES as VARIABLES
-from tsdyn.variables import Kind as Kind
-from tsdyn.variables import Label as Label
-from tsdyn.variables import Path as Path
-from tsdyn.variables import Variable as Variable
-from tsdyn.variables import When as When
+from tsdyn.vocabulary import (
+    COORDINATES,
+    DIMENSIONS,
+    FAMILIES,
+    NODE_WIDTHS,
+    PATHS,
+    SIZED,
+    TOP,
+    VARIABLES,
+    Kind,
+    Path,
+    Variable,
+    When,
+)
 
 #: 1: no state in a finished archive, no checksum beside it.  2: both.
 #: 3: gradients and Hessians are those of the loss that was trained; before, of the squared error whatever was trained.

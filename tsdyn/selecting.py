@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 import xarray as xr
 
-from tsdyn import schema
+from tsdyn import vocabulary
 from tsdyn.experiment import Experiment
 from tsdyn.sweep_axes import POINT
 
@@ -39,7 +39,7 @@ def experiment_of(ds: xr.Dataset) -> Experiment:
 
 def swept_dimensions(ds: xr.Dataset | xr.DataArray) -> tuple[str, ...]:
     """Dimensions of `ds` that come from swept keys."""
-    return tuple(str(dim) for dim in ds.dims if str(dim) not in schema.DIMENSIONS)
+    return tuple(str(dim) for dim in ds.dims if str(dim) not in vocabulary.DIMENSIONS)
 
 
 def select(ds: T, **labels: Any) -> T:
@@ -53,8 +53,8 @@ def select(ds: T, **labels: Any) -> T:
     """
     for name, wanted in labels.items():
         coordinate = ds.coords.get(name)
-        if coordinate is None or coordinate.ndim != 1 or coordinate.dims[0] in schema.DIMENSIONS:
-            there = [str(n) for n, c in ds.coords.items() if c.ndim == 1 and c.dims[0] not in schema.DIMENSIONS]
+        if coordinate is None or coordinate.ndim != 1 or coordinate.dims[0] in vocabulary.DIMENSIONS:
+            there = [str(n) for n, c in ds.coords.items() if c.ndim == 1 and c.dims[0] not in vocabulary.DIMENSIONS]
             raise KeyError(f"select: no swept key {name!r}; there are {', '.join(there) or 'none'}")
         values = wanted if isinstance(wanted, (list, tuple, np.ndarray)) else [wanted]
         missing = [value for value in values if value not in coordinate.values]
@@ -91,12 +91,14 @@ def layer(ds: T, number: int) -> T:
         held = list(ds.indexes["layer"]) if "layer" in ds.dims else "no layer dimension"
         raise ValueError(f"layer: {number} is not in the dataset, which has {held}")
     if number > lowest_layer(ds) and isinstance(ds, xr.Dataset):  # variables of the lowest alone have no layer
-        lowest = [n for n, v in ds.data_vars.items() if "layer" not in v.dims and set(schema.NODE_WIDTHS) & set(v.dims)]
+        lowest = [
+            n for n, v in ds.data_vars.items() if "layer" not in v.dims and set(vocabulary.NODE_WIDTHS) & set(v.dims)
+        ]
         ds = ds.drop_vars(lowest)
     # one cut, not one after another: dask then reads no more than it asks for
     place = int(ds.get_index("layer").get_loc(number))
     at = {name: c.isel(layer=place) for name, c in ds.coords.items() if "layer" in c.dims}
-    ends = {dim: coordinate for dim, coordinate in schema.NODE_WIDTHS.items() if dim in ds.dims}
+    ends = {dim: coordinate for dim, coordinate in vocabulary.NODE_WIDTHS.items() if dim in ds.dims}
     widths = {dim: int(at[coordinate].max()) for dim, coordinate in ends.items() if coordinate in at}
     if "input_node" in ds.dims:
         names = {ds.name} if isinstance(ds, xr.DataArray) else set(ds.data_vars)

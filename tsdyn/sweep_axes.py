@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from tsdyn import schema
+from tsdyn import vocabulary
 
 #: Words in ``[sweep]`` that are no keys.
 TOGETHER = ("zip", "points")
@@ -100,7 +100,7 @@ def _values(key: str, values: Any) -> tuple[Any, ...]:
 
 def sweep_dimensions(keys: Mapping[str, Any] | Iterable[str]) -> dict[str, str]:
     """Swept key → dimension: the key's last word, or the whole key where the schema or another key has that word."""
-    taken = {*schema.VARIABLES, *schema.COORDINATES, *schema.DIMENSIONS, POINT}
+    taken = {*vocabulary.VARIABLES, *vocabulary.COORDINATES, *vocabulary.DIMENSIONS, POINT}
     names = {key: key.rsplit(".", 1)[-1] for key in keys}
     names = {key: key if word in taken else word for key, word in names.items()}
     shared = {w for w in names.values() if list(names.values()).count(w) > 1}

@@ -16,7 +16,7 @@ from tsdyn.analysis.citations import DATA, PAPERS, citations
 import tsdyn
 from tests.cases import small
 from tsdyn.archive import DirectoryError
-from tsdyn.schema import VARIABLES
+from tsdyn.vocabulary import VARIABLES
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 #: What a hostile attribute might hold: markup, quotes, control and direction characters.

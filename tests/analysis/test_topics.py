@@ -395,7 +395,7 @@ def test_order_parameters_are_the_covariance_of_fields(run, std):
     found = order_parameters.order_parameters(run)
     assert dask.is_dask_collection(found)
     for name, array in found.data_vars.items():
-        assert set(array.dims) == set(tsdyn.schema.VARIABLES[name].dims) - ({"epoch"} if name == "T" else set())
+        assert set(array.dims) == set(tsdyn.vocabulary.VARIABLES[name].dims) - ({"epoch"} if name == "T" else set())
         assert array.attrs["normalisation"].startswith("covariance of the fields")
     low = tsdyn.layer(run[["weight", "teacher_weight"]], 1).load()
     cosines = order_parameters.cosines(run).compute()

@@ -18,7 +18,7 @@ import netCDF4
 import torch
 
 import tsdyn
-from tsdyn import netcdf, run_directory, schema
+from tsdyn import netcdf, run_directory, schema, vocabulary
 from tsdyn.members import Members
 
 
@@ -39,7 +39,7 @@ def append(nc: netCDF4.Dataset, layout: schema.Layout, row: int, records: Mappin
     """Records put into their place in an open file, neither flushed nor read back."""
     for name, value in records.items():
         for layer, block in enumerate(value, start=1) if isinstance(value, list) else ((None, value),):
-            at = netcdf.index(schema.VARIABLES[name], layout, slice(row, row + epochs), layer)
+            at = netcdf.index(vocabulary.VARIABLES[name], layout, slice(row, row + epochs), layer)
             nc[name][at] = block
 
 

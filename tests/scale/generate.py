@@ -9,7 +9,7 @@ import netCDF4
 import numpy as np
 
 from tests.cases import small
-from tsdyn import netcdf, schema, sweep_directory
+from tsdyn import netcdf, schema, sweep_directory, vocabulary
 from tsdyn.experiment import Experiment
 from tsdyn.run_directory import ARCHIVE, EXPERIMENT
 
@@ -30,7 +30,7 @@ def swept(experiment: Experiment, runs: int) -> Experiment:
 def correlations(experiment: Experiment, position: int, layer: int) -> np.ndarray:
     """(seed, epoch, teacher_node, node) of one run: students that leave 0 for what they were drawn to reach."""
     layout, epochs = experiment.layout, len(experiment.schedule)
-    teacher_nodes, nodes = layout.block(schema.VARIABLES["correlation"], layer)
+    teacher_nodes, nodes = layout.block(vocabulary.VARIABLES["correlation"], layer)
     draw = np.random.default_rng([position, layer])
     ends = draw.uniform(-1, 1, (len(layout.seeds), 1, teacher_nodes, nodes))
     pace = np.linspace(0, 1, epochs)[:, None, None]
@@ -48,7 +48,7 @@ def _write(task: tuple[Path, str, int]) -> int:
         nc = netCDF4.Dataset("run", "w", format="NETCDF4", memory=size)
         netcdf.create(nc, layout, experiment.schedule, (*names, *experiment.constants), experiment.dtype, attrs)
         for layer in range(1, layout.depth + 1):
-            at = netcdf.index(schema.VARIABLES["correlation"], layout, slice(0, len(experiment.schedule)), layer)
+            at = netcdf.index(vocabulary.VARIABLES["correlation"], layout, slice(0, len(experiment.schedule)), layer)
             nc["correlation"][at] = correlations(experiment, position, layer)
         nc["mse_eval"][:] = np.exp(-np.arange(len(experiment.schedule)) / 50)
         content = nc.close()
