@@ -137,11 +137,17 @@ def test_dimensions_of_swept_keys_avoid_the_schemas_names():
         ({"training.momentum": 1.0}, "training.momentum = 1.0: must be less than 1"),
         ({"training.batch": 500}, "training.batch = 500 is more than data.train = 200 samples"),
         ({"training.frozen": [3]}, "training.frozen = [3]: layers are 1..2"),
-        ({"training.method": "newton"}, "training.method = 'newton': must be 'sgd', 'gd', 'adam' or 'flow'"),
+        (
+            {"training.method": "newton"},
+            "training.method = 'newton': 'newton' is no optimizer; there are sgd, adam, gd, flow",
+        ),
         ({"student.widths": [9, 8, 6]}, "differ at the input: 9 against 10"),
         ({"student.widths": [10, 8, 7]}, "differ at the output: 7 against 6"),
         ({"student.widths": [10, 8, 8, 6]}, "depths must agree"),
-        ({"student.activation": "swish"}, "student.activation = 'swish': must be 'relu', 'leaky_relu'"),
+        (
+            {"student.activation": "swish"},
+            "student.activation = 'swish': 'swish' is no activation; there are relu, leaky_relu",
+        ),
         (
             {"record.observables": ["corelation"]},
             "'corelation' is not an observable (did you mean 'correlation'?)",

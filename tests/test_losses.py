@@ -61,7 +61,7 @@ def test_the_value_over_classes_is_that_of_one_hot_rows(trained):
 
 
 def test_a_loss_that_is_not_there_is_named():
-    with pytest.raises(ValueError, match=r"'hinge' is not registered; there are mse, cross_entropy"):
+    with pytest.raises(ValueError, match=r"'hinge' is no loss; there are mse, cross_entropy"):
         loss("hinge")
 
 

@@ -250,8 +250,6 @@ class Training(Part):
     @model_validator(mode="after")
     def _whole(self) -> Training:
         _refuse_arguments("training", self.arguments, registers.OPTIMIZERS, self.method)
-        if self.method == "momentum":
-            raise ValueError(f"training.method = 'momentum': say 'sgd' with training.momentum = {self.momentum or 0.9}")
         return self
 
     @model_validator(mode="after")

@@ -70,25 +70,28 @@ class Register:
         table: ``module:attribute`` of the mapping name → part that holds tsdyn's own.
         own: Names of these.
         aliases: Own names that are no parts of the table: ways of an experiment file to say something else.
+        hidden: Names of the table that no experiment file says.
     """
 
     kind: str
     table: str
     own: tuple[str, ...]
     aliases: tuple[str, ...] = ()
+    hidden: tuple[str, ...] = ()
     _added: dict[str, Any] = field(default_factory=dict, repr=False)
     _loaded: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def group(self) -> str:
         """The entry-point group by which packages offer parts: ``tsdyn.activations``."""
-        return "tsdyn." + (self.kind[:-1] + "ies" if self.kind.endswith("y") else self.kind + "s").replace(" ", "_")
+        ending = {"s": "es", "y": "ies"}.get(self.kind[-1], "s")
+        return f"tsdyn.{self.kind.removesuffix('y')}{ending}"
 
     @cached_property
     def _installed(self) -> Mapping[str, metadata.EntryPoint]:
         found: dict[str, metadata.EntryPoint] = {}
         for entry in metadata.entry_points(group=self.group):
-            if entry.name in (*self.own, *self.aliases):
+            if not self.foreign(entry.name):
                 raise PartError(
                     f"{self.kind} {entry.name!r} of {_package(entry)[0]} has the name of one of tsdyn's own; rename it "
                     f"in that package's entry points ({self.group})"
@@ -133,7 +136,7 @@ class Register:
         if name not in self._loaded:
             if name in self._added:
                 return self._added[name]
-            if name in self.own:
+            if name in (*self.own, *self.hidden):
                 self._loaded[name] = _attribute(self.table)[name]
             elif name in self._installed:
                 entry = self._installed[name]
@@ -155,7 +158,7 @@ class Register:
         Raises:
             PartError: if the name is taken.
         """
-        if name in self.own or name in self.aliases or name in self._installed:
+        if not self.foreign(name) or name in self._installed:
             raise PartError(f"{self.kind} {name!r} is there already ({self.origin(name).package}); give another name")
         self._added[name] = part
 
@@ -165,7 +168,7 @@ class Register:
 
     def origin(self, name: str) -> Origin:
         """Where the part of that name comes from, without importing it."""
-        if name in self.own or name in self.aliases:
+        if not self.foreign(name):
             from tsdyn._version import __version__
 
             return Origin("tsdyn", __version__, f"{self.table}[{name!r}]")
@@ -178,7 +181,7 @@ class Register:
 
     def foreign(self, name: str) -> bool:
         """Whether the part is not one of tsdyn's own."""
-        return name not in self.own and name not in self.aliases
+        return name not in (*self.own, *self.aliases, *self.hidden)
 
     def forget_installed(self) -> None:
         """Look for installed packages anew; for tests and for sessions that install one."""
@@ -201,8 +204,8 @@ ACTIVATIONS = Register(
     ("relu", "leaky_relu", "identity", "erf", "tanh", "sigmoid", "softplus", "gelu", "silu"),
 )
 LOSSES = Register("loss", "tsdyn.losses:LOSSES", ("mse", "cross_entropy"))
-#: Plain SGD with training.momentum is "momentum"; files say "sgd".
-OPTIMIZERS = Register("optimizer", "tsdyn.rules:OPTIMIZERS", ("sgd", "adam", "momentum"), aliases=("gd", "flow"))
+#: SGD with training.momentum is another part of the table; files say "sgd" for both.
+OPTIMIZERS = Register("optimizer", "tsdyn.rules:OPTIMIZERS", ("sgd", "adam"), ("gd", "flow"), hidden=("momentum",))
 LAWS = Register("law", "tsdyn.data:LAWS", ("gaussian", "uniform"), aliases=("digits", "mnist", "cifar10", "file"))
 TEACHERS = Register(
     "teacher", "tsdyn.teachers:TEACHERS", ("separated", "orthonormal", "gaussian"), aliases=("trained", "file")
