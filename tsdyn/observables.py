@@ -5,7 +5,8 @@ A layered observable gives one array a layer, or None where it has no meaning; t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, TypeAlias, assert_never
@@ -297,6 +298,22 @@ def observable(name: str) -> Observable:
             "Observed whose variable tsdyn.declare gave, of that name"
         )
     return found.measure
+
+
+@contextmanager
+def added(observables: Sequence[Observed]) -> Iterator[None]:
+    """Inside, experiments of this process can ask for these observables by name."""
+    done: list[str] = []
+    try:
+        for each in observables:
+            if each.name not in done:
+                schema.adopt(each.variable)
+                registers.OBSERVABLES.add(each.name, each)
+                done.append(each.name)
+        yield
+    finally:
+        for name in done:
+            registers.OBSERVABLES.remove(name)
 
 
 def load(experiment: Experiment) -> None:

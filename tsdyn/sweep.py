@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Any, assert_never
 
 import xarray as xr
 
-from tsdyn import archive, costs, images, memory, registers, runner, schema, sweep_directory
+from tsdyn import archive, costs, images, memory, registers, runner, sweep_directory
 from tsdyn.experiment import Experiment, ExperimentError
 from tsdyn.headers import Headers
 from tsdyn.interrupts import Stopped, stopping
 from tsdyn.lock import HeldError
 from tsdyn.members import kinship
-from tsdyn.observables import Observed
+from tsdyn.observables import Observed, added
 from tsdyn.own_modules import Maker, described
 from tsdyn.run_directory import segments
 from tsdyn.sweep_axes import swept_keys
@@ -193,7 +193,7 @@ def run(
     distributed = workers is not None or scheduler is not None
     if distributed and (student is not None or teacher is not None):
         raise WorkersError("student, teacher: modules passed from Python train in this process; leave workers out")
-    with _added(observables):
+    with added(observables):
         own = described(_asking(experiment, observables), student=student, teacher=teacher)
         if distributed:
             _refuse_parts_of_this_process(own, observables)
@@ -201,22 +201,6 @@ def run(
             own, path, device=device, workers=workers, scheduler=scheduler, together=together, progress=progress,
             point=point, student=student, teacher=teacher, observables=tuple(observables),
         )  # fmt: skip
-
-
-@contextmanager
-def _added(observables: Sequence[Observed]) -> Iterator[None]:
-    """Inside, these observables can be asked for by name in this process."""
-    done: list[str] = []
-    try:
-        for each in observables:
-            if each.name not in done:
-                schema.adopt(each.variable)
-                registers.OBSERVABLES.add(each.name, each)
-                done.append(each.name)
-        yield
-    finally:
-        for name in done:
-            registers.OBSERVABLES.remove(name)
 
 
 def _asking(experiment: Experiment, observables: Sequence[Observed]) -> Experiment:
@@ -687,7 +671,7 @@ def _work(
 
     paths = {name: Path(path) / name for name in texts}
     failed: Mapping[Path, Exception] = {}
-    with _added(observables):
+    with added(observables):
         experiments = {name: Experiment.from_toml_text(text) for name, text in texts.items()}
         if asked() is None:
             try:
