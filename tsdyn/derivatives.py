@@ -15,17 +15,24 @@ is called with the whole batch, ``loss(module(x), y)``.
 The module is left as it was: parameters and their ``.grad``, buffers, training flags, hooks and random states.
 """
 
-from tsdyn.assumptions import MEMORY as MEMORY
-from tsdyn.assumptions import Loss as Loss
-from tsdyn.curvature import SpectralDensity as SpectralDensity
-from tsdyn.curvature import hessian as hessian
-from tsdyn.curvature import hessian_density as hessian_density
-from tsdyn.curvature import hessian_spectrum as hessian_spectrum
-from tsdyn.curvature import hessian_vector_product as hessian_vector_product
-from tsdyn.jacobians import gauss_newton as gauss_newton
-from tsdyn.jacobians import jacobian as jacobian
-from tsdyn.jacobians import neural_tangent_kernel as neural_tangent_kernel
-from tsdyn.per_sample import Factors as Factors
-from tsdyn.per_sample import factored_gradients as factored_gradients
-from tsdyn.per_sample import per_sample_gradient_norms as per_sample_gradient_norms
-from tsdyn.per_sample import per_sample_gradients as per_sample_gradients
+from tsdyn.assumptions import MEMORY, Loss
+from tsdyn.curvature import SpectralDensity, hessian, hessian_density, hessian_spectrum, hessian_vector_product
+from tsdyn.jacobians import gauss_newton, jacobian, neural_tangent_kernel
+from tsdyn.per_sample import Factors, factored_gradients, per_sample_gradient_norms, per_sample_gradients
+
+__all__ = [
+    "MEMORY",
+    "Factors",
+    "Loss",
+    "SpectralDensity",
+    "factored_gradients",
+    "gauss_newton",
+    "hessian",
+    "hessian_density",
+    "hessian_spectrum",
+    "hessian_vector_product",
+    "jacobian",
+    "neural_tangent_kernel",
+    "per_sample_gradient_norms",
+    "per_sample_gradients",
+]
