@@ -32,7 +32,7 @@ fuzz: $(VENV)/.installed-dev
 
 # Where gradient flow goes, by three integrators: minutes.
 trials: $(VENV)/.installed-dev
-	$(BIN)/python -m tests.copy_or_average
+	$(BIN)/python -m tests.population.copy_or_average
 
 # Forty minutes of one core: what docs/reliability.md reports, tried again.
 torture: $(VENV)/.installed-dev
@@ -67,4 +67,4 @@ scale: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.scale
 
 clean:
-	rm -rf $(VENV) build dist docs/_build docs/reference/generated docs/gallery/generated .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) build dist docs/_build docs/generated docs/reference/generated docs/gallery/generated .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -14,8 +14,8 @@ from tsdyn.analysis.identity import per_point
 from tsdyn.analysis.lift import lift
 
 from tsdyn import layer as one_layer
-from tsdyn.archive import lowest_layer
-from tsdyn.node_pairs import epsilon, regular, separation
+from tsdyn.archive.selecting import lowest_layer
+from tsdyn.networks.node_pairs import epsilon, regular, separation
 from tsdyn.vocabulary import TIAN, VARIABLES
 
 _WEIGHTS = ("weight", "bias", "teacher_weight", "teacher_bias")

@@ -26,12 +26,13 @@ from tsdyn.analysis.alignment import teacher_separation, without_padding
 from tsdyn.analysis.identity import begun, per_point, points, refuse_odd
 from tsdyn.analysis.members import PARAMETERS, Member, each
 
-from tsdyn import alignment, theory
 from tsdyn import layer as one_layer
-from tsdyn.archive import experiment_of
-from tsdyn.experiment import Experiment
-from tsdyn.networks import Network
+from tsdyn import theory
+from tsdyn.archive.selecting import experiment_of
+from tsdyn.experiment.experiment import Experiment
+from tsdyn.networks.network import Network
 from tsdyn.schema import path_of
+from tsdyn.theory import alignments
 from tsdyn.vocabulary import LUCK, TIAN
 
 #: Of the largest quantity: what rounding may leave of an identity.
@@ -217,7 +218,7 @@ def _assumption_2(ds: xr.Dataset, experiment: Experiment) -> Finding:
 def _assumption_3(ds: xr.Dataset, experiment: Experiment) -> Finding:
     def measure(member: Member) -> tuple[float, float]:
         eps = member.experiment.record.band * member.experiment.data.std
-        return 1.0, float(alignment.band_density(member.teacher, member.training_inputs, eps).min())
+        return 1.0, float(alignments.band_density(member.teacher, member.training_inputs, eps).min())
 
     return _per_member(ds, measure)
 
@@ -264,16 +265,16 @@ def _critical(member: Member) -> bool:
     return bool((g <= CRITICAL * size).all())
 
 
-def _unaligned(member: Member) -> tuple[list[alignment.ClusterFanout], bool]:
+def _unaligned(member: Member) -> tuple[list[alignments.ClusterFanout], bool]:
     """Groups of co-linear student nodes that stand for no teacher, and whether each is observed with full rank.
 
     A group is tested if the fan-outs of the student nodes that see its boundary span the outputs.
     """
     student, teacher, x = member.student, member.teacher, member.evaluation_inputs
-    near = alignment.separation(teacher) / 2
-    groups = [g for g in alignment.cluster_fanouts(teacher, student, near) if g.eps > near]
+    near = alignments.separation(teacher) / 2
+    groups = [g for g in alignments.cluster_fanouts(teacher, student, near) if g.eps > near]
     eps = member.experiment.record.band * member.experiment.data.std
-    sees = alignment.observers(student, student, x, eps) > 0  # (boundary of, seen by); False where no sample is near
+    sees = alignments.observers(student, student, x, eps) > 0  # (boundary of, seen by); False where no sample is near
     fanouts, outputs = student.weights[-1], student.widths[-1]
     tested = [g for g in groups if int(torch.linalg.matrix_rank(fanouts[:, sees[g.nodes].any(0)])) == outputs]
     return tested, len(tested) == len(groups)
@@ -314,7 +315,7 @@ def _theorem_5(ds: xr.Dataset, experiment: Experiment) -> Finding:
     def measure(member: Member) -> tuple[float, float]:
         student, teacher = member.student, member.teacher
         x = member.evaluation_inputs[:PIECES]
-        eps_0 = alignment.separation(teacher)
+        eps_0 = alignments.separation(teacher)
         if student.depth == 2 or not student.activation.piecewise_linear or not np.isfinite(eps_0):
             return 0.0, np.nan
         traces = [net.trace(x) for net in (student, teacher)]
@@ -322,14 +323,14 @@ def _theorem_5(ds: xr.Dataset, experiment: Experiment) -> Finding:
         # of regular teacher nodes, ‖w*‖ = 1, whose fan-out takes the norm
         pull = theory.coupling(student, teacher, x, 1).A[..., :-1].abs() * teacher.weights[0].norm(dim=1)
         std = member.experiment.data.std
-        there = alignment.boundary(teacher, x, member.experiment.record.band * std)[:, None, :]
+        there = alignments.boundary(teacher, x, member.experiment.record.band * std)[:, None, :]
         there = there & (traces[0].preactivations[0] > 0)[:, :, None]
         least = torch.where(there, pull, torch.inf).amin(0)  # over the regions where k sees j's boundary
         strength = torch.where(there.any(0), least, 0).amax(0)
         g = theory.backpropagated_gradient(student, teacher, member.training_inputs, 1).abs().max()
         reach = 5 * pieces**1.5 * student.widths[0] ** 0.5 * g / torch.where(strength > 0, strength, torch.nan)
         inside = reach <= eps_0 * min(1.0, std)
-        best = alignment.alignment(teacher, student).nan_to_num(nan=torch.inf).amin(1)
+        best = alignments.alignment(teacher, student).nan_to_num(nan=torch.inf).amin(1)
         bound = reach.clamp(min=10 * TOLERANCE[member.experiment.dtype])
         return float(bool(inside.any())), float((best / bound)[inside].amax()) if bool(inside.any()) else np.nan
 
@@ -505,12 +506,12 @@ CLAIMS = (
     Claim(
         "projected dynamics",
         f"{LUCK}, Assumption 2, Lemmas 2–4 and Theorem 4",
-        "needs β = 11ᵀ and L = I, not a trained student's: tsdyn.dynamics.projected_dynamics",
+        "needs β = 11ᵀ and L = I, not a trained student's: tsdyn.theory.luck_matters.projected_dynamics",
     ),
     Claim(
         "two-layer dynamics",
         f"{LUCK}, Lemmas 5–7 and Theorem 5",
-        "needs the approximate dynamics, not SGD's: tsdyn.dynamics.two_layer_dynamics",
+        "needs the approximate dynamics, not SGD's: tsdyn.theory.luck_matters.two_layer_dynamics",
     ),
 )
 

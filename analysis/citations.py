@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 import xarray as xr
 
-from tsdyn.experiment import Experiment, ExperimentError
+from tsdyn.experiment.errors import ExperimentError
+from tsdyn.experiment.experiment import Experiment
 
 #: What a variable's ``source`` says → the entry.
 PAPERS: Mapping[str, str] = {

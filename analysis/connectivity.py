@@ -18,8 +18,8 @@ from tsdyn.analysis.identity import points
 from tsdyn.analysis.matching import assignment
 from tsdyn.analysis.members import Member, member
 
-from tsdyn import alignment
-from tsdyn.networks import Network, require_plain
+from tsdyn.networks.network import Network, require_plain
+from tsdyn.theory import alignments
 from tsdyn.vocabulary import TIAN
 
 #: The ways from one student to the other.
@@ -114,8 +114,8 @@ def carriers(student: Network, teacher: Network) -> tuple[list[int], Tensor]:
     Returns:
         Their positions, and the new W_2 (output, node).
     """
-    eps = alignment.alignment(teacher, student)
-    near = alignment.separation(teacher) / 2
+    eps = alignments.alignment(teacher, student)
+    near = alignments.separation(teacher) / 2
     nearest = torch.where(eps.isnan(), torch.inf, eps).min(0)
     norm = student.weights[0].norm(dim=1)
     same_way = (student.weights[0] * teacher.weights[0][nearest.indices]).sum(1) > 0

@@ -14,9 +14,10 @@ import numpy as np
 import xarray as xr
 
 from tsdyn import vocabulary
-from tsdyn.archive import experiment_of, label
-from tsdyn.experiment import Experiment
-from tsdyn.sweep_axes import POINT, axes, places, sweep_dimensions, swept_keys
+from tsdyn.archive.selecting import experiment_of
+from tsdyn.archive.sweep_directory import label
+from tsdyn.experiment.experiment import Experiment
+from tsdyn.experiment.sweep_axes import POINT, axes, places, sweep_dimensions, swept_keys
 
 #: Labels of a point → where it stands in the Dataset, and its experiment.
 Points = dict[tuple[Any, ...], tuple[Mapping[str, Any], Experiment]]

@@ -17,8 +17,8 @@ from matplotlib.ticker import MaxNLocator
 from tsdyn.analysis import panels
 
 from tsdyn import vocabulary
-from tsdyn.archive import swept_dimensions
-from tsdyn.sweep_axes import POINT
+from tsdyn.archive.selecting import swept_dimensions
+from tsdyn.experiment.sweep_axes import POINT
 
 #: Inches of one panel.
 PANEL = (2.7, 2.4)

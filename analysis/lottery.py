@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from tsdyn.analysis import specialization
 from tsdyn.analysis.lift import lift
 
-from tsdyn.node_pairs import best_node, is_winner
+from tsdyn.networks.node_pairs import best_node, is_winner
 
 SOURCE = "Tian et al. 2019 (arXiv:1905.13405), section 6"
 

@@ -15,13 +15,15 @@ from torch import Tensor
 from tsdyn.analysis.identity import begun, points
 from tsdyn.analysis.lift import cellwise
 
-from tsdyn import alignment, data
-from tsdyn.archive import experiment_of
-from tsdyn.experiment import Experiment, Student, Teacher
-from tsdyn.losses import Loss, loss
-from tsdyn.networks import Network
-from tsdyn.sweep_axes import axes
-from tsdyn.teachers import draw_teacher
+from tsdyn.archive.selecting import experiment_of
+from tsdyn.engine.loss import Loss, loss
+from tsdyn.experiment.experiment import Experiment
+from tsdyn.experiment.parts import Student, Teacher
+from tsdyn.experiment.sweep_axes import axes
+from tsdyn.networks.network import Network
+from tsdyn.problem import augmentation
+from tsdyn.problem.inputs import evaluation_inputs, labels, training_inputs
+from tsdyn.problem.teachers import draw_teacher
 
 #: Variables of the archive that a student and its teacher are made of.
 PARAMETERS = ("weight", "bias", "teacher_weight", "teacher_bias")
@@ -47,14 +49,14 @@ class Member:
     @cached_property
     def evaluation_inputs(self) -> Tensor:
         """Drawn again: a draw depends on the experiment and the seed only."""
-        return torch.from_numpy(data.evaluation_inputs(self.experiment, self.seed))
+        return torch.from_numpy(evaluation_inputs(self.experiment, self.seed))
 
     @cached_property
     def training_inputs(self) -> Tensor:
         """Finite data, augmented as the experiment says; with fresh data those of the last epoch's measurement."""
         if self.experiment.data.train == "fresh":
-            return torch.from_numpy(data.training_inputs(self.experiment, self.seed, self.experiment.training.epochs))
-        return alignment.training_set(self.experiment, self.seed, self.teacher)
+            return torch.from_numpy(training_inputs(self.experiment, self.seed, self.experiment.training.epochs))
+        return augmentation.training_set(self.experiment, self.seed, self.teacher)
 
     @property
     def loss(self) -> Loss:
@@ -68,7 +70,7 @@ class Member:
             case "teacher":
                 classes = None
             case "data":
-                classes = torch.from_numpy(data.labels(self.experiment, self.seed, "train"))
+                classes = torch.from_numpy(labels(self.experiment, self.seed, "train"))
             case other:
                 assert_never(other)
         return self.loss.target(self.teacher(self.training_inputs), classes)

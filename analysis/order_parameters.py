@@ -17,8 +17,8 @@ from tsdyn.analysis.identity import per_point
 from tsdyn.analysis.lift import lift
 
 from tsdyn import layer as one_layer
-from tsdyn.archive import lowest_layer
-from tsdyn.node_pairs import FIELDS, overlap
+from tsdyn.archive.selecting import lowest_layer
+from tsdyn.networks.node_pairs import FIELDS, overlap
 from tsdyn.vocabulary import SAAD
 
 SIMSEK = "Simsek et al. 2023 (arXiv:2311.01644), section 4"

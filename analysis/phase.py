@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from tsdyn.analysis.lift import lift
 from tsdyn.analysis.specialization import SOURCE, THRESHOLD, correlation_of, counted
 
-from tsdyn.node_pairs import best_match
+from tsdyn.networks.node_pairs import best_match
 
 #: Classes of `recovery_class`: how many teacher nodes have a student node of their own.
 RECOVERY = ("none", "some", "all")

@@ -19,8 +19,9 @@ import numpy as np
 import xarray as xr
 from tsdyn.analysis.identity import refuse_odd
 
-from tsdyn import archive, schema, vocabulary
-from tsdyn.archive import experiment_of
+from tsdyn import schema, vocabulary
+from tsdyn.archive import reading, selecting, whole_files
+from tsdyn.archive.selecting import experiment_of
 
 #: Most rows of a table; what is left out is said.
 ROWS = 100
@@ -110,7 +111,7 @@ def _provenance(ds: xr.Dataset) -> str:
 
 def _points(ds: xr.Dataset) -> list[tuple[str, dict[str, object]]]:
     """Each point of the sweep: how it is called, and where it stands."""
-    swept = archive.swept_dimensions(ds)
+    swept = selecting.swept_dimensions(ds)
     listed = [c for c in ds.coords if ds[c].ndim == 1 and ds[c].dims[0] in swept and c not in vocabulary.COORDINATES]
     found = []
     for values in itertools.product(*(ds[dim].values for dim in swept)):
@@ -146,7 +147,7 @@ def _failures(ds: xr.Dataset, said: Sequence[str]) -> str:
     rows: list[tuple[object, object]] = [("cannot be read", message) for message in said]
     if "death_epoch" in ds.coords:
         death = ds["death_epoch"].load()
-        points = _points(ds) if archive.swept_dimensions(death) else [("", {})]
+        points = _points(ds) if selecting.swept_dimensions(death) else [("", {})]
         for name, at in points:
             for seed in np.atleast_1d(ds["seed"].values):
                 own = death.sel({**at, "seed": seed}) if "seed" in death.dims else death.sel(at)
@@ -161,7 +162,7 @@ def _failures(ds: xr.Dataset, said: Sequence[str]) -> str:
 def _figures(ds: xr.Dataset) -> str:
     from tsdyn.analysis.figures import FIGURES, MAX_PANELS
 
-    points = int(np.prod([ds.sizes[dim] for dim in archive.swept_dimensions(ds)]))
+    points = int(np.prod([ds.sizes[dim] for dim in selecting.swept_dimensions(ds)]))
     parts, left = [], []
     for name, recipe in FIGURES.items():
         if recipe.missing(ds):
@@ -209,14 +210,14 @@ def _variables(ds: xr.Dataset) -> str:
 
 def _opened(path: str | Path) -> xr.Dataset:
     """What is there, if a page can be made of it."""
-    ds = archive.open(path, skip_damaged=True)
+    ds = reading.open(path, skip_damaged=True)
     try:
         refuse_odd(ds, "report")
     except ValueError as error:
-        raise archive.DirectoryError(f"{path}: {error}") from error
+        raise whole_files.DirectoryError(f"{path}: {error}") from error
     lost = [dim for dim in ("seed", schema.path_of(ds)) if dim not in ds.dims or not ds.sizes[dim]]
     if lost:
-        raise archive.DirectoryError(
+        raise whole_files.DirectoryError(
             f"{path}: has no {', '.join(lost)}; a page is made of a run, a sweep or an archive file of tsdyn's"
         )
     return ds
@@ -266,6 +267,6 @@ def write(path: str | Path, output: str | Path, *, audit: bool = True) -> Path:
     Raises:
         ArchiveError: if there is nothing to read, or `output` cannot be written.
     """
-    page, target = render(path, audit=audit), archive.local_path(output)
-    archive.write_text(target, page)
+    page, target = render(path, audit=audit), whole_files.local_path(output)
+    whole_files.write_text(target, page)
     return target

@@ -15,9 +15,9 @@ from tsdyn.analysis.identity import begun, per_point, points
 from tsdyn.analysis.lift import lift
 from tsdyn.analysis.summary import quantiles, share_interval
 
-from tsdyn.archive import experiment_of
-from tsdyn.node_pairs import best_match, best_node
-from tsdyn.sweep_axes import swept_keys
+from tsdyn.archive.selecting import experiment_of
+from tsdyn.experiment.sweep_axes import swept_keys
+from tsdyn.networks.node_pairs import best_match, best_node
 
 #: A teacher node is recovered above this correlation (Tian 2020, Figure 7).
 THRESHOLD = 0.95

@@ -4,7 +4,9 @@ import re
 import sys
 from pathlib import Path
 
-from tsdyn import __version__, experiment, vocabulary
+from tsdyn import __version__, vocabulary
+from tsdyn.experiment import experiment
+from tsdyn.experiment.parts import Data, Flow, Online, Part, Record, Student, Teacher, Training
 
 project = "tsdyn"
 author = "The tsdyn developers"
@@ -12,7 +14,7 @@ release = version = __version__
 extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax", "myst_parser"]
 myst_enable_extensions = ["dollarmath", "deflist"]
 myst_heading_anchors = 3
-exclude_patterns = ["_build", "reference/generated", "gallery/generated"]
+exclude_patterns = ["_build", "generated", "reference/generated", "gallery/generated"]
 html_theme = "furo"
 html_static_path = ["_static"]
 html_title = f"tsdyn {version}"
@@ -72,17 +74,17 @@ def _experiment_tables() -> str:
     pages = []
     for title, part in (
         ("Top level", experiment.Experiment),
-        ("[teacher]", experiment.Teacher),
-        ("[student]", experiment.Student),
-        ("[data]", experiment.Data),
-        ("[training]", experiment.Training),
-        ("[record]", experiment.Record),
-        ("[flow]", experiment.Flow),
-        ("[online]", experiment.Online),
+        ("[teacher]", Teacher),
+        ("[student]", Student),
+        ("[data]", Data),
+        ("[training]", Training),
+        ("[record]", Record),
+        ("[flow]", Flow),
+        ("[online]", Online),
     ):
         rows = []
         for name, field in part.model_fields.items():
-            if isinstance(field.annotation, type) and issubclass(field.annotation, experiment.Part):
+            if isinstance(field.annotation, type) and issubclass(field.annotation, Part):
                 continue
             shape = part.model_json_schema()["properties"][name]
             default = "required" if field.is_required() else f"`{field.default!r}`"
@@ -118,10 +120,12 @@ def _generate(_app: object) -> None:
     target.mkdir(exist_ok=True)
     for name, text in (("schema", _schema_tables()), ("experiment", _experiment_tables())):
         (target / f"{name}.md").write_text(text, encoding="utf-8")
-    sys.path.insert(0, str(HERE / "gallery"))
+    sys.path[:0] = [str(HERE), str(HERE / "gallery")]
     import draw
+    import house
 
     draw.draw(HERE / "gallery" / "generated")
+    house.generate(HERE / "generated")
 
 
 def _plain_stars_and_bars(app, what, name, obj, options, lines):

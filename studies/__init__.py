@@ -11,7 +11,7 @@ import xarray as xr
 from matplotlib.figure import Figure
 
 from tsdyn import registers
-from tsdyn.experiment import Experiment
+from tsdyn.experiment.experiment import Experiment
 
 MODULES = {
     "tian2019-luck": "tian2019_luck",

@@ -16,7 +16,7 @@ from tsdyn.analysis.figures import PANEL
 from tsdyn.analysis.layout import short
 from tsdyn.analysis.panels import colour, shade
 
-from tsdyn.archive import experiment_of, swept_dimensions
+from tsdyn.archive.selecting import experiment_of, swept_dimensions
 
 #: Beside the layers, whatever of these was recorded.
 SCALARS = ("mse_eval", "loss_eval", "accuracy", "label_accuracy")

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from tsdyn.analysis.panels import PALETTE
 
-from tsdyn.experiment import Experiment
+from tsdyn.experiment.experiment import Experiment
 
 TITLE = "generalization error of online learning: simulation against equation"
 SOURCE = "Goldt et al. 2019 (arXiv 1906.08632), Figure 1; Saad & Solla 1995"

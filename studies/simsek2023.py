@@ -10,7 +10,7 @@ import xarray as xr
 from matplotlib.axes import Axes
 from tsdyn.analysis.panels import PALETTE
 
-from tsdyn.experiment import Experiment
+from tsdyn.experiment.experiment import Experiment
 from tsdyn.schema import words_of
 
 #: Of the classes, and of the regimes where each is the best that is a minimum.

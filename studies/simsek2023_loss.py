@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator
 from tsdyn.analysis.panels import PALETTE
 from tsdyn.studies.simsek2023 import COLOURS, NAMES, at, cosines, described, draw_cosines, ends, flows
 
-from tsdyn.experiment import Experiment
+from tsdyn.experiment.experiment import Experiment
 
 TITLE = "loss at the end of gradient flow against n, with the copy-average points'"
 SOURCE = "Simsek et al. 2023 (arXiv:2311.01644), Figure 4"

@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from tsdyn.analysis.panels import PALETTE
 from tsdyn.studies.simsek2023 import described, ends, flows
 
-from tsdyn.experiment import Experiment
+from tsdyn.experiment.experiment import Experiment
 
 TITLE = "norms of the one-neuron network against k"
 SOURCE = "Simsek et al. 2023 (arXiv:2311.01644), Figure 5"

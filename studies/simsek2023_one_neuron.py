@@ -16,8 +16,8 @@ from matplotlib.ticker import NullFormatter
 from tsdyn.analysis.panels import PALETTE
 from tsdyn.studies.simsek2023 import at, described, ends, flows
 
-from tsdyn.experiment import Experiment
-from tsdyn.networks import Network
+from tsdyn.experiment.experiment import Experiment
+from tsdyn.networks.network import Network
 
 TITLE = "one neuron: output maps and error against k"
 SOURCE = "Simsek et al. 2023 (arXiv:2311.01644), Figure 3"

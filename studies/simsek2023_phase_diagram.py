@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from tsdyn.studies.simsek2023 import COLOURS, described, ends, flows
 
-from tsdyn.experiment import Experiment
+from tsdyn.experiment.experiment import Experiment
 
 TITLE = "copy or average: shares of seeds over (n, k) and seed-free borders"
 SOURCE = "Simsek et al. 2023 (arXiv:2311.01644), section 5 and Figure 4; the borders are computed here"

@@ -16,7 +16,7 @@ from matplotlib.ticker import NullFormatter
 from tsdyn.analysis.panels import PALETTE
 from tsdyn.studies.simsek2023 import COLOURS, at, cosines, described, draw_cosines, ends, flows
 
-from tsdyn.experiment import Experiment
+from tsdyn.experiment.experiment import Experiment
 
 TITLE = "trajectories of gradient flow and order parameters at convergence"
 SOURCE = "Simsek et al. 2023 (arXiv:2311.01644), Figure 1"

@@ -29,7 +29,8 @@ from tsdyn.analysis import batch_norm
 from tsdyn.analysis.panels import PALETTE
 from tsdyn.studies import deep_layers
 
-from tsdyn.experiment import Experiment, ExperimentError
+from tsdyn.experiment.errors import ExperimentError
+from tsdyn.experiment.experiment import Experiment
 from tsdyn.vocabulary import COORDINATES, VARIABLES
 
 TITLE = "BatchNorm biases of each layer, and the share of negative ones"
@@ -65,7 +66,7 @@ class StateDict:
         Raises:
             ExperimentError: if the file is missing, cannot be read safely or holds no BatchNorm with a bias.
         """
-        from tsdyn.torch_io import load_state  # torch, which a list of studies does not need
+        from tsdyn.networks.torch_io import load_state  # torch, which a list of studies does not need
 
         path = Path(self.path)
         if not path.is_file():

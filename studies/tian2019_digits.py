@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from tsdyn.studies.deep_layers import measure
 from tsdyn.studies.tian2019_cifar10 import PAPER, draw, points
 
-from tsdyn.experiment import Experiment
+from tsdyn.experiment.experiment import Experiment
 
 __all__ = ["EXPERIMENTS", "SOURCE", "TITLE", "draw", "measure"]
 

@@ -19,7 +19,7 @@ from tsdyn.analysis.matching import assignment
 from tsdyn.studies.tian2019_multilayer import PAPER as MULTILAYER
 
 from tsdyn import layer as one_layer
-from tsdyn.experiment import Experiment
+from tsdyn.experiment.experiment import Experiment
 
 __all__ = ["EXPERIMENTS", "SOURCE", "TITLE", "draw", "measure", "order"]
 

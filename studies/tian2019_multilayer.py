@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from tsdyn.studies import deep_layers
 from tsdyn.studies.deep_layers import measure
 
-from tsdyn.experiment import Experiment
+from tsdyn.experiment.experiment import Experiment
 
 __all__ = ["EXPERIMENTS", "SOURCE", "TITLE", "draw", "measure"]
 

@@ -12,7 +12,7 @@ from tsdyn.studies.deep_layers import measure
 from tsdyn.studies.tian2019_multilayer import PAPER as SMALL
 from tsdyn.studies.tian2019_multilayer import draw
 
-from tsdyn.experiment import Experiment
+from tsdyn.experiment.experiment import Experiment
 
 __all__ = ["EXPERIMENTS", "SOURCE", "TITLE", "draw", "measure"]
 

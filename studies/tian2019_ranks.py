@@ -23,7 +23,7 @@ from tsdyn.studies import deep_layers
 from tsdyn.studies.deep_layers import measure
 from tsdyn.studies.tian2019_multilayer import PAPER as MULTILAYER
 
-from tsdyn.experiment import Experiment
+from tsdyn.experiment.experiment import Experiment
 
 __all__ = ["EXPERIMENTS", "SOURCE", "TITLE", "draw", "measure"]
 

@@ -32,7 +32,7 @@ from tsdyn.studies import deep_layers, samples
 from tsdyn.studies.two_layer import PAPER as TWO_LAYER
 from tsdyn.studies.two_layer import SMOKE
 
-from tsdyn.experiment import Experiment
+from tsdyn.experiment.experiment import Experiment
 
 __all__ = ["EXPERIMENTS", "SOURCE", "TITLE", "draw", "measure"]
 

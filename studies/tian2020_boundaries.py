@@ -24,7 +24,7 @@ from tsdyn.analysis.figures import PANEL, SNAPSHOTS, boundaries, measure_boundar
 from tsdyn.analysis.panels import axis_label, colour
 
 from tsdyn import layer as one_layer
-from tsdyn.experiment import Experiment
+from tsdyn.experiment.experiment import Experiment
 from tsdyn.vocabulary import TIAN
 
 __all__ = ["EXPERIMENTS", "SOURCE", "TITLE", "draw", "measure"]

@@ -28,7 +28,7 @@ from tsdyn.analysis.members import PARAMETERS
 from tsdyn.analysis.panels import axis_label, colour
 from tsdyn.studies.two_layer import PAPER, SMOKE
 
-from tsdyn.experiment import Experiment
+from tsdyn.experiment.experiment import Experiment
 
 __all__ = ["EXPERIMENTS", "SOURCE", "TITLE", "draw", "measure"]
 

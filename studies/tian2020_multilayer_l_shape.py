@@ -19,7 +19,7 @@ from tsdyn.analysis.panels import axis_label, points
 from tsdyn.analysis.specialization import student_specialization
 from tsdyn.studies.tian2019_multilayer import PAPER as MULTILAYER
 
-from tsdyn.experiment import Experiment
+from tsdyn.experiment.experiment import Experiment
 
 __all__ = ["EXPERIMENTS", "SOURCE", "TITLE", "draw", "measure"]
 

@@ -12,7 +12,7 @@ from tsdyn.analysis.figures import draw_success_rate as draw
 from tsdyn.analysis.figures import measure_success_rate as measure
 from tsdyn.studies.two_layer import PAPER, SMOKE
 
-from tsdyn.experiment import Experiment
+from tsdyn.experiment.experiment import Experiment
 
 __all__ = ["EXPERIMENTS", "SOURCE", "TITLE", "draw", "measure"]
 

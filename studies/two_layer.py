@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tsdyn.experiment import Experiment
+from tsdyn.experiment.experiment import Experiment
 
 #: README of the released code: d=100, C=50, N=10,000, batch 16, rate 0.01, 100 epochs of 1000 steps, 32 seeds;
 #: inputs of standard deviation 1.5 as in the code (the text says 10).

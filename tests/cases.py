@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from tsdyn import Experiment, Network
-from tsdyn.population_loss import PopulationLoss
+from tsdyn.population.two_layer_loss import PopulationLoss
 
 HERE = Path(__file__).resolve().parent
 REFERENCE = HERE / "reference"

@@ -7,7 +7,9 @@ from tsdyn.analysis.figures import FIGURES
 
 import tsdyn
 from tests.cases import small
-from tsdyn import cli, runner, studies
+from tsdyn import cli, studies
+from tsdyn.archive import netcdf
+from tsdyn.running import runner
 
 
 @pytest.fixture
@@ -219,7 +221,7 @@ def test_show_fits_a_screen_and_shows_any_file(command, swept, tmp_path):
     assert "swept: overrealization" in out
     assert "4 of 4 points finished" in out
     measured = tsdyn.analysis.figures.measure_phase(tsdyn.open(swept))
-    tsdyn.archive.write_dataset(tmp_path / "measured.nc", measured)
+    netcdf.write_dataset(tmp_path / "measured.nc", measured)
     code, out, _ = command("show", tmp_path / "measured.nc")
     assert code == 0
     assert "fraction" in out

@@ -1,6 +1,7 @@
-"""The house itself: what may import what, what a wheel holds, what an import costs."""
+"""The house itself: what may import what, how long a part may be, what a wheel holds, what an import costs."""
 
 import ast
+import re
 import subprocess
 import sys
 import zipfile
@@ -11,184 +12,227 @@ import pytest
 import tsdyn
 
 ROOT = Path(__file__).resolve().parent.parent
-RANKS = {
-    "_version": 0,
-    "registers": 0,
-    "axes": 0,
-    "node_pairs": 0,
-    "vocabulary": 0,
-    "schema": 0,
-    "experiment_errors": 0,
-    "experiment_parts": 0,
-    "experiment_rules": 0,
-    "experiment_shapes": 0,
-    "experiment": 0,
-    "protocol": 1,
-    "study_directories": 2,
-    "flow_members": 7,
-    "online_members": 7,
-    "kinds": 8,
-    "whole_files": 0,
-    "wrong_numbers": 0,
-    "hdf5": 0,
-    "interrupts": 0,
-    "terminal": 0,
-    "sweep_axes": 0,
-    "lock": 1,
-    "netcdf": 1,
-    "joining": 2,
-    "run_directory": 2,
-    "headers": 2,
-    "sweep_directory": 2,
-    "selecting": 1,
-    "reading": 2,
-    "lazy_arrays": 2,
+#: The floors of the house.  Imports run down; wings of one floor do not import each other.
+FLOORS = {
+    "schema": 1,
+    "registers": 1,
+    "vocabulary": 1,
+    "axes": 1,
+    "memory": 1,
+    "_version": 1,
+    "_forwarding": 1,
+    "experiment": 2,
+    "networks": 2,
     "archive": 3,
-    "integrity": 4,
-    "activations": 0,
-    "interaction": 1,
-    "population_loss": 2,
-    "stationary": 1,
-    "gradient_flow": 2,
-    "overlaps": 2,
-    "orthants": 0,
-    "order_parameters": 3,
-    "online": 6,
-    "conventions": 0,
-    "flow": 7,
-    "critical_points": 3,
-    "classification": 4,
+    "gaussian": 3,
+    "derivatives": 3,
+    "theory": 3,
+    "engine": 3,
+    "problem": 4,
+    "observables": 4,
+    "flow": 4,
     "population": 5,
-    "networks": 1,
-    "batch_norm": 0,
-    "propagate": 1,
-    "torch_io": 1,
-    "theory_inputs": 2,
-    "coupling_moments": 2,
-    "images": 1,
-    "inputs": 2,
-    "data": 1,
-    "teachers": 2,
-    "students": 3,
-    "alignment": 2,
-    "memory": 0,
-    "native": 0,
-    "convolution": 1,
-    "assumptions": 1,
-    "module_state": 0,
-    "curvature": 2,
-    "jacobians": 2,
-    "per_sample": 2,
-    "derivatives": 2,
-    "dynamics": 2,
-    "theory": 2,
-    "losses": 0,
-    "batches": 0,
-    "rules": 1,
-    "ensemble": 2,
-    "batched": 3,
-    "graph": 4,
-    "propagated": 3,
-    "general": 3,
-    "compiled_step": 4,
-    "train": 5,
-    "compiled_sums": 2,
-    "flowtraining": 3,
-    "own_modules": 4,
-    "observables": 5,
-    "provenance": 5,
-    "diagnosis": 5,
-    "testing": 11,
-    "members": 6,
-    "costs": 8,
-    "runner": 9,
-    "sweep": 10,
-    "cli": 11,
+    "analysis": 5,
+    "running": 6,
+    "predictions": 6,
+    "through_training": 7,
+    "recording": 7,
+    "growing": 7,
+    "testing": 7,
+    "xarray": 7,
+    "studies": 8,
+    "cli": 9,
+    "": 10,  # tsdyn/__init__.py, whose names are imported on first use
 }
-#: Within a rank, who may import whom.
-SAME_RANK = {
-    ("reading", "study_directories"),
-    ("run_directory", "study_directories"),
-    ("experiment", "experiment_errors"),
-    ("experiment", "experiment_parts"),
-    ("experiment", "experiment_rules"),
-    ("experiment", "experiment_shapes"),
-    ("experiment_parts", "experiment_errors"),
-    ("experiment_parts", "schema"),
-    ("experiment_rules", "experiment_errors"),
-    ("experiment_rules", "experiment_parts"),
-    ("experiment_rules", "schema"),
-    ("experiment_rules", "sweep_axes"),
-    ("experiment_shapes", "experiment_parts"),
-    ("experiment_shapes", "schema"),
-    ("activations", "registers"),
-    ("experiment", "schema"),
-    ("experiment", "sweep_axes"),
-    ("sweep_axes", "schema"),
-    ("networks", "propagate"),
-    ("networks", "torch_io"),
-    ("torch_io", "propagate"),
-    ("theory", "coupling_moments"),
-    ("theory", "theory_inputs"),
-    ("coupling_moments", "theory_inputs"),
-    ("experiment", "points"),
-    ("points", "schema"),
-    ("networks", "activations"),
-    ("assumptions", "networks"),
-    ("derivatives", "curvature"),
-    ("derivatives", "jacobians"),
-    ("derivatives", "per_sample"),
-    ("interaction", "activations"),
-    ("students", "archive"),
-    ("data", "images"),
-    ("run_directory", "joining"),
-    ("images", "netcdf"),
-    ("headers", "run_directory"),
-    ("sweep_directory", "run_directory"),
-    ("reading", "headers"),
-    ("reading", "lazy_arrays"),
-    ("lazy_arrays", "headers"),
-    ("lazy_arrays", "run_directory"),
-    ("reading", "run_directory"),
-    ("reading", "sweep_directory"),
-}
+#: What a later issue builds.
+LATER = {"predictions", "through_training", "recording", "growing", "xarray"}
+#: Single modules that may import one another within their floor.
+FLAT = {"schema", "vocabulary", "registers", "axes", "memory", "_version", "_forwarding"}
+LONGEST_MODULE = 600
+LONGEST_FUNCTION = 60
 
 
-def _imports(file: Path) -> set[str]:
-    """Modules of tsdyn that `file` imports while it is itself imported; inside functions is the command's business."""
-    found = set()
-    for node in ast.parse(file.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "tsdyn":
-            below = node.module.split(".")[1:]
-            found |= {below[0]} if below else {alias.name for alias in node.names}
-        if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("tsdyn.")}
+def _files() -> dict[str, Path]:
+    """Every module of tsdyn by its dotted name; analysis/ and studies/ are installed below tsdyn."""
+    found = {}
+    for name in ("tsdyn", "analysis", "studies"):
+        folder, package = ROOT / name, name if name == "tsdyn" else f"tsdyn.{name}"
+        for file in sorted(folder.rglob("*.py")):
+            parts = file.relative_to(folder).with_suffix("").parts
+            found[".".join([package, *(p for p in parts if p != "__init__")])] = file
     return found
 
 
-def test_imports_point_down():
-    files = {f.stem: f for f in (ROOT / "tsdyn").glob("*.py") if f.stem != "__init__"}
-    assert set(files) == set(RANKS)
-    for name, file in files.items():
-        for other in _imports(file):
-            assert RANKS[other] < RANKS[name] or (name, other) in SAME_RANK, f"{name} imports {other}"
+FILES = _files()
 
 
-def test_analysis_and_studies_import_no_engine():
-    for folder in ("analysis", "studies"):
-        for file in (ROOT / folder).glob("*.py"):
-            allowed = {"analysis", "studies", "experiment"}
-            allowed |= {"archive", "schema", "sweep_axes", "layer", "node_pairs"}
-            if file.stem in (
-                "members",
-                "audit",
-                "similarity",
-                "connectivity",
-            ):  # which make networks of what was recorded, and ask the theory
-                allowed |= {"data", "networks", "alignment", "theory", "losses", "teachers"}
-            if file.stem == "simsek2023_one_neuron":  # which maps a network's output
-                allowed |= {"networks"}
-            assert _imports(file) <= allowed, file
+def _wing(module: str) -> str:
+    return module.split(".")[1] if "." in module else ""
+
+
+def _is_for_types_only(node: ast.If) -> bool:
+    return isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
+def _imported(module: str, file: Path) -> list[tuple[str, int]]:
+    """Modules of tsdyn that `file` imports, also inside functions, each with its line; those for types only are not."""
+    found: list[tuple[str, int]] = []
+
+    def visit(node: ast.AST) -> None:
+        if isinstance(node, ast.If) and _is_for_types_only(node):
+            for other in node.orelse:
+                visit(other)
+            return
+        if isinstance(node, ast.ImportFrom):
+            source = _absolute(node, module, file)
+            for alias in node.names:
+                whole = f"{source}.{alias.name}"
+                if source.split(".")[0] == "tsdyn":
+                    found.append((whole if whole in FILES else source, node.lineno))
+        elif isinstance(node, ast.Import):
+            found.extend((alias.name, node.lineno) for alias in node.names if alias.name.split(".")[0] == "tsdyn")
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(ast.parse(file.read_text(encoding="utf-8")))
+    return found
+
+
+def _absolute(node: ast.ImportFrom, module: str, file: Path) -> str:
+    if not node.level:
+        return node.module or ""
+    package = module.split(".") if file.name == "__init__.py" else module.split(".")[:-1]
+    base = package[: len(package) - node.level + 1]
+    return ".".join([*base, node.module] if node.module else base)
+
+
+IMPORTS = {module: _imported(module, file) for module, file in FILES.items()}
+
+
+def test_every_wing_has_a_floor():
+    wings = {_wing(module) for module in FILES}
+    assert wings <= set(FLOORS)
+    assert set(FLOORS) - LATER <= wings
+
+
+def test_imports_run_down():
+    """Also those inside functions: a function that imports what lies above it cannot be read from below."""
+    wrong = []
+    for module, imports in IMPORTS.items():
+        for other, line in imports:
+            here, there = _wing(module), _wing(other)
+            within = here == there or {here, there} <= FLAT
+            public = there == "" and FLOORS[here] >= FLOORS["analysis"]  # tsdyn.open and the like, from above
+            if not within and not public and FLOORS[there] >= FLOORS[here]:
+                wrong.append(f"{module}:{line} (floor {FLOORS[here]}) imports {other} (floor {FLOORS[there]})")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_no_circles():
+    """No module imports itself through others, inside its wing either.
+
+    A package's __init__ runs before each of its modules; what it imports itself is counted, that it runs is not.
+    """
+    edges = {module: {other for other, _ in imports if other in FILES} for module, imports in IMPORTS.items()}
+    circles = [" <-> ".join(sorted(group)) for group in _strongly_connected(edges) if len(group) > 1]
+    circles += [module for module, others in edges.items() if module in others]
+    assert not circles, "\n".join(circles)
+
+
+def _strongly_connected(edges: dict[str, set[str]]) -> list[set[str]]:
+    """Tarjan's: sets of modules each of which reaches all others of its set."""
+    index: dict[str, int] = {}
+    low: dict[str, int] = {}
+    stack: list[str] = []
+    found: list[set[str]] = []
+
+    def visit(module: str) -> None:
+        index[module] = low[module] = len(index)
+        stack.append(module)
+        for other in edges[module]:
+            if other not in index:
+                visit(other)
+            if other in stack:
+                low[module] = min(low[module], low[other])
+        if low[module] == index[module]:
+            group = set()
+            while module not in group:
+                group.add(stack.pop())
+            found.append(group)
+
+    for module in edges:
+        if module not in index:
+            visit(module)
+    return found
+
+
+def test_a_planted_import_is_noticed():
+    """The laws above see an import inside a function, one that goes sideways, and none that is for types only."""
+    text = (
+        "from typing import TYPE_CHECKING\n"
+        "if TYPE_CHECKING:\n    from tsdyn.running import sweep\n"
+        "def f():\n    from tsdyn.theory import couplings\n"
+        "    import tsdyn.archive\n"
+    )
+    planted = Path(FILES["tsdyn.engine"])
+
+    class Planted:
+        name = planted.name
+
+        def read_text(self, encoding: str) -> str:
+            return text
+
+    found = _imported("tsdyn.engine.rule", Planted())  # type: ignore[arg-type]
+    assert found == [("tsdyn.theory.couplings", 5), ("tsdyn.archive", 6)]
+    assert _strongly_connected({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [{"a", "b", "c"}, {"d"}]
+
+
+def test_archives_and_experiment_files_need_no_torch():
+    for wing in ("archive", "experiment", "schema"):
+        for module, file in FILES.items():
+            if _wing(module) == wing:
+                assert not re.search(r"^\s*(import|from) torch\b", file.read_text(encoding="utf-8"), flags=re.M), module
+
+
+def test_modules_are_short():
+    long = {m: n for m, f in FILES.items() if (n := len(f.read_text(encoding="utf-8").splitlines())) > LONGEST_MODULE}
+    assert not long
+
+
+def test_functions_are_short():
+    """Lines without the docstring."""
+    long = []
+    for module, file in FILES.items():
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                lines = node.end_lineno - node.lineno + 1
+                first = node.body[0]
+                if ast.get_docstring(node) is not None:
+                    lines -= first.end_lineno - first.lineno + 1
+                if lines > LONGEST_FUNCTION:
+                    long.append(f"{module}.{node.name}: {lines}")
+    assert not long, "\n".join(long)
+
+
+def _exported(file: Path) -> set[str]:
+    """Public names that a package's __init__, or its stub, gives."""
+    stub = file.with_suffix(".pyi")
+    tree = ast.parse((stub if stub.exists() else file).read_text(encoding="utf-8"))
+    found = set()
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom) and not (node.level and node.module is None):
+            found |= {alias.asname or alias.name for alias in node.names}
+        elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            found.add(node.name)
+    return found
+
+
+def test_no_module_has_the_name_of_what_its_package_exports():
+    """`import tsdyn.population.loss as m` would give the function, and a folder tsdyn/open would hide tsdyn.open."""
+    for module, file in FILES.items():
+        if file.name == "__init__.py":
+            below = {m.rpartition(".")[2] for m in FILES if m.rpartition(".")[0] == module}
+            assert not _exported(file) & below, module
 
 
 def test_import_is_cheap_and_without_torch():
@@ -214,11 +258,12 @@ def test_every_public_name_resolves():
         _ = tsdyn.no_such_name
 
 
-def test_the_wheel_holds_only_tsdyn(tmp_path):
+def test_the_wheel_holds_every_wing_and_only_tsdyn(tmp_path):
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--quiet", "-w", str(tmp_path), str(ROOT)]
     subprocess.run(command, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
-    names = zipfile.ZipFile(wheel).namelist()
-    assert {n.split("/")[0].split("-")[0] for n in names} == {"tsdyn"}
-    for needed in ("tsdyn/py.typed", "tsdyn/__init__.pyi", "tsdyn/analysis/lift.py", "tsdyn/studies/__init__.py"):
-        assert needed in names
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {re.split(r"[/-]", n)[0] for n in names} == {"tsdyn"}
+    modules = {m.replace(".", "/") + ("/__init__.py" if f.name == "__init__.py" else ".py") for m, f in FILES.items()}
+    sources = {str(f.relative_to(ROOT)) for s in ("cpp", "hpp", "pyi") for f in (ROOT / "tsdyn").rglob(f"*.{s}")}
+    assert names >= modules | sources | {"tsdyn/py.typed"}

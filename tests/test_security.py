@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from tsdyn import images
+from tsdyn.problem import images
 
 ROOT = Path(__file__).resolve().parent.parent
 #: A sentence of the page → the tests that hold it.

@@ -7,9 +7,17 @@ import os as _os
 
 import lazy_loader as _lazy
 
+from tsdyn import _forwarding
 from tsdyn._version import __version__ as __version__
 
 # HDF5 asks this once, when it is loaded.  Its own locks fail on file systems that have none; tsdyn's are its own.
 _os.environ.setdefault("HDF5_USE_FILE_LOCKING", "FALSE")
 
-__getattr__, __dir__, __all__ = _lazy.attach_stub(__name__, __file__)
+_attached, __dir__, __all__ = _lazy.attach_stub(__name__, __file__)
+_forwarding.install()
+
+
+def __getattr__(name: str) -> object:
+    if name in __all__ or name not in _forwarding.MOVED:
+        return _attached(name)
+    return _forwarding.old_module(name)

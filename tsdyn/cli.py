@@ -17,17 +17,17 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 from tsdyn._version import __version__
-from tsdyn.archive import ArchiveError, DirectoryError, local_path
-from tsdyn.experiment import Experiment, ExperimentError
+from tsdyn.archive.whole_files import ArchiveError, DirectoryError, local_path, refuse_link
+from tsdyn.experiment.errors import ExperimentError
+from tsdyn.experiment.experiment import Experiment
+from tsdyn.running.terminal import make_lenient
 from tsdyn.schema import path_of
 from tsdyn.schema import printable as _printable
-from tsdyn.terminal import make_lenient
 from tsdyn.vocabulary import COORDINATES
-from tsdyn.whole_files import refuse_link
 
 if TYPE_CHECKING:
-    from tsdyn.costs import Cost
-    from tsdyn.runner import Progress as Report
+    from tsdyn.running.estimates import Cost
+    from tsdyn.running.runner import Progress as Report
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 study = typer.Typer(no_args_is_help=True, help="Figures of the papers, from the experiment to the picture.")
@@ -175,19 +175,19 @@ def run_study(
     quiet: Quiet = False,
 ) -> None:
     """Run, measure and draw: leaves the archive, measured.nc and figure.png."""
-    from tsdyn import archive
+    from tsdyn.archive import netcdf, reading, whole_files
 
     module = _study(name)
     if scale not in module.EXPERIMENTS:
         raise ExperimentError(f"--scale {scale}: there are {', '.join(module.EXPERIMENTS)}")
-    path = archive.local_path(output or Path("runs") / f"{name}-{scale}")
+    path = whole_files.local_path(output or Path("runs") / f"{name}-{scale}")
     work = module.EXPERIMENTS[scale]
     asked = [("--set", changes), ("--workers", workers), ("--scheduler", scheduler), ("--together", together)]
     given = [option for option, value in asked if value]
     if isinstance(work, Experiment):
         work = work.replace(dict(_assignment(text) for text in changes or ()))
         _run(work, path, device, quiet, workers, scheduler, together)
-        found = archive.open(path)
+        found = reading.open(path)
     elif given:
         raise ExperimentError(
             f"study run {name} --scale {scale}: reads a file and runs nothing, so {', '.join(given)} is for nothing; "
@@ -198,16 +198,17 @@ def run_study(
     made_by = {key: found.attrs[key] for key in ("name", "digest", "experiment", "tsdyn_version") if key in found.attrs}
     measured = module.measure(found).load()
     measured = measured.assign_attrs(made_by | measured.attrs)
-    archive.write_dataset(path / "measured.nc", measured)
+    netcdf.write_dataset(path / "measured.nc", measured)
     _save(module.draw(measured), path / "figure.png", quiet)
 
 
 @app.command()
 def show(directory: Directory) -> None:
     """What is in there, in one screen."""
-    from tsdyn import archive, provenance
+    from tsdyn.archive import reading, selecting
+    from tsdyn.running import provenance
 
-    ds = archive.open(directory)
+    ds = reading.open(directory)
     console = Console()
     sizes = ", ".join(f"{dim} {size}" for dim, size in ds.sizes.items())
     facts = Table.grid(padding=(0, 2))
@@ -223,7 +224,7 @@ def show(directory: Directory) -> None:
         first, last = (ds[along].values[end] for end in (0, -1))
         rows[PLURAL[along]] = f"{first:g}..{last:g}, {ds.sizes[along]} recorded"
     for key, column in ds.coords.items():
-        varies = column.ndim == 1 and column.dims[0] in archive.swept_dimensions(ds)
+        varies = column.ndim == 1 and column.dims[0] in selecting.swept_dimensions(ds)
         if varies and key != "point" and key not in COORDINATES:
             values = list(dict.fromkeys(column.values.tolist()))
             shown = ", ".join(map(str, values[:8])) + (f", ... {values[-1]}" if len(values) > 8 else "")
@@ -238,7 +239,7 @@ def show(directory: Directory) -> None:
     for key, value in rows.items():
         facts.add_row(_plain(key), _plain(value))
     console.print(facts)
-    swept = archive.swept_dimensions(ds)
+    swept = selecting.swept_dimensions(ds)
     after = f"dimensions, after {', '.join(swept)}" if swept else "dimensions"
     lines = [("variable", after, "meaning")] + [
         (str(name), ", ".join(str(d) for d in array.dims if d not in swept), str(array.attrs.get("long_name", "")))
@@ -263,24 +264,24 @@ def plot(
     ] = None,
 ) -> None:
     """Draw a figure from an archive."""
-    from tsdyn import archive
-    from tsdyn.analysis import figures
+    from tsdyn.analysis.figures import planes, recipes
+    from tsdyn.archive import reading, whole_files
 
-    ds = archive.open(directory)
+    ds = reading.open(directory)
     if figure is None:
-        for name, recipe in figures.FIGURES.items():
+        for name, recipe in recipes.FIGURES.items():
             missing = recipe.missing(ds)
             print(f"{name:16} {recipe.shows}" + (f"  (needs {', '.join(missing)})" if missing else ""))
         return
-    if figure not in figures.FIGURES:
-        raise ExperimentError(f"plot: no figure {figure!r}; there are {', '.join(figures.FIGURES)}")
-    path = archive.local_path(output or f"{figure}.png")
+    if figure not in recipes.FIGURES:
+        raise ExperimentError(f"plot: no figure {figure!r}; there are {', '.join(recipes.FIGURES)}")
+    path = whole_files.local_path(output or f"{figure}.png")
     moves = path.suffix.lower() == ".gif"
     if moves and figure != "boundaries":
         raise ExperimentError(f"plot: {path.name}: only boundaries move; give a .png, .svg or .pdf")
     try:
         ds = _selected(ds, select or [])
-        drawn = figures.animate_boundaries(ds) if moves else figures.FIGURES[figure](ds)
+        drawn = planes.animate_boundaries(ds) if moves else recipes.FIGURES[figure](ds)
     except (ValueError, KeyError) as error:
         raise DirectoryError(f"plot {figure}: {error.args[0] if error.args else error}") from error
     _save(drawn, path, quiet=False)
@@ -288,14 +289,14 @@ def plot(
 
 def _selected(ds: Any, words: list[str]) -> Any:
     """The part of an archive that ``--select`` names: labels along dimensions, values of swept keys."""
-    from tsdyn import archive
+    from tsdyn.archive import selecting
 
     for word in words:
         key, value = _assignment(word, "--select")
         if key not in ds.coords:
             raise KeyError(f"--select {word}: no {key!r}; there are {', '.join(map(str, ds.dims))}")
-        if key in archive.swept_dimensions(ds) or key not in ds.dims:
-            ds = archive.select(ds, **{key: value})
+        if key in selecting.swept_dimensions(ds) or key not in ds.dims:
+            ds = selecting.select(ds, **{key: value})
         elif value not in ds.indexes[key]:
             raise KeyError(f"--select {word}: there is {key} {ds.indexes[key][0]} to {ds.indexes[key][-1]}")
         else:
@@ -318,22 +319,22 @@ def report(
 @app.command()
 def cite(directory: Directory) -> None:
     """BibTeX of what it rests on."""
-    from tsdyn import archive
     from tsdyn.analysis.citations import citations
+    from tsdyn.archive import reading
 
-    print("\n\n".join(map(_printable, citations(archive.open(directory)))))
+    print("\n\n".join(map(_printable, citations(reading.open(directory)))))
 
 
 @app.command()
 def audit(directory: Directory) -> None:
     """Each theorem: hypothesis met? conclusion holds? margin."""
-    from tsdyn import archive
     from tsdyn.analysis.audit import audit as measure
     from tsdyn.analysis.report import audit_rows
+    from tsdyn.archive import reading
 
     table = Table("claim", "members", "largest margin", "what is checked, or what it needs")
     try:
-        rows = audit_rows(measure(archive.open(directory)))
+        rows = audit_rows(measure(reading.open(directory)))
     except (ValueError, KeyError) as error:
         raise DirectoryError(f"{directory}: {error.args[0] if error.args else error}") from error
     for row in rows:
@@ -345,7 +346,7 @@ def audit(directory: Directory) -> None:
 @app.command()
 def validate(directory: Directory) -> None:
     """Schema, checksums, every number readable, agreement with experiment.toml; exit 1 and the reasons if not whole."""
-    from tsdyn import integrity
+    from tsdyn.archive import integrity
 
     found = integrity.check(directory)
     for problem in found:
@@ -358,7 +359,7 @@ def validate(directory: Directory) -> None:
 @app.command()
 def repair(directory: Directory) -> None:
     """Keep what is whole, say what was dropped; what is not kept goes to DIR/damaged."""
-    from tsdyn import integrity
+    from tsdyn.archive import integrity
 
     done = integrity.repair(directory)
     for line in done:
@@ -372,7 +373,7 @@ def doctor(
     directory: Annotated[str, typer.Argument(metavar="[DIR]", help="Where runs are to be written.")] = ".",
 ) -> None:
     """What this machine and a directory mean for numbers, speed and files; exit 1 if something is bad."""
-    from tsdyn import diagnosis
+    from tsdyn.running import diagnosis
 
     bad = False
     for finding in diagnosis.diagnose(local_path(directory)):
@@ -416,7 +417,8 @@ def _run(
     scheduler: str | None = None,
     together: bool | None = None,
 ) -> None:
-    from tsdyn import runner, sweep
+    from tsdyn.running import runner, sweep
+    from tsdyn.running.workers import WorkersError
 
     _reported.append(True)
     shared: dict[str, Any] = {"device": device, "workers": workers, "scheduler": scheduler, "together": together}
@@ -427,12 +429,12 @@ def _run(
             sweep.run(experiment, path, **shared)
             return
         sweep.preflight(experiment, path, workers=workers, scheduler=scheduler)
-        due = sweep.due(experiment, path)
+        due = sweep.unfinished(experiment, path)
         costs = sweep.estimate(due, device=device if scheduler is None else "cpu")
         print(f"{experiment.name} -> {path}: {_announced(experiment, len(due), costs, workers or 1)}", flush=True)
         with _reporting(costs, experiment.layout.path) as (report, point):
             sweep.run(experiment, path, **shared, progress=report, point=point)
-    except (runner.DeviceError, sweep.WorkersError) as error:
+    except (runner.DeviceError, WorkersError) as error:
         raise _Unavailable(str(error)) from error
     except KeyboardInterrupt as error:  # here, for typer would make any of them exit 130 without a word
         signal = getattr(error, "signal", 2)
@@ -442,7 +444,7 @@ def _run(
 
 def _announced(experiment: Experiment, due: int, costs: Mapping[str, Cost], workers: int) -> str:
     """What is about to be done, in one line; several at once take their memory together."""
-    from tsdyn.costs import Cost
+    from tsdyn.running.estimates import Cost
 
     runs = sum(1 for _ in experiment.points()) if experiment.sweep else 1
     counted = f"{runs} run{'s' * (runs > 1)}"
@@ -480,7 +482,7 @@ class _Whole:
         return sum(self._work[name] * share for name, share in self._share.items()) / sum(self._work.values())
 
     def __str__(self) -> str:
-        from tsdyn.costs import duration
+        from tsdyn.running.estimates import duration
 
         done = sum(self._work[name] * (share - self._from[name]) for name, share in self._share.items())
         rest = sum(self._work.values()) * (1 - self.share)

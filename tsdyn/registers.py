@@ -6,7 +6,7 @@ is opened without loading anything: names that are not installed here are accept
 
 A package offers a part by an entry point, for example in its pyproject.toml::
 
-    [project.entry-points."tsdyn.activations"]
+    [project.entry-points."tsdyn.networks.activations"]
     sine = "mylab.parts:sine"
 """
 
@@ -83,7 +83,7 @@ class Register:
 
     @property
     def group(self) -> str:
-        """The entry-point group by which packages offer parts: ``tsdyn.activations``."""
+        """The entry-point group by which packages offer parts: ``tsdyn.networks.activations``."""
         ending = {"s": "es", "y": "ies"}.get(self.kind[-1], "s")
         return f"tsdyn.{self.kind.removesuffix('y')}{ending}"
 
@@ -200,19 +200,23 @@ def _attribute(target: str) -> Any:
 
 ACTIVATIONS = Register(
     "activation",
-    "tsdyn.activations:TABLE",
+    "tsdyn.networks.activations:TABLE",
     ("relu", "leaky_relu", "identity", "erf", "tanh", "sigmoid", "softplus", "gelu", "silu"),
 )
-LOSSES = Register("loss", "tsdyn.losses:LOSSES", ("mse", "cross_entropy"))
+LOSSES = Register("loss", "tsdyn.engine.loss:LOSSES", ("mse", "cross_entropy"))
 #: SGD with training.momentum is another part of the table; files say "sgd" for both.
-OPTIMIZERS = Register("optimizer", "tsdyn.rules:OPTIMIZERS", ("sgd", "adam"), ("gd", "flow"), hidden=("momentum",))
-LAWS = Register("law", "tsdyn.data:LAWS", ("gaussian", "uniform"), aliases=("digits", "mnist", "cifar10", "file"))
+OPTIMIZERS = Register(
+    "optimizer", "tsdyn.engine.rule:OPTIMIZERS", ("sgd", "adam"), ("gd", "flow"), hidden=("momentum",)
+)
+LAWS = Register(
+    "law", "tsdyn.problem.inputs:LAWS", ("gaussian", "uniform"), aliases=("digits", "mnist", "cifar10", "file")
+)
 TEACHERS = Register(
-    "teacher", "tsdyn.teachers:TEACHERS", ("separated", "orthonormal", "gaussian"), aliases=("trained", "file")
+    "teacher", "tsdyn.problem.teachers:TEACHERS", ("separated", "orthonormal", "gaussian"), aliases=("trained", "file")
 )
 STARTS = Register(
     "start",
-    "tsdyn.students:STARTS",
+    "tsdyn.problem.students:STARTS",
     ("gaussian", "torch", "near-teacher", "same-direction", "same-sign"),
     aliases=("file", "rewind", "rewind-reinitialised"),
 )

@@ -362,7 +362,7 @@ def validate(ds: xr.Dataset, *, swept: Iterable[str] = ()) -> xr.Dataset:
 #: it in ``tests/data``.
 MIGRATIONS: Mapping[int, Callable[[xr.Dataset], xr.Dataset]] = {
     1: lambda ds: ds,  # what version 2 added is beside the variables
-    2: lambda ds: ds,  # the same variables; which of them are wrong, `tsdyn.wrong_numbers` says
+    2: lambda ds: ds,  # the same variables; which of them are wrong, `tsdyn.archive.wrong_numbers` says
 }
 
 

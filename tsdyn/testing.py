@@ -17,13 +17,15 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 
-from tsdyn import interaction, registers, schema
-from tsdyn.activations import Activation
-from tsdyn.experiment import Experiment, Student, Teacher
-from tsdyn.general import refuse_unfit
-from tsdyn.losses import Loss
-from tsdyn.observables import Observed
-from tsdyn.rules import Optimizer, Rule
+from tsdyn import registers, schema
+from tsdyn.engine.general import refuse_unfit
+from tsdyn.engine.loss import Loss
+from tsdyn.engine.rule import Optimizer, Rule
+from tsdyn.experiment.experiment import Experiment
+from tsdyn.experiment.parts import Student, Teacher
+from tsdyn.gaussian import interaction
+from tsdyn.networks.activations import Activation
+from tsdyn.observables.registry import Observed
 
 Kind: TypeAlias = Literal["activation", "loss", "optimizer", "law", "teacher", "start", "observable", "module", "study"]
 #: A check of a mean over samples fails a right part about once in a million.
@@ -49,7 +51,7 @@ def check(part: Any, kind: Kind | None = None) -> None:
     Example:
         >>> import torch, tsdyn
         >>> from tsdyn.testing import check
-        >>> check(tsdyn.activations.activation("tanh"))
+        >>> check(tsdyn.networks.activations.activation("tanh"))
     """
     what = _kind(part) if kind is None else kind
     match what:
@@ -240,7 +242,7 @@ def _start(part: Callable[..., Any]) -> None:
 
 def _observable(part: Observed) -> None:
     """Has the dimensions that it declares, of networks in both dtypes, and disturbs nothing."""
-    from tsdyn import sweep
+    from tsdyn.running import sweep
 
     for dtype in ("float64", "float32"):
         experiment = Experiment(
@@ -277,7 +279,7 @@ def _module(part: Callable[..., Any]) -> None:
 
 def _study(part: Any) -> None:
     """A module with TITLE, SOURCE, EXPERIMENTS for every scale, measure and draw, whose smoke scale runs and draws."""
-    from tsdyn import sweep
+    from tsdyn.running import sweep
 
     missing = [word for word in ("TITLE", "SOURCE", "EXPERIMENTS", "measure", "draw") if not hasattr(part, word)]
     _demand(not missing, f"study: has no {', '.join(missing)}")

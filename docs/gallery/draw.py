@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from tsdyn.analysis import figures, panels, phase, specialization
-from tsdyn.analysis.figures import FIGURES
+from tsdyn.analysis.figures import FIGURES, recipes
 
 import tsdyn
 
@@ -71,7 +71,7 @@ $ tsdyn plot DIR {name}
 
 def sources() -> str:
     """Changes when anything that decides a picture does."""
-    files = [Path(module.__file__) for module in (figures, panels, phase, specialization)] + [Path(__file__)]
+    files = [Path(module.__file__) for module in (recipes, panels, phase, specialization)] + [Path(__file__)]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 

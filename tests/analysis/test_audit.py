@@ -6,8 +6,9 @@ from tsdyn.analysis.members import member
 
 import tsdyn
 from tests.cases import small
-from tsdyn import alignment, theory
-from tsdyn.teachers import draw_teacher
+from tsdyn import theory
+from tsdyn.problem.teachers import draw_teacher
+from tsdyn.theory import alignments, couplings
 
 RECORD = ["mse", "correlation", "fanout_norm", "weight", "moments", "lemma1_residual", "alignment", "gradient_max"]
 
@@ -151,7 +152,7 @@ def test_equation_1_holds_and_a_gradient_of_another_network_fails(run, monkeypat
     found = audit(run).sel(claim="Equation 1")
     assert (found.verdict == "holds").all()
     true = theory.backpropagated_gradients
-    monkeypatch.setattr(theory, "backpropagated_gradients", lambda *of: [1.001 * g for g in true(*of)])
+    monkeypatch.setattr(couplings, "backpropagated_gradients", lambda *of: [1.001 * g for g in true(*of)])
     assert (audit(run).sel(claim="Equation 1").verdict == "fails").all()
 
 
@@ -168,7 +169,7 @@ def test_approximations_and_assumptions_are_reported_with_their_size(run):
     largest = [max((abs(a).max() * abs(b).max()).item() for a, b in zip(*of, strict=True))
                for of in ((x, g[0]), (hidden, g[1]))]  # fmt: skip
     np.testing.assert_allclose(margin.sel(claim="Assumption 2"), max(largest), rtol=1e-12)
-    w, b = alignment.regular(one.teacher)
+    w, b = alignments.regular(one.teacher)
     near = ((x @ w.T + b).abs() <= 0.1).double().mean(0) / 0.1
     np.testing.assert_allclose(margin.sel(claim="Assumption 3"), near.min(), rtol=1e-12)
     # two layers: V is constant, so that the two forms of H agree
@@ -313,7 +314,7 @@ def test_equation_1_notices_an_error_in_the_smallest_layer(tmp_path, monkeypatch
         first, *others = true(*of)
         return [1.001 * first, *others]
 
-    monkeypatch.setattr(theory, "backpropagated_gradients", planted)
+    monkeypatch.setattr(couplings, "backpropagated_gradients", planted)
     assert (audit(ds).sel(claim="Equation 1").verdict == "fails").all()
 
 

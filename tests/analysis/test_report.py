@@ -15,7 +15,7 @@ from tsdyn.analysis.citations import DATA, PAPERS, citations
 
 import tsdyn
 from tests.cases import small
-from tsdyn.archive import DirectoryError
+from tsdyn.archive.whole_files import DirectoryError
 from tsdyn.vocabulary import VARIABLES
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")

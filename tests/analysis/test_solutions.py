@@ -15,7 +15,7 @@ from tsdyn.analysis import connectivity, matching, similarity, specialization
 
 import tsdyn
 from tests.cases import small
-from tests.test_theory import scaled_network
+from tests.theory.test_theory import scaled_network
 from tsdyn import Network
 
 EPS = np.finfo(float).eps

@@ -18,10 +18,11 @@ from tsdyn.analysis.members import member
 
 import tsdyn
 from tests.cases import small
-from tests.test_theory import scaled_network
-from tsdyn import alignment as engine
-from tsdyn import data, derivatives, flow
-from tsdyn.teachers import draw_teacher
+from tests.theory.test_theory import scaled_network
+from tsdyn import derivatives, flow
+from tsdyn.problem import augmentation, inputs
+from tsdyn.problem.teachers import draw_teacher
+from tsdyn.theory import alignments as engine
 
 DIMS = ("seed", "epoch", "teacher_node", "node")
 EPS = np.finfo(float).eps
@@ -353,11 +354,11 @@ def test_augmented_samples_are_the_size_of_the_training_set(tmp_path, monkeypatc
     for place, (_, one) in enumerate(experiment.points()):
         for seed in one.seed_labels:
             teacher, (augment, n, eps, _) = draw_teacher(one, seed), chosen[place]
-            size, found = len(engine.training_set(one, seed, teacher)), float(counted.sel(point=place, seed=seed))
+            size, found = len(augmentation.training_set(one, seed, teacher)), float(counted.sel(point=place, seed=seed))
             if augment != "aware":
                 assert found == size
             else:
-                x = torch.from_numpy(data.training_inputs(one, seed))
+                x = torch.from_numpy(inputs.training_inputs(one, seed))
                 each = 2 * engine.boundary(teacher, x, eps).sum(1).double()  # points that a sample adds
                 assert abs(size - found) < 5 * float(each.std()) * n**0.5
 

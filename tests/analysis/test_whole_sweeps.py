@@ -7,6 +7,7 @@ from tsdyn.analysis import alignment, audit, lottery, matching, order_parameters
 
 import tsdyn
 from tests.cases import small
+from tsdyn.archive import selecting
 
 OBSERVABLES = ["mse", "weight", "correlation", "fanout_norm", "moments", "lemma1_residual", "alignment", "gradient_max"]
 
@@ -67,7 +68,7 @@ def test_a_whole_sweep_is_its_points(swept, tmp_path):
         training__steps_per_epoch=3, record__observables=[*OBSERVABLES, "observation"],
     )  # fmt: skip
     whole = tsdyn.run(experiment, tmp_path / "sweep").load()
-    dims = tsdyn.archive.swept_dimensions(whole)
+    dims = selecting.swept_dimensions(whole)
     directories = sorted(p for p in (tmp_path / "sweep").iterdir() if (p / "archive.nc").exists())
     points = {tsdyn.Experiment.from_toml(p / "experiment.toml").to_toml(): p for p in directories}
     found = {name: measure(whole) for name, measure in ANALYSES.items()}

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, stack_module_state, vmap
 
-from tsdyn import convolution, propagated
-from tsdyn.batches import finite_stream
-from tsdyn.ensemble import Ensemble
-from tsdyn.networks import Network
-from tsdyn.rules import Rule
-from tsdyn.train import train_epoch
+from tsdyn.engine import convolution, propagated
+from tsdyn.engine.batches import finite_stream
+from tsdyn.engine.ensemble import Ensemble
+from tsdyn.engine.rule import Rule
+from tsdyn.engine.train import train_epoch
+from tsdyn.networks.network import Network
 
 IMAGE, CHANNELS, OUTPUTS, SAMPLES, RATE = (1, 16, 16), (16, 16, 16, 16), 100, 512, 1e-3
 

@@ -18,8 +18,9 @@ import netCDF4
 import torch
 
 import tsdyn
-from tsdyn import netcdf, run_directory, schema, vocabulary
-from tsdyn.members import Members
+from tsdyn import schema, vocabulary
+from tsdyn.archive import netcdf, run_directory
+from tsdyn.running.members import Members
 
 
 def experiment(epochs: int, steps: int) -> tsdyn.Experiment:

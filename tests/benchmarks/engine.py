@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from torch.func import functional_call, grad, vmap
 
-from tsdyn.batches import finite_stream
-from tsdyn.ensemble import Ensemble
-from tsdyn.networks import Network
-from tsdyn.rules import Rule
-from tsdyn.train import train_epoch
+from tsdyn.engine.batches import finite_stream
+from tsdyn.engine.ensemble import Ensemble
+from tsdyn.engine.rule import Rule
+from tsdyn.engine.train import train_epoch
+from tsdyn.networks.network import Network
 
 RATE = 0.01
 SAMPLES = 10_000

@@ -19,7 +19,7 @@ import torch
 from tests import oracles
 from tests.cases import REFERENCE, glorot_students, orthonormal_teacher
 from tsdyn import flow
-from tsdyn.population_loss import PopulationLoss
+from tsdyn.population.two_layer_loss import PopulationLoss
 
 
 def seconds(work: Callable[[], object], times: int) -> float:

@@ -17,8 +17,9 @@ from unittest.mock import patch
 import torch
 
 import tsdyn
-from tsdyn import forward, run_directory
-from tsdyn.members import Members
+from tsdyn import forward
+from tsdyn.archive import run_directory
+from tsdyn.running.members import Members
 
 PARTS = {
     "training": (Members, "train"),

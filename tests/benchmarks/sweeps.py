@@ -16,7 +16,7 @@ import torch
 
 import tsdyn
 from tests.benchmarks import durability
-from tsdyn import sweep
+from tsdyn.running import sweep
 
 
 def equal(points: int, epochs: int) -> tsdyn.Experiment:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.func import functional_call, grad, vmap
 
-from tests.test_theory import scaled_network
+from tests.theory.test_theory import scaled_network
 from tsdyn import derivatives, theory
 
 NETS = {"two-layer": (100, 50, 50), "deep": (20, 100, 150, 200, 250, 100)}

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from tsdyn import Network, population, registers
-from tsdyn.activations import activation, from_module
-from tsdyn.population_loss import PopulationLoss
+from tsdyn.networks.activations import activation, from_module
+from tsdyn.population.two_layer_loss import PopulationLoss
 
 NAMES = registers.ACTIVATIONS.names()
 DTYPES = (torch.float32, torch.float64)

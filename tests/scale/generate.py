@@ -9,9 +9,10 @@ import netCDF4
 import numpy as np
 
 from tests.cases import small
-from tsdyn import netcdf, schema, sweep_directory, vocabulary
-from tsdyn.experiment import Experiment
-from tsdyn.run_directory import ARCHIVE, EXPERIMENT
+from tsdyn import schema, vocabulary
+from tsdyn.archive import netcdf, sweep_directory
+from tsdyn.archive.run_directory import ARCHIVE, EXPERIMENT
+from tsdyn.experiment.experiment import Experiment
 
 #: About 100 MB a run: what the large archives are made of.
 LARGE = small(

@@ -20,8 +20,9 @@ import tsdyn
 from tests.cases import small
 from tests.scale import generate
 from tests.scale import reading as read
-from tsdyn import sweep, sweep_directory
-from tsdyn.headers import INDEX, Headers
+from tsdyn.archive import sweep_directory
+from tsdyn.archive.headers import INDEX, Headers
+from tsdyn.running import sweep
 
 #: dask's limit for each worker.
 MEMORY = "2GiB"

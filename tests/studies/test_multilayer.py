@@ -5,10 +5,11 @@ import itertools
 import numpy as np
 import torch
 
-from tsdyn import data, studies
-from tsdyn.members import Members
-from tsdyn.students import draw_student
-from tsdyn.teachers import draw_teacher
+from tsdyn import studies
+from tsdyn.problem import inputs
+from tsdyn.problem.students import draw_student
+from tsdyn.problem.teachers import draw_teacher
+from tsdyn.running.members import Members
 
 DESK = studies.load("tian2019-multilayer").EXPERIMENTS["desk"]
 
@@ -18,9 +19,9 @@ def test_an_epoch_is_the_released_codes():
     short = {"sweep": {}, "seeds": 1, "dtype": "float64", "data.train": 640, "data.eval": 256}
     experiment = DESK.replace(short | {"student.overrealization": 2.0})
     teacher, theirs = draw_teacher(experiment, 0), draw_student(experiment, 0).to_torch()
-    x = torch.from_numpy(data.training_inputs(experiment, 0))
+    x = torch.from_numpy(inputs.training_inputs(experiment, 0))
     optimizer = torch.optim.SGD(theirs.parameters(), lr=0.2)
-    for rows in data.batch_indices(experiment, 0, 1, len(x)):
+    for rows in inputs.batch_indices(experiment, 0, 1, len(x)):
         optimizer.zero_grad()
         torch.nn.MSELoss()(theirs(x[rows]), teacher(x[rows])).backward()
         optimizer.step()
@@ -34,7 +35,7 @@ def test_an_epoch_is_the_released_codes():
 
 def test_the_teacher_is_the_released_codes():
     experiment = DESK.replace({"sweep": {}, "dtype": "float64", "data.eval": 1000})
-    teacher, x = draw_teacher(experiment, 1), torch.from_numpy(data.evaluation_inputs(experiment, 1))
+    teacher, x = draw_teacher(experiment, 1), torch.from_numpy(inputs.evaluation_inputs(experiment, 1))
     assert teacher.widths == (20, 10, 15, 20, 25, 100)
     assert abs(float(x.std()) - 10) < 5 * 10 / np.sqrt(2 * x.numel())
     trace = teacher.trace(x)

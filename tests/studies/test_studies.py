@@ -2,8 +2,9 @@ import pytest
 
 import tsdyn
 from tests.cases import cifar10
-from tsdyn import integrity, studies
-from tsdyn.archive import write_dataset
+from tsdyn import studies
+from tsdyn.archive import integrity
+from tsdyn.archive.netcdf import write_dataset
 
 TWO_LAYER = ("tian2020-l-shape", "tian2020-success-rate", "tian2020-recovery")
 

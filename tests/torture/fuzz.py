@@ -27,10 +27,13 @@ from dask.distributed import Client as Client
 import tsdyn
 from tests.cases import small
 from tests.torture.harness import FINISHED, SEGMENTED, fork, fresh, same, training
-from tsdyn import cli, costs, integrity, runner, sweep, whole_files
-from tsdyn.archive import ArchiveError
-from tsdyn.experiment import Experiment, ExperimentError
-from tsdyn.members import Members
+from tsdyn import cli
+from tsdyn.archive import integrity, reading, run_directory, whole_files
+from tsdyn.archive.whole_files import ArchiveError
+from tsdyn.experiment.errors import ExperimentError
+from tsdyn.experiment.experiment import Experiment
+from tsdyn.running import estimates, sweep
+from tsdyn.running.members import Members
 
 HERE = Path(__file__).resolve().parent
 #: What a child may take beyond what it was forked with, for files below 1 MB; seconds of work; seconds in all.
@@ -243,8 +246,8 @@ def _but_for_nan(found: xr.Dataset, whole: xr.Dataset, repaired: bool) -> bool:
 
 
 def _stop_before_the_end() -> None:
-    runner.RunDirectory.consolidate = lambda self, attrs: None  # type: ignore[method-assign]
-    tsdyn.archive.open = lambda path: None  # type: ignore[assignment]
+    run_directory.RunDirectory.consolidate = lambda self, attrs: None  # type: ignore[method-assign]
+    reading.open = lambda path: None  # type: ignore[assignment]
 
 
 # --- experiment files ----------------------------------------------------------------------------------------
@@ -370,7 +373,7 @@ def experiments(scratch: Path, rng: random.Random, number: int) -> str:
                 return {"fate": "refused" if code == 2 and len(str(error)) < 20_000 else "wrong", "words": said[:300]}
             assert Experiment.from_toml_text(accepted.to_toml()) == accepted
             points = [single for _, single in accepted.points()]
-            if len(points) == 1 and costs.footprint(points[0]).bytes < MEMORY // 8:
+            if len(points) == 1 and estimates.footprint(points[0]).bytes < MEMORY // 8:
                 _ = Members(points[0]).ensemble
             return {"fate": "accepted" if code in (0, 1, 2) else "wrong", "words": said[:300]}
 

@@ -22,8 +22,10 @@ import xarray as xr
 
 import tsdyn
 from tests.cases import small
-from tsdyn import integrity, runner
-from tsdyn.archive import ArchiveError, RunDirectory
+from tsdyn.archive import integrity
+from tsdyn.archive.run_directory import RunDirectory
+from tsdyn.archive.whole_files import ArchiveError
+from tsdyn.running import runner
 
 SEGMENTED = small(
     teacher__widths=[5, 3, 2],

@@ -24,7 +24,7 @@ from dask.distributed import Client, LocalCluster
 import tsdyn
 from tests.torture import trace
 from tests.torture.harness import FAILED, FINISHED, SEGMENTED, Law, arm, fork, fresh, operations, same, shim, training
-from tsdyn import whole_files
+from tsdyn.archive import whole_files
 
 
 def kills(scratch: Path, rng: random.Random, number: int) -> str:

@@ -1,0 +1,105 @@
+"""Matrices of nodes by nodes, ordered by best match: correlations and couplings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from tsdyn.analysis import layout, matching, panels
+from tsdyn.analysis.figures.reading import in_lowest_layer, variables_of
+
+
+def measure_correlation(archive: xr.Dataset) -> xr.Dataset:
+    """``correlation`` of the first seed at the last epoch and ``node_order``; (swept..., teacher_node, node)."""
+    return _ordered(archive, "correlation")
+
+
+def correlation_map(ds: xr.Dataset, *, ax: Axes | None = None, bar: bool = True) -> Axes:
+    """Correlations of one seed (the first) at one epoch (the last), student nodes ordered by their best teacher node.
+
+    Grey: dead nodes.
+    """
+    layout.require_point(ds, "correlation_map")
+    return _map(measure_correlation(ds), "correlation", 1.0, ax, bar)
+
+
+def draw_correlation(ds: xr.Dataset) -> Figure:
+    """Panels of `correlation_map`."""
+    measured = measure_correlation(ds)
+    figure = layout.grid(
+        measured, lambda at, ax: correlation_map(measured.sel(at), ax=ax, bar=False),
+        title=layout.headed(f"correlation, seed {int(measured['seed'])}, epoch {int(measured['epoch'])}", measured),
+        share=False, **layout.two_ways(layout.swept(measured)),
+    )  # fmt: skip
+    figure.colorbar(figure.axes[0].images[0], ax=figure.axes, label="correlation")
+    return figure
+
+
+def measure_couplings(archive: xr.Dataset) -> xr.Dataset:
+    """β* (``A``) and ``H_star`` of the first seed at the first and last epoch, and ``node_order`` of the last."""
+    return _ordered(archive, "couplings")
+
+
+def coupling_map(ds: xr.Dataset, *, variable: str = "H_star", ax: Axes | None = None, bar: bool = True) -> Axes:
+    """β* (``A``) or H* (``H_star``) of one seed at the last epoch, student nodes ordered by their best teacher node.
+
+    Where students specialize both become a staircase: the diagonal dominates.  Source: Tian et al. (2019), Figure 10.
+
+    Raises:
+        ValueError: if `variable` is neither.
+    """
+    if variable not in ("A", "H_star"):
+        raise ValueError(f"coupling_map: variable={variable!r}; it is 'A' (β*) or 'H_star'")
+    layout.require_point(ds, "coupling_map")
+    measured = measure_couplings(ds)
+    largest = float(np.fmax.reduce(np.abs(measured[variable].values), axis=None, initial=0.0)) or 1.0
+    now = measured.isel(epoch=-1) if "epoch" in measured.dims else measured
+    return _map(now, variable, largest, ax, bar)
+
+
+def draw_couplings(ds: xr.Dataset) -> Figure:
+    """β* and H* before and after training, a row a point of the sweep; each pair on one scale."""
+    measured = measure_couplings(ds)
+    names = {"β*": "A", "H*": "H_star"}
+    cells = measured.assign_coords(moment=list(names))
+
+    def draw(at: dict[str, Any], ax: Axes) -> None:
+        point = {dim: value for dim, value in at.items() if dim not in ("moment", "epoch")}
+        own, name = measured.sel(point), names[at["moment"]]
+        largest = float(np.fmax.reduce(np.abs(own[name].values), axis=None, initial=0.0)) or 1.0
+        ax.figure.colorbar(_map(own.sel(epoch=at["epoch"]), name, largest, ax, False).images[0], ax=ax)
+
+    return layout.grid(
+        cells, draw, across=("moment", "epoch"), down=layout.swept(measured), share=False,
+        title=layout.headed(f"student nodes ordered by best teacher node, seed {int(measured['seed'])}", measured),
+    )  # fmt: skip
+
+
+def _ordered(archive: xr.Dataset, figure: str) -> xr.Dataset:
+    if "node_order" in archive:
+        return archive
+    needed = in_lowest_layer(variables_of(archive, figure).isel(seed=0))
+    ends = needed.isel(epoch=[-1] if figure == "correlation" else sorted({0, needed.sizes["epoch"] - 1})).load()
+    order = matching.node_order(ends.isel(epoch=-1)).drop_vars("epoch")
+    ends = ends.isel(epoch=-1) if figure == "correlation" else ends
+    return ends.assign(node_order=order)
+
+
+def _map(one: xr.Dataset, variable: str, largest: float, ax: Axes | None, bar: bool) -> Axes:
+    own = layout.unpadded(one)
+    order = own["node_order"].values.astype(int)  # padding comes last, and is cut already
+    values = own[variable].transpose("teacher_node", "node").isel(node=order[order < own.sizes["node"]])
+    ax = panels.table(values, ax=ax, limits=(-largest, largest), cmap="RdBu_r", bar=bar)
+    ax.set(xlabel="student node, by best teacher node", ylabel="teacher node")
+    ax.set_yticks(*_node_ticks(values.sizes["teacher_node"]))
+    ax.set_xticks([])
+    return ax
+
+
+def _node_ticks(count: int) -> tuple[list[int], list[str]]:
+    """Counted from 1; about eight of them."""
+    step = max(1, round(count / 8))
+    return list(range(0, count, step)), [str(1 + i) for i in range(0, count, step)]

@@ -1,0 +1,142 @@
+"""Boundaries of nodes in the plane of a two-dimensional input, still or animated."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from matplotlib.animation import FuncAnimation
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from tsdyn.analysis import layout, panels
+from tsdyn.analysis.figures.reading import variables_of
+from tsdyn.analysis.identity import per_point
+
+from tsdyn import layer as one_layer
+from tsdyn.archive.selecting import lowest_layer
+
+#: Epochs shown as panels.
+SNAPSHOTS = 4
+
+
+def measure_boundaries(archive: xr.Dataset) -> xr.Dataset:
+    """Weights and biases of the lowest layer of the first seed and its fan-out norms, at every epoch.
+
+    Raises:
+        ValueError: if inputs are not in the plane.
+    """
+    if "extent" in archive:
+        return archive
+    needed = variables_of(archive, "boundaries").isel(seed=0)
+    if "layer" not in needed.dims:
+        if int(needed["layer"]) != 1:
+            raise ValueError(f"boundaries: of the lowest layer, not of layer {int(needed['layer'])}")
+    else:
+        needed = one_layer(needed, lowest_layer(needed))
+    inputs = int(needed["input_width"].max())
+    if inputs != 2:
+        raise ValueError(
+            f"boundaries: inputs have {inputs} dimensions, and a map needs the plane: [teacher] widths = [2, ...]"
+        )
+    measured = needed.isel(input_node=slice(0, 2)).load()
+    return measured.assign(extent=3.0 * per_point(archive, lambda point: point.data.std))
+
+
+def boundaries(ds: xr.Dataset, *, ax: Axes | None = None, strongest: float | None = None) -> Axes:
+    """Where each node of the lowest layer switches on, of one seed (the first) at one epoch (the last).
+
+    Teacher nodes dashed and black, student nodes coloured, the wider and darker the larger their fan-out norm ‖v_k‖,
+    which the legend says.  Over three standard deviations of the inputs.  Source: Tian (2020), Figure 3.
+
+    Args:
+        ds: One point of a sweep.
+        ax: Axes.
+        strongest: Fan-out norm drawn at full width; the largest of `ds` at any epoch if None.
+    """
+    layout.require_point(ds, "boundaries")
+    measured = layout.unpadded(measure_boundaries(ds))
+    if strongest is None:
+        strongest = float(np.fmax.reduce(measured["fanout_norm"].values, axis=None)) or 1.0
+    now = measured.isel(epoch=-1) if "epoch" in measured.dims else measured
+    ax = panels.axes(ax)
+    extent = float(measured["extent"])
+    ax.set(xlim=(-extent, extent), ylim=(-extent, extent), aspect="equal", xlabel="$x_1$", ylabel="$x_2$")
+    strength = (now["fanout_norm"] / strongest).fillna(0.0).clip(0, 1)
+    panels.lines(now["weight"], now["bias"], strength, ax)
+    panels.lines(
+        now["teacher_weight"], now["teacher_bias"], None, ax, color="black", linestyle=(0, (5, 3)), linewidth=1.0
+    )
+    return ax
+
+
+def _boundary_names(norms: xr.DataArray) -> list[str]:
+    """Of the coloured lines of a legend: each student node with its fan-out norm, where there is one point and few."""
+    if norms.ndim == 1 and norms.size <= 2 * len(panels.PALETTE):
+        return [f"student {k + 1}: ‖v‖ = {float(norms[k]):.2g}" for k in range(norms.size)]
+    return ["student node"]
+
+
+def _boundary_key(figure: Figure, measured: xr.Dataset) -> None:
+    """Legend: colours of student nodes with their fan-out norms at the last epoch, where there is room for them."""
+    from matplotlib.lines import Line2D
+
+    handles = [Line2D([], [], color="black", linestyle="--", linewidth=1, label="teacher node")]
+    last = measured.isel(epoch=-1) if "epoch" in measured.dims else measured
+    for k, name in enumerate(_boundary_names(layout.unpadded(last)["fanout_norm"])):
+        handles.append(Line2D([], [], color=panels.colour(k), linewidth=2, label=name))
+    figure.legend(handles=handles, loc="outside right upper", fontsize=7)
+
+
+def draw_boundaries(ds: xr.Dataset) -> Figure:
+    """`boundaries` at up to `SNAPSHOTS` epochs, a row a point of the sweep; widths comparable along a row."""
+    measured = measure_boundaries(ds)
+    chosen = np.unique(np.linspace(0, measured.sizes["epoch"] - 1, SNAPSHOTS).round().astype(int))
+    shown = measured.isel(epoch=chosen)
+
+    def draw(at: dict[str, Any], ax: Axes) -> None:
+        point = {dim: value for dim, value in at.items() if dim != "epoch"}
+        strongest = float(np.fmax.reduce(measured["fanout_norm"].sel(point).values, axis=None)) or 1.0
+        boundaries(shown.sel(at), ax=ax, strongest=strongest)
+
+    title = f"boundaries, seed {int(measured['seed'])}; wide: large ‖v‖"
+    figure = layout.grid(
+        shown, draw, across=("epoch",), down=layout.swept(measured), title=layout.headed(title, measured), beside=1.6
+    )  # fmt: skip
+    _boundary_key(figure, shown)
+    return figure
+
+
+def animate_boundaries(ds: xr.Dataset, *, interval: int = 150) -> FuncAnimation:
+    """`boundaries` over all recorded epochs of one point; ``.save("x.gif", writer="pillow")``, or ``.to_jshtml()``.
+
+    Args:
+        ds: One point of a sweep.
+        interval: Milliseconds a frame.
+
+    Raises:
+        ValueError: if several points are left.
+    """
+    layout.require_point(ds, "animate_boundaries")
+    measured = measure_boundaries(ds)
+    strongest = float(np.fmax.reduce(measured["fanout_norm"].values, axis=None)) or 1.0
+    figure = Figure(figsize=(5.6, 4.0), layout="constrained")
+    ax = figure.subplots()
+    _boundary_key(figure, measured)
+
+    def frame(position: int) -> list[Any]:
+        ax.clear()
+        now = measured.isel(epoch=position)
+        boundaries(now, ax=ax, strongest=strongest)
+        ax.set_title(layout.headed(f"seed {int(now['seed'])}, epoch {int(now['epoch'])}", now), fontsize=10)
+        names = _boundary_names(layout.unpadded(now)["fanout_norm"])
+        for text, name in zip(figure.legends[0].get_texts()[1:], names, strict=True):
+            text.set_text(name)
+        return []
+
+    frame(measured.sizes["epoch"] - 1)
+    for _ in range(2):  # the second pass knows how wide the legend is
+        figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # laid out once; every frame again would take most of the time
+    frame(0)
+    return FuncAnimation(figure, frame, frames=measured.sizes["epoch"], interval=interval, init_func=list)

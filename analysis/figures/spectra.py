@@ -1,0 +1,57 @@
+"""Largest eigenvalues of the Hessian."""
+
+from __future__ import annotations
+
+import numpy as np
+import xarray as xr
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from tsdyn.analysis import layout, panels
+from tsdyn.analysis.figures.curves import measure_curves
+from tsdyn.analysis.figures.reading import variables_of
+
+#: Epochs whose spectra are drawn.
+SPECTRA = 4
+
+
+def measure_spectrum(archive: xr.Dataset) -> xr.Dataset:
+    """Quantiles over seeds of ``hessian_eigenvalue`` at up to `SPECTRA` epochs; (swept..., epoch, mode, quantile)."""
+    if "hessian_eigenvalue" in archive and "quantile" in archive["hessian_eigenvalue"].dims:
+        return archive
+    needed = variables_of(archive, "spectrum")
+    chosen = np.unique(np.linspace(0, needed.sizes["epoch"] - 1, SPECTRA).round().astype(int))
+    return measure_curves(needed.isel(epoch=chosen), "hessian_eigenvalue")
+
+
+def spectrum(ds: xr.Dataset, *, ax: Axes | None = None) -> Axes:
+    """Largest eigenvalues of the Hessian in descending order, dark to light over epochs, with their bands over seeds.
+
+    On a log scale; where some are not positive, on one that is linear near 0.
+    """
+    layout.require_point(ds, "spectrum")
+    values = measure_spectrum(ds)["hessian_eigenvalue"]
+    values = values.assign_coords(mode=values["mode"] + 1)
+    ax = panels.axes(ax)
+    epochs = np.atleast_1d(values["epoch"].values)
+    for position, epoch in enumerate(epochs):
+        own = values.sel(epoch=epoch) if "epoch" in values.dims else values
+        panels.band(own, along="mode", ax=ax, color=panels.shade(position, len(epochs)), label=f"epoch {epoch}")
+    smallest, largest = (float(f.reduce(values.values, axis=None)) for f in (np.fmin, np.fmax))
+    if smallest > 0:
+        ax.set_yscale("log")
+    elif largest > smallest:
+        ax.set_yscale("symlog", linthresh=1e-3 * max(largest, -smallest))
+    ax.set(xlabel="eigenvalue, largest first", ylabel="eigenvalue of the Hessian")
+    return ax
+
+
+def draw_spectrum(ds: xr.Dataset) -> Figure:
+    """Panels of `spectrum`."""
+    measured = measure_spectrum(ds)
+    figure = layout.grid(
+        measured, lambda at, ax: spectrum(measured.sel(at), ax=ax), beside=1.0,
+        title=layout.headed("spectrum of the Hessian, median and 10th to 90th percentile of seeds", measured),
+        **layout.two_ways(layout.swept(measured)),
+    )  # fmt: skip
+    layout.legend(figure)
+    return figure

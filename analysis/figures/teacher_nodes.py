@@ -1,0 +1,156 @@
+"""How well each teacher node is recovered: the L-shape, success rates, and recovery over epochs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from tsdyn.analysis import layout, panels, specialization, summary
+from tsdyn.analysis.figures.reading import in_lowest_layer, variables_of
+
+#: Most lines in one panel: every colour in every style.
+MAX_LINES = len(panels.PALETTE) * len(panels.STYLES)
+
+
+def measure_l_shape(archive: xr.Dataset) -> xr.Dataset:
+    """``student_specialization`` and ``fanout_norm`` of one layer at the last epoch, (swept..., seed, node)."""
+    if "student_specialization" in archive:
+        return archive
+    last = in_lowest_layer(variables_of(archive, "l-shape").isel(epoch=-1)).load()
+    return xr.Dataset(
+        {
+            "student_specialization": specialization.student_specialization(last),
+            "fanout_norm": last["fanout_norm"],
+        }
+    )
+
+
+def l_shape(ds: xr.Dataset, *, ax: Axes | None = None) -> Axes:
+    """Fan-out norm against best correlation, a point a student node, a colour a seed.
+
+    Specialized students sit at correlation 1 with any norm, the others near norm 0: the L of Tian (2020), Figure 5.
+    """
+    layout.require_point(ds, "l_shape")
+    measured = measure_l_shape(ds)
+    return panels.points(measured["student_specialization"], measured["fanout_norm"], ax=ax)
+
+
+def draw_l_shape(ds: xr.Dataset) -> Figure:
+    """Panels of `l_shape`."""
+    measured = measure_l_shape(ds)
+    title = f"fan-out norm against best correlation, epoch {int(measured['epoch'])}"
+    return layout.grid(
+        measured, lambda at, ax: l_shape(measured.sel(at), ax=ax),
+        title=layout.headed(title, measured), **layout.two_ways(layout.swept(measured)),
+    )  # fmt: skip
+
+
+def measure_success_rate(archive: xr.Dataset, *, early: int = 5) -> xr.Dataset:
+    """``success_rate`` and its ``success_interval`` at the recorded epoch nearest `early` and at the last."""
+    if "success_rate" in archive:
+        return archive
+    needed = variables_of(archive, "success-rate")
+    epochs = needed["epoch"].values
+    chosen = sorted({int(np.abs(epochs - early).argmin()), len(epochs) - 1})
+    low = in_lowest_layer(needed.isel(epoch=chosen)).load()
+    return xr.Dataset(
+        {
+            "success_rate": specialization.success_rate(low),
+            "success_interval": specialization.success_interval(low),
+        }
+    )
+
+
+def success_rate(
+    ds: xr.Dataset, *, ax: Axes | None = None, color: str = panels.PALETTE[0], label: str = "", beside: float = 0.0
+) -> Axes:
+    """Share of seeds in which each teacher node is recovered; last epoch solid with its 95 % interval, others dotted.
+
+    Source: Tian (2020), Figure 7.
+
+    Args:
+        ds: One point of a sweep.
+        ax: Axes.
+        color: Of all its lines.
+        label: In the legend, before the epoch.
+        beside: Intervals stand so far beside their nodes, so that those of several curves do not hide one another.
+    """
+    layout.require_point(ds, "success_rate")
+    measured = layout.unpadded(measure_success_rate(ds))
+    ax = panels.axes(ax)
+    epochs = np.atleast_1d(measured["epoch"].values)
+    for epoch, line in zip(epochs[::-1], ("-", ":", "--"), strict=False):
+        now = measured.sel(epoch=epoch)
+        interval = now["success_interval"] if line == "-" and "success_interval" in now else None
+        name = f"{label}, epoch {epoch}" if label else f"epoch {epoch}"
+        panels.rate(now["success_rate"], interval, ax=ax, color=color, linestyle=line, label=name, beside=beside)
+    return ax
+
+
+def draw_success_rate(ds: xr.Dataset) -> Figure:
+    """Panels of `success_rate`: a colour a student width, or else a value of the last swept key."""
+    measured = measure_success_rate(ds)
+    swept = layout.swept(measured)
+    widths = [dim for dim in swept if dim in ("overrealization", "widths")][:1] or list(swept[-1:])
+    curves = _lines(measured, widths)
+
+    def draw(at: dict[str, Any], ax: Axes) -> None:
+        for position, point in enumerate(curves):
+            success_rate(
+                measured.sel({**at, **point}), ax=ax, color=panels.colour(position),
+                label=layout.name_of(measured, point),
+                beside=0.3 * (position / max(1, len(curves) - 1) - 0.5) if len(curves) > 1 else 0.0,
+            )  # fmt: skip
+
+    others = [d for d in swept if d not in widths]
+    figure = layout.grid(
+        measured, draw, title=layout.headed("success rate", measured), beside=1.8, **layout.two_ways(others)
+    )
+    layout.legend(figure)
+    return figure
+
+
+def _lines(measured: xr.Dataset, dims: Sequence[str]) -> list[dict[str, Any]]:
+    found = layout.points(measured, dims)
+    if len(found) > MAX_LINES:
+        raise ValueError(f"{len(found)} lines are more than {MAX_LINES} in a panel; select a part of the sweep first")
+    return found
+
+
+def measure_recovery(archive: xr.Dataset) -> xr.Dataset:
+    """``specialization`` of one layer at every epoch, (swept..., epoch, teacher_node), mean over seeds."""
+    if "specialization" in archive:
+        return archive
+    best = specialization.specialization(in_lowest_layer(variables_of(archive, "recovery")))
+    mean = summary.summarise(best)["mean"].assign_attrs(best.attrs)
+    return xr.Dataset({"specialization": mean}).load()
+
+
+def recovery(ds: xr.Dataset, *, ax: Axes | None = None) -> Axes:
+    """Best correlation of each teacher node against epoch, mean over seeds, dark to light from the first to the last.
+
+    Source: Tian (2020), Figure 8.
+    """
+    layout.require_point(ds, "recovery")
+    ax = panels.nodes(layout.unpadded(measure_recovery(ds))["specialization"], ax=ax)
+    ax.set_ylim(min(-0.05, ax.get_ylim()[0]), 1.05)
+    return ax
+
+
+def draw_recovery(ds: xr.Dataset) -> Figure:
+    """Panels of `recovery`."""
+    return _by_teacher_node(measure_recovery(ds), recovery, "best correlation of each teacher node, mean over seeds")
+
+
+def _by_teacher_node(measured: xr.Dataset, panel: Callable[..., Axes], title: str) -> Figure:
+    """Panels of the sweep, a shade a teacher node."""
+    figure = layout.grid(
+        measured, lambda at, ax: panel(measured.sel(at), ax=ax),
+        title=layout.headed(title, measured), **layout.two_ways(layout.swept(measured)),
+    )  # fmt: skip
+    layout.shade_bar(figure, int(layout.unpadded(measured).sizes["teacher_node"]), "teacher node")
+    return figure

@@ -1,0 +1,105 @@
+"""The compiled forward pass against the formulas of `observables`."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.networks.test_networks import random_network
+from tsdyn.engine import compiled_sums, native
+from tsdyn.observables import formulas, member
+
+pytestmark = pytest.mark.skipif(native.load(compiled_sums.SOURCE, compiled_sums.Job) is None, reason="no compiler here")
+
+
+def drawn(widths, seed, *, bias=True, dtype=torch.float64, leak=0.0):
+    net = random_network(widths, "leaky_relu" if leak else "relu", seed=seed, bias=bias)
+    parameters = [[None if p is None else p.to(dtype) for p in part] for part in (net.weights, net.biases)]
+    return type(net)(*parameters, net.activation.name, leak=leak)
+
+
+def by_formula(student, teacher, x):
+    """Squared error and correlations, from every activation at once."""
+    theirs, ours = teacher.trace(x), student.trace(x)
+    pairs = zip(theirs.activations[:-1], ours.activations[:-1], strict=True)
+    return (theirs.output - ours.output).square().sum(), [formulas.correlation(t, f) for t, f in pairs]
+
+
+@given(
+    hidden=st.lists(st.tuples(st.integers(1, 20), st.integers(1, 20)), max_size=3),
+    ends=st.tuples(st.integers(1, 20), st.integers(1, 20)),
+    samples=st.integers(2, 2 * compiled_sums.BLOCK + 40),
+    bias=st.booleans(),
+    leak=st.sampled_from([0.0, 0.1]),
+    dtype=st.sampled_from([torch.float64, torch.float32]),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=60, deadline=None)
+def test_sums_are_those_of_the_formulas(hidden, ends, samples, bias, leak, dtype, seed):
+    """A sum of N terms keeps a relative error of N eps, whatever its order; a correlation is a ratio of three such."""
+    teacher = drawn((ends[0], *(m for m, _ in hidden), ends[1]), seed, dtype=dtype, leak=leak)
+    student = drawn((ends[0], *(n for _, n in hidden), ends[1]), seed + 100, bias=bias, dtype=dtype, leak=leak)
+    x = torch.randn(samples, ends[0], generator=torch.Generator().manual_seed(seed), dtype=dtype)
+    probe = member.Probe(x, teacher)
+    found = compiled_sums.sums(student, x, probe.trace.output, probe.standardized)
+    squared_error, correlations = by_formula(student, teacher, x)
+    eps = torch.finfo(dtype).eps
+    # an output is a sum of its own, of products that may cancel: as exact as its size before that
+    size = float(probe.trace.output.abs().max() + student(x).abs().max())
+    depth = sum(w.shape[1] + 1 for w in student.weights)
+    scale = size * (float(squared_error) * samples * ends[1]) ** 0.5 + float(squared_error)
+    assert float(found.squared_error) == pytest.approx(float(squared_error), abs=4 * eps * (depth + samples) * scale)
+    for got, expected, t, f in zip(
+        found.correlations, correlations, teacher.trace(x).activations, student.trace(x).activations, strict=False
+    ):
+        assert got.shape == (t.shape[1], f.shape[1])
+        # a node that varies less than rounding moves it is constant in one way of computing and not in the other
+        told = (f.std(0) > 1e3 * eps * f.abs().amax(0)) & (t.std(0) > 1e3 * eps * t.abs().amax(0))[:, None]
+        room = (1 + (f.abs().amax(0) / f.std(0))) * (1 + (t.abs().amax(0) / t.std(0)))[:, None]
+        error = (got - expected).abs() / room
+        assert (error[told] <= 4 * eps * (depth + samples)).all()
+
+
+@pytest.mark.parametrize("samples", [1, 31, 32, 33, 1024, 1025, 5117])
+def test_bits_do_not_depend_on_threads(samples):
+    teacher, student = drawn((7, 5, 6, 3), 1), drawn((7, 12, 9, 3), 2)
+    x = torch.randn(samples, 7, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    probe, before, found = member.Probe(x, teacher), torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(compiled_sums.sums(student, x, probe.trace.output, probe.standardized))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert torch.equal(other.squared_error, found[0].squared_error)
+        for a, b in zip(other.correlations, found[0].correlations, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_a_node_of_small_variance_keeps_its_digits():
+    """f = 1 + 1e-6 x: centred by a mean within its own scatter, the correlation with x is exact to 1e-6 of eps."""
+    samples = 3000
+    x = torch.randn(samples, 1, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    teacher, student = drawn((1, 1, 1), 1), drawn((1, 1, 1), 2)
+    student.weights[0].fill_(1e-6)
+    student.biases[0].fill_(1.0)
+    t = formulas.standardized(x)
+    (got,) = compiled_sums.sums(student, x, teacher(x), [t]).correlations
+    # f itself is rounded to eps/2, and the scatter of those errors is 2**-53 / 1e-6 of its own
+    assert float(got) == pytest.approx(1.0, abs=1e-9)
+
+
+def test_constant_and_dead_nodes_are_nan():
+    teacher, student = drawn((4, 3, 2), 1), drawn((4, 6, 2), 2)
+    student.weights[0][2], student.biases[0][2] = 0, -1  # never fires
+    student.weights[0][4], student.biases[0][4] = 0, 0.3  # always the same
+    student.weights[0][5] = torch.nan
+    x = torch.randn(2500, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    probe = member.Probe(x, teacher)
+    found = compiled_sums.sums(student, x, probe.trace.output, probe.standardized)
+    lost = found.correlations[0].isnan()
+    assert lost[:, [2, 4, 5]].all()
+    assert not lost[:, [0, 1, 3]].any()
+    assert found.squared_error.isnan()

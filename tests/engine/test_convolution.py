@@ -1,0 +1,76 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.networks.test_convolutional_networks import IMAGE, images, module
+from tsdyn.engine import convolution
+from tsdyn.engine.ensemble import Ensemble
+from tsdyn.engine.propagated import step
+from tsdyn.engine.rule import Rule
+from tsdyn.networks.network import Network
+
+served = pytest.mark.skipif(not convolution.serves(torch.zeros(1)), reason="no compiler")
+
+
+@served
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("channels", "below", "rows", "columns", "kernel", "samples"),
+    [(1, 1, 3, 3, (3, 3), 1), (7, 2, 6, 5, (3, 3), 3), (16, 5, 8, 8, (3, 3), 16), (4, 3, 5, 9, (2, 5), 11)],
+)
+def test_it_is_torchs_convolution_of_each_member(channels, below, rows, columns, kernel, samples, dtype, threads):
+    """Runs shorter than a vector, of whole vectors and with a rest; every channel count a tile can have."""
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(3, below, rows, columns, samples, generator=draw, dtype=dtype)
+    weight = torch.randn(3, channels, below, *kernel, generator=draw, dtype=dtype)
+    bias = torch.randn(3, channels, generator=draw, dtype=dtype)
+    above = torch.randn(
+        3, channels, rows - kernel[0] + 1, columns - kernel[1] + 1, samples, generator=draw, dtype=dtype
+    )
+    leaves = [t.requires_grad_(True) for t in (x, weight, bias)]
+
+    def torchs(x, weight, bias):
+        each = [F.conv2d(a.permute(3, 0, 1, 2), w, b) for a, w, b in zip(x, weight, bias, strict=True)]
+        return torch.stack(each).permute(0, 2, 3, 4, 1)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found, expected = convolution.convolve(*leaves), torchs(*leaves)
+        gradients, wanted = (torch.autograd.grad(z, leaves, above) for z in (found, expected))
+    finally:
+        torch.set_num_threads(before)
+    # sums of at most so many products of standard normals, each rounded
+    terms = max(below * kernel[0] * kernel[1], channels * kernel[0] * kernel[1], above[0, 0].numel())
+    tolerance = 8 * terms * torch.finfo(dtype).eps
+    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
+    for a, b in zip(gradients, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
+    bare = convolution.convolve(x, weight, None)
+    torch.testing.assert_close(bare + bias[:, :, None, None, None], found, rtol=0, atol=tolerance)
+
+
+@served
+@pytest.mark.parametrize("place", ["before", "after"])
+@pytest.mark.parametrize("padding", [0, 1])
+def test_a_step_is_the_same_without_a_compiler(place, padding, monkeypatch):
+    ways = []
+    for compiled in (True, False):
+        if not compiled:
+            monkeypatch.setattr(convolution, "serves", lambda x: False)
+        made = [Network.from_torch(module(place, seed=s).eval(), image=IMAGE) for s in range(2)]
+        if padding:
+            made = [
+                Network(
+                    [*n.weights[:-1], torch.ones(3, 4 * 64).double()], n.biases, norms=n.norms, norm=place,
+                    image=IMAGE, padding=1,
+                )
+                for n in made
+            ]  # fmt: skip
+        ensemble = Ensemble.of(made)
+        x = torch.stack([images(6, seed=s).flatten(1) for s in range(2)])
+        step(ensemble, x, torch.ones(2, 6, 3, dtype=torch.float64), Rule(0.01), 1)
+        ways.append(list(ensemble.tensors()))
+    for a, b in zip(*ways, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)

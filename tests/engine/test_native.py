@@ -1,0 +1,171 @@
+"""Native code: built once and whole, loaded only if it is this user's own and its structs are ours."""
+
+import ctypes
+import logging
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from tsdyn.engine import compiled_step, compiled_sums, convolution, native
+
+JOBS = {module.__name__: (module.SOURCE, module.Job) for module in (compiled_step, compiled_sums, convolution)}
+
+pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler here")
+
+
+@pytest.fixture
+def fresh(tmp_path, monkeypatch):
+    """A cache of its own, and nothing loaded, said or given up yet."""
+    cached = native.load, native._compiler, native._say_once, native._private_folder
+    for function in cached:
+        function.cache_clear()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("TSDYN_KERNEL", raising=False)
+    yield tmp_path / "cache" / "tsdyn"
+    for function in cached:
+        function.cache_clear()
+    native._hanging.clear()
+
+
+def source(folder, *, field=False, quick=True):
+    """A small library with a Job of two fields, in a folder of its own; or of three."""
+    folder.mkdir(exist_ok=True)
+    shutil.copy(native.FOLDER / "job.hpp", folder)
+    more, listed = ("int64_t third;", ", TSDYN_FIELD(third)") if field else ("", "")
+    path = folder / "small.cpp"
+    path.write_text(
+        '#include "job.hpp"\n'
+        f"struct Job {{ int64_t first; double second; {more} }};\n"
+        f"TSDYN_EXPORT_JOB(TSDYN_FIELD(first), TSDYN_FIELD(second){listed})\n"
+        'extern "C" int64_t sum(const Job* job) { return job->first + (int64_t)job->second; }\n'
+    )
+    return path
+
+
+class Job(ctypes.Structure):
+    _fields_ = (("first", ctypes.c_int64), ("second", ctypes.c_double))
+
+
+class Swapped(ctypes.Structure):
+    _fields_ = (("second", ctypes.c_double), ("first", ctypes.c_int64))
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_every_job_is_the_one_in_cpp(name):
+    assert native.load(*JOBS[name]) is not None
+
+
+def test_a_field_on_one_side_only_is_refused(fresh, tmp_path):
+    assert native.load(source(tmp_path / "same"), Job).sum(ctypes.byref(Job(2, 3.0))) == 5
+    with pytest.raises(native.LayoutError, match=r"24 bytes, \['first', 'second', 'third'\]; .*Job has 16"):
+        native.load(source(tmp_path / "more", field=True), Job)
+    with pytest.raises(native.LayoutError, match="Declare the same fields in both, in one order"):
+        native.load(source(tmp_path / "same"), Swapped)
+
+
+def test_a_real_source_with_a_field_more_is_refused(fresh, tmp_path):
+    for header in native.FOLDER.glob("*.hpp"):
+        shutil.copy(header, tmp_path)
+    text = convolution.SOURCE.read_text()
+    changed = text.replace("struct Job {\n", "struct Job {\n    int64_t added;\n")
+    assert changed != text
+    (tmp_path / "convolution.cpp").write_text(changed)
+    with pytest.raises(native.LayoutError, match="would write into other memory"):
+        native.load(tmp_path / "convolution.cpp", convolution.Job)
+
+
+@pytest.mark.parametrize("damage", ["half", "empty", "no checksum"])
+def test_a_broken_build_is_built_again(fresh, tmp_path, damage):
+    path = source(tmp_path / "of")
+    native.load(path, Job)
+    (library,) = fresh.glob("*.so")
+    content = library.read_bytes()
+    library.unlink()  # what is loaded stays as it was
+    if damage == "no checksum":
+        library.write_bytes(content)
+        library.with_suffix(".sha256").unlink()
+    else:
+        library.write_bytes(content[: len(content) // 2 if damage == "half" else 0])
+    native.load.cache_clear()
+    assert native.load(path, Job).sum(ctypes.byref(Job(2, 3.0))) == 5
+    assert native._whole(library)
+    assert sorted(p.suffix for p in fresh.iterdir()) == [".sha256", ".so"]
+
+
+def test_a_cache_that_others_can_write_is_not_run(fresh, tmp_path, caplog):
+    fresh.mkdir(parents=True)
+    fresh.chmod(0o777)
+    with caplog.at_level(logging.WARNING):
+        assert native.load(source(tmp_path / "of"), Job) is not None
+    assert list(fresh.iterdir()) == []
+    assert "belongs to another user or can be written by all" in caplog.text
+    mode = native._private_folder().stat().st_mode
+    assert stat.S_IMODE(mode) == 0o700
+
+
+def test_a_cache_of_another_user_is_not_run(fresh, tmp_path, monkeypatch):
+    native.load(source(tmp_path / "of"), Job)
+    assert native._own(fresh)
+    monkeypatch.setattr(os, "geteuid", lambda: 12345 + fresh.stat().st_uid)
+    assert native._own(fresh) == (fresh.stat().st_uid == 0)
+
+
+def test_without_a_home_directory_a_private_folder_is_used(tmp_path):
+    code = """
+        import logging, os, pwd
+        def gone(uid): raise KeyError("getpwuid(): uid not found")
+        pwd.getpwuid = gone
+        os.environ.pop("HOME", None), os.environ.pop("XDG_CACHE_HOME", None)
+        from tsdyn.engine import convolution; from tsdyn.engine import native
+        logging.basicConfig()
+        folder = native._private_folder()
+        print(native.load(convolution.SOURCE, convolution.Job) is not None, folder)
+    """
+    answer = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True, cwd=tmp_path
+    )
+    loaded, folder = answer.stdout.split()
+    assert loaded == "True"
+    assert not os.path.exists(folder)  # it went with the process
+    assert answer.stderr.count("there is no home directory; set XDG_CACHE_HOME") == 1
+
+
+def test_a_compiler_that_hangs_is_given_up_once(fresh, tmp_path, monkeypatch, caplog):
+    slow = tmp_path / "slow-compiler"
+    slow.write_text("#!/bin/sh\nsleep 60 & wait\n")
+    slow.chmod(0o755)
+    monkeypatch.setenv("CXX", str(slow))
+    monkeypatch.setattr(native, "VERSION_SECONDS", 0.2)
+    with caplog.at_level(logging.WARNING):
+        for part in ("one", "two"):
+            assert native.load(source(tmp_path / part), Job) is None
+    (record,) = caplog.records
+    assert "hangs: given up after 0.2 s" in record.message
+
+
+def test_a_fallback_is_said_and_one_that_was_asked_for_is_not(fresh, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    with caplog.at_level(logging.WARNING):
+        assert native.load(source(tmp_path / "of"), Job) is None
+        native.load.cache_clear()
+        assert native.load(source(tmp_path / "of"), Job) is None
+    (record,) = caplog.records
+    assert "slower and rounds otherwise: no C++ compiler is installed" in record.message
+    caplog.clear()
+    monkeypatch.setenv("TSDYN_KERNEL", "off")
+    native.load.cache_clear()
+    assert native.load(source(tmp_path / "of"), Job) is None
+    assert caplog.records == []
+
+
+def test_a_source_that_does_not_compile_says_what_the_compiler_says(fresh, tmp_path, caplog):
+    path = source(tmp_path / "of")
+    path.write_text("no C++ at all")
+    with caplog.at_level(logging.WARNING):
+        assert native.load(path, Job) is None
+    assert "ended with code 1" in caplog.text

@@ -1,0 +1,389 @@
+import functools
+import itertools
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import tests.oracles as oracles
+from tests.cases import REFERENCE
+from tests.comparing import assert_same
+from tsdyn.engine import batched, compiled_step, native, train
+from tsdyn.engine.batches import Batches, finite_stream
+from tsdyn.engine.ensemble import Ensemble, layer_of, living_blocks, mark_dead
+from tsdyn.engine.loss import LOSSES
+from tsdyn.engine.rule import OPTIMIZERS, Optimizer, Rule
+from tsdyn.engine.train import train_epoch
+from tsdyn.experiment.parts import Training
+from tsdyn.networks import activations
+from tsdyn.networks.network import Network
+from tsdyn.running import runner
+
+EPS = torch.finfo(torch.float64).eps
+
+
+def ensemble(widths, members=3, name="relu", bias=True, seed=0, leak=0.1):
+    draw = torch.Generator().manual_seed(seed)
+    normal = lambda *shape: torch.randn(*shape, generator=draw, dtype=torch.float64)  # noqa: E731
+    return Ensemble.of(
+        [
+            Network(
+                [normal(n, below) / below**0.5 for below, n in itertools.pairwise(widths)],
+                [0.1 * normal(n) for n in widths[1:]] if bias else None,
+                name,
+                leak=leak,
+            )
+            for _ in range(members)
+        ]
+    )
+
+
+def samples(widths, members=3, count=40, steps=10, batch=8, seed=1):
+    draw = torch.Generator().manual_seed(seed)
+    x = torch.randn(members, count, widths[0], generator=draw, dtype=torch.float64)
+    y = torch.randn(members, count, widths[-1], generator=draw, dtype=torch.float64)
+    return x, y, torch.randint(0, count, (members, steps, batch), generator=draw)
+
+
+RULES = {
+    "sgd": Rule(0.05),
+    "weight decay": Rule(0.05, weight_decay=0.1),
+    "momentum": Rule(0.02, momentum=0.9, weight_decay=0.01),
+    "adam": Rule(0.01, "adam"),
+    "adam with weight decay": Rule(0.01, "adam", weight_decay=0.1),
+    "features fixed": Rule(0.05, frozen=(1,)),
+    "top fixed": Rule(0.05, frozen=(2,)),
+    "all fixed": Rule(0.05, frozen=(1, 2, 3)),
+    "normalized": Rule(0.05, normalize=True),
+    "normalized momentum, top fixed": Rule(0.02, momentum=0.5, normalize=True, frozen=(3,)),
+}
+
+
+def general(ensemble, stream, rule, *, batch=8):
+    """The slow twin."""
+    train_epoch(ensemble, stream, rule, batch=batch, backend=train.GENERAL)
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+@pytest.mark.parametrize("bias", [True, False])
+def test_batched_plain_and_torch_optim_agree(rule, bias):
+    widths = (6, 9, 7, 4)
+    x, y, indices = samples(widths)
+    fast, plain, start = (ensemble(widths, bias=bias) for _ in range(3))
+    train_epoch(fast, finite_stream(x, y, indices), rule, batch=8)
+    general(plain, finite_stream(x, y, indices), rule)
+    # ten steps of sums over at most 9 nodes and 8 samples; Adam divides by small numbers, which amplifies
+    tolerance = (1e4 if rule.name == "adam" else 1e2) * EPS
+    assert_same(fast.values, plain.values, tolerance)
+    for member in range(3):
+        batches = [(x[member, rows], y[member, rows]) for rows in indices[member]]
+        module = oracles.train(start.network(member), batches, rule)
+        expected = Ensemble.of([Network.from_torch(module)])
+        assert_same(fast.block(slice(member, member + 1)).values, expected.values, tolerance)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    hidden=st.lists(st.integers(1, 9), min_size=0, max_size=4),
+    name=st.sampled_from(activations.NAMES),
+    bias=st.booleans(),
+    rule=st.sampled_from([RULES["sgd"], RULES["momentum"], RULES["weight decay"]]),
+)
+def test_batched_equals_plain_for_any_depth_and_activation(hidden, name, bias, rule):
+    widths = (5, *hidden, 3)
+    x, y, indices = samples(widths, steps=6)
+    fast, plain = (ensemble(widths, name=name, bias=bias) for _ in range(2))
+    train_epoch(fast, finite_stream(x, y, indices), rule, batch=8)
+    general(plain, finite_stream(x, y, indices), rule)
+    assert_same(fast.values, plain.values, 1e3 * EPS)
+
+
+OPTIONS = st.fixed_dictionaries(
+    {
+        "learning_rate": st.sampled_from([0.01, torch.tensor([0.01, 0.02, 0.005], dtype=torch.float64)]),
+        "momentum": st.sampled_from([0.0, 0.5]),
+        "weight_decay": st.sampled_from([0.0, 0.1]),
+        "name": st.sampled_from(["sgd", "adam"]),
+        "epsilon": st.just(0.1),  # Adam divides by √v + ε: a rounding of the gradient grows by at most η/ε a step
+        "frozen": st.sets(st.integers(1, 3)).map(lambda layers: tuple(sorted(layers))),
+        "normalize": st.booleans(),
+        "loss": st.sampled_from(list(LOSSES.values())),
+    }
+)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    hidden=st.lists(st.integers(1, 19), min_size=0, max_size=3),
+    name=st.sampled_from(activations.NAMES),
+    bias=st.booleans(),
+    options=OPTIONS,
+    batch=st.integers(1, 17),
+    data=st.sampled_from(["batches", "whole", "fresh"]),
+    dies=st.booleans(),
+    with_kernel=st.booleans(),
+)
+def test_the_engine_equals_the_plain_path_after_100_steps_whatever_the_options(
+    hidden, name, bias, options, batch, data, dies, with_kernel
+):
+    widths = (5, *hidden, 3)
+    x, y, rows = samples(widths, steps=50, batch=batch)
+    if options["loss"].targets == "classes":
+        y = y.softmax(2)
+    poisoned = y.clone()
+    poisoned[1] = 1e300
+    held, streams = {"batches": rows, "whole": None, "fresh": None}[data], []
+    for targets in (poisoned if dies else y, y):
+
+        def fresh(members, targets=targets):  # in two pieces, as a long epoch of fresh samples comes
+            for piece in rows[members].split(25, dim=1):
+                pairs = zip(range(3)[members], piece, strict=True)
+                own = [(x[m][r.flatten()], targets[m][r.flatten()]) for m, r in pairs]
+                order = torch.arange(25 * batch).view(1, 25, batch).expand(len(own), -1, -1)
+                yield Batches(torch.stack([a for a, _ in own]), torch.stack([b for _, b in own]), order, 25)
+
+        streams.append(fresh if data == "fresh" else finite_stream(x, targets, held, steps=50))
+    fast, plain = (ensemble(widths, name=name, bias=bias) for _ in range(2))
+    no_kernel = mock.patch.object(native, "load", return_value=None)
+    for epoch, stream in enumerate(streams, start=1):
+        at = Rule(**{**options, "learning_rate": options["learning_rate"] / epoch})  # a table of rates
+        if with_kernel:
+            train_epoch(fast, stream, at, batch=batch)
+        else:
+            with no_kernel:
+                train_epoch(fast, stream, at, batch=batch)
+        general(plain, stream, at)
+        assert mark_dead(fast, epoch) == mark_dead(plain, epoch)
+    alive = fast.death_epoch < 0
+    trained = [layer for layer in range(1, len(widths)) if layer not in options["frozen"]]
+    assert alive[::2].all()
+    assert alive[1] or (dies and trained)
+    alive[1] &= not dies  # one layer alone may bear 1e300, which is no target of a cross entropy
+    for name, b in plain.values.items():
+        assert_same(fast.values[name][alive], b[alive], 1e-12, scale=float(b[alive].abs().max()), what=name)
+
+
+def trained(chosen, dtype, threads=1):
+    """Some of seven members."""
+    widths, members = (20, 30, 11, 10), 7
+    x, y, rows = samples(widths, members, steps=30)
+    part = Ensemble.of([ensemble(widths, members).network(i).to(dtype) for i in chosen])
+    stream = finite_stream(x[chosen].to(dtype), y[chosen].to(dtype), rows[chosen])
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        train_epoch(part, stream, Rule(0.02, momentum=0.9), batch=8)
+    finally:
+        torch.set_num_threads(before)
+    return list(part.values.values())
+
+
+@pytest.mark.skipif(native.load(compiled_step.SOURCE, compiled_step.Job) is None, reason="no C++ compiler here")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_kernels_bits_depend_neither_on_neighbours_nor_on_threads(dtype):
+    every = list(range(7))
+    whole = trained(every, dtype)
+    for chosen, threads in ([3], 1), ([6, 3, 0], 1), (every, 2):
+        for mine, theirs in zip(trained(chosen, dtype, threads), whole, strict=True):
+            assert torch.equal(mine, theirs[chosen])
+
+
+@pytest.mark.parametrize("load", [native.load, lambda *_: None], ids=["compiled", "torch"])
+def test_reruns_are_bit_identical(load):
+    with mock.patch.object(native, "load", load):
+        once, again = (trained(list(range(7)), torch.float64) for _ in range(2))
+    assert all(map(torch.equal, once, again))
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_chunks_are_the_same_steps(rule):
+    """What a GPU runs, here without one: 45 steps in chunks of 20, 20 and 5, kept for an epoch of another rate."""
+    widths = (6, 9, 7, 4)
+    x, y, rows = samples(widths, steps=45)
+    chunked, plain = (ensemble(widths) for _ in range(2))
+    for divisor in (1, 2):
+        at = Rule(**{**vars(rule), "learning_rate": rule.learning_rate / divisor})
+        for members, backend in (chunked, train.CHUNKS), (plain, train.BATCHED):
+            train_epoch(members, finite_stream(x, y, rows), at, batch=8, backend=backend)
+    assert len(chunked.kept) == 2
+    assert_same(chunked.values, plain.values, 1e2 * EPS)
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+@pytest.mark.parametrize("whole", [True, False])
+def test_no_step_asks_the_host(rule, whole):
+    """On the meta device there is nothing to ask: a value that is read raises, and so does a tensor from elsewhere."""
+    widths = (6, 9, 7, 4)
+    x, y, rows = (t.to("meta") for t in samples(widths, steps=45))
+    members = ensemble(widths).to("meta")
+    train_epoch(members, finite_stream(x, y, None if whole else rows, steps=45), rule, batch=8)
+    assert members.steps == 45
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_a_gpu_takes_the_same_steps(rule):
+    widths = (6, 9, 7, 4)
+    x, y, rows = samples(widths, steps=45)
+    here, there, again = ensemble(widths), ensemble(widths).to("cuda"), ensemble(widths).to("cuda")
+    train_epoch(here, finite_stream(x, y, rows), rule, batch=8)
+    for members in (there, again):
+        train_epoch(members, finite_stream(x.cuda(), y.cuda(), rows), rule, batch=8)
+    assert all(map(torch.equal, there.values.values(), again.values.values()))
+    assert_same(there.values, here.values, (1e4 if rule.name == "adam" else 1e2) * EPS)
+
+
+def test_float32():
+    widths = (6, 9, 4)
+    x, y, indices = (t.float() if t.is_floating_point() else t for t in samples(widths))
+    fast, plain = (ensemble(widths).to(torch.float32) for _ in range(2))
+    train_epoch(fast, finite_stream(x, y, indices), RULES["sgd"], batch=8)
+    general(plain, finite_stream(x, y, indices), RULES["sgd"])
+    assert fast.weights[0].dtype == torch.float32
+    assert_same(fast.values, plain.values, 1e2 * torch.finfo(torch.float32).eps)
+
+
+def test_gradient_descent_uses_every_sample():
+    widths = (6, 9, 4)
+    x, y, _ = samples(widths)
+    fast = ensemble(widths)
+    module = oracles.train(fast.network(0), [(x[0], y[0])] * 3, RULES["sgd"])
+    train_epoch(fast, finite_stream(x, y, None, steps=3), RULES["sgd"], batch=40)
+    torch.testing.assert_close(fast.weights[0][0], module[0].weight.detach(), rtol=0, atol=1e2 * EPS)
+
+
+def test_a_dying_member_does_not_touch_the_others():
+    widths = (6, 9, 4)
+    x, y, indices = samples(widths)
+    alone = ensemble(widths)
+    train_epoch(alone, finite_stream(x, y, indices), RULES["sgd"], batch=8)
+    train_epoch(alone, finite_stream(x, y, indices), RULES["sgd"], batch=8)
+    poisoned = ensemble(widths)
+    y = y.clone()
+    y[1] = 1e300
+    train_epoch(poisoned, finite_stream(x, y, indices), RULES["sgd"], batch=8)
+    assert mark_dead(poisoned, 1) == [1]
+    assert mark_dead(poisoned, 1) == []
+    train_epoch(poisoned, finite_stream(x, y, indices), RULES["sgd"], batch=8)
+    assert poisoned.death_epoch.tolist() == [-1, 1, -1]
+    assert bool(torch.isnan(poisoned.weights[0][1]).all())
+    for member in (0, 2):
+        torch.testing.assert_close(poisoned.weights[0][member], alone.weights[0][member], rtol=0, atol=1e2 * EPS)
+
+
+def test_living_blocks_cover_the_living_once_and_are_neighbours():
+    death = torch.tensor([-1, -1, 3, -1, -1, -1, -1, 5])
+    blocks = living_blocks(death, 2)
+    covered = [i for b in blocks for i in range(b.start, b.stop)]
+    assert covered == [0, 1, 3, 4, 5, 6]
+    assert all(b.stop - b.start <= 2 for b in blocks)
+    assert living_blocks(torch.tensor([1, 1]), 4) == []
+
+
+def test_block_size_falls_with_the_parameters_and_is_at_least_one():
+    assert batched.block_size(ensemble((100, 10, 50)), 16) > batched.block_size(ensemble((100, 100, 50)), 16) >= 1
+    assert batched.block_size(ensemble((2000, 500, 5)), 16) == 1
+
+
+def test_members_of_different_kinds_are_refused():
+    with pytest.raises(ValueError, match="an ensemble is of one shape"):
+        Ensemble.of([Network([torch.ones(2, 2)], [torch.ones(2)]), Network([torch.ones(2, 2)])])
+
+
+def test_learning_rate_table():
+    training = Training(learning_rate={"0": 0.2, "20": 0.1})
+    assert [training.rate(e) for e in (1, 20, 21, 99)] == [0.2, 0.2, 0.1, 0.1]
+
+
+def test_replays_the_released_code():
+    """Same start, same batches: the same weights, to the rounding of 1000 steps (seen: 6e-16)."""
+    with np.load(REFERENCE / "luckmatters_two_layer.npz", allow_pickle=False) as z:
+        data = {k: z[k] for k in z.files if k not in ("config",)}
+
+    def network(first, second):  # the released code keeps (input, node) with the bias as last row
+        return Network([first[:-1].T.copy(), second[:-1].T.copy()], [first[-1], second[-1]])
+
+    teacher = network(data["W1_t"], data["W2_t"])
+    student = Ensemble.of([network(data["e0_W1_s"], data["e0_W2_s"])])
+    x = torch.from_numpy(data["X_train"])
+    indices = torch.from_numpy(data["sel"].astype(np.int64)).view(2, 1, 500, 16)
+    plain = Ensemble.of([student.network(0)])
+    for epoch in (1, 2):
+        stream = finite_stream(x[None], teacher(x)[None], indices[epoch - 1])
+        train_epoch(student, stream, Rule(0.01), batch=16)
+        general(plain, stream, Rule(0.01))
+        for members in (student, plain):
+            for layer, expected in enumerate((data[f"e{epoch}_W1_s"], data[f"e{epoch}_W2_s"])):
+                scale = np.abs(expected).max()
+                assert np.abs(members.weights[layer][0].numpy() - expected[:-1].T).max() <= 1e-12 * scale
+                assert np.abs(members.biases[layer][0].numpy() - expected[-1]).max() <= 1e-12 * scale
+
+
+@pytest.mark.parametrize(("asked", "allowed"), [(None, False), ("on", True)])
+def test_tf32_is_off_unless_asked(monkeypatch, request, asked, allowed):
+    switches = torch.backends.cudnn, torch.backends.cuda.matmul
+    for switch in switches:  # monkeypatch cannot undo what these make up in __getattr__
+        request.addfinalizer(functools.partial(setattr, switch, "allow_tf32", switch.allow_tf32))
+        switch.allow_tf32 = True
+    if asked is not None:
+        monkeypatch.setenv("TSDYN_TF32", asked)
+    runner._exact_products("cuda")
+    assert [switch.allow_tf32 for switch in switches] == [allowed, allowed]
+    runner._exact_products("cpu")
+    assert [switch.allow_tf32 for switch in switches] == [allowed, allowed]
+
+
+# --- rules and claims ----------------------------------------------------------------------------------------
+
+
+def test_a_rule_that_is_written_anew_is_never_silently_sgd(monkeypatch):
+    """No backend claims it; the general engine takes its own steps."""
+
+    def sign(rule, parameter, gradient, moments, rates, step):
+        parameter.addcmul_(gradient.sign(), rates, value=-1)
+
+    monkeypatch.setitem(OPTIMIZERS, "sign", Optimizer("sign", (), sign))
+    rule, widths = Rule(0.01, "sign"), (6, 9, 4)
+    x, y, rows = samples(widths)
+    mine, start = ensemble(widths), ensemble(widths)
+    assert train.chosen(mine, rule) is train.GENERAL
+    train_epoch(mine, finite_stream(x, y, rows), rule, batch=8)
+    for member in range(3):
+        values = {n: t[member].clone().requires_grad_() for n, t in start.values.items()}
+        for chosen in rows[member]:
+            f = torch.relu(x[member, chosen] @ values["weight_1"].T + values["bias_1"])
+            f = f @ values["weight_2"].T + values["bias_2"]
+            loss = 0.5 * (y[member, chosen] - f).square().sum(1).mean()
+            slopes = torch.autograd.grad(loss, list(values.values()))
+            with torch.no_grad():
+                for value, slope in zip(values.values(), slopes, strict=True):
+                    value -= 0.01 * slope.sign()
+        assert_same({n: t[member] for n, t in mine.values.items()}, values, 1e2 * EPS)
+
+
+def test_an_unknown_rule_is_refused():
+    with pytest.raises(ValueError, match=r"'adagrad' is no optimizer; there are sgd, momentum, adam"):
+        Rule(0.1, "adagrad")
+
+
+def test_backends_serve_what_they_name(monkeypatch):
+    members, smooth = ensemble((3, 4, 2)), ensemble((3, 4, 2), name="tanh")
+    assert train.chosen(smooth, Rule(0.1)) is train.BATCHED
+    assert train.chosen(members, Rule(0.1, loss=LOSSES["cross_entropy"])) is train.BATCHED
+    huber = type(LOSSES["mse"])("huber", lambda f, y: torch.nn.functional.huber_loss(f, y), "Huber's")
+    assert train.chosen(members, Rule(0.1, loss=huber)) is train.GENERAL
+    monkeypatch.setattr(native, "load", lambda *_: None)
+    assert train.chosen(members, Rule(0.1)) is train.BATCHED
+
+
+def test_moments_of_a_state_keep_their_names():
+    members = ensemble((3, 4, 2))
+    members.prepare(Rule(0.1, "adam").optimizer.moments)
+    assert list(members.state()) == [
+        *(names := ["weight_1", "bias_1", "weight_2", "bias_2"]),
+        *(f"first_{n}" for n in names), *(f"second_{n}" for n in names), "death_epoch", "steps",
+    ]  # fmt: skip
+    assert [layer_of(n) for n in names] == [1, 1, 2, 2]

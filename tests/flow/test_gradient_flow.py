@@ -1,0 +1,164 @@
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from tests import oracles
+from tests.cases import glorot_students, orthonormal_teacher
+from tsdyn.flow.flows import _solver, _stages, gradient_flow
+from tsdyn.flow.stationary import FunctionLoss, polish, signature
+from tsdyn.population.two_layer_loss import PopulationLoss
+
+POTENTIAL = FunctionLoss(lambda x: x[0] ** 4 / 4 + torch.cos(3 * x[1]) * x[0] + 5 * x[1] ** 2, 2)
+START = torch.tensor([[1.0, 0.4]], dtype=torch.float64)
+
+
+def test_rodas_is_of_order_four():
+    ends = []
+    for steps in (32, 64, 128):
+        y, h = START, torch.tensor([1 / steps], dtype=torch.float64)
+        for _ in range(steps):
+            _, y = _stages(POTENTIAL, y, h, POTENTIAL.gradient(y))
+        ends.append(y)
+    errors = [float((a - b).norm()) for a, b in itertools.pairwise(ends)]
+    rates = np.log2(np.array(errors[:-1]) / errors[1:])
+    assert (abs(rates - 4) < 0.5).all()
+
+
+def test_dense_output_and_ends_follow_the_tolerance():
+    times = np.linspace(0, 1, 14)
+    fine = gradient_flow(POTENTIAL, START, times=times, rtol=1e-9, atol=1e-9, gradient_tolerance=0.0)
+    for tolerance in (1e-3, 1e-5, 1e-7):
+        ds = gradient_flow(POTENTIAL, START, times=times, rtol=tolerance, atol=tolerance, gradient_tolerance=0.0)
+        # ten steps or more, each with a local error of the tolerance, and a contracting flow
+        assert abs(ds.parameters - fine.parameters).max() <= 20 * tolerance
+        assert ds.stop_reason.item() == "time"
+        np.testing.assert_array_equal(ds.parameters.isel(time=-1).values[0], ds.final.values[0])
+
+
+def test_the_flow_is_bdfs_and_does_not_depend_on_company():
+    loss = PopulationLoss(orthonormal_teacher(4), 2)
+    initial = glorot_students(loss, 2)
+    times = np.geomspace(0.1, 100, 8)
+    ds = gradient_flow(loss, initial, times=times, rtol=1e-7, atol=1e-9, gradient_tolerance=0.0)
+    assert dict(ds.weight.sizes) == {"seed": 2, "time": 8, "node": 2, "input_node": 5}
+    for member in range(2):
+        slow = oracles.gradient_flow(loss, initial[member], end=100, times=times, gradient_tolerance=0.0)
+        w, a = loss.unpack(torch.from_numpy(slow.y.T.copy()))
+        # errors of 1e-7 a step grow along the plateau's unstable directions, at most some thousandfold here
+        np.testing.assert_allclose(ds.weight.values[member], w, atol=1e-4)
+        np.testing.assert_allclose(ds.outgoing.values[member], a, atol=1e-4)
+        alone = gradient_flow(loss, initial[member], times=times, rtol=1e-7, atol=1e-9, gradient_tolerance=0.0)
+        np.testing.assert_allclose(ds.weight.values[member], alone.weight.values[0], atol=1e-9)
+    assert (ds.loss.diff("time") < 0).all()
+
+
+def test_each_member_says_why_it_stopped():
+    loss = PopulationLoss(orthonormal_teacher(3, activation="relu"), 2)
+    rows = glorot_students(loss, 5, seed=3)
+    rows[1, :4] = 0.0  # a weight of norm zero
+    rows[2] = float("nan")
+    ds = gradient_flow(loss, rows, seeds=[10, 11, 12, 13, 14])
+    assert ds.stop_reason.sel(seed=11).item() == "singular"
+    assert ds.stop_reason.sel(seed=12).item() == "not finite"
+    assert {"gradient"} <= set(ds.stop_reason.values.tolist())
+    assert gradient_flow(loss, rows[0], max_steps=5).stop_reason.item() == "steps"
+    stopped = gradient_flow(loss, rows[0], end=0.5, times=[0.1, 0.4, 2.0])
+    assert stopped.stop_reason.item() == "time"
+    assert stopped.stop_time.item() == pytest.approx(0.5)
+    assert stopped.loss.notnull().values.tolist() == [[True, True, False]]
+
+
+def test_relu_conserves_the_balance_of_each_node():
+    """a² − |w|² of every node, a first integral of the exact flow, away from w = 0, where the flow is singular."""
+    loss = PopulationLoss(orthonormal_teacher(3, activation="relu"), 2)
+    ds = gradient_flow(loss, glorot_students(loss, 4, seed=5), times=np.geomspace(0.01, 20, 6), rtol=1e-8, atol=1e-10)
+    ds = ds.isel(seed=ds.stop_reason != "singular")
+    assert ds.sizes["seed"] >= 2
+    balance = (ds.outgoing**2).sum("output") - (ds.weight**2).sum("input_node")
+    # each step errs by 1e-8 of parameters of order 1, the balance by some four times that
+    assert abs(balance - balance.isel(time=0)).max() <= 4e-8 * ds.steps.max()
+
+
+def test_a_finite_samples_loss_has_its_flow():
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(50, 3, generator=draw, dtype=torch.float64)
+    y = torch.randn(50, generator=draw, dtype=torch.float64)
+    least_squares = FunctionLoss(lambda w: (x @ w - y).square().mean(), 3)
+    ds = gradient_flow(least_squares, torch.zeros(1, 3, dtype=torch.float64), gradient_tolerance=1e-9)
+    found = polish(least_squares, torch.from_numpy(ds.final.values))
+    wanted = torch.linalg.lstsq(x, y[:, None]).solution[:, 0]
+    torch.testing.assert_close(found.point[0], wanted, rtol=0, atol=1e-12)
+    assert found.kind.tolist() == ["minimum"]
+
+
+def test_polish_tells_stationary_points_apart():
+    """A minimum, a saddle, a valley that a symmetry may or may not explain, a channel to infinity."""
+    quartic = FunctionLoss(lambda p: (p[0] ** 2 - 1) ** 2 + p[1] ** 2, 2)
+    points = torch.tensor([[1.05, 0.1], [0.02, -0.03]], dtype=torch.float64)
+    found = polish(quartic, points)
+    assert found.kind.tolist() == ["minimum", "saddle"]
+    assert found.signature.negative.tolist() == [0, 1]
+    assert found.gradient_max.max() <= 1e-12
+    flat = FunctionLoss(lambda p: (p[0] * p[1] - 1) ** 2, 2)
+    at = torch.tensor([[1.0, 1.02]], dtype=torch.float64)
+    assert polish(flat, at).kind.tolist() == ["degenerate"]
+    known = FunctionLoss(lambda p: (p[0] * p[1] - 1) ** 2, 2, flat_directions=1)
+    assert polish(known, at).kind.tolist() == ["minimum"]
+    assert signature(known, polish(known, at).point).zero.tolist() == [0]
+    channel = FunctionLoss(lambda p: torch.exp(-p[0]) + p[1] ** 2, 2)
+    assert polish(channel, torch.tensor([[5.0, 0.1]], dtype=torch.float64)).kind.tolist() != ["minimum"]
+
+
+@pytest.mark.parametrize(
+    ("function", "start", "tolerances"),
+    [
+        (lambda p: p[0] ** 4 + p[1] ** 2, 0.1, (1e-8, 1e-10, 1e-12)),
+        (lambda p: torch.exp(-p[0]) + p[1] ** 2, 25.0, (1e-8, 1e-10, 1e-12)),
+        (lambda p: 1 / p[0] + p[1] ** 2, 2e4, (1e-8,)),  # beyond, rounding hides its curvature
+    ],
+)
+def test_curvature_that_vanishes_with_the_gradient_is_degenerate(function, start, tolerances):
+    """By Kantorovich's condition at whatever gradient: over a Newton step x⁴ loses 5/9 of its curvature, e⁻ˣ 1 − 1/e,
+    1/x 19/27."""
+    loss = FunctionLoss(function, 2)
+    for tolerance in tolerances:
+        found = polish(loss, torch.tensor([[start, 0.1]], dtype=torch.float64), tolerance=tolerance)
+        assert found.kind.tolist() == ["degenerate"]
+        assert found.signature.zero.tolist() == [1]
+
+
+def test_a_soft_minimum_is_a_minimum():
+    """Curvatures 1 and 1e-10, far above rounding: 10 · 2 · ε of the largest."""
+    soft = FunctionLoss(lambda p: (p[0] ** 2 + 1e-10 * (p[1] - 3) ** 2) / 2, 2)
+    found = polish(soft, torch.tensor([[0.1, 3.1]], dtype=torch.float64))
+    assert found.kind.tolist() == ["minimum"]
+    assert found.point[0, 1] == pytest.approx(3, abs=1e-6)
+    lost = FunctionLoss(lambda p: (p[0] ** 2 + 1e-15 * (p[1] - 3) ** 2) / 2, 2)
+    assert polish(lost, torch.tensor([[0.1, 3.1]], dtype=torch.float64)).kind.tolist() == ["degenerate"]
+
+
+def test_bad_input_is_named():
+    with pytest.raises(ValueError, match=r"initial has shape \(1, 3\); the loss takes \(member, 2\)"):
+        gradient_flow(POTENTIAL, torch.zeros(3))
+    with pytest.raises(ValueError, match="times must increase"):
+        gradient_flow(POTENTIAL, START, times=[1.0, 0.5])
+    with pytest.raises(ValueError, match=r"rtol=0\.0"):
+        gradient_flow(POTENTIAL, START, rtol=0.0)
+    with pytest.raises(ValueError, match="2 labels for 1 rows"):
+        gradient_flow(POTENTIAL, START, seeds=[1, 2])
+    with pytest.raises(ValueError, match="points have 3 parameters, the loss takes 2"):
+        polish(POTENTIAL, torch.zeros(3))
+
+
+def test_a_step_beyond_a_negative_eigenvalue_solves_the_same_system():
+    """Where H + I/(γh) is indefinite Cholesky's method fails, and LU's takes over for that member alone."""
+    draw = torch.Generator().manual_seed(1)
+    root = torch.randn(3, 6, 6, generator=draw, dtype=torch.float64)
+    matrix = root @ root.mT + torch.eye(6)
+    matrix[1] -= 5 * torch.eye(6)  # between its eigenvalues
+    assert torch.linalg.eigvalsh(matrix[1])[[0, -1]].sign().tolist() == [-1, 1]
+    right = torch.randn(3, 6, generator=draw, dtype=torch.float64)
+    found = _solver(matrix)(right)
+    torch.testing.assert_close((matrix @ found[..., None])[..., 0], right, rtol=0, atol=1e-12)

@@ -1,0 +1,39 @@
+"""What a run is said to take beforehand."""
+
+import pytest
+import torch
+
+from tests.cases import small
+from tsdyn.running.estimates import Footprint, footprint
+from tsdyn.running.members import Members
+
+CONVOLUTION = {
+    "teacher__convolution": True, "teacher__widths": [256, 3, 4, 10], "teacher__init": "gaussian",
+    "data__image": [1, 16, 16], "student__overrealization": 4.0,
+}  # fmt: skip
+
+
+def held(traces):
+    return sum(t.nbytes for trace in traces for part in vars(trace).values() for t in part)
+
+
+@pytest.mark.parametrize("changes", [{}, {"dtype": "float32"}, CONVOLUTION])
+def test_the_traces_that_a_run_keeps_fit_in_its_footprint(changes):
+    """Of a channel they hold every pixel.  Parameters and what is twice there for a moment: at most twice as much."""
+    experiment = small(seeds=2, data__train=60, data__eval=40, record__observables=["mse_eval"], **changes)
+    members = Members(experiment)
+    kept = [probe.trace for probe in (*members.eval_probes, *(members.train_probe(i, 0) for i in range(2)))]
+    with torch.no_grad():
+        student = members.ensemble.network(0).trace(members.train_probe(0, 0).inputs)
+    found = held(kept) + held([student])
+    assert found <= footprint(experiment).bytes <= 3 * found + 3 * footprint(experiment).records
+
+
+def test_footprints_add_up_to_that_of_runs_side_by_side():
+    """Data padded to the longest, records of a segment once."""
+    one, two = (footprint(small(data__train=n, seeds=s)) for n, s in ((100, 2), (1000, 3)))
+    both = one + two
+    assert both.members == 5
+    assert both.each == max(one.each, two.each)
+    assert both.bytes >= max(one.bytes, two.bytes)
+    assert (one + Footprint()) == one

@@ -1,0 +1,547 @@
+"""Signals, terminals, limits and neighbours: what a machine does to a run, and what the run makes of it."""
+
+import asyncio
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import dask
+import numpy as np
+import psutil
+import pytest
+import torch
+import xarray as xr
+from distributed import LocalCluster, Security
+from distributed.comm import connect
+
+import tsdyn
+from tests.cases import small
+from tests.test_cli import command  # noqa: F401
+from tsdyn import memory
+from tsdyn.archive import integrity, selecting, sweep_directory, whole_files
+from tsdyn.engine import compiled_step, native
+from tsdyn.experiment.experiment import Experiment
+from tsdyn.running import provenance
+from tsdyn.running import workers as workers_module
+from tsdyn.running.members import Members
+from tsdyn.running.workers import WorkersError
+
+FEW = {"training__epochs": 3, "seeds": 2, "record__observables": ["mse", "weight"]}
+TSDYN = str(Path(sys.executable).with_name("tsdyn"))
+
+
+@pytest.fixture
+def file(tmp_path):
+    (tmp_path / "small.toml").write_text(small(**FEW).to_toml(), encoding="utf-8")
+    return tmp_path / "small.toml"
+
+
+def shell(script, folder, **more):
+    """Run by sh with ``$tsdyn``; (exit code, what it said)."""
+    environment = {**os.environ, "tsdyn": TSDYN, **more}
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", script],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        timeout=300,
+        check=False,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+# --- signals -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGXCPU, signal.SIGUSR1])
+def test_a_warning_commits_the_epoch_in_work_and_may_come_again(command, file, tmp_path, monkeypatch, number):  # noqa: F811
+    """A dropped connection, the limit on processor time, a batch system: the kernel repeats SIGXCPU every second."""
+    train = Members.train
+
+    def interrupted(self, epoch):
+        if epoch == 2:
+            for _ in range(3):
+                os.kill(os.getpid(), number)
+        return train(self, epoch)
+
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        patch.setattr(Members, "train", interrupted)
+        code, _, err = command("run", file, "-o", tmp_path / "run", "--quiet")
+    assert code == 128 + number
+    assert "the same command goes on from there" in err
+    assert list(tsdyn.open(tmp_path / "run").epoch.values) == [0, 1, 2]
+    assert signal.getsignal(number) == before
+    ended = tsdyn.run(Experiment.from_toml(file), tmp_path / "run").load()
+    xr.testing.assert_equal(ended, tsdyn.run(Experiment.from_toml(file), tmp_path / "whole").load())
+
+
+def test_what_nohup_ignores_stays_ignored(file, tmp_path, monkeypatch):
+    train = Members.train
+
+    def interrupted(self, epoch):
+        os.kill(os.getpid(), signal.SIGHUP)
+        return train(self, epoch)
+
+    monkeypatch.setattr(Members, "train", interrupted)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert tsdyn.run(Experiment.from_toml(file), tmp_path / "run").sizes["epoch"] == 4
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+# --- what is printed -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "streams",
+    ["2> >(exec 0<&-)", ">/dev/full 2>/dev/full", ">&- 2>&-", "<&- >&- 2>&-", "2>/dev/full | true"],
+    ids=["stderr a closed pipe", "full disk", "closed", "all closed", "both"],
+)
+def test_a_run_goes_on_where_nothing_can_be_printed(file, tmp_path, streams):
+    code, out, err = shell(f'"$tsdyn" run small.toml -o run {streams}; echo "code $?"', tmp_path)
+    assert b"code 0" in out + err or (code == 0 and "|" in streams), (code, out, err)
+    assert b"Traceback" not in err
+    assert list(tsdyn.open(tmp_path / "run").epoch.values) == [0, 1, 2, 3]
+    assert integrity.check(tmp_path / "run") == []
+
+
+def test_a_progress_that_cannot_print_is_dropped(tmp_path, caplog):
+    def broken(*_):
+        raise BrokenPipeError("nobody reads")
+
+    assert tsdyn.run(small(**FEW), tmp_path / "run", progress=broken).sizes["epoch"] == 4
+    assert caplog.text.count("goes on, without telling of its epochs: nobody reads") == 1
+
+
+def test_a_reader_that_has_enough_is_no_error(file, tmp_path):
+    tsdyn.run(small(**FEW), tmp_path / "run")
+    code, _, err = shell('"$tsdyn" show run | true', tmp_path)
+    assert (code, err) == (0, b"")
+    code, out, err = shell('"$tsdyn" show run | head -n 1', tmp_path)
+    assert (code, err, out.count(b"\n")) == (0, b"", 1)
+    code, _, err = shell('"$tsdyn" show run > /dev/full', tmp_path)
+    assert (code, err) == (
+        1,
+        b"tsdyn: standard output: No space left on device; what was to be printed is incomplete\n",
+    )
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_terminal_without_utf8_shows_what_it_can(tmp_path, encoding):
+    tsdyn.run(small(**FEW), tmp_path / "run")
+    for words in ("study list", "show run", "study show simsek2023-loss", "--help", "plot run"):
+        code, out, err = shell(f'"$tsdyn" {words}', tmp_path, PYTHONIOENCODING=encoding, PYTHONUTF8="0")
+        assert (code, err) == (0, b""), words
+        assert out.decode(encoding)
+
+
+# --- workers -------------------------------------------------------------------------------------------------
+
+GRID = {"teacher.polarity": [0.0, 1.0, 2.0]}
+
+
+def listening(process):
+    """Ports on which a process and its children listen."""
+    found = [c for p in (process, *process.children(recursive=True)) for c in p.net_connections("tcp")]
+    return {c.laddr.port for c in found if c.status == psutil.CONN_LISTEN}
+
+
+def reached(address, security=None):
+    """Whether one of dask's servers answers there."""
+
+    async def talk():
+        line = await connect(address, timeout=2, **(security or Security()).get_connection_args("client"))
+        await line.write({"op": "identity"})
+        return await line.read()
+
+    try:
+        return isinstance(asyncio.run(asyncio.wait_for(talk(), 4)), dict)
+    except Exception:  # whatever it is, nothing was told
+        return False
+
+
+def answers(port, page):
+    """Whether a browser sees anything there."""
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 5) as plain:
+        plain.settimeout(3)
+        plain.sendall(f"GET /{page} HTTP/1.0\r\n\r\n".encode())
+        return b" 200 " in plain.recv(100)
+    return False
+
+
+def test_nobody_without_the_certificate_reaches_a_sweep_s_workers(tmp_path):
+    """On every port that is open: not plainly, not with a certificate of their own; and there is no dashboard."""
+    experiment = small(sweep=GRID, **FEW | {"training__epochs": 100_000})
+    (tmp_path / "sweep.toml").write_text(experiment.to_toml(), encoding="utf-8")
+    words = [TSDYN, "run", "sweep.toml", "-o", "sweep", "--workers", "1"]
+    found, stranger = {}, Security.temporary()
+    with subprocess.Popen(words, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as sweeping:
+        try:
+            sweeping.stderr.readline()  # an epoch was told of: all is up
+            drain = threading.Thread(target=sweeping.stderr.read)
+            drain.start()
+            for port in listening(psutil.Process(sweeping.pid)):
+                for page in ("", "status", "info/main/workers.html", "json/counts.json", "metrics", "health"):
+                    found[port, page] = answers(port, page)
+                found[port, "tcp"] = reached(f"tcp://127.0.0.1:{port}")
+                found[port, "tls"] = reached(f"tls://127.0.0.1:{port}", security=stranger)
+        finally:
+            sweeping.terminate()
+            assert sweeping.wait(120) == 143
+            drain.join()
+    assert len(found) >= 4
+    assert not any(found.values()), found
+
+
+def test_workers_without_cryptography_say_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cryptography", None)
+    with pytest.raises(WorkersError, match=r"needs the package cryptography .*pip install cryptography"):
+        tsdyn.run(small(sweep=GRID, **FEW), tmp_path / "sweep", workers=1)
+
+
+def test_a_scheduler_s_address_decides_how_it_is_talked_to(tmp_path, caplog):
+    """tls:// with what dask's own settings say; tcp:// with a word about who else can."""
+    ours = Security.temporary()
+    settings = {f"distributed.comm.tls.{k}": v for k, v in pem_files(ours, tmp_path).items()}
+    for security, config, warned in ((ours, settings, False), (Security(), {}, True)):
+        caplog.clear()
+        with LocalCluster(1, threads_per_worker=1, processes=False, dashboard_address=None, security=security,
+                          protocol="tcp" if warned else "tls") as cluster, dask.config.set(config):  # fmt: skip
+            path = tmp_path / f"sweep-{warned}"
+            assert reached(cluster.scheduler_address, security)  # so that not being reached means something
+            ds = tsdyn.run(small(sweep=GRID, **FEW), path, scheduler=cluster.scheduler_address)
+        assert int(ds.coverage.sum()) == 3
+        assert ("anyone who reaches that address can run code as you" in caplog.text) == warned
+
+
+def pem_files(security, folder):
+    """Where dask's settings have a certificate: in files."""
+    for name in ("ca", "cert", "key"):
+        text = {"ca": security.tls_ca_file, "cert": security.tls_client_cert, "key": security.tls_client_key}[name]
+        (folder / f"{name}.pem").write_text(text, encoding="ascii")
+    ca, cert, key = (str(folder / f"{name}.pem") for name in ("ca", "cert", "key"))
+    return {"ca-file": ca, "client.cert": cert, "client.key": key}
+
+
+def test_a_scheduler_without_the_certificate_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(workers_module, "CONNECT_SECONDS", 2)
+    with (
+        LocalCluster(
+            1, processes=False, dashboard_address=None, security=Security.temporary(), protocol="tls"
+        ) as cluster,
+        pytest.raises(WorkersError, match="does not answer"),
+    ):
+        tsdyn.run(small(sweep=GRID, **FEW), tmp_path / "sweep", scheduler=cluster.scheduler_address)
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_a_scheduler_without_workers_is_said_to_have_none(tmp_path, caplog, monkeypatch, together):
+    monkeypatch.setattr(workers_module, "SILENT_SECONDS", 1.0)
+    monkeypatch.setattr(workers_module, "ASK_SECONDS", 0.3)
+    with LocalCluster(1, threads_per_worker=1, processes=False, dashboard_address=None, protocol="tcp") as cluster:
+        cluster.scale(0)
+        while cluster.scheduler.workers:
+            time.sleep(0.1)
+
+        def join():
+            until = time.monotonic() + 60
+            while "no worker has been there for" not in caplog.text and time.monotonic() < until:
+                time.sleep(0.1)
+            cluster.scale(1)
+
+        helper = threading.Thread(target=join)
+        helper.start()
+        ds = tsdyn.run(
+            small(sweep=GRID, **FEW), tmp_path / "sweep", scheduler=cluster.scheduler_address, together=together
+        )
+        helper.join()
+    assert int(ds.coverage.sum()) == 3
+    assert caplog.text.count("no worker has been there for") == 1
+
+
+def test_a_frozen_worker_is_said(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(workers_module, "SILENT_SECONDS", 3.0)
+    monkeypatch.setattr(workers_module, "ASK_SECONDS", 0.5)
+    frozen = []
+
+    def thaw(child):
+        until = time.monotonic() + 60
+        while "no worker has given a sign of life for" not in caplog.text and time.monotonic() < until:
+            time.sleep(0.1)
+        child.resume()
+
+    def freeze(epoch, *_):
+        if epoch == 1 and not frozen:
+            children = [p for p in psutil.Process().children(recursive=True) if "spawn_main" in " ".join(p.cmdline())]
+            frozen.extend(children)
+            for child in children:
+                child.suspend()
+                threading.Thread(target=thaw, args=(child,)).start()
+
+    experiment = small(sweep=GRID, **FEW | {"training__steps_per_epoch": 20_000})
+    ds = tsdyn.run(experiment, tmp_path / "sweep", workers=1, progress=freeze)
+    assert frozen
+    assert int(ds.coverage.sum()) == 3
+    assert "no worker has given a sign of life for" in caplog.text
+
+
+# --- several commands on one sweep ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [[], ["--workers", "1"]], ids=["alone", "with a worker"])
+def test_commands_on_one_sweep_share_its_points_and_none_fails(tmp_path, workers):
+    experiment = small(sweep={"teacher.polarity": [0.0, 0.5, 1.0, 1.5, 2.0, 2.5]}, **FEW)
+    (tmp_path / "sweep.toml").write_text(experiment.to_toml(), encoding="utf-8")
+    words = [TSDYN, "run", "sweep.toml", "-o", "sweep", *workers]
+    commands = [
+        subprocess.Popen(words, cwd=tmp_path, stderr=subprocess.PIPE, text=True) for _ in range(3 - len(workers))
+    ]
+    said = [each.communicate(timeout=300)[1] for each in commands]
+    assert [each.returncode for each in commands] == [0] * len(commands), said
+    assert not any("Traceback" in text for text in said)
+    ds = tsdyn.open(tmp_path / "sweep")
+    assert int(ds.coverage.sum()) == 6
+    assert integrity.check(tmp_path / "sweep") == []
+
+
+def test_a_point_that_is_held_is_left_to_its_writer(tmp_path, caplog):
+    experiment = small(sweep=GRID, **FEW)
+    path = tmp_path / "sweep"
+    points = sweep_directory.write_sweep(path, experiment)
+    (held, single), *_ = points.items()
+    with selecting.Run(path / held, single):
+        ds = tsdyn.run(experiment, path)
+        np.testing.assert_array_equal(ds.coverage, [0, 1, 1])
+    assert "1 of 3 points are being written by other processes" in caplog.text
+    assert int(tsdyn.run(experiment, path).coverage.sum()) == 3
+    with (
+        selecting.Run(tmp_path / "run", single),
+        pytest.raises(whole_files.ArchiveError, match="another process is writing"),
+    ):
+        tsdyn.run(single, tmp_path / "run")
+
+
+# --- memory limits -------------------------------------------------------------------------------------------
+
+WIDE = {"teacher__widths": [4000, 4000, 10], "student__overrealization": 1.0, "seeds": 1}  # 128 MB of weights each
+
+
+def test_a_run_beyond_ulimit_is_refused_in_a_sentence(tmp_path):
+    wide = small(**FEW | WIDE | {"teacher__widths": [12_000, 12_000, 10]})
+    (tmp_path / "wide.toml").write_text(wide.to_toml(), encoding="utf-8")
+    for quiet in ("", "--quiet"):
+        code, _, err = shell(f'ulimit -v $((5 * 1024 * 1024)); "$tsdyn" run wide.toml -o run {quiet}', tmp_path)
+        assert code == 1
+        assert b"GB of memory are free" in err
+        assert len(err.splitlines()) == 1
+
+
+def test_a_control_group_below_the_root_is_seen(tmp_path):
+    """As a batch system makes one: the limit is the job's, the process is in a group inside it."""
+    job = Path("/sys/fs/cgroup/memory") / f"tsdyn-{os.getpid()}"
+    try:
+        (job / "step").mkdir(parents=True)
+        (job / "memory.limit_in_bytes").write_text(str(900 << 20), encoding="ascii")
+    except OSError:
+        pytest.skip("this machine lets nobody make a control group of version 1")
+    try:
+        wide = small(**FEW | WIDE | {"teacher__widths": [6_000, 6_000, 10]})
+        (tmp_path / "wide.toml").write_text(wide.to_toml(), encoding="utf-8")
+        code, _, err = shell(
+            f'echo $$ > {job}/step/cgroup.procs && "$tsdyn" run wide.toml -o run --quiet', tmp_path, OMP_NUM_THREADS="1"
+        )
+        assert (code, b"GB of memory are free" in err) == (1, True), err
+    finally:
+        (job / "step").rmdir()
+        job.rmdir()
+
+
+V2 = "0::/user/session\n"
+V1 = "5:cpu,cpuacct:/\n4:memory:/slurm/job\n1:name=systemd:/\n"
+
+
+@pytest.mark.parametrize(
+    ("membership", "kind", "root", "limits", "left"),
+    [
+        (V2, "cgroup2", "/", {"user/session": (300, 100, 20), "user": (1000, 100, 0)}, 220),
+        (V2, "cgroup2", "/", {"user/session": ("max", 100, 0), "user": (250, 100, 0)}, 150),
+        (V2, "cgroup2", "/user", {"session": (300, 100, 20)}, 220),
+        ("0::/\n", "cgroup2", "/", {".": (300, 100, 0)}, 200),
+        (V1, "cgroup", "/", {"slurm/job": (400, 100, 10), "slurm": (9223372036854771712, 100, 0)}, 310),
+        (V1, "cgroup", "/", {"slurm/job": (9223372036854771712, 100, 0), "slurm": (350, 100, 0)}, 250),
+        (V1, "cgroup", "/docker/x", {".": (500, 100, 0)}, 400),
+        (V1, "cgroup", "/", {"slurm/job": (50, 100, 0)}, 0),
+        (V2, "cgroup2", "/", {}, sys.maxsize),
+        ("", "cgroup2", "/", {".": (300, 100, 0)}, sys.maxsize),
+    ],
+)
+def test_the_narrowest_control_group_counts(tmp_path, membership, kind, root, limits, left):
+    names = {"cgroup": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+             "cgroup2": ("memory.max", "memory.current", "inactive_file")}[kind]  # fmt: skip
+    for group, (limit, used, cached) in limits.items():
+        folder = tmp_path / "mount" / group
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / names[0]).write_text(f"{limit}\n", encoding="ascii")
+        (folder / names[1]).write_text(f"{used}\n", encoding="ascii")
+        (folder / "memory.stat").write_text(f"anon 5\n{names[2]} {cached}\n", encoding="ascii")
+    (tmp_path / "cgroup").write_text(membership, encoding="ascii")
+    options = "rw,memory" if kind == "cgroup" else "rw"
+    (tmp_path / "mountinfo").write_text(
+        f"31 23 0:28 / /proc rw - proc proc rw\n35 31 0:32 {root} {tmp_path / 'mount'} rw - {kind} {kind} {options}\n",
+        encoding="ascii",
+    )
+    assert memory._of_the_groups(str(tmp_path / "cgroup"), str(tmp_path / "mountinfo")) == left
+
+
+def test_memory_that_runs_out_all_the_same_is_a_sentence(command, file, tmp_path, monkeypatch):  # noqa: F811
+    def refuse(*_):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried")
+
+    monkeypatch.setattr(Members, "train", refuse)
+    code, _, err = command("run", file, "-o", tmp_path / "run", "--quiet")
+    assert (code, len(err.splitlines())) == (1, 1)
+    assert "no memory is left" in err
+
+
+# --- what computed it ----------------------------------------------------------------------------------------
+
+
+def test_the_commit_is_that_of_tsdyn_s_own_checkout_only(tmp_path):
+    """Installed inside somebody's repository, even tracked by it, it is none of that; nor does GIT_DIR mislead."""
+    root = Path(tsdyn.__file__).resolve().parent.parent
+    site = tmp_path / "theirs" / ".venv" / "site"
+    own = tmp_path / "own"
+    for target in (site, own):
+        for name, source in (("tsdyn", "tsdyn"), ("tsdyn/analysis", "analysis"), ("tsdyn/studies", "studies")):
+            shutil.copytree(root / source, target / name, ignore=shutil.ignore_patterns("__pycache__"))
+    commits = {}
+    for folder, files in ((tmp_path / "theirs", ["-f", ".venv"]), (own, ["tsdyn"])):
+        git = ["git", "-C", str(folder), "-c", "user.name=x", "-c", "user.email=x@x"]
+        for words in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "first"]):
+            subprocess.run([*git, *words], check=True)
+        commits[folder, False] = _recorded(site if folder != own else own, tmp_path)
+        subprocess.run([*git, "add", *files], check=True)
+        subprocess.run([*git, "commit", "-q", "-m", "second"], check=True)
+        commits[folder, True] = _recorded(site if folder != own else own, tmp_path)
+        head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    misled = _recorded(site, tmp_path, GIT_DIR=str(own / ".git"), GIT_WORK_TREE=str(own))
+    assert list(commits.values()) == ["unknown", "unknown", "unknown", head]
+    assert misled == "unknown"
+
+
+def _recorded(folder, tmp_path, **environment):
+    """``git_commit`` of a run by the copy of tsdyn there."""
+    code = (
+        "import sys; sys.meta_path[:] = [f for f in sys.meta_path if f.__module__ != '_tsdyn_here'];"
+        "sys.path.insert(0, sys.argv[1]); import tsdyn; assert tsdyn.__file__.startswith(sys.argv[1]), tsdyn.__file__;"
+        "from tsdyn.experiment.experiment import Experiment; e = Experiment.from_toml(sys.argv[2]);"
+        "import tempfile; print(tsdyn.run(e, tempfile.mkdtemp() + '/run').attrs['git_commit'])"
+    )
+    file = tmp_path / "commit.toml"
+    file.write_text(small(**FEW | {"training__epochs": 0}).to_toml(), encoding="utf-8")
+    words = [sys.executable, "-c", code, str(folder), str(file)]
+    done = subprocess.run(words, capture_output=True, text=True, check=True, env=os.environ | environment, cwd=tmp_path)
+    return done.stdout.strip()
+
+
+def test_what_computed_each_part_is_kept_and_said(command, file, tmp_path, monkeypatch, caplog):  # noqa: F811
+    path = tmp_path / "run"
+    first = tsdyn.run(Experiment.from_toml(file), path)
+    (entry,) = json.loads(first.attrs["history"])
+    assert entry["from_epoch"] == 0
+    assert all(entry[key] for key in ("engine", "compiler", "cpu", "cpu_flags", "device", "threads", "torch_version"))
+    assert (first.attrs["engine"], first.attrs["cpu"]) == (entry["engine"], entry["cpu"])
+    assert not caplog.records
+    longer = Experiment.from_toml(file).replace({"training.epochs": 5})
+    with monkeypatch.context() as patch:
+        patch.setattr("tsdyn.engine.native.load", lambda *_: None)
+        patch.setattr(
+            provenance, "engine", lambda: {"engine": "torch", "compiler": "none", "cpu": "Z80", "cpu_flags": "-"}
+        )
+        second = tsdyn.run(longer, path)
+    assert "goes on elsewhere than it began" in caplog.text
+    assert f"cpu {entry['cpu']} before, Z80 now" in caplog.text
+    entries = json.loads(second.attrs["history"])
+    assert [(e["from_epoch"], e["cpu"]) for e in entries] == [(0, entry["cpu"]), (4, "Z80")]
+    third = tsdyn.run(longer.replace({"training.epochs": 6}), path)
+    assert [e["from_epoch"] for e in json.loads(third.attrs["history"])] == [0, 4, 6]
+    _, out, _ = command("show", path)
+    shown = " ".join(out.split())
+    assert "from epoch 0:" in shown
+    assert "from epoch 4: engine torch, compiler none, cpu Z80" in shown or "cpu Z80" in shown
+
+
+def test_the_kernel_s_compiler_is_the_one_that_made_it():
+    library = native.load(compiled_step.SOURCE, compiled_step.Job)
+    if library is None:
+        pytest.skip("no compiled step on this machine")
+    compiler = provenance.engine()["compiler"]
+    assert compiler.startswith(("GCC: ", "clang")) or "clang version" in compiler
+
+
+# --- odd files and words -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", ["1" * 5000, "0x" + "f" * 5000, "[" + "1" * 5000 + "]", "-" + "9" * 4400])
+def test_numbers_of_thousands_of_digits_are_refused(command, file, tmp_path, number):  # noqa: F811
+    text = file.read_text(encoding="utf-8").replace("seeds = 2", f"seeds = {number}")
+    (tmp_path / "long.toml").write_text(text, encoding="utf-8")
+    code, _, err = command("run", tmp_path / "long.toml", "-o", tmp_path / "run")
+    assert code == 2
+    assert len(err) < 1000
+    code, _, err = command("run", file, "-o", tmp_path / "run", "--set", f"seeds={number}")
+    assert code == 2
+    assert len(err) < 1000
+
+
+def test_a_byte_order_mark_is_no_part_of_an_experiment(file, tmp_path):
+    (tmp_path / "marked.toml").write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert Experiment.from_toml(tmp_path / "marked.toml") == Experiment.from_toml(file)
+
+
+@pytest.mark.parametrize(
+    "name", ["3d.npy", "2024-01-02x.npy", "1.5.npy", "~x.npy", "data (1).npz", "ä/b,c.npy", "x#1.npy"]
+)
+def test_a_path_may_begin_with_anything(command, tmp_path, name):  # noqa: F811
+    file = tmp_path / "file.toml"
+    file.write_text(small(data__law="file", data__path="x.npy").to_toml(), encoding="utf-8")
+    code, _, err = command("run", file, "-o", tmp_path / "run", "--set", f"data.path={name}")
+    assert (code, f"{name}: no such file" in err) == (2, True), err
+
+
+def test_inodes_that_are_used_up_are_named(tmp_path):
+    mounted = tmp_path / "small"
+    mounted.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "nr_inodes=8,size=64m", "tmpfs", str(mounted)], check=False,
+                          capture_output=True)  # fmt: skip
+    if made.returncode:
+        pytest.skip("this user mounts nothing")
+    try:
+        with pytest.raises(whole_files.ArchiveError, match=r"no space left for another file: all 8 inodes are used"):
+            tsdyn.run(small(**FEW), mounted / "run")
+    finally:
+        subprocess.run(["umount", str(mounted)], check=True)
+
+
+def test_the_user_s_default_device_is_the_user_s(command, file, tmp_path):  # noqa: F811
+    expected = tsdyn.run(Experiment.from_toml(file), tmp_path / "expected").load()
+    torch.set_default_device("meta")
+    try:
+        found = tsdyn.run(Experiment.from_toml(file), tmp_path / "run").load()
+        code, _, err = command("run", file, "-o", tmp_path / "again")
+        assert torch.get_default_device().type == "meta"
+    finally:
+        torch.set_default_device("cpu")
+    assert code == 0, err
+    xr.testing.assert_equal(found, expected)
+    xr.testing.assert_equal(tsdyn.open(tmp_path / "again").load(), expected)

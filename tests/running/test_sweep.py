@@ -1,0 +1,377 @@
+"""Sweeps run: in this process and on workers, with points that fail and workers that die."""
+
+import dataclasses
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xarray as xr
+from distributed import default_client
+
+import tsdyn
+from tests.cases import small
+from tests.scale.trials import killing
+from tsdyn import memory
+from tsdyn.archive import run_directory, sweep_directory
+from tsdyn.archive.run_directory import segments
+from tsdyn.archive.whole_files import ArchiveError
+from tsdyn.engine import compiled_step, native
+from tsdyn.engine import train as train_module
+from tsdyn.engine.train import CHUNKS
+from tsdyn.running import estimates, joint_training, outcome, runner, sweep
+from tsdyn.running import workers as workers_module
+from tsdyn.running.interrupts import Stopped
+from tsdyn.running.joint_training import JointTraining, ensemble_key
+from tsdyn.running.members import Members
+from tsdyn.running.workers import WorkersError, workers_that_fit
+
+FEW = {"training__epochs": 3, "seeds": 2, "record__observables": ["mse", "correlation"]}
+GRID = {"teacher.polarity": [0.0, 1.0, 2.0]}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    return tsdyn.run(small(sweep=GRID, **FEW), tmp_path_factory.mktemp("sweep") / "serial")
+
+
+def same(found, wanted):
+    xr.testing.assert_equal(found.compute(), wanted.compute())
+
+
+def test_a_failing_point_does_not_stop_the_others(tmp_path):
+    # 2 separated rows of length 1 from 9 choices exist, 20 do not
+    experiment = small(sweep={"teacher.widths": [[10, 4, 6], [1, 20, 6], [10, 5, 6]]}, **FEW)
+    with pytest.raises(
+        outcome.SweepError, match=r"1 of 3 points failed, the others are done:\n  widths=1-20-6: "
+    ) as end:
+        tsdyn.run(experiment, tmp_path / "sweep")
+    assert list(end.value.failures) == ["widths=1-20-6"]
+    np.testing.assert_array_equal(tsdyn.open(tmp_path / "sweep").coverage, [1, 0, 1])
+
+
+def test_a_point_that_fails_in_training_does_not_stop_the_others(tmp_path, monkeypatch):
+    train = Members.train
+
+    def failing(members, epoch):
+        if members.experiment.teacher.polarity == 0.0:
+            raise RuntimeError("no more")
+        return train(members, epoch)
+
+    monkeypatch.setattr(Members, "train", failing)
+    with pytest.raises(outcome.SweepError, match=r"1 of 3 points failed(.|\n)*polarity=0.0: RuntimeError: no more"):
+        tsdyn.run(small(sweep=GRID, **FEW), tmp_path / "sweep")
+    with pytest.raises(RuntimeError, match="no more"):
+        tsdyn.run(small(teacher__polarity=0.0, **FEW), tmp_path / "run")
+
+
+def test_finished_points_are_not_run_again(tmp_path, monkeypatch, undisturbed):
+    ran = []
+    run = runner.run_together
+    monkeypatch.setattr(runner, "run_together", lambda e, **kw: ran.extend(p.name for p in e) or run(e, **kw))
+    tsdyn.run(small(sweep=GRID, **FEW), tmp_path / "sweep")
+    assert len(ran) == 3
+    tsdyn.run(small(sweep=GRID, **FEW), tmp_path / "sweep")
+    assert len(ran) == 3
+    tsdyn.run(small(sweep={"teacher.polarity": [0.0, 0.5, 1.0, 2.0]}, **FEW), tmp_path / "sweep")
+    assert ran[3:] == ["polarity=0.5"]
+    longer = {**FEW, "training__epochs": 5}
+    ds = tsdyn.run(small(sweep=GRID | {"teacher.polarity": [0.0, 0.5, 1.0, 2.0]}, **longer), tmp_path / "sweep")
+    assert len(ran) == 8
+    assert int(ds.epoch[-1]) == 5
+
+
+def test_workers_compute_the_same_bits_and_survive_each_other(tmp_path, undisturbed):
+    """Two processes; two are killed as soon as a point has begun (`make scale`: 50 of them, at any time)."""
+    told = []
+    path = tmp_path / "sweep"
+    with killing(random.Random(0), path, 2, pause=(0.02, 0.1)) as killed:
+        ds = sweep.run(small(sweep=GRID, **FEW), path, workers=2, progress=lambda *news: told.append(news[:2]))
+    assert killed
+    same(ds, undisturbed)
+    assert (3, 3) in told
+    assert not any(segments(point) for point in path.iterdir() if point.is_dir())
+
+
+def test_what_is_estimated_is_timed_once_a_shape(monkeypatch):
+    timed = []
+    monkeypatch.setattr(estimates, "estimate", lambda e, device: timed.append(e) or estimates.Cost(2, 3, 4, 5, 6.0))
+    grid = {"teacher.polarity": [0.0, 1.0, 2.0], "student.overrealization": [1, 2]}
+    points = {str(i): single for i, (_, single) in enumerate(small(sweep=grid).points())}
+    assert set(sweep.estimate(points)) == set(points)
+    assert [e.student.overrealization for e in timed] == [1, 2]
+
+
+def test_points_that_cannot_begin_are_no_part_of_the_estimate():
+    widths = {"teacher.widths": [[10, 4, 6], [1, 20, 6]]}
+    points = {str(i): single for i, (_, single) in enumerate(small(sweep=widths, **FEW).points())}
+    assert list(sweep.estimate(points)) == ["0"]
+    with pytest.raises(tsdyn.ExperimentError):
+        sweep.estimate({".": points["1"]})
+
+
+def test_no_more_workers_than_memory_holds(monkeypatch, caplog):
+    points = {"a": small(), "b": small(seeds=30)}
+    largest = max(estimates.footprint(single).bytes for single in points.values())
+    monkeypatch.setattr(memory, "available", lambda: 2 * largest + 1)
+    assert workers_that_fit(2, points) == 2
+    assert not caplog.records
+    assert workers_that_fit(5, points) == 2
+    assert "2 workers instead of 5" in caplog.text
+    monkeypatch.setattr(memory, "available", lambda: 0)
+    assert workers_that_fit(5, points) == 1  # which says itself what it lacks
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"workers": 0}, "workers = 0: at least 1"),
+        ({"workers": 1, "scheduler": "tcp://127.0.0.1:9"}, "not together with a scheduler"),
+        ({"scheduler": "tcp://127.0.0.1:9"}, "scheduler tcp://127.0.0.1:9: does not answer"),
+        ({"scheduler": "nonsense://x"}, "scheduler nonsense://x: does not answer"),
+    ],
+)
+def test_workers_that_cannot_be_had(tmp_path, monkeypatch, how, message):
+    monkeypatch.setattr(workers_module, "CONNECT_SECONDS", 1)
+    with pytest.raises(WorkersError, match=message) as refused:
+        sweep.run(small(sweep=GRID, **FEW), tmp_path / "sweep", **how)
+    assert refused.tb is not None  # which holds a client that got no answer: it must not be who computes from here on
+    with pytest.raises(ValueError, match="No clients found"):
+        default_client()
+
+
+def test_an_existing_scheduler_is_used(tmp_path, undisturbed):
+    from distributed import LocalCluster
+
+    with LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address="127.0.0.1:0") as cluster:
+        ds = sweep.run(small(sweep=GRID, **FEW), tmp_path / "sweep", scheduler=cluster.scheduler_address)
+        with pytest.raises(ValueError, match="No clients found"):  # one would be gone with the cluster
+            default_client()
+    same(ds, undisturbed)
+
+
+# --- points of one shape as one ensemble --------------------------------------------------------------------
+
+
+@pytest.fixture
+def ensembles(monkeypatch):
+    """Sizes of the ensembles that trained several points."""
+    found = []
+    real = joint_training.JointTraining
+
+    def counted(parts):
+        found.append(len(parts))
+        return real(parts)
+
+    monkeypatch.setattr(runner, "Together", counted)
+    return found
+
+
+MIXED = {"teacher.polarity": [0.0, 1.0], "training.learning_rate": [0.01, {"0": 0.02, "2": 0.005}]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "bits"),
+    [
+        ({}, True),
+        ({"data__train": "fresh", "training__steps_per_epoch": 7, "student__scale": 0.3}, True),
+        ({"training__momentum": 0.5, "training__weight_decay": 0.01, "dtype": "float32"}, True),
+        ({"training__method": "gd"}, False),
+        ({"student__activation": "erf", "training__method": "adam", "training__epsilon": 0.1}, False),
+        ({"training__loss": "cross_entropy", "data__augment": "aware"}, False),
+    ],
+)
+def test_points_of_one_shape_train_as_one_ensemble(tmp_path, ensembles, changes, bits):
+    """To the bits of points by themselves in the compiled kernel; to the rounding of some hundred steps elsewhere."""
+    experiment = small(sweep=MIXED, **(FEW | changes))
+    found = sweep.run(experiment, tmp_path / "together", together=True).compute()
+    assert ensembles == [4]
+    wanted = sweep.run(experiment, tmp_path / "apart").compute()
+    assert ensembles == [4]
+    if bits and native.load(compiled_step.SOURCE, compiled_step.Job) is not None:
+        xr.testing.assert_equal(found, wanted)
+    else:
+        xr.testing.assert_allclose(found, wanted, rtol=1e-10, atol=1e-12)
+    assert not np.allclose(found.mse_eval.isel(learning_rate=0), found.mse_eval.isel(learning_rate=1))
+
+
+def test_an_ensemble_of_points_goes_through_the_chunks_of_a_device(tmp_path, monkeypatch, ensembles):
+    """As on a GPU: their steps are recorded once and taken again in later epochs, with the rates of each member."""
+    wanted = sweep.run(small(sweep=MIXED, **FEW), tmp_path / "apart").compute()
+    chunks = dataclasses.replace(CHUNKS, claims=lambda *_: True)
+    monkeypatch.setattr(train_module, "BACKENDS", (chunks,))
+    found = sweep.run(small(sweep=MIXED, **FEW), tmp_path / "together", together=True).compute()
+    assert ensembles == [4]
+    xr.testing.assert_allclose(found, wanted, rtol=1e-10, atol=1e-12)
+
+
+def test_a_member_that_dies_leaves_its_ensemble_as_it_is(tmp_path, ensembles):
+    experiment = small(sweep={"training.learning_rate": [0.01, 1e9, 0.02]}, **FEW)
+    found = sweep.run(experiment, tmp_path / "together", together=True).compute()
+    assert ensembles == [3]
+    assert (found.death_epoch.isel(learning_rate=1) > 0).all()
+    same(found, sweep.run(experiment, tmp_path / "apart"))
+
+
+def test_who_fails_in_company_does_not_stop_the_others_and_goes_on_later(tmp_path, monkeypatch, ensembles, undisturbed):
+    """One is never drawn, two fail at different epochs: then those two go on in ensembles of their own."""
+    widths = {"teacher.widths": [[10, 4, 6], [1, 20, 6]]}
+    with pytest.raises(outcome.SweepError, match="1 of 2 points failed"):
+        sweep.run(small(sweep=widths, **FEW), tmp_path / "drawn", together=True)
+    assert ensembles == []
+
+    monkeypatch.setattr(runner, "COMMIT_SECONDS", 0.0)
+    measure = Members.measure
+    with monkeypatch.context() as patch:
+
+        def failing(members, epoch, variables):
+            if epoch == {1.0: 2, 2.0: 3}.get(members.experiment.teacher.polarity):
+                raise OSError("no more")
+            return measure(members, epoch, variables)
+
+        patch.setattr(Members, "measure", failing)
+        with pytest.raises(outcome.SweepError, match=r"2 of 3 points failed(.|\n)*polarity=1.0: OSError: no more"):
+            sweep.run(small(sweep=GRID, **FEW), tmp_path / "sweep", together=True)
+    assert ensembles == [3]
+    same(sweep.run(small(sweep=GRID, **FEW), tmp_path / "sweep", together=True), undisturbed)
+    assert ensembles == [3]
+
+
+@pytest.fixture
+def stopping_at(monkeypatch):
+    """Every epoch committed, and the signal that comes while a given epoch is measured."""
+    monkeypatch.setattr(runner, "COMMIT_SECONDS", 0.0)
+    measure = Members.measure
+
+    def at(stop, patch):
+        def measured(members, epoch, variables):
+            asks_now = signal.getsignal(signal.SIGTERM) != signal.SIG_DFL  # a second one acts as ever
+            if epoch == stop and asks_now:
+                signal.raise_signal(signal.SIGTERM)
+            return measure(members, epoch, variables)
+
+        patch.setattr(Members, "measure", measured)
+
+    return at
+
+
+@pytest.mark.parametrize("method", ["sgd", "adam"])
+def test_an_ensemble_that_was_stopped_goes_on_as_one(tmp_path, monkeypatch, ensembles, stopping_at, method):
+    """All of it committed; with its moments, as many steps as were taken, and a member that died before."""
+    rates = {"training.learning_rate": [0.01, 1e9, 0.02]}
+    experiment = small(sweep=rates, **FEW, training__momentum=0.5, training__method=method)
+    with monkeypatch.context() as patch:
+        stopping_at(2, patch)
+        with pytest.raises(Stopped, match=r"stopped by SIGTERM; what was computed is committed$"):
+            sweep.run(experiment, tmp_path / "sweep", together=True)
+    assert {tuple(s.last for s in segments(p)) for p in (tmp_path / "sweep").iterdir() if p.is_dir()} == {(0, 1, 2)}
+    found = sweep.run(experiment, tmp_path / "sweep", together=True)
+    assert ensembles == [3, 3]
+    same(found, sweep.run(experiment, tmp_path / "apart"))
+
+
+def test_a_point_whose_members_all_died_by_itself_goes_on_in_company(tmp_path, monkeypatch, ensembles, stopping_at):
+    """It has stopped counting steps."""
+    experiment = small(sweep={"training.learning_rate": [1e9, 0.01, 0.02]}, **FEW)
+    with monkeypatch.context() as patch:
+        stopping_at(2, patch)
+        for name, point in sweep_directory.write_sweep(tmp_path / "sweep", experiment).items():
+            with pytest.raises(Stopped):
+                runner.run(point, tmp_path / "sweep" / name)
+    found = sweep.run(experiment, tmp_path / "sweep", together=True)
+    assert ensembles == [3]
+    same(found, sweep.run(experiment, tmp_path / "apart"))
+
+
+def test_data_that_cannot_be_had_fail_one_point_of_an_ensemble(tmp_path, ensembles):
+    deep = {"data__law": "digits", "data__eval": 100, "teacher__widths": [64, 5, 10], "training__steps_per_epoch": 10}
+    experiment = small(sweep={"data.train": [100, 100_000, 200]}, **(FEW | deep))
+    with pytest.raises(outcome.SweepError, match=r"1 of 3 points failed(.|\n)*train=100000: "):
+        sweep.run(experiment, tmp_path / "sweep", together=True)
+    assert ensembles == [2]
+
+
+def test_data_of_different_sizes_and_their_own_labels(tmp_path, ensembles):
+    labels = {"data__law": "digits", "data__eval": 100, "teacher__widths": [64, 5, 10], "training__steps_per_epoch": 10}
+    labels |= {"training__loss": "cross_entropy", "training__labels": "data"}
+    experiment = small(sweep={"data.train": [100, 200]}, **(FEW | labels))
+    found = sweep.run(experiment, tmp_path / "together", together=True).compute()
+    assert ensembles == [2]
+    xr.testing.assert_allclose(found, sweep.run(experiment, tmp_path / "apart").compute(), rtol=1e-10, atol=1e-12)
+
+
+def test_an_ensemble_that_cannot_be_trained_is_taken_apart(tmp_path, monkeypatch, undisturbed, caplog):
+    def fails(together, epoch):
+        raise MemoryError("no room for all")
+
+    monkeypatch.setattr(JointTraining, "train", fails)
+    same(sweep.run(small(sweep=GRID, **FEW), tmp_path / "sweep", together=True), undisturbed)
+    assert "cannot train together, so one by one: no room for all" in caplog.text
+
+
+def test_what_cannot_be_committed_is_said_when_a_signal_stops_the_others(tmp_path, monkeypatch, stopping_at):
+    commit = run_directory.RunDirectory.commit
+
+    def full(run, *given):
+        if run.experiment.teacher.polarity == 1.0:
+            raise ArchiveError("the disk is full")
+        commit(run, *given)
+
+    monkeypatch.setattr(run_directory.RunDirectory, "commit", full)
+    stopping_at(0, monkeypatch)
+    with pytest.raises(Stopped, match=r"committed; but for .*polarity=1.0: the disk is full"):
+        sweep.run(small(sweep=GRID, **FEW), tmp_path / "sweep", together=True)
+    with pytest.raises(ArchiveError, match="the disk is full"):
+        runner.run(small(**FEW), tmp_path / "run")
+
+
+def test_companies_on_workers_compute_the_same_bits(tmp_path, undisturbed):
+    same(sweep.run(small(sweep=GRID, **FEW), tmp_path / "sweep", workers=2, together=True), undisturbed)
+
+
+def test_companies_hold_each_point_once_and_keep_to_room_and_workers(monkeypatch):
+    grid = {"teacher.polarity": [0.0, 1.0, 2.0], "student.overrealization": [1, 2]}
+    points = {str(i): single for i, (_, single) in enumerate(small(sweep=grid).points())}
+    points["flow"] = small(training__method="flow")
+    points["flow 2"] = small(training__method="flow")
+    two = 2 * max(estimates.footprint(single).bytes for single in points.values())
+    for workers, room in ((1, 1 << 40), (3, 1 << 40), (1, two), (1, 0)):
+        groups = joint_training.group_points(points, workers, room)
+        assert sorted(name for group in groups for name in group) == sorted(points)
+        assert len(groups) >= workers
+        for group in groups:
+            assert len({ensemble_key(single) for single in group.values()}) == 1
+            held = sum(map(estimates.footprint, group.values()), estimates.Footprint())
+            assert len(group) == 1 or held.bytes <= room
+            assert len(group) == 1 or not any(name.startswith("flow") for name in group)
+    assert sorted(map(len, joint_training.group_points(points, 1, 1 << 40))) == [1, 1, 3, 3]
+    monkeypatch.setattr(sweep.resource, "getrlimit", lambda _: (8, 8))  # of open files: a lock each, and others to join
+    assert sorted(map(len, joint_training.group_points(points, 1, 1 << 40))) == [1, 1, 1, 1, 2, 2]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_has_the_workers_commit(tmp_path, number, code):
+    """Ctrl-C goes to every process of a terminal, a termination to the command alone."""
+    experiment = small(sweep=GRID, training__steps_per_epoch=20_000, **(FEW | {"training__epochs": 200}))
+    (tmp_path / "sweep.toml").write_text(experiment.to_toml(), encoding="utf-8")
+    words = [Path(sys.executable).with_name("tsdyn"), "run", "sweep.toml", "-o", "sweep", "--workers", "2"]
+    with subprocess.Popen(words, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True) as child:
+        assert child.stderr is not None
+        said = []
+        for line in child.stderr:
+            said.append(line)
+            if re.search(r"epoch [1-9]\d*/200", line):
+                (os.killpg if number == signal.SIGINT else os.kill)(child.pid, number)
+                break
+        said += child.stderr.readlines()
+    assert child.returncode == code, "".join(said)
+    assert "the same command goes on from there" in said[-1], "".join(said)
+    assert not any("Traceback" in line for line in said), "".join(said)
+    begun = [found[-1].last for found in (segments(p) for p in (tmp_path / "sweep").iterdir() if p.is_dir()) if found]
+    assert begun
+    assert all(0 < last < 200 for last in begun)

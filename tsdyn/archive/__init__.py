@@ -1,0 +1,8 @@
+"""What lies on disk: writing, locking, reading and checking directories of runs and sweeps. Needs no torch."""
+
+from typing import TYPE_CHECKING
+
+if not TYPE_CHECKING:  # names that tsdyn 0.1 had here
+    from tsdyn._forwarding import forwarding
+
+    __getattr__ = forwarding(__name__)

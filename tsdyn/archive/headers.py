@@ -1,0 +1,340 @@
+"""What files declare, less their numbers; and of the finished points of a sweep, kept in its ``index.json``.
+
+The index repeats what the headers of the files say, so that a sweep of thousands of runs opens without opening them.
+It is a cache: an entry counts only while its file has the size, time and checksum it had, and what is missing is read
+from the files.  Imports no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import netCDF4
+import numpy as np
+import xarray as xr
+
+from tsdyn import schema, vocabulary
+from tsdyn.archive import netcdf
+from tsdyn.archive.run_directory import ARCHIVE, EXPERIMENT, RUN, extends, segments
+from tsdyn.archive.whole_files import (
+    ALWAYS_VERIFIED,
+    ArchiveError,
+    DirectoryError,
+    Identity,
+    identity,
+    refuse_changed,
+    refuse_link,
+    write_text,
+)
+from tsdyn.archive.wrong_numbers import WRONG_THROUGH, wrong_variables
+from tsdyn.experiment.errors import ExperimentError
+from tsdyn.experiment.experiment import Experiment, differences
+
+INDEX = "index.json"
+_INDEX = re.compile(rb'\{"sha256": "([0-9a-f]{64})", "kept": (.*)\}', re.DOTALL)
+#: Of a file's attributes, those that are its run's own.
+OWN = ("experiment", "name", "digest", "created", RUN, "input_sha256", "history")
+
+#: Dimensions, values and attributes of what is loaded when a file is opened.
+Loaded = tuple[tuple[str, ...], Any, dict[str, Any]]
+
+
+class Declared(NamedTuple):
+    """A variable as a file declares it.
+
+    Attributes:
+        dims: Its dimensions.
+        dtype: Of its numbers once they are read.
+        chunk: Its chunk on disk.
+        attrs: Its attributes.
+        encoding: Attributes that say how its numbers are stored; none if they are stored as they are.
+    """
+
+    dims: tuple[str, ...]
+    dtype: str
+    chunk: list[int]
+    attrs: dict[str, Any]
+    encoding: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file declares, less its numbers; runs of one shape share it.
+
+    Attributes:
+        version: Of the schema.
+        labels: Dimension → its labels; 0, 1, ... where the file has none.
+        columns: Coordinates, those of dimensions among them.
+        texts: Variables that are no numbers.
+        variables: Those that are, by name.
+        attrs: Global attributes that are not the run's own.
+    """
+
+    version: Any
+    labels: dict[str, list[Any]]
+    columns: dict[str, Loaded]
+    texts: dict[str, Loaded]
+    variables: dict[str, Declared]
+    attrs: dict[str, Any]
+
+    def as_json(self) -> list[Any]:
+        columns = {
+            name: (dims, np.asarray(values).tolist(), attrs) for name, (dims, values, attrs) in self.columns.items()
+        }
+        return [self.version, self.labels, columns, self.variables, self.attrs]
+
+    @classmethod
+    def of_json(cls, kept: Sequence[Any]) -> Header:
+        """What `as_json` gave, whose tuples JSON made lists."""
+        version, labels, columns, variables, attrs = kept
+        if not {"seed", "layer"} <= set(labels) or not set(vocabulary.PATHS) & set(labels):
+            raise ValueError("not the header of a run")
+        loaded = {name: (tuple(dims), np.asarray(values), own) for name, (dims, values, own) in columns.items()}
+        declared = {name: Declared(tuple(dims), *rest) for name, (dims, *rest) in variables.items()}
+        return cls(version, labels, loaded, {}, declared, attrs)
+
+
+class Source(NamedTuple):
+    """One file as it was when it was opened.
+
+    Attributes:
+        path: Where it is, absolute.
+        identity: What tells it from another file of that name.
+        header: What it declares.
+        own: Those of its attributes that are in `OWN`.
+        death: ``death_epoch`` of its members, none if it does not say.
+        wrong: Variables whose numbers are not what they are called (`wrong_variables`).
+    """
+
+    path: Path
+    identity: Identity
+    header: Header
+    own: dict[str, Any]
+    death: list[int]
+    wrong: tuple[str, ...]
+
+    @property
+    def unchanged(self) -> bool:
+        """Whether the file that was opened is still the one at its path."""
+        with suppress(OSError):
+            status = os.lstat(self.path)
+            return (status.st_ino, status.st_size, status.st_mtime_ns) == self.identity[:3]
+        return False
+
+    @classmethod
+    def of(cls, path: Path, *, upto: float = -1.0) -> Source:
+        """What a file declares, once it is compared with its checksum if it has at most `upto` bytes.
+
+        Raises:
+            ArchiveError: if it is no netCDF-4 file, declares more than its size warrants or is not what its checksum
+                says.
+        """
+        refuse_changed(path, upto=upto)
+        netcdf.refuse_foreign(path)
+        now = identity(path)
+        with netcdf.dataset(path) as nc:
+            netcdf.refuse_oversized(path, nc)
+            try:
+                return cls(path.absolute(), now, *_declared(path, nc))
+            except (OSError, RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+                if isinstance(error, ArchiveError):
+                    raise
+                raise DirectoryError(f"{path}: not a readable netCDF file: {error}") from error
+
+
+def _declared(path: Path, nc: netCDF4.Dataset) -> tuple[Header, dict[str, Any], list[int], tuple[str, ...]]:
+    columns: dict[str, Loaded] = {}
+    texts: dict[str, Loaded] = {}
+    for name, coordinate in netcdf.loaded_at_once(nc).items():
+        found = netcdf.loaded(path, nc[name])
+        (columns if coordinate else texts)[name] = _loaded(found)
+    death: list[int] = []
+    if columns.get("death_epoch", ((),))[0] == ("seed",):
+        death = columns.pop("death_epoch")[1].tolist()
+    variables = {
+        name: _variable(array)
+        for name, array in nc.variables.items()
+        if name not in columns and name not in texts and not (name == "death_epoch" and death)
+    }
+    used = {dim for held in (columns, texts, variables) for dims, *_ in held.values() for dim in dims}
+    labels = {
+        dim: columns[dim][1].tolist() if columns.get(dim, ((),))[0] == (dim,) else list(range(size.size))
+        for dim, size in nc.dimensions.items()
+        if dim in used
+    }
+    attrs = _plain(netcdf.attributes(nc))
+    own = {name: attrs.pop(name) for name in OWN if name in attrs}
+    version = attrs.get("schema_version", schema.VERSION)
+    wrong = wrong_variables(version, attrs.get(WRONG_THROUGH), str(own.get("experiment", "")))
+    held = Header(version, labels, columns, texts, variables, attrs)
+    return held, own, death, tuple(name for name in wrong if name in variables)
+
+
+def _loaded(found: xr.Variable) -> Loaded:
+    return tuple(map(str, found.dims)), found.values, _plain(found.attrs)
+
+
+def _variable(array: netCDF4.Variable) -> Declared:
+    dims, attrs = tuple(array.dimensions), netcdf.attributes(array)
+    packed = netcdf.packing(array.dtype, attrs)
+    dtype = array.dtype
+    if packed:
+        dtype = netcdf.decoded(array.name, xr.Variable(dims, np.empty((0,) * array.ndim, dtype), packed)).dtype
+    described = _plain({name: value for name, value in attrs.items() if name not in packed})
+    return Declared(dims, dtype.str, netcdf.stored_chunk(array), described, packed)
+
+
+def _plain(attrs: Mapping[str, Any]) -> dict[str, Any]:
+    """Attributes for a reader, as JSON can hold them: without those that say how things are stored."""
+    shown = {
+        str(name): value for name, value in attrs.items() if not str(name).startswith("_") and name != "coordinates"
+    }
+    return {n: v.tolist() if isinstance(v, (np.ndarray, np.generic)) else v for n, v in shown.items()}
+
+
+def refuse_other(source: Source, expected: Callable[[], Experiment]) -> None:
+    """Refuse a file that says that it is of another run: its numbers would stand under the wrong labels.
+
+    Raises:
+        ArchiveError: naming what differs.
+    """
+    try:
+        mine, text = expected(), source.own.get("experiment")
+        if text == mine.to_toml() or (text is None and source.own.get("digest") == mine.digest):
+            return
+        if text is None:  # the index remembers the digest alone
+            text = Source.of(source.path).own.get("experiment")
+        theirs = Experiment.from_toml_text(str(text), archived=True)
+    except ExperimentError:
+        return  # the archive can be read without; `tsdyn validate` names it
+    if mine != theirs and not extends(mine, theirs) and not extends(theirs, mine):
+        raise ArchiveError(
+            f"{source.path}: holds a file of another run; what differs from {EXPERIMENT}:\n  "
+            + "\n  ".join(differences(theirs, mine))
+            + "\nIf directories or files were exchanged, put each where it was; `tsdyn validate` names all of them."
+        )
+
+
+class _Entry(NamedTuple):
+    """A finished point in the index: `Source` in short, with the key of its header."""
+
+    stamp: list[Any]
+    header: str
+    death: list[int]
+    own: dict[str, Any]
+    wrong: list[str]
+
+
+class Headers:
+    """What the finished points of a sweep hold, read from ``index.json`` where that is not out of date.
+
+    Args:
+        path: Directory of the sweep, or of a run, which is its own point ``.``.
+        verify: Files of at most this size are compared with their checksums when they are read; with `math.inf` all,
+            whatever the index says.
+    """
+
+    def __init__(self, path: Path, verify: float = ALWAYS_VERIFIED) -> None:
+        self.path, self.verify = path.absolute(), verify
+        self._headers: dict[str, Header] = {}
+        self._entries: dict[str, _Entry] = {}
+        self._of_theirs: set[str] = set()  # points whose file was compared with this experiment
+        self._changed = False
+        self._experiment = ""
+        with suppress(OSError):
+            self._experiment = hashlib.sha256((self.path / EXPERIMENT).read_bytes()).hexdigest()
+        with suppress(OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            whole = _INDEX.fullmatch((self.path / INDEX).read_bytes())
+            sealed = whole is not None and hashlib.sha256(whole[2]).hexdigest() == whole[1].decode()
+            found: dict[str, Any] = json.loads(whole[2]) if whole is not None and sealed else {}
+            if found.get("version") == schema.VERSION:
+                self._headers = {key: Header.of_json(kept) for key, kept in found["headers"].items()}
+                self._entries = {name: _Entry(*kept) for name, kept in found["runs"].items()}
+                self._of_theirs = set(self._entries) if found["experiment"] == self._experiment else set()
+
+    def finished(self, name: str, expected: Callable[[], Experiment]) -> Source | None:
+        """The archive of one point, None if it has none.
+
+        Raises:
+            ArchiveError: if it has one that cannot be read, or is of another experiment than `expected` gives.
+        """
+        folder = self.path / name
+        refuse_link(folder)
+        file = folder / ARCHIVE
+        try:
+            now = identity(file)
+        except OSError:
+            return None
+        refuse_link(file)
+        stamp, entry = [now.size, now.modified, now.seal], self._entries.get(name)
+        if entry is None or entry.stamp != stamp or entry.header not in self._headers or self.verify == math.inf:
+            self._of_theirs.discard(name)
+            source = Source.of(file, upto=self.verify)
+            key = hashlib.sha256(json.dumps(source.header.as_json(), sort_keys=True).encode()).hexdigest()[:16]
+            self._headers.setdefault(key, source.header)
+            death = source.death if any(d >= 0 for d in source.death) else []
+            own = {kept: source.own[kept] for kept in ("digest", RUN) if kept in source.own}
+            self._entries[name] = _Entry(stamp, key, death, own, list(source.wrong))
+            self._changed = True
+        else:
+            header = self._headers[entry.header]
+            source = Source(
+                file, now, header, entry.own, entry.death or [-1] * len(header.labels["seed"]), tuple(entry.wrong)
+            )
+        if name not in self._of_theirs:
+            try:
+                refuse_other(source, expected)
+            except ArchiveError:
+                self._entries.pop(name, None)
+                raise
+            self._of_theirs.add(name)
+            self._changed = True
+        return source._replace(header=self._headers[self._entries[name].header])
+
+    def committed(self, name: str, expected: Callable[[], Experiment]) -> list[Source]:
+        """The archive of one point, or the segments of one that goes on; nothing if it has neither.
+
+        Raises:
+            ArchiveError: if one cannot be read, or is of another experiment than `expected` gives.
+        """
+        folder = self.path / name
+        for attempt in range(3):
+            try:
+                done = self.finished(name, expected)
+                if done is not None:
+                    return [done]
+                found = [Source.of(segment.path, upto=self.verify) for segment in segments(folder)]
+                for source in found:
+                    refuse_other(source, expected)
+                return found
+            except FileNotFoundError:  # the run was finished, or gone on with, in this moment
+                continue
+            except ArchiveError:
+                if attempt == 2 or not (folder / ARCHIVE).is_file() or (folder / ARCHIVE).is_symlink():
+                    raise
+        return []
+
+    def write(self) -> None:
+        """Keep what was read, if there is anything new."""
+        if not self._changed:
+            return
+        used = {entry.header for entry in self._entries.values()}
+        kept = {
+            "version": schema.VERSION,
+            "experiment": self._experiment,
+            "headers": {key: header.as_json() for key, header in self._headers.items() if key in used},
+            "runs": {name: entry for name, entry in self._entries.items() if name in self._of_theirs},
+        }
+        text = json.dumps(kept, separators=(",", ":"))
+        seal = hashlib.sha256(text.encode()).hexdigest()
+        write_text(self.path / INDEX, f'{{"sha256": "{seal}", "kept": {text}}}')
+        self._changed = False

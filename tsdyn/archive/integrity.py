@@ -1,0 +1,412 @@
+"""Is a directory whole, and what can be kept of one that is not.  Imports no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+import os
+import resource
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import netCDF4
+import numpy as np
+
+from tsdyn import schema, vocabulary
+from tsdyn.archive import netcdf, study_directories
+from tsdyn.archive.headers import Source
+from tsdyn.archive.lock import Lock
+from tsdyn.archive.reading import opened
+from tsdyn.archive.run_directory import ARCHIVE, EXPERIMENT, KEPT, RUN, SEGMENTS, extends, segment_epochs, segments
+from tsdyn.archive.selecting import swept_dimensions
+from tsdyn.archive.sweep_directory import SWEEP, possible_names, sweep_points
+from tsdyn.archive.whole_files import (
+    SUFFIX,
+    ArchiveError,
+    DirectoryError,
+    local_path,
+    make_directory,
+    refuse_link,
+    refused,
+    replacing,
+    seal_of,
+    sealed,
+    sync_directory,
+    write_text,
+)
+from tsdyn.archive.wrong_numbers import WRONG
+from tsdyn.experiment.errors import ExperimentError
+from tsdyn.experiment.experiment import Experiment
+
+#: Where `repair` puts what is not whole; nothing is deleted.
+DAMAGED = "damaged"
+#: `check` and `repair` hold about this much of a variable in memory.
+BLOCK_BYTES = 1 << 26
+#: Processor time that a process of its own has for a damaged file: seconds, and seconds a byte.
+APART_SECONDS, APART_PER_BYTE = 2, 2e-7
+
+
+def check(path: str | Path) -> list[str]:
+    """What is wrong with a run, a sweep or a file, one sentence each; empty if it is whole.
+
+    Schema, attributes, monotone epochs, checksums of every segment and archive, agreement with ``experiment.toml``,
+    and every stored number read once.  A run that is not finished is whole if what it committed is.
+    """
+    path = local_path(path)
+    if (path / SWEEP).is_file():
+        return list(dict.fromkeys(_check_sweep(path)))
+    of_a_study = study_directories.result(path)
+    if of_a_study is not None:
+        return _check_study(of_a_study)
+    if path.is_dir():
+        return list(dict.fromkeys(_check_run(path)))
+    if not path.exists():
+        raise DirectoryError(f"{path}: does not exist")
+    return list(dict.fromkeys([*_check_file(path), *_said_of(path)]))
+
+
+def _check_study(file: Path) -> list[str]:
+    """Of what tsdyn 0.1 left without a checksum: whether it reads, and says what each variable is."""
+    try:
+        ds = study_directories.read(file)
+    except ArchiveError as error:
+        return [str(error)]
+    wanted = ("units", "long_name")
+    return [
+        f"{file}: {name}: attribute {key!r} is missing"
+        for name, a in ds.items()
+        for key in wanted
+        if key not in a.attrs
+    ]
+
+
+def _check_sweep(path: Path) -> Iterator[str]:
+    try:
+        points = sweep_points(path)
+        index = json.loads((path / SWEEP).read_text(encoding="utf-8"))
+        listed = {point["directory"] for point in index["points"]}
+        named = set().union(*(possible_names(values) for values, _ in points.values()))
+        if len(listed) != len(points) or not listed <= named:
+            yield f"{path / SWEEP}: lists other points than {EXPERIMENT} has"
+    except (ExperimentError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        yield f"{path}: the sweep cannot be read: {error}"
+        return
+    for name, (_, experiment) in points.items():
+        if (path / name).is_symlink():
+            yield f"{path / name}: is a symbolic link; a sweep holds its own points"
+        elif (path / name).exists():
+            yield from _check_run(path / name, experiment)
+
+
+def _check_run(path: Path, expected: Experiment | None = None) -> Iterator[str]:
+    for entry in (path / EXPERIMENT, path / ARCHIVE, path / SEGMENTS):
+        if entry.is_symlink():
+            yield f"{entry}: is a symbolic link; a run holds its own files"
+    try:
+        experiment = Experiment.from_toml(path / EXPERIMENT, archived=True)
+    except ExperimentError as error:
+        yield str(error)
+        return
+    if expected is not None and experiment != expected:
+        yield f"{path / EXPERIMENT}: is not the point of the sweep that the directory is named for"
+    finished = (path / ARCHIVE).exists()
+    try:
+        files = [path / ARCHIVE] if finished else [segment.path for segment in segments(path)]
+    except ArchiveError as error:
+        yield str(error)
+        return
+    for seal in (path / SEGMENTS).glob(f"*{SUFFIX}"):
+        if not finished and seal.with_name(seal.name.removesuffix(SUFFIX)) not in files:
+            yield f"{seal}: the checksum of a segment that is not there: lost, or its commit was cut short"
+    problems = [problem for file in files for problem in _check_file(file, experiment)]
+    yield from problems
+    yield from (told for file in files for told in _said_of(file))
+    if problems:  # what epochs a damaged file says it holds is not to be told from
+        return
+    epochs: list[vocabulary.Label] = []
+    kept: set[vocabulary.Label] = set()
+    dimension = experiment.layout.path
+    for file in files:
+        with netcdf.dataset(file, only=dimension) as nc:
+            epochs += nc[dimension][:].tolist()
+            kept |= set(np.atleast_1d(netcdf.attributes(nc).get(KEPT, ())).tolist())
+    last = epochs[-1] if epochs else -1
+    recorded = set(epochs)
+    missing = [e for e in experiment.labels if e not in recorded and (finished or e <= last)]
+    if missing:
+        yield f"{path}: {dimension}s {_few(missing)} are not there"
+    extra = sorted(recorded - set(experiment.labels) - kept) if finished else []
+    if extra or epochs != sorted(recorded):
+        yield f"{path}: {dimension}s {_few(extra or epochs)} are not those of the schedule, in order"
+
+
+def _check_file(path: Path, experiment: Experiment | None = None) -> Iterator[str]:
+    kept = sealed(path)
+    if kept is False:
+        yield f"{path}: its checksum differs from the one kept in {seal_of(path).name}: it was changed or is damaged"
+        yield from _apart("contents", experiment, path) or [f"{path}: reading it any further crashes the library"]
+    else:
+        yield from _contents(path, experiment, unsealed=kept is None)
+
+
+def _said_of(path: Path) -> Iterator[str]:
+    """What is wrong with the numbers of a file that reads: it was repaired, or an earlier version got them wrong."""
+    with suppress(ArchiveError, OSError):  # what cannot be read is named by `_contents`
+        source = Source.of(path)
+        if "dropped" in source.header.attrs:
+            yield f"{path}: was repaired; dropped: {source.header.attrs['dropped']}"
+        if source.wrong:
+            yield f"{path}: {', '.join(source.wrong)}: {WRONG}"
+
+
+def _contents(path: Path, experiment: Experiment | None, *, unsealed: bool = False) -> Iterator[str]:
+    try:
+        ds = opened(path)
+    except ArchiveError as error:
+        yield str(error)
+        return
+    with ds:
+        yield from (f"{path}: {problem}" for problem in schema.problems(ds, swept=swept_dimensions(ds)))
+    try:
+        with netcdf.dataset(path) as nc:
+            if experiment is not None and not _is_of(nc.__dict__, experiment):
+                yield f"{path}: the archive's digest is not that of {EXPERIMENT}"
+            if experiment is not None and unsealed and int(nc.schema_version) > 1:
+                yield f"{path}: has no checksum beside it ({seal_of(path).name})"
+            for name, array in nc.variables.items():
+                for index in _blocks(array):
+                    try:
+                        array[index]
+                    except (OSError, RuntimeError) as error:
+                        yield f"{path}: {name} cannot be read at {_where(array, index)}: {error}"
+    except (OSError, RuntimeError, AttributeError, ValueError, TypeError) as error:
+        yield f"{path}: cannot be read: {error}"
+
+
+def _apart(work: str, experiment: Experiment | None, *paths: Path) -> list[str] | None:
+    """What ``contents`` or ``salvage`` say of a damaged file, in a process of its own; None where that came to nothing.
+
+    Over bytes it never wrote the library can crash, or never return.
+    """
+    code = "import sys; from tsdyn.archive import integrity; integrity._work_apart(*sys.argv[1:])"
+    # -P, and no such entry of PYTHONPATH: whatever lies in the directory that is looked into must not be imported
+    kept = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if os.path.isabs(entry)]
+    told = subprocess.run(
+        [sys.executable, "-P", "-c", code, work, *map(str, paths)],
+        input="" if experiment is None else experiment.to_toml(),
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(kept)},
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        check=False,
+    )
+    return list(json.loads(told.stdout)) if told.returncode == 0 else None
+
+
+def _work_apart(work: str, *paths: str) -> None:
+    """The other side of `_in_subprocess`; the experiment comes by stdin."""
+    text = sys.stdin.read()
+    experiment = Experiment.from_toml_text(text, archived=True) if text else None
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_utime + resource.getrusage(resource.RUSAGE_SELF).ru_stime
+    limit = math.ceil(used + APART_SECONDS + APART_PER_BYTE * Path(paths[-1]).stat().st_size)
+    resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
+    if work == "contents":
+        lines = _contents(Path(paths[0]), experiment)
+    else:
+        assert experiment is not None
+        lines = _salvage(Path(paths[0]), experiment, Path(paths[1]))
+    found = list(lines)
+    print(json.dumps(found))
+
+
+def _is_of(attrs: Mapping[str, Any], experiment: Experiment) -> bool:
+    """Whether a file says it is of `experiment`, or of what that extends."""
+    text = str(attrs.get("experiment"))
+    try:
+        theirs = Experiment.from_toml_text(text, archived=True)
+    except ExperimentError:
+        return False
+    # before it left out what is at its default, a digest was over all that the text says
+    whole = json.dumps(tomllib.loads(text), sort_keys=True, separators=(",", ":"))
+    named = attrs.get("digest") in (theirs.digest, hashlib.sha256(whole.encode()).hexdigest())
+    return named and (theirs == experiment or extends(experiment, theirs))
+
+
+def _blocks(array: netCDF4.Variable) -> Iterator[tuple[slice, ...]]:
+    """Indices that cover a variable in whole chunks, of about `BLOCK_BYTES` each."""
+    stored = array.chunking()
+    step = list(stored) if isinstance(stored, list) else list(array.shape)
+    for axis in reversed(range(len(step))):
+        held = math.prod(step) * array.dtype.itemsize
+        step[axis] = min(array.shape[axis], step[axis] * max(1, BLOCK_BYTES // max(1, held)))
+    starts = (range(0, n, max(1, s)) for n, s in zip(array.shape, step, strict=True))
+    for corner in itertools.product(*starts):
+        yield tuple(slice(c, min(c + s, n)) for c, s, n in zip(corner, step, array.shape, strict=True))
+
+
+def _where(array: netCDF4.Variable, index: tuple[slice, ...]) -> str:
+    return ", ".join(f"{dim} {i.start}..{i.stop - 1}" for dim, i in zip(array.dimensions, index, strict=True))
+
+
+def _few(epochs: Sequence[vocabulary.Label]) -> str:
+    shown = ", ".join(map(str, epochs[:5]))
+    return shown if len(epochs) <= 5 else f"{shown} and {len(epochs) - 5} more"
+
+
+def repair(path: str | Path) -> list[str]:
+    """Make a run, or every point of a sweep, one that can be opened and gone on with; says what was dropped.
+
+    Segments are kept up to the first that is not whole; ``tsdyn run`` computes the others again, to the same bits.
+    Of a damaged archive without segments every block that reads and passes its checksum is kept, the others are NaN.
+    What is not kept is moved to ``damaged/``, not deleted.
+
+    Raises:
+        ArchiveError: if another process is writing there, no experiment can be found in it, or there are symbolic
+            links, through which something elsewhere would be moved.
+    """
+    path = local_path(path)
+    if (path / SWEEP).is_file():
+        try:
+            points = [path / name for name in sweep_points(path)]
+        except ExperimentError as error:
+            raise DirectoryError(
+                f"{error}; put the sweep's experiment file back; its points are whole or not each by itself: "
+                "`tsdyn repair DIR/POINT`"
+            ) from None
+        for point in points:
+            refuse_link(point)
+        return [line for point in points if point.is_dir() for line in repair(point)]
+    if not path.is_dir():
+        raise DirectoryError(f"{path}: is not the directory of a run")
+    for folder in (path, path / SEGMENTS, path / DAMAGED):
+        for entry in (folder, *folder.iterdir()) if folder.is_dir() else ():
+            if entry != path:
+                refuse_link(entry)
+    with Lock(path):
+        try:
+            return list(_repair_run(path))
+        except OSError as error:
+            raise refused(path, error) from error
+
+
+def _repair_run(path: Path) -> Iterator[str]:
+    files = sorted((path / SEGMENTS).glob("*.nc"))
+    try:
+        experiment = Experiment.from_toml(path / EXPERIMENT, archived=True)
+    except ExperimentError as error:
+        remembered = _remembered([path / ARCHIVE, *files])
+        if remembered is None:
+            raise DirectoryError(f"{error}; no whole file here remembers the experiment either") from None
+        experiment = remembered
+        if (path / EXPERIMENT).exists():
+            _move_to_damaged(path, path / EXPERIMENT)
+        write_text(path / EXPERIMENT, experiment.to_toml())
+        yield f"{path / EXPERIMENT}: written anew from what the archive remembers ({error})"
+    for leftover in [*path.glob(".*.tmp"), *(path / SEGMENTS).glob(".*.tmp")]:
+        leftover.unlink()
+        yield f"{leftover}: removed; a write that was cut short"
+    after = -1
+    found = {file: list(_check_file(file, experiment)) for file in [*files, path / ARCHIVE] if file.exists()}
+    for file, problems in found.items():
+        if problems and sealed(file):
+            raise ArchiveError(
+                f"{problems[0]}; yet its checksum agrees: it is what was written, and the reason lies elsewhere (the "
+                "file system, its locks, memory, or a file that belongs to another run); nothing was moved"
+            )
+    for file in files:
+        match = segment_epochs(file)
+        problems = found[file]
+        if match is not None and match[0] == after + 1 and not problems:
+            after = match[1]
+            continue
+        _move_to_damaged(path, file)
+        reason = problems[0] if problems else f"{file}: whole, but epochs from {after + 1} before it are not there"
+        yield f"{reason}; moved to {DAMAGED}/, `tsdyn run` computes its epochs again"
+    for seal in (path / SEGMENTS).glob(f"*{SUFFIX}"):
+        if not seal.with_name(seal.name.removesuffix(SUFFIX)).exists():
+            _move_to_damaged(path, seal)
+    if found.get(path / ARCHIVE):
+        damaged = _move_to_damaged(path, path / ARCHIVE)
+        yield f"{found[path / ARCHIVE][0]}; moved to {DAMAGED}/"
+        if after == -1:
+            yield from _salvaged(path, experiment, damaged)
+
+
+def _remembered(files: Sequence[Path]) -> Experiment | None:
+    for file in files:
+        if file.exists() and sealed(file) is not False:
+            try:
+                return Experiment.from_toml_text(Source.of(file).own["experiment"], archived=True)
+            except (ArchiveError, ExperimentError, KeyError):
+                continue
+    return None
+
+
+def _move_to_damaged(path: Path, file: Path) -> Path:
+    """Where `file` is then; its checksum goes with it."""
+    make_directory(path / DAMAGED)
+    taken = {one.name for one in (path / DAMAGED).iterdir()}
+    names = (f"{file.name}.{count}" if count else file.name for count in itertools.count())
+    target = path / DAMAGED / next(name for name in names if name not in taken)
+    for one, there in ((file, target), (seal_of(file), seal_of(target))):
+        with suppress(FileNotFoundError):
+            one.rename(there)
+    sync_directory(file.parent)
+    sync_directory(path / DAMAGED)
+    return target
+
+
+def _salvaged(path: Path, experiment: Experiment, damaged: Path) -> Iterator[str]:
+    found = _apart("salvage", experiment, path, damaged)
+    if found is None:
+        for leftover in path.glob(".*.tmp"):
+            leftover.unlink()
+        why = "reading it crashes the library"
+        found = [f"{path / ARCHIVE}: nothing of it could be kept: {why}; `tsdyn run` computes it again"]
+    yield from found
+
+
+def _salvage(path: Path, experiment: Experiment, damaged: Path) -> Iterator[str]:
+    """Copy what can be read of the damaged archive into a new one."""
+    layout, dropped = experiment.layout, []
+    variables = experiment.recorded()
+    try:
+        Source.of(damaged)
+        with netcdf.dataset(damaged) as old, replacing(path / ARCHIVE, damaged.stat().st_size, seal=True) as temporary:
+            if not _is_of(old.__dict__, experiment):
+                raise DirectoryError("it is of another experiment, or that cannot be told")
+            epochs = old[layout.path][:].tolist()
+            if not set(experiment.labels) <= set(epochs) or epochs != sorted(set(epochs)):
+                raise DirectoryError(f"its {layout.path}s cannot be told")
+            with netcdf.dataset(temporary, "w") as new:
+                attrs = {
+                    name: value for name, value in netcdf.attributes(old).items() if name not in ("coordinates", RUN)
+                }
+                netcdf.create(new, layout, epochs, variables, experiment.dtype, attrs)
+                for name in ("death_epoch", *variables):
+                    for index in _blocks(new[name]):
+                        try:
+                            block = old[name][index]
+                            if block.shape != new[name][index].shape:
+                                raise ValueError("shape differs")
+                        except (OSError, RuntimeError, ValueError, IndexError) as error:
+                            dropped.append(f"{name} at {_where(new[name], index)} ({error})")
+                            continue
+                        if not np.isnan(block).all():
+                            new[name][index] = block
+                with suppress(OSError, RuntimeError):
+                    netcdf.write_state(new, netcdf.read_state(old))
+                new.setncattr("dropped", "; ".join(dropped) or "nothing that could be told")
+    except (ArchiveError, OSError, RuntimeError, ValueError, KeyError, IndexError, AttributeError) as error:
+        (path / ARCHIVE).unlink(missing_ok=True)
+        yield f"{path / ARCHIVE}: nothing of it could be kept ({error}); `tsdyn run` computes it again"
+        return
+    yield from (f"{path / ARCHIVE}: dropped {line}" for line in dropped)
+    yield f"{path / ARCHIVE}: written anew with what could be read; remove it and `tsdyn run` computes it again"

@@ -1,0 +1,179 @@
+"""The segments of a run copied into one file, in bounded memory whatever their number.  Imports no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import netCDF4
+import numpy as np
+
+from tsdyn import vocabulary
+from tsdyn.archive import netcdf
+from tsdyn.archive.whole_files import ArchiveError
+from tsdyn.archive.wrong_numbers import WRONG_THROUGH, wrong_variables
+from tsdyn.schema import Layout
+from tsdyn.schema import variable as variable_of
+from tsdyn.vocabulary import Label
+
+#: A block that is copied at once holds about this much.  Above 32 MB the allocator maps every block anew, and its
+#: pages cost as much as what is read into them.
+BLOCK_BYTES = 1 << 24
+#: Opening a segment takes 5 ms, so the parts that it has of several blocks are read one after another; all together
+#: hold this much.
+GATHERED_BYTES = 1 << 26
+#: HDF5 keeps this much of each variable of an open file, for nothing: every chunk is read and written once.
+_CACHE_BYTES = 1 << 20
+
+
+class Part(NamedTuple):
+    """A segment, the positions in the archive of the epochs that it holds, and its attributes."""
+
+    path: Path
+    first: int
+    end: int
+    attrs: dict[str, Any]
+
+
+class Block(NamedTuple):
+    """Whole chunks of one variable, at one layer if it has layers."""
+
+    name: str
+    window: slice
+    layer: int | None
+    members: slice
+
+
+def recorded(
+    paths: Sequence[Path], schedule: Sequence[Label], dimension: vocabulary.Path = "epoch"
+) -> tuple[list[Part], list[Label]]:
+    """What each segment holds, and all recorded labels: those of `schedule`, and the last ones of shorter runs before.
+
+    Raises:
+        ArchiveError: if epochs of the schedule are missing, or they are out of order.
+    """
+    parts: list[Part] = []
+    epochs: list[Label] = []
+    for path in paths:
+        with netcdf.dataset(path, only=dimension) as nc:
+            own = nc[dimension][:].tolist()
+            parts.append(Part(path, len(epochs), len(epochs) + len(own), netcdf.attributes(nc)))
+        epochs += own
+    missing = sorted(set(schedule) - set(epochs))
+    if missing or epochs != sorted(set(epochs)):
+        raise ArchiveError(
+            f"{paths[0].parent.parent if paths else 'no segments'}: segments hold {len(set(epochs))} of the "
+            f"{len(schedule)} {dimension}s to record, missing or out of order from {dimension} "
+            f"{missing[0] if missing else epochs}"
+            "; segments are kept"
+        )
+    return parts, epochs
+
+
+@contextmanager
+def little_cached() -> Iterator[None]:
+    """Alone with the netCDF library, which inside keeps little of what is read and written."""
+    with netcdf.guarded():
+        before = netCDF4.get_chunk_cache()
+        netCDF4.set_chunk_cache(_CACHE_BYTES)
+        try:
+            yield
+        finally:
+            netCDF4.set_chunk_cache(*before)
+
+
+def copy(parts: Sequence[Part], layout: Layout, variables: Sequence[str], nc: netCDF4.Dataset) -> None:
+    """Write every number of the segments into `nc`, and the state after the last."""
+    for index, name, block in _gathered(parts, layout, variables, nc):
+        if not np.isnan(block).all():  # what is never written reads as NaN and takes no space
+            nc[name][index] = block
+    with netcdf.dataset(parts[-1].path) as last:
+        nc["death_epoch"][:] = last["death_epoch"][:]
+        netcdf.write_state(nc, netcdf.read_state(last))
+
+
+def differing(parts: Sequence[Part], layout: Layout, variables: Sequence[str], nc: netCDF4.Dataset) -> str | None:
+    """The first variable of which `nc` holds something else than the segments, None if there is none."""
+    for index, name, block in _gathered(parts, layout, variables, nc):
+        if not _same(np.asarray(nc[name][index]), block):
+            return name
+    return None
+
+
+def _same(found: np.ndarray, block: np.ndarray) -> bool:
+    """Equal numbers; by their bits first, which is six times as quick, and NaN with NaN where these differ."""
+    bits = f"u{block.dtype.itemsize}"
+    alike = found.dtype == block.dtype and np.array_equal(found.view(bits), block.view(bits))
+    return alike or np.array_equal(found, block, equal_nan=True)
+
+
+def _gathered(
+    parts: Sequence[Part], layout: Layout, variables: Sequence[str], nc: netCDF4.Dataset
+) -> Iterator[tuple[tuple[slice | int, ...], str, np.ndarray]]:
+    """(index into `nc`, variable, numbers from the segments) over all of `nc`."""
+    blocks = [block for name in variables for block in _blocks(name, parts[-1].end, layout, nc)]
+    # those of the same epochs together, so that few segments are opened for them
+    blocks.sort(key=lambda block: (block.window.stop - block.window.start, block.window.start))
+    sizes = {name: nc[name].dtype for name in variables}
+    held: list[tuple[Block, np.ndarray]] = []
+    for block in blocks:
+        index = netcdf.index(variable_of(block.name), layout, block.window, block.layer, block.members)
+        shape = [i.stop - i.start for i in index if isinstance(i, slice)]
+        held.append((block, np.empty(shape, sizes[block.name])))
+        if sum(array.nbytes for _, array in held) >= GATHERED_BYTES or block is blocks[-1]:
+            _fill(parts, layout, held)
+            for one, array in held:
+                yield netcdf.index(variable_of(one.name), layout, one.window, one.layer, one.members), one.name, array
+            held = []
+
+
+def _fill(parts: Sequence[Part], layout: Layout, held: Sequence[tuple[Block, np.ndarray]]) -> None:
+    """Read each block from the segments that hold a part of it, each of which is opened once."""
+    for part in parts:
+        inside = []
+        for block, array in held:
+            variable = variable_of(block.name)
+            if "epoch" not in variable.dims:
+                low, high, window = 0, 1, slice(None)
+                if part is not parts[-1 if variable.when == "end" else 0]:
+                    continue
+            else:
+                low, high = max(block.window.start, part.first), min(block.window.stop, part.end)
+                window = slice(low - part.first, high - part.first)
+            if low < high:
+                index = netcdf.index(variable, layout, window, block.layer, block.members)
+                rows = slice(low - block.window.start, high - block.window.start)
+                inside.append((block.name, index, array[:, rows] if "epoch" in variable.dims else array))
+        if inside:
+            with netcdf.dataset(part.path) as nc:
+                for name, index, target in inside:
+                    target[...] = nc[name][index]
+
+
+def _blocks(name: str, epochs: int, layout: Layout, nc: netCDF4.Dataset) -> Iterator[Block]:
+    """The blocks of one variable, of about `BLOCK_BYTES`."""
+    variable, seeds = variable_of(name), len(layout.seeds)
+    chunk = {"epoch": epochs} | dict(zip(variable.dims, nc[name].chunking(), strict=True))
+    layers = range(1, layout.depth + 1) if variable.layered else (None,)
+    for start in range(0, epochs, max(1, chunk["epoch"])):
+        window = slice(start, min(start + chunk["epoch"], epochs))
+        for layer in layers:
+            rows = window.stop - window.start if "epoch" in variable.dims else 1
+            chunk_bytes = chunk["seed"] * rows * math.prod(layout.block(variable, layer)) * nc[name].dtype.itemsize
+            members = chunk["seed"] * max(1, BLOCK_BYTES // max(1, chunk_bytes))
+            for low in range(0, seeds, members):
+                yield Block(name, window, layer, slice(low, min(low + members, seeds)))
+
+
+def wrong_through(parts: Sequence[Part], epochs: Sequence[Label], variables: Sequence[str]) -> int | None:
+    """The last epoch that an earlier version recorded of variables that it got wrong, None if there is none."""
+    last = None
+    for part in parts:
+        version, through = part.attrs.get("schema_version"), part.attrs.get(WRONG_THROUGH)
+        version = int(version) if isinstance(version, (int, np.integer)) else version
+        if set(wrong_variables(version, through, str(part.attrs.get("experiment")))) & set(variables):
+            last = int(epochs[part.end - 1]) if through is None else int(through)
+    return last

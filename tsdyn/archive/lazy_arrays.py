@@ -1,0 +1,208 @@
+"""One variable over the files of many runs: an array that reads when it is indexed.  Imports no torch."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+
+from tsdyn.archive import netcdf
+from tsdyn.archive.headers import Source
+from tsdyn.archive.run_directory import ARCHIVE, RUN, SEGMENTS, segments
+from tsdyn.archive.whole_files import ArchiveError, Identity, identity, refuse_changed
+
+#: Positions along one dimension.
+Rows = slice | NDArray
+#: Place in the grid → the files that hold it.
+Cells = Mapping[tuple[int, ...], Sequence[Source]]
+
+#: Readings that may come upon a directory in the moment that it changes.
+_ATTEMPTS = 3
+
+
+@dataclass(eq=False)
+class Stored:
+    """A variable over all points of a grid, an array that reads when it is indexed; NaN where nothing is stored.
+
+    Attributes:
+        name: The variable.
+        outer, inner: Its dimensions: those of the grid, those of the files.
+        shape, dtype: As numpy's.
+        cells: Place in the grid → files.
+        labels: Dimension of the files → the grid's labels.
+        skip: Whether what cannot be read is left NaN, with a warning, not an error.
+    """
+
+    name: str
+    outer: tuple[str, ...]
+    inner: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    cells: Cells
+    labels: Mapping[str, list[Any]]
+    skip: bool = False
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @cached_property
+    def _position(self) -> dict[str, dict[Any, int]]:
+        return {dim: {value: i for i, value in enumerate(self.labels[dim])} for dim in self.inner}
+
+    def __getitem__(self, key: Any) -> NDArray:
+        """As numpy's, by integers, slices and lists; what dask asks for is read and no more."""
+        key = key if isinstance(key, tuple) else (key,)
+        gaps = [i for i, k in enumerate(key) if k is Ellipsis]  # `in` would compare arrays
+        if gaps:
+            key = (*key[: gaps[0]], *[slice(None)] * (self.ndim + 1 - len(key)), *key[gaps[0] + 1 :])
+        key = (*key, *[slice(None)] * (self.ndim - len(key)))
+        wanted = [np.atleast_1d(np.arange(n)[k]) for k, n in zip(key, self.shape, strict=True)]
+        shape, outer = [len(w) for w in wanted], len(self.outer)
+        parts: list[tuple[tuple[int, ...], Source, list[Rows], list[Rows]]] = []
+        for at in np.ndindex(*shape[:outer]):
+            place = tuple(int(w[i]) for w, i in zip(wanted[:outer], at, strict=True))
+            for source in self.cells.get(place, ()):
+                part = self._part(source, wanted[outer:])
+                if part is not None:
+                    parts.append((at, source, *part))
+        held = sum(math.prod(map(_length, target)) for *_, target in parts)
+        if len(parts) == 1 and held == math.prod(shape):  # as it comes, without a copy
+            _, source, rows, _ = parts[0]
+            found = self._rows(source, rows).reshape(shape).astype(self.dtype, copy=False)
+        else:
+            found = np.empty(shape, self.dtype) if held == math.prod(shape) else np.full(shape, np.nan, self.dtype)
+            for at, source, rows, target in parts:
+                found[at][_orthogonal(target, found.shape[outer:])] = self._rows(source, rows)
+        return found[tuple(0 if isinstance(k, (int, np.integer)) else slice(None) for k in key)]
+
+    def _part(self, source: Source, wanted: Sequence[NDArray]) -> tuple[list[Rows], list[Rows]] | None:
+        """Of each dimension, the rows that one file holds of the `wanted` positions, and where these are among them."""
+        if self.name not in source.header.variables:
+            return None
+        rows, target = [], []
+        for dim, positions in zip(self.inner, wanted, strict=True):
+            there = source.header.labels[dim]
+            if there is self.labels[dim]:
+                asked = positions
+            else:
+                row = np.full(len(self.labels[dim]), -1)
+                row[[self._position[dim][value] for value in there]] = np.arange(len(there))
+                asked = row[positions]
+            (inside,) = np.nonzero(asked >= 0)
+            if not len(inside):
+                return None
+            rows.append(_as_slice(asked[inside]))
+            target.append(_as_slice(inside))
+        return rows, target
+
+    def _rows(self, source: Source, rows: Sequence[Rows]) -> NDArray:
+        """Those rows of one file, every dimension by itself."""
+        try:
+            return self._read(source, rows)
+        except (OSError, RuntimeError, IndexError, KeyError, ValueError) as error:
+            message = f"{source.path}: {self.name} cannot be read: {error}"
+            if not self.skip:
+                way_out = "" if isinstance(error, _Replaced) else "; `tsdyn validate` tells what is whole"
+                raise ArchiveError(message + way_out) from error
+            warnings.warn(f"{message}; left NaN", stacklevel=2)
+            return np.full([_length(r) for r in rows], np.nan, self.dtype)
+
+    def _read(self, source: Source, rows: Sequence[Rows]) -> NDArray:
+        """From the file that was opened, or from where its epochs are now."""
+        for _ in range(_ATTEMPTS):
+            with suppress(FileNotFoundError):
+                now, at = (source, rows) if source.unchanged else _found_again(source, self.name, rows)
+                found = _stored(now, self.name, at)
+                if now.unchanged:  # else another file took its name just before it was opened
+                    return found
+        raise _Replaced("its directory changes while it is read; open it again")
+
+
+class _Replaced(ArchiveError):
+    """What was opened is no longer there."""
+
+
+def _stored(source: Source, name: str, rows: Sequence[Rows]) -> NDArray:
+    # given lists, netCDF reads row by row; the whole range and a choice from it cost one reading
+    spans = [r if isinstance(r, slice) else slice(int(r.min()), int(r.max()) + 1) for r in rows]
+    chosen = [slice(None) if isinstance(r, slice) else r - span.start for r, span in zip(rows, spans, strict=True)]
+    declared = source.header.variables[name]
+    with netcdf.dataset(source.path, only=name) as nc:
+        stored = np.asarray(nc[name][tuple(spans)])
+    if declared.encoding:
+        stored = netcdf.decoded(name, xr.Variable(declared.dims, stored, declared.encoding)).values
+    kept: NDArray = stored[_orthogonal(chosen, stored.shape)]
+    return kept
+
+
+def _found_again(source: Source, name: str, rows: Sequence[Rows]) -> tuple[Source, list[Rows]]:
+    """The file that now holds what `source` held of a variable, and the rows there.
+
+    That is a file with the same checksum, or one of the same run: what a run has committed, joining its segments and
+    training on keep.
+    """
+    for path in _files_now(source.path):
+        now = _source(path, identity(path))
+        same = source.identity.seal is not None and now.identity.seal == source.identity.seal
+        if same:
+            refuse_changed(path)
+        if same or (source.own.get(RUN) is not None and now.own.get(RUN) == source.own[RUN]):
+            with suppress(KeyError):
+                dims = now.header.variables[name].dims
+                return now, [
+                    _by_label(source.header.labels[d], now.header.labels[d], r) for d, r in zip(dims, rows, strict=True)
+                ]
+    raise _Replaced(
+        "it was opened before the file was replaced or removed, and what is there now is not known to hold the same "
+        "epochs; open it again"
+    )
+
+
+@lru_cache(maxsize=64)
+def _source(path: Path, _: Identity) -> Source:
+    """What a file declares, read once as long as it stays the same."""
+    return Source.of(path)
+
+
+def _files_now(path: Path) -> list[Path]:
+    """The files that may hold what the file at `path` held: those of its run, if it is of one."""
+    if path.name != ARCHIVE and path.parent.name != SEGMENTS:
+        return [path] if path.exists() else []
+    folder = path.parent if path.name == ARCHIVE else path.parent.parent
+    return [folder / ARCHIVE] if (folder / ARCHIVE).exists() else [segment.path for segment in segments(folder)]
+
+
+def _by_label(before: Sequence[Any], now: Sequence[Any], rows: Rows) -> Rows:
+    """Where the labels at `rows` are now; KeyError if one is not there."""
+    if before == now:
+        return rows
+    position = {label: i for i, label in enumerate(now)}
+    wanted = before[rows] if isinstance(rows, slice) else [before[i] for i in rows]
+    return _as_slice(np.array([position[label] for label in wanted]))
+
+
+def _as_slice(rows: NDArray) -> Rows:
+    """Positions as a slice where they follow one another."""
+    first, last = int(rows[0]), int(rows[-1])
+    return slice(first, last + 1) if np.array_equal(rows, np.arange(first, last + 1)) else rows
+
+
+def _length(rows: Rows) -> int:
+    return int(rows.stop - rows.start) if isinstance(rows, slice) else len(rows)
+
+
+def _orthogonal(rows: Sequence[Rows], shape: Sequence[int]) -> tuple[Any, ...]:
+    """An index of which every dimension chooses for itself; slices, which copy no index, where all are."""
+    if all(isinstance(r, slice) for r in rows):
+        return tuple(rows)
+    return np.ix_(*(np.arange(n)[r] for r, n in zip(rows, shape, strict=True)))

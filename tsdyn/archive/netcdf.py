@@ -1,0 +1,364 @@
+"""One netCDF file of the archive: its layout on disk, and a guarded way to open any.  Imports no torch."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import netCDF4
+import numpy as np
+import xarray as xr
+from xarray.backends.locks import HDF5_LOCK, NETCDFC_LOCK, combine_locks
+
+from tsdyn import vocabulary
+from tsdyn.archive import hdf5
+from tsdyn.archive.whole_files import DirectoryError, replacing
+from tsdyn.schema import Layout
+from tsdyn.schema import variable as variable_of
+from tsdyn.vocabulary import COORDINATES
+
+#: On disk, a chunk holds one seed, one layer and as many epochs as fit in this.
+CHUNK_BYTES = 1 << 22
+#: A file may declare chunks of this size, or of its own size; this many chunks, or one a KiB of it; and, as padding
+#: is declared and not stored, this many times its size.
+DECLARED_CHUNK, DECLARED_CHUNKS, DECLARED_RATIO = 1 << 26, 1 << 20, 100_000
+#: What is loaded when a file is opened may be so large, or as large as the file.
+LOADED_BYTES = 1 << 20
+_TILE = 16
+#: netCDF4 is not thread-safe: the lock under which xarray reads is the one under which this library does.
+_LOCK = combine_locks([NETCDFC_LOCK, HDF5_LOCK])
+_inside = threading.local()
+
+State = Mapping[str, np.ndarray]
+
+
+@contextmanager
+def guarded() -> Iterator[None]:
+    """Alone with the netCDF library in this process; may be nested in one thread."""
+    if getattr(_inside, "held", False):
+        yield
+        return
+    with _LOCK:
+        _inside.held = True
+        try:
+            yield
+        finally:
+            _inside.held = False
+
+
+def _opened(path: str | Path, mode: Literal["r", "w", "r+", "a"]) -> netCDF4.Dataset:
+    """``netCDF4.Dataset``, but a file that is opened and then not understood is never closed: closing it can crash."""
+    nc = netCDF4.Dataset.__new__(netCDF4.Dataset)
+    try:
+        nc.__init__(path, mode, format="NETCDF4")  # type: ignore[misc]
+    except (OSError, RuntimeError, ValueError):
+        if nc._isopen:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(nc))
+        raise
+    return nc
+
+
+@contextmanager
+def dataset(
+    path: Path, mode: Literal["r", "w", "r+", "a"] = "r", *, only: str | None = None
+) -> Iterator[netCDF4.Dataset]:
+    """An open file, alone with the library; values as stored, nothing masked or scaled.
+
+    Args:
+        path: The file.
+        mode: As netCDF4's.
+        only: The one variable that will be read; None for any.
+
+    Raises:
+        DirectoryError: if it is there and cannot be read, or what will be read is stored in other files or in numbers
+            that crash the library.
+    """
+    with guarded():
+        try:
+            nc = _opened(path, mode)
+        except FileNotFoundError:
+            raise
+        except (OSError, RuntimeError, ValueError) as error:
+            if mode == "r":
+                raise DirectoryError(f"{path}: not a readable netCDF file: {error}") from error
+            raise
+        with nc:
+            nc.set_auto_maskandscale(False)
+            if mode != "w":
+                odd = hdf5.oddities(path, _names(nc) if only is None else [only])
+                if odd:
+                    raise DirectoryError(f"{path}: {odd[0]}; it is not tsdyn's")
+            yield nc
+            if mode != "r":
+                _flush(nc, path)
+
+
+def _names(nc: netCDF4.Dataset) -> list[str]:
+    return [*nc.variables, *(f"{group}/{name}" for group, held in nc.groups.items() for name in held.variables)]
+
+
+def _flush(nc: netCDF4.Dataset, path: Path) -> None:
+    """On the disk before the library closes it: where closing fails, as on a network drive that is full, it crashes."""
+    nc.sync()
+    try:
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
+    except OSError:
+        nc._isopen = 0  # left open: closing would fail likewise
+        raise
+
+
+def refuse_foreign(path: Path) -> None:
+    """Raises DirectoryError if the first bytes are not netCDF-4's, before a library is asked to make sense of them."""
+    with path.open("rb") as file:
+        if file.read(8) != b"\x89HDF\r\n\x1a\n":
+            raise DirectoryError(f"{path}: not a readable netCDF file: no netCDF-4 header")
+
+
+def refuse_oversized(path: Path, nc: netCDF4.Dataset) -> None:
+    """Refuse a file that declares more than its own size warrants, before any of it is loaded.
+
+    What is loaded when a file is opened, coordinates and text, fits in `_room`; of variables only a chunk is held.
+
+    Raises:
+        DirectoryError: naming what declares more than that.
+    """
+    size, room = path.stat().st_size, _room(path)
+    try:
+        loaded = loaded_at_once(nc)
+        for name, dimension in nc.dimensions.items():
+            if name not in nc.variables and dimension.size > size:
+                raise DirectoryError(
+                    f"{path}: {name} declares {dimension.size} labels, more than a file of {size} bytes warrants; it "
+                    "is damaged or not tsdyn's"
+                )
+        for name, array in nc.variables.items():
+            item = array.dtype.itemsize if isinstance(array.dtype, np.dtype) else 16  # where its text is
+            chunk = stored_chunk(array)
+            nbytes, chunk_bytes = math.prod(array.shape) * item, math.prod(chunk) * item
+            chunks = math.prod(-(-n // max(1, c)) for n, c in zip(array.shape, chunk, strict=True))
+            if name in loaded:
+                room -= nbytes
+            if (
+                room < 0
+                or chunk_bytes > max(size, DECLARED_CHUNK)
+                or chunks > max(size // 1024, DECLARED_CHUNKS)
+                or nbytes > DECLARED_RATIO * size
+            ):
+                raise DirectoryError(
+                    f"{path}: {name} declares the shape {array.shape} in chunks of {tuple(chunk)}, more than a "
+                    f"file of {size} bytes warrants; it is damaged or not tsdyn's"
+                )
+    except (OSError, RuntimeError, ValueError, AttributeError, KeyError, TypeError, IndexError) as error:
+        if isinstance(error, DirectoryError):
+            raise
+        raise DirectoryError(f"{path}: not a readable netCDF file: {error}") from error
+
+
+def _room(path: Path) -> int:
+    """Bytes that may be loaded of a file when it is opened."""
+    return max(path.stat().st_size, LOADED_BYTES)
+
+
+def stored_chunk(array: netCDF4.Variable) -> list[int]:
+    """Chunk of a variable on disk; all of it where it is in one piece."""
+    stored = array.chunking()
+    return list(stored) if isinstance(stored, list) else list(array.shape)
+
+
+def loaded_at_once(nc: netCDF4.Dataset) -> dict[str, bool]:
+    """Name → whether it is a coordinate, of what is loaded when a file is opened: coordinates, and all that is text."""
+    named = {*nc.dimensions, *COORDINATES}
+    holders: list[Any] = [nc, *nc.variables.values()]
+    for holder in holders:
+        if "coordinates" in holder.ncattrs():
+            named.update(str(holder.getncattr("coordinates")).split())
+    return {
+        name: name in named
+        for name, array in nc.variables.items()
+        if name in named or not isinstance(array.dtype, np.dtype) or array.dtype.kind not in "fiu"
+    }
+
+
+def loaded(path: Path, array: netCDF4.Variable) -> xr.Variable:
+    """A coordinate or a text of an open file, as xarray decodes it; times stay the numbers they are.
+
+    Raises:
+        DirectoryError: if its text is more than the file's size warrants.
+    """
+    if isinstance(array.dtype, np.dtype):
+        values = np.asarray(array[...])
+    else:  # its size is known once it is read: a little at a time
+        values, room = np.empty(math.prod(array.shape), object), _room(path)
+        step = max(1, LOADED_BYTES // path.stat().st_size)
+        for start in range(0, len(values), step):
+            where = np.unravel_index(np.arange(start, min(start + step, len(values))), array.shape or (1,))
+            values[start : start + step] = [
+                str(array[at] if array.shape else array[...]) for at in zip(*where, strict=True)
+            ]
+            room -= sum(map(len, values[start : start + step]))
+            if room < 0:
+                raise DirectoryError(
+                    f"{path}: {array.name} holds more text than a file of {path.stat().st_size} bytes warrants; it is "
+                    "damaged or not tsdyn's"
+                )
+        values = values.reshape(array.shape)
+    return decoded(str(array.name), xr.Variable(array.dimensions, values, attributes(array)))
+
+
+def attributes(holder: Any) -> dict[str, Any]:
+    """Attributes of a file or of a variable in it."""
+    return {name: holder.getncattr(name) for name in holder.ncattrs()}
+
+
+#: Attributes that say that the numbers stored are not those meant.
+_PACKING = ("scale_factor", "add_offset", "_FillValue", "missing_value", "_Unsigned", "dtype")
+
+
+def packing(dtype: np.dtype, attrs: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a variable's attributes that say how its numbers are stored; none where they are stored as they are."""
+    found = {name: attrs[name] for name in _PACKING if name in attrs}
+    missing = all(name in ("_FillValue", "missing_value") for name in found)
+    plain = missing and dtype.kind == "f" and all(np.isnan(value).all() for value in found.values())
+    return {} if plain else found
+
+
+def decoded(name: str, variable: xr.Variable) -> xr.Variable:
+    """Stored numbers as what they mean (``scale_factor``, ``add_offset``, ``_FillValue``, ...), in memory."""
+    return xr.conventions.decode_cf_variable(name, variable, decode_times=False, decode_timedelta=False).load()
+
+
+def _tile(sizes: Sequence[int]) -> int:
+    """Chunk length along a padded node dimension: tiles of pure padding are never written, and are worth having.
+
+    The longest that wastes at most an eighth of the true sizes in tiles that are partly padding.
+    """
+    widest = max(sizes)
+    for pieces in range(1, widest // _TILE + 1):
+        tile = -(-widest // pieces)
+        if sum(-(-size // tile) * tile for size in sizes) <= 1.125 * sum(sizes):
+            return tile
+    return min(_TILE, widest)
+
+
+def _sizes(layout: Layout, epochs: int) -> dict[str, int]:
+    sizes = {"seed": len(layout.seeds), "epoch": epochs, "layer": layout.depth}
+    return sizes | {dim: layout.padded(dim) for dim in (*vocabulary.NODE_WIDTHS, "input_node", *vocabulary.SIZED)}
+
+
+def _chunks(variable: vocabulary.Variable, layout: Layout, sizes: Mapping[str, int], itemsize: int) -> list[int]:
+    chunk = dict.fromkeys(("seed", "layer"), 1)
+    for dim in variable.dims:
+        if dim not in ("seed", "epoch", "layer"):
+            chunk[dim] = _tile(layout.node_widths(variable, dim))
+    inner = math.prod(chunk[d] for d in variable.dims if d != "epoch")
+    if not variable.layered:
+        chunk["seed"] = min(sizes["seed"], max(1, CHUNK_BYTES // (inner * itemsize)))
+        inner *= chunk["seed"]
+    chunk["epoch"] = min(max(1, CHUNK_BYTES // (inner * itemsize)), max(1, sizes["epoch"]))
+    return [chunk[d] for d in variable.dims]
+
+
+def create(
+    nc: netCDF4.Dataset,
+    layout: Layout,
+    epochs: Sequence[vocabulary.Label],
+    variables: Sequence[str],
+    dtype: str,
+    attrs: Mapping[str, Any],
+) -> None:
+    """Dimensions, coordinates and empty variables; what is never written reads as NaN.
+
+    `epochs` are the labels along the run's dimension, ``layout.path``.
+    """
+    sizes = _sizes(layout, len(epochs))
+    used = {d for name in variables for d in variable_of(name).dims} | {"seed", "epoch", "layer"}
+    for dim in (d for d in sizes if d in used):
+        name = layout.path if dim == "epoch" else dim
+        nc.createDimension(name, sizes[dim])
+        labels: Sequence[float] = range(sizes[dim])
+        labels = {
+            "seed": layout.seeds,
+            "epoch": epochs,
+            "layer": range(1, layout.depth + 1),
+            "quantile": layout.quantiles,
+            "top_k": range(1, sizes["top_k"] + 1),
+        }.get(dim, labels)
+        kind = "f8" if name in ("quantile", "time", "alpha") else "i8"
+        labelled = nc.createVariable(name, kind, (name,), fletcher32=len(labels) > 0)
+        labelled.long_name = vocabulary.DIMENSIONS[name]
+        labelled[:] = np.asarray(labels, dtype=kind)
+    columns = {
+        "width": layout.widths,
+        "teacher_width": layout.teacher_widths,
+        "input_width": layout.input_widths,
+        "teacher_input_width": layout.teacher_input_widths,
+    }
+    for name, values in columns.items():
+        column = nc.createVariable(name, "i8", ("layer",), fletcher32=True)
+        column.setncatts(COORDINATES[name].attrs)
+        column[:] = np.asarray(values, dtype=np.int64)
+    death = nc.createVariable("death_epoch", "i8", ("seed",), fletcher32=True)
+    death.setncatts(COORDINATES["death_epoch"].attrs)
+    death[:] = -1
+    for name in variables:
+        variable = variable_of(name)
+        array = nc.createVariable(
+            name,
+            dtype,
+            variable.along(layout.path),
+            fill_value=np.nan,
+            fletcher32=len(epochs) > 0 or "epoch" not in variable.dims,
+            chunksizes=_chunks(variable, layout, sizes, np.dtype(dtype).itemsize),
+        )
+        array.setncatts(variable.attrs)
+    nc.setncatts({**attrs, "coordinates": " ".join([*columns, "death_epoch"])})
+
+
+def index(
+    variable: vocabulary.Variable, layout: Layout, epochs: slice, layer: int | None, members: slice = slice(None)
+) -> tuple[slice | int, ...]:
+    """Where one layer of a variable sits in a file, without its padding."""
+    at: dict[str, slice | int] = {"seed": members, "epoch": epochs}
+    if layer is not None:
+        at |= {"layer": layer - 1}
+    inner = [dim for dim in variable.dims if dim not in ("seed", "epoch", "layer")]
+    at |= {dim: slice(0, n) for dim, n in zip(inner, layout.block(variable, layer), strict=True)}
+    return tuple(at[dim] for dim in variable.dims)
+
+
+def bytes_per_epoch(layout: Layout, variables: Sequence[str], dtype: str) -> int:
+    """Size of one recorded epoch of all members, without padding."""
+    numbers = 0
+    for variable in (variable_of(name) for name in variables if "epoch" in variable_of(name).dims):
+        layers = range(1, layout.depth + 1) if variable.layered else (None,)
+        numbers += sum(math.prod(layout.block(variable, layer)) for layer in layers)
+    return numbers * len(layout.seeds) * np.dtype(dtype).itemsize
+
+
+def write_state(nc: netCDF4.Dataset, state: State) -> None:
+    """The group ``state``: everything needed to train on, arrays by name."""
+    group = nc.createGroup("state")
+    for name, array in state.items():
+        dims = tuple(f"{name}_{i}" for i in range(array.ndim))
+        for dim, size in zip(dims, array.shape, strict=True):
+            group.createDimension(dim, size)
+        group.createVariable(name, array.dtype, dims, fletcher32=array.ndim > 0, fill_value=False)[...] = array
+
+
+def read_state(nc: netCDF4.Dataset) -> dict[str, np.ndarray]:
+    """The arrays of the group ``state``; none if the file has no such group."""
+    found = nc.groups["state"].variables if "state" in nc.groups else {}
+    return {name: np.asarray(array[...]) for name, array in found.items()}
+
+
+def write_dataset(path: Path, ds: xr.Dataset) -> None:
+    """A small, loaded Dataset as one netCDF file, whole or not at all."""
+    with replacing(path, ds.nbytes) as temporary:
+        ds.to_netcdf(temporary, engine="netcdf4")

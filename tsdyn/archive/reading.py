@@ -1,0 +1,427 @@
+"""Runs, sweeps and files as one lazy Dataset: a run is a sweep of one point.
+
+Files are written whole or not at all (`tsdyn.archive.whole_files`), so a reader needs no lock and sees committed epochs
+only, also while a run goes on.  Imports no torch.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import tomllib
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import dask.array
+import numpy as np
+import xarray as xr
+from dask.base import tokenize
+
+from tsdyn import schema, vocabulary
+from tsdyn.archive import study_directories
+from tsdyn.archive.headers import Header, Headers, Source
+from tsdyn.archive.lazy_arrays import Cells, Stored
+from tsdyn.archive.run_directory import ARCHIVE, EXPERIMENT
+from tsdyn.archive.sweep_directory import SWEEP, label, point_directories
+from tsdyn.archive.whole_files import ALWAYS_VERIFIED, ArchiveError, DirectoryError, local_path
+from tsdyn.archive.wrong_numbers import WRONG, WrongNumbersWarning
+from tsdyn.experiment.experiment import Experiment, digest
+from tsdyn.experiment.sweep_axes import POINT, Axis, axes, checked_sweep, places, sweep_dimensions, swept_keys
+
+#: A dask chunk gathers whole disk chunks of as many seeds as fit in this (opening a file costs as much as 5 MB) ...
+LAZY_BYTES = 1 << 27
+#: ... and, where a run holds less, the same of up to so many runs ...
+RUNS_A_CHUNK = 25
+#: ... but no more than this in all, so that reading one run of many stays quick.
+GATHERED_BYTES = 1 << 20
+
+Labels = tuple["str | int | float", ...]
+
+_warned: set[Path] = set()
+
+
+def open(
+    path: str | Path | Sequence[str | Path], *, skip_damaged: bool = False, verify: bool | None = None
+) -> xr.Dataset:
+    """A run, a sweep or one file as one lazy Dataset; nothing is loaded.
+
+    A sweep's swept keys are leading dimensions, named by the key's last word (keys that go together are coordinates
+    along ``point``); points without a committed epoch are NaN, and ``coverage`` is the share of its epochs that a
+    point has.  A run that is not finished shows its committed epochs.  Of several runs or sweeps the keys in which
+    their experiments differ are dimensions, too.
+
+    What was opened stays what it is: when a run is finished or goes on, its committed epochs are found where they then
+    are; where anything else has taken a file's place, reading raises `ArchiveError` and says to open it again.
+
+    Args:
+        path: Directory of a run or a sweep, or a netCDF file; or a list of directories.
+        skip_damaged: Of a sweep, leave NaN what cannot be read, with a warning that names it, instead of failing.
+        verify: Whether files are compared with the checksums beside them first, which reads them whole.  If not said,
+            those of at most 16 MB are, of a sweep those that the index does not know; the numbers of larger ones are
+            protected chunk by chunk when they are read.
+
+    Warns:
+        WrongNumbersWarning: once for each path, if variables hold other numbers than their names say, as an earlier
+            version wrote them; these have the attribute ``wrong``.
+
+    Raises:
+        ArchiveError: if there is nothing of tsdyn's to read there, it is not what its checksum says, or a list is
+            empty or holds a point twice.
+    """
+    upto = {None: ALWAYS_VERIFIED, True: math.inf, False: -1.0}[verify]
+    paths = [local_path(path)] if isinstance(path, (str, Path)) else [local_path(one) for one in path]
+    if not paths:
+        raise DirectoryError("open: an empty list; give directories of runs or sweeps")
+    if isinstance(path, (str, Path)):
+        ds = opened(paths[0], skip_damaged=skip_damaged, upto=upto)
+    else:
+        ds = _opened_together(paths, skip_damaged, upto)
+    wrong = [str(name) for name, array in ds.data_vars.items() if "wrong" in array.attrs]
+    for one in (p.absolute() for p in paths if wrong):
+        if one not in _warned:
+            _warned.add(one)
+            warnings.warn(
+                f"{one}: {', '.join(wrong)}: {ds[wrong[0]].attrs['wrong']}", WrongNumbersWarning, stacklevel=2
+            )
+    return ds
+
+
+def opened(path: Path, *, skip_damaged: bool = False, upto: float = -1.0) -> xr.Dataset:
+    """As `open` of one path, without its warning; files of at most `upto` bytes are compared with their checksums."""
+    if path.is_file():
+        return _one_file(path, upto)
+    if (path / SWEEP).is_file():
+        return _opened_together([path], skip_damaged, upto)
+    if not path.exists():
+        raise DirectoryError(f"{path}: does not exist; runs are made by `tsdyn run EXPERIMENT.toml -o {path}`")
+    of_a_study = study_directories.result(path)
+    if of_a_study is not None:
+        return study_directories.read(of_a_study)
+    sources = Headers(path, upto).committed(".", lambda: Experiment.from_toml(path / EXPERIMENT, archived=True))
+    if not sources and any((path / name).exists() for name in ("zarr.json", ".zgroup", ".zmetadata")):
+        raise DirectoryError(f"{path}: is a zarr store; open it by xarray.open_zarr({str(path)!r})")
+    if not sources:
+        raise DirectoryError(f"{path}: holds no archive and no committed epoch; finish it with `tsdyn run`")
+    return _whole({(): sources}, ()).assign_attrs(sources[0].own)
+
+
+def _one_file(path: Path, upto: float) -> xr.Dataset:
+    source = Source.of(path, upto=upto)
+    try:
+        return _whole({(): [source]}, ()).assign_attrs(source.own)
+    except (ValueError, KeyError, IndexError, TypeError) as error:
+        raise DirectoryError(f"{path}: not a file of tsdyn's: {error}") from error
+
+
+# --- all points as one Dataset -------------------------------------------------------------------------------
+
+
+def _opened_together(paths: Sequence[Path], skip_damaged: bool, upto: float) -> xr.Dataset:
+    """One or several sweeps (or runs) as one lazy Dataset, with the attributes of the whole.
+
+    Raises:
+        ArchiveError: if a file cannot be read (unless `skip_damaged`), nothing is committed yet, or two directories
+            hold the same point.
+    """
+    cells, grid, origin = _gathered(paths, skip_damaged, upto)
+    if not cells:
+        where = ", ".join(map(str, paths))
+        raise DirectoryError(f"{where}: no point of this sweep has a committed epoch yet; go on with `tsdyn run`")
+    ds = _whole(cells, grid, skip_damaged)
+    coverage = np.zeros([len(axis.values) for axis in grid])
+    for place, cell in cells.items():
+        coverage[place] = _coverage(cell)
+    dims = tuple(axis.dimension for axis in grid)
+    column = xr.Variable(dims, coverage, vocabulary.COORDINATES["coverage"].attrs)
+    return ds.assign_coords(coverage=column).assign_attrs(origin)
+
+
+def _whole(cells: Cells, grid: Sequence[Axis], skip: bool = False) -> xr.Dataset:
+    """The Dataset of all cells, each of which is migrated from the version of the schema that it has."""
+    examples = {source.header.version: source for cell in cells.values() for source in cell}
+    built = []
+    for version, example in examples.items():
+        own = {place: [s for s in cell if s.header.version == version] for place, cell in cells.items()}
+        ds = _built({place: cell for place, cell in own.items() if cell}, grid, skip)
+        try:
+            built.append(schema.migrate(ds))
+        except schema.SchemaError as error:
+            raise DirectoryError(f"{example.path}: {error}") from error
+    ds = built[0]
+    for other in built[1:]:
+        ds = ds.combine_first(other)
+    if len(built) > 1:  # which holds only what the first says of coordinates beside the dimensions
+        labels = {dim: ds.indexes[dim].tolist() for dim in ("seed", "layer")}
+        ds = ds.assign_coords(_columns(cells, labels, grid))
+    return _marked(ds, [source for cell in cells.values() for source in cell])
+
+
+def _marked(ds: xr.Dataset, sources: Sequence[Source]) -> xr.Dataset:
+    """`ds`, with the attribute ``wrong`` where a variable's numbers are not what its name says."""
+    for name in dict.fromkeys(name for source in sources for name in source.wrong):
+        where = [str(source.path) for source in sources if name in source.wrong]
+        told = ", ".join(where[:3]) + (f" and {len(where) - 3} more" if len(where) > 3 else "")
+        ds[name] = ds[name].assign_attrs(wrong=f"{WRONG}; in {told}")
+    return ds
+
+
+def _gathered(
+    paths: Sequence[Path], skip_damaged: bool, upto: float
+) -> tuple[dict[tuple[int, ...], list[Source]], tuple[Axis, ...], dict[str, str]]:
+    """The files at each place of the common grid, the grid (its keys named as coordinates), and its own attributes."""
+    written = [_written(path) for path in paths]
+    sweeps = [values.get("sweep", {}) for values in written]
+    keys = tuple(dict.fromkeys([*_differing(written), *(key for sweep in sweeps for key in swept_keys(sweep))]))
+    groups = {axis.keys for sweep in sweeps for axis in axes(sweep) if axis.dimension == POINT}
+    if len(groups) > 1:
+        raise DirectoryError(f"open: the sweeps list points of different keys, {sorted(groups)}; open one at a time")
+    listed = next(iter(groups), ())
+    along = [*((key,) for key in keys if key not in listed), *groups]
+    found: dict[tuple[Labels, ...], list[Source]] = {}
+    for path, values in zip(paths, written, strict=True):
+        base = dict(_flat({k: v for k, v in values.items() if k != "sweep"}))
+        for point, sources in _committed(path, values, skip_damaged, upto):
+            at = tuple(tuple(label({**base, **point}.get(key, "unset")) for key in group) for group in along)
+            held = found.setdefault(at, [])
+            seeds = {seed for source in held for seed in source.header.labels["seed"]}
+            if sources and seeds & set(sources[0].header.labels["seed"]):
+                raise DirectoryError(
+                    f"open: {held[0].path} and {sources[0].path} hold the same seeds of one point, "
+                    f"{dict(zip(map(', '.join, along), at, strict=True))}; open one of them"
+                )
+            held += sources
+    taken = [tuple(dict.fromkeys(at[i] for at in found)) for i in range(len(along))]
+    position = [{value: i for i, value in enumerate(of)} for of in taken]
+    cells = {tuple(p[v] for p, v in zip(position, at, strict=True)): held for at, held in found.items() if held}
+    names = sweep_dimensions(keys)
+    grid = tuple(
+        Axis(POINT if group == listed else names[group[0]], tuple(names[key] for key in group), of)
+        for group, of in zip(along, taken, strict=True)
+    )
+    return cells, grid, _origin(paths, written)
+
+
+def _committed(
+    path: Path, written: Mapping[str, Any], skip_damaged: bool, upto: float
+) -> Iterator[tuple[dict[str, Any], list[Source]]]:
+    """Swept values and files of each point of a sweep; a run is one without."""
+    headers, sweep = Headers(path, upto), written.get("sweep", {})
+    alone = cache(lambda: Experiment.from_dict({k: v for k, v in written.items() if k != "sweep"}))
+    points = [(point, partial(_at, alone, point)) for point in (places(sweep).values() if sweep else ({},))]
+    names = point_directories(path, points) if sweep else ["."]
+    for name, (point, expected) in zip(names, points, strict=True):
+        sources: list[Source] = []
+        try:
+            sources = headers.committed(name, expected)
+            for source in sources:
+                dims = set(source.header.labels)
+                if not {"seed", "layer"} <= dims or not set(vocabulary.PATHS) & dims:
+                    raise DirectoryError(
+                        f"{source.path}: is no archive of a run; `tsdyn.open` opens such a file by itself"
+                    )
+        except ArchiveError as error:
+            if not skip_damaged:
+                raise
+            warnings.warn(f"{error}; left NaN", stacklevel=6)
+        yield point, sources
+    if sweep:
+        with suppress(ArchiveError):  # where it may not be written, the next reader reads the headers again
+            headers.write()
+
+
+def _at(alone: Callable[[], Experiment], point: Mapping[str, Any]) -> Experiment:
+    return alone().replace(point) if point else alone()
+
+
+def _written(path: Path) -> dict[str, Any]:
+    """The experiment file as a nested dict; only its sweep is checked, for a thousand points take a while."""
+    try:
+        values = tomllib.loads((path / EXPERIMENT).read_text(encoding="utf-8"))
+        return {**values, "sweep": checked_sweep(values.get("sweep", {}))}
+    except (OSError, ValueError, RecursionError) as error:
+        raise DirectoryError(f"{path}: holds no run or sweep of tsdyn's: {error}") from error
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _differing(written: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Keys in which experiments differ, other than by what they sweep, their names and their seeds."""
+    flat = [dict(_flat({k: v for k, v in values.items() if k not in ("sweep", "name", "seeds")})) for values in written]
+    keys = dict.fromkeys(itertools.chain.from_iterable(flat))
+    absent = object()
+    return [key for key in keys if any(f.get(key, absent) != flat[0].get(key, absent) for f in flat)]
+
+
+def _origin(paths: Sequence[Path], written: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Attributes of the whole: the experiment of a single sweep, where several are."""
+    if len(paths) > 1:
+        return {"opened": json.dumps([str(path) for path in paths])}
+    values = {k: v for k, v in written[0].items() if k != "sweep" or v}
+    text = (paths[0] / EXPERIMENT).read_text(encoding="utf-8")
+    try:
+        return {"experiment": text, "digest": digest(values), "name": str(values.get("name", ""))}
+    except (KeyError, AttributeError, TypeError) as error:
+        raise DirectoryError(
+            f"{paths[0] / EXPERIMENT}: is no experiment of tsdyn's: {error}; `tsdyn validate` says where"
+        ) from error
+
+
+def _union(sources: Sequence[Source], dim: str) -> list[Any]:
+    """The labels of all files along a dimension.
+
+    Raises:
+        ArchiveError: if files differ and labels repeat in one, so that a label does not say which number is meant.
+    """
+    lists = {id(s.header.labels[dim]): (s, s.header.labels[dim]) for s in sources if dim in s.header.labels}
+    longest = max((labels for _, labels in lists.values()), key=len)
+    if all(labels == longest for _, labels in lists.values()):
+        return longest
+    for source, labels in lists.values():
+        if len(set(labels)) < len(labels):
+            raise ArchiveError(f"{source.path}: labels of {dim} repeat; `tsdyn validate` tells what is whole")
+    everything = set().union(*(labels for _, labels in lists.values()))
+    return longest if everything == set(longest) else sorted(everything)
+
+
+def _declared(sources: Sequence[Source], name: str, many: bool) -> tuple[tuple[str, ...], np.dtype, dict[str, Any]]:
+    """Dimensions, dtype and attributes of a variable in all files; where it may be missing, its dtype knows NaN.
+
+    Raises:
+        ArchiveError: if its dimensions differ.
+    """
+    holding = {id(s.header): (s, s.header.variables[name]) for s in sources if name in s.header.variables}
+    (first, declared), *others = holding.values()
+    for source, other in others:
+        if other.dims != declared.dims:
+            raise ArchiveError(
+                f"{source.path}: {name} has the dimensions {other.dims}, in {first.path} {declared.dims}: they do not "
+                "fit together; `tsdyn validate` tells what is whole"
+            )
+    kinds = [np.dtype(declared.dtype) for _, declared in holding.values()]
+    return declared.dims, np.result_type(*kinds, *([np.float32] if many else [])), declared.attrs
+
+
+def _built(cells: Cells, grid: Sequence[Axis], skip: bool) -> xr.Dataset:
+    """The Dataset of all cells, of files of one version."""
+    sources = [source for cell in cells.values() for source in cell]
+    headers = list({id(s.header): s.header for s in sources}.values())
+    used = dict.fromkeys(dim for header in headers for dim in header.labels)
+    labels = {dim: _union(sources, dim) for dim in sorted(used, key=[*vocabulary.DIMENSIONS, *used].index)}
+    outer, sizes = tuple(axis.dimension for axis in grid), tuple(len(axis.values) for axis in grid)
+    token = tokenize([(place, [(str(s.path), s.identity) for s in cell]) for place, cell in cells.items()], skip)
+    arrays: dict[str, xr.Variable] = {}
+    for name in dict.fromkeys(name for header in headers for name in header.variables):
+        inner, dtype, attrs = _declared(sources, name, many=bool(grid) or len(sources) > 1)
+        shape = (*sizes, *(len(labels[dim]) for dim in inner))
+        stored = Stored(name, outer, inner, shape, dtype, cells, {dim: labels[dim] for dim in inner}, skip)
+        lazy = dask.array.from_array(
+            stored,
+            chunks=_chunks([h for h in headers if name in h.variables], stored),
+            name=f"{name}-{token}",
+            asarray=False,
+            meta=np.empty((0,) * len(shape), stored.dtype),
+        )
+        arrays[name] = xr.Variable((*outer, *inner), lazy, attrs)
+    if len(sources) == 1 and not grid:
+        arrays |= {name: xr.Variable(*text) for name, text in headers[0].texts.items()}
+    coords: dict[str, Any] = {}
+    for dim, values in labels.items():
+        held = next((h.columns[dim] for h in headers if h.columns.get(dim, ((),))[0] == (dim,)), None)
+        if held is not None:
+            coords[dim] = xr.Variable(dim, np.asarray(values, np.asarray(held[1]).dtype), held[2])
+    for axis in grid:
+        if axis.dimension == POINT:
+            coords[POINT] = xr.Variable(POINT, np.arange(len(axis.values)))
+        coords |= {
+            key: xr.Variable(axis.dimension, [value[i] for value in axis.values]) for i, key in enumerate(axis.keys)
+        }
+    return xr.Dataset(arrays, coords | _columns(cells, labels, grid), headers[0].attrs)
+
+
+def _columns(cells: Cells, labels: Mapping[str, list[Any]], grid: Sequence[Axis]) -> dict[str, xr.Variable]:
+    """Coordinates beside the dimensions' own, over the grid; −1 where a point has nothing yet."""
+    sources = [source for cell in cells.values() for source in cell]
+    if not grid and len({id(source.header.columns) for source in sources}) == 1:
+        found = {n: xr.Variable(*c) for n, c in sources[0].header.columns.items() if c[0] != (n,)}
+    else:
+        found = _gridded(cells, labels, grid)
+    if any(source.death for source in sources):
+        outer, sizes = tuple(axis.dimension for axis in grid), tuple(len(axis.values) for axis in grid)
+        death = np.full((*sizes, len(labels["seed"])), -1)
+        seeds = {seed: i for i, seed in enumerate(labels["seed"])}
+        for place, cell in cells.items():
+            for source in cell:  # of segments, the last has the word
+                own = source.header.labels["seed"]
+                at: tuple[Any, ...] = (*place, slice(None) if own is labels["seed"] else [seeds[s] for s in own])
+                death[at] = source.death
+        attrs = vocabulary.COORDINATES["death_epoch"].attrs
+        found["death_epoch"] = xr.Variable((*outer, "seed"), death, attrs)
+    return found
+
+
+def _gridded(cells: Cells, labels: Mapping[str, list[Any]], grid: Sequence[Axis]) -> dict[str, xr.Variable]:
+    """Those of the schema's, of files that differ; the first file of a cell has the word."""
+    outer, sizes = tuple(axis.dimension for axis in grid), tuple(len(axis.values) for axis in grid)
+    found: dict[str, xr.Variable] = {}
+    for place, (first, *_) in cells.items():
+        for name, (dims, values, attrs) in first.header.columns.items():
+            if name not in vocabulary.COORDINATES or (name in found and found[name].dims != (*outer, *dims)):
+                continue
+            if name not in found:
+                empty = np.full((*sizes, *(len(labels[d]) for d in dims)), -1)
+                found[name] = xr.Variable((*outer, *dims), empty, attrs)
+            at: tuple[Any, ...] = (*place, *(slice(0, len(first.header.labels[d])) for d in dims))
+            found[name].values[at] = values
+    return found
+
+
+def _coverage(cell: Sequence[Source]) -> float:
+    """Share of the recorded epochs that are committed."""
+    if cell[0].path.name == ARCHIVE:
+        return 1.0
+    experiment = Experiment.from_toml(cell[0].path.parent.parent / EXPERIMENT, archived=True)
+    labels, along = set(experiment.labels), experiment.layout.path
+    there = sum(label in labels for source in cell for label in source.header.labels[along])
+    outcomes = experiment.recorded("end")  # a record of its own, which comes last
+    there += sum(set(outcomes) <= set(source.header.variables) for source in cell) if outcomes else 0
+    return there / (len(labels) + bool(outcomes))
+
+
+def _chunks(headers: Sequence[Header], array: Stored) -> tuple[int, ...]:
+    """Dask chunks that follow files: whole disk chunks of as many seeds as fit; of several runs only if small."""
+    lengths = dict(zip(array.inner, array.shape[len(array.outer) :], strict=True))
+    stored = [header.variables[array.name].chunk for header in headers]
+    chunk = {dim: min(n, lengths[dim]) for dim, n in zip(array.inner, np.max(stored, axis=0).tolist(), strict=True)}
+    chunk |= {dim: lengths[dim] for dim in (*vocabulary.NODE_WIDTHS, "input_node") if dim in chunk}
+    whole = math.prod(chunk.values()) * array.dtype.itemsize
+    size = max(1, round(whole * max(_filled(header, array) for header in headers)))
+    if "seed" in chunk:
+        seeds = min(lengths["seed"], chunk["seed"] * max(1, LAZY_BYTES // size))
+        size, chunk["seed"] = size * seeds // chunk["seed"], seeds
+    runs = [1] * len(array.outer)
+    if runs:
+        runs[-1] = min(array.shape[len(runs) - 1], RUNS_A_CHUNK, max(1, GATHERED_BYTES // max(1, size)))
+    return (*runs, *(max(1, n) for n in chunk.values()))
+
+
+def _filled(header: Header, array: Stored) -> float:
+    """Share of the padded node dimensions that the largest layer of a run fills; the rest is never read."""
+    own = "teacher_input_width" if array.name.startswith("teacher_") else "input_width"
+    names = {**vocabulary.NODE_WIDTHS, "input_node": own}
+    sizes = {
+        dim: (np.asarray(header.columns[names[dim]][1]), array.shape[len(array.outer) + i])
+        for i, dim in enumerate(array.inner)
+        if names.get(dim) in header.columns
+    }
+    return float(np.max(np.prod([widths / padded for widths, padded in sizes.values()], axis=0))) if sizes else 1.0

@@ -1,0 +1,372 @@
+"""The directory of one run: claimed, committed to segment by segment, resumed, consolidated.  Imports no torch."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import netCDF4
+import numpy as np
+
+from tsdyn.archive import joining, netcdf, study_directories
+from tsdyn.archive.lock import NAME as LOCK
+from tsdyn.archive.lock import Lock
+from tsdyn.archive.netcdf import State
+from tsdyn.archive.whole_files import (
+    SUFFIX,
+    ArchiveError,
+    DirectoryError,
+    local_path,
+    make_directory,
+    refuse_changed,
+    refuse_link,
+    refused,
+    remove_sealed,
+    replacing,
+    seal_of,
+    sha256,
+    sync_directory,
+    write_bytes,
+    write_text,
+)
+from tsdyn.archive.wrong_numbers import WRONG_THROUGH
+from tsdyn.experiment.experiment import Experiment, differences
+from tsdyn.experiment.sweep_axes import axes, places
+from tsdyn.schema import variable as variable_of
+from tsdyn.vocabulary import Label
+
+EXPERIMENT = "experiment.toml"
+ARCHIVE = "archive.nc"
+SEGMENTS = "segments"
+#: Attribute of all files of one run, drawn when it begins: what one of them has committed, later ones hold.
+RUN = "run"
+
+#: Attribute of an archive: epochs that it holds beyond its schedule, since shorter runs that it extends recorded them.
+KEPT = "kept_epochs"
+#: How long another command may take to make a sweep's directory its own.
+CLAIM_SECONDS = 30.0
+_SEGMENT = re.compile(r"epoch-(\d{6,})-(\d{6,})\.nc")
+
+#: Variable → one array (seed, epoch), or one a layer from the lowest up, (seed, epoch, node...); constants: no epoch.
+Records = Mapping[str, "np.ndarray | list[np.ndarray]"]
+
+
+class Segment(NamedTuple):
+    """A committed file and the trained epochs it covers."""
+
+    first: int
+    last: int
+    path: Path
+
+
+def segments(path: Path) -> list[Segment]:
+    """The committed segments of a run, in order of epochs.
+
+    Raises:
+        ArchiveError: if epochs are missing between two of them, or one is a symbolic link.
+    """
+    refuse_link(path / SEGMENTS)
+    named = [(segment_epochs(file), file) for file in (path / SEGMENTS).glob("*.nc")]
+    found = sorted(Segment(*epochs, file) for epochs, file in named if epochs)
+    for segment in found:
+        refuse_link(segment.path)
+    for before, after in itertools.pairwise([Segment(-1, -1, path), *found]):
+        if after.first != before.last + 1:
+            raise ArchiveError(
+                f"{path}: segments end at epoch {before.last} and go on at {after.first}; epochs between are missing: "
+                f"`tsdyn repair {path}` keeps what can be gone on from"
+            )
+    return found
+
+
+def segment_epochs(file: Path) -> tuple[int, int] | None:
+    """First and last epoch that a segment's name says; None if it is no segment's name."""
+    match = _SEGMENT.fullmatch(file.name)
+    return (int(match[1]), int(match[2])) if match else None
+
+
+def segment_path(path: Path, first: int, last: int) -> Path:
+    """The file that holds what was recorded among trained epochs `first`..`last`, and the state after `last`."""
+    return path / SEGMENTS / f"epoch-{first:06d}-{last:06d}.nc"
+
+
+def extends(longer: Experiment, shorter: Experiment) -> bool:
+    """Whether `longer` is `shorter` trained on, over more points, or both.
+
+    Only ``training.epochs`` may differ, and be more, and the values in ``sweep``, of which none may be missing.
+    """
+    epochs = longer.training.epochs
+    alike = longer.kind == shorter.kind and bool(longer.sweep) == bool(shorter.sweep)
+    if epochs < shorter.training.epochs or longer == shorter or not alike:
+        return False
+    kept: dict[str, Any] = {"training.epochs": epochs} if longer.kind == "training" else {}
+    kept |= {"sweep": longer.sweep} if longer.sweep else {}
+    if differences(longer, shorter.replace(kept)):
+        return False
+    theirs, mine = ([json.dumps(p, sort_keys=True) for p in places(e.sweep).values()] for e in (shorter, longer))
+    return [axis.keys for axis in axes(longer.sweep)] == [axis.keys for axis in axes(shorter.sweep)] and (
+        set(theirs) <= set(mine)
+    )
+
+
+def claim(path: Path, experiment: Experiment) -> None:
+    """Make `path` the directory of `experiment`, or check that it is, or that `experiment` extends what it holds.
+
+    Raises:
+        ArchiveError: if it holds another experiment, naming what differs, or files that are not a run's; or another
+            process is making it its own in this moment.
+    """
+    if not _claimed(path, experiment):
+        make_directory(path)
+        lock = Lock(path).wait(CLAIM_SECONDS if experiment.sweep else 0.0)  # several commands may share a sweep
+        try:
+            _sign(path, experiment)
+        finally:
+            lock.release()
+
+
+def _claimed(path: Path, experiment: Experiment) -> bool:
+    """Whether `path` is the directory of `experiment` already; if not, it is free to be, or `claim`'s error."""
+    file = path / EXPERIMENT
+    if file.exists():
+        study_directories.refuse_to_write(path)
+        theirs = Experiment.from_toml(file, archived=True)
+        if theirs == experiment:
+            return True
+        if not extends(experiment, theirs):
+            raise DirectoryError(
+                f"{path}: holds another experiment; nothing was overwritten. What differs:\n  "
+                + "\n  ".join(differences(experiment, theirs))
+                + "\nGive another directory with -o, or remove this one. (A run can be gone on with by more epochs "
+                "and a sweep over more values, everything else the same.)"
+            )
+        return not experiment.sweep  # a run is extended by its writer
+    # what a writer killed in its first milliseconds leaves is its own
+    leftovers = re.compile(rf"{LOCK}(\.\w+)?|\.{re.escape(EXPERIMENT)}\.\d+\.tmp")
+    if path.exists() and (not path.is_dir() or any(not leftovers.fullmatch(e.name) for e in path.iterdir())):
+        what = "is not empty and holds no experiment" if path.is_dir() else "is a file"
+        raise DirectoryError(f"{path}: {what}; nothing was overwritten. Give another directory with -o.")
+    return False
+
+
+def _sign(path: Path, experiment: Experiment) -> None:
+    """Write whose directory it is, under its lock; another may have done so just before."""
+    if not _claimed(path, experiment):
+        write_text(path / EXPERIMENT, experiment.to_toml())
+
+
+class RunDirectory:
+    """The directory of one run, held for writing.
+
+    Use as a context manager: entering takes the lock and clears what an interrupted writer left, leaving gives the
+    lock back.
+
+    Args:
+        path: The directory; made if it does not exist.
+        experiment: What the run computes; without a sweep.  With more epochs than the directory holds of the same
+            experiment, the run is extended.
+
+    Raises:
+        ArchiveError: if another process holds the directory, it holds another experiment (every difference is
+            named), files that are not a run's, or symbolic links.  Nothing is overwritten.
+    """
+
+    def __init__(self, path: str | Path, experiment: Experiment) -> None:
+        if experiment.sweep:
+            raise ValueError(
+                "RunDirectory: the experiment has a sweep; each point of it is a run (tsdyn.run does this)"
+            )
+        self.path = local_path(path)
+        self.experiment = experiment
+        self.layout = experiment.layout
+        self.variables = experiment.recorded()
+        self._lock = Lock(self.path)
+        self._run: str | None = None
+
+    def __enter__(self) -> RunDirectory:
+        if not _claimed(self.path, self.experiment):
+            make_directory(self.path)
+        for name in (LOCK, EXPERIMENT, ARCHIVE, SEGMENTS):
+            refuse_link(self.path / name)
+        self._lock.acquire()
+        try:
+            self._settle()
+        except BaseException as error:
+            self._lock.release()
+            if isinstance(error, OSError):
+                raise refused(self.path, error) from error
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def _settle(self) -> None:
+        """Finish what an interrupted writer began: leftovers go, a verified archive replaces its segments."""
+        _sign(self.path, self.experiment)
+        for folder in (self.path, self.path / SEGMENTS):
+            for leftover in folder.glob(".*.tmp"):
+                leftover.unlink()
+        for seal in (self.path / SEGMENTS).glob(f"*{SUFFIX}"):
+            if not seal.with_name(seal.name.removesuffix(SUFFIX)).exists():
+                seal.unlink()
+        if self.finished and (self.path / SEGMENTS).is_dir():
+            if any((self.path / SEGMENTS).iterdir()):
+                refuse_changed(self.path / ARCHIVE)
+            self._drop_segments()
+        theirs = Experiment.from_toml(self.path / EXPERIMENT, archived=True)
+        if theirs != self.experiment:
+            if self.finished:
+                self._reopen(theirs)
+            write_text(self.path / EXPERIMENT, self.experiment.to_toml())
+        if not self.finished and not (self.path / SEGMENTS).is_dir():
+            make_directory(self.path / SEGMENTS)
+
+    def _reopen(self, shorter: Experiment) -> None:
+        """The archive of a finished run becomes the first segment of the longer one, in one rename."""
+        refuse_changed(self.path / ARCHIVE)
+        with netcdf.dataset(self.path / ARCHIVE) as nc:
+            if "state" not in nc.groups:
+                raise DirectoryError(
+                    f"{self.path}: its archive is of schema {nc.schema_version}, which keeps no state to train on "
+                    f"from; it stays as it is, run {self.experiment.training.epochs} epochs into another directory"
+                )
+        make_directory(self.path / SEGMENTS)
+        target = segment_path(self.path, 0, shorter.training.epochs)
+        write_text(seal_of(target), f"{sha256(self.path / ARCHIVE)}  {target.name}\n")
+        (self.path / ARCHIVE).rename(target)
+        sync_directory(self.path / SEGMENTS)
+        sync_directory(self.path)
+        seal_of(self.path / ARCHIVE).unlink(missing_ok=True)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the archive of all epochs is there."""
+        return (self.path / ARCHIVE).exists()
+
+    @property
+    def bytes_per_epoch(self) -> int:
+        """Size of one recorded epoch, without padding."""
+        return netcdf.bytes_per_epoch(self.layout, self.variables, self.experiment.dtype)
+
+    def committed(self) -> int | None:
+        """Last committed epoch of training, None before the first commit."""
+        found = segments(self.path)
+        return found[-1].last if found else None
+
+    def _own_attrs(self) -> dict[str, str]:
+        """The attribute `RUN`: that of the last segment, drawn where there is none yet."""
+        if self._run is None:
+            found = segments(self.path)
+            self._run = secrets.token_hex(8)
+            if found:
+                with netcdf.dataset(found[-1].path, only=self.layout.path) as nc:
+                    self._run = str(netcdf.attributes(nc).get(RUN, ""))
+        return {RUN: self._run} if self._run else {}  # versions before 0.2 drew none
+
+    def commit(
+        self,
+        first: int,
+        last: int,
+        epochs: Sequence[Label],
+        records: Records,
+        state: State,
+        attrs: Mapping[str, Any],
+    ) -> None:
+        """Write the recorded `epochs` among trained epochs `first`..`last` and the state after `last`, in one rename.
+
+        The file is made in memory and written in one go, so that a failed write is the system's error, not HDF5's.
+
+        Args:
+            first: First step of the segment: of training, an epoch.
+            last: Last step of the segment.
+            epochs: Labels of the recorded ones among them, increasing: epochs, times or α.
+            records: Their measurements; in the first segment also what is known at the start, in the last what is
+                known at the end.
+            state: Everything needed to go on; arrays by name, among them ``death_epoch``.
+            attrs: Global attributes.
+
+        Raises:
+            ArchiveError: if it cannot be written, or the lock was lost; what was committed before is intact.
+        """
+        self._lock.confirm()
+        expected = self.bytes_per_epoch * len(epochs) + sum(a.nbytes for a in state.values()) + (1 << 16)
+        with netcdf.guarded():
+            nc = netCDF4.Dataset("segment", "w", format="NETCDF4", memory=expected)
+            own = {**attrs, **self._own_attrs()}
+            netcdf.create(nc, self.layout, epochs, tuple(records), self.experiment.dtype, own)
+            nc["death_epoch"][:] = state["death_epoch"]
+            for name, value in records.items():
+                blocks = enumerate(value, start=1) if isinstance(value, list) else ((None, value),)
+                for layer, block in blocks:
+                    nc[name][netcdf.index(variable_of(name), self.layout, slice(0, len(epochs)), layer)] = block
+            netcdf.write_state(nc, state)
+            content = nc.close()
+        write_bytes(segment_path(self.path, first, last), content, seal=True)
+
+    def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """State after the last committed epoch, and the global attributes of its segment.
+
+        Raises:
+            ArchiveError: if the segment that holds them is damaged.
+        """
+        newest = segments(self.path)[-1]
+        refuse_changed(newest.path)
+        try:
+            with netcdf.dataset(newest.path) as nc:
+                return netcdf.read_state(nc), {name: nc.getncattr(name) for name in nc.ncattrs()}
+        except (OSError, RuntimeError, AttributeError) as error:
+            if isinstance(error, ArchiveError):
+                raise
+            raise ArchiveError(
+                f"{newest.path}: cannot be read: {error}; `tsdyn repair {self.path}` keeps what can be gone on from"
+            ) from error
+
+    def consolidate(self, attrs: Mapping[str, Any]) -> None:
+        """All epochs in one file, read back and compared with the segments before these go.  Repeatable.
+
+        Raises:
+            ArchiveError: if it cannot be written, a segment is damaged, or epochs are missing; segments are kept.
+        """
+        self._lock.confirm()
+        files = [segment.path for segment in segments(self.path)]
+        for file in files:
+            refuse_changed(file)
+        parts, epochs = joining.recorded(files, self.experiment.labels, self.layout.path)
+        attrs = {**attrs, **self._own_attrs(), **_history(parts, epochs, self.experiment, self.variables)}
+        size = self.bytes_per_epoch * len(epochs)
+        with replacing(self.path / ARCHIVE, size, seal=True) as temporary, joining.little_cached():
+            with netcdf.dataset(temporary, "w") as nc:
+                netcdf.create(nc, self.layout, epochs, self.variables, self.experiment.dtype, attrs)
+                joining.copy(parts, self.layout, self.variables, nc)
+            with netcdf.dataset(temporary) as nc:
+                name = joining.differing(parts, self.layout, self.variables, nc)
+            if name is not None:
+                raise ArchiveError(
+                    f"{self.path}: {name} read back differently from what was written; segments are kept"
+                )
+        self._drop_segments()
+
+    def _drop_segments(self) -> None:
+        """Remove the segments of an archive that is finished and whole."""
+        folder = self.path / SEGMENTS
+        for file in sorted(folder.glob("*.nc")):
+            remove_sealed(file)
+        with suppress(OSError):  # somebody's own files in there stay
+            folder.rmdir()
+
+
+def _history(
+    parts: Sequence[joining.Part], epochs: Sequence[Label], experiment: Experiment, variables: Sequence[str]
+) -> dict[str, Any]:
+    """Attributes that say what an archive has from before: epochs beyond its schedule, wrong numbers."""
+    kept = np.setdiff1d(epochs, experiment.labels)
+    wrong = joining.wrong_through(parts, epochs, variables)
+    found: dict[str, Any] = {KEPT: kept} if len(kept) else {}
+    return found | ({} if wrong is None else {WRONG_THROUGH: wrong})

@@ -1,0 +1,109 @@
+"""Parts of an archive by what they are called: a layer without padding, points of a sweep by their values.
+
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import numpy as np
+import xarray as xr
+
+from tsdyn import vocabulary
+from tsdyn.experiment.experiment import Experiment
+from tsdyn.experiment.sweep_axes import POINT
+
+T = TypeVar("T", xr.Dataset, xr.DataArray)
+
+
+def experiment_of(ds: xr.Dataset) -> Experiment:
+    """The experiment that an archive, or any slice of one, is of.
+
+    Raises:
+        ValueError: if it has none, as several archives opened together, of which each has its own.
+    """
+    text = ds.attrs.get("experiment")
+    if text is None:
+        if "opened" in ds.attrs:
+            raise ValueError(
+                "experiment_of: several archives opened together have several experiments; ask each by itself, "
+                "tsdyn.open(one of them)"
+            )
+        raise ValueError(
+            "experiment_of: the Dataset has no attribute 'experiment'; it is no archive of tsdyn's, or lost its "
+            "attributes on the way (xarray's arithmetic drops them; ds.assign_attrs(archive.attrs) puts them back)"
+        )
+    return Experiment.from_toml_text(str(text), archived=True)
+
+
+def swept_dimensions(ds: xr.Dataset | xr.DataArray) -> tuple[str, ...]:
+    """Dimensions of `ds` that come from swept keys."""
+    return tuple(str(dim) for dim in ds.dims if str(dim) not in vocabulary.DIMENSIONS)
+
+
+def select(ds: T, **labels: Any) -> T:
+    """The points of a sweep with the given values of swept keys, whether each is a dimension or varies with others.
+
+    ``select(ds, polarity=1.0, learning_rate=[0.01, 0.1])``; a list keeps the dimension.  A single point along
+    ``point`` loses that dimension.
+
+    Raises:
+        KeyError: if a name is no swept key, or no point has such a value; says what there is.
+    """
+    for name, wanted in labels.items():
+        coordinate = ds.coords.get(name)
+        if coordinate is None or coordinate.ndim != 1 or coordinate.dims[0] in vocabulary.DIMENSIONS:
+            there = [str(n) for n, c in ds.coords.items() if c.ndim == 1 and c.dims[0] not in vocabulary.DIMENSIONS]
+            raise KeyError(f"select: no swept key {name!r}; there are {', '.join(there) or 'none'}")
+        values = wanted if isinstance(wanted, (list, tuple, np.ndarray)) else [wanted]
+        missing = [value for value in values if value not in coordinate.values]
+        if missing:
+            held = list(dict.fromkeys(coordinate.values.tolist()))
+            raise KeyError(f"select: {name} has no {missing}; it has {held}")
+        ds = ds.isel({coordinate.dims[0]: np.flatnonzero(np.isin(coordinate.values, values))})
+        if values is not wanted and name in ds.dims:
+            ds = ds.squeeze(name)
+    return ds.squeeze(POINT) if ds.sizes.get(POINT) == 1 else ds
+
+
+def lowest_layer(ds: xr.Dataset | xr.DataArray) -> int:
+    """Label of the lowest layer: 1, also of a slice that starts above it, or where layers are counted from."""
+    return min(1, *ds.indexes["layer"].tolist())
+
+
+def layer(ds: T, number: int) -> T:
+    """One layer without padding.
+
+    Node dimensions end where the layer does (for several widths in `ds`, where the widest of them does), so that
+    selecting a node that is not there is a KeyError.  In a Dataset that holds student and teacher weights,
+    ``input_node`` ends where the wider of the two layers below does.  Variables of the lowest layer alone
+    (``alignment``) stay with the lowest layer.  A Dataset without widths (your own) is cut nowhere.
+
+    Args:
+        ds: Dataset or variable of a run or a sweep, with a ``layer`` dimension.
+        number: A label of ``layer``, 1..L in an archive; layers of your own may be counted from 0.
+
+    Raises:
+        ValueError: if `ds` has no such layer.
+    """
+    if "layer" not in ds.dims or number not in ds.indexes["layer"]:
+        held = list(ds.indexes["layer"]) if "layer" in ds.dims else "no layer dimension"
+        raise ValueError(f"layer: {number} is not in the dataset, which has {held}")
+    if number > lowest_layer(ds) and isinstance(ds, xr.Dataset):  # variables of the lowest alone have no layer
+        lowest = [
+            n for n, v in ds.data_vars.items() if "layer" not in v.dims and set(vocabulary.NODE_WIDTHS) & set(v.dims)
+        ]
+        ds = ds.drop_vars(lowest)
+    # one cut, not one after another: dask then reads no more than it asks for
+    place = int(ds.get_index("layer").get_loc(number))
+    at = {name: c.isel(layer=place) for name, c in ds.coords.items() if "layer" in c.dims}
+    ends = {dim: coordinate for dim, coordinate in vocabulary.NODE_WIDTHS.items() if dim in ds.dims}
+    widths = {dim: int(at[coordinate].max()) for dim, coordinate in ends.items() if coordinate in at}
+    if "input_node" in ds.dims:
+        names = {ds.name} if isinstance(ds, xr.DataArray) else set(ds.data_vars)
+        below = [c for c, v in (("input_width", "weight"), ("teacher_input_width", "teacher_weight")) if v in names]
+        below = below or ["input_width", "teacher_input_width"]
+        if held := [int(at[c].max()) for c in below if c in at]:
+            widths["input_node"] = max(held)
+    return ds.isel({"layer": place, **{dim: slice(0, width) for dim, width in widths.items()}})

@@ -1,0 +1,145 @@
+"""The directory of a sweep: one run for each point, listed in ``sweep.json``.  Imports no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tsdyn import schema
+from tsdyn.archive.run_directory import EXPERIMENT, claim, extends
+from tsdyn.archive.whole_files import DirectoryError, write_text
+from tsdyn.experiment.errors import ExperimentError
+from tsdyn.experiment.experiment import Experiment
+from tsdyn.experiment.sweep_axes import places, sweep_dimensions, swept_keys
+
+SWEEP = "sweep.json"
+
+
+def label(value: Any) -> str | int | float:
+    """A coordinate value for a swept value: numbers and strings are themselves, lists join with ``-``."""
+    if isinstance(value, (bool, dict)):
+        return json.dumps(value)
+    if isinstance(value, (list, tuple)):
+        return "-".join(str(v) for v in value)
+    return value  # type: ignore[no-any-return]
+
+
+def point_name(values: Mapping[str, Any]) -> str:
+    """Directory of one point of a sweep, such as ``overrealization=5,polarity=1.0``.
+
+    A name that lacks a character of the values, or is cut, ends with a hash of them: no two points share one.
+    """
+    text, name = _spelled(values)
+    return name if name == text and len(name) <= 200 else f"{name[:180]}-{_hash(text)}"
+
+
+def possible_names(values: Mapping[str, Any]) -> set[str]:
+    """What the directory of a point may be called, by this version and by those before 0.2."""
+    text, before = _spelled(values)
+    return {point_name(values), before, f"{before[:180]}-{_hash(text)}"}
+
+
+def _spelled(values: Mapping[str, Any]) -> tuple[str, str]:
+    """A point's values in words, and those with only characters that any file system takes."""
+    names = sweep_dimensions(values)
+    text = ",".join(f"{names[key]}={label(value)}" for key, value in values.items())
+    return text, re.sub(r"[^A-Za-z0-9._+=,-]", "-", text)
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def point_directories(path: Path, points: Iterable[tuple[Mapping[str, Any], Callable[[], Experiment]]]) -> list[str]:
+    """The directory that holds each point of the sweep in `path`: `point_name`, or what versions before 0.2 called it.
+
+    These left the hash away where characters were replaced, so that two points could have one directory: it is that of
+    the point whose experiment it holds.
+
+    Args:
+        path: Directory of the sweep.
+        points: Of each, its values and what gives its experiment, asked for only where the directory is in doubt.
+    """
+    listed = list(points)
+    before = [_spelled(values)[1] for values, _ in listed]
+    shared = Counter(before)
+    found = []
+    for (values, expected), old in zip(listed, before, strict=True):
+        name = point_name(values)
+        in_doubt = len(old) <= 200 and (shared[old] > 1 or (name != old and not (path / name).exists()))
+        if in_doubt and (path / old / EXPERIMENT).is_file():
+            name = old if _holds(path / old, expected) else f"{old[:180]}-{_hash(_spelled(values)[0])}"
+        found.append(name)
+    return found
+
+
+def _holds(path: Path, expected: Callable[[], Experiment]) -> bool:
+    """Whether a directory is of that experiment, or of what it extends."""
+    with suppress(ExperimentError):
+        mine, theirs = expected(), Experiment.from_toml(path / EXPERIMENT, archived=True)
+        return mine == theirs or extends(mine, theirs)
+    return False
+
+
+def sweep_points(path: Path) -> dict[str, tuple[dict[str, Any], Experiment]]:
+    """Directory name → swept values and experiment of each point of the sweep in `path`.
+
+    From ``experiment.toml``: the index beside it is for other readers, and its names are not trusted.
+    """
+    return named_points(path, Experiment.from_toml(path / EXPERIMENT, archived=True))
+
+
+def named_points(path: Path, experiment: Experiment) -> dict[str, tuple[dict[str, Any], Experiment]]:
+    """As `sweep_points`, of an experiment that need not be the one in `path` yet."""
+    points = list(experiment.points())
+    names = point_directories(path, [(values, partial(_itself, at)) for values, at in points])
+    return dict(zip(names, points, strict=True))
+
+
+def _itself(experiment: Experiment) -> Experiment:
+    return experiment
+
+
+def refuse_equal_names(experiment: Experiment) -> None:
+    """Refuse a sweep of which two points would have one directory, on some file system at least.
+
+    Raises:
+        DirectoryError: naming the values.
+    """
+    seen: dict[str, dict[str, Any]] = {}
+    for values in places(experiment.sweep).values():
+        other = seen.setdefault(point_name(values).casefold(), values)
+        if other is not values:
+            raise DirectoryError(
+                f"sweep: the points {other} and {values} would share {point_name(values)} where upper and "
+                "lower case are one; give them names that differ otherwise, or run them as two sweeps"
+            )
+
+
+def write_sweep(path: Path, experiment: Experiment) -> dict[str, Experiment]:
+    """Make `path` the directory of a sweep; ``sweep.json`` lists every point and its directory for other readers.
+
+    A sweep that holds all points of the one that is there, everything else the same, takes its place.
+
+    Returns the experiment of each point by directory name.
+
+    Raises:
+        ArchiveError: as `claim`, or if two points would have one directory.
+    """
+    refuse_equal_names(experiment)
+    claim(path, experiment)
+    points = named_points(path, experiment)
+    listed = {
+        "schema_version": schema.VERSION,
+        "dimensions": sweep_dimensions(swept_keys(experiment.sweep)),
+        "points": [{"directory": name, "values": values} for name, (values, _) in points.items()],
+    }
+    write_text(path / SWEEP, json.dumps(listed, indent=1))
+    return {name: point for name, (_, point) in points.items()}

@@ -1,0 +1,554 @@
+"""What derivatives assume about a module, checked on the input at hand, once per call.
+
+The definition everywhere is plain autograd: sample i's gradient is ``torch.autograd.grad(loss(module(x[i:i+1]),
+y[i:i+1]), parameters)``.  It exists where the module is deterministic, keeps its state when it is called, and gives
+every sample what it gives that sample alone; `Asked.examine` tries all three and refuses what fails.  Whatever shorter
+way is taken is compared with the definition: on a few samples alone, and on all of them by one random combination,
+Σ c_i g_i = ∇ Σ c_i ℓ_i, which holds for a random c only if every g_i is right (Freivalds 1977).
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+
+from tsdyn.derivatives.module_state import Randomness, State
+from tsdyn.networks.network import Network
+
+#: Arrays, or tuples, lists and dicts of them.
+Tree: TypeAlias = Any
+Loss: TypeAlias = Callable[[Any, Any], Tensor]
+
+#: Bytes that one chunk of samples may take.
+MEMORY = 64 << 20
+#: Samples that are looked at together to see whether they mix, and those that are also looked at alone.
+TOGETHER, ALONE = 32, 3
+
+log = logging.getLogger("tsdyn")
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """1e-12 in float64, and as many units of rounding (4,504) in any other type; of 16 bits nothing can be told."""
+    return 1e-12 * torch.finfo(dtype).eps / torch.finfo(torch.float64).eps
+
+
+def comparable(tensors: Iterable[Tensor]) -> bool:
+    """Whether a comparison to `tolerance` tells right from wrong: not in 16 bits."""
+    return all(tolerance(t.dtype) < 1e-2 for t in tensors)
+
+
+def _rounding_of_batches(values: Tensor) -> float:
+    """How far one sample's output may be from the same in a batch: other kernels serve other batch sizes.
+
+    A thousand times what a shorter way is granted, in 32 bits a thousandth of the largest, in 16 bits 16 units.
+    """
+    if not (values.is_floating_point() or values.is_complex()) or not values.numel():
+        return 0.0
+    share = max(min(1000 * tolerance(values.dtype), 1e-3), 16 * torch.finfo(values.dtype).eps)
+    return share * float(values.detach().abs().max().nan_to_num(0, 0, 0))
+
+
+def agree(found: Tensor, right: Tensor, scale: float | Tensor = 0.0) -> bool:
+    """Whether two results are the same to rounding, relative to the largest entry of either, or to a larger `scale`.
+
+    A NaN or an infinity agrees with its like.
+    """
+    if found.shape != right.shape:
+        return False
+    if not found.numel():
+        return True
+    found, right = found.detach(), right.detach()
+    limit = tolerance(right.dtype) * torch.maximum(right.abs().max(), torch.as_tensor(scale, device=right.device))
+    apart = (found - right).abs()
+    if bool((apart <= limit).all()):
+        return True
+    return torch.allclose(found, right, rtol=0, atol=float(limit.nan_to_num(0, 0, 0)), equal_nan=True)
+
+
+def agree_by_name(found: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> bool:
+    """Whether gradients by name agree; one below a thousandth of the largest may be rounding that is left of zero."""
+    largest = max((float(g.abs().max()) for g in right.values() if g.numel()), default=0.0)
+    return all(agree(found[name], g, largest / 1000) for name, g in right.items())
+
+
+# --- the module and its input --------------------------------------------------------------------------------
+
+
+class Asked:
+    """A module with samples to differentiate it at, inside `asked`.
+
+    Attributes:
+        caller: The public function, for messages.
+        module: As given, a Network as its ``to_torch()``.
+        name: Of the module, for messages.
+        inputs, targets: Tensors, or tuples, lists and dicts of them, of `count` samples.
+        parameters: Those that are asked for, by name: all that require a gradient if none are named.
+    """
+
+    def __init__(self, caller: str, module: nn.Module, x: Tree, y: Tree, names: Iterable[str] | None) -> None:
+        self.caller, self.module, self.name = caller, module, type(module).__name__
+        self._state = State(module)
+        self._randomness = Randomness(module)
+        self._drawn = False
+        kept = next((p for p in module.parameters() if p.is_floating_point()), None)
+        self.inputs, self.targets = (_tensors(caller, tree, kept) for tree in (x, y))
+        self._how = _called(caller, module, self.inputs)
+        self.parameters = _wanted(caller, module, names)
+
+    @property
+    def count(self) -> int:
+        """Samples; refuses inputs that disagree about it."""
+        x, y = ({len(t) for t in tree_leaves(tree) if _sliced(t)} for tree in (self.inputs, self.targets))
+        if len(x) != 1 or x == {0} or (y and y != x):
+            told = [" and ".join(str(n) for n in sorted(of)) or "no" for of in (x, y)]
+            raise ValueError(
+                f"{self.caller}: {told[0]} samples and {told[1]} targets; give as many of each, at least one"
+            )
+        return int(next(iter(x)))
+
+    @property
+    def device(self) -> torch.device:
+        return next(t.device for t in (*self.module.parameters(), *tree_leaves(self.inputs)) if isinstance(t, Tensor))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the result: what the parameters promote to."""
+        found = None
+        for p in self.parameters.values():
+            found = p.dtype if found is None else torch.promote_types(found, p.dtype)
+        return found or torch.get_default_dtype()
+
+    def some(self, index: slice | Tensor) -> tuple[Tree, Tree]:
+        """Inputs and targets of some samples."""
+        cut = [tree_map(lambda t: t[index] if _sliced(t) else t, tree) for tree in (self.inputs, self.targets)]
+        return cut[0], cut[1]
+
+    def call(self, inputs: Tree) -> Tree:
+        """The module's output, gradients on."""
+        args, keywords = self._how(inputs)
+        return self.module(*args, **keywords)
+
+    def call_with(self, parameters: Mapping[str, Tensor], inputs: Tree) -> Tree:
+        """The module's output with other parameters, those not given detached: what torch.func differentiates."""
+        args, keywords = self._how(inputs)
+        rest = {n: p.detach() for n, p in self.module.named_parameters() if n not in parameters}
+        buffers = dict(self.module.named_buffers())
+        return functional_call(self.module, {**rest, **buffers, **parameters}, args, keywords)
+
+    def value(self, loss: Loss, output: Tree, targets: Tree) -> Tensor:
+        """The loss, refused if it is no real number."""
+        found = loss(output, targets)
+        if not isinstance(found, Tensor) or found.ndim:
+            shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise ValueError(
+                f"{self.caller}: the loss of one sample has shape {shape}; loss(output, target) must give a scalar"
+            )
+        if not found.is_floating_point():
+            raise ValueError(f"{self.caller}: the loss is {found.dtype}; a gradient is that of a real number")
+        return found
+
+    def gradients(self, value: Tensor, wrt: Sequence[Tensor], *, again: bool = False) -> list[Tensor]:
+        """Plain autograd; zeros where the value does not depend."""
+        if not value.requires_grad:
+            return [torch.zeros_like(t) for t in wrt]
+        try:
+            found = torch.autograd.grad(value, wrt, retain_graph=again, allow_unused=True)
+        except RuntimeError as error:
+            if "use_reentrant" in str(error):
+                return self._by_backward(value, wrt, again)
+            raise _explained(self.caller, self.name, error) from error
+        return [torch.zeros_like(t) if g is None else g.detach() for t, g in zip(wrt, found, strict=True)]
+
+    def refuse_detached(self, value: Tensor) -> None:
+        """Refuse what autograd has no gradient of at all, rather than answer with zeros."""
+        if not value.requires_grad:
+            raise ValueError(
+                f"{self.caller}: the output of {self.name} does not depend on what it is differentiated in, as far as "
+                "autograd sees: it is detached, under no_grad, or rounded"
+            )
+
+    def _by_backward(self, value: Tensor, wrt: Sequence[Tensor], again: bool) -> list[Tensor]:
+        """Of a reentrant checkpoint, which knows only ``backward``; what was in .grad is put back."""
+        leaves = [*self.module.parameters(), *wrt]
+        if any(getattr(p, "_post_accumulate_grad_hooks", None) for p in leaves):
+            raise ValueError(
+                f"{self.caller}: {self.name} has a reentrant checkpoint and a parameter with a hook after accumulation,"
+                " which would run; use checkpoint(..., use_reentrant=False)"
+            )
+        before = [p.grad for p in leaves]
+        try:
+            for p in leaves:
+                p.grad = None
+            value.backward(retain_graph=again)
+            return [torch.zeros_like(t) if t.grad is None else t.grad for t in wrt]
+        finally:
+            for p, g in zip(leaves, before, strict=True):
+                p.grad = g
+
+    def plain(self, loss: Loss, sample: int) -> dict[str, Tensor]:
+        """The definition: gradient of one sample's loss, by name."""
+        inputs, targets = self.some(slice(sample, sample + 1))
+        value = self.value(loss, self.call(inputs), targets)
+        self.refuse_detached(value)
+        return dict(zip(self.parameters, self.gradients(value, list(self.parameters.values())), strict=True))
+
+    # --- what must hold --------------------------------------------------------------------------------------
+
+    def refuse_unsteady(self, value: Callable[[], Tree]) -> Tree:
+        """The value, computed twice; refused if it differs, draws random numbers, or moves the module's state."""
+        first = value()
+        moved = self._state.moved()
+        if moved:
+            self._state.restore()
+            raise ValueError(
+                f"{self.caller}: {moved} of {self.name} changes when the module is called, so derivatives would depend "
+                "on how often it was; it was put back; call module.eval(), or switch running statistics off"
+            )
+        if self._randomness.moved():
+            raise ValueError(
+                f"{self.caller}: {self.name} draws random numbers in its forward pass, or its loss does, so there is "
+                "no one gradient; make it deterministic (module.eval())"
+            )
+        again = value()
+        for one, other in zip(_numbers(first), _numbers(again), strict=True):
+            told = one.is_floating_point() and comparable([one])
+            if one.shape != other.shape or (told and not agree(other, one)):
+                raise ValueError(
+                    f"{self.caller}: {self.name} gives two values for one input, so it draws random numbers of its own "
+                    "or remembers earlier calls; make it deterministic"
+                )
+        return first
+
+    def examine(self, loss: Loss | None = None) -> Tree:
+        """Refuse what has no derivative of one sample; returns the output of sample 0 alone.
+
+        Three samples alone against the same in a batch; and the gradient of half a batch's outputs in the other
+        half's inputs, which is zero where samples are independent.
+        """
+        count = self.count
+        inputs, targets = self.some(slice(0, 1))
+
+        def both() -> Tree:
+            output = self.call(inputs)
+            return output, None if loss is None else self.value(loss, output, targets)
+
+        alone = self.refuse_unsteady(both)[0]
+        if count == 1:
+            return alone
+        draw = torch.Generator().manual_seed(count)
+        inner = torch.randperm(count - 2, generator=draw)[: TOGETHER - 2] + 1
+        chosen = torch.cat([torch.tensor([0, count - 1]), inner]).to(self.device)
+        together = tree_map(
+            lambda t: (
+                t[chosen].detach().clone().requires_grad_(t.is_floating_point() or t.is_complex()) if _sliced(t) else t
+            ),
+            self.inputs,
+        )
+        try:
+            output = self.call(together)
+        except RuntimeError as error:
+            raise ValueError(
+                f"{self.caller}: {self.name} takes one sample alone but not {len(chosen)} together ({error}); it must "
+                "take a batch, samples first"
+            ) from error
+        rows = self.rows(output, alone, len(chosen))
+        self._refuse_other_values(rows, chosen)
+        self._refuse_other_gradients(rows, [t for t in tree_leaves(together) if _sliced(t) and t.requires_grad], draw)
+        return alone
+
+    def rows(self, output: Tree, alone: Tree, count: int) -> Tree:
+        """A batch's output as samples, each of the shape that it has alone: (count, *shape alone)."""
+        leaves, structure = tree_flatten(output)
+        singles, structure_alone = tree_flatten(alone)
+        if structure != structure_alone:
+            raise ValueError(f"{self.caller}: {self.name} returns another structure for {count} samples than for one")
+        return tree_unflatten([self._rows(t, one, count) for t, one in zip(leaves, singles, strict=True)], structure)
+
+    def _rows(self, batch: Any, alone: Any, count: int) -> Any:
+        if not isinstance(batch, Tensor):
+            raise ValueError(
+                f"{self.caller}: {self.name} returns {type(batch).__name__}; a tensor (sample, ...) is needed"
+            )
+        axis = sample_axis(batch, alone, count)
+        if axis is not None:
+            return batch.movedim(axis, 0).unsqueeze(axis + 1)
+        folded = batch.ndim > 0 and len(batch) % count == 0 and batch.numel() == count * alone.numel()
+        if folded or (count == 1 and batch.shape == alone.shape):
+            return batch.reshape(count, *alone.shape)
+        raise ValueError(
+            f"{self.caller}: the output of {self.name} for {count} samples has shape {tuple(batch.shape)}, for one "
+            f"{tuple(alone.shape)}: it mixes samples or has no axis for them; outputs must be (sample, ...)"
+            f"{self._layout()}"
+        )
+
+    def _layout(self) -> str:
+        late = [
+            name or type(part).__name__
+            for name, part in self.module.named_modules()
+            if getattr(part, "batch_first", None) is False
+        ]
+        return (
+            f"; {late[0]} has batch_first=False, so its first axis is time: build it with batch_first=True"
+            if late
+            else ""
+        )
+
+    def _refuse_other_values(self, rows: Tree, chosen: Tensor) -> None:
+        """Outputs of every other sample, and of some alone: of all where no gradient of the inputs can tell."""
+        floats = [t for t in tree_leaves(self.inputs) if _sliced(t) and (t.is_floating_point() or t.is_complex())]
+        alone = min(ALONE, len(chosen)) if floats else len(chosen)
+        places = torch.arange(len(chosen), device=chosen.device)
+        for at in [*places[:alone].split(1), places[0::2], places[1::2]]:
+            single = self.call(self.some(chosen[at])[0])
+            fewer = self.rows(single, tree_map(lambda t: t[0], rows), len(at))
+            for row, one in zip(_numbers(rows), _numbers(fewer), strict=True):
+                if not torch.allclose(row[at], one, rtol=0, atol=_rounding_of_batches(row), equal_nan=True):
+                    index = int(chosen[at[0]])
+                    raise self._mixes(
+                        f"output {index} is another with {len(at) - 1} others than with {len(chosen) - 1}"
+                    )
+
+    def _refuse_other_gradients(self, rows: Tree, inputs: list[Tensor], draw: torch.Generator) -> None:
+        floats = [r for r in _numbers(rows) if r.requires_grad]
+        if not floats or not inputs:
+            return
+        count = len(inputs[0])
+        half = torch.randperm(count, generator=draw) < (count + 1) // 2
+        value = sum(
+            (
+                (r[half.to(r.device)].real * torch.randn(r[half.to(r.device)].shape, generator=draw).to(r.real)).sum()
+                for r in floats
+            ),
+            start=torch.zeros((), device=floats[0].device, dtype=floats[0].real.dtype),
+        )
+        for g in self.gradients(value, inputs):
+            own, others = g[half.to(g.device)].abs().max(), g[~half.to(g.device)].abs().max()
+            if others > min(tolerance(g.dtype), 1e-3) * own:
+                raise self._mixes("the gradient of its output for some samples in the inputs of others is not zero")
+
+    def _mixes(self, evidence: str) -> ValueError:
+        return ValueError(
+            f"{self.caller}: {self.name} mixes samples ({evidence}), so no derivative of one sample exists"
+            f"{self._layout()}"
+        )
+
+    # --- comparing a shorter way with the definition ---------------------------------------------------------
+
+    def losses(self, loss: Loss, inputs: Tree, targets: Tree, alone: Tree) -> Tensor:
+        """Loss of every sample from one pass of all; the loss sees each as it is alone."""
+        count = next(len(t) for t in tree_leaves(inputs) if _sliced(t))
+        return self.losses_of(loss, self.rows(self.call(inputs), alone, count), targets)
+
+    def losses_of(self, loss: Loss, rows: Tree, targets: Tree) -> Tensor:
+        def one(output: Tree, target: Tree) -> Tensor:
+            return loss(output, tree_map(lambda t: t[None] if isinstance(t, Tensor) else t, target))
+
+        sliced = tree_map(lambda t: 0 if _sliced(t) else None, targets)
+        found: Tensor = vmap(one, (0, sliced))(rows, targets)
+        return found
+
+    def combined(
+        self, loss: Loss, part: slice, alone: Tree, weights: Tensor, names: Sequence[str]
+    ) -> dict[str, Tensor]:
+        """∇ Σ c_i ℓ_i by plain autograd, from the samples at even places and those at odd ones: other batches."""
+        inputs, targets = self.some(part)
+        wrt = [self.parameters[n] for n in names]
+        total = [torch.zeros_like(p) for p in wrt]
+        for half in (slice(0, None, 2), slice(1, None, 2)):
+            cut = [tree_map(lambda t, h=half: t[h] if _sliced(t) else t, tree) for tree in (inputs, targets)]
+            if not len(weights[half]):
+                continue
+            losses = self.losses(loss, cut[0], cut[1], alone)
+            found = self.gradients((losses * weights[half].to(losses)).sum(), wrt)
+            total = [t + g for t, g in zip(total, found, strict=True)]
+        return dict(zip(names, total, strict=True))
+
+
+def sample_axis(batch: Tensor, alone: Tensor, count: int) -> int | None:
+    """The axis that is `count` long for a batch and 1 for one sample, all others being the same."""
+    shape = tuple(alone.shape)
+    for axis in range(alone.ndim):
+        if shape[axis] == 1 and tuple(batch.shape) == (*shape[:axis], count, *shape[axis + 1 :]):
+            return axis
+    return None
+
+
+@contextmanager
+def asked(
+    caller: str,
+    module: nn.Module | Network,
+    x: Tree,
+    y: Tree = None,
+    *,
+    names: Iterable[str] | None = None,
+    per_sample: bool = True,
+) -> Iterator[Asked]:
+    """A module to differentiate, refused by kind where its kind has no derivative; left afterwards as it was.
+
+    Gradients are on inside, whatever the caller's mode, and compiled modules run as they were written.
+    """
+    module = module.to_torch() if isinstance(module, Network) else module
+    refuse_by_kind(caller, module, per_sample=per_sample)
+    with gradients_on():
+        one = Asked(caller, module, x, y, names)
+        frozen = [p for p in one.parameters.values() if not p.requires_grad]
+        try:
+            for p in frozen:
+                p.requires_grad_(True)
+            yield one
+        finally:
+            for p in frozen:
+                p.requires_grad_(False)
+            one._state.restore()
+            one._randomness.restore()
+
+
+@contextmanager
+def without_advice() -> Iterator[None]:
+    """Without torch's advice on speed and on settings of other machines, which is no one's concern here."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "There is a performance drop")
+        warnings.filterwarnings("ignore", "TF32 acceleration")
+        yield
+
+
+@contextmanager
+def gradients_on() -> Iterator[None]:
+    """Gradients on, inference mode off, compiled code as it was written: autograd does not differentiate it twice."""
+    eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+    with torch.inference_mode(False), torch.enable_grad(), eager, without_advice():
+        yield
+
+
+def refuse_by_kind(caller: str, module: nn.Module, *, per_sample: bool = True) -> None:
+    """Refuse what is known to be random, to move or to mix, before it is called."""
+    for name, part in module.named_modules():
+        who = name or type(part).__name__
+        if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.training and per_sample:
+            raise ValueError(
+                f"{caller}: {who} is BatchNorm in training mode, which mixes samples: no "
+                "per-sample derivative exists; call module.eval() to use its running statistics, or use GroupNorm"
+            )
+        if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.running_mean is None and per_sample:
+            raise ValueError(
+                f"{caller}: {who} is BatchNorm without running statistics, which mixes samples in eval() too, as "
+                "BatchNorm in training mode does: no per-sample derivative exists; use GroupNorm"
+            )
+        if isinstance(part, nn.modules.batchnorm._NormBase) and part.training and part.running_mean is not None:
+            raise ValueError(
+                f"{caller}: {who} is {type(part).__name__} in training mode, which moves its running statistics when "
+                "it is called; call module.eval()"
+            )
+        if isinstance(part, nn.modules.dropout._DropoutNd) and part.training and part.p > 0:
+            raise ValueError(f"{caller}: {who} is Dropout in training mode, which is random; call module.eval()")
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        if nn.parameter.is_lazy(tensor):
+            raise ValueError(f"{caller}: {name} has no shape yet; call the module once on its input")
+        _refuse_odd(caller, name, tensor)
+
+
+def _refuse_odd(caller: str, name: str, tensor: Tensor) -> None:
+    if tensor.is_meta:
+        raise ValueError(f"{caller}: {name} is a meta tensor, which holds no numbers; give it some (to_empty, load)")
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested:
+        raise ValueError(f"{caller}: {name} is {tensor.layout} of {tensor.dtype}; dense tensors are needed (to_dense)")
+    if isinstance(tensor, nn.Parameter) and tensor.is_inference():
+        raise ValueError(f"{caller}: {name} was made in inference mode, where autograd cannot follow; make it outside")
+
+
+def _explained(caller: str, name: str, error: RuntimeError) -> Exception:
+    """Torch's refusal in the caller's words, where it is known."""
+    reason = str(error)
+    if "modified by an inplace operation" in reason:
+        return ValueError(
+            f"{caller}: {name} overwrites the input of a layer in place, which its gradient needs; "
+            "write the operation out of place (inplace=False)"
+        )
+    if "not implemented" in reason:
+        return ValueError(f"{caller}: {name} holds an operation that torch cannot differentiate here ({reason})")
+    return error
+
+
+# --- reading what is given -----------------------------------------------------------------------------------
+
+
+def _sliced(leaf: object) -> bool:
+    return isinstance(leaf, Tensor) and leaf.ndim > 0
+
+
+def _numbers(tree: Tree) -> list[Tensor]:
+    return [t for t in tree_leaves(tree) if isinstance(t, Tensor)]
+
+
+def _tensors(caller: str, tree: Tree, like: Tensor | None) -> Tree:
+    """Arrays as tensors of the parameters' device, and of their type if real; tensors as they are."""
+
+    def one(leaf: Any) -> Any:
+        if isinstance(leaf, np.ndarray | np.generic):
+            given = torch.tensor(np.atleast_1d(leaf))
+            if like is not None:
+                given = given.to(like.device, like.dtype if given.is_floating_point() else given.dtype)
+            return given
+        if isinstance(leaf, Tensor):
+            _refuse_odd(caller, "an input", leaf)
+            if not leaf.ndim:
+                raise ValueError(
+                    f"{caller}: a tensor among the inputs or targets has no axis of samples; (sample, ...)"
+                )
+            return leaf.clone() if leaf.is_inference() else leaf.detach()
+        return leaf
+
+    if isinstance(tree, nn.utils.rnn.PackedSequence):
+        raise ValueError(f"{caller}: a PackedSequence has no axis of samples; give a padded tensor, (sample, ...)")
+    return tree_map(one, tree)
+
+
+def _called(caller: str, module: nn.Module, x: Tree) -> Callable[[Tree], tuple[tuple[Any, ...], dict[str, Any]]]:
+    """How the module takes its input, by the signature of its forward.
+
+    A tuple is its arguments and a dict its keywords where the signature takes them so, otherwise the one argument; a
+    list is the one argument where the signature takes one.
+    """
+    if not isinstance(x, tuple | list | Mapping):
+        return lambda given: ((given,), {})
+    signature = inspect.signature(getattr(module, "_orig_mod", getattr(module, "module", module)).forward)
+
+    def fits(*args: Any, **keywords: Any) -> bool:
+        try:
+            signature.bind(*args, **keywords)
+        except TypeError:
+            return False
+        return True
+
+    if isinstance(x, Mapping):
+        if all(isinstance(key, str) for key in x) and fits(**x):
+            return lambda given: ((), dict(given))
+    elif fits(*x) and (isinstance(x, tuple) or not fits(x)):
+        return lambda given: (tuple(given), {})
+    if fits(x):
+        return lambda given: ((given,), {})
+    raise ValueError(
+        f"{caller}: {type(module).__name__}.forward{signature} does not take {type(x).__name__} of {len(x)}"
+    )
+
+
+def _wanted(caller: str, module: nn.Module, names: Iterable[str] | None) -> dict[str, nn.Parameter]:
+    known = dict(module.named_parameters())
+    if names is None:
+        return {n: p for n, p in known.items() if p.requires_grad}
+    chosen = list(dict.fromkeys(names))
+    unknown = [n for n in chosen if n not in known]
+    if unknown or not chosen:
+        raise ValueError(f"{caller}: no parameters {unknown}; there are {', '.join(known)}")
+    return {n: known[n] for n in chosen}

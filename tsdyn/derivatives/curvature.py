@@ -1,0 +1,460 @@
+"""Second derivatives of a scalar loss in its parameters: products, the dense Hessian, its spectrum and its density.
+
+Each function takes either ``(loss, params)``, a function of parameters and where to differentiate it, or ``(module,
+loss, x, y)``: then the function is ``loss(module(x), y)``, of the whole batch as it is trained, and its arguments are
+the module's parameters that require a gradient.  Products are plain reverse mode over reverse mode; the dense Hessian
+is its products with unit vectors, all at once where a random combination of them agrees with one product alone
+(Freivalds 1977).  A loss that ignores its parameters, draws random numbers or moves the module's state is refused.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeAlias, overload
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from scipy.linalg import eigh_tridiagonal
+from scipy.sparse.linalg import ArpackError, ArpackNoConvergence, LinearOperator, eigsh
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+from tsdyn.derivatives.assumptions import Loss, Tree, _explained, agree, asked, comparable, gradients_on, log
+from tsdyn.derivatives.module_state import Randomness
+from tsdyn.memory import refuse_beyond
+from tsdyn.networks.network import Network
+
+Parameters: TypeAlias = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
+
+#: Hessians with at most this many parameters are diagonalized whole: below a second, and every eigenvalue is exact.
+DENSE_PARAMETERS = 1000
+#: Bytes that the products of one pass may take.
+_AT_ONCE = 64 << 20
+
+
+@overload
+def hessian(loss: Callable[[Any], Tensor], params: Parameters) -> Tensor: ...
+@overload
+def hessian(module: nn.Module | Network, loss: Loss, x: Tree, y: Tree = None) -> Tensor: ...
+def hessian(*args: Any, **keywords: Any) -> Tensor:
+    """∂²loss/∂θ∂θ', dense, (parameter, parameter), in the order the parameters are given, each flattened.
+
+    Called ``hessian(loss, params)`` or ``hessian(module, loss, x, y)``.
+
+    Args:
+        loss: Of parameters of the structure of `params` → scalar; with a module, ``loss(output, target)`` of the batch.
+        params: A tensor, a sequence or a mapping of tensors.
+        module: Deterministic; samples may mix. Its parameters that require a gradient, in their order, are θ.
+        x, y: As in `per_sample_gradients`.
+
+    Raises:
+        ValueError: for a loss that ignores its parameters, draws random numbers, or has no second derivative in torch.
+        MemoryError: before it starts, if it does not fit.
+    """
+    with _curved("hessian", args, keywords) as (curve, _):
+        curve.refuse_asymmetry()
+        return curve.dense()
+
+
+@overload
+def hessian_vector_product(loss: Callable[[Any], Tensor], params: Parameters, vector: Tensor) -> Tensor: ...
+@overload
+def hessian_vector_product(module: nn.Module | Network, loss: Loss, x: Tree, y: Tree, vector: Tensor) -> Tensor: ...
+def hessian_vector_product(*args: Any, **keywords: Any) -> Tensor:
+    """(∂²loss/∂θ∂θ') v, (parameter,), flattened as in `hessian`; reverse over reverse, about two gradients.
+
+    Called ``hessian_vector_product(loss, params, vector)`` or ``hessian_vector_product(module, loss, x, y, vector)``.
+
+    Raises:
+        ValueError: as `hessian`, or for a vector of another length.
+    """
+    with _curved("hessian_vector_product", args, keywords, vector=inspect.Parameter.empty) as (curve, given):
+        vector = torch.as_tensor(given["vector"])
+        if vector.shape != (curve.size,):
+            raise ValueError(
+                f"hessian_vector_product: the vector has shape {tuple(vector.shape)}, there are {curve.size} parameters"
+            )
+        curve.refuse_asymmetry()
+        return curve.product(vector.detach().to(curve.device, curve.dtype))
+
+
+@overload
+def hessian_spectrum(loss: Callable[[Any], Tensor], params: Parameters, k: int | None = 10) -> Tensor: ...
+@overload
+def hessian_spectrum(
+    module: nn.Module | Network, loss: Loss, x: Tree, y: Tree = None, k: int | None = 10
+) -> Tensor: ...
+def hessian_spectrum(*args: Any, **keywords: Any) -> Tensor:
+    """The k algebraically largest Hessian eigenvalues, largest first; all of them for k=None.
+
+    Called ``hessian_spectrum(loss, params, k=10)`` or ``hessian_spectrum(module, loss, x, y, k=10)``.  Dense up to
+    `DENSE_PARAMETERS` parameters or if k is not below their number, otherwise SciPy's ``eigsh`` on Hessian-vector
+    products to machine precision.  A Hessian that is zero has eigenvalues zero.
+
+    Raises:
+        ValueError: as `hessian`, for k < 1, or for products that are not those of a symmetric matrix.
+        RuntimeError: if Lanczos does not converge, with what did.
+        MemoryError: before it starts, if a dense Hessian does not fit.
+    """
+    with _curved("hessian_spectrum", args, keywords, k=10) as (curve, given):
+        k = given["k"]
+        if k is not None and k < 1:
+            raise ValueError(f"hessian_spectrum: k={k}; ask for at least one eigenvalue, or None for all")
+        curve.refuse_asymmetry()
+        if k is None or k >= curve.size - 1 or curve.size <= DENSE_PARAMETERS:
+            every: Tensor = torch.linalg.eigvalsh(curve.dense()).flip(0)
+            return every if k is None else every[:k]
+        return _largest(curve, k)
+
+
+def _largest(curve: _Curve, k: int) -> Tensor:
+    """By Lanczos with implicit restarts."""
+
+    def apply(vector: np.ndarray) -> np.ndarray:
+        at = torch.from_numpy(np.ascontiguousarray(vector.reshape(-1))).to(curve.device)
+        found: np.ndarray = curve.product(at).cpu().numpy()
+        return found
+
+    dtype = torch.zeros((), dtype=curve.dtype).numpy().dtype
+    operator = LinearOperator((curve.size, curve.size), matvec=apply, dtype=dtype)
+    start = np.random.default_rng(0).standard_normal(curve.size).astype(dtype)
+    if not apply(start).any():  # ARPACK takes no operator that is zero on its first vector, which only zero is
+        return torch.zeros(k, dtype=curve.dtype, device=curve.device)
+    try:
+        values = eigsh(operator, k=k, which="LA", v0=start, return_eigenvectors=False)
+    except ArpackNoConvergence as error:
+        raise RuntimeError(
+            f"hessian_spectrum: {len(error.eigenvalues)} of {k} eigenvalues converged, {error.eigenvalues}; "
+            "ask for fewer, or for all (k=None)"
+        ) from error
+    except ArpackError as error:
+        raise RuntimeError(f"hessian_spectrum: Lanczos failed ({error}); ask for all (k=None)") from error
+    return torch.from_numpy(np.sort(values)[::-1].copy()).to(curve.device)
+
+
+@dataclass(frozen=True)
+class SpectralDensity:
+    """An estimate of the density of Hessian eigenvalues, (1/n) Σ_i δ(λ − λ_i), by Gauss quadrature.
+
+    Attributes:
+        nodes: Ritz values of each probe, increasing.
+        weights: Theirs; above 0, sum 1 over the nodes of a probe.
+    """
+
+    nodes: Float[np.ndarray, "probe step"]
+    weights: Float[np.ndarray, "probe step"]
+
+    def mean(self, function: Callable[[np.ndarray], np.ndarray]) -> tuple[float, float]:
+        """tr f(H)/n and its standard error over the probes.
+
+        Each probe is exact, for its own vᵀ f(H) v, at polynomials up to degree 2·step − 1.
+        """
+        values = (self.weights * function(self.nodes)).sum(1)
+        error = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
+        return float(values.mean()), float(error)
+
+    def __call__(self, at: np.ndarray, width: float) -> np.ndarray:
+        """The density at the eigenvalues `at`, blurred by a Gaussian of standard deviation `width`."""
+        apart = (np.asarray(at)[..., None, None] - self.nodes) / width
+        kernel = np.exp(-(apart**2) / 2) / (width * np.sqrt(2 * np.pi))
+        blurred: np.ndarray = (kernel * self.weights).sum(-1).mean(-1)
+        return blurred
+
+
+@overload
+def hessian_density(
+    loss: Callable[[Any], Tensor], params: Parameters, *, probes: int = 10, steps: int = 80, seed: int = 0
+) -> SpectralDensity: ...
+@overload
+def hessian_density(
+    module: nn.Module | Network,
+    loss: Loss,
+    x: Tree,
+    y: Tree = None,
+    *,
+    probes: int = 10,
+    steps: int = 80,
+    seed: int = 0,
+) -> SpectralDensity: ...
+def hessian_density(*args: Any, **keywords: Any) -> SpectralDensity:
+    """Density of the Hessian's eigenvalues by stochastic Lanczos quadrature; no Hessian is formed.
+
+    Called ``hessian_density(loss, params)`` or ``hessian_density(module, loss, x, y)``; probes=10, steps=80, seed=0.
+    `probes` random directions, for each `steps` Hessian-vector products and a full reorthogonalization, without which
+    converged eigenvalues come back as ghosts and weigh twice.  Fewer steps are taken where a Krylov space is exhausted;
+    its nodes are repeated with weight 0.
+
+    Source: Golub and Meurant (2010), Matrices, Moments and Quadrature, chapter 7.
+
+    Raises:
+        ValueError: as `hessian_spectrum`, for fewer than one probe or step.
+        MemoryError: before it starts, if the basis, (steps, parameter), does not fit.
+    """
+    with _curved("hessian_density", args, keywords, probes=10, steps=80, seed=0) as (curve, given):
+        probes, steps = given["probes"], given["steps"]
+        if probes < 1 or steps < 1:
+            raise ValueError(f"hessian_density: probes={probes}, steps={steps}; at least one of each")
+        steps = min(steps, curve.size)
+        refuse_beyond(
+            "hessian_density", 2 * steps * curve.size * curve.dtype.itemsize, curve.device, "take fewer steps"
+        )
+        curve.refuse_asymmetry()
+        draw = torch.Generator().manual_seed(given["seed"])
+        nodes, weights = np.zeros((2, probes, steps))
+        for probe in range(probes):
+            start = torch.randn(curve.size, generator=draw, dtype=curve.dtype).to(curve.device)
+            diagonal, beside = _lanczos(curve.product, start, steps)
+            values, vectors = eigh_tridiagonal(diagonal, beside)
+            nodes[probe] = values[-1]
+            nodes[probe, : len(values)] = values
+            weights[probe, : len(values)] = vectors[0] ** 2
+        return SpectralDensity(nodes, weights)
+
+
+def _lanczos(apply: Callable[[Tensor], Tensor], start: Tensor, steps: int) -> tuple[list[float], list[float]]:
+    """Diagonal and off-diagonal of the tridiagonal matrix of `apply` in the Krylov space of `start`."""
+    basis = start.new_empty(steps, len(start))
+    basis[0] = start / start.norm()
+    diagonal: list[float] = []
+    beside: list[float] = []
+    for step in range(steps):
+        image = apply(basis[step])
+        diagonal.append(float(image @ basis[step]))
+        size = float(image.norm())
+        for _ in range(2):  # once leaves what cancellation lost; twice is enough (Kahan)
+            image = image - basis[: step + 1].T @ (basis[: step + 1] @ image)
+        left = float(image.norm())
+        if step + 1 == steps or left <= 10 * torch.finfo(start.dtype).eps * size:
+            break
+        beside.append(left)
+        basis[step + 1] = image / left
+    return diagonal, beside
+
+
+# --- what is differentiated ----------------------------------------------------------------------------------
+
+
+class _Curve:
+    """A scalar as it stands at its arguments, its graph kept: every product is one more backward pass."""
+
+    def __init__(self, caller: str, name: str, leaves: Sequence[Tensor], value: Tensor) -> None:
+        self._caller, self._name, self._leaves = caller, name, list(leaves)
+        self._sizes = [t.numel() for t in leaves]
+        self.size, self.device = sum(self._sizes), leaves[0].device
+        self.dtype = torch.float32
+        for t in leaves:  # of 16 bits nothing can be diagonalized
+            self.dtype = torch.promote_types(self.dtype, t.dtype)
+        if value.requires_grad:
+            slopes = self._differentiate([value], create_graph=True)
+        if not value.requires_grad or all(s is None for s in slopes):
+            raise ValueError(
+                f"{caller}: the loss does not depend on its parameters; it must be computed from what it is given"
+            )
+        bent = [s for s in slopes if s is not None and s.requires_grad]
+        self._slopes, self._at = bent, [i for i, s in enumerate(slopes) if any(s is b for b in bent)]
+
+    def _differentiate(self, of: Sequence[Tensor], along: Sequence[Tensor] | None = None, **how: bool) -> list[Any]:
+        try:
+            return list(torch.autograd.grad(of, self._leaves, along, allow_unused=True, **how))
+        except RuntimeError as error:
+            raise _explained(self._caller, self._name, error) from error
+
+    def product(self, vector: Tensor) -> Tensor:
+        """H v, reverse over reverse."""
+        return self._products(vector, batched=False)
+
+    def _products(self, vectors: Tensor, *, batched: bool) -> Tensor:
+        if not self._slopes:
+            return torch.zeros_like(vectors)
+        pieces = torch.split(vectors, self._sizes, -1)
+        along = [
+            pieces[i].reshape(*vectors.shape[:-1], *self._leaves[i].shape).to(self._leaves[i].dtype) for i in self._at
+        ]
+        found = self._differentiate(self._slopes, along, retain_graph=True, is_grads_batched=batched)
+        flat = [
+            vectors.new_zeros(*vectors.shape[:-1], size)
+            if g is None
+            else g.detach().reshape(*vectors.shape[:-1], size).to(vectors)
+            for g, size in zip(found, self._sizes, strict=True)
+        ]
+        return torch.cat(flat, -1)
+
+    def dense(self) -> Tensor:
+        """Products with unit vectors; symmetric to rounding."""
+        size = 3 * self.size**2 * self.dtype.itemsize
+        refuse_beyond("hessian", size, self.device, "use hessian_spectrum or hessian_vector_product")
+        unit = torch.eye(self.size, dtype=self.dtype, device=self.device)
+        draw = torch.Generator().manual_seed(0)
+        random = torch.randn(2, self.size, generator=draw, dtype=self.dtype).to(self.device)
+        try:
+            step = max(1, _AT_ONCE // max(1, 64 * self.size * self.dtype.itemsize))
+            found = torch.cat([self._products(part, batched=True) for part in unit.split(step)])
+            right = torch.stack([self.product(v) for v in random])
+            if comparable(self._leaves) and self._same(random @ found, right, found):
+                return found
+            reason = "differs from plain products"
+        except (RuntimeError, ValueError) as error:
+            reason = f"fails ({str(error).strip().splitlines()[0][:120]})"
+        log.warning("%s: the Hessian of %s by vmap %s; column by column instead", self._caller, self._name, reason)
+        return torch.stack([self.product(v) for v in unit])
+
+    def _same(self, found: Tensor, right: Tensor, matrix: Tensor) -> bool:
+        # A row of H against a random vector: its terms have this size, whatever they sum to.
+        return agree(found, right, matrix.abs().max() * math.sqrt(self.size))
+
+    def refuse_asymmetry(self) -> None:
+        """uᵀ(H w) = wᵀ(H u) for random u and w: hooks and backward passes of the user's may break it."""
+        draw = torch.Generator().manual_seed(1)
+        u, w = torch.randn(2, self.size, generator=draw, dtype=self.dtype).to(self.device)
+        hu, hw = self.product(u), self.product(w)
+        scale = max(float(hu.norm() * w.norm()), float(hw.norm() * u.norm()))
+        if comparable(self._leaves) and not agree(u @ hw, w @ hu, scale):
+            raise ValueError(
+                f"{self._caller}: products with the Hessian of {self._name} are not those of a symmetric matrix "
+                f"(uHw = {float(u @ hw):.6g}, wHu = {float(w @ hu):.6g}); a hook, or a backward pass of its own, "
+                "changes its gradients"
+            )
+
+
+@contextmanager
+def _curved(
+    caller: str, args: tuple[Any, ...], keywords: dict[str, Any], **more: Any
+) -> Iterator[tuple[_Curve, dict[str, Any]]]:
+    """What was asked, in either form, with the graph of its gradient; and the other arguments."""
+    given = _bound(caller, args, keywords, more)
+    with ExitStack() as stack:
+        if "module" in given:
+            one = stack.enter_context(asked(caller, given["module"], given["x"], given["y"], per_sample=False))
+            leaves: list[Tensor] = list(one.parameters.values())
+            name = one.name
+            if not leaves:
+                raise ValueError(f"{caller}: {name} has no parameter that requires a gradient")
+            _refuse_unreal(caller, leaves)
+
+            def value() -> Tensor:
+                return one.value(given["loss"], one.call(one.inputs), one.targets)
+
+            yield _traced(caller, name, leaves, lambda: one.refuse_unsteady(value), value), given
+            return
+        stack.enter_context(gradients_on())
+        leaves, structured = _leaves(caller, given["params"])
+
+        def at() -> Tensor:
+            return _scalar(caller, given["loss"](structured()))
+
+        yield _traced(caller, "the loss", leaves, lambda: _steady(caller, at), at), given
+
+
+def _traced(
+    caller: str, name: str, leaves: list[Tensor], steady: Callable[[], Tensor], value: Callable[[], Tensor]
+) -> _Curve:
+    """The value's graph through kernels that can be differentiated twice.
+
+    Torch's fused weight norm holds the norm constant in its second derivative: it is written out.  Attention's fused
+    kernels have none; nor have recurrent layers of cuDNN and MKL-DNN, which are left out once a product has failed.
+    """
+    with sdpa_kernel(SDPBackend.MATH), _WrittenOut():
+        curve = _Curve(caller, name, leaves, steady())
+        ones = torch.ones(curve.size, dtype=curve.dtype, device=curve.device)
+        try:
+            curve.product(ones)
+            return curve
+        except (RuntimeError, ValueError) as error:
+            log.warning("%s: %s; without fused kernels instead", caller, str(error).strip().splitlines()[0][:120])
+        with torch.backends.mkldnn.flags(enabled=False), torch.backends.cudnn.flags(enabled=False):
+            curve = _Curve(caller, name, leaves, value())
+            curve.product(ones)
+    return curve
+
+
+class _WrittenOut(TorchFunctionMode):
+    """Weight norm, w = v g/‖v‖, as its formula."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch._weight_norm:
+            v, g, dim = (*args, 0)[:3] if not kwargs else (*args, *kwargs.values(), 0)[:3]
+            return v * (g / torch.norm_except_dim(v, 2, dim))
+        return func(*args, **(kwargs or {}))
+
+
+def _steady(caller: str, compute: Callable[[], Tensor]) -> Tensor:
+    """The loss, computed twice; refused if it draws random numbers, or gives two values."""
+    randomness = Randomness(nn.Module())
+    try:
+        first = compute()
+        if randomness.moved():
+            raise ValueError(
+                f"{caller}: the loss draws random numbers, so it has no one Hessian; make it deterministic "
+                "(module.eval())"
+            )
+        again = compute()
+    finally:
+        randomness.restore()
+    if comparable([first]) and not agree(again, first):
+        raise ValueError(
+            f"{caller}: the loss gives two values for the same parameters, so it draws random numbers of its own or "
+            "remembers earlier calls; make it deterministic"
+        )
+    return first
+
+
+def _scalar(caller: str, value: Any) -> Tensor:
+    if not isinstance(value, Tensor) or value.ndim or not value.is_floating_point():
+        shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"{caller}: the loss has shape {shape}; it must be one real number")
+    return value
+
+
+def _refuse_unreal(caller: str, leaves: Sequence[Tensor]) -> None:
+    for t in leaves:
+        if not t.is_floating_point() or t.is_meta:
+            kind = "meta tensors" if t.is_meta else str(t.dtype)
+            raise ValueError(f"{caller}: parameters are {kind}; a Hessian is that of real ones (view_as_real)")
+
+
+def _leaves(caller: str, params: Any) -> tuple[list[Tensor], Callable[[], Any]]:
+    """Copies to differentiate in, and how they are handed to the loss: in the structure that was given."""
+    single = isinstance(params, Tensor | np.ndarray)
+    mapping = isinstance(params, Mapping | nn.ParameterDict)
+    given = [params] if single else list(params.values()) if mapping else list(params)
+    tensors = [torch.as_tensor(t).detach() for t in given]
+    if not tensors:
+        raise ValueError(f"{caller}: there are no parameters")
+    _refuse_unreal(caller, tensors)
+    leaves = [t.clone().requires_grad_(True) for t in tensors]
+
+    def structured() -> Any:
+        pieces = [t.clone() for t in leaves]  # the loss may work in place
+        if mapping:
+            return dict(zip(params.keys(), pieces, strict=True))
+        return pieces[0] if single else pieces
+
+    return leaves, structured
+
+
+def _bound(caller: str, args: tuple[Any, ...], keywords: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    """Arguments by name, in the form that was meant: a module with its loss, or a loss with its parameters."""
+    containers = Tensor | np.ndarray | Mapping | nn.ParameterList | nn.ParameterDict
+    loss = keywords.get("loss", args[1] if len(args) > 1 else None)
+    of_module = "module" in keywords or (
+        bool(args) and isinstance(args[0], nn.Module | Network) and callable(loss) and not isinstance(loss, containers)
+    )
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    empty = inspect.Parameter.empty
+    first = {"module": empty, "loss": empty, "x": empty, "y": None} if of_module else {"loss": empty, "params": empty}
+    if of_module and empty in more.values():
+        first["y"] = empty
+    named = [inspect.Parameter(name, kind, default=default) for name, default in {**first, **more}.items()]
+    try:
+        bound = inspect.Signature(named).bind(*args, **keywords)
+    except TypeError as error:
+        forms = f"{caller}(loss, params, ...) or {caller}(module, loss, x, y, ...)"
+        raise TypeError(f"{caller}: {error}; call it {forms}") from None
+    bound.apply_defaults()
+    return dict(bound.arguments)

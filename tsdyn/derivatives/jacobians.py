@@ -1,0 +1,332 @@
+"""Jacobians of every sample's output, and what is made of them: the neural tangent kernel and Gauss–Newton's matrix.
+
+``vmap(jacrev(functional_call))`` where it agrees with plain autograd, on some samples whole and on all of them by one
+random combination; otherwise one backward pass per sample and output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import jacrev, vmap
+from torch.utils._pytree import tree_map
+
+from tsdyn.derivatives.assumptions import MEMORY, Asked, Loss, Tree, agree_by_name, asked, comparable, log, sample_axis
+from tsdyn.memory import refuse_beyond
+from tsdyn.networks.network import Network
+
+
+def jacobian(
+    module: nn.Module | Network, x: Tree, *, wrt: str = "parameters", memory: int = MEMORY
+) -> dict[str, Tensor] | Tensor:
+    """Jacobian of every sample's output, equal to plain autograd of one output of one sample at a time.
+
+    Args:
+        module: Deterministic, its samples independent, its output one real tensor.
+        x: (sample, ...), as in `per_sample_gradients`.
+        wrt: ``"parameters"`` → name → (sample, output, *parameter), of those that require a gradient; ``"inputs"`` →
+            (sample, output, *input); the name of a submodule that is called once → (sample, output, *activation) at
+            its output (V_l, for a layer's activation).  A module with one number per sample has no axis output.
+        memory: Bytes a chunk of samples may take, beside the result.
+
+    Raises:
+        ValueError: for a module without per-sample derivatives, an unknown submodule, or one called more than once.
+        MemoryError: before it starts, if the result does not fit.
+    """
+    caller = "jacobian"
+    with asked(caller, module, x) as one:
+        view = _View(one, wrt)
+        size = sum(one.count * view.outputs * t.nbytes for t in view.single().values())
+        refuse_beyond(caller, size, one.device, "ask for fewer samples")
+        parts = [view.jacobians(part) for part in _chunks(one.count, memory // max(1, 3 * size // one.count))]
+        found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        shaped = {n: j.view(len(j), *view.output_shape, *j.shape[2:]) for n, j in found.items()}
+    return shaped if wrt == "parameters" else shaped[wrt]
+
+
+def neural_tangent_kernel(module: nn.Module | Network, x: Tree, x2: Tree = None, *, memory: int = MEMORY) -> Tensor:
+    """Empirical NTK Θ(x, x') = J(x) J(x')ᵀ over all trainable parameters, (sample, sample2, output, output2).
+
+    By contraction in blocks of samples: no more than two blocks of Jacobians exist at a time.  In the parameters' type,
+    whatever the inputs'; complex parameters count as their real and imaginary parts.
+
+    Raises:
+        ValueError: as `jacobian`, or for outputs that are neither vectors nor numbers.
+        MemoryError: before it starts, if the kernel does not fit.
+    """
+    caller = "neural_tangent_kernel"
+    with asked(caller, module, x) as one, asked(caller, module, x if x2 is None else x2) as two:
+        left = _View(one, "parameters")
+        right = left if x2 is None else _View(two, "parameters")
+        if len(left.output_shape) > 1:
+            raise ValueError(f"{caller}: outputs have shape (sample, *{left.output_shape}); (sample, output) is needed")
+        outputs, dtype = left.outputs, one.dtype.to_real()
+        size = one.count * two.count * outputs**2 * dtype.itemsize
+        refuse_beyond(caller, size, one.device, "give x and x2 in blocks")
+        block = memory // max(1, 4 * outputs * sum(p.nbytes for p in one.parameters.values()))
+        kernel = torch.empty(one.count, outputs, two.count, outputs, dtype=dtype, device=one.device)
+        for i in _chunks(one.count, block):
+            rows = left.rows(i)
+            for j in _chunks(two.count, block):
+                if x2 is None and j.start < i.start:  # symmetric
+                    kernel[i, :, j] = kernel[j, :, i].permute(2, 3, 0, 1)
+                    continue
+                columns = rows if x2 is None and j == i else right.rows(j)
+                kernel[i, :, j] = (rows.flatten(0, 1) @ columns.flatten(0, 1).T).view(len(rows), outputs, -1, outputs)
+    return kernel.transpose(1, 2)
+
+
+def gauss_newton(module: nn.Module | Network, loss: Loss, x: Tree, y: Tree = None, *, memory: int = MEMORY) -> Tensor:
+    """Generalized Gauss–Newton matrix E[Jᵀ (∂²ℓ/∂f²) J] over all trainable parameters, (parameter, parameter).
+
+    Equals the Fisher matrix where the loss is a negative log-likelihood of exponential family (squared error, cross
+    entropy); the Hessian of the mean over samples differs by the term of second derivatives of the module, which
+    vanishes at zero residual.
+
+    Raises:
+        ValueError, MemoryError: as `jacobian`.
+    """
+    caller = "gauss_newton"
+    with asked(caller, module, x, y) as one:
+        view = _View(one, "parameters")
+        if any(p.is_complex() for p in one.parameters.values()):
+            raise ValueError(f"{caller}: {one.name} has complex parameters; a matrix of real ones is meant")
+        one.refuse_unsteady(lambda: one.value(loss, view.alone, one.some(slice(0, 1))[1]))
+        count = sum(p.numel() for p in one.parameters.values())
+        refuse_beyond(caller, 2 * count**2 * one.dtype.itemsize, one.device, "take a smaller module")
+        total = torch.zeros(count, count, dtype=one.dtype, device=one.device)
+        for part in _chunks(one.count, memory // max(1, 4 * view.outputs * count * one.dtype.itemsize)):
+            rows = view.rows(part)
+            total += torch.einsum("sop,soq->pq", rows, _loss_hessians(one, loss, view, part).to(rows) @ rows)
+        return total / one.count
+
+
+def _loss_hessians(one: Asked, loss: Loss, view: _View, part: slice) -> Tensor:
+    """∂²ℓ/∂f² of each sample, (sample, output, output): all at once where that agrees with one sample at a time."""
+    inputs, targets = one.some(part)
+    output = one.rows(one.call(inputs), view.alone, part.stop - part.start).detach()
+
+    def plain(i: int) -> Tensor:
+        target = one.some(slice(part.start + i, part.start + i + 1))[1]
+        return _second(lambda o: one.value(loss, o[0], target)[None], output[i : i + 1], one)[0]
+
+    try:
+        found = _second(lambda o: one.losses_of(loss, o, targets), output, one)
+        if comparable([found]) and all(
+            agree_by_name({"": found[i]}, {"": plain(i)}) for i in {0, len(output) // 2, len(output) - 1}
+        ):
+            return found
+    except (RuntimeError, ValueError, TypeError, IndexError):
+        pass  # what torch.func refuses, the loop does or refuses in its own words
+    log.warning("%s: the loss under vmap differs from plain autograd; one sample at a time instead", one.caller)
+    return torch.stack([plain(i) for i in range(len(output))])
+
+
+def _second(losses: Callable[[Tensor], Tensor], output: Tensor, one: Asked) -> Tensor:
+    free = output.clone().requires_grad_(True)
+    value = losses(free).sum()
+    if not value.requires_grad:
+        raise ValueError(f"{one.caller}: the loss does not depend on the module's output")
+    (slope,) = torch.autograd.grad(value, free, create_graph=True)
+    flat = slope.reshape(len(free), -1)
+    columns = [one.gradients(flat[:, k].sum(), [free], again=True)[0].reshape(flat.shape) for k in range(flat.shape[1])]
+    return torch.stack(columns, 2)
+
+
+def _chunks(count: int, size: int) -> Iterator[slice]:
+    size = max(1, size)
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))
+
+
+# --- one module, one thing to differentiate in ---------------------------------------------------------------
+
+
+class _View:
+    """Jacobians of a module's outputs in its parameters, its input, or what a submodule gives.
+
+    Attributes:
+        alone: Output of sample 0 alone.
+        output_shape: Of one sample, without the axis of samples; `outputs` is its size.
+    """
+
+    def __init__(self, one: Asked, wrt: str) -> None:
+        self._one, self._wrt = one, wrt
+        submodules = dict(one.module.named_modules())
+        if wrt not in ("parameters", "inputs") and wrt not in submodules:
+            raise ValueError(
+                f"{one.caller}: wrt={wrt!r}; it is 'parameters', 'inputs' or a submodule: "
+                f"{', '.join(filter(None, submodules))}"
+            )
+        self._part = submodules.get(wrt)
+        if wrt == "parameters" and not one.parameters:
+            raise ValueError(f"{one.caller}: {one.name} has no parameter that requires a gradient")
+        if wrt == "inputs" and not (isinstance(one.inputs, Tensor) and one.inputs.is_floating_point()):
+            raise ValueError(f"{one.caller}: wrt='inputs' needs x as one tensor of real numbers")
+        self.alone = one.examine()
+        if not isinstance(self.alone, Tensor) or not self.alone.is_floating_point():
+            kind = self.alone.dtype if isinstance(self.alone, Tensor) else type(self.alone).__name__
+            raise ValueError(f"{one.caller}: {one.name} returns {kind}; one tensor of real numbers is needed")
+        self._read_shapes()
+        self.outputs = self.alone.numel()
+        self._vmap = comparable([self.alone])
+        self._right = {i: self._plain(i) for i in {0, one.count - 1}}
+
+    def _read_shapes(self) -> None:
+        """Shapes of one sample: those of the batch of one without the axis that a batch of two makes longer."""
+        one = self._one
+        first = one.some(slice(0, 1))[0]
+        with _Tap(self._part) as alone:
+            one.call(first)
+        with _Tap(self._part) as twice:
+            pair = one.call(tree_map(lambda t: torch.cat([t, t]) if isinstance(t, Tensor) else t, first))
+        if self._part is not None:
+            if len(alone.seen) != 1:
+                raise ValueError(
+                    f"{one.caller}: {self._wrt} is called {len(alone.seen)} times, so it has no one output; give each "
+                    "call a submodule of its own"
+                )
+            if not isinstance(alone.seen[0], Tensor) or not alone.seen[0].is_floating_point():
+                raise ValueError(f"{one.caller}: {self._wrt} returns no tensor of real numbers")
+            one._rows(twice.seen[0], alone.seen[0], 2)
+            self._at = alone.seen[0].detach()
+            self._at_shape = _without(sample_axis(twice.seen[0], self._at, 2), self._at)
+        self.output_shape = _without(sample_axis(pair, self.alone, 2), self.alone)
+
+    def single(self) -> dict[str, Tensor]:
+        """What is differentiated in, for one sample."""
+        if self._wrt == "parameters":
+            return {n: p.detach() for n, p in self._one.parameters.items()}
+        if self._wrt == "inputs":
+            return {"inputs": self._one.inputs[0]}
+        return {self._wrt: self._at.reshape(self._at_shape)}
+
+    def rows(self, part: slice) -> Tensor:
+        """(sample, output, parameter), real."""
+        found = self.jacobians(part)
+        real = [torch.view_as_real(j.resolve_conj()) if j.is_complex() else j for j in found.values()]
+        return torch.cat([j.reshape(*j.shape[:2], -1) for j in real], 2)
+
+    def jacobians(self, part: slice) -> dict[str, Tensor]:
+        """name → (sample, output, *shape)."""
+        if self._vmap:
+            try:
+                found = self._by_vmap(part)
+                if self._agrees(part, found):
+                    return found
+                reason = "vmap(jacrev) differs from plain autograd"
+            except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError) as error:
+                reason = f"vmap(jacrev) fails ({str(error).strip().splitlines()[0][:120]})"
+            log.warning("%s: %s: %s; one backward pass per output instead", self._one.caller, self._one.name, reason)
+            self._vmap = False
+        rows = [self._right.get(i) or self._plain(i) for i in range(part.start, part.stop)]
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+    # --- the definition --------------------------------------------------------------------------------------
+
+    def _plain(self, sample: int) -> dict[str, Tensor]:
+        output, wrt = self._traced(slice(sample, sample + 1))
+        self._one.refuse_detached(output)
+        output = output.flatten()
+        last = len(output) - 1
+        rows = [self._one.gradients(o, list(wrt.values()), again=i < last) for i, o in enumerate(output)]
+        shapes = [t.shape for t in self.single().values()]
+        return {name: torch.stack([row[k].reshape(shapes[k]) for row in rows]) for k, name in enumerate(wrt)}
+
+    def _traced(self, part: slice | Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The output of some samples, and what to differentiate it in."""
+        inputs = self._one.some(part)[0]
+        if self._wrt == "parameters":
+            return self._one.call(inputs), dict(self._one.parameters)
+        if self._wrt == "inputs":
+            free = inputs.clone().requires_grad_(True)
+            return self._one.call(free), {"inputs": free}
+        with _Tap(self._part) as tap:
+            output = self._one.call(inputs)
+        return output, {self._wrt: tap.seen[0]}
+
+    # --- the shorter way -------------------------------------------------------------------------------------
+
+    def _by_vmap(self, part: slice) -> dict[str, Tensor]:
+        inputs = self._one.some(part)[0]
+        dims = tree_map(lambda t: 0 if isinstance(t, Tensor) else None, inputs)
+
+        def output(parameters: dict[str, Tensor], sample: Tree) -> Tensor:
+            batch = tree_map(lambda t: t[None] if isinstance(t, Tensor) else t, sample)
+            found: Tensor = self._one.call_with(parameters, batch)
+            return found.reshape(-1)
+
+        if self._wrt == "parameters":
+            found: dict[str, Tensor] = vmap(jacrev(output), (None, dims))(self.single(), inputs)
+            return found
+        if self._wrt == "inputs":
+            return {"inputs": vmap(jacrev(output, argnums=1), (None, dims))({}, inputs)}
+
+        def moved(offset: Tensor, sample: Tree) -> Tensor:
+            with _Tap(self._part, offset):
+                return output({}, sample)
+
+        at = vmap(jacrev(moved), (None, dims))(torch.zeros_like(self._at), inputs)
+        return {self._wrt: at.reshape(*at.shape[:2], *self._at_shape)}
+
+    def _agrees(self, part: slice, found: dict[str, Tensor]) -> bool:
+        """Some samples whole, and all by random weights of samples and outputs."""
+        for i in self._right.keys() & set(range(part.start, part.stop)):
+            if not agree_by_name({n: j[i - part.start] for n, j in found.items()}, self._right[i]):
+                return False
+        draw = torch.Generator().manual_seed(part.start + 1)
+        weights = torch.randn(part.stop - part.start, self.outputs, generator=draw).to(self.alone)
+        combined = {n: torch.einsum("so,so...->s...", weights.to(j), j) for n, j in found.items()}
+        right: dict[str, list[Tensor]] = {name: [] for name in found}
+        for half in (slice(0, None, 2), slice(1, None, 2)):
+            chosen = torch.arange(part.start, part.stop, device=self._one.device)[half]
+            if not len(chosen):
+                continue
+            output, wrt = self._traced(chosen)
+            rows = self._one.rows(output, self.alone, len(chosen))
+            slopes = self._one.gradients((rows.reshape(weights[half].shape) * weights[half]).sum(), list(wrt.values()))
+            for name, slope in zip(wrt, slopes, strict=True):
+                if self._part is not None:
+                    slope = self._one._rows(slope, self._at, len(chosen)).reshape(len(chosen), *self._at_shape)
+                right[name].append(slope)
+        if self._wrt == "parameters":
+            total = {n: torch.stack(r).sum(0) for n, r in right.items()}
+            return agree_by_name({n: c.sum(0) for n, c in combined.items()}, total)
+        halves = {n: torch.cat([c[0::2], c[1::2]]) for n, c in combined.items()}
+        return agree_by_name(halves, {n: torch.cat(r) for n, r in right.items()})
+
+
+def _without(axis: int | None, alone: Tensor) -> tuple[int, ...]:
+    shape = tuple(alone.shape)
+    return shape if axis is None else shape[:axis] + shape[axis + 1 :]
+
+
+class _Tap:
+    """Reads, or moves by an offset, what a submodule gives at each call."""
+
+    def __init__(self, part: nn.Module | None, offset: Tensor | None = None) -> None:
+        self.seen: list[Any] = []
+        self._part, self._offset = part, offset
+
+    def __enter__(self) -> _Tap:
+        self._handle = None if self._part is None else self._part.register_forward_hook(self._hook)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+
+    def _hook(self, _: nn.Module, __: Any, output: Any) -> Any:
+        if not isinstance(output, Tensor):
+            self.seen.append(output)
+            return output
+        if self._offset is not None:
+            return output + self._offset
+        free = (
+            output if output.requires_grad or not output.is_floating_point() else output.detach().requires_grad_(True)
+        )
+        self.seen.append(free)
+        return free.clone() if free.is_floating_point() else free  # what follows may work in place

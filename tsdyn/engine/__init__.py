@@ -1,0 +1,1 @@
+"""Training ensembles of students: the general step, the batched one and the compiled ones."""

@@ -1,0 +1,133 @@
+"""A data set put through a network once, compiled: compiled_sums.cpp, built and called by `native`.
+
+What recording asks of every member at every recorded epoch, squared error and correlations, is summed while a piece
+of the samples is in cache; no activation is ever written out.  `tsdyn.observables` holds the formulas in torch, which
+the tests hold this to, and takes them where `serves` says no.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tsdyn.engine import native
+from tsdyn.networks.network import Network
+
+SOURCE = native.FOLDER / "compiled_sums.cpp"
+#: Samples summed together; blocks are shared out over threads and added in order.
+BLOCK = 1024
+
+
+class Job(ctypes.Structure):
+    """What a call is about; the fields are compiled_sums.cpp's, which says what they are."""
+
+    _fields_ = (
+        ("depth", ctypes.c_int64),
+        ("widths", ctypes.POINTER(ctypes.c_int64)),
+        ("samples", ctypes.c_int64),
+        ("block", ctypes.c_int64),
+        ("leak", ctypes.c_double),
+        ("weights", native.Pointers),
+        ("biases", native.Pointers),
+        ("inputs", ctypes.c_void_p),
+        ("targets", ctypes.c_void_p),
+        ("teacher_widths", ctypes.POINTER(ctypes.c_int64)),
+        ("teachers", native.Pointers),
+        ("found", ctypes.c_void_p),
+        ("numbers", ctypes.c_int64),
+    )
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What is kept of a forward pass.
+
+    Attributes:
+        squared_error: Σ (f* − f)² over samples and outputs.
+        correlations: Of each hidden layer that was asked, (teacher_node, node), as `formulas.correlation`.
+    """
+
+    squared_error: Tensor
+    correlations: list[Tensor]
+
+
+def serves(network: Network, inputs: Tensor) -> bool:
+    """Whether the compiled pass is there for this network and these inputs."""
+    tensors = [inputs, *network.weights, *(b for b in network.biases if b is not None)]
+    return network.plain and network.activation.piecewise_linear and native.serves(tensors, SOURCE, Job)
+
+
+def sums(network: Network, inputs: Tensor, targets: Tensor, teachers: Sequence[Tensor] = ()) -> Sums:
+    """Squared error, and correlations with a teacher's standardised activations, of any number of samples.
+
+    Bits do not depend on the number of threads.
+
+    Args:
+        network: One that `serves`.
+        inputs: (sample, input).
+        targets: (sample, output).
+        teachers: Of hidden layers 1.., (sample, teacher_node), centred and of unit norm over samples; as many layers
+            as are asked for.
+
+    Raises:
+        MemoryError: if there is no room for the network's parameters twice.
+    """
+    library = native.load(SOURCE, Job)
+    assert library is not None
+    samples, hidden = len(inputs), network.depth - 1
+    held = [t.contiguous() for t in (inputs, targets, *teachers)]
+    widths, known = [t.shape[1] for t in held[2:]], []
+    numbers = 1
+    for width, nodes in zip(widths, network.widths[1:], strict=False):
+        known.append(native.padded(width, inputs.dtype))
+        numbers += nodes * (5 + known[-1])
+    blocks = -(-samples // BLOCK)
+    found = inputs.new_empty(blocks, numbers)
+    leak = network.activation.leak
+    assert leak is not None
+    job = Job(
+        network.depth,
+        native.array(ctypes.c_int64, network.widths),
+        samples,
+        BLOCK,
+        leak,
+        native.pointers(network.weights),
+        native.pointers(network.biases),
+        held[0].data_ptr(),
+        held[1].data_ptr(),
+        native.array(ctypes.c_int64, [*widths, *[0] * (hidden - len(widths))]),
+        native.pointers([*held[2:], *[None] * (hidden - len(widths))]),
+        found.data_ptr(),
+        numbers,
+    )
+    function = native.function(library, "forward", inputs.dtype)
+
+    def some(first: int, last: int) -> int:
+        return int(function(ctypes.byref(job), ctypes.c_int64(first), ctypes.c_int64(last)))
+
+    if native.each(some, list(native.shares(blocks))):
+        raise MemoryError(f"sums: no memory for a second copy of a network of widths {network.widths}")
+    own, sizes, correlations = found[:, 1:], inputs.new_full((blocks, 1), BLOCK), []
+    sizes[-1] = samples - BLOCK * (blocks - 1)
+    for t, width, room, nodes in zip(held[2:], widths, known, network.widths[1:], strict=False):
+        part, own = own[:, : nodes * (5 + room)], own[:, nodes * (5 + room) :]
+        moments, overlap = part[:, : 5 * nodes].view(blocks, 5, nodes), part[:, 5 * nodes :].view(blocks, nodes, room)
+        correlations.append(_correlation(moments, overlap[..., :width].mT, sizes, t))
+    return Sums(found[:, 0].sum(), correlations)
+
+
+def _correlation(moments: Tensor, overlap: Tensor, sizes: Tensor, teacher: Tensor) -> Tensor:
+    """Blocks' sums as one: Σ_x t (f − m) = Σ_b [Σ_{x∈b} t (f − c_b) + (c_b − m) Σ_{x∈b} t], and
+    Σ_x (f − m)² = Σ_b [Σ_{x∈b} (f − m_b)² + n_b (m_b − m)²], with mean m, means m_b and shifts c_b of blocks of n_b.
+    """
+    mean, square, least, greatest, shift = moments.unbind(1)
+    whole = (mean * sizes).sum(0) / sizes.sum()
+    variance = (square + sizes * (mean - whole).square()).sum(0)
+    sums = torch.stack([t.sum(0) for t in teacher.split(BLOCK)])
+    total = overlap.sum(0) + sums.T @ (shift - whole)
+    constant = least.amin(0) == greatest.amax(0)
+    return total / torch.where(constant, torch.nan, variance.sqrt())

@@ -1,0 +1,89 @@
+"""Convolutions of an ensemble, compiled: convolution.cpp, built and called by `native`.
+
+Samples lie innermost, (member, channel, row, column, sample): a member's convolution then runs along rows of columns
+and samples, whatever its channels and batch.  A member's result does not depend on the others or on threads.  Without
+a compiler `serves` says no, and torch's grouped convolution is the way (`propagate.propagate`).  Both are in docs:
+performance.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from tsdyn.engine import native
+
+SOURCE = native.FOLDER / "convolution.cpp"
+
+
+class Job(ctypes.Structure):
+    """What a call is about; the fields are convolution.cpp's."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("members", "channels", "below", "rows", "columns")),
+        *((name, ctypes.c_int64) for name in ("kernel_rows", "kernel_columns", "batch")),
+        *((name, ctypes.c_void_p) for name in ("input", "weight", "bias", "output")),
+    )
+
+
+def serves(x: Tensor) -> bool:
+    """Whether convolutions of inputs like `x` can be taken here: on a CPU with a compiler."""
+    return x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and native.load(SOURCE, Job) is not None
+
+
+def convolve(
+    x: Float[Tensor, "member below row column sample"],
+    weight: Float[Tensor, "member channel below kernel_row kernel_column"],
+    bias: Float[Tensor, "member channel"] | None,
+) -> Float[Tensor, "member channel row_out column_out sample"]:
+    """Each member's own convolution, stride 1 and without padding; differentiable once."""
+    found: Tensor = _Convolution.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _call("convolve", x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        (g,) = gradients
+        rows, columns = weight.shape[3:]
+        below = None
+        if ctx.needs_input_grad[0]:
+            # every tap that saw a pixel sends its gradient back: the gradient, framed, with the kernel turned round
+            framed = F.pad(g, (0, 0, columns - 1, columns - 1, rows - 1, rows - 1))
+            below = _call("convolve", framed, weight.flip(3, 4).transpose(1, 2), None)
+        down = (
+            _call("weight_gradient", x, torch.empty_like(weight), None, output=g) if ctx.needs_input_grad[1] else None
+        )
+        return below, down, g.sum((2, 3, 4)) if ctx.needs_input_grad[2] else None
+
+
+def _call(name: str, x: Tensor, weight: Tensor, bias: Tensor | None, *, output: Tensor | None = None) -> Tensor:
+    library = native.load(SOURCE, Job)
+    assert library is not None
+    x, weight = x.contiguous(), weight.contiguous()
+    members, channels, below, *size = weight.shape
+    rows, columns = (n - k + 1 for n, k in zip(x.shape[2:4], size, strict=True))
+    written = output is None
+    output = x.new_empty(members, channels, rows, columns, x.shape[4]) if output is None else output.contiguous()
+    held = None if bias is None else bias.contiguous()
+    function = native.function(library, name, x.dtype)
+    shape = (channels, below, rows, columns, *size, x.shape[4])
+
+    def some(first: int, last: int) -> int:
+        own = (t if t is None else t[first:last].data_ptr() for t in (x, weight, held, output))
+        function(ctypes.byref(Job(last - first, *shape, *own)))
+        return 0
+
+    native.each(some, list(native.shares(members)))
+    return output if written else weight

@@ -1,0 +1,241 @@
+"""The general engine: an ensemble of any ``nn.Module``, by vmap over members of the gradient of its loss as written.
+
+It is the formula, and the slow twin of every other way to train.  torch.func refuses some functions and gets others
+wrong, so before an ensemble's first epoch the gradients and buffers of one step of two members are compared with plain
+autograd, to rounding; where they differ, or torch.func refuses, members are trained one after another by plain
+autograd, and the log says so.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+
+from tsdyn import memory
+from tsdyn.engine.batches import Batches, Stream
+from tsdyn.engine.ensemble import Ensemble, Named, layer_of, loaded, network_of
+from tsdyn.engine.loss import Loss
+from tsdyn.engine.rule import Rule
+
+#: What rounding may leave between two orders of summation, in units of the last place of a member's largest gradient.
+ROUNDING = 1e3
+#: Share of the free memory that activations of a block of members may take, and their most on a CPU.
+SHARE, MOST_BYTES = 4, 1 << 28
+_log = logging.getLogger("tsdyn")
+
+#: Gradients and buffers after a step, (member, ...), from those before.
+Slope: TypeAlias = Callable[[Ensemble, Tensor, Tensor, Loss], tuple[Named, Named]]
+
+
+@dataclass(frozen=True)
+class Way:
+    """How the members of an ensemble are trained, found before their first epoch.
+
+    Attributes:
+        slope: By vmap, or by a loop of plain autograd.
+        bytes: What a member's activations take.
+    """
+
+    slope: Slope
+    bytes: int
+
+
+def claims(ensemble: Ensemble, rule: Rule) -> bool:
+    """Whether this engine trains these members with this rule; what it cannot train is refused.
+
+    Raises:
+        ValueError: for frozen layers or normalised rows of a module, which has no layers; for dropout.
+    """
+    module = ensemble.architecture
+    if isinstance(module, nn.Module):
+        if rule.frozen or rule.normalize:
+            raise ValueError(
+                f"train: training.frozen and training.normalize are of layers, which {_name(ensemble)} does not have; "
+                "call requires_grad_(False) on parameters that stay"
+            )
+        refuse_unfit(module)
+    return True
+
+
+def refuse_unfit(module: nn.Module) -> None:
+    """Raise for a module that cannot be trained as a member of an ensemble.
+
+    Raises:
+        ValueError: if it has nothing to train, complex or lazy parameters, or dropout.
+    """
+    name = type(module).__name__
+    if not any(p.requires_grad for p in module.parameters()):
+        raise ValueError(f"train: {name} has no parameter that requires grad; there is nothing to train")
+    for path, parameter in module.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter) or parameter.is_complex():
+            raise ValueError(f"train: {name}.{path} is lazy or complex; parameters must be real, their shapes known")
+    for path, buffer in module.named_buffers():
+        if buffer.is_complex():
+            raise ValueError(f"train: {name}.{path} is a complex buffer, which no archive can hold")
+    for path, part in module.named_modules():
+        if isinstance(part, nn.modules.dropout._DropoutNd) and part.training and part.p > 0:
+            raise ValueError(
+                f"train: {name}.{path} is {part}, whose noise is not keyed by seed and epoch, so that no run could be "
+                "repeated or resumed; set p = 0, or call its eval()"
+            )
+
+
+def way(ensemble: Ensemble, stream: Stream, rule: Rule) -> Way:
+    """How to train these members; compares one step of the first two living ones with plain autograd, once.
+
+    Raises:
+        ValueError: if outputs are not (sample, output), or a member draws random numbers.
+    """
+    key = "general", rule.loss
+    if key not in ensemble.kept:
+        first = int((ensemble.death_epoch < 0).nonzero()[0])
+        two = slice(first, first + 1 + bool((ensemble.death_epoch[first + 1 : first + 2] < 0).any()))
+        x, y = next(iter(next(iter(stream(two)))))
+        ensemble.kept[key] = _examined(ensemble.block(two), x, y, rule.loss)
+    found: Way = ensemble.kept[key]
+    return found
+
+
+def _examined(two: Ensemble, x: Tensor, y: Tensor, loss: Loss) -> Way:
+    saved: list[int] = []
+
+    def noted(tensor: Tensor) -> Tensor:
+        saved.append(tensor.numel() * tensor.element_size())
+        return tensor
+
+    with torch.random.fork_rng(devices=[two.device] if two.device.type == "cuda" else []):
+        with torch.autograd.graph.saved_tensors_hooks(noted, lambda tensor: tensor):
+            plain = looped(two, x, y, loss)
+        if not _alike(looped(two, x, y, loss), plain, rounding=ROUNDING):
+            raise ValueError(
+                f"train: {_name(two)} gives other gradients for the same inputs: it draws random numbers "
+                "(dropout inside attention, noise), so that no run could be repeated or resumed; set its dropout to 0"
+            )
+        size = 2 * sum(saved) // two.members
+        try:
+            refusal = None if _alike(mapped(two, x, y, loss), plain, rounding=ROUNDING) else "gives other gradients"
+        except Exception as error:  # torch.func refuses with errors of every type
+            refusal = (
+                f"refuses it ({str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__})"
+            )
+    if refusal is None:
+        return Way(mapped, size)
+    _log.warning(
+        "%s: torch.func.vmap %s; members are trained one after another by plain autograd, which is slower",
+        _name(two), refusal,
+    )  # fmt: skip
+    return Way(looped, size)
+
+
+def _name(ensemble: Ensemble) -> str:
+    return type(ensemble.architecture).__name__
+
+
+def _alike(found: tuple[Named, Named], expected: tuple[Named, Named], *, rounding: float) -> bool:
+    """Equal to rounding, NaN and infinity alike; gradients relative to the member's largest."""
+    for mine, theirs in zip(found, expected, strict=True):
+        floating = [t for t in theirs.values() if t.is_floating_point()]
+        scale = (
+            torch.stack([t.flatten(1).abs().amax(1) if t.ndim > 1 else t.abs() for t in floating]).amax(0)
+            if floating
+            else None
+        )
+        for name, expect in theirs.items():
+            got = mine[name]
+            if got.shape != expect.shape or got.dtype != expect.dtype:
+                return False
+            if not expect.is_floating_point() or scale is None:
+                if not torch.equal(got, expect):
+                    return False
+                continue
+            room = (rounding * torch.finfo(expect.dtype).eps * scale.to(expect.dtype)).view(
+                -1, *[1] * (expect.ndim - 1)
+            )
+            same = ((got - expect).abs() <= room) | (got == expect) | (got.isnan() & expect.isnan())
+            if not bool(same.all()):
+                return False
+    return True
+
+
+def block_size(ensemble: Ensemble, found: Way) -> int:
+    """Members whose activations, gradients and new parameters have room together; at least one."""
+    own = 3 * sum(t[0].numel() * t.element_size() for t in ensemble.values.values())
+    room = memory.free(ensemble.device) // SHARE
+    room = room if ensemble.device.type == "cuda" else min(room, MOST_BYTES)
+    return int(max(1, room // (found.bytes + own)))
+
+
+def advance(block: Ensemble, batches: Batches, rule: Rule, taken: int) -> None:
+    """The steps of `batches`, after `taken` others, in place."""
+    found: Way = block.kept["general", rule.loss]
+    for count, (x, y) in enumerate(batches, start=taken + 1):
+        gradients, buffers = found.slope(block, x, y, rule.loss)
+        block.take(
+            {n: g for n, g in gradients.items() if not rule.frozen or layer_of(n) not in rule.frozen}, rule, count
+        )
+        for name, after in buffers.items():
+            block.buffers[name].copy_(after)
+
+
+def mapped(block: Ensemble, x: Tensor, y: Tensor, loss: Loss) -> tuple[Named, Named]:
+    """Gradients of J and buffers after the step, by torch.func: vmap over members of the gradient."""
+    architecture = block.architecture
+
+    def objective(values: Named, buffers: Named, x: Tensor, y: Tensor) -> tuple[Tensor, Named]:
+        moved = dict(buffers)
+        if isinstance(architecture, nn.Module):
+            output = functional_call(architecture, (values, moved), (x,))
+        else:
+            output = network_of(architecture, values, moved)(x, **_in_training(block))
+        return loss.value(output, y), moved
+
+    before = {name: tensor.clone() for name, tensor in block.buffers.items()}  # forward moves them in place
+    found: tuple[Named, Named] = vmap(grad(objective, has_aux=True))(block.values, before, x, y)
+    return {n: g.detach() for n, g in found[0].items()}, {n: b.detach() for n, b in found[1].items()}
+
+
+def looped(block: Ensemble, x: Tensor, y: Tensor, loss: Loss) -> tuple[Named, Named]:
+    """As `mapped`, by plain autograd of one member after another."""
+    each = [_one(block, member, x[member], y[member], loss) for member in range(block.members)]
+
+    def beside(parts: list[Named]) -> Named:
+        return {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
+
+    return beside([gradients for gradients, _ in each]), beside([buffers for _, buffers in each])
+
+
+def _one(block: Ensemble, member: int, x: Tensor, y: Tensor, loss: Loss) -> tuple[Named, Named]:
+    architecture = block.architecture
+    with torch.enable_grad():
+        if isinstance(architecture, nn.Module):
+            if "module" not in block.kept:
+                block.kept["module"] = copy.deepcopy(architecture).to(x.device)
+            module: nn.Module = loaded(block.kept["module"], block.values, block.buffers, member)
+            output = module(x)
+            named: Named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+            values, buffers = {n: named[n] for n in block.values}, {n: named[n] for n in block.buffers}
+        else:
+            values = {n: t[member].detach().clone().requires_grad_() for n, t in block.values.items()}
+            buffers = {n: t[member].clone() for n, t in block.buffers.items()}
+            output = network_of(architecture, values, buffers)(x, **_in_training(block))
+        if not isinstance(output, Tensor) or output.shape != y.shape:
+            shown = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+            raise ValueError(
+                f"train: {_name(block)} gives {shown} for inputs {tuple(x.shape)}; a student maps (sample, input) to "
+                f"(sample, output), here {tuple(y.shape)}: unflatten images inside it, and return one tensor"
+            )
+        slopes = torch.autograd.grad(loss.value(output, y), list(values.values()), allow_unused=True)
+    gradients = {n: torch.zeros_like(v) if g is None else g for (n, v), g in zip(values.items(), slopes, strict=True)}
+    return {n: g.detach() for n, g in gradients.items()}, {n: b.detach().clone() for n, b in buffers.items()}
+
+
+def _in_training(block: Ensemble) -> dict[str, bool]:
+    """BatchNorm of a network is in training mode."""
+    return {"training": True} if block.buffers else {}

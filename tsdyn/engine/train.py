@@ -1,0 +1,91 @@
+"""Training of ensembles: each epoch by the quickest engine that claims the members, the rule and the loss.
+
+In this order: the compiled step (one member at a time, without leaving the cache); chunks of hand-batched steps that a
+GPU records as a graph; the hand-batched step; one forward pass of all members and autograd, for convolutions and
+BatchNorm; and the general engine, which trains any module.  A backend serves what it names and nothing else, so that a
+new rule, loss or module goes to the general engine until a backend is taught it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+
+from tsdyn.engine import batched, compiled_step, general, graph, propagated
+from tsdyn.engine.batches import Batches, Stream
+from tsdyn.engine.ensemble import Ensemble, living_blocks
+from tsdyn.engine.rule import Rule
+
+#: Takes the steps of some batches with a block of members, of which the first is step number ... + 1.
+Advance: TypeAlias = Callable[[Ensemble, Batches, Rule, int], None]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A way to train.
+
+    Attributes:
+        name: For logs and attributes.
+        claims: Whether it serves these members with this rule and its loss.
+        size: Members of a block, from the samples of a batch.
+        advance: Takes the steps.
+    """
+
+    name: str
+    claims: Callable[[Ensemble, Rule], bool]
+    size: Callable[[Ensemble, int], int]
+    advance: Advance
+
+
+COMPILED = Backend("compiled", compiled_step.claims, lambda ensemble, _batch: ensemble.members, compiled_step.advance)
+CHUNKS = Backend("chunks", graph.claims, graph.block_size, graph.advance)
+BATCHED = Backend("batched", batched.claims, batched.block_size, batched.advance)
+PROPAGATED = Backend("propagated", propagated.claims, propagated.block_size, propagated.advance)
+#: Its blocks need a look at the data, so `train_epoch` asks it itself.
+GENERAL = Backend("general", general.claims, lambda ensemble, _batch: ensemble.members, general.advance)
+#: The first that claims an ensemble trains it.
+BACKENDS = (COMPILED, CHUNKS, BATCHED, PROPAGATED, GENERAL)
+
+
+def chosen(ensemble: Ensemble, rule: Rule) -> Backend:
+    """The backend that trains these members with this rule.
+
+    Raises:
+        ValueError: if they cannot be trained; says why.
+    """
+    return next(backend for backend in BACKENDS if backend.claims(ensemble, rule))
+
+
+def train_epoch(ensemble: Ensemble, stream: Stream, rule: Rule, *, batch: int, backend: Backend | None = None) -> None:
+    """One epoch of every living member, in place; member death is the caller's to look for (`mark_dead`).
+
+    Args:
+        ensemble: Trained in place.
+        stream: The epoch's batches.
+        rule: The update, and the loss that is made small.
+        batch: Samples of a batch, for the choice of block size.
+        backend: How; the one that `chosen` names unless given.
+
+    Raises:
+        ValueError: if the members cannot be trained; says why.
+    """
+    backend = chosen(ensemble, rule) if backend is None else backend
+    ensemble.prepare(rule.optimizer.moments)
+    if not bool((ensemble.death_epoch < 0).any()):
+        return
+    if backend is GENERAL:
+        with torch.no_grad():
+            size = general.block_size(ensemble, general.way(ensemble, stream, rule))
+    else:
+        size = backend.size(ensemble, batch)
+    taken = 0
+    for members in living_blocks(ensemble.death_epoch, size):
+        block, own, taken = ensemble.block(members), rule.block(members), 0
+        with torch.no_grad():
+            for batches in stream(members):
+                backend.advance(block, batches, own, ensemble.steps + taken)
+                taken += batches.steps
+    ensemble.steps += taken

@@ -1,0 +1,354 @@
+"""An experiment is a value: frozen, validated, read from and written to TOML, named by its digest.
+
+Imports no torch.  Field names are those of the experiment file (DESIGN section 5).
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import re
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+from pydantic import ValidationError, field_validator, model_validator
+from pydantic_core import to_jsonable_python
+
+from tsdyn import registers, schema, vocabulary
+from tsdyn.experiment import rules, shapes
+from tsdyn.experiment.errors import ExperimentError, explain
+from tsdyn.experiment.parts import Count, Data, Epochs, Flow, Online, Part, Record, Student, Teacher, Training, as_tuple
+from tsdyn.experiment.sweep_axes import checked_sweep, places
+from tsdyn.vocabulary import Kind
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
+
+
+class Experiment(Part):
+    """Everything that decides what a run computes, and nothing else.
+
+    Attributes:
+        kind: ``training``; ``population-flow``, gradient flow of the population loss; ``online``, every sample seen
+            once.  A key that a kind does not know is refused, and its file does not have it.
+        name: Letters, digits and ``._+-``; also the default directory.
+        seeds: How many members (labels 0..n−1), or their labels.
+        dtype: Of training and of the archive.
+        sweep: Key → values; the experiment is then the product of these.  ``zip`` is a table of keys whose values,
+            equally many, go together; ``points`` a list of tables, one a point.  Either multiplies with other keys.
+
+    Raises:
+        ExperimentError: from every constructor, naming each bad key, its value, the rule and, for an
+            unknown key, the nearest known one.
+    """
+
+    kind: Kind = "training"
+    name: str
+    seeds: Count | Epochs = 8
+    dtype: Literal["float32", "float64"] = "float64"
+    teacher: Teacher
+    student: Student = Student(overrealization=1.0)
+    data: Data = Data()
+    training: Training = Training()
+    record: Record = Record()
+    flow: Flow = Flow()
+    online: Online = Online()
+    sweep: dict[str, Any] = {}  # noqa: RUF012 (pydantic gives each its own)
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ExperimentError(explain(error, type(self))) from None
+
+    @field_validator("seeds", mode="before")
+    @classmethod
+    def _seed_list(cls, value: Any) -> Any:
+        return as_tuple(value)
+
+    @field_validator("sweep")
+    @classmethod
+    def _sweep(cls, value: dict[str, Any]) -> dict[str, Any]:
+        return checked_sweep(value)
+
+    @field_validator("name")
+    @classmethod
+    def _safe_name(cls, value: str) -> str:
+        if not _NAME.fullmatch(value):
+            raise ValueError("a name is 1–100 letters, digits and ._+- and starts with a letter or digit")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Experiment:
+        wrong = rules.broken(self)
+        if wrong is not None:
+            raise ValueError(wrong)
+        rules.check_sweep(self, Experiment)
+        if self.sweep:
+            for _ in self._points():  # each point must be a valid experiment
+                pass
+        return self
+
+    @property
+    def of_own_modules(self) -> bool:
+        """Whether the student or the teacher is a module of the user's own."""
+        return self.student.module is not None or self.teacher.module is not None
+
+    @property
+    def constants(self) -> tuple[str, ...]:
+        """Variables that are stored once a seed, and known when the run begins."""
+        names = schema.recorded(self.kind, (), "start")
+        if self.kind != "training":
+            return names
+        own = self.teacher.module is not None
+        return tuple(name for name in names if (name == "teacher_parameter") == own)
+
+    def recorded(self, when: vocabulary.When | None = None) -> tuple[str, ...]:
+        """Variables that the run records; only those of `when`, if given."""
+        names = schema.recorded(self.kind, self.record.observables, when)
+        return tuple(name for name in names if schema.variable(name).when != "start" or name in self.constants)
+
+    @property
+    def seed_labels(self) -> tuple[int, ...]:
+        """Labels of the members."""
+        return tuple(range(self.seeds)) if isinstance(self.seeds, int) else self.seeds
+
+    @property
+    def deep(self) -> bool:
+        """Whether there are convolutions or BatchNorm."""
+        return self.teacher.convolution or self.student.batch_norm != "none" or self.teacher.batch_norm != "none"
+
+    @property
+    def image(self) -> tuple[int, int, int] | None:
+        """(channel, row, column) of an input of a convolution; None without convolutions."""
+        return shapes.image(self)
+
+    def weight_shapes(self, widths: Sequence[int]) -> list[tuple[int, ...]]:
+        """Weight shapes of a network of these widths: (node, input_node), or those of 3 x 3 convolutions."""
+        return shapes.weight_shapes(self, widths)
+
+    @property
+    def teacher_widths(self) -> tuple[int, ...]:
+        """Widths of what pruning leaves of the teacher: input, hidden ..., output."""
+        return shapes.teacher_widths(self)
+
+    @property
+    def student_widths(self) -> tuple[int, ...]:
+        """Widths of the student: input, hidden ..., output."""
+        return shapes.student_widths(self)
+
+    @property
+    def layout(self) -> schema.Layout:
+        """Shape of the run."""
+        return shapes.layout(self)
+
+    @property
+    def steps(self) -> int:
+        """Steps an epoch: as given, or one pass over the data (a remainder smaller than a batch is left out)."""
+        if self.training.steps_per_epoch is not None:
+            return self.training.steps_per_epoch
+        if self.training.whole:
+            return 1
+        assert isinstance(self.data.train, int)
+        points = 2 * self.teacher.widths[0] + 1 if self.data.augment == "agnostic" else 1
+        return points * self.data.train // self.training.batch
+
+    @property
+    def marks(self) -> tuple[vocabulary.Label, ...]:
+        """Where the run can be committed and gone on from: epochs, times or α, one for each of its steps 0, 1, ..."""
+        return shapes.marks(self)
+
+    @property
+    def last(self) -> int:
+        """The run's last step: an epoch of training, a position in `marks`."""
+        return self.training.epochs if self.kind == "training" else len(self.marks) - 1
+
+    @property
+    def schedule(self) -> tuple[int, ...]:
+        """Steps after which the run is recorded: of training, epochs."""
+        return shapes.schedule(self)
+
+    @property
+    def labels(self) -> tuple[vocabulary.Label, ...]:
+        """What the recorded steps are called along the run's dimension: epochs, times or α."""
+        if self.kind == "training":
+            return self.schedule
+        marks = self.marks
+        return tuple(marks[step] for step in self.schedule)
+
+    @property
+    def digest(self) -> str:
+        """`digest` of the experiment."""
+        return digest(self.as_dict())
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain nested dict with every default filled, as TOML writes it."""
+        plain = rules.only_known(self.kind, json.loads(self.model_dump_json(exclude_none=True)))
+        return plain if self.sweep else {k: v for k, v in plain.items() if k != "sweep"}
+
+    def to_toml(self) -> str:
+        """TOML text with every default filled; `from_toml_text` gives an equal Experiment back."""
+        return tomli_w.dumps(self.as_dict())
+
+    @property
+    def parts(self) -> dict[str, tuple[registers.Register, str]]:
+        """The registered parts that it names: key → (register, name)."""
+        found = {
+            "teacher.init": (registers.TEACHERS, self.teacher.init),
+            "teacher.activation": (registers.ACTIVATIONS, self.teacher.activation or self.student.activation),
+            "student.init": (registers.STARTS, self.student.init),
+            "student.activation": (registers.ACTIVATIONS, self.student.activation),
+            "data.law": (registers.LAWS, self.data.law),
+            "training.method": (registers.OPTIMIZERS, self.training.method),
+            "training.loss": (registers.LOSSES, self.training.loss),
+        }
+        own = {*vocabulary.FAMILIES, *schema.recordable()}
+        asked = (name for name in self.record.observables if name not in own)
+        return found | {f"record.observables[{name}]": (registers.OBSERVABLES, name) for name in asked}
+
+    @property
+    def foreign_parts(self) -> dict[str, registers.Origin]:
+        """Where those of its parts come from that are not tsdyn's own: key → origin; nothing is imported."""
+        return {key: register.origin(name) for key, (register, name) in self.parts.items() if register.foreign(name)}
+
+    @property
+    def part_names(self) -> frozenset[str]:
+        """Names of its parts, swept ones too."""
+        named = {name for _, name in self.parts.values()}
+        return frozenset({*named, *_strings(self.sweep)})
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Experiment:
+        """From a nested dict as TOML gives it."""
+        return cls(**values)
+
+    @classmethod
+    def from_toml_text(cls, text: str, *, origin: str = "experiment", archived: bool = False) -> Experiment:
+        """From TOML text.
+
+        Args:
+            text: As an experiment file holds it.
+            origin: Names it in errors.
+            archived: Whether an archive says so: parts that it names need not be installed here.
+        """
+        try:
+            values = tomllib.loads(text)
+        except (ValueError, RecursionError) as error:  # ValueError: TOMLDecodeError, and numbers of thousands of digits
+            raise ExperimentError(f"{origin}: not TOML: {error}") from None
+        try:
+            with registers.accepting(None) if archived else nullcontext():
+                return cls(**values)
+        except ExperimentError as error:
+            raise ExperimentError(f"{origin}: {error}") from None
+
+    @classmethod
+    def from_toml(cls, path: str | Path, *, archived: bool = False) -> Experiment:
+        """From a file; `archived` as in `from_toml_text`.
+
+        Raises:
+            ExperimentError: if the file cannot be read or does not hold an experiment.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8-sig")  # editors of one system begin with a byte-order mark
+        except (OSError, UnicodeDecodeError) as error:
+            raise ExperimentError(f"{path}: cannot be read: {error}") from None
+        return cls.from_toml_text(text, origin=str(path), archived=archived)
+
+    def replace(self, changes: Mapping[str, Any]) -> Experiment:
+        """A copy with dotted keys set, e.g. ``{"training.epochs": 5}``.
+
+        Setting one of student.widths and student.overrealization unsets the other.
+        """
+        with registers.accepting(self.part_names):  # what it holds may be of an archive, of parts that are not here
+            return type(self)(**_applied(self.as_dict(), changes))
+
+    def points(self) -> Iterator[tuple[dict[str, Any], Experiment]]:
+        """Each point of the sweep: its swept values, and the experiment there (without a sweep)."""
+        points = self._points()
+        while True:
+            with registers.accepting(None):  # names were checked when this experiment was made
+                found = next(points, None)
+            if found is None:
+                return
+            yield found
+
+    def _points(self) -> Iterator[tuple[dict[str, Any], Experiment]]:
+        base = {k: v for k, v in self.as_dict().items() if k != "sweep"}
+        for point in places(self.sweep).values():
+            yield point, Experiment(**_applied(base, point))
+
+
+def digest(values: Mapping[str, Any]) -> str:
+    """SHA-256 of an experiment as a plain nested dict, 64 hex digits.
+
+    Of what is not at its default only: a key that a later version adds changes no digest.
+    """
+    canonical = json.dumps(_chosen(values, Experiment), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _chosen(values: Mapping[str, Any], part: type[Part]) -> dict[str, Any]:
+    """`values` without those at the defaults of `part`."""
+    found = {}
+    for key, value in values.items():
+        field = part.model_fields[key]
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Part):
+            value = _chosen(value, field.annotation)
+            default: object = {}
+        else:
+            required = field.is_required()
+            default = None if required else to_jsonable_python(field.get_default(call_default_factory=True))
+        if value != default:
+            found[key] = value
+    return found
+
+
+def _applied(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of the nested dict `base` with dotted keys set."""
+    values: dict[str, Any] = copy.deepcopy(dict(base))
+    for key, value in changes.items():
+        *sections, last = key.split(".")
+        table = values
+        for section in sections:
+            table = table.setdefault(section, {})
+            if not isinstance(table, dict):
+                raise ExperimentError(f"{key}: {section} is a value, not a table")
+        if key in ("student.widths", "student.overrealization"):
+            table.pop("overrealization" if last == "widths" else "widths", None)
+        table[last] = value
+    return values
+
+
+def differences(mine: Experiment, theirs: Experiment) -> list[str]:
+    """Each key whose value differs, as ``key: mine here, theirs there``."""
+    left, right = dict(_flat(mine.as_dict())), dict(_flat(theirs.as_dict()))
+    absent = "not set"
+    return [
+        f"{key}: {left.get(key, absent)!r} here, {right.get(key, absent)!r} there"
+        for key in dict.fromkeys([*left, *right])
+        if left.get(key, absent) != right.get(key, absent)
+    ]
+
+
+def _strings(values: Any) -> Iterator[str]:
+    """Every string in nested tables and lists."""
+    if isinstance(values, str):
+        yield values
+    elif isinstance(values, Mapping):
+        for value in values.values():
+            yield from _strings(value)
+    elif isinstance(values, (list, tuple)):
+        for value in values:
+            yield from _strings(value)
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

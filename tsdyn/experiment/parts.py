@@ -1,0 +1,378 @@
+"""The sections of an experiment file: each a frozen value with its own rules.  Imports no torch.
+
+Field names are those of the file (DESIGN section 5).  Rules that need several sections are in
+`tsdyn.experiment.rules`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    field_validator,
+    model_validator,
+)
+
+from tsdyn import registers, schema, vocabulary
+from tsdyn.experiment.errors import nearest
+
+MAX_SEEDS = MAX_EPOCHS = 1_000_000
+#: Larger counts overflow somewhere; what fits a machine is much less, and `runner.run` says so.
+MAX_COUNT = 10**12
+
+
+class Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+def as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _float(value: Any) -> Any:
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _epochs_as_integers(value: Any) -> Any:
+    """TOML keys are strings: ``{ 0 = 0.2, 20 = 0.1 }``."""
+    if not isinstance(value, Mapping):
+        return _float(value)
+    return {int(k) if isinstance(k, str) and re.fullmatch(r"\d{1,9}", k) else k: _float(v) for k, v in value.items()}
+
+
+Real = Annotated[float, BeforeValidator(_float)]
+Positive = Annotated[Real, Field(gt=0)]
+NonNegative = Annotated[Real, Field(ge=0)]
+Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
+Widths = Annotated[tuple[Count, ...], BeforeValidator(as_tuple), Field(min_length=2)]
+Reals = Annotated[tuple[Real, ...], BeforeValidator(as_tuple), Field(min_length=1)]
+Counts = Annotated[tuple[Count, ...], BeforeValidator(as_tuple)]
+Epochs = Annotated[
+    tuple[Annotated[int, Field(ge=0, le=MAX_COUNT)], ...], BeforeValidator(as_tuple), Field(min_length=1)
+]
+Rate = Annotated[
+    Positive | dict[Annotated[int, Field(ge=0)], Positive],
+    BeforeValidator(_epochs_as_integers),
+    PlainSerializer(lambda v: {str(k): r for k, r in v.items()} if isinstance(v, dict) else v),
+]
+#: Names of registered parts; of an archive, also of parts that are not installed here.
+ActivationName = Annotated[str, AfterValidator(registers.ACTIVATIONS.check)]
+LossName = Annotated[str, AfterValidator(registers.LOSSES.check)]
+Method = Annotated[str, AfterValidator(registers.OPTIMIZERS.check)]
+Law = Annotated[str, AfterValidator(registers.LAWS.check)]
+TeacherInit = Annotated[str, AfterValidator(registers.TEACHERS.check)]
+StudentInit = Annotated[str, AfterValidator(registers.STARTS.check)]
+#: Keyword arguments of a part that a package offers; tsdyn's own parts have keys of their own.
+Arguments = Annotated[dict[str, Any], Field(min_length=1)]
+
+
+def _refuse_arguments(
+    section: str, arguments: Mapping[str, Any] | None, register: registers.Register, name: str
+) -> None:
+    """Keyword arguments for one of tsdyn's own parts, which would be left unread."""
+    if arguments is not None and not register.foreign(name):
+        raise ValueError(
+            f"{section}.arguments = {dict(arguments)}: the {register.kind} {name!r} is tsdyn's own and takes none; its "
+            f"numbers are keys of [{section}]"
+        )
+
+
+BatchNormPlace = Literal["none", "before", "after"]
+
+
+class Teacher(Part):
+    """The fixed network. Each seed draws its own.
+
+    `module`, `source` and `numbers` are of a module of the user's own that was passed from Python (`own_modules`).
+    """
+
+    widths: Widths
+    init: TeacherInit = "separated"
+    path: str | None = None
+    convolution: bool = False
+    stride: Count = 1
+    padding: Annotated[int, Field(ge=0)] = 0
+    batch_norm: BatchNormPlace = "none"
+    batch_norm_affine: bool = True
+    train_epochs: Count = 20
+    train_rate: Positive = 0.01
+    prune: Annotated[tuple[Annotated[NonNegative, Field(lt=1)], ...], BeforeValidator(as_tuple)] = ()
+    finetune_epochs: Annotated[int, Field(ge=0, le=MAX_EPOCHS)] = 5
+    choices: Reals = (-1.0, -0.75, -0.5, -0.25, 0.0, 0.25, 0.5, 0.75, 1.0)
+    scale: Positive = 1.0
+    unit_norm: bool | Literal["every-layer"] = True
+    polarity: NonNegative = 0.0
+    bias: Real | Literal[False, "uniform"] = -0.1
+    balanced: bool = False
+    activation: ActivationName | None = None
+    leak: NonNegative | None = None
+    module: str | None = None
+    source: str | None = None
+    numbers: Count | None = None
+    arguments: Arguments | None = None
+
+    @model_validator(mode="after")
+    def _whole(self) -> Teacher:
+        _refuse_arguments("teacher", self.arguments, registers.TEACHERS, self.init)
+        if (self.init == "file") != (self.path is not None):
+            raise ValueError(f"teacher.init = {self.init!r}, teacher.path = {self.path!r}: a file needs both")
+        if self.batch_norm != "none" and self.init not in ("trained", "file"):
+            raise ValueError(
+                f"teacher.batch_norm = {self.batch_norm!r}: a teacher of init = {self.init!r} never saw a batch, so it "
+                "has no statistics; use init = 'trained' or 'file'"
+            )
+        if self.prune and len(self.prune) != len(self.widths) - 2:
+            raise ValueError(
+                f"teacher.prune = {list(self.prune)}: one ratio a hidden layer, and there are {len(self.widths) - 2}"
+            )
+        return self
+
+    @property
+    def active_widths(self) -> tuple[int, ...]:
+        """Widths of what pruning leaves: m − ⌊m · ratio⌋ nodes of each hidden layer."""
+        ratios = (0.0, *(self.prune or (0.0,) * (len(self.widths) - 2)), 0.0)
+        return tuple(m - int(m * ratio) for m, ratio in zip(self.widths, ratios, strict=True))
+
+
+class Student(Part):
+    """The network that learns; each seed draws its own start.
+
+    `module`, `source` and `numbers` are of a module of the user's own that was passed from Python (`own_modules`).
+    """
+
+    overrealization: Annotated[Positive, Field(le=MAX_COUNT)] | None = None
+    widths: Widths | None = None
+    init: StudentInit = "gaussian"
+    path: str | None = None
+    scale: Positive = 0.005
+    shrink: Positive = 1.0
+    toward_weakest: Literal["free", "adversarial", "helped"] = "free"
+    activation: ActivationName = "relu"
+    leak: NonNegative = 0.01
+    bias: bool = True
+    batch_norm: BatchNormPlace = "none"
+    batch_norm_affine: bool = True
+    module: str | None = None
+    source: str | None = None
+    numbers: Count | None = None
+    arguments: Arguments | None = None
+
+    @model_validator(mode="after")
+    def _whole(self) -> Student:
+        _refuse_arguments("student", self.arguments, registers.STARTS, self.init)
+        return self
+
+
+#: (channel, row, column) of the image laws.
+IMAGES: Mapping[str, tuple[int, int, int]] = {"digits": (1, 8, 8), "mnist": (1, 28, 28), "cifar10": (3, 32, 32)}
+
+
+class Data(Part):
+    """Where inputs come from.
+
+    `augment` adds Definition 7's points of Tian (2020) to a finite training set (agnostic, aware), or crops and
+    mirrors images anew at every step (crop-flip).
+    """
+
+    law: Law = "gaussian"
+    path: str | None = None
+    eval_path: str | None = None
+    image: Annotated[tuple[Count, Count, Count], BeforeValidator(as_tuple)] | None = None
+    std: Positive = 1.0
+    train: Count | Literal["fresh"] = 10_000
+    eval: Count = 10_000
+    augment: Literal["none", "agnostic", "aware", "crop-flip"] = "none"
+    augment_eps: Positive = 0.1
+    augment_c: Positive = 1.0
+    arguments: Arguments | None = None
+
+    @property
+    def drawn(self) -> bool:
+        """Whether inputs are drawn from a distribution, not taken from a data set."""
+        return self.law not in registers.LAWS.aliases
+
+    @model_validator(mode="after")
+    def _whole(self) -> Data:
+        _refuse_arguments("data", self.arguments, registers.LAWS, self.law)
+        if self.law in ("mnist", "cifar10", "file") and self.path is None:
+            what = "its file (.npz, .nc or .npy)" if self.law == "file" else "the folder that holds it"
+            raise ValueError(f"data.law = {self.law!r}: name {what} as data.path")
+        if self.path is not None and self.law not in ("mnist", "cifar10", "file"):
+            raise ValueError(f"data.path = {self.path!r}: data.law = {self.law!r} reads no file")
+        if self.eval_path is not None and self.law != "file":
+            raise ValueError(f"data.eval_path = {self.eval_path!r}: only data.law = 'file' takes one")
+        if self.train == "fresh" and not self.drawn:
+            raise ValueError(f"data.train = 'fresh': {self.law} is a finite data set; give a number of samples")
+        if self.augment == "crop-flip" and self.drawn:
+            raise ValueError(f"data.augment = 'crop-flip': is of images; data.law is {self.law!r}")
+        return self
+
+
+class Training(Part):
+    """How students learn. The update is W += learning_rate · (1/batch) Σ g fᵀ; ``gd`` takes all the data at each
+    step, ``flow`` is gradient flow dθ/dt = −∇J, an epoch of which lasts as long as the steps of ``gd`` add up to:
+    learning_rate · steps_per_epoch.
+
+    With ``cross_entropy`` the targets are classes: the teacher's largest output, or the data's own labels.
+    """
+
+    method: Method = "sgd"
+    loss: LossName = "mse"
+    labels: Literal["teacher", "data"] = "teacher"
+    learning_rate: Rate = 0.01
+    batch: Count = 16
+    steps_per_epoch: Count | None = None
+    epochs: Annotated[int, Field(ge=0, le=MAX_EPOCHS)] = 100
+    momentum: Annotated[NonNegative, Field(lt=1)] = 0.0
+    weight_decay: NonNegative = 0.0
+    beta_1: Annotated[NonNegative, Field(lt=1)] = 0.9
+    beta_2: Annotated[NonNegative, Field(lt=1)] = 0.999
+    epsilon: Positive = 1e-8
+    frozen: Counts = ()
+    normalize: bool = False
+    arguments: Arguments | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether every step sees all the data."""
+        return self.method in ("gd", "flow")
+
+    @model_validator(mode="after")
+    def _whole(self) -> Training:
+        _refuse_arguments("training", self.arguments, registers.OPTIMIZERS, self.method)
+        return self
+
+    @model_validator(mode="after")
+    def _flow(self) -> Training:
+        if self.method == "flow" and (self.momentum or self.normalize):
+            raise ValueError(
+                f"training.method = 'flow': momentum = {self.momentum}, normalize = {str(self.normalize).lower()}; "
+                "gradient flow has neither, use 'gd'"
+            )
+        return self
+
+    def rate(self, epoch: int) -> float:
+        """Learning rate of the epoch that ends at `epoch` (1-based): the last table entry ≤ epoch − 1."""
+        if not isinstance(self.learning_rate, dict):
+            return self.learning_rate
+        return self.learning_rate[max(start for start in self.learning_rate if start <= epoch - 1)]
+
+    @field_validator("learning_rate")
+    @classmethod
+    def _starts_at_zero(cls, value: Any) -> Any:
+        if isinstance(value, dict) and 0 not in value:
+            raise ValueError("a table of rates needs an entry for epoch 0")
+        return value
+
+
+class Record(Part):
+    """What to measure and when. Epoch 0 and the last epoch are always recorded."""
+
+    every: Count | None = None
+    epochs: Epochs | None = None
+    geometric: Annotated[Real, Field(ge=1.0001)] | None = None
+    observables: Annotated[tuple[str, ...], BeforeValidator(as_tuple)] = (
+        "loss",
+        "correlation",
+        "fanout_norm",
+        "weight",
+    )
+    band: Positive = 0.1
+    quantiles: Annotated[tuple[Annotated[Real, Field(ge=0, le=1)], ...], BeforeValidator(as_tuple)] = (
+        0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0,
+    )  # fmt: skip
+    eigenvalues: Annotated[Count, Field(ge=1)] = 10
+
+    @field_validator("observables")
+    @classmethod
+    def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        known = list(dict.fromkeys([*vocabulary.FAMILIES, *schema.recordable()]))
+        for name in value:
+            if name in known:
+                continue
+            try:
+                registers.OBSERVABLES.check(name)
+            except registers.PartError:
+                known += registers.OBSERVABLES.names()
+                raise ValueError(
+                    f"{name!r} is not an observable{nearest(name, known)}; there are: " + ", ".join(known)
+                ) from None
+        return value
+
+    @field_validator("quantiles")
+    @classmethod
+    def _increasing(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if not value or list(value) != sorted(set(value)):
+            raise ValueError("quantiles must increase, and there must be one at least")
+        return value
+
+    @model_validator(mode="after")
+    def _one_schedule(self) -> Record:
+        given = [k for k in ("every", "epochs", "geometric") if getattr(self, k) is not None]
+        if len(given) > 1:
+            raise ValueError(f"one schedule only, not {' and '.join(given)}")
+        return self
+
+    def schedule(self, last: int) -> tuple[int, ...]:
+        """Recorded epochs, increasing, from 0 to `last`."""
+        if self.epochs is not None:
+            chosen = {e for e in self.epochs if e <= last}
+        elif self.geometric is not None:
+            ratio, steps = self.geometric, math.log(max(last, 1)) / math.log(self.geometric)
+            chosen = {round(ratio**k) for k in range(math.floor(steps) + 1)}
+        else:
+            chosen = set(range(0, last + 1, self.every or 1))
+        return tuple(sorted(e for e in chosen | {0, last} if e <= last))
+
+
+class Times(Part):
+    """Times evenly in log t."""
+
+    first: Positive
+    last: Positive
+    number: Annotated[int, Field(ge=2, le=MAX_EPOCHS)]
+
+    @model_validator(mode="after")
+    def _increasing(self) -> Times:
+        if not self.first < self.last:
+            raise ValueError(f"flow.times: first = {self.first}, last = {self.last}; first < last")
+        return self
+
+
+class Flow(Part):
+    """How ``kind = "population-flow"`` runs: gradient flow dθ/dt = −∇L of the population loss on Gaussian inputs.
+
+    Attributes:
+        inputs: Width of the input, in the place of the first of ``teacher.widths`` and ``student.widths``.
+        times: When students are recorded on their way; the start and the end are, always.
+    """
+
+    inputs: Count | None = None
+    times: Times | None = None
+
+
+class Online(Part):
+    """How ``kind = "online"`` runs: every sample is seen once, simulated in N dimensions and by the equation N → ∞.
+
+    Attributes:
+        inputs: N, in the place of the first of ``teacher.widths`` and ``student.widths``.
+        noise: Standard deviation of the noise on the teacher's output.
+        layers: Which learn: with ``first`` outgoing weights are 1, with ``both`` they are drawn N(0, 1) and learn.
+        last: α = steps / N at the end.
+        points: Recorded α, evenly in log α from 0.1 on; the start is recorded, too.
+    """
+
+    inputs: Count | None = None
+    noise: NonNegative = 0.0
+    layers: Literal["first", "both"] = "first"
+    last: Annotated[Real, Field(gt=0.1)] = 300.0
+    points: Annotated[int, Field(ge=2, le=MAX_EPOCHS)] = 60

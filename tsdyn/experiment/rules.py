@@ -1,0 +1,413 @@
+"""Rules that take several keys of an experiment: one small function each, in tables by kind.  Imports no torch.
+
+A rule gives the sentence that is wrong, naming key, value, rule and way out, or None.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel
+
+from tsdyn import schema
+from tsdyn.experiment.errors import keys, nearest
+from tsdyn.experiment.parts import IMAGES, MAX_SEEDS
+from tsdyn.experiment.sweep_axes import axes, swept_keys
+from tsdyn.vocabulary import Kind
+
+if TYPE_CHECKING:
+    from tsdyn.experiment.experiment import Experiment
+
+#: Points of a sweep; each is a run.
+MAX_POINTS = 100_000
+Rule = Callable[["Experiment"], "str | None"]
+
+#: Activations whose update fluctuates in a way that `flow.order_parameters` has a form for.
+FLUCTUATING = ("erf", "identity", "relu")
+_COMMON = ("kind", "name", "seeds", "dtype", "sweep")
+_SIZES = (
+    "teacher.widths",
+    "teacher.init",
+    "student.widths",
+    "student.overrealization",
+    "student.activation",
+    "student.leak",
+)
+#: Kind → the keys that it knows; training knows all that are not another's.
+KNOWN: Mapping[Kind, tuple[str, ...]] = {
+    "population-flow": (*_COMMON, *_SIZES, "flow.inputs", "flow.times"),
+    "online": (
+        *_COMMON,
+        *_SIZES,
+        "training.learning_rate",
+        "online.inputs",
+        "online.noise",
+        "online.layers",
+        "online.last",
+        "online.points",
+    ),
+}
+#: Sections that one kind has for itself.
+OWN = {"flow": "population-flow", "online": "online"}
+
+
+def known(kind: Kind, key: str) -> bool:
+    """Whether experiments of `kind` have this dotted key, or keys in this section."""
+    if kind == "training":
+        return key != "kind" and key.split(".")[0] not in OWN
+    return any(one == key or key.startswith(f"{one}.") or one.startswith(f"{key}.") for one in KNOWN[kind])
+
+
+def only_known(kind: Kind, values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The nested dict `values` without the keys that `kind` does not know."""
+    found = {}
+    for name, value in values.items():
+        if known(kind, prefix + name):
+            deeper = isinstance(value, dict) and prefix + name != "sweep"
+            found[name] = only_known(kind, value, f"{prefix}{name}.") if deeper else value
+    return found
+
+
+def _given(part: BaseModel, prefix: str = "") -> Iterator[str]:
+    for name in sorted(part.model_fields_set):
+        value = getattr(part, name)
+        if isinstance(value, BaseModel):
+            yield from _given(value, f"{prefix}{name}.")
+        elif value is not None:
+            yield prefix + name
+
+
+# --- every kind ----------------------------------------------------------------------------------------------
+
+
+def _keys_of_the_kind(e: Experiment) -> str | None:
+    unknown = [key for key in _given(e) if key != "kind" and not known(e.kind, key)]
+    if not unknown:
+        return None
+    key, section = unknown[0], unknown[0].split(".")[0]
+    if e.kind == "training":
+        return f"{key}: is a key of kind = {OWN[section]!r}; set that kind, or leave [{section}] out"
+    siblings = [one for one in KNOWN[e.kind] if one.startswith(f"{section}.")] or KNOWN[e.kind]
+    return f"{key}: kind = {e.kind!r} does not know this key{nearest(key, siblings)}; it has {', '.join(siblings)}"
+
+
+def _seeds(e: Experiment) -> str | None:
+    if isinstance(e.seeds, int) and e.seeds > MAX_SEEDS:
+        return f"seeds = {e.seeds}: at most {MAX_SEEDS} members a run"
+    if len(set(e.seed_labels)) != len(e.seed_labels):
+        repeated = [before for before, after in itertools.pairwise(sorted(e.seed_labels)) if before == after]
+        return f"seeds: labels repeat: {', '.join(map(str, dict.fromkeys(repeated[:5])))}"
+    return None
+
+
+def _one_of_widths_and_ratio(e: Experiment) -> str | None:
+    if (e.student.widths is None) == (e.student.overrealization is None):
+        return "student: give either widths or overrealization"
+    return None
+
+
+def _depths(e: Experiment) -> str | None:
+    student, teacher = e.student_widths, e.teacher_widths
+    if len(student) == len(teacher) or e.of_own_modules:
+        return None
+    return (
+        f"student.widths = {list(student)} has {len(student) - 1} layers and teacher.widths = "
+        f"{list(teacher)} has {len(teacher) - 1}: layers are compared one to one, so depths must agree"
+    )
+
+
+def _ends(e: Experiment) -> str | None:
+    student, teacher = e.student_widths, e.teacher_widths
+    for which, index in (("input", 0), ("output", -1)):
+        if student[index] != teacher[index]:
+            return (
+                f"student.widths = {list(student)} and teacher.widths = {list(teacher)} differ at the {which}: "
+                f"{student[index]} against {teacher[index]}; a student learns from the teacher's own "
+                "inputs and outputs"
+            )
+    return None
+
+
+# --- training ------------------------------------------------------------------------------------------------
+
+#: Starts that are not of a module of the user's own, which starts as it is made.
+_STARTS = ("torch", "near-teacher", "same-direction", "same-sign", "file", "rewind", "rewind-reinitialised")
+
+
+def _own_modules_record(e: Experiment) -> str | None:
+    there = schema.recordable(own=e.student.module is not None, bare_teacher=e.teacher.module is not None)
+    unknown = set(schema.expand(e.record.observables)) - set(there)
+    if not unknown:
+        return None
+    return (
+        f"record.observables: {', '.join(sorted(unknown))} is not measured with student.module = "
+        f"{e.student.module!r} and teacher.module = {e.teacher.module!r}; there are {', '.join(there)}"
+    )
+
+
+def _own_modules(e: Experiment) -> str | None:
+    """What modules of the user's own cannot have."""
+    if not e.of_own_modules:
+        return None
+    own, taught = e.student.module is not None, e.teacher.module is not None
+    near = ("near-teacher", "same-direction", "same-sign")
+    refused = {
+        "training.method = 'flow'": e.training.method == "flow",
+        f"data.augment = {e.data.augment!r}": e.data.augment in ("agnostic", "aware"),
+        "convolutions or BatchNorm of the experiment file": e.deep,
+        "training.frozen and training.normalize": own and bool(e.training.frozen or e.training.normalize),
+        f"student.init = {e.student.init!r}": e.student.init in (_STARTS if own else near),
+        "teacher.init, prune and balanced": taught
+        and (e.teacher.init in ("trained", "file") or bool(e.teacher.prune) or e.teacher.balanced),
+    }
+    what = next((what for what, there in refused.items() if there), None)
+    return what and f"{what}: is of networks that tsdyn makes, and here a module is the user's own"
+
+
+def _starts_from_teacher(e: Experiment) -> str | None:
+    student, teacher = e.student_widths, e.teacher_widths
+    if e.student.init not in ("near-teacher", "same-direction", "same-sign") or student == teacher:
+        return None
+    return (
+        f"student.init = {e.student.init!r}: starts from the teacher's parameters, so widths must agree: "
+        f"{list(student)} and {list(teacher)}; set student.overrealization = 1"
+    )
+
+
+def _shrink(e: Experiment) -> str | None:
+    if e.training.normalize and e.student.shrink != 1.0:
+        return f"training.normalize keeps hidden rows at norm 1, which student.shrink = {e.student.shrink} would undo"
+    return None
+
+
+def _frozen(e: Experiment) -> str | None:
+    depth = len(e.student_widths) - 1
+    if any(layer > depth for layer in e.training.frozen):
+        return f"training.frozen = {list(e.training.frozen)}: layers are 1..{depth}"
+    return None
+
+
+def _images(e: Experiment) -> str | None:
+    teacher, image = e.teacher_widths, e.data.image or IMAGES.get(e.data.law)
+    if image is not None and math.prod(image) != teacher[0]:
+        return (
+            f"teacher.widths = {list(teacher)}: {e.data.law} has {math.prod(image)} inputs ({image}), not {teacher[0]}"
+        )
+    if e.teacher.convolution and image is None:
+        return "teacher.convolution: needs the shape of its images; set data.image = [channel, row, column]"
+    try:
+        e.weight_shapes(e.student_widths)
+    except ValueError as error:  # where images become smaller than kernels
+        return str(error)
+    return None
+
+
+def _trained_teacher(e: Experiment) -> str | None:
+    if e.teacher.init == "trained" and e.data.drawn:
+        return f"teacher.init = 'trained': trains on labels, and data.law = {e.data.law!r} has none"
+    return None
+
+
+def _labels(e: Experiment) -> str | None:
+    if e.training.labels == "data" and (e.training.loss == "mse" or e.data.drawn):
+        return (
+            f"training.labels = 'data': needs training.loss = 'cross_entropy' and data with labels; they are "
+            f"{e.training.loss!r} and data.law = {e.data.law!r}"
+        )
+    if e.training.labels == "data" and e.data.augment in ("agnostic", "aware"):
+        return f"training.labels = 'data': points of data.augment = {e.data.augment!r} have no label"
+    if "label_accuracy" in schema.expand(e.record.observables) and e.data.drawn:
+        return f"record.observables: label_accuracy needs labels; data.law = {e.data.law!r} has none"
+    return None
+
+
+def _deep(e: Experiment) -> str | None:
+    if not e.deep:
+        return None
+    if e.data.augment in ("agnostic", "aware"):
+        return f"data.augment = {e.data.augment!r}: is of fully connected layers without BatchNorm"
+    there = schema.recordable(deep=True)
+    unknown = set(schema.expand(e.record.observables)) - set(there)
+    if unknown:
+        return (
+            f"record.observables: {', '.join(sorted(unknown))} is not measured of convolutions and BatchNorm; "
+            f"there are {', '.join(there)}; theory has the others on Network.folded()"
+        )
+    return None
+
+
+def _batch_norm(e: Experiment) -> str | None:
+    if e.student.batch_norm != "none" and e.training.batch == 1 and e.training.method != "gd":
+        return (
+            f"training.batch = 1 with student.batch_norm = {e.student.batch_norm!r}: one sample has no "
+            "variance; use batches of two samples or more"
+        )
+    return None
+
+
+def _batch(e: Experiment) -> str | None:
+    train = e.data.train
+    if isinstance(train, int) and not e.training.whole and e.training.batch > train:
+        return f"training.batch = {e.training.batch} is more than data.train = {train} samples"
+    return None
+
+
+def _whole_data(e: Experiment) -> str | None:
+    if e.data.train == "fresh" and e.training.whole:
+        way = "; kind = 'population-flow' needs none" if e.training.method == "flow" else ""
+        return f"training.method = {e.training.method!r} needs finite data; data.train is 'fresh'{way}"
+    return None
+
+
+def _flow_method(e: Experiment) -> str | None:
+    if e.training.method == "flow" and (e.deep or e.dtype != "float64"):
+        return (
+            f"training.method = 'flow': dtype = {e.dtype!r}{', convolutions or BatchNorm' * e.deep}; it "
+            "integrates fully connected students in float64, others learn by 'gd'"
+        )
+    return None
+
+
+def _fresh(e: Experiment) -> str | None:
+    if e.data.train == "fresh" and e.training.steps_per_epoch is None:
+        return "training.steps_per_epoch: needed with data.train = 'fresh'"
+    if e.data.train == "fresh" and e.data.augment != "none":
+        return f"data.augment = {e.data.augment!r}: needs finite data; data.train is 'fresh'"
+    return None
+
+
+def _augmented(e: Experiment) -> str | None:
+    if e.data.augment == "crop-flip" and e.training.whole:
+        return "data.augment = 'crop-flip': moves images anew at every step; use 'sgd' or 'adam'"
+    if e.data.augment == "aware" and (e.training.steps_per_epoch is None or e.training.whole):
+        return (
+            "data.augment = 'aware': how many samples it adds depends on the teacher, so members have training "
+            "sets of different size; give training.steps_per_epoch, with 'sgd' or 'adam'"
+        )
+    return None
+
+
+# --- population flows and online learning --------------------------------------------------------------------
+
+
+def _two_layers_one_output(e: Experiment) -> str | None:
+    if len(e.teacher_widths) != 3 or e.teacher_widths[-1] != 1:
+        return (
+            f"teacher.widths = {list(e.teacher_widths)}: kind = {e.kind!r} is of two layers and one output, (d, k, 1)"
+        )
+    return None
+
+
+def _double(e: Experiment) -> str | None:
+    if e.dtype != "float64":
+        return f"dtype = {e.dtype!r}: kind = {e.kind!r} computes in float64"
+    return None
+
+
+def _orthonormal(e: Experiment) -> str | None:
+    if e.teacher.init != "orthonormal":
+        return (
+            f"teacher.init = {e.teacher.init!r}: kind = 'population-flow' has an orthonormal teacher; say 'orthonormal'"
+        )
+    inputs, nodes = e.teacher_widths[:2]
+    if inputs < nodes:
+        return (
+            f"teacher.widths = {list(e.teacher_widths)}: {inputs} inputs are too few for {nodes} orthonormal nodes; "
+            f"it needs at least {nodes}"
+        )
+    return None
+
+
+def _gaussian(e: Experiment) -> str | None:
+    if e.teacher.init != "gaussian":
+        return f"teacher.init = {e.teacher.init!r}: kind = 'online' draws teachers N(0, 1); say 'gaussian'"
+    inputs, nodes, taught = e.student_widths[0], e.student_widths[1], e.teacher_widths[1]
+    if inputs < nodes + taught:
+        return f"online.inputs = {inputs}: is too small for {nodes} student and {taught} teacher nodes"
+    return None
+
+
+def _fluctuation(e: Experiment) -> str | None:
+    if e.student.activation not in FLUCTUATING:
+        return (
+            f"student.activation = {e.student.activation!r}: the equation of kind = 'online' has a form for "
+            f"{', '.join(FLUCTUATING)}; flow.online simulates others"
+        )
+    return None
+
+
+def _one_rate(e: Experiment) -> str | None:
+    if not isinstance(e.training.learning_rate, float):
+        return f"training.learning_rate = {e.training.learning_rate}: kind = 'online' has one rate"
+    return None
+
+
+#: Of every experiment; ...
+ALWAYS: tuple[Rule, ...] = (_keys_of_the_kind, _seeds, _one_of_widths_and_ratio)
+#: ... and of one without a sweep, by its kind: the first that is broken is said.
+RULES: Mapping[Kind, tuple[Rule, ...]] = {
+    "training": (
+        _own_modules_record,
+        _own_modules,
+        _depths,
+        _ends,
+        _starts_from_teacher,
+        _shrink,
+        _frozen,
+        _images,
+        _trained_teacher,
+        _labels,
+        _deep,
+        _batch_norm,
+        _batch,
+        _whole_data,
+        _flow_method,
+        _fresh,
+        _augmented,
+    ),
+    "population-flow": (_two_layers_one_output, _depths, _ends, _double, _orthonormal),
+    "online": (_two_layers_one_output, _depths, _ends, _double, _gaussian, _fluctuation, _one_rate),
+}
+
+
+def broken(experiment: Experiment) -> str | None:
+    """The first rule that an experiment breaks, in words."""
+    rules = ALWAYS if experiment.sweep else (*ALWAYS, *RULES[experiment.kind])
+    return next((said for rule in rules if (said := rule(experiment)) is not None), None)
+
+
+def _number_as_such(value: Any) -> Any:
+    """1.0 as 1, wherever it stands: both are the same point of a sweep."""
+    if isinstance(value, Mapping):
+        return {key: _number_as_such(of) for key, of in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_number_as_such(of) for of in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def check_sweep(experiment: Experiment, model: type[BaseModel]) -> None:
+    """Refuse a sweep of keys that are none, of values that repeat or of too many points.
+
+    Raises:
+        ValueError: saying which.
+    """
+    there = [key for key in keys(model) if known(experiment.kind, key)]
+    for key in swept_keys(experiment.sweep):
+        section, _, rest = key.partition(".arguments.")
+        if rest and f"{section}.arguments" in there:  # a number of a part that a package offers
+            continue
+        if key not in there or key in _COMMON:
+            raise ValueError(
+                f"sweep: {key!r} is not a key that can be swept{nearest(key, [k for k in there if '.' in k])}"
+            )
+    for axis in axes(experiment.sweep):
+        if len({json.dumps(_number_as_such(v), sort_keys=True, default=str) for v in axis.values}) != len(axis.values):
+            shown = [v[0] if len(v) == 1 else list(v) for v in axis.values]
+            raise ValueError(f"sweep: values of {', '.join(map(repr, axis.keys))} repeat: {shown}")
+    points = math.prod(len(axis.values) for axis in axes(experiment.sweep))
+    if points > MAX_POINTS:
+        raise ValueError(f"sweep: has {points} points, each of which is a run; at most {MAX_POINTS}")

@@ -1,0 +1,140 @@
+"""How wide the networks of an experiment are, and when they are recorded.  Imports no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, assert_never
+
+import numpy as np
+
+from tsdyn import schema, vocabulary
+from tsdyn.experiment.parts import IMAGES
+
+if TYPE_CHECKING:
+    from tsdyn.experiment.experiment import Experiment
+
+#: A population flow stops at this time, if a student has not arrived by then.
+FLOW_END = 1e9
+#: Between recorded times a population flow is committed where each of these has been passed.
+DECADES = tuple(10.0**power for power in range(-2, 10))
+#: α of the first recorded point of online learning, but for the start.
+FIRST_ALPHA = 0.1
+
+
+def with_inputs(experiment: Experiment, widths: Sequence[int]) -> tuple[int, ...]:
+    """`widths` with the width of the input that the experiment's kind says."""
+    inputs = {"training": None, "population-flow": experiment.flow.inputs, "online": experiment.online.inputs}
+    given = inputs[experiment.kind]
+    return (widths[0] if given is None else given, *widths[1:])
+
+
+def teacher_widths(experiment: Experiment) -> tuple[int, ...]:
+    """Widths of what pruning leaves of the teacher: input, hidden ..., output."""
+    return with_inputs(experiment, experiment.teacher.active_widths)
+
+
+def student_widths(experiment: Experiment) -> tuple[int, ...]:
+    """Widths of the student: input, hidden ..., output; of a module of the user's own its ends."""
+    if experiment.student.module is not None:
+        return experiment.teacher.widths[0], experiment.teacher.widths[-1]
+    if experiment.student.widths is not None:
+        return with_inputs(experiment, experiment.student.widths)
+    first, *hidden, last = teacher_widths(experiment)
+    ratio = experiment.student.overrealization or 1.0
+    return (first, *(max(1, round(m * ratio)) for m in hidden), last)
+
+
+def image(experiment: Experiment) -> tuple[int, int, int] | None:
+    """(channel, row, column) of an input of a convolution; None without convolutions."""
+    return (experiment.data.image or IMAGES[experiment.data.law]) if experiment.teacher.convolution else None
+
+
+def weight_shapes(experiment: Experiment, widths: Sequence[int]) -> list[tuple[int, ...]]:
+    """Weight shapes of a network of these widths: (node, input_node), or those of 3 x 3 convolutions."""
+    teacher = experiment.teacher
+    return schema.weight_shapes(widths, image(experiment), stride=teacher.stride, padding=teacher.padding)
+
+
+def along(experiment: Experiment) -> vocabulary.Path:
+    """The dimension along which a run goes."""
+    kind = experiment.kind
+    if kind == "training":
+        return "epoch"
+    if kind == "population-flow":
+        return "time"
+    if kind == "online":
+        return "alpha"
+    assert_never(kind)
+
+
+def layout(experiment: Experiment) -> schema.Layout:
+    """Shape of the run."""
+    if experiment.of_own_modules:
+        return _layout_of_modules(experiment)
+    widths, taught = student_widths(experiment), teacher_widths(experiment)
+    shapes = weight_shapes(experiment, widths)
+    parameters = sum(shape[0] * (math.prod(shape[1:]) + 1) for shape in shapes)
+    return schema.Layout(
+        experiment.seed_labels,
+        widths[0],
+        widths[1:],
+        taught[1:],
+        experiment.record.quantiles,
+        min(experiment.record.eigenvalues, parameters),
+        tuple(math.prod(shape[1:]) for shape in shapes),
+        tuple(math.prod(shape[1:]) for shape in weight_shapes(experiment, taught)),
+        path=along(experiment),
+    )
+
+
+def _layout_of_modules(experiment: Experiment) -> schema.Layout:
+    """A module has its output as the top layer, and no other: its layers below have width 0."""
+    inputs, outputs = experiment.teacher.widths[0], experiment.teacher.widths[-1]
+    own, taught = experiment.student.module is not None, experiment.teacher.module is not None
+    mine, theirs = student_widths(experiment), teacher_widths(experiment)
+    depth = max(1, 0 if own else len(mine) - 1, 0 if taught else len(theirs) - 1)
+    bare = (*(0 for _ in range(depth - 1)), outputs)
+    shapes = weight_shapes(experiment, mine)
+    return schema.Layout(
+        experiment.seed_labels,
+        inputs,
+        bare if own else mine[1:],
+        bare if taught else theirs[1:],
+        experiment.record.quantiles,
+        min(experiment.record.eigenvalues, sum(shape[0] * (math.prod(shape[1:]) + 1) for shape in shapes)),
+        (0,) * depth if own else (),
+        (0,) * depth if taught else (),
+        experiment.student.numbers or 0,
+        experiment.teacher.numbers or 0,
+    )
+
+
+def marks(experiment: Experiment) -> tuple[vocabulary.Label, ...]:
+    """Where a run can be committed and gone on from: epochs, times or α, one for each of its steps 0, 1, ..."""
+    kind = experiment.kind
+    if kind == "training":
+        return tuple(range(experiment.training.epochs + 1))
+    if kind == "population-flow":
+        times = experiment.flow.times
+        recorded = () if times is None else np.geomspace(times.first, times.last, times.number).tolist()
+        after = recorded[-1] if recorded else 0.0
+        return (0.0, *recorded, *(time for time in DECADES if time > after)) if after < FLOW_END else (0.0, *recorded)
+    if kind == "online":
+        online, inputs = experiment.online, student_widths(experiment)[0]
+        steps = np.round(np.geomspace(FIRST_ALPHA, online.last, online.points) * inputs)
+        return (0.0, *(np.unique(steps.clip(1)) / inputs).tolist())
+    assert_never(kind)
+
+
+def schedule(experiment: Experiment) -> tuple[int, ...]:
+    """The steps after which a run is recorded."""
+    kind = experiment.kind
+    if kind == "training":
+        return experiment.record.schedule(experiment.training.epochs)
+    if kind == "population-flow":
+        times = experiment.flow.times
+        return tuple(range(1 if times is None else 1 + times.number))
+    if kind == "online":
+        return tuple(range(len(marks(experiment))))
+    assert_never(kind)

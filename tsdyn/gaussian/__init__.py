@@ -1,0 +1,1 @@
+"""Expectations over Gaussian inputs in closed form."""

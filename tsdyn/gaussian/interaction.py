@@ -1,0 +1,595 @@
+"""Gaussian interaction functions: g(w, v) = E[σ(w·x) σ(v·x)] for x ~ N(0, I).
+
+g depends on the covariance of the two fields alone, A = |w|², B = |v|², c = w·v.  In these variables Price's theorem
+gives every derivative as an expectation of derivatives of σ,
+
+    ∂g/∂c = E[σ'σ'],  ∂g/∂A = ½ E[σ''σ],  so that also  ∂²g/∂A∂B = ¼ ∂²g/∂c²,
+
+which stays finite at w ∥ v and, for a smooth σ, as w → 0.  Closed forms: arcsine (erf), arc-cosine (relu and all that
+is piecewise linear), gelu.  The logistic law is a scale mixture of normal laws, so sigmoid, tanh, softplus and silu are
+mixtures of these.  Any other smooth σ is integrated by the trapezoid rule.
+
+Source: Saad & Solla (1995); Cho & Saul (2009); Simsek et al. (2023), section 3; Price (1958).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, assert_never, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tsdyn.networks import activations
+from tsdyn.networks.activations import Activation
+
+Elementwise: TypeAlias = Float[Tensor, "..."]
+Number: TypeAlias = Tensor | float
+Function: TypeAlias = Callable[[Tensor], Tensor]
+
+#: Below this sin θ weights count as parallel.  There the relu's E[σ''σ''] is infinite, but enters a Hessian in weights
+#: multiplied by sin² θ: taken as 0, it errs by sin θ, while rounding the cosine of a weight with itself gives 5e-8.
+_PARALLEL, _NORM_FLOOR = 1e-7, 1e-150
+#: |w|²|v|² beyond which the determinant of a covariance is computed from what is left of it.
+_LARGE = 1e4
+#: Spacing in log λ and range of the logistic law's scales; see `_logistic_scales`.
+_SCALE_STEP, _SCALES = 0.1, (0.30, 9.2)
+#: The trapezoid rule's box, where the normal density is 2e-17 of its peak, its limits in nodes a side and its error.
+_EDGE, _FEWEST, _MOST, _TOLERANCE = 8.8, 48, 6144, 1e-13
+
+
+class Partials(NamedTuple):
+    """g and the derivatives that a Hessian needs, elementwise; B's follow by exchange, ∂²g/∂A∂B = cc/4.
+
+    Attributes:
+        value: g.
+        A: ∂g/∂A.
+        c: ∂g/∂c.
+        AA: ∂²g/∂A².
+        Ac: ∂²g/∂A∂c.
+        Bc: ∂²g/∂B∂c.
+        cc: ∂²g/∂c².
+    """
+
+    value: Tensor
+    A: Tensor
+    c: Tensor
+    AA: Tensor
+    Ac: Tensor
+    Bc: Tensor
+    cc: Tensor
+
+
+@runtime_checkable
+class Interaction(Protocol):
+    """g of one activation, in covariances.
+
+    ``interaction(A, B, c)`` is g, elementwise, twice differentiable by autograd; ``partials`` its closed derivatives.
+    """
+
+    homogeneous: bool
+
+    def __call__(self, A: Tensor, B: Tensor, c: Tensor) -> Tensor: ...
+
+    def partials(self, A: Tensor, B: Tensor, c: Tensor) -> Partials: ...
+
+
+# --- closed forms --------------------------------------------------------------------------------------------
+
+
+def _determinant(A: Tensor, B: Tensor, c: Tensor, a: Number, b: Number) -> Tensor:
+    """D = pq − c², p = a + A, q = b + B, which stays above 0 and keeps its digits at large norms.
+
+    There pq and c² agree to more digits than they have.  D = (AB − c²) + aB + bA + ab holds what they differ by, and
+    AB − c² counts as 0 where it is no more than rounding: fields (anti)parallel as far as A, B and c tell.  Its slopes
+    stay.
+    """
+    plain = (a + A) * (b + B) - c * c
+    square = A * B
+    apart = square - c * c
+    rounding = 4 * torch.finfo(apart.dtype).eps * square
+    apart = apart - torch.where(apart.abs() <= rounding, apart, 0.0).detach()
+    return torch.where(square > _LARGE, apart + (a * B + b * A + a * b), plain)
+
+
+def _arcsine_partials(A: Tensor, B: Tensor, c: Tensor, a: Number, b: Number) -> Partials:
+    """Of asin(c/√(pq)), with p = a + A, q = b + B and D = pq − c²."""
+    p, q = a + A, b + B
+    pq = p * q
+    D = _determinant(A, B, c, a, b)
+    root = D.rsqrt()
+    cube = root / D
+    value = torch.atan2(c, D.sqrt())  # keeps its digits near c = √(pq), where asin loses half of them
+    A = -c * root / (2 * p)
+    AA = c * (3 * pq - 2 * c * c) * cube / (4 * p * p)
+    return Partials(value, A, root, AA, -q * cube / 2, -p * cube / 2, c * cube)
+
+
+def _inverse_sine(sine: Tensor) -> Tensor:
+    return torch.where(sine > _PARALLEL, 1 / sine.clamp(min=_PARALLEL), 0.0)
+
+
+class _ArcCosine(torch.autograd.Function):
+    """2π times the n-th derivative of K(u) = [√(1−u²) + u(π − acos u)]/2π, n = 0, 1, 2; finite at u = ±1."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(u: Tensor, order: int) -> Tensor:
+        u = u.clamp(-1, 1)
+        sine = ((1 - u) * (1 + u)).sqrt()
+        if order == 2:
+            return _inverse_sine(sine)
+        beyond = math.pi - torch.atan2(sine, u)
+        return beyond if order else sine + u * beyond
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, int], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[0])
+        ctx.save_for_forward(inputs[0])
+        ctx.order = inputs[1]
+
+    @staticmethod
+    def _slope(ctx: Any) -> Tensor:
+        if ctx.order == 2:
+            raise NotImplementedError("interaction: relu's has two derivatives; the third is infinite at w ∥ v")
+        slope: Tensor = _ArcCosine.apply(ctx.saved_tensors[0], ctx.order + 1)
+        return slope
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0] * _ArcCosine._slope(ctx), None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        moved: Tensor = tangents[0] * _ArcCosine._slope(ctx)
+        return moved
+
+
+def arc_cosine(u: Tensor) -> Tensor:
+    """K(u) = E[relu relu] of two unit weights at cosine u, twice differentiable and finite at u = ±1."""
+    found: Tensor = _ArcCosine.apply(u, 0)
+    return found / (2 * math.pi)
+
+
+def _rectifier_partials(A: Tensor, B: Tensor, c: Tensor) -> Partials:
+    """Of r₁ r₂ K(u), r₁ = √A, r₂ = √B, with s = sin θ."""
+    r1, r2 = A.sqrt().clamp(min=_NORM_FLOOR), B.sqrt().clamp(min=_NORM_FLOOR)
+    product = r1 * r2
+    u = (c / product).clamp(-1, 1)
+    s = ((1 - u) * (1 + u)).sqrt()
+    inverse = _inverse_sine(s)
+    slope = math.pi - torch.atan2(s, u)
+    A_safe, B_safe = r1 * r1, r2 * r2
+    return Partials(
+        product * (s + u * slope) / (2 * math.pi),
+        r2 / r1 * s / (4 * math.pi),
+        slope / (2 * math.pi),
+        r2 / (r1 * A_safe) * (2 * u * u - 1) * inverse / (8 * math.pi),
+        -u * inverse / (4 * math.pi * A_safe),
+        -u * inverse / (4 * math.pi * B_safe),
+        inverse / (2 * math.pi * product),
+    )
+
+
+class _Erf:
+    """erf(x/√2): (2/π) asin(c/√((1+A)(1+B)))."""
+
+    homogeneous = False
+
+    def __call__(self, A: Tensor, B: Tensor, c: Tensor) -> Tensor:
+        return torch.atan2(c, _determinant(A, B, c, 1.0, 1.0).sqrt()) * (2 / math.pi)
+
+    def partials(self, A: Tensor, B: Tensor, c: Tensor) -> Partials:
+        return _scaled(_arcsine_partials(A, B, c, 1.0, 1.0), 2 / math.pi)
+
+
+class _PiecewiseLinear:
+    """leak·x below 0: (1−leak)² r₁r₂K(u) + leak·c; relu has leak 0, the identity 1."""
+
+    homogeneous = True
+
+    def __init__(self, leak: float) -> None:
+        self.leak = leak
+
+    def __call__(self, A: Tensor, B: Tensor, c: Tensor) -> Tensor:
+        if self.leak == 1:
+            return c + 0 * (A + B)
+        norms = A.sqrt() * B.sqrt()
+        return (1 - self.leak) ** 2 * norms * arc_cosine(c / norms.clamp(min=_NORM_FLOOR)) + self.leak * c
+
+    def in_cosine(self, r1: Tensor, r2: Tensor, u: Tensor) -> Tensor:
+        """The same in norms and cosine, differentiable at norm 0 too."""
+        kernel = self.leak * u
+        return r1 * r2 * (kernel if self.leak == 1 else kernel + (1 - self.leak) ** 2 * arc_cosine(u))
+
+    def partials(self, A: Tensor, B: Tensor, c: Tensor) -> Partials:
+        if self.leak == 1:
+            zero = torch.zeros_like(A + B + c)
+            return Partials(c + zero, zero, 1 + zero, zero, zero, zero, zero)
+        found = _scaled(_rectifier_partials(A, B, c), (1 - self.leak) ** 2)
+        return found._replace(value=found.value + self.leak * c, c=found.c + self.leak)
+
+
+class _Gelu:
+    """x Φ(x/λ) beside y Φ(y/λ'): cF + [AB + c²(λ²λ'² − AB)/pq] / 2π√(pq − c²), p = λ² + A, q = λ'² + B.
+
+    F = E[ΦΦ] = ¼ + asin(c/√(pq))/2π.  gelu has λ = λ' = 1.  With D = pq − c² the bracket is (AB D + λ²λ'²c²)/pq.  At
+    c < 0 and large norms both terms grow and cancel; the sum is relu's on fields of variances p and q, and a rest:
+
+        2π g = [λ²λ'²c² − (pq − AB) D]/(pq √D) + √D + c (π/2 + atan(c/√D)).
+    """
+
+    homogeneous = False
+
+    def __init__(self, variance: Number = 1.0, variance2: Number = 1.0) -> None:
+        self.variances = variance, variance2
+
+    def __call__(self, A: Tensor, B: Tensor, c: Tensor) -> Tensor:
+        a, b = self.variances
+        D = _determinant(A, B, c, a, b)
+        return self._value(A, B, c, D, D.sqrt())
+
+    def _value(self, A: Tensor, B: Tensor, c: Tensor, D: Tensor, root: Tensor) -> Tensor:
+        a, b = self.variances
+        pq = (a + A) * (b + B)
+        # _rectified has √D already, (AB D + λ²λ'²c²)/(pq √D) less it is what stands here
+        rest = (c * c * (a * b / pq) - (a * B + b * A + a * b) / pq * D) / root
+        both = 0.25 + torch.atan2(c, root) / (2 * math.pi)
+        plain = c * both + (A * B + c * c * (a * b - A * B) / pq) / (2 * math.pi * root)
+        return torch.where(A * B > _LARGE, (rest + _rectified(c, root)) / (2 * math.pi), plain)
+
+    def partials(self, A: Tensor, B: Tensor, c: Tensor) -> Partials:
+        a, b = self.variances
+        p, q = a + A, b + B
+        pq = p * q
+        D = _determinant(A, B, c, a, b)
+        root = D.rsqrt()
+        arcsine = _arcsine_partials(A, B, c, a, b)
+        # N = AB + c²(ab − AB)/pq; ∂_A of (ab − AB)/pq is −b(a + B)·/(p²q)…, written out: (ab − AB)/pq = S
+        S = (a * b - A * B) / pq
+        S_A = -(B + S * q) / pq
+        S_B = -(A + S * p) / pq
+        S_AA = 2 * (B + S * q) / (pq * p)
+        N, N_c = A * B / pq * D + c * c * (a * b / pq), 2 * c * S
+        N_A, N_B = B + c * c * S_A, A + c * c * S_B
+        R, R_A, R_B, R_c = root, -q * root / (2 * D), -p * root / (2 * D), c * root / D
+        R_AA = 3 * q * q * root / (4 * D * D)
+        R_Ac, R_Bc = (-3 * c * side * root / (2 * D * D) for side in (q, p))
+        R_cc = (pq + 2 * c * c) * root / (D * D)
+        F, F_A, F_c = math.pi / 2 + arcsine.value, arcsine.A, arcsine.c
+        F_B = -c * root / (2 * q)
+        both = Partials(
+            c * F + N * R,
+            c * F_A + N_A * R + N * R_A,
+            F + c * F_c + N_c * R + N * R_c,
+            c * arcsine.AA + c * c * S_AA * R + 2 * N_A * R_A + N * R_AA,
+            F_A + c * arcsine.Ac + 2 * c * S_A * R + N_A * R_c + N_c * R_A + N * R_Ac,
+            F_B + c * arcsine.Bc + 2 * c * S_B * R + N_B * R_c + N_c * R_B + N * R_Bc,
+            2 * F_c + c * arcsine.cc + 2 * S * R + 2 * N_c * R_c + N * R_cc,
+        )
+        found = _scaled(both, 1 / (2 * math.pi))
+        return found._replace(value=self._value(A, B, c, D, D.sqrt()))
+
+
+def _rectified(c: Tensor, root: Tensor) -> Tensor:
+    """√D + c (π/2 + atan(c/√D)): 2π E[relu relu] of fields of covariance c, determinant D.
+
+    At c < 0, where terms cancel, it is |c| (t − atan t), t = √D/|c|.
+    """
+    size = torch.where(c < 0, -c, 1.0)
+    return torch.where(c < 0, size * _beyond_slope(root / size), root + c * (math.pi / 2 + torch.atan2(c, root)))
+
+
+def _beyond_slope(t: Tensor) -> Tensor:
+    """t − atan t, t > 0; by its series where t is small and the two agree."""
+    small = t < 0.25
+    u = torch.where(small, t, 0.25)
+    square, series = u * u, torch.zeros_like(u)
+    for odd in range(29, 1, -2):  # 0.25²⁸/31 is 4e-19
+        series = ((1 / odd if odd % 4 == 3 else -1 / odd) + series * square) if odd < 29 else series - 1 / odd
+    return torch.where(small, series * square * u, t - torch.atan(t))
+
+
+def _scaled(partials: Partials, factor: Number) -> Partials:
+    return Partials(*(factor * part for part in partials))
+
+
+# --- mixtures ------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1)
+def _logistic_scales() -> tuple[np.ndarray, np.ndarray]:
+    """Nodes λ and weights p with 1/(1+e⁻ˣ) = Σ p Φ(x/λ): λ/2 has Kolmogorov's law (Andrews & Mallows 1974).
+
+    In log λ its density falls doubly exponentially on both sides and is analytic for |Im| < π/4, as are the
+    interactions: the trapezoid rule of step h errs by exp(−π²/2h), 4e-22 for h = 0.1.
+    """
+    low, high = (math.log(edge / 2) for edge in _SCALES)
+    k = np.exp(np.arange(low, high + _SCALE_STEP, _SCALE_STEP))[:, None]
+    j = np.arange(1, 30)[None]
+    odd = (2 * j - 1) ** 2 * np.pi**2
+    with np.errstate(under="ignore"):
+        above = (8 * k * (-1.0) ** (j - 1) * j**2 * np.exp(-2 * (j * k) ** 2)).sum(1)
+        below = (math.sqrt(2 * np.pi) * (odd / (4 * k**4) - 1 / k**2) * np.exp(-odd / (8 * k**2))).sum(1)
+    density = np.where(k[:, 0] < 1, below, above)  # two expansions of one theta function
+    return 2 * k[:, 0], density * k[:, 0] * _SCALE_STEP
+
+
+class _LogisticMixture:
+    """Σ p p' g(λ, λ'), an interaction of the scales of the logistic law."""
+
+    homogeneous = False
+
+    def __init__(self, of: Literal["sigmoid", "tanh", "softplus", "silu"]) -> None:
+        self.of = of
+
+    def _mixed(self, A: Tensor, B: Tensor, c: Tensor) -> tuple[Tensor, ...]:
+        scales, weights = (torch.as_tensor(v, dtype=c.dtype, device=c.device) for v in _logistic_scales())
+        if self.of == "tanh":  # tanh x = 2 sigmoid(2x) − 1
+            scales = scales / 2
+        square, pairs = scales * scales, weights[:, None] * weights
+        A, B, c = (v[..., None, None] for v in torch.broadcast_tensors(A, B, c))
+        return A, B, c, square[:, None], square, pairs
+
+    def __call__(self, A: Tensor, B: Tensor, c: Tensor) -> Tensor:
+        A, B, c, a, b, pairs = self._mixed(A, B, c)
+
+        def angle() -> Tensor:
+            return (torch.atan2(c, _determinant(A, B, c, a, b).sqrt()) * pairs).sum((-2, -1))
+
+        match self.of:
+            case "softplus":  # E relu(x + λZ)
+                return (_rectified(c, _determinant(A, B, c, a, b).sqrt()) * pairs).sum((-2, -1)) / (2 * math.pi)
+            case "silu":
+                return (_Gelu(a, b)(A, B, c) * pairs).sum((-2, -1))
+            case "tanh":
+                return angle() * (2 / math.pi)
+            case "sigmoid":
+                return 0.25 + angle() / (2 * math.pi)
+            case other:
+                assert_never(other)
+
+    def partials(self, A: Tensor, B: Tensor, c: Tensor) -> Partials:
+        A, B, c, a, b, pairs = self._mixed(A, B, c)
+        match self.of:
+            case "softplus":
+                value = _rectified(c, _determinant(A, B, c, a, b).sqrt()) / (2 * math.pi)
+                parts, factor, constant = _rectifier_partials(a + A, b + B, c)._replace(value=value), 1.0, 0.0
+            case "silu":
+                parts, factor, constant = _Gelu(a, b).partials(A, B, c), 1.0, 0.0
+            case "tanh":
+                parts, factor, constant = _arcsine_partials(A, B, c, a, b), 2 / math.pi, 0.0
+            case "sigmoid":
+                parts, factor, constant = _arcsine_partials(A, B, c, a, b), 1 / (2 * math.pi), 0.25
+            case other:
+                assert_never(other)
+        found = Partials(*((part * pairs).sum((-2, -1)) * factor for part in parts))
+        return found._replace(value=found.value + constant)
+
+
+# --- a user's own σ ------------------------------------------------------------------------------------------
+
+
+def _derivative(function: Function, order: int) -> Function:
+    """The order-th derivative of an elementwise function, by autograd."""
+
+    def derived(x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            y = function(x)
+            for remaining in range(order, 0, -1):
+                if not y.requires_grad:  # constant from here on
+                    return torch.zeros_like(x)
+                (y,) = torch.autograd.grad(y.sum(), x, create_graph=remaining > 1)
+        return y.detach()
+
+    return derived
+
+
+class _Expectation(torch.autograd.Function):
+    """E[σ⁽ⁱ⁾ σ⁽ʲ⁾] elementwise; Price's theorem makes it differentiable without end."""
+
+    @staticmethod
+    def forward(A: Tensor, B: Tensor, c: Tensor, function: Function, i: int, j: int) -> Tensor:
+        return _trapezoid(_derivative(function, i), _derivative(function, j), A, B, c)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:3])
+        ctx.save_for_forward(*inputs[:3])
+        ctx.rest = inputs[3:]
+
+    @staticmethod
+    def _slopes(ctx: Any) -> list[Tensor]:
+        function, i, j = ctx.rest
+        steps = ((0.5, 2, 0), (0.5, 0, 2), (1.0, 1, 1))  # Price, in A, B and c
+        return [f * _Expectation.apply(*ctx.saved_tensors, function, i + p, j + q) for f, p, q in steps]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return (*(grads[0] * slope for slope in _Expectation._slopes(ctx)), *(None,) * 3)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        moved = [t * slope for t, slope in zip(tangents[:3], _Expectation._slopes(ctx), strict=True) if t is not None]
+        return torch.stack(moved).sum(0)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], A: Tensor, B: Tensor, c: Tensor, *rest: Any) -> Any:
+        fronted = [
+            v.expand(info.batch_size, *v.shape) if d is None else v.movedim(d, 0)
+            for v, d in zip((A, B, c), in_dims, strict=False)
+        ]
+        return _Expectation.apply(*fronted, *rest), 0
+
+
+def _trapezoid(left: Function, right: Function, A: Tensor, B: Tensor, c: Tensor) -> Tensor:
+    """E[left(√A x) right(√B y)] on a square grid, refined until two grids agree."""
+    A, B, c = torch.broadcast_tensors(A, B, c)
+    r1, r2 = A.sqrt(), B.sqrt()
+    norms = r1 * r2
+    u = (c / norms.clamp(min=_NORM_FLOOR)).clamp(-1, 1)
+    rows = torch.stack([r1, r2, u, ((1 - u) * (1 + u)).sqrt()], -1).reshape(-1, 4)
+    return torch.stack([_one_expectation(left, right, *row) for row in rows]).reshape(A.shape)
+
+
+def _one_expectation(left: Function, right: Function, r1: Tensor, r2: Tensor, u: Tensor, s: Tensor) -> Tensor:
+    before, nodes = None, _FEWEST
+    while nodes <= _MOST:
+        z = torch.linspace(-_EDGE, _EDGE, nodes + 1, dtype=r1.dtype, device=r1.device)
+        density = torch.exp(-z * z / 2) * (2 * _EDGE / nodes / math.sqrt(2 * math.pi))
+        along = left(r1 * z) * density
+        # parallel fields are one field: no grid across them
+        across = right(r2 * u * z) if s == 0 else right(r2 * (u * z[:, None] + s * z)) @ density
+        found = along @ across
+        size = along.abs() @ across.abs()
+        if before is not None and (found - before).abs() <= _TOLERANCE * (1 + size):
+            return found
+        if not torch.isfinite(found):
+            break
+        before, nodes = found, 2 * nodes
+    raise ValueError(
+        f"interaction: the trapezoid rule for norms {float(r1):.3g} and {float(r2):.3g} does not settle to "
+        f"{_TOLERANCE:g} on {_MOST}² nodes; σ or a derivative that is asked for is not smooth, or grows too fast. "
+        "Register a closed form, use a registered activation or smaller norms"
+    )
+
+
+class _Quadrature:
+    """Any smooth σ."""
+
+    homogeneous = False
+
+    def __init__(self, function: Function) -> None:
+        self.function = function
+
+    def __call__(self, A: Tensor, B: Tensor, c: Tensor) -> Tensor:
+        A, B, c = torch.broadcast_tensors(A, B, c)
+        found: Tensor = _Expectation.apply(A, B, c, self.function, 0, 0)
+        return found
+
+    def partials(self, A: Tensor, B: Tensor, c: Tensor) -> Partials:
+        A, B, c = torch.broadcast_tensors(A, B, c)
+
+        def expectation(i: int, j: int) -> Tensor:
+            found: Tensor = _Expectation.apply(A, B, c, self.function, i, j)
+            return found
+
+        return Partials(
+            expectation(0, 0),
+            expectation(2, 0) / 2,
+            expectation(1, 1),
+            expectation(4, 0) / 4,
+            expectation(3, 1) / 2,
+            expectation(1, 3) / 2,
+            expectation(2, 2),
+        )
+
+
+# --- what others use -----------------------------------------------------------------------------------------
+
+
+#: Of smooth activations, by the activation itself and not its name; any that is not here is integrated.
+_CLOSED_FORMS: Mapping[Activation, Interaction] = {
+    activations.activation(name): closed
+    for name, closed in (
+        ("erf", _Erf()),
+        ("gelu", _Gelu()),
+        ("sigmoid", _LogisticMixture("sigmoid")),
+        ("tanh", _LogisticMixture("tanh")),
+        ("softplus", _LogisticMixture("softplus")),
+        ("silu", _LogisticMixture("silu")),
+    )
+}
+
+
+def of(activation: str | Activation | Function, *, leak: float = 0.01) -> Interaction:
+    """The interaction function of an activation.
+
+    Args:
+        activation: Name of a registered one, an `Activation`, or any smooth elementwise function of a tensor.
+        leak: Slope of ``"leaky_relu"`` below 0.
+
+    Raises:
+        ValueError: if no activation has that name.
+    """
+    if isinstance(activation, str):
+        activation = activations.activation(activation, leak=leak)
+    if not isinstance(activation, Activation):
+        return _Quadrature(activation)
+    if activation.leak is not None:
+        return _PiecewiseLinear(activation.leak)
+    closed = _CLOSED_FORMS.get(activation)
+    return _Quadrature(activation.function) if closed is None else closed
+
+
+def in_cosine(
+    activation: str | Activation | Function, r1: Any, r2: Any, rho: Any, *, leak: float = 0.01
+) -> Elementwise:
+    """g(r₁, r₂, ρ) = E[σ(r₁x) σ(r₂y)], x and y standard normal with correlation ρ.
+
+    Args:
+        activation: Name, `Activation` or any smooth elementwise function.
+        r1: Norm of the first weight, ≥ 0; float64 unless given as a tensor of another type.
+        r2: Norm of the second; the three broadcast.
+        rho: Cosine of their angle, in [−1, 1].
+        leak: Slope of ``"leaky_relu"`` below 0.
+
+    Returns:
+        g, elementwise, twice differentiable by autograd and torch.func, finite at ρ = ±1 and r = 0.
+
+    Raises:
+        ValueError: for an unknown activation, a negative norm, a correlation beyond ±1 or one that is not a number,
+            or a σ whose integral does not settle.
+
+    Source: Simsek et al. (2023), section 3.
+    """
+    given = [v if isinstance(v, Tensor) else torch.as_tensor(v, dtype=torch.float64) for v in (r1, r2, rho)]
+    first, second, cosine = torch.broadcast_tensors(*given)
+    _check("r1", first, lambda v: v >= 0, "a norm is not negative")
+    _check("r2", second, lambda v: v >= 0, "a norm is not negative")
+    _check("rho", cosine, lambda v: v.abs() <= 1, "a cosine lies in [−1, 1]; clip what rounding pushed out")
+    kernel = of(activation, leak=leak)
+    if isinstance(kernel, _PiecewiseLinear):
+        return kernel.in_cosine(first, second, cosine)
+    return kernel(first * first, second * second, first * second * cosine)
+
+
+def _check(name: str, value: Tensor, holds: Callable[[Tensor], Tensor], rule: str) -> None:
+    if torch._C._functorch.is_functorch_wrapped_tensor(value):  # values under vmap cannot be asked
+        return
+    wrong = ~holds(value.detach())
+    if wrong.any():
+        raise ValueError(f"interaction: {name}={value.detach()[wrong].flatten()[0].item():g}; {rule}")
+
+
+class Derivatives(NamedTuple):
+    """g(r₁, r₂, ρ) with its first and second derivatives, elementwise.
+
+    Attributes:
+        value: g.
+        gradient: ∂g/∂(r₁, r₂, ρ), (..., 3).
+        hessian: Second derivatives in the same order, (..., 3, 3).
+    """
+
+    value: Tensor
+    gradient: Tensor
+    hessian: Tensor
+
+
+def derivatives(
+    activation: str | Activation | Function, r1: Any, r2: Any, rho: Any, *, leak: float = 0.01
+) -> Derivatives:
+    """g(r₁, r₂, ρ) with first and second derivatives; arguments and errors as `in_cosine`."""
+    given = [torch.as_tensor(v, dtype=torch.float64).detach() for v in (r1, r2, rho)]
+    point = torch.stack(torch.broadcast_tensors(*given), -1).requires_grad_()
+    with torch.enable_grad():
+        value = in_cosine(activation, *point.unbind(-1), leak=leak)
+        (gradient,) = torch.autograd.grad(value.sum(), point, create_graph=True)
+        rows = [torch.autograd.grad(gradient[..., i].sum(), point, retain_graph=True)[0] for i in range(3)]
+    return Derivatives(value.detach(), gradient.detach(), torch.stack(rows, -2))

@@ -1,0 +1,193 @@
+"""One member as it is measured: its probe, its response, and everything derived from both, once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, assert_never
+
+from torch import Tensor
+
+from tsdyn import schema
+from tsdyn.engine import compiled_sums
+from tsdyn.engine.loss import MSE, Loss
+from tsdyn.networks.any_module import Own
+from tsdyn.networks.network import Network, Trace, require_plain
+from tsdyn.observables.formulas import standardized
+from tsdyn.theory import coupling_moments
+from tsdyn.theory.couplings import backpropagated_gradients
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A data set as one teacher sees it; computed once for as long as the data stay the same.
+
+    Attributes:
+        inputs: (sample, input).
+        teacher: A network, or a module of the user's own.
+        labels: The data's own, (sample,), where an experiment uses them.
+    """
+
+    inputs: Tensor
+    teacher: Network | Own
+    labels: Tensor | None = None
+
+    @cached_property
+    def classes(self) -> Tensor:
+        """The teacher's class of each sample: its largest output, (sample,)."""
+        return self.trace.output.argmax(1)
+
+    @cached_property
+    def trace(self) -> Trace:
+        return self.teacher.trace(self.inputs)
+
+    @cached_property
+    def standardized(self) -> list[Tensor]:
+        return [standardized(f) for f in self.trace.activations[:-1]]
+
+    @cached_property
+    def fanout_norms(self) -> list[Tensor]:
+        return _fanout_norms(_network(self.teacher), self.inputs, self.trace)
+
+
+def _network(member: Network | Own) -> Network:
+    if isinstance(member, Own):
+        raise ValueError(f"measure: {type(member.module).__name__} is a module of the user's own, without known layers")
+    return member
+
+
+def _fanout_norms(network: Network, x: Tensor, trace: Trace) -> list[Tensor]:
+    return coupling_moments.fanout_norms(network, x if network.convolutional else trace)
+
+
+@dataclass(frozen=True)
+class Response:
+    """A student on a probe; what observables share is computed once and only when asked for.
+
+    Attributes:
+        student: A network, or a module of the user's own.
+        probe: The data set.
+        correlated: Whether correlations are asked for, too.
+    """
+
+    student: Network | Own
+    probe: Probe
+    correlated: bool = False
+
+    @cached_property
+    def trace(self) -> Trace:
+        return self.student.trace(self.probe.inputs)
+
+    @cached_property
+    def _sums(self) -> compiled_sums.Sums:
+        student, probe = self.student, self.probe
+        teachers, target = probe.standardized if self.correlated else [], probe.trace.output
+        if isinstance(student, Network) and compiled_sums.serves(student, probe.inputs):
+            return compiled_sums.sums(student, probe.inputs, target, teachers)
+        pairs = zip(teachers, self.trace.activations, strict=False)
+        return compiled_sums.Sums(
+            (target - self.trace.output).square().sum(), [t.T @ standardized(f) for t, f in pairs]
+        )
+
+    @property
+    def squared_error(self) -> Tensor:
+        """Σ (f* − f)² over samples and outputs."""
+        return self._sums.squared_error
+
+    @property
+    def mse(self) -> Tensor:
+        """As the module's `mse`."""
+        return self.squared_error / self.probe.trace.output.numel()
+
+    @property
+    def correlations(self) -> list[Tensor]:
+        """`correlation` of each hidden layer."""
+        return self._sums.correlations
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One member at one epoch; what observables share is computed once and only when asked for.
+
+    Attributes:
+        student: A network, or a module of the user's own; `network` and `net` where only the former will do, or only
+            plain linear layers.
+        train, eval: What it is measured on.
+        band: Of `observation`.
+        layout: Sizes that the record decides.
+        objective: The loss that is trained; gradients and Hessians are of it.
+        labels: Whose classes it is of, where it is of classes.
+    """
+
+    student: Network | Own
+    train: Probe
+    eval: Probe
+    band: float = 0.1
+    layout: schema.Layout | None = None
+    objective: Loss = MSE
+    labels: Literal["teacher", "data"] = "teacher"
+
+    @property
+    def network(self) -> Network:
+        return _network(self.student)
+
+    @property
+    def net(self) -> Network:
+        return _plain(self.network)
+
+    @property
+    def teacher(self) -> Network:
+        return _plain(_network(self.eval.teacher))
+
+    def loss(self, response: Response) -> Tensor:
+        """J over a probe."""
+        if self.objective == MSE:  # whose sums are compiled
+            return 0.5 * response.squared_error / len(response.probe.inputs)
+        return self.objective.over(response.trace.output, response.probe.trace.output, self._classes(response.probe))
+
+    def target(self, probe: Probe) -> Tensor:
+        """What the loss that is trained wants on a probe, (sample, output)."""
+        return self.objective.target(probe.trace.output, self._classes(probe))
+
+    def _classes(self, probe: Probe) -> Tensor:
+        match self.labels:
+            case "teacher":
+                return probe.classes
+            case "data":
+                if probe.labels is None:
+                    raise ValueError("measure: labels='data' needs Probes with labels")
+                return probe.labels
+            case other:
+                assert_never(other)
+
+    @cached_property
+    def on_train(self) -> Response:
+        return Response(self.student, self.train)
+
+    @cached_property
+    def on_eval(self) -> Response:
+        own = isinstance(self.student, Own) or isinstance(self.eval.teacher, Own)  # which have no layers to compare
+        return Response(self.student, self.eval, correlated=not own)
+
+    @property
+    def fanout_norms(self) -> list[Tensor]:
+        student = self.network
+        if student.plain and student.depth == 2:  # V_1 = W_2 whatever x
+            return [student.weights[1].norm(dim=0)]
+        return _fanout_norms(student, self.eval.inputs, self.on_eval.trace)
+
+    @cached_property
+    def moments(self) -> coupling_moments.Moments:
+        return coupling_moments.expectations(self.network, _network(self.eval.teacher), self.eval.inputs)
+
+    @cached_property
+    def gradients(self) -> list[Tensor]:
+        """g_l of the loss that is trained, over the training set."""
+        trace = self.on_train.trace
+        residual = self.objective.residual(trace.output, self.target(self.train))
+        return backpropagated_gradients(self.net, trace, residual)
+
+
+def _plain(network: Network) -> Network:
+    require_plain("measure", network)
+    return network

@@ -1,0 +1,303 @@
+"""What is measured: pure functions of a student and its teacher, registered under the schema variable they fill.
+
+A layered observable gives one array a layer, or None where it has no meaning; the archive pads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tsdyn import registers, schema, vocabulary
+from tsdyn.derivatives import curvature
+from tsdyn.experiment.errors import ExperimentError
+from tsdyn.experiment.experiment import Experiment
+from tsdyn.networks.any_module import Own
+from tsdyn.networks.network import Network
+from tsdyn.observables.formulas import accuracy, observation, observation_count
+from tsdyn.observables.member import Measurement
+from tsdyn.theory import alignments, coupling_moments, couplings
+
+Layers: TypeAlias = list[Tensor | None]
+
+
+Observable: TypeAlias = Callable[[Measurement], Tensor | Layers]
+
+
+#: tsdyn's own, by the variable that each fills.
+OBSERVABLES: dict[str, Observable] = {}
+
+
+@dataclass(frozen=True)
+class Observed:
+    """An observable of a package or of the user's own: what an entry point of ``tsdyn.observables`` names.
+
+    Attributes:
+        variable: As `tsdyn.declare` gives it; experiment files ask for it by its name.
+        measure: `Measurement` → a tensor, or one per layer from the lowest up, of the variable's sizes.
+    """
+
+    variable: vocabulary.Variable
+    measure: Observable
+
+    @property
+    def name(self) -> str:
+        return self.variable.name
+
+
+def observable(name: str) -> Observable:
+    """The measurement of that name: tsdyn's own, or one that a package offers or `tsdyn.run` was given.
+
+    Raises:
+        PartError: if there is none, or what a package offers is no `Observed` of that name.
+    """
+    if name in OBSERVABLES:
+        return OBSERVABLES[name]
+    found = registers.OBSERVABLES.load(name)
+    if not isinstance(found, Observed) or found.name != name or schema.DECLARED.get(name) != found.variable:
+        raise registers.PartError(
+            f"observable {name!r}: {registers.OBSERVABLES.origin(name).target} is {found!r}; it must be a tsdyn "
+            "Observed whose variable tsdyn.declare gave, of that name"
+        )
+    return found.measure
+
+
+@contextmanager
+def added(observables: Sequence[Observed]) -> Iterator[None]:
+    """Inside, experiments of this process can ask for these observables by name."""
+    done: list[str] = []
+    try:
+        for each in observables:
+            if each.name not in done:
+                schema.adopt(each.variable)
+                registers.OBSERVABLES.add(each.name, each)
+                done.append(each.name)
+        yield
+    finally:
+        for name in done:
+            registers.OBSERVABLES.remove(name)
+
+
+def load(experiment: Experiment) -> None:
+    """Load the observables that packages offer and `experiment` asks for, so that their variables are declared.
+
+    Raises:
+        ExperimentError: if one is not there, or cannot be measured of this experiment's networks.
+    """
+    for register, name in experiment.parts.values():
+        if register is not registers.OBSERVABLES:
+            continue
+        try:
+            observable(name)
+        except registers.PartError as error:
+            raise ExperimentError(f"record.observables: {error}") from None
+        row = schema.variable(name)
+        if experiment.deep and not row.deep:
+            raise ExperimentError(f"record.observables: {name} is not measured of convolutions and BatchNorm (deep)")
+        if experiment.student.module is not None and not row.own:
+            raise ExperimentError(f"record.observables: {name} is not measured of modules of your own (own)")
+
+
+def fills(variable: str) -> Callable[[Observable], Observable]:
+    """Register a measurement under the schema variable it fills."""
+    if variable not in vocabulary.VARIABLES:
+        raise ValueError(f"fills: {variable!r} is not a variable of the schema; declare it in tsdyn.vocabulary first")
+
+    def register(observable: Observable) -> Observable:
+        OBSERVABLES[variable] = observable
+        return observable
+
+    return register
+
+
+fills("loss_train")(lambda m: m.loss(m.on_train))
+
+
+fills("loss_eval")(lambda m: m.loss(m.on_eval))
+
+
+fills("mse_train")(lambda m: m.on_train.mse)
+
+
+fills("mse_eval")(lambda m: m.on_eval.mse)
+
+
+fills("weight")(lambda m: [w.flatten(1) for w in m.network.weights])
+
+
+fills("bias")(lambda m: [w.new_zeros(len(w)) if b is None else b for w, b in _layers(m.network)])
+
+
+fills("correlation")(lambda m: list(m.on_eval.correlations))
+
+
+fills("fanout_norm")(lambda m: list(m.fanout_norms))
+
+
+fills("teacher_fanout_norm")(lambda m: list(m.eval.fanout_norms))
+
+
+fills("gradient_rms")(lambda m: [g.square().mean(0).sqrt() for g in m.gradients])
+
+
+fills("gradient_max")(lambda m: [g.abs().amax(0) for g in m.gradients])
+
+
+fills("observation")(lambda m: [observation(t, s, band=m.band) for t, s in _hidden_z(m)])
+
+
+fills("observation_count")(lambda m: [observation_count(t, s) for t, s in _hidden_z(m)])
+
+
+for _moment in vocabulary.FAMILIES["moments"]:
+    fills(_moment)(lambda m, name=_moment: list(getattr(m.moments, name)))  # type: ignore[misc]
+
+
+@fills("lemma1_residual")
+def _lemma1_residual(m: Measurement) -> Tensor:
+    return torch.tensor(couplings.lemma1_residual(m.net, m.teacher, m.eval.inputs))
+
+
+@fills("alignment")
+def _alignment(m: Measurement) -> Tensor:
+    return alignments.alignment(m.teacher, m.net)
+
+
+@fills("gradient_norm")
+def _gradient_norm(m: Measurement) -> Tensor:
+    """‖∂J_x/∂θ‖² = Σ_l ‖g_l‖² (‖f_{l−1}‖² + 1), the 1 where layer l has a bias."""
+    below = [m.train.inputs, *m.on_train.trace.activations[:-1]]
+    squares = [
+        g.square().sum(1) * (f.square().sum(1) + (bias is not None))
+        for g, f, bias in zip(m.gradients, below, m.net.biases, strict=True)
+    ]
+    quantiles = torch.tensor(_layout(m).quantiles, dtype=squares[0].dtype, device=squares[0].device)
+    return torch.quantile(torch.stack(squares).sum(0).sqrt(), quantiles)
+
+
+@fills("hessian_eigenvalue")
+def _hessian_eigenvalue(m: Measurement) -> Tensor:
+    student, inputs, target = m.net, m.train.inputs, m.target(m.train)
+    free = [*student.weights, *(b for b in student.biases if b is not None)]
+    leak = student.activation.leak
+
+    def at(parameters: list[Tensor]) -> Tensor:
+        weights, rest = parameters[: student.depth], iter(parameters[student.depth :])
+        biases = [None if b is None else next(rest) for b in student.biases]
+        moved = Network(weights, biases, student.activation.name, leak=0.0 if leak is None else leak)
+        return m.objective.value(moved(inputs), target)
+
+    wanted = _layout(m).modes
+    values = curvature.hessian_spectrum(at, free, wanted)
+    missing = values.new_full((wanted - len(values),), torch.nan)  # a student without biases may have fewer
+    return torch.cat([values, missing])
+
+
+def _layout(m: Measurement) -> schema.Layout:
+    if m.layout is None:
+        raise ValueError("measure: gradient_norm, hessian_eigenvalue and accuracy need the Measurement's layout")
+    return m.layout
+
+
+@fills("accuracy")
+def _accuracy(m: Measurement) -> Tensor:
+    return accuracy(m.eval.classes, m.on_eval.trace.output, most=_layout(m).padded("top_k"))
+
+
+@fills("label_accuracy")
+def _label_accuracy(m: Measurement) -> Tensor:
+    if m.eval.labels is None:
+        raise ValueError("measure: label_accuracy needs a Probe with labels")
+    return accuracy(m.eval.labels, m.on_eval.trace.output, most=_layout(m).padded("top_k"))
+
+
+@fills("conserved_norm")
+def _conserved_norm(m: Measurement) -> Layers:
+    return list(coupling_moments.conserved_norms(m.network))
+
+
+def _of_norms(variable: str, name: str) -> None:
+    def measured(m: Measurement) -> Layers:
+        nothing = [torch.full_like(w.flatten(1)[:, 0], torch.nan) for w in m.network.weights[:-1]]
+        held = [None if n is None else n.tensors().get(name) for n in m.network.norms]
+        return [n if h is None else h for h, n in zip(held, nothing, strict=True)]
+
+    fills(variable)(measured)
+
+
+for _variable, _name in (
+    ("norm_scale", "weight"), ("norm_shift", "bias"), ("norm_mean", "running_mean"), ("norm_variance", "running_var"),
+):  # fmt: skip
+    _of_norms(_variable, _name)
+
+
+@fills("parameter")
+def _parameter(m: Measurement) -> Tensor:
+    if not isinstance(m.student, Own):
+        raise ValueError("measure: parameter is of students that are modules of the user's own; record weight")
+    return m.student.entries()
+
+
+def _layers(network: Network) -> list[tuple[Tensor, Tensor | None]]:
+    return list(zip(network.weights, network.biases, strict=True))
+
+
+def _hidden_z(m: Measurement) -> list[tuple[Tensor, Tensor]]:
+    pairs = zip(m.train.trace.preactivations, m.on_train.trace.preactivations, strict=True)
+    return list(pairs)[:-1]
+
+
+Record: TypeAlias = Mapping[str, np.ndarray | list[np.ndarray]]
+
+
+def measure(variables: Iterable[str], measurement: Measurement) -> dict[str, np.ndarray | list[np.ndarray]]:
+    """The named variables of one member: an array, or one for each layer from the lowest up.
+
+    A list shorter than the depth means that the variable has no value at the layers above.
+
+    Raises:
+        KeyError: for a variable without a measurement.
+    """
+    found: dict[str, np.ndarray | list[np.ndarray]] = {}
+    with torch.no_grad():
+        for name in variables:
+            value = observable(name)(measurement)
+            if name not in OBSERVABLES:
+                value = _checked(name, value, _layout(measurement))
+            found[name] = (
+                [v.cpu().numpy() for v in value if v is not None] if isinstance(value, list) else value.cpu().numpy()
+            )
+    return found
+
+
+def _checked(name: str, value: Tensor | Layers, layout: schema.Layout) -> Tensor | Layers:
+    """What a user's observable gave, if it has the dimensions that its variable declares.
+
+    Raises:
+        PartError: otherwise, naming both.
+    """
+    row = schema.variable(name)
+    parts = value if isinstance(value, (list, tuple)) else [value]
+    if isinstance(value, (list, tuple)) != row.layered or len(parts) > max(layout.depth, 1):
+        what = f"a list of {len(parts)}" if isinstance(value, (list, tuple)) else "one array"
+        raise registers.PartError(
+            f"observable {name!r} gave {what}; its variable has dimensions {row.dims}: "
+            + ("give a list of one tensor per layer from the lowest up" if row.layered else "give one tensor")
+        )
+    tensors = [torch.as_tensor(part) for part in parts if part is not None]
+    for layer, tensor in enumerate(tensors, start=1):
+        wanted = layout.block(row, layer if row.layered else None)
+        if tuple(tensor.shape) != wanted:
+            inner = [dim for dim in row.dims if dim not in ("seed", "epoch", "layer")]
+            where = f" at layer {layer}" if row.layered else ""
+            raise registers.PartError(
+                f"observable {name!r} gave shape {tuple(tensor.shape)}{where}; its variable declares "
+                f"({', '.join(inner)}), which is {wanted} here"
+            )
+    return list(tensors) if row.layered else tensors[0]

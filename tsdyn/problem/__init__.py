@@ -1,0 +1,1 @@
+"""What a seed draws: inputs, images, teacher and student."""

@@ -1,0 +1,81 @@
+"""The input files of an experiment, known by what they hold: SHA-256 of each, kept and compared on resume."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from tsdyn.archive.whole_files import DirectoryError, digest_of
+from tsdyn.experiment.experiment import Experiment
+from tsdyn.problem import images
+
+#: Global attribute of an archive: JSON, key of the experiment file → SHA-256 of what it names.
+ATTRIBUTE = "input_sha256"
+MISSING = "missing"
+
+
+def files(experiment: Experiment) -> dict[str, list[Path]]:
+    """Key of the experiment file → the files that are read for it."""
+    found = {
+        "teacher.path": _named(experiment.teacher.path),
+        "student.path": _named(experiment.student.path),
+        "data.path": images.files(experiment.data.model_copy(update={"eval_path": None})),
+        "data.eval_path": _named(experiment.data.eval_path),
+    }
+    return {key: paths for key, paths in found.items() if paths}
+
+
+def _named(path: str | None) -> list[Path]:
+    """A file; of a directory, which is then an earlier run's, its archive or its segments."""
+    if path is None:
+        return []
+    return sorted(Path(path).rglob("*.nc")) if Path(path).is_dir() else [Path(path)]
+
+
+def digests(experiment: Experiment) -> dict[str, str]:
+    """Key of the experiment file → SHA-256 of the file it names, or of the lines that ``sha256sum`` writes of several.
+
+    A file is read again only once its size or times changed.  ``missing`` for one that cannot be read.
+    """
+    return {key: _together(paths) for key, paths in files(experiment).items()}
+
+
+def _together(paths: list[Path]) -> str:
+    each = [digest_of(path) for path in paths]
+    if None in each:
+        return MISSING
+    if len(paths) == 1:
+        return str(each[0])
+    lines = "".join(f"{digest}  {path.name}\n" for digest, path in zip(each, paths, strict=True))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def kept(attrs: Mapping[str, object]) -> dict[str, str] | None:
+    """What the attributes of an archive say of its input files; None if it was written before they did."""
+    try:
+        found = json.loads(str(attrs[ATTRIBUTE]))
+    except (KeyError, ValueError):
+        return None
+    return {str(key): str(digest) for key, digest in found.items()} if isinstance(found, dict) else None
+
+
+def refuse_other(path: Path, experiment: Experiment, before: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """Refuse to go on with input files that are not those of the epochs that are there.
+
+    Raises:
+        DirectoryError: naming each file with both its checksums.
+    """
+    named = files(experiment)
+    other = [
+        f"{key}: {', '.join(map(str, named[key][:4]))}: SHA-256 {before[key]} of the committed epochs, {now[key]} now"
+        for key in now
+        if key in before and before[key] != now[key]
+    ]
+    if other:
+        raise DirectoryError(
+            f"{path}: was computed from other input files than are there now, so nothing is added. What differs:\n  "
+            + "\n  ".join(other)
+            + "\nPut the former back to go on, or give another directory with -o"
+        )

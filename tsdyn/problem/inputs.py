@@ -1,0 +1,159 @@
+"""Input laws and every random stream of a run.
+
+A draw depends on (experiment, seed, epoch) and the stream's name only: each stream is its own counter-based
+generator keyed by these, so no draw depends on which members share a batch, a process or a device, and a run
+can be resumed at any epoch without stored generator states.  Streams ignore the values that a sweep changes,
+so points of a sweep share their random numbers wherever shapes agree (a paired comparison).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from tsdyn import registers
+from tsdyn.experiment.experiment import Experiment
+from tsdyn.problem import images
+
+STREAMS = ("teacher", "student", "train", "eval", "batches", "probe", "augment")
+
+
+def generator(seed: int, stream: str, epoch: int = 0) -> np.random.Generator:
+    """The generator of one stream of one member at one epoch (Philox, the same on every platform)."""
+    # numpy cuts an integer into words of 32 bits, so that the second word of a large seed would stand where the stream
+    # does; as a spawn key it comes after four words and meets none of them.  Smaller seeds have one word
+    high, low = divmod(seed, 1 << 32)
+    key = np.random.SeedSequence((low, STREAMS.index(stream), epoch), spawn_key=(high,) if high else ())
+    return np.random.Generator(np.random.Philox(key))
+
+
+def _gaussian(rng: np.random.Generator, samples: int, inputs: int, *, std: float) -> np.ndarray:
+    return rng.standard_normal((samples, inputs)) * std
+
+
+def _uniform(rng: np.random.Generator, samples: int, inputs: int, *, std: float) -> np.ndarray:
+    edge = math.sqrt(3.0) * std
+    return rng.uniform(-edge, edge, (samples, inputs))
+
+
+#: Laws by name: (rng, samples, inputs, *, std, **data.arguments) → (sample, input).
+LAWS: Mapping[str, Callable[..., np.ndarray]] = {"gaussian": _gaussian, "uniform": _uniform}
+
+
+def draw_inputs(experiment: Experiment, rng: np.random.Generator, samples: int) -> Float[np.ndarray, "sample input"]:
+    """Inputs from the experiment's distribution, in its dtype.
+
+    ``gaussian``: N(0, std²) per coordinate.  ``uniform``: on [−√3 std, √3 std], which has the same variance.  Or a law
+    that an installed package offers (`registers.LAWS`).
+
+    Raises:
+        ValueError: for a data set, which is no distribution.
+        PartError: if what a package's law draws are not that many finite real inputs.
+    """
+    law, shape = experiment.data, (samples, experiment.teacher.widths[0])
+    if not law.drawn:
+        raise ValueError(f"draw_inputs: data.law = {law.law!r} is a data set; training_inputs takes from it")
+    x = np.asarray(registers.LAWS.load(law.law)(rng, *shape, std=law.std, **(law.arguments or {})))
+    if registers.LAWS.foreign(law.law) and (x.shape != shape or x.dtype.kind != "f" or not np.isfinite(x).all()):
+        raise registers.PartError(
+            f"law {law.law!r} of {registers.LAWS.origin(law.law).package} drew {x.dtype} of shape {x.shape}; it must "
+            f"draw finite real numbers of shape {shape}, (samples, inputs)"
+        )
+    return x.astype(experiment.dtype, copy=False)
+
+
+def training_inputs(experiment: Experiment, seed: int, epoch: int = 0) -> Float[np.ndarray, "sample input"]:
+    """The set on which training quantities are measured.
+
+    Finite data: the training set, before augmentation.  Fresh data has none: as many new samples as the evaluation
+    set, at each epoch.
+
+    Raises:
+        DataError: if a data set cannot be read, is too small, or does not fit the teacher.
+    """
+    law = experiment.data
+    if not law.drawn:
+        return _taken(experiment, seed, 0)
+    if law.train == "fresh":
+        return draw_inputs(experiment, generator(seed, "probe", epoch), law.eval)
+    return draw_inputs(experiment, generator(seed, "train"), law.train)
+
+
+def evaluation_inputs(experiment: Experiment, seed: int) -> Float[np.ndarray, "sample input"]:
+    """The evaluation set, the same at every epoch.
+
+    Raises:
+        DataError: as `training_inputs`.
+    """
+    if not experiment.data.drawn:
+        return _taken(experiment, seed, 1)
+    return draw_inputs(experiment, generator(seed, "eval"), experiment.data.eval)
+
+
+def labels(experiment: Experiment, seed: int, part: Literal["train", "eval"]) -> Int[np.ndarray, " sample"]:
+    """The data set's own labels of `training_inputs` or `evaluation_inputs`.
+
+    Raises:
+        DataError: if the data have none, or as `training_inputs`.
+    """
+    which, law = ("train", "eval").index(part), experiment.data
+    found = None if law.drawn else images.load(law)[which].labels
+    if found is None:
+        raise images.DataError(f"data.law = {law.law!r}: these data have no labels")
+    if (most := int(found.max())) >= experiment.teacher.widths[-1]:
+        raise images.DataError(
+            f"teacher.widths: {experiment.teacher.widths[-1]} outputs, but there is a label {most}; labels start at 0"
+        )
+    labels: np.ndarray = found[images.split(law, generator(seed, "train"))[which]]
+    return labels
+
+
+def _taken(experiment: Experiment, seed: int, which: int) -> Float[np.ndarray, "sample input"]:
+    images.check_width(experiment.data, experiment.teacher.widths[0])
+    chosen = images.split(experiment.data, generator(seed, "train"))[which]
+    return images.load(experiment.data)[which].inputs(chosen, experiment.dtype)
+
+
+def batch_indices(experiment: Experiment, seed: int, epoch: int, samples: int) -> Int[np.ndarray, "step batch"]:
+    """Which of this member's training samples make each batch of the epoch that ends at `epoch`; finite data.
+
+    With ``steps_per_epoch`` given, batches are drawn with replacement (the released code's way); without, they
+    are one pass over a permutation, and a remainder smaller than a batch is left out.
+    """
+    shape = experiment.steps, experiment.training.batch
+    rng = generator(seed, "batches", epoch)
+    if experiment.training.steps_per_epoch is not None:
+        return rng.integers(0, samples, shape, dtype=np.int64)
+    return rng.permutation(samples)[: math.prod(shape)].reshape(shape).astype(np.int64)
+
+
+def new_at_every_step(experiment: Experiment) -> bool:
+    """Whether no two steps use the same input: fresh samples, or images moved anew."""
+    return experiment.data.train == "fresh" or experiment.data.augment == "crop-flip"
+
+
+def fresh_batches(
+    experiment: Experiment, seed: int, epoch: int, *, steps_at_once: int
+) -> Iterator[Float[np.ndarray, "step batch input"]]:
+    """New samples for every step of the epoch that ends at `epoch`, some steps at a time.
+
+    The samples do not depend on `steps_at_once`: one generator draws them in order.
+    """
+    batch, steps = experiment.training.batch, experiment.steps
+    pieces = (slice(start, min(start + steps_at_once, steps)) for start in range(0, steps, steps_at_once))
+    if experiment.data.augment != "crop-flip":
+        rng = generator(seed, "batches", epoch)
+        for piece in pieces:
+            count = piece.stop - piece.start
+            yield draw_inputs(experiment, rng, count * batch).reshape(count, batch, -1)
+        return
+    own, _ = images.split(experiment.data, generator(seed, "train"))
+    indices = own[batch_indices(experiment, seed, epoch, len(own))]
+    held, rng = images.load(experiment.data)[0], generator(seed, "augment", epoch)
+    for piece in pieces:
+        # one step at a time, so that the draws do not depend on how many are taken together
+        yield np.stack([held.cropped(step, rng, experiment.dtype) for step in indices[piece]])

@@ -1,0 +1,173 @@
+"""The students of a population flow: one (n, k), all seeds, from Glorot's start to where gradient flow ends.
+
+At the end of each: Newton to |∇| ≤ 1e-12, the Hessian's signature, the class with what decided it; and beside them
+what theory says without a seed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tsdyn import vocabulary
+from tsdyn.experiment.experiment import Experiment
+from tsdyn.experiment.shapes import FLOW_END
+from tsdyn.flow.flows import Flow, Limits
+from tsdyn.flow.stationary import polish, signature
+from tsdyn.networks.network import Network
+from tsdyn.population.critical_point_kinds import Classification, classify
+from tsdyn.population.critical_points import ODD, copy_average, one_neuron, perturbed_copy
+from tsdyn.population.two_layer_loss import PopulationLoss, starts
+from tsdyn.running.protocol import of_this_shape
+
+
+class FlowMembers:
+    """All seeds of one population flow, as `tsdyn.running.protocol.Runnable` says.
+
+    The teacher has k orthonormal nodes along the axes and outgoing weights 1.  What a seed draws depends on the seed
+    and n, d only.
+
+    Args:
+        experiment: Of kind ``population-flow``, without a sweep.
+        device: ``cpu``.
+    """
+
+    def __init__(self, experiment: Experiment, device: str = "cpu") -> None:
+        self.experiment, self.device = experiment, device
+
+    @cached_property
+    def loss(self) -> PopulationLoss:
+        """The population loss of these students."""
+        inputs, k, _ = self.experiment.teacher_widths
+        law = self.experiment.student
+        eye = torch.eye(k, inputs, dtype=torch.float64)
+        teacher = Network([eye, torch.ones(1, k, dtype=torch.float64)], activation=law.activation, leak=law.leak)
+        return PopulationLoss(teacher, self.experiment.student_widths[1])
+
+    @cached_property
+    def flow(self) -> Flow:
+        """Where the students are."""
+        begin = starts(self.loss, self.experiment.seed_labels)
+        return Flow(self.loss, begin, times=np.array(self.experiment.labels), limits=Limits(end=FLOW_END))
+
+    def draw(self) -> None:
+        """The starts."""
+        _ = self.flow
+
+    def advance(self, step: int) -> list[int]:
+        """Gradient flow until all students have come to ``experiment.marks[step]`` or stopped; none dies."""
+        last = step == self.experiment.last
+        with torch.no_grad():
+            self.flow.until(math.inf if last else self.experiment.marks[step])
+        return []
+
+    def measure(self, step: int, variables: tuple[str, ...]) -> dict[str, Any]:
+        """``weight`` and ``population_loss`` at that time; NaN for those that stopped before."""
+        rows = self.flow.joined("path")[:, step]
+        found: dict[str, Any] = {"weight": self._layers(rows), "population_loss": self.loss.value(rows).numpy()}
+        return {name: found[name] for name in variables}
+
+    def _layers(self, rows: Tensor) -> list[np.ndarray]:
+        w, a = self.loss.unpack(rows)
+        return [w.numpy(), a.mT.numpy()]
+
+    @property
+    def _members(self) -> int:
+        return len(self.experiment.seed_labels)
+
+    def constants(self) -> dict[str, Any]:
+        """The teacher, and the critical points that theory knows."""
+        teacher = [np.repeat(w.numpy()[None], self._members, 0) for w in self.loss.teacher.weights]
+        return {"teacher_weight": teacher} | {
+            name: np.full(self._members, value) for name, value in _theory(self.loss).items()
+        }
+
+    def outcome(self) -> dict[str, Any]:
+        """Where each student ended, and what that is."""
+        flow, loss = self.flow, self.loss
+        final = flow.joined("y")
+        end = polish(loss, final)
+        # elsewhere Newton would lead away: a member that ran into a singularity or along a channel stays where it is
+        arrived = torch.from_numpy(flow.reasons == "gradient")
+        at = torch.where(arrived[:, None], end.point, final)
+        found = [classify(loss.network(row), loss.teacher) for row in at]
+        reasons = _hyphened(flow.reasons)
+        kinds = np.where(arrived.numpy(), _hyphened(end.kind), reasons)
+        return {
+            "end_weight": self._layers(at),
+            "end_loss": loss.value(at).numpy(),
+            "end_gradient_max": loss.gradient(at).abs().amax(-1).numpy(),
+            "end_index": torch.where(arrived, end.signature.negative.double(), math.nan).numpy(),
+            "end_kind": _codes(kinds, vocabulary.END_KINDS),
+            "end_class": _codes([c.kind for c in found], vocabulary.END_CLASSES),
+            "end_ground": _codes([c.ground for c in found], vocabulary.END_GROUNDS),
+            "end_margin": np.array([c.margin for c in found]),
+            "end_owner": np.stack([_owners(c) for c in found]),
+            "stop_time": flow.joined("t").numpy(),
+            "stop_reason": _codes(reasons, vocabulary.STOP_REASONS),
+        }
+
+    def state(self) -> dict[str, np.ndarray]:
+        """That of the integrator."""
+        return self.flow.state() | {"death_epoch": np.full(self._members, -1)}
+
+    def restore(self, state: Mapping[str, np.ndarray]) -> None:
+        """Go on from a stored state.
+
+        Raises:
+            StateError: if it is not a state of these members.
+        """
+        self.flow.restore(of_this_shape(state, self.state()))
+
+
+def _hyphened(words: np.ndarray) -> np.ndarray:
+    return np.char.replace(words.astype(str), " ", "-")
+
+
+def _codes(words: Iterable[str], known: tuple[str, ...]) -> np.ndarray:
+    return np.array([float(known.index(word)) for word in words])
+
+
+def _owners(found: Classification) -> np.ndarray:
+    """The student node that owns each teacher node, NaN for those that are shared."""
+    owners = np.full(found.cosine.shape[1], np.nan)
+    for node, group in enumerate(found.groups):
+        owners[list(group)] = node
+    return owners
+
+
+def _theory(loss: PopulationLoss) -> dict[str, float]:
+    """What no seed is needed for; NaN where there is no such point."""
+    sigma = loss.teacher.activation
+    activation, n, k = sigma.name, loss.nodes, loss.teacher.widths[1]
+    values = dict.fromkeys(
+        (
+            "loss_copy_average", "loss_perturbed_copy", "index_copy_average", "index_perturbed_copy",
+            "one_neuron_norm", "one_neuron_outgoing",
+        ),
+        math.nan,
+    )  # fmt: skip
+    if n > k:
+        return values
+    best = one_neuron(activation, k - n + 1, leak=0.01 if sigma.leak is None else sigma.leak)
+    values |= {"loss_copy_average": best.loss}
+    if n == 1:
+        values |= {"one_neuron_norm": best.norm, "one_neuron_outgoing": best.outgoing}
+    if activation in ODD:
+        points = [copy_average(activation, loss.teacher, [1] * (n - 1) + [k - n + 1])]
+        points += [perturbed_copy(loss.teacher, n)] if n < k else []
+        rows = loss.pack(points)
+        for name, value, index in zip(
+            ("copy_average", "perturbed_copy"),
+            loss.value(rows).tolist(),
+            signature(loss, rows).negative.tolist(),
+            strict=False,
+        ):
+            values |= {f"loss_{name}": value, f"index_{name}": index}
+    return values

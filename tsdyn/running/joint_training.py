@@ -1,0 +1,139 @@
+"""Points of a sweep trained as one ensemble, where their shapes allow it."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from tsdyn.engine.batches import Batches, Stream, finite_stream
+from tsdyn.engine.ensemble import Ensemble
+from tsdyn.engine.rule import Rule
+from tsdyn.engine.train import train_epoch
+from tsdyn.experiment.experiment import Experiment
+from tsdyn.problem.inputs import (
+    new_at_every_step,
+)
+from tsdyn.running import estimates
+from tsdyn.running.members import Members
+
+if TYPE_CHECKING:
+    pass
+
+
+def ensemble_key(experiment: Experiment) -> object | None:
+    """A key that experiments share which can train as one ensemble (`JointTraining`); None for one that cannot.
+
+    Their students have the same layers and take as many steps of one rule.  Learning rates, starts, teachers and data
+    may differ.
+    """
+    law, student = experiment.training, experiment.student
+    if experiment.kind != "training" or experiment.deep or law.method == "flow" or experiment.of_own_modules:
+        return None
+    return (
+        experiment.dtype,
+        experiment.student_widths,
+        (student.activation, student.leak, student.bias),
+        law.model_copy(update={"learning_rate": 0.0}),
+        experiment.steps,
+        new_at_every_step(experiment),
+        (experiment.data.train, experiment.data.augment) if law.whole else None,
+    )
+
+
+class JointTraining:
+    """Members of several experiments of one `ensemble_key` and at one epoch, trained as one ensemble.
+
+    What is drawn for a member is its own.  Its bits, too, are those it has by itself where the compiled kernel trains
+    it; batched products may round otherwise in other company.
+
+    Args:
+        parts: Whose ensembles become views of one, and whose training sets become views of another.
+
+    Raises:
+        ValueError: if they took different numbers of steps so far.
+    """
+
+    def __init__(self, parts: Sequence[Members]) -> None:
+        self.parts = parts
+        for part in parts:
+            part.prepare()
+        self.ensemble = Ensemble.joined([part.ensemble for part in parts])
+        finite = [part.finite for part in parts] if not new_at_every_step(parts[0].experiment) else []
+        self._finite = tuple(_stacked(each) for each in zip(*finite, strict=True))
+        self._places, stop = [], 0
+        for part in parts:
+            start, stop = stop, stop + len(part.teachers)
+            self._places.append(slice(start, stop))
+            part.ensemble = self.ensemble.block(self._places[-1])
+            if self._finite:
+                part.finite = (self._finite[0][start:stop], self._finite[1][start:stop])
+
+    def train(self, epoch: int) -> list[list[int]]:
+        """The epoch that ends at `epoch`; the seeds of each part that died in it."""
+        rates = [
+            torch.full((len(p.teachers),), p.experiment.training.rate(epoch), dtype=torch.float64) for p in self.parts
+        ]
+        rule = replace(Rule.of(self.parts[0].experiment.training, epoch), learning_rate=torch.cat(rates))
+        train_epoch(self.ensemble, self._stream(epoch), rule, batch=self.parts[0].batch)
+        for part in self.parts:
+            part.ensemble.steps = self.ensemble.steps
+        return [part.mark_dead(epoch) for part in self.parts]
+
+    def _stream(self, epoch: int) -> Stream:
+        if not self._finite:
+            return lambda members: self._fresh(members, epoch)
+        rows = [part.rows(epoch) for part in self.parts]
+        chosen = None if rows[0] is None else torch.cat([r for r in rows if r is not None])
+        return finite_stream(self._finite[0], self._finite[1], chosen, steps=self.parts[0].experiment.steps)
+
+    def _fresh(self, members: slice, epoch: int) -> Iterator[Batches]:
+        at_once = self.parts[0].steps_at_once(members.stop - members.start)
+        pieces = []
+        for part, place in zip(self.parts, self._places, strict=True):
+            first, last = max(members.start, place.start), min(members.stop, place.stop)
+            if first < last:
+                pieces.append(part.fresh(slice(first - place.start, last - place.start), epoch, at_once))
+        for each in zip(*pieces, strict=True):
+            inputs, targets = torch.cat([b.inputs for b in each]), torch.cat([b.targets for b in each])
+            rows = torch.cat([b.rows for b in each if b.rows is not None])  # new samples have rows, always
+            yield Batches(inputs, targets, rows, each[0].steps)
+
+
+def _stacked(parts: Sequence[Tensor]) -> Tensor:
+    """(member, sample, ...) of several, one after another; NaN beyond the samples of those that have fewer."""
+    longest = max(part.shape[1] for part in parts)
+    return torch.cat([
+        torch.nn.functional.pad(part, (0, 0, 0, longest - part.shape[1]), value=torch.nan) for part in parts
+    ])  # fmt: skip
+
+
+def group_points(points: Mapping[str, Experiment], workers: int, room: int) -> list[dict[str, Experiment]]:
+    """Points divided into ensembles, each of one `ensemble_key`, at most `room` bytes and at most `_at_most` points.
+
+    Args:
+        points: Directory name → experiment.
+        workers: Who share them: none is left idle for the sake of a larger ensemble.
+        room: What one worker has of memory, in bytes; a point that takes more by itself stays one.
+    """
+    share = min(_at_most(), -(-len(points) // workers))
+    groups: list[dict[str, Experiment]] = []
+    open_ones: dict[object, tuple[dict[str, Experiment], estimates.Footprint]] = {}
+    for name, single in points.items():
+        kin, alone = ensemble_key(single), estimates.footprint(single)
+        group, held = open_ones.get(kin, ({}, estimates.Footprint()))
+        if kin is None or not group or len(group) >= share or (held + alone).bytes > room:
+            group, held = {}, estimates.Footprint()
+            groups.append(group)
+        group[name] = single
+        open_ones[kin] = group, held + alone
+    return groups
+
+
+def _at_most() -> int:
+    """Points that one process writes side by side: each keeps a file open for its lock, joining opens more."""
+    return max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)

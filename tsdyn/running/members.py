@@ -1,0 +1,278 @@
+"""The members of a run, and of several runs that share one program: drawn, trained, measured, stored and restored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, assert_never
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from tsdyn import schema
+from tsdyn.engine.batches import Batches, Stream, finite_stream
+from tsdyn.engine.ensemble import Ensemble, mark_dead
+from tsdyn.engine.loss import loss
+from tsdyn.engine.rule import Rule
+from tsdyn.engine.train import train_epoch
+from tsdyn.experiment.experiment import Experiment
+from tsdyn.flow import epochs
+from tsdyn.networks.any_module import Own
+from tsdyn.networks.network import Network
+from tsdyn.observables import registry
+from tsdyn.observables.member import Measurement, Probe
+from tsdyn.problem import augmentation
+from tsdyn.problem.inputs import (
+    batch_indices,
+    evaluation_inputs,
+    fresh_batches,
+    labels,
+    new_at_every_step,
+    training_inputs,
+)
+from tsdyn.problem.students import draw_student
+from tsdyn.problem.teachers import draw_teacher
+from tsdyn.running.own_modules import Maker, check_given, made
+from tsdyn.running.protocol import of_this_shape
+
+#: Fresh batches of a block of members are drawn in pieces of about this size.
+FRESH_BYTES = 1 << 26
+
+
+@dataclass
+class Members:
+    """All members of a run of training: teachers, data and the ensemble; as `tsdyn.running.protocol.Runnable` says."""
+
+    experiment: Experiment
+    device: str = "cpu"
+    student: Maker | None = None  #: makes a module of the user's own, as `teacher` does
+    teacher: Maker | None = None
+
+    def __post_init__(self) -> None:
+        check_given(self.experiment, student=self.student, teacher=self.teacher)
+
+    @cached_property
+    def teachers(self) -> list[Network | Own]:
+        return [self._teacher(seed).to(self.device) for seed in self.experiment.seed_labels]
+
+    def _teacher(self, seed: int) -> Network | Own:
+        if self.teacher is None:
+            return draw_teacher(self.experiment, seed)
+        return Own(made(self.teacher, self.experiment, seed, "teacher").requires_grad_(False))
+
+    @cached_property
+    def ensemble(self) -> Ensemble:
+        seeds = self.experiment.seed_labels
+        if self.student is not None:
+            return Ensemble.of([made(self.student, self.experiment, s, "student") for s in seeds], device=self.device)
+        drawn = [None if isinstance(t, Own) else t.to("cpu") for t in self.teachers]
+        students = [draw_student(self.experiment, seed, t) for seed, t in zip(seeds, drawn, strict=True)]
+        return Ensemble.of(students, device=self.device)
+
+    @cached_property
+    def eval_probes(self) -> list[Probe]:
+        pairs = zip(self.experiment.seed_labels, self.teachers, strict=True)
+        draws = [(evaluation_inputs(self.experiment, seed), t, self._labels(seed, "eval")) for seed, t in pairs]
+        return [Probe(self._tensor(x), t, labels) for x, t, labels in draws]
+
+    @cached_property
+    def finite(self) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of the training sets, (member, sample, ...); NaN beyond a member's own samples."""
+        inputs = [probe.inputs for probe in self._finite_probes]
+        targets = [self.targets(member, x) for member, x in enumerate(inputs)]
+        padded = (pad_sequence(each, batch_first=True, padding_value=torch.nan) for each in (inputs, targets))
+        return next(padded), next(padded)
+
+    def draw(self) -> None:
+        """What training begins with: the students and, where it is finite, the data."""
+        _ = self.ensemble
+        if not new_at_every_step(self.experiment):
+            _ = self.finite
+
+    def targets(self, member: int, x: Tensor, classes: Tensor | None = None) -> Tensor:
+        """What a member learns on its inputs `x`, (sample, output).
+
+        The teacher's outputs; with a loss of classes one-hot rows of `classes`, of the data's labels (x then being the
+        training set) or of the teacher's largest output.
+        """
+        law = self.experiment.training
+        with torch.no_grad():
+            output = self.teachers[member](x)
+        if law.labels == "data" and classes is None:
+            classes = self._finite_probes[member].labels
+        return loss(law.loss).target(output, classes)
+
+    def _labels(self, seed: int, part: Literal["train", "eval"]) -> Tensor | None:
+        """The data's own labels, where anything asks for them."""
+        asked = "label_accuracy" in schema.expand(self.experiment.record.observables)
+        if not asked and self.experiment.training.labels == "teacher":
+            return None
+        return self._tensor(labels(self.experiment, seed, part))
+
+    @cached_property
+    def _finite_probes(self) -> list[Probe]:
+        pairs = zip(self.experiment.seed_labels, self.teachers, strict=True)
+        return [Probe(self._training_set(s, t), t, self._labels(s, "train")) for s, t in pairs]
+
+    def _training_set(self, seed: int, teacher: Network | Own) -> Tensor:
+        if isinstance(teacher, Network) and teacher.plain and self.student is None:
+            return augmentation.training_set(self.experiment, seed, teacher)
+        return self._tensor(training_inputs(self.experiment, seed))
+
+    def train_probe(self, member: int, epoch: int) -> Probe:
+        """The set on which this member's training quantities are measured."""
+        if self.experiment.data.train != "fresh":
+            return self._finite_probes[member]
+        seed = self.experiment.seed_labels[member]
+        return Probe(self._tensor(training_inputs(self.experiment, seed, epoch)), self.teachers[member])
+
+    def stream(self, epoch: int) -> Stream:
+        """Batches of the epoch that ends at `epoch`."""
+        if new_at_every_step(self.experiment):
+            return lambda members: self.fresh(
+                members, epoch, self.steps_at_once(len(range(len(self.teachers))[members]))
+            )
+        return finite_stream(*self.finite, self.rows(epoch), steps=self.experiment.steps)
+
+    def rows(self, epoch: int) -> Tensor | None:
+        """Which samples make the batches of that epoch, (member, step, batch); None: all of them each."""
+        if self.experiment.training.whole:
+            return None
+        pairs = zip(self.experiment.seed_labels, self._finite_probes, strict=True)
+        draws = [batch_indices(self.experiment, seed, epoch, len(probe.inputs)) for seed, probe in pairs]
+        return torch.from_numpy(np.stack(draws))
+
+    def steps_at_once(self, members: int) -> int:
+        """Steps whose new samples are drawn together for so many members."""
+        step = members * self.experiment.training.batch * self.experiment.layout.input_width * 8
+        return max(1, FRESH_BYTES // step)
+
+    def fresh(self, members: slice, epoch: int, steps_at_once: int) -> Iterator[Batches]:
+        """Batches of which no two have a sample in common, drawn some steps at a time."""
+        seeds = self.experiment.seed_labels[members]
+        classes = [None] * len(seeds) if self.experiment.training.labels == "teacher" else self._shown(members, epoch)
+        taken = 0
+        pieces = [fresh_batches(self.experiment, seed, epoch, steps_at_once=steps_at_once) for seed in seeds]
+        for draws in zip(*pieces, strict=True):
+            steps, batch, _ = draws[0].shape
+            x = torch.stack([self._tensor(draw) for draw in draws]).flatten(1, 2)  # (member, sample, input)
+            y = torch.stack([
+                self.targets(member, part, None if shown is None else shown[taken : taken + steps].flatten())
+                for member, part, shown in zip(range(*members.indices(len(self.teachers))), x, classes, strict=True)
+            ])  # fmt: skip
+            taken += steps
+            rows = torch.arange(steps * batch).view(1, steps, batch).expand(len(seeds), -1, -1)
+            yield Batches(x, y, rows, steps)
+
+    def _shown(self, members: slice, epoch: int) -> list[Tensor]:
+        """Labels of the samples that each step of the epoch shows, (step, batch) a member."""
+        found = []
+        for seed, probe in zip(self.experiment.seed_labels[members], self._finite_probes[members], strict=True):
+            assert probe.labels is not None
+            rows = batch_indices(self.experiment, seed, epoch, len(probe.labels))
+            found.append(probe.labels[torch.from_numpy(rows).to(probe.labels.device)])
+        return found
+
+    def measure(self, epoch: int, variables: tuple[str, ...]) -> dict[str, Any]:
+        """One epoch of every member: variable → (seed,), or one (seed, node...) array a layer; NaN for the dead."""
+        found: list[dict[str, Any] | None] = []
+        for member in range(self.ensemble.members):
+            if self.ensemble.death_epoch[member] >= 0:
+                found.append(None)
+                continue
+            view = Measurement(
+                self.ensemble.network(member) if self.student is None else Own(self.ensemble.module(member)),
+                self.train_probe(member, epoch),
+                self.eval_probes[member],
+                self.experiment.record.band,
+                self.experiment.layout,
+                loss(self.experiment.training.loss),
+                self.experiment.training.labels,
+            )
+            found.append(registry.measure(variables, view))
+        return {name: self._stacked(name, [None if f is None else f[name] for f in found]) for name in variables}
+
+    def _stacked(self, name: str, values: list[Any]) -> Any:
+        variable, dtype = schema.variable(name), self.experiment.dtype
+        if not variable.layered:
+            shape = self.experiment.layout.block(variable, None)
+            return np.stack([np.full(shape, np.nan, dtype) if v is None else np.asarray(v, dtype) for v in values])
+        layers = max((len(v) for v in values if v is not None), default=0)
+        shapes = [self.experiment.layout.block(variable, layer) for layer in range(1, layers + 1)]
+        return [
+            np.stack([np.full(shape, np.nan, dtype) if v is None else v[i] for v in values])
+            for i, shape in enumerate(shapes)
+        ]
+
+    def constants(self) -> dict[str, Any]:
+        """The teachers' parameters, one (seed, node...) array for each layer; of own modules (seed, entry)."""
+        own = [t for t in self.teachers if isinstance(t, Own)]
+        if own:
+            return {"teacher_parameter": np.stack([t.entries().cpu().numpy() for t in own])}
+        teachers = [t for t in self.teachers if not isinstance(t, Own)]
+        depth = self.experiment.layout.depth
+        weights = [np.stack([t.weights[i].flatten(1).cpu().numpy() for t in teachers]) for i in range(depth)]
+        biases = []
+        for i in range(depth):
+            columns = [t.biases[i] for t in teachers]
+            biases.append(
+                np.stack(
+                    [
+                        np.zeros(w.shape[0], w.dtype) if b is None else b.cpu().numpy()
+                        for b, w in zip(columns, weights[i], strict=True)
+                    ]
+                )
+            )
+        return {"teacher_weight": weights, "teacher_bias": biases}
+
+    def outcome(self) -> dict[str, Any]:
+        """Nothing that is not recorded along the run."""
+        return {}
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Everything the next epoch depends on; draws need no state, they are keyed by (seed, epoch).
+
+        Moments are there from the start, so that a run killed after its first commit is gone on with.
+        """
+        self.prepare()
+        return self.ensemble.state()
+
+    def restore(self, state: Mapping[str, np.ndarray]) -> None:
+        """Go on from a stored state.
+
+        Raises:
+            StateError: if it is not a state of these members.
+        """
+        self.ensemble.restore(of_this_shape(state, self.state()))
+
+    def prepare(self) -> None:
+        """Give the members the moments that training needs."""
+        self.ensemble.prepare(Rule.of(self.experiment.training, 1).optimizer.moments)
+
+    def advance(self, step: int) -> list[int]:
+        """The epoch that ends at `step`; returns the seeds that died in it."""
+        rule = Rule.of(self.experiment.training, step)
+        match self.experiment.training.method:
+            case "flow":
+                lasting = self.experiment.training.rate(step) * self.experiment.steps
+                epochs.train_epoch(self.ensemble, list(zip(*self.finite, strict=True)), rule, time=lasting)
+            case "sgd" | "gd" | "adam":
+                train_epoch(self.ensemble, self.stream(step), rule, batch=self.batch)
+            case other:
+                assert_never(other)
+        return self.mark_dead(step)
+
+    def mark_dead(self, epoch: int) -> list[int]:
+        """Seeds whose parameters are NaN or infinite since `epoch` (`ensemble.mark_dead`)."""
+        return [self.experiment.seed_labels[i] for i in mark_dead(self.ensemble, epoch)]
+
+    @property
+    def batch(self) -> int:
+        """Samples a step."""
+        return len(self.finite[0][0]) if self.experiment.training.whole else self.experiment.training.batch
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self.device)

@@ -1,0 +1,49 @@
+"""How a sweep ended: which points finished and why others did not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tsdyn.archive import run_directory
+from tsdyn.archive.lock import HeldError
+from tsdyn.archive.whole_files import ArchiveError
+from tsdyn.experiment.experiment import Experiment
+
+if TYPE_CHECKING:
+    pass
+
+
+class SweepError(ArchiveError):
+    """Points of a sweep failed; the others are done.
+
+    Attributes:
+        failures: Directory name of each that failed → why.
+    """
+
+    def __init__(self, path: Path, failures: Mapping[str, str], points: int) -> None:
+        listed = "\n  ".join(f"{name}: {reason}" for name, reason in failures.items())
+        super().__init__(f"{path}: {len(failures)} of {points} points failed, the others are done:\n  {listed}")
+        self.failures = dict(failures)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RuntimeError, (str(self),)
+
+
+#: How the reason begins why a point was left out that another process is writing.
+_HELD = "held: "
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, HeldError):
+        return f"{_HELD}{error}"
+    return f"{type(error).__name__}: {error}" if not isinstance(error, (ArchiveError, ValueError)) else str(error)
+
+
+def _finished(path: Path, experiment: Experiment) -> bool:
+    try:
+        there = (path / run_directory.EXPERIMENT).read_text(encoding="utf-8")
+    except (OSError, ValueError):  # ValueError: bytes that are no text; the run says so when its turn comes
+        return False
+    return (path / run_directory.ARCHIVE).is_file() and there == experiment.to_toml()

@@ -1,0 +1,185 @@
+"""Students and teachers of a user's own: any ``nn.Module``, made by a function passed from Python.
+
+``tsdyn.run(experiment, path, student=make_module)`` calls ``make_module()`` once per seed, with torch's generator
+seeded from the seed's own stream; a parameter called ``seed`` is given the seed.  The module maps (sample, input) to
+(sample, output), in the mode it is made in while it trains, in evaluation mode where it is measured.
+
+The experiment that is run and stored says that there is a module: its name, how many numbers it holds, and the SHA-256
+of its source, so that a directory is gone on with by the same module only.  Its parameters and buffers are recorded as
+one variable, ``parameter`` (seed, epoch, entry): all of them one after another, in the module's own order.  The
+attribute ``parameters`` says the name and shape of each, and `named` gives them back by name.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+import json
+import logging
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import torch
+import xarray as xr
+from torch import nn
+
+from tsdyn.engine.general import refuse_unfit
+from tsdyn.experiment.errors import ExperimentError
+from tsdyn.experiment.experiment import Experiment
+from tsdyn.experiment.parts import Record
+from tsdyn.networks.any_module import _held
+from tsdyn.problem import inputs
+
+#: Makes the module of one seed.
+Maker = Callable[..., nn.Module]
+
+
+#: What is recorded of own modules where the experiment does not choose.
+OBSERVABLES = ("loss", "mse", "parameter")
+
+
+_log = logging.getLogger("tsdyn")
+
+
+def made(make: Maker, experiment: Experiment, seed: int, stream: Literal["student", "teacher"]) -> nn.Module:
+    """The module of one seed, in the experiment's dtype; torch's own generator stays as it was.
+
+    Raises:
+        ExperimentError: if `make` gives no module, or one that cannot be trained.
+    """
+    takes_seed = "seed" in inspect.signature(make).parameters
+    with torch.random.fork_rng():
+        torch.manual_seed(int(inputs.generator(seed, stream).integers(2**63)))
+        module = make(seed=seed) if takes_seed else make()
+    if not isinstance(module, nn.Module):
+        raise ExperimentError(f"{stream}: {_name(make)} gives {type(module).__name__}; it must make an nn.Module")
+    unsafe = [name for name in _held(module) if "/" in name or name != name.strip() or not name.isprintable()]
+    if unsafe:
+        raise ExperimentError(f"{stream}: names {unsafe} cannot be stored; name parts without '/' and blanks at ends")
+    if stream == "student":
+        try:
+            refuse_unfit(module)
+        except ValueError as error:
+            raise ExperimentError(f"student: {error}") from None
+    return module.to(getattr(torch, experiment.dtype))
+
+
+def described(experiment: Experiment, *, student: Maker | None = None, teacher: Maker | None = None) -> Experiment:
+    """The experiment that says what modules it is run with; itself without any.
+
+    Of an own teacher only the input and output of ``teacher.widths`` count; a student that is no module keeps the
+    widths it had beside the teacher's.  Where ``record.observables`` is not chosen, losses and parameters are recorded.
+
+    Raises:
+        ExperimentError: if a module cannot be a member, or something is asked of it that only networks have.
+    """
+    if student is None and experiment.student.module is None and "parameter" in experiment.record.observables:
+        raise ExperimentError(
+            "record.observables: 'parameter' is of a module of your own, tsdyn.run(experiment, path, student=...); "
+            "record 'weight' of the networks that tsdyn makes"
+        )
+    changes: dict[str, Any] = {}
+    if teacher is not None:
+        ends = [experiment.teacher.widths[0], experiment.teacher.widths[-1]]
+        changes |= {"teacher.widths": ends, **_keys(experiment, "teacher", teacher)}
+        if student is None:
+            changes["student.widths"] = list(experiment.student_widths)
+    if student is not None:
+        changes |= _keys(experiment, "student", student)
+    if changes and experiment.record.observables == Record().observables:
+        chosen = OBSERVABLES if student is not None else ("loss", "mse", "weight")
+        _log.info("record.observables is not chosen: %s are recorded of own modules", ", ".join(chosen))
+        changes["record.observables"] = list(chosen)
+    return experiment.replace(changes) if changes else experiment
+
+
+def _keys(experiment: Experiment, who: Literal["student", "teacher"], make: Maker) -> dict[str, Any]:
+    module = made(make, experiment, experiment.seed_labels[0], who)
+    return {
+        f"{who}.module": _name(make),
+        f"{who}.source": _source(make, module),
+        f"{who}.numbers": sum(t.numel() for t in _held(module).values()),
+    }
+
+
+def _name(make: Maker) -> str:
+    return f"{getattr(make, '__module__', '?')}:{getattr(make, '__qualname__', type(make).__qualname__)}"
+
+
+def _source(make: Maker, module: nn.Module) -> str:
+    """SHA-256 of the function, of the classes of the module that are not torch's, and of the shape it has."""
+    kinds = {kind for part in module.modules() for kind in type(part).__mro__ if not _foreign(kind)}
+    parts = [_text(make), *(_text(kind) for kind in sorted(kinds, key=lambda kind: kind.__qualname__))]
+    parts += [str(module), *(f"{n} {tuple(t.shape)} {t.requires_grad}" for n, t in _held(module).items())]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def _foreign(kind: type) -> bool:
+    return kind.__module__.split(".")[0] in ("torch", "builtins")
+
+
+def _text(of: Any) -> str:
+    """The source of a function, or of all that a class defines: of two classes of one name python finds one."""
+    if inspect.isclass(of):
+        if _foreign(of):
+            return of.__qualname__
+        return "\n".join(f"{name} = {_text(value)}" for name, value in sorted(vars(of).items()) if name != "__doc__")
+    if isinstance(of, (staticmethod, classmethod)):
+        return _text(of.__func__)
+    if isinstance(of, property):
+        return _text(of.fget)
+    if isinstance(of, functools.partial):
+        return f"{_text(of.func)} of {of.args} {of.keywords}"
+    try:
+        return inspect.getsource(of)
+    except (OSError, TypeError):  # typed at a prompt: what it compiles to; or a value
+        code = getattr(of, "__code__", None)
+        if code is not None:
+            return f"{code.co_code!r}{code.co_consts!r}{code.co_names!r}"
+        return repr(of) if isinstance(of, (bool, int, float, str, bytes, tuple, list, dict)) else type(of).__qualname__
+
+
+def attribute(module: nn.Module) -> str:
+    """JSON of the name and shape of each parameter and buffer, in order."""
+    return json.dumps({name: list(tensor.shape) for name, tensor in _held(module).items()})
+
+
+def named(ds: xr.Dataset) -> dict[str, xr.DataArray]:
+    """The parameters and buffers that an archive of own modules holds: name → (..., seed, epoch, its own dimensions).
+
+    Lazy if `ds` is.  A tensor's own dimensions are called ``dim_0``, ``dim_1``, ...
+
+    Raises:
+        ValueError: for an archive that holds none.
+    """
+    if "parameter" not in ds or "parameters" not in ds.attrs:
+        raise ValueError("named: the Dataset holds no parameters of an own module; record 'parameter'")
+    shapes: Mapping[str, list[int]] = json.loads(ds.attrs["parameters"])
+    found, start = {}, 0
+    flat = ds["parameter"].transpose(..., "entry").drop_vars("entry", errors="ignore")
+    for name, shape in shapes.items():
+        part = flat.isel(entry=slice(start, start + math.prod(shape)))
+        lead = [str(dim) for dim in part.dims if dim != "entry"]
+        sizes = {dim: part.sizes[dim] for dim in lead} | {f"dim_{i}": n for i, n in enumerate(shape)}
+        coords = {key: coord for key, coord in part.coords.items() if set(coord.dims) <= set(lead)}
+        values = part.data.reshape(tuple(sizes.values()))
+        found[name] = xr.DataArray(values, coords, list(sizes), name=name, attrs=part.attrs)
+        start += math.prod(shape)
+    return found
+
+
+def check_given(experiment: Experiment, *, student: Maker | None, teacher: Maker | None) -> None:
+    """Refuse an experiment that was run with modules without them.
+
+    Raises:
+        ExperimentError: naming the module that is missing.
+    """
+    for who, make in (("student", student), ("teacher", teacher)):
+        told = getattr(experiment, who).module
+        if told is not None and make is None:
+            raise ExperimentError(
+                f"{who}.module = {told!r}: is a module of the user's own; pass the function that makes it, "
+                f"tsdyn.run(experiment, path, {who}=...)"
+            )

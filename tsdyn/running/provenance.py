@@ -1,0 +1,134 @@
+"""What computed a run: versions, engine, compiler, processor and commit, segment by segment."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tsdyn._version import __version__
+from tsdyn.engine import compiled_step, native
+
+#: Global attribute of an archive: JSON, a list of the machines that computed it, each with the first epoch it did.
+HISTORY = "history"
+#: Bits are promised while none of these changes.
+DECISIVE = (
+    "device", "threads", "torch_version", "numpy_version", "tsdyn_version", "engine", "compiler", "cpu", "cpu_flags",
+)  # fmt: skip
+#: Of a processor's flags, those of instructions that round.
+_ARITHMETIC = re.compile(r"(sse|ssse|avx|fma|f16c|amx|asimd|sve|neon|fphp)\w*")
+_COMPILER = re.compile(rb"(?:GCC: \([^)\0]*\) [\w.]+|[\w ]*clang version [\w.\-]+)")
+
+
+def facts(device: str) -> dict[str, str | int]:
+    """What decides the bits of a run here."""
+    return {
+        "tsdyn_version": __version__,
+        "torch_version": torch.__version__,
+        "numpy_version": np.__version__,
+        "python_version": platform.python_version(),
+        "device": device if device == "cpu" else torch.cuda.get_device_name(device),
+        "threads": torch.get_num_threads(),
+        **engine(),
+        "git_commit": git_commit(),
+    }
+
+
+def engine() -> dict[str, str]:
+    """The engine's compiled step, or that there is none: who compiled it, and the processor."""
+    library = native.load(compiled_step.SOURCE, compiled_step.Job)
+    name, flags = _processor()
+    return {
+        "engine": "torch" if library is None else "compiled step",
+        "compiler": "none" if library is None else _compiler(Path(library._name)),
+        "cpu": name,
+        "cpu_flags": flags,
+    }
+
+
+@functools.cache
+def _compiler(library: Path) -> str:
+    """What a compiler wrote of itself into a library it made."""
+    found = _COMPILER.search(library.read_bytes())
+    return found[0].decode("ascii", "replace").strip() if found else "unknown"
+
+
+@functools.cache
+def _processor() -> tuple[str, str]:
+    """The processor's name, and its flags that decide how a sum is rounded."""
+    described = Path("/proc/cpuinfo")
+    text = described.read_text(encoding="utf-8", errors="replace") if described.exists() else ""
+    lines = dict(line.split(":", 1) for line in text.partition("\n\n")[0].splitlines() if ":" in line)
+    held = {key.strip(): value.strip() for key, value in lines.items()}
+    flags = held.get("flags", held.get("Features", "")).split()
+    name = held.get("model name", held.get("CPU part", platform.processor() or platform.machine()))
+    return name, " ".join(sorted({flag for flag in flags if _ARITHMETIC.fullmatch(flag)})) or "unknown"
+
+
+@functools.cache
+def git_commit() -> str:
+    """Commit of the checkout that this code is, ``unknown`` for an installed copy.
+
+    Of tsdyn's own checkout only: its top level holds this source, as a file that it tracks.  Installed into an
+    environment inside somebody's repository, it is no part of that.
+    """
+    here = Path(__file__).resolve().parent
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(here), *words]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True, env=environment)
+        return done.stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != here.parent:
+            return "unknown"
+        git("ls-files", "--error-unmatch", Path(__file__).name)
+        return git("rev-parse", "HEAD") or "unknown"
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def history(attrs: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The machines that computed an archive, in order of the epochs from which they did; empty if it keeps none."""
+    try:
+        found = json.loads(str(attrs[HISTORY]))
+    except (KeyError, ValueError):
+        return []
+    return [entry for entry in found if isinstance(entry, dict)] if isinstance(found, list) else []
+
+
+def extended(before: Mapping[str, Any], now: Mapping[str, Any], epoch: int) -> str:
+    """The history of an archive whose epochs from `epoch` on are computed here."""
+    entries, entry = history(before), {key: now[key] for key in DECISIVE}
+    if not entries or {key: entries[-1].get(key) for key in DECISIVE} != entry:
+        entries.append({"from_epoch": epoch, **entry})
+    return json.dumps(entries)
+
+
+def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What decides the bits and is another than it was, as ``key: before, then now``."""
+    return [
+        f"{key} {before[key]} before, {now[key]} now" for key in DECISIVE if key in before and before[key] != now[key]
+    ]
+
+
+def lines(attrs: Mapping[str, Any]) -> list[str]:
+    """The history in words, one line for each machine: all of the first, of others what differs from the one before."""
+    found, previous = [], dict[str, Any]()
+    for entry in history(attrs):
+        shown = [f"{key} {entry.get(key)}" for key in DECISIVE if entry.get(key) != previous.get(key)]
+        if not previous:
+            shown = [word for word in shown if not word.startswith("cpu_flags ")]
+        found.append(f"from epoch {entry.get('from_epoch')}: {', '.join(shown)}")
+        previous = entry
+    return found

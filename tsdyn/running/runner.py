@@ -1,0 +1,401 @@
+"""From an experiment to its archive: draw, train, measure, commit, resume, consolidate."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+
+from tsdyn import memory, vocabulary
+from tsdyn.archive import reading, whole_files
+from tsdyn.archive.run_directory import RunDirectory
+from tsdyn.archive.whole_files import ArchiveError
+from tsdyn.experiment.experiment import Experiment
+from tsdyn.observables import registry
+from tsdyn.problem import input_files
+from tsdyn.problem.inputs import new_at_every_step
+from tsdyn.running import provenance
+from tsdyn.running.conventions import attributes
+from tsdyn.running.estimates import COMMIT_BYTES, Footprint, footprint
+from tsdyn.running.interrupts import Stopped, stopping
+from tsdyn.running.joint_training import JointTraining
+from tsdyn.running.kinds import members_of
+from tsdyn.running.members import Members
+from tsdyn.running.own_modules import Maker, attribute
+from tsdyn.running.protocol import Runnable, StateError
+
+#: A segment is committed after this much work (0: after every epoch), ...
+COMMIT_SECONDS = 2.0
+
+
+#: ... or this share of the run so far if that is more, so that a run of days has hundreds of segments and not 100,000,
+#: ... and not before all commits together keep this share, so that a slow disk takes no more either; but once the
+#: records hold COMMIT_BYTES at the latest, ...
+COMMIT_SHARE = 0.01
+
+
+#: ... or after so long, which is what a power cut can cost; if a commit takes long itself, after so many times that.
+LONGEST_SECONDS, LONGEST_TIMES = 60.0, 30
+
+
+_SMALLER = "train fewer seeds a directory (seeds = [0, 1, ...]) or on less data (data.train, data.eval)"
+
+
+_log = logging.getLogger("tsdyn")
+
+
+class DeviceError(ValueError):
+    """A device that is not there."""
+
+
+def check_device(device: str) -> str:
+    """`device` itself, if this machine has it.
+
+    Raises:
+        DeviceError: if not; names what there is.
+    """
+    available = ["cpu", *([f"cuda:{i}" for i in range(torch.cuda.device_count())])]
+    if device == "cpu" or (device == "cuda" and len(available) > 1) or device in available:
+        return device
+    raise DeviceError(f"device {device!r} is not there; this machine has {', '.join(available)}")
+
+
+def _exact_products(device: str) -> None:
+    """float32 products on a GPU in float32 unless the environment says ``TSDYN_TF32=on``: TF32 keeps 10 bits of 23,
+    and torch's own choice differs between matrices (off) and convolutions (on).
+    """
+    if device != "cpu":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = os.environ.get("TSDYN_TF32") == "on"
+
+
+def own_device() -> AbstractContextManager[Any]:
+    """Inside, tensors that are made without a device are on the CPU, whatever the user's default is."""
+    return nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
+
+
+#: Called after each step with (step, last step, seeds that died, evaluation error or None); of training a step is an
+#: epoch.
+Progress = Callable[[int, int, list[int], "float | None"], None]
+
+
+def run(
+    experiment: Experiment,
+    path: str | Path,
+    *,
+    device: str = "cpu",
+    progress: Progress | None = None,
+    student: Maker | None = None,
+    teacher: Maker | None = None,
+) -> xr.Dataset:
+    """Run and measure one experiment into `path`; goes on from the last committed step if there is one.
+
+    Args:
+        experiment: Without a sweep.
+        path: Directory; made if absent.
+        device: ``cpu``, ``cuda`` or ``cuda:0``.
+        progress: Told after every epoch.
+        student, teacher: Make modules of the user's own, as of `own_modules.described` experiments.
+
+    Returns:
+        The lazy archive, as `tsdyn.open` gives it.
+
+    Raises:
+        ArchiveError: if the directory is another's, held by another process, or cannot be written.
+        DeviceError: if there is no such device.
+        ExperimentError: if the teacher cannot be drawn as asked.
+        MemoryError: if the members would not fit, before any is drawn.
+        Stopped: after SIGINT, SIGTERM, SIGHUP, SIGXCPU or SIGUSR1, once the epoch in work is committed.
+    """
+    path = whole_files.local_path(path)
+    try:
+        failed = run_together(
+            {path: experiment}, device=device, progress={path: progress}, student=student, teacher=teacher
+        )
+    except Stopped as stopped:
+        failed = stopped.failed
+        if not failed:
+            raise
+    for error in failed.values():
+        raise error
+    return reading.open(path)
+
+
+def run_together(
+    experiments: Mapping[Path, Experiment],
+    *,
+    device: str = "cpu",
+    progress: Mapping[Path, Progress | None] | None = None,
+    asked: Callable[[], int | None] | None = None,
+    student: Maker | None = None,
+    teacher: Maker | None = None,
+) -> dict[Path, Exception]:
+    """Experiments of one `ensemble_key` trained as one ensemble, each into its own directory, as `run` would.
+
+    Those that were committed up to different epochs go on in ensembles of their own.  An ensemble that cannot be
+    trained is taken apart, and its experiments go on one by one.
+
+    Args:
+        experiments: Directory → experiment.
+        device: As `run`.
+        progress: Directory → who is told after every epoch.
+        asked: Gives the signal that asks to stop, once it came; `stopping` unless given.
+        student, teacher: As `run`.
+
+    Returns:
+        Directory → error of those that failed; the others are done.
+
+    Raises:
+        DeviceError, Stopped: as `run`.
+    """
+    check_device(device)
+    _exact_products(device)
+    failed: dict[Path, Exception] = {}
+    apart: list[Path] = []
+    with ExitStack() as held:
+        held.enter_context(own_device())
+        heard, asked = asked, asked or held.enter_context(stopping())
+        begun: dict[int, list[_Point]] = {}
+        for experiment in experiments.values():
+            registry.load(experiment)
+        needed = sum((footprint(single) for single in experiments.values()), Footprint()).bytes
+        for path, experiment in experiments.items():
+            try:
+                memory.refuse_beyond("run", needed, torch.device(device), _SMALLER)
+                target = held.enter_context(RunDirectory(path, experiment))
+                if not target.finished:
+                    members = members_of(experiment, device, student, teacher)
+                    point = _Point(path, target, members, (progress or {}).get(path))
+                    begun.setdefault(point.begin(), []).append(point)
+            except Exception as error:  # whatever it is, the others go on
+                failed[path] = error
+        for start, points in begun.items():
+            try:
+                _train(points, start, asked, failed)
+            except Exception as error:
+                if len(points) == 1:
+                    failed[points[0].path] = error
+                    continue
+                _log.warning("%s and others cannot train together, so one by one: %s", points[0].path, error)
+                apart += [point.path for point in points if point.path not in failed]
+    for path in apart:
+        failed |= run_together(
+            {path: experiments[path]}, device=device, progress=progress, asked=heard, student=student, teacher=teacher
+        )
+    return failed
+
+
+class _Point:
+    """One experiment in training: what was measured since its last commit, and where that goes."""
+
+    def __init__(self, path: Path, target: RunDirectory, members: Runnable, progress: Progress | None) -> None:
+        self.path, self.members, self.experiment = path, members, members.experiment
+        self._target, self._progress = target, progress
+        self._variables = self.experiment.recorded("along")
+        self._inputs = input_files.digests(self.experiment)
+        self._attrs = attributes(self.experiment, members.device) | {input_files.ATTRIBUTE: json.dumps(self._inputs)}
+        if isinstance(members, Members) and members.student is not None:
+            self._attrs["parameters"] = attribute(members.ensemble.module(0))
+        self._labels = dict(zip(self.experiment.schedule, self.experiment.labels, strict=True))
+        self._pending: list[dict[str, Any]] = []
+        self._recorded: list[vocabulary.Label] = []
+        self._first = 0
+        self._read = False
+        self.died: list[int] = []  #: seeds that did in the step that ended
+
+    def begin(self) -> int:
+        """The first step to do; goes on from what is committed."""
+        committed = self._target.committed()
+        before: Mapping[str, Any] = {}
+        if committed is not None:
+            state, before = self._target.state()
+            _say_what_changed(self._target.path, before, self._attrs)
+            self._refuse_other_inputs(before)
+            try:
+                self.members.restore(state)
+            except StateError as error:
+                where = "the segments are of another tsdyn or not whole: see `tsdyn validate`"
+                raise ArchiveError(f"{self._target.path}: {error}; {where}") from error
+            self._first = committed + 1
+        if self._first <= self.experiment.last:
+            self._attrs |= {provenance.HISTORY: provenance.extended(before, self._attrs, self._first)}
+        elif provenance.HISTORY in before:
+            self._attrs |= {provenance.HISTORY: before[provenance.HISTORY]}
+        self.members.draw()  # what cannot be drawn fails by itself
+        return self._first
+
+    def _refuse_other_inputs(self, before: Mapping[str, Any]) -> None:
+        kept = input_files.kept(before)
+        if kept is None and self._inputs:
+            _log.warning(
+                "%s: its committed epochs keep no checksums of %s; whether these are what they were is not known",
+                self._target.path,
+                ", ".join(self._inputs),
+            )
+        input_files.refuse_other(self._target.path, self.experiment, kept or {}, self._inputs)
+
+    def _refuse_changed_inputs(self) -> None:
+        """All were read by the first commit; images that are moved anew are read at every epoch."""
+        again = not self.experiment.data.drawn and new_at_every_step(self.experiment)
+        due = self._inputs if not self._read else {k: v for k, v in self._inputs.items() if again and "data" in k}
+        if due:
+            input_files.refuse_other(self._target.path, self.experiment, due, input_files.digests(self.experiment))
+        self._read = True
+
+    def measure(self, step: int) -> None:
+        """Record the step if it is due to be, and tell of it."""
+        recorded = step in self._labels
+        if recorded:
+            self._pending.append(self.members.measure(step, self._variables))
+            self._recorded.append(self._labels[step])
+        if self._progress is not None:
+            error = _mean_error(self._pending[-1]) if recorded else None
+            try:
+                self._progress(step, self.experiment.last, self.died, error)
+            except (OSError, UnicodeError) as lost:  # of printing: a closed pipe, a full disk, a narrow encoding
+                self._progress = None
+                _log.warning("%s: goes on, without telling of its epochs: %s", self.path, lost)
+
+    @property
+    def pending_bytes(self) -> int:
+        return len(self._pending) * self._target.bytes_per_epoch
+
+    def commit(self, step: int) -> None:
+        self._refuse_changed_inputs()
+        records = _along_steps(self._pending) if self._pending else {}
+        constants = self.members.constants() if self._first == 0 else {}
+        outcome = self.members.outcome() if step == self.experiment.last else {}
+        held = {**records, **constants, **outcome}
+        self._target.commit(self._first, step, self._recorded, held, self.members.state(), self._attrs)
+        self._pending, self._recorded, self._first = [], [], step + 1
+
+    def finish(self) -> None:
+        self._target.consolidate(self._attrs)
+
+
+def _train(points: list[_Point], start: int, asked: Callable[[], int | None], failed: dict[Path, Exception]) -> None:
+    """Steps from `start` on, of all points side by side.
+
+    What fails of one, measuring or writing, is noted in `failed`, and the others go on; what fails of all is raised.
+    """
+    going = list(points)
+
+    def attempt(point: _Point, work: Callable[..., None], *given: int) -> None:
+        try:
+            work(point, *given)
+        except Exception as error:
+            # its frames hold the members of all
+            failed[point.path] = error if len(points) == 1 else error.with_traceback(None)
+            going.remove(point)
+
+    def each(work: Callable[..., None], *given: int) -> None:
+        for point in list(going):
+            attempt(point, work, *given)
+
+    def stop_if_asked() -> None:
+        number = asked()
+        if number is not None:
+            raise Stopped(number, {point.path: failed[point.path] for point in points if point.path in failed})
+
+    last = points[0].experiment.last
+    began = clock = time.monotonic()
+    took = spent = 0.0
+    slow = False
+    together = (
+        JointTraining([_training(point.members) for point in points]) if len(points) > 1 and start <= last else None
+    )
+    for step in range(start, last + 1):
+        if step:
+            died = together.train(step) if together else [points[0].members.advance(step)]
+            for point, seeds in zip(points, died, strict=True):
+                point.died = seeds
+        each(_Point.measure, step)
+        full = sum(point.pending_bytes for point in going) >= COMMIT_BYTES
+        now = time.monotonic()
+        if step == last or full or _due(now - began, now - clock, took, spent) or asked() is not None:
+            each(_Point.commit, step)
+            clock = time.monotonic()
+            took = clock - now
+            spent += took
+            if not slow and took > LONGEST_SECONDS / LONGEST_TIMES:
+                slow = True
+                _say_slow(points[0].path, took)
+            stop_if_asked()
+        if not going:
+            return
+    for point in list(going):
+        attempt(point, _Point.finish)
+        stop_if_asked()
+
+
+def _due(elapsed: float, since: float, took: float, spent: float) -> bool:
+    """Whether to commit, seconds into the run and since the last commit, which took `took`, and all so far `spent`.
+
+    This one and the run's last, which comes whatever it costs, are to keep the share, but for the bound on how long
+    nothing is committed.
+    """
+    waited = since >= max(COMMIT_SECONDS, COMMIT_SHARE * elapsed)
+    affordable = spent + 2 * took <= COMMIT_SHARE * elapsed
+    return COMMIT_SECONDS == 0 or (waited and affordable) or since >= _longest(took)
+
+
+def _longest(took: float) -> float:
+    """Seconds after which a commit is due whatever it costs, the last of which took `took`."""
+    return max(LONGEST_SECONDS, LONGEST_TIMES * took)
+
+
+def _say_slow(path: Path, took: float) -> None:
+    _log.warning(
+        "%s: a commit takes %.0f s here, so up to %.0f s of work are between two, instead of %.0f; a quicker disk, or "
+        "recording less often (record.every), makes it less",
+        path, took, _longest(took), LONGEST_SECONDS,
+    )  # fmt: skip
+
+
+def _training(members: Runnable) -> Members:
+    assert isinstance(members, Members)  # kinship leaves other kinds by themselves
+    return members
+
+
+def _say_what_changed(path: Path, before: Mapping[str, Any], attrs: Mapping[str, Any]) -> None:
+    """Bits are promised for the same device, threads, versions, engine and processor; where these changed, the log says
+    so.
+    """
+    changed = provenance.changed(before, attrs)
+    if changed:
+        _log.warning("%s: goes on elsewhere than it began (%s): bits may differ", path, "; ".join(changed))
+
+
+def _along_steps(pending: list[dict[str, Any]]) -> dict[str, Any]:
+    """Records of several steps, stacked along a second axis."""
+    found: dict[str, Any] = {}
+    for name, value in pending[0].items():
+        if isinstance(value, list):
+            depth = max(len(p[name]) for p in pending)
+            whole = [p[name] for p in pending if len(p[name]) == depth]
+            found[name] = [
+                np.stack(
+                    [p[name][i] if i < len(p[name]) else np.full_like(whole[0][i], np.nan) for p in pending],
+                    1,
+                )
+                for i in range(depth)
+            ]
+        else:
+            found[name] = np.stack([p[name] for p in pending], 1)
+    return found
+
+
+def _mean_error(record: Mapping[str, Any]) -> float | None:
+    for name in ("mse_eval", "loss_eval", "population_loss", "eg"):
+        if name in record:
+            alive = record[name][~np.isnan(record[name])]
+            return float(alive.mean()) if len(alive) else float("nan")
+    return None

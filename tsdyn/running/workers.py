@@ -1,0 +1,364 @@
+"""Points of a sweep on dask workers: how many fit, their client, and what each reports."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, assert_never
+
+from tsdyn import memory
+from tsdyn.archive.run_directory import segments
+from tsdyn.archive.whole_files import ArchiveError
+from tsdyn.experiment.experiment import Experiment
+from tsdyn.observables.registry import Observed, added
+from tsdyn.running import estimates, runner
+from tsdyn.running.interrupts import Stopped
+
+if TYPE_CHECKING:
+    from distributed import Client
+from tsdyn.running.outcome import _finished, _reason
+
+_log = logging.getLogger("tsdyn")
+
+
+#: A point whose worker died so often without a committed epoch in between has failed.
+FRUITLESS = 3
+
+
+#: A worker tells of its epochs this often; the index is written this often.
+TELL_SECONDS, INDEX_SECONDS = 0.5, 5.0
+
+
+CONNECT_SECONDS = 10
+
+
+POLL_SECONDS = 0.05
+
+
+#: Without a sign of life of any worker for so long, the log says so; asked this often.
+SILENT_SECONDS, ASK_SECONDS = 20.0, 5.0
+
+
+class WorkersError(ValueError):
+    """Workers that cannot be had."""
+
+
+def _check_workers(workers: int | None, scheduler: str | None) -> None:
+    if workers is not None and (workers < 1 or scheduler is not None):
+        raise WorkersError(f"workers = {workers}: at least 1, and not together with a scheduler's address")
+
+
+def workers_that_fit(workers: int, points: Mapping[str, Experiment]) -> int:
+    """`workers`, or as many as have room in memory for the largest of the points each; one at least."""
+    largest = max(estimates.footprint(single).bytes for single in points.values())
+    room = max(1, memory.available() // max(1, largest))
+    if room < workers:
+        logging.getLogger("tsdyn").warning(
+            "%d workers instead of %d: the largest run takes %.1f GB of memory", room, workers, largest / 1e9
+        )
+    return min(workers, room)
+
+
+@contextmanager
+def _client(workers: int | None, scheduler: str | None) -> Iterator[Client]:
+    """A client of the scheduler at that address, or of a cluster of processes of our own.
+
+    Never the process's default one: one that got no answer would stay that until it is collected, and whatever is
+    computed meanwhile wait for it.
+    """
+    import dask
+    from distributed import Client, LocalCluster
+
+    if scheduler is not None:
+        try:
+            client = Client(scheduler, timeout=CONNECT_SECONDS, set_as_default=False)
+        except (
+            OSError,
+            ValueError,
+            TypeError,
+            ImportError,
+        ) as error:  # TypeError: tls:// without the user's certificate
+            raise WorkersError(f"scheduler {scheduler}: does not answer: {error}") from error
+        with client:
+            yield client
+        return
+    settings: dict[str, Any] = {
+        "distributed.scheduler.allowed-failures": 10,
+        "distributed.comm.timeouts.connect": "60s",
+    }
+    # dask has each process listen for a browser as well, and without TLS: nothing is to be had there
+    settings |= {f"distributed.{who}.http.routes": [] for who in ("scheduler", "worker")}
+    ignored = "signal.SIGINT, signal.SIGHUP, signal.SIGUSR1"
+    with (
+        dask.config.set(settings),
+        LocalCluster(
+            n_workers=workers,
+            threads_per_worker=1,
+            processes=True,
+            security=_own_certificate(),
+            dashboard_address=None,
+            scheduler_kwargs={"dashboard": False, "dashboard_address": "127.0.0.1:0"},
+            memory_limit=0,  # a run asks for room before it begins; dask would kill one that has it
+            # Ctrl-C and a terminal that goes away reach every process of it; a worker is told to stop by this one
+            preload=f"import signal; [signal.signal(number, signal.SIG_IGN) for number in ({ignored})]",
+            silence_logs=logging.CRITICAL,
+        ) as cluster,
+        Client(cluster, set_as_default=False) as client,
+    ):
+        yield client
+
+
+def _own_certificate() -> Any:
+    """A certificate of this sweep alone, kept in memory.
+
+    Who can talk to the scheduler or its workers can have them run any code; without it nobody can.
+    """
+    from distributed import Security
+
+    try:
+        return Security.temporary()
+    except ImportError as error:
+        raise WorkersError(
+            "workers: their connections are encrypted, so that nobody else on this machine can run code through them, "
+            f"and that needs the package cryptography ({error}): pip install cryptography"
+        ) from None
+
+
+def _say_open(scheduler: str | None) -> None:
+    if scheduler is not None and not scheduler.startswith(("tls://", "inproc://")):
+        _log.warning(
+            "scheduler %s: the connection is not encrypted, and anyone who reaches that address can run code as you "
+            "there; start dask with tls:// and a certificate where others can",
+            scheduler,
+        )
+
+
+_GONE = "the scheduler is gone; what was committed is intact, the same command goes on from there"
+
+
+class _Listening:
+    """Says once, of each silence, that no worker of the scheduler gives a sign of life."""
+
+    def __init__(self, client: Any) -> None:
+        self._client, self._asked, self._said = client, time.monotonic(), False
+        self._heard = self._asked
+
+    def ask(self) -> None:
+        """At most every `ASK_SECONDS`.
+
+        Raises:
+            WorkersError: if the scheduler itself is gone.
+        """
+        now = time.monotonic()
+        if now - self._asked < ASK_SECONDS:
+            return
+        self._asked = now
+        found = self._alive()
+        if found is None:
+            self._heard, self._said = now, False
+        elif now - self._heard >= SILENT_SECONDS and not self._said:
+            self._said = True
+            _log.warning(
+                "%s for %.0f s, and nothing is computed meanwhile; waiting for one (what was committed is intact, "
+                "Ctrl-C ends)",
+                found,
+                now - self._heard,
+            )
+
+    def _alive(self) -> str | None:
+        """None if a worker gave a sign of life since it was asked last, else what is wrong."""
+        from distributed.utils import sync
+
+        if self._client.status in ("closed", "closing"):
+            raise WorkersError(
+                "the scheduler is gone; what was committed is intact, the same command goes on from there"
+            )
+        try:
+            told = sync(self._client.loop, self._client.scheduler.identity, n_workers=-1, callback_timeout=ASK_SECONDS)
+        except (OSError, TimeoutError):
+            return "the scheduler has not answered"
+        if not told["workers"]:
+            return "no worker has been there"
+        newest = max(worker["last_seen"] for worker in told["workers"].values())
+        self._newest, before = newest, getattr(self, "_newest", None)
+        return None if newest != before else "no worker has given a sign of life"
+
+
+def _answer(client: Any, future: Any) -> Any:
+    """A result, saying meanwhile if nobody is there to compute it."""
+    listening = _Listening(client)
+    while not future.done():
+        listening.ask()
+        time.sleep(POLL_SECONDS)
+    return future.result()
+
+
+def _on_workers(
+    client: Client,
+    groups: Sequence[Mapping[str, Experiment]],
+    path: Path,
+    device: str,
+    tell: Mapping[str, runner.Progress | None],
+    at_once: int,
+    asked: Callable[[], int | None],
+    observables: tuple[Observed, ...],
+) -> Iterator[tuple[str, str | None]]:
+    """Each point as its group ends, with why it failed; after a signal those that finished, then `Stopped`.
+
+    The scheduler is given no more than `at_once` groups: it hands out all it has at once, and does not take back what a
+    busy worker has waiting when another is idle.  The longest begin first, so that none is left to the end.
+    """
+    from distributed import Event, KilledWorker, as_completed
+
+    topic = f"tsdyn-{uuid.uuid4().hex}"
+
+    def hear(event: tuple[Any, dict[str, Any]]) -> None:
+        told = event[1]
+        report = tell.get(told["name"])
+        if report is not None:
+            report(told["epoch"], told["epochs"], list(told["died"]), told["mse"])  # lists arrive as tuples
+
+    def submit(group: Mapping[str, Experiment]) -> Any:
+        key = f"{next(iter(group))}-{uuid.uuid4().hex[:8]}"
+        texts = {name: single.to_toml() for name, single in group.items()}
+        future = client.submit(_work, texts, str(path), device, topic, observables, key=key, pure=False)
+        futures[future] = group
+        return future
+
+    client.subscribe_topic(topic, hear)
+    listening = _Listening(client)
+    waiting = sorted(groups, key=lambda group: sum(map(_work_in, group.values())))
+    futures: dict[Any, Mapping[str, Experiment]] = {}
+    names = [name for group in groups for name in group]
+    fruitless, reached = dict.fromkeys(names, 0), {name: _reached(path / name) for name in names}
+    stop: int | None = None
+    try:
+        first = [submit(waiting.pop()) for _ in range(min(at_once, len(waiting)))]
+        running = as_completed(first, loop=client.loop)
+        while not running.is_empty():
+            if stop is None and (stop := asked()) is not None:
+                waiting.clear()
+                Event(topic, client=client).set()  # all workers hear it, and commit what they have
+            if not running.has_ready():
+                listening.ask()
+                time.sleep(POLL_SECONDS)
+                continue
+            future = next(running)
+            if future.status in ("cancelled", "lost"):  # nobody else cancels
+                raise WorkersError(_GONE)
+            group = futures.pop(future)
+            error = future.exception()
+            if isinstance(error, KilledWorker):
+                again = {}
+                for name, single in group.items():
+                    now = _reached(path / name)
+                    fruitless[name] = 0 if now > reached[name] else fruitless[name] + 1
+                    reached[name] = now
+                    if fruitless[name] < FRUITLESS:
+                        again[name] = single
+                    else:
+                        yield name, _reason(error)
+                halves = list(again)[::2], list(again)[1::2]  # the one that kills its worker is found, and fails alone
+                for half in filter(None, halves if stop is None else ()):
+                    running.add(submit({name: again[name] for name in half}))
+                if again:
+                    continue
+            if waiting:
+                running.add(submit(waiting.pop()))
+            if isinstance(error, KilledWorker):
+                continue
+            if error is not None:
+                yield from dict.fromkeys(group, _reason(error)).items()
+            else:
+                told = future.result()
+                yield from (dict.fromkeys(told["finished"]) | told["failed"]).items()
+        if stop is not None:
+            raise Stopped(stop)
+    finally:
+        with suppress(OSError, TimeoutError):  # of a scheduler that is gone
+            client.cancel(list(futures))
+            client.unsubscribe_topic(topic)
+
+
+def _work_in(single: Experiment) -> int:
+    """What a run's time goes with: members, steps and parameters."""
+    layout, kind = single.layout, single.kind
+    parameters = sum(n * below for n, below in zip(layout.widths, layout.input_widths, strict=True))
+    if kind == "training":
+        steps = single.training.epochs * single.steps
+    elif kind == "population-flow":
+        steps = parameters**2  # a Hessian and its factors a step
+    elif kind == "online":
+        steps = round(single.marks[-1] * layout.input_width)
+    else:
+        assert_never(kind)
+    return len(layout.seeds) * steps * parameters
+
+
+def _reached(path: Path) -> int:
+    """Last committed epoch of a point, −1 for none."""
+    try:
+        found = segments(path)
+    except ArchiveError:
+        return -1
+    return found[-1].last if found else -1
+
+
+def _work(
+    texts: Mapping[str, str], path: str, device: str, topic: str, observables: tuple[Observed, ...]
+) -> dict[str, Any]:
+    """What a worker does: a group of points, resumed; tells of their epochs on `topic`, whose event asks it to stop.
+
+    Returns why which failed, and which are finished.
+    """
+    import torch
+    from distributed import get_worker
+    from distributed.utils import sync
+
+    worker = get_worker()
+    torch.set_num_threads(worker.state.nthreads)
+    heard = [-TELL_SECONDS, False]
+
+    def asked() -> int | None:
+        if not heard[1] and time.monotonic() - heard[0] >= TELL_SECONDS:
+            # the scheduler by the worker's own line: an Event here would make a client, and it this process's default
+            heard[:] = time.monotonic(), sync(worker.loop, worker.scheduler.event_is_set, name=topic)
+        return signal.SIGTERM if heard[1] else None
+
+    def teller(name: str) -> runner.Progress:
+        told = [-TELL_SECONDS]
+        died: list[int] = []
+
+        def tell(epoch: int, epochs: int, dead: list[int], mse: float | None) -> None:
+            died.extend(dead)
+            if epoch == epochs or time.monotonic() - told[0] >= TELL_SECONDS:
+                news = {"name": name, "epoch": epoch, "epochs": epochs, "died": list(died), "mse": mse}
+                worker.log_event(topic, news)
+                told[0] = time.monotonic()
+                died.clear()
+
+        return tell
+
+    paths = {name: Path(path) / name for name in texts}
+    failed: Mapping[Path, Exception] = {}
+    with added(observables):
+        experiments = {name: Experiment.from_toml_text(text) for name, text in texts.items()}
+        if asked() is None:
+            try:
+                failed = runner.run_together(
+                    {paths[name]: single for name, single in experiments.items()},
+                    device=device,
+                    progress={paths[name]: teller(name) for name in texts},
+                    asked=asked,
+                )
+            except Stopped as stopped:  # as what it is, a KeyboardInterrupt, it would end the worker
+                failed = stopped.failed
+    return {
+        "failed": {name: _reason(failed[at]) for name, at in paths.items() if at in failed},
+        "finished": [name for name, at in paths.items() if at not in failed and _finished(at, experiments[name])],
+    }
