@@ -168,7 +168,7 @@ def ensembles(monkeypatch):
         found.append(len(parts))
         return real(parts)
 
-    monkeypatch.setattr(runner, "Together", counted)
+    monkeypatch.setattr(runner, "JointTraining", counted)
     return found
 
 
