@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -286,9 +287,9 @@ def declarations(names: Iterable[str]) -> dict[str, str]:
 def declared_in(ds: xr.Dataset) -> dict[str, Variable]:
     """Variables that a Dataset says it holds beside the schema's own, by name."""
     try:
-        rows = json.loads(ds.attrs.get(DECLARES, "[]"))
+        rows: list[dict[str, Any]] = json.loads(ds.attrs.get(DECLARES, "[]"))
         lists = ("dims", "kinds", "words")
-        found = [Variable(**{k: tuple(v) if k in lists else v for k, v in row.items()}) for row in rows]
+        found = [Variable(**(row | {k: tuple(row[k]) for k in lists if k in row})) for row in rows]
     except (TypeError, ValueError, AttributeError) as error:
         raise SchemaError(f"attribute {DECLARES} is not what tsdyn writes: {error}") from None
     return {row.name: row for row in found}

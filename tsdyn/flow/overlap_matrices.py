@@ -141,8 +141,13 @@ def of(student: Network, teacher: Network) -> Overlaps:
     if student.widths[0] != teacher.widths[0] or _kind(student) != _kind(teacher):
         raise ValueError(f"overlaps: {student} and {teacher} differ in inputs or activation")
     w, b = student.weights[0].detach(), teacher.weights[0].detach()
-    pairs = (node_pairs.overlap(*of) for of in ((w, w), (w, b), (b, b)))
-    return Overlaps(*pairs, student.weights[1].detach()[0], teacher.weights[1].detach()[0])
+    return Overlaps(
+        Q=node_pairs.overlap(w, w),
+        R=node_pairs.overlap(w, b),
+        T=node_pairs.overlap(b, b),
+        v=student.weights[1].detach()[0],
+        A=teacher.weights[1].detach()[0],
+    )
 
 
 def _kind(network: Network) -> tuple[str, float | None]:

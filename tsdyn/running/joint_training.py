@@ -5,7 +5,6 @@ from __future__ import annotations
 import resource
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,9 +19,6 @@ from tsdyn.problem.inputs import (
 )
 from tsdyn.running import estimates
 from tsdyn.running.members import Members
-
-if TYPE_CHECKING:
-    pass
 
 
 def ensemble_key(experiment: Experiment) -> object | None:
