@@ -20,6 +20,7 @@ from tsdyn._version import __version__
 from tsdyn.archive.whole_files import ArchiveError, DirectoryError, local_path, refuse_link
 from tsdyn.experiment.errors import ExperimentError
 from tsdyn.experiment.experiment import Experiment
+from tsdyn.registers import PartError
 from tsdyn.running.terminal import make_lenient
 from tsdyn.schema import path_of
 from tsdyn.schema import printable as _printable
@@ -90,7 +91,7 @@ _reported: list[bool] = []
 def _errors() -> Iterator[None]:
     try:
         yield
-    except (ExperimentError, DirectoryError, _Unavailable) as error:
+    except (ExperimentError, DirectoryError, PartError, _Unavailable) as error:
         _fail(error, WRONG)
     except (ArchiveError, MemoryError) as error:
         _fail(error, FAILED)

@@ -74,7 +74,7 @@ def added(observables: Sequence[Observed]) -> Iterator[None]:
     done: list[str] = []
     try:
         for each in observables:
-            if each.name not in done:
+            if not registers.OBSERVABLES.holds(each.name, each):
                 schema.adopt(each.variable)
                 registers.OBSERVABLES.add(each.name, each)
                 done.append(each.name)
@@ -91,7 +91,7 @@ def load(experiment: Experiment) -> None:
         ExperimentError: if one is not there, or cannot be measured of this experiment's networks.
     """
     for register, name in experiment.parts.values():
-        if register is not registers.OBSERVABLES:
+        if register is not registers.OBSERVABLES or not register.foreign(name):
             continue
         try:
             observable(name)
@@ -102,6 +102,8 @@ def load(experiment: Experiment) -> None:
             raise ExperimentError(f"record.observables: {name} is not measured of convolutions and BatchNorm (deep)")
         if experiment.student.module is not None and not row.own:
             raise ExperimentError(f"record.observables: {name} is not measured of modules of your own (own)")
+        if experiment.teacher.module is not None and not row.bare_teacher:
+            raise ExperimentError(f"record.observables: {name} has dimensions of the teacher, a module of your own")
 
 
 def fills(variable: str) -> Callable[[Observable], Observable]:
