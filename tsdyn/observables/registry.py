@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tsdyn import registers, schema, vocabulary
 from tsdyn.derivatives import curvature
+from tsdyn.engine.loss import loss
 from tsdyn.experiment.errors import ExperimentError
 from tsdyn.experiment.experiment import Experiment
 from tsdyn.networks.any_module import Own
@@ -88,8 +89,12 @@ def load(experiment: Experiment) -> None:
     """Load the observables that packages offer and `experiment` asks for, so that their variables are declared.
 
     Raises:
-        ExperimentError: if one is not there, or cannot be measured of this experiment's networks.
+        ExperimentError: if one is not there, or cannot be measured of this experiment's networks; or if a loss that a
+            package offers has no classes and is asked for the data's.
     """
+    law = experiment.training
+    if experiment.kind == "training" and law.labels == "data" and loss(law.loss).targets == "outputs":
+        raise ExperimentError(f"training.labels = 'data': training.loss = {law.loss!r} is of outputs, not of classes")
     for register, name in experiment.parts.values():
         if register is not registers.OBSERVABLES or not register.foreign(name):
             continue
