@@ -186,7 +186,7 @@ class Register:
             return Origin(*_package(entry), entry.value)
         self.check(name)
         where = THIS_PROCESS if name in self._added else "unknown"
-        return Origin(where, "", repr(self._added.get(name)))
+        return Origin(where, "", _place(self._added.get(name)))
 
     def foreign(self, name: str) -> bool:
         """Whether the part is not one of tsdyn's own."""
@@ -200,6 +200,12 @@ class Register:
 
 def _package(entry: metadata.EntryPoint) -> tuple[str, str]:
     return ("?", "") if entry.dist is None else (entry.dist.name, entry.dist.version)
+
+
+def _place(part: Any) -> str:
+    """``module:name`` of a function or class, of another part that of its type."""
+    named = part if hasattr(part, "__qualname__") else type(part)
+    return f"{named.__module__}:{named.__qualname__}"
 
 
 def _attribute(target: str) -> Any:

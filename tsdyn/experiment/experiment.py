@@ -210,11 +210,6 @@ class Experiment(Part):
         return found | asked
 
     @property
-    def foreign_parts(self) -> dict[str, registers.Origin]:
-        """Where those of its parts come from that are not tsdyn's own: key → origin; nothing is imported."""
-        return {key: register.origin(name) for key, (register, name) in self.parts.items() if register.foreign(name)}
-
-    @property
     def part_names(self) -> frozenset[str]:
         """Names of its parts, swept ones too."""
         named = {name for _, name in self.parts.values()}

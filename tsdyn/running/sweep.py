@@ -24,7 +24,7 @@ from tsdyn.experiment.experiment import Experiment
 from tsdyn.experiment.sweep_axes import swept_keys
 from tsdyn.observables.registry import Observed, added
 from tsdyn.problem import images
-from tsdyn.running import estimates, runner
+from tsdyn.running import estimates, packages, runner
 from tsdyn.running.interrupts import stopping
 from tsdyn.running.own_modules import Maker, described
 
@@ -223,6 +223,8 @@ def _run(
     if scheduler is None:
         runner.check_device(device)
     path = whole_files.local_path(path).absolute() if distributed else whole_files.local_path(path)
+    if unfinished(experiment, path):
+        packages.refuse_missing(experiment, path)
     if not experiment.sweep and not distributed:
         return runner.run(experiment, path, device=device, progress=progress, student=student, teacher=teacher)
     points = sweep_directory.write_sweep(path, experiment) if experiment.sweep else {".": experiment}
