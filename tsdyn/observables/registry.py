@@ -300,6 +300,8 @@ def _checked(name: str, value: Tensor | Layers, layout: schema.Layout) -> Tensor
     tensors = [torch.as_tensor(part) for part in parts if part is not None]
     for layer, tensor in enumerate(tensors, start=1):
         wanted = layout.block(row, layer if row.layered else None)
+        if tensor.is_complex():
+            raise registers.PartError(f"observable {name!r} gave complex numbers; give their parts as real ones")
         if tuple(tensor.shape) != wanted:
             inner = [dim for dim in row.dims if dim not in ("seed", "epoch", "layer")]
             where = f" at layer {layer}" if row.layered else ""
