@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -274,6 +275,8 @@ def words_of(array: xr.DataArray) -> xr.DataArray:
     return codes.copy(data=words[codes.values]).assign_attrs(attrs)
 
 
+#: Attribute of an archive: the registered parts of its experiment that packages offered, as JSON.
+PARTS = "parts"
 #: Attribute of an archive: variables of users that it holds, as JSON.
 DECLARES = "declared_variables"
 
@@ -282,6 +285,22 @@ def declarations(names: Iterable[str]) -> dict[str, str]:
     """The attribute by which an archive declares those of its variables that are not the schema's own."""
     rows = [asdict(variable(name)) for name in names if name not in VARIABLES]
     return {DECLARES: json.dumps(rows)} if rows else {}
+
+
+def united(attributes: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """What several archives together say of parts of packages and of declared variables; the first that says it."""
+    found: dict[str, str] = {}
+    parts: dict[str, Any] = {}
+    rows: dict[str, Any] = {}
+    for attrs in attributes:
+        with suppress(ValueError, TypeError, AttributeError, KeyError):  # `problems` says it of the archive itself
+            parts = {**json.loads(attrs.get(PARTS, "{}")), **parts}
+            rows = {**{row["name"]: row for row in json.loads(attrs.get(DECLARES, "[]"))}, **rows}
+    if parts:
+        found[PARTS] = json.dumps(parts)
+    if rows:
+        found[DECLARES] = json.dumps(list(rows.values()))
+    return found
 
 
 def declared_in(ds: xr.Dataset) -> dict[str, Variable]:

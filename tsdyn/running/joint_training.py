@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import resource
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -34,7 +35,8 @@ def ensemble_key(experiment: Experiment) -> object | None:
         experiment.dtype,
         experiment.student_widths,
         (student.activation, student.leak, student.bias),
-        law.model_copy(update={"learning_rate": 0.0}),
+        law.model_copy(update={"learning_rate": 0.0, "arguments": None}),
+        json.dumps(law.arguments, sort_keys=True),
         experiment.steps,
         new_at_every_step(experiment),
         (experiment.data.train, experiment.data.augment) if law.whole else None,

@@ -25,7 +25,7 @@ from tsdyn.experiment.experiment import Experiment
 from tsdyn.experiment.sweep_axes import swept_keys
 from tsdyn.observables.registry import Observed, added
 from tsdyn.problem import images
-from tsdyn.running import estimates, runner
+from tsdyn.running import estimates, packages, runner
 from tsdyn.running.interrupts import stopping
 from tsdyn.running.joint_training import group_points
 from tsdyn.running.outcome import _HELD, SweepError, _finished, _reason
@@ -235,6 +235,8 @@ def _run(
     if means.scheduler is None:
         runner.check_device(means.device)
     path = whole_files.local_path(path).absolute() if means.distributed else whole_files.local_path(path)
+    if unfinished(experiment, path):
+        packages.refuse_missing(experiment, path)
     if not experiment.sweep and not means.distributed:
         return runner.run(
             experiment, path, device=means.device, progress=progress, student=means.student, teacher=means.teacher
