@@ -39,7 +39,7 @@ _PARALLEL, _NORM_FLOOR = 1e-7, 1e-150
 _LARGE = 1e4
 #: Spacing in log λ and range of the logistic law's scales; see `_logistic_scales`.
 _SCALE_STEP, _SCALES = 0.1, (0.30, 9.2)
-#: The trapezoid rule's half width, where the normal density is 2e-17 of its peak; fewest and most nodes per side; error.
+#: The trapezoid rule's half width, where the normal density is 2e-17 of its peak; least and most nodes per side; error.
 _EDGE, _FEWEST, _MOST, _TOLERANCE = 8.8, 48, 6144, 1e-13
 
 
