@@ -1,4 +1,4 @@
-"""Figures of the papers: one module each, with EXPERIMENTS (data), measure(archive) and draw(measured)."""
+"""Studies that reproduce figures of the papers: one module each, with EXPERIMENTS, measure(archive), draw(measured)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _WORDS = ("TITLE", "SOURCE", "EXPERIMENTS", "measure", "draw")
 
 @runtime_checkable
 class Reading(Protocol):
-    """What a study measures where there is nothing to run: somebody's file."""
+    """An existing file that a study measures instead of running an experiment."""
 
     @property
     def name(self) -> str: ...
@@ -26,17 +26,17 @@ class Reading(Protocol):
     def to_toml(self) -> str: ...
 
     def read(self) -> xr.Dataset:
-        """What `Study.measure` takes."""
+        """Read the file; gives the argument of `Study.measure`."""
         ...
 
 
 class Study(Protocol):
-    """What a study's module offers.
+    """Interface of a study's module.
 
     Attributes:
-        TITLE: One line.
+        TITLE: What the figure shows, in one line.
         SOURCE: Paper and figure.
-        EXPERIMENTS: Scale (smoke, desk, paper) → experiment, or somebody's file that is read.
+        EXPERIMENTS: Scale (smoke, desk, paper) → experiment to run, or file to read.
     """
 
     TITLE: str

@@ -166,7 +166,7 @@ def test_a_part_of_another_type_or_name_is_refused(kind):
 def test_a_study_without_a_part_is_refused():
     registers.STUDIES.add("mine", math)
     try:
-        with pytest.raises(PartError, match="study 'mine': .* has no TITLE, SOURCE, EXPERIMENTS, measure, draw"):
+        with pytest.raises(PartError, match=r"study 'mine': .* has no TITLE, SOURCE, EXPERIMENTS, measure, draw"):
             studies.load("mine")
     finally:
         registers.STUDIES.remove("mine")
