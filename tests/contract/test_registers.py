@@ -166,7 +166,7 @@ def test_a_part_of_another_type_or_name_is_refused(kind):
 def test_a_study_without_a_part_is_refused():
     registers.STUDIES.add("mine", math)
     try:
-        with pytest.raises(PartError, match="study 'mine': .* has no TITLE, SOURCE, EXPERIMENTS, measure, draw"):
+        with pytest.raises(PartError, match=r"study 'mine': .* has no TITLE, SOURCE, EXPERIMENTS, measure, draw"):
             studies.load("mine")
     finally:
         registers.STUDIES.remove("mine")
@@ -281,7 +281,7 @@ def starts_torch(shape):
     assert float(bias.abs().max()) <= edge
     # which are torch's own bounds
     layer = torch.nn.Linear(shape[1], shape[0]) if len(shape) == 2 else torch.nn.Conv2d(shape[1], shape[0], 3)
-    assert 0.9 * edge <= float(layer.weight.abs().max()) <= edge * (1 + 1e-6)
+    assert 0.9 * edge <= float(layer.weight.detach().abs().max()) <= edge * (1 + 1e-6)
 
 
 def starts_near_teacher(shape):
