@@ -45,6 +45,11 @@ class Trace:
         return self.activations[-1]
 
 
+def _as_given(parameter: Any) -> Tensor:
+    """A tensor as it is, where it is; an array on the CPU, whatever device the caller has made torch's default."""
+    return parameter if isinstance(parameter, Tensor) else torch.as_tensor(parameter, device="cpu")
+
+
 class Network:
     """Linear layers and convolutions, each hidden one with σ and perhaps BatchNorm, the last one linear.
 
@@ -84,9 +89,9 @@ class Network:
         stride: int | Sequence[int] = 1,
         padding: int | Sequence[int] = 0,
     ) -> None:
-        self.weights: list[Tensor] = [torch.as_tensor(w) for w in weights]
+        self.weights: list[Tensor] = [_as_given(w) for w in weights]
         given = [None] * len(self.weights) if biases is None else list(biases)
-        self.biases: list[Tensor | None] = [None if b is None else torch.as_tensor(b) for b in given]
+        self.biases: list[Tensor | None] = [None if b is None else _as_given(b) for b in given]
         self.norms: list[BatchNorm | None] = [None] * (len(self.weights) - 1) if norms is None else list(norms)
         if gate_at_zero not in ("torch", "paper"):
             raise ValueError(f"Network: gate_at_zero={gate_at_zero!r}; it is 'torch' or 'paper'")
