@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 
 from tsdyn.networks import activations, torch_io
 from tsdyn.networks.activations import Activation, AtZero
@@ -332,15 +333,15 @@ class Network:
 
     def _torch_layer(self, i: int, weight: Tensor, bias: Tensor | None) -> list[nn.Module]:
         like: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
-        made: nn.Conv2d | nn.Linear
+        made: nn.Conv2d | nn.Linear  # without torch's own start, which would draw from the caller's generator
         if weight.ndim == 4:
             channels, below, *kernel = weight.shape
-            made = nn.Conv2d(
-                below, channels, (kernel[0], kernel[1]), self.frame.strides[i], self.frame.paddings[i],
+            made = skip_init(
+                nn.Conv2d, below, channels, (kernel[0], kernel[1]), self.frame.strides[i], self.frame.paddings[i],
                 bias=bias is not None, **like,
             )  # fmt: skip
         else:
-            made = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, **like)
+            made = skip_init(nn.Linear, weight.shape[1], weight.shape[0], bias is not None, **like)
         with torch.no_grad():
             made.weight.copy_(weight)
             if bias is not None:
