@@ -350,7 +350,9 @@ def test_companies_hold_each_point_once_and_keep_to_room_and_workers(monkeypatch
             assert len(group) == 1 or held.bytes <= room
             assert len(group) == 1 or not any(name.startswith("flow") for name in group)
     assert sorted(map(len, joint_training.group_points(points, 1, 1 << 40))) == [1, 1, 3, 3]
-    monkeypatch.setattr(sweep.resource, "getrlimit", lambda _: (8, 8))  # of open files: a lock each, and others to join
+    monkeypatch.setattr(
+        joint_training.resource, "getrlimit", lambda _: (8, 8)
+    )  # of open files: a lock each, and others to join
     assert sorted(map(len, joint_training.group_points(points, 1, 1 << 40))) == [1, 1, 1, 1, 2, 2]
 
 

@@ -95,7 +95,7 @@ def advance(block: Ensemble, batches: Batches, rule: Rule, taken: int) -> None:
         batches.inputs.contiguous(),
         batches.targets.contiguous(),
         batches.rows.contiguous(),
-        rule.rates(torch.empty(block.members, dtype=torch.float64)),
+        rule.rates(torch.empty(block.members, dtype=torch.float64, device="cpu")),
         leak=leak,
         momentum=rule.momentum,
         weight_decay=rule.weight_decay,

@@ -47,12 +47,12 @@ class Ensemble:
     buffers: Named = field(default_factory=dict)
     moments: dict[str, Named] = field(default_factory=dict)
     steps: int = 0
-    death_epoch: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    death_epoch: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64, device="cpu"))
     kept: dict[object, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         if not len(self.death_epoch):
-            self.death_epoch = torch.full((self.members,), -1, dtype=torch.int64)
+            self.death_epoch = torch.full((self.members,), -1, dtype=torch.int64, device="cpu")
 
     @classmethod
     def of(cls, members: Sequence[Architecture], *, device: str = "cpu") -> Ensemble:

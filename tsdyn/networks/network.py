@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 
 from tsdyn.networks import activations, torch_io
 from tsdyn.networks.activations import Activation, AtZero
@@ -43,6 +44,11 @@ class Trace:
     def output(self) -> Tensor:
         """f_L, (sample, output)."""
         return self.activations[-1]
+
+
+def _as_given(parameter: Any) -> Tensor:
+    """A tensor as it is, where it is; an array on the CPU, whatever device the caller has made torch's default."""
+    return parameter if isinstance(parameter, Tensor) else torch.as_tensor(parameter, device="cpu")
 
 
 class Network:
@@ -84,9 +90,9 @@ class Network:
         stride: int | Sequence[int] = 1,
         padding: int | Sequence[int] = 0,
     ) -> None:
-        self.weights: list[Tensor] = [torch.as_tensor(w) for w in weights]
+        self.weights: list[Tensor] = [_as_given(w) for w in weights]
         given = [None] * len(self.weights) if biases is None else list(biases)
-        self.biases: list[Tensor | None] = [None if b is None else torch.as_tensor(b) for b in given]
+        self.biases: list[Tensor | None] = [None if b is None else _as_given(b) for b in given]
         self.norms: list[BatchNorm | None] = [None] * (len(self.weights) - 1) if norms is None else list(norms)
         if gate_at_zero not in ("torch", "paper"):
             raise ValueError(f"Network: gate_at_zero={gate_at_zero!r}; it is 'torch' or 'paper'")
@@ -327,15 +333,15 @@ class Network:
 
     def _torch_layer(self, i: int, weight: Tensor, bias: Tensor | None) -> list[nn.Module]:
         like: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
-        made: nn.Conv2d | nn.Linear
+        made: nn.Conv2d | nn.Linear  # without torch's own start, which would draw from the caller's generator
         if weight.ndim == 4:
             channels, below, *kernel = weight.shape
-            made = nn.Conv2d(
-                below, channels, (kernel[0], kernel[1]), self.frame.strides[i], self.frame.paddings[i],
+            made = skip_init(
+                nn.Conv2d, below, channels, (kernel[0], kernel[1]), self.frame.strides[i], self.frame.paddings[i],
                 bias=bias is not None, **like,
             )  # fmt: skip
         else:
-            made = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, **like)
+            made = skip_init(nn.Linear, weight.shape[1], weight.shape[0], bias is not None, **like)
         with torch.no_grad():
             made.weight.copy_(weight)
             if bias is not None:
