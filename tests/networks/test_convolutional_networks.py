@@ -363,7 +363,7 @@ def test_what_convolutions_do_not_have_is_refused(tmp_path):
     with pytest.raises(ExperimentError, match="3 convolutions of 3 x 3 do not fit images"):
         labelled(tmp_path, teacher__convolution=True, data__image=[1, 6, 6], teacher__widths=[36, 4, 4, 4, 2],
                  teacher__prune=[])  # fmt: skip
-    with pytest.raises(ExperimentError, match="one ratio a hidden layer, and there are 2"):
+    with pytest.raises(ExperimentError, match="one ratio per hidden layer, and there are 2"):
         labelled(tmp_path, teacher__prune=[0.5])
     with pytest.raises(ExperimentError, match=r"needs training.loss = 'cross_entropy' and data with labels"):
         labelled(tmp_path, training__labels="data")
