@@ -388,14 +388,14 @@ def test_rewound_students_keep_the_winners_and_nothing_else(tmp_path):
         assert not end[~won].any()
         assert end[won].any(1).all()
     with pytest.raises(
-        ExperimentError, match=r"inputs\) \[\(8, 10\), \(6, 8\)\] a layer, these \[\(4, 10\), \(6, 4\)\]"
+        ExperimentError, match=r"layers of \(node, inputs\) \[\(8, 10\), \(6, 8\)\], these \[\(4, 10\), \(6, 4\)\]"
     ):
         draw_student(second.replace({"student.overrealization": 1.0}), 0)
     with pytest.raises(ExperimentError, match="its run must hold seed 9"):
         draw_student(second, 9)
     for alive in ("softplus", "sigmoid"):  # at 0, so that who lost would have a gradient
         with pytest.raises(
-            ExperimentError, match=rf"student.activation = '{alive}' a node without weights is not silent"
+            ExperimentError, match=rf"student.activation = '{alive}' a node without weights still has an output"
         ):
             draw_student(second.replace({"student.activation": alive}), 0)
 

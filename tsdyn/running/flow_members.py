@@ -45,9 +45,11 @@ class FlowMembers:
     def loss(self) -> PopulationLoss:
         """The population loss of these students."""
         inputs, k, _ = self.experiment.teacher_widths
-        law = self.experiment.student
+        student = self.experiment.student
         eye = torch.eye(k, inputs, dtype=torch.float64)
-        teacher = Network([eye, torch.ones(1, k, dtype=torch.float64)], activation=law.activation, leak=law.leak)
+        teacher = Network(
+            [eye, torch.ones(1, k, dtype=torch.float64)], activation=student.activation, leak=student.leak
+        )
         return PopulationLoss(teacher, self.experiment.student_widths[1])
 
     @cached_property

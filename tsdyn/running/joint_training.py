@@ -31,17 +31,17 @@ def ensemble_key(experiment: Experiment) -> object | None:
     Their students have the same layers and take as many steps of one rule.  Learning rates, starts, teachers and data
     may differ.
     """
-    law, student = experiment.training, experiment.student
-    if experiment.kind != "training" or experiment.deep or law.method == "flow" or experiment.of_own_modules:
+    training, student = experiment.training, experiment.student
+    if experiment.kind != "training" or experiment.deep or training.method == "flow" or experiment.of_own_modules:
         return None
     return (
         experiment.dtype,
         experiment.student_widths,
         (student.activation, student.leak, student.bias),
-        law.model_copy(update={"learning_rate": 0.0}),
+        training.model_copy(update={"learning_rate": 0.0}),
         experiment.steps,
         new_at_every_step(experiment),
-        (experiment.data.train, experiment.data.augment) if law.whole else None,
+        (experiment.data.train, experiment.data.augment) if training.whole else None,
     )
 
 

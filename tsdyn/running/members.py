@@ -98,12 +98,12 @@ class Members:
         The teacher's outputs; with a loss of classes one-hot rows of `classes`, of the data's labels (x then being the
         training set) or of the teacher's largest output.
         """
-        law = self.experiment.training
+        training = self.experiment.training
         with torch.no_grad():
             output = self.teachers[member](x)
-        if law.labels == "data" and classes is None:
+        if training.labels == "data" and classes is None:
             classes = self._finite_probes[member].labels
-        return loss(law.loss).target(output, classes)
+        return loss(training.loss).target(output, classes)
 
     def _labels(self, seed: int, part: Literal["train", "eval"]) -> Tensor | None:
         """The data's own labels, where anything asks for them."""
