@@ -12,7 +12,7 @@ from tsdyn.experiment.experiment import Experiment
 from tsdyn.flow import epochs
 from tsdyn.running import provenance
 
-#: Attribute of an archive: the registered parts of its experiment that packages offered, as JSON.
+#: Attribute of an archive: the registered parts of its experiment that other packages offered, as JSON.
 PARTS = "parts"
 
 
@@ -32,7 +32,7 @@ def attributes(experiment: Experiment, device: str) -> dict[str, str | int]:
 
 
 def _foreign(experiment: Experiment) -> dict[str, str]:
-    """Parts that are not tsdyn's own: package, version and place of each; and the variables that they declare."""
+    """Attributes about parts that other packages offered: package, version and place; and their declared variables."""
     parts = {key: origin._asdict() for key, origin in experiment.foreign_parts.items()}
     declared = schema.declarations(experiment.recorded())
     return ({PARTS: json.dumps(parts)} if parts else {}) | declared
