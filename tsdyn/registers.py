@@ -1,8 +1,8 @@
-"""The parts that an experiment can name, and where their code is.
+"""Registers of the parts that an experiment can name (activations, losses, optimizers, ...), and where their code is.
 
-A register has two halves.  This one knows names: tsdyn's own and, by entry points, those of installed packages; it
-imports neither torch nor any part.  The module that uses a part loads it on first use (`Register.load`).  An archive
-is opened without loading anything: names that are not installed here are accepted there (`accepting`).
+A register knows names: tsdyn's own and, by entry points, those of installed packages; it imports neither torch nor any
+part.  The module that uses a part loads it on first use (`Register.load`).  Archives open without loading any part, and
+may name parts that are not installed here (`accepting`).
 
 A package offers a part by an entry point, for example in its pyproject.toml::
 
@@ -22,12 +22,12 @@ from functools import cached_property
 from importlib import metadata
 from typing import Any, NamedTuple
 
-#: What is said of the package of a part that was added by `Register.add`.
+#: Named as the package of a part that was added by `Register.add`.
 THIS_PROCESS = "this process"
 
 
 class PartError(ValueError):
-    """A part that is not there, or is not what its register holds; the message names it and the way out."""
+    """A part does not exist, or is of another kind than its register's; the message names it and the way out."""
 
 
 class Origin(NamedTuple):
@@ -35,7 +35,7 @@ class Origin(NamedTuple):
 
     Attributes:
         package: Name of the distribution; ``this process`` for a part that was added by `Register.add`.
-        version: Of that distribution.
+        version: Version of that distribution.
         target: ``module:attribute``.
     """
 
@@ -44,15 +44,15 @@ class Origin(NamedTuple):
     target: str
 
 
-#: Names that are accepted without a part of that name; None: all.
+#: Names that `Register.check` accepts although no such part is installed; None: every name.
 _ACCEPTED: ContextVar[frozenset[str] | None] = ContextVar("tsdyn_accepted", default=frozenset())
 
 
 @contextmanager
 def accepting(names: Iterable[str] | None) -> Iterator[None]:
-    """Inside, names of parts that are not installed are accepted: these, or all of them for None.
+    """Accept, inside the context, these names of parts that are not installed; None accepts every name.
 
-    What an archive says was there when it was made, and what an experiment read from it holds.
+    It is for experiments read from archives, whose parts were installed when the archive was made.
     """
     token = _ACCEPTED.set(None if names is None else frozenset(names))
     try:
@@ -66,11 +66,11 @@ class Register:
     """Parts of one kind by name.
 
     Attributes:
-        kind: One of them, as messages call it: ``activation``.
-        table: ``module:attribute`` of the mapping name → part that holds tsdyn's own.
-        own: Names of these.
-        aliases: Own names that are no parts of the table: ways of an experiment file to say something else.
-        hidden: Names of the table that no experiment file says.
+        kind: Word for one part in messages, such as ``activation``.
+        table: ``module:attribute`` of the mapping name → part that holds tsdyn's own parts.
+        own: Names of tsdyn's own parts.
+        aliases: Names that an experiment file may use but that are not in the table.
+        hidden: Names in the table that an experiment file cannot use.
     """
 
     kind: str
@@ -105,14 +105,14 @@ class Register:
         return found
 
     def names(self) -> tuple[str, ...]:
-        """Every name that can be asked for here: tsdyn's own, those of installed packages, those added."""
+        """Every name that can be used here: tsdyn's own, those of installed packages, and those added."""
         return tuple(dict.fromkeys([*self.own, *self.aliases, *self._installed, *self._added]))
 
     def check(self, name: str) -> str:
-        """`name` itself, if there is a part of that name or an archive is being read.
+        """`name` itself, if there is a part of that name or `accepting` accepts it.
 
         Raises:
-            PartError: otherwise; names the nearest and how a package offers one.
+            PartError: otherwise; names the nearest name, and how a package offers a part.
         """
         accepted = _ACCEPTED.get()
         if name in self.own or name in self.aliases or name in self._added or accepted is None or name in accepted:
@@ -148,7 +148,7 @@ class Register:
                     ) from error
             else:
                 with accepting(()):
-                    self.check(name)  # says what there is, if nobody said that the name is an archive's
+                    self.check(name)  # raises the error that lists all names, unless the name is accepted
                 raise AssertionError(name)
         return self._loaded[name]
 
@@ -167,7 +167,7 @@ class Register:
         self._added.pop(name, None)
 
     def origin(self, name: str) -> Origin:
-        """Where the part of that name comes from, without importing it."""
+        """Package, version and place of the part of that name; nothing is imported."""
         if not self.foreign(name):
             from tsdyn._version import __version__
 
@@ -184,7 +184,7 @@ class Register:
         return name not in (*self.own, *self.aliases, *self.hidden)
 
     def forget_installed(self) -> None:
-        """Look for installed packages anew; for tests and for sessions that install one."""
+        """Search installed packages again at the next use; for tests, and for sessions that install a package."""
         self.__dict__.pop("_installed", None)
         self._loaded.clear()
 
@@ -204,7 +204,7 @@ ACTIVATIONS = Register(
     ("relu", "leaky_relu", "identity", "erf", "tanh", "sigmoid", "softplus", "gelu", "silu"),
 )
 LOSSES = Register("loss", "tsdyn.engine.loss:LOSSES", ("mse", "cross_entropy"))
-#: SGD with training.momentum is another part of the table; files say "sgd" for both.
+#: SGD with training.momentum > 0 is a part of its own, "momentum"; experiment files write "sgd" for both.
 OPTIMIZERS = Register(
     "optimizer", "tsdyn.engine.rule:OPTIMIZERS", ("sgd", "adam"), ("gd", "flow"), hidden=("momentum",)
 )
@@ -223,7 +223,7 @@ STARTS = Register(
 OBSERVABLES = Register("observable", "tsdyn.observables:OBSERVABLES", ())
 STUDIES = Register("study", "tsdyn.studies:MODULES", ())
 
-#: Every register by its kind.
+#: Kind → its register.
 ALL: Mapping[str, Register] = {
     register.kind: register
     for register in (ACTIVATIONS, LOSSES, OPTIMIZERS, LAWS, TEACHERS, STARTS, OBSERVABLES, STUDIES)

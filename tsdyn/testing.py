@@ -1,7 +1,7 @@
 """The contract test on a part of your own: what tsdyn asks of its own activations, losses, laws and so on.
 
-`check` raises at the first promise that a part breaks, naming the promise, the input and both numbers.  It compares
-with torch.autograd, quadrature and samples, never with the part's own code.
+`check` raises at the first requirement that a part breaks, naming the requirement, the input and both numbers.  It
+compares with torch.autograd, quadrature and samples, never with the part's own code.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from tsdyn.networks.activations import Activation
 from tsdyn.observables.registry import Observed
 
 Kind: TypeAlias = Literal["activation", "loss", "optimizer", "law", "teacher", "start", "observable", "module", "study"]
-#: A check of a mean over samples fails a right part about once in a million.
+#: Standard errors allowed for a mean over samples: a correct part fails about once in a million checks.
 _SIGMAS = 5.0
 
 
 class ContractError(AssertionError):
-    """A part that breaks a promise; the message says which, where and by how much."""
+    """A part breaks a requirement; the message says which, where and by how much."""
 
 
 def check(part: Any, kind: Kind | None = None) -> None:
@@ -42,11 +42,11 @@ def check(part: Any, kind: Kind | None = None) -> None:
     Args:
         part: An `Activation`, `Loss`, `Optimizer` or `Observed`; a function that makes an ``nn.Module``; the function
             of a law, teacher or start; or a study's module.
-        kind: What it is; needed for functions, told by its type otherwise.
+        kind: Kind of the part; needed for functions, otherwise found from the part's type.
 
     Raises:
-        ContractError: naming the promise, the input and both numbers.
-        TypeError: if it cannot be told what the part is.
+        ContractError: naming the requirement, the input and both numbers.
+        TypeError: if the kind cannot be found from the part's type.
 
     Example:
         >>> import torch, tsdyn
@@ -113,7 +113,7 @@ def _close(what: str, mine: Tensor, right: Tensor, bound: float) -> None:
 
 
 def _activation(part: Activation) -> None:
-    """Elementwise; its derivative is autograd's, at 0 too; its module is itself; `leak` says the truth."""
+    """Check that it is elementwise, its derivative is autograd's (at 0 too), and its module and `leak` agree."""
     for dtype in (torch.float32, torch.float64):
         eps = torch.finfo(dtype).eps
         z = torch.cat([torch.linspace(-8, 8, 257, dtype=dtype), torch.zeros(1, dtype=dtype)]).requires_grad_(True)
@@ -142,7 +142,7 @@ def _activation(part: Activation) -> None:
 
 
 def _loss(part: Loss) -> None:
-    """A mean over samples, whose residual and Hessian are autograd's."""
+    """Check that it is a mean over samples, and that its residual and Hessian are autograd's."""
     generator = torch.Generator().manual_seed(1)
     for dtype in (torch.float32, torch.float64):
         eps = torch.finfo(dtype).eps
@@ -165,7 +165,7 @@ def _loss(part: Loss) -> None:
 
 
 def _optimizer(part: Optimizer) -> None:
-    """Finite, keeps members apart, uses its rate, forgets nothing between steps but in its moments."""
+    """Check that its updates are finite, independent between members and use the rate, and its state is its moments."""
     generator = torch.Generator().manual_seed(2)
     for dtype in (torch.float32, torch.float64):
         start = torch.randn(2, 3, 4, generator=generator, dtype=dtype)
@@ -194,7 +194,7 @@ def _draws(part: Callable[..., Any], *given: Any, **named: Any) -> tuple[np.ndar
 
 
 def _law(part: Callable[..., Any]) -> None:
-    """(rng, samples, inputs, *, std): finite inputs of that shape, drawn from `rng` alone, independent samples."""
+    """Check that (rng, samples, inputs, *, std) gives finite, independent samples, drawn from `rng` alone."""
     name = getattr(part, "__name__", repr(part))
     x, again = _draws(part, 4000, 5, std=1.5)
     _demand(
@@ -210,18 +210,18 @@ def _law(part: Callable[..., Any]) -> None:
 
 
 def _teacher(part: Callable[..., Any]) -> None:
-    """(rng, nodes, inputs, *, teacher, lowest): finite rows of that shape, drawn from `rng` alone."""
+    """Check that (rng, nodes, inputs, *, teacher, lowest) gives finite rows of that shape, drawn from `rng` alone."""
     name, section = getattr(part, "__name__", repr(part)), Teacher(widths=(6, 4, 3))
     for nodes, inputs, lowest in ((4, 6, True), (3, 4, False)):
         rows, again = _draws(part, nodes, inputs, teacher=section, lowest=lowest)
         good = rows.shape == (nodes, inputs) and rows.dtype.kind == "f" and bool(np.isfinite(rows).all())
         _demand(good, f"teacher {name}: drew {rows.dtype} {rows.shape}; finite numbers {(nodes, inputs)} are asked for")
         _demand(np.array_equal(rows, again), f"teacher {name}: the same rng draws other rows; use the rng given alone")
-        _demand(bool(rows.any(1).all()), f"teacher {name}: a row is zero, a node that never answers")
+        _demand(bool(rows.any(1).all()), f"teacher {name}: a row is zero, so the node ignores its input")
 
 
 def _start(part: Callable[..., Any]) -> None:
-    """(rng, shape, *, student, taught): a weight of that shape and its bias, drawn from `rng` alone."""
+    """Check that (rng, shape, *, student, taught) gives a weight of that shape and a bias, drawn from `rng` alone."""
     name, section = getattr(part, "__name__", repr(part)), Student(overrealization=1.0)
     for shape in ((4, 6), (3, 2, 3, 3)):
         taught = torch.ones(shape, dtype=torch.float64), torch.zeros(shape[0], dtype=torch.float64)
@@ -241,7 +241,7 @@ def _start(part: Callable[..., Any]) -> None:
 
 
 def _observable(part: Observed) -> None:
-    """Has the dimensions that it declares, of networks in both dtypes, and disturbs nothing."""
+    """Check that it gives its declared dimensions for networks in both dtypes, and changes nothing it measures."""
     from tsdyn.running import sweep
 
     for dtype in ("float64", "float32"):
@@ -265,7 +265,7 @@ def _observable(part: Observed) -> None:
 
 
 def _module(part: Callable[..., Any]) -> None:
-    """A function or class that makes an ``nn.Module`` which can be a member: no shared state, no randomness."""
+    """Check that the function or class makes modules that can be members: nothing shared, nothing random."""
     module = part(seed=0) if "seed" in inspect.signature(part).parameters else part()
     _demand(isinstance(module, nn.Module), f"module: {part!r} made {type(module).__name__}, not an nn.Module")
     try:
@@ -278,7 +278,7 @@ def _module(part: Callable[..., Any]) -> None:
 
 
 def _study(part: Any) -> None:
-    """A module with TITLE, SOURCE, EXPERIMENTS for every scale, measure and draw, whose smoke scale runs and draws."""
+    """Check that it has TITLE, SOURCE, EXPERIMENTS, measure and draw, and that its smoke scale runs and draws."""
     from tsdyn.running import sweep
 
     missing = [word for word in ("TITLE", "SOURCE", "EXPERIMENTS", "measure", "draw") if not hasattr(part, word)]

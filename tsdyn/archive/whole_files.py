@@ -232,7 +232,7 @@ def sealed(path: Path) -> bool | None:
 
 
 class Identity(NamedTuple):
-    """Device, inode, size, time and checksum of a file, by which another file of the same name is noticed."""
+    """Inode, size, time and checksum of a file, by which another file of the same name is noticed."""
 
     inode: int
     size: int

@@ -343,10 +343,10 @@ def _train(points: list[_Point], start: int, asked: Callable[[], int | None], fa
 
 
 def _due(elapsed: float, since: float, took: float, spent: float) -> bool:
-    """Whether to commit now.
+    """Whether to commit now, by the time since the last commit and by what commits cost.
 
-    A commit is due once this commit and the run's last one, which must come in any case, keep within `COMMIT_SHARE` of
-    the run's time; or once nothing was committed for too long (`_longest`).
+    Once enough work is done since the last commit, one is due if it and the run's last one, which must come in any
+    case, keep all commits within `COMMIT_SHARE` of the run's time.  After `_longest` seconds one is due in any case.
 
     Args:
         elapsed: Seconds since the run began.
