@@ -340,9 +340,7 @@ def audit(directory: Directory) -> None:
     for row in rows:
         table.add_row(*map(_plain, row))
     Console().print(table)
-    print(
-        "margin: conclusion over bound, at most 1 where it holds; unmet: the hypothesis does not hold, so nothing is tested"
-    )
+    print("margin: conclusion over bound, at most 1 where it holds; unmet: the hypothesis fails, so nothing is tested")
 
 
 @app.command()
