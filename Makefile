@@ -3,7 +3,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 RUNS   ?= runs/l-shape
 
-.PHONY: quickstart test fuzz trials torture multilayer lint docs bench scale clean
+.PHONY: quickstart test matrix fuzz trials torture multilayer lint docs bench scale clean
 
 # Installed again whenever the project's metadata changes.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -25,7 +25,11 @@ quickstart: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n auto
 
-# Property tests with FUZZ random examples each; failures that it finds become fixed examples of the suite.
+# The suite under every Python that this machine has, with the lowest and with the newest versions of what it needs.
+matrix: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.matrix
+
+# The property tests' random search, FUZZ examples each; what it finds becomes a fixed example of the suite.
 FUZZ ?= 500
 fuzz: $(VENV)/.installed-dev
 	TSDYN_FUZZ=$(FUZZ) $(BIN)/python -m pytest -n auto -m hypothesis

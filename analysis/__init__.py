@@ -1,4 +1,4 @@
-"""Analysis after the fact: lazy, on archives, one topic a module."""
+"""Analyses of archives, after the runs: lazy functions of Datasets, one topic per module."""
 
 import lazy_loader as _lazy
 

@@ -1,6 +1,6 @@
-"""ε-alignment of student and teacher nodes at the lowest layer: which teacher node's boundary has been found.
+"""ε-alignment of student and teacher nodes at the lowest layer: which teacher nodes' boundaries have been found.
 
-Read from the recorded ``alignment``, or computed from recorded weights.  A node is the pair (w, b) of its weight and
+From the recorded ``alignment``, or computed from recorded weights.  A node is the pair (w, b) of its weight and
 bias, scaled to ‖w‖ = 1.  Source: Tian (2020), Definition 3.
 """
 
@@ -22,17 +22,17 @@ _WEIGHTS = ("weight", "bias", "teacher_weight", "teacher_bias")
 
 
 def least(eps: NDArray) -> NDArray:
-    """(..., teacher_node, node) -> (..., teacher_node): ε of the nearest student node; NaN only where all are."""
+    """ε of the nearest student node: (..., teacher_node, node) -> (..., teacher_node); NaN only where all are."""
     found: NDArray = np.fmin.reduce(eps, axis=-1)
     return found
 
 
 def without_padding(weight: xr.DataArray, width: xr.DataArray) -> xr.DataArray:
-    """Weights whose inputs end where those of each point do: 0 beyond, which adds nothing to a product; lazy.
+    """Weights with 0 instead of NaN beyond each point's own inputs, so that products ignore the padding; lazy.
 
     Args:
         weight: (..., input_node), NaN beyond a point's own inputs.
-        width: Inputs of each point; −1 where it has nothing yet.
+        width: Number of inputs of each point; −1 where nothing is committed yet.
     """
     inputs = xr.DataArray(np.arange(weight.sizes["input_node"]), dims="input_node")
     return weight.where((inputs < width) | (width < 0), 0.0)
@@ -55,7 +55,8 @@ def _lowest(archive: xr.Dataset, names: tuple[str, ...]) -> xr.Dataset:
 def alignment(archive: xr.Dataset) -> xr.DataArray:
     """ε between each teacher and student node of the lowest layer; (..., teacher_node, node).
 
-    The recorded variable if there is one, else from the weights; 0 where both have one boundary, whichever way round.
+    The recorded variable if there is one, else computed from the weights; 0 where both have the same boundary, in
+    either orientation.
 
     Raises:
         ValueError: if neither is recorded, or the slice is of another layer.
@@ -80,9 +81,9 @@ def alignment(archive: xr.Dataset) -> xr.DataArray:
 
 
 def teacher_separation(archive: xr.Dataset) -> xr.DataArray:
-    """ε_0, the least ε between two teacher nodes: below half of it an aligned student node is one teacher's; (...).
+    """Least ε between two teacher nodes, ε_0; (...).
 
-    Infinite for a single teacher node.
+    A student node within ε_0/2 of a teacher node is aligned with no other.  Infinite for a single teacher node.
 
     Raises:
         ValueError: if the slice is of another layer than the lowest.  Source: Tian (2020), Assumption 3.
@@ -99,7 +100,7 @@ def teacher_separation(archive: xr.Dataset) -> xr.DataArray:
 
 
 def best_alignment(archive: xr.Dataset) -> xr.DataArray:
-    """ε of each teacher node's nearest student node; (..., teacher_node).
+    """ε between each teacher node and its nearest student node; (..., teacher_node).
 
     Raises:
         ValueError: as `alignment`.
@@ -115,7 +116,7 @@ def best_alignment(archive: xr.Dataset) -> xr.DataArray:
 
 
 def aligned(archive: xr.Dataset) -> xr.DataArray:
-    """Number of teacher nodes with a student node within ε_0/2, where no other teacher node can be meant; (...).
+    """Number of teacher nodes with a student node within ε_0/2, which is then aligned with no other; (...).
 
     Raises:
         ValueError: as `alignment`.  Source: Tian (2020), Theorem 1.
@@ -129,10 +130,11 @@ def aligned(archive: xr.Dataset) -> xr.DataArray:
 
 
 def boundary_samples(teacher_weight: NDArray, teacher_bias: NDArray, eps: NDArray, std: NDArray) -> NDArray:
-    """(..., teacher_node, input_node), (..., teacher_node), (...), (...) -> (...): Σ_j P[|w*_j·x + b*_j| ≤ ε].
+    """Expected number of teacher boundaries within ε of a sample, Σ_j P[|w*_j·x + b*_j| ≤ ε].
 
-    For x ~ N(0, std² I) and regular nodes, ‖w*_j‖ = 1, of which w*_j·x is N(0, std²); padding and zero weights have
-    no boundary, and NaN is where no node has one: a point that is not committed yet.
+    (..., teacher_node, input_node), (..., teacher_node), (...), (...) -> (...), for x ~ N(0, std² I) and nodes scaled
+    to ‖w*_j‖ = 1, so that w*_j·x is N(0, std²).  Padding and zero weights have no boundary; NaN where no node has one,
+    as at a point that is not committed yet.
     """
     _, b = regular(teacher_weight, teacher_bias)
     eps, std = eps[..., None], std[..., None]
@@ -141,10 +143,10 @@ def boundary_samples(teacher_weight: NDArray, teacher_bias: NDArray, eps: NDArra
 
 
 def augmented_samples(archive: xr.Dataset) -> xr.DataArray:
-    """How many samples each training set has with the points that ``data.augment`` adds; (swept..., seed).
+    """Number of samples in each training set, with those that ``data.augment`` adds; (swept..., seed).
 
-    N as it stands, (2d + 1) N teacher-agnostic, and N + 2 Σ_j N[I_j(ε)] teacher-aware, where the expectation over
-    Gaussian inputs N Σ_j P[x ∈ I_j(ε)] stands for the count, which an archive does not hold.
+    N without augmentation, (2d + 1) N teacher-agnostic, and N + 2 Σ_j N[I_j(ε)] teacher-aware.  Archives do not hold
+    the counts N[I_j(ε)]; their expectation over Gaussian inputs, N P[x ∈ I_j(ε)], is used instead.
 
     Raises:
         ValueError: if samples are fresh, or augmented teacher-aware and not Gaussian.

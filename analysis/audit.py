@@ -1,10 +1,10 @@
-"""What an archive says about each lemma, theorem and corollary of Tian (2020) and Tian et al. (2019).
+"""Checks each lemma, theorem and corollary of Tian (2020) and Tian et al. (2019) on an archive.
 
 A claim has a hypothesis and a conclusion.  A verdict is one of
 
 - ``holds``, ``fails``: the hypothesis is met, and the conclusion does or does not hold;
-- ``unmet``: the hypothesis is not met, so nothing is tested; of another loss than the squared error, where a claim is
-  of that one; of a lone teacher node, where a claim tells several apart;
+- ``unmet``: the hypothesis is not met, so nothing is tested; also for other losses, if a claim is about the squared
+  error, and for a single teacher node, if a claim distinguishes several;
 - ``unrecorded``: the archive lacks what is needed; `used` names it;
 - ``reported``: an approximation, whose error is the margin and which no bound judges.
 
@@ -35,20 +35,20 @@ from tsdyn.schema import path_of
 from tsdyn.theory import alignments
 from tsdyn.vocabulary import LUCK, TIAN
 
-#: Of the largest quantity: what rounding may leave of an identity.
+#: Relative error, of the largest quantity, that rounding may leave in an identity.
 TOLERANCE = {"float64": 1e-12, "float32": 1e-5}
-#: A critical point: largest |g_1| over samples and nodes, against the size of what it is the sum of.
+#: Threshold of a critical point: largest |g_1| over samples and nodes, relative to the size of the terms it sums.
 CRITICAL = 1e-6
-#: Share of the largest teacher fan-out, or of the output, below which a student node's part counts as vanished.
+#: Share of the largest teacher fan-out, or of the output, below which a student node's contribution counts as zero.
 NEGLIGIBLE = 0.01
-#: Samples on which the linear pieces of a deep network are looked at.
+#: Number of samples at which the linear pieces of a deep network are compared.
 PIECES = 512
 VERDICTS = ("holds", "fails", "unmet", "unrecorded", "reported")
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One claim on one archive: arrays over what is left of (swept..., seed).
+    """The check of one claim on one archive: arrays over what is left of (swept..., seed).
 
     Attributes:
         met: Whether the hypothesis is met.
@@ -69,8 +69,8 @@ class Claim:
         says: Hypothesis ⇒ conclusion, in one line, as it is checked.
         needs: Variables of the archive that the check reads.
         check: From those variables of the archive and its experiment; None where no run of tsdyn meets the hypothesis.
-        judged: Whether a margin above 1 fails.
-        squared: Whether it speaks of the squared error, so that no run of another loss meets its hypothesis.
+        judged: Whether a margin above 1 counts as failure.
+        squared: Whether it is about the squared error, so that no run with another loss meets its hypothesis.
     """
 
     name: str
@@ -88,7 +88,7 @@ def _lemma_1(ds: xr.Dataset, experiment: Experiment) -> Finding:
 
 
 def _separation(ds: xr.Dataset) -> xr.DataArray:
-    """ε_0; NaN, which meets no hypothesis, for a lone teacher node: there is no other to be told from."""
+    """ε_0; NaN for a single teacher node, so that it meets no hypothesis: there is no other to distinguish it from."""
     eps_0 = teacher_separation(ds).load()
     return eps_0.where(np.isfinite(eps_0))
 
@@ -96,9 +96,8 @@ def _separation(ds: xr.Dataset) -> xr.DataArray:
 def _assumption_1(ds: xr.Dataset, experiment: Experiment) -> Finding:
     eps_0 = _separation(ds)
     rounding = 10 * TOLERANCE[experiment.dtype]
-    return Finding(
-        eps_0.notnull(), xr.where(eps_0 > 0, rounding / eps_0.where(eps_0 > 0), np.inf).where(eps_0.notnull())
-    )
+    margin = (rounding / eps_0.where(eps_0 > 0)).where(eps_0 > 0, np.inf)
+    return Finding(eps_0.notnull(), margin.where(eps_0.notnull()))
 
 
 def _lowest(ds: xr.Dataset) -> xr.Dataset:
@@ -106,7 +105,7 @@ def _lowest(ds: xr.Dataset) -> xr.Dataset:
 
 
 def _observed(low: xr.Dataset) -> xr.DataArray:
-    """Whether some student observes the teacher node and pulls at it; (..., teacher_node)."""
+    """Whether some student node observes each teacher node and has a nonzero coupling to it; (..., teacher_node)."""
     pulls = (low["observation"] > 0) & (abs(low["A"]) > 0)
     return pulls.any("node")
 
@@ -116,27 +115,29 @@ def _best(low: xr.Dataset) -> xr.DataArray:
 
 
 def _spread(ds: xr.Dataset) -> xr.DataArray:
-    """Standard deviation of the inputs at each point, as far as the experiment says."""
+    """Standard deviation of the inputs at each point, if the experiment gives it."""
     return per_point(ds, lambda point: point.data.std)
 
 
 def _teacher_norms(low: xr.Dataset) -> tuple[xr.DataArray, xr.DataArray]:
     """‖w*_j‖ and |b*_j| of the lowest layer; NaN for padding."""
     weight = without_padding(low["teacher_weight"], low["input_width"])
-    norm = np.sqrt((weight**2).sum("input_node", skipna=False))
-    return norm, abs(low["teacher_bias"])
+    squares = (weight**2).sum("input_node", skipna=False)
+    return squares.copy(data=np.sqrt(squares.values)), abs(low["teacher_bias"])
 
 
 def _relative_gradient(ds: xr.Dataset, low: xr.Dataset) -> xr.DataArray:
-    """max_k max_x |g_1k| / Σ_j |α_kj| (std ‖w*_j‖ + |b*_j|): against the pull of the teacher nodes alone.
+    """Largest |g_1k| of any node and sample, relative to the size of the teacher's terms in it.
 
-    Numerator and denominator grow alike with the student's fan-out and the teacher's weights, so that a small start or
-    a small teacher is no critical point.  A node without pull and gradient has 0, one with a gradient only infinity.
+    max_k max_x |g_1k| / Σ_j |α_kj| (std ‖w*_j‖ + |b*_j|).  Numerator and denominator scale alike with the student's
+    fan-out and the teacher's weights, so that a small initialization or a small teacher does not look like a critical
+    point.  0 for a node where both are 0, infinity where only the denominator is.
     """
     norm, bias = _teacher_norms(low)
     pull = (abs(low["A"]) * (_spread(ds) * norm + bias)).sum("teacher_node")
     g = low["gradient_max"]
-    share = xr.where(pull > 0, g / pull.where(pull > 0), xr.where(g > 0, np.inf, 0.0))
+    without = xr.zeros_like(g).where(~(g > 0), np.inf)  # of a node that nothing pulls at
+    share = (g / pull.where(pull > 0)).where(pull > 0, without)
     return share.where(g.notnull()).max("node")
 
 
@@ -168,7 +169,7 @@ def _theorem_4(ds: xr.Dataset, experiment: Experiment) -> Finding:
 def _per_member(ds: xr.Dataset, measure: Callable[[Member], tuple[float, float]]) -> Finding:
     """A check that needs the networks themselves; `measure` gives (1 if the hypothesis is met, margin).
 
-    The theory is of fully connected networks: points with convolutions or BatchNorm do not meet its hypotheses.
+    The theory is about fully connected networks, so points with convolutions or BatchNorm do not meet its hypotheses.
     """
     # loaded first: a dask graph for each member and variable costs more than the checks
     found = each(ds.isel(epoch=-1).load(), measure, ("met", "margin"), of=lambda experiment: not experiment.deep)
@@ -176,7 +177,7 @@ def _per_member(ds: xr.Dataset, measure: Callable[[Member], tuple[float, float]]
 
 
 def _share(part: float, whole: float) -> float:
-    """part/whole of numbers that are not negative; 0 of nothing is 0, and something of nothing infinite."""
+    """part/whole of nonnegative numbers, with 0/0 = 0 and infinity for any other part of 0."""
     return part / whole if whole > 0 else (np.inf if part > 0 else 0.0)
 
 
@@ -239,7 +240,7 @@ def _weak_overlaps(ds: xr.Dataset, experiment: Experiment) -> Finding:
         own = theory.expectations(member.teacher, member.teacher, member.evaluation_inputs)
         overlaps = []
         for matrix in (own.D[0], own.L[0]):
-            alive = matrix.diagonal() > 0  # a node that is never on overlaps with none
+            alive = matrix.diagonal() > 0  # a node that is never active overlaps with none
             share = (matrix[alive][:, alive] / matrix.diagonal()[alive, None]).fill_diagonal_(-torch.inf)
             overlaps.append(float(share.max()) if len(share) > 1 else np.nan)
         return float(not np.isnan(overlaps).any()), max(overlaps)
@@ -257,7 +258,7 @@ def _conserved_norm(ds: xr.Dataset, experiment: Experiment) -> Finding:
 def _critical(member: Member) -> bool:
     """Whether |g_1k| ≤ `CRITICAL` |v_k|ᵀ (|f*| + |f|) for every node and sample of the training set; two-layer.
 
-    v_kᵀ (f* − f) is what g is made of: both sides grow alike with fan-outs and outputs.
+    g_1k is v_kᵀ (f* − f) times the gate, so both sides scale alike with fan-outs and outputs.
     """
     student, x = member.student, member.training_inputs
     g = theory.backpropagated_gradient(student, member.teacher, x, 1).abs().amax(0)
@@ -266,9 +267,9 @@ def _critical(member: Member) -> bool:
 
 
 def _unaligned(member: Member) -> tuple[list[alignments.ClusterFanout], bool]:
-    """Groups of co-linear student nodes that stand for no teacher, and whether each is observed with full rank.
+    """Groups of co-linear student nodes aligned with no teacher node, and whether each is observed with full rank.
 
-    A group is tested if the fan-outs of the student nodes that see its boundary span the outputs.
+    A group is observed with full rank if the fan-outs of the student nodes active at its boundary span the outputs.
     """
     student, teacher, x = member.student, member.teacher, member.evaluation_inputs
     near = alignments.separation(teacher) / 2
@@ -294,7 +295,7 @@ def _theorem_2(ds: xr.Dataset, experiment: Experiment) -> Finding:
 
 def _corollary_1(ds: xr.Dataset, experiment: Experiment) -> Finding:
     def measure(member: Member) -> tuple[float, float]:
-        # a node that is on for every sample is affine there, has no boundary in the data, and so no observer
+        # a node that is active for every sample is affine there: it has no boundary in the data, and so no observer
         if member.student.depth != 2 or not _critical(member):
             return 0.0, np.nan
         groups, all_observed = _unaligned(member)
@@ -523,8 +524,8 @@ def audit(archive: xr.Dataset) -> xr.Dataset:
         archive: As `tsdyn.open` gives it.
 
     Returns:
-        ``verdict`` (a word of `VERDICTS`) and ``margin`` over (claim, swept..., seed); ``source`` and ``used`` a claim.
-        Loaded: one epoch of a few variables.
+        Dataset of ``verdict`` (a word of `VERDICTS`) and ``margin`` over (claim, swept..., seed), and of ``source`` and
+        ``used`` over claim.  Loaded into memory: one epoch of a few variables.
 
     Raises:
         ValueError: if labels repeat, the slice lacks ``epoch`` or ``layer``, or it cannot be known whose the numbers

@@ -17,24 +17,24 @@ SOURCE = "Tian et al. 2019 (arXiv:1905.13405), Figures 6 and 16"
 
 
 def negative_share(shift: NDArray) -> NDArray:
-    """(..., node) -> (...): share of entries below 0 among those that are not NaN; NaN where all are."""
+    """Share of entries below 0 among those that are not NaN, (..., node) -> (...); NaN where all are."""
     count = (~np.isnan(shift)).sum(-1)
     return np.where(count > 0, (shift < 0).sum(-1) / np.maximum(count, 1), np.nan)
 
 
 def bin_edges(shift: NDArray, half: int) -> NDArray:
-    """(..., node) -> (..., edge): 2 · half + 1 of equal distance, from −max |shift| to max |shift|, 0 among them.
+    """Bin edges, (..., node) -> (..., edge): 2 · half + 1 equidistant ones from −max |shift| to max |shift|.
 
-    So no bin holds both signs; from −1 to 1 where every entry is 0 or NaN.
+    0 is an edge, so that no bin holds both signs.  From −1 to 1 where every entry is 0 or NaN.
     """
     largest = np.fmax.reduce(np.abs(shift), axis=-1, initial=0.0)
     return np.where(largest > 0, largest, 1.0)[..., None] * (np.arange(-half, half + 1) / half)
 
 
 def bin_counts(shift: NDArray, half: int) -> NDArray:
-    """(..., node) -> (..., bin): entries in each of the 2 · half bins between `bin_edges`, NaN not counted.
+    """Number of entries in each of the 2 · half bins between `bin_edges`, (..., node) -> (..., bin), without NaN.
 
-    A bin holds its lower edge, the last its upper one, too: 0 is not negative.
+    A bin includes its lower edge, so that 0 is not negative; the last bin includes its upper edge too.
     """
     edges = bin_edges(shift, half)
     return np.array(
@@ -73,8 +73,8 @@ def negative_shift_share(archive: xr.Dataset) -> xr.DataArray:
 def shift_histogram(archive: xr.Dataset, *, bins: int = 40) -> xr.Dataset:
     """``shift_count`` (..., bin) of nodes whose BatchNorm bias lies in each bin, between ``shift_edge`` (..., edge).
 
-    Each entry of the other dimensions has bins of its own, symmetric about 0, which is an edge; a lower edge is in its
-    bin.
+    Each entry of the other dimensions has its own bins, symmetric about 0, which is an edge; a bin includes its lower
+    edge.
 
     Args:
         archive: Run, sweep or slice.

@@ -1,4 +1,4 @@
-"""What an archive rests on, as BibTeX: the papers its variables name as their source, its data, and tsdyn."""
+"""BibTeX entries for an archive: the papers its variables name as their source, its data set, and tsdyn."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import xarray as xr
 from tsdyn.experiment.errors import ExperimentError
 from tsdyn.experiment.experiment import Experiment
 
-#: What a variable's ``source`` says → the entry.
+#: Text in a variable's ``source`` → BibTeX entry.
 PAPERS: Mapping[str, str] = {
     "Tian 2020": """@inproceedings{tian2020student,
   title     = {Student Specialization in Deep Rectified Networks With Finite Width and Input Dimension},
@@ -53,7 +53,7 @@ PAPERS: Mapping[str, str] = {
 }""",
 }
 
-#: ``data.law`` → the entry.
+#: ``data.law`` → BibTeX entry.
 DATA: Mapping[str, str] = {
     "digits": """@misc{alpaydin1998digits,
   title     = {Optical Recognition of Handwritten Digits},
@@ -80,7 +80,7 @@ DATA: Mapping[str, str] = {
 
 
 def software(version: str) -> str:
-    """tsdyn itself, as ``CITATION.cff`` has it."""
+    """BibTeX entry of tsdyn itself, as in ``CITATION.cff``."""
     return f"""@software{{tsdyn,
   title   = {{tsdyn: exact, labelled analysis of training dynamics in teacher-student networks}},
   author  = {{{{The tsdyn developers}}}},
@@ -89,7 +89,7 @@ def software(version: str) -> str:
 
 
 def citations(archive: xr.Dataset) -> list[str]:
-    """BibTeX entries of what an archive, or anything measured from one, rests on; tsdyn itself first.
+    """BibTeX entries for an archive, or for anything measured from one; tsdyn itself first.
 
     The papers that its variables name in ``source``, and its data set if it is a published one.
     """
@@ -98,7 +98,7 @@ def citations(archive: xr.Dataset) -> list[str]:
     try:
         law = Experiment.from_toml_text(str(archive.attrs["experiment"]), archived=True).data.law
         found += [DATA[law]] if law in DATA else []
-    except (KeyError, ExperimentError):  # something measured, which does not say what it was run on
+    except (KeyError, ExperimentError):  # a measured Dataset does not say which data it was run on
         pass
     version = str(archive.attrs.get("tsdyn_version", "unknown"))
     own = version if version.replace(".", "").replace("+", "").isalnum() else "unknown"

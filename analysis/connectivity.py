@@ -1,8 +1,8 @@
 """Connectivity of solutions: the loss along straight lines, matched lines and the path that Theorem 2 allows.
 
-Two students of one teacher.  A straight line between them crosses a barrier, if only because nodes are numbered
-differently; a line to the matched student a lower one; and where unaligned nodes cancel (Theorem 2), there is a path
-without any.  Source: Tian (2020), Theorem 2 and its discussion of connectivity; Kuditipudi et al. 2019.
+A straight line between two students of one teacher crosses a barrier, if only because their nodes are numbered
+differently; a line to the matched student crosses a lower one; and where unaligned nodes cancel (Theorem 2), there is a
+path without a barrier.  Source: Tian (2020), Theorem 2 and its discussion of connectivity; Kuditipudi et al. 2019.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from tsdyn.networks.network import Network, require_plain
 from tsdyn.theory import alignments
 from tsdyn.vocabulary import TIAN
 
-#: The ways from one student to the other.
+#: Names of the routes from one student to the other.
 ROUTES = ("straight", "matched", "theorem 2")
-#: Of Theorem 2's path.
+#: Number of straight legs of Theorem 2's path.
 LEGS = 5
 
 
@@ -40,7 +40,7 @@ def _biases(network: Network) -> list[Tensor]:
 
 
 def widened(network: Network, widths: Sequence[int]) -> Network:
-    """The same function with hidden layers of the given widths: the nodes added have zero weights in and out.
+    """The network with hidden layers of the given widths; added nodes have zero weights, so the function is the same.
 
     Raises:
         ValueError: if a width is less than the layer has.
@@ -57,7 +57,7 @@ def widened(network: Network, widths: Sequence[int]) -> Network:
 
 
 def permuted(network: Network, orders: Sequence[Sequence[int]]) -> Network:
-    """The same function with the nodes of each hidden layer in another order, old positions listed in the new one.
+    """The network with the nodes of each hidden layer in another order, given as old positions; same function.
 
     Raises:
         ValueError: if an order is no permutation of its layer.
@@ -73,10 +73,10 @@ def permuted(network: Network, orders: Sequence[Sequence[int]]) -> Network:
 
 
 def matched(reference: Network, other: Network, x: Tensor) -> tuple[Network, Network]:
-    """Both at the wider one's widths, `other` with its hidden nodes in the order of their partners in `reference`.
+    """Both networks at the wider one's widths, with the hidden nodes of `other` reordered to match `reference`.
 
-    Partners: the one-to-one matching of largest total correlation of activations on `x`, layer by layer.  Functions
-    are unchanged.
+    Nodes are matched one to one, layer by layer, with the largest total correlation of activations on `x`.  The
+    functions are unchanged.
 
     Raises:
         ValueError: if depths, inputs or outputs differ.
@@ -97,7 +97,7 @@ def matched(reference: Network, other: Network, x: Tensor) -> tuple[Network, Net
 
 
 def between(first: Network, second: Network, share: float) -> Network:
-    """(1 − share) first + share second, parameter by parameter."""
+    """The network with parameters (1 − share) first + share second."""
     mix = [
         [(1 - share) * a + share * b for a, b in zip(mine, theirs, strict=True)]
         for mine, theirs in ((first.weights, second.weights), (_biases(first), _biases(second)))
@@ -106,13 +106,14 @@ def between(first: Network, second: Network, share: float) -> Network:
 
 
 def carriers(student: Network, teacher: Network) -> tuple[list[int], Tensor]:
-    """Student nodes that stand for teacher nodes, one each and orientation, and fan-outs with all others' zero.
+    """Carriers: one student node per aligned teacher node and orientation, and fan-outs that are zero elsewhere.
 
-    Nodes aligned with one teacher node within ε_0/2 that point the same way act as one, by homogeneity: the largest
-    carries Σ v_k ‖w_k‖ of them all.  Unaligned nodes, whose fan-outs cancel by Theorem 2, get 0.
+    Nodes aligned with one teacher node within ε_0/2 that point the same way act as one, by homogeneity: the one with
+    the largest norm becomes the carrier of Σ v_k ‖w_k‖ of them all.  Unaligned nodes, whose fan-outs cancel by Theorem
+    2, get 0.
 
     Returns:
-        Their positions, and the new W_2 (output, node).
+        The carriers' positions, and the new W_2 (output, node).
     """
     eps = alignments.alignment(teacher, student)
     near = alignments.separation(teacher) / 2
@@ -132,12 +133,13 @@ def carriers(student: Network, teacher: Network) -> tuple[list[int], Tensor]:
 
 
 def theorem_2_path(first: Network, second: Network, teacher: Network) -> list[Network]:
-    """Corners of a path from `first` to `second` (its nodes renumbered) along which the loss meets no barrier.
+    """Corners of a path without a barrier in the loss, from `first` to `second` with its nodes renumbered.
 
     1. Fan-outs of `first` move onto its carriers.  2. Free nodes take the incoming weights of the carriers of
     `second`.  3. Fan-outs move over to those.  4. The other nodes take their weights of `second`.  5. Fan-outs become
-    those of `second`.  Legs 2 and 4 move nodes without fan-out: the function stays.  Along legs 1, 3 and 5 the output
-    is affine in what moves, so the loss is convex: nowhere above the larger of the leg's two ends.
+    those of `second`.  Legs 2 and 4 move nodes without fan-out, which leaves the function unchanged.  Along legs 1, 3
+    and 5 the output is affine in the moving parameters, so the loss is convex and at most the larger of the leg's two
+    ends.
 
     Raises:
         ValueError: if the networks are not two-layer of one width with a piecewise linear activation, or have too few
@@ -175,7 +177,7 @@ def theorem_2_path(first: Network, second: Network, teacher: Network) -> list[Ne
 
 
 def loss_along(corners: Sequence[Network], teacher: Network, x: Tensor, positions: np.ndarray) -> np.ndarray:
-    """J = ½ E‖f* − f‖² at `positions` in [0, 1] along straight legs of equal length between `corners`."""
+    """Loss J = ½ E‖f* − f‖² at `positions` in [0, 1] along straight legs between `corners`, of equal length each."""
     wanted = teacher(x)
     legs = len(corners) - 1
     found = []
@@ -195,15 +197,15 @@ def _one(ds: xr.Dataset) -> Member:
 
 
 def connect(first: xr.Dataset, second: xr.Dataset, *, points_a_leg: int = 10) -> xr.Dataset:
-    """``loss`` (route, position) on the evaluation set along every route from one student to another.
+    """Dataset of ``loss`` (route, position) on the evaluation set along every route from one student to another.
 
-    ``straight``: as the nodes are numbered, the narrower one widened by zero nodes; ``matched``: after the one-to-one
-    matching; ``theorem 2``: `theorem_2_path`, NaN where the students do not allow it, for the reason in attrs.
-    ``barrier`` (route): largest loss along the route, less the larger of its ends.  Computed at once.
+    ``straight``: with the nodes as they are numbered, the narrower student widened by zero nodes; ``matched``: after
+    one-to-one matching; ``theorem 2``: `theorem_2_path`, NaN if the students do not allow it, with the reason in attrs.
+    ``barrier`` (route): largest loss along the route, minus the larger of its ends.  Computed eagerly.
 
     Args:
-        first, second: One member each (seed, epoch and swept keys selected) with weights; of one teacher.
-        points_a_leg: Intervals along each of the path's five legs; other routes have as many in all.
+        first, second: One member each (seed, epoch and swept keys selected) with weights; of the same teacher.
+        points_a_leg: Number of intervals along each of the path's five legs; other routes have as many in total.
 
     Raises:
         ValueError: if a slice holds more than a member or no weights, or the teachers differ.

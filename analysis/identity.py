@@ -1,8 +1,8 @@
-"""Whose numbers these are: the experiment behind every point and seed of an archive, or why that cannot be known.
+"""Finds the experiment behind every point and seed of a Dataset, or says why it cannot be known.
 
-What a Dataset says of itself are its attribute ``experiment``, its labels and its widths.  They must agree: joining
-archives (`xarray.concat`) keeps the attributes of the first alone, and an attribute can be copied to anything.  Imports
-no torch.
+A Dataset carries its attribute ``experiment``, its labels and its widths.  They are checked against each other, since
+joining archives (`xarray.concat`) keeps only the attributes of the first, and attributes can be copied to any Dataset.
+Imports no torch.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Points = dict[tuple[Any, ...], tuple[Mapping[str, Any], Experiment]]
 
 
 def points(ds: xr.Dataset) -> Points:
-    """For each point of the archive's sweep that is in `ds`: its labels → (selection, experiment).
+    """The points of the sweep that `ds` holds, as a mapping: labels of a point → (selection, experiment).
 
     Raises:
         ValueError: if the labels of `ds` are not those of its experiment.
@@ -45,7 +45,7 @@ def points(ds: xr.Dataset) -> Points:
 
 
 def per_point(ds: xr.Dataset, told: Callable[[Experiment], Any]) -> xr.DataArray:
-    """What the experiment of each point says, over what is left of the swept dimensions.
+    """A value computed from each point's experiment, over what is left of the swept dimensions.
 
     Raises:
         ValueError: as `points`.
@@ -61,7 +61,7 @@ def per_point(ds: xr.Dataset, told: Callable[[Experiment], Any]) -> xr.DataArray
 
 
 def refuse_odd(ds: xr.Dataset, caller: str) -> None:
-    """Refuse what reads well, but cannot be labels or values of an archive.
+    """Raise ValueError for readable Datasets whose labels or values cannot be those of an archive.
 
     Raises:
         ValueError: if a label stands along a dimension more than once, or a variable of the schema holds no floating
@@ -84,7 +84,7 @@ def refuse_odd(ds: xr.Dataset, caller: str) -> None:
 
 
 def begun(ds: xr.Dataset) -> xr.DataArray:
-    """Whether each point has a committed epoch; a lone run has."""
+    """Whether each point has a committed epoch; True for a single run."""
     return ds["coverage"] > 0 if "coverage" in ds.coords else xr.DataArray(True)
 
 
@@ -99,7 +99,7 @@ def _swept(ds: xr.Dataset, experiment: Experiment) -> Points:
     found: Points = {}
     for place, (values, single) in zip(places(experiment.sweep), experiment.points(), strict=True):
         labels = {names[key]: label(value) for key, value in values.items()}
-        # numpy makes words of numbers that stand beside words, as those of bias = [-0.1, false]
+        # numpy turns numbers beside words into words, as in bias = [-0.1, false]
         labels = {name: str(v) if ds[name].dtype.kind == "U" else v for name, v in labels.items()}
         if not all(value in np.atleast_1d(ds[name].values) for name, value in labels.items()):
             continue
@@ -116,7 +116,7 @@ def _swept(ds: xr.Dataset, experiment: Experiment) -> Points:
 
 
 def _refuse_foreign(ds: xr.Dataset, experiment: Experiment) -> None:
-    """Dimensions that no swept key made, and labels that stand there twice."""
+    """Raise ValueError for dimensions that the experiment does not sweep, and for repeated labels."""
     swept = {axis.dimension for axis in axes(experiment.sweep)}
     held = {str(dim) for name, array in ds.variables.items() if name in vocabulary.VARIABLES for dim in array.dims}
     foreign = sorted(held - swept - set(vocabulary.DIMENSIONS))

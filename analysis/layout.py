@@ -1,4 +1,4 @@
-"""Panels of a sweep: which dimensions are swept, how a point is called, a panel a point, one legend or bar for all."""
+"""Lays out the panels of a sweep: its swept dimensions, names of its points, one panel per point, a common legend."""
 
 from __future__ import annotations
 
@@ -20,33 +20,33 @@ from tsdyn import vocabulary
 from tsdyn.archive.selecting import swept_dimensions
 from tsdyn.experiment.sweep_axes import POINT
 
-#: Inches of one panel.
+#: Size of one panel in inches.
 PANEL = (2.7, 2.4)
 MAX_PANELS = 48
-#: Dimensions that a measure adds; swept keys are what is neither these nor the schema's.
+#: Dimensions that measures add; a dimension that is neither one of these nor the schema's is a swept key.
 _MEASURED = ("class", "bound")
 
 
 class Ways(TypedDict):
-    """Dimensions along columns and along rows."""
+    """Which dimensions run along columns and which along rows."""
 
     across: Sequence[str]
     down: Sequence[str]
 
 
 def unpadded(ds: xr.Dataset) -> xr.Dataset:
-    """One point without padding: nodes end where its layer does, not the widest one's of the sweep."""
+    """One point without padding: nodes cut to the width of its own layer, not the widest of the sweep."""
     ends = {dim: c for dim, c in vocabulary.NODE_WIDTHS.items() if dim in ds.dims and c in ds.coords}
     return ds.isel({dim: slice(0, int(ds[c].max())) for dim, c in ends.items()})
 
 
 def swept(ds: xr.Dataset | xr.DataArray) -> tuple[str, ...]:
-    """Dimensions of swept keys, of an archive or of what was measured from one."""
+    """Names of the swept dimensions of an archive or of a Dataset measured from one."""
     return tuple(dim for dim in swept_dimensions(ds) if dim not in _MEASURED)
 
 
 def require_point(ds: xr.Dataset, figure: str) -> None:
-    """Raises ValueError, naming the dimensions, if `ds` holds several points of a sweep."""
+    """Raise ValueError, naming the dimensions, if `ds` holds several points of a sweep."""
     left = swept(ds)
     if left:
         raise ValueError(f"{figure}: {', '.join(left)} left; one set of axes shows one point, select it")
@@ -59,7 +59,7 @@ def points(ds: xr.Dataset | xr.DataArray, dims: Iterable[str]) -> list[dict[str,
 
 
 def name_of(ds: xr.Dataset | xr.DataArray, point: Mapping[str, Any]) -> str:
-    """``overrealization 3, polarity 0``; of a listed point, the keys that vary along it."""
+    """Name of a point, such as ``overrealization 3, polarity 0``; for listed points, the keys that vary among them."""
     named: dict[str, Any] = {}
     for dim, value in point.items():
         along = listed(ds) if dim == POINT else []
@@ -87,7 +87,7 @@ def grid(
     share: bool | Literal["row", "col"] = True,
     beside: float = 0.0,
 ) -> Figure:
-    """A panel a point of the dimensions `across` and `down`; `beside` inches for a legend.
+    """Figure with one panel per point of the dimensions `across` and `down`, and `beside` inches for a legend.
 
     Raises:
         ValueError: if there are more than `MAX_PANELS`.
@@ -112,26 +112,26 @@ def grid(
             panel.set(**{f"{axis}label": ""})
         letters = 10 * size[0] if axis == "x" else 8.5 * size[1]
         getattr(figure, f"sup{axis}label")(textwrap.fill(text, int(letters)), fontsize=10)
-    # from the left, since a legend stands at the right
+    # aligned left, since a legend may be at the right
     wrapped = textwrap.fill(title, int(10 * (size[0] - beside)))
     figure.suptitle(wrapped, x=0.01, ha="left", fontsize=11)
     return figure
 
 
 def two_ways(swept: Sequence[str]) -> Ways:
-    """The first swept key along columns, the rest along rows."""
+    """Layout with the first swept key along columns and the rest along rows."""
     return {"across": swept[:1], "down": swept[1:]}
 
 
 def legend(figure: Figure) -> None:
-    """One for all panels, those of the first; none for a single line."""
+    """Add one legend for all panels, from the first panel's lines; none if there is a single line."""
     handles, labels = figure.axes[0].get_legend_handles_labels()
     if len(labels) > 1:
         figure.legend(handles, labels, loc="outside right upper", fontsize=7)
 
 
 def shade_bar(figure: Figure, count: int, text: str) -> None:
-    """The colour bar of `panels.shade` for numbers 1..count."""
+    """Add the colour bar of `panels.shade` for numbers 1..count."""
     if count == 1:
         return
     norm = Normalize(1, 1 + (count - 1) / panels.LIGHTEST)
@@ -141,7 +141,7 @@ def shade_bar(figure: Figure, count: int, text: str) -> None:
 
 
 def place(ds: xr.Dataset) -> str:
-    """What a slice is of: swept keys, seed, layer and epoch that are single."""
+    """Description of a slice: its swept keys, seed, layer and epoch that have a single value."""
     own = [c for c in ds.coords if ds[c].ndim == 0 and c not in vocabulary.COORDINATES and c not in _MEASURED]
     keys = [c for c in own if c not in vocabulary.DIMENSIONS and c != POINT]
     higher = {"layer": int(ds["layer"])} if "layer" in own and int(ds["layer"]) > 1 else {}
@@ -149,6 +149,6 @@ def place(ds: xr.Dataset) -> str:
 
 
 def headed(text: str, ds: xr.Dataset) -> str:
-    """A title that says what a slice is of."""
+    """Title with the description of a slice appended."""
     at = place(ds)
     return f"{text}; {at}" if at else text

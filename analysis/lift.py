@@ -30,11 +30,11 @@ def lift(
         formula: Takes arrays whose last axes are `reads`, in that order, after any others; gives an array whose
             last axes are `gives`.
         arrays: What it takes; other dimensions broadcast.
-        reads: Dimensions that the formula consumes: of every array alike, or a sequence of them for each array.
-        gives: Those that remain or arise; one that is read is as long as it was read.
-        labels: Coordinate of each dimension that arises.
-        name: Of the result.
-        attrs: Of the result.
+        reads: Dimensions that the formula consumes: the same for every array, or a sequence of them for each array.
+        gives: Dimensions of the result: those also read keep their length, new ones need `labels`.
+        labels: Coordinate of each new dimension.
+        name: Name of the result.
+        attrs: Attributes of the result.
         knobs: Keyword arguments of the formula.
 
     Raises:
@@ -75,14 +75,15 @@ def _blockwise(
     sizes: Mapping[str, int],
     knobs: Mapping[str, Any],
 ) -> Any:
-    """The formula on arrays whose last axes are what it reads, block by block where one is dask's.
+    """Apply the formula to arrays whose last axes are those it reads, block by block if one is a dask array.
 
-    As `dask.array.apply_gufunc`, which would copy each block once more to join it, alone, along those axes.
+    Like `dask.array.apply_gufunc`, but without its extra copy of each block, which it makes to join the single block
+    along those axes.
     """
     if not any(isinstance(array, dask.array.Array) for array in arrays):
-        return formula(*map(np.asarray, arrays), **knobs)  # of no dimensions, xarray hands a number
+        return formula(*map(np.asarray, arrays), **knobs)  # for arrays without dimensions xarray passes a number
     count = max(array.ndim - len(own) for array, own in zip(arrays, reads, strict=True))
-    outer = tuple(f"{i} outer" for i in range(count))  # no dimension of the schema has such a name
+    outer = tuple(f"{i} outer" for i in range(count))  # names that no dimension of the schema has
     pairs: list[Any] = []
     for array, own in zip(arrays, reads, strict=True):
         pairs += [array, (*outer[count - (array.ndim - len(own)) :], *own)]
@@ -99,7 +100,7 @@ def _blockwise(
 
 
 def _on_blocks(formula: Callable[..., NDArray], knobs: Mapping[str, Any], *blocks: Any) -> NDArray:
-    """The formula on arrays, each of which comes in a list for every axis that is read and not given."""
+    """Apply the formula to blocks; dask passes each nested in one list per axis that is read and not given."""
     arrays = []
     for block in blocks:
         while isinstance(block, list):
@@ -109,9 +110,10 @@ def _on_blocks(formula: Callable[..., NDArray], knobs: Mapping[str, Any], *block
 
 
 def cellwise(measure: Callable[[xr.Dataset], Sequence[float]], cells: NDArray, count: int) -> Any:
-    """`measure` of every Dataset of an object array: (count, *cells.shape), NaN where there is none.
+    """Apply `measure` to every Dataset of an object array: (count, *cells.shape), NaN where there is none.
 
-    For what needs a whole member at once and is no array formula.  Lazy, a task a cell, if the Datasets are.
+    For measures that need a whole member at once and are not array formulas.  Lazy, with one task per cell, if the
+    Datasets are.
     """
     flat = list(cells.ravel())
     nothing = np.full(count, np.nan)

@@ -1,6 +1,6 @@
-"""Winners: which student node ends up as a teacher node's own, and what it was at the start.
+"""Winners: the student node that correlates best with each teacher node at the end, and its rank at the start.
 
-The lottery-ticket reading of Tian et al. (2019): the node that wins was already correlated best, by luck.
+The lottery-ticket hypothesis in Tian et al. (2019): the winning node was correlated best from the start, by luck.
 The rank of winners over training is `tsdyn.analysis.specialization.mean_rank`.
 """
 
@@ -18,7 +18,7 @@ SOURCE = "Tian et al. 2019 (arXiv:1905.13405), section 6"
 
 
 def settling(winner: NDArray) -> NDArray:
-    """(..., epoch) -> (...): index of the first epoch from which the winner stays the last epoch's; or NaN."""
+    """Index of the first epoch from which on the winner is the last epoch's, (..., epoch) -> (...); or NaN."""
     same = winner == winner[..., -1:]
     lasting = np.flip(np.logical_and.accumulate(np.flip(same, -1), axis=-1), -1)
     return np.where(np.isnan(winner[..., -1]), np.nan, lasting.argmax(-1))
@@ -80,14 +80,14 @@ def settled_epoch(archive: xr.Dataset) -> xr.DataArray:
 
 
 def rewind_mask(archive: xr.Dataset, *, threshold: float = -1.0) -> xr.DataArray:
-    """1 for student nodes that are the last epoch's winner of some teacher node, 0 for the others; (..., node).
+    """Mask of the lottery ticket: 1 for nodes that win some teacher node at the last epoch, else 0; (..., node).
 
-    The ticket: ``ds.weight.sel(epoch=0) * rewind_mask(ds)`` is the start with every loser pruned, and the same mask
-    named ``input_node`` prunes the layer above.  NaN for padding and dead members.
+    ``ds.weight.sel(epoch=0) * rewind_mask(ds)`` is the initial network with all other nodes pruned; the same mask, with
+    its dimension renamed to ``input_node``, prunes the layer above.  NaN for padding and dead members.
 
     Args:
-        archive: A slice with ``epoch``, of which the last is read, or of one epoch.
-        threshold: A winner counts only if its correlation is above this; −1 for all.
+        archive: A slice with ``epoch``, of which the last is used, or at a single epoch.
+        threshold: A winner counts only if its correlation is above this; −1 counts all.
 
     Raises:
         ValueError: as `winner`.

@@ -1,7 +1,7 @@
-"""One-to-one matching of nodes: which student node stands for which teacher node if none may stand for two.
+"""One-to-one matching of student nodes with teacher nodes, where no student node is the partner of two.
 
-The best match (`tsdyn.analysis.specialization`) is a maximum, which several teacher nodes may share; a matching is
-not, and with n ≠ m nodes the wider layer keeps nodes that stand for nothing.
+The best match (`tsdyn.analysis.specialization`) is a maximum, and several teacher nodes may have the same one.  In a
+matching they may not, and with n ≠ m nodes the wider layer has nodes without a partner.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ SOURCE = "Kuhn 1955; scipy.optimize.linear_sum_assignment"
 
 
 def assignment(score: NDArray) -> NDArray:
-    """(..., teacher_node, node) -> (..., teacher_node): partners of the matching with the largest total score.
+    """Partners in the matching with the largest total score, (..., teacher_node, node) -> (..., teacher_node).
 
-    NaN for a teacher node without a score (padding, dead), and for those left over where students are fewer; a dead
-    student node (NaN) is nobody's partner.
+    NaN for a teacher node without a score (padding, dead), and for those left over if there are fewer student nodes; a
+    dead student node (NaN) is never a partner.
     """
     flat = score.reshape(-1, *score.shape[-2:])
     found = np.full(flat.shape[:-1], np.nan)
@@ -30,7 +30,7 @@ def assignment(score: NDArray) -> NDArray:
         there = ~np.isnan(table)
         rows, columns = np.flatnonzero(there.any(1)), np.flatnonzero(there.any(0))
         own = table[np.ix_(rows, columns)]
-        # a single missing score: worse than any whole matching without it
+        # the cost of one missing score: more than any matching that avoids it
         own = np.where(np.isnan(own), -1 - 2 * max(own.shape, default=0) * np.nanmax(np.abs(own), initial=0), own)
         chosen, partner = linear_sum_assignment(own, maximize=True)
         matched[rows[chosen]] = columns[partner]
@@ -38,17 +38,17 @@ def assignment(score: NDArray) -> NDArray:
 
 
 def matched_score(score: NDArray) -> NDArray:
-    """(..., teacher_node, node) -> (..., teacher_node): score of each teacher node with its partner; NaN without."""
+    """Score of each teacher node with its partner, (..., teacher_node, node) -> (..., teacher_node); or NaN."""
     partner = assignment(score)
     index = np.where(np.isnan(partner), 0, partner).astype(int)[..., None]
     return np.where(np.isnan(partner), np.nan, np.take_along_axis(score, index, -1)[..., 0])
 
 
 def best_teacher_order(score: NDArray) -> NDArray:
-    """(..., teacher_node, node) -> (..., node): student nodes, those of the first teacher node first.
+    """Student nodes sorted by their best teacher node, (..., teacher_node, node) -> (..., node).
 
-    A student node belongs to its best teacher node; among equals the better comes first.  Nodes without a score (dead,
-    padding) come last, as they were.
+    Among those with the same best teacher node, the better score comes first.  Nodes without a score (dead, padding)
+    come last, in their original order.
     """
     filled = np.where(np.isnan(score), -np.inf, score)
     best, teacher = filled.max(-2), filled.argmax(-2)
@@ -58,9 +58,9 @@ def best_teacher_order(score: NDArray) -> NDArray:
 
 
 def partner(archive: xr.Dataset) -> xr.DataArray:
-    """Student node of each teacher node in the matching with the largest total correlation; (..., teacher_node).
+    """Partner of each teacher node in the matching with the largest total correlation; (..., teacher_node).
 
-    NaN where a teacher node is left over: more teacher than student nodes.
+    NaN for teacher nodes without a partner, when there are more teacher than student nodes.
 
     Raises:
         ValueError: if the archive has no correlation or the slice lacks a node dimension.
@@ -76,9 +76,10 @@ def partner(archive: xr.Dataset) -> xr.DataArray:
 
 
 def node_order(archive: xr.Dataset) -> xr.DataArray:
-    """Student nodes in the order that makes a heat map of correlations a staircase; (..., node).
+    """Order of the student nodes in which a heat map of correlations looks like a staircase; (..., node).
 
-    At position p stands the p-th node: those whose best teacher node is the first, the best of them first, and so on.
+    Position p holds the index of the p-th node: first the nodes whose best teacher node is the first one, by descending
+    correlation, and so on.
 
     Raises:
         ValueError: if the archive has no correlation or the slice lacks a node dimension.  Source: Tian et al. (2019),
@@ -95,9 +96,10 @@ def node_order(archive: xr.Dataset) -> xr.DataArray:
 
 
 def matched_correlation(archive: xr.Dataset) -> xr.DataArray:
-    """Correlation of each teacher node with its own student node, no two sharing one; (..., teacher_node).
+    """Correlation of each teacher node with its partner in the one-to-one matching; (..., teacher_node).
 
-    At most `tsdyn.analysis.specialization.specialization` in the mean; equal where no student node is shared.
+    On average at most `tsdyn.analysis.specialization.specialization`, and equal where no student node is the best match
+    of two teacher nodes.
 
     Raises:
         ValueError: as `partner`.

@@ -1,4 +1,4 @@
-"""The members of an archive as networks again: every student, its teacher and its data, from what was recorded."""
+"""Rebuilds the members of an archive: every student as a network, with its teacher and its data."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from tsdyn.problem import augmentation
 from tsdyn.problem.inputs import evaluation_inputs, labels, training_inputs
 from tsdyn.problem.teachers import draw_teacher
 
-#: Variables of the archive that a student and its teacher are made of.
+#: Variables of the archive from which a student and its teacher are rebuilt.
 PARAMETERS = ("weight", "bias", "teacher_weight", "teacher_bias")
-#: Teachers that can be drawn again at once, from (experiment, seed) alone.
+#: Values of ``teacher.init`` whose teachers can be redrawn from (experiment, seed) alone.
 DRAWN = ("separated", "orthonormal", "gaussian")
 
 
@@ -36,9 +36,9 @@ class Member:
     """One student at one epoch.
 
     Attributes:
-        experiment: That of its point of the sweep.
+        experiment: The experiment of its point of the sweep.
         seed: Its label.
-        student, teacher: As recorded.
+        student, teacher: The recorded networks.
     """
 
     experiment: Experiment
@@ -48,24 +48,24 @@ class Member:
 
     @cached_property
     def evaluation_inputs(self) -> Tensor:
-        """Drawn again: a draw depends on the experiment and the seed only."""
+        """Inputs of the evaluation set, redrawn: a draw depends only on the experiment and the seed."""
         return torch.from_numpy(evaluation_inputs(self.experiment, self.seed))
 
     @cached_property
     def training_inputs(self) -> Tensor:
-        """Finite data, augmented as the experiment says; with fresh data those of the last epoch's measurement."""
+        """Inputs of the training set, with the experiment's augmentation; for fresh data those last measured on."""
         if self.experiment.data.train == "fresh":
             return torch.from_numpy(training_inputs(self.experiment, self.seed, self.experiment.training.epochs))
         return augmentation.training_set(self.experiment, self.seed, self.teacher)
 
     @property
     def loss(self) -> Loss:
-        """The loss that was trained."""
+        """The loss with which the student was trained."""
         return loss(self.experiment.training.loss)
 
     @cached_property
     def training_targets(self) -> Tensor:
-        """What the loss wants on `training_inputs`, (sample, output)."""
+        """Targets of the loss on `training_inputs`, (sample, output)."""
         match self.experiment.training.labels:
             case "teacher":
                 classes = None
@@ -77,7 +77,7 @@ class Member:
 
 
 def member(ds: xr.Dataset, experiment: Experiment) -> Member:
-    """The member that `ds` holds: one seed, epoch and point.
+    """The single member that `ds` holds, at one seed, epoch and point.
 
     Raises:
         ValueError: naming the dimension that is left, or the variable that was not recorded; for convolutions and
@@ -109,7 +109,7 @@ def member(ds: xr.Dataset, experiment: Experiment) -> Member:
     ) -> Network:
         pairs = list(enumerate(itertools.pairwise((inputs, *sizes)), start=1))
         weights = [np.ascontiguousarray(weight.sel(layer=i).values[:n, :below]) for i, (below, n) in pairs]
-        # archives hold 0 for a bias that is not there, which is no parameter and has no gradient
+        # archives hold 0 for a missing bias, which is no parameter and has no gradient
         biases = [
             None if who.bias is False else np.ascontiguousarray(bias.sel(layer=i).values[:n]) for i, (_, n) in pairs
         ]
@@ -126,11 +126,14 @@ def member(ds: xr.Dataset, experiment: Experiment) -> Member:
 
 
 def _refuse_another(teacher: Network, experiment: Experiment, seed: int) -> None:
-    """The teacher that the experiment draws for a seed is what tells its archive from others of the same shape."""
+    """Raise ValueError if the recorded teacher is not the one that the experiment draws for this seed.
+
+    The teacher distinguishes the experiment's archive from others of the same shape.
+    """
     if experiment.teacher.init not in DRAWN:
         return
     drawn = draw_teacher(experiment, seed)
-    # QR and norms round differently on other machines: float32's rounding, a thousandfold
+    # a thousand roundings of float32, since QR and norms round differently on other machines
     if any(
         float((mine - theirs).abs().max()) > 1e-4 * float(theirs.abs().max())
         for mine, theirs in zip(teacher.weights, drawn.weights, strict=True)
@@ -149,15 +152,15 @@ def each(
     *,
     of: Callable[[Experiment], bool] = lambda experiment: True,
 ) -> xr.Dataset:
-    """`measure` of every living member at one epoch: names over what is left of (swept..., seed); NaN for the dead.
+    """Dataset of `measure` for every living member at one epoch, over the (swept..., seed) of `ds`; NaN for dead ones.
 
-    Lazy, a task a member, if `ds` is.
+    Lazy, with one task per member, if `ds` is.
 
     Args:
         ds: Archive or slice of one, at one epoch.
-        measure: Gives a number a name.
-        names: Of what it gives.
-        of: Which points of a sweep to look at; the others are NaN.
+        measure: Function of a member that gives one number per name.
+        names: Names of the variables.
+        of: Whether to measure the points of an experiment; the others are NaN.
 
     Raises:
         ValueError: as `member`.

@@ -1,7 +1,7 @@
-"""Order parameters of two-layer networks from recorded weights: the overlaps that carry all there is to learn.
+"""Order parameters of two-layer networks from recorded weights: overlaps that determine the generalization error.
 
-With x ~ N(0, std² I) the fields w_i·x and w*_m·x are jointly Gaussian, and these are their covariance: what
-`tsdyn.flow.order_parameters` and `tsdyn.flow.overlaps` call Q, R and T.  (Where papers write fields as w·x/√N and
+With x ~ N(0, std² I) the fields w_i·x and w*_m·x are jointly Gaussian.  The order parameters are their covariances,
+called Q, R and T in `tsdyn.flow.order_parameters` and `tsdyn.flow.overlaps`.  (Where papers write fields as w·x/√N and
 overlaps as w·w/N, w is √N times a network's weight.)
 
 Source: Saad & Solla 1995; Goldt et al. 2019 (arXiv:1906.08632).
@@ -25,7 +25,7 @@ SIMSEK = "Simsek et al. 2023 (arXiv:2311.01644), section 4"
 
 
 def cosine(w: NDArray, w2: NDArray) -> NDArray:
-    """(..., node, input), (..., node_2, input) -> (..., node, node_2): cos ∠(w_i, w_k); NaN for a zero weight."""
+    """Cosines of weights, (..., node, input), (..., node_2, input) -> (..., node, node_2); NaN for zero weights."""
     norms = [np.linalg.norm(v, axis=-1) for v in (w, w2)]
     first, second = (v / np.where(norm > 0, norm, np.nan)[..., None] for v, norm in zip((w, w2), norms, strict=True))
     found: NDArray = overlap(first, second)
@@ -33,13 +33,13 @@ def cosine(w: NDArray, w2: NDArray) -> NDArray:
 
 
 def scaled_overlap(w: NDArray, w2: NDArray, std: NDArray) -> NDArray:
-    """(..., node, input), (..., node_2, input), (...) -> (..., node, node_2): std² w_i · w_k; NaN for padding."""
+    """Overlaps std² w_i·w_k, (..., node, input), (..., node_2, input), (...) -> (..., node, node_2); padding NaN."""
     found: NDArray = overlap(w, w2) * (std**2)[..., None, None]
     return found
 
 
 def _weights(archive: xr.Dataset, caller: str) -> tuple[xr.DataArray, xr.DataArray]:
-    """Student's and teacher's weights of the lowest layer without padding of the input."""
+    """Weights of student and teacher at the lowest layer, with 0 in place of padded inputs."""
     missing = [name for name in ("weight", "teacher_weight") if name not in archive]
     if missing:
         raise ValueError(
@@ -59,20 +59,20 @@ def _weights(archive: xr.Dataset, caller: str) -> tuple[xr.DataArray, xr.DataArr
 
 
 def _pair(array: xr.DataArray) -> xr.DataArray:
-    """The same nodes under the second name."""
+    """The array with its node dimension renamed to the second name, for products of nodes with nodes."""
     dim = "node" if "node" in array.dims else "teacher_node"
     return array.rename({dim: f"{dim}_2"})
 
 
 def _spread(archive: xr.Dataset) -> xr.DataArray:
-    """Standard deviation of the inputs of each point; 1 for data sets, and where no experiment says."""
+    """Standard deviation of the inputs of each point; 1 for data sets, and if there is no experiment."""
     if "experiment" not in archive.attrs:
         return xr.DataArray(1.0)
     return per_point(archive, lambda point: point.data.std if point.data.drawn else 1.0)
 
 
 def _outgoing(archive: xr.Dataset, nodes: dict[str, int]) -> dict[str, xr.DataArray]:
-    """v and A, if some point has two layers and one output; NaN at the others."""
+    """Outgoing weights v and A of points with two layers and one output; NaN at others, nothing if there is none."""
     if "layer" not in archive.dims or not {1, 2} <= set(archive["layer"].values.tolist()):
         return {}
     top = archive[["weight", "teacher_weight"]].sel(layer=2)
@@ -100,9 +100,9 @@ def order_parameters(archive: xr.Dataset) -> xr.Dataset:
     """Covariances of the fields l_i = w_i·x and r_m = w*_m·x of the lowest layer, and the outgoing weights; lazy.
 
     Q = E[l_i l_k] (..., node, node_2), R = E[l_i r_m] (..., node, teacher_node) and T = E[r_n r_m]
-    (..., teacher_node, teacher_node_2): std² times products of weights, std that of the inputs (1 for data sets).
-    With two layers and one output also v (..., node) and A (..., teacher_node).  They are what
-    `tsdyn.flow.order_parameters` takes, which knows no biases: give it networks without.
+    (..., teacher_node, teacher_node_2) are std² times products of weights, with std of the inputs (1 for data sets).
+    With two layers and one output also v (..., node) and A (..., teacher_node).  They are the arguments of
+    `tsdyn.flow.order_parameters`, which assumes networks without biases.
 
     Raises:
         ValueError: if weights are not recorded, or the slice is of another layer or lacks a node dimension.
@@ -138,7 +138,7 @@ def order_parameters(archive: xr.Dataset) -> xr.Dataset:
 
 
 def cosines(archive: xr.Dataset) -> xr.DataArray:
-    """u_im, the cosine between student weight i and teacher weight m of the lowest layer; (..., node, teacher_node).
+    """Cosine u_im between student weight i and teacher weight m of the lowest layer; (..., node, teacher_node).
 
     Raises:
         ValueError: as `order_parameters`.

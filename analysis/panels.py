@@ -1,8 +1,8 @@
-"""One set of axes each: functions of labelled, measured arrays that draw and compute nothing.
+"""Drawing functions for one set of axes each, from labelled, measured arrays; they compute nothing.
 
-Colours: Okabe & Ito's palette for things without an order, viridis for things with one, RdBu for signed values, cividis
-for shares: all are told apart by every common kind of colour vision, and the last three also in print without colour
-(RdBu by sign only with its labels).  Line styles repeat what colours say where lines are more than colours.
+Colours: Okabe & Ito's palette for unordered things, viridis for ordered ones, RdBu for signed values, cividis for
+shares.  All can be distinguished with every common kind of colour vision, and the last three also in print without
+colour (RdBu's signs only by its labels).  When there are more lines than colours, line styles distinguish them.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from tsdyn.schema import printable
 #: Okabe & Ito (2008); yellow, faint on white, comes last.
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#F0E442")
 STYLES = ("-", "--", ":", "-.")
-#: Top of viridis that is used: its yellow end is faint on white.
+#: Upper end of viridis that is used, since its yellow end is faint on white.
 LIGHTEST = 0.92
-#: A heat map of no more cells than this says their numbers.
+#: A heat map of at most this many cells shows their values as numbers.
 NUMBERED = 60
 
 
 def axes(ax: Axes | None) -> Axes:
-    """`ax`, or new ones of a figure of their own, which no window shows."""
+    """`ax`, or the axes of a new figure that no window shows."""
     return Figure(figsize=(4.5, 3.5), layout="constrained").subplots() if ax is None else ax
 
 
 def axis_label(array: xr.DataArray) -> str:
-    """``long_name``, and the units if there are any."""
+    """Axis label from ``long_name`` and the units, if there are any."""
     name, units = array.attrs.get("long_name", array.name), array.attrs.get("units", "1")
     return plain(f"{name}" if units in ("1", "epoch") else f"{name} [{units}]")
 
 
 def plain(text: str) -> str:
-    """As matplotlib shows it as it stands: no formula, no control characters."""
+    """Text escaped so that matplotlib shows it literally: no formulas, no control characters."""
     return printable(text).replace("$", r"\$")
 
 
@@ -49,26 +49,26 @@ def colour(position: int) -> str:
 
 
 def style(position: int) -> str:
-    """So that the ninth line differs from the first."""
+    """Line style of the line at `position`, which changes when the colours repeat."""
     return STYLES[position // len(PALETTE) % len(STYLES)]
 
 
 def shade(position: int, count: int) -> Any:
-    """Dark to light, of things that have an order."""
+    """Colour of an item in an ordered sequence, from dark to light."""
     return colormaps["viridis"](LIGHTEST * position / max(1, count - 1))
 
 
 def points(x: xr.DataArray, y: xr.DataArray, *, ax: Axes | None = None) -> Axes:
-    """`y` against `x`, a point a node, a colour a seed; both (seed, node).  `y` is not negative, `x` a correlation."""
+    """Scatter plot of `y` ≥ 0 against the correlation `x`, both (seed, node): a colour for each seed."""
     ax = axes(ax)
     for position, seed in enumerate(x["seed"].values):
         drawn = ax.scatter(
             x.sel(seed=seed), y.sel(seed=seed), s=9, alpha=0.6, linewidths=0, color=colour(position), label=f"{seed}"
         )
         drawn.sticky_edges.y.append(0.0)
-    # A lower limit would stop autoscaling, and panels that share the axis would be cut at the first one's top.
+    # set_ylim would stop autoscaling, and panels that share the axis would be cut at the first one's upper limit
     ax.update_datalim([(0.0, 0.0)], updatex=False)
-    lowest = float(np.fmin.reduce(x.values, axis=None, initial=0.0))  # beginners may be correlated negatively only
+    lowest = float(np.fmin.reduce(x.values, axis=None, initial=0.0))  # at the start all correlations may be negative
     ax.set(xlim=(min(-0.05, lowest - 0.05), 1.05), xlabel=axis_label(x), ylabel=axis_label(y))
     ax.autoscale_view(scalex=False)
     return ax
@@ -85,7 +85,7 @@ def band(
 ) -> Axes:
     """Median line against `along` and the band between the lowest and highest quantile; (`along`, quantile).
 
-    A single position is a mark with a bar, since a line needs two.
+    A single position is drawn as a marker with an error bar, since a line needs two.
     """
     ax = axes(ax)
     low, middle, high = (quantiles.isel(quantile=i) for i in (0, quantiles.sizes["quantile"] // 2, -1))
@@ -109,9 +109,9 @@ def rate(
     beside: float = 0.0,
     **line: Any,
 ) -> Axes:
-    """A share in [0, 1] against teacher node, counted from 1, with its interval; (teacher_node,), (…, bound).
+    """Plot a share in [0, 1] with its interval against teacher node, counted from 1; (teacher_node,), (…, bound).
 
-    The interval is drawn `beside` its node, so that those of several curves do not hide one another.
+    The interval is offset by `beside` from its node, so that those of several curves do not overlap.
     """
     ax = axes(ax)
     nodes = share["teacher_node"] + 1
@@ -125,7 +125,7 @@ def rate(
 
 
 def nodes(values: xr.DataArray, *, ax: Axes | None = None, linewidth: float = 1.2) -> Axes:
-    """A line a teacher node against epoch, dark to light from the first to the last; (epoch, teacher_node)."""
+    """One line per teacher node against epoch, dark to light from the first node to the last; (epoch, teacher_node)."""
     ax = axes(ax)
     count = values.sizes["teacher_node"]
     mark = "o" if values.sizes["epoch"] == 1 else None
@@ -147,7 +147,7 @@ def table(
     cmap: str,
     bar: bool = True,
 ) -> Axes:
-    """Heat map of (row, column), as given; NaN grey.  `bar`: with a colour bar of its own."""
+    """Heat map of values (row, column), NaN in grey; with a colour bar of its own if `bar`."""
     ax = axes(ax)
     colours = colormaps[cmap].with_extremes(bad="0.8")
     image = ax.imshow(
@@ -160,14 +160,14 @@ def table(
 
 
 def name_ticks(ax: Axes, axis: str, labels: Sequence[str]) -> None:
-    """Categories at 0, 1, 2, ... of ``x`` or ``y``."""
+    """Label the positions 0, 1, 2, ... of the axis ``x`` or ``y`` with category names."""
     long = axis == "x" and sum(map(len, labels)) > 28
     turned: dict[str, Any] = {"rotation": 30, "ha": "right"} if long else {}
     getattr(ax, f"set_{axis}ticks")(range(len(labels)), labels=labels, fontsize=8, **turned)
 
 
 def stack(shares: xr.DataArray, *, ax: Axes | None = None) -> Axes:
-    """Shares that add up to 1, against one dimension: areas over ``epoch``, bars otherwise; (position, class)."""
+    """Stacked shares that sum to 1 against one dimension: areas over ``epoch``, bars otherwise; (position, class)."""
     ax = axes(ax)
     along = str(next(dim for dim in shares.dims if dim != "class"))
     shares = shares.transpose("class", along)
@@ -200,7 +200,7 @@ def numbers(values: xr.DataArray, ax: Axes) -> None:
 
 
 def lines(weight: xr.DataArray, bias: xr.DataArray, strength: xr.DataArray | None, ax: Axes, **line: Any) -> None:
-    """Boundaries w·x + b = 0 in the plane, one a node: (node, input_node), (node,); `strength` in [0, 1] their width.
+    """Boundary w·x + b = 0 of each node in the plane; (node, input_node), (node,); `strength` in [0, 1]: line widths.
 
     A node of zero weight has no boundary.
     """

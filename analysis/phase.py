@@ -1,7 +1,7 @@
-"""Phases: what share of seeds ended up in each class, over the swept keys.
+"""Phases: the share of seeds that ended up in each class, over the swept keys.
 
-A class is a small integer; its attributes ``flag_values`` and ``flag_meanings`` say which (CF conventions, 3.5), so
-that classes survive netCDF and any measure that gives such codes can be counted.
+A class is a small integer, named by the array's attributes ``flag_values`` and ``flag_meanings`` (CF conventions, 3.5),
+so that classes can be stored in netCDF and any measure that gives such codes can be counted.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ RECOVERY = ("none", "some", "all")
 
 
 def recovery_code(correlation: NDArray, threshold: float) -> NDArray:
-    """(..., teacher_node, node) -> (...): 0 if no teacher node is matched above `threshold`, 2 if all are, else 1.
+    """Code 0 if no teacher node is matched above `threshold`, 2 if all are, else 1; (..., teacher_node, node) -> (...).
 
     NaN for dead members; padding counts as no teacher node.
     """
@@ -31,14 +31,14 @@ def recovery_code(correlation: NDArray, threshold: float) -> NDArray:
 
 
 def shares(codes: NDArray, values: NDArray) -> NDArray:
-    """(..., seed) -> (..., class): share of the codes that are not NaN and equal each of `values`."""
+    """Share of the codes, leaving out NaN, that equal each of `values`; (..., seed) -> (..., class)."""
     n = (~np.isnan(codes)).sum(-1)[..., None]
     hits = (codes[..., None] == values).sum(-2)
     return np.where(n > 0, hits / np.maximum(n, 1), np.nan)
 
 
 def flags(meanings: Sequence[str]) -> dict[str, str | NDArray]:
-    """Attributes that name the codes 0, 1, 2, ...; a meaning has no blanks."""
+    """Attributes that name the codes 0, 1, 2, ...; meanings must not contain blanks."""
     return {"flag_values": np.arange(len(meanings), dtype=np.int64), "flag_meanings": " ".join(meanings)}
 
 
@@ -67,11 +67,11 @@ def recovery_class(archive: xr.Dataset, *, threshold: float = THRESHOLD) -> xr.D
 
 
 def fractions(codes: xr.DataArray, *, over: str = "seed") -> xr.DataArray:
-    """Share of seeds in each class, (..., class); seeds without a class (NaN) count neither way.  Lazy.
+    """Share of seeds in each class, (..., class); seeds without a class (NaN) are left out.  Lazy.
 
     Args:
         codes: Numbers with the attributes ``flag_values`` and ``flag_meanings``, such as `recovery_class` gives.
-        over: Dimension that goes.
+        over: Dimension to count over.
 
     Raises:
         ValueError: if `codes` lacks `over` or the attributes.

@@ -1,7 +1,7 @@
-"""An archive as one HTML page that needs nothing else: what ran, what came of it, and what went wrong.
+"""Renders an archive as one self-contained HTML page: what ran, the results, and what went wrong.
 
-Everything that stands in the archive is text on the page, never markup: attributes may come from anybody's file.  The
-page runs no script and asks no server; figures are inside it.
+All text from the archive is escaped, since attributes may come from anybody's file.  The page runs no script and loads
+nothing from elsewhere; figures are embedded.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from tsdyn import schema, vocabulary
 from tsdyn.archive import reading, selecting, whole_files
 from tsdyn.archive.selecting import experiment_of
 
-#: Most rows of a table; what is left out is said.
+#: Largest number of rows in a table; the page says how many are left out.
 ROWS = 100
-#: An audit makes networks of every member; of more than so many it is left out.
+#: The audit is left out for more members than this, since it rebuilds every member's networks.
 AUDITED = 200
-#: Drawn of sweeps with more points than panels; the others are a panel a point.
+#: Figures drawn for sweeps with more points than panels; all other figures have one panel per point.
 SUMMARIES = ("loss", "specialization", "phase")
 DPI = 110
 
@@ -42,12 +42,12 @@ pre { background: #f5f5f5; padding: .8rem; overflow-x: auto; font-size: .85rem; 
 figure { margin: 1rem 0; } img { max-width: 100%; height: auto; } figcaption { color: #555; font-size: .9rem; }
 .bad { color: #a40000; } summary { cursor: pointer; }
 """
-#: Enforced by the browser as well: no script, nothing from elsewhere.
+#: Content security policy, by which the browser too refuses scripts and anything from elsewhere.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 def text(value: object) -> str:
-    """As it may stand in HTML, in an element or a quoted attribute."""
+    """Text of a value, escaped for an HTML element or a quoted attribute."""
     return html.escape(schema.printable(value), quote=True)
 
 
@@ -67,7 +67,7 @@ def _section(title: str, *content: str) -> str:
 
 
 def audit_rows(found: xr.Dataset) -> list[tuple[str, str, str, str]]:
-    """Of `tsdyn.analysis.audit.audit`: claim, members by verdict, largest margin, what is checked or needed."""
+    """Table rows of an audit: claim, members by verdict, largest margin, what is checked or needed."""
     from tsdyn.analysis.audit import VERDICTS
 
     rows = []
@@ -110,7 +110,7 @@ def _provenance(ds: xr.Dataset) -> str:
 
 
 def _points(ds: xr.Dataset) -> list[tuple[str, dict[str, object]]]:
-    """Each point of the sweep: how it is called, and where it stands."""
+    """Name and selection of each point of the sweep."""
     swept = selecting.swept_dimensions(ds)
     listed = [c for c in ds.coords if ds[c].ndim == 1 and ds[c].dims[0] in swept and c not in vocabulary.COORDINATES]
     found = []
@@ -123,10 +123,10 @@ def _points(ds: xr.Dataset) -> list[tuple[str, dict[str, object]]]:
 
 
 def _expected(ds: xr.Dataset) -> int | None:
-    """Steps that a whole run records."""
+    """Number of epochs (or times) that a complete run records."""
     try:
         return len(experiment_of(ds).labels)
-    except ValueError:  # none, or one that this version does not know
+    except ValueError:  # no experiment, or one that this version cannot parse
         return None
 
 
@@ -138,7 +138,7 @@ def _coverage(ds: xr.Dataset) -> str:
     named = _points(ds)
     shares = [float(ds["coverage"].sel(at)) for _, at in named]
     line = f"<p>{sum(s >= 1 for s in shares)} of {len(shares)} points are finished.</p>"
-    order = np.argsort(shares, kind="stable")  # what is missing first
+    order = np.argsort(shares, kind="stable")  # incomplete points first
     rows = [(named[i][0], f"{shares[i]:.0%} of its recorded epochs") for i in order]
     return _section("Coverage", line, _table(rows, ("point", "committed")))
 
@@ -209,7 +209,7 @@ def _variables(ds: xr.Dataset) -> str:
 
 
 def _opened(path: str | Path) -> xr.Dataset:
-    """What is there, if a page can be made of it."""
+    """Open the archive; raise DirectoryError if no page can be made of it."""
     ds = reading.open(path, skip_damaged=True)
     try:
         refuse_odd(ds, "report")
@@ -224,11 +224,11 @@ def _opened(path: str | Path) -> xr.Dataset:
 
 
 def render(path: str | Path, *, audit: bool = True) -> str:
-    """The page of a run, a sweep or an archive file.
+    """HTML page of a run, a sweep or an archive file.
 
     Args:
         path: As `tsdyn.open` takes it.  Points of a sweep that cannot be read are listed as failures.
-        audit: Whether with the audit of `tsdyn.analysis.audit`, of at most `AUDITED` members.
+        audit: Whether to include the audit of `tsdyn.analysis.audit`, for at most `AUDITED` members.
 
     Raises:
         ArchiveError: if there is nothing to read, or what there is cannot be an archive's (`refuse_odd`).
@@ -262,7 +262,7 @@ def render(path: str | Path, *, audit: bool = True) -> str:
 
 
 def write(path: str | Path, output: str | Path, *, audit: bool = True) -> Path:
-    """`render` into a file, whole or not at all; `output` itself.
+    """Write the page of `render` to `output`, atomically; returns `output`.
 
     Raises:
         ArchiveError: if there is nothing to read, or `output` cannot be written.

@@ -1,8 +1,8 @@
 """Similarity of representations: linear CKA and SVCCA, between any two arrays of activations and within archives.
 
-Both are blind to rotations and permutations of nodes and compare layers of different width, where a node-to-node
-correlation cannot.  With N samples of n and m nodes, N ≤ n + m centred samples always share directions, so that the
-measures are large whatever was learned: refused.
+Both are invariant to rotations and permutations of nodes and can compare layers of different width, unlike node-to-node
+correlations.  For layers of n and m nodes, N ≤ n + m centred samples always share directions, so that the measures
+would be large whatever was learned; they raise ValueError.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ RAGHU = "Raghu et al. 2017 (arXiv:1706.05806)"
 
 
 def _centred(x: NDArray, y: NDArray, caller: str, fewest: int) -> tuple[NDArray, NDArray]:
-    """Both in float64, centred and of largest entry 1: what neither their scale nor their mean can round away.
+    """Both arrays in float64, centred and scaled to largest entry 1, so that large means or scales cost no digits.
 
-    A layer that is constant is exactly 0.
+    A constant layer becomes exactly 0.
     """
     if x.ndim != 2 or y.ndim != 2 or len(x) != len(y):
         raise ValueError(f"{caller}: shapes {x.shape} and {y.shape}; both are (sample, node) of the same samples")
@@ -37,26 +37,26 @@ def _unit(x: NDArray) -> NDArray:
     x = np.asarray(x, dtype=np.float64)
     if not np.isfinite(x).all():
         return np.full_like(x, np.nan)
-    for _ in range(2):  # once before, so that differences do not overflow, and once of what is left
+    for _ in range(2):  # scaled before centring, so that differences do not overflow, and again after it
         largest = np.abs(x).max(initial=0.0)
         x = x / largest if largest > 0 else x
-        x = x - x[:1]  # exactly 0 of a constant, unlike what its mean, which is rounded, leaves
+        x = x - x[:1]  # exactly 0 for a constant, which subtracting the rounded mean alone does not give
         x = x - x.mean(0)
     return x
 
 
 def linear_cka(x: NDArray, y: NDArray, *, debiased: bool = False) -> float:
-    """‖Yᵀ X‖² / (‖Xᵀ X‖ ‖Yᵀ Y‖) of centred X (sample, node) and Y (sample, node_2).
+    """Linear CKA, ‖Yᵀ X‖² / (‖Xᵀ X‖ ‖Yᵀ Y‖), of centred X (sample, node) and Y (sample, node_2).
 
-    1 for equal representations up to rotation and a common scale; NaN if one is constant or not finite.
+    1 for representations that are equal up to rotation and a common scale; NaN if one is constant or not finite.
 
     The plain estimator lies in [0, 1] and is too large by about (nodes · nodes_2)^½ / samples: independent layers give
-    .35 at the fewest samples that are taken.  The debiased one is 0 in the mean there, and may be a little below: it is
-    the right one unless samples are a hundred times the nodes and more, where the two agree.
+    0.35 at the smallest allowed number of samples.  The debiased estimator has mean 0 there and may be slightly
+    negative; use it unless there are at least a hundred times as many samples as nodes, where the two agree.
 
     Args:
         x, y: Activations of the same samples.
-        debiased: With the unbiased estimator of each of the three products; from four samples on.
+        debiased: Whether to use the unbiased estimator of each of the three products; needs at least four samples.
 
     Raises:
         ValueError: if samples differ in number or are too few (no more than both widths together, plain).
@@ -76,7 +76,7 @@ def _product(x: NDArray, y: NDArray) -> float:
 
 
 def _debiased_product(x: NDArray, y: NDArray) -> float:
-    """n (n − 3) times the unbiased estimator of ‖cov(x, y)‖²: the sums over different samples alone.
+    """n (n − 3) times the unbiased estimator of ‖cov(x, y)‖², which sums over distinct samples only.
 
     With K = X Xᵀ and L = Y Yᵀ without diagonals and centred x and y, K1 = −a and L1 = −b, a_i = |x_i|², b_i = |y_i|²:
     tr(KL) + 1ᵀK1 1ᵀL1/((n−1)(n−2)) − 2/(n−2) 1ᵀKL1.
@@ -88,10 +88,10 @@ def _debiased_product(x: NDArray, y: NDArray) -> float:
 
 
 def svcca(x: NDArray, y: NDArray, *, variance: float = 0.99) -> float:
-    """Mean canonical correlation of the principal directions that hold `variance` of each; in [0, 1].
+    """SVCCA: mean canonical correlation of the principal directions that hold the share `variance` of each; in [0, 1].
 
-    1 if one's kept subspace contains the other's; NaN if a layer is constant or not finite.  Biased as `linear_cka`:
-    independent layers give .6 at the fewest samples that are taken.
+    1 if the kept subspace of one contains the other's; NaN if a layer is constant or not finite.  Biased like the plain
+    `linear_cka`: independent layers give 0.6 at the smallest allowed number of samples.
 
     Raises:
         ValueError: as `linear_cka`, or if `variance` is outside (0, 1].
@@ -111,14 +111,14 @@ def svcca(x: NDArray, y: NDArray, *, variance: float = 0.99) -> float:
 
 
 def _principal(x: NDArray, variance: float, eps: float) -> NDArray:
-    """Orthonormal columns (sample, k): the fewest principal directions of centred x that hold `variance` of it.
+    """The fewest principal directions of centred x that hold the share `variance`, as orthonormal columns (sample, k).
 
-    Directions as small as `eps`, the rounding of the activations as they were given, are none.
+    Directions of relative size `eps` or less, the rounding of the given activations, are dropped.
     """
     u, s, _ = np.linalg.svd(x, full_matrices=False)
     real = s > s[0] * max(x.shape) * eps
     held = np.cumsum(s[real] ** 2)
-    # the last kept one is the first at which the share is reached, to rounding
+    # keep directions up to the first at which the share is reached, to rounding
     count = 0 if not len(held) else int(np.searchsorted(held, variance * held[-1] * (1 - 1e-12))) + 1
     basis: NDArray = u[:, :count]
     return basis
@@ -127,12 +127,12 @@ def _principal(x: NDArray, variance: float, eps: float) -> NDArray:
 def student_teacher(archive: xr.Dataset, *, samples: int | None = None, debiased: bool = False) -> xr.Dataset:
     """``cka`` and ``svcca`` of student and teacher activations at each layer; (..., layer), lazy if `archive` is.
 
-    Over the evaluation set, drawn again.  Of one epoch.  NaN above the layers of a point that has fewer.
+    On the evaluation set, which is redrawn, at one epoch.  NaN above the last layer of a point that has fewer layers.
 
     Args:
         archive: A run, a sweep or a slice, at one epoch, with weights.
-        samples: Of the evaluation set, the first so many; all if None.
-        debiased: Which estimator of CKA, see `linear_cka`.
+        samples: Number of samples to use from the start of the evaluation set; None uses all.
+        debiased: Whether to use the debiased estimator of CKA, see `linear_cka`.
 
     Raises:
         ValueError: if epochs are left, layers are not, weights were not recorded, or samples are too few.

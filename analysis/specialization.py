@@ -1,7 +1,7 @@
-"""Student specialization: which teacher nodes have a student node of their own.
+"""Student specialization: which teacher nodes a student node correlates with.
 
-Every topic has two storeys: an array formula over (..., teacher_node, node), and its labelled lift, which takes
-any slice of a run or a sweep that keeps both node dimensions and stays lazy if the archive is.
+Every measure exists twice: as a formula on arrays (..., teacher_node, node), and as a labelled version for any slice of
+a run or a sweep that keeps both node dimensions, which is lazy if the archive is.
 
 Source: Tian (2020), section 6.
 """
@@ -25,18 +25,18 @@ SOURCE = "Tian 2020 (PMLR 119:9470), section 6"
 
 
 def _nanmax(values: NDArray, axis: int) -> NDArray:
-    """NaN only where every entry is (np.nanmax would warn there)."""
+    """Maximum without NaN entries; NaN where all entries are, without the warning of np.nanmax."""
     largest: NDArray = np.fmax.reduce(values, axis=axis)
     return largest
 
 
 def best_teacher(correlation: NDArray) -> NDArray:
-    """(..., teacher_node, node) -> (..., node): the largest correlation with any teacher node; signed."""
+    """Largest (signed) correlation of student nodes with any teacher node; (..., teacher_node, node) -> (..., node)."""
     return _nanmax(correlation, axis=-2)
 
 
 def mean_best_match(correlation: NDArray) -> NDArray:
-    """(..., teacher_node, node) -> (...): ρ̄; teacher nodes without any correlation are left out."""
+    """Mean best correlation ρ̄, (..., teacher_node, node) -> (...), leaving out teacher nodes without a correlation."""
     best = best_match(correlation)
     real = ~np.isnan(best)
     count = real.sum(-1)
@@ -44,16 +44,16 @@ def mean_best_match(correlation: NDArray) -> NDArray:
 
 
 def match_counts(correlation: NDArray, threshold: float) -> NDArray:
-    """(..., teacher_node, node) -> (...): teacher nodes whose best match is above `threshold`; NaN if all are NaN."""
+    """Number of teacher nodes with best match above `threshold`, (..., teacher_node, node) -> (...); NaN if all are."""
     best = best_match(correlation)
     return np.where(np.isnan(best).all(-1), np.nan, (best > threshold).sum(-1))
 
 
 def winner_rank(correlation: NDArray) -> NDArray:
-    """(..., epoch, teacher_node, node) -> (..., epoch, teacher_node): rank of the last epoch's best student node.
+    """Rank at every epoch of the last epoch's best student node.
 
-    Counted from 0, the best, and divided by the number of nodes with a correlation at that epoch; NaN where the
-    winner has none, and where the last epoch has no winner.
+    (..., epoch, teacher_node, node) -> (..., epoch, teacher_node).  Counted from 0, the best, and divided by the number
+    of nodes with a correlation at that epoch; NaN if the winner has none there, or if the last epoch has no winner.
     """
     winner = best_node(correlation[..., -1:, :, :])
     place = np.where(np.isnan(winner), 0, winner).astype(int)[..., None]
@@ -64,7 +64,7 @@ def winner_rank(correlation: NDArray) -> NDArray:
 
 
 def median(values: NDArray) -> NDArray:
-    """(..., n) -> (...): median of what is not NaN; NaN where nothing else is."""
+    """Median without NaN entries, (..., n) -> (...); NaN where all are."""
     return quantiles(values, (0.5,))[..., 0]
 
 
@@ -78,10 +78,11 @@ def correlation_of(archive: xr.Dataset, caller: str) -> xr.DataArray:
 
 
 def silent(archive: xr.Dataset) -> xr.DataArray:
-    """Whether a member lives at an epoch, and yet no node of its layer varies, so that it has no correlation; (...).
+    """Whether a living member has no correlation at an epoch because no node of its layer varies; (...).
 
-    Such a student has recovered nothing, which is a result; without a value for another reason (dead members, epochs
-    and points that are not there, padding, the output layer) it is missing.  False where the Dataset does not tell.
+    Such a student has recovered nothing, which is a result.  A value that is NaN for another reason (dead members,
+    missing epochs or points, padding, the output layer) is missing, and the result False; so it is if the Dataset
+    cannot tell.
     """
     correlation = correlation_of(archive, "silent")
     none = correlation.isnull().all(["teacher_node", "node"])
@@ -99,7 +100,7 @@ def silent(archive: xr.Dataset) -> xr.DataArray:
 
 
 def _recorded(archive: xr.Dataset) -> xr.DataArray:
-    """Whether each point has committed each epoch: the first `coverage` of those on its own schedule."""
+    """Whether each point has committed each epoch, that is, the first `coverage` epochs on its own schedule."""
     found = list(points(archive).values())
     dims = tuple(dict.fromkeys(dim for chosen, _ in found for dim in chosen))
     epochs = np.atleast_1d(archive["epoch"].values)
@@ -113,7 +114,7 @@ def _recorded(archive: xr.Dataset) -> xr.DataArray:
 
 
 def counted(values: xr.DataArray, archive: xr.Dataset) -> xr.DataArray:
-    """`values` of living members, with 0 for NaN where the student is `silent`: it finds no teacher node."""
+    """`values` with 0 in place of NaN where the student is `silent`, for it has recovered no teacher node."""
     none = silent(archive)
     if "teacher_node" in values.dims and "teacher_width" in archive.coords:
         none = none & (archive["teacher_node"] < archive["teacher_width"])
@@ -157,7 +158,7 @@ def student_specialization(archive: xr.Dataset) -> xr.DataArray:
 
 
 def mean_specialization(archive: xr.Dataset) -> xr.DataArray:
-    """ρ̄: mean over teacher nodes of the best correlation; (...).
+    """Mean best correlation ρ̄: mean over teacher nodes of the best correlation with any student node; (...).
 
     Raises:
         ValueError: as `specialization`.  Source: Tian (2020), Figure 6; Tian et al. (2019), section 5.
@@ -172,10 +173,10 @@ def mean_specialization(archive: xr.Dataset) -> xr.DataArray:
 
 
 def mean_rank(archive: xr.Dataset) -> xr.DataArray:
-    """r̄: rank of the last epoch's best student node at each epoch, in [0, 1), mean over teacher nodes; (..., epoch).
+    """Mean rank r̄: rank at each epoch of the last epoch's best student nodes, mean over teacher nodes; (..., epoch).
 
-    0 means that every teacher node's final winner already leads: winners are those that were lucky at the start.
-    Teacher nodes without a correlation are left out.
+    In [0, 1).  0 means that every teacher node's final winner is already its best match; at the start, that luck
+    decided. Teacher nodes without a correlation are left out.
 
     Raises:
         ValueError: as `specialization`, or without ``epoch``.  Source: Tian et al. (2019), section 6.
@@ -184,9 +185,9 @@ def mean_rank(archive: xr.Dataset) -> xr.DataArray:
 
 
 def median_rank(archive: xr.Dataset) -> xr.DataArray:
-    """Median over teacher nodes of what `mean_rank` averages, in [0, 1); (..., epoch).
+    """Median over teacher nodes of the ranks that `mean_rank` averages, in [0, 1); (..., epoch).
 
-    A few winners that came from far behind lift the mean, but not the median: below r̄, most were near the top.
+    A few winners with a high rank raise the mean but not the median: a median below r̄ means most were near the top.
 
     Raises:
         ValueError: as `mean_rank`.
@@ -239,7 +240,7 @@ def recovered(archive: xr.Dataset, *, threshold: float = THRESHOLD) -> xr.DataAr
 def success_rate(archive: xr.Dataset, *, threshold: float = THRESHOLD) -> xr.DataArray:
     """Share of seeds in which each teacher node is recovered; (..., teacher_node).
 
-    Seeds without a value (dead members, missing points) count neither way; a living student all of whose nodes are dead
+    Seeds without a value (dead members, missing points) are left out; a living student all of whose nodes are dead
     counts as a failure.
 
     Raises:
@@ -252,7 +253,7 @@ def success_rate(archive: xr.Dataset, *, threshold: float = THRESHOLD) -> xr.Dat
 
 
 def success_interval(archive: xr.Dataset, *, threshold: float = THRESHOLD, confidence: float = 0.95) -> xr.DataArray:
-    """Wilson interval of `success_rate`, from how many seeds it was counted over; (..., teacher_node, bound).
+    """Wilson interval of `success_rate`, from the number of seeds with a value; (..., teacher_node, bound).
 
     Raises:
         ValueError: as `success_rate`, or if `confidence` is outside (0, 1).

@@ -1,6 +1,6 @@
-"""Summaries over seeds, or over any other dimension: moments, quantiles and intervals that cover as they say.
+"""Summaries over seeds, or over any other dimension: moments, quantiles and intervals of the stated coverage.
 
-Members that died and points that are missing are NaN; they count neither way, and ``count`` says how many did.
+Dead members and missing points are NaN; they are left out, and ``count`` gives the number of the others.
 Intervals: of a mean by Student's t, of a median by order statistics, of a share by Wilson's score.
 """
 
@@ -16,7 +16,7 @@ from tsdyn.analysis.lift import lift
 
 #: Coordinate of the two ends of an interval.
 BOUND = ("low", "high")
-#: Fewer values have no interval of the median: of five the extremes hold it with probability 15/16 only.
+#: Least number of values for an interval of the median: the extremes of five cover it with probability 15/16 only.
 FEWEST_OF_A_MEDIAN = 6
 
 
@@ -26,7 +26,7 @@ def _over_present(statistic: Callable[[NDArray], NDArray], values: NDArray, *end
     Args:
         statistic: (row, entry) -> (row, *ends).
         values: (..., entry).
-        ends: Axes that the statistic adds.
+        ends: Lengths of the axes that the statistic adds.
     """
     flat = values.reshape(-1, values.shape[-1])
     found = np.full((len(flat), *ends), np.nan)
@@ -43,18 +43,18 @@ def _over_present(statistic: Callable[[NDArray], NDArray], values: NDArray, *end
 
 
 def present(values: NDArray) -> NDArray:
-    """(..., seed) -> (...): how many are not NaN."""
+    """Number of values that are not NaN, (..., seed) -> (...)."""
     return np.asarray((~np.isnan(values)).sum(-1), float)
 
 
 def mean(values: NDArray) -> NDArray:
-    """(..., seed) -> (...): mean of what is not NaN."""
+    """Mean of the values that are not NaN, (..., seed) -> (...)."""
     with np.errstate(invalid="ignore"):  # ∞ − ∞ is NaN
         return _over_present(lambda rows: rows.mean(-1), values)
 
 
 def standard_deviation(values: NDArray) -> NDArray:
-    """(..., seed) -> (...): sample standard deviation (divisor n − 1) of what is not NaN; NaN for fewer than two."""
+    """Sample standard deviation (divisor n − 1) without NaN, (..., seed) -> (...); NaN for fewer than two values."""
     with np.errstate(invalid="ignore"):  # ∞ − ∞ is NaN
         return _over_present(
             lambda rows: rows.std(-1, ddof=1) if rows.shape[-1] > 1 else np.full(len(rows), np.nan), values
@@ -62,12 +62,12 @@ def standard_deviation(values: NDArray) -> NDArray:
 
 
 def quantiles(values: NDArray, probabilities: Sequence[float]) -> NDArray:
-    """(..., seed) -> (..., quantile): linear interpolation between order statistics of what is not NaN."""
+    """Quantiles without NaN, by linear interpolation between order statistics; (..., seed) -> (..., quantile)."""
     return _over_present(lambda rows: _quantiles(rows, np.asarray(probabilities)), values, len(probabilities))
 
 
 def _quantiles(rows: NDArray, probabilities: NDArray) -> NDArray:
-    """(row, entry) -> (row, quantile).  numpy's, but for rows with ±∞, where it makes NaN of ∞ − ∞ and 0 · ∞."""
+    """Quantiles (row, entry) -> (row, quantile), as numpy's except in rows with ±∞, where numpy's may be NaN."""
     endless = np.isinf(rows).any(-1)
     found = np.empty((len(rows), len(probabilities)))
     found[~endless] = np.quantile(rows[~endless], probabilities, axis=-1).T
@@ -75,21 +75,21 @@ def _quantiles(rows: NDArray, probabilities: NDArray) -> NDArray:
     place = probabilities * (rows.shape[-1] - 1)
     below, above = (ordered[:, end(place).astype(int)] for end in (np.floor, np.ceil))
     share = place - np.floor(place)
-    with np.errstate(invalid="ignore"):  # between −∞ and ∞ lies anything
+    with np.errstate(invalid="ignore"):  # interpolation between −∞ and ∞ is undefined
         between = below * (1 - share) + above * share
     found[endless] = np.where(below == above, below, between)
     return found
 
 
 def student_interval(values: NDArray, confidence: float) -> NDArray:
-    """(..., seed) -> (..., bound): Student's t interval of the mean of what is not NaN; NaN for fewer than two.
+    """Student's t interval of the mean, without NaN; (..., seed) -> (..., bound); NaN for fewer than two values.
 
-    x̄ ± t s/√n covers exactly as it says for normal values, from n = 2 on; a bootstrap of three covers 74 % for 95 %.
+    x̄ ± t s/√n has exactly the stated coverage for normal values, from n = 2 on; a 95 % bootstrap of three covers 74 %.
     Source: Student 1908 (doi:10.1093/biomet/6.1.1).
     """
     n, centre, spread = present(values), mean(values), standard_deviation(values)
     t = stdtrit(np.where(n > 1, n - 1, np.nan), (1 + confidence) / 2)
-    with np.errstate(invalid="ignore"):  # of ∞ there is no interval
+    with np.errstate(invalid="ignore"):  # infinite values have no interval
         half = t * spread / np.sqrt(np.maximum(n, 1))
         return np.stack([centre - half, centre + half], -1)
 
@@ -107,9 +107,9 @@ def _level(n: NDArray, k: NDArray) -> NDArray:
 
 
 def median_interval(values: NDArray, confidence: float) -> NDArray:
-    """(..., seed) -> (..., bound): order statistics that hold the median of what is not NaN with `confidence` at least.
+    """Order statistics that enclose the median with at least `confidence`, without NaN; (..., seed) -> (..., bound).
 
-    Of any law without ties, whatever its shape.  NaN for fewer than `FEWEST_OF_A_MEDIAN`, and where no two suffice.
+    Valid for any distribution without ties.  NaN for fewer than `FEWEST_OF_A_MEDIAN` values, and if no two suffice.
     Source: Thompson 1936 (doi:10.1214/aoms/1177732502).
     """
     k = _rank(present(values), confidence)
@@ -120,14 +120,14 @@ def median_interval(values: NDArray, confidence: float) -> NDArray:
 
 
 def median_level(values: NDArray, confidence: float) -> NDArray:
-    """(..., seed) -> (...): how surely `median_interval` holds the median, `confidence` or more; NaN without one."""
+    """Confidence that `median_interval` attains, `confidence` or more; (..., seed) -> (...); NaN if there is none."""
     n = present(values)
     k = _rank(n, confidence)
     return np.where(k > 0, _level(n, k), np.nan)
 
 
 def wilson_interval(values: NDArray, confidence: float) -> NDArray:
-    """(..., seed) -> (..., bound): interval of the share of ones among the zeros and ones that are not NaN.
+    """Interval of the share of ones among zeros and ones, without NaN; (..., seed) -> (..., bound).
 
     Wilson's score interval: all p with |p̂ − p| ≤ z √(p (1 − p) / n); unlike p̂ ± z √(p̂ (1 − p̂) / n) it stays within
     [0, 1] and has a width at 0 and 1.  Source: Wilson 1927 (doi:10.1080/01621459.1927.10502953).
@@ -165,7 +165,7 @@ def summarise(
 
     Args:
         array: Any variable or measure with the dimension `over`.
-        over: Dimension that goes.
+        over: Dimension to summarise.
         probabilities: Labels of the new dimension ``quantile``.
 
     Raises:
@@ -201,9 +201,9 @@ def interval(
 ) -> xr.DataArray:
     """Interval of the mean or median over seeds, (..., bound) with bounds ``low`` and ``high``; lazy as `array`.
 
-    ``mean``: Student's t, exact for normal values, NaN for fewer than two.  ``median``: order statistics, for any law;
-    they attain some levels only, so the coordinate ``level`` says which, `confidence` at least (31/32 of six for 95 %);
-    NaN for fewer than six.  Of a share use `share_interval`.
+    ``mean``: Student's t, exact for normal values, NaN for fewer than two.  ``median``: order statistics, for any
+    distribution; only some levels are attainable, and the coordinate ``level`` gives the one attained, at least
+    `confidence` (31/32 for six values at 95 %); NaN for fewer than six.  For shares use `share_interval`.
 
     Raises:
         ValueError: if `array` lacks `over`, the statistic is neither, or `confidence` is outside (0, 1).

@@ -1,4 +1,4 @@
-"""What the figures of deep networks share: ρ̄ or r̄ of each hidden layer against epochs, a line a width, and the loss."""
+"""Parts shared by the figures of deep networks: ρ̄ or r̄ per hidden layer and the loss over epochs, a line per width."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from tsdyn.analysis.panels import colour, shade
 
 from tsdyn.archive.selecting import experiment_of, swept_dimensions
 
-#: Beside the layers, whatever of these was recorded.
+#: Variables shown beside the layers, as far as they were recorded.
 SCALARS = ("mse_eval", "loss_eval", "accuracy", "label_accuracy")
 
-#: What figures call the data of a law.
+#: ``data.law`` → name of the data in figures.
 DATA = {"gaussian": "Gaussian inputs", "digits": "scikit-learn's digits", "cifar10": "CIFAR-10"}
 
 
 def networks(connected: list[int], channels: int) -> list[dict[str, Any]]:
-    """The two kinds of teacher of Luck Matters, as keys of a listed point: fully connected and ConvNet.
+    """The two kinds of teacher of Luck Matters, fully connected and ConvNet, as keys of listed points.
 
     Args:
         connected: Hidden widths of the fully connected one, which takes 20 inputs.
-        channels: Of each of the four convolutions, of images of 16 x 16.
+        channels: Number of channels of each of the ConvNet's four convolutions, on images of 16 x 16.
 
     Source: Tian et al. (2019), section 5.
     """
@@ -41,7 +41,7 @@ def networks(connected: list[int], channels: int) -> list[dict[str, Any]]:
 
 
 def by_network(measured: xr.Dataset) -> xr.Dataset:
-    """`measured`, its ``point`` named after the kind of network that `networks` put there."""
+    """`measured` with its ``point`` labelled by the kind of network, as listed by `networks`."""
     kinds = np.where(measured["convolution"] == "true", "ConvNet", "fully connected")
     return measured.drop_vars([str(name) for name in measured["point"].coords]).assign_coords(point=kinds)
 
@@ -65,12 +65,12 @@ def measure(archive: xr.Dataset) -> xr.Dataset:
 
 
 def data_of(archive: xr.Dataset) -> str:
-    """``data.law`` of the experiment that an archive is of: what a figure says it shows."""
+    """``data.law`` of an archive's experiment."""
     return experiment_of(archive).data.law
 
 
 def data_name(measured: xr.Dataset) -> str:
-    """What a figure calls the data that `measure` named; a file stays what it is called."""
+    """Name of the measured data in figures; a file keeps its own name."""
     law = str(measured.attrs["data"])
     return DATA.get(law, law)
 
@@ -81,7 +81,7 @@ def _top_1(accuracy: xr.DataArray) -> xr.DataArray:
 
 
 def band(values: xr.DataArray, *, ax: Axes, color: Any, label: str, along: str = "epoch") -> None:
-    """Mean over seeds against `along` with the band from the least to the largest; (seed, `along`)."""
+    """Draw the mean over seeds against `along`, with a band from the least to the largest seed; (seed, `along`)."""
     x = values[along]
     ax.fill_between(x, values.min("seed"), values.max("seed"), color=color, alpha=0.15, linewidth=0)
     ax.plot(
@@ -90,7 +90,7 @@ def band(values: xr.DataArray, *, ax: Axes, color: Any, label: str, along: str =
 
 
 def draw_lines(values: xr.DataArray, lines: str | None, ax: Axes, *, along: str = "epoch") -> None:
-    """A `band` a value of the dimension `lines`, layers dark to light, others in the colours of the palette."""
+    """Draw one `band` per value of the dimension `lines`: layers dark to light, others in the palette's colours."""
     there: list[Any] = [None] if lines is None else list(values[lines].values)
     for position, value in enumerate(there):
         one = values if lines is None else values.sel({lines: value})
@@ -108,13 +108,13 @@ def draw(
     show: tuple[str, ...] = ("mean_specialization", "mse_eval"),
     lines: str | None = None,
 ) -> Figure:
-    """A row a point of the sweep and layered variable: a panel a layer, then a panel a scalar; a colour a `lines`.
+    """Figure with a row per point and layered variable: a panel per layer, then per scalar; a colour per `lines` value.
 
     Args:
         measured: From `measure`.
-        title: Of the figure.
-        show: Variables in the order of their panels; those without ``layer`` stand at the end of each first row.
-        lines: Swept dimension told apart by colour; the first that varies unless given.
+        title: Title of the figure.
+        show: Variables in the order of their panels; those without ``layer`` come at the end of each first row.
+        lines: Swept dimension shown by colour; the first that varies unless given.
     """
     swept = swept_dimensions(measured["mean_specialization"])
     lines = lines or next(iter(swept), None)
@@ -157,6 +157,6 @@ def draw(
 
 
 def _top(values: xr.DataArray) -> float:
-    """Where a panel ends: winners lead from early on, and at the bottom of [0, 1] their ranks would be flat lines."""
+    """Upper limit of a panel: ranks of winners fall early, and on the scale [0, 1] they would be flat lines."""
     largest = float(np.fmax.reduce(values.values, axis=None, initial=0.0))
     return largest if "rank" in str(values.name) and largest > 0 else 1.0

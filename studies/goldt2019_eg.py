@@ -1,7 +1,7 @@
-"""Goldt et al. (2019): generalization error of online learning, simulated in N dimensions and by the equation.
+"""Goldt et al. (2019): generalization error of online learning, simulated in N dimensions and from the equation.
 
-A student that learns by its first layer alone waits on a plateau until its nodes specialize; with both layers learning
-the wait is shorter.  Simulations scatter about the equation by 1/√N, most where they leave the plateau.
+A student that trains only its first layer stays on a plateau until its nodes specialize; training both layers shortens
+the plateau.  Simulations scatter about the equation by 1/√N, most where they leave the plateau.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ EXPERIMENTS: Mapping[str, Experiment] = {
 
 
 def measure(archive: xr.Dataset) -> xr.Dataset:
-    """eg of both over (layers, nodes, seed, alpha), α > 0."""
+    """eg of simulation and equation over (layers, nodes, seed, alpha), α > 0."""
     ds = archive[["eg", "eg_equation"]].rename(eg="eg_simulation", widths="nodes").load()
     ds = ds.where(ds["alpha"] > 0, drop=True)
     nodes = archive["width"].sel(layer=1).isel(layers=0).values
@@ -52,7 +52,7 @@ def measure(archive: xr.Dataset) -> xr.Dataset:
 
 
 def draw(measured: xr.Dataset) -> Figure:
-    """A panel for the layers that learn: lines are the equation, points the simulation, of the same start each."""
+    """One panel per choice of learning layers: lines are the equation, points the simulation from the same start."""
     figure = Figure(figsize=(8, 3.4), layout="constrained")
     layers = measured["layers"].values.tolist()
     panels = figure.subplots(1, len(layers), sharey=True, squeeze=False)[0]

@@ -1,4 +1,4 @@
-"""What the figures of sample size share: what students reach by the last epoch against the samples they learn from."""
+"""Parts shared by the figures of sample size: results at the last epoch against the number of training samples."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def measure(archive: xr.Dataset) -> xr.Dataset:
 
 
 def scales(values: xr.DataArray, ax: Axes, *, counts: str) -> None:
-    """Axes of `values` against `counts` samples: both logarithmic, but ρ̄ and accuracies in [0, 1]."""
+    """Set the axes of `values` against `counts` samples: logarithmic, except [0, 1] for ρ̄ and accuracies."""
     ax.set(xscale="log", xlabel=counts)
     if str(values.name) == "mean_specialization" or str(values.name).endswith("accuracy"):
         ax.set_ylim(-0.02, 1.02)

@@ -1,4 +1,4 @@
-"""What the figures of Simsek et al. (2023) share: experiments, where flows ended, u_ij, colours of the classes."""
+"""Parts shared by the figures of Simsek et al. (2023): experiments, ends of flows, u_ij, colours of classes."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from tsdyn.analysis.panels import PALETTE
 from tsdyn.experiment.experiment import Experiment
 from tsdyn.schema import words_of
 
-#: Of the classes, and of the regimes where each is the best that is a minimum.
+#: Colours of the classes, and of the regimes in which each is the best minimum.
 COLOURS = {"copy-average": PALETTE[2], "perturbed-copy": PALETTE[1], "other": "#999999"}
 NAMES = {"copy-average": "copy-average", "perturbed-copy": "perturbed n-copy", "other": "other"}
 
 
-#: Of `ends`: its variables that do not depend on the seed.
+#: Variables of `ends` that do not depend on the seed.
 THEORY = (
     "loss_copy_average", "loss_perturbed_copy", "index_copy_average", "index_perturbed_copy",
     "one_neuron_norm", "one_neuron_outgoing",
@@ -56,8 +56,8 @@ def flows(
 
 
 def ends(archive: xr.Dataset) -> xr.Dataset:
-    """Where flows ended, over (point, seed), loaded: ``weight`` (node, input_node) of layer 1, ``outgoing`` (node) of
-    layer 2, ``loss``, ``class`` in words, and `THEORY`; coordinates activation, n and k."""
+    """End points of the flows over (point, seed), loaded: ``weight`` (node, input_node) of layer 1, ``outgoing`` (node)
+    of layer 2, ``loss``, ``class`` in words, and the variables of `THEORY`; coordinates activation, n and k."""
     ds = archive[["end_weight", "end_loss", "end_class", *THEORY]].load()
     lower, upper = (ds["end_weight"].sel(layer=layer, drop=True) for layer in (1, 2))
     outgoing = upper.isel(node=0, drop=True).isel(input_node=slice(0, ds.sizes["node"]))
@@ -80,7 +80,7 @@ def nodes_of(archive: xr.Dataset) -> dict[str, xr.DataArray]:
 
 
 def at(ends: xr.Dataset, activation: str, n: int, k: int) -> xr.Dataset:
-    """One size of `ends` without padding, the inputs being the teacher's nodes first.
+    """One size of `ends` without padding; the first inputs are those along the teacher's nodes.
 
     Raises:
         KeyError: if the archive does not hold that size.
@@ -94,10 +94,10 @@ def at(ends: xr.Dataset, activation: str, n: int, k: int) -> xr.Dataset:
 
 
 def cosines(one: xr.Dataset) -> xr.DataArray:
-    """u_ij of student node i and teacher node j at the end, (seed, node, teacher_node), with the sign of a_i.
+    """Cosine u_ij of student node i and teacher node j at the end, (seed, node, teacher_node), with the sign of a_i.
 
-    Nodes are in the order in which they best match teacher nodes, so that copies lie on the diagonal, and teacher
-    nodes that the same node matches best stand together.
+    Nodes are ordered by their best matching teacher nodes, so that copies lie on the diagonal and teacher nodes matched
+    best by the same node are adjacent.
     """
     w, a = one["weight"], one["outgoing"]
     k = int(one["k"])
@@ -119,7 +119,7 @@ def described(text: str) -> dict[str, str]:
 
 
 def draw_cosines(u: xr.DataArray, ax: Axes, *, labels: bool = True) -> None:
-    """Map of u, (node, teacher_node) in this order; blue positive, red negative."""
+    """Draw a heat map of u (node, teacher_node) in the given order; blue positive, red negative."""
     ax.imshow(u, cmap="RdBu", vmin=-1, vmax=1, aspect="equal")
     ax.set(xticks=[], yticks=[])
     if labels:

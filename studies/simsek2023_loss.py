@@ -1,8 +1,8 @@
 """Simsek et al. (2023), Figure 4: the loss at the end against n, with L*(k−n+1), the regimes and u_ij.
 
-Where only the copy-average point is a minimum (green) every seed reaches L*(k−n+1); where only the perturbed n-copy is
-(orange) every seed copies, at a larger or smaller loss; between them both are and the start decides.  The shades are
-those of the Hessians' signatures, which need no seed.
+Where only the copy-average point is a minimum (green), every seed reaches L*(k−n+1); where only the perturbed n-copy is
+(orange), every seed copies, at a larger or smaller loss; in between both are, and the start decides.  The background
+shades follow from the Hessians' signatures, which need no seed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SOURCE = "Simsek et al. 2023 (arXiv:2311.01644), Figure 4"
 
 
 def _curves(teachers: tuple[int, ...], students: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
-    """Every n < k of these teachers, and every k up to 2n of these students."""
+    """The sizes (n, k) with every n < k for these teachers, and every k up to 2n for these students."""
     against_n = [(n, k) for k in teachers for n in range(1, k)]
     return tuple(dict.fromkeys(against_n + [(n, k) for n in students for k in range(n + 1, 2 * n + 1)]))
 
@@ -55,7 +55,7 @@ def measure(archive: xr.Dataset) -> xr.Dataset:
 
 
 def _whole(ds: xr.Dataset, fixed: str) -> list[int]:
-    """Values of k with every n < k, or of n with every k up to 2n."""
+    """Values of k for which every n < k is present, or of n for which every k up to 2n is."""
     pairs = list(zip(ds["n"].values.tolist(), ds["k"].values.tolist(), strict=True))
     if fixed == "k":
         return [
@@ -72,7 +72,7 @@ def _whole(ds: xr.Dataset, fixed: str) -> list[int]:
 
 
 def draw(measured: xr.Dataset) -> Figure:
-    """Loss against n for each k; below, how far from L*(k−n+1) for each n, then u_ij."""
+    """Loss against n for each k; below it the distance from L*(k−n+1) for each n, then u_ij."""
     teachers, students = _whole(measured, "k"), _whole(measured, "n")
     columns = max(len(teachers), 2)
     figure = Figure(figsize=(3.4 * columns, 5.4), layout="constrained")

@@ -24,14 +24,14 @@ _SMOOTH = ("erf", "tanh", "sigmoid", "softplus")
 
 EXPERIMENTS: Mapping[str, Experiment] = {
     "smoke": flows("norms-smoke", ((1, 2), (1, 4)), ("erf",), seeds=2),
-    # the mixtures' interactions cost a thousand times erf's: 5 seeds of each
+    # mixtures' interactions cost a thousand times as much as erf's, so 5 seeds of each
     "desk": flows("norms-desk", _SIZES, ("erf", "tanh"), seeds=20),
     "paper": flows("norms-paper", _SIZES, _SMOOTH, seeds=20),
 }
 
 
 def measure(archive: xr.Dataset) -> xr.Dataset:
-    """|w| and |a| at the end, and the one-neuron optimum's, over (activation, k)."""
+    """|w| and |a| of the flows' ends and of the one-neuron optimum, over (activation, k)."""
     ended = ends(archive)
     values = {
         "norm": (ended["weight"].isel(node=0) ** 2).sum("input_node") ** 0.5,
@@ -47,7 +47,7 @@ def measure(archive: xr.Dataset) -> xr.Dataset:
 
 
 def draw(measured: xr.Dataset) -> Figure:
-    """Seeds as points, the optimum as a line."""
+    """Figure with seeds as points and the optimum as a line."""
     figure = Figure(figsize=(7, 3), layout="constrained")
     names = dict.fromkeys(measured["activation"].values.tolist())
     for ax, quantity in zip(figure.subplots(1, 2), ("norm", "outgoing"), strict=True):

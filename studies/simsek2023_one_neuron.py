@@ -1,6 +1,7 @@
-"""Simsek et al. (2023), Figure 3: one neuron against k: output maps in two dimensions, error against k.
+"""Simsek et al. (2023), Figure 3: one neuron against k teacher neurons: output maps in two dimensions, error over k.
 
-Above the teacher of two nodes, below the neuron the flow ends at; then the error, seeds as points on the closed form.
+The upper map is the teacher of two nodes, the lower the neuron at which the flow ends; then the error, with seeds as
+points on the closed form.
 The error grows about linearly with k for bounded σ and quadratically for relu.
 """
 
@@ -58,7 +59,7 @@ def measure(archive: xr.Dataset) -> xr.Dataset:
 
 
 def draw(measured: xr.Dataset) -> Figure:
-    """Maps on the left, error on the right."""
+    """Figure with maps on the left and the error on the right."""
     names = measured["map_activation"].values
     figure = Figure(figsize=(1.35 * len(names) + 3.4, 3.2), layout="constrained")
     left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=[1.35 * len(names), 3.4])[0]

@@ -1,7 +1,7 @@
-"""Copy or average over (n, k): the share of seeds in each class, and the borders that need no seed.
+"""Copy or average over (n, k): the share of seeds in each class, and the phase boundaries, which need no seeds.
 
-A complement to Simsek et al. (2023), Figure 4.  The borders: from where the perturbed n-copy is a minimum, up to where
-the copy-average point is one, and from where the former has the smaller loss.
+A complement to Simsek et al. (2023), Figure 4.  The boundaries are the n from which the perturbed n-copy is a minimum,
+the n up to which the copy-average point is one, and the n from which the former has the smaller loss.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def measure(archive: xr.Dataset) -> xr.Dataset:
 
 
 def draw(measured: xr.Dataset) -> Figure:
-    """Green: every seed averages; orange: every seed copies; a number: seeds per hundred that do neither."""
+    """Figure: green where every seed averages, orange where every seed copies; numbers: percent that do neither."""
     figure = Figure(figsize=(5.6, 4.2), layout="constrained")
     ax = figure.subplots()
     colours = LinearSegmentedColormap.from_list("classes", [COLOURS["copy-average"], COLOURS["perturbed-copy"]])

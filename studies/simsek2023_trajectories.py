@@ -1,8 +1,8 @@
 """Simsek et al. (2023), Figure 1: two student nodes on their way to copy one teacher node and average the other two.
 
-Left, incoming weights of n = 2 nodes against k = 3, seen along (1, 1, 1): teacher nodes stand at the corners of a
-triangle, an average of two lies opposite to the third.  Then the loss, with the copy-average point's, which relu goes
-below: its critical point is only near it.  Last u_ij at the end for n = 4, k = 8.
+On the left the incoming weights of n = 2 nodes against k = 3, seen along (1, 1, 1): teacher nodes are the corners of a
+triangle, and the average of two lies opposite to the third.  Then the loss, with that of the copy-average point; relu
+falls below it, since its critical point is only near that point.  On the right u_ij at the end for n = 4, k = 8.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def _labels(array: xr.DataArray) -> list[str]:
 
 
 def draw(measured: xr.Dataset) -> Figure:
-    """A row for each activation."""
+    """Figure with one row per activation."""
     names = measured["activation"].values
     figure = Figure(figsize=(8.4, 2.7 * len(names)), layout="constrained")
     panels = figure.subplots(len(names), 3, squeeze=False, width_ratios=[1, 1.25, 1.25])

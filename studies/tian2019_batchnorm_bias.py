@@ -1,8 +1,8 @@
 """Tian et al. (2019), Figures 6 and 16: histograms of the BatchNorm biases of each layer, and how many are negative.
 
-The paper's are of VGG16 and VGG11 with BatchNorm before the activation, pretrained on ImageNet: most biases are
-negative, so that few nodes are active on one sample.  ``--scale paper`` reads such a state dict from the current folder
-(``vgg16_bn.pth``); of any other network,
+The paper's networks are VGG16 and VGG11 with BatchNorm before the activation, pretrained on ImageNet: most biases are
+negative, so that few nodes are active on any one sample.  ``--scale paper`` reads such a state dict from the current
+folder (``vgg16_bn.pth``); for any other network,
 
 >>> draw(measure(StateDict("mine", "mine.pth").read()))  # doctest: +SKIP
 
@@ -36,7 +36,7 @@ from tsdyn.vocabulary import COORDINATES, VARIABLES
 TITLE = "BatchNorm biases of each layer, and the share of negative ones"
 SOURCE = "Tian et al. 2019 (arXiv:1905.13405), Figures 6 and 16"
 
-#: Where the paper's networks are.
+#: Address of the paper's pretrained networks.
 PRETRAINED = "https://download.pytorch.org/models/vgg16_bn-6c64b313.pth"
 COLUMNS = 5
 
@@ -46,8 +46,8 @@ class StateDict:
     """The BatchNorm layers of a network in a file.
 
     Args:
-        name: Of what is in the file; in the archive and the figure.
-        path: What ``torch.save(module.state_dict(), path)`` wrote, or a ``*.safetensors``; read as tensors only.
+        name: Name of the network, for the archive and the figure.
+        path: File that ``torch.save(module.state_dict(), path)`` wrote, or a ``*.safetensors``; only tensors are read.
     """
 
     name: str
@@ -57,7 +57,7 @@ class StateDict:
         return tomli_w.dumps(asdict(self))
 
     def read(self) -> xr.Dataset:
-        """The biases as a Dataset, read anew each time.
+        """Dataset of the biases, read from the file at each call.
 
         Returns:
             ``norm_shift`` (layer, node), padded with NaN; ``module`` names the layer in the state dict, ``width`` says
@@ -66,7 +66,7 @@ class StateDict:
         Raises:
             ExperimentError: if the file is missing, cannot be read safely or holds no BatchNorm with a bias.
         """
-        from tsdyn.networks.torch_io import load_state  # torch, which a list of studies does not need
+        from tsdyn.networks.torch_io import load_state  # imports torch, which listing studies does not need
 
         path = Path(self.path)
         if not path.is_file():
@@ -105,10 +105,10 @@ class StateDict:
 
 
 def norms(state: Mapping[str, object]) -> list[str]:
-    """Names of the BatchNorm layers with a bias in a state dict: those that have a ``running_mean``.
+    """Names of the BatchNorm layers with a bias in a state dict, recognized by their ``running_mean``.
 
-    In the order of the state dict, which is the network's, unless the format sorted the names; then by the numbers in
-    them.
+    In the order of the state dict, which is the network's, unless the file format sorted the names; then by the numbers
+    in them.
     """
     found = [key.removesuffix(".running_mean") for key in state if key.endswith(".running_mean")]
     names = [name for name in found if f"{name}.bias" in state]
@@ -150,8 +150,9 @@ EXPERIMENTS: Mapping[str, Experiment | StateDict] = {
 
 
 def measure(found: xr.Dataset) -> xr.Dataset:
-    """Of each BatchNorm layer at the last epoch, nodes of all seeds together: ``negative_shift_share`` (layer),
-    ``shift_count`` (layer, bin) and ``shift_edge`` (layer, edge).
+    """Dataset of ``negative_shift_share`` (layer), ``shift_count`` (layer, bin) and ``shift_edge`` (layer, edge).
+
+    Of each BatchNorm layer at the last epoch, over the nodes of all seeds together.
     """
     last = found[["norm_shift"]].isel(epoch=-1) if "epoch" in found.dims else found[["norm_shift"]]
     last = last.load().dropna("layer", how="all")
@@ -165,7 +166,7 @@ def measure(found: xr.Dataset) -> xr.Dataset:
 
 
 def draw(measured: xr.Dataset) -> Figure:
-    """A panel a BatchNorm layer, the lowest first: a bar a bin, negative ones in another colour, their share above."""
+    """Figure with one histogram per BatchNorm layer, the lowest first; negative bins in another colour, share above."""
     layers = measured["layer"].values
     rows = -(-len(layers) // COLUMNS)
     columns = min(len(layers), COLUMNS)

@@ -6,7 +6,7 @@ the folder ``cifar-10-batches-bin`` is looked for in the current one; another pl
 
     tsdyn study run tian2019-cifar10 --set 'data.path="/where/cifar-10-batches-bin"'
 
-Without these files nothing of it can be shown, and nothing was; desk scale was timed, and its rates chosen, on
+No results are given here, since they need these files; desk scale was timed, and its rates chosen, on
 other photographs in the same format (3 minutes of one core); the rate of the ConvNet at paper scale is smaller for its
 wider layers and untried.  `tian2019_digits` is the same study on data that are always there.
 
@@ -78,8 +78,8 @@ EXPERIMENTS: Mapping[str, Experiment] = {
 
 
 def draw(measured: xr.Dataset) -> Figure:
-    """Three rows a kind of network, ρ̄ and both ranks, a panel a layer, then error and accuracy; a colour with and one
-    without BatchNorm.
+    """Figure with three rows per kind of network, ρ̄ and both ranks, one panel per layer, then error and accuracy; one
+    colour with BatchNorm and one without.
     """
     return deep_layers.draw(
         deep_layers.by_network(measured),

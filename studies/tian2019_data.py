@@ -35,7 +35,7 @@ def _sweep(
     steps: tuple[int, int],
     rates: tuple[float, float] = (0.004, 0.004),
 ) -> dict[str, Any]:
-    """Both kinds of network on `samples` and on fresh ones; `steps` an epoch and `rates` of the one and the other."""
+    """Both kinds of network on `samples` and on fresh samples, with `steps` per epoch and `rates` for each kind."""
     rest = [
         {"training.steps_per_epoch": step, "training.learning_rate": rate}
         for step, rate in zip(steps, rates, strict=True)
@@ -74,7 +74,7 @@ EXPERIMENTS: Mapping[str, Experiment] = {
 
 
 def draw(measured: xr.Dataset) -> Figure:
-    """A row a kind of network without and with BatchNorm, a panel a layer; a colour finite and one infinite data."""
+    """Figure: rows are kinds of network without and with BatchNorm, panels layers, colours finite and infinite data."""
     named = deep_layers.by_network(measured)
     data = ["new at every step" if n == "fresh" else f"{n} samples" for n in named["train"].values]
     places = [f"BatchNorm {place}" if place != "none" else "no BatchNorm" for place in named["batch_norm"].values]

@@ -51,8 +51,8 @@ EXPERIMENTS: Mapping[str, Experiment] = {
 
 
 def order(correlation: NDArray) -> NDArray:
-    """Student nodes of one layer, (teacher_node, node) -> (node,): each teacher node's partner in the one-to-one
-    matching, in the order of the teacher's nodes, then the others, each beside those of the same best teacher node.
+    """Order of one layer's student nodes, (teacher_node, node) -> (node,): first each teacher node's partner in the
+    one-to-one matching, in the order of the teacher's nodes, then the others, sorted by their best teacher node.
     """
     filled = np.nan_to_num(correlation, nan=-2.0)
     partners = assignment(correlation)
@@ -99,7 +99,10 @@ def measure(archive: xr.Dataset) -> xr.Dataset:
 
 
 def _contrast(values: NDArray) -> NDArray:
-    """(..., teacher_node, position) -> (...): the matched come first, in the teacher's order."""
+    """Mean |entry| of matched pairs over that of all others, (..., teacher_node, position) -> (...).
+
+    Matched nodes are the first positions, in the teacher's order.
+    """
     matched = np.eye(*values.shape[-2:]) > 0
     size = np.abs(values)
     found: NDArray = size[..., matched].mean(-1) / size[..., ~matched].mean(-1)
@@ -107,7 +110,7 @@ def _contrast(values: NDArray) -> NDArray:
 
 
 def draw(measured: xr.Dataset) -> Figure:
-    """A column a layer; rows β* and H*, each before and after; teacher nodes down, ordered student nodes across."""
+    """Figure with a column per layer; rows β* and H*, before and after; teacher nodes down, student nodes across."""
     layers, epochs = measured["layer"].values, measured["epoch"].values
     rows = list(itertools.product(_MOMENTS, epochs))
     figure = Figure(figsize=(PANEL[0] * 1.15 * len(layers), 1.35 * len(rows) + 0.6), layout="constrained")

@@ -28,7 +28,7 @@ SOURCE = "Tian et al. 2019 (arXiv:1905.13405), Figure 7"
 def _points(
     connected: list[int], channels: int, samples: tuple[int, int], rates: tuple[float, float] = (0.004, 0.0004)
 ) -> dict[str, Any]:
-    """Both kinds of network, with and without BatchNorm.  A wide ConvNet sums over many pixels: its rate is small."""
+    """Both kinds of network, with and without BatchNorm.  Wide ConvNets sum over many pixels and need a small rate."""
     rest = [{"training.learning_rate": rate, "data.train": train} for rate, train in zip(rates, samples, strict=True)]
     return {
         "student.batch_norm": ["none", "after"],
@@ -62,7 +62,7 @@ EXPERIMENTS: Mapping[str, Experiment] = {
 
 
 def draw(measured: xr.Dataset) -> Figure:
-    """Two rows a kind of network, ρ̄ and r̄, a panel a layer; a colour with and one without BatchNorm."""
+    """Figure with two rows per kind of network, ρ̄ and r̄, one panel per layer; colours with and without BatchNorm."""
     return deep_layers.draw(
         deep_layers.by_network(measured),
         title="with and without BatchNorm",

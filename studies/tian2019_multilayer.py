@@ -52,5 +52,5 @@ EXPERIMENTS: Mapping[str, Experiment] = {
 
 
 def draw(measured: xr.Dataset) -> Figure:
-    """A panel a hidden layer and one of the loss, a colour an over-realization."""
+    """Figure with one panel per hidden layer and one for the loss, one colour per over-realization."""
     return deep_layers.draw(measured, title="mean best correlation of each layer")

@@ -66,7 +66,7 @@ EXPERIMENTS: Mapping[str, Experiment] = {
 
 
 def draw(measured: xr.Dataset) -> Figure:
-    """Three rows a teacher, ρ̄ and both ranks, a panel a layer and one of the loss; a colour with and one without."""
+    """Figure with three rows per teacher, ρ̄ and both ranks, panels for layers and the loss; colours for BatchNorm."""
     teachers = [f"teacher {'-'.join(str(widths).split('-')[1:-1])}" for widths in measured["widths"].values]
     return deep_layers.draw(
         measured.assign_coords(widths=teachers),

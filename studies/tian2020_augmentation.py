@@ -39,12 +39,12 @@ __all__ = ["EXPERIMENTS", "SOURCE", "TITLE", "draw", "measure"]
 TITLE = "evaluation mse and mean best correlation against samples, augmented teacher-agnostic and teacher-aware"
 SOURCE = "Tian 2020 (PMLR 119:9470), Figure 9"
 
-#: How the training sets are called in the figure.
+#: Names of the training sets in the figure.
 SETS = {"none": "as it stands", "agnostic": "teacher-agnostic", "aware": "teacher-aware"}
 
 
 def _sweep(few: Sequence[int], many: Sequence[int]) -> dict[str, Any]:
-    """`few` inputs with each way of augmenting, `many` with those that hardly add to them."""
+    """The sweep: `few` inputs with each kind of augmentation, `many` with those kinds that add few samples."""
     return {
         "points": [
             {"data.augment": augment, "data.train": train}
@@ -87,7 +87,7 @@ def measure(archive: xr.Dataset) -> xr.Dataset:
 
 
 def draw(measured: xr.Dataset) -> Figure:
-    """A row a variable, against inputs at the left and against all samples at the right; a colour a training set."""
+    """Figure with a row per variable, over inputs (left) and over all samples (right); one colour per training set."""
     counts = {"train": "inputs N, before augmentation", "total": "training samples, with those that augmentation adds"}
     figure = Figure(figsize=(2.7 * PANEL[0] + 1.6, 2.2 * PANEL[1] + 0.4), layout="constrained")
     measured = measured.assign_coords(total=measured["augmented_samples"].mean("seed"))

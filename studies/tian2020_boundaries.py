@@ -50,7 +50,7 @@ EXPERIMENTS: Mapping[str, Experiment] = {
 
 
 def measure(archive: xr.Dataset) -> xr.Dataset:
-    """What `boundaries` draws, of the first seed at every epoch; and of the last epoch's student nodes of every seed
+    """Dataset of what `boundaries` draws, for the first seed at every epoch, and for all seeds' last student nodes:
 
     - ``nearest`` (member, node): ε (Definition 3) of the nearest teacher node,
     - ``regular_fanout`` (member, node): ‖v_k‖ ‖w_k‖, the fan-out norm of the same node with ‖w_k‖ = 1 (section 3),
@@ -82,7 +82,7 @@ def measure(archive: xr.Dataset) -> xr.Dataset:
 
 
 def draw(measured: xr.Dataset) -> Figure:
-    """Snapshots with ‖v_k‖ of each student node; ‖v_k‖ against epochs; ‖v_k‖ ‖w_k‖ of every seed's nodes against ε."""
+    """Figure of snapshots with ‖v_k‖ of each student node, ‖v_k‖ over epochs, and ‖v_k‖ ‖w_k‖ of nodes against ε."""
     shown = measured.drop_dims("member")
     chosen = np.unique(np.linspace(0, shown.sizes["epoch"] - 1, SNAPSHOTS).round().astype(int))
     figure = Figure(figsize=(PANEL[0] * 1.15 * len(chosen), PANEL[1] * 2.7), layout="constrained")
@@ -108,7 +108,7 @@ def draw(measured: xr.Dataset) -> Figure:
 
 
 def _key(norms: xr.DataArray, ax: Axes) -> None:
-    """Legend below `ax`: ‖v_k‖ of each student node; (node,)."""
+    """Add a legend below `ax` with ‖v_k‖ of each student node; (node,)."""
     handles = [
         Line2D([], [], color=colour(k), linewidth=2, label=f"{k + 1}: {float(norms[k]):.2f}") for k in range(norms.size)
     ]
@@ -119,7 +119,7 @@ def _key(norms: xr.DataArray, ax: Axes) -> None:
 
 
 def _against_nearest(measured: xr.Dataset, ax: Axes) -> None:
-    """A mark a student node of any seed at the last epoch; hollow where its boundary misses the data."""
+    """Draw one marker per student node of any seed at the last epoch, hollow if its boundary misses the data."""
     crosses = measured["offset"] < measured.attrs["extent"]
     for inside, face, label in (
         (True, colour(0), "boundary within 3 std"),

@@ -6,7 +6,7 @@ downloaded: the folder ``cifar-10-batches-bin`` is looked for in the current one
 
     tsdyn study run tian2020-cifar10 --set 'data.path="/where/cifar-10-batches-bin"'
 
-Without these files nothing of it can be shown, and nothing was; desk scale was timed, and its rates chosen, on
+No results are given here, since they need these files; desk scale was timed, and its rates chosen, on
 other photographs in the same format (4 minutes of one core); the rates of paper scale are smaller for its wider layers
 and untried.  `tian2020_digits` is the same study on data that are always there, and says what it was seen to do.
 
@@ -69,7 +69,7 @@ EXPERIMENTS: Mapping[str, Experiment] = {
 
 
 def draw(measured: xr.Dataset) -> Figure:
-    """A panel a convolution, then accuracy and error; a colour an over-realization."""
+    """Figure with one panel per convolution, then accuracy and error; one colour per over-realization."""
     return deep_layers.draw(
         measured,
         title=f"{deep_layers.data_name(measured)}, pruned teacher",

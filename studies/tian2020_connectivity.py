@@ -1,7 +1,7 @@
 """After the slides of Tian (2020): two solutions joined by line segments, loss along the way and height of the barrier.
 
 Theorem 2 has it that student nodes aligned with no teacher node end without fan-out, so two students of one teacher can
-be joined without climbing: fan-outs move onto one node a teacher node, free nodes take the other student's weights,
+be joined without a barrier: fan-outs move onto one node per teacher node, free nodes take the other student's weights,
 fan-outs move over, and so on (`tsdyn.analysis.connectivity.theorem_2_path`).  A seed draws its own teacher, so the two
 students are of one seed with different starts, ``gaussian`` and ``torch``; their batches are the same.
 
@@ -35,7 +35,7 @@ __all__ = ["EXPERIMENTS", "SOURCE", "TITLE", "draw", "measure"]
 TITLE = "loss along line segments between two solutions: straight, matched and Theorem 2's path"
 SOURCE = "after Tian 2020 (PMLR 119:9470), Theorem 2 and slides; Kuditipudi et al. 2019"
 
-#: Below this a loss is shown as this: float64 leaves 1e-28.
+#: Losses below this are drawn at this value, since rounding in float64 leaves 1e-28.
 _FLOOR = 1e-12
 
 _PAIRS = {
@@ -59,10 +59,10 @@ EXPERIMENTS: Mapping[str, Experiment] = {
 
 
 def measure(archive: xr.Dataset) -> xr.Dataset:
-    """``loss`` (overrealization, epoch, seed, route, position) from the first start's student to the second's, and
-    ``barrier`` (overrealization, epoch, seed, route), by `tsdyn.analysis.connectivity.connect`; loaded.
+    """Dataset of ``loss`` (..., route, position) and ``barrier`` (..., route) between the students of the two starts.
 
-    NaN where there is no path.  Not of epoch 0, where nothing is a solution.
+    Over overrealization, epoch and seed, by `tsdyn.analysis.connectivity.connect`; loaded.
+    NaN where there is no path.  Epoch 0 is left out, since students are no solutions yet.
     """
     trained = archive[list(PARAMETERS)].sel(epoch=archive["epoch"] > 0).load()
     along = {str(dim): trained[dim].values for dim in ("overrealization", "epoch", "seed")}
@@ -84,7 +84,7 @@ def measure(archive: xr.Dataset) -> xr.Dataset:
 
 
 def draw(measured: xr.Dataset) -> Figure:
-    """A column an over-realization: loss along each route at the last epoch, and barriers against epochs."""
+    """Figure with one column per over-realization: loss along each route at the end, barriers over epochs."""
     wide = measured["overrealization"].values
     figure = Figure(figsize=(PANEL[0] * 1.5 * len(wide) + 0.6, PANEL[1] * 2.5), layout="constrained")
     above, below = figure.subplots(2, len(wide), squeeze=False, sharey="row")  # rows of panels
@@ -117,7 +117,7 @@ def draw(measured: xr.Dataset) -> Figure:
 
 
 def _lines(values: xr.DataArray, along: str, ax: Axes, **line: Any) -> None:
-    """A line a seed and route, a colour a route, on a log scale; (seed, route, `along`)."""
+    """Draw one line per seed and route, one colour per route, on a log scale; (seed, route, `along`)."""
     for position, route in enumerate(values["route"].values):
         for seed in values["seed"].values:
             own = values.sel(route=route, seed=seed)

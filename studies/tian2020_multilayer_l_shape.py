@@ -1,8 +1,8 @@
 """After the slides of Tian (2020): the L-shape of every hidden layer of a deep student over epochs.
 
-Fan-out norm √E β_kk against best correlation with any teacher node, a point a student node, a colour a seed.  The
-upright of the L grows layer by layer from the lowest: at desk scale 43, 16, 2, 4 % of the nodes of layers 1 to 4 are
-correlated above 0.9 at epoch 5 and 56, 43, 42, 50 % at epoch 100, where their median norm is 0.55, 0.74, 0.78, 0.77
+Fan-out norm √E β_kk against best correlation with any teacher node, one point per student node, one colour per seed.
+The upright of the L grows layer by layer from the lowest: at desk scale 43, 16, 2, 4 % of the nodes of layers 1 to 4
+are correlated above 0.9 at epoch 5 and 56, 43, 42, 50 % at epoch 100, where their median norm is 0.55, 0.74, 0.78, 0.77
 against 0.33, 0.20, 0.34, 0.52 of nodes below 0.7.  The foot does not fall to 0, as it does in two layers from a small
 start: before training norms were 0.05, 0.11, 0.23, 0.52, so torch's start stays (layer 4) or has grown (layer 1).
 """
@@ -57,7 +57,7 @@ def measure(archive: xr.Dataset) -> xr.Dataset:
 
 
 def draw(measured: xr.Dataset) -> Figure:
-    """A row a recorded epoch, a column a hidden layer; norms on one scale a layer."""
+    """Figure with one row per recorded epoch and one column per hidden layer; norms on one scale per layer."""
     epochs, layers = measured["epoch"].values, measured["layer"].values
     figure = Figure(figsize=(PANEL[0] * len(layers) + 1, PANEL[1] * 0.8 * len(epochs) + 0.6), layout="constrained")
     cells = figure.subplots(len(epochs), len(layers), squeeze=False, sharex=True, sharey="col")
@@ -74,5 +74,5 @@ def draw(measured: xr.Dataset) -> Figure:
     figure.supylabel(axis_label(measured["fanout_norm"]), fontsize=9)
     handles, labels = cells[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", title="seed", fontsize=8, title_fontsize=8)
-    figure.suptitle("fan-out norm against best correlation, a point a student node", fontsize=10)
+    figure.suptitle("fan-out norm against best correlation, one point per student node", fontsize=10)
     return figure

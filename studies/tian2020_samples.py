@@ -31,7 +31,7 @@ TITLE = (
 )
 SOURCE = "Tian 2020 (PMLR 119:9470), Figure 6"
 
-#: How the two losses are called in the figure.
+#: Names of the two losses in the figure.
 LOSSES = {"mse": "squared error", "cross_entropy": "cross entropy"}
 
 #: What each column shows.
@@ -43,7 +43,7 @@ TITLES = {
 
 
 def _sweep(train: Sequence[int], half: int) -> dict[str, Any]:
-    """Both losses at each N; the rates, which differ in their units, halve from epoch `half` on."""
+    """The sweep over both losses and N; rates, which differ between the losses, halve from epoch `half` on."""
     rates = {"mse": 0.004, "cross_entropy": 0.1}
     points = [
         {"training.loss": loss, "training.learning_rate": {0: rate, half: rate / 2}} for loss, rate in rates.items()
@@ -80,7 +80,7 @@ EXPERIMENTS: Mapping[str, Experiment] = {
 
 
 def draw(measured: xr.Dataset) -> Figure:
-    """A row a loss: what it is after training, top-1 accuracy, and ρ̄ with a line a hidden layer, all against N."""
+    """Figure with one row per loss: final value, top-1 accuracy, and ρ̄ with one line per hidden layer, against N."""
     kinds = [str(name) for name in measured["loss"].values]
     figure = Figure(figsize=(3 * PANEL[0] + 1.4, len(kinds) * PANEL[1] + 0.8), layout="constrained")
     for kind, row in zip(kinds, figure.subplots(len(kinds), 3, squeeze=False), strict=True):

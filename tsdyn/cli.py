@@ -20,6 +20,7 @@ from tsdyn._version import __version__
 from tsdyn.archive.whole_files import ArchiveError, DirectoryError, local_path, refuse_link
 from tsdyn.experiment.errors import ExperimentError
 from tsdyn.experiment.experiment import Experiment
+from tsdyn.registers import PartError
 from tsdyn.running.terminal import make_lenient
 from tsdyn.schema import path_of
 from tsdyn.schema import printable as _printable
@@ -90,7 +91,7 @@ _reported: list[bool] = []
 def _errors() -> Iterator[None]:
     try:
         yield
-    except (ExperimentError, DirectoryError, _Unavailable) as error:
+    except (ExperimentError, DirectoryError, PartError, _Unavailable) as error:
         _fail(error, WRONG)
     except (ArchiveError, MemoryError) as error:
         _fail(error, FAILED)
@@ -137,11 +138,25 @@ def run(
     together: Together = None,
     quiet: Quiet = False,
 ) -> None:
-    """Run an experiment, or every point of its sweep; resumes from what was committed."""
-    chosen = Experiment.from_toml(experiment)
+    """Run an experiment, or every point of its sweep; goes on from what was committed."""
+    chosen = _experiment(experiment, output)
     if changes:
         chosen = chosen.replace(dict(_assignment(text) for text in changes))
     _run(chosen, local_path(output or Path("runs") / chosen.name), device, quiet, workers, scheduler, together)
+
+
+def _experiment(file: Path, output: str | None) -> Experiment:
+    """The experiment of a file; if parts of it are of a package that is gone, the error says with which it was run."""
+    try:
+        return Experiment.from_toml(file)
+    except ExperimentError as error:
+        from tsdyn.running import packages
+
+        found = Experiment.from_toml(file, archived=True)  # whatever else is wrong is said as it is
+        way = packages.way_back(found, local_path(output or Path("runs") / found.name))
+        if not way:
+            raise
+        raise ExperimentError(f"{error}{way}") from None
 
 
 @study.command("list")
@@ -150,7 +165,11 @@ def list_studies() -> None:
     from tsdyn import studies
 
     for name in studies.names():
-        print(f"{name:28} {studies.load(name).TITLE}")
+        try:
+            shown = studies.load(name).TITLE
+        except PartError as error:  # of one package; the others are there
+            shown = f"({error})"
+        print(_printable(f"{name:28} {shown}"))
 
 
 @study.command("show")
@@ -330,13 +349,17 @@ def audit(directory: Directory) -> None:
     """Test each theorem on an archive: hypothesis met? conclusion holds? by what margin?"""
     from tsdyn.analysis.audit import audit as measure
     from tsdyn.analysis.report import audit_rows
-    from tsdyn.archive import reading
+    from tsdyn.archive import reading, selecting
+    from tsdyn.running import packages
 
     table = Table("claim", "members", "largest margin", "what is checked, or what it needs")
+    ds = reading.open(directory)
     try:
-        rows = audit_rows(measure(reading.open(directory)))
+        rows = audit_rows(measure(ds))
     except (ValueError, KeyError) as error:
-        raise DirectoryError(f"{directory}: {error.args[0] if error.args else error}") from error
+        gone = isinstance(error, PartError)
+        way = packages.way_back(selecting.experiment_of(ds), local_path(directory)) if gone else ""
+        raise DirectoryError(f"{directory}: {error.args[0] if error.args else error}{way}") from error
     for row in rows:
         table.add_row(*map(_plain, row))
     Console().print(table)

@@ -6,7 +6,7 @@ may name parts that are not installed here (`accepting`).
 
 A package offers a part by an entry point, for example in its pyproject.toml::
 
-    [project.entry-points."tsdyn.networks.activations"]
+    [project.entry-points."tsdyn.activations"]
     sine = "mylab.parts:sine"
 """
 
@@ -22,7 +22,9 @@ from functools import cached_property
 from importlib import metadata
 from typing import Any, NamedTuple
 
-#: Named as the package of a part that was added by `Register.add`.
+from tsdyn.vocabulary import FAMILIES, VARIABLES
+
+#: What is said of the package of a part that was added by `Register.add`.
 THIS_PROCESS = "this process"
 
 
@@ -83,7 +85,7 @@ class Register:
 
     @property
     def group(self) -> str:
-        """The entry-point group by which packages offer parts: ``tsdyn.networks.activations``."""
+        """The entry-point group by which packages offer parts: ``tsdyn.activations``."""
         ending = {"s": "es", "y": "ies"}.get(self.kind[-1], "s")
         return f"tsdyn.{self.kind.removesuffix('y')}{ending}"
 
@@ -142,9 +144,10 @@ class Register:
                 entry = self._installed[name]
                 try:
                     self._loaded[name] = entry.load()
-                except (ImportError, AttributeError) as error:
+                except Exception as error:  # a package's code may raise anything
                     raise PartError(
-                        f"{self.kind} {name!r}: {entry.value} of {_package(entry)[0]} cannot be imported: {error}"
+                        f"{self.kind} {name!r}: {entry.value} of {_package(entry)[0]} cannot be imported: "
+                        f"{type(error).__name__}: {error}"
                     ) from error
             else:
                 with accepting(()):
@@ -162,6 +165,12 @@ class Register:
             raise PartError(f"{self.kind} {name!r} is there already ({self.origin(name).package}); give another name")
         self._added[name] = part
 
+    def holds(self, name: str, part: Any) -> bool:
+        """Whether `part` itself is what there is under `name`."""
+        if name not in self._added and name not in self._installed:
+            return False
+        return bool(self.load(name) == part)
+
     def remove(self, name: str) -> None:
         """Forget a part that was added to this process."""
         self._added.pop(name, None)
@@ -177,7 +186,7 @@ class Register:
             return Origin(*_package(entry), entry.value)
         self.check(name)
         where = THIS_PROCESS if name in self._added else "unknown"
-        return Origin(where, "", repr(self._added.get(name)))
+        return Origin(where, "", _place(self._added.get(name)))
 
     def foreign(self, name: str) -> bool:
         """Whether the part is not one of tsdyn's own."""
@@ -191,6 +200,12 @@ class Register:
 
 def _package(entry: metadata.EntryPoint) -> tuple[str, str]:
     return ("?", "") if entry.dist is None else (entry.dist.name, entry.dist.version)
+
+
+def _place(part: Any) -> str:
+    """``module:name`` of a function or class, of another part that of its type."""
+    named = part if hasattr(part, "__qualname__") else type(part)
+    return f"{named.__module__}:{named.__qualname__}"
 
 
 def _attribute(target: str) -> Any:
@@ -220,8 +235,45 @@ STARTS = Register(
     ("gaussian", "torch", "near-teacher", "same-direction", "same-sign"),
     aliases=("file", "rewind", "rewind-reinitialised"),
 )
-OBSERVABLES = Register("observable", "tsdyn.observables:OBSERVABLES", ())
-STUDIES = Register("study", "tsdyn.studies:MODULES", ())
+#: Variables that training records along its way; a family is several of them.
+OBSERVABLES = Register(
+    "observable",
+    "tsdyn.observables.registry:OBSERVABLES",
+    tuple(row.name for row in VARIABLES.values() if "training" in row.kinds and row.when == "along"),
+    aliases=tuple(family for family in FAMILIES if family not in VARIABLES),
+)
+#: The study "a-b" is the module studies/a_b.py.
+STUDIES = Register(
+    "study",
+    "tsdyn.studies:STUDIES",
+    (
+        "tian2019-luck",
+        "tian2019-data",
+        "tian2019-ranks",
+        "tian2019-batchnorm-bias",
+        "tian2019-cifar10",
+        "tian2019-digits",
+        "tian2019-heatmaps",
+        "tian2019-multilayer",
+        "tian2019-multilayer-large",
+        "tian2020-connectivity",
+        "tian2020-samples",
+        "tian2020-augmentation",
+        "tian2020-cifar10",
+        "tian2020-digits",
+        "tian2020-boundaries",
+        "tian2020-l-shape",
+        "tian2020-multilayer-l-shape",
+        "tian2020-success-rate",
+        "tian2020-recovery",
+        "simsek2023-trajectories",
+        "simsek2023-one-neuron",
+        "simsek2023-loss",
+        "simsek2023-norms",
+        "simsek2023-phase-diagram",
+        "goldt2019-eg",
+    ),
+)
 
 #: Kind → its register.
 ALL: Mapping[str, Register] = {

@@ -10,7 +10,9 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -275,7 +277,9 @@ def words_of(array: xr.DataArray) -> xr.DataArray:
     return codes.copy(data=words[codes.values]).assign_attrs(attrs)
 
 
-#: Attribute of an archive: declarations of the variables in it that are not the schema's own, as JSON.
+#: Attribute of an archive: the registered parts of its experiment that packages offered, as JSON.
+PARTS = "parts"
+#: Attribute of an archive: variables of users that it holds, as JSON.
 DECLARES = "declared_variables"
 
 
@@ -285,12 +289,28 @@ def declarations(names: Iterable[str]) -> dict[str, str]:
     return {DECLARES: json.dumps(rows)} if rows else {}
 
 
+def united(attributes: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """What several archives together say of parts of packages and of declared variables; the first that says it."""
+    found: dict[str, str] = {}
+    parts: dict[str, Any] = {}
+    rows: dict[str, Any] = {}
+    for attrs in attributes:
+        with suppress(ValueError, TypeError, AttributeError, KeyError):  # `problems` says it of the archive itself
+            parts = {**json.loads(attrs.get(PARTS, "{}")), **parts}
+            rows = {**{row["name"]: row for row in json.loads(attrs.get(DECLARES, "[]"))}, **rows}
+    if parts:
+        found[PARTS] = json.dumps(parts)
+    if rows:
+        found[DECLARES] = json.dumps(list(rows.values()))
+    return found
+
+
 def declared_in(ds: xr.Dataset) -> dict[str, Variable]:
     """Variables, by name, that a Dataset's attribute declares beside the schema's own."""
     try:
-        rows = json.loads(ds.attrs.get(DECLARES, "[]"))
+        rows: list[dict[str, Any]] = json.loads(ds.attrs.get(DECLARES, "[]"))
         lists = ("dims", "kinds", "words")
-        found = [Variable(**{k: tuple(v) if k in lists else v for k, v in row.items()}) for row in rows]
+        found = [Variable(**(row | {k: tuple(row[k]) for k in lists if k in row})) for row in rows]
     except (TypeError, ValueError, AttributeError) as error:
         raise SchemaError(f"attribute {DECLARES} is not what tsdyn writes: {error}") from None
     return {row.name: row for row in found}

@@ -1,4 +1,4 @@
-"""Figures of an archive; `FIGURES` is what ``tsdyn plot`` offers.  Draws; what it shows, the other topics measure.
+"""Figures of archives; `FIGURES` is what ``tsdyn plot`` offers.  They only draw: the other modules do the measuring.
 
 For each figure ``x``
 
@@ -6,8 +6,8 @@ For each figure ``x``
 - ``x(ds, ax=...)`` draws one point of the sweep, measured or not, on one set of axes,
 - ``draw_x(ds)`` lays panels out over the swept keys.
 
-What is measured already stays as it is: ``measure_x(measure_x(ds))`` is ``measure_x(ds)``.  The lowest layer is shown
-unless a slice holds another (``ds.sel(layer=2)``).  Colours: see `tsdyn.analysis.panels`.
+Measuring twice changes nothing: ``measure_x(measure_x(ds))`` is ``measure_x(ds)``.  The lowest layer is shown unless a
+slice holds another (``ds.sel(layer=2)``).  Colours: see `tsdyn.analysis.panels`.
 """
 
 from tsdyn.analysis.figures.curves import (

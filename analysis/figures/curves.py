@@ -28,7 +28,7 @@ def measure_curves(archive: xr.Dataset, name: str) -> xr.Dataset:
 
 
 def draw_curves(measured: xr.Dataset, *, log: bool = False) -> Figure:
-    """A band a value of the last swept key (of every layer, if there are several), panels over the others."""
+    """Panels over the swept keys with one band per value of the last key (per layer, if there are several)."""
     (name,) = measured.data_vars
     values = measured[name]
     swept = layout.swept(measured)
@@ -74,7 +74,7 @@ def loss(ds: xr.Dataset, *, ax: Axes | None = None, color: str = panels.PALETTE[
 
 
 def draw_loss(ds: xr.Dataset) -> Figure:
-    """Panels of `loss`, a colour a value of the last swept key."""
+    """Panels of `loss`, one colour per value of the last swept key."""
     return draw_curves(measure_loss(ds), log=True)
 
 
@@ -94,7 +94,7 @@ def mean_specialization(ds: xr.Dataset, *, ax: Axes | None = None, color: str = 
 
 
 def draw_specialization(ds: xr.Dataset) -> Figure:
-    """Panels of `mean_specialization`, a colour a hidden layer, or a value of the last swept key."""
+    """Panels of `mean_specialization`, one colour per hidden layer, or per value of the last swept key."""
     return draw_curves(measure_specialization(ds))
 
 

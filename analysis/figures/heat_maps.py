@@ -61,7 +61,7 @@ def coupling_map(ds: xr.Dataset, *, variable: str = "H_star", ax: Axes | None = 
 
 
 def draw_couplings(ds: xr.Dataset) -> Figure:
-    """β* and H* before and after training, a row a point of the sweep; each pair on one scale."""
+    """Maps of β* and H* before and after training, one row per point of the sweep; each pair on one scale."""
     measured = measure_couplings(ds)
     names = {"β*": "A", "H*": "H_star"}
     cells = measured.assign_coords(moment=list(names))
@@ -90,7 +90,7 @@ def _ordered(archive: xr.Dataset, figure: str) -> xr.Dataset:
 
 def _map(one: xr.Dataset, variable: str, largest: float, ax: Axes | None, bar: bool) -> Axes:
     own = layout.unpadded(one)
-    order = own["node_order"].values.astype(int)  # padding comes last, and is cut already
+    order = own["node_order"].values.astype(int)  # padding comes last and has been cut
     values = own[variable].transpose("teacher_node", "node").isel(node=order[order < own.sizes["node"]])
     ax = panels.table(values, ax=ax, limits=(-largest, largest), cmap="RdBu_r", bar=bar)
     ax.set(xlabel="student node, by best teacher node", ylabel="teacher node")
@@ -100,6 +100,6 @@ def _map(one: xr.Dataset, variable: str, largest: float, ax: Axes | None, bar: b
 
 
 def _node_ticks(count: int) -> tuple[list[int], list[str]]:
-    """Counted from 1; about eight of them."""
+    """Tick positions of about eight nodes, counted from 1."""
     step = max(1, round(count / 8))
     return list(range(0, count, step)), [str(1 + i) for i in range(0, count, step)]

@@ -14,7 +14,7 @@ from tsdyn.experiment.sweep_axes import POINT
 def measure_phase(archive: xr.Dataset) -> xr.Dataset:
     """``fraction`` of seeds in which none, some or all teacher nodes are recovered; (swept..., class).
 
-    At the last epoch; of a single point at every epoch.
+    At the last epoch; for a single point at every epoch.
     """
     if "fraction" in archive:
         return archive
@@ -62,7 +62,7 @@ def phase_diagram(ds: xr.Dataset, *, of: str | None = None, ax: Axes | None = No
 
 
 def draw_phase(ds: xr.Dataset) -> Figure:
-    """`phase_diagram` over the first two swept keys, a panel a class, a row a point of the others."""
+    """`phase_diagram` over the first two swept keys, one panel per class, one row per point of the other keys."""
     measured = measure_phase(ds)
     swept = layout.swept(measured)
     long_name = str(measured["fraction"].attrs["long_name"])

@@ -44,10 +44,10 @@ def measure_boundaries(archive: xr.Dataset) -> xr.Dataset:
 
 
 def boundaries(ds: xr.Dataset, *, ax: Axes | None = None, strongest: float | None = None) -> Axes:
-    """Where each node of the lowest layer switches on, of one seed (the first) at one epoch (the last).
+    """Boundaries of the nodes of the lowest layer for one seed (the first) at one epoch (the last).
 
-    Teacher nodes dashed and black, student nodes coloured, the wider and darker the larger their fan-out norm ‖v_k‖,
-    which the legend says.  Over three standard deviations of the inputs.  Source: Tian (2020), Figure 3.
+    Teacher nodes are dashed and black; student nodes are coloured, wider and darker with larger fan-out norm ‖v_k‖,
+    which the legend gives.  The axes span three standard deviations of the inputs.  Source: Tian (2020), Figure 3.
 
     Args:
         ds: One point of a sweep.
@@ -71,7 +71,7 @@ def boundaries(ds: xr.Dataset, *, ax: Axes | None = None, strongest: float | Non
 
 
 def _boundary_names(norms: xr.DataArray) -> list[str]:
-    """Of the coloured lines of a legend: each student node with its fan-out norm, where there is one point and few."""
+    """Legend entries of the student nodes with their fan-out norms, if there is one point and few nodes."""
     if norms.ndim == 1 and norms.size <= 2 * len(panels.PALETTE):
         return [f"student {k + 1}: ‖v‖ = {float(norms[k]):.2g}" for k in range(norms.size)]
     return ["student node"]
@@ -89,7 +89,7 @@ def _boundary_key(figure: Figure, measured: xr.Dataset) -> None:
 
 
 def draw_boundaries(ds: xr.Dataset) -> Figure:
-    """`boundaries` at up to `SNAPSHOTS` epochs, a row a point of the sweep; widths comparable along a row."""
+    """Panels of `boundaries` at up to `SNAPSHOTS` epochs, one row per point; widths are comparable along a row."""
     measured = measure_boundaries(ds)
     chosen = np.unique(np.linspace(0, measured.sizes["epoch"] - 1, SNAPSHOTS).round().astype(int))
     shown = measured.isel(epoch=chosen)
@@ -108,11 +108,11 @@ def draw_boundaries(ds: xr.Dataset) -> Figure:
 
 
 def animate_boundaries(ds: xr.Dataset, *, interval: int = 150) -> FuncAnimation:
-    """`boundaries` over all recorded epochs of one point; ``.save("x.gif", writer="pillow")``, or ``.to_jshtml()``.
+    """Animation of `boundaries` over all recorded epochs of one point; ``.save("x.gif", writer="pillow")`` writes it.
 
     Args:
         ds: One point of a sweep.
-        interval: Milliseconds a frame.
+        interval: Milliseconds per frame.
 
     Raises:
         ValueError: if several points are left.
@@ -137,6 +137,8 @@ def animate_boundaries(ds: xr.Dataset, *, interval: int = 150) -> FuncAnimation:
     frame(measured.sizes["epoch"] - 1)
     for _ in range(2):  # the second pass knows how wide the legend is
         figure.draw_without_rendering()
-    figure.set_layout_engine("none")  # laid out once; every frame again would take most of the time
+    figure.set_layout_engine(
+        "none"
+    )  # the layout is fixed once: computing it for every frame would take most of the time
     frame(0)
     return FuncAnimation(figure, frame, frames=measured.sizes["epoch"], interval=interval, init_func=list)

@@ -1,4 +1,4 @@
-"""What a figure reads of an archive, with the dimensions that a slice may have lost."""
+"""Reads what a figure needs from an archive, and restores dimensions that a slice may have lost."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ NEEDS: Mapping[str, tuple[str, ...]] = {
 
 
 def missing(archive: xr.Dataset, needs: Sequence[str]) -> list[str]:
-    """Needed variables that were not recorded."""
+    """Those of the needed variables that were not recorded."""
     return [need.split("|")[0] for need in needs if not any(n in archive for n in need.split("|"))]
 
 

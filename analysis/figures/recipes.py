@@ -22,9 +22,9 @@ class Recipe:
     """A figure by name.
 
     Attributes:
-        shows: One line.
+        shows: What the figure shows, in one line.
         needs: Variables of the archive; ``a|b`` where either will do.
-        draw: Of an archive.
+        draw: Function from an archive to the figure.
     """
 
     shows: str

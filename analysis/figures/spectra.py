@@ -26,7 +26,7 @@ def measure_spectrum(archive: xr.Dataset) -> xr.Dataset:
 def spectrum(ds: xr.Dataset, *, ax: Axes | None = None) -> Axes:
     """Largest eigenvalues of the Hessian in descending order, dark to light over epochs, with their bands over seeds.
 
-    On a log scale; where some are not positive, on one that is linear near 0.
+    On a log scale, or, if some are not positive, on one that is linear near 0.
     """
     layout.require_point(ds, "spectrum")
     values = measure_spectrum(ds)["hessian_eigenvalue"]

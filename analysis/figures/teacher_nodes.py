@@ -30,9 +30,9 @@ def measure_l_shape(archive: xr.Dataset) -> xr.Dataset:
 
 
 def l_shape(ds: xr.Dataset, *, ax: Axes | None = None) -> Axes:
-    """Fan-out norm against best correlation, a point a student node, a colour a seed.
+    """Fan-out norm against best correlation, one point per student node, one colour per seed.
 
-    Specialized students sit at correlation 1 with any norm, the others near norm 0: the L of Tian (2020), Figure 5.
+    Specialized nodes lie at correlation 1 with any norm, the others near norm 0: the L of Tian (2020), Figure 5.
     """
     layout.require_point(ds, "l_shape")
     measured = measure_l_shape(ds)
@@ -75,9 +75,9 @@ def success_rate(
     Args:
         ds: One point of a sweep.
         ax: Axes.
-        color: Of all its lines.
-        label: In the legend, before the epoch.
-        beside: Intervals stand so far beside their nodes, so that those of several curves do not hide one another.
+        color: Colour of all its lines.
+        label: Text in the legend, before the epoch.
+        beside: Horizontal offset of intervals from their nodes, so that those of several curves do not overlap.
     """
     layout.require_point(ds, "success_rate")
     measured = layout.unpadded(measure_success_rate(ds))
@@ -92,7 +92,7 @@ def success_rate(
 
 
 def draw_success_rate(ds: xr.Dataset) -> Figure:
-    """Panels of `success_rate`: a colour a student width, or else a value of the last swept key."""
+    """Panels of `success_rate`, one colour per student width, or else per value of the last swept key."""
     measured = measure_success_rate(ds)
     swept = layout.swept(measured)
     widths = [dim for dim in swept if dim in ("overrealization", "widths")][:1] or list(swept[-1:])
@@ -147,7 +147,7 @@ def draw_recovery(ds: xr.Dataset) -> Figure:
 
 
 def _by_teacher_node(measured: xr.Dataset, panel: Callable[..., Axes], title: str) -> Figure:
-    """Panels of the sweep, a shade a teacher node."""
+    """Panels of the sweep, one shade per teacher node."""
     figure = layout.grid(
         measured, lambda at, ax: panel(measured.sel(at), ax=ax),
         title=layout.headed(title, measured), **layout.two_ways(layout.swept(measured)),

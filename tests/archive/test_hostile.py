@@ -332,7 +332,7 @@ def test_weights_are_loaded_without_executing_anything(tmp_path, monkeypatch):
 def test_a_signal_commits_the_epoch_in_work(command, tmp_path, monkeypatch, number, code):  # noqa: F811
     file = tmp_path / "small.toml"
     file.write_text(small(**{**FEW, "training__epochs": 6}).to_toml(), encoding="utf-8")
-    train = Members.train
+    train = Members.advance
 
     def interrupted(self, epoch):
         if epoch == 3:
@@ -340,7 +340,7 @@ def test_a_signal_commits_the_epoch_in_work(command, tmp_path, monkeypatch, numb
         return train(self, epoch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Members, "train", interrupted)
+        patch.setattr(Members, "advance", interrupted)
         got, _, err = command("run", file, "-o", tmp_path / "run", "--quiet")
     assert got == code
     assert "the same command goes on from there" in err

@@ -56,14 +56,14 @@ def test_a_failing_point_does_not_stop_the_others(tmp_path):
 
 
 def test_a_point_that_fails_in_training_does_not_stop_the_others(tmp_path, monkeypatch):
-    train = Members.train
+    advance = Members.advance
 
     def failing(members, epoch):
         if members.experiment.teacher.polarity == 0.0:
             raise RuntimeError("no more")
-        return train(members, epoch)
+        return advance(members, epoch)
 
-    monkeypatch.setattr(Members, "train", failing)
+    monkeypatch.setattr(Members, "advance", failing)
     with pytest.raises(outcome.SweepError, match=r"1 of 3 points failed(.|\n)*polarity=0.0: RuntimeError: no more"):
         tsdyn.run(small(sweep=GRID, **FEW), tmp_path / "sweep")
     with pytest.raises(RuntimeError, match="no more"):
@@ -168,7 +168,7 @@ def ensembles(monkeypatch):
         found.append(len(parts))
         return real(parts)
 
-    monkeypatch.setattr(runner, "Together", counted)
+    monkeypatch.setattr(runner, "JointTraining", counted)
     return found
 
 

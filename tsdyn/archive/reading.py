@@ -346,7 +346,8 @@ def _built(cells: Cells, grid: Sequence[Axis], skip: bool) -> xr.Dataset:
         coords |= {
             key: xr.Variable(axis.dimension, [value[i] for value in axis.values]) for i, key in enumerate(axis.keys)
         }
-    return xr.Dataset(arrays, coords | _columns(cells, labels, grid), headers[0].attrs)
+    attrs = headers[0].attrs | (schema.united([header.attrs for header in headers]) if len(headers) > 1 else {})
+    return xr.Dataset(arrays, coords | _columns(cells, labels, grid), attrs)
 
 
 def _columns(cells: Cells, labels: Mapping[str, list[Any]], grid: Sequence[Axis]) -> dict[str, xr.Variable]:

@@ -1,16 +1,16 @@
 """Exact derivatives of any ``torch.nn.Module`` and any loss: per sample, per parameter, second order.
 
-Every number is the one that plain autograd gives for one sample after the other, to rounding, or is refused.  What that
-assumes is checked on the input at hand, once per call: samples are independent, the module is deterministic and keeps
-its state when it is called; and a way that is shorter than plain autograd is taken only where it agrees with it.  Where
-it does not, the log ("tsdyn") says so.
+Every function gives what a loop of plain autograd over single samples gives, to rounding, or raises an error.  The
+assumptions are checked on the given input, once per call: samples are independent, the module is deterministic, and
+calling it does not change its state.  A faster method (factors, vmap) is used only where it agrees with plain autograd;
+where it does not, the log ("tsdyn") says so.
 
-What is trainable is what requires a gradient, everywhere: frozen parameters (``requires_grad=False``) are left out of
-gradients, norms, Jacobians, kernels and Hessians, unless they are asked for by name.
+"Trainable" means ``requires_grad=True`` throughout: frozen parameters are left out of gradients, norms, Jacobians,
+kernels and Hessians, unless they are asked for by name.
 
-A `loss` of per-sample functions is called with a batch of one, ``loss(module(x[i:i+1]), y[i:i+1])``, so its reduction
-does not matter; every gradient here is that of one sample's loss, not divided by the number of samples.  A Hessian's
-is called with the whole batch, ``loss(module(x), y)``.
+Per-sample functions call `loss` with a batch of one, ``loss(module(x[i:i+1]), y[i:i+1])``, so its reduction does not
+matter; every gradient here is that of one sample's loss, not divided by the number of samples.  Hessians call it with
+the whole batch, ``loss(module(x), y)``.
 
 The module is left as it was: parameters and their ``.grad``, buffers, training flags, hooks and random states.
 """

@@ -1,10 +1,10 @@
-"""What derivatives assume about a module, checked on the input at hand, once per call.
+"""Checks of what derivatives assume about a module, on the given input, once per call.
 
 The definition everywhere is plain autograd: sample i's gradient is ``torch.autograd.grad(loss(module(x[i:i+1]),
-y[i:i+1]), parameters)``.  It exists where the module is deterministic, keeps its state when it is called, and gives
-every sample what it gives that sample alone; `Asked.examine` tries all three and refuses what fails.  Whatever shorter
-way is taken is compared with the definition: on a few samples alone, and on all of them by one random combination,
-Σ c_i g_i = ∇ Σ c_i ℓ_i, which holds for a random c only if every g_i is right (Freivalds 1977).
+y[i:i+1]), parameters)``.  It exists if the module is deterministic, keeps its state when it is called, and computes
+each sample's output from that sample alone; `Asked.examine` tests all three and raises where one fails.  Results of a
+faster method are compared with the definition: on a few single samples, and on all of them by one random combination, Σ
+c_i g_i = ∇ Σ c_i ℓ_i, which holds for a random c only if every g_i is right (Freivalds 1977).
 """
 
 from __future__ import annotations
@@ -30,28 +30,31 @@ from tsdyn.networks.network import Network
 Tree: TypeAlias = Any
 Loss: TypeAlias = Callable[[Any, Any], Tensor]
 
-#: Bytes that one chunk of samples may take.
+#: Default limit on the bytes of one chunk of samples.
 MEMORY = 64 << 20
-#: Samples that are looked at together to see whether they mix, and those that are also looked at alone.
+#: Number of samples in the batch that tests whether samples mix, and how many of them are also evaluated alone.
 TOGETHER, ALONE = 32, 3
 
 log = logging.getLogger("tsdyn")
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """1e-12 in float64, and as many units of rounding (4,504) in any other type; of 16 bits nothing can be told."""
+    """Relative tolerance for comparing two results: 1e-12 in float64, the same number of roundings in other types.
+
+    That is 4,504 times eps; in 16-bit types it exceeds 1, so that no comparison is possible (`comparable`).
+    """
     return 1e-12 * torch.finfo(dtype).eps / torch.finfo(torch.float64).eps
 
 
 def comparable(tensors: Iterable[Tensor]) -> bool:
-    """Whether a comparison to `tolerance` tells right from wrong: not in 16 bits."""
+    """Whether comparing to `tolerance` can tell right from wrong; it cannot in 16-bit types."""
     return all(tolerance(t.dtype) < 1e-2 for t in tensors)
 
 
 def _rounding_of_batches(values: Tensor) -> float:
-    """How far one sample's output may be from the same in a batch: other kernels serve other batch sizes.
+    """Absolute tolerance between a sample's output alone and in a batch, since batch sizes select different kernels.
 
-    A thousand times what a shorter way is granted, in 32 bits a thousandth of the largest, in 16 bits 16 units.
+    Relative to the largest entry: 1000 times `tolerance`, at most 1e-3, but at least 16 roundings (for 16-bit types).
     """
     if not (values.is_floating_point() or values.is_complex()) or not values.numel():
         return 0.0
@@ -60,9 +63,9 @@ def _rounding_of_batches(values: Tensor) -> float:
 
 
 def agree(found: Tensor, right: Tensor, scale: float | Tensor = 0.0) -> bool:
-    """Whether two results are the same to rounding, relative to the largest entry of either, or to a larger `scale`.
+    """Whether two results are equal to rounding, relative to the largest entry of `right` or, if larger, to `scale`.
 
-    A NaN or an infinity agrees with its like.
+    NaN agrees with NaN, and an infinity with an equal one.
     """
     if found.shape != right.shape:
         return False
@@ -77,7 +80,10 @@ def agree(found: Tensor, right: Tensor, scale: float | Tensor = 0.0) -> bool:
 
 
 def agree_by_name(found: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> bool:
-    """Whether gradients by name agree; one below a thousandth of the largest may be rounding that is left of zero."""
+    """Whether gradients by name agree, with a scale of at least a thousandth of the largest entry of all.
+
+    Without it the rounding left of an exact zero would be compared with its own size.
+    """
     largest = max((float(g.abs().max()) for g in right.values() if g.numel()), default=0.0)
     return all(agree(found[name], g, largest / 1000) for name, g in right.items())
 
@@ -86,14 +92,14 @@ def agree_by_name(found: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> b
 
 
 class Asked:
-    """A module with samples to differentiate it at, inside `asked`.
+    """A module and the samples at which a public function differentiates it; made by `asked`.
 
     Attributes:
-        caller: The public function, for messages.
-        module: As given, a Network as its ``to_torch()``.
-        name: Of the module, for messages.
+        caller: Name of the public function, for messages.
+        module: As given; a Network as its ``to_torch()``.
+        name: Class name of the module, for messages.
         inputs, targets: Tensors, or tuples, lists and dicts of them, of `count` samples.
-        parameters: Those that are asked for, by name: all that require a gradient if none are named.
+        parameters: The requested parameters by name; all that require a gradient if none are named.
     """
 
     def __init__(self, caller: str, module: nn.Module, x: Tree, y: Tree, names: Iterable[str] | None) -> None:
@@ -108,7 +114,7 @@ class Asked:
 
     @property
     def count(self) -> int:
-        """Samples; refuses inputs that disagree about it."""
+        """Number of samples; raises ValueError if inputs and targets disagree about it."""
         x, y = ({len(t) for t in tree_leaves(tree) if _sliced(t)} for tree in (self.inputs, self.targets))
         if len(x) != 1 or x == {0} or (y and y != x):
             told = [" and ".join(str(n) for n in sorted(of)) or "no" for of in (x, y)]
@@ -123,31 +129,31 @@ class Asked:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the result: what the parameters promote to."""
+        """Type of the result: the one that all requested parameters promote to."""
         found = None
         for p in self.parameters.values():
             found = p.dtype if found is None else torch.promote_types(found, p.dtype)
         return found or torch.get_default_dtype()
 
     def some(self, index: slice | Tensor) -> tuple[Tree, Tree]:
-        """Inputs and targets of some samples."""
+        """Inputs and targets of the samples in `index`."""
         cut = [tree_map(lambda t: t[index] if _sliced(t) else t, tree) for tree in (self.inputs, self.targets)]
         return cut[0], cut[1]
 
     def call(self, inputs: Tree) -> Tree:
-        """The module's output, gradients on."""
+        """The module's output for `inputs`."""
         args, keywords = self._how(inputs)
         return self.module(*args, **keywords)
 
     def call_with(self, parameters: Mapping[str, Tensor], inputs: Tree) -> Tree:
-        """The module's output with other parameters, those not given detached: what torch.func differentiates."""
+        """The module's output with `parameters` in place of its own, all others detached; for torch.func."""
         args, keywords = self._how(inputs)
         rest = {n: p.detach() for n, p in self.module.named_parameters() if n not in parameters}
         buffers = dict(self.module.named_buffers())
         return functional_call(self.module, {**rest, **buffers, **parameters}, args, keywords)
 
     def value(self, loss: Loss, output: Tree, targets: Tree) -> Tensor:
-        """The loss, refused if it is no real number."""
+        """The loss; raises ValueError unless it is a real scalar."""
         found = loss(output, targets)
         if not isinstance(found, Tensor) or found.ndim:
             shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
@@ -159,7 +165,7 @@ class Asked:
         return found
 
     def gradients(self, value: Tensor, wrt: Sequence[Tensor], *, again: bool = False) -> list[Tensor]:
-        """Plain autograd; zeros where the value does not depend."""
+        """Gradients of `value` in `wrt` by plain autograd; zeros where it does not depend on a tensor."""
         if not value.requires_grad:
             return [torch.zeros_like(t) for t in wrt]
         try:
@@ -171,7 +177,7 @@ class Asked:
         return [torch.zeros_like(t) if g is None else g.detach() for t, g in zip(wrt, found, strict=True)]
 
     def refuse_detached(self, value: Tensor) -> None:
-        """Refuse what autograd has no gradient of at all, rather than answer with zeros."""
+        """Raise ValueError if autograd has no graph for `value`, rather than return zeros."""
         if not value.requires_grad:
             raise ValueError(
                 f"{self.caller}: the output of {self.name} does not depend on what it is differentiated in, as far as "
@@ -179,7 +185,7 @@ class Asked:
             )
 
     def _by_backward(self, value: Tensor, wrt: Sequence[Tensor], again: bool) -> list[Tensor]:
-        """Of a reentrant checkpoint, which knows only ``backward``; what was in .grad is put back."""
+        """Gradients through a reentrant checkpoint, which supports only ``backward``; restores ``.grad`` afterwards."""
         leaves = [*self.module.parameters(), *wrt]
         if any(getattr(p, "_post_accumulate_grad_hooks", None) for p in leaves):
             raise ValueError(
@@ -197,7 +203,7 @@ class Asked:
                 p.grad = g
 
     def plain(self, loss: Loss, sample: int) -> dict[str, Tensor]:
-        """The definition: gradient of one sample's loss, by name."""
+        """Gradient of one sample's loss by name, by plain autograd: the definition."""
         inputs, targets = self.some(slice(sample, sample + 1))
         value = self.value(loss, self.call(inputs), targets)
         self.refuse_detached(value)
@@ -206,7 +212,7 @@ class Asked:
     # --- what must hold --------------------------------------------------------------------------------------
 
     def refuse_unsteady(self, value: Callable[[], Tree]) -> Tree:
-        """The value, computed twice; refused if it differs, draws random numbers, or moves the module's state."""
+        """Compute `value` twice and return the first; raise if they differ, draw random numbers or change the state."""
         first = value()
         moved = self._state.moved()
         if moved:
@@ -231,10 +237,10 @@ class Asked:
         return first
 
     def examine(self, loss: Loss | None = None) -> Tree:
-        """Refuse what has no derivative of one sample; returns the output of sample 0 alone.
+        """Raise ValueError if the module has no per-sample derivatives; return the output of sample 0 alone.
 
-        Three samples alone against the same in a batch; and the gradient of half a batch's outputs in the other
-        half's inputs, which is zero where samples are independent.
+        Compares `ALONE` samples alone with the same in a batch, and tests that the gradient of half a batch's outputs
+        in the other half's inputs is zero, as it is where samples are independent.
         """
         count = self.count
         inputs, targets = self.some(slice(0, 1))
@@ -268,7 +274,7 @@ class Asked:
         return alone
 
     def rows(self, output: Tree, alone: Tree, count: int) -> Tree:
-        """A batch's output as samples, each of the shape that it has alone: (count, *shape alone)."""
+        """A batch's output as (count, *shape), `shape` being that of one sample's output alone."""
         leaves, structure = tree_flatten(output)
         singles, structure_alone = tree_flatten(alone)
         if structure != structure_alone:
@@ -305,7 +311,10 @@ class Asked:
         )
 
     def _refuse_other_values(self, rows: Tree, chosen: Tensor) -> None:
-        """Outputs of every other sample, and of some alone: of all where no gradient of the inputs can tell."""
+        """Raise if outputs of every other sample, or of some samples alone, differ from those in the batch.
+
+        All are tried alone if the inputs have no gradient (integers), for then `_refuse_other_gradients` cannot tell.
+        """
         floats = [t for t in tree_leaves(self.inputs) if _sliced(t) and (t.is_floating_point() or t.is_complex())]
         alone = min(ALONE, len(chosen)) if floats else len(chosen)
         places = torch.arange(len(chosen), device=chosen.device)
@@ -346,7 +355,7 @@ class Asked:
     # --- comparing a shorter way with the definition ---------------------------------------------------------
 
     def losses(self, loss: Loss, inputs: Tree, targets: Tree, alone: Tree) -> Tensor:
-        """Loss of every sample from one pass of all; the loss sees each as it is alone."""
+        """Loss of every sample from one forward pass of all; the loss gets each output as a batch of one."""
         count = next(len(t) for t in tree_leaves(inputs) if _sliced(t))
         return self.losses_of(loss, self.rows(self.call(inputs), alone, count), targets)
 
@@ -361,7 +370,10 @@ class Asked:
     def combined(
         self, loss: Loss, part: slice, alone: Tree, weights: Tensor, names: Sequence[str]
     ) -> dict[str, Tensor]:
-        """∇ Σ c_i ℓ_i by plain autograd, from the samples at even places and those at odd ones: other batches."""
+        """∇ Σ c_i ℓ_i by plain autograd, from two batches: samples at even and at odd positions.
+
+        These differ from the batches of the method under test, so that an error that depends on the batch shows.
+        """
         inputs, targets = self.some(part)
         wrt = [self.parameters[n] for n in names]
         total = [torch.zeros_like(p) for p in wrt]
@@ -376,7 +388,7 @@ class Asked:
 
 
 def sample_axis(batch: Tensor, alone: Tensor, count: int) -> int | None:
-    """The axis that is `count` long for a batch and 1 for one sample, all others being the same."""
+    """Axis along which a batch's output has length `count` and one sample's has 1, all other axes being equal."""
     shape = tuple(alone.shape)
     for axis in range(alone.ndim):
         if shape[axis] == 1 and tuple(batch.shape) == (*shape[:axis], count, *shape[axis + 1 :]):
@@ -394,9 +406,10 @@ def asked(
     names: Iterable[str] | None = None,
     per_sample: bool = True,
 ) -> Iterator[Asked]:
-    """A module to differentiate, refused by kind where its kind has no derivative; left afterwards as it was.
+    """Context with the module ready to be differentiated (`Asked`); restores the module on leaving.
 
-    Gradients are on inside, whatever the caller's mode, and compiled modules run as they were written.
+    Raises ValueError for kinds of modules without derivatives.  Gradients are enabled inside whatever the caller's
+    mode, and compiled modules run uncompiled.
     """
     module = module.to_torch() if isinstance(module, Network) else module
     refuse_by_kind(caller, module, per_sample=per_sample)
@@ -416,7 +429,7 @@ def asked(
 
 @contextmanager
 def without_advice() -> Iterator[None]:
-    """Without torch's advice on speed and on settings of other machines, which is no one's concern here."""
+    """Suppress torch's warnings about speed and about backends of other machines."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "There is a performance drop")
         warnings.filterwarnings("ignore", "TF32 acceleration")
@@ -425,14 +438,17 @@ def without_advice() -> Iterator[None]:
 
 @contextmanager
 def gradients_on() -> Iterator[None]:
-    """Gradients on, inference mode off, compiled code as it was written: autograd does not differentiate it twice."""
+    """Enable gradients, leave inference mode, and run compiled code uncompiled.
+
+    Autograd cannot differentiate a compiled function twice.
+    """
     eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
     with torch.inference_mode(False), torch.enable_grad(), eager, without_advice():
         yield
 
 
 def refuse_by_kind(caller: str, module: nn.Module, *, per_sample: bool = True) -> None:
-    """Refuse what is known to be random, to move or to mix, before it is called."""
+    """Raise ValueError for layers known to be random, to change their state or to mix samples, before any call."""
     for name, part in module.named_modules():
         who = name or type(part).__name__
         if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.training and per_sample:
@@ -468,7 +484,7 @@ def _refuse_odd(caller: str, name: str, tensor: Tensor) -> None:
 
 
 def _explained(caller: str, name: str, error: RuntimeError) -> Exception:
-    """Torch's refusal in the caller's words, where it is known."""
+    """Torch's error as a ValueError that names the caller and the way out, if it is a known one."""
     reason = str(error)
     if "modified by an inplace operation" in reason:
         return ValueError(
@@ -492,7 +508,7 @@ def _numbers(tree: Tree) -> list[Tensor]:
 
 
 def _tensors(caller: str, tree: Tree, like: Tensor | None) -> Tree:
-    """Arrays as tensors of the parameters' device, and of their type if real; tensors as they are."""
+    """Arrays as tensors on the parameters' device (and of their type if real); tensors unchanged."""
 
     def one(leaf: Any) -> Any:
         if isinstance(leaf, np.ndarray | np.generic):
@@ -515,10 +531,10 @@ def _tensors(caller: str, tree: Tree, like: Tensor | None) -> Tree:
 
 
 def _called(caller: str, module: nn.Module, x: Tree) -> Callable[[Tree], tuple[tuple[Any, ...], dict[str, Any]]]:
-    """How the module takes its input, by the signature of its forward.
+    """Function from input to (arguments, keywords) of the module's forward, by its signature.
 
-    A tuple is its arguments and a dict its keywords where the signature takes them so, otherwise the one argument; a
-    list is the one argument where the signature takes one.
+    A tuple becomes the arguments and a dict the keywords if the signature accepts them so, otherwise the single
+    argument; a list is the single argument if the signature accepts one.
     """
     if not isinstance(x, tuple | list | Mapping):
         return lambda given: ((given,), {})

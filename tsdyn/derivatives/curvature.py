@@ -1,10 +1,10 @@
 """Second derivatives of a scalar loss in its parameters: products, the dense Hessian, its spectrum and its density.
 
-Each function takes either ``(loss, params)``, a function of parameters and where to differentiate it, or ``(module,
-loss, x, y)``: then the function is ``loss(module(x), y)``, of the whole batch as it is trained, and its arguments are
-the module's parameters that require a gradient.  Products are plain reverse mode over reverse mode; the dense Hessian
-is its products with unit vectors, all at once where a random combination of them agrees with one product alone
-(Freivalds 1977).  A loss that ignores its parameters, draws random numbers or moves the module's state is refused.
+Each function takes either ``(loss, params)``, a function of parameters and the point to differentiate it at, or
+``(module, loss, x, y)``: then the function is ``loss(module(x), y)`` on the whole batch, and its arguments are the
+module's parameters that require a gradient.  Products with the Hessian are reverse mode over reverse mode; the dense
+Hessian is its products with all unit vectors, by vmap where a random combination of them agrees with a single product
+(Freivalds 1977).  A loss that ignores its parameters, draws random numbers or changes the module's state is refused.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from tsdyn.networks.network import Network
 
 Parameters: TypeAlias = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 
-#: Hessians with at most this many parameters are diagonalized whole: below a second, and every eigenvalue is exact.
+#: Hessians of at most this many parameters are diagonalized densely, which takes less than a second and is exact.
 DENSE_PARAMETERS = 1000
-#: Bytes that the products of one pass may take.
+#: Limit on the bytes of the Hessian-vector products computed together.
 _AT_ONCE = 64 << 20
 
 
@@ -114,7 +114,7 @@ def hessian_spectrum(*args: Any, **keywords: Any) -> Tensor:
 
 
 def _largest(curve: _Curve, k: int) -> Tensor:
-    """By Lanczos with implicit restarts."""
+    """The k largest eigenvalues, by Lanczos with implicit restarts."""
 
     def apply(vector: np.ndarray) -> np.ndarray:
         at = torch.from_numpy(np.ascontiguousarray(vector.reshape(-1))).to(curve.device)
@@ -124,7 +124,7 @@ def _largest(curve: _Curve, k: int) -> Tensor:
     dtype = torch.zeros((), dtype=curve.dtype).numpy().dtype
     operator = LinearOperator((curve.size, curve.size), matvec=apply, dtype=dtype)
     start = np.random.default_rng(0).standard_normal(curve.size).astype(dtype)
-    if not apply(start).any():  # ARPACK takes no operator that is zero on its first vector, which only zero is
+    if not apply(start).any():  # only the zero operator maps a random vector to 0, and ARPACK refuses it
         return torch.zeros(k, dtype=curve.dtype, device=curve.device)
     try:
         values = eigsh(operator, k=k, which="LA", v0=start, return_eigenvectors=False)
@@ -144,7 +144,7 @@ class SpectralDensity:
 
     Attributes:
         nodes: Ritz values of each probe, increasing.
-        weights: Theirs; above 0, sum 1 over the nodes of a probe.
+        weights: Quadrature weight of each node, ≥ 0; those of one probe sum to 1.
     """
 
     nodes: Float[np.ndarray, "probe step"]
@@ -218,7 +218,7 @@ def hessian_density(*args: Any, **keywords: Any) -> SpectralDensity:
 
 
 def _lanczos(apply: Callable[[Tensor], Tensor], start: Tensor, steps: int) -> tuple[list[float], list[float]]:
-    """Diagonal and off-diagonal of the tridiagonal matrix of `apply` in the Krylov space of `start`."""
+    """Diagonal and off-diagonal of the tridiagonal matrix that `apply` is in the Krylov space of `start`."""
     basis = start.new_empty(steps, len(start))
     basis[0] = start / start.norm()
     diagonal: list[float] = []
@@ -227,7 +227,7 @@ def _lanczos(apply: Callable[[Tensor], Tensor], start: Tensor, steps: int) -> tu
         image = apply(basis[step])
         diagonal.append(float(image @ basis[step]))
         size = float(image.norm())
-        for _ in range(2):  # once leaves what cancellation lost; twice is enough (Kahan)
+        for _ in range(2):  # one orthogonalization leaves what cancellation lost; two are enough (Kahan)
             image = image - basis[: step + 1].T @ (basis[: step + 1] @ image)
         left = float(image.norm())
         if step + 1 == steps or left <= 10 * torch.finfo(start.dtype).eps * size:
@@ -241,14 +241,14 @@ def _lanczos(apply: Callable[[Tensor], Tensor], start: Tensor, steps: int) -> tu
 
 
 class _Curve:
-    """A scalar as it stands at its arguments, its graph kept: every product is one more backward pass."""
+    """A scalar function at one point; its gradient's graph is kept, so that a Hessian product is one backward pass."""
 
     def __init__(self, caller: str, name: str, leaves: Sequence[Tensor], value: Tensor) -> None:
         self._caller, self._name, self._leaves = caller, name, list(leaves)
         self._sizes = [t.numel() for t in leaves]
         self.size, self.device = sum(self._sizes), leaves[0].device
         self.dtype = torch.float32
-        for t in leaves:  # of 16 bits nothing can be diagonalized
+        for t in leaves:  # 16-bit types cannot be diagonalized
             self.dtype = torch.promote_types(self.dtype, t.dtype)
         if value.requires_grad:
             slopes = self._differentiate([value], create_graph=True)
@@ -266,7 +266,7 @@ class _Curve:
             raise _explained(self._caller, self._name, error) from error
 
     def product(self, vector: Tensor) -> Tensor:
-        """H v, reverse over reverse."""
+        """H v, by reverse mode over reverse mode."""
         return self._products(vector, batched=False)
 
     def _products(self, vectors: Tensor, *, batched: bool) -> Tensor:
@@ -286,7 +286,7 @@ class _Curve:
         return torch.cat(flat, -1)
 
     def dense(self) -> Tensor:
-        """Products with unit vectors; symmetric to rounding."""
+        """The dense Hessian, from its products with unit vectors; symmetric to rounding."""
         size = 3 * self.size**2 * self.dtype.itemsize
         refuse_beyond("hessian", size, self.device, "use hessian_spectrum or hessian_vector_product")
         unit = torch.eye(self.size, dtype=self.dtype, device=self.device)
@@ -305,11 +305,11 @@ class _Curve:
         return torch.stack([self.product(v) for v in unit])
 
     def _same(self, found: Tensor, right: Tensor, matrix: Tensor) -> bool:
-        # A row of H against a random vector: its terms have this size, whatever they sum to.
+        # Rounding of a product of a row with a random vector has the scale of its terms, not of their sum.
         return agree(found, right, matrix.abs().max() * math.sqrt(self.size))
 
     def refuse_asymmetry(self) -> None:
-        """uᵀ(H w) = wᵀ(H u) for random u and w: hooks and backward passes of the user's may break it."""
+        """Raise ValueError unless uᵀ(H w) = wᵀ(H u) for random u and w; a user's hook or backward may break it."""
         draw = torch.Generator().manual_seed(1)
         u, w = torch.randn(2, self.size, generator=draw, dtype=self.dtype).to(self.device)
         hu, hw = self.product(u), self.product(w)
@@ -326,7 +326,7 @@ class _Curve:
 def _curved(
     caller: str, args: tuple[Any, ...], keywords: dict[str, Any], **more: Any
 ) -> Iterator[tuple[_Curve, dict[str, Any]]]:
-    """What was asked, in either form, with the graph of its gradient; and the other arguments."""
+    """The function to differentiate (`_Curve`), from either form of the call, and the remaining arguments."""
     given = _bound(caller, args, keywords, more)
     with ExitStack() as stack:
         if "module" in given:
@@ -354,10 +354,11 @@ def _curved(
 def _traced(
     caller: str, name: str, leaves: list[Tensor], steady: Callable[[], Tensor], value: Callable[[], Tensor]
 ) -> _Curve:
-    """The value's graph through kernels that can be differentiated twice.
+    """The value with a graph that can be differentiated twice.
 
-    Torch's fused weight norm holds the norm constant in its second derivative: it is written out.  Attention's fused
-    kernels have none; nor have recurrent layers of cuDNN and MKL-DNN, which are left out once a product has failed.
+    Torch's fused weight norm has a wrong second derivative (it holds the norm constant), so it is replaced by its
+    formula.  Fused attention kernels have none and are switched off; so are the recurrent layers of cuDNN and MKL-DNN
+    once a product has failed.
     """
     with sdpa_kernel(SDPBackend.MATH), _WrittenOut():
         curve = _Curve(caller, name, leaves, steady())
@@ -374,7 +375,7 @@ def _traced(
 
 
 class _WrittenOut(TorchFunctionMode):
-    """Weight norm, w = v g/‖v‖, as its formula."""
+    """Mode in which torch's fused weight norm is computed by its formula, w = v g/‖v‖."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch._weight_norm:
@@ -384,7 +385,7 @@ class _WrittenOut(TorchFunctionMode):
 
 
 def _steady(caller: str, compute: Callable[[], Tensor]) -> Tensor:
-    """The loss, computed twice; refused if it draws random numbers, or gives two values."""
+    """Compute the loss twice and return it; raise ValueError if it draws random numbers or the values differ."""
     randomness = Randomness(nn.Module())
     try:
         first = compute()
@@ -419,7 +420,7 @@ def _refuse_unreal(caller: str, leaves: Sequence[Tensor]) -> None:
 
 
 def _leaves(caller: str, params: Any) -> tuple[list[Tensor], Callable[[], Any]]:
-    """Copies to differentiate in, and how they are handed to the loss: in the structure that was given."""
+    """Copies of the parameters to differentiate in, and a function that hands them to the loss in their structure."""
     single = isinstance(params, Tensor | np.ndarray)
     mapping = isinstance(params, Mapping | nn.ParameterDict)
     given = [params] if single else list(params.values()) if mapping else list(params)
@@ -439,7 +440,7 @@ def _leaves(caller: str, params: Any) -> tuple[list[Tensor], Callable[[], Any]]:
 
 
 def _bound(caller: str, args: tuple[Any, ...], keywords: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
-    """Arguments by name, in the form that was meant: a module with its loss, or a loss with its parameters."""
+    """Arguments by name, bound to the form of the call: (module, loss, x, y) or (loss, params)."""
     containers = Tensor | np.ndarray | Mapping | nn.ParameterList | nn.ParameterDict
     loss = keywords.get("loss", args[1] if len(args) > 1 else None)
     of_module = "module" in keywords or (

@@ -1,7 +1,7 @@
-"""Jacobians of every sample's output, and what is made of them: the neural tangent kernel and Gauss–Newton's matrix.
+"""Per-sample Jacobians, and what is built from them: the neural tangent kernel and the Gauss–Newton matrix.
 
-``vmap(jacrev(functional_call))`` where it agrees with plain autograd, on some samples whole and on all of them by one
-random combination; otherwise one backward pass per sample and output.
+By ``vmap(jacrev(functional_call))`` where it agrees with plain autograd, on some whole samples and on all of them by
+one random combination; otherwise by one backward pass per sample and output.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ def jacobian(
         x: (sample, ...), as in `per_sample_gradients`.
         wrt: ``"parameters"`` → name → (sample, output, *parameter), of those that require a gradient; ``"inputs"`` →
             (sample, output, *input); the name of a submodule that is called once → (sample, output, *activation) at
-            its output (V_l, for a layer's activation).  A module with one number per sample has no axis output.
-        memory: Bytes a chunk of samples may take, beside the result.
+            its output (V_l, for a layer's activation).  If the module gives one number per sample, the axis ``output``
+            is missing.
+        memory: Limit on the bytes of one chunk of samples, besides the result.
 
     Raises:
         ValueError: for a module without per-sample derivatives, an unknown submodule, or one called more than once.
@@ -50,8 +51,8 @@ def jacobian(
 def neural_tangent_kernel(module: nn.Module | Network, x: Tree, x2: Tree = None, *, memory: int = MEMORY) -> Tensor:
     """Empirical NTK Θ(x, x') = J(x) J(x')ᵀ over all trainable parameters, (sample, sample2, output, output2).
 
-    By contraction in blocks of samples: no more than two blocks of Jacobians exist at a time.  In the parameters' type,
-    whatever the inputs'; complex parameters count as their real and imaginary parts.
+    Contracted in blocks of samples, so that at most two blocks of Jacobians exist at a time.  The result has the
+    parameters' type, whatever the inputs'; complex parameters count as their real and imaginary parts.
 
     Raises:
         ValueError: as `jacobian`, or for outputs that are neither vectors nor numbers.
@@ -105,7 +106,7 @@ def gauss_newton(module: nn.Module | Network, loss: Loss, x: Tree, y: Tree = Non
 
 
 def _loss_hessians(one: Asked, loss: Loss, view: _View, part: slice) -> Tensor:
-    """∂²ℓ/∂f² of each sample, (sample, output, output): all at once where that agrees with one sample at a time."""
+    """∂²ℓ/∂f² of each sample, (sample, output, output); by vmap where it agrees with plain autograd."""
     inputs, targets = one.some(part)
     output = one.rows(one.call(inputs), view.alone, part.stop - part.start).detach()
 
@@ -120,7 +121,7 @@ def _loss_hessians(one: Asked, loss: Loss, view: _View, part: slice) -> Tensor:
         ):
             return found
     except (RuntimeError, ValueError, TypeError, IndexError):
-        pass  # what torch.func refuses, the loop does or refuses in its own words
+        pass  # where torch.func fails, the loop either works or raises its own error
     log.warning("%s: the loss under vmap differs from plain autograd; one sample at a time instead", one.caller)
     return torch.stack([plain(i) for i in range(len(output))])
 
@@ -146,11 +147,11 @@ def _chunks(count: int, size: int) -> Iterator[slice]:
 
 
 class _View:
-    """Jacobians of a module's outputs in its parameters, its input, or what a submodule gives.
+    """Jacobians of a module's outputs in its parameters, its input, or the output of a submodule.
 
     Attributes:
         alone: Output of sample 0 alone.
-        output_shape: Of one sample, without the axis of samples; `outputs` is its size.
+        output_shape: Shape of one sample's output, without the sample axis; `outputs` is its size.
     """
 
     def __init__(self, one: Asked, wrt: str) -> None:
@@ -176,7 +177,7 @@ class _View:
         self._right = {i: self._plain(i) for i in {0, one.count - 1}}
 
     def _read_shapes(self) -> None:
-        """Shapes of one sample: those of the batch of one without the axis that a batch of two makes longer."""
+        """Find one sample's shapes: those of a batch of one without the axis that is longer in a batch of two."""
         one = self._one
         first = one.some(slice(0, 1))[0]
         with _Tap(self._part) as alone:
@@ -197,7 +198,7 @@ class _View:
         self.output_shape = _without(sample_axis(pair, self.alone, 2), self.alone)
 
     def single(self) -> dict[str, Tensor]:
-        """What is differentiated in, for one sample."""
+        """Shapes by name of what is differentiated in, for one sample."""
         if self._wrt == "parameters":
             return {n: p.detach() for n, p in self._one.parameters.items()}
         if self._wrt == "inputs":
@@ -205,13 +206,13 @@ class _View:
         return {self._wrt: self._at.reshape(self._at_shape)}
 
     def rows(self, part: slice) -> Tensor:
-        """(sample, output, parameter), real."""
+        """Jacobians flattened to (sample, output, parameter), real."""
         found = self.jacobians(part)
         real = [torch.view_as_real(j.resolve_conj()) if j.is_complex() else j for j in found.values()]
         return torch.cat([j.reshape(*j.shape[:2], -1) for j in real], 2)
 
     def jacobians(self, part: slice) -> dict[str, Tensor]:
-        """name → (sample, output, *shape)."""
+        """Jacobians by name, (sample, output, *shape) each."""
         if self._vmap:
             try:
                 found = self._by_vmap(part)
@@ -237,7 +238,7 @@ class _View:
         return {name: torch.stack([row[k].reshape(shapes[k]) for row in rows]) for k, name in enumerate(wrt)}
 
     def _traced(self, part: slice | Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The output of some samples, and what to differentiate it in."""
+        """The output of some samples, and the tensors to differentiate it in."""
         inputs = self._one.some(part)[0]
         if self._wrt == "parameters":
             return self._one.call(inputs), dict(self._one.parameters)
@@ -273,7 +274,7 @@ class _View:
         return {self._wrt: at.reshape(*at.shape[:2], *self._at_shape)}
 
     def _agrees(self, part: slice, found: dict[str, Tensor]) -> bool:
-        """Some samples whole, and all by random weights of samples and outputs."""
+        """Whether Jacobians agree with plain autograd: some whole samples, and all under random weights."""
         for i in self._right.keys() & set(range(part.start, part.stop)):
             if not agree_by_name({n: j[i - part.start] for n, j in found.items()}, self._right[i]):
                 return False
@@ -305,7 +306,7 @@ def _without(axis: int | None, alone: Tensor) -> tuple[int, ...]:
 
 
 class _Tap:
-    """Reads, or moves by an offset, what a submodule gives at each call."""
+    """Hook that reads a submodule's output at each call, or adds an offset to it."""
 
     def __init__(self, part: nn.Module | None, offset: Tensor | None = None) -> None:
         self.seen: list[Any] = []

@@ -1,4 +1,4 @@
-"""What calling a module may move: its state and the random generators it may draw from; told, and put back."""
+"""Detects and undoes what calling a module may change: its state and the random generators it may draw from."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import nn
 
-#: Bytes of parameters that are copied, so that a change which leaves no trace in their version is seen.
+#: Limit on the bytes of parameters that are copied, to detect changes that do not raise a tensor's version counter.
 SMALL = 64 << 20
 
 
 class State:
-    """All that a module holds, and what of it a call has moved."""
+    """A snapshot of a module's state, which can tell what a call has changed and restore it."""
 
     def __init__(self, module: nn.Module) -> None:
         self._parts = [
@@ -30,7 +30,7 @@ class State:
         ]
 
     def moved(self) -> str:
-        """Name of a buffer or parameter that is not what it was; "" if none."""
+        """Name of a buffer or parameter that has changed since the snapshot; "" if none has."""
         for name, tensor, version, value in self._tensors:
             if value is None:
                 if tensor._version != version:
@@ -62,7 +62,7 @@ class State:
 
 
 class Randomness:
-    """States of the generators that a module may draw from without saying so."""
+    """A snapshot of the global random generators that a module may draw from."""
 
     def __init__(self, module: nn.Module) -> None:
         self._devices = sorted({p.device.index or 0 for p in module.parameters() if p.is_cuda})
@@ -73,7 +73,10 @@ class Randomness:
         return torch.get_rng_state(), cuda, np.random.get_state(), random.getstate()  # noqa: NPY002
 
     def moved(self) -> bool:
-        """Whether numbers were drawn; not of Python's ``random`` if beartype is loaded, which draws what it checks."""
+        """Whether random numbers were drawn since the snapshot.
+
+        Python's ``random`` is ignored if beartype is loaded, which draws from it to choose what it checks.
+        """
         (cpu, cuda, numpy, python), (cpu0, cuda0, numpy0, python0) = self._now(), self._before
         return (
             not torch.equal(cpu, cpu0)

@@ -1,9 +1,9 @@
 """The gradient of every sample's loss in every parameter, and its norm.
 
-Three ways, each compared with plain autograd before it is taken (`assumptions`): parameters of Linear and Conv2d layers
-factor (with f the layer's input and g the gradient at its output, the gradient of the weight is Σ_t g_t f_tᴴ over
-positions t, and its norm needs no gradient); others go through ``vmap(grad(functional_call))``; where that differs from
-the definition, or torch refuses it, one backward pass per sample.
+Three methods, each compared with plain autograd before it is used (`assumptions`).  Gradients of Linear and Conv2d
+layers factor: with f the layer's input and g the gradient at its output, the gradient of the weight is Σ_t g_t f_tᴴ
+over positions t, and its norm follows from f and g alone.  Other parameters go through ``vmap(grad(functional_call))``.
+Where that differs from plain autograd, or torch refuses it, there is one backward pass per sample.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from tsdyn.networks.network import Network
 
 @dataclass(frozen=True)
 class Factors:
-    """The gradient of one layer's parameters, per sample, as the pair it is the product of.
+    """Per-sample gradients of one layer's parameters, stored as the two factors f and g of their product.
 
     Attributes:
-        inputs: f, (sample, position, input); a convolution's are its patches, groups counted as samples.
+        inputs: f, (sample, position, input); of a convolution its patches, with groups counted as samples.
         gradients: g, (sample, position, output): the gradient of each sample's loss at the layer's output.
-        weight_shape: Of the weight.
-        groups: Of a convolution.
-        bias: Whether the layer has one.
+        weight_shape: Shape of the weight.
+        groups: Number of groups of a convolution; 1 for a linear layer.
+        bias: Whether the layer has a bias.
     """
 
     inputs: Tensor
@@ -43,7 +43,7 @@ class Factors:
     bias: bool
 
     def weight(self) -> Tensor:
-        """Σ_t g_t f_tᴴ, (sample, *weight_shape)."""
+        """Gradient of the weight, Σ_t g_t f_tᴴ, (sample, *weight_shape)."""
         if self.inputs.shape[1] == 1:
             product = self.gradients.mT * self.inputs.conj()
         else:
@@ -51,14 +51,14 @@ class Factors:
         return product.view(-1, *self.weight_shape)
 
     def bias_gradient(self) -> Tensor:
-        """Σ_t g_t, (sample, output)."""
+        """Gradient of the bias, Σ_t g_t, (sample, output)."""
         return self.gradients.sum(1).view(-1, self.weight_shape[0])
 
     def squared_norms(self, *, weight: bool = True, bias: bool = True) -> Tensor:
         """Squared norm of each sample's gradient, (sample,), in at least float32.
 
-        One position: ‖f‖² ‖g‖².  More: Σ_tt' (f_t · f_t')(g_t · g_t') where that is cheaper than the gradient, unless
-        its terms cancel to a hundredth, which would cost digits.
+        For one position ‖f‖² ‖g‖².  For more, Σ_tt' (f_t · f_t')(g_t · g_t') where that is cheaper than forming the
+        gradient, unless the terms cancel to a hundredth of their size, which would cost digits.
         """
         f, g = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (self.inputs, self.gradients))
         total = torch.zeros(len(f) // self.groups, dtype=g.real.dtype, device=g.device)
@@ -81,7 +81,7 @@ class Factors:
         return total
 
     def combined(self, weights: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """Σ_i c_i of the gradients, (gradient, size of its terms), by kind: the sum without its parts."""
+        """Σ_i c_i g_i by kind ("weight", "bias"), each as (sum, size of its terms), without forming any g_i."""
         inputs, outputs = self.inputs.shape[-1], self.gradients.shape[-1]
         f = (
             self.inputs.reshape(-1, self.groups, self.inputs.shape[1], inputs)
@@ -104,7 +104,7 @@ class Factors:
         return found
 
     def row(self, sample: int) -> Factors:
-        """The same of one sample."""
+        """The factors of one sample."""
         of = slice(sample * self.groups, (sample + 1) * self.groups)
         return Factors(self.inputs[of], self.gradients[of], self.weight_shape, self.groups, self.bias)
 
@@ -124,17 +124,17 @@ def per_sample_gradients(
 ) -> dict[str, Tensor]:
     """Gradient of every sample's loss in every trainable parameter: name → (sample, *parameter).
 
-    Equal to ``torch.autograd.grad(loss(module(x[i:i+1]), y[i:i+1]), ...)``, to rounding; conjugates of complex
-    parameters as there.
+    Equal to ``torch.autograd.grad(loss(module(x[i:i+1]), y[i:i+1]), ...)`` to rounding, with its convention for complex
+    parameters (conjugates).
 
     Args:
         module: Deterministic, its samples independent; a Network counts as its ``to_torch()``.
         loss: ``loss(output, target)`` of a batch of one → scalar.
-        x: (sample, ...): a tensor or array, or a tuple, list or dict of them.  A tuple is the module's arguments and a
-            dict its keywords where its forward takes them so, otherwise each is the one argument.
+        x: (sample, ...): a tensor or array, or a tuple, list or dict of them.  A tuple becomes the module's arguments
+            and a dict its keywords if its forward accepts them so, otherwise its single argument.
         y: (sample, ...), or such a structure; None is handed to the loss as it is.
-        names: Of the parameters asked for; all that require a gradient if not given.
-        memory: Bytes a chunk of samples may take, beside the result.
+        names: Names of the requested parameters; all that require a gradient if not given.
+        memory: Limit on the bytes of one chunk of samples, besides the result.
 
     Raises:
         ValueError: for a module without per-sample gradients (the way out is named), unknown names, an empty batch.
@@ -159,10 +159,10 @@ def per_sample_gradients(
 
 
 def factored_gradients(module: nn.Module | Network, loss: Loss, x: Tree, y: Tree = None) -> dict[str, Factors]:
-    """Per-sample gradients of Linear and Conv2d layers as `Factors`, by layer name; nothing is multiplied out.
+    """Per-sample gradients of Linear and Conv2d layers as `Factors`, by layer name, without multiplying them out.
 
-    Layers whose gradient is not the product of one input and one output are left out, and the log says which: those
-    that are used more than once, share a parameter, or serve in a form where positions are no samples.
+    Layers whose gradient is not a product of one input and one output gradient are left out, and the log names them:
+    layers that are called more than once, share a parameter, or whose calls do not have one row per sample.
 
     Raises:
         ValueError: as `per_sample_gradients`.
@@ -184,7 +184,7 @@ def per_sample_gradient_norms(
 ) -> Tensor:
     """Euclidean norm of every sample's gradient over the named parameters, (sample,), in at least float32.
 
-    Linear and Conv2d layers materialize no gradient; other parameters go through chunks of `memory` bytes.
+    Gradients of Linear and Conv2d layers are never formed; those of other parameters are, in chunks of `memory` bytes.
 
     Args:
         module, loss, x, y, names, memory: As `per_sample_gradients`.
@@ -211,7 +211,7 @@ def per_sample_gradient_norms(
 
 
 def _norms_of_factors(factors: Factors, *, weight: bool, bias: bool) -> Tensor:
-    """Norms whose squares may overflow or vanish: then once more with entries scaled to one, in float64."""
+    """Norm of each sample's gradient; where squares overflow or vanish, again in float64 with entries scaled to one."""
     squares = factors.squared_norms(weight=weight, bias=bias)
     limits = torch.finfo(squares.dtype)
     if bool(((squares > limits.tiny / limits.eps**2) & (squares < limits.max)).all()):
@@ -228,7 +228,7 @@ def _norms_of_factors(factors: Factors, *, weight: bool, bias: bool) -> Tensor:
 
 
 def _norms(gradients: Mapping[str, Tensor]) -> Tensor:
-    """Norm of each sample over all parameters; in float64, scaled by the largest entry."""
+    """Norm of each sample's gradient over all parameters, in float64, scaled by its largest entry against overflow."""
     rows = [g.reshape(len(g), -1).abs() for g in gradients.values() if g.numel()]
     most = torch.stack([r.amax(1).double() for r in rows]).amax(0)
     scale = torch.where((most > 0) & most.isfinite(), most, torch.ones_like(most))
@@ -251,7 +251,7 @@ Calls: TypeAlias = dict[str, list[tuple[Tensor, Tensor]]]
 
 
 class _Ways:
-    """Gradients of a module's samples by the shortest way that agrees with plain autograd."""
+    """Per-sample gradients by the fastest of the three methods that agrees with plain autograd."""
 
     def __init__(self, one: Asked, loss: Loss, memory: int) -> None:
         self._one, self._loss, self._memory = one, loss, memory
@@ -269,7 +269,7 @@ class _Ways:
         log.warning("%s: %s: %s; %s instead", self._one.caller, self._one.name, reason, instead)
 
     def _plan(self) -> tuple[list[str], int]:
-        """Layers whose gradient may factor, and how many samples a chunk may hold; from one sample's pass."""
+        """Names of the layers whose gradient may factor, and samples per chunk, from one sample's forward pass."""
         shared = [id(p) for _, p in self._one.module.named_parameters(remove_duplicate=False)]
         names = [
             name
@@ -286,7 +286,7 @@ class _Ways:
         return once, max(1, self._memory // max(1, 4 * numbers * self._one.dtype.itemsize))
 
     def chunks(self) -> Iterator[tuple[dict[str, Factors], Iterator[dict[str, Tensor]]]]:
-        """Factors, by layer, and the gradients of what does not factor, in chunks of samples."""
+        """Per chunk of samples: the factors by layer, and the gradients of the parameters that do not factor."""
         count = self._one.count
         for start in range(0, count, self._chunk):
             part = slice(start, min(start + self._chunk, count))
@@ -297,7 +297,7 @@ class _Ways:
     # --- layers that factor ----------------------------------------------------------------------------------
 
     def factors(self, part: slice) -> dict[str, Factors]:
-        """Of the layers that factor and agree; those that do not are not tried again."""
+        """Factors by layer of those that agree with plain autograd; the others are not tried again."""
         if not self._layers:
             return {}
         try:
@@ -327,7 +327,7 @@ class _Ways:
         return found
 
     def _wrong(self, part: slice, found: dict[str, Factors]) -> list[str]:
-        """Layers whose factors disagree with plain autograd: combined at random over all, or for some samples."""
+        """Layers whose factors disagree with plain autograd, randomly combined over all samples or for some alone."""
         weights = _random_weights(part)
         asked_for = {
             layer: [k for k in ("weight", "bias") if _joined(layer, k) in self._one.parameters] for layer in found
@@ -350,7 +350,10 @@ class _Ways:
         return wrong
 
     def _pass(self, inputs: Tree, names: Iterable[str], *, clone: bool = False) -> tuple[Tree, Calls]:
-        """Forward with the input and output of the named layers kept at each call, before hooks of the user's."""
+        """Forward pass that keeps input and output of the named layers at each call, before the user's own hooks run.
+
+        With `clone`, layers hand on a copy of their output, for modules that change it in place afterwards.
+        """
         calls: Calls = {name: [] for name in names}
         versions: list[tuple[str, Tensor, int, bool]] = []
 
@@ -358,7 +361,7 @@ class _Ways:
             def hook(_: nn.Module, given: tuple[Tensor, ...], keywords: dict[str, Tensor], output: Tensor) -> Tensor:
                 value = given[0] if given else keywords["input"]
                 versions.extend([(name, value, value._version, False), (name, output, output._version, True)])
-                if output.requires_grad:  # else under no_grad: no gradient passes
+                if output.requires_grad:  # without it the call ran under no_grad and contributes no gradient
                     calls[name].append((value.detach(), output))
                 return output.clone() if clone else output
 
@@ -383,7 +386,7 @@ class _Ways:
     # --- all others ------------------------------------------------------------------------------------------
 
     def _rest(self, part: slice, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-        """By vmap, or one backward pass per sample, in chunks of samples."""
+        """Gradients of the named parameters in chunks of samples, by vmap or by one backward pass per sample."""
         if not names:
             return
         size = 4 * sum(self._one.parameters[n].nbytes for n in names)

@@ -207,14 +207,8 @@ class Experiment(Part):
             "training.method": (registers.OPTIMIZERS, self.training.method),
             "training.loss": (registers.LOSSES, self.training.loss),
         }
-        own = {*vocabulary.FAMILIES, *schema.recordable()}
-        asked = (name for name in self.record.observables if name not in own)
-        return found | {f"record.observables[{name}]": (registers.OBSERVABLES, name) for name in asked}
-
-    @property
-    def foreign_parts(self) -> dict[str, registers.Origin]:
-        """Key → origin of each part that another package offers; nothing is imported."""
-        return {key: register.origin(name) for key, (register, name) in self.parts.items() if register.foreign(name)}
+        asked = {f"record.observables[{name}]": (registers.OBSERVABLES, name) for name in self.record.observables}
+        return found | asked
 
     @property
     def part_names(self) -> frozenset[str]:

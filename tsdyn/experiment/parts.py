@@ -22,7 +22,7 @@ from pydantic import (
     model_validator,
 )
 
-from tsdyn import registers, schema, vocabulary
+from tsdyn import registers
 from tsdyn.experiment.errors import nearest
 
 MAX_SEEDS = MAX_EPOCHS = 1_000_000
@@ -295,14 +295,11 @@ class Record(Part):
     @field_validator("observables")
     @classmethod
     def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        known = list(dict.fromkeys([*vocabulary.FAMILIES, *schema.recordable()]))
         for name in value:
-            if name in known:
-                continue
             try:
                 registers.OBSERVABLES.check(name)
             except registers.PartError:
-                known += registers.OBSERVABLES.names()
+                known = registers.OBSERVABLES.names()
                 raise ValueError(
                     f"{name!r} is not an observable{nearest(name, known)}; there are: " + ", ".join(known)
                 ) from None

@@ -17,7 +17,7 @@ from tsdyn import schema
 from tsdyn.experiment.errors import keys, nearest
 from tsdyn.experiment.parts import IMAGES, MAX_SEEDS
 from tsdyn.experiment.sweep_axes import axes, swept_keys
-from tsdyn.vocabulary import Kind
+from tsdyn.vocabulary import VARIABLES, Kind
 
 if TYPE_CHECKING:
     from tsdyn.experiment.experiment import Experiment
@@ -134,13 +134,15 @@ def _ends(e: Experiment) -> str | None:
 
 # --- training ------------------------------------------------------------------------------------------------
 
-#: Values of student.init that a module of the user's own cannot have: it starts with the parameters it is made with.
-_STARTS = ("torch", "near-teacher", "same-direction", "same-sign", "file", "rewind", "rewind-reinitialised")
+
+def _asked(e: Experiment) -> set[str]:
+    """The schema's own variables that are to be recorded; `observables.registry.load` checks those of packages."""
+    return set(schema.expand(e.record.observables)) & set(VARIABLES)
 
 
 def _own_modules_record(e: Experiment) -> str | None:
     there = schema.recordable(own=e.student.module is not None, bare_teacher=e.teacher.module is not None)
-    unknown = set(schema.expand(e.record.observables)) - set(there)
+    unknown = _asked(e) - set(there)
     if not unknown:
         return None
     return (
@@ -160,7 +162,8 @@ def _own_modules(e: Experiment) -> str | None:
         f"data.augment = {e.data.augment!r}": e.data.augment in ("agnostic", "aware"),
         "convolutions or BatchNorm of the experiment file": e.deep,
         "training.frozen and training.normalize": own and bool(e.training.frozen or e.training.normalize),
-        f"student.init = {e.student.init!r}": e.student.init in (_STARTS if own else near),
+        # a module of the user's own starts as it is made
+        f"student.init = {e.student.init!r}": e.student.init != "gaussian" if own else e.student.init in near,
         "teacher.init, prune and balanced": taught
         and (e.teacher.init in ("trained", "file") or bool(e.teacher.prune) or e.teacher.balanced),
     }
@@ -231,7 +234,7 @@ def _deep(e: Experiment) -> str | None:
     if e.data.augment in ("agnostic", "aware"):
         return f"data.augment = {e.data.augment!r}: is of fully connected layers without BatchNorm"
     there = schema.recordable(deep=True)
-    unknown = set(schema.expand(e.record.observables)) - set(there)
+    unknown = _asked(e) - set(there)
     if unknown:
         return (
             f"record.observables: {', '.join(sorted(unknown))} is not measured of convolutions and BatchNorm; "

@@ -1,4 +1,4 @@
-"""Rates, noise and time as other codes write them, in the units of `flow.order_parameters` (Goldt et al. 2019)."""
+"""Converts rates, noise and time of other codes to the units of `flow.order_parameters` (Goldt et al. 2019)."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Online:
         second_learning_rate: η₂.
         weight_decay: λ.
         noise: Standard deviation of the noise on the teacher's output.
-        outgoing: `v` and `A`; None where that code draws or learns them, so that nobody but its archive knows.
-        time_per_alpha: The other code's time that passes while α grows by 1.
+        outgoing: `v` and `A`; None if that code draws or learns them, so that only its archive holds them.
+        time_per_alpha: The other code's time while α grows by 1.
     """
 
     learning_rate: float
@@ -57,7 +57,7 @@ class Online:
 
     @property
     def rates(self) -> dict[str, float]:
-        """Keyword arguments of `flow.order_parameters` and `flow.online`."""
+        """The rates as keyword arguments of `flow.order_parameters` and `flow.online`."""
         names = ("learning_rate", "second_learning_rate", "weight_decay", "noise")
         return {name: getattr(self, name) for name in names}
 
@@ -93,15 +93,15 @@ def _goldt(given: _Given, student: float = 1.0, teacher: float = 1.0) -> Online:
 
 
 def _means(given: _Given) -> Online:
-    """Outputs are means over nodes, the noise is given as a variance, time is γα/p."""
+    """Convention where outputs are means over nodes, the noise is given as a variance, and time is γα/p."""
     plain = _goldt(given._replace(noise=math.sqrt(given.noise)), 1 / given.nodes, 1 / given.teacher_nodes)
     return replace(plain, time_per_alpha=given.learning_rate / given.nodes)
 
 
 def _steps(factor: float) -> Callable[[_Given], Online]:
-    """SGD on weights w/√N, of which a step of rate r moves by `factor`·r of Goldt's −∇eg; time counts steps.
+    """Convention of SGD on weights w/√N, where a step of rate r is `factor`·r times Goldt's −∇eg; time counts steps.
 
-    Inputs std·z make the fields those of weights std·w on z, whose steps are std² as large.
+    With inputs std·z the fields are those of weights std·w on z, whose steps are std² times as large.
     """
 
     def converted(given: _Given) -> Online:
@@ -119,7 +119,7 @@ def _steps(factor: float) -> Callable[[_Given], Online]:
 
 
 def _flow_without_half(given: _Given) -> Online:
-    """dθ/dt = −∇L with L = 2eg: any η will do, and t = ηα/2; only without fluctuations, batch = ∞."""
+    """Convention of gradient flow dθ/dt = −∇L with L = 2eg: t = ηα/2 for any η; requires batch = ∞."""
     return replace(_goldt(given), time_per_alpha=given.learning_rate / 2)
 
 
@@ -135,7 +135,7 @@ _CONVENTIONS: Mapping[str, Callable[[_Given], Online]] = {
     "gradient_flow": _flow_without_half,
     "MLPGradientFlow.jl": _flow_without_half,
 }
-#: Whose conventions are known.
+#: Names of the known conventions.
 NAMES = tuple(_CONVENTIONS)
 
 
@@ -153,7 +153,9 @@ def convention(
     v: ArrayLike | None = None,
     A: ArrayLike | None = None,
 ) -> Online:
-    """What a code calls by these numbers, in Goldt's units; rates that diverge there diverge here.
+    """An online learning problem given in the convention of another code, converted to Goldt's units (`Online`).
+
+    Rates that diverge there diverge here.
 
     ==================  =================================================================================
     goldt               nn2pp: as they are; v = A = 1, or your own
@@ -174,15 +176,15 @@ def convention(
     Args:
         name: One of `NAMES`.
         learning_rate: As that code takes it.
-        nodes: K.
-        teacher_nodes: M.
-        inputs: N, where the code's weights are w/√N (tsdyn, torch).
+        nodes: Number of student nodes K.
+        teacher_nodes: Number of teacher nodes M.
+        inputs: N; needed where the code's weights are w/√N (tsdyn, torch).
         noise: As that code takes it.
         weight_decay: As that code takes it.
-        both: Whether the second layer learns too, at the code's one rate.
+        both: Whether the second layer learns too, at the same rate.
         std: Standard deviation of the inputs (tsdyn: ``data.std``, torch); others have 1.
         v: Outgoing weights of the student, (node,), in place of the convention's.
-        A: Of the teacher, (teacher_node,); both or none.
+        A: Outgoing weights of the teacher, (teacher_node,); give both `v` and `A` or neither.
 
     Raises:
         ValueError: for an unknown name, numbers out of range, and `inputs` where it is needed and missing.

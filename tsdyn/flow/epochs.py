@@ -1,7 +1,7 @@
-"""The runner's gradient flow: an epoch of dθ/dt = −∇J on each member's own finite data.
+"""Trains an epoch by gradient flow dθ/dt = −∇J on each member's own finite data, for `training.method = "flow"`.
 
-An epoch lasts as long as what the steps of ``gd`` add up to, learning rate × steps: ``flow`` is the limit of ``gd`` at
-a smaller rate and as many more steps.  Nothing but parameters is carried from one epoch to the next.
+An epoch lasts for the time learning rate × steps, so that ``flow`` is the limit of ``gd`` at smaller rates and
+correspondingly more steps.  Only the parameters are carried from one epoch to the next.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from tsdyn.flow.flows import gradient_flow
 from tsdyn.flow.stationary import FunctionLoss
 from tsdyn.memory import refuse_beyond
 
-#: Of a step's local error: that of a trajectory to be looked at, well below the plots' and the seeds' differences.
+#: Tolerance of a step's local error: well below what plots show and below the differences between seeds.
 RTOL, ATOL = 1e-6, 1e-8
-#: Bytes of activations behind the Hessian's rows in work at once.
+#: Limit on the bytes of activations held for the Hessian rows that are computed together.
 _CHUNK_BYTES = 1 << 27
 _log = logging.getLogger("tsdyn")
 
@@ -30,7 +30,7 @@ class TrainingLoss(FunctionLoss):
 
     Args:
         ensemble: Shapes, activation and the frozen parameters.
-        member: Which.
+        member: Index of the member in the ensemble.
         inputs: (sample, input).
         targets: (sample, output).
         rule: J and its weight decay, ½ λ|θ|²; frozen layers.
@@ -41,7 +41,7 @@ class TrainingLoss(FunctionLoss):
         free = [name for name in own if layer_of(name) not in rule.frozen]
         sizes = [own[name].numel() for name in free]
         architecture = ensemble.connected
-        assert architecture is not None  # an experiment lets nothing else flow
+        assert architecture is not None  # experiments with method = "flow" refuse other networks
 
         def objective(row: Tensor) -> Tensor:
             pairs = zip(free, row.split(sizes), strict=True)
@@ -54,7 +54,7 @@ class TrainingLoss(FunctionLoss):
         self._rows = max(1, _CHUNK_BYTES // (4 * inputs.element_size() * len(inputs) * nodes))
 
     def hessian(self, parameters: Tensor) -> Tensor:
-        """By torch.func, some rows at a time: all at once would hold every activation once a parameter."""
+        """Hessian by torch.func, some rows at a time: all at once would keep every activation once per parameter."""
         one = torch.func.jacrev(torch.func.grad(self._function), chunk_size=self._rows)
         lead = parameters.shape[:-1]
         found = torch.stack([one(row) for row in parameters.reshape(-1, self.parameters)])
@@ -62,15 +62,15 @@ class TrainingLoss(FunctionLoss):
 
 
 def train_epoch(ensemble: Ensemble, data: Sequence[tuple[Tensor, Tensor]], rule: Rule, *, time: float) -> None:
-    """Gradient flow of every living member for this long, in place; NaN where it does not get to the end.
+    """Advance every living member by gradient flow for the given time, in place; NaN where the flow stops early.
 
-    It runs on the CPU, wherever the members are: a member's Hessian is small work for a device.
+    It runs on the CPU wherever the members are, since a member's Hessian is too small to profit from a device.
 
     Args:
         ensemble: Trained in place.
         data: Inputs (sample, input) and targets (sample, output) of each member.
-        rule: J, its weight decay and which layers are frozen; its rate is not used.
-        time: t of dθ/dt = −∇J.
+        rule: J, its weight decay and which layers are frozen; its learning rate is not used.
+        time: Duration t of dθ/dt = −∇J.
 
     Raises:
         MemoryError: if a Hessian does not fit.

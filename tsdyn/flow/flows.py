@@ -1,9 +1,9 @@
-"""Gradient flow dθ/dt = −∇L, many members at once.
+"""Integrates gradient flow dθ/dt = −∇L for many members at once.
 
-The flow is stiff (the Hessian's largest eigenvalue near 100, times to 1e5), which rules explicit methods out.  The
-integrator is linearly implicit: Rodas4(3), an L-stable Rosenbrock method of order 4, with the exact Hessian; a step
-costs one Hessian, one factorisation and six gradients.  Members step together in memory but each with its own step
-size, and leave when they are done.
+The flow is stiff (the Hessian's largest eigenvalue is near 100, times reach 1e5), which rules out explicit methods.
+The integrator is linearly implicit: Rodas4(3), an L-stable Rosenbrock method of order 4, with the exact Hessian; a step
+costs one Hessian, one factorisation and six gradients.  Members are computed in one batch, each with its own step size,
+and leave the batch when they are done.
 
 Source: Hairer & Wanner (1996), Solving Ordinary Differential Equations II, section VI.4 (RODAS, method 1).
 """
@@ -23,8 +23,8 @@ from torch import Tensor
 from tsdyn.flow.stationary import Loss, chunk_size
 
 _GAMMA = 0.25
-#: Stage i starts from y + Σ_j A[i][j] k_j and has Σ_j C[i][j] k_j / h on its right; the last two stages are the step of
-#: order 3 and that of order 4, whose difference, the last k, is the error estimate.
+#: Coefficients of Rodas4(3): stage i starts from y + Σ_j A[i][j] k_j, with Σ_j C[i][j] k_j / h on its right-hand side;
+#: the last two stages give the steps of order 3 and 4, whose difference, the last k, is the error estimate.
 _A = (
     (),
     (1.544,),
@@ -41,21 +41,21 @@ _C = (
     (7.496443313967647, -10.24680431464352, -33.99990352819905, 11.70890893206160),
     (8.083246795921522, -7.981132988064893, -31.52159432874371, 16.31930543123136, -6.058818238834054),
 )
-#: Dense output of order 3: y(t + sh) = (1−s) y₀ + s [y₁ + (1−s) (Σ D₀ⱼ kⱼ + s Σ D₁ⱼ kⱼ)].
+#: Coefficients of the dense output of order 3: y(t + sh) = (1−s) y₀ + s [y₁ + (1−s) (Σ D₀ⱼ kⱼ + s Σ D₁ⱼ kⱼ)].
 _D = (
     (10.12623508344586, -7.487995877610167, -34.80091861555747, -7.992771707568823, 1.025137723295662),
     (-0.6762803392806898, 6.087714651680015, 16.43084320892478, 24.76722511418386, -6.594389125716872),
 )
 _SAFETY, _SHRINK, _GROW = 0.9, 0.2, 6.0
 
-#: Why a member stopped.
+#: Reasons for which a member stops.
 REASONS = ("time", "gradient", "singular", "steps", "not finite")
 _RUNNING = -1
 
 
 @dataclass
 class _State:
-    """Members of one chunk; arrays are (member, …)."""
+    """State of the members of one chunk; arrays are (member, …)."""
 
     y: Tensor
     t: Tensor
@@ -81,25 +81,25 @@ def gradient_flow(
     max_steps: int = 20_000,
     seeds: Sequence[int] | None = None,
 ) -> xr.Dataset:
-    """Trajectories of dθ/dt = −∇L from each initial row to its end.
+    """Trajectories of gradient flow dθ/dt = −∇L from each initial row to where it stops.
 
     Args:
         loss: With gradient and Hessian: `PopulationLoss`, `FunctionLoss`, or your own.
         initial: Rows of parameters (member, parameter), or one row.
-        times: Increasing output times, e.g. ``np.geomspace(1e-2, 1e5, 200)``; none but the end is kept without.
-        end: Time at which members stop; the last output time unless given, 1e9 without either.
-        rtol: Local error allowed a step, relative to each parameter, …
+        times: Increasing output times, e.g. ``np.geomspace(1e-2, 1e5, 200)``; without them only the end is kept.
+        end: Time at which members stop; the last output time unless given, 1e9 if there are none either.
+        rtol: Allowed local error per step, relative to each parameter, …
         atol: … and absolute.
-        gradient_tolerance: A member with |∇|_∞ below it has arrived; 0 to go on to `end`.
-        least_norm: A member with a weight of smaller norm has hit the singularity of relu's loss at w = 0.
-        max_steps: Steps, rejected ones with them, after which a member is stopped.
+        gradient_tolerance: A member whose |∇|_∞ falls below this has converged and stops; 0 to continue to `end`.
+        least_norm: A member stops if a weight's norm falls below this: relu's loss is singular at w = 0.
+        max_steps: Number of steps, rejected ones included, after which a member stops.
         seeds: Labels of the rows; 0, 1, … unless given.
 
     Returns:
-        Dataset over (seed, time), one seed a row: the named parts of the parameters, ``loss`` and ``gradient_max``, NaN
-        beyond a member's end; over (seed,): the coordinate ``stop_reason`` (one of `REASONS`) and ``stop_time``,
-        ``stop_loss``, ``stop_gradient_max``, ``steps``, ``rejected``; ``final`` (seed, parameter), the row where it
-        stopped.
+        Dataset over (seed, time), one seed per row: the named parts of the parameters, ``loss`` and ``gradient_max``,
+        NaN beyond a member's end; over (seed,): the coordinate ``stop_reason`` (one of `REASONS`) and ``stop_time``,
+        ``stop_loss``, ``stop_gradient_max``, ``steps``, ``rejected``; ``final`` (seed, parameter), the parameters where
+        it stopped.
 
     Raises:
         ValueError: for rows of another length than the loss's, times that do not increase or are negative, and
@@ -131,7 +131,7 @@ def gradient_flow(
 
 @dataclass(frozen=True)
 class Limits:
-    """When a step is taken and a member stops; see `gradient_flow`."""
+    """Tolerances of a step and conditions under which a member stops; see `gradient_flow`."""
 
     rtol: float = 1e-4
     atol: float = 1e-6
@@ -142,13 +142,15 @@ class Limits:
 
 
 class Flow:
-    """Members on their way, which can be halted at a common time, stored and gone on with: the same steps as at once.
+    """A gradient flow in progress, which can be halted at a time common to all members, stored and resumed.
+
+    The steps are the same as without interruption.
 
     Args:
-        loss: As of `gradient_flow`.
+        loss: As in `gradient_flow`.
         initial: Rows of parameters (member, parameter).
         times: Increasing output times.
-        limits: When a step is taken and a member stops.
+        limits: Tolerances of a step and conditions for stopping.
     """
 
     def __init__(self, loss: Loss, initial: Tensor, *, times: np.ndarray, limits: Limits) -> None:
@@ -157,32 +159,32 @@ class Flow:
         self.states = [_begun(loss, chunk, self._times, limits) for chunk in initial.split(chunk_size(loss))]
 
     def until(self, time: float) -> None:
-        """Go on with every member that has neither stopped nor come to `time`."""
+        """Advance every member that has not stopped until it reaches `time`."""
         for state in self.states:
             while len(index := ((state.reason == _RUNNING) & (state.t < time)).nonzero()[:, 0]):
                 state.gradient[index] = _step(self.loss, state, index, state.gradient[index], self._times, self._limits)
 
     @property
     def running(self) -> Tensor:
-        """Which members have not stopped, (member,)."""
+        """Whether each member is still running, (member,)."""
         return self.joined("reason") == _RUNNING
 
     @property
     def reasons(self) -> np.ndarray:
-        """Why each member stopped, a word of `REASONS`, once none is running."""
+        """The word of `REASONS` for which each member stopped; only once none is running."""
         found: np.ndarray = np.array(REASONS)[self.joined("reason").numpy()]
         return found
 
     def joined(self, name: str) -> Tensor:
-        """One of the arrays of all members: ``y`` where they are, ``t``, ``path`` (member, time, parameter), ..."""
+        """A named array of all members: ``y`` (parameters), ``t`` (times), ``path`` (member, time, parameter), ..."""
         return torch.cat([getattr(state, name) for state in self.states])
 
     def state(self) -> dict[str, np.ndarray]:
-        """All that the next step depends on, by name."""
+        """Everything that the next step depends on, by name; for `restore`."""
         return {field.name: self.joined(field.name).numpy() for field in fields(_State)}
 
     def restore(self, stored: Mapping[str, np.ndarray]) -> None:
-        """Go on from what `state` gave."""
+        """Continue from a stored `state`."""
         sizes = [len(state.y) for state in self.states]
         for field in fields(_State):
             parts = torch.from_numpy(np.array(stored[field.name])).split(sizes)
@@ -197,7 +199,7 @@ def _begun(loss: Loss, begin: Tensor, at: Tensor, limits: Limits) -> _State:
     state = _State(
         begin.clone(),
         torch.zeros(members, dtype=begin.dtype),
-        # the flow should turn little within the first step
+        # the first step is short enough that the gradient changes little within it
         1e-2 * (limits.atol + begin.norm(dim=-1)) / gradient.norm(dim=-1).clamp(min=1e-8),
         torch.full((members,), _RUNNING),
         zeros.clone(),
@@ -213,7 +215,7 @@ def _begun(loss: Loss, begin: Tensor, at: Tensor, limits: Limits) -> _State:
 
 
 def _step(loss: Loss, state: _State, index: Tensor, gradient: Tensor, times: Tensor, limits: Limits) -> Tensor:
-    """One step, taken or refused, of the members in `index`; gives the gradient where they are then."""
+    """Try one step of the members in `index`, accepted or rejected; return the gradient where they are afterwards."""
     y, t = state.y[index], state.t[index]
     h = torch.minimum(state.h[index], limits.end - t)
     k, y1 = _stages(loss, y, h, gradient)
@@ -233,7 +235,7 @@ def _step(loss: Loss, state: _State, index: Tensor, gradient: Tensor, times: Ten
     state.y[moved], state.t[moved] = y1[taken], t[taken] + h[taken]
     now = torch.where(taken[:, None], slope, gradient)
     _stop(loss, state, index, now, limits)
-    # a step that cannot be made small enough to stay finite
+    # no step is small enough for the state to stay finite
     state.reason[index[~taken & (state.h[index] <= 1e-15 * (1e-15 + state.t[index]))]] = REASONS.index("not finite")
     return now
 
@@ -255,8 +257,10 @@ def _stages(loss: Loss, y: Tensor, h: Tensor, gradient: Tensor) -> tuple[list[Te
 
 
 def _solver(matrix: Tensor) -> Callable[[Tensor], Tensor]:
-    """Solves with H + I/(γh): by Cholesky's method, a third of LU's time, while the step is short of the Hessian's
-    negative eigenvalues, as the error estimate has it nearly always; else by LU.
+    """Function that solves linear systems with H + I/(γh).
+
+    By Cholesky's method, in a third of LU's time, if the matrix is positive definite, as it is for almost all step
+    sizes that the error estimate allows; otherwise by LU.
     """
     lower, failed = torch.linalg.cholesky_ex(matrix)
     other = failed.nonzero()[:, 0]

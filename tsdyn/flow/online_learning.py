@@ -1,9 +1,9 @@
-"""Online SGD in finite dimension, in the order parameters' own units: every sample is seen once, α = steps/N.
+"""Online SGD in finite dimension N, in the units of the order parameters: every sample is seen once, α = steps/N.
 
-The engine of `training` runs it.  Its one rule, parameter += rate · (1/batch) Σ g fᵀ at outputs f = Σ u_i σ(w_i·x'),
-covers both rates: inputs are x' = x/√N, and with outputs and targets divided by s the outgoing weights are u = v/s, so
-that a rate ρ = η₂/N moves v by η₂/N σ Δ and w by (ρ/s²) v σ' Δ x', which is η at s² = η₂/(Nη).  A layer whose rate is
-0 is frozen.
+The training engine runs it.  The engine's single rate, parameter += rate · (1/batch) Σ g fᵀ at outputs
+f = Σ u_i σ(w_i·x'), gives both rates: inputs are x' = x/√N, and outputs and targets are divided by s, so that the
+outgoing weights are u = v/s.  A rate ρ = η₂/N then moves v by η₂/N σ Δ and w by (ρ/s²) v σ' Δ x', which has rate η if
+s² = η₂/(Nη).  A layer whose rate is 0 is frozen.
 
 Source: Goldt et al. (2019), section 2.
 """
@@ -32,7 +32,7 @@ from tsdyn.networks import activations
 from tsdyn.networks.activations import Activation
 from tsdyn.networks.network import Network
 
-#: Inputs of a block of members are drawn in pieces of about this size.
+#: Approximate bytes of the pieces in which the inputs of a block of members are drawn.
 PIECE_BYTES = 1 << 23
 
 
@@ -53,30 +53,30 @@ def online(
     activation: str | Activation = "erf",
     seeds: int | Sequence[int] = 1,
 ) -> xr.Dataset:
-    """Online SGD of students that start with exactly these order parameters, in N dimensions.
+    """Simulate online SGD in N dimensions, of students that start with exactly the given order parameters.
 
-    Each seed draws its own weights, uniform among those with these overlaps, and its own samples; what it draws does
-    not depend on the other seeds nor on `alpha`.
+    Each seed draws its own weights, uniformly among those with these overlaps, and its own samples; its draws depend
+    neither on the other seeds nor on `alpha`.
 
     Args:
-        Q: w·w/N, (node, node_2); with a leading dimension of any of the five, one row a seed.
+        Q: w·w/N, (node, node_2); any of Q, R, T, v, A may have a leading dimension with one row per seed.
         R: w·B/N, (node, teacher_node).
         T: B·B/N, (teacher_node, teacher_node_2).
         v: Outgoing weights of the student; ones unless given.
-        A: Of the teacher; ones unless given.
+        A: Outgoing weights of the teacher; ones unless given.
         inputs: N, at least as many as student and teacher nodes together.
-        learning_rate: η of the first layer; 0 keeps it.
-        alpha: Increasing times to report; rounded to whole steps, and labelled with what they are then.
-        second_learning_rate: η₂ of the second layer; 0 keeps it.
-        weight_decay: λ: every learning weight times 1 − λ/N a step.
-        batch: Samples a step.
+        learning_rate: η of the first layer; 0 freezes it.
+        alpha: Increasing times to report; rounded to whole steps, and labelled with the rounded values.
+        second_learning_rate: η₂ of the second layer; 0 freezes it.
+        weight_decay: λ; each step multiplies every learning weight by 1 − λ/N.
+        batch: Samples per step.
         noise: Standard deviation of the noise on the teacher's output.
-        activation: Any registered one.
-        seeds: How many, or their labels.
+        activation: Any registered activation.
+        seeds: Number of seeds, or their labels.
 
     Returns:
-        Dataset over seed and alpha as `order_parameters` gives it, ``eg`` exact from the overlaps; NaN from where a
-        parameter was not finite.
+        Dataset over seed and alpha with the variables of `order_parameters`, ``eg`` computed exactly from the overlaps;
+        NaN from the time at which a parameter was not finite.
 
     Raises:
         ValueError: as `order_parameters`, for fewer inputs than nodes, both rates 0, and times closer than a step.
@@ -118,7 +118,7 @@ def online(
 
 @dataclass
 class Member:
-    """One seed: its weights at the start, its teacher and its samples to come."""
+    """One seed: its initial weights, its teacher and the generator of its samples."""
 
     w: Tensor
     B: Tensor
@@ -135,12 +135,12 @@ class Member:
 
 
 class Simulation:
-    """Members side by side, which can be halted at any step, stored and gone on with.
+    """A simulation of several members, which can be halted at any step, stored and resumed.
 
     Args:
-        members: Weights at the start and generators of samples.
+        members: Initial weights and generators of samples.
         sigma: Activation.
-        rates: The rule.
+        rates: Learning rates, weight decay, batch and noise.
     """
 
     def __init__(self, members: list[Member], sigma: Activation, rates: Rates) -> None:
@@ -154,7 +154,7 @@ class Simulation:
         self._taken = 0
 
     def until(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Q, R and v (seed, …) after so many steps in all."""
+        """Advance to the given total number of steps; return Q, R and v (seed, …) there."""
         if step > self._taken:
             stream = _stream(self.members, self._sigma, self._rates, self._scale, step - self._taken)
             train_epoch(self.ensemble, stream, self._rule, batch=int(self._rates.batch))
@@ -164,7 +164,7 @@ class Simulation:
         return w @ w.mT / self._inputs, w @ self._B.mT / self._inputs, u[:, 0] * self._scale
 
     def state(self) -> dict[str, np.ndarray]:
-        """All that the next step depends on, by name; generators as (seed, 6) numbers."""
+        """Everything that the next step depends on, by name; generators as (seed, 6) numbers."""
         w, u = self.ensemble.weights
         generators = {name: np.stack([_numbers(getattr(m, name)) for m in self.members]) for name in ("x", "noise")}
         return {
@@ -176,7 +176,7 @@ class Simulation:
         }
 
     def restore(self, stored: Mapping[str, np.ndarray]) -> None:
-        """Go on from what `state` gave."""
+        """Continue from a stored `state`."""
         for name, parameter in zip(("w", "u"), self.ensemble.weights, strict=True):
             parameter.copy_(torch.from_numpy(np.array(stored[name])))
         for name in ("x", "noise"):
@@ -190,7 +190,7 @@ _LOW = (1 << 64) - 1
 
 
 def _numbers(generator: np.random.Generator) -> np.ndarray:
-    """The state of a PCG64: its two 128-bit numbers in halves, and the half draw that it keeps."""
+    """State of a PCG64 generator as six numbers: its two 128-bit numbers in halves, and its buffered half draw."""
     state: Any = generator.bit_generator.state
     wide = (state["state"]["state"], state["state"]["inc"])
     halves = [half for number in wide for half in (number >> 64, number & _LOW)]
@@ -208,7 +208,7 @@ def _set(generator: np.random.Generator, numbers: np.ndarray) -> None:
 
 
 def _rule(rates: Rates, inputs: int) -> tuple[Rule, float]:
-    """The engine's rule and what outputs are divided by."""
+    """The engine's rule, and the scale s by which outputs and targets are divided."""
     first, second = rates.learning_rate, rates.second_learning_rate / inputs
     rate = second or first
     frozen = (*((1,) if not first else ()), *((2,) if not second else ()))

@@ -1,12 +1,12 @@
-"""The order parameters' differential equation: online learning of two layers in infinite dimension.
+"""The differential equation of the order parameters: online learning of two-layer networks in infinite dimension.
 
-All that is needed are Gaussian moments of σ.  With the fields' covariance C, masses m = (v, −A) and the interaction
+It needs only Gaussian moments of σ.  With the fields' covariance C, masses m = (v, −A) and the interaction
 G(A, B, c) = E[σσ], Price's theorem gives
 
     I₂ = G,   J₂(a,b) = E[σ'_a σ'_b] = ∂G/∂c,   I₃(a,b,c) = E[σ'_a b σ_c] = 2 C_ab ∂G(a,c)/∂A + C_bc ∂G(a,c)/∂c,
 
-so that every term but one is closed for every activation, and the drift costs two matrix products.  The one is the
-fluctuation of the update, E[σ'_i σ'_k (Δ² + noise²)].
+so that every term but one is closed for every activation, and the drift costs two matrix products.  The exception is
+the fluctuation of the update, E[σ'_i σ'_k (Δ² + noise²)].
 
 Source: Saad & Solla (1995); Goldt et al. (2019), appendix; Price (1958).
 """
@@ -33,7 +33,7 @@ from tsdyn.gaussian.orthants import gated_square
 from tsdyn.networks import activations
 from tsdyn.networks.activations import Activation
 
-#: Overlaps beyond it count as diverged.
+#: Order parameters beyond this count as diverged.
 _BEYOND = 1e12
 
 #: (C (field, field), student nodes K) → E[σσ], ½E[σ''σ] and E[σ'σ'] of student with all fields, (K, field) each.
@@ -60,7 +60,7 @@ def order_parameters(
     rtol: float = 1e-10,
     atol: float = 1e-12,
 ) -> xr.Dataset:
-    r"""Order parameters over online time α = steps/N, N → ∞, from these at α = 0.
+    r"""Order parameters over online time α = steps/N in the limit N → ∞, from the given ones at α = 0.
 
     .. math::
         \dot R_{in} &= \eta v_i E[\sigma'_i r_n \Delta] - \lambda R_{in}, \qquad
@@ -69,25 +69,26 @@ def order_parameters(
             + \frac{\eta^2}{b} v_i v_k E[\sigma'_i \sigma'_k (\Delta^2 + \varsigma^2)]
 
     Args:
-        Q: w·w/N, (node, node_2); with a leading dimension of all or some of the five, one row a seed.
+        Q: w·w/N, (node, node_2); any of Q, R, T, v, A may have a leading dimension with one row per seed.
         R: w·B/N, (node, teacher_node).
         T: B·B/N, (teacher_node, teacher_node_2).
         v: Outgoing weights of the student; ones unless given.
-        A: Of the teacher; ones unless given.
+        A: Outgoing weights of the teacher; ones unless given.
         learning_rate: η of the first layer: w += η/√N v σ'(l) Δ x.
-        alpha: Increasing times to report, from 0 on.
-        second_learning_rate: η₂ of the second layer: v += η₂/N σ(l) Δ; 0 keeps v.
-        weight_decay: λ: every learning weight times 1 − λ/N a step.
-        batch: b, samples a step; ``math.inf`` is gradient flow on the population, open to every activation.
+        alpha: Increasing times to report, not negative.
+        second_learning_rate: η₂ of the second layer: v += η₂/N σ(l) Δ; 0 freezes v.
+        weight_decay: λ; each step multiplies every learning weight by 1 − λ/N.
+        batch: b, samples per step; ``math.inf`` is gradient flow on the population, for which any activation will do.
         noise: Standard deviation ς of the noise on the teacher's output.
         activation: ``erf`` (erf(x/√2)), ``identity`` or ``relu``; any registered one with an infinite batch.
         seeds: Labels of the leading dimension; 0, 1, … unless given.
-        rtol: Local error allowed a step, relative to each order parameter, …
-        atol: … and absolute; ``eg`` cannot be known better than this.
+        rtol: Allowed local error per step, relative to each order parameter, …
+        atol: … and absolute; ``eg`` cannot be more accurate than this.
 
     Returns:
         Dataset over alpha (and seed): Q, R, v, ``eg`` = ½E[(φ − y)²] against the teacher without noise; T, A; the
-        coordinate ``stop_reason``: ``time``, or ``diverged`` where an order parameter passed 1e12, NaN from there on.
+        coordinate ``stop_reason``: ``time``, or ``diverged`` if an order parameter exceeded 1e12, with NaN from then
+        on.
 
     Raises:
         ValueError: for shapes that do not fit, overlaps that belong to no weights, times that do not increase, rates,
@@ -123,7 +124,7 @@ def order_parameters(
 
 @dataclass(frozen=True)
 class Rates:
-    """What an online rule is made of; see `order_parameters`."""
+    """Learning rates, weight decay, batch and noise of online SGD; see `order_parameters`."""
 
     learning_rate: float
     second_learning_rate: float = 0.0
@@ -132,7 +133,7 @@ class Rates:
     noise: float = 0.0
 
     def check(self, caller: str) -> None:
-        """Refuse what is out of range."""
+        """Raise ValueError for values out of range."""
         for name in ("learning_rate", "second_learning_rate", "weight_decay", "noise"):
             value = getattr(self, name)
             if not (value >= 0 and math.isfinite(value)):
@@ -141,7 +142,7 @@ class Rates:
             raise ValueError(f"{caller}: batch={self.batch}; a step sees one sample at least")
 
     def attrs(self) -> dict[str, float]:
-        """For a Dataset."""
+        """The rates as attributes of a Dataset."""
         return {name: float(value) for name, value in vars(self).items()}
 
 
@@ -195,7 +196,7 @@ def _integrated(
 def _slope(
     C: np.ndarray, v: np.ndarray, A: np.ndarray, pairs: Pairs, rates: Rates, fluctuation: Fluctuation | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """d(Q, R, v)/dα."""
+    """Derivatives dQ/dα, dR/dα, dv/dα."""
     nodes, m = len(v), np.concatenate([v, -A])
     g, g_A, g_c = pairs(C, nodes)
     # E[σ'_i b Δ] = −Σ_z m_z I₃(i,b,z), of all i and b at once
@@ -214,7 +215,7 @@ def _slope(
 
 
 def _pairs(sigma: Activation) -> Pairs:
-    """Of any activation."""
+    """`Pairs` function of any activation, from its interaction."""
     kernel = interaction.of(sigma)
 
     def pairs(C: np.ndarray, nodes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -227,7 +228,7 @@ def _pairs(sigma: Activation) -> Pairs:
 
 
 def _erf_pairs(C: np.ndarray, nodes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """`interaction`'s for erf, without what is not needed: arrays this small cost what their operations' calls cost."""
+    """`Pairs` function of erf, written out with only the needed terms: for arrays this small each call counts."""
     p, c = 1 + C.diagonal(), C[:nodes]
     root = np.sqrt(p[:nodes, None] * p - c * c)
     slope = (2 / math.pi) / root
@@ -248,14 +249,15 @@ def _fluctuation(sigma: Activation) -> Fluctuation:
 
 
 def _linear(C: np.ndarray, m: np.ndarray, nodes: int) -> np.ndarray:
-    """σ' = 1: E[Δ²] for all pairs."""
+    """Fluctuation of the identity, whose σ' = 1: E[Δ²] for all pairs."""
     return np.full((nodes, nodes), m @ C @ m)
 
 
 def _erf(C: np.ndarray, m: np.ndarray, nodes: int) -> np.ndarray:
-    """(2/π)/√L₄ times E[Δ²] at the covariance S = C − C_zq (1 + C_qq)⁻¹ C_qz, q = (i, k): σ'_i σ'_k is Gaussian.
+    """Fluctuation of erf, whose σ'_i σ'_k is a Gaussian factor that changes the fields' covariance.
 
-    L₄ = det(1 + C_qq); S is L₀/L₄ of Saad & Solla, and 1 + S_cc their L₁/L₄.
+    It is (2/π)/√L₄ times E[Δ²] at the covariance S = C − C_zq (1 + C_qq)⁻¹ C_qz, q = (i, k), with L₄ = det(1 + C_qq).
+    S is L₀/L₄ of Saad & Solla, and 1 + S_cc their L₁/L₄.
     """
     i, k = _triangle(nodes)
     p, q, c = 1 + C[i, i], 1 + C[k, k], C[i, k]

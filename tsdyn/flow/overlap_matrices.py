@@ -1,10 +1,10 @@
-"""Order parameters of a two-layer student and its teacher: what they are, of weights, and weights that have them.
+"""Order parameters of a two-layer student and its teacher: their computation from weights, and weights that have them.
 
-With inputs x ~ N(0, I) and fields l_i = w_i·x/√N, r_m = B_m·x/√N all that online learning depends on is
+With inputs x ~ N(0, I) and fields l_i = w_i·x/√N, r_m = B_m·x/√N, online learning depends only on
 
     Q = w wᵀ/N,  R = w Bᵀ/N,  T = B Bᵀ/N   and the outgoing weights v, A:   φ(x) = Σ v_i σ(l_i),  y(x) = Σ A_m σ(r_m).
 
-A `Network` computes σ(w·x): its weights are w/√N already, and its overlaps are not divided again.
+A `Network` computes σ(w·x): its weights are w/√N already, so its overlaps are not divided by N again.
 
 Source: Saad & Solla (1995); Goldt et al. (2019).
 """
@@ -28,7 +28,7 @@ from tsdyn.networks.network import Network, require_plain
 from tsdyn.networks.node_pairs import FIELDS
 
 SOURCE = "Saad & Solla 1995; Goldt et al. 2019 (arXiv 1906.08632)"
-#: Overlaps whose least eigenvalue is below minus this share of the largest belong to no weights.
+#: Overlaps are refused if their least eigenvalue is below minus this share of the largest: no weights have them.
 _INDEFINITE = 1e-9
 
 
@@ -40,7 +40,7 @@ class Overlaps(NamedTuple):
         R: w_i·B_m/N, (…, node, teacher_node).
         T: B_n·B_m/N, (…, teacher_node, teacher_node_2).
         v: Outgoing weights of the student, (…, node).
-        A: Of the teacher, (…, teacher_node).
+        A: Outgoing weights of the teacher, (…, teacher_node).
     """
 
     Q: Float[Tensor, "*member node node"]
@@ -51,12 +51,12 @@ class Overlaps(NamedTuple):
 
     @property
     def covariance(self) -> Float[Tensor, "*member field field"]:
-        """[[Q, R], [Rᵀ, T]], of the fields."""
+        """Covariance of the fields, [[Q, R], [Rᵀ, T]]."""
         return torch.cat([torch.cat([self.Q, self.R], -1), torch.cat([self.R.mT, self.T], -1)], -2)
 
     @property
     def masses(self) -> Float[Tensor, "*member field"]:
-        """(v, −A): student minus teacher is Σ m_z σ(field z)."""
+        """Masses m = (v, −A), by which student minus teacher is Σ m_z σ(field z)."""
         return torch.cat([self.v, -self.A], -1)
 
 
@@ -72,10 +72,10 @@ def checked(
     v: ArrayLike | Tensor | None = None,
     A: ArrayLike | Tensor | None = None,
 ) -> Overlaps:
-    """These overlaps in float64, their leading dimensions broadcast, if there are weights that have them.
+    """The overlaps in float64 with leading dimensions broadcast; raises ValueError if no weights can have them.
 
     Args:
-        caller: Whom an error names.
+        caller: Name of the public function, for messages.
         Q: (…, K, K).
         R: (…, K, M).
         T: (…, M, M).
@@ -127,7 +127,7 @@ def of(student: Network, teacher: Network) -> Overlaps:
 
     Args:
         student: Two layers, one output, no biases.
-        teacher: The same, of the same activation and inputs.
+        teacher: Likewise, with the same activation and inputs.
 
     Raises:
         ValueError: for other depths, outputs, biases, or networks that differ in activation or inputs.
@@ -141,8 +141,13 @@ def of(student: Network, teacher: Network) -> Overlaps:
     if student.widths[0] != teacher.widths[0] or _kind(student) != _kind(teacher):
         raise ValueError(f"overlaps: {student} and {teacher} differ in inputs or activation")
     w, b = student.weights[0].detach(), teacher.weights[0].detach()
-    pairs = (node_pairs.overlap(*of) for of in ((w, w), (w, b), (b, b)))
-    return Overlaps(*pairs, student.weights[1].detach()[0], teacher.weights[1].detach()[0])
+    return Overlaps(
+        Q=node_pairs.overlap(w, w),
+        R=node_pairs.overlap(w, b),
+        T=node_pairs.overlap(b, b),
+        v=student.weights[1].detach()[0],
+        A=teacher.weights[1].detach()[0],
+    )
 
 
 def _kind(network: Network) -> tuple[str, float | None]:
@@ -150,9 +155,9 @@ def _kind(network: Network) -> tuple[str, float | None]:
 
 
 def generalization_error(overlaps: Overlaps, sigma: Activation) -> Float[Tensor, "*member"]:
-    """eg = ½ E[(φ − y)²] with y without noise: ½ Σ m_z m_z' E[σ(z) σ(z')]; any activation.
+    """Generalization error eg = ½ E[(φ − y)²] = ½ Σ m_z m_z' E[σ(z) σ(z')], y without noise; for any activation.
 
-    Terms of order 1 cancel: it is good to some 1e-15 of Σ m_z m_z' E[σσ], and no better than the overlaps are.
+    Terms of order 1 cancel, so its absolute error is about 1e-15 of Σ |m_z m_z' E[σσ]|, or that of the overlaps.
     """
     C, masses = overlaps.covariance, overlaps.masses
     own = C.diagonal(dim1=-2, dim2=-1)
@@ -168,12 +173,12 @@ def _stated(name: str) -> dict[str, str]:
 def weights(
     overlaps: Overlaps, inputs: int, draw: np.random.Generator
 ) -> tuple[Float[Tensor, "node input"], Float[Tensor, "teacher_node input"]]:
-    """Student's and teacher's incoming weights w, B with exactly these overlaps, in a random frame of N dimensions.
+    """Draw incoming weights w of the student and B of the teacher with exactly these overlaps, in N dimensions.
 
     Args:
-        overlaps: Of one member.
-        inputs: N, at least as many as nodes of student and teacher together.
-        draw: Source of the frame, uniform over orthonormal ones.
+        overlaps: Overlaps of one member.
+        inputs: N, at least the number of student and teacher nodes together.
+        draw: Generator for the frame, which is uniform among orthonormal ones.
 
     Raises:
         ValueError: if there are fewer inputs than nodes.
@@ -185,7 +190,7 @@ def weights(
             f"need {fields} dimensions"
         )
     frame, triangle = np.linalg.qr(draw.standard_normal((inputs, fields)))
-    frame = frame * np.sign(np.diag(triangle))  # QR's own choice of signs is not uniform
+    frame = frame * np.sign(np.diag(triangle))  # makes the frame uniform: QR's own choice of signs is not
     values, vectors = torch.linalg.eigh(overlaps.covariance)
     root = vectors * (values.clamp(min=0) * inputs).sqrt()
     rows = root @ torch.from_numpy(frame.T)
@@ -200,14 +205,14 @@ def labelled(
     seeds: Sequence[int] | None,
     attrs: Mapping[str, Any],
 ) -> xr.Dataset:
-    """Dataset of order parameters over alpha, and over seed if there are `seeds`; ``eg`` with them.
+    """Labelled Dataset of order parameters and ``eg`` over alpha, and over seed if `seeds` are given.
 
     Args:
-        path: Q, R, v (…, alpha, …); T and A (…,) of the teacher, which stays.
+        path: Q, R, v (…, alpha, …); T and A (…,) of the teacher, which are constant.
         alpha: Steps/N.
         sigma: Activation.
         seeds: Labels of the leading dimension.
-        attrs: Of the Dataset.
+        attrs: Attributes of the Dataset.
     """
     member = () if seeds is None else ("seed",)
     per_alpha = Overlaps(path.Q, path.R, path.T[..., None, :, :], path.v, path.A[..., None, :])

@@ -1,7 +1,7 @@
-"""Losses with a Hessian, and their stationary points: polished by Newton's method and told apart by signature.
+"""Losses with a Hessian, and their stationary points: polished by Newton's method and classified by signature.
 
-A small gradient alone is no minimum: a few members in a thousand run along a channel to infinity or sit on a plateau
-with a gradient below 1e-8.  The signature says which: minimum, saddle of some index, degenerate.
+A small gradient alone does not make a minimum: a few members in a thousand run along a channel to infinity or sit on a
+plateau with a gradient below 1e-8.  The Hessian's signature tells minima, saddles and degenerate points apart.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-#: Roundings behind one entry of a Hessian, which with the solver's own put an eigenvalue off by this many times the
-#: matrix's order, ε and its norm (Weyl); smaller ones count as zero.
+#: Number of roundings in one entry of a Hessian and in the eigenvalue solver: eigenvalues err by this many times the
+#: matrix's order, ε and its norm (Weyl), and those below that count as zero.
 _ROUNDINGS = 10
-#: A Newton step is at most this share of 1 + the point's norm; polishing is not a search.
+#: A Newton step is at most this share of 1 + the point's norm, since polishing is not a search.
 _REACH = 0.1
-#: Polishing ends within this share of 1 + the point's norm of where it began, or there: what is further is another one.
+#: Polishing moves a point by at most this share of 1 + its norm; a stationary point farther away is another one.
 WITHIN = 0.25
 _NEWTON_STEPS = 40
-#: Bytes of Hessians in work at once.
+#: Limit on the bytes of the Hessians computed together.
 CHUNK_BYTES = 32 << 20
 
 Rows: TypeAlias = Float[Tensor, "*member parameter"]
@@ -35,8 +35,8 @@ class Loss(Protocol):
 
     Attributes:
         parameters: Length of a row.
-        dtype: Of its values.
-        flat_directions: Zero Hessian eigenvalues that a symmetry forces at every critical point.
+        dtype: Type of its values.
+        flat_directions: Number of zero Hessian eigenvalues that symmetry forces at every critical point.
     """
 
     parameters: int
@@ -48,23 +48,23 @@ class Loss(Protocol):
     def flat_directions(self) -> int: ...
 
     def value(self, parameters: Tensor) -> Tensor:
-        """(…, parameter) → (…,)."""
+        """Loss of each row, (…, parameter) → (…,)."""
         ...
 
     def gradient(self, parameters: Tensor) -> Tensor:
-        """(…, parameter) → (…, parameter)."""
+        """Gradient at each row, (…, parameter) → (…, parameter)."""
         ...
 
     def hessian(self, parameters: Tensor) -> Tensor:
-        """(…, parameter) → (…, parameter, parameter)."""
+        """Hessian at each row, (…, parameter) → (…, parameter, parameter)."""
         ...
 
     def least_norm(self, parameters: Tensor) -> Tensor:
-        """(…,): distance from where the loss is not differentiable, infinite if it is everywhere."""
+        """Distance of each row from where the loss is not differentiable, (…,); infinite if it is everywhere."""
         ...
 
     def labelled(self, parameters: Tensor) -> Mapping[str, tuple[tuple[str, ...], Tensor]]:
-        """Named parts of a row with their dimensions after the leading ones."""
+        """Named parts of each row, with the names of their dimensions after the leading ones."""
         ...
 
 
@@ -74,8 +74,8 @@ class FunctionLoss:
     Args:
         function: One row (parameter,) → a scalar, e.g. the mean error of a network on a finite sample.
         parameters: Length of the row.
-        dtype: Of rows.
-        flat_directions: Zero Hessian eigenvalues that a symmetry of the function forces.
+        dtype: Type of the rows.
+        flat_directions: Number of zero Hessian eigenvalues that a symmetry of the function forces.
     """
 
     def __init__(
@@ -93,12 +93,12 @@ class FunctionLoss:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of rows."""
+        """Type of the rows."""
         return self._dtype
 
     @property
     def flat_directions(self) -> int:
-        """As given."""
+        """Number of zero Hessian eigenvalues that symmetry forces, as given."""
         return self._flat_directions
 
     def value(self, parameters: Rows) -> Float[Tensor, "*member"]:
@@ -106,19 +106,19 @@ class FunctionLoss:
         return self._batched(self._function, parameters)
 
     def gradient(self, parameters: Rows) -> Rows:
-        """By torch.func.grad."""
+        """Gradient at each row, by torch.func.grad."""
         return self._batched(torch.func.grad(self._function), parameters)
 
     def hessian(self, parameters: Rows) -> Float[Tensor, "*member parameter parameter"]:
-        """By torch.func.hessian."""
+        """Hessian at each row, by torch.func.hessian."""
         return self._batched(torch.func.hessian(self._function), parameters)
 
     def least_norm(self, parameters: Rows) -> Float[Tensor, "*member"]:
-        """Infinite: where the function has kinks is not known."""
+        """Infinite, since it is not known where the function has kinks."""
         return parameters.new_full(parameters.shape[:-1], torch.inf)
 
     def labelled(self, parameters: Rows) -> Mapping[str, tuple[tuple[str, ...], Tensor]]:
-        """The row as it is."""
+        """The whole row as one part named ``parameter``."""
         return {"parameters": (("parameter",), parameters)}
 
     def _batched(self, function: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
@@ -129,15 +129,15 @@ class FunctionLoss:
 
 @dataclass(frozen=True)
 class Signature:
-    """Hessian eigenvalues by sign, (member,) each.
+    """Numbers of Hessian eigenvalues by sign, (member,) each.
 
-    The ``flat_directions`` of least magnitude are left out: symmetry accounts for them.
+    The ``flat_directions`` eigenvalues of least magnitude are left out, since symmetry accounts for them.
 
     Attributes:
-        negative: Eigenvalues below 0 by more than rounding.
-        zero: Eigenvalues that rounding hides or, in `polish`, that change sign or half their value on the way to the
-            stationary point.
-        positive: Eigenvalues above.
+        negative: Number of eigenvalues below 0 by more than rounding.
+        zero: Number that are zero to rounding or, in `polish`, that may change by half their value or more within the
+            remaining Newton step.
+        positive: Number above 0 by more than rounding.
         least: Least eigenvalue, flat directions included.
         largest: Largest absolute eigenvalue.
     """
@@ -151,17 +151,17 @@ class Signature:
 
 @dataclass(frozen=True)
 class Polished:
-    """Where Newton's method ended, (member, …) each.
+    """The points at which Newton's method ended, (member, …) each.
 
     Attributes:
         point: Rows of parameters.
         loss: At the point.
         gradient_max: |∇|_∞ at the point.
         moved: Euclidean distance from where it began.
-        signature: Of the Hessian at the point.
-        kind: ``minimum``, ``saddle`` (its index is ``signature.negative``), ``degenerate`` (no negative eigenvalue but
-            zeros that no symmetry explains: a plateau or a channel), ``not stationary`` (the gradient stayed above
-            the tolerance).
+        signature: Signature of the Hessian at the point.
+        kind: ``minimum``; ``saddle``, of index ``signature.negative``; ``degenerate``, no negative eigenvalue but zeros
+            that no symmetry explains: a plateau or a channel; ``not stationary``, the gradient stayed above the
+            tolerance.
     """
 
     point: Float[Tensor, "member parameter"]
@@ -173,10 +173,10 @@ class Polished:
 
 
 def signature(loss: Loss, point: Float[Tensor, "member parameter"]) -> Signature:
-    """Signs of the Hessian's eigenvalues at each point.
+    """Number of Hessian eigenvalues of each sign at each point.
 
     Args:
-        loss: With its Hessian.
+        loss: A loss with a Hessian.
         point: Rows of parameters.
     """
     spectra = [torch.linalg.eigvalsh(loss.hessian(rows)) for rows in _chunks(loss, point)]
@@ -188,7 +188,7 @@ def _joined(found: list[Signature]) -> Signature:
 
 
 def _seen(loss: Loss, spectrum: Tensor) -> Tensor:
-    """Which eigenvalues stand above rounding, but for the least ones, for which symmetry accounts."""
+    """Whether each eigenvalue exceeds rounding, leaving out the smallest ones that symmetry accounts for."""
     size = spectrum.abs()
     above = size > _ROUNDINGS * loss.parameters * torch.finfo(size.dtype).eps * size.amax(-1, keepdim=True)
     return above.scatter(-1, size.argsort(-1)[..., : loss.flat_directions], False)
@@ -207,25 +207,25 @@ def polish(
     tolerance: float = 1e-12,
     within: float = WITHIN,
 ) -> Polished:
-    """Newton's method from near a stationary point to |∇|_∞ ≤ `tolerance`, whatever the point's index.
+    """Move points near a stationary point to |∇|_∞ ≤ `tolerance` by Newton's method, whatever its index, and classify.
 
     Steps are limited to a tenth of 1 + the point's norm, leave out eigenvectors whose eigenvalue is zero by rounding
-    or symmetry and are halved until the gradient falls.  No member moves further than `within` times 1 + its norm in
-    all; one that has to is ``not stationary`` and stays where it began: the point found is the one at hand, not a
-    better one.
+    or symmetry, and are halved until the gradient falls.  No member moves farther than `within` times 1 + its norm in
+    total; one that would have to is ``not stationary`` and stays where it began, since polishing is to find the
+    stationary point nearby and not a better one elsewhere.
 
-    An eigenvalue counts as nonzero by Kantorovich's condition: the Hessian may change by less than half of it over the
-    Newton step that is left.  So a minimum may be soft (one neuron against 16: 8e-8 of the largest), while x⁴ at 0 and
-    channels like e⁻ˣ or 1/x, whose curvature changes as fast as it is small, are degenerate at whatever gradient.
+    An eigenvalue counts as nonzero by Kantorovich's condition: over the remaining Newton step the Hessian changes by
+    less than half of it.  So a minimum may be soft (one neuron against 16: 8e-8 of the largest), while x⁴ at 0 and
+    channels like e⁻ˣ or 1/x, whose curvature changes as fast as it is small, are degenerate however small the gradient.
 
     Args:
-        loss: With its gradient and Hessian.
+        loss: A loss with gradient and Hessian.
         point: Rows of parameters, or one row.
-        tolerance: Of the largest component of the gradient; rounding of the loss allows some 1e-14.
+        tolerance: Of the largest component of the gradient; rounding of the loss limits it to some 1e-14.
         within: How far a point may move, as a share of 1 + its norm.
 
     Returns:
-        Point, loss, gradient and kind of each member; those that do not converge are told, not dropped.
+        Point, loss, gradient and kind of each member, including members that do not converge.
 
     Raises:
         ValueError: for rows of another length, or `within` that is not positive.
@@ -266,11 +266,11 @@ def _polished(loss: Loss, begin: Tensor, tolerance: float, within: float) -> Pol
 
 
 def _newton_path(loss: Loss, begin: Tensor, tolerance: float, within: float) -> tuple[Tensor, Tensor]:
-    """Where Newton's steps end, and the gradient there; where each began, if it is sought beyond the neighbourhood."""
+    """Points where Newton's steps end, and gradients there; a member whose steps lead too far is put back."""
     point, gradient = begin.clone(), loss.gradient(begin)
     start, reach = gradient.clone(), within * (1 + begin.norm(dim=-1))
     away = torch.zeros_like(reach, dtype=torch.bool)
-    # one step more than the tolerance asks for: it costs little and quadratic convergence ends at rounding
+    # one step more than the tolerance needs: it costs little, and quadratic convergence then reaches rounding
     pending: Bool[Tensor, " member"] = torch.isfinite(gradient).all(-1)
     last = torch.zeros_like(pending)
     for _ in range(_NEWTON_STEPS):
@@ -285,12 +285,13 @@ def _newton_path(loss: Loss, begin: Tensor, tolerance: float, within: float) -> 
         done = better.abs().amax(-1) <= tolerance
         pending[index] = improved & ~last[index] & ~gone
         last[index] = done
-    lost = (away & ~(gradient.abs().amax(-1) <= tolerance))[:, None]  # along a channel every point may be stationary
+    # a member on a channel may lead away although it is stationary to the tolerance already
+    lost = (away & ~(gradient.abs().amax(-1) <= tolerance))[:, None]
     return torch.where(lost, begin, point), torch.where(lost, start, gradient)
 
 
 class _Newton:
-    """Newton's step at each point, in the Hessian's own axes."""
+    """Newton's step at each point, in the eigenvectors of the Hessian."""
 
     def __init__(self, loss: Loss, point: Tensor, gradient: Tensor) -> None:
         self.spectrum, self._axes = torch.linalg.eigh(loss.hessian(point))
@@ -299,7 +300,7 @@ class _Newton:
         self.step = -(self._axes @ (inverse * (self._axes.mT @ gradient[..., None])[..., 0])[..., None])[..., 0]
 
     def certain(self, ahead: Tensor) -> Tensor:
-        """Which eigenvalues change by less than half from here to the Hessian at the step's end."""
+        """Whether each eigenvalue changes by less than half between here and the Hessian at the step's end."""
         there = (self._axes * (ahead @ self._axes)).sum(-2)
         certain: Tensor = self._seen & ((there - self.spectrum).abs() < self.spectrum.abs() / 2)
         return certain
@@ -313,7 +314,7 @@ def _limited(step: Tensor, point: Tensor) -> Tensor:
 
 
 def _halved(loss: Loss, point: Tensor, step: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The largest of step, step/2, … whose end has a smaller gradient; where none has, the point itself."""
+    """End of the largest of step, step/2, … at which the gradient is smaller; the point itself if there is none."""
     before = gradient.norm(dim=-1)
     moved, after = point.clone(), gradient.clone()
     improved = torch.zeros_like(before, dtype=torch.bool)
@@ -336,5 +337,5 @@ def _chunks(loss: Loss, rows: Tensor) -> Iterator[Tensor]:
 
 
 def chunk_size(loss: Loss) -> int:
-    """Members whose Hessians are in work at once."""
+    """Number of members whose Hessians are computed together."""
     return max(1, CHUNK_BYTES // (8 * loss.parameters**2))

@@ -31,19 +31,20 @@ Elementwise: TypeAlias = Float[Tensor, "..."]
 Number: TypeAlias = Tensor | float
 Function: TypeAlias = Callable[[Tensor], Tensor]
 
-#: Below this sin θ weights count as parallel.  There the relu's E[σ''σ''] is infinite, but enters a Hessian in weights
-#: multiplied by sin² θ: taken as 0, it errs by sin θ, while rounding the cosine of a weight with itself gives 5e-8.
+#: Weights at an angle with sin θ below this count as parallel.  relu's E[σ''σ''] is infinite at θ = 0, but a Hessian in
+#: the weights contains it times sin² θ, so that setting it to 0 errs by sin θ.  The limit is above 5e-8, the sin θ that
+#: rounding of the cosine leaves between a weight and itself.
 _PARALLEL, _NORM_FLOOR = 1e-7, 1e-150
-#: |w|²|v|² beyond which the determinant of a covariance is computed from what is left of it.
+#: |w|²|v|² beyond which a covariance's determinant is computed in a form that avoids cancellation (`_determinant`).
 _LARGE = 1e4
 #: Spacing in log λ and range of the logistic law's scales; see `_logistic_scales`.
 _SCALE_STEP, _SCALES = 0.1, (0.30, 9.2)
-#: The trapezoid rule's box, where the normal density is 2e-17 of its peak, its limits in nodes a side and its error.
+#: The trapezoid rule's half width, where the normal density is 2e-17 of its peak; least and most nodes per side; error.
 _EDGE, _FEWEST, _MOST, _TOLERANCE = 8.8, 48, 6144, 1e-13
 
 
 class Partials(NamedTuple):
-    """g and the derivatives that a Hessian needs, elementwise; B's follow by exchange, ∂²g/∂A∂B = cc/4.
+    """g and its partial derivatives needed for a Hessian, elementwise; those in B follow by symmetry, ∂²g/∂A∂B = cc/4.
 
     Attributes:
         value: g.
@@ -66,7 +67,7 @@ class Partials(NamedTuple):
 
 @runtime_checkable
 class Interaction(Protocol):
-    """g of one activation, in covariances.
+    """The interaction function g of one activation, as a function of the covariances A, B, c.
 
     ``interaction(A, B, c)`` is g, elementwise, twice differentiable by autograd; ``partials`` its closed derivatives.
     """
@@ -82,11 +83,11 @@ class Interaction(Protocol):
 
 
 def _determinant(A: Tensor, B: Tensor, c: Tensor, a: Number, b: Number) -> Tensor:
-    """D = pq − c², p = a + A, q = b + B, which stays above 0 and keeps its digits at large norms.
+    """Determinant D = pq − c² with p = a + A, q = b + B, in a form that stays positive and accurate at large norms.
 
-    There pq and c² agree to more digits than they have.  D = (AB − c²) + aB + bA + ab holds what they differ by, and
-    AB − c² counts as 0 where it is no more than rounding: fields (anti)parallel as far as A, B and c tell.  Its slopes
-    stay.
+    At large norms pq and c² agree in all their digits.  D is then computed as (AB − c²) + aB + bA + ab, where AB − c²
+    is set to 0 if it is no more than rounding, that is for fields which are (anti)parallel as far as A, B and c tell.
+    Its derivatives are kept.
     """
     plain = (a + A) * (b + B) - c * c
     square = A * B
@@ -97,13 +98,13 @@ def _determinant(A: Tensor, B: Tensor, c: Tensor, a: Number, b: Number) -> Tenso
 
 
 def _arcsine_partials(A: Tensor, B: Tensor, c: Tensor, a: Number, b: Number) -> Partials:
-    """Of asin(c/√(pq)), with p = a + A, q = b + B and D = pq − c²."""
+    """Partial derivatives of asin(c/√(pq)), with p = a + A, q = b + B and D = pq − c²."""
     p, q = a + A, b + B
     pq = p * q
     D = _determinant(A, B, c, a, b)
     root = D.rsqrt()
     cube = root / D
-    value = torch.atan2(c, D.sqrt())  # keeps its digits near c = √(pq), where asin loses half of them
+    value = torch.atan2(c, D.sqrt())  # accurate near c = √(pq), where asin loses half of its digits
     A = -c * root / (2 * p)
     AA = c * (3 * pq - 2 * c * c) * cube / (4 * p * p)
     return Partials(value, A, root, AA, -q * cube / 2, -p * cube / 2, c * cube)
@@ -157,7 +158,7 @@ def arc_cosine(u: Tensor) -> Tensor:
 
 
 def _rectifier_partials(A: Tensor, B: Tensor, c: Tensor) -> Partials:
-    """Of r₁ r₂ K(u), r₁ = √A, r₂ = √B, with s = sin θ."""
+    """Partial derivatives of r₁ r₂ K(u), r₁ = √A, r₂ = √B, with s = sin θ."""
     r1, r2 = A.sqrt().clamp(min=_NORM_FLOOR), B.sqrt().clamp(min=_NORM_FLOOR)
     product = r1 * r2
     u = (c / product).clamp(-1, 1)
@@ -177,7 +178,7 @@ def _rectifier_partials(A: Tensor, B: Tensor, c: Tensor) -> Partials:
 
 
 class _Erf:
-    """erf(x/√2): (2/π) asin(c/√((1+A)(1+B)))."""
+    """Interaction of erf(x/√2): (2/π) asin(c/√((1+A)(1+B)))."""
 
     homogeneous = False
 
@@ -189,7 +190,7 @@ class _Erf:
 
 
 class _PiecewiseLinear:
-    """leak·x below 0: (1−leak)² r₁r₂K(u) + leak·c; relu has leak 0, the identity 1."""
+    """Interaction of σ with slope `leak` below 0: (1−leak)² r₁r₂K(u) + leak·c; relu has leak 0, the identity 1."""
 
     homogeneous = True
 
@@ -203,7 +204,7 @@ class _PiecewiseLinear:
         return (1 - self.leak) ** 2 * norms * arc_cosine(c / norms.clamp(min=_NORM_FLOOR)) + self.leak * c
 
     def in_cosine(self, r1: Tensor, r2: Tensor, u: Tensor) -> Tensor:
-        """The same in norms and cosine, differentiable at norm 0 too."""
+        """The interaction as a function of norms and cosine, differentiable at norm 0 too."""
         kernel = self.leak * u
         return r1 * r2 * (kernel if self.leak == 1 else kernel + (1 - self.leak) ** 2 * arc_cosine(u))
 
@@ -216,10 +217,11 @@ class _PiecewiseLinear:
 
 
 class _Gelu:
-    """x Φ(x/λ) beside y Φ(y/λ'): cF + [AB + c²(λ²λ'² − AB)/pq] / 2π√(pq − c²), p = λ² + A, q = λ'² + B.
+    """Interaction of x Φ(x/λ) with y Φ(y/λ'); gelu has λ = λ' = 1.
 
-    F = E[ΦΦ] = ¼ + asin(c/√(pq))/2π.  gelu has λ = λ' = 1.  With D = pq − c² the bracket is (AB D + λ²λ'²c²)/pq.  At
-    c < 0 and large norms both terms grow and cancel; the sum is relu's on fields of variances p and q, and a rest:
+    It is cF + [AB + c²(λ²λ'² − AB)/pq] / 2π√(pq − c²) with p = λ² + A, q = λ'² + B, F = E[ΦΦ] = ¼ + asin(c/√(pq))/2π.
+    With D = pq − c² the bracket is (AB D + λ²λ'²c²)/pq.  At c < 0 and large norms both terms grow and cancel; the sum
+    is then computed as relu's interaction on fields of variances p and q, plus a remainder:
 
         2π g = [λ²λ'²c² − (pq − AB) D]/(pq √D) + √D + c (π/2 + atan(c/√D)).
     """
@@ -237,7 +239,7 @@ class _Gelu:
     def _value(self, A: Tensor, B: Tensor, c: Tensor, D: Tensor, root: Tensor) -> Tensor:
         a, b = self.variances
         pq = (a + A) * (b + B)
-        # _rectified has √D already, (AB D + λ²λ'²c²)/(pq √D) less it is what stands here
+        # the remainder (AB D + λ²λ'²c²)/(pq √D) − √D, since _rectified contains √D already
         rest = (c * c * (a * b / pq) - (a * B + b * A + a * b) / pq * D) / root
         both = 0.25 + torch.atan2(c, root) / (2 * math.pi)
         plain = c * both + (A * B + c * c * (a * b - A * B) / pq) / (2 * math.pi * root)
@@ -277,16 +279,16 @@ class _Gelu:
 
 
 def _rectified(c: Tensor, root: Tensor) -> Tensor:
-    """√D + c (π/2 + atan(c/√D)): 2π E[relu relu] of fields of covariance c, determinant D.
+    """2π E[relu relu] of fields of covariance c and determinant D: √D + c (π/2 + atan(c/√D)).
 
-    At c < 0, where terms cancel, it is |c| (t − atan t), t = √D/|c|.
+    At c < 0, where these terms cancel, it is computed as |c| (t − atan t), t = √D/|c|.
     """
     size = torch.where(c < 0, -c, 1.0)
     return torch.where(c < 0, size * _beyond_slope(root / size), root + c * (math.pi / 2 + torch.atan2(c, root)))
 
 
 def _beyond_slope(t: Tensor) -> Tensor:
-    """t − atan t, t > 0; by its series where t is small and the two agree."""
+    """t − atan t for t > 0, by its series for small t, where the two terms cancel."""
     small = t < 0.25
     u = torch.where(small, t, 0.25)
     square, series = u * u, torch.zeros_like(u)
@@ -304,10 +306,11 @@ def _scaled(partials: Partials, factor: Number) -> Partials:
 
 @lru_cache(maxsize=1)
 def _logistic_scales() -> tuple[np.ndarray, np.ndarray]:
-    """Nodes λ and weights p with 1/(1+e⁻ˣ) = Σ p Φ(x/λ): λ/2 has Kolmogorov's law (Andrews & Mallows 1974).
+    """Nodes λ and weights p of the scale mixture 1/(1+e⁻ˣ) = Σ p Φ(x/λ).
 
-    In log λ its density falls doubly exponentially on both sides and is analytic for |Im| < π/4, as are the
-    interactions: the trapezoid rule of step h errs by exp(−π²/2h), 4e-22 for h = 0.1.
+    λ/2 has Kolmogorov's distribution (Andrews & Mallows 1974).  In log λ its density falls doubly exponentially on both
+    sides and is analytic for |Im| < π/4, as are the interactions, so the trapezoid rule of step h errs by exp(−π²/2h),
+    which is 4e-22 for h = 0.1.
     """
     low, high = (math.log(edge / 2) for edge in _SCALES)
     k = np.exp(np.arange(low, high + _SCALE_STEP, _SCALE_STEP))[:, None]
@@ -316,12 +319,13 @@ def _logistic_scales() -> tuple[np.ndarray, np.ndarray]:
     with np.errstate(under="ignore"):
         above = (8 * k * (-1.0) ** (j - 1) * j**2 * np.exp(-2 * (j * k) ** 2)).sum(1)
         below = (math.sqrt(2 * np.pi) * (odd / (4 * k**4) - 1 / k**2) * np.exp(-odd / (8 * k**2))).sum(1)
-    density = np.where(k[:, 0] < 1, below, above)  # two expansions of one theta function
+    # two expansions of the same theta function, each where it converges fast
+    density = np.where(k[:, 0] < 1, below, above)
     return 2 * k[:, 0], density * k[:, 0] * _SCALE_STEP
 
 
 class _LogisticMixture:
-    """Σ p p' g(λ, λ'), an interaction of the scales of the logistic law."""
+    """Interaction of an activation that is a logistic scale mixture: Σ p p' g(λ, λ') over pairs of scales."""
 
     homogeneous = False
 
@@ -376,14 +380,14 @@ class _LogisticMixture:
 
 
 def _derivative(function: Function, order: int) -> Function:
-    """The order-th derivative of an elementwise function, by autograd."""
+    """The derivative of the given order of an elementwise function, by autograd."""
 
     def derived(x: Tensor) -> Tensor:
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             y = function(x)
             for remaining in range(order, 0, -1):
-                if not y.requires_grad:  # constant from here on
+                if not y.requires_grad:  # autograd has no graph: the derivative is constant, so higher ones are 0
                     return torch.zeros_like(x)
                 (y,) = torch.autograd.grad(y.sum(), x, create_graph=remaining > 1)
         return y.detach()
@@ -392,7 +396,7 @@ def _derivative(function: Function, order: int) -> Function:
 
 
 class _Expectation(torch.autograd.Function):
-    """E[σ⁽ⁱ⁾ σ⁽ʲ⁾] elementwise; Price's theorem makes it differentiable without end."""
+    """E[σ⁽ⁱ⁾ σ⁽ʲ⁾], elementwise; by Price's theorem its derivatives are expectations of the same form, to any order."""
 
     @staticmethod
     def forward(A: Tensor, B: Tensor, c: Tensor, function: Function, i: int, j: int) -> Tensor:
@@ -429,7 +433,7 @@ class _Expectation(torch.autograd.Function):
 
 
 def _trapezoid(left: Function, right: Function, A: Tensor, B: Tensor, c: Tensor) -> Tensor:
-    """E[left(√A x) right(√B y)] on a square grid, refined until two grids agree."""
+    """E[left(√A x) right(√B y)] by the trapezoid rule on a square grid, refined until two grids agree."""
     A, B, c = torch.broadcast_tensors(A, B, c)
     r1, r2 = A.sqrt(), B.sqrt()
     norms = r1 * r2
@@ -444,7 +448,7 @@ def _one_expectation(left: Function, right: Function, r1: Tensor, r2: Tensor, u:
         z = torch.linspace(-_EDGE, _EDGE, nodes + 1, dtype=r1.dtype, device=r1.device)
         density = torch.exp(-z * z / 2) * (2 * _EDGE / nodes / math.sqrt(2 * math.pi))
         along = left(r1 * z) * density
-        # parallel fields are one field: no grid across them
+        # parallel fields are one field, so a one-dimensional grid is enough
         across = right(r2 * u * z) if s == 0 else right(r2 * (u * z[:, None] + s * z)) @ density
         found = along @ across
         size = along.abs() @ across.abs()
@@ -461,7 +465,7 @@ def _one_expectation(left: Function, right: Function, r1: Tensor, r2: Tensor, u:
 
 
 class _Quadrature:
-    """Any smooth σ."""
+    """Interaction of any smooth σ, by quadrature."""
 
     homogeneous = False
 
@@ -494,7 +498,7 @@ class _Quadrature:
 # --- what others use -----------------------------------------------------------------------------------------
 
 
-#: Of smooth activations, by the activation itself and not its name; any that is not here is integrated.
+#: Closed forms by activation object (not by name, which can be registered anew); all others are integrated.
 _CLOSED_FORMS: Mapping[Activation, Interaction] = {
     activations.activation(name): closed
     for name, closed in (
@@ -561,7 +565,7 @@ def in_cosine(
 
 
 def _check(name: str, value: Tensor, holds: Callable[[Tensor], Tensor], rule: str) -> None:
-    if torch._C._functorch.is_functorch_wrapped_tensor(value):  # values under vmap cannot be asked
+    if torch._C._functorch.is_functorch_wrapped_tensor(value):  # vmap hides the values
         return
     wrong = ~holds(value.detach())
     if wrong.any():
@@ -585,7 +589,7 @@ class Derivatives(NamedTuple):
 def derivatives(
     activation: str | Activation | Function, r1: Any, r2: Any, rho: Any, *, leak: float = 0.01
 ) -> Derivatives:
-    """g(r₁, r₂, ρ) with first and second derivatives; arguments and errors as `in_cosine`."""
+    """g(r₁, r₂, ρ) with its first and second derivatives; takes the arguments of `in_cosine` and raises as it does."""
     given = [torch.as_tensor(v, dtype=torch.float64).detach() for v in (r1, r2, rho)]
     point = torch.stack(torch.broadcast_tensors(*given), -1).requires_grad_()
     with torch.enable_grad():

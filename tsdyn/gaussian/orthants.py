@@ -1,8 +1,9 @@
 """Gaussian moments of gates and rectifiers: E[θ(a)…θ(b) c₊ d₊] of up to four fields.
 
-Stein's lemma takes one rectifier c away: E[c F] = Σ_s C_cs E[∂_s F], whose gates become δ functions, that is the same
-moment of one field less, conditioned on that field being 0, and whose rectifier d becomes a gate.  What remains are
-orthant probabilities: closed for three fields, and for four one integral (Plackett 1954) of a smooth function,
+Stein's lemma removes one rectifier c: E[c F] = Σ_s C_cs E[∂_s F].  The derivative turns a gate into a δ function, which
+leaves a moment of one field fewer, conditioned on that field being 0, and it turns a rectifier d into a gate.  What
+remains are orthant probabilities, closed for three fields and one integral (Plackett 1954) of a smooth function for
+four,
 
     P₄ = 1/16 + Σ_{i<j} asin ρ_ij/8π + (1/4π²) Σ_{i<j} asin ρ_ij ∫₀¹ asin r_{kl·ij}(t(s)) ds,
 
@@ -19,7 +20,7 @@ from functools import lru_cache
 import numpy as np
 
 _ROOT = math.sqrt(2 * math.pi)
-#: Nodes of the tanh–sinh rule, dense at both ends, where parallel fields make the integrand steep.
+#: Number of nodes of the tanh–sinh rule, which are dense at both ends, where parallel fields make the integrand steep.
 _NODES, _REACH = 61, 3.0
 #: Conditional variances below this share of the variance are rounding: the fields are parallel.
 _PARALLEL = 1e-14
@@ -34,14 +35,18 @@ def _rule() -> tuple[np.ndarray, np.ndarray]:
 
 
 def _correlation(c: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """c/√(ab) within ±1; 0 where a or b is 0: the gate of a field that is 0 counts half, whatever the others do."""
+    """Correlation c/√(ab), clipped to ±1; 0 where a or b is 0.
+
+    A field of variance 0 is 0, and its gate counts ½ independently of the others, as that of an uncorrelated field
+    does.
+    """
     product = np.sqrt(np.maximum(a, 0) * np.maximum(b, 0))
     found: np.ndarray = np.clip(np.divide(c, product, out=np.zeros_like(c), where=product > 0), -1, 1)
     return found
 
 
 def probability(C: np.ndarray) -> np.ndarray:
-    """P[all fields > 0], C (…, n, n) with n ≤ 4."""
+    """Probability that all n ≤ 4 fields of covariance C (…, n, n) are positive."""
     n = C.shape[-1]
     if n == 0:
         return np.ones(C.shape[:-2])
@@ -69,7 +74,7 @@ def probability(C: np.ndarray) -> np.ndarray:
 
 
 def _conditioned(C: np.ndarray, s: int) -> np.ndarray:
-    """Covariance of the other fields where field s is 0; what is parallel to s is 0 too."""
+    """Covariance of the other fields given that field s is 0; variances that are only rounding are set to 0."""
     rest = [i for i in range(C.shape[-1]) if i != s]
     cut, row = C[..., rest, :][..., rest], C[..., rest, s]
     own = C[..., s, s, None, None]
@@ -82,17 +87,17 @@ def _conditioned(C: np.ndarray, s: int) -> np.ndarray:
 
 
 def _density(variance: np.ndarray) -> np.ndarray:
-    """At 0; of a field that is 0 itself, whose covariances are 0 too, nothing."""
+    """Density at 0 of a normal field; 0 for a field of variance 0, whose covariances are 0 too."""
     root = _ROOT * np.sqrt(np.maximum(variance, 0))
     return np.asarray(np.divide(1, root, out=np.zeros_like(variance), where=variance > 0))
 
 
 def moment(C: np.ndarray, gates: int, rectifiers: int) -> np.ndarray:
-    """E[θ…θ z₊…z₊], the first fields gates, the last ones rectifiers: C (…, n, n), n = gates + rectifiers ≤ 4."""
+    """E[θ…θ z₊…z₊] for covariance C (…, n, n): gates of the first fields times rectifiers of the last; n ≤ 4."""
     n = C.shape[-1]
     if not rectifiers:
         return probability(C)
-    c = n - 1  # the rectifier to take away; F = gates · θ(c) · other rectifiers
+    c = n - 1  # index of the rectifier that Stein's lemma removes; F = gates · θ(c) · other rectifiers
     density = _density(np.einsum("...ii->...i", C))
     found = np.zeros(C.shape[:-2])
     others = list(range(gates, c))
@@ -107,7 +112,7 @@ def moment(C: np.ndarray, gates: int, rectifiers: int) -> np.ndarray:
 
 
 def square(C: np.ndarray) -> np.ndarray:
-    """E[θ…θ c₊²], c the last field, n ≤ 3."""
+    """E[θ…θ c₊²] with c the last of n ≤ 3 fields: the gates of the others times the squared rectifier."""
     n = C.shape[-1]
     c = n - 1
     found = C[..., c, c] * probability(C)
@@ -120,10 +125,10 @@ def square(C: np.ndarray) -> np.ndarray:
 
 @lru_cache
 def _groups(nodes: int, fields: int) -> tuple[tuple[bool, int, np.ndarray, np.ndarray, np.ndarray], ...]:
-    """Terms m_z m_z' E[θ_i θ_k z₊ z'₊], i ≤ k, z ≤ z', by which of the four coincide.
+    """The terms m_z m_z' E[θ_i θ_k z₊ z'₊], i ≤ k, z ≤ z', grouped by which of the four fields coincide.
 
-    Each group: whether z = z', how many gates remain, the fields (term, gates + rectifiers), i·nodes + k, and the pair
-    (z, z').  A gate of a rectified field is 1.
+    Each group holds: whether z = z', how many gates remain, the fields (term, gates + rectifiers), i·nodes + k, and the
+    pair (z, z').  The gate of a rectified field is 1 and is dropped.
     """
     found: dict[tuple[bool, int], list[tuple[list[int], int, tuple[int, int]]]] = {}
     for i in range(nodes):
@@ -142,7 +147,7 @@ def _groups(nodes: int, fields: int) -> tuple[tuple[bool, int, np.ndarray, np.nd
 
 
 def gated_square(C: np.ndarray, m: np.ndarray, nodes: int) -> np.ndarray:
-    """E[θ_i θ_k (Σ m_z z₊)²] of the first fields i, k, (K, K): relu's fluctuation."""
+    """relu's fluctuation E[θ_i θ_k (Σ m_z z₊)²] for the first K fields i, k, (K, K)."""
     found = np.zeros(nodes * nodes)
     for same, gates, chosen, at, pair in _groups(nodes, len(m)):
         part = C[chosen[:, :, None], chosen[:, None, :]]

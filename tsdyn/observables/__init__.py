@@ -1,4 +1,4 @@
-"""What is recorded while a student trains: the formulas and the table of variables they fill."""
+"""The measurements recorded while a student trains: their formulas and the registry of variables they fill."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""Formulas of what is recorded, each of the arrays it speaks about."""
+"""Formulas of recorded quantities, as functions of arrays."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tsdyn.engine.loss import CROSS_ENTROPY, MSE
 
 
 def loss(teacher_output: Outputs, output: Outputs) -> Float[Tensor, ""]:
-    """J = ½ E‖f* − f‖², the sum over outputs and mean over samples.  Source: Tian (2020), Eq. 1."""
+    """Training loss J = ½ E‖f* − f‖², summed over outputs and averaged over samples.  Source: Tian (2020), Eq. 1."""
     return MSE.value(output, teacher_output)
 
 
@@ -21,7 +21,7 @@ def mse(teacher_output: Outputs, output: Outputs) -> Float[Tensor, ""]:
 
 
 def cross_entropy(classes: Int[Tensor, " sample"], output: Outputs) -> Float[Tensor, ""]:
-    """E[−log softmax(f)_class].  Source: Tian (2020), section 6."""
+    """Cross entropy E[−log softmax(f)_class].  Source: Tian (2020), section 6."""
     return CROSS_ENTROPY.over(output, output, classes)
 
 
@@ -34,7 +34,7 @@ def accuracy(classes: Int[Tensor, " sample"], output: Outputs, *, most: int) -> 
 def standardized(activation: Activations) -> Activations:
     """Centred over samples and scaled to unit sum of squares; NaN where an activation is constant.
 
-    A constant activation is told by its range, not its variance: rounding leaves the latter above zero.
+    A constant activation is recognized by its range, since rounding may leave its variance above zero.
     """
     centred = activation - activation.mean(0)
     constant = activation.amax(0) == activation.amin(0)
@@ -52,8 +52,8 @@ def correlation(teacher_activation: TeacherActivations, activation: Activations)
 def observation(teacher_z: TeacherActivations, student_z: Activations, *, band: float) -> TeacherByStudent:
     """Share of a teacher node's boundary samples that lie in a student node's active region.
 
-    Boundary samples of node j: those whose pre-activation is within `band` of its standard deviations of 0.
-    NaN without any.  Active: z_k(x) > 0.
+    Boundary samples of node j have a pre-activation within `band` standard deviations of 0; NaN if there are none.  A
+    student node is active where z_k(x) > 0.
     Source: Tian (2020), Definition 4, on a finite sample (κ of Theorem 3).
     """
     near = (teacher_z.abs() <= band * teacher_z.std(0, correction=0)).to(teacher_z.dtype)
@@ -61,7 +61,7 @@ def observation(teacher_z: TeacherActivations, student_z: Activations, *, band: 
 
 
 def observation_count(teacher_z: TeacherActivations, student_z: Activations) -> TeacherByStudent:
-    """min over the two sides of teacher node j's boundary of the number of samples active in student node k.
+    """Number of samples active in student node k, on the side of teacher node j's boundary that has fewer of them.
 
     Source: Tian (2020), released code.
     """

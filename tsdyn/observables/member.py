@@ -1,4 +1,4 @@
-"""One member as it is measured: its probe, its response, and everything derived from both, once."""
+"""Intermediate results for measuring one member: computed once, when first needed, and shared by observables."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from tsdyn.theory.couplings import backpropagated_gradients
 
 @dataclass(frozen=True)
 class Probe:
-    """A data set as one teacher sees it; computed once for as long as the data stay the same.
+    """A data set with its teacher, and the teacher's activations on it; reused for as long as the data stay the same.
 
     Attributes:
         inputs: (sample, input).
         teacher: A network, or a module of the user's own.
-        labels: The data's own, (sample,), where an experiment uses them.
+        labels: The data set's own classes, (sample,), if the experiment uses them.
     """
 
     inputs: Tensor
@@ -34,7 +34,7 @@ class Probe:
 
     @cached_property
     def classes(self) -> Tensor:
-        """The teacher's class of each sample: its largest output, (sample,)."""
+        """The teacher's class of each sample, the index of its largest output, (sample,)."""
         return self.trace.output.argmax(1)
 
     @cached_property
@@ -62,12 +62,12 @@ def _fanout_norms(network: Network, x: Tensor, trace: Trace) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class Response:
-    """A student on a probe; what observables share is computed once and only when asked for.
+    """A student's activations on a probe, computed once, when first needed, for all observables.
 
     Attributes:
         student: A network, or a module of the user's own.
         probe: The data set.
-        correlated: Whether correlations are asked for, too.
+        correlated: Whether correlations are needed too.
     """
 
     student: Network | Own
@@ -91,32 +91,32 @@ class Response:
 
     @property
     def squared_error(self) -> Tensor:
-        """Σ (f* − f)² over samples and outputs."""
+        """Squared error Σ (f* − f)² over samples and outputs."""
         return self._sums.squared_error
 
     @property
     def mse(self) -> Tensor:
-        """As the module's `mse`."""
+        """Mean squared error over samples and outputs, as `formulas.mse`."""
         return self.squared_error / self.probe.trace.output.numel()
 
     @property
     def correlations(self) -> list[Tensor]:
-        """`correlation` of each hidden layer."""
+        """Correlations of each hidden layer, as `formulas.correlation`."""
         return self._sums.correlations
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One member at one epoch; what observables share is computed once and only when asked for.
+    """One member at one epoch, with the intermediate results that observables share.
 
     Attributes:
-        student: A network, or a module of the user's own; `network` and `net` where only the former will do, or only
-            plain linear layers.
-        train, eval: What it is measured on.
-        band: Of `observation`.
-        layout: Sizes that the record decides.
-        objective: The loss that is trained; gradients and Hessians are of it.
-        labels: Whose classes it is of, where it is of classes.
+        student: A network, or a module of the user's own.  `network` is the student if it is a network, `net` if it has
+            only plain linear layers; they raise ValueError otherwise.
+        train, eval: The probes on which it is measured.
+        band: Width of the boundary band of `observation`.
+        layout: Array sizes that the experiment's record settings determine.
+        objective: The loss that is trained, to which gradients and Hessians belong.
+        labels: For a loss on classes, whether they are the teacher's or the data set's.
     """
 
     student: Network | Own
@@ -140,13 +140,13 @@ class Measurement:
         return _plain(_network(self.eval.teacher))
 
     def loss(self, response: Response) -> Tensor:
-        """J over a probe."""
-        if self.objective == MSE:  # whose sums are compiled
+        """The trained loss J over a probe."""
+        if self.objective == MSE:  # its sums are compiled
             return 0.5 * response.squared_error / len(response.probe.inputs)
         return self.objective.over(response.trace.output, response.probe.trace.output, self._classes(response.probe))
 
     def target(self, probe: Probe) -> Tensor:
-        """What the loss that is trained wants on a probe, (sample, output)."""
+        """Targets of the trained loss on a probe, (sample, output)."""
         return self.objective.target(probe.trace.output, self._classes(probe))
 
     def _classes(self, probe: Probe) -> Tensor:
@@ -166,7 +166,8 @@ class Measurement:
 
     @cached_property
     def on_eval(self) -> Response:
-        own = isinstance(self.student, Own) or isinstance(self.eval.teacher, Own)  # which have no layers to compare
+        # own modules have no known layers to compare
+        own = isinstance(self.student, Own) or isinstance(self.eval.teacher, Own)
         return Response(self.student, self.eval, correlated=not own)
 
     @property
@@ -182,7 +183,7 @@ class Measurement:
 
     @cached_property
     def gradients(self) -> list[Tensor]:
-        """g_l of the loss that is trained, over the training set."""
+        """Backpropagated gradients g_l of the trained loss over the training set."""
         trace = self.on_train.trace
         residual = self.objective.residual(trace.output, self.target(self.train))
         return backpropagated_gradients(self.net, trace, residual)

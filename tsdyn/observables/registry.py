@@ -1,6 +1,6 @@
-"""What is measured: pure functions of a student and its teacher, registered under the schema variable they fill.
+"""Registry of observables: pure functions of a student and its teacher, under the schema variable they fill.
 
-A layered observable gives one array a layer, or None where it has no meaning; the archive pads.
+A layered observable gives one array per layer, or None for a layer where it has no meaning; the archive pads.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tsdyn import registers, schema, vocabulary
 from tsdyn.derivatives import curvature
+from tsdyn.engine.loss import loss
 from tsdyn.experiment.errors import ExperimentError
 from tsdyn.experiment.experiment import Experiment
 from tsdyn.networks.any_module import Own
@@ -30,17 +31,18 @@ Layers: TypeAlias = list[Tensor | None]
 Observable: TypeAlias = Callable[[Measurement], Tensor | Layers]
 
 
-#: tsdyn's own, by the variable that each fills.
+#: tsdyn's own observables, by the variable that each fills.
 OBSERVABLES: dict[str, Observable] = {}
 
 
 @dataclass(frozen=True)
 class Observed:
-    """An observable of a package or of the user's own: what an entry point of ``tsdyn.observables`` names.
+    """An observable that a package or a user defines; an entry point of ``tsdyn.observables`` names an instance.
 
     Attributes:
-        variable: As `tsdyn.declare` gives it; experiment files ask for it by its name.
-        measure: `Measurement` → a tensor, or one per layer from the lowest up, of the variable's sizes.
+        variable: The result of `tsdyn.declare`; experiment files request it by its name.
+        measure: Function of a `Measurement` that gives a tensor of the variable's sizes, or a list of one tensor per
+            layer from the lowest up.
     """
 
     variable: vocabulary.Variable
@@ -52,10 +54,10 @@ class Observed:
 
 
 def observable(name: str) -> Observable:
-    """The measurement of that name: tsdyn's own, or one that a package offers or `tsdyn.run` was given.
+    """The measuring function of an observable: tsdyn's own, one that a package offers, or one given to `tsdyn.run`.
 
     Raises:
-        PartError: if there is none, or what a package offers is no `Observed` of that name.
+        PartError: if there is none, or if what a package offers is not an `Observed` of that name.
     """
     if name in OBSERVABLES:
         return OBSERVABLES[name]
@@ -70,11 +72,11 @@ def observable(name: str) -> Observable:
 
 @contextmanager
 def added(observables: Sequence[Observed]) -> Iterator[None]:
-    """Inside, experiments of this process can ask for these observables by name."""
+    """Context in which experiments of this process can request the given observables by name."""
     done: list[str] = []
     try:
         for each in observables:
-            if each.name not in done:
+            if not registers.OBSERVABLES.holds(each.name, each):
                 schema.adopt(each.variable)
                 registers.OBSERVABLES.add(each.name, each)
                 done.append(each.name)
@@ -85,13 +87,17 @@ def added(observables: Sequence[Observed]) -> Iterator[None]:
 
 
 def load(experiment: Experiment) -> None:
-    """Load the observables that packages offer and `experiment` asks for, so that their variables are declared.
+    """Import the observables of packages that `experiment` requests, so that their variables are declared.
 
     Raises:
-        ExperimentError: if one is not there, or cannot be measured of this experiment's networks.
+        ExperimentError: if one is not there, or cannot be measured of this experiment's networks; or if a loss that a
+            package offers has no classes and is asked for the data's.
     """
+    law = experiment.training
+    if experiment.kind == "training" and law.labels == "data" and loss(law.loss).targets == "outputs":
+        raise ExperimentError(f"training.labels = 'data': training.loss = {law.loss!r} is of outputs, not of classes")
     for register, name in experiment.parts.values():
-        if register is not registers.OBSERVABLES:
+        if register is not registers.OBSERVABLES or not register.foreign(name):
             continue
         try:
             observable(name)
@@ -102,10 +108,12 @@ def load(experiment: Experiment) -> None:
             raise ExperimentError(f"record.observables: {name} is not measured of convolutions and BatchNorm (deep)")
         if experiment.student.module is not None and not row.own:
             raise ExperimentError(f"record.observables: {name} is not measured of modules of your own (own)")
+        if experiment.teacher.module is not None and not row.bare_teacher:
+            raise ExperimentError(f"record.observables: {name} has dimensions of the teacher, a module of your own")
 
 
 def fills(variable: str) -> Callable[[Observable], Observable]:
-    """Register a measurement under the schema variable it fills."""
+    """Decorator that registers a measuring function under the schema variable it fills."""
     if variable not in vocabulary.VARIABLES:
         raise ValueError(f"fills: {variable!r} is not a variable of the schema; declare it in tsdyn.vocabulary first")
 
@@ -171,7 +179,7 @@ def _alignment(m: Measurement) -> Tensor:
 
 @fills("gradient_norm")
 def _gradient_norm(m: Measurement) -> Tensor:
-    """‖∂J_x/∂θ‖² = Σ_l ‖g_l‖² (‖f_{l−1}‖² + 1), the 1 where layer l has a bias."""
+    """Norm of each sample's gradient: ‖∂J_x/∂θ‖² = Σ_l ‖g_l‖² (‖f_{l−1}‖² + 1), with the 1 if layer l has a bias."""
     below = [m.train.inputs, *m.on_train.trace.activations[:-1]]
     squares = [
         g.square().sum(1) * (f.square().sum(1) + (bias is not None))
@@ -257,12 +265,12 @@ Record: TypeAlias = Mapping[str, np.ndarray | list[np.ndarray]]
 
 
 def measure(variables: Iterable[str], measurement: Measurement) -> dict[str, np.ndarray | list[np.ndarray]]:
-    """The named variables of one member: an array, or one for each layer from the lowest up.
+    """Measure the named variables of one member: each an array, or a list of one per layer from the lowest up.
 
     A list shorter than the depth means that the variable has no value at the layers above.
 
     Raises:
-        KeyError: for a variable without a measurement.
+        KeyError: for a variable without a registered measuring function.
     """
     found: dict[str, np.ndarray | list[np.ndarray]] = {}
     with torch.no_grad():
@@ -277,10 +285,10 @@ def measure(variables: Iterable[str], measurement: Measurement) -> dict[str, np.
 
 
 def _checked(name: str, value: Tensor | Layers, layout: schema.Layout) -> Tensor | Layers:
-    """What a user's observable gave, if it has the dimensions that its variable declares.
+    """Return a user's observable unchanged if it has the dimensions that its variable declares.
 
     Raises:
-        PartError: otherwise, naming both.
+        PartError: otherwise; names the shapes found and declared.
     """
     row = schema.variable(name)
     parts = value if isinstance(value, (list, tuple)) else [value]
@@ -293,6 +301,8 @@ def _checked(name: str, value: Tensor | Layers, layout: schema.Layout) -> Tensor
     tensors = [torch.as_tensor(part) for part in parts if part is not None]
     for layer, tensor in enumerate(tensors, start=1):
         wanted = layout.block(row, layer if row.layered else None)
+        if tensor.is_complex():
+            raise registers.PartError(f"observable {name!r} gave complex numbers; give their parts as real ones")
         if tuple(tensor.shape) != wanted:
             inner = [dim for dim in row.dims if dim not in ("seed", "epoch", "layer")]
             where = f" at layer {layer}" if row.layered else ""

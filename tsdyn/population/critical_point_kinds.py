@@ -1,4 +1,4 @@
-"""Which critical point a small student has reached, with the evidence; and where theory puts the borders.
+"""Classifies the critical point that a small student has reached, and computes the phase boundaries from theory.
 
 Source: Simsek et al. (2023), section 5 and Figure 4.
 """
@@ -20,32 +20,32 @@ from tsdyn.population.critical_points import ODD, copy_average, perturbed_copy, 
 from tsdyn.population.two_layer_loss import PopulationLoss
 
 Kind = Literal["copy-average", "perturbed-copy", "other"]
-#: What decided the kind: each a sentence of `Classification.reason`, in the order in which they are asked.
+#: The grounds on which a kind is decided, in the order in which they are tested; see `Classification.reason`.
 Ground = Literal[
     "groups", "copies", "no-part", "wrong-sign", "pointing-away", "owning-nothing", "uneven", "groups-and-shared"
 ]
 
-#: A node owns a teacher node if this share of all nodes' squared cosines with it is its own …
+#: A node owns a teacher node if it has at least this share of all nodes' squared cosines with it.
 OWNS = 0.8
-#: … and the teacher nodes it owns are averaged if the least of its cosines with them is this share of the largest.
+#: A node averages the teacher nodes it owns if its least cosine with them is at least this share of the largest.
 EVEN = 0.8
-#: A node whose part in the output is below this share of the largest has no part in it.
+#: A node whose contribution to the output is below this share of the largest counts as having none.
 _DEAD = 1e-6
 
 
 @dataclass(frozen=True)
 class Classification:
-    """What a student does with its teacher's nodes.
+    """The kind of critical point a student is at, with the evidence.
 
     Attributes:
-        kind: ``copy-average``: every node owns a group of teacher nodes alike, and every teacher node has an owner;
-            ``perturbed-copy``: every node owns exactly one and the rest are shared; ``other``.
+        kind: ``copy-average``: every node owns a group of teacher nodes, with equal cosines, and every teacher node has
+            an owner; ``perturbed-copy``: every node owns exactly one and the rest are shared; ``other``.
         groups: Teacher nodes that each student node owns.
-        cosine: Signed by the outgoing weights for odd σ, (node, teacher_node).
+        cosine: Cosines of weights, (node, teacher_node), with the sign of the outgoing weights for odd σ.
         share: Each node's share of all squared cosines with a teacher node, (node, teacher_node); columns sum to 1.
-        margin: How far the nearest deciding number is from its threshold: the larger the clearer.
-        ground: What decided, in a word.
-        reason: The same in a sentence.
+        margin: Distance of the deciding number from its threshold; the larger, the clearer the case.
+        ground: The deciding criterion, in a word.
+        reason: The deciding criterion, in a sentence.
     """
 
     kind: Kind
@@ -58,19 +58,20 @@ class Classification:
 
 
 def classify(student: Network, teacher: Network, *, owns: float = OWNS, even: float = EVEN) -> Classification:
-    """Whether a student copies and averages, perturbs copies, or neither; of one output.
+    """Classify a student of one output as copy-average, perturbed copy, or other.
 
-    A student node owns a teacher node if `owns` of the squared cosines of all student nodes with it are its own.  Where
-    σ is not odd, a node whose outgoing weight has not the sign of the teacher's can only work against the others.
+    A student node owns a teacher node if it has at least the share `owns` of all student nodes' squared cosines with
+    it.  If σ is not odd, a node whose outgoing weight has the opposite sign of the teacher's can only work against the
+    others, which makes the student ``other``.
 
     Args:
         student: Two layers, one output.
         teacher: Two layers, orthonormal incoming and equal outgoing weights.
         owns: Threshold on the share, above ½.
-        even: Threshold on least over largest cosine within a group.
+        even: Threshold on the ratio of the least to the largest cosine within a group.
 
     Raises:
-        ValueError: for a teacher that is not so, other widths, or thresholds out of range.
+        ValueError: for any other teacher, other widths, or thresholds out of range.
 
     Source: Simsek et al. (2023), section 5; the thresholds are ours.
     """
@@ -125,19 +126,19 @@ def classify(student: Network, teacher: Network, *, owns: float = OWNS, even: fl
 
 
 def phase_boundaries(k: int, *, activation: str = "erf", outside: int = 1) -> xr.Dataset:
-    """Losses and signatures of both kinds of critical points for every n < k: the phases without a random seed.
+    """Losses and signatures of both kinds of critical points for every n < k, which give the phases without seeds.
 
     Args:
-        k: Nodes of the unit-orthonormal teacher.
-        activation: An odd one: where copy-average points are critical (erf) or near critical ones, which are taken.
-        outside: Input dimensions beyond the teacher's.
+        k: Number of nodes of the unit-orthonormal teacher.
+        activation: Odd; its copy-average points are critical (erf), or critical points near them are used.
+        outside: Number of input dimensions beyond the teacher's.
 
     Returns:
         Dataset over n (1 … k−1): ``loss_copy_average`` of (1, …, 1, k−n+1), ``loss_perturbed_copy``, and
         ``index_copy_average``, ``index_perturbed_copy``, the numbers of negative Hessian eigenvalues.  Attributes, 0
-        for none: ``perturbed_copy_from``, the n from which P-n-C is a minimum for good; ``copy_average_to``, the
-        largest n up to which the copy-average point is one; ``perturbed_copy_below_from``, the n from which P-n-C has
-        the smaller loss.
+        for none: ``perturbed_copy_from``, the least n from which on the perturbed n-copy (P-n-C) is a minimum;
+        ``copy_average_to``, the largest n up to which the copy-average point is one; ``perturbed_copy_below_from``, the
+        least n from which on P-n-C has the smaller loss.
 
     Raises:
         ValueError: for k < 2, or an activation that is not odd.
@@ -177,14 +178,14 @@ def phase_boundaries(k: int, *, activation: str = "erf", outside: int = 1) -> xr
             "activation": activation,
             "perturbed_copy_from": _from(nodes, index_perturbed == 0),
             "copy_average_to": _to(nodes, index_average == 0),
-            # at n = 1 both are the one-neuron optimum
+            # at n = 1 both points are the one-neuron optimum
             "perturbed_copy_below_from": _from(nodes, (perturbed < average) & (nodes > 1)),
         },
     )
 
 
 def _from(nodes: np.ndarray, holds: np.ndarray) -> int:
-    """The least of the nodes from which on it holds for all; 0 if not even for the last."""
+    """Least entry of `nodes` from which on `holds` is true for all; 0 if it is false for the last."""
     last = np.flatnonzero(~holds)
     start = last[-1] + 1 if len(last) else 0
     return int(nodes[start]) if start < len(nodes) else 0

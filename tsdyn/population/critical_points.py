@@ -1,10 +1,11 @@
-"""Copy or average: critical points of the population loss that a small student shares with no random seed.
+"""Copy-average and perturbed-copy points: critical points of the population loss, constructed without random seeds.
 
-A student of n nodes against a unit-orthonormal teacher of k can give each node a group of teacher nodes: a group of one
-is copied, a larger one averaged by the one-neuron optimum.  For erf every such point is critical; the least is
-(1, …, 1, k−n+1).  For tanh a critical point lies 1e-3 from each, for σ that is not odd one near the least.  Perturbed
-copies leave the groups of one for a mixture and exist for n < k only.  Perturbed points are found from reduced problems
-of a few parameters, whose critical points are the full problem's (symmetric criticality).
+A student of n nodes can assign to each node a group of the k nodes of a unit-orthonormal teacher: a group of one is
+copied, a larger one averaged by the one-neuron optimum.  For erf every such point is critical, and the one of least
+loss has groups (1, …, 1, k−n+1).  For tanh a critical point lies within 1e-3 of each; for σ that is not odd there is
+one near the point of least loss.  In a perturbed copy, which exists for n < k only, every node copies one teacher node
+and mixes in the others.  Perturbed points are found from reduced problems of a few parameters, whose critical points
+are critical for the full problem (symmetric criticality).
 
 Source: Simsek et al. (2023), sections 4 and 5.
 """
@@ -29,13 +30,14 @@ from tsdyn.gaussian import interaction
 from tsdyn.networks.network import Network, require_plain
 from tsdyn.population.two_layer_loss import PopulationLoss
 
-#: How far from orthonormal a teacher may be that a formula calls orthonormal.
+#: Largest deviation from orthonormality of a teacher that counts as orthonormal.
 _ORTHONORMAL = 1e-10
 _LARGEST_NORM = 50.0
-#: Odd σ, for which a node and its outgoing weight may change sign together.
+#: Odd activations, for which a node and its outgoing weight may change sign together.
 ODD = ("erf", "tanh", "identity")
-#: σ whose copy-average points are critical: those with E[σ'(r x)] a r/√m = E[σ'(x)] at the one-neuron optimum (r, a) of
-#: every m, by which what a node leaves to the others has no slope; an identity of erf (and of identity), not of odd σ.
+#: Activations whose copy-average points are critical: those with E[σ'(r x)] a r/√m = E[σ'(x)] at the one-neuron optimum
+#: (r, a) of every m, so that a node's error has no gradient in the other nodes.  It holds for erf and the identity, but
+#: not for odd σ in general.
 EXACT = ("erf", "identity")
 
 
@@ -44,9 +46,9 @@ class OneNeuron:
     """The best single neuron against k unit-orthonormal teacher neurons, a σ(w·x) with w = norm · (1, …, 1)/√k.
 
     Attributes:
-        norm: |w|; for piecewise linear σ, where only norm · outgoing counts, the balanced |w| = a.
+        norm: |w|; for piecewise linear σ, where only norm · outgoing matters, the balanced choice |w| = a.
         outgoing: a.
-        loss: L*(k), no ½.
+        loss: L*(k), without ½.
     """
 
     norm: float
@@ -58,8 +60,8 @@ class OneNeuron:
 def one_neuron(activation: str, k: int, *, leak: float = 0.01) -> OneNeuron:
     """The one-neuron optimum against k unit-orthonormal teacher neurons of outgoing weight 1.
 
-    erf: norm 1/√(2k−1), outgoing k, loss k/3 − (2k²/π) asin(1/2k).  Piecewise linear σ: closed as well.  Any other: the
-    best outgoing weight is closed, a = k g(r, 1, 1/√k)/g(r, r, 1), and r solves one equation.
+    For erf norm 1/√(2k−1), outgoing k, loss k/3 − (2k²/π) asin(1/2k); for piecewise linear σ also in closed form.  For
+    any other the best outgoing weight is a = k g(r, 1, 1/√k)/g(r, r, 1), and r is found by one-dimensional search.
 
     Raises:
         ValueError: for k < 1, an unknown activation, or one whose optimum is not at a finite norm.
@@ -87,7 +89,7 @@ def one_neuron(activation: str, k: int, *, leak: float = 0.01) -> OneNeuron:
         r = math.exp(log_r)
         return -((k * g(r, 1.0, u)) ** 2) / g(r, r, 1.0)
 
-    def slope(log_r: float) -> float:  # of log of what is explained, in log r
+    def slope(log_r: float) -> float:  # derivative of the log of the explained part of the loss, in log r
         r = math.exp(log_r)
         mixed = interaction.derivatives(activation, r, 1.0, u)
         own = interaction.derivatives(activation, r, r, 1.0)
@@ -107,7 +109,7 @@ def one_neuron(activation: str, k: int, *, leak: float = 0.01) -> OneNeuron:
 
 
 def partitions(k: int, n: int) -> Iterator[tuple[int, ...]]:
-    """Ways to write k as a sum of n positive integers, each in increasing order: the group sizes of n nodes."""
+    """All ways to write k as a sum of n positive integers in increasing order: the possible group sizes of n nodes."""
 
     def rest(total: int, parts: int, least: int) -> Iterator[tuple[int, ...]]:
         if parts == 1:
@@ -122,20 +124,20 @@ def partitions(k: int, n: int) -> Iterator[tuple[int, ...]]:
 
 
 def copy_average(activation: str, teacher: Network, groups: Sequence[int] | Sequence[Sequence[int]]) -> Network:
-    """The student whose node i averages the i-th group of teacher nodes, or copies it if it is one.
+    """The student whose node i averages the i-th group of teacher nodes, or copies it if the group has one node.
 
-    For erf and identity that point is critical, with loss Σ L*(size).  For another odd σ (tanh) the critical point is
-    near, and it is what is returned, polished to |∇| ≤ 1e-12.  For σ that is not odd no critical point need be near:
-    returned is the construction itself, not critical; `perturbed_copy_average` has the critical point of
+    For erf and identity that point is critical, with loss Σ L*(size).  For another odd σ (tanh) the critical point
+    nearby is returned, polished to |∇| ≤ 1e-12.  For σ that is not odd there may be no critical point nearby, and the
+    construction itself is returned, which is not critical; `perturbed_copy_average` gives the critical point for groups
     (1, …, 1, k−n+1).
 
     Args:
         activation: The teacher's.
         teacher: Unit-orthonormal incoming weights, equal outgoing weights, no biases.
-        groups: Sizes, of consecutive teacher nodes, or the nodes of each group; every node once.
+        groups: Sizes of groups of consecutive teacher nodes, or lists of the nodes of each group; every node once.
 
     Raises:
-        ValueError: for a teacher that is not so, an activation that is not the teacher's, groups that do not
+        ValueError: for any other teacher, an activation that is not the teacher's, groups that do not
             partition its nodes, or an odd σ with no critical point near.
 
     Source: Simsek et al. (2023), Theorem 5.1 (erf).
@@ -156,7 +158,7 @@ def copy_average(activation: str, teacher: Network, groups: Sequence[int] | Sequ
 
 
 def _critical(near: Network, teacher: Network, groups: Sequence[int] | Sequence[Sequence[int]]) -> Network:
-    """The critical point of the population loss that Newton's method finds near a network."""
+    """The critical point of the population loss that Newton's method finds from a network nearby."""
     loss = PopulationLoss(teacher, near.widths[1])
     end = polish(loss, loss.pack([near]))
     if end.kind[0] == "not stationary":
@@ -183,7 +185,7 @@ def _groups(groups: Sequence[int] | Sequence[Sequence[int]], k: int) -> list[lis
 
 
 def unit_orthonormal(caller: str, teacher: Network) -> Float[Tensor, " output"]:
-    """The common outgoing weight of an orthonormal teacher."""
+    """The common outgoing weight of a unit-orthonormal teacher; raises ValueError for any other teacher."""
     require_plain(caller, teacher)
     v, b = teacher.weights[0].detach(), teacher.weights[1].detach()
     eye = torch.eye(len(v), dtype=v.dtype, device=v.device)
@@ -201,9 +203,10 @@ def unit_orthonormal(caller: str, teacher: Network) -> Float[Tensor, " output"]:
 
 
 class ReducedLoss:
-    """A loss on the subspace θ = basis @ s, itself a loss of s.
+    """A loss restricted to the subspace θ = basis @ s, as a loss of s.
 
-    At the fixed points of a symmetry of the loss a critical point of the reduced problem is one of the whole.
+    If the subspace is the set of fixed points of a symmetry of the loss, a critical point on it is critical for the
+    whole loss (symmetric criticality).
     """
 
     def __init__(self, loss: Loss, basis: Float[Tensor, "parameter reduced"], flat_directions: int = 0) -> None:
@@ -213,38 +216,41 @@ class ReducedLoss:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the whole loss."""
+        """Type of the whole loss."""
         return self.whole.dtype
 
     @property
     def flat_directions(self) -> int:
-        """Of the symmetries that the subspace keeps."""
+        """Number of zero eigenvalues from the symmetries that map the subspace to itself."""
         return self._flat_directions
 
     def value(self, parameters: Tensor) -> Tensor:
-        """L(basis s)."""
+        """Value L(basis s)."""
         return self.whole.value(parameters @ self.basis.T)
 
     def gradient(self, parameters: Tensor) -> Tensor:
-        """basisᵀ ∇L."""
+        """Gradient basisᵀ ∇L."""
         return self.whole.gradient(parameters @ self.basis.T) @ self.basis
 
     def hessian(self, parameters: Tensor) -> Tensor:
-        """basisᵀ ∇²L basis."""
+        """Hessian basisᵀ ∇²L basis."""
         return self.basis.T @ self.whole.hessian(parameters @ self.basis.T) @ self.basis
 
     def least_norm(self, parameters: Tensor) -> Tensor:
-        """Of the whole loss."""
+        """Distance of the whole loss's row from where that loss is not differentiable."""
         return self.whole.least_norm(parameters @ self.basis.T)
 
     def labelled(self, parameters: Tensor) -> Mapping[str, tuple[tuple[str, ...], Tensor]]:
-        """The whole row's parts."""
+        """Named parts of the whole loss's rows."""
         return self.whole.labelled(parameters @ self.basis.T)
 
 
 def _subspace(loss: PopulationLoss, patterns: Sequence[tuple[list[int], np.ndarray]], b: Tensor) -> Tensor:
-    """Basis of students: pattern (nodes, C) adds C (node, teacher_node) times v to the weights of the nodes; then one
-    outgoing weight for each distinct set of nodes."""
+    """Basis of a subspace of students: one vector per pattern (nodes, C), then one per distinct set of nodes.
+
+    A pattern's vector is C (node, teacher_node) times the teacher's weights v, as weights of the student; a set's
+    vector has outgoing weight `b` at its nodes.
+    """
     v = loss.teacher.weights[0]
     columns = []
     for _, pattern in patterns:
@@ -271,11 +277,11 @@ def _solved(caller: str, loss: PopulationLoss, basis: Tensor, start: Sequence[fl
 
 
 def perturbed_copy(teacher: Network, nodes: int) -> Network:
-    """P-n-C: every node copies a teacher node and leans towards the others alike.
+    """The perturbed n-copy (P-n-C): every node copies one teacher node and mixes in the others equally.
 
     w_i = p v_i + q Σ_{copied j ≠ i} v_j + t Σ_{not copied} v_j, a_i = a: the minimum of this 4-parameter problem that
-    the gradient flow from near exact copies reaches; critical for the whole loss, but a minimum of it only from some n
-    on (`critical_point_kinds.phase_boundaries`).
+    gradient flow from near exact copies reaches.  It is critical for the whole loss, but a minimum of it only from some
+    n on (`critical_point_kinds.phase_boundaries`).
 
     Args:
         teacher: Unit-orthonormal incoming weights, equal outgoing weights, no biases.
@@ -293,13 +299,14 @@ def perturbed_copy(teacher: Network, nodes: int) -> Network:
     own = np.eye(nodes, k)
     copied, other = (np.arange(k) < nodes) - own, np.ones((nodes, k)) * (np.arange(k) >= nodes)
     patterns = [(every, own), (every, other)] if nodes == 1 else [(every, own), (every, copied), (every, other)]
-    # a lean the right way: the part of the others that a node of unit norm can explain
+    # start with a small t of the right sign: the part of the others that a node of unit norm can explain
     start = [1.0, *([0.0] if nodes > 1 else []), 0.1, 1.0]
     return _solved("perturbed_copy", loss, _subspace(loss, patterns, b), start, _flat(loss, 1))
 
 
 def perturbed_copy_average(teacher: Network, nodes: int) -> Network:
-    """The critical point near the copy-average point (1, …, 1, k−n+1), for σ whose copy-average point is not critical.
+    """The critical point near the copy-average point with groups (1, …, 1, k−n+1), for σ that makes the latter no
+    critical point.
 
     w_i = p v_i + q Σ_{other copies} v_j + t Σ_rest v_j for the n−1 nodes that copy, and
     w_n = x Σ_copies v_j + y Σ_rest v_j.  For erf it is the copy-average point itself.

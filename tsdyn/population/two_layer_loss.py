@@ -1,9 +1,9 @@
 """The population loss of a two-layer student against a two-layer teacher on Gaussian inputs.
 
-    L = E‖Σ aᵢ σ(wᵢ·x) − Σ bⱼ σ(vⱼ·x)‖²,   x ~ N(0, I),  no ½.
+    L = E‖Σ aᵢ σ(wᵢ·x) − Σ bⱼ σ(vⱼ·x)‖²,   x ~ N(0, I),  without ½.
 
 Student and teacher together are one signed measure over rows z with masses m (aᵢ at wᵢ, −bⱼ at vⱼ), so that
-L = Σ m_z·m_z' g(z, z'): gradient and Hessian need g's partials between student rows and all rows, and nothing else.
+L = Σ m_z·m_z' g(z, z'): gradient and Hessian need only g's partial derivatives between student rows and all rows.
 
 Source: Saad & Solla (1995); Simsek et al. (2023), section 3.
 """
@@ -26,7 +26,7 @@ Parameters = Float[Tensor, "*member parameter"]
 
 
 class PopulationLoss:
-    """L of students of one width against one teacher, batched over leading dimensions.
+    """Population loss L of students of one width against one teacher, batched over leading dimensions.
 
     A student's parameters are one row (…, n·(d + C)): its incoming weights w (n, d), then its outgoing weights a
     (n, C), both row by row; `pack` and `unpack` convert.
@@ -34,7 +34,7 @@ class PopulationLoss:
     Args:
         teacher: Two layers, no biases.
         nodes: Hidden width n of the students.
-        activation: Of the students; the teacher's unless given.  Another one than the teacher's has no closed form.
+        activation: Activation of the students, which must be the teacher's: others have no closed form.
 
     Attributes:
         parameters: Length of a row of parameters.
@@ -66,11 +66,11 @@ class PopulationLoss:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the teacher, and of all that is computed."""
+        """Type of the teacher's weights and of all results."""
         return self._rows.dtype
 
     def pack(self, students: Network | Sequence[Network]) -> Float[Tensor, "member parameter"]:
-        """Rows of parameters of these students.
+        """Parameters of students as rows (student, parameter).
 
         Raises:
             ValueError: for a student of another shape or activation, or with biases.
@@ -86,18 +86,18 @@ class PopulationLoss:
     def unpack(
         self, parameters: Parameters
     ) -> tuple[Float[Tensor, "*member node input"], Float[Tensor, "*member node output"]]:
-        """Incoming w and outgoing weights a of rows of parameters."""
+        """Incoming weights w and outgoing weights a from rows of parameters."""
         w, a = parameters.split([self.nodes * self.inputs, self.nodes * self.outputs], -1)
         return w.unflatten(-1, (self.nodes, self.inputs)), a.unflatten(-1, (self.nodes, self.outputs))
 
     def network(self, row: Float[Tensor, " parameter"]) -> Network:
-        """The student of one row of parameters."""
+        """The student with one row of parameters."""
         w, a = self.unpack(row)
         sigma = self.teacher.activation
         return Network([w, a.T], activation=sigma.name, leak=sigma.leak or 0.0)
 
     def _signed(self, parameters: Tensor) -> tuple[Tensor, ...]:
-        """w, a, then of all rows: z (…, n+m, d), masses (…, n+m, C), and the covariances of students with rows."""
+        """w, a; rows z (…, n+m, d) and masses (…, n+m, C) of student and teacher; covariances of student with rows."""
         w, a = self.unpack(parameters)
         lead = w.shape[:-2]
         z = torch.cat([w, self._rows.to(w).expand(*lead, *self._rows.shape)], -2)
@@ -106,14 +106,14 @@ class PopulationLoss:
         return w, a, z, masses, A, B, w @ z.mT
 
     def value(self, parameters: Parameters) -> Float[Tensor, "*member"]:
-        """L; differentiable by autograd, which is `gradient`'s slow twin."""
+        """L of each row of parameters; also differentiable by autograd, with which tests compare `gradient`."""
         _w, a, _z, masses, A, B, c = self._signed(parameters)
         n = self.nodes
         g = self.interaction(A, B, c) * (a @ masses.mT)
         return g[..., :n].sum((-2, -1)) + 2 * g[..., n:].sum((-2, -1)) + self.teacher_power
 
     def gradient(self, parameters: Parameters) -> Parameters:
-        """∂L/∂(w, a)."""
+        """Gradient ∂L/∂(w, a) in closed form."""
         w, a, z, masses, A, B, c = self._signed(parameters)
         g = self.interaction.partials(A, B, c)
         pull = a @ masses.mT
@@ -122,7 +122,7 @@ class PopulationLoss:
         return torch.cat([by_w.flatten(-2), by_a.flatten(-2)], -1)
 
     def hessian(self, parameters: Parameters) -> Float[Tensor, "*member parameter parameter"]:
-        """∂²L/∂(w, a)², closed form."""
+        """Hessian ∂²L/∂(w, a)² in closed form."""
         w, a, z, masses, A, B, c = self._signed(parameters)
         lead, (n, d, outputs) = w.shape[:-2], (self.nodes, self.inputs, self.outputs)
         g = self.interaction.partials(A, B, c)
@@ -165,7 +165,7 @@ class PopulationLoss:
         return found
 
     def least_norm(self, parameters: Parameters) -> Float[Tensor, "*member"]:
-        """Least |wᵢ| of each student whose activation has a kink at 0, where the flow is singular; else infinite."""
+        """Least |wᵢ| of each student if σ has a kink at 0, which makes the flow singular at w = 0; else infinite."""
         w, _ = self.unpack(parameters)
         if not self.interaction.homogeneous or self.teacher.activation.leak == 1:
             return w.new_full(w.shape[:-2], torch.inf)
@@ -174,17 +174,17 @@ class PopulationLoss:
 
     @property
     def flat_directions(self) -> int:
-        """Zero Hessian eigenvalues that symmetry forces at every critical point: w → sw, a → a/s of each node."""
+        """Number of zero Hessian eigenvalues forced by symmetry: one per node if w → sw, a → a/s leaves L unchanged."""
         return self.nodes if self.interaction.homogeneous else 0
 
     def labelled(self, parameters: Parameters) -> Mapping[str, tuple[tuple[str, ...], Tensor]]:
-        """Named parts of rows of parameters with the dimensions that follow the leading ones."""
+        """Named parts of rows of parameters, with the names of their dimensions after the leading ones."""
         w, a = self.unpack(parameters)
         return {"weight": (("node", "input_node"), w), "outgoing": (("node", "output"), a)}
 
 
 def starts(loss: PopulationLoss, seeds: Iterable[int]) -> Tensor:
-    """Rows of parameters (seed, parameter) as Glorot & Bengio (2010) start: N(0, 2/(inputs + outputs)) a layer."""
+    """Initial rows of parameters (seed, parameter) by Glorot & Bengio (2010): each layer N(0, 2/(inputs + outputs))."""
     n, d, outputs = loss.nodes, loss.inputs, loss.outputs
     rows = []
     for seed in seeds:
@@ -195,7 +195,7 @@ def starts(loss: PopulationLoss, seeds: Iterable[int]) -> Tensor:
 
 
 def loss(student: Network, teacher: Network) -> Float[Tensor, ""]:
-    """E‖student(x) − teacher(x)‖² on x ~ N(0, I); no ½.
+    """Population loss E‖student(x) − teacher(x)‖² on x ~ N(0, I), without ½.
 
     Args:
         student: Two layers, no biases; gradients flow to its parameters.
@@ -221,7 +221,7 @@ def loss_from_overlaps(
     *,
     leak: float = 0.01,
 ) -> Float[Tensor, ""]:
-    """L from the order parameters Q = w·w, R = w·v, T = v·v (not divided by the dimension).
+    """Population loss from the order parameters Q = w·w, R = w·v, T = v·v (not divided by the dimension).
 
     In the terms of Simsek et al. (2023): Q = rᵢrₖρᵢₖ, R = rᵢ|vⱼ|uᵢⱼ.  Differentiable.
 

@@ -13,7 +13,7 @@ from tsdyn.networks.network import Network, require_plain
 
 
 def warm_start(teacher: Network, nodes: int) -> Network:
-    """A smaller student made of its teacher by copy and average: the start that Simsek et al. (2023) suggest.
+    """A smaller student built from its teacher by copying and averaging, the start that Simsek et al. (2023) suggest.
 
     The n−1 strongest teacher nodes, by ‖b_j‖ ‖v_j‖, are copied; one node averages the rest: its direction is their sum
     weighted by outgoing weights, its norm and all outgoing weights those of least population loss on x ~ N(0, I).  For
@@ -47,7 +47,7 @@ def warm_start(teacher: Network, nodes: int) -> Network:
     mean = mean / mean.norm() if len(rest) > 1 else v[rest][0]
 
     def student(log_norm: float) -> tuple[Tensor, Tensor, float]:
-        """Weights, best outgoing weights and the loss they explain."""
+        """Weights with the averaging node of this norm, best outgoing weights, and the loss that these explain."""
         w = torch.cat([v[copied], math.exp(log_norm) * mean[None]])
         mixed = overlaps(w, v) @ b
         a = torch.linalg.lstsq(overlaps(w, w), mixed).solution

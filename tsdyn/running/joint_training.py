@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import resource
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -21,9 +21,6 @@ from tsdyn.problem.inputs import (
 from tsdyn.running import estimates
 from tsdyn.running.members import Members
 
-if TYPE_CHECKING:
-    pass
-
 
 def ensemble_key(experiment: Experiment) -> object | None:
     """A key that is equal for experiments that can train as one ensemble (`JointTraining`); None if it cannot.
@@ -38,7 +35,8 @@ def ensemble_key(experiment: Experiment) -> object | None:
         experiment.dtype,
         experiment.student_widths,
         (student.activation, student.leak, student.bias),
-        training.model_copy(update={"learning_rate": 0.0}),
+        law.model_copy(update={"learning_rate": 0.0, "arguments": None}),
+        json.dumps(law.arguments, sort_keys=True),
         experiment.steps,
         new_at_every_step(experiment),
         (experiment.data.train, experiment.data.augment) if training.whole else None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, assert_never
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -255,14 +255,11 @@ class Members:
     def advance(self, step: int) -> list[int]:
         """Train the epoch that ends at `step`; returns the seeds that died in it."""
         rule = Rule.of(self.experiment.training, step)
-        match self.experiment.training.method:
-            case "flow":
-                lasting = self.experiment.training.rate(step) * self.experiment.steps
-                epochs.train_epoch(self.ensemble, list(zip(*self.finite, strict=True)), rule, time=lasting)
-            case "sgd" | "gd" | "adam":
-                train_epoch(self.ensemble, self.stream(step), rule, batch=self.batch)
-            case other:
-                assert_never(other)
+        if self.experiment.training.method == "flow":
+            lasting = self.experiment.training.rate(step) * self.experiment.steps
+            epochs.train_epoch(self.ensemble, list(zip(*self.finite, strict=True)), rule, time=lasting)
+        else:  # every other method, a package's own too, takes the steps of its rule
+            train_epoch(self.ensemble, self.stream(step), rule, batch=self.batch)
         return self.mark_dead(step)
 
     def mark_dead(self, epoch: int) -> list[int]:

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tsdyn.archive import run_directory
 from tsdyn.archive.lock import HeldError
 from tsdyn.archive.whole_files import ArchiveError
 from tsdyn.experiment.experiment import Experiment
-
-if TYPE_CHECKING:
-    pass
 
 
 class SweepError(ArchiveError):

@@ -23,7 +23,7 @@ from tsdyn.experiment.experiment import Experiment
 from tsdyn.observables import registry
 from tsdyn.problem import input_files
 from tsdyn.problem.inputs import new_at_every_step
-from tsdyn.running import provenance
+from tsdyn.running import packages, provenance
 from tsdyn.running.conventions import attributes
 from tsdyn.running.estimates import COMMIT_BYTES, Footprint, footprint
 from tsdyn.running.interrupts import Stopped, stopping
@@ -381,7 +381,7 @@ def _say_what_changed(path: Path, before: Mapping[str, Any], attrs: Mapping[str,
     """Log a warning if device, threads, versions, engine or processor changed: only with the same ones are bits the
     same.
     """
-    changed = provenance.changed(before, attrs)
+    changed = provenance.changed(before, attrs) + packages.changed(before, attrs)
     if changed:
         _log.warning("%s: goes on elsewhere than it began (%s): bits may differ", path, "; ".join(changed))
 

@@ -9,8 +9,9 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import xarray as xr
 
@@ -23,14 +24,11 @@ from tsdyn.experiment.experiment import Experiment
 from tsdyn.experiment.sweep_axes import swept_keys
 from tsdyn.observables.registry import Observed, added
 from tsdyn.problem import images
-from tsdyn.running import estimates, runner
+from tsdyn.running import estimates, packages, runner
 from tsdyn.running.interrupts import stopping
-from tsdyn.running.own_modules import Maker, described
-
-if TYPE_CHECKING:
-    pass
 from tsdyn.running.joint_training import group_points
 from tsdyn.running.outcome import _HELD, SweepError, _finished, _reason
+from tsdyn.running.own_modules import Maker, described
 from tsdyn.running.workers import (
     INDEX_SECONDS,
     WorkersError,
@@ -42,12 +40,11 @@ from tsdyn.running.workers import (
     workers_that_fit,
 )
 
-#: Called before each point, or before the ensemble that it is in, with (position from 1, points, directory name,
-#: experiment); returns the Progress to use for the point.
-PointProgress = Callable[[int, int, str, Experiment], "runner.Progress | None"]
-
-
 _log = logging.getLogger("tsdyn")
+
+#: Called before each point, or the ensemble it is in, with (position from 1, points, directory name, experiment); its
+#: Progress is then used.
+PointProgress = Callable[[int, int, str, Experiment], "runner.Progress | None"]
 
 
 def preflight(
@@ -165,17 +162,34 @@ def run(
     _check_workers(workers, scheduler)
     _check_data(experiment, path, scheduler)
     _say_open(scheduler)
-    distributed = workers is not None or scheduler is not None
-    if distributed and (student is not None or teacher is not None):
+    means = _Means(
+        device, workers, scheduler, device != "cpu" if together is None else together, student, teacher,
+        tuple(observables),
+    )  # fmt: skip
+    if means.distributed and (student is not None or teacher is not None):
         raise WorkersError("student, teacher: modules passed from Python train in this process; leave workers out")
     with added(observables):
         own = described(_asking(experiment, observables), student=student, teacher=teacher)
-        if distributed:
+        if means.distributed:
             _refuse_parts_of_this_process(own, observables)
-        return _run(
-            own, path, device=device, workers=workers, scheduler=scheduler, together=together, progress=progress,
-            point=point, student=student, teacher=teacher, observables=tuple(observables),
-        )  # fmt: skip
+        return _run(own, path, means, progress, point)
+
+
+@dataclass(frozen=True)
+class _Means:
+    """Where and with what the points are run: arguments of `run`, `together` decided."""
+
+    device: str
+    workers: int | None
+    scheduler: str | None
+    together: bool
+    student: Maker | None
+    teacher: Maker | None
+    observables: tuple[Observed, ...]
+
+    @property
+    def distributed(self) -> bool:
+        return self.workers is not None or self.scheduler is not None
 
 
 def _asking(experiment: Experiment, observables: Sequence[Observed]) -> Experiment:
@@ -202,83 +216,116 @@ def _refuse_parts_of_this_process(experiment: Experiment, passed: Sequence[Obser
         )
 
 
+#: Tells of each point that begins, and gives what its epochs are told to.
+_Telling = Callable[[Iterable[str]], dict[str, "runner.Progress | None"]]
+#: Called with the name of each point that ended, and why it failed.
+_Ended = Callable[[str, str | None], None]
+
+
 def _run(
     experiment: Experiment,
     path: str | Path,
-    *,
-    device: str,
-    workers: int | None,
-    scheduler: str | None,
-    together: bool | None,
+    means: _Means,
     progress: runner.Progress | None,
     point: PointProgress | None,
-    student: Maker | None,
-    teacher: Maker | None,
-    observables: tuple[Observed, ...],
 ) -> xr.Dataset:
-    """`run` of an experiment whose parts are all registered."""
-    distributed = workers is not None or scheduler is not None
-    if scheduler is None:
-        runner.check_device(device)
-    path = whole_files.local_path(path).absolute() if distributed else whole_files.local_path(path)
-    if not experiment.sweep and not distributed:
-        return runner.run(experiment, path, device=device, progress=progress, student=student, teacher=teacher)
+    """As `run`, of an experiment all of whose parts are known."""
+    if means.scheduler is None:
+        runner.check_device(means.device)
+    path = whole_files.local_path(path).absolute() if means.distributed else whole_files.local_path(path)
+    if unfinished(experiment, path):
+        packages.refuse_missing(experiment, path)
+    if not experiment.sweep and not means.distributed:
+        return runner.run(
+            experiment, path, device=means.device, progress=progress, student=means.student, teacher=means.teacher
+        )
     points = sweep_directory.write_sweep(path, experiment) if experiment.sweep else {".": experiment}
-    left = unfinished(experiment, path)
-    keeper = _IndexKeeper(path, points)
+    account = _Account(path, points, is_sweep=bool(experiment.sweep))
+    left = account.without_links(unfinished(experiment, path))
     places = {name: position for position, name in enumerate(points, start=1)}
-    failures: dict[str, str] = {}
-    held: set[str] = set()
-    for name in points if experiment.sweep else ():
-        try:
-            refuse_link(path / name)
-        except ArchiveError as error:
-            failures[name] = str(error)
-            left.pop(name, None)
 
     def telling(names: Iterable[str]) -> dict[str, runner.Progress | None]:
         return {n: (point(places[n], len(points), n, left[n]) if point else None) or progress for n in names}
 
-    def ended(name: str, reason: str | None) -> None:
-        if reason is not None and reason.startswith(_HELD) and experiment.sweep:
-            held.add(name)
+    if left:
+        (_run_on_workers if means.distributed else _run_here)(left, path, means, telling, account.ended)
+    account.close()
+    return reading.open(path)
+
+
+def _run_on_workers(
+    left: Mapping[str, Experiment], path: Path, means: _Means, telling: _Telling, ended: _Ended
+) -> None:
+    at_once = means.workers and workers_that_fit(means.workers, left)
+    with stopping() as asked, _client(at_once, means.scheduler) as client:
+        groups = _each_alone(left)
+        if means.together:
+            room = _answer(client, client.submit(memory.free, means.device, pure=False))  # once there is a worker
+            busy = at_once or len(client.scheduler_info(n_workers=-1)["workers"])
+            groups = group_points(left, busy, room // 2 // (at_once or 1))  # those elsewhere have memory of their own
+        tell = telling(left)
+        told = _on_workers(client, groups, path, means.device, tell, at_once or len(left), asked, means.observables)
+        for name, reason in told:
+            ended(name, reason)
+
+
+def _run_here(left: Mapping[str, Experiment], path: Path, means: _Means, telling: _Telling, ended: _Ended) -> None:
+    for group in group_points(left, 1, memory.free(means.device) // 2) if means.together else _each_alone(left):
+        failed = runner.run_together(
+            {path / name: single for name, single in group.items()},
+            device=means.device,
+            progress={path / name: report for name, report in telling(group).items()},
+            student=means.student,
+            teacher=means.teacher,
+        )
+        for name in group:
+            ended(name, _reason(failed[path / name]) if path / name in failed else None)
+
+
+def _each_alone(points: Mapping[str, Experiment]) -> list[dict[str, Experiment]]:
+    return [{name: single} for name, single in points.items()]
+
+
+class _Account:
+    """What becomes of the points: finished ones enter the index; failed ones, and those of others, are told of."""
+
+    def __init__(self, path: Path, points: Mapping[str, Experiment], *, is_sweep: bool) -> None:
+        self._path, self._points, self._is_sweep = path, points, is_sweep
+        self._index = _IndexKeeper(path, points)
+        self._failures: dict[str, str] = {}
+        self._held: set[str] = set()
+
+    def without_links(self, left: Mapping[str, Experiment]) -> dict[str, Experiment]:
+        """`left` without the points whose directory is a link elsewhere; these have failed."""
+        for name in self._points if self._is_sweep else ():
+            try:
+                refuse_link(self._path / name)
+            except ArchiveError as error:
+                self._failures[name] = str(error)
+        return {name: single for name, single in left.items() if name not in self._failures}
+
+    def ended(self, name: str, reason: str | None) -> None:
+        """Note that a point is finished, or why it failed."""
+        if reason is not None and reason.startswith(_HELD) and self._is_sweep:
+            self._held.add(name)
             return
         if reason is not None:
-            failures[name] = reason.removeprefix(_HELD)
-        keeper.note(name)
+            self._failures[name] = reason.removeprefix(_HELD)
+        self._index.note(name)
 
-    if together is None:
-        together = device != "cpu"
-    if distributed and left:
-        at_once = workers and workers_that_fit(workers, left)
-        with stopping() as asked, _client(at_once, scheduler) as client:
-            groups = _in_subprocess(left)
-            if together:
-                room = _answer(
-                    client, client.submit(memory.free, device, pure=False)
-                )  # answered once a worker is connected
-                busy = at_once or len(client.scheduler_info(n_workers=-1)["workers"])
-                groups = group_points(
-                    left, busy, room // 2 // (at_once or 1)
-                )  # workers elsewhere do not share this machine's memory
-            tell = telling(left)
-            told = _on_workers(client, groups, path, device, tell, at_once or len(left), asked, observables)
-            for name, reason in told:
-                ended(name, reason)
-    elif left:
-        for group in group_points(left, 1, memory.free(device) // 2) if together else _in_subprocess(left):
-            reports = {path / name: report for name, report in telling(group).items()}
-            paths = {path / name: single for name, single in group.items()}
-            failed = runner.run_together(paths, device=device, progress=reports, student=student, teacher=teacher)
-            for name in group:
-                ended(name, _reason(failed[path / name]) if path / name in failed else None)
-    if held:
-        _log.warning("%s: %d of %d points are being written by other processes", path, len(held), len(points))
-    if experiment.sweep:
-        keeper.write()
-    if failures:
-        raise SweepError(path, failures, len(points))
-    return reading.open(path)
+    def close(self) -> None:
+        """Write the index, once all points have ended.
+
+        Raises:
+            SweepError: if points failed.
+        """
+        if self._held:
+            held = len(self._held), len(self._points)
+            _log.warning("%s: %d of %d points are being written by other processes", self._path, *held)
+        if self._is_sweep:
+            self._index.write()
+        if self._failures:
+            raise SweepError(self._path, self._failures, len(self._points))
 
 
 class _IndexKeeper:
@@ -302,8 +349,4 @@ class _IndexKeeper:
         try:
             self._headers.finished(name, lambda: self._points[name])
         except ArchiveError as error:
-            logging.getLogger("tsdyn").warning("%s", error)
-
-
-def _in_subprocess(points: Mapping[str, Experiment]) -> list[dict[str, Experiment]]:
-    return [{name: single} for name, single in points.items()]
+            _log.warning("%s", error)

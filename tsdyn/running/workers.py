@@ -18,29 +18,20 @@ from tsdyn.experiment.experiment import Experiment
 from tsdyn.observables.registry import Observed, added
 from tsdyn.running import estimates, runner
 from tsdyn.running.interrupts import Stopped
+from tsdyn.running.outcome import _finished, _reason
 
 if TYPE_CHECKING:
-    from distributed import Client
-from tsdyn.running.outcome import _finished, _reason
+    from distributed import Client, Future
 
 _log = logging.getLogger("tsdyn")
 
-
-#: A point fails once its workers died this many times in a row without committing an epoch.
+#: A point whose worker died so often without a committed epoch in between has failed.
 FRUITLESS = 3
-
-
-#: Seconds between a worker's reports of its epochs, and between writes of the index.
+#: A worker tells of its epochs this often; the index is written this often.
 TELL_SECONDS, INDEX_SECONDS = 0.5, 5.0
-
-
 CONNECT_SECONDS = 10
-
-
 POLL_SECONDS = 0.05
-
-
-#: Seconds without a sign of life from any worker after which the log says so, and seconds between checks.
+#: Without a sign of life of any worker for so long, the log says so; asked this often.
 SILENT_SECONDS, ASK_SECONDS = 20.0, 5.0
 
 
@@ -77,12 +68,7 @@ def _client(workers: int | None, scheduler: str | None) -> Iterator[Client]:
     if scheduler is not None:
         try:
             client = Client(scheduler, timeout=CONNECT_SECONDS, set_as_default=False)
-        except (
-            OSError,
-            ValueError,
-            TypeError,
-            ImportError,
-        ) as error:  # TypeError: tls:// without a certificate in dask's configuration
+        except (OSError, ValueError, ImportError, TypeError) as error:  # the last: tls:// without a certificate
             raise WorkersError(f"scheduler {scheduler}: does not answer: {error}") from error
         with client:
             yield client
@@ -147,6 +133,7 @@ class _Listening:
     def __init__(self, client: Any) -> None:
         self._client, self._asked, self._said = client, time.monotonic(), False
         self._heard = self._asked
+        self._newest: float | None = None
 
     def ask(self) -> None:
         """Check for signs of life, at most every `ASK_SECONDS`.
@@ -175,9 +162,7 @@ class _Listening:
         from distributed.utils import sync
 
         if self._client.status in ("closed", "closing"):
-            raise WorkersError(
-                "the scheduler is gone; what was committed is intact, the same command goes on from there"
-            )
+            raise WorkersError(_GONE)
         try:
             told = sync(self._client.loop, self._client.scheduler.identity, n_workers=-1, callback_timeout=ASK_SECONDS)
         except (OSError, TimeoutError):
@@ -185,7 +170,7 @@ class _Listening:
         if not told["workers"]:
             return "no worker has been there"
         newest = max(worker["last_seen"] for worker in told["workers"].values())
-        self._newest, before = newest, getattr(self, "_newest", None)
+        self._newest, before = newest, self._newest
         return None if newest != before else "no worker has given a sign of life"
 
 
@@ -208,84 +193,131 @@ def _on_workers(
     asked: Callable[[], int | None],
     observables: tuple[Observed, ...],
 ) -> Iterator[tuple[str, str | None]]:
-    """Yield each point when its group ends, with the reason if it failed; after a signal raise `Stopped` at the end.
+    """Each point as its group ends, with why it failed; after a signal those that finished, then `Stopped`."""
+    from distributed import as_completed
 
-    The scheduler gets at most `at_once` groups at a time: it assigns all groups it has to workers at once, and does not
-    take one back from a busy worker when another is idle.  The longest begin first, so that none runs alone at the end.
-    """
-    from distributed import Event, KilledWorker, as_completed
-
-    topic = f"tsdyn-{uuid.uuid4().hex}"
-
-    def hear(event: tuple[Any, dict[str, Any]]) -> None:
-        told = event[1]
-        report = tell.get(told["name"])
-        if report is not None:
-            report(told["epoch"], told["epochs"], list(told["died"]), told["mse"])  # lists arrive as tuples
-
-    def submit(group: Mapping[str, Experiment]) -> Any:
-        key = f"{next(iter(group))}-{uuid.uuid4().hex[:8]}"
-        texts = {name: single.to_toml() for name, single in group.items()}
-        future = client.submit(_work, texts, str(path), device, topic, observables, key=key, pure=False)
-        futures[future] = group
-        return future
-
-    client.subscribe_topic(topic, hear)
     listening = _Listening(client)
-    waiting = sorted(groups, key=lambda group: sum(map(_work_in, group.values())))
-    futures: dict[Any, Mapping[str, Experiment]] = {}
-    names = [name for group in groups for name in group]
-    fruitless, reached = dict.fromkeys(names, 0), {name: _reached(path / name) for name in names}
+    shared = _Shared(client, groups, path, device, tell, observables)
     stop: int | None = None
     try:
-        first = [submit(waiting.pop()) for _ in range(min(at_once, len(waiting)))]
-        running = as_completed(first, loop=client.loop)
+        running = as_completed(shared.begin(at_once), loop=client.loop)
         while not running.is_empty():
             if stop is None and (stop := asked()) is not None:
-                waiting.clear()
-                Event(topic, client=client).set()  # every worker then commits what it has and stops
+                shared.stop()
             if not running.has_ready():
                 listening.ask()
                 time.sleep(POLL_SECONDS)
                 continue
-            future = next(running)
-            if future.status in ("cancelled", "lost"):  # only a lost worker or scheduler cancels
-                raise WorkersError(_GONE)
-            group = futures.pop(future)
-            error = future.exception()
-            if isinstance(error, KilledWorker):
-                again = {}
-                for name, single in group.items():
-                    now = _reached(path / name)
-                    fruitless[name] = 0 if now > reached[name] else fruitless[name] + 1
-                    reached[name] = now
-                    if fruitless[name] < FRUITLESS:
-                        again[name] = single
-                    else:
-                        yield name, _reason(error)
-                halves = (
-                    list(again)[::2],
-                    list(again)[1::2],
-                )  # so a point that kills its worker is found and fails alone
-                for half in filter(None, halves if stop is None else ()):
-                    running.add(submit({name: again[name] for name in half}))
-                if again:
-                    continue
-            if waiting:
-                running.add(submit(waiting.pop()))
-            if isinstance(error, KilledWorker):
-                continue
-            if error is not None:
-                yield from dict.fromkeys(group, _reason(error)).items()
-            else:
-                told = future.result()
-                yield from (dict.fromkeys(told["finished"]) | told["failed"]).items()
+            told, following = shared.end(next(running))
+            for future in following:
+                running.add(future)
+            yield from told.items()
         if stop is not None:
             raise Stopped(stop)
     finally:
-        with suppress(OSError, TimeoutError):  # the scheduler is gone
-            client.cancel(list(futures))
-            client.unsubscribe_topic(topic)
+        shared.close()
+
+
+class _Shared:
+    """Groups of points that the workers of one scheduler share: those that wait, and those that were handed out.
+
+    The scheduler is given no more than so many groups: it hands out all it has at once, and does not take back what a
+    busy worker has waiting when another is idle.  The longest begin first, so that none is left to the end.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        groups: Sequence[Mapping[str, Experiment]],
+        path: Path,
+        device: str,
+        tell: Mapping[str, runner.Progress | None],
+        observables: tuple[Observed, ...],
+    ) -> None:
+        self._client, self._path, self._device, self._observables = client, path, device, observables
+        self._tell, self._topic = tell, f"tsdyn-{uuid.uuid4().hex}"
+        self._waiting = sorted(groups, key=lambda group: sum(map(_work_in, group.values())))
+        self._out: dict[Future, Mapping[str, Experiment]] = {}
+        self._stopped = False
+        names = [name for group in groups for name in group]
+        self._fruitless = dict.fromkeys(names, 0)
+        self._reached = {name: _reached(path / name) for name in names}
+
+    def begin(self, at_once: int) -> list[Future]:
+        """Futures of the first groups, so many at once."""
+        self._client.subscribe_topic(self._topic, self._hear)
+        return [self._submit(self._waiting.pop()) for _ in range(min(at_once, len(self._waiting)))]
+
+    def stop(self) -> None:
+        """Ask all workers to commit what they have and end; nothing more is handed out."""
+        from distributed import Event
+
+        self._stopped = True
+        self._waiting.clear()
+        Event(self._topic, client=self._client).set()
+
+    def end(self, future: Future) -> tuple[dict[str, str | None], list[Future]]:
+        """Points that a future has ended, each with why it failed, and the futures that follow it.
+
+        Raises:
+            WorkersError: if the scheduler is gone.
+        """
+        from distributed import KilledWorker
+
+        if future.status in ("cancelled", "lost"):  # nobody else cancels
+            raise WorkersError(_GONE)
+        group = self._out.pop(future)
+        error = future.exception()
+        if isinstance(error, KilledWorker):
+            told, again = self._killed(group, error)
+            if again:
+                return told, [] if self._stopped else [self._submit(half) for half in again]
+        elif error is not None:
+            told = dict.fromkeys(group, _reason(error))
+        else:
+            result = future.result()
+            told = dict.fromkeys(result["finished"]) | result["failed"]
+        return told, [self._submit(self._waiting.pop())] if self._waiting else []
+
+    def close(self) -> None:
+        """Leave nothing of these groups with the scheduler."""
+        with suppress(OSError, TimeoutError):  # of a scheduler that is gone
+            self._client.cancel(list(self._out))
+            self._client.unsubscribe_topic(self._topic)
+
+    def _killed(
+        self, group: Mapping[str, Experiment], error: BaseException
+    ) -> tuple[dict[str, str | None], list[dict[str, Experiment]]]:
+        """Points that have failed with their worker, and the others in two halves, to be tried again.
+
+        By halves the one that kills its worker is found, and fails alone.
+        """
+        failed: dict[str, str | None] = {}
+        again = {}
+        for name, single in group.items():
+            now = _reached(self._path / name)
+            self._fruitless[name] = 0 if now > self._reached[name] else self._fruitless[name] + 1
+            self._reached[name] = now
+            if self._fruitless[name] < FRUITLESS:
+                again[name] = single
+            else:
+                failed[name] = _reason(error)
+        halves = list(again)[::2], list(again)[1::2]
+        return failed, [{name: again[name] for name in half} for half in halves if half]
+
+    def _submit(self, group: Mapping[str, Experiment]) -> Future:
+        key = f"{next(iter(group))}-{uuid.uuid4().hex[:8]}"
+        texts = {name: single.to_toml() for name, single in group.items()}
+        given = texts, str(self._path), self._device, self._topic, self._observables
+        future = self._client.submit(_work, *given, key=key, pure=False)
+        self._out[future] = group
+        return future
+
+    def _hear(self, event: tuple[Any, dict[str, Any]]) -> None:
+        told = event[1]
+        report = self._tell.get(told["name"])
+        if report is not None:
+            report(told["epoch"], told["epochs"], list(told["died"]), told["mse"])  # lists arrive as tuples
 
 
 def _work_in(single: Experiment) -> int:

@@ -1,8 +1,8 @@
-"""When does a student node stand for a teacher node, and does anything in the data force it to?
+"""Alignment of student nodes with teacher nodes at the lowest layer, and the data conditions that force it.
 
-Alignment and observation at the lowest layer, as Tian (2020), Definitions 3–7, state them.  A node is the pair
-(w, b) of its weight and bias, its boundary the hyperplane w·x + b = 0.  Definitions are of regular nodes, ‖w‖ = 1:
-every function here scales nodes to that first.  A boundary has no orientation: (w, b) and (−w, −b) share it.
+The quantities of Tian (2020), Definitions 3–7.  A node is the pair (w, b) of its weight and bias, its boundary the
+hyperplane w·x + b = 0.  The definitions assume regular nodes, ‖w‖ = 1; every function here first scales nodes to that.
+A boundary has no orientation: (w, b) and (−w, −b) share it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tsdyn.networks.network import Network, require_plain
 
 
 def regular(network: Network, layer: int = 1) -> tuple[Tensor, Tensor]:
-    """(w/‖w‖, b/‖w‖) of every node of a layer, (node, input) and (node,); NaN for a zero weight.
+    """Weights and biases of a layer scaled to unit norm: w/‖w‖ (node, input) and b/‖w‖ (node,); NaN for a zero weight.
 
     Source: Tian (2020), Definition 1.
     """
@@ -35,10 +35,11 @@ def _lowest(network: Network) -> tuple[Tensor, Tensor]:
 
 
 def alignment(teacher: Network, student: Network) -> TeacherByStudent:
-    """ε_jk = max(sin ∠(w*_j, w_k), |b*_j − s b_k|), s = sign cos ∠: teacher and student node are ε-aligned.
+    """Least ε at which teacher node j and student node k are ε-aligned, (teacher_node, node).
 
-    0 for one boundary, whichever way round.  The sine comes from the part of w_k orthogonal to w*_j, so that angles
-    far below the square root of rounding are seen.  NaN for a zero weight.  Source: Tian (2020), Definition 3.
+    ε_jk = max(sin ∠(w*_j, w_k), |b*_j − s b_k|) with s = sign cos ∠: 0 if both have the same boundary, in either
+    orientation.  The sine is computed from the part of w_k orthogonal to w*_j, so that angles far below the square root
+    of rounding are resolved.  NaN for a zero weight.  Source: Tian (2020), Definition 3.
 
     Raises:
         ValueError: if the two take inputs of different width.
@@ -49,7 +50,9 @@ def alignment(teacher: Network, student: Network) -> TeacherByStudent:
 
 
 def separation(teacher: Network) -> float:
-    """ε_0 = min_{j ≠ j'} ε_jj' of the teacher's own nodes; infinite for a single node, NaN if all weights are zero.
+    """Least alignment ε_0 = min_{j ≠ j'} ε_jj' between two of the teacher's own nodes.
+
+    Infinite for a single node, NaN if all weights are zero.
 
     Source: Tian (2020), Assumption 3.
     """
@@ -57,15 +60,19 @@ def separation(teacher: Network) -> float:
 
 
 def boundary(network: Network, x: Inputs, eps: float) -> Tensor:
-    """I_w(ε) = {x : |w·x + b| ≤ ε} as (sample, node), for regular nodes.  Source: Tian (2020), Definition 5."""
+    """Whether each sample lies within ε of each node's boundary, I_w(ε) = {x : |w·x + b| ≤ ε}, (sample, node).
+
+    Nodes are scaled to ‖w‖ = 1.  Source: Tian (2020), Definition 5.
+    """
     w, b = regular(network)
     return (x @ w.T + b).abs() <= eps
 
 
 def observers(teacher: Network, student: Network, x: Inputs, eps: float) -> TeacherByStudent:
-    """κ_jk = N[I_j(ε) ∩ E_k] / N[I_j(ε)]: the share of teacher node j's boundary samples where student node k is on.
+    """Share of teacher node j's boundary samples where student node k is active, (teacher_node, node).
 
-    Student node k observes j if that is above 0; NaN where no sample lies within ε of the boundary.
+    κ_jk = N[I_j(ε) ∩ E_k] / N[I_j(ε)].  Student node k observes j if that is above 0; NaN where no sample lies within ε
+    of the boundary.
     Source: Tian (2020), Definition 4 on a finite sample, κ of Theorem 3.
 
     Raises:
@@ -100,11 +107,13 @@ def clusters(network: Network, tolerance: float) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class ClusterFanout:
-    """One group of co-linear student nodes.  Theorem 2: unaligned and observed often enough, `total` vanishes.
+    """One group of co-linear student nodes and their joint fan-out.
+
+    Theorem 2: if the group is unaligned and observed often enough, `total` vanishes at a critical point.
 
     Attributes:
-        nodes: Of the student's lowest layer.
-        total: ‖Σ_k v_k ‖w_k‖‖ over the group, v_k its column of W_2.
+        nodes: Indices in the student's lowest layer.
+        total: ‖Σ_k v_k ‖w_k‖‖ over the group, v_k column k of W_2.
         eps: Least ε to any teacher node.
     """
 
@@ -114,7 +123,7 @@ class ClusterFanout:
 
 
 def cluster_fanouts(teacher: Network, student: Network, tolerance: float) -> list[ClusterFanout]:
-    """Σ v ‖w‖ of every group of co-linear nodes of a two-layer student.  Source: Tian (2020), Theorem 2.
+    """Joint fan-out Σ v ‖w‖ of every group of co-linear nodes of a two-layer student.  Source: Tian (2020), Theorem 2.
 
     Raises:
         ValueError: if the student is not two-layer, or inputs differ in width.
@@ -130,14 +139,15 @@ def cluster_fanouts(teacher: Network, student: Network, tolerance: float) -> lis
 
 
 def band_density(network: Network, x: Inputs, eps: float) -> Float[Tensor, " node"]:
-    """τ_j(ε) = N[I_j(ε)] / (ε N), the density of samples at each boundary.  Source: Tian (2020), Assumption 3."""
+    """Density of samples at each node's boundary, τ_j(ε) = N[I_j(ε)] / (ε N).  Source: Tian (2020), Assumption 3."""
     return boundary(network, x, eps).to(x.dtype).sum(0) / (eps * len(x))
 
 
 def eta(networks: list[Network], x: Inputs, eps: float, *, directions: int = 1000, seed: int = 0) -> float:
-    """η̂(ε) = max_w (N[I_w(ε)] − (d+1)) / (ε N) over the networks' nodes and random hyperplanes through samples.
+    """Lower bound of Definition 5's η(ε), the largest density of samples at any hyperplane.
 
-    A lower bound of Definition 5's supremum over all w.  Source: Tian (2020), Definition 5.
+    η̂(ε) = max_w (N[I_w(ε)] − (d+1)) / (ε N), over the networks' nodes and random hyperplanes through samples instead of
+    all w.  Source: Tian (2020), Definition 5.
     """
     draw = torch.Generator().manual_seed(seed)
     w = torch.randn(directions, x.shape[1], generator=draw, dtype=x.dtype).to(x.device)
@@ -149,15 +159,15 @@ def eta(networks: list[Network], x: Inputs, eps: float, *, directions: int = 100
 
 
 def mu(x: Inputs) -> float:
-    """λ_max(E[x xᵀ]), which always satisfies Definition 6 (Chebyshev's inequality).  Source: Tian (2020), Eq. 7."""
+    """λ_max(E[x xᵀ]), a value of μ that always satisfies Definition 6 (Chebyshev).  Source: Tian (2020), Eq. 7."""
     return float(torch.linalg.eigvalsh(x.T @ x / len(x))[-1])
 
 
 def jumps(teacher: Network, student: Network, *, tolerance: float) -> Float[Tensor, "teacher_node node"]:
-    """α_kj − Σ_k' β_kk' over the students k' co-linear with teacher node j, for a two-layer pair with regular nodes.
+    """Jump of g_k across teacher node j's boundary, for a two-layer pair.
 
-    The jump of g_k across teacher node j's boundary; zero for every observer k at a critical point.  Fan-outs are
-    scaled by ‖w‖, as regular nodes need.  Source: Tian (2020), proof of Theorem 1.
+    It is α_kj − Σ_k' β_kk' over the student nodes k' co-linear with teacher node j, and zero for every observer k at a
+    critical point.  Nodes are scaled to ‖w‖ = 1, and fan-outs by ‖w‖.  Source: Tian (2020), proof of Theorem 1.
 
     Args:
         teacher, student: Two-layer, relu or leaky relu.

@@ -21,7 +21,7 @@ Form: TypeAlias = Literal["product", "joint"]
 
 @dataclass(frozen=True)
 class Moments:
-    """Expectations over samples, one array for each hidden layer 1..L−1, constant nodes left out.
+    """Expectations over samples, as lists of one array per hidden layer 1..L−1, without constant nodes.
 
     Attributes:
         A, B: E[α_kj] and E[β_kk'], (node, teacher_node) and (node, node_2).
@@ -42,33 +42,33 @@ class Moments:
 
     @property
     def fanout_norm(self) -> list[Tensor]:
-        """√E β_kk, (node,)."""
+        """Fan-out norm √E β_kk of each hidden layer, (node,)."""
         return [b.diagonal().clamp(min=0).sqrt() for b in self.B]
 
 
 def expectations(
     student: Network, teacher: Network, x: Samples, *, form: Form = "product", memory: int = MEMORY
 ) -> Moments:
-    r"""E over the samples of all matrices of all hidden layers, streamed.
+    r"""Expectations over the samples of all matrices of all hidden layers, streamed in batches.
 
-    Networks of linear layers, BatchNorm or none, count as their ``folded()``.  Of convolutions the nodes are channels,
-    aggregated over pixels p:
+    Networks of linear layers, with or without BatchNorm, count as their ``folded()``.  With convolutions the nodes are
+    channels, aggregated over pixels p:
 
     .. math:: A_{kj} = E \sum_p v_{kp} \cdot v^*_{jp}, \quad B_{kk'} = E \sum_p v_{kp} \cdot v_{k'p}
 
-    with v a column of V_l = ∂f_L/∂f_l, f_l what the layer above gets (of BatchNorm after σ its output); D and L are
-    expectations over samples and pixels of f' = ∂f_l/∂z_l and f_l, and H = A ∘ D, the product form alone.  No matrix of
-    one sample is formed: one backward pass for each output.
+    with v a column of V_l = ∂f_L/∂f_l, where f_l is the input of the layer above (for BatchNorm after σ, its output).
+    D and L are expectations over samples and pixels of f' = ∂f_l/∂z_l and f_l, and H = A ∘ D, in the product form only.
+    There is one backward pass per output, and no matrix of a single sample is formed.
 
     Args:
         student: Any activation.
         teacher: As deep as the student.
         x: (sample, input), or batches of it.
-        form: Of H; the joint form costs one more product, at the lowest layer.
-        memory: Bytes that batches may take.
+        form: Form of H; the joint form costs one more product, at the lowest layer.
+        memory: Limit on the bytes of a batch's matrices.
 
     Raises:
-        ValueError: as `coupling`; for convolutions also if images differ in rows and columns, or the joint form.
+        ValueError: as `coupling`; for convolutions also if images differ in size, or for the joint form.
 
     Source: Tian (2020), Definition 2; Tian et al. (2019), Theorem 2.
     """
@@ -84,7 +84,7 @@ def expectations(
 
 
 def _of_nodes(student: Network, teacher: Network, x: Samples, *, form: Form, memory: int) -> Moments:
-    """Of plain linear layers: per-sample couplings are never formed.
+    """Expectations for plain linear layers, without forming per-sample couplings.
 
     With G_l = V_l D_l (sample·output, node), E[D_l B_l D_l] = G_lᵀ G_l / N is one matrix product over samples and
     outputs together, and the layer below follows from it alone: E[B_{l−1}] = W_lᵀ E[D_l B_l D_l] W_l.  At the top
@@ -105,7 +105,7 @@ def _of_nodes(student: Network, teacher: Network, x: Samples, *, form: Form, mem
                     for total, more in zip(held, layers, strict=True):
                         total += more
         means = {name: [total / samples for total in layers] for name, layers in sums.items()}
-        # E[D V' V* D*] and E[D V' V D] of the layers lowest..L-1
+        # E[D V' V* D*] and E[D V' V D] of the layers from the lowest to L-1
         h_star, h = means.pop("h_star"), means.pop("h")
         w, w_star = student.weights, teacher.weights
         top, top_star = w[-1].T @ w[-1], w[-1].T @ w_star[-1]
@@ -146,12 +146,12 @@ def _batch_sums(student: Network, own: Trace, teacher: Network, taught: Trace, l
 
 
 def _gate(jacobian: Tensor, trace: Trace, layer: int) -> Tensor:
-    """G_l = V_l D_l, (sample·output, node), from V_l (sample or none, output, node)."""
+    """G_l = V_l D_l, (sample·output, node), from V_l, (sample, output, node) or the same for all samples."""
     return (jacobian * trace.gates[layer - 1].unsqueeze(1)).flatten(0, 1)
 
 
 def _of_channels(student: Network, teacher: Network, x: Samples, *, memory: int) -> Moments:
-    """Where there are convolutions."""
+    """Expectations for networks with convolutions, whose nodes are channels."""
     layers = range(student.depth - 1)
     names = ("A", "B", "D_star", "D", "L_star", "L")
     sums: dict[str, list[Tensor]] = {}
@@ -189,11 +189,11 @@ def _of_channels(student: Network, teacher: Network, x: Samples, *, memory: int)
 
 
 class _Backward:
-    """One forward pass in evaluation mode that can be differentiated whatever mode the caller is in.
+    """One forward pass in evaluation mode with its graph, whatever gradient mode the caller is in.
 
     Attributes:
-        f: Of each hidden layer what the layer above gets, by rows (sample·pixel, node).
-        slopes: ∂f_l/∂z_l, by the same rows.
+        f: Input of the layer above each hidden layer, in rows (sample·pixel, node).
+        slopes: ∂f_l/∂z_l, in the same rows.
     """
 
     def __init__(self, network: Network, x: Tensor) -> None:
@@ -213,12 +213,12 @@ class _Backward:
             self.slopes.append(gate * norm.affine()[0].detach() if norm is not None and above else gate)
 
     def gradient(self, output: int) -> tuple[Tensor, ...]:
-        """∂f_Lc/∂f_l of each hidden layer, in the engine's layout."""
+        """∂f_Lc/∂f_l of each hidden layer for output c, in the engine's layout."""
         with torch.inference_mode(False), torch.enable_grad():
             return torch.autograd.grad(self._outputs[output], [layer.f for layer in self._layers], retain_graph=True)
 
     def jacobian(self, output: int) -> list[Tensor]:
-        """The same by rows."""
+        """`gradient` in rows (sample·pixel, node)."""
         pairs = zip(self._layers, self.gradient(output), strict=True)
         return [rows(layer.by_member(v)) for layer, v in pairs]
 
@@ -235,16 +235,16 @@ def moments(
     form: Form = "product",
     memory: int = MEMORY,
 ) -> xr.Dataset:
-    """`expectations` as a labelled Dataset: A, B, H, H_star, D, D_star, L, L_star, fanout_norm.
+    """Labelled Dataset of `expectations`: A, B, H, H_star, D, D_star, L, L_star, fanout_norm.
 
     Args:
         student, teacher, x, memory: As in `expectations`.
-        form: H as the ``"product"`` E[β] ∘ E[f' f'] of the paper, or the ``"joint"`` E[β f' f']; named in the
+        form: Form of H: the paper's ``"product"`` E[β] ∘ E[f' f'], or the ``"joint"`` E[β f' f']; also stored in the
             attributes.
 
     Returns:
-        Over (layer, node, teacher_node or node_2), padded with NaN to the widest layer and NaN at the output layer;
-        coordinates width and teacher_width, so that `tsdyn.layer` gives a layer without padding.
+        Dataset over (layer, node, teacher_node or node_2), padded with NaN to the widest layer and NaN at the output
+        layer; coordinates width and teacher_width let `tsdyn.layer` take a layer without padding.
 
     Raises:
         ValueError: as `coupling`, or for another form.
@@ -272,15 +272,15 @@ def moments(
 
 
 def fanout_norms(network: Network, at: Trace | Tensor, *, memory: int = MEMORY) -> list[Tensor]:
-    """√E β_kk = √E‖v_k(x)‖² of every hidden layer l = 1..L−1, each (node,), in evaluation mode.
+    """Fan-out norm √E β_kk = √E‖v_k(x)‖² of every hidden layer l = 1..L−1, each (node,), in evaluation mode.
 
-    Linear layers, BatchNorm or none, count as their ``folded()``; of a channel it is a sum over its pixels, and v is
-    the derivative by what the layer above gets (of BatchNorm after σ its output).
+    Networks of linear layers, with or without BatchNorm, count as their ``folded()``.  For a channel ‖v‖² is summed
+    over its pixels, and v is the derivative in the input of the layer above (for BatchNorm after σ, its output).
 
     Args:
-        network: Any.
-        at: Inputs (sample, input); where there are no convolutions, the network's trace of them will do.
-        memory: Bytes that per-sample matrices may take.
+        network: Any network.
+        at: Inputs (sample, input); without convolutions also the network's trace of them.
+        memory: Limit on the bytes of per-sample matrices.
 
     Raises:
         ValueError: for the trace of a network with convolutions, or inputs that do not fit.
@@ -302,7 +302,7 @@ def fanout_norms(network: Network, at: Trace | Tensor, *, memory: int = MEMORY) 
 
 
 def _fanouts_of_nodes(network: Network, trace: Trace, *, memory: int) -> list[Tensor]:
-    """Of plain linear layers: the top hidden layer's V is W_L for every x."""
+    """Fan-out norms for plain linear layers; at the top hidden layer V is W_L for every x."""
     outputs, samples = network.widths[-1], len(trace.output)
     piece = max(1, memory // (3 * trace.output.element_size() * outputs * max(network.widths[1:])))
     squares = [torch.zeros_like(g[0]) for g in trace.gates[:-1]]
@@ -317,7 +317,7 @@ def _fanouts_of_nodes(network: Network, trace: Trace, *, memory: int) -> list[Te
 
 
 def _fanouts_of_channels(network: Network, x: Tensor) -> list[Tensor]:
-    """One backward pass for each output, for all samples at once: they are independent."""
+    """Fan-out norms of channels, by one backward pass per output for all samples at once, which are independent."""
     seen = _Backward(network, x)
     squares = [w.new_zeros(len(w)) for w in network.weights[:-1]]
     for output in range(network.widths[-1]):
@@ -327,10 +327,11 @@ def _fanouts_of_channels(network: Network, x: Tensor) -> list[Tensor]:
 
 
 def conserved_norms(network: Network) -> list[Tensor]:
-    """‖w_k‖ of each hidden node where BatchNorm comes before σ, ‖[w_k; b_k]‖ otherwise, (node,).
+    """Norm of each hidden node's incoming weights that BatchNorm conserves, one (node,) per hidden layer.
 
-    Gradient flow conserves it below BatchNorm (eps = 0), which is blind to the scale of its input; SGD adds lr² times
-    the square of each gradient.  Source: Tian et al. (2019), Theorem 3.
+    ‖w_k‖ where BatchNorm comes before σ, ‖[w_k; b_k]‖ otherwise.  Gradient flow conserves it below BatchNorm (eps = 0),
+    whose output does not depend on the scale of its input; SGD adds lr² times the squared gradient at each step.
+    Source: Tian et al. (2019), Theorem 3.
     """
     found = []
     for weight, bias, place in zip(network.weights, network.biases, network.frame.places, strict=False):

@@ -36,9 +36,9 @@ class Coupling:
 
 
 def backpropagated_gradients(student: Network, trace: Trace, residual: Outputs) -> list[Tensor]:
-    """g_l(x) for l = 1..L, each (sample, node): the negative gradient of a loss at the pre-activation.
+    """Negative gradients g_l(x) of a loss at the pre-activations of all layers l = 1..L, each (sample, node).
 
-    g_L is given (`residual`, the negative gradient at the output: f* − f for ½‖f* − f‖²), and
+    g_L is the argument `residual`, the negative gradient at the output (f* − f for ½‖f* − f‖²), and
     g_l = (W_{l+1}ᵀ g_{l+1}) ∘ σ'(z_l).  Source: Tian (2020), Eq. 1.
     """
     require_plain("backpropagated_gradients", student)
@@ -51,7 +51,7 @@ def backpropagated_gradients(student: Network, trace: Trace, residual: Outputs) 
 
 
 def backpropagated_gradient(student: Network, teacher: Network, x: ArrayLike | Tensor, layer: int) -> Tensor:
-    """g_l(x), (sample, node): the NEGATIVE gradient of J_x = ½‖f*_L − f_L‖² at the pre-activation z_l.
+    """Backpropagated gradient g_l(x), (sample, node): minus the gradient of J_x = ½‖f*_L − f_L‖² at z_l.
 
     Student and teacher may differ in depth.  Source: Tian (2020), Eq. 1.
 
@@ -68,7 +68,7 @@ def backpropagated_gradient(student: Network, teacher: Network, x: ArrayLike | T
 
 
 def output_jacobian(net: Network, x: ArrayLike | Tensor, layer: int) -> Tensor:
-    """V_l(x) = ∂f_L/∂f_l, (sample, output, node): after the gate of layer l; V_L is the identity.
+    """Output Jacobian V_l(x) = ∂f_L/∂f_l, (sample, output, node), in the activation f_l after the gate; V_L = I.
 
     Exact for every activation.  Column k is the fan-out vector v_k(x).  Source: Tian (2020), Definition 2.
 
@@ -82,10 +82,10 @@ def output_jacobian(net: Network, x: ArrayLike | Tensor, layer: int) -> Tensor:
 
 
 def augmented_output_jacobian(net: Network, x: ArrayLike | Tensor, layer: int) -> Tensor:
-    """[V_l(x), c_l(x)], (sample, output, node+1), with f_L = V_l f_l + c_l.
+    """Output Jacobian with the constant node's column, [V_l(x), c_l(x)], (sample, output, node+1): f_L = V_l f_l + c_l.
 
-    c_l gathers the biases of the layers above l.  A smooth activation has no such bias: c_l is then the constant
-    of the expansion at x, f_L − V_l f_l.  Source: Tian (2020), Definition 2, with the bias as a constant node.
+    c_l collects the biases of the layers above l.  For a smooth activation c_l is the constant of the linear expansion
+    at x, f_L − V_l f_l.  Source: Tian (2020), Definition 2, with the bias as a constant node.
 
     Raises:
         ValueError: as `output_jacobian`.
@@ -97,7 +97,7 @@ def augmented_output_jacobian(net: Network, x: ArrayLike | Tensor, layer: int) -
 
 
 def coupling(student: Network, teacher: Network, x: ArrayLike | Tensor, layer: int) -> Coupling:
-    """A_l(x) = V_lᵀ [V*_l, c*_l] and B_l(x) = V_lᵀ [V_l, c_l] of every sample.
+    """Coupling matrices A_l(x) = V_lᵀ [V*_l, c*_l] and B_l(x) = V_lᵀ [V_l, c_l] of every sample.
 
     Layer l of the student is coupled to layer l of the teacher; widths are free, depths agree.  All samples are
     held at once: use `moments` for expectations.  Source: Tian (2020), Definition 2.
@@ -119,7 +119,7 @@ def _coupling(student: Network, own: Trace, teacher: Network, taught: Trace, lay
 
 
 def _jacobian(net: Network, trace: Trace, layer: int) -> tuple[Tensor, Tensor]:
-    """V_l and the accumulated c_l."""
+    """V_l, (sample, output, node), and c_l, the constant column accumulated from the layers above."""
     samples, outputs = trace.output.shape
     if layer == net.depth:
         eye = torch.eye(outputs, dtype=trace.output.dtype, device=trace.output.device)
@@ -142,23 +142,23 @@ def _augmented(net: Network, trace: Trace, layer: int) -> Tensor:
 
 
 def _with_one(f: Tensor) -> Tensor:
-    """[f; 1], (sample, node+1)."""
+    """Activations with the constant node appended, [f; 1], (sample, node+1)."""
     return torch.cat([f, torch.ones_like(f[:, :1])], 1)
 
 
 def lemma1_residual(student: Network, teacher: Network, x: Samples, *, memory: int = MEMORY) -> float:
-    """max over layers of the largest |g_l − D_l (A_l [f*_l; 1] − B_l [f_l; 1])| of any sample and node, relative.
+    """Largest relative error of Lemma 1, g_l = D_l (A_l [f*_l; 1] − B_l [f_l; 1]), over layers, samples and nodes.
 
-    g_l comes from backpropagation, A_l and B_l from Definition 2.  Relative to the largest entry of g_l, D_l A_l f*_l
-    and D_l B_l f_l of the same layer: at a fitted student g vanishes while the two products do not, and where upper
-    layers have larger entries an error of a lower one still shows.  Of the order of the dtype's rounding if and only if
-    the matrices are right.  Source: Tian (2020), Lemma 1.
+    g_l comes from backpropagation, A_l and B_l from Definition 2.  Each layer's error is relative to the largest entry
+    of its g_l, D_l A_l f*_l and D_l B_l f_l: for a fitted student g vanishes while the two products do not, and an
+    error in a layer of small entries is not hidden by layers of large ones.  The result is of the order of the dtype's
+    rounding if and only if the matrices are right.  Source: Tian (2020), Lemma 1.
 
     Args:
-        student: Piecewise linear, like the teacher and as deep.
-        teacher: Of the same input and output width.
+        student: Piecewise linear, as deep as the teacher.
+        teacher: Piecewise linear, of the same input and output width.
         x: (sample, input), or batches of it.
-        memory: Bytes that per-sample matrices may take.
+        memory: Limit on the bytes of per-sample matrices.
 
     Raises:
         ValueError: for a smooth activation (σ(z) ≠ σ'(z) z, so the lemma does not hold), or as `coupling`.

@@ -1,4 +1,4 @@
-"""What the theory may be asked: inputs that fit, in batches of bounded memory; layers that exist; pairs that agree."""
+"""Checks of arguments to the theory: inputs that fit, in batches of bounded memory; layers; pairs of networks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Samples: TypeAlias = ArrayLike | Tensor | Iterable[Tensor]
 
 
 def inputs(caller: str, x: ArrayLike | Tensor, *nets: Network) -> Inputs:
-    """`x` as a tensor that every network takes.
+    """`x` as a tensor that all the networks accept.
 
     Raises:
         ValueError: for another shape, dtype or device, no samples, or values that are not finite.
@@ -51,7 +51,7 @@ def batches(
     numbers: int,
     memory: int,
 ) -> Iterator[Inputs]:
-    """`x` in batches whose per-sample matrices, of `numbers` numbers a sample, stay within `memory`."""
+    """`x` in batches whose per-sample matrices, of `numbers` numbers per sample, take at most `memory` bytes."""
     whole = isinstance(x, (Tensor, np.ndarray, list, tuple)) and not (
         isinstance(x, (list, tuple)) and x and isinstance(x[0], Tensor)
     )
@@ -73,13 +73,13 @@ def batches(
 
 
 def check_layer(caller: str, layer: int, net: Network) -> None:
-    """Refuse a layer out of 1..L."""
+    """Raise ValueError for a layer outside 1..L."""
     if not 1 <= layer <= net.depth:
         raise ValueError(f"{caller}: layer={layer}; {net!r} has layers 1..{net.depth}")
 
 
 def check_outputs(caller: str, student: Network, teacher: Network) -> None:
-    """Refuse networks that differ in inputs or outputs."""
+    """Raise ValueError for networks that differ in inputs or outputs."""
     for end, index in (("inputs", 0), ("outputs", -1)):
         if student.widths[index] != teacher.widths[index]:
             raise ValueError(
@@ -89,7 +89,7 @@ def check_outputs(caller: str, student: Network, teacher: Network) -> None:
 
 
 def check_pair(caller: str, student: Network, teacher: Network) -> None:
-    """Refuse networks that differ in inputs, outputs or depth."""
+    """Raise ValueError for networks that differ in inputs, outputs or depth."""
     check_outputs(caller, student, teacher)
     if student.depth != teacher.depth:
         raise ValueError(

@@ -1,11 +1,11 @@
-"""The approximate dynamics of Tian et al. (2019), "Luck Matters", integrated: Theorems 4 and 5 beside their bounds.
+"""Integrates the approximate dynamics of Tian et al. (2019), "Luck Matters", with the bounds of Theorems 4 and 5.
 
-Both theorems are of the update L*W*H* − LWH (`tsdyn.theory.luck_matters_updates`) and not of SGD.  On Gaussian
-inputs the overlaps of two nodes whose gates open beyond the same threshold, w·x > h‖w‖, depend on their angle only:
+Both theorems are about the update L*W*H* − LWH (`tsdyn.theory.luck_matters_updates`), not about SGD.  On Gaussian
+inputs the overlaps of two nodes whose gates open beyond the same threshold, w·x > h‖w‖, depend only on their angle:
 
     ψ_d(θ) = P(both gates open),    ψ_l(θ) = E[f f'] of nodes of unit norm.
 
-A high threshold makes overlaps of different nodes small, which both theorems assume; at h = 0 they are not.
+Both theorems assume small overlaps between different nodes; a high threshold makes them small, at h = 0 they are not.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from tsdyn.theory.inputs import MEMORY, Samples, batches, check_pair
 
 Array: TypeAlias = NDArray[np.float64]
 
-#: Angles between other teachers and students at which Assumption 2's ratio is evaluated.
+#: Number of angles between unpaired teacher and student nodes at which Assumption 2's ratio is evaluated.
 _GRID = 401
 
 
 def gate_overlap(theta: Array | float, threshold: float = 0.0) -> Array:
-    """ψ_d(θ) = P(w·x > h, w'·x > h) for unit w, w' at angle θ, x ~ N(0, I), h the threshold.
+    """Probability that both gates open, ψ_d(θ) = P(w·x > h, w'·x > h), for unit w, w' at angle θ, x ~ N(0, I).
 
     Φ(−h) − 2 T(h, tan θ/2) with Owen's T; (π − θ)/2π at h = 0.  Source: Tian et al. (2019), section 4.2.
     """
@@ -44,7 +44,7 @@ def gate_overlap(theta: Array | float, threshold: float = 0.0) -> Array:
 
 
 def activation_overlap(theta: Array | float, threshold: float = 0.0) -> Array:
-    """ψ_l(θ) = E[(w·x − h)₊ (w'·x − h)₊] for unit w, w' at angle θ, x ~ N(0, I), h the threshold.
+    """Expected product of activations, ψ_l(θ) = E[(w·x − h)₊ (w'·x − h)₊], for unit w, w' at angle θ, x ~ N(0, I).
 
     The arc-cosine kernel [sin θ + (π − θ) cos θ]/2π at h = 0.  Source: moments of the truncated binormal law
     (Rosenbaum 1961), with Tian et al. (2019), section 4.2.
@@ -61,7 +61,7 @@ def activation_overlap(theta: Array | float, threshold: float = 0.0) -> Array:
 
 
 def angles(w: Array, w2: Array) -> Array:
-    """Angles between rows, (node, node_2), exact for small ones: 2 atan2(‖u − v‖, ‖u + v‖) of unit u, v."""
+    """Angles between rows, (node, node_2), as 2 atan2(‖u − v‖, ‖u + v‖) of unit u, v: exact for small angles too."""
     u, v = (a / np.linalg.norm(a, axis=1, keepdims=True) for a in (w, w2))
     apart, together = (np.linalg.norm(u[:, None] + sign * v, axis=2) for sign in (-1, 1))
     return np.asarray(2 * np.arctan2(apart, together))
@@ -72,7 +72,7 @@ def angles(w: Array, w2: Array) -> Array:
 
 @dataclass(frozen=True)
 class ProjectedRate:
-    """Constants of Theorem 4: if γ > 0 and d̄ > 0, every angle shrinks as sin θ_j(t) ≤ exp(−d̄ γ t) sin θ_0.
+    """Constants of Theorem 4: if γ > 0 and d̄ > 0, every angle obeys sin θ_j(t) ≤ exp(−d̄ γ t) sin θ_0.
 
     Attributes:
         theta0: Largest angle of a student node with its teacher node.
@@ -102,7 +102,7 @@ def projected_rate(teacher: ArrayLike, initial: ArrayLike, *, threshold: float =
     Args:
         teacher: (node, input), any norms; directions count.
         initial: The same shape.
-        threshold: h, of all gates.
+        threshold: h of all gates.
 
     Source: Tian et al. (2019), Theorem 4 and its proof, Eqs. 41–43, rederived.
 
@@ -124,7 +124,7 @@ def projected_rate(teacher: ArrayLike, initial: ArrayLike, *, threshold: float =
 
 
 def _relative_slope(theta: Array, apart: float, threshold: float) -> float:
-    """max over θ_1 and θ_2 within `apart` of |ψ(θ_1) − ψ(θ_2)| / (ψ(θ_1) 2 sin|θ_1 − θ_2|/2).
+    """Assumption 2's K: the largest |ψ(θ_1) − ψ(θ_2)| / (ψ(θ_1) 2 sin|θ_1 − θ_2|/2) for θ_2 within `apart` of θ_1.
 
     ψ_d falls and is convex, ψ_d' = −exp(−h²/(1 + cos θ))/2π, so the steepest secant goes to θ_2 = θ_1 − apart.
     """
@@ -142,7 +142,9 @@ def projected_dynamics(
     threshold: float = 0.0,
     rtol: float = 1e-10,
 ) -> xr.Dataset:
-    """w_j' = P⊥_{w_j} Σ_j' (d*_jj' w*_j' − d_jj' w_j'): lowest layer with L = I, β = 11ᵀ and norms kept by BatchNorm.
+    """Integrate Theorem 4's dynamics of the lowest layer, w_j' = P⊥_{w_j} Σ_j' (d*_jj' w*_j' − d_jj' w_j').
+
+    They assume L = I, β = 11ᵀ and norms of the weights that BatchNorm conserves.
 
     Args:
         teacher: (node, input); scaled to unit norm.
@@ -152,8 +154,8 @@ def projected_dynamics(
         rtol: Of the integration (DOP853).
 
     Returns:
-        Over (time, node): ``angle`` θ_j in radians and ``bound``, arcsin of Theorem 4's envelope (NaN if γ ≤ 0 or
-        d̄ ≤ 0: the hypothesis is unmet), ``weight`` over (time, node, input_node), ``drift``, |‖w_j‖ − 1|;
+        Dataset over (time, node): ``angle`` θ_j in radians, ``bound``, the arcsin of Theorem 4's envelope (NaN if γ ≤ 0
+        or d̄ ≤ 0: the hypothesis is not met), ``drift`` |‖w_j‖ − 1|; ``weight`` over (time, node, input_node);
         attributes: the `ProjectedRate`.
 
     Source: Tian et al. (2019), Theorem 4.
@@ -196,12 +198,12 @@ def two_layer_dynamics(
     threshold: float = 0.0,
     rtol: float = 1e-10,
 ) -> xr.Dataset:
-    """V' = L* V* − L V,  W' = H* W* − H W of a two-layer student, with H = (V Vᵀ) ∘ D and H* = (V V*ᵀ) ∘ D*.
+    """Integrate Theorem 5's dynamics of a two-layer student, V' = L* V* − L V and W' = H* W* − H W.
 
-    Rows are nodes.  L_jj' = ‖w_j‖‖w_j'‖ ψ_l(θ_jj') and D_jj' = ψ_d(θ_jj').  Teacher node j's lucky student u(j) is the
-    one closest in direction at the start; all others are the rest r.  The theorem: w_u → w*, v_u → v*, v_r → 0, and w_r
-    hardly moves.  Neither update fixes the share that ‖w‖ and ‖v‖ have of a node, so nodes are compared regular:
-    directions of w, and ‖w‖ v.
+    H = (V Vᵀ) ∘ D and H* = (V V*ᵀ) ∘ D*, with rows for nodes, L_jj' = ‖w_j‖‖w_j'‖ ψ_l(θ_jj') and D_jj' = ψ_d(θ_jj').
+    Teacher node j's lucky student u(j) is the node closest in direction at the start; all others are the rest r.  The
+    theorem: w_u → w*, v_u → v*, v_r → 0, and w_r hardly moves.  The updates leave open how a node's scale is divided
+    between ‖w‖ and ‖v‖, so what is compared are directions of w, and ‖w‖ v.
 
     Every term of w_r' carries v_r, so ‖w_r(t) − w_r(0)‖ ≤ ∫ c_r ‖v_r‖ dt,
     c_r = Σ_j' ‖v*_j'‖ d*_rj' ‖w*_j'‖ + Σ_j' ‖v_j'‖ d_rj' ‖w_j'‖: the bound returned, integrated along the path.
@@ -211,7 +213,7 @@ def two_layer_dynamics(
         teacher: W* (node, input) and V* (node, output): row j of V* is the fan-out of node j.
         initial: W and V of the student, as many nodes or more.
         times: Output times, increasing, from 0.
-        threshold: h, of all gates, in units of ‖w‖.
+        threshold: h of all gates, in units of ‖w‖.
         rtol: Of the integration (DOP853).
 
     Returns:
@@ -227,17 +229,7 @@ def two_layer_dynamics(
         ValueError: for shapes that do not fit, zero weights, or two teacher nodes with one lucky student.
     """
     caller = "two_layer_dynamics"
-    w_star, v_star = (np.asarray(a, float) for a in teacher)
-    w0, v0 = (np.asarray(a, float) for a in initial)
-    if any(a.ndim != 2 for a in (w_star, v_star, w0, v0)) or (
-        w_star.shape[1] != w0.shape[1] or v_star.shape[1] != v0.shape[1] or len(w_star) != len(v_star)
-        or len(w0) != len(v0)
-    ):  # fmt: skip
-        raise ValueError(
-            f"{caller}: teacher {w_star.shape}, {v_star.shape} and student {w0.shape}, {v0.shape}; each is "
-            "W (node, input) and V (node, output), of one input and one output width"
-        )
-    _no_zero(caller, w_star, w0)
+    w_star, v_star, w0, v0 = _two_layers(caller, teacher, initial)
     lucky = angles(w_star, w0).argmin(1)
     if len(set(lucky)) < len(lucky):
         raise ValueError(
@@ -245,36 +237,16 @@ def two_layer_dynamics(
             "the theorem excludes; start from more students, or closer to the teacher"
         )
     nodes, inputs = w0.shape
-
-    def overlaps(w: Array, w2: Array) -> tuple[Array, Array]:
-        theta = angles(w, w2)
-        norms = np.linalg.norm(w, axis=1)[:, None] * np.linalg.norm(w2, axis=1)
-        return gate_overlap(theta, threshold), norms * activation_overlap(theta, threshold)
-
-    def move(state: Array) -> Array:
-        w, v = state[:, :inputs], state[:, inputs:]
-        (gates_star, joint_star), (gates, joint) = overlaps(w, w_star), overlaps(w, w)
-        w_dot = (v @ v_star.T * gates_star) @ w_star - (v @ v.T * gates) @ w
-        return np.concatenate([w_dot, joint_star @ v_star - joint @ v], 1)
-
-    def reach(state: Array) -> Array:
-        """c_k of every student node."""
-        w, v = state[:, :inputs], state[:, inputs:]
-        size = [np.linalg.norm(a, axis=1) for a in (w, v, w_star, v_star)]
-        return np.asarray(overlaps(w, w_star)[0] @ (size[2] * size[3]) + overlaps(w, w)[0] @ (size[0] * size[1]))
-
-    def with_bound(state: Array) -> Array:
-        speed = reach(state[:, :-1]) * np.linalg.norm(state[:, inputs:-1], axis=1)
-        return np.concatenate([move(state[:, :-1]), speed[:, None]], 1)
-
+    equations = _TwoLayerEquations(w_star, v_star, threshold)
     start = np.concatenate([w0, v0, np.zeros((nodes, 1))], 1)
-    path = _integrated(caller, with_bound, start, times, rtol)
+    path = _integrated(caller, equations.derivative, start, times, rtol)
     w, v, bound = path[..., :inputs], path[..., inputs:-1], path[..., -1]
     rest = np.ones(nodes, bool)
     rest[lucky] = False
     regular = np.linalg.norm(w, axis=2, keepdims=True) * v
     target = np.linalg.norm(w_star, axis=1, keepdims=True) * v_star
     angle = np.stack([angles(now[lucky], w_star).diagonal() for now in w])
+    rate = np.array([np.linalg.eigvalsh(equations.overlaps(now, now)[1])[0] for now in w])
     over = ("time", "node")
     return xr.Dataset(
         {
@@ -285,7 +257,7 @@ def two_layer_dynamics(
             "fanout_norm": (over, np.linalg.norm(regular, axis=2)),
             "displacement": (over, np.linalg.norm(w - w0, axis=2)),
             "displacement_bound": (over, bound),
-            "rate": (("time",), np.array([np.linalg.eigvalsh(overlaps(now, now)[1])[0] for now in w])),
+            "rate": (("time",), rate),
         },
         {
             "time": np.asarray(times, float),
@@ -294,6 +266,49 @@ def two_layer_dynamics(
         },
         attrs={"threshold": threshold},
     )
+
+
+def _two_layers(
+    caller: str, teacher: tuple[ArrayLike, ArrayLike], initial: tuple[ArrayLike, ArrayLike]
+) -> tuple[Array, Array, Array, Array]:
+    """W*, V*, W and V, of shapes that fit together and without zero weight vectors."""
+    w_star, v_star = (np.asarray(a, float) for a in teacher)
+    w, v = (np.asarray(a, float) for a in initial)
+    if any(a.ndim != 2 for a in (w_star, v_star, w, v)) or (
+        w_star.shape[1] != w.shape[1] or v_star.shape[1] != v.shape[1] or len(w_star) != len(v_star)
+        or len(w) != len(v)
+    ):  # fmt: skip
+        raise ValueError(
+            f"{caller}: teacher {w_star.shape}, {v_star.shape} and student {w.shape}, {v.shape}; each is "
+            "W (node, input) and V (node, output), of one input and one output width"
+        )
+    _no_zero(caller, w_star, w)
+    return w_star, v_star, w, v
+
+
+@dataclass(frozen=True)
+class _TwoLayerEquations:
+    """The equations of `two_layer_dynamics` for one teacher; a state is [W, V, bound], one row per student node."""
+
+    w_star: Array
+    v_star: Array
+    threshold: float
+
+    def overlaps(self, w: Array, w2: Array) -> tuple[Array, Array]:
+        """D and L of the nodes `w` with the nodes `w2`."""
+        theta = angles(w, w2)
+        norms = np.linalg.norm(w, axis=1)[:, None] * np.linalg.norm(w2, axis=1)
+        return gate_overlap(theta, self.threshold), norms * activation_overlap(theta, self.threshold)
+
+    def derivative(self, state: Array) -> Array:
+        """[W', V', c ‖v‖]."""
+        w, v = np.split(state[:, :-1], [self.w_star.shape[1]], axis=1)
+        (gates_star, joint_star), (gates, joint) = self.overlaps(w, self.w_star), self.overlaps(w, w)
+        w_dot = (v @ self.v_star.T * gates_star) @ self.w_star - (v @ v.T * gates) @ w
+        v_dot = joint_star @ self.v_star - joint @ v
+        size = [np.linalg.norm(a, axis=1) for a in (w, v, self.w_star, self.v_star)]
+        c = gates_star @ (size[2] * size[3]) + gates @ (size[0] * size[1])
+        return np.concatenate([w_dot, v_dot, (c * size[1])[:, None]], 1)
 
 
 # --- what may be asked ---------------------------------------------------------------------------------------
@@ -338,14 +353,14 @@ def _no_zero(caller: str, *weights: Array) -> None:
 
 @dataclass(frozen=True)
 class WeightUpdate:
-    """E[f_{l−1} g_lᵀ] of one layer and what the theory puts in its place; (node, input_node+1), bias last.
+    """The true update E[f_{l−1} g_lᵀ] of one layer and the theory's approximation, (node, input_node+1), bias last.
 
     Attributes:
         layer: l = 1..L.
         exact: The true negative gradient of J.
         approximate: L* W* H* − L W H.
         gap: ‖approximate − exact‖ / ‖exact‖.
-        cosine: Of the angle between the two.
+        cosine: Cosine of the angle between the two.
     """
 
     layer: int
@@ -370,11 +385,11 @@ def luck_matters_updates(
     form: Form = "product",
     memory: int = MEMORY,
 ) -> list[WeightUpdate]:
-    """L*_{l−1} W*_l H*_l − L_{l−1} W_l H_l beside the true E[f_{l−1} g_lᵀ], for l = 1..L.
+    """Theorem 2's update L*_{l−1} W*_l H*_l − L_{l−1} W_l H_l and the true E[f_{l−1} g_lᵀ] of every layer l = 1..L.
 
-    With constant nodes throughout, so that biases are exact.  The formula assumes E[β f'f' f f] = E[β f'f'] E[f f]
-    (Assumption 1): exact at the top layer, where H is the identity; an approximation below, whose `gap` is to be
-    reported and never assumed small.  Source: Tian et al. (2019), Theorem 2.
+    All matrices include the constant nodes, so that biases are exact.  The formula assumes E[β f'f' f f] =
+    E[β f'f'] E[f f] (Assumption 1): it is exact at the top layer, where H is the identity, and an approximation below,
+    whose `gap` should be reported and not assumed small.  Source: Tian et al. (2019), Theorem 2.
 
     Raises:
         ValueError: as `lemma1_residual`.
@@ -426,7 +441,7 @@ def luck_matters_updates(
 
 
 def _augmented_weight(net: Network, layer: int) -> Tensor:
-    """[W̃, b; 0, 1], (node+1, input_node+1)."""
+    """Weight matrix with the constant node, [W̃, b; 0, 1], (node+1, input_node+1)."""
     weight, bias = net.weights[layer - 1], net.biases[layer - 1]
     column = weight.new_zeros(len(weight)) if bias is None else bias
     top = torch.cat([weight, column.unsqueeze(1)], 1)

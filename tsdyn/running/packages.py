@@ -1,0 +1,76 @@
+"""Parts that packages offer: what an archive says it was computed with, and what of it is not installed here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tsdyn import registers
+from tsdyn.archive import reading
+from tsdyn.archive.whole_files import ArchiveError
+from tsdyn.experiment.errors import ExperimentError
+from tsdyn.experiment.experiment import Experiment
+from tsdyn.schema import PARTS
+
+
+def attribute(experiment: Experiment) -> dict[str, str]:
+    """The attribute that says of each part of a package (``activation sine``) its package, version and place."""
+    found = {
+        f"{register.kind} {name}": register.origin(name)._asdict()
+        for register, name in experiment.parts.values()
+        if register.foreign(name)
+    }
+    return {PARTS: json.dumps(found)} if found else {}
+
+
+def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Parts whose package is of another version than it was, as ``part: before, then now``."""
+    then, today = _told(before), _told(now)
+    return [
+        f"{part} {then[part]} before, {today[part]} now" for part in then if today.get(part, then[part]) != then[part]
+    ]
+
+
+def refuse_missing(experiment: Experiment, path: Path) -> None:
+    """Refuse to go on without parts of packages that are not installed, naming the package if `path` says it.
+
+    Raises:
+        ExperimentError: naming each key, and the way out.
+    """
+    lost: dict[str, registers.PartError] = {}
+    for _, single in experiment.points() if experiment.sweep else [({}, experiment)]:
+        for key, (register, name) in single.parts.items():
+            try:
+                with registers.accepting(()):
+                    register.check(name)
+            except registers.PartError as error:
+                lost[f"{key} = {name!r}"] = error
+    if lost:
+        said = "\n  ".join(f"{key}: {error}" for key, error in lost.items())
+        raise ExperimentError(f"{said}{way_back(experiment, path)}")
+
+
+def way_back(experiment: Experiment, path: Path) -> str:
+    """A line that names the packages with which `path` was computed, if parts of them are missing; else nothing."""
+    try:
+        told = _told(reading.opened(path).attrs)
+    except (ArchiveError, OSError):
+        return ""
+    gone = []
+    for _, single in experiment.points() if experiment.sweep else [({}, experiment)]:
+        for register, name in single.parts.values():
+            package = told.get(f"{register.kind} {name}")
+            if package is not None and package not in gone and name not in register.names():
+                gone.append(package)
+    return f"\n  {path} was computed with {', '.join(gone)}: install that to go on" if gone else ""
+
+
+def _told(attrs: Mapping[str, Any]) -> dict[str, str]:
+    """Part → package and version, of what an archive's attributes say; nothing if they say nothing that can be read."""
+    try:
+        parts = json.loads(str(attrs.get(PARTS, "{}")))
+        return {str(part): f"{origin['package']} {origin['version']}".strip() for part, origin in parts.items()}
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return {}
