@@ -29,7 +29,7 @@ test: $(VENV)/.installed-dev
 matrix: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.matrix
 
-# The property tests' random search, FUZZ examples each; what it finds becomes a fixed example of the suite.
+# Property tests with FUZZ random examples each; failures that it finds become fixed examples of the suite.
 FUZZ ?= 500
 fuzz: $(VENV)/.installed-dev
 	TSDYN_FUZZ=$(FUZZ) $(BIN)/python -m pytest -n auto -m hypothesis

@@ -138,7 +138,7 @@ def run(
     together: Together = None,
     quiet: Quiet = False,
 ) -> None:
-    """Run an experiment, or every point of its sweep; goes on from what was committed."""
+    """Run an experiment, or every point of its sweep; resumes from what was committed."""
     chosen = _experiment(experiment, output)
     if changes:
         chosen = chosen.replace(dict(_assignment(text) for text in changes))

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 from tsdyn.vocabulary import FAMILIES, VARIABLES
 
-#: What is said of the package of a part that was added by `Register.add`.
+#: Named as the package of a part that was added by `Register.add`.
 THIS_PROCESS = "this process"
 
 

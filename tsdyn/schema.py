@@ -279,7 +279,7 @@ def words_of(array: xr.DataArray) -> xr.DataArray:
 
 #: Attribute of an archive: the registered parts of its experiment that packages offered, as JSON.
 PARTS = "parts"
-#: Attribute of an archive: variables of users that it holds, as JSON.
+#: Attribute of an archive: declarations of the variables in it that are not the schema's own, as JSON.
 DECLARES = "declared_variables"
 
 

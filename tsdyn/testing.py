@@ -180,7 +180,7 @@ def _loss(part: Loss) -> None:
 
 
 def _optimizer(part: Optimizer, arguments: Mapping[str, Any]) -> None:
-    """Finite, keeps members apart, uses its rate, forgets nothing between steps but in its moments."""
+    """Check that its updates are finite, independent between members and use the rate, and its state is its moments."""
     generator = torch.Generator().manual_seed(2)
     for dtype in (torch.float32, torch.float64):
         start = torch.randn(2, 3, 4, generator=generator, dtype=dtype)
@@ -225,7 +225,7 @@ def _named(part: Any) -> str:
 
 
 def _law(part: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
-    """(rng, samples, inputs, *, std): finite inputs of that shape, drawn from `rng` alone, independent samples."""
+    """Check that (rng, samples, inputs, *, std) gives finite, independent samples, drawn from `rng` alone."""
     where = f"law {_named(part)}"
     x, again, other = (_drawn(part, seed, 4000, 5, std=1.5, **arguments) for seed in (3, 3, 4))
     _demand(x.shape == (4000, 5) and x.dtype.kind == "f", f"{where}: drew {x.dtype} {x.shape}, not (4000, 5) numbers")
@@ -240,7 +240,7 @@ def _law(part: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
 
 
 def _teacher(part: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
-    """(rng, nodes, inputs, *, teacher, lowest): finite rows of that shape, drawn from `rng` alone."""
+    """Check that (rng, nodes, inputs, *, teacher, lowest) gives finite rows of that shape, drawn from `rng` alone."""
     where = f"teacher {_named(part)}"
     with registers.accepting(None):  # the section of somebody's part, under whatever name
         section = Teacher(widths=(6, 4, 3), **({"init": "mine", "arguments": dict(arguments)} if arguments else {}))
@@ -249,11 +249,11 @@ def _teacher(part: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
         good = rows.shape == (nodes, inputs) and rows.dtype.kind == "f" and bool(np.isfinite(rows).all())
         _demand(good, f"{where}: drew {rows.dtype} {rows.shape}; finite numbers {(nodes, inputs)} are asked for")
         _demand(np.array_equal(rows, again), f"{where}: the same rng draws other rows; use the rng given alone")
-        _demand(bool(rows.any(1).all()), f"{where}: a row is zero, a node that never answers")
+        _demand(bool(rows.any(1).all()), f"{where}: a row is zero, so the node ignores its input")
 
 
 def _start(part: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
-    """(rng, shape, *, student, taught): a weight of that shape and its bias, drawn from `rng` alone."""
+    """Check that (rng, shape, *, student, taught) gives a weight of that shape and a bias, drawn from `rng` alone."""
     where = f"start {_named(part)}"
     with registers.accepting(None):
         mine = {"init": "mine", "arguments": dict(arguments)} if arguments else {}
@@ -279,7 +279,7 @@ def _start(part: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
 
 
 def _observable(part: Observed) -> None:
-    """Has the dimensions that it declares, of networks in both dtypes, and disturbs nothing."""
+    """Check that it gives its declared dimensions for networks in both dtypes, and changes nothing it measures."""
     for dtype in ("float64", "float32"):
         experiment = Experiment(
             name="check", seeds=2, dtype=dtype,

@@ -68,7 +68,7 @@ def select(ds: T, **labels: Any) -> T:
 
 
 def lowest_layer(ds: xr.Dataset | xr.DataArray) -> int:
-    """Label of the lowest layer: 1, also of a slice that starts above it, or where layers are counted from."""
+    """Label of the lowest layer: 1 for an archive and any slice of it, else the first label (layers of your own)."""
     return min(1, int(ds.indexes["layer"].min()))
 
 

@@ -42,8 +42,8 @@ from tsdyn.running.workers import (
 
 _log = logging.getLogger("tsdyn")
 
-#: Called before each point, or the ensemble it is in, with (position from 1, points, directory name, experiment); its
-#: Progress is then used.
+#: Called before each point, or before the ensemble that it is in, with (position from 1, points, directory name,
+#: experiment); returns the Progress to use for the point.
 PointProgress = Callable[[int, int, str, Experiment], "runner.Progress | None"]
 
 
@@ -229,7 +229,7 @@ def _run(
     progress: runner.Progress | None,
     point: PointProgress | None,
 ) -> xr.Dataset:
-    """As `run`, of an experiment all of whose parts are known."""
+    """`run` of an experiment whose parts are all registered."""
     if means.scheduler is None:
         runner.check_device(means.device)
     path = whole_files.local_path(path).absolute() if means.distributed else whole_files.local_path(path)
@@ -260,9 +260,10 @@ def _run_on_workers(
     with stopping() as asked, _client(at_once, means.scheduler) as client:
         groups = _each_alone(left)
         if means.together:
-            room = _answer(client, client.submit(memory.free, means.device, pure=False))  # once there is a worker
+            room = _answer(client, client.submit(memory.free, means.device, pure=False))  # waits for a first worker
             busy = at_once or len(client.scheduler_info(n_workers=-1)["workers"])
-            groups = group_points(left, busy, room // 2 // (at_once or 1))  # those elsewhere have memory of their own
+            # local workers share this machine's memory, those of a scheduler have machines of their own
+            groups = group_points(left, busy, room // 2 // (at_once or 1))
         tell = telling(left)
         told = _on_workers(client, groups, path, means.device, tell, at_once or len(left), asked, means.observables)
         for name, reason in told:

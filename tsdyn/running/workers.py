@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("tsdyn")
 
-#: A point whose worker died so often without a committed epoch in between has failed.
+#: A point fails once its workers died this many times in a row without committing an epoch.
 FRUITLESS = 3
-#: A worker tells of its epochs this often; the index is written this often.
+#: Seconds between a worker's reports of its epochs, and between writes of the index.
 TELL_SECONDS, INDEX_SECONDS = 0.5, 5.0
 CONNECT_SECONDS = 10
 POLL_SECONDS = 0.05
-#: Without a sign of life of any worker for so long, the log says so; asked this often.
+#: Seconds without a sign of life from any worker after which the log says so, and seconds between checks.
 SILENT_SECONDS, ASK_SECONDS = 20.0, 5.0
 
 
@@ -264,7 +264,7 @@ class _Shared:
         """
         from distributed import KilledWorker
 
-        if future.status in ("cancelled", "lost"):  # nobody else cancels
+        if future.status in ("cancelled", "lost"):  # only a lost worker or scheduler cancels
             raise WorkersError(_GONE)
         group = self._out.pop(future)
         error = future.exception()
@@ -281,7 +281,7 @@ class _Shared:
 
     def close(self) -> None:
         """Leave nothing of these groups with the scheduler."""
-        with suppress(OSError, TimeoutError):  # of a scheduler that is gone
+        with suppress(OSError, TimeoutError):  # the scheduler is gone
             self._client.cancel(list(self._out))
             self._client.unsubscribe_topic(self._topic)
 
