@@ -146,13 +146,13 @@ def run(
 
 
 def _experiment(file: Path, output: str | None) -> Experiment:
-    """The experiment of a file; if parts of it are of a package that is gone, the error says with which it was run."""
+    """The experiment of a file; if its parts are not installed, the error names the packages it was run with."""
     try:
         return Experiment.from_toml(file)
     except ExperimentError as error:
         from tsdyn.running import packages
 
-        found = Experiment.from_toml(file, archived=True)  # whatever else is wrong is said as it is
+        found = Experiment.from_toml(file, archived=True)  # raises any other error
         way = packages.way_back(found, local_path(output or Path("runs") / found.name))
         if not way:
             raise

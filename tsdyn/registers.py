@@ -166,7 +166,7 @@ class Register:
         self._added[name] = part
 
     def holds(self, name: str, part: Any) -> bool:
-        """Whether `part` itself is what there is under `name`."""
+        """Whether `part` itself is registered under `name`."""
         if name not in self._added and name not in self._installed:
             return False
         return bool(self.load(name) == part)
@@ -203,7 +203,7 @@ def _package(entry: metadata.EntryPoint) -> tuple[str, str]:
 
 
 def _place(part: Any) -> str:
-    """``module:name`` of a function or class, of another part that of its type."""
+    """``module:name`` of a function or class; for other parts, of their type."""
     named = part if hasattr(part, "__qualname__") else type(part)
     return f"{named.__module__}:{named.__qualname__}"
 
@@ -235,7 +235,7 @@ STARTS = Register(
     ("gaussian", "torch", "near-teacher", "same-direction", "same-sign"),
     aliases=("file", "rewind", "rewind-reinitialised"),
 )
-#: Variables that training records along its way; a family is several of them.
+#: Variables that training records at each recorded epoch; the aliases are words for several of them.
 OBSERVABLES = Register(
     "observable",
     "tsdyn.observables.registry:OBSERVABLES",

@@ -277,7 +277,7 @@ def words_of(array: xr.DataArray) -> xr.DataArray:
     return codes.copy(data=words[codes.values]).assign_attrs(attrs)
 
 
-#: Attribute of an archive: the registered parts of its experiment that packages offered, as JSON.
+#: Attribute of an archive: the registered parts of its experiment that other packages offered, as JSON.
 PARTS = "parts"
 #: Attribute of an archive: declarations of the variables in it that are not the schema's own, as JSON.
 DECLARES = "declared_variables"
@@ -290,12 +290,12 @@ def declarations(names: Iterable[str]) -> dict[str, str]:
 
 
 def united(attributes: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """What several archives together say of parts of packages and of declared variables; the first that says it."""
+    """Attributes about packages' parts and declared variables, merged from several archives; the first one wins."""
     found: dict[str, str] = {}
     parts: dict[str, Any] = {}
     rows: dict[str, Any] = {}
     for attrs in attributes:
-        with suppress(ValueError, TypeError, AttributeError, KeyError):  # `problems` says it of the archive itself
+        with suppress(ValueError, TypeError, AttributeError, KeyError):  # `problems` reports it for the archive itself
             parts = {**json.loads(attrs.get(PARTS, "{}")), **parts}
             rows = {**{row["name"]: row for row in json.loads(attrs.get(DECLARES, "[]"))}, **rows}
     if parts:

@@ -148,7 +148,7 @@ def _activation(part: Activation) -> None:
 
 
 def _loss(part: Loss) -> None:
-    """A mean over samples, whose residual and Hessian are autograd's, whatever dimensions lead."""
+    """Check that it is a mean over samples, and that residual and Hessian are autograd's for any leading dimensions."""
     generator = torch.Generator().manual_seed(1)
     _demand(bool(part.convention.strip()), f"loss {part.name}: convention is empty; archives keep it")
     for dtype in (torch.float32, torch.float64):
@@ -242,7 +242,7 @@ def _law(part: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
 def _teacher(part: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
     """Check that (rng, nodes, inputs, *, teacher, lowest) gives finite rows of that shape, drawn from `rng` alone."""
     where = f"teacher {_named(part)}"
-    with registers.accepting(None):  # the section of somebody's part, under whatever name
+    with registers.accepting(None):  # the section may name a part that is not registered
         section = Teacher(widths=(6, 4, 3), **({"init": "mine", "arguments": dict(arguments)} if arguments else {}))
     for nodes, inputs, lowest in ((4, 6, True), (3, 4, False)):
         rows, again = (_drawn(part, 3, nodes, inputs, teacher=section, lowest=lowest) for _ in range(2))

@@ -136,7 +136,7 @@ def _ends(e: Experiment) -> str | None:
 
 
 def _asked(e: Experiment) -> set[str]:
-    """The schema's own variables that are to be recorded; `observables.registry.load` checks those of packages."""
+    """The schema's own variables that are to be recorded; `observables.registry.load` checks others."""
     return set(schema.expand(e.record.observables)) & set(VARIABLES)
 
 

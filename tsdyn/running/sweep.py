@@ -177,7 +177,7 @@ def run(
 
 @dataclass(frozen=True)
 class _Means:
-    """Where and with what the points are run: arguments of `run`, `together` decided."""
+    """Arguments of `run` that say where and with what the points are run; `together` is not None here."""
 
     device: str
     workers: int | None
@@ -216,9 +216,9 @@ def _refuse_parts_of_this_process(experiment: Experiment, passed: Sequence[Obser
         )
 
 
-#: Tells of each point that begins, and gives what its epochs are told to.
+#: Called with the names of points that begin; returns the Progress of each.
 _Telling = Callable[[Iterable[str]], dict[str, "runner.Progress | None"]]
-#: Called with the name of each point that ended, and why it failed.
+#: Called with the name of each point that ended, and the reason if it failed.
 _Ended = Callable[[str, str | None], None]
 
 
@@ -288,7 +288,7 @@ def _each_alone(points: Mapping[str, Experiment]) -> list[dict[str, Experiment]]
 
 
 class _Account:
-    """What becomes of the points: finished ones enter the index; failed ones, and those of others, are told of."""
+    """Results of the points: finished ones are written to the index, failed and locked ones are reported at the end."""
 
     def __init__(self, path: Path, points: Mapping[str, Experiment], *, is_sweep: bool) -> None:
         self._path, self._points, self._is_sweep = path, points, is_sweep
@@ -297,7 +297,7 @@ class _Account:
         self._held: set[str] = set()
 
     def without_links(self, left: Mapping[str, Experiment]) -> dict[str, Experiment]:
-        """`left` without the points whose directory is a link elsewhere; these have failed."""
+        """`left` without the points whose directory is a symbolic link; these count as failed."""
         for name in self._points if self._is_sweep else ():
             try:
                 refuse_link(self._path / name)
@@ -306,7 +306,7 @@ class _Account:
         return {name: single for name, single in left.items() if name not in self._failures}
 
     def ended(self, name: str, reason: str | None) -> None:
-        """Note that a point is finished, or why it failed."""
+        """Note that a point is finished, or the reason why it failed."""
         if reason is not None and reason.startswith(_HELD) and self._is_sweep:
             self._held.add(name)
             return

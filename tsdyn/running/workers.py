@@ -193,7 +193,7 @@ def _on_workers(
     asked: Callable[[], int | None],
     observables: tuple[Observed, ...],
 ) -> Iterator[tuple[str, str | None]]:
-    """Each point as its group ends, with why it failed; after a signal those that finished, then `Stopped`."""
+    """Yield each point when its group ends, with the reason if it failed; after a signal raise `Stopped` at the end."""
     from distributed import as_completed
 
     listening = _Listening(client)
@@ -219,10 +219,10 @@ def _on_workers(
 
 
 class _Shared:
-    """Groups of points that the workers of one scheduler share: those that wait, and those that were handed out.
+    """Groups of points for the workers of one scheduler: those still waiting, and those that were submitted.
 
-    The scheduler is given no more than so many groups: it hands out all it has at once, and does not take back what a
-    busy worker has waiting when another is idle.  The longest begin first, so that none is left to the end.
+    Only a few groups are submitted at a time: the scheduler assigns all that it has to workers at once, and does not
+    take one back from a busy worker when another is idle.  The longest begin first, so that none runs alone at the end.
     """
 
     def __init__(
@@ -244,12 +244,12 @@ class _Shared:
         self._reached = {name: _reached(path / name) for name in names}
 
     def begin(self, at_once: int) -> list[Future]:
-        """Futures of the first groups, so many at once."""
+        """Submit the first `at_once` groups; returns their futures."""
         self._client.subscribe_topic(self._topic, self._hear)
         return [self._submit(self._waiting.pop()) for _ in range(min(at_once, len(self._waiting)))]
 
     def stop(self) -> None:
-        """Ask all workers to commit what they have and end; nothing more is handed out."""
+        """Ask all workers to commit what they have and end; no more groups are submitted."""
         from distributed import Event
 
         self._stopped = True
@@ -257,7 +257,7 @@ class _Shared:
         Event(self._topic, client=self._client).set()
 
     def end(self, future: Future) -> tuple[dict[str, str | None], list[Future]]:
-        """Points that a future has ended, each with why it failed, and the futures that follow it.
+        """Points of a finished future, each with the reason if it failed, and futures of the groups submitted next.
 
         Raises:
             WorkersError: if the scheduler is gone.
@@ -280,7 +280,7 @@ class _Shared:
         return told, [self._submit(self._waiting.pop())] if self._waiting else []
 
     def close(self) -> None:
-        """Leave nothing of these groups with the scheduler."""
+        """Remove what the scheduler keeps of these groups."""
         with suppress(OSError, TimeoutError):  # the scheduler is gone
             self._client.cancel(list(self._out))
             self._client.unsubscribe_topic(self._topic)
@@ -288,9 +288,9 @@ class _Shared:
     def _killed(
         self, group: Mapping[str, Experiment], error: BaseException
     ) -> tuple[dict[str, str | None], list[dict[str, Experiment]]]:
-        """Points that have failed with their worker, and the others in two halves, to be tried again.
+        """Points that failed because their worker died too often, and the others in two halves, to be tried again.
 
-        By halves the one that kills its worker is found, and fails alone.
+        By halving groups a point that kills its worker is found, and fails alone.
         """
         failed: dict[str, str | None] = {}
         again = {}
