@@ -140,7 +140,7 @@ def _in_forked_process(work: str, experiment: Experiment | None, *paths: Path) -
 def archives(scratch: Path, rng: random.Random, number: int) -> str:
     """Archives with a file truncated, flipped, spliced or exchanged: no crash, no hang, no traceback, no wrong number.
 
-    Each is checked, read, shown, audited; some are repaired and all gone on with.  A changed file beside which a
+    Each is checked, read, shown, audited; some are repaired and all resumed.  A changed file beside which a
     checksum is kept must be named by ``tsdyn validate``, and nothing may be computed from it.
     """
     if number > 100:
