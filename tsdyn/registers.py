@@ -161,7 +161,7 @@ class Register:
         Raises:
             PartError: if the name is taken.
         """
-        if not self.foreign(name) or name in self._installed:
+        if not self.foreign(name) or name in self._added or name in self._installed:
             raise PartError(f"{self.kind} {name!r} is there already ({self.origin(name).package}); give another name")
         self._added[name] = part
 

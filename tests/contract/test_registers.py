@@ -281,7 +281,7 @@ def starts_torch(shape):
     assert float(bias.abs().max()) <= edge
     # which are torch's own bounds
     layer = torch.nn.Linear(shape[1], shape[0]) if len(shape) == 2 else torch.nn.Conv2d(shape[1], shape[0], 3)
-    assert 0.9 * edge <= float(layer.weight.abs().max()) <= edge * (1 + 1e-6)
+    assert 0.9 * edge <= float(layer.weight.detach().abs().max()) <= edge * (1 + 1e-6)
 
 
 def starts_near_teacher(shape):

@@ -159,7 +159,4 @@ def from_module(module: nn.Module) -> Activation | None:
                 f"from_torch: {module} is linear above {module.threshold}, which is another function; use nn.Softplus()"
             )
         return activation("softplus")
-    names: dict[type[nn.Module], str] = {
-        Erf: "erf", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid", nn.SiLU: "silu", nn.Identity: "identity",
-    }  # fmt: skip
-    return activation(names[kind]) if kind in names else None
+    return next((one for one in TABLE.values() if type(one.module()) is kind), None)
