@@ -390,7 +390,7 @@ def _npz(path: Path) -> dict[str, np.ndarray]:
 
 
 def _npy(file: io.BufferedIOBase | IO[bytes], size: int) -> np.ndarray:
-    """An array of numpy's format of so many bytes in all; no more is read than its header announces."""
+    """The array in a file of numpy's format with `size` bytes; only as much is read as its header announces."""
     head = file.read(12)
     if len(head) < 12:
         raise ValueError("it is cut off")
