@@ -1,8 +1,8 @@
-"""The parts that an experiment can name, and where their code is.
+"""Registers of the parts that an experiment can name (activations, losses, optimizers, ...), and where their code is.
 
-A register has two halves.  This one knows names: tsdyn's own and, by entry points, those of installed packages; it
-imports neither torch nor any part.  The module that uses a part loads it on first use (`Register.load`).  An archive
-is opened without loading anything: names that are not installed here are accepted there (`accepting`).
+A register knows names: tsdyn's own and, by entry points, those of installed packages; it imports neither torch nor any
+part.  The module that uses a part loads it on first use (`Register.load`).  Archives open without loading any part, and
+may name parts that are not installed here (`accepting`).
 
 A package offers a part by an entry point, for example in its pyproject.toml::
 
@@ -24,12 +24,12 @@ from typing import Any, NamedTuple
 
 from tsdyn.vocabulary import FAMILIES, VARIABLES
 
-#: What is said of the package of a part that was added by `Register.add`.
+#: Named as the package of a part that was added by `Register.add`.
 THIS_PROCESS = "this process"
 
 
 class PartError(ValueError):
-    """A part that is not there, or is not what its register holds; the message names it and the way out."""
+    """A part does not exist, or is of another kind than its register's; the message names it and the way out."""
 
 
 class Origin(NamedTuple):
@@ -37,7 +37,7 @@ class Origin(NamedTuple):
 
     Attributes:
         package: Name of the distribution; ``this process`` for a part that was added by `Register.add`.
-        version: Of that distribution.
+        version: Version of that distribution.
         target: ``module:attribute``.
     """
 
@@ -46,15 +46,15 @@ class Origin(NamedTuple):
     target: str
 
 
-#: Names that are accepted without a part of that name; None: all.
+#: Names that `Register.check` accepts although no such part is installed; None: every name.
 _ACCEPTED: ContextVar[frozenset[str] | None] = ContextVar("tsdyn_accepted", default=frozenset())
 
 
 @contextmanager
 def accepting(names: Iterable[str] | None) -> Iterator[None]:
-    """Inside, names of parts that are not installed are accepted: these, or all of them for None.
+    """Accept, inside the context, these names of parts that are not installed; None accepts every name.
 
-    What an archive says was there when it was made, and what an experiment read from it holds.
+    It is for experiments read from archives, whose parts were installed when the archive was made.
     """
     token = _ACCEPTED.set(None if names is None else frozenset(names))
     try:
@@ -68,11 +68,11 @@ class Register:
     """Parts of one kind by name.
 
     Attributes:
-        kind: One of them, as messages call it: ``activation``.
-        table: ``module:attribute`` of the mapping name → part that holds tsdyn's own.
-        own: Names of these.
-        aliases: Own names that are no parts of the table: ways of an experiment file to say something else.
-        hidden: Names of the table that no experiment file says.
+        kind: Word for one part in messages, such as ``activation``.
+        table: ``module:attribute`` of the mapping name → part that holds tsdyn's own parts.
+        own: Names of tsdyn's own parts.
+        aliases: Names that an experiment file may use but that are not in the table.
+        hidden: Names in the table that an experiment file cannot use.
     """
 
     kind: str
@@ -107,14 +107,14 @@ class Register:
         return found
 
     def names(self) -> tuple[str, ...]:
-        """Every name that can be asked for here: tsdyn's own, those of installed packages, those added."""
+        """Every name that can be used here: tsdyn's own, those of installed packages, and those added."""
         return tuple(dict.fromkeys([*self.own, *self.aliases, *self._installed, *self._added]))
 
     def check(self, name: str) -> str:
-        """`name` itself, if there is a part of that name or an archive is being read.
+        """`name` itself, if there is a part of that name or `accepting` accepts it.
 
         Raises:
-            PartError: otherwise; names the nearest and how a package offers one.
+            PartError: otherwise; names the nearest name, and how a package offers a part.
         """
         accepted = _ACCEPTED.get()
         if name in self.own or name in self.aliases or name in self._added or accepted is None or name in accepted:
@@ -151,7 +151,7 @@ class Register:
                     ) from error
             else:
                 with accepting(()):
-                    self.check(name)  # says what there is, if nobody said that the name is an archive's
+                    self.check(name)  # raises the error that lists all names, unless the name is accepted
                 raise AssertionError(name)
         return self._loaded[name]
 
@@ -166,7 +166,7 @@ class Register:
         self._added[name] = part
 
     def holds(self, name: str, part: Any) -> bool:
-        """Whether `part` itself is what there is under `name`."""
+        """Whether `part` itself is registered under `name`."""
         if name not in self._added and name not in self._installed:
             return False
         return bool(self.load(name) == part)
@@ -176,7 +176,7 @@ class Register:
         self._added.pop(name, None)
 
     def origin(self, name: str) -> Origin:
-        """Where the part of that name comes from, without importing it."""
+        """Package, version and place of the part of that name; nothing is imported."""
         if not self.foreign(name):
             from tsdyn._version import __version__
 
@@ -193,7 +193,7 @@ class Register:
         return name not in (*self.own, *self.aliases, *self.hidden)
 
     def forget_installed(self) -> None:
-        """Look for installed packages anew; for tests and for sessions that install one."""
+        """Search installed packages again at the next use; for tests, and for sessions that install a package."""
         self.__dict__.pop("_installed", None)
         self._loaded.clear()
 
@@ -203,7 +203,7 @@ def _package(entry: metadata.EntryPoint) -> tuple[str, str]:
 
 
 def _place(part: Any) -> str:
-    """``module:name`` of a function or class, of another part that of its type."""
+    """``module:name`` of a function or class; for other parts, of their type."""
     named = part if hasattr(part, "__qualname__") else type(part)
     return f"{named.__module__}:{named.__qualname__}"
 
@@ -219,7 +219,7 @@ ACTIVATIONS = Register(
     ("relu", "leaky_relu", "identity", "erf", "tanh", "sigmoid", "softplus", "gelu", "silu"),
 )
 LOSSES = Register("loss", "tsdyn.engine.loss:LOSSES", ("mse", "cross_entropy"))
-#: SGD with training.momentum is another part of the table; files say "sgd" for both.
+#: SGD with training.momentum > 0 is a part of its own, "momentum"; experiment files write "sgd" for both.
 OPTIMIZERS = Register(
     "optimizer", "tsdyn.engine.rule:OPTIMIZERS", ("sgd", "adam"), ("gd", "flow"), hidden=("momentum",)
 )
@@ -235,7 +235,7 @@ STARTS = Register(
     ("gaussian", "torch", "near-teacher", "same-direction", "same-sign"),
     aliases=("file", "rewind", "rewind-reinitialised"),
 )
-#: Variables that training records along its way; a family is several of them.
+#: Variables that training records at each recorded epoch; the aliases are words for several of them.
 OBSERVABLES = Register(
     "observable",
     "tsdyn.observables.registry:OBSERVABLES",
@@ -275,7 +275,7 @@ STUDIES = Register(
     ),
 )
 
-#: Every register by its kind.
+#: Kind → its register.
 ALL: Mapping[str, Register] = {
     register.kind: register
     for register in (ACTIVATIONS, LOSSES, OPTIMIZERS, LAWS, TEACHERS, STARTS, OBSERVABLES, STUDIES)

@@ -1,7 +1,7 @@
 """The contract test on a part of your own: what tsdyn asks of its own activations, losses, laws and so on.
 
-`check` raises at the first promise that a part breaks, naming the promise, the input and both numbers.  It compares
-with torch.autograd, quadrature and samples, never with the part's own code.
+`check` raises at the first requirement that a part breaks, naming the requirement, the input and both numbers.  It
+compares with torch.autograd, quadrature and samples, never with the part's own code.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from tsdyn.networks.activations import Activation
 from tsdyn.observables.registry import Observed
 
 Kind: TypeAlias = Literal["activation", "loss", "optimizer", "law", "teacher", "start", "observable", "module", "study"]
-#: A check of a mean over samples fails a right part about once in a million.
+#: Standard errors allowed for a mean over samples: a correct part fails about once in a million checks.
 _SIGMAS = 5.0
 
 
 class ContractError(AssertionError):
-    """A part that breaks a promise; the message says which, where and by how much."""
+    """A part breaks a requirement; the message says which, where and by how much."""
 
 
 def check(part: Any, kind: Kind | None = None, *, arguments: Mapping[str, Any] | None = None) -> None:
@@ -47,8 +47,8 @@ def check(part: Any, kind: Kind | None = None, *, arguments: Mapping[str, Any] |
         arguments: Of an optimizer, law, teacher or start: what an experiment file would give it as ``arguments``.
 
     Raises:
-        ContractError: naming the promise, the input and both numbers.
-        TypeError: if it cannot be told what the part is.
+        ContractError: naming the requirement, the input and both numbers.
+        TypeError: if the kind cannot be found from the part's type.
 
     Example:
         >>> import torch, tsdyn
@@ -119,7 +119,7 @@ def _close(what: str, mine: Tensor, right: Tensor, bound: float, *, by: str = "t
 
 
 def _activation(part: Activation) -> None:
-    """Elementwise; its derivative is autograd's, at 0 too; its module is itself; `leak` says the truth."""
+    """Check that it is elementwise, its derivative is autograd's (at 0 too), and its module and `leak` agree."""
     for dtype in (torch.float32, torch.float64):
         eps = torch.finfo(dtype).eps
         z = torch.cat([torch.linspace(-8, 8, 257, dtype=dtype), torch.zeros(1, dtype=dtype)]).requires_grad_(True)
@@ -148,7 +148,7 @@ def _activation(part: Activation) -> None:
 
 
 def _loss(part: Loss) -> None:
-    """A mean over samples, whose residual and Hessian are autograd's, whatever dimensions lead."""
+    """Check that it is a mean over samples, and that residual and Hessian are autograd's for any leading dimensions."""
     generator = torch.Generator().manual_seed(1)
     _demand(bool(part.convention.strip()), f"loss {part.name}: convention is empty; archives keep it")
     for dtype in (torch.float32, torch.float64):
@@ -180,7 +180,7 @@ def _loss(part: Loss) -> None:
 
 
 def _optimizer(part: Optimizer, arguments: Mapping[str, Any]) -> None:
-    """Finite, keeps members apart, uses its rate, forgets nothing between steps but in its moments."""
+    """Check that its updates are finite, independent between members and use the rate, and its state is its moments."""
     generator = torch.Generator().manual_seed(2)
     for dtype in (torch.float32, torch.float64):
         start = torch.randn(2, 3, 4, generator=generator, dtype=dtype)
@@ -225,7 +225,7 @@ def _named(part: Any) -> str:
 
 
 def _law(part: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
-    """(rng, samples, inputs, *, std): finite inputs of that shape, drawn from `rng` alone, independent samples."""
+    """Check that (rng, samples, inputs, *, std) gives finite, independent samples, drawn from `rng` alone."""
     where = f"law {_named(part)}"
     x, again, other = (_drawn(part, seed, 4000, 5, std=1.5, **arguments) for seed in (3, 3, 4))
     _demand(x.shape == (4000, 5) and x.dtype.kind == "f", f"{where}: drew {x.dtype} {x.shape}, not (4000, 5) numbers")
@@ -240,20 +240,20 @@ def _law(part: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
 
 
 def _teacher(part: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
-    """(rng, nodes, inputs, *, teacher, lowest): finite rows of that shape, drawn from `rng` alone."""
+    """Check that (rng, nodes, inputs, *, teacher, lowest) gives finite rows of that shape, drawn from `rng` alone."""
     where = f"teacher {_named(part)}"
-    with registers.accepting(None):  # the section of somebody's part, under whatever name
+    with registers.accepting(None):  # the section may name a part that is not registered
         section = Teacher(widths=(6, 4, 3), **({"init": "mine", "arguments": dict(arguments)} if arguments else {}))
     for nodes, inputs, lowest in ((4, 6, True), (3, 4, False)):
         rows, again = (_drawn(part, 3, nodes, inputs, teacher=section, lowest=lowest) for _ in range(2))
         good = rows.shape == (nodes, inputs) and rows.dtype.kind == "f" and bool(np.isfinite(rows).all())
         _demand(good, f"{where}: drew {rows.dtype} {rows.shape}; finite numbers {(nodes, inputs)} are asked for")
         _demand(np.array_equal(rows, again), f"{where}: the same rng draws other rows; use the rng given alone")
-        _demand(bool(rows.any(1).all()), f"{where}: a row is zero, a node that never answers")
+        _demand(bool(rows.any(1).all()), f"{where}: a row is zero, so the node ignores its input")
 
 
 def _start(part: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
-    """(rng, shape, *, student, taught): a weight of that shape and its bias, drawn from `rng` alone."""
+    """Check that (rng, shape, *, student, taught) gives a weight of that shape and a bias, drawn from `rng` alone."""
     where = f"start {_named(part)}"
     with registers.accepting(None):
         mine = {"init": "mine", "arguments": dict(arguments)} if arguments else {}
@@ -279,7 +279,7 @@ def _start(part: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
 
 
 def _observable(part: Observed) -> None:
-    """Has the dimensions that it declares, of networks in both dtypes, and disturbs nothing."""
+    """Check that it gives its declared dimensions for networks in both dtypes, and changes nothing it measures."""
     for dtype in ("float64", "float32"):
         experiment = Experiment(
             name="check", seeds=2, dtype=dtype,
@@ -337,7 +337,7 @@ def _module(part: Callable[..., Any]) -> None:
 
 
 def _study(part: Any) -> None:
-    """A module with TITLE, SOURCE, EXPERIMENTS for every scale, measure and draw, whose smoke scale runs and draws."""
+    """Check that it has TITLE, SOURCE, EXPERIMENTS, measure and draw, and that its smoke scale runs and draws."""
     from tsdyn.running import sweep
 
     missing = [word for word in ("TITLE", "SOURCE", "EXPERIMENTS", "measure", "draw") if not hasattr(part, word)]

@@ -242,7 +242,7 @@ def test_listed_points(tmp_path):
         ({"points": [{"teacher.polarity": 0.0}, {"student.scale": 0.1}]}, "all with the same keys"),
         ({"points": [{"teacher.polarity": 0.0}] * 2}, "values of 'teacher.polarity' repeat"),
         ({"points": [{"teacher.polarity": 0.0}], "zip": {"student.scale": [0.1]}}, "write one of them"),
-        ({"teacher.polarity": [0.0], "zip": {"teacher.polarity": [1.0]}}, "stands there twice"),
+        ({"teacher.polarity": [0.0], "zip": {"teacher.polarity": [1.0]}}, "are listed twice"),
         ({"zip": {"teacher.polarty": [1.0]}}, "did you mean 'teacher.polarity'"),
         ({"teacher.polarity": 1.0}, "must be a list of at least one value"),
         ({"teacher.polarity": []}, "must be a list of at least one value"),

@@ -466,7 +466,7 @@ def test_a_sweep_whose_experiment_is_damaged_is_refused_by_every_verb(command, s
     with pytest.raises(ArchiveError, match="put the sweep's experiment file back"):
         integrity.repair(swept)
     file.write_text(whole.replace("observables", "observ5bles"), encoding="utf-8")
-    with pytest.raises(ArchiveError, match="no experiment of tsdyn's"):
+    with pytest.raises(ArchiveError, match="not an experiment of tsdyn's"):
         tsdyn.open(swept)
 
 
@@ -513,7 +513,7 @@ def test_reading_a_damaged_file_apart_has_a_limit(copy):
     """A loop that never ends is ended by the limit on processor time."""
     code = (
         "import sys; from tsdyn.archive import integrity; integrity.APART_SECONDS = 0; "
-        "integrity._contents = lambda *_: iter(int, 1); integrity._work_apart('contents', sys.argv[1])"
+        "integrity._contents = lambda *_: iter(int, 1); integrity._work_in_subprocess('contents', sys.argv[1])"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, copy / "archive.nc"], input="", text=True, timeout=60, check=False

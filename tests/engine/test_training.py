@@ -290,7 +290,7 @@ def test_block_size_falls_with_the_parameters_and_is_at_least_one():
 
 
 def test_members_of_different_kinds_are_refused():
-    with pytest.raises(ValueError, match="an ensemble is of one shape"):
+    with pytest.raises(ValueError, match="members must have the same tensors"):
         Ensemble.of([Network([torch.ones(2, 2)], [torch.ones(2)]), Network([torch.ones(2, 2)])])
 
 

@@ -1,4 +1,4 @@
-"""Parts that packages offer: what an archive says it was computed with, and what of it is not installed here."""
+"""Parts that other packages offer: which ones an archive was computed with, and which are not installed here."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tsdyn.schema import PARTS
 
 
 def attribute(experiment: Experiment) -> dict[str, str]:
-    """The attribute that says of each part of a package (``activation sine``) its package, version and place."""
+    """The attribute with package, version and place of each part (``activation sine``) that another package offers."""
     found = {
         f"{register.kind} {name}": register.origin(name)._asdict()
         for register, name in experiment.parts.values()
@@ -26,7 +26,7 @@ def attribute(experiment: Experiment) -> dict[str, str]:
 
 
 def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Parts whose package is of another version than it was, as ``part: before, then now``."""
+    """Parts whose package has another version than before, as ``part version before, version now``."""
     then, today = _told(before), _told(now)
     return [
         f"{part} {then[part]} before, {today[part]} now" for part in then if today.get(part, then[part]) != then[part]
@@ -34,7 +34,7 @@ def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def refuse_missing(experiment: Experiment, path: Path) -> None:
-    """Refuse to go on without parts of packages that are not installed, naming the package if `path` says it.
+    """Refuse an experiment with parts that are not installed, naming their packages if the archive at `path` does.
 
     Raises:
         ExperimentError: naming each key, and the way out.
@@ -53,7 +53,7 @@ def refuse_missing(experiment: Experiment, path: Path) -> None:
 
 
 def way_back(experiment: Experiment, path: Path) -> str:
-    """A line that names the packages with which `path` was computed, if parts of them are missing; else nothing."""
+    """A line that names the packages with which `path` was computed, if their parts are missing; else an empty text."""
     try:
         told = _told(reading.opened(path).attrs)
     except (ArchiveError, OSError):
@@ -68,7 +68,7 @@ def way_back(experiment: Experiment, path: Path) -> str:
 
 
 def _told(attrs: Mapping[str, Any]) -> dict[str, str]:
-    """Part → package and version, of what an archive's attributes say; nothing if they say nothing that can be read."""
+    """Part → package and version, from an archive's attributes; empty if these cannot be read."""
     try:
         parts = json.loads(str(attrs.get(PARTS, "{}")))
         return {str(part): f"{origin['package']} {origin['version']}".strip() for part, origin in parts.items()}

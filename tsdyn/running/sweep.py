@@ -1,7 +1,6 @@
-"""A grid of experiments: one directory a point, one Dataset; in this process or on dask workers.
+"""Run the points of a sweep, each into a directory of its own, in this process or on dask workers.
 
-A point that fails does not stop the others; a worker that dies takes nothing along, because its point goes on from
-the epoch it last committed.
+A point that fails does not stop the others; if a worker dies, its point is resumed from its last committed epoch.
 """
 
 from __future__ import annotations
@@ -43,19 +42,18 @@ from tsdyn.running.workers import (
 
 _log = logging.getLogger("tsdyn")
 
-#: Called before each point, or the ensemble it is in, with (position from 1, points, directory name, experiment); its
-#: Progress is then used.
+#: Called before each point, or before the ensemble that it is in, with (position from 1, points, directory name,
+#: experiment); returns the Progress to use for the point.
 PointProgress = Callable[[int, int, str, Experiment], "runner.Progress | None"]
 
 
 def preflight(
     experiment: Experiment, path: str | Path, *, workers: int | None = None, scheduler: str | None = None
 ) -> None:
-    """Refuse a directory that is another's, workers that cannot be had and data files that no point could read, before
-    anything is estimated or drawn.
+    """Check the directory, the workers and shared data files before anything is estimated or drawn.
 
     Raises:
-        ArchiveError, WorkersError, DataError: as `run`.
+        ArchiveError, WorkersError, DataError: as in `run`.
     """
     _check_workers(workers, scheduler)
     _check_data(experiment, path, scheduler)
@@ -63,14 +61,14 @@ def preflight(
 
 
 def _check_data(experiment: Experiment, path: str | Path, scheduler: str | None) -> None:
-    """Read the data that all points share, unless other machines do or no point is left that needs them."""
+    """Read the data files that all points share, unless other machines read them or no unfinished point needs them."""
     shared = not any(key.startswith("data.") for key in swept_keys(experiment.sweep))
     if scheduler is None and shared and not experiment.data.drawn and unfinished(experiment, path):
         images.load(experiment.data)
 
 
 def unfinished(experiment: Experiment, path: str | Path) -> dict[str, Experiment]:
-    """Directory name → experiment of each point that is not finished in `path`; ``.`` for one without a sweep."""
+    """The points that are not finished in `path`: directory name → experiment; ``.`` for a run without a sweep."""
     directory = whole_files.local_path(path)
     points = _points(experiment, directory)
     return {name: single for name, single in points.items() if not _finished(directory / name, single)}
@@ -83,13 +81,13 @@ def _points(experiment: Experiment, path: Path) -> dict[str, Experiment]:
 
 
 def estimate(points: Mapping[str, Experiment], *, device: str = "cpu") -> dict[str, estimates.Cost]:
-    """What each point will take; of those with the same shapes and settings one is timed, for all of them.
+    """The estimated cost of each point; of points with the same shapes and settings only one is timed.
 
-    Real numbers, such as rates and scales, cost no time.  Points of a sweep that cannot begin are left out: they fail
-    when their turn comes, and the others go on.
+    Real numbers, such as rates and scales, do not change the time.  Points of a sweep that cannot begin are left out:
+    they fail when they are run, and the others go on.
 
     Raises:
-        DeviceError: if there is no such device.
+        DeviceError: if this machine has no such device.
         ExperimentError: if an experiment without a sweep cannot begin.
     """
     known: dict[Any, estimates.Cost] = {}
@@ -132,33 +130,33 @@ def run(
 ) -> xr.Dataset:
     """Run an experiment, or every point of its sweep, into `path`; resumes what was committed.
 
-    Points that are finished are skipped, so values added to the sweep cost what is new only.  So are those that another
-    process is writing: several commands on one sweep, as a job array starts them, share its points.
+    Finished points are skipped, so that values added to the sweep cost only the new points.  Points that another
+    process is writing are skipped, too: several commands on one sweep, as a job array starts them, share its points.
 
     Args:
         experiment: With or without a sweep.
-        path: Directory; made if absent.  With `scheduler`, one that every worker sees under the same name.
+        path: Directory; made if absent.  With `scheduler`, every worker must see it under the same name.
         device: ``cpu``, ``cuda`` or ``cuda:0``.
         workers: Processes on this machine that share the points, one thread each; None runs them here, in turn.
         scheduler: Address of a dask scheduler, such as ``tcp://10.0.0.1:8786``, whose workers share the points.
-        together: Whether points whose students have the same shape train as one ensemble, as many as have room
-            (`group_points`); None: on a GPU, which wants many members at once.  On a CPU the compiled kernel trains
-            member by member and gains nothing by it.
-        progress: Told after every epoch, see `runner.Progress`; by workers twice a second at most.
-        point: For a sweep, told before each point; returns that point's progress, None for `progress`.
-        student, teacher: Make an ``nn.Module`` of the user's own to be the student or the teacher (`own_modules`);
-            called once per seed, here and not by workers.
-        observables: Of the user's own (`tsdyn.declare`), recorded beside what the experiment asks for; workers get them
-            by cloudpickle.
+        together: Whether points whose students have the same shape train as one ensemble, as many as fit in memory
+            (`group_points`).  None: only on a GPU, which is quicker with many members; on a CPU the compiled step
+            trains member by member and gains nothing.
+        progress: Called after every epoch, see `runner.Progress`; with workers at most twice a second.
+        point: For a sweep, called before each point; returns that point's progress, or None for `progress`.
+        student, teacher: Functions that make an ``nn.Module`` of the user's own as student or teacher (`own_modules`);
+            called once per seed, in this process only.
+        observables: Observables of the user's own (`tsdyn.declare`), recorded beside those that the experiment names;
+            workers get them by cloudpickle.
 
     Returns:
         The lazy archive; the swept keys of a sweep are its leading dimensions.
 
     Raises:
         ArchiveError: if the directory is another's, held by another process, or cannot be written.
-        SweepError: at the end, if points failed: which, and why.
-        DeviceError: if there is no such device.
-        WorkersError: if `workers` is below 1, both ways are asked for, or no scheduler answers.
+        SweepError: at the end, if points failed; names them with the reasons.
+        DeviceError: if this machine has no such device.
+        WorkersError: if `workers` is below 1, both `workers` and `scheduler` are given, or no scheduler answers.
         DataError: if all points read the same data files and these are missing or damaged.
     """
     _check_workers(workers, scheduler)
@@ -179,7 +177,7 @@ def run(
 
 @dataclass(frozen=True)
 class _Means:
-    """Where and with what the points are run: arguments of `run`, `together` decided."""
+    """Arguments of `run` that say where and with what the points are run; `together` is not None here."""
 
     device: str
     workers: int | None
@@ -195,14 +193,14 @@ class _Means:
 
 
 def _asking(experiment: Experiment, observables: Sequence[Observed]) -> Experiment:
-    """The experiment that asks for these observables, too."""
+    """The experiment with these observables added to ``record.observables``."""
     asked = list(experiment.record.observables)
     missing = [each.name for each in observables if each.name not in asked]
     return experiment.replace({"record.observables": [*asked, *missing]}) if missing else experiment
 
 
 def _refuse_parts_of_this_process(experiment: Experiment, passed: Sequence[Observed]) -> None:
-    """Parts that were added to this process and that workers, which are other processes, would not find."""
+    """Refuse parts that were added to this process only: workers, being other processes, would not find them."""
     names = {each.name for each in passed}
     lost = [
         f"{key} = {register.kind} {name!r}"
@@ -218,9 +216,9 @@ def _refuse_parts_of_this_process(experiment: Experiment, passed: Sequence[Obser
         )
 
 
-#: Tells of each point that begins, and gives what its epochs are told to.
+#: Called with the names of points that begin; returns the Progress of each.
 _Telling = Callable[[Iterable[str]], dict[str, "runner.Progress | None"]]
-#: Called with the name of each point that ended, and why it failed.
+#: Called with the name of each point that ended, and the reason if it failed.
 _Ended = Callable[[str, str | None], None]
 
 
@@ -231,7 +229,7 @@ def _run(
     progress: runner.Progress | None,
     point: PointProgress | None,
 ) -> xr.Dataset:
-    """As `run`, of an experiment all of whose parts are known."""
+    """`run` of an experiment whose parts are all registered."""
     if means.scheduler is None:
         runner.check_device(means.device)
     path = whole_files.local_path(path).absolute() if means.distributed else whole_files.local_path(path)
@@ -262,9 +260,10 @@ def _run_on_workers(
     with stopping() as asked, _client(at_once, means.scheduler) as client:
         groups = _each_alone(left)
         if means.together:
-            room = _answer(client, client.submit(memory.free, means.device, pure=False))  # once there is a worker
+            room = _answer(client, client.submit(memory.free, means.device, pure=False))  # waits for a first worker
             busy = at_once or len(client.scheduler_info(n_workers=-1)["workers"])
-            groups = group_points(left, busy, room // 2 // (at_once or 1))  # those elsewhere have memory of their own
+            # local workers share this machine's memory, those of a scheduler have machines of their own
+            groups = group_points(left, busy, room // 2 // (at_once or 1))
         tell = telling(left)
         told = _on_workers(client, groups, path, means.device, tell, at_once or len(left), asked, means.observables)
         for name, reason in told:
@@ -289,7 +288,7 @@ def _each_alone(points: Mapping[str, Experiment]) -> list[dict[str, Experiment]]
 
 
 class _Account:
-    """What becomes of the points: finished ones enter the index; failed ones, and those of others, are told of."""
+    """Results of the points: finished ones are written to the index, failed and locked ones are reported at the end."""
 
     def __init__(self, path: Path, points: Mapping[str, Experiment], *, is_sweep: bool) -> None:
         self._path, self._points, self._is_sweep = path, points, is_sweep
@@ -298,7 +297,7 @@ class _Account:
         self._held: set[str] = set()
 
     def without_links(self, left: Mapping[str, Experiment]) -> dict[str, Experiment]:
-        """`left` without the points whose directory is a link elsewhere; these have failed."""
+        """`left` without the points whose directory is a symbolic link; these count as failed."""
         for name in self._points if self._is_sweep else ():
             try:
                 refuse_link(self._path / name)
@@ -307,7 +306,7 @@ class _Account:
         return {name: single for name, single in left.items() if name not in self._failures}
 
     def ended(self, name: str, reason: str | None) -> None:
-        """Note that a point is finished, or why it failed."""
+        """Note that a point is finished, or the reason why it failed."""
         if reason is not None and reason.startswith(_HELD) and self._is_sweep:
             self._held.add(name)
             return
@@ -331,7 +330,7 @@ class _Account:
 
 
 class _IndexKeeper:
-    """Writes the sweep's index as its points are finished; a cache, so what is lost is read again."""
+    """Writes the sweep's index while points are finished; the index is a cache, so a failed write does no harm."""
 
     def __init__(self, path: Path, points: Mapping[str, Experiment]) -> None:
         self._headers, self._points, self._clock = Headers(path), points, time.monotonic()

@@ -1,4 +1,4 @@
-"""Points of a sweep on dask workers: how many fit, their client, and what each reports."""
+"""Run points of a sweep on dask workers: how many workers fit, the client, and the reports of each."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("tsdyn")
 
-#: A point whose worker died so often without a committed epoch in between has failed.
+#: A point fails once its workers died this many times in a row without committing an epoch.
 FRUITLESS = 3
-#: A worker tells of its epochs this often; the index is written this often.
+#: Seconds between a worker's reports of its epochs, and between writes of the index.
 TELL_SECONDS, INDEX_SECONDS = 0.5, 5.0
 CONNECT_SECONDS = 10
 POLL_SECONDS = 0.05
-#: Without a sign of life of any worker for so long, the log says so; asked this often.
+#: Seconds without a sign of life from any worker after which the log says so, and seconds between checks.
 SILENT_SECONDS, ASK_SECONDS = 20.0, 5.0
 
 
 class WorkersError(ValueError):
-    """Workers that cannot be had."""
+    """Workers or a scheduler are not available as asked."""
 
 
 def _check_workers(workers: int | None, scheduler: str | None) -> None:
@@ -45,7 +45,7 @@ def _check_workers(workers: int | None, scheduler: str | None) -> None:
 
 
 def workers_that_fit(workers: int, points: Mapping[str, Experiment]) -> int:
-    """`workers`, or as many as have room in memory for the largest of the points each; one at least."""
+    """`workers`, or fewer if that many of the largest point do not fit in memory together; at least one."""
     largest = max(estimates.footprint(single).bytes for single in points.values())
     room = max(1, memory.available() // max(1, largest))
     if room < workers:
@@ -57,10 +57,10 @@ def workers_that_fit(workers: int, points: Mapping[str, Experiment]) -> int:
 
 @contextmanager
 def _client(workers: int | None, scheduler: str | None) -> Iterator[Client]:
-    """A client of the scheduler at that address, or of a cluster of processes of our own.
+    """A client of the scheduler at that address, or of a new cluster of local processes.
 
-    Never the process's default one: one that got no answer would stay that until it is collected, and whatever is
-    computed meanwhile wait for it.
+    ``set_as_default=False``: a client whose scheduler never answered would stay dask's default until it is
+    garbage-collected, and every ``compute()`` in this process would hang on it.
     """
     import dask
     from distributed import Client, LocalCluster
@@ -77,7 +77,7 @@ def _client(workers: int | None, scheduler: str | None) -> Iterator[Client]:
         "distributed.scheduler.allowed-failures": 10,
         "distributed.comm.timeouts.connect": "60s",
     }
-    # dask has each process listen for a browser as well, and without TLS: nothing is to be had there
+    # each of dask's processes also serves its dashboard, without TLS: it is turned off
     settings |= {f"distributed.{who}.http.routes": [] for who in ("scheduler", "worker")}
     ignored = "signal.SIGINT, signal.SIGHUP, signal.SIGUSR1"
     with (
@@ -89,8 +89,8 @@ def _client(workers: int | None, scheduler: str | None) -> Iterator[Client]:
             security=_own_certificate(),
             dashboard_address=None,
             scheduler_kwargs={"dashboard": False, "dashboard_address": "127.0.0.1:0"},
-            memory_limit=0,  # a run asks for room before it begins; dask would kill one that has it
-            # Ctrl-C and a terminal that goes away reach every process of it; a worker is told to stop by this one
+            memory_limit=0,  # a run checks its memory before it begins; dask's limit would kill runs that fit
+            # Ctrl-C and a closed terminal signal every process of it; workers ignore that and are stopped by this one
             preload=f"import signal; [signal.signal(number, signal.SIG_IGN) for number in ({ignored})]",
             silence_logs=logging.CRITICAL,
         ) as cluster,
@@ -100,9 +100,9 @@ def _client(workers: int | None, scheduler: str | None) -> Iterator[Client]:
 
 
 def _own_certificate() -> Any:
-    """A certificate of this sweep alone, kept in memory.
+    """A TLS certificate for this sweep alone, kept in memory.
 
-    Who can talk to the scheduler or its workers can have them run any code; without it nobody can.
+    Anyone who can connect to the scheduler or a worker can run any code there; the certificate is needed to connect.
     """
     from distributed import Security
 
@@ -128,7 +128,7 @@ _GONE = "the scheduler is gone; what was committed is intact, the same command g
 
 
 class _Listening:
-    """Says once, of each silence, that no worker of the scheduler gives a sign of life."""
+    """Logs a warning, once per silence, when no worker of the scheduler gives a sign of life."""
 
     def __init__(self, client: Any) -> None:
         self._client, self._asked, self._said = client, time.monotonic(), False
@@ -136,7 +136,7 @@ class _Listening:
         self._newest: float | None = None
 
     def ask(self) -> None:
-        """At most every `ASK_SECONDS`.
+        """Check for signs of life, at most every `ASK_SECONDS`.
 
         Raises:
             WorkersError: if the scheduler itself is gone.
@@ -158,7 +158,7 @@ class _Listening:
             )
 
     def _alive(self) -> str | None:
-        """None if a worker gave a sign of life since it was asked last, else what is wrong."""
+        """None if a worker gave a sign of life since the last check, else what is wrong."""
         from distributed.utils import sync
 
         if self._client.status in ("closed", "closing"):
@@ -175,7 +175,7 @@ class _Listening:
 
 
 def _answer(client: Any, future: Any) -> Any:
-    """A result, saying meanwhile if nobody is there to compute it."""
+    """The result of a future; logs a warning while no worker is there to compute it."""
     listening = _Listening(client)
     while not future.done():
         listening.ask()
@@ -193,7 +193,7 @@ def _on_workers(
     asked: Callable[[], int | None],
     observables: tuple[Observed, ...],
 ) -> Iterator[tuple[str, str | None]]:
-    """Each point as its group ends, with why it failed; after a signal those that finished, then `Stopped`."""
+    """Yield each point when its group ends, with the reason if it failed; after a signal raise `Stopped` at the end."""
     from distributed import as_completed
 
     listening = _Listening(client)
@@ -219,10 +219,10 @@ def _on_workers(
 
 
 class _Shared:
-    """Groups of points that the workers of one scheduler share: those that wait, and those that were handed out.
+    """Groups of points for the workers of one scheduler: those still waiting, and those that were submitted.
 
-    The scheduler is given no more than so many groups: it hands out all it has at once, and does not take back what a
-    busy worker has waiting when another is idle.  The longest begin first, so that none is left to the end.
+    Only a few groups are submitted at a time: the scheduler assigns all that it has to workers at once, and does not
+    take one back from a busy worker when another is idle.  The longest begin first, so that none runs alone at the end.
     """
 
     def __init__(
@@ -244,12 +244,12 @@ class _Shared:
         self._reached = {name: _reached(path / name) for name in names}
 
     def begin(self, at_once: int) -> list[Future]:
-        """Futures of the first groups, so many at once."""
+        """Submit the first `at_once` groups; returns their futures."""
         self._client.subscribe_topic(self._topic, self._hear)
         return [self._submit(self._waiting.pop()) for _ in range(min(at_once, len(self._waiting)))]
 
     def stop(self) -> None:
-        """Ask all workers to commit what they have and end; nothing more is handed out."""
+        """Ask all workers to commit what they have and end; no more groups are submitted."""
         from distributed import Event
 
         self._stopped = True
@@ -257,14 +257,14 @@ class _Shared:
         Event(self._topic, client=self._client).set()
 
     def end(self, future: Future) -> tuple[dict[str, str | None], list[Future]]:
-        """Points that a future has ended, each with why it failed, and the futures that follow it.
+        """Points of a finished future, each with the reason if it failed, and futures of the groups submitted next.
 
         Raises:
             WorkersError: if the scheduler is gone.
         """
         from distributed import KilledWorker
 
-        if future.status in ("cancelled", "lost"):  # nobody else cancels
+        if future.status in ("cancelled", "lost"):  # only a lost worker or scheduler cancels
             raise WorkersError(_GONE)
         group = self._out.pop(future)
         error = future.exception()
@@ -280,17 +280,17 @@ class _Shared:
         return told, [self._submit(self._waiting.pop())] if self._waiting else []
 
     def close(self) -> None:
-        """Leave nothing of these groups with the scheduler."""
-        with suppress(OSError, TimeoutError):  # of a scheduler that is gone
+        """Remove what the scheduler keeps of these groups."""
+        with suppress(OSError, TimeoutError):  # the scheduler is gone
             self._client.cancel(list(self._out))
             self._client.unsubscribe_topic(self._topic)
 
     def _killed(
         self, group: Mapping[str, Experiment], error: BaseException
     ) -> tuple[dict[str, str | None], list[dict[str, Experiment]]]:
-        """Points that have failed with their worker, and the others in two halves, to be tried again.
+        """Points that failed because their worker died too often, and the others in two halves, to be tried again.
 
-        By halves the one that kills its worker is found, and fails alone.
+        By halving groups a point that kills its worker is found, and fails alone.
         """
         failed: dict[str, str | None] = {}
         again = {}
@@ -321,13 +321,13 @@ class _Shared:
 
 
 def _work_in(single: Experiment) -> int:
-    """What a run's time goes with: members, steps and parameters."""
+    """A number in proportion to a run's time: members times steps times parameters."""
     layout, kind = single.layout, single.kind
     parameters = sum(n * below for n, below in zip(layout.widths, layout.input_widths, strict=True))
     if kind == "training":
         steps = single.training.epochs * single.steps
     elif kind == "population-flow":
-        steps = parameters**2  # a Hessian and its factors a step
+        steps = parameters**2  # each step makes a Hessian and its factors
     elif kind == "online":
         steps = round(single.marks[-1] * layout.input_width)
     else:
@@ -347,9 +347,9 @@ def _reached(path: Path) -> int:
 def _work(
     texts: Mapping[str, str], path: str, device: str, topic: str, observables: tuple[Observed, ...]
 ) -> dict[str, Any]:
-    """What a worker does: a group of points, resumed; tells of their epochs on `topic`, whose event asks it to stop.
+    """Run (on a worker) a group of points; reports epochs on `topic`, and stops when the event of that name is set.
 
-    Returns why which failed, and which are finished.
+    Returns the reasons of the points that failed, and the points that are finished.
     """
     import torch
     from distributed import get_worker
@@ -361,7 +361,7 @@ def _work(
 
     def asked() -> int | None:
         if not heard[1] and time.monotonic() - heard[0] >= TELL_SECONDS:
-            # the scheduler by the worker's own line: an Event here would make a client, and it this process's default
+            # asked over the worker's own connection: an Event would create a client and make it the process's default
             heard[:] = time.monotonic(), sync(worker.loop, worker.scheduler.event_is_set, name=topic)
         return signal.SIGTERM if heard[1] else None
 
@@ -391,7 +391,7 @@ def _work(
                     progress={paths[name]: teller(name) for name in texts},
                     asked=asked,
                 )
-            except Stopped as stopped:  # as what it is, a KeyboardInterrupt, it would end the worker
+            except Stopped as stopped:  # raised on, this KeyboardInterrupt would end the worker
                 failed = stopped.failed
     return {
         "failed": {name: _reason(failed[at]) for name, at in paths.items() if at in failed},
