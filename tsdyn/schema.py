@@ -306,9 +306,9 @@ def united(attributes: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 def declared_in(ds: xr.Dataset) -> dict[str, Variable]:
     """Variables that a Dataset says it holds beside the schema's own, by name."""
     try:
-        rows = json.loads(ds.attrs.get(DECLARES, "[]"))
-        lists = ("dims", "kinds", "words")
-        found = [Variable(**{k: tuple(v) if k in lists else v for k, v in row.items()}) for row in rows]
+        rows: list[dict[str, Any]] = json.loads(ds.attrs.get(DECLARES, "[]"))
+        lists: dict[str, Callable[[Any], Any]] = dict.fromkeys(("dims", "kinds", "words"), tuple)
+        found = [Variable(**{k: lists.get(k, lambda v: v)(v) for k, v in row.items()}) for row in rows]
     except (TypeError, ValueError, AttributeError) as error:
         raise SchemaError(f"attribute {DECLARES} is not what tsdyn writes: {error}") from None
     return {row.name: row for row in found}
