@@ -239,11 +239,15 @@ def _law(part: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
     _demand(abs(lag) <= _SIGMAS / len(x) ** 0.5, f"{where}: neighbouring samples correlate by {lag:.3f}")
 
 
+def _section(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    return {"init": "mine", "arguments": dict(arguments)} if arguments else {}
+
+
 def _teacher(part: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
     """Check that (rng, nodes, inputs, *, teacher, lowest) gives finite rows of that shape, drawn from `rng` alone."""
     where = f"teacher {_named(part)}"
-    with registers.accepting(None):  # the section may name a part that is not registered
-        section = Teacher(widths=(6, 4, 3), **({"init": "mine", "arguments": dict(arguments)} if arguments else {}))
+    with registers.accepting(None):  # the section of somebody's part, under whatever name
+        section = Teacher(widths=(6, 4, 3), **_section(arguments))
     for nodes, inputs, lowest in ((4, 6, True), (3, 4, False)):
         rows, again = (_drawn(part, 3, nodes, inputs, teacher=section, lowest=lowest) for _ in range(2))
         good = rows.shape == (nodes, inputs) and rows.dtype.kind == "f" and bool(np.isfinite(rows).all())
@@ -256,8 +260,7 @@ def _start(part: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
     """Check that (rng, shape, *, student, taught) gives a weight of that shape and a bias, drawn from `rng` alone."""
     where = f"start {_named(part)}"
     with registers.accepting(None):
-        mine = {"init": "mine", "arguments": dict(arguments)} if arguments else {}
-        section = Student(overrealization=1.0, **mine)
+        section = Student(overrealization=1.0, **_section(arguments))
     for shape in ((4, 6), (3, 2, 3, 3)):
         taught = torch.ones(shape, dtype=torch.float64), torch.zeros(shape[0], dtype=torch.float64)
         found = [

@@ -90,12 +90,46 @@ def lab(tmp_path_factory, site):
     return folder
 
 
-def test_the_archive_is_whole_shown_audited_and_reported(lab, site):
-    assert run(lab, TSDYN, "validate", "runs/lab", site=site) == (0, "runs/lab: whole\n", "")
-    for command, told in (("show", "entropy of a node's squared"), ("audit", "log_cosh"), ("report", "report.html")):
-        code, out, said = run(lab, TSDYN, command, "runs/lab", site=site)
+#: Several commands in one process, which is quicker than one after another; JSON of code, out and err of each.
+COMMANDS = """
+import contextlib, io, json, sys
+from tsdyn import cli
+
+told = []
+for words in json.loads(sys.argv[1]):
+    sys.argv = ["tsdyn", *words]
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = end.code or 0
+    told.append([code, out.getvalue(), err.getvalue()])
+print(json.dumps(told))
+"""
+
+
+def commands(folder, *each, site=None):
+    """(exit code, what it printed, what it complained) of each command."""
+    words = json.dumps([one.split() for one in each])
+    code, out, said = run(folder, sys.executable, "-c", COMMANDS, words, site=site)
+    assert code == 0, said
+    return json.loads(out)
+
+
+def test_the_archive_is_whole_shown_audited_and_reported_and_the_study_is_run(lab, site):
+    validate, show, audit, report, listed, study = commands(
+        lab, "validate runs/lab", "show runs/lab", "audit runs/lab", "report runs/lab", "study list",
+        "study run lab-entropy --scale smoke --quiet", site=site,
+    )  # fmt: skip
+    assert validate == [0, "runs/lab: whole\n", ""]
+    for (code, out, said), told in (
+        (show, "entropy of a node's squared"), (audit, "log_cosh"), (report, "report.html"),
+        (listed, "lab-entropy                  Entropy of squared weights along training"), (study, ""),
+    ):  # fmt: skip
         assert code == 0, said
         assert told in out
+    assert (lab / "runs/lab-entropy-smoke/figure.png").stat().st_size > 1000
 
 
 def test_the_archive_names_package_and_version_and_the_digest_does_not(lab):
@@ -135,36 +169,25 @@ def test_the_start_and_the_teacher_are_the_packages(lab):
     assert float(ratio.where(ratio < 0.5, 1 - ratio).max()) < 1e-6
 
 
-def test_its_study_is_listed_and_run(tmp_path, site):
-    code, out, _ = run(tmp_path, TSDYN, "study", "list", site=site)
-    assert code == 0
-    assert "lab-entropy                  Entropy of squared weights along training" in out
-    code, out, said = run(tmp_path, TSDYN, "study", "run", "lab-entropy", "--scale", "smoke", "--quiet", site=site)
-    assert code == 0, said
-    assert (tmp_path / "runs/lab-entropy-smoke/figure.png").stat().st_size > 1000
-    assert "lab-entropy" not in run(tmp_path, TSDYN, "study", "list")[1]
-
-
 GONE = "runs/lab was computed with mylab 0.3.1: install that to go on"
 
 
-def test_the_archive_outlives_the_package(lab):
-    assert run(lab, TSDYN, "validate", "runs/lab") == (0, "runs/lab: whole\n", "")
-    code, out, said = run(lab, TSDYN, "show", "runs/lab")
-    assert (code, said) == (0, "")
-    assert "entropy of a node's squared weights" in out
-    assert run(lab, TSDYN, "report", "runs/lab", "-o", "gone.html")[0] == 0
-    code, _, said = run(lab, TSDYN, "audit", "runs/lab")  # needs the code
-    assert code == 2
-    assert "'sine' is no activation" in said
-    assert GONE in said
-
-
-def test_a_run_is_not_gone_on_with_without_the_package(lab, tmp_path):
+def test_the_archive_outlives_the_package_and_is_not_gone_on_with(lab, tmp_path):
     before = {p: p.read_bytes() for p in (lab / "runs/lab").rglob("*") if p.is_file()}
-    code, _, said = run(lab, TSDYN, "run", "lab.toml", "--set", "training.epochs=3")
-    assert code == 2
-    assert GONE in said
+    validate, show, report, audit, longer, listed = commands(
+        lab, "validate runs/lab", "show runs/lab", "report runs/lab -o gone.html", "audit runs/lab",
+        "run lab.toml --set training.epochs=3", "study list",
+    )  # fmt: skip
+    assert validate == [0, "runs/lab: whole\n", ""]
+    assert show[0] == 0
+    assert "entropy of a node's squared" in show[1]
+    assert report[0] == 0
+    assert audit[0] == 2  # which needs the code
+    assert "'student_t' is no law" in audit[2]
+    assert GONE in audit[2]
+    assert longer[0] == 2
+    assert GONE in longer[2]
+    assert "lab-entropy" not in listed[1]
     experiment = tsdyn.Experiment.from_toml(lab / "runs/lab/experiment.toml", archived=True)
     with pytest.raises(tsdyn.ExperimentError, match=r"'sine' is no activation[\s\S]*was computed with mylab 0\.3\.1"):
         tsdyn.run(experiment.replace({"training.epochs": 3}), lab / "runs/lab")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from tsdyn.archive import reading
 from tsdyn.archive.whole_files import ArchiveError
 from tsdyn.experiment.errors import ExperimentError
 from tsdyn.experiment.experiment import Experiment
+from tsdyn.experiment.sweep_axes import swept_keys
 from tsdyn.schema import PARTS
 
 
@@ -33,23 +35,38 @@ def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def refuse_missing(experiment: Experiment, path: Path) -> None:
-    """Refuse an experiment with parts that are not installed, naming their packages if the archive at `path` does.
+def every_part(experiment: Experiment) -> Iterator[tuple[str, registers.Register, str]]:
+    """(key, register, name) of the parts of an experiment, or of all points of a sweep."""
+    singles: Iterable[Experiment] = [experiment]
+    if experiment.sweep:
+        swept = {key.split("[")[0] for key in experiment.parts} & set(swept_keys(experiment.sweep))
+        points = (single for _, single in experiment.points())
+        singles = points if swept else itertools.islice(points, 1)  # all name the same
+    for single in singles:
+        for key, (register, name) in single.parts.items():
+            yield key, register, name
+
+
+def missing(experiment: Experiment) -> dict[str, registers.PartError]:
+    """What is said of each part that is not there, by ``key = name``."""
+    lost: dict[str, registers.PartError] = {}
+    for key, register, name in every_part(experiment):
+        try:
+            with registers.accepting(()):
+                register.check(name)
+        except registers.PartError as error:
+            lost[f"{key} = {name!r}"] = error
+    return lost
+
+
+def refuse_missing(lost: Mapping[str, registers.PartError], experiment: Experiment, path: Path) -> None:
+    """Refuse to go on without parts that are `missing`, naming the package if `path` says it.
 
     Raises:
         ExperimentError: naming each key, and the way out.
     """
-    lost: dict[str, registers.PartError] = {}
-    for _, single in experiment.points() if experiment.sweep else [({}, experiment)]:
-        for key, (register, name) in single.parts.items():
-            try:
-                with registers.accepting(()):
-                    register.check(name)
-            except registers.PartError as error:
-                lost[f"{key} = {name!r}"] = error
-    if lost:
-        said = "\n  ".join(f"{key}: {error}" for key, error in lost.items())
-        raise ExperimentError(f"{said}{way_back(experiment, path)}")
+    said = "\n  ".join(f"{key}: {error}" for key, error in lost.items())
+    raise ExperimentError(f"{said}{way_back(experiment, path)}")
 
 
 def way_back(experiment: Experiment, path: Path) -> str:
@@ -58,12 +75,11 @@ def way_back(experiment: Experiment, path: Path) -> str:
         told = _told(reading.opened(path).attrs)
     except (ArchiveError, OSError):
         return ""
-    gone = []
-    for _, single in experiment.points() if experiment.sweep else [({}, experiment)]:
-        for register, name in single.parts.values():
-            package = told.get(f"{register.kind} {name}")
-            if package is not None and package not in gone and name not in register.names():
-                gone.append(package)
+    gone: dict[str, None] = {}
+    for _, register, name in every_part(experiment):
+        package = told.get(f"{register.kind} {name}")
+        if package is not None and name not in register.names():
+            gone[package] = None
     return f"\n  {path} was computed with {', '.join(gone)}: install that to go on" if gone else ""
 
 

@@ -170,7 +170,10 @@ def run(
         raise WorkersError("student, teacher: modules passed from Python train in this process; leave workers out")
     with added(observables):
         own = described(_asking(experiment, observables), student=student, teacher=teacher)
-        if means.distributed:
+        lost = packages.missing(own)
+        if lost and unfinished(own, path):
+            packages.refuse_missing(lost, own, whole_files.local_path(path))
+        if means.distributed and not lost:
             _refuse_parts_of_this_process(own, observables)
         return _run(own, path, means, progress, point)
 
@@ -204,8 +207,7 @@ def _refuse_parts_of_this_process(experiment: Experiment, passed: Sequence[Obser
     names = {each.name for each in passed}
     lost = [
         f"{key} = {register.kind} {name!r}"
-        for _, single in experiment.points()
-        for key, (register, name) in single.parts.items()
+        for key, register, name in packages.every_part(experiment)
         if name not in names and register.origin(name).package == registers.THIS_PROCESS
     ]
     if lost:
@@ -233,8 +235,6 @@ def _run(
     if means.scheduler is None:
         runner.check_device(means.device)
     path = whole_files.local_path(path).absolute() if means.distributed else whole_files.local_path(path)
-    if unfinished(experiment, path):
-        packages.refuse_missing(experiment, path)
     if not experiment.sweep and not means.distributed:
         return runner.run(
             experiment, path, device=means.device, progress=progress, student=means.student, teacher=means.teacher
