@@ -388,7 +388,7 @@ def _npz(path: Path) -> dict[str, np.ndarray]:
     return found
 
 
-def _npy(file: IO[bytes], size: int) -> np.ndarray:
+def _npy(file: io.BufferedIOBase | IO[bytes], size: int) -> np.ndarray:
     """An array of numpy's format of so many bytes in all; no more is read than its header announces."""
     head = file.read(12)
     if len(head) < 12:
