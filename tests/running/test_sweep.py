@@ -77,7 +77,7 @@ def test_an_optimizer_of_the_users_own_trains_a_run(tmp_path):
     try:
         own = tsdyn.run(small(training__method="plain", **FEW), tmp_path / "own")
         wanted = tsdyn.run(small(**FEW), tmp_path / "sgd")
-        np.testing.assert_array_equal(own["mse"], wanted["mse"])
+        np.testing.assert_array_equal(own["mse_train"], wanted["mse_train"])
     finally:
         registers.OPTIMIZERS.remove("plain")
 
