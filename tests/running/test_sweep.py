@@ -72,12 +72,12 @@ def test_a_point_that_fails_in_training_does_not_stop_the_others(tmp_path, monke
 
 
 def test_an_optimizer_of_the_users_own_trains_a_run(tmp_path):
-    """One that takes SGD's steps under another name leaves SGD's bits."""
+    """One of SGD's steps, which no compiled kernel takes: 90 steps of some 100 sums each round to 1e-12 at most."""
     registers.OPTIMIZERS.add("plain", Optimizer("plain", (), OPTIMIZERS["sgd"].update))
     try:
         own = tsdyn.run(small(training__method="plain", **FEW), tmp_path / "own")
         wanted = tsdyn.run(small(**FEW), tmp_path / "sgd")
-        np.testing.assert_array_equal(own["mse_train"], wanted["mse_train"])
+        np.testing.assert_allclose(own["mse_train"], wanted["mse_train"], rtol=1e-12)
     finally:
         registers.OPTIMIZERS.remove("plain")
 
