@@ -1,4 +1,4 @@
-"""Where gradient descent goes: gradient flow and its ends, online learning in infinite dimension and in finite.
+"""Gradient flow and its end points; online learning in infinite and in finite dimension.
 
 Source: Simsek et al. (2023), section 3; Saad & Solla (1995); Goldt et al. (2019); Hairer & Wanner (1996), section VI.4.
 """
