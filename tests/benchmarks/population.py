@@ -1,6 +1,6 @@
 """Gradient flow and Hessian of the population loss, one thread, ratios from one run.
 
-``OMP_NUM_THREADS=1 python -m tests.benchmarks.population`` prints seconds a seed.  The flow is erf's, n = 8 student
+``OMP_NUM_THREADS=1 python -m tests.benchmarks.population`` prints seconds per seed.  The flow is erf's, n = 8 student
 nodes against k = 16, d = 17, from Glorot's start to |∇| < 1e-7, and Newton to the end; beside it SciPy's BDF, rtol
 1e-8, the exact Jacobian, one seed after the other.
 """
@@ -23,7 +23,7 @@ from tsdyn.population.two_layer_loss import PopulationLoss
 
 
 def seconds(work: Callable[[], object], times: int) -> float:
-    """Quickest of a few."""
+    """Least time of a few calls."""
     best = float("inf")
     for _ in range(times):
         start = time.perf_counter()
@@ -33,7 +33,7 @@ def seconds(work: Callable[[], object], times: int) -> float:
 
 
 def flows(members: int, slow_members: int) -> None:
-    """Ours for all members at once, with rtol as the default and as BDF's; BDF's in a loop."""
+    """Time our flow for all members at once, with the default rtol and with BDF's, and BDF in a loop."""
     loss = PopulationLoss(orthonormal_teacher(16), 8)
     initial = glorot_students(loss, members)
     with torch.no_grad():
@@ -61,7 +61,7 @@ def flows(members: int, slow_members: int) -> None:
 
 
 def hessians(members: int, times: int) -> None:
-    """Closed form, batched, against torch.func's of the same loss."""
+    """Time the closed form, batched, against torch.func of the same loss."""
     loss = PopulationLoss(orthonormal_teacher(16), 8)
     rows = glorot_students(loss, members)
     derived = flow.FunctionLoss(loss.value, loss.parameters)
@@ -75,7 +75,7 @@ def hessians(members: int, times: int) -> None:
 
 
 def order_parameters() -> None:
-    """nn2pp's cases by the equation, and the simulation's cost a step."""
+    """Time nn2pp's cases by the equation, and the simulation per step."""
     cases = json.loads((REFERENCE / "nn2pp.json").read_text(encoding="utf-8"))["cases"]
     for name, case in cases.items():
         K, M, given = case["K"], case["M"], {k: np.array(x) for k, x in case["seeds"]["1"]["ic"].items()}

@@ -65,7 +65,7 @@ def test_the_slope_is_the_one_printed(activation, K, M, second):
 
 
 def test_the_printed_integrals_are_the_gaussian_ones():
-    """By Gauss–Hermite in four dimensions: 40 nodes a side are exact to rounding for fields of variance below ½."""
+    """By Gauss–Hermite in four dimensions: 40 nodes per side are exact to rounding for fields of variance below ½."""
     nodes, weights = np.polynomial.hermite_e.hermegauss(40)
     weights = weights / weights.sum()
     w = rng(1).standard_normal((4, 4)) / 5
@@ -136,7 +136,7 @@ def test_divergence_is_told():
 
 
 def test_a_simulation_starts_with_the_overlaps_as_given():
-    """Rounding of N products a sum: 1e-15 of the norms' square."""
+    """Rounding of sums of N products: 1e-15 of the squared norms."""
     begin = start(CASES["M2K4_both_lr0.5"])
     ds = flow.online(*begin, inputs=300, learning_rate=0.5, alpha=[0.0], seeds=3)
     assert ds.eg.dims == ("seed", "alpha")

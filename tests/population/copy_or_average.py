@@ -1,4 +1,4 @@
-"""Too long for the suite: where 20 Glorot starts go, by our integrator at two tolerances and by SciPy's BDF.
+"""End points of 20 Glorot starts, by our integrator at two tolerances and by SciPy's BDF; too slow for the suite.
 
     python -m tests.population.copy_or_average [seeds]
 
@@ -32,7 +32,7 @@ def bdf(loss: PopulationLoss, starts: Tensor) -> Tensor:
 
 
 def classes(loss: PopulationLoss, ends: Tensor) -> tuple[list[str], Tensor]:
-    """Of each seed, and by how much the copy-average ones miss L*(k−n+1)."""
+    """Class of each seed, and the deviation of copy-average ones from L*(k−n+1)."""
     found = polish(loss, ends)
     kinds = [population.classify(loss.network(row), loss.teacher).kind for row in found.point]
     least = population.one_neuron("erf", loss.teacher.widths[1] - loss.nodes + 1).loss
