@@ -418,7 +418,7 @@ def test_what_was_not_recorded_is_named(run):
         order_parameters.order_parameters(run.drop_vars("weight"))
     with pytest.raises(ValueError, match="winner: the archive has no correlation"):
         lottery.winner(run.drop_vars("correlation"))
-    with pytest.raises(ValueError, match="order_parameters: of the lowest layer, not of layer 2"):
+    with pytest.raises(ValueError, match="order_parameters: defined at the lowest layer only, not at layer 2"):
         order_parameters.order_parameters(run.sel(layer=2))
     with pytest.raises(
         ValueError, match="cosines: the slice has no dimension teacher_node; select with a list or slice"
@@ -428,7 +428,7 @@ def test_what_was_not_recorded_is_named(run):
         specialization.specialization(run.sel(teacher_node=0))
     with pytest.raises(ValueError, match="student_teacher: one layer is left"):
         similarity.student_teacher(run.sel(layer=1).isel(epoch=-1))
-    with pytest.raises(ValueError, match="of the lowest layer, not of layer 2"):
+    with pytest.raises(ValueError, match="defined at the lowest layer only, not at layer 2"):
         alignment.alignment(run.drop_vars("alignment").sel(layer=2))
 
 

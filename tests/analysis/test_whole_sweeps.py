@@ -46,7 +46,7 @@ SWEEPS = {
 
 
 def equal(whole, alone, name):
-    """Whether both hold the same numbers; the whole sweep may have more NaN padding."""
+    """Assert that both hold the same numbers; the whole sweep may have more NaN padding."""
     for variable in alone.data_vars:
         found, wanted = whole[variable], alone[variable]
         for dim in wanted.dims:

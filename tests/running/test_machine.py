@@ -171,7 +171,7 @@ def reached(address, security=None):
 
 
 def answers(port, page):
-    """Whether a web server answers at an address."""
+    """Whether a web server on this port serves the page."""
     with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 5) as plain:
         plain.settimeout(3)
         plain.sendall(f"GET /{page} HTTP/1.0\r\n\r\n".encode())

@@ -117,7 +117,7 @@ def checked(
     if (eigenvalues[..., 0] < -_INDEFINITE * eigenvalues[..., -1]).any():
         raise ValueError(
             f"{caller}: [[Q, R], [Rᵀ, T]] has eigenvalue {float(eigenvalues[..., 0].min()):.3g}; overlaps of weights "
-            "have none below 0"
+            "have no negative one"
         )
     return found
 

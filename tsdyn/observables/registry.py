@@ -100,9 +100,11 @@ def load(experiment: Experiment) -> None:
             raise ExperimentError(f"record.observables: {error}") from None
         row = schema.variable(name)
         if experiment.deep and not row.deep:
-            raise ExperimentError(f"record.observables: {name} is not measured of convolutions and BatchNorm (deep)")
+            raise ExperimentError(
+                f"record.observables: {name} cannot be measured on networks with convolutions or BatchNorm"
+            )
         if experiment.student.module is not None and not row.own:
-            raise ExperimentError(f"record.observables: {name} is not measured of modules of your own (own)")
+            raise ExperimentError(f"record.observables: {name} cannot be measured on modules of your own")
 
 
 def fills(variable: str) -> Callable[[Observable], Observable]:
