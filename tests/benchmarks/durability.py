@@ -77,7 +77,7 @@ def costs(folder: Path, epochs: int, steps: int) -> None:
         start = time.perf_counter()
         tsdyn.run(of, folder / "run")
         whole = time.perf_counter() - start - spent["append"]
-    print(f"{epochs + 1} epochs of {steps} steps, {whole:.1f} s, {commits} commits; ms an epoch, share of the run:")
+    print(f"{epochs + 1} epochs of {steps} steps, {whole:.1f} s, {commits} commits; ms per epoch, share of the run:")
     for name, seconds in spent.items():
         print(f"  {name:12s} {seconds / (epochs + 1) * 1e3:6.1f} {seconds / whole:6.1%}", flush=True)
 

@@ -46,7 +46,7 @@ def flows(members: int, slow_members: int) -> None:
             taken[rtol] = (time.perf_counter() - start) / count
             kinds = ", ".join(sorted(set(ends[rtol].kind.tolist())))
             print(
-                f"flow to |∇| < 1e-7 and polish, rtol {rtol:g}: {taken[rtol]:.3f} s a seed "
+                f"flow to |∇| < 1e-7 and polish, rtol {rtol:g}: {taken[rtol]:.3f} s per seed "
                 f"({(middle - start) / count:.3f} the flow, {int(ds.steps.sum()) / count:.0f} steps), {count} "
                 f"seeds; {kinds}, |∇| at most {float(ends[rtol].gradient_max.max()):.1g}"
             )
@@ -55,7 +55,7 @@ def flows(members: int, slow_members: int) -> None:
         bdf = (time.perf_counter() - start) / slow_members
         arrived = flow.polish(loss, torch.from_numpy(np.stack([s.y[:, -1] for s in slow])))
     same = [float((ends[r].loss[:slow_members] - arrived.loss).abs().max()) for r in ends]
-    print(f"SciPy BDF, rtol 1e-8, exact Jacobian: {bdf:.3f} s a seed, {slow_members} seeds, without polish")
+    print(f"SciPy BDF, rtol 1e-8, exact Jacobian: {bdf:.3f} s per seed, {slow_members} seeds, without polish")
     print(f"BDF / ours: {bdf / taken[1e-4]:.1f} (rtol 1e-4), {bdf / taken[1e-8]:.1f} (1e-8)")
     print(f"the polished losses differ by {same[0]:.1g}, {same[1]:.1g} at most")
 
@@ -87,7 +87,7 @@ def order_parameters() -> None:
         for seeds in (1, 20):
             some = partial(flow.online, *begin, inputs=case["N"], alpha=[1000 / case["N"]], seeds=seeds, **how)
             print(
-                f"  simulation, N = {case['N']}, {seeds} seeds: {seconds(some, 2) / 1000 / seeds * 1e6:.0f} µs a step"
+                f"  simulation, N = {case['N']}, {seeds} seeds: {seconds(some, 2) / 1000 / seeds * 1e6:.0f} µs per step"
             )
 
 

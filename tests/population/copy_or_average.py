@@ -62,7 +62,7 @@ def main(seeds: int = 20) -> int:
             bad += not good
             print(
                 f"n={n} k={k} {name:9}  {dict(Counter(kinds))}  misses L* by {float(missed.max()):.1e}  "
-                f"{flips} flips  {seconds / seeds:.2f} s a seed  {'ok' if good else 'WRONG'}",
+                f"{flips} flips  {seconds / seeds:.2f} s per seed  {'ok' if good else 'WRONG'}",
                 flush=True,
             )
     return int(bad > 0)

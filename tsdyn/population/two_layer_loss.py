@@ -233,8 +233,8 @@ def loss_from_overlaps(
     least = torch.linalg.eigvalsh(C.detach())[0]
     if least < -1e-10 * C.detach().diagonal().max():
         raise ValueError(
-            f"loss_from_overlaps: [[Q, R], [Rᵀ, T]] has eigenvalue {float(least):.3g}; overlaps of weights have none "
-            "below 0"
+            f"loss_from_overlaps: [[Q, R], [Rᵀ, T]] has eigenvalue {float(least):.3g}; overlaps of weights have no "
+            "negative one"
         )
     masses = torch.cat([outgoing, -teacher_outgoing])
     A = C.diagonal()
