@@ -35,7 +35,7 @@ def test_every_sign_of_the_gates_adds_up_to_no_gate(seed):
     signs = [(*s, 1, 1) for s in itertools.product((1, -1), repeat=2)]
     total = sum(orthants.moment(flipped(C, s), 2, 2) for s in signs)
     own = [torch.tensor(C[i, j]) for i, j in ((2, 2), (3, 3), (2, 3))]
-    assert total == pytest.approx(float(interaction.of("relu")(*own)), rel=0, abs=1e-15)
+    assert total == pytest.approx(float(interaction.interaction_of("relu")(*own)), rel=0, abs=1e-15)
     squares = sum(orthants.square(flipped(C[:3, :3], s[:3])) for s in signs)
     assert squares == pytest.approx(C[2, 2] / 2, rel=0, abs=1e-15)
     assert sum(orthants.probability(flipped(C, s)) for s in itertools.product((1, -1), repeat=4)) == pytest.approx(1)

@@ -7,8 +7,7 @@ from tsdyn.flow.conventions import Online, convention
 from tsdyn.flow.flows import REASONS, gradient_flow
 from tsdyn.flow.online_learning import online
 from tsdyn.flow.overlap_dynamics import order_parameters
-from tsdyn.flow.overlap_matrices import Overlaps, generalization_error
-from tsdyn.flow.overlap_matrices import of as overlaps
+from tsdyn.flow.overlap_matrices import Overlaps, generalization_error, overlaps
 from tsdyn.flow.stationary import FunctionLoss, Loss, Polished, Signature, polish, signature
 
 __all__ = [

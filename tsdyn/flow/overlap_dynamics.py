@@ -216,7 +216,7 @@ def _slope(
 
 def _pairs(sigma: Activation) -> Pairs:
     """`Pairs` function of any activation, from its interaction."""
-    kernel = interaction.of(sigma)
+    kernel = interaction.interaction_of(sigma)
 
     def pairs(C: np.ndarray, nodes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         c = torch.from_numpy(C)

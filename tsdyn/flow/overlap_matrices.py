@@ -122,7 +122,7 @@ def checked(
     return found
 
 
-def of(student: Network, teacher: Network) -> Overlaps:
+def overlaps(student: Network, teacher: Network) -> Overlaps:
     """Order parameters of a student and its teacher, for inputs of unit variance; ``flow.overlaps``.
 
     Args:
@@ -157,7 +157,7 @@ def generalization_error(overlaps: Overlaps, sigma: Activation) -> Float[Tensor,
     C, masses = overlaps.covariance, overlaps.masses
     own = C.diagonal(dim1=-2, dim2=-1)
     A, B, c = torch.broadcast_tensors(own[..., :, None], own[..., None, :], C)
-    pairs = interaction.of(sigma)(A, B, c)
+    pairs = interaction.interaction_of(sigma)(A, B, c)
     return (masses[..., None, :] @ pairs @ masses[..., :, None])[..., 0, 0] / 2
 
 
