@@ -42,7 +42,7 @@ def _lowest(archive: xr.Dataset, names: tuple[str, ...]) -> xr.Dataset:
     part = archive[list(names)]
     if "layer" not in part.dims:  # a slice of one layer already
         if "layer" in part.coords and int(part["layer"]) != 1:
-            raise ValueError(f"alignment: of the lowest layer, not of layer {int(part['layer'])}")
+            raise ValueError(f"alignment: defined at the lowest layer only, not at layer {int(part['layer'])}")
     else:
         part = one_layer(part, lowest_layer(part))
     if "input_node" in part.dims and "input_width" in part.coords:

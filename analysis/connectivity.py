@@ -147,7 +147,7 @@ def theorem_2_path(first: Network, second: Network, teacher: Network) -> list[Ne
     """
     if first.widths != second.widths or first.depth != 2 or not first.activation.piecewise_linear:
         raise ValueError(
-            f"theorem_2_path: {first!r} and {second!r}; two-layer, of one width and piecewise linear they must be"
+            f"theorem_2_path: {first!r} and {second!r}; they must be two-layer, of one width and piecewise linear"
         )
     (mine, my_fanout), (theirs, their_fanout) = (carriers(net, teacher) for net in (first, second))
     nodes = first.widths[1]

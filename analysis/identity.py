@@ -78,9 +78,11 @@ def refuse_odd(ds: xr.Dataset, caller: str) -> None:
         number = name in vocabulary.VARIABLES or name == "coverage"
         count = (name in vocabulary.COORDINATES and name != "coverage") or name in whole
         if number and array.dtype.kind != "f":
-            raise ValueError(f"{caller}: {name} holds {array.dtype}, not floating point numbers; it is no archive's")
+            raise ValueError(
+                f"{caller}: {name} holds {array.dtype}, not floating point numbers; it cannot come from an archive"
+            )
         if count and array.dtype.kind not in "iu":
-            raise ValueError(f"{caller}: {name} holds {array.dtype}, not integers; it is no archive's")
+            raise ValueError(f"{caller}: {name} holds {array.dtype}, not integers; it cannot come from an archive")
 
 
 def begun(ds: xr.Dataset) -> xr.DataArray:

@@ -49,7 +49,7 @@ def require_point(ds: xr.Dataset, figure: str) -> None:
     """Raise ValueError, naming the dimensions, if `ds` holds several points of a sweep."""
     left = swept(ds)
     if left:
-        raise ValueError(f"{figure}: {', '.join(left)} left; one set of axes shows one point, select it")
+        raise ValueError(f"{figure}: {', '.join(left)} left; one set of axes shows a single point, select one")
 
 
 def points(ds: xr.Dataset | xr.DataArray, dims: Iterable[str]) -> list[dict[str, Any]]:

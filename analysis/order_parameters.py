@@ -49,7 +49,7 @@ def _weights(archive: xr.Dataset, caller: str) -> tuple[xr.DataArray, xr.DataArr
     if "layer" in low.dims:
         low = one_layer(low, lowest_layer(low))
     elif "layer" in low.coords and int(low["layer"]) != 1:
-        raise ValueError(f"{caller}: of the lowest layer, not of layer {int(low['layer'])}")
+        raise ValueError(f"{caller}: defined at the lowest layer only, not at layer {int(low['layer'])}")
     lost = [d for d, n in (("node", "weight"), ("teacher_node", "teacher_weight")) if d not in low[n].dims]
     if lost:
         raise ValueError(f"{caller}: the slice has no dimension {', '.join(lost)}; select with a list or slice")

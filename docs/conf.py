@@ -129,14 +129,14 @@ def _generate(_app: object) -> None:
 
 
 def _plain_stars_and_bars(app, what, name, obj, options, lines):
-    """Formulas in docstrings write w* and |g|; neither is markup here, except inside backticks."""
+    """Escape stars and bars outside backticks: in docstrings' formulas, w* and |g|, they are no markup."""
     for i, line in enumerate(lines):
         parts = re.split(r"(`+[^`]*`+)", line)
         lines[i] = "".join(p if p.startswith("`") else re.sub(r"([*|])", r"\\\1", p) for p in parts)
 
 
 def _plain_types(app, what, name, obj, options, lines):
-    """Nor are the stars of shapes (*member) in the types that napoleon writes out."""
+    """Escape the stars of shapes (*member) in the types that napoleon writes out."""
     for i, line in enumerate(lines):
         if line.lstrip().startswith((":vartype", ":type", ":rtype")):
             lines[i] = re.sub(r"(?<!\\)\*", r"\*", line)

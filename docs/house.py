@@ -1,4 +1,4 @@
-"""What docs/architecture.md and docs/migration.md show of the code, made when the docs are built."""
+"""Draws the picture and writes the tables of docs/architecture.md and docs/migration.md when the docs are built."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ from matplotlib.path import Path as Line
 from tsdyn import _forwarding
 
 ROOT = Path(__file__).resolve().parent.parent
-#: Parts of the tree that are installed as tsdyn.<name>, and whose modules are too many to list.
+#: Folders that are installed as tsdyn.<name>.
 BESIDE = ("analysis", "studies")
-SAID = {"studies": "one file per figure of a paper"}
+#: Text of a box in place of a list of modules.
+SAID = {"studies": "one file per figure of a paper", "testing": "checks of activations, losses, ... of your own"}
 FLAT = "single modules"
-GAP, LETTER = 0.35, 0.083  # inches between boxes, and of a letter
+GAP, LETTER = 0.35, 0.083  # inches between boxes, and width of a letter
 INK, QUIET, ARROW = "#1b2a3a", "#4a5b6c", "#7d93a8"
 FILLS = ("#eef3f8", "#e3ebf3")
 
 
 def floors() -> dict[str, int]:
-    """The floor of each wing, as tests/test_house.py holds it."""
+    """Floor of each wing, read from the table in tests/test_house.py."""
     tree = ast.parse((ROOT / "tests" / "test_house.py").read_text(encoding="utf-8"))
     for node in tree.body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "FLOORS":
@@ -37,15 +38,16 @@ def floors() -> dict[str, int]:
 
 
 def wings() -> dict[str, list[str]]:
-    """Each wing with its modules, the single modules of the lowest floor as one."""
+    """Modules of each wing; the single modules of the lowest floor count as one wing, those above each as one."""
     found: dict[str, list[str]] = {FLAT: []}
     for folder in sorted((ROOT / "tsdyn").iterdir()):
         if folder.is_dir() and (folder / "__init__.py").exists():
             found[folder.name] = _below(folder)
-        elif folder.name == "cli.py":
-            found["cli"] = []
         elif folder.suffix == ".py" and not folder.stem.startswith("_"):
-            found[FLAT].append(folder.stem)
+            if floors()[folder.stem] > 1:
+                found[folder.stem] = []
+            else:
+                found[FLAT].append(folder.stem)
     for name in BESIDE:
         found[name] = _below(ROOT / name)
     return found
@@ -57,7 +59,7 @@ def _below(folder: Path) -> list[str]:
 
 
 def imports() -> dict[str, set[str]]:
-    """Which wings each wing imports, anywhere but for types only."""
+    """Wings that each wing imports, also inside functions, but not under TYPE_CHECKING."""
     names = set(wings())
     found: dict[str, set[str]] = {name: set() for name in names}
     for name, folder in [*((n, ROOT / "tsdyn" / n) for n in names), *((n, ROOT / n) for n in BESIDE)]:
@@ -90,7 +92,7 @@ def _imported(file: Path) -> set[str]:
 
 
 def _necessary(edges: dict[str, set[str]]) -> dict[str, set[str]]:
-    """The edges that do not follow from others."""
+    """The edges that do not follow from others (transitive reduction)."""
 
     def reached(start: str) -> set[str]:
         seen: set[str] = set()
@@ -107,7 +109,7 @@ def _necessary(edges: dict[str, set[str]]) -> dict[str, set[str]]:
 
 
 def _placed(rows: dict[int, list[str]], edges: dict[str, set[str]]) -> dict[str, float]:
-    """A column for each wing, so that arrows are short: rows are reordered in turn until nothing gets better."""
+    """Horizontal position of each wing in [0, 1]; rows are reordered one after another to shorten the arrows."""
     order = {floor: list(names) for floor, names in rows.items()}
     where: dict[str, float] = {}
 
@@ -127,7 +129,7 @@ def _placed(rows: dict[int, list[str]], edges: dict[str, set[str]]) -> dict[str,
 
 
 def draw(target: Path) -> None:
-    """Draw the wings: a box per wing with its modules, on its floor; arrows say who imports whom."""
+    """Draw one box per wing with its modules, on its floor, and arrows from each wing to those it imports."""
     level, held = {**floors(), FLAT: 1}, wings()
     down = {name: {o for o in others if level[o] < level[name]} for name, others in imports().items()}
     edges = _necessary(down)
@@ -172,17 +174,17 @@ def draw(target: Path) -> None:
 
 
 def _arrow(ax: Axes, boxes: dict[str, tuple[float, ...]], level: dict[str, int], above: str, below: str) -> None:
-    """An arrow from the foot of one box to the head of another, beside the boxes of the floors between."""
+    """Draw an arrow from the foot of one box to the head of another, around the boxes of the floors between."""
     x, y, box, _ = boxes[above]
     x2, y2, box2, height2 = boxes[below]
     middle, middle2 = x + box / 2, x2 + box2 / 2
-    gaps: list[tuple[float, float, float]] = []  # of each floor between: where, head and foot
+    gaps: list[tuple[float, float, float]] = []  # per floor between: position, head and foot of the boxes
     for floor in sorted({level[n] for n in boxes if level[below] < level[n] < level[above]}, reverse=True):
         row = sorted(boxes[n] for n in boxes if level[n] == floor)
         free = [row[0][0] - 0.18, row[-1][0] + row[-1][2] + 0.18]
         free += [(one[0] + one[2] + other[0]) / 2 for one, other in itertools.pairwise(row)]
         before = gaps[-1][0] if gaps else middle
-        at = min(free, key=lambda f: abs(f - before) + abs(f - middle2))
+        at = min(free, key=lambda f: round(abs(f - before) + abs(f - middle2), 3))  # of equal ways the left one
         gaps.append((at, row[0][1] + row[0][3], row[0][1]))
     start = middle + 0.4 * box * _lean((gaps[0][0] if gaps else middle2) - middle)
     end = middle2 + 0.4 * box2 * _lean((gaps[-1][0] if gaps else middle) - middle2)
@@ -207,28 +209,29 @@ def _arrow(ax: Axes, boxes: dict[str, tuple[float, ...]], level: dict[str, int],
 
 
 def _lean(apart: float) -> float:
-    """How far from its middle a box is left or reached, as a share of half of it."""
+    """Where an arrow meets a box, relative to its middle and half width, from the horizontal distance it goes."""
     return max(-1.0, min(1.0, apart / 7)) * 0.9
 
 
 def _box(rows: dict[int, list[str]], floor: int, width: float) -> float:
-    """Width of the boxes of a floor."""
+    """Width of the boxes on a floor, in inches."""
     return min((width - GAP) / len(rows[floor]) - GAP, 7.5)
 
 
 def wing_table() -> str:
-    """A line per wing: its floor and the first sentence of its docstring."""
+    """Markdown table of the wings: floor, name and first sentence of the docstring."""
     level = floors()
     rows = ["| floor | wing | what it holds |", "|---|---|---|"]
     for name in sorted((n for n in wings() if n not in (FLAT, "cli")), key=lambda n: (-level[n], n)):
-        file = (ROOT / name if name in BESIDE else ROOT / "tsdyn" / name) / "__init__.py"
+        folder = ROOT / name if name in BESIDE else ROOT / "tsdyn" / name
+        file = folder / "__init__.py" if folder.is_dir() else folder.with_suffix(".py")
         doc = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
         rows.append(f"| {level[name]} | `tsdyn.{name}` | {' '.join(doc.split(chr(10) * 2)[0].split())} |")
     return "\n".join(rows) + "\n"
 
 
 def migration_table() -> str:
-    """Every documented name of 0.1 that moved, with where it is now."""
+    """Markdown tables of the documented names of 0.1 that moved, with their new places."""
     moved: dict[str, list[tuple[str, str]]] = {old: [] for old in _forwarding.MOVED}
     for old, places in _forwarding.MOVED.items():
         moved[old] += [(name, f"{new}.{name}") for new, names in places.items() for name in names.split()]
@@ -248,7 +251,7 @@ def migration_table() -> str:
 
 
 def generate(folder: Path) -> None:
-    """All of it, into `folder`."""
+    """Write the picture and the tables into `folder`."""
     folder.mkdir(exist_ok=True)
     draw(folder / "wings.svg")
     (folder / "wings.md").write_text(wing_table(), encoding="utf-8")

@@ -30,7 +30,7 @@ def small(**changes: Any) -> Experiment:
 
 
 def orthonormal_teacher(k: int, *, activation: str = "erf", inputs: int | None = None) -> Network:
-    """k unit nodes along the axes, one input more unless said, outgoing weights 1."""
+    """Teacher of k unit nodes along the axes, k + 1 inputs unless given, outgoing weights 1."""
     eye = torch.eye(k, k + 1 if inputs is None else inputs, dtype=torch.float64)
     return Network([eye, torch.ones(1, k, dtype=torch.float64)], activation=activation)
 
@@ -49,7 +49,7 @@ def rng(seed: int = 0) -> np.random.Generator:
 
 
 def cifar10(folder: Path, each: int = 3) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Files of CIFAR-10's binary version with `each` random images; (pixels, labels) by file name."""
+    """Write files of CIFAR-10's binary version with `each` random images; returns (pixels, labels) by file name."""
     made, draw = {}, rng()
     for name in [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]:
         pixels = draw.integers(0, 256, (each, 3, 32, 32), dtype=np.uint8)

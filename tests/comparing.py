@@ -9,13 +9,13 @@ import numpy as np
 
 
 def assert_same(found: Any, expected: Any, tolerance: float, *, scale: float | None = None, what: str = "") -> None:
-    """Same shape, dtype, and numbers: NaN and infinities in the same places, the others within tolerance × scale.
+    """Assert equal shape, dtype and numbers: NaN and infinities in the same places, others within tolerance × scale.
 
     Args:
         found, expected: Arrays or tensors, or mappings of these with the same keys.
         tolerance: Relative to `scale`.
         scale: One plus the largest finite number expected, unless given.
-        what: Named when it fails.
+        what: Name in the failure's message.
     """
     if isinstance(expected, Mapping):
         assert list(found) == list(expected), (what, list(found), list(expected))

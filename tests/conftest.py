@@ -1,4 +1,4 @@
-"""One thread, no display and the same examples every time, so that results depend on no chance and no load."""
+"""Sets one thread, no display and fixed examples, so that results depend neither on chance nor on load."""
 
 import os
 
@@ -21,7 +21,7 @@ FUZZING = "TSDYN_FUZZ" in os.environ
 
 
 def pytest_collection_modifyitems(items):
-    """`make fuzz` searches all property tests by the same number of examples, whatever they set for the suite."""
+    """With `make fuzz` all property tests use the same number of examples, whatever they set for the suite."""
     if not FUZZING:
         return
     examples = hypothesis.settings.get_profile("fuzz").max_examples
@@ -35,6 +35,6 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """NumPy silences its all-NaN warning by `warnings.catch_warnings`, which threads undo for one another."""
+    """One dask thread: NumPy silences its all-NaN warning by `warnings.catch_warnings`, which is not thread-safe."""
     with dask.config.set(scheduler="synchronous"):
         yield

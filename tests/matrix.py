@@ -42,7 +42,7 @@ def floors() -> list[str]:
 
 
 def interpreter(version: str) -> str | None:
-    """Path of a Python of that version on this machine: on PATH or of pyenv."""
+    """Path of a Python of that version on this machine, from PATH or pyenv."""
     pyenv = sorted((Path.home() / ".pyenv" / "versions").glob(f"{version}.*/bin/python"))
     for name in [shutil.which(f"python{version}"), *map(str, pyenv)]:
         if name is None:
@@ -65,7 +65,7 @@ def torch_reason(python: str) -> str | None:
 
 
 def run(python: str, constraints: list[str], folder: Path, tests: list[str]) -> str:
-    """What pytest says last, in an environment of its own."""
+    """Last line of pytest's output, run in a new environment."""
     subprocess.run([python, "-m", "venv", str(folder)], check=True)
     bounds = folder / "bounds.txt"
     pinned = (ROOT / "constraints.txt").read_text(encoding="utf-8")

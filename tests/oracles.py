@@ -1,4 +1,4 @@
-"""Slow twins: each obviously right, one sample or one member at a time.
+"""Reference implementations: plainly right and slow, one sample or one member at a time.
 
 Imports nothing from tsdyn: networks, activations, losses and rules come as arguments, of which only the plainest parts
 are asked (parameters, `to_torch`, numbers).
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 
 def forward(network: Any, x: Tensor) -> Tensor:
-    """One sample at a time, through torch's own modules."""
+    """Outputs of one sample at a time, through torch's own modules."""
     module = network.to_torch()
     return torch.stack([module(sample) for sample in x])
 
@@ -65,7 +65,7 @@ def fanout_norms(network: Any, x: Tensor, layer: int) -> Tensor:
 
 
 def train(network: Any, batches: list[tuple[Tensor, Tensor]], rule: Any) -> nn.Sequential:
-    """One member through nn.Module and torch.optim."""
+    """Train one member by nn.Module and torch.optim."""
     module = network.to_torch()
     linears = [part for part in module if isinstance(part, nn.Linear)]
     for layer in rule.frozen:
@@ -152,7 +152,7 @@ def order_parameter_slope(
     Q: np.ndarray, R: np.ndarray, T: np.ndarray, v: np.ndarray, A: np.ndarray, *,
     learning_rate: float, second_learning_rate: float, weight_decay: float, batch: float, noise: float, activation: str,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
-    """dQ, dR, dv by d alpha, term by term as Goldt et al. write them."""
+    """dQ/dα, dR/dα, dv/dα, term by term as Goldt et al. write them."""
     K, M = R.shape
     C = np.block([[Q, R], [R.T, T]]).tolist()
     I2, I3, I4, J2 = saad_solla(C, activation).values()
@@ -182,7 +182,7 @@ def order_parameter_slope(
 def gradient_flow(
     loss: Any, initial: Tensor, *, end: float = 1e9, gradient_tolerance: float = 1e-7, times: Any = None
 ) -> Any:
-    """One member by SciPy's BDF, rtol 1e-8, the Jacobian exact."""
+    """Gradient flow of one member by SciPy's BDF, rtol 1e-8, with the exact Jacobian."""
 
     def slope(_t: float, y: np.ndarray) -> np.ndarray:
         return -np.asarray(loss.gradient(torch.from_numpy(y)))

@@ -26,7 +26,7 @@ def slopes(value, parameters, **keywords):
 
 
 def gradients(module, call, loss, x, y, samples):
-    """name → (sample, *parameter)."""
+    """Per-sample gradients, name → (sample, *parameter)."""
     free = trained(module)
     rows = []
     for i in range(samples):
@@ -41,7 +41,7 @@ def norms(by_name):
 
 
 def jacobian(module, call, x, samples):
-    """name → (sample, output, *parameter), outputs flattened."""
+    """Jacobians, name → (sample, output, *parameter), outputs flattened."""
     free = trained(module)
     rows = []
     for i in range(samples):
@@ -54,14 +54,14 @@ def jacobian(module, call, x, samples):
 
 
 def kernel(jacobians):
-    """(sample, sample2, output, output2)."""
+    """Neural tangent kernel, (sample, sample2, output, output2)."""
     real = [torch.view_as_real(j) if j.is_complex() else j for j in jacobians.values()]
     flat = torch.cat([j.flatten(2) for j in real], 2)
     return torch.einsum("sop,tqp->stoq", flat, flat)
 
 
 def hessian(module, call, loss, x, y):
-    """(parameter, parameter), one entry of the gradient after the other; fused attention has no second derivative."""
+    """Hessian (parameter, parameter), entry by entry of the gradient; without fused attention, which has none."""
     free = list(trained(module).values())
     with sdpa_kernel(SDPBackend.MATH):
         first = slopes(loss(call(module, x), y), free, create_graph=True)

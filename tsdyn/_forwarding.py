@@ -96,7 +96,7 @@ MOVED: Mapping[str, Mapping[str, str]] = {
         "tsdyn.archive.integrity": "BLOCK_BYTES DAMAGED check repair",
     },
     "interaction": {
-        "tsdyn.gaussian.interaction": "Elementwise Function Number arc_cosine of",
+        "tsdyn.gaussian.interaction": "Elementwise Function Number arc_cosine",
         "tsdyn.population": "Derivatives Interaction Partials",
     },
     "members": {
@@ -159,6 +159,7 @@ RENAMED: Mapping[str, str] = {
     "index.Index": "tsdyn.archive.headers.Headers",
     "interaction.derivatives": "tsdyn.population.interaction_derivatives",
     "interaction.in_cosine": "tsdyn.population.interaction",
+    "interaction.of": "tsdyn.gaussian.interaction.interaction_of",
     "members.Together": "tsdyn.running.joint_training.JointTraining",
     "members.kinship": "tsdyn.running.joint_training.ensemble_key",
     "sweep.companies": "tsdyn.running.joint_training.group_points",

@@ -140,7 +140,9 @@ def _activation(part: Activation) -> None:
     u, w = torch.randn(2, 400_000, generator=generator, dtype=torch.float64)
     product = part(r1 * u) * part(r2 * (rho * u + (1 - rho * rho) ** 0.5 * w))
     error = float(product.std()) / len(u) ** 0.5
-    mine = float(interaction.of(part)(*(torch.tensor(v, dtype=torch.float64) for v in (r1**2, r2**2, r1 * r2 * rho))))
+    mine = float(
+        interaction.interaction_of(part)(*(torch.tensor(v, dtype=torch.float64) for v in (r1**2, r2**2, r1 * r2 * rho)))
+    )
     _demand(
         abs(mine - float(product.mean())) <= _SIGMAS * error,
         f"activation {part.name}: E[σ(u)σ(v)] is {mine:.6g}, samples say {float(product.mean()):.6g} ± {error:.2g}",

@@ -45,7 +45,7 @@ def phase_diagram(ds: xr.Dataset, *, of: str | None = None, ax: Axes | None = No
             ax.set_xlabel(", ".join(keys))
         return ax
     if len(along) != 2:
-        raise ValueError(f"phase_diagram: over {', '.join(map(str, along)) or 'nothing'}; one or two swept keys it is")
+        raise ValueError(f"phase_diagram: over {', '.join(map(str, along)) or 'nothing'}; select one or two swept keys")
     names = [str(name) for name in shares["class"].values]
     if of is not None and of not in names:
         raise ValueError(f"phase_diagram: no class {of!r}; there are {', '.join(names)}")

@@ -31,7 +31,7 @@ def measure_boundaries(archive: xr.Dataset) -> xr.Dataset:
     needed = variables_of(archive, "boundaries").isel(seed=0)
     if "layer" not in needed.dims:
         if int(needed["layer"]) != 1:
-            raise ValueError(f"boundaries: of the lowest layer, not of layer {int(needed['layer'])}")
+            raise ValueError(f"boundaries: drawn for the lowest layer only, not layer {int(needed['layer'])}")
     else:
         needed = one_layer(needed, lowest_layer(needed))
     inputs = int(needed["input_width"].max())

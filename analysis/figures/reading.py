@@ -31,7 +31,7 @@ NEEDS: Mapping[str, tuple[str, ...]] = {
 
 
 def missing(archive: xr.Dataset, needs: Sequence[str]) -> list[str]:
-    """Those of the needed variables that were not recorded."""
+    """The needed variables that were not recorded."""
     return [need.split("|")[0] for need in needs if not any(n in archive for n in need.split("|"))]
 
 

@@ -183,7 +183,7 @@ def test_approximations_and_assumptions_are_reported_with_their_size(run):
 
 
 def test_batch_norm_keeps_the_norm_but_for_sgds_own_part(tmp_path):
-    """‖w‖² grows by lr² ‖∇‖² a step: a tenth of the rate, for as many steps, a hundredth as much; the rest is unmet."""
+    """‖w‖² grows by lr² ‖∇‖² per step: a tenth of the rate gives a hundredth; other cases are unmet."""
     change = []
     for rate in (1e-2, 1e-3):
         experiment = small(
@@ -273,7 +273,7 @@ def test_an_untrained_student_is_at_no_critical_point_however_small_its_gradient
 
 
 def test_a_student_equal_to_its_teacher_holds(tmp_path):
-    """g = 0 exactly: every bound is rounding, and so is every ε."""
+    """g = 0 exactly, so every bound and every ε is rounding."""
     teacher = draw_teacher(small(), 0)
     path = saved(tmp_path, teacher.weights, teacher.biases)
     ds = constructed(
@@ -291,7 +291,7 @@ def test_one_teacher_node_proves_nothing_about_several(tmp_path):
 
 
 def test_a_dead_student_is_audited_row_by_row(tmp_path):
-    """No moment is above 0: the factorization has nothing to compare."""
+    """No moment is above 0, so the factorization has nothing to compare."""
     dead = saved(
         tmp_path,
         [torch.zeros(8, 10, dtype=torch.float64), torch.zeros(6, 8, dtype=torch.float64)],
@@ -325,7 +325,7 @@ def test_equation_1_notices_an_error_in_the_smallest_layer(tmp_path, monkeypatch
 
 
 def test_verdicts_do_not_depend_on_the_unit_of_the_output(tmp_path):
-    """Fan-outs of teacher and student a thousandth as large: gradients a millionth, the same verdicts and margins."""
+    """With fan-outs a thousandth as large gradients are a millionth; verdicts and margins are the same."""
     margins = []
     for place, unit in enumerate((1.0, 1e-3)):
         folder = tmp_path / str(place)

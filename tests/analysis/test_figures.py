@@ -100,7 +100,7 @@ def test_what_is_measured_stays_as_it_is(name, sweep):
 
 @pytest.mark.parametrize("name", FIGURES)
 def test_members_that_died_are_left_out(name, run):
-    """Bands and means are of the living; nothing warns."""
+    """Bands and means are over living members; nothing warns."""
     death = xr.DataArray([-1, 1, 1], dims="seed")
     alive = (death < 0) | (run["epoch"] < 1)
     dead = run.load().copy()

@@ -1,4 +1,4 @@
-"""A sweep on disk, partial and with a dead member: the same numbers whoever computes, however it is cut."""
+"""A partial sweep with a dead member gives the same numbers under every scheduler and for every chunking."""
 
 import dask
 import numpy as np
@@ -38,7 +38,7 @@ def measured(ds):
 
 @pytest.fixture(scope="module")
 def wanted(sweep):
-    """By loops over plain arrays."""
+    """The expected values, by loops over plain arrays."""
     ds = tsdyn.layer(tsdyn.open(sweep), 1)
     values = ds["correlation"].compute(scheduler="synchronous")
     values = values.transpose("overrealization", "learning_rate", "seed", "epoch", "teacher_node", "node").values

@@ -1,4 +1,4 @@
-"""Two solutions beside one another: matching, similarity, and the loss between them."""
+"""Comparisons of two solutions: matching, similarity, and the loss along paths between them."""
 
 import itertools
 

@@ -25,7 +25,7 @@ correlations = hnp.arrays(
 
 
 def plain_best(values):
-    """One entry at a time."""
+    """Best correlations, one entry at a time."""
     best = np.full(values.shape[:-1], np.nan)
     for index in np.ndindex(best.shape):
         real = [v for v in values[index] if not np.isnan(v)]
@@ -132,7 +132,7 @@ def test_mean_rank_follows_the_final_winner():
 @settings(max_examples=60, deadline=None)
 @given(correlations)
 def test_the_median_rank_is_the_median_of_a_plain_loop(values):
-    """By sorting, one member and epoch at a time."""
+    """The reference sorts one member and epoch at a time."""
     ds = archive(values)
     found, ranks = specialization.median_rank(ds), specialization.winner_rank(values)
     assert found.dims == ("seed", "epoch")

@@ -1,4 +1,4 @@
-"""Every lazy measure of the analysis: against a plain loop, chunked or not, under every scheduler."""
+"""Every lazy measure of the analysis against a plain loop, chunked or not, under every scheduler."""
 
 import os
 import warnings
@@ -164,7 +164,7 @@ def test_the_interval_of_a_mean_covers_as_it_says(n):
 
 @pytest.mark.parametrize("n", [6, 9, 30])
 def test_the_interval_of_a_median_covers_as_its_level_says(n):
-    """Of a skewed law, whose mean is no median: e^z of a standard normal z has median 1."""
+    """For a skewed distribution, whose mean is not its median: e^z of a standard normal z has median 1."""
     draw = np.random.default_rng(n).lognormal(size=(20_000, n))
     found = summary.interval(xr.DataArray(draw, dims=("trial", "seed"), name="x"), statistic="median")
     level = float(found["level"][0])
@@ -344,7 +344,7 @@ def test_separation_is_the_engines():
 
 
 def test_augmented_samples_are_the_size_of_the_training_set(tmp_path, monkeypatch):
-    """Of the engine's own: to the sample where nothing is random, in the mean where inputs decide how many are near."""
+    """Against the engine's training sets: exactly if nothing is random, else in the mean."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})  # one process: starting others costs more than it saves
     keys = ("data.augment", "data.train", "data.augment_eps", "data.std")
     chosen = [("none", 40, 0.1, 1.0), ("agnostic", 40, 0.1, 1.0), ("aware", 9000, 0.1, 0.5), ("aware", 3000, 0.6, 2.0)]
@@ -418,7 +418,7 @@ def test_what_was_not_recorded_is_named(run):
         order_parameters.order_parameters(run.drop_vars("weight"))
     with pytest.raises(ValueError, match="winner: the archive has no correlation"):
         lottery.winner(run.drop_vars("correlation"))
-    with pytest.raises(ValueError, match="order_parameters: of the lowest layer, not of layer 2"):
+    with pytest.raises(ValueError, match="order_parameters: defined at the lowest layer only, not at layer 2"):
         order_parameters.order_parameters(run.sel(layer=2))
     with pytest.raises(
         ValueError, match="cosines: the slice has no dimension teacher_node; select with a list or slice"
@@ -428,7 +428,7 @@ def test_what_was_not_recorded_is_named(run):
         specialization.specialization(run.sel(teacher_node=0))
     with pytest.raises(ValueError, match="student_teacher: one layer is left"):
         similarity.student_teacher(run.sel(layer=1).isel(epoch=-1))
-    with pytest.raises(ValueError, match="of the lowest layer, not of layer 2"):
+    with pytest.raises(ValueError, match="defined at the lowest layer only, not at layer 2"):
         alignment.alignment(run.drop_vars("alignment").sel(layer=2))
 
 
@@ -481,7 +481,7 @@ def test_similarity_does_not_depend_on_scale(dtype, scale):
 
 
 def test_similarity_does_not_depend_on_the_mean():
-    """Activations about 100 in float32 hold 5e-6 of their own spread."""
+    """float32 activations with mean 100 resolve 5e-6 of their spread."""
     x, y = layers(np.random.default_rng(0))
     assert similarity.linear_cka((x + 100).astype("f4"), y) == pytest.approx(similarity.linear_cka(x, y), abs=1e-5)
 
@@ -496,7 +496,7 @@ def test_similarity_of_a_constant_or_infinite_layer_is_nan():
 
 def test_the_debiased_estimator_is_the_sum_over_different_samples_and_zero_for_independent_layers():
     def product(x, y):
-        """Song et al. (2012), Eq. 5, as it is written."""
+        """Song et al. (2012), Eq. 5, as printed."""
         n, one = len(x), np.ones(len(x))
         K, L = x @ x.T, y @ y.T
         np.fill_diagonal(K, 0)

@@ -1,4 +1,4 @@
-"""Every analysis of a whole sweep is what each point alone gives, and it knows whose numbers these are."""
+"""Every analysis of a whole sweep equals that of each point alone, and uses each point's own experiment."""
 
 import numpy as np
 import pytest
@@ -46,7 +46,7 @@ SWEEPS = {
 
 
 def equal(whole, alone, name):
-    """The same numbers; the whole may have more padding, which is NaN."""
+    """Assert that both hold the same numbers; the whole sweep may have more NaN padding."""
     for variable in alone.data_vars:
         found, wanted = whole[variable], alone[variable]
         for dim in wanted.dims:

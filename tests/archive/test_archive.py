@@ -80,7 +80,7 @@ def test_padding_is_nan_and_one_layer_has_none(finished):
 
 
 def test_tiles_of_pure_padding_are_never_written(tmp_path):
-    """A net whose widest layers dwarf the others takes the disk of its true size."""
+    """A network with a few very wide layers takes disk space in proportion to its true size."""
     experiment = small(
         teacher__widths=[6000, 4, 6],
         student__overrealization=2.0,
@@ -382,7 +382,7 @@ def test_a_later_schema_is_refused_by_name(tmp_path):
 
 @pytest.mark.parametrize("record", [{}, {"record__every": 3}, {"training__method": "adam"}])
 def test_a_finished_run_goes_on_with_more_epochs(tmp_path, record):
-    """Four epochs, then three more, then two: the bits of nine at once; a last epoch off the schedule is kept, too."""
+    """Four epochs, then three, then two give the bits of nine at once; a last epoch off the schedule is kept, too."""
     whole = tsdyn.run(small(training__epochs=9, **record), tmp_path / "whole").load()
     recorded = set()
     for epochs in (4, 7, 9):
@@ -442,7 +442,7 @@ def test_without_flock_the_file_itself_is_the_lock(tmp_path, no_flock, monkeypat
 
 @pytest.mark.parametrize("elsewhere", [False, True])
 def test_a_stale_lock_file_is_taken_over_and_whose_it_was_is_said(tmp_path, no_flock, monkeypatch, caplog, elsewhere):
-    """Of this machine once its process is gone; of another once it gave no sign of life for `SILENCE`."""
+    """A lock of this machine once its process is gone; of another machine once it has been silent for `SILENCE`."""
     holder = json.loads(lock.Lock(tmp_path)._owner()) | {"pid": 2**22 + 1}
     holder |= {"host": "elsewhere", "world": "another machine"} if elsewhere else {}
     (tmp_path / "LOCK").write_text(json.dumps(holder))

@@ -82,7 +82,7 @@ def test_what_xarray_wrote_reads_as_it_was(tmp_path):
 
 
 def _raw(path, kind):
-    """A dataset ``weight`` of five numbers, made below netCDF: stored elsewhere, or of two bytes."""
+    """Write a dataset ``weight`` of five numbers with HDF5 directly: stored externally, or with two bytes each."""
     library, hid = hdf5._library(), ctypes.c_int64
     size, text = ctypes.c_size_t, ctypes.c_char_p
 
@@ -153,7 +153,7 @@ def test_what_is_loaded_at_once_is_what_the_file_warrants(tmp_path, how):
 
 
 def test_a_text_that_many_share_is_bounded(tmp_path):
-    """HDF5 compresses references: each of these is the same megabyte."""
+    """References compress: each of these is to the same megabyte of text."""
     file = tmp_path / "alone.nc"
     with netCDF4.Dataset(file, "w") as nc:
         nc.createDimension("x", 40)
@@ -218,7 +218,7 @@ print(integrity.check(sys.argv[2]))
 
 
 def test_a_file_whose_checksum_agrees_is_never_moved(copy, monkeypatch):
-    """Whatever it is that cannot be read, it is not the file."""
+    """If it cannot be read although its checksum agrees, the cause is not in the file."""
     before = sorted(copy.rglob("*"))
 
     def failing(*_, **__):

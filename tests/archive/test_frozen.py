@@ -1,4 +1,4 @@
-"""Directories written by earlier versions, frozen in tests/data, are read by this one: the numbers they had then."""
+"""Directories written by earlier versions, frozen in tests/data, are read with the numbers they had then."""
 
 import contextlib
 import json

@@ -72,7 +72,7 @@ def test_slicing_lazily_is_slicing_what_was_loaded(sweep, at):
 
 
 def test_of_one_layer_no_padding_is_read(sweep, monkeypatch):
-    """dask joins what it slices with what it reads, of slices after one another only the first."""
+    """dask fuses only the first of two successive slices with the read below it."""
     read = []
     rows = lazy_arrays.Stored._rows
     monkeypatch.setattr(lazy_arrays.Stored, "_rows", lambda *at: read.append(rows(*at).shape) or rows(*at))

@@ -1,4 +1,4 @@
-"""Whatever a file or an environment does: one clear error, nothing executed, nothing written elsewhere."""
+"""Hostile files and environments: one clear error, nothing executed, nothing written elsewhere."""
 
 import contextlib
 import errno
@@ -212,7 +212,7 @@ def test_bytes_that_are_no_text(command, tmp_path):  # noqa: F811
 
 
 def test_directories_of_points_come_from_the_experiment(tmp_path):
-    """Names in ``sweep.json`` and ``index.json`` are anybody's; they lead nowhere."""
+    """Names in ``sweep.json`` and ``index.json`` may be forged, and are not used as paths."""
     path = tmp_path / "sweep"
     whole = tsdyn.run(small(sweep={"teacher.polarity": [0.0, 1.0]}, **FEW), path).load()
     for name in ("sweep.json", "index.json"):
@@ -447,7 +447,7 @@ def test_an_index_of_somebody_else_s_is_not_believed(swept, finished_sweep):
 
 
 def test_a_damaged_index_is_read_anew(swept, finished_sweep):
-    """A letter of a coordinate's name, a digit of a size: still JSON, and nothing but its checksum tells."""
+    """With a letter or a digit changed it is still JSON, and only its checksum shows the damage."""
     text = (swept / "index.json").read_text(encoding="utf-8")
     for was, now in (("teacher_input_width", "teacher_inp5t_width"), ('"seed":[0,1]', '"seed":[0,3]')):
         assert was in text
@@ -478,7 +478,7 @@ def test_a_point_whose_experiment_is_no_text_fails_alone(swept):
 
 
 def test_a_file_that_crashes_the_library_is_named_and_put_aside(copy, monkeypatch):
-    """What differs from its checksum is looked into by a process of its own; here one that dies."""
+    """A file that differs from its checksum is inspected in a separate process; here one that crashes."""
     _flipped(copy / "archive.nc")
     monkeypatch.setattr(sys, "executable", _dying(copy.parent))
     assert any("crashes the library" in line for line in integrity.check(copy))
@@ -491,7 +491,7 @@ def test_a_file_that_crashes_the_library_is_named_and_put_aside(copy, monkeypatc
 
 
 def test_nothing_is_kept_of_an_archive_of_another_experiment(tmp_path):
-    """Of the same shape, in this one's place, beside this one's checksum."""
+    """An archive of the same shape lies in this one's place, beside this one's checksum."""
     experiment = small(sweep={"teacher.polarity": [0.0, 1.0]}, **FEW)
     path = tmp_path / "sweep"
     whole = tsdyn.run(experiment, path).load()
@@ -510,7 +510,7 @@ def _dying(folder):
 
 
 def test_reading_a_damaged_file_apart_has_a_limit(copy):
-    """A loop that never ends is ended by the limit on processor time."""
+    """An endless loop is ended by the limit on processor time."""
     code = (
         "import sys; from tsdyn.archive import integrity; integrity.APART_SECONDS = 0; "
         "integrity._contents = lambda *_: iter(int, 1); integrity._work_in_subprocess('contents', sys.argv[1])"
@@ -522,7 +522,7 @@ def test_reading_a_damaged_file_apart_has_a_limit(copy):
 
 
 def test_a_file_that_is_opened_and_not_understood_is_never_closed(copy, tmp_path):
-    """Collected, what netCDF4 had opened half-way was closed, and took the process along."""
+    """netCDF4 crashes the process when a dataset that it opened half-way is closed by garbage collection."""
     code = """
 import gc, random, sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Directories that changed after they were opened, grew, moved or were exchanged: the right numbers, or words."""
+"""Directories that grew, moved or were exchanged after opening give the right numbers or an error."""
 
 import contextlib
 import json
@@ -33,7 +33,7 @@ def same(one, other):
 
 
 def test_an_extended_run_is_read_on_by_label_and_keeps_what_it_had(tmp_path):
-    """Recorded every 4: ten epochs end at 10, which twenty would not record."""
+    """With every 4th epoch recorded, ten epochs record their last, 10, which twenty would not."""
     short = tsdyn.run(small(**EVERY_4, training__epochs=10), tmp_path / "run").load()
     lazy = tsdyn.open(tmp_path / "run")
     part = lazy.weight.isel(epoch=[1, -1])
@@ -51,7 +51,7 @@ def test_an_extended_run_is_read_on_by_label_and_keeps_what_it_had(tmp_path):
 
 
 def test_a_run_that_goes_on_is_read_on_in_every_state(tmp_path, monkeypatch):
-    """Opened after each commit, read after each later one, after joining, and after the run was extended."""
+    """It is opened after each commit, and read after each later one, after joining, and after an extension."""
     monkeypatch.setattr(runner, "COMMIT_SECONDS", 0.0)
     opened = []
 
@@ -266,7 +266,7 @@ def test_an_archive_copied_without_its_checksum_is_extended(tmp_path):
 
 
 def test_a_partial_sweep_of_before_with_names_that_lack_a_character_is_whole(tmp_path, monkeypatch):
-    """Versions before 0.2 left the hash away; here its second point is not there yet."""
+    """Versions before 0.2 omitted the hash; here the second point does not exist yet."""
     monkeypatch.chdir(tmp_path)
     for name in ("a b.npz", "b b.npz"):
         np.savez(name, inputs=np.random.default_rng(0).standard_normal((60, 10)))

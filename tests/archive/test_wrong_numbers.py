@@ -1,4 +1,4 @@
-"""Archives of schema 2 and below hold gradients of the squared error whatever was trained: who opens them is told."""
+"""Archives of schema 2 and below hold gradients of the squared error for every loss; opening one warns."""
 
 import shutil
 import warnings
@@ -25,7 +25,7 @@ FEW = {
 
 
 def as_written_by(version: int, folder: Path) -> None:
-    """Every archive and segment in `folder` says that it is of that schema; sealed anew."""
+    """Rewrite every archive and segment in `folder` to declare that schema, with new checksums."""
     for file in folder.rglob("*.nc"):
         with netCDF4.Dataset(file, "a") as nc:
             nc.setncattr("schema_version", np.int64(version))

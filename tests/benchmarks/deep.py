@@ -35,7 +35,7 @@ def module(norm: bool, dtype: torch.dtype) -> nn.Sequential:
 
 
 def microseconds(ways: dict[str, Callable[[], object]], count: int, seconds: float) -> dict[str, float]:
-    """Least processor time of each way per seed and step; rounds alternate.  One thread, so that it is also the wall
+    """Least processor time of each method per seed and step; rounds alternate.  One thread, so that it is also the wall
     time of an idle machine, and what other processes take is not counted.
     """
     best = dict.fromkeys(ways, float("inf"))

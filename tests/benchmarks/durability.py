@@ -1,4 +1,4 @@
-"""What losing nothing costs, one thread: ``python -m tests.benchmarks.durability``.
+"""Cost of the archive's guarantees, one thread: ``python -m tests.benchmarks.durability``.
 
 Commits and joining of a whole run beside plain appending to one netCDF file, and what going on with a run of a
 gigabyte takes.  The figures of docs/reliability.md.
@@ -24,7 +24,7 @@ from tsdyn.running.members import Members
 
 
 def experiment(epochs: int, steps: int) -> tsdyn.Experiment:
-    """The released two-layer experiment at five times the teacher's width: 2.2 MB of records an epoch."""
+    """The released two-layer experiment at five times the teacher's width: 2.2 MB of records per epoch."""
     return tsdyn.Experiment(
         name="durability",
         seeds=32,
@@ -37,7 +37,7 @@ def experiment(epochs: int, steps: int) -> tsdyn.Experiment:
 
 
 def append(nc: netCDF4.Dataset, layout: schema.Layout, row: int, records: Mapping[str, Any], epochs: int) -> None:
-    """Records put into their place in an open file, neither flushed nor read back."""
+    """Append records to an open file, neither flushed nor read back."""
     for name, value in records.items():
         for layer, block in enumerate(value, start=1) if isinstance(value, list) else ((None, value),):
             at = netcdf.index(vocabulary.VARIABLES[name], layout, slice(row, row + epochs), layer)
@@ -77,13 +77,13 @@ def costs(folder: Path, epochs: int, steps: int) -> None:
         start = time.perf_counter()
         tsdyn.run(of, folder / "run")
         whole = time.perf_counter() - start - spent["append"]
-    print(f"{epochs + 1} epochs of {steps} steps, {whole:.1f} s, {commits} commits; ms an epoch, share of the run:")
+    print(f"{epochs + 1} epochs of {steps} steps, {whole:.1f} s, {commits} commits; ms per epoch, share of the run:")
     for name, seconds in spent.items():
         print(f"  {name:12s} {seconds / (epochs + 1) * 1e3:6.1f} {seconds / whole:6.1%}", flush=True)
 
 
 class Reached(Exception):
-    """The first step of training was about to be taken."""
+    """Raised before the first step of training."""
 
 
 def until_training(of: tsdyn.Experiment, path: Path) -> float:
@@ -100,7 +100,7 @@ def until_training(of: tsdyn.Experiment, path: Path) -> float:
 
 
 def resuming(folder: Path, megabytes: int) -> None:
-    """Seconds until a run of this size trains again, before and after it was joined, beside one that begins."""
+    """Seconds until a run of this size resumes training, before and after joining, and until a new one begins."""
     of = experiment(1, 5)
     epochs = int(megabytes * 1e6 / netcdf.bytes_per_epoch(of.layout, schema.expand(of.record.observables), of.dtype))
     of, longer, path = experiment(epochs, 5), experiment(epochs + 1, 5), folder / "run"

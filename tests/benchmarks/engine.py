@@ -1,4 +1,4 @@
-"""The engine beside the ways it replaces, one thread, every ratio from one run: ``python -m tests.benchmarks.engine``.
+"""The engine compared with other methods, one thread, every ratio from one run: ``python -m tests.benchmarks.engine``.
 
 Two-layer students of Tian (2020) (d=100, m=10, C=50, batch 16) and a five-layer one (teacher
 20-50-75-100-125-100, student twice as wide, batch 64).  Prints microseconds per seed and step.
@@ -32,7 +32,7 @@ DEEP_STUDENT = (20, 100, 150, 200, 250, 100)
 
 
 def microseconds(ways: dict[str, tuple[Callable[[], object], int]], seconds: float) -> dict[str, float]:
-    """Quickest processor time of each way per seed and step; rounds alternate, so that all see the same machine.
+    """Least processor time of each method per seed and step; rounds alternate, so that all see the same machine.
 
     One thread that never waits takes as long by the clock; what others run on the machine does not count as ours.
     """
@@ -102,7 +102,7 @@ class Problem:
         """The formulas one seed at a time, as the released code writes them.
 
         Args:
-            steps: Of one call.
+            steps: Steps per call.
             teacher: Whether every batch is put through the teacher, as released; else its outputs are looked up.
         """
         net = self.network(self.widths, 0.5)

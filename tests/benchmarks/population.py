@@ -1,6 +1,6 @@
 """Gradient flow and Hessian of the population loss, one thread, ratios from one run.
 
-``OMP_NUM_THREADS=1 python -m tests.benchmarks.population`` prints seconds a seed.  The flow is erf's, n = 8 student
+``OMP_NUM_THREADS=1 python -m tests.benchmarks.population`` prints seconds per seed.  The flow is erf's, n = 8 student
 nodes against k = 16, d = 17, from Glorot's start to |∇| < 1e-7, and Newton to the end; beside it SciPy's BDF, rtol
 1e-8, the exact Jacobian, one seed after the other.
 """
@@ -23,7 +23,7 @@ from tsdyn.population.two_layer_loss import PopulationLoss
 
 
 def seconds(work: Callable[[], object], times: int) -> float:
-    """Quickest of a few."""
+    """Least time of a few calls."""
     best = float("inf")
     for _ in range(times):
         start = time.perf_counter()
@@ -33,7 +33,7 @@ def seconds(work: Callable[[], object], times: int) -> float:
 
 
 def flows(members: int, slow_members: int) -> None:
-    """Ours for all members at once, with rtol as the default and as BDF's; BDF's in a loop."""
+    """Time our flow for all members at once, with the default rtol and with BDF's, and BDF in a loop."""
     loss = PopulationLoss(orthonormal_teacher(16), 8)
     initial = glorot_students(loss, members)
     with torch.no_grad():
@@ -46,7 +46,7 @@ def flows(members: int, slow_members: int) -> None:
             taken[rtol] = (time.perf_counter() - start) / count
             kinds = ", ".join(sorted(set(ends[rtol].kind.tolist())))
             print(
-                f"flow to |∇| < 1e-7 and polish, rtol {rtol:g}: {taken[rtol]:.3f} s a seed "
+                f"flow to |∇| < 1e-7 and polish, rtol {rtol:g}: {taken[rtol]:.3f} s per seed "
                 f"({(middle - start) / count:.3f} the flow, {int(ds.steps.sum()) / count:.0f} steps), {count} "
                 f"seeds; {kinds}, |∇| at most {float(ends[rtol].gradient_max.max()):.1g}"
             )
@@ -55,13 +55,13 @@ def flows(members: int, slow_members: int) -> None:
         bdf = (time.perf_counter() - start) / slow_members
         arrived = flow.polish(loss, torch.from_numpy(np.stack([s.y[:, -1] for s in slow])))
     same = [float((ends[r].loss[:slow_members] - arrived.loss).abs().max()) for r in ends]
-    print(f"SciPy BDF, rtol 1e-8, exact Jacobian: {bdf:.3f} s a seed, {slow_members} seeds, without polish")
+    print(f"SciPy BDF, rtol 1e-8, exact Jacobian: {bdf:.3f} s per seed, {slow_members} seeds, without polish")
     print(f"BDF / ours: {bdf / taken[1e-4]:.1f} (rtol 1e-4), {bdf / taken[1e-8]:.1f} (1e-8)")
     print(f"the polished losses differ by {same[0]:.1g}, {same[1]:.1g} at most")
 
 
 def hessians(members: int, times: int) -> None:
-    """Closed form, batched, against torch.func's of the same loss."""
+    """Time the closed form, batched, against torch.func of the same loss."""
     loss = PopulationLoss(orthonormal_teacher(16), 8)
     rows = glorot_students(loss, members)
     derived = flow.FunctionLoss(loss.value, loss.parameters)
@@ -75,7 +75,7 @@ def hessians(members: int, times: int) -> None:
 
 
 def order_parameters() -> None:
-    """nn2pp's cases by the equation, and the simulation's cost a step."""
+    """Time nn2pp's cases by the equation, and the simulation per step."""
     cases = json.loads((REFERENCE / "nn2pp.json").read_text(encoding="utf-8"))["cases"]
     for name, case in cases.items():
         K, M, given = case["K"], case["M"], {k: np.array(x) for k, x in case["seeds"]["1"]["ic"].items()}
@@ -87,7 +87,7 @@ def order_parameters() -> None:
         for seeds in (1, 20):
             some = partial(flow.online, *begin, inputs=case["N"], alpha=[1000 / case["N"]], seeds=seeds, **how)
             print(
-                f"  simulation, N = {case['N']}, {seeds} seeds: {seconds(some, 2) / 1000 / seeds * 1e6:.0f} µs a step"
+                f"  simulation, N = {case['N']}, {seeds} seeds: {seconds(some, 2) / 1000 / seeds * 1e6:.0f} µs per step"
             )
 
 

@@ -1,6 +1,6 @@
-"""What recording and writing take of a whole run, one thread: ``python -m tests.benchmarks.recording``.
+"""Share of recording and writing in a whole run, one thread: ``python -m tests.benchmarks.recording``.
 
-The two-layer students of Tian (2020), 1000 steps an epoch, losses, correlations, fan-out norms and weights recorded at
+The two-layer students of Tian (2020), 1000 steps per epoch, losses, correlations, fan-out norms and weights recorded at
 every epoch and measured on 10,000 evaluation samples.  Prints wall seconds and shares of the run.
 """
 
@@ -43,7 +43,7 @@ def experiment(nodes: int, train: int, seeds: int, epochs: int, dtype: str) -> t
 
 
 def seconds(of: tsdyn.Experiment) -> dict[str, float]:
-    """Of each part of a run, and of the whole."""
+    """Seconds of each part of a run, and of the whole."""
     spent = dict.fromkeys(PARTS, 0.0)
 
     def timed(name: str, work: Callable[..., Any]) -> Callable[..., Any]:

@@ -20,7 +20,7 @@ from tsdyn.running import sweep
 
 
 def equal(points: int, epochs: int) -> tsdyn.Experiment:
-    """So many points that cost the same, of 16 seeds and 1000 steps an epoch."""
+    """A sweep of `points` points of equal cost, with 16 seeds and 1000 steps per epoch."""
     return durability.experiment(epochs, 1000).replace(
         {"name": "equal", "seeds": 16, "record.every": 5, "record.observables": ["mse_eval", "correlation"]}
         | {"sweep": {"teacher.polarity": [i / points for i in range(points)]}}
@@ -50,7 +50,7 @@ def seconds(of: tsdyn.Experiment, *, workers: int | None = None, together: bool 
 
 
 def both(of: tsdyn.Experiment) -> float:
-    """Of two processes that do the same side by side, each all of it."""
+    """Seconds of two independent processes side by side, each doing all of the work."""
     context = multiprocessing.get_context("spawn")
     queues = [context.Queue(), context.Queue()]
     for queue in queues:

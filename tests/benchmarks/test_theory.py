@@ -1,4 +1,4 @@
-"""Exact derivatives and moments beside the plain ways; ratios within one run are the figures (`make bench`)."""
+"""Exact derivatives and moments compared with plain methods; only ratios within one run count (`make bench`)."""
 
 import pytest
 import torch
@@ -85,6 +85,6 @@ def test_expectations(benchmark, pair, way):
 
 
 def test_matrix_product(benchmark):
-    """This core's peak, to set the others against: 2·512³ flops."""
+    """This core's peak, for comparison with the others: 2·512³ flops."""
     a, b = torch.randn(2, 512, 512, dtype=torch.float64)
     benchmark(torch.matmul, a, b)

@@ -1,4 +1,4 @@
-"""What an archive should hold, recomputed from its own parameters by torch.autograd and NumPy alone.
+"""Recomputes what an archive should hold from its own parameters, by torch.autograd and NumPy alone.
 
 Nothing here comes from tsdyn: a network is the list of its recorded arrays, every derivative is autograd's, every mean
 is over samples one by one.  Slow and plain.
@@ -75,13 +75,13 @@ class Plain:
 
 
 def rows(x: Tensor) -> Tensor:
-    """(sample, node), of images (sample·row·column, channel)."""
+    """Activations as (sample, node), or images as (sample·row·column, channel)."""
     return x if x.ndim == 2 else x.permute(0, 2, 3, 1).flatten(0, 2)
 
 
 @dataclass
 class Seen:
-    """Two networks on one data set, everything by autograd.
+    """Two networks on one data set, with all derivatives by autograd.
 
     Attributes:
         loss: ``mse`` is ½‖f* − f‖² of a sample, ``cross_entropy`` −log softmax(f)_class.
@@ -143,7 +143,7 @@ class Seen:
         return torch.stack(found)
 
     def hessian(self) -> Tensor:
-        """Of the mean loss in all parameters, row by row."""
+        """Hessian of the mean loss in all parameters, row by row."""
         leaves = [*self.student.weights, *(self.student.biases if self.student.biased else [])]
         value = self.value(self.student(self.x), self.target, self.whole_classes) / len(self.x)
         first = torch.cat([
@@ -224,7 +224,7 @@ class Seen:
         return found
 
     def observation(self, band: float) -> list[np.ndarray]:
-        """Share of a teacher node's samples near its boundary where a student node is on."""
+        """Share of the samples near a teacher node's boundary where a student node is active."""
         found = []
         for z_star, z in self._hidden_z():
             near = np.abs(z_star) <= band * z_star.std(0)
@@ -235,7 +235,7 @@ class Seen:
         return found
 
     def observation_count(self) -> list[np.ndarray]:
-        """Samples of the rarer side of a teacher node's boundary where a student node is on."""
+        """Number of samples where a student node is active, on the side of a teacher node's boundary that has fewer."""
         return [
             np.array([
                 [min(((z_star[:, j] > 0) & (z[:, k] > 0)).sum(), ((z_star[:, j] <= 0) & (z[:, k] > 0)).sum())
@@ -250,7 +250,7 @@ class Seen:
         return [(a.detach().numpy(), b.detach().numpy()) for a, b in pairs]
 
     def alignment(self) -> np.ndarray:
-        """Definition 3 at the lowest layer: max of the sine and the bias difference, whichever orientation fits."""
+        """Definition 3 at the lowest layer: max of the sine and the bias difference, in the better orientation."""
         (w, b), (w_star, b_star) = ((n.weights[0], n.biases[0]) for n in (self.student, self.teacher))
         found = np.full((len(w_star), len(w)), np.nan)
         for j, (u, c) in enumerate(zip(w_star.detach().double(), b_star.detach().double(), strict=True)):
@@ -268,7 +268,7 @@ class Seen:
         return np.array([hit[:, : k + 1].any(1).mean() for k in range(most)])
 
     def lemma1_residual(self) -> float:
-        """Of g_l = D_l (A_l [f*; 1] − B_l [f; 1]) by autograd's Jacobians, relative to the largest term of the layer.
+        """Error of g_l = D_l (A_l [f*; 1] − B_l [f; 1]) by autograd's Jacobians, relative to the layer's largest term.
 
         With the column of the constant node V_l [f_l; 1] is f_L, so that A_l [f*; 1] = V_lᵀ f*_L and likewise for B.
         """
@@ -286,7 +286,7 @@ class Seen:
 
 
 def plain(ds: Any, epoch: int, *, activation: str, teacher: bool = False, **shape: Any) -> Plain:
-    """The network of seed 0 that an archive holds at `epoch`, leaves that require gradients."""
+    """The network of seed 0 that an archive holds at `epoch`, with parameters that require gradients."""
     who, nodes = ("teacher_", "teacher_width") if teacher else ("", "width")
     one = ds.isel(seed=0) if teacher else ds.isel(seed=0).sel(epoch=epoch)
     weights, biases = [], []

@@ -15,7 +15,7 @@ DTYPES = (torch.float32, torch.float64)
 
 
 def grid(dtype):
-    """Far tails, the kink, its neighbours, and both signs of zero."""
+    """Test points: far tails, the kink, its neighbours, and both signs of zero."""
     tiny = torch.finfo(dtype).tiny
     inner = torch.linspace(-8, 8, 401, dtype=dtype)
     return torch.cat([inner, torch.tensor([-60.0, -30.0, -tiny, -0.0, 0.0, tiny, 30.0, 60.0], dtype=dtype)])

@@ -42,7 +42,7 @@ QUANTILES = [0.0, 0.5, 1.0]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Inputs with labels; a start of each student with a dead node: no weight, bias below zero."""
+    """Write inputs with labels, and a start of each student with a dead node: no weight, bias below zero."""
     path = tmp_path_factory.mktemp("contract")
     draw = np.random.default_rng(3)
     for name, inputs in (("connected", 5), ("convolution", 25)):
@@ -60,7 +60,7 @@ def folder(tmp_path_factory):
 
 
 def experiment(folder, shape, activation, loss, dtype, labels="teacher"):
-    """One seed, one epoch of six steps; all samples in the training set, so that a draw changes their order only."""
+    """One seed and one epoch of six steps; the training set is the whole file, so that draws only permute it."""
     given = SHAPES[shape]
     images = "convolution" if shape == "convolution" else "connected"
     more = {"batch_norm"} if shape.startswith("norm") else set()
@@ -88,7 +88,7 @@ def experiment(folder, shape, activation, loss, dtype, labels="teacher"):
 
 
 def tolerance(dtype):
-    """Sums of some hundred products and three layers: a thousand roundings, relative to the largest entry."""
+    """A thousand roundings, relative to the largest entry: sums of some hundred products in each of three layers."""
     return 4e3 * float(np.finfo(dtype).eps)
 
 
@@ -112,7 +112,7 @@ def loaded(folder, name, dtype):
 
 
 def check(ds, folder, shape, activation, loss, dtype, labels="teacher"):
-    """Every variable of seed 0 at both epochs."""
+    """Compare every variable of seed 0 at both epochs."""
     image = (1, 5, 5) if shape == "convolution" else None
     place = shape.removeprefix("norm-") if shape.startswith("norm") else "none"
     sets = loaded(folder, "convolution" if image else "connected", dtype)

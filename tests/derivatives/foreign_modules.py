@@ -1,6 +1,6 @@
-"""Small modules of other people's habits: tied, shared, recurrent, mixing, random, hooked, wrapped, of odd types.
+"""Small modules as other people write them: tied, shared, recurrent, mixing, random, hooked, wrapped, of odd types.
 
-Each `Case` says what must come of it: numbers equal to the loops of tests/oracles_autograd.py, or a refusal with words.
+Each `Case` gives the expected result: numbers equal to the loops of tests/oracles_autograd.py, or an error message.
 """
 
 from collections.abc import Callable
@@ -56,7 +56,7 @@ MIXES = refused("mixes samples", *PER_SAMPLE)
 
 
 class Does(nn.Module):
-    """Parts by name, and a forward as a function of them."""
+    """A module made of named parts, with its forward as a function of them."""
 
     def __init__(self, forward, **parts):
         super().__init__()
@@ -69,7 +69,7 @@ class Does(nn.Module):
 
 
 def does(forward, **parts):
-    """Each part is made anew for each use: a function without arguments."""
+    """Factory of such modules, which makes each part anew for each use."""
     return lambda: Does(forward, **{name: make() for name, make in parts.items()})
 
 
@@ -101,7 +101,7 @@ class Lora(nn.Module):
 
 
 class Twice(torch.autograd.Function):
-    """x² with a backward of its own."""
+    """x² with its own backward."""
 
     @staticmethod
     def forward(ctx, x):

@@ -70,7 +70,7 @@ def half_square(output, target):
 
 
 def one_by_one(module, loss, x, y):
-    """Slow twin: backward through one sample after the other."""
+    """Reference: backward through one sample after the other."""
     rows = []
     for i in range(len(x)):
         module.zero_grad()
@@ -409,7 +409,7 @@ def test_the_log_says_when_the_plain_way_is_taken(caplog):
 
 
 def test_norms_whose_squares_are_out_of_range():
-    """Gradients of 1e25 and 1e-25 in float32, and 1e200 in float64: the norm is a number, its square is not."""
+    """Gradients of 1e25 and 1e-25 in float32, and 1e200 in float64: the norm is representable, its square is not."""
     for scale, dtype in (
         (1e25, torch.float32),
         (1e-25, torch.float32),

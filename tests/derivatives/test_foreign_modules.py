@@ -1,4 +1,4 @@
-"""Derivatives of other people's modules: equal to loops of autograd, or refused with words; none is wrong."""
+"""Derivatives of other people's modules: equal to loops of autograd, or refused with a message; none is wrong."""
 
 import copy
 import re
@@ -15,7 +15,7 @@ from tsdyn import derivatives
 
 @pytest.fixture(scope="module")
 def tally():
-    """Right and refused numbers, printed at the end (``pytest -s``); a wrong one has failed before."""
+    """Count of right and refused numbers, printed at the end (``pytest -s``); a wrong one fails its test."""
     found = Counter()
     yield found
     print(f"\n{len(CASES)} modules, {sum(found.values())} numbers: {dict(found)}")
@@ -44,12 +44,12 @@ def close(found, right, dtype):
 
 
 def unit(dtype):
-    """What is promised: 1e-12 in float64, as many units of rounding in float32; in 16 bits the same steps, rounded."""
+    """Promised tolerance: 1e-12 in float64, as many roundings in float32; in 16 bits the same steps, rounded."""
     return (4504 if dtype.itemsize > 2 else 32) * torch.finfo(dtype).eps
 
 
 def asked(case, quantity, module, x, y):
-    """The number asked for, as a mapping of arrays."""
+    """The requested result, as a mapping of arrays."""
     size = sum(p.numel() for p in oracle.trained(module).values()) if "lazy" not in type(module).__name__.lower() else 1
     if quantity == "gradients":
         return derivatives.per_sample_gradients(module, case.loss, x, y)

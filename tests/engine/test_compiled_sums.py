@@ -20,7 +20,7 @@ def drawn(widths, seed, *, bias=True, dtype=torch.float64, leak=0.0):
 
 
 def by_formula(student, teacher, x):
-    """Squared error and correlations, from every activation at once."""
+    """Squared error and correlations by the formulas, from all activations at once."""
     theirs, ours = teacher.trace(x), student.trace(x)
     pairs = zip(theirs.activations[:-1], ours.activations[:-1], strict=True)
     return (theirs.output - ours.output).square().sum(), [formulas.correlation(t, f) for t, f in pairs]

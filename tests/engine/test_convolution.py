@@ -20,7 +20,7 @@ served = pytest.mark.skipif(not convolution.serves(torch.zeros(1)), reason="no c
     [(1, 1, 3, 3, (3, 3), 1), (7, 2, 6, 5, (3, 3), 3), (16, 5, 8, 8, (3, 3), 16), (4, 3, 5, 9, (2, 5), 11)],
 )
 def test_it_is_torchs_convolution_of_each_member(channels, below, rows, columns, kernel, samples, dtype, threads):
-    """Runs shorter than a vector, of whole vectors and with a rest; every channel count a tile can have."""
+    """Rows shorter than a vector, of whole vectors and with a remainder; every channel count that a tile can have."""
     draw = torch.Generator().manual_seed(0)
     x = torch.randn(3, below, rows, columns, samples, generator=draw, dtype=dtype)
     weight = torch.randn(3, channels, below, *kernel, generator=draw, dtype=dtype)

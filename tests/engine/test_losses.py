@@ -1,4 +1,4 @@
-"""Every loss against autograd: what is recorded of a student is of the loss that was trained."""
+"""Every loss against autograd; what is recorded belongs to the loss that was trained."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Native code: built once and whole, loaded only if it is this user's own and its structs are ours."""
+"""Native code is built once and atomically, and loaded only if it belongs to this user and its structs match."""
 
 import ctypes
 import logging
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ comp
 
 @pytest.fixture
 def fresh(tmp_path, monkeypatch):
-    """A cache of its own, and nothing loaded, said or given up yet."""
+    """An empty cache, with no library loaded and no warning given yet."""
     cached = native.load, native._compiler, native._say_once, native._private_folder
     for function in cached:
         function.cache_clear()
@@ -33,7 +33,7 @@ def fresh(tmp_path, monkeypatch):
 
 
 def source(folder, *, field=False, quick=True):
-    """A small library with a Job of two fields, in a folder of its own; or of three."""
+    """Source of a small library whose Job has two fields, or three, in its own folder."""
     folder.mkdir(exist_ok=True)
     shutil.copy(native.FOLDER / "job.hpp", folder)
     more, listed = ("int64_t third;", ", TSDYN_FIELD(third)") if field else ("", "")

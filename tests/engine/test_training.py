@@ -64,7 +64,7 @@ RULES = {
 
 
 def general(ensemble, stream, rule, *, batch=8):
-    """The slow twin."""
+    """Trained by the general backend, the reference."""
     train_epoch(ensemble, stream, rule, batch=batch, backend=train.GENERAL)
 
 
@@ -168,7 +168,7 @@ def test_the_engine_equals_the_plain_path_after_100_steps_whatever_the_options(
 
 
 def trained(chosen, dtype, threads=1):
-    """Some of seven members."""
+    """Train some of seven members."""
     widths, members = (20, 30, 11, 10), 7
     x, y, rows = samples(widths, members, steps=30)
     part = Ensemble.of([ensemble(widths, members).network(i).to(dtype) for i in chosen])
@@ -201,7 +201,7 @@ def test_reruns_are_bit_identical(load):
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 def test_chunks_are_the_same_steps(rule):
-    """What a GPU runs, here without one: 45 steps in chunks of 20, 20 and 5, kept for an epoch of another rate."""
+    """The steps of a GPU, on the CPU: 45 steps in chunks of 20, 20 and 5, reused in an epoch with another rate."""
     widths = (6, 9, 7, 4)
     x, y, rows = samples(widths, steps=45)
     chunked, plain = (ensemble(widths) for _ in range(2))
@@ -216,7 +216,7 @@ def test_chunks_are_the_same_steps(rule):
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 @pytest.mark.parametrize("whole", [True, False])
 def test_no_step_asks_the_host(rule, whole):
-    """On the meta device there is nothing to ask: a value that is read raises, and so does a tensor from elsewhere."""
+    """On the meta device reading a value raises an error, and so does a tensor of another device."""
     widths = (6, 9, 7, 4)
     x, y, rows = (t.to("meta") for t in samples(widths, steps=45))
     members = ensemble(widths).to("meta")
@@ -300,7 +300,7 @@ def test_learning_rate_table():
 
 
 def test_replays_the_released_code():
-    """Same start, same batches: the same weights, to the rounding of 1000 steps (seen: 6e-16)."""
+    """From the same start and batches the weights are the same, to the rounding of 1000 steps (seen: 6e-16)."""
     with np.load(REFERENCE / "luckmatters_two_layer.npz", allow_pickle=False) as z:
         data = {k: z[k] for k in z.files if k not in ("config",)}
 

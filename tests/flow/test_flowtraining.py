@@ -1,4 +1,4 @@
-"""`training.method = "flow"`: gradient flow of each member's own training loss, an epoch at a time."""
+"""`training.method = "flow"`: gradient flow of each member's own training loss, epoch by epoch."""
 
 import json
 import math
@@ -31,7 +31,7 @@ SMALL = {
 
 
 def test_an_epoch_is_the_flow_of_the_training_loss_for_rate_times_steps():
-    """The same as one flow through all epochs: both err by 1e-6 a step, some tens of steps."""
+    """Compared with one flow through all epochs: both err by 1e-6 per step over some tens of steps."""
     experiment = small(**SMALL, training__weight_decay=0.01)
     begin, members = Members(experiment), Members(experiment)
     for epoch in (1, 2):

@@ -65,7 +65,7 @@ def test_the_slope_is_the_one_printed(activation, K, M, second):
 
 
 def test_the_printed_integrals_are_the_gaussian_ones():
-    """By Gauss–Hermite in four dimensions: 40 nodes a side are exact to rounding for fields of variance below ½."""
+    """By Gauss–Hermite in four dimensions: 40 nodes per side are exact to rounding for fields of variance below ½."""
     nodes, weights = np.polynomial.hermite_e.hermegauss(40)
     weights = weights / weights.sum()
     w = rng(1).standard_normal((4, 4)) / 5
@@ -136,7 +136,7 @@ def test_divergence_is_told():
 
 
 def test_a_simulation_starts_with_the_overlaps_as_given():
-    """Rounding of N products a sum: 1e-15 of the norms' square."""
+    """Rounding of sums of N products: 1e-15 of the squared norms."""
     begin = start(CASES["M2K4_both_lr0.5"])
     ds = flow.online(*begin, inputs=300, learning_rate=0.5, alpha=[0.0], seeds=3)
     assert ds.eg.dims == ("seed", "alpha")
@@ -301,7 +301,7 @@ def test_bad_input_is_named():
         ({"T": np.eye(2)}, r"T has shape \(2, 2\); R says"),
         ({"v": np.ones(3)}, r"v has shape \(3,\)"),
         ({"R": np.ones(3)}, r"R has shape \(3,\); it is \(node, teacher_node\)"),
-        ({"R": R * 10}, r"has eigenvalue -.*; overlaps of weights have none below 0"),
+        ({"R": R * 10}, r"has eigenvalue -.*; overlaps of weights have no negative one"),
         ({"Q": Q + np.array([[0, 1e-3], [0, 0]])}, "Q is not symmetric"),
         ({"Q": Q * np.nan}, "not finite"),
         ({"alpha": [1.0, 0.5]}, "increasing times"),
@@ -331,7 +331,7 @@ def test_bad_input_is_named():
         flow.convention("torch", learning_rate=1.0, nodes=1, teacher_nodes=1)
     with pytest.raises(ValueError, match="the first is positive"):
         flow.convention("goldt", learning_rate=0.0, nodes=1, teacher_nodes=1)
-    with pytest.raises(ValueError, match="knows no noise"):
+    with pytest.raises(ValueError, match="has no noise"):
         flow.convention("gradient_flow", learning_rate=1.0, nodes=1, teacher_nodes=1, noise=0.1)
     with pytest.raises(ValueError, match="the student has biases"):
         flow.overlaps(Network([Q, v[None]], [np.ones(2), None]), Network([T[:, :2], A[None]]))

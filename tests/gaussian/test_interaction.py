@@ -45,19 +45,19 @@ def sine():
 def test_an_activation_registered_anew_gets_no_closed_form_of_another(sine):
     """E[sin(r₁x) sin(r₂y)] against Monte Carlo, and its own closed form e^(−(A+B)/2) sinh c."""
     A, B, c = (torch.tensor(v, dtype=torch.float64) for v in (1.2, 0.7, 0.5))
-    found = float(interaction.of(sine)(A, B, c))
+    found = float(interaction.interaction_of(sine)(A, B, c))
     x = rng(3).multivariate_normal([0, 0], [[1.2, 0.5], [0.5, 0.7]], 200_000)
     products = np.sin(x).prod(1)
     assert abs(found - products.mean()) < 5 * products.std() / len(x) ** 0.5
     assert found == pytest.approx(math.exp(-0.95) * math.sinh(0.5), rel=1e-12)
     # nor does one that takes a known name
     named_gelu = activations.Activation("gelu", torch.sin, torch.cos, torch.nn.Identity)
-    assert float(interaction.of(named_gelu)(A, B, c)) == pytest.approx(found, rel=1e-12)
+    assert float(interaction.interaction_of(named_gelu)(A, B, c)) == pytest.approx(found, rel=1e-12)
 
 
 @pytest.mark.parametrize("name", activations.NAMES)
 def test_partials_are_the_derivatives_of_the_interaction(name):
-    kernel = interaction.of(name)
+    kernel = interaction.interaction_of(name)
     point = torch.stack(covariances(), -1).requires_grad_()
     value = kernel(*point.unbind(-1))
     (first,) = torch.autograd.grad(value.sum(), point, create_graph=True)
@@ -84,8 +84,8 @@ def test_partials_are_the_derivatives_of_the_interaction(name):
 def test_closed_forms_are_the_trapezoid_rules(name):
     """Price's theorem with σ's own derivatives against the derivatives of the closed form."""
     A, B, c = (v[:4] for v in covariances(1))
-    closed = interaction.of(name).partials(A, B, c)
-    quadrature = interaction.of(activations.activation(name).function).partials(A, B, c)
+    closed = interaction.interaction_of(name).partials(A, B, c)
+    quadrature = interaction.interaction_of(activations.activation(name).function).partials(A, B, c)
     for part, wanted in zip(closed, quadrature, strict=True):
         torch.testing.assert_close(part, wanted, rtol=1e-10, atol=1e-11)
 
@@ -99,19 +99,19 @@ def test_derivatives_are_finite_where_weights_are_parallel_or_vanish(name):
     for part in found:
         assert torch.isfinite(part).all()
     A, B = torch.ones(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
-    for part in interaction.of(name).partials(A, B, torch.tensor([-1.0, 0.0, 1.0], dtype=torch.float64)):
+    for part in interaction.interaction_of(name).partials(A, B, torch.tensor([-1.0, 0.0, 1.0], dtype=torch.float64)):
         assert torch.isfinite(part).all()
 
 
 def test_a_users_own_activation_is_integrated_and_differentiated():
     """E[cos(r₁x) cos(r₂y)] = exp(−(A+B)/2) cosh(c); x³ and its fifth derivative, which is none."""
     A, B, c = covariances(2, 4)
-    found = interaction.of(torch.cos).partials(A, B, c)
+    found = interaction.interaction_of(torch.cos).partials(A, B, c)
     g = torch.exp(-(A + B) / 2)
     wanted = (g * c.cosh(), -g * c.cosh() / 2, g * c.sinh(), g * c.cosh() / 4, -g * c.sinh() / 2, -g * c.sinh() / 2)
     for part, value in zip(found, (*wanted, g * c.cosh()), strict=True):
         torch.testing.assert_close(part, value, rtol=1e-11, atol=1e-12)
-    cube = interaction.of(lambda z: z**3)
+    cube = interaction.interaction_of(lambda z: z**3)
     torch.testing.assert_close(cube(A, B, c), 6 * c**3 + 9 * A * B * c, rtol=1e-11, atol=1e-11)
     torch.testing.assert_close(cube.partials(A, B, c).cc, 36 * c, rtol=1e-11, atol=1e-10)
 
@@ -147,7 +147,7 @@ def test_interactions_of_large_antiparallel_weights_keep_their_digits(name, norm
     found = interaction.in_cosine(name, norm, norm, -1.0)
     assert float(found) == pytest.approx(wanted, rel=1e-7)  # e^{−t²/2r²} is 1 to 1e-7 where r ≥ 1e4 and |t| ≤ 5
     square = torch.tensor([norm**2], dtype=torch.float64)
-    parts = interaction.of(name).partials(square, square, -square)
+    parts = interaction.interaction_of(name).partials(square, square, -square)
     assert float(parts.value) == pytest.approx(wanted, rel=1e-7)
 
 

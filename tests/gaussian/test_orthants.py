@@ -1,4 +1,4 @@
-"""Moments of gates and rectifiers, by laws they must obey: no quadrature resolves their kinks in four dimensions."""
+"""Moments of gates and rectifiers against identities, since no quadrature resolves their kinks in four dimensions."""
 
 import itertools
 import math
@@ -23,7 +23,7 @@ def flipped(C, signs):
 
 @pytest.mark.parametrize("n", [0, 1, 2, 3, 4])
 def test_equally_correlated_fields_are_all_positive_once_in_n_plus_one(n):
-    """ρ = ½: fields are differences to one more of the same law, positive where that is the least."""
+    """With ρ = ½ fields are differences to one more variable of the same law, all positive if that is the least."""
     C = 0.5 * (np.ones((n, n)) + np.eye(n))
     assert orthants.probability(3.0 * C) == pytest.approx(1 / (n + 1), rel=0, abs=1e-15)
 
@@ -35,7 +35,7 @@ def test_every_sign_of_the_gates_adds_up_to_no_gate(seed):
     signs = [(*s, 1, 1) for s in itertools.product((1, -1), repeat=2)]
     total = sum(orthants.moment(flipped(C, s), 2, 2) for s in signs)
     own = [torch.tensor(C[i, j]) for i, j in ((2, 2), (3, 3), (2, 3))]
-    assert total == pytest.approx(float(interaction.of("relu")(*own)), rel=0, abs=1e-15)
+    assert total == pytest.approx(float(interaction.interaction_of("relu")(*own)), rel=0, abs=1e-15)
     squares = sum(orthants.square(flipped(C[:3, :3], s[:3])) for s in signs)
     assert squares == pytest.approx(C[2, 2] / 2, rel=0, abs=1e-15)
     assert sum(orthants.probability(flipped(C, s)) for s in itertools.product((1, -1), repeat=4)) == pytest.approx(1)

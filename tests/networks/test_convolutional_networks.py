@@ -85,7 +85,7 @@ def test_lemma_1_holds_for_batch_norm_in_evaluation_mode_and_is_refused_in_train
 
 
 def test_what_is_of_one_sample_takes_no_batch_norm_for_a_plain_network():
-    """Read as one's, the parameters would give numbers, and wrong ones."""
+    """Taken for those of a plain network, the parameters would give wrong numbers."""
     linear = nn.Linear(5, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3)
     net, x = Network.from_torch(nn.Sequential(*linear).double().eval()), torch.randn(7, 5).double()
     for refused in (
@@ -116,7 +116,7 @@ def test_fanout_norms_are_those_of_the_unrolled_network():
 
 @pytest.mark.parametrize(("stride", "padding"), [(1, 0), (2, 1), (1, 1)])
 def test_a_convolution_is_the_linear_network_of_its_unrolled_matrix(stride, padding):
-    """Every weight put by hand where the pixel it sees is, row by row and column by column."""
+    """The reference puts every weight at the pixel it multiplies, row by row and column by column."""
     draw = np.random.default_rng(0)
     kernel, offset = draw.standard_normal((4, 2, 3, 3)), draw.standard_normal(4)
     rows, columns = ((n + 2 * padding - 3) // stride + 1 for n in (7, 6))

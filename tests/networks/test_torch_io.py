@@ -1,4 +1,4 @@
-"""From torch: only what is the module's function now; state dicts: only what a network can use."""
+"""Conversion from torch accepts only modules whose function it keeps, and state dicts only with known entries."""
 
 import sys
 
@@ -181,7 +181,7 @@ def test_a_module_that_may_compute_something_else_is_refused_by_name(make, messa
 
 
 def test_whatever_else_changes_the_outputs_is_noticed():
-    """What no name tells: here a hook of all modules."""
+    """For changes that no name shows, here a hook on all modules."""
     hook = nn.modules.module.register_module_forward_hook(lambda m, x, y: y * 1.001 if type(m) is nn.ReLU else None)
     try:
         with pytest.raises(ValueError, match="Sequential computes another function than its layers in order: off by"):

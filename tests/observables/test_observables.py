@@ -240,7 +240,7 @@ def test_augmentations_that_cannot_be_trained_on_are_refused():
 
 @pytest.mark.parametrize("name", ["relu", "tanh"])
 def test_a_two_layer_record_made_in_pieces_is_what_the_formulas_give(name):
-    """More samples than a piece; a node that never fires."""
+    """More samples than one piece holds, and a node that never fires."""
     teacher, student = (random_network((4, width, 3), name, seed=seed) for width, seed in ((3, 1), (6, 2)))
     student.weights[0][2], student.biases[0][2] = 0, -1
     train, held = probe(teacher, 2500), probe(teacher, 2100, seed=4)

@@ -1,4 +1,4 @@
-"""Too long for the suite: where 20 Glorot starts go, by our integrator at two tolerances and by SciPy's BDF.
+"""End points of 20 Glorot starts, by our integrator at two tolerances and by SciPy's BDF; too slow for the suite.
 
     python -m tests.population.copy_or_average [seeds]
 
@@ -32,7 +32,7 @@ def bdf(loss: PopulationLoss, starts: Tensor) -> Tensor:
 
 
 def classes(loss: PopulationLoss, ends: Tensor) -> tuple[list[str], Tensor]:
-    """Of each seed, and by how much the copy-average ones miss L*(k−n+1)."""
+    """Class of each seed, and the deviation of copy-average ones from L*(k−n+1)."""
     found = polish(loss, ends)
     kinds = [population.classify(loss.network(row), loss.teacher).kind for row in found.point]
     least = population.one_neuron("erf", loss.teacher.widths[1] - loss.nodes + 1).loss
@@ -62,7 +62,7 @@ def main(seeds: int = 20) -> int:
             bad += not good
             print(
                 f"n={n} k={k} {name:9}  {dict(Counter(kinds))}  misses L* by {float(missed.max()):.1e}  "
-                f"{flips} flips  {seconds / seeds:.2f} s a seed  {'ok' if good else 'WRONG'}",
+                f"{flips} flips  {seconds / seeds:.2f} s per seed  {'ok' if good else 'WRONG'}",
                 flush=True,
             )
     return int(bad > 0)

@@ -74,7 +74,7 @@ def test_loss_in_order_parameters(name):
     v, b = closed.teacher.weights[0], closed.teacher.weights[1].T
     found = loss_from_overlaps(name, a, b, w @ w.T, w @ v.T, v @ v.T)
     torch.testing.assert_close(found, closed.value(students)[0], rtol=1e-12, atol=1e-13)
-    with pytest.raises(ValueError, match=r"has eigenvalue -.*overlaps of weights have none below 0"):
+    with pytest.raises(ValueError, match=r"has eigenvalue -.*overlaps of weights have no negative one"):
         loss_from_overlaps(name, a, b, w @ w.T, 10 * (w @ v.T), v @ v.T)
 
 

@@ -283,7 +283,7 @@ def test_cropped_batches_do_not_depend_on_how_many_are_drawn_at_once(tmp_path):
 
 
 def read_or_refuse(reader, path):
-    """Whether it was read; a refusal names the file in one line."""
+    """Whether the file was read; asserts that an error names it in one line."""
     said = ""
     try:
         reader(path)

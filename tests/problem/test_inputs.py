@@ -1,4 +1,4 @@
-"""Input files are known by what they hold: in the attributes, between stop and resume, and within one process."""
+"""Input files are identified by their content: in the attributes, on resuming, and within one process."""
 
 import hashlib
 import json
@@ -147,7 +147,7 @@ def test_of_several_files_the_checksum_is_that_of_sha256sum_s_lines(tmp_path, fo
 
 
 def test_a_rewritten_file_is_read_anew_in_one_process(tmp_path):
-    """Of the same size, and with the time it had: neither its time nor its size tells."""
+    """It has the same size and modification time, so that neither shows the change."""
     table(tmp_path / "x.npz", 0)
     experiment = small(
         teacher__widths=[4, 3, 3], data__law="file", data__path=str(tmp_path / "x.npz"), data__train=20, data__eval=10

@@ -1,4 +1,4 @@
-"""What a run is said to take beforehand."""
+"""Estimates of what a run will take."""
 
 import pytest
 import torch

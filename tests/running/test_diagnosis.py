@@ -1,4 +1,4 @@
-"""`tsdyn doctor`: each finding notices what it is for."""
+"""`tsdyn doctor`: each check finds the problem it is for."""
 
 import os
 import shutil
@@ -20,7 +20,7 @@ def findings(directory, seconds=60.0):
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Without the trials in processes of their own."""
+    """`tsdyn doctor` without the trials that start processes."""
     monkeypatch.setattr(diagnosis, "_STEPS", "import time; time.sleep(60)")
     return lambda directory: findings(directory, seconds=0.5)
 

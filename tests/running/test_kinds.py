@@ -47,7 +47,7 @@ ONLINE = Experiment(
 
 
 def one(experiment):
-    """The last point of a sweep."""
+    """The experiment of a sweep's last point."""
     return [single for _, single in experiment.points()][-1]
 
 

@@ -1,4 +1,4 @@
-"""Signals, terminals, limits and neighbours: what a machine does to a run, and what the run makes of it."""
+"""How runs respond to signals, terminals, limits and other users of the machine."""
 
 import asyncio
 import contextlib
@@ -45,7 +45,7 @@ def file(tmp_path):
 
 
 def shell(script, folder, **more):
-    """Run by sh with ``$tsdyn``; (exit code, what it said)."""
+    """Run a script by sh with ``$tsdyn``; returns (exit code, output)."""
     environment = {**os.environ, "tsdyn": TSDYN, **more}
     done = subprocess.run(
         ["bash", "-o", "pipefail", "-c", script],
@@ -157,7 +157,7 @@ def listening(process):
 
 
 def reached(address, security=None):
-    """Whether one of dask's servers answers there."""
+    """Whether one of dask's servers answers at an address."""
 
     async def talk():
         line = await connect(address, timeout=2, **(security or Security()).get_connection_args("client"))
@@ -171,7 +171,7 @@ def reached(address, security=None):
 
 
 def answers(port, page):
-    """Whether a browser sees anything there."""
+    """Whether a web server on this port serves the page."""
     with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 5) as plain:
         plain.settimeout(3)
         plain.sendall(f"GET /{page} HTTP/1.0\r\n\r\n".encode())

@@ -29,7 +29,7 @@ INPUTS, OUTPUTS = 16, 3
 
 
 class Residual(nn.Module):
-    """LayerNorm and a skip."""
+    """LayerNorm and a skip connection."""
 
     def __init__(self, width=8):
         super().__init__()
@@ -235,7 +235,7 @@ def drawn(make, members=3, samples=24, steps=6, batch=8):
 
 
 def trained_apart(make, x, y, rows, rate=0.05):
-    """Members through torch.optim, one by one."""
+    """Train members by torch.optim, one after the other."""
     found = []
     for seed in range(len(x)):
         module = start(make, seed)
@@ -262,7 +262,7 @@ class Tied(nn.Module):
 
 
 class Refused(nn.Module):
-    """vmap has no rule for numbers that are read."""
+    """A module that vmap cannot handle, since it reads numbers."""
 
     def __init__(self):
         super().__init__()
@@ -273,7 +273,7 @@ class Refused(nn.Module):
 
 
 class Wrong(torch.autograd.Function):
-    """The square, whose rule under vmap is of another function."""
+    """The square, with a wrong rule under vmap."""
 
     @staticmethod
     def forward(x):

@@ -172,7 +172,7 @@ def test_an_existing_scheduler_is_used(tmp_path, undisturbed):
 
 @pytest.fixture
 def ensembles(monkeypatch):
-    """Sizes of the ensembles that trained several points."""
+    """Record the sizes of the ensembles that train several points."""
     found = []
     real = joint_training.JointTraining
 

@@ -59,7 +59,7 @@ def chunks(file: Path) -> int:
 
 
 def raw(sweep: Path, processes: int) -> float:
-    """Bytes a second."""
+    """Bytes per second of netCDF4 alone."""
     with multiprocessing.get_context("fork").Pool(processes) as pool:
         pool.map(int, range(processes))
         began = time.perf_counter()
@@ -72,7 +72,7 @@ def peak(dask_worker: object = None) -> int:
 
 
 def lazily(sweep: Path, client: object, reduce: Callable[[xr.Dataset], xr.DataArray]) -> tuple[float, xr.DataArray]:
-    """Bytes a second, counted as `raw` does, and the result."""
+    """Bytes per second, counted as in `raw`, and the result."""
     ds = tsdyn.layer(tsdyn.open(sweep), LAYER)
     began = time.perf_counter()
     found = reduce(ds).compute(scheduler=client)

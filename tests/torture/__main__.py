@@ -1,6 +1,6 @@
-"""``python -m tests.torture [--short] [TRIAL ...]``: what docs/reliability.md says was tried, tried again.
+"""``python -m tests.torture [--short] [TRIAL ...]``: repeats the trials of docs/reliability.md.
 
-Prints a line a trial; exit 1 if a promise was broken.  ``--short`` is what the test suite runs.
+Prints one line per trial; exit 1 if a promise was broken.  ``--short`` is what the test suite runs.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SHIM = "TSDYN_TORTURE_SHIM"
 
 
 def _with_shim() -> None:
-    """Begin again with the shim loaded: it must be there before the C library is."""
+    """Restart with the shim loaded, which must be there before the C library is."""
     library = Path(tempfile.mkdtemp(prefix="tsdyn-torture-")) / "shim.so"
     subprocess.run(["cc", "-O1", "-shared", "-fPIC", "-o", library, HERE / "shim.c", "-ldl"], check=True)
     environment = {**os.environ, "LD_PRELOAD": str(library), SHIM: str(library), "OMP_NUM_THREADS": "1"}

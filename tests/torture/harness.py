@@ -62,7 +62,7 @@ class Child:
     said: bytes = b""
 
     def wait_for(self, commits: int) -> None:
-        """Until it said so many times that it committed, or it ended."""
+        """Wait until it has reported so many commits, or has ended."""
         while len(self.said) < 4 * commits and (chunk := os.read(self.pipe, 1 << 16)):
             self.said += chunk
 
@@ -103,7 +103,7 @@ def fork(work: Callable[[int], None]) -> Child:
 
 
 def training(path: Path, epochs: int, before: Callable[[], None] = lambda: None) -> Callable[[int], None]:
-    """A run of `SEGMENTED` for so many epochs, one segment an epoch, that tells of each commit."""
+    """A run of `SEGMENTED` for so many epochs, one segment per epoch, that reports each commit."""
 
     def work(pipe: int) -> None:
         commit = RunDirectory.commit
@@ -186,7 +186,7 @@ def same(left: xr.Dataset, right: xr.Dataset) -> bool:
 
 
 def fresh(path: Path) -> Path:
-    """`path`, not there."""
+    """`path`, after removing what is there."""
     shutil.rmtree(path, ignore_errors=True)
     return path
 

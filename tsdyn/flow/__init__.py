@@ -1,4 +1,4 @@
-"""Where gradient descent goes: gradient flow and its ends, online learning in infinite dimension and in finite.
+"""Gradient flow and its end points; online learning in infinite and in finite dimension.
 
 Source: Simsek et al. (2023), section 3; Saad & Solla (1995); Goldt et al. (2019); Hairer & Wanner (1996), section VI.4.
 """
@@ -7,8 +7,7 @@ from tsdyn.flow.conventions import Online, convention
 from tsdyn.flow.flows import REASONS, gradient_flow
 from tsdyn.flow.online_learning import online
 from tsdyn.flow.overlap_dynamics import order_parameters
-from tsdyn.flow.overlap_matrices import Overlaps, generalization_error
-from tsdyn.flow.overlap_matrices import of as overlaps
+from tsdyn.flow.overlap_matrices import Overlaps, generalization_error, overlaps
 from tsdyn.flow.stationary import FunctionLoss, Loss, Polished, Signature, polish, signature
 
 __all__ = [

@@ -198,16 +198,18 @@ def convention(
     if name in ("tsdyn", "torch") and inputs is None:
         raise ValueError(f"convention: {name} has weights w/√N; give inputs=N")
     if nodes < 1 or teacher_nodes < 1 or (inputs is not None and inputs < 1):
-        raise ValueError(f"convention: nodes={nodes}, teacher_nodes={teacher_nodes}, inputs={inputs}; 1 at least")
+        raise ValueError(
+            f"convention: nodes={nodes}, teacher_nodes={teacher_nodes}, inputs={inputs}; each is at least 1"
+        )
     if not (learning_rate > 0 and noise >= 0 and weight_decay >= 0):
         raise ValueError(
             f"convention: learning_rate={learning_rate}, noise={noise}, weight_decay={weight_decay}; the first is "
             "positive, the others are not negative"
         )
     if name == "gradient_flow" and noise:
-        raise ValueError("convention: gradient flow on the population knows no noise; noise=0")
+        raise ValueError("convention: gradient flow on the population has no noise; give noise=0")
     if not std > 0 or (std != 1 and name not in ("tsdyn", "torch")):
-        raise ValueError(f"convention: std={std}; it is positive, and 1 but for tsdyn and torch")
+        raise ValueError(f"convention: std={std}; it must be positive, and 1 except for tsdyn and torch")
     given = _Given(learning_rate, noise, weight_decay, nodes, teacher_nodes, inputs or 1, both, std)
     found = _CONVENTIONS[name](given)
     if v is None and A is None:

@@ -104,7 +104,7 @@ def order_parameters(
     fluctuation = None if math.isinf(batch) else _fluctuation(sigma)
     lead = begin.R.shape[:-2]
     if len(lead) > 1 or (seeds is not None and tuple(lead) != (len(seeds),)):
-        raise ValueError(f"order_parameters: leading dimensions {tuple(lead)} for seeds {seeds}; there is one at most")
+        raise ValueError(f"order_parameters: leading dimensions {tuple(lead)} for seeds {seeds}; give at most one")
     members = [Overlaps(*(x[i] for x in begin)) for i in range(lead[0])] if lead else [begin]
     with torch.no_grad():
         found = [_integrated(member, times, sigma, rates, fluctuation, rtol, atol) for member in members]
@@ -216,7 +216,7 @@ def _slope(
 
 def _pairs(sigma: Activation) -> Pairs:
     """`Pairs` function of any activation, from its interaction."""
-    kernel = interaction.of(sigma)
+    kernel = interaction.interaction_of(sigma)
 
     def pairs(C: np.ndarray, nodes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         c = torch.from_numpy(C)

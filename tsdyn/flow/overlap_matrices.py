@@ -116,12 +116,12 @@ def checked(
     if (eigenvalues[..., 0] < -_INDEFINITE * eigenvalues[..., -1]).any():
         raise ValueError(
             f"{caller}: [[Q, R], [Rᵀ, T]] has eigenvalue {float(eigenvalues[..., 0].min()):.3g}; overlaps of weights "
-            "have none below 0"
+            "have no negative one"
         )
     return found
 
 
-def of(student: Network, teacher: Network) -> Overlaps:
+def overlaps(student: Network, teacher: Network) -> Overlaps:
     """Order parameters of a student and its teacher, for inputs of unit variance; ``flow.overlaps``.
 
     Args:
@@ -161,7 +161,7 @@ def generalization_error(overlaps: Overlaps, sigma: Activation) -> Float[Tensor,
     C, masses = overlaps.covariance, overlaps.masses
     own = C.diagonal(dim1=-2, dim2=-1)
     A, B, c = torch.broadcast_tensors(own[..., :, None], own[..., None, :], C)
-    pairs = interaction.of(sigma)(A, B, c)
+    pairs = interaction.interaction_of(sigma)(A, B, c)
     return (masses[..., None, :] @ pairs @ masses[..., :, None])[..., 0, 0] / 2
 
 

@@ -512,7 +512,7 @@ _CLOSED_FORMS: Mapping[Activation, Interaction] = {
 }
 
 
-def of(activation: str | Activation | Function, *, leak: float = 0.01) -> Interaction:
+def interaction_of(activation: str | Activation | Function, *, leak: float = 0.01) -> Interaction:
     """The interaction function of an activation.
 
     Args:
@@ -557,7 +557,7 @@ def in_cosine(
     _check("r1", first, lambda v: v >= 0, "a norm is not negative")
     _check("r2", second, lambda v: v >= 0, "a norm is not negative")
     _check("rho", cosine, lambda v: v.abs() <= 1, "a cosine lies in [−1, 1]; clip what rounding pushed out")
-    kernel = of(activation, leak=leak)
+    kernel = interaction_of(activation, leak=leak)
     if isinstance(kernel, _PiecewiseLinear):
         return kernel.in_cosine(first, second, cosine)
     return kernel(first * first, second * second, first * second * cosine)

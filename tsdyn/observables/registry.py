@@ -105,9 +105,11 @@ def load(experiment: Experiment) -> None:
             raise ExperimentError(f"record.observables: {error}") from None
         row = schema.variable(name)
         if experiment.deep and not row.deep:
-            raise ExperimentError(f"record.observables: {name} is not measured of convolutions and BatchNorm (deep)")
+            raise ExperimentError(
+                f"record.observables: {name} cannot be measured on networks with convolutions or BatchNorm"
+            )
         if experiment.student.module is not None and not row.own:
-            raise ExperimentError(f"record.observables: {name} is not measured of modules of your own (own)")
+            raise ExperimentError(f"record.observables: {name} cannot be measured on modules of your own")
         if experiment.teacher.module is not None and not row.bare_teacher:
             raise ExperimentError(f"record.observables: {name} has dimensions of the teacher, a module of your own")
 

@@ -70,7 +70,7 @@ def one_neuron(activation: str, k: int, *, leak: float = 0.01) -> OneNeuron:
     """
     if k < 1:
         raise ValueError(f"one_neuron: k={k}; a teacher has at least one neuron")
-    kernel = interaction.of(activation, leak=leak)
+    kernel = interaction.interaction_of(activation, leak=leak)
     u = 1 / math.sqrt(k)
 
     def g(r1: float, r2: float, rho: float) -> float:

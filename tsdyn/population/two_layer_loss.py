@@ -58,7 +58,7 @@ class PopulationLoss:
         self.nodes = nodes
         self.inputs, self.outputs = teacher.widths[0], teacher.widths[-1]
         self.parameters = nodes * (self.inputs + self.outputs)
-        self.interaction: Interaction = interaction.of(teacher.activation)
+        self.interaction: Interaction = interaction.interaction_of(teacher.activation)
         self._rows, self._masses = teacher.weights[0].detach(), -teacher.weights[1].detach().T
         norms = self._rows.square().sum(-1)
         among = self.interaction(norms[:, None], norms, self._rows @ self._rows.T)
@@ -228,13 +228,13 @@ def loss_from_overlaps(
     Raises:
         ValueError: if the overlaps belong to no set of weights: [[Q, R], [Rᵀ, T]] must be positive semidefinite.
     """
-    kernel = interaction.of(activation, leak=leak)
+    kernel = interaction.interaction_of(activation, leak=leak)
     C = torch.cat([torch.cat([Q, R], 1), torch.cat([R.mT, T], 1)])
     least = torch.linalg.eigvalsh(C.detach())[0]
     if least < -1e-10 * C.detach().diagonal().max():
         raise ValueError(
-            f"loss_from_overlaps: [[Q, R], [Rᵀ, T]] has eigenvalue {float(least):.3g}; overlaps of weights have none "
-            "below 0"
+            f"loss_from_overlaps: [[Q, R], [Rᵀ, T]] has eigenvalue {float(least):.3g}; overlaps of weights have no "
+            "negative one"
         )
     masses = torch.cat([outgoing, -teacher_outgoing])
     A = C.diagonal()

@@ -34,7 +34,7 @@ def warm_start(teacher: Network, nodes: int) -> Network:
     v, b = teacher.weights[0].detach(), teacher.weights[1].detach().T
     if not 1 <= nodes <= len(v):
         raise ValueError(f"warm_start: nodes={nodes}; a student of the teacher's nodes has 1 to {len(v)}")
-    kernel = interaction.of(teacher.activation)
+    kernel = interaction.interaction_of(teacher.activation)
 
     def overlaps(w: Tensor, z: Tensor) -> Tensor:
         return kernel(w.square().sum(1)[:, None], z.square().sum(1), w @ z.T)

@@ -129,7 +129,9 @@ def cluster_fanouts(teacher: Network, student: Network, tolerance: float) -> lis
         ValueError: if the student is not two-layer, or inputs differ in width.
     """
     if student.depth != 2:
-        raise ValueError(f"cluster_fanouts: {student!r} has {student.depth} layers; v_k is constant in two only")
+        raise ValueError(
+            f"cluster_fanouts: {student!r} has {student.depth} layers; v_k is constant only in two-layer networks"
+        )
     eps = alignment(teacher, student)
     scaled = student.weights[1] * student.weights[0].norm(dim=1)
     return [
@@ -179,7 +181,9 @@ def jumps(teacher: Network, student: Network, *, tolerance: float) -> Float[Tens
     require_plain("jumps", teacher, student)
     for net in (teacher, student):
         if net.depth != 2:
-            raise ValueError(f"jumps: {net!r} has {net.depth} layers; the jump is one number in two only")
+            raise ValueError(
+                f"jumps: {net!r} has {net.depth} layers; the jump is a single number only in two-layer networks"
+            )
     v = student.weights[1] * student.weights[0].norm(dim=1)
     v_star = teacher.weights[1] * teacher.weights[0].norm(dim=1)
     colinear = (alignment(teacher, student) <= tolerance).to(v.dtype)

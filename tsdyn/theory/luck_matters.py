@@ -319,7 +319,7 @@ def _integrated(
 ) -> Float[np.ndarray, "time node state"]:
     when = np.asarray(times, float)
     if when.ndim != 1 or len(when) < 2 or when[0] != 0 or not (np.diff(when) > 0).all() or not np.isfinite(when[-1]):
-        raise ValueError(f"{caller}: times={when}; output times increase from 0, two at least")
+        raise ValueError(f"{caller}: times={when}; output times must increase from 0, at least two")
     found = solve_ivp(
         lambda _, y: derivative(y.reshape(start.shape)).ravel(),
         (0.0, when[-1]),
