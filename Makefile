@@ -3,9 +3,9 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 RUNS   ?= runs/l-shape
 
-.PHONY: quickstart test fuzz trials torture multilayer lint docs bench scale clean
+.PHONY: quickstart test matrix fuzz trials torture multilayer lint docs bench scale clean
 
-# Installed once per change of the project's metadata.
+# Installed again whenever the project's metadata changes.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
@@ -25,20 +25,24 @@ quickstart: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n auto
 
-# The property tests' random search, FUZZ examples each; what it finds becomes a fixed example of the suite.
+# The suite under every Python that this machine has, with the lowest and with the newest versions of what it needs.
+matrix: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.matrix
+
+# Property tests with FUZZ random examples each; failures that it finds become fixed examples of the suite.
 FUZZ ?= 500
 fuzz: $(VENV)/.installed-dev
 	TSDYN_FUZZ=$(FUZZ) $(BIN)/python -m pytest -n auto -m hypothesis
 
-# Where gradient flow goes, by three integrators: minutes.
+# Compares the end points of gradient flow by three integrators; takes minutes.
 trials: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.population.copy_or_average
 
-# Forty minutes of one core: what docs/reliability.md reports, tried again.
+# Repeats the trials that docs/reliability.md reports; takes forty minutes on one core.
 torture: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.torture
 
-# The released multilayer experiment against its figures, ten minutes of one core.
+# Compares the released multilayer experiment with its figures; takes ten minutes on one core.
 multilayer: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest tests/studies/multilayer_statistics.py
 
@@ -52,7 +56,7 @@ lint: $(VENV)/.installed-dev
 docs: $(VENV)/.installed-dev
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
 
-# Without the run-time type checks that the tests turn on by addopts.
+# `-o addopts=` turns off the run-time type checks of the tests.
 bench: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.engine
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.recording
@@ -62,7 +66,7 @@ bench: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.population
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/benchmarks -o addopts= --benchmark-only --benchmark-columns=min,median
 
-# Archives of 20 GB, 10,000 runs, 50 killed workers: minutes, and 22 GB below the temporary directory, which go at the end.
+# Archives of 20 GB, 10,000 runs, 50 killed workers; takes minutes, and 22 GB in the temporary directory until the end.
 scale: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.scale
 

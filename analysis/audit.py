@@ -96,9 +96,8 @@ def _separation(ds: xr.Dataset) -> xr.DataArray:
 def _assumption_1(ds: xr.Dataset, experiment: Experiment) -> Finding:
     eps_0 = _separation(ds)
     rounding = 10 * TOLERANCE[experiment.dtype]
-    return Finding(
-        eps_0.notnull(), xr.where(eps_0 > 0, rounding / eps_0.where(eps_0 > 0), np.inf).where(eps_0.notnull())
-    )
+    margin = (rounding / eps_0.where(eps_0 > 0)).where(eps_0 > 0, np.inf)
+    return Finding(eps_0.notnull(), margin.where(eps_0.notnull()))
 
 
 def _lowest(ds: xr.Dataset) -> xr.Dataset:
@@ -123,8 +122,8 @@ def _spread(ds: xr.Dataset) -> xr.DataArray:
 def _teacher_norms(low: xr.Dataset) -> tuple[xr.DataArray, xr.DataArray]:
     """‖w*_j‖ and |b*_j| of the lowest layer; NaN for padding."""
     weight = without_padding(low["teacher_weight"], low["input_width"])
-    norm = np.sqrt((weight**2).sum("input_node", skipna=False))
-    return norm, abs(low["teacher_bias"])
+    squares = (weight**2).sum("input_node", skipna=False)
+    return squares.copy(data=np.sqrt(squares.values)), abs(low["teacher_bias"])
 
 
 def _relative_gradient(ds: xr.Dataset, low: xr.Dataset) -> xr.DataArray:
@@ -137,7 +136,8 @@ def _relative_gradient(ds: xr.Dataset, low: xr.Dataset) -> xr.DataArray:
     norm, bias = _teacher_norms(low)
     pull = (abs(low["A"]) * (_spread(ds) * norm + bias)).sum("teacher_node")
     g = low["gradient_max"]
-    share = xr.where(pull > 0, g / pull.where(pull > 0), xr.where(g > 0, np.inf, 0.0))
+    without = xr.zeros_like(g).where(~(g > 0), np.inf)  # of a node that nothing pulls at
+    share = (g / pull.where(pull > 0)).where(pull > 0, without)
     return share.where(g.notnull()).max("node")
 
 

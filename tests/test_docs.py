@@ -11,7 +11,7 @@ import pytest
 from typer.main import get_command
 
 import tsdyn
-from tsdyn import cli
+from tsdyn import cli, registers, schema
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*/*.md"))]
@@ -37,6 +37,9 @@ def desk(tmp_path_factory):
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.name)
 def test_python_blocks_run(page, desk, monkeypatch, capsys):
     monkeypatch.chdir(desk)
+    for register in registers.ALL.values():  # what a page adds is gone after it
+        monkeypatch.setattr(register, "_added", {})
+    monkeypatch.setattr(schema, "DECLARED", {})
     matplotlib.use("Agg")
     namespace: dict = {}
     for number, block in enumerate(blocks(page, "python")):

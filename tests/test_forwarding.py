@@ -46,7 +46,7 @@ def test_every_documented_name_of_0_1_is_there(old):
 def test_an_old_module_is_found_and_says_where_it_is(line):
     said = _in_a_fresh_process(line)
     assert said.startswith(
-        "<string>:1: DeprecationWarning: tsdyn.interaction is no module any more: its names are in tsdyn."
+        "<string>:1: DeprecationWarning: tsdyn.interaction is not a module any more: its names are in tsdyn."
     )
 
 

@@ -10,7 +10,7 @@ import lazy_loader as _lazy
 from tsdyn import _forwarding
 from tsdyn._version import __version__ as __version__
 
-# HDF5 asks this once, when it is loaded.  Its own locks fail on file systems that have none; tsdyn's are its own.
+# HDF5 reads this when it is loaded.  Its locks fail on file systems without flock; tsdyn has locks of its own.
 _os.environ.setdefault("HDF5_USE_FILE_LOCKING", "FALSE")
 
 _attached, __dir__, __all__ = _lazy.attach_stub(__name__, __file__)

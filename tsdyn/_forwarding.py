@@ -1,4 +1,4 @@
-"""Names of tsdyn 0.1 that lie elsewhere now: they work until 0.3, with a DeprecationWarning that says where they are.
+"""Old names of tsdyn 0.1: they work until 0.3, with a DeprecationWarning that says the new name.
 
 0.1 had one flat module per topic (`tsdyn.interaction`); docs/migration.md is printed from the tables below.
 """
@@ -80,7 +80,7 @@ MOVED: Mapping[str, Mapping[str, str]] = {
     },
     "grid": {
         "tsdyn.archive.lazy_arrays": "Stored",
-        "tsdyn.archive.reading": "GATHERED_BYTES LAZY_BYTES RUNS_A_CHUNK",
+        "tsdyn.archive.reading": "GATHERED_BYTES LAZY_BYTES",
         "tsdyn.archive.sweep_directory": "SWEEP label point_name sweep_points write_sweep",
     },
     "images": {
@@ -146,7 +146,7 @@ MOVED: Mapping[str, Mapping[str, str]] = {
         "tsdyn.engine.train": "train_epoch",
     },
 }
-#: What is called otherwise now.
+#: Old name -> new name, of what moved and was renamed.
 RENAMED: Mapping[str, str] = {
     "archive.EXPERIMENT": "tsdyn.archive.run_directory.EXPERIMENT",
     "archive.Run": "tsdyn.archive.run_directory.RunDirectory",
@@ -154,6 +154,7 @@ RENAMED: Mapping[str, str] = {
     "deepnets.Layer": "tsdyn.networks.propagate.Layer",
     "deepnets.Parameters": "tsdyn.networks.propagate.Parameters",
     "flow_runner.run": "tsdyn.run",
+    "grid.RUNS_A_CHUNK": "tsdyn.archive.reading.RUNS_PER_CHUNK",
     "grid.open_sweeps": "tsdyn.open",
     "index.Index": "tsdyn.archive.headers.Headers",
     "interaction.derivatives": "tsdyn.population.interaction_derivatives",
@@ -169,14 +170,14 @@ RENAMED: Mapping[str, str] = {
 
 
 def place(old: str, name: str) -> str | None:
-    """The dotted name of what was `tsdyn.<old>.<name>`, or None if it did not move or is no more."""
+    """The present dotted name of what was `tsdyn.<old>.<name>`; None if it did not move or was removed."""
     if f"{old}.{name}" in RENAMED:
         return RENAMED[f"{old}.{name}"]
     return next((f"{new}.{name}" for new, names in MOVED.get(old, {}).items() if name in names.split()), None)
 
 
 def forwarded(old: str, name: str) -> object:
-    """What was `tsdyn.<old>.<name>`; warns the code two calls above.
+    """The object that was `tsdyn.<old>.<name>`; warns, with the caller two frames above as the warning's place.
 
     Raises:
         AttributeError: if 0.1 had no such name, or nothing has taken its place.
@@ -203,7 +204,7 @@ def forwarding(package: str) -> Callable[[str], object]:
 
 
 class _OldModule(types.ModuleType):
-    """A module of 0.1 that is gone; its names are those of `MOVED`."""
+    """A stand-in for a module of 0.1 that no longer exists; its names are those of `MOVED`."""
 
     def __getattr__(self, name: str) -> object:
         return forwarded(self.__name__.removeprefix("tsdyn."), name)
@@ -213,13 +214,13 @@ def _made(name: str, *, stacklevel: int) -> types.ModuleType:
     old = name.removeprefix("tsdyn.")
     renamed = (new.rpartition(".")[0] for was, new in RENAMED.items() if was.startswith(f"{old}."))
     places = ", ".join(sorted({*MOVED[old], *renamed}))
-    message = f"{name} is no module any more: its names are in {places}; the old name goes with tsdyn 0.3"
+    message = f"{name} is not a module any more: its names are in {places}; the old name goes with tsdyn 0.3"
     warnings.warn(message, DeprecationWarning, stacklevel=stacklevel)
     return _OldModule(name)
 
 
 class _OldModules:
-    """Finds and makes `tsdyn.interaction` and the like, after every other finder had its turn."""
+    """Import finder and loader of `tsdyn.interaction` and other old modules, the last in ``sys.meta_path``."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
@@ -232,22 +233,22 @@ class _OldModules:
         return _made(spec.name, stacklevel=3)  # frames of the import system do not count
 
     def exec_module(self, module: types.ModuleType) -> None:
-        """Nothing: its names are looked up when they are asked for."""
+        """Do nothing: names are looked up when they are asked for."""
 
 
 def old_module(old: str) -> types.ModuleType:
-    """`tsdyn.<old>` of 0.1, for who asks the package for it: ``import tsdyn; tsdyn.interaction``."""
+    """The old module as an attribute of the package: ``import tsdyn; tsdyn.interaction``."""
     name, package = f"tsdyn.{old}", sys.modules["tsdyn"]
     if name in sys.modules:
         return sys.modules[name]
     if importlib.machinery.PathFinder.find_spec(name, package.__path__) is not None:
-        return importlib.import_module(name)  # a package now, which forwards the names it had as a module
+        return importlib.import_module(name)  # a package by now, which forwards the names it had as a module
     sys.modules[name] = module = _made(name, stacklevel=4)
     setattr(package, old, module)
     return module
 
 
 def install() -> None:
-    """Let `import tsdyn.interaction` and `from tsdyn import interaction` find what moved."""
+    """Make `import tsdyn.interaction` and `from tsdyn import interaction` work for old modules."""
     if not any(isinstance(finder, _OldModules) for finder in sys.meta_path):
         sys.meta_path.append(_OldModules())

@@ -1,4 +1,4 @@
-"""One name per axis: jaxtyping aliases for the shapes of the theory, the same words as the archive's dimensions."""
+"""jaxtyping aliases for the shapes of the theory; axes have the names of the archive's dimensions."""
 
 from __future__ import annotations
 

@@ -20,6 +20,7 @@ from tsdyn._version import __version__
 from tsdyn.archive.whole_files import ArchiveError, DirectoryError, local_path, refuse_link
 from tsdyn.experiment.errors import ExperimentError
 from tsdyn.experiment.experiment import Experiment
+from tsdyn.registers import PartError
 from tsdyn.running.terminal import make_lenient
 from tsdyn.schema import path_of
 from tsdyn.schema import printable as _printable
@@ -34,10 +35,10 @@ study = typer.Typer(no_args_is_help=True, help="Figures of the papers, from the 
 app.add_typer(study, name="study")
 
 FAILED, WRONG = 1, 2
-#: What the labels along a run are called.
+#: Plurals of the names of the dimension along which a run is recorded.
 PLURAL = {"epoch": "epochs", "time": "times", "alpha": "alphas"}
 
-# Not Path, which would turn http://host into the local http:/host before it can be refused.
+# str and not Path, which would turn http://host into the local http:/host before it can be refused.
 OutDirectory = Annotated[str | None, typer.Option("-o", "--output", help="Directory; runs/NAME if not given.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
 Workers = Annotated[int | None, typer.Option(metavar="N", help="Share the runs of a sweep among N processes here.")]
@@ -60,9 +61,9 @@ Directory = Annotated[str, typer.Argument(metavar="DIR", help="A run, a sweep or
 
 
 def main() -> None:
-    """Entry point: errors in one reading, no traceback; exit 0, 1 (the run failed) or 2 (the request is wrong).
+    """Run the command; errors print one message without traceback; exit 0, 1 (the run failed) or 2 (a wrong request).
 
-    What cannot be printed is dropped: of a run the report, which it does not need; of other commands it is said, unless
+    What cannot be printed is dropped.  A run does not need its reports; other commands then exit with an error, unless
     the reader closed the pipe.
     """
     _reported.clear()
@@ -82,7 +83,7 @@ def main() -> None:
         sys.stdout, sys.stderr = before
 
 
-#: Whether what is printed is the report of work that was done all the same.
+#: Whether the output is only the report of work that is done in any case.
 _reported: list[bool] = []
 
 
@@ -90,7 +91,7 @@ _reported: list[bool] = []
 def _errors() -> Iterator[None]:
     try:
         yield
-    except (ExperimentError, DirectoryError, _Unavailable) as error:
+    except (ExperimentError, DirectoryError, PartError, _Unavailable) as error:
         _fail(error, WRONG)
     except (ArchiveError, MemoryError) as error:
         _fail(error, FAILED)
@@ -103,7 +104,7 @@ def _errors() -> Iterator[None]:
 
 
 class _Unavailable(Exception):
-    """A device or workers that are not there."""
+    """A device or workers are not available."""
 
 
 def _fail(error: object, code: int) -> None:
@@ -137,25 +138,43 @@ def run(
     together: Together = None,
     quiet: Quiet = False,
 ) -> None:
-    """Run an experiment, or every point of its sweep; goes on from what was committed."""
-    chosen = Experiment.from_toml(experiment)
+    """Run an experiment, or every point of its sweep; resumes from what was committed."""
+    chosen = _experiment(experiment, output)
     if changes:
         chosen = chosen.replace(dict(_assignment(text) for text in changes))
     _run(chosen, local_path(output or Path("runs") / chosen.name), device, quiet, workers, scheduler, together)
 
 
+def _experiment(file: Path, output: str | None) -> Experiment:
+    """The experiment of a file; if its parts are not installed, the error names the packages it was run with."""
+    try:
+        return Experiment.from_toml(file)
+    except ExperimentError as error:
+        from tsdyn.running import packages
+
+        found = Experiment.from_toml(file, archived=True)  # raises any other error
+        way = packages.way_back(found, local_path(output or Path("runs") / found.name))
+        if not way:
+            raise
+        raise ExperimentError(f"{error}{way}") from None
+
+
 @study.command("list")
 def list_studies() -> None:
-    """Names and what they show."""
+    """List the studies, with what each shows."""
     from tsdyn import studies
 
     for name in studies.names():
-        print(f"{name:28} {studies.load(name).TITLE}")
+        try:
+            shown = studies.load(name).TITLE
+        except PartError as error:  # of one package; the others are there
+            shown = f"({error})"
+        print(_printable(f"{name:28} {shown}"))
 
 
 @study.command("show")
 def show_study(name: Annotated[str, typer.Argument()]) -> None:
-    """What a study runs at each scale."""
+    """Show the experiment that a study runs at each scale."""
     module = _study(name)
     print(f"{module.TITLE}\n{module.SOURCE}")
     for scale, experiment in module.EXPERIMENTS.items():
@@ -174,7 +193,7 @@ def run_study(
     together: Together = None,
     quiet: Quiet = False,
 ) -> None:
-    """Run, measure and draw: leaves the archive, measured.nc and figure.png."""
+    """Run, measure and draw a study: leaves the archive, measured.nc and figure.png."""
     from tsdyn.archive import netcdf, reading, whole_files
 
     module = _study(name)
@@ -190,7 +209,7 @@ def run_study(
         found = reading.open(path)
     elif given:
         raise ExperimentError(
-            f"study run {name} --scale {scale}: reads a file and runs nothing, so {', '.join(given)} is for nothing; "
+            f"study run {name} --scale {scale}: reads a file and runs nothing, so {', '.join(given)} has no effect; "
             "leave it out"
         )
     else:
@@ -204,7 +223,7 @@ def run_study(
 
 @app.command()
 def show(directory: Directory) -> None:
-    """What is in there, in one screen."""
+    """Show what an archive holds, on one screen."""
     from tsdyn.archive import reading, selecting
     from tsdyn.running import provenance
 
@@ -246,7 +265,7 @@ def show(directory: Directory) -> None:
         for name, array in ds.data_vars.items()
     ]
     first, second = (max(len(line[i]) for line in lines) for i in (0, 1))
-    for name, dims, meaning in lines:  # a line a variable, cut where the terminal ends
+    for name, dims, meaning in lines:  # one line per variable, cut at the terminal's width
         line = _printable(f"{name:{first}}  {dims:{second}}  {meaning}".replace("\n", " "))
         print(line[: console.width] if console.is_terminal else line)
 
@@ -288,7 +307,7 @@ def plot(
 
 
 def _selected(ds: Any, words: list[str]) -> Any:
-    """The part of an archive that ``--select`` names: labels along dimensions, values of swept keys."""
+    """The part of an archive that ``--select`` asks for, by labels of dimensions and values of swept keys."""
     from tsdyn.archive import selecting
 
     for word in words:
@@ -310,7 +329,7 @@ def report(
     output: Annotated[str, typer.Option("-o", "--output", help="The page.")] = "report.html",
     audit: Annotated[bool, typer.Option(help="With the audit of the theorems.")] = True,
 ) -> None:
-    """One HTML page that needs nothing else: what ran, figures, audit, coverage, failures."""
+    """Write one self-contained HTML page: what ran, figures, audit, coverage, failures."""
     from tsdyn.analysis import report
 
     print(report.write(directory, output, audit=audit))
@@ -318,7 +337,7 @@ def report(
 
 @app.command()
 def cite(directory: Directory) -> None:
-    """BibTeX of what it rests on."""
+    """Print BibTeX of the papers, data and software that an archive rests on."""
     from tsdyn.analysis.citations import citations
     from tsdyn.archive import reading
 
@@ -327,25 +346,29 @@ def cite(directory: Directory) -> None:
 
 @app.command()
 def audit(directory: Directory) -> None:
-    """Each theorem: hypothesis met? conclusion holds? margin."""
+    """Test each theorem on an archive: hypothesis met? conclusion holds? by what margin?"""
     from tsdyn.analysis.audit import audit as measure
     from tsdyn.analysis.report import audit_rows
-    from tsdyn.archive import reading
+    from tsdyn.archive import reading, selecting
+    from tsdyn.running import packages
 
     table = Table("claim", "members", "largest margin", "what is checked, or what it needs")
+    ds = reading.open(directory)
     try:
-        rows = audit_rows(measure(reading.open(directory)))
+        rows = audit_rows(measure(ds))
     except (ValueError, KeyError) as error:
-        raise DirectoryError(f"{directory}: {error.args[0] if error.args else error}") from error
+        gone = isinstance(error, PartError)
+        way = packages.way_back(selecting.experiment_of(ds), local_path(directory)) if gone else ""
+        raise DirectoryError(f"{directory}: {error.args[0] if error.args else error}{way}") from error
     for row in rows:
         table.add_row(*map(_plain, row))
     Console().print(table)
-    print("margin: conclusion over bound, at most 1 where it holds; unmet: the hypothesis is not, so nothing is tested")
+    print("margin: conclusion over bound, at most 1 where it holds; unmet: the hypothesis fails, so nothing is tested")
 
 
 @app.command()
 def validate(directory: Directory) -> None:
-    """Schema, checksums, every number readable, agreement with experiment.toml; exit 1 and the reasons if not whole."""
+    """Check schema, checksums, every number, and agreement with experiment.toml; exit 1 with the reasons if damaged."""
     from tsdyn.archive import integrity
 
     found = integrity.check(directory)
@@ -358,7 +381,7 @@ def validate(directory: Directory) -> None:
 
 @app.command()
 def repair(directory: Directory) -> None:
-    """Keep what is whole, say what was dropped; what is not kept goes to DIR/damaged."""
+    """Keep what is whole and list what was dropped, which is moved to DIR/damaged."""
     from tsdyn.archive import integrity
 
     done = integrity.repair(directory)
@@ -372,7 +395,7 @@ def repair(directory: Directory) -> None:
 def doctor(
     directory: Annotated[str, typer.Argument(metavar="[DIR]", help="Where runs are to be written.")] = ".",
 ) -> None:
-    """What this machine and a directory mean for numbers, speed and files; exit 1 if something is bad."""
+    """Say what this machine and a directory mean for numbers, speed and files; exit 1 if something is bad."""
     from tsdyn.running import diagnosis
 
     bad = False
@@ -404,7 +427,7 @@ def _assignment(text: str, option: str = "--set") -> tuple[str, Any]:
         return key.strip(), tomllib.loads(f"value = {value}")["value"]
     except (ValueError, RecursionError):
         if value and value.isprintable() and value[0] not in "[{\"'#=" and len(value) < 4096:
-            return key.strip(), value  # a word, or a path whatever it begins with; the key says whether it takes one
+            return key.strip(), value  # a word or a path; the experiment's rules say whether the key takes a string
         raise ExperimentError(f"{option} {text[:80]}: {value[:80]!r} is not a TOML value") from None
 
 
@@ -429,27 +452,27 @@ def _run(
             sweep.run(experiment, path, **shared)
             return
         sweep.preflight(experiment, path, workers=workers, scheduler=scheduler)
-        due = sweep.unfinished(experiment, path)
-        costs = sweep.estimate(due, device=device if scheduler is None else "cpu")
-        print(f"{experiment.name} -> {path}: {_announced(experiment, len(due), costs, workers or 1)}", flush=True)
+        left = sweep.unfinished(experiment, path)
+        costs = sweep.estimate(left, device=device if scheduler is None else "cpu")
+        print(f"{experiment.name} -> {path}: {_announced(experiment, len(left), costs, workers or 1)}", flush=True)
         with _reporting(costs, experiment.layout.path) as (report, point):
             sweep.run(experiment, path, **shared, progress=report, point=point)
     except (runner.DeviceError, WorkersError) as error:
         raise _Unavailable(str(error)) from error
-    except KeyboardInterrupt as error:  # here, for typer would make any of them exit 130 without a word
+    except KeyboardInterrupt as error:  # caught here: typer would exit 130 for every signal, without a message
         signal = getattr(error, "signal", 2)
         _fail("interrupted; what was committed is intact, the same command goes on from there", 128 + signal)
     print(f"done: {path}", flush=True)
 
 
-def _announced(experiment: Experiment, due: int, costs: Mapping[str, Cost], workers: int) -> str:
-    """What is about to be done, in one line; several at once take their memory together."""
+def _announced(experiment: Experiment, left: int, costs: Mapping[str, Cost], workers: int) -> str:
+    """The runs that are left and their estimated cost, in one line; runs on several workers add up their memory."""
     from tsdyn.running.estimates import Cost
 
     runs = sum(1 for _ in experiment.points()) if experiment.sweep else 1
     counted = f"{runs} run{'s' * (runs > 1)}"
-    if due < runs:
-        counted += f", {runs - due} of them finished" if due else ", finished"
+    if left < runs:
+        counted += f", {runs - left} of them finished" if left else ", finished"
     if not costs:
         return counted
     each = list(costs.values())
@@ -464,11 +487,11 @@ def _announced(experiment: Experiment, due: int, costs: Mapping[str, Cost], work
 
 
 class _Whole:
-    """How far all runs are together, each counting by the time it was estimated to take."""
+    """Progress of all runs together, each weighted by its estimated time."""
 
     def __init__(self, costs: Mapping[str, Cost]) -> None:
         self._work = {name: max(cost.seconds, 1e-9) for name, cost in costs.items()}
-        self._from: dict[str, float] = {}  # what an earlier call committed is no work of this one
+        self._from: dict[str, float] = {}  # work committed by an earlier call does not count
         self._share: dict[str, float] = {}
         self._began = time.monotonic()
 
@@ -491,11 +514,11 @@ class _Whole:
 
 @contextmanager
 def _reporting(costs: Mapping[str, Cost], step: str) -> Iterator[tuple[Report, Callable[..., Report]]]:
-    """One bar on a terminal, one line a step otherwise, both with an estimate of the end; deaths are said in both.
+    """Reports of progress: a bar on a terminal, else one line per step; with the time left, and members that died.
 
     Args:
-        costs: Of the runs that are left.
-        step: What steps are called.
+        costs: Costs of the runs that are left.
+        step: Name of a step: epoch, time or alpha.
     """
     console, whole = Console(stderr=True), _Whole(costs)
 
@@ -534,7 +557,7 @@ def _reporting(costs: Mapping[str, Cost], step: str) -> Iterator[tuple[Report, C
 
 
 def _save(figure: Any, path: Path, quiet: bool) -> None:
-    """A figure, or an animation of one, as a file."""
+    """Write a figure or an animation to a file."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         refuse_link(path)
@@ -549,5 +572,5 @@ def _save(figure: Any, path: Path, quiet: bool) -> None:
 
 
 def _plain(text: object) -> str:
-    """On one line, without control characters or console markup."""
+    """The text on one line, without control characters or console markup."""
     return _printable(str(text).replace("\n", " ")).replace("[", r"\[")

@@ -1,4 +1,4 @@
-"""How much memory there is, asked before it is taken."""
+"""How much memory is free, to be asked before large arrays are made."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from pathlib import Path
 
 import torch
 
-#: Bytes that are taken without asking: asking costs 0.1 ms.
+#: Results of up to this many bytes are made without asking, since asking takes 0.1 ms.
 ALWAYS = 16 << 20
 
 
 def available() -> int:
-    """Bytes a process may still take without swapping, being killed for it, or being refused.
+    """Bytes that this process may still take without swapping, being killed or being refused.
 
-    The least of what the machine has, what each of its control groups allows (v1 and v2, up to the root: a container's,
-    a batch job's, a user session's), and ``ulimit -v`` and ``-d``.
+    This is the least of what the machine has, what each control group of the process allows (v1 and v2, up to the root:
+    a container's, a batch job's, a user session's), and ``ulimit -v`` and ``-d``.
     """
     return min(_of_the_machine(), _of_the_groups(), _of_the_process())
 
 
 def limits() -> dict[str, int]:
-    """What `available` is the least of, in bytes; ``sys.maxsize`` where there is no limit."""
+    """The limits whose least is `available`, in bytes; ``sys.maxsize`` where there is none."""
     return {"machine": _of_the_machine(), "control groups": _of_the_groups(), "ulimit": _of_the_process()}
 
 
 def _of_the_groups(membership: str = "/proc/self/cgroup", mounts: str = "/proc/self/mountinfo") -> int:
-    """What this process's control groups leave, and those that hold them; their page cache can be had back."""
+    """Bytes that this process's control groups and their parents leave; page cache counts as free."""
     try:
         lines = Path(membership).read_text(encoding="utf-8").splitlines()
         mounted = Path(mounts).read_text(encoding="utf-8").splitlines()
@@ -52,7 +52,7 @@ def _of_the_groups(membership: str = "/proc/self/cgroup", mounts: str = "/proc/s
 
 
 def _mounted(lines: Sequence[str], kind: str) -> Iterator[tuple[str, str]]:
-    """(group, directory) of each place where groups with memory limits are to be seen."""
+    """(group, directory) of each mount point of control groups with memory limits."""
     for line in lines:
         before, _, after = line.partition(" - ")
         fields, described = before.split(), after.split()
@@ -87,7 +87,7 @@ def _text(path: Path) -> str:
 
 
 def _of_the_process() -> int:
-    """What ``ulimit -v`` (addresses) and ``-d`` (data) leave this process."""
+    """Bytes that ``ulimit -v`` (addresses) and ``-d`` (data) leave this process."""
     left = sys.maxsize
     fields = _text(Path("/proc/self/statm")).split()
     for kind, field in ((resource.RLIMIT_AS, 0), (resource.RLIMIT_DATA, 5)):
@@ -98,7 +98,7 @@ def _of_the_process() -> int:
 
 
 def _of_the_machine() -> int:
-    """Free pages alone would leave out what the page cache holds."""
+    """Bytes free on the machine, including page cache that can be dropped."""
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():
         for line in meminfo.read_text(encoding="ascii").splitlines():
@@ -112,12 +112,12 @@ def free(device: str | torch.device) -> int:
     device = torch.device(device)
     if device.type != "cuda":
         return available()
-    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, for what comes
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch's allocator, for reuse
     return int(torch.cuda.mem_get_info(device)[0]) + kept
 
 
 def refuse_beyond(caller: str, size: int, device: torch.device, way_out: str) -> None:
-    """Raise before a result of `size` bytes is begun that `device` has no room for.
+    """Refuse a result of `size` bytes that does not fit in the free memory of `device`, before it is computed.
 
     Raises:
         MemoryError: with the estimate, what is free and the way out.
@@ -133,7 +133,7 @@ def refuse_beyond(caller: str, size: int, device: torch.device, way_out: str) ->
 
 @functools.cache
 def cache(folder: str = "/sys/devices/system/cpu/cpu0/cache") -> int:
-    """Bytes of a core's own cache: the largest that it shares with no other, 1 MiB where the system does not say."""
+    """Bytes of a core's largest cache that no other core shares; 1 MiB where the system does not say."""
     sizes = []
     for index in Path(folder).glob("index*"):
         try:

@@ -1,12 +1,12 @@
-"""The parts that an experiment can name, and where their code is.
+"""Registers of the parts that an experiment can name (activations, losses, optimizers, ...), and where their code is.
 
-A register has two halves.  This one knows names: tsdyn's own and, by entry points, those of installed packages; it
-imports neither torch nor any part.  The module that uses a part loads it on first use (`Register.load`).  An archive
-is opened without loading anything: names that are not installed here are accepted there (`accepting`).
+A register knows names: tsdyn's own and, by entry points, those of installed packages; it imports neither torch nor any
+part.  The module that uses a part loads it on first use (`Register.load`).  Archives open without loading any part, and
+may name parts that are not installed here (`accepting`).
 
 A package offers a part by an entry point, for example in its pyproject.toml::
 
-    [project.entry-points."tsdyn.networks.activations"]
+    [project.entry-points."tsdyn.activations"]
     sine = "mylab.parts:sine"
 """
 
@@ -22,12 +22,14 @@ from functools import cached_property
 from importlib import metadata
 from typing import Any, NamedTuple
 
-#: What is said of the package of a part that was added by `Register.add`.
+from tsdyn.vocabulary import FAMILIES, VARIABLES
+
+#: Named as the package of a part that was added by `Register.add`.
 THIS_PROCESS = "this process"
 
 
 class PartError(ValueError):
-    """A part that is not there, or is not what its register holds; the message names it and the way out."""
+    """A part does not exist, or is of another kind than its register's; the message names it and the way out."""
 
 
 class Origin(NamedTuple):
@@ -35,7 +37,7 @@ class Origin(NamedTuple):
 
     Attributes:
         package: Name of the distribution; ``this process`` for a part that was added by `Register.add`.
-        version: Of that distribution.
+        version: Version of that distribution.
         target: ``module:attribute``.
     """
 
@@ -44,15 +46,15 @@ class Origin(NamedTuple):
     target: str
 
 
-#: Names that are accepted without a part of that name; None: all.
+#: Names that `Register.check` accepts although no such part is installed; None: every name.
 _ACCEPTED: ContextVar[frozenset[str] | None] = ContextVar("tsdyn_accepted", default=frozenset())
 
 
 @contextmanager
 def accepting(names: Iterable[str] | None) -> Iterator[None]:
-    """Inside, names of parts that are not installed are accepted: these, or all of them for None.
+    """Accept, inside the context, these names of parts that are not installed; None accepts every name.
 
-    What an archive says was there when it was made, and what an experiment read from it holds.
+    It is for experiments read from archives, whose parts were installed when the archive was made.
     """
     token = _ACCEPTED.set(None if names is None else frozenset(names))
     try:
@@ -66,11 +68,11 @@ class Register:
     """Parts of one kind by name.
 
     Attributes:
-        kind: One of them, as messages call it: ``activation``.
-        table: ``module:attribute`` of the mapping name → part that holds tsdyn's own.
-        own: Names of these.
-        aliases: Own names that are no parts of the table: ways of an experiment file to say something else.
-        hidden: Names of the table that no experiment file says.
+        kind: Word for one part in messages, such as ``activation``.
+        table: ``module:attribute`` of the mapping name → part that holds tsdyn's own parts.
+        own: Names of tsdyn's own parts.
+        aliases: Names that an experiment file may use but that are not in the table.
+        hidden: Names in the table that an experiment file cannot use.
     """
 
     kind: str
@@ -83,7 +85,7 @@ class Register:
 
     @property
     def group(self) -> str:
-        """The entry-point group by which packages offer parts: ``tsdyn.networks.activations``."""
+        """The entry-point group by which packages offer parts: ``tsdyn.activations``."""
         ending = {"s": "es", "y": "ies"}.get(self.kind[-1], "s")
         return f"tsdyn.{self.kind.removesuffix('y')}{ending}"
 
@@ -105,14 +107,14 @@ class Register:
         return found
 
     def names(self) -> tuple[str, ...]:
-        """Every name that can be asked for here: tsdyn's own, those of installed packages, those added."""
+        """Every name that can be used here: tsdyn's own, those of installed packages, and those added."""
         return tuple(dict.fromkeys([*self.own, *self.aliases, *self._installed, *self._added]))
 
     def check(self, name: str) -> str:
-        """`name` itself, if there is a part of that name or an archive is being read.
+        """`name` itself, if there is a part of that name or `accepting` accepts it.
 
         Raises:
-            PartError: otherwise; names the nearest and how a package offers one.
+            PartError: otherwise; names the nearest name, and how a package offers a part.
         """
         accepted = _ACCEPTED.get()
         if name in self.own or name in self.aliases or name in self._added or accepted is None or name in accepted:
@@ -142,13 +144,14 @@ class Register:
                 entry = self._installed[name]
                 try:
                     self._loaded[name] = entry.load()
-                except (ImportError, AttributeError) as error:
+                except Exception as error:  # a package's code may raise anything
                     raise PartError(
-                        f"{self.kind} {name!r}: {entry.value} of {_package(entry)[0]} cannot be imported: {error}"
+                        f"{self.kind} {name!r}: {entry.value} of {_package(entry)[0]} cannot be imported: "
+                        f"{type(error).__name__}: {error}"
                     ) from error
             else:
                 with accepting(()):
-                    self.check(name)  # says what there is, if nobody said that the name is an archive's
+                    self.check(name)  # raises the error that lists all names, unless the name is accepted
                 raise AssertionError(name)
         return self._loaded[name]
 
@@ -158,16 +161,22 @@ class Register:
         Raises:
             PartError: if the name is taken.
         """
-        if not self.foreign(name) or name in self._installed:
+        if not self.foreign(name) or name in self._added or name in self._installed:
             raise PartError(f"{self.kind} {name!r} is there already ({self.origin(name).package}); give another name")
         self._added[name] = part
+
+    def holds(self, name: str, part: Any) -> bool:
+        """Whether `part` itself is registered under `name`."""
+        if name not in self._added and name not in self._installed:
+            return False
+        return bool(self.load(name) == part)
 
     def remove(self, name: str) -> None:
         """Forget a part that was added to this process."""
         self._added.pop(name, None)
 
     def origin(self, name: str) -> Origin:
-        """Where the part of that name comes from, without importing it."""
+        """Package, version and place of the part of that name; nothing is imported."""
         if not self.foreign(name):
             from tsdyn._version import __version__
 
@@ -177,20 +186,26 @@ class Register:
             return Origin(*_package(entry), entry.value)
         self.check(name)
         where = THIS_PROCESS if name in self._added else "unknown"
-        return Origin(where, "", repr(self._added.get(name)))
+        return Origin(where, "", _place(self._added.get(name)))
 
     def foreign(self, name: str) -> bool:
         """Whether the part is not one of tsdyn's own."""
         return name not in (*self.own, *self.aliases, *self.hidden)
 
     def forget_installed(self) -> None:
-        """Look for installed packages anew; for tests and for sessions that install one."""
+        """Search installed packages again at the next use; for tests, and for sessions that install a package."""
         self.__dict__.pop("_installed", None)
         self._loaded.clear()
 
 
 def _package(entry: metadata.EntryPoint) -> tuple[str, str]:
     return ("?", "") if entry.dist is None else (entry.dist.name, entry.dist.version)
+
+
+def _place(part: Any) -> str:
+    """``module:name`` of a function or class; for other parts, of their type."""
+    named = part if hasattr(part, "__qualname__") else type(part)
+    return f"{named.__module__}:{named.__qualname__}"
 
 
 def _attribute(target: str) -> Any:
@@ -204,7 +219,7 @@ ACTIVATIONS = Register(
     ("relu", "leaky_relu", "identity", "erf", "tanh", "sigmoid", "softplus", "gelu", "silu"),
 )
 LOSSES = Register("loss", "tsdyn.engine.loss:LOSSES", ("mse", "cross_entropy"))
-#: SGD with training.momentum is another part of the table; files say "sgd" for both.
+#: SGD with training.momentum > 0 is a part of its own, "momentum"; experiment files write "sgd" for both.
 OPTIMIZERS = Register(
     "optimizer", "tsdyn.engine.rule:OPTIMIZERS", ("sgd", "adam"), ("gd", "flow"), hidden=("momentum",)
 )
@@ -220,10 +235,47 @@ STARTS = Register(
     ("gaussian", "torch", "near-teacher", "same-direction", "same-sign"),
     aliases=("file", "rewind", "rewind-reinitialised"),
 )
-OBSERVABLES = Register("observable", "tsdyn.observables:OBSERVABLES", ())
-STUDIES = Register("study", "tsdyn.studies:MODULES", ())
+#: Variables that training records at each recorded epoch; the aliases are words for several of them.
+OBSERVABLES = Register(
+    "observable",
+    "tsdyn.observables.registry:OBSERVABLES",
+    tuple(row.name for row in VARIABLES.values() if "training" in row.kinds and row.when == "along"),
+    aliases=tuple(family for family in FAMILIES if family not in VARIABLES),
+)
+#: The study "a-b" is the module studies/a_b.py.
+STUDIES = Register(
+    "study",
+    "tsdyn.studies:STUDIES",
+    (
+        "tian2019-luck",
+        "tian2019-data",
+        "tian2019-ranks",
+        "tian2019-batchnorm-bias",
+        "tian2019-cifar10",
+        "tian2019-digits",
+        "tian2019-heatmaps",
+        "tian2019-multilayer",
+        "tian2019-multilayer-large",
+        "tian2020-connectivity",
+        "tian2020-samples",
+        "tian2020-augmentation",
+        "tian2020-cifar10",
+        "tian2020-digits",
+        "tian2020-boundaries",
+        "tian2020-l-shape",
+        "tian2020-multilayer-l-shape",
+        "tian2020-success-rate",
+        "tian2020-recovery",
+        "simsek2023-trajectories",
+        "simsek2023-one-neuron",
+        "simsek2023-loss",
+        "simsek2023-norms",
+        "simsek2023-phase-diagram",
+        "goldt2019-eg",
+    ),
+)
 
-#: Every register by its kind.
+#: Kind → its register.
 ALL: Mapping[str, Register] = {
     register.kind: register
     for register in (ACTIVATIONS, LOSSES, OPTIMIZERS, LAWS, TEACHERS, STARTS, OBSERVABLES, STUDIES)

@@ -1,7 +1,7 @@
-"""What an archive may hold: the law of its variables, the shape of a run, and how earlier versions are read.
+"""The schema of archives: declared variables, the shapes of a run, validation, and reading of earlier versions.
 
-What is declared in `tsdyn.vocabulary`, or by `declare`, is law: `validate` refuses a Dataset that differs, and
-observables register under these names.  Imports no torch.
+Variables are declared in `tsdyn.vocabulary` or by `declare`; `validate` refuses a Dataset that differs from the
+declarations, and observables register under these names.  Imports no torch.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -30,8 +32,8 @@ from tsdyn.vocabulary import (
     When,
 )
 
-#: 1: no state in a finished archive, no checksum beside it.  2: both.
-#: 3: gradients and Hessians are those of the loss that was trained; before, of the squared error whatever was trained.
+#: Version 1: a finished archive has no training state and no checksum.  Version 2: it has both.
+#: Version 3: gradients and Hessians are of the trained loss; before, they were of the squared error in any case.
 VERSION = 3
 
 
@@ -53,22 +55,22 @@ def declare(
     """Make a variable of your own known to this process, so that runs record and archives hold it.
 
     Args:
-        name: Of the variable; an identifier that no variable, coordinate or dimension has.
+        name: Name of the variable: an identifier that is not the name of a variable, coordinate or dimension.
         dims: ``seed``, ``epoch``, then ``layer`` if it has one array per layer, then node dimensions of `DIMENSIONS`
             whose sizes a run knows (``node``, ``node_2``, ``teacher_node``, ``teacher_node_2``, ``input_node``,
             ``quantile``, ``mode``, ``top_k``).
-        units: As CF writes them; ``"1"`` for a number without.
-        long_name: One line, as an axis label would say it.
+        units: Units as in the CF conventions; ``"1"`` for a number without units.
+        long_name: One line, fit for an axis label.
         source: Paper and equation, or the package.
-        conditions: What NaN means and over which set it is measured.
-        deep: Whether it is measured of convolutions and of networks with BatchNorm, too.
-        own: Whether it is measured of students that are modules of the user's own.
+        conditions: What NaN means, and over which samples it is measured.
+        deep: Whether it can be measured on convolutions and networks with BatchNorm, too.
+        own: Whether it can be measured on students that are modules of the user's own.
 
     Returns:
-        The variable.  Declaring the same once more changes nothing.
+        The variable.  Declaring the same again changes nothing.
 
     Raises:
-        SchemaError: if the name is taken by another, or the dimensions are none that a run can size.
+        SchemaError: if the name is taken, or a run has no size for a dimension.
 
     Example:
         >>> import tsdyn
@@ -90,7 +92,7 @@ def declare(
     if unknown := [dim for dim in inner if dim not in sized]:
         raise SchemaError(f"declare: {name}: a run has no size for {', '.join(unknown)}; it has {', '.join(sized)}")
     if not name.isidentifier() or name in {*COORDINATES, *DIMENSIONS, *FAMILIES, *VARIABLES}:
-        raise SchemaError(f"declare: {name!r} is taken, or is no identifier; give another name")
+        raise SchemaError(f"declare: {name!r} is taken, or is not an identifier; give another name")
     if missing := [key for key in ("units", "long_name", "source") if not getattr(row, key).strip()]:
         raise SchemaError(f"declare: {name}: {', '.join(missing)} is empty; an archive must say what its numbers are")
     adopt(row)
@@ -98,10 +100,10 @@ def declare(
 
 
 def adopt(row: Variable) -> None:
-    """Make a variable that was declared, perhaps in another process, known to this one.
+    """Make a variable known to this process that was declared before, perhaps in another one.
 
     Raises:
-        SchemaError: if another one of that name is.
+        SchemaError: if a different variable of that name is declared already.
     """
     if DECLARED.setdefault(row.name, row) != row:
         raise SchemaError(f"declare: {row.name!r} is declared already, differently: {DECLARED[row.name]}")
@@ -111,7 +113,7 @@ def variable(name: str) -> Variable:
     """The schema's variable of that name, or the one that was declared in this process.
 
     Raises:
-        SchemaError: if there is none; says how to declare it.
+        SchemaError: if there is none, with the way to declare it.
     """
     found = VARIABLES.get(name) or DECLARED.get(name)
     if found is None:
@@ -120,12 +122,13 @@ def variable(name: str) -> Variable:
 
 
 def recordable(*, deep: bool = False, own: bool = False, bare_teacher: bool = False) -> tuple[str, ...]:
-    """Variables that an experiment file of training can ask for; `observables` registers a measurement for each.
+    """Variables that a training experiment can record; `observables` registers a measurement for each.
 
     Args:
-        deep: Only those that are measured of convolutions (a node is a channel) and of networks with BatchNorm.
-        own: Only those that are measured of students that are modules of the user's own.
-        bare_teacher: Only those that need no layers of the teacher, which is a module of the user's own.
+        deep: Only those that can be measured on convolutions (a node is a channel) and networks with BatchNorm.
+        own: Only those that can be measured on students that are modules of the user's own.
+        bare_teacher: Only those that can be measured with a teacher that is a module of the user's own, whose layers
+            are not known.
     """
     rows = (row for row in VARIABLES.values() if "training" in row.kinds and row.when == "along")
     asked = {"deep": deep, "own": own, "bare_teacher": bare_teacher}
@@ -133,12 +136,12 @@ def recordable(*, deep: bool = False, own: bool = False, bare_teacher: bool = Fa
 
 
 def recorded(kind: Kind, asked: Iterable[str], when: When | None = None) -> tuple[str, ...]:
-    """Variables that a run of `kind` records: of training those `asked` for by `expand`, of others all of the kind's.
+    """Variables that a run of `kind` records: in training those `asked` for, in other kinds all of that kind.
 
     Args:
-        kind: Of the experiment.
+        kind: Kind of the experiment.
         asked: ``record.observables``.
-        when: Only those of this time.
+        when: Only variables recorded at this time: along the run, at its start or at its end.
     """
     rows = tuple(row for row in VARIABLES.values() if kind in row.kinds)
     if kind == "training":
@@ -149,13 +152,13 @@ def recorded(kind: Kind, asked: Iterable[str], when: When | None = None) -> tupl
 
 
 def printable(text: object) -> str:
-    """Without control characters: attributes and names may come from anybody's file."""
+    """The text without control characters, since attributes and names may come from a stranger's file."""
     return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in str(text))
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The shape of one run: who its members are and how wide each layer is.
+    """The sizes of one run's dimensions: its members, and how wide each layer is.
 
     Attributes:
         seeds: Labels of the members.
@@ -163,11 +166,12 @@ class Layout:
         widths: Student widths n_1..n_L.
         teacher_widths: Teacher widths m_1..m_L.
         quantiles: Labels of the ``quantile`` dimension.
-        modes: Hessian eigenvalues recorded.
-        fan_ins: Numbers in a row of each student weight, where that is not the width of the layer below.
-        teacher_fan_ins: Likewise of the teacher.
-        entries, teacher_entries: Numbers of a student's or teacher's parameters and buffers, if it is an own module.
-        path: The dimension along which the run goes.
+        modes: Number of Hessian eigenvalues recorded.
+        fan_ins: Length of a row of each student weight, if it is not the width of the layer below.
+        teacher_fan_ins: The same for the teacher.
+        entries, teacher_entries: How many numbers the parameters and buffers of a student or teacher hold that is a
+            module of the user's own.
+        path: The dimension along which the run is recorded.
     """
 
     seeds: tuple[int, ...]
@@ -196,7 +200,7 @@ class Layout:
         return self.teacher_fan_ins or (self.input_width, *self.teacher_widths[:-1])
 
     def node_widths(self, variable: Variable, dim: str) -> tuple[int, ...]:
-        """True sizes of a dimension at layers 1..L, for `variable`; without layers, at the lowest, or the one size."""
+        """Sizes without padding of a dimension of `variable` at layers 1..L; one size if it has no layers."""
         if dim in SIZED:
             return (self.padded(dim),)
         widths = self._node_widths(variable, dim)
@@ -209,7 +213,7 @@ class Layout:
         return self.teacher_widths if dim.startswith("teacher_") else self.widths
 
     def padded(self, dim: str) -> int:
-        """Size of a dimension in the Dataset; of node dimensions, that of the widest layer."""
+        """Size of a dimension in the Dataset; node dimensions are padded to the widest layer."""
         if dim in SIZED:
             sizes = {"quantile": len(self.quantiles), "mode": self.modes, "top_k": min(TOP, self.widths[-1])}
             return (sizes | {"entry": self.entries, "teacher_entry": self.teacher_entries})[dim]
@@ -218,7 +222,7 @@ class Layout:
         return max(self.teacher_widths if dim.startswith("teacher_") else self.widths)
 
     def block(self, variable: Variable, layer: int | None) -> tuple[int, ...]:
-        """True sizes of what `variable` holds of one member and epoch, at `layer` (1..L) if it has layers."""
+        """Shape without padding of `variable` for one member and epoch, at `layer` (1..L) if it has layers."""
         inner = [dim for dim in variable.dims if dim not in ("seed", "epoch", "layer")]
         return tuple(self.node_widths(variable, dim)[(layer or 1) - 1] for dim in inner)
 
@@ -247,7 +251,7 @@ def weight_shapes(
 
 
 def expand(names: Iterable[str]) -> tuple[str, ...]:
-    """Variables asked for by a list of observables, families spelled out, in order and once each."""
+    """Variables named by a list of observables, with families replaced by their variables; in order, once each."""
     variables: dict[str, None] = {}
     for name in names:
         variables.update(dict.fromkeys(FAMILIES.get(name, (name,))))
@@ -255,15 +259,15 @@ def expand(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def path_of(ds: xr.Dataset | xr.DataArray) -> Path:
-    """The dimension along which a run went, of its archive or a slice; ``epoch`` if it has none."""
+    """The dimension along which a run was recorded, from its archive or a slice of it; ``epoch`` if it has none."""
     return next((path for path in PATHS if path in ds.dims or path in ds.coords), "epoch")
 
 
 def words_of(array: xr.DataArray) -> xr.DataArray:
-    """The words that a variable's numbers stand for; the empty word for NaN.
+    """The words that a variable's numbers stand for (CF's flag_meanings); the empty string for NaN.
 
     Raises:
-        ValueError: if its attributes name none.
+        ValueError: if the variable has no flag_meanings.
     """
     if "flag_meanings" not in array.attrs:
         raise ValueError(f"words_of: {array.name} has no attribute flag_meanings; its numbers stand for themselves")
@@ -273,29 +277,47 @@ def words_of(array: xr.DataArray) -> xr.DataArray:
     return codes.copy(data=words[codes.values]).assign_attrs(attrs)
 
 
-#: Attribute of an archive: variables of users that it holds, as JSON.
+#: Attribute of an archive: the registered parts of its experiment that other packages offered, as JSON.
+PARTS = "parts"
+#: Attribute of an archive: declarations of the variables in it that are not the schema's own, as JSON.
 DECLARES = "declared_variables"
 
 
 def declarations(names: Iterable[str]) -> dict[str, str]:
-    """The attribute by which an archive declares those of its variables that are not the schema's own."""
+    """The attribute that declares those variables of an archive that are not the schema's own."""
     rows = [asdict(variable(name)) for name in names if name not in VARIABLES]
     return {DECLARES: json.dumps(rows)} if rows else {}
 
 
+def united(attributes: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Attributes about packages' parts and declared variables, merged from several archives; the first one wins."""
+    found: dict[str, str] = {}
+    parts: dict[str, Any] = {}
+    rows: dict[str, Any] = {}
+    for attrs in attributes:
+        with suppress(ValueError, TypeError, AttributeError, KeyError):  # `problems` reports it for the archive itself
+            parts = {**json.loads(attrs.get(PARTS, "{}")), **parts}
+            rows = {**{row["name"]: row for row in json.loads(attrs.get(DECLARES, "[]"))}, **rows}
+    if parts:
+        found[PARTS] = json.dumps(parts)
+    if rows:
+        found[DECLARES] = json.dumps(list(rows.values()))
+    return found
+
+
 def declared_in(ds: xr.Dataset) -> dict[str, Variable]:
-    """Variables that a Dataset says it holds beside the schema's own, by name."""
+    """Variables, by name, that a Dataset's attribute declares beside the schema's own."""
     try:
-        rows = json.loads(ds.attrs.get(DECLARES, "[]"))
+        rows: list[dict[str, Any]] = json.loads(ds.attrs.get(DECLARES, "[]"))
         lists = ("dims", "kinds", "words")
-        found = [Variable(**{k: tuple(v) if k in lists else v for k, v in row.items()}) for row in rows]
+        found = [Variable(**(row | {k: tuple(row[k]) for k in lists if k in row})) for row in rows]
     except (TypeError, ValueError, AttributeError) as error:
         raise SchemaError(f"attribute {DECLARES} is not what tsdyn writes: {error}") from None
     return {row.name: row for row in found}
 
 
 def problems(ds: xr.Dataset, *, swept: Iterable[str] = ()) -> list[str]:
-    """What in `ds` breaks the schema, one sentence each; empty if nothing does.
+    """Sentences that say where `ds` breaks the schema; empty if it obeys it.
 
     Args:
         ds: Dataset of one run or, with `swept`, of a sweep.
@@ -309,7 +331,7 @@ def problems(ds: xr.Dataset, *, swept: Iterable[str] = ()) -> list[str]:
         if name in extra or (name in DIMENSIONS and array.dims == (name,)):
             continue
         if name not in known and name in ds.coords and array.ndim == 1 and array.dims[0] in extra:
-            continue  # a swept key that varies along a dimension with others
+            continue  # a swept key that varies together with others is a coordinate
         if name not in known:
             found.append(f"{name}: not a variable of schema {VERSION}")
             continue
@@ -320,7 +342,7 @@ def problems(ds: xr.Dataset, *, swept: Iterable[str] = ()) -> list[str]:
         if name not in COORDINATES:
             if array.attrs.get("units") != known[name].units:
                 found.append(f"{name}: attribute 'units' is {array.attrs.get('units')!r}, not {known[name].units!r}")
-            # an archive keeps the words of its day
+            # texts may differ: an archive keeps those of the version that wrote it
             missing = [key for key in ("long_name", "source") if not array.attrs.get(key)]
             found += [f"{name}: attribute {key!r} is missing" for key in missing]
             if array.dtype.kind != "f":
@@ -343,7 +365,7 @@ def problems(ds: xr.Dataset, *, swept: Iterable[str] = ()) -> list[str]:
 
 
 class SchemaError(ValueError):
-    """A Dataset that is not of the schema."""
+    """A Dataset or variable does not obey the schema."""
 
 
 def validate(ds: xr.Dataset, *, swept: Iterable[str] = ()) -> xr.Dataset:
@@ -358,19 +380,19 @@ def validate(ds: xr.Dataset, *, swept: Iterable[str] = ()) -> xr.Dataset:
     return ds
 
 
-#: Version → what makes a Dataset of it one of the next.  Every version that ever was has an entry, and an archive of
-#: it in ``tests/data``.
+#: Version → function from a Dataset of that version to the next.  Every former version has an entry, and an archive in
+#: ``tests/data``.
 MIGRATIONS: Mapping[int, Callable[[xr.Dataset], xr.Dataset]] = {
-    1: lambda ds: ds,  # what version 2 added is beside the variables
-    2: lambda ds: ds,  # the same variables; which of them are wrong, `tsdyn.archive.wrong_numbers` says
+    1: lambda ds: ds,  # version 2 changed no variables
+    2: lambda ds: ds,  # the same variables; `tsdyn.archive.wrong_numbers` names those that are wrong
 }
 
 
 def migrate(ds: xr.Dataset) -> xr.Dataset:
-    """`ds` as the present version of the schema has it; itself if it says no version.
+    """`ds` converted to the present version of the schema; unchanged if it has no version attribute.
 
     Raises:
-        SchemaError: if its version is not known to this tsdyn.
+        SchemaError: if this tsdyn does not know its version.
     """
     version = ds.attrs.get("schema_version", VERSION)
     if not isinstance(version, (int, np.integer)) or not (version == VERSION or version in MIGRATIONS):

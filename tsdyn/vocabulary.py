@@ -1,6 +1,6 @@
-"""The archive's alphabet: every dimension, coordinate and variable, declared once.  Imports no torch.
+"""The names in archives: every dimension, coordinate and variable, declared once.  Imports no torch.
 
-The reference table of the documentation is printed from `VARIABLES`; `tsdyn.schema` says what obeys it.
+The reference table of the documentation is printed from `VARIABLES`; `tsdyn.schema` checks Datasets against it.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Any, Literal
 Kind = Literal["training", "population-flow", "online"]
 Path = Literal["epoch", "time", "alpha"]
 When = Literal["start", "along", "end"]
-#: Of a recorded step: an epoch, a time or an α.
+#: The label of a recorded step: an epoch, a time or an α.
 Label = int | float
-#: Dimensions along which runs go, each the one of a kind.  `VARIABLES` says ``epoch`` for all of them.
+#: Dimensions along which runs are recorded, one per kind.  `VARIABLES` writes ``epoch`` for all of them.
 PATHS: tuple[Path, ...] = ("epoch", "time", "alpha")
 
 DIMENSIONS: Mapping[str, str] = {
@@ -51,14 +51,14 @@ class Variable:
         name: Name in the Dataset.
         dims: Dimensions in order, without those of swept keys, which come first.
         units: ``1`` for dimensionless.
-        long_name: One line, as an axis label would say it.
+        long_name: One line, fit for an axis label.
         source: Paper and equation.
-        conditions: What NaN means and over which set it is measured.
-        kinds: Kinds of experiments whose runs record it; those of training if their file asks for it.
-        deep: Whether it is measured of convolutions and of networks with BatchNorm, too ...
-        own: ... of students that are modules of the user's own ...
-        bare_teacher: ... and with teachers that are, whose layers are not known.
-        when: ``along`` the run, once at its ``start`` or once at its ``end``.
+        conditions: What NaN means, and over which samples it is measured.
+        kinds: Kinds of experiments whose runs record it; training runs only if the experiment asks for it.
+        deep: Whether it can be measured on convolutions and networks with BatchNorm, too ...
+        own: ... on students that are modules of the user's own ...
+        bare_teacher: ... and with teachers that are modules of the user's own, whose layers are not known.
+        when: Recorded ``along`` the run, once at its ``start`` or once at its ``end``.
         words: What the numbers 0, 1, ... stand for.
     """
 
@@ -76,17 +76,17 @@ class Variable:
     words: tuple[str, ...] = ()
 
     def along(self, path: Path) -> tuple[str, ...]:
-        """Dimensions in a file of a run along `path`."""
+        """Its dimensions in a file of a run that is recorded along `path`."""
         return tuple(path if dim == "epoch" else dim for dim in self.dims)
 
     @property
     def layered(self) -> bool:
-        """Whether the variable has one block a layer."""
+        """Whether the variable has one array per layer."""
         return "layer" in self.dims
 
     @property
     def attrs(self) -> dict[str, Any]:
-        """netCDF attributes; numbers that stand for words say so as CF has it."""
+        """Its netCDF attributes; for numbers that stand for words, CF's flag_values and flag_meanings too."""
         attrs: dict[str, Any] = {"units": self.units, "long_name": self.long_name, "source": self.source}
         if self.words:
             attrs |= {"flag_values": [float(i) for i in range(len(self.words))], "flag_meanings": " ".join(self.words)}
@@ -118,7 +118,7 @@ _END = "after Newton's method where the flow arrived, else where it stopped"
 _ODD = "NaN where it is not known: n >= k and activations that are not odd"
 
 STOP_REASONS = ("time", "gradient", "singular", "steps", "not-finite")
-#: Kinds of stationary points, then why a flow that did not arrive stopped.
+#: Kinds of stationary points, then reasons why a flow stopped elsewhere.
 END_KINDS = ("minimum", "saddle", "degenerate", "not-stationary", "time", "singular", "steps", "not-finite")
 END_CLASSES = ("copy-average", "perturbed-copy", "other")
 END_GROUNDS = (
@@ -520,12 +520,12 @@ COORDINATES: Mapping[str, Variable] = _table(
     ),
 )
 
-#: Dimensions whose sizes the record decides, not the networks.
+#: Dimensions whose sizes depend on ``[record]`` instead of the networks.
 SIZED = ("quantile", "mode", "top_k", "entry", "teacher_entry")
-#: Most outputs that `accuracy` counts.
+#: The largest k of the top-k `accuracy`.
 TOP = 5
 
-#: Size of each node dimension at one layer: the coordinate that says where the layer ends.
+#: Node dimension → the coordinate that holds its size at each layer.
 NODE_WIDTHS: Mapping[str, str] = {
     "node": "width",
     "node_2": "width",
@@ -533,7 +533,7 @@ NODE_WIDTHS: Mapping[str, str] = {
     "teacher_node_2": "teacher_width",
 }
 
-#: What one word in ``record.observables`` asks for, where it is more than the variable of that name.
+#: Word in ``record.observables`` → variables, for words that are not the name of a single variable.
 FAMILIES: Mapping[str, tuple[str, ...]] = {
     "loss": ("loss_train", "loss_eval"),
     "mse": ("mse_train", "mse_eval"),
@@ -544,7 +544,7 @@ FAMILIES: Mapping[str, tuple[str, ...]] = {
     "moments": ("A", "B", "H", "H_star", "D", "D_star", "L", "L_star"),
 }
 
-#: Stored once a seed, and known when a run begins.
+#: Variables stored once per seed, and known when a run begins.
 CONSTANTS = tuple(row.name for row in VARIABLES.values() if row.when == "start")
-#: Stored once a seed, and known when a run has ended.
+#: Variables stored once per seed, and known when a run has ended.
 OUTCOMES = tuple(row.name for row in VARIABLES.values() if row.when == "end")

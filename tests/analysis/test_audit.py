@@ -8,7 +8,7 @@ import tsdyn
 from tests.cases import small
 from tsdyn import theory
 from tsdyn.problem.teachers import draw_teacher
-from tsdyn.theory import alignments, couplings
+from tsdyn.theory import alignments
 
 RECORD = ["mse", "correlation", "fanout_norm", "weight", "moments", "lemma1_residual", "alignment", "gradient_max"]
 
@@ -152,7 +152,7 @@ def test_equation_1_holds_and_a_gradient_of_another_network_fails(run, monkeypat
     found = audit(run).sel(claim="Equation 1")
     assert (found.verdict == "holds").all()
     true = theory.backpropagated_gradients
-    monkeypatch.setattr(couplings, "backpropagated_gradients", lambda *of: [1.001 * g for g in true(*of)])
+    monkeypatch.setattr(theory, "backpropagated_gradients", lambda *of: [1.001 * g for g in true(*of)])
     assert (audit(run).sel(claim="Equation 1").verdict == "fails").all()
 
 
@@ -255,7 +255,13 @@ def saved(folder, weights, biases):
     "changes",
     [
         {"student__scale": 1e-7},
-        {"teacher__init": "gaussian", "teacher__scale": 1e-3, "teacher__unit_norm": False, "teacher__bias": False},
+        {
+            "teacher__init": "gaussian",
+            "teacher__scale": 1e-3,
+            "teacher__unit_norm": False,
+            "teacher__bias": False,
+            "student__scale": 1e-3,
+        },
         {"data__std": 1e-3, "teacher__bias": False},
         {"student__scale": 1e-7, "teacher__widths": [10, 4, 4, 6]},
     ],
@@ -314,7 +320,7 @@ def test_equation_1_notices_an_error_in_the_smallest_layer(tmp_path, monkeypatch
         first, *others = true(*of)
         return [1.001 * first, *others]
 
-    monkeypatch.setattr(couplings, "backpropagated_gradients", planted)
+    monkeypatch.setattr(theory, "backpropagated_gradients", planted)
     assert (audit(ds).sel(claim="Equation 1").verdict == "fails").all()
 
 

@@ -1,12 +1,14 @@
 """Figures show what was measured, of runs, sweeps, listed points and slices; nothing here is timed or looked at."""
 
+import sys
+
 import numpy as np
 import pytest
 import xarray as xr
 from matplotlib.figure import Figure
 from PIL import Image
 from tsdyn.analysis import figures, matching, panels, phase, specialization
-from tsdyn.analysis.figures import FIGURES, draw_l_shape, measure_l_shape, recipes
+from tsdyn.analysis.figures import FIGURES, draw_l_shape, measure_l_shape
 
 import tsdyn
 from tests.cases import small
@@ -89,7 +91,7 @@ def test_axes_functions_draw_on_the_axes_given(name, run, sweep):
 
 @pytest.mark.parametrize("name", FIGURES)
 def test_what_is_measured_stays_as_it_is(name, sweep):
-    measure = getattr(recipes, "measure_" + name.replace("-", "_"))
+    measure = getattr(sys.modules[FIGURES[name].draw.__module__], "measure_" + name.replace("-", "_"))
     once = measure(sweep)
     assert not any(array.chunks for array in once.data_vars.values())
     assert measure(once) is once

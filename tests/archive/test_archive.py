@@ -444,7 +444,7 @@ def test_without_flock_the_file_itself_is_the_lock(tmp_path, no_flock, monkeypat
 def test_a_stale_lock_file_is_taken_over_and_whose_it_was_is_said(tmp_path, no_flock, monkeypatch, caplog, elsewhere):
     """A lock of this machine once its process is gone; of another machine once it has been silent for `SILENCE`."""
     holder = json.loads(lock.Lock(tmp_path)._owner()) | {"pid": 2**22 + 1}
-    holder |= {"host": "elsewhere"} if elsewhere else {}
+    holder |= {"host": "elsewhere", "world": "another machine"} if elsewhere else {}
     (tmp_path / "LOCK").write_text(json.dumps(holder))
     if elsewhere:
         with pytest.raises(ArchiveError, match=r"another process is writing here .*elsewhere pid"):

@@ -242,7 +242,7 @@ def test_listed_points(tmp_path):
         ({"points": [{"teacher.polarity": 0.0}, {"student.scale": 0.1}]}, "all with the same keys"),
         ({"points": [{"teacher.polarity": 0.0}] * 2}, "values of 'teacher.polarity' repeat"),
         ({"points": [{"teacher.polarity": 0.0}], "zip": {"student.scale": [0.1]}}, "write one of them"),
-        ({"teacher.polarity": [0.0], "zip": {"teacher.polarity": [1.0]}}, "stands there twice"),
+        ({"teacher.polarity": [0.0], "zip": {"teacher.polarity": [1.0]}}, "are listed twice"),
         ({"zip": {"teacher.polarty": [1.0]}}, "did you mean 'teacher.polarity'"),
         ({"teacher.polarity": 1.0}, "must be a list of at least one value"),
         ({"teacher.polarity": []}, "must be a list of at least one value"),
@@ -303,6 +303,6 @@ def test_what_needs_the_experiment_says_so_of_several_archives(tmp_path):
         tsdyn.run(small(seeds=1, training__epochs=1, teacher__polarity=polarity), tmp_path / str(polarity))
     both = tsdyn.open([tmp_path / "0.0", tmp_path / "1.0"])
     for ask in (audit, similarity.student_teacher):
-        with pytest.raises(ValueError, match="no attribute 'experiment'; of several archives opened together ask each"):
+        with pytest.raises(ValueError, match="several archives opened together have several experiments; ask each"):
             ask(both if ask is audit else both.isel(epoch=-1))
     assert selecting.experiment_of(tsdyn.open(tmp_path / "0.0")).teacher.polarity == 0.0

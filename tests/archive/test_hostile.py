@@ -332,7 +332,7 @@ def test_weights_are_loaded_without_executing_anything(tmp_path, monkeypatch):
 def test_a_signal_commits_the_epoch_in_work(command, tmp_path, monkeypatch, number, code):  # noqa: F811
     file = tmp_path / "small.toml"
     file.write_text(small(**{**FEW, "training__epochs": 6}).to_toml(), encoding="utf-8")
-    train = Members.train
+    train = Members.advance
 
     def interrupted(self, epoch):
         if epoch == 3:
@@ -340,7 +340,7 @@ def test_a_signal_commits_the_epoch_in_work(command, tmp_path, monkeypatch, numb
         return train(self, epoch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Members, "train", interrupted)
+        patch.setattr(Members, "advance", interrupted)
         got, _, err = command("run", file, "-o", tmp_path / "run", "--quiet")
     assert got == code
     assert "the same command goes on from there" in err
@@ -466,7 +466,7 @@ def test_a_sweep_whose_experiment_is_damaged_is_refused_by_every_verb(command, s
     with pytest.raises(ArchiveError, match="put the sweep's experiment file back"):
         integrity.repair(swept)
     file.write_text(whole.replace("observables", "observ5bles"), encoding="utf-8")
-    with pytest.raises(ArchiveError, match="no experiment of tsdyn's"):
+    with pytest.raises(ArchiveError, match="not an experiment of tsdyn's"):
         tsdyn.open(swept)
 
 
@@ -513,7 +513,7 @@ def test_reading_a_damaged_file_apart_has_a_limit(copy):
     """An endless loop is ended by the limit on processor time."""
     code = (
         "import sys; from tsdyn.archive import integrity; integrity.APART_SECONDS = 0; "
-        "integrity._contents = lambda *_: iter(int, 1); integrity._work_apart('contents', sys.argv[1])"
+        "integrity._contents = lambda *_: iter(int, 1); integrity._work_in_subprocess('contents', sys.argv[1])"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, copy / "archive.nc"], input="", text=True, timeout=60, check=False

@@ -91,7 +91,7 @@ def until_training(of: tsdyn.Experiment, path: Path) -> float:
         raise Reached
 
     start = time.perf_counter()
-    with patch.object(Members, "train", stop):
+    with patch.object(Members, "advance", stop):
         try:
             tsdyn.run(of, path)
         except Reached:

@@ -22,7 +22,7 @@ from tsdyn.archive import run_directory
 from tsdyn.running.members import Members
 
 PARTS = {
-    "training": (Members, "train"),
+    "training": (Members, "advance"),
     "recording": (Members, "measure"),
     "committing": (run_directory.RunDirectory, "commit"),
     "joining": (run_directory.RunDirectory, "consolidate"),

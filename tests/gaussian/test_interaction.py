@@ -6,6 +6,7 @@ import torch
 
 from tests import oracles
 from tests.cases import rng
+from tsdyn import registers
 from tsdyn.gaussian import interaction
 from tsdyn.networks import activations
 
@@ -34,12 +35,17 @@ def test_interactions_are_the_double_integral(name):
         assert abs(g - oracles.gaussian_pair(sigma, r1, r2, u)) <= 1e-12 * size, (r1, r2, u)
 
 
-def test_an_activation_registered_anew_gets_no_closed_form_of_another(monkeypatch):
+@pytest.fixture
+def sine():
+    registers.ACTIVATIONS.add("sin", activations.Activation("sin", torch.sin, torch.cos, torch.nn.Identity))
+    yield "sin"
+    registers.ACTIVATIONS.remove("sin")
+
+
+def test_an_activation_registered_anew_gets_no_closed_form_of_another(sine):
     """E[sin(r₁x) sin(r₂y)] against Monte Carlo, and its own closed form e^(−(A+B)/2) sinh c."""
-    sine = activations.Activation("sin", torch.sin, torch.cos, torch.nn.Identity)
-    monkeypatch.setattr(activations, "_SMOOTH", {**activations._SMOOTH, "sin": sine})
     A, B, c = (torch.tensor(v, dtype=torch.float64) for v in (1.2, 0.7, 0.5))
-    found = float(interaction.interaction_of("sin")(A, B, c))
+    found = float(interaction.interaction_of(sine)(A, B, c))
     x = rng(3).multivariate_normal([0, 0], [[1.2, 0.5], [0.5, 0.7]], 200_000)
     products = np.sin(x).prod(1)
     assert abs(found - products.mean()) < 5 * products.std() / len(x) ** 0.5

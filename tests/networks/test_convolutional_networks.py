@@ -363,7 +363,7 @@ def test_what_convolutions_do_not_have_is_refused(tmp_path):
     with pytest.raises(ExperimentError, match="3 convolutions of 3 x 3 do not fit images"):
         labelled(tmp_path, teacher__convolution=True, data__image=[1, 6, 6], teacher__widths=[36, 4, 4, 4, 2],
                  teacher__prune=[])  # fmt: skip
-    with pytest.raises(ExperimentError, match="one ratio a hidden layer, and there are 2"):
+    with pytest.raises(ExperimentError, match="one ratio per hidden layer, and there are 2"):
         labelled(tmp_path, teacher__prune=[0.5])
     with pytest.raises(ExperimentError, match=r"needs training.loss = 'cross_entropy' and data with labels"):
         labelled(tmp_path, training__labels="data")
@@ -388,14 +388,14 @@ def test_rewound_students_keep_the_winners_and_nothing_else(tmp_path):
         assert not end[~won].any()
         assert end[won].any(1).all()
     with pytest.raises(
-        ExperimentError, match=r"inputs\) \[\(8, 10\), \(6, 8\)\] a layer, these \[\(4, 10\), \(6, 4\)\]"
+        ExperimentError, match=r"layers of \(node, inputs\) \[\(8, 10\), \(6, 8\)\], these \[\(4, 10\), \(6, 4\)\]"
     ):
         draw_student(second.replace({"student.overrealization": 1.0}), 0)
     with pytest.raises(ExperimentError, match="its run must hold seed 9"):
         draw_student(second, 9)
     for alive in ("softplus", "sigmoid"):  # at 0, so that who lost would have a gradient
         with pytest.raises(
-            ExperimentError, match=rf"student.activation = '{alive}' a node without weights is not silent"
+            ExperimentError, match=rf"student.activation = '{alive}' a node without weights still has an output"
         ):
             draw_student(second.replace({"student.activation": alive}), 0)
 

@@ -392,7 +392,7 @@ def test_what_unpacks_to_more_than_memory_is_refused_before_it_is_unpacked(tmp_p
     else:
         encoding = {"inputs": {"zlib": True, "chunksizes": (100, 12_500)}}
         xr.Dataset({"inputs": (("sample", "input"), wide)}).to_netcdf(tmp_path / name, encoding=encoding)
-    monkeypatch.setattr(images, "READ_APART", 0)
+    monkeypatch.setattr(images, "SUBPROCESS_BYTES", 0)
     monkeypatch.setattr("tsdyn.memory.available", lambda: 150_000_000)
     tracemalloc.start()
     with pytest.raises(DataError, match=r"it unpacks to 0\.1 GB, and 0\.1 GB of memory are free"):

@@ -64,7 +64,7 @@ def shell(script, folder, **more):
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGXCPU, signal.SIGUSR1])
 def test_a_warning_commits_the_epoch_in_work_and_may_come_again(command, file, tmp_path, monkeypatch, number):  # noqa: F811
     """A dropped connection, the limit on processor time, a batch system: the kernel repeats SIGXCPU every second."""
-    train = Members.train
+    train = Members.advance
 
     def interrupted(self, epoch):
         if epoch == 2:
@@ -74,7 +74,7 @@ def test_a_warning_commits_the_epoch_in_work_and_may_come_again(command, file, t
 
     before = signal.getsignal(number)
     with monkeypatch.context() as patch:
-        patch.setattr(Members, "train", interrupted)
+        patch.setattr(Members, "advance", interrupted)
         code, _, err = command("run", file, "-o", tmp_path / "run", "--quiet")
     assert code == 128 + number
     assert "the same command goes on from there" in err
@@ -85,13 +85,13 @@ def test_a_warning_commits_the_epoch_in_work_and_may_come_again(command, file, t
 
 
 def test_what_nohup_ignores_stays_ignored(file, tmp_path, monkeypatch):
-    train = Members.train
+    train = Members.advance
 
     def interrupted(self, epoch):
         os.kill(os.getpid(), signal.SIGHUP)
         return train(self, epoch)
 
-    monkeypatch.setattr(Members, "train", interrupted)
+    monkeypatch.setattr(Members, "advance", interrupted)
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         assert tsdyn.run(Experiment.from_toml(file), tmp_path / "run").sizes["epoch"] == 4
@@ -407,7 +407,7 @@ def test_memory_that_runs_out_all_the_same_is_a_sentence(command, file, tmp_path
     def refuse(*_):
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried")
 
-    monkeypatch.setattr(Members, "train", refuse)
+    monkeypatch.setattr(Members, "advance", refuse)
     code, _, err = command("run", file, "-o", tmp_path / "run", "--quiet")
     assert (code, len(err.splitlines())) == (1, 1)
     assert "no memory is left" in err

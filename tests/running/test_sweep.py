@@ -17,12 +17,13 @@ from distributed import default_client
 import tsdyn
 from tests.cases import small
 from tests.scale.trials import killing
-from tsdyn import memory
+from tsdyn import memory, registers
 from tsdyn.archive import run_directory, sweep_directory
 from tsdyn.archive.run_directory import segments
 from tsdyn.archive.whole_files import ArchiveError
 from tsdyn.engine import compiled_step, native
 from tsdyn.engine import train as train_module
+from tsdyn.engine.rule import OPTIMIZERS, Optimizer
 from tsdyn.engine.train import CHUNKS
 from tsdyn.running import estimates, joint_training, outcome, runner, sweep
 from tsdyn.running import workers as workers_module
@@ -56,18 +57,29 @@ def test_a_failing_point_does_not_stop_the_others(tmp_path):
 
 
 def test_a_point_that_fails_in_training_does_not_stop_the_others(tmp_path, monkeypatch):
-    train = Members.train
+    advance = Members.advance
 
     def failing(members, epoch):
         if members.experiment.teacher.polarity == 0.0:
             raise RuntimeError("no more")
-        return train(members, epoch)
+        return advance(members, epoch)
 
-    monkeypatch.setattr(Members, "train", failing)
+    monkeypatch.setattr(Members, "advance", failing)
     with pytest.raises(outcome.SweepError, match=r"1 of 3 points failed(.|\n)*polarity=0.0: RuntimeError: no more"):
         tsdyn.run(small(sweep=GRID, **FEW), tmp_path / "sweep")
     with pytest.raises(RuntimeError, match="no more"):
         tsdyn.run(small(teacher__polarity=0.0, **FEW), tmp_path / "run")
+
+
+def test_an_optimizer_of_the_users_own_trains_a_run(tmp_path):
+    """One of SGD's steps, which no compiled kernel takes: 90 steps of some 100 sums each round to 1e-12 at most."""
+    registers.OPTIMIZERS.add("plain", Optimizer("plain", (), OPTIMIZERS["sgd"].update))
+    try:
+        own = tsdyn.run(small(training__method="plain", **FEW), tmp_path / "own")
+        wanted = tsdyn.run(small(**FEW), tmp_path / "sgd")
+        np.testing.assert_allclose(own["mse_train"], wanted["mse_train"], rtol=1e-12)
+    finally:
+        registers.OPTIMIZERS.remove("plain")
 
 
 def test_finished_points_are_not_run_again(tmp_path, monkeypatch, undisturbed):
@@ -168,7 +180,7 @@ def ensembles(monkeypatch):
         found.append(len(parts))
         return real(parts)
 
-    monkeypatch.setattr(runner, "Together", counted)
+    monkeypatch.setattr(runner, "JointTraining", counted)
     return found
 
 
@@ -350,7 +362,9 @@ def test_companies_hold_each_point_once_and_keep_to_room_and_workers(monkeypatch
             assert len(group) == 1 or held.bytes <= room
             assert len(group) == 1 or not any(name.startswith("flow") for name in group)
     assert sorted(map(len, joint_training.group_points(points, 1, 1 << 40))) == [1, 1, 3, 3]
-    monkeypatch.setattr(sweep.resource, "getrlimit", lambda _: (8, 8))  # of open files: a lock each, and others to join
+    monkeypatch.setattr(
+        joint_training.resource, "getrlimit", lambda _: (8, 8)
+    )  # of open files: a lock each, and others to join
     assert sorted(map(len, joint_training.group_points(points, 1, 1 << 40))) == [1, 1, 1, 1, 2, 2]
 
 

@@ -59,5 +59,5 @@ def test_the_paper_scale_against_samples_is_the_papers():
 
 
 def test_an_unknown_study_names_the_nearest():
-    with pytest.raises(ValueError, match=r"no study 'tian2020-lshape' \(did you mean 'tian2020-l-shape'\?\)"):
+    with pytest.raises(ValueError, match=r"'tian2020-lshape' is no study \(did you mean 'tian2020-l-shape'\?\)"):
         studies.load("tian2020-lshape")

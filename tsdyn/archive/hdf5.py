@@ -1,4 +1,4 @@
-"""What the netCDF library does not tell of a file: asked of the HDF5 library below it.  Imports no torch."""
+"""What the netCDF library does not say about a file, asked of the HDF5 library below it.  Imports no torch."""
 
 from __future__ import annotations
 
@@ -42,10 +42,11 @@ def _library() -> Any:
 
 
 def oddities(path: Path, names: Iterable[str]) -> list[str]:
-    """What is wrong with how these variables are stored, one phrase each; to be called alone with the library.
+    """Storage of these variables that must not be read, one phrase each; to be called inside `netcdf.guarded`.
 
-    HDF5 can keep a variable's bytes in any file that the header names, so that a stranger's file would show what is in
-    files of this machine.  Floating-point numbers of two bytes are taken for text, and reading them ends the process.
+    HDF5 can keep a variable's bytes in any file that the header names, so that opening a stranger's file could show
+    the contents of other files of this machine.  Floating-point numbers of two bytes are taken for text by netCDF, and
+    reading them crashes the process.
     """
     library, found = _library(), []
     file = library.H5Fopen(os.fsencode(path), 0, 0)

@@ -1,4 +1,4 @@
-"""What files declare, less their numbers; and of the finished points of a sweep, kept in its ``index.json``.
+"""Headers of files (all that they declare, without their numbers), and a sweep's ``index.json``, which caches them.
 
 The index repeats what the headers of the files say, so that a sweep of thousands of runs opens without opening them.
 It is a cache: an entry counts only while its file has the size, time and checksum it had, and what is missing is read
@@ -41,7 +41,7 @@ from tsdyn.experiment.experiment import Experiment, differences
 
 INDEX = "index.json"
 _INDEX = re.compile(rb'\{"sha256": "([0-9a-f]{64})", "kept": (.*)\}', re.DOTALL)
-#: Of a file's attributes, those that are its run's own.
+#: Global attributes that differ from run to run, so that they are kept outside the shared header.
 OWN = ("experiment", "name", "digest", "created", RUN, "input_sha256", "history")
 
 #: Dimensions, values and attributes of what is loaded when a file is opened.
@@ -53,10 +53,10 @@ class Declared(NamedTuple):
 
     Attributes:
         dims: Its dimensions.
-        dtype: Of its numbers once they are read.
-        chunk: Its chunk on disk.
+        dtype: Type of its numbers once they are read.
+        chunk: Shape of its chunks on disk.
         attrs: Its attributes.
-        encoding: Attributes that say how its numbers are stored; none if they are stored as they are.
+        encoding: Attributes that say how its numbers are packed (``scale_factor``, ...); empty if they are not.
     """
 
     dims: tuple[str, ...]
@@ -68,15 +68,15 @@ class Declared(NamedTuple):
 
 @dataclass(frozen=True)
 class Header:
-    """What a file declares, less its numbers; runs of one shape share it.
+    """All that a file declares, without its numbers; runs of one shape share it.
 
     Attributes:
-        version: Of the schema.
+        version: Version of the schema.
         labels: Dimension → its labels; 0, 1, ... where the file has none.
         columns: Coordinates, those of dimensions among them.
-        texts: Variables that are no numbers.
-        variables: Those that are, by name.
-        attrs: Global attributes that are not the run's own.
+        texts: Variables of text.
+        variables: Variables of numbers, by name.
+        attrs: Global attributes but those in `OWN`.
     """
 
     version: Any
@@ -94,7 +94,7 @@ class Header:
 
     @classmethod
     def of_json(cls, kept: Sequence[Any]) -> Header:
-        """What `as_json` gave, whose tuples JSON made lists."""
+        """The header that `as_json` was called on, from its result after a round trip through JSON."""
         version, labels, columns, variables, attrs = kept
         if not {"seed", "layer"} <= set(labels) or not set(vocabulary.PATHS) & set(labels):
             raise ValueError("not the header of a run")
@@ -108,10 +108,10 @@ class Source(NamedTuple):
 
     Attributes:
         path: Where it is, absolute.
-        identity: What tells it from another file of that name.
-        header: What it declares.
-        own: Those of its attributes that are in `OWN`.
-        death: ``death_epoch`` of its members, none if it does not say.
+        identity: Size, times and checksum, by which another file of that name is noticed.
+        header: All that it declares.
+        own: Its attributes that are in `OWN`.
+        death: ``death_epoch`` of its members; empty if it has none.
         wrong: Variables whose numbers are not what they are called (`wrong_variables`).
     """
 
@@ -132,11 +132,11 @@ class Source(NamedTuple):
 
     @classmethod
     def of(cls, path: Path, *, upto: float = -1.0) -> Source:
-        """What a file declares, once it is compared with its checksum if it has at most `upto` bytes.
+        """The file at `path` with its header; a file of at most `upto` bytes is first compared with its checksum.
 
         Raises:
-            ArchiveError: if it is no netCDF-4 file, declares more than its size warrants or is not what its checksum
-                says.
+            ArchiveError: if it is not a netCDF-4 file, declares more than its size warrants or differs from its
+                checksum.
         """
         refuse_changed(path, upto=upto)
         netcdf.refuse_foreign(path)
@@ -194,7 +194,7 @@ def _variable(array: netCDF4.Variable) -> Declared:
 
 
 def _plain(attrs: Mapping[str, Any]) -> dict[str, Any]:
-    """Attributes for a reader, as JSON can hold them: without those that say how things are stored."""
+    """Attributes as JSON can hold them, without those that say how numbers are stored."""
     shown = {
         str(name): value for name, value in attrs.items() if not str(name).startswith("_") and name != "coordinates"
     }
@@ -202,7 +202,7 @@ def _plain(attrs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def refuse_other(source: Source, expected: Callable[[], Experiment]) -> None:
-    """Refuse a file that says that it is of another run: its numbers would stand under the wrong labels.
+    """Refuse a file whose attributes name another run: its numbers would get the wrong labels.
 
     Raises:
         ArchiveError: naming what differs.
@@ -225,7 +225,7 @@ def refuse_other(source: Source, expected: Callable[[], Experiment]) -> None:
 
 
 class _Entry(NamedTuple):
-    """A finished point in the index: `Source` in short, with the key of its header."""
+    """A finished point in the index: a `Source` with its header replaced by the header's key."""
 
     stamp: list[Any]
     header: str
@@ -235,7 +235,7 @@ class _Entry(NamedTuple):
 
 
 class Headers:
-    """What the finished points of a sweep hold, read from ``index.json`` where that is not out of date.
+    """Headers of the finished points of a sweep, from ``index.json`` where it is up to date, else from the files.
 
     Args:
         path: Directory of the sweep, or of a run, which is its own point ``.``.
@@ -262,7 +262,7 @@ class Headers:
                 self._of_theirs = set(self._entries) if found["experiment"] == self._experiment else set()
 
     def finished(self, name: str, expected: Callable[[], Experiment]) -> Source | None:
-        """The archive of one point, None if it has none.
+        """The archive of one point; None if it is not finished.
 
         Raises:
             ArchiveError: if it has one that cannot be read, or is of another experiment than `expected` gives.
@@ -301,10 +301,10 @@ class Headers:
         return source._replace(header=self._headers[self._entries[name].header])
 
     def committed(self, name: str, expected: Callable[[], Experiment]) -> list[Source]:
-        """The archive of one point, or the segments of one that goes on; nothing if it has neither.
+        """The archive of one point, or the segments of an unfinished one; empty if it has neither.
 
         Raises:
-            ArchiveError: if one cannot be read, or is of another experiment than `expected` gives.
+            ArchiveError: if a file cannot be read, or is of another experiment than `expected` gives.
         """
         folder = self.path / name
         for attempt in range(3):
@@ -316,7 +316,7 @@ class Headers:
                 for source in found:
                     refuse_other(source, expected)
                 return found
-            except FileNotFoundError:  # the run was finished, or gone on with, in this moment
+            except FileNotFoundError:  # the run was finished or resumed meanwhile
                 continue
             except ArchiveError:
                 if attempt == 2 or not (folder / ARCHIVE).is_file() or (folder / ARCHIVE).is_symlink():
@@ -324,7 +324,7 @@ class Headers:
         return []
 
     def write(self) -> None:
-        """Keep what was read, if there is anything new."""
+        """Write ``index.json`` if anything was read that it lacks."""
         if not self._changed:
             return
         used = {entry.header for entry in self._entries.values()}

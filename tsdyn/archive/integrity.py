@@ -1,4 +1,7 @@
-"""Is a directory whole, and what can be kept of one that is not.  Imports no torch."""
+"""Check whether a directory is whole (`check`), and keep what can be kept of a damaged one (`repair`).
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -49,15 +52,15 @@ from tsdyn.experiment.experiment import Experiment
 DAMAGED = "damaged"
 #: `check` and `repair` hold about this much of a variable in memory.
 BLOCK_BYTES = 1 << 26
-#: Processor time that a process of its own has for a damaged file: seconds, and seconds a byte.
+#: Processor time that the subprocess which reads a damaged file may use: seconds, plus seconds per byte of the file.
 APART_SECONDS, APART_PER_BYTE = 2, 2e-7
 
 
 def check(path: str | Path) -> list[str]:
-    """What is wrong with a run, a sweep or a file, one sentence each; empty if it is whole.
+    """Problems of a run, a sweep or a file, one sentence per problem; empty if it is whole.
 
-    Schema, attributes, monotone epochs, checksums of every segment and archive, agreement with ``experiment.toml``,
-    and every stored number read once.  A run that is not finished is whole if what it committed is.
+    Checked are schema, attributes, the order of epochs, checksums of every segment and archive and agreement with
+    ``experiment.toml``; and every stored number is read once.  An unfinished run is whole if what it committed is.
     """
     path = local_path(path)
     if (path / SWEEP).is_file():
@@ -73,7 +76,7 @@ def check(path: str | Path) -> list[str]:
 
 
 def _check_study(file: Path) -> list[str]:
-    """Of what tsdyn 0.1 left without a checksum: whether it reads, and says what each variable is."""
+    """Problems of a study directory of tsdyn 0.1, which has no checksum: unreadable, or variables without a name."""
     try:
         ds = study_directories.read(file)
     except ArchiveError as error:
@@ -128,7 +131,7 @@ def _check_run(path: Path, expected: Experiment | None = None) -> Iterator[str]:
     problems = [problem for file in files for problem in _check_file(file, experiment)]
     yield from problems
     yield from (told for file in files for told in _said_of(file))
-    if problems:  # what epochs a damaged file says it holds is not to be told from
+    if problems:  # the epochs that a damaged file claims to hold prove nothing
         return
     epochs: list[vocabulary.Label] = []
     kept: set[vocabulary.Label] = set()
@@ -151,13 +154,14 @@ def _check_file(path: Path, experiment: Experiment | None = None) -> Iterator[st
     kept = sealed(path)
     if kept is False:
         yield f"{path}: its checksum differs from the one kept in {seal_of(path).name}: it was changed or is damaged"
-        yield from _apart("contents", experiment, path) or [f"{path}: reading it any further crashes the library"]
+        crashed = f"{path}: reading it any further crashes the library"
+        yield from _in_subprocess("contents", experiment, path) or [crashed]
     else:
         yield from _contents(path, experiment, unsealed=kept is None)
 
 
 def _said_of(path: Path) -> Iterator[str]:
-    """What is wrong with the numbers of a file that reads: it was repaired, or an earlier version got them wrong."""
+    """Problems of a readable file's numbers: it was repaired, or an earlier version computed them wrongly."""
     with suppress(ArchiveError, OSError):  # what cannot be read is named by `_contents`
         source = Source.of(path)
         if "dropped" in source.header.attrs:
@@ -190,13 +194,13 @@ def _contents(path: Path, experiment: Experiment | None, *, unsealed: bool = Fal
         yield f"{path}: cannot be read: {error}"
 
 
-def _apart(work: str, experiment: Experiment | None, *paths: Path) -> list[str] | None:
-    """What ``contents`` or ``salvage`` say of a damaged file, in a process of its own; None where that came to nothing.
+def _in_subprocess(work: str, experiment: Experiment | None, *paths: Path) -> list[str] | None:
+    """The lines that ``contents`` or ``salvage`` give for a damaged file, from a subprocess; None if that failed.
 
-    Over bytes it never wrote the library can crash, or never return.
+    On damaged bytes the netCDF library can crash its process or never return.
     """
-    code = "import sys; from tsdyn.archive import integrity; integrity._work_apart(*sys.argv[1:])"
-    # -P, and no such entry of PYTHONPATH: whatever lies in the directory that is looked into must not be imported
+    code = "import sys; from tsdyn.archive import integrity; integrity._work_in_subprocess(*sys.argv[1:])"
+    # -P, and no relative entry of PYTHONPATH: modules in the checked directory must not be imported
     kept = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if os.path.isabs(entry)]
     told = subprocess.run(
         [sys.executable, "-P", "-c", code, work, *map(str, paths)],
@@ -210,8 +214,8 @@ def _apart(work: str, experiment: Experiment | None, *paths: Path) -> list[str] 
     return list(json.loads(told.stdout)) if told.returncode == 0 else None
 
 
-def _work_apart(work: str, *paths: str) -> None:
-    """The other side of `_in_subprocess`; the experiment comes by stdin."""
+def _work_in_subprocess(work: str, *paths: str) -> None:
+    """Do what `_in_subprocess` asks, inside the subprocess; the experiment comes by stdin, lines go to stdout."""
     text = sys.stdin.read()
     experiment = Experiment.from_toml_text(text, archived=True) if text else None
     used = resource.getrusage(resource.RUSAGE_SELF).ru_utime + resource.getrusage(resource.RUSAGE_SELF).ru_stime
@@ -227,13 +231,13 @@ def _work_apart(work: str, *paths: str) -> None:
 
 
 def _is_of(attrs: Mapping[str, Any], experiment: Experiment) -> bool:
-    """Whether a file says it is of `experiment`, or of what that extends."""
+    """Whether a file's attributes name `experiment`, or a shorter one that it extends."""
     text = str(attrs.get("experiment"))
     try:
         theirs = Experiment.from_toml_text(text, archived=True)
     except ExperimentError:
         return False
-    # before it left out what is at its default, a digest was over all that the text says
+    # digests of tsdyn 0.1 were over all keys, those at their defaults too
     whole = json.dumps(tomllib.loads(text), sort_keys=True, separators=(",", ":"))
     named = attrs.get("digest") in (theirs.digest, hashlib.sha256(whole.encode()).hexdigest())
     return named and (theirs == experiment or extends(experiment, theirs))
@@ -261,15 +265,15 @@ def _few(epochs: Sequence[vocabulary.Label]) -> str:
 
 
 def repair(path: str | Path) -> list[str]:
-    """Make a run, or every point of a sweep, one that can be opened and gone on with; says what was dropped.
+    """Make a damaged run, or every point of a sweep, one that can be opened and resumed; returns what was dropped.
 
-    Segments are kept up to the first that is not whole; ``tsdyn run`` computes the others again, to the same bits.
-    Of a damaged archive without segments every block that reads and passes its checksum is kept, the others are NaN.
-    What is not kept is moved to ``damaged/``, not deleted.
+    Segments are kept up to the first damaged one; ``tsdyn run`` computes the rest again, to the same bits.  Of a
+    damaged archive without segments every block that can be read and passes its checksum is kept, and the others
+    become NaN.  What is not kept is moved to ``damaged/``, not deleted.
 
     Raises:
-        ArchiveError: if another process is writing there, no experiment can be found in it, or there are symbolic
-            links, through which something elsewhere would be moved.
+        ArchiveError: if another process is writing there, no experiment can be found in it, or it holds symbolic
+            links, through which files elsewhere would be moved.
     """
     path = local_path(path)
     if (path / SWEEP).is_file():
@@ -350,7 +354,7 @@ def _remembered(files: Sequence[Path]) -> Experiment | None:
 
 
 def _move_to_damaged(path: Path, file: Path) -> Path:
-    """Where `file` is then; its checksum goes with it."""
+    """Move `file` and its checksum to ``damaged/``; returns its new path."""
     make_directory(path / DAMAGED)
     taken = {one.name for one in (path / DAMAGED).iterdir()}
     names = (f"{file.name}.{count}" if count else file.name for count in itertools.count())
@@ -364,7 +368,7 @@ def _move_to_damaged(path: Path, file: Path) -> Path:
 
 
 def _salvaged(path: Path, experiment: Experiment, damaged: Path) -> Iterator[str]:
-    found = _apart("salvage", experiment, path, damaged)
+    found = _in_subprocess("salvage", experiment, path, damaged)
     if found is None:
         for leftover in path.glob(".*.tmp"):
             leftover.unlink()

@@ -22,10 +22,9 @@ from tsdyn.vocabulary import Label
 #: A block that is copied at once holds about this much.  Above 32 MB the allocator maps every block anew, and its
 #: pages cost as much as what is read into them.
 BLOCK_BYTES = 1 << 24
-#: Opening a segment takes 5 ms, so the parts that it has of several blocks are read one after another; all together
-#: hold this much.
+#: Opening a segment takes 5 ms, so it is opened once for several blocks; these blocks hold this much together.
 GATHERED_BYTES = 1 << 26
-#: HDF5 keeps this much of each variable of an open file, for nothing: every chunk is read and written once.
+#: HDF5's cache for each variable of an open file; more is of no use, since every chunk is read and written once.
 _CACHE_BYTES = 1 << 20
 
 
@@ -39,7 +38,7 @@ class Part(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Whole chunks of one variable, at one layer if it has layers."""
+    """A part of one variable that is whole chunks on disk; of one layer only if the variable has layers."""
 
     name: str
     window: slice
@@ -50,7 +49,9 @@ class Block(NamedTuple):
 def recorded(
     paths: Sequence[Path], schedule: Sequence[Label], dimension: vocabulary.Path = "epoch"
 ) -> tuple[list[Part], list[Label]]:
-    """What each segment holds, and all recorded labels: those of `schedule`, and the last ones of shorter runs before.
+    """The part of the archive that each segment holds, and all recorded labels.
+
+    The labels are those of `schedule`, and the last epochs of shorter runs that this one extends.
 
     Raises:
         ArchiveError: if epochs of the schedule are missing, or they are out of order.
@@ -75,7 +76,7 @@ def recorded(
 
 @contextmanager
 def little_cached() -> Iterator[None]:
-    """Alone with the netCDF library, which inside keeps little of what is read and written."""
+    """Hold the netCDF lock (`netcdf.guarded`) with small chunk caches for files opened inside."""
     with netcdf.guarded():
         before = netCDF4.get_chunk_cache()
         netCDF4.set_chunk_cache(_CACHE_BYTES)
@@ -86,7 +87,7 @@ def little_cached() -> Iterator[None]:
 
 
 def copy(parts: Sequence[Part], layout: Layout, variables: Sequence[str], nc: netCDF4.Dataset) -> None:
-    """Write every number of the segments into `nc`, and the state after the last."""
+    """Write every number of the segments into `nc`, and the training state after the last segment."""
     for index, name, block in _gathered(parts, layout, variables, nc):
         if not np.isnan(block).all():  # what is never written reads as NaN and takes no space
             nc[name][index] = block
@@ -96,7 +97,7 @@ def copy(parts: Sequence[Part], layout: Layout, variables: Sequence[str], nc: ne
 
 
 def differing(parts: Sequence[Part], layout: Layout, variables: Sequence[str], nc: netCDF4.Dataset) -> str | None:
-    """The first variable of which `nc` holds something else than the segments, None if there is none."""
+    """The first variable whose numbers in `nc` differ from those of the segments; None if all agree."""
     for index, name, block in _gathered(parts, layout, variables, nc):
         if not _same(np.asarray(nc[name][index]), block):
             return name
@@ -104,7 +105,7 @@ def differing(parts: Sequence[Part], layout: Layout, variables: Sequence[str], n
 
 
 def _same(found: np.ndarray, block: np.ndarray) -> bool:
-    """Equal numbers; by their bits first, which is six times as quick, and NaN with NaN where these differ."""
+    """Whether all numbers are equal, NaN to NaN; bits are compared first, which is six times as quick."""
     bits = f"u{block.dtype.itemsize}"
     alike = found.dtype == block.dtype and np.array_equal(found.view(bits), block.view(bits))
     return alike or np.array_equal(found, block, equal_nan=True)
@@ -113,9 +114,9 @@ def _same(found: np.ndarray, block: np.ndarray) -> bool:
 def _gathered(
     parts: Sequence[Part], layout: Layout, variables: Sequence[str], nc: netCDF4.Dataset
 ) -> Iterator[tuple[tuple[slice | int, ...], str, np.ndarray]]:
-    """(index into `nc`, variable, numbers from the segments) over all of `nc`."""
+    """(index into `nc`, variable, numbers from the segments), block by block, until all of `nc` is covered."""
     blocks = [block for name in variables for block in _blocks(name, parts[-1].end, layout, nc)]
-    # those of the same epochs together, so that few segments are opened for them
+    # blocks of the same epochs are filled together, so that few segments are opened for them
     blocks.sort(key=lambda block: (block.window.stop - block.window.start, block.window.start))
     sizes = {name: nc[name].dtype for name in variables}
     held: list[tuple[Block, np.ndarray]] = []
@@ -131,7 +132,7 @@ def _gathered(
 
 
 def _fill(parts: Sequence[Part], layout: Layout, held: Sequence[tuple[Block, np.ndarray]]) -> None:
-    """Read each block from the segments that hold a part of it, each of which is opened once."""
+    """Read each block from the segments that hold parts of it; every segment is opened once."""
     for part in parts:
         inside = []
         for block, array in held:
@@ -169,7 +170,7 @@ def _blocks(name: str, epochs: int, layout: Layout, nc: netCDF4.Dataset) -> Iter
 
 
 def wrong_through(parts: Sequence[Part], epochs: Sequence[Label], variables: Sequence[str]) -> int | None:
-    """The last epoch that an earlier version recorded of variables that it got wrong, None if there is none."""
+    """The last epoch at which an earlier version recorded variables it computed wrongly; None if there is none."""
     last = None
     for part in parts:
         version, through = part.attrs.get("schema_version"), part.attrs.get(WRONG_THROUGH)

@@ -22,24 +22,24 @@ from tsdyn.archive.whole_files import ArchiveError, Identity, identity, refuse_c
 
 #: Positions along one dimension.
 Rows = slice | NDArray
-#: Place in the grid → the files that hold it.
+#: Position in the sweep's grid → the files that hold that point.
 Cells = Mapping[tuple[int, ...], Sequence[Source]]
 
-#: Readings that may come upon a directory in the moment that it changes.
+#: Attempts to read from a directory that another process is changing.
 _ATTEMPTS = 3
 
 
 @dataclass(eq=False)
 class Stored:
-    """A variable over all points of a grid, an array that reads when it is indexed; NaN where nothing is stored.
+    """A variable over all points of a sweep, as an array that reads files when indexed; NaN where nothing is stored.
 
     Attributes:
         name: The variable.
-        outer, inner: Its dimensions: those of the grid, those of the files.
+        outer, inner: Its dimensions: those of the sweep, then those of the files.
         shape, dtype: As numpy's.
-        cells: Place in the grid → files.
-        labels: Dimension of the files → the grid's labels.
-        skip: Whether what cannot be read is left NaN, with a warning, not an error.
+        cells: Position in the sweep's grid → files.
+        labels: Dimension of the files → labels of the whole array.
+        skip: Whether what cannot be read becomes NaN with a warning, instead of raising an error.
     """
 
     name: str
@@ -60,7 +60,7 @@ class Stored:
         return {dim: {value: i for i, value in enumerate(self.labels[dim])} for dim in self.inner}
 
     def __getitem__(self, key: Any) -> NDArray:
-        """As numpy's, by integers, slices and lists; what dask asks for is read and no more."""
+        """The numbers at a numpy-like index of integers, slices and lists; only what is asked for is read."""
         key = key if isinstance(key, tuple) else (key,)
         gaps = [i for i, k in enumerate(key) if k is Ellipsis]  # `in` would compare arrays
         if gaps:
@@ -86,7 +86,7 @@ class Stored:
         return found[tuple(0 if isinstance(k, (int, np.integer)) else slice(None) for k in key)]
 
     def _part(self, source: Source, wanted: Sequence[NDArray]) -> tuple[list[Rows], list[Rows]] | None:
-        """Of each dimension, the rows that one file holds of the `wanted` positions, and where these are among them."""
+        """For each dimension, the rows of one file that are among the `wanted` positions, and where among them."""
         if self.name not in source.header.variables:
             return None
         rows, target = [], []
@@ -106,7 +106,7 @@ class Stored:
         return rows, target
 
     def _rows(self, source: Source, rows: Sequence[Rows]) -> NDArray:
-        """Those rows of one file, every dimension by itself."""
+        """The numbers of one file at `rows`, which are chosen along each dimension independently."""
         try:
             return self._read(source, rows)
         except (OSError, RuntimeError, IndexError, KeyError, ValueError) as error:
@@ -118,7 +118,7 @@ class Stored:
             return np.full([_length(r) for r in rows], np.nan, self.dtype)
 
     def _read(self, source: Source, rows: Sequence[Rows]) -> NDArray:
-        """From the file that was opened, or from where its epochs are now."""
+        """Read from the file that was opened or, if the run went on, from the file that holds its epochs now."""
         for _ in range(_ATTEMPTS):
             with suppress(FileNotFoundError):
                 now, at = (source, rows) if source.unchanged else _found_again(source, self.name, rows)
@@ -129,7 +129,7 @@ class Stored:
 
 
 class _Replaced(ArchiveError):
-    """What was opened is no longer there."""
+    """The file that was opened is no longer there."""
 
 
 def _stored(source: Source, name: str, rows: Sequence[Rows]) -> NDArray:
@@ -148,8 +148,8 @@ def _stored(source: Source, name: str, rows: Sequence[Rows]) -> NDArray:
 def _found_again(source: Source, name: str, rows: Sequence[Rows]) -> tuple[Source, list[Rows]]:
     """The file that now holds what `source` held of a variable, and the rows there.
 
-    That is a file with the same checksum, or one of the same run: what a run has committed, joining its segments and
-    training on keep.
+    That is a file with the same checksum, or one of the same run: joining its segments and training on keep what a run
+    has committed.
     """
     for path in _files_now(source.path):
         now = _source(path, identity(path))
@@ -170,12 +170,12 @@ def _found_again(source: Source, name: str, rows: Sequence[Rows]) -> tuple[Sourc
 
 @lru_cache(maxsize=64)
 def _source(path: Path, _: Identity) -> Source:
-    """What a file declares, read once as long as it stays the same."""
+    """The file at `path` with its header, cached until the file's identity changes."""
     return Source.of(path)
 
 
 def _files_now(path: Path) -> list[Path]:
-    """The files that may hold what the file at `path` held: those of its run, if it is of one."""
+    """The files that may hold what the file at `path` held: those of its run's directory."""
     if path.name != ARCHIVE and path.parent.name != SEGMENTS:
         return [path] if path.exists() else []
     folder = path.parent if path.name == ARCHIVE else path.parent.parent
@@ -183,7 +183,7 @@ def _files_now(path: Path) -> list[Path]:
 
 
 def _by_label(before: Sequence[Any], now: Sequence[Any], rows: Rows) -> Rows:
-    """Where the labels at `rows` are now; KeyError if one is not there."""
+    """Positions in `now` of the labels that `before` has at `rows`; KeyError if one is missing."""
     if before == now:
         return rows
     position = {label: i for i, label in enumerate(now)}
@@ -202,7 +202,7 @@ def _length(rows: Rows) -> int:
 
 
 def _orthogonal(rows: Sequence[Rows], shape: Sequence[int]) -> tuple[Any, ...]:
-    """An index of which every dimension chooses for itself; slices, which copy no index, where all are."""
+    """A numpy index that chooses along each dimension independently; plain slices, which copy nothing, if all are."""
     if all(isinstance(r, slice) for r in rows):
         return tuple(rows)
     return np.ix_(*(np.arange(n)[r] for r, n in zip(rows, shape, strict=True)))

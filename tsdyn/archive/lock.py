@@ -1,4 +1,4 @@
-"""One writer a directory."""
+"""A lock that lets one process at a time write to a directory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from typing import Any
 from tsdyn.archive.whole_files import ArchiveError, refused
 
 NAME = "LOCK"
-#: Where flock is missing: seconds between signs of life, and after how many without one a writer counts as dead.
+#: Without flock: a writer touches its lock file every BEAT seconds, and counts as dead after SILENCE without a touch.
 BEAT, SILENCE = 10.0, 60.0
 _NO_FLOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 _log = logging.getLogger("tsdyn.archive")
@@ -28,7 +28,7 @@ class HeldError(ArchiveError):
     """Another process is writing there."""
 
 
-#: Held by this process; a child that it forks holds none of them.
+#: Locks held by this process; a forked child holds none of them.
 _held: weakref.WeakSet[Lock] = weakref.WeakSet()
 
 
@@ -73,7 +73,7 @@ class Lock:
         return self
 
     def _forget(self) -> None:
-        """In a forked child: the parent's lock is the parent's, and freed when it ends though the child goes on."""
+        """Drop the lock in a forked child, so that it is freed when the parent ends, though the child lives on."""
         if self._handle is not None:
             os.close(self._handle)
         self._handle, self._beating, self._token = None, None, secrets.token_hex(8)
@@ -81,11 +81,11 @@ class Lock:
 
     @property
     def of_the_kernel(self) -> bool:
-        """Whether it is flock that is held, and not the file."""
+        """Whether the lock is the kernel's flock rather than an exclusively made file."""
         return self._handle is not None
 
     def wait(self, seconds: float) -> Lock:
-        """`acquire`, tried for so long: for what others hold for a moment."""
+        """`acquire`, tried again for this many seconds: for locks that others hold briefly."""
         until = time.monotonic() + seconds
         while True:
             try:
@@ -211,11 +211,11 @@ class Lock:
             )
 
     def release(self) -> None:
-        """Give the directory back; ``LOCK`` is left empty, which says that its last holder ended in order."""
+        """Free the directory; ``LOCK`` is left empty, which says that its last holder ended normally."""
         _held.discard(self)
         if self._handle is not None:
             handle, self._handle = self._handle, None
-            with suppress(OSError):  # of a file system that went away; the kernel frees the lock all the same
+            with suppress(OSError):  # the file system went away; the kernel frees the lock all the same
                 os.ftruncate(handle, 0)
             with suppress(OSError):
                 os.close(handle)
@@ -228,9 +228,9 @@ class Lock:
 
 
 def _world() -> str | None:
-    """Among which processes a pid names one: those of this machine since it started, of this container; or None.
+    """The set of processes within which a pid is unique: this boot of this machine, and this container; or None.
 
-    Containers of one host name, or of one image, see different processes.
+    Containers with the same host name or image see different processes.
     """
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
@@ -240,7 +240,9 @@ def _world() -> str | None:
 
 
 def _started(pid: int) -> int | None:
-    """Clock ticks from boot to the start of a process of this machine, None if there is none: pids are reused."""
+    """Clock ticks from boot to the start of process `pid`, None if there is none: with the pid, which is reused, this
+    names one process.
+    """
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:

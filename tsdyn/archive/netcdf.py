@@ -1,4 +1,4 @@
-"""One netCDF file of the archive: its layout on disk, and a guarded way to open any.  Imports no torch."""
+"""One netCDF file of the archive: its layout on disk, and a safe way to open any netCDF file.  Imports no torch."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from tsdyn.vocabulary import COORDINATES
 
 #: On disk, a chunk holds one seed, one layer and as many epochs as fit in this.
 CHUNK_BYTES = 1 << 22
-#: A file may declare chunks of this size, or of its own size; this many chunks, or one a KiB of it; and, as padding
-#: is declared and not stored, this many times its size.
+#: Limits on what a file may declare: chunks of this size or of the file's own; this many chunks, or one per KiB of the
+#: file; and, since padding is declared but not stored, this many times its size in all.
 DECLARED_CHUNK, DECLARED_CHUNKS, DECLARED_RATIO = 1 << 26, 1 << 20, 100_000
-#: What is loaded when a file is opened may be so large, or as large as the file.
+#: Coordinates and text, which are loaded when a file is opened, may take this many bytes, or as many as the file.
 LOADED_BYTES = 1 << 20
 _TILE = 16
-#: netCDF4 is not thread-safe: the lock under which xarray reads is the one under which this library does.
+#: netCDF4 is not thread-safe: this is the lock that xarray reads under, and tsdyn takes the same.
 _LOCK = combine_locks([NETCDFC_LOCK, HDF5_LOCK])
 _inside = threading.local()
 
@@ -40,7 +40,7 @@ State = Mapping[str, np.ndarray]
 
 @contextmanager
 def guarded() -> Iterator[None]:
-    """Alone with the netCDF library in this process; may be nested in one thread."""
+    """Hold the lock on the netCDF library inside the context; may be nested in one thread."""
     if getattr(_inside, "held", False):
         yield
         return
@@ -53,7 +53,7 @@ def guarded() -> Iterator[None]:
 
 
 def _opened(path: str | Path, mode: Literal["r", "w", "r+", "a"]) -> netCDF4.Dataset:
-    """``netCDF4.Dataset``, but a file that is opened and then not understood is never closed: closing it can crash."""
+    """``netCDF4.Dataset(path, mode)``; a file that fails while it is opened stays open, since closing it can crash."""
     nc = netCDF4.Dataset.__new__(netCDF4.Dataset)
     try:
         nc.__init__(path, mode, format="NETCDF4")  # type: ignore[misc]
@@ -68,16 +68,16 @@ def _opened(path: str | Path, mode: Literal["r", "w", "r+", "a"]) -> netCDF4.Dat
 def dataset(
     path: Path, mode: Literal["r", "w", "r+", "a"] = "r", *, only: str | None = None
 ) -> Iterator[netCDF4.Dataset]:
-    """An open file, alone with the library; values as stored, nothing masked or scaled.
+    """An open file, under the lock of `guarded`; values are as stored, nothing is masked or scaled.
 
     Args:
         path: The file.
-        mode: As netCDF4's.
+        mode: As in ``netCDF4.Dataset``.
         only: The one variable that will be read; None for any.
 
     Raises:
-        DirectoryError: if it is there and cannot be read, or what will be read is stored in other files or in numbers
-            that crash the library.
+        DirectoryError: if it exists and cannot be read, or what will be read is stored in other files or in number
+            types that crash the library.
     """
     with guarded():
         try:
@@ -104,18 +104,18 @@ def _names(nc: netCDF4.Dataset) -> list[str]:
 
 
 def _flush(nc: netCDF4.Dataset, path: Path) -> None:
-    """On the disk before the library closes it: where closing fails, as on a network drive that is full, it crashes."""
+    """Write all to disk before the file is closed: where closing fails, as on a full network drive, it crashes."""
     nc.sync()
     try:
         with path.open("rb+") as file:
             os.fsync(file.fileno())
     except OSError:
-        nc._isopen = 0  # left open: closing would fail likewise
+        nc._isopen = 0  # so that netCDF4 does not try to close it: that would fail likewise
         raise
 
 
 def refuse_foreign(path: Path) -> None:
-    """Raises DirectoryError if the first bytes are not netCDF-4's, before a library is asked to make sense of them."""
+    """Raise DirectoryError if the first bytes are not netCDF-4's, before any library parses the file."""
     with path.open("rb") as file:
         if file.read(8) != b"\x89HDF\r\n\x1a\n":
             raise DirectoryError(f"{path}: not a readable netCDF file: no netCDF-4 header")
@@ -124,10 +124,10 @@ def refuse_foreign(path: Path) -> None:
 def refuse_oversized(path: Path, nc: netCDF4.Dataset) -> None:
     """Refuse a file that declares more than its own size warrants, before any of it is loaded.
 
-    What is loaded when a file is opened, coordinates and text, fits in `_room`; of variables only a chunk is held.
+    Coordinates and text, which are loaded when a file is opened, must fit in `_room`; of other variables a chunk must.
 
     Raises:
-        DirectoryError: naming what declares more than that.
+        DirectoryError: naming the dimension or variable that declares too much.
     """
     size, room = path.stat().st_size, _room(path)
     try:
@@ -162,18 +162,18 @@ def refuse_oversized(path: Path, nc: netCDF4.Dataset) -> None:
 
 
 def _room(path: Path) -> int:
-    """Bytes that may be loaded of a file when it is opened."""
+    """The most bytes of a file that may be loaded when it is opened."""
     return max(path.stat().st_size, LOADED_BYTES)
 
 
 def stored_chunk(array: netCDF4.Variable) -> list[int]:
-    """Chunk of a variable on disk; all of it where it is in one piece."""
+    """Shape of a variable's chunks on disk; its own shape where it is stored in one piece."""
     stored = array.chunking()
     return list(stored) if isinstance(stored, list) else list(array.shape)
 
 
 def loaded_at_once(nc: netCDF4.Dataset) -> dict[str, bool]:
-    """Name → whether it is a coordinate, of what is loaded when a file is opened: coordinates, and all that is text."""
+    """Variables that are loaded when a file is opened, coordinates and text: name → whether it is a coordinate."""
     named = {*nc.dimensions, *COORDINATES}
     holders: list[Any] = [nc, *nc.variables.values()]
     for holder in holders:
@@ -187,14 +187,14 @@ def loaded_at_once(nc: netCDF4.Dataset) -> dict[str, bool]:
 
 
 def loaded(path: Path, array: netCDF4.Variable) -> xr.Variable:
-    """A coordinate or a text of an open file, as xarray decodes it; times stay the numbers they are.
+    """A coordinate or a text of an open file, as xarray decodes it, but times stay numbers.
 
     Raises:
         DirectoryError: if its text is more than the file's size warrants.
     """
     if isinstance(array.dtype, np.dtype):
         values = np.asarray(array[...])
-    else:  # its size is known once it is read: a little at a time
+    else:  # the size of text is known only once it is read, so it is read a little at a time
         values, room = np.empty(math.prod(array.shape), object), _room(path)
         step = max(1, LOADED_BYTES // path.stat().st_size)
         for start in range(0, len(values), step):
@@ -217,12 +217,12 @@ def attributes(holder: Any) -> dict[str, Any]:
     return {name: holder.getncattr(name) for name in holder.ncattrs()}
 
 
-#: Attributes that say that the numbers stored are not those meant.
+#: Attributes by which stored numbers differ from the numbers they mean.
 _PACKING = ("scale_factor", "add_offset", "_FillValue", "missing_value", "_Unsigned", "dtype")
 
 
 def packing(dtype: np.dtype, attrs: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of a variable's attributes that say how its numbers are stored; none where they are stored as they are."""
+    """A variable's attributes that say how its numbers are packed; empty where they are stored as they are."""
     found = {name: attrs[name] for name in _PACKING if name in attrs}
     missing = all(name in ("_FillValue", "missing_value") for name in found)
     plain = missing and dtype.kind == "f" and all(np.isnan(value).all() for value in found.values())
@@ -230,14 +230,14 @@ def packing(dtype: np.dtype, attrs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def decoded(name: str, variable: xr.Variable) -> xr.Variable:
-    """Stored numbers as what they mean (``scale_factor``, ``add_offset``, ``_FillValue``, ...), in memory."""
+    """The numbers that stored ones mean, by ``scale_factor``, ``add_offset``, ``_FillValue``, ...; in memory."""
     return xr.conventions.decode_cf_variable(name, variable, decode_times=False, decode_timedelta=False).load()
 
 
 def _tile(sizes: Sequence[int]) -> int:
-    """Chunk length along a padded node dimension: tiles of pure padding are never written, and are worth having.
+    """Chunk length along a node dimension that is padded to the widest layer; chunks of padding alone take no space.
 
-    The longest that wastes at most an eighth of the true sizes in tiles that are partly padding.
+    It is the longest that wastes at most an eighth of the true sizes in chunks that are partly padding.
     """
     widest = max(sizes)
     for pieces in range(1, widest // _TILE + 1):
@@ -273,7 +273,7 @@ def create(
     dtype: str,
     attrs: Mapping[str, Any],
 ) -> None:
-    """Dimensions, coordinates and empty variables; what is never written reads as NaN.
+    """Make dimensions, coordinates and empty variables in `nc`; what is never written reads as NaN.
 
     `epochs` are the labels along the run's dimension, ``layout.path``.
     """
@@ -324,7 +324,7 @@ def create(
 def index(
     variable: vocabulary.Variable, layout: Layout, epochs: slice, layer: int | None, members: slice = slice(None)
 ) -> tuple[slice | int, ...]:
-    """Where one layer of a variable sits in a file, without its padding."""
+    """The index of one layer of a variable in a file, without its padding."""
     at: dict[str, slice | int] = {"seed": members, "epoch": epochs}
     if layer is not None:
         at |= {"layer": layer - 1}
@@ -343,7 +343,7 @@ def bytes_per_epoch(layout: Layout, variables: Sequence[str], dtype: str) -> int
 
 
 def write_state(nc: netCDF4.Dataset, state: State) -> None:
-    """The group ``state``: everything needed to train on, arrays by name."""
+    """Write the group ``state``: everything needed to train on, arrays by name."""
     group = nc.createGroup("state")
     for name, array in state.items():
         dims = tuple(f"{name}_{i}" for i in range(array.ndim))
@@ -359,6 +359,6 @@ def read_state(nc: netCDF4.Dataset) -> dict[str, np.ndarray]:
 
 
 def write_dataset(path: Path, ds: xr.Dataset) -> None:
-    """A small, loaded Dataset as one netCDF file, whole or not at all."""
+    """Write a small, loaded Dataset as one netCDF file, whole or not at all."""
     with replacing(path, ds.nbytes) as temporary:
         ds.to_netcdf(temporary, engine="netcdf4")

@@ -1,4 +1,4 @@
-"""Runs, sweeps and files as one lazy Dataset: a run is a sweep of one point.
+"""Open runs, sweeps and files as one lazy Dataset; a run is read as a sweep of one point.
 
 Files are written whole or not at all (`tsdyn.archive.whole_files`), so a reader needs no lock and sees committed epochs
 only, also while a run goes on.  Imports no torch.
@@ -33,11 +33,11 @@ from tsdyn.archive.wrong_numbers import WRONG, WrongNumbersWarning
 from tsdyn.experiment.experiment import Experiment, digest
 from tsdyn.experiment.sweep_axes import POINT, Axis, axes, checked_sweep, places, sweep_dimensions, swept_keys
 
-#: A dask chunk gathers whole disk chunks of as many seeds as fit in this (opening a file costs as much as 5 MB) ...
+#: A dask chunk holds the whole disk chunks of as many seeds as fit in this (opening a file costs as much as 5 MB) ...
 LAZY_BYTES = 1 << 27
-#: ... and, where a run holds less, the same of up to so many runs ...
-RUNS_A_CHUNK = 25
-#: ... but no more than this in all, so that reading one run of many stays quick.
+#: ... and, where a run holds less, those of up to this many runs ...
+RUNS_PER_CHUNK = 25
+#: ... but no more bytes than this in all, so that reading one run of many stays quick.
 GATHERED_BYTES = 1 << 20
 
 Labels = tuple["str | int | float", ...]
@@ -50,28 +50,28 @@ def open(
 ) -> xr.Dataset:
     """A run, a sweep or one file as one lazy Dataset; nothing is loaded.
 
-    A sweep's swept keys are leading dimensions, named by the key's last word (keys that go together are coordinates
-    along ``point``); points without a committed epoch are NaN, and ``coverage`` is the share of its epochs that a
-    point has.  A run that is not finished shows its committed epochs.  Of several runs or sweeps the keys in which
-    their experiments differ are dimensions, too.
+    The swept keys of a sweep are leading dimensions, named by the key's last word (keys that vary together are
+    coordinates along ``point``).  Points without a committed epoch are NaN; ``coverage`` is the share of its epochs
+    that a point has.  An unfinished run shows its committed epochs.  If several runs or sweeps are opened together,
+    the keys in which their experiments differ are dimensions, too.
 
-    What was opened stays what it is: when a run is finished or goes on, its committed epochs are found where they then
-    are; where anything else has taken a file's place, reading raises `ArchiveError` and says to open it again.
+    The Dataset stays valid while a run goes on or is finished: its committed epochs are then read from the files that
+    hold them.  Where anything else has replaced a file, reading raises `ArchiveError` and says to open it again.
 
     Args:
         path: Directory of a run or a sweep, or a netCDF file; or a list of directories.
-        skip_damaged: Of a sweep, leave NaN what cannot be read, with a warning that names it, instead of failing.
-        verify: Whether files are compared with the checksums beside them first, which reads them whole.  If not said,
-            those of at most 16 MB are, of a sweep those that the index does not know; the numbers of larger ones are
-            protected chunk by chunk when they are read.
+        skip_damaged: Whether points of a sweep that cannot be read become NaN, with a warning, instead of raising.
+        verify: Whether files are first compared with the checksums beside them, which reads them whole.  By default
+            files of at most 16 MB are (in a sweep, those that the index does not list); larger ones have a checksum
+            per chunk, which is compared when the chunk is read.
 
     Warns:
-        WrongNumbersWarning: once for each path, if variables hold other numbers than their names say, as an earlier
-            version wrote them; these have the attribute ``wrong``.
+        WrongNumbersWarning: once per path, if an earlier version stored wrong numbers in some variables; these have
+            the attribute ``wrong``.
 
     Raises:
-        ArchiveError: if there is nothing of tsdyn's to read there, it is not what its checksum says, or a list is
-            empty or holds a point twice.
+        ArchiveError: if there is nothing of tsdyn's to read, a file differs from its checksum, or a list is empty or
+            holds a point twice.
     """
     upto = {None: ALWAYS_VERIFIED, True: math.inf, False: -1.0}[verify]
     paths = [local_path(path)] if isinstance(path, (str, Path)) else [local_path(one) for one in path]
@@ -92,7 +92,7 @@ def open(
 
 
 def opened(path: Path, *, skip_damaged: bool = False, upto: float = -1.0) -> xr.Dataset:
-    """As `open` of one path, without its warning; files of at most `upto` bytes are compared with their checksums."""
+    """`open` of one path, without its warning; files of at most `upto` bytes are compared with their checksums."""
     if path.is_file():
         return _one_file(path, upto)
     if (path / SWEEP).is_file():
@@ -122,7 +122,7 @@ def _one_file(path: Path, upto: float) -> xr.Dataset:
 
 
 def _opened_together(paths: Sequence[Path], skip_damaged: bool, upto: float) -> xr.Dataset:
-    """One or several sweeps (or runs) as one lazy Dataset, with the attributes of the whole.
+    """One or several sweeps (or runs) as one lazy Dataset, with global attributes that hold for all of them.
 
     Raises:
         ArchiveError: if a file cannot be read (unless `skip_damaged`), nothing is committed yet, or two directories
@@ -142,7 +142,7 @@ def _opened_together(paths: Sequence[Path], skip_damaged: bool, upto: float) -> 
 
 
 def _whole(cells: Cells, grid: Sequence[Axis], skip: bool = False) -> xr.Dataset:
-    """The Dataset of all cells, each of which is migrated from the version of the schema that it has."""
+    """The Dataset of all cells, each brought from its version of the schema to the present one."""
     examples = {source.header.version: source for cell in cells.values() for source in cell}
     built = []
     for version, example in examples.items():
@@ -155,14 +155,14 @@ def _whole(cells: Cells, grid: Sequence[Axis], skip: bool = False) -> xr.Dataset
     ds = built[0]
     for other in built[1:]:
         ds = ds.combine_first(other)
-    if len(built) > 1:  # which holds only what the first says of coordinates beside the dimensions
+    if len(built) > 1:  # merging keeps only the first's coordinates beside the dimensions
         labels = {dim: ds.indexes[dim].tolist() for dim in ("seed", "layer")}
         ds = ds.assign_coords(_columns(cells, labels, grid))
     return _marked(ds, [source for cell in cells.values() for source in cell])
 
 
 def _marked(ds: xr.Dataset, sources: Sequence[Source]) -> xr.Dataset:
-    """`ds`, with the attribute ``wrong`` where a variable's numbers are not what its name says."""
+    """`ds`, with the attribute ``wrong`` on variables whose numbers an earlier version computed wrongly."""
     for name in dict.fromkeys(name for source in sources for name in source.wrong):
         where = [str(source.path) for source in sources if name in source.wrong]
         told = ", ".join(where[:3]) + (f" and {len(where) - 3} more" if len(where) > 3 else "")
@@ -173,7 +173,7 @@ def _marked(ds: xr.Dataset, sources: Sequence[Source]) -> xr.Dataset:
 def _gathered(
     paths: Sequence[Path], skip_damaged: bool, upto: float
 ) -> tuple[dict[tuple[int, ...], list[Source]], tuple[Axis, ...], dict[str, str]]:
-    """The files at each place of the common grid, the grid (its keys named as coordinates), and its own attributes."""
+    """The files at each position of the common grid, the grid's axes (named as coordinates), and global attributes."""
     written = [_written(path) for path in paths]
     sweeps = [values.get("sweep", {}) for values in written]
     keys = tuple(dict.fromkeys([*_differing(written), *(key for sweep in sweeps for key in swept_keys(sweep))]))
@@ -209,7 +209,7 @@ def _gathered(
 def _committed(
     path: Path, written: Mapping[str, Any], skip_damaged: bool, upto: float
 ) -> Iterator[tuple[dict[str, Any], list[Source]]]:
-    """Swept values and files of each point of a sweep; a run is one without."""
+    """Swept values and files of each point of a sweep; a run is a point without swept values."""
     headers, sweep = Headers(path, upto), written.get("sweep", {})
     alone = cache(lambda: Experiment.from_dict({k: v for k, v in written.items() if k != "sweep"}))
     points = [(point, partial(_at, alone, point)) for point in (places(sweep).values() if sweep else ({},))]
@@ -222,7 +222,7 @@ def _committed(
                 dims = set(source.header.labels)
                 if not {"seed", "layer"} <= dims or not set(vocabulary.PATHS) & dims:
                     raise DirectoryError(
-                        f"{source.path}: is no archive of a run; `tsdyn.open` opens such a file by itself"
+                        f"{source.path}: is not the archive of a run; `tsdyn.open` opens such a file by itself"
                     )
         except ArchiveError as error:
             if not skip_damaged:
@@ -230,7 +230,7 @@ def _committed(
             warnings.warn(f"{error}; left NaN", stacklevel=6)
         yield point, sources
     if sweep:
-        with suppress(ArchiveError):  # where it may not be written, the next reader reads the headers again
+        with suppress(ArchiveError):  # where the index cannot be written, the next reader reads the headers again
             headers.write()
 
 
@@ -239,7 +239,7 @@ def _at(alone: Callable[[], Experiment], point: Mapping[str, Any]) -> Experiment
 
 
 def _written(path: Path) -> dict[str, Any]:
-    """The experiment file as a nested dict; only its sweep is checked, for a thousand points take a while."""
+    """The experiment file as a nested dict; only its sweep is checked, since checking a thousand points takes long."""
     try:
         values = tomllib.loads((path / EXPERIMENT).read_text(encoding="utf-8"))
         return {**values, "sweep": checked_sweep(values.get("sweep", {}))}
@@ -256,7 +256,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def _differing(written: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Keys in which experiments differ, other than by what they sweep, their names and their seeds."""
+    """Keys in which experiments differ, without swept keys, names and seeds."""
     flat = [dict(_flat({k: v for k, v in values.items() if k not in ("sweep", "name", "seeds")})) for values in written]
     keys = dict.fromkeys(itertools.chain.from_iterable(flat))
     absent = object()
@@ -264,7 +264,7 @@ def _differing(written: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _origin(paths: Sequence[Path], written: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """Attributes of the whole: the experiment of a single sweep, where several are."""
+    """Global attributes of the Dataset: the experiment of a single sweep, or the directories of several."""
     if len(paths) > 1:
         return {"opened": json.dumps([str(path) for path in paths])}
     values = {k: v for k, v in written[0].items() if k != "sweep" or v}
@@ -273,15 +273,15 @@ def _origin(paths: Sequence[Path], written: Sequence[Mapping[str, Any]]) -> dict
         return {"experiment": text, "digest": digest(values), "name": str(values.get("name", ""))}
     except (KeyError, AttributeError, TypeError) as error:
         raise DirectoryError(
-            f"{paths[0] / EXPERIMENT}: is no experiment of tsdyn's: {error}; `tsdyn validate` says where"
+            f"{paths[0] / EXPERIMENT}: is not an experiment of tsdyn's: {error}; `tsdyn validate` says where"
         ) from error
 
 
 def _union(sources: Sequence[Source], dim: str) -> list[Any]:
-    """The labels of all files along a dimension.
+    """The labels of all files along a dimension, without repetition.
 
     Raises:
-        ArchiveError: if files differ and labels repeat in one, so that a label does not say which number is meant.
+        ArchiveError: if files differ and labels repeat within one, so that a label does not name one position.
     """
     lists = {id(s.header.labels[dim]): (s, s.header.labels[dim]) for s in sources if dim in s.header.labels}
     longest = max((labels for _, labels in lists.values()), key=len)
@@ -295,7 +295,7 @@ def _union(sources: Sequence[Source], dim: str) -> list[Any]:
 
 
 def _declared(sources: Sequence[Source], name: str, many: bool) -> tuple[tuple[str, ...], np.dtype, dict[str, Any]]:
-    """Dimensions, dtype and attributes of a variable in all files; where it may be missing, its dtype knows NaN.
+    """Dimensions, dtype and attributes of a variable in all files; where it may be missing, the dtype has NaN.
 
     Raises:
         ArchiveError: if its dimensions differ.
@@ -313,7 +313,7 @@ def _declared(sources: Sequence[Source], name: str, many: bool) -> tuple[tuple[s
 
 
 def _built(cells: Cells, grid: Sequence[Axis], skip: bool) -> xr.Dataset:
-    """The Dataset of all cells, of files of one version."""
+    """The Dataset of all cells, whose files have one version of the schema."""
     sources = [source for cell in cells.values() for source in cell]
     headers = list({id(s.header): s.header for s in sources}.values())
     used = dict.fromkeys(dim for header in headers for dim in header.labels)
@@ -346,11 +346,12 @@ def _built(cells: Cells, grid: Sequence[Axis], skip: bool) -> xr.Dataset:
         coords |= {
             key: xr.Variable(axis.dimension, [value[i] for value in axis.values]) for i, key in enumerate(axis.keys)
         }
-    return xr.Dataset(arrays, coords | _columns(cells, labels, grid), headers[0].attrs)
+    attrs = headers[0].attrs | (schema.united([header.attrs for header in headers]) if len(headers) > 1 else {})
+    return xr.Dataset(arrays, coords | _columns(cells, labels, grid), attrs)
 
 
 def _columns(cells: Cells, labels: Mapping[str, list[Any]], grid: Sequence[Axis]) -> dict[str, xr.Variable]:
-    """Coordinates beside the dimensions' own, over the grid; −1 where a point has nothing yet."""
+    """Coordinates other than the dimensions' own, over the grid; −1 where a point has no file yet."""
     sources = [source for cell in cells.values() for source in cell]
     if not grid and len({id(source.header.columns) for source in sources}) == 1:
         found = {n: xr.Variable(*c) for n, c in sources[0].header.columns.items() if c[0] != (n,)}
@@ -361,7 +362,7 @@ def _columns(cells: Cells, labels: Mapping[str, list[Any]], grid: Sequence[Axis]
         death = np.full((*sizes, len(labels["seed"])), -1)
         seeds = {seed: i for i, seed in enumerate(labels["seed"])}
         for place, cell in cells.items():
-            for source in cell:  # of segments, the last has the word
+            for source in cell:  # the last segment wins
                 own = source.header.labels["seed"]
                 at: tuple[Any, ...] = (*place, slice(None) if own is labels["seed"] else [seeds[s] for s in own])
                 death[at] = source.death
@@ -371,7 +372,7 @@ def _columns(cells: Cells, labels: Mapping[str, list[Any]], grid: Sequence[Axis]
 
 
 def _gridded(cells: Cells, labels: Mapping[str, list[Any]], grid: Sequence[Axis]) -> dict[str, xr.Variable]:
-    """Those of the schema's, of files that differ; the first file of a cell has the word."""
+    """Coordinates of the schema that differ between files, over the grid; a cell's first file decides."""
     outer, sizes = tuple(axis.dimension for axis in grid), tuple(len(axis.values) for axis in grid)
     found: dict[str, xr.Variable] = {}
     for place, (first, *_) in cells.items():
@@ -393,13 +394,13 @@ def _coverage(cell: Sequence[Source]) -> float:
     experiment = Experiment.from_toml(cell[0].path.parent.parent / EXPERIMENT, archived=True)
     labels, along = set(experiment.labels), experiment.layout.path
     there = sum(label in labels for source in cell for label in source.header.labels[along])
-    outcomes = experiment.recorded("end")  # a record of its own, which comes last
+    outcomes = experiment.recorded("end")  # counts as one more record, the last
     there += sum(set(outcomes) <= set(source.header.variables) for source in cell) if outcomes else 0
     return there / (len(labels) + bool(outcomes))
 
 
 def _chunks(headers: Sequence[Header], array: Stored) -> tuple[int, ...]:
-    """Dask chunks that follow files: whole disk chunks of as many seeds as fit; of several runs only if small."""
+    """Dask chunks made of whole disk chunks: of as many seeds as fit, and of several runs only if these are small."""
     lengths = dict(zip(array.inner, array.shape[len(array.outer) :], strict=True))
     stored = [header.variables[array.name].chunk for header in headers]
     chunk = {dim: min(n, lengths[dim]) for dim, n in zip(array.inner, np.max(stored, axis=0).tolist(), strict=True)}
@@ -411,12 +412,12 @@ def _chunks(headers: Sequence[Header], array: Stored) -> tuple[int, ...]:
         size, chunk["seed"] = size * seeds // chunk["seed"], seeds
     runs = [1] * len(array.outer)
     if runs:
-        runs[-1] = min(array.shape[len(runs) - 1], RUNS_A_CHUNK, max(1, GATHERED_BYTES // max(1, size)))
+        runs[-1] = min(array.shape[len(runs) - 1], RUNS_PER_CHUNK, max(1, GATHERED_BYTES // max(1, size)))
     return (*runs, *(max(1, n) for n in chunk.values()))
 
 
 def _filled(header: Header, array: Stored) -> float:
-    """Share of the padded node dimensions that the largest layer of a run fills; the rest is never read."""
+    """Share of the padded node dimensions that a run's largest layer fills; the rest is never read."""
     own = "teacher_input_width" if array.name.startswith("teacher_") else "input_width"
     names = {**vocabulary.NODE_WIDTHS, "input_node": own}
     sizes = {

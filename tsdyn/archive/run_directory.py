@@ -1,4 +1,4 @@
-"""The directory of one run: claimed, committed to segment by segment, resumed, consolidated.  Imports no torch."""
+"""The directory of one run: claim it, commit segments, resume, join the segments into one file.  Imports no torch."""
 
 from __future__ import annotations
 
@@ -44,21 +44,22 @@ from tsdyn.vocabulary import Label
 EXPERIMENT = "experiment.toml"
 ARCHIVE = "archive.nc"
 SEGMENTS = "segments"
-#: Attribute of all files of one run, drawn when it begins: what one of them has committed, later ones hold.
+#: Attribute shared by all files of one run, drawn at random when it begins; later files hold all that earlier ones do.
 RUN = "run"
 
-#: Attribute of an archive: epochs that it holds beyond its schedule, since shorter runs that it extends recorded them.
+#: Attribute of an archive: epochs outside its schedule, which shorter runs that it extends recorded last.
 KEPT = "kept_epochs"
-#: How long another command may take to make a sweep's directory its own.
+#: How long to wait for another command that is claiming the same sweep's directory.
 CLAIM_SECONDS = 30.0
 _SEGMENT = re.compile(r"epoch-(\d{6,})-(\d{6,})\.nc")
 
-#: Variable → one array (seed, epoch), or one a layer from the lowest up, (seed, epoch, node...); constants: no epoch.
+#: Variable → one array (seed, epoch), or one array per layer from the lowest up, (seed, epoch, node...); constants
+#: have no epoch.
 Records = Mapping[str, "np.ndarray | list[np.ndarray]"]
 
 
 class Segment(NamedTuple):
-    """A committed file and the trained epochs it covers."""
+    """A committed file and the first and last epoch of training that it covers."""
 
     first: int
     last: int
@@ -80,26 +81,26 @@ def segments(path: Path) -> list[Segment]:
         if after.first != before.last + 1:
             raise ArchiveError(
                 f"{path}: segments end at epoch {before.last} and go on at {after.first}; epochs between are missing: "
-                f"`tsdyn repair {path}` keeps what can be gone on from"
+                f"`tsdyn repair {path}` keeps what can be resumed"
             )
     return found
 
 
 def segment_epochs(file: Path) -> tuple[int, int] | None:
-    """First and last epoch that a segment's name says; None if it is no segment's name."""
+    """First and last epoch in the name of a segment's file; None if the file is not named like a segment."""
     match = _SEGMENT.fullmatch(file.name)
     return (int(match[1]), int(match[2])) if match else None
 
 
 def segment_path(path: Path, first: int, last: int) -> Path:
-    """The file that holds what was recorded among trained epochs `first`..`last`, and the state after `last`."""
+    """Path of the segment that covers training epochs `first`..`last` and holds the state after `last`."""
     return path / SEGMENTS / f"epoch-{first:06d}-{last:06d}.nc"
 
 
 def extends(longer: Experiment, shorter: Experiment) -> bool:
-    """Whether `longer` is `shorter` trained on, over more points, or both.
+    """Whether `longer` is `shorter` with more epochs, more points, or both.
 
-    Only ``training.epochs`` may differ, and be more, and the values in ``sweep``, of which none may be missing.
+    Only ``training.epochs`` may differ, being more, and the values in ``sweep``, of which none may be missing.
     """
     epochs = longer.training.epochs
     alike = longer.kind == shorter.kind and bool(longer.sweep) == bool(shorter.sweep)
@@ -116,11 +117,11 @@ def extends(longer: Experiment, shorter: Experiment) -> bool:
 
 
 def claim(path: Path, experiment: Experiment) -> None:
-    """Make `path` the directory of `experiment`, or check that it is, or that `experiment` extends what it holds.
+    """Make `path` the directory of `experiment`; if it is already one, check that `experiment` is or extends its own.
 
     Raises:
         ArchiveError: if it holds another experiment, naming what differs, or files that are not a run's; or another
-            process is making it its own in this moment.
+            process is claiming it at the same time.
     """
     if not _claimed(path, experiment):
         make_directory(path)
@@ -132,7 +133,7 @@ def claim(path: Path, experiment: Experiment) -> None:
 
 
 def _claimed(path: Path, experiment: Experiment) -> bool:
-    """Whether `path` is the directory of `experiment` already; if not, it is free to be, or `claim`'s error."""
+    """True if `path` is the directory of `experiment` already, False if it is free; else raises `claim`'s error."""
     file = path / EXPERIMENT
     if file.exists():
         study_directories.refuse_to_write(path)
@@ -143,11 +144,11 @@ def _claimed(path: Path, experiment: Experiment) -> bool:
             raise DirectoryError(
                 f"{path}: holds another experiment; nothing was overwritten. What differs:\n  "
                 + "\n  ".join(differences(experiment, theirs))
-                + "\nGive another directory with -o, or remove this one. (A run can be gone on with by more epochs "
-                "and a sweep over more values, everything else the same.)"
+                + "\nGive another directory with -o, or remove this one. (A run can be extended by more epochs "
+                "and a sweep by more values, everything else the same.)"
             )
         return not experiment.sweep  # a run is extended by its writer
-    # what a writer killed in its first milliseconds leaves is its own
+    # files left by a writer that was killed in its first milliseconds do not count
     leftovers = re.compile(rf"{LOCK}(\.\w+)?|\.{re.escape(EXPERIMENT)}\.\d+\.tmp")
     if path.exists() and (not path.is_dir() or any(not leftovers.fullmatch(e.name) for e in path.iterdir())):
         what = "is not empty and holds no experiment" if path.is_dir() else "is a file"
@@ -156,7 +157,7 @@ def _claimed(path: Path, experiment: Experiment) -> bool:
 
 
 def _sign(path: Path, experiment: Experiment) -> None:
-    """Write whose directory it is, under its lock; another may have done so just before."""
+    """Write the experiment file, under the directory's lock; another process may have done so just before."""
     if not _claimed(path, experiment):
         write_text(path / EXPERIMENT, experiment.to_toml())
 
@@ -164,13 +165,13 @@ def _sign(path: Path, experiment: Experiment) -> None:
 class RunDirectory:
     """The directory of one run, held for writing.
 
-    Use as a context manager: entering takes the lock and clears what an interrupted writer left, leaving gives the
-    lock back.
+    Use as a context manager: entering takes the lock and clears what an interrupted writer left, leaving frees the
+    lock.
 
     Args:
         path: The directory; made if it does not exist.
-        experiment: What the run computes; without a sweep.  With more epochs than the directory holds of the same
-            experiment, the run is extended.
+        experiment: The experiment, without a sweep.  If it has more epochs than the same experiment in the directory,
+            the run is extended.
 
     Raises:
         ArchiveError: if another process holds the directory, it holds another experiment (every difference is
@@ -208,7 +209,7 @@ class RunDirectory:
         self._lock.release()
 
     def _settle(self) -> None:
-        """Finish what an interrupted writer began: leftovers go, a verified archive replaces its segments."""
+        """Finish what an interrupted writer began: remove leftovers, and segments whose archive is verified."""
         _sign(self.path, self.experiment)
         for folder in (self.path, self.path / SEGMENTS):
             for leftover in folder.glob(".*.tmp"):
@@ -229,7 +230,7 @@ class RunDirectory:
             make_directory(self.path / SEGMENTS)
 
     def _reopen(self, shorter: Experiment) -> None:
-        """The archive of a finished run becomes the first segment of the longer one, in one rename."""
+        """Make the archive of a finished run the first segment of the longer one, in one rename."""
         refuse_changed(self.path / ARCHIVE)
         with netcdf.dataset(self.path / ARCHIVE) as nc:
             if "state" not in nc.groups:
@@ -247,7 +248,7 @@ class RunDirectory:
 
     @property
     def finished(self) -> bool:
-        """Whether the archive of all epochs is there."""
+        """Whether the archive of all epochs has been written."""
         return (self.path / ARCHIVE).exists()
 
     @property
@@ -261,7 +262,7 @@ class RunDirectory:
         return found[-1].last if found else None
 
     def _own_attrs(self) -> dict[str, str]:
-        """The attribute `RUN`: that of the last segment, drawn where there is none yet."""
+        """The attribute `RUN`: that of the last segment, or a new one for a run without segments."""
         if self._run is None:
             found = segments(self.path)
             self._run = secrets.token_hex(8)
@@ -279,17 +280,18 @@ class RunDirectory:
         state: State,
         attrs: Mapping[str, Any],
     ) -> None:
-        """Write the recorded `epochs` among trained epochs `first`..`last` and the state after `last`, in one rename.
+        """Write a segment: what was recorded in training epochs `first`..`last`, and the state after `last`.
 
-        The file is made in memory and written in one go, so that a failed write is the system's error, not HDF5's.
+        It appears in one rename.  The file is made in memory and written at once, so that a failed write raises the
+        system's error, not HDF5's.
 
         Args:
-            first: First step of the segment: of training, an epoch.
+            first: First step of the segment; in training a step is an epoch.
             last: Last step of the segment.
-            epochs: Labels of the recorded ones among them, increasing: epochs, times or α.
-            records: Their measurements; in the first segment also what is known at the start, in the last what is
-                known at the end.
-            state: Everything needed to go on; arrays by name, among them ``death_epoch``.
+            epochs: Labels of the recorded steps, increasing: epochs, times or α.
+            records: Their measurements; in the first segment also what is known at the start, in the last also what
+                is known at the end.
+            state: Everything needed to resume; arrays by name, among them ``death_epoch``.
             attrs: Global attributes.
 
         Raises:
@@ -311,10 +313,10 @@ class RunDirectory:
         write_bytes(segment_path(self.path, first, last), content, seal=True)
 
     def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """State after the last committed epoch, and the global attributes of its segment.
+        """The state after the last committed epoch, and the global attributes of its segment.
 
         Raises:
-            ArchiveError: if the segment that holds them is damaged.
+            ArchiveError: if that segment is damaged.
         """
         newest = segments(self.path)[-1]
         refuse_changed(newest.path)
@@ -325,11 +327,11 @@ class RunDirectory:
             if isinstance(error, ArchiveError):
                 raise
             raise ArchiveError(
-                f"{newest.path}: cannot be read: {error}; `tsdyn repair {self.path}` keeps what can be gone on from"
+                f"{newest.path}: cannot be read: {error}; `tsdyn repair {self.path}` keeps what can be resumed"
             ) from error
 
     def consolidate(self, attrs: Mapping[str, Any]) -> None:
-        """All epochs in one file, read back and compared with the segments before these go.  Repeatable.
+        """Join all segments into one file, compare it with them, and only then remove them.  May be called again.
 
         Raises:
             ArchiveError: if it cannot be written, a segment is damaged, or epochs are missing; segments are kept.
@@ -354,18 +356,18 @@ class RunDirectory:
         self._drop_segments()
 
     def _drop_segments(self) -> None:
-        """Remove the segments of an archive that is finished and whole."""
+        """Remove the segments once the archive is finished and whole."""
         folder = self.path / SEGMENTS
         for file in sorted(folder.glob("*.nc")):
             remove_sealed(file)
-        with suppress(OSError):  # somebody's own files in there stay
+        with suppress(OSError):  # other files that a user put there stay
             folder.rmdir()
 
 
 def _history(
     parts: Sequence[joining.Part], epochs: Sequence[Label], experiment: Experiment, variables: Sequence[str]
 ) -> dict[str, Any]:
-    """Attributes that say what an archive has from before: epochs beyond its schedule, wrong numbers."""
+    """Attributes about what earlier, shorter runs left in an archive: epochs outside its schedule, wrong numbers."""
     kept = np.setdiff1d(epochs, experiment.labels)
     wrong = joining.wrong_through(parts, epochs, variables)
     found: dict[str, Any] = {KEPT: kept} if len(kept) else {}

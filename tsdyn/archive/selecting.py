@@ -1,4 +1,4 @@
-"""Parts of an archive by what they are called: a layer without padding, points of a sweep by their values.
+"""Select parts of an archive by name: a layer without padding, points of a sweep by swept values.
 
 Imports no torch.
 """
@@ -18,10 +18,10 @@ T = TypeVar("T", xr.Dataset, xr.DataArray)
 
 
 def experiment_of(ds: xr.Dataset) -> Experiment:
-    """The experiment that an archive, or any slice of one, is of.
+    """The experiment that made an archive, given the archive or any slice of it.
 
     Raises:
-        ValueError: if it has none, as several archives opened together, of which each has its own.
+        ValueError: if the Dataset names none, or comes from several archives opened together, each with its own.
     """
     text = ds.attrs.get("experiment")
     if text is None:
@@ -31,7 +31,7 @@ def experiment_of(ds: xr.Dataset) -> Experiment:
                 "tsdyn.open(one of them)"
             )
         raise ValueError(
-            "experiment_of: the Dataset has no attribute 'experiment'; it is no archive of tsdyn's, or lost its "
+            "experiment_of: the Dataset has no attribute 'experiment'; it is not an archive of tsdyn's, or lost its "
             "attributes on the way (xarray's arithmetic drops them; ds.assign_attrs(archive.attrs) puts them back)"
         )
     return Experiment.from_toml_text(str(text), archived=True)
@@ -43,13 +43,13 @@ def swept_dimensions(ds: xr.Dataset | xr.DataArray) -> tuple[str, ...]:
 
 
 def select(ds: T, **labels: Any) -> T:
-    """The points of a sweep with the given values of swept keys, whether each is a dimension or varies with others.
+    """The points of a sweep that have the given values of swept keys, be these dimensions or coordinates of ``point``.
 
     ``select(ds, polarity=1.0, learning_rate=[0.01, 0.1])``; a list keeps the dimension.  A single point along
     ``point`` loses that dimension.
 
     Raises:
-        KeyError: if a name is no swept key, or no point has such a value; says what there is.
+        KeyError: if a name is not a swept key, or no point has such a value; names those there are.
     """
     for name, wanted in labels.items():
         coordinate = ds.coords.get(name)
@@ -68,8 +68,8 @@ def select(ds: T, **labels: Any) -> T:
 
 
 def lowest_layer(ds: xr.Dataset | xr.DataArray) -> int:
-    """Label of the lowest layer: 1, also of a slice that starts above it, or where layers are counted from."""
-    return min(1, *ds.indexes["layer"].tolist())
+    """Label of the lowest layer: 1 for an archive and any slice of it, else the first label (layers of your own)."""
+    return min(1, int(ds.indexes["layer"].min()))
 
 
 def layer(ds: T, number: int) -> T:
@@ -90,12 +90,12 @@ def layer(ds: T, number: int) -> T:
     if "layer" not in ds.dims or number not in ds.indexes["layer"]:
         held = list(ds.indexes["layer"]) if "layer" in ds.dims else "no layer dimension"
         raise ValueError(f"layer: {number} is not in the dataset, which has {held}")
-    if number > lowest_layer(ds) and isinstance(ds, xr.Dataset):  # variables of the lowest alone have no layer
+    if number > lowest_layer(ds) and isinstance(ds, xr.Dataset):  # variables of layer 1 alone have no ``layer``
         lowest = [
             n for n, v in ds.data_vars.items() if "layer" not in v.dims and set(vocabulary.NODE_WIDTHS) & set(v.dims)
         ]
         ds = ds.drop_vars(lowest)
-    # one cut, not one after another: dask then reads no more than it asks for
+    # all dimensions are cut in one call: dask then reads no more than is asked for
     place = int(ds.get_index("layer").get_loc(number))
     at = {name: c.isel(layer=place) for name, c in ds.coords.items() if "layer" in c.dims}
     ends = {dim: coordinate for dim, coordinate in vocabulary.NODE_WIDTHS.items() if dim in ds.dims}

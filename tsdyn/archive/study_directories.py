@@ -1,6 +1,6 @@
-"""Directories of population flows and online learning as tsdyn 0.1 left them: one netCDF file, to be read only.
+"""Read directories of population flows and online learning that tsdyn 0.1 wrote: one netCDF file each.
 
-Beside it stands an ``experiment.toml`` of another kind than `tsdyn.experiment` reads.  Imports no torch.
+Their ``experiment.toml`` has another format than `tsdyn.experiment` reads.  Imports no torch.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from tsdyn.archive import netcdf
 from tsdyn.archive.whole_files import DirectoryError, refuse_link
 
 EXPERIMENT = "experiment.toml"
-#: Result → keys that only such an experiment file has.
+#: Name of the results' file → keys that only the experiment file beside it has.
 RESULTS = {"flows.nc": {"sizes", "activations"}, "online.nc": {"nodes", "teacher_nodes"}}
 
 
 def result(path: Path) -> Path | None:
-    """The file that holds, or was to hold, the results of such a directory; None if it is none.
+    """The file that holds, or was to hold, the results of such a directory; None for other directories.
 
     Raises:
         DirectoryError: if its experiment file is a symbolic link.
@@ -32,7 +32,7 @@ def result(path: Path) -> Path | None:
 
 
 def read(file: Path) -> xr.Dataset:
-    """The results, loaded, as tsdyn 0.1 named them.
+    """The results, loaded, under the names that tsdyn 0.1 gave them.
 
     Raises:
         DirectoryError: if they were not finished, or cannot be read.
@@ -53,10 +53,10 @@ def read(file: Path) -> xr.Dataset:
 
 
 def refuse_to_write(path: Path) -> None:
-    """Raises DirectoryError if `path` is such a directory."""
+    """Raise DirectoryError if `path` is a study directory of tsdyn 0.1."""
     file = result(path)
     if file is not None:
         raise DirectoryError(
-            f"{path}: holds the results of a study of tsdyn 0.1 ({file.name}); it can be opened, and not be gone on "
-            "with. Give another directory with -o."
+            f"{path}: holds the results of a study of tsdyn 0.1 ({file.name}); it can be opened, but not "
+            "resumed. Give another directory with -o."
         )

@@ -23,7 +23,7 @@ SWEEP = "sweep.json"
 
 
 def label(value: Any) -> str | int | float:
-    """A coordinate value for a swept value: numbers and strings are themselves, lists join with ``-``."""
+    """The coordinate label of a swept value: numbers and strings as they are, lists joined by ``-``."""
     if isinstance(value, (bool, dict)):
         return json.dumps(value)
     if isinstance(value, (list, tuple)):
@@ -32,22 +32,22 @@ def label(value: Any) -> str | int | float:
 
 
 def point_name(values: Mapping[str, Any]) -> str:
-    """Directory of one point of a sweep, such as ``overrealization=5,polarity=1.0``.
+    """Name of the directory of one point of a sweep, such as ``overrealization=5,polarity=1.0``.
 
-    A name that lacks a character of the values, or is cut, ends with a hash of them: no two points share one.
+    If characters had to be replaced or the name had to be cut, it ends with a hash, so that no two points share one.
     """
     text, name = _spelled(values)
     return name if name == text and len(name) <= 200 else f"{name[:180]}-{_hash(text)}"
 
 
 def possible_names(values: Mapping[str, Any]) -> set[str]:
-    """What the directory of a point may be called, by this version and by those before 0.2."""
+    """Names that the directory of a point may have, from this version and from those before 0.2."""
     text, before = _spelled(values)
     return {point_name(values), before, f"{before[:180]}-{_hash(text)}"}
 
 
 def _spelled(values: Mapping[str, Any]) -> tuple[str, str]:
-    """A point's values in words, and those with only characters that any file system takes."""
+    """A point's values as text, and the same text with only characters that any file system allows."""
     names = sweep_dimensions(values)
     text = ",".join(f"{names[key]}={label(value)}" for key, value in values.items())
     return text, re.sub(r"[^A-Za-z0-9._+=,-]", "-", text)
@@ -58,14 +58,14 @@ def _hash(text: str) -> str:
 
 
 def point_directories(path: Path, points: Iterable[tuple[Mapping[str, Any], Callable[[], Experiment]]]) -> list[str]:
-    """The directory that holds each point of the sweep in `path`: `point_name`, or what versions before 0.2 called it.
+    """Name of the directory of each point of the sweep in `path`: `point_name`, or the name from before 0.2.
 
-    These left the hash away where characters were replaced, so that two points could have one directory: it is that of
-    the point whose experiment it holds.
+    Versions before 0.2 added no hash where characters were replaced, so that two points could share a directory: it
+    belongs to the point whose experiment it holds.
 
     Args:
         path: Directory of the sweep.
-        points: Of each, its values and what gives its experiment, asked for only where the directory is in doubt.
+        points: Values of each point and a function that returns its experiment, called only in doubt.
     """
     listed = list(points)
     before = [_spelled(values)[1] for values, _ in listed]
@@ -81,7 +81,7 @@ def point_directories(path: Path, points: Iterable[tuple[Mapping[str, Any], Call
 
 
 def _holds(path: Path, expected: Callable[[], Experiment]) -> bool:
-    """Whether a directory is of that experiment, or of what it extends."""
+    """Whether a directory is of the expected experiment, or of a shorter one that it extends."""
     with suppress(ExperimentError):
         mine, theirs = expected(), Experiment.from_toml(path / EXPERIMENT, archived=True)
         return mine == theirs or extends(mine, theirs)
@@ -91,13 +91,13 @@ def _holds(path: Path, expected: Callable[[], Experiment]) -> bool:
 def sweep_points(path: Path) -> dict[str, tuple[dict[str, Any], Experiment]]:
     """Directory name → swept values and experiment of each point of the sweep in `path`.
 
-    From ``experiment.toml``: the index beside it is for other readers, and its names are not trusted.
+    They come from ``experiment.toml``: ``sweep.json`` is for other readers, and its names are not trusted.
     """
     return named_points(path, Experiment.from_toml(path / EXPERIMENT, archived=True))
 
 
 def named_points(path: Path, experiment: Experiment) -> dict[str, tuple[dict[str, Any], Experiment]]:
-    """As `sweep_points`, of an experiment that need not be the one in `path` yet."""
+    """`sweep_points` of a given experiment, which need not be the one in `path` yet."""
     points = list(experiment.points())
     names = point_directories(path, [(values, partial(_itself, at)) for values, at in points])
     return dict(zip(names, points, strict=True))
@@ -108,7 +108,7 @@ def _itself(experiment: Experiment) -> Experiment:
 
 
 def refuse_equal_names(experiment: Experiment) -> None:
-    """Refuse a sweep of which two points would have one directory, on some file system at least.
+    """Refuse a sweep in which two points would share a directory on file systems that ignore case.
 
     Raises:
         DirectoryError: naming the values.
@@ -118,15 +118,15 @@ def refuse_equal_names(experiment: Experiment) -> None:
         other = seen.setdefault(point_name(values).casefold(), values)
         if other is not values:
             raise DirectoryError(
-                f"sweep: the points {other} and {values} would share {point_name(values)} where upper and "
-                "lower case are one; give them names that differ otherwise, or run them as two sweeps"
+                f"sweep: the points {other} and {values} would share {point_name(values)} on file systems "
+                "that ignore case; give them names that differ otherwise, or run them as two sweeps"
             )
 
 
 def write_sweep(path: Path, experiment: Experiment) -> dict[str, Experiment]:
     """Make `path` the directory of a sweep; ``sweep.json`` lists every point and its directory for other readers.
 
-    A sweep that holds all points of the one that is there, everything else the same, takes its place.
+    A sweep already there is replaced if the new one has all its points and is otherwise the same.
 
     Returns the experiment of each point by directory name.
 

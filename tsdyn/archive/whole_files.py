@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and the checksum kept beside them.  Imports neither torch nor netCDF."""
+"""Write files whole or not at all, each with its checksum beside it.  Imports neither torch nor netCDF."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-#: Left free beyond what a write needs.
+#: Bytes of the disk that must stay free after a write.
 MARGIN = 1 << 20
 #: A file up to this size is compared with its checksum whenever it is opened: 10 ms.
 ALWAYS_VERIFIED = float(1 << 24)
-#: `SUFFIX` of the file beside another one that holds its SHA-256, as ``sha256sum -c`` reads it.
+#: Suffix of the file that holds the SHA-256 of the file beside it, in the format of ``sha256sum -c``.
 SUFFIX = ".sha256"
-#: A file that changed within so many seconds could change again and keep its times: the system's clock has ticks.
+#: A file changed less than this many seconds ago could change again and keep its times, since file times are coarse.
 TICK_SECONDS = 2.0
 _SEAL = re.compile(r"([0-9a-f]{64})  [^/\n]+\n")
 _REASONS = {
@@ -41,11 +41,11 @@ _REASONS = {
 
 
 class ArchiveError(RuntimeError):
-    """A directory that cannot be read or written as asked; the message says which, why and the way out."""
+    """A directory cannot be read or written as asked; the message says which, why, and the way out."""
 
 
 class DirectoryError(ArchiveError):
-    """A path that does not fit the request: another experiment's, not a run's, or not there at all."""
+    """A path does not fit the request: it holds another experiment, is not a run's directory, or does not exist."""
 
 
 def local_path(path: str | Path) -> Path:
@@ -72,9 +72,9 @@ def local_path(path: str | Path) -> Path:
 
 
 def refused(path: Path, error: BaseException, needed: int = 0) -> ArchiveError:
-    """What to tell of a write to `path` that failed.
+    """The ArchiveError for a failed write to `path`, with its reason.
 
-    HDF5 hides the reason of a failed write ("HDF error"); a disk without room for `needed` bytes is then named.
+    HDF5 hides the reason ("HDF error"); if the disk has no room for `needed` bytes, the message says so.
     """
     number = error.errno if isinstance(error, OSError) else None
     reason, free = _REASONS.get(number or 0), None
@@ -101,7 +101,7 @@ def _what_is_used_up(folder: Path) -> str:
 
 
 def sync_directory(path: Path) -> None:
-    """Make the names in a directory durable: a rename that is not synced may be undone by a power cut."""
+    """Sync a directory, so that renames in it survive a power cut."""
     handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(handle)
@@ -110,7 +110,7 @@ def sync_directory(path: Path) -> None:
 
 
 def make_directory(path: Path) -> None:
-    """A directory and the parents it lacks, durable.
+    """Make a directory and its missing parents, synced to disk.
 
     Raises:
         DirectoryError: if it cannot be made there.
@@ -131,15 +131,15 @@ def make_directory(path: Path) -> None:
 
 @contextmanager
 def replacing(path: Path, needed: int, *, seal: bool = False) -> Iterator[Path]:
-    """A temporary name beside `path` that becomes `path` once written and synced; nothing is left otherwise.
+    """A temporary file beside `path`, renamed to `path` once it is written and synced; removed if that fails.
 
     Args:
-        path: The file to be.
+        path: The file to write.
         needed: Bytes it will take.
-        seal: Whether its checksum is to be found beside it: the checksum is durable before `path` appears.
+        seal: Whether to write its checksum beside it; the checksum is synced to disk before `path` appears.
 
     Raises:
-        ArchiveError: if it cannot be written; `path` is then as before.
+        ArchiveError: if it cannot be written; `path` is then unchanged.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -166,7 +166,7 @@ def replacing(path: Path, needed: int, *, seal: bool = False) -> Iterator[Path]:
 
 
 def write_bytes(path: Path, content: bytes | memoryview, *, seal: bool = False) -> None:
-    """A file, whole or not at all; `seal` as in `replacing`."""
+    """Write a file, whole or not at all; `seal` as in `replacing`."""
     with replacing(path, len(content), seal=seal) as temporary:
         handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
         try:
@@ -178,7 +178,7 @@ def write_bytes(path: Path, content: bytes | memoryview, *, seal: bool = False) 
 
 
 def write_text(path: Path, text: str) -> None:
-    """A small text file, whole or not at all."""
+    """Write a small text file, whole or not at all."""
     write_bytes(path, text.encode())
 
 
@@ -189,9 +189,9 @@ def sha256(path: Path) -> str:
 
 
 def version(path: Path) -> tuple[object, ...] | None:
-    """What differs whenever the content of a file does; None if there is no file.
+    """A value that changes whenever the content of a file does; None if there is no file.
 
-    Its identity, size and times; of a file that changed just now its SHA-256 too (`TICK_SECONDS`).
+    It holds device, inode, size and times; for a file that changed just now the SHA-256 too (`TICK_SECONDS`).
     """
     try:
         status = path.stat()
@@ -203,7 +203,7 @@ def version(path: Path) -> tuple[object, ...] | None:
 
 
 def digest_of(path: Path) -> str | None:
-    """SHA-256 of a file, read again only once its `version` changed; None if it cannot be read."""
+    """SHA-256 of a file, cached until its `version` changes; None if it cannot be read."""
     found = version(path)
     return None if found is None else _digest_of(path.absolute(), found)
 
@@ -217,12 +217,12 @@ def _digest_of(path: Path, _: tuple[object, ...]) -> str | None:
 
 
 def seal_of(path: Path) -> Path:
-    """Where the checksum of `path` is kept."""
+    """Path of the file that holds the checksum of `path`."""
     return path.with_name(path.name + SUFFIX)
 
 
 def sealed(path: Path) -> bool | None:
-    """Whether `path` is what its checksum says; None if no checksum is kept.  Reads the whole file."""
+    """Whether `path` agrees with its checksum; None if it has none.  Reads the whole file."""
     try:
         kept = seal_of(path).read_text(encoding="ascii", errors="replace")
     except FileNotFoundError:
@@ -232,7 +232,7 @@ def sealed(path: Path) -> bool | None:
 
 
 class Identity(NamedTuple):
-    """What tells a file from another that takes its name: place on the disk, size, time and checksum."""
+    """Inode, size, time and checksum of a file, by which another file of the same name is noticed."""
 
     inode: int
     size: int
@@ -241,7 +241,7 @@ class Identity(NamedTuple):
 
 
 def identity(path: Path) -> Identity:
-    """Of the file at `path` now; the checksum is the one kept beside it, None if none is.
+    """The identity of the file now at `path`, with the checksum that the file beside it holds, or None.
 
     Raises:
         OSError: if there is no such file.
@@ -254,7 +254,7 @@ def identity(path: Path) -> Identity:
 
 
 def refuse_changed(path: Path, *, upto: float = math.inf) -> None:
-    """Refuse a file of at most `upto` bytes that is not what its checksum says; once read, it is not read again.
+    """Refuse a file of at most `upto` bytes that differs from its checksum; the result is cached while it is unchanged.
 
     Raises:
         ArchiveError: naming the file and the way out.
@@ -275,7 +275,7 @@ def _as_sealed(path: Path, stamp: tuple[int, ...]) -> bool:
 
 
 def refuse_link(path: Path) -> None:
-    """Refuse a symbolic link: inside a run or a sweep it would have files elsewhere read, written or removed.
+    """Refuse a symbolic link: through a link inside a run or a sweep, files elsewhere would be read or changed.
 
     Raises:
         DirectoryError: naming it.

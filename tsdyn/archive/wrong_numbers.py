@@ -1,4 +1,4 @@
-"""Which numbers of earlier versions are wrong, and the warning that says so.  Imports no torch."""
+"""Variables that earlier versions computed wrongly, and the warning about them.  Imports no torch."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import tomllib
 
 
 class WrongNumbersWarning(UserWarning):
-    """An archive that is read holds numbers that are not what their variables' names say."""
+    """An archive holds variables that an earlier version computed wrongly."""
 
 
-#: Global attribute of an archive that an earlier version began: the last epoch whose numbers are its.
+#: Global attribute of an archive that an earlier version began: the last epoch which that version computed.
 WRONG_THROUGH = "wrong_through"
-#: Until version 2, these were measured of the squared error whatever loss was trained.
+#: Up to version 2 of the schema these were measured for the squared error, whatever loss was trained.
 _OF_THE_LOSS = ("gradient_rms", "gradient_max", "gradient_norm", "hessian_eigenvalue")
-#: What is to be told of them.
+#: The text of the warning.
 WRONG = (
     "of the squared error, though cross entropy was trained: tsdyn before 0.2 (archives of schema 2 and below) "
     "measured them so; run the experiment anew into another directory"
@@ -21,12 +21,12 @@ WRONG = (
 
 
 def wrong_variables(version: object, through: object, experiment: str) -> tuple[str, ...]:
-    """Variables whose numbers are wrong in a file, by what it says of itself.
+    """Names of a file's variables whose numbers are wrong.
 
     Args:
-        version: Its schema version.
-        through: Its attribute `WRONG_THROUGH`, None if it has none.
-        experiment: Its experiment, TOML.
+        version: The file's schema version.
+        through: The file's attribute `WRONG_THROUGH`, None if it has none.
+        experiment: The file's experiment, as TOML.
     """
     if through is None and not (isinstance(version, int) and version <= 2):
         return ()

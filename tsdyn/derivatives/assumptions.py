@@ -253,8 +253,8 @@ class Asked:
         if count == 1:
             return alone
         draw = torch.Generator().manual_seed(count)
-        inner = torch.randperm(count - 2, generator=draw)[: TOGETHER - 2] + 1
-        chosen = torch.cat([torch.tensor([0, count - 1]), inner]).to(self.device)
+        inner = torch.randperm(count - 2, generator=draw, device="cpu")[: TOGETHER - 2] + 1
+        chosen = torch.cat([torch.tensor([0, count - 1], device="cpu"), inner]).to(self.device)
         together = tree_map(
             lambda t: (
                 t[chosen].detach().clone().requires_grad_(t.is_floating_point() or t.is_complex()) if _sliced(t) else t
@@ -333,10 +333,13 @@ class Asked:
         if not floats or not inputs:
             return
         count = len(inputs[0])
-        half = torch.randperm(count, generator=draw) < (count + 1) // 2
+        half = torch.randperm(count, generator=draw, device="cpu") < (count + 1) // 2
         value = sum(
             (
-                (r[half.to(r.device)].real * torch.randn(r[half.to(r.device)].shape, generator=draw).to(r.real)).sum()
+                (
+                    r[half.to(r.device)].real
+                    * torch.randn(r[half.to(r.device)].shape, generator=draw, device="cpu").to(r.real)
+                ).sum()
                 for r in floats
             ),
             start=torch.zeros((), device=floats[0].device, dtype=floats[0].real.dtype),
@@ -512,7 +515,7 @@ def _tensors(caller: str, tree: Tree, like: Tensor | None) -> Tree:
 
     def one(leaf: Any) -> Any:
         if isinstance(leaf, np.ndarray | np.generic):
-            given = torch.tensor(np.atleast_1d(leaf))
+            given = torch.tensor(np.atleast_1d(leaf), device="cpu")
             if like is not None:
                 given = given.to(like.device, like.dtype if given.is_floating_point() else given.dtype)
             return given

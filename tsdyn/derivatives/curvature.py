@@ -75,7 +75,7 @@ def hessian_vector_product(*args: Any, **keywords: Any) -> Tensor:
         ValueError: as `hessian`, or for a vector of another length.
     """
     with _curved("hessian_vector_product", args, keywords, vector=inspect.Parameter.empty) as (curve, given):
-        vector = torch.as_tensor(given["vector"])
+        vector = _tensor(given["vector"])
         if vector.shape != (curve.size,):
             raise ValueError(
                 f"hessian_vector_product: the vector has shape {tuple(vector.shape)}, there are {curve.size} parameters"
@@ -121,7 +121,7 @@ def _largest(curve: _Curve, k: int) -> Tensor:
         found: np.ndarray = curve.product(at).cpu().numpy()
         return found
 
-    dtype = torch.zeros((), dtype=curve.dtype).numpy().dtype
+    dtype = torch.zeros((), dtype=curve.dtype, device="cpu").numpy().dtype
     operator = LinearOperator((curve.size, curve.size), matvec=apply, dtype=dtype)
     start = np.random.default_rng(0).standard_normal(curve.size).astype(dtype)
     if not apply(start).any():  # only the zero operator maps a random vector to 0, and ARPACK refuses it
@@ -208,7 +208,7 @@ def hessian_density(*args: Any, **keywords: Any) -> SpectralDensity:
         draw = torch.Generator().manual_seed(given["seed"])
         nodes, weights = np.zeros((2, probes, steps))
         for probe in range(probes):
-            start = torch.randn(curve.size, generator=draw, dtype=curve.dtype).to(curve.device)
+            start = torch.randn(curve.size, generator=draw, dtype=curve.dtype, device="cpu").to(curve.device)
             diagonal, beside = _lanczos(curve.product, start, steps)
             values, vectors = eigh_tridiagonal(diagonal, beside)
             nodes[probe] = values[-1]
@@ -291,7 +291,7 @@ class _Curve:
         refuse_beyond("hessian", size, self.device, "use hessian_spectrum or hessian_vector_product")
         unit = torch.eye(self.size, dtype=self.dtype, device=self.device)
         draw = torch.Generator().manual_seed(0)
-        random = torch.randn(2, self.size, generator=draw, dtype=self.dtype).to(self.device)
+        random = torch.randn(2, self.size, generator=draw, dtype=self.dtype, device="cpu").to(self.device)
         try:
             step = max(1, _AT_ONCE // max(1, 64 * self.size * self.dtype.itemsize))
             found = torch.cat([self._products(part, batched=True) for part in unit.split(step)])
@@ -311,7 +311,7 @@ class _Curve:
     def refuse_asymmetry(self) -> None:
         """Raise ValueError unless uᵀ(H w) = wᵀ(H u) for random u and w; a user's hook or backward may break it."""
         draw = torch.Generator().manual_seed(1)
-        u, w = torch.randn(2, self.size, generator=draw, dtype=self.dtype).to(self.device)
+        u, w = torch.randn(2, self.size, generator=draw, dtype=self.dtype, device="cpu").to(self.device)
         hu, hw = self.product(u), self.product(w)
         scale = max(float(hu.norm() * w.norm()), float(hw.norm() * u.norm()))
         if comparable(self._leaves) and not agree(u @ hw, w @ hu, scale):
@@ -419,12 +419,17 @@ def _refuse_unreal(caller: str, leaves: Sequence[Tensor]) -> None:
             raise ValueError(f"{caller}: parameters are {kind}; a Hessian is that of real ones (view_as_real)")
 
 
+def _tensor(given: Any) -> Tensor:
+    """A tensor where it is; an array on the CPU, whatever torch's default device."""
+    return given if isinstance(given, Tensor) else torch.as_tensor(given, device="cpu")
+
+
 def _leaves(caller: str, params: Any) -> tuple[list[Tensor], Callable[[], Any]]:
     """Copies of the parameters to differentiate in, and a function that hands them to the loss in their structure."""
     single = isinstance(params, Tensor | np.ndarray)
     mapping = isinstance(params, Mapping | nn.ParameterDict)
     given = [params] if single else list(params.values()) if mapping else list(params)
-    tensors = [torch.as_tensor(t).detach() for t in given]
+    tensors = [_tensor(t).detach() for t in given]
     if not tensors:
         raise ValueError(f"{caller}: there are no parameters")
     _refuse_unreal(caller, tensors)

@@ -279,7 +279,7 @@ class _View:
             if not agree_by_name({n: j[i - part.start] for n, j in found.items()}, self._right[i]):
                 return False
         draw = torch.Generator().manual_seed(part.start + 1)
-        weights = torch.randn(part.stop - part.start, self.outputs, generator=draw).to(self.alone)
+        weights = torch.randn(part.stop - part.start, self.outputs, generator=draw, device="cpu").to(self.alone)
         combined = {n: torch.einsum("so,so...->s...", weights.to(j), j) for n, j in found.items()}
         right: dict[str, list[Tensor]] = {name: [] for name in found}
         for half in (slice(0, None, 2), slice(1, None, 2)):

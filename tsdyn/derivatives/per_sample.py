@@ -257,7 +257,7 @@ class _Ways:
         self._one, self._loss, self._memory = one, loss, memory
         self._alone = one.examine(loss)
         count = one.count
-        middle = int(torch.randint(count, (), generator=torch.Generator().manual_seed(count)))
+        middle = int(torch.randint(count, (), generator=torch.Generator().manual_seed(count), device="cpu"))
         self._right = {i: one.plain(loss, i) for i in list(dict.fromkeys([0, count - 1, middle]))[:ALONE]}
         exact = comparable(one.parameters.values())
         self._layers, self._chunk = self._plan() if exact else ([], count)
@@ -439,7 +439,7 @@ def _batch_of_one(leaf: Any) -> Any:
 
 def _random_weights(part: slice) -> Tensor:
     draw = torch.Generator().manual_seed(part.start + 1)
-    return torch.randn(part.stop - part.start, generator=draw, dtype=torch.float64)
+    return torch.randn(part.stop - part.start, generator=draw, dtype=torch.float64, device="cpu")
 
 
 def _first_line(error: Exception) -> str:

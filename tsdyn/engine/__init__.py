@@ -1,1 +1,1 @@
-"""Training ensembles of students: the general step, the batched one and the compiled ones."""
+"""Training of ensembles of students: one general engine for any module, and faster batched and compiled ones."""

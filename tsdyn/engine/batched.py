@@ -1,6 +1,6 @@
-"""The hand-batched step of fully connected networks: no autograd, in-place batched products, every activation.
+"""The hand-batched training step of fully connected networks: backpropagation written out as in-place batched products.
 
-It claims the optimizers that it was written with, and losses whose residual has a closed form.
+It serves every activation, the optimizers in `RULES`, and losses whose residual has a closed form.
 """
 
 from __future__ import annotations
@@ -14,34 +14,37 @@ from tsdyn.engine.ensemble import Ensemble
 from tsdyn.engine.rule import Rule
 from tsdyn.networks.activations import Activation
 
-#: Optimizers whose updates ask nothing of the host, so that a GPU can replay them.
+#: Optimizers whose updates need no value from the GPU on the host, so that a recorded graph can replay them.
 RULES = ("sgd", "momentum", "adam")
 
 
 def claims(ensemble: Ensemble, rule: Rule) -> bool:
-    """Whether the hand-batched step serves these members with this rule and loss."""
+    """Whether the hand-batched step can train these members with this rule and loss."""
     return ensemble.connected is not None and rule.name in RULES and rule.loss.negative_gradient is not None
 
 
 def block_size(ensemble: Ensemble, batch: int) -> int:
-    """Members whose parameters, moments and batch buffers fit in a core's cache together; at least one."""
+    """How many members' parameters, moments and batch buffers fit in a core's cache together; at least one."""
     return max(1, memory.cache() // (numbers(ensemble, batch) * ensemble.weights[0].element_size()))
 
 
 def numbers(ensemble: Ensemble, batch: int) -> int:
-    """Of one member: parameters, moments and the activations and gradients of a batch."""
+    """How many numbers one member takes: parameters, moments, and the activations and gradients of a batch."""
     held = sum(p[0].numel() for p in ensemble.values.values()) * (1 + len(ensemble.moments))
     return held + 2 * batch * sum(w.shape[1] + w.shape[2] for w in ensemble.weights)
 
 
 def advance(block: Ensemble, batches: Batches, rule: Rule, taken: int) -> None:
-    """The steps of `batches`, after `taken` others, in place."""
+    """Take the steps of `batches` in place, after `taken` earlier ones."""
     for count, (x, y) in enumerate(batches, start=taken + 1):
         step(block, x, y, rule, count)
 
 
 def step(block: Ensemble, x: Tensor, y: Tensor, rule: Rule, count: int | Tensor) -> None:
-    r"""Forward, then down the layers: ∂J/∂W_l = −(1/batch) g_l f_{l−1}ᵀ, g_{l−1} = (W_lᵀ g_l) ∘ σ'(z_{l−1})."""
+    r"""Take one step of every member, in place.
+
+    Forward, then down the layers: ∂J/∂W_l = −(1/batch) g_l f_{l−1}ᵀ, g_{l−1} = (W_lᵀ g_l) ∘ σ'(z_{l−1}).
+    """
     assert block.connected is not None
     activation = block.connected.activation
     weights, biases = block.layers(block.values)
@@ -60,7 +63,7 @@ def step(block: Ensemble, x: Tensor, y: Tensor, rule: Rule, count: int | Tensor)
     lowest = min((i for i in range(depth) if i + 1 not in rule.frozen), default=depth)
     for i in range(depth - 1, lowest - 1, -1):
         weight, below = weights[i], activations[i]
-        # g below uses W before its update
+        # the gradient of the layer below needs W before its update
         passed = torch.bmm(gradient, weight) if i > lowest else None
         if i + 1 not in rule.frozen:
             _update_layer(block, i + 1, gradient, below, rule, count, top=i == depth - 1)

@@ -1,4 +1,4 @@
-"""Batches: what the steps of an epoch see, for a block of members at a time."""
+"""Batches: the samples that the steps of an epoch train on, for a block of members at a time."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Batches:
-    """Some consecutive steps of a block of members; iterates over the steps' (inputs, targets).
+    """The batches of some consecutive steps of a block of members; iterating gives (inputs, targets) of each step.
 
     Attributes:
         inputs: (member, sample, input).
         targets: (member, sample, output).
-        rows: Which samples make each batch, (member, step, batch); None for the whole set at each step.
-        steps: How many.
+        rows: Indices of the samples in each batch, (member, step, batch); None: every step uses all samples.
+        steps: Number of steps.
     """
 
     inputs: Tensor
@@ -27,7 +27,7 @@ class Batches:
     steps: int
 
     def chosen(self) -> Tensor | None:
-        """`rows` counted over the samples of all members, (step, member·batch)."""
+        """`rows` as indices into the samples of all members in one sequence, (step, member·batch)."""
         if self.rows is None:
             return None
         count, samples, _ = self.inputs.shape
@@ -49,18 +49,18 @@ class Batches:
             yield x_batch.view(count, -1, x_rows.shape[1]), y_batch.view(count, -1, y_rows.shape[1])
 
 
-#: For a block of members, the epoch's steps.
+#: A function from a slice of members to the batches of the epoch's steps.
 Stream: TypeAlias = Callable[[slice], Iterator[Batches]]
 
 
 def finite_stream(inputs: Tensor, targets: Tensor, rows: Tensor | None, *, steps: int = 1) -> Stream:
-    """Batches from finite data.
+    """The stream of batches from finite data.
 
     Args:
         inputs: (member, sample, input).
         targets: Teacher outputs, (member, sample, output), computed once for the whole run.
-        rows: (member, step, batch), or None for the whole set at each of `steps` steps.
-        steps: How often the whole set is used, without `rows`.
+        rows: (member, step, batch), or None: each of `steps` steps uses all samples.
+        steps: Number of steps, if `rows` is None.
     """
 
     def stream(members: slice) -> Iterator[Batches]:

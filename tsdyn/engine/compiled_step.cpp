@@ -7,8 +7,8 @@
 //   update     W (node, input_node)   += G      F^T      columns: input nodes
 //
 // A bias is the column of W that belongs to a constant node 1.  Rows are padded to whole cache lines with zeros, and
-// zeros they stay: padded samples have no gradient, padded input nodes no activation.
-// Sums run in one order whatever the number of members or threads.
+// the padding stays zero: padded samples have no gradient, padded input nodes no activation.
+// Sums are added in the same order for any number of members or threads.
 
 #include <algorithm>
 #include <cmath>
@@ -39,7 +39,7 @@ struct Job {
     double momentum, weight_decay, beta_1, beta_2, epsilon;
     int64_t adam, normalize;
     const uint8_t* frozen;  // per layer
-    int64_t taken;          // steps before these
+    int64_t taken;          // number of steps taken before
 };
 }
 
@@ -121,7 +121,7 @@ class Member {
                 std::memcpy(by_sample[0] + b * stride[0], x + rows[b] * inputs, inputs * sizeof(Real));
                 std::memcpy(target + b * Lanes<Real>::padded(outputs), y + rows[b] * outputs, outputs * sizeof(Real));
             }
-            if (s + 1 < job.steps)  // rows are anywhere in the data: ask for the next ones now
+            if (s + 1 < job.steps)  // rows are scattered over the data: prefetch the next ones now
                 for (long b = 0; b < batch; ++b) {
                     fetch(x + rows[batch + b] * inputs, inputs);
                     fetch(y + rows[batch + b] * outputs, outputs);
@@ -225,7 +225,7 @@ class Member {
         }
     }
 
-    // Between the caller's tensors and padded rows.
+    // Copies between the caller's tensors and padded rows.
     void exchange(long member, void (Member::*copy)(long, long, void*, void*, Real*)) {
         for (long l = 0; l < depth; ++l) {
             (this->*copy)(l, member, job.weights[l], job.biases[l], weight[l]);

@@ -1,7 +1,7 @@
 """The engine's compiled step: compiled_step.cpp, built and called by `native`.
 
-It claims SGD, momentum and Adam on the squared error, for fully connected networks of piecewise linear activation on a
-CPU; everything else is another backend's.
+It serves SGD, momentum and Adam on the squared error, for fully connected networks of piecewise linear activation on a
+CPU; other backends train everything else.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from tsdyn.engine.loss import MSE
 from tsdyn.engine.rule import Rule
 
 SOURCE = native.FOLDER / "compiled_step.cpp"
-#: What the C++ knows.
+#: Optimizers and losses that the C++ code implements.
 RULES, LOSSES = ("sgd", "momentum", "adam"), (MSE,)
 
 
 class Job(ctypes.Structure):
-    """What a call is about; the fields are compiled_step.cpp's, which says what they are."""
+    """The argument of a call; compiled_step.cpp declares and explains the same fields."""
 
     _fields_ = (
         ("depth", ctypes.c_int64),
@@ -58,7 +58,7 @@ class Job(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Layers:
-    """One kind of number of every layer, lowest first: parameters, or an optimiser's moments.
+    """One tensor per weight and bias, lowest layer first: the parameters, or one of an optimiser's moments.
 
     Attributes:
         weights: Each (member, node, input_node).
@@ -70,7 +70,7 @@ class Layers:
 
 
 def claims(ensemble: Ensemble, rule: Rule) -> bool:
-    """Whether the compiled step serves these members with this rule and loss."""
+    """Whether the compiled step can train these members with this rule and loss."""
     network = ensemble.connected
     return (
         network is not None
@@ -82,8 +82,8 @@ def claims(ensemble: Ensemble, rule: Rule) -> bool:
 
 
 def advance(block: Ensemble, batches: Batches, rule: Rule, taken: int) -> None:
-    """The steps of `batches`, after `taken` others, in place."""
-    if batches.rows is None:  # a whole data set at once is no small product: torch's are as good
+    """Take the steps of `batches` in place, after `taken` earlier ones."""
+    if batches.rows is None:  # products of a whole data set are large, and torch's are as quick for those
         return batched.advance(block, batches, rule, taken)
     layers = [Layers(block.weights, block.biases)]
     layers += [Layers(*block.layers(block.moments[name])) for name in rule.optimizer.moments]
@@ -95,7 +95,7 @@ def advance(block: Ensemble, batches: Batches, rule: Rule, taken: int) -> None:
         batches.inputs.contiguous(),
         batches.targets.contiguous(),
         batches.rows.contiguous(),
-        rule.rates(torch.empty(block.members, dtype=torch.float64)),
+        rule.rates(torch.empty(block.members, dtype=torch.float64, device="cpu")),
         leak=leak,
         momentum=rule.momentum,
         weight_decay=rule.weight_decay,
@@ -122,25 +122,25 @@ def train(
     normalize: bool,
     taken: int,
 ) -> None:
-    """Steps of SGD or Adam on ½ E‖f* − f‖², in place, one member after another or on as many threads as torch has.
+    """Take steps of SGD or Adam on ½ E‖f* − f‖², in place; members are shared out over torch's threads.
 
     A member's result does not depend on the others, nor on the number of threads.
 
     Args:
-        layers: Parameters of all members, then the first and the second moments where the rule has any.
+        layers: Parameters of all members, then the first and the second moments if the rule has any.
         inputs: (member, sample, input).
         targets: (member, sample, output).
-        rows: Which samples make each batch, (member, step, batch), int64.
+        rows: Indices of the samples in each batch, (member, step, batch), int64.
         rates: Learning rates, (member,), float64.
         leak: Slope of the hidden activation below 0.
-        momentum, weight_decay, normalize: As `rule.Rule`.
-        adam: Its β₁, β₂ and ε; None for SGD.
+        momentum, weight_decay, normalize: As in `rule.Rule`.
+        adam: Adam's β₁, β₂ and ε; None for SGD.
         frozen: Layers 1..L that are not updated.
-        taken: Steps before these.
+        taken: Number of steps taken before.
 
     Raises:
-        IndexError: if `rows` names a sample that is not there.
-        MemoryError: if a member's parameters do not fit twice.
+        IndexError: if `rows` has an index outside the samples.
+        MemoryError: if there is no memory for a second copy of a member's parameters.
     """
     library = native.load(SOURCE, Job)
     assert library is not None

@@ -1,7 +1,7 @@
-// What a network makes of a data set, in one pass that never leaves the cache; see compiled_sums.py.
+// Squared error and sums for correlations of a network on a data set, in one pass in cache; see compiled_sums.py.
 //
-// Samples go through in pieces of kColumns, node by sample as in compiled_step.cpp.  Of each block of samples there stay, written
-// one after another: sum of squared errors; then for each hidden layer that has a teacher's activations beside it
+// Samples are propagated kColumns at a time, (node, sample) as in compiled_step.cpp.  Written for each block of samples,
+// one after another: sum of squared errors; then for each hidden layer for which a teacher's activations are given
 // mean, sum of squares about it, least and greatest of every node (node); and sum over samples of
 // (f - shift) t (node, teacher_node, rows padded), with the shift (node): the mean of the block's first piece, so that
 // no digit is lost in nodes of small variance.  Blocks are of a fixed size and added by the caller in order: sums do not
@@ -136,7 +136,7 @@ class Pass {
         }
     }
 
-    // Some rows, each from a line's beginning.
+    // Copies some rows, each to the start of a cache line.
     static void gather(const void* from, long first, long count, long width, Real* to, long stride) {
         const Real* p = static_cast<const Real*>(from) + first * width;
         for (long s = 0; s < count; ++s) std::memcpy(to + s * stride, p + s * width, width * sizeof(Real));
@@ -150,7 +150,7 @@ class Pass {
         }
     }
 
-    // A hidden layer's sums, of as many samples as there are.
+    // Adds a hidden layer's sums over the samples of this piece.
     void compare(long l, long count, bool begins) {
         const long n = nodes[l], whole = count / lanes * lanes;
         Real* const f = activation[l + 1];

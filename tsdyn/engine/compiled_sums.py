@@ -1,8 +1,9 @@
-"""A data set put through a network once, compiled: compiled_sums.cpp, built and called by `native`.
+"""Squared error and correlations of a network on a data set, in one compiled forward pass.
 
-What recording asks of every member at every recorded epoch, squared error and correlations, is summed while a piece
-of the samples is in cache; no activation is ever written out.  `tsdyn.observables` holds the formulas in torch, which
-the tests hold this to, and takes them where `serves` says no.
+compiled_sums.cpp is built and called by `native`.  Both are recorded of every member at every recorded epoch; they are
+summed block by block while the samples are in cache, and activations are never written to memory.
+`tsdyn.observables` has the same formulas in torch: the tests compare with these, and they are used where `serves` is
+False.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from tsdyn.engine import native
 from tsdyn.networks.network import Network
 
 SOURCE = native.FOLDER / "compiled_sums.cpp"
-#: Samples summed together; blocks are shared out over threads and added in order.
+#: Samples per block; blocks are shared out over threads, and their sums are added in order.
 BLOCK = 1024
 
 
 class Job(ctypes.Structure):
-    """What a call is about; the fields are compiled_sums.cpp's, which says what they are."""
+    """The argument of a call; compiled_sums.cpp declares and explains the same fields."""
 
     _fields_ = (
         ("depth", ctypes.c_int64),
@@ -44,11 +45,11 @@ class Job(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Sums:
-    """What is kept of a forward pass.
+    """The sums that a forward pass leaves.
 
     Attributes:
         squared_error: Σ (f* − f)² over samples and outputs.
-        correlations: Of each hidden layer that was asked, (teacher_node, node), as `formulas.correlation`.
+        correlations: (teacher_node, node) for each hidden layer asked for, as `formulas.correlation` gives it.
     """
 
     squared_error: Tensor
@@ -56,25 +57,25 @@ class Sums:
 
 
 def serves(network: Network, inputs: Tensor) -> bool:
-    """Whether the compiled pass is there for this network and these inputs."""
+    """Whether the compiled pass can take this network and these inputs."""
     tensors = [inputs, *network.weights, *(b for b in network.biases if b is not None)]
     return network.plain and network.activation.piecewise_linear and native.serves(tensors, SOURCE, Job)
 
 
 def sums(network: Network, inputs: Tensor, targets: Tensor, teachers: Sequence[Tensor] = ()) -> Sums:
-    """Squared error, and correlations with a teacher's standardised activations, of any number of samples.
+    """Squared error, and correlations with a teacher's standardised activations, over any number of samples.
 
-    Bits do not depend on the number of threads.
+    The result has the same bits for any number of threads.
 
     Args:
-        network: One that `serves`.
+        network: A network for which `serves` is True.
         inputs: (sample, input).
         targets: (sample, output).
-        teachers: Of hidden layers 1.., (sample, teacher_node), centred and of unit norm over samples; as many layers
-            as are asked for.
+        teachers: The teacher's activations at hidden layers 1, 2, ... as far as correlations are asked for, each
+            (sample, teacher_node), centred and of unit norm over samples.
 
     Raises:
-        MemoryError: if there is no room for the network's parameters twice.
+        MemoryError: if there is no memory for a second copy of the network's parameters.
     """
     library = native.load(SOURCE, Job)
     assert library is not None
@@ -121,7 +122,7 @@ def sums(network: Network, inputs: Tensor, targets: Tensor, teachers: Sequence[T
 
 
 def _correlation(moments: Tensor, overlap: Tensor, sizes: Tensor, teacher: Tensor) -> Tensor:
-    """Blocks' sums as one: Σ_x t (f − m) = Σ_b [Σ_{x∈b} t (f − c_b) + (c_b − m) Σ_{x∈b} t], and
+    """Correlations from the sums of all blocks: Σ_x t (f − m) = Σ_b [Σ_{x∈b} t (f − c_b) + (c_b − m) Σ_{x∈b} t], and
     Σ_x (f − m)² = Σ_b [Σ_{x∈b} (f − m_b)² + n_b (m_b − m)²], with mean m, means m_b and shifts c_b of blocks of n_b.
     """
     mean, square, least, greatest, shift = moments.unbind(1)

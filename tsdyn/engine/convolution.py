@@ -1,9 +1,9 @@
 """Convolutions of an ensemble, compiled: convolution.cpp, built and called by `native`.
 
-Samples lie innermost, (member, channel, row, column, sample): a member's convolution then runs along rows of columns
-and samples, whatever its channels and batch.  A member's result does not depend on the others or on threads.  Without
-a compiler `serves` says no, and torch's grouped convolution is the way (`propagate.propagate`).  Both are in docs:
-performance.
+Samples are the innermost axis, (member, channel, row, column, sample): the inner loop then runs over contiguous columns
+and samples, whatever the numbers of channels and samples.  A member's result does not depend on the others or on the
+number of threads.  Without a compiler `serves` is False, and torch's grouped convolution is used
+(`propagate.propagate`).  The performance page of the docs compares both.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SOURCE = native.FOLDER / "convolution.cpp"
 
 
 class Job(ctypes.Structure):
-    """What a call is about; the fields are convolution.cpp's."""
+    """The argument of a call; convolution.cpp declares the same fields."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("members", "channels", "below", "rows", "columns")),
@@ -32,7 +32,7 @@ class Job(ctypes.Structure):
 
 
 def serves(x: Tensor) -> bool:
-    """Whether convolutions of inputs like `x` can be taken here: on a CPU with a compiler."""
+    """Whether inputs like `x` can be convolved here: they are on a CPU, and a compiler is installed."""
     return x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and native.load(SOURCE, Job) is not None
 
 
@@ -59,7 +59,7 @@ class _Convolution(torch.autograd.Function):
         rows, columns = weight.shape[3:]
         below = None
         if ctx.needs_input_grad[0]:
-            # every tap that saw a pixel sends its gradient back: the gradient, framed, with the kernel turned round
+            # the gradient of the input is the zero-padded gradient of the output, convolved with the flipped weight
             framed = F.pad(g, (0, 0, columns - 1, columns - 1, rows - 1, rows - 1))
             below = _call("convolve", framed, weight.flip(3, 4).transpose(1, 2), None)
         down = (

@@ -33,13 +33,13 @@ class Ensemble:
     """Parameters, buffers and optimiser state of S members of one architecture.
 
     Attributes:
-        architecture: What all have in common; its own tensors are not used.
-        values: What is trained: name → (member, ...).
-        buffers: What is not, but belongs to a member: running statistics, and a module's frozen parameters.
+        architecture: A network or module like each member; its own tensors are not used.
+        values: Trained parameters: name → (member, ...).
+        buffers: Tensors of each member that are not trained: running statistics, and a module's frozen parameters.
         moments: Optimiser moments: name of the moment → name of the parameter → (member, ...).
         steps: Steps taken, the same for all members (Adam's bias correction).
         death_epoch: (member,), the epoch at whose end a parameter was NaN or infinite; −1 while alive.
-        kept: What engines keep from epoch to epoch, by what it depends on; shared with blocks.
+        kept: Objects that engines keep from epoch to epoch, by a key of all they depend on; shared with blocks.
     """
 
     architecture: Architecture
@@ -47,31 +47,30 @@ class Ensemble:
     buffers: Named = field(default_factory=dict)
     moments: dict[str, Named] = field(default_factory=dict)
     steps: int = 0
-    death_epoch: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    death_epoch: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64, device="cpu"))
     kept: dict[object, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         if not len(self.death_epoch):
-            self.death_epoch = torch.full((self.members,), -1, dtype=torch.int64)
+            self.death_epoch = torch.full((self.members,), -1, dtype=torch.int64, device="cpu")
 
     @classmethod
     def of(cls, members: Sequence[Architecture], *, device: str = "cpu") -> Ensemble:
-        """Members side by side; copies.
+        """An ensemble of these members; their tensors are copied.
 
         Raises:
-            ValueError: if some have parameters or buffers that others lack, or they differ in anything else than their
-                numbers.
+            ValueError: if members differ in anything but the numbers in their parameters and buffers.
         """
         kinds = dict.fromkeys(_kind(member) for member in members)
         if len(kinds) > 1:
             first, second, *_ = kinds
-            raise ValueError(f"Ensemble: an ensemble is of one architecture; {first} and {second} are two")
+            raise ValueError(f"Ensemble: an ensemble has one architecture; its members have {first} and {second}")
         parts = [_tensors(member) for member in members]
         names: list[list[str]] = [[*values, *buffers] for values, buffers in parts]
         if any(other != names[0] for other in names):
             odd = sorted({name for each in names for name in each} - set(names[0]).intersection(*names))
             raise ValueError(
-                f"Ensemble: an ensemble is of one shape; some members have {', '.join(odd) or 'another order'}, others "
+                f"Ensemble: members must have the same tensors; some have {', '.join(odd) or 'another order'}, others "
                 "do not"
             )
 
@@ -82,10 +81,10 @@ class Ensemble:
 
     @classmethod
     def joined(cls, parts: Sequence[Ensemble]) -> Ensemble:
-        """The members of several ensembles of one architecture; copies.
+        """One ensemble of the members of several, which have one architecture; tensors are copied.
 
         Raises:
-            ValueError: if those with a living member took different numbers of steps.
+            ValueError: if ensembles with a living member took different numbers of steps.
         """
         first = parts[0]
         taken = {part.steps for part in parts if bool((part.death_epoch < 0).any())}
@@ -116,27 +115,27 @@ class Ensemble:
 
     @property
     def connected(self) -> Network | None:
-        """The architecture, where it is fully connected layers without BatchNorm and nothing else."""
+        """The architecture if it is a network of fully connected layers without BatchNorm, else None."""
         architecture = self.architecture
         return architecture if type(architecture) is Network and architecture.plain else None
 
     @property
     def depth(self) -> int:
-        """L of a network."""
+        """Number of layers L of the network."""
         return self._network.depth
 
     @property
     def weights(self) -> list[Tensor]:
-        """Of a network's layers l = 1..L at index l−1, each (member, node, input_node, ...)."""
+        """Weights of a network's layers, W_l at index l−1, each (member, node, input_node, ...)."""
         return [self.values[f"weight_{layer}"] for layer in range(1, self.depth + 1)]
 
     @property
     def biases(self) -> list[Tensor | None]:
-        """Each (member, node), or None."""
+        """Biases of a network's layers, each (member, node) or None."""
         return self.layers(self.values)[1]
 
     def layers(self, named: Named) -> tuple[list[Tensor], list[Tensor | None]]:
-        """Weights and biases of a network, or what `named` holds for these (moments, gradients)."""
+        """Weights and biases layer by layer, from a mapping by name of parameters, moments or gradients."""
         layers = range(1, self.depth + 1)
         return [named[f"weight_{layer}"] for layer in layers], [named.get(f"bias_{layer}") for layer in layers]
 
@@ -147,16 +146,16 @@ class Ensemble:
         return self.architecture
 
     def tensors(self) -> Iterator[Tensor]:
-        """All of them but `death_epoch`."""
+        """All tensors of the ensemble but `death_epoch`."""
         for named in (self.values, self.buffers, *self.moments.values()):
             yield from named.values()
 
     def member(self, i: int) -> Architecture:
-        """One member; of a network its tensors are shared, of a module copied."""
+        """One member: a network shares the ensemble's tensors, a module is a copy."""
         return self.module(i) if isinstance(self.architecture, nn.Module) else self.network(i)
 
     def network(self, i: int) -> Network:
-        """One member of an ensemble of networks; shares memory."""
+        """One member of an ensemble of networks; shares the ensemble's memory."""
         return network_of(self._network, _mapped(self.values, lambda t: t[i]), _mapped(self.buffers, lambda t: t[i]))
 
     def module(self, i: int) -> nn.Module:
@@ -165,7 +164,7 @@ class Ensemble:
         return loaded(copy.deepcopy(self.architecture), self.values, self.buffers, i)
 
     def block(self, members: slice) -> Ensemble:
-        """Some members; a view that shares memory."""
+        """The ensemble of some of the members; a view that shares memory."""
         return self._changed(lambda t: t[members], self.death_epoch[members])
 
     def to(self, target: torch.dtype | str) -> Ensemble:
@@ -189,13 +188,13 @@ class Ensemble:
     # --- training --------------------------------------------------------------------------------------------
 
     def prepare(self, moments: Sequence[str]) -> None:
-        """Give members the moments of these names, zero where there are none yet."""
+        """Give the members the optimiser moments of these names; those that are new start at zero."""
         for name in moments:
             if name not in self.moments:
                 self.moments[name] = {n: torch.zeros_like(t) for n, t in self.values.items()}
 
     def take(self, gradients: Named, rule: Rule, count: int) -> None:
-        """Step number `count` of every parameter that has a gradient, in place.
+        """Take step number `count` of every parameter that has a gradient, in place.
 
         With ``rule.normalize`` hidden rows of a network are scaled back to norm 1.
         """
@@ -208,8 +207,8 @@ class Ensemble:
                 parameter.div_(norm.view(*norm.shape, *([1] * (parameter.ndim - 2))))
 
     def state(self) -> dict[str, np.ndarray]:
-        """Everything training depends on, by name; what `restore` takes."""
-        # a module's own names could be those of other entries
+        """All arrays that training depends on, by name; `restore` takes them."""
+        # the prefix keeps a module's own names from clashing with other entries
         own = "module." if isinstance(self.architecture, nn.Module) else ""
         # netCDF has no booleans
         held = {n: t.byte() if t.dtype == torch.bool else t for n, t in (self.values | self.buffers).items()}
@@ -219,7 +218,7 @@ class Ensemble:
         return found | {"death_epoch": self.death_epoch.numpy(), "steps": np.array(self.steps)}
 
     def restore(self, state: Mapping[str, np.ndarray]) -> None:
-        """Go on from a stored state; the moments must have been prepared."""
+        """Set all arrays from a stored state; the moments must have been prepared."""
         own = "module." if isinstance(self.architecture, nn.Module) else ""
         for n, t in (self.values | self.buffers).items():
             t.copy_(torch.from_numpy(state[f"{own}{n}"]))
@@ -236,7 +235,7 @@ def layer_of(name: str) -> int:
 
 
 def loaded(module: nn.Module, values: Named, buffers: Named, member: int) -> nn.Module:
-    """`module` itself, with the tensors of one member copied into it."""
+    """`module` itself, after copying the tensors of one member into it."""
     named: Named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     with torch.no_grad():
         for name, tensor in (values | buffers).items():
@@ -252,7 +251,7 @@ def network_of(architecture: Network, values: Named, buffers: Named) -> Network:
 def parts_of(
     architecture: Network, values: Named, buffers: Named
 ) -> tuple[list[Tensor], list[Tensor | None], list[BatchNorm | None]]:
-    """Weights, biases and BatchNorm of a network from tensors by name; of one member or of many."""
+    """Weights, biases and BatchNorm of a network from tensors by name, for one member or stacked over members."""
     layers = range(1, architecture.depth + 1)
     norms: list[BatchNorm | None] = []
     for layer, norm in enumerate(architecture.norms, start=1):
@@ -264,7 +263,7 @@ def parts_of(
 
 
 def _kind(member: Architecture) -> str:
-    """All that members of one ensemble have in common beside names and shapes."""
+    """A text that is the same for members of one ensemble: all they share beside names and shapes of tensors."""
     if isinstance(member, nn.Module):
         return f"{type(member).__qualname__} {member}"
     frame, sigma = member.frame, member.activation
@@ -274,11 +273,11 @@ def _kind(member: Architecture) -> str:
 
 
 def _tensors(member: Architecture) -> tuple[Named, Named]:
-    """What of one member is trained, and what is not."""
+    """The tensors of one member that are trained, and those that are not."""
     values: Named = {}
     buffers: Named = {}
     if isinstance(member, nn.Module):
-        for name, parameter in member.named_parameters():  # a shared one comes once, by its first name
+        for name, parameter in member.named_parameters():  # a shared parameter comes once, under its first name
             (values if parameter.requires_grad else buffers)[name] = parameter
         buffers |= dict(member.named_buffers())
         return values, buffers
@@ -297,9 +296,9 @@ def _mapped(named: Mapping[str, Tensor], change: Callable[[Tensor], Tensor]) -> 
 
 
 def mark_dead(ensemble: Ensemble, epoch: int) -> list[int]:
-    """Members that have a NaN or infinite parameter since `epoch`: all their parameters become NaN.
+    """Mark members that got a NaN or infinite parameter in `epoch` as dead, and set all their parameters to NaN.
 
-    Returns their positions, only those that died now.
+    Returns the positions of those that died now.
     """
     parameters = list(ensemble.values.values())
     whole = torch.stack([torch.isfinite(parameter).reshape(len(parameter), -1).all(1) for parameter in parameters]).all(
@@ -313,7 +312,7 @@ def mark_dead(ensemble: Ensemble, epoch: int) -> list[int]:
 
 
 def living_blocks(death_epoch: Tensor, size: int) -> list[slice]:
-    """Runs of neighbouring living members, cut to `size`."""
+    """Slices of consecutive living members, each of at most `size`."""
     blocks: list[slice] = []
     for i in (int(i) for i in (death_epoch < 0).nonzero()):
         if blocks and blocks[-1].stop == i and i - blocks[-1].start < size:

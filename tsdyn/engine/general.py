@@ -1,9 +1,9 @@
-"""The general engine: an ensemble of any ``nn.Module``, by vmap over members of the gradient of its loss as written.
+"""The general engine: trains an ensemble of any ``nn.Module`` by vmap over members of the gradient of its loss.
 
-It is the formula, and the slow twin of every other way to train.  torch.func refuses some functions and gets others
-wrong, so before an ensemble's first epoch the gradients and buffers of one step of two members are compared with plain
-autograd, to rounding; where they differ, or torch.func refuses, members are trained one after another by plain
-autograd, and the log says so.
+It is the plain formula, and other engines are tested against it.  torch.func refuses some functions and computes others
+wrongly, so before an ensemble's first epoch the gradients and buffers of one step of two members are compared with
+plain autograd, up to rounding; where they differ, or torch.func refuses, members are trained one after another by
+plain autograd, and the log says so.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from tsdyn.engine.ensemble import Ensemble, Named, layer_of, loaded, network_of
 from tsdyn.engine.loss import Loss
 from tsdyn.engine.rule import Rule
 
-#: What rounding may leave between two orders of summation, in units of the last place of a member's largest gradient.
+#: Difference allowed between two orders of summation, in units of the last place of a member's largest gradient.
 ROUNDING = 1e3
-#: Share of the free memory that activations of a block of members may take, and their most on a CPU.
+#: A block's activations may take 1/SHARE of the free memory, and on a CPU at most MOST_BYTES.
 SHARE, MOST_BYTES = 4, 1 << 28
 _log = logging.getLogger("tsdyn")
 
-#: Gradients and buffers after a step, (member, ...), from those before.
+#: (block, inputs, targets, loss) → gradients, and buffers after the step, each (member, ...).
 Slope: TypeAlias = Callable[[Ensemble, Tensor, Tensor, Loss], tuple[Named, Named]]
 
 
@@ -39,8 +39,8 @@ class Way:
     """How the members of an ensemble are trained, found before their first epoch.
 
     Attributes:
-        slope: By vmap, or by a loop of plain autograd.
-        bytes: What a member's activations take.
+        slope: Computes the gradients: by vmap (`mapped`), or by a loop of plain autograd (`looped`).
+        bytes: Bytes of one member's activations.
     """
 
     slope: Slope
@@ -48,7 +48,7 @@ class Way:
 
 
 def claims(ensemble: Ensemble, rule: Rule) -> bool:
-    """Whether this engine trains these members with this rule; what it cannot train is refused.
+    """True: this engine trains any members with any rule, and refuses with an error those that cannot be trained.
 
     Raises:
         ValueError: for frozen layers or normalised rows of a module, which has no layers; for dropout.
@@ -57,7 +57,7 @@ def claims(ensemble: Ensemble, rule: Rule) -> bool:
     if isinstance(module, nn.Module):
         if rule.frozen or rule.normalize:
             raise ValueError(
-                f"train: training.frozen and training.normalize are of layers, which {_name(ensemble)} does not have; "
+                f"train: training.frozen and training.normalize need layers, which {_name(ensemble)} does not have; "
                 "call requires_grad_(False) on parameters that stay"
             )
         refuse_unfit(module)
@@ -88,7 +88,7 @@ def refuse_unfit(module: nn.Module) -> None:
 
 
 def way(ensemble: Ensemble, stream: Stream, rule: Rule) -> Way:
-    """How to train these members; compares one step of the first two living ones with plain autograd, once.
+    """How to train these members; on the first call, one step of two living members is compared with plain autograd.
 
     Raises:
         ValueError: if outputs are not (sample, output), or a member draws random numbers.
@@ -139,7 +139,7 @@ def _name(ensemble: Ensemble) -> str:
 
 
 def _alike(found: tuple[Named, Named], expected: tuple[Named, Named], *, rounding: float) -> bool:
-    """Equal to rounding, NaN and infinity alike; gradients relative to the member's largest."""
+    """Whether both agree up to rounding relative to the member's largest gradient; NaN equals NaN, inf equals inf."""
     for mine, theirs in zip(found, expected, strict=True):
         floating = [t for t in theirs.values() if t.is_floating_point()]
         scale = (
@@ -165,7 +165,7 @@ def _alike(found: tuple[Named, Named], expected: tuple[Named, Named], *, roundin
 
 
 def block_size(ensemble: Ensemble, found: Way) -> int:
-    """Members whose activations, gradients and new parameters have room together; at least one."""
+    """How many members' activations, gradients and new parameters fit in memory together; at least one."""
     own = 3 * sum(t[0].numel() * t.element_size() for t in ensemble.values.values())
     room = memory.free(ensemble.device) // SHARE
     room = room if ensemble.device.type == "cuda" else min(room, MOST_BYTES)
@@ -173,7 +173,7 @@ def block_size(ensemble: Ensemble, found: Way) -> int:
 
 
 def advance(block: Ensemble, batches: Batches, rule: Rule, taken: int) -> None:
-    """The steps of `batches`, after `taken` others, in place."""
+    """Take the steps of `batches` in place, after `taken` earlier ones."""
     found: Way = block.kept["general", rule.loss]
     for count, (x, y) in enumerate(batches, start=taken + 1):
         gradients, buffers = found.slope(block, x, y, rule.loss)
@@ -196,13 +196,13 @@ def mapped(block: Ensemble, x: Tensor, y: Tensor, loss: Loss) -> tuple[Named, Na
             output = network_of(architecture, values, moved)(x, **_in_training(block))
         return loss.value(output, y), moved
 
-    before = {name: tensor.clone() for name, tensor in block.buffers.items()}  # forward moves them in place
+    before = {name: tensor.clone() for name, tensor in block.buffers.items()}  # a forward pass updates them in place
     found: tuple[Named, Named] = vmap(grad(objective, has_aux=True))(block.values, before, x, y)
     return {n: g.detach() for n, g in found[0].items()}, {n: b.detach() for n, b in found[1].items()}
 
 
 def looped(block: Ensemble, x: Tensor, y: Tensor, loss: Loss) -> tuple[Named, Named]:
-    """As `mapped`, by plain autograd of one member after another."""
+    """The same as `mapped`, by plain autograd of one member after another."""
     each = [_one(block, member, x[member], y[member], loss) for member in range(block.members)]
 
     def beside(parts: list[Named]) -> Named:
@@ -237,5 +237,5 @@ def _one(block: Ensemble, member: int, x: Tensor, y: Tensor, loss: Loss) -> tupl
 
 
 def _in_training(block: Ensemble) -> dict[str, bool]:
-    """BatchNorm of a network is in training mode."""
+    """Keyword arguments of a forward pass in training: a network's BatchNorm must be told, a module knows its mode."""
     return {"training": True} if block.buffers else {}

@@ -1,4 +1,4 @@
-"""Chunks of steps that ask the host for nothing, so that a CUDA device records them once and replays them."""
+"""Chunks of training steps that need nothing from the host, so that a CUDA graph records them once and replays them."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from tsdyn.engine.batches import Batches
 from tsdyn.engine.ensemble import Ensemble
 from tsdyn.engine.rule import Rule
 
-#: Steps of one CUDA graph: a replay costs some 10 µs on the host, their batches must fit beside the data.
+#: Steps per CUDA graph: a replay costs about 10 µs on the host, and all their batches are in device memory at once.
 CHUNK = 20
 
 
 class Chunk:
-    """Some steps of a block whose batches, rates and step count lie on its device, so that none asks the host.
+    """Some steps of a block whose batches, rates and step count are on its device, so that none needs the host.
 
-    On a CUDA device the first call records them as a graph, which later calls replay: the host then launches one thing
-    a chunk instead of some fifteen kernels a step.  Elsewhere a call takes the steps one by one.
+    On a CUDA device the first call records them as a graph, which later calls replay: the host then launches one graph
+    per chunk instead of about fifteen kernels per step.  On other devices a call takes the steps one by one.
 
     Args:
-        block: Its parameters and moments, in place.
-        batches: Whose shapes the chunk's own batches take.
-        rule: The update; `rates` may be written over between calls.
-        steps: How many a call takes.
+        block: The members; their parameters and moments change in place.
+        batches: An example of the batches, for their shapes.
+        rule: The update; `rates` may be overwritten between calls.
+        steps: Number of steps per call.
     """
 
     def __init__(self, block: Ensemble, batches: Batches, rule: Rule, steps: int) -> None:
@@ -45,7 +45,7 @@ class Chunk:
         return self.rule.learning_rate
 
     def load(self, batches: Batches, chosen: Tensor | None) -> None:
-        """Fetch the batches of the next call; `chosen` are their rows as `Batches.chosen` counts them."""
+        """Copy the batches of the next call into the chunk; `chosen` are their rows, as in `Batches.chosen`."""
         for own, source in ((self.inputs, batches.inputs), (self.targets, batches.targets)):
             if chosen is None:
                 own[0].copy_(source)
@@ -53,7 +53,7 @@ class Chunk:
                 torch.index_select(source.flatten(0, 1), 0, chosen.flatten(), out=own.view(-1, own.shape[-1]))
 
     def take(self) -> None:
-        """The steps, one by one."""
+        """Take the steps, one by one."""
         for i in range(self.steps):
             self.taken += 1
             at = i % len(self.inputs)
@@ -63,28 +63,29 @@ class Chunk:
         if self.inputs.device.type != "cuda":
             self.take()
         elif self._graph is None:
-            # libraries set themselves up in a first pass, which a graph must not record; these are steps like any other
+            # in their first call libraries allocate and choose algorithms, which a graph must not record: so these
+            # steps are taken without one
             stream = torch.cuda.Stream(self.inputs.device)
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 self.take()
             torch.cuda.current_stream().wait_stream(stream)
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):  # records, and takes no step
+            with torch.cuda.graph(self._graph):  # records without computing
                 self.take()
         else:
             self._graph.replay()
 
 
 def claims(ensemble: Ensemble, rule: Rule) -> bool:
-    """Whether these members and this rule can be trained in recorded chunks."""
+    """Whether these members can be trained in recorded chunks with this rule."""
     return ensemble.device.type != "cpu" and batched.claims(ensemble, rule)
 
 
 def block_size(ensemble: Ensemble, batch: int) -> int:
-    """All members, whose kernels run together, if their chunk fits in a quarter of the device's memory.
+    """Members per block: all, or as many as make a chunk of a quarter of the device's memory.
 
-    The rest is for data and records.
+    The rest of the memory is for data and records.
     """
     device, weights = ensemble.device, ensemble.weights
     if device.type != "cuda":
@@ -94,7 +95,7 @@ def block_size(ensemble: Ensemble, batch: int) -> int:
 
 
 def advance(block: Ensemble, batches: Batches, rule: Rule, taken: int) -> None:
-    """The steps of `batches`, after `taken` others, in place, by chunks that the ensemble keeps from epoch to epoch."""
+    """Take the steps of `batches` in place, after `taken` earlier ones; chunks are kept from epoch to epoch."""
     chosen, done = batches.chosen(), 0
     rates = rule.rates(block.values["weight_1"]).flatten()
     while done < batches.steps:

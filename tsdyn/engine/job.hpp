@@ -1,4 +1,4 @@
-// What a compiled library says of the struct its calls take, so that native.py can refuse one that it does not know.
+// Describes the struct that a library's calls take, so that native.py can refuse one that differs from its own.
 //
 // The struct is written twice, here in C++ and there in ctypes; a field on one side only would be memory corruption.
 

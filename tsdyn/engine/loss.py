@@ -1,7 +1,7 @@
-"""Losses: what training makes small.  Each is declared once, here; residuals and Hessians follow from its value.
+"""Losses that training minimises.  Each is declared once, here; residuals and Hessians follow from its value.
 
-`LOSSES` is the table.  Whoever needs a loss takes the value itself and asks it; nothing decides by its name, except
-code that claims to serve the losses it names (the compiled step).
+`LOSSES` is the table.  Code that needs a loss uses the `Loss` itself; nothing decides by its name, except backends
+that serve only the losses they name (the compiled step).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.func import grad, hessian, vmap
 
 from tsdyn import registers
 
-#: Of one batch, (output, target) → J; of every sample where it is a closed form of a derivative.
+#: (output, target) → J of the batch; for closed forms of derivatives, one result per sample.
 Function: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -29,11 +29,11 @@ class Loss:
     Attributes:
         name: As ``training.loss`` writes it.
         value: (output, target), each (sample, output) → J.
-        convention: What J is, in one line; archives keep it.
-        targets: What the target is: the teacher's ``outputs``, or ``classes``, one-hot rows of which `value` gets.
+        convention: The formula of J in one line, which archives store.
+        targets: ``outputs`` if the target is the teacher's outputs, ``classes`` if it is one-hot rows of classes.
         negative_gradient: Closed form of `residual`, if there is one.
         curvature: Closed form of `hessian`, if there is one.
-        of_classes: `value` with the classes themselves, (sample,), in the place of one-hot rows, if that is quicker.
+        of_classes: `value` from class indices, (sample,), instead of one-hot rows, if that is quicker.
     """
 
     name: str
@@ -45,9 +45,9 @@ class Loss:
     of_classes: Function | None = None
 
     def target(self, teacher_output: Tensor, classes: Tensor | None = None) -> Tensor:
-        """What a student is to give, (sample, output): the teacher's outputs, or one-hot rows of `classes`, (sample,).
+        """The target of a student, (sample, output): the teacher's outputs, or one-hot rows of `classes`, (sample,).
 
-        Classes are the teacher's largest output unless given.
+        Unless given, a sample's class is the teacher's largest output.
         """
         match self.targets:
             case "outputs":
@@ -59,19 +59,19 @@ class Loss:
                 assert_never(other)
 
     def over(self, output: Tensor, teacher_output: Tensor, classes: Tensor | None = None) -> Tensor:
-        """J of outputs against `target`."""
+        """J of the outputs, given the teacher's outputs and perhaps classes, as `target` takes them."""
         if self.of_classes is not None:
             return self.of_classes(output, teacher_output.argmax(1) if classes is None else classes)
         return self.value(output, self.target(teacher_output, classes))
 
     def residual(self, output: Tensor, target: Tensor) -> Float[Tensor, "... output"]:
-        """g_L of every sample: the negative gradient of its own loss at the output; any leading dimensions."""
+        """g_L of every sample: the negative gradient of its loss with respect to the output; any leading dimensions."""
         if self.negative_gradient is not None:
             return self.negative_gradient(output, target)
         return -self._of_samples(grad(self._one), output, target)
 
     def hessian(self, output: Tensor, target: Tensor) -> Float[Tensor, "... output output"]:
-        """Second derivatives of every sample's own loss at the output; any leading dimensions."""
+        """Second derivatives of every sample's loss with respect to the output; any leading dimensions."""
         if self.curvature is not None:
             return self.curvature(output, target)
         return self._of_samples(hessian(self._one), output, target)
@@ -131,7 +131,7 @@ def loss(name: str) -> Loss:
     """The loss of that name: tsdyn's own, or one that an installed package offers (`registers.LOSSES`).
 
     Raises:
-        ValueError: if there is none, or what a package offers is no `Loss` of that name.
+        ValueError: if there is none, or a package offers something else than a `Loss` of that name.
     """
     found = registers.LOSSES.load(name)
     if not isinstance(found, Loss) or found.name != name:

@@ -1,13 +1,13 @@
-"""Native code: C++ sources of this folder, built by the system's compiler at first use, loaded, checked and called.
+"""Build the C++ sources of this folder with the system's compiler at first use; load, check and call the libraries.
 
 A build is kept in the user's cache directory, under a name made of the source, the compiler and the processor, so that
-a home directory shared by different machines holds one for each.  A file that is not what the checksum beside it says
-is built again.  Where there is no home, or the cache cannot be used or is somebody else's, a private temporary folder
-is the way.  Without a compiler, or with the environment variable ``TSDYN_KERNEL=off``, `load` gives None and its
-callers go on in torch; the log says so once.
+a home directory shared by different machines holds one for each.  A library that differs from the checksum beside it is
+built again.  If there is no home directory, or the cache cannot be used or belongs to another user, a private temporary
+folder is used.  Without a compiler, or with the environment variable ``TSDYN_KERNEL=off``, `load` returns None and its
+callers compute in torch; the log says so once.
 
-The struct that a call takes is written in C++ and again in ctypes.  Every library says what its own looks like
-(job.hpp), and one that differs from the ctypes side is refused.
+The struct that a call takes is declared in C++ and again in ctypes.  Every library describes its own (job.hpp), and a
+library whose struct differs from the ctypes one is refused.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from torch import Tensor
 
 FOLDER = Path(__file__).parent
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fno-math-errno", "-ffp-contract=fast")
-#: A compiler that takes longer to build, or to say its version, hangs.
+#: Seconds after which a compiler that builds, or prints its version, is taken to hang.
 BUILD_SECONDS, VERSION_SECONDS = 120.0, 20.0
 #: Bytes of a cache line, product.hpp's kLineBytes.
 LINE = 64
@@ -45,11 +45,11 @@ _log = logging.getLogger("tsdyn")
 
 
 class LayoutError(RuntimeError):
-    """A compiled library whose struct is not the one that is written here."""
+    """The struct of a compiled library differs from its ctypes declaration."""
 
 
 class _Unusable(Exception):
-    """A compiler or a folder that cannot be used; the message says why."""
+    """A compiler or a folder cannot be used; the message says why."""
 
 
 class _Field(ctypes.Structure):
@@ -61,7 +61,7 @@ class _Field(ctypes.Structure):
 
 @functools.cache
 def load(source: Path, job: type[ctypes.Structure]) -> ctypes.CDLL | None:
-    """The library of a source file, built if this machine has none yet; None where that cannot be.
+    """The library of a source file, built if this machine has none yet; None where it cannot be built.
 
     Raises:
         LayoutError: if the library's struct is not `job`.
@@ -84,7 +84,7 @@ def _say_once(sentence: str) -> None:
 
 
 def _loaded(compiler: tuple[str, bytes], source: Path) -> ctypes.CDLL:
-    """From the cache directory or, where that cannot be used, from a private one that goes when the process does."""
+    """The library from the cache directory or, if that cannot be used, from a private one removed at exit."""
     reasons = []
     for folder in (_cache_folder, _private_folder):
         try:
@@ -117,19 +117,19 @@ def _check_layout(library: ctypes.CDLL, source: Path, job: type[ctypes.Structure
 
 @functools.cache
 def _compiler() -> tuple[str, bytes]:
-    """The compiler and what it says of its version."""
+    """The compiler, and what it prints as its version."""
     found = next((c for c in (os.environ.get("CXX", ""), "c++", "g++", "clang++") if c and shutil.which(c)), None)
     if found is None:
         raise _Unusable("no C++ compiler is installed (CXX, c++, g++ or clang++)")
     return found, _asked([found, "--version"], VERSION_SECONDS)
 
 
-#: Compilers that did not answer in time → what was said of it; no source is given to them again.
+#: Compilers that did not answer in time → the message about it; they are not called again.
 _hanging: dict[str, str] = {}
 
 
 def _asked(command: Sequence[str], seconds: float) -> bytes:
-    """What a command prints; it and its children are killed when it takes too long."""
+    """The output of a command; it and its children are killed if it takes too long."""
     if command[0] in _hanging:
         raise _Unusable(_hanging[command[0]])
     with tempfile.TemporaryFile() as printed:
@@ -156,14 +156,14 @@ def _asked(command: Sequence[str], seconds: float) -> bytes:
 
 
 def _built(compiler: tuple[str, bytes], source: Path, folder: Path) -> Path:
-    """The library of `source` in `folder`; built there unless it is there and whole."""
+    """Path of the library of `source` in `folder`; it is built unless it exists and agrees with its checksum."""
     name, version = compiler
     sources = [path.read_bytes() for path in (source, *sorted(source.parent.glob("*.hpp")))]
     key = hashlib.sha256(b"\0".join([*sources, version, _processor(), " ".join(FLAGS).encode()]))
     library = folder / f"{source.stem}-{key.hexdigest()[:16]}.so"
     if _whole(library):
         return library
-    # several processes may build at once: each its own file, renamed when whole
+    # several processes may build at once: each writes a file of its own and renames it when it is whole
     with tempfile.TemporaryDirectory(dir=folder) as private:
         unfinished = Path(private) / library.name
         _asked([name, *FLAGS, str(source), "-o", str(unfinished)], BUILD_SECONDS)
@@ -178,7 +178,7 @@ def _built(compiler: tuple[str, bytes], source: Path, folder: Path) -> Path:
 
 
 def _whole(library: Path) -> bool:
-    """Whether a build is there, this user's own, and what the checksum beside it says."""
+    """Whether a library exists, only this user could write it, and it agrees with the checksum beside it."""
     try:
         if library.is_symlink() or not _own(library):
             return False
@@ -195,7 +195,7 @@ def _own(path: Path) -> bool:
 
 
 def _cache_folder() -> Path:
-    """Where builds are kept.
+    """The folder in which libraries are kept.
 
     Raises:
         _Unusable: if there is no home directory, or the folder cannot be made or belongs to somebody else.
@@ -226,7 +226,7 @@ def _private_folder() -> Path:
 
 
 def _processor() -> bytes:
-    """What -march=native depends on."""
+    """A text that names the processor, on which ``-march=native`` depends."""
     described = Path("/proc/cpuinfo")
     if described.exists():
         first, _, _ = described.read_bytes().partition(b"\n\n")
@@ -239,23 +239,23 @@ def _processor() -> bytes:
 
 
 def array(kind: Any, values: Sequence[object]) -> ctypes.Array:
-    """Values in C."""
+    """A C array of these values."""
     return (kind * len(values))(*values)  # type: ignore[no-any-return]
 
 
 def pointers(tensors: Sequence[Tensor | None]) -> ctypes.Array:
-    """Addresses; null for None."""
+    """A C array of the tensors' addresses; null for None."""
     return array(ctypes.c_void_p, [None if t is None else t.data_ptr() for t in tensors])
 
 
 def padded(numbers: int, dtype: torch.dtype) -> int:
-    """Numbers in the whole cache lines that hold these, as product.hpp pads its rows."""
+    """`numbers` rounded up to whole cache lines, as product.hpp pads its rows."""
     line = LINE // dtype.itemsize
     return -(-numbers // line) * line
 
 
 def serves(tensors: Sequence[Tensor], source: Path, job: type[ctypes.Structure]) -> bool:
-    """Whether these tensors can be handed to a library, and there is one."""
+    """Whether these tensors can be passed to a library, and there is one."""
     return (
         all(t.device.type == "cpu" and t.is_contiguous() and t.dtype == tensors[0].dtype for t in tensors)
         and tensors[0].dtype in (torch.float32, torch.float64)
@@ -264,25 +264,25 @@ def serves(tensors: Sequence[Tensor], source: Path, job: type[ctypes.Structure])
 
 
 def function(library: ctypes.CDLL, name: str, dtype: torch.dtype) -> Callable[..., Any]:
-    """The function of that name for numbers of this type."""
+    """The library's function of that name for numbers of this dtype."""
     found: Callable[..., Any] = getattr(library, f"{name}_{str(dtype).removeprefix('torch.')}")
     return found
 
 
 def shares(count: int) -> Iterator[tuple[int, int]]:
-    """(first, last + 1) of what each of torch's threads does of `count` things."""
+    """(first, last + 1) of the items that each of torch's threads takes out of `count`."""
     threads = min(count, torch.get_num_threads())
     yield from ((count * t // threads, count * (t + 1) // threads) for t in range(threads))
 
 
 def each(call: Callable[[int, int], int], bounds: Sequence[tuple[int, int]]) -> bool:
-    """Whether `call` of any of these bounds failed (gave a number that is not 0), on as many threads as torch has.
+    """Call `call` with each of these bounds, on as many threads as torch has; True if any returned other than 0.
 
-    ctypes lets other threads run during a call, and signals are seen between calls.
+    ctypes releases the interpreter lock during a call, and signals are handled between calls.
     """
     threads = min(len(bounds), torch.get_num_threads())
     spread = map if threads <= 1 else _pool(threads).map
-    return any(list(spread(call, *zip(*bounds, strict=True))))  # all of them: they write
+    return any(list(spread(call, *zip(*bounds, strict=True))))  # a list, since all calls must run
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""The batched step of networks with convolutions and BatchNorm: one forward pass of all members, and autograd.
+"""The batched training step of networks with convolutions and BatchNorm: one forward pass of all members, and autograd.
 
 The sum of the members' losses is differentiated once; a member's parameters enter its own loss only, so the gradient
 is each member's own.  BatchNorm is in training mode.
@@ -19,20 +19,20 @@ from tsdyn.networks.batch_norm import BatchNorm, normalized
 from tsdyn.networks.network import Network
 from tsdyn.networks.propagate import Frame, Parameters, propagate
 
-#: Optimizers that it was written and tested with.
+#: Optimizers that this step was written and tested with.
 RULES = ("sgd", "momentum", "adam")
 #: Activations of a block of members and their gradients should stay within a core's share of the last-level cache.
 BLOCK_BYTES = 1 << 22
 
 
 def claims(ensemble: Ensemble, rule: Rule) -> bool:
-    """Whether this step serves these members with this rule and loss."""
+    """Whether this step can train these members with this rule and loss."""
     architecture = ensemble.architecture
     return type(architecture) is Network and not architecture.plain and rule.name in RULES
 
 
 def block_size(ensemble: Ensemble, batch: int) -> int:
-    """Members whose activations and gradients fit in `BLOCK_BYTES`, on CUDA in an eighth of it all; at least one."""
+    """How many members' activations and gradients fit in `BLOCK_BYTES`, on CUDA in an eighth of memory; at least 1."""
     architecture = ensemble.architecture
     assert isinstance(architecture, Network)
     numbers = 0
@@ -44,20 +44,20 @@ def block_size(ensemble: Ensemble, batch: int) -> int:
 
 
 def advance(block: Ensemble, batches: Batches, rule: Rule, taken: int) -> None:
-    """The steps of `batches`, after `taken` others, in place."""
+    """Take the steps of `batches` in place, after `taken` earlier ones."""
     for count, (x, y) in enumerate(batches, start=taken + 1):
         step(block, x, y, rule, count)
 
 
 def step(block: Ensemble, x: Tensor, y: Tensor, rule: Rule, count: int) -> None:
-    """One update of every member on its own batch, in place.
+    """Take one step of every member on its own batch, in place.
 
     Args:
-        block: Its parameters and running statistics change.
+        block: The members; their parameters and running statistics change.
         x: (member, sample, input).
         y: Targets, (member, sample, output).
-        rule: The update; layers it freezes keep their running statistics moving.
-        count: Steps taken, this one included.
+        rule: The update; running statistics of frozen layers still follow the batches.
+        count: Number of steps taken, this one included.
 
     Raises:
         ValueError: for BatchNorm with batches of one sample.
@@ -73,7 +73,10 @@ def step(block: Ensemble, x: Tensor, y: Tensor, rule: Rule, count: int) -> None:
 
 
 def _output(values: Parameters, frame: Frame, x: Tensor) -> Tensor:
-    """f_L of every member on its own batch in training mode, (member, sample, output): `propagate`, or quicker."""
+    """f_L of every member on its own batch in training mode, (member, sample, output).
+
+    It is computed by compiled convolutions where there are any, else by `propagate`.
+    """
     if frame.image is None or any(stride != 1 for stride in frame.strides) or not convolution.serves(x):
         return propagate(values, frame, x, training=True)[-1].activation
     f = x.transpose(1, 2).contiguous().unflatten(1, frame.image)  # (member, channel, row, column, sample)
@@ -98,7 +101,7 @@ def _output(values: Parameters, frame: Frame, x: Tensor) -> Tensor:
 
 
 def _normalized(x: Tensor, norm: BatchNorm) -> Tensor:
-    """BatchNorm of (member, node, ..., sample) by the batch."""
+    """BatchNorm of a tensor (member, node, ..., sample) with the statistics of the batch."""
     flat = x.reshape(1, x.shape[0] * x.shape[1], -1)
     found: Tensor = normalized(flat, norm, training=True).view_as(x)
     return found

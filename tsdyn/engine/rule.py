@@ -1,6 +1,6 @@
-"""Rules: how a gradient moves a parameter.  Each is declared once, in `OPTIMIZERS`, with the moments it keeps.
+"""Optimizers, each declared once in `OPTIMIZERS` with the moments it keeps, and the rule that one epoch follows.
 
-`Rule` is what one epoch does: an optimizer, its numbers, which layers it leaves alone, and the loss that is made small.
+A `Rule` is an optimizer with its hyperparameters, the frozen layers, and the loss that is minimised.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ Update: TypeAlias = Callable[["Rule", Tensor, Tensor, Sequence[Tensor], Tensor, 
 
 @dataclass(frozen=True)
 class Optimizer:
-    """A way to take a step.
+    """How a gradient changes a parameter.
 
     Attributes:
-        name: As `Rule.name` and ``training.method`` say it.
-        moments: Names of the moments it keeps of every parameter, each as large as the parameter.
-        update: Takes the step, in place; the gradient it gets holds the weight decay and may be overwritten.
+        name: Name in `Rule.name` and ``training.method``.
+        moments: Names of the moments it keeps for every parameter, each of the parameter's shape.
+        update: Takes the step in place; the gradient includes the weight decay and may be overwritten.
     """
 
     name: str
@@ -72,7 +72,7 @@ def optimizer(name: str) -> Optimizer:
     """The optimizer of that name: tsdyn's own, or one that an installed package offers (`registers.OPTIMIZERS`).
 
     Raises:
-        ValueError: if there is none, or what a package offers is no `Optimizer` of that name.
+        ValueError: if there is none, or a package offers something else than an `Optimizer` of that name.
     """
     found = registers.OPTIMIZERS.load(name)
     if not isinstance(found, Optimizer) or found.name != name:
@@ -83,7 +83,7 @@ def optimizer(name: str) -> Optimizer:
     return found
 
 
-#: Methods of an experiment that take SGD's steps: on all the data at once, or infinitely small ones.
+#: Values of training.method that are SGD with the whole data set as batch, or its limit of small steps.
 _STEPS_OF = {"gd": "sgd", "flow": "sgd"}
 
 
@@ -95,15 +95,15 @@ class Rule:
     SGD p ← p − η m, m ← μ m + ∇ + λ p;  Adam with bias-corrected moments of ∇ + λ p.
 
     Attributes:
-        learning_rate: η, of all members or one for each member, (member,).
-        name: Of the optimizer in `OPTIMIZERS`; SGD with a momentum is ``"momentum"``.
+        learning_rate: η, one for all members or one per member, (member,).
+        name: Name of the optimizer in `OPTIMIZERS`; SGD with momentum is ``"momentum"``.
         momentum: μ.
         weight_decay: λ.
         beta_1, beta_2, epsilon: Adam's constants.
         frozen: Layers 1..L that are not updated.
         normalize: Whether hidden weight rows are scaled back to unit norm after each step (biases are not).
-        loss: J over a batch.
-        arguments: ``training.arguments`` of an optimizer that a package offers, (key, value) by key.
+        loss: The loss J of a batch.
+        arguments: ``training.arguments`` of an optimizer that a package offers, as (key, value) sorted by key.
 
     Raises:
         ValueError: if there is no optimizer of that name.
@@ -144,7 +144,7 @@ class Rule:
         )
 
     def argument(self, key: str, default: float) -> float:
-        """A number of ``training.arguments``, for optimizers that packages offer."""
+        """The number under `key` in ``training.arguments``, for optimizers that packages offer."""
         return float(dict(self.arguments).get(key, default))
 
     @property
@@ -152,19 +152,19 @@ class Rule:
         return optimizer(self.name)
 
     def block(self, members: slice) -> Rule:
-        """The rule of some of the members."""
+        """The same rule with the learning rates of some of the members."""
         rate = self.learning_rate
         return replace(self, learning_rate=rate[members]) if isinstance(rate, Tensor) else self
 
     def on(self, parameter: Tensor) -> Rule:
-        """The same rule with its rates on a parameter's device, from where no step has to fetch them."""
+        """The same rule with its rates on a parameter's device, so that no step copies them there."""
         rate = torch.as_tensor(self.learning_rate, dtype=parameter.dtype, device=parameter.device)
         return replace(self, learning_rate=rate.expand(len(parameter)).clone())
 
     def rates(self, like: Tensor) -> Tensor:
-        """Learning rate of each member of the parameter `like`, (member, 1, ...), on its device in its dtype.
+        """Learning rate of each member, (member, 1, ...), in the dtype and on the device of the parameter `like`.
 
-        One rate for all makes the same tensor, so that a member's rounding does not depend on its neighbours' rates.
+        A single rate for all gives such a tensor, too, so that rounding is the same whether or not rates differ.
         """
         rate = torch.as_tensor(self.learning_rate, dtype=like.dtype, device=like.device)
         return rate.expand(len(like)).view(-1, *[1] * (like.dim() - 1))
@@ -172,14 +172,14 @@ class Rule:
     def update(
         self, parameter: Tensor, gradient: Tensor, moments: Sequence[Tensor], rates: Tensor, step: int | Tensor
     ) -> None:
-        """One step of one parameter tensor, in place.
+        """Take one step of one parameter tensor, in place.
 
         Args:
             parameter: (member, ...).
-            gradient: As `parameter`; overwritten.
-            moments: As `parameter`.
+            gradient: Of the same shape; overwritten.
+            moments: Each of the same shape.
             rates: Learning rates, (member, 1, ...).
-            step: From 1; a tensor where a device counts for itself.
+            step: Number of the step, from 1; a tensor if the device counts.
         """
         if self.weight_decay:
             gradient = gradient.add_(parameter, alpha=self.weight_decay)

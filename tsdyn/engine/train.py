@@ -1,9 +1,9 @@
-"""Training of ensembles: each epoch by the quickest engine that claims the members, the rule and the loss.
+"""Training of ensembles, by the first backend that can serve the members, the rule and the loss.
 
-In this order: the compiled step (one member at a time, without leaving the cache); chunks of hand-batched steps that a
-GPU records as a graph; the hand-batched step; one forward pass of all members and autograd, for convolutions and
-BatchNorm; and the general engine, which trains any module.  A backend serves what it names and nothing else, so that a
-new rule, loss or module goes to the general engine until a backend is taught it.
+Backends in this order: the compiled step (one member at a time, without leaving the cache); chunks of hand-batched
+steps that a GPU records as a graph; the hand-batched step; one forward pass of all members and autograd, for
+convolutions and BatchNorm; and the general engine, which trains any module.  A backend serves only what it names, so
+that a new rule, loss or module goes to the general engine until a backend names it.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from tsdyn.engine.batches import Batches, Stream
 from tsdyn.engine.ensemble import Ensemble, living_blocks
 from tsdyn.engine.rule import Rule
 
-#: Takes the steps of some batches with a block of members, of which the first is step number ... + 1.
+#: (block, batches, rule, number of steps taken before) → None: takes the steps of `batches` in place.
 Advance: TypeAlias = Callable[[Ensemble, Batches, Rule, int], None]
 
 
 @dataclass(frozen=True)
 class Backend:
-    """A way to train.
+    """An implementation of the training steps.
 
     Attributes:
-        name: For logs and attributes.
-        claims: Whether it serves these members with this rule and its loss.
-        size: Members of a block, from the samples of a batch.
+        name: Name in logs and attributes.
+        claims: Whether it can train these members with this rule and its loss.
+        size: (ensemble, samples per batch) → members per block.
         advance: Takes the steps.
     """
 
@@ -44,9 +44,9 @@ COMPILED = Backend("compiled", compiled_step.claims, lambda ensemble, _batch: en
 CHUNKS = Backend("chunks", graph.claims, graph.block_size, graph.advance)
 BATCHED = Backend("batched", batched.claims, batched.block_size, batched.advance)
 PROPAGATED = Backend("propagated", propagated.claims, propagated.block_size, propagated.advance)
-#: Its blocks need a look at the data, so `train_epoch` asks it itself.
+#: The size of its blocks depends on the data, so `train_epoch` asks `general.block_size` instead of `size`.
 GENERAL = Backend("general", general.claims, lambda ensemble, _batch: ensemble.members, general.advance)
-#: The first that claims an ensemble trains it.
+#: The first backend whose `claims` is true trains the ensemble.
 BACKENDS = (COMPILED, CHUNKS, BATCHED, PROPAGATED, GENERAL)
 
 
@@ -54,20 +54,20 @@ def chosen(ensemble: Ensemble, rule: Rule) -> Backend:
     """The backend that trains these members with this rule.
 
     Raises:
-        ValueError: if they cannot be trained; says why.
+        ValueError: if they cannot be trained, with the reason.
     """
     return next(backend for backend in BACKENDS if backend.claims(ensemble, rule))
 
 
 def train_epoch(ensemble: Ensemble, stream: Stream, rule: Rule, *, batch: int, backend: Backend | None = None) -> None:
-    """One epoch of every living member, in place; member death is the caller's to look for (`mark_dead`).
+    """Train every living member for one epoch, in place; the caller then looks for dead members (`mark_dead`).
 
     Args:
-        ensemble: Trained in place.
+        ensemble: The members, trained in place.
         stream: The epoch's batches.
-        rule: The update, and the loss that is made small.
-        batch: Samples of a batch, for the choice of block size.
-        backend: How; the one that `chosen` names unless given.
+        rule: The update, and the loss that is minimised.
+        batch: Samples per batch, which decides the block size.
+        backend: The backend to use; `chosen` unless given.
 
     Raises:
         ValueError: if the members cannot be trained; says why.

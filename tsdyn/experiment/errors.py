@@ -1,4 +1,4 @@
-"""What is wrong with an experiment file, said by key, value, rule and way out.  Imports no torch."""
+"""Error messages about experiment files: each names the key, its value, the rule and the way out.  Imports no torch."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
-    """One line a mistake: key, value, rule, way out."""
+    """The text of an error, one line per mistake: key, value, rule, way out."""
     lines: dict[str, list[str]] = {}
     for item in error.errors(include_url=False):
         fields = [str(p) for p in item["loc"] if not _is_branch(p)]
@@ -69,7 +69,7 @@ def _shown(value: object) -> str:
 
 
 def _is_branch(part: object) -> bool:
-    """Pydantic names the branch of a union in a location; a reader has no use for it."""
+    """Whether this part of pydantic's location names a branch of a union, which is no key of the file."""
     return isinstance(part, int) or (
         isinstance(part, str) and bool(re.search(r"[\[\]()]|^constrained-|^(int|float|bool|str|dict|tuple)$", part))
     )

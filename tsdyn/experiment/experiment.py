@@ -38,8 +38,9 @@ class Experiment(Part):
         name: Letters, digits and ``._+-``; also the default directory.
         seeds: How many members (labels 0..n−1), or their labels.
         dtype: Of training and of the archive.
-        sweep: Key → values; the experiment is then the product of these.  ``zip`` is a table of keys whose values,
-            equally many, go together; ``points`` a list of tables, one a point.  Either multiplies with other keys.
+        sweep: Key → list of values; the sweep runs every combination of them.  ``zip`` is a table of keys that vary
+            together, with lists of equal length; ``points`` is a list of tables, one table per point.  Either is
+            combined with every value of the other keys.
 
     Raises:
         ExperimentError: from every constructor, naming each bad key, its value, the rule and, for an
@@ -100,7 +101,7 @@ class Experiment(Part):
 
     @property
     def constants(self) -> tuple[str, ...]:
-        """Variables that are stored once a seed, and known when the run begins."""
+        """Variables that are stored once per seed, without epochs, and known when the run begins."""
         names = schema.recorded(self.kind, (), "start")
         if self.kind != "training":
             return names
@@ -148,7 +149,7 @@ class Experiment(Part):
 
     @property
     def steps(self) -> int:
-        """Steps an epoch: as given, or one pass over the data (a remainder smaller than a batch is left out)."""
+        """Steps per epoch: as given, or one pass over the data (a remainder smaller than a batch is left out)."""
         if self.training.steps_per_epoch is not None:
             return self.training.steps_per_epoch
         if self.training.whole:
@@ -159,7 +160,7 @@ class Experiment(Part):
 
     @property
     def marks(self) -> tuple[vocabulary.Label, ...]:
-        """Where the run can be committed and gone on from: epochs, times or α, one for each of its steps 0, 1, ..."""
+        """Epochs, times or α at which the run can be committed and resumed: one for each of its steps 0, 1, ..."""
         return shapes.marks(self)
 
     @property
@@ -169,12 +170,12 @@ class Experiment(Part):
 
     @property
     def schedule(self) -> tuple[int, ...]:
-        """Steps after which the run is recorded: of training, epochs."""
+        """Steps after which the run is recorded; in training a step of the run is an epoch."""
         return shapes.schedule(self)
 
     @property
     def labels(self) -> tuple[vocabulary.Label, ...]:
-        """What the recorded steps are called along the run's dimension: epochs, times or α."""
+        """Labels of the recorded steps along the run's dimension: epochs, times or α."""
         if self.kind == "training":
             return self.schedule
         marks = self.marks
@@ -182,7 +183,7 @@ class Experiment(Part):
 
     @property
     def digest(self) -> str:
-        """`digest` of the experiment."""
+        """SHA-256 that identifies the experiment; see `digest`."""
         return digest(self.as_dict())
 
     def as_dict(self) -> dict[str, Any]:
@@ -196,7 +197,7 @@ class Experiment(Part):
 
     @property
     def parts(self) -> dict[str, tuple[registers.Register, str]]:
-        """The registered parts that it names: key → (register, name)."""
+        """The registered parts that the experiment names: key → (register, name)."""
         found = {
             "teacher.init": (registers.TEACHERS, self.teacher.init),
             "teacher.activation": (registers.ACTIVATIONS, self.teacher.activation or self.student.activation),
@@ -206,34 +207,28 @@ class Experiment(Part):
             "training.method": (registers.OPTIMIZERS, self.training.method),
             "training.loss": (registers.LOSSES, self.training.loss),
         }
-        own = {*vocabulary.FAMILIES, *schema.recordable()}
-        asked = (name for name in self.record.observables if name not in own)
-        return found | {f"record.observables[{name}]": (registers.OBSERVABLES, name) for name in asked}
-
-    @property
-    def foreign_parts(self) -> dict[str, registers.Origin]:
-        """Where those of its parts come from that are not tsdyn's own: key → origin; nothing is imported."""
-        return {key: register.origin(name) for key, (register, name) in self.parts.items() if register.foreign(name)}
+        asked = {f"record.observables[{name}]": (registers.OBSERVABLES, name) for name in self.record.observables}
+        return found | asked
 
     @property
     def part_names(self) -> frozenset[str]:
-        """Names of its parts, swept ones too."""
+        """Names of the experiment's parts, those that a sweep varies included."""
         named = {name for _, name in self.parts.values()}
         return frozenset({*named, *_strings(self.sweep)})
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Experiment:
-        """From a nested dict as TOML gives it."""
+        """The experiment in a nested dict, as a TOML reader gives it."""
         return cls(**values)
 
     @classmethod
     def from_toml_text(cls, text: str, *, origin: str = "experiment", archived: bool = False) -> Experiment:
-        """From TOML text.
+        """The experiment written in TOML text.
 
         Args:
-            text: As an experiment file holds it.
-            origin: Names it in errors.
-            archived: Whether an archive says so: parts that it names need not be installed here.
+            text: Content of an experiment file.
+            origin: Name of the text in error messages.
+            archived: Whether the text comes from an archive: parts that it names then need not be installed here.
         """
         try:
             values = tomllib.loads(text)
@@ -247,13 +242,13 @@ class Experiment(Part):
 
     @classmethod
     def from_toml(cls, path: str | Path, *, archived: bool = False) -> Experiment:
-        """From a file; `archived` as in `from_toml_text`.
+        """The experiment in a file; `archived` as in `from_toml_text`.
 
         Raises:
             ExperimentError: if the file cannot be read or does not hold an experiment.
         """
         try:
-            text = Path(path).read_text(encoding="utf-8-sig")  # editors of one system begin with a byte-order mark
+            text = Path(path).read_text(encoding="utf-8-sig")  # Windows editors may write a byte-order mark first
         except (OSError, UnicodeDecodeError) as error:
             raise ExperimentError(f"{path}: cannot be read: {error}") from None
         return cls.from_toml_text(text, origin=str(path), archived=archived)
@@ -263,7 +258,7 @@ class Experiment(Part):
 
         Setting one of student.widths and student.overrealization unsets the other.
         """
-        with registers.accepting(self.part_names):  # what it holds may be of an archive, of parts that are not here
+        with registers.accepting(self.part_names):  # an archived experiment may name parts not installed here
             return type(self)(**_applied(self.as_dict(), changes))
 
     def points(self) -> Iterator[tuple[dict[str, Any], Experiment]]:
@@ -283,16 +278,16 @@ class Experiment(Part):
 
 
 def digest(values: Mapping[str, Any]) -> str:
-    """SHA-256 of an experiment as a plain nested dict, 64 hex digits.
+    """SHA-256 of an experiment given as a plain nested dict, 64 hex digits.
 
-    Of what is not at its default only: a key that a later version adds changes no digest.
+    Keys at their default are left out, so that a key added by a later version changes no digest.
     """
     canonical = json.dumps(_chosen(values, Experiment), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def _chosen(values: Mapping[str, Any], part: type[Part]) -> dict[str, Any]:
-    """`values` without those at the defaults of `part`."""
+    """`values` without the keys that are at the defaults of `part`."""
     found = {}
     for key, value in values.items():
         field = part.model_fields[key]

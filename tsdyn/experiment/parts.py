@@ -22,11 +22,11 @@ from pydantic import (
     model_validator,
 )
 
-from tsdyn import registers, schema, vocabulary
+from tsdyn import registers
 from tsdyn.experiment.errors import nearest
 
 MAX_SEEDS = MAX_EPOCHS = 1_000_000
-#: Larger counts overflow somewhere; what fits a machine is much less, and `runner.run` says so.
+#: Larger counts overflow somewhere.  Much smaller ones may not fit in memory: `runner.run` checks that.
 MAX_COUNT = 10**12
 
 
@@ -64,7 +64,7 @@ Rate = Annotated[
     BeforeValidator(_epochs_as_integers),
     PlainSerializer(lambda v: {str(k): r for k, r in v.items()} if isinstance(v, dict) else v),
 ]
-#: Names of registered parts; of an archive, also of parts that are not installed here.
+#: Names of registered parts; an archived experiment may also name parts that are not installed here.
 ActivationName = Annotated[str, AfterValidator(registers.ACTIVATIONS.check)]
 LossName = Annotated[str, AfterValidator(registers.LOSSES.check)]
 Method = Annotated[str, AfterValidator(registers.OPTIMIZERS.check)]
@@ -78,7 +78,7 @@ Arguments = Annotated[dict[str, Any], Field(min_length=1)]
 def _refuse_arguments(
     section: str, arguments: Mapping[str, Any] | None, register: registers.Register, name: str
 ) -> None:
-    """Keyword arguments for one of tsdyn's own parts, which would be left unread."""
+    """Refuse keyword arguments for one of tsdyn's own parts, which would not read them."""
     if arguments is not None and not register.foreign(name):
         raise ValueError(
             f"{section}.arguments = {dict(arguments)}: the {register.kind} {name!r} is tsdyn's own and takes none; its "
@@ -90,9 +90,9 @@ BatchNormPlace = Literal["none", "before", "after"]
 
 
 class Teacher(Part):
-    """The fixed network. Each seed draws its own.
+    """The fixed network that makes the targets. Each seed draws its own.
 
-    `module`, `source` and `numbers` are of a module of the user's own that was passed from Python (`own_modules`).
+    `module`, `source` and `numbers` describe a module of the user's own, passed from Python (`own_modules`).
     """
 
     widths: Widths
@@ -132,13 +132,13 @@ class Teacher(Part):
             )
         if self.prune and len(self.prune) != len(self.widths) - 2:
             raise ValueError(
-                f"teacher.prune = {list(self.prune)}: one ratio a hidden layer, and there are {len(self.widths) - 2}"
+                f"teacher.prune = {list(self.prune)}: one ratio per hidden layer, and there are {len(self.widths) - 2}"
             )
         return self
 
     @property
     def active_widths(self) -> tuple[int, ...]:
-        """Widths of what pruning leaves: m − ⌊m · ratio⌋ nodes of each hidden layer."""
+        """Widths of the teacher after pruning: m − ⌊m · ratio⌋ nodes of each hidden layer."""
         ratios = (0.0, *(self.prune or (0.0,) * (len(self.widths) - 2)), 0.0)
         return tuple(m - int(m * ratio) for m, ratio in zip(self.widths, ratios, strict=True))
 
@@ -295,14 +295,11 @@ class Record(Part):
     @field_validator("observables")
     @classmethod
     def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        known = list(dict.fromkeys([*vocabulary.FAMILIES, *schema.recordable()]))
         for name in value:
-            if name in known:
-                continue
             try:
                 registers.OBSERVABLES.check(name)
             except registers.PartError:
-                known += registers.OBSERVABLES.names()
+                known = registers.OBSERVABLES.names()
                 raise ValueError(
                     f"{name!r} is not an observable{nearest(name, known)}; there are: " + ", ".join(known)
                 ) from None

@@ -1,6 +1,6 @@
 """Rules that take several keys of an experiment: one small function each, in tables by kind.  Imports no torch.
 
-A rule gives the sentence that is wrong, naming key, value, rule and way out, or None.
+A rule returns None, or, if the experiment breaks it, a message naming key, value, rule and way out.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from tsdyn import schema
 from tsdyn.experiment.errors import keys, nearest
 from tsdyn.experiment.parts import IMAGES, MAX_SEEDS
 from tsdyn.experiment.sweep_axes import axes, swept_keys
-from tsdyn.vocabulary import Kind
+from tsdyn.vocabulary import VARIABLES, Kind
 
 if TYPE_CHECKING:
     from tsdyn.experiment.experiment import Experiment
 
-#: Points of a sweep; each is a run.
+#: The most points that a sweep may have; each is a run.
 MAX_POINTS = 100_000
 Rule = Callable[["Experiment"], "str | None"]
 
-#: Activations whose update fluctuates in a way that `flow.order_parameters` has a form for.
+#: Activations for which `flow.order_parameters` has the second moment of the update in closed form.
 FLUCTUATING = ("erf", "identity", "relu")
 _COMMON = ("kind", "name", "seeds", "dtype", "sweep")
 _SIZES = (
@@ -37,7 +37,7 @@ _SIZES = (
     "student.activation",
     "student.leak",
 )
-#: Kind → the keys that it knows; training knows all that are not another's.
+#: Kind → the keys that it knows; training knows all keys but those of the sections in `OWN`.
 KNOWN: Mapping[Kind, tuple[str, ...]] = {
     "population-flow": (*_COMMON, *_SIZES, "flow.inputs", "flow.times"),
     "online": (
@@ -51,7 +51,7 @@ KNOWN: Mapping[Kind, tuple[str, ...]] = {
         "online.points",
     ),
 }
-#: Sections that one kind has for itself.
+#: Section → the only kind that has it.
 OWN = {"flow": "population-flow", "online": "online"}
 
 
@@ -97,7 +97,7 @@ def _keys_of_the_kind(e: Experiment) -> str | None:
 
 def _seeds(e: Experiment) -> str | None:
     if isinstance(e.seeds, int) and e.seeds > MAX_SEEDS:
-        return f"seeds = {e.seeds}: at most {MAX_SEEDS} members a run"
+        return f"seeds = {e.seeds}: at most {MAX_SEEDS} members per run"
     if len(set(e.seed_labels)) != len(e.seed_labels):
         repeated = [before for before, after in itertools.pairwise(sorted(e.seed_labels)) if before == after]
         return f"seeds: labels repeat: {', '.join(map(str, dict.fromkeys(repeated[:5])))}"
@@ -134,13 +134,15 @@ def _ends(e: Experiment) -> str | None:
 
 # --- training ------------------------------------------------------------------------------------------------
 
-#: Starts that are not of a module of the user's own, which starts as it is made.
-_STARTS = ("torch", "near-teacher", "same-direction", "same-sign", "file", "rewind", "rewind-reinitialised")
+
+def _asked(e: Experiment) -> set[str]:
+    """The schema's own variables that are to be recorded; `observables.registry.load` checks others."""
+    return set(schema.expand(e.record.observables)) & set(VARIABLES)
 
 
 def _own_modules_record(e: Experiment) -> str | None:
     there = schema.recordable(own=e.student.module is not None, bare_teacher=e.teacher.module is not None)
-    unknown = set(schema.expand(e.record.observables)) - set(there)
+    unknown = _asked(e) - set(there)
     if not unknown:
         return None
     return (
@@ -150,7 +152,7 @@ def _own_modules_record(e: Experiment) -> str | None:
 
 
 def _own_modules(e: Experiment) -> str | None:
-    """What modules of the user's own cannot have."""
+    """Refuse what an experiment with a module of the user's own cannot have."""
     if not e.of_own_modules:
         return None
     own, taught = e.student.module is not None, e.teacher.module is not None
@@ -160,12 +162,13 @@ def _own_modules(e: Experiment) -> str | None:
         f"data.augment = {e.data.augment!r}": e.data.augment in ("agnostic", "aware"),
         "convolutions or BatchNorm of the experiment file": e.deep,
         "training.frozen and training.normalize": own and bool(e.training.frozen or e.training.normalize),
-        f"student.init = {e.student.init!r}": e.student.init in (_STARTS if own else near),
+        # a module of the user's own starts as it is made
+        f"student.init = {e.student.init!r}": e.student.init != "gaussian" if own else e.student.init in near,
         "teacher.init, prune and balanced": taught
         and (e.teacher.init in ("trained", "file") or bool(e.teacher.prune) or e.teacher.balanced),
     }
     what = next((what for what, there in refused.items() if there), None)
-    return what and f"{what}: is of networks that tsdyn makes, and here a module is the user's own"
+    return what and f"{what}: works for networks that tsdyn makes only, and here a module is the user's own"
 
 
 def _starts_from_teacher(e: Experiment) -> str | None:
@@ -231,7 +234,7 @@ def _deep(e: Experiment) -> str | None:
     if e.data.augment in ("agnostic", "aware"):
         return f"data.augment = {e.data.augment!r}: is of fully connected layers without BatchNorm"
     there = schema.recordable(deep=True)
-    unknown = set(schema.expand(e.record.observables)) - set(there)
+    unknown = _asked(e) - set(there)
     if unknown:
         return (
             f"record.observables: {', '.join(sorted(unknown))} is not measured of convolutions and BatchNorm; "
@@ -346,9 +349,9 @@ def _one_rate(e: Experiment) -> str | None:
     return None
 
 
-#: Of every experiment; ...
+#: Rules of every experiment, sweeps included ...
 ALWAYS: tuple[Rule, ...] = (_keys_of_the_kind, _seeds, _one_of_widths_and_ratio)
-#: ... and of one without a sweep, by its kind: the first that is broken is said.
+#: ... and kind → rules of an experiment without a sweep; the message is that of the first broken rule.
 RULES: Mapping[Kind, tuple[Rule, ...]] = {
     "training": (
         _own_modules_record,
@@ -375,13 +378,13 @@ RULES: Mapping[Kind, tuple[Rule, ...]] = {
 
 
 def broken(experiment: Experiment) -> str | None:
-    """The first rule that an experiment breaks, in words."""
+    """The message of the first rule that an experiment breaks; None if it breaks none."""
     rules = ALWAYS if experiment.sweep else (*ALWAYS, *RULES[experiment.kind])
     return next((said for rule in rules if (said := rule(experiment)) is not None), None)
 
 
 def _number_as_such(value: Any) -> Any:
-    """1.0 as 1, wherever it stands: both are the same point of a sweep."""
+    """`value` with 1.0 replaced by 1 everywhere inside: both are the same point of a sweep."""
     if isinstance(value, Mapping):
         return {key: _number_as_such(of) for key, of in value.items()}
     if isinstance(value, (list, tuple)):
@@ -390,10 +393,10 @@ def _number_as_such(value: Any) -> Any:
 
 
 def check_sweep(experiment: Experiment, model: type[BaseModel]) -> None:
-    """Refuse a sweep of keys that are none, of values that repeat or of too many points.
+    """Refuse a sweep of unknown keys, of repeated values or of too many points.
 
     Raises:
-        ValueError: saying which.
+        ValueError: naming the key, the repeated values or the number of points.
     """
     there = [key for key in keys(model) if known(experiment.kind, key)]
     for key in swept_keys(experiment.sweep):

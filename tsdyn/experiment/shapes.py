@@ -14,28 +14,28 @@ from tsdyn.experiment.parts import IMAGES
 if TYPE_CHECKING:
     from tsdyn.experiment.experiment import Experiment
 
-#: A population flow stops at this time, if a student has not arrived by then.
+#: A population flow stops at this time at the latest, also where a student has not reached a stationary point.
 FLOW_END = 1e9
-#: Between recorded times a population flow is committed where each of these has been passed.
+#: Times at which a population flow is also committed, between the recorded ones.
 DECADES = tuple(10.0**power for power in range(-2, 10))
-#: α of the first recorded point of online learning, but for the start.
+#: α of the first recorded point of online learning after the start.
 FIRST_ALPHA = 0.1
 
 
 def with_inputs(experiment: Experiment, widths: Sequence[int]) -> tuple[int, ...]:
-    """`widths` with the width of the input that the experiment's kind says."""
+    """`widths`, the first replaced by the input width of the experiment's kind (`flow.inputs`, `online.inputs`)."""
     inputs = {"training": None, "population-flow": experiment.flow.inputs, "online": experiment.online.inputs}
     given = inputs[experiment.kind]
     return (widths[0] if given is None else given, *widths[1:])
 
 
 def teacher_widths(experiment: Experiment) -> tuple[int, ...]:
-    """Widths of what pruning leaves of the teacher: input, hidden ..., output."""
+    """Widths of the teacher after pruning: input, hidden ..., output."""
     return with_inputs(experiment, experiment.teacher.active_widths)
 
 
 def student_widths(experiment: Experiment) -> tuple[int, ...]:
-    """Widths of the student: input, hidden ..., output; of a module of the user's own its ends."""
+    """Widths of the student: input, hidden ..., output; only input and output for a module of the user's own."""
     if experiment.student.module is not None:
         return experiment.teacher.widths[0], experiment.teacher.widths[-1]
     if experiment.student.widths is not None:
@@ -57,7 +57,7 @@ def weight_shapes(experiment: Experiment, widths: Sequence[int]) -> list[tuple[i
 
 
 def along(experiment: Experiment) -> vocabulary.Path:
-    """The dimension along which a run goes."""
+    """The dimension along which a run is recorded: ``epoch``, ``time`` or ``alpha``."""
     kind = experiment.kind
     if kind == "training":
         return "epoch"
@@ -69,7 +69,7 @@ def along(experiment: Experiment) -> vocabulary.Path:
 
 
 def layout(experiment: Experiment) -> schema.Layout:
-    """Shape of the run."""
+    """Seeds, recorded labels and widths of the run: what decides the shapes of its variables."""
     if experiment.of_own_modules:
         return _layout_of_modules(experiment)
     widths, taught = student_widths(experiment), teacher_widths(experiment)
@@ -89,7 +89,7 @@ def layout(experiment: Experiment) -> schema.Layout:
 
 
 def _layout_of_modules(experiment: Experiment) -> schema.Layout:
-    """A module has its output as the top layer, and no other: its layers below have width 0."""
+    """The layout where a network is a module: its output is the top layer, and the layers below have width 0."""
     inputs, outputs = experiment.teacher.widths[0], experiment.teacher.widths[-1]
     own, taught = experiment.student.module is not None, experiment.teacher.module is not None
     mine, theirs = student_widths(experiment), teacher_widths(experiment)
@@ -111,7 +111,7 @@ def _layout_of_modules(experiment: Experiment) -> schema.Layout:
 
 
 def marks(experiment: Experiment) -> tuple[vocabulary.Label, ...]:
-    """Where a run can be committed and gone on from: epochs, times or α, one for each of its steps 0, 1, ..."""
+    """Epochs, times or α at which a run can be committed and resumed: one for each of its steps 0, 1, ..."""
     kind = experiment.kind
     if kind == "training":
         return tuple(range(experiment.training.epochs + 1))

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 from tsdyn import vocabulary
 
-#: Words in ``[sweep]`` that are no keys.
+#: Words in ``[sweep]`` that are not keys of an experiment but list several keys each.
 TOGETHER = ("zip", "points")
-#: Dimension of the points whose keys go together.
+#: Name of the dimension of points whose keys vary together.
 POINT = "point"
 
 
@@ -20,7 +20,7 @@ class Axis(NamedTuple):
     Attributes:
         dimension: Its name: that of its key, or ``point`` where several keys vary together.
         keys: What varies along it.
-        values: One tuple a place, with a value a key.
+        values: One tuple per position along it, with one value per key.
     """
 
     dimension: str
@@ -29,7 +29,7 @@ class Axis(NamedTuple):
 
 
 def axes(sweep: Mapping[str, Any]) -> tuple[Axis, ...]:
-    """The dimensions of a sweep in order: one a key, then ``point`` for what ``zip`` or ``points`` lists."""
+    """The dimensions of a sweep in order: one per key, then ``point`` for what ``zip`` or ``points`` lists."""
     names = sweep_dimensions(swept_keys(sweep))
     found = [
         Axis(names[key], (key,), tuple((v,) for v in values)) for key, values in sweep.items() if key not in TOGETHER
@@ -49,7 +49,7 @@ def swept_keys(sweep: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def places(sweep: Mapping[str, Any]) -> dict[tuple[int, ...], dict[str, Any]]:
-    """Position along each of `axes` → key and value there, for every point of a sweep."""
+    """Swept keys and values of every point of a sweep, by its position along each of `axes`."""
     found = axes(sweep)
     return {
         place: {
@@ -62,10 +62,10 @@ def places(sweep: Mapping[str, Any]) -> dict[tuple[int, ...], dict[str, Any]]:
 
 
 def checked_sweep(sweep: Any) -> dict[str, Any]:
-    """A sweep with tuples for lists.
+    """The sweep with its lists made tuples, once it is checked.
 
     Raises:
-        ValueError: if it is not keys with lists, ``zip`` or ``points``.
+        ValueError: if it is not a table of keys with lists, ``zip`` and ``points``.
     """
     if not isinstance(sweep, Mapping):
         raise ValueError(f"sweep = {sweep!r}: a table of keys and lists")
@@ -88,7 +88,9 @@ def checked_sweep(sweep: Any) -> dict[str, Any]:
         raise ValueError("sweep: zip and points both list points; write one of them")
     keys = swept_keys(found)
     if len(set(keys)) != len(keys):
-        raise ValueError(f"sweep: {sorted({k for k in keys if keys.count(k) > 1})} stands there twice")
+        raise ValueError(
+            f"sweep: {sorted({k for k in keys if keys.count(k) > 1})} are listed twice; give each key once"
+        )
     return found
 
 

@@ -107,7 +107,8 @@ def gradient_flow(
 
     Source: Simsek et al. (2023), section 3 (the flow, without ½); Hairer & Wanner (1996), section VI.4.
     """
-    rows = torch.as_tensor(initial).detach().to(loss.dtype)
+    rows = initial if isinstance(initial, Tensor) else torch.as_tensor(initial, device="cpu")
+    rows = rows.detach().to(loss.dtype)
     rows = rows if rows.ndim == 2 else rows[None]
     if rows.ndim != 2 or rows.shape[1] != loss.parameters:
         raise ValueError(
@@ -155,7 +156,7 @@ class Flow:
 
     def __init__(self, loss: Loss, initial: Tensor, *, times: np.ndarray, limits: Limits) -> None:
         self.loss, self._limits = loss, limits
-        self._times = torch.tensor(np.asarray(times, float), dtype=initial.dtype)
+        self._times = torch.tensor(np.asarray(times, float), dtype=initial.dtype, device=initial.device)
         self.states = [_begun(loss, chunk, self._times, limits) for chunk in initial.split(chunk_size(loss))]
 
     def until(self, time: float) -> None:
@@ -195,13 +196,13 @@ class Flow:
 def _begun(loss: Loss, begin: Tensor, at: Tensor, limits: Limits) -> _State:
     members = len(begin)
     gradient = loss.gradient(begin)
-    zeros = torch.zeros(members, dtype=torch.int64)
+    zeros = begin.new_zeros(members, dtype=torch.int64)
     state = _State(
         begin.clone(),
-        torch.zeros(members, dtype=begin.dtype),
-        # the first step is short enough that the gradient changes little within it
+        begin.new_zeros(members),
+        # the flow should turn little within the first step
         1e-2 * (limits.atol + begin.norm(dim=-1)) / gradient.norm(dim=-1).clamp(min=1e-8),
-        torch.full((members,), _RUNNING),
+        torch.full_like(zeros, _RUNNING),
         zeros.clone(),
         zeros.clone(),
         begin.new_full((members, len(at), begin.shape[1]), math.nan),
@@ -210,7 +211,7 @@ def _begun(loss: Loss, begin: Tensor, at: Tensor, limits: Limits) -> _State:
     )
     if len(at) and at[0] == 0:
         state.path[:, 0], state.recorded[:] = begin, 1
-    _stop(loss, state, torch.arange(members), gradient, limits)
+    _stop(loss, state, torch.arange(members, device=begin.device), gradient, limits)
     return state
 
 
@@ -294,7 +295,7 @@ def _record(
 
 
 def _stop(loss: Loss, state: _State, index: Tensor, gradient: Tensor, limits: Limits) -> None:
-    reason = torch.full((len(index),), _RUNNING)
+    reason = torch.full_like(index, _RUNNING)
     reason[state.t[index] >= limits.end] = REASONS.index("time")
     reason[state.steps[index] >= limits.steps] = REASONS.index("steps")
     reason[gradient.abs().amax(-1) <= limits.gradient] = REASONS.index("gradient")

@@ -229,7 +229,7 @@ def _stream(members: list[Member], sigma: Activation, rates: Rates, scale: float
             y = torch.stack([sigma(field @ m.B.T) @ m.A for field, m in zip(fields, block, strict=True)])
             if rates.noise:
                 y += rates.noise * torch.from_numpy(np.stack([m.noise.standard_normal(y.shape[1]) for m in block]))
-            rows = torch.arange(count * batch).view(1, count, batch).expand(len(block), -1, -1)
+            rows = torch.arange(count * batch, device="cpu").view(1, count, batch).expand(len(block), -1, -1)
             yield Batches(fields, y[..., None] / scale, rows, count)
 
     return stream

@@ -61,7 +61,8 @@ class Overlaps(NamedTuple):
 
 
 def _tensor(x: ArrayLike | Tensor) -> Tensor:
-    return torch.as_tensor(x if isinstance(x, Tensor) else np.array(x)).detach().to(torch.float64)
+    given = x if isinstance(x, Tensor) else torch.as_tensor(np.array(x), device="cpu")
+    return given.detach().to(torch.float64)
 
 
 def checked(
@@ -94,9 +95,7 @@ def checked(
     if r.ndim < 2:
         raise ValueError(f"{caller}: R has shape {tuple(r.shape)}; it is (node, teacher_node)")
     nodes, teacher_nodes = r.shape[-2:]
-    outgoing = [
-        torch.ones(n, dtype=torch.float64) if x is None else _tensor(x) for x, n in ((v, nodes), (A, teacher_nodes))
-    ]
+    outgoing = [r.new_ones(n) if x is None else _tensor(x) for x, n in ((v, nodes), (A, teacher_nodes))]
     wanted = {"Q": (nodes, nodes), "T": (teacher_nodes, teacher_nodes), "v": (nodes,), "A": (teacher_nodes,)}
     for (name, shape), x in zip(wanted.items(), (q, t, *outgoing), strict=True):
         if x.shape[-len(shape) :] != shape:
@@ -141,8 +140,13 @@ def overlaps(student: Network, teacher: Network) -> Overlaps:
     if student.widths[0] != teacher.widths[0] or _kind(student) != _kind(teacher):
         raise ValueError(f"overlaps: {student} and {teacher} differ in inputs or activation")
     w, b = student.weights[0].detach(), teacher.weights[0].detach()
-    pairs = (node_pairs.overlap(*of) for of in ((w, w), (w, b), (b, b)))
-    return Overlaps(*pairs, student.weights[1].detach()[0], teacher.weights[1].detach()[0])
+    return Overlaps(
+        Q=node_pairs.overlap(w, w),
+        R=node_pairs.overlap(w, b),
+        T=node_pairs.overlap(b, b),
+        v=student.weights[1].detach()[0],
+        A=teacher.weights[1].detach()[0],
+    )
 
 
 def _kind(network: Network) -> tuple[str, float | None]:

@@ -553,8 +553,7 @@ def in_cosine(
 
     Source: Simsek et al. (2023), section 3.
     """
-    given = [v if isinstance(v, Tensor) else torch.as_tensor(v, dtype=torch.float64) for v in (r1, r2, rho)]
-    first, second, cosine = torch.broadcast_tensors(*given)
+    first, second, cosine = _broadcast(r1, r2, rho)
     _check("r1", first, lambda v: v >= 0, "a norm is not negative")
     _check("r2", second, lambda v: v >= 0, "a norm is not negative")
     _check("rho", cosine, lambda v: v.abs() <= 1, "a cosine lies in [−1, 1]; clip what rounding pushed out")
@@ -562,6 +561,13 @@ def in_cosine(
     if isinstance(kernel, _PiecewiseLinear):
         return kernel.in_cosine(first, second, cosine)
     return kernel(first * first, second * second, first * second * cosine)
+
+
+def _broadcast(*values: Any) -> tuple[Tensor, ...]:
+    """Values as tensors of one shape: numbers and arrays on the device of the tensors among them, else on the CPU."""
+    device = next((v.device for v in values if isinstance(v, Tensor)), torch.device("cpu"))
+    given = [v if isinstance(v, Tensor) else torch.as_tensor(v, dtype=torch.float64, device=device) for v in values]
+    return tuple(torch.broadcast_tensors(*given))
 
 
 def _check(name: str, value: Tensor, holds: Callable[[Tensor], Tensor], rule: str) -> None:
@@ -589,9 +595,8 @@ class Derivatives(NamedTuple):
 def derivatives(
     activation: str | Activation | Function, r1: Any, r2: Any, rho: Any, *, leak: float = 0.01
 ) -> Derivatives:
-    """g(r₁, r₂, ρ) with its first and second derivatives; takes the arguments of `in_cosine` and raises as it does."""
-    given = [torch.as_tensor(v, dtype=torch.float64).detach() for v in (r1, r2, rho)]
-    point = torch.stack(torch.broadcast_tensors(*given), -1).requires_grad_()
+    """g(r₁, r₂, ρ) with first and second derivatives; arguments and errors as `in_cosine`."""
+    point = torch.stack([v.detach().to(torch.float64) for v in _broadcast(r1, r2, rho)], -1).requires_grad_()
     with torch.enable_grad():
         value = in_cosine(activation, *point.unbind(-1), leak=leak)
         (gradient,) = torch.autograd.grad(value.sum(), point, create_graph=True)

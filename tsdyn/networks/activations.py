@@ -1,7 +1,7 @@
 """Activation functions σ and their gates σ'.
 
-The gate of a piecewise linear activation at exactly 0 is a convention, and not one of measure zero: with zero
-biases and a dead lower layer a third of the samples can sit there.  The default is torch's, so that every
+The gate of a piecewise linear activation at exactly 0 is a convention, and it matters: with zero biases and a dead
+lower layer, pre-activations of a third of the samples can be exactly 0.  The default is torch's, so that every
 formula here equals autograd; ``at_zero="paper"`` is the papers' ``x >= 0``.
 """
 
@@ -60,7 +60,7 @@ class Activation:
         return self.function(z)
 
     def gate(self, z: Tensor, *, at_zero: AtZero = "torch") -> Tensor:
-        """σ'(z), same shape and dtype as `z`; at exactly 0 torch's value or, for "paper", that of z > 0."""
+        """σ'(z), same shape and dtype as `z`; at exactly 0 torch's value or, with "paper", the value for z > 0."""
         gate = self.derivative(z)
         if at_zero == "paper" and self.piecewise_linear:
             return torch.where(z == 0, torch.ones_like(z), gate)
@@ -118,10 +118,10 @@ def activation(name: str, *, leak: float = 0.01) -> Activation:
 
     Args:
         name: As the experiment file writes it.
-        leak: Slope of leaky_relu below 0; others do not look at it.
+        leak: Slope of leaky_relu below 0; other activations ignore it.
 
     Raises:
-        ValueError: if there is none of that name, the leak is negative, or what a package offers is no `Activation`.
+        ValueError: if no activation has that name, the leak is negative, or a package offers something else under it.
     """
     if name == "leaky_relu":
         if not leak >= 0:
@@ -137,10 +137,10 @@ def activation(name: str, *, leak: float = 0.01) -> Activation:
 
 
 def from_module(module: nn.Module) -> Activation | None:
-    """The activation a torch module computes, or None if it is not one of ours.
+    """The activation that a torch module computes, or None if it is not one of tsdyn's own.
 
     Raises:
-        ValueError: for a variant that differs from ours (an approximate GELU, a softplus scaled or cut off).
+        ValueError: for a variant that differs from tsdyn's (an approximate GELU, a softplus scaled or cut off).
     """
     kind = type(module)  # a subclass may compute anything else
     if kind is nn.ReLU:
@@ -159,7 +159,4 @@ def from_module(module: nn.Module) -> Activation | None:
                 f"from_torch: {module} is linear above {module.threshold}, which is another function; use nn.Softplus()"
             )
         return activation("softplus")
-    names: dict[type[nn.Module], str] = {
-        Erf: "erf", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid", nn.SiLU: "silu", nn.Identity: "identity",
-    }  # fmt: skip
-    return activation(names[kind]) if kind in names else None
+    return next((one for one in TABLE.values() if type(one.module()) is kind), None)

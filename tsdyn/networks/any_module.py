@@ -1,4 +1,4 @@
-"""A user's own module in the place of a network: its output as the one layer, its parameters by name."""
+"""A user's own module where measurements expect a network: it has one layer, its output."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tsdyn.networks.network import Trace
 
 @dataclass(frozen=True)
 class Own:
-    """A module as what is measured: in evaluation mode, without layers that anything else knows of."""
+    """A user's own module as a network to measure: in evaluation mode, with its output as the only layer."""
 
     module: nn.Module
 
@@ -22,14 +22,14 @@ class Own:
         return output
 
     def trace(self, x: Tensor) -> Trace:
-        """The output alone: pre-activations and gates are a `Network`'s."""
+        """A trace that holds the output alone: pre-activations and gates are known of a `Network` only."""
         return Trace([], [], [self(x)])
 
     def to(self, target: torch.dtype | str) -> Own:
         return Own(self.module.to(target))
 
     def entries(self) -> Tensor:
-        """All parameters and buffers, one after another, (entry,)."""
+        """All numbers of the parameters and buffers in one vector, (entry,)."""
         tensors = _held(self.module)
         like = next(t for t in tensors.values() if t.is_floating_point())
         return torch.cat([t.detach().reshape(-1).to(like) for t in tensors.values()])

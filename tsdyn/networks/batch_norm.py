@@ -1,4 +1,4 @@
-"""BatchNorm as a value: its formula, its map of gradients, and torch's modules of it."""
+"""BatchNorm as a value: its formula, its gradient, and conversion from and to torch's modules."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class BatchNorm:
-    """(x − mean)/√(variance + eps) · scale + shift of each node: by the batch in training, by running statistics else.
+    """BatchNorm of one layer: (x − mean)/√(variance + eps) · scale + shift for each node.
+
+    In training mode mean and variance are those of the batch, in evaluation mode the running statistics.
 
     Attributes:
         mean, variance: Running statistics, (node,) or (member, node); the variance is the unbiased one, as torch's.
-        scale, shift: Of the affine map, or None.
+        scale, shift: Parameters of the affine map, (node,) or (member, node); None without one.
         eps: Added to the variance.
-        momentum: Weight of a batch in the running statistics; None for their plain average over batches, as
-            torch's ``momentum=None``, which evaluation needs not know and training here does not do.
+        momentum: Weight of a batch in the running statistics.  None, as in torch, for their plain average over
+            batches: such a network can be evaluated, but not trained here.
     """
 
     mean: Tensor
@@ -32,23 +34,25 @@ class BatchNorm:
 
     def __post_init__(self) -> None:
         if (self.scale is None) != (self.shift is None):
-            raise ValueError("BatchNorm: has a scale or a shift alone; give both (ones and zeros do nothing), or none")
+            raise ValueError(
+                "BatchNorm: has a scale or a shift alone; give both (ones and zeros change nothing), or neither"
+            )
 
     @classmethod
     def fresh(cls, nodes: int, *, affine: bool = True, like: Tensor, eps: float = 1e-5) -> BatchNorm:
-        """As torch's modules start: mean 0, variance 1, scale 1, shift 0."""
+        """BatchNorm as torch's modules start: mean 0, variance 1, scale 1, shift 0."""
         zeros, ones = like.new_zeros(nodes), like.new_ones(nodes)
         return cls(zeros, ones, ones.clone() if affine else None, zeros.clone() if affine else None, eps)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Those there are, by torch's names."""
+        """The tensors that are not None, by torch's names."""
         named = {
             "weight": self.scale, "bias": self.shift, "running_mean": self.mean, "running_var": self.variance,
         }  # fmt: skip
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def map(self, change: Callable[[Tensor], Tensor]) -> BatchNorm:
-        """The same with `change` applied to each tensor."""
+        """A copy with `change` applied to each tensor."""
         return replace(
             self,
             mean=change(self.mean),
@@ -58,7 +62,7 @@ class BatchNorm:
         )
 
     def affine(self) -> tuple[Tensor, Tensor]:
-        """Scale and shift of each node by the running statistics: x → scale · x + shift."""
+        """Scale and shift of each node in evaluation mode, which maps x to scale · x + shift."""
         scale = (self.variance + self.eps).rsqrt()
         scale = scale if self.scale is None else self.scale * scale
         shift = -scale * self.mean
@@ -68,12 +72,13 @@ class BatchNorm:
 def batch_norm_gradient(
     f: Float[Tensor, "sample node"], g: Float[Tensor, "sample node"], *, scale: Tensor | None = None, eps: float = 0.0
 ) -> Float[Tensor, "sample node"]:
-    r"""Gradient below BatchNorm in training mode from the gradient g above it, f being what it normalises.
+    r"""Gradient with respect to the input f of BatchNorm in training mode, from the gradient g of its output.
 
     .. math:: \frac{c}{\sigma} P^\perp_{\{f, 1\}}\, g, \qquad \sigma^2 = \mathrm{Var} f + \epsilon
 
-    A map of the whole batch, one for each node: g without its parts along 1 and along the centred f.  With eps > 0 the
-    part along f is taken in the metric of σ², and the map is a projection only as eps → 0.
+    For each node the map acts on the vector of all samples: it removes from g the components along 1 and along the
+    centred f.  With eps > 0 the component along f is divided by σ² instead of Var f, so the map is a projection only
+    as eps → 0.
 
     Raises:
         ValueError: for a batch of one sample.
@@ -90,7 +95,9 @@ def batch_norm_gradient(
 
 
 def normalized(flat: Tensor, norm: BatchNorm, *, training: bool) -> Tensor:
-    """BatchNorm of (any, member·node, ...); in training mode by this batch, and running statistics move, in place.
+    """BatchNorm applied to a tensor (any, member·node, ...).
+
+    In training mode it uses the statistics of this batch and updates the running ones in place.
 
     Raises:
         ValueError: in training mode for a single value per node, or running statistics without a momentum.
@@ -114,7 +121,7 @@ def normalized(flat: Tensor, norm: BatchNorm, *, training: bool) -> Tensor:
 
 
 def norm_of(module: nn.BatchNorm1d | nn.BatchNorm2d) -> BatchNorm:
-    """The BatchNorm of a torch module, whose own tensors it holds.
+    """The BatchNorm of a torch module; it shares the module's tensors.
 
     Raises:
         ValueError: if the module keeps no running statistics.

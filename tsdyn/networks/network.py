@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 
 from tsdyn.networks import activations, torch_io
 from tsdyn.networks.activations import Activation, AtZero
@@ -26,7 +27,7 @@ from tsdyn.networks.propagate import Frame, Image, Layer, Parameters, Place, pro
 class Trace:
     """One forward pass, layer by layer; index l−1 holds layer l = 1..L, each (sample, node).
 
-    Of a convolution the rows are samples and pixels, (sample·row·column, channel).
+    For a convolution the rows are samples and pixels, (sample·row·column, channel).
 
     Attributes:
         preactivations: What σ is applied to: z_l = W_l f_{l−1} + b_l, normalised where BatchNorm comes before σ.
@@ -43,6 +44,11 @@ class Trace:
     def output(self) -> Tensor:
         """f_L, (sample, output)."""
         return self.activations[-1]
+
+
+def _as_given(parameter: Any) -> Tensor:
+    """A tensor as it is, where it is; an array on the CPU, whatever device the caller has made torch's default."""
+    return parameter if isinstance(parameter, Tensor) else torch.as_tensor(parameter, device="cpu")
 
 
 class Network:
@@ -84,9 +90,9 @@ class Network:
         stride: int | Sequence[int] = 1,
         padding: int | Sequence[int] = 0,
     ) -> None:
-        self.weights: list[Tensor] = [torch.as_tensor(w) for w in weights]
+        self.weights: list[Tensor] = [_as_given(w) for w in weights]
         given = [None] * len(self.weights) if biases is None else list(biases)
-        self.biases: list[Tensor | None] = [None if b is None else torch.as_tensor(b) for b in given]
+        self.biases: list[Tensor | None] = [None if b is None else _as_given(b) for b in given]
         self.norms: list[BatchNorm | None] = [None] * (len(self.weights) - 1) if norms is None else list(norms)
         if gate_at_zero not in ("torch", "paper"):
             raise ValueError(f"Network: gate_at_zero={gate_at_zero!r}; it is 'torch' or 'paper'")
@@ -122,7 +128,7 @@ class Network:
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Numbers of an input, then nodes (channels) of each layer: n_0..n_L."""
+        """Width of the input, then the number of nodes (or channels) of each layer: n_0..n_L."""
         image, first = self.frame.image, self.weights[0]
         return (first.shape[1] if image is None else math.prod(image), *(len(w) for w in self.weights))
 
@@ -144,7 +150,7 @@ class Network:
     # --- forward ---------------------------------------------------------------------------------------------
 
     def __call__(self, x: Float[Tensor, "sample input"], *, training: bool = False) -> Float[Tensor, "sample output"]:
-        """f_L(x), (sample, output); with `training` BatchNorm uses the batch and moves its running statistics.
+        """f_L(x), (sample, output); with `training` BatchNorm uses the batch and updates its running statistics.
 
         Raises:
             ValueError: for inputs of another width, or a single value per node in training mode.
@@ -161,7 +167,7 @@ class Network:
     def trace(self, x: Float[Tensor, "sample input"], *, training: bool = False) -> Trace:
         """Pre-activation, gate and activation of every layer, each (sample, node).
 
-        Of a convolution (sample·row·column, channel).
+        For a convolution each is (sample·row·column, channel).
 
         Source: Tian (2020), section 3 (f_l, D_l = diag of the gate).
         """
@@ -213,7 +219,7 @@ class Network:
         biases: Sequence[Tensor | None],
         norms: Sequence[BatchNorm | None] | None = None,
     ) -> Network:
-        """Other parameters in the same architecture; the same BatchNorm if none is given."""
+        """A network of the same architecture with other parameters; it keeps this one's BatchNorm if none is given."""
         f = self.frame
         return Network(
             weights, biases, f.activation.name, leak=f.activation.leak or 0.0, gate_at_zero=self.gate_at_zero,
@@ -222,15 +228,15 @@ class Network:
         )  # fmt: skip
 
     def folded(self, *, training: bool = False) -> Network:
-        """The same function, evaluation mode, of plain linear layers: what `theory` works on.
+        """A network of plain linear layers that computes the same function in evaluation mode: `theory` works on it.
 
         BatchNorm is folded into the linear map below it, or above it if it follows σ; a convolution becomes its matrix,
         (channel·row·column, channel·row·column below), which only small images allow.  Gradients reach the parameters.
-        A plain network is its own.  Source: Tian et al. (2019), section 3.
+        A plain network is returned as it is.  Source: Tian et al. (2019), section 3.
 
         Raises:
             MemoryError: if a convolution's matrix does not fit.
-            ValueError: for BatchNorm in training mode, which is no map of one sample.
+            ValueError: for BatchNorm in training mode, where a sample's output depends on the rest of its batch.
         """
         if training and any(n is not None for n in self.norms):
             raise ValueError(
@@ -273,10 +279,9 @@ class Network:
     def from_torch(cls, module: nn.Module, *, image: Image | None = None, gate_at_zero: AtZero = "torch") -> Network:
         """The network that an ``nn.Sequential`` of Conv2d, Linear, BatchNorm and one kind of activation computes.
 
-        Parameters and running statistics are the module's own tensors, so gradients reach them; those of a
-        parametrization are computed now.  BatchNorm stays (`norms`), and so do convolutions; `folded` makes linear
-        layers of them.  Before the network is handed out, its outputs on random inputs are compared with the module's
-        in evaluation mode.
+        Parameters and running statistics are the module's own tensors, so gradients reach them; a parametrized weight
+        is computed once, now.  BatchNorm (`norms`) and convolutions are kept; `folded` makes linear layers of them.
+        Before the network is returned, its outputs on random inputs are compared with the module's in evaluation mode.
 
         Args:
             module: Sequential, nested or not; Flatten between convolutions and linear layers may be there.
@@ -284,9 +289,8 @@ class Network:
             gate_at_zero: Gate at exactly 0: ``"torch"`` (autograd's) or ``"paper"`` (1).
 
         Raises:
-            ValueError: naming the module that has no place here (subclasses of these classes, forward hooks,
-                activations that differ between layers), or a module that computes
-                something else.
+            ValueError: naming the module that cannot be converted (subclasses of these classes, forward hooks,
+                activations that differ between layers), or if the module computes something else.
         """
         parts = torch_io.parts_of(module)
         sigma = parts.activation
@@ -299,7 +303,7 @@ class Network:
         return made
 
     def _compare(self, module: nn.Module) -> None:
-        """Refuse a module that computes something else on three random inputs, drawn without the global generator."""
+        """Refuse a module whose output on three random inputs differs; torch's global generator is left as it is."""
         first, last, bias = self.weights[0], self.weights[-1].detach(), self.biases[-1]
         draw = torch.Generator().manual_seed(0)
         x = torch.randn(3, self.widths[0], generator=draw, dtype=torch.float64, device="cpu").to(first)
@@ -311,7 +315,7 @@ class Network:
             torch_io.compare(self, terms, module, x, given)
 
     def to_torch(self) -> nn.Sequential:
-        """An ``nn.Sequential`` in evaluation mode with copies of everything, computing the same function.
+        """An ``nn.Sequential`` in evaluation mode that computes the same function, with copies of all parameters.
 
         It takes images (sample, channel, row, column) if there are convolutions.
         """
@@ -327,15 +331,15 @@ class Network:
 
     def _torch_layer(self, i: int, weight: Tensor, bias: Tensor | None) -> list[nn.Module]:
         like: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
-        made: nn.Conv2d | nn.Linear
+        made: nn.Conv2d | nn.Linear  # without torch's own start, which would draw from the caller's generator
         if weight.ndim == 4:
             channels, below, *kernel = weight.shape
-            made = nn.Conv2d(
-                below, channels, (kernel[0], kernel[1]), self.frame.strides[i], self.frame.paddings[i],
+            made = skip_init(
+                nn.Conv2d, below, channels, (kernel[0], kernel[1]), self.frame.strides[i], self.frame.paddings[i],
                 bias=bias is not None, **like,
             )  # fmt: skip
         else:
-            made = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, **like)
+            made = skip_init(nn.Linear, weight.shape[1], weight.shape[0], bias is not None, **like)
         with torch.no_grad():
             made.weight.copy_(weight)
             if bias is not None:
@@ -356,15 +360,15 @@ class Network:
         return found
 
     def with_state(self, state: Mapping[str, Tensor]) -> Network:
-        """This architecture with the tensors of a state dict.
+        """A network of this architecture with the tensors of a state dict.
 
-        By the names of `state_dict`, or those of ``to_torch()``, with a prefix or without (`torch_io.fit`).
+        Keys are the names of `state_dict` or those of ``to_torch()``, with a prefix or without (`torch_io.fit`).
 
         Raises:
             ValueError: naming every missing, unexpected and misshapen key.
         """
         own = self.state_dict()
-        # both name layer by layer, in the same order
+        # both list their tensors layer by layer, in the same order
         found = torch_io.fit(state, self.to_torch().state_dict(), own)
         by_name = {name: t.to(self.weights[0]) for name, t in zip(own, found, strict=True)}
         layers = range(1, self.depth + 1)
@@ -395,14 +399,14 @@ _NORM_FIELDS = {"mean": "running_mean", "variance": "running_var", "scale": "wei
 
 
 def require_plain(caller: str, *networks: object) -> None:
-    """Refuse networks with convolutions or BatchNorm: their weights read as plain layers' would say something else.
+    """Refuse networks with convolutions or BatchNorm, whose weights alone are not the function that they compute.
 
     Raises:
         TypeError, ValueError: naming the way out.
     """
     for network in networks:
         if not isinstance(network, Network):
-            raise TypeError(f"{caller}: {network!r} is no Network; Network.from_torch makes one of an nn.Sequential")
+            raise TypeError(f"{caller}: {network!r} is not a Network; Network.from_torch makes one of an nn.Sequential")
         if not network.plain:
             raise ValueError(
                 f"{caller}: {network!r} has convolutions or BatchNorm; take its folded(), which is the same function "
@@ -411,7 +415,7 @@ def require_plain(caller: str, *networks: object) -> None:
 
 
 def _check(network: Network) -> list[Image | None]:
-    """Images of each layer; raises where something does not chain."""
+    """Image shape of each layer; raises ValueError where shapes of successive layers do not fit together."""
     weights, biases, norms, frame = network.weights, network.biases, network.norms, network.frame
     if not weights or len(biases) != len(weights) or len(norms) != len(weights) - 1:
         raise ValueError(
@@ -445,7 +449,7 @@ def _check(network: Network) -> list[Image | None]:
 
 
 def _check_layer(i: int, weight: Tensor, held: Mapping[str, Tensor | None], first: Tensor) -> None:
-    """Refuse what a layer holds beside its weight if it has another shape, and other dtypes and devices."""
+    """Refuse a bias or BatchNorm tensor of another shape than the layer's, or any tensor of another dtype or device."""
     for what, tensor in {"weight": weight, **held}.items():
         if tensor is None:
             continue

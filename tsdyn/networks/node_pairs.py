@@ -1,7 +1,7 @@
 """Formulas between the nodes of two layers: ε-alignment, winners and overlaps, for numpy arrays and torch tensors.
 
-Each uses only what both libraries call by one name, so that labelled analysis (numpy, block by block under dask) and
-the engine (torch, with gradients, on any device) share it.  Imports no torch.
+Each uses only functions that both libraries have under the same name, so that labelled analysis (numpy, block by block
+under dask) and the engine (torch, with gradients, on any device) share it.  Imports no torch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 #: A numpy array or a torch tensor.
 Array: TypeAlias = Any
-#: The one normalisation of order parameters: what their attribute ``normalisation`` says, and what takes them asks for.
+#: The normalisation of order parameters everywhere in tsdyn: the text of their attribute ``normalisation``, which
+#: functions that take order parameters check.
 FIELDS = "covariance of the fields w·x, w as a network has it; w·w/N where fields are w·x/√N"
 
 
@@ -45,7 +46,7 @@ def epsilon(weight: Array, bias: Array, weight_2: Array, bias_2: Array) -> Array
     library = _library(weight)
     (w, b), (w_2, b_2) = regular(weight, bias), regular(weight_2, bias_2)
     cosine = w @ library.swapaxes(w_2, -1, -2)
-    # a node at a time: all pairs at once would take as many numbers as there are pairs times inputs
+    # one node at a time: all pairs at once would need an array of (pairs x inputs) numbers
     sine = library.stack(
         [library.linalg.norm(w_2 - cosine[..., j, :, None] * w[..., j, None, :], axis=-1) for j in range(w.shape[-2])],
         axis=-2,
@@ -58,7 +59,7 @@ def epsilon(weight: Array, bias: Array, weight_2: Array, bias_2: Array) -> Array
 def separation(weight: Array, bias: Array) -> Array:
     """ε_0 = min_{j ≠ j'} ε_jj' of the nodes of one layer; (..., node, input_node), (..., node) → (...).
 
-    Padding and zero weights count as no node.  Infinite for a single node, NaN for none.
+    Padding and nodes of zero weight are left out.  Infinite for a single node, NaN for none.
     Source: Tian (2020), Assumption 3.
     """
     library = _library(weight)
@@ -76,13 +77,16 @@ def overlap(weight: Array, weight_2: Array) -> Array:
 
 
 def best_match(score: NDArray) -> NDArray:
-    """(..., teacher_node, node) → (..., teacher_node): the largest score of any student node; or NaN."""
+    """(..., teacher_node, node) → (..., teacher_node): the largest score of any student node; NaN if all are NaN."""
     largest: NDArray = np.fmax.reduce(score, axis=-1)  # np.nanmax would warn where all are NaN
     return largest
 
 
 def best_node(score: NDArray) -> NDArray:
-    """(..., teacher_node, node) → (..., teacher_node): index of the best student node, the first of equals; or NaN."""
+    """(..., teacher_node, node) → (..., teacher_node): index of the best student node, the first of equals.
+
+    NaN where no student node has a score.
+    """
     missing = np.isnan(score)
     winner = np.where(missing, -np.inf, score).argmax(-1)
     return np.where(missing.all(-1), np.nan, winner)

@@ -27,7 +27,7 @@ Place: TypeAlias = Literal["before", "after"]
 
 @dataclass(frozen=True)
 class Frame:
-    """What layers share.
+    """What the layers of a network share: activation, image size, strides, places of BatchNorm.
 
     Attributes:
         activation: σ of the hidden layers.
@@ -45,7 +45,7 @@ class Frame:
 
 @runtime_checkable
 class Member(Protocol):
-    """What has the parameters of one network."""
+    """Anything that has the parameters of one network."""
 
     weights: list[Tensor]
     biases: list[Tensor | None]
@@ -62,7 +62,7 @@ class Parameters:
 
     @classmethod
     def of(cls, networks: Sequence[Member], *, share: bool = False) -> Parameters:
-        """Members side by side; copies, or with `share` a view of one network's own tensors."""
+        """The networks' parameters stacked along `member`: copies, or with `share` views of one network's tensors."""
 
         def beside(tensors: Sequence[Tensor]) -> Tensor:
             return tensors[0].unsqueeze(0) if share else torch.stack([t.detach() for t in tensors])
@@ -102,12 +102,14 @@ class Parameters:
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer of a forward pass, in the engine's layout: of a convolution (sample, member·channel, row, column).
+    """One layer of a forward pass, in the engine's layout.
+
+    That is (member, sample, node), and for a convolution (sample, member·channel, row, column).
 
     Attributes:
         z: What σ is applied to.
         f: What the layer above gets.
-        members: S.
+        members: S, their number.
     """
 
     z: Tensor
@@ -125,7 +127,7 @@ class Layer:
         return self.by_member(self.f)
 
     def by_member(self, x: Tensor) -> Tensor:
-        """What has the layout of `f`, as (member, sample, ...)."""
+        """A tensor `x` in the layout of `f`, rearranged to (member, sample, ...)."""
         return x.unflatten(1, (self.members, -1)).transpose(0, 1) if x.ndim == 4 else x
 
 
@@ -133,7 +135,7 @@ def propagate(p: Parameters, frame: Frame, x: Tensor, *, training: bool) -> list
     """Every layer of every member on its own inputs, (member, sample, input).
 
     z = W f + b; then BatchNorm and σ in the frame's order.  `preactivation` is what σ is applied to.  In training
-    mode each member's BatchNorm uses its own batch and moves its own running statistics, in place.
+    mode each member's BatchNorm uses its own batch and updates its own running statistics in place.
     """
     members = len(x)
     f = x if frame.image is None else x.unflatten(2, frame.image).transpose(0, 1).flatten(1, 2)
@@ -173,5 +175,5 @@ def _by_members_own(x: Tensor, norm: BatchNorm, training: bool) -> Tensor:
 
 
 def rows(x: Tensor) -> Tensor:
-    """What a single member has, by rows: (sample, node), or (sample·row·column, channel)."""
+    """The tensor of a single member with one row per sample, (sample, node), or pixel, (sample·row·column, channel)."""
     return x[0] if x.ndim == 3 else x[0].permute(0, 2, 3, 1).flatten(0, 2)

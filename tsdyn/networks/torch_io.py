@@ -26,7 +26,7 @@ from tsdyn.networks.propagate import Image, Place
 
 @dataclass
 class Parts:
-    """What a Sequential holds, layer by layer from the lowest.
+    """The parts of a Sequential, layer by layer from the lowest.
 
     Attributes:
         weights, biases: Of the linear layers and convolutions.
@@ -55,11 +55,11 @@ class Parts:
 def parts_of(module: nn.Module) -> Parts:
     """The layers of an ``nn.Sequential`` of Conv2d, Linear, BatchNorm and one kind of activation, ending with a Linear.
 
-    Parameters are the module's own tensors; those that a parametrization makes are computed now.  Linear layers
-    without anything between them have the identity between them.
+    Parameters are the module's own tensors; a parametrized weight is computed once, now.  Between linear layers that
+    follow each other directly the activation is the identity.
 
     Raises:
-        ValueError: naming the module that has no place here, and the way out.
+        ValueError: naming the module that cannot be converted, and the way out.
     """
     found = Parts()
     with evaluating(module):
@@ -71,7 +71,7 @@ def parts_of(module: nn.Module) -> Parts:
 
 
 def _take(found: Parts, name: str, part: nn.Module) -> None:
-    """One more module."""
+    """Add one more module to what was found."""
     kind = parametrize.type_before_parametrizations(part)
     open_layer = len(found.gates) < len(found.weights)
     if kind in (nn.Conv2d, nn.Linear):
@@ -106,7 +106,7 @@ def _take(found: Parts, name: str, part: nn.Module) -> None:
 
 
 def _leaves(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-    """The modules that a Sequential applies, in order, by name; refuses whatever else may happen on the way."""
+    """The modules that a Sequential applies, in order, by name; refuses hooks and forwards of one's own."""
     called = f"{name or 'the module'} ({type(module).__name__})"
     hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
     if hooks:
@@ -132,7 +132,7 @@ def _leaves(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
 
 @contextlib.contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while; afterwards every submodule is in the mode that it was in."""
+    """Put a module in evaluation mode inside the context; every submodule's mode is restored afterwards."""
     modes = [(part, part.training) for part in module.modules()]
     try:
         for part, _ in modes:
@@ -144,13 +144,13 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 def compare(network: Callable[[Tensor], Tensor], terms: Tensor, module: nn.Module, x: Tensor, given: Tensor) -> None:
-    """Refuse a network whose outputs on `x` are not the module's on `given`, the same in the module's own shape.
+    """Refuse a network whose outputs on `x` are not the module's on `given`, the same inputs in the module's shape.
 
-    Half of the dtype's digits must agree, of the largest sum of absolute `terms` that make an output: a wrong
-    function is off by far more, another order of summation by far less.
+    The tolerance is √ε of the dtype times the largest of `terms`, the sums of absolute values that make an output: a
+    wrong function is off by far more, another order of summation by far less.
 
     Raises:
-        ValueError: naming by how much they differ, or what the module itself says to such inputs.
+        ValueError: naming by how much they differ, or the module's own error on such inputs.
     """
     found = network(x)
     try:
@@ -175,7 +175,7 @@ def compare(network: Callable[[Tensor], Tensor], terms: Tensor, module: nn.Modul
 
 
 def _geometry(part: nn.Conv2d) -> tuple[int, int]:
-    """(stride, padding)."""
+    """(stride, padding) of a convolution; refuses those that differ between rows and columns, and groups."""
     same = {*part.stride, *part.dilation} == {part.stride[0], 1}
     padding = (0, 0) if part.padding == "valid" else part.padding
     if part.groups != 1 or part.padding_mode != "zeros" or not same or isinstance(padding, str) or len({*padding}) != 1:
@@ -186,7 +186,7 @@ def _geometry(part: nn.Conv2d) -> tuple[int, int]:
 def unrolled(
     weight: Tensor, bias: Tensor | None, below: Image, above: Image, *, stride: int, padding: int
 ) -> tuple[Tensor, Tensor | None]:
-    """Matrix (channel·row·column, channel·row·column below) and bias of a convolution on images of one shape.
+    """The matrix (channel·row·column, channel·row·column below) and bias that equal a convolution on such images.
 
     Raises:
         MemoryError: if they do not fit.
@@ -213,12 +213,12 @@ _NESTED = ("state_dict", "model_state_dict", "model_state", "model", "net")
 def load_state(path: str | Path) -> dict[str, Tensor]:
     """The state dict that ``torch.save`` wrote: tensors only, so that nothing in the file is executed.
 
-    A checkpoint that holds one under ``state_dict`` (as Lightning's), ``model_state_dict``, ``model`` or ``net`` gives
-    that.  A file ``*.safetensors`` is read by the library of that name.  Sparse tensors become dense.
+    From a checkpoint the state dict under ``state_dict`` (as Lightning's), ``model_state_dict``, ``model`` or ``net``
+    is taken.  A file ``*.safetensors`` is read by the library of that name.  Sparse tensors become dense.
 
     Raises:
         ValueError: if the file is missing, damaged, or holds anything but tensors; if a tensor has no plain numbers
-            (quantised, complex, on the meta device) or holds NaN or infinity; or that library is not installed.
+            (quantised, complex, on the meta device) or holds NaN or infinity; or safetensors is needed and missing.
     """
     read: Callable[[str], Any] = functools.partial(torch.load, map_location="cpu", weights_only=True)
     if Path(path).suffix == ".safetensors":
@@ -244,7 +244,7 @@ def load_state(path: str | Path) -> dict[str, Tensor]:
 
 
 def _numbers(name: str, tensor: Tensor) -> Tensor:
-    """The same as a dense tensor of finite real numbers."""
+    """`tensor` as a dense one of finite real numbers; refuses what cannot be that."""
     out = "save the state dict of a module of plain floating-point parameters"
     if tensor.is_meta:
         raise ValueError(f"{name} is on the meta device, so it has no numbers; load the weights before saving")
@@ -259,7 +259,7 @@ def _numbers(name: str, tensor: Tensor) -> Tensor:
         except (RuntimeError, NotImplementedError) as error:
             raise ValueError(f"{name} is {tensor.layout} and cannot become dense ({error}); {out}") from None
     if dense.is_floating_point():
-        wide = dense if dense.element_size() > 1 else dense.float()  # eight bits know no isfinite
+        wide = dense if dense.element_size() > 1 else dense.float()  # torch has no isfinite for 8-bit floats
         odd = (~torch.isfinite(wide)).nonzero()
         if len(odd):
             at = odd[0].tolist()
@@ -271,10 +271,10 @@ def _numbers(name: str, tensor: Tensor) -> Tensor:
 
 
 def fit(state: Mapping[str, Tensor], *expected: Mapping[str, Tensor]) -> list[Tensor]:
-    """The tensors of a state dict in the order of one of the `expected`, whichever its keys fit.
+    """The tensors of a state dict in the order of that one of the `expected` which has its keys.
 
     A prefix that every key has (``module.`` of DataParallel, ``_orig_mod.`` of torch.compile, the attribute's name in
-    Lightning's checkpoints) is taken off where the keys fit without it.
+    Lightning's checkpoints) is removed if the keys fit without it.
 
     Raises:
         ValueError: naming every missing, unexpected and misshapen key.
@@ -295,7 +295,7 @@ def fit(state: Mapping[str, Tensor], *expected: Mapping[str, Tensor]) -> list[Te
 
 
 def _advice(given: Mapping[str, Tensor], wanted: Sequence[Mapping[str, Tensor]]) -> list[str]:
-    """What may help where some keys have a prefix and others have not."""
+    """A line of advice if the keys under some prefix would fit by themselves; no line otherwise."""
     for prefix in sorted({key[: at + 1] for key in given for at, c in enumerate(key) if c == "."}):
         inner = {key.removeprefix(prefix) for key in given if key.startswith(prefix)}
         if any(inner == set(each) for each in wanted):
@@ -317,5 +317,5 @@ def _checked(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], advice
 
 
 def _without_counts(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Without BatchNorm's counters, which nothing here needs."""
+    """The state dict without BatchNorm's ``num_batches_tracked``, which nothing here needs."""
     return {k: v for k, v in state.items() if k.rpartition(".")[2] != "num_batches_tracked"}

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tsdyn import registers, schema, vocabulary
 from tsdyn.derivatives import curvature
+from tsdyn.engine.loss import loss
 from tsdyn.experiment.errors import ExperimentError
 from tsdyn.experiment.experiment import Experiment
 from tsdyn.networks.any_module import Own
@@ -75,7 +76,7 @@ def added(observables: Sequence[Observed]) -> Iterator[None]:
     done: list[str] = []
     try:
         for each in observables:
-            if each.name not in done:
+            if not registers.OBSERVABLES.holds(each.name, each):
                 schema.adopt(each.variable)
                 registers.OBSERVABLES.add(each.name, each)
                 done.append(each.name)
@@ -89,10 +90,14 @@ def load(experiment: Experiment) -> None:
     """Import the observables of packages that `experiment` requests, so that their variables are declared.
 
     Raises:
-        ExperimentError: if one is missing, or cannot be measured on this experiment's networks.
+        ExperimentError: if one is not there, or cannot be measured of this experiment's networks; or if a loss that a
+            package offers has no classes and is asked for the data's.
     """
+    law = experiment.training
+    if experiment.kind == "training" and law.labels == "data" and loss(law.loss).targets == "outputs":
+        raise ExperimentError(f"training.labels = 'data': training.loss = {law.loss!r} is of outputs, not of classes")
     for register, name in experiment.parts.values():
-        if register is not registers.OBSERVABLES:
+        if register is not registers.OBSERVABLES or not register.foreign(name):
             continue
         try:
             observable(name)
@@ -105,6 +110,8 @@ def load(experiment: Experiment) -> None:
             )
         if experiment.student.module is not None and not row.own:
             raise ExperimentError(f"record.observables: {name} cannot be measured on modules of your own")
+        if experiment.teacher.module is not None and not row.bare_teacher:
+            raise ExperimentError(f"record.observables: {name} has dimensions of the teacher, a module of your own")
 
 
 def fills(variable: str) -> Callable[[Observable], Observable]:
@@ -296,6 +303,8 @@ def _checked(name: str, value: Tensor | Layers, layout: schema.Layout) -> Tensor
     tensors = [torch.as_tensor(part) for part in parts if part is not None]
     for layer, tensor in enumerate(tensors, start=1):
         wanted = layout.block(row, layer if row.layered else None)
+        if tensor.is_complex():
+            raise registers.PartError(f"observable {name!r} gave complex numbers; give their parts as real ones")
         if tuple(tensor.shape) != wanted:
             inner = [dim for dim in row.dims if dim not in ("seed", "epoch", "layer")]
             where = f" at layer {layer}" if row.layered else ""

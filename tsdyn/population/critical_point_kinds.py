@@ -149,8 +149,8 @@ def phase_boundaries(k: int, *, activation: str = "erf", outside: int = 1) -> xr
         raise ValueError(f"phase_boundaries: k={k}; a student smaller than its teacher needs k >= 2")
     if activation not in ODD:
         raise ValueError(f"phase_boundaries: activation={activation!r} is not odd ({', '.join(ODD)} are)")
-    eye = torch.eye(k, k + outside, dtype=torch.float64)
-    teacher = Network([eye, torch.ones(1, k, dtype=torch.float64)], activation=activation)
+    eye = torch.eye(k, k + outside, dtype=torch.float64, device="cpu")
+    teacher = Network([eye, eye.new_ones(1, k)], activation=activation)
     nodes = np.arange(1, k)
     rows = []
     for n in nodes.tolist():

@@ -254,7 +254,7 @@ def _subspace(loss: PopulationLoss, patterns: Sequence[tuple[list[int], np.ndarr
     v = loss.teacher.weights[0]
     columns = []
     for _, pattern in patterns:
-        w = torch.as_tensor(pattern, dtype=v.dtype) @ v
+        w = torch.as_tensor(pattern, dtype=v.dtype, device=v.device) @ v
         columns.append(torch.cat([w.flatten(), w.new_zeros(loss.nodes * loss.outputs)]))
     for nodes in dict.fromkeys(tuple(nodes) for nodes, _ in patterns):
         a = v.new_zeros(loss.nodes, loss.outputs)
@@ -265,7 +265,7 @@ def _subspace(loss: PopulationLoss, patterns: Sequence[tuple[list[int], np.ndarr
 
 def _solved(caller: str, loss: PopulationLoss, basis: Tensor, start: Sequence[float], flat: int) -> Network:
     reduced = ReducedLoss(loss, basis, flat)
-    begin = torch.tensor([list(start)], dtype=loss.dtype)
+    begin = torch.tensor([list(start)], dtype=loss.dtype, device=basis.device)
     flow = gradient_flow(reduced, begin, gradient_tolerance=1e-9)
     end = polish(reduced, torch.from_numpy(flow["final"].values))
     if end.kind[0] not in ("minimum", "degenerate"):

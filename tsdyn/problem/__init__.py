@@ -1,1 +1,1 @@
-"""What a seed draws: inputs, images, teacher and student."""
+"""Inputs, images, teachers and students: everything that is drawn at random for each seed."""

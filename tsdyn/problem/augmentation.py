@@ -1,4 +1,4 @@
-"""Training sets augmented so that the theorems' conditions hold."""
+"""Training sets with points added so that the conditions of Tian's (2020) theorems hold."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _step(eps: float, c: float, nodes: int) -> float:
 
 
 def augment_agnostic(x: Inputs, *, eps: float, nodes: int, c: float) -> Float[Tensor, "augmented input"]:
-    """D' = D and x ± 2ε e_u/(c K^{3/2}) for every sample and axis u: (2d+1) N samples.
+    """D' = D ∪ {x ± 2ε e_u/(c K^{3/2})} for every sample x and axis u: (2d+1) N samples.
 
     Args:
         x: (sample, input).
@@ -42,9 +42,9 @@ def augment_agnostic(x: Inputs, *, eps: float, nodes: int, c: float) -> Float[Te
 
 
 def augment_aware(teacher: Network, x: Inputs, *, eps: float, nodes: int, c: float) -> Float[Tensor, "augmented input"]:
-    """D' = D and x ± 2ε w*_j/(c K^{3/2}) for every teacher node j and x within ε of its boundary.
+    """D' = D ∪ {x ± 2ε w*_j/(c K^{3/2})} for every teacher node j and every sample x within ε of its boundary.
 
-    N + 2 Σ_j N[I_j(ε)] samples.  Arguments as in `augment_agnostic`.
+    These are N + 2 Σ_j N[I_j(ε)] samples.  Arguments as in `augment_agnostic`.
 
     Source: Tian (2020), Definition 7, teacher-aware.
 
@@ -61,13 +61,13 @@ def augment_aware(teacher: Network, x: Inputs, *, eps: float, nodes: int, c: flo
 def training_set(experiment: Experiment, seed: int, teacher: Network) -> Tensor:
     """One member's finite training inputs, augmented as the experiment says, on the teacher's device."""
     x = torch.from_numpy(inputs.training_inputs(experiment, seed)).to(teacher.weights[0].device)
-    law = experiment.data
+    data = experiment.data
     nodes = experiment.student_widths[1] + teacher.widths[1]
-    match law.augment:
+    match data.augment:
         case "agnostic":
-            return augment_agnostic(x, eps=law.augment_eps, nodes=nodes, c=law.augment_c)
+            return augment_agnostic(x, eps=data.augment_eps, nodes=nodes, c=data.augment_c)
         case "aware":
-            return augment_aware(teacher, x, eps=law.augment_eps, nodes=nodes, c=law.augment_c)
+            return augment_aware(teacher, x, eps=data.augment_eps, nodes=nodes, c=data.augment_c)
         case "none" | "crop-flip":  # images are moved at every step
             return x
         case other:

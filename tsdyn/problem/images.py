@@ -1,6 +1,6 @@
-"""Real data from the user's own files: MNIST (IDX), CIFAR-10 (binary version), arrays; and scikit-learn's digits.
+"""Read data sets from the user's files: MNIST (IDX), CIFAR-10 (binary version), arrays; and scikit-learn's digits.
 
-Nothing is downloaded.  Pixels stay bytes until a sample is used; they are then scaled to [0, 1] and standardised
+Nothing is downloaded.  Pixels are kept as bytes until a sample is used; they are then scaled to [0, 1] and standardised
 with the constants of the released code.
 """
 
@@ -19,7 +19,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, assert_never
+from typing import IO, Any, Literal, TypeAlias, assert_never
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -35,16 +35,16 @@ _SOURCES: Mapping[str, tuple[str, str]] = {
     "cifar10": ("https://www.cs.toronto.edu/~kriz/cifar.html", "cifar-10-binary.tar.gz, unpacked"),
 }
 _IDX_UNSIGNED_BYTE = 8
-#: Deflate makes a byte of at most so many.
+#: The most bytes that deflate can store in one byte.
 DEFLATES = 1032
-#: A netCDF file up to this size is read once by a process of its own before this one reads it; of a larger one only
-#: the beginning.
-READ_APART, APART_SECONDS = 1 << 26, 120
+#: A netCDF file of up to this size is first read whole in a subprocess, a larger one is only opened there; and the
+#: seconds after which the subprocess is stopped.
+SUBPROCESS_BYTES, SUBPROCESS_SECONDS = 1 << 26, 120
 _CIFAR10_RECORD = 1 + 3 * 32 * 32
 
 
 class DataError(ExperimentError):
-    """A data file that is missing, damaged or not of the format; the message says where to get it and put it."""
+    """A data file is missing, damaged or of another format; the message says where to get it and where to put it."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ class Samples:
     Attributes:
         pixels: (sample, channel, row, column) or (sample, input), bytes or floating point.
         labels: (sample,) in 0..classes−1, or None.
-        mean, std: Of each channel; an input is (pixel · scale − mean) / std.
-        scale: What a pixel is multiplied by first.
+        mean, std: One number per channel; an input is (pixel · scale − mean) / std.
+        scale: Factor of the pixels, applied first.
     """
 
     pixels: np.ndarray
@@ -101,29 +101,29 @@ class Samples:
         return self.standardized(moved, dtype)
 
 
-def load(law: Data) -> tuple[Samples, Samples]:
-    """The training and the evaluation part that an experiment's ``[data]`` names.
+def load(data: Data) -> tuple[Samples, Samples]:
+    """The training part and the evaluation part of the data that an experiment's ``[data]`` names.
 
-    One and the same object where the data come in one part (digits, or a file without `data.eval_path`): members
-    then draw disjoint samples from it.
+    Both are the same object if the data come in one part (digits, or a file without `data.eval_path`): members then
+    draw disjoint samples from it.
 
     Raises:
-        DataError: if a file is missing, damaged or not of its format; says where to get it and where to put it.
+        DataError: if a file is missing, damaged or of another format; says where to get it and where to put it.
     """
-    return _load(law.law, law.path, law.eval_path, tuple(version(file) for file in files(law)))
+    return _load(data.law, data.path, data.eval_path, tuple(version(file) for file in files(data)))
 
 
-def files(law: Data) -> list[Path]:
-    """The files that `load` reads, as far as they are there."""
-    if law.path is None:
+def files(data: Data) -> list[Path]:
+    """The files that `load` reads, as far as they exist."""
+    if data.path is None:
         return []
-    if law.law == "mnist":
-        named = [_idx_files(Path(law.path), name) for part in _MNIST_PARTS for name in _mnist_names(part)]
+    if data.law == "mnist":
+        named = [_idx_files(Path(data.path), name) for part in _MNIST_PARTS for name in _mnist_names(part)]
         return [file for places in named for file in [p for p in places if p.is_file()][:1]]
-    if law.law == "cifar10":
-        folder = _cifar10_folder(Path(law.path))
+    if data.law == "cifar10":
+        folder = _cifar10_folder(Path(data.path))
         return [folder / name for train in (True, False) for name in _cifar10_names(train)]
-    return [Path(path) for path in (law.path, law.eval_path) if path is not None]
+    return [Path(path) for path in (data.path, data.eval_path) if path is not None]
 
 
 Law: TypeAlias = Literal["gaussian", "uniform", "digits", "mnist", "cifar10", "file"]
@@ -160,7 +160,7 @@ def _where_from(law: str) -> str:
 
 
 def digits() -> Samples:
-    """The 1797 handwritten digits of 8 x 8 pixels that ship with scikit-learn; nothing else is to be called digits.
+    """The 1797 handwritten digits of 8 x 8 pixels that ship with scikit-learn.
 
     Pixels of 0..16 are scaled to [−1, 1].
 
@@ -185,7 +185,7 @@ def read_mnist(folder: str | Path, *, train: bool) -> Samples:
     """One part of MNIST from its IDX files, plain or .gz; standardised as (pixel/255 − ½)/½.
 
     Raises:
-        DataError: as `load`.
+        DataError: as in `load`.
     """
     file, labels_file = (_idx_file(Path(folder), name) for name in _mnist_names(_MNIST_PARTS[not train]))
     images, labels = read_idx(file), read_idx(labels_file)
@@ -206,7 +206,7 @@ def _mnist_names(part: str) -> tuple[str, str]:
 
 
 def _idx_files(folder: Path, name: str) -> list[Path]:
-    """The names a file goes by, the first there is counts."""
+    """Possible paths of an IDX file; the first that exists is used."""
     spellings = name, name.replace("-idx", ".idx")
     return [file for spelling in spellings for file in (folder / spelling, folder / f"{spelling}.gz")]
 
@@ -219,12 +219,13 @@ def _idx_file(folder: Path, name: str) -> Path:
 
 
 def read_idx(path: str | Path) -> np.ndarray:
-    """An IDX file of unsigned bytes: 0, 0, type 8, number of dimensions, each size as big-endian uint32, the bytes.
+    """The array in an IDX file of unsigned bytes.
 
-    No more is unpacked of a .gz than its header announces, and a byte to see that it ends there.
+    The file holds 0, 0, type 8, the number of dimensions, each size as big-endian uint32, then the bytes.  Of a .gz
+    only as much is unpacked as the header announces, and one byte more, to see whether it ends there.
 
     Raises:
-        DataError: if the magic number, the type or the length is not that, or memory has no room.
+        DataError: if the magic number, the type or the length is another, or it does not fit in memory.
     """
     path = Path(path)
     try:
@@ -261,7 +262,7 @@ def _idx(path: Path, file: io.BufferedIOBase) -> np.ndarray:
 
 
 def _words(error: BaseException) -> str:
-    """What an error says, on one line; its name where it says nothing."""
+    """The message of an error on one line; its type's name if the message is empty."""
     said = " ".join(str(error).split())
     return said or type(error).__name__
 
@@ -273,7 +274,7 @@ def read_cifar10(folder: str | Path, *, train: bool) -> Samples:
     """One part of CIFAR-10 from its binary version; standardised per channel with the released code's constants.
 
     Raises:
-        DataError: as `load`; the python version, which is pickles, is refused.
+        DataError: as in `load`; the python version is refused, since it consists of pickles.
     """
     folder, names = _cifar10_folder(Path(folder)), _cifar10_names(train)
     if missing := [name for name in names if not (folder / name).is_file()]:
@@ -299,7 +300,7 @@ def _cifar10_names(train: bool) -> list[str]:
 
 
 def read_cifar10_batch(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
-    """Records of 3073 bytes, a label and 3 x 32 x 32 pixels: (sample, 3, 32, 32) bytes and (sample,) labels.
+    """The pixels, (sample, 3, 32, 32), and labels, (sample,), of a file of records of 3073 bytes.
 
     Raises:
         DataError: if the length is not a whole number of records, or a label is not in 0..9.
@@ -319,23 +320,23 @@ def read_cifar10_batch(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def read_arrays(path: str | Path) -> Samples:
-    """Samples from ``.npy`` (inputs), ``.npz`` or ``.nc`` (``inputs`` and, if there are any, ``labels``), as they are.
+    """Samples from ``.npy`` (inputs), ``.npz`` or ``.nc`` (``inputs`` and perhaps ``labels``), without scaling.
 
     Inputs are (sample, input) or (sample, channel, row, column) and finite, labels integers from 0.  In ``.nc`` the
-    dimension called ``sample`` is the first whatever its place in the file, which R, MATLAB, Julia and Fortran write
-    last; so are ``channel``, ``row`` and ``column`` in that order.  Values are decoded as CF has it (``_FillValue``,
-    ``scale_factor``, ``add_offset``).
+    dimension called ``sample`` is taken as the first, whatever its place in the file (R, MATLAB, Julia and Fortran
+    write it last), then ``channel``, ``row`` and ``column``.  Values are decoded by the CF conventions
+    (``_FillValue``, ``scale_factor``, ``add_offset``).
 
     Raises:
-        DataError: if the file is missing, damaged or holds something else, memory has no room for what it unpacks to,
-            or a value is missing or not finite.
+        DataError: if the file is missing, damaged, holds something else or does not fit in memory once unpacked, or
+            a value is missing or not finite.
     """
     path = Path(path)
     if not path.is_file():
         raise DataError(f"{path}: no such file{_where_from('file')}")
     try:
         found = _arrays(path)
-    except Exception as error:  # of a damaged file the libraries raise a dozen types, not all of them in their manuals
+    except Exception as error:  # on damaged files the libraries raise a dozen types, some undocumented
         if isinstance(error, DataError):
             raise
         raise DataError(f"{path}: cannot be read as {path.suffix or 'arrays'}: {_words(error)}") from None
@@ -373,14 +374,14 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
 
 
 def _npz(path: Path) -> dict[str, np.ndarray]:
-    """Inputs and labels, and an empty array for anything else: its name is for the message."""
+    """Inputs and labels; other names map to an empty array, for the error message only."""
     found = {}
     with zipfile.ZipFile(path) as held:
         for member in held.infolist():
             name = member.filename.removesuffix(".npy")
             if name in found:
                 raise ValueError(f"it holds {name} twice")
-            with held.open(member) as file:  # which compares the names in its two places
+            with held.open(member) as file:  # zipfile compares the member's two names
                 if name in ("inputs", "labels"):
                     found[name] = _npy(file, member.file_size)
                 else:
@@ -388,14 +389,14 @@ def _npz(path: Path) -> dict[str, np.ndarray]:
     return found
 
 
-def _npy(file: io.BufferedIOBase, size: int) -> np.ndarray:
-    """An array of numpy's format of so many bytes in all; no more is read than its header announces."""
+def _npy(file: io.BufferedIOBase | IO[bytes], size: int) -> np.ndarray:
+    """The array in a file of numpy's format with `size` bytes; only as much is read as its header announces."""
     head = file.read(12)
     if len(head) < 12:
         raise ValueError("it is cut off")
     length = int.from_bytes(head[8:10] if head[6] == 1 else head[8:12], "little")
     if length > 1 << 16 or length > size:
-        raise ValueError(f"its header of {length} bytes is no array's")
+        raise ValueError(f"its header of {length} bytes is not that of an array")
     start = io.BytesIO(head + file.read(length))
     kind = np.lib.format.read_magic(start)
     if kind not in ((1, 0), (2, 0)):
@@ -419,8 +420,8 @@ def _refuse_beyond_memory(wanted: int) -> None:
         raise ValueError(f"it unpacks to {wanted / 1e9:.1f} GB, and {room / 1e9:.1f} GB of memory are free")
 
 
-#: What a process of its own does with a netCDF file: opens it and reads, of a large one only that.
-_READ_APART = """
+#: Code of the subprocess that opens a netCDF file and reads the variables named in its arguments.
+_SUBPROCESS = """
 import netCDF4, sys
 with netCDF4.Dataset(sys.argv[1]) as nc:
     for name in sys.argv[2:]:
@@ -430,7 +431,7 @@ with netCDF4.Dataset(sys.argv[1]) as nc:
 
 
 def _netcdf(path: Path) -> dict[str, np.ndarray]:
-    """Inputs and labels, their dimensions in order, and an empty array for anything else."""
+    """Inputs and labels with samples first; other names map to an empty array, for the error message only."""
     _refuse_crashing(path)
     found = {}
     try:
@@ -443,22 +444,22 @@ def _netcdf(path: Path) -> dict[str, np.ndarray]:
 
 
 def _refuse_crashing(path: Path) -> None:
-    """Have a process of its own read the file first: a damaged one may end the process that reads it.
+    """Refuse a file that cannot be read in a subprocess: a damaged one may crash the process that reads it.
 
-    In isolated mode, so that nothing is imported from the working directory.
+    The subprocess runs in isolated mode, so that nothing is imported from the working directory.
     """
-    names = ["inputs", "labels"] if path.stat().st_size <= READ_APART else []
-    words = [sys.executable, "-I", "-c", _READ_APART, str(path.absolute()), *names]
+    names = ["inputs", "labels"] if path.stat().st_size <= SUBPROCESS_BYTES else []
+    words = [sys.executable, "-I", "-c", _SUBPROCESS, str(path.absolute()), *names]
     try:
-        ended = subprocess.run(words, capture_output=True, timeout=APART_SECONDS, check=False).returncode
+        ended = subprocess.run(words, capture_output=True, timeout=SUBPROCESS_SECONDS, check=False).returncode
     except subprocess.TimeoutExpired:
-        raise ValueError(f"reading it does not end within {APART_SECONDS} s; it is damaged") from None
+        raise ValueError(f"reading it does not end within {SUBPROCESS_SECONDS} s; it is damaged") from None
     if ended < 0:
         raise ValueError(f"reading it crashes the library ({signal.Signals(-ended).name}); it is damaged")
 
 
 def _decoded(name: str, variable: Any) -> np.ndarray:
-    """Values as CF has them, samples first; refused where one is missing."""
+    """The values of a variable, decoded by the CF conventions, with samples first; a missing value is refused."""
     if not isinstance(variable.dtype, np.dtype):
         raise ValueError(f"{name} are no numbers")
     _refuse_beyond_memory(math.prod(variable.shape) * variable.dtype.itemsize)
@@ -475,7 +476,7 @@ def _decoded(name: str, variable: Any) -> np.ndarray:
 
 
 def _samples_first(name: str, dims: tuple[str, ...]) -> list[int]:
-    """Where the dimensions go that an array of samples has, by their names; their own order without names."""
+    """The order of dimensions that puts samples first, by their names; the file's own order for other names."""
     if "sample" not in dims or name == "labels":
         return list(range(len(dims)))
     named = ("sample", "channel", "row", "column")
@@ -498,36 +499,36 @@ def _check_labels(path: str | Path, labels: np.ndarray, classes: int | None) -> 
 # --- which samples a member gets ----------------------------------------------------------------------------
 
 
-def split(law: Data, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def split(data: Data, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Indices of one member's training and evaluation samples, drawn without replacement; disjoint where the data
     come in one part.
 
     Raises:
         DataError: if there are fewer samples than asked for, or the files cannot be read.
     """
-    train, evaluation = load(law)
-    assert isinstance(law.train, int)
+    train, evaluation = load(data)
+    assert isinstance(data.train, int)
     if train is evaluation:
-        wanted, there = law.train + law.eval, len(train)
+        wanted, there = data.train + data.eval, len(train)
         order = rng.permutation(there)
-        chosen = order[: law.train], order[law.train : wanted]
+        chosen = order[: data.train], order[data.train : wanted]
         asked = f"data.train + data.eval = {wanted}"
     else:
-        short = law.train > len(train)
-        wanted, there = (law.train, len(train)) if short else (law.eval, len(evaluation))
-        chosen = rng.permutation(len(train))[: law.train], rng.permutation(len(evaluation))[: law.eval]
+        short = data.train > len(train)
+        wanted, there = (data.train, len(train)) if short else (data.eval, len(evaluation))
+        chosen = rng.permutation(len(train))[: data.train], rng.permutation(len(evaluation))[: data.eval]
         asked = f"data.train = {wanted}" if short else f"data.eval = {wanted}"
     if wanted > there:
-        raise DataError(f"{asked}: {law.law} has {there} samples {'there' if law.law == 'file' else 'in all'}")
+        raise DataError(f"{asked}: {data.law} has {there} samples {'there' if data.law == 'file' else 'in all'}")
     return chosen
 
 
-def check_width(law: Data, width: int) -> None:
+def check_width(data: Data, width: int) -> None:
     """Refuse a teacher whose input does not fit the samples of a file.
 
     Raises:
         DataError: naming both widths.
     """
-    there = math.prod(load(law)[0].pixels.shape[1:])
+    there = math.prod(load(data)[0].pixels.shape[1:])
     if there != width:
-        raise DataError(f"teacher.widths: takes {width} inputs, samples of {law.path or law.law} have {there}")
+        raise DataError(f"teacher.widths: takes {width} inputs, samples of {data.path or data.law} have {there}")

@@ -1,4 +1,4 @@
-"""The input files of an experiment, known by what they hold: SHA-256 of each, kept and compared on resume."""
+"""Checksums of an experiment's input files, stored in its archive and compared when the run is resumed."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from tsdyn.archive.whole_files import DirectoryError, digest_of
 from tsdyn.experiment.experiment import Experiment
 from tsdyn.problem import images
 
-#: Global attribute of an archive: JSON, key of the experiment file → SHA-256 of what it names.
+#: Global attribute of an archive: JSON of key of the experiment file → SHA-256 of the file that it names.
 ATTRIBUTE = "input_sha256"
 MISSING = "missing"
 
 
 def files(experiment: Experiment) -> dict[str, list[Path]]:
-    """Key of the experiment file → the files that are read for it."""
+    """The input files of an experiment, by the key of the experiment file that names them."""
     found = {
         "teacher.path": _named(experiment.teacher.path),
         "student.path": _named(experiment.student.path),
@@ -28,16 +28,16 @@ def files(experiment: Experiment) -> dict[str, list[Path]]:
 
 
 def _named(path: str | None) -> list[Path]:
-    """A file; of a directory, which is then an earlier run's, its archive or its segments."""
+    """The file at `path`, or the archive or segments of an earlier run if it is a run's directory."""
     if path is None:
         return []
     return sorted(Path(path).rglob("*.nc")) if Path(path).is_dir() else [Path(path)]
 
 
 def digests(experiment: Experiment) -> dict[str, str]:
-    """Key of the experiment file → SHA-256 of the file it names, or of the lines that ``sha256sum`` writes of several.
+    """The SHA-256 of the file that each key names; for several files, of the lines that ``sha256sum`` writes of them.
 
-    A file is read again only once its size or times changed.  ``missing`` for one that cannot be read.
+    A file is read again only after its size or times changed.  The value is ``missing`` if a file cannot be read.
     """
     return {key: _together(paths) for key, paths in files(experiment).items()}
 
@@ -53,7 +53,7 @@ def _together(paths: list[Path]) -> str:
 
 
 def kept(attrs: Mapping[str, object]) -> dict[str, str] | None:
-    """What the attributes of an archive say of its input files; None if it was written before they did."""
+    """The checksums of input files in an archive's attributes; None if an earlier version wrote it without them."""
     try:
         found = json.loads(str(attrs[ATTRIBUTE]))
     except (KeyError, ValueError):
@@ -62,7 +62,7 @@ def kept(attrs: Mapping[str, object]) -> dict[str, str] | None:
 
 
 def refuse_other(path: Path, experiment: Experiment, before: Mapping[str, str], now: Mapping[str, str]) -> None:
-    """Refuse to go on with input files that are not those of the epochs that are there.
+    """Refuse to resume a run with other input files than its committed epochs were computed from.
 
     Raises:
         DirectoryError: naming each file with both its checksums.

@@ -1,9 +1,9 @@
-"""Input laws and every random stream of a run.
+"""Distributions of inputs, and every random stream of a run.
 
-A draw depends on (experiment, seed, epoch) and the stream's name only: each stream is its own counter-based
-generator keyed by these, so no draw depends on which members share a batch, a process or a device, and a run
-can be resumed at any epoch without stored generator states.  Streams ignore the values that a sweep changes,
-so points of a sweep share their random numbers wherever shapes agree (a paired comparison).
+A draw depends only on (experiment, seed, epoch) and the stream's name: each stream has a counter-based generator
+keyed by these, so no draw depends on which members share a batch, a process or a device, and a run can be resumed
+at any epoch without stored generator states.  Streams do not depend on the values that a sweep changes, so points of
+a sweep share their random numbers wherever shapes agree (a paired comparison).
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ STREAMS = ("teacher", "student", "train", "eval", "batches", "probe", "augment")
 
 def generator(seed: int, stream: str, epoch: int = 0) -> np.random.Generator:
     """The generator of one stream of one member at one epoch (Philox, the same on every platform)."""
-    # numpy cuts an integer into words of 32 bits, so that the second word of a large seed would stand where the stream
-    # does; as a spawn key it comes after four words and meets none of them.  Smaller seeds have one word
+    # numpy splits an integer into words of 32 bits, so the second word of a seed of 2^32 or more would be taken for the
+    # stream; a spawn key comes after four words and cannot be confused with them.  Smaller seeds have one word
     high, low = divmod(seed, 1 << 32)
     key = np.random.SeedSequence((low, STREAMS.index(stream), epoch), spawn_key=(high,) if high else ())
     return np.random.Generator(np.random.Philox(key))
@@ -45,49 +45,49 @@ LAWS: Mapping[str, Callable[..., np.ndarray]] = {"gaussian": _gaussian, "uniform
 
 
 def draw_inputs(experiment: Experiment, rng: np.random.Generator, samples: int) -> Float[np.ndarray, "sample input"]:
-    """Inputs from the experiment's distribution, in its dtype.
+    """Inputs drawn from the experiment's distribution, in its dtype.
 
-    ``gaussian``: N(0, std²) per coordinate.  ``uniform``: on [−√3 std, √3 std], which has the same variance.  Or a law
-    that an installed package offers (`registers.LAWS`).
+    ``gaussian``: N(0, std²) per coordinate.  ``uniform``: on [−√3 std, √3 std], which has the same variance.  Other
+    laws are offered by installed packages (`registers.LAWS`).
 
     Raises:
-        ValueError: for a data set, which is no distribution.
-        PartError: if what a package's law draws are not that many finite real inputs.
+        ValueError: if ``data.law`` names a data set instead of a distribution.
+        PartError: if a package's law draws anything but that many finite real inputs.
     """
-    law, shape = experiment.data, (samples, experiment.teacher.widths[0])
-    if not law.drawn:
-        raise ValueError(f"draw_inputs: data.law = {law.law!r} is a data set; training_inputs takes from it")
-    x = np.asarray(registers.LAWS.load(law.law)(rng, *shape, std=law.std, **(law.arguments or {})))
-    if registers.LAWS.foreign(law.law) and (x.shape != shape or x.dtype.kind != "f" or not np.isfinite(x).all()):
+    data, shape = experiment.data, (samples, experiment.teacher.widths[0])
+    if not data.drawn:
+        raise ValueError(f"draw_inputs: data.law = {data.law!r} is a data set; training_inputs takes from it")
+    x = np.asarray(registers.LAWS.load(data.law)(rng, *shape, std=data.std, **(data.arguments or {})))
+    if registers.LAWS.foreign(data.law) and (x.shape != shape or x.dtype.kind != "f" or not np.isfinite(x).all()):
         raise registers.PartError(
-            f"law {law.law!r} of {registers.LAWS.origin(law.law).package} drew {x.dtype} of shape {x.shape}; it must "
+            f"law {data.law!r} of {registers.LAWS.origin(data.law).package} drew {x.dtype} of shape {x.shape}; it must "
             f"draw finite real numbers of shape {shape}, (samples, inputs)"
         )
     return x.astype(experiment.dtype, copy=False)
 
 
 def training_inputs(experiment: Experiment, seed: int, epoch: int = 0) -> Float[np.ndarray, "sample input"]:
-    """The set on which training quantities are measured.
+    """The inputs on which training quantities are measured.
 
-    Finite data: the training set, before augmentation.  Fresh data has none: as many new samples as the evaluation
-    set, at each epoch.
+    With finite data these are the training set before augmentation.  With fresh data there is no training set: at each
+    epoch as many new samples are drawn as the evaluation set has.
 
     Raises:
         DataError: if a data set cannot be read, is too small, or does not fit the teacher.
     """
-    law = experiment.data
-    if not law.drawn:
+    data = experiment.data
+    if not data.drawn:
         return _taken(experiment, seed, 0)
-    if law.train == "fresh":
-        return draw_inputs(experiment, generator(seed, "probe", epoch), law.eval)
-    return draw_inputs(experiment, generator(seed, "train"), law.train)
+    if data.train == "fresh":
+        return draw_inputs(experiment, generator(seed, "probe", epoch), data.eval)
+    return draw_inputs(experiment, generator(seed, "train"), data.train)
 
 
 def evaluation_inputs(experiment: Experiment, seed: int) -> Float[np.ndarray, "sample input"]:
-    """The evaluation set, the same at every epoch.
+    """The inputs of the evaluation set, the same at every epoch.
 
     Raises:
-        DataError: as `training_inputs`.
+        DataError: as in `training_inputs`.
     """
     if not experiment.data.drawn:
         return _taken(experiment, seed, 1)
@@ -98,17 +98,17 @@ def labels(experiment: Experiment, seed: int, part: Literal["train", "eval"]) ->
     """The data set's own labels of `training_inputs` or `evaluation_inputs`.
 
     Raises:
-        DataError: if the data have none, or as `training_inputs`.
+        DataError: if the data have none, or as in `training_inputs`.
     """
-    which, law = ("train", "eval").index(part), experiment.data
-    found = None if law.drawn else images.load(law)[which].labels
+    which, data = ("train", "eval").index(part), experiment.data
+    found = None if data.drawn else images.load(data)[which].labels
     if found is None:
-        raise images.DataError(f"data.law = {law.law!r}: these data have no labels")
+        raise images.DataError(f"data.law = {data.law!r}: these data have no labels")
     if (most := int(found.max())) >= experiment.teacher.widths[-1]:
         raise images.DataError(
             f"teacher.widths: {experiment.teacher.widths[-1]} outputs, but there is a label {most}; labels start at 0"
         )
-    labels: np.ndarray = found[images.split(law, generator(seed, "train"))[which]]
+    labels: np.ndarray = found[images.split(data, generator(seed, "train"))[which]]
     return labels
 
 
@@ -119,10 +119,10 @@ def _taken(experiment: Experiment, seed: int, which: int) -> Float[np.ndarray, "
 
 
 def batch_indices(experiment: Experiment, seed: int, epoch: int, samples: int) -> Int[np.ndarray, "step batch"]:
-    """Which of this member's training samples make each batch of the epoch that ends at `epoch`; finite data.
+    """Indices of a member's training samples in each batch of the epoch that ends at `epoch`, for finite data.
 
-    With ``steps_per_epoch`` given, batches are drawn with replacement (the released code's way); without, they
-    are one pass over a permutation, and a remainder smaller than a batch is left out.
+    If ``steps_per_epoch`` is given, batches are drawn with replacement, as in the released code; otherwise they are one
+    pass over a permutation, and a remainder smaller than a batch is left out.
     """
     shape = experiment.steps, experiment.training.batch
     rng = generator(seed, "batches", epoch)
@@ -132,7 +132,7 @@ def batch_indices(experiment: Experiment, seed: int, epoch: int, samples: int) -
 
 
 def new_at_every_step(experiment: Experiment) -> bool:
-    """Whether no two steps use the same input: fresh samples, or images moved anew."""
+    """Whether every step has inputs of its own: fresh samples, or images cropped and mirrored anew."""
     return experiment.data.train == "fresh" or experiment.data.augment == "crop-flip"
 
 

@@ -1,4 +1,4 @@
-"""Where students start."""
+"""Initial parameters of students."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tsdyn.networks.node_pairs import is_winner
 from tsdyn.problem.inputs import generator
 from tsdyn.problem.teachers import draw_teacher, from_file, network_of, uniform_start
 
-#: Of a weight: (node, input_node) or (channel, channel below, row, column).
+#: Shape of a weight: (node, input_node) or (channel, channel below, row, column).
 Shape: TypeAlias = tuple[int, ...]
 
 
@@ -29,17 +29,17 @@ Shape: TypeAlias = tuple[int, ...]
 Layer: TypeAlias = tuple[Tensor, Tensor]
 
 
-#: Starts that cannot do without the teacher.
+#: Starts that need the teacher's parameters.
 _TAUGHT = ("near-teacher", "same-direction", "same-sign")
 
 
 def draw_student(experiment: Experiment, seed: int, teacher: Network | None = None) -> Network:
-    """The student of one member before training; its BatchNorm, where it has some, starts afresh.
+    """The student of one member before training; its BatchNorm, if it has any, starts as torch's does.
 
     ``gaussian``: every weight N(0, scale²), biases 0 (Tian 2020, released code).  ``torch``: weights and biases
     uniform on ±1/√(inputs), as ``nn.Linear`` starts.  ``near-teacher``: the teacher's parameters plus N(0, scale²).
-    ``same-direction``: the teacher's layers, each scaled to the Frobenius norm of one that starts as torch's.
-    ``same-sign``: torch's start with the signs of the teacher's parameters (Tian et al. 2019, released code).
+    ``same-direction``: the teacher's layers, each scaled to the Frobenius norm of a layer of the ``torch`` start.
+    ``same-sign``: the ``torch`` start with the signs of the teacher's parameters (Tian et al. 2019, released code).
     ``file``: a state dict (`teachers.from_file`).  ``rewind``: the start of an earlier run of the same layers, whose
     archive ``student.path`` names, but only with its winners: of each hidden layer the nodes (channels) that at its end
     correlated best with some teacher node.  The others get no weight and bias, in or out, and then have no gradient.
@@ -50,9 +50,9 @@ def draw_student(experiment: Experiment, seed: int, teacher: Network | None = No
     ``training.normalize`` the hidden rows start, as they stay, at unit norm.
 
     Args:
-        experiment: Says which.
-        seed: Names the draw.
-        teacher: The member's, where it is at hand; drawn otherwise.
+        experiment: The experiment, whose ``[student]`` names the start.
+        seed: The member's seed.
+        teacher: The member's teacher; drawn if it is needed and not given.
 
     Raises:
         ExperimentError: if a file or archive cannot be used.
@@ -84,7 +84,7 @@ def draw_student(experiment: Experiment, seed: int, teacher: Network | None = No
 def _started(
     experiment: Experiment, rng: np.random.Generator, teacher: Network | None, init: str | None = None
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Parameters of the registered start `init`, the experiment's unless given; layer by layer, float64."""
+    """Weights and biases, layer by layer in float64, of the registered start `init`, by default the experiment's."""
     student = experiment.student
     init = student.init if init is None else init
     start, foreign = registers.STARTS.load(init), registers.STARTS.foreign(init)
@@ -115,7 +115,7 @@ def _offset(teacher: Network, layer: int) -> Tensor:
 
 
 def winners(correlation: np.ndarray) -> np.ndarray:
-    """Which student nodes correlate best with some teacher node, (node,) of (teacher_node, node); NaN never wins.
+    """Whether each student node correlates best with some teacher node, (teacher_node, node) → (node,); NaN never wins.
 
     Source: Tian et al. (2019), section 1 (lottery tickets).
     """
@@ -123,12 +123,12 @@ def winners(correlation: np.ndarray) -> np.ndarray:
 
 
 def _rewound(experiment: Experiment, seed: int) -> tuple[list[Tensor], list[Tensor]]:
-    """The earlier run's start, or a new one, on the nodes that won there."""
+    """The earlier run's start, or a new one, restricted to the nodes that won in that run."""
     student, path = experiment.student, str(experiment.student.path)
     if activation(student.activation)(torch.zeros(1)) != 0:
         raise ExperimentError(
             f"student.init = {student.init!r}: with student.activation = {student.activation!r} a node without weights "
-            "is not silent, so those that lost would learn again; take one with σ(0) = 0"
+            "still has an output, so those that lost would learn again; take one with σ(0) = 0"
         )
     try:
         ds = reading.open(path)
@@ -147,11 +147,11 @@ def _rewound(experiment: Experiment, seed: int) -> tuple[list[Tensor], list[Tens
     ]
     if own != theirs:
         raise ExperimentError(
-            f"student.path = {path!r}: its students have (node, inputs) {theirs} a layer, these {own}; a rewound "
+            f"student.path = {path!r}: its students have layers of (node, inputs) {theirs}, these {own}; a rewound "
             "student has the same layers"
         )
     weights, biases = _started(experiment, generator(seed, "student"), None, "torch")
-    won = np.ones(1, bool)  # the input, all of it
+    won = np.ones(1, bool)  # all inputs are kept
     for i, (shape, (nodes, inputs)) in enumerate(zip(shapes, own, strict=True), start=1):
         if student.init == "rewind":
             held = first["weight"].sel(layer=i).values[:nodes, :inputs].reshape(shape)
@@ -161,7 +161,7 @@ def _rewound(experiment: Experiment, seed: int) -> tuple[list[Tensor], list[Tens
         if i < len(shapes):
             values = last.sel(layer=i).values[:, :nodes]
             won = winners(values[: experiment.layout.teacher_widths[i - 1]])
-        # the numbers of one node below lie together: its row and column
+        # columns of one node below are adjacent: its image's rows and columns
         mask = torch.from_numpy(np.outer(won, np.repeat(below, inputs // len(below))).reshape(shape))
         weights[i - 1] = weights[i - 1] * mask
         biases[i - 1] = biases[i - 1] * torch.from_numpy(won)
@@ -199,8 +199,8 @@ def _same_sign(rng: np.random.Generator, shape: Shape, *, student: Student, taug
     return weight, bias
 
 
-#: How a layer starts, by ``student.init``: (rng, shape, *, student, taught) → weight of that shape and bias (node,),
-#: with the experiment's section ``[student]`` and the teacher's weight and bias of that layer, where shapes agree.
+#: ``student.init`` → the function that draws a layer: (rng, shape, *, student, taught) → weight of that shape and bias
+#: (node,), with the experiment's section ``[student]`` and the teacher's weight and bias of that layer if shapes agree.
 STARTS: Mapping[str, Callable[..., Layer]] = {
     "gaussian": _gaussian,
     "torch": _torch,

@@ -1,4 +1,4 @@
-"""Teacher constructions: fixed networks drawn once a seed."""
+"""Teacher constructions: fixed networks, one drawn per seed."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ _ENUMERABLE = 1 << 16
 def separated_rows(
     rng: np.random.Generator, rows: int, columns: int, choices: Sequence[float]
 ) -> Float[np.ndarray, "rows columns"]:
-    """A matrix with entries drawn from `choices`, all of whose rows are distinct and non-zero.
+    """A matrix with entries drawn from `choices` whose rows are all distinct and non-zero.
 
-    Uniform over such matrices: rows are drawn one by one and drawn again when they repeat or vanish.
+    It is uniform over such matrices: rows are drawn one by one, and drawn again when they repeat or are zero.
 
     Raises:
         ExperimentError: if `choices` cannot give that many distinct non-zero rows.
@@ -56,7 +56,7 @@ def separated_rows(
 
 
 def orthonormal(rng: np.random.Generator, rows: int, columns: int) -> Float[np.ndarray, "rows columns"]:
-    """Orthonormal rows, uniformly distributed; orthonormal columns where there are more rows than columns."""
+    """A uniformly distributed matrix with orthonormal rows; with orthonormal columns if there are more rows."""
     tall = rng.standard_normal((max(rows, columns), min(rows, columns)))
     q, r = np.linalg.qr(tall)
     q = q * np.sign(np.diag(r))  # without the signs the QR of a Gaussian matrix is not Haar distributed
@@ -66,14 +66,14 @@ def orthonormal(rng: np.random.Generator, rows: int, columns: int) -> Float[np.n
 def draw_teacher(experiment: Experiment, seed: int) -> Network:
     """The teacher of one member, with the convolutions and BatchNorm that the experiment asks for.
 
-    Drawn (`separated_rows`, `orthonormal` or Gaussian) layer by layer from the lowest.  Above the first layer the
-    column of node j = 1, 2, ... is divided by j^p (``teacher.polarity`` p, Tian (2020) Eq. 10).  With ``unit_norm``
-    the rows of the first layer are scaled to unit norm and biases are not; with ``"every-layer"`` those of every layer
-    are, each bias with its row.  Biases are constant, or ``"uniform"``: U[−½, ½].  Or ``trained`` on the data's own
-    labels, from torch's start; or from a state dict (``file``).
+    Weights are drawn (`separated_rows`, `orthonormal` or Gaussian) layer by layer from the lowest.  Above the first
+    layer the column of node j = 1, 2, ... is divided by j^p (``teacher.polarity`` p, Tian (2020) Eq. 10).  With
+    ``unit_norm`` the rows of the first layer are scaled to unit norm, but not their biases; with ``"every-layer"`` the
+    rows of all layers are, each with its bias.  Biases are constant, or with ``"uniform"`` U[−½, ½].  A ``trained``
+    teacher is trained from torch's start on the data's own labels; one of ``file`` is read from a state dict.
 
-    ``prune`` then takes the nodes of least fan-out away (`prune`), after which a trained teacher is trained for
-    ``finetune_epochs`` more.  ``balanced`` last tunes biases on the evaluation set (`balance`).
+    ``prune`` then removes the nodes of least fan-out (`prune`), after which a trained teacher is trained for
+    ``finetune_epochs`` more.  Last, ``balanced`` tunes biases on the evaluation set (`balance`).
 
     Raises:
         ExperimentError: if the choices cannot give distinct rows, more rows than inputs should be orthonormal, a
@@ -104,7 +104,7 @@ def network_of(
     who: Teacher | Student,
     norms: Sequence[BatchNorm | None] | None = None,
 ) -> Network:
-    """The teacher's or student's architecture with these parameters; BatchNorm starts afresh unless given."""
+    """A network of the teacher's or student's architecture with these parameters; BatchNorm is new unless given."""
     leak = experiment.student.leak if who.leak is None else who.leak
     activation = who.activation or experiment.student.activation
     place = who.batch_norm
@@ -126,7 +126,7 @@ def _drawn(experiment: Experiment, rng: np.random.Generator) -> Network:
         nodes, inputs = shape[0], math.prod(shape[1:])
         weight = _rows(experiment, rng, nodes, inputs, lowest=not weights)
         bias = rng.uniform(-0.5, 0.5, nodes) if teacher.bias == "uniform" else np.full(nodes, float(teacher.bias))
-        if weights:  # the numbers of one node below lie together: (node, its row and column)
+        if weights:  # columns of one node below are adjacent: (node, its image's rows and columns)
             weight = weight / np.repeat(np.arange(1, below + 1), inputs // below) ** teacher.polarity
         if teacher.unit_norm == "every-layer" or (teacher.unit_norm and not weights):
             norm = np.linalg.norm(weight, axis=1)
@@ -152,7 +152,7 @@ def _orthonormal(rng: np.random.Generator, nodes: int, inputs: int, *, teacher: 
     return orthonormal(rng, nodes, inputs)
 
 
-#: How the rows of a layer's weight are drawn, by ``teacher.init``: (rng, nodes, inputs, *, teacher, lowest) →
+#: ``teacher.init`` → the function that draws a layer's weight: (rng, nodes, inputs, *, teacher, lowest) →
 #: (node, input_node), with the experiment's section ``[teacher]`` and whether the layer is the lowest.
 TEACHERS: Mapping[str, Callable[..., np.ndarray]] = {
     "separated": _separated,
@@ -174,7 +174,7 @@ def _rows(experiment: Experiment, rng: np.random.Generator, nodes: int, below: i
 
 
 def uniform_start(shapes: Sequence[tuple[int, ...]], rng: np.random.Generator) -> tuple[list[Tensor], list[Tensor]]:
-    """Weights and biases uniform on ±1/√(inputs), as ``nn.Linear`` and ``nn.Conv2d`` start; float64."""
+    """Weights and biases uniform on ±1/√(inputs), as in new ``nn.Linear`` and ``nn.Conv2d`` modules; float64."""
     weights, biases = [], []
     for shape in shapes:
         edge = 1 / math.sqrt(math.prod(shape[1:]))
@@ -184,9 +184,9 @@ def uniform_start(shapes: Sequence[tuple[int, ...]], rng: np.random.Generator) -
 
 
 def from_file(experiment: Experiment, path: str, who: Teacher | Student, widths: Sequence[int]) -> Network:
-    """The network of these widths whose state dict a file holds, as ``torch.save(module.state_dict(), ...)`` writes it.
+    """The network of these widths from a state dict in a file, as ``torch.save(module.state_dict(), ...)`` writes it.
 
-    By the names of ``to_torch()``'s modules, or of a `Network.state_dict`.
+    Keys are the names of ``to_torch()``'s modules, or those of `Network.state_dict`.
 
     Raises:
         ExperimentError: if the file cannot be read safely, or keys and shapes differ; names each.
@@ -202,7 +202,7 @@ def from_file(experiment: Experiment, path: str, who: Teacher | Student, widths:
 
 
 def _on_labels(experiment: Experiment, seed: int, network: Network, rng: np.random.Generator, epochs: int) -> Network:
-    """The network after so many epochs of SGD (momentum 0.9) on the cross entropy with the data's own labels."""
+    """The network after `epochs` epochs of SGD (momentum 0.9) on the cross entropy with the data's own labels."""
     x = torch.from_numpy(training_inputs(experiment, seed)).double()
     y = torch.from_numpy(labels(experiment, seed, "train"))
     module = network.to_torch().train()
@@ -224,27 +224,27 @@ def _on_labels(experiment: Experiment, seed: int, network: Network, rng: np.rand
 
 
 def fanouts(network: Network) -> list[Tensor]:
-    """Mean |weight| that leaves each node of each hidden layer, (node,); of a channel over all its kernels or pixels.
+    """Mean |outgoing weight| of each node, (node,) per hidden layer; for a channel over all its kernels or pixels.
 
     Source: Tian (2020), released code.
     """
     found = []
     for below, above in itertools.pairwise(network.weights):
         nodes = len(below)
-        by_node = above.flatten(1).unflatten(1, (nodes, -1))  # (node above, node, its row and column)
+        by_node = above.flatten(1).unflatten(1, (nodes, -1))  # (node above, node, its image's rows and columns)
         found.append(by_node.abs().mean((0, 2)))
     return found
 
 
 def prune(network: Network, ratios: Sequence[float]) -> tuple[Network, list[Tensor]]:
-    """What is left without the ⌊m · ratio⌋ nodes of least fan-out of each hidden layer, and which nodes those are.
+    """The network without the ⌊m · ratio⌋ nodes of least fan-out in each hidden layer, and the nodes that are left.
 
-    A node without fan-out is no node: it is taken out with its weights, so that widths, correlations and students of
-    the pruned network know active nodes only.
+    Pruned nodes are removed with their weights, instead of set to zero, so that widths, correlations and students of
+    the pruned network are about active nodes only.
 
     Args:
-        network: Any.
-        ratios: One a hidden layer, in [0, 1).
+        network: Any network.
+        ratios: One per hidden layer, in [0, 1).
 
     Returns:
         The smaller network, and for each hidden layer the positions in `network` of its nodes, increasing.
@@ -252,11 +252,11 @@ def prune(network: Network, ratios: Sequence[float]) -> tuple[Network, list[Tens
     Source: Tian (2020), section 6.3 and released code.
 
     Raises:
-        ValueError: if a ratio is not in [0, 1), so that nothing would be left, or there is not one a hidden layer.
+        ValueError: if a ratio is not in [0, 1), or there is not one per hidden layer.
     """
     if len(ratios) != network.depth - 1 or not all(0 <= r < 1 for r in ratios):
         raise ValueError(
-            f"prune: ratios {list(ratios)} for {network.depth - 1} hidden layers; give one a layer, at least 0 and "
+            f"prune: ratios {list(ratios)} for {network.depth - 1} hidden layers; give one per layer, at least 0 and "
             "below 1: pruning everything leaves no network"
         )
     active = []
@@ -273,7 +273,7 @@ def prune(network: Network, ratios: Sequence[float]) -> tuple[Network, list[Tens
         weights.append(kept)
     hidden = zip(network.biases[:-1], active, strict=True)
     biases = [*(None if b is None else b[at] for b, at in hidden), network.biases[-1]]
-    # `index_select` and no lambda, which would see the last layer's nodes
+    # `index_select` binds the nodes now; a lambda would use those of the last layer
     norms = [
         None if n is None else n.map(functools.partial(torch.index_select, dim=0, index=at))
         for n, at in zip(network.norms, active, strict=True)
@@ -282,11 +282,11 @@ def prune(network: Network, ratios: Sequence[float]) -> tuple[Network, list[Tens
 
 
 def balance(network: Network, x: Float[Tensor, "sample input"]) -> Network:
-    """A network of the same directions whose hidden nodes are each active on half of `x` and whose outputs have
-    mean 0 and variance 1 over it.
+    """A network with other biases whose hidden nodes are each active on half of `x` and whose outputs have mean 0 and
+    variance 1 over it.
 
-    From the lowest layer up the median of each pre-activation (of a channel: over pixels too) is taken off its bias;
-    the rows and biases of the last layer are divided by the standard deviations of the outputs.  Needs biases.
+    From the lowest layer up the median of each pre-activation (for a channel over pixels too) is subtracted from its
+    bias; the rows and biases of the last layer are divided by the standard deviations of the outputs.  Needs biases.
 
     Source: Tian et al. (2019), section 5 and released code.
 

@@ -1,1 +1,1 @@
-"""Running experiments: members of one run, the points of a sweep, workers, and what each costs."""
+"""Running experiments: the members of one run, the points of a sweep, workers, and estimates of cost."""

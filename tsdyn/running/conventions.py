@@ -10,10 +10,7 @@ from tsdyn import schema
 from tsdyn.engine.loss import loss
 from tsdyn.experiment.experiment import Experiment
 from tsdyn.flow import epochs
-from tsdyn.running import provenance
-
-#: Attribute of an archive: the registered parts of its experiment that packages offered, as JSON.
-PARTS = "parts"
+from tsdyn.running import packages, provenance
 
 
 def attributes(experiment: Experiment, device: str) -> dict[str, str | int]:
@@ -22,20 +19,14 @@ def attributes(experiment: Experiment, device: str) -> dict[str, str | int]:
         "experiment": experiment.to_toml(),
         "name": experiment.name,
         "digest": experiment.digest,
-        **_foreign(experiment),
+        **packages.attribute(experiment),
+        **schema.declarations(experiment.recorded()),
         "schema_version": schema.VERSION,
         **provenance.facts(device),
         "dtype": experiment.dtype,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "conventions": json.dumps(_conventions(experiment)),
     }
-
-
-def _foreign(experiment: Experiment) -> dict[str, str]:
-    """Parts that are not tsdyn's own: package, version and place of each; and the variables that they declare."""
-    parts = {key: origin._asdict() for key, origin in experiment.foreign_parts.items()}
-    declared = schema.declarations(experiment.recorded())
-    return ({PARTS: json.dumps(parts)} if parts else {}) | declared
 
 
 def _conventions(experiment: Experiment) -> dict[str, str]:

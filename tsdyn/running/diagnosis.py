@@ -1,4 +1,4 @@
-"""What this machine means for tsdyn's numbers, speed and files: findings of a few seconds, each with its meaning."""
+"""Diagnosis of this machine (``tsdyn doctor``): what it means for numbers, speed and files, found in a few seconds."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from tsdyn import memory
 from tsdyn.archive.lock import HeldError, Lock
 from tsdyn.archive.whole_files import sync_directory, write_bytes
 
-#: All findings together take no longer; what did not end by then is said to be left out.
+#: Time limit of all checks together; those that did not end by then are named as left out.
 SECONDS = 5.0
-#: Compiled and plain steps add the same products in another order: a few roundings apart, relative to the largest.
+#: Largest relative difference between compiled and plain steps, which add the same products in another order.
 ALIKE = 1e-10
 
 
 class Finding(NamedTuple):
-    """One thing about the machine.
+    """One finding about the machine.
 
     Attributes:
-        subject: What was looked at.
-        found: What it is here.
+        subject: What was checked.
+        found: What it is on this machine.
         verdict: ``good``, ``note`` (works, worth knowing) or ``bad`` (numbers, speed or files are at risk).
-        meaning: What follows from it, and the way out.
+        meaning: What follows from it, and what to do.
     """
 
     subject: str
@@ -45,9 +45,9 @@ class Finding(NamedTuple):
 
 
 def diagnose(directory: str | Path = ".", *, seconds: float = SECONDS) -> Iterator[Finding]:
-    """Findings about this machine and `directory`, one after another, in so many seconds together.
+    """Findings about this machine and `directory`, one after another, within this many seconds in all.
 
-    Nothing is left in the directory, nor changed in this process.
+    Nothing is left in the directory or changed in this process.
     """
     until = time.monotonic() + seconds
     with tempfile.TemporaryDirectory() as folder, ExitStack() as begun:
@@ -67,7 +67,7 @@ def diagnose(directory: str | Path = ".", *, seconds: float = SECONDS) -> Iterat
             )  # fmt: skip
 
 
-#: Trains 20 steps and writes the weights, and what engine it was, into the folder it is given.
+#: Code that trains 20 steps, writes the weights into the given folder and prints the engine that was used.
 _STEPS = """
 import json, sys
 import numpy as np, torch
@@ -85,7 +85,7 @@ print(json.dumps(provenance.engine()))
 
 
 class _Trial:
-    """Twenty steps in a process of their own, with or without the compiled step."""
+    """Twenty training steps in a subprocess, with or without the compiled step."""
 
     def __init__(self, engine: str, folder: Path) -> None:
         folder.mkdir()
@@ -102,11 +102,11 @@ class _Trial:
     def __exit__(self, *_: object) -> None:
         if self.process.poll() is None:
             with suppress(OSError):
-                os.killpg(self.process.pid, signal.SIGKILL)  # a compiler too
+                os.killpg(self.process.pid, signal.SIGKILL)  # with its children, such as a compiler
         self.process.communicate()
 
     def ended(self, until: float) -> bool:
-        """Whether it did by then."""
+        """Whether the subprocess ended by the time `until`."""
         try:
             self.said, self.complained = self.process.communicate(timeout=max(0.1, until - time.monotonic()))
         except subprocess.TimeoutExpired:
@@ -233,13 +233,16 @@ def _locks(directory: Path) -> Iterator[Finding]:
         return
     if not excluded:
         yield Finding(
-            "locks", "two writers at once", "bad", "the file system keeps nobody out: run one command a directory only"
+            "locks",
+            "two writers at once",
+            "bad",
+            "the file system keeps nobody out: run only one command per directory",
         )
     else:
         yield Finding(
             "locks", "flock" if kernel_s else "a file that is touched", "good" if kernel_s else "note",
-            "one writer a directory, freed by the kernel however it ends" if kernel_s
-            else "one writer a directory; that of a killed process is taken over after a minute",
+            "one writer per directory, freed by the kernel however it ends" if kernel_s
+            else "one writer per directory; that of a killed process is taken over after a minute",
         )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""What a run will take, before anything is drawn."""
+"""Estimates of the memory, disk and time that a run will take, before anything is drawn."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from tsdyn.running.flow_members import FlowMembers
 from tsdyn.running.members import Members
 from tsdyn.running.online_members import OnlineMembers
 
-#: Records of this many bytes are committed at the latest.
+#: Once the records in memory hold this many bytes, they are committed.
 COMMIT_BYTES = 1 << 27
-#: Steps of the integrator that a population flow takes, as the studies' flows do: a few hundred.
+#: Integrator steps assumed for a population flow; the studies' flows take a few hundred.
 FLOW_STEPS = 300
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a run will take, estimated from shapes and a timed handful of steps.
+    """Estimated cost of a run, from shapes and a few timed steps.
 
     Attributes:
         members: Students trained side by side.
-        parameters: Numbers a student has.
-        memory: Bytes held at once.
+        parameters: Number of parameters of a student.
+        memory: Largest number of bytes in memory at once.
         disk: Bytes of the finished archive.
         seconds: Wall time on this machine.
     """
@@ -55,14 +55,14 @@ class Cost:
 
 
 def duration(seconds: float) -> str:
-    """A time as one says it: ``40 s``, ``12 min``, ``3.5 h``."""
+    """A time in words: ``40 s``, ``12 min``, ``3.5 h``."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def estimate(experiment: Experiment, *, device: str = "cpu") -> Cost:
-    """What `experiment` (one run, no sweep) will take; times a few steps and one measurement."""
+    """The estimated cost of `experiment` (one run, no sweep); times a few steps and one measurement."""
     registry.load(experiment)
     kind = experiment.kind
     if kind == "training":
@@ -75,7 +75,7 @@ def estimate(experiment: Experiment, *, device: str = "cpu") -> Cost:
 
 
 def _estimate_flow(experiment: Experiment) -> Cost:
-    """One step of the integrator and one Hessian of all members are timed; `FLOW_STEPS` are usual."""
+    """The cost of a population flow of `FLOW_STEPS` steps; one step and one Hessian of all members are timed."""
     trial = FlowMembers(experiment)
     memory.refuse_beyond("estimate", footprint(experiment).bytes, torch.device("cpu"), "fewer seeds, smaller networks")
     begin = trial.flow.joined("y")
@@ -86,7 +86,7 @@ def _estimate_flow(experiment: Experiment) -> Cost:
 
 
 def _estimate_online(experiment: Experiment) -> Cost:
-    """A few samples of all members are timed; every recorded α takes as many steps as there are from the last."""
+    """The cost of an online run: a few steps of all members are timed, and there are α · N of them."""
     inputs = experiment.student_widths[0]
     steps = round(experiment.marks[-1] * inputs)
     few = min(steps, 200)
@@ -106,7 +106,7 @@ def _cost(experiment: Experiment, parameters: int, seconds: float) -> Cost:
 
 def _estimate_training(experiment: Experiment, device: str) -> Cost:
     layout, members = experiment.layout, len(experiment.seed_labels)
-    flow = experiment.training.method == "flow"  # whose time an epoch is no sum of its steps'
+    flow = experiment.training.method == "flow"  # an epoch of it is integrated as a whole, not step by step
     seeds = list(experiment.seed_labels[: 1 if flow else 8])
     few = experiment.replace({"seeds": seeds, "data.eval": min(512, experiment.data.eval)})
     steps = experiment.steps if flow else min(experiment.steps, 60)
@@ -132,14 +132,14 @@ def _estimate_training(experiment: Experiment, device: str) -> Cost:
 
 @dataclass(frozen=True)
 class Footprint:
-    """What runs hold in memory, side by side if there are several: their sum.
+    """Bytes that a run holds in memory; the sum of two footprints is that of both runs side by side.
 
     Attributes:
-        members: Students of all of them.
-        each: Bytes of the largest member, which all data are padded to.
-        extra: Bytes of the one member that is worked on by itself.
-        epoch: Bytes that all of them record an epoch.
-        records: Bytes that all of them record.
+        members: Number of students.
+        each: Bytes per member, of the largest one, to which all data are padded.
+        extra: Further bytes for the one member that is worked on at a time.
+        epoch: Bytes of the records of all members per epoch.
+        records: Bytes of the records of all members in all epochs.
     """
 
     members: int = 0
@@ -159,19 +159,19 @@ class Footprint:
 
     @property
     def bytes(self) -> int:
-        """All at once; the records of a segment three times: as measured, stacked, and as the file made of them."""
+        """Total bytes; records of a segment count three times: as measured, stacked, and in the file made of them."""
         return self.members * self.each + self.extra + 3 * min(max(COMMIT_BYTES, self.epoch), self.records)
 
 
 def footprint(experiment: Experiment, *, train: int | None = None) -> Footprint:
-    """What a run of `experiment` holds at once, from shapes alone; nothing is drawn.
+    """The memory that a run of `experiment` holds, from shapes alone; nothing is drawn.
 
-    Of each member the samples with the teacher's trace on them, parameters, moments and gradients; of one the
-    student's trace.
+    For each member these are the samples with the teacher's trace on them, parameters, moments and gradients; for one
+    member at a time also the student's trace.
 
     Args:
         experiment: One run, no sweep.
-        train: Samples of a member's training set, where augmentation makes that another number than ``data.train``.
+        train: Samples of a member's training set, if augmentation changes their number from ``data.train``.
     """
     kind = experiment.kind
     if kind == "training":
@@ -184,7 +184,7 @@ def footprint(experiment: Experiment, *, train: int | None = None) -> Footprint:
 
 
 def _footprint_flow(experiment: Experiment) -> Footprint:
-    """The paths of all, and of the members of one chunk Hessian, factor, gradient stages and what they are made of."""
+    """Trajectories of all members; Hessian, factors and gradient stages of those whose Hessians are made at once."""
     inputs, nodes, outputs = experiment.student_widths
     parameters, labels = nodes * (inputs + outputs), len(experiment.labels)
     epoch, once = _records(experiment)
@@ -195,7 +195,7 @@ def _footprint_flow(experiment: Experiment) -> Footprint:
 
 
 def _footprint_online(experiment: Experiment) -> Footprint:
-    """Weights of student and teacher, and the samples of one piece three times: drawn, stacked and seen."""
+    """Weights of student and teacher; and the samples drawn at once, three times: drawn, stacked and in use."""
     inputs, nodes, _ = experiment.student_widths
     epoch, once = _records(experiment)
     each = 8 * inputs * (3 * nodes + 2 * experiment.teacher_widths[1])
@@ -203,7 +203,7 @@ def _footprint_online(experiment: Experiment) -> Footprint:
 
 
 def _records(experiment: Experiment) -> tuple[int, int]:
-    """Bytes that all members record of one step, and once."""
+    """Bytes that all members record at each step, and bytes that they record once."""
     names = experiment.recorded()
     layout, dtype = experiment.layout, np.dtype(experiment.dtype)
     numbers = sum(
@@ -227,8 +227,8 @@ def _footprint_training(experiment: Experiment, train: int | None) -> Footprint:
     each += 4 * (
         parameters + (layout.teacher_entries or _parameters(layout.teacher_widths, layout.teacher_input_widths))
     )
-    extra = max(train, experiment.data.eval) * own * 3 // 2  # while a trace is made, some of it is there twice
-    if experiment.training.method == "flow":  # the Hessian of one member, its factors and what becomes of it
+    extra = max(train, experiment.data.eval) * own * 3 // 2  # while a trace is computed, half of it exists twice
+    if experiment.training.method == "flow":  # the Hessian of one member, its factors and temporaries
         extra += 4 * parameters**2
     size = np.dtype(experiment.dtype).itemsize
     epoch = netcdf.bytes_per_epoch(layout, schema.expand(experiment.record.observables), experiment.dtype)
@@ -244,14 +244,14 @@ def _inputs(experiment: Experiment) -> int:
 
 
 def _trace_numbers(experiment: Experiment, widths: Sequence[int]) -> int:
-    """Of one sample: pre-activations, gates, activations, and these standardised; of a channel one a pixel."""
-    # what a linear layer put on top of them would see
+    """Numbers in the trace of one sample: pre-activations, gates, activations and standardised activations."""
+    # a channel counts once per pixel: so many inputs a linear layer on top would have
     seen = [experiment.weight_shapes((*widths[: i + 1], 1))[-1][1] for i in range(1, len(widths) - 1)]
     return 4 * (sum(seen) + widths[-1])
 
 
 def _quickest(work: Callable[[], object], *, times: int = 3) -> float:
-    """Seconds of the quickest of a few calls: the first ones warm caches, others may be disturbed."""
+    """Seconds of the quickest of a few calls: the first ones warm caches, and others may be disturbed."""
 
     def once() -> float:
         start = time.perf_counter()

@@ -1,7 +1,7 @@
-"""The students of a population flow: one (n, k), all seeds, from Glorot's start to where gradient flow ends.
+"""The students of a population flow: all seeds of one (n, k), from a Glorot start to the end of gradient flow.
 
-At the end of each: Newton to |∇| ≤ 1e-12, the Hessian's signature, the class with what decided it; and beside them
-what theory says without a seed.
+At its end each student is polished by Newton's method to |∇| ≤ 1e-12, and the Hessian's signature and the class of the
+point, with the number that decided it, are recorded; so are the critical points that theory gives.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from tsdyn.running.protocol import of_this_shape
 
 
 class FlowMembers:
-    """All seeds of one population flow, as `tsdyn.running.protocol.Runnable` says.
+    """All seeds of one population flow; a `tsdyn.running.protocol.Runnable`.
 
-    The teacher has k orthonormal nodes along the axes and outgoing weights 1.  What a seed draws depends on the seed
-    and n, d only.
+    The teacher has k orthonormal nodes along the axes and outgoing weights 1.  The start of a student depends only on
+    its seed, n and d.
 
     Args:
         experiment: Of kind ``population-flow``, without a sweep.
@@ -45,30 +45,32 @@ class FlowMembers:
     def loss(self) -> PopulationLoss:
         """The population loss of these students."""
         inputs, k, _ = self.experiment.teacher_widths
-        law = self.experiment.student
+        student = self.experiment.student
         eye = torch.eye(k, inputs, dtype=torch.float64)
-        teacher = Network([eye, torch.ones(1, k, dtype=torch.float64)], activation=law.activation, leak=law.leak)
+        teacher = Network(
+            [eye, torch.ones(1, k, dtype=torch.float64)], activation=student.activation, leak=student.leak
+        )
         return PopulationLoss(teacher, self.experiment.student_widths[1])
 
     @cached_property
     def flow(self) -> Flow:
-        """Where the students are."""
+        """The integrator, which holds the students' parameters."""
         begin = starts(self.loss, self.experiment.seed_labels)
         return Flow(self.loss, begin, times=np.array(self.experiment.labels), limits=Limits(end=FLOW_END))
 
     def draw(self) -> None:
-        """The starts."""
+        """Draw the starts."""
         _ = self.flow
 
     def advance(self, step: int) -> list[int]:
-        """Gradient flow until all students have come to ``experiment.marks[step]`` or stopped; none dies."""
+        """Follow gradient flow until all students reach time ``experiment.marks[step]`` or stop; none dies."""
         last = step == self.experiment.last
         with torch.no_grad():
             self.flow.until(math.inf if last else self.experiment.marks[step])
         return []
 
     def measure(self, step: int, variables: tuple[str, ...]) -> dict[str, Any]:
-        """``weight`` and ``population_loss`` at that time; NaN for those that stopped before."""
+        """``weight`` and ``population_loss`` at that time; NaN for students that stopped before."""
         rows = self.flow.joined("path")[:, step]
         found: dict[str, Any] = {"weight": self._layers(rows), "population_loss": self.loss.value(rows).numpy()}
         return {name: found[name] for name in variables}
@@ -82,18 +84,18 @@ class FlowMembers:
         return len(self.experiment.seed_labels)
 
     def constants(self) -> dict[str, Any]:
-        """The teacher, and the critical points that theory knows."""
+        """The teacher's weights, and the losses and signatures of critical points that theory gives."""
         teacher = [np.repeat(w.numpy()[None], self._members, 0) for w in self.loss.teacher.weights]
         return {"teacher_weight": teacher} | {
             name: np.full(self._members, value) for name, value in _theory(self.loss).items()
         }
 
     def outcome(self) -> dict[str, Any]:
-        """Where each student ended, and what that is."""
+        """The point at which each student ended, its kind and its class."""
         flow, loss = self.flow, self.loss
         final = flow.joined("y")
         end = polish(loss, final)
-        # elsewhere Newton would lead away: a member that ran into a singularity or along a channel stays where it is
+        # Newton steps are only taken from small gradients: from a singularity or a channel they would lead away
         arrived = torch.from_numpy(flow.reasons == "gradient")
         at = torch.where(arrived[:, None], end.point, final)
         found = [classify(loss.network(row), loss.teacher) for row in at]
@@ -114,11 +116,11 @@ class FlowMembers:
         }
 
     def state(self) -> dict[str, np.ndarray]:
-        """That of the integrator."""
+        """The integrator's state."""
         return self.flow.state() | {"death_epoch": np.full(self._members, -1)}
 
     def restore(self, state: Mapping[str, np.ndarray]) -> None:
-        """Go on from a stored state.
+        """Set the members to a stored state.
 
         Raises:
             StateError: if it is not a state of these members.
@@ -135,7 +137,7 @@ def _codes(words: Iterable[str], known: tuple[str, ...]) -> np.ndarray:
 
 
 def _owners(found: Classification) -> np.ndarray:
-    """The student node that owns each teacher node, NaN for those that are shared."""
+    """The student node that owns each teacher node; NaN for shared teacher nodes."""
     owners = np.full(found.cosine.shape[1], np.nan)
     for node, group in enumerate(found.groups):
         owners[list(group)] = node
@@ -143,7 +145,7 @@ def _owners(found: Classification) -> np.ndarray:
 
 
 def _theory(loss: PopulationLoss) -> dict[str, float]:
-    """What no seed is needed for; NaN where there is no such point."""
+    """Losses and signatures of the critical points that theory gives; NaN where there is no such point."""
     sigma = loss.teacher.activation
     activation, n, k = sigma.name, loss.nodes, loss.teacher.widths[1]
     values = dict.fromkeys(

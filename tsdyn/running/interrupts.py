@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: heard at the next epoch, so that what was computed is committed first."""
+"""Signals that ask a run to stop: it stops after the present epoch, so that what was computed is committed first."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-#: Signals a second one of which acts as ever.
+#: Signals whose second arrival has its usual effect: it ends the process at once.
 _ENDING = (signal.SIGINT, signal.SIGTERM)
-#: A terminal that went away, the limit on processor time, a batch system's warning: sent again and again, they only
-#: ask.  Where they are ignored, as nohup has it, they stay ignored.
+#: A closed terminal, the limit on processor time, a batch system's warning: however often they come, they only ask.
+#: If they are ignored, as under nohup, they stay ignored.
 _WARNING = (signal.SIGHUP, signal.SIGXCPU, signal.SIGUSR1)
 _log = logging.getLogger("tsdyn")
 
 
 class Stopped(KeyboardInterrupt):
-    """A run that a signal stopped, after it committed what it had.
+    """A signal stopped a run, after what was computed had been committed.
 
     Attributes:
         signal: The signal's number; the command exits with 128 more.
-        failed: What could not be committed in this moment, and why.
+        failed: Directories whose last epochs could not be committed → the error.
     """
 
     def __init__(self, number: int, failed: Mapping[Path, Exception] | None = None) -> None:
@@ -34,10 +34,10 @@ class Stopped(KeyboardInterrupt):
 
 @contextmanager
 def stopping() -> Iterator[Callable[[], int | None]]:
-    """Inside, the first SIGINT, SIGTERM, SIGHUP, SIGXCPU or SIGUSR1 only asks; the function given says which came.
+    """A function that returns the number of the signal that asked to stop, or None.
 
-    After it SIGINT and SIGTERM act as ever.  Outside the main thread signals are left alone: they are the main thread's
-    to hear.
+    Inside the context the first SIGINT, SIGTERM, SIGHUP, SIGXCPU or SIGUSR1 is only noted; after it SIGINT and SIGTERM
+    act as usual.  In other threads than the main one nothing is changed, since Python delivers signals to that one.
     """
     asked: list[int] = []
     if threading.current_thread() is not threading.main_thread():

@@ -1,11 +1,11 @@
-"""Points of a sweep trained as one ensemble, where their shapes allow it."""
+"""Train several points of a sweep as one ensemble, if their shapes allow it."""
 
 from __future__ import annotations
 
+import json
 import resource
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -21,41 +21,39 @@ from tsdyn.problem.inputs import (
 from tsdyn.running import estimates
 from tsdyn.running.members import Members
 
-if TYPE_CHECKING:
-    pass
-
 
 def ensemble_key(experiment: Experiment) -> object | None:
-    """A key that experiments share which can train as one ensemble (`JointTraining`); None for one that cannot.
+    """A key that is equal for experiments that can train as one ensemble (`JointTraining`); None if it cannot.
 
-    Their students have the same layers and take as many steps of one rule.  Learning rates, starts, teachers and data
-    may differ.
+    It is equal if students have the same layers and take equally many steps of the same rule.  Learning rates, starts,
+    teachers and data may differ.
     """
-    law, student = experiment.training, experiment.student
-    if experiment.kind != "training" or experiment.deep or law.method == "flow" or experiment.of_own_modules:
+    training, student = experiment.training, experiment.student
+    if experiment.kind != "training" or experiment.deep or training.method == "flow" or experiment.of_own_modules:
         return None
     return (
         experiment.dtype,
         experiment.student_widths,
         (student.activation, student.leak, student.bias),
-        law.model_copy(update={"learning_rate": 0.0}),
+        training.model_copy(update={"learning_rate": 0.0, "arguments": None}),
+        json.dumps(training.arguments, sort_keys=True),
         experiment.steps,
         new_at_every_step(experiment),
-        (experiment.data.train, experiment.data.augment) if law.whole else None,
+        (experiment.data.train, experiment.data.augment) if training.whole else None,
     )
 
 
 class JointTraining:
     """Members of several experiments of one `ensemble_key` and at one epoch, trained as one ensemble.
 
-    What is drawn for a member is its own.  Its bits, too, are those it has by itself where the compiled kernel trains
-    it; batched products may round otherwise in other company.
+    Random draws of a member are the same as when it trains alone.  With the compiled step so are its bits; batched
+    products may round otherwise when the ensemble is larger.
 
     Args:
-        parts: Whose ensembles become views of one, and whose training sets become views of another.
+        parts: The members of each run; their ensembles become views of one, and so do their training sets.
 
     Raises:
-        ValueError: if they took different numbers of steps so far.
+        ValueError: if the runs took different numbers of steps so far.
     """
 
     def __init__(self, parts: Sequence[Members]) -> None:
@@ -74,7 +72,7 @@ class JointTraining:
                 part.finite = (self._finite[0][start:stop], self._finite[1][start:stop])
 
     def train(self, epoch: int) -> list[list[int]]:
-        """The epoch that ends at `epoch`; the seeds of each part that died in it."""
+        """Train the epoch that ends at `epoch`; returns, for each part, the seeds that died in it."""
         rates = [
             torch.full((len(p.teachers),), p.experiment.training.rate(epoch), dtype=torch.float64) for p in self.parts
         ]
@@ -100,12 +98,12 @@ class JointTraining:
                 pieces.append(part.fresh(slice(first - place.start, last - place.start), epoch, at_once))
         for each in zip(*pieces, strict=True):
             inputs, targets = torch.cat([b.inputs for b in each]), torch.cat([b.targets for b in each])
-            rows = torch.cat([b.rows for b in each if b.rows is not None])  # new samples have rows, always
+            rows = torch.cat([b.rows for b in each if b.rows is not None])  # batches of new samples always have rows
             yield Batches(inputs, targets, rows, each[0].steps)
 
 
 def _stacked(parts: Sequence[Tensor]) -> Tensor:
-    """(member, sample, ...) of several, one after another; NaN beyond the samples of those that have fewer."""
+    """Several tensors (member, sample, ...) concatenated along members; shorter ones are padded with NaN samples."""
     longest = max(part.shape[1] for part in parts)
     return torch.cat([
         torch.nn.functional.pad(part, (0, 0, 0, longest - part.shape[1]), value=torch.nan) for part in parts
@@ -117,8 +115,8 @@ def group_points(points: Mapping[str, Experiment], workers: int, room: int) -> l
 
     Args:
         points: Directory name → experiment.
-        workers: Who share them: none is left idle for the sake of a larger ensemble.
-        room: What one worker has of memory, in bytes; a point that takes more by itself stays one.
+        workers: Number of workers that share the groups; there are enough groups that none is idle.
+        room: Memory of one worker, in bytes; a point that takes more is a group of its own.
     """
     share = min(_at_most(), -(-len(points) // workers))
     groups: list[dict[str, Experiment]] = []
@@ -135,5 +133,5 @@ def group_points(points: Mapping[str, Experiment], workers: int, room: int) -> l
 
 
 def _at_most() -> int:
-    """Points that one process writes side by side: each keeps a file open for its lock, joining opens more."""
+    """The most points that one process may write at once: each keeps its lock file open, and joining opens more."""
     return max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)

@@ -1,4 +1,4 @@
-"""Which members run an experiment: the one place that tells kinds apart when a run begins."""
+"""The members that run an experiment, by its kind."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from tsdyn.running.protocol import Runnable
 def members_of(
     experiment: Experiment, device: str = "cpu", student: Maker | None = None, teacher: Maker | None = None
 ) -> Runnable:
-    """What runs `experiment`, which has no sweep; nothing is drawn yet.
+    """The members of `experiment`, which has no sweep; nothing is drawn yet.
 
     Args:
         experiment: Without a sweep.
-        device: Where it runs.
-        student, teacher: Of modules of the user's own, as `Members` takes them.
+        device: Device on which it runs.
+        student, teacher: Makers of modules of the user's own, as `Members` takes them.
 
     Raises:
         ExperimentError: for a kind that this device, or modules of the user's own, cannot run.

@@ -1,11 +1,11 @@
-"""The members of a run, and of several runs that share one program: drawn, trained, measured, stored and restored."""
+"""The members of a training run: they are drawn, trained, measured, stored and restored together."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, assert_never
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -38,13 +38,13 @@ from tsdyn.problem.teachers import draw_teacher
 from tsdyn.running.own_modules import Maker, check_given, made
 from tsdyn.running.protocol import of_this_shape
 
-#: Fresh batches of a block of members are drawn in pieces of about this size.
+#: Fresh batches of a block of members are drawn this many bytes at a time.
 FRESH_BYTES = 1 << 26
 
 
 @dataclass
 class Members:
-    """All members of a run of training: teachers, data and the ensemble; as `tsdyn.running.protocol.Runnable` says."""
+    """All members of a training run: teachers, data and the ensemble; a `tsdyn.running.protocol.Runnable`."""
 
     experiment: Experiment
     device: str = "cpu"
@@ -87,26 +87,26 @@ class Members:
         return next(padded), next(padded)
 
     def draw(self) -> None:
-        """What training begins with: the students and, where it is finite, the data."""
+        """Draw the students and, if it is finite, the training data."""
         _ = self.ensemble
         if not new_at_every_step(self.experiment):
             _ = self.finite
 
     def targets(self, member: int, x: Tensor, classes: Tensor | None = None) -> Tensor:
-        """What a member learns on its inputs `x`, (sample, output).
+        """The targets of a member on its inputs `x`, (sample, output).
 
-        The teacher's outputs; with a loss of classes one-hot rows of `classes`, of the data's labels (x then being the
-        training set) or of the teacher's largest output.
+        These are the teacher's outputs; for a loss of classes one-hot rows of `classes`, of the data's labels (`x` must
+        then be the training set) or of the teacher's largest output.
         """
-        law = self.experiment.training
+        training = self.experiment.training
         with torch.no_grad():
             output = self.teachers[member](x)
-        if law.labels == "data" and classes is None:
+        if training.labels == "data" and classes is None:
             classes = self._finite_probes[member].labels
-        return loss(law.loss).target(output, classes)
+        return loss(training.loss).target(output, classes)
 
     def _labels(self, seed: int, part: Literal["train", "eval"]) -> Tensor | None:
-        """The data's own labels, where anything asks for them."""
+        """The data's own labels, if the loss or a recorded variable needs them, else None."""
         asked = "label_accuracy" in schema.expand(self.experiment.record.observables)
         if not asked and self.experiment.training.labels == "teacher":
             return None
@@ -123,7 +123,7 @@ class Members:
         return self._tensor(training_inputs(self.experiment, seed))
 
     def train_probe(self, member: int, epoch: int) -> Probe:
-        """The set on which this member's training quantities are measured."""
+        """The samples on which this member's training quantities are measured, with the teacher's trace."""
         if self.experiment.data.train != "fresh":
             return self._finite_probes[member]
         seed = self.experiment.seed_labels[member]
@@ -138,7 +138,7 @@ class Members:
         return finite_stream(*self.finite, self.rows(epoch), steps=self.experiment.steps)
 
     def rows(self, epoch: int) -> Tensor | None:
-        """Which samples make the batches of that epoch, (member, step, batch); None: all of them each."""
+        """Indices of samples in each batch of that epoch, (member, step, batch); None: every step uses all samples."""
         if self.experiment.training.whole:
             return None
         pairs = zip(self.experiment.seed_labels, self._finite_probes, strict=True)
@@ -146,12 +146,12 @@ class Members:
         return torch.from_numpy(np.stack(draws))
 
     def steps_at_once(self, members: int) -> int:
-        """Steps whose new samples are drawn together for so many members."""
+        """How many steps' new samples are drawn at once for this many members."""
         step = members * self.experiment.training.batch * self.experiment.layout.input_width * 8
         return max(1, FRESH_BYTES // step)
 
     def fresh(self, members: slice, epoch: int, steps_at_once: int) -> Iterator[Batches]:
-        """Batches of which no two have a sample in common, drawn some steps at a time."""
+        """Batches of new samples, no sample in two of them, drawn some steps at a time."""
         seeds = self.experiment.seed_labels[members]
         classes = [None] * len(seeds) if self.experiment.training.labels == "teacher" else self._shown(members, epoch)
         taken = 0
@@ -168,7 +168,7 @@ class Members:
             yield Batches(x, y, rows, steps)
 
     def _shown(self, members: slice, epoch: int) -> list[Tensor]:
-        """Labels of the samples that each step of the epoch shows, (step, batch) a member."""
+        """Labels of the samples of each step of the epoch, one tensor (step, batch) per member."""
         found = []
         for seed, probe in zip(self.experiment.seed_labels[members], self._finite_probes[members], strict=True):
             assert probe.labels is not None
@@ -177,7 +177,7 @@ class Members:
         return found
 
     def measure(self, epoch: int, variables: tuple[str, ...]) -> dict[str, Any]:
-        """One epoch of every member: variable → (seed,), or one (seed, node...) array a layer; NaN for the dead."""
+        """Measurements of all members: variable → (seed,), or one array (seed, node...) per layer; NaN for the dead."""
         found: list[dict[str, Any] | None] = []
         for member in range(self.ensemble.members):
             if self.ensemble.death_epoch[member] >= 0:
@@ -208,7 +208,7 @@ class Members:
         ]
 
     def constants(self) -> dict[str, Any]:
-        """The teachers' parameters, one (seed, node...) array for each layer; of own modules (seed, entry)."""
+        """The teachers' parameters, one array (seed, node...) per layer; for the user's own modules (seed, entry)."""
         own = [t for t in self.teachers if isinstance(t, Own)]
         if own:
             return {"teacher_parameter": np.stack([t.entries().cpu().numpy() for t in own])}
@@ -229,19 +229,19 @@ class Members:
         return {"teacher_weight": weights, "teacher_bias": biases}
 
     def outcome(self) -> dict[str, Any]:
-        """Nothing that is not recorded along the run."""
+        """An empty dict: a training run has no variables that are only known at its end."""
         return {}
 
     def state(self) -> dict[str, np.ndarray]:
-        """Everything the next epoch depends on; draws need no state, they are keyed by (seed, epoch).
+        """All that the next epoch depends on; random draws need no state, since they are keyed by (seed, epoch).
 
-        Moments are there from the start, so that a run killed after its first commit is gone on with.
+        Optimiser moments are included from the start, so that a run killed after its first commit can be resumed.
         """
         self.prepare()
         return self.ensemble.state()
 
     def restore(self, state: Mapping[str, np.ndarray]) -> None:
-        """Go on from a stored state.
+        """Set the members to a stored state.
 
         Raises:
             StateError: if it is not a state of these members.
@@ -253,25 +253,22 @@ class Members:
         self.ensemble.prepare(Rule.of(self.experiment.training, 1).optimizer.moments)
 
     def advance(self, step: int) -> list[int]:
-        """The epoch that ends at `step`; returns the seeds that died in it."""
+        """Train the epoch that ends at `step`; returns the seeds that died in it."""
         rule = Rule.of(self.experiment.training, step)
-        match self.experiment.training.method:
-            case "flow":
-                lasting = self.experiment.training.rate(step) * self.experiment.steps
-                epochs.train_epoch(self.ensemble, list(zip(*self.finite, strict=True)), rule, time=lasting)
-            case "sgd" | "gd" | "adam":
-                train_epoch(self.ensemble, self.stream(step), rule, batch=self.batch)
-            case other:
-                assert_never(other)
+        if self.experiment.training.method == "flow":
+            lasting = self.experiment.training.rate(step) * self.experiment.steps
+            epochs.train_epoch(self.ensemble, list(zip(*self.finite, strict=True)), rule, time=lasting)
+        else:  # every other method, a package's own too, takes the steps of its rule
+            train_epoch(self.ensemble, self.stream(step), rule, batch=self.batch)
         return self.mark_dead(step)
 
     def mark_dead(self, epoch: int) -> list[int]:
-        """Seeds whose parameters are NaN or infinite since `epoch` (`ensemble.mark_dead`)."""
+        """Mark members whose parameters became NaN or infinite in `epoch` as dead; returns their seeds."""
         return [self.experiment.seed_labels[i] for i in mark_dead(self.ensemble, epoch)]
 
     @property
     def batch(self) -> int:
-        """Samples a step."""
+        """Samples per step."""
         return len(self.finite[0][0]) if self.experiment.training.whole else self.experiment.training.batch
 
     def _tensor(self, array: np.ndarray) -> Tensor:

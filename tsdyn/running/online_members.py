@@ -1,4 +1,4 @@
-"""The students of an online run: all seeds of one width, in N dimensions and by the equation, from the same start."""
+"""The students of an online run: all seeds, simulated in N dimensions and by the equation for N → ∞."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from tsdyn.running.protocol import of_this_shape
 
 
 class OnlineMembers:
-    """All seeds of one online run, as `tsdyn.running.protocol.Runnable` says.
+    """All seeds of one online run; a `tsdyn.running.protocol.Runnable`.
 
-    Every seed draws weights N(0, 1) in N dimensions for teacher and student; outgoing weights are 1 where the first
-    layer learns alone, and N(0, 1) where both do.  Simulation and equation start from the same order parameters.
+    Every seed draws weights N(0, 1) in N dimensions for teacher and student; outgoing weights are 1 if only the first
+    layer learns, and N(0, 1) if both do.  Simulation and equation start from the same order parameters.
 
     Args:
         experiment: Of kind ``online``, without a sweep.
@@ -64,7 +64,7 @@ class OnlineMembers:
 
     @cached_property
     def simulation(self) -> Simulation:
-        """The students in N dimensions, where they are."""
+        """The simulation in N dimensions, which holds the students' weights."""
         each = (Overlaps(*(x[i] for x in self.begin)) for i in range(len(self.experiment.seed_labels)))
         members = [
             Member.draw(one, self._inputs, seed) for one, seed in zip(each, self.experiment.seed_labels, strict=True)
@@ -73,7 +73,7 @@ class OnlineMembers:
 
     @cached_property
     def _equation(self) -> Mapping[str, np.ndarray]:
-        """Q, R, v and eg by the equation at all α, (seed, alpha, ...); of no step before it, so it is not stored."""
+        """Q, R, v and eg by the equation at all α, (seed, alpha, ...); computed anew on resume instead of stored."""
         ds = order_parameters(
             *self.begin,
             learning_rate=self._rates.learning_rate,
@@ -85,14 +85,14 @@ class OnlineMembers:
         return {name: ds[name].values for name in ("Q", "R", "v", "eg")}
 
     def draw(self) -> None:
-        """The starts."""
+        """Draw the starts."""
         _ = self.simulation
 
     def _steps(self, step: int) -> int:
         return round(self.experiment.marks[step] * self._inputs)
 
     def advance(self, step: int) -> list[int]:
-        """Online SGD up to ``experiment.marks[step]``; returns the seeds that died on the way."""
+        """Take steps of online SGD up to α = ``experiment.marks[step]``; returns the seeds that died meanwhile."""
         dead = self.simulation.ensemble.death_epoch
         before = dead < 0
         with torch.no_grad():
@@ -122,15 +122,15 @@ class OnlineMembers:
         return {"T": self.begin.T.numpy(), "teacher_outgoing": self.begin.A.numpy()}
 
     def outcome(self) -> dict[str, Any]:
-        """Nothing that is not recorded along the run."""
+        """An empty dict: an online run has no variables that are only known at its end."""
         return {}
 
     def state(self) -> dict[str, np.ndarray]:
-        """That of the simulation."""
+        """The simulation's state."""
         return self.simulation.state() | {"death_epoch": self._died.copy()}
 
     def restore(self, state: Mapping[str, np.ndarray]) -> None:
-        """Go on from a stored state.
+        """Set the members to a stored state.
 
         Raises:
             StateError: if it is not a state of these members.

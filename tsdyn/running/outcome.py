@@ -1,25 +1,22 @@
-"""How a sweep ended: which points finished and why others did not."""
+"""Which points of a sweep finished, and why others did not."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tsdyn.archive import run_directory
 from tsdyn.archive.lock import HeldError
 from tsdyn.archive.whole_files import ArchiveError
 from tsdyn.experiment.experiment import Experiment
 
-if TYPE_CHECKING:
-    pass
-
 
 class SweepError(ArchiveError):
     """Points of a sweep failed; the others are done.
 
     Attributes:
-        failures: Directory name of each that failed → why.
+        failures: Directory name of each point that failed → the reason.
     """
 
     def __init__(self, path: Path, failures: Mapping[str, str], points: int) -> None:
@@ -31,7 +28,7 @@ class SweepError(ArchiveError):
         return RuntimeError, (str(self),)
 
 
-#: How the reason begins why a point was left out that another process is writing.
+#: The beginning of the reason for a point that was left out because another process is writing it.
 _HELD = "held: "
 
 
@@ -44,6 +41,6 @@ def _reason(error: BaseException) -> str:
 def _finished(path: Path, experiment: Experiment) -> bool:
     try:
         there = (path / run_directory.EXPERIMENT).read_text(encoding="utf-8")
-    except (OSError, ValueError):  # ValueError: bytes that are no text; the run says so when its turn comes
+    except (OSError, ValueError):  # ValueError: the file is not text; running the point then raises the proper error
         return False
     return (path / run_directory.ARCHIVE).is_file() and there == experiment.to_toml()

@@ -1,13 +1,13 @@
 """Students and teachers of a user's own: any ``nn.Module``, made by a function passed from Python.
 
 ``tsdyn.run(experiment, path, student=make_module)`` calls ``make_module()`` once per seed, with torch's generator
-seeded from the seed's own stream; a parameter called ``seed`` is given the seed.  The module maps (sample, input) to
-(sample, output), in the mode it is made in while it trains, in evaluation mode where it is measured.
+seeded from the seed's own stream; if it has a parameter called ``seed``, it is given the seed.  The module maps
+(sample, input) to (sample, output).  It trains in the mode in which it was made and is measured in evaluation mode.
 
-The experiment that is run and stored says that there is a module: its name, how many numbers it holds, and the SHA-256
-of its source, so that a directory is gone on with by the same module only.  Its parameters and buffers are recorded as
-one variable, ``parameter`` (seed, epoch, entry): all of them one after another, in the module's own order.  The
-attribute ``parameters`` says the name and shape of each, and `named` gives them back by name.
+The experiment that is run and stored names the module, how many numbers it holds, and the SHA-256 of its source, so
+that a directory is resumed with the same module only.  Parameters and buffers are recorded as one variable,
+``parameter`` (seed, epoch, entry): all of them concatenated, in the module's own order.  The attribute ``parameters``
+holds the name and shape of each, and `named` gives them back by name.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from tsdyn.experiment.parts import Record
 from tsdyn.networks.any_module import _held
 from tsdyn.problem import inputs
 
-#: Makes the module of one seed.
+#: A function that makes the module of one seed.
 Maker = Callable[..., nn.Module]
 
 
-#: What is recorded of own modules where the experiment does not choose.
+#: Variables recorded of own modules if the experiment does not choose any.
 OBSERVABLES = ("loss", "mse", "parameter")
 
 
@@ -44,7 +44,7 @@ _log = logging.getLogger("tsdyn")
 
 
 def made(make: Maker, experiment: Experiment, seed: int, stream: Literal["student", "teacher"]) -> nn.Module:
-    """The module of one seed, in the experiment's dtype; torch's own generator stays as it was.
+    """The module of one seed, in the experiment's dtype; torch's global generator is left as it was.
 
     Raises:
         ExperimentError: if `make` gives no module, or one that cannot be trained.
@@ -67,13 +67,13 @@ def made(make: Maker, experiment: Experiment, seed: int, stream: Literal["studen
 
 
 def described(experiment: Experiment, *, student: Maker | None = None, teacher: Maker | None = None) -> Experiment:
-    """The experiment that says what modules it is run with; itself without any.
+    """The experiment completed by names, sizes and source digests of the modules; unchanged without any.
 
-    Of an own teacher only the input and output of ``teacher.widths`` count; a student that is no module keeps the
-    widths it had beside the teacher's.  Where ``record.observables`` is not chosen, losses and parameters are recorded.
+    With an own teacher only input and output of ``teacher.widths`` count; a student that tsdyn makes keeps the widths
+    that it had with the former ones.  Unless ``record.observables`` is chosen, losses and parameters are recorded.
 
     Raises:
-        ExperimentError: if a module cannot be a member, or something is asked of it that only networks have.
+        ExperimentError: if a module cannot be a member, or something is to be recorded that only networks have.
     """
     if student is None and experiment.student.module is None and "parameter" in experiment.record.observables:
         raise ExperimentError(
@@ -109,7 +109,7 @@ def _name(make: Maker) -> str:
 
 
 def _source(make: Maker, module: nn.Module) -> str:
-    """SHA-256 of the function, of the classes of the module that are not torch's, and of the shape it has."""
+    """SHA-256 of the sources of the function and of the module's classes that are not torch's, and of its shapes."""
     kinds = {kind for part in module.modules() for kind in type(part).__mro__ if not _foreign(kind)}
     parts = [_text(make), *(_text(kind) for kind in sorted(kinds, key=lambda kind: kind.__qualname__))]
     parts += [str(module), *(f"{n} {tuple(t.shape)} {t.requires_grad}" for n, t in _held(module).items())]
@@ -121,7 +121,7 @@ def _foreign(kind: type) -> bool:
 
 
 def _text(of: Any) -> str:
-    """The source of a function, or of all that a class defines: of two classes of one name python finds one."""
+    """The source of a function or class; of a class method by method, since of two of one name inspect finds one."""
     if inspect.isclass(of):
         if _foreign(of):
             return of.__qualname__
@@ -134,7 +134,7 @@ def _text(of: Any) -> str:
         return f"{_text(of.func)} of {of.args} {of.keywords}"
     try:
         return inspect.getsource(of)
-    except (OSError, TypeError):  # typed at a prompt: what it compiles to; or a value
+    except (OSError, TypeError):  # typed at a prompt: its bytecode; or a value
         code = getattr(of, "__code__", None)
         if code is not None:
             return f"{code.co_code!r}{code.co_consts!r}{code.co_names!r}"
@@ -147,7 +147,7 @@ def attribute(module: nn.Module) -> str:
 
 
 def named(ds: xr.Dataset) -> dict[str, xr.DataArray]:
-    """The parameters and buffers that an archive of own modules holds: name → (..., seed, epoch, its own dimensions).
+    """The parameters and buffers in an archive of own modules, by name: each (..., seed, epoch, its own dimensions).
 
     Lazy if `ds` is.  A tensor's own dimensions are called ``dim_0``, ``dim_1``, ...
 
@@ -171,7 +171,7 @@ def named(ds: xr.Dataset) -> dict[str, xr.DataArray]:
 
 
 def check_given(experiment: Experiment, *, student: Maker | None, teacher: Maker | None) -> None:
-    """Refuse an experiment that was run with modules without them.
+    """Refuse to run an experiment that names modules without the functions that make them.
 
     Raises:
         ExperimentError: naming the module that is missing.

@@ -1,4 +1,4 @@
-"""What a run is: begun, advanced step by step, measured, stored and restored, whatever its experiment's kind."""
+"""The protocol of a run of any kind: draw, advance step by step, measure, store the state and restore it."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from tsdyn.experiment.experiment import Experiment
 
 
 class StateError(ValueError):
-    """A stored state that is not one of these members."""
+    """A stored state does not fit these members."""
 
 
 def of_this_shape(stored: Mapping[str, np.ndarray], own: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-    """`stored` itself, if it has all that `own` has, in the same shape: copied, a wrong shape could broadcast.
+    """`stored` itself, if it has all arrays of `own` in the same shape; else copying could broadcast silently.
 
     Raises:
         StateError: naming the array that differs.
@@ -32,49 +32,49 @@ def of_this_shape(stored: Mapping[str, np.ndarray], own: Mapping[str, np.ndarray
 
 @runtime_checkable
 class Runnable(Protocol):
-    """The members of one run; `runner` drives nothing else.
+    """The members of one run, as `runner` drives them.
 
-    A run has the steps 0, 1, ..., ``experiment.last``; step 0 is its beginning.  Steps are epochs of training, and the
-    times or α of ``experiment.marks`` for other kinds.  What is measured after the steps of ``experiment.schedule`` is
-    labelled by ``experiment.labels`` along the dimension ``experiment.layout.path``.
+    A run has the steps 0, 1, ..., ``experiment.last``; step 0 is its beginning.  A step is an epoch of training, or
+    goes to the next time or α of ``experiment.marks`` for other kinds.  What is measured after the steps of
+    ``experiment.schedule`` is labelled by ``experiment.labels`` along the dimension ``experiment.layout.path``.
 
     Attributes:
         experiment: Without a sweep.
-        device: Where it is computed.
+        device: Device on which it is computed.
     """
 
     experiment: Experiment
     device: str
 
     def draw(self) -> None:
-        """Draw what the run begins with; what cannot be drawn fails here."""
+        """Draw all that the run begins with; raises if something cannot be drawn."""
         ...
 
     def advance(self, step: int) -> list[int]:
-        """The step that ends at `step`; returns the seeds that died in it."""
+        """Compute the step that ends at `step`; returns the seeds that died in it."""
         ...
 
     def measure(self, step: int, variables: tuple[str, ...]) -> dict[str, Any]:
-        """What is recorded after `step`: variable → (seed, ...), or one (seed, node...) array a layer."""
+        """The records after `step`: variable → (seed, ...), or one array (seed, node...) per layer."""
         ...
 
     def constants(self) -> dict[str, Any]:
-        """What is known at the start, once a seed: the variables that the schema records at the ``start``."""
+        """The variables that the schema records at the ``start``, one value per seed."""
         ...
 
     def outcome(self) -> dict[str, Any]:
-        """What is known after the last step, once a seed: the variables that the schema records at the ``end``."""
+        """The variables that the schema records at the ``end``, one value per seed."""
         ...
 
     def state(self) -> dict[str, np.ndarray]:
-        """All that the next step depends on, by name; with ``death_epoch``, the step in which a seed died, −1 for none.
+        """All arrays that the next step depends on, and ``death_epoch``, the step in which a seed died (−1: none).
 
         The names, shapes and dtypes are the same at every step.
         """
         ...
 
     def restore(self, state: Mapping[str, np.ndarray]) -> None:
-        """Go on from what `state` gave, to the same bits.
+        """Set the members to a state that `state` returned; later steps then give the same bits.
 
         Raises:
             StateError: if it is not a state of these members.

@@ -1,4 +1,4 @@
-"""What computed a run: versions, engine, compiler, processor and commit, segment by segment."""
+"""Versions, engine, compiler, processor and commit that computed a run, segment by segment."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ import torch
 from tsdyn._version import __version__
 from tsdyn.engine import compiled_step, native
 
-#: Global attribute of an archive: JSON, a list of the machines that computed it, each with the first epoch it did.
+#: Global attribute of an archive: JSON list of the machines that computed it, each with the first epoch it computed.
 HISTORY = "history"
-#: Bits are promised while none of these changes.
+#: A run gives the same bits as long as none of these changes.
 DECISIVE = (
     "device", "threads", "torch_version", "numpy_version", "tsdyn_version", "engine", "compiler", "cpu", "cpu_flags",
 )  # fmt: skip
-#: Of a processor's flags, those of instructions that round.
+#: The processor's flags that name instructions which round.
 _ARITHMETIC = re.compile(r"(sse|ssse|avx|fma|f16c|amx|asimd|sve|neon|fphp)\w*")
 _COMPILER = re.compile(rb"(?:GCC: \([^)\0]*\) [\w.]+|[\w ]*clang version [\w.\-]+)")
 
 
 def facts(device: str) -> dict[str, str | int]:
-    """What decides the bits of a run here."""
+    """All that decides the bits of a run on this machine."""
     return {
         "tsdyn_version": __version__,
         "torch_version": torch.__version__,
@@ -44,7 +44,7 @@ def facts(device: str) -> dict[str, str | int]:
 
 
 def engine() -> dict[str, str]:
-    """The engine's compiled step, or that there is none: who compiled it, and the processor."""
+    """Whether the engine's compiled step is used, the compiler that built it, and the processor."""
     library = native.load(compiled_step.SOURCE, compiled_step.Job)
     name, flags = _processor()
     return {
@@ -57,14 +57,14 @@ def engine() -> dict[str, str]:
 
 @functools.cache
 def _compiler(library: Path) -> str:
-    """What a compiler wrote of itself into a library it made."""
+    """The compiler's name and version, as it wrote them into a library."""
     found = _COMPILER.search(library.read_bytes())
     return found[0].decode("ascii", "replace").strip() if found else "unknown"
 
 
 @functools.cache
 def _processor() -> tuple[str, str]:
-    """The processor's name, and its flags that decide how a sum is rounded."""
+    """The processor's name, and those of its flags that decide how a sum is rounded."""
     described = Path("/proc/cpuinfo")
     text = described.read_text(encoding="utf-8", errors="replace") if described.exists() else ""
     lines = dict(line.split(":", 1) for line in text.partition("\n\n")[0].splitlines() if ":" in line)
@@ -76,10 +76,9 @@ def _processor() -> tuple[str, str]:
 
 @functools.cache
 def git_commit() -> str:
-    """Commit of the checkout that this code is, ``unknown`` for an installed copy.
+    """The git commit of the checkout that this code is in; ``unknown`` for an installed copy.
 
-    Of tsdyn's own checkout only: its top level holds this source, as a file that it tracks.  Installed into an
-    environment inside somebody's repository, it is no part of that.
+    The repository must track this source file: an environment inside somebody else's repository is not a checkout.
     """
     here = Path(__file__).resolve().parent
     environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
@@ -99,7 +98,7 @@ def git_commit() -> str:
 
 
 def history(attrs: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The machines that computed an archive, in order of the epochs from which they did; empty if it keeps none."""
+    """The machines that computed an archive, in order of their first epochs; empty if the archive names none."""
     try:
         found = json.loads(str(attrs[HISTORY]))
     except (KeyError, ValueError):
@@ -108,7 +107,7 @@ def history(attrs: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def extended(before: Mapping[str, Any], now: Mapping[str, Any], epoch: int) -> str:
-    """The history of an archive whose epochs from `epoch` on are computed here."""
+    """The history of an archive, with this machine added as the one that computes epochs from `epoch` on."""
     entries, entry = history(before), {key: now[key] for key in DECISIVE}
     if not entries or {key: entries[-1].get(key) for key in DECISIVE} != entry:
         entries.append({"from_epoch": epoch, **entry})
@@ -116,14 +115,14 @@ def extended(before: Mapping[str, Any], now: Mapping[str, Any], epoch: int) -> s
 
 
 def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What decides the bits and is another than it was, as ``key: before, then now``."""
+    """Each changed fact that decides the bits, as ``key value before, value now``."""
     return [
         f"{key} {before[key]} before, {now[key]} now" for key in DECISIVE if key in before and before[key] != now[key]
     ]
 
 
 def lines(attrs: Mapping[str, Any]) -> list[str]:
-    """The history in words, one line for each machine: all of the first, of others what differs from the one before."""
+    """The history in words, one line per machine: all facts of the first, then only what changed."""
     found, previous = [], dict[str, Any]()
     for entry in history(attrs):
         shown = [f"{key} {entry.get(key)}" for key in DECISIVE if entry.get(key) != previous.get(key)]

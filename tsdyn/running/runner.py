@@ -1,4 +1,4 @@
-"""From an experiment to its archive: draw, train, measure, commit, resume, consolidate."""
+"""Run one experiment into its directory: draw, train, measure, commit, resume, consolidate."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tsdyn.experiment.experiment import Experiment
 from tsdyn.observables import registry
 from tsdyn.problem import input_files
 from tsdyn.problem.inputs import new_at_every_step
-from tsdyn.running import provenance
+from tsdyn.running import packages, provenance
 from tsdyn.running.conventions import attributes
 from tsdyn.running.estimates import COMMIT_BYTES, Footprint, footprint
 from tsdyn.running.interrupts import Stopped, stopping
@@ -37,31 +37,32 @@ from tsdyn.running.protocol import Runnable, StateError
 COMMIT_SECONDS = 2.0
 
 
-#: ... or this share of the run so far if that is more, so that a run of days has hundreds of segments and not 100,000,
-#: ... and not before all commits together keep this share, so that a slow disk takes no more either; but once the
-#: records hold COMMIT_BYTES at the latest, ...
+#: ... or after this share of the time so far if that is longer, so that a run of days has hundreds of segments instead
+#: of 100,000; and only while all commits together take at most this share, so that a slow disk does not slow it down.
+#: But a segment is committed once its records hold COMMIT_BYTES, ...
 COMMIT_SHARE = 0.01
 
 
-#: ... or after so long, which is what a power cut can cost; if a commit takes long itself, after so many times that.
+#: ... or after this many seconds, which is what a power cut can cost; if a commit takes longer than a fraction of that,
+#: after LONGEST_TIMES its duration.
 LONGEST_SECONDS, LONGEST_TIMES = 60.0, 30
 
 
-_SMALLER = "train fewer seeds a directory (seeds = [0, 1, ...]) or on less data (data.train, data.eval)"
+_SMALLER = "train fewer seeds per directory (seeds = [0, 1, ...]) or on less data (data.train, data.eval)"
 
 
 _log = logging.getLogger("tsdyn")
 
 
 class DeviceError(ValueError):
-    """A device that is not there."""
+    """A device that this machine does not have."""
 
 
 def check_device(device: str) -> str:
     """`device` itself, if this machine has it.
 
     Raises:
-        DeviceError: if not; names what there is.
+        DeviceError: if not; names the devices there are.
     """
     available = ["cpu", *([f"cuda:{i}" for i in range(torch.cuda.device_count())])]
     if device == "cpu" or (device == "cuda" and len(available) > 1) or device in available:
@@ -70,19 +71,19 @@ def check_device(device: str) -> str:
 
 
 def _exact_products(device: str) -> None:
-    """float32 products on a GPU in float32 unless the environment says ``TSDYN_TF32=on``: TF32 keeps 10 bits of 23,
-    and torch's own choice differs between matrices (off) and convolutions (on).
+    """Turn TF32 off on a GPU unless the environment says ``TSDYN_TF32=on``: it keeps 10 of a float32's 23 bits, and
+    torch's default differs between matrix products (off) and convolutions (on).
     """
     if device != "cpu":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = os.environ.get("TSDYN_TF32") == "on"
 
 
 def own_device() -> AbstractContextManager[Any]:
-    """Inside, tensors that are made without a device are on the CPU, whatever the user's default is."""
+    """A context in which new tensors are on the CPU unless a device is given, whatever the user's default device."""
     return nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
 
 
-#: Called after each step with (step, last step, seeds that died, evaluation error or None); of training a step is an
+#: Called after each step with (step, last step, seeds that died, evaluation error or None); in training a step is an
 #: epoch.
 Progress = Callable[[int, int, list[int], "float | None"], None]
 
@@ -96,24 +97,25 @@ def run(
     student: Maker | None = None,
     teacher: Maker | None = None,
 ) -> xr.Dataset:
-    """Run and measure one experiment into `path`; goes on from the last committed step if there is one.
+    """Run and measure one experiment into `path`; resumes from the last committed step if there is one.
 
     Args:
         experiment: Without a sweep.
         path: Directory; made if absent.
         device: ``cpu``, ``cuda`` or ``cuda:0``.
-        progress: Told after every epoch.
-        student, teacher: Make modules of the user's own, as of `own_modules.described` experiments.
+        progress: Called after every epoch.
+        student, teacher: Functions that make modules of the user's own, if the experiment names them
+            (`own_modules.described`).
 
     Returns:
         The lazy archive, as `tsdyn.open` gives it.
 
     Raises:
         ArchiveError: if the directory is another's, held by another process, or cannot be written.
-        DeviceError: if there is no such device.
+        DeviceError: if this machine has no such device.
         ExperimentError: if the teacher cannot be drawn as asked.
         MemoryError: if the members would not fit, before any is drawn.
-        Stopped: after SIGINT, SIGTERM, SIGHUP, SIGXCPU or SIGUSR1, once the epoch in work is committed.
+        Stopped: after SIGINT, SIGTERM, SIGHUP, SIGXCPU or SIGUSR1, once the present epoch is committed.
     """
     path = whole_files.local_path(path)
     try:
@@ -138,23 +140,23 @@ def run_together(
     student: Maker | None = None,
     teacher: Maker | None = None,
 ) -> dict[Path, Exception]:
-    """Experiments of one `ensemble_key` trained as one ensemble, each into its own directory, as `run` would.
+    """Run experiments of one `ensemble_key` as one ensemble, each into its own directory, as `run` would.
 
-    Those that were committed up to different epochs go on in ensembles of their own.  An ensemble that cannot be
-    trained is taken apart, and its experiments go on one by one.
+    Experiments that were committed up to different epochs train in separate ensembles.  If an ensemble cannot be
+    trained, its experiments are run one by one.
 
     Args:
         experiments: Directory → experiment.
-        device: As `run`.
-        progress: Directory → who is told after every epoch.
-        asked: Gives the signal that asks to stop, once it came; `stopping` unless given.
-        student, teacher: As `run`.
+        device: As in `run`.
+        progress: Directory → the function that is called after every epoch.
+        asked: Returns the signal that asked to stop, or None; `stopping` unless given.
+        student, teacher: As in `run`.
 
     Returns:
-        Directory → error of those that failed; the others are done.
+        Directory → error of the experiments that failed; the others are done.
 
     Raises:
-        DeviceError, Stopped: as `run`.
+        DeviceError, Stopped: as in `run`.
     """
     check_device(device)
     _exact_products(device)
@@ -175,7 +177,7 @@ def run_together(
                     members = members_of(experiment, device, student, teacher)
                     point = _Point(path, target, members, (progress or {}).get(path))
                     begun.setdefault(point.begin(), []).append(point)
-            except Exception as error:  # whatever it is, the others go on
+            except Exception as error:  # of any type: the other experiments must go on
                 failed[path] = error
         for start, points in begun.items():
             try:
@@ -194,7 +196,7 @@ def run_together(
 
 
 class _Point:
-    """One experiment in training: what was measured since its last commit, and where that goes."""
+    """One experiment that is being run: its members, its directory, and the records since the last commit."""
 
     def __init__(self, path: Path, target: RunDirectory, members: Runnable, progress: Progress | None) -> None:
         self.path, self.members, self.experiment = path, members, members.experiment
@@ -209,10 +211,10 @@ class _Point:
         self._recorded: list[vocabulary.Label] = []
         self._first = 0
         self._read = False
-        self.died: list[int] = []  #: seeds that did in the step that ended
+        self.died: list[int] = []  #: seeds that died in the last step
 
     def begin(self) -> int:
-        """The first step to do; goes on from what is committed."""
+        """Draw or restore the members; returns the first step to compute."""
         committed = self._target.committed()
         before: Mapping[str, Any] = {}
         if committed is not None:
@@ -243,15 +245,18 @@ class _Point:
         input_files.refuse_other(self._target.path, self.experiment, kept or {}, self._inputs)
 
     def _refuse_changed_inputs(self) -> None:
-        """All were read by the first commit; images that are moved anew are read at every epoch."""
+        """Refuse input files that changed since the run began, before each commit that depends on them.
+
+        The first commit has read all of them; images that are cropped anew are read again at every epoch.
+        """
         again = not self.experiment.data.drawn and new_at_every_step(self.experiment)
-        due = self._inputs if not self._read else {k: v for k, v in self._inputs.items() if again and "data" in k}
-        if due:
-            input_files.refuse_other(self._target.path, self.experiment, due, input_files.digests(self.experiment))
+        used = self._inputs if not self._read else {k: v for k, v in self._inputs.items() if again and "data" in k}
+        if used:
+            input_files.refuse_other(self._target.path, self.experiment, used, input_files.digests(self.experiment))
         self._read = True
 
     def measure(self, step: int) -> None:
-        """Record the step if it is due to be, and tell of it."""
+        """Measure the step if it is on the schedule, and report progress."""
         recorded = step in self._labels
         if recorded:
             self._pending.append(self.members.measure(step, self._variables))
@@ -260,7 +265,7 @@ class _Point:
             error = _mean_error(self._pending[-1]) if recorded else None
             try:
                 self._progress(step, self.experiment.last, self.died, error)
-            except (OSError, UnicodeError) as lost:  # of printing: a closed pipe, a full disk, a narrow encoding
+            except (OSError, UnicodeError) as lost:  # printing failed: a closed pipe, a full disk, a narrow encoding
                 self._progress = None
                 _log.warning("%s: goes on, without telling of its epochs: %s", self.path, lost)
 
@@ -282,9 +287,10 @@ class _Point:
 
 
 def _train(points: list[_Point], start: int, asked: Callable[[], int | None], failed: dict[Path, Exception]) -> None:
-    """Steps from `start` on, of all points side by side.
+    """Compute the steps from `start` on, of all points side by side.
 
-    What fails of one, measuring or writing, is noted in `failed`, and the others go on; what fails of all is raised.
+    An error in measuring or writing one point is noted in `failed`, and the others go on; an error in training is
+    raised.
     """
     going = list(points)
 
@@ -337,10 +343,16 @@ def _train(points: list[_Point], start: int, asked: Callable[[], int | None], fa
 
 
 def _due(elapsed: float, since: float, took: float, spent: float) -> bool:
-    """Whether to commit, seconds into the run and since the last commit, which took `took`, and all so far `spent`.
+    """Whether to commit now, by the time since the last commit and by what commits cost.
 
-    This one and the run's last, which comes whatever it costs, are to keep the share, but for the bound on how long
-    nothing is committed.
+    Once enough work is done since the last commit, one is due if it and the run's last one, which must come in any
+    case, keep all commits within `COMMIT_SHARE` of the run's time.  After `_longest` seconds one is due in any case.
+
+    Args:
+        elapsed: Seconds since the run began.
+        since: Seconds since the last commit.
+        took: Seconds that the last commit took.
+        spent: Seconds that all commits took.
     """
     waited = since >= max(COMMIT_SECONDS, COMMIT_SHARE * elapsed)
     affordable = spent + 2 * took <= COMMIT_SHARE * elapsed
@@ -348,7 +360,7 @@ def _due(elapsed: float, since: float, took: float, spent: float) -> bool:
 
 
 def _longest(took: float) -> float:
-    """Seconds after which a commit is due whatever it costs, the last of which took `took`."""
+    """Seconds after which a commit is due whatever it costs, if the last one took `took` seconds."""
     return max(LONGEST_SECONDS, LONGEST_TIMES * took)
 
 
@@ -361,21 +373,21 @@ def _say_slow(path: Path, took: float) -> None:
 
 
 def _training(members: Runnable) -> Members:
-    assert isinstance(members, Members)  # kinship leaves other kinds by themselves
+    assert isinstance(members, Members)  # `ensemble_key` is None for other kinds
     return members
 
 
 def _say_what_changed(path: Path, before: Mapping[str, Any], attrs: Mapping[str, Any]) -> None:
-    """Bits are promised for the same device, threads, versions, engine and processor; where these changed, the log says
-    so.
+    """Log a warning if device, threads, versions, engine or processor changed: only with the same ones are bits the
+    same.
     """
-    changed = provenance.changed(before, attrs)
+    changed = provenance.changed(before, attrs) + packages.changed(before, attrs)
     if changed:
         _log.warning("%s: goes on elsewhere than it began (%s): bits may differ", path, "; ".join(changed))
 
 
 def _along_steps(pending: list[dict[str, Any]]) -> dict[str, Any]:
-    """Records of several steps, stacked along a second axis."""
+    """The records of several steps, stacked along a new second axis."""
     found: dict[str, Any] = {}
     for name, value in pending[0].items():
         if isinstance(value, list):

@@ -1,7 +1,6 @@
-"""A grid of experiments: one directory a point, one Dataset; in this process or on dask workers.
+"""Run the points of a sweep, each into a directory of its own, in this process or on dask workers.
 
-A point that fails does not stop the others; a worker that dies takes nothing along, because its point goes on from
-the epoch it last committed.
+A point that fails does not stop the others; if a worker dies, its point is resumed from its last committed epoch.
 """
 
 from __future__ import annotations
@@ -10,8 +9,9 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import xarray as xr
 
@@ -24,14 +24,11 @@ from tsdyn.experiment.experiment import Experiment
 from tsdyn.experiment.sweep_axes import swept_keys
 from tsdyn.observables.registry import Observed, added
 from tsdyn.problem import images
-from tsdyn.running import estimates, runner
+from tsdyn.running import estimates, packages, runner
 from tsdyn.running.interrupts import stopping
-from tsdyn.running.own_modules import Maker, described
-
-if TYPE_CHECKING:
-    pass
 from tsdyn.running.joint_training import group_points
 from tsdyn.running.outcome import _HELD, SweepError, _finished, _reason
+from tsdyn.running.own_modules import Maker, described
 from tsdyn.running.workers import (
     INDEX_SECONDS,
     WorkersError,
@@ -43,22 +40,20 @@ from tsdyn.running.workers import (
     workers_that_fit,
 )
 
-#: Called before each point, or the ensemble it is in, with (position from 1, points, directory name, experiment); its
-#: Progress is then used.
-PointProgress = Callable[[int, int, str, Experiment], "runner.Progress | None"]
-
-
 _log = logging.getLogger("tsdyn")
+
+#: Called before each point, or before the ensemble that it is in, with (position from 1, points, directory name,
+#: experiment); returns the Progress to use for the point.
+PointProgress = Callable[[int, int, str, Experiment], "runner.Progress | None"]
 
 
 def preflight(
     experiment: Experiment, path: str | Path, *, workers: int | None = None, scheduler: str | None = None
 ) -> None:
-    """Refuse a directory that is another's, workers that cannot be had and data files that no point could read, before
-    anything is estimated or drawn.
+    """Check the directory, the workers and shared data files before anything is estimated or drawn.
 
     Raises:
-        ArchiveError, WorkersError, DataError: as `run`.
+        ArchiveError, WorkersError, DataError: as in `run`.
     """
     _check_workers(workers, scheduler)
     _check_data(experiment, path, scheduler)
@@ -66,14 +61,14 @@ def preflight(
 
 
 def _check_data(experiment: Experiment, path: str | Path, scheduler: str | None) -> None:
-    """Read the data that all points share, unless other machines do or no point is left that needs them."""
+    """Read the data files that all points share, unless other machines read them or no unfinished point needs them."""
     shared = not any(key.startswith("data.") for key in swept_keys(experiment.sweep))
     if scheduler is None and shared and not experiment.data.drawn and unfinished(experiment, path):
         images.load(experiment.data)
 
 
 def unfinished(experiment: Experiment, path: str | Path) -> dict[str, Experiment]:
-    """Directory name → experiment of each point that is not finished in `path`; ``.`` for one without a sweep."""
+    """The points that are not finished in `path`: directory name → experiment; ``.`` for a run without a sweep."""
     directory = whole_files.local_path(path)
     points = _points(experiment, directory)
     return {name: single for name, single in points.items() if not _finished(directory / name, single)}
@@ -86,13 +81,13 @@ def _points(experiment: Experiment, path: Path) -> dict[str, Experiment]:
 
 
 def estimate(points: Mapping[str, Experiment], *, device: str = "cpu") -> dict[str, estimates.Cost]:
-    """What each point will take; of those with the same shapes and settings one is timed, for all of them.
+    """The estimated cost of each point; of points with the same shapes and settings only one is timed.
 
-    Real numbers, such as rates and scales, cost no time.  Points of a sweep that cannot begin are left out: they fail
-    when their turn comes, and the others go on.
+    Real numbers, such as rates and scales, do not change the time.  Points of a sweep that cannot begin are left out:
+    they fail when they are run, and the others go on.
 
     Raises:
-        DeviceError: if there is no such device.
+        DeviceError: if this machine has no such device.
         ExperimentError: if an experiment without a sweep cannot begin.
     """
     known: dict[Any, estimates.Cost] = {}
@@ -135,65 +130,84 @@ def run(
 ) -> xr.Dataset:
     """Run an experiment, or every point of its sweep, into `path`; resumes what was committed.
 
-    Points that are finished are skipped, so values added to the sweep cost what is new only.  So are those that another
-    process is writing: several commands on one sweep, as a job array starts them, share its points.
+    Finished points are skipped, so that values added to the sweep cost only the new points.  Points that another
+    process is writing are skipped, too: several commands on one sweep, as a job array starts them, share its points.
 
     Args:
         experiment: With or without a sweep.
-        path: Directory; made if absent.  With `scheduler`, one that every worker sees under the same name.
+        path: Directory; made if absent.  With `scheduler`, every worker must see it under the same name.
         device: ``cpu``, ``cuda`` or ``cuda:0``.
         workers: Processes on this machine that share the points, one thread each; None runs them here, in turn.
         scheduler: Address of a dask scheduler, such as ``tcp://10.0.0.1:8786``, whose workers share the points.
-        together: Whether points whose students have the same shape train as one ensemble, as many as have room
-            (`group_points`); None: on a GPU, which wants many members at once.  On a CPU the compiled kernel trains
-            member by member and gains nothing by it.
-        progress: Told after every epoch, see `runner.Progress`; by workers twice a second at most.
-        point: For a sweep, told before each point; returns that point's progress, None for `progress`.
-        student, teacher: Make an ``nn.Module`` of the user's own to be the student or the teacher (`own_modules`);
-            called once per seed, here and not by workers.
-        observables: Of the user's own (`tsdyn.declare`), recorded beside what the experiment asks for; workers get them
-            by cloudpickle.
+        together: Whether points whose students have the same shape train as one ensemble, as many as fit in memory
+            (`group_points`).  None: only on a GPU, which is quicker with many members; on a CPU the compiled step
+            trains member by member and gains nothing.
+        progress: Called after every epoch, see `runner.Progress`; with workers at most twice a second.
+        point: For a sweep, called before each point; returns that point's progress, or None for `progress`.
+        student, teacher: Functions that make an ``nn.Module`` of the user's own as student or teacher (`own_modules`);
+            called once per seed, in this process only.
+        observables: Observables of the user's own (`tsdyn.declare`), recorded beside those that the experiment names;
+            workers get them by cloudpickle.
 
     Returns:
         The lazy archive; the swept keys of a sweep are its leading dimensions.
 
     Raises:
         ArchiveError: if the directory is another's, held by another process, or cannot be written.
-        SweepError: at the end, if points failed: which, and why.
-        DeviceError: if there is no such device.
-        WorkersError: if `workers` is below 1, both ways are asked for, or no scheduler answers.
+        SweepError: at the end, if points failed; names them with the reasons.
+        DeviceError: if this machine has no such device.
+        WorkersError: if `workers` is below 1, both `workers` and `scheduler` are given, or no scheduler answers.
         DataError: if all points read the same data files and these are missing or damaged.
     """
     _check_workers(workers, scheduler)
     _check_data(experiment, path, scheduler)
     _say_open(scheduler)
-    distributed = workers is not None or scheduler is not None
-    if distributed and (student is not None or teacher is not None):
+    means = _Means(
+        device, workers, scheduler, device != "cpu" if together is None else together, student, teacher,
+        tuple(observables),
+    )  # fmt: skip
+    if means.distributed and (student is not None or teacher is not None):
         raise WorkersError("student, teacher: modules passed from Python train in this process; leave workers out")
     with added(observables):
         own = described(_asking(experiment, observables), student=student, teacher=teacher)
-        if distributed:
+        lost = packages.missing(own)
+        if lost and unfinished(own, path):
+            packages.refuse_missing(lost, own, whole_files.local_path(path))
+        if means.distributed and not lost:
             _refuse_parts_of_this_process(own, observables)
-        return _run(
-            own, path, device=device, workers=workers, scheduler=scheduler, together=together, progress=progress,
-            point=point, student=student, teacher=teacher, observables=tuple(observables),
-        )  # fmt: skip
+        return _run(own, path, means, progress, point)
+
+
+@dataclass(frozen=True)
+class _Means:
+    """Arguments of `run` that say where and with what the points are run; `together` is not None here."""
+
+    device: str
+    workers: int | None
+    scheduler: str | None
+    together: bool
+    student: Maker | None
+    teacher: Maker | None
+    observables: tuple[Observed, ...]
+
+    @property
+    def distributed(self) -> bool:
+        return self.workers is not None or self.scheduler is not None
 
 
 def _asking(experiment: Experiment, observables: Sequence[Observed]) -> Experiment:
-    """The experiment that asks for these observables, too."""
+    """The experiment with these observables added to ``record.observables``."""
     asked = list(experiment.record.observables)
     missing = [each.name for each in observables if each.name not in asked]
     return experiment.replace({"record.observables": [*asked, *missing]}) if missing else experiment
 
 
 def _refuse_parts_of_this_process(experiment: Experiment, passed: Sequence[Observed]) -> None:
-    """Parts that were added to this process and that workers, which are other processes, would not find."""
+    """Refuse parts that were added to this process only: workers, being other processes, would not find them."""
     names = {each.name for each in passed}
     lost = [
         f"{key} = {register.kind} {name!r}"
-        for _, single in experiment.points()
-        for key, (register, name) in single.parts.items()
+        for key, register, name in packages.every_part(experiment)
         if name not in names and register.origin(name).package == registers.THIS_PROCESS
     ]
     if lost:
@@ -204,85 +218,119 @@ def _refuse_parts_of_this_process(experiment: Experiment, passed: Sequence[Obser
         )
 
 
+#: Called with the names of points that begin; returns the Progress of each.
+_Telling = Callable[[Iterable[str]], dict[str, "runner.Progress | None"]]
+#: Called with the name of each point that ended, and the reason if it failed.
+_Ended = Callable[[str, str | None], None]
+
+
 def _run(
     experiment: Experiment,
     path: str | Path,
-    *,
-    device: str,
-    workers: int | None,
-    scheduler: str | None,
-    together: bool | None,
+    means: _Means,
     progress: runner.Progress | None,
     point: PointProgress | None,
-    student: Maker | None,
-    teacher: Maker | None,
-    observables: tuple[Observed, ...],
 ) -> xr.Dataset:
-    """As `run`, of an experiment all of whose parts are known."""
-    distributed = workers is not None or scheduler is not None
-    if scheduler is None:
-        runner.check_device(device)
-    path = whole_files.local_path(path).absolute() if distributed else whole_files.local_path(path)
-    if not experiment.sweep and not distributed:
-        return runner.run(experiment, path, device=device, progress=progress, student=student, teacher=teacher)
+    """`run` of an experiment whose parts are all registered."""
+    if means.scheduler is None:
+        runner.check_device(means.device)
+    path = whole_files.local_path(path).absolute() if means.distributed else whole_files.local_path(path)
+    if not experiment.sweep and not means.distributed:
+        return runner.run(
+            experiment, path, device=means.device, progress=progress, student=means.student, teacher=means.teacher
+        )
     points = sweep_directory.write_sweep(path, experiment) if experiment.sweep else {".": experiment}
-    left = unfinished(experiment, path)
-    keeper = _IndexKeeper(path, points)
+    account = _Account(path, points, is_sweep=bool(experiment.sweep))
+    left = account.without_links(unfinished(experiment, path))
     places = {name: position for position, name in enumerate(points, start=1)}
-    failures: dict[str, str] = {}
-    held: set[str] = set()
-    for name in points if experiment.sweep else ():
-        try:
-            refuse_link(path / name)
-        except ArchiveError as error:
-            failures[name] = str(error)
-            left.pop(name, None)
 
     def telling(names: Iterable[str]) -> dict[str, runner.Progress | None]:
         return {n: (point(places[n], len(points), n, left[n]) if point else None) or progress for n in names}
 
-    def ended(name: str, reason: str | None) -> None:
-        if reason is not None and reason.startswith(_HELD) and experiment.sweep:
-            held.add(name)
-            return
-        if reason is not None:
-            failures[name] = reason.removeprefix(_HELD)
-        keeper.note(name)
-
-    if together is None:
-        together = device != "cpu"
-    if distributed and left:
-        at_once = workers and workers_that_fit(workers, left)
-        with stopping() as asked, _client(at_once, scheduler) as client:
-            groups = _in_subprocess(left)
-            if together:
-                room = _answer(client, client.submit(memory.free, device, pure=False))  # once there is a worker
-                busy = at_once or len(client.scheduler_info(n_workers=-1)["workers"])
-                groups = group_points(
-                    left, busy, room // 2 // (at_once or 1)
-                )  # those elsewhere have memory of their own
-            tell = telling(left)
-            told = _on_workers(client, groups, path, device, tell, at_once or len(left), asked, observables)
-            for name, reason in told:
-                ended(name, reason)
-    elif left:
-        for group in group_points(left, 1, memory.free(device) // 2) if together else _in_subprocess(left):
-            reports = {path / name: report for name, report in telling(group).items()}
-            paths = {path / name: single for name, single in group.items()}
-            failed = runner.run_together(paths, device=device, progress=reports, student=student, teacher=teacher)
-            for name in group:
-                ended(name, _reason(failed[path / name]) if path / name in failed else None)
-    if held:
-        _log.warning("%s: %d of %d points are being written by other processes", path, len(held), len(points))
-    if experiment.sweep:
-        keeper.write()
-    if failures:
-        raise SweepError(path, failures, len(points))
+    if left:
+        (_run_on_workers if means.distributed else _run_here)(left, path, means, telling, account.ended)
+    account.close()
     return reading.open(path)
 
 
+def _run_on_workers(
+    left: Mapping[str, Experiment], path: Path, means: _Means, telling: _Telling, ended: _Ended
+) -> None:
+    at_once = means.workers and workers_that_fit(means.workers, left)
+    with stopping() as asked, _client(at_once, means.scheduler) as client:
+        groups = _each_alone(left)
+        if means.together:
+            room = _answer(client, client.submit(memory.free, means.device, pure=False))  # waits for a first worker
+            busy = at_once or len(client.scheduler_info(n_workers=-1)["workers"])
+            # local workers share this machine's memory, those of a scheduler have machines of their own
+            groups = group_points(left, busy, room // 2 // (at_once or 1))
+        tell = telling(left)
+        told = _on_workers(client, groups, path, means.device, tell, at_once or len(left), asked, means.observables)
+        for name, reason in told:
+            ended(name, reason)
+
+
+def _run_here(left: Mapping[str, Experiment], path: Path, means: _Means, telling: _Telling, ended: _Ended) -> None:
+    for group in group_points(left, 1, memory.free(means.device) // 2) if means.together else _each_alone(left):
+        failed = runner.run_together(
+            {path / name: single for name, single in group.items()},
+            device=means.device,
+            progress={path / name: report for name, report in telling(group).items()},
+            student=means.student,
+            teacher=means.teacher,
+        )
+        for name in group:
+            ended(name, _reason(failed[path / name]) if path / name in failed else None)
+
+
+def _each_alone(points: Mapping[str, Experiment]) -> list[dict[str, Experiment]]:
+    return [{name: single} for name, single in points.items()]
+
+
+class _Account:
+    """Results of the points: finished ones are written to the index, failed and locked ones are reported at the end."""
+
+    def __init__(self, path: Path, points: Mapping[str, Experiment], *, is_sweep: bool) -> None:
+        self._path, self._points, self._is_sweep = path, points, is_sweep
+        self._index = _IndexKeeper(path, points)
+        self._failures: dict[str, str] = {}
+        self._held: set[str] = set()
+
+    def without_links(self, left: Mapping[str, Experiment]) -> dict[str, Experiment]:
+        """`left` without the points whose directory is a symbolic link; these count as failed."""
+        for name in self._points if self._is_sweep else ():
+            try:
+                refuse_link(self._path / name)
+            except ArchiveError as error:
+                self._failures[name] = str(error)
+        return {name: single for name, single in left.items() if name not in self._failures}
+
+    def ended(self, name: str, reason: str | None) -> None:
+        """Note that a point is finished, or the reason why it failed."""
+        if reason is not None and reason.startswith(_HELD) and self._is_sweep:
+            self._held.add(name)
+            return
+        if reason is not None:
+            self._failures[name] = reason.removeprefix(_HELD)
+        self._index.note(name)
+
+    def close(self) -> None:
+        """Write the index, once all points have ended.
+
+        Raises:
+            SweepError: if points failed.
+        """
+        if self._held:
+            held = len(self._held), len(self._points)
+            _log.warning("%s: %d of %d points are being written by other processes", self._path, *held)
+        if self._is_sweep:
+            self._index.write()
+        if self._failures:
+            raise SweepError(self._path, self._failures, len(self._points))
+
+
 class _IndexKeeper:
-    """Writes the sweep's index as its points are finished; a cache, so what is lost is read again."""
+    """Writes the sweep's index while points are finished; the index is a cache, so a failed write does no harm."""
 
     def __init__(self, path: Path, points: Mapping[str, Experiment]) -> None:
         self._headers, self._points, self._clock = Headers(path), points, time.monotonic()
@@ -302,8 +350,4 @@ class _IndexKeeper:
         try:
             self._headers.finished(name, lambda: self._points[name])
         except ArchiveError as error:
-            logging.getLogger("tsdyn").warning("%s", error)
-
-
-def _in_subprocess(points: Mapping[str, Experiment]) -> list[dict[str, Experiment]]:
-    return [{name: single} for name, single in points.items()]
+            _log.warning("%s", error)

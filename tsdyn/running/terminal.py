@@ -1,4 +1,4 @@
-"""Standard output and error that no closed pipe, full disk or narrow encoding turns into a failure of the work."""
+"""Standard output and error streams that drop what cannot be written, so that printing never ends a run."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import sys
 from contextlib import suppress
 from typing import TextIO
 
-#: Nobody will ever read what is written: the reader went away, or the terminal did.
+#: Errors after which nothing that is written can ever be read: the reading process or the terminal is gone.
 _GONE = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ENXIO)
 
 
 class Lenient(io.TextIOBase):
-    """A text stream that drops what cannot be written and goes on; `lost` is the first reason.
+    """A text stream that drops what cannot be written, instead of raising; `lost` is the first error.
 
     Characters that its encoding lacks are replaced.
     """
@@ -28,7 +28,7 @@ class Lenient(io.TextIOBase):
     def write(self, text: str) -> int:
         try:
             self._stream.write(text)
-        except (OSError, ValueError) as error:  # ValueError: of a stream that was closed
+        except (OSError, ValueError) as error:  # ValueError: the stream was closed
             self._drop(error)
         return len(text)
 
@@ -41,14 +41,14 @@ class Lenient(io.TextIOBase):
     def _drop(self, error: OSError | ValueError) -> None:
         reason = error if isinstance(error, OSError) else OSError(errno.EBADF, os.strerror(errno.EBADF))
         self.lost = self.lost or reason
-        if reason.errno in _GONE:  # what the buffer holds would be tried again, at the latest as the process ends
+        if reason.errno in _GONE:  # the buffer's content would be written again, at the latest at exit
             with suppress(OSError, ValueError):
                 nowhere = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(nowhere, self._stream.fileno())
                 os.close(nowhere)
 
     def abandon(self) -> None:
-        """Write what can be written, and leave nothing to be tried as the process ends."""
+        """Write what can be written and drop the rest, so that nothing is written at exit."""
         self.flush()
         if self.lost is not None:
             self._drop(OSError(errno.EPIPE, os.strerror(errno.EPIPE)))
@@ -74,21 +74,21 @@ class Lenient(io.TextIOBase):
 
     @property
     def buffer(self) -> io.BufferedIOBase:
-        """For whoever writes bytes."""
+        """The underlying stream of bytes."""
         return self._stream.buffer  # type: ignore[return-value]
 
 
 def make_lenient() -> tuple[Lenient, Lenient]:
     """Standard output and error of this process, made `Lenient`.
 
-    A descriptor that was closed by who started it is given to nothing: the next file to be opened would get it, and
-    with it what libraries print.
+    A descriptor that the parent process closed is opened on /dev/null: otherwise the next file to be opened would get
+    its number, and libraries would print into that file.
     """
     for descriptor in (0, 1, 2):
         try:
             os.fstat(descriptor)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # the lowest that is free, so this one
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
     for name in ("stdout", "stderr"):
         if not isinstance(found := getattr(sys, name), Lenient):
             setattr(sys, name, Lenient(open(os.devnull, "w") if found is None else found))  # noqa: SIM115

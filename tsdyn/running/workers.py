@@ -1,4 +1,4 @@
-"""Points of a sweep on dask workers: how many fit, their client, and what each reports."""
+"""Run points of a sweep on dask workers: how many workers fit, the client, and the reports of each."""
 
 from __future__ import annotations
 
@@ -18,34 +18,25 @@ from tsdyn.experiment.experiment import Experiment
 from tsdyn.observables.registry import Observed, added
 from tsdyn.running import estimates, runner
 from tsdyn.running.interrupts import Stopped
+from tsdyn.running.outcome import _finished, _reason
 
 if TYPE_CHECKING:
-    from distributed import Client
-from tsdyn.running.outcome import _finished, _reason
+    from distributed import Client, Future
 
 _log = logging.getLogger("tsdyn")
 
-
-#: A point whose worker died so often without a committed epoch in between has failed.
+#: A point fails once its workers died this many times in a row without committing an epoch.
 FRUITLESS = 3
-
-
-#: A worker tells of its epochs this often; the index is written this often.
+#: Seconds between a worker's reports of its epochs, and between writes of the index.
 TELL_SECONDS, INDEX_SECONDS = 0.5, 5.0
-
-
 CONNECT_SECONDS = 10
-
-
 POLL_SECONDS = 0.05
-
-
-#: Without a sign of life of any worker for so long, the log says so; asked this often.
+#: Seconds without a sign of life from any worker after which the log says so, and seconds between checks.
 SILENT_SECONDS, ASK_SECONDS = 20.0, 5.0
 
 
 class WorkersError(ValueError):
-    """Workers that cannot be had."""
+    """Workers or a scheduler are not available as asked."""
 
 
 def _check_workers(workers: int | None, scheduler: str | None) -> None:
@@ -54,7 +45,7 @@ def _check_workers(workers: int | None, scheduler: str | None) -> None:
 
 
 def workers_that_fit(workers: int, points: Mapping[str, Experiment]) -> int:
-    """`workers`, or as many as have room in memory for the largest of the points each; one at least."""
+    """`workers`, or fewer if that many of the largest point do not fit in memory together; at least one."""
     largest = max(estimates.footprint(single).bytes for single in points.values())
     room = max(1, memory.available() // max(1, largest))
     if room < workers:
@@ -66,10 +57,10 @@ def workers_that_fit(workers: int, points: Mapping[str, Experiment]) -> int:
 
 @contextmanager
 def _client(workers: int | None, scheduler: str | None) -> Iterator[Client]:
-    """A client of the scheduler at that address, or of a cluster of processes of our own.
+    """A client of the scheduler at that address, or of a new cluster of local processes.
 
-    Never the process's default one: one that got no answer would stay that until it is collected, and whatever is
-    computed meanwhile wait for it.
+    ``set_as_default=False``: a client whose scheduler never answered would stay dask's default until it is
+    garbage-collected, and every ``compute()`` in this process would hang on it.
     """
     import dask
     from distributed import Client, LocalCluster
@@ -77,12 +68,7 @@ def _client(workers: int | None, scheduler: str | None) -> Iterator[Client]:
     if scheduler is not None:
         try:
             client = Client(scheduler, timeout=CONNECT_SECONDS, set_as_default=False)
-        except (
-            OSError,
-            ValueError,
-            TypeError,
-            ImportError,
-        ) as error:  # TypeError: tls:// without the user's certificate
+        except (OSError, ValueError, ImportError, TypeError) as error:  # the last: tls:// without a certificate
             raise WorkersError(f"scheduler {scheduler}: does not answer: {error}") from error
         with client:
             yield client
@@ -91,7 +77,7 @@ def _client(workers: int | None, scheduler: str | None) -> Iterator[Client]:
         "distributed.scheduler.allowed-failures": 10,
         "distributed.comm.timeouts.connect": "60s",
     }
-    # dask has each process listen for a browser as well, and without TLS: nothing is to be had there
+    # each of dask's processes also serves its dashboard, without TLS: it is turned off
     settings |= {f"distributed.{who}.http.routes": [] for who in ("scheduler", "worker")}
     ignored = "signal.SIGINT, signal.SIGHUP, signal.SIGUSR1"
     with (
@@ -103,8 +89,8 @@ def _client(workers: int | None, scheduler: str | None) -> Iterator[Client]:
             security=_own_certificate(),
             dashboard_address=None,
             scheduler_kwargs={"dashboard": False, "dashboard_address": "127.0.0.1:0"},
-            memory_limit=0,  # a run asks for room before it begins; dask would kill one that has it
-            # Ctrl-C and a terminal that goes away reach every process of it; a worker is told to stop by this one
+            memory_limit=0,  # a run checks its memory before it begins; dask's limit would kill runs that fit
+            # Ctrl-C and a closed terminal signal every process of it; workers ignore that and are stopped by this one
             preload=f"import signal; [signal.signal(number, signal.SIG_IGN) for number in ({ignored})]",
             silence_logs=logging.CRITICAL,
         ) as cluster,
@@ -114,9 +100,9 @@ def _client(workers: int | None, scheduler: str | None) -> Iterator[Client]:
 
 
 def _own_certificate() -> Any:
-    """A certificate of this sweep alone, kept in memory.
+    """A TLS certificate for this sweep alone, kept in memory.
 
-    Who can talk to the scheduler or its workers can have them run any code; without it nobody can.
+    Anyone who can connect to the scheduler or a worker can run any code there; the certificate is needed to connect.
     """
     from distributed import Security
 
@@ -142,14 +128,15 @@ _GONE = "the scheduler is gone; what was committed is intact, the same command g
 
 
 class _Listening:
-    """Says once, of each silence, that no worker of the scheduler gives a sign of life."""
+    """Logs a warning, once per silence, when no worker of the scheduler gives a sign of life."""
 
     def __init__(self, client: Any) -> None:
         self._client, self._asked, self._said = client, time.monotonic(), False
         self._heard = self._asked
+        self._newest: float | None = None
 
     def ask(self) -> None:
-        """At most every `ASK_SECONDS`.
+        """Check for signs of life, at most every `ASK_SECONDS`.
 
         Raises:
             WorkersError: if the scheduler itself is gone.
@@ -171,13 +158,11 @@ class _Listening:
             )
 
     def _alive(self) -> str | None:
-        """None if a worker gave a sign of life since it was asked last, else what is wrong."""
+        """None if a worker gave a sign of life since the last check, else what is wrong."""
         from distributed.utils import sync
 
         if self._client.status in ("closed", "closing"):
-            raise WorkersError(
-                "the scheduler is gone; what was committed is intact, the same command goes on from there"
-            )
+            raise WorkersError(_GONE)
         try:
             told = sync(self._client.loop, self._client.scheduler.identity, n_workers=-1, callback_timeout=ASK_SECONDS)
         except (OSError, TimeoutError):
@@ -185,12 +170,12 @@ class _Listening:
         if not told["workers"]:
             return "no worker has been there"
         newest = max(worker["last_seen"] for worker in told["workers"].values())
-        self._newest, before = newest, getattr(self, "_newest", None)
+        self._newest, before = newest, self._newest
         return None if newest != before else "no worker has given a sign of life"
 
 
 def _answer(client: Any, future: Any) -> Any:
-    """A result, saying meanwhile if nobody is there to compute it."""
+    """The result of a future; logs a warning while no worker is there to compute it."""
     listening = _Listening(client)
     while not future.done():
         listening.ask()
@@ -208,91 +193,141 @@ def _on_workers(
     asked: Callable[[], int | None],
     observables: tuple[Observed, ...],
 ) -> Iterator[tuple[str, str | None]]:
-    """Each point as its group ends, with why it failed; after a signal those that finished, then `Stopped`.
+    """Yield each point when its group ends, with the reason if it failed; after a signal raise `Stopped` at the end."""
+    from distributed import as_completed
 
-    The scheduler is given no more than `at_once` groups: it hands out all it has at once, and does not take back what a
-    busy worker has waiting when another is idle.  The longest begin first, so that none is left to the end.
-    """
-    from distributed import Event, KilledWorker, as_completed
-
-    topic = f"tsdyn-{uuid.uuid4().hex}"
-
-    def hear(event: tuple[Any, dict[str, Any]]) -> None:
-        told = event[1]
-        report = tell.get(told["name"])
-        if report is not None:
-            report(told["epoch"], told["epochs"], list(told["died"]), told["mse"])  # lists arrive as tuples
-
-    def submit(group: Mapping[str, Experiment]) -> Any:
-        key = f"{next(iter(group))}-{uuid.uuid4().hex[:8]}"
-        texts = {name: single.to_toml() for name, single in group.items()}
-        future = client.submit(_work, texts, str(path), device, topic, observables, key=key, pure=False)
-        futures[future] = group
-        return future
-
-    client.subscribe_topic(topic, hear)
     listening = _Listening(client)
-    waiting = sorted(groups, key=lambda group: sum(map(_work_in, group.values())))
-    futures: dict[Any, Mapping[str, Experiment]] = {}
-    names = [name for group in groups for name in group]
-    fruitless, reached = dict.fromkeys(names, 0), {name: _reached(path / name) for name in names}
+    shared = _Shared(client, groups, path, device, tell, observables)
     stop: int | None = None
     try:
-        first = [submit(waiting.pop()) for _ in range(min(at_once, len(waiting)))]
-        running = as_completed(first, loop=client.loop)
+        running = as_completed(shared.begin(at_once), loop=client.loop)
         while not running.is_empty():
             if stop is None and (stop := asked()) is not None:
-                waiting.clear()
-                Event(topic, client=client).set()  # all workers hear it, and commit what they have
+                shared.stop()
             if not running.has_ready():
                 listening.ask()
                 time.sleep(POLL_SECONDS)
                 continue
-            future = next(running)
-            if future.status in ("cancelled", "lost"):  # nobody else cancels
-                raise WorkersError(_GONE)
-            group = futures.pop(future)
-            error = future.exception()
-            if isinstance(error, KilledWorker):
-                again = {}
-                for name, single in group.items():
-                    now = _reached(path / name)
-                    fruitless[name] = 0 if now > reached[name] else fruitless[name] + 1
-                    reached[name] = now
-                    if fruitless[name] < FRUITLESS:
-                        again[name] = single
-                    else:
-                        yield name, _reason(error)
-                halves = list(again)[::2], list(again)[1::2]  # the one that kills its worker is found, and fails alone
-                for half in filter(None, halves if stop is None else ()):
-                    running.add(submit({name: again[name] for name in half}))
-                if again:
-                    continue
-            if waiting:
-                running.add(submit(waiting.pop()))
-            if isinstance(error, KilledWorker):
-                continue
-            if error is not None:
-                yield from dict.fromkeys(group, _reason(error)).items()
-            else:
-                told = future.result()
-                yield from (dict.fromkeys(told["finished"]) | told["failed"]).items()
+            told, following = shared.end(next(running))
+            for future in following:
+                running.add(future)
+            yield from told.items()
         if stop is not None:
             raise Stopped(stop)
     finally:
-        with suppress(OSError, TimeoutError):  # of a scheduler that is gone
-            client.cancel(list(futures))
-            client.unsubscribe_topic(topic)
+        shared.close()
+
+
+class _Shared:
+    """Groups of points for the workers of one scheduler: those still waiting, and those that were submitted.
+
+    Only a few groups are submitted at a time: the scheduler assigns all that it has to workers at once, and does not
+    take one back from a busy worker when another is idle.  The longest begin first, so that none runs alone at the end.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        groups: Sequence[Mapping[str, Experiment]],
+        path: Path,
+        device: str,
+        tell: Mapping[str, runner.Progress | None],
+        observables: tuple[Observed, ...],
+    ) -> None:
+        self._client, self._path, self._device, self._observables = client, path, device, observables
+        self._tell, self._topic = tell, f"tsdyn-{uuid.uuid4().hex}"
+        self._waiting = sorted(groups, key=lambda group: sum(map(_work_in, group.values())))
+        self._out: dict[Future, Mapping[str, Experiment]] = {}
+        self._stopped = False
+        names = [name for group in groups for name in group]
+        self._fruitless = dict.fromkeys(names, 0)
+        self._reached = {name: _reached(path / name) for name in names}
+
+    def begin(self, at_once: int) -> list[Future]:
+        """Submit the first `at_once` groups; returns their futures."""
+        self._client.subscribe_topic(self._topic, self._hear)
+        return [self._submit(self._waiting.pop()) for _ in range(min(at_once, len(self._waiting)))]
+
+    def stop(self) -> None:
+        """Ask all workers to commit what they have and end; no more groups are submitted."""
+        from distributed import Event
+
+        self._stopped = True
+        self._waiting.clear()
+        Event(self._topic, client=self._client).set()
+
+    def end(self, future: Future) -> tuple[dict[str, str | None], list[Future]]:
+        """Points of a finished future, each with the reason if it failed, and futures of the groups submitted next.
+
+        Raises:
+            WorkersError: if the scheduler is gone.
+        """
+        from distributed import KilledWorker
+
+        if future.status in ("cancelled", "lost"):  # only a lost worker or scheduler cancels
+            raise WorkersError(_GONE)
+        group = self._out.pop(future)
+        error = future.exception()
+        if isinstance(error, KilledWorker):
+            told, again = self._killed(group, error)
+            if again:
+                return told, [] if self._stopped else [self._submit(half) for half in again]
+        elif error is not None:
+            told = dict.fromkeys(group, _reason(error))
+        else:
+            result = future.result()
+            told = dict.fromkeys(result["finished"]) | result["failed"]
+        return told, [self._submit(self._waiting.pop())] if self._waiting else []
+
+    def close(self) -> None:
+        """Remove what the scheduler keeps of these groups."""
+        with suppress(OSError, TimeoutError):  # the scheduler is gone
+            self._client.cancel(list(self._out))
+            self._client.unsubscribe_topic(self._topic)
+
+    def _killed(
+        self, group: Mapping[str, Experiment], error: BaseException
+    ) -> tuple[dict[str, str | None], list[dict[str, Experiment]]]:
+        """Points that failed because their worker died too often, and the others in two halves, to be tried again.
+
+        By halving groups a point that kills its worker is found, and fails alone.
+        """
+        failed: dict[str, str | None] = {}
+        again = {}
+        for name, single in group.items():
+            now = _reached(self._path / name)
+            self._fruitless[name] = 0 if now > self._reached[name] else self._fruitless[name] + 1
+            self._reached[name] = now
+            if self._fruitless[name] < FRUITLESS:
+                again[name] = single
+            else:
+                failed[name] = _reason(error)
+        halves = list(again)[::2], list(again)[1::2]
+        return failed, [{name: again[name] for name in half} for half in halves if half]
+
+    def _submit(self, group: Mapping[str, Experiment]) -> Future:
+        key = f"{next(iter(group))}-{uuid.uuid4().hex[:8]}"
+        texts = {name: single.to_toml() for name, single in group.items()}
+        given = texts, str(self._path), self._device, self._topic, self._observables
+        future = self._client.submit(_work, *given, key=key, pure=False)
+        self._out[future] = group
+        return future
+
+    def _hear(self, event: tuple[Any, dict[str, Any]]) -> None:
+        told = event[1]
+        report = self._tell.get(told["name"])
+        if report is not None:
+            report(told["epoch"], told["epochs"], list(told["died"]), told["mse"])  # lists arrive as tuples
 
 
 def _work_in(single: Experiment) -> int:
-    """What a run's time goes with: members, steps and parameters."""
+    """A number in proportion to a run's time: members times steps times parameters."""
     layout, kind = single.layout, single.kind
     parameters = sum(n * below for n, below in zip(layout.widths, layout.input_widths, strict=True))
     if kind == "training":
         steps = single.training.epochs * single.steps
     elif kind == "population-flow":
-        steps = parameters**2  # a Hessian and its factors a step
+        steps = parameters**2  # each step makes a Hessian and its factors
     elif kind == "online":
         steps = round(single.marks[-1] * layout.input_width)
     else:
@@ -312,9 +347,9 @@ def _reached(path: Path) -> int:
 def _work(
     texts: Mapping[str, str], path: str, device: str, topic: str, observables: tuple[Observed, ...]
 ) -> dict[str, Any]:
-    """What a worker does: a group of points, resumed; tells of their epochs on `topic`, whose event asks it to stop.
+    """Run (on a worker) a group of points; reports epochs on `topic`, and stops when the event of that name is set.
 
-    Returns why which failed, and which are finished.
+    Returns the reasons of the points that failed, and the points that are finished.
     """
     import torch
     from distributed import get_worker
@@ -326,7 +361,7 @@ def _work(
 
     def asked() -> int | None:
         if not heard[1] and time.monotonic() - heard[0] >= TELL_SECONDS:
-            # the scheduler by the worker's own line: an Event here would make a client, and it this process's default
+            # asked over the worker's own connection: an Event would create a client and make it the process's default
             heard[:] = time.monotonic(), sync(worker.loop, worker.scheduler.event_is_set, name=topic)
         return signal.SIGTERM if heard[1] else None
 
@@ -356,7 +391,7 @@ def _work(
                     progress={paths[name]: teller(name) for name in texts},
                     asked=asked,
                 )
-            except Stopped as stopped:  # as what it is, a KeyboardInterrupt, it would end the worker
+            except Stopped as stopped:  # raised on, this KeyboardInterrupt would end the worker
                 failed = stopped.failed
     return {
         "failed": {name: _reason(failed[at]) for name, at in paths.items() if at in failed},

@@ -152,9 +152,9 @@ def eta(networks: list[Network], x: Inputs, eps: float, *, directions: int = 100
     all w.  Source: Tian (2020), Definition 5.
     """
     draw = torch.Generator().manual_seed(seed)
-    w = torch.randn(directions, x.shape[1], generator=draw, dtype=x.dtype).to(x.device)
+    w = torch.randn(directions, x.shape[1], generator=draw, dtype=x.dtype, device="cpu").to(x.device)
     w /= w.norm(dim=1, keepdim=True)
-    through = x[torch.randint(len(x), (directions,), generator=draw).to(x.device)]
+    through = x[torch.randint(len(x), (directions,), generator=draw, device="cpu").to(x.device)]
     random = Network([w], [-(w * through).sum(1)])
     most = max(int(boundary(net, x, eps).sum(0).max()) for net in (*networks, random))
     return (most - (x.shape[1] + 1)) / (eps * len(x))

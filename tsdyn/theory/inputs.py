@@ -25,7 +25,7 @@ def inputs(caller: str, x: ArrayLike | Tensor, *nets: Network) -> Inputs:
     Raises:
         ValueError: for another shape, dtype or device, no samples, or values that are not finite.
     """
-    given = torch.as_tensor(x)
+    given = x if isinstance(x, Tensor) else torch.as_tensor(x, device="cpu")
     if given.ndim != 2 or len(given) == 0:
         raise ValueError(
             f"{caller}: x has shape {tuple(given.shape)}; it must be (sample, input) with at least one sample"

@@ -229,17 +229,7 @@ def two_layer_dynamics(
         ValueError: for shapes that do not fit, zero weights, or two teacher nodes with one lucky student.
     """
     caller = "two_layer_dynamics"
-    w_star, v_star = (np.asarray(a, float) for a in teacher)
-    w0, v0 = (np.asarray(a, float) for a in initial)
-    if any(a.ndim != 2 for a in (w_star, v_star, w0, v0)) or (
-        w_star.shape[1] != w0.shape[1] or v_star.shape[1] != v0.shape[1] or len(w_star) != len(v_star)
-        or len(w0) != len(v0)
-    ):  # fmt: skip
-        raise ValueError(
-            f"{caller}: teacher {w_star.shape}, {v_star.shape} and student {w0.shape}, {v0.shape}; each is "
-            "W (node, input) and V (node, output), of one input and one output width"
-        )
-    _no_zero(caller, w_star, w0)
+    w_star, v_star, w0, v0 = _two_layers(caller, teacher, initial)
     lucky = angles(w_star, w0).argmin(1)
     if len(set(lucky)) < len(lucky):
         raise ValueError(
@@ -247,36 +237,16 @@ def two_layer_dynamics(
             "the theorem excludes; start from more students, or closer to the teacher"
         )
     nodes, inputs = w0.shape
-
-    def overlaps(w: Array, w2: Array) -> tuple[Array, Array]:
-        theta = angles(w, w2)
-        norms = np.linalg.norm(w, axis=1)[:, None] * np.linalg.norm(w2, axis=1)
-        return gate_overlap(theta, threshold), norms * activation_overlap(theta, threshold)
-
-    def move(state: Array) -> Array:
-        w, v = state[:, :inputs], state[:, inputs:]
-        (gates_star, joint_star), (gates, joint) = overlaps(w, w_star), overlaps(w, w)
-        w_dot = (v @ v_star.T * gates_star) @ w_star - (v @ v.T * gates) @ w
-        return np.concatenate([w_dot, joint_star @ v_star - joint @ v], 1)
-
-    def reach(state: Array) -> Array:
-        """Rate c_k at which a student node's weight can move per unit of its fan-out, for every node."""
-        w, v = state[:, :inputs], state[:, inputs:]
-        size = [np.linalg.norm(a, axis=1) for a in (w, v, w_star, v_star)]
-        return np.asarray(overlaps(w, w_star)[0] @ (size[2] * size[3]) + overlaps(w, w)[0] @ (size[0] * size[1]))
-
-    def with_bound(state: Array) -> Array:
-        speed = reach(state[:, :-1]) * np.linalg.norm(state[:, inputs:-1], axis=1)
-        return np.concatenate([move(state[:, :-1]), speed[:, None]], 1)
-
+    equations = _TwoLayerEquations(w_star, v_star, threshold)
     start = np.concatenate([w0, v0, np.zeros((nodes, 1))], 1)
-    path = _integrated(caller, with_bound, start, times, rtol)
+    path = _integrated(caller, equations.derivative, start, times, rtol)
     w, v, bound = path[..., :inputs], path[..., inputs:-1], path[..., -1]
     rest = np.ones(nodes, bool)
     rest[lucky] = False
     regular = np.linalg.norm(w, axis=2, keepdims=True) * v
     target = np.linalg.norm(w_star, axis=1, keepdims=True) * v_star
     angle = np.stack([angles(now[lucky], w_star).diagonal() for now in w])
+    rate = np.array([np.linalg.eigvalsh(equations.overlaps(now, now)[1])[0] for now in w])
     over = ("time", "node")
     return xr.Dataset(
         {
@@ -287,7 +257,7 @@ def two_layer_dynamics(
             "fanout_norm": (over, np.linalg.norm(regular, axis=2)),
             "displacement": (over, np.linalg.norm(w - w0, axis=2)),
             "displacement_bound": (over, bound),
-            "rate": (("time",), np.array([np.linalg.eigvalsh(overlaps(now, now)[1])[0] for now in w])),
+            "rate": (("time",), rate),
         },
         {
             "time": np.asarray(times, float),
@@ -296,6 +266,49 @@ def two_layer_dynamics(
         },
         attrs={"threshold": threshold},
     )
+
+
+def _two_layers(
+    caller: str, teacher: tuple[ArrayLike, ArrayLike], initial: tuple[ArrayLike, ArrayLike]
+) -> tuple[Array, Array, Array, Array]:
+    """W*, V*, W and V, of shapes that fit together and without zero weight vectors."""
+    w_star, v_star = (np.asarray(a, float) for a in teacher)
+    w, v = (np.asarray(a, float) for a in initial)
+    if any(a.ndim != 2 for a in (w_star, v_star, w, v)) or (
+        w_star.shape[1] != w.shape[1] or v_star.shape[1] != v.shape[1] or len(w_star) != len(v_star)
+        or len(w) != len(v)
+    ):  # fmt: skip
+        raise ValueError(
+            f"{caller}: teacher {w_star.shape}, {v_star.shape} and student {w.shape}, {v.shape}; each is "
+            "W (node, input) and V (node, output), of one input and one output width"
+        )
+    _no_zero(caller, w_star, w)
+    return w_star, v_star, w, v
+
+
+@dataclass(frozen=True)
+class _TwoLayerEquations:
+    """The equations of `two_layer_dynamics` for one teacher; a state is [W, V, bound], one row per student node."""
+
+    w_star: Array
+    v_star: Array
+    threshold: float
+
+    def overlaps(self, w: Array, w2: Array) -> tuple[Array, Array]:
+        """D and L of the nodes `w` with the nodes `w2`."""
+        theta = angles(w, w2)
+        norms = np.linalg.norm(w, axis=1)[:, None] * np.linalg.norm(w2, axis=1)
+        return gate_overlap(theta, self.threshold), norms * activation_overlap(theta, self.threshold)
+
+    def derivative(self, state: Array) -> Array:
+        """[W', V', c ‖v‖]."""
+        w, v = np.split(state[:, :-1], [self.w_star.shape[1]], axis=1)
+        (gates_star, joint_star), (gates, joint) = self.overlaps(w, self.w_star), self.overlaps(w, w)
+        w_dot = (v @ self.v_star.T * gates_star) @ self.w_star - (v @ v.T * gates) @ w
+        v_dot = joint_star @ self.v_star - joint @ v
+        size = [np.linalg.norm(a, axis=1) for a in (w, v, self.w_star, self.v_star)]
+        c = gates_star @ (size[2] * size[3]) + gates @ (size[0] * size[1])
+        return np.concatenate([w_dot, v_dot, (c * size[1])[:, None]], 1)
 
 
 # --- what may be asked ---------------------------------------------------------------------------------------

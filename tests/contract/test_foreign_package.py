@@ -1,0 +1,274 @@
+"""A package of somebody else's (tests/mylab): installed, used by the command on workers, and gone again."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import tsdyn
+from tsdyn.archive import integrity
+
+HERE = Path(__file__).resolve().parent
+TSDYN = str(Path(sys.executable).parent / "tsdyn")
+
+EXPERIMENT = """
+name = "lab"
+seeds = 2
+
+[teacher]
+widths = [6, 4, 2]
+init = "sparse"
+arguments = { nonzero = 3 }
+
+[student]
+overrealization = 2.0
+init = "orthogonal"
+arguments = { gain = 0.5 }
+
+[data]
+law = "student_t"
+train = 60
+eval = 40
+arguments = { freedom = 4.0 }
+
+[training]
+method = "sign_sgd"
+loss = "log_cosh"
+epochs = 2
+batch = 10
+arguments = { memory = 0.5 }
+
+[record]
+observables = ["loss", "mse", "weight", "correlation", "weight_entropy"]
+
+[sweep]
+"student.activation" = ["tanh", "sine"]
+"""
+#: As the attribute `parts` names them.
+PARTS = {
+    "activation sine", "loss log_cosh", "optimizer sign_sgd", "law student_t", "teacher sparse", "start orthogonal",
+    "observable weight_entropy",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """A folder in which mylab is installed, by pip, without a network."""
+    folder = tmp_path_factory.mktemp("installed")
+    shutil.copytree(HERE.parent / "mylab", folder / "source")
+    words = [
+        sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-index", "--no-deps",
+        "--no-build-isolation", "--target", str(folder / "site"), str(folder / "source"),
+    ]  # fmt: skip
+    subprocess.run(words, check=True, capture_output=True, timeout=300)
+    return folder / "site"
+
+
+def run(folder, *words, site=None):
+    """Run words in a folder with the package, or without; (exit code, what it printed, what it complained)."""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    if site is not None:
+        environment["PYTHONPATH"] = str(site)
+    done = subprocess.run(
+        words, cwd=folder, env=environment, capture_output=True, text=True, encoding="utf-8", timeout=300, check=False
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory, site):
+    """An empty folder in which a sweep with every part of the package was run on two workers."""
+    folder = tmp_path_factory.mktemp("lab")
+    (folder / "lab.toml").write_text(EXPERIMENT, encoding="utf-8")
+    code, out, said = run(folder, TSDYN, "run", "lab.toml", "--workers", "2", site=site)
+    assert code == 0, out + said
+    return folder
+
+
+#: Several commands in one process, which is quicker than one after another; JSON of code, out and err of each.
+COMMANDS = """
+import contextlib, io, json, sys
+from tsdyn import cli
+
+told = []
+for words in json.loads(sys.argv[1]):
+    sys.argv = ["tsdyn", *words]
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = end.code or 0
+    told.append([code, out.getvalue(), err.getvalue()])
+print(json.dumps(told))
+"""
+
+
+def commands(folder, *each, site=None):
+    """(exit code, what it printed, what it complained) of each command."""
+    words = json.dumps([one.split() for one in each])
+    code, out, said = run(folder, sys.executable, "-c", COMMANDS, words, site=site)
+    assert code == 0, said
+    return json.loads(out)
+
+
+def test_the_archive_is_whole_shown_audited_and_reported_and_the_study_is_run(lab, site):
+    validate, show, audit, report, listed, study = commands(
+        lab, "validate runs/lab", "show runs/lab", "audit runs/lab", "report runs/lab", "study list",
+        "study run lab-entropy --scale smoke --quiet", site=site,
+    )  # fmt: skip
+    assert validate == [0, "runs/lab: whole\n", ""]
+    for (code, out, said), told in (
+        (show, "entropy of a node's squared"), (audit, "log_cosh"), (report, "report.html"),
+        (listed, "lab-entropy                  Entropy of squared weights along training"), (study, ""),
+    ):  # fmt: skip
+        assert code == 0, said
+        assert told in out
+    assert (lab / "runs/lab-entropy-smoke/figure.png").stat().st_size > 1000
+
+
+def test_the_archive_names_package_and_version_and_the_digest_does_not(lab):
+    ds = tsdyn.open(lab / "runs/lab")
+    parts = json.loads(ds.attrs["parts"])
+    assert set(parts) == PARTS
+    assert {(p["package"], p["version"]) for p in parts.values()} == {("mylab", "0.3.1")}
+    assert parts["activation sine"]["target"] == "mylab.parts:sine"
+    experiment = tsdyn.Experiment.from_toml(lab / "runs/lab/experiment.toml", archived=True)
+    assert ds.attrs["digest"] == experiment.digest  # which was made here, where no package is known
+    assert "mylab" not in experiment.to_toml()
+    # a point that has no sine says so
+    tanh = tsdyn.open(lab / "runs/lab/activation=tanh")
+    assert set(json.loads(tanh.attrs["parts"])) == PARTS - {"activation sine"}
+
+
+def test_the_declared_variable_is_what_it_says(lab):
+    ds = tsdyn.open(lab / "runs/lab").load()
+    assert ds["weight_entropy"].dims == ("activation", "seed", "epoch", "layer", "node")
+    assert ds["weight_entropy"].attrs["source"] == "mylab"
+    share = ds["weight"] ** 2
+    share = share / share.sum("input_node")
+    right = -(share * np.log(share.where(share > 0, 1))).sum("input_node")
+    right = right.where(ds["weight"].notnull().any("input_node"))
+    assert float(abs(ds["weight_entropy"] - right).max()) < 1e-13
+    assert ds["weight_entropy"].notnull().equals(right.notnull())
+
+
+def test_the_start_and_the_teacher_are_the_packages(lab):
+    ds = tsdyn.open(lab / "runs/lab").isel(activation=0).load()
+    w = ds["weight"].sel(seed=0, epoch=0, layer=1).values[:8, :6]
+    assert abs(w.T @ w - 0.25 * np.eye(6)).max() < 1e-14
+    rows = ds["teacher_weight"].sel(seed=0, layer=1).values[:4, :6]
+    assert ((rows != 0).sum(1) == 3).all()
+    moved = ds["weight"].sel(seed=0, layer=1).diff("epoch")
+    ratio = (abs(moved) / 0.01).round(9) % 1  # six steps of +-0.01 each; the sign of 0 is 0
+    assert float(ratio.where(ratio < 0.5, 1 - ratio).max()) < 1e-6
+
+
+GONE = "runs/lab was computed with mylab 0.3.1: install that to go on"
+
+
+def test_the_archive_outlives_the_package_and_is_not_gone_on_with(lab, tmp_path):
+    before = {p: p.read_bytes() for p in (lab / "runs/lab").rglob("*") if p.is_file()}
+    validate, show, report, audit, longer, listed = commands(
+        lab, "validate runs/lab", "show runs/lab", "report runs/lab -o gone.html", "audit runs/lab",
+        "run lab.toml --set training.epochs=3", "study list",
+    )  # fmt: skip
+    assert validate == [0, "runs/lab: whole\n", ""]
+    assert show[0] == 0
+    assert "entropy of a node's squared" in show[1]
+    assert report[0] == 0
+    assert audit[0] == 2  # which needs the code
+    assert "'student_t' is no law" in audit[2]
+    assert GONE in audit[2]
+    assert longer[0] == 2
+    assert GONE in longer[2]
+    assert "lab-entropy" not in listed[1]
+    experiment = tsdyn.Experiment.from_toml(lab / "runs/lab/experiment.toml", archived=True)
+    with pytest.raises(tsdyn.ExperimentError, match=r"'sine' is no activation[\s\S]*was computed with mylab 0\.3\.1"):
+        tsdyn.run(experiment.replace({"training.epochs": 3}), lab / "runs/lab")
+    assert {p: p.read_bytes() for p in (lab / "runs/lab").rglob("*") if p.is_file()} == before
+    assert integrity.check(lab / "runs/lab") == []
+    with pytest.raises(tsdyn.ExperimentError, match="'sine' is no activation") as caught:
+        tsdyn.run(experiment, tmp_path / "new")
+    assert "was computed with" not in str(caught.value)
+    assert not (tmp_path / "new").exists()
+
+
+OPENING = """
+import sys, tsdyn
+tsdyn.open("runs/lab").load()
+assert not [name for name in sys.modules if name.startswith("mylab")], "opening an archive loaded a package"
+"""
+
+
+def test_opening_loads_no_entry_point(lab, site):
+    assert run(lab, sys.executable, "-c", OPENING, site=site) == (0, "", "")
+
+
+MODULE = """
+import tsdyn
+from mylab.parts import residual, sine, weight_entropy
+from tsdyn.testing import check
+
+check(residual, "module")
+check(sine)
+check(weight_entropy)
+experiment = tsdyn.Experiment(
+    name="module", seeds=2, teacher={"widths": [6, 4, 2], "init": "sparse"}, data={"law": "student_t", "train": 60},
+    student={"overrealization": 1.0}, training={"method": "sign_sgd", "loss": "log_cosh", "epochs": 2, "batch": 10},
+)
+ds = tsdyn.run(experiment, "module", student=residual).load()
+assert ds.sizes["entry"] == 6 * 6 + 6 + 2 * 6 + 2
+assert float(abs(ds["parameter"].diff("epoch")).max()) > 0
+"""
+
+
+def test_a_module_of_the_package_is_a_student_and_its_parts_keep_their_promises(tmp_path, site):
+    (tmp_path / "script.py").write_text(MODULE, encoding="utf-8")
+    assert run(tmp_path, sys.executable, "script.py", site=site) == (0, "", "")
+
+
+WORKERS = """
+import tsdyn
+from tsdyn import registers
+from tsdyn.networks.activations import Activation
+from tsdyn.running.workers import WorkersError
+import torch
+
+if __name__ == "__main__":
+    norm = tsdyn.declare("row_norm", ("seed", "epoch", "layer", "node"), units="1", long_name="norm", source="me")
+    factor = 2.0  # a number of the script, which is sent along
+    observed = tsdyn.Observed(norm, lambda m: [factor * w.flatten(1).norm(dim=1) for w in m.network.weights])
+    experiment = tsdyn.Experiment(
+        name="w", seeds=1, teacher={"widths": [6, 4, 2]}, student={"overrealization": 1.0, "scale": 0.1},
+        data={"train": 60, "eval": 40}, training={"epochs": 1}, record={"observables": ["weight"]},
+        sweep={"training.learning_rate": [0.01, 0.02]},
+    )
+    ds = tsdyn.run(experiment, "sent", workers=2, observables=[observed]).load()
+    right = 2 * (ds["weight"] ** 2).sum("input_node") ** 0.5
+    assert float(abs(ds["row_norm"] - right).max()) < 1e-14
+
+    registers.ACTIVATIONS.add("sine", Activation("sine", torch.sin, torch.cos, torch.nn.Identity))
+    mine = experiment.replace({"student.activation": "sine"})
+    assert tsdyn.run(mine, "here").sizes["learning_rate"] == 2
+    try:
+        tsdyn.run(mine, "there", workers=2)
+    except WorkersError as error:
+        print(error)
+"""
+
+
+def test_parts_of_this_process_alone_are_refused_with_workers_and_observables_are_sent(tmp_path):
+    (tmp_path / "script.py").write_text(WORKERS, encoding="utf-8")
+    code, out, said = run(tmp_path, sys.executable, "script.py")
+    assert code == 0, said
+    assert "student.activation = activation 'sine'" in out
+    assert "added to this process only" in out
+    assert "entry point" in out
+    assert "leave workers out" in out
+    assert not (tmp_path / "there").exists()

@@ -1,0 +1,1 @@
+"""A package of somebody else's: one part of every kind."""
