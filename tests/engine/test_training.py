@@ -353,7 +353,7 @@ def sign():
 
 
 def test_a_rule_that_is_written_anew_is_never_silently_sgd(sign):
-    """No backend claims it; the general engine takes its own steps."""
+    """No fast backend claims it; the general one takes the steps as they are written."""
     rule, widths = Rule(0.01, sign), (6, 9, 4)
     x, y, rows = samples(widths)
     mine, start = ensemble(widths), ensemble(widths)

@@ -31,9 +31,8 @@ Elementwise: TypeAlias = Float[Tensor, "..."]
 Number: TypeAlias = Tensor | float
 Function: TypeAlias = Callable[[Tensor], Tensor]
 
-#: Weights at an angle with sin θ below this count as parallel.  relu's E[σ''σ''] is infinite at θ = 0, but a Hessian in
-#: the weights contains it times sin² θ, so that setting it to 0 errs by sin θ.  The limit is above 5e-8, the sin θ that
-#: rounding of the cosine leaves between a weight and itself.
+#: Weights with sin θ below this count as parallel: relu's E[σ''σ''], infinite at 0, enters a Hessian times sin² θ, so
+#: that setting it to 0 errs by sin θ; and rounding leaves sin θ = 5e-8 between a weight and itself.
 _PARALLEL, _NORM_FLOOR = 1e-7, 1e-150
 #: |w|²|v|² beyond which a covariance's determinant is computed in a form that avoids cancellation (`_determinant`).
 _LARGE = 1e4
@@ -85,9 +84,8 @@ class Interaction(Protocol):
 def _determinant(A: Tensor, B: Tensor, c: Tensor, a: Number, b: Number) -> Tensor:
     """Determinant D = pq − c² with p = a + A, q = b + B, in a form that stays positive and accurate at large norms.
 
-    At large norms pq and c² agree in all their digits.  D is then computed as (AB − c²) + aB + bA + ab, where AB − c²
-    is set to 0 if it is no more than rounding, that is for fields which are (anti)parallel as far as A, B and c tell.
-    Its derivatives are kept.
+    At large norms pq and c² agree in all digits.  D is then (AB − c²) + aB + bA + ab, where AB − c² is set to 0 if
+    only rounding (fields that are (anti)parallel as far as A, B, c tell), but keeps its derivatives.
     """
     plain = (a + A) * (b + B) - c * c
     square = A * B
@@ -308,9 +306,8 @@ def _scaled(partials: Partials, factor: Number) -> Partials:
 def _logistic_scales() -> tuple[np.ndarray, np.ndarray]:
     """Nodes λ and weights p of the scale mixture 1/(1+e⁻ˣ) = Σ p Φ(x/λ).
 
-    λ/2 has Kolmogorov's distribution (Andrews & Mallows 1974).  In log λ its density falls doubly exponentially on both
-    sides and is analytic for |Im| < π/4, as are the interactions, so the trapezoid rule of step h errs by exp(−π²/2h),
-    which is 4e-22 for h = 0.1.
+    λ/2 has Kolmogorov's law (Andrews & Mallows 1974).  In log λ its density falls doubly exponentially, analytic for
+    |Im| < π/4, as are the interactions, so the trapezoid rule of step h errs by exp(−π²/2h): 4e-22 for h = 0.1.
     """
     low, high = (math.log(edge / 2) for edge in _SCALES)
     k = np.exp(np.arange(low, high + _SCALE_STEP, _SCALE_STEP))[:, None]
@@ -319,8 +316,7 @@ def _logistic_scales() -> tuple[np.ndarray, np.ndarray]:
     with np.errstate(under="ignore"):
         above = (8 * k * (-1.0) ** (j - 1) * j**2 * np.exp(-2 * (j * k) ** 2)).sum(1)
         below = (math.sqrt(2 * np.pi) * (odd / (4 * k**4) - 1 / k**2) * np.exp(-odd / (8 * k**2))).sum(1)
-    # two expansions of the same theta function, each where it converges fast
-    density = np.where(k[:, 0] < 1, below, above)
+    density = np.where(k[:, 0] < 1, below, above)  # expansions of one theta function, each where it converges fast
     return 2 * k[:, 0], density * k[:, 0] * _SCALE_STEP
 
 
