@@ -44,7 +44,10 @@ class Plain:
     f: list[Tensor] = field(default_factory=list)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """f_L(x); leaves z_l (what σ takes) and f_l (what the layer above takes) of every layer behind."""
+        """f_L(x); leaves z_l (what σ takes) and f_l = σ(z_l) of every layer behind.
+
+        BatchNorm after σ belongs to the layer above it, as in the folded network: a node's activation is σ's.
+        """
         sigma, self.z, self.f = SIGMA[self.activation], [], []
         below = x if self.image is None else x.unflatten(1, self.image)
         for i, (w, b) in enumerate(zip(self.weights, self.biases, strict=True)):
@@ -59,12 +62,12 @@ class Plain:
                 z = self.normalized(i, z)
                 f = sigma(z)
             elif self.place == "after":
-                f = self.normalized(i, sigma(z))
+                f = sigma(z)
             else:
                 f = sigma(z)
             self.z.append(z)
             self.f.append(f)
-            below = f
+            below = self.normalized(i, f) if self.place == "after" and not last else f
         return below
 
     def normalized(self, i: int, x: Tensor) -> Tensor:
@@ -172,11 +175,9 @@ class Seen:
         """∂f_l/∂z_l of every hidden layer, elementwise; rows as `rows`."""
         network(self.x)
         found = []
-        for i, z in enumerate(network.z[:-1]):
+        for z in network.z[:-1]:
             at = z.detach().requires_grad_(True)
-            f = SIGMA[network.activation](at)
-            f = network.normalized(i, f) if network.place == "after" else f
-            (slope,) = torch.autograd.grad(f.sum(), at)
+            (slope,) = torch.autograd.grad(SIGMA[network.activation](at).sum(), at)
             found.append(rows(slope))
         return found
 
