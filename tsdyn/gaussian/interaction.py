@@ -575,13 +575,7 @@ def _check(name: str, value: Tensor, holds: Callable[[Tensor], Tensor], rule: st
 
 
 class Derivatives(NamedTuple):
-    """g(r₁, r₂, ρ) with its first and second derivatives, elementwise.
-
-    Attributes:
-        value: g.
-        gradient: ∂g/∂(r₁, r₂, ρ), (..., 3).
-        hessian: Second derivatives in the same order, (..., 3, 3).
-    """
+    """g(r₁, r₂, ρ), ∂g/∂(r₁, r₂, ρ) as (..., 3), and second derivatives in the same order, (..., 3, 3); elementwise."""
 
     value: Tensor
     gradient: Tensor
