@@ -76,7 +76,7 @@ def test_an_observable_declared_for_modules_is_measured_of_them_and_another_is_r
     right = (weight**2).sum(-1) ** 0.5 + (bias**2).sum(-1) ** 0.5
     assert abs(ds["whole_norm"].values - right).max() < 1e-13
     schema.DECLARED.clear()
-    with pytest.raises(tsdyn.ExperimentError, match=r"whole_norm is not measured of modules of your own \(own\)"):
+    with pytest.raises(tsdyn.ExperimentError, match=r"whole_norm cannot be measured on modules of your own"):
         tsdyn.run(asked, tmp_path / "other", student=make, observables=[tsdyn.Observed(declared(), sizes)])
 
 
@@ -87,7 +87,7 @@ def test_a_name_that_is_declared_differently_is_refused():
         declared(own=True)
     for name, dims, said in (
         ("loss", ("seed", "epoch"), "is taken"), ("weight", ("seed", "epoch"), "is taken"),
-        ("a b", ("seed", "epoch"), "no identifier"), ("mine", ("epoch", "seed"), "begin with seed, epoch"),
+        ("a b", ("seed", "epoch"), "is not an identifier"), ("mine", ("epoch", "seed"), "begin with seed, epoch"),
         ("mine", ("seed", "epoch", "pixel"), "no size for pixel"),
     ):  # fmt: skip
         with pytest.raises(schema.SchemaError, match=said):
