@@ -105,7 +105,7 @@ def test_a_member_that_does_not_arrive_is_dead_and_the_log_says_why(caplog):
     [
         ({"training__momentum": 0.9}, "momentum = 0.9, normalize = false; gradient flow has neither"),
         ({"training__normalize": True}, "normalize = true; gradient flow has neither"),
-        ({"data__train": "fresh"}, r"'flow' needs finite data.*PopulationLoss needs none"),
+        ({"data__train": "fresh"}, r"'flow' needs finite data.*kind = 'population-flow' needs none"),
         ({"dtype": "float32"}, "dtype = 'float32'; it integrates fully connected students in float64"),
     ],
 )
