@@ -112,19 +112,19 @@ def test_polish_tells_stationary_points_apart():
 
 
 @pytest.mark.parametrize(
-    ("function", "start", "tolerances"),
+    ("function", "start", "tolerances", "within"),
     [
-        (lambda p: p[0] ** 4 + p[1] ** 2, 0.1, (1e-8, 1e-10, 1e-12)),
-        (lambda p: torch.exp(-p[0]) + p[1] ** 2, 25.0, (1e-8, 1e-10, 1e-12)),
-        (lambda p: 1 / p[0] + p[1] ** 2, 2e4, (1e-8,)),  # beyond, rounding hides its curvature
+        (lambda p: p[0] ** 4 + p[1] ** 2, 0.1, (1e-8, 1e-10, 1e-12), 1.0),
+        (lambda p: torch.exp(-p[0]) + p[1] ** 2, 25.0, (1e-8, 1e-10, 1e-12), 1.0),
+        (lambda p: 1 / p[0] + p[1] ** 2, 2e4, (1e-8,), 100.0),  # beyond, rounding hides its curvature
     ],
 )
-def test_curvature_that_vanishes_with_the_gradient_is_degenerate(function, start, tolerances):
+def test_curvature_that_vanishes_with_the_gradient_is_degenerate(function, start, tolerances, within):
     """By Kantorovich's condition at whatever gradient: over a Newton step x⁴ loses 5/9 of its curvature, e⁻ˣ 1 − 1/e,
     1/x 19/27."""
     loss = FunctionLoss(function, 2)
     for tolerance in tolerances:
-        found = polish(loss, torch.tensor([[start, 0.1]], dtype=torch.float64), tolerance=tolerance)
+        found = polish(loss, torch.tensor([[start, 0.1]], dtype=torch.float64), tolerance=tolerance, within=within)
         assert found.kind.tolist() == ["degenerate"]
         assert found.signature.zero.tolist() == [1]
 
