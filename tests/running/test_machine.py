@@ -26,7 +26,7 @@ import tsdyn
 from tests.cases import small
 from tests.test_cli import command  # noqa: F401
 from tsdyn import memory
-from tsdyn.archive import integrity, selecting, sweep_directory, whole_files
+from tsdyn.archive import integrity, run_directory, sweep_directory, whole_files
 from tsdyn.engine import compiled_step, native
 from tsdyn.experiment.experiment import Experiment
 from tsdyn.running import provenance
@@ -281,7 +281,7 @@ def test_a_frozen_worker_is_said(tmp_path, caplog, monkeypatch):
         child.resume()
 
     def freeze(epoch, *_):
-        if epoch == 1 and not frozen:
+        if epoch >= 1 and not frozen:  # epochs are told twice a second
             children = [p for p in psutil.Process().children(recursive=True) if "spawn_main" in " ".join(p.cmdline())]
             frozen.extend(children)
             for child in children:
@@ -319,13 +319,13 @@ def test_a_point_that_is_held_is_left_to_its_writer(tmp_path, caplog):
     path = tmp_path / "sweep"
     points = sweep_directory.write_sweep(path, experiment)
     (held, single), *_ = points.items()
-    with selecting.Run(path / held, single):
+    with run_directory.RunDirectory(path / held, single):
         ds = tsdyn.run(experiment, path)
         np.testing.assert_array_equal(ds.coverage, [0, 1, 1])
     assert "1 of 3 points are being written by other processes" in caplog.text
     assert int(tsdyn.run(experiment, path).coverage.sum()) == 3
     with (
-        selecting.Run(tmp_path / "run", single),
+        run_directory.RunDirectory(tmp_path / "run", single),
         pytest.raises(whole_files.ArchiveError, match="another process is writing"),
     ):
         tsdyn.run(single, tmp_path / "run")

@@ -89,7 +89,7 @@ def git_commit() -> str:
         return done.stdout.strip()
 
     try:
-        if Path(git("rev-parse", "--show-toplevel")).resolve() != here.parent:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != here.parents[1]:
             return "unknown"
         git("ls-files", "--error-unmatch", Path(__file__).name)
         return git("rev-parse", "HEAD") or "unknown"
