@@ -120,7 +120,7 @@ def _key(norms: xr.DataArray, ax: Axes) -> None:
 
 def _against_nearest(measured: xr.Dataset, ax: Axes) -> None:
     """Draw one marker per student node of any seed at the last epoch, hollow if its boundary misses the data."""
-    crosses = measured["offset"] < measured.attrs["extent"]
+    crosses = measured["offset"] < measured["extent"]
     for inside, face, label in (
         (True, colour(0), "boundary within 3 std"),
         (False, "none", "beyond: on or off for almost all"),

@@ -40,7 +40,9 @@ def measure_boundaries(archive: xr.Dataset) -> xr.Dataset:
             f"boundaries: inputs have {inputs} dimensions, and a map needs the plane: [teacher] widths = [2, ...]"
         )
     measured = needed.isel(input_node=slice(0, 2)).load()
-    return measured.assign(extent=3.0 * per_point(archive, lambda point: point.data.std))
+    extent = 3.0 * per_point(archive, lambda point: point.data.std)
+    words = {"units": "1", "long_name": "three standard deviations of the inputs", "source": "tsdyn"}
+    return measured.assign(extent=extent.assign_attrs(words))
 
 
 def boundaries(ds: xr.Dataset, *, ax: Axes | None = None, strongest: float | None = None) -> Axes:
