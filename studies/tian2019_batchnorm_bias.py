@@ -29,6 +29,7 @@ from tsdyn.analysis import batch_norm
 from tsdyn.analysis.panels import PALETTE
 from tsdyn.studies import deep_layers
 
+from tsdyn.archive.netcdf import write_dataset
 from tsdyn.experiment.errors import ExperimentError
 from tsdyn.experiment.experiment import Experiment
 from tsdyn.vocabulary import COORDINATES, VARIABLES
@@ -55,6 +56,13 @@ class StateDict:
 
     def to_toml(self) -> str:
         return tomli_w.dumps(asdict(self))
+
+    def run(self, directory: Path) -> xr.Dataset:
+        """Return what `read` gives, and leave it in `directory` as ``norms.nc``; raises as `read` does."""
+        ds = self.read()
+        directory.mkdir(parents=True, exist_ok=True)
+        write_dataset(directory / "norms.nc", ds)
+        return ds
 
     def read(self) -> xr.Dataset:
         """Dataset of the biases, read from the file at each call.

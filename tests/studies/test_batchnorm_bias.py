@@ -5,6 +5,7 @@ import re
 import numpy as np
 import pytest
 import torch
+import xarray as xr
 from torch import nn
 from tsdyn.studies.tian2019_batchnorm_bias import EXPERIMENTS, StateDict, draw, measure, norms
 
@@ -62,6 +63,12 @@ def test_biases_are_the_modules_own_lowest_layer_first(net, tmp_path, name):
     np.testing.assert_array_equal(measured["negative_shift_share"], [(b < 0).mean() for b in biases])
     np.testing.assert_array_equal(measured["shift_count"].sum("bin"), [6, 9])
     draw(measured).savefig(tmp_path / "figure.png")
+
+
+def test_a_run_leaves_what_was_read(net, tmp_path):
+    save(net, tmp_path / "net.pth")
+    found = StateDict("mine", str(tmp_path / "net.pth")).run(tmp_path / "biases")
+    xr.testing.assert_identical(xr.load_dataset(tmp_path / "biases" / "norms.nc")["norm_shift"], found["norm_shift"])
 
 
 def test_names_sorted_by_a_format_are_put_in_order_and_others_kept():
