@@ -20,12 +20,15 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import metadata
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from tsdyn.vocabulary import FAMILIES, VARIABLES
 
 #: Named as the package of a part that was added by `Register.add`.
 THIS_PROCESS = "this process"
+
+
+T = TypeVar("T")
 
 
 class PartError(ValueError):
@@ -155,6 +158,20 @@ class Register:
                 raise AssertionError(name)
         return self._loaded[name]
 
+    def part(self, name: str, type: type[T]) -> T:
+        """The part of that name, which must be of `type` and call itself so.
+
+        Raises:
+            PartError: if there is none, or if what a package offers is something else.
+        """
+        found = self.load(name)
+        if not isinstance(found, type) or getattr(found, "name", None) != name:
+            raise PartError(
+                f"{self.kind} {name!r}: {self.origin(name).target} is {found!r}; it must be a "
+                f"{type.__module__}.{type.__qualname__} of that name"
+            )
+        return found
+
     def add(self, name: str, part: Any) -> None:
         """Make a part known to this process under `name`; other processes do not see it.
 
@@ -191,11 +208,6 @@ class Register:
     def foreign(self, name: str) -> bool:
         """Whether the part is not one of tsdyn's own."""
         return name not in (*self.own, *self.aliases, *self.hidden)
-
-    def forget_installed(self) -> None:
-        """Search installed packages again at the next use; for tests, and for sessions that install a package."""
-        self.__dict__.pop("_installed", None)
-        self._loaded.clear()
 
 
 def _package(entry: metadata.EntryPoint) -> tuple[str, str]:

@@ -30,7 +30,7 @@ from tsdyn.archive.run_directory import ARCHIVE, EXPERIMENT
 from tsdyn.archive.sweep_directory import SWEEP, label, point_directories
 from tsdyn.archive.whole_files import ALWAYS_VERIFIED, ArchiveError, DirectoryError, local_path
 from tsdyn.archive.wrong_numbers import WRONG, WrongNumbersWarning
-from tsdyn.experiment.experiment import Experiment, digest
+from tsdyn.experiment.experiment import Experiment, digest, flattened
 from tsdyn.experiment.sweep_axes import POINT, Axis, axes, checked_sweep, places, sweep_dimensions, swept_keys
 
 #: A dask chunk holds the whole disk chunks of as many seeds as fit in this (opening a file costs as much as 5 MB) ...
@@ -184,7 +184,7 @@ def _gathered(
     along = [*((key,) for key in keys if key not in listed), *groups]
     found: dict[tuple[Labels, ...], list[Source]] = {}
     for path, values in zip(paths, written, strict=True):
-        base = dict(_flat({k: v for k, v in values.items() if k != "sweep"}))
+        base = dict(flattened({k: v for k, v in values.items() if k != "sweep"}))
         for point, sources in _committed(path, values, skip_damaged, upto):
             at = tuple(tuple(label({**base, **point}.get(key, "unset")) for key in group) for group in along)
             held = found.setdefault(at, [])
@@ -247,17 +247,11 @@ def _written(path: Path) -> dict[str, Any]:
         raise DirectoryError(f"{path}: holds no run or sweep of tsdyn's: {error}") from error
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
 def _differing(written: Sequence[Mapping[str, Any]]) -> list[str]:
     """Keys in which experiments differ, without swept keys, names and seeds."""
-    flat = [dict(_flat({k: v for k, v in values.items() if k not in ("sweep", "name", "seeds")})) for values in written]
+    flat = [
+        dict(flattened({k: v for k, v in values.items() if k not in ("sweep", "name", "seeds")})) for values in written
+    ]
     keys = dict.fromkeys(itertools.chain.from_iterable(flat))
     absent = object()
     return [key for key in keys if any(f.get(key, absent) != flat[0].get(key, absent) for f in flat)]

@@ -133,9 +133,4 @@ def loss(name: str) -> Loss:
     Raises:
         ValueError: if there is none, or a package offers something else than a `Loss` of that name.
     """
-    found = registers.LOSSES.load(name)
-    if not isinstance(found, Loss) or found.name != name:
-        raise registers.PartError(
-            f"loss {name!r}: {registers.LOSSES.origin(name).target} is {found!r}; it must be a tsdyn Loss of that name"
-        )
-    return found
+    return registers.LOSSES.part(name, Loss)

@@ -74,13 +74,7 @@ def optimizer(name: str) -> Optimizer:
     Raises:
         ValueError: if there is none, or a package offers something else than an `Optimizer` of that name.
     """
-    found = registers.OPTIMIZERS.load(name)
-    if not isinstance(found, Optimizer) or found.name != name:
-        raise registers.PartError(
-            f"optimizer {name!r}: {registers.OPTIMIZERS.origin(name).target} is {found!r}; it must be a tsdyn "
-            "Optimizer of that name"
-        )
-    return found
+    return registers.OPTIMIZERS.part(name, Optimizer)
 
 
 #: Values of training.method that are SGD with the whole data set as batch, or its limit of small steps.

@@ -320,7 +320,7 @@ def _applied(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, A
 
 def differences(mine: Experiment, theirs: Experiment) -> list[str]:
     """Each key whose value differs, as ``key: mine here, theirs there``."""
-    left, right = dict(_flat(mine.as_dict())), dict(_flat(theirs.as_dict()))
+    left, right = dict(flattened(mine.as_dict())), dict(flattened(theirs.as_dict()))
     absent = "not set"
     return [
         f"{key}: {left.get(key, absent)!r} here, {right.get(key, absent)!r} there"
@@ -341,9 +341,10 @@ def _strings(values: Any) -> Iterator[str]:
             yield from _strings(value)
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flattened(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of nested tables."""
     for key, value in values.items():
         if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from flattened(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value

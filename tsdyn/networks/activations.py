@@ -127,13 +127,7 @@ def activation(name: str, *, leak: float = 0.01) -> Activation:
         if not leak >= 0:
             raise ValueError(f"activation: leak={leak} is negative; the gate would not be monotone, use leak >= 0")
         return _leaky(name, leak)
-    found = registers.ACTIVATIONS.load(name)
-    if not isinstance(found, Activation) or found.name != name:
-        raise registers.PartError(
-            f"activation {name!r}: {registers.ACTIVATIONS.origin(name).target} is {found!r}; it must be a "
-            f"tsdyn.networks.activations.Activation of that name"
-        )
-    return found
+    return registers.ACTIVATIONS.part(name, Activation)
 
 
 def from_module(module: nn.Module) -> Activation | None:

@@ -61,11 +61,11 @@ def observable(name: str) -> Observable:
     """
     if name in OBSERVABLES:
         return OBSERVABLES[name]
-    found = registers.OBSERVABLES.load(name)
-    if not isinstance(found, Observed) or found.name != name or schema.DECLARED.get(name) != found.variable:
+    found = registers.OBSERVABLES.part(name, Observed)
+    if schema.DECLARED.get(name) != found.variable:
         raise registers.PartError(
-            f"observable {name!r}: {registers.OBSERVABLES.origin(name).target} is {found!r}; it must be a tsdyn "
-            "Observed whose variable tsdyn.declare gave, of that name"
+            f"observable {name!r}: {registers.OBSERVABLES.origin(name).target} has a variable that was not declared; "
+            "take what tsdyn.declare gives"
         )
     return found.measure
 
