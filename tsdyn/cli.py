@@ -448,6 +448,7 @@ def _run(
     try:
         if scheduler is None:
             runner.check_device(device)
+        experiment = sweep.completed(experiment)
         if quiet:
             sweep.run(experiment, path, **shared)
             return

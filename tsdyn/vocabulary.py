@@ -320,6 +320,7 @@ VARIABLES: Mapping[str, Variable] = _table(
         f"{TIAN}, Assumption 2",
         "quantiles over the training set of ‖∂J_x/∂θ‖ over all parameters; quantile 1 is the largest",
         kinds=_TRAINED,
+        own=True,
     ),
     Variable(
         "observation",
@@ -438,6 +439,7 @@ VARIABLES: Mapping[str, Variable] = _table(
         "definition",
         "of the training loss in all parameters; the algebraically largest",
         kinds=_TRAINED,
+        own=True,
     ),
     _online("Q_equation", (*_MEMBER, "node", "node_2"), "Q by the equation, N → ∞", _EQUATION),
     _online("R_equation", (*_MEMBER, "node", "teacher_node"), "R by the equation, N → ∞", _EQUATION),

@@ -100,6 +100,11 @@ class Experiment(Part):
         return self.student.module is not None or self.teacher.module is not None
 
     @property
+    def complete(self) -> bool:
+        """Whether the sizes of its modules are known; a file that names an import path leaves them out."""
+        return all(part.module is None or part.numbers is not None for part in (self.student, self.teacher))
+
+    @property
     def constants(self) -> tuple[str, ...]:
         """Variables that are stored once per seed, without epochs, and known when the run begins."""
         names = schema.recorded(self.kind, (), "start")

@@ -75,11 +75,19 @@ StudentInit = Annotated[str, AfterValidator(registers.STARTS.check)]
 Arguments = Annotated[dict[str, Any], Field(min_length=1)]
 
 
+#: Import path of a function or class that makes an ``nn.Module``, ``package.module:Name``.
+ModulePath = Annotated[str, Field(pattern=r"^[^\s:]+:[^:]+$")]
+
+
 def _refuse_arguments(
-    section: str, arguments: Mapping[str, Any] | None, register: registers.Register, name: str
+    section: str,
+    arguments: Mapping[str, Any] | None,
+    register: registers.Register,
+    name: str,
+    module: str | None = None,
 ) -> None:
-    """Refuse keyword arguments for one of tsdyn's own parts, which would not read them."""
-    if arguments is not None and not register.foreign(name):
+    """Refuse keyword arguments for one of tsdyn's own parts, which would not read them; a module takes them."""
+    if arguments is not None and module is None and not register.foreign(name):
         raise ValueError(
             f"{section}.arguments = {dict(arguments)}: the {register.kind} {name!r} is tsdyn's own and takes none; its "
             f"numbers are keys of [{section}]"
@@ -92,7 +100,8 @@ BatchNormPlace = Literal["none", "before", "after"]
 class Teacher(Part):
     """The fixed network that makes the targets. Each seed draws its own.
 
-    `module`, `source` and `numbers` describe a module of the user's own, passed from Python (`own_modules`).
+    `module` is the import path of a module of the user's own, made with `arguments`, or names one that was passed from
+    Python; `source` and `numbers` are its SHA-256 and its size, which tsdyn fills in (`own_modules`).
     """
 
     widths: Widths
@@ -115,14 +124,14 @@ class Teacher(Part):
     balanced: bool = False
     activation: ActivationName | None = None
     leak: NonNegative | None = None
-    module: str | None = None
+    module: ModulePath | None = None
     source: str | None = None
     numbers: Count | None = None
     arguments: Arguments | None = None
 
     @model_validator(mode="after")
     def _whole(self) -> Teacher:
-        _refuse_arguments("teacher", self.arguments, registers.TEACHERS, self.init)
+        _refuse_arguments("teacher", self.arguments, registers.TEACHERS, self.init, self.module)
         if (self.init == "file") != (self.path is not None):
             raise ValueError(f"teacher.init = {self.init!r}, teacher.path = {self.path!r}: a file needs both")
         if self.batch_norm != "none" and self.init not in ("trained", "file"):
@@ -146,7 +155,7 @@ class Teacher(Part):
 class Student(Part):
     """The network that learns; each seed draws its own start.
 
-    `module`, `source` and `numbers` are of a module of the user's own that was passed from Python (`own_modules`).
+    `module`, `source`, `numbers` and `arguments` as in `Teacher`.
     """
 
     overrealization: Annotated[Positive, Field(le=MAX_COUNT)] | None = None
@@ -161,14 +170,14 @@ class Student(Part):
     bias: bool = True
     batch_norm: BatchNormPlace = "none"
     batch_norm_affine: bool = True
-    module: str | None = None
+    module: ModulePath | None = None
     source: str | None = None
     numbers: Count | None = None
     arguments: Arguments | None = None
 
     @model_validator(mode="after")
     def _whole(self) -> Student:
-        _refuse_arguments("student", self.arguments, registers.STARTS, self.init)
+        _refuse_arguments("student", self.arguments, registers.STARTS, self.init, self.module)
         return self
 
 

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 from tsdyn import schema
 from tsdyn.experiment.errors import keys, nearest
-from tsdyn.experiment.parts import IMAGES, MAX_SEEDS
+from tsdyn.experiment.parts import IMAGES, MAX_SEEDS, Record
 from tsdyn.experiment.sweep_axes import axes, swept_keys
 from tsdyn.vocabulary import VARIABLES, Kind
 
@@ -105,6 +105,8 @@ def _seeds(e: Experiment) -> str | None:
 
 
 def _one_of_widths_and_ratio(e: Experiment) -> str | None:
+    if e.student.module is not None and e.student.widths is None and e.student.overrealization is None:
+        return None
     if (e.student.widths is None) == (e.student.overrealization is None):
         return "student: give either widths or overrealization"
     return None
@@ -141,6 +143,8 @@ def _asked(e: Experiment) -> set[str]:
 
 
 def _own_modules_record(e: Experiment) -> str | None:
+    if e.record.observables == Record().observables and not e.complete:
+        return None  # a file that leaves the observables open: `own_modules.described` chooses those of modules
     there = schema.recordable(own=e.student.module is not None, bare_teacher=e.teacher.module is not None)
     unknown = _asked(e) - set(there)
     if not unknown:
@@ -167,6 +171,9 @@ def _own_modules(e: Experiment) -> str | None:
         "teacher.init, prune and balanced": taught
         and (e.teacher.init in ("trained", "file") or bool(e.teacher.prune) or e.teacher.balanced),
     }
+    for who, part in (("student", e.student), ("teacher", e.teacher)):
+        if (part.source is None) != (part.numbers is None):
+            return f"{who}.source and {who}.numbers are written by tsdyn, both or neither; leave them out"
     what = next((what for what, there in refused.items() if there), None)
     return what and f"{what}: works for networks that tsdyn makes only, and here a module is the user's own"
 
@@ -400,6 +407,12 @@ def check_sweep(experiment: Experiment, model: type[BaseModel]) -> None:
     """
     there = [key for key in keys(model) if known(experiment.kind, key)]
     for key in swept_keys(experiment.sweep):
+        own = {"student": experiment.student.module, "teacher": experiment.teacher.module}.get(key.split(".")[0])
+        if own is not None and key.split(".")[1:2] in (["module"], ["arguments"]):
+            raise ValueError(
+                f"sweep: {key!r} cannot be swept, since own modules of one archive have one size; run each into a "
+                "directory of its own"
+            )
         section, _, rest = key.partition(".arguments.")
         if rest and f"{section}.arguments" in there:  # a number of a part that a package offers
             continue

@@ -95,17 +95,18 @@ def _layout_of_modules(experiment: Experiment) -> schema.Layout:
     mine, theirs = student_widths(experiment), teacher_widths(experiment)
     depth = max(1, 0 if own else len(mine) - 1, 0 if taught else len(theirs) - 1)
     bare = (*(0 for _ in range(depth - 1)), outputs)
-    shapes = weight_shapes(experiment, mine)
+    parameters = sum(shape[0] * (math.prod(shape[1:]) + 1) for shape in weight_shapes(experiment, mine))
+    numbers = experiment.student.numbers or 0
     return schema.Layout(
         experiment.seed_labels,
         inputs,
         bare if own else mine[1:],
         bare if taught else theirs[1:],
         experiment.record.quantiles,
-        min(experiment.record.eigenvalues, sum(shape[0] * (math.prod(shape[1:]) + 1) for shape in shapes)),
+        min(experiment.record.eigenvalues, numbers if own else parameters),
         (0,) * depth if own else (),
         (0,) * depth if taught else (),
-        experiment.student.numbers or 0,
+        numbers,
         experiment.teacher.numbers or 0,
     )
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tsdyn import registers, schema, vocabulary
 from tsdyn.derivatives import curvature
+from tsdyn.derivatives.per_sample import per_sample_gradient_norms
 from tsdyn.engine.loss import loss
 from tsdyn.experiment.errors import ExperimentError
 from tsdyn.experiment.experiment import Experiment
@@ -182,18 +183,29 @@ def _alignment(m: Measurement) -> Tensor:
 @fills("gradient_norm")
 def _gradient_norm(m: Measurement) -> Tensor:
     """Norm of each sample's gradient: ‖∂J_x/∂θ‖² = Σ_l ‖g_l‖² (‖f_{l−1}‖² + 1), with the 1 if layer l has a bias."""
-    below = [m.train.inputs, *m.on_train.trace.activations[:-1]]
-    squares = [
-        g.square().sum(1) * (f.square().sum(1) + (bias is not None))
-        for g, f, bias in zip(m.gradients, below, m.net.biases, strict=True)
-    ]
-    quantiles = torch.tensor(_layout(m).quantiles, dtype=squares[0].dtype, device=squares[0].device)
-    return torch.quantile(torch.stack(squares).sum(0).sqrt(), quantiles)
+    if isinstance(m.student, Own):
+        module = m.student.module.eval()
+        norms = per_sample_gradient_norms(module, m.objective.value, m.train.inputs, m.target(m.train))
+    else:
+        below = [m.train.inputs, *m.on_train.trace.activations[:-1]]
+        squares = [
+            g.square().sum(1) * (f.square().sum(1) + (bias is not None))
+            for g, f, bias in zip(m.gradients, below, m.net.biases, strict=True)
+        ]
+        norms = torch.stack(squares).sum(0).sqrt()
+    quantiles = torch.tensor(_layout(m).quantiles, dtype=norms.dtype, device=norms.device)
+    return torch.quantile(norms, quantiles)
 
 
 @fills("hessian_eigenvalue")
 def _hessian_eigenvalue(m: Measurement) -> Tensor:
-    student, inputs, target = m.net, m.train.inputs, m.target(m.train)
+    inputs, target, wanted = m.train.inputs, m.target(m.train), _layout(m).modes
+    if isinstance(m.student, Own):
+        module = m.student.module.eval()
+        trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+        values = curvature.hessian_spectrum(module, m.objective.value, inputs, target, k=min(wanted, trained))
+        return torch.cat([values, values.new_full((wanted - len(values),), torch.nan)])
+    student = m.net
     free = [*student.weights, *(b for b in student.biases if b is not None)]
     leak = student.activation.leak
 
@@ -203,7 +215,6 @@ def _hessian_eigenvalue(m: Measurement) -> Tensor:
         moved = Network(weights, biases, student.activation.name, leak=0.0 if leak is None else leak)
         return m.objective.value(moved(inputs), target)
 
-    wanted = _layout(m).modes
     values = curvature.hessian_spectrum(at, free, wanted)
     missing = values.new_full((wanted - len(values),), torch.nan)  # a student without biases may have fewer
     return torch.cat([values, missing])

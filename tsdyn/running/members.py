@@ -35,7 +35,7 @@ from tsdyn.problem.inputs import (
 )
 from tsdyn.problem.students import draw_student
 from tsdyn.problem.teachers import draw_teacher
-from tsdyn.running.own_modules import Maker, check_given, made
+from tsdyn.running.own_modules import Maker, made, makers, refuse_other_source
 from tsdyn.running.protocol import of_this_shape
 
 #: Fresh batches of a block of members are drawn this many bytes at a time.
@@ -52,7 +52,12 @@ class Members:
     teacher: Maker | None = None
 
     def __post_init__(self) -> None:
-        check_given(self.experiment, student=self.student, teacher=self.teacher)
+        given = self.student, self.teacher
+        self.student, self.teacher = makers(self.experiment, student=self.student, teacher=self.teacher)
+        if given[0] is None and self.student is not None:
+            refuse_other_source(self.experiment, "student", self.student)
+        if given[1] is None and self.teacher is not None:
+            refuse_other_source(self.experiment, "teacher", self.teacher)
 
     @cached_property
     def teachers(self) -> list[Network | Own]:

@@ -1,8 +1,10 @@
-"""Students and teachers of a user's own: any ``nn.Module``, made by a function passed from Python.
+"""Students and teachers of a user's own: any ``nn.Module``, made by a function.
 
-``tsdyn.run(experiment, path, student=make_module)`` calls ``make_module()`` once per seed, with torch's generator
-seeded from the seed's own stream; if it has a parameter called ``seed``, it is given the seed.  The module maps
-(sample, input) to (sample, output).  It trains in the mode in which it was made and is measured in evaluation mode.
+The function is passed from Python, ``tsdyn.run(experiment, path, student=make_module)``, or an experiment file names
+it by its import path, ``student.module = "mylab.nets:Residual"``, and its keyword arguments, ``student.arguments``.  A
+run calls it once per seed, with torch's generator seeded from the seed's own stream; if it has a parameter called
+``seed``, it is given the seed.  The module maps (sample, input) to (sample, output).  It trains in the mode in which it
+was made and is measured in evaluation mode.
 
 The experiment that is run and stored names the module, how many numbers it holds, and the SHA-256 of its source, so
 that a directory is resumed with the same module only.  Parameters and buffers are recorded as one variable,
@@ -14,10 +16,13 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib
 import inspect
 import json
 import logging
 import math
+import sys
+import typing
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -49,10 +54,17 @@ def made(make: Maker, experiment: Experiment, seed: int, stream: Literal["studen
     Raises:
         ExperimentError: if `make` gives no module, or one that cannot be trained.
     """
-    takes_seed = "seed" in inspect.signature(make).parameters
+    given = make.keywords if isinstance(make, functools.partial) else {}
+    takes_seed = "seed" in inspect.signature(_bare(make)).parameters and "seed" not in given
     with torch.random.fork_rng():
         torch.manual_seed(int(inputs.generator(seed, stream).integers(2**63)))
-        module = make(seed=seed) if takes_seed else make()
+        try:
+            module = make(seed=seed) if takes_seed else make()
+        except Exception as error:  # the user's own code raises errors of every type
+            said = f"{type(error).__name__}: {error}"
+            raise ExperimentError(
+                f"{stream}: {_name(make)} raised {said}; it is called with {stream}.arguments = {dict(given)}"
+            ) from error
     if not isinstance(module, nn.Module):
         raise ExperimentError(f"{stream}: {_name(make)} gives {type(module).__name__}; it must make an nn.Module")
     unsafe = [name for name in _held(module) if "/" in name or name != name.strip() or not name.isprintable()]
@@ -77,7 +89,7 @@ def described(experiment: Experiment, *, student: Maker | None = None, teacher: 
     """
     if student is None and experiment.student.module is None and "parameter" in experiment.record.observables:
         raise ExperimentError(
-            "record.observables: 'parameter' is of a module of your own, tsdyn.run(experiment, path, student=...); "
+            "record.observables: 'parameter' is of a module of your own, student.module; "
             "record 'weight' of the networks that tsdyn makes"
         )
     changes: dict[str, Any] = {}
@@ -97,14 +109,21 @@ def described(experiment: Experiment, *, student: Maker | None = None, teacher: 
 
 def _keys(experiment: Experiment, who: Literal["student", "teacher"], make: Maker) -> dict[str, Any]:
     module = made(make, experiment, experiment.seed_labels[0], who)
+    told = getattr(experiment, who).module
     return {
-        f"{who}.module": _name(make),
+        f"{who}.module": told if told is not None and _of_path(told) is _bare(make) else _name(make),
         f"{who}.source": _source(make, module),
         f"{who}.numbers": sum(t.numel() for t in _held(module).values()),
     }
 
 
+def _bare(make: Maker) -> Maker:
+    """The function itself, without the arguments bound to it."""
+    return _bare(make.func) if isinstance(make, functools.partial) else make
+
+
 def _name(make: Maker) -> str:
+    make = _bare(make)
     return f"{getattr(make, '__module__', '?')}:{getattr(make, '__qualname__', type(make).__qualname__)}"
 
 
@@ -170,16 +189,85 @@ def named(ds: xr.Dataset) -> dict[str, xr.DataArray]:
     return found
 
 
-def check_given(experiment: Experiment, *, student: Maker | None, teacher: Maker | None) -> None:
-    """Refuse to run an experiment that names modules without the functions that make them.
+def makers(
+    experiment: Experiment, *, student: Maker | None = None, teacher: Maker | None = None
+) -> tuple[Maker | None, Maker | None]:
+    """The functions that make the student and the teacher, with the experiment's arguments; None for tsdyn's networks.
+
+    A function that is not given is imported from ``student.module`` or ``teacher.module``.  If the experiment says the
+    SHA-256 of its source, as that of an archive does, the imported one must have it.
 
     Raises:
-        ExperimentError: naming the module that is missing.
+        ExperimentError: if a module cannot be imported or made, or its source is another.
     """
-    for who, make in (("student", student), ("teacher", teacher)):
-        told = getattr(experiment, who).module
-        if told is not None and make is None:
-            raise ExperimentError(
-                f"{who}.module = {told!r}: is a module of the user's own; pass the function that makes it, "
-                f"tsdyn.run(experiment, path, {who}=...)"
-            )
+    return _maker(experiment, "student", student), _maker(experiment, "teacher", teacher)
+
+
+def _maker(experiment: Experiment, who: Literal["student", "teacher"], given: Maker | None) -> Maker | None:
+    part = getattr(experiment, who)
+    if given is None and part.module is None:
+        return None
+    make = given if given is not None else _imported(part.module, who)
+    if part.arguments and part.module is not None:
+        make = functools.partial(make, **part.arguments)
+    return make
+
+
+def refuse_other_source(experiment: Experiment, who: Literal["student", "teacher"], make: Maker) -> None:
+    """Refuse a module whose source is not the one that the experiment names.
+
+    Raises:
+        ExperimentError: naming both.
+    """
+    part = getattr(experiment, who)
+    found = _source(make, made(make, experiment, experiment.seed_labels[0], who))
+    if part.source is not None and part.source != found:
+        raise ExperimentError(
+            f"{who}.module = {part.module!r}: its source has SHA-256 {found} here, and the experiment was begun with "
+            f"{part.source}; install the version that it was begun with, or begin in a new directory"
+        )
+
+
+def _of_path(path: str) -> Any:
+    """What an import path names if its module was imported already, else None."""
+    place, _, name = path.partition(":")
+    found: Any = sys.modules.get(place)
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    return found
+
+
+def _imported(path: str, who: str) -> Maker:
+    place, _, name = path.partition(":")
+    way_out = f"pass the function that makes it, tsdyn.run(experiment, path, {who}=...)"
+    if place == "__main__" or "<" in name:
+        raise ExperimentError(f"{who}.module = {path!r}: is not at an import path that other scripts reach; {way_out}")
+    try:
+        importlib.import_module(place)
+    except Exception as error:  # importing runs the user's code, which raises errors of every type
+        raise ExperimentError(
+            f"{who}.module = {path!r}: {place} cannot be imported ({type(error).__name__}: {error}); install its "
+            f"package, add its folder to PYTHONPATH, or {way_out}"
+        ) from error
+    found = _of_path(path)
+    if not _makes_modules(found):
+        what = "has no such name" if found is None else f"is {found!r}"
+        raise ExperimentError(
+            f"{who}.module = {path!r}: {what}; a file, which may be anybody's, can name a class of nn.Module or a "
+            f"function that is annotated to return one (-> nn.Module); or {way_out}"
+        )
+    make: Maker = found
+    return make
+
+
+def _makes_modules(found: Any) -> bool:
+    """Whether it is a class of nn.Module or a function annotated to return one: a file can call nothing else."""
+    if inspect.isclass(found):
+        return issubclass(found, nn.Module)
+    if not inspect.isfunction(found):
+        return False
+    try:
+        kind = typing.get_type_hints(found).get("return")
+    except Exception:  # annotations are the user's own expressions
+        return False
+    return inspect.isclass(kind) and issubclass(kind, nn.Module)

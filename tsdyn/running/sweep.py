@@ -28,15 +28,17 @@ from tsdyn.running import estimates, packages, runner
 from tsdyn.running.interrupts import stopping
 from tsdyn.running.joint_training import group_points
 from tsdyn.running.outcome import _HELD, SweepError, _finished, _reason
-from tsdyn.running.own_modules import Maker, described
+from tsdyn.running.own_modules import Maker, described, makers
 from tsdyn.running.workers import (
     INDEX_SECONDS,
+    Passed,
     WorkersError,
     _answer,
     _check_workers,
     _client,
     _on_workers,
     _say_open,
+    refuse_unpicklable,
     workers_that_fit,
 )
 
@@ -145,7 +147,8 @@ def run(
         progress: Called after every epoch, see `runner.Progress`; with workers at most twice a second.
         point: For a sweep, called before each point; returns that point's progress, or None for `progress`.
         student, teacher: Functions that make an ``nn.Module`` of the user's own as student or teacher (`own_modules`);
-            called once per seed, in this process only.
+            called once per seed.  Workers get them by cloudpickle.  None: tsdyn makes the network, or imports what
+            ``student.module`` and ``teacher.module`` name.
         observables: Observables of the user's own (`tsdyn.declare`), recorded beside those that the experiment names;
             workers get them by cloudpickle.
 
@@ -166,16 +169,26 @@ def run(
         device, workers, scheduler, device != "cpu" if together is None else together, student, teacher,
         tuple(observables),
     )  # fmt: skip
-    if means.distributed and (student is not None or teacher is not None):
-        raise WorkersError("student, teacher: modules passed from Python train in this process; leave workers out")
+    if means.distributed:
+        refuse_unpicklable(student=student, teacher=teacher)
     with added(observables):
-        own = described(_asking(experiment, observables), student=student, teacher=teacher)
+        own = completed(_asking(experiment, observables), student=student, teacher=teacher)
         lost = packages.missing(own)
         if lost and unfinished(own, path):
             packages.refuse_missing(lost, own, whole_files.local_path(path))
         if means.distributed and not lost:
             _refuse_parts_of_this_process(own, observables)
         return _run(own, path, means, progress, point)
+
+
+def completed(experiment: Experiment, *, student: Maker | None = None, teacher: Maker | None = None) -> Experiment:
+    """The experiment with the names, sizes and source digests of the modules that it names or that are given.
+
+    Raises:
+        ExperimentError: if a module cannot be imported, made or trained.
+    """
+    student, teacher = makers(experiment, student=student, teacher=teacher)
+    return described(experiment, student=student, teacher=teacher)
 
 
 @dataclass(frozen=True)
@@ -189,6 +202,10 @@ class _Means:
     student: Maker | None
     teacher: Maker | None
     observables: tuple[Observed, ...]
+
+    @property
+    def passed(self) -> Passed:
+        return Passed(self.observables, self.student, self.teacher)
 
     @property
     def distributed(self) -> bool:
@@ -265,7 +282,7 @@ def _run_on_workers(
             # local workers share this machine's memory, those of a scheduler have machines of their own
             groups = group_points(left, busy, room // 2 // (at_once or 1))
         tell = telling(left)
-        told = _on_workers(client, groups, path, means.device, tell, at_once or len(left), asked, means.observables)
+        told = _on_workers(client, groups, path, means.device, tell, at_once or len(left), asked, means.passed)
         for name, reason in told:
             ended(name, reason)
 

@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, assert_never
 
@@ -19,6 +20,7 @@ from tsdyn.observables.registry import Observed, added
 from tsdyn.running import estimates, runner
 from tsdyn.running.interrupts import Stopped
 from tsdyn.running.outcome import _finished, _reason
+from tsdyn.running.own_modules import Maker
 
 if TYPE_CHECKING:
     from distributed import Client, Future
@@ -183,6 +185,33 @@ def _answer(client: Any, future: Any) -> Any:
     return future.result()
 
 
+@dataclass(frozen=True)
+class Passed:
+    """Parts of the user's own that were passed to `tsdyn.run` and are sent to workers by cloudpickle."""
+
+    observables: tuple[Observed, ...] = ()
+    student: Maker | None = None
+    teacher: Maker | None = None
+
+
+def refuse_unpicklable(**makers: Maker | None) -> None:
+    """Refuse functions that cannot be sent to workers.
+
+    Raises:
+        WorkersError: naming the function and what cannot be pickled.
+    """
+    from distributed.protocol import pickle
+
+    for who, make in makers.items():
+        try:
+            pickle.dumps(make)
+        except Exception as error:  # pickling runs the user's code, which raises errors of every type
+            raise WorkersError(
+                f"{who}: {make!r} cannot be sent to workers ({type(error).__name__}: {error}); make the module inside "
+                "the function from what can be pickled, or leave workers out"
+            ) from error
+
+
 def _on_workers(
     client: Client,
     groups: Sequence[Mapping[str, Experiment]],
@@ -191,13 +220,13 @@ def _on_workers(
     tell: Mapping[str, runner.Progress | None],
     at_once: int,
     asked: Callable[[], int | None],
-    observables: tuple[Observed, ...],
+    passed: Passed,
 ) -> Iterator[tuple[str, str | None]]:
     """Yield each point when its group ends, with the reason if it failed; after a signal raise `Stopped` at the end."""
     from distributed import as_completed
 
     listening = _Listening(client)
-    shared = _Shared(client, groups, path, device, tell, observables)
+    shared = _Shared(client, groups, path, device, tell, passed)
     stop: int | None = None
     try:
         running = as_completed(shared.begin(at_once), loop=client.loop)
@@ -232,9 +261,9 @@ class _Shared:
         path: Path,
         device: str,
         tell: Mapping[str, runner.Progress | None],
-        observables: tuple[Observed, ...],
+        passed: Passed,
     ) -> None:
-        self._client, self._path, self._device, self._observables = client, path, device, observables
+        self._client, self._path, self._device, self._passed = client, path, device, passed
         self._tell, self._topic = tell, f"tsdyn-{uuid.uuid4().hex}"
         self._waiting = sorted(groups, key=lambda group: sum(map(_work_in, group.values())))
         self._out: dict[Future, Mapping[str, Experiment]] = {}
@@ -308,7 +337,7 @@ class _Shared:
     def _submit(self, group: Mapping[str, Experiment]) -> Future:
         key = f"{next(iter(group))}-{uuid.uuid4().hex[:8]}"
         texts = {name: single.to_toml() for name, single in group.items()}
-        given = texts, str(self._path), self._device, self._topic, self._observables
+        given = texts, str(self._path), self._device, self._topic, self._passed
         future = self._client.submit(_work, *given, key=key, pure=False)
         self._out[future] = group
         return future
@@ -344,9 +373,7 @@ def _reached(path: Path) -> int:
     return found[-1].last if found else -1
 
 
-def _work(
-    texts: Mapping[str, str], path: str, device: str, topic: str, observables: tuple[Observed, ...]
-) -> dict[str, Any]:
+def _work(texts: Mapping[str, str], path: str, device: str, topic: str, passed: Passed) -> dict[str, Any]:
     """Run (on a worker) a group of points; reports epochs on `topic`, and stops when the event of that name is set.
 
     Returns the reasons of the points that failed, and the points that are finished.
@@ -381,7 +408,7 @@ def _work(
 
     paths = {name: Path(path) / name for name in texts}
     failed: Mapping[Path, Exception] = {}
-    with added(observables):
+    with added(passed.observables):
         experiments = {name: Experiment.from_toml_text(text) for name, text in texts.items()}
         if asked() is None:
             try:
@@ -390,6 +417,8 @@ def _work(
                     device=device,
                     progress={paths[name]: teller(name) for name in texts},
                     asked=asked,
+                    student=passed.student,
+                    teacher=passed.teacher,
                 )
             except Stopped as stopped:  # raised on, this KeyboardInterrupt would end the worker
                 failed = stopped.failed
