@@ -6,6 +6,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 import dask
 import hypothesis
+import jaxtyping
 import pytest
 import torch
 
@@ -31,6 +32,14 @@ def pytest_collection_modifyitems(items):
             target = getattr(test, "__func__", test)
             own = target._hypothesis_internal_use_settings
             target._hypothesis_internal_use_settings = hypothesis.settings(own, max_examples=examples)
+
+
+@pytest.fixture
+def unchecked():
+    """Without the suite's run-time type checks, which a user does not have: what is said to a wrong word is ours."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(autouse=True)

@@ -231,6 +231,7 @@ def test_intervals_of_nothing_are_nan():
         (lambda x: phase.fractions(x, over="epoch"), "'x' has no dimension epoch"),
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_wrong_requests_say_what_is_wrong(call, message):
     with pytest.raises(ValueError, match=message):
         call(xr.DataArray(np.zeros((2, 3)), dims=("node", "seed"), name="x"))

@@ -521,6 +521,12 @@ def test_reading_a_damaged_file_apart_has_a_limit(copy):
     assert done.returncode in (-signal.SIGXCPU, -signal.SIGKILL)
 
 
+@pytest.mark.usefixtures("unchecked")
+def test_work_apart_that_is_not_known_is_refused():
+    with pytest.raises(ValueError, match=r"integrity: asked for 'repair'; it is 'contents' .* or 'salvage'"):
+        integrity._work_in_subprocess("repair", "archive.nc")
+
+
 def test_a_file_that_is_opened_and_not_understood_is_never_closed(copy, tmp_path):
     """netCDF4 crashes the process when a dataset that it opened half-way is closed by garbage collection."""
     code = """

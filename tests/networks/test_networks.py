@@ -116,8 +116,21 @@ def test_numpy_is_accepted():
             lambda: Network.from_torch(nn.Sequential(nn.Linear(2, 2), nn.GELU("tanh"), nn.Linear(2, 2))),
             "approximate",
         ),
+        (
+            lambda: Network([torch.ones(2, 3)], gate_at_zero="tian"),
+            r"Network: gate_at_zero='tian'; it is 'torch' \(autograd's gate at 0\) or 'paper' \(1\)",
+        ),
+        (
+            lambda: Network([torch.ones(2, 3), torch.ones(1, 2)], norm="below"),
+            "Network: norm='below'; BatchNorm is 'before' or 'after' the activation",
+        ),
+        (
+            lambda: activations.activation("relu").gate(torch.zeros(1), at_zero="tian"),
+            r"Activation.gate: at_zero='tian'; it is 'torch' .* or 'paper'",
+        ),
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_bad_networks_are_refused_with_the_reason(make, message):
     with pytest.raises(ValueError, match=message):
         make()

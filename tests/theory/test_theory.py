@@ -267,8 +267,15 @@ def test_gradients_flow_through_the_jacobian():
             "the student's activation is erf; Lemma 1 needs",
         ),
         (lambda s, t, x: theory.moments(s, t, x, memory=1), "one sample needs .* GB, .* give more"),
+        (
+            lambda s, t, x: theory.moments(s, t, x, form="joined"),
+            "moments: form='joined'; it is 'product' .* or 'joint'",
+        ),
+        (lambda s, t, x: theory.expectations(s, t, x, form="both"), "expectations: form='both'; it is 'product' .* or"),
+        (lambda s, t, x: theory.luck_matters_updates(s, t, x, form=None), "luck_matters_updates: form=None; it is 'pr"),
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_bad_input_is_named(call, message):
     student, teacher = random_network((4, 5, 2)), random_network((4, 3, 2), seed=1)
     with pytest.raises(ValueError, match=message):
