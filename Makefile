@@ -56,7 +56,6 @@ lint: $(VENV)/.installed-dev
 docs: $(VENV)/.installed-dev
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
 
-# `-o addopts=` turns off the run-time type checks of the tests.
 bench: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.engine
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.recording
@@ -64,7 +63,7 @@ bench: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.sweeps
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.deep
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.population
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/benchmarks -o addopts= --benchmark-only --benchmark-columns=min,median
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/benchmarks --no-typechecks -o addopts= --benchmark-only --benchmark-columns=min,median
 
 # Archives of 20 GB, 10,000 runs, 50 killed workers; takes minutes, and 22 GB in the temporary directory until the end.
 scale: $(VENV)/.installed-dev

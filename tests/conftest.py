@@ -6,9 +6,10 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 import dask
 import hypothesis
-import jaxtyping
 import pytest
 import torch
+
+from tests import typechecks
 
 torch.set_num_threads(1)
 
@@ -19,6 +20,15 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("fuzz" if "TSDYN_FUZZ" in os.environ else "fixed")
 FUZZING = "TSDYN_FUZZ" in os.environ
+
+
+def pytest_addoption(parser):
+    parser.addoption("--no-typechecks", action="store_true", help="do not check tsdyn's annotations at run time")
+
+
+def pytest_configure(config):
+    if not config.getoption("--no-typechecks"):
+        typechecks.install()
 
 
 def pytest_collection_modifyitems(items):
@@ -32,14 +42,6 @@ def pytest_collection_modifyitems(items):
             target = getattr(test, "__func__", test)
             own = target._hypothesis_internal_use_settings
             target._hypothesis_internal_use_settings = hypothesis.settings(own, max_examples=examples)
-
-
-@pytest.fixture
-def unchecked():
-    """Without the suite's run-time type checks, which a user does not have: what is said to a wrong word is ours."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(autouse=True)

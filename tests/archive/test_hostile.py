@@ -20,6 +20,7 @@ import xarray as xr
 import tsdyn
 from tests.cases import small
 from tests.test_cli import command  # noqa: F401
+from tests.typechecks import unchecked
 from tsdyn import memory
 from tsdyn.archive import integrity, lock, reading, run_directory, whole_files
 from tsdyn.archive.whole_files import ArchiveError, DirectoryError
@@ -521,10 +522,9 @@ def test_reading_a_damaged_file_apart_has_a_limit(copy):
     assert done.returncode in (-signal.SIGXCPU, -signal.SIGKILL)
 
 
-@pytest.mark.usefixtures("unchecked")
 def test_work_apart_that_is_not_known_is_refused():
     with pytest.raises(ValueError, match=r"integrity: asked for 'repair'; it is 'contents' .* or 'salvage'"):
-        integrity._work_in_subprocess("repair", "archive.nc")
+        unchecked(integrity._work_in_subprocess)("repair", "archive.nc")
 
 
 def test_a_file_that_is_opened_and_not_understood_is_never_closed(copy, tmp_path):

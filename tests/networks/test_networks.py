@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import tests.oracles as oracles
+from tests.typechecks import unchecked
 from tsdyn import Network, theory
 from tsdyn.networks import activations
 
@@ -117,20 +118,23 @@ def test_numpy_is_accepted():
             "approximate",
         ),
         (
-            lambda: Network([torch.ones(2, 3)], gate_at_zero="tian"),
+            lambda: unchecked(Network.__init__)(Network.__new__(Network), [torch.ones(2, 3)], gate_at_zero="tian"),
             r"Network: gate_at_zero='tian'; it is 'torch' \(autograd's gate at 0\) or 'paper' \(1\)",
         ),
         (
-            lambda: Network([torch.ones(2, 3), torch.ones(1, 2)], norm="below"),
+            lambda: unchecked(Network.__init__)(
+                Network.__new__(Network), [torch.ones(2, 3), torch.ones(1, 2)], norm="below"
+            ),
             "Network: norm='below'; BatchNorm is 'before' or 'after' the activation",
         ),
         (
-            lambda: activations.activation("relu").gate(torch.zeros(1), at_zero="tian"),
+            lambda: unchecked(activations.Activation.gate)(
+                activations.activation("relu"), torch.zeros(1), at_zero="tian"
+            ),
             r"Activation.gate: at_zero='tian'; it is 'torch' .* or 'paper'",
         ),
     ],
 )
-@pytest.mark.usefixtures("unchecked")
 def test_bad_networks_are_refused_with_the_reason(make, message):
     with pytest.raises(ValueError, match=message):
         make()

@@ -76,7 +76,7 @@ class Activation:
                 assert_never(other)
 
 
-def check_gate(caller: str, key: str, at_zero: AtZero) -> None:
+def check_gate(caller: str, key: str, at_zero: str) -> None:
     """Raise ValueError unless `at_zero`, which `caller` was given as `key`, is a convention of the gate at 0."""
     if at_zero not in ("torch", "paper"):
         raise ValueError(f"{caller}: {key}={at_zero!r}; it is 'torch' (autograd's gate at 0) or 'paper' (1)")

@@ -19,7 +19,7 @@ from tsdyn.theory.inputs import MEMORY, Samples, batches, check_pair, inputs
 Form: TypeAlias = Literal["product", "joint"]
 
 
-def check_form(caller: str, form: Form) -> None:
+def check_form(caller: str, form: str) -> None:
     """Raise ValueError unless `form`, which `caller` was given, is a form of H."""
     if form not in ("product", "joint"):
         raise ValueError(f"{caller}: form={form!r}; it is 'product' (E[β] ∘ E[f'f']) or 'joint' (E[β f'f'])")
