@@ -3,6 +3,8 @@
 import os
 
 os.environ.setdefault("MPLBACKEND", "Agg")
+# The hundred subprocesses of the suite would otherwise compile tsdyn's modules each for itself.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 import dask
 import hypothesis

@@ -10,8 +10,10 @@ from __future__ import annotations
 import ast
 import dataclasses
 import itertools
+import re
 import sys
-from collections.abc import Callable
+import typing
+from collections.abc import Callable, Mapping
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from types import CodeType, ModuleType
@@ -25,17 +27,28 @@ _check = beartype(conf=BeartypeConf(violation_type=TypeError))
 
 
 def checked(thing: Any) -> Any:
-    """A function, or the ``__init__`` that a dataclass got, whose annotations are checked by beartype."""
+    """A function, or a dataclass, whose annotations are checked; with shapes, also that their dimensions agree."""
     if not isinstance(thing, type):
-        return _check(thing)
-    if dataclasses.is_dataclass(thing) and "__init__" in vars(thing):
-        thing.__init__ = _check(thing.__init__)  # type: ignore[misc]
+        return _bound(thing) if _has_shapes(thing.__annotations__, thing.__globals__) else _check(thing)
+    if not dataclasses.is_dataclass(thing) or "__init__" not in vars(thing):
+        return thing
+    if _has_shapes(vars(thing).get("__annotations__", {}), vars(sys.modules[thing.__module__])):
+        return _bound(thing)
+    thing.__init__ = _check(thing.__init__)  # type: ignore[misc]
     return thing
 
 
-def bound(thing: Any) -> Any:
-    """A function or dataclass whose annotations are checked and agree in the names of their dimensions."""
-    return jaxtyping.jaxtyped(typechecker=_check)(thing)
+_bound = jaxtyping.jaxtyped(typechecker=_check)
+
+
+def _has_shapes(annotations: Mapping[str, Any], at: Mapping[str, Any]) -> bool:
+    """Whether any annotation names one of jaxtyping's types, or an alias of one."""
+    words = {word for text in annotations.values() for word in re.findall(r"[A-Za-z_]\w*", str(text))}
+    return any(_of_shapes(at[word]) for word in words if word in at)
+
+
+def _of_shapes(value: Any) -> bool:
+    return getattr(value, "__module__", None) == "jaxtyping" or "jaxtyping." in repr(typing.get_args(value))
 
 
 def unchecked(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -70,13 +83,7 @@ class _Loader(SourceFileLoader):
 
     def source_to_code(self, data: Any, path: Any, *, _optimize: int = -1) -> CodeType:
         tree = ast.parse(data)
-        shapes = {
-            name.asname or name.name
-            for node in ast.walk(tree)
-            if isinstance(node, ast.ImportFrom) and node.module == "jaxtyping"
-            for name in node.names
-        }
-        _Decorated(shapes, _hidden(tree)).visit(tree)
+        _Decorated(_hidden(tree)).visit(tree)
         first = sum(itertools.takewhile(bool, map(_comes_first, tree.body)))
         tree.body.insert(first, ast.Import([ast.alias("tests.typechecks", "_typechecks")]))
         return compile(ast.fix_missing_locations(tree), path, "exec", dont_inherit=True, optimize=_optimize)
@@ -101,27 +108,26 @@ def _comes_first(node: ast.stmt) -> bool:
 class _Decorated(ast.NodeTransformer):
     """Decorates functions innermost, since other decorators hide annotations, and classes outermost."""
 
-    def __init__(self, shapes: set[str], hidden: set[str]) -> None:
-        self._shapes, self._hidden = shapes, hidden
-
-    def _by(self, names: set[str]) -> ast.expr:
-        how = "bound" if names & self._shapes else "checked"
-        return ast.Attribute(ast.Name("_typechecks", ast.Load()), how, ast.Load())
+    def __init__(self, hidden: set[str]) -> None:
+        self._hidden = hidden
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.FunctionDef:
         if any(isinstance(d, ast.Name) and d.id == "overload" for d in node.decorator_list):
             return node
-        a, names = node.args, set()
+        a = node.args
         for arg in (*a.posonlyargs, *a.args, *a.kwonlyargs, *filter(None, (a.vararg, a.kwarg))):
             arg.annotation = None if _names(arg.annotation) & self._hidden else arg.annotation
-            names |= _names(arg.annotation)
         node.returns = None if _names(node.returns) & self._hidden else node.returns
-        node.decorator_list.append(ast.copy_location(self._by(names | _names(node.returns)), node))
+        node.decorator_list.append(_checked(node))
         return node
 
     def visit_ClassDef(self, node: ast.ClassDef) -> ast.ClassDef:
         self.generic_visit(node)
-        names = set().union(*(_names(field.annotation) for field in node.body if isinstance(field, ast.AnnAssign)))
-        if not names & self._hidden:
-            node.decorator_list.insert(0, ast.copy_location(self._by(names), node))
+        fields = [field.annotation for field in node.body if isinstance(field, ast.AnnAssign)]
+        if not any(_names(annotation) & self._hidden for annotation in fields):
+            node.decorator_list.insert(0, _checked(node))
         return node
+
+
+def _checked(node: ast.stmt) -> ast.expr:
+    return ast.copy_location(ast.Attribute(ast.Name("_typechecks", ast.Load()), "checked", ast.Load()), node)
