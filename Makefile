@@ -23,7 +23,7 @@ quickstart: $(VENV)/.installed
 	@echo "archive: $(RUNS)   figure: $(RUNS)/l-shape.png"
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 # The suite under every Python that this machine has, with the lowest and with the newest versions of what it needs.
 matrix: $(VENV)/.installed-dev
@@ -32,7 +32,7 @@ matrix: $(VENV)/.installed-dev
 # Property tests with FUZZ random examples each; failures that it finds become fixed examples of the suite.
 FUZZ ?= 500
 fuzz: $(VENV)/.installed-dev
-	TSDYN_FUZZ=$(FUZZ) $(BIN)/python -m pytest -n auto -m hypothesis
+	TSDYN_FUZZ=$(FUZZ) $(BIN)/python -m pytest -n auto --dist worksteal -m hypothesis
 
 # Compares the end points of gradient flow by three integrators; takes minutes.
 trials: $(VENV)/.installed-dev

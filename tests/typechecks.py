@@ -91,7 +91,7 @@ class _Loader(SourceFileLoader):
 
 def _hidden(tree: ast.Module) -> set[str]:
     """Names that only a type checker imports: what is annotated with one cannot be checked here."""
-    asked = [node for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)]
+    asked = [node for node in tree.body if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)]
     imports = [node for one in asked for node in ast.walk(one) if isinstance(node, ast.Import | ast.ImportFrom)]
     return {(name.asname or name.name).partition(".")[0] for node in imports for name in node.names}
 

@@ -537,6 +537,8 @@ from tsdyn.archive.whole_files import ArchiveError
 
 whole, file = Path(sys.argv[1]).read_bytes(), Path(sys.argv[2])
 draw, refused = random.Random(0), 0
+gc.collect()
+gc.freeze()  # what was imported is not looked through again each time
 for trial in range(150):
     at = draw.randrange(len(whole))
     file.write_bytes(whole[:at] + draw.choice([bytes(64), b"\\xff" * 64, draw.randbytes(64)]) + whole[at + 64:])
