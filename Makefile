@@ -23,7 +23,7 @@ quickstart: $(VENV)/.installed
 	@echo "archive: $(RUNS)   figure: $(RUNS)/l-shape.png"
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 # The suite under every Python that this machine has, with the lowest and with the newest versions of what it needs.
 matrix: $(VENV)/.installed-dev
@@ -32,7 +32,7 @@ matrix: $(VENV)/.installed-dev
 # Property tests with FUZZ random examples each; failures that it finds become fixed examples of the suite.
 FUZZ ?= 500
 fuzz: $(VENV)/.installed-dev
-	TSDYN_FUZZ=$(FUZZ) $(BIN)/python -m pytest -n auto -m hypothesis
+	TSDYN_FUZZ=$(FUZZ) $(BIN)/python -m pytest -n auto --dist worksteal -m hypothesis
 
 # Compares the end points of gradient flow by three integrators; takes minutes.
 trials: $(VENV)/.installed-dev
@@ -56,7 +56,6 @@ lint: $(VENV)/.installed-dev
 docs: $(VENV)/.installed-dev
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
 
-# `-o addopts=` turns off the run-time type checks of the tests.
 bench: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.engine
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.recording
@@ -64,7 +63,7 @@ bench: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.sweeps
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.deep
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.population
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/benchmarks -o addopts= --benchmark-only --benchmark-columns=min,median
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/benchmarks --no-typechecks -o addopts= --benchmark-only --benchmark-columns=min,median
 
 # Archives of 20 GB, 10,000 runs, 50 killed workers; takes minutes, and 22 GB in the temporary directory until the end.
 scale: $(VENV)/.installed-dev

@@ -6,6 +6,8 @@ bias, scaled to ‖w‖ = 1.  Source: Tian (2020), Definition 3.
 
 from __future__ import annotations
 
+from typing import assert_never
+
 import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
@@ -15,6 +17,7 @@ from tsdyn.analysis.lift import lift
 
 from tsdyn import layer as one_layer
 from tsdyn.archive.selecting import lowest_layer
+from tsdyn.experiment.experiment import Experiment
 from tsdyn.networks.node_pairs import epsilon, regular, separation
 from tsdyn.vocabulary import TIAN, VARIABLES
 
@@ -142,6 +145,19 @@ def boundary_samples(teacher_weight: NDArray, teacher_bias: NDArray, eps: NDArra
     return np.where(np.isnan(share).all(-1), np.nan, np.nansum(share, axis=-1))
 
 
+def _added(experiment: Experiment) -> tuple[int, int]:
+    """Pairs of points that augmentation adds to each sample: one for each boundary near it or none, and per axis."""
+    match experiment.data.augment:
+        case "aware":
+            return 1, 0
+        case "agnostic":
+            return 0, experiment.student_widths[0]
+        case "none" | "crop-flip":  # images are moved at every step
+            return 0, 0
+        case other:
+            assert_never(other)
+
+
 def augmented_samples(archive: xr.Dataset) -> xr.DataArray:
     """Number of samples in each training set, with those that ``data.augment`` adds; (swept..., seed).
 
@@ -154,7 +170,6 @@ def augmented_samples(archive: xr.Dataset) -> xr.DataArray:
     Source: Tian (2020), Definition 7.
     """
     train = per_point(archive, lambda point: -1 if point.data.train == "fresh" else point.data.train)
-    augment = per_point(archive, lambda point: point.data.augment)
     if (train < 0).any():
         raise ValueError("augmented_samples: data.train = 'fresh' has no training set; select the finite ones")
     if per_point(archive, lambda point: point.data.augment == "aware" and point.data.law != "gaussian").any():
@@ -168,8 +183,10 @@ def augmented_samples(archive: xr.Dataset) -> xr.DataArray:
         per_point(archive, lambda point: point.data.std),
         reads=(("teacher_node", "input_node"), ("teacher_node",), (), ()),
     )
-    axes = per_point(archive, lambda point: point.student_widths[0])
-    added = near * (augment == "aware") + axes * (augment == "agnostic")
+    # of `near`, and of the axes of the inputs, how many are added for each sample
+    of_near = per_point(archive, lambda point: _added(point)[0])
+    axes = per_point(archive, lambda point: _added(point)[1])
+    added = near * of_near + axes
     total: xr.DataArray = train * (1.0 + 2.0 * added)
     return total.rename("augmented_samples").assign_attrs(
         units="1", long_name="training samples with those of augmentation", source=f"{TIAN}, Definition 7"

@@ -7,6 +7,7 @@ Intervals: of a mean by Student's t, of a median by order statistics, of a share
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Literal, TypeAlias, assert_never
 
 import numpy as np
 import xarray as xr
@@ -196,8 +197,11 @@ def summarise(
     )
 
 
+Statistic: TypeAlias = Literal["mean", "median"]
+
+
 def interval(
-    array: xr.DataArray, *, over: str = "seed", statistic: str = "mean", confidence: float = 0.95
+    array: xr.DataArray, *, over: str = "seed", statistic: Statistic = "mean", confidence: float = 0.95
 ) -> xr.DataArray:
     """Interval of the mean or median over seeds, (..., bound) with bounds ``low`` and ``high``; lazy as `array`.
 
@@ -211,7 +215,13 @@ def interval(
     _check(array, over, "interval", confidence=confidence)
     if statistic not in ("mean", "median"):
         raise ValueError(f"interval: statistic={statistic!r}; it is 'mean' or 'median'")
-    formula = student_interval if statistic == "mean" else median_interval
+    match statistic:
+        case "mean":
+            formula = student_interval
+        case "median":
+            formula = median_interval
+        case other:
+            assert_never(other)
     found = lift(
         formula,
         array,

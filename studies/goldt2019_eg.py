@@ -20,6 +20,8 @@ TITLE = "generalization error of online learning: simulation against equation"
 SOURCE = "Goldt et al. 2019 (arXiv 1906.08632), Figure 1; Saad & Solla 1995"
 
 TEACHER_NODES = 2
+#: ``online.layers`` → title of its panel.
+_TITLES = {"first": "first layer learns", "both": "both layers learn"}
 
 
 def _online(name: str, nodes: tuple[int, ...], *, inputs: int, seeds: int, **online: int | float) -> Experiment:
@@ -63,7 +65,7 @@ def draw(measured: xr.Dataset) -> Figure:
             shown = np.unique(np.linspace(0, len(alpha) - 1, 25).astype(int))
             ax.plot(alpha, one["eg_equation"].values, color=colour, linewidth=1)
             ax.plot(alpha[shown], one["eg_simulation"].values[shown], "o", color=colour, markersize=2.5, alpha=0.6)
-        title = "first layer learns" if layer == "first" else "both layers learn"
+        title = _TITLES[layer]
         ax.set(xscale="log", yscale="log", xlabel="α = steps / N", title=title)
     panels[0].set_ylabel("generalization error")
     nodes = measured["nodes"].values.tolist()

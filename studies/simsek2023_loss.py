@@ -8,6 +8,7 @@ shades follow from the Hessians' signatures, which need no seed.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal, assert_never
 
 import numpy as np
 import xarray as xr
@@ -54,21 +55,24 @@ def measure(archive: xr.Dataset) -> xr.Dataset:
     return ds.drop_vars([name for name in ds.coords if name not in ("seed", "n", "k", "map_n")])
 
 
-def _whole(ds: xr.Dataset, fixed: str) -> list[int]:
+def _whole(ds: xr.Dataset, fixed: Literal["n", "k"]) -> list[int]:
     """Values of k for which every n < k is present, or of n for which every k up to 2n is."""
     pairs = list(zip(ds["n"].values.tolist(), ds["k"].values.tolist(), strict=True))
-    if fixed == "k":
-        return [
-            k for k in sorted({k for _, k in pairs}) if k > 2 and {n for n, o in pairs if o == k} >= set(range(1, k))
-        ]
-    return [
-        n
-        for n in sorted({n for n, _ in pairs})
-        if n > 1
-        and (n, 2 * n) in pairs
-        and (n, n + 1) in pairs
-        and {k for m, k in pairs if m == n} >= set(range(n + 1, 2 * n + 1))
-    ]
+    match fixed:
+        case "k":
+            teachers = sorted({k for _, k in pairs})
+            return [k for k in teachers if k > 2 and {n for n, o in pairs if o == k} >= set(range(1, k))]
+        case "n":
+            return [
+                n
+                for n in sorted({n for n, _ in pairs})
+                if n > 1
+                and (n, 2 * n) in pairs
+                and (n, n + 1) in pairs
+                and {k for m, k in pairs if m == n} >= set(range(n + 1, 2 * n + 1))
+            ]
+        case other:
+            assert_never(other)
 
 
 def draw(measured: xr.Dataset) -> Figure:

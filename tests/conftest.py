@@ -3,11 +3,15 @@
 import os
 
 os.environ.setdefault("MPLBACKEND", "Agg")
+# The hundred subprocesses of the suite would otherwise compile tsdyn's modules each for itself.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 import dask
 import hypothesis
 import pytest
 import torch
+
+from tests import typechecks
 
 torch.set_num_threads(1)
 
@@ -18,6 +22,15 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("fuzz" if "TSDYN_FUZZ" in os.environ else "fixed")
 FUZZING = "TSDYN_FUZZ" in os.environ
+
+
+def pytest_addoption(parser):
+    parser.addoption("--no-typechecks", action="store_true", help="do not check tsdyn's annotations at run time")
+
+
+def pytest_configure(config):
+    if not config.getoption("--no-typechecks"):
+        typechecks.install()
 
 
 def pytest_collection_modifyitems(items):

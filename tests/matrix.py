@@ -76,7 +76,7 @@ def run(python: str, constraints: list[str], folder: Path, tests: list[str]) -> 
     if installed.returncode:
         return "FAILED to install: " + installed.stderr.strip().splitlines()[-1]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [str(own), "-m", "pytest", "-q", "-n", "auto", "-p", "no:cacheprovider", *tests]
+    command = [str(own), "-m", "pytest", "-q", "-n", "auto", "--dist", "worksteal", "-p", "no:cacheprovider", *tests]
     answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     (folder.parent / f"{folder.name}.log").write_text(answer.stdout + answer.stderr, encoding="utf-8")
     said = _TESTED.findall(answer.stdout)

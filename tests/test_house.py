@@ -8,8 +8,13 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 import tsdyn
+from tests import typechecks
+from tsdyn.networks import activations
+from tsdyn.networks.batch_norm import batch_norm_gradient
+from tsdyn.networks.propagate import Frame
 
 ROOT = Path(__file__).resolve().parent.parent
 #: The floors of the house.  Imports run down; wings of one floor do not import each other.
@@ -267,3 +272,16 @@ def test_the_wheel_holds_every_wing_and_only_tsdyn(tmp_path):
     modules = {m.replace(".", "/") + ("/__init__.py" if f.name == "__init__.py" else ".py") for m, f in FILES.items()}
     sources = {str(f.relative_to(ROOT)) for s in ("cpp", "hpp", "pyi") for f in (ROOT / "tsdyn").rglob(f"*.{s}")}
     assert names >= modules | sources | {"tsdyn/py.typed"}
+
+
+def test_annotations_are_checked_in_the_suite(pytestconfig):
+    if pytestconfig.getoption("--no-typechecks"):
+        pytest.skip("asked for")
+    with pytest.raises(TypeError, match="name"):  # a plain annotation
+        activations.activation(3)
+    with pytest.raises(TypeError, match="places"):  # of a dataclass
+        Frame(activations.activation("relu"), places=("above",))
+    f, g = torch.zeros(4, 2), torch.zeros(4, 3)
+    with pytest.raises(TypeError, match="g"):  # the name of a dimension, across arguments
+        batch_norm_gradient(f, g)
+    assert typechecks.unchecked(batch_norm_gradient)(f, torch.zeros(4, 2)).shape == (4, 2)

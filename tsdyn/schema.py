@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, assert_never
 
 import numpy as np
 import xarray as xr
@@ -144,10 +144,13 @@ def recorded(kind: Kind, asked: Iterable[str], when: When | None = None) -> tupl
         when: Only variables recorded at this time: along the run, at its start or at its end.
     """
     rows = tuple(row for row in VARIABLES.values() if kind in row.kinds)
-    if kind == "training":
-        names = (*expand(asked), *(row.name for row in rows if row.when != "along"))
-    else:
-        names = tuple(row.name for row in rows)
+    match kind:
+        case "training":
+            names = (*expand(asked), *(row.name for row in rows if row.when != "along"))
+        case "population-flow" | "online":
+            names = tuple(row.name for row in rows)
+        case other:
+            assert_never(other)
     return tuple(name for name in names if when is None or variable(name).when == when)
 
 
@@ -210,7 +213,7 @@ class Layout:
         if dim == "input_node":
             teacher = variable.name.startswith("teacher_")
             return self.teacher_input_widths if teacher else self.input_widths
-        return self.teacher_widths if dim.startswith("teacher_") else self.widths
+        return {"width": self.widths, "teacher_width": self.teacher_widths}[NODE_WIDTHS[dim]]
 
     def padded(self, dim: str) -> int:
         """Size of a dimension in the Dataset; node dimensions are padded to the widest layer."""
@@ -219,7 +222,7 @@ class Layout:
             return (sizes | {"entry": self.entries, "teacher_entry": self.teacher_entries})[dim]
         if dim == "input_node":
             return max(*self.input_widths, *self.teacher_input_widths)
-        return max(self.teacher_widths if dim.startswith("teacher_") else self.widths)
+        return max({"width": self.widths, "teacher_width": self.teacher_widths}[NODE_WIDTHS[dim]])
 
     def block(self, variable: Variable, layer: int | None) -> tuple[int, ...]:
         """Shape without padding of `variable` for one member and epoch, at `layer` (1..L) if it has layers."""

@@ -16,6 +16,8 @@ When = Literal["start", "along", "end"]
 Label = int | float
 #: Dimensions along which runs are recorded, one per kind.  `VARIABLES` writes ``epoch`` for all of them.
 PATHS: tuple[Path, ...] = ("epoch", "time", "alpha")
+#: Dimensions whose labels are real numbers; those of all others are integers.
+REAL_LABELS = ("quantile", "time", "alpha")
 
 DIMENSIONS: Mapping[str, str] = {
     "seed": "member of the ensemble; names every random draw of that member",

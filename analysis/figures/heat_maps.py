@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, assert_never
 
 import numpy as np
 import xarray as xr
@@ -78,14 +78,20 @@ def draw_couplings(ds: xr.Dataset) -> Figure:
     )  # fmt: skip
 
 
-def _ordered(archive: xr.Dataset, figure: str) -> xr.Dataset:
+def _ordered(archive: xr.Dataset, figure: Literal["correlation", "couplings"]) -> xr.Dataset:
     if "node_order" in archive:
         return archive
     needed = in_lowest_layer(variables_of(archive, figure).isel(seed=0))
-    ends = needed.isel(epoch=[-1] if figure == "correlation" else sorted({0, needed.sizes["epoch"] - 1})).load()
-    order = matching.node_order(ends.isel(epoch=-1)).drop_vars("epoch")
-    ends = ends.isel(epoch=-1) if figure == "correlation" else ends
-    return ends.assign(node_order=order)
+    match figure:
+        case "correlation":
+            shown = needed.isel(epoch=-1).load()
+            last = shown
+        case "couplings":
+            shown = needed.isel(epoch=sorted({0, needed.sizes["epoch"] - 1})).load()
+            last = shown.isel(epoch=-1)
+        case other:
+            assert_never(other)
+    return shown.assign(node_order=matching.node_order(last).drop_vars("epoch"))
 
 
 def _map(one: xr.Dataset, variable: str, largest: float, ax: Axes | None, bar: bool) -> Axes:

@@ -20,6 +20,7 @@ import xarray as xr
 import tsdyn
 from tests.cases import small
 from tests.test_cli import command  # noqa: F401
+from tests.typechecks import unchecked
 from tsdyn import memory
 from tsdyn.archive import integrity, lock, reading, run_directory, whole_files
 from tsdyn.archive.whole_files import ArchiveError, DirectoryError
@@ -521,6 +522,11 @@ def test_reading_a_damaged_file_apart_has_a_limit(copy):
     assert done.returncode in (-signal.SIGXCPU, -signal.SIGKILL)
 
 
+def test_work_apart_that_is_not_known_is_refused():
+    with pytest.raises(ValueError, match=r"integrity: asked for 'repair'; it is 'contents' .* or 'salvage'"):
+        unchecked(integrity._work_in_subprocess)("repair", "archive.nc")
+
+
 def test_a_file_that_is_opened_and_not_understood_is_never_closed(copy, tmp_path):
     """netCDF4 crashes the process when a dataset that it opened half-way is closed by garbage collection."""
     code = """
@@ -531,6 +537,8 @@ from tsdyn.archive.whole_files import ArchiveError
 
 whole, file = Path(sys.argv[1]).read_bytes(), Path(sys.argv[2])
 draw, refused = random.Random(0), 0
+gc.collect()
+gc.freeze()  # what was imported is not looked through again each time
 for trial in range(150):
     at = draw.randrange(len(whole))
     file.write_bytes(whole[:at] + draw.choice([bytes(64), b"\\xff" * 64, draw.randbytes(64)]) + whole[at + 64:])

@@ -12,6 +12,7 @@ import textwrap
 import pytest
 
 from tsdyn.engine import compiled_step, compiled_sums, convolution, native
+from tsdyn.experiment.errors import ExperimentError
 
 JOBS = {module.__name__: (module.SOURCE, module.Job) for module in (compiled_step, compiled_sums, convolution)}
 
@@ -169,3 +170,23 @@ def test_a_source_that_does_not_compile_says_what_the_compiler_says(fresh, tmp_p
     with caplog.at_level(logging.WARNING):
         assert native.load(path, Job) is None
     assert "ended with code 1" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "word", "message"),
+    [
+        ("TSDYN_KERNEL", "0", "TSDYN_KERNEL=0: it is 'on' or 'off'; unset it for on"),
+        ("TSDYN_KERNEL", "", "TSDYN_KERNEL=: it is 'on' or 'off'; unset it for on"),
+        ("TSDYN_TF32", "ON", "TSDYN_TF32=ON: it is 'on' or 'off'; unset it for off"),
+    ],
+)
+def test_a_switch_that_is_neither_on_nor_off_is_refused(monkeypatch, name, word, message):
+    default = name == "TSDYN_KERNEL"
+    for said, meant in {"on": True, "off": False}.items():
+        monkeypatch.setenv(name, said)
+        assert native.switched_on(name, default=default) is meant
+    monkeypatch.delenv(name)
+    assert native.switched_on(name, default=default) is default
+    monkeypatch.setenv(name, word)
+    with pytest.raises(ExperimentError, match=message):
+        native.switched_on(name, default=default)

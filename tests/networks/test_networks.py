@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import tests.oracles as oracles
+from tests.typechecks import unchecked
 from tsdyn import Network, theory
 from tsdyn.networks import activations
 
@@ -115,6 +116,22 @@ def test_numpy_is_accepted():
         (
             lambda: Network.from_torch(nn.Sequential(nn.Linear(2, 2), nn.GELU("tanh"), nn.Linear(2, 2))),
             "approximate",
+        ),
+        (
+            lambda: unchecked(Network.__init__)(Network.__new__(Network), [torch.ones(2, 3)], gate_at_zero="tian"),
+            r"Network: gate_at_zero='tian'; it is 'torch' \(autograd's gate at 0\) or 'paper' \(1\)",
+        ),
+        (
+            lambda: unchecked(Network.__init__)(
+                Network.__new__(Network), [torch.ones(2, 3), torch.ones(1, 2)], norm="below"
+            ),
+            "Network: norm='below'; BatchNorm is 'before' or 'after' the activation",
+        ),
+        (
+            lambda: unchecked(activations.Activation.gate)(
+                activations.activation("relu"), torch.zeros(1), at_zero="tian"
+            ),
+            r"Activation.gate: at_zero='tian'; it is 'torch' .* or 'paper'",
         ),
     ],
 )

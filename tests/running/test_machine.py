@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import dask
@@ -139,10 +140,23 @@ def test_a_reader_that_has_enough_is_no_error(file, tmp_path):
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 def test_a_terminal_without_utf8_shows_what_it_can(tmp_path, encoding):
     tsdyn.run(small(**FEW), tmp_path / "run")
-    for words in ("study list", "show run", "study show simsek2023-loss", "--help", "plot run"):
-        code, out, err = shell(f'"$tsdyn" {words}', tmp_path, PYTHONIOENCODING=encoding, PYTHONUTF8="0")
-        assert (code, err) == (0, b""), words
-        assert out.decode(encoding)
+    each = [words.split() for words in ("study list", "show run", "study show simsek2023-loss", "--help", "plot run")]
+    program = (  # one process for all commands, which each set their streams anew
+        "import json, sys\nfrom tsdyn.cli import main\n"
+        "for words in json.loads(sys.argv[1]):\n"
+        "    sys.argv[1:] = words\n"
+        "    try:\n        main()\n    except SystemExit as end:\n        assert not end.code, words\n"
+        "    print('ended', *words)\n"
+    )
+    environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
+    words = [sys.executable, "-c", program, json.dumps(each)]
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, timeout=300, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    said = done.stdout.decode(encoding)
+    for one in each:
+        shown, ended, said = said.partition(f"ended {' '.join(one)}\n")
+        assert shown, one
+        assert ended, one
 
 
 # --- workers -------------------------------------------------------------------------------------------------
@@ -190,11 +204,14 @@ def test_nobody_without_the_certificate_reaches_a_sweep_s_workers(tmp_path):
             sweeping.stderr.readline()  # an epoch was told of: all is up
             drain = threading.Thread(target=sweeping.stderr.read)
             drain.start()
-            for port in listening(psutil.Process(sweeping.pid)):
-                for page in ("", "status", "info/main/workers.html", "json/counts.json", "metrics", "health"):
-                    found[port, page] = answers(port, page)
-                found[port, "tcp"] = reached(f"tcp://127.0.0.1:{port}")
-                found[port, "tls"] = reached(f"tls://127.0.0.1:{port}", security=stranger)
+            pages = ("", "status", "info/main/workers.html", "json/counts.json", "metrics", "health")
+            with ThreadPoolExecutor(32) as pool:  # each waits for seconds for an answer that must not come
+                asked = {}
+                for port in listening(psutil.Process(sweeping.pid)):
+                    asked |= {(port, page): pool.submit(answers, port, page) for page in pages}
+                    asked[port, "tcp"] = pool.submit(reached, f"tcp://127.0.0.1:{port}")
+                    asked[port, "tls"] = pool.submit(reached, f"tls://127.0.0.1:{port}", security=stranger)
+                found = {which: answer.result() for which, answer in asked.items()}
         finally:
             sweeping.terminate()
             assert sweeping.wait(120) == 143

@@ -371,7 +371,7 @@ def test_companies_hold_each_point_once_and_keep_to_room_and_workers(monkeypatch
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_has_the_workers_commit(tmp_path, number, code):
     """Ctrl-C goes to every process of a terminal, a termination to the command alone."""
-    experiment = small(sweep=GRID, training__steps_per_epoch=20_000, **(FEW | {"training__epochs": 200}))
+    experiment = small(sweep=GRID, training__steps_per_epoch=8_000, **(FEW | {"training__epochs": 200}))
     (tmp_path / "sweep.toml").write_text(experiment.to_toml(), encoding="utf-8")
     words = [Path(sys.executable).with_name("tsdyn"), "run", "sweep.toml", "-o", "sweep", "--workers", "2"]
     with subprocess.Popen(words, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True) as child:

@@ -18,7 +18,8 @@ def test_a_study_runs_from_experiment_to_figure(name, tmp_path):
     if smoke.data.law == "cifar10":  # the user's files; these are of the same format
         cifar10(tmp_path, each=32)
         smoke = smoke.replace({"data.path": str(tmp_path)})
-    short = {"seeds": 2} | ({"training.steps_per_epoch": 20} if smoke.kind == "training" else {})
+    short = {"seeds": 2} | ({"training.steps_per_epoch": 8} if smoke.kind == "training" else {})
+    short |= {"teacher.train_epochs": 2} if smoke.teacher.init == "trained" else {}
     archive = tsdyn.run(smoke.replace(short), tmp_path / "run")
     assert integrity.check(tmp_path / "run") == []
     measured = study.measure(archive).load()

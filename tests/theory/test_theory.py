@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 import tests.oracles as oracles
 import tsdyn
 from tests.networks.test_networks import random_network
+from tests.typechecks import unchecked
 from tsdyn import Network, theory
 from tsdyn.networks import activations
 from tsdyn.theory import couplings as couplings_module
@@ -267,6 +268,18 @@ def test_gradients_flow_through_the_jacobian():
             "the student's activation is erf; Lemma 1 needs",
         ),
         (lambda s, t, x: theory.moments(s, t, x, memory=1), "one sample needs .* GB, .* give more"),
+        (
+            lambda s, t, x: unchecked(theory.moments)(s, t, x, form="joined"),
+            "moments: form='joined'; it is 'product' .* or 'joint'",
+        ),
+        (
+            lambda s, t, x: unchecked(theory.expectations)(s, t, x, form="both"),
+            "expectations: form='both'; it is 'product' .* or",
+        ),
+        (
+            lambda s, t, x: unchecked(theory.luck_matters_updates)(s, t, x, form=""),
+            "luck_matters_updates: form=''; it is 'pr",
+        ),
     ],
 )
 def test_bad_input_is_named(call, message):

@@ -17,7 +17,7 @@ import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias, assert_never
 
 import netCDF4
 import numpy as np
@@ -194,7 +194,11 @@ def _contents(path: Path, experiment: Experiment | None, *, unsealed: bool = Fal
         yield f"{path}: cannot be read: {error}"
 
 
-def _in_subprocess(work: str, experiment: Experiment | None, *paths: Path) -> list[str] | None:
+#: What `_work_in_subprocess` can do.
+_Work: TypeAlias = Literal["contents", "salvage"]
+
+
+def _in_subprocess(work: _Work, experiment: Experiment | None, *paths: Path) -> list[str] | None:
     """The lines that ``contents`` or ``salvage`` give for a damaged file, from a subprocess; None if that failed.
 
     On damaged bytes the netCDF library can crash its process or never return.
@@ -214,18 +218,25 @@ def _in_subprocess(work: str, experiment: Experiment | None, *paths: Path) -> li
     return list(json.loads(told.stdout)) if told.returncode == 0 else None
 
 
-def _work_in_subprocess(work: str, *paths: str) -> None:
+def _work_in_subprocess(work: _Work, *paths: str) -> None:
     """Do what `_in_subprocess` asks, inside the subprocess; the experiment comes by stdin, lines go to stdout."""
+    if work not in ("contents", "salvage"):
+        raise ValueError(
+            f"integrity: asked for {work!r}; it is 'contents' (one path) or 'salvage' (a directory, a file)"
+        )
     text = sys.stdin.read()
     experiment = Experiment.from_toml_text(text, archived=True) if text else None
     used = resource.getrusage(resource.RUSAGE_SELF).ru_utime + resource.getrusage(resource.RUSAGE_SELF).ru_stime
     limit = math.ceil(used + APART_SECONDS + APART_PER_BYTE * Path(paths[-1]).stat().st_size)
     resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
-    if work == "contents":
-        lines = _contents(Path(paths[0]), experiment)
-    else:
-        assert experiment is not None
-        lines = _salvage(Path(paths[0]), experiment, Path(paths[1]))
+    match work:
+        case "contents":
+            lines = _contents(Path(paths[0]), experiment)
+        case "salvage":
+            assert experiment is not None
+            lines = _salvage(Path(paths[0]), experiment, Path(paths[1]))
+        case other:
+            assert_never(other)
     found = list(lines)
     print(json.dumps(found))
 

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias, assert_never
 
 import netCDF4
 import numpy as np
@@ -36,6 +36,8 @@ _LOCK = combine_locks([NETCDFC_LOCK, HDF5_LOCK])
 _inside = threading.local()
 
 State = Mapping[str, np.ndarray]
+#: Files are read, or written from their beginning; none is changed in its place.
+Mode: TypeAlias = Literal["r", "w"]
 
 
 @contextmanager
@@ -52,7 +54,7 @@ def guarded() -> Iterator[None]:
             _inside.held = False
 
 
-def _opened(path: str | Path, mode: Literal["r", "w", "r+", "a"]) -> netCDF4.Dataset:
+def _opened(path: str | Path, mode: Mode) -> netCDF4.Dataset:
     """``netCDF4.Dataset(path, mode)``; a file that fails while it is opened stays open, since closing it can crash."""
     nc = netCDF4.Dataset.__new__(netCDF4.Dataset)
     try:
@@ -65,9 +67,7 @@ def _opened(path: str | Path, mode: Literal["r", "w", "r+", "a"]) -> netCDF4.Dat
 
 
 @contextmanager
-def dataset(
-    path: Path, mode: Literal["r", "w", "r+", "a"] = "r", *, only: str | None = None
-) -> Iterator[netCDF4.Dataset]:
+def dataset(path: Path, mode: Mode = "r", *, only: str | None = None) -> Iterator[netCDF4.Dataset]:
     """An open file, under the lock of `guarded`; values are as stored, nothing is masked or scaled.
 
     Args:
@@ -85,18 +85,26 @@ def dataset(
         except FileNotFoundError:
             raise
         except (OSError, RuntimeError, ValueError) as error:
-            if mode == "r":
-                raise DirectoryError(f"{path}: not a readable netCDF file: {error}") from error
-            raise
+            match mode:
+                case "r":
+                    raise DirectoryError(f"{path}: not a readable netCDF file: {error}") from error
+                case "w":
+                    raise
+                case other:
+                    assert_never(other)
         with nc:
             nc.set_auto_maskandscale(False)
-            if mode != "w":
-                odd = hdf5.oddities(path, _names(nc) if only is None else [only])
-                if odd:
-                    raise DirectoryError(f"{path}: {odd[0]}; it is not tsdyn's")
-            yield nc
-            if mode != "r":
-                _flush(nc, path)
+            match mode:
+                case "r":
+                    odd = hdf5.oddities(path, _names(nc) if only is None else [only])
+                    if odd:
+                        raise DirectoryError(f"{path}: {odd[0]}; it is not tsdyn's")
+                    yield nc
+                case "w":
+                    yield nc
+                    _flush(nc, path)
+                case other:
+                    assert_never(other)
 
 
 def _names(nc: netCDF4.Dataset) -> list[str]:
@@ -282,15 +290,15 @@ def create(
     for dim in (d for d in sizes if d in used):
         name = layout.path if dim == "epoch" else dim
         nc.createDimension(name, sizes[dim])
-        labels: Sequence[float] = range(sizes[dim])
         labels = {
             "seed": layout.seeds,
             "epoch": epochs,
             "layer": range(1, layout.depth + 1),
             "quantile": layout.quantiles,
             "top_k": range(1, sizes["top_k"] + 1),
-        }.get(dim, labels)
-        kind = "f8" if name in ("quantile", "time", "alpha") else "i8"
+            **{d: range(sizes[d]) for d in (*vocabulary.NODE_WIDTHS, "input_node", "mode", "entry", "teacher_entry")},
+        }[dim]
+        kind = "f8" if name in vocabulary.REAL_LABELS else "i8"
         labelled = nc.createVariable(name, kind, (name,), fletcher32=len(labels) > 0)
         labelled.long_name = vocabulary.DIMENSIONS[name]
         labelled[:] = np.asarray(labels, dtype=kind)

@@ -7,7 +7,7 @@ one random combination; otherwise by one backward pass per sample and output.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal, TypeAlias, assert_never
 
 import torch
 from torch import Tensor, nn
@@ -146,6 +146,10 @@ def _chunks(count: int, size: int) -> Iterator[slice]:
 # --- one module, one thing to differentiate in ---------------------------------------------------------------
 
 
+#: What one `_View` differentiates in; anything but the first two names a submodule.
+_Of: TypeAlias = Literal["parameters", "inputs", "submodule"]
+
+
 class _View:
     """Jacobians of a module's outputs in its parameters, its input, or the output of a submodule.
 
@@ -162,6 +166,7 @@ class _View:
                 f"{one.caller}: wrt={wrt!r}; it is 'parameters', 'inputs' or a submodule: "
                 f"{', '.join(filter(None, submodules))}"
             )
+        self._of: _Of = "parameters" if wrt == "parameters" else "inputs" if wrt == "inputs" else "submodule"
         self._part = submodules.get(wrt)
         if wrt == "parameters" and not one.parameters:
             raise ValueError(f"{one.caller}: {one.name} has no parameter that requires a gradient")
@@ -199,11 +204,15 @@ class _View:
 
     def single(self) -> dict[str, Tensor]:
         """Shapes by name of what is differentiated in, for one sample."""
-        if self._wrt == "parameters":
-            return {n: p.detach() for n, p in self._one.parameters.items()}
-        if self._wrt == "inputs":
-            return {"inputs": self._one.inputs[0]}
-        return {self._wrt: self._at.reshape(self._at_shape)}
+        match self._of:
+            case "parameters":
+                return {n: p.detach() for n, p in self._one.parameters.items()}
+            case "inputs":
+                return {"inputs": self._one.inputs[0]}
+            case "submodule":
+                return {self._wrt: self._at.reshape(self._at_shape)}
+            case other:
+                assert_never(other)
 
     def rows(self, part: slice) -> Tensor:
         """Jacobians flattened to (sample, output, parameter), real."""
@@ -240,14 +249,18 @@ class _View:
     def _traced(self, part: slice | Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The output of some samples, and the tensors to differentiate it in."""
         inputs = self._one.some(part)[0]
-        if self._wrt == "parameters":
-            return self._one.call(inputs), dict(self._one.parameters)
-        if self._wrt == "inputs":
-            free = inputs.clone().requires_grad_(True)
-            return self._one.call(free), {"inputs": free}
-        with _Tap(self._part) as tap:
-            output = self._one.call(inputs)
-        return output, {self._wrt: tap.seen[0]}
+        match self._of:
+            case "parameters":
+                return self._one.call(inputs), dict(self._one.parameters)
+            case "inputs":
+                free = inputs.clone().requires_grad_(True)
+                return self._one.call(free), {"inputs": free}
+            case "submodule":
+                with _Tap(self._part) as tap:
+                    output = self._one.call(inputs)
+                return output, {self._wrt: tap.seen[0]}
+            case other:
+                assert_never(other)
 
     # --- the shorter way -------------------------------------------------------------------------------------
 
@@ -260,18 +273,21 @@ class _View:
             found: Tensor = self._one.call_with(parameters, batch)
             return found.reshape(-1)
 
-        if self._wrt == "parameters":
-            found: dict[str, Tensor] = vmap(jacrev(output), (None, dims))(self.single(), inputs)
-            return found
-        if self._wrt == "inputs":
-            return {"inputs": vmap(jacrev(output, argnums=1), (None, dims))({}, inputs)}
-
         def moved(offset: Tensor, sample: Tree) -> Tensor:
             with _Tap(self._part, offset):
                 return output({}, sample)
 
-        at = vmap(jacrev(moved), (None, dims))(torch.zeros_like(self._at), inputs)
-        return {self._wrt: at.reshape(*at.shape[:2], *self._at_shape)}
+        match self._of:
+            case "parameters":
+                found: dict[str, Tensor] = vmap(jacrev(output), (None, dims))(self.single(), inputs)
+                return found
+            case "inputs":
+                return {"inputs": vmap(jacrev(output, argnums=1), (None, dims))({}, inputs)}
+            case "submodule":
+                at = vmap(jacrev(moved), (None, dims))(torch.zeros_like(self._at), inputs)
+                return {self._wrt: at.reshape(*at.shape[:2], *self._at_shape)}
+            case other:
+                assert_never(other)
 
     def _agrees(self, part: slice, found: dict[str, Tensor]) -> bool:
         """Whether Jacobians agree with plain autograd: some whole samples, and all under random weights."""
@@ -293,11 +309,15 @@ class _View:
                 if self._part is not None:
                     slope = self._one._rows(slope, self._at, len(chosen)).reshape(len(chosen), *self._at_shape)
                 right[name].append(slope)
-        if self._wrt == "parameters":
-            total = {n: torch.stack(r).sum(0) for n, r in right.items()}
-            return agree_by_name({n: c.sum(0) for n, c in combined.items()}, total)
-        halves = {n: torch.cat([c[0::2], c[1::2]]) for n, c in combined.items()}
-        return agree_by_name(halves, {n: torch.cat(r) for n, r in right.items()})
+        match self._of:
+            case "parameters":  # which all samples share
+                total = {n: torch.stack(r).sum(0) for n, r in right.items()}
+                return agree_by_name({n: c.sum(0) for n, c in combined.items()}, total)
+            case "inputs" | "submodule":  # of which each sample has its own
+                halves = {n: torch.cat([c[0::2], c[1::2]]) for n, c in combined.items()}
+                return agree_by_name(halves, {n: torch.cat(r) for n, r in right.items()})
+            case other:
+                assert_never(other)
 
 
 def _without(axis: int | None, alone: Tensor) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias, assert_never
 
 import numpy as np
 import torch
@@ -149,7 +149,8 @@ def per_sample_gradients(
         found: dict[str, list[Tensor]] = {name: [] for name in one.parameters}
         for factors, rest in ways.chunks():
             for layer, factor in factors.items():
-                for kind, value in (("weight", factor.weight), ("bias", factor.bias_gradient)):
+                values: dict[_Kind, Callable[[], Tensor]] = {"weight": factor.weight, "bias": factor.bias_gradient}
+                for kind, value in values.items():
                     if _joined(layer, kind) in found:
                         found[_joined(layer, kind)].append(value())
             for gradients in rest:
@@ -198,9 +199,7 @@ def per_sample_gradient_norms(
         result = []
         for factors, rest in _Ways(one, loss, memory).chunks():
             norms = [
-                _norms_of_factors(
-                    factor, **{kind: _joined(layer, kind) in one.parameters for kind in ("weight", "bias")}
-                )
+                _norms_of_factors(factor, **{kind: _joined(layer, kind) in one.parameters for kind in _KINDS})
                 for layer, factor in factors.items()
             ]
             others = [_norms(gradients) for gradients in rest]
@@ -241,7 +240,12 @@ def _refuse_nothing(one: Asked) -> None:
         raise ValueError(f"{one.caller}: {one.name} has no parameter that requires a gradient")
 
 
-def _joined(layer: str, kind: str) -> str:
+#: The parameters of a layer that is differentiated by factors.
+_Kind: TypeAlias = Literal["weight", "bias"]
+_KINDS: tuple[_Kind, ...] = ("weight", "bias")
+
+
+def _joined(layer: str, kind: _Kind) -> str:
     return f"{layer}.{kind}".lstrip(".")
 
 
@@ -291,7 +295,7 @@ class _Ways:
         for start in range(0, count, self._chunk):
             part = slice(start, min(start + self._chunk, count))
             factors = self.factors(part)
-            factored = {_joined(layer, kind) for layer in factors for kind in ("weight", "bias")}
+            factored = {_joined(layer, kind) for layer in factors for kind in _KINDS}
             yield factors, self._rest(part, [n for n in self._one.parameters if n not in factored])
 
     # --- layers that factor ----------------------------------------------------------------------------------
@@ -329,9 +333,7 @@ class _Ways:
     def _wrong(self, part: slice, found: dict[str, Factors]) -> list[str]:
         """Layers whose factors disagree with plain autograd, randomly combined over all samples or for some alone."""
         weights = _random_weights(part)
-        asked_for = {
-            layer: [k for k in ("weight", "bias") if _joined(layer, k) in self._one.parameters] for layer in found
-        }
+        asked_for = {layer: [k for k in _KINDS if _joined(layer, k) in self._one.parameters] for layer in found}
         names = [_joined(layer, kind) for layer, kinds in asked_for.items() for kind in kinds]
         right = self._one.combined(self._loss, part, self._alone, weights, names)
         wrong = []
@@ -342,8 +344,13 @@ class _Ways:
                 own = factor.row(i - part.start)
                 size = own.gradients.abs().max() * own.inputs.shape[1] ** 0.5
                 for kind in asked_for[layer]:
-                    value = own.weight()[0] if kind == "weight" else own.bias_gradient()[0]
-                    scale = size * own.inputs.abs().max() if kind == "weight" else size
+                    match kind:
+                        case "weight":
+                            value, scale = own.weight()[0], size * own.inputs.abs().max()
+                        case "bias":
+                            value, scale = own.bias_gradient()[0], size
+                        case other:
+                            assert_never(other)
                     good = good and agree(value, self._right[i][_joined(layer, kind)], scale)
             if not good:
                 wrong.append(layer)

@@ -33,6 +33,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tsdyn.experiment.errors import ExperimentError
+
 FOLDER = Path(__file__).parent
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fno-math-errno", "-ffp-contract=fast")
 #: Seconds after which a compiler that builds, or prints its version, is taken to hang.
@@ -59,6 +61,21 @@ class _Field(ctypes.Structure):
 # --- loading -------------------------------------------------------------------------------------------------
 
 
+def switched_on(name: str, *, default: bool) -> bool:
+    """Whether the environment variable `name` says ``on``; `default` where it is not set.
+
+    Raises:
+        ExperimentError: for any other word than ``on`` and ``off``.
+    """
+    match os.environ.get(name, "on" if default else "off"):
+        case "on":
+            return True
+        case "off":
+            return False
+        case other:
+            raise ExperimentError(f"{name}={other}: it is 'on' or 'off'; unset it for {'on' if default else 'off'}")
+
+
 @functools.cache
 def load(source: Path, job: type[ctypes.Structure]) -> ctypes.CDLL | None:
     """The library of a source file, built if this machine has none yet; None where it cannot be built.
@@ -66,7 +83,7 @@ def load(source: Path, job: type[ctypes.Structure]) -> ctypes.CDLL | None:
     Raises:
         LayoutError: if the library's struct is not `job`.
     """
-    if os.environ.get("TSDYN_KERNEL", "on") == "off":
+    if not switched_on("TSDYN_KERNEL", default=True):
         return None
     try:
         compiler = _compiler()

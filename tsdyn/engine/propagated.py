@@ -92,7 +92,7 @@ def _output(values: Parameters, frame: Frame, x: Tensor) -> Tensor:
             f = z
         elif norm is None:
             f = frame.activation(z)
-        elif frame.places[i] == "before":
+        elif frame.norm_first(i):
             f = frame.activation(_normalized(z, norm))
         else:
             f = _normalized(frame.activation(z), norm)

@@ -13,7 +13,7 @@ import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, assert_never
 
 import tomli_w
 from pydantic import ValidationError, field_validator, model_validator
@@ -160,8 +160,7 @@ class Experiment(Part):
         if self.training.whole:
             return 1
         assert isinstance(self.data.train, int)
-        points = 2 * self.teacher.widths[0] + 1 if self.data.augment == "agnostic" else 1
-        return points * self.data.train // self.training.batch
+        return shapes.points_per_sample(self) * self.data.train // self.training.batch
 
     @property
     def marks(self) -> tuple[vocabulary.Label, ...]:
@@ -171,7 +170,12 @@ class Experiment(Part):
     @property
     def last(self) -> int:
         """The run's last step: an epoch of training, a position in `marks`."""
-        return self.training.epochs if self.kind == "training" else len(self.marks) - 1
+        kind = self.kind
+        if kind == "training":
+            return self.training.epochs
+        if kind == "population-flow" or kind == "online":
+            return len(self.marks) - 1
+        assert_never(kind)
 
     @property
     def schedule(self) -> tuple[int, ...]:
@@ -181,10 +185,13 @@ class Experiment(Part):
     @property
     def labels(self) -> tuple[vocabulary.Label, ...]:
         """Labels of the recorded steps along the run's dimension: epochs, times or α."""
-        if self.kind == "training":
+        kind = self.kind
+        if kind == "training":
             return self.schedule
-        marks = self.marks
-        return tuple(marks[step] for step in self.schedule)
+        if kind == "population-flow" or kind == "online":
+            marks = self.marks
+            return tuple(marks[step] for step in self.schedule)
+        assert_never(kind)
 
     @property
     def digest(self) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, assert_never
 
 from pydantic import (
     AfterValidator,
@@ -209,6 +209,17 @@ class Data(Part):
         """Whether inputs are drawn from a distribution, not taken from a data set."""
         return self.law not in registers.LAWS.aliases
 
+    @property
+    def adds_samples(self) -> bool:
+        """Whether augmentation adds samples to the training set before the first epoch."""
+        match self.augment:
+            case "agnostic" | "aware":
+                return True
+            case "none" | "crop-flip":
+                return False
+            case other:
+                assert_never(other)
+
     @model_validator(mode="after")
     def _whole(self) -> Data:
         _refuse_arguments("data", self.arguments, registers.LAWS, self.law)
@@ -254,6 +265,17 @@ class Training(Part):
     def whole(self) -> bool:
         """Whether every step sees all the data."""
         return self.method in ("gd", "flow")
+
+    @property
+    def of_data(self) -> bool:
+        """Whether targets are the data's own labels, not what the teacher says."""
+        match self.labels:
+            case "data":
+                return True
+            case "teacher":
+                return False
+            case other:
+                assert_never(other)
 
     @model_validator(mode="after")
     def _whole(self) -> Training:
@@ -382,3 +404,14 @@ class Online(Part):
     layers: Literal["first", "both"] = "first"
     last: Annotated[Real, Field(gt=0.1)] = 300.0
     points: Annotated[int, Field(ge=2, le=MAX_EPOCHS)] = 60
+
+    @property
+    def both(self) -> bool:
+        """Whether outgoing weights are drawn and learn, too."""
+        match self.layers:
+            case "both":
+                return True
+            case "first":
+                return False
+            case other:
+                assert_never(other)

@@ -163,7 +163,7 @@ def _own_modules(e: Experiment) -> str | None:
     near = ("near-teacher", "same-direction", "same-sign")
     refused = {
         "training.method = 'flow'": e.training.method == "flow",
-        f"data.augment = {e.data.augment!r}": e.data.augment in ("agnostic", "aware"),
+        f"data.augment = {e.data.augment!r}": e.data.adds_samples,
         "convolutions or BatchNorm of the experiment file": e.deep,
         "training.frozen and training.normalize": own and bool(e.training.frozen or e.training.normalize),
         # a module of the user's own starts as it is made
@@ -223,12 +223,12 @@ def _trained_teacher(e: Experiment) -> str | None:
 
 
 def _labels(e: Experiment) -> str | None:
-    if e.training.labels == "data" and (e.training.loss == "mse" or e.data.drawn):
+    if e.training.of_data and (e.training.loss == "mse" or e.data.drawn):
         return (
             f"training.labels = 'data': needs training.loss = 'cross_entropy' and data with labels; they are "
             f"{e.training.loss!r} and data.law = {e.data.law!r}"
         )
-    if e.training.labels == "data" and e.data.augment in ("agnostic", "aware"):
+    if e.training.of_data and e.data.adds_samples:
         return f"training.labels = 'data': points of data.augment = {e.data.augment!r} have no label"
     if "label_accuracy" in schema.expand(e.record.observables) and e.data.drawn:
         return f"record.observables: label_accuracy needs labels; data.law = {e.data.law!r} has none"
@@ -238,7 +238,7 @@ def _labels(e: Experiment) -> str | None:
 def _deep(e: Experiment) -> str | None:
     if not e.deep:
         return None
-    if e.data.augment in ("agnostic", "aware"):
+    if e.data.adds_samples:
         return f"data.augment = {e.data.augment!r}: is of fully connected layers without BatchNorm"
     there = schema.recordable(deep=True)
     unknown = _asked(e) - set(there)

@@ -56,6 +56,19 @@ def weight_shapes(experiment: Experiment, widths: Sequence[int]) -> list[tuple[i
     return schema.weight_shapes(widths, image(experiment), stride=teacher.stride, padding=teacher.padding)
 
 
+def points_per_sample(experiment: Experiment) -> int:
+    """How many training samples one drawn sample becomes, where that is known before the data are."""
+    match experiment.data.augment:
+        case "agnostic":
+            return 2 * experiment.teacher.widths[0] + 1
+        case "aware":  # a sample near no boundary stays one
+            return 1
+        case "none" | "crop-flip":
+            return 1
+        case other:
+            assert_never(other)
+
+
 def along(experiment: Experiment) -> vocabulary.Path:
     """The dimension along which a run is recorded: ``epoch``, ``time`` or ``alpha``."""
     kind = experiment.kind

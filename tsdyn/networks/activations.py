@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias, assert_never
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from tsdyn import registers
 
-AtZero = Literal["torch", "paper"]
+AtZero: TypeAlias = Literal["torch", "paper"]
 
 # Beyond it log(1 + eᶻ) = z to the last bit of float64 (torch's own default, 20, is off by 2e-9).
 _SOFTPLUS_THRESHOLD = 50.0
@@ -60,11 +60,26 @@ class Activation:
         return self.function(z)
 
     def gate(self, z: Tensor, *, at_zero: AtZero = "torch") -> Tensor:
-        """σ'(z), same shape and dtype as `z`; at exactly 0 torch's value or, with "paper", the value for z > 0."""
+        """σ'(z), same shape and dtype as `z`; at exactly 0 torch's value or, with "paper", the value for z > 0.
+
+        Raises:
+            ValueError: for another convention.
+        """
+        check_gate("Activation.gate", "at_zero", at_zero)
         gate = self.derivative(z)
-        if at_zero == "paper" and self.piecewise_linear:
-            return torch.where(z == 0, torch.ones_like(z), gate)
-        return gate
+        match at_zero:
+            case "torch":
+                return gate
+            case "paper":
+                return torch.where(z == 0, torch.ones_like(z), gate) if self.piecewise_linear else gate
+            case other:
+                assert_never(other)
+
+
+def check_gate(caller: str, key: str, at_zero: str) -> None:
+    """Raise ValueError unless `at_zero`, which `caller` was given as `key`, is a convention of the gate at 0."""
+    if at_zero not in ("torch", "paper"):
+        raise ValueError(f"{caller}: {key}={at_zero!r}; it is 'torch' (autograd's gate at 0) or 'paper' (1)")
 
 
 def _leaky(name: str, leak: float) -> Activation:

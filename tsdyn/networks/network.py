@@ -94,8 +94,7 @@ class Network:
         given = [None] * len(self.weights) if biases is None else list(biases)
         self.biases: list[Tensor | None] = [None if b is None else _as_given(b) for b in given]
         self.norms: list[BatchNorm | None] = [None] * (len(self.weights) - 1) if norms is None else list(norms)
-        if gate_at_zero not in ("torch", "paper"):
-            raise ValueError(f"Network: gate_at_zero={gate_at_zero!r}; it is 'torch' or 'paper'")
+        activations.check_gate("Network", "gate_at_zero", gate_at_zero)
         self.gate_at_zero: AtZero = gate_at_zero
         convolutions = sum(w.ndim == 4 for w in self.weights)
         hidden = len(self.weights) - 1
@@ -263,7 +262,7 @@ class Network:
             if norm is not None:
                 pixels = len(weight) // len(norm.mean)
                 scale, shift = (t.repeat_interleave(pixels) for t in norm.affine())
-                if self.frame.places[i] == "before":
+                if self.frame.norm_first(i):
                     weight, bias = scale[:, None] * weight, shift if bias is None else scale * bias + shift
                 else:
                     pending = scale, shift
@@ -326,7 +325,7 @@ class Network:
                 break
             gate, held = self.activation.module(), self.norms[i]
             norm = [] if held is None else [torch_norm(held, image=weight.ndim == 4)]
-            parts += [*norm, gate] if self.frame.places[i] == "before" else [gate, *norm]
+            parts += [*norm, gate] if self.frame.norm_first(i) else [gate, *norm]
         return nn.Sequential(*parts).eval()
 
     def _torch_layer(self, i: int, weight: Tensor, bias: Tensor | None) -> list[nn.Module]:

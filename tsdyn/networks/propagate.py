@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol, TypeAlias, runtime_checkable
+from typing import Literal, Protocol, TypeAlias, assert_never, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +41,16 @@ class Frame:
     strides: tuple[int, ...] = ()
     paddings: tuple[int, ...] = ()
     places: tuple[Place, ...] = ()
+
+    def norm_first(self, i: int) -> bool:
+        """Whether BatchNorm of hidden layer i = 0, 1, ... is applied before σ."""
+        match self.places[i]:
+            case "before":
+                return True
+            case "after":
+                return False
+            case other:
+                assert_never(other)
 
 
 @runtime_checkable
@@ -156,7 +166,7 @@ def propagate(p: Parameters, frame: Frame, x: Tensor, *, training: bool) -> list
             f = z
         elif norm is None:
             f = frame.activation(z)
-        elif frame.places[i] == "before":
+        elif frame.norm_first(i):
             z = _by_members_own(z, norm, training)
             f = frame.activation(z)
         else:

@@ -95,7 +95,7 @@ def load(experiment: Experiment) -> None:
             package offers has no classes and is asked for the data's.
     """
     law = experiment.training
-    if experiment.kind == "training" and law.labels == "data" and loss(law.loss).targets == "outputs":
+    if experiment.kind == "training" and law.of_data and loss(law.loss).targets == "outputs":
         raise ExperimentError(f"training.labels = 'data': training.loss = {law.loss!r} is of outputs, not of classes")
     for register, name in experiment.parts.values():
         if register is not registers.OBSERVABLES or not register.foreign(name):

@@ -117,13 +117,17 @@ def files(data: Data) -> list[Path]:
     """The files that `load` reads, as far as they exist."""
     if data.path is None:
         return []
-    if data.law == "mnist":
-        named = [_idx_files(Path(data.path), name) for part in _MNIST_PARTS for name in _mnist_names(part)]
-        return [file for places in named for file in [p for p in places if p.is_file()][:1]]
-    if data.law == "cifar10":
-        folder = _cifar10_folder(Path(data.path))
-        return [folder / name for train in (True, False) for name in _cifar10_names(train)]
-    return [Path(path) for path in (data.path, data.eval_path) if path is not None]
+    match data.law:
+        case "mnist":
+            named = [_idx_files(Path(data.path), name) for part in _MNIST_PARTS for name in _mnist_names(part)]
+            return [file for places in named for file in [p for p in places if p.is_file()][:1]]
+        case "cifar10":
+            folder = _cifar10_folder(Path(data.path))
+            return [folder / name for train in (True, False) for name in _cifar10_names(train)]
+        case "file":
+            return [Path(path) for path in (data.path, data.eval_path) if path is not None]
+        case other:
+            raise DataError(f"data.path = {data.path!r}: data.law = {other!r} reads no file; leave data.path out")
 
 
 Law: TypeAlias = Literal["gaussian", "uniform", "digits", "mnist", "cifar10", "file"]

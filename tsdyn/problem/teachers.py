@@ -6,6 +6,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import assert_never
 
 import numpy as np
 import torch
@@ -128,10 +129,16 @@ def _drawn(experiment: Experiment, rng: np.random.Generator) -> Network:
         bias = rng.uniform(-0.5, 0.5, nodes) if teacher.bias == "uniform" else np.full(nodes, float(teacher.bias))
         if weights:  # columns of one node below are adjacent: (node, its image's rows and columns)
             weight = weight / np.repeat(np.arange(1, below + 1), inputs // below) ** teacher.polarity
-        if teacher.unit_norm == "every-layer" or (teacher.unit_norm and not weights):
-            norm = np.linalg.norm(weight, axis=1)
-            weight = weight / norm[:, None]
-            bias = bias / norm if teacher.unit_norm == "every-layer" else bias
+        norm = np.linalg.norm(weight, axis=1)
+        match teacher.unit_norm:
+            case "every-layer":
+                weight, bias = weight / norm[:, None], bias / norm
+            case True:
+                weight = weight if weights else weight / norm[:, None]
+            case False:
+                pass
+            case other:
+                assert_never(other)
         weights.append(torch.from_numpy(weight.reshape(shape)))
         biases.append(None if teacher.bias is False else torch.from_numpy(bias))
         below = nodes

@@ -21,6 +21,7 @@ import torch
 from tsdyn import memory
 from tsdyn.archive.lock import HeldError, Lock
 from tsdyn.archive.whole_files import sync_directory, write_bytes
+from tsdyn.engine import native
 
 #: Time limit of all checks together; those that did not end by then are named as left out.
 SECONDS = 5.0
@@ -150,7 +151,7 @@ def _tf32() -> Iterator[Finding]:
     if not torch.cuda.is_available():
         yield Finding("TF32", "no GPU", "good", "float32 products are of float32")
         return
-    on = os.environ.get("TSDYN_TF32") == "on"
+    on = native.switched_on("TSDYN_TF32", default=False)
     yield Finding(
         "TF32", f"{torch.cuda.get_device_name()}: {'on' if on else 'off'}", "note" if on else "good",
         "float32 products on the GPU keep 10 bits of 23; unset TSDYN_TF32 for all of them" if on
@@ -253,7 +254,7 @@ def _engine(trial: _Trial) -> Iterator[Finding]:
         return
     found = json.loads(trial.said.strip().rpartition("\n")[2])
     if found["engine"] == "torch":
-        off = " (TSDYN_KERNEL=off)" if os.environ.get("TSDYN_KERNEL") == "off" else ""
+        off = "" if native.switched_on("TSDYN_KERNEL", default=True) else " (TSDYN_KERNEL=off)"
         yield Finding(
             "compiled step", f"none{off}", "note",
             "training goes by torch, several times slower and with other roundings; install a C++ compiler (c++, g++, "

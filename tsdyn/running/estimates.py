@@ -13,6 +13,7 @@ import torch
 
 from tsdyn import memory, schema
 from tsdyn.archive import netcdf
+from tsdyn.experiment import shapes
 from tsdyn.experiment.experiment import Experiment
 from tsdyn.experiment.shapes import FLOW_END
 from tsdyn.flow.flows import Flow, Limits
@@ -217,8 +218,8 @@ def _records(experiment: Experiment) -> tuple[int, int]:
 def _footprint_training(experiment: Experiment, train: int | None) -> Footprint:
     layout = experiment.layout
     if train is None:
-        points = 2 * layout.input_width + 1 if experiment.data.augment == "agnostic" else 1
-        train = points * experiment.data.train if isinstance(experiment.data.train, int) else 0
+        drawn = experiment.data.train
+        train = shapes.points_per_sample(experiment) * drawn if isinstance(drawn, int) else 0
     taught, own = (
         _trace_numbers(experiment, widths) for widths in (experiment.teacher.active_widths, experiment.student_widths)
     )

@@ -106,14 +106,14 @@ class Members:
         training = self.experiment.training
         with torch.no_grad():
             output = self.teachers[member](x)
-        if training.labels == "data" and classes is None:
+        if training.of_data and classes is None:
             classes = self._finite_probes[member].labels
         return loss(training.loss).target(output, classes)
 
     def _labels(self, seed: int, part: Literal["train", "eval"]) -> Tensor | None:
         """The data's own labels, if the loss or a recorded variable needs them, else None."""
         asked = "label_accuracy" in schema.expand(self.experiment.record.observables)
-        if not asked and self.experiment.training.labels == "teacher":
+        if not asked and not self.experiment.training.of_data:
             return None
         return self._tensor(labels(self.experiment, seed, part))
 
@@ -158,7 +158,7 @@ class Members:
     def fresh(self, members: slice, epoch: int, steps_at_once: int) -> Iterator[Batches]:
         """Batches of new samples, no sample in two of them, drawn some steps at a time."""
         seeds = self.experiment.seed_labels[members]
-        classes = [None] * len(seeds) if self.experiment.training.labels == "teacher" else self._shown(members, epoch)
+        classes = self._shown(members, epoch) if self.experiment.training.of_data else [None] * len(seeds)
         taken = 0
         pieces = [fresh_batches(self.experiment, seed, epoch, steps_at_once=steps_at_once) for seed in seeds]
         for draws in zip(*pieces, strict=True):

@@ -44,7 +44,7 @@ class OnlineMembers:
     @cached_property
     def _rates(self) -> Rates:
         rate, online = self.experiment.training.rate(1), self.experiment.online
-        rates = Rates(rate, rate if online.layers == "both" else 0.0, noise=online.noise)
+        rates = Rates(rate, rate if online.both else 0.0, noise=online.noise)
         rates.check(self.experiment.name)
         return rates
 
@@ -58,7 +58,7 @@ class OnlineMembers:
         nodes, M, inputs = self.experiment.student_widths[1], self.experiment.teacher_widths[1], self._inputs
         draw = np.random.default_rng([seed, nodes, M])
         w, B = draw.standard_normal((nodes, inputs)), draw.standard_normal((M, inputs))
-        both = self.experiment.online.layers == "both"
+        both = self.experiment.online.both
         outgoing = [draw.standard_normal(n) if both else np.ones(n) for n in (nodes, M)]
         return w @ w.T / inputs, w @ B.T / inputs, B @ B.T / inputs, *outgoing
 

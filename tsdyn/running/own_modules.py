@@ -24,7 +24,7 @@ import math
 import sys
 import typing
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, assert_never
 
 import torch
 import xarray as xr
@@ -70,11 +70,16 @@ def made(make: Maker, experiment: Experiment, seed: int, stream: Literal["studen
     unsafe = [name for name in _held(module) if "/" in name or name != name.strip() or not name.isprintable()]
     if unsafe:
         raise ExperimentError(f"{stream}: names {unsafe} cannot be stored; name parts without '/' and blanks at ends")
-    if stream == "student":
-        try:
-            refuse_unfit(module)
-        except ValueError as error:
-            raise ExperimentError(f"student: {error}") from None
+    match stream:
+        case "student":
+            try:
+                refuse_unfit(module)
+            except ValueError as error:
+                raise ExperimentError(f"student: {error}") from None
+        case "teacher":  # is only evaluated
+            pass
+        case other:
+            assert_never(other)
     return module.to(getattr(torch, experiment.dtype))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -19,6 +18,7 @@ from tsdyn import memory, vocabulary
 from tsdyn.archive import reading, whole_files
 from tsdyn.archive.run_directory import RunDirectory
 from tsdyn.archive.whole_files import ArchiveError
+from tsdyn.engine import native
 from tsdyn.experiment.experiment import Experiment
 from tsdyn.observables import registry
 from tsdyn.problem import input_files
@@ -75,7 +75,9 @@ def _exact_products(device: str) -> None:
     torch's default differs between matrix products (off) and convolutions (on).
     """
     if device != "cpu":
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = os.environ.get("TSDYN_TF32") == "on"
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = native.switched_on(
+            "TSDYN_TF32", default=False
+        )
 
 
 def own_device() -> AbstractContextManager[Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, assert_never
 
 import numpy as np
 import torch
@@ -17,6 +17,12 @@ from tsdyn.networks.propagate import Parameters, propagate, rows
 from tsdyn.theory.inputs import MEMORY, Samples, batches, check_pair, inputs
 
 Form: TypeAlias = Literal["product", "joint"]
+
+
+def check_form(caller: str, form: str) -> None:
+    """Raise ValueError unless `form`, which `caller` was given, is a form of H."""
+    if form not in ("product", "joint"):
+        raise ValueError(f"{caller}: form={form!r}; it is 'product' (E[β] ∘ E[f'f']) or 'joint' (E[β f'f'])")
 
 
 @dataclass(frozen=True)
@@ -68,10 +74,12 @@ def expectations(
         memory: Limit on the bytes of a batch's matrices.
 
     Raises:
-        ValueError: as `coupling`; for convolutions also if images differ in size, or for the joint form.
+        ValueError: as `coupling`, or for another form; for convolutions also if images differ in size, or for the
+            joint form.
 
     Source: Tian (2020), Definition 2; Tian et al. (2019), Theorem 2.
     """
+    check_form("expectations", form)
     check_pair("expectations", student, teacher)
     if not (student.convolutional or teacher.convolutional):
         return _of_nodes(student.folded(), teacher.folded(), x, form=form, memory=memory)
@@ -90,7 +98,13 @@ def _of_nodes(student: Network, teacher: Network, x: Samples, *, form: Form, mem
     outputs together, and the layer below follows from it alone: E[B_{l−1}] = W_lᵀ E[D_l B_l D_l] W_l.  At the top
     hidden layer V = W_L for every x, so that E[D B D] = (W_Lᵀ W_L) ∘ E[f' f'ᵀ] costs nothing.
     """
-    lowest = 1 if form == "joint" else 2
+    match form:
+        case "joint":
+            lowest = 1
+        case "product":
+            lowest = 2
+        case other:
+            assert_never(other)
     hidden = student.depth - 1
     sums: dict[str, list[Tensor]] = {}
     samples = 0
@@ -207,9 +221,9 @@ class _Backward:
         self._layers = layers[:-1]
         self.f = [rows(layer.activation).detach() for layer in self._layers]
         self.slopes = []
-        for layer, norm, place in zip(self._layers, network.norms, network.frame.places, strict=True):
+        for i, (layer, norm) in enumerate(zip(self._layers, network.norms, strict=True)):
             gate = network.activation.gate(rows(layer.preactivation).detach(), at_zero=network.gate_at_zero)
-            above = norm is not None and place == "after"
+            above = norm is not None and not network.frame.norm_first(i)
             self.slopes.append(gate * norm.affine()[0].detach() if norm is not None and above else gate)
 
     def gradient(self, output: int) -> tuple[Tensor, ...]:
@@ -249,8 +263,7 @@ def moments(
     Raises:
         ValueError: as `coupling`, or for another form.
     """
-    if form not in ("product", "joint"):
-        raise ValueError(f"moments: form={form!r}; it is 'product' (E[β] ∘ E[f'f']) or 'joint' (E[β f'f'])")
+    check_form("moments", form)
     found = expectations(student, teacher, x, form=form, memory=memory)
     layers = np.arange(1, student.depth + 1)
     widths = {"node": student.widths[1:], "node_2": student.widths[1:], "teacher_node": teacher.widths[1:]}
@@ -334,9 +347,9 @@ def conserved_norms(network: Network) -> list[Tensor]:
     Source: Tian et al. (2019), Theorem 3.
     """
     found = []
-    for weight, bias, place in zip(network.weights, network.biases, network.frame.places, strict=False):
+    for i, (weight, bias) in enumerate(zip(network.weights[:-1], network.biases[:-1], strict=True)):
         squares = weight.flatten(1).square().sum(1)
-        if bias is not None and place == "after":
+        if bias is not None and not network.frame.norm_first(i):
             squares = squares + bias.square()
         found.append(squares.sqrt())
     return found

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TypeAlias, assert_never
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from scipy.special import ndtr, owens_t
 from torch import Tensor
 
 from tsdyn.networks.network import Network, require_plain
-from tsdyn.theory.coupling_moments import Form
+from tsdyn.theory.coupling_moments import Form, check_form
 from tsdyn.theory.couplings import _coupling, _with_one, backpropagated_gradients
 from tsdyn.theory.inputs import MEMORY, Samples, batches, check_pair
 
@@ -392,9 +392,10 @@ def luck_matters_updates(
     whose `gap` should be reported and not assumed small.  Source: Tian et al. (2019), Theorem 2.
 
     Raises:
-        ValueError: as `lemma1_residual`.
+        ValueError: as `lemma1_residual`, or for another form.
     """
     caller = "luck_matters_updates"
+    check_form(caller, form)
     require_plain(caller, student, teacher)
     check_pair(caller, student, teacher)
     for net in (student, teacher):
@@ -433,8 +434,13 @@ def luck_matters_updates(
         for layer in range(1, depth + 1):
             sides = []
             for star, net in (("*", teacher), ("", student)):
-                product = mean[f"β{star}", layer] * mean[f"D{star}", layer]
-                h = product if form == "product" else mean[f"βD{star}", layer]
+                match form:
+                    case "product":
+                        h = mean[f"β{star}", layer] * mean[f"D{star}", layer]
+                    case "joint":
+                        h = mean[f"βD{star}", layer]
+                    case other:
+                        assert_never(other)
                 sides.append(h @ _augmented_weight(net, layer) @ mean[f"L{star}", layer].T)
             updates.append(WeightUpdate(layer, mean["exact", layer], sides[0] - sides[1]))
     return updates
