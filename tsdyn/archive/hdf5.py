@@ -41,6 +41,11 @@ def _library() -> Any:
     return library
 
 
+def prepare() -> None:
+    """Look up all functions that `oddities` calls, which needs a lock of the system's linker."""
+    _library()
+
+
 def oddities(path: Path, names: Iterable[str]) -> list[str]:
     """Storage of these variables that must not be read, one phrase each; to be called inside `netcdf.guarded`.
 

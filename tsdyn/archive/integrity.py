@@ -9,12 +9,8 @@ import hashlib
 import itertools
 import json
 import math
-import os
-import resource
-import subprocess
-import sys
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -23,7 +19,7 @@ import netCDF4
 import numpy as np
 
 from tsdyn import schema, vocabulary
-from tsdyn.archive import netcdf, study_directories
+from tsdyn.archive import netcdf, own_process, study_directories
 from tsdyn.archive.headers import Source
 from tsdyn.archive.lock import Lock
 from tsdyn.archive.reading import opened
@@ -52,7 +48,7 @@ from tsdyn.experiment.experiment import Experiment
 DAMAGED = "damaged"
 #: `check` and `repair` hold about this much of a variable in memory.
 BLOCK_BYTES = 1 << 26
-#: Processor time that the subprocess which reads a damaged file may use: seconds, plus seconds per byte of the file.
+#: Processor time that the process which reads a damaged file may use: seconds, plus seconds per byte of the file.
 APART_SECONDS, APART_PER_BYTE = 2, 2e-7
 
 
@@ -154,8 +150,8 @@ def _check_file(path: Path, experiment: Experiment | None = None) -> Iterator[st
     kept = sealed(path)
     if kept is False:
         yield f"{path}: its checksum differs from the one kept in {seal_of(path).name}: it was changed or is damaged"
-        crashed = f"{path}: reading it any further crashes the library"
-        yield from _in_subprocess("contents", experiment, path) or [crashed]
+        found = _apart(path, lambda: _contents(path, experiment))
+        yield from [f"{path}: reading it any further crashes the library"] if found is None else found
     else:
         yield from _contents(path, experiment, unsealed=kept is None)
 
@@ -194,40 +190,15 @@ def _contents(path: Path, experiment: Experiment | None, *, unsealed: bool = Fal
         yield f"{path}: cannot be read: {error}"
 
 
-def _in_subprocess(work: str, experiment: Experiment | None, *paths: Path) -> list[str] | None:
-    """The lines that ``contents`` or ``salvage`` give for a damaged file, from a subprocess; None if that failed.
+def _apart(file: Path, work: Callable[[], Iterator[str]]) -> list[str] | None:
+    """The lines that `work` gives for a damaged file, from a process of its own; None if that failed.
 
     On damaged bytes the netCDF library can crash its process or never return.
     """
-    code = "import sys; from tsdyn.archive import integrity; integrity._work_in_subprocess(*sys.argv[1:])"
-    # -P, and no relative entry of PYTHONPATH: modules in the checked directory must not be imported
-    kept = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if os.path.isabs(entry)]
-    told = subprocess.run(
-        [sys.executable, "-P", "-c", code, work, *map(str, paths)],
-        input="" if experiment is None else experiment.to_toml(),
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(kept)},
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        check=False,
-    )
-    return list(json.loads(told.stdout)) if told.returncode == 0 else None
-
-
-def _work_in_subprocess(work: str, *paths: str) -> None:
-    """Do what `_in_subprocess` asks, inside the subprocess; the experiment comes by stdin, lines go to stdout."""
-    text = sys.stdin.read()
-    experiment = Experiment.from_toml_text(text, archived=True) if text else None
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_utime + resource.getrusage(resource.RUSAGE_SELF).ru_stime
-    limit = math.ceil(used + APART_SECONDS + APART_PER_BYTE * Path(paths[-1]).stat().st_size)
-    resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
-    if work == "contents":
-        lines = _contents(Path(paths[0]), experiment)
-    else:
-        assert experiment is not None
-        lines = _salvage(Path(paths[0]), experiment, Path(paths[1]))
-    found = list(lines)
-    print(json.dumps(found))
+    try:
+        return own_process.run(lambda: list(work()), seconds=APART_SECONDS + APART_PER_BYTE * file.stat().st_size)
+    except Exception:  # of any type: damaged bytes can make the library raise whatever there is
+        return None
 
 
 def _is_of(attrs: Mapping[str, Any], experiment: Experiment) -> bool:
@@ -368,7 +339,7 @@ def _move_to_damaged(path: Path, file: Path) -> Path:
 
 
 def _salvaged(path: Path, experiment: Experiment, damaged: Path) -> Iterator[str]:
-    found = _in_subprocess("salvage", experiment, path, damaged)
+    found = _apart(damaged, lambda: _salvage(path, experiment, damaged))
     if found is None:
         for leftover in path.glob(".*.tmp"):
             leftover.unlink()

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import netCDF4
 import numpy as np
 
-from tsdyn.archive import joining, netcdf, study_directories
+from tsdyn.archive import joining, netcdf, own_process, study_directories
 from tsdyn.archive.lock import NAME as LOCK
 from tsdyn.archive.lock import Lock
 from tsdyn.archive.netcdf import State
@@ -342,18 +342,31 @@ class RunDirectory:
             refuse_changed(file)
         parts, epochs = joining.recorded(files, self.experiment.labels, self.layout.path)
         attrs = {**attrs, **self._own_attrs(), **_history(parts, epochs, self.experiment, self.variables)}
-        size = self.bytes_per_epoch * len(epochs)
-        with replacing(self.path / ARCHIVE, size, seal=True) as temporary, joining.little_cached():
-            with netcdf.dataset(temporary, "w") as nc:
-                netcdf.create(nc, self.layout, epochs, self.variables, self.experiment.dtype, attrs)
-                joining.copy(parts, self.layout, self.variables, nc)
-            with netcdf.dataset(temporary) as nc:
-                name = joining.differing(parts, self.layout, self.variables, nc)
-            if name is not None:
+        with replacing(self.path / ARCHIVE, self.bytes_per_epoch * len(epochs), seal=True) as temporary:
+            try:
+                differing = own_process.run(lambda: self._join(parts, epochs, attrs, temporary))
+            except own_process.Crashed as error:
                 raise ArchiveError(
-                    f"{self.path}: {name} read back differently from what was written; segments are kept"
+                    f"{self.path / ARCHIVE}: cannot be written: joining the segments crashed the netCDF library "
+                    f"({error.how}), as where memory or the disk fails; the segments are whole and can be opened; run "
+                    "the same command again to join them"
+                ) from None
+            if differing is not None:
+                raise ArchiveError(
+                    f"{self.path}: {differing} read back differently from what was written; segments are kept"
                 )
         self._drop_segments()
+
+    def _join(
+        self, parts: Sequence[joining.Part], epochs: Sequence[Label], attrs: Mapping[str, Any], target: Path
+    ) -> str | None:
+        """Write the archive of all segments to `target` and read it back; the variable that differs, or None."""
+        with joining.little_cached():
+            with netcdf.dataset(target, "w") as nc:
+                netcdf.create(nc, self.layout, epochs, self.variables, self.experiment.dtype, attrs)
+                joining.copy(parts, self.layout, self.variables, nc)
+            with netcdf.dataset(target) as nc:
+                return joining.differing(parts, self.layout, self.variables, nc)
 
     def _drop_segments(self) -> None:
         """Remove the segments once the archive is finished and whole."""
