@@ -34,7 +34,7 @@ def raising(error):
 def test_what_the_work_returns_or_raises_comes_back():
     assert own_process.run(os.getpid) != os.getpid()
     assert len(own_process.run(lambda: b"x" * (1 << 20))) == 1 << 20  # more than a pipe holds
-    with pytest.raises(DirectoryError, match="^that$"):
+    with pytest.raises(DirectoryError, match=r"^that$"):
         own_process.run(raising(DirectoryError("that")))
     with pytest.raises(OSError, match="no space") as told:
         own_process.run(raising(OSError(28, "no space")))
@@ -55,7 +55,7 @@ def test_a_crash_is_an_error_and_prints_nothing(number, capfd):
 
 
 def test_work_without_end_is_ended():
-    with pytest.raises(own_process.Crashed, match="SIGXCPU|SIGKILL"):
+    with pytest.raises(own_process.Crashed, match=r"SIGXCPU|SIGKILL"):
         own_process.run(lambda: all(iter(int, 1)) or list(iter(int, 1)), seconds=0.5)
 
 
@@ -86,7 +86,7 @@ def test_a_crash_while_joining_is_one_line_and_the_segments_stay(tmp_path, monke
     whole = tsdyn.run(small(**FEW), tmp_path / "whole").load()
     with monkeypatch.context() as patch:
         patch.setattr(joining, "copy", lambda *_: os.kill(os.getpid(), signal.SIGSEGV))
-        with pytest.raises(ArchiveError, match=r"archive.nc: .* crashed .* \(SIGSEGV\).* segments are whole") as told:
+        with pytest.raises(ArchiveError, match=r"archive.nc: .* crashed .* \(SIGSEGV\).* committed is intact") as told:
             tsdyn.run(small(**FEW), tmp_path / "run")
     assert "\n" not in str(told.value)
     assert integrity.check(tmp_path / "run") == []

@@ -24,6 +24,8 @@ NUMBERS = {
     "full_disks": (50, 2),
     "two_writers": (100, 2),
     "readers": (20, 1),
+    "by_number.calls": (10_000, 12),
+    "by_number.memory": (10, 1),
     "fuzz.archives": (2000, 5),
     "fuzz.experiments": (2000, 20),
 }
@@ -50,9 +52,9 @@ def main() -> int:
 
     import torch
 
-    from tests.torture import fuzz, trials
+    from tests.torture import by_number, fuzz, trials
 
-    modules = {"trials": trials, "fuzz": fuzz}
+    modules = {"trials": trials, "fuzz": fuzz, "by_number": by_number}
 
     torch.set_num_threads(1)
     failed = False

@@ -113,7 +113,7 @@ def _check_run(path: Path, expected: Experiment | None = None) -> Iterator[str]:
     except ExperimentError as error:
         yield str(error)
         return
-    if expected is not None and experiment != expected:
+    if expected is not None and experiment != expected and not extends(expected, experiment):
         yield f"{path / EXPERIMENT}: is not the point of the sweep that the directory is named for"
     finished = (path / ARCHIVE).exists()
     try:
@@ -147,7 +147,11 @@ def _check_run(path: Path, expected: Experiment | None = None) -> Iterator[str]:
 
 
 def _check_file(path: Path, experiment: Experiment | None = None) -> Iterator[str]:
-    kept = sealed(path)
+    try:
+        kept = sealed(path)
+    except ArchiveError as error:
+        yield str(error)
+        return
     if kept is False:
         yield f"{path}: its checksum differs from the one kept in {seal_of(path).name}: it was changed or is damaged"
         found = _apart(path, lambda: _contents(path, experiment))

@@ -18,7 +18,7 @@ from xarray.backends.locks import HDF5_LOCK, NETCDFC_LOCK, combine_locks
 
 from tsdyn import vocabulary
 from tsdyn.archive import hdf5
-from tsdyn.archive.whole_files import DirectoryError, replacing
+from tsdyn.archive.whole_files import ArchiveError, DirectoryError, readable, replacing
 from tsdyn.schema import Layout
 from tsdyn.schema import variable as variable_of
 from tsdyn.vocabulary import COORDINATES
@@ -88,7 +88,7 @@ def dataset(
             if mode == "r":
                 raise DirectoryError(f"{path}: not a readable netCDF file: {error}") from error
             raise
-        with nc:
+        try:
             nc.set_auto_maskandscale(False)
             if mode != "w":
                 odd = hdf5.oddities(path, _names(nc) if only is None else [only])
@@ -97,10 +97,27 @@ def dataset(
             yield nc
             if mode != "r":
                 _flush(nc, path)
+        finally:
+            _close(nc, path)
 
 
 def _names(nc: netCDF4.Dataset) -> list[str]:
     return [*nc.variables, *(f"{group}/{name}" for group, held in nc.groups.items() for name in held.variables)]
+
+
+def _close(nc: netCDF4.Dataset, path: Path) -> None:
+    """Close a file that `_flush` left open.
+
+    Raises:
+        ArchiveError: if that fails; what stays of it is not closed again, which would crash.
+    """
+    if not nc._isopen:
+        return
+    try:
+        nc.close()
+    except (OSError, RuntimeError) as error:
+        nc._isopen = 0
+        raise ArchiveError(f"{path}: cannot be closed: {error}; the device or the file system fails") from error
 
 
 def _flush(nc: netCDF4.Dataset, path: Path) -> None:
@@ -116,7 +133,7 @@ def _flush(nc: netCDF4.Dataset, path: Path) -> None:
 
 def refuse_foreign(path: Path) -> None:
     """Raise DirectoryError if the first bytes are not netCDF-4's, before any library parses the file."""
-    with path.open("rb") as file:
+    with readable(path), path.open("rb") as file:
         if file.read(8) != b"\x89HDF\r\n\x1a\n":
             raise DirectoryError(f"{path}: not a readable netCDF file: no netCDF-4 header")
 

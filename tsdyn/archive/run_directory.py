@@ -36,6 +36,7 @@ from tsdyn.archive.whole_files import (
     write_text,
 )
 from tsdyn.archive.wrong_numbers import WRONG_THROUGH
+from tsdyn.experiment.errors import ExperimentError
 from tsdyn.experiment.experiment import Experiment, differences
 from tsdyn.experiment.sweep_axes import axes, places
 from tsdyn.schema import variable as variable_of
@@ -114,6 +115,23 @@ def extends(longer: Experiment, shorter: Experiment) -> bool:
     return [axis.keys for axis in axes(longer.sweep)] == [axis.keys for axis in axes(shorter.sweep)] and (
         set(theirs) <= set(mine)
     )
+
+
+def refuse_another(file: Path, text: object, mine: Experiment) -> Experiment:
+    """The experiment that a file's attribute `text` names, if it is `mine`, or one of the two extends the other.
+
+    Raises:
+        ArchiveError: naming what differs: its numbers would get the wrong labels.
+        ExperimentError: if the attribute is no experiment.
+    """
+    theirs = Experiment.from_toml_text(str(text), archived=True)
+    if mine != theirs and not extends(mine, theirs) and not extends(theirs, mine):
+        raise ArchiveError(
+            f"{file}: holds a file of another run; what differs from {EXPERIMENT}:\n  "
+            + "\n  ".join(differences(theirs, mine))
+            + "\nIf directories or files were exchanged, put each where it was; `tsdyn validate` names all of them."
+        )
+    return theirs
 
 
 def claim(path: Path, experiment: Experiment) -> None:
@@ -224,15 +242,17 @@ class RunDirectory:
         theirs = Experiment.from_toml(self.path / EXPERIMENT, archived=True)
         if theirs != self.experiment:
             if self.finished:
-                self._reopen(theirs)
+                self._reopen()
             write_text(self.path / EXPERIMENT, self.experiment.to_toml())
         if not self.finished and not (self.path / SEGMENTS).is_dir():
             make_directory(self.path / SEGMENTS)
 
-    def _reopen(self, shorter: Experiment) -> None:
+    def _reopen(self) -> None:
         """Make the archive of a finished run the first segment of the longer one, in one rename."""
         refuse_changed(self.path / ARCHIVE)
         with netcdf.dataset(self.path / ARCHIVE) as nc:
+            # experiment.toml can be of another run: what is gone on from is what the archive itself says
+            shorter = self._own(self.path / ARCHIVE, netcdf.attributes(nc))
             if "state" not in nc.groups:
                 raise DirectoryError(
                     f"{self.path}: its archive is of schema {nc.schema_version}, which keeps no state to train on "
@@ -245,6 +265,17 @@ class RunDirectory:
         sync_directory(self.path / SEGMENTS)
         sync_directory(self.path)
         seal_of(self.path / ARCHIVE).unlink(missing_ok=True)
+
+    def _own(self, file: Path, attrs: Mapping[str, Any]) -> Experiment:
+        """The experiment of a file that is gone on from, or joined.
+
+        Raises:
+            ArchiveError: if it is of another run, or does not say of which.
+        """
+        try:
+            return refuse_another(file, attrs.get("experiment"), self.experiment)
+        except ExperimentError as error:
+            raise ArchiveError(f"{file}: does not say of which experiment it is: {error}") from error
 
     @property
     def finished(self) -> bool:
@@ -322,7 +353,9 @@ class RunDirectory:
         refuse_changed(newest.path)
         try:
             with netcdf.dataset(newest.path) as nc:
-                return netcdf.read_state(nc), {name: nc.getncattr(name) for name in nc.ncattrs()}
+                attrs = netcdf.attributes(nc)
+                self._own(newest.path, attrs)
+                return netcdf.read_state(nc), attrs
         except (OSError, RuntimeError, AttributeError) as error:
             if isinstance(error, ArchiveError):
                 raise
@@ -341,6 +374,8 @@ class RunDirectory:
         for file in files:
             refuse_changed(file)
         parts, epochs = joining.recorded(files, self.experiment.labels, self.layout.path)
+        for part in {str(part.attrs.get("experiment")): part for part in parts}.values():
+            self._own(part.path, part.attrs)
         attrs = {**attrs, **self._own_attrs(), **_history(parts, epochs, self.experiment, self.variables)}
         with replacing(self.path / ARCHIVE, self.bytes_per_epoch * len(epochs), seal=True) as temporary:
             try:
@@ -348,8 +383,8 @@ class RunDirectory:
             except own_process.Crashed as error:
                 raise ArchiveError(
                     f"{self.path / ARCHIVE}: cannot be written: joining the segments crashed the netCDF library "
-                    f"({error.how}), as where memory or the disk fails; the segments are whole and can be opened; run "
-                    "the same command again to join them"
+                    f"({error.how}), as it does where memory or the disk fails; what was committed is intact and can "
+                    "be opened: run the same command again to join it"
                 ) from None
             if differing is not None:
                 raise ArchiveError(

@@ -100,6 +100,18 @@ def _what_is_used_up(folder: Path) -> str:
     return "it: a quota or what is kept for the administrator"
 
 
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Turn an error of the system inside the context into an ArchiveError that names `path`, unless it is not there."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        reason = _REASONS.get(error.errno or 0, error.strerror or str(error))
+        raise ArchiveError(f"{path}: cannot be read: {reason}; nothing was changed") from error
+
+
 def sync_directory(path: Path) -> None:
     """Sync a directory, so that renames in it survive a power cut."""
     handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
@@ -222,13 +234,19 @@ def seal_of(path: Path) -> Path:
 
 
 def sealed(path: Path) -> bool | None:
-    """Whether `path` agrees with its checksum; None if it has none.  Reads the whole file."""
+    """Whether `path` agrees with its checksum; None if it has none.  Reads the whole file.
+
+    Raises:
+        ArchiveError: if one of the two cannot be read.
+    """
     try:
-        kept = seal_of(path).read_text(encoding="ascii", errors="replace")
+        with readable(seal_of(path)):
+            kept = seal_of(path).read_text(encoding="ascii", errors="replace")
     except FileNotFoundError:
         return None
     match = _SEAL.fullmatch(kept)
-    return match is not None and match[1] == sha256(path)
+    with readable(path):
+        return match is not None and match[1] == sha256(path)
 
 
 class Identity(NamedTuple):
@@ -245,9 +263,10 @@ def identity(path: Path) -> Identity:
 
     Raises:
         OSError: if there is no such file.
+        ArchiveError: if its checksum cannot be read.
     """
     status, seal = os.lstat(path), None
-    with suppress(FileNotFoundError):
+    with suppress(FileNotFoundError), readable(seal_of(path)):
         match = _SEAL.fullmatch(seal_of(path).read_text(encoding="ascii", errors="replace"))
         seal = match[1] if match else ""
     return Identity(status.st_ino, status.st_size, status.st_mtime_ns, seal)
