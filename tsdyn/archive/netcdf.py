@@ -88,36 +88,42 @@ def dataset(
             if mode == "r":
                 raise DirectoryError(f"{path}: not a readable netCDF file: {error}") from error
             raise
+        file = hdf5.opened(path)
         try:
             nc.set_auto_maskandscale(False)
             if mode != "w":
-                odd = hdf5.oddities(path, _names(nc) if only is None else [only])
+                if file is None:
+                    raise DirectoryError(f"{path}: cannot be opened by the HDF5 library")
+                odd = hdf5.oddities(file, _names(nc) if only is None else [only])
                 if odd:
                     raise DirectoryError(f"{path}: {odd[0]}; it is not tsdyn's")
             yield nc
             if mode != "r":
                 _flush(nc, path)
         finally:
-            _close(nc, path)
+            _close(nc, file, path)
 
 
 def _names(nc: netCDF4.Dataset) -> list[str]:
     return [*nc.variables, *(f"{group}/{name}" for group, held in nc.groups.items() for name in held.variables)]
 
 
-def _close(nc: netCDF4.Dataset, path: Path) -> None:
-    """Close a file that `_flush` left open.
+def _close(nc: netCDF4.Dataset, file: int | None, path: Path) -> None:
+    """Close a file, and the second handle on it (`hdf5.opened`); what `_flush` could not write is left open.
 
     Raises:
-        ArchiveError: if that fails; what stays of it is not closed again, which would crash.
+        ArchiveError: if that fails.
     """
     if not nc._isopen:
         return
     try:
         nc.close()
     except (OSError, RuntimeError) as error:
-        nc._isopen = 0
-        raise ArchiveError(f"{path}: cannot be closed: {error}; the device or the file system fails") from error
+        nc._isopen = 0  # so that it is not closed again, which would crash
+        raise ArchiveError(f"{path}: cannot be closed: {error}; the file system fails") from error
+    finally:
+        if file is not None and not hdf5.closed(file):
+            raise ArchiveError(f"{path}: cannot be closed: the file system fails")
 
 
 def _flush(nc: netCDF4.Dataset, path: Path) -> None:
