@@ -23,7 +23,17 @@ from tsdyn.archive import netcdf, own_process, study_directories
 from tsdyn.archive.headers import Source
 from tsdyn.archive.lock import Lock
 from tsdyn.archive.reading import opened
-from tsdyn.archive.run_directory import ARCHIVE, EXPERIMENT, KEPT, RUN, SEGMENTS, extends, segment_epochs, segments
+from tsdyn.archive.run_directory import (
+    ARCHIVE,
+    DROPPED,
+    EXPERIMENT,
+    KEPT,
+    RUN,
+    SEGMENTS,
+    extends,
+    segment_epochs,
+    segments,
+)
 from tsdyn.archive.selecting import swept_dimensions
 from tsdyn.archive.sweep_directory import SWEEP, possible_names, sweep_points
 from tsdyn.archive.whole_files import (
@@ -37,6 +47,7 @@ from tsdyn.archive.whole_files import (
     replacing,
     seal_of,
     sealed,
+    sha256,
     sync_directory,
     write_text,
 )
@@ -164,8 +175,8 @@ def _said_of(path: Path) -> Iterator[str]:
     """Problems of a readable file's numbers: it was repaired, or an earlier version computed them wrongly."""
     with suppress(ArchiveError, OSError):  # what cannot be read is named by `_contents`
         source = Source.of(path)
-        if "dropped" in source.header.attrs:
-            yield f"{path}: was repaired; dropped: {source.header.attrs['dropped']}"
+        if DROPPED in source.header.attrs:
+            yield f"{path}: was repaired; dropped: {source.header.attrs[DROPPED]}"
         if source.wrong:
             yield f"{path}: {', '.join(source.wrong)}: {WRONG}"
 
@@ -183,7 +194,7 @@ def _contents(path: Path, experiment: Experiment | None, *, unsealed: bool = Fal
             if experiment is not None and not _is_of(nc.__dict__, experiment):
                 yield f"{path}: the archive's digest is not that of {EXPERIMENT}"
             if experiment is not None and unsealed and int(nc.schema_version) > 1:
-                yield f"{path}: has no checksum beside it ({seal_of(path).name})"
+                yield _without_checksum(path)
             for name, array in nc.variables.items():
                 for index in _blocks(array):
                     try:
@@ -192,6 +203,10 @@ def _contents(path: Path, experiment: Experiment | None, *, unsealed: bool = Fal
                         yield f"{path}: {name} cannot be read at {_where(array, index)}: {error}"
     except (OSError, RuntimeError, AttributeError, ValueError, TypeError) as error:
         yield f"{path}: cannot be read: {error}"
+
+
+def _without_checksum(path: Path) -> str:
+    return f"{path}: has no checksum beside it ({seal_of(path).name})"
 
 
 def _apart(file: Path, work: Callable[[], Iterator[str]]) -> list[str] | None:
@@ -261,7 +276,8 @@ def repair(path: str | Path) -> list[str]:
             ) from None
         for point in points:
             refuse_link(point)
-        return [line for point in points if point.is_dir() for line in repair(point)]
+        told = [line for point in points if point.is_dir() for line in repair(point)]
+        return told + list(_without_leftovers(path))  # last: nobody is writing a point
     if not path.is_dir():
         raise DirectoryError(f"{path}: is not the directory of a run")
     for folder in (path, path / SEGMENTS, path / DAMAGED):
@@ -288,9 +304,7 @@ def _repair_run(path: Path) -> Iterator[str]:
             _move_to_damaged(path, path / EXPERIMENT)
         write_text(path / EXPERIMENT, experiment.to_toml())
         yield f"{path / EXPERIMENT}: written anew from what the archive remembers ({error})"
-    for leftover in [*path.glob(".*.tmp"), *(path / SEGMENTS).glob(".*.tmp")]:
-        leftover.unlink()
-        yield f"{leftover}: removed; a write that was cut short"
+    yield from _without_leftovers(path, path / SEGMENTS)
     after = -1
     found = {file: list(_check_file(file, experiment)) for file in [*files, path / ARCHIVE] if file.exists()}
     for file, problems in found.items():
@@ -299,6 +313,11 @@ def _repair_run(path: Path) -> Iterator[str]:
                 f"{problems[0]}; yet its checksum agrees: it is what was written, and the reason lies elsewhere (the "
                 "file system, its locks, memory, or a file that belongs to another run); nothing was moved"
             )
+    for file, problems in found.items():
+        if problems == [_without_checksum(file)]:  # every number of it was read, and each block has one of its own
+            write_text(seal_of(file), f"{sha256(file)}  {file.name}\n")
+            yield f"{problems[0]}, and is whole: its checksum was written anew"
+            found[file] = []
     for file in files:
         match = segment_epochs(file)
         problems = found[file]
@@ -316,6 +335,13 @@ def _repair_run(path: Path) -> Iterator[str]:
         yield f"{found[path / ARCHIVE][0]}; moved to {DAMAGED}/"
         if after == -1:
             yield from _salvaged(path, experiment, damaged)
+
+
+def _without_leftovers(*folders: Path) -> Iterator[str]:
+    """Remove the temporary files of writers that were killed."""
+    for leftover in (file for folder in folders for file in folder.glob(".*.tmp")):
+        leftover.unlink(missing_ok=True)
+        yield f"{leftover}: removed; a write that was cut short"
 
 
 def _remembered(files: Sequence[Path]) -> Experiment | None:
@@ -382,7 +408,7 @@ def _salvage(path: Path, experiment: Experiment, damaged: Path) -> Iterator[str]
                             new[name][index] = block
                 with suppress(OSError, RuntimeError):
                     netcdf.write_state(new, netcdf.read_state(old))
-                new.setncattr("dropped", "; ".join(dropped) or "nothing that could be told")
+                new.setncattr(DROPPED, "; ".join(dropped) or "nothing that could be told")
     except (ArchiveError, OSError, RuntimeError, ValueError, KeyError, IndexError, AttributeError) as error:
         (path / ARCHIVE).unlink(missing_ok=True)
         yield f"{path / ARCHIVE}: nothing of it could be kept ({error}); `tsdyn run` computes it again"

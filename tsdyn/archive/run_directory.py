@@ -50,6 +50,8 @@ RUN = "run"
 
 #: Attribute of an archive: epochs outside its schedule, which shorter runs that it extends recorded last.
 KEPT = "kept_epochs"
+#: Attribute of an archive that `repair` wrote anew: what it could not keep.
+DROPPED = "dropped"
 #: How long to wait for another command that is claiming the same sweep's directory.
 CLAIM_SECONDS = 30.0
 _SEGMENT = re.compile(r"epoch-(\d{6,})-(\d{6,})\.nc")
@@ -415,8 +417,13 @@ class RunDirectory:
 def _history(
     parts: Sequence[joining.Part], epochs: Sequence[Label], experiment: Experiment, variables: Sequence[str]
 ) -> dict[str, Any]:
-    """Attributes about what earlier, shorter runs left in an archive: epochs outside its schedule, wrong numbers."""
+    """Attributes about what earlier, shorter runs left in an archive.
+
+    These are epochs outside its schedule, wrong numbers, and what `repair` could not keep.
+    """
     kept = np.setdiff1d(epochs, experiment.labels)
     wrong = joining.wrong_through(parts, epochs, variables)
+    dropped = dict.fromkeys(str(part.attrs[DROPPED]) for part in parts if DROPPED in part.attrs)
     found: dict[str, Any] = {KEPT: kept} if len(kept) else {}
-    return found | ({} if wrong is None else {WRONG_THROUGH: wrong})
+    found |= {} if wrong is None else {WRONG_THROUGH: wrong}
+    return found | ({DROPPED: "; ".join(dropped)} if dropped else {})
