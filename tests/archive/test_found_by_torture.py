@@ -8,7 +8,7 @@ import pytest
 
 import tsdyn
 from tests.cases import small
-from tsdyn.archive import hdf5, integrity, run_directory
+from tsdyn.archive import hdf5, integrity, netcdf, run_directory
 from tsdyn.archive.whole_files import ArchiveError
 from tsdyn.running import runner
 from tsdyn.running.interrupts import Stopped
@@ -144,3 +144,23 @@ def test_a_file_that_cannot_be_closed_is_an_error(tmp_path, monkeypatch):
         with pytest.raises(ArchiveError, match="cannot be closed: the file system fails"):
             ds.load()
     ds.load()
+
+
+def test_a_segment_that_lacks_numbers_is_not_committed(tmp_path, monkeypatch):
+    """Where memory ran out, the library gave a file without some of its numbers and no error; it was sealed."""
+    monkeypatch.setattr(runner, "COMMIT_SECONDS", 0.0)
+    write = netcdf.write_state
+
+    def losing(nc, state):
+        write(nc, state)
+        if 2 in nc["epoch"][:]:
+            nc["mse_eval"][0] = np.nan
+
+    with monkeypatch.context() as patch:
+        patch.setattr(netcdf, "write_state", losing)
+        with pytest.raises(ArchiveError, match=r"epoch-000002-000002\.nc: mse_eval read back differently"):
+            tsdyn.run(small(**FEW, training__epochs=3), tmp_path / "run")
+    ds = tsdyn.open(tmp_path / "run").load()
+    assert list(ds.epoch.values) == [0, 1]
+    assert integrity.check(tmp_path / "run") == []
+    same(tsdyn.run(small(**FEW, training__epochs=3), tmp_path / "run").sel(epoch=[0, 1]), ds)

@@ -35,8 +35,8 @@ ERRORS = (errno.ENOSPC, errno.EIO, errno.EDQUOT)
 EPOCHS = 3
 #: Seconds after which a child counts as hung.
 HUNG = 60
-#: Ten limits on the address space: what a child may take beyond what it was forked with, in bytes.
-LIMITS = tuple(n << 20 for n in (512, 256, 128, 64, 32, 16, 8, 4, 2, 1))
+#: Ten limits on the address space: shares of what the work takes undisturbed, beyond what the child was forked with.
+SHARES = (0.95, 0.85, 0.75, 0.65, 0.55, 0.45, 0.35, 0.25, 0.15, 0.05)
 
 
 @dataclass(frozen=True)
@@ -131,12 +131,16 @@ class _Bench:
         for name, action in ACTIONS.items():
             action.prepare(scratch / name)
 
-    def trial(self, name: str, before: Callable[[], None]) -> tuple[str, str]:
-        """(fate, what was said) of one action during which `before` makes something fail."""
-        action = ACTIONS[name]
+    def place(self, name: str) -> None:
+        """Put the directory that an action is done to in its place."""
         fresh(self.path)
         if (self.scratch / name).exists():
             shutil.copytree(self.scratch / name, self.path)
+
+    def trial(self, name: str, before: Callable[[], None]) -> tuple[str, str]:
+        """(fate, what was said) of one action during which `before` makes something fail."""
+        action = ACTIONS[name]
+        self.place(name)
 
         def work(pipe: int) -> None:
             signal.alarm(HUNG)
@@ -238,9 +242,7 @@ def calls(scratch: Path, rng: random.Random, number: int) -> str:
 
 def _calls_of(bench: _Bench, name: str) -> dict[str, int]:
     """How many calls of each kind an action makes when nothing fails."""
-    fresh(bench.path)
-    if (bench.scratch / name).exists():
-        shutil.copytree(bench.scratch / name, bench.path)
+    bench.place(name)
 
     def counted(pipe: int) -> None:
         arm(bench.base)
@@ -257,24 +259,45 @@ def _calls_of(bench: _Bench, name: str) -> dict[str, int]:
 
 
 def memory(scratch: Path, rng: random.Random, number: int) -> str:
-    """A limit on the address space lowered in ten steps, for run, resume, join and open."""
+    """A limit on the address space lowered in ten steps, from nearly what the work takes to a twentieth of it."""
     bench = _Bench(scratch)
     rows: dict[str, Counter[str]] = {}
     told: list[str] = []
-    names = ("run", "resume", "extend", "join", "repair an archive", "open")
-    for name in names:
-        for limit in LIMITS[:: 1 if number >= len(LIMITS) else len(LIMITS) // number]:
-            fate, words = bench.trial(name, lambda limit=limit: _limit(limit))
-            row = rows.setdefault(name, Counter())
+    for name in ACTIONS:
+        needed = _addresses_of(bench, name)
+        for share in SHARES[:: max(1, len(SHARES) // number)]:
+            fate, words = bench.trial(name, lambda more=share * needed: _limit(round(more)))
+            row = rows.setdefault(f"{name}: {needed / 1e6:.1f} MB", Counter())
             row[fate] += 1
             row["said"] += bool(words) and fate == "whole"
             if fate != "whole":
-                told.append(f"{name}: {limit >> 20} MiB: {fate}: {words}")
-    return _counted(rows, told, f"action, with {', '.join(str(n >> 20) for n in LIMITS)} MiB left")
+                told.append(f"{name}: {share:.0%} of {needed} bytes: {fate}: {words}")
+    return _counted(rows, told, f"action: what it takes, of which {', '.join(f'{s:.0%}' for s in SHARES)} are left")
+
+
+def _size(field: str) -> int:
+    """Bytes of addresses of this process, now (``VmSize``) or at most (``VmPeak``)."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{field}:"))
+
+
+def _addresses_of(bench: _Bench, name: str) -> int:
+    """Bytes of addresses that an action takes beyond those that its process has before."""
+    bench.place(name)
+
+    def measured(pipe: int) -> None:
+        before = _size("VmSize")
+        aside = os.open(os.devnull, os.O_WRONLY)
+        ACTIONS[name].work(bench.path, aside)
+        os.write(pipe, b"\xff" + str(max(1 << 20, _size("VmPeak") - before)).encode())
+
+    code, _, words = fork(measured).end()
+    assert code == FINISHED, words
+    return int(words)
 
 
 def _limit(more: int) -> None:
     """Leave this process so many bytes of addresses."""
-    size = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (size + more, size + more))
+    size = _size("VmSize") + more
+    resource.setrlimit(resource.RLIMIT_AS, (size, size))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

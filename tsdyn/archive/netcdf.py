@@ -36,6 +36,9 @@ _LOCK = combine_locks([NETCDFC_LOCK, HDF5_LOCK])
 _inside = threading.local()
 
 State = Mapping[str, np.ndarray]
+#: Variable → one array (seed, epoch), or one array per layer from the lowest up, (seed, epoch, node...); constants
+#: have no epoch.
+Records = Mapping[str, "np.ndarray | list[np.ndarray]"]
 
 
 @contextmanager

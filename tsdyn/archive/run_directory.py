@@ -17,7 +17,7 @@ import numpy as np
 from tsdyn.archive import joining, netcdf, own_process, study_directories
 from tsdyn.archive.lock import NAME as LOCK
 from tsdyn.archive.lock import Lock
-from tsdyn.archive.netcdf import State
+from tsdyn.archive.netcdf import Records, State
 from tsdyn.archive.whole_files import (
     SUFFIX,
     ArchiveError,
@@ -32,7 +32,7 @@ from tsdyn.archive.whole_files import (
     seal_of,
     sha256,
     sync_directory,
-    write_bytes,
+    write_new,
     write_text,
 )
 from tsdyn.archive.wrong_numbers import WRONG_THROUGH
@@ -55,10 +55,6 @@ DROPPED = "dropped"
 #: How long to wait for another command that is claiming the same sweep's directory.
 CLAIM_SECONDS = 30.0
 _SEGMENT = re.compile(r"epoch-(\d{6,})-(\d{6,})\.nc")
-
-#: Variable → one array (seed, epoch), or one array per layer from the lowest up, (seed, epoch, node...); constants
-#: have no epoch.
-Records = Mapping[str, "np.ndarray | list[np.ndarray]"]
 
 
 class Segment(NamedTuple):
@@ -343,7 +339,17 @@ class RunDirectory:
                     nc[name][netcdf.index(variable_of(name), self.layout, slice(0, len(epochs)), layer)] = block
             netcdf.write_state(nc, state)
             content = nc.close()
-        write_bytes(segment_path(self.path, first, last), content, seal=True)
+        target = segment_path(self.path, first, last)
+        with replacing(target, len(content), seal=True) as temporary:
+            write_new(temporary, content)
+            del content
+            # where memory runs out the library can give a file that lacks numbers, and no error
+            differing = joining.differing_records(temporary, self.layout, epochs, records, state)
+            if differing is not None:
+                raise ArchiveError(
+                    f"{target}: {differing} read back differently from what was written, as where memory runs out; "
+                    "nothing was added to what was committed"
+                )
 
     def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """The state after the last committed epoch, and the global attributes of its segment.

@@ -180,13 +180,18 @@ def replacing(path: Path, needed: int, *, seal: bool = False) -> Iterator[Path]:
 def write_bytes(path: Path, content: bytes | memoryview, *, seal: bool = False) -> None:
     """Write a file, whole or not at all; `seal` as in `replacing`."""
     with replacing(path, len(content), seal=seal) as temporary:
-        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
-        try:
-            view = memoryview(content)
-            while view:
-                view = view[os.write(handle, view) :]
-        finally:
-            os.close(handle)
+        write_new(temporary, content)
+
+
+def write_new(path: Path, content: bytes | memoryview) -> None:
+    """Write a file that is not there yet; the system's own errors pass through."""
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
+    try:
+        view = memoryview(content)
+        while view:
+            view = view[os.write(handle, view) :]
+    finally:
+        os.close(handle)
 
 
 def write_text(path: Path, text: str) -> None:
