@@ -24,6 +24,12 @@ def available() -> int:
     return min(_of_the_machine(), _of_the_groups(), _of_the_process())
 
 
+def resident() -> int:
+    """Bytes of memory that this process takes now; 0 where the system does not say."""
+    fields = _text(Path("/proc/self/statm")).split()
+    return int(fields[1]) * resource.getpagesize() if len(fields) > 1 else 0
+
+
 def limits() -> dict[str, int]:
     """The limits whose least is `available`, in bytes; ``sys.maxsize`` where there is none."""
     return {"machine": _of_the_machine(), "control groups": _of_the_groups(), "ulimit": _of_the_process()}

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+import tsdyn
 from tests.cases import small
+from tsdyn.archive import netcdf
 from tsdyn.running.estimates import Footprint, footprint
 from tsdyn.running.members import Members
 
@@ -37,3 +39,17 @@ def test_footprints_add_up_to_that_of_runs_side_by_side():
     assert both.each == max(one.each, two.each)
     assert both.bytes >= max(one.bytes, two.bytes)
     assert (one + Footprint()) == one
+
+
+def test_a_file_takes_what_its_padded_chunks_take(tmp_path):
+    """Chunks are declared whole, so those at an edge are padded; headers and the state come on top."""
+    experiment = small(
+        seeds=2, teacher__widths=[40, 30, 20], student__overrealization=3.0, training__epochs=20,
+        training__steps_per_epoch=1, data__train=20, data__eval=20, record__observables=["mse", "weight"],
+    )  # fmt: skip
+    tsdyn.run(experiment, tmp_path / "run")
+    size = (tmp_path / "run" / "archive.nc").stat().st_size
+    stored = netcdf.stored_bytes(experiment.layout, experiment.recorded("along"), experiment.dtype, 21)
+    assert stored >= netcdf.bytes_per_epoch(experiment.layout, experiment.recorded("along"), experiment.dtype) * 21
+    state = 2 * 8 * (90 * 41 + 20 * 91 + 30 * 41 + 20 * 31)
+    assert stored < size < 1.02 * stored + 4 * state + 2e5

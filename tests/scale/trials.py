@@ -18,7 +18,7 @@ import xarray as xr
 
 import tsdyn
 from tests.cases import small
-from tests.scale import generate
+from tests.scale import generate, memory
 from tests.scale import reading as read
 from tsdyn.archive import sweep_directory
 from tsdyn.archive.headers import INDEX, Headers
@@ -176,8 +176,20 @@ def worker_processes() -> list[int]:
     return found
 
 
+def segments(scratch: Path, asked: argparse.Namespace) -> None:
+    """Peak memory of a run of 1 GB of segments, joining included, beside what was announced."""
+    announced, peak, number = memory.peak(scratch, 1.0)
+    print(
+        f"1 GB in {number} segments: announced {announced / 1e6:.0f} MB, at most {peak / 1e6:.0f} MB, joining included "
+        f"({peak / announced - 1:+.0%})",
+        flush=True,
+    )
+    assert abs(peak / announced - 1) <= memory.WITHIN, "peak memory is not what was announced"
+
+
 TRIALS: dict[str, Callable[[Path, argparse.Namespace], None]] = {
     "reading": reading,
     "opening": opening,
     "kills": kills,
+    "segments": segments,
 }

@@ -24,6 +24,9 @@ NUMBERS = {
     "full_disks": (50, 2),
     "two_writers": (100, 2),
     "readers": (20, 1),
+    "by_number.calls": (10_000, 12),
+    "by_number.memory": (10, 1),
+    "states.steps": (2000, 0),  # the suite has a test of its own
     "fuzz.archives": (2000, 5),
     "fuzz.experiments": (2000, 20),
 }
@@ -50,9 +53,9 @@ def main() -> int:
 
     import torch
 
-    from tests.torture import fuzz, trials
+    from tests.torture import by_number, fuzz, states, trials
 
-    modules = {"trials": trials, "fuzz": fuzz}
+    modules = {"trials": trials, "fuzz": fuzz, "by_number": by_number, "states": states}
 
     torch.set_num_threads(1)
     failed = False

@@ -116,35 +116,12 @@ def _mutated(raw: bytes, others: list[bytes], rng: random.Random) -> tuple[str, 
     return way, bytes(content)
 
 
-def _in_forked_process(work: str, experiment: Experiment | None, *paths: Path) -> list[str] | None:
-    """`integrity._in_subprocess` in a forked process, which saves a second of imports about twice per trial."""
-    reading, writing = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            sys.stdin = io.StringIO("" if experiment is None else experiment.to_toml())
-            sys.stdout = os.fdopen(writing, "w", encoding="utf-8")
-            integrity._work_in_subprocess(work, *map(str, paths))
-            sys.stdout.flush()
-            code = 0
-        finally:
-            os._exit(code)
-    os.close(writing)
-    with os.fdopen(reading, encoding="utf-8") as pipe:
-        told = pipe.read()
-    ended = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    return list(json.loads(told)) if ended == 0 else None
-
-
 def archives(scratch: Path, rng: random.Random, number: int) -> str:
     """Archives with a file truncated, flipped, spliced or exchanged: no crash, no hang, no traceback, no wrong number.
 
     Each is checked, read, shown, audited; some are repaired and all resumed.  A changed file beside which a
     checksum is kept must be named by ``tsdyn validate``, and nothing may be computed from it.
     """
-    if number > 100:
-        integrity._in_subprocess = _in_forked_process
     kinds = ("finished", "going", "sweep")
     swept = SEGMENTED.replace({"sweep": {"teacher.polarity": [0.0, 1.0]}, "training.epochs": 3})
     for name in ("reference", "finished"):

@@ -25,6 +25,7 @@ from tests.cases import small
 from tsdyn.archive import integrity
 from tsdyn.archive.run_directory import RunDirectory
 from tsdyn.archive.whole_files import ArchiveError
+from tsdyn.experiment.errors import ExperimentError
 from tsdyn.running import runner
 
 SEGMENTED = small(
@@ -43,7 +44,7 @@ shim = ctypes.CDLL(None)
 
 
 def operations() -> dict[str, int]:
-    names = ["CREATE", "WRITE", "TRUNCATE", "FSYNC", "RENAME", "UNLINK", "MKDIR", "RMDIR", "CLOSE", "MARK"]
+    names = ["CREATE", "WRITE", "TRUNCATE", "FSYNC", "RENAME", "UNLINK", "MKDIR", "RMDIR", "CLOSE", "MARK", "OPEN"]
     return {name: number for number, name in enumerate(names, start=1)}
 
 
@@ -92,7 +93,7 @@ def fork(work: Callable[[int], None]) -> Child:
         os.close(reading)
         work(writing)
         code = FINISHED
-    except (ArchiveError, MemoryError) as error:
+    except (ArchiveError, ExperimentError, MemoryError) as error:
         code = FAILED
         os.write(writing, b"\xff" + str(error).encode())
     except BaseException:

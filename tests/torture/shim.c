@@ -13,14 +13,15 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
-enum { CREATE = 1, WRITE, TRUNCATE, FSYNC, RENAME, UNLINK, MKDIR, RMDIR, CLOSE, MARK };
+enum { CREATE = 1, WRITE, TRUNCATE, FSYNC, RENAME, UNLINK, MKDIR, RMDIR, CLOSE, MARK, OPEN };
 
 static char root[PATH_MAX];
 static int trace = -1, fail_operation = 0, fail_errno = 0, armed = 0;
-static long fail_at = 0, counts[16];
+static long fail_at = 0, *counts; /* shared with forked processes: joining has one of its own */
 
 #define REAL(name) ((__typeof__(&name))dlsym(RTLD_NEXT, #name))
 
@@ -64,8 +65,8 @@ static void put(int operation, int64_t inode, int64_t offset, const char *path, 
 
 /* Whether this operation is the one to fail. */
 static int fails(int operation) {
-    counts[operation]++;
-    if (operation != fail_operation || counts[operation] != fail_at) return 0;
+    long count = __sync_add_and_fetch(&counts[operation], 1);
+    if (operation != fail_operation || count != fail_at) return 0;
     errno = fail_errno;
     return 1;
 }
@@ -77,7 +78,10 @@ static int64_t inode_of(int fd) {
 
 void torture_arm(const char *directory, int fd, int operation, long at, int number) {
     snprintf(root, sizeof root, "%s", directory);
-    memset(counts, 0, sizeof counts);
+    size_t size = 16 * sizeof *counts;
+    if (!counts) counts = mmap(0, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    if (counts == MAP_FAILED) abort();
+    memset(counts, 0, size);
     trace = fd, fail_operation = operation, fail_at = at, fail_errno = number, armed = 1;
 }
 
@@ -88,6 +92,7 @@ void torture_mark(long number) { put(MARK, number, 0, 0, 0, 0); }
 static int opened(int dirfd, const char *path, int flags, mode_t mode) {
     char full[PATH_MAX];
     absolute(dirfd, path, full);
+    if (below(full) && fails(OPEN)) return -1;
     int existed = faccessat(dirfd, path, F_OK, AT_SYMLINK_NOFOLLOW) == 0;
     int fd = REAL(openat)(dirfd, path, flags, mode);
     if (fd >= 0 && below(full) && (flags & O_ACCMODE) != O_RDONLY) {
@@ -142,8 +147,7 @@ int fsync(int fd) {
 
 int close(int fd) {
     char path[PATH_MAX];
-    if (!armed || fd == trace || !path_of(fd, path) || (fcntl(fd, F_GETFL) & O_ACCMODE) == O_RDONLY)
-        return REAL(close)(fd);
+    if (!armed || fd == trace || !path_of(fd, path)) return REAL(close)(fd);
     if (fails(CLOSE)) { /* as the kernel does: the descriptor is gone all the same */
         REAL(close)(fd);
         errno = fail_errno;

@@ -41,35 +41,52 @@ def _library() -> Any:
     return library
 
 
-def oddities(path: Path, names: Iterable[str]) -> list[str]:
+def prepare() -> None:
+    """Look up all functions of the library that this module calls, which needs a lock of the system's linker."""
+    _library()
+
+
+def opened(path: Path) -> int | None:
+    """A second handle on a file that netCDF has open, to be closed after it by `closed`; None if there is none.
+
+    Where close(2) fails, as on a file system that went away, netCDF's own closing crashes the process.  While this
+    handle is there, that one only counts down, and `closed` is told of the error.
+    """
+    file = _library().H5Fopen(os.fsencode(path), 0, 0)
+    return file if file >= 0 else None
+
+
+def closed(file: int) -> bool:
+    """Close what `opened` gave; whether that succeeded."""
+    return bool(_library().H5Fclose(file) >= 0)
+
+
+def oddities(file: int, names: Iterable[str]) -> list[str]:
     """Storage of these variables that must not be read, one phrase each; to be called inside `netcdf.guarded`.
 
     HDF5 can keep a variable's bytes in any file that the header names, so that opening a stranger's file could show
     the contents of other files of this machine.  Floating-point numbers of two bytes are taken for text by netCDF, and
     reading them crashes the process.
+
+    Args:
+        file: What `opened` gave.
+        names: Variables; those of a group as ``group/variable``.
     """
     library, found = _library(), []
-    file = library.H5Fopen(os.fsencode(path), 0, 0)
-    if file < 0:
-        return ["cannot be opened by the HDF5 library"]
-    try:
-        own = _file_name(library, file)
-        for name in names:
-            *groups, last = name.split("/")
-            kept = "/".join(
-                [*groups, f"_nc4_non_coord_{last}"]
-            )  # netCDF's name for a variable that a dimension shadows
-            variable = library.H5Dopen2(file, name.encode(), 0)
-            variable = library.H5Dopen2(file, kept.encode(), 0) if variable < 0 else variable
-            if variable < 0:
-                found.append(f"{name} cannot be opened by the HDF5 library")
-                continue
-            try:
-                found += [f"{name} {what}" for what in _odd(library, variable, own)]
-            finally:
-                library.H5Dclose(variable)
-    finally:
-        library.H5Fclose(file)
+    own = _file_name(library, file)
+    for name in names:
+        *groups, last = name.split("/")
+        # netCDF's name for a variable that a dimension shadows
+        kept = "/".join([*groups, f"_nc4_non_coord_{last}"])
+        variable = library.H5Dopen2(file, name.encode(), 0)
+        variable = library.H5Dopen2(file, kept.encode(), 0) if variable < 0 else variable
+        if variable < 0:
+            found.append(f"{name} cannot be opened by the HDF5 library")
+            continue
+        try:
+            found += [f"{name} {what}" for what in _odd(library, variable, own)]
+        finally:
+            library.H5Dclose(variable)
     return found
 
 

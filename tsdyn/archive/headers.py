@@ -24,7 +24,7 @@ import xarray as xr
 
 from tsdyn import schema, vocabulary
 from tsdyn.archive import netcdf
-from tsdyn.archive.run_directory import ARCHIVE, EXPERIMENT, RUN, extends, segments
+from tsdyn.archive.run_directory import ARCHIVE, EXPERIMENT, RUN, refuse_another, segments
 from tsdyn.archive.whole_files import (
     ALWAYS_VERIFIED,
     ArchiveError,
@@ -37,7 +37,7 @@ from tsdyn.archive.whole_files import (
 )
 from tsdyn.archive.wrong_numbers import WRONG_THROUGH, wrong_variables
 from tsdyn.experiment.errors import ExperimentError
-from tsdyn.experiment.experiment import Experiment, differences
+from tsdyn.experiment.experiment import Experiment
 
 INDEX = "index.json"
 _INDEX = re.compile(rb'\{"sha256": "([0-9a-f]{64})", "kept": (.*)\}', re.DOTALL)
@@ -213,15 +213,9 @@ def refuse_other(source: Source, expected: Callable[[], Experiment]) -> None:
             return
         if text is None:  # the index remembers the digest alone
             text = Source.of(source.path).own.get("experiment")
-        theirs = Experiment.from_toml_text(str(text), archived=True)
+        refuse_another(source.path, text, mine)
     except ExperimentError:
         return  # the archive can be read without; `tsdyn validate` names it
-    if mine != theirs and not extends(mine, theirs) and not extends(theirs, mine):
-        raise ArchiveError(
-            f"{source.path}: holds a file of another run; what differs from {EXPERIMENT}:\n  "
-            + "\n  ".join(differences(theirs, mine))
-            + "\nIf directories or files were exchanged, put each where it was; `tsdyn validate` names all of them."
-        )
 
 
 class _Entry(NamedTuple):

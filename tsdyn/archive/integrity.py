@@ -9,25 +9,31 @@ import hashlib
 import itertools
 import json
 import math
-import os
-import resource
-import subprocess
-import sys
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, assert_never
+from typing import Any
 
 import netCDF4
 import numpy as np
 
 from tsdyn import schema, vocabulary
-from tsdyn.archive import netcdf, study_directories
+from tsdyn.archive import netcdf, own_process, study_directories
 from tsdyn.archive.headers import Source
 from tsdyn.archive.lock import Lock
 from tsdyn.archive.reading import opened
-from tsdyn.archive.run_directory import ARCHIVE, EXPERIMENT, KEPT, RUN, SEGMENTS, extends, segment_epochs, segments
+from tsdyn.archive.run_directory import (
+    ARCHIVE,
+    DROPPED,
+    EXPERIMENT,
+    KEPT,
+    RUN,
+    SEGMENTS,
+    extends,
+    segment_epochs,
+    segments,
+)
 from tsdyn.archive.selecting import swept_dimensions
 from tsdyn.archive.sweep_directory import SWEEP, possible_names, sweep_points
 from tsdyn.archive.whole_files import (
@@ -41,6 +47,7 @@ from tsdyn.archive.whole_files import (
     replacing,
     seal_of,
     sealed,
+    sha256,
     sync_directory,
     write_text,
 )
@@ -52,7 +59,7 @@ from tsdyn.experiment.experiment import Experiment
 DAMAGED = "damaged"
 #: `check` and `repair` hold about this much of a variable in memory.
 BLOCK_BYTES = 1 << 26
-#: Processor time that the subprocess which reads a damaged file may use: seconds, plus seconds per byte of the file.
+#: Processor time that the process which reads a damaged file may use: seconds, plus seconds per byte of the file.
 APART_SECONDS, APART_PER_BYTE = 2, 2e-7
 
 
@@ -117,7 +124,7 @@ def _check_run(path: Path, expected: Experiment | None = None) -> Iterator[str]:
     except ExperimentError as error:
         yield str(error)
         return
-    if expected is not None and experiment != expected:
+    if expected is not None and experiment != expected and not extends(expected, experiment):
         yield f"{path / EXPERIMENT}: is not the point of the sweep that the directory is named for"
     finished = (path / ARCHIVE).exists()
     try:
@@ -151,11 +158,15 @@ def _check_run(path: Path, expected: Experiment | None = None) -> Iterator[str]:
 
 
 def _check_file(path: Path, experiment: Experiment | None = None) -> Iterator[str]:
-    kept = sealed(path)
+    try:
+        kept = sealed(path)
+    except ArchiveError as error:
+        yield str(error)
+        return
     if kept is False:
         yield f"{path}: its checksum differs from the one kept in {seal_of(path).name}: it was changed or is damaged"
-        crashed = f"{path}: reading it any further crashes the library"
-        yield from _in_subprocess("contents", experiment, path) or [crashed]
+        found = _apart(path, lambda: _contents(path, experiment))
+        yield from [f"{path}: reading it any further crashes the library"] if found is None else found
     else:
         yield from _contents(path, experiment, unsealed=kept is None)
 
@@ -164,8 +175,8 @@ def _said_of(path: Path) -> Iterator[str]:
     """Problems of a readable file's numbers: it was repaired, or an earlier version computed them wrongly."""
     with suppress(ArchiveError, OSError):  # what cannot be read is named by `_contents`
         source = Source.of(path)
-        if "dropped" in source.header.attrs:
-            yield f"{path}: was repaired; dropped: {source.header.attrs['dropped']}"
+        if DROPPED in source.header.attrs:
+            yield f"{path}: was repaired; dropped: {source.header.attrs[DROPPED]}"
         if source.wrong:
             yield f"{path}: {', '.join(source.wrong)}: {WRONG}"
 
@@ -183,7 +194,7 @@ def _contents(path: Path, experiment: Experiment | None, *, unsealed: bool = Fal
             if experiment is not None and not _is_of(nc.__dict__, experiment):
                 yield f"{path}: the archive's digest is not that of {EXPERIMENT}"
             if experiment is not None and unsealed and int(nc.schema_version) > 1:
-                yield f"{path}: has no checksum beside it ({seal_of(path).name})"
+                yield _without_checksum(path)
             for name, array in nc.variables.items():
                 for index in _blocks(array):
                     try:
@@ -194,51 +205,19 @@ def _contents(path: Path, experiment: Experiment | None, *, unsealed: bool = Fal
         yield f"{path}: cannot be read: {error}"
 
 
-#: What `_work_in_subprocess` can do.
-_Work: TypeAlias = Literal["contents", "salvage"]
+def _without_checksum(path: Path) -> str:
+    return f"{path}: has no checksum beside it ({seal_of(path).name})"
 
 
-def _in_subprocess(work: _Work, experiment: Experiment | None, *paths: Path) -> list[str] | None:
-    """The lines that ``contents`` or ``salvage`` give for a damaged file, from a subprocess; None if that failed.
+def _apart(file: Path, work: Callable[[], Iterator[str]]) -> list[str] | None:
+    """The lines that `work` gives for a damaged file, from a process of its own; None if that failed.
 
     On damaged bytes the netCDF library can crash its process or never return.
     """
-    code = "import sys; from tsdyn.archive import integrity; integrity._work_in_subprocess(*sys.argv[1:])"
-    # -P, and no relative entry of PYTHONPATH: modules in the checked directory must not be imported
-    kept = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if os.path.isabs(entry)]
-    told = subprocess.run(
-        [sys.executable, "-P", "-c", code, work, *map(str, paths)],
-        input="" if experiment is None else experiment.to_toml(),
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(kept)},
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        check=False,
-    )
-    return list(json.loads(told.stdout)) if told.returncode == 0 else None
-
-
-def _work_in_subprocess(work: _Work, *paths: str) -> None:
-    """Do what `_in_subprocess` asks, inside the subprocess; the experiment comes by stdin, lines go to stdout."""
-    if work not in ("contents", "salvage"):
-        raise ValueError(
-            f"integrity: asked for {work!r}; it is 'contents' (one path) or 'salvage' (a directory, a file)"
-        )
-    text = sys.stdin.read()
-    experiment = Experiment.from_toml_text(text, archived=True) if text else None
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_utime + resource.getrusage(resource.RUSAGE_SELF).ru_stime
-    limit = math.ceil(used + APART_SECONDS + APART_PER_BYTE * Path(paths[-1]).stat().st_size)
-    resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
-    match work:
-        case "contents":
-            lines = _contents(Path(paths[0]), experiment)
-        case "salvage":
-            assert experiment is not None
-            lines = _salvage(Path(paths[0]), experiment, Path(paths[1]))
-        case other:
-            assert_never(other)
-    found = list(lines)
-    print(json.dumps(found))
+    try:
+        return own_process.run(lambda: list(work()), seconds=APART_SECONDS + APART_PER_BYTE * file.stat().st_size)
+    except Exception:  # of any type: damaged bytes can make the library raise whatever there is
+        return None
 
 
 def _is_of(attrs: Mapping[str, Any], experiment: Experiment) -> bool:
@@ -297,7 +276,8 @@ def repair(path: str | Path) -> list[str]:
             ) from None
         for point in points:
             refuse_link(point)
-        return [line for point in points if point.is_dir() for line in repair(point)]
+        told = [line for point in points if point.is_dir() for line in repair(point)]
+        return told + list(_without_leftovers(path))  # last: nobody is writing a point
     if not path.is_dir():
         raise DirectoryError(f"{path}: is not the directory of a run")
     for folder in (path, path / SEGMENTS, path / DAMAGED):
@@ -324,9 +304,7 @@ def _repair_run(path: Path) -> Iterator[str]:
             _move_to_damaged(path, path / EXPERIMENT)
         write_text(path / EXPERIMENT, experiment.to_toml())
         yield f"{path / EXPERIMENT}: written anew from what the archive remembers ({error})"
-    for leftover in [*path.glob(".*.tmp"), *(path / SEGMENTS).glob(".*.tmp")]:
-        leftover.unlink()
-        yield f"{leftover}: removed; a write that was cut short"
+    yield from _without_leftovers(path, path / SEGMENTS)
     after = -1
     found = {file: list(_check_file(file, experiment)) for file in [*files, path / ARCHIVE] if file.exists()}
     for file, problems in found.items():
@@ -335,6 +313,11 @@ def _repair_run(path: Path) -> Iterator[str]:
                 f"{problems[0]}; yet its checksum agrees: it is what was written, and the reason lies elsewhere (the "
                 "file system, its locks, memory, or a file that belongs to another run); nothing was moved"
             )
+    for file, problems in found.items():
+        if problems == [_without_checksum(file)]:  # every number of it was read, and each block has one of its own
+            write_text(seal_of(file), f"{sha256(file)}  {file.name}\n")
+            yield f"{problems[0]}, and is whole: its checksum was written anew"
+            found[file] = []
     for file in files:
         match = segment_epochs(file)
         problems = found[file]
@@ -352,6 +335,13 @@ def _repair_run(path: Path) -> Iterator[str]:
         yield f"{found[path / ARCHIVE][0]}; moved to {DAMAGED}/"
         if after == -1:
             yield from _salvaged(path, experiment, damaged)
+
+
+def _without_leftovers(*folders: Path) -> Iterator[str]:
+    """Remove the temporary files of writers that were killed."""
+    for leftover in (file for folder in folders for file in folder.glob(".*.tmp")):
+        leftover.unlink(missing_ok=True)
+        yield f"{leftover}: removed; a write that was cut short"
 
 
 def _remembered(files: Sequence[Path]) -> Experiment | None:
@@ -379,7 +369,7 @@ def _move_to_damaged(path: Path, file: Path) -> Path:
 
 
 def _salvaged(path: Path, experiment: Experiment, damaged: Path) -> Iterator[str]:
-    found = _in_subprocess("salvage", experiment, path, damaged)
+    found = _apart(damaged, lambda: _salvage(path, experiment, damaged))
     if found is None:
         for leftover in path.glob(".*.tmp"):
             leftover.unlink()
@@ -418,7 +408,7 @@ def _salvage(path: Path, experiment: Experiment, damaged: Path) -> Iterator[str]
                             new[name][index] = block
                 with suppress(OSError, RuntimeError):
                     netcdf.write_state(new, netcdf.read_state(old))
-                new.setncattr("dropped", "; ".join(dropped) or "nothing that could be told")
+                new.setncattr(DROPPED, "; ".join(dropped) or "nothing that could be told")
     except (ArchiveError, OSError, RuntimeError, ValueError, KeyError, IndexError, AttributeError) as error:
         (path / ARCHIVE).unlink(missing_ok=True)
         yield f"{path / ARCHIVE}: nothing of it could be kept ({error}); `tsdyn run` computes it again"

@@ -101,14 +101,48 @@ def differing(parts: Sequence[Part], layout: Layout, variables: Sequence[str], n
     for index, name, block in _gathered(parts, layout, variables, nc):
         if not _same(np.asarray(nc[name][index]), block):
             return name
-    return None
+    with netcdf.dataset(parts[-1].path) as last:
+        same = np.array_equal(nc["death_epoch"][:], last["death_epoch"][:])
+        return _differing_state(nc, netcdf.read_state(last)) if same else "death_epoch"
+
+
+def differing_records(
+    file: Path, layout: Layout, epochs: Sequence[Label], records: netcdf.Records, state: netcdf.State
+) -> str | None:
+    """The first variable or array of the state that differs in a segment's file from what was to be written, or None.
+
+    One member is read at a time where a variable is large, so that this takes little memory.
+    """
+    with little_cached(), netcdf.dataset(file) as nc:
+        if not np.array_equal(nc[layout.path][:], np.asarray(epochs, dtype=nc[layout.path].dtype)):
+            return layout.path
+        if not np.array_equal(nc["death_epoch"][:], state["death_epoch"]):
+            return "death_epoch"
+        for name, value in records.items():
+            layers = enumerate(value, start=1) if isinstance(value, list) else ((None, value),)
+            for layer, block in layers:
+                step = len(block) if block.nbytes <= BLOCK_BYTES else 1
+                for low in range(0, len(block), step):
+                    members = slice(low, min(low + step, len(block)))
+                    index = netcdf.index(variable_of(name), layout, slice(0, len(epochs)), layer, members)
+                    if not _same(np.asarray(nc[name][index]), np.asarray(block[members], dtype=nc[name].dtype)):
+                        return name
+        return _differing_state(nc, state)
+
+
+def _differing_state(nc: netCDF4.Dataset, state: netcdf.State) -> str | None:
+    stored = netcdf.read_state(nc)
+    if set(stored) != set(state):
+        return "state"
+    return next((f"state/{name}" for name, array in state.items() if not _same(stored[name], np.asarray(array))), None)
 
 
 def _same(found: np.ndarray, block: np.ndarray) -> bool:
     """Whether all numbers are equal, NaN to NaN; bits are compared first, which is six times as quick."""
     bits = f"u{block.dtype.itemsize}"
-    alike = found.dtype == block.dtype and np.array_equal(found.view(bits), block.view(bits))
-    return alike or np.array_equal(found, block, equal_nan=True)
+    plain = found.dtype == block.dtype and found.flags.c_contiguous and block.flags.c_contiguous and found.ndim > 0
+    alike = plain and found.shape == block.shape and np.array_equal(found.view(bits), block.view(bits))
+    return alike or np.array_equal(found, block, equal_nan=block.dtype.kind == "f")
 
 
 def _gathered(

@@ -75,7 +75,8 @@ class Lock:
     def _forget(self) -> None:
         """Drop the lock in a forked child, so that it is freed when the parent ends, though the child lives on."""
         if self._handle is not None:
-            os.close(self._handle)
+            with suppress(OSError):  # the descriptor is gone all the same
+                os.close(self._handle)
         self._handle, self._beating, self._token = None, None, secrets.token_hex(8)
         _held.discard(self)
 

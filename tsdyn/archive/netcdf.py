@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, assert_never
+from typing import Any, Literal, TypeAlias
 
 import netCDF4
 import numpy as np
@@ -18,7 +18,7 @@ from xarray.backends.locks import HDF5_LOCK, NETCDFC_LOCK, combine_locks
 
 from tsdyn import vocabulary
 from tsdyn.archive import hdf5
-from tsdyn.archive.whole_files import DirectoryError, replacing
+from tsdyn.archive.whole_files import ArchiveError, DirectoryError, readable, replacing
 from tsdyn.schema import Layout
 from tsdyn.schema import variable as variable_of
 from tsdyn.vocabulary import COORDINATES
@@ -38,6 +38,9 @@ _inside = threading.local()
 State = Mapping[str, np.ndarray]
 #: Files are read, or written from their beginning; none is changed in its place.
 Mode: TypeAlias = Literal["r", "w"]
+#: Variable → one array (seed, epoch), or one array per layer from the lowest up, (seed, epoch, node...); constants
+#: have no epoch.
+Records = Mapping[str, "np.ndarray | list[np.ndarray]"]
 
 
 @contextmanager
@@ -85,30 +88,45 @@ def dataset(path: Path, mode: Mode = "r", *, only: str | None = None) -> Iterato
         except FileNotFoundError:
             raise
         except (OSError, RuntimeError, ValueError) as error:
-            match mode:
-                case "r":
-                    raise DirectoryError(f"{path}: not a readable netCDF file: {error}") from error
-                case "w":
-                    raise
-                case other:
-                    assert_never(other)
-        with nc:
+            if mode == "r":
+                raise DirectoryError(f"{path}: not a readable netCDF file: {error}") from error
+            raise
+        file = hdf5.opened(path)
+        try:
             nc.set_auto_maskandscale(False)
-            match mode:
-                case "r":
-                    odd = hdf5.oddities(path, _names(nc) if only is None else [only])
-                    if odd:
-                        raise DirectoryError(f"{path}: {odd[0]}; it is not tsdyn's")
-                    yield nc
-                case "w":
-                    yield nc
-                    _flush(nc, path)
-                case other:
-                    assert_never(other)
+            if mode != "w":
+                if file is None:
+                    raise DirectoryError(f"{path}: cannot be opened by the HDF5 library")
+                odd = hdf5.oddities(file, _names(nc) if only is None else [only])
+                if odd:
+                    raise DirectoryError(f"{path}: {odd[0]}; it is not tsdyn's")
+            yield nc
+            if mode != "r":
+                _flush(nc, path)
+        finally:
+            _close(nc, file, path)
 
 
 def _names(nc: netCDF4.Dataset) -> list[str]:
     return [*nc.variables, *(f"{group}/{name}" for group, held in nc.groups.items() for name in held.variables)]
+
+
+def _close(nc: netCDF4.Dataset, file: int | None, path: Path) -> None:
+    """Close a file, and the second handle on it (`hdf5.opened`); what `_flush` could not write is left open.
+
+    Raises:
+        ArchiveError: if that fails.
+    """
+    if not nc._isopen:
+        return
+    try:
+        nc.close()
+    except (OSError, RuntimeError) as error:
+        nc._isopen = 0  # so that it is not closed again, which would crash
+        raise ArchiveError(f"{path}: cannot be closed: {error}; the file system fails") from error
+    finally:
+        if file is not None and not hdf5.closed(file):
+            raise ArchiveError(f"{path}: cannot be closed: the file system fails")
 
 
 def _flush(nc: netCDF4.Dataset, path: Path) -> None:
@@ -124,7 +142,7 @@ def _flush(nc: netCDF4.Dataset, path: Path) -> None:
 
 def refuse_foreign(path: Path) -> None:
     """Raise DirectoryError if the first bytes are not netCDF-4's, before any library parses the file."""
-    with path.open("rb") as file:
+    with readable(path), path.open("rb") as file:
         if file.read(8) != b"\x89HDF\r\n\x1a\n":
             raise DirectoryError(f"{path}: not a readable netCDF file: no netCDF-4 header")
 
@@ -348,6 +366,19 @@ def bytes_per_epoch(layout: Layout, variables: Sequence[str], dtype: str) -> int
         layers = range(1, layout.depth + 1) if variable.layered else (None,)
         numbers += sum(math.prod(layout.block(variable, layer)) for layer in layers)
     return numbers * len(layout.seeds) * np.dtype(dtype).itemsize
+
+
+def stored_bytes(layout: Layout, variables: Sequence[str], dtype: str, epochs: int) -> int:
+    """Size in a file of so many recorded epochs of all members, with the padding of the chunks that hold them."""
+    sizes, numbers = _sizes(layout, epochs), 0
+    for variable in (variable_of(name) for name in variables if "epoch" in variable_of(name).dims):
+        chunk = dict(zip(variable.dims, _chunks(variable, layout, sizes, np.dtype(dtype).itemsize), strict=True))
+        inner = [dim for dim in variable.dims if dim not in ("seed", "epoch", "layer")]
+        for layer in range(1, layout.depth + 1) if variable.layered else (None,):
+            held = dict(zip(inner, layout.block(variable, layer), strict=True))
+            held |= {"seed": sizes["seed"], "epoch": epochs, "layer": 1}
+            numbers += math.prod(-(-held[dim] // chunk[dim]) * chunk[dim] for dim in variable.dims)
+    return numbers * np.dtype(dtype).itemsize
 
 
 def write_state(nc: netCDF4.Dataset, state: State) -> None:

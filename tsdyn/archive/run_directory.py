@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import netCDF4
 import numpy as np
 
-from tsdyn.archive import joining, netcdf, study_directories
+from tsdyn.archive import joining, netcdf, own_process, study_directories
 from tsdyn.archive.lock import NAME as LOCK
 from tsdyn.archive.lock import Lock
-from tsdyn.archive.netcdf import State
+from tsdyn.archive.netcdf import Records, State
 from tsdyn.archive.whole_files import (
     SUFFIX,
     ArchiveError,
@@ -32,10 +32,11 @@ from tsdyn.archive.whole_files import (
     seal_of,
     sha256,
     sync_directory,
-    write_bytes,
+    write_new,
     write_text,
 )
 from tsdyn.archive.wrong_numbers import WRONG_THROUGH
+from tsdyn.experiment.errors import ExperimentError
 from tsdyn.experiment.experiment import Experiment, differences
 from tsdyn.experiment.sweep_axes import axes, places
 from tsdyn.schema import variable as variable_of
@@ -49,13 +50,11 @@ RUN = "run"
 
 #: Attribute of an archive: epochs outside its schedule, which shorter runs that it extends recorded last.
 KEPT = "kept_epochs"
+#: Attribute of an archive that `repair` wrote anew: what it could not keep.
+DROPPED = "dropped"
 #: How long to wait for another command that is claiming the same sweep's directory.
 CLAIM_SECONDS = 30.0
 _SEGMENT = re.compile(r"epoch-(\d{6,})-(\d{6,})\.nc")
-
-#: Variable → one array (seed, epoch), or one array per layer from the lowest up, (seed, epoch, node...); constants
-#: have no epoch.
-Records = Mapping[str, "np.ndarray | list[np.ndarray]"]
 
 
 class Segment(NamedTuple):
@@ -114,6 +113,23 @@ def extends(longer: Experiment, shorter: Experiment) -> bool:
     return [axis.keys for axis in axes(longer.sweep)] == [axis.keys for axis in axes(shorter.sweep)] and (
         set(theirs) <= set(mine)
     )
+
+
+def refuse_another(file: Path, text: object, mine: Experiment) -> Experiment:
+    """The experiment that a file's attribute `text` names, if it is `mine`, or one of the two extends the other.
+
+    Raises:
+        ArchiveError: naming what differs: its numbers would get the wrong labels.
+        ExperimentError: if the attribute is no experiment.
+    """
+    theirs = Experiment.from_toml_text(str(text), archived=True)
+    if mine != theirs and not extends(mine, theirs) and not extends(theirs, mine):
+        raise ArchiveError(
+            f"{file}: holds a file of another run; what differs from {EXPERIMENT}:\n  "
+            + "\n  ".join(differences(theirs, mine))
+            + "\nIf directories or files were exchanged, put each where it was; `tsdyn validate` names all of them."
+        )
+    return theirs
 
 
 def claim(path: Path, experiment: Experiment) -> None:
@@ -224,15 +240,17 @@ class RunDirectory:
         theirs = Experiment.from_toml(self.path / EXPERIMENT, archived=True)
         if theirs != self.experiment:
             if self.finished:
-                self._reopen(theirs)
+                self._reopen()
             write_text(self.path / EXPERIMENT, self.experiment.to_toml())
         if not self.finished and not (self.path / SEGMENTS).is_dir():
             make_directory(self.path / SEGMENTS)
 
-    def _reopen(self, shorter: Experiment) -> None:
+    def _reopen(self) -> None:
         """Make the archive of a finished run the first segment of the longer one, in one rename."""
         refuse_changed(self.path / ARCHIVE)
         with netcdf.dataset(self.path / ARCHIVE) as nc:
+            # experiment.toml can be of another run: what is gone on from is what the archive itself says
+            shorter = self._own(self.path / ARCHIVE, netcdf.attributes(nc))
             if "state" not in nc.groups:
                 raise DirectoryError(
                     f"{self.path}: its archive is of schema {nc.schema_version}, which keeps no state to train on "
@@ -245,6 +263,17 @@ class RunDirectory:
         sync_directory(self.path / SEGMENTS)
         sync_directory(self.path)
         seal_of(self.path / ARCHIVE).unlink(missing_ok=True)
+
+    def _own(self, file: Path, attrs: Mapping[str, Any]) -> Experiment:
+        """The experiment of a file that is gone on from, or joined.
+
+        Raises:
+            ArchiveError: if it is of another run, or does not say of which.
+        """
+        try:
+            return refuse_another(file, attrs.get("experiment"), self.experiment)
+        except ExperimentError as error:
+            raise ArchiveError(f"{file}: does not say of which experiment it is: {error}") from error
 
     @property
     def finished(self) -> bool:
@@ -310,7 +339,17 @@ class RunDirectory:
                     nc[name][netcdf.index(variable_of(name), self.layout, slice(0, len(epochs)), layer)] = block
             netcdf.write_state(nc, state)
             content = nc.close()
-        write_bytes(segment_path(self.path, first, last), content, seal=True)
+        target = segment_path(self.path, first, last)
+        with replacing(target, len(content), seal=True) as temporary:
+            write_new(temporary, content)
+            del content
+            # where memory runs out the library can give a file that lacks numbers, and no error
+            differing = joining.differing_records(temporary, self.layout, epochs, records, state)
+            if differing is not None:
+                raise ArchiveError(
+                    f"{target}: {differing} read back differently from what was written, as where memory runs out; "
+                    "nothing was added to what was committed"
+                )
 
     def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """The state after the last committed epoch, and the global attributes of its segment.
@@ -322,7 +361,9 @@ class RunDirectory:
         refuse_changed(newest.path)
         try:
             with netcdf.dataset(newest.path) as nc:
-                return netcdf.read_state(nc), {name: nc.getncattr(name) for name in nc.ncattrs()}
+                attrs = netcdf.attributes(nc)
+                self._own(newest.path, attrs)
+                return netcdf.read_state(nc), attrs
         except (OSError, RuntimeError, AttributeError) as error:
             if isinstance(error, ArchiveError):
                 raise
@@ -341,19 +382,34 @@ class RunDirectory:
         for file in files:
             refuse_changed(file)
         parts, epochs = joining.recorded(files, self.experiment.labels, self.layout.path)
+        for part in {str(part.attrs.get("experiment")): part for part in parts}.values():
+            self._own(part.path, part.attrs)
         attrs = {**attrs, **self._own_attrs(), **_history(parts, epochs, self.experiment, self.variables)}
-        size = self.bytes_per_epoch * len(epochs)
-        with replacing(self.path / ARCHIVE, size, seal=True) as temporary, joining.little_cached():
-            with netcdf.dataset(temporary, "w") as nc:
-                netcdf.create(nc, self.layout, epochs, self.variables, self.experiment.dtype, attrs)
-                joining.copy(parts, self.layout, self.variables, nc)
-            with netcdf.dataset(temporary) as nc:
-                name = joining.differing(parts, self.layout, self.variables, nc)
-            if name is not None:
+        with replacing(self.path / ARCHIVE, self.bytes_per_epoch * len(epochs), seal=True) as temporary:
+            try:
+                differing = own_process.run(lambda: self._join(parts, epochs, attrs, temporary))
+            except own_process.Crashed as error:
                 raise ArchiveError(
-                    f"{self.path}: {name} read back differently from what was written; segments are kept"
+                    f"{self.path / ARCHIVE}: cannot be written: joining the segments crashed the netCDF library "
+                    f"({error.how}), as it does where memory or the disk fails; what was committed is intact and can "
+                    "be opened: run the same command again to join it"
+                ) from None
+            if differing is not None:
+                raise ArchiveError(
+                    f"{self.path}: {differing} read back differently from what was written; segments are kept"
                 )
         self._drop_segments()
+
+    def _join(
+        self, parts: Sequence[joining.Part], epochs: Sequence[Label], attrs: Mapping[str, Any], target: Path
+    ) -> str | None:
+        """Write the archive of all segments to `target` and read it back; the variable that differs, or None."""
+        with joining.little_cached():
+            with netcdf.dataset(target, "w") as nc:
+                netcdf.create(nc, self.layout, epochs, self.variables, self.experiment.dtype, attrs)
+                joining.copy(parts, self.layout, self.variables, nc)
+            with netcdf.dataset(target) as nc:
+                return joining.differing(parts, self.layout, self.variables, nc)
 
     def _drop_segments(self) -> None:
         """Remove the segments once the archive is finished and whole."""
@@ -367,8 +423,13 @@ class RunDirectory:
 def _history(
     parts: Sequence[joining.Part], epochs: Sequence[Label], experiment: Experiment, variables: Sequence[str]
 ) -> dict[str, Any]:
-    """Attributes about what earlier, shorter runs left in an archive: epochs outside its schedule, wrong numbers."""
+    """Attributes about what earlier, shorter runs left in an archive.
+
+    These are epochs outside its schedule, wrong numbers, and what `repair` could not keep.
+    """
     kept = np.setdiff1d(epochs, experiment.labels)
     wrong = joining.wrong_through(parts, epochs, variables)
+    dropped = dict.fromkeys(str(part.attrs[DROPPED]) for part in parts if DROPPED in part.attrs)
     found: dict[str, Any] = {KEPT: kept} if len(kept) else {}
-    return found | ({} if wrong is None else {WRONG_THROUGH: wrong})
+    found |= {} if wrong is None else {WRONG_THROUGH: wrong}
+    return found | ({DROPPED: "; ".join(dropped)} if dropped else {})

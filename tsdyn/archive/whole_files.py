@@ -100,6 +100,18 @@ def _what_is_used_up(folder: Path) -> str:
     return "it: a quota or what is kept for the administrator"
 
 
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Turn an error of the system inside the context into an ArchiveError that names `path`, unless it is not there."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        reason = _REASONS.get(error.errno or 0, error.strerror or str(error))
+        raise ArchiveError(f"{path}: cannot be read: {reason}; nothing was changed") from error
+
+
 def sync_directory(path: Path) -> None:
     """Sync a directory, so that renames in it survive a power cut."""
     handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
@@ -168,13 +180,18 @@ def replacing(path: Path, needed: int, *, seal: bool = False) -> Iterator[Path]:
 def write_bytes(path: Path, content: bytes | memoryview, *, seal: bool = False) -> None:
     """Write a file, whole or not at all; `seal` as in `replacing`."""
     with replacing(path, len(content), seal=seal) as temporary:
-        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
-        try:
-            view = memoryview(content)
-            while view:
-                view = view[os.write(handle, view) :]
-        finally:
-            os.close(handle)
+        write_new(temporary, content)
+
+
+def write_new(path: Path, content: bytes | memoryview) -> None:
+    """Write a file that is not there yet; the system's own errors pass through."""
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
+    try:
+        view = memoryview(content)
+        while view:
+            view = view[os.write(handle, view) :]
+    finally:
+        os.close(handle)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -222,13 +239,19 @@ def seal_of(path: Path) -> Path:
 
 
 def sealed(path: Path) -> bool | None:
-    """Whether `path` agrees with its checksum; None if it has none.  Reads the whole file."""
+    """Whether `path` agrees with its checksum; None if it has none.  Reads the whole file.
+
+    Raises:
+        ArchiveError: if one of the two cannot be read.
+    """
     try:
-        kept = seal_of(path).read_text(encoding="ascii", errors="replace")
+        with readable(seal_of(path)):
+            kept = seal_of(path).read_text(encoding="ascii", errors="replace")
     except FileNotFoundError:
         return None
     match = _SEAL.fullmatch(kept)
-    return match is not None and match[1] == sha256(path)
+    with readable(path):
+        return match is not None and match[1] == sha256(path)
 
 
 class Identity(NamedTuple):
@@ -245,9 +268,10 @@ def identity(path: Path) -> Identity:
 
     Raises:
         OSError: if there is no such file.
+        ArchiveError: if its checksum cannot be read.
     """
     status, seal = os.lstat(path), None
-    with suppress(FileNotFoundError):
+    with suppress(FileNotFoundError), readable(seal_of(path)):
         match = _SEAL.fullmatch(seal_of(path).read_text(encoding="ascii", errors="replace"))
         seal = match[1] if match else ""
     return Identity(status.st_ino, status.st_size, status.st_mtime_ns, seal)

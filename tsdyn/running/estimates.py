@@ -26,6 +26,8 @@ from tsdyn.running.online_members import OnlineMembers
 
 #: Once the records in memory hold this many bytes, they are committed.
 COMMIT_BYTES = 1 << 27
+#: The HDF5 library keeps about this many bytes beside a file that it makes in memory.
+FILE_CACHE = 75 << 20
 #: Integrator steps assumed for a population flow; the studies' flows take a few hundred.
 FLOW_STEPS = 300
 
@@ -37,7 +39,7 @@ class Cost:
     Attributes:
         members: Students trained side by side.
         parameters: Number of parameters of a student.
-        memory: Largest number of bytes in memory at once.
+        memory: Largest number of bytes in memory at once, with what this process takes before it begins.
         disk: Bytes of the finished archive.
         seconds: Wall time on this machine.
     """
@@ -102,11 +104,11 @@ def _estimate_online(experiment: Experiment) -> Cost:
 
 def _cost(experiment: Experiment, parameters: int, seconds: float) -> Cost:
     found = footprint(experiment)
-    return Cost(found.members, parameters, found.bytes, found.records, seconds)
+    return Cost(found.members, parameters, memory.resident() + found.bytes, found.records, seconds)
 
 
 def _estimate_training(experiment: Experiment, device: str) -> Cost:
-    layout, members = experiment.layout, len(experiment.seed_labels)
+    layout, members, before = experiment.layout, len(experiment.seed_labels), memory.resident()
     flow = experiment.training.method == "flow"  # an epoch of it is integrated as a whole, not step by step
     seeds = list(experiment.seed_labels[: 1 if flow else 8])
     few = experiment.replace({"seeds": seeds, "data.eval": min(512, experiment.data.eval)})
@@ -128,7 +130,8 @@ def _estimate_training(experiment: Experiment, device: str) -> Cost:
         train = experiment.data.train * len(trial.train_probe(0, 0).inputs) // few.data.train
     parameters = sum(p[0].numel() for p in trial.ensemble.values.values())
     epoch = netcdf.bytes_per_epoch(layout, variables, experiment.dtype)
-    return Cost(members, parameters, footprint(experiment, train=train).bytes, epoch * recorded, seconds)
+    most = before + footprint(experiment, train=train).bytes
+    return Cost(members, parameters, most, epoch * recorded, seconds)
 
 
 @dataclass(frozen=True)
@@ -141,6 +144,7 @@ class Footprint:
         extra: Further bytes for the one member that is worked on at a time.
         epoch: Bytes of the records of all members per epoch.
         records: Bytes of the records of all members in all epochs.
+        padded: Bytes of a segment's file per byte of its records.
     """
 
     members: int = 0
@@ -148,6 +152,7 @@ class Footprint:
     extra: int = 0
     epoch: int = 0
     records: int = 0
+    padded: float = 1.0
 
     def __add__(self, other: Footprint) -> Footprint:
         return Footprint(
@@ -156,12 +161,18 @@ class Footprint:
             max(self.extra, other.extra),
             self.epoch + other.epoch,
             self.records + other.records,
+            max(self.padded, other.padded),
         )
 
     @property
     def bytes(self) -> int:
-        """Total bytes; records of a segment count three times: as measured, stacked, and in the file made of them."""
-        return self.members * self.each + self.extra + 3 * min(max(COMMIT_BYTES, self.epoch), self.records)
+        """Total bytes.
+
+        Those of a segment count as stacked, and as they were measured or in the file made of them, with its caches.
+        """
+        segment = min(max(COMMIT_BYTES, self.epoch), self.records)
+        written = round(self.padded * segment) + min(segment, FILE_CACHE)
+        return self.members * self.each + self.extra + segment + max(segment, written)
 
 
 def footprint(experiment: Experiment, *, train: int | None = None) -> Footprint:
@@ -189,9 +200,10 @@ def _footprint_flow(experiment: Experiment) -> Footprint:
     inputs, nodes, outputs = experiment.student_widths
     parameters, labels = nodes * (inputs + outputs), len(experiment.labels)
     epoch, once = _records(experiment)
+    padded = _padded(experiment)
     at_once = max(HESSIAN_BYTES, 8 * parameters**2)
     return Footprint(
-        len(experiment.seed_labels), 8 * parameters * (labels + 12), 6 * at_once, epoch, epoch * labels + once
+        len(experiment.seed_labels), 8 * parameters * (labels + 12), 6 * at_once, epoch, epoch * labels + once, padded
     )
 
 
@@ -200,7 +212,14 @@ def _footprint_online(experiment: Experiment) -> Footprint:
     inputs, nodes, _ = experiment.student_widths
     epoch, once = _records(experiment)
     each = 8 * inputs * (3 * nodes + 2 * experiment.teacher_widths[1])
-    return Footprint(len(experiment.seed_labels), each, 3 * PIECE_BYTES, epoch, epoch * len(experiment.labels) + once)
+    return Footprint(
+        len(experiment.seed_labels),
+        each,
+        3 * PIECE_BYTES,
+        epoch,
+        epoch * len(experiment.labels) + once,
+        _padded(experiment),
+    )
 
 
 def _records(experiment: Experiment) -> tuple[int, int]:
@@ -233,7 +252,18 @@ def _footprint_training(experiment: Experiment, train: int | None) -> Footprint:
         extra += 4 * parameters**2
     size = np.dtype(experiment.dtype).itemsize
     epoch = netcdf.bytes_per_epoch(layout, schema.expand(experiment.record.observables), experiment.dtype)
-    return Footprint(len(layout.seeds), each * size, extra * size, epoch, epoch * len(experiment.schedule))
+    records = epoch * len(experiment.schedule)
+    return Footprint(len(layout.seeds), each * size, extra * size, epoch, records, _padded(experiment))
+
+
+def _padded(experiment: Experiment) -> float:
+    """Bytes of the file of a segment per byte of its records."""
+    layout, names = experiment.layout, experiment.recorded("along")
+    epoch = netcdf.bytes_per_epoch(layout, names, experiment.dtype)
+    if not epoch:
+        return 1.0
+    epochs = min(max(1, -(-COMMIT_BYTES // epoch)), max(1, len(experiment.schedule)))
+    return netcdf.stored_bytes(layout, names, experiment.dtype, epochs) / (epochs * epoch)
 
 
 def _parameters(widths: Sequence[int], input_widths: Sequence[int]) -> int:

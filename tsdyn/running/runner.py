@@ -389,9 +389,9 @@ def _say_what_changed(path: Path, before: Mapping[str, Any], attrs: Mapping[str,
 
 
 def _along_steps(pending: list[dict[str, Any]]) -> dict[str, Any]:
-    """The records of several steps, stacked along a new second axis."""
+    """The records of several steps, stacked along a new second axis; they are taken out of `pending` one by one."""
     found: dict[str, Any] = {}
-    for name, value in pending[0].items():
+    for name, value in list(pending[0].items()):
         if isinstance(value, list):
             depth = max(len(p[name]) for p in pending)
             whole = [p[name] for p in pending if len(p[name]) == depth]
@@ -404,6 +404,8 @@ def _along_steps(pending: list[dict[str, Any]]) -> dict[str, Any]:
             ]
         else:
             found[name] = np.stack([p[name] for p in pending], 1)
+        for step in pending:
+            del step[name]
     return found
 
 

@@ -1,0 +1,166 @@
+"""What the state machine and the faults by number found, each as a fixed example."""
+
+import shutil
+import signal
+
+import numpy as np
+import pytest
+
+import tsdyn
+from tests.cases import small
+from tsdyn.archive import hdf5, integrity, netcdf, run_directory
+from tsdyn.archive.whole_files import ArchiveError
+from tsdyn.running import runner
+from tsdyn.running.interrupts import Stopped
+
+FEW = {"seeds": 2, "record__observables": ["mse", "weight"]}
+SWEEP = {"teacher.polarity": [0.0, 1.0]}
+
+
+def same(one, other):
+    for name, array in other.data_vars.items():
+        np.testing.assert_array_equal(one[name].values, array.values, err_msg=str(name))
+
+
+def test_another_point_s_archive_is_not_gone_on_from(tmp_path):
+    """With its own checksum beside it; before, the longer run had the other point's epochs under its own labels."""
+    path = tmp_path / "sweep"
+    tsdyn.run(small(**FEW, training__epochs=2, sweep=SWEEP), path)
+    for name in ("archive.nc", "archive.nc.sha256"):
+        shutil.copy(path / "polarity=0.0" / name, path / "polarity=1.0" / name)
+    longer = small(**FEW, training__epochs=3, sweep=SWEEP)
+    with pytest.raises(
+        ArchiveError, match=r"polarity=1\.0: .*holds a file of another run(.|\n)*teacher.polarity: 0.0 here, 1.0"
+    ):
+        tsdyn.run(longer, path)
+    shutil.rmtree(path / "polarity=1.0")
+    same(tsdyn.run(longer, path), tsdyn.run(longer, tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_another_run_s_segment_is_neither_gone_on_from_nor_joined(tmp_path, monkeypatch, which):
+    """The one that training goes on from, and one before it."""
+    monkeypatch.setattr(runner, "COMMIT_SECONDS", 0.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(run_directory.RunDirectory, "consolidate", lambda *_: None)
+        for rate in (0.02, 0.04):
+            with pytest.raises(Stopped):
+                tsdyn.run(small(**FEW, training__learning_rate=rate), tmp_path / str(rate), progress=_stop_after(1))
+    file = f"segments/epoch-{which:06d}-{which:06d}.nc"
+    for name in (file, file + ".sha256"):
+        shutil.copy(tmp_path / "0.04" / name, tmp_path / "0.02" / name)
+    with pytest.raises(ArchiveError, match=r"holds a file of another run(.|\n)*training.learning_rate: 0.04 here"):
+        tsdyn.run(small(**FEW, training__learning_rate=0.02), tmp_path / "0.02")
+
+
+def _stop_after(epoch):
+    def stop(now, *_):
+        if now == epoch:
+            signal.raise_signal(signal.SIGTERM)
+
+    return stop
+
+
+@pytest.mark.parametrize("said", [1, 4])
+def test_an_archive_whose_experiment_file_says_other_epochs_is_extended_from_its_own(tmp_path, said):
+    """A changed digit: before, the archive's file got the name of other epochs than it holds."""
+    tsdyn.run(small(**FEW, training__epochs=2), tmp_path / "run")
+    file = tmp_path / "run" / "experiment.toml"
+    file.write_text(
+        file.read_text(encoding="utf-8").replace("\nepochs = 2\n", f"\nepochs = {said}\n"), encoding="utf-8"
+    )
+    longer = small(**FEW, training__epochs=5)
+    same(tsdyn.run(longer, tmp_path / "run"), tsdyn.run(longer, tmp_path / "whole"))
+    assert integrity.check(tmp_path / "run") == []
+
+
+def test_a_sweep_that_is_being_extended_is_whole(tmp_path):
+    """Its second point is still that of the shorter sweep; before, it was no point of the sweep."""
+    path = tmp_path / "sweep"
+    tsdyn.run(small(**FEW, training__epochs=1, sweep=SWEEP), path)
+    with pytest.raises(Stopped):
+        tsdyn.run(small(**FEW, training__epochs=3, sweep=SWEEP), path, progress=_stop_after(2))
+    assert integrity.check(path) == []
+
+
+def test_what_a_killed_writer_left_in_a_sweep_s_folder_is_removed_by_repair(tmp_path):
+    path = tmp_path / "sweep"
+    tsdyn.run(small(**FEW, training__epochs=1, sweep=SWEEP), path)
+    (path / ".sweep.json.1234.tmp").write_text("{", encoding="ascii")
+    assert [line.partition(": ")[2] for line in integrity.repair(path)] == ["removed; a write that was cut short"]
+    assert not list(path.glob(".*"))
+
+
+def test_a_salvaged_archive_that_is_extended_still_says_what_it_lost(tmp_path):
+    whole = tsdyn.run(small(**FEW, training__epochs=2), tmp_path / "run").load()
+    file = tmp_path / "run" / "archive.nc"
+    raw = bytearray(file.read_bytes())
+    raw[raw.find(whole.weight.values[0, 0, 0, 0, :3].tobytes())] ^= 1
+    file.write_bytes(raw)
+    integrity.repair(tmp_path / "run")
+    grown = tsdyn.run(small(**FEW, training__epochs=3), tmp_path / "run")
+    assert "weight at seed" in grown.attrs["dropped"]
+    assert any("was repaired; dropped: weight" in line for line in integrity.check(tmp_path / "run"))
+    np.testing.assert_array_equal(grown.mse_eval[:, :3], whole.mse_eval)
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_repair_keeps_a_whole_file_whose_checksum_was_lost(tmp_path, monkeypatch, finished):
+    path = tmp_path / "run"
+    if not finished:
+        monkeypatch.setattr(run_directory.RunDirectory, "consolidate", lambda *_: None)
+    tsdyn.run(small(**FEW, training__epochs=1), path)
+    lazy = tsdyn.open(path)
+    (seal, *_) = sorted(path.rglob("*.sha256"))
+    seal.unlink()
+    (told,) = integrity.repair(path)
+    assert "has no checksum beside it" in told
+    assert "written anew" in told
+    assert not (path / "damaged").exists()
+    assert integrity.check(path) == []
+    lazy.load()
+
+
+@pytest.mark.parametrize("name", ["archive.nc.sha256", "archive.nc"])
+def test_a_file_that_the_system_cannot_read_is_refused_in_a_sentence(tmp_path, name):
+    path = tmp_path / "run"
+    lazy = tsdyn.run(small(**FEW, training__epochs=1), path)
+    (path / name).rename(path / "aside")
+    (path / name).mkdir()  # reading it is an error of the system, for root too
+    with pytest.raises(ArchiveError, match=rf"{name}: cannot be read: "):
+        tsdyn.open(path)
+    if name == "archive.nc":
+        with pytest.raises(ArchiveError):
+            lazy.load()
+    assert any(f"{name}: cannot be read" in line for line in integrity.check(path))
+
+
+def test_a_file_that_cannot_be_closed_is_an_error(tmp_path, monkeypatch):
+    """As on a file system that went away: `tests.torture` makes close(2) fail, here only what it leads to."""
+    ds = tsdyn.run(small(**FEW, training__epochs=1), tmp_path / "run")
+    closed = hdf5.closed
+    with monkeypatch.context() as patch:
+        patch.setattr(hdf5, "closed", lambda file: closed(file) and False)
+        with pytest.raises(ArchiveError, match="cannot be closed: the file system fails"):
+            ds.load()
+    ds.load()
+
+
+def test_a_segment_that_lacks_numbers_is_not_committed(tmp_path, monkeypatch):
+    """Where memory ran out, the library gave a file without some of its numbers and no error; it was sealed."""
+    monkeypatch.setattr(runner, "COMMIT_SECONDS", 0.0)
+    write = netcdf.write_state
+
+    def losing(nc, state):
+        write(nc, state)
+        if 2 in nc["epoch"][:]:
+            nc["mse_eval"][0] = np.nan
+
+    with monkeypatch.context() as patch:
+        patch.setattr(netcdf, "write_state", losing)
+        with pytest.raises(ArchiveError, match=r"epoch-000002-000002\.nc: mse_eval read back differently"):
+            tsdyn.run(small(**FEW, training__epochs=3), tmp_path / "run")
+    ds = tsdyn.open(tmp_path / "run").load()
+    assert list(ds.epoch.values) == [0, 1]
+    assert integrity.check(tmp_path / "run") == []
+    same(tsdyn.run(small(**FEW, training__epochs=3), tmp_path / "run").sel(epoch=[0, 1]), ds)
