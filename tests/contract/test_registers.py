@@ -321,7 +321,9 @@ def test_a_start_has_its_properties(name, shape):
 TORCH = {
     "sgd": lambda p, decay: torch.optim.SGD(p, lr=0.05, weight_decay=decay),
     "momentum": lambda p, decay: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=decay),
+    "nesterov": lambda p, decay: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=decay, nesterov=True),
     "adam": lambda p, decay: torch.optim.Adam(p, lr=0.05, betas=(0.8, 0.95), eps=1e-6, weight_decay=decay),
+    "adamw": lambda p, decay: torch.optim.AdamW(p, lr=0.05, betas=(0.8, 0.95), eps=1e-6, weight_decay=decay),
 }
 
 
@@ -332,7 +334,7 @@ def test_an_optimizer_takes_torchs_steps(name, decay):
     start = torch.randn(3, 4, 5, generator=draw, dtype=torch.float64)
     gradients = torch.randn(50, 3, 4, 5, generator=draw, dtype=torch.float64)
     rule = Rule(
-        0.05, "sgd" if name == "momentum" else name, momentum=0.9 if name == "momentum" else 0.0,
+        0.05, "sgd" if name == "momentum" else name, momentum=0.9 if name in ("momentum", "nesterov") else 0.0,
         weight_decay=decay, beta_1=0.8, beta_2=0.95, epsilon=1e-6,
     )  # fmt: skip
     assert rule.optimizer is OPTIMIZERS[name]
@@ -344,7 +346,7 @@ def test_an_optimizer_takes_torchs_steps(name, decay):
         rule.update(mine, gradient.clone(), moments, rule.rates(mine), step)
         theirs.grad = gradient.clone()
         optimizer.step()
-    bound = 1e-9 if name == "adam" else 1e-12
+    bound = 1e-9 if name.startswith("adam") else 1e-12
     assert float((mine - theirs.detach()).abs().max()) <= bound * float(theirs.detach().abs().max())
 
 

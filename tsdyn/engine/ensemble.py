@@ -198,10 +198,11 @@ class Ensemble:
 
         With ``rule.normalize`` hidden rows of a network are scaled back to norm 1.
         """
-        for name, gradient in gradients.items():
+        for name, gradient in rule.clipped(gradients).items():
             parameter = self.values[name]
             moments = [self.moments[moment][name] for moment in rule.optimizer.moments]
-            rule.update(parameter, gradient, moments, rule.rates(parameter), count)
+            layer = layer_of(name) if rule.factors else None
+            rule.update(parameter, gradient, moments, rule.rates(parameter, layer), count)
             if rule.normalize and name.startswith("weight_") and layer_of(name) < self.depth:
                 norm = parameter.flatten(2).norm(dim=2)
                 parameter.div_(norm.view(*norm.shape, *([1] * (parameter.ndim - 2))))

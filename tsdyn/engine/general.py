@@ -55,9 +55,9 @@ def claims(ensemble: Ensemble, rule: Rule) -> bool:
     """
     module = ensemble.architecture
     if isinstance(module, nn.Module):
-        if rule.frozen or rule.normalize:
+        if rule.frozen or rule.normalize or rule.factors:
             raise ValueError(
-                f"train: training.frozen and training.normalize need layers, which {_name(ensemble)} does not have; "
+                f"train: training.frozen, normalize and rates need layers, which {_name(ensemble)} does not have; "
                 "call requires_grad_(False) on parameters that stay"
             )
         refuse_unfit(module)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, assert_never
 
 from pydantic import (
     AfterValidator,
@@ -223,6 +223,13 @@ class Training(Part):
     learning_rate · steps_per_epoch.
 
     With ``cross_entropy`` the targets are classes: the teacher's largest output, or the data's own labels.
+
+    ``rates`` has one factor on the learning rate per layer.  ``clip`` scales a member's gradient, of all parameters
+    that are updated and before weight decay, to this norm where it is longer.  Weight decay is in the gradient, or
+    with ``adamw`` apart from it; ``decay_biases = false`` keeps it from biases and from BatchNorm's scale and shift
+    (of modules: from parameters of at most one axis).  Over the first ``warm_up`` epochs the rate grows in proportion
+    to the epoch's number, up to ``learning_rate``; with ``anneal = "cosine"`` epoch e of the E − w after the warm-up
+    then has it times ½ (1 + cos π (e − 1)/(E − w)), e from 1.
     """
 
     method: Method = "sgd"
@@ -237,6 +244,12 @@ class Training(Part):
     beta_1: Annotated[NonNegative, Field(lt=1)] = 0.9
     beta_2: Annotated[NonNegative, Field(lt=1)] = 0.999
     epsilon: Positive = 1e-8
+    nesterov: bool = False
+    decay_biases: bool = True
+    rates: Annotated[tuple[NonNegative, ...], BeforeValidator(as_tuple), Field(min_length=1)] | None = None
+    clip: Positive | None = None
+    warm_up: Annotated[int, Field(ge=0, le=MAX_EPOCHS)] = 0
+    anneal: Literal["none", "cosine"] = "none"
     frozen: Counts = ()
     normalize: bool = False
     arguments: Arguments | None = None
@@ -261,10 +274,25 @@ class Training(Part):
         return self
 
     def rate(self, epoch: int) -> float:
-        """Learning rate of the epoch that ends at `epoch` (1-based): the last table entry ≤ epoch − 1."""
+        """Learning rate of the epoch that ends at `epoch` (1-based): the last table entry ≤ epoch − 1, as `factor`
+        changes it.
+        """
         if not isinstance(self.learning_rate, dict):
-            return self.learning_rate
-        return self.learning_rate[max(start for start in self.learning_rate if start <= epoch - 1)]
+            return self.factor(epoch) * self.learning_rate
+        return self.factor(epoch) * self.learning_rate[max(e for e in self.learning_rate if e <= epoch - 1)]
+
+    def factor(self, epoch: int) -> float:
+        """What ``warm_up`` and ``anneal`` multiply the learning rate of the epoch that ends at `epoch` by."""
+        before = epoch - 1
+        if before < self.warm_up:
+            return epoch / self.warm_up
+        match self.anneal:
+            case "none":
+                return 1.0
+            case "cosine":
+                return 0.5 * (1 + math.cos(math.pi * (before - self.warm_up) / max(1, self.epochs - self.warm_up)))
+            case other:
+                assert_never(other)
 
     @field_validator("learning_rate")
     @classmethod

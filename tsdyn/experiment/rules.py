@@ -161,7 +161,8 @@ def _own_modules(e: Experiment) -> str | None:
         "training.method = 'flow'": e.training.method == "flow",
         f"data.augment = {e.data.augment!r}": e.data.augment in ("agnostic", "aware"),
         "convolutions or BatchNorm of the experiment file": e.deep,
-        "training.frozen and training.normalize": own and bool(e.training.frozen or e.training.normalize),
+        "training.frozen, normalize and rates": own
+        and bool(e.training.frozen or e.training.normalize or e.training.rates),
         # a module of the user's own starts as it is made
         f"student.init = {e.student.init!r}": e.student.init != "gaussian" if own else e.student.init in near,
         "teacher.init, prune and balanced": taught
@@ -191,6 +192,47 @@ def _frozen(e: Experiment) -> str | None:
     depth = len(e.student_widths) - 1
     if any(layer > depth for layer in e.training.frozen):
         return f"training.frozen = {list(e.training.frozen)}: layers are 1..{depth}"
+    return None
+
+
+def _rates(e: Experiment) -> str | None:
+    depth, rates = len(e.student_widths) - 1, e.training.rates
+    if rates is not None and e.student.module is None and len(rates) != depth:
+        return f"training.rates = {list(rates)}: one factor per layer, and the student has {depth}"
+    return None
+
+
+def _nesterov(e: Experiment) -> str | None:
+    if e.training.nesterov and (e.training.method not in ("sgd", "gd") or not e.training.momentum):
+        return (
+            f"training.nesterov = true: changes the momentum of 'sgd' and 'gd', and here are method = "
+            f"{e.training.method!r} and momentum = {e.training.momentum}; set training.momentum, or leave nesterov out"
+        )
+    return None
+
+
+def _clipped_flow(e: Experiment) -> str | None:
+    training = e.training
+    asked = {
+        "clip": training.clip is not None,
+        "rates": training.rates is not None,
+        "decay_biases": not training.decay_biases,
+    }
+    for key, there in asked.items():
+        if training.method == "flow" and there:
+            return f"training.{key}: gradient flow of J has none; use training.method = 'gd'"
+    return None
+
+
+def _decay(e: Experiment) -> str | None:
+    if not e.training.decay_biases and not e.training.weight_decay:
+        return "training.decay_biases = false: there is no weight decay; set training.weight_decay, or leave it out"
+    return None
+
+
+def _warm_up(e: Experiment) -> str | None:
+    if e.training.warm_up > e.training.epochs:
+        return f"training.warm_up = {e.training.warm_up}: is longer than training.epochs = {e.training.epochs}"
     return None
 
 
@@ -361,6 +403,11 @@ RULES: Mapping[Kind, tuple[Rule, ...]] = {
         _starts_from_teacher,
         _shrink,
         _frozen,
+        _rates,
+        _nesterov,
+        _clipped_flow,
+        _decay,
+        _warm_up,
         _images,
         _trained_teacher,
         _labels,
