@@ -240,7 +240,10 @@ OPTIMIZERS = Register(
     hidden=("momentum", "nesterov"),
 )
 LAWS = Register(
-    "law", "tsdyn.problem.inputs:LAWS", ("gaussian", "uniform"), aliases=("digits", "mnist", "cifar10", "file")
+    "law",
+    "tsdyn.problem.inputs:LAWS",
+    ("gaussian", "uniform", "mixture", "hidden-manifold"),
+    ("digits", "mnist", "cifar10", "file"),
 )
 TEACHERS = Register(
     "teacher", "tsdyn.problem.teachers:TEACHERS", ("separated", "orthonormal", "gaussian"), aliases=("trained", "file")

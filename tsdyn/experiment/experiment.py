@@ -204,6 +204,7 @@ class Experiment(Part):
             "student.init": (registers.STARTS, self.student.init),
             "student.activation": (registers.ACTIVATIONS, self.student.activation),
             "data.law": (registers.LAWS, self.data.law),
+            **({} if self.data.fold is None else {"data.fold": (registers.ACTIVATIONS, self.data.fold)}),
             "training.method": (registers.OPTIMIZERS, self.training.method),
             "training.loss": (registers.LOSSES, self.training.loss),
         }

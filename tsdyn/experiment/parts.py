@@ -181,6 +181,12 @@ class Data(Part):
 
     `augment` adds Definition 7's points of Tian (2020) to a finite training set (agnostic, aware), or crops and
     mirrors images anew at every step (crop-flip).
+
+    ``covariance`` (an .npy file) or ``spectrum`` (s of λ_i ∝ i^−s, trace d, without rotation) correlates or scales
+    inputs of the laws gaussian and uniform.  ``mixture`` has ``latent`` components; ``hidden-manifold`` has ``latent``
+    dimensions and the activation ``fold`` (`inputs.draw_inputs` has the formulas).  ``noise`` is the standard deviation
+    of Gaussian noise on training targets, ``flip`` the share of wrong classes among them; ``loss_train``, gradients and
+    Hessians are of these targets, whereas ``mse_train`` and all of evaluation are of the clean ones.
     """
 
     law: Law = "gaussian"
@@ -188,6 +194,12 @@ class Data(Part):
     eval_path: str | None = None
     image: Annotated[tuple[Count, Count, Count], BeforeValidator(as_tuple)] | None = None
     std: Positive = 1.0
+    covariance: str | None = None
+    spectrum: NonNegative | None = None
+    latent: Count | None = None
+    fold: ActivationName | None = None
+    noise: NonNegative = 0.0
+    flip: Annotated[NonNegative, Field(le=1)] = 0.0
     train: Count | Literal["fresh"] = 10_000
     eval: Count = 10_000
     augment: Literal["none", "agnostic", "aware", "crop-flip"] = "none"
@@ -212,6 +224,31 @@ class Data(Part):
             raise ValueError(f"data.eval_path = {self.eval_path!r}: only data.law = 'file' takes one")
         if self.train == "fresh" and not self.drawn:
             raise ValueError(f"data.train = 'fresh': {self.law} is a finite data set; give a number of samples")
+        if self.covariance is not None and self.spectrum is not None:
+            raise ValueError(
+                f"data.spectrum = {self.spectrum}: data.covariance = {self.covariance!r} has eigenvalues of its own; "
+                "give one of them"
+            )
+        for key in ("covariance", "spectrum"):
+            if getattr(self, key) is not None and self.law not in ("gaussian", "uniform"):
+                raise ValueError(
+                    f"data.{key} = {getattr(self, key)!r}: is of data.law = 'gaussian' and 'uniform', not {self.law!r}"
+                )
+        if (self.latent is not None) != (self.law in ("mixture", "hidden-manifold")):
+            raise ValueError(
+                f"data.latent = {self.latent}: data.law = 'mixture' needs its number of components and "
+                f"'hidden-manifold' its latent dimension, other laws have none; here it is {self.law!r}"
+            )
+        if (self.fold is not None) != (self.law == "hidden-manifold"):
+            raise ValueError(
+                f"data.fold = {self.fold!r}: is the activation f of data.law = 'hidden-manifold', which needs it; here "
+                f"it is {self.law!r}"
+            )
+        if self.augment == "crop-flip" and (self.noise or self.flip):
+            raise ValueError(
+                f"data.augment = 'crop-flip': noise = {self.noise} and flip = {self.flip} belong to fixed samples; "
+                "leave one out"
+            )
         if self.augment == "crop-flip" and self.drawn:
             raise ValueError(f"data.augment = 'crop-flip': is of images; data.law is {self.law!r}")
         return self

@@ -270,6 +270,19 @@ def _labels(e: Experiment) -> str | None:
     return None
 
 
+def _wrong_targets(e: Experiment) -> str | None:
+    data, loss = e.data, e.training.loss
+    if data.noise and data.flip:
+        return f"data.noise = {data.noise}: is of numbers, and data.flip = {data.flip} of classes; give one of them"
+    if data.noise and loss == "cross_entropy":
+        return f"data.noise = {data.noise}: training.loss = 'cross_entropy' has classes as targets; use data.flip"
+    if data.flip and loss == "mse":
+        return f"data.flip = {data.flip}: training.loss = 'mse' has no classes; use 'cross_entropy', or data.noise"
+    if data.flip and e.teacher_widths[-1] < 2:
+        return f"data.flip = {data.flip}: teacher.widths = {list(e.teacher_widths)} has one class, so none is wrong"
+    return None
+
+
 def _deep(e: Experiment) -> str | None:
     if not e.deep:
         return None
@@ -411,6 +424,7 @@ RULES: Mapping[Kind, tuple[Rule, ...]] = {
         _images,
         _trained_teacher,
         _labels,
+        _wrong_targets,
         _deep,
         _batch_norm,
         _batch,

@@ -18,17 +18,19 @@ from tsdyn.engine.ensemble import Ensemble, mark_dead
 from tsdyn.engine.loss import loss
 from tsdyn.engine.rule import Rule
 from tsdyn.engine.train import train_epoch
+from tsdyn.experiment.errors import ExperimentError
 from tsdyn.experiment.experiment import Experiment
 from tsdyn.flow import epochs
 from tsdyn.networks.any_module import Own
 from tsdyn.networks.network import Network
 from tsdyn.observables import registry
 from tsdyn.observables.member import Measurement, Probe
-from tsdyn.problem import augmentation
+from tsdyn.problem import augmentation, targets
 from tsdyn.problem.inputs import (
     batch_indices,
     evaluation_inputs,
     fresh_batches,
+    generator,
     labels,
     new_at_every_step,
     training_inputs,
@@ -53,6 +55,12 @@ class Members:
 
     def __post_init__(self) -> None:
         check_given(self.experiment, student=self.student, teacher=self.teacher)
+        of, data = loss(self.experiment.training.loss), self.experiment.data
+        if (data.noise and of.targets == "classes") or (data.flip and of.targets == "outputs"):
+            raise ExperimentError(
+                f"data: noise = {data.noise}, flip = {data.flip}: training.loss = {of.name!r} has {of.targets} as "
+                "targets; noise is of outputs, flip of classes"
+            )
 
     @cached_property
     def teachers(self) -> list[Network | Own]:
@@ -82,8 +90,11 @@ class Members:
     def finite(self) -> tuple[Tensor, Tensor]:
         """Inputs and targets of the training sets, (member, sample, ...); NaN beyond a member's own samples."""
         inputs = [probe.inputs for probe in self._finite_probes]
-        targets = [self.targets(member, x) for member, x in enumerate(inputs)]
-        padded = (pad_sequence(each, batch_first=True, padding_value=torch.nan) for each in (inputs, targets))
+        aims = [
+            self.targets(member, probe.inputs) if probe.targets is None else probe.targets
+            for member, probe in enumerate(self._finite_probes)
+        ]
+        padded = (pad_sequence(each, batch_first=True, padding_value=torch.nan) for each in (inputs, aims))
         return next(padded), next(padded)
 
     def draw(self) -> None:
@@ -93,7 +104,7 @@ class Members:
             _ = self.finite
 
     def targets(self, member: int, x: Tensor, classes: Tensor | None = None) -> Tensor:
-        """The targets of a member on its inputs `x`, (sample, output).
+        """The clean targets of a member on its inputs `x`, (sample, output).
 
         These are the teacher's outputs; for a loss of classes one-hot rows of `classes`, of the data's labels (`x` must
         then be the training set) or of the teacher's largest output.
@@ -114,8 +125,20 @@ class Members:
 
     @cached_property
     def _finite_probes(self) -> list[Probe]:
-        pairs = zip(self.experiment.seed_labels, self.teachers, strict=True)
-        return [Probe(self._training_set(s, t), t, self._labels(s, "train")) for s, t in pairs]
+        found = []
+        for member, (seed, teacher) in enumerate(zip(self.experiment.seed_labels, self.teachers, strict=True)):
+            x, own = self._training_set(seed, teacher), self._labels(seed, "train")
+            found.append(Probe(x, teacher, own, self._spoiled(member, x, own)))
+        return found
+
+    def _spoiled(self, member: int, x: Tensor, own: Tensor | None, epoch: int = 0) -> Tensor | None:
+        """The targets on training inputs `x` with noise or wrong classes; None if the experiment has neither."""
+        if not targets.spoils(self.experiment):
+            return None
+        classes = own if self.experiment.training.labels == "data" else None
+        with torch.no_grad():
+            clean = loss(self.experiment.training.loss).target(self.teachers[member](x), classes)
+        return targets.of_training_set(self.experiment, self.experiment.seed_labels[member], clean, epoch)
 
     def _training_set(self, seed: int, teacher: Network | Own) -> Tensor:
         if isinstance(teacher, Network) and teacher.plain and self.student is None:
@@ -127,7 +150,8 @@ class Members:
         if self.experiment.data.train != "fresh":
             return self._finite_probes[member]
         seed = self.experiment.seed_labels[member]
-        return Probe(self._tensor(training_inputs(self.experiment, seed, epoch)), self.teachers[member])
+        x = self._tensor(training_inputs(self.experiment, seed, epoch))
+        return Probe(x, self.teachers[member], targets=self._spoiled(member, x, None, epoch))
 
     def stream(self, epoch: int) -> Stream:
         """Batches of the epoch that ends at `epoch`."""
@@ -156,12 +180,16 @@ class Members:
         classes = [None] * len(seeds) if self.experiment.training.labels == "teacher" else self._shown(members, epoch)
         taken = 0
         pieces = [fresh_batches(self.experiment, seed, epoch, steps_at_once=steps_at_once) for seed in seeds]
+        noises = [generator(seed, "noise", epoch) for seed in seeds]
         for draws in zip(*pieces, strict=True):
             steps, batch, _ = draws[0].shape
             x = torch.stack([self._tensor(draw) for draw in draws]).flatten(1, 2)  # (member, sample, input)
             y = torch.stack([
                 self.targets(member, part, None if shown is None else shown[taken : taken + steps].flatten())
                 for member, part, shown in zip(range(*members.indices(len(self.teachers))), x, classes, strict=True)
+            ])  # fmt: skip
+            y = torch.stack([
+                targets.spoiled(self.experiment, clean, noise) for clean, noise in zip(y, noises, strict=True)
             ])  # fmt: skip
             taken += steps
             rows = torch.arange(steps * batch).view(1, steps, batch).expand(len(seeds), -1, -1)
