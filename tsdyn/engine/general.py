@@ -95,8 +95,9 @@ def way(ensemble: Ensemble, stream: Stream, rule: Rule) -> Way:
     """
     key = "general", rule.loss
     if key not in ensemble.kept:
-        first = int((ensemble.death_epoch < 0).nonzero()[0])
-        two = slice(first, first + 1 + bool((ensemble.death_epoch[first + 1 : first + 2] < 0).any()))
+        idle = ensemble.idle
+        first = int((idle < 0).nonzero()[0])
+        two = slice(first, first + 1 + bool((idle[first + 1 : first + 2] < 0).any()))
         x, y = next(iter(next(iter(stream(two)))))
         ensemble.kept[key] = _examined(ensemble.block(two), x, y, rule.loss)
     found: Way = ensemble.kept[key]

@@ -254,6 +254,26 @@ class Data(Part):
         return self
 
 
+class Stop(Part):
+    """When a member stops learning, which is looked at where it is recorded.
+
+    Attributes:
+        variable: A recorded variable of one number per member and epoch.
+        below: The member stops once the variable is below this number ...
+        patience: ... or once so many records in a row brought no new minimum.
+    """
+
+    variable: str
+    below: Real | None = None
+    patience: Count | None = None
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Stop:
+        if (self.below is None) == (self.patience is None):
+            raise ValueError(f"training.stop: below = {self.below}, patience = {self.patience}; give one of them")
+        return self
+
+
 class Training(Part):
     """How students learn. The update is W += learning_rate · (1/batch) Σ g fᵀ; ``gd`` takes all the data at each
     step, ``flow`` is gradient flow dθ/dt = −∇J, an epoch of which lasts as long as the steps of ``gd`` add up to:
@@ -265,8 +285,12 @@ class Training(Part):
     that are updated and before weight decay, to this norm where it is longer.  Weight decay is in the gradient, or
     with ``adamw`` apart from it; ``decay_biases = false`` keeps it from biases and from BatchNorm's scale and shift
     (of modules: from parameters of at most one axis).  Over the first ``warm_up`` epochs the rate grows in proportion
-    to the epoch's number, up to ``learning_rate``; with ``anneal = "cosine"`` epoch e of the E − w after the warm-up
-    then has it times ½ (1 + cos π (e − 1)/(E − w)), e from 1.
+    to the epoch's number, up to ``learning_rate``; with ``anneal = "cosine"`` epoch e > w of E
+    then has it times ½ (1 + cos π (e − w − 1)/(E − w)), w = ``warm_up``.
+
+    ``stop = { variable, below }`` or ``{ variable, patience }`` stops a member at the first record at which the
+    variable is below the number, or so many records in a row brought no new minimum.  It keeps its parameters, its
+    later records are NaN, and ``stop_epoch`` (seed), known at the end of the run, says when.
     """
 
     method: Method = "sgd"
@@ -287,6 +311,7 @@ class Training(Part):
     clip: Positive | None = None
     warm_up: Annotated[int, Field(ge=0, le=MAX_EPOCHS)] = 0
     anneal: Literal["none", "cosine"] = "none"
+    stop: Stop | None = None
     frozen: Counts = ()
     normalize: bool = False
     arguments: Arguments | None = None

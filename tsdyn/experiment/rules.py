@@ -236,6 +236,22 @@ def _warm_up(e: Experiment) -> str | None:
     return None
 
 
+def _stop(e: Experiment) -> str | None:
+    stop = e.training.stop
+    if stop is None:
+        return None
+    recorded = schema.expand(e.record.observables)
+    if stop.variable not in recorded:
+        return (
+            f"training.stop.variable = {stop.variable!r}: is not recorded{nearest(stop.variable, recorded)}; add it to "
+            "record.observables"
+        )
+    if stop.variable in VARIABLES and VARIABLES[stop.variable].dims != ("seed", "epoch"):
+        dims = ", ".join(VARIABLES[stop.variable].dims)
+        return f"training.stop.variable = {stop.variable!r}: has dimensions {dims}; take one of (seed, epoch)"
+    return None
+
+
 def _images(e: Experiment) -> str | None:
     teacher, image = e.teacher_widths, e.data.image or IMAGES.get(e.data.law)
     if image is not None and math.prod(image) != teacher[0]:
@@ -421,6 +437,7 @@ RULES: Mapping[Kind, tuple[Rule, ...]] = {
         _clipped_flow,
         _decay,
         _warm_up,
+        _stop,
         _images,
         _trained_teacher,
         _labels,

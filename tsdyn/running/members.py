@@ -39,6 +39,7 @@ from tsdyn.problem.students import draw_student
 from tsdyn.problem.teachers import draw_teacher
 from tsdyn.running.own_modules import Maker, check_given, made
 from tsdyn.running.protocol import of_this_shape
+from tsdyn.running.stopping import Watch
 
 #: Fresh batches of a block of members are drawn this many bytes at a time.
 FRESH_BYTES = 1 << 26
@@ -55,6 +56,13 @@ class Members:
 
     def __post_init__(self) -> None:
         check_given(self.experiment, student=self.student, teacher=self.teacher)
+        stop = self.experiment.training.stop
+        self._watch = None if stop is None else Watch.of(stop, len(self.experiment.seed_labels))
+        if stop is not None and schema.variable(stop.variable).dims != ("seed", "epoch"):
+            dims = ", ".join(schema.variable(stop.variable).dims)
+            raise ExperimentError(
+                f"training.stop.variable = {stop.variable!r}: has dimensions {dims}; take one of (seed, epoch)"
+            )
         of, data = loss(self.experiment.training.loss), self.experiment.data
         if (data.noise and of.targets == "classes") or (data.flip and of.targets == "outputs"):
             raise ExperimentError(
@@ -205,10 +213,13 @@ class Members:
         return found
 
     def measure(self, epoch: int, variables: tuple[str, ...]) -> dict[str, Any]:
-        """Measurements of all members: variable → (seed,), or one array (seed, node...) per layer; NaN for the dead."""
+        """Measurements of all members: variable → (seed,), or one array (seed, node...) per layer.
+
+        NaN for the dead, and for those that stopped before.  Members whose watched variable says so stop here.
+        """
         found: list[dict[str, Any] | None] = []
         for member in range(self.ensemble.members):
-            if self.ensemble.death_epoch[member] >= 0:
+            if self.ensemble.death_epoch[member] >= 0 or 0 <= self.ensemble.stop_epoch[member] < epoch:
                 found.append(None)
                 continue
             view = Measurement(
@@ -221,7 +232,11 @@ class Members:
                 self.experiment.training.labels,
             )
             found.append(registry.measure(variables, view))
-        return {name: self._stacked(name, [None if f is None else f[name] for f in found]) for name in variables}
+        records = {name: self._stacked(name, [None if f is None else f[name] for f in found]) for name in variables}
+        if self._watch is not None and self._watch.stop.variable in records:
+            ensemble = self.ensemble
+            self._watch.look(records[self._watch.stop.variable], ensemble.stop_epoch, ensemble.idle, epoch)
+        return records
 
     def _stacked(self, name: str, values: list[Any]) -> Any:
         variable, dtype = schema.variable(name), self.experiment.dtype
@@ -257,8 +272,11 @@ class Members:
         return {"teacher_weight": weights, "teacher_bias": biases}
 
     def outcome(self) -> dict[str, Any]:
-        """An empty dict: a training run has no variables that are only known at its end."""
-        return {}
+        """``stop_epoch``, if members may stop; a training run has no other variables that are only known at its end."""
+        if self._watch is None:
+            return {}
+        at = self.ensemble.stop_epoch.numpy()
+        return {"stop_epoch": np.where(at < 0, np.nan, at).astype(self.experiment.dtype)}
 
     def state(self) -> dict[str, np.ndarray]:
         """All that the next epoch depends on; random draws need no state, since they are keyed by (seed, epoch).
@@ -266,7 +284,9 @@ class Members:
         Optimiser moments are included from the start, so that a run killed after its first commit can be resumed.
         """
         self.prepare()
-        return self.ensemble.state()
+        if self._watch is None:
+            return self.ensemble.state()
+        return self.ensemble.state() | {"stop_epoch": self.ensemble.stop_epoch.numpy().copy(), **self._watch.state()}
 
     def restore(self, state: Mapping[str, np.ndarray]) -> None:
         """Set the members to a stored state.
@@ -275,6 +295,9 @@ class Members:
             StateError: if it is not a state of these members.
         """
         self.ensemble.restore(of_this_shape(state, self.state()))
+        if self._watch is not None:
+            self.ensemble.stop_epoch.copy_(torch.from_numpy(np.array(state["stop_epoch"])))
+            self._watch.restore(state)
 
     def prepare(self) -> None:
         """Give the members the moments that training needs."""
