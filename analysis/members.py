@@ -21,7 +21,7 @@ from tsdyn.experiment.experiment import Experiment
 from tsdyn.experiment.parts import Student, Teacher
 from tsdyn.experiment.sweep_axes import axes
 from tsdyn.networks.network import Network
-from tsdyn.problem import augmentation
+from tsdyn.problem import augmentation, targets
 from tsdyn.problem.inputs import evaluation_inputs, labels, training_inputs
 from tsdyn.problem.teachers import draw_teacher
 
@@ -73,7 +73,8 @@ class Member:
                 classes = torch.from_numpy(labels(self.experiment, self.seed, "train"))
             case other:
                 assert_never(other)
-        return self.loss.target(self.teacher(self.training_inputs), classes)
+        clean = self.loss.target(self.teacher(self.training_inputs), classes)
+        return targets.of_training_set(self.experiment, self.seed, clean, self.experiment.training.epochs)
 
 
 def member(ds: xr.Dataset, experiment: Experiment) -> Member:

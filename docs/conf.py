@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tsdyn import __version__, vocabulary
 from tsdyn.experiment import experiment
-from tsdyn.experiment.parts import Data, Flow, Online, Part, Record, Student, Teacher, Training
+from tsdyn.experiment.parts import Data, Flow, Online, Part, Record, Stop, Student, Teacher, Training
 
 project = "tsdyn"
 author = "The tsdyn developers"
@@ -78,6 +78,7 @@ def _experiment_tables() -> str:
         ("[student]", Student),
         ("[data]", Data),
         ("[training]", Training),
+        ("training.stop", Stop),
         ("[record]", Record),
         ("[flow]", Flow),
         ("[online]", Online),
@@ -104,6 +105,8 @@ def _kind(shape: dict) -> str:
         return f"`{shape['const']!r}`"
     if "anyOf" in shape:
         return " or ".join(_kind(s) for s in shape["anyOf"] if s.get("type") != "null")
+    if "$ref" in shape:  # a section of its own
+        return "table"
     kind = shape.get("type", "any")
     if kind == "array":
         return f"list of {_kind(shape.get('items', {}))}"

@@ -231,12 +231,19 @@ ACTIVATIONS = Register(
     ("relu", "leaky_relu", "identity", "erf", "tanh", "sigmoid", "softplus", "gelu", "silu"),
 )
 LOSSES = Register("loss", "tsdyn.engine.loss:LOSSES", ("mse", "cross_entropy"))
-#: SGD with training.momentum > 0 is a part of its own, "momentum"; experiment files write "sgd" for both.
+#: SGD with training.momentum > 0 is a part of its own, "momentum" or "nesterov"; experiment files write "sgd" for both.
 OPTIMIZERS = Register(
-    "optimizer", "tsdyn.engine.rule:OPTIMIZERS", ("sgd", "adam"), ("gd", "flow"), hidden=("momentum",)
+    "optimizer",
+    "tsdyn.engine.rule:OPTIMIZERS",
+    ("sgd", "adam", "adamw"),
+    ("gd", "flow"),
+    hidden=("momentum", "nesterov"),
 )
 LAWS = Register(
-    "law", "tsdyn.problem.inputs:LAWS", ("gaussian", "uniform"), aliases=("digits", "mnist", "cifar10", "file")
+    "law",
+    "tsdyn.problem.inputs:LAWS",
+    ("gaussian", "uniform", "mixture", "hidden-manifold"),
+    ("digits", "mnist", "cifar10", "file"),
 )
 TEACHERS = Register(
     "teacher", "tsdyn.problem.teachers:TEACHERS", ("separated", "orthonormal", "gaussian"), aliases=("trained", "file")

@@ -402,6 +402,18 @@ VARIABLES: Mapping[str, Variable] = _table(
         kinds=_TRAINED,
         bare_teacher=False,
     ),
+    Variable(
+        "stop_epoch",
+        ("seed",),
+        "1",
+        "recorded epoch at which the member stopped learning",
+        "tsdyn",
+        "training.stop says why; NaN: it did not stop",
+        kinds=_TRAINED,
+        deep=True,
+        own=True,
+        when="end",
+    ),
     Variable("Q", (*_MEMBER, "node", "node_2"), "1", "order parameter w_i · w_k / N", SAAD, kinds=_ONLINE),
     Variable("R", (*_MEMBER, "node", "teacher_node"), "1", "order parameter w_i · B_m / N", SAAD, kinds=_ONLINE),
     Variable(

@@ -139,7 +139,7 @@ def test_dimensions_of_swept_keys_avoid_the_schemas_names():
         ({"training.frozen": [3]}, "training.frozen = [3]: layers are 1..2"),
         (
             {"training.method": "newton"},
-            "training.method = 'newton': 'newton' is no optimizer; there are sgd, adam, gd, flow",
+            "training.method = 'newton': 'newton' is no optimizer; there are sgd, adam, adamw, gd, flow",
         ),
         ({"student.widths": [9, 8, 6]}, "differ at the input: 9 against 10"),
         ({"student.widths": [10, 8, 7]}, "differ at the output: 7 against 6"),

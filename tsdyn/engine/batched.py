@@ -15,12 +15,15 @@ from tsdyn.engine.rule import Rule
 from tsdyn.networks.activations import Activation
 
 #: Optimizers whose updates need no value from the GPU on the host, so that a recorded graph can replay them.
-RULES = ("sgd", "momentum", "adam")
+RULES = ("sgd", "momentum", "nesterov", "adam", "adamw")
+#: `Rule.options` that it serves; clipping needs the gradients of all layers before the first is updated.
+OPTIONS = frozenset({"factors", "decay_biases"})
 
 
 def claims(ensemble: Ensemble, rule: Rule) -> bool:
     """Whether the hand-batched step can train these members with this rule and loss."""
-    return ensemble.connected is not None and rule.name in RULES and rule.loss.negative_gradient is not None
+    known = rule.name in RULES and rule.options <= OPTIONS
+    return ensemble.connected is not None and known and rule.loss.negative_gradient is not None
 
 
 def block_size(ensemble: Ensemble, batch: int) -> int:
@@ -84,12 +87,12 @@ def _update_layer(
     block: Ensemble, layer: int, gradient: Tensor, below: Tensor, rule: Rule, count: int | Tensor, *, top: bool
 ) -> None:
     weight, bias, samples = block.values[f"weight_{layer}"], block.values.get(f"bias_{layer}"), gradient.shape[1]
-    rates = rule.rates(weight)
+    rates = rule.rates(weight, layer)
     if rule.name == "sgd":  # whose step is one product
         if rule.weight_decay:
             kept = 1 - rates * rule.weight_decay
             weight.mul_(kept)
-            if bias is not None:
+            if bias is not None and rule.decay_biases:
                 bias.mul_(kept.squeeze(2))
         gradient = gradient * (rates / samples)
         weight.baddbmm_(gradient.mT, below)

@@ -20,7 +20,7 @@ from tsdyn.engine.loss import MSE
 from tsdyn.engine.rule import Rule
 
 SOURCE = native.FOLDER / "compiled_step.cpp"
-#: Optimizers and losses that the C++ code implements.
+#: Optimizers and losses that the C++ code implements; it serves no `Rule.options`.
 RULES, LOSSES = ("sgd", "momentum", "adam"), (MSE,)
 
 
@@ -76,6 +76,7 @@ def claims(ensemble: Ensemble, rule: Rule) -> bool:
         network is not None
         and network.activation.piecewise_linear
         and rule.name in RULES
+        and not rule.options
         and rule.loss in LOSSES
         and native.serves(list(ensemble.tensors()), SOURCE, Job)
     )

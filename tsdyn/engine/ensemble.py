@@ -39,6 +39,7 @@ class Ensemble:
         moments: Optimiser moments: name of the moment → name of the parameter → (member, ...).
         steps: Steps taken, the same for all members (Adam's bias correction).
         death_epoch: (member,), the epoch at whose end a parameter was NaN or infinite; −1 while alive.
+        stop_epoch: (member,), the epoch after which the member is no longer trained; −1 while it is.
         kept: Objects that engines keep from epoch to epoch, by a key of all they depend on; shared with blocks.
     """
 
@@ -48,9 +49,12 @@ class Ensemble:
     moments: dict[str, Named] = field(default_factory=dict)
     steps: int = 0
     death_epoch: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64, device="cpu"))
+    stop_epoch: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64, device="cpu"))
     kept: dict[object, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
+        if not len(self.stop_epoch):
+            self.stop_epoch = torch.full((self.members,), -1, dtype=torch.int64, device="cpu")
         if not len(self.death_epoch):
             self.death_epoch = torch.full((self.members,), -1, dtype=torch.int64, device="cpu")
 
@@ -87,7 +91,7 @@ class Ensemble:
             ValueError: if ensembles with a living member took different numbers of steps.
         """
         first = parts[0]
-        taken = {part.steps for part in parts if bool((part.death_epoch < 0).any())}
+        taken = {part.steps for part in parts if bool((part.idle < 0).any())}
         if len(taken) > 1:
             raise ValueError(f"Ensemble.joined: took {sorted(taken)} steps; all must have taken as many")
 
@@ -101,6 +105,7 @@ class Ensemble:
             {name: together([part.moments[name] for part in parts]) for name in first.moments},
             max(part.steps for part in parts),  # a part without a living member has stopped counting
             torch.cat([part.death_epoch for part in parts]),
+            torch.cat([part.stop_epoch for part in parts]),
         )
 
     # --- views -----------------------------------------------------------------------------------------------
@@ -108,6 +113,11 @@ class Ensemble:
     @property
     def members(self) -> int:
         return len(next(iter(self.values.values())))
+
+    @property
+    def idle(self) -> Tensor:
+        """The epoch in which each member died or stopped, (member,); −1 while it is trained."""
+        return torch.maximum(self.death_epoch, self.stop_epoch)
 
     @property
     def device(self) -> torch.device:
@@ -165,7 +175,7 @@ class Ensemble:
 
     def block(self, members: slice) -> Ensemble:
         """The ensemble of some of the members; a view that shares memory."""
-        return self._changed(lambda t: t[members], self.death_epoch[members])
+        return self._changed(lambda t: t[members], self.death_epoch[members], self.stop_epoch[members])
 
     def to(self, target: torch.dtype | str) -> Ensemble:
         """The same members in another floating-point type or on another device; copies."""
@@ -173,15 +183,16 @@ class Ensemble:
         def moved(t: Tensor) -> Tensor:
             return t.to(target, copy=True) if t.is_floating_point() or isinstance(target, str) else t.clone()
 
-        return self._changed(moved, self.death_epoch.clone(), kept={})
+        return self._changed(moved, self.death_epoch.clone(), self.stop_epoch.clone(), kept={})
 
-    def _changed(self, change: Callable[[Tensor], Tensor], death: Tensor, **more: Any) -> Ensemble:
+    def _changed(self, change: Callable[[Tensor], Tensor], death: Tensor, stop: Tensor, **more: Any) -> Ensemble:
         return replace(
             self,
             values=_mapped(self.values, change),
             buffers=_mapped(self.buffers, change),
             moments={name: _mapped(named, change) for name, named in self.moments.items()},
             death_epoch=death,
+            stop_epoch=stop,
             **more,
         )
 
@@ -198,10 +209,11 @@ class Ensemble:
 
         With ``rule.normalize`` hidden rows of a network are scaled back to norm 1.
         """
-        for name, gradient in gradients.items():
+        for name, gradient in rule.clipped(gradients).items():
             parameter = self.values[name]
             moments = [self.moments[moment][name] for moment in rule.optimizer.moments]
-            rule.update(parameter, gradient, moments, rule.rates(parameter), count)
+            layer = layer_of(name) if rule.factors else None
+            rule.update(parameter, gradient, moments, rule.rates(parameter, layer), count)
             if rule.normalize and name.startswith("weight_") and layer_of(name) < self.depth:
                 norm = parameter.flatten(2).norm(dim=2)
                 parameter.div_(norm.view(*norm.shape, *([1] * (parameter.ndim - 2))))

@@ -55,9 +55,9 @@ def claims(ensemble: Ensemble, rule: Rule) -> bool:
     """
     module = ensemble.architecture
     if isinstance(module, nn.Module):
-        if rule.frozen or rule.normalize:
+        if rule.frozen or rule.normalize or rule.factors:
             raise ValueError(
-                f"train: training.frozen and training.normalize need layers, which {_name(ensemble)} does not have; "
+                f"train: training.frozen, normalize and rates need layers, which {_name(ensemble)} does not have; "
                 "call requires_grad_(False) on parameters that stay"
             )
         refuse_unfit(module)
@@ -95,8 +95,9 @@ def way(ensemble: Ensemble, stream: Stream, rule: Rule) -> Way:
     """
     key = "general", rule.loss
     if key not in ensemble.kept:
-        first = int((ensemble.death_epoch < 0).nonzero()[0])
-        two = slice(first, first + 1 + bool((ensemble.death_epoch[first + 1 : first + 2] < 0).any()))
+        idle = ensemble.idle
+        first = int((idle < 0).nonzero()[0])
+        two = slice(first, first + 1 + bool((idle[first + 1 : first + 2] < 0).any()))
         x, y = next(iter(next(iter(stream(two)))))
         ensemble.kept[key] = _examined(ensemble.block(two), x, y, rule.loss)
     found: Way = ensemble.kept[key]

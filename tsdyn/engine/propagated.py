@@ -20,7 +20,9 @@ from tsdyn.networks.network import Network
 from tsdyn.networks.propagate import Frame, Parameters, propagate
 
 #: Optimizers that this step was written and tested with.
-RULES = ("sgd", "momentum", "adam")
+RULES = ("sgd", "momentum", "nesterov", "adam", "adamw")
+#: `Rule.options` that it serves: those of `Ensemble.take`.
+OPTIONS = frozenset({"factors", "clip", "decay_biases"})
 #: Activations of a block of members and their gradients should stay within a core's share of the last-level cache.
 BLOCK_BYTES = 1 << 22
 
@@ -28,7 +30,8 @@ BLOCK_BYTES = 1 << 22
 def claims(ensemble: Ensemble, rule: Rule) -> bool:
     """Whether this step can train these members with this rule and loss."""
     architecture = ensemble.architecture
-    return type(architecture) is Network and not architecture.plain and rule.name in RULES
+    known = rule.name in RULES and rule.options <= OPTIONS
+    return type(architecture) is Network and not architecture.plain and known
 
 
 def block_size(ensemble: Ensemble, batch: int) -> int:

@@ -60,7 +60,9 @@ def chosen(ensemble: Ensemble, rule: Rule) -> Backend:
 
 
 def train_epoch(ensemble: Ensemble, stream: Stream, rule: Rule, *, batch: int, backend: Backend | None = None) -> None:
-    """Train every living member for one epoch, in place; the caller then looks for dead members (`mark_dead`).
+    """Train every member that lives and has not stopped for one epoch, in place.
+
+    The caller then looks for dead members (`mark_dead`).
 
     Args:
         ensemble: The members, trained in place.
@@ -74,7 +76,7 @@ def train_epoch(ensemble: Ensemble, stream: Stream, rule: Rule, *, batch: int, b
     """
     backend = chosen(ensemble, rule) if backend is None else backend
     ensemble.prepare(rule.optimizer.moments)
-    if not bool((ensemble.death_epoch < 0).any()):
+    if not bool((ensemble.idle < 0).any()):
         return
     if backend is GENERAL:
         with torch.no_grad():
@@ -82,7 +84,7 @@ def train_epoch(ensemble: Ensemble, stream: Stream, rule: Rule, *, batch: int, b
     else:
         size = backend.size(ensemble, batch)
     taken = 0
-    for members in living_blocks(ensemble.death_epoch, size):
+    for members in living_blocks(ensemble.idle, size):
         block, own, taken = ensemble.block(members), rule.block(members), 0
         with torch.no_grad():
             for batches in stream(members):

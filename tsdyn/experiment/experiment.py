@@ -116,7 +116,12 @@ class Experiment(Part):
     def recorded(self, when: vocabulary.When | None = None) -> tuple[str, ...]:
         """Variables that the run records; only those of `when`, if given."""
         names = schema.recorded(self.kind, self.record.observables, when)
-        return tuple(name for name in names if schema.variable(name).when != "start" or name in self.constants)
+        absent = set() if self.training.stop is not None or self.kind != "training" else {"stop_epoch"}
+        return tuple(
+            name
+            for name in names
+            if name not in absent and (schema.variable(name).when != "start" or name in self.constants)
+        )
 
     @property
     def seed_labels(self) -> tuple[int, ...]:
@@ -216,6 +221,7 @@ class Experiment(Part):
             "student.init": (registers.STARTS, self.student.init),
             "student.activation": (registers.ACTIVATIONS, self.student.activation),
             "data.law": (registers.LAWS, self.data.law),
+            **({} if self.data.fold is None else {"data.fold": (registers.ACTIVATIONS, self.data.fold)}),
             "training.method": (registers.OPTIMIZERS, self.training.method),
             "training.loss": (registers.LOSSES, self.training.loss),
         }

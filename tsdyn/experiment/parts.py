@@ -190,6 +190,12 @@ class Data(Part):
 
     `augment` adds Definition 7's points of Tian (2020) to a finite training set (agnostic, aware), or crops and
     mirrors images anew at every step (crop-flip).
+
+    ``covariance`` (an .npy file) or ``spectrum`` (s of λ_i ∝ i^−s, trace d, without rotation) correlates or scales
+    inputs of the laws gaussian and uniform.  ``mixture`` has ``latent`` components; ``hidden-manifold`` has ``latent``
+    dimensions and the activation ``fold`` (`inputs.draw_inputs` has the formulas).  ``noise`` is the standard deviation
+    of Gaussian noise on training targets, ``flip`` the share of wrong classes among them; ``loss_train``, gradients and
+    Hessians are of these targets, whereas ``mse_train`` and all of evaluation are of the clean ones.
     """
 
     law: Law = "gaussian"
@@ -197,6 +203,12 @@ class Data(Part):
     eval_path: str | None = None
     image: Annotated[tuple[Count, Count, Count], BeforeValidator(as_tuple)] | None = None
     std: Positive = 1.0
+    covariance: str | None = None
+    spectrum: NonNegative | None = None
+    latent: Count | None = None
+    fold: ActivationName | None = None
+    noise: NonNegative = 0.0
+    flip: Annotated[NonNegative, Field(le=1)] = 0.0
     train: Count | Literal["fresh"] = 10_000
     eval: Count = 10_000
     augment: Literal["none", "agnostic", "aware", "crop-flip"] = "none"
@@ -232,8 +244,53 @@ class Data(Part):
             raise ValueError(f"data.eval_path = {self.eval_path!r}: only data.law = 'file' takes one")
         if self.train == "fresh" and not self.drawn:
             raise ValueError(f"data.train = 'fresh': {self.law} is a finite data set; give a number of samples")
+        if self.covariance is not None and self.spectrum is not None:
+            raise ValueError(
+                f"data.spectrum = {self.spectrum}: data.covariance = {self.covariance!r} has eigenvalues of its own; "
+                "give one of them"
+            )
+        for key in ("covariance", "spectrum"):
+            if getattr(self, key) is not None and self.law not in ("gaussian", "uniform"):
+                raise ValueError(
+                    f"data.{key} = {getattr(self, key)!r}: is of data.law = 'gaussian' and 'uniform', not {self.law!r}"
+                )
+        if (self.latent is not None) != (self.law in ("mixture", "hidden-manifold")):
+            raise ValueError(
+                f"data.latent = {self.latent}: data.law = 'mixture' needs its number of components and "
+                f"'hidden-manifold' its latent dimension, other laws have none; here it is {self.law!r}"
+            )
+        if (self.fold is not None) != (self.law == "hidden-manifold"):
+            raise ValueError(
+                f"data.fold = {self.fold!r}: is the activation f of data.law = 'hidden-manifold', which needs it; here "
+                f"it is {self.law!r}"
+            )
+        if self.augment == "crop-flip" and (self.noise or self.flip):
+            raise ValueError(
+                f"data.augment = 'crop-flip': noise = {self.noise} and flip = {self.flip} belong to fixed samples; "
+                "leave one out"
+            )
         if self.augment == "crop-flip" and self.drawn:
             raise ValueError(f"data.augment = 'crop-flip': is of images; data.law is {self.law!r}")
+        return self
+
+
+class Stop(Part):
+    """When a member stops learning, which is looked at where it is recorded.
+
+    Attributes:
+        variable: A recorded variable of one number per member and epoch.
+        below: The member stops once the variable is below this number ...
+        patience: ... or once so many records in a row brought no new minimum.
+    """
+
+    variable: str
+    below: Real | None = None
+    patience: Count | None = None
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Stop:
+        if (self.below is None) == (self.patience is None):
+            raise ValueError(f"training.stop: below = {self.below}, patience = {self.patience}; give one of them")
         return self
 
 
@@ -243,6 +300,17 @@ class Training(Part):
     learning_rate · steps_per_epoch.
 
     With ``cross_entropy`` the targets are classes: the teacher's largest output, or the data's own labels.
+
+    ``rates`` has one factor on the learning rate per layer.  ``clip`` scales a member's gradient, of all parameters
+    that are updated and before weight decay, to this norm where it is longer.  Weight decay is in the gradient, or
+    with ``adamw`` apart from it; ``decay_biases = false`` keeps it from biases and from BatchNorm's scale and shift
+    (of modules: from parameters of at most one axis).  Over the first ``warm_up`` epochs the rate grows in proportion
+    to the epoch's number, up to ``learning_rate``; with ``anneal = "cosine"`` epoch e > w of E
+    then has it times ½ (1 + cos π (e − w − 1)/(E − w)), w = ``warm_up``.
+
+    ``stop = { variable, below }`` or ``{ variable, patience }`` stops a member at the first record at which the
+    variable is below the number, or so many records in a row brought no new minimum.  It keeps its parameters, its
+    later records are NaN, and ``stop_epoch`` (seed), known at the end of the run, says when.
     """
 
     method: Method = "sgd"
@@ -257,6 +325,13 @@ class Training(Part):
     beta_1: Annotated[NonNegative, Field(lt=1)] = 0.9
     beta_2: Annotated[NonNegative, Field(lt=1)] = 0.999
     epsilon: Positive = 1e-8
+    nesterov: bool = False
+    decay_biases: bool = True
+    rates: Annotated[tuple[NonNegative, ...], BeforeValidator(as_tuple), Field(min_length=1)] | None = None
+    clip: Positive | None = None
+    warm_up: Annotated[int, Field(ge=0, le=MAX_EPOCHS)] = 0
+    anneal: Literal["none", "cosine"] = "none"
+    stop: Stop | None = None
     frozen: Counts = ()
     normalize: bool = False
     arguments: Arguments | None = None
@@ -292,10 +367,25 @@ class Training(Part):
         return self
 
     def rate(self, epoch: int) -> float:
-        """Learning rate of the epoch that ends at `epoch` (1-based): the last table entry ≤ epoch − 1."""
+        """Learning rate of the epoch that ends at `epoch` (1-based): the last table entry ≤ epoch − 1, as `factor`
+        changes it.
+        """
         if not isinstance(self.learning_rate, dict):
-            return self.learning_rate
-        return self.learning_rate[max(start for start in self.learning_rate if start <= epoch - 1)]
+            return self.factor(epoch) * self.learning_rate
+        return self.factor(epoch) * self.learning_rate[max(e for e in self.learning_rate if e <= epoch - 1)]
+
+    def factor(self, epoch: int) -> float:
+        """What ``warm_up`` and ``anneal`` multiply the learning rate of the epoch that ends at `epoch` by."""
+        before = epoch - 1
+        if before < self.warm_up:
+            return epoch / self.warm_up
+        match self.anneal:
+            case "none":
+                return 1.0
+            case "cosine":
+                return 0.5 * (1 + math.cos(math.pi * (before - self.warm_up) / max(1, self.epochs - self.warm_up)))
+            case other:
+                assert_never(other)
 
     @field_validator("learning_rate")
     @classmethod

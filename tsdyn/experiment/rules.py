@@ -165,7 +165,8 @@ def _own_modules(e: Experiment) -> str | None:
         "training.method = 'flow'": e.training.method == "flow",
         f"data.augment = {e.data.augment!r}": e.data.adds_samples,
         "convolutions or BatchNorm of the experiment file": e.deep,
-        "training.frozen and training.normalize": own and bool(e.training.frozen or e.training.normalize),
+        "training.frozen, normalize and rates": own
+        and bool(e.training.frozen or e.training.normalize or e.training.rates),
         # a module of the user's own starts as it is made
         f"student.init = {e.student.init!r}": e.student.init != "gaussian" if own else e.student.init in near,
         "teacher.init, prune and balanced": taught
@@ -201,6 +202,63 @@ def _frozen(e: Experiment) -> str | None:
     return None
 
 
+def _rates(e: Experiment) -> str | None:
+    depth, rates = len(e.student_widths) - 1, e.training.rates
+    if rates is not None and e.student.module is None and len(rates) != depth:
+        return f"training.rates = {list(rates)}: one factor per layer, and the student has {depth}"
+    return None
+
+
+def _nesterov(e: Experiment) -> str | None:
+    if e.training.nesterov and (e.training.method not in ("sgd", "gd") or not e.training.momentum):
+        return (
+            f"training.nesterov = true: changes the momentum of 'sgd' and 'gd', and here are method = "
+            f"{e.training.method!r} and momentum = {e.training.momentum}; set training.momentum, or leave nesterov out"
+        )
+    return None
+
+
+def _clipped_flow(e: Experiment) -> str | None:
+    training = e.training
+    asked = {
+        "clip": training.clip is not None,
+        "rates": training.rates is not None,
+        "decay_biases": not training.decay_biases,
+    }
+    for key, there in asked.items():
+        if training.method == "flow" and there:
+            return f"training.{key}: gradient flow of J has none; use training.method = 'gd'"
+    return None
+
+
+def _decay(e: Experiment) -> str | None:
+    if not e.training.decay_biases and not e.training.weight_decay:
+        return "training.decay_biases = false: there is no weight decay; set training.weight_decay, or leave it out"
+    return None
+
+
+def _warm_up(e: Experiment) -> str | None:
+    if e.training.warm_up > e.training.epochs:
+        return f"training.warm_up = {e.training.warm_up}: is longer than training.epochs = {e.training.epochs}"
+    return None
+
+
+def _stop(e: Experiment) -> str | None:
+    stop = e.training.stop
+    if stop is None:
+        return None
+    recorded = schema.expand(e.record.observables)
+    if stop.variable not in recorded:
+        return (
+            f"training.stop.variable = {stop.variable!r}: is not recorded{nearest(stop.variable, recorded)}; add it to "
+            "record.observables"
+        )
+    if stop.variable in VARIABLES and VARIABLES[stop.variable].dims != ("seed", "epoch"):
+        dims = ", ".join(VARIABLES[stop.variable].dims)
+        return f"training.stop.variable = {stop.variable!r}: has dimensions {dims}; take one of (seed, epoch)"
+    return None
+
+
 def _images(e: Experiment) -> str | None:
     teacher, image = e.teacher_widths, e.data.image or IMAGES.get(e.data.law)
     if image is not None and math.prod(image) != teacher[0]:
@@ -232,6 +290,19 @@ def _labels(e: Experiment) -> str | None:
         return f"training.labels = 'data': points of data.augment = {e.data.augment!r} have no label"
     if "label_accuracy" in schema.expand(e.record.observables) and e.data.drawn:
         return f"record.observables: label_accuracy needs labels; data.law = {e.data.law!r} has none"
+    return None
+
+
+def _wrong_targets(e: Experiment) -> str | None:
+    data, loss = e.data, e.training.loss
+    if data.noise and data.flip:
+        return f"data.noise = {data.noise}: is of numbers, and data.flip = {data.flip} of classes; give one of them"
+    if data.noise and loss == "cross_entropy":
+        return f"data.noise = {data.noise}: training.loss = 'cross_entropy' has classes as targets; use data.flip"
+    if data.flip and loss == "mse":
+        return f"data.flip = {data.flip}: training.loss = 'mse' has no classes; use 'cross_entropy', or data.noise"
+    if data.flip and e.teacher_widths[-1] < 2:
+        return f"data.flip = {data.flip}: teacher.widths = {list(e.teacher_widths)} has one class, so none is wrong"
     return None
 
 
@@ -368,9 +439,16 @@ RULES: Mapping[Kind, tuple[Rule, ...]] = {
         _starts_from_teacher,
         _shrink,
         _frozen,
+        _rates,
+        _nesterov,
+        _clipped_flow,
+        _decay,
+        _warm_up,
+        _stop,
         _images,
         _trained_teacher,
         _labels,
+        _wrong_targets,
         _deep,
         _batch_norm,
         _batch,

@@ -77,7 +77,7 @@ def train_epoch(ensemble: Ensemble, data: Sequence[tuple[Tensor, Tensor]], rule:
     """
     for member, (inputs, targets) in enumerate(data):
         free = [p[member] for name, p in ensemble.values.items() if layer_of(name) not in rule.frozen]
-        if ensemble.death_epoch[member] >= 0 or not free:
+        if ensemble.idle[member] >= 0 or not free:
             continue
         row = torch.cat([p.flatten() for p in free]).cpu()
         refuse_beyond(

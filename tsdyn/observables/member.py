@@ -26,11 +26,14 @@ class Probe:
         inputs: (sample, input).
         teacher: A network, or a module of the user's own.
         labels: The data set's own classes, (sample,), if the experiment uses them.
+        targets: Targets of the trained loss, (sample, output), where they are not those of the teacher or the data:
+            with ``data.noise`` or ``data.flip``.
     """
 
     inputs: Tensor
     teacher: Network | Own
     labels: Tensor | None = None
+    targets: Tensor | None = None
 
     @cached_property
     def classes(self) -> Tensor:
@@ -141,12 +144,16 @@ class Measurement:
 
     def loss(self, response: Response) -> Tensor:
         """The trained loss J over a probe."""
+        if response.probe.targets is not None:
+            return self.objective.value(response.trace.output, response.probe.targets)
         if self.objective == MSE:  # its sums are compiled
             return 0.5 * response.squared_error / len(response.probe.inputs)
         return self.objective.over(response.trace.output, response.probe.trace.output, self._classes(response.probe))
 
     def target(self, probe: Probe) -> Tensor:
         """Targets of the trained loss on a probe, (sample, output)."""
+        if probe.targets is not None:
+            return probe.targets
         return self.objective.target(probe.trace.output, self._classes(probe))
 
     def _classes(self, probe: Probe) -> Tensor:

@@ -23,6 +23,7 @@ def files(experiment: Experiment) -> dict[str, list[Path]]:
         "student.path": _named(experiment.student.path),
         "data.path": images.files(experiment.data.model_copy(update={"eval_path": None})),
         "data.eval_path": _named(experiment.data.eval_path),
+        "data.covariance": _named(experiment.data.covariance),
     }
     return {key: paths for key, paths in found.items() if paths}
 

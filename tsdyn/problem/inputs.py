@@ -13,13 +13,16 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Literal
 
 import numpy as np
+import torch
 from jaxtyping import Float, Int
+from scipy.special import ndtr
 
 from tsdyn import registers
 from tsdyn.experiment.experiment import Experiment
-from tsdyn.problem import images
+from tsdyn.networks.activations import activation
+from tsdyn.problem import covariances, images
 
-STREAMS = ("teacher", "student", "train", "eval", "batches", "probe", "augment")
+STREAMS = ("teacher", "student", "train", "eval", "batches", "probe", "augment", "law", "noise", "noise-probe")
 
 
 def generator(seed: int, stream: str, epoch: int = 0) -> np.random.Generator:
@@ -40,24 +43,84 @@ def _uniform(rng: np.random.Generator, samples: int, inputs: int, *, std: float)
     return rng.uniform(-edge, edge, (samples, inputs))
 
 
-#: Laws by name: (rng, samples, inputs, *, std, **data.arguments) → (sample, input).
-LAWS: Mapping[str, Callable[..., np.ndarray]] = {"gaussian": _gaussian, "uniform": _uniform}
+def _mixture(
+    rng: np.random.Generator, samples: int, inputs: int, *, std: float, latent: int, fixed: np.random.Generator
+) -> np.ndarray:
+    means = fixed.standard_normal((latent, inputs))
+    # one row of normals per sample, so that draws do not depend on how many samples are taken at once
+    drawn = rng.standard_normal((samples, 1 + inputs))
+    component = np.minimum((latent * ndtr(drawn[:, 0])).astype(np.int64), latent - 1)
+    return np.asarray(means[component] + std * drawn[:, 1:])
 
 
-def draw_inputs(experiment: Experiment, rng: np.random.Generator, samples: int) -> Float[np.ndarray, "sample input"]:
+def _hidden_manifold(
+    rng: np.random.Generator,
+    samples: int,
+    inputs: int,
+    *,
+    std: float,
+    latent: int,
+    fixed: np.random.Generator,
+    fold: str,
+) -> np.ndarray:
+    features = fixed.standard_normal((latent, inputs)) / math.sqrt(latent)
+    hidden = std * (rng.standard_normal((samples, latent)) @ features)
+    return activation(fold)(torch.from_numpy(hidden)).numpy()
+
+
+#: Laws by name: (rng, samples, inputs, *, std, **more) → (sample, input).  `more` is ``data.arguments`` for the laws of
+#: packages; for those in `SEEDED` it is ``data.latent``, ``data.fold`` if given, and the generator `fixed` of what all
+#: samples of a seed share.
+LAWS: Mapping[str, Callable[..., np.ndarray]] = {
+    "gaussian": _gaussian,
+    "uniform": _uniform,
+    "mixture": _mixture,
+    "hidden-manifold": _hidden_manifold,
+}
+SEEDED = ("mixture", "hidden-manifold")
+
+
+def draw_inputs(
+    experiment: Experiment, rng: np.random.Generator, samples: int, *, seed: int | None = None
+) -> Float[np.ndarray, "sample input"]:
     """Inputs drawn from the experiment's distribution, in its dtype.
 
-    ``gaussian``: N(0, std²) per coordinate.  ``uniform``: on [−√3 std, √3 std], which has the same variance.  Other
-    laws are offered by installed packages (`registers.LAWS`).
+    ``gaussian``: N(0, std²) per coordinate.  ``uniform``: on [−√3 std, √3 std], which has the same variance.  Either is
+    multiplied by the symmetric square root of ``data.covariance``, or coordinate i by √λ_i with λ_i ∝ i^−s, Σ λ = d
+    for ``data.spectrum`` = s (no rotation).
+
+    ``mixture``: x = μ_c + std ξ; c is one of ``data.latent`` components, all equally likely, ξ is N(0, I), and the
+    means μ_c are drawn N(0, I) once per seed, the same for training and evaluation.  ``hidden-manifold`` (Goldt et
+    al. 2020): x = f(std Fᵀc/√D) with c N(0, I) of dimension D = ``data.latent``, F (D, d) drawn N(0, 1) once per seed,
+    and f the activation ``data.fold``.  Targets are the teacher's outputs at x.
+
+    Other laws are offered by installed packages (`registers.LAWS`).
+
+    Args:
+        experiment: Its ``[data]`` names the law.
+        rng: Generator of the samples.
+        samples: How many.
+        seed: The member's seed, which the laws in `SEEDED` need.
 
     Raises:
-        ValueError: if ``data.law`` names a data set instead of a distribution.
+        ValueError: if ``data.law`` names a data set instead of a distribution, or the seed is missing.
+        DataError: if ``data.covariance`` is no covariance of these inputs.
         PartError: if a package's law draws anything but that many finite real inputs.
     """
     data, shape = experiment.data, (samples, experiment.teacher.widths[0])
     if not data.drawn:
         raise ValueError(f"draw_inputs: data.law = {data.law!r} is a data set; training_inputs takes from it")
-    x = np.asarray(registers.LAWS.load(data.law)(rng, *shape, std=data.std, **(data.arguments or {})))
+    more = dict(data.arguments or {})
+    if data.law in SEEDED:
+        if seed is None:
+            raise ValueError(f"draw_inputs: data.law = {data.law!r} has parts drawn once per seed; pass seed=")
+        more |= {"latent": data.latent, "fixed": generator(seed, "law")}
+        more |= {} if data.fold is None else {"fold": data.fold}
+    x = np.asarray(registers.LAWS.load(data.law)(rng, *shape, std=data.std, **more))
+    if data.covariance is not None:
+        x = x @ covariances.root(data.covariance, shape[1])
+    if data.spectrum is not None:
+        x = x * np.sqrt(covariances.spectrum(shape[1], data.spectrum))
     if registers.LAWS.foreign(data.law) and (x.shape != shape or x.dtype.kind != "f" or not np.isfinite(x).all()):
         raise registers.PartError(
             f"law {data.law!r} of {registers.LAWS.origin(data.law).package} drew {x.dtype} of shape {x.shape}; it must "
@@ -79,8 +142,8 @@ def training_inputs(experiment: Experiment, seed: int, epoch: int = 0) -> Float[
     if not data.drawn:
         return _taken(experiment, seed, 0)
     if data.train == "fresh":
-        return draw_inputs(experiment, generator(seed, "probe", epoch), data.eval)
-    return draw_inputs(experiment, generator(seed, "train"), data.train)
+        return draw_inputs(experiment, generator(seed, "probe", epoch), data.eval, seed=seed)
+    return draw_inputs(experiment, generator(seed, "train"), data.train, seed=seed)
 
 
 def evaluation_inputs(experiment: Experiment, seed: int) -> Float[np.ndarray, "sample input"]:
@@ -91,7 +154,7 @@ def evaluation_inputs(experiment: Experiment, seed: int) -> Float[np.ndarray, "s
     """
     if not experiment.data.drawn:
         return _taken(experiment, seed, 1)
-    return draw_inputs(experiment, generator(seed, "eval"), experiment.data.eval)
+    return draw_inputs(experiment, generator(seed, "eval"), experiment.data.eval, seed=seed)
 
 
 def labels(experiment: Experiment, seed: int, part: Literal["train", "eval"]) -> Int[np.ndarray, " sample"]:
@@ -147,9 +210,14 @@ def fresh_batches(
     pieces = (slice(start, min(start + steps_at_once, steps)) for start in range(0, steps, steps_at_once))
     if experiment.data.augment != "crop-flip":
         rng = generator(seed, "batches", epoch)
+        # a product of matrices may round otherwise for more rows: one step at a time where there is one
+        product = experiment.data.covariance is not None or experiment.data.law == "hidden-manifold"
         for piece in pieces:
             count = piece.stop - piece.start
-            yield draw_inputs(experiment, rng, count * batch).reshape(count, batch, -1)
+            if product:
+                yield np.stack([draw_inputs(experiment, rng, batch, seed=seed) for _ in range(count)])
+            else:
+                yield draw_inputs(experiment, rng, count * batch, seed=seed).reshape(count, batch, -1)
         return
     own, _ = images.split(experiment.data, generator(seed, "train"))
     indices = own[batch_indices(experiment, seed, epoch, len(own))]

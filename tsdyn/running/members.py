@@ -18,17 +18,19 @@ from tsdyn.engine.ensemble import Ensemble, mark_dead
 from tsdyn.engine.loss import loss
 from tsdyn.engine.rule import Rule
 from tsdyn.engine.train import train_epoch
+from tsdyn.experiment.errors import ExperimentError
 from tsdyn.experiment.experiment import Experiment
 from tsdyn.flow import epochs
 from tsdyn.networks.any_module import Own
 from tsdyn.networks.network import Network
 from tsdyn.observables import registry
 from tsdyn.observables.member import Measurement, Probe
-from tsdyn.problem import augmentation
+from tsdyn.problem import augmentation, targets
 from tsdyn.problem.inputs import (
     batch_indices,
     evaluation_inputs,
     fresh_batches,
+    generator,
     labels,
     new_at_every_step,
     training_inputs,
@@ -37,6 +39,7 @@ from tsdyn.problem.students import draw_student
 from tsdyn.problem.teachers import draw_teacher
 from tsdyn.running.own_modules import Maker, made, makers, refuse_other_source
 from tsdyn.running.protocol import of_this_shape
+from tsdyn.running.stopping import Watch
 
 #: Fresh batches of a block of members are drawn this many bytes at a time.
 FRESH_BYTES = 1 << 26
@@ -58,6 +61,19 @@ class Members:
             refuse_other_source(self.experiment, "student", self.student)
         if given[1] is None and self.teacher is not None:
             refuse_other_source(self.experiment, "teacher", self.teacher)
+        stop = self.experiment.training.stop
+        self._watch = None if stop is None else Watch.of(stop, len(self.experiment.seed_labels))
+        if stop is not None and schema.variable(stop.variable).dims != ("seed", "epoch"):
+            dims = ", ".join(schema.variable(stop.variable).dims)
+            raise ExperimentError(
+                f"training.stop.variable = {stop.variable!r}: has dimensions {dims}; take one of (seed, epoch)"
+            )
+        of, data = loss(self.experiment.training.loss), self.experiment.data
+        if (data.noise and of.targets == "classes") or (data.flip and of.targets == "outputs"):
+            raise ExperimentError(
+                f"data: noise = {data.noise}, flip = {data.flip}: training.loss = {of.name!r} has {of.targets} as "
+                "targets; noise is of outputs, flip of classes"
+            )
 
     @cached_property
     def teachers(self) -> list[Network | Own]:
@@ -87,8 +103,11 @@ class Members:
     def finite(self) -> tuple[Tensor, Tensor]:
         """Inputs and targets of the training sets, (member, sample, ...); NaN beyond a member's own samples."""
         inputs = [probe.inputs for probe in self._finite_probes]
-        targets = [self.targets(member, x) for member, x in enumerate(inputs)]
-        padded = (pad_sequence(each, batch_first=True, padding_value=torch.nan) for each in (inputs, targets))
+        aims = [
+            self.targets(member, probe.inputs) if probe.targets is None else probe.targets
+            for member, probe in enumerate(self._finite_probes)
+        ]
+        padded = (pad_sequence(each, batch_first=True, padding_value=torch.nan) for each in (inputs, aims))
         return next(padded), next(padded)
 
     def draw(self) -> None:
@@ -98,7 +117,7 @@ class Members:
             _ = self.finite
 
     def targets(self, member: int, x: Tensor, classes: Tensor | None = None) -> Tensor:
-        """The targets of a member on its inputs `x`, (sample, output).
+        """The clean targets of a member on its inputs `x`, (sample, output).
 
         These are the teacher's outputs; for a loss of classes one-hot rows of `classes`, of the data's labels (`x` must
         then be the training set) or of the teacher's largest output.
@@ -119,8 +138,20 @@ class Members:
 
     @cached_property
     def _finite_probes(self) -> list[Probe]:
-        pairs = zip(self.experiment.seed_labels, self.teachers, strict=True)
-        return [Probe(self._training_set(s, t), t, self._labels(s, "train")) for s, t in pairs]
+        found = []
+        for member, (seed, teacher) in enumerate(zip(self.experiment.seed_labels, self.teachers, strict=True)):
+            x, own = self._training_set(seed, teacher), self._labels(seed, "train")
+            found.append(Probe(x, teacher, own, self._spoiled(member, x, own)))
+        return found
+
+    def _spoiled(self, member: int, x: Tensor, own: Tensor | None, epoch: int = 0) -> Tensor | None:
+        """The targets on training inputs `x` with noise or wrong classes; None if the experiment has neither."""
+        if not targets.spoils(self.experiment):
+            return None
+        classes = own if self.experiment.training.labels == "data" else None
+        with torch.no_grad():
+            clean = loss(self.experiment.training.loss).target(self.teachers[member](x), classes)
+        return targets.of_training_set(self.experiment, self.experiment.seed_labels[member], clean, epoch)
 
     def _training_set(self, seed: int, teacher: Network | Own) -> Tensor:
         if isinstance(teacher, Network) and teacher.plain and self.student is None:
@@ -132,7 +163,8 @@ class Members:
         if self.experiment.data.train != "fresh":
             return self._finite_probes[member]
         seed = self.experiment.seed_labels[member]
-        return Probe(self._tensor(training_inputs(self.experiment, seed, epoch)), self.teachers[member])
+        x = self._tensor(training_inputs(self.experiment, seed, epoch))
+        return Probe(x, self.teachers[member], targets=self._spoiled(member, x, None, epoch))
 
     def stream(self, epoch: int) -> Stream:
         """Batches of the epoch that ends at `epoch`."""
@@ -161,12 +193,16 @@ class Members:
         classes = self._shown(members, epoch) if self.experiment.training.of_data else [None] * len(seeds)
         taken = 0
         pieces = [fresh_batches(self.experiment, seed, epoch, steps_at_once=steps_at_once) for seed in seeds]
+        noises = [generator(seed, "noise", epoch) for seed in seeds]
         for draws in zip(*pieces, strict=True):
             steps, batch, _ = draws[0].shape
             x = torch.stack([self._tensor(draw) for draw in draws]).flatten(1, 2)  # (member, sample, input)
             y = torch.stack([
                 self.targets(member, part, None if shown is None else shown[taken : taken + steps].flatten())
                 for member, part, shown in zip(range(*members.indices(len(self.teachers))), x, classes, strict=True)
+            ])  # fmt: skip
+            y = torch.stack([
+                targets.spoiled(self.experiment, clean, noise) for clean, noise in zip(y, noises, strict=True)
             ])  # fmt: skip
             taken += steps
             rows = torch.arange(steps * batch).view(1, steps, batch).expand(len(seeds), -1, -1)
@@ -182,10 +218,13 @@ class Members:
         return found
 
     def measure(self, epoch: int, variables: tuple[str, ...]) -> dict[str, Any]:
-        """Measurements of all members: variable → (seed,), or one array (seed, node...) per layer; NaN for the dead."""
+        """Measurements of all members: variable → (seed,), or one array (seed, node...) per layer.
+
+        NaN for the dead, and for those that stopped before.  Members whose watched variable says so stop here.
+        """
         found: list[dict[str, Any] | None] = []
         for member in range(self.ensemble.members):
-            if self.ensemble.death_epoch[member] >= 0:
+            if self.ensemble.death_epoch[member] >= 0 or 0 <= self.ensemble.stop_epoch[member] < epoch:
                 found.append(None)
                 continue
             view = Measurement(
@@ -198,7 +237,11 @@ class Members:
                 self.experiment.training.labels,
             )
             found.append(registry.measure(variables, view))
-        return {name: self._stacked(name, [None if f is None else f[name] for f in found]) for name in variables}
+        records = {name: self._stacked(name, [None if f is None else f[name] for f in found]) for name in variables}
+        if self._watch is not None and self._watch.stop.variable in records:
+            ensemble = self.ensemble
+            self._watch.look(records[self._watch.stop.variable], ensemble.stop_epoch, ensemble.idle, epoch)
+        return records
 
     def _stacked(self, name: str, values: list[Any]) -> Any:
         variable, dtype = schema.variable(name), self.experiment.dtype
@@ -234,8 +277,11 @@ class Members:
         return {"teacher_weight": weights, "teacher_bias": biases}
 
     def outcome(self) -> dict[str, Any]:
-        """An empty dict: a training run has no variables that are only known at its end."""
-        return {}
+        """``stop_epoch``, if members may stop; a training run has no other variables that are only known at its end."""
+        if self._watch is None:
+            return {}
+        at = self.ensemble.stop_epoch.numpy()
+        return {"stop_epoch": np.where(at < 0, np.nan, at).astype(self.experiment.dtype)}
 
     def state(self) -> dict[str, np.ndarray]:
         """All that the next epoch depends on; random draws need no state, since they are keyed by (seed, epoch).
@@ -243,7 +289,9 @@ class Members:
         Optimiser moments are included from the start, so that a run killed after its first commit can be resumed.
         """
         self.prepare()
-        return self.ensemble.state()
+        if self._watch is None:
+            return self.ensemble.state()
+        return self.ensemble.state() | {"stop_epoch": self.ensemble.stop_epoch.numpy().copy(), **self._watch.state()}
 
     def restore(self, state: Mapping[str, np.ndarray]) -> None:
         """Set the members to a stored state.
@@ -252,6 +300,9 @@ class Members:
             StateError: if it is not a state of these members.
         """
         self.ensemble.restore(of_this_shape(state, self.state()))
+        if self._watch is not None:
+            self.ensemble.stop_epoch.copy_(torch.from_numpy(np.array(state["stop_epoch"])))
+            self._watch.restore(state)
 
     def prepare(self) -> None:
         """Give the members the moments that training needs."""

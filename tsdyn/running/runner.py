@@ -249,9 +249,10 @@ class _Point:
     def _refuse_changed_inputs(self) -> None:
         """Refuse input files that changed since the run began, before each commit that depends on them.
 
-        The first commit has read all of them; images that are cropped anew are read again at every epoch.
+        The first commit has read all of them; images that are cropped anew, and the covariance of fresh samples, are
+        read again at every epoch.
         """
-        again = not self.experiment.data.drawn and new_at_every_step(self.experiment)
+        again = new_at_every_step(self.experiment)
         used = self._inputs if not self._read else {k: v for k, v in self._inputs.items() if again and "data" in k}
         if used:
             input_files.refuse_other(self._target.path, self.experiment, used, input_files.digests(self.experiment))
