@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import tomli_w
 
@@ -159,6 +159,7 @@ def recordings_below(path: Path) -> list[Path]:
     return sorted(found, key=lambda folder: (folder.parent.name, len(folder.name), folder.name))
 
 
+@runtime_checkable
 class Writer(Protocol):
     """A recorder of this process, which may hold commits that are not on disk yet."""
 

@@ -9,7 +9,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import netCDF4
 import numpy as np
@@ -163,6 +163,7 @@ def _sign(path: Path, experiment: Experiment) -> None:
         write_text(path / EXPERIMENT, experiment.to_toml())
 
 
+@runtime_checkable
 class Described(Protocol):
     """What a directory is of, an experiment without a sweep or a recording, as far as writing it needs."""
 

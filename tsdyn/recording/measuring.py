@@ -176,13 +176,13 @@ DIFFERENTIATED = ("gradient_norm", "hessian_eigenvalue", "neural_tangent_kernel"
 
 
 def measured(names: tuple[str, ...], probed: Probed, own: Mapping[str, Callable[[Any], Any]]) -> dict[str, Any]:
-    """The named variables of a model: each an array, or a list of one per layer, on the CPU."""
+    """The named variables of a model: each an array, or a list of one per layer, on the CPU; copies, since it trains on."""
     found: dict[str, Any] = {}
     with evaluated(probed.model), torch.no_grad():
         for name in names:
             value = own[name](probed) if name in own else MEASURED[name](probed)
             if isinstance(value, (list, tuple)):
-                found[name] = [torch.as_tensor(v).detach().cpu().numpy() for v in value]
+                found[name] = [torch.as_tensor(v).detach().cpu().clone().numpy() for v in value]
             else:
-                found[name] = torch.as_tensor(value).detach().cpu().numpy()
+                found[name] = torch.as_tensor(value).detach().cpu().clone().numpy()
     return found

@@ -313,7 +313,7 @@ class Recorder:
         held = {**dict(self._model.named_parameters()), **dict(self._model.named_buffers())}
         rest = checks.unlabelled(self._model, layers)
         trainable = sum(p.numel() for p in self._model.parameters() if p.requires_grad)
-        names = [n for n in self._chosen]
+        names = list(self._chosen)
         if "weight" in names and rest:
             names.append("parameter")
         if not trainable and (asked := [n for n in names if n in DIFFERENTIATED]):
