@@ -61,8 +61,8 @@ def directory_of(path: Path, config: Mapping[str, Any], seed: int) -> Path:
         same = theirs is not None and {key: label(value) for key, value in theirs.items()} == mine
         if other.name.casefold() == folder.name.casefold() or same:
             raise ValueError(
-                f"Recorder: config {dict(config)} cannot be told from that of {other} ({theirs}), by its directory or by "
-                "its labels; give values that differ otherwise"
+                f"Recorder: config {dict(config)} cannot be told from that of {other} ({theirs}), by its "
+                "directory or labels; give values that differ otherwise"
             )
     inside = recordings_below(folder)
     theirs = Recording.of_directory(inside[0]).config if inside else dict(config)

@@ -176,7 +176,7 @@ DIFFERENTIATED = ("gradient_norm", "hessian_eigenvalue", "neural_tangent_kernel"
 
 
 def measured(names: tuple[str, ...], probed: Probed, own: Mapping[str, Callable[[Any], Any]]) -> dict[str, Any]:
-    """The named variables of a model: each an array, or a list of one per layer, on the CPU; copies, since it trains on."""
+    """The named variables of a model: each an array, or a list of one per layer, as copies on the CPU."""
     found: dict[str, Any] = {}
     with evaluated(probed.model), torch.no_grad():
         for name in names:

@@ -263,8 +263,8 @@ class Recorder:
             now, then, rtol=1e-3, atol=1e-3 * float(then.abs().nan_to_num(0, 0, 0).max()), equal_nan=True
         ):
             raise ArchiveError(
-                f"{self._folder}: with its parameters of epoch {self._writer.durable} the model's outputs on the probe are "
-                "not those of then; its forward has changed, so give Recorder another path"
+                f"{self._folder}: with its parameters of epoch {self._writer.durable} the model's outputs on "
+                "the probe are not those of then; its forward has changed, so give Recorder another path"
             )
         self._attrs = self._attributes(before, self._writer.durable + 1)
         self._last, self._resumed = self._writer.durable, True
@@ -340,13 +340,15 @@ class Recorder:
         like = next(self._model.parameters())
         dtype = str(torch.promote_types(like.dtype, torch.float32)).removeprefix("torch.")
         return Recording(
-            seed, config, every, tuple(self._chosen), dtype, f"{type(self._model).__module__}:{type(self._model).__qualname__}",
+            seed, config, every, tuple(self._chosen), dtype, 
+            f"{type(self._model).__module__}:{type(self._model).__qualname__}",
             rest, checks.shapes(held), checks.digest({"x": self._x, "y": self._y}),
             "" if self._teacher is None else checks.digest(dict(self._teacher.named_parameters())),
-            "half squared error" if self._loss is None else getattr(self._loss, "__qualname__", type(self._loss).__qualname__),
+            _name_of(self._loss),
             int(np.prod(self._x.shape[1:])), layers, _padded([len(w) for w in weights], depth),
             _padded([w.shape[1] for w in weights], depth), _padded([len(w) for w in taught], depth),
-            _padded([w.shape[1] for w in taught], depth), Record().quantiles, min(Record().eigenvalues, max(1, trainable)),
+            _padded([w.shape[1] for w in taught], depth), Record().quantiles,
+            min(Record().eigenvalues, max(1, trainable)),
             sum(int(np.prod(shape)) for shape in rest.values()), tuple(names), sizes,
             declared=tuple(json.loads(json.dumps(asdict(row))) for row in rows), comments=comments,
         )  # fmt: skip
@@ -385,8 +387,8 @@ class Recorder:
             return record | {name: np.full((1, *np.shape(v)), np.nan) for name, v in values.items()}
         kernel = dict(layout.extra).get("sample_2", KERNEL_SAMPLES)
         probed = Probed(
-            self._model, self._x, self._y, self._loss, recording.layers, tuple(recording.parameters), self._teacher_rows,
-            layout, kernel,
+            self._model, self._x, self._y, self._loss, recording.layers, tuple(recording.parameters),
+            self._teacher_rows, layout, kernel,
         )  # fmt: skip
         own = {name: self._asked(name) for name in self._own if name in names}
         found = measuring.measured(names, probed, own)
@@ -420,14 +422,17 @@ class Recorder:
         device = str(next(self._model.parameters()).device)
         now: dict[str, Any] = {
             "recording": self._recording.to_toml(), "name": self._folder.parent.name, "digest": self._recording.digest,
-            **schema.declarations(self._recording.variables), "schema_version": schema.VERSION, "tsdyn_version": __version__,
+            **schema.declarations(self._recording.variables), "schema_version": schema.VERSION,
+            "tsdyn_version": __version__,
             "torch_version": str(torch.__version__), "numpy_version": np.__version__, "device": device,
-            "threads": torch.get_num_threads(), "engine": "the user's loop", "compiler": "none", "cpu": name, "cpu_flags": flags,
-            "dtype": self._recording.dtype, "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "threads": torch.get_num_threads(), "engine": "the user's loop", "compiler": "none", "cpu": name,
+            "cpu_flags": flags,
+            "dtype": self._recording.dtype,
+            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "parameters": json.dumps(self._recording.parameters), "conventions": json.dumps({
-                "loss": "J = 1/2 E|target - output|^2" if self._loss is None else f"{self._recording.loss} of the user's own",
+                "loss": "J = 1/2 E|target - output|^2" if self._loss is None else f"{self._recording.loss}, the user's",
                 "measured": "on the probe, in evaluation mode; nothing of the training is changed",
-                "frozen": "parameters with requires_grad=False are stored, and left out of gradients, Hessians and kernels",
+                "frozen": "parameters with requires_grad=False are stored, not differentiated",
                 "activation": "what the first activation function makes of a layer's output, else the output itself",
                 "correlation": "centred, standardised, signed",
             }),
@@ -453,8 +458,8 @@ class Recorder:
         held = {**dict(self._model.named_parameters()), **dict(self._model.named_buffers())}
         if checks.shapes(held) != self._recording.shapes:
             raise ValueError(
-                f"Recorder.commit: names, types or shapes of the parameters of {type(self._model).__name__} are not those "
-                "that the recording began with; record it under another path"
+                f"Recorder.commit: names, types or shapes of the parameters of {type(self._model).__name__} are not "
+                "those that the recording began with; record it under another path"
             )
 
     def _checked_own(self, own: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -462,8 +467,8 @@ class Recorder:
         expected = self._recording.given
         if (self._writer.durable is not None or self._writer.pending) and set(values) != set(expected):
             raise ValueError(
-                f"Recorder.commit: own values {sorted(values)} are given, at the first commit {sorted(expected)}; give the "
-                "same at every commit"
+                f"Recorder.commit: own values {sorted(values)} are given, at the first commit {sorted(expected)}; give "
+                "the same at every commit"
             )
         for name, value in values.items():
             if name in self._recording.variables and name not in expected:
@@ -504,6 +509,10 @@ class Recorder:
         for name, value in values.items():
             _refuse_other_shape(name, value, given.layout)
         return given
+
+
+def _name_of(loss: Callable[[Tensor, Tensor], Tensor] | None) -> str:
+    return "half squared error" if loss is None else str(getattr(loss, "__qualname__", type(loss).__qualname__))
 
 
 def _padded(sizes: list[int], depth: int) -> tuple[int, ...]:
