@@ -76,7 +76,7 @@ def refuse_odd(ds: xr.Dataset, caller: str) -> None:
     whole = ("seed", "epoch", "layer", "node", "node_2", "teacher_node", "teacher_node_2", "input_node")
     for name, array in ds.variables.items():
         number = name in vocabulary.VARIABLES or name == "coverage"
-        count = (name in vocabulary.COORDINATES and name != "coverage") or name in whole
+        count = (name in vocabulary.COORDINATES and name not in ("coverage", "layer_name")) or name in whole
         if number and array.dtype.kind != "f":
             raise ValueError(
                 f"{caller}: {name} holds {array.dtype}, not floating point numbers; it cannot come from an archive"

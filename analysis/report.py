@@ -92,8 +92,9 @@ def _what_ran(ds: xr.Dataset) -> str:
         (f"{along}s", f"{ds[along].values[0]:g} to {ds[along].values[-1]:g}, {ds.sizes[along]} recorded"),
         ("size", f"{ds.nbytes / 1e6:.1f} MB as arrays"),
     ]
-    written = f"<pre>{text(ds.attrs.get('experiment', 'not recorded'))}</pre>"
-    return _section("What ran", _table(rows), f"<details><summary>experiment.toml</summary>{written}</details>")
+    kind = "recording" if "recording" in ds.attrs else "experiment"
+    written = f"<pre>{text(ds.attrs.get(kind, 'not recorded'))}</pre>"
+    return _section("What ran", _table(rows), f"<details><summary>{kind}.toml</summary>{written}</details>")
 
 
 def _provenance(ds: xr.Dataset) -> str:
@@ -104,7 +105,7 @@ def _provenance(ds: xr.Dataset) -> str:
                 rows += [(f"convention: {name}", said) for name, said in json.loads(value).items()]
             except (ValueError, TypeError, AttributeError, RecursionError):
                 rows.append((key, value))
-        elif key != "experiment":
+        elif key not in ("experiment", "recording"):
             rows.append((key, value))
     return _section("Provenance", _table(rows))
 
@@ -134,6 +135,8 @@ def _coverage(ds: xr.Dataset) -> str:
     if "coverage" not in ds.coords:
         whole = _expected(ds)
         along = schema.path_of(ds)
+        if "recording" in ds.attrs:
+            return _section("Coverage", f"<p>{ds.sizes[along]} {along}s of the user's own loop are there.</p>")
         return _section("Coverage", f"<p>{ds.sizes[along]} of {whole or '?'} {along}s to be recorded are there.</p>")
     named = _points(ds)
     shares = [float(ds["coverage"].sel(at)) for _, at in named]

@@ -16,5 +16,6 @@ from .experiment.errors import ExperimentError as ExperimentError
 from .experiment.experiment import Experiment as Experiment
 from .networks.network import Network as Network
 from .observables.registry import Observed as Observed
+from .recording.recorder import Recorder as Recorder
 from .running.sweep import run as run
 from .schema import declare as declare

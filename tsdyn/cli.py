@@ -232,7 +232,9 @@ def show(directory: Directory) -> None:
     sizes = ", ".join(f"{dim} {size}" for dim, size in ds.sizes.items())
     facts = Table.grid(padding=(0, 2))
     rows = {
-        "experiment": f"{ds.attrs.get('name', '?')}  ({str(ds.attrs.get('digest', '?'))[:12]})",
+        "recording"
+        if "recording" in ds.attrs
+        else "experiment": f"{ds.attrs.get('name', '?')}  ({str(ds.attrs.get('digest', '?'))[:12]})",
         "made": f"{ds.attrs.get('created', '?')}, tsdyn {ds.attrs.get('tsdyn_version', '?')}, "
         f"torch {ds.attrs.get('torch_version', '?')}, {ds.attrs.get('device', '?')}, {ds.attrs.get('dtype', '?')}",
         "dimensions": sizes,

@@ -37,6 +37,8 @@ from tsdyn.vocabulary import (
 VERSION = 3
 
 
+#: Dimensions of declared variables that `tsdyn.Recorder` has sizes for, and experiments do not.
+SAMPLED = ("sample", "sample_2", "output")
 #: Variables that were declared in this process, by name; see `declare`.
 DECLARED: dict[str, Variable] = {}
 
@@ -58,7 +60,8 @@ def declare(
         name: Name of the variable: an identifier that is not the name of a variable, coordinate or dimension.
         dims: ``seed``, ``epoch``, then ``layer`` if it has one array per layer, then node dimensions of `DIMENSIONS`
             whose sizes a run knows (``node``, ``node_2``, ``teacher_node``, ``teacher_node_2``, ``input_node``,
-            ``quantile``, ``mode``, ``top_k``).
+            ``quantile``, ``mode``, ``top_k``), or ``sample``, ``sample_2`` and ``output``, of which only
+            `tsdyn.Recorder` knows the sizes.
         units: Units as in the CF conventions; ``"1"`` for a number without units.
         long_name: One line, fit for an axis label.
         source: Paper and equation, or the package.
@@ -85,7 +88,7 @@ def declare(
         name, tuple(dims), units, long_name, source, conditions, kinds=("training",), deep=deep, own=own,
         bare_teacher=not any(dim.startswith("teacher_") for dim in dims),
     )  # fmt: skip
-    sized = (*NODE_WIDTHS, "input_node", *SIZED)
+    sized = (*NODE_WIDTHS, "input_node", *SIZED, *SAMPLED)
     inner = row.dims[3:] if row.layered else row.dims[2:]
     if row.dims[:2] != ("seed", "epoch") or "layer" in inner or len(set(row.dims)) != len(row.dims):
         raise SchemaError(f"declare: {name}: dims = {row.dims}; begin with seed, epoch and perhaps layer, each once")
@@ -175,6 +178,9 @@ class Layout:
         entries, teacher_entries: How many numbers the parameters and buffers of a student or teacher hold that is a
             module of the user's own.
         path: The dimension along which the run is recorded.
+        extra: Further dimensions with their sizes, which are the same at every layer.
+        layer_names: Names of the layers' modules in a model of the user's own; empty if they have none.
+        comments: What this run says of variables in the place of the schema's conditions.
     """
 
     seeds: tuple[int, ...]
@@ -188,6 +194,9 @@ class Layout:
     entries: int = 0
     teacher_entries: int = 0
     path: Path = "epoch"
+    extra: tuple[tuple[str, int], ...] = ()
+    layer_names: tuple[str, ...] = ()
+    comments: tuple[tuple[str, str], ...] = ()
 
     @property
     def depth(self) -> int:
@@ -204,8 +213,8 @@ class Layout:
 
     def node_widths(self, variable: Variable, dim: str) -> tuple[int, ...]:
         """Sizes without padding of a dimension of `variable` at layers 1..L; one size if it has no layers."""
-        if dim in SIZED:
-            return (self.padded(dim),)
+        if dim in dict(self.extra) or dim in SIZED:
+            return (self.padded(dim),) * (self.depth if variable.layered else 1)
         widths = self._node_widths(variable, dim)
         return widths if variable.layered else widths[:1]
 
@@ -217,6 +226,8 @@ class Layout:
 
     def padded(self, dim: str) -> int:
         """Size of a dimension in the Dataset; node dimensions are padded to the widest layer."""
+        if dim in dict(self.extra):
+            return dict(self.extra)[dim]
         if dim in SIZED:
             sizes = {"quantile": len(self.quantiles), "mode": self.modes, "top_k": min(TOP, self.widths[-1])}
             return (sizes | {"entry": self.entries, "teacher_entry": self.teacher_entries})[dim]
@@ -361,7 +372,8 @@ def problems(ds: xr.Dataset, *, swept: Iterable[str] = ()) -> list[str]:
             found.append(f"coordinate {dim}: labels repeat")
     if path in ds.indexes and not ds.indexes[path].is_monotonic_increasing:
         found.append(f"coordinate {path}: not increasing")
-    for key in ("experiment", "digest", "schema_version", "tsdyn_version"):
+    made_by = "recording" if "recording" in ds.attrs else "experiment"
+    for key in (made_by, "digest", "schema_version", "tsdyn_version"):
         if key not in ds.attrs:
             found.append(f"attribute {key}: missing")
     return found

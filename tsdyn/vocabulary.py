@@ -32,6 +32,7 @@ DIMENSIONS: Mapping[str, str] = {
     "input_node": "node of the layer below (layer 1: the input); of a convolution (channel, row, column) of its kernel",
     "output": "node of the output layer",
     "sample": "sample of a data set",
+    "sample_2": "second sample of a pair",
     "mode": "eigenvalue, largest first",
     "quantile": "quantile over samples",
     "top_k": "how many of the largest outputs count",
@@ -518,6 +519,7 @@ COORDINATES: Mapping[str, Variable] = _table(
     Variable("teacher_width", ("layer",), "1", "nodes of the teacher layer", "tsdyn"),
     Variable("input_width", ("layer",), "1", "nodes of the layer below the student layer", "tsdyn"),
     Variable("teacher_input_width", ("layer",), "1", "nodes of the layer below the teacher layer", "tsdyn"),
+    Variable("layer_name", ("layer",), "1", "name of the layer's module in a model of the user's own", "tsdyn"),
     Variable(
         "death_epoch",
         ("seed",),

@@ -24,6 +24,7 @@ import xarray as xr
 
 from tsdyn import schema, vocabulary
 from tsdyn.archive import netcdf
+from tsdyn.archive.recordings import FILE, Recording
 from tsdyn.archive.run_directory import ARCHIVE, EXPERIMENT, RUN, refuse_another, segments
 from tsdyn.archive.whole_files import (
     ALWAYS_VERIFIED,
@@ -42,7 +43,7 @@ from tsdyn.experiment.experiment import Experiment
 INDEX = "index.json"
 _INDEX = re.compile(rb'\{"sha256": "([0-9a-f]{64})", "kept": (.*)\}', re.DOTALL)
 #: Global attributes that differ from run to run, so that they are kept outside the shared header.
-OWN = ("experiment", "name", "digest", "created", RUN, "input_sha256", "history")
+OWN = ("experiment", "recording", "name", "digest", "created", RUN, "input_sha256", "history")
 
 #: Dimensions, values and attributes of what is loaded when a file is opened.
 Loaded = tuple[tuple[str, ...], Any, dict[str, Any]]
@@ -201,7 +202,7 @@ def _plain(attrs: Mapping[str, Any]) -> dict[str, Any]:
     return {n: v.tolist() if isinstance(v, (np.ndarray, np.generic)) else v for n, v in shown.items()}
 
 
-def refuse_other(source: Source, expected: Callable[[], Experiment]) -> None:
+def refuse_other(source: Source, expected: Callable[[], Experiment | Recording]) -> None:
     """Refuse a file whose attributes name another run: its numbers would get the wrong labels.
 
     Raises:
@@ -209,6 +210,13 @@ def refuse_other(source: Source, expected: Callable[[], Experiment]) -> None:
     """
     try:
         mine, text = expected(), source.own.get("experiment")
+        if isinstance(mine, Recording):
+            if source.own.get("recording", Source.of(source.path).own.get("recording")) != mine.to_toml():
+                raise ArchiveError(
+                    f"{source.path}: holds a file of another recording than {FILE} beside it says; if directories or "
+                    "files were exchanged, put each where it was"
+                )
+            return
         if text == mine.to_toml() or (text is None and source.own.get("digest") == mine.digest):
             return
         if text is None:  # the index remembers the digest alone
@@ -255,7 +263,7 @@ class Headers:
                 self._entries = {name: _Entry(*kept) for name, kept in found["runs"].items()}
                 self._of_theirs = set(self._entries) if found["experiment"] == self._experiment else set()
 
-    def finished(self, name: str, expected: Callable[[], Experiment]) -> Source | None:
+    def finished(self, name: str, expected: Callable[[], Experiment | Recording]) -> Source | None:
         """The archive of one point; None if it is not finished.
 
         Raises:
@@ -294,7 +302,7 @@ class Headers:
             self._changed = True
         return source._replace(header=self._headers[self._entries[name].header])
 
-    def committed(self, name: str, expected: Callable[[], Experiment]) -> list[Source]:
+    def committed(self, name: str, expected: Callable[[], Experiment | Recording]) -> list[Source]:
         """The archive of one point, or the segments of an unfinished one; empty if it has neither.
 
         Raises:

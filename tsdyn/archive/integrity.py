@@ -23,6 +23,7 @@ from tsdyn.archive import netcdf, own_process, study_directories
 from tsdyn.archive.headers import Source
 from tsdyn.archive.lock import Lock
 from tsdyn.archive.reading import opened
+from tsdyn.archive.recordings import FILE, Recording, flush_below, recordings_below
 from tsdyn.archive.run_directory import (
     ARCHIVE,
     DROPPED,
@@ -70,6 +71,9 @@ def check(path: str | Path) -> list[str]:
     ``experiment.toml``; and every stored number is read once.  An unfinished run is whole if what it committed is.
     """
     path = local_path(path)
+    flush_below(path)
+    if path.is_dir() and not (path / EXPERIMENT).exists() and (found := recordings_below(path)):
+        return list(dict.fromkeys(problem for folder in found for problem in _check_run(folder)))
     if (path / SWEEP).is_file():
         return list(dict.fromkeys(_check_sweep(path)))
     of_a_study = study_directories.result(path)
@@ -116,12 +120,12 @@ def _check_sweep(path: Path) -> Iterator[str]:
 
 
 def _check_run(path: Path, expected: Experiment | None = None) -> Iterator[str]:
-    for entry in (path / EXPERIMENT, path / ARCHIVE, path / SEGMENTS):
+    for entry in (path / EXPERIMENT, path / FILE, path / ARCHIVE, path / SEGMENTS):
         if entry.is_symlink():
             yield f"{entry}: is a symbolic link; a run holds its own files"
     try:
-        experiment = Experiment.from_toml(path / EXPERIMENT, archived=True)
-    except ExperimentError as error:
+        experiment = _of_directory(path)
+    except (ExperimentError, ArchiveError, schema.SchemaError) as error:
         yield str(error)
         return
     if expected is not None and experiment != expected and not extends(expected, experiment):
@@ -152,12 +156,30 @@ def _check_run(path: Path, expected: Experiment | None = None) -> Iterator[str]:
     missing = [e for e in experiment.labels if e not in recorded and (finished or e <= last)]
     if missing:
         yield f"{path}: {dimension}s {_few(missing)} are not there"
-    extra = sorted(recorded - set(experiment.labels) - kept) if finished else []
+    listed = set(experiment.labels) if isinstance(experiment, Experiment) else recorded
+    extra = sorted(recorded - listed - kept) if finished else []
     if extra or epochs != sorted(recorded):
         yield f"{path}: {dimension}s {_few(extra or epochs)} are not those of the schedule, in order"
 
 
-def _check_file(path: Path, experiment: Experiment | None = None) -> Iterator[str]:
+def _of_directory(path: Path) -> Experiment | Recording:
+    if (path / FILE).is_file():
+        return _known(Recording.of_directory(path))
+    return Experiment.from_toml(path / EXPERIMENT, archived=True)
+
+
+def _known(recording: Recording) -> Recording:
+    recording.adopt()
+    return recording
+
+
+def _of_text(text: str) -> Experiment | Recording:
+    if text.startswith('kind = "recording"'):
+        return _known(Recording.of_text(text))
+    return Experiment.from_toml_text(text, archived=True)
+
+
+def _check_file(path: Path, experiment: Experiment | Recording | None = None) -> Iterator[str]:
     try:
         kept = sealed(path)
     except ArchiveError as error:
@@ -181,7 +203,7 @@ def _said_of(path: Path) -> Iterator[str]:
             yield f"{path}: {', '.join(source.wrong)}: {WRONG}"
 
 
-def _contents(path: Path, experiment: Experiment | None, *, unsealed: bool = False) -> Iterator[str]:
+def _contents(path: Path, experiment: Experiment | Recording | None, *, unsealed: bool = False) -> Iterator[str]:
     try:
         ds = opened(path)
     except ArchiveError as error:
@@ -220,8 +242,10 @@ def _apart(file: Path, work: Callable[[], Iterator[str]]) -> list[str] | None:
         return None
 
 
-def _is_of(attrs: Mapping[str, Any], experiment: Experiment) -> bool:
+def _is_of(attrs: Mapping[str, Any], experiment: Experiment | Recording) -> bool:
     """Whether a file's attributes name `experiment`, or a shorter one that it extends."""
+    if isinstance(experiment, Recording):
+        return attrs.get("recording") == experiment.to_toml()
     text = str(attrs.get("experiment"))
     try:
         theirs = Experiment.from_toml_text(text, archived=True)
@@ -235,6 +259,9 @@ def _is_of(attrs: Mapping[str, Any], experiment: Experiment) -> bool:
 
 def _blocks(array: netCDF4.Variable) -> Iterator[tuple[slice, ...]]:
     """Indices that cover a variable in whole chunks, of about `BLOCK_BYTES` each."""
+    if not isinstance(array.dtype, np.dtype):  # text, of which there is little
+        yield tuple(slice(0, n) for n in array.shape)
+        return
     stored = array.chunking()
     step = list(stored) if isinstance(stored, list) else list(array.shape)
     for axis in reversed(range(len(step))):
@@ -266,6 +293,10 @@ def repair(path: str | Path) -> list[str]:
             links, through which files elsewhere would be moved.
     """
     path = local_path(path)
+    if path.is_dir() and not (path / FILE).exists() and not (path / EXPERIMENT).exists():
+        below = recordings_below(path)
+        if below:
+            return [line for folder in below for line in repair(folder)]
     if (path / SWEEP).is_file():
         try:
             points = [path / name for name in sweep_points(path)]
@@ -294,16 +325,17 @@ def repair(path: str | Path) -> list[str]:
 def _repair_run(path: Path) -> Iterator[str]:
     files = sorted((path / SEGMENTS).glob("*.nc"))
     try:
-        experiment = Experiment.from_toml(path / EXPERIMENT, archived=True)
-    except ExperimentError as error:
+        experiment = _of_directory(path)
+    except (ExperimentError, ArchiveError) as error:
         remembered = _remembered([path / ARCHIVE, *files])
         if remembered is None:
             raise DirectoryError(f"{error}; no whole file here remembers the experiment either") from None
         experiment = remembered
-        if (path / EXPERIMENT).exists():
-            _move_to_damaged(path, path / EXPERIMENT)
-        write_text(path / EXPERIMENT, experiment.to_toml())
-        yield f"{path / EXPERIMENT}: written anew from what the archive remembers ({error})"
+        own = path / (FILE if isinstance(remembered, Recording) else EXPERIMENT)
+        if own.exists():
+            _move_to_damaged(path, own)
+        write_text(own, experiment.to_toml())
+        yield f"{own}: written anew from what the archive remembers ({error})"
     yield from _without_leftovers(path, path / SEGMENTS)
     after = -1
     found = {file: list(_check_file(file, experiment)) for file in [*files, path / ARCHIVE] if file.exists()}
@@ -344,11 +376,12 @@ def _without_leftovers(*folders: Path) -> Iterator[str]:
         yield f"{leftover}: removed; a write that was cut short"
 
 
-def _remembered(files: Sequence[Path]) -> Experiment | None:
+def _remembered(files: Sequence[Path]) -> Experiment | Recording | None:
     for file in files:
         if file.exists() and sealed(file) is not False:
             try:
-                return Experiment.from_toml_text(Source.of(file).own["experiment"], archived=True)
+                own = Source.of(file).own
+                return _of_text(own["recording"] if "recording" in own else own["experiment"])
             except (ArchiveError, ExperimentError, KeyError):
                 continue
     return None
@@ -368,7 +401,7 @@ def _move_to_damaged(path: Path, file: Path) -> Path:
     return target
 
 
-def _salvaged(path: Path, experiment: Experiment, damaged: Path) -> Iterator[str]:
+def _salvaged(path: Path, experiment: Experiment | Recording, damaged: Path) -> Iterator[str]:
     found = _apart(damaged, lambda: _salvage(path, experiment, damaged))
     if found is None:
         for leftover in path.glob(".*.tmp"):
@@ -378,7 +411,7 @@ def _salvaged(path: Path, experiment: Experiment, damaged: Path) -> Iterator[str
     yield from found
 
 
-def _salvage(path: Path, experiment: Experiment, damaged: Path) -> Iterator[str]:
+def _salvage(path: Path, experiment: Experiment | Recording, damaged: Path) -> Iterator[str]:
     """Copy what can be read of the damaged archive into a new one."""
     layout, dropped = experiment.layout, []
     variables = experiment.recorded()

@@ -275,7 +275,9 @@ def _tile(sizes: Sequence[int]) -> int:
 
 def _sizes(layout: Layout, epochs: int) -> dict[str, int]:
     sizes = {"seed": len(layout.seeds), "epoch": epochs, "layer": layout.depth}
-    return sizes | {dim: layout.padded(dim) for dim in (*vocabulary.NODE_WIDTHS, "input_node", *vocabulary.SIZED)}
+    extra = (dim for dim, _ in layout.extra)
+    dims = dict.fromkeys((*vocabulary.NODE_WIDTHS, "input_node", *vocabulary.SIZED, *extra))
+    return sizes | {dim: layout.padded(dim) for dim in dims}
 
 
 def _chunks(variable: vocabulary.Variable, layout: Layout, sizes: Mapping[str, int], itemsize: int) -> list[int]:
@@ -330,6 +332,10 @@ def create(
         column = nc.createVariable(name, "i8", ("layer",), fletcher32=True)
         column.setncatts(COORDINATES[name].attrs)
         column[:] = np.asarray(values, dtype=np.int64)
+    if layout.layer_names:
+        names = nc.createVariable("layer_name", str, ("layer",))
+        names.setncatts(COORDINATES["layer_name"].attrs)
+        names[:] = np.asarray(layout.layer_names, dtype=object)
     death = nc.createVariable("death_epoch", "i8", ("seed",), fletcher32=True)
     death.setncatts(COORDINATES["death_epoch"].attrs)
     death[:] = -1
@@ -343,8 +349,11 @@ def create(
             fletcher32=len(epochs) > 0 or "epoch" not in variable.dims,
             chunksizes=_chunks(variable, layout, sizes, np.dtype(dtype).itemsize),
         )
-        array.setncatts(variable.attrs)
-    nc.setncatts({**attrs, "coordinates": " ".join([*columns, "death_epoch"])})
+        said = dict(layout.comments).get(name)
+        array.setncatts(variable.attrs | ({} if said is None else {"comment": said}))
+    nc.setncatts(
+        {**attrs, "coordinates": " ".join([*columns, *(["layer_name"] if layout.layer_names else []), "death_epoch"])}
+    )
 
 
 def index(

@@ -9,9 +9,10 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import tomllib
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
@@ -26,6 +27,7 @@ from tsdyn import schema, vocabulary
 from tsdyn.archive import study_directories
 from tsdyn.archive.headers import Header, Headers, Source
 from tsdyn.archive.lazy_arrays import Cells, Stored
+from tsdyn.archive.recordings import Recording, flush_below, recordings_below
 from tsdyn.archive.run_directory import ARCHIVE, EXPERIMENT
 from tsdyn.archive.sweep_directory import SWEEP, label, point_directories
 from tsdyn.archive.whole_files import ALWAYS_VERIFIED, ArchiveError, DirectoryError, local_path
@@ -93,6 +95,7 @@ def open(
 
 def opened(path: Path, *, skip_damaged: bool = False, upto: float = -1.0) -> xr.Dataset:
     """`open` of one path, without its warning; files of at most `upto` bytes are compared with their checksums."""
+    flush_below(path)
     if path.is_file():
         return _one_file(path, upto)
     if (path / SWEEP).is_file():
@@ -102,12 +105,69 @@ def opened(path: Path, *, skip_damaged: bool = False, upto: float = -1.0) -> xr.
     of_a_study = study_directories.result(path)
     if of_a_study is not None:
         return study_directories.read(of_a_study)
+    if not (path / EXPERIMENT).exists() and (recorded := recordings_below(path)):
+        return _recordings(path, recorded, skip_damaged, upto)
     sources = Headers(path, upto).committed(".", lambda: Experiment.from_toml(path / EXPERIMENT, archived=True))
     if not sources and any((path / name).exists() for name in ("zarr.json", ".zgroup", ".zmetadata")):
         raise DirectoryError(f"{path}: is a zarr store; open it by xarray.open_zarr({str(path)!r})")
     if not sources:
         raise DirectoryError(f"{path}: holds no archive and no committed epoch; finish it with `tsdyn run`")
     return _whole({(): sources}, ()).assign_attrs(sources[0].own)
+
+
+def _recordings(path: Path, folders: Sequence[Path], skip_damaged: bool, upto: float) -> xr.Dataset:
+    """Recordings as one lazy Dataset: seeds joined, and the keys of their configs as leading dimensions.
+
+    In the directory of one config, or of one seed, its config is an attribute and no dimension.
+    """
+    headers, found = Headers(path, upto), dict[Path, tuple[Recording, list[Source]]]()
+    for folder in folders:
+        try:
+            of = Recording.of_directory(folder)
+            name = os.path.relpath(folder, path)
+            found[folder] = of, headers.committed(name, lambda of=of: of)  # type: ignore[misc]
+        except ArchiveError as error:
+            if not skip_damaged:
+                raise
+            warnings.warn(f"{error}; left NaN", stacklevel=5)
+    with suppress(ArchiveError):  # as for sweeps
+        headers.write()
+    held = {folder: (of, sources) for folder, (of, sources) in found.items() if sources}
+    if not held:
+        raise DirectoryError(f"{path}: holds recordings of which nothing is committed yet")
+    several = folders[0].parent.parent == path
+    keys = tuple(dict.fromkeys(key for of, _ in held.values() for key in of.config)) if several else ()
+    names = sweep_dimensions(keys)
+    labels = {folder: tuple(label(of.config.get(key, "unset")) for key in keys) for folder, (of, _) in held.items()}
+    taken = [_in_order(at[i] for at in labels.values()) for i in range(len(keys))]
+    cells: dict[tuple[int, ...], list[Source]] = {}
+    seeds: dict[tuple[tuple[int, ...], int], Path] = {}
+    for folder, (of, sources) in held.items():
+        place = tuple(values.index(value) for values, value in zip(taken, labels[folder], strict=True))
+        other = seeds.setdefault((place, of.seed), folder)
+        if other != folder:
+            raise DirectoryError(f"{path}: {other} and {folder} hold the same seed of one config; move one away")
+        cells.setdefault(place, []).extend(sources)
+    grid = tuple(
+        Axis(names[key], (names[key],), tuple((value,) for value in values))
+        for key, values in zip(keys, taken, strict=True)
+    )
+    ds = _whole(cells, grid, skip_damaged).assign_attrs({"name": path.absolute().name})
+    if grid:
+        share = np.zeros([len(values) for values in taken])
+        for place in cells:
+            share[place] = 1.0
+        dims = tuple(axis.dimension for axis in grid)
+        ds = ds.assign_coords(coverage=xr.Variable(dims, share, vocabulary.COORDINATES["coverage"].attrs))
+    _, (first, *_) = next(iter(held.values()))
+    one = first.own if "recording" in first.own else Source.of(first.path).own
+    return ds.assign_attrs(one | {"name": path.absolute().name})
+
+
+def _in_order(values: Iterable[Any]) -> list[Any]:
+    """Values without repetition, sorted if they are all numbers."""
+    found = list(dict.fromkeys(values))
+    return sorted(found) if all(isinstance(value, (int, float)) for value in found) else found
 
 
 def _one_file(path: Path, upto: float) -> xr.Dataset:
@@ -351,6 +411,13 @@ def _columns(cells: Cells, labels: Mapping[str, list[Any]], grid: Sequence[Axis]
         found = {n: xr.Variable(*c) for n, c in sources[0].header.columns.items() if c[0] != (n,)}
     else:
         found = _gridded(cells, labels, grid)
+    names = {tuple(s.header.columns["layer_name"][1]) for s in sources if "layer_name" in s.header.columns}
+    found.pop("layer_name", None)
+    if names:
+        longest = max(names, key=len)
+        alike = all(longest[: len(one)] == one for one in names)  # else each recording's attribute says its own
+        shown = longest if alike else tuple(f"layer {label}" for label in labels["layer"])
+        found["layer_name"] = xr.Variable("layer", list(shown), vocabulary.COORDINATES["layer_name"].attrs)
     if any(source.death for source in sources):
         outer, sizes = tuple(axis.dimension for axis in grid), tuple(len(axis.values) for axis in grid)
         death = np.full((*sizes, len(labels["seed"])), -1)
@@ -371,7 +438,11 @@ def _gridded(cells: Cells, labels: Mapping[str, list[Any]], grid: Sequence[Axis]
     found: dict[str, xr.Variable] = {}
     for place, (first, *_) in cells.items():
         for name, (dims, values, attrs) in first.header.columns.items():
-            if name not in vocabulary.COORDINATES or (name in found and found[name].dims != (*outer, *dims)):
+            if (
+                name == "layer_name"
+                or name not in vocabulary.COORDINATES
+                or (name in found and found[name].dims != (*outer, *dims))
+            ):
                 continue
             if name not in found:
                 empty = np.full((*sizes, *(len(labels[d]) for d in dims)), -1)

@@ -9,7 +9,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import netCDF4
 import numpy as np
@@ -39,8 +39,9 @@ from tsdyn.archive.wrong_numbers import WRONG_THROUGH
 from tsdyn.experiment.errors import ExperimentError
 from tsdyn.experiment.experiment import Experiment, differences
 from tsdyn.experiment.sweep_axes import axes, places
+from tsdyn.schema import Layout
 from tsdyn.schema import variable as variable_of
-from tsdyn.vocabulary import Label
+from tsdyn.vocabulary import Label, When
 
 EXPERIMENT = "experiment.toml"
 ARCHIVE = "archive.nc"
@@ -178,7 +179,38 @@ def _sign(path: Path, experiment: Experiment) -> None:
         write_text(path / EXPERIMENT, experiment.to_toml())
 
 
-class RunDirectory:
+@runtime_checkable
+class Described(Protocol):
+    """What a directory is of, an experiment without a sweep or a recording, as far as writing it needs."""
+
+    @property
+    def layout(self) -> Layout:
+        """Sizes of the dimensions."""
+        ...
+
+    @property
+    def dtype(self) -> str:
+        """Of the numbers."""
+        ...
+
+    @property
+    def labels(self) -> tuple[Label, ...]:
+        """Labels that a finished directory must have."""
+        ...
+
+    def recorded(self, when: When | None = None) -> tuple[str, ...]:
+        """Variables that are recorded, or only those of `when`."""
+        ...
+
+    def to_toml(self) -> str:
+        """Text of its file."""
+        ...
+
+
+D = TypeVar("D", bound=Described)
+
+
+class RunDirectory(Generic[D]):
     """The directory of one run, held for writing.
 
     Use as a context manager: entering takes the lock and clears what an interrupted writer left, leaving frees the
@@ -194,8 +226,11 @@ class RunDirectory:
             named), files that are not a run's, or symbolic links.  Nothing is overwritten.
     """
 
-    def __init__(self, path: str | Path, experiment: Experiment) -> None:
-        if experiment.sweep:
+    #: Name of the file that says what the directory is of.
+    file = EXPERIMENT
+
+    def __init__(self, path: str | Path, experiment: D) -> None:
+        if isinstance(experiment, Experiment) and experiment.sweep:
             raise ValueError(
                 "RunDirectory: the experiment has a sweep; each point of it is a run (tsdyn.run does this)"
             )
@@ -206,10 +241,10 @@ class RunDirectory:
         self._lock = Lock(self.path)
         self._run: str | None = None
 
-    def __enter__(self) -> RunDirectory:
-        if not _claimed(self.path, self.experiment):
+    def __enter__(self) -> RunDirectory[D]:
+        if not self._claimed():
             make_directory(self.path)
-        for name in (LOCK, EXPERIMENT, ARCHIVE, SEGMENTS):
+        for name in (LOCK, self.file, ARCHIVE, SEGMENTS):
             refuse_link(self.path / name)
         self._lock.acquire()
         try:
@@ -224,9 +259,20 @@ class RunDirectory:
     def __exit__(self, *_: object) -> None:
         self._lock.release()
 
+    def _claimed(self) -> bool:
+        return _claimed(self.path, self._own)
+
+    def _sign(self) -> None:
+        _sign(self.path, self._own)
+
+    @property
+    def _own(self) -> Experiment:
+        assert isinstance(self.experiment, Experiment)  # a recording's directory overrides what asks for it
+        return self.experiment
+
     def _settle(self) -> None:
         """Finish what an interrupted writer began: remove leftovers, and segments whose archive is verified."""
-        _sign(self.path, self.experiment)
+        self._sign()
         for folder in (self.path, self.path / SEGMENTS):
             for leftover in folder.glob(".*.tmp"):
                 leftover.unlink()
@@ -237,41 +283,47 @@ class RunDirectory:
             if any((self.path / SEGMENTS).iterdir()):
                 refuse_changed(self.path / ARCHIVE)
             self._drop_segments()
+        self._extend()
+        if not self.finished and not (self.path / SEGMENTS).is_dir():
+            make_directory(self.path / SEGMENTS)
+
+    def _extend(self) -> None:
+        """Make the directory that of this run, if it is of a shorter one."""
         theirs = Experiment.from_toml(self.path / EXPERIMENT, archived=True)
         if theirs != self.experiment:
             if self.finished:
                 self._reopen()
             write_text(self.path / EXPERIMENT, self.experiment.to_toml())
-        if not self.finished and not (self.path / SEGMENTS).is_dir():
-            make_directory(self.path / SEGMENTS)
 
     def _reopen(self) -> None:
         """Make the archive of a finished run the first segment of the longer one, in one rename."""
         refuse_changed(self.path / ARCHIVE)
         with netcdf.dataset(self.path / ARCHIVE) as nc:
             # experiment.toml can be of another run: what is gone on from is what the archive itself says
-            shorter = self._own(self.path / ARCHIVE, netcdf.attributes(nc))
+            shorter = self._gone_on_from(self.path / ARCHIVE, netcdf.attributes(nc))
             if "state" not in nc.groups:
                 raise DirectoryError(
                     f"{self.path}: its archive is of schema {nc.schema_version}, which keeps no state to train on "
-                    f"from; it stays as it is, run {self.experiment.training.epochs} epochs into another directory"
+                    f"from; it stays as it is, run {self._own.training.epochs} epochs into another directory"
                 )
+        self._archive_as_segment(segment_path(self.path, 0, shorter.training.epochs))
+
+    def _archive_as_segment(self, target: Path) -> None:
         make_directory(self.path / SEGMENTS)
-        target = segment_path(self.path, 0, shorter.training.epochs)
         write_text(seal_of(target), f"{sha256(self.path / ARCHIVE)}  {target.name}\n")
         (self.path / ARCHIVE).rename(target)
         sync_directory(self.path / SEGMENTS)
         sync_directory(self.path)
         seal_of(self.path / ARCHIVE).unlink(missing_ok=True)
 
-    def _own(self, file: Path, attrs: Mapping[str, Any]) -> Experiment:
+    def _gone_on_from(self, file: Path, attrs: Mapping[str, Any]) -> Experiment:
         """The experiment of a file that is gone on from, or joined.
 
         Raises:
             ArchiveError: if it is of another run, or does not say of which.
         """
         try:
-            return refuse_another(file, attrs.get("experiment"), self.experiment)
+            return refuse_another(file, attrs.get("experiment"), self._own)
         except ExperimentError as error:
             raise ArchiveError(f"{file}: does not say of which experiment it is: {error}") from error
 
@@ -362,7 +414,7 @@ class RunDirectory:
         try:
             with netcdf.dataset(newest.path) as nc:
                 attrs = netcdf.attributes(nc)
-                self._own(newest.path, attrs)
+                self._gone_on_from(newest.path, attrs)
                 return netcdf.read_state(nc), attrs
         except (OSError, RuntimeError, AttributeError) as error:
             if isinstance(error, ArchiveError):
@@ -382,9 +434,7 @@ class RunDirectory:
         for file in files:
             refuse_changed(file)
         parts, epochs = joining.recorded(files, self.experiment.labels, self.layout.path)
-        for part in {str(part.attrs.get("experiment")): part for part in parts}.values():
-            self._own(part.path, part.attrs)
-        attrs = {**attrs, **self._own_attrs(), **_history(parts, epochs, self.experiment, self.variables)}
+        attrs = {**attrs, **self._own_attrs(), **self._history(parts, epochs)}
         with replacing(self.path / ARCHIVE, self.bytes_per_epoch * len(epochs), seal=True) as temporary:
             try:
                 differing = own_process.run(lambda: self._join(parts, epochs, attrs, temporary))
@@ -410,6 +460,11 @@ class RunDirectory:
                 joining.copy(parts, self.layout, self.variables, nc)
             with netcdf.dataset(target) as nc:
                 return joining.differing(parts, self.layout, self.variables, nc)
+
+    def _history(self, parts: list[joining.Part], epochs: list[Label]) -> Mapping[str, Any]:
+        for part in {str(part.attrs.get("experiment")): part for part in parts}.values():
+            self._gone_on_from(part.path, part.attrs)
+        return _history(parts, epochs, self._own, self.variables)
 
     def _drop_segments(self) -> None:
         """Remove the segments once the archive is finished and whole."""

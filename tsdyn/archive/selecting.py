@@ -24,6 +24,11 @@ def experiment_of(ds: xr.Dataset) -> Experiment:
         ValueError: if the Dataset names none, or comes from several archives opened together, each with its own.
     """
     text = ds.attrs.get("experiment")
+    if "recording" in ds.attrs:
+        raise ValueError(
+            "experiment_of: this is a recording of a loop of the user's own (tsdyn.Recorder), which has no experiment "
+            "file from which networks, teacher and data could be made again"
+        )
     if text is None:
         if "opened" in ds.attrs:
             raise ValueError(

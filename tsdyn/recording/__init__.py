@@ -1,0 +1,1 @@
+"""Labelled archives of anybody's training loop: `tsdyn.Recorder`."""

@@ -1,0 +1,164 @@
+"""What `tsdyn.Recorder` refuses before it writes anything, one sentence each."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tsdyn import vocabulary
+from tsdyn.archive.recording_directory import neighbours
+from tsdyn.archive.recordings import Recording, recordings_below
+from tsdyn.archive.sweep_directory import label, point_name
+from tsdyn.observables.layers import evaluated, is_layer, traced
+
+_KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*")
+
+
+def checked_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with plain values.
+
+    Raises:
+        ValueError: for a key or value that cannot name a directory and a coordinate.
+    """
+    found = {}
+    for key, value in config.items():
+        if not isinstance(key, str) or not _KEY.fullmatch(key):
+            raise ValueError(f"Recorder: config key {key!r} is no name; use letters, digits and _, with dots between")
+        if key in {*vocabulary.DIMENSIONS, *vocabulary.VARIABLES, *vocabulary.COORDINATES}:
+            raise ValueError(f"Recorder: config key {key!r} is a word of the schema; write it as model.{key}, say")
+        plain = value.item() if isinstance(value, np.generic) else list(value) if isinstance(value, tuple) else value
+        items = plain if isinstance(plain, list) else [plain]
+        if not all(isinstance(i, (bool, int, str)) or (isinstance(i, float) and math.isfinite(i)) for i in items):
+            raise ValueError(
+                f"Recorder: config[{key!r}] = {value!r}; a finite number, a text or a list of them is needed"
+            )
+        found[key] = plain
+    return found
+
+
+def directory_of(path: Path, config: Mapping[str, Any], seed: int) -> Path:
+    """``path/KEY=VALUE,.../seed=N``.
+
+    Raises:
+        ValueError: if another config beside it would share its name where case is ignored, or its labels.
+    """
+    if not config:
+        return path / f"seed={seed}"
+    folder = path / point_name(config)
+    mine = {key: label(value) for key, value in config.items()}
+    for other in neighbours(folder):
+        inside = recordings_below(other)
+        theirs = Recording.of_directory(inside[0]).config if inside else None
+        same = theirs is not None and {key: label(value) for key, value in theirs.items()} == mine
+        if other.name.casefold() == folder.name.casefold() or same:
+            raise ValueError(
+                f"Recorder: config {dict(config)} cannot be told from that of {other} ({theirs}), by its "
+                "directory or labels; give values that differ otherwise"
+            )
+    inside = recordings_below(folder)
+    theirs = Recording.of_directory(inside[0]).config if inside else dict(config)
+    if theirs != dict(config):
+        raise ValueError(f"Recorder: {folder} holds the config {theirs}, and this is {dict(config)}; give other values")
+    return folder / f"seed={seed}"
+
+
+def checked_probe(model: nn.Module, probe: Any) -> tuple[Tensor, Tensor]:
+    """Inputs and targets as tensors.
+
+    Raises:
+        ValueError: if they do not fit the model.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"Recorder: model is {type(model).__name__}; an nn.Module is needed")
+    if not isinstance(probe, (tuple, list)) or len(probe) != 2:
+        raise ValueError("Recorder: probe is a pair of inputs and targets, probe=(x, y)")
+    x, y = (torch.as_tensor(part).detach() for part in probe)
+    like = next(model.parameters(), None)
+    if like is None:
+        raise ValueError(f"Recorder: {type(model).__name__} has no parameters; there is nothing to record")
+    if x.ndim < 1 or len(x) != len(y) or not len(x):
+        raise ValueError(
+            f"Recorder: probe has inputs {tuple(x.shape)} and targets {tuple(y.shape)}; (sample, ...) each"
+        )
+    for name, tensor in (("inputs", x), ("targets", y)):
+        if tensor.device != like.device:
+            raise ValueError(
+                f"Recorder: the probe's {name} are on {tensor.device}, the model on {like.device}; move them with "
+                ".to(...)"
+            )
+        if tensor.is_floating_point() and tensor.dtype != like.dtype:
+            raise ValueError(
+                f"Recorder: the probe's {name} are {tensor.dtype}, the model {like.dtype}; convert them with .to(...)"
+            )
+    return x, y
+
+
+def layers_of(model: nn.Module, x: Tensor, names: Sequence[str] | None, whose: str = "model") -> tuple[str, ...]:
+    """Names of the labelled layers, the lowest first, in order of their first call on the probe.
+
+    Raises:
+        ValueError: if a named one is no layer, a layer is called twice, or layers share a parameter.
+    """
+    known = [name for name, part in model.named_modules() if is_layer(part)]
+    if names is not None and (
+        wrong := [n for n in names if n not in known] or [n for n in names if list(names).count(n) > 1]
+    ):
+        raise ValueError(
+            f"Recorder: layers: {wrong} is no Linear layer or convolution, or is named twice; there are {known}"
+        )
+    with evaluated(model), torch.no_grad():
+        passed = traced(model, x, names)
+    output = passed.output
+    if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != len(x):
+        shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise ValueError(
+            f"Recorder: the {whose}'s output is {shape}; (sample, output) is needed, so wrap it in a module"
+        )
+    called = Counter(passed.calls)
+    found = tuple(called) if names is None else tuple(names)
+    missing = [name for name in found if name not in called]
+    if missing or not found:
+        raise ValueError(
+            f"Recorder: {missing or 'no Linear layer or convolution'} of the {whose} is called on the probe"
+        )
+    if twice := [name for name in found if called[name] > 1]:
+        raise ValueError(
+            f"Recorder: {twice[0]} is called {called[twice[0]]} times in a pass; name the other layers: layers="
+        )
+    owner: dict[int, str] = {}
+    for name in found:
+        for p in model.get_submodule(name).parameters(recurse=False):
+            other = owner.setdefault(id(p), name)
+            if other != name:
+                raise ValueError(f"Recorder: {other} and {name} share a parameter; label one of them: layers=[...]")
+    return found
+
+
+def unlabelled(model: nn.Module, layers: tuple[str, ...]) -> dict[str, list[int]]:
+    """Name → shape of the parameters and buffers that belong to no labelled layer."""
+    own = {id(p) for name in layers for p in model.get_submodule(name).parameters(recurse=False)}
+    held = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return {name: list(t.shape) for name, t in held.items() if id(t) not in own}
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of the names, types, shapes and bytes of tensors."""
+    found = hashlib.sha256(shapes(tensors).encode())
+    for tensor in tensors.values():
+        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def shapes(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of the names, types and shapes of tensors."""
+    told = "; ".join(f"{name} {t.dtype} {tuple(t.shape)}" for name, t in tensors.items())
+    return hashlib.sha256(told.encode()).hexdigest()
