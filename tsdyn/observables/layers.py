@@ -20,15 +20,44 @@ from tsdyn.observables import formulas
 
 #: Functions that make an activation out of a layer's output.
 _ACTIVATIONS = frozenset(
-    (
-        "relu relu6 leaky_relu prelu rrelu tanh sigmoid gelu silu mish elu selu celu softplus softsign hardtanh "
-        "hardswish hardsigmoid logsigmoid tanhshrink softshrink hardshrink erf clamp clamp_min sin cos exp square pow "
-        "abs threshold"
-    ).split()  # noqa: SIM905
+    [
+        "relu",
+        "relu6",
+        "leaky_relu",
+        "prelu",
+        "rrelu",
+        "tanh",
+        "sigmoid",
+        "gelu",
+        "silu",
+        "mish",
+        "elu",
+        "selu",
+        "celu",
+        "softplus",
+        "softsign",
+        "hardtanh",
+        "hardswish",
+        "hardsigmoid",
+        "logsigmoid",
+        "tanhshrink",
+        "softshrink",
+        "hardshrink",
+        "erf",
+        "clamp",
+        "clamp_min",
+        "sin",
+        "cos",
+        "exp",
+        "square",
+        "pow",
+        "abs",
+        "threshold",
+    ]
 )
 #: Functions through which a layer's output stays the layer's output.
 _THROUGH = frozenset(
-    "batch_norm layer_norm group_norm instance_norm rms_norm dropout dropout1d dropout2d".split()  # noqa: SIM905
+    ["batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm", "dropout", "dropout1d", "dropout2d"]
 )
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 

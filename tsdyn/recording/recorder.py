@@ -340,7 +340,7 @@ class Recorder:
         like = next(self._model.parameters())
         dtype = str(torch.promote_types(like.dtype, torch.float32)).removeprefix("torch.")
         return Recording(
-            seed, config, every, tuple(self._chosen), dtype, 
+            seed, config, every, tuple(self._chosen), dtype,
             f"{type(self._model).__module__}:{type(self._model).__qualname__}",
             rest, checks.shapes(held), checks.digest({"x": self._x, "y": self._y}),
             "" if self._teacher is None else checks.digest(dict(self._teacher.named_parameters())),
