@@ -473,3 +473,18 @@ def test_correlation_between_layers_of_two_modules():
         correlation(a, b, x, layers=("0", "2"))
     with pytest.raises(ValueError, match="no Linear"):
         correlation(a, b, x, layers=("1", "0"))
+
+
+class InPlace(Skip):
+    def forward(self, x):
+        h = torch.relu(self.fc1(x))
+        first = h.clone()
+        h += 7.0
+        return self.fc3(first + torch.relu(self.fc2(h)))
+
+
+def test_an_activation_is_what_it_was_before_the_module_changes_it_in_place(tmp_path):
+    model = made(InPlace)
+    tsdyn.Recorder(tmp_path, model, probe=(X, Y), observables=["activation"]).commit(0)
+    found = tsdyn.open(tmp_path).activation.load()[0, 0, 0]
+    assert_same(found.values, torch.relu(model.fc1(X)).detach().numpy())
