@@ -106,7 +106,7 @@ def test_the_archive_of_the_same_loop_equals_that_of_a_run(tmp_path):
         on_train = ["mse", "gradient_rms", "gradient_max", "gradient_norm", "hessian_eigenvalue"]
         given = {"teacher": teacher, "seed": seed}
         eval_ = tsdyn.Recorder(
-            tmp_path / "eval", model, probe=(evaluation, teacher(evaluation)), observables=["loss", "mse", "weight", "correlation"],
+            tmp_path / "eval", model, probe=(evaluation, teacher(evaluation)), observables=["loss", "mse", "weight", "correlation"],  # noqa: E501
             state=optimizer, **given,
         )  # fmt: skip
         train_ = tsdyn.Recorder(
@@ -443,14 +443,20 @@ def test_states_come_back_without_pickle():
     from collections import Counter
 
     held = {
-        "a": torch.arange(6.0).bfloat16().view(2, 3), "b": [1, (2.5, None)], "c": {0: torch.tensor(3), 1: torch.empty(0, 2)},
-        "d": Counter({3: 1}), "e": torch.tensor([True, False]), "f": np.float64(2.0), "g": torch.tensor([1 + 2j]), "h": {1, 2},
+        "a": torch.arange(6.0).bfloat16().view(2, 3), "b": [1, (2.5, None)], "c": {0: torch.tensor(3), 1: torch.empty(0, 2)},  # noqa: E501
+        "d": Counter({3: 1}), "e": torch.tensor([True, False]), "f": np.float64(2.0), "g": torch.tensor([1 + 2j]), "h": {1, 2},  # noqa: E501
     }  # fmt: skip
     back = states.decoded(states.encoded(held))
-    assert back["b"] == held["b"] and back["d"] == held["d"] and isinstance(back["d"], Counter) and back["h"] == {1, 2}
+    assert back["b"] == held["b"]
+    assert back["d"] == held["d"]
+    assert isinstance(back["d"], Counter)
+    assert back["h"] == {1, 2}
     for name in "aeg":
-        assert back[name].dtype == held[name].dtype and torch.equal(back[name], held[name])
-    assert back["c"][0].item() == 3 and back["c"][1].shape == (0, 2) and float(back["f"]) == 2.0
+        assert back[name].dtype == held[name].dtype
+        assert torch.equal(back[name], held[name])
+    assert back["c"][0].item() == 3
+    assert back["c"][1].shape == (0, 2)
+    assert float(back["f"]) == 2.0
     with pytest.raises(ValueError, match=r"o\['f'\] is function"):
         states.encoded({"o": {"f": made}})
 
@@ -467,3 +473,18 @@ def test_correlation_between_layers_of_two_modules():
         correlation(a, b, x, layers=("0", "2"))
     with pytest.raises(ValueError, match="no Linear"):
         correlation(a, b, x, layers=("1", "0"))
+
+
+class InPlace(Skip):
+    def forward(self, x):
+        h = torch.relu(self.fc1(x))
+        first = h.clone()
+        h += 7.0
+        return self.fc3(first + torch.relu(self.fc2(h)))
+
+
+def test_an_activation_is_what_it_was_before_the_module_changes_it_in_place(tmp_path):
+    model = made(InPlace)
+    tsdyn.Recorder(tmp_path, model, probe=(X, Y), observables=["activation"]).commit(0)
+    found = tsdyn.open(tmp_path).activation.load()[0, 0, 0]
+    assert_same(found.values, torch.relu(model.fc1(X)).detach().numpy())

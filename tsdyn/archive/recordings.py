@@ -94,7 +94,8 @@ class Recording:
             SchemaError: if a variable of that name is declared here, differently.
         """
         for row in self.declared:
-            schema.adopt(Variable(**{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}))
+            values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}
+            schema.adopt(Variable(**values))
 
     @property
     def labels(self) -> tuple[int, ...]:
@@ -123,7 +124,8 @@ class Recording:
             if values.pop("kind", None) != "recording":
                 raise ValueError('kind = "recording" is missing')
             tuples = {f.name for f in fields(cls) if str(f.type).startswith("tuple")}
-            return cls(**{k: tuple(v) if k in tuples else v for k, v in values.items()})
+            given: dict[str, Any] = {k: tuple(v) if k in tuples else v for k, v in values.items()}
+            return cls(**given)
         except (ValueError, TypeError, RecursionError) as error:
             raise DirectoryError(f"{origin}: is not a recording of tsdyn's: {error}") from None
 

@@ -57,7 +57,7 @@ _ACTIVATIONS = frozenset(
 )
 #: Functions through which a layer's output stays the layer's output.
 _THROUGH = frozenset(
-    "batch_norm layer_norm group_norm instance_norm rms_norm dropout dropout1d dropout2d".split()  # noqa: SIM905
+    ["batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm", "dropout", "dropout1d", "dropout2d"]
 )
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -110,7 +110,7 @@ class _Following(TorchFunctionMode):
         if name and isinstance(result, Tensor):
             kind = getattr(func, "__name__", "").removesuffix("_")
             if kind in _ACTIVATIONS and name not in self.found:
-                self.found[name] = result if not kind or result is not first else result.clone()
+                self.found[name] = result.detach().clone()  # the module may change it in place afterwards
             elif kind in _THROUGH:
                 self.at[id(result)] = (name, result)
         return result
@@ -136,7 +136,7 @@ def traced(module: nn.Module, x: Tensor, names: Sequence[str] | None = None, *, 
             handed = output.clone() if apart else output
             calls.append(name)
             if name not in outputs:
-                outputs[name] = output
+                outputs[name] = output if apart else output.detach().clone()
                 mode.at[id(handed)] = (name, handed)
             return handed
 

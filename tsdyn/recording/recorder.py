@@ -34,7 +34,7 @@ from tsdyn.recording import checks, measuring, states
 from tsdyn.recording.measuring import ACTIVATION, DIFFERENTIATED, FAMILIES, KERNEL, KERNEL_SAMPLES, MEASURED, Probed
 from tsdyn.running import provenance
 from tsdyn.running.runner import _along_steps, _due
-from tsdyn.vocabulary import VARIABLES, Variable
+from tsdyn.vocabulary import COORDINATES, DIMENSIONS, VARIABLES, Variable
 
 _log = logging.getLogger("tsdyn")
 #: On resume the outputs for this many samples of the probe must be what they were.
@@ -320,7 +320,7 @@ class Recorder:
             raise ValueError(
                 f"Recorder: {asked[0]} is of trainable parameters, and every parameter is frozen; leave it out"
             )
-        sizes = {}
+        sizes: dict[str, int] = {}
         if "activation" in names:
             sizes |= {"sample": len(self._x)}
         if "neural_tangent_kernel" in names:
@@ -477,7 +477,7 @@ class Recorder:
                 raise ValueError(
                     f"Recorder.commit: {name} is a variable of the schema; declare one of your own for arrays"
                 )
-            if not name.isidentifier() or name in schema.DIMENSIONS or name in schema.COORDINATES:
+            if not name.isidentifier() or name in DIMENSIONS or name in COORDINATES:
                 raise ValueError(f"Recorder.commit: {name!r} is a word of the schema; give another name")
             if name not in VARIABLES and name not in schema.DECLARED:
                 if value.ndim:
