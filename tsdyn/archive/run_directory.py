@@ -55,7 +55,7 @@ _SEGMENT = re.compile(r"epoch-(\d{6,})-(\d{6,})\.nc")
 
 #: Variable → one array (seed, epoch), or one array per layer from the lowest up, (seed, epoch, node...); constants
 #: have no epoch.
-Records = Mapping[str, "np.ndarray | list[np.ndarray]"]
+Records = Mapping[str, np.ndarray | list[np.ndarray]]
 
 
 class Segment(NamedTuple):
