@@ -42,7 +42,7 @@ RUNS_PER_CHUNK = 25
 #: ... but no more bytes than this in all, so that reading one run of many stays quick.
 GATHERED_BYTES = 1 << 20
 
-Labels = tuple["str | int | float", ...]
+Labels = tuple[str | int | float, ...]
 
 _warned: set[Path] = set()
 

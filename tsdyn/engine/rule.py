@@ -17,7 +17,7 @@ from tsdyn.engine.loss import MSE, Loss, loss
 from tsdyn.experiment.parts import Training
 
 #: (rule, parameter, gradient, moments, rates, step) → None, in place; see `Rule.update`.
-Update: TypeAlias = Callable[["Rule", Tensor, Tensor, Sequence[Tensor], Tensor, "int | Tensor"], None]
+Update: TypeAlias = Callable[["Rule", Tensor, Tensor, Sequence[Tensor], Tensor, int | Tensor], None]
 
 
 @dataclass(frozen=True)

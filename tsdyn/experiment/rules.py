@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 #: The most points that a sweep may have; each is a run.
 MAX_POINTS = 100_000
-Rule = Callable[["Experiment"], "str | None"]
+Rule = Callable[["Experiment"], str | None]
 
 #: Activations for which `flow.order_parameters` has the second moment of the update in closed form.
 FLUCTUATING = ("erf", "identity", "relu")

@@ -87,7 +87,7 @@ def own_device() -> AbstractContextManager[Any]:
 
 #: Called after each step with (step, last step, seeds that died, evaluation error or None); in training a step is an
 #: epoch.
-Progress = Callable[[int, int, list[int], "float | None"], None]
+Progress = Callable[[int, int, list[int], float | None], None]
 
 
 def run(

@@ -46,7 +46,7 @@ _log = logging.getLogger("tsdyn")
 
 #: Called before each point, or before the ensemble that it is in, with (position from 1, points, directory name,
 #: experiment); returns the Progress to use for the point.
-PointProgress = Callable[[int, int, str, Experiment], "runner.Progress | None"]
+PointProgress = Callable[[int, int, str, Experiment], runner.Progress | None]
 
 
 def preflight(
