@@ -128,7 +128,7 @@ def _check_run(path: Path, expected: Experiment | None = None) -> Iterator[str]:
     except (ExperimentError, ArchiveError, schema.SchemaError) as error:
         yield str(error)
         return
-    if expected is not None and experiment != expected and not extends(expected, experiment):
+    if expected is not None and experiment != expected and not _extends(expected, experiment):
         yield f"{path / EXPERIMENT}: is not the point of the sweep that the directory is named for"
     finished = (path / ARCHIVE).exists()
     try:
@@ -171,6 +171,10 @@ def _of_directory(path: Path) -> Experiment | Recording:
 def _known(recording: Recording) -> Recording:
     recording.adopt()
     return recording
+
+
+def _extends(longer: Experiment, shorter: Experiment | Recording) -> bool:
+    return isinstance(shorter, Experiment) and extends(longer, shorter)
 
 
 def _of_text(text: str) -> Experiment | Recording:

@@ -105,6 +105,11 @@ def load(experiment: Experiment) -> None:
         except registers.PartError as error:
             raise ExperimentError(f"record.observables: {error}") from None
         row = schema.variable(name)
+        if experiment.kind == "training" and set(row.dims) & set(schema.SAMPLED):
+            raise ExperimentError(
+                f"record.observables: {name} has dimensions {row.dims}, of which {schema.SAMPLED} have a size in a "
+                "tsdyn.Recorder only; record it there, or reduce it over samples"
+            )
         if experiment.deep and not row.deep:
             raise ExperimentError(
                 f"record.observables: {name} cannot be measured on networks with convolutions or BatchNorm"

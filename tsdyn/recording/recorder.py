@@ -164,6 +164,12 @@ class Recorder:
         self._stateful = _stateful(state)
         names = checks.layers_of(model, self._x, layers)
         self._chosen, self._own = _chosen(observables, teacher)
+        whole = [name for name, part in self._own.items() if isinstance(part, Observed)]
+        if whole and loss is not None:
+            raise ValueError(
+                f"Recorder: observables {whole} are tsdyn.Observed, whose Measurement speaks of the squared error, and "
+                "loss= is another; pass a function of (model, x, y) instead"
+            )
         self._recording = self._described(names, seed, checks.checked_config(config), every)
         self._teacher_rows = self._teacher_activations() if teacher is not None else []
         if loss is None and self._y.shape != self._output().shape:
