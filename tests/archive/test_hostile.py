@@ -20,7 +20,6 @@ import xarray as xr
 import tsdyn
 from tests.cases import small
 from tests.test_cli import command  # noqa: F401
-from tests.typechecks import unchecked
 from tsdyn import memory
 from tsdyn.archive import integrity, lock, reading, run_directory, whole_files
 from tsdyn.archive.whole_files import ArchiveError, DirectoryError
@@ -522,11 +521,6 @@ def test_reading_a_damaged_file_apart_has_a_limit(copy, monkeypatch):
     monkeypatch.setattr(integrity, "APART_SECONDS", 0.5)
     monkeypatch.setattr(integrity, "_contents", lambda *_: iter(int, 1))
     assert any("crashes the library" in line for line in integrity.check(copy))
-
-
-def test_work_apart_that_is_not_known_is_refused():
-    with pytest.raises(ValueError, match=r"integrity: asked for 'repair'; it is 'contents' .* or 'salvage'"):
-        unchecked(integrity._work_in_subprocess)("repair", "archive.nc")
 
 
 def test_a_file_that_is_opened_and_not_understood_is_never_closed(copy, tmp_path):

@@ -393,7 +393,7 @@ def test_dropout_that_is_off_is_no_dropout():
 
 def test_what_only_networks_have_is_refused_of_modules():
     for changes, message in (
-        ({"training__frozen": [1]}, "frozen and training"),
+        ({"training__frozen": [1]}, "frozen, normalize and rates"),
         ({"training__method": "flow"}, "training.method = 'flow'"),
         ({"data__augment": "aware"}, "data.augment = 'aware'"),
         ({"student__init": "torch"}, "student.init = 'torch'"),

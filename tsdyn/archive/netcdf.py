@@ -317,6 +317,7 @@ def create(
             "quantile": layout.quantiles,
             "top_k": range(1, sizes["top_k"] + 1),
             **{d: range(sizes[d]) for d in (*vocabulary.NODE_WIDTHS, "input_node", "mode", "entry", "teacher_entry")},
+            **{d: range(size) for d, size in layout.extra},
         }[dim]
         kind = "f8" if name in vocabulary.REAL_LABELS else "i8"
         labelled = nc.createVariable(name, kind, (name,), fletcher32=len(labels) > 0)
