@@ -38,7 +38,7 @@ fuzz: $(VENV)/.installed-dev
 trials: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.population.copy_or_average
 
-# Repeats the trials that docs/reliability.md reports; takes forty minutes on one core.
+# Repeats the trials that docs/reliability.md reports; takes more than an hour on one core.
 torture: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.torture
 
