@@ -27,6 +27,10 @@ HELD = {
     "a file that crashes the library": ["test_a_netcdf_file_that_crashes_the_library_is_refused"],
     "isolated mode": ["test_a_data_file_is_read_without_importing_what_lies_beside_it"],
     "`weights_only=True`": ["test_weights_are_loaded_without_executing_anything"],
+    "does not search the working directory": [
+        "test_the_command_runs_a_module_on_the_python_path_and_not_one_of_the_working_directory"
+    ],
+    "or a function annotated to return one, is called": ["test_what_a_file_cannot_name_is_refused"],
     "Symbolic links inside a run": [
         "test_symbolic_links_in_a_run_are_refused",
         "test_nothing_is_read_moved_or_removed_through_a_link",

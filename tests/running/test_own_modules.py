@@ -8,6 +8,7 @@ import logging
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -538,17 +539,18 @@ def test_opening_imports_nothing_and_other_source_is_refused(tmp_path, nets):
 
 
 def test_the_command_runs_a_module_on_the_python_path_and_not_one_of_the_working_directory(tmp_path, nets):
-    (tmp_path / "file.toml").write_text(named_in_a_file().to_toml())
-    command = [
-        sys.executable,
-        "-c",
-        "from tsdyn.cli import main; main()",
-        "run",
-        str(tmp_path / "file.toml"),
-        "--quiet",
-    ]
-    done = subprocess.run([*command, "-o", str(tmp_path / "run")], cwd=tmp_path, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
+    (tmp_path / "lying_there.py").write_text(f"open('executed', 'w').close()\n{NETS}")
+    command = [str(Path(sys.executable).with_name("tsdyn")), "run", "file.toml", "--quiet", "-o", "run"]
+    for module, code, said in (
+        ("lying_there:Wide", 2, "lying_there cannot be imported"),
+        ("somebodys_nets:Wide", 0, ""),
+    ):
+        (tmp_path / "file.toml").write_text(named_in_a_file().replace({"student.module": module}).to_toml())
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == code, done.stderr
+        assert said in " ".join(done.stderr.split())
+        assert bool(said) == bool(done.stderr)
+    assert not (tmp_path / "executed").exists()
     assert float(tsdyn.open(tmp_path / "run")["loss_eval"].isel(epoch=-1).max()) < 10
 
 

@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 
 import tsdyn
+from tests.cases import small
 from tsdyn import Experiment, ExperimentError
 from tsdyn.archive import integrity
+from tsdyn.archive.whole_files import ArchiveError
 from tsdyn.running import runner
 from tsdyn.running.members import Members
 
@@ -120,3 +122,19 @@ def test_without_a_stop_nothing_is_added(tmp_path):
 def test_a_stop_that_cannot_be_is_refused(stop, said):
     with pytest.raises(ExperimentError, match=said):
         experiment(stop)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"training__anneal": "cosine"}, "spreads the learning rate over all epochs"),
+        ({"training__stop": {"variable": "loss_eval", "patience": 2}, "record__every": 2}, "looked at epoch 3"),
+    ],
+)
+def test_a_run_whose_epochs_depend_on_its_length_is_not_extended(tmp_path, changes, reason):
+    """It would go on from epochs that the longer run trains otherwise; it stays as it is."""
+    short = small(training__epochs=3, record__observables=["loss"], **changes)
+    before = tsdyn.run(short, tmp_path).load()
+    with pytest.raises(ArchiveError, match=reason):
+        tsdyn.run(short.replace({"training.epochs": 6}), tmp_path)
+    np.testing.assert_array_equal(tsdyn.open(tmp_path)["loss_eval"], before["loss_eval"])

@@ -100,11 +100,12 @@ def segment_path(path: Path, first: int, last: int) -> Path:
 def extends(longer: Experiment, shorter: Experiment) -> bool:
     """Whether `longer` is `shorter` with more epochs, more points, or both.
 
-    Only ``training.epochs`` may differ, being more, and the values in ``sweep``, of which none may be missing.
+    Only ``training.epochs`` may differ, being more, and the values in ``sweep``, of which none may be missing.  No run
+    is extended whose earlier epochs depend on its length (`depends_on_length`).
     """
     epochs = longer.training.epochs
     alike = longer.kind == shorter.kind and bool(longer.sweep) == bool(shorter.sweep)
-    if epochs < shorter.training.epochs or longer == shorter or not alike:
+    if epochs < shorter.training.epochs or longer == shorter or not alike or depends_on_length(longer, shorter):
         return False
     kept: dict[str, Any] = {"training.epochs": epochs} if longer.kind == "training" else {}
     kept |= {"sweep": longer.sweep} if longer.sweep else {}
@@ -114,6 +115,18 @@ def extends(longer: Experiment, shorter: Experiment) -> bool:
     return [axis.keys for axis in axes(longer.sweep)] == [axis.keys for axis in axes(shorter.sweep)] and (
         set(theirs) <= set(mine)
     )
+
+
+def depends_on_length(longer: Experiment, shorter: Experiment) -> str | None:
+    """Why the longer run would have trained the epochs of the shorter one otherwise; None if it would not have."""
+    training, last = longer.training, shorter.training.epochs
+    if longer.kind != "training" or training.epochs == last:
+        return None
+    if training.anneal != "none":
+        return f"training.anneal = {training.anneal!r} spreads the learning rate over all epochs"
+    if training.stop is not None and last not in longer.schedule:
+        return f"training.stop looked at epoch {last}, which the longer run does not record"
+    return None
 
 
 def refuse_another(file: Path, text: object, mine: Experiment) -> Experiment:
@@ -158,11 +171,12 @@ def _claimed(path: Path, experiment: Experiment) -> bool:
         if theirs == experiment:
             return True
         if not extends(experiment, theirs):
+            why = depends_on_length(experiment, theirs)
             raise DirectoryError(
                 f"{path}: holds another experiment; nothing was overwritten. What differs:\n  "
                 + "\n  ".join(differences(experiment, theirs))
                 + "\nGive another directory with -o, or remove this one. (A run can be extended by more epochs "
-                "and a sweep by more values, everything else the same.)"
+                "and a sweep by more values, everything else the same" + (f"; not this one: {why}.)" if why else ".)")
             )
         return not experiment.sweep  # a run is extended by its writer
     # files left by a writer that was killed in its first milliseconds do not count

@@ -199,11 +199,10 @@ def makers(
 ) -> tuple[Maker | None, Maker | None]:
     """The functions that make the student and the teacher, with the experiment's arguments; None for tsdyn's networks.
 
-    A function that is not given is imported from ``student.module`` or ``teacher.module``.  If the experiment says the
-    SHA-256 of its source, as that of an archive does, the imported one must have it.
+    A function that is not given is imported from ``student.module`` or ``teacher.module``.
 
     Raises:
-        ExperimentError: if a module cannot be imported or made, or its source is another.
+        ExperimentError: if it cannot be imported, or is nothing that a file may name.
     """
     return _maker(experiment, "student", student), _maker(experiment, "teacher", teacher)
 
@@ -219,14 +218,16 @@ def _maker(experiment: Experiment, who: Literal["student", "teacher"], given: Ma
 
 
 def refuse_other_source(experiment: Experiment, who: Literal["student", "teacher"], make: Maker) -> None:
-    """Refuse a module whose source is not the one that the experiment names.
+    """Refuse a module whose source has another SHA-256 than the experiment says; one that says none takes any.
 
     Raises:
         ExperimentError: naming both.
     """
     part = getattr(experiment, who)
+    if part.source is None:
+        return
     found = _source(make, made(make, experiment, experiment.seed_labels[0], who))
-    if part.source is not None and part.source != found:
+    if part.source != found:
         raise ExperimentError(
             f"{who}.module = {part.module!r}: its source has SHA-256 {found} here, and the experiment was begun with "
             f"{part.source}; install the version that it was begun with, or begin in a new directory"
