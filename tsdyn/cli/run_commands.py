@@ -1,0 +1,274 @@
+"""Commands that run experiments and studies."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from tsdyn.archive.whole_files import local_path
+from tsdyn.cli.application import OutDirectory, Unavailable, app, assignment, fail, report_only, save
+from tsdyn.experiment.errors import ExperimentError
+from tsdyn.experiment.experiment import Experiment
+from tsdyn.registers import PartError
+from tsdyn.schema import printable
+
+if TYPE_CHECKING:
+    from tsdyn.running.estimates import Cost
+    from tsdyn.running.runner import Progress as Report
+
+study = typer.Typer(no_args_is_help=True, help="Figures of the papers, from the experiment to the picture.")
+app.add_typer(study, name="study")
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
+Workers = Annotated[int | None, typer.Option(metavar="N", help="Share the runs of a sweep among N processes here.")]
+Scheduler = Annotated[
+    str | None,
+    typer.Option(metavar="ADDRESS", help="Share them among the workers of a dask scheduler, tcp://HOST:PORT."),
+]
+Together = Annotated[
+    bool | None,
+    typer.Option(
+        "--together/--apart", help="Train points whose students have one shape as one ensemble; on a GPU the default."
+    ),
+]
+Changes = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Set a key, e.g. training.epochs=5."),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")]
+
+
+@app.command()
+def run(
+    experiment: Annotated[Path, typer.Argument(metavar="EXPERIMENT.toml", help="The experiment file.")],
+    output: OutDirectory = None,
+    changes: Changes = None,
+    device: Device = "cpu",
+    workers: Workers = None,
+    scheduler: Scheduler = None,
+    together: Together = None,
+    quiet: Quiet = False,
+) -> None:
+    """Run an experiment, or every point of its sweep; resumes from what was committed."""
+    chosen = _experiment(experiment, output)
+    if changes:
+        chosen = chosen.replace(dict(assignment(text) for text in changes))
+    _run(chosen, local_path(output or Path("runs") / chosen.name), device, quiet, workers, scheduler, together)
+
+
+def _experiment(file: Path, output: str | None) -> Experiment:
+    """The experiment of a file; if its parts are not installed, the error names the packages it was run with."""
+    try:
+        return Experiment.from_toml(file)
+    except ExperimentError as error:
+        from tsdyn.running import packages
+
+        found = Experiment.from_toml(file, archived=True)  # raises any other error
+        way = packages.way_back(found, local_path(output or Path("runs") / found.name))
+        if not way:
+            raise
+        raise ExperimentError(f"{error}{way}") from None
+
+
+@study.command("list")
+def list_studies() -> None:
+    """List the studies, with what each shows."""
+    from tsdyn import studies
+
+    for name in studies.names():
+        try:
+            shown = studies.load(name).TITLE
+        except PartError as error:  # of one package; the others are there
+            shown = f"({error})"
+        print(printable(f"{name:28} {shown}"))
+
+
+@study.command("show")
+def show_study(name: Annotated[str, typer.Argument()]) -> None:
+    """Show the experiment that a study runs at each scale."""
+    module = _study(name)
+    print(f"{module.TITLE}\n{module.SOURCE}")
+    for scale, experiment in module.EXPERIMENTS.items():
+        print(f"\n# --scale {scale}\n{experiment.to_toml()}", end="")
+
+
+@study.command("run")
+def run_study(
+    name: Annotated[str, typer.Argument()],
+    scale: Annotated[str, typer.Option(help="smoke (seconds), desk (minutes) or paper.")] = "desk",
+    output: OutDirectory = None,
+    changes: Changes = None,
+    device: Device = "cpu",
+    workers: Workers = None,
+    scheduler: Scheduler = None,
+    together: Together = None,
+    quiet: Quiet = False,
+) -> None:
+    """Run, measure and draw a study: leaves the archive, measured.nc and figure.png."""
+    from tsdyn.archive import netcdf, reading, whole_files
+
+    module = _study(name)
+    if scale not in module.EXPERIMENTS:
+        raise ExperimentError(f"--scale {scale}: there are {', '.join(module.EXPERIMENTS)}")
+    path = whole_files.local_path(output or Path("runs") / f"{name}-{scale}")
+    work = module.EXPERIMENTS[scale]
+    asked = [("--set", changes), ("--workers", workers), ("--scheduler", scheduler), ("--together", together)]
+    given = [option for option, value in asked if value]
+    if isinstance(work, Experiment):
+        work = work.replace(dict(assignment(text) for text in changes or ()))
+        _run(work, path, device, quiet, workers, scheduler, together)
+        found = reading.open(path)
+    elif given:
+        raise ExperimentError(
+            f"study run {name} --scale {scale}: reads a file and runs nothing, so {', '.join(given)} has no effect; "
+            "leave it out"
+        )
+    else:
+        found = work.read()
+    made_by = {key: found.attrs[key] for key in ("name", "digest", "experiment", "tsdyn_version") if key in found.attrs}
+    measured = module.measure(found).load()
+    measured = measured.assign_attrs(made_by | measured.attrs)
+    netcdf.write_dataset(path / "measured.nc", measured)
+    save(module.draw(measured), path / "figure.png", quiet)
+
+
+def _study(name: str) -> Any:
+    from tsdyn import studies
+
+    try:
+        return studies.load(name)
+    except (KeyError, ValueError) as error:
+        raise ExperimentError(str(error.args[0])) from error
+
+
+def _run(
+    experiment: Experiment,
+    path: Path,
+    device: str,
+    quiet: bool,
+    workers: int | None = None,
+    scheduler: str | None = None,
+    together: bool | None = None,
+) -> None:
+    from tsdyn.running import runner, sweep
+    from tsdyn.running.workers import WorkersError
+
+    report_only.append(True)
+    shared: dict[str, Any] = {"device": device, "workers": workers, "scheduler": scheduler, "together": together}
+    try:
+        if scheduler is None:
+            runner.check_device(device)
+        experiment = sweep.completed(experiment)
+        if quiet:
+            sweep.run(experiment, path, **shared)
+            return
+        sweep.preflight(experiment, path, workers=workers, scheduler=scheduler)
+        left = sweep.unfinished(experiment, path)
+        costs = sweep.estimate(left, device=device if scheduler is None else "cpu")
+        print(f"{experiment.name} -> {path}: {_announced(experiment, len(left), costs, workers or 1)}", flush=True)
+        with _reporting(costs, experiment.layout.path) as (report, point):
+            sweep.run(experiment, path, **shared, progress=report, point=point)
+    except (runner.DeviceError, WorkersError) as error:
+        raise Unavailable(str(error)) from error
+    except KeyboardInterrupt as error:  # caught here: typer would exit 130 for every signal, without a message
+        signal = getattr(error, "signal", 2)
+        fail("interrupted; what was committed is intact, the same command goes on from there", 128 + signal)
+    print(f"done: {path}", flush=True)
+
+
+def _announced(experiment: Experiment, left: int, costs: Mapping[str, Cost], workers: int) -> str:
+    """The runs that are left and their estimated cost, in one line; runs on several workers add up their memory."""
+    from tsdyn.running.estimates import Cost
+
+    runs = sum(1 for _ in experiment.points()) if experiment.sweep else 1
+    counted = f"{runs} run{'s' * (runs > 1)}"
+    if left < runs:
+        counted += f", {runs - left} of them finished" if left else ", finished"
+    if not costs:
+        return counted
+    each = list(costs.values())
+    total = Cost(
+        sum(c.members for c in each),
+        max(c.parameters for c in each),
+        sum(sorted(c.memory for c in each)[-workers:]),
+        sum(c.disk for c in each),
+        max(sum(c.seconds for c in each) / workers, *(c.seconds for c in each)),
+    )
+    return f"{counted}, {total}"
+
+
+class _Whole:
+    """Progress of all runs together, each weighted by its estimated time."""
+
+    def __init__(self, costs: Mapping[str, Cost]) -> None:
+        self._work = {name: max(cost.seconds, 1e-9) for name, cost in costs.items()}
+        self._from: dict[str, float] = {}  # work committed by an earlier call does not count
+        self._share: dict[str, float] = {}
+        self._began = time.monotonic()
+
+    def reached(self, name: str, epoch: int, epochs: int) -> None:
+        if name in self._work:
+            self._from.setdefault(name, epoch / (epochs + 1))
+            self._share[name] = (epoch + 1) / (epochs + 1)
+
+    @property
+    def share(self) -> float:
+        return sum(self._work[name] * share for name, share in self._share.items()) / sum(self._work.values())
+
+    def __str__(self) -> str:
+        from tsdyn.running.estimates import duration
+
+        done = sum(self._work[name] * (share - self._from[name]) for name, share in self._share.items())
+        rest = sum(self._work.values()) * (1 - self.share)
+        return f"{self.share:.0%}, {duration((time.monotonic() - self._began) * rest / done)} left"
+
+
+@contextmanager
+def _reporting(costs: Mapping[str, Cost], step: str) -> Iterator[tuple[Report, Callable[..., Report]]]:
+    """Reports of progress: a bar on a terminal, else one line per step; with the time left, and members that died.
+
+    Args:
+        costs: Costs of the runs that are left.
+        step: Name of a step: epoch, time or alpha.
+    """
+    console, whole = Console(stderr=True), _Whole(costs)
+
+    def following(name: str, title: str, show: Callable[[str, str, float | None], None]) -> Report:
+        def report(epoch: int, epochs: int, seeds: list[int], mse: float | None) -> None:
+            if seeds:
+                news = f"{title}{step} {epoch}: seeds {seeds} became NaN or infinite and were stopped"
+                console.print(news, markup=False)
+            whole.reached(name, epoch, epochs)
+            show(title, f"{step} {epoch}/{epochs}", mse)
+
+        return report
+
+    def reports(show: Callable[[str, str, float | None], None]) -> tuple[Report, Callable[..., Report]]:
+        def point(position: int, count: int, name: str, _: Experiment) -> Report:
+            return following(name, f"[{position}/{count}] {name}  " if name != "." else "", show)
+
+        return following(".", "", show), point
+
+    if not console.is_terminal:
+
+        def line(title: str, epoch: str, mse: float | None) -> None:
+            shown = "" if mse is None else f"  evaluation {mse:.4g}"
+            print(f"{title}{epoch}{shown}  ({whole})", file=sys.stderr, flush=True)
+
+        yield reports(line)
+        return
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[left]}"))
+    with Progress(*columns, console=console) as bars:
+        work = bars.add_task("", total=1.0, left="")
+
+        def advance(title: str, epoch: str, mse: float | None) -> None:
+            bars.update(work, completed=whole.share, description=f"{title}{epoch}", left=str(whole))
+
+        yield reports(advance)
