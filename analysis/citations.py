@@ -88,13 +88,18 @@ def software(version: str) -> str:
 }}"""
 
 
+def papers(archive: xr.Dataset) -> list[str]:
+    """Papers that the variables of an archive name in ``source``, in the words of `PAPERS`, in that order."""
+    sources = " ".join(str(array.attrs.get("source", "")) for array in archive.variables.values())
+    return [words for words in PAPERS if words in sources]
+
+
 def citations(archive: xr.Dataset) -> list[str]:
     """BibTeX entries for an archive, or for anything measured from one; tsdyn itself first.
 
     The papers that its variables name in ``source``, and its data set if it is a published one.
     """
-    sources = " ".join(str(array.attrs.get("source", "")) for array in archive.variables.values())
-    found = [entry for words, entry in PAPERS.items() if words in sources]
+    found = [PAPERS[words] for words in papers(archive)]
     try:
         law = Experiment.from_toml_text(str(archive.attrs["experiment"]), archived=True).data.law
         found += [DATA[law]] if law in DATA else []

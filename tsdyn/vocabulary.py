@@ -14,6 +14,8 @@ Path = Literal["epoch", "time", "alpha"]
 When = Literal["start", "along", "end"]
 #: The label of a recorded step: an epoch, a time or an α.
 Label = int | float
+#: Global attribute: seconds that a run took, over all its processes; of a sweep, the sum over its points.
+WALL = "wall_seconds"
 #: Dimensions along which runs are recorded, one per kind.  `VARIABLES` writes ``epoch`` for all of them.
 PATHS: tuple[Path, ...] = ("epoch", "time", "alpha")
 #: Dimensions whose labels are real numbers; those of all others are integers.

@@ -43,7 +43,7 @@ from tsdyn.experiment.experiment import Experiment
 INDEX = "index.json"
 _INDEX = re.compile(rb'\{"sha256": "([0-9a-f]{64})", "kept": (.*)\}', re.DOTALL)
 #: Global attributes that differ from run to run, so that they are kept outside the shared header.
-OWN = ("experiment", "recording", "name", "digest", "created", RUN, "input_sha256", "history")
+OWN = ("experiment", "recording", "name", "digest", "created", vocabulary.WALL, RUN, "input_sha256", "history")
 
 #: Dimensions, values and attributes of what is loaded when a file is opened.
 Loaded = tuple[tuple[str, ...], Any, dict[str, Any]]
@@ -284,7 +284,7 @@ class Headers:
             key = hashlib.sha256(json.dumps(source.header.as_json(), sort_keys=True).encode()).hexdigest()[:16]
             self._headers.setdefault(key, source.header)
             death = source.death if any(d >= 0 for d in source.death) else []
-            own = {kept: source.own[kept] for kept in ("digest", RUN) if kept in source.own}
+            own = {kept: source.own[kept] for kept in ("digest", RUN, "created", vocabulary.WALL) if kept in source.own}
             self._entries[name] = _Entry(stamp, key, death, own, list(source.wrong))
             self._changed = True
         else:

@@ -112,7 +112,7 @@ def opened(path: Path, *, skip_damaged: bool = False, upto: float = -1.0) -> xr.
         raise DirectoryError(f"{path}: is a zarr store; open it by xarray.open_zarr({str(path)!r})")
     if not sources:
         raise DirectoryError(f"{path}: holds no archive and no committed epoch; finish it with `tsdyn run`")
-    return _whole({(): sources}, ()).assign_attrs(sources[0].own)
+    return _whole({(): sources}, ()).assign_attrs(sources[0].own | _when([sources]))
 
 
 def _recordings(path: Path, folders: Sequence[Path], skip_damaged: bool, upto: float) -> xr.Dataset:
@@ -198,7 +198,18 @@ def _opened_together(paths: Sequence[Path], skip_damaged: bool, upto: float) -> 
         coverage[place] = _coverage(cell)
     dims = tuple(axis.dimension for axis in grid)
     column = xr.Variable(dims, coverage, vocabulary.COORDINATES["coverage"].attrs)
-    return ds.assign_coords(coverage=column).assign_attrs(origin)
+    return ds.assign_coords(coverage=column).assign_attrs(origin | _when(cells.values()))
+
+
+def _when(cells: Iterable[Sequence[Source]]) -> dict[str, Any]:
+    """When the last of all points was written, and the seconds that all took; empty if a file does not say."""
+    last = {source.path.parent: source.own for cell in cells for source in cell}
+    if not all("created" in own and vocabulary.WALL in own for own in last.values()):
+        return {}
+    return {
+        "created": max(str(own["created"]) for own in last.values()),
+        vocabulary.WALL: round(sum(float(own[vocabulary.WALL]) for own in last.values()), 3),
+    }
 
 
 def _whole(cells: Cells, grid: Sequence[Axis], skip: bool = False) -> xr.Dataset:

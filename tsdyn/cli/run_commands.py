@@ -14,10 +14,19 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from tsdyn.archive.whole_files import local_path
-from tsdyn.cli.application import OutDirectory, Unavailable, app, assignment, fail, report_only, save
+from tsdyn.cli.application import (
+    AsJson,
+    OutDirectory,
+    Unavailable,
+    app,
+    assignment,
+    fail,
+    print_json,
+    report_only,
+    save,
+)
 from tsdyn.experiment.errors import ExperimentError
 from tsdyn.experiment.experiment import Experiment
-from tsdyn.registers import PartError
 from tsdyn.schema import printable
 
 if TYPE_CHECKING:
@@ -78,22 +87,25 @@ def _experiment(file: Path, output: str | None) -> Experiment:
 
 
 @study.command("list")
-def list_studies() -> None:
-    """List the studies, with what each shows."""
-    from tsdyn import studies
+def list_studies(as_json: AsJson = False) -> None:
+    """List the studies: the paper's figure, what it shows, and its estimated time at desk scale."""
+    from tsdyn.running.words import duration
+    from tsdyn.studies import catalogue
 
-    for name in studies.names():
-        try:
-            shown = studies.load(name).TITLE
-        except PartError as error:  # of one package; the others are there
-            shown = f"({error})"
-        print(printable(f"{name:28} {shown}"))
+    rows = catalogue.rows()
+    if as_json:
+        print_json([row._asdict() for row in rows])
+        return
+    for row in rows:
+        time_needed = "" if row.desk_seconds is None else f"; {duration(row.desk_seconds)}"
+        print(printable(f"{row.name}  ({row.source}{time_needed})"))
+        print(printable(f"    {row.title}"))
 
 
 @study.command("show")
-def show_study(name: Annotated[str, typer.Argument()]) -> None:
+def showstudy_of(name: Annotated[str, typer.Argument()]) -> None:
     """Show the experiment that a study runs at each scale."""
-    module = _study(name)
+    module = study_of(name)
     print(f"{module.TITLE}\n{module.SOURCE}")
     for scale, experiment in module.EXPERIMENTS.items():
         print(f"\n# --scale {scale}\n{experiment.to_toml()}", end="")
@@ -114,7 +126,7 @@ def run_study(
     """Run, measure and draw a study: leaves the archive, measured.nc and figure.png."""
     from tsdyn.archive import netcdf, reading, whole_files
 
-    module = _study(name)
+    module = study_of(name)
     if scale not in module.EXPERIMENTS:
         raise ExperimentError(f"--scale {scale}: there are {', '.join(module.EXPERIMENTS)}")
     path = whole_files.local_path(output or Path("runs") / f"{name}-{scale}")
@@ -139,7 +151,7 @@ def run_study(
     save(module.draw(measured), path / "figure.png", quiet)
 
 
-def _study(name: str) -> Any:
+def study_of(name: str) -> Any:
     from tsdyn import studies
 
     try:
@@ -223,7 +235,7 @@ class _Whole:
         return sum(self._work[name] * share for name, share in self._share.items()) / sum(self._work.values())
 
     def __str__(self) -> str:
-        from tsdyn.running.estimates import duration
+        from tsdyn.running.words import duration
 
         done = sum(self._work[name] * (share - self._from[name]) for name, share in self._share.items())
         rest = sum(self._work.values()) * (1 - self.share)

@@ -212,6 +212,7 @@ class _Point:
         self._pending: list[dict[str, Any]] = []
         self._recorded: list[vocabulary.Label] = []
         self._first = 0
+        self._worked, self._since = 0.0, time.monotonic()
         self._read = False
         self.died: list[int] = []  #: seeds that died in the last step
 
@@ -229,6 +230,7 @@ class _Point:
                 where = "the segments are of another tsdyn or not whole: see `tsdyn validate`"
                 raise ArchiveError(f"{self._target.path}: {error}; {where}") from error
             self._first = committed + 1
+            self._worked = float(before.get(vocabulary.WALL, 0.0))
         if self._first <= self.experiment.last:
             self._attrs |= {provenance.HISTORY: provenance.extended(before, self._attrs, self._first)}
         elif provenance.HISTORY in before:
@@ -282,6 +284,7 @@ class _Point:
         constants = self.members.constants() if self._first == 0 else {}
         outcome = self.members.outcome() if step == self.experiment.last else {}
         held = {**records, **constants, **outcome}
+        self._attrs[vocabulary.WALL] = round(self._worked + time.monotonic() - self._since, 3)
         self._target.commit(self._first, step, self._recorded, held, self.members.state(), self._attrs)
         self._pending, self._recorded, self._first = [], [], step + 1
 
