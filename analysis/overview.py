@@ -85,7 +85,7 @@ def _last(ds: xr.Dataset) -> Iterator[tuple[str, xr.DataArray]]:
     if not ds.sizes.get(along):
         return
     end = -1
-    if held:
+    if held and not _all_died(ds):
         series = ds[held[0]].load()
         other = [dim for dim in series.dims if dim != along]
         there = np.flatnonzero(series.notnull().any(other).values)
@@ -105,6 +105,10 @@ def _last(ds: xr.Dataset) -> Iterator[tuple[str, xr.DataArray]]:
         return
     for label in hidden:
         yield f"rho_{label}", best.sel(layer=label)
+
+
+def _all_died(ds: xr.Dataset) -> bool:
+    return "death_epoch" in ds.coords and bool((ds["death_epoch"] >= 0).all())
 
 
 def _number(values: Any) -> Number:

@@ -112,8 +112,8 @@ def _numbers(ds: xr.Dataset) -> str:
     left = len(overview.points(ds)) - len(rows)
     more = f"<p>… and {left} more points: <code>tsdyn show DIR --json</code>.</p>" if left > 0 else ""
     note = (
-        "<p>At the last recorded step: median over seeds, the middle 80 % of them in brackets. rho_l: mean over teacher "
-        "nodes of the best correlation with any student node, layer l.</p>"
+        "<p>At the last recorded step: median over seeds, the middle 80 % of them in brackets. rho_l: mean over "
+        "teacher nodes of the best correlation with any student node, layer l.</p>"
     )
     return _section("Numbers", note, _table(listed, ("", *names, "dead seeds")), more)
 

@@ -11,7 +11,7 @@ from tsdyn import registers
 
 #: Seconds of a study's run at desk scale, in one process as `tsdyn study run` announced it in November 2026; None for
 #: studies that read files of the user's.
-DESK_SECONDS: Mapping[str, float | None] = {
+DESK_SECONDS: Mapping[str, int | None] = {
     "tian2019-luck": 129,
     "tian2019-data": 154,
     "tian2019-ranks": 95,
@@ -53,7 +53,7 @@ class Row(NamedTuple):
     name: str
     title: str
     source: str
-    desk_seconds: float | None
+    desk_seconds: int | None
 
 
 def rows() -> list[Row]:

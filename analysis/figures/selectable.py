@@ -92,7 +92,8 @@ def _curve(
     there = np.isfinite(y)
     told = f"seed {seed}, {along}"
     points = [
-        f'<circle cx="{a:.1f}" cy="{b:.1f}" r="4"><title>{_text(f"{told} {label:g}: {shows} {number:.4g}")}</title></circle>'
+        f'<circle cx="{a:.1f}" cy="{b:.1f}" r="4">'
+        f"<title>{_text(f'{told} {label:g}: {shows} {number:.4g}')}</title></circle>"
         for a, b, label, number in zip(x[there], y[there], labels[there], numbers[there], strict=True)
     ]
     line = "".join(
@@ -101,7 +102,7 @@ def _curve(
     return f'<g class="curve s{place}"><path d="{line}"/>{"".join(points)}</g>' if line else ""
 
 
-def _placed(values: NDArray, low: float, high: float, first: float, last: float) -> NDArray:
+def _placed(values: NDArray, low: float, high: float, first: int, last: int) -> NDArray:
     span = high - low
     share = (values - low) / span if span > 0 and math.isfinite(span) else np.where(np.isfinite(values), 0.5, np.nan)
     return np.asarray(first + share * (last - first), float)

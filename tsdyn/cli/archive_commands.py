@@ -62,14 +62,24 @@ def _show_numbers(ds: Any) -> None:
             print(f"  {name:12} {rows[0].numbers[name]}")
         return
     print("\nat the end of each point: median over seeds")
-    first = max(len(row.point) for row in rows)
-    print(f"  {'':{first}}" + "".join(f"  {name:>10}" for name in names) + "  dead")
-    for row in rows:
+    header, labels = _without_keys([row.point for row in rows])
+    first = max(map(len, (header, *labels)))
+    print(f"  {header:{first}}" + "".join(f"  {name:>10}" for name in names) + "  dead")
+    for label, row in zip(labels, rows, strict=True):
         medians = [row.numbers.get(name) for name in names]
         shown = "".join(f"  {'-' if n is None or not n.members else format(n.median, '.3g'):>10}" for n in medians)
-        print(printable(f"  {row.point:{first}}{shown}  {row.dead:4}"))
+        print(printable(f"  {label:{first}}{shown}  {row.dead:4}"))
     if len(named) > len(rows):
         print(f"  ... and {len(named) - len(rows)} more points: --json prints {JSON_POINTS}, tsdyn report a table")
+
+
+def _without_keys(points: list[str]) -> tuple[str, list[str]]:
+    """The keys that all names of points share, ``a = 1, b = 2``, and the names without them."""
+    split = [[part.partition(" = ") for part in point.split(", ")] for point in points]
+    keys = [[key for key, _, _ in parts] for parts in split]
+    if any(found != keys[0] for found in keys):
+        return "", points
+    return ", ".join(keys[0]), [", ".join(value for _, _, value in parts) for parts in split]
 
 
 def _show_variables(ds: Any, width: int) -> None:

@@ -49,7 +49,7 @@ def new(
         made, told = _by_questions(question, widths, seeds, target.stem)
     way = f"{told}\nRun it:  tsdyn run {target.name} -o runs/{made.name}"
     text = commented(made, way + "\nKeys that are left out have their defaults; docs/reference/experiment lists all.")
-    if Experiment.from_toml_text(text) != made:
+    if Experiment.from_toml_text(text).digest != made.digest:
         raise AssertionError("the file that was to be written is of another experiment")
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
