@@ -198,6 +198,12 @@ class Experiment(Part):
             return tuple(marks[step] for step in self.schedule)
         assert_never(kind)
 
+    def _repr_html_(self) -> str:
+        """Table for a notebook of the keys that differ from their defaults, with their meanings."""
+        from tsdyn.experiment.meanings import table
+
+        return table(self)
+
     @property
     def digest(self) -> str:
         """SHA-256 that identifies the experiment; see `digest`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import textwrap
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -133,27 +134,43 @@ def commented(experiment: Experiment, heading: str) -> str:
         experiment: The experiment.
         heading: First lines, without ``#``.
     """
+    lines = [f"# {line}" if line else "#" for line in heading.splitlines()]
+    for section, kept in _told(experiment):
+        if section:
+            note = f"  # {MEANINGS['sweep']}" if section == "sweep" else ""
+            lines += ["", f"[{section}]{note}"]
+        lines += _lines(section, kept)
+    return "\n".join(lines) + "\n"
+
+
+def table(experiment: Experiment) -> str:
+    """HTML table of the keys that `commented` writes: key, value, meaning."""
+    rows = [
+        (f"{section}.{key}".lstrip("."), _inline(value))
+        for section, kept in _told(experiment)
+        for key, value in kept.items()
+    ]
+    cells = "".join(
+        f"<tr><td>{html.escape(key)}</td><td>{html.escape(value)}</td><td>{html.escape(MEANINGS.get(key, ''))}</td></tr>"
+        for key, value in rows
+    )
+    return f"<table><tr><th>key</th><th>value</th><th>meaning</th></tr>{cells}</table>"
+
+
+def _told(experiment: Experiment) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Sections, "" for the top level, and those of their keys that are not at their defaults or that a reader asks for."""
     values = experiment.as_dict()
     plain = Experiment(name="plain", teacher={"widths": [1, 1, 1]}).as_dict()
-    lines = [f"# {line}" if line else "#" for line in heading.splitlines()]
     own = {key: value for key, value in values.items() if not isinstance(value, dict)}
-    lines += _lines("", {k: v for k, v in own.items() if k in ("name", *_ALWAYS) or plain.get(k) != v})
+    yield "", {k: v for k, v in own.items() if k in ("name", *_ALWAYS) or plain.get(k) != v}
     for section, inside in values.items():
         if not isinstance(inside, dict):
             continue
         before = plain.get(section)
-        kept = {
-            key: value
-            for key, value in inside.items()
-            if section == "sweep"
-            or f"{section}.{key}" in _ALWAYS
-            or not isinstance(before, dict)
-            or before.get(key) != value
-        }
+        usual: dict[str, Any] = before if isinstance(before, dict) and section != "sweep" else {}
+        kept = {k: v for k, v in inside.items() if f"{section}.{k}" in _ALWAYS or k not in usual or usual[k] != v}
         if kept:
-            note = f"  # {MEANINGS['sweep']}" if section == "sweep" else ""
-            lines += ["", f"[{section}]{note}", *_lines(section, kept)]
-    return "\n".join(lines) + "\n"
+            yield section, kept
 
 
 def _lines(section: str, values: Mapping[str, Any]) -> Iterator[str]:
