@@ -1,4 +1,4 @@
-"""What a notebook shows: tables of networks and experiments, from which nothing of the user's text escapes as markup."""
+"""What a notebook shows: tables of networks and experiments, in which text of the user is never markup."""
 
 from html.parser import HTMLParser
 

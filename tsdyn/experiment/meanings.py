@@ -5,11 +5,12 @@ from __future__ import annotations
 import html
 import textwrap
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tomli_w
 
-from tsdyn.experiment.experiment import Experiment
+if TYPE_CHECKING:
+    from tsdyn.experiment.experiment import Experiment
 
 #: Key → meaning.  Other releases add keys, packages do not: their parts take ``arguments``.
 MEANINGS: Mapping[str, str] = {
@@ -145,22 +146,19 @@ def commented(experiment: Experiment, heading: str) -> str:
 
 def table(experiment: Experiment) -> str:
     """HTML table of the keys that `commented` writes: key, value, meaning."""
-    rows = [
-        (f"{section}.{key}".lstrip("."), _inline(value))
-        for section, kept in _told(experiment)
-        for key, value in kept.items()
-    ]
-    cells = "".join(
-        f"<tr><td>{html.escape(key)}</td><td>{html.escape(value)}</td><td>{html.escape(MEANINGS.get(key, ''))}</td></tr>"
-        for key, value in rows
-    )
+    cells = ""
+    for section, kept in _told(experiment):
+        for name, value in kept.items():
+            key = f"{section}.{name}".lstrip(".")
+            words = (key, _inline(value), MEANINGS.get(key, ""))
+            cells += f"<tr>{''.join(f'<td>{html.escape(word)}</td>' for word in words)}</tr>"
     return f"<table><tr><th>key</th><th>value</th><th>meaning</th></tr>{cells}</table>"
 
 
 def _told(experiment: Experiment) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Sections, "" for the top level, and those of their keys that are not at their defaults or that a reader asks for."""
+    """Sections, "" for the top level, with those of their keys that are not at their defaults or are always written."""
     values = experiment.as_dict()
-    plain = Experiment(name="plain", teacher={"widths": [1, 1, 1]}).as_dict()
+    plain = type(experiment)(name="plain", teacher={"widths": [1, 1, 1]}).as_dict()
     own = {key: value for key, value in values.items() if not isinstance(value, dict)}
     yield "", {k: v for k, v in own.items() if k in ("name", *_ALWAYS) or plain.get(k) != v}
     for section, inside in values.items():
