@@ -34,9 +34,9 @@ def test_a_network_shows_its_layers():
 
 
 def test_an_experiment_shows_the_keys_that_are_not_at_their_defaults():
-    shown = Cells(small(name="a<b>&c", training__momentum=0.5)._repr_html_())
+    shown = Cells(small(data__law="file", data__path="a<b>&c.npz", training__momentum=0.5)._repr_html_())
     assert shown.tags == {"table", "tr", "td", "th"}
     rows = {row[0]: row[1:] for row in shown.rows[1:]}
-    assert rows["name"][0] == '"a<b>&c"'
+    assert rows["data.path"][0] == '"a<b>&c.npz"'
     assert rows["training.momentum"] == ["0.5", "heavy-ball momentum"]
     assert "training.nesterov" not in rows
