@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -73,24 +73,26 @@ def closed(file: int) -> bool:
     return bool(_library().H5Fclose(file) >= 0)
 
 
-def read(path: Path, name: str, spans: Sequence[slice], dtype: np.dtype) -> NDArray | None:
-    """Numbers of one variable as they are stored, at plain slices of it; to be called inside `netcdf.guarded`.
+def read_all(path: Path, spans: Mapping[str, Sequence[slice]], dtypes: Mapping[str, np.dtype]) -> dict[str, NDArray]:
+    """Numbers of some variables as they are stored, in one visit of the file; to be called inside `netcdf.guarded`.
 
     Opening a file by the netCDF library takes 7 ms, since it reads the header of every variable; this takes 0.2 ms.
-    None, if the variable is not such numbers, lies in another file or cannot be read: the netCDF library then reads
-    it, or says what is wrong.
+    Left out are variables that are not such numbers, lie in another file or cannot be read: the netCDF library then
+    reads them, or says what is wrong.
 
     Args:
         path: The file.
-        name: A variable of its root group.
-        spans: A start and a stop along each dimension.
-        dtype: Of the stored numbers.
+        spans: Variable of its root group → a start and a stop along each dimension.
+        dtypes: Variable → type of the stored numbers.
     """
-    file = opened(path)
+    file, found = opened(path), dict[str, NDArray]()
     if file is None:
-        return None
+        return found
     try:
-        return None if oddities(file, [name]) else _numbers(_library(), file, name, spans, dtype)
+        for name, of in spans.items():
+            numbers = None if oddities(file, [name]) else _numbers(_library(), file, name, of, dtypes[name])
+            found |= {} if numbers is None else {name: numbers}
+        return found
     finally:
         if not closed(file):
             raise OSError(f"{path}: cannot be closed: the file system fails")
@@ -110,7 +112,9 @@ def _numbers(library: Any, file: int, name: str, spans: Sequence[slice], dtype: 
             return None
         sizes = np.zeros(rank, np.uint64)
         library.H5Sget_simple_extent_dims(space, sizes.ctypes.data, None)
-        start, count = (np.array(of, np.uint64) for of in zip(*((s.start, s.stop - s.start) for s in spans), strict=True))
+        start, count = (
+            np.array(of, np.uint64) for of in zip(*((s.start, s.stop - s.start) for s in spans), strict=True)
+        )
         if (start + count > sizes).any():
             return None  # along an unlimited dimension netCDF fills up what is not stored
         found = np.empty(tuple(count.tolist()), dtype)

@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -87,6 +88,15 @@ class Header:
     texts: dict[str, Loaded]
     variables: dict[str, Declared]
     attrs: dict[str, Any]
+
+    @cached_property
+    def numbers(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        """Variable → shape and type, of those whose numbers are stored as they are."""
+        return {
+            name: (tuple(len(self.labels[dim]) for dim in declared.dims), np.dtype(declared.dtype))
+            for name, declared in self.variables.items()
+            if not declared.encoding
+        }
 
     def as_json(self) -> list[Any]:
         columns = {

@@ -15,7 +15,7 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from tsdyn.archive import hdf5, netcdf
+from tsdyn.archive import netcdf, small_files
 from tsdyn.archive.headers import Source
 from tsdyn.archive.run_directory import ARCHIVE, RUN, SEGMENTS, segments
 from tsdyn.archive.whole_files import ArchiveError, Identity, identity, refuse_changed
@@ -139,8 +139,7 @@ def _stored(source: Source, name: str, rows: Sequence[Rows]) -> NDArray:
     declared = source.header.variables[name]
     stored = None
     if spans and not declared.encoding:
-        with netcdf.guarded():
-            stored = hdf5.read(source.path, name, spans, np.dtype(declared.dtype))
+        stored = small_files.read(source.path, source.identity, source.header.numbers, name, spans)
     if stored is None:
         with netcdf.dataset(source.path, only=name) as nc:
             stored = np.asarray(nc[name][tuple(spans)])

@@ -220,9 +220,7 @@ def _one_file(path: Path, upto: float) -> xr.Dataset:
 # --- all points as one Dataset -------------------------------------------------------------------------------
 
 
-def _opened_together(
-    paths: Sequence[Path], skip_damaged: bool, upto: float, *, as_points: bool = False
-) -> xr.Dataset:
+def _opened_together(paths: Sequence[Path], skip_damaged: bool, upto: float, *, as_points: bool = False) -> xr.Dataset:
     """One or several sweeps (or runs) as one lazy Dataset, with global attributes that hold for all of them.
 
     With `as_points`, all points lie along one dimension.
@@ -335,9 +333,7 @@ def _refuse_mostly_empty(
         )
 
 
-def _named(
-    paths: Sequence[Path], sweeps: Sequence[Mapping[str, Any]], keys: Sequence[str]
-) -> dict[str, str]:
+def _named(paths: Sequence[Path], sweeps: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> dict[str, str]:
     """Key → dimension: the names that each sweep was given when it began; whole keys where two would share one."""
     names = sweep_dimensions(keys)
     for path, sweep in reversed(list(zip(paths, sweeps, strict=True))):  # the first one's win
@@ -397,9 +393,7 @@ def _differing(written: Sequence[Mapping[str, Any]]) -> list[str]:
     return [key for key in keys if any(f.get(key, absent) != flat[0].get(key, absent) for f in flat)]
 
 
-def _origin(
-    paths: Sequence[Path], written: Sequence[Mapping[str, Any]], names: Mapping[str, str]
-) -> dict[str, str]:
+def _origin(paths: Sequence[Path], written: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> dict[str, str]:
     """Global attributes of the Dataset: the experiment of a single sweep, or the directories of several."""
     if len(paths) > 1:
         return {"opened": json.dumps([str(path) for path in paths])}

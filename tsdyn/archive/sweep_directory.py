@@ -21,7 +21,6 @@ from tsdyn.experiment.experiment import Experiment
 from tsdyn.experiment.sweep_axes import places, sweep_dimensions, swept_keys
 
 
-
 def label(value: Any) -> str | int | float:
     """The coordinate label of a swept value: numbers and strings as they are, lists joined by ``-``."""
     if isinstance(value, (bool, dict)):
