@@ -346,6 +346,8 @@ def problems(ds: xr.Dataset, *, swept: Iterable[str] = ()) -> list[str]:
             continue
         if name not in known and name in ds.coords and array.ndim == 1 and array.dims[0] in extra:
             continue  # a swept key that varies together with others is a coordinate
+        if name not in known and name in ds.coords and array.ndim == 0 and "key" in array.attrs:
+            continue  # the value of a swept key at the one point of the Dataset
         if name not in known:
             found.append(f"{name}: not a variable of schema {VERSION}")
             continue

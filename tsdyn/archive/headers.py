@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ from tsdyn import schema, vocabulary
 from tsdyn.archive import netcdf
 from tsdyn.archive.recordings import FILE, Recording
 from tsdyn.archive.run_directory import ARCHIVE, EXPERIMENT, RUN, refuse_another, segments
+from tsdyn.archive.swept_values import KEY
 from tsdyn.archive.whole_files import (
     ALWAYS_VERIFIED,
     ArchiveError,
@@ -87,6 +89,15 @@ class Header:
     variables: dict[str, Declared]
     attrs: dict[str, Any]
 
+    @cached_property
+    def numbers(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        """Variable → shape and type, of those whose numbers are stored as they are."""
+        return {
+            name: (tuple(len(self.labels[dim]) for dim in declared.dims), np.dtype(declared.dtype))
+            for name, declared in self.variables.items()
+            if not declared.encoding
+        }
+
     def as_json(self) -> list[Any]:
         columns = {
             name: (dims, np.asarray(values).tolist(), attrs) for name, (dims, values, attrs) in self.columns.items()
@@ -114,6 +125,7 @@ class Source(NamedTuple):
         own: Its attributes that are in `OWN`.
         death: ``death_epoch`` of its members; empty if it has none.
         wrong: Variables whose numbers are not what they are called (`wrong_variables`).
+        swept: Coordinates with the values of swept keys; empty where the header comes from the index.
     """
 
     path: Path
@@ -122,6 +134,7 @@ class Source(NamedTuple):
     own: dict[str, Any]
     death: list[int]
     wrong: tuple[str, ...]
+    swept: tuple[tuple[str, Loaded], ...] = ()
 
     @property
     def unchanged(self) -> bool:
@@ -152,19 +165,24 @@ class Source(NamedTuple):
                 raise DirectoryError(f"{path}: not a readable netCDF file: {error}") from error
 
 
-def _declared(path: Path, nc: netCDF4.Dataset) -> tuple[Header, dict[str, Any], list[int], tuple[str, ...]]:
+def _declared(
+    path: Path, nc: netCDF4.Dataset
+) -> tuple[Header, dict[str, Any], list[int], tuple[str, ...], tuple[tuple[str, Loaded], ...]]:
     columns: dict[str, Loaded] = {}
     texts: dict[str, Loaded] = {}
     for name, coordinate in netcdf.loaded_at_once(nc).items():
         found = netcdf.loaded(path, nc[name])
         (columns if coordinate else texts)[name] = _loaded(found)
+    # they differ from run to run, and headers are shared
+    of_keys = [name for name, (dims, _, attrs) in columns.items() if not dims and KEY in attrs]
+    swept = tuple((name, columns.pop(name)) for name in of_keys)
     death: list[int] = []
     if columns.get("death_epoch", ((),))[0] == ("seed",):
         death = columns.pop("death_epoch")[1].tolist()
     variables = {
         name: _variable(array)
         for name, array in nc.variables.items()
-        if name not in columns and name not in texts and not (name == "death_epoch" and death)
+        if name not in columns and name not in texts and name not in of_keys and not (name == "death_epoch" and death)
     }
     used = {dim for held in (columns, texts, variables) for dims, *_ in held.values() for dim in dims}
     labels = {
@@ -177,7 +195,7 @@ def _declared(path: Path, nc: netCDF4.Dataset) -> tuple[Header, dict[str, Any], 
     version = attrs.get("schema_version", schema.VERSION)
     wrong = wrong_variables(version, attrs.get(WRONG_THROUGH), str(own.get("experiment", "")))
     held = Header(version, labels, columns, texts, variables, attrs)
-    return held, own, death, tuple(name for name in wrong if name in variables)
+    return held, own, death, tuple(name for name in wrong if name in variables), swept
 
 
 def _loaded(found: xr.Variable) -> Loaded:

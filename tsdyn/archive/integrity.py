@@ -19,7 +19,7 @@ import netCDF4
 import numpy as np
 
 from tsdyn import schema, vocabulary
-from tsdyn.archive import netcdf, own_process, study_directories
+from tsdyn.archive import netcdf, own_process, study_directories, swept_values
 from tsdyn.archive.headers import Source
 from tsdyn.archive.lock import Lock
 from tsdyn.archive.reading import opened
@@ -55,6 +55,7 @@ from tsdyn.archive.whole_files import (
 from tsdyn.archive.wrong_numbers import WRONG
 from tsdyn.experiment.errors import ExperimentError
 from tsdyn.experiment.experiment import Experiment
+from tsdyn.experiment.sweep_axes import sweep_dimensions
 
 #: Where `repair` puts what is not whole; nothing is deleted.
 DAMAGED = "damaged"
@@ -106,7 +107,8 @@ def _check_sweep(path: Path) -> Iterator[str]:
         points = sweep_points(path)
         index = json.loads((path / SWEEP).read_text(encoding="utf-8"))
         listed = {point["directory"] for point in index["points"]}
-        named = set().union(*(possible_names(values) for values, _ in points.values()))
+        names = [swept_values.dimensions(path, values) for values, _ in list(points.values())[:1]]
+        named = set().union(*(possible_names(values, *names) for values, _ in points.values()))
         if len(listed) != len(points) or not listed <= named:
             yield f"{path / SWEEP}: lists other points than {EXPERIMENT} has"
     except (ExperimentError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
@@ -215,6 +217,10 @@ def _contents(path: Path, experiment: Experiment | Recording | None, *, unsealed
         return
     with ds:
         yield from (f"{path}: {problem}" for problem in schema.problems(ds, swept=swept_dimensions(ds)))
+        if isinstance(experiment, Experiment):
+            own = [(c.attrs, c.values) for c in ds.coords.values() if swept_values.KEY in c.attrs and c.ndim == 0]
+            for key in swept_values.disagreeing(own, experiment):
+                yield f"{path}: {key} is another in its coordinate of the swept value than in its experiment"
     try:
         with netcdf.dataset(path) as nc:
             if experiment is not None and not _is_of(nc.__dict__, experiment):
@@ -415,6 +421,12 @@ def _salvaged(path: Path, experiment: Experiment | Recording, damaged: Path) -> 
     yield from found
 
 
+def _swept(path: Path, experiment: Experiment | Recording) -> tuple[swept_values.Swept, ...]:
+    if isinstance(experiment, Recording):
+        return swept_values.of_values(experiment.config, sweep_dimensions(experiment.config))
+    return swept_values.of_point(path, experiment)
+
+
 def _salvage(path: Path, experiment: Experiment | Recording, damaged: Path) -> Iterator[str]:
     """Copy what can be read of the damaged archive into a new one."""
     layout, dropped = experiment.layout, []
@@ -431,7 +443,7 @@ def _salvage(path: Path, experiment: Experiment | Recording, damaged: Path) -> I
                 attrs = {
                     name: value for name, value in netcdf.attributes(old).items() if name not in ("coordinates", RUN)
                 }
-                netcdf.create(new, layout, epochs, variables, experiment.dtype, attrs)
+                netcdf.create(new, layout, epochs, variables, experiment.dtype, attrs, _swept(path, experiment))
                 for name in ("death_epoch", *variables):
                     for index in _blocks(new[name]):
                         try:

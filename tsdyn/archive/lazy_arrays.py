@@ -15,7 +15,7 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from tsdyn.archive import netcdf
+from tsdyn.archive import netcdf, small_files
 from tsdyn.archive.headers import Source
 from tsdyn.archive.run_directory import ARCHIVE, RUN, SEGMENTS, segments
 from tsdyn.archive.whole_files import ArchiveError, Identity, identity, refuse_changed
@@ -137,8 +137,12 @@ def _stored(source: Source, name: str, rows: Sequence[Rows]) -> NDArray:
     spans = [r if isinstance(r, slice) else slice(int(r.min()), int(r.max()) + 1) for r in rows]
     chosen = [slice(None) if isinstance(r, slice) else r - span.start for r, span in zip(rows, spans, strict=True)]
     declared = source.header.variables[name]
-    with netcdf.dataset(source.path, only=name) as nc:
-        stored = np.asarray(nc[name][tuple(spans)])
+    stored = None
+    if spans and not declared.encoding:
+        stored = small_files.read(source.path, source.identity, source.header.numbers, name, spans)
+    if stored is None:
+        with netcdf.dataset(source.path, only=name) as nc:
+            stored = np.asarray(nc[name][tuple(spans)])
     if declared.encoding:
         stored = netcdf.decoded(name, xr.Variable(declared.dims, stored, declared.encoding)).values
     kept: NDArray = stored[_orthogonal(chosen, stored.shape)]

@@ -18,6 +18,7 @@ from xarray.backends.locks import HDF5_LOCK, NETCDFC_LOCK, combine_locks
 
 from tsdyn import vocabulary
 from tsdyn.archive import hdf5
+from tsdyn.archive.swept_values import Swept
 from tsdyn.archive.whole_files import ArchiveError, DirectoryError, readable, replacing
 from tsdyn.schema import Layout
 from tsdyn.schema import variable as variable_of
@@ -300,10 +301,11 @@ def create(
     variables: Sequence[str],
     dtype: str,
     attrs: Mapping[str, Any],
+    swept: Sequence[Swept] = (),
 ) -> None:
     """Make dimensions, coordinates and empty variables in `nc`; what is never written reads as NaN.
 
-    `epochs` are the labels along the run's dimension, ``layout.path``.
+    `epochs` are the labels along the run's dimension, ``layout.path``, and `swept` the swept values of its point.
     """
     sizes = _sizes(layout, len(epochs))
     used = {d for name in variables for d in variable_of(name).dims} | {"seed", "epoch", "layer"}
@@ -352,9 +354,18 @@ def create(
         )
         said = dict(layout.comments).get(name)
         array.setncatts(variable.attrs | ({} if said is None else {"comment": said}))
-    nc.setncatts(
-        {**attrs, "coordinates": " ".join([*columns, *(["layer_name"] if layout.layer_names else []), "death_epoch"])}
-    )
+    _write_swept(nc, swept)
+    named = [*columns, *(["layer_name"] if layout.layer_names else []), "death_epoch", *(each.name for each in swept)]
+    nc.setncatts({**attrs, "coordinates": " ".join(named)})
+
+
+def _write_swept(nc: netCDF4.Dataset, swept: Sequence[Swept]) -> None:
+    """Write scalar coordinates with the values of swept keys."""
+    for each in swept:
+        kind: Any = str if isinstance(each.value, str) else np.asarray(each.value).dtype
+        scalar = nc.createVariable(each.name, kind, ())
+        scalar.setncatts(each.attrs)
+        scalar[...] = np.asarray(each.value, dtype=object if kind is str else kind)
 
 
 def index(

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import dask.array
 import numpy as np
@@ -24,16 +24,26 @@ import xarray as xr
 from dask.base import tokenize
 
 from tsdyn import schema, vocabulary
-from tsdyn.archive import study_directories
+from tsdyn.archive import study_directories, zarr_stores
 from tsdyn.archive.headers import Header, Headers, Source
 from tsdyn.archive.lazy_arrays import Cells, Stored
 from tsdyn.archive.recordings import Recording, flush_below, recordings_below
 from tsdyn.archive.run_directory import ARCHIVE, EXPERIMENT
-from tsdyn.archive.sweep_directory import SWEEP, label, point_directories
+from tsdyn.archive.sweep_directory import label, point_directories
+from tsdyn.archive.swept_values import SWEEP, dimensions
 from tsdyn.archive.whole_files import ALWAYS_VERIFIED, ArchiveError, DirectoryError, local_path
-from tsdyn.archive.wrong_numbers import WRONG, WrongNumbersWarning
+from tsdyn.archive.wrong_numbers import WRONG, WRONG_THROUGH, WrongNumbersWarning, wrong_variables
 from tsdyn.experiment.experiment import Experiment, digest, flattened
-from tsdyn.experiment.sweep_axes import POINT, Axis, axes, checked_sweep, places, sweep_dimensions, swept_keys
+from tsdyn.experiment.sweep_axes import (
+    DIMENSIONS,
+    POINT,
+    Axis,
+    axes,
+    checked_sweep,
+    places,
+    sweep_dimensions,
+    swept_keys,
+)
 
 #: A dask chunk holds the whole disk chunks of as many seeds as fit in this (opening a file costs as much as 5 MB) ...
 LAZY_BYTES = 1 << 27
@@ -42,47 +52,59 @@ RUNS_PER_CHUNK = 25
 #: ... but no more bytes than this in all, so that reading one run of many stays quick.
 GATHERED_BYTES = 1 << 20
 
+#: Archives that are opened together may leave this many places of the product of their keys for each of their points.
+EMPTY_FACTOR = 2
+
 Labels = tuple[str | int | float, ...]
 
 _warned: set[Path] = set()
 
 
 def open(
-    path: str | Path | Sequence[str | Path], *, skip_damaged: bool = False, verify: bool | None = None
+    path: str | Path | Sequence[str | Path],
+    *,
+    skip_damaged: bool = False,
+    verify: bool | None = None,
+    along: Literal["keys", "point"] = "keys",
 ) -> xr.Dataset:
-    """A run, a sweep or one file as one lazy Dataset; nothing is loaded.
+    """A run, a sweep, one file or a zarr store as one lazy Dataset; nothing is loaded.
 
     The swept keys of a sweep are leading dimensions, named by the key's last word (keys that vary together are
     coordinates along ``point``).  Points without a committed epoch are NaN; ``coverage`` is the share of its epochs
     that a point has.  An unfinished run shows its committed epochs.  If several runs or sweeps are opened together,
-    the keys in which their experiments differ are dimensions, too.
+    the keys in which their experiments differ are dimensions, too.  Files and stores that ``tsdyn export``,
+    ``Dataset.to_netcdf`` and ``Dataset.to_zarr`` wrote are opened like what they were written from.
 
     The Dataset stays valid while a run goes on or is finished: its committed epochs are then read from the files that
     hold them.  Where anything else has replaced a file, reading raises `ArchiveError` and says to open it again.
 
     Args:
-        path: Directory of a run or a sweep, or a netCDF file; or a list of directories.
+        path: Directory of a run or a sweep, a netCDF file or a zarr store; or a list of directories.
         skip_damaged: Whether points of a sweep that cannot be read become NaN, with a warning, instead of raising.
         verify: Whether files are first compared with the checksums beside them, which reads them whole.  By default
             files of at most 16 MB are (in a sweep, those that the index does not list); larger ones have a checksum
             per chunk, which is compared when the chunk is read.
+        along: Whether every swept key is a dimension, or all points lie along one dimension ``point`` with the keys
+            as coordinates, in which nothing is empty.
 
     Warns:
         WrongNumbersWarning: once per path, if an earlier version stored wrong numbers in some variables; these have
             the attribute ``wrong``.
 
     Raises:
-        ArchiveError: if there is nothing of tsdyn's to read, a file differs from its checksum, or a list is empty or
-            holds a point twice.
+        ArchiveError: if there is nothing of tsdyn's to read, a file differs from its checksum, or a list is empty,
+            holds a point twice or differs in so many keys that the product of their values would be mostly empty.
     """
     upto = {None: ALWAYS_VERIFIED, True: math.inf, False: -1.0}[verify]
     paths = [local_path(path)] if isinstance(path, (str, Path)) else [local_path(one) for one in path]
     if not paths:
         raise DirectoryError("open: an empty list; give directories of runs or sweeps")
-    if isinstance(path, (str, Path)):
+    if along not in ("keys", "point"):
+        raise DirectoryError(f"open: along={along!r}; it is 'keys' or 'point'")
+    if isinstance(path, (str, Path)) and not (along == "point" and (paths[0] / SWEEP).is_file()):
         ds = opened(paths[0], skip_damaged=skip_damaged, upto=upto)
     else:
-        ds = _opened_together(paths, skip_damaged, upto)
+        ds = _opened_together(paths, skip_damaged, upto, as_points=along == "point")
     wrong = [str(name) for name, array in ds.data_vars.items() if "wrong" in array.attrs]
     for one in (p.absolute() for p in paths if wrong):
         if one not in _warned:
@@ -108,11 +130,28 @@ def opened(path: Path, *, skip_damaged: bool = False, upto: float = -1.0) -> xr.
     if not (path / EXPERIMENT).exists() and (recorded := recordings_below(path)):
         return _recordings(path, recorded, skip_damaged, upto)
     sources = Headers(path, upto).committed(".", lambda: Experiment.from_toml(path / EXPERIMENT, archived=True))
-    if not sources and any((path / name).exists() for name in ("zarr.json", ".zgroup", ".zmetadata")):
-        raise DirectoryError(f"{path}: is a zarr store; open it by xarray.open_zarr({str(path)!r})")
+    if not sources and zarr_stores.is_one(path):
+        return _marked_as(zarr_stores.read(path), path)
     if not sources:
         raise DirectoryError(f"{path}: holds no archive and no committed epoch; finish it with `tsdyn run`")
-    return _whole({(): sources}, ()).assign_attrs(sources[0].own | _when([sources]))
+    return _single(sources)
+
+
+def _single(sources: Sequence[Source]) -> xr.Dataset:
+    """The Dataset of one run's files or of any one file, with the values of swept keys of the point that it is."""
+    own = {name: xr.Variable(*kept) for name, kept in sources[0].swept}
+    return _whole({(): sources}, ()).assign_coords(own).assign_attrs(sources[0].own | _when([sources]))
+
+
+def _marked_as(ds: xr.Dataset, path: Path) -> xr.Dataset:
+    """A Dataset that somebody else's reader gave, brought to the present version of the schema and marked."""
+    given = ds.attrs.get("schema_version", schema.VERSION), ds.attrs.get(WRONG_THROUGH)
+    wrong = [name for name in wrong_variables(*given, str(ds.attrs.get("experiment", ""))) if name in ds]
+    try:
+        ds = schema.migrate(ds)
+    except schema.SchemaError as error:
+        raise DirectoryError(f"{path}: {error}") from error
+    return ds.assign({name: ds[name].assign_attrs(wrong=f"{WRONG}; in {path}") for name in wrong})
 
 
 def _recordings(path: Path, folders: Sequence[Path], skip_damaged: bool, upto: float) -> xr.Dataset:
@@ -173,7 +212,7 @@ def _in_order(values: Iterable[Any]) -> list[Any]:
 def _one_file(path: Path, upto: float) -> xr.Dataset:
     source = Source.of(path, upto=upto)
     try:
-        return _whole({(): [source]}, ()).assign_attrs(source.own)
+        return _single([source])
     except (ValueError, KeyError, IndexError, TypeError) as error:
         raise DirectoryError(f"{path}: not a file of tsdyn's: {error}") from error
 
@@ -181,14 +220,16 @@ def _one_file(path: Path, upto: float) -> xr.Dataset:
 # --- all points as one Dataset -------------------------------------------------------------------------------
 
 
-def _opened_together(paths: Sequence[Path], skip_damaged: bool, upto: float) -> xr.Dataset:
+def _opened_together(paths: Sequence[Path], skip_damaged: bool, upto: float, *, as_points: bool = False) -> xr.Dataset:
     """One or several sweeps (or runs) as one lazy Dataset, with global attributes that hold for all of them.
+
+    With `as_points`, all points lie along one dimension.
 
     Raises:
         ArchiveError: if a file cannot be read (unless `skip_damaged`), nothing is committed yet, or two directories
             hold the same point.
     """
-    cells, grid, origin = _gathered(paths, skip_damaged, upto)
+    cells, grid, origin = _gathered(paths, skip_damaged, upto, as_points)
     if not cells:
         where = ", ".join(map(str, paths))
         raise DirectoryError(f"{where}: no point of this sweep has a committed epoch yet; go on with `tsdyn run`")
@@ -242,15 +283,20 @@ def _marked(ds: xr.Dataset, sources: Sequence[Source]) -> xr.Dataset:
 
 
 def _gathered(
-    paths: Sequence[Path], skip_damaged: bool, upto: float
+    paths: Sequence[Path], skip_damaged: bool, upto: float, as_points: bool
 ) -> tuple[dict[tuple[int, ...], list[Source]], tuple[Axis, ...], dict[str, str]]:
     """The files at each position of the common grid, the grid's axes (named as coordinates), and global attributes."""
     written = [_written(path) for path in paths]
     sweeps = [values.get("sweep", {}) for values in written]
     keys = tuple(dict.fromkeys([*_differing(written), *(key for sweep in sweeps for key in swept_keys(sweep))]))
     groups = {axis.keys for sweep in sweeps for axis in axes(sweep) if axis.dimension == POINT}
+    if as_points:
+        groups = {keys} if keys else set()
     if len(groups) > 1:
-        raise DirectoryError(f"open: the sweeps list points of different keys, {sorted(groups)}; open one at a time")
+        raise DirectoryError(
+            f"open: the sweeps list points of different keys, {sorted(groups)}; open one at a time, or all along one "
+            f"dimension: {_WAY_OUT}"
+        )
     listed = next(iter(groups), ())
     along = [*((key,) for key in keys if key not in listed), *groups]
     found: dict[tuple[Labels, ...], list[Source]] = {}
@@ -267,14 +313,44 @@ def _gathered(
                 )
             held += sources
     taken = [tuple(dict.fromkeys(at[i] for at in found)) for i in range(len(along))]
+    _refuse_mostly_empty(paths, along, taken, len(found))
     position = [{value: i for i, value in enumerate(of)} for of in taken]
     cells = {tuple(p[v] for p, v in zip(position, at, strict=True)): held for at, held in found.items() if held}
-    names = sweep_dimensions(keys)
+    names = _named(paths, sweeps, keys)
     grid = tuple(
         Axis(POINT if group == listed else names[group[0]], tuple(names[key] for key in group), of)
         for group, of in zip(along, taken, strict=True)
     )
-    return cells, grid, _origin(paths, written)
+    return cells, grid, _origin(paths, written, names)
+
+
+#: What `open` says where a product of keys would be mostly empty.
+_WAY_OUT = (
+    "tsdyn.open([...], along='point') gives one dimension with the keys as coordinates, "
+    "xr.DataTree.from_dict({name: tsdyn.open(path), ...}) keeps them apart"
+)
+
+
+def _refuse_mostly_empty(
+    paths: Sequence[Path], along: Sequence[tuple[str, ...]], taken: Sequence[Sequence[Any]], points: int
+) -> None:
+    """Refuse several archives whose points fill less than half of the product of the values of their keys."""
+    places = math.prod(map(len, taken))
+    if len(paths) > 1 and places > EMPTY_FACTOR * points:
+        sizes = ", ".join(f"{' and '.join(keys)} {len(values)}" for keys, values in zip(along, taken, strict=True))
+        raise DirectoryError(
+            f"open: the {len(paths)} archives differ in several keys ({sizes}), and their {points} points would fill "
+            f"{100 * points / places:.2g} % of {places} places; {_WAY_OUT}"
+        )
+
+
+def _named(paths: Sequence[Path], sweeps: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> dict[str, str]:
+    """Key → dimension: the names that each sweep was given when it began; whole keys where two would share one."""
+    names = sweep_dimensions(keys)
+    for path, sweep in reversed(list(zip(paths, sweeps, strict=True))):  # the first one's win
+        names |= dimensions(path, swept_keys(sweep)) if sweep else {}
+    shared = [name for name in names.values() if list(names.values()).count(name) > 1]
+    return {key: key if name in shared else name for key, name in names.items()}
 
 
 def _committed(
@@ -328,14 +404,15 @@ def _differing(written: Sequence[Mapping[str, Any]]) -> list[str]:
     return [key for key in keys if any(f.get(key, absent) != flat[0].get(key, absent) for f in flat)]
 
 
-def _origin(paths: Sequence[Path], written: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+def _origin(paths: Sequence[Path], written: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> dict[str, str]:
     """Global attributes of the Dataset: the experiment of a single sweep, or the directories of several."""
     if len(paths) > 1:
         return {"opened": json.dumps([str(path) for path in paths])}
     values = {k: v for k, v in written[0].items() if k != "sweep" or v}
     text = (paths[0] / EXPERIMENT).read_text(encoding="utf-8")
     try:
-        return {"experiment": text, "digest": digest(values), "name": str(values.get("name", ""))}
+        found = {"experiment": text, "digest": digest(values), "name": str(values.get("name", ""))}
+        return found | ({DIMENSIONS: json.dumps(names)} if names else {})
     except (KeyError, AttributeError, TypeError) as error:
         raise DirectoryError(
             f"{paths[0] / EXPERIMENT}: is not an experiment of tsdyn's: {error}; `tsdyn validate` says where"
@@ -448,6 +525,7 @@ def _gridded(cells: Cells, labels: Mapping[str, list[Any]], grid: Sequence[Axis]
     outer, sizes = tuple(axis.dimension for axis in grid), tuple(len(axis.values) for axis in grid)
     found: dict[str, xr.Variable] = {}
     for place, (first, *_) in cells.items():
+        own = first.header.labels
         for name, (dims, values, attrs) in first.header.columns.items():
             if (
                 name == "layer_name"
@@ -458,8 +536,8 @@ def _gridded(cells: Cells, labels: Mapping[str, list[Any]], grid: Sequence[Axis]
             if name not in found:
                 empty = np.full((*sizes, *(len(labels[d]) for d in dims)), -1)
                 found[name] = xr.Variable((*outer, *dims), empty, attrs)
-            at: tuple[Any, ...] = (*place, *(slice(0, len(first.header.labels[d])) for d in dims))
-            found[name].values[at] = values
+            where = [np.flatnonzero(np.isin(labels[d], own[d])) for d in dims]  # by label: one's own may begin at 0
+            found[name].values[(*place, *np.ix_(*where))] = values
     return found
 
 

@@ -8,16 +8,18 @@ import re
 import secrets
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import netCDF4
 import numpy as np
 
-from tsdyn.archive import joining, netcdf, own_process, study_directories
+from tsdyn.archive import joining, netcdf, own_process, study_directories, swept_values
 from tsdyn.archive.lock import NAME as LOCK
 from tsdyn.archive.lock import Lock
 from tsdyn.archive.netcdf import Records, State
+from tsdyn.archive.swept_values import Swept
 from tsdyn.archive.whole_files import (
     SUFFIX,
     ArchiveError,
@@ -346,6 +348,11 @@ class RunDirectory(Generic[D]):
         """Whether the archive of all epochs has been written."""
         return (self.path / ARCHIVE).exists()
 
+    @cached_property
+    def _swept(self) -> tuple[Swept, ...]:
+        """Values of swept keys, if the directory is a point of a sweep."""
+        return swept_values.of_point(self.path, self._own)
+
     @property
     def bytes_per_epoch(self) -> int:
         """Size of one recorded epoch, without padding."""
@@ -397,7 +404,7 @@ class RunDirectory(Generic[D]):
         with netcdf.guarded():
             nc = netCDF4.Dataset("segment", "w", format="NETCDF4", memory=expected)
             own = {**attrs, **self._own_attrs()}
-            netcdf.create(nc, self.layout, epochs, tuple(records), self.experiment.dtype, own)
+            netcdf.create(nc, self.layout, epochs, tuple(records), self.experiment.dtype, own, self._swept)
             nc["death_epoch"][:] = state["death_epoch"]
             for name, value in records.items():
                 blocks = enumerate(value, start=1) if isinstance(value, list) else ((None, value),)
@@ -471,7 +478,7 @@ class RunDirectory(Generic[D]):
         """Write the archive of all segments to `target` and read it back; the variable that differs, or None."""
         with joining.little_cached():
             with netcdf.dataset(target, "w") as nc:
-                netcdf.create(nc, self.layout, epochs, self.variables, self.experiment.dtype, attrs)
+                netcdf.create(nc, self.layout, epochs, self.variables, self.experiment.dtype, attrs, self._swept)
                 joining.copy(parts, self.layout, self.variables, nc)
             with netcdf.dataset(target) as nc:
                 return joining.differing(parts, self.layout, self.variables, nc)
