@@ -45,14 +45,14 @@ NAMES = [
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"dtype": "float32"}, {"data__train": "fresh", "training__batch": 8}, {"data__noise": 0.1},
-     {"student__activation": "erf", "teacher__widths": [6, 3, 3, 2]}],
-    ids=["relu", "float32", "fresh", "noise", "deep erf"],
+    [{"data__noise": 0.1}, {"dtype": "float32", "data__train": "fresh", "training__batch": 8},
+     {"student__activation": "erf", "teacher__widths": [4, 3, 3, 2]}],
+    ids=["noise", "float32 fresh", "deep erf"],
 )  # fmt: skip
 def test_every_observable_is_the_bits_that_recording_would_have_given(tmp_path, changes):
     names = NAMES
     if len(changes.get("teacher__widths", ())) > 3:
-        names = [n for n in names if n not in ("alignment", "observation", "observation_count")]
+        names = [n for n in names if n not in ("alignment", "observation", "observation_count", "lemma1_residual")]
     known, measured = both(tmp_path, names, **changes)
     assert all(array.chunks for array in measured.data_vars.values())
     assert_alike(known, measured, names)
@@ -85,7 +85,7 @@ def test_own_modules_are_measured_alike_and_another_source_is_refused(tmp_path):
     assert_alike(known, tsdyn.measure(tmp_path / "bare", names, student=make), names)
     with pytest.raises(tsdyn.ExperimentError, match="its source has SHA-256"):
         tsdyn.measure(tmp_path / "bare", names, student=lambda: nn.Linear(5, 2))
-    with pytest.raises(tsdyn.ExperimentError, match="A is not measured with student.module"):
+    with pytest.raises(tsdyn.ExperimentError, match=r"A is not measured with student.module"):
         tsdyn.measure(tmp_path / "bare", ["A"], student=make)
 
 
@@ -143,9 +143,7 @@ def test_what_cannot_be_measured_is_refused_in_a_sentence(tmp_path):
         tsdyn.measure(ds, ["A"])
     with pytest.raises(ValueError, match=r"epochs \[7\] are not recorded; there are 0, 1, 2"):
         tsdyn.measure(whole, ["A"], epochs=[0, 7])
-    with pytest.raises(
-        tsdyn.ExperimentError, match="'hesian_eigenvalue' is not an observable .did you mean 'hessian_eigenvalue'"
-    ):
+    with pytest.raises(tsdyn.ExperimentError, match=r"'hesian_eigenvalue' is not an observable .did you"):
         tsdyn.measure(whole, ["hesian_eigenvalue"])
     with pytest.raises(ValueError, match="all layers"):
         tsdyn.measure(whole.sel(layer=[2]), ["A"])
@@ -154,7 +152,7 @@ def test_what_cannot_be_measured_is_refused_in_a_sentence(tmp_path):
     with pytest.raises(tsdyn.ExperimentError, match=r"label"):
         tsdyn.measure(whole, ["label_accuracy"])
     online = tsdyn.Experiment.from_dict({
-        "kind": "online", "name": "o", "seeds": 1, "teacher": {"widths": [1, 2, 1]}, "student": {"widths": [1, 2, 1]},
+        "kind": "online", "name": "o", "seeds": 1, "teacher": {"widths": [1, 2, 1], "init": "gaussian"}, "student": {"widths": [1, 2, 1]},
         "training": {"learning_rate": 0.1}, "online": {"inputs": 20, "last": 1.0, "points": 3},
     })  # fmt: skip
     with pytest.raises((ValueError, tsdyn.ExperimentError), match="measure:"):

@@ -19,7 +19,7 @@ import netCDF4
 import numpy as np
 
 from tsdyn import schema, vocabulary
-from tsdyn.archive import netcdf, own_process, study_directories
+from tsdyn.archive import additions, netcdf, own_process, study_directories
 from tsdyn.archive.headers import Source
 from tsdyn.archive.lock import Lock
 from tsdyn.archive.reading import opened
@@ -139,6 +139,7 @@ def _check_run(path: Path, expected: Experiment | None = None) -> Iterator[str]:
     for seal in (path / SEGMENTS).glob(f"*{SUFFIX}"):
         if not finished and seal.with_name(seal.name.removesuffix(SUFFIX)) not in files:
             yield f"{seal}: the checksum of a segment that is not there: lost, or its commit was cut short"
+    yield from _check_additions(path, experiment)
     problems = [problem for file in files for problem in _check_file(file, experiment)]
     yield from problems
     yield from (told for file in files for told in _said_of(file))
@@ -160,6 +161,20 @@ def _check_run(path: Path, expected: Experiment | None = None) -> Iterator[str]:
     extra = sorted(recorded - listed - kept) if finished else []
     if extra or epochs != sorted(recorded):
         yield f"{path}: {dimension}s {_few(extra or epochs)} are not those of the schedule, in order"
+
+
+def _check_additions(path: Path, experiment: Experiment | Recording) -> Iterator[str]:
+    """Problems of what was measured of a run later."""
+    try:
+        files = additions.files(path)
+    except ArchiveError as error:
+        yield str(error)
+        return
+    for file in files:
+        yield from _check_file(file, experiment)
+    for seal in (path / additions.MEASURED).glob(f"*{SUFFIX}"):
+        if seal.with_name(seal.name.removesuffix(SUFFIX)) not in files:
+            yield f"{seal}: the checksum of a file that is not there: lost, or its commit was cut short"
 
 
 def _of_directory(path: Path) -> Experiment | Recording:
@@ -315,7 +330,7 @@ def repair(path: str | Path) -> list[str]:
         return told + list(_without_leftovers(path))  # last: nobody is writing a point
     if not path.is_dir():
         raise DirectoryError(f"{path}: is not the directory of a run")
-    for folder in (path, path / SEGMENTS, path / DAMAGED):
+    for folder in (path, path / SEGMENTS, path / additions.MEASURED, path / DAMAGED):
         for entry in (folder, *folder.iterdir()) if folder.is_dir() else ():
             if entry != path:
                 refuse_link(entry)
@@ -340,9 +355,9 @@ def _repair_run(path: Path) -> Iterator[str]:
             _move_to_damaged(path, own)
         write_text(own, experiment.to_toml())
         yield f"{own}: written anew from what the archive remembers ({error})"
-    yield from _without_leftovers(path, path / SEGMENTS)
-    after = -1
-    found = {file: list(_check_file(file, experiment)) for file in [*files, path / ARCHIVE] if file.exists()}
+    yield from _without_leftovers(path, path / SEGMENTS, path / additions.MEASURED)
+    after, added = -1, additions.files(path)
+    found = {file: list(_check_file(file, experiment)) for file in [*files, path / ARCHIVE, *added] if file.exists()}
     for file, problems in found.items():
         if problems and sealed(file):
             raise ArchiveError(
@@ -363,7 +378,10 @@ def _repair_run(path: Path) -> Iterator[str]:
         _move_to_damaged(path, file)
         reason = problems[0] if problems else f"{file}: whole, but epochs from {after + 1} before it are not there"
         yield f"{reason}; moved to {DAMAGED}/, `tsdyn run` computes its epochs again"
-    for seal in (path / SEGMENTS).glob(f"*{SUFFIX}"):
+    for file in (file for file in added if found[file]):
+        _move_to_damaged(path, file)
+        yield f"{found[file][0]}; moved to {DAMAGED}/, `tsdyn measure` measures it again"
+    for seal in (s for folder in (SEGMENTS, additions.MEASURED) for s in (path / folder).glob(f"*{SUFFIX}")):
         if not seal.with_name(seal.name.removesuffix(SUFFIX)).exists():
             _move_to_damaged(path, seal)
     if found.get(path / ARCHIVE):

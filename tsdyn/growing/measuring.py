@@ -28,6 +28,7 @@ from tsdyn.networks.any_module import Own, _held
 from tsdyn.networks.network import Network
 from tsdyn.observables import registry
 from tsdyn.observables.registry import Observed
+from tsdyn.problem import input_files
 from tsdyn.running.members import Members
 from tsdyn.running.own_modules import Maker, makers, refuse_other_source
 from tsdyn.running.runner import own_device
@@ -73,7 +74,10 @@ def measure(
     passed = _Passed(tuple(o for o in observables if isinstance(o, Observed)), student, teacher)
     passed.make_known()
     names = schema.expand(o.name if isinstance(o, Observed) else o for o in observables)
-    asked = [(chosen, _asked(single, names, passed)) for chosen, single in points(ds).values()]
+    found_at = list(points(ds).values())
+    if len(found_at) == 1:  # the points of a sweep have each their own; the teacher is compared in any case
+        _refuse_other_inputs(ds, found_at[0][1])
+    asked = [(chosen, _asked(single, names, passed)) for chosen, single in found_at]
     needed = _needed(ds, asked[0][1])
     swept = tuple(str(d) for d in ds[needed[0]].dims if any(d in chosen for chosen, _ in asked))
     outer = (*swept, "seed", "epoch")
@@ -114,6 +118,12 @@ def _at_epochs(ds: xr.Dataset, epochs: int | Iterable[int] | None) -> xr.Dataset
         few = there if len(there) <= 20 else [*there[:10], "...", *there[-3:]]
         raise ValueError(f"measure: epochs {missing or wanted} are not recorded; there are {', '.join(map(str, few))}")
     return ds.sel(epoch=sorted(set(map(int, wanted))))
+
+
+def _refuse_other_inputs(ds: xr.Dataset, single: Experiment) -> None:
+    before = input_files.kept(ds.attrs)
+    if before:
+        input_files.refuse_other(Path(single.name), single, before, input_files.digests(single))
 
 
 def _asked(single: Experiment, names: Sequence[str], passed: _Passed) -> Experiment:
