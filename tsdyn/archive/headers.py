@@ -43,7 +43,7 @@ from tsdyn.experiment.experiment import Experiment
 INDEX = "index.json"
 _INDEX = re.compile(rb'\{"sha256": "([0-9a-f]{64})", "kept": (.*)\}', re.DOTALL)
 #: Global attributes that differ from run to run, so that they are kept outside the shared header.
-OWN = ("experiment", "recording", "name", "digest", "created", RUN, "input_sha256", "history")
+OWN = ("experiment", "recording", "name", "digest", "created", RUN, "input_sha256", "history", "changes")
 
 #: Dimensions, values and attributes of what is loaded when a file is opened.
 Loaded = tuple[tuple[str, ...], Any, dict[str, Any]]

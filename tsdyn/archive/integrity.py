@@ -25,6 +25,7 @@ from tsdyn.archive.lock import Lock
 from tsdyn.archive.reading import opened
 from tsdyn.archive.recordings import FILE, Recording, flush_below, recordings_below
 from tsdyn.archive.run_directory import (
+    ADDED,
     ARCHIVE,
     DROPPED,
     EXPERIMENT,
@@ -140,6 +141,8 @@ def _check_run(path: Path, expected: Experiment | None = None) -> Iterator[str]:
         if not finished and seal.with_name(seal.name.removesuffix(SUFFIX)) not in files:
             yield f"{seal}: the checksum of a segment that is not there: lost, or its commit was cut short"
     yield from _check_additions(path, experiment)
+    if (path / ADDED / EXPERIMENT).exists():
+        yield from _check_run(path / ADDED)
     problems = [problem for file in files for problem in _check_file(file, experiment)]
     yield from problems
     yield from (told for file in files for told in _said_of(file))
@@ -157,10 +160,27 @@ def _check_run(path: Path, expected: Experiment | None = None) -> Iterator[str]:
     missing = [e for e in experiment.labels if e not in recorded and (finished or e <= last)]
     if missing:
         yield f"{path}: {dimension}s {_few(missing)} are not there"
+    yield from _check_members(path, files, experiment)
     listed = set(experiment.labels) if isinstance(experiment, Experiment) else recorded
     extra = sorted(recorded - listed - kept) if finished else []
     if extra or epochs != sorted(recorded):
         yield f"{path}: {dimension}s {_few(extra or epochs)} are not those of the schedule, in order"
+
+
+def _check_members(path: Path, files: Sequence[Path], experiment: Experiment | Recording) -> Iterator[str]:
+    """Problems of a finished run's seeds and variables: others than the experiment file names."""
+    if not (path / ARCHIVE).exists() or not isinstance(experiment, Experiment):
+        return
+    with netcdf.dataset(files[0]) as nc:
+        seeds, names = set(nc["seed"][:].tolist()), set(nc.variables)
+    missing, more = sorted(set(experiment.seed_labels) - seeds), sorted(seeds - set(experiment.seed_labels))
+    if missing:
+        yield f"{path}: seeds {_few(missing)} are not there"
+    if more:
+        yield f"{path}: seeds {_few(more)} are there, and {EXPERIMENT} does not name them: a commit was cut short"
+    lost = sorted(set(experiment.recorded()) - names)
+    if lost:
+        yield f"{path}: {', '.join(lost)} are not there"
 
 
 def _check_additions(path: Path, experiment: Experiment | Recording) -> Iterator[str]:
@@ -273,7 +293,8 @@ def _is_of(attrs: Mapping[str, Any], experiment: Experiment | Recording) -> bool
     # digests of tsdyn 0.1 were over all keys, those at their defaults too
     whole = json.dumps(tomllib.loads(text), sort_keys=True, separators=(",", ":"))
     named = attrs.get("digest") in (theirs.digest, hashlib.sha256(whole.encode()).hexdigest())
-    return named and (theirs == experiment or extends(experiment, theirs))
+    # where seeds were joined and it was cut short, the archive is ahead of the experiment file
+    return named and (theirs == experiment or extends(experiment, theirs) or extends(theirs, experiment))
 
 
 def _blocks(array: netCDF4.Variable) -> Iterator[tuple[slice, ...]]:
@@ -336,9 +357,11 @@ def repair(path: str | Path) -> list[str]:
                 refuse_link(entry)
     with Lock(path):
         try:
-            return list(_repair_run(path))
+            told = list(_repair_run(path))
         except OSError as error:
             raise refused(path, error) from error
+    refuse_link(path / ADDED)
+    return told + (repair(path / ADDED) if (path / ADDED / EXPERIMENT).exists() else [])
 
 
 def _repair_run(path: Path) -> Iterator[str]:

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from tsdyn import schema
+from tsdyn.archive import changes
 from tsdyn.archive.run_directory import EXPERIMENT, claim, extends
 from tsdyn.archive.whole_files import DirectoryError, write_text
 from tsdyn.experiment.errors import ExperimentError
 from tsdyn.experiment.experiment import Experiment
 from tsdyn.experiment.sweep_axes import places, sweep_dimensions, swept_keys
 
-SWEEP = "sweep.json"
+SWEEP = changes.SWEEP
 
 
 def label(value: Any) -> str | int | float:
@@ -141,5 +142,7 @@ def write_sweep(path: Path, experiment: Experiment) -> dict[str, Experiment]:
         "dimensions": sweep_dimensions(swept_keys(experiment.sweep)),
         "points": [{"directory": name, "values": values} for name, (values, _) in points.items()],
     }
+    told = changes.of_sweep(path)
+    listed |= {"changes": told} if told else {}
     write_text(path / SWEEP, json.dumps(listed, indent=1))
     return {name: point for name, (_, point) in points.items()}

@@ -132,6 +132,8 @@ def _asked(single: Experiment, names: Sequence[str], passed: _Passed) -> Experim
         raise ExperimentError(
             f"measure: {single.name} is of kind {single.kind!r}, which records all its variables; nothing is left"
         )
+    if "parameter" in names and single.student.module is None:
+        raise ExperimentError("measure: parameter is of modules of your own (student.module); ask for weight")
     recorded = [*schema.expand(single.record.observables), *names]
     asked = single.replace({"record.observables": list(dict.fromkeys(recorded))})
     registry.load(asked)
