@@ -14,6 +14,7 @@ from .archive.selecting import select as select
 from .archive.wrong_numbers import WrongNumbersWarning as WrongNumbersWarning
 from .experiment.errors import ExperimentError as ExperimentError
 from .experiment.experiment import Experiment as Experiment
+from .growing.measuring import measure as measure
 from .networks.network import Network as Network
 from .observables.registry import Observed as Observed
 from .recording.recorder import Recorder as Recorder

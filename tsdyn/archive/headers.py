@@ -24,7 +24,7 @@ import numpy as np
 import xarray as xr
 
 from tsdyn import schema, vocabulary
-from tsdyn.archive import netcdf
+from tsdyn.archive import additions, netcdf
 from tsdyn.archive.recordings import FILE, Recording
 from tsdyn.archive.run_directory import ARCHIVE, EXPERIMENT, RUN, refuse_another, segments
 from tsdyn.archive.swept_values import KEY
@@ -45,7 +45,9 @@ from tsdyn.experiment.experiment import Experiment
 INDEX = "index.json"
 _INDEX = re.compile(rb'\{"sha256": "([0-9a-f]{64})", "kept": (.*)\}', re.DOTALL)
 #: Global attributes that differ from run to run, so that they are kept outside the shared header.
-OWN = ("experiment", "recording", "name", "digest", "created", vocabulary.WALL, RUN, "input_sha256", "history")
+OWN = (
+    "experiment", "recording", "name", "digest", "created", vocabulary.WALL, RUN, "input_sha256", "history", "changes",
+)  # fmt: skip
 
 #: Dimensions, values and attributes of what is loaded when a file is opened.
 Loaded = tuple[tuple[str, ...], Any, dict[str, Any]]
@@ -287,9 +289,20 @@ class Headers:
         Raises:
             ArchiveError: if it has one that cannot be read, or is of another experiment than `expected` gives.
         """
-        folder = self.path / name
-        refuse_link(folder)
-        file = folder / ARCHIVE
+        refuse_link(self.path / name)
+        return self._read(name, self.path / name / ARCHIVE, expected)
+
+    def measured(self, name: str, expected: Callable[[], Experiment | Recording]) -> list[Source]:
+        """The files of what was measured of one point after its run.
+
+        Raises:
+            ArchiveError: as `finished`.
+        """
+        found = [self._read(f"{name}/{f.name}", f, expected) for f in additions.files(self.path / name)]
+        return [source for source in found if source is not None]
+
+    def _read(self, name: str, file: Path, expected: Callable[[], Experiment | Recording]) -> Source | None:
+        """One file that is written once, under the name by which the index lists it; None if it is not there."""
         try:
             now = identity(file)
         except OSError:
@@ -321,7 +334,9 @@ class Headers:
         return source._replace(header=self._headers[self._entries[name].header])
 
     def committed(self, name: str, expected: Callable[[], Experiment | Recording]) -> list[Source]:
-        """The archive of one point, or the segments of an unfinished one; empty if it has neither.
+        """The archive of one point, or the segments of an unfinished one, then what was measured of it later.
+
+        It is empty if there is no archive and no segment.
 
         Raises:
             ArchiveError: if a file cannot be read, or is of another experiment than `expected` gives.
@@ -331,11 +346,11 @@ class Headers:
             try:
                 done = self.finished(name, expected)
                 if done is not None:
-                    return [done]
+                    return [done, *self.measured(name, expected)]
                 found = [Source.of(segment.path, upto=self.verify) for segment in segments(folder)]
                 for source in found:
                     refuse_other(source, expected)
-                return found
+                return [*found, *self.measured(name, expected)] if found else []
             except FileNotFoundError:  # the run was finished or resumed meanwhile
                 continue
             except ArchiveError:

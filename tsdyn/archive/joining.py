@@ -88,7 +88,7 @@ def little_cached() -> Iterator[None]:
 
 def copy(parts: Sequence[Part], layout: Layout, variables: Sequence[str], nc: netCDF4.Dataset) -> None:
     """Write every number of the segments into `nc`, and the training state after the last segment."""
-    for index, name, block in _gathered(parts, layout, variables, nc):
+    for index, name, block in gathered(parts, layout, variables, nc):
         if not np.isnan(block).all():  # what is never written reads as NaN and takes no space
             nc[name][index] = block
     with netcdf.dataset(parts[-1].path) as last:
@@ -98,8 +98,8 @@ def copy(parts: Sequence[Part], layout: Layout, variables: Sequence[str], nc: ne
 
 def differing(parts: Sequence[Part], layout: Layout, variables: Sequence[str], nc: netCDF4.Dataset) -> str | None:
     """The first variable whose numbers in `nc` differ from those of the segments; None if all agree."""
-    for index, name, block in _gathered(parts, layout, variables, nc):
-        if not _same(np.asarray(nc[name][index]), block):
+    for index, name, block in gathered(parts, layout, variables, nc):
+        if not same_numbers(np.asarray(nc[name][index]), block):
             return name
     with netcdf.dataset(parts[-1].path) as last:
         same = np.array_equal(nc["death_epoch"][:], last["death_epoch"][:])
@@ -125,7 +125,7 @@ def differing_records(
                 for low in range(0, len(block), step):
                     members = slice(low, min(low + step, len(block)))
                     index = netcdf.index(variable_of(name), layout, slice(0, len(epochs)), layer, members)
-                    if not _same(np.asarray(nc[name][index]), np.asarray(block[members], dtype=nc[name].dtype)):
+                    if not same_numbers(np.asarray(nc[name][index]), np.asarray(block[members], dtype=nc[name].dtype)):
                         return name
         return _differing_state(nc, state)
 
@@ -134,10 +134,12 @@ def _differing_state(nc: netCDF4.Dataset, state: netcdf.State) -> str | None:
     stored = netcdf.read_state(nc)
     if set(stored) != set(state):
         return "state"
-    return next((f"state/{name}" for name, array in state.items() if not _same(stored[name], np.asarray(array))), None)
+    return next(
+        (f"state/{name}" for name, array in state.items() if not same_numbers(stored[name], np.asarray(array))), None
+    )
 
 
-def _same(found: np.ndarray, block: np.ndarray) -> bool:
+def same_numbers(found: np.ndarray, block: np.ndarray) -> bool:
     """Whether all numbers are equal, NaN to NaN; bits are compared first, which is six times as quick."""
     bits = f"u{block.dtype.itemsize}"
     plain = found.dtype == block.dtype and found.flags.c_contiguous and block.flags.c_contiguous and found.ndim > 0
@@ -145,7 +147,7 @@ def _same(found: np.ndarray, block: np.ndarray) -> bool:
     return alike or np.array_equal(found, block, equal_nan=block.dtype.kind == "f")
 
 
-def _gathered(
+def gathered(
     parts: Sequence[Part], layout: Layout, variables: Sequence[str], nc: netCDF4.Dataset
 ) -> Iterator[tuple[tuple[slice | int, ...], str, np.ndarray]]:
     """(index into `nc`, variable, numbers from the segments), block by block, until all of `nc` is covered."""
@@ -184,8 +186,8 @@ def _fill(parts: Sequence[Part], layout: Layout, held: Sequence[tuple[Block, np.
                 inside.append((block.name, index, array[:, rows] if "epoch" in variable.dims else array))
         if inside:
             with netcdf.dataset(part.path) as nc:
-                for name, index, target in inside:
-                    target[...] = nc[name][index]
+                for name, index, target in inside:  # NaN where a variable was not recorded yet
+                    target[...] = nc[name][index] if name in nc.variables else np.nan
 
 
 def _blocks(name: str, epochs: int, layout: Layout, nc: netCDF4.Dataset) -> Iterator[Block]:

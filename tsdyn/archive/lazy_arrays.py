@@ -15,7 +15,7 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from tsdyn.archive import netcdf, small_files
+from tsdyn.archive import additions, netcdf, small_files
 from tsdyn.archive.headers import Source
 from tsdyn.archive.run_directory import ARCHIVE, RUN, SEGMENTS, segments
 from tsdyn.archive.whole_files import ArchiveError, Identity, identity, refuse_changed
@@ -180,6 +180,8 @@ def _source(path: Path, _: Identity) -> Source:
 
 def _files_now(path: Path) -> list[Path]:
     """The files that may hold what the file at `path` held: those of its run's directory."""
+    if additions.is_addition(path):
+        return additions.files(path.parent.parent)
     if path.name != ARCHIVE and path.parent.name != SEGMENTS:
         return [path] if path.exists() else []
     folder = path.parent if path.name == ARCHIVE else path.parent.parent

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 import os
+import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,6 +33,9 @@ DECLARED_CHUNK, DECLARED_CHUNKS, DECLARED_RATIO = 1 << 26, 1 << 20, 100_000
 #: Coordinates and text, which are loaded when a file is opened, may take this many bytes, or as many as the file.
 LOADED_BYTES = 1 << 20
 _TILE = 16
+#: Group of a file that holds all that training goes on from after the file's last epoch.
+STATE = "state"
+_STATE_AT = re.compile(rf"{STATE}_after_epoch_(\d{{6,}})")
 #: netCDF4 is not thread-safe: this is the lock that xarray reads under, and tsdyn takes the same.
 _LOCK = combine_locks([NETCDFC_LOCK, HDF5_LOCK])
 _inside = threading.local()
@@ -402,20 +406,36 @@ def stored_bytes(layout: Layout, variables: Sequence[str], dtype: str, epochs: i
     return numbers * np.dtype(dtype).itemsize
 
 
-def write_state(nc: netCDF4.Dataset, state: State) -> None:
-    """Write the group ``state``: everything needed to train on, arrays by name."""
-    group = nc.createGroup("state")
+def write_state(nc: netCDF4.Dataset, state: State, group: str = STATE) -> None:
+    """Write a group of all that training goes on from: arrays by name."""
+    held = nc.createGroup(group)
     for name, array in state.items():
         dims = tuple(f"{name}_{i}" for i in range(array.ndim))
         for dim, size in zip(dims, array.shape, strict=True):
-            group.createDimension(dim, size)
-        group.createVariable(name, array.dtype, dims, fletcher32=array.ndim > 0, fill_value=False)[...] = array
+            held.createDimension(dim, size)
+        held.createVariable(name, array.dtype, dims, fletcher32=array.ndim > 0, fill_value=False)[...] = array
 
 
-def read_state(nc: netCDF4.Dataset) -> dict[str, np.ndarray]:
-    """The arrays of the group ``state``; none if the file has no such group."""
-    found = nc.groups["state"].variables if "state" in nc.groups else {}
+def read_state(nc: netCDF4.Dataset, group: str = STATE) -> dict[str, np.ndarray]:
+    """The arrays of a group of `write_state`; none if the file has no such group."""
+    found = nc.groups[group].variables if group in nc.groups else {}
     return {name: np.asarray(array[...]) for name, array in found.items()}
+
+
+def state_groups(nc: netCDF4.Dataset) -> list[str]:
+    """The names of the groups that hold states: `STATE`, and those of states along the way."""
+    return [name for name in nc.groups if name == STATE or _STATE_AT.fullmatch(name)]
+
+
+def state_at(epoch: int) -> str:
+    """The name of the group that holds the state after an epoch along the way (``record.state_every``)."""
+    return f"{STATE}_after_epoch_{epoch:06d}"
+
+
+def epoch_of(group: str) -> int | None:
+    """The epoch after which a group holds the state, by its name; None for `STATE`, the last one."""
+    match = _STATE_AT.fullmatch(group)
+    return None if match is None else int(match[1])
 
 
 def write_dataset(path: Path, ds: xr.Dataset) -> None:

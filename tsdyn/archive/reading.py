@@ -24,7 +24,7 @@ import xarray as xr
 from dask.base import tokenize
 
 from tsdyn import schema, vocabulary
-from tsdyn.archive import study_directories, zarr_stores
+from tsdyn.archive import additions, study_directories, zarr_stores
 from tsdyn.archive.headers import Header, Headers, Source
 from tsdyn.archive.lazy_arrays import Cells, Stored
 from tsdyn.archive.recordings import Recording, flush_below, recordings_below
@@ -511,7 +511,9 @@ def _columns(cells: Cells, labels: Mapping[str, list[Any]], grid: Sequence[Axis]
         death = np.full((*sizes, len(labels["seed"])), -1)
         seeds = {seed: i for i, seed in enumerate(labels["seed"])}
         for place, cell in cells.items():
-            for source in cell:  # the last segment wins
+            for source in cell:  # the last segment wins; what was measured later knows of no deaths
+                if additions.is_addition(source.path):
+                    continue
                 own = source.header.labels["seed"]
                 at: tuple[Any, ...] = (*place, slice(None) if own is labels["seed"] else [seeds[s] for s in own])
                 death[at] = source.death
@@ -547,6 +549,7 @@ def _coverage(cell: Sequence[Source]) -> float:
         return 1.0
     experiment = Experiment.from_toml(cell[0].path.parent.parent / EXPERIMENT, archived=True)
     labels, along = set(experiment.labels), experiment.layout.path
+    cell = [source for source in cell if not additions.is_addition(source.path)]
     there = sum(label in labels for source in cell for label in source.header.labels[along])
     outcomes = experiment.recorded("end")  # counts as one more record, the last
     there += sum(set(outcomes) <= set(source.header.variables) for source in cell) if outcomes else 0

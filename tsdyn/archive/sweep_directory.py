@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tsdyn import schema, vocabulary
+from tsdyn.archive import changes
 from tsdyn.archive.run_directory import EXPERIMENT, claim, extends
 from tsdyn.archive.swept_values import SWEEP, dimensions
 from tsdyn.archive.whole_files import DirectoryError, write_text
@@ -161,5 +162,7 @@ def write_sweep(path: Path, experiment: Experiment) -> dict[str, Experiment]:
         "dimensions": names,
         "points": [{"directory": name, "values": values} for name, (values, _) in points.items()],
     }
+    told = changes.of_sweep(path)
+    listed |= {"changes": told} if told else {}
     write_text(path / SWEEP, json.dumps(listed, indent=1))
     return {name: point for name, (_, point) in points.items()}
