@@ -15,14 +15,13 @@ from typing import Any
 
 from tsdyn import schema
 from tsdyn._version import __version__
+from tsdyn.archive.swept_values import SWEEP
 from tsdyn.archive.whole_files import write_text
 from tsdyn.experiment.experiment import Experiment
 from tsdyn.experiment.sweep_axes import axes
 
 #: Global attribute of an archive: JSON list of its changes, each with ``at``, ``tsdyn_version`` and ``added``.
 ATTRIBUTE = "changes"
-#: Name of a sweep's list of points.
-SWEEP = "sweep.json"
 
 
 def described(longer: Experiment, shorter: Experiment) -> str:
