@@ -14,6 +14,9 @@ from .archive.selecting import select as select
 from .archive.wrong_numbers import WrongNumbersWarning as WrongNumbersWarning
 from .experiment.errors import ExperimentError as ExperimentError
 from .experiment.experiment import Experiment as Experiment
+from .labelled.gradients import differentiable as differentiable
+from .labelled.gradients import gradient as gradient
+from .labelled.gradients import jacobian as jacobian
 from .networks.network import Network as Network
 from .observables.registry import Observed as Observed
 from .recording.recorder import Recorder as Recorder

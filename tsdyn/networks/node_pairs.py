@@ -21,8 +21,10 @@ FIELDS = "covariance of the fields w·x, w as a network has it; w·w/N where fie
 
 
 def _library(array: Array) -> Any:
-    """numpy or torch, whichever the array is of."""
-    return np if isinstance(array, np.ndarray) else sys.modules["torch"]
+    """numpy, torch, or the namespace of a differentiable array, whichever the array is of."""
+    if isinstance(array, np.ndarray):
+        return np
+    return array.__array_namespace__() if hasattr(array, "__array_namespace__") else sys.modules["torch"]
 
 
 def regular(weight: Array, bias: Array) -> tuple[Array, Array]:
