@@ -69,7 +69,7 @@ def named(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return enter
 
 
-# --- elementwise ---------------------------------------------------------------------------------------------------
+# --- elementwise -----------------------------------------------------------------------------------
 
 _UNARY = {
     "abs": torch.abs, "absolute": torch.abs, "negative": torch.neg, "positive": torch.positive, "exp": torch.exp,
@@ -134,7 +134,7 @@ def _nan_to_num(x: Any, copy: bool = True, nan: float = 0.0) -> Tensor:
     return torch.where(torch.isnan(x), torch.full_like(x, nan), x)
 
 
-# --- reductions ----------------------------------------------------------------------------------------------------
+# --- reductions -----------------------------------------------------------------------------------
 
 
 @named("sum")
@@ -223,7 +223,7 @@ def _norm(x: Any, ord: Any = None, axis: Axis = None, keepdims: bool = False) ->
     return torch.linalg.norm(tensor(x), ord, axis, keepdim=keepdims)
 
 
-# --- reductions that leave NaN out ------------------------------------------------------------------------------------
+# --- reductions that leave NaN out -----------------------------------------------------------------------------------
 
 
 @named("nansum")
@@ -330,7 +330,7 @@ REDUCTIONS = {
 }  # fmt: skip
 
 
-# --- shapes and places --------------------------------------------------------------------------------------------------
+# --- shapes and places -----------------------------------------------------------------------------------
 
 
 @named("reshape")
@@ -459,7 +459,7 @@ def _diff(x: Any, n: int = 1, axis: int = -1) -> Tensor:
     return torch.diff(tensor(x), n, axis)
 
 
-# --- products -----------------------------------------------------------------------------------------------------------
+# --- products -----------------------------------------------------------------------------------
 
 
 @named("einsum")
@@ -483,7 +483,7 @@ def _dot(a: Any, b: Any) -> Tensor:
     return x * y if not (x.ndim and y.ndim) else torch.tensordot(x, y, dims=([-1], [max(y.ndim - 2, 0)]))
 
 
-# --- making arrays ------------------------------------------------------------------------------------------------------
+# --- making arrays -----------------------------------------------------------------------------------
 
 
 @named("asarray", "array")
