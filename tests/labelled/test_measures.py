@@ -20,7 +20,6 @@ DIFFERENTIATES = {
     "specialization.specialization": "correlation",
     "specialization.student_specialization": "correlation",
     "specialization.mean_specialization": "correlation",
-    "specialization.correlation_of": "correlation",
     "alignment.alignment": "alignment",
     "alignment.best_alignment": "alignment",
     "alignment.teacher_separation": "teacher_weight",
@@ -31,7 +30,6 @@ DIFFERENTIATES = {
 #: Measures that are counts, ranks, classes and places, statistics by NumPy's loops, or rebuild networks: they raise.
 RAISES = {
     "specialization.silent": "correlation",
-    "specialization.counted": "correlation",
     "specialization.recovered": "correlation",
     "specialization.success_rate": "correlation",
     "specialization.success_interval": "correlation",
@@ -78,7 +76,9 @@ def measures():
         module = importlib.import_module(f"tsdyn.analysis.{info.name}")
         for name, function in vars(module).items():
             own = inspect.isfunction(function) and function.__module__ == module.__name__
-            if own and not name.startswith("_") and next(iter(inspect.signature(function).parameters), "") == "archive":
+            given = list(inspect.signature(function).parameters.values()) if own else []
+            needed = [p.name for p in given if p.default is p.empty and p.kind is not p.KEYWORD_ONLY]
+            if needed == ["archive"] and not name.startswith("_"):
                 found[f"{info.name}.{name}"] = function
     return found
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tsdyn.labelled import functions
+from tsdyn.labelled.functions import tracked
 
 _WAY_OUT = (
     "stay in xarray's methods, NumPy's functions or the array's __array_namespace__(); reductions that leave NaN out "
@@ -199,15 +200,6 @@ for _sign, _name in {"neg": "negative", "pos": "positive", "abs": "abs", "invert
 
 def wrap(tensor: Tensor) -> DifferentiableArray:
     return DifferentiableArray(tensor)
-
-
-def tracked(tensor: Tensor) -> bool:
-    """Whether a derivative is being recorded of this tensor: by autograd, forward mode or torch.func."""
-    if tensor.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        return True
-    return torch.autograd.forward_ad._current_level >= 0 and (
-        torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None
-    )
 
 
 def _no(name: str) -> str:

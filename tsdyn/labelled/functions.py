@@ -69,6 +69,41 @@ def named(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return enter
 
 
+def tracked(tensor: Tensor) -> bool:
+    """Whether a derivative is being recorded of this tensor: by autograd, forward mode or torch.func."""
+    if tensor.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return True
+    return torch.autograd.forward_ad._current_level >= 0 and (
+        torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None
+    )
+
+
+def _may_hold_nan(value: Tensor) -> bool:
+    if not value.is_floating_point():
+        return False
+    # inside torch.func no number is known; careful then costs time only
+    return torch._C._functorch.is_functorch_wrapped_tensor(value) or bool(torch.isnan(value).any())
+
+
+def careful(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The function of tensors with the same values, whose NaN entries spoil no derivative but their own.
+
+    Archives are padded with NaN, and what is NaN is left out later: its derivative arrives as 0, and 0 · NaN would
+    spread to the real numbers that met the padding.  So the derivative is taken with 1 in the place of NaN, and what is
+    NaN without that stays NaN.
+    """
+
+    def calculated(*args: Any, **more: Any) -> Tensor:
+        tensors = [arg for arg in args if isinstance(arg, Tensor)]
+        if not any(tracked(t) for t in tensors) or not any(_may_hold_nan(t) for t in tensors):
+            return function(*args, **more)
+        filled = [torch.where(torch.isnan(a), 1.0, a) if isinstance(a, Tensor) else a for a in args]
+        plain = function(*(a.detach() if isinstance(a, Tensor) else a for a in args), **more)
+        return torch.where(torch.isnan(plain), plain, function(*filled, **more))
+
+    return calculated
+
+
 # --- elementwise -----------------------------------------------------------------------------------
 
 _UNARY = {
@@ -104,10 +139,19 @@ def _pair(a: Any, b: Any) -> tuple[Tensor, Tensor]:
     return x.to(shared), y.to(shared)
 
 
+#: Functions whose derivative is 0 or constant, or that give no real numbers: NaN cannot spread through it.
+_CONSTANT_SLOPE = (
+    "negative", "positive", "sign", "floor", "ceil", "trunc", "rint", "isnan", "isfinite", "isinf", "logical_not",
+    "invert", "bitwise_invert", "signbit", "add", "subtract", "floor_divide", "maximum", "minimum", "fmax", "fmin",
+    "greater", "greater_equal", "less", "less_equal", "equal", "not_equal", "logical_and", "logical_or", "logical_xor",
+    "bitwise_and", "bitwise_or", "bitwise_xor",
+)  # fmt: skip
 for _name, _function in _UNARY.items():
-    FUNCTIONS[_name] = lambda x, f=_function: f(tensor(x))
+    _own = _function if _name in _CONSTANT_SLOPE else careful(_function)
+    FUNCTIONS[_name] = lambda x, f=_own: f(tensor(x))
 for _name, _function in _BINARY.items():
-    FUNCTIONS[_name] = lambda a, b, f=_function: f(*_pair(a, b))
+    _own = _function if _name in _CONSTANT_SLOPE else careful(_function)
+    FUNCTIONS[_name] = lambda a, b, f=_own: f(*_pair(a, b))
 
 
 @named("where")
@@ -156,33 +200,33 @@ def _mean(x: Any, axis: Axis = None, dtype: Any = None, keepdims: bool = False) 
 def _prod(x: Any, axis: Axis = None, dtype: Any = None, keepdims: bool = False) -> Tensor:
     x = tensor(x)
     for each in sorted(_axes(axis, x.ndim), reverse=True):
-        x = torch.prod(x, each, keepdim=keepdims, dtype=_dtype(dtype))
+        x = careful(torch.prod)(x, each, keepdim=keepdims, dtype=_dtype(dtype))
     return x
 
 
 @named("var")
 def _var(
-    x: Any, axis: Axis = None, dtype: Any = None, ddof: float = 0, keepdims: bool = False, correction: float = 0
+    x: Any, axis: Axis = None, dtype: Any = None, ddof: Any = 0, keepdims: bool = False, correction: Any = 0
 ) -> Tensor:
     x = tensor(x)
-    return torch.var(x, _axes(axis, x.ndim), correction=int(ddof or correction), keepdim=keepdims)
+    return careful(torch.var)(x, _axes(axis, x.ndim), correction=int(ddof or correction), keepdim=keepdims)
 
 
 @named("std")
 def _std(x: Any, **more: Any) -> Tensor:
-    return torch.sqrt(_var(x, **more))
+    return FUNCTIONS["sqrt"](_var(x, **more))
 
 
 @named("max", "amax")
 def _max(x: Any, axis: Axis = None, keepdims: bool = False) -> Tensor:
     x = tensor(x)
-    return torch.amax(x, _axes(axis, x.ndim), keepdim=keepdims)
+    return careful(torch.amax)(x, _axes(axis, x.ndim), keepdim=keepdims)
 
 
 @named("min", "amin")
 def _min(x: Any, axis: Axis = None, keepdims: bool = False) -> Tensor:
     x = tensor(x)
-    return torch.amin(x, _axes(axis, x.ndim), keepdim=keepdims)
+    return careful(torch.amin)(x, _axes(axis, x.ndim), keepdim=keepdims)
 
 
 @named("all")
@@ -220,7 +264,7 @@ def _cumsum(x: Any, axis: int | None = None, dtype: Any = None) -> Tensor:
 
 @named("norm")
 def _norm(x: Any, ord: Any = None, axis: Axis = None, keepdims: bool = False) -> Tensor:
-    return torch.linalg.norm(tensor(x), ord, axis, keepdim=keepdims)
+    return careful(torch.linalg.norm)(tensor(x), ord, axis, keepdim=keepdims)
 
 
 # --- reductions that leave NaN out -----------------------------------------------------------------------------------
@@ -244,7 +288,7 @@ def _nanmean(x: Any, axis: Axis = None, dtype: Any = None, keepdims: bool = Fals
 
 
 @named("nanvar")
-def _nanvar(x: Any, axis: Axis = None, dtype: Any = None, ddof: float = 0, keepdims: bool = False) -> Tensor:
+def _nanvar(x: Any, axis: Axis = None, dtype: Any = None, ddof: Any = 0, keepdims: bool = False) -> Tensor:
     x = tensor(x)
     there = ~torch.isnan(x)
     centred = torch.where(there, x - _nanmean(x, axis, dtype, keepdims=True), 0.0)
@@ -255,7 +299,7 @@ def _nanvar(x: Any, axis: Axis = None, dtype: Any = None, ddof: float = 0, keepd
 
 @named("nanstd")
 def _nanstd(x: Any, **more: Any) -> Tensor:
-    return torch.sqrt(_nanvar(x, **more))
+    return FUNCTIONS["sqrt"](_nanvar(x, **more))
 
 
 def _extreme(x: Tensor, axis: Axis, keepdims: bool, sign: float) -> Tensor:
@@ -464,23 +508,25 @@ def _diff(x: Any, n: int = 1, axis: int = -1) -> Tensor:
 
 @named("einsum")
 def _einsum(subscripts: str, *operands: Any) -> Tensor:
-    return torch.einsum(subscripts, *_alike(operands))
+    return careful(torch.einsum)(subscripts, *_alike(operands))
 
 
 @named("tensordot")
 def _tensordot(a: Any, b: Any, axes: Any = 2) -> Tensor:
-    return torch.tensordot(*_pair(a, b), dims=axes)
+    return careful(torch.tensordot)(*_pair(a, b), dims=axes)
 
 
 @named("vecdot")
 def _vecdot(a: Any, b: Any, axis: int = -1) -> Tensor:
-    return torch.linalg.vecdot(*_pair(a, b), dim=axis)
+    return careful(torch.linalg.vecdot)(*_pair(a, b), dim=axis)
 
 
 @named("dot")
 def _dot(a: Any, b: Any) -> Tensor:
     x, y = _pair(a, b)
-    return x * y if not (x.ndim and y.ndim) else torch.tensordot(x, y, dims=([-1], [max(y.ndim - 2, 0)]))
+    if not (x.ndim and y.ndim):
+        return careful(torch.mul)(x, y)
+    return careful(torch.tensordot)(x, y, dims=([-1], [max(y.ndim - 2, 0)]))
 
 
 # --- making arrays -----------------------------------------------------------------------------------

@@ -72,8 +72,8 @@ def gradient(f: Labelled, ds: xr.Dataset, wrt: str | Sequence[str] = "weight") -
         wrt: A variable, or several.
 
     Returns:
-        A DataArray ``d_weight`` like the variable for one name, a Dataset of them for several.  NaN where the
-        derivative passes through a NaN.
+        A DataArray ``d_weight`` like the variable for one name, a Dataset of them for several.  NaN where the variable
+        is NaN, as in padding, which spoils no other derivative.
 
     Raises:
         TypeError: if the value is not one number, a gradient would be lost on the way, or the value does not depend
@@ -171,8 +171,11 @@ def _slopes(
         raise TypeError(
             f"{caller}: f does not depend on {', '.join(missing)} {_DEPENDS}; leave out of wrt what it does not use"
         )
-    pairs = zip(leaves.items(), slopes, strict=True)
-    return {name: torch.zeros_like(leaf) if slope is None else slope for (name, leaf), slope in pairs}
+    found = {}
+    for (name, leaf), slope in zip(leaves.items(), slopes, strict=True):
+        held = torch.zeros_like(leaf) if slope is None else slope
+        found[name] = torch.where(torch.isnan(leaf), torch.nan, held).detach()
+    return found
 
 
 def _like(
