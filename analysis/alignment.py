@@ -10,7 +10,6 @@ from typing import assert_never
 
 import numpy as np
 import xarray as xr
-from numpy.typing import NDArray
 from scipy.special import ndtr
 from tsdyn.analysis.identity import per_point
 from tsdyn.analysis.lift import lift
@@ -18,15 +17,15 @@ from tsdyn.analysis.lift import lift
 from tsdyn import layer as one_layer
 from tsdyn.archive.selecting import lowest_layer
 from tsdyn.experiment.experiment import Experiment
-from tsdyn.networks.node_pairs import epsilon, regular, separation
+from tsdyn.networks.node_pairs import Array, epsilon, regular, separation
 from tsdyn.vocabulary import TIAN, VARIABLES
 
 _WEIGHTS = ("weight", "bias", "teacher_weight", "teacher_bias")
 
 
-def least(eps: NDArray) -> NDArray:
+def least(eps: Array) -> Array:
     """ε of the nearest student node: (..., teacher_node, node) -> (..., teacher_node); NaN only where all are."""
-    found: NDArray = np.fmin.reduce(eps, axis=-1)
+    found: Array = np.fmin.reduce(eps, axis=-1)
     return found
 
 
@@ -132,7 +131,7 @@ def aligned(archive: xr.Dataset) -> xr.DataArray:
     )
 
 
-def boundary_samples(teacher_weight: NDArray, teacher_bias: NDArray, eps: NDArray, std: NDArray) -> NDArray:
+def boundary_samples(teacher_weight: Array, teacher_bias: Array, eps: Array, std: Array) -> Array:
     """Expected number of teacher boundaries within ε of a sample, Σ_j P[|w*_j·x + b*_j| ≤ ε].
 
     (..., teacher_node, input_node), (..., teacher_node), (...), (...) -> (...), for x ~ N(0, std² I) and nodes scaled

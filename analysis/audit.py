@@ -21,7 +21,7 @@ import torch
 import xarray as xr
 from scipy.stats import spearmanr
 from torch import Tensor
-from tsdyn.analysis import specialization
+from tsdyn.analysis import conservation, specialization
 from tsdyn.analysis.alignment import teacher_separation, without_padding
 from tsdyn.analysis.identity import begun, per_point, points, refuse_odd
 from tsdyn.analysis.members import PARAMETERS, Member, each
@@ -33,7 +33,7 @@ from tsdyn.experiment.experiment import Experiment
 from tsdyn.networks.network import Network
 from tsdyn.schema import path_of
 from tsdyn.theory import alignments
-from tsdyn.vocabulary import LUCK, TIAN
+from tsdyn.vocabulary import DU, LUCK, TIAN
 
 #: Relative error, of the largest quantity, that rounding may leave in an identity.
 TOLERANCE = {"float64": 1e-12, "float32": 1e-5}
@@ -253,6 +253,10 @@ def _conserved_norm(ds: xr.Dataset, experiment: Experiment) -> Finding:
     start, end = norm.isel(epoch=0, drop=True), norm.isel(epoch=1, drop=True)
     grown = abs(end / start.where(start > 0) - 1).max(["layer", "node"])
     return Finding(grown.notnull() & per_point(ds, lambda point: point.student.batch_norm != "none"), grown)
+
+
+def _balance(ds: xr.Dataset, experiment: Experiment) -> Finding:
+    return Finding(*conservation.balance_kept(ds, TOLERANCE))
 
 
 def _critical(member: Member) -> bool:
@@ -498,6 +502,14 @@ CLAIMS = (
         ("conserved_norm",),
         _conserved_norm,
         judged=False,
+    ),
+    Claim(
+        "balance of each node",
+        DU,
+        "SGD or GD without momentum, σ piecewise linear ⇒ each step changes c_j by exactly η²(‖∂a‖² − ‖∂w‖² − ∂b²), "
+        "with rates and weight decay as trained: the last recorded interval, taken again",
+        ("balance", *PARAMETERS),
+        _balance,
     ),
     Claim(
         "BatchNorm's gradient",

@@ -51,6 +51,13 @@ PAPERS: Mapping[str, str] = {
   volume    = {32},
   year      = {2019}
 }""",
+    "Du, Hu & Lee 2018": """@inproceedings{du2018algorithmic,
+  title     = {Algorithmic Regularization in Learning Deep Homogeneous Models: Layers are Automatically Balanced},
+  author    = {Du, Simon S. and Hu, Wei and Lee, Jason D.},
+  booktitle = {Advances in Neural Information Processing Systems},
+  volume    = {31},
+  year      = {2018}
+}""",
 }
 
 #: ``data.law`` → BibTeX entry.

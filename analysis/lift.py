@@ -81,7 +81,8 @@ def _blockwise(
     along those axes.
     """
     if not any(isinstance(array, dask.array.Array) for array in arrays):
-        return formula(*map(np.asarray, arrays), **knobs)  # for arrays without dimensions xarray passes a number
+        # for arrays without dimensions xarray passes a number; differentiable arrays stay what they are
+        return formula(*(a if hasattr(a, "__array_namespace__") else np.asarray(a) for a in arrays), **knobs)
     count = max(array.ndim - len(own) for array, own in zip(arrays, reads, strict=True))
     outer = tuple(f"{i} outer" for i in range(count))  # names that no dimension of the schema has
     pairs: list[Any] = []

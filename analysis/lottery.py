@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import numpy as np
 import xarray as xr
-from numpy.typing import NDArray
 from tsdyn.analysis import specialization
 from tsdyn.analysis.lift import lift
 
-from tsdyn.networks.node_pairs import best_node, is_winner
+from tsdyn.networks.node_pairs import Array, best_node, is_winner
 
 SOURCE = "Tian et al. 2019 (arXiv:1905.13405), section 6"
 
 
-def settling(winner: NDArray) -> NDArray:
+def settling(winner: Array) -> Array:
     """Index of the first epoch from which on the winner is the last epoch's, (..., epoch) -> (...); or NaN."""
     same = winner == winner[..., -1:]
     lasting = np.flip(np.logical_and.accumulate(np.flip(same, -1), axis=-1), -1)

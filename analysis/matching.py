@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import numpy as np
 import xarray as xr
-from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 from tsdyn.analysis.lift import lift
 from tsdyn.analysis.specialization import correlation_of
 
+from tsdyn.networks.node_pairs import Array
 from tsdyn.vocabulary import LUCK
 
 SOURCE = "Kuhn 1955; scipy.optimize.linear_sum_assignment"
 
 
-def assignment(score: NDArray) -> NDArray:
+def assignment(score: Array) -> Array:
     """Partners in the matching with the largest total score, (..., teacher_node, node) -> (..., teacher_node).
 
     NaN for a teacher node without a score (padding, dead), and for those left over if there are fewer student nodes; a
@@ -37,14 +37,14 @@ def assignment(score: NDArray) -> NDArray:
     return found.reshape(score.shape[:-1])
 
 
-def matched_score(score: NDArray) -> NDArray:
+def matched_score(score: Array) -> Array:
     """Score of each teacher node with its partner, (..., teacher_node, node) -> (..., teacher_node); or NaN."""
     partner = assignment(score)
     index = np.where(np.isnan(partner), 0, partner).astype(int)[..., None]
     return np.where(np.isnan(partner), np.nan, np.take_along_axis(score, index, -1)[..., 0])
 
 
-def best_teacher_order(score: NDArray) -> NDArray:
+def best_teacher_order(score: Array) -> Array:
     """Student nodes sorted by their best teacher node, (..., teacher_node, node) -> (..., node).
 
     Among those with the same best teacher node, the better score comes first.  Nodes without a score (dead, padding)
@@ -53,7 +53,7 @@ def best_teacher_order(score: NDArray) -> NDArray:
     filled = np.where(np.isnan(score), -np.inf, score)
     best, teacher = filled.max(-2), filled.argmax(-2)
     teacher = np.where(np.isneginf(best), score.shape[-2], teacher)
-    order: NDArray = np.lexsort((-best, teacher), axis=-1).astype(float)
+    order: Array = np.lexsort((-best, teacher), axis=-1).astype(float)
     return order
 
 

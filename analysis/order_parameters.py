@@ -11,30 +11,29 @@ from __future__ import annotations
 
 import numpy as np
 import xarray as xr
-from numpy.typing import NDArray
 from tsdyn.analysis.alignment import without_padding
 from tsdyn.analysis.identity import per_point
 from tsdyn.analysis.lift import lift
 
 from tsdyn import layer as one_layer
 from tsdyn.archive.selecting import lowest_layer
-from tsdyn.networks.node_pairs import FIELDS, overlap
+from tsdyn.networks.node_pairs import FIELDS, Array, overlap
 from tsdyn.vocabulary import SAAD
 
 SIMSEK = "Simsek et al. 2023 (arXiv:2311.01644), section 4"
 
 
-def cosine(w: NDArray, w2: NDArray) -> NDArray:
+def cosine(w: Array, w2: Array) -> Array:
     """Cosines of weights, (..., node, input), (..., node_2, input) -> (..., node, node_2); NaN for zero weights."""
     norms = [np.linalg.norm(v, axis=-1) for v in (w, w2)]
     first, second = (v / np.where(norm > 0, norm, np.nan)[..., None] for v, norm in zip((w, w2), norms, strict=True))
-    found: NDArray = overlap(first, second)
+    found: Array = overlap(first, second)
     return found
 
 
-def scaled_overlap(w: NDArray, w2: NDArray, std: NDArray) -> NDArray:
+def scaled_overlap(w: Array, w2: Array, std: Array) -> Array:
     """Overlaps std² w_i·w_k, (..., node, input), (..., node_2, input), (...) -> (..., node, node_2); padding NaN."""
-    found: NDArray = overlap(w, w2) * (std**2)[..., None, None]
+    found: Array = overlap(w, w2) * (std**2)[..., None, None]
     return found
 
 

@@ -10,17 +10,16 @@ from collections.abc import Sequence
 
 import numpy as np
 import xarray as xr
-from numpy.typing import NDArray
 from tsdyn.analysis.lift import lift
 from tsdyn.analysis.specialization import SOURCE, THRESHOLD, correlation_of, counted
 
-from tsdyn.networks.node_pairs import best_match
+from tsdyn.networks.node_pairs import Array, best_match
 
 #: Classes of `recovery_class`: how many teacher nodes have a student node of their own.
 RECOVERY = ("none", "some", "all")
 
 
-def recovery_code(correlation: NDArray, threshold: float) -> NDArray:
+def recovery_code(correlation: Array, threshold: float) -> Array:
     """Code 0 if no teacher node is matched above `threshold`, 2 if all are, else 1; (..., teacher_node, node) -> (...).
 
     NaN for dead members; padding counts as no teacher node.
@@ -30,14 +29,14 @@ def recovery_code(correlation: NDArray, threshold: float) -> NDArray:
     return np.where(nodes == 0, np.nan, np.where(found == 0, 0, np.where(found == nodes, 2, 1)))
 
 
-def shares(codes: NDArray, values: NDArray) -> NDArray:
+def shares(codes: Array, values: Array) -> Array:
     """Share of the codes, leaving out NaN, that equal each of `values`; (..., seed) -> (..., class)."""
     n = (~np.isnan(codes)).sum(-1)[..., None]
     hits = (codes[..., None] == values).sum(-2)
     return np.where(n > 0, hits / np.maximum(n, 1), np.nan)
 
 
-def flags(meanings: Sequence[str]) -> dict[str, str | NDArray]:
+def flags(meanings: Sequence[str]) -> dict[str, str | Array]:
     """Attributes that name the codes 0, 1, 2, ...; meanings must not contain blanks."""
     return {"flag_values": np.arange(len(meanings), dtype=np.int64), "flag_meanings": " ".join(meanings)}
 

@@ -10,32 +10,31 @@ from __future__ import annotations
 
 import numpy as np
 import xarray as xr
-from numpy.typing import NDArray
 from tsdyn.analysis.identity import begun, per_point, points
 from tsdyn.analysis.lift import lift
 from tsdyn.analysis.summary import quantiles, share_interval
 
 from tsdyn.archive.selecting import experiment_of
 from tsdyn.experiment.sweep_axes import swept_keys
-from tsdyn.networks.node_pairs import best_match, best_node
+from tsdyn.networks.node_pairs import Array, best_match, best_node
 
 #: A teacher node is recovered above this correlation (Tian 2020, Figure 7).
 THRESHOLD = 0.95
 SOURCE = "Tian 2020 (PMLR 119:9470), section 6"
 
 
-def _nanmax(values: NDArray, axis: int) -> NDArray:
+def _nanmax(values: Array, axis: int) -> Array:
     """Maximum without NaN entries; NaN where all entries are, without the warning of np.nanmax."""
-    largest: NDArray = np.fmax.reduce(values, axis=axis)
+    largest: Array = np.fmax.reduce(values, axis=axis)
     return largest
 
 
-def best_teacher(correlation: NDArray) -> NDArray:
+def best_teacher(correlation: Array) -> Array:
     """Largest (signed) correlation of student nodes with any teacher node; (..., teacher_node, node) -> (..., node)."""
     return _nanmax(correlation, axis=-2)
 
 
-def mean_best_match(correlation: NDArray) -> NDArray:
+def mean_best_match(correlation: Array) -> Array:
     """Mean best correlation ρ̄, (..., teacher_node, node) -> (...), leaving out teacher nodes without a correlation."""
     best = best_match(correlation)
     real = ~np.isnan(best)
@@ -43,13 +42,13 @@ def mean_best_match(correlation: NDArray) -> NDArray:
     return np.where(count > 0, np.where(real, best, 0.0).sum(-1) / np.maximum(count, 1), np.nan)
 
 
-def match_counts(correlation: NDArray, threshold: float) -> NDArray:
+def match_counts(correlation: Array, threshold: float) -> Array:
     """Number of teacher nodes with best match above `threshold`, (..., teacher_node, node) -> (...); NaN if all are."""
     best = best_match(correlation)
     return np.where(np.isnan(best).all(-1), np.nan, (best > threshold).sum(-1))
 
 
-def winner_rank(correlation: NDArray) -> NDArray:
+def winner_rank(correlation: Array) -> Array:
     """Rank at every epoch of the last epoch's best student node.
 
     (..., epoch, teacher_node, node) -> (..., epoch, teacher_node).  Counted from 0, the best, and divided by the number
@@ -63,7 +62,7 @@ def winner_rank(correlation: NDArray) -> NDArray:
     return np.where(np.isnan(won[..., 0]) | np.isnan(winner), np.nan, rank)
 
 
-def median(values: NDArray) -> NDArray:
+def median(values: Array) -> Array:
     """Median without NaN entries, (..., n) -> (...); NaN where all are."""
     return quantiles(values, (0.5,))[..., 0]
 

@@ -30,6 +30,7 @@ FLOORS = {
     "networks": 2,
     "archive": 3,
     "gaussian": 3,
+    "labelled": 3,
     "derivatives": 3,
     "theory": 3,
     "engine": 3,

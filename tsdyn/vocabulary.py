@@ -44,6 +44,7 @@ DIMENSIONS: Mapping[str, str] = {
 
 TIAN = "Tian 2020 (PMLR 119:9470)"
 LUCK = "Tian et al. 2019 (arXiv:1905.13405)"
+DU = "Du, Hu & Lee 2018 (arXiv:1806.00900), Theorem 2.1"
 SIMSEK = "Simsek et al. 2023 (arXiv:2311.01644)"
 SAAD = "Saad & Solla 1995; Goldt et al. 2019 (arXiv:1906.08632)"
 
@@ -394,6 +395,16 @@ VARIABLES: Mapping[str, Variable] = _table(
         f"{_HIDDEN}",
         kinds=_TRAINED,
         deep=True,
+    ),
+    Variable(
+        "balance",
+        _NODE,
+        "1",
+        "balance c = ‖a‖² − ‖w‖² − b² of outgoing and incoming weights",
+        DU,
+        "gradient flow conserves it where the activation is relu, leaky_relu or identity; an SGD step of rate η "
+        f"changes it by η²(‖∂a‖² − ‖∂w‖² − ∂b²); {_HIDDEN}",
+        kinds=_TRAINED,
     ),
     Variable(
         "lemma1_residual",

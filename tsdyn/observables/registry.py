@@ -248,6 +248,11 @@ def _conserved_norm(m: Measurement) -> Layers:
     return list(coupling_moments.conserved_norms(m.network))
 
 
+@fills("balance")
+def _balance(m: Measurement) -> Layers:
+    return list(coupling_moments.balances(m.net))
+
+
 def _of_norms(variable: str, name: str) -> None:
     def measured(m: Measurement) -> Layers:
         nothing = [torch.full_like(w.flatten(1)[:, 0], torch.nan) for w in m.network.weights[:-1]]

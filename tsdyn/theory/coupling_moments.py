@@ -12,7 +12,7 @@ import xarray as xr
 from torch import Tensor
 
 from tsdyn import schema
-from tsdyn.networks.network import Network, Trace
+from tsdyn.networks.network import Network, Trace, require_plain
 from tsdyn.networks.propagate import Parameters, propagate, rows
 from tsdyn.theory.inputs import MEMORY, Samples, batches, check_pair, inputs
 
@@ -352,4 +352,21 @@ def conserved_norms(network: Network) -> list[Tensor]:
         if bias is not None and not network.frame.norm_first(i):
             squares = squares + bias.square()
         found.append(squares.sqrt())
+    return found
+
+
+def balances(network: Network) -> list[Tensor]:
+    """Balance c_j = Σ_o W_{l+1,oj}² − ‖W_l,j‖² − b_lj² of each hidden node, one (node,) per hidden layer.
+
+    Gradient flow of any loss conserves it where the activation is relu, leaky_relu or identity; a step of SGD with
+    rate η changes it exactly by η² times the same expression of the gradients.  Source: Du, Hu & Lee (2018).
+
+    Raises:
+        ValueError: for convolutions and BatchNorm, where other quantities are conserved (`conserved_norms`).
+    """
+    require_plain("balances", network)
+    found = []
+    for weight, bias, above in zip(network.weights[:-1], network.biases[:-1], network.weights[1:], strict=True):
+        incoming = weight.square().sum(1) if bias is None else weight.square().sum(1) + bias.square()
+        found.append(above.square().sum(0) - incoming)
     return found
