@@ -105,7 +105,7 @@ def compute(job: Job, tick: Tick | None = None) -> Found:
         ReplayError: if the replayed run is not the recorded one.
         ExperimentError: if something cannot be differentiated.
     """
-    block = _Block(job)
+    block = Block(job)
     course = block.course(recorded=True)
     start = course.state()
     sums, slope, teacher = block.derivative(course, tick)
@@ -125,7 +125,7 @@ def compute(job: Job, tick: Tick | None = None) -> Found:
     return found
 
 
-class _Block:
+class Block:
     """Members, their teachers and the observable of a job."""
 
     def __init__(self, job: Job) -> None:
@@ -195,6 +195,17 @@ class _Block:
             loss(self.job.experiment.training.loss),
         )
 
+    def values(self, course: Course, end: State, teacher: Named | None = None) -> Tensor:
+        """The observable of every member at a last state, (member,); with moved teachers if they are given."""
+        found = []
+        on_train = self.job.experiment.data.train != "fresh" and not course.fresh
+        for i in range(course.ensemble.members):
+            theirs = None if teacher is None else {n: t[i] for n, t in teacher.items()}
+            # a function of the user's own is asked for its gradient, too
+            mine = self._one(end, i).map(lambda t: t.detach().clone().requires_grad_())
+            found.append(self.observed.value(self._student(course, i, mine, theirs, on_train)).detach())
+        return torch.stack(found)
+
     def _one(self, state: State, i: int) -> State:
         return State(
             {n: t[i] for n, t in state.values.items()}, {n: t[i] for n, t in state.buffers.items()}, {}
@@ -208,8 +219,8 @@ class _Block:
         if "teacher" in self.job.wrt:
             assert self.teachers.values is not None
             teacher = {n: torch.zeros_like(t) for n, t in self.teachers.values.items()}
-        on_train = self.job.experiment.data.train != "fresh"
-        x, y = (torch.zeros_like(t) for t in course.finite) if on_train and not course.fresh else (None, None)
+        on_train = self.job.experiment.data.train != "fresh" and not course.fresh
+        x, y = (torch.zeros_like(t) for t in course.finite) if on_train else (None, None)
         for i in range(course.ensemble.members):
             mine = self._one(end, i).map(lambda t: t.detach().clone().requires_grad_())
             theirs = None
@@ -271,7 +282,7 @@ class _Block:
         radii, growths = [], []
         flips = gated(course)
         for name in self.job.wrt:
-            direction, taught, length = self._direction(name, course, start, sums, teacher)
+            direction, taught, length = self.direction(name, course, start, sums, teacher)
             found = forward_tangent(course, start, direction, tick)
             sides = torch.stack([found.reach.plus, found.reach.minus], 1)
             if self.observed.maximum:
@@ -283,7 +294,7 @@ class _Block:
             growths.append(_numbers(found.growth[:, 1:]))
         return np.stack(radii, 1), np.stack(growths, 1)
 
-    def _direction(
+    def direction(
         self, name: str, course: Course, start: State, sums: Sums, teacher: Named | None
     ) -> tuple[Direction, Named | None, Tensor]:
         """The normalised derivative as a direction, its part in the teacher, and the derivative's length."""
@@ -337,7 +348,7 @@ def _put(total: Named | None, name: str, member: int, slope: Tensor | None) -> N
 
 
 def _averaged(
-    block: _Block, start: State, tick: Tick | None
+    block: Block, start: State, tick: Tick | None
 ) -> tuple[dict[str, np.ndarray | list[np.ndarray | None]], dict[str, np.ndarray | list[np.ndarray | None]]]:
     """Mean and standard error of the derivatives over starts θ_0 + s ξ with keyed Gaussian ξ."""
     each = []

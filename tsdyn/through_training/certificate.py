@@ -113,7 +113,7 @@ def forward_tangent(
             after, gates = step(course.kind, state, Inputs(*parts), rule, count)  # noqa: B023 (called at once)
             return after, gates.hidden, [] if gates.clip is None else [gates.clip]
 
-        (_, hidden, clip), (tau, dots, clip_dot) = jvp(moved, (before, *given), (tau, *_along(course, direction, count)))
+        (_, hidden, clip), (tau, dots, clip_dot) = jvp(moved, (before, *given), (tau, *direction_of(course, direction, count)))
         tau = State(*tau)
         for value, dot in zip(hidden if kinked else [], dots if kinked else [], strict=True):
             reach.see(value, dot)
@@ -127,7 +127,7 @@ def forward_tangent(
     return Tangent(tau, torch.stack(norms, 1), reach)
 
 
-def _along(course: Course, direction: Direction, count: int) -> Inputs:
+def direction_of(course: Course, direction: Direction, count: int) -> Inputs:
     """The tangent of what step `count` takes beside the state."""
     given, rows = course.given(count), course.rows(count)
     zero = Inputs(*(torch.zeros_like(part) for part in given))

@@ -208,7 +208,8 @@ def _loss_eval(labels: Mapping[str, int], experiment: Experiment) -> Callable[[S
 def _loss_train(labels: Mapping[str, int], experiment: Experiment) -> Callable[[Student], Tensor]:
     def of(student: Student) -> Tensor:
         if student.train is None:
-            raise ExperimentError("sensitivity: of = 'loss_train': fresh data have no training set; ask for loss_eval")
+            raise ExperimentError("sensitivity: of = 'loss_train': where every step has new samples there is no training set to measure it on; "
+                "ask for loss_eval")
         x, y = student.train
         there = ~x.isnan().any(1)
         return student.loss.value(student.traced(x[there])[0], y[there])
