@@ -55,7 +55,9 @@ def test_a_linear_student_has_the_closed_form_in_start_and_samples(linear_run):
     e, path = linear_run
     node, inp = 1, 2
     found = tsdyn.sensitivity(
-        path, ("weight", {"layer": 1, "node": node, "input_node": inp}), wrt=["start", "sample", "target", "learning_rate"]
+        path,
+        ("weight", {"layer": 1, "node": node, "input_node": inp}),
+        wrt=["start", "sample", "target", "learning_rate"],
     )
     eta, steps = e.training.learning_rate, e.steps * e.training.epochs
     for seed in e.seed_labels:
@@ -442,7 +444,9 @@ def test_a_member_that_died_is_nan_or_refused_by_name(tmp_path):
     assert bool((ds["death_epoch"] >= 2).all())
     with pytest.raises(tsdyn.ExperimentError, match="seed 3 died at epoch"):
         tsdyn.sensitivity(tmp_path / "run", seeds=[3])
-    assert "value" not in tsdyn.sensitivity(tmp_path / "run") or bool(tsdyn.sensitivity(tmp_path / "run")["value"].isnull().all())
+    assert "value" not in tsdyn.sensitivity(tmp_path / "run") or bool(
+        tsdyn.sensitivity(tmp_path / "run")["value"].isnull().all()
+    )
     assert bool(tsdyn.sensitivity(tmp_path / "run", epoch=1)["value"].notnull().all())
 
 

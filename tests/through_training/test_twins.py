@@ -116,7 +116,10 @@ def unrolled(e, position, observable=None):
     if e.data.train != "fresh":
         x, y = (t[position].double().clone().requires_grad_() for t in members.finite)
         w = torch.ones(len(x), dtype=torch.float64, requires_grad=True)
-    rates = [torch.tensor(e.training.rate(k), dtype=torch.float64, requires_grad=True) for k in range(1, e.training.epochs + 1)]
+    rates = [
+        torch.tensor(e.training.rate(k), dtype=torch.float64, requires_grad=True)
+        for k in range(1, e.training.epochs + 1)
+    ]
     how = how_of(e)
     end, stats = twin.trained(p, stats, x, y, w, rates, steps_of(e, members, position), how)
     probe = members.eval_probes[position]
@@ -127,7 +130,9 @@ def unrolled(e, position, observable=None):
     leaves |= {} if x is None else {"x": x, "y": y, "w": w}
     slopes = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
     zero = {n: torch.zeros_like(t) for n, t in leaves.items()}
-    return float(value.detach()), {n: (zero[n] if g is None else g).numpy() for n, g in zip(leaves, slopes, strict=True)}
+    return float(value.detach()), {
+        n: (zero[n] if g is None else g).numpy() for n, g in zip(leaves, slopes, strict=True)
+    }
 
 
 def close(found, wanted, scale):
@@ -173,3 +178,41 @@ def test_float32_runs_are_differentiated_in_float64_with_the_difference_reported
     _, slopes = unrolled(e, 0)
     # the twin starts from the same float32 numbers and does not return to the recorded ones
     assert np.abs(found["d_start"].sel(seed=3, layer=1).values[:, :5] - slopes["weight_1"]).max() < 1e-4
+
+
+BY_HAND = [
+    option for option in OPTIONS if "norm b" not in option and "norm a" not in option and option != "convolutions"
+]
+
+
+@pytest.mark.parametrize("option", BY_HAND)
+def test_the_step_written_out_is_that_of_torch_func(option, monkeypatch):
+    """Backwards and forwards, at one step with every part moved."""
+    from tsdyn.through_training import linearised
+    from tsdyn.through_training.replay import Course
+    from tsdyn.through_training.steps import Inputs
+
+    e = dropped(OPTIONS[option])
+    members = Members(e)
+    course = Course(members, e.training.epochs)
+    draw = torch.Generator().manual_seed(0)
+
+    def noise(t):
+        return torch.randn(t.shape, generator=draw, dtype=torch.float64)
+
+    course.advance(3)
+    state, given, rule = course.state(), course.given(4), course.rule(4)
+    slope, tangent = state.map(noise), state.map(noise)
+    # moments and weights move along; second moments stay positive
+    along = Inputs(*(noise(part) for part in given))
+    found = {}
+    for hand in (True, False):
+        if not hand:
+            monkeypatch.setattr(linearised, "by_hand", lambda kind, rule: False)
+        assert linearised.by_hand(course.kind, rule) is hand
+        back = linearised.pulled(course.kind, state, given, rule, 4, slope, ["rate", "weight", "target", "input"])
+        forth = linearised.pushed(course.kind, state, tangent, given, along, rule, 4)
+        tensors = [*back[0].tensors(), *back[1].tensors(), *back[2].values(), *forth[0].tensors()]
+        found[hand] = [*tensors, *(t for pair in forth[1] for t in pair), *(forth[2] or ())]
+    for mine, theirs in zip(found[True], found[False], strict=True):
+        assert (mine - theirs).abs().max() <= 1e-11 * max(1.0, float(theirs.abs().max()))

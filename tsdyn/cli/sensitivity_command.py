@@ -34,7 +34,9 @@ def sensitivity(
     wrt: Annotated[
         str, typer.Option(help="start, sample, target, input, learning_rate, teacher, scale; commas between.")
     ] = "start,sample,learning_rate",
-    seeds: Annotated[str | None, typer.Option(help="Labels of members, commas between; all that live if not given.")] = None,
+    seeds: Annotated[
+        str | None, typer.Option(help="Labels of members, commas between; all that live if not given.")
+    ] = None,
     memory: Annotated[str | None, typer.Option(help="For states, e.g. 500MB.")] = None,
     certificate: Annotated[bool, typer.Option(help="With radius and tangent growth.")] = True,
     smoothed: Annotated[int | None, typer.Option(help="Mean over this many starts beside the run's.")] = None,

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.func import vjp
 
 from tsdyn.experiment.errors import ExperimentError
 from tsdyn.through_training.replay import Course, ReplayError
-from tsdyn.through_training.steps import Inputs, State, step
+from tsdyn.through_training.linearised import pulled
+from tsdyn.through_training.steps import Inputs, State
 
 #: A step of the pure function and the engine's own may differ by this much, relative to the largest number.
 SAME_STEP = 1e-9
@@ -143,14 +143,9 @@ def _back(course: Course, before: State, after: State, sums: Sums, wanted: Wante
     }
     names = [name for name, there in of.items() if there]
 
-    def moved(state: State, *parts: Tensor) -> State:
-        return step(course.kind, state, given._replace(**dict(zip(names, parts, strict=True))), rule, count)[0]
-
-    found, pull = vjp(moved, before, *(getattr(given, name) for name in names))
+    found, lower, by_name = pulled(course.kind, before, given, rule, count, sums.start, names)
     if not (course.anchors and count % course.per_epoch == 0 and course.epoch_of(count) in course.recorded):
         _refuse_other_step(course, found, after, count)
-    lower, *parts = pull(sums.start)
-    by_name = dict(zip(names, parts, strict=True))
     rows = course.rows(count)
     if sums.learning_rate is not None:
         sums.learning_rate[:, course.epoch_of(count) - 1] += by_name["rate"]
@@ -159,7 +154,7 @@ def _back(course: Course, before: State, after: State, sums: Sums, wanted: Wante
     for total, name in ((sums.sample, "weight"), (sums.target, "target"), (sums.input, "input")):
         if total is not None:
             _add(total, rows, by_name[name])
-    return State(*lower)
+    return lower
 
 
 def _add(total: Tensor, rows: Tensor | None, part: Tensor) -> None:

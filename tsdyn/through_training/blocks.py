@@ -138,7 +138,10 @@ class Block:
     def course(self, *, recorded: bool) -> Course:
         """The course of the members from their start."""
         held = self.job.recorded if recorded else {}
-        named = {e: {n: torch.from_numpy(np.array(a)).to(self.job.device) for n, a in by_name.items()} for e, by_name in held.items()}
+        named = {
+            e: {n: torch.from_numpy(np.array(a)).to(self.job.device) for n, a in by_name.items()}
+            for e, by_name in held.items()
+        }
         return Course(self.members, self.job.epoch, named)
 
     # --- the derivative --------------------------------------------------------------------------------------
@@ -207,9 +210,7 @@ class Block:
         return torch.stack(found)
 
     def _one(self, state: State, i: int) -> State:
-        return State(
-            {n: t[i] for n, t in state.values.items()}, {n: t[i] for n, t in state.buffers.items()}, {}
-        )
+        return State({n: t[i] for n, t in state.values.items()}, {n: t[i] for n, t in state.buffers.items()}, {})
 
     def _slope(self, course: Course, end: State) -> _Slope:
         """The observable at the last state, and its derivatives in what it is computed from, one member at a time."""
@@ -380,15 +381,18 @@ def _averaged(
     return over(lambda a: a.mean(0)), over(lambda a: a.std(0, ddof=1) / np.sqrt(count) if count > 1 else a[0] * np.nan)
 
 
-def _layered(
-    ensemble: Ensemble | None, named: Named, name: str
-) -> dict[str, np.ndarray | list[np.ndarray | None]]:
+def _layered(ensemble: Ensemble | None, named: Named, name: str) -> dict[str, np.ndarray | list[np.ndarray | None]]:
     """Parameters by name, (member, ...), as lists over layers; of modules one vector (member, entry)."""
     if ensemble is not None and isinstance(ensemble.architecture, torch.nn.Module):
         return {name: _numbers(torch.cat([t.flatten(1) for t in named.values()], 1))}
     depth = max(int(n.rpartition("_")[2]) for n in named)
     found: dict[str, np.ndarray | list[np.ndarray | None]] = {}
-    for kind, suffix in (("weight", ""), ("bias", "_bias"), ("norm_scale", "_norm_scale"), ("norm_shift", "_norm_shift")):
+    for kind, suffix in (
+        ("weight", ""),
+        ("bias", "_bias"),
+        ("norm_scale", "_norm_scale"),
+        ("norm_shift", "_norm_shift"),
+    ):
         parts = [named.get(f"{kind}_{layer}") for layer in range(1, depth + 1)]
         if any(part is not None for part in parts):
             flat = [None if p is None else p.flatten(2) if kind == "weight" else p for p in parts]

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.func import jvp
 
 from tsdyn.networks.network import Network
+from tsdyn.through_training.linearised import pushed
 from tsdyn.through_training.replay import Course, taken
-from tsdyn.through_training.steps import Inputs, State, step
+from tsdyn.through_training.steps import Inputs, State
 
 
 @dataclass(frozen=True)
@@ -109,16 +109,11 @@ def forward_tangent(
     for count in range(1, course.steps + 1):
         before, given, rule = course.state(), course.given(count), course.rule(count)
 
-        def moved(state: State, *parts: Tensor) -> tuple[State, list[Tensor], list[Tensor]]:
-            after, gates = step(course.kind, state, Inputs(*parts), rule, count)  # noqa: B023 (called at once)
-            return after, gates.hidden, [] if gates.clip is None else [gates.clip]
-
-        (_, hidden, clip), (tau, dots, clip_dot) = jvp(moved, (before, *given), (tau, *direction_of(course, direction, count)))
-        tau = State(*tau)
-        for value, dot in zip(hidden if kinked else [], dots if kinked else [], strict=True):
+        tau, hidden, clip = pushed(course.kind, before, tau, given, direction_of(course, direction, count), rule, count)
+        for value, dot in hidden if kinked else []:
             reach.see(value, dot)
-        for value, dot in zip(clip, clip_dot, strict=True):
-            reach.see(value.unsqueeze(1), dot.unsqueeze(1))
+        if clip is not None:
+            reach.see(clip[0].unsqueeze(1), clip[1].unsqueeze(1))
         course.advance(1)
         if count % course.per_epoch == 0:
             norms.append(_norm(tau))
@@ -163,5 +158,3 @@ def winners_reach(scores: Tensor, tangent: Tensor) -> tuple[float, float]:
         reach.see((row[best] - row[others]).unsqueeze(0), (dot[best] - dot[others]).unsqueeze(0))
         plus, minus = min(plus, float(reach.plus)), min(minus, float(reach.minus))
     return plus, minus
-
-

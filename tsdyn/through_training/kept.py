@@ -74,5 +74,8 @@ def write(folder: Path, job: Job, found: Found) -> None:
             else:
                 arrays[f"{group}/{variable}/all"] = value
     make_directory(folder)
-    with replacing(folder / f"{name}.npz", sum(a.nbytes for a in arrays.values())) as temporary, open(temporary, "wb") as f:
+    with (
+        replacing(folder / f"{name}.npz", sum(a.nbytes for a in arrays.values())) as temporary,
+        open(temporary, "wb") as f,
+    ):
         np.savez(f, **arrays)  # type: ignore[arg-type]

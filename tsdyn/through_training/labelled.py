@@ -132,7 +132,9 @@ def _block(job: Job, found: Found) -> xr.Dataset:
 def _padded(layers: Sequence[np.ndarray | None]) -> np.ndarray:
     """Arrays of the layers, (member, ...) each, as one (member, layer, ...), NaN where a layer is narrower."""
     there = [layer for layer in layers if layer is not None and layer.ndim > 1 and layer.size]
-    shape = tuple(max(layer.shape[i] for layer in there if layer.ndim == there[0].ndim) for i in range(1, there[0].ndim))
+    shape = tuple(
+        max(layer.shape[i] for layer in there if layer.ndim == there[0].ndim) for i in range(1, there[0].ndim)
+    )
     found = np.full((len(there[0]), len(layers), *shape), np.nan)
     for i, layer in enumerate(layers):
         if layer is not None and layer.size:
@@ -153,7 +155,11 @@ def _attrs(
     if not results:
         return found | {"reach": json.dumps(["no member lives at that epoch"])}
     job = results[0][1]
-    found |= {"observable": observed(job.of, job.experiment).text, "observable_epoch": job.epoch, "wrt": ",".join(job.wrt)}
+    found |= {
+        "observable": observed(job.of, job.experiment).text,
+        "observable_epoch": job.epoch,
+        "wrt": ",".join(job.wrt),
+    }
     gated = any(result.gated for _, _, result in results)
     if job.certificate and not gated:
         found["radius_reason"] = (

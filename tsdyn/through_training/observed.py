@@ -152,7 +152,9 @@ def observed(of: Of, experiment: Experiment) -> Observed:
             f"sensitivity: of = {name!r}: needs layers, which a module of your own has not; ask for loss_eval"
         )
     if keys:
-        labels.setdefault("layer", 1) if "layer" in keys and (name in _MAXIMA or len(experiment.layout.widths) == 2) else None
+        labels.setdefault("layer", 1) if "layer" in keys and (
+            name in _MAXIMA or len(experiment.layout.widths) == 2
+        ) else None
         missing = [key for key in keys if key not in labels]
         if missing:
             raise ExperimentError(
@@ -180,7 +182,9 @@ def _refuse_beyond(name: str, labels: Mapping[str, Any], experiment: Experiment)
     }  # fmt: skip
     for key, size in sizes.items():
         if key in labels and not (isinstance(labels[key], int) and 0 <= labels[key] < size):
-            raise ExperimentError(f"sensitivity: of = {name!r}: {key} = {labels[key]!r}; layer {layer} has 0..{size - 1}")
+            raise ExperimentError(
+                f"sensitivity: of = {name!r}: {key} = {labels[key]!r}; layer {layer} has 0..{size - 1}"
+            )
 
 
 def _called(function: Function, student: Student) -> Tensor:
@@ -208,8 +212,10 @@ def _loss_eval(labels: Mapping[str, int], experiment: Experiment) -> Callable[[S
 def _loss_train(labels: Mapping[str, int], experiment: Experiment) -> Callable[[Student], Tensor]:
     def of(student: Student) -> Tensor:
         if student.train is None:
-            raise ExperimentError("sensitivity: of = 'loss_train': where every step has new samples there is no training set to measure it on; "
-                "ask for loss_eval")
+            raise ExperimentError(
+                "sensitivity: of = 'loss_train': where every step has new samples there is no training set to measure it on; "
+                "ask for loss_eval"
+            )
         x, y = student.train
         there = ~x.isnan().any(1)
         return student.loss.value(student.traced(x[there])[0], y[there])

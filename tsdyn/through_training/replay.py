@@ -38,7 +38,12 @@ class ReplayError(ExperimentError):
 
 
 def members_at(
-    experiment: Experiment, epoch: int, *, device: str = "cpu", student: Maker | None = None, teacher: Maker | None = None
+    experiment: Experiment,
+    epoch: int,
+    *,
+    device: str = "cpu",
+    student: Maker | None = None,
+    teacher: Maker | None = None,
 ) -> Members:
     """The members of a run after `epoch` epochs, trained again from their start: the run's own bits on its machine."""
     members = Members(experiment, device, student, teacher)
@@ -94,7 +99,11 @@ class Course:
     def kind(self) -> Kind:
         """What the members are, for `steps.step`."""
         kind = kind_of(self.ensemble)
-        return OwnModule(kind.module, {n: t.clone() for n, t in kind.fixed.items()}) if isinstance(kind, OwnModule) else kind
+        return (
+            OwnModule(kind.module, {n: t.clone() for n, t in kind.fixed.items()})
+            if isinstance(kind, OwnModule)
+            else kind
+        )
 
     @property
     def per_epoch(self) -> int:
@@ -244,7 +253,9 @@ def taken(samples: Tensor, rows: Tensor | None) -> Tensor:
     """The samples (member, batch, ...) that `rows`, (member, batch), names of (member, sample, ...); all for None."""
     if rows is None:
         return samples
-    return torch.gather(samples, 1, rows.view(*rows.shape, *[1] * (samples.ndim - 2)).expand(-1, -1, *samples.shape[2:]))
+    return torch.gather(
+        samples, 1, rows.view(*rows.shape, *[1] * (samples.ndim - 2)).expand(-1, -1, *samples.shape[2:])
+    )
 
 
 def recorded_weights(ds: xr.Dataset, ensemble: Ensemble, seeds: Sequence[int], last: int) -> dict[int, Named]:

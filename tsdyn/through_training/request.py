@@ -117,7 +117,9 @@ def checked_epoch(ds: xr.Dataset, epoch: int | None) -> int:
         )
     for dim in ("epoch", "seed", *(() if needed == "parameter" else ("layer", "node", "input_node"))):
         if dim not in ds[needed].dims:
-            raise ExperimentError(f"sensitivity: the Dataset lacks {dim}; give the whole archive, and seeds= and epoch=")
+            raise ExperimentError(
+                f"sensitivity: the Dataset lacks {dim}; give the whole archive, and seeds= and epoch="
+            )
     last = int(ds["epoch"].max())
     if epoch is None:
         return last

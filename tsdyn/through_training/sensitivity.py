@@ -124,13 +124,27 @@ def sensitivity(
     ds = path_or_dataset if isinstance(path_or_dataset, xr.Dataset) else reading.open(path_or_dataset)
     names = wanted(wrt)
     if smoothed is not None and (isinstance(smoothed, bool) or not isinstance(smoothed, int) or smoothed < 1):
-        raise ExperimentError(f"sensitivity: smoothed = {smoothed!r}; a number of starts, 2 or more for standard errors")
+        raise ExperimentError(
+            f"sensitivity: smoothed = {smoothed!r}; a number of starts, 2 or more for standard errors"
+        )
     if not (math.isfinite(spread) and spread > 0):
         raise ExperimentError(f"sensitivity: spread = {spread!r}; a positive number, such as 0.05")
     common = Job(
-        _experiment(ds), checked_epoch(ds, epoch), of, names, {}, certificate, smoothed or 0, spread, student, teacher, device
+        _experiment(ds),
+        checked_epoch(ds, epoch),
+        of,
+        names,
+        {},
+        certificate,
+        smoothed or 0,
+        spread,
+        student,
+        teacher,
+        device,
     )
-    jobs = list(_jobs(ds, common, chosen_seeds(ds, seeds), named=seeds is not None, room=bytes_of(memory), client=client))
+    jobs = list(
+        _jobs(ds, common, chosen_seeds(ds, seeds), named=seeds is not None, room=bytes_of(memory), client=client)
+    )
     plan = _plan([job for _, job in jobs])
     if announce is not None:
         announce(plan)
@@ -202,7 +216,9 @@ def _plan(jobs: Sequence[Job]) -> Plan:
     steps = max(job.epoch * job.experiment.steps for job in jobs)
     states = states_held(steps)
     bytes_each = [
-        states * sum(8 * a[0].size for a in next(iter(job.recorded.values()), {}).values()) * len(job.experiment.seed_labels)
+        states
+        * sum(8 * a[0].size for a in next(iter(job.recorded.values()), {}).values())
+        * len(job.experiment.seed_labels)
         for job in jobs
     ]
     members = sum(len(job.experiment.seed_labels) for job in jobs)
@@ -225,7 +241,9 @@ def _computed(
     found: list[Found | None] = [None if keep is None else kept.read(keep, job) for job in jobs]
     if client is not None:
         open_ones = [i for i, result in enumerate(found) if result is None]
-        for i, result in zip(open_ones, client.gather(client.map(compute, [jobs[i] for i in open_ones], pure=False)), strict=True):
+        for i, result in zip(
+            open_ones, client.gather(client.map(compute, [jobs[i] for i in open_ones], pure=False)), strict=True
+        ):
             found[i] = result
             if keep is not None:
                 kept.write(keep, jobs[i], result)
@@ -264,5 +282,3 @@ def reach_of(ds: xr.Dataset) -> list[str]:
     """How far the derivatives in a result predict, in words: one line for each ``wrt``."""
     lines: list[str] = json.loads(ds.attrs["reach"])
     return lines
-
-

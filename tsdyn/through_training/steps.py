@@ -217,36 +217,51 @@ def losses(loss: Loss, output: Tensor, target: Tensor) -> Tensor:
 # --- the step ------------------------------------------------------------------------------------------------
 
 
-def step(
-    architecture: Kind, state: State, given: Inputs, rule: Rule, count: int
-) -> tuple[State, Gates]:
+def step(kind: Kind, state: State, given: Inputs, rule: Rule, count: int) -> tuple[State, Gates]:
     """The state after step number `count`, and the step's gates; nothing is changed in place.
 
     J = (1/batch) Σ_i w_i ℓ_i with the weights w of the samples; the rate of `rule` is not used.
     """
 
     def objective(values: Named) -> tuple[Tensor, tuple[Named, list[Tensor]]]:
-        output, buffers, hidden, _ = forward(architecture, values, state.buffers, given.input, training=True)
+        output, buffers, hidden, _ = forward(kind, values, state.buffers, given.input, training=True)
         return (given.weight * losses(rule.loss, output, given.target)).mean(1).sum(), (buffers, hidden)
 
     gradients, (buffers, hidden) = grad(objective, has_aux=True)(state.values)
-    gradients = {n: g for n, g in gradients.items() if not rule.frozen or layer_of(n) not in rule.frozen}
-    clip = None
-    if rule.clip is not None and gradients:
-        norms = torch.stack([g.flatten(1).norm(dim=1) for g in gradients.values()]).norm(dim=0)
-        clip = norms - rule.clip
+    gradients = {n: g for n, g in gradients.items() if learns(rule, n)}
+    values, moments = updated(kind, state, gradients, given.rate, rule, count)
+    return State(values, buffers, moments), Gates(hidden, beyond_clip(rule, gradients))
+
+
+def learns(rule: Rule, name: str) -> bool:
+    """Whether a parameter is in no frozen layer."""
+    return not rule.frozen or layer_of(name) not in rule.frozen
+
+
+def beyond_clip(rule: Rule, gradients: Named) -> Tensor | None:
+    """Norm of each member's gradient minus ``training.clip``, (member,); None without clipping."""
+    if rule.clip is None or not gradients:
+        return None
+    return torch.stack([g.flatten(1).norm(dim=1) for g in gradients.values()]).norm(dim=0) - rule.clip
+
+
+def updated(
+    kind: Kind, state: State, gradients: Named, rate: Tensor, rule: Rule, count: int
+) -> tuple[Named, dict[str, Named]]:
+    """Parameters and moments after the optimizer's step, by the engine's own update of copies."""
     moments = {
         m: {n: t + FLOOR if m == "second" and rule.name in ROOTED else t.clone() for n, t in named.items()}
         for m, named in state.moments.items()
     }
-    own = architecture.module if isinstance(architecture, OwnModule) else architecture
+    own = kind.module if isinstance(kind, OwnModule) else kind
     taken = Ensemble(own, {n: t.clone() for n, t in state.values.items()}, {}, moments)
     # rows are normalised here: in place it would destroy what the derivative of their norm needs
-    taken.take(gradients, replace(rule, learning_rate=given.rate, normalize=False), count)
+    plain = replace(rule, learning_rate=rate, normalize=False)
+    taken.take({n: g.clone() for n, g in gradients.items()}, plain, count)
     values = dict(taken.values)
-    if rule.normalize and isinstance(architecture, Network):
+    if rule.normalize and isinstance(kind, Network):
         for name in gradients:
-            if name.startswith("weight_") and layer_of(name) < architecture.depth:
+            if name.startswith("weight_") and layer_of(name) < kind.depth:
                 norm = values[name].flatten(2).norm(dim=2)
                 values[name] = values[name] / norm.view(*norm.shape, *[1] * (values[name].ndim - 2))
-    return State(values, buffers, taken.moments), Gates(hidden, clip)
+    return values, taken.moments
