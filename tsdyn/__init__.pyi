@@ -21,3 +21,4 @@ from .observables.registry import Observed as Observed
 from .recording.recorder import Recorder as Recorder
 from .running.sweep import run as run
 from .schema import declare as declare
+from .through_training.sensitivity import sensitivity as sensitivity
