@@ -37,7 +37,6 @@ from tsdyn.analysis.figures.heat_maps import (
 )
 from tsdyn.analysis.figures.phases import draw_phase, measure_phase, phase_diagram
 from tsdyn.analysis.figures.planes import SNAPSHOTS, animate_boundaries, boundaries, draw_boundaries, measure_boundaries
-from tsdyn.analysis.figures.reading import BAND
 from tsdyn.analysis.figures.recipes import FIGURES, Recipe
 from tsdyn.analysis.figures.spectra import SPECTRA, draw_spectrum, measure_spectrum, spectrum
 from tsdyn.analysis.figures.teacher_nodes import (
@@ -52,8 +51,8 @@ from tsdyn.analysis.figures.teacher_nodes import (
     recovery,
     success_rate,
 )
-from tsdyn.analysis.layout import MAX_PANELS, PANEL
-from tsdyn.analysis.panels import PALETTE
+from tsdyn.analysis.layout import MAX_PANELS
+from tsdyn.analysis.style import BAND, PALETTE
 
 __all__ = [
     "BAND",
@@ -61,7 +60,6 @@ __all__ = [
     "MAX_LINES",
     "MAX_PANELS",
     "PALETTE",
-    "PANEL",
     "SNAPSHOTS",
     "SPECTRA",
     "Recipe",
