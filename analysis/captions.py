@@ -171,7 +171,7 @@ def words(key: str, value: Any) -> str:
         return "new samples at every step" if value == "fresh" else f"N = {number(_as_number(value))}"
     if key == "widths":
         return f"widths {value}"
-    if key in ("moment", "class"):
+    if key in ("moment", "class", "point", "training data"):
         return str(value)
     shown = number(value) if isinstance(value, (int, float)) else str(value)
     return _KEYS[key].format(shown) if key in _KEYS else f"{key.replace('_', ' ')} {shown}"

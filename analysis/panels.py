@@ -73,7 +73,7 @@ def points(x: xr.DataArray, y: xr.DataArray, *, ax: Axes | None = None) -> Axes:
     shuffled = np.random.default_rng(0).permutation(ranks.size)
     drawn = ax.scatter(
         x.values.ravel()[shuffled], y.values.ravel()[shuffled], s=look.points(2.2) ** 2, linewidths=0,
-        color=[colour(k) if count <= len(PALETTE) else shade(k, count) for k in ranks[shuffled]], gid="nodes",
+        color=[colour(int(k)) if count <= len(PALETTE) else shade(int(k), count) for k in ranks[shuffled]], gid="nodes",
     )  # fmt: skip
     drawn.sticky_edges.y.append(0.0)
     # set_ylim would stop autoscaling, and panels that share the axis would be cut at the first one's upper limit

@@ -18,8 +18,8 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib import colormaps, colors
 from matplotlib.figure import Figure
-from matplotlib.legend import Legend
 from matplotlib.font_manager import FontProperties
+from matplotlib.legend import Legend
 from matplotlib.textpath import TextToPath
 from numpy.typing import NDArray
 

@@ -36,7 +36,14 @@ from tsdyn.analysis.figures.heat_maps import (
     measure_couplings,
 )
 from tsdyn.analysis.figures.phases import draw_phase, measure_phase, phase_diagram
-from tsdyn.analysis.figures.planes import SNAPSHOTS, animate_boundaries, boundaries, draw_boundaries, measure_boundaries
+from tsdyn.analysis.figures.planes import (
+    SNAPSHOTS,
+    animate_boundaries,
+    boundaries,
+    draw_boundaries,
+    measure_boundaries,
+    snapshots,
+)
 from tsdyn.analysis.figures.recipes import FIGURES, Recipe
 from tsdyn.analysis.figures.spectra import SPECTRA, draw_spectrum, measure_spectrum, spectrum
 from tsdyn.analysis.figures.teacher_nodes import (
@@ -100,6 +107,7 @@ __all__ = [
     "measure_winners",
     "phase_diagram",
     "recovery",
+    "snapshots",
     "spectrum",
     "success_rate",
     "winners",

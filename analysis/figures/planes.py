@@ -8,6 +8,7 @@ import numpy as np
 import xarray as xr
 from matplotlib.animation import FuncAnimation
 from matplotlib.axes import Axes
+from numpy.typing import NDArray
 from tsdyn.analysis import captions, layout, panels
 from tsdyn.analysis import style as look
 from tsdyn.analysis.figures.reading import variables_of
@@ -18,6 +19,13 @@ from tsdyn.archive.selecting import lowest_layer
 
 #: Epochs shown as panels.
 SNAPSHOTS = 4
+
+
+def snapshots(epochs: NDArray) -> NDArray:
+    """Positions of up to `SNAPSHOTS` epochs, in geometric steps from the first to the last: most happens early."""
+    last = float(epochs[-1])
+    wanted = [0.0, last ** (1 / 3) * 0.6, last ** (1 / 3) * 1.8, last] if last > 20 else np.linspace(0, last, SNAPSHOTS)
+    return np.unique([int(np.abs(epochs - epoch).argmin()) for epoch in wanted])
 
 
 def measure_boundaries(archive: xr.Dataset) -> xr.Dataset:
@@ -100,7 +108,7 @@ def _boundary_key(page: look.Page, measured: xr.Dataset) -> None:
 def draw_boundaries(ds: xr.Dataset) -> look.Page:
     """Panels of `boundaries` at up to `SNAPSHOTS` epochs, one row per point; widths are comparable along a row."""
     measured = measure_boundaries(ds)
-    chosen = np.unique(np.linspace(0, measured.sizes["epoch"] - 1, SNAPSHOTS).round().astype(int))
+    chosen = snapshots(np.atleast_1d(measured["epoch"].values))
     shown = measured.isel(epoch=chosen)
 
     def draw(at: dict[str, Any], ax: Axes) -> None:
