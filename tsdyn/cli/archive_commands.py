@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tsdyn.archive.whole_files import DirectoryError, local_path
-from tsdyn.cli.application import FAILED, AsJson, Directory, app, assignment, plain, print_json, save
+from tsdyn.cli.application import AsJson, Directory, FAILED, StyleName, app, assignment, plain, print_json, save
 from tsdyn.experiment.errors import ExperimentError
 from tsdyn.registers import PartError
 from tsdyn.schema import printable
@@ -107,12 +107,15 @@ def plot(
     output: Annotated[
         str | None, typer.Option("-o", "--output", help="FILE.png (.svg, .pdf; .gif moves); FIGURE.png if not given.")
     ] = None,
+    style: StyleName = "paper",
     select: Annotated[
         list[str] | None,
         typer.Option("--select", metavar="KEY=VALUE", help="A part: a swept key, seed, epoch or layer; repeat it."),
     ] = None,
 ) -> None:
-    """Draw a figure from an archive."""
+    """Draw a figure from an archive, with a caption; in a paper's column widths unless --style says otherwise."""
+    from tsdyn.analysis import captions
+    from tsdyn.analysis import style as look
     from tsdyn.analysis.figures import planes, recipes
     from tsdyn.archive import reading, whole_files
 
@@ -130,7 +133,10 @@ def plot(
         raise ExperimentError(f"plot: {path.name}: only boundaries move; give a .png, .svg or .pdf")
     try:
         ds = _selected(ds, select or [])
-        drawn = planes.animate_boundaries(ds) if moves else recipes.FIGURES[figure](ds)
+        with look.using(look.as_name(style)):
+            drawn = planes.animate_boundaries(ds) if moves else recipes.FIGURES[figure](ds)
+        if not moves:
+            drawn.provenance = captions.provenance(ds, f"tsdyn plot DIR {figure} --style {style}")
     except (ValueError, KeyError) as error:
         raise DirectoryError(f"plot {figure}: {error.args[0] if error.args else error}") from error
     save(drawn, path, quiet=False)
