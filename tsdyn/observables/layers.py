@@ -152,7 +152,7 @@ class _Following(TorchFunctionMode):
 
     def hook(self, _: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
         """Forward hook of a module that is an activation function, of several functions of torch."""
-        name, _ = self._at.get(id(inputs[0]), ("", None)) if inputs else ("", None)
+        name, _tensor = self._at.get(id(inputs[0]), ("", None)) if inputs else ("", None)
         return self.keep(name, output) if name else output
 
 

@@ -107,7 +107,7 @@ class Response:
         if isinstance(student, Network) and compiled_sums.serves(student, probe.inputs):
             return compiled_sums.sums(student, probe.inputs, target, teachers)
         own = isinstance(student, Own) or isinstance(probe.teacher, Own)
-        pairs = [] if own else list(zip(teachers, self.trace.activations[:-1], strict=True))
+        pairs = [] if own else list(zip(teachers, self.trace.activations, strict=False))  # the output has none
         return compiled_sums.Sums(
             (target - self.trace.output).square().sum(), [t.T @ standardized(f) for t, f in pairs]
         )
@@ -263,10 +263,11 @@ class Measurement:
         if isinstance(self.student, Own):
             target = self.target(self.train)
 
-            def residual(output: Tensor) -> Tensor:
+            def negative_gradient(output: Tensor) -> Tensor:
                 return self.objective.residual(output.detach(), target)
 
-            found = layers.pulled_back(self.student.module.eval(), self.student.layers, self.train.inputs, residual)
+            module = self.student.module.eval()
+            found = layers.pulled_back(module, self.student.layers, self.train.inputs, negative_gradient)
             return [g.flatten(0, 1) for g in found]
         trace = self.on_train.trace
         residual = self.objective.residual(trace.output, self.target(self.train))

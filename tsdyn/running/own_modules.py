@@ -39,6 +39,7 @@ from tsdyn.experiment.parts import Record
 from tsdyn.networks.any_module import _held
 from tsdyn.observables import layers, module_couplings
 from tsdyn.problem import inputs
+from tsdyn.vocabulary import VARIABLES
 
 #: A function that makes the module of one seed.
 Maker = Callable[..., nn.Module]
@@ -147,7 +148,7 @@ def _keys(experiment: Experiment, who: Literal["student", "teacher"], make: Make
 def _labelled(experiment: Experiment, who: Literal["student", "teacher"]) -> bool:
     """Whether something is recorded that needs the layers of the student or teacher."""
     names = schema.expand(experiment.record.observables)
-    rows = [row for row in (schema.VARIABLES.get(n) or schema.DECLARED.get(n) for n in names) if row is not None]
+    rows = [row for row in (VARIABLES.get(n) or schema.DECLARED.get(n) for n in names) if row is not None]
     match who:
         case "student":
             return any(row.layered or row.name in _COUPLED for row in rows)
