@@ -1,6 +1,7 @@
 from . import analysis as analysis
 from . import derivatives as derivatives
 from . import flow as flow
+from . import observables as observables
 from . import population as population
 from . import schema as schema
 from . import studies as studies

@@ -322,6 +322,7 @@ def create(
             "layer": range(1, layout.depth + 1),
             "quantile": layout.quantiles,
             "top_k": range(1, sizes["top_k"] + 1),
+            "teacher_layer": range(1, sizes["teacher_layer"] + 1),
             **{d: range(sizes[d]) for d in (*vocabulary.NODE_WIDTHS, "input_node", "mode", "entry", "teacher_entry")},
             **{d: range(size) for d, size in layout.extra},
         }[dim]
@@ -342,7 +343,8 @@ def create(
     if layout.layer_names:
         names = nc.createVariable("layer_name", str, ("layer",))
         names.setncatts(COORDINATES["layer_name"].attrs)
-        names[:] = np.asarray(layout.layer_names, dtype=object)
+        absent = [""] * (layout.depth - len(layout.layer_names))  # where the teacher is deeper
+        names[:] = np.asarray([*layout.layer_names, *absent], dtype=object)
     death = nc.createVariable("death_epoch", "i8", ("seed",), fletcher32=True)
     death.setncatts(COORDINATES["death_epoch"].attrs)
     death[:] = -1

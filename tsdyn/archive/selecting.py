@@ -105,6 +105,8 @@ def layer(ds: T, number: int) -> T:
     at = {name: c.isel(layer=place) for name, c in ds.coords.items() if "layer" in c.dims}
     ends = {dim: coordinate for dim, coordinate in vocabulary.NODE_WIDTHS.items() if dim in ds.dims}
     widths = {dim: int(at[coordinate].max()) for dim, coordinate in ends.items() if coordinate in at}
+    if "teacher_layer" in ds.dims:  # all of the teacher's layers stand side by side
+        widths.pop("teacher_node", None)
     if "input_node" in ds.dims:
         names = {ds.name} if isinstance(ds, xr.DataArray) else set(ds.data_vars)
         below = [c for c, v in (("input_width", "weight"), ("teacher_input_width", "teacher_weight")) if v in names]

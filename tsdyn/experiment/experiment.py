@@ -110,8 +110,8 @@ class Experiment(Part):
         names = schema.recorded(self.kind, (), "start")
         if self.kind != "training":
             return names
-        own = self.teacher.module is not None
-        return tuple(name for name in names if (name == "teacher_parameter") == own)
+        own, labelled = self.teacher.module is not None, self.teacher.shapes is not None
+        return tuple(name for name in names if (own if name == "teacher_parameter" else not own or labelled))
 
     def recorded(self, when: vocabulary.When | None = None) -> tuple[str, ...]:
         """Variables that the run records; only those of `when`, if given."""

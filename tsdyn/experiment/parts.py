@@ -75,6 +75,12 @@ StudentInit = Annotated[str, AfterValidator(registers.STARTS.check)]
 Arguments = Annotated[dict[str, Any], Field(min_length=1)]
 
 
+#: Names of a module's labelled layers, the lowest first.
+Layers = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(as_tuple), Field(min_length=1)]
+#: Nodes and inputs of a node of each of them.
+LayerShapes = Annotated[
+    tuple[Annotated[tuple[Count, Count], BeforeValidator(as_tuple)], ...], BeforeValidator(as_tuple)
+]
 #: Import path of a function or class that makes an ``nn.Module``, ``package.module:Name``.
 ModulePath = Annotated[str, Field(pattern=r"^[^\s:]+:[^:]+$")]
 
@@ -101,7 +107,9 @@ class Teacher(Part):
     """The fixed network that makes the targets. Each seed draws its own.
 
     `module` is the import path of a module of the user's own, made with `arguments`, or names one that was passed from
-    Python; `source` and `numbers` are its SHA-256 and its size, which tsdyn fills in (`own_modules`).
+    Python; `source` and `numbers` are its SHA-256 and its size, which tsdyn fills in (`own_modules`).  `layers` are the
+    names of its Linear layers and convolutions to label 1..L; tsdyn fills them in where layers are recorded, and their
+    `shapes`, (nodes, inputs of a node).
     """
 
     widths: Widths
@@ -127,6 +135,8 @@ class Teacher(Part):
     module: ModulePath | None = None
     source: str | None = None
     numbers: Count | None = None
+    layers: Layers | None = None
+    shapes: LayerShapes | None = None
     arguments: Arguments | None = None
 
     @model_validator(mode="after")
@@ -155,7 +165,7 @@ class Teacher(Part):
 class Student(Part):
     """The network that learns; each seed draws its own start.
 
-    `module`, `source`, `numbers` and `arguments` as in `Teacher`.
+    `module`, `source`, `numbers`, `layers`, `shapes` and `arguments` as in `Teacher`.
     """
 
     overrealization: Annotated[Positive, Field(le=MAX_COUNT)] | None = None
@@ -173,6 +183,8 @@ class Student(Part):
     module: ModulePath | None = None
     source: str | None = None
     numbers: Count | None = None
+    layers: Layers | None = None
+    shapes: LayerShapes | None = None
     arguments: Arguments | None = None
 
     @model_validator(mode="after")

@@ -24,14 +24,15 @@ from tsdyn.archive.recordings import WRITERS, Recording
 from tsdyn.archive.whole_files import ArchiveError
 from tsdyn.engine.loss import MSE
 from tsdyn.experiment.parts import Record
+from tsdyn.experiment.shapes import SAMPLES
 from tsdyn.networks.any_module import Own
 from tsdyn.observables import registry
 from tsdyn.observables.formulas import standardized
-from tsdyn.observables.layers import evaluated, traced
+from tsdyn.observables.layers import evaluated, labelled, traced, weights_of
 from tsdyn.observables.member import Measurement, Probe
 from tsdyn.observables.registry import Observed
 from tsdyn.recording import checks, measuring, states
-from tsdyn.recording.measuring import ACTIVATION, DIFFERENTIATED, FAMILIES, KERNEL, KERNEL_SAMPLES, MEASURED, Probed
+from tsdyn.recording.measuring import ACTIVATION, DIFFERENTIATED, FAMILIES, MEASURED, Probed
 from tsdyn.running import provenance
 from tsdyn.running.runner import _along_steps, _due
 from tsdyn.vocabulary import COORDINATES, DIMENSIONS, VARIABLES, Variable
@@ -162,7 +163,7 @@ class Recorder:
         self._x, self._y = checks.checked_probe(model, probe)
         self._model, self._loss, self._teacher = model, loss, teacher
         self._stateful = _stateful(state)
-        names = checks.layers_of(model, self._x, layers)
+        names = labelled(model, self._x, layers, caller="Recorder")
         self._chosen, self._own = _chosen(observables, teacher)
         whole = [name for name, part in self._own.items() if isinstance(part, Observed)]
         if whole and loss is not None:
@@ -310,11 +311,11 @@ class Recorder:
         return found
 
     def _described(self, layers: tuple[str, ...], seed: int, config: dict[str, Any], every: int) -> Recording:
-        weights = [w for w, _ in measuring.weights_of(self._model, layers)]
+        weights = [w for w, _ in weights_of(self._model, layers)]
         taught: list[Tensor] = []
         if self._teacher is not None:
-            self._taught = checks.layers_of(self._teacher, self._x, None, "teacher")
-            taught = [w for w, _ in measuring.weights_of(self._teacher, self._taught)]
+            self._taught = labelled(self._teacher, self._x, caller="Recorder", whose="teacher")
+            taught = [w for w, _ in weights_of(self._teacher, self._taught)]
         depth = max(len(weights), len(taught))
         held = {**dict(self._model.named_parameters()), **dict(self._model.named_buffers())}
         rest = checks.unlabelled(self._model, layers)
@@ -330,7 +331,7 @@ class Recorder:
         if "activation" in names:
             sizes |= {"sample": len(self._x)}
         if "neural_tangent_kernel" in names:
-            kernel = len(self._x) if sizes else min(KERNEL_SAMPLES, len(self._x))
+            kernel = len(self._x) if sizes else min(SAMPLES, len(self._x))
             sizes |= {"sample": kernel, "sample_2": kernel}
         sizes |= {
             dim: len(self._x) for n in self._own for dim in schema.variable(n).dims if dim in ("sample", "sample_2")
@@ -379,7 +380,7 @@ class Recorder:
     def _teacher_parameters(self) -> dict[str, Any]:
         if self._teacher is None:
             return {}
-        pairs = measuring.weights_of(self._teacher, self._taught)
+        pairs = weights_of(self._teacher, self._taught)
         weights = [w.cpu().numpy()[None] for w, _ in pairs]
         biases = [(w.new_zeros(len(w)) if b is None else b).cpu().numpy()[None] for w, b in pairs]
         return {"teacher_weight": weights, "teacher_bias": biases}
@@ -391,7 +392,7 @@ class Recorder:
         if dead:
             record = {name: _nothing(schema.variable(name), layout) for name in names}
             return record | {name: np.full((1, *np.shape(v)), np.nan) for name, v in values.items()}
-        kernel = dict(layout.extra).get("sample_2", KERNEL_SAMPLES)
+        kernel = dict(layout.extra).get("sample_2", SAMPLES)
         probed = Probed(
             self._model, self._x, self._y, self._loss, recording.layers, tuple(recording.parameters),
             self._teacher_rows, layout, kernel,
@@ -583,9 +584,8 @@ def _chosen(
         elif each in FAMILIES or each in MEASURED:
             if each == "correlation" and teacher is None:
                 raise ValueError("Recorder: correlation is of a teacher's nodes; give teacher=, or leave it out")
-            for row in (KERNEL, ACTIVATION):
-                if row.name == each:
-                    schema.adopt(row)
+            if each == ACTIVATION.name:
+                schema.adopt(ACTIVATION)
             names |= dict.fromkeys(FAMILIES.get(each, (each,)))
         elif each in registers.OBSERVABLES.names() and registers.OBSERVABLES.foreign(each):
             registry.observable(each)
