@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tsdyn.archive.whole_files import DirectoryError, local_path
-from tsdyn.cli.application import AsJson, Directory, FAILED, StyleName, app, assignment, plain, print_json, save
+from tsdyn.cli.application import FAILED, AsJson, Directory, StyleName, app, assignment, plain, print_json, save
 from tsdyn.experiment.errors import ExperimentError
 from tsdyn.registers import PartError
 from tsdyn.schema import printable

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from tsdyn.experiment.errors import ExperimentError
-from tsdyn.through_training.replay import Course, ReplayError
 from tsdyn.through_training.linearised import pulled
+from tsdyn.through_training.replay import Course, ReplayError
 from tsdyn.through_training.steps import Inputs, State
 
 #: A step of the pure function and the engine's own may differ by this much, relative to the largest number.

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 import xarray as xr
 from torch import Tensor
-from tsdyn.analysis.identity import points
 
+from tsdyn.analysis.identity import points
 from tsdyn.archive import reading
 from tsdyn.archive.selecting import swept_dimensions
 from tsdyn.experiment.errors import ExperimentError

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 import xarray as xr
-from tsdyn.analysis.identity import points
 
 from tsdyn import memory as memory_of
+from tsdyn.analysis.identity import points
 from tsdyn.archive import reading
 from tsdyn.archive.selecting import experiment_of
 from tsdyn.archive.whole_files import local_path
