@@ -542,6 +542,13 @@ def audit(archive: xr.Dataset) -> xr.Dataset:
     Raises:
         ValueError: if labels repeat, the slice lacks ``epoch`` or ``layer``, or it cannot be known whose the numbers
             are (`tsdyn.analysis.identity.points`).
+
+    Examples:
+        >>> import tsdyn
+        >>> from tsdyn.analysis.audit import audit
+        >>> found = audit(tsdyn.open("runs/quickstart").isel(overrealization=0, seed=[0]))
+        >>> sorted(found)
+        ['margin', 'source', 'used', 'verdict']
     """
     refuse_odd(archive, "audit")
     lost = [dim for dim in (path_of(archive), "layer") if dim not in archive.dims]

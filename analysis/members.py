@@ -83,6 +83,14 @@ def member(ds: xr.Dataset, experiment: Experiment) -> Member:
     Raises:
         ValueError: naming the dimension that is left, or the variable that was not recorded; for convolutions and
             BatchNorm, and where the labels or the recorded teacher are not those of the experiment.
+
+    Examples:
+        >>> import tsdyn
+        >>> from tsdyn.analysis.members import member
+        >>> ds = tsdyn.open("runs/quickstart").sel(overrealization=1, seed=3).isel(epoch=-1)
+        >>> one = member(ds, tsdyn.Experiment.from_toml("quickstart.toml").replace({"sweep": {}}))
+        >>> one.student.widths, one.teacher.widths
+        ((20, 5, 10), (20, 5, 10))
     """
     if experiment.deep:
         raise ValueError(

@@ -61,6 +61,14 @@ def linear_cka(x: NDArray, y: NDArray, *, debiased: bool = False) -> float:
     Raises:
         ValueError: if samples differ in number or are too few (no more than both widths together, plain).
         Source: Kornblith et al. 2019 (arXiv:1905.00414), Eq. 4; Song et al. 2012 (JMLR 13:1393), Eq. 5, debiased.
+
+    Examples:
+        >>> import numpy as np
+        >>> from tsdyn.analysis.similarity import linear_cka
+        >>> x = np.random.default_rng(0).standard_normal((100, 3))
+        >>> rotation = np.linalg.qr(np.random.default_rng(1).standard_normal((3, 3)))[0]
+        >>> round(linear_cka(x, 2 * x @ rotation), 12)  # of rotated and scaled activations
+        1.0
     """
     fewest = 3 if debiased else x.shape[-1] + y.shape[-1]
     x, y = _centred(x, y, "linear_cka", fewest)
@@ -96,6 +104,13 @@ def svcca(x: NDArray, y: NDArray, *, variance: float = 0.99) -> float:
     Raises:
         ValueError: as `linear_cka`, or if `variance` is outside (0, 1].
         Source: Raghu et al. 2017 (arXiv:1706.05806).
+
+    Examples:
+        >>> import numpy as np
+        >>> from tsdyn.analysis.similarity import svcca
+        >>> x = np.random.default_rng(0).standard_normal((100, 3))
+        >>> round(svcca(x, x @ np.diag([1.0, 2.0, 3.0]), variance=1.0), 6)
+        1.0
     """
     if not 0 < variance <= 1:
         raise ValueError(f"svcca: variance={variance!r}; it lies in (0, 1]")
@@ -136,6 +151,13 @@ def student_teacher(archive: xr.Dataset, *, samples: int | None = None, debiased
 
     Raises:
         ValueError: if epochs are left, layers are not, weights were not recorded, or samples are too few.
+
+    Examples:
+        >>> import tsdyn
+        >>> from tsdyn.analysis.similarity import student_teacher
+        >>> ds = tsdyn.open("runs/quickstart").isel(overrealization=0, epoch=-1, seed=[0])
+        >>> student_teacher(ds).cka.dims
+        ('seed', 'layer')
     """
     if "epoch" in archive.dims:
         raise ValueError("student_teacher: epochs are left; select one, e.g. ds.isel(epoch=-1)")

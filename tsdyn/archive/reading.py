@@ -94,6 +94,12 @@ def open(
     Raises:
         ArchiveError: if there is nothing of tsdyn's to read, a file differs from its checksum, or a list is empty,
             holds a point twice or differs in so many keys that the product of their values would be mostly empty.
+
+    Examples:
+        >>> import tsdyn
+        >>> ds = tsdyn.open("runs/quickstart")  # nothing is loaded
+        >>> ds.loss_eval.sel(overrealization=4, seed=3, epoch=slice(2, 8)).sizes["epoch"]
+        7
     """
     upto = {None: ALWAYS_VERIFIED, True: math.inf, False: -1.0}[verify]
     paths = [local_path(path)] if isinstance(path, (str, Path)) else [local_path(one) for one in path]

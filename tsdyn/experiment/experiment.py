@@ -45,6 +45,12 @@ class Experiment(Part):
     Raises:
         ExperimentError: from every constructor, naming each bad key, its value, the rule and, for an
             unknown key, the nearest known one.
+
+    Examples:
+        >>> import tsdyn
+        >>> experiment = tsdyn.Experiment(name="mine", teacher={"widths": [20, 5, 10]}, training={"epochs": 3})
+        >>> experiment.replace({"training.epochs": 5}).training.epochs
+        5
     """
 
     kind: Kind = "training"

@@ -66,6 +66,12 @@ def measure(
     Raises:
         ExperimentError: for a name that is no observable, or cannot be measured of this experiment's networks.
         ValueError: if parameters were not recorded, an epoch was not, or the Dataset is not one experiment's.
+
+    Examples:
+        >>> import tsdyn
+        >>> ds = tsdyn.open("runs/quickstart").isel(overrealization=0)
+        >>> tsdyn.measure(ds, ["gradient_rms"]).gradient_rms.dims
+        ('seed', 'epoch', 'layer', 'node')
     """
     if not isinstance(ds, xr.Dataset):
         ds = reading.open(ds)
