@@ -142,15 +142,16 @@ def _principal(x: NDArray, variance: float, eps: float) -> NDArray:
 def student_teacher(archive: xr.Dataset, *, samples: int | None = None, debiased: bool = False) -> xr.Dataset:
     """``cka`` and ``svcca`` of student and teacher activations at each layer; (..., layer), lazy if `archive` is.
 
-    On the evaluation set, which is redrawn, at one epoch.  NaN above the last layer of a point that has fewer layers.
+    On the evaluation set, which is redrawn, at every epoch that `archive` holds.
+    NaN above the last layer of a point that has fewer layers.
 
     Args:
-        archive: A run, a sweep or a slice, at one epoch, with weights.
+        archive: A run, a sweep or a slice, with weights.
         samples: Number of samples to use from the start of the evaluation set; None uses all.
         debiased: Whether to use the debiased estimator of CKA, see `linear_cka`.
 
     Raises:
-        ValueError: if epochs are left, layers are not, weights were not recorded, or samples are too few.
+        ValueError: if one layer is left, weights were not recorded, or samples are too few.
 
     Examples:
         >>> import tsdyn
@@ -159,33 +160,24 @@ def student_teacher(archive: xr.Dataset, *, samples: int | None = None, debiased
         >>> student_teacher(ds).cka.dims
         ('seed', 'layer')
     """
-    if "epoch" in archive.dims:
-        raise ValueError("student_teacher: epochs are left; select one, e.g. ds.isel(epoch=-1)")
     if "layer" not in archive.dims:
         raise ValueError("student_teacher: one layer is left; networks are made of all of them, select it afterwards")
     layers = archive["layer"].values.tolist()
 
-    def measure(member: Member) -> list[float]:
+    def measure(member: Member) -> list[list[float]]:
         with torch.no_grad():
             x = member.evaluation_inputs[:samples]
             traces = [net.trace(x).activations for net in (member.student, member.teacher)]
         pairs = [(f.numpy(), f_star.numpy()) for f, f_star in zip(*traces, strict=True)]
         above = [np.nan] * (len(layers) - len(pairs))
         cka = [linear_cka(*pair, debiased=debiased) for pair in pairs]
-        return cka + above + [svcca(*pair) for pair in pairs] + above
+        return [cka + above, [svcca(*pair) for pair in pairs] + above]
 
-    names = [f"{kind}_{number}" for kind in ("cka", "svcca") for number in layers]
-    found = each(archive, measure, names)
-
-    def stacked(kind: str, long_name: str, source: str) -> xr.DataArray:
-        parts = [found[f"{kind}_{number}"] for number in layers]
-        axis = xr.DataArray(layers, dims="layer", name="layer")
-        joined = xr.concat(parts, dim=axis, coords="minimal", compat="override", join="exact", combine_attrs="drop")
-        return joined.transpose(..., "layer").assign_attrs(units="1", long_name=long_name, source=source)
-
-    return xr.Dataset(
-        {
-            "cka": stacked("cka", f"{'debiased ' * debiased}linear CKA of student and teacher", KORNBLITH),
-            "svcca": stacked("svcca", "SVCCA of student and teacher", RAGHU),
-        }
+    found = each(archive, measure, ("cka", "svcca"), gives={name: {"layer": layers} for name in ("cka", "svcca")})
+    said = {
+        "cka": (f"{'debiased ' * debiased}linear CKA of student and teacher", KORNBLITH),
+        "svcca": ("SVCCA of student and teacher", RAGHU),
+    }
+    return found.assign(
+        {name: found[name].assign_attrs(units="1", long_name=t, source=source) for name, (t, source) in said.items()}
     )
