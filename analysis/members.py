@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import assert_never
@@ -16,7 +16,7 @@ from tsdyn.analysis.identity import begun, points
 from tsdyn.analysis.lift import cellwise
 
 from tsdyn.archive.selecting import experiment_of
-from tsdyn.engine.loss import Loss, loss
+from tsdyn.engine.loss import MSE, Loss, loss
 from tsdyn.experiment.experiment import Experiment
 from tsdyn.experiment.parts import Student, Teacher
 from tsdyn.experiment.sweep_axes import axes
@@ -27,6 +27,8 @@ from tsdyn.problem.teachers import draw_teacher
 
 #: Variables of the archive from which a student and its teacher are rebuilt.
 PARAMETERS = ("weight", "bias", "teacher_weight", "teacher_bias")
+#: Recorded errors by which it is noticed that the data are those of another experiment.
+CHECKED = ("mse_eval", "loss_eval")
 #: Values of ``teacher.init`` whose teachers can be redrawn from (experiment, seed) alone.
 DRAWN = ("separated", "orthonormal", "gaussian")
 
@@ -116,6 +118,7 @@ def member(ds: xr.Dataset, experiment: Experiment) -> Member:
         ]
         return Network(weights, biases, name, leak=leak)
 
+    recorded = {name: float(ds[name]) for name in CHECKED if name in ds and not ds[name].ndim}
     ds = ds[list(PARAMETERS)].transpose(..., "layer", "node", "teacher_node", "input_node").load()
     student = network(ds["weight"], ds["bias"], widths, law, law.activation, law.leak)
     teacher = network(
@@ -123,7 +126,32 @@ def member(ds: xr.Dataset, experiment: Experiment) -> Member:
         law.leak if taught.leak is None else taught.leak,
     )  # fmt: skip
     _refuse_another(teacher, experiment, seed)
-    return Member(experiment, seed, student, teacher)
+    found = Member(experiment, seed, student, teacher)
+    _refuse_other_data(found, recorded)
+    return found
+
+
+def _refuse_other_data(member: Member, recorded: Mapping[str, float]) -> None:
+    """Raise ValueError if the recorded error is not that of the recorded networks on the experiment's evaluation set.
+
+    It distinguishes archives whose teachers are the same and whose data or activations are not.
+    """
+    error, outputs = recorded.get("mse_eval"), member.teacher.weights[-1].shape[0]
+    if error is None and "loss_eval" in recorded and member.loss == MSE:
+        error = 2 * recorded["loss_eval"] / outputs
+    if error is None or not np.isfinite(error):
+        return
+    with torch.no_grad():
+        wanted, given = member.teacher(member.evaluation_inputs), member.student(member.evaluation_inputs)
+        found = float((wanted - given).square().mean())
+    # ten thousand roundings of outputs this large, in each output
+    rounding = 1e4 * float(torch.finfo(wanted.dtype).eps) * float(torch.maximum(wanted.abs(), given.abs()).max())
+    if not abs(found - error) <= rounding * (2 * max(found, error) ** 0.5 + rounding):
+        raise ValueError(
+            f"member: the error recorded for seed {member.seed} is {error:.6g}, and {found:.6g} on the evaluation set "
+            f"of {member.experiment.name}: the experiment is another archive's (archives joined by xarray keep the "
+            "first one's), or an input file was replaced: open archives together by tsdyn.open([...])"
+        )
 
 
 def _refuse_another(teacher: Network, experiment: Experiment, seed: int) -> None:
@@ -169,7 +197,7 @@ def each(
     if "death_epoch" not in ds.coords:
         raise ValueError("members: the Dataset has no death_epoch, so that the dead cannot be left out; is it tsdyn's?")
     dead, committed = ds["death_epoch"], begun(ds)
-    needed = ds[list(PARAMETERS)] if set(PARAMETERS) <= set(ds) else ds
+    needed = ds[[*PARAMETERS, *(n for n in CHECKED if n in ds)]] if set(PARAMETERS) <= set(ds) else ds
     cells = np.full(dead.shape, None, dtype=object)
     seeds = np.atleast_1d(ds["seed"].values)
     for chosen, experiment in points(ds).values():
