@@ -23,6 +23,7 @@ PLURAL = {"epoch": "epochs", "time": "times", "alpha": "alphas"}
 def show(directory: Directory) -> None:
     """Show what an archive holds, on one screen."""
     from tsdyn.archive import reading, selecting
+    from tsdyn.growing import history
     from tsdyn.running import provenance
 
     ds = reading.open(directory)
@@ -55,6 +56,7 @@ def show(directory: Directory) -> None:
         rows["died"] = f"{dead} members became NaN or infinite" if dead else "no member became NaN or infinite"
     for position, line in enumerate(provenance.lines(ds.attrs)):
         rows["history" if not position else f"history {position + 1}"] = line
+    rows |= {f"added{' ' * position}": line for position, line in enumerate(history.lines(local_path(directory)))}
     for key, value in rows.items():
         facts.add_row(plain(key), plain(value))
     console.print(facts)
