@@ -56,7 +56,10 @@ def show(directory: Directory) -> None:
         rows["died"] = f"{dead} members became NaN or infinite" if dead else "no member became NaN or infinite"
     for position, line in enumerate(provenance.lines(ds.attrs)):
         rows["history" if not position else f"history {position + 1}"] = line
-    rows |= {f"added{' ' * position}": line for position, line in enumerate(history.lines(local_path(directory)))}
+    if line := history.states_kept(local_path(directory)):
+        rows["states"] = line
+    for position, line in enumerate(history.lines(local_path(directory))):
+        rows["added" if not position else f"added {position + 1}"] = line
     for key, value in rows.items():
         facts.add_row(plain(key), plain(value))
     console.print(facts)

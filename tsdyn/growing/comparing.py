@@ -142,10 +142,10 @@ def _numbers(a: xr.DataArray, b: xr.DataArray) -> VariableDifference:
     flat = gap.fillna(-1.0).data.reshape(-1)
     place, largest, missing = dask.compute(flat.argmax(), flat.max(), (a.isnull() != b.isnull()).sum().data)
     if largest < 0:
-        return VariableDifference(np.nan, {}, int(missing), not missing)
+        return VariableDifference(np.nan, {}, int(missing), bool(not missing))
     at = np.unravel_index(int(place), gap.shape) if gap.ndim else ()
     where = {str(dim): _label(gap, str(dim), int(i)) for dim, i in zip(gap.dims, at, strict=True)} if largest else {}
-    return VariableDifference(float(largest), where, int(missing), largest == 0 and not missing)
+    return VariableDifference(float(largest), where, int(missing), bool(largest == 0 and not missing))
 
 
 def _label(array: xr.DataArray, dim: str, position: int) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from tsdyn.archive import additions, changes, netcdf
+from tsdyn.archive import additions, changes, netcdf, states
 from tsdyn.archive.run_directory import ADDED, ARCHIVE, EXPERIMENT, segments
 from tsdyn.archive.sweep_directory import SWEEP, sweep_points
 from tsdyn.archive.whole_files import ArchiveError
@@ -22,6 +22,21 @@ def lines(path: Path) -> list[str]:
     entries = [(entry.get("at", ""), entry.get("added", "")) for entry in _changes(path, swept)]
     entries += list(_measured(folders))
     return [*(f"{at}  {added}" for at, added in sorted(entries)), *_unfinished(folders)]
+
+
+def states_kept(path: Path) -> str:
+    """The training states along the way of a run, and of a sweep's first point, and their size; empty without any."""
+    if not path.is_dir() or not (path / EXPERIMENT).is_file():
+        return ""
+    swept = (path / SWEEP).is_file()
+    folders = [path / name for name in sweep_points(path)] if swept else [path]
+    held = next((found for folder in folders if (found := states.kept(folder))), {})
+    if len(held) < 2:  # the last one is needed to train on
+        return ""
+    shown = [*map(str, held)] if len(held) <= 8 else [*map(str, [*held][:6]), "...", str([*held][-1])]
+    size = f"{sum(held.values()) / 1e6:.2g} MB"
+    each = f" in each of {len(folders)} points" if len(folders) > 1 else ""
+    return f"{len(held)} training states, after epochs {', '.join(shown)}: {size}{each}"
 
 
 def _changes(path: Path, swept: bool) -> list[dict[str, str]]:
