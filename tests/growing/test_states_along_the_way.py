@@ -81,5 +81,5 @@ def test_it_may_be_asked_for_later_and_decides_no_number(tmp_path):
     assert list(states.kept(tmp_path / "run")) == [6, 8]
     np.testing.assert_array_equal(grown.weight.sel(epoch=first.epoch).values, first.weight.values)
     shutil.rmtree(tmp_path / "run")
-    with pytest.raises(tsdyn.ExperimentError, match="record.state_every = 0"):
+    with pytest.raises(tsdyn.ExperimentError, match=r"record\.state_every = 0"):
         ASKED.replace({"record.state_every": 0})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import netCDF4
 import numpy as np
 
 from tsdyn.archive import netcdf
@@ -59,6 +60,6 @@ def _files(path: Path) -> list[tuple[Path, int | None]]:
     return found
 
 
-def _last(nc: netcdf.netCDF4.Dataset, named: int | None) -> int:
+def _last(nc: netCDF4.Dataset, named: int | None) -> int:
     """The epoch after which a file's last state is."""
     return int(nc["epoch"][-1]) if named is None else named

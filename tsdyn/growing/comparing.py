@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import dask
 import numpy as np
 import xarray as xr
 
@@ -140,12 +139,14 @@ def _numbers(a: xr.DataArray, b: xr.DataArray) -> VariableDifference:
     gap = abs(a.astype(np.float64) - b.astype(np.float64))
     gap = gap.where(a != b, 0.0).where(a.notnull() & b.notnull())  # equal infinities differ by nothing
     flat = gap.fillna(-1.0).data.reshape(-1)
-    place, largest, missing = dask.compute(flat.argmax(), flat.max(), (a.isnull() != b.isnull()).sum().data)
+    asked = {"place": ((), flat.argmax()), "largest": ((), flat.max()), "missing": (a.isnull() != b.isnull()).sum()}
+    found = xr.Dataset(asked).compute()  # in one visit
+    place, largest, missing = (found[name].item() for name in asked)
     if largest < 0:
-        return VariableDifference(np.nan, {}, int(missing), bool(not missing))
-    at = np.unravel_index(int(place), gap.shape) if gap.ndim else ()
+        return VariableDifference(np.nan, {}, missing, not missing)
+    at = np.unravel_index(place, gap.shape) if gap.ndim else ()
     where = {str(dim): _label(gap, str(dim), int(i)) for dim, i in zip(gap.dims, at, strict=True)} if largest else {}
-    return VariableDifference(float(largest), where, int(missing), bool(largest == 0 and not missing))
+    return VariableDifference(largest, where, missing, largest == 0 and not missing)
 
 
 def _label(array: xr.DataArray, dim: str, position: int) -> Any:

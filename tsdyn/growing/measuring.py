@@ -224,7 +224,7 @@ class _Plan:
 
     def _epochs_at_once(self, asked: Sequence[tuple[Mapping[str, Any], Experiment]]) -> int:
         dims = len(self.outer)
-        each = sum(math.prod(a.shape[dims:]) * int(a.dtype.itemsize) for a in self.stored.values())
+        each: int = sum(math.prod(a.shape[dims:]) * int(a.dtype.itemsize) for a in self.stored.values())
         return max(1, TASK_BYTES // max(1, each))
 
     def _inner(self, name: str) -> tuple[int, ...]:

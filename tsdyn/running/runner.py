@@ -321,7 +321,7 @@ class _Point:
 
     @property
     def pending_bytes(self) -> int:
-        kept = sum(array.nbytes for state in self._kept.values() for array in state.values())
+        kept: int = sum(array.nbytes for state in self._kept.values() for array in state.values())
         return len(self._pending) * self._target.bytes_per_epoch + kept
 
     def commit(self, step: int) -> None:
