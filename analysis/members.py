@@ -17,7 +17,7 @@ from torch import Tensor
 from tsdyn.analysis.identity import begun, points
 from tsdyn.analysis.lift import blockwise
 
-from tsdyn.engine.loss import Loss, loss
+from tsdyn.engine.loss import MSE, Loss, loss
 from tsdyn.experiment.experiment import Experiment
 from tsdyn.experiment.parts import Student, Teacher
 from tsdyn.experiment.sweep_axes import axes
@@ -29,6 +29,8 @@ from tsdyn.schema import path_of
 
 #: Variables of the archive from which a student and its teacher are rebuilt.
 PARAMETERS = ("weight", "bias", "teacher_weight", "teacher_bias")
+#: Recorded errors by which it is noticed that the data are those of another experiment.
+CHECKED = ("mse_eval", "loss_eval")
 #: Values of ``teacher.init`` whose teachers can be redrawn from (experiment, seed) alone.
 DRAWN = ("separated", "orthonormal", "gaussian")
 
@@ -102,7 +104,32 @@ def member(ds: xr.Dataset, experiment: Experiment) -> Member:
     student, teacher = _networks(experiment, numbers, _rows(ds, experiment))
     seed = int(ds["seed"])
     _refuse_another(teacher, experiment, seed)
-    return Member(experiment, seed, student, teacher)
+    found = Member(experiment, seed, student, teacher)
+    _refuse_other_data(found, {name: float(ds[name]) for name in CHECKED if name in ds and not ds[name].ndim})
+    return found
+
+
+def _refuse_other_data(member: Member, recorded: Mapping[str, float]) -> None:
+    """Raise ValueError if the recorded error is not that of the recorded networks on the experiment's evaluation set.
+
+    It distinguishes archives whose teachers are the same and whose data or activations are not.
+    """
+    error, outputs = recorded.get("mse_eval"), member.teacher.weights[-1].shape[0]
+    if error is None and "loss_eval" in recorded and member.loss == MSE:
+        error = 2 * recorded["loss_eval"] / outputs
+    if error is None or not np.isfinite(error):
+        return
+    with torch.no_grad():
+        wanted, given = member.teacher(member.evaluation_inputs), member.student(member.evaluation_inputs)
+        found = float((wanted - given).square().mean())
+    # ten thousand roundings of outputs this large, in each output
+    rounding = 1e4 * float(torch.finfo(wanted.dtype).eps) * float(torch.maximum(wanted.abs(), given.abs()).max())
+    if not abs(found - error) <= rounding * (2 * max(found, error) ** 0.5 + rounding):
+        raise ValueError(
+            f"member: the error recorded for seed {member.seed} is {error:.6g}, and {found:.6g} on the evaluation set "
+            f"of {member.experiment.name}: the experiment is another archive's (archives joined by xarray keep the "
+            "first one's), or an input file was replaced: open archives together by tsdyn.open([...])"
+        )
 
 
 def _refuse_unbuildable(ds: xr.Dataset, experiment: Experiment) -> None:
@@ -211,9 +238,10 @@ def each(
             table[int(np.ravel_multi_index(place, [ds.sizes[dim] for dim in outer])) if outer else 0] = experiment
     lead = (*outer, "seed", path)
     index = _numbered(ds, dead, lead, set(table))
-    known = _Known(table, np.atleast_1d(ds["seed"].values).tolist(), ds["layer"].values.tolist(), index.shape)
+    checked = [name for name in CHECKED if name in ds and set(ds[name].dims) <= set(lead)]
+    known = _Known(table, np.atleast_1d(ds["seed"].values).tolist(), ds["layer"].values.tolist(), index.shape, checked)
     job = partial(_measured, measure, known, dict(shapes))
-    arrays = _members(ds, lead) if table else []
+    arrays = [*_members(ds, lead), *(_along(ds[name], ds, lead) for name in checked)] if table else []
     found = blockwise(job, index, arrays, lead, sum(map(math.prod, shapes.values())))
     dims = tuple(dim for dim in lead if dim in ds.dims)
     found = found.reshape(*(ds.sizes[dim] for dim in dims), found.shape[-1])
@@ -234,12 +262,14 @@ class _Known:
         table: Number of a point → its experiment.
         seeds, layers: Labels of the dimensions.
         shape: Sizes of the swept dimensions, of seed and of epoch; a member's number is its place in such an array.
+        checked: Recorded errors that are compared with those of the networks.
     """
 
     table: Mapping[int, Experiment]
     seeds: Sequence[int]
     layers: Sequence[int]
     shape: tuple[int, ...]
+    checked: Sequence[str]
 
 
 def _numbered(ds: xr.Dataset, dead: xr.DataArray, lead: Sequence[str], asked: set[int]) -> NDArray:
@@ -259,11 +289,14 @@ def _members(ds: xr.Dataset, lead: Sequence[str]) -> list[xr.DataArray]:
     found = []
     for name, array in _parameters(ds).items():
         own = lead[:-1] if str(name).startswith("teacher_") else lead
-        bare = array.drop_vars(list(array.coords))
-        found.append(
-            bare.expand_dims({dim: ds.sizes.get(dim, 1) for dim in own if dim not in bare.dims}).transpose(*own, ...)
-        )
+        found.append(_along(array, ds, own))
     return found
+
+
+def _along(array: xr.DataArray, ds: xr.Dataset, lead: Sequence[str]) -> xr.DataArray:
+    """The array without coordinates, over `lead` and then its other dimensions."""
+    bare = array.drop_vars(list(array.coords))
+    return bare.expand_dims({dim: ds.sizes.get(dim, 1) for dim in lead if dim not in bare.dims}).transpose(*lead, ...)
 
 
 def _measured(
@@ -275,7 +308,8 @@ def _measured(
 ) -> NDArray:
     """Values of the members with the numbers `index`, (*index.shape, value); NaN for −1."""
     found = np.full((index.size, sum(map(math.prod, shapes.values()))), np.nan)
-    flat = [array.reshape(-1, *array.shape[index.ndim - teacher :]) for array, teacher in zip(arrays, (0, 0, 1, 1), strict=True)]
+    outer = (0, 0, 1, 1, *(0 for _ in known.checked))  # a teacher has no epochs
+    flat = [a.reshape(-1, *a.shape[index.ndim - less :]) for a, less in zip(arrays, outer, strict=True)]
     before: Member | None = None
     for at, number in enumerate(index.ravel().tolist()):
         if number < 0:
@@ -289,6 +323,8 @@ def _measured(
             _refuse_another(teacher, experiment, label)
             before = None
         one = Member(experiment, label, student, teacher)
+        if before is None:
+            _refuse_other_data(one, {name: float(of[at]) for name, of in zip(known.checked, flat[4:], strict=True)})
         one.__dict__.update(_data_of(before))
         found[at] = _flat(measure(one), shapes)
         before = one

@@ -424,6 +424,7 @@ class Record(Part):
         0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0,
     )  # fmt: skip
     eigenvalues: Annotated[Count, Field(ge=1)] = 10
+    state_every: Annotated[Count, Field(ge=1)] | None = None
 
     @field_validator("observables")
     @classmethod
