@@ -29,7 +29,7 @@ from tsdyn.engine.train import train_epoch
 from tsdyn.experiment.experiment import Experiment
 from tsdyn.networks.network import Network
 from tsdyn.problem import targets
-from tsdyn.problem.inputs import batch_indices, fresh_batches, generator, labels, new_at_every_step
+from tsdyn.problem.inputs import batch_indices, fresh_batches, labels, new_at_every_step, training_generator
 
 #: Most steps that are taken again per member; of a longer interval only the first ones are checked.
 STEPS = 1000
@@ -131,7 +131,7 @@ def _batches(of: Member, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
             return
         yield from ((x[rows], y[rows]) for rows in torch.from_numpy(batch_indices(experiment, seed, epoch, len(x))))
         return
-    noise, taken, shown = generator(seed, "noise", epoch), 0, None
+    noise, taken, shown = training_generator(experiment, seed, "noise", epoch), 0, None
     if experiment.training.of_data:
         own = labels(experiment, seed, "train")
         shown = torch.from_numpy(own[batch_indices(experiment, seed, epoch, len(own))])

@@ -15,9 +15,12 @@ from .archive.wrong_numbers import WrongNumbersWarning as WrongNumbersWarning
 from .experiment.errors import ExperimentError as ExperimentError
 from .experiment.experiment import Experiment as Experiment
 from .growing.measuring import measure as measure
-from .labelled.gradients import differentiable as differentiable, gradient as gradient, jacobian as jacobian
+from .labelled.gradients import differentiable as differentiable
+from .labelled.gradients import gradient as gradient
+from .labelled.gradients import jacobian as jacobian
 from .networks.network import Network as Network
 from .observables.registry import Observed as Observed
 from .recording.recorder import Recorder as Recorder
 from .running.sweep import run as run
 from .schema import declare as declare
+from .through_training.forks import fork as fork

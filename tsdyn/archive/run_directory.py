@@ -15,8 +15,8 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar, runtime_checkabl
 import netCDF4
 import numpy as np
 
-from tsdyn.archive import beside, changes, joining, netcdf, own_process, study_directories, swept_values
 from tsdyn import schema
+from tsdyn.archive import beside, changes, joining, netcdf, own_process, study_directories, swept_values
 from tsdyn.archive.lock import NAME as LOCK
 from tsdyn.archive.lock import Lock
 from tsdyn.archive.netcdf import Records, State

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 from tsdyn import schema
 from tsdyn.experiment.errors import keys, nearest
-from tsdyn.experiment.parts import IMAGES, MAX_SEEDS, Record
+from tsdyn.experiment.parts import IMAGES, MAX_SEEDS, Fork, Record
 from tsdyn.experiment.sweep_axes import axes, swept_keys
 from tsdyn.vocabulary import VARIABLES, Kind
 
@@ -353,6 +353,29 @@ def _flow_method(e: Experiment) -> str | None:
     return None
 
 
+def _fork(e: Experiment) -> str | None:
+    if e.fork.parent is None:
+        return "fork: give fork.parent, the directory it branches off (tsdyn.fork does)" if e.fork != Fork() else None
+    if e.fork.fork_epoch > e.training.epochs:
+        return f"fork.fork_epoch = {e.fork.fork_epoch}: the run has {e.training.epochs} epochs"
+    if e.student.module is not None:
+        return "fork: modules of your own are not forked; take the state that tsdyn.Recorder keeps and go on from it"
+    for kind, given in e.fork.perturb.items():
+        layer = given.get("layer") if isinstance(given, Mapping) and kind != "set" else None
+        widths = e.student_widths
+        if layer is not None and layer >= len(widths):
+            return f"fork.perturb.{kind}.layer = {layer}: the student has layers 1..{len(widths) - 1}"
+        if layer is not None and kind != "weight" and layer == len(widths) - 1:
+            return f"fork.perturb.{kind}.layer = {layer}: is the output layer; a node of a hidden layer is meant"
+        nodes = [] if layer is None else [given[k] for k in ("node", "to") if k in given] + list(given.get("nodes", ()))
+        for node in nodes:
+            if layer is not None and not 0 <= node < widths[layer]:
+                return f"fork.perturb.{kind}: node {node} is none of the {widths[layer]} of layer {layer}"
+        if kind == "transplant" and given["seed"] not in e.seed_labels:
+            return f"fork.perturb.transplant.seed = {given['seed']}: is none of the run's seeds"
+    return None
+
+
 def _fresh(e: Experiment) -> str | None:
     if e.data.train == "fresh" and e.training.steps_per_epoch is None:
         return "training.steps_per_epoch: needed with data.train = 'fresh'"
@@ -455,6 +478,7 @@ RULES: Mapping[Kind, tuple[Rule, ...]] = {
         _whole_data,
         _flow_method,
         _fresh,
+        _fork,
         _augmented,
     ),
     "population-flow": (_two_layers_one_output, _depths, _ends, _double, _orthonormal),

@@ -31,6 +31,8 @@ def ensemble_key(experiment: Experiment) -> object | None:
     training, student = experiment.training, experiment.student
     if experiment.kind != "training" or experiment.deep or training.method == "flow" or experiment.of_own_modules:
         return None
+    if experiment.fork.parent is not None:  # points that branch off at different epochs do not step together
+        return None
     return (
         experiment.dtype,
         experiment.student_widths,

@@ -30,9 +30,9 @@ from tsdyn.problem.inputs import (
     batch_indices,
     evaluation_inputs,
     fresh_batches,
-    generator,
     labels,
     new_at_every_step,
+    training_generator,
     training_inputs,
 )
 from tsdyn.problem.students import draw_student
@@ -193,7 +193,7 @@ class Members:
         classes = self._shown(members, epoch) if self.experiment.training.of_data else [None] * len(seeds)
         taken = 0
         pieces = [fresh_batches(self.experiment, seed, epoch, steps_at_once=steps_at_once) for seed in seeds]
-        noises = [generator(seed, "noise", epoch) for seed in seeds]
+        noises = [training_generator(self.experiment, seed, "noise", epoch) for seed in seeds]
         for draws in zip(*pieces, strict=True):
             steps, batch, _ = draws[0].shape
             x = torch.stack([self._tensor(draw) for draw in draws]).flatten(1, 2)  # (member, sample, input)

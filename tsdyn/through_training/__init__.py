@@ -1,0 +1,1 @@
+"""Derivatives through training: of what a run ends with, in everything that it starts from."""
