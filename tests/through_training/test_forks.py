@@ -39,7 +39,9 @@ OPTIONS = {
     "fresh, noise": {"data__train": "fresh", "data__noise": 0.1},
     "float32": {"dtype": "float32"},
     "gaps in the record": {"record__every": 2},
-    "batch norm": {"student__batch_norm": "before", "record__observables": ["loss", "weight", "batch_norm", "correlation"]},
+    "batch norm": {
+        "student__batch_norm": "before", "record__observables": ["loss", "weight", "batch_norm", "correlation"],
+    },
     "deep": {"teacher__widths": [6, 3, 3, 2], "student__activation": "tanh"},
 }  # fmt: skip
 
@@ -111,7 +113,7 @@ def test_a_killed_child_goes_on_without_its_parent(parent, tmp_path):
 def changed(parent, tmp_path, perturb, at=1):
     ds = tsdyn.fork(parent, at=at, perturb=perturb, out=tmp_path / "children").isel(branch=0, fork_epoch=0).load()
     own = tsdyn.open(parent).load()
-    pair = [{l: (o.weight.sel(layer=l).values, o.bias.sel(layer=l).values) for l in (1, 2)} for o in
+    pair = [{n: (o.weight.sel(layer=n).values, o.bias.sel(layer=n).values) for n in (1, 2)} for o in
             (own.sel(epoch=at), ds.sel(epoch=at))]  # fmt: skip
     return (*pair, ds)
 
@@ -258,7 +260,7 @@ def test_what_cannot_be_forked_is_refused(parent, tmp_path):
     refused("the run has 3 epochs", at=[4])
     refused("at least one epoch", at=[-1])
     refused("cannot change during a run", perturb={"set": {"student.scale": 1.0}})
-    with pytest.raises(tsdyn.ExperimentError, match="give fork.parent"):
+    with pytest.raises(tsdyn.ExperimentError, match=r"give fork\.parent"):
         small(fork={"fork_epoch": 1})
     tsdyn.fork(parent, out=tmp_path / "children")
     with pytest.raises(tsdyn.ExperimentError, match="holds children itself"):

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from tsdyn.cli.application import Device, Directory, Quiet, Scheduler, Workers, app
+from tsdyn.cli.application import Directory, app
+from tsdyn.cli.run_commands import Device, Quiet, Scheduler, Workers, _run
 from tsdyn.experiment.errors import ExperimentError
 
 
@@ -33,7 +34,6 @@ def fork(
 ) -> None:
     """Branch off a run at given epochs, change one thing, train on, and say how far the branches end from it."""
     from tsdyn.archive import whole_files
-    from tsdyn.cli.run_commands import _run
     from tsdyn.through_training import forks
 
     try:
@@ -58,9 +58,8 @@ def _changes(text: str | None) -> dict[str, Any]:
     try:
         return tomllib.loads(text)
     except ValueError as error:
-        raise ExperimentError(
-            f"--perturb {text[:80]}: write KIND=VALUE as TOML, e.g. gaussian=0.01 ({error})"
-        ) from None
+        told = f"--perturb {text[:80]}: write KIND=VALUE as TOML, e.g. gaussian=0.01 ({error})"
+        raise ExperimentError(told) from None
 
 
 def _tell(ds: Any) -> None:

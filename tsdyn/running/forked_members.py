@@ -81,10 +81,8 @@ class ForkedMembers:
 
 def _state(origin: Experiment, fork: Fork, device: str, teacher: Maker | None) -> State:
     """The state of the run at the epoch of the fork."""
-    text = origin.to_toml()
-    return {
-        name: array.copy() for name, array in _kept(text, str(fork.parent), fork.fork_epoch, device, teacher).items()
-    }
+    kept = _kept(origin.to_toml(), str(fork.parent), fork.fork_epoch, device, teacher)
+    return {name: array.copy() for name, array in kept.items()}
 
 
 @lru_cache(maxsize=4)  # branches at one epoch share it

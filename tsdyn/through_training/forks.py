@@ -173,7 +173,7 @@ def _student_kept(mine: xr.DataArray, theirs: xr.DataArray) -> xr.DataArray:
 
 def _at_the_end(ds: xr.Dataset, own: xr.Dataset) -> xr.Dataset:
     """``barrier``, ``barrier_matched`` and ``cka_angle`` of the last epoch, of every pair of living members."""
-    parents = {tuple(chosen.items()): (chosen, single) for chosen, single in points(own).values()}
+    parents = {tuple(chosen.items()): chosen for chosen, _ in points(own).values()}
     last, there = ds.isel(epoch=-1), begun(ds)
     layers = [int(layer) for layer in ds["layer"].values[:-1]]
     shape = ds["death_epoch"]
@@ -182,7 +182,7 @@ def _at_the_end(ds: xr.Dataset, own: xr.Dataset) -> xr.Dataset:
         if single.deep or not bool(there.sel({d: v for d, v in chosen.items() if d in there.dims})):
             continue
         outer = {dim: value for dim, value in chosen.items() if dim not in _DIMS}
-        place, origin = parents[tuple(outer.items())]
+        place = parents[tuple(outer.items())]
         for seed in ds["seed"].values:
             at = {**chosen, "seed": seed}
             mine = own.sel({**place, "seed": seed})
