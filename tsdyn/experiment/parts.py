@@ -498,6 +498,12 @@ class Fork(Part):
                 if not isinstance(given, (int, float)) or isinstance(given, bool) or given < 0:
                     raise ValueError(f"perturb.gaussian = {given!r}: a relative size, 0 or more")
                 continue
+            fixed = [k for k in given if k.split(".")[0] not in ("training", "data")] if kind == "set" else []
+            if fixed or (kind == "set" and {"training.epochs", "data.train", "data.law"} & set(given)):
+                raise ValueError(
+                    f"perturb.set = {given}: cannot change during a run; keys of [training] and [data] can, but "
+                    "training.epochs, data.train and data.law"
+                )
             needed, more = PERTURBATIONS[kind]
             keys = set(given) if isinstance(given, Mapping) else None
             if keys is None or (kind != "set" and not set(needed) <= keys <= {*needed, *more}) or not keys:

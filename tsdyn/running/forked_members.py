@@ -39,12 +39,6 @@ class ForkedMembers:
         self.experiment, self.device, self._fork = experiment, device, experiment.fork
         self._teacher = teacher
         changes = self._fork.perturb.get("set", {})
-        refused = [key for key in changes if key.split(".")[0] not in ("training", "data") or key == "training.epochs"]
-        if refused:
-            raise ExperimentError(
-                f"fork.perturb.set: {', '.join(refused)} cannot change during a run; keys of [training] and [data] "
-                "can, but training.epochs"
-            )
         self._after = Members(experiment.replace(changes) if changes else experiment, device, None, teacher)
         self._begun = False
 

@@ -143,7 +143,7 @@ def compared(children: str | Path | xr.Dataset, parent: str | Path | xr.Dataset 
 
 
 def _distance(ds: xr.Dataset, own: xr.Dataset) -> xr.DataArray:
-    shared = own.sel(epoch=ds["epoch"].values)
+    shared = own.reindex(epoch=ds["epoch"].values)  # NaN where only the children are recorded
     found = _length({name: ds[name] - shared[name] for name in ("weight", "bias")})
     found = found.where(ds["weight"].notnull().any(["layer", "node", "input_node"]))
     return _named(found, "distance", "distance from the parent ‖θ' − θ‖", "definition")
