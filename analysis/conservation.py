@@ -69,6 +69,8 @@ def balance_kept(ds: xr.Dataset, tolerance: dict[str, float]) -> tuple[xr.DataAr
 
 def _steps_of_sgd(experiment: Experiment) -> bool:
     training = experiment.training
+    if experiment.data.leave_out.subset is not None:  # steps of weighted samples
+        return False
     if experiment.deep or experiment.student.module is not None or training.method == "flow":
         return False
     return Rule.of(training, 1).optimizer.name == "sgd" and not training.normalize

@@ -36,6 +36,7 @@ from tsdyn.experiment.parts import (
     Training,
     as_tuple,
 )
+from tsdyn.experiment.subsets import with_subsets
 from tsdyn.experiment.sweep_axes import checked_sweep, places
 from tsdyn.vocabulary import Kind
 
@@ -79,6 +80,11 @@ class Experiment(Part):
             super().__init__(**values)
         except ValidationError as error:
             raise ExperimentError(explain(error, type(self))) from None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_point_per_subset(cls, values: Any) -> Any:
+        return with_subsets(values) if isinstance(values, dict) else values
 
     @field_validator("seeds", mode="before")
     @classmethod
@@ -226,6 +232,8 @@ class Experiment(Part):
     def as_dict(self) -> dict[str, Any]:
         """Plain nested dict with every default filled, as TOML writes it."""
         plain = rules.only_known(self.kind, json.loads(self.model_dump_json(exclude_none=True)))
+        if self.data.leave_out.subsets is None:
+            plain.get("data", {}).pop("leave_out", None)
         absent = {*(() if self.sweep else ("sweep",)), *(() if self.fork.parent is not None else ("fork",))}
         return {key: value for key, value in plain.items() if key not in absent}
 

@@ -185,6 +185,20 @@ class Student(Part):
 IMAGES: Mapping[str, tuple[int, int, int]] = {"digits": (1, 8, 8), "mnist": (1, 28, 28), "cifar10": (3, 32, 32)}
 
 
+class LeaveOut(Part):
+    """Training sets that each lack some samples, for runs that differ in nothing else.
+
+    Attributes:
+        subsets: How many; each is a point of the sweep, along the dimension ``subset``.
+        share: Share of the samples that each lacks; the number is rounded, and at least 1.
+        subset: Which of them this run trains on.
+    """
+
+    subsets: Count | None = None
+    share: Annotated[Positive, Field(lt=1)] | None = None
+    subset: Annotated[int, Field(ge=0, le=MAX_COUNT)] | None = None
+
+
 class Data(Part):
     """Where inputs come from.
 
@@ -214,6 +228,7 @@ class Data(Part):
     augment: Literal["none", "agnostic", "aware", "crop-flip"] = "none"
     augment_eps: Positive = 0.1
     augment_c: Positive = 1.0
+    leave_out: LeaveOut = LeaveOut()
     arguments: Arguments | None = None
 
     @property

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 from tsdyn import schema
 from tsdyn.experiment.errors import keys, nearest
-from tsdyn.experiment.parts import IMAGES, MAX_SEEDS, Fork, Record
+from tsdyn.experiment.parts import IMAGES, MAX_SEEDS, Fork, LeaveOut, Record
 from tsdyn.experiment.sweep_axes import axes, swept_keys
 from tsdyn.vocabulary import VARIABLES, Kind
 
@@ -353,6 +353,28 @@ def _flow_method(e: Experiment) -> str | None:
     return None
 
 
+def _leave_out(e: Experiment) -> str | None:
+    given, data = e.data.leave_out, e.data
+    if given == LeaveOut():
+        return None
+    if given.subsets is None or given.share is None:
+        return f"data.leave_out = {given.model_dump(exclude_none=True)}: give subsets and share"
+    if given.subset is not None and given.subset >= given.subsets:
+        return f"data.leave_out.subset = {given.subset}: there are subsets 0..{given.subsets - 1}"
+    if data.train == "fresh" or data.augment != "none":
+        what = "train = 'fresh'" if data.train == "fresh" else f"augment = {data.augment!r}"
+        return f"data.leave_out: data.{what} has no samples that stay the same; give a number of samples"
+    if round(given.share * data.train) >= data.train:
+        return f"data.leave_out.share = {given.share}: nothing of {data.train} samples would be left"
+    served = ("sgd", "gd", "adam", "adamw")
+    if e.deep or e.student.module is not None or e.training.clip is not None or e.training.method not in served:
+        return (
+            "data.leave_out: is for fully connected students without BatchNorm and clipping, with training.method "
+            + ", ".join(served)
+        )
+    return None
+
+
 def _fork(e: Experiment) -> str | None:
     if e.fork.parent is None:
         return "fork: give fork.parent, the directory it branches off (tsdyn.fork does)" if e.fork != Fork() else None
@@ -479,6 +501,7 @@ RULES: Mapping[Kind, tuple[Rule, ...]] = {
         _flow_method,
         _fresh,
         _fork,
+        _leave_out,
         _augmented,
     ),
     "population-flow": (_two_layers_one_output, _depths, _ends, _double, _orthonormal),

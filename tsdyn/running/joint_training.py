@@ -12,7 +12,6 @@ from torch import Tensor
 
 from tsdyn.engine.batches import Batches, Stream, finite_stream
 from tsdyn.engine.ensemble import Ensemble
-from tsdyn.engine.rule import Rule
 from tsdyn.engine.train import train_epoch
 from tsdyn.experiment.experiment import Experiment
 from tsdyn.problem.inputs import (
@@ -42,6 +41,7 @@ def ensemble_key(experiment: Experiment) -> object | None:
         experiment.steps,
         new_at_every_step(experiment),
         (experiment.data.train, experiment.data.augment) if training.whole else None,
+        experiment.data.leave_out.subset is None,
     )
 
 
@@ -78,7 +78,7 @@ class JointTraining:
         rates = [
             torch.full((len(p.teachers),), p.experiment.training.rate(epoch), dtype=torch.float64) for p in self.parts
         ]
-        rule = replace(Rule.of(self.parts[0].experiment.training, epoch), learning_rate=torch.cat(rates))
+        rule = replace(self.parts[0].rule(epoch), learning_rate=torch.cat(rates))
         train_epoch(self.ensemble, self._stream(epoch), rule, batch=self.parts[0].batch)
         for part in self.parts:
             part.ensemble.steps = self.ensemble.steps
