@@ -23,4 +23,5 @@ from .observables.registry import Observed as Observed
 from .recording.recorder import Recorder as Recorder
 from .running.sweep import run as run
 from .schema import declare as declare
+from .through_training import attribution as attribution
 from .through_training.forks import fork as fork

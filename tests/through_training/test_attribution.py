@@ -175,10 +175,11 @@ def test_lds_per_evaluation_sample_and_what_does_not_fit():
 
 def test_start_and_rows_are_the_same_and_only_samples_differ(tmp_path):
     """SGD with the rows of the full run, a left-out sample weighing nothing: against steps written out here."""
-    base = dict(
-        seeds=1, training__epochs=2, training__steps_per_epoch=8, training__learning_rate=0.1, data__train=40, data__eval=20,
-        student__scale=0.5, training__batch=6, record__observables=["weight", "loss"],
-    )  # fmt: skip
+    base = {
+        "seeds": 1, "training__epochs": 2, "training__steps_per_epoch": 8, "training__learning_rate": 0.1,
+        "data__train": 40, "data__eval": 20, "student__scale": 0.5, "training__batch": 6,
+        "record__observables": ["weight", "loss"],
+    }  # fmt: skip
     whole = tsdyn.run(small(**base), tmp_path / "whole").load()
     atlas = tsdyn.run(small(**base, data__leave_out={"subsets": 3, "share": 0.2}), tmp_path / "atlas").load()
     np.testing.assert_array_equal(atlas.weight.sel(epoch=0), whole.weight.sel(epoch=0).expand_dims(subset=3))

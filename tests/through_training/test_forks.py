@@ -40,7 +40,6 @@ OPTIONS = {
     "batch norm": {
         "student__batch_norm": "before", "record__observables": ["loss", "weight", "batch_norm", "correlation"],
     },
-    "deep": {"teacher__widths": [6, 3, 3, 2], "student__activation": "tanh"},
 }  # fmt: skip
 
 
@@ -107,40 +106,49 @@ def test_a_killed_child_goes_on_without_its_parent(parent, tmp_path):
         np.testing.assert_array_equal(array, states[3][name])
 
 
-def changed(parent, tmp_path, perturb, at=1):
-    ds = tsdyn.fork(parent, at=at, perturb=perturb, out=tmp_path / "children").isel(branch=0, fork_epoch=0).load()
-    own = tsdyn.open(parent).load()
-    pair = [{n: (o.weight.sel(layer=n).values, o.bias.sel(layer=n).values) for n in (1, 2)} for o in
-            (own.sel(epoch=at), ds.sel(epoch=at))]  # fmt: skip
-    return (*pair, ds)
+def changed(parent, perturb, at=1):
+    """Weights and biases by layer of the parent and of its child at the fork, and the child's members."""
+    ((_, single),) = forks.forked(parent, at=at, perturb=perturb).points()
+    members = ForkedMembers(single)
+    members.draw()
+    own, state = tsdyn.open(parent).sel(epoch=at).load(), members.state()
+    sizes = {1: (8, 10), 2: (6, 8)}
+    before = {
+        n: (own.weight.sel(layer=n).values[:, : s[0], : s[1]], own.bias.sel(layer=n).values[:, : s[0]])
+        for n, s in sizes.items()
+    }
+    after = {n: (state[f"weight_{n}"].copy(), state[f"bias_{n}"].copy()) for n in sizes}
+    return before, after, members
 
 
-def test_each_change_is_what_it_says(parent, tmp_path):
-    before, after, _ = changed(parent, tmp_path / "w", {"weight": {"layer": 1, "node": 2, "input_node": 3, "by": 0.25}})
+def test_each_change_is_what_it_says(parent):
+    before, after, _ = changed(parent, {"weight": {"layer": 1, "node": 2, "input_node": 3, "by": 0.25}})
     difference = after[1][0] - before[1][0]
     assert np.allclose(difference[:, 2, 3], 0.25)
     assert (np.nan_to_num(difference) != 0).sum() == 2  # one entry per seed
-    before, after, _ = changed(parent, tmp_path / "b", {"weight": {"layer": 2, "node": 1, "by": -0.5}})
+    before, after, _ = changed(parent, {"weight": {"layer": 2, "node": 1, "by": -0.5}})
     assert np.allclose((after[2][1] - before[2][1])[:, 1], -0.5)
 
-    before, after, ds = changed(parent, tmp_path / "s", {"silence": {"layer": 1, "node": 4}})
+    before, after, members = changed(parent, {"silence": {"layer": 1, "node": 4}})
     for values in (after[1][0][:, 4], after[1][1][:, 4], after[2][0][:, :, 4]):
         assert (np.nan_to_num(values) == 0).all()
-    assert (ds.weight.sel(layer=1, node=4, epoch=3) == 0).all()  # and it stays silent
+    assert members.advance(2) == []
+    assert (members.state()["weight_1"][:, 4] == 0).all()  # and it stays silent
+    assert (members.state()["weight_1"][:, 3] != after[1][0][:, 3]).any()
 
-    before, after, _ = changed(parent, tmp_path / "x", {"swap": {"layer": 1, "nodes": [0, 5]}})
+    before, after, _ = changed(parent, {"swap": {"layer": 1, "nodes": [0, 5]}})
     order = [5, 1, 2, 3, 4, 0, 6, 7]
     np.testing.assert_array_equal(after[1][0], before[1][0][:, order])
     np.testing.assert_array_equal(after[1][1], before[1][1][:, order])
     np.testing.assert_array_equal(after[2][0][..., :8], before[2][0][..., order])
 
-    before, after, _ = changed(parent, tmp_path / "t", {"transplant": {"seed": 1, "layer": 1, "node": 2, "to": 6}})
+    before, after, _ = changed(parent, {"transplant": {"seed": 1, "layer": 1, "node": 2, "to": 6}})
     for seed in (0, 1):
         np.testing.assert_array_equal(after[1][0][seed, 6], before[1][0][1, 2])
         np.testing.assert_array_equal(after[1][1][seed, 6], before[1][1][1, 2])
         np.testing.assert_array_equal(after[2][0][seed, :, 6], before[2][0][1, :, 2])
 
-    before, after, _ = changed(parent, tmp_path / "r", {"reinitialise": {"layer": 1, "node": 7}})
+    before, after, _ = changed(parent, {"reinitialise": {"layer": 1, "node": 7}})
     others = [k for k in range(8) if k != 7]
     np.testing.assert_array_equal(after[1][0][:, others], before[1][0][:, others])
     assert (after[1][0][:, 7] != before[1][0][:, 7]).all()
@@ -149,20 +157,23 @@ def test_each_change_is_what_it_says(parent, tmp_path):
     assert abs(spread - 1) < 5 / np.sqrt(2 * 20)
 
     start = tsdyn.open(parent).weight.sel(epoch=0, layer=1)
-    before, after, _ = changed(parent, tmp_path / "g", {"gaussian": 0.01})
+    before, after, _ = changed(parent, {"gaussian": 0.01})
     noise = (after[1][0] - before[1][0])[0]
     rms = float(np.sqrt((start.isel(seed=0) ** 2).mean()))
     assert abs(noise.std() / (0.01 * rms) - 1) < 5 / np.sqrt(2 * noise.size)
 
 
 def test_set_changes_keys_from_the_fork_on(parent, tmp_path):
-    _, _, ds = changed(parent, tmp_path, {"set": {"training.learning_rate": 0.1}})
+    _, _, members = changed(parent, {"set": {"training.learning_rate": 0.1}})
+    for step in (1, 2, 3):
+        members.advance(step)
     other = tsdyn.run(
         small(training__epochs=3, training__steps_per_epoch=10, seeds=2, student__scale=0.3,
               training__learning_rate={"0": 0.02, "1": 0.1}, record__observables=["weight"]),
         tmp_path / "table",
     )  # fmt: skip
-    np.testing.assert_array_equal(ds.weight, other.weight.sel(epoch=ds.epoch))
+    end = other.weight.sel(epoch=3, layer=1)
+    np.testing.assert_array_equal(members.state()["weight_1"], end)
 
 
 def test_other_draws_differ_after_the_fork_and_the_barrier_falls_with_its_epoch(tmp_path):

@@ -65,9 +65,10 @@ def _changes(text: str | None) -> dict[str, Any]:
 def _tell(ds: Any) -> None:
     """One line per epoch of forking: medians over branches, seeds and the parent's swept keys."""
     for epoch in ds["fork_epoch"].values:
-        one = ds.sel(fork_epoch=epoch)
+        one = ds[[n for n in ("distance", "barrier", "barrier_matched", "student_kept") if n in ds]]
+        one = one.sel(fork_epoch=epoch).isel(epoch=-1).load()
         numbers = {
-            "distance": one["distance"].isel(epoch=-1), "barrier": one["barrier"],
+            "distance": one["distance"], "barrier": one["barrier"],
             "after matching": one["barrier_matched"],
         }  # fmt: skip
         said = ", ".join(f"{name} {float(value.median()):.3g}" for name, value in numbers.items())

@@ -10,6 +10,7 @@ Sources: Koh & Liang 2017 (arXiv:1703.04730); Pruthi et al. 2020 (arXiv:2002.084
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -163,7 +164,7 @@ def _atlas(atlas: xr.Dataset | xr.DataArray | str | Path, of: str) -> tuple[xr.D
         ds = atlas if isinstance(atlas, xr.Dataset) else reading.open(atlas)
         if of not in ds:
             raise ValueError(f"lds: the atlas has no {of}; it has {', '.join(map(str, ds.data_vars))}")
-        outcome, held = ds[of], ds["kept"] if "kept" in ds else None
+        outcome, held = ds[of], ds.get("kept")
     if held is None or "subset" not in outcome.dims:
         raise ValueError("lds: the atlas has no kept (subset, sample); it is an archive of data.leave_out")
     outcome = outcome.isel(epoch=-1, drop=True) if "epoch" in outcome.dims else outcome
@@ -208,7 +209,8 @@ def influence(
             least = float(torch.linalg.eigvalsh(hessian)[0])
             raise ValueError(
                 f"influence: the Hessian of seed {of_member.seed} has the eigenvalue {least:.3g}: the student is at no "
-                f"minimum, or has directions in which the loss does not change; give damping, above {max(-least, 0):.3g}"
+                "minimum, or has directions in which the loss does not change; give damping, above "
+                f"{max(-least, 0):.3g}"
             )
         solved = torch.cholesky_solve(slope[:, None], factor)[:, 0]
         return -(gradients @ solved) / len(x)
@@ -239,7 +241,7 @@ def tracin(
     chosen = [int(e) for e in (ds["epoch"].values if epochs is None else epochs)]
     if len(chosen) < 2:
         raise ValueError(f"tracin: epochs {chosen}; two at least, the last of which ends the training")
-    until = dict(zip(chosen, chosen[1:], strict=False))
+    until = dict(itertools.pairwise(chosen))
 
     def score(of_member: Member, epoch: int) -> Tensor:
         slope, gradients, _, x, _ = _derivatives(of_member, outcome)
@@ -371,8 +373,8 @@ def _refuse(experiment: Experiment, caller: str, ds: xr.Dataset) -> None:
         raise ValueError(f"{caller}: is for fully connected students without BatchNorm, which archives rebuild")
     if experiment.data.train == "fresh" or experiment.data.augment != "none":
         raise ValueError(
-            f"{caller}: data.train = {experiment.data.train!r}, augment = {experiment.data.augment!r}: no sample is seen "
-            "twice, or some were added, so that there is none to attribute to; train on a number of samples"
+            f"{caller}: data.train = {experiment.data.train!r}, augment = {experiment.data.augment!r}: no sample is "
+            "seen twice, or some were added, so that there is none to attribute to; train on a number of samples"
         )
     if experiment.data.leave_out.subset is not None:
         raise ValueError(f"{caller}: the run leaves samples out; take scores of a run on all samples")
