@@ -127,7 +127,7 @@ def silent(archive: xr.Dataset) -> xr.DataArray:
     there = ((death < 0) | (epoch < death)) & begun(archive)
     experiment = experiment_of(archive)
     keys = {key.split(".")[0] for key in swept_keys(experiment.sweep)}
-    if "coverage" in archive.coords and (keys & {"training", "record"} or float(archive["coverage"].min()) < 1):
+    if "coverage" in archive.coords and (keys & {"training", "record", "fork"} or float(archive["coverage"].min()) < 1):
         there = there & _recorded(archive)
     depth = per_point(archive, lambda point: point.layout.depth) if "teacher" in keys else experiment.layout.depth
     found: xr.DataArray = (none & there & (archive["layer"] < depth)).transpose(*none.dims)

@@ -173,7 +173,7 @@ def run(
     _check_data(experiment, path, scheduler)
     _say_open(scheduler)
     means = _Means(
-        device, workers, scheduler, device != "cpu" if together is None else together, student, teacher,
+        device, workers, scheduler, _together(experiment, device) if together is None else together, student, teacher,
         tuple(observables),
     )  # fmt: skip
     if means.distributed:
@@ -196,6 +196,11 @@ def completed(experiment: Experiment, *, student: Maker | None = None, teacher: 
     """
     student, teacher = makers(experiment, student=student, teacher=teacher)
     return described(experiment, student=student, teacher=teacher)
+
+
+def _together(experiment: Experiment, device: str) -> bool:
+    """Whether points train as one ensemble unless the caller decides: on a GPU, and students that share their data."""
+    return device != "cpu" or experiment.data.leave_out.subsets is not None
 
 
 @dataclass(frozen=True)
