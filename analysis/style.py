@@ -179,7 +179,7 @@ class Page(Figure):
     def say(self, caption: str) -> None:
         """Set the caption, and draw it unless the style has none."""
         self.caption = " ".join(printable(caption).split())
-        self.caption = self.caption[:1].upper() + self.caption[1:]
+        self.caption = (self.caption[:1].upper() if self.caption[:1].isascii() else self.caption[:1]) + self.caption[1:]
         for text in list(self._foot.texts):
             text.remove()
         if not (self.caption and self._style.captioned):

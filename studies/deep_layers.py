@@ -99,7 +99,8 @@ def panel(name: str, *, along: str = "epoch") -> layout.Panel:
             panels.spread(values, ax=ax, along=along, color=look.PALETTE[2], marker=None if along == "epoch" else "o")
         scale(values, ax)
         if along == "train":
-            ax.set(xscale="log", xlabel="training samples N")
+            layout.decades(ax, "x")
+            ax.set_xlabel("training samples N")
 
     drawn.__doc__ = f"Panel of ``{name}`` against {along}."
     return drawn

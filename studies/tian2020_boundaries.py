@@ -108,7 +108,8 @@ def _against_nearest(measured: xr.Dataset, ax: Axes) -> None:
             own["nearest"], own["regular_fanout"], s=look.points(3) ** 2, facecolors=colour if inside else "none",
             edgecolors=colour, linewidths=look.points(0.7), label=label,
         )  # fmt: skip
-    ax.set(xscale="log", xlabel="ε of the nearest teacher node", ylabel="‖v‖ ‖w‖")
+    layout.decades(ax, "x")
+    ax.set(xlabel="ε of the nearest teacher node", ylabel="‖v‖ ‖w‖")
 
 
 #: Panels by name.
