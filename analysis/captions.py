@@ -123,9 +123,8 @@ def _facts(experiment: Experiment) -> list[str]:
         fixed["data.train"] = "new samples at every step" if train == "fresh" else f"N = {number(train)} samples"
         fixed["training.learning_rate"] = rate(experiment.training.learning_rate)
         fixed["training.batch"] = f"batch {experiment.training.batch}"
-        fixed["training.epochs"] = (
-            f"{experiment.training.epochs} epoch{'s' * (experiment.training.epochs != 1)} of {number(experiment.steps)} steps"
-        )
+        epochs = experiment.training.epochs
+        fixed["training.epochs"] = f"{epochs} epoch{'s' * (epochs != 1)} of {number(experiment.steps)} steps"
         if experiment.teacher.init == "luck-matters":
             fixed["teacher.init"] = "teacher and inputs of Tian et al. (2019)"
     elif experiment.kind == "population-flow":
