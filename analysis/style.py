@@ -218,6 +218,7 @@ class Page(Figure):
         """
         kind = str(kwargs.get("format") or Path(str(fname)).suffix.lstrip(".") or "png").lower()
         known = _metadata(kind, self.caption, self.provenance) | dict(kwargs.pop("metadata", None) or {})
+        self.draw_without_rendering()  # the first pass does not know how wide legends and bars will be
         with mpl.rc_context(_FILES):
             super().savefig(fname, *args, **({"metadata": known} if known else {}), **kwargs)
 

@@ -124,12 +124,12 @@ _NODES = (look.PALETTE[1], look.PALETTE[2])
 
 def _frame(one: xr.Dataset, ax: Axes) -> None:
     """Teacher nodes as arrows, and limits that hold every path."""
+    edge = 1.35 * max(1.1, float(abs(one["path"]).max()))
     for j, corner in enumerate(_PLANE.T, start=1):
         ax.annotate(
             "", corner, (0, 0), arrowprops={"arrowstyle": "-|>", "color": look.GUIDE, "linewidth": look.points(0.8)}
         )
-        ax.annotate(f"v{'₁₂₃'[j - 1]}", corner * 1.38, color="black", ha="center", va="center", size=look.points(7))
-    edge = 1.12 * max(1.15, float(abs(one["path"]).max()))
+        ax.annotate(f"$v_{j}$", corner / np.hypot(*corner) * 0.9 * edge, ha="center", va="center", size=look.points(7))
     ax.set(aspect="equal", xlim=(-edge, edge), ylim=(-edge, edge), xticks=[], yticks=[])
     place = one["one_neuron_place"].values
     if np.isfinite(place).all():
@@ -195,7 +195,12 @@ def _overlaps(measured: xr.Dataset, ax: Axes) -> None:
             textcoords="offset points", size=look.points(6.8),
         )  # fmt: skip
     ax.annotate(
-        "rᵢ       aᵢ", (1.0, 1.0), (5, 2), xycoords="axes fraction", textcoords="offset points", size=look.points(6.8)
+        "$r_i$       $a_i$",
+        (1.0, 1.0),
+        (5, 2),
+        xycoords="axes fraction",
+        textcoords="offset points",
+        size=look.points(6.8),
     )
 
 
