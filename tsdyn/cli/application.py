@@ -22,8 +22,7 @@ from tsdyn.schema import printable
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 FAILED, WRONG = 1, 2
 # str and not Path, which would turn http://host into the local http:/host before it can be refused.
-OutStyleName = Annotated[str, typer.Option("--style", help="paper (column widths), talk or notebook (larger).")]
-Directory = Annotated[str | None, typer.Option("-o", "--output", help="Directory; runs/NAME if not given.")]
+OutDirectory = Annotated[str | None, typer.Option("-o", "--output", help="Directory; runs/NAME if not given.")]
 StyleName = Annotated[str, typer.Option("--style", help="paper (column widths), talk or notebook (larger).")]
 Directory = Annotated[str, typer.Argument(metavar="DIR", help="A run, a sweep or an archive file.")]
 
