@@ -145,8 +145,9 @@ def arrange(
 def heading(ax: Axes, title: str, letter: str = "") -> None:
     """Set the title of a panel, at its left, after its bold letter, in lines that fit its width."""
     whole = f"{letter} {title}".strip()
-    size = ax.title.get_fontsize()
-    width = ax.figure.figure.get_figwidth() / max(1, ax.get_gridspec().ncols if ax.get_gridspec() else 1)
+    size = float(ax.title.get_fontsize())
+    spec = ax.get_gridspec()
+    width = ax.figure.figure.get_figwidth() / (1 if spec is None else spec.ncols)
     text = "\n".join(look.wrapped(whole, size, 0.86 * width))
     if letter:
         text = rf"$\mathbf{{{letter}}}$" + text[1:]

@@ -89,7 +89,7 @@ def panel(name: str, *, along: str = "epoch") -> layout.Panel:
 
     def drawn(measured: xr.Dataset, ax: Axes) -> None:
         values = first(measured[name], along, "layer")
-        layers = values["layer"].values if "layer" in values.dims else []
+        layers = values["layer"].values.tolist() if "layer" in values.dims else []
         for position, layer in enumerate(layers):
             panels.spread(
                 values.sel(layer=layer), ax=ax, along=along, color=look.shade(position, len(layers)),

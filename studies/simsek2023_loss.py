@@ -155,7 +155,7 @@ PANELS: dict[str, layout.Panel] = {"loss against k": _losses, "seeds": _example}
 def draw(measured: xr.Dataset) -> look.Page:
     """Figure: A, mean loss against k with its regimes; B, the losses of all seeds of one student per regime."""
     page = look.page(2, 3.9)
-    above, below = page.body.subfigures(2, 1, height_ratios=(1.25, 1))
+    above, below = page.body.subfigures(2, 1, height_ratios=(1.25, 1), squeeze=False)[:, 0]
     ax = above.subplots()
     _losses(measured, ax)
     layout.heading(ax, "", "A")

@@ -8,6 +8,7 @@ The error grows about linearly with k for bounded σ and quadratically for relu.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -68,7 +69,7 @@ def _plane(role: str) -> layout.Panel:
     def drawn(measured: xr.Dataset, ax: Axes) -> None:
         one = measured.isel(map_activation=0) if "map_activation" in measured.dims else measured
         own = one["output"]
-        limits = {"vmin": float(own.min()), "vmax": float(own.max())}
+        limits: dict[str, Any] = {"vmin": float(own.min()), "vmax": float(own.max())}
         shown = own.sel(role=role).T
         ax.imshow(shown, origin="lower", extent=(-_EDGE, _EDGE) * 2, cmap="viridis", **limits)
         ax.contour(own["x1"], own["x2"], shown, 7, colors="white", linewidths=look.points(0.4))
@@ -126,7 +127,7 @@ def draw(measured: xr.Dataset) -> look.Page:
     """Figure with the maps of each activation above, their outputs' bars, and the error against k below."""
     names = measured["map_activation"].values.tolist()
     page = look.page(2, 4.9)
-    above, below = page.body.subfigures(2, 1, height_ratios=(1.25, 1))
+    above, below = page.body.subfigures(2, 1, height_ratios=(1.25, 1), squeeze=False)[:, 0]
     cells = above.subplots(2, len(names), squeeze=False, sharex=True, sharey=True)
     letters = iter("ABCDEFGHIJKLMNOP")
     for column, name in zip(cells.T, names, strict=True):

@@ -79,7 +79,7 @@ def _one_activation(ended: xr.Dataset, name: str) -> dict[str, xr.DataArray]:
     sign = np.sign(small["outgoing"])
     w = small["path_weight"].isel(input_node=slice(0, 3)) * sign
     plane = xr.DataArray(_PLANE, dims=("axis", "input_node"))
-    outgoing = np.abs(small["path_outgoing"].isel(out_node=slice(0, 2))).rename(out_node="node")
+    outgoing = abs(small["path_outgoing"].isel(out_node=slice(0, 2))).rename(out_node="node")
     end = (small["weight"] * sign).isel(input_node=slice(0, 3)).rename(input_node="teacher_node")
     best = int(large["loss"].argmin("seed"))
     one = large.isel(seed=best)
@@ -91,7 +91,7 @@ def _one_activation(ended: xr.Dataset, name: str) -> dict[str, xr.DataArray]:
         "path": xr.dot(w, plane, dim="input_node"),
         "path_outgoing": outgoing,
         "path_loss": small["path_loss"],
-        "end_outgoing": np.abs(small["outgoing"]),
+        "end_outgoing": abs(small["outgoing"]),
         "overlap": end,
         "one_neuron_place": plane.isel(input_node=slice(0, 3)).dot(
             xr.DataArray(np.array([1.0, 1.0, 0.0]) / np.sqrt(2), dims="input_node")
@@ -101,8 +101,8 @@ def _one_activation(ended: xr.Dataset, name: str) -> dict[str, xr.DataArray]:
         "cosine": xr.DataArray(
             u.transpose("node", "input_node").values[first][:, columns], dims=("larger_node", "teacher")
         ),
-        "length": np.sqrt((one["weight"] ** 2).sum("input_node"))[first].rename(node="larger_node"),
-        "weight_out": np.abs(one["outgoing"])[first].rename(node="larger_node"),
+        "length": ((one["weight"] ** 2).sum("input_node") ** 0.5)[first].rename(node="larger_node"),
+        "weight_out": abs(one["outgoing"])[first].rename(node="larger_node"),
         "best_loss": one["loss"],
     }  # fmt: skip
     labels = ("seed", "time")

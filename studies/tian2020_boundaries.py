@@ -122,7 +122,7 @@ PANELS: dict[str, layout.Panel] = {
 def draw(measured: xr.Dataset) -> look.Page:
     """Figure of snapshots of the plane, ‖v_k‖ over epochs, and ‖v_k‖ ‖w_k‖ of all seeds' nodes against ε."""
     page = look.page(2, 3.6)
-    above, below = page.body.subfigures(2, 1, height_ratios=(1.15, 1))
+    above, below = page.body.subfigures(2, 1, height_ratios=(1.15, 1), squeeze=False)[:, 0]
     chosen = snapshots(measured["epoch"].values)
     strongest = float(measured["fanout_norm"].max())
     letters = iter("ABCDEFGH")

@@ -20,6 +20,8 @@ from tsdyn.running.terminal import make_lenient
 from tsdyn.schema import printable
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+study = typer.Typer(no_args_is_help=True, help="Figures of the papers, from the experiment to the picture.")
+app.add_typer(study, name="study")
 FAILED, WRONG = 1, 2
 # str and not Path, which would turn http://host into the local http:/host before it can be refused.
 OutDirectory = Annotated[str | None, typer.Option("-o", "--output", help="Directory; runs/NAME if not given.")]

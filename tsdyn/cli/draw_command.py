@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tsdyn.archive.whole_files import DirectoryError, local_path
-from tsdyn.cli.application import StyleName, save
-from tsdyn.cli.run_commands import study
+from tsdyn.cli.application import StyleName, save, study
 from tsdyn.experiment.errors import ExperimentError
 
 if TYPE_CHECKING:

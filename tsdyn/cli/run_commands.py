@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from tsdyn.archive.whole_files import local_path
-from tsdyn.cli.application import OutDirectory, Unavailable, app, assignment, fail, report_only
+from tsdyn.cli.application import OutDirectory, Unavailable, app, assignment, fail, report_only, study
 from tsdyn.experiment.errors import ExperimentError
 from tsdyn.experiment.experiment import Experiment
 from tsdyn.registers import PartError
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from tsdyn.running.estimates import Cost
     from tsdyn.running.runner import Progress as Report
 
-study = typer.Typer(no_args_is_help=True, help="Figures of the papers, from the experiment to the picture.")
-app.add_typer(study, name="study")
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
 Workers = Annotated[int | None, typer.Option(metavar="N", help="Share the runs of a sweep among N processes here.")]
 Scheduler = Annotated[
