@@ -139,7 +139,7 @@ def plot(
     try:
         ds = _selected(ds, select or [])
         with look.using(look.as_name(style)):
-            drawn = planes.animate_boundaries(ds) if moves else recipes.FIGURES[figure](ds)
+            drawn: Any = planes.animate_boundaries(ds) if moves else recipes.FIGURES[figure](ds)
         if not moves:
             drawn.provenance = captions.provenance(ds, f"tsdyn plot DIR {figure} --style {style}")
     except (ValueError, KeyError) as error:

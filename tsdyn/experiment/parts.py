@@ -103,6 +103,16 @@ def _refuse_arguments(
 BatchNormPlace = Literal["none", "before", "after"]
 
 
+#: What ``teacher.init = "luck-matters"`` decides, the teacher of Tian et al. (2019), section 5.
+LUCK_MATTERS: Mapping[str, Any] = {
+    "choices": (-0.5, -0.25, 0.0, 0.25, 0.5),
+    "bias": "uniform",
+    "unit_norm": False,
+    "polarity": 0.0,
+    "balanced": False,
+}
+
+
 class Teacher(Part):
     """The fixed network that makes the targets. Each seed draws its own.
 
@@ -138,6 +148,24 @@ class Teacher(Part):
     layers: Layers | None = None
     shapes: LayerShapes | None = None
     arguments: Arguments | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_luck_matters(cls, values: Any) -> Any:
+        """The keys that ``init = "luck-matters"`` decides, unless they are written otherwise, which is refused."""
+        if not isinstance(values, Mapping) or values.get("init") != "luck-matters":
+            return values
+        decided = dict(values)
+        for key, value in LUCK_MATTERS.items():
+            default = cls.model_fields[key].default
+            written = tuple(v) if isinstance(v := values.get(key, default), list) else v
+            if written not in (default, value):
+                raise ValueError(
+                    f"teacher.{key} = {written!r}: the teacher of init = 'luck-matters' is that of Tian et al. (2019), "
+                    f"with {key} = {value!r}; leave the key out, or choose init = 'separated'"
+                )
+            decided[key] = value
+        return decided
 
     @model_validator(mode="after")
     def _whole(self) -> Teacher:
