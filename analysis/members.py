@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import assert_never
+from typing import TypeVar, assert_never
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from tsdyn.problem import augmentation, targets
 from tsdyn.problem.inputs import evaluation_inputs, labels, training_inputs
 from tsdyn.problem.teachers import draw_teacher
 
+T = TypeVar("T")
 #: Variables of the archive from which a student and its teacher are rebuilt.
 PARAMETERS = ("weight", "bias", "teacher_weight", "teacher_bias")
 #: Values of ``teacher.init`` whose teachers can be redrawn from (experiment, seed) alone.
@@ -77,13 +78,25 @@ class Member:
         return targets.of_training_set(self.experiment, self.seed, clean, self.experiment.training.epochs)
 
 
-def member(ds: xr.Dataset, experiment: Experiment) -> Member:
+def member(ds: xr.Dataset, experiment: Experiment | None = None) -> Member:
     """The single member that `ds` holds, at one seed, epoch and point.
+
+    Args:
+        ds: The archive there.
+        experiment: The experiment of its point; None takes the one that `ds` names.
 
     Raises:
         ValueError: naming the dimension that is left, or the variable that was not recorded; for convolutions and
-            BatchNorm, and where the labels or the recorded teacher are not those of the experiment.
+            BatchNorm, and where the labels or the recorded teacher are not those of the experiment; for modules of the
+            user's own, and recordings of a loop of the user's own.
     """
+    experiment = experiment_of(ds) if experiment is None else experiment
+    if experiment.of_own_modules:
+        raise ValueError(
+            f"member: the student or teacher of {experiment.name} is a module of the user's own, which no Network is; "
+            "tsdyn.running.own_modules.named gives its parameters, similarity.student_teacher takes student= and "
+            "teacher="
+        )
     if experiment.deep:
         raise ValueError(
             f"member: {experiment.name} has convolutions or BatchNorm, which are not rebuilt here; build a "
@@ -148,10 +161,12 @@ def _refuse_another(teacher: Network, experiment: Experiment, seed: int) -> None
 
 def each(
     ds: xr.Dataset,
-    measure: Callable[[Member], Sequence[float]],
+    measure: Callable[[T], Sequence[float]],
     names: Sequence[str],
     *,
     of: Callable[[Experiment], bool] = lambda experiment: True,
+    rebuild: Callable[[xr.Dataset, Experiment], T] = member,  # type: ignore[assignment]
+    needs: Sequence[str] = PARAMETERS,
 ) -> xr.Dataset:
     """Dataset of `measure` for every living member at one epoch, over the (swept..., seed) of `ds`; NaN for dead ones.
 
@@ -162,6 +177,8 @@ def each(
         measure: Function of a member that gives one number per name.
         names: Names of the variables.
         of: Whether to measure the points of an experiment; the others are NaN.
+        rebuild: Function of a member's Dataset and experiment that gives what `measure` takes.
+        needs: Variables that it reads.
 
     Raises:
         ValueError: as `member`.
@@ -169,7 +186,7 @@ def each(
     if "death_epoch" not in ds.coords:
         raise ValueError("members: the Dataset has no death_epoch, so that the dead cannot be left out; is it tsdyn's?")
     dead, committed = ds["death_epoch"], begun(ds)
-    needed = ds[list(PARAMETERS)] if set(PARAMETERS) <= set(ds) else ds
+    needed = ds[list(needs)] if set(needs) <= set(ds) else ds
     cells = np.full(dead.shape, None, dtype=object)
     seeds = np.atleast_1d(ds["seed"].values)
     for chosen, experiment in points(ds).values():
@@ -184,7 +201,7 @@ def each(
                 cells[index] = cell.assign_attrs(experiment=experiment.to_toml())
 
     def measured(cell: xr.Dataset) -> Sequence[float]:
-        return measure(member(cell, experiment_of(cell)))
+        return measure(rebuild(cell, experiment_of(cell)))
 
     found = cellwise(measured, cells, len(names))
     return xr.Dataset({name: dead.copy(data=found[i]).drop_attrs() for i, name in enumerate(names)})
