@@ -117,13 +117,13 @@ bias = false
 covariance = "covariance.npy"
 noise = 0.2
 train = 200
-eval = 20000
+eval = 4000
 
 [training]
 method = "gd"
 learning_rate = 0.01
 steps_per_epoch = 4
-epochs = 40
+epochs = 16
 
 [record]
 observables = ["loss", "weight", "weight_entropy"]
@@ -159,8 +159,7 @@ def test_c_his_world_on_two_workers_stopped_and_resumed(tmp_path, site):
     stopped.send_signal(signal.SIGINT)
     stopped.communicate(timeout=120)
     run(tmp_path, *command, "--workers", "2", site=site)
-    other = ["--set", "training.method=flow", "--set", "training.epochs=3"]
-    run(tmp_path, TSDYN, "run", "world.toml", "-o", "flow", "--quiet", *other, site=site)
+    run(tmp_path, sys.executable, "-c", COMPARED, site=site)
     ds, ode = tsdyn.open(tmp_path / "world").load(), tsdyn.open(tmp_path / "flow").load()
     assert ds["weight_entropy"].isel(epoch=-1).notnull().any()
     assert (ds["loss_train"].sel(noise=0.2) > ds["loss_eval"].sel(noise=0.2)).all()  # only training targets are noisy
@@ -168,18 +167,19 @@ def test_c_his_world_on_two_workers_stopped_and_resumed(tmp_path, site):
     both = ds["loss_train"].sel(epoch=ode["epoch"])
     change = abs(ode["loss_train"].isel(epoch=-1) - ode["loss_train"].isel(epoch=0))
     assert float((abs(both - ode["loss_train"]) / change).max()) < 0.05
-    run(tmp_path, sys.executable, "-c", EXPECTED, site=site)
 
 
-EXPECTED = textwrap.dedent("""
+COMPARED = textwrap.dedent("""
     import tsdyn
     from tsdyn import population
     from pathlib import Path
 
+    world = tsdyn.Experiment.from_toml("world.toml")
+    tsdyn.run(world.replace({"training.method": "flow", "training.epochs": 3}), "flow")
     for folder in sorted(Path("world").iterdir()):
         if folder.is_dir():
             ds = tsdyn.open(folder)
             expected = population.expected_loss(ds.isel(epoch=[0, -1]))
             ratio = ds["loss_eval"].isel(epoch=[0, -1]) / expected
-            assert float(abs(ratio - 1).max()) < 0.1, ratio.values
+            assert float(abs(ratio - 1).max()) < 6 * 2 / 4000**0.5, ratio.values  # six deviations
 """)
