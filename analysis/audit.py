@@ -169,10 +169,12 @@ def _theorem_4(ds: xr.Dataset, experiment: Experiment) -> Finding:
 def _per_member(ds: xr.Dataset, measure: Callable[[Member], tuple[float, float]]) -> Finding:
     """A check that needs the networks themselves; `measure` gives (1 if the hypothesis is met, margin).
 
-    The theory is about fully connected networks, so points with convolutions or BatchNorm do not meet its hypotheses.
+    The theory is about fully connected networks, so points with convolutions, BatchNorm or modules of the user's own do
+    not meet its hypotheses.
     """
     # loaded first: a dask graph for each member and variable costs more than the checks
-    found = each(ds.isel(epoch=-1).load(), measure, ("met", "margin"), of=lambda experiment: not experiment.deep)
+    now = ds.isel(epoch=-1).load()
+    found = each(now, measure, ("met", "margin"), of=lambda e: not e.deep and not e.of_own_modules)
     return Finding(found["met"] == 1, found["margin"])
 
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, assert_never
+from typing import Any, TypeVar, assert_never
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from tsdyn.problem.inputs import evaluation_inputs, labels, training_inputs
 from tsdyn.problem.teachers import draw_teacher
 from tsdyn.schema import path_of
 
+T = TypeVar("T")
 #: Variables of the archive from which a student and its teacher are rebuilt.
 PARAMETERS = ("weight", "bias", "teacher_weight", "teacher_bias")
 #: Recorded errors by which it is noticed that the data are those of another experiment.
@@ -81,11 +82,16 @@ class Member:
         return targets.of_training_set(self.experiment, self.seed, clean, self.experiment.training.epochs)
 
 
-def member(ds: xr.Dataset, experiment: Experiment) -> Member:
+def member(ds: xr.Dataset, experiment: Experiment | None = None) -> Member:
     """The single member that `ds` holds, at one seed, epoch and point.
+
+    Args:
+        ds: The archive there.
+        experiment: The experiment of its point; None takes the one that `ds` names.
 
     Raises:
         ValueError: naming the dimension that is left, or the variable that was not recorded; for convolutions and
+<<<<<<< HEAD
             BatchNorm, and where the labels or the recorded teacher are not those of the experiment.
 
     Examples:
@@ -95,6 +101,12 @@ def member(ds: xr.Dataset, experiment: Experiment) -> Member:
         >>> one = member(ds, tsdyn.Experiment.from_toml("quickstart.toml").replace({"sweep": {}}))
         >>> one.student.widths, one.teacher.widths
         ((20, 5, 10), (20, 5, 10))
+||||||| 687e552
+            BatchNorm, and where the labels or the recorded teacher are not those of the experiment.
+=======
+            BatchNorm, and where the labels or the recorded teacher are not those of the experiment; for modules of the
+            user's own, and recordings of a loop of the user's own.
+>>>>>>> lab
     """
     _refuse_unbuildable(ds, experiment)
     left = [dim for dim in ("seed", "epoch", *(axis.dimension for axis in axes(experiment.sweep))) if dim in ds.dims]
@@ -134,6 +146,13 @@ def _refuse_other_data(member: Member, recorded: Mapping[str, float]) -> None:
 
 def _refuse_unbuildable(ds: xr.Dataset, experiment: Experiment) -> None:
     """Raise ValueError if networks cannot be made of `ds`, whatever its numbers are."""
+    experiment = experiment_of(ds) if experiment is None else experiment
+    if experiment.of_own_modules:
+        raise ValueError(
+            f"member: the student or teacher of {experiment.name} is a module of the user's own, which no Network is; "
+            "tsdyn.running.own_modules.named gives its parameters, similarity.student_teacher takes student= and "
+            "teacher="
+        )
     if experiment.deep:
         raise ValueError(
             f"member: {experiment.name} has convolutions or BatchNorm, which are not rebuilt here; build a "
@@ -203,11 +222,19 @@ def _refuse_another(teacher: Network, experiment: Experiment, seed: int) -> None
 
 def each(
     ds: xr.Dataset,
+<<<<<<< HEAD
     measure: Callable[[Member], Sequence[Any]],
+||||||| 687e552
+    measure: Callable[[Member], Sequence[float]],
+=======
+    measure: Callable[[T], Sequence[float]],
+>>>>>>> lab
     names: Sequence[str],
     *,
     gives: Mapping[str, Mapping[str, Sequence[Any]]] | None = None,
     of: Callable[[Experiment], bool] = lambda experiment: True,
+    rebuild: Callable[[xr.Dataset, Experiment], T] = member,  # type: ignore[assignment]
+    needs: Sequence[str] = PARAMETERS,
 ) -> xr.Dataset:
     """Dataset of `measure` for every living member, over the (swept..., seed[, epoch]) of `ds`; NaN for dead ones.
 
@@ -219,17 +246,31 @@ def each(
         names: Names of the variables.
         gives: Name → dimensions with their labels, of values that are arrays; the others are numbers.
         of: Whether to measure the points of an experiment; the others are NaN.
+        rebuild: Function of a member's Dataset and experiment that gives what `measure` takes.
+        needs: Variables that it reads.
 
     Raises:
         ValueError: as `member`, or if a value has not the shape that `gives` says.
     """
     if "death_epoch" not in ds.coords:
         raise ValueError("members: the Dataset has no death_epoch, so that the dead cannot be left out; is it tsdyn's?")
+<<<<<<< HEAD
     dead, committed, path = ds["death_epoch"], begun(ds), path_of(ds)
     labels = {name: dict((gives or {}).get(name, {})) for name in names}
     shapes = {name: tuple(len(values) for values in own.values()) for name, own in labels.items()}
     outer = tuple(str(dim) for dim in dead.dims if dim != "seed")
     table: dict[int, Experiment] = {}
+||||||| 687e552
+    dead, committed = ds["death_epoch"], begun(ds)
+    needed = ds[list(PARAMETERS)] if set(PARAMETERS) <= set(ds) else ds
+    cells = np.full(dead.shape, None, dtype=object)
+    seeds = np.atleast_1d(ds["seed"].values)
+=======
+    dead, committed = ds["death_epoch"], begun(ds)
+    needed = ds[list(needs)] if set(needs) <= set(ds) else ds
+    cells = np.full(dead.shape, None, dtype=object)
+    seeds = np.atleast_1d(ds["seed"].values)
+>>>>>>> lab
     for chosen, experiment in points(ds).values():
         there = committed.sel({dim: value for dim, value in chosen.items() if dim in committed.dims})
         if bool(there) and of(experiment):
@@ -330,6 +371,14 @@ def _measured(
         before = one
     return found.reshape(*index.shape, found.shape[-1])
 
+<<<<<<< HEAD
+||||||| 687e552
+    def measured(cell: xr.Dataset) -> Sequence[float]:
+        return measure(member(cell, experiment_of(cell)))
+=======
+    def measured(cell: xr.Dataset) -> Sequence[float]:
+        return measure(rebuild(cell, experiment_of(cell)))
+>>>>>>> lab
 
 def _data_of(before: Member | None) -> dict[str, Any]:
     """The data that a member of the same seed has drawn, which are those of every epoch."""

@@ -25,5 +25,5 @@ from .observables.registry import Observed as Observed
 from .recording.recorder import Recorder as Recorder
 from .running.sweep import run as run
 from .schema import declare as declare
-from .through_training.sensitivity import sensitivity as sensitivity
 from .through_training.forks import fork as fork
+from .through_training.sensitivity import sensitivity as sensitivity
