@@ -221,7 +221,7 @@ class Asked:
                 f"{self.caller}: {moved} of {self.name} changes when the module is called, so derivatives would depend "
                 "on how often it was; it was put back; call module.eval(), or switch running statistics off"
             )
-        if self._randomness.moved():
+        if self._randomness.moved() and self._randomness.drawn_by(value):
             raise ValueError(
                 f"{self.caller}: {self.name} draws random numbers in its forward pass, or its loss does, so there is "
                 "no one gradient; make it deterministic (module.eval())"
