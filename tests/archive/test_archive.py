@@ -283,7 +283,7 @@ def _hold(path, ready, leave):
 
 
 def test_one_writer_a_directory(tmp_path):
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
     ready, leave = context.Event(), context.Event()
     other = context.Process(target=_hold, args=(tmp_path / "run", ready, leave))
     other.start()
