@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from tsdyn.analysis import layout, lottery, panels, specialization, summary
 from tsdyn.analysis.figures.reading import in_lowest_layer, over_seeds, variables_of
-from tsdyn.analysis.figures.teacher_nodes import _by_teacher_node, _lines
+from tsdyn.analysis.figures.teacher_nodes import by_teacher_node, lines_of
 
 
 def curve(values: xr.DataArray, *, ax: Axes | None = None, color: str = panels.PALETTE[0], label: str = "") -> Axes:
@@ -36,7 +36,7 @@ def draw_curves(measured: xr.Dataset, *, log: bool = False) -> Figure:
     if "layer" in values.dims and not layered:
         values = values.isel(layer=0)
     chosen = ("layer",) if layered else swept[-1:]
-    curves = _lines(measured, chosen)
+    curves = lines_of(measured, chosen)
 
     def draw(at: dict[str, Any], ax: Axes) -> None:
         for position, point in enumerate(curves):
@@ -154,4 +154,4 @@ def winners(ds: xr.Dataset, *, ax: Axes | None = None) -> Axes:
 
 def draw_winners(ds: xr.Dataset) -> Figure:
     """Panels of `winners`."""
-    return _by_teacher_node(measure_winners(ds), winners, "rank of each teacher node's final winner, mean over seeds")
+    return by_teacher_node(measure_winners(ds), winners, "rank of each teacher node's final winner, mean over seeds")

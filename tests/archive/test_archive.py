@@ -180,7 +180,7 @@ def test_commits_keep_their_share_of_a_run_and_are_never_far_apart(cost, whole):
     clock, last, spent, count, gap = 0.0, 0.0, 0.0, 0, 0.0
     while clock < whole:
         clock += 0.1
-        if runner._due(clock, clock - last, cost if count else 0.0, spent):
+        if runner.commit_is_due(clock, clock - last, cost if count else 0.0, spent):
             gap = max(gap, clock - last)
             clock, spent, count = clock + cost, spent + cost, count + 1
             last = clock

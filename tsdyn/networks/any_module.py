@@ -30,10 +30,10 @@ class Own:
 
     def entries(self) -> Tensor:
         """All numbers of the parameters and buffers in one vector, (entry,)."""
-        tensors = _held(self.module)
+        tensors = held_tensors(self.module)
         like = next(t for t in tensors.values() if t.is_floating_point())
         return torch.cat([t.detach().reshape(-1).to(like) for t in tensors.values()])
 
 
-def _held(module: nn.Module) -> dict[str, Tensor]:
+def held_tensors(module: nn.Module) -> dict[str, Tensor]:
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}

@@ -29,16 +29,16 @@ class SweepError(ArchiveError):
 
 
 #: The beginning of the reason for a point that was left out because another process is writing it.
-_HELD = "held: "
+HELD = "held: "
 
 
-def _reason(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
     if isinstance(error, HeldError):
-        return f"{_HELD}{error}"
+        return f"{HELD}{error}"
     return f"{type(error).__name__}: {error}" if not isinstance(error, (ArchiveError, ValueError)) else str(error)
 
 
-def _finished(path: Path, experiment: Experiment) -> bool:
+def is_finished(path: Path, experiment: Experiment) -> bool:
     try:
         there = (path / run_directory.EXPERIMENT).read_text(encoding="utf-8")
     except (OSError, ValueError):  # ValueError: the file is not text; running the point then raises the proper error
