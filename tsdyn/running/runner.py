@@ -30,6 +30,7 @@ from tsdyn.running.interrupts import Stopped, stopping
 from tsdyn.running.joint_training import JointTraining
 from tsdyn.running.kinds import members_of
 from tsdyn.running.members import Members
+from tsdyn.running.outcome import say_replaced_inputs
 from tsdyn.running.own_modules import Maker, attribute
 from tsdyn.running.protocol import Runnable, StateError
 
@@ -179,6 +180,8 @@ def run_together(
                     members = members_of(experiment, device, student, teacher)
                     point = _Point(path, target, members, (progress or {}).get(path))
                     begun.setdefault(point.begin(), []).append(point)
+                else:
+                    say_replaced_inputs(path, experiment)
             except Exception as error:  # of any type: the other experiments must go on
                 failed[path] = error
         for start, points in begun.items():

@@ -27,7 +27,7 @@ from tsdyn.problem import images
 from tsdyn.running import estimates, packages, runner
 from tsdyn.running.interrupts import stopping
 from tsdyn.running.joint_training import group_points
-from tsdyn.running.outcome import HELD, SweepError, is_finished, reason_of
+from tsdyn.running.outcome import HELD, SweepError, is_finished, reason_of, say_replaced_inputs
 from tsdyn.running.own_modules import Maker, described, makers
 from tsdyn.running.workers import (
     INDEX_SECONDS,
@@ -259,6 +259,9 @@ def _run(
     points = sweep_directory.write_sweep(path, experiment) if experiment.sweep else {".": experiment}
     account = _Account(path, points, is_sweep=bool(experiment.sweep))
     left = account.without_links(unfinished(experiment, path))
+    for name in points.keys() - left.keys():
+        if is_finished(path / name, points[name]):
+            say_replaced_inputs(path / name, points[name])
     places = {name: position for position, name in enumerate(points, start=1)}
 
     def telling(names: Iterable[str]) -> dict[str, runner.Progress | None]:
