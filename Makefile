@@ -3,7 +3,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 RUNS   ?= runs/l-shape
 
-.PHONY: quickstart test matrix fuzz trials torture multilayer lint docs dist coverage bench scale clean
+.PHONY: quickstart test matrix lowest fuzz trials torture multilayer lint docs dist coverage bench scale clean
 
 # Installed again whenever the project's metadata changes.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -28,6 +28,10 @@ test: $(VENV)/.installed-dev
 # The suite under every Python that this machine has, with the lowest and with the newest versions of what it needs.
 matrix: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.matrix
+
+# The same on this Python's lowest versions alone; TESTS names files or folders of the suite, all unless given.
+lowest: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.matrix --dependencies lowest --python $(shell $(PYTHON) -c "import sys; print('%d.%d' % sys.version_info[:2])") $(TESTS)
 
 # Property tests with FUZZ random examples each; failures that it finds become fixed examples of the suite.
 FUZZ ?= 500

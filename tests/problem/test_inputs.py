@@ -94,6 +94,29 @@ def test_another_input_file_is_refused_on_resume_with_both_named(tmp_path, monke
     xr.testing.assert_equal(ended, tsdyn.run(longer, tmp_path / "whole").load())
 
 
+@pytest.mark.parametrize("swept", [False, True], ids=["run", "sweep"])
+def test_a_finished_run_asked_for_again_with_another_input_file_says_so(tmp_path, caplog, swept):
+    """Its archive is returned as it is: nothing is computed, and nothing is silent."""
+    experiment = of_files(tmp_path)
+    if swept:
+        experiment = experiment.replace({"sweep": {"training.learning_rate": [0.01, 0.02]}})
+    whole = tsdyn.run(experiment, tmp_path / "run").load()
+    tsdyn.run(experiment, tmp_path / "run")
+    assert not caplog.records
+    name, change = FILES["teacher.path"]
+    was = sha256(tmp_path / name)
+    change(tmp_path / name)
+    again = tsdyn.run(experiment, tmp_path / "run").load()
+    xr.testing.assert_equal(again, whole)
+    assert caplog.text.count("was computed from other input files than are there now") == (2 if swept else 1)
+    for word in ("teacher.path", was, sha256(tmp_path / name)):
+        assert word in caplog.text
+    (tmp_path / name).unlink()  # nothing is known of a file that is not there
+    caplog.clear()
+    tsdyn.run(experiment, tmp_path / "run")
+    assert not caplog.records
+
+
 def test_a_missing_input_file_is_refused_on_resume(tmp_path):
     experiment = of_files(tmp_path)
     tsdyn.run(experiment, tmp_path / "run")

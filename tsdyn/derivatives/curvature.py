@@ -27,7 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from tsdyn.derivatives import labels
-from tsdyn.derivatives.assumptions import Loss, Tree, _explained, agree, asked, comparable, gradients_on, log
+from tsdyn.derivatives.assumptions import Loss, Tree, agree, asked, comparable, explained, gradients_on, log
 from tsdyn.derivatives.module_state import Randomness
 from tsdyn.memory import refuse_beyond
 from tsdyn.networks.network import Network
@@ -324,7 +324,7 @@ class _Curve:
         try:
             return list(torch.autograd.grad(of, self._leaves, along, allow_unused=True, **how))
         except RuntimeError as error:
-            raise _explained(self._caller, self._name, error) from error
+            raise explained(self._caller, self._name, error) from error
 
     def product(self, vector: Tensor) -> Tensor:
         """H v, by reverse mode over reverse mode."""

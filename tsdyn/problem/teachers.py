@@ -206,7 +206,7 @@ def from_file(experiment: Experiment, path: str, who: Teacher | Student, widths:
         ExperimentError: if the file cannot be read safely, or keys and shapes differ; names each.
     """
     shapes = experiment.weight_shapes(widths)
-    weights = [torch.zeros(shape, dtype=torch.float64) for shape in shapes]
+    weights = [torch.zeros(shape, dtype=torch.float64, device="cpu") for shape in shapes]
     biases = [None if who.bias is False else w.new_zeros(len(w)) for w in weights]
     blank = network_of(experiment, weights, biases, who=who)
     try:
