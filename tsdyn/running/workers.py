@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, assert_never
 
 from tsdyn import memory
-from tsdyn.archive.run_directory import segments
+from tsdyn.archive.run_directory import ADDED, ARCHIVE, segments
 from tsdyn.archive.whole_files import ArchiveError
 from tsdyn.experiment.experiment import Experiment
+from tsdyn.experiment.parts import MAX_EPOCHS
 from tsdyn.observables.registry import Observed, added
 from tsdyn.running import estimates, runner
 from tsdyn.running.interrupts import Stopped
@@ -365,12 +366,13 @@ def _work_in(single: Experiment) -> int:
 
 
 def _reached(path: Path) -> int:
-    """Last committed epoch of a point, −1 for none."""
+    """A number that grows with what is committed of a point: its last epoch, and that of the seeds it is to gain."""
     try:
         found = segments(path)
     except ArchiveError:
         return -1
-    return found[-1].last if found else -1
+    own = MAX_EPOCHS if (path / ARCHIVE).is_file() else found[-1].last if found else -1
+    return own + (2 + _reached(path / ADDED) if (path / ADDED).is_dir() else 0)
 
 
 def _work(texts: Mapping[str, str], path: str, device: str, topic: str, passed: Passed) -> dict[str, Any]:
