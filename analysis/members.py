@@ -267,7 +267,10 @@ def _measured(
 ) -> NDArray:
     """Values of the members with the numbers `index`, (*index.shape, value); NaN for −1."""
     found = np.full((index.size, sum(map(math.prod, shapes.values()))), np.nan)
-    flat = [array.reshape(-1, *array.shape[index.ndim - teacher :]) for array, teacher in zip(arrays, (0, 0, 1, 1), strict=True)]
+    flat = [
+        array.reshape(-1, *array.shape[index.ndim - teacher :])
+        for array, teacher in zip(arrays, (0, 0, 1, 1), strict=True)
+    ]
     before: Member | None = None
     for at, number in enumerate(index.ravel().tolist()):
         if number < 0:

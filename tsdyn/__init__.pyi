@@ -8,7 +8,6 @@ from . import testing as testing
 from . import theory as theory
 from . import vocabulary as vocabulary
 from ._version import __version__ as __version__
-from .archive.reading import open as open
 from .archive.selecting import layer as layer
 from .archive.selecting import select as select
 from .archive.wrong_numbers import WrongNumbersWarning as WrongNumbersWarning
@@ -19,3 +18,4 @@ from .observables.registry import Observed as Observed
 from .recording.recorder import Recorder as Recorder
 from .running.sweep import run as run
 from .schema import declare as declare
+from .xarray import open as open

@@ -110,7 +110,7 @@ def open(
         if one not in _warned:
             _warned.add(one)
             warnings.warn(
-                f"{one}: {', '.join(wrong)}: {ds[wrong[0]].attrs['wrong']}", WrongNumbersWarning, stacklevel=2
+                f"{one}: {', '.join(wrong)}: {ds[wrong[0]].attrs['wrong']}", WrongNumbersWarning, stacklevel=3
             )
     return ds
 
@@ -168,7 +168,7 @@ def _recordings(path: Path, folders: Sequence[Path], skip_damaged: bool, upto: f
         except ArchiveError as error:
             if not skip_damaged:
                 raise
-            warnings.warn(f"{error}; left NaN", stacklevel=5)
+            warnings.warn(f"{error}; left NaN", stacklevel=6)
     with suppress(ArchiveError):  # as for sweeps
         headers.write()
     held = {folder: (of, sources) for folder, (of, sources) in found.items() if sources}
@@ -363,7 +363,7 @@ def _committed(
         except ArchiveError as error:
             if not skip_damaged:
                 raise
-            warnings.warn(f"{error}; left NaN", stacklevel=6)
+            warnings.warn(f"{error}; left NaN", stacklevel=7)
         yield point, sources
     if sweep:
         with suppress(ArchiveError):  # where the index cannot be written, the next reader reads the headers again

@@ -1,0 +1,1 @@
+"""What happens to an archive after its run: measured, extended, exported, imported."""
