@@ -76,7 +76,7 @@ class Accessor:
     """
 
     def __init__(self, of: xr.Dataset | xr.DataArray) -> None:
-        self._of = of
+        self._of: Any = of
 
     def layer(self, number: int) -> Any:
         """One layer without padding; see `tsdyn.layer`."""
@@ -114,7 +114,7 @@ class Accessor:
         return _Topic(importlib.import_module(f"tsdyn.analysis.{name}"), self._of)
 
 
-class _OnDemand(BackendArray):  # type: ignore[misc]
+class _OnDemand(BackendArray):
     """A dask array that is computed where it is indexed, as xarray expects of an engine without ``chunks``."""
 
     def __init__(self, array: Any) -> None:
@@ -151,7 +151,7 @@ class Engine(BackendEntrypoint):
     open_dataset_parameters = ("filename_or_obj", "drop_variables", "skip_damaged", "verify", "along")
     supports_groups = True
 
-    def open_dataset(  # type: ignore[override]
+    def open_dataset(
         self,
         filename_or_obj: Any,
         *,
@@ -163,14 +163,14 @@ class Engine(BackendEntrypoint):
         """The archive as one Dataset; arguments as in `tsdyn.open`."""
         return _on_demand(open(filename_or_obj, skip_damaged=skip_damaged, verify=verify, along=along), drop_variables)
 
-    def open_groups_as_dict(  # type: ignore[override]
+    def open_groups_as_dict(
         self, filename_or_obj: Any, *, drop_variables: str | Iterable[str] | None = None, **options: Any
     ) -> dict[str, xr.Dataset]:
         """``/`` with what has neither layers nor nodes, and ``/layer_1``, ... with each layer at its own widths."""
         groups = layers(open(filename_or_obj, **options))
         return {name: _on_demand(ds, drop_variables) for name, ds in groups.items()}
 
-    def open_datatree(  # type: ignore[override]
+    def open_datatree(
         self, filename_or_obj: Any, *, drop_variables: str | Iterable[str] | None = None, **options: Any
     ) -> xr.DataTree:
         """The archive as a tree, see `open_groups_as_dict`."""

@@ -526,7 +526,8 @@ def _gridded(cells: Cells, labels: Mapping[str, list[Any]], grid: Sequence[Axis]
                 empty = np.full((*sizes, *(len(labels[d]) for d in dims)), -1)
                 found[name] = xr.Variable((*outer, *dims), empty, attrs)
             where = [np.flatnonzero(np.isin(labels[d], own[d])) for d in dims]  # by label: one's own may begin at 0
-            found[name].values[(*place, *np.ix_(*where))] = values
+            at: tuple[Any, ...] = (*place, *np.ix_(*where))
+            found[name].values[at] = values
     return found
 
 

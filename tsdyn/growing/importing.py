@@ -333,7 +333,8 @@ def _write(folder: Path, kind: Source, source: Path, member: Imported) -> None:
         "imported": json.dumps({"kind": kind, "source": str(source.absolute())}), **member.attrs,
     }  # fmt: skip
     records = {name: _with_seed(value) for name, value in {**member.along, **member.constants}.items()}
-    with RecordingDirectory(folder / f"seed={member.seed}", recording) as directory:
+    directory = RecordingDirectory(folder / f"seed={member.seed}", recording)
+    with directory:
         directory.sign(recording)
         last = int(member.labels[-1]) if member.path == "epoch" else len(member.labels) - 1
         directory.commit(0, last, member.labels, records, {"death_epoch": np.array([-1])}, attrs)

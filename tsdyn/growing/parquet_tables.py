@@ -83,7 +83,8 @@ def _metadata(ds: xr.Dataset, name: str) -> dict[str, str]:
 def _spread(labels: NDArray, axis: int, mask: NDArray) -> NDArray:
     """Labels along one axis of `mask`, one for each place that it keeps."""
     shape = [-1 if i == axis else 1 for i in range(mask.ndim)]
-    return np.broadcast_to(labels.reshape(shape), mask.shape)[mask]
+    spread: NDArray = np.broadcast_to(labels.reshape(shape), mask.shape)[mask]
+    return spread
 
 
 def _blocks(arrays: Mapping[str, xr.DataArray], lengths: Mapping[str, int]) -> Iterator[dict[str, slice]]:
