@@ -52,7 +52,7 @@ FLOORS: dict[str, float] = {
     "": 10,  # tsdyn/__init__.py, whose names are imported on first use
 }
 #: What a later issue builds.
-LATER = {"predictions", "xarray"}
+LATER = {"predictions"}
 #: Single modules that may import one another within their floor.
 FLAT = {"schema", "vocabulary", "registers", "axes", "memory", "_version", "_forwarding"}
 LONGEST_MODULE = 600
