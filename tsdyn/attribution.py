@@ -41,9 +41,9 @@ _SCORES = ("d_sample", "influence", "tracin", "leave_one_out")
 
 def lds(
     scores: xr.DataArray | xr.Dataset,
-    atlas: xr.Dataset | xr.DataArray | str | Path,
+    atlas: xr.Dataset | str | Path,
     *,
-    of: str = "loss_eval",
+    of: str | xr.DataArray = "loss_eval",
     confidence: float = 0.95,
     resamples: int = 1000,
 ) -> xr.Dataset:
@@ -55,9 +55,9 @@ def lds(
     Args:
         scores: (seed, sample), or (sample,) for all seeds alike; further dimensions, such as evaluation samples, are
             those of the outcome.  Of a Dataset ``d_sample``, ``influence``, ``tracin`` or ``leave_one_out`` is taken.
-        atlas: Archive of ``data.leave_out``, or its path; or O itself as a DataArray over subset with the coordinate or
-            variable ``kept`` (subset, sample).
-        of: Variable of the atlas that is the outcome; at the last epoch.
+        atlas: Archive of ``data.leave_out``, or its path; or any Dataset with ``kept`` (subset, sample) and an outcome.
+        of: The outcome O: the name of a variable of the atlas, or a DataArray (subset, seed, ...) computed from it; at
+            the last epoch.
         confidence: Of the intervals, by bootstrap over subsets.
         resamples: Of the bootstrap.
 
@@ -156,19 +156,16 @@ def _score(scores: xr.DataArray | xr.Dataset) -> xr.DataArray:
     return scores[name].reset_coords(drop=True)
 
 
-def _atlas(atlas: xr.Dataset | xr.DataArray | str | Path, of: str) -> tuple[xr.DataArray, xr.DataArray]:
+def _atlas(atlas: xr.Dataset | str | Path, of: str | xr.DataArray) -> tuple[xr.DataArray, xr.DataArray]:
     """The outcome (subset, ...) at the last epoch, and kept (subset, sample)."""
-    if isinstance(atlas, xr.DataArray):
-        outcome, held = atlas, atlas.coords.get("kept")
-    else:
-        ds = atlas if isinstance(atlas, xr.Dataset) else reading.open(atlas)
-        if of not in ds:
-            raise ValueError(f"lds: the atlas has no {of}; it has {', '.join(map(str, ds.data_vars))}")
-        outcome, held = ds[of], ds.get("kept")
-    if held is None or "subset" not in outcome.dims:
+    ds = atlas if isinstance(atlas, xr.Dataset) else reading.open(atlas)
+    if isinstance(of, str) and of not in ds:
+        raise ValueError(f"lds: the atlas has no {of}; it has {', '.join(map(str, ds.data_vars))}")
+    outcome = ds[of] if isinstance(of, str) else of
+    if "kept" not in ds or "subset" not in outcome.dims:
         raise ValueError("lds: the atlas has no kept (subset, sample); it is an archive of data.leave_out")
     outcome = outcome.isel(epoch=-1, drop=True) if "epoch" in outcome.dims else outcome
-    return outcome.reset_coords(drop=True), held.reset_coords(drop=True).drop_vars("sample", errors="ignore")
+    return outcome.reset_coords(drop=True), ds["kept"].reset_coords(drop=True).drop_vars("sample", errors="ignore")
 
 
 # --- scores ----------------------------------------------------------------------------------------------------------
