@@ -80,6 +80,11 @@ def lds(
             f"lds: scores are of {score.sizes['sample']} samples, the atlas of {kept.sizes['sample']}; both must be of "
             "one training set"
         )
+    if "sample" in score.coords:  # rows of kept are samples 0, 1, ... of the training set
+        absent = sorted(set(range(kept.sizes["sample"])) - set(score["sample"].values.tolist()))
+        if absent:
+            raise ValueError(f"lds: scores lack the samples {absent[:5]} of the training set")
+        score = score.sel(sample=np.arange(kept.sizes["sample"])).drop_vars("sample")
     if "seed" in score.dims and "seed" in outcome.dims:
         missing = sorted(set(outcome["seed"].values.tolist()) - set(score["seed"].values.tolist()))
         if missing:
