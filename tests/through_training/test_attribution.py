@@ -157,10 +157,12 @@ def test_lds_per_evaluation_sample_and_what_does_not_fit():
     atlas = xr.Dataset({"loss_eval": outcome, "kept": kept})
     found = attribution.lds(scores, atlas, resamples=20)
     assert found["lds"].dims == ("seed", "point")
-    np.testing.assert_allclose(found["lds"], 1)
-    np.testing.assert_allclose(
-        attribution.lds(scores, atlas, of=np.exp(outcome), resamples=5)["lds"], 1
-    )  # ranks alone count
+    ranks = attribution.lds(scores, atlas, of=np.exp(outcome), resamples=5)["lds"]
+    np.testing.assert_allclose(ranks, 1)
+    shuffled = scores.assign_coords(sample=np.arange(12)).isel(sample=rng.permutation(12))  # labels count, not places
+    np.testing.assert_allclose(attribution.lds(shuffled, atlas, resamples=5)["lds"], 1)
+    with pytest.raises(ValueError, match="lack the samples"):
+        attribution.lds(scores.assign_coords(sample=np.arange(1, 13)), atlas)
     constant = attribution.lds(xr.zeros_like(scores), atlas, resamples=5)
     assert constant["lds"].isnull().all()
     with pytest.raises(ValueError, match="lack the seeds"):
