@@ -86,7 +86,8 @@ def _error(ds: xr.Dataset, experiment: Experiment) -> float | None:
     start = member(ds[list(PARAMETERS)].sel(epoch=first), experiment)
     if not start.student.activation.piecewise_linear:
         return None
-    ensemble, errors, taken = Ensemble.of([start.student]), [], 0
+    ensemble, taken = Ensemble.of([start.student]), 0
+    errors: list[float] = []
     balance = sum_of_changes = _balances(start.student)
     for epoch in range(first + 1, last + 1):
         rule = Rule.of(experiment.training, epoch)

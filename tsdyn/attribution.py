@@ -11,7 +11,7 @@ Sources: Koh & Liang 2017 (arXiv:1703.04730); Pruthi et al. 2020 (arXiv:2002.084
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -335,7 +335,7 @@ def _derivatives(of_member: Member, outcome: Outcome) -> tuple[Tensor, Tensor, N
 def _scores(
     archive: xr.Dataset | str | Path,
     score: Callable[[Member, int], Tensor],
-    epochs: list[int | None] | list[int],
+    epochs: Sequence[int | None],
     name: str,
     long_name: str,
     source: str,
@@ -348,7 +348,7 @@ def _scores(
     chosen, experiment = found[0]
     _refuse(experiment, name, ds)
     ds = ds.sel(chosen)
-    rows = []
+    rows: list[np.ndarray | None] = []
     for seed in np.atleast_1d(ds["seed"].values):
         one = ds.sel(seed=seed) if "seed" in ds.dims else ds
         if int(one["death_epoch"]) >= 0:

@@ -281,7 +281,7 @@ class _Namespace(SimpleNamespace):
 
     __name__ = "tsdyn.labelled"
 
-    def __hash__(self) -> int:
+    def __hash__(self) -> int:  # type: ignore[override]
         return id(self)
 
     def __getattr__(self, name: str) -> Any:
