@@ -56,6 +56,7 @@ def balance_kept(ds: xr.Dataset, tolerance: dict[str, float]) -> tuple[xr.DataAr
     met, margin = xr.full_like(dead, False, dtype=bool), xr.full_like(dead, np.nan, dtype=float)
     for chosen, experiment in points(ds).values():
         there = bool(committed.sel({dim: value for dim, value in chosen.items() if dim in committed.dims}))
+        experiment = experiment.as_trained
         if not there or not _steps_of_sgd(experiment):
             continue
         for seed in np.atleast_1d(ds["seed"].values):

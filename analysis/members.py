@@ -19,6 +19,7 @@ from tsdyn.archive.selecting import experiment_of
 from tsdyn.engine.loss import Loss, loss
 from tsdyn.experiment.experiment import Experiment
 from tsdyn.experiment.parts import Student, Teacher
+from tsdyn.experiment.subsets import left_out
 from tsdyn.experiment.sweep_axes import axes
 from tsdyn.networks.network import Network
 from tsdyn.problem import augmentation, targets
@@ -53,10 +54,24 @@ class Member:
 
     @cached_property
     def training_inputs(self) -> Tensor:
-        """Inputs of the training set, with the experiment's augmentation; for fresh data those last measured on."""
+        """Inputs of the training set, with the experiment's augmentation and without the samples that it leaves out; for
+        fresh data those last measured on.
+        """
+        return self._drawn_inputs[self._kept]
+
+    @cached_property
+    def _drawn_inputs(self) -> Tensor:
         if self.experiment.data.train == "fresh":
             return torch.from_numpy(training_inputs(self.experiment, self.seed, self.experiment.training.epochs))
         return augmentation.training_set(self.experiment, self.seed, self.teacher)
+
+    @cached_property
+    def _kept(self) -> Tensor:
+        kept = torch.ones(len(self._drawn_inputs), dtype=torch.bool)
+        subset = self.experiment.data.leave_out.subset
+        if subset is not None:
+            kept[torch.from_numpy(left_out(self.experiment.data, subset))] = False
+        return kept
 
     @property
     def loss(self) -> Loss:
@@ -73,8 +88,9 @@ class Member:
                 classes = torch.from_numpy(labels(self.experiment, self.seed, "train"))
             case other:
                 assert_never(other)
-        clean = self.loss.target(self.teacher(self.training_inputs), classes)
-        return targets.of_training_set(self.experiment, self.seed, clean, self.experiment.training.epochs)
+        clean = self.loss.target(self.teacher(self._drawn_inputs), classes)
+        found = targets.of_training_set(self.experiment, self.seed, clean, self.experiment.training.epochs)
+        return found[self._kept]
 
 
 def member(ds: xr.Dataset, experiment: Experiment) -> Member:

@@ -120,6 +120,12 @@ class Experiment(Part):
         return self.student.module is not None or self.teacher.module is not None
 
     @property
+    def as_trained(self) -> Experiment:
+        """The experiment with the values that a fork sets from its epoch on; itself for all others."""
+        changes = self.fork.perturb.get("set", {})
+        return self.replace(changes) if changes else self
+
+    @property
     def complete(self) -> bool:
         """Whether the sizes of its modules are known; a file that names an import path leaves them out."""
         return all(part.module is None or part.numbers is not None for part in (self.student, self.teacher))

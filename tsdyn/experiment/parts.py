@@ -472,11 +472,17 @@ PERTURBATIONS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "gaussian": ((), ()),
     "weight": (("layer", "node", "by"), ("input_node",)),
     "silence": (("layer", "node"), ()),
-    "reinitialise": (("layer", "node"), ()),
+    "reinitialise": (("layer",), ("node",)),
     "transplant": (("seed", "layer", "node"), ("to",)),
     "swap": (("layer", "nodes"), ()),
     "set": ((), ()),
 }
+
+
+#: Keys of [training] and [data] that say what the run is.
+_FIXED = (
+    "training.epochs", "training.loss", "training.labels", "data.train", "data.eval", "data.law", "data.leave_out",
+)  # fmt: skip
 
 
 class Fork(Part):
@@ -492,8 +498,8 @@ class Fork(Part):
         perturb: At most one entry of `PERTURBATIONS`; none: nothing is changed.  ``gaussian``: N(0, s²) on every weight
             and bias, s relative to the rms of the layer's weights at epoch 0.  ``weight``: `by` is added to one weight,
             or to the bias if no `input_node` is given.  ``silence``: all weights of a node are 0.  ``reinitialise``:
-            they are drawn again.  ``transplant``: they are those of a node of another seed.  ``swap``: two `nodes` of a
-            layer change places.  ``set``: keys of the experiment that have other values from there on.
+            they are drawn again, of all nodes of the layer if no `node` is given.  ``transplant``: they are those of a node of another seed.  ``swap``: two `nodes` of a
+            layer change places, or `node` and `node_2`.  ``set``: keys of the experiment that have other values from there on.
         draws: Whether batches and fresh samples are the other run's or new ones.
     """
 
@@ -502,6 +508,15 @@ class Fork(Part):
     branch: Annotated[int, Field(ge=0, le=MAX_COUNT)] = 0
     perturb: dict[str, Any] = {}
     draws: Literal["same", "other"] = "same"
+
+    @field_validator("perturb", mode="before")
+    @classmethod
+    def _a_list_of_nodes(cls, value: Any) -> Any:
+        swap = value.get("swap") if isinstance(value, Mapping) else None
+        if isinstance(swap, Mapping) and {"node", "node_2"} <= set(swap):
+            rest = {key: of for key, of in swap.items() if key not in ("node", "node_2")}
+            return {**value, "swap": {**rest, "nodes": [swap["node"], swap["node_2"]]}}
+        return value
 
     @field_validator("perturb")
     @classmethod
@@ -514,10 +529,10 @@ class Fork(Part):
                     raise ValueError(f"perturb.gaussian = {given!r}: a relative size, 0 or more")
                 continue
             fixed = [k for k in given if k.split(".")[0] not in ("training", "data")] if kind == "set" else []
-            if fixed or (kind == "set" and {"training.epochs", "data.train", "data.law"} & set(given)):
+            if fixed or (kind == "set" and set(_FIXED) & set(given)):
                 raise ValueError(
                     f"perturb.set = {given}: cannot change during a run; keys of [training] and [data] can, but "
-                    "training.epochs, data.train and data.law"
+                    + ", ".join(_FIXED)
                 )
             needed, more = PERTURBATIONS[kind]
             keys = set(given) if isinstance(given, Mapping) else None

@@ -292,4 +292,4 @@ class _Namespace(SimpleNamespace):
         raise AttributeError(f"{name}: {_no(name)}")
 
 
-NAMESPACE = _Namespace(linalg=SimpleNamespace(norm=lambda *a, **k: _through(functions.LINALG.norm, *a, **k)))
+NAMESPACE = _Namespace(linalg=SimpleNamespace(norm=lambda *a, **k: _through(functions.FUNCTIONS["norm"], *a, **k)))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from types import SimpleNamespace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -598,5 +597,3 @@ CONSTANTS: dict[str, Any] = {
     "isdtype": np.isdtype, "finfo": np.finfo, "iinfo": np.iinfo,
     "can_cast": lambda a, b: np.can_cast(np.dtype(getattr(a, "dtype", a)), b),
 }  # fmt: skip
-#: ``linalg`` of the namespace.
-LINALG = SimpleNamespace(norm=_norm)
