@@ -54,8 +54,9 @@ class Member:
 
     @cached_property
     def training_inputs(self) -> Tensor:
-        """Inputs of the training set, with the experiment's augmentation and without the samples that it leaves out; for
-        fresh data those last measured on.
+        """Inputs of the training set as it was trained on; for fresh data those last measured on.
+
+        With the points that the experiment's augmentation adds, and without the samples that it leaves out.
         """
         return self._drawn_inputs[self._kept]
 

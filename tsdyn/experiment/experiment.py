@@ -21,13 +21,13 @@ from pydantic_core import to_jsonable_python
 
 from tsdyn import registers, schema, vocabulary
 from tsdyn.experiment import rules, shapes
+from tsdyn.experiment.branching import Fork
 from tsdyn.experiment.errors import ExperimentError, explain
 from tsdyn.experiment.parts import (
     Count,
     Data,
     Epochs,
     Flow,
-    Fork,
     Online,
     Part,
     Record,

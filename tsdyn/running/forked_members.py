@@ -13,9 +13,9 @@ import xarray as xr
 from tsdyn.archive import reading
 from tsdyn.archive.whole_files import ArchiveError
 from tsdyn.engine.rule import Rule
+from tsdyn.experiment.branching import Fork
 from tsdyn.experiment.errors import ExperimentError
 from tsdyn.experiment.experiment import Experiment
-from tsdyn.experiment.parts import Fork
 from tsdyn.networks.network import Network
 from tsdyn.problem.inputs import generator
 from tsdyn.problem.students import draw_student
