@@ -49,7 +49,7 @@ class Fork(Part):
     parent: str | None = None
     fork_epoch: Annotated[int, Field(ge=0, le=MAX_EPOCHS)] = 0
     branch: Annotated[int, Field(ge=0, le=MAX_COUNT)] = 0
-    perturb: dict[str, Any] = {}
+    perturb: dict[str, Any] = {}  # noqa: RUF012 (pydantic gives each its own)
     draws: Literal["same", "other"] = "same"
 
     @field_validator("perturb", mode="before")
