@@ -2,6 +2,7 @@ from . import analysis as analysis
 from . import attribution as attribution
 from . import derivatives as derivatives
 from . import flow as flow
+from . import observables as observables
 from . import population as population
 from . import schema as schema
 from . import studies as studies
@@ -25,3 +26,4 @@ from .recording.recorder import Recorder as Recorder
 from .running.sweep import run as run
 from .schema import declare as declare
 from .through_training.forks import fork as fork
+from .through_training.sensitivity import sensitivity as sensitivity

@@ -322,6 +322,7 @@ def create(
             "layer": range(1, layout.depth + 1),
             "quantile": layout.quantiles,
             "top_k": range(1, sizes["top_k"] + 1),
+            "teacher_layer": range(1, sizes["teacher_layer"] + 1),
             **{d: range(sizes[d]) for d in (*vocabulary.NODE_WIDTHS, "input_node", "mode", "entry", "teacher_entry")},
             **{d: range(size) for d, size in layout.extra},
         }[dim]
@@ -339,10 +340,7 @@ def create(
         column = nc.createVariable(name, "i8", ("layer",), fletcher32=True)
         column.setncatts(COORDINATES[name].attrs)
         column[:] = np.asarray(values, dtype=np.int64)
-    if layout.layer_names:
-        names = nc.createVariable("layer_name", str, ("layer",))
-        names.setncatts(COORDINATES["layer_name"].attrs)
-        names[:] = np.asarray(layout.layer_names, dtype=object)
+    _write_layer_names(nc, layout)
     death = nc.createVariable("death_epoch", "i8", ("seed",), fletcher32=True)
     death.setncatts(COORDINATES["death_epoch"].attrs)
     death[:] = -1
@@ -361,6 +359,15 @@ def create(
     _write_swept(nc, swept)
     named = [*columns, *(["layer_name"] if layout.layer_names else []), "death_epoch", *(each.name for each in swept)]
     nc.setncatts({**attrs, "coordinates": " ".join(named)})
+
+
+def _write_layer_names(nc: netCDF4.Dataset, layout: Layout) -> None:
+    """Write the names of the layers where the layout has them; empty names where the teacher is deeper."""
+    if layout.layer_names:
+        names = nc.createVariable("layer_name", str, ("layer",))
+        names.setncatts(COORDINATES["layer_name"].attrs)
+        absent = [""] * (layout.depth - len(layout.layer_names))
+        names[:] = np.asarray([*layout.layer_names, *absent], dtype=object)
 
 
 def _write_swept(nc: netCDF4.Dataset, swept: Sequence[Swept]) -> None:

@@ -95,6 +95,12 @@ def open(
     Raises:
         ArchiveError: if there is nothing of tsdyn's to read, a file differs from its checksum, or a list is empty,
             holds a point twice or differs in so many keys that the product of their values would be mostly empty.
+
+    Examples:
+        >>> import tsdyn
+        >>> ds = tsdyn.open("runs/quickstart")  # nothing is loaded
+        >>> ds.loss_eval.sel(overrealization=4, seed=3, epoch=slice(2, 8)).sizes["epoch"]
+        7
     """
     upto = {None: ALWAYS_VERIFIED, True: math.inf, False: -1.0}[verify]
     paths = [local_path(path)] if isinstance(path, (str, Path)) else [local_path(one) for one in path]
@@ -418,9 +424,18 @@ def _differing(written: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _origin(paths: Sequence[Path], written: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> dict[str, str]:
-    """Global attributes of the Dataset: the experiment of a single sweep, or the directories of several."""
+    """Global attributes of the Dataset: the experiment of a single sweep, or the directories of several.
+
+    Several that differ in their seeds alone have one experiment, too: that of all seeds.
+    """
     if len(paths) > 1:
-        return {"opened": json.dumps([str(path) for path in paths])}
+        opened = {"opened": json.dumps([str(path) for path in paths])}
+        if _differing(written) or any(values["sweep"] != written[0]["sweep"] for values in written):
+            return opened
+        each = [Experiment.from_toml(path / EXPERIMENT, archived=True) for path in paths]
+        seeds = sorted({seed for one in each for seed in one.seed_labels})
+        joined = each[0].replace({"seeds": seeds})
+        return opened | {"experiment": joined.to_toml(), "digest": joined.digest, "name": joined.name}
     values = {k: v for k, v in written[0].items() if k != "sweep" or v}
     text = (paths[0] / EXPERIMENT).read_text(encoding="utf-8")
     try:

@@ -22,9 +22,12 @@ from tsdyn.running.terminal import make_lenient
 from tsdyn.schema import printable
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+study = typer.Typer(no_args_is_help=True, help="Figures of the papers, from the experiment to the picture.")
+app.add_typer(study, name="study")
 FAILED, WRONG = 1, 2
 # str and not Path, which would turn http://host into the local http:/host before it can be refused.
 OutDirectory = Annotated[str | None, typer.Option("-o", "--output", help="Directory; runs/NAME if not given.")]
+StyleName = Annotated[str, typer.Option("--style", help="paper (column widths), talk or notebook (larger).")]
 Directory = Annotated[str, typer.Argument(metavar="DIR", help="A run, a sweep or an archive file.")]
 
 
@@ -118,7 +121,7 @@ def save(figure: Any, path: Path, quiet: bool) -> None:
         if path.suffix.lower() == ".gif":
             figure.save(path, writer="pillow", dpi=100)
         else:
-            figure.savefig(path, dpi=150, bbox_inches="tight")
+            figure.savefig(path)
     except (OSError, ValueError) as error:
         raise DirectoryError(f"{path}: the figure cannot be written: {error}") from error
     if not quiet:

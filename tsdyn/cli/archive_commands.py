@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tsdyn.archive.whole_files import DirectoryError, local_path
-from tsdyn.cli.application import FAILED, AsJson, Directory, app, assignment, plain, print_json, save
+from tsdyn.cli.application import FAILED, AsJson, Directory, StyleName, app, assignment, plain, print_json, save
 from tsdyn.experiment.errors import ExperimentError
 from tsdyn.registers import PartError
 from tsdyn.schema import printable
@@ -25,6 +25,7 @@ def show(directory: Directory, as_json: AsJson = False) -> None:
     """Show what an archive holds: what ran, final losses, mean correlations, dead members, cost, variables."""
     from tsdyn.analysis import overview
     from tsdyn.archive import reading
+    from tsdyn.growing import history as growth
     from tsdyn.running import provenance
 
     ds = reading.open(directory)
@@ -35,6 +36,10 @@ def show(directory: Directory, as_json: AsJson = False) -> None:
     facts = overview.facts(ds)
     for position, line in enumerate(provenance.lines(ds.attrs)):
         facts["history" if not position else f"history {position + 1}"] = line
+    if line := growth.states_kept(local_path(directory)):
+        facts["states"] = line
+    for position, line in enumerate(growth.lines(local_path(directory))):
+        facts["added" if not position else f"added {position + 1}"] = line
     column = max(map(len, facts)) + 2
     for key, value in facts.items():
         _print_wrapped(printable(value.replace("\n", " ")), width, f"{printable(key):{column}}", " " * column)
@@ -107,12 +112,15 @@ def plot(
     output: Annotated[
         str | None, typer.Option("-o", "--output", help="FILE.png (.svg, .pdf; .gif moves); FIGURE.png if not given.")
     ] = None,
+    style: StyleName = "paper",
     select: Annotated[
         list[str] | None,
         typer.Option("--select", metavar="KEY=VALUE", help="A part: a swept key, seed, epoch or layer; repeat it."),
     ] = None,
 ) -> None:
-    """Draw a figure from an archive."""
+    """Draw a figure from an archive, with a caption; in a paper's column widths unless --style says otherwise."""
+    from tsdyn.analysis import captions
+    from tsdyn.analysis import style as look
     from tsdyn.analysis.figures import planes, recipes
     from tsdyn.archive import reading, whole_files
 
@@ -130,7 +138,10 @@ def plot(
         raise ExperimentError(f"plot: {path.name}: only boundaries move; give a .png, .svg or .pdf")
     try:
         ds = _selected(ds, select or [])
-        drawn = planes.animate_boundaries(ds) if moves else recipes.FIGURES[figure](ds)
+        with look.using(look.as_name(style)):
+            drawn: Any = planes.animate_boundaries(ds) if moves else recipes.FIGURES[figure](ds)
+        if not moves:
+            drawn.provenance = captions.provenance(ds, f"tsdyn plot DIR {figure} --style {style}")
     except (ValueError, KeyError) as error:
         raise DirectoryError(f"plot {figure}: {error.args[0] if error.args else error}") from error
     save(drawn, path, quiet=False)

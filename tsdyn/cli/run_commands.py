@@ -23,7 +23,7 @@ from tsdyn.cli.application import (
     fail,
     print_json,
     report_only,
-    save,
+    study,
 )
 from tsdyn.experiment.errors import ExperimentError
 from tsdyn.experiment.experiment import Experiment
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
     from tsdyn.running.estimates import Cost
     from tsdyn.running.runner import Progress as Report
 
-study = typer.Typer(no_args_is_help=True, help="Figures of the papers, from the experiment to the picture.")
-app.add_typer(study, name="study")
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
 Workers = Annotated[int | None, typer.Option(metavar="N", help="Share the runs of a sweep among N processes here.")]
 Scheduler = Annotated[
@@ -115,6 +113,7 @@ def showstudy_of(name: Annotated[str, typer.Argument()]) -> None:
 def run_study(
     name: Annotated[str, typer.Argument()],
     scale: Annotated[str, typer.Option(help="smoke (seconds), desk (minutes) or paper.")] = "desk",
+    seeds: Annotated[int | None, typer.Option(metavar="N", help="Number of seeds.")] = None,
     output: OutDirectory = None,
     changes: Changes = None,
     device: Device = "cpu",
@@ -123,18 +122,27 @@ def run_study(
     together: Together = None,
     quiet: Quiet = False,
 ) -> None:
-    """Run, measure and draw a study: leaves the archive, measured.nc and figure.png."""
+    """Run, measure and draw a study: leaves the archive, measured.nc, figure.pdf, figure.png and figure.txt."""
+    from tsdyn.analysis import captions
     from tsdyn.archive import netcdf, reading, whole_files
+    from tsdyn.cli.draw_command import draw_study
 
     module = study_of(name)
     if scale not in module.EXPERIMENTS:
         raise ExperimentError(f"--scale {scale}: there are {', '.join(module.EXPERIMENTS)}")
     path = whole_files.local_path(output or Path("runs") / f"{name}-{scale}")
     work = module.EXPERIMENTS[scale]
-    asked = [("--set", changes), ("--workers", workers), ("--scheduler", scheduler), ("--together", together)]
+    asked = [
+        ("--seeds", seeds),
+        ("--set", changes),
+        ("--workers", workers),
+        ("--scheduler", scheduler),
+        ("--together", together),
+    ]
     given = [option for option, value in asked if value]
     if isinstance(work, Experiment):
         work = work.replace(dict(assignment(text) for text in changes or ()))
+        work = work if seeds is None else work.replace({"seeds": seeds})
         _run(work, path, device, quiet, workers, scheduler, together)
         found = reading.open(path)
     elif given:
@@ -145,10 +153,11 @@ def run_study(
     else:
         found = work.read()
     made_by = {key: found.attrs[key] for key in ("name", "digest", "experiment", "tsdyn_version") if key in found.attrs}
+    made_by |= {"study": name, "scale": scale}
     measured = module.measure(found).load()
-    measured = measured.assign_attrs(made_by | measured.attrs)
+    measured = measured.assign_attrs(captions.told(found) | made_by | measured.attrs)
     netcdf.write_dataset(path / "measured.nc", measured)
-    save(module.draw(measured), path / "figure.png", quiet)
+    draw_study(measured, path / "figure", quiet)
 
 
 def study_of(name: str) -> Any:

@@ -64,7 +64,8 @@ def _adam(
     first, second = moments
     first.mul_(rule.beta_1).add_(gradient, alpha=1 - rule.beta_1)
     second.mul_(rule.beta_2).addcmul_(gradient, gradient, value=1 - rule.beta_2)
-    scale = (second / (1 - rule.beta_2**step)).sqrt_().add_(rule.epsilon)
+    # the root is kept as it is for those who differentiate the step
+    scale = (second / (1 - rule.beta_2**step)).sqrt_() + rule.epsilon
     parameter.addcdiv_(first * (rates / (1 - rule.beta_1**step)), scale, value=-1)
 
 

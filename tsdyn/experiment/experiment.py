@@ -59,6 +59,12 @@ class Experiment(Part):
     Raises:
         ExperimentError: from every constructor, naming each bad key, its value, the rule and, for an
             unknown key, the nearest known one.
+
+    Examples:
+        >>> import tsdyn
+        >>> experiment = tsdyn.Experiment(name="mine", teacher={"widths": [20, 5, 10]}, training={"epochs": 3})
+        >>> experiment.replace({"training.epochs": 5}).training.epochs
+        5
     """
 
     kind: Kind = "training"
@@ -136,8 +142,8 @@ class Experiment(Part):
         names = schema.recorded(self.kind, (), "start")
         if self.kind != "training":
             return names
-        own = self.teacher.module is not None
-        return tuple(name for name in names if (name == "teacher_parameter") == own)
+        own, labelled = self.teacher.module is not None, self.teacher.shapes is not None
+        return tuple(name for name in names if (own if name == "teacher_parameter" else not own or labelled))
 
     def recorded(self, when: vocabulary.When | None = None) -> tuple[str, ...]:
         """Variables that the run records; only those of `when`, if given."""

@@ -75,6 +75,12 @@ StudentInit = Annotated[str, AfterValidator(registers.STARTS.check)]
 Arguments = Annotated[dict[str, Any], Field(min_length=1)]
 
 
+#: Names of a module's labelled layers, the lowest first.
+Layers = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(as_tuple), Field(min_length=1)]
+#: Nodes and inputs of a node of each of them.
+LayerShapes = Annotated[
+    tuple[Annotated[tuple[Count, Count], BeforeValidator(as_tuple)], ...], BeforeValidator(as_tuple)
+]
 #: Import path of a function or class that makes an ``nn.Module``, ``package.module:Name``.
 ModulePath = Annotated[str, Field(pattern=r"^[^\s:]+:[^:]+$")]
 
@@ -97,11 +103,23 @@ def _refuse_arguments(
 BatchNormPlace = Literal["none", "before", "after"]
 
 
+#: What ``teacher.init = "luck-matters"`` decides, the teacher of Tian et al. (2019), section 5.
+LUCK_MATTERS: Mapping[str, Any] = {
+    "choices": (-0.5, -0.25, 0.0, 0.25, 0.5),
+    "bias": "uniform",
+    "unit_norm": False,
+    "polarity": 0.0,
+    "balanced": False,
+}
+
+
 class Teacher(Part):
     """The fixed network that makes the targets. Each seed draws its own.
 
     `module` is the import path of a module of the user's own, made with `arguments`, or names one that was passed from
-    Python; `source` and `numbers` are its SHA-256 and its size, which tsdyn fills in (`own_modules`).
+    Python; `source` and `numbers` are its SHA-256 and its size, which tsdyn fills in (`own_modules`).  `layers` are the
+    names of its Linear layers and convolutions to label 1..L; tsdyn fills them in where layers are recorded, and their
+    `shapes`, (nodes, inputs of a node).
     """
 
     widths: Widths
@@ -127,7 +145,27 @@ class Teacher(Part):
     module: ModulePath | None = None
     source: str | None = None
     numbers: Count | None = None
+    layers: Layers | None = None
+    shapes: LayerShapes | None = None
     arguments: Arguments | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_luck_matters(cls, values: Any) -> Any:
+        """The keys that ``init = "luck-matters"`` decides, unless they are written otherwise, which is refused."""
+        if not isinstance(values, Mapping) or values.get("init") != "luck-matters":
+            return values
+        decided = dict(values)
+        for key, value in LUCK_MATTERS.items():
+            default = cls.model_fields[key].default
+            written = tuple(v) if isinstance(v := values.get(key, default), list) else v
+            if written not in (default, value):
+                raise ValueError(
+                    f"teacher.{key} = {written!r}: the teacher of init = 'luck-matters' is that of Tian et al. (2019), "
+                    f"with {key} = {value!r}; leave the key out, or choose init = 'separated'"
+                )
+            decided[key] = value
+        return decided
 
     @model_validator(mode="after")
     def _whole(self) -> Teacher:
@@ -155,7 +193,7 @@ class Teacher(Part):
 class Student(Part):
     """The network that learns; each seed draws its own start.
 
-    `module`, `source`, `numbers` and `arguments` as in `Teacher`.
+    `module`, `source`, `numbers`, `layers`, `shapes` and `arguments` as in `Teacher`.
     """
 
     overrealization: Annotated[Positive, Field(le=MAX_COUNT)] | None = None
@@ -173,6 +211,8 @@ class Student(Part):
     module: ModulePath | None = None
     source: str | None = None
     numbers: Count | None = None
+    layers: Layers | None = None
+    shapes: LayerShapes | None = None
     arguments: Arguments | None = None
 
     @model_validator(mode="after")
@@ -427,6 +467,7 @@ class Record(Part):
         0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0,
     )  # fmt: skip
     eigenvalues: Annotated[Count, Field(ge=1)] = 10
+    state_every: Annotated[Count, Field(ge=1)] | None = None
 
     @field_validator("observables")
     @classmethod

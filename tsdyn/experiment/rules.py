@@ -158,6 +158,9 @@ def _own_modules_record(e: Experiment) -> str | None:
 
 def _own_modules(e: Experiment) -> str | None:
     """Refuse what an experiment with a module of the user's own cannot have."""
+    for who, part in (("student", e.student), ("teacher", e.teacher)):
+        if part.module is None and (part.layers is not None or part.shapes is not None):
+            return f"{who}.layers: names layers of a module of your own, and there is no {who}.module; leave it out"
     if not e.of_own_modules:
         return None
     own, taught = e.student.module is not None, e.teacher.module is not None
@@ -176,6 +179,8 @@ def _own_modules(e: Experiment) -> str | None:
     for who, part in (("student", e.student), ("teacher", e.teacher)):
         if (part.source is None) != (part.numbers is None):
             return f"{who}.source and {who}.numbers are written by tsdyn, both or neither; leave them out"
+        if part.shapes is not None and (part.source is None or len(part.shapes) != len(part.layers or ())):
+            return f"{who}.shapes is written by tsdyn, one per layer; leave it out"
     what = next((what for what, there in refused.items() if there), None)
     return what and f"{what}: works for networks that tsdyn makes only, and here a module is the user's own"
 

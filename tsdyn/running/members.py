@@ -24,7 +24,7 @@ from tsdyn.experiment.experiment import Experiment
 from tsdyn.flow import epochs
 from tsdyn.networks.any_module import Own
 from tsdyn.networks.network import Network
-from tsdyn.observables import registry
+from tsdyn.observables import layers, registry
 from tsdyn.observables.member import Measurement, Probe
 from tsdyn.problem import augmentation, targets
 from tsdyn.problem.inputs import (
@@ -83,7 +83,8 @@ class Members:
     def _teacher(self, seed: int) -> Network | Own:
         if self.teacher is None:
             return draw_teacher(self.experiment, seed)
-        return Own(made(self.teacher, self.experiment, seed, "teacher").requires_grad_(False))
+        module = made(self.teacher, self.experiment, seed, "teacher").requires_grad_(False)
+        return Own(module, self.experiment.teacher.layers or ())
 
     @cached_property
     def ensemble(self) -> Ensemble:
@@ -254,7 +255,7 @@ class Members:
                 found.append(None)
                 continue
             view = Measurement(
-                self.ensemble.network(member) if self.student is None else Own(self.ensemble.module(member)),
+                self._student(member),
                 self.train_probe(member, epoch),
                 self.eval_probes[member],
                 self.experiment.record.band,
@@ -269,13 +270,18 @@ class Members:
             self._watch.look(records[self._watch.stop.variable], ensemble.stop_epoch, ensemble.idle, epoch)
         return records
 
+    def _student(self, member: int) -> Network | Own:
+        if self.student is None:
+            return self.ensemble.network(member)
+        return Own(self.ensemble.module(member), self.experiment.student.layers or ())
+
     def _stacked(self, name: str, values: list[Any]) -> Any:
         variable, dtype = schema.variable(name), self.experiment.dtype
         if not variable.layered:
             shape = self.experiment.layout.block(variable, None)
             return np.stack([np.full(shape, np.nan, dtype) if v is None else np.asarray(v, dtype) for v in values])
-        layers = max((len(v) for v in values if v is not None), default=0)
-        shapes = [self.experiment.layout.block(variable, layer) for layer in range(1, layers + 1)]
+        depth = max((len(v) for v in values if v is not None), default=0)
+        shapes = [self.experiment.layout.block(variable, layer) for layer in range(1, depth + 1)]
         return [
             np.stack([np.full(shape, np.nan, dtype) if v is None else v[i] for v in values])
             for i, shape in enumerate(shapes)
@@ -284,23 +290,16 @@ class Members:
     def constants(self) -> dict[str, Any]:
         """The teachers' parameters, one array (seed, node...) per layer; for the user's own modules (seed, entry)."""
         own = [t for t in self.teachers if isinstance(t, Own)]
-        if own:
-            return {"teacher_parameter": np.stack([t.entries().cpu().numpy() for t in own])}
-        teachers = [t for t in self.teachers if not isinstance(t, Own)]
-        depth = self.experiment.layout.depth
-        weights = [np.stack([t.weights[i].flatten(1).cpu().numpy() for t in teachers]) for i in range(depth)]
-        biases = []
-        for i in range(depth):
-            columns = [t.biases[i] for t in teachers]
-            biases.append(
-                np.stack(
-                    [
-                        np.zeros(w.shape[0], w.dtype) if b is None else b.cpu().numpy()
-                        for b, w in zip(columns, weights[i], strict=True)
-                    ]
-                )
-            )
-        return {"teacher_weight": weights, "teacher_bias": biases}
+        found: dict[str, Any] = {"teacher_parameter": np.stack([t.entries().cpu().numpy() for t in own])} if own else {}
+        if "teacher_weight" not in self.experiment.constants:
+            return found
+        each = [_weights(teacher) for teacher in self.teachers]
+        weights = [np.stack([w.cpu().numpy() for w, _ in layer]) for layer in zip(*each, strict=True)]
+        biases = [
+            np.stack([(w.new_zeros(len(w)) if b is None else b).cpu().numpy() for w, b in layer])
+            for layer in zip(*each, strict=True)
+        ]
+        return found | {"teacher_weight": weights, "teacher_bias": biases}
 
     def outcome(self) -> dict[str, Any]:
         """``stop_epoch``, if members may stop; a training run has no other variables that are only known at its end."""
@@ -360,3 +359,9 @@ class Members:
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.device)
+
+
+def _weights(teacher: Network | Own) -> list[tuple[Tensor, Tensor | None]]:
+    if isinstance(teacher, Own):
+        return layers.weights_of(teacher.module, teacher.layers)
+    return [(w.flatten(1), b) for w, b in zip(teacher.weights, teacher.biases, strict=True)]

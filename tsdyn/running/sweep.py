@@ -161,6 +161,13 @@ def run(
         DeviceError: if this machine has no such device.
         WorkersError: if `workers` is below 1, both `workers` and `scheduler` are given, or no scheduler answers.
         DataError: if all points read the same data files and these are missing or damaged.
+
+    Examples:
+        >>> import tsdyn
+        >>> experiment = tsdyn.Experiment.from_toml("quickstart.toml")
+        >>> ds = tsdyn.run(experiment, "runs/quickstart")  # resumes what was committed; here all is there
+        >>> ds.sizes["epoch"]
+        13
     """
     _check_workers(workers, scheduler)
     _check_data(experiment, path, scheduler)

@@ -1,0 +1,179 @@
+"""The reverse pass: the derivative of an observable in all that a run starts from, streamed backwards.
+
+    λ_{t−1} = λ_t ∂θ_t/∂θ_{t−1},   dO/dη_t = λ_t ∂θ_t/∂η_t,   dO/dw_i += λ_t ∂θ_t/∂w_i,   ...
+
+θ is the whole state, moments and running statistics included.  Every √n-th state is kept, and those between are
+computed again.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from tsdyn.experiment.errors import ExperimentError
+from tsdyn.through_training.linearised import pulled
+from tsdyn.through_training.replay import Course, ReplayError
+from tsdyn.through_training.steps import Inputs, State
+
+#: A step of the pure function and the engine's own may differ by this much, relative to the largest number.
+SAME_STEP = 1e-9
+
+
+@dataclass
+class Sums:
+    """Derivatives of the observable, each (member, ...); those that were not asked for are None.
+
+    Attributes:
+        start: In the state before training.
+        learning_rate: In the rate of each epoch, (member, epoch).
+        sample: In the weight of each training sample, (member, sample).
+        target, input: In the targets and inputs of the training set, (member, sample, ...).
+    """
+
+    start: State
+    learning_rate: Tensor | None = None
+    sample: Tensor | None = None
+    target: Tensor | None = None
+    input: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is differentiated in beside the start; `of_target` takes (step, λ ∂θ/∂y) where no sample is seen twice."""
+
+    learning_rate: bool = False
+    sample: bool = False
+    target: bool = False
+    input: bool = False
+    of_target: Callable[[int, Tensor, Inputs], None] | None = field(default=None, compare=False)
+
+
+def spacing(steps: int) -> int:
+    """How many steps lie between two kept states."""
+    return max(1, math.isqrt(max(0, steps - 1)) + 1)
+
+
+def states_held(steps: int) -> int:
+    """How many states the reverse pass holds at once: the kept ones, and those of one stretch between two."""
+    apart = spacing(steps)
+    return math.ceil(steps / apart) + apart + 2
+
+
+def forward_pass(course: Course, tick: Callable[[int], None] | None = None) -> dict[int, State]:
+    """The kept states of a course by number of steps taken, the first and the last included; ends at its end."""
+    apart = spacing(course.steps)
+    kept = {0: course.state()}
+    while course.taken < course.steps:
+        course.advance(min(apart, course.steps - course.taken))
+        if tick is not None:
+            tick(course.taken - max(kept))
+        kept[course.taken] = course.state()
+    if not course.steps:
+        course.advance(0)
+    return kept
+
+
+def reverse_pass(
+    course: Course, kept: dict[int, State], slope: State, wanted: Wanted, tick: Callable[[int], None] | None = None
+) -> Sums:
+    """Go back from `slope` = ∂O/∂θ_T to the start.
+
+    Args:
+        course: The course after `forward_pass`.
+        kept: Its states; emptied on the way.
+        slope: Derivatives of the observable in the last state.
+        wanted: What else is differentiated in.
+        tick: Called with the number of steps gone back.
+
+    Raises:
+        ReplayError: if a step of the engine is not the step that is differentiated.
+        ExperimentError: if a derivative is not finite.
+    """
+    sums = _empty(course, slope, wanted)
+    marks = sorted(kept)
+    after = kept.pop(marks[-1]) if len(marks) > 1 else None
+    for first, end in reversed(list(itertools.pairwise(marks))):
+        course.go_to(kept.pop(first), first)
+        states = [course.state()]
+        for _ in range(first, end - 1):
+            course.advance(1)
+            states.append(course.state())
+        for count in range(end, first, -1):
+            before = states.pop()
+            assert after is not None
+            sums.start = _back(course, before, after, sums, wanted, count)
+            after = before
+        if tick is not None:
+            tick(end - first)
+    if not all(bool(t.isfinite().all()) for t in sums.start.tensors()):
+        raise ExperimentError(
+            "sensitivity: the derivative is not finite: it grew beyond all numbers on the way back, or the optimizer "
+            f"{course.rule(1).name!r} has a step without derivative; ask for an earlier epoch"
+        )
+    return sums
+
+
+def _empty(course: Course, slope: State, wanted: Wanted) -> Sums:
+    members = course.ensemble.members
+    sums = Sums(slope)
+    like = slope.tensors()[0]
+    if wanted.learning_rate:
+        sums.learning_rate = like.new_zeros(members, course.epochs)
+    if not course.fresh:
+        x, y = course.finite
+        sums.sample = like.new_zeros(x.shape[:2]) if wanted.sample else None
+        sums.target = torch.zeros_like(y) if wanted.target else None
+        sums.input = torch.zeros_like(x) if wanted.input else None
+    return sums
+
+
+def _back(course: Course, before: State, after: State, sums: Sums, wanted: Wanted, count: int) -> State:
+    """λ before step `count` from λ after it, which `sums.start` holds; adds what the step gives to `sums`."""
+    given, rule = course.given(count), course.rule(count)
+    of = {
+        "rate": wanted.learning_rate,
+        "weight": wanted.sample,
+        "target": wanted.target or wanted.of_target is not None,
+        "input": wanted.input,
+    }
+    names = [name for name, there in of.items() if there]
+
+    found, lower, by_name = pulled(course.kind, before, given, rule, count, sums.start, names)
+    if not (course.anchors and count % course.per_epoch == 0 and course.epoch_of(count) in course.recorded):
+        _refuse_other_step(course, found, after, count)
+    rows = course.rows(count)
+    if sums.learning_rate is not None:
+        sums.learning_rate[:, course.epoch_of(count) - 1] += by_name["rate"]
+    if wanted.of_target is not None:
+        wanted.of_target(count, by_name["target"], given)
+    for total, name in ((sums.sample, "weight"), (sums.target, "target"), (sums.input, "input")):
+        if total is not None:
+            _add(total, rows, by_name[name])
+    return lower
+
+
+def _add(total: Tensor, rows: Tensor | None, part: Tensor) -> None:
+    """Add the part of a batch, (member, batch, ...), to the sums over samples, (member, sample, ...)."""
+    if rows is None:
+        total += part
+    else:
+        total.scatter_add_(1, rows.view(*rows.shape, *[1] * (part.ndim - 2)).expand_as(part), part)
+
+
+def _refuse_other_step(course: Course, found: State, engine: State, count: int) -> None:
+    for mine, theirs in zip(found.tensors(), engine.tensors(), strict=True):
+        if not mine.numel() or not mine.is_floating_point():
+            continue
+        off, scale = float((mine - theirs).abs().max()), float(theirs.abs().max())
+        if not off <= SAME_STEP * max(scale, 1e-3):
+            raise ReplayError(
+                f"sensitivity: step {count} as it is differentiated differs from the engine's by {off:.2g} in numbers "
+                f"up to {scale:.2g}; this optimizer, loss or module computes something that torch.func does not see "
+                f"({course.rule(count).name!r}, {course.rule(count).loss.name!r}): it cannot be differentiated here"
+            )
