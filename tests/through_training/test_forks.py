@@ -280,6 +280,8 @@ def test_what_cannot_be_forked_is_refused(parent, tmp_path):
     tsdyn.fork(parent, out=tmp_path / "children")
     with pytest.raises(tsdyn.ExperimentError, match="holds children itself"):
         tsdyn.fork(tmp_path / "children", out=tmp_path / "d")
+    with pytest.raises(tsdyn.ExperimentError, match="ask for the parent"):
+        tsdyn.sensitivity(tmp_path / "children", of="loss_eval", wrt=["start"])
     with pytest.raises(ValueError, match="of no fork"):
         forks.compared(parent)
     bare = parent_of(tmp_path, record__observables=["loss"])
