@@ -51,8 +51,8 @@ def refuse_unfit(experiment: Experiment, wrt: Sequence[str]) -> None:
         )
     if experiment.data.leave_out.subset is not None:
         raise ExperimentError(
-            f"sensitivity: {experiment.name} leaves samples out; ask for a run on all samples, whose d_sample says what "
-            "leaving one out changes (tsdyn.attribution.lds compares the two)"
+            f"sensitivity: {experiment.name} leaves samples out; ask for a run on all samples, whose d_sample says "
+            "what leaving one out changes (tsdyn.attribution.lds compares the two)"
         )
     training = experiment.training
     if experiment.kind != "training":
