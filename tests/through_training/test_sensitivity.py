@@ -422,7 +422,11 @@ def test_fresh_samples_are_refused_and_the_rest_is_not(tmp_path):
 
 def test_kinds_and_starts_that_cannot_be_differentiated_are_refused(tmp_path):
     runs = {
-        "flow": (tiny(training__method="flow"), "start", "train with 'gd'"),
+        "flow": (
+            tiny(training__method="flow", training__learning_rate=1e-4, training__epochs=1, student__activation="tanh"),
+            "start",
+            "train with 'gd'",
+        ),
         "taught": (tiny(student__init="near-teacher", student__overrealization=1.0), "teacher", "near-teacher"),
         "scale": (tiny(student__init="torch"), "scale", "init = 'gaussian'"),
         "classes": (tiny(training__loss="cross_entropy"), "teacher", "of classes"),
