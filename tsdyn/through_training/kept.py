@@ -35,7 +35,7 @@ def read(folder: Path, job: Job) -> Found | None:
     if name is None or not file.is_file():
         return None
     try:
-        with np.load(file, allow_pickle=False) as held:
+        with open(file, "rb") as raw, np.load(raw, allow_pickle=False) as held:
             arrays = dict(held)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile):
         return None

@@ -40,8 +40,8 @@ def retrained(
     epoch: int | None = None,
     wrt: str = "start",
     seeds: int | Sequence[int] | None = None,
-    multiples: Sequence[float] = MULTIPLES,
-    sizes: Sequence[float] | None = None,
+    multiples: Sequence[int | float] = MULTIPLES,
+    sizes: Sequence[int | float] | None = None,
     student: Maker | None = None,
     teacher: Maker | None = None,
 ) -> xr.Dataset:
