@@ -142,7 +142,9 @@ def direction_of(course: Course, direction: Direction, count: int) -> Inputs:
 
 
 def _norm(tau: State) -> Tensor:
-    return torch.stack([t.flatten(1).norm(dim=1) for t in tau.values.values()]).norm(dim=0)
+    each = torch.stack([t.flatten(1).norm(dim=1) for t in tau.values.values()])
+    together: Tensor = each.norm(dim=0)
+    return together
 
 
 def winners_reach(scores: Tensor, tangent: Tensor) -> tuple[float, float]:
