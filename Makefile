@@ -3,7 +3,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 RUNS   ?= runs/l-shape
 
-.PHONY: quickstart test matrix fuzz trials torture multilayer lint docs bench scale clean
+.PHONY: quickstart test matrix fuzz trials torture multilayer lint docs dist coverage bench scale clean
 
 # Installed again whenever the project's metadata changes.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -55,6 +55,16 @@ lint: $(VENV)/.installed-dev
 
 docs: $(VENV)/.installed-dev
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+
+# Wheel and sdist: built twice and compared, contents checked, installed and run from an empty folder.
+dist: $(VENV)/.installed-dev
+	rm -rf dist && $(BIN)/python -m tests.distribution
+
+# Branches covered by the suite, of all and of the two wings that must not lose anything.
+coverage: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -n auto --dist worksteal --cov --cov-branch --cov-report=
+	$(BIN)/python -m coverage report
+	$(BIN)/python -m coverage report --include='tsdyn/archive/*,tsdyn/running/*' --fail-under=95
 
 bench: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.engine

@@ -18,6 +18,7 @@ __getattr__, __dir__, __all__ = _lazy.attach(
         "matching",
         "members",
         "order_parameters",
+        "overview",
         "panels",
         "phase",
         "report",

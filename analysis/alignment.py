@@ -10,7 +10,6 @@ from typing import assert_never
 
 import numpy as np
 import xarray as xr
-from numpy.typing import NDArray
 from scipy.special import ndtr
 from tsdyn.analysis.identity import per_point
 from tsdyn.analysis.lift import lift
@@ -18,15 +17,22 @@ from tsdyn.analysis.lift import lift
 from tsdyn import layer as one_layer
 from tsdyn.archive.selecting import lowest_layer
 from tsdyn.experiment.experiment import Experiment
-from tsdyn.networks.node_pairs import epsilon, regular, separation
+from tsdyn.networks.node_pairs import Array, epsilon, regular, separation
 from tsdyn.vocabulary import TIAN, VARIABLES
 
 _WEIGHTS = ("weight", "bias", "teacher_weight", "teacher_bias")
 
 
-def least(eps: NDArray) -> NDArray:
-    """ε of the nearest student node: (..., teacher_node, node) -> (..., teacher_node); NaN only where all are."""
-    found: NDArray = np.fmin.reduce(eps, axis=-1)
+def least(eps: Array) -> Array:
+    """ε of the nearest student node: (..., teacher_node, node) -> (..., teacher_node); NaN only where all are.
+
+    Examples:
+        >>> import numpy as np
+        >>> from tsdyn.analysis.alignment import least
+        >>> least(np.array([[0.1, 0.5], [np.nan, 0.3]])).tolist()
+        [0.1, 0.3]
+    """
+    found: Array = np.fmin.reduce(eps, axis=-1)
     return found
 
 
@@ -63,6 +69,13 @@ def alignment(archive: xr.Dataset) -> xr.DataArray:
 
     Raises:
         ValueError: if neither is recorded, or the slice is of another layer.
+
+    Examples:
+        >>> import tsdyn
+        >>> ds = tsdyn.open("runs/quickstart")
+        >>> from tsdyn.analysis.alignment import alignment
+        >>> alignment(ds).isel(epoch=-1).dims
+        ('overrealization', 'seed', 'teacher_node', 'node')
     """
     if "alignment" in archive:
         return archive["alignment"]
@@ -90,6 +103,13 @@ def teacher_separation(archive: xr.Dataset) -> xr.DataArray:
 
     Raises:
         ValueError: if the slice is of another layer than the lowest.  Source: Tian (2020), Assumption 3.
+
+    Examples:
+        >>> import tsdyn
+        >>> ds = tsdyn.open("runs/quickstart")
+        >>> from tsdyn.analysis.alignment import teacher_separation
+        >>> bool((teacher_separation(ds) > 0).all())
+        True
     """
     low = _lowest(archive, ("teacher_weight", "teacher_bias"))
     return lift(
@@ -107,6 +127,13 @@ def best_alignment(archive: xr.Dataset) -> xr.DataArray:
 
     Raises:
         ValueError: as `alignment`.
+
+    Examples:
+        >>> import tsdyn
+        >>> ds = tsdyn.open("runs/quickstart")
+        >>> from tsdyn.analysis.alignment import best_alignment
+        >>> best_alignment(ds).isel(epoch=-1).dims
+        ('overrealization', 'seed', 'teacher_node')
     """
     return lift(
         least,
@@ -123,6 +150,13 @@ def aligned(archive: xr.Dataset) -> xr.DataArray:
 
     Raises:
         ValueError: as `alignment`.  Source: Tian (2020), Theorem 1.
+
+    Examples:
+        >>> import tsdyn
+        >>> ds = tsdyn.open("runs/quickstart")
+        >>> from tsdyn.analysis.alignment import aligned
+        >>> aligned(ds).dims
+        ('overrealization', 'seed', 'epoch')
     """
     best = best_alignment(archive)
     near = (best <= teacher_separation(archive) / 2).where(best.notnull())
@@ -132,12 +166,19 @@ def aligned(archive: xr.Dataset) -> xr.DataArray:
     )
 
 
-def boundary_samples(teacher_weight: NDArray, teacher_bias: NDArray, eps: NDArray, std: NDArray) -> NDArray:
+def boundary_samples(teacher_weight: Array, teacher_bias: Array, eps: Array, std: Array) -> Array:
     """Expected number of teacher boundaries within ε of a sample, Σ_j P[|w*_j·x + b*_j| ≤ ε].
 
     (..., teacher_node, input_node), (..., teacher_node), (...), (...) -> (...), for x ~ N(0, std² I) and nodes scaled
     to ‖w*_j‖ = 1, so that w*_j·x is N(0, std²).  Padding and zero weights have no boundary; NaN where no node has one,
     as at a point that is not committed yet.
+
+    Examples:
+        >>> import numpy as np
+        >>> from tsdyn.analysis.alignment import boundary_samples
+        >>> weight, bias = np.array([[1.0, 0.0]]), np.array([0.0])  # one boundary through the origin
+        >>> round(float(boundary_samples(weight, bias, np.array(0.1), np.array(1.0))), 4)  # P[|z| <= 0.1]
+        0.0797
     """
     _, b = regular(teacher_weight, teacher_bias)
     eps, std = eps[..., None], std[..., None]
@@ -168,6 +209,13 @@ def augmented_samples(archive: xr.Dataset) -> xr.DataArray:
         ValueError: if samples are fresh, or augmented teacher-aware and not Gaussian.
 
     Source: Tian (2020), Definition 7.
+
+    Examples:
+        >>> import tsdyn
+        >>> ds = tsdyn.open("runs/quickstart")
+        >>> from tsdyn.analysis.alignment import augmented_samples
+        >>> float(augmented_samples(ds).max())
+        1000.0
     """
     train = per_point(archive, lambda point: -1 if point.data.train == "fresh" else point.data.train)
     if (train < 0).any():

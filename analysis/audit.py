@@ -21,7 +21,7 @@ import torch
 import xarray as xr
 from scipy.stats import spearmanr
 from torch import Tensor
-from tsdyn.analysis import specialization
+from tsdyn.analysis import conservation, specialization
 from tsdyn.analysis.alignment import teacher_separation, without_padding
 from tsdyn.analysis.identity import begun, per_point, points, refuse_odd
 from tsdyn.analysis.members import PARAMETERS, Member, each
@@ -33,7 +33,7 @@ from tsdyn.experiment.experiment import Experiment
 from tsdyn.networks.network import Network
 from tsdyn.schema import path_of
 from tsdyn.theory import alignments
-from tsdyn.vocabulary import LUCK, TIAN
+from tsdyn.vocabulary import DU, LUCK, TIAN
 
 #: Relative error, of the largest quantity, that rounding may leave in an identity.
 TOLERANCE = {"float64": 1e-12, "float32": 1e-5}
@@ -169,10 +169,12 @@ def _theorem_4(ds: xr.Dataset, experiment: Experiment) -> Finding:
 def _per_member(ds: xr.Dataset, measure: Callable[[Member], tuple[float, float]]) -> Finding:
     """A check that needs the networks themselves; `measure` gives (1 if the hypothesis is met, margin).
 
-    The theory is about fully connected networks, so points with convolutions or BatchNorm do not meet its hypotheses.
+    The theory is about fully connected networks, so points with convolutions, BatchNorm or modules of the user's own do
+    not meet its hypotheses.
     """
     # loaded first: a dask graph for each member and variable costs more than the checks
-    found = each(ds.isel(epoch=-1).load(), measure, ("met", "margin"), of=lambda experiment: not experiment.deep)
+    now = ds.isel(epoch=-1).load()
+    found = each(now, measure, ("met", "margin"), of=lambda e: not e.deep and not e.of_own_modules)
     return Finding(found["met"] == 1, found["margin"])
 
 
@@ -253,6 +255,10 @@ def _conserved_norm(ds: xr.Dataset, experiment: Experiment) -> Finding:
     start, end = norm.isel(epoch=0, drop=True), norm.isel(epoch=1, drop=True)
     grown = abs(end / start.where(start > 0) - 1).max(["layer", "node"])
     return Finding(grown.notnull() & per_point(ds, lambda point: point.student.batch_norm != "none"), grown)
+
+
+def _balance(ds: xr.Dataset, experiment: Experiment) -> Finding:
+    return Finding(*conservation.balance_kept(ds, TOLERANCE))
 
 
 def _critical(member: Member) -> bool:
@@ -500,6 +506,14 @@ CLAIMS = (
         judged=False,
     ),
     Claim(
+        "balance of each node",
+        DU,
+        "SGD or GD without momentum, σ piecewise linear ⇒ each step changes c_j by exactly η²(‖∂a‖² − ‖∂w‖² − ∂b²), "
+        "with rates and weight decay as trained: the last recorded interval, taken again",
+        ("balance", *PARAMETERS),
+        _balance,
+    ),
+    Claim(
         "BatchNorm's gradient",
         f"{LUCK}, Lemma 1",
         "of one batch, not of an archive: tsdyn.theory.batch_norm_gradient",
@@ -530,6 +544,13 @@ def audit(archive: xr.Dataset) -> xr.Dataset:
     Raises:
         ValueError: if labels repeat, the slice lacks ``epoch`` or ``layer``, or it cannot be known whose the numbers
             are (`tsdyn.analysis.identity.points`).
+
+    Examples:
+        >>> import tsdyn
+        >>> from tsdyn.analysis.audit import audit
+        >>> found = audit(tsdyn.open("runs/quickstart").isel(overrealization=0, seed=[0]))
+        >>> sorted(found)
+        ['margin', 'source', 'used', 'verdict']
     """
     refuse_odd(archive, "audit")
     lost = [dim for dim in (path_of(archive), "layer") if dim not in archive.dims]

@@ -7,7 +7,9 @@ Imports no torch.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,7 @@ from tsdyn import vocabulary
 from tsdyn.archive.selecting import experiment_of
 from tsdyn.archive.sweep_directory import label
 from tsdyn.experiment.experiment import Experiment
-from tsdyn.experiment.sweep_axes import POINT, axes, places, sweep_dimensions, swept_keys
+from tsdyn.experiment.sweep_axes import DIMENSIONS, POINT, axes, named, places, sweep_dimensions, swept_keys
 
 #: Labels of a point → where it stands in the Dataset, and its experiment.
 Points = dict[tuple[Any, ...], tuple[Mapping[str, Any], Experiment]]
@@ -90,8 +92,16 @@ def begun(ds: xr.Dataset) -> xr.DataArray:
     return ds["coverage"] > 0 if "coverage" in ds.coords else xr.DataArray(True)
 
 
+def _names(ds: xr.Dataset, experiment: Experiment) -> dict[str, str]:
+    """Swept key → dimension, as the Dataset says; by the rule where it does not."""
+    keys, found = swept_keys(experiment.sweep), None
+    with suppress(ValueError, RecursionError):
+        found = named(json.loads(str(ds.attrs.get(DIMENSIONS))), keys)
+    return found or sweep_dimensions(keys)
+
+
 def _swept(ds: xr.Dataset, experiment: Experiment) -> Points:
-    names = sweep_dimensions(swept_keys(experiment.sweep))
+    names = _names(ds, experiment)
     lost = [name for name in names.values() if name not in ds.coords]
     if lost:
         raise ValueError(
@@ -107,7 +117,7 @@ def _swept(ds: xr.Dataset, experiment: Experiment) -> Points:
             continue
         along = {
             axis.dimension: (labels | {POINT: position})[axis.dimension]
-            for axis, position in zip(axes(experiment.sweep), place, strict=True)
+            for axis, position in zip(axes(experiment.sweep, names), place, strict=True)
         }
         if POINT in ds.coords and POINT in along and along[POINT] not in np.atleast_1d(ds[POINT].values):
             continue
@@ -119,7 +129,7 @@ def _swept(ds: xr.Dataset, experiment: Experiment) -> Points:
 
 def _refuse_foreign(ds: xr.Dataset, experiment: Experiment) -> None:
     """Raise ValueError for dimensions that the experiment does not sweep, and for repeated labels."""
-    swept = {axis.dimension for axis in axes(experiment.sweep)}
+    swept = {axis.dimension for axis in axes(experiment.sweep, _names(ds, experiment))}
     held = {str(dim) for name, array in ds.variables.items() if name in vocabulary.VARIABLES for dim in array.dims}
     foreign = sorted(held - swept - set(vocabulary.DIMENSIONS))
     if foreign:

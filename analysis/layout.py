@@ -1,30 +1,35 @@
-"""Lays out the panels of a sweep: its swept dimensions, names of its points, one panel per point, a common legend."""
+"""Lays out panels on a page: a sweep's dimensions and the words for its points, a panel per point, common legends."""
 
 from __future__ import annotations
 
 import itertools
-import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, NamedTuple, TypedDict
 
+import numpy as np
 import xarray as xr
-from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
-from tsdyn.analysis import panels
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from numpy.typing import NDArray
+from tsdyn.analysis import captions, panels
+from tsdyn.analysis import style as look
 
 from tsdyn import vocabulary
 from tsdyn.archive.selecting import swept_dimensions
 from tsdyn.experiment.sweep_axes import POINT
 
-#: Size of one panel in inches.
-PANEL = (2.7, 2.4)
+#: Height of a row of panels in inches on paper, by the number of columns.
+HEIGHTS = {1: 2.2, 2: 2.0, 3: 1.75}
 MAX_PANELS = 48
+#: Most columns of panels on a page.
+MOST_COLUMNS = 5
 #: Dimensions that measures add; a dimension that is neither one of these nor the schema's is a swept key.
 _MEASURED = ("class", "bound")
+
+#: Draws one panel from what was measured.
+Panel = Callable[[xr.Dataset, Axes], object]
 
 
 class Ways(TypedDict):
@@ -59,12 +64,13 @@ def points(ds: xr.Dataset | xr.DataArray, dims: Iterable[str]) -> list[dict[str,
 
 
 def name_of(ds: xr.Dataset | xr.DataArray, point: Mapping[str, Any]) -> str:
-    """Name of a point, such as ``overrealization 3, polarity 0``; for listed points, the keys that vary among them."""
+    """Words for a point, such as ``3x as many students as teachers, polarity p = 0``; for listed points, of the keys
+    that vary among them."""
     named: dict[str, Any] = {}
     for dim, value in point.items():
         along = listed(ds) if dim == POINT else []
         named |= {key: ds[key].sel({POINT: value}).item() for key in along} if along else {dim: value}
-    return panels.plain(", ".join(f"{dim} {short(v)}".removeprefix("moment ") for dim, v in named.items()))
+    return panels.plain(", ".join(captions.words(str(dim), v) for dim, v in named.items()))
 
 
 def short(value: Any) -> str:
@@ -77,6 +83,164 @@ def listed(ds: xr.Dataset | xr.DataArray) -> list[str]:
     return [str(c) for c in ds.coords if ds[c].dims == (POINT,) and c != POINT and c not in vocabulary.COORDINATES]
 
 
+class Cell(NamedTuple):
+    """One panel of a figure: the name of its drawing function, of which part of the measured data, and its title."""
+
+    panel: str
+    at: Mapping[str, Any] = {}
+    title: str = ""
+
+
+def arrange(
+    measured: xr.Dataset,
+    drawing: Mapping[str, Panel],
+    rows: Sequence[Sequence[Cell | None]],
+    *,
+    says: str,
+    spread: captions.Spread,
+    height: float | int | None = None,
+    columns: Literal[1, 2] | None = None,
+    share_x: bool | Literal["row", "col"] = False,
+    share_y: bool | Literal["row", "col"] = False,
+    widths: Sequence[float | int] | None = None,
+    key: str | None = "",
+    paper: Mapping[str, Any] | None = None,
+) -> look.Page:
+    """Page with one panel per cell, row by row, lettered A, B, ...; axes that panels share are labelled once.
+
+    Args:
+        measured: What was measured.
+        drawing: Name of a panel → the function that draws it.
+        rows: Cells; None leaves a place empty.
+        says: What the figure shows, for its caption.
+        spread: What stands for the spread over seeds.
+        height: Of a row, in inches on paper.
+        columns: Width in columns of the paper; two unless there is one panel in a row.
+        share_x: Panels that have the same horizontal axis, as for `matplotlib.figure.Figure.subplots`.
+        share_y: The same for the vertical one.
+        widths: Relative widths of columns.
+        key: Title of the legend above the panels; None for no legend.
+        paper: Experiments by scale, for the caption.
+    """
+    across = max(len(row) for row in rows)
+    page = look.page(columns or (1 if across == 1 else 2), (height or HEIGHTS.get(across, 1.6)) * len(rows) + 0.15)
+    cells = page.body.subplots(len(rows), across, squeeze=False, sharex=share_x, sharey=share_y, width_ratios=widths)
+    letters = iter("ABCDEFGHIJKLMNOPQRSTUVWXYZ" + "abcdefghijklmnopqrstuvwxyz")
+    several = sum(cell is not None for row in rows for cell in row) > 1
+    for row, places in zip(rows, cells, strict=True):
+        for cell, ax in itertools.zip_longest(row, places):
+            if cell is None:
+                ax.set_axis_off()
+                continue
+            drawing[cell.panel](measured.sel(cell.at) if cell.at else measured, ax)
+            heading(ax, cell.title, next(letters) if several else "")
+    once(page, cells, share_x, share_y)
+    if key is not None:
+        legend(page, key)
+    page.say(captions.caption(measured, says, spread, paper=paper))
+    page.provenance = captions.provenance(measured)
+    return page
+
+
+def heading(ax: Axes, title: str, letter: str = "") -> None:
+    """Set the title of a panel, at its left, after its bold letter, in lines that fit its width."""
+    whole = f"{letter} {title}".strip()
+    size = float(ax.title.get_fontsize())
+    spec = ax.get_gridspec()
+    width = ax.figure.figure.get_figwidth() / (1 if spec is None else spec.ncols)
+    text = "\n".join(look.wrapped(whole, size, 0.86 * width))
+    if letter:
+        text = rf"$\mathbf{{{letter}}}$" + text[1:]
+    ax.set_title(text, loc="left")
+
+
+def once(
+    page: look.Page, cells: NDArray, share_x: bool | Literal["row", "col"], share_y: bool | Literal["row", "col"]
+) -> None:
+    """Label axes that panels share once: for the whole page where all are the same, else for each row."""
+    drawn = [ax for ax in cells.flat if ax.axison]
+    if share_x:
+        _hide_ticks(cells, "x", share_x)
+    if share_y:
+        _hide_ticks(cells, "y", share_y)
+    for axis, side in (("x", 1), ("y", 0)):
+        texts = {getattr(ax, f"get_{axis}label")() for ax in drawn}
+        length = page.get_figwidth() if axis == "x" else page.get_figheight()
+        if len(texts) == 1 and cells.shape[side] > 1:
+            for ax in drawn:
+                ax.set(**{f"{axis}label": ""})
+            getattr(page.body, f"sup{axis}label")("\n".join(look.wrapped(texts.pop(), look.points(7.5), 0.85 * length)))
+            continue
+        for line in cells if axis == "y" else cells.T:
+            own = [ax for ax in line if ax.axison]
+            if axis == "x":
+                own.reverse()
+            same = len({getattr(ax, f"get_{axis}label")() for ax in own}) == 1
+            for position, ax in enumerate(own):
+                text = getattr(ax, f"get_{axis}label")()
+                fit = look.wrapped(
+                    text, getattr(ax, f"{axis}axis").label.get_fontsize(), 0.8 * length / cells.shape[side]
+                )
+                ax.set(**{f"{axis}label": "" if same and position else "\n".join(fit)})
+
+
+def _hide_ticks(cells: NDArray, axis: str, shared: bool | Literal["row", "col"]) -> None:
+    """Leave tick labels only where no panel that shares the axis stands below or to the left."""
+    for (row, column), ax in np.ndenumerate(cells):
+        if axis == "x":
+            hidden = shared != "row" and any(other.axison for other in cells[row + 1 :, column])
+        else:
+            hidden = shared != "col" and column > 0
+        if hidden and ax.axison:
+            ax.tick_params(axis=axis, which="both", **{f"label{'bottom' if axis == 'x' else 'left'}": False})
+            getattr(ax, f"{axis}axis").get_offset_text().set_visible(False)
+
+
+class _FewDecades(LogLocator):
+    """Ticks at a few powers of ten; over less than two decades at 1, 2 and 5 of each, over less than a third at few."""
+
+    def tick_values(self, vmin: float, vmax: float) -> Any:
+        span = float(np.log10(vmax / vmin)) if 0 < vmin < vmax else 9.0
+        if span < 0.7:
+            return MaxNLocator(nbins=3).tick_values(vmin, vmax)
+        self.set_params(subs=(1.0, 2.0, 5.0) if span < 1.5 else (1.0,), numticks=6 if span < 1.5 else 5)
+        return super().tick_values(vmin, vmax)
+
+
+def _tick_text(value: float, _: object = None) -> str:
+    """A number as a power of ten where that is shorter."""
+    if value <= 0:
+        return ""
+    power = int(np.floor(np.log10(value) + 1e-9))
+    front = value / 10.0**power
+    if -3 < power < 4:
+        return f"{value:g}"
+    return rf"$10^{{{power}}}$" if abs(front - 1) < 1e-6 else rf"${front:g}\times 10^{{{power}}}$"
+
+
+def decades(ax: Axes, axis: str = "y") -> None:
+    """Make the axis ``x`` or ``y`` logarithmic, with few ticks that are read at once."""
+    getattr(ax, f"set_{axis}scale")("log")
+    own = getattr(ax, f"{axis}axis")
+    own.set_major_locator(_FewDecades())
+    own.set_major_formatter(FuncFormatter(_tick_text))
+    own.set_minor_formatter(NullFormatter())
+
+
+def legend(page: look.Page, title: str = "", *, handles: Sequence[Any] | None = None) -> None:
+    """Add one legend for all panels above them, of each label once; none if there is a single line and no title."""
+    found: dict[str, Any] = {}
+    if handles is None:
+        for ax in page.axes:
+            for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
+                found.setdefault(label, handle)
+    else:
+        found = {handle.get_label(): handle for handle in handles}
+    if len(found) < 2 and not (found and title):
+        return
+    page.legend_below(list(found.values()), list(found), title)
+
+
 def grid(
     ds: xr.Dataset,
     draw: Callable[[dict[str, Any], Axes], object],
@@ -84,10 +248,10 @@ def grid(
     title: str,
     across: Sequence[str],
     down: Sequence[str] = (),
-    share: bool | Literal["row", "col"] = True,
-    beside: float = 0.0,
-) -> Figure:
-    """Figure with one panel per point of the dimensions `across` and `down`, and `beside` inches for a legend.
+    share: bool = True,
+    spread: captions.Spread = "curves",
+) -> look.Page:
+    """Page with one panel per point of the dimensions `across` and `down`; a single row of many goes over several.
 
     Raises:
         ValueError: if there are more than `MAX_PANELS`.
@@ -97,25 +261,22 @@ def grid(
         raise ValueError(
             f"{title}: {len(columns) * len(rows)} panels are more than {MAX_PANELS}; select a part of the sweep first"
         )
-    size = (PANEL[0] * max(len(columns), 1.6) + beside, PANEL[1] * max(len(rows), 1.3) + 0.4)
-    figure = Figure(figsize=size, layout="constrained")
-    cells = figure.subplots(len(rows), len(columns), squeeze=False, sharex=share, sharey=share)
-    for (i, row), (j, column) in itertools.product(enumerate(rows), enumerate(columns)):
-        draw({**column, **row}, cells[i, j])
-        name = name_of(ds, {**column, **row})
-        cells[i, j].set_title(name, fontsize=9 if len(name) < 32 else 7)
-        if share:
-            cells[i, j].label_outer()
-    for axis in ("x", "y"):
-        text = getattr(cells[-1, 0], f"get_{axis}label")()
-        for panel in cells.flat:
-            panel.set(**{f"{axis}label": ""})
-        letters = 10 * size[0] if axis == "x" else 8.5 * size[1]
-        getattr(figure, f"sup{axis}label")(textwrap.fill(text, int(letters)), fontsize=10)
-    # aligned left, since a legend may be at the right
-    wrapped = textwrap.fill(title, int(10 * (size[0] - beside)))
-    figure.suptitle(wrapped, x=0.01, ha="left", fontsize=11)
-    return figure
+    cells: list[list[Cell | None]] = [
+        [Cell("panel", {}, name_of(ds, {**column, **row})) for column in columns] for row in rows
+    ]
+    chosen = [{**column, **row} for row in rows for column in columns]
+    most = MOST_COLUMNS if len(columns) % 4 else 4
+    if len(columns) > most:
+        flat = [cell for row in cells for cell in row]
+        broken = -(-len(columns) // -(-len(columns) // most))
+        cells = [
+            flat[i : i + broken] + [None] * (broken - len(flat[i : i + broken])) for i in range(0, len(flat), broken)
+        ]
+    left = iter(chosen)
+    return arrange(
+        ds, {"panel": lambda _, ax: draw(next(left), ax)}, cells, says=title, spread=spread, share_x=share,
+        share_y=share, key=None,
+    )  # fmt: skip
 
 
 def two_ways(swept: Sequence[str]) -> Ways:
@@ -123,21 +284,15 @@ def two_ways(swept: Sequence[str]) -> Ways:
     return {"across": swept[:1], "down": swept[1:]}
 
 
-def legend(figure: Figure) -> None:
-    """Add one legend for all panels, from the first panel's lines; none if there is a single line."""
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    if len(labels) > 1:
-        figure.legend(handles, labels, loc="outside right upper", fontsize=7)
-
-
-def shade_bar(figure: Figure, count: int, text: str) -> None:
-    """Add the colour bar of `panels.shade` for numbers 1..count."""
+def shade_bar(page: look.Page, count: int, text: str) -> None:
+    """Add the colour bar of `style.shade` for numbers 1..count."""
     if count == 1:
         return
-    norm = Normalize(1, 1 + (count - 1) / panels.LIGHTEST)
-    bar = figure.colorbar(ScalarMappable(norm, colormaps["viridis"].resampled(256)), ax=figure.axes, label=text)
-    bar.locator = MaxNLocator(integer=True)
-    bar.ax.set_ylim(1, count)
+    bar = page.body.colorbar(
+        ScalarMappable(Normalize(0.5, count + 0.5), look.ORDERED), ax=page.axes, label=text, aspect=30
+    )
+    bar.locator = MaxNLocator(integer=True, nbins=6)
+    bar.set_ticks(sorted({1, count} | set(range(5, count - 2, 5))) if count > 6 else list(range(1, count + 1)))
 
 
 def place(ds: xr.Dataset) -> str:

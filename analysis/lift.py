@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -81,7 +82,8 @@ def _blockwise(
     along those axes.
     """
     if not any(isinstance(array, dask.array.Array) for array in arrays):
-        return formula(*map(np.asarray, arrays), **knobs)  # for arrays without dimensions xarray passes a number
+        # for arrays without dimensions xarray passes a number; differentiable arrays stay what they are
+        return formula(*(a if hasattr(a, "__array_namespace__") else np.asarray(a) for a in arrays), **knobs)
     count = max(array.ndim - len(own) for array, own in zip(arrays, reads, strict=True))
     outer = tuple(f"{i} outer" for i in range(count))  # names that no dimension of the schema has
     pairs: list[Any] = []
@@ -107,6 +109,46 @@ def _on_blocks(formula: Callable[..., NDArray], knobs: Mapping[str, Any], *block
             (block,) = block
         arrays.append(np.asarray(block))
     return formula(*arrays, **knobs)
+
+
+#: Blocks of members are cut into single seeds where there are fewer of them than this.
+FEW_BLOCKS = 32
+
+
+def blockwise(
+    job: Callable[..., NDArray], index: NDArray, arrays: Sequence[xr.DataArray], lead: Sequence[str], count: int
+) -> Any:
+    """What `job` gives for blocks of members, (*lead, count); lazy if an array is.
+
+    For measures that need whole members and are not array formulas.
+
+    Args:
+        job: Function of a block of `index` and of the blocks of each array; gives (*lead of the block, count).
+        index: (*lead), of integers.
+        arrays: Arrays with dimensions among `lead`, then others.
+        lead: Dimensions, with ``seed`` among them.
+        count: How many values there are for each entry of `index`.
+    """
+    if all(array.chunks is None for array in arrays):
+        return job(index, *(array.values for array in arrays)) if arrays else np.full((*index.shape, count), np.nan)
+    whole = [a.chunk({dim: -1 for dim in a.dims if dim not in lead}) for a in arrays]
+    tiles = max(math.prod(len(a.chunksizes[dim]) for dim in lead if dim in a.dims) for a in whole)
+    whole = [a.chunk({"seed": 1}) for a in whole] if tiles < FEW_BLOCKS else whole
+    first = whole[0]
+    numbered = dask.array.from_array(index, chunks=tuple(first.chunksizes[dim] for dim in lead))
+    pairs: list[Any] = [numbered, tuple(lead)]
+    for position, array in enumerate(whole):
+        own = tuple(str(dim) for dim in array.dims if dim in lead)
+        pairs += [array.data, (*own, *(f"{position} {dim}" for dim in array.dims if dim not in lead))]
+    return dask.array.blockwise(
+        partial(_on_blocks, job, {}),
+        (*lead, "value"),
+        *pairs,
+        new_axes={"value": count},
+        dtype=np.float64,
+        meta=np.empty((0,) * (len(lead) + 1)),
+        name=f"members-{tokenize(job, index, *arrays)}",
+    )
 
 
 def cellwise(measure: Callable[[xr.Dataset], Sequence[float]], cells: NDArray, count: int) -> Any:

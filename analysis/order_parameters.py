@@ -11,30 +11,36 @@ from __future__ import annotations
 
 import numpy as np
 import xarray as xr
-from numpy.typing import NDArray
 from tsdyn.analysis.alignment import without_padding
 from tsdyn.analysis.identity import per_point
 from tsdyn.analysis.lift import lift
 
 from tsdyn import layer as one_layer
 from tsdyn.archive.selecting import lowest_layer
-from tsdyn.networks.node_pairs import FIELDS, overlap
+from tsdyn.networks.node_pairs import FIELDS, Array, overlap
 from tsdyn.vocabulary import SAAD
 
 SIMSEK = "Simsek et al. 2023 (arXiv:2311.01644), section 4"
 
 
-def cosine(w: NDArray, w2: NDArray) -> NDArray:
-    """Cosines of weights, (..., node, input), (..., node_2, input) -> (..., node, node_2); NaN for zero weights."""
+def cosine(w: Array, w2: Array) -> Array:
+    """Cosines of weights, (..., node, input), (..., node_2, input) -> (..., node, node_2); NaN for zero weights.
+
+    Examples:
+        >>> import numpy as np
+        >>> from tsdyn.analysis.order_parameters import cosine
+        >>> cosine(np.array([[1.0, 0.0]]), np.array([[0.0, 2.0], [3.0, 0.0]])).tolist()
+        [[0.0, 1.0]]
+    """
     norms = [np.linalg.norm(v, axis=-1) for v in (w, w2)]
     first, second = (v / np.where(norm > 0, norm, np.nan)[..., None] for v, norm in zip((w, w2), norms, strict=True))
-    found: NDArray = overlap(first, second)
+    found: Array = overlap(first, second)
     return found
 
 
-def scaled_overlap(w: NDArray, w2: NDArray, std: NDArray) -> NDArray:
+def scaled_overlap(w: Array, w2: Array, std: Array) -> Array:
     """Overlaps std² w_i·w_k, (..., node, input), (..., node_2, input), (...) -> (..., node, node_2); padding NaN."""
-    found: NDArray = overlap(w, w2) * (std**2)[..., None, None]
+    found: Array = overlap(w, w2) * (std**2)[..., None, None]
     return found
 
 
@@ -106,6 +112,13 @@ def order_parameters(archive: xr.Dataset) -> xr.Dataset:
 
     Raises:
         ValueError: if weights are not recorded, or the slice is of another layer or lacks a node dimension.
+
+    Examples:
+        >>> import tsdyn
+        >>> ds = tsdyn.open("runs/quickstart")
+        >>> from tsdyn.analysis.order_parameters import order_parameters
+        >>> order_parameters(ds)["Q"].dims
+        ('overrealization', 'seed', 'epoch', 'node', 'node_2')
     """
     student, teacher = _weights(archive, "order_parameters")
     below = "input_node"
@@ -142,6 +155,13 @@ def cosines(archive: xr.Dataset) -> xr.DataArray:
 
     Raises:
         ValueError: as `order_parameters`.
+
+    Examples:
+        >>> import tsdyn
+        >>> ds = tsdyn.open("runs/quickstart")
+        >>> from tsdyn.analysis.order_parameters import cosines
+        >>> cosines(ds).isel(epoch=-1).dims
+        ('overrealization', 'seed', 'node', 'teacher_node')
     """
     return lift(
         cosine,

@@ -1,8 +1,9 @@
-"""Drawing functions for one set of axes each, from labelled, measured arrays; they compute nothing.
+"""Drawing functions for one set of axes each, from labelled, measured arrays; they compute nothing but quantiles.
 
-Colours: Okabe & Ito's palette for unordered things, viridis for ordered ones, RdBu for signed values, cividis for
-shares.  All can be distinguished with every common kind of colour vision, and the last three also in print without
-colour (RdBu's signs only by its labels).  When there are more lines than colours, line styles distinguish them.
+Colours: `tsdyn.analysis.style`'s palette for unordered things, viridis as far as it is seen on white for ordered ones,
+RdBu for signed values (blue is positive), cividis for shares.  When there are more lines than colours, line styles
+distinguish them.  One rule for the spread over seeds: from five seeds on the median with the middle 80 % as a band,
+below every seed as a thin line; shares with Wilson's intervals as a band.
 """
 
 from __future__ import annotations
@@ -14,23 +15,25 @@ import numpy as np
 import xarray as xr
 from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from tsdyn.analysis import style as look
+from tsdyn.analysis.style import LIGHTEST, PALETTE, shade
 
 from tsdyn.schema import printable
 
-#: Okabe & Ito (2008); yellow, faint on white, comes last.
-PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#F0E442")
+__all__ = [
+    "LIGHTEST", "NUMBERED", "PALETTE", "STYLES", "axes", "axis_label", "colour", "lines", "name_ticks", "nodes",
+    "numbers", "plain", "points", "rate", "shade", "spread", "stack", "style", "table", "whole_numbers",
+]  # fmt: skip
+
 STYLES = ("-", "--", ":", "-.")
-#: Upper end of viridis that is used, since its yellow end is faint on white.
-LIGHTEST = 0.92
 #: A heat map of at most this many cells shows their values as numbers.
 NUMBERED = 60
 
 
 def axes(ax: Axes | None) -> Axes:
-    """`ax`, or the axes of a new figure that no window shows."""
-    return Figure(figsize=(4.5, 3.5), layout="constrained").subplots() if ax is None else ax
+    """`ax`, or the axes of a new figure of one column that no window shows."""
+    return look.page(1, 2.4).body.subplots() if ax is None else ax
 
 
 def axis_label(array: xr.DataArray) -> str:
@@ -53,19 +56,26 @@ def style(position: int) -> str:
     return STYLES[position // len(PALETTE) % len(STYLES)]
 
 
-def shade(position: int, count: int) -> Any:
-    """Colour of an item in an ordered sequence, from dark to light."""
-    return colormaps["viridis"](LIGHTEST * position / max(1, count - 1))
+def whole_numbers(ax: Axes, axis: str = "x", most: int = 5) -> None:
+    """Put ticks of the axis ``x`` or ``y`` at whole numbers, at most about `most`."""
+    getattr(ax, f"{axis}axis").set_major_locator(MaxNLocator(integer=True, nbins=most))
 
 
 def points(x: xr.DataArray, y: xr.DataArray, *, ax: Axes | None = None) -> Axes:
-    """Scatter plot of `y` ≥ 0 against the correlation `x`, both (seed, node): a colour for each seed."""
+    """Scatter plot of `y` ≥ 0 against the correlation `x`, both (seed, node): a colour for each seed.
+
+    Points are drawn in an order that does not depend on the seed, so that no seed hides the others.
+    """
     ax = axes(ax)
-    for position, seed in enumerate(x["seed"].values):
-        drawn = ax.scatter(
-            x.sel(seed=seed), y.sel(seed=seed), s=9, alpha=0.6, linewidths=0, color=colour(position), label=f"{seed}"
-        )
-        drawn.sticky_edges.y.append(0.0)
+    count = x.sizes["seed"]
+    x, y = x.transpose("seed", "node"), y.transpose("seed", "node")
+    ranks = np.broadcast_to(np.arange(count)[:, None], x.shape).ravel()
+    shuffled = np.random.default_rng(0).permutation(ranks.size)
+    drawn = ax.scatter(
+        x.values.ravel()[shuffled], y.values.ravel()[shuffled], s=look.points(2.2) ** 2, linewidths=0,
+        color=[colour(int(k)) if count <= len(PALETTE) else shade(int(k), count) for k in ranks[shuffled]], gid="nodes",
+    )  # fmt: skip
+    drawn.sticky_edges.y.append(0.0)
     # set_ylim would stop autoscaling, and panels that share the axis would be cut at the first one's upper limit
     ax.update_datalim([(0.0, 0.0)], updatex=False)
     lowest = float(np.fmin.reduce(x.values, axis=None, initial=0.0))  # at the start all correlations may be negative
@@ -74,29 +84,50 @@ def points(x: xr.DataArray, y: xr.DataArray, *, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def band(
-    quantiles: xr.DataArray,
+def spread(
+    values: xr.DataArray,
     *,
     along: str = "epoch",
     ax: Axes | None = None,
     color: Any = PALETTE[0],
-    linestyle: str = "-",
+    linestyle: Any = "-",
     label: str | None = None,
+    marker: str | None = None,
+    banded: bool = True,
 ) -> Axes:
-    """Median line against `along` and the band between the lowest and highest quantile; (`along`, quantile).
+    """Draw `values` (seed, `along`) by the rule for spread: median and middle 80 %, or below five seeds every seed.
 
-    A single position is drawn as a marker with an error bar, since a line needs two.
+    A single position is drawn as a marker per seed, or as the median with an error bar, since a line needs two.
     """
     ax = axes(ax)
-    low, middle, high = (quantiles.isel(quantile=i) for i in (0, quantiles.sizes["quantile"] // 2, -1))
-    x = quantiles[along]
-    if x.size == 1:
-        ax.errorbar(x, middle, yerr=[middle - low, high - middle], color=color, label=label, marker="o", markersize=4)
+    values = values.expand_dims("seed") if "seed" not in values.dims else values
+    values = values.transpose("seed", along)
+    x, rows = values[along].values, values.values
+    alive = rows[np.isfinite(rows).any(1)]
+    one = x.size == 1
+    size = look.points(2.6)
+    if len(alive) < look.FEWEST_OF_A_BAND:
+        for row in alive:
+            there = np.isfinite(row)
+            ax.plot(
+                x[there], row[there], color=color, linestyle=linestyle, linewidth=look.points(0.8), label=label,
+                marker="o" if one else marker, markersize=size,
+            )  # fmt: skip
+            label = None
     else:
-        ax.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
-        ax.plot(x, middle, color=color, label=label, linewidth=1.4, linestyle=linestyle)
+        with np.errstate(invalid="ignore"):
+            low, middle, high = np.nanquantile(np.where(np.isfinite(rows), rows, np.nan), look.BAND, axis=0)
+        if one:
+            ax.errorbar(
+                x, middle, yerr=[middle - low, high - middle], color=color, label=label, marker="o", markersize=size
+            )
+        else:
+            if banded:
+                ax.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0, gid="band")
+            ax.plot(x, middle, color=color, label=label, linestyle=linestyle, marker=marker, markersize=size)
+    if along == "epoch":
+        whole_numbers(ax)
     ax.set(xlabel=along)
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     return ax
 
 
@@ -106,36 +137,28 @@ def rate(
     *,
     ax: Axes | None = None,
     color: str = PALETTE[0],
-    beside: float = 0.0,
+    marked: bool = True,
     **line: Any,
 ) -> Axes:
-    """Plot a share in [0, 1] with its interval against teacher node, counted from 1; (teacher_node,), (…, bound).
-
-    The interval is offset by `beside` from its node, so that those of several curves do not overlap.
-    """
+    """Plot a share in [0, 1] with its interval as a band against teacher node, from 1; (teacher_node,), (…, bound)."""
     ax = axes(ax)
-    nodes = share["teacher_node"] + 1
+    nodes = share["teacher_node"].values + 1
     if interval is not None:
-        low, high = (interval.isel(bound=i) for i in (0, 1))
-        ax.vlines(nodes + beside, low, high, color=color, alpha=0.45, linewidth=1.5)
-    ax.plot(nodes, share, color=color, marker="o", markersize=2.5, linewidth=1.2, **line)
-    ax.set(ylim=(-0.05, 1.05), xlabel="teacher node", ylabel=axis_label(share))
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        low, high = (interval.isel(bound=i).values for i in (0, 1))
+        ax.fill_between(nodes, low, high, color=color, alpha=0.15, linewidth=0, gid="band")
+    ax.plot(nodes, share.values, color=color, marker="o" if marked else None, markersize=look.points(2.2), **line)
+    ends = sorted({1, len(nodes)} | {n for n in (5, 10, 15) if n <= len(nodes) - 3})
+    ax.set(ylim=(-0.03, 1.03), xlabel="teacher node", ylabel=axis_label(share), xticks=ends)
     return ax
 
 
-def nodes(values: xr.DataArray, *, ax: Axes | None = None, linewidth: float = 1.2) -> Axes:
-    """One line per teacher node against epoch, dark to light from the first node to the last; (epoch, teacher_node)."""
+def nodes(values: xr.DataArray, *, ax: Axes | None = None) -> Axes:
+    """Lines per teacher node against epoch, dark to light from the first to the last; ([seed,] epoch, teacher_node)."""
     ax = axes(ax)
     count = values.sizes["teacher_node"]
-    mark = "o" if values.sizes["epoch"] == 1 else None
     for j in range(count):
-        ax.plot(
-            values["epoch"], values.isel(teacher_node=j),
-            color=shade(j, count), linewidth=linewidth, marker=mark, markersize=4,
-        )  # fmt: skip
+        spread(values.isel(teacher_node=j), ax=ax, color=shade(j, count))
     ax.set(xlabel="epoch", ylabel=axis_label(values))
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     return ax
 
 
@@ -154,6 +177,8 @@ def table(
         np.ma.masked_invalid(values.values), vmin=limits[0], vmax=limits[1], cmap=colours, aspect="auto",
         interpolation="nearest",
     )  # fmt: skip
+    for side in ("top", "right"):
+        ax.spines[side].set_visible(True)
     if bar:
         ax.figure.colorbar(image, ax=ax, label=axis_label(values))
     return ax
@@ -161,9 +186,9 @@ def table(
 
 def name_ticks(ax: Axes, axis: str, labels: Sequence[str]) -> None:
     """Label the positions 0, 1, 2, ... of the axis ``x`` or ``y`` with category names."""
-    long = axis == "x" and sum(map(len, labels)) > 28
-    turned: dict[str, Any] = {"rotation": 30, "ha": "right"} if long else {}
-    getattr(ax, f"set_{axis}ticks")(range(len(labels)), labels=labels, fontsize=8, **turned)
+    long = axis == "x" and sum(map(len, labels)) > 14
+    turned: dict[str, Any] = {"rotation": 90 if len(labels) > 6 else 30, "ha": "center" if len(labels) > 6 else "right"}
+    getattr(ax, f"set_{axis}ticks")(range(len(labels)), labels=labels, **(turned if long else {}))
 
 
 def stack(shares: xr.DataArray, *, ax: Axes | None = None) -> Axes:
@@ -176,7 +201,7 @@ def stack(shares: xr.DataArray, *, ax: Axes | None = None) -> Axes:
     if along == "epoch" and shares.sizes[along] > 1:
         ax.stackplot(shares[along], shares.values, labels=classes, colors=colours, linewidth=0)
         ax.margins(x=0)
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        whole_numbers(ax)
     else:
         ends = shares.cumsum("class").fillna(0.0).values
         for i, name in enumerate(classes):
@@ -194,7 +219,7 @@ def numbers(values: xr.DataArray, ax: Axes) -> None:
     for (row, column), value in np.ndenumerate(values.values):
         if np.isfinite(value):
             ax.text(
-                column, row, f"{value:.2g}", ha="center", va="center", fontsize=8,
+                column, row, f"{value:.2g}", ha="center", va="center", fontsize=look.points(6.5), gid="in a field",
                 color="white" if value < 0.5 else "black",
             )  # fmt: skip
 
@@ -212,6 +237,5 @@ def lines(weight: xr.DataArray, bias: xr.DataArray, strength: xr.DataArray | Non
         foot = (-b * w1 / length**2, -b * w2 / length**2)
         own = {"color": colour(position), **line}
         if strength is not None:
-            share = float(strength.values[position])
-            own |= {"linewidth": 0.6 + 2.4 * share, "alpha": 0.35 + 0.65 * share}
+            own |= {"linewidth": look.points(0.5 + 2.2 * float(strength.values[position]))}
         ax.axline(foot, (foot[0] - w2 / length, foot[1] + w1 / length), **own)

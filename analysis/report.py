@@ -7,19 +7,23 @@ nothing from elsewhere; figures are embedded.
 from __future__ import annotations
 
 import base64
+import datetime
 import html
 import io
-import itertools
 import json
+import math
+import time
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import xarray as xr
+from tsdyn.analysis import overview
+from tsdyn.analysis.figures import selectable
 from tsdyn.analysis.identity import refuse_odd
 
-from tsdyn import schema, vocabulary
+from tsdyn import schema
 from tsdyn.archive import reading, selecting, whole_files
 from tsdyn.archive.selecting import experiment_of
 
@@ -40,7 +44,11 @@ th, td { text-align: left; padding: .25rem .6rem; border-bottom: 1px solid #ddd;
 td { overflow-wrap: anywhere; } td.key, th { white-space: nowrap; color: #333; }
 pre { background: #f5f5f5; padding: .8rem; overflow-x: auto; font-size: .85rem; }
 figure { margin: 1rem 0; } img { max-width: 100%; height: auto; } figcaption { color: #555; font-size: .9rem; }
-.bad { color: #a40000; } summary { cursor: pointer; }
+.bad { color: #a40000; } summary { cursor: pointer; } section { overflow-x: auto; } img { background: white; }
+@media (prefers-color-scheme: dark) {
+  body { background: #16181c; color: #e6e6e6; } p.sub, figcaption { color: #b0b0b0; }
+  td.key, th { color: #d6d6d6; } pre { background: #22252b; } th, td { border-color: #444; } .bad { color: #ff8f8f; }
+}
 """
 #: Content security policy, by which the browser too refuses scripts and anything from elsewhere.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -85,16 +93,45 @@ def audit_rows(found: xr.Dataset) -> list[tuple[str, str, str, str]]:
 
 
 def _what_ran(ds: xr.Dataset) -> str:
-    sizes = ", ".join(f"{dim} {size}" for dim, size in ds.sizes.items())
-    along = schema.path_of(ds)
-    rows = [
-        ("dimensions", sizes),
-        (f"{along}s", f"{ds[along].values[0]:g} to {ds[along].values[-1]:g}, {ds.sizes[along]} recorded"),
-        ("size", f"{ds.nbytes / 1e6:.1f} MB as arrays"),
-    ]
     kind = "recording" if "recording" in ds.attrs else "experiment"
     written = f"<pre>{text(ds.attrs.get(kind, 'not recorded'))}</pre>"
-    return _section("What ran", _table(rows), f"<details><summary>{kind}.toml</summary>{written}</details>")
+    facts = overview.facts(ds)
+    return _section("What ran", _table(facts.items()), f"<details><summary>{kind}.toml</summary>{written}</details>")
+
+
+def _numbers(ds: xr.Dataset) -> str:
+    """Last numbers of each point: losses, mean correlations, dead seeds."""
+    rows = overview.rows(ds, ROWS)
+    names = list(dict.fromkeys(name for row in rows for name in row.numbers))
+    if not names:
+        return ""
+    listed = [
+        (row.point or "run", *(str(row.numbers[n]) if n in row.numbers else "-" for n in names), row.dead)
+        for row in rows
+    ]
+    left = len(overview.points(ds)) - len(rows)
+    more = f"<p>… and {left} more points: <code>tsdyn show DIR --json</code>.</p>" if left > 0 else ""
+    note = (
+        "<p>At the last recorded step: median over seeds, the middle 80 % of them in brackets. rho_l: mean over "
+        "teacher nodes of the best correlation with any student node, layer l.</p>"
+    )
+    return _section("Numbers", note, _table(listed, ("", *names, "dead seeds")), more)
+
+
+def _each_seed(ds: xr.Dataset) -> str:
+    """Curves of every seed: hover tells seed, step and value; a seed can be selected."""
+    along, swept = schema.path_of(ds), set(selecting.swept_dimensions(ds))
+    name = next((n for n in overview.LOSSES if n in ds and set(ds[n].dims) - swept == {"seed", along}), None)
+    if name is None:
+        return ""
+    points = overview.points(ds)
+    shown = points[: selectable.PANELS]
+    series = [(label, (ds[name].sel(at) if at else ds[name]).load()) for label, at in shown]
+    seeds = ds["seed"].values.tolist()
+    notes = [str(ds[name].attrs.get("long_name", name))]
+    notes += [f"the first {len(shown)} of {len(points)} points"] if len(points) > len(shown) else []
+    notes += [f"the first {selectable.SEEDS} of {len(seeds)} seeds"] if len(seeds) > selectable.SEEDS else []
+    return _section("Each seed", f"<p>{text('; '.join(notes))}</p>", selectable.chart(series, along, seeds, name))
 
 
 def _provenance(ds: xr.Dataset) -> str:
@@ -108,19 +145,6 @@ def _provenance(ds: xr.Dataset) -> str:
         elif key not in ("experiment", "recording"):
             rows.append((key, value))
     return _section("Provenance", _table(rows))
-
-
-def _points(ds: xr.Dataset) -> list[tuple[str, dict[str, object]]]:
-    """Name and selection of each point of the sweep."""
-    swept = selecting.swept_dimensions(ds)
-    listed = [c for c in ds.coords if ds[c].ndim == 1 and ds[c].dims[0] in swept and c not in vocabulary.COORDINATES]
-    found = []
-    for values in itertools.product(*(ds[dim].values for dim in swept)):
-        at = dict(zip(swept, values, strict=True))
-        own = ds[listed].sel(at)
-        keys = [str(c) for c in listed if c != "point" or len(listed) == 1]
-        found.append((", ".join(f"{key} = {own[key].item()}" for key in keys), at))
-    return found
 
 
 def _expected(ds: xr.Dataset) -> int | None:
@@ -138,7 +162,7 @@ def _coverage(ds: xr.Dataset) -> str:
         if "recording" in ds.attrs:
             return _section("Coverage", f"<p>{ds.sizes[along]} {along}s of the user's own loop are there.</p>")
         return _section("Coverage", f"<p>{ds.sizes[along]} of {whole or '?'} {along}s to be recorded are there.</p>")
-    named = _points(ds)
+    named = overview.points(ds)
     shares = [float(ds["coverage"].sel(at)) for _, at in named]
     line = f"<p>{sum(s >= 1 for s in shares)} of {len(shares)} points are finished.</p>"
     order = np.argsort(shares, kind="stable")  # incomplete points first
@@ -150,7 +174,7 @@ def _failures(ds: xr.Dataset, said: Sequence[str]) -> str:
     rows: list[tuple[object, object]] = [("cannot be read", message) for message in said]
     if "death_epoch" in ds.coords:
         death = ds["death_epoch"].load()
-        points = _points(ds) if selecting.swept_dimensions(death) else [("", {})]
+        points = overview.points(ds) if selecting.swept_dimensions(death) else [("", {})]
         for name, at in points:
             for seed in np.atleast_1d(ds["seed"].values):
                 own = death.sel({**at, "seed": seed}) if "seed" in death.dims else death.sel(at)
@@ -162,7 +186,7 @@ def _failures(ds: xr.Dataset, said: Sequence[str]) -> str:
     return _section("Failures", f'<p class="bad">{len(rows)} found.</p>', _table(rows, ("where", "what")))
 
 
-def _figures(ds: xr.Dataset) -> str:
+def _figures(ds: xr.Dataset, directory: str) -> str:
     from tsdyn.analysis.figures import FIGURES, MAX_PANELS
 
     points = int(np.prod([ds.sizes[dim] for dim in selecting.swept_dimensions(ds)]))
@@ -183,7 +207,8 @@ def _figures(ds: xr.Dataset) -> str:
         image = base64.b64encode(held.getvalue()).decode("ascii")
         parts.append(
             f'<figure><img alt="{text(recipe.shows)}" src="data:image/png;base64,{image}">'
-            f"<figcaption>{text(name)}: {text(recipe.shows)}</figcaption></figure>"
+            f"<figcaption>{text(recipe.shows)}. "
+            f"<code>tsdyn plot {text(directory)} {text(name)}</code></figcaption></figure>"
         )
     rest = f"<p>Not drawn:</p><ul>{''.join(f'<li>{text(line)}</li>' for line in left)}</ul>" if left else ""
     return _section("Figures", *parts, "" if parts else "<p>Nothing recorded that a figure shows.</p>", rest)
@@ -226,21 +251,27 @@ def _opened(path: str | Path) -> xr.Dataset:
     return ds
 
 
-def render(path: str | Path, *, audit: bool = True) -> str:
+def render(path: str | Path, *, audit: bool = True, again: float | None = None) -> str:
     """HTML page of a run, a sweep or an archive file.
 
     Args:
         path: As `tsdyn.open` takes it.  Points of a sweep that cannot be read are listed as failures.
         audit: Whether to include the audit of `tsdyn.analysis.audit`, for at most `AUDITED` members.
+        again: Seconds after which a browser reads the page again, for a run that goes on.
 
     Raises:
         ArchiveError: if there is nothing to read, or what there is cannot be an archive's (`refuse_odd`).
+
+    Examples:
+        >>> from tsdyn.analysis.report import render
+        >>> render("runs/quickstart", audit=False)[:15]
+        '<!DOCTYPE html>'
     """
     said: list[str] = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         ds = _opened(path)
-        middle = [_figures(ds), _audit(ds) if audit else ""]
+        middle = [_numbers(ds), _each_seed(ds), _figures(ds, Path(path).name), _audit(ds) if audit else ""]
     for warning in caught:
         message = str(warning.message)
         if "left NaN" in message and message not in said:
@@ -248,19 +279,29 @@ def render(path: str | Path, *, audit: bool = True) -> str:
     name = ds.attrs.get("name", Path(path).name)
     sections = [_what_ran(ds), _failures(ds, said), _coverage(ds), *middle, _provenance(ds), _variables(ds)]
     made = [
-        ds.attrs.get("created"),
+        f"run {ds.attrs['created']}" if "created" in ds.attrs else None,
+        f"{ds.sizes['seed']} seeds",
+        f"page of {_now()}",
         f"tsdyn {ds.attrs.get('tsdyn_version', '?')}",
         f"digest {ds.attrs.get('digest', '?')}",
     ]
-    line = ", ".join(str(part) for part in made if part)
+    style = STYLE + selectable.styles(ds["seed"].values.tolist())
+    return _page(name, ", ".join(str(part) for part in made if part), filter(None, sections), style, again)
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+
+
+def _page(name: object, line: str, sections: Iterable[str], style: str, again: float | None) -> str:
+    refresh = f'<meta http-equiv="refresh" content="{math.ceil(again)}">\n' if again is not None else ""
+    live = "<p>The run goes on; this page reads itself anew.</p>\n" if again is not None else ""
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{text(POLICY)}">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{text(POLICY)}">\n{refresh}'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{text(name)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
-        f'<h1>{text(name)}</h1>\n<p class="sub">{text(line)}</p>\n'
-        + "\n".join(filter(None, sections))
-        + "\n</body>\n</html>\n"
+        f"<title>{text(name)}</title>\n<style>{style}</style>\n</head>\n<body>\n"
+        f'<h1>{text(name)}</h1>\n<p class="sub">{text(line)}</p>\n{live}' + "\n".join(sections) + "\n</body>\n</html>\n"
     )
 
 
@@ -269,7 +310,60 @@ def write(path: str | Path, output: str | Path, *, audit: bool = True) -> Path:
 
     Raises:
         ArchiveError: if there is nothing to read, or `output` cannot be written.
+
+    Examples:
+        >>> from tsdyn.analysis.report import write
+        >>> str(write("runs/quickstart", "page.html", audit=False))
+        'page.html'
     """
     page, target = render(path, audit=audit), whole_files.local_path(output)
     whole_files.write_text(target, page)
     return target
+
+
+def watch(path: str | Path, output: str | Path, *, every: float = 5.0, audit: bool = True) -> Iterator[float]:
+    """Write the page anew every so many seconds until the run or sweep is finished; yields the share that is committed.
+
+    While the run goes on, the page refreshes itself and has no audit; before the first commit it says so.  The last
+    page, of the finished run, has all.
+
+    Raises:
+        ArchiveError: as `write`, but for a directory in which nothing is committed yet.
+
+    Examples:
+        >>> from tsdyn.analysis.report import watch
+        >>> list(watch("runs/quickstart", "page.html", audit=False))  # finished, so one page
+        [1.0]
+    """
+    target = whole_files.local_path(output)
+    while True:
+        try:
+            share = committed(path)
+        except whole_files.DirectoryError as error:
+            if not (Path(path) / "experiment.toml").exists():
+                raise
+            waiting = _section("Coverage", f"<p>{text(error)}</p>")
+            whole_files.write_text(target, _page(Path(path).name, f"page of {_now()}", [waiting], STYLE, every))
+            share = 0.0
+        else:
+            done = share >= 1
+            whole_files.write_text(target, render(path, audit=audit and done, again=None if done else every))
+        yield share
+        if share >= 1:
+            return
+        time.sleep(every)
+
+
+def committed(path: str | Path) -> float:
+    """Share of the recorded steps of a run, or of all points of a sweep, that are committed; 1 if it is finished.
+
+    Examples:
+        >>> from tsdyn.analysis.report import committed
+        >>> committed("runs/quickstart")
+        1.0
+    """
+    ds = _opened(path)
+    if "coverage" in ds.coords:
+        return float(ds["coverage"].mean())
+    whole = _expected(ds)
+    return 1.0 if not whole else min(1.0, ds.sizes[schema.path_of(ds)] / whole)

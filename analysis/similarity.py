@@ -7,11 +7,18 @@ would be large whatever was learned; they raise ValueError.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+
 import numpy as np
 import torch
 import xarray as xr
 from numpy.typing import NDArray
-from tsdyn.analysis.members import Member, each
+from tsdyn.analysis import own_modules
+from tsdyn.analysis.members import Member, each, each_cell
+from tsdyn.analysis.own_modules import Maker
+
+from tsdyn.archive.selecting import experiment_of
 
 KORNBLITH = "Kornblith et al. 2019 (arXiv:1905.00414), Eq. 4"
 RAGHU = "Raghu et al. 2017 (arXiv:1706.05806)"
@@ -61,6 +68,14 @@ def linear_cka(x: NDArray, y: NDArray, *, debiased: bool = False) -> float:
     Raises:
         ValueError: if samples differ in number or are too few (no more than both widths together, plain).
         Source: Kornblith et al. 2019 (arXiv:1905.00414), Eq. 4; Song et al. 2012 (JMLR 13:1393), Eq. 5, debiased.
+
+    Examples:
+        >>> import numpy as np
+        >>> from tsdyn.analysis.similarity import linear_cka
+        >>> x = np.random.default_rng(0).standard_normal((100, 3))
+        >>> rotation = np.linalg.qr(np.random.default_rng(1).standard_normal((3, 3)))[0]
+        >>> round(linear_cka(x, 2 * x @ rotation), 12)  # of rotated and scaled activations
+        1.0
     """
     fewest = 3 if debiased else x.shape[-1] + y.shape[-1]
     x, y = _centred(x, y, "linear_cka", fewest)
@@ -96,6 +111,13 @@ def svcca(x: NDArray, y: NDArray, *, variance: float = 0.99) -> float:
     Raises:
         ValueError: as `linear_cka`, or if `variance` is outside (0, 1].
         Source: Raghu et al. 2017 (arXiv:1706.05806).
+
+    Examples:
+        >>> import numpy as np
+        >>> from tsdyn.analysis.similarity import svcca
+        >>> x = np.random.default_rng(0).standard_normal((100, 3))
+        >>> round(svcca(x, x @ np.diag([1.0, 2.0, 3.0]), variance=1.0), 6)
+        1.0
     """
     if not 0 < variance <= 1:
         raise ValueError(f"svcca: variance={variance!r}; it lies in (0, 1]")
@@ -124,46 +146,92 @@ def _principal(x: NDArray, variance: float, eps: float) -> NDArray:
     return basis
 
 
-def student_teacher(archive: xr.Dataset, *, samples: int | None = None, debiased: bool = False) -> xr.Dataset:
+def student_teacher(
+    archive: xr.Dataset,
+    *,
+    samples: int | None = None,
+    debiased: bool = False,
+    student: Maker | None = None,
+    teacher: Maker | None = None,
+) -> xr.Dataset:
     """``cka`` and ``svcca`` of student and teacher activations at each layer; (..., layer), lazy if `archive` is.
 
-    On the evaluation set, which is redrawn, at one epoch.  NaN above the last layer of a point that has fewer layers.
+    On the evaluation set, which is redrawn, at every epoch that `archive` holds.
+    NaN above the last layer of a point that has fewer layers.
+    Layers of own modules, at one epoch, are paired from the lowest, the output layers with each other; NaN where the
+    teacher has no such layer.
 
     Args:
-        archive: A run, a sweep or a slice, at one epoch, with weights.
+        archive: A run, a sweep or a slice, with weights; with ``parameter`` of an own module.
         samples: Number of samples to use from the start of the evaluation set; None uses all.
         debiased: Whether to use the debiased estimator of CKA, see `linear_cka`.
+        student, teacher: The functions that make modules of the user's own, where the run has such.
 
     Raises:
-        ValueError: if epochs are left, layers are not, weights were not recorded, or samples are too few.
+        ValueError: if one layer is left, weights were not recorded, or samples are too few.
+
+    Examples:
+        >>> import tsdyn
+        >>> from tsdyn.analysis.similarity import student_teacher
+        >>> ds = tsdyn.open("runs/quickstart").isel(overrealization=0, epoch=-1, seed=[0])
+        >>> student_teacher(ds).cka.dims
+        ('seed', 'layer')
     """
-    if "epoch" in archive.dims:
-        raise ValueError("student_teacher: epochs are left; select one, e.g. ds.isel(epoch=-1)")
     if "layer" not in archive.dims:
         raise ValueError("student_teacher: one layer is left; networks are made of all of them, select it afterwards")
     layers = archive["layer"].values.tolist()
 
-    def measure(member: Member) -> list[float]:
-        with torch.no_grad():
-            x = member.evaluation_inputs[:samples]
-            traces = [net.trace(x).activations for net in (member.student, member.teacher)]
-        pairs = [(f.numpy(), f_star.numpy()) for f, f_star in zip(*traces, strict=True)]
-        above = [np.nan] * (len(layers) - len(pairs))
-        cka = [linear_cka(*pair, debiased=debiased) for pair in pairs]
-        return cka + above + [svcca(*pair) for pair in pairs] + above
+    def compared(pairs: Iterable[tuple[int, NDArray, NDArray]]) -> list[list[float]]:
+        cka, cca = dict.fromkeys(layers, np.nan), dict.fromkeys(layers, np.nan)
+        for number, f, f_star in pairs:
+            cka[number], cca[number] = linear_cka(f, f_star, debiased=debiased), svcca(f, f_star)
+        return [list(cka.values()), list(cca.values())]
 
+    experiment = experiment_of(archive)
+    own_modules.refuse_without_makers(experiment, student, teacher, "student_teacher")
+    if experiment.of_own_modules:
+        found = _of_modules(archive, compared, layers, student, teacher, samples)
+    else:
+
+        def measure(member: Member) -> list[list[float]]:
+            with torch.no_grad():
+                x = member.evaluation_inputs[:samples]
+                traces = [net.trace(x).activations for net in (member.student, member.teacher)]
+            return compared((i, f.numpy(), t.numpy()) for i, (f, t) in enumerate(zip(*traces, strict=True), start=1))
+
+        gives = {name: {"layer": layers} for name in ("cka", "svcca")}
+        found = each(archive, measure, ("cka", "svcca"), gives=gives)
+    said = {
+        "cka": (f"{'debiased ' * debiased}linear CKA of student and teacher", KORNBLITH),
+        "svcca": ("SVCCA of student and teacher", RAGHU),
+    }
+    return found.assign(
+        {name: found[name].assign_attrs(units="1", long_name=t, source=source) for name, (t, source) in said.items()}
+    )
+
+
+def _of_modules(
+    archive: xr.Dataset,
+    compared: Callable[[Iterable[tuple[int, NDArray, NDArray]]], list[list[float]]],
+    layers: Sequence[int],
+    student: Maker | None,
+    teacher: Maker | None,
+    samples: int | None,
+) -> xr.Dataset:
+    """The two variables of runs with modules of the user's own, which are made anew."""
     names = [f"{kind}_{number}" for kind in ("cka", "svcca") for number in layers]
-    found = each(archive, measure, names)
+    rebuild = partial(own_modules.activations, student=student, teacher=teacher, samples=samples)
+    needs = [name for name in ("parameter", "teacher_parameter") if name in archive]
 
-    def stacked(kind: str, long_name: str, source: str) -> xr.DataArray:
-        parts = [found[f"{kind}_{number}"] for number in layers]
+    def measure(both: own_modules.Activations) -> list[float]:
+        return [value for values in compared(both.pairs()) for value in values]
+
+    cells = each_cell(archive, measure, names, rebuild=rebuild, needs=needs)
+
+    def stacked(kind: str) -> xr.DataArray:
+        parts = [cells[f"{kind}_{number}"] for number in layers]
         axis = xr.DataArray(layers, dims="layer", name="layer")
         joined = xr.concat(parts, dim=axis, coords="minimal", compat="override", join="exact", combine_attrs="drop")
-        return joined.transpose(..., "layer").assign_attrs(units="1", long_name=long_name, source=source)
+        return joined.transpose(..., "layer")
 
-    return xr.Dataset(
-        {
-            "cka": stacked("cka", f"{'debiased ' * debiased}linear CKA of student and teacher", KORNBLITH),
-            "svcca": stacked("svcca", "SVCCA of student and teacher", RAGHU),
-        }
-    )
+    return xr.Dataset({kind: stacked(kind) for kind in ("cka", "svcca")})

@@ -11,9 +11,10 @@ from typing import Literal, TypeAlias, assert_never
 
 import numpy as np
 import xarray as xr
-from numpy.typing import NDArray
 from scipy.special import bdtr, ndtri, stdtrit
 from tsdyn.analysis.lift import lift
+
+from tsdyn.networks.node_pairs import Array
 
 #: Coordinate of the two ends of an interval.
 BOUND = ("low", "high")
@@ -21,7 +22,7 @@ BOUND = ("low", "high")
 FEWEST_OF_A_MEDIAN = 6
 
 
-def _over_present(statistic: Callable[[NDArray], NDArray], values: NDArray, *ends: int) -> NDArray:
+def _over_present(statistic: Callable[[Array], Array], values: Array, *ends: int) -> Array:
     """`statistic` along the last axis, without its NaN entries; NaN where none is left.
 
     Args:
@@ -43,31 +44,59 @@ def _over_present(statistic: Callable[[NDArray], NDArray], values: NDArray, *end
     return found.reshape((*values.shape[:-1], *ends))
 
 
-def present(values: NDArray) -> NDArray:
-    """Number of values that are not NaN, (..., seed) -> (...)."""
+def present(values: Array) -> Array:
+    """Number of values that are not NaN, (..., seed) -> (...).
+
+    Examples:
+        >>> import numpy as np
+        >>> from tsdyn.analysis.summary import present
+        >>> float(present(np.array([1.0, np.nan, 3.0])))
+        2.0
+    """
     return np.asarray((~np.isnan(values)).sum(-1), float)
 
 
-def mean(values: NDArray) -> NDArray:
-    """Mean of the values that are not NaN, (..., seed) -> (...)."""
+def mean(values: Array) -> Array:
+    """Mean of the values that are not NaN, (..., seed) -> (...).
+
+    Examples:
+        >>> import numpy as np
+        >>> from tsdyn.analysis.summary import mean
+        >>> float(mean(np.array([1.0, np.nan, 3.0])))
+        2.0
+    """
     with np.errstate(invalid="ignore"):  # ∞ − ∞ is NaN
         return _over_present(lambda rows: rows.mean(-1), values)
 
 
-def standard_deviation(values: NDArray) -> NDArray:
-    """Sample standard deviation (divisor n − 1) without NaN, (..., seed) -> (...); NaN for fewer than two values."""
+def standard_deviation(values: Array) -> Array:
+    """Sample standard deviation (divisor n − 1) without NaN, (..., seed) -> (...); NaN for fewer than two values.
+
+    Examples:
+        >>> import numpy as np
+        >>> from tsdyn.analysis.summary import standard_deviation
+        >>> round(float(standard_deviation(np.array([1.0, np.nan, 3.0]))), 6)
+        1.414214
+    """
     with np.errstate(invalid="ignore"):  # ∞ − ∞ is NaN
         return _over_present(
             lambda rows: rows.std(-1, ddof=1) if rows.shape[-1] > 1 else np.full(len(rows), np.nan), values
         )
 
 
-def quantiles(values: NDArray, probabilities: Sequence[float]) -> NDArray:
-    """Quantiles without NaN, by linear interpolation between order statistics; (..., seed) -> (..., quantile)."""
+def quantiles(values: Array, probabilities: Sequence[float]) -> Array:
+    """Quantiles without NaN, by linear interpolation between order statistics; (..., seed) -> (..., quantile).
+
+    Examples:
+        >>> import numpy as np
+        >>> from tsdyn.analysis.summary import quantiles
+        >>> quantiles(np.array([1.0, 2.0, np.nan, 3.0]), (0.0, 0.5, 1.0)).tolist()
+        [1.0, 2.0, 3.0]
+    """
     return _over_present(lambda rows: _quantiles(rows, np.asarray(probabilities)), values, len(probabilities))
 
 
-def _quantiles(rows: NDArray, probabilities: NDArray) -> NDArray:
+def _quantiles(rows: Array, probabilities: Array) -> Array:
     """Quantiles (row, entry) -> (row, quantile), as numpy's except in rows with ±∞, where numpy's may be NaN."""
     endless = np.isinf(rows).any(-1)
     found = np.empty((len(rows), len(probabilities)))
@@ -82,11 +111,17 @@ def _quantiles(rows: NDArray, probabilities: NDArray) -> NDArray:
     return found
 
 
-def student_interval(values: NDArray, confidence: float) -> NDArray:
+def student_interval(values: Array, confidence: float) -> Array:
     """Student's t interval of the mean, without NaN; (..., seed) -> (..., bound); NaN for fewer than two values.
 
     x̄ ± t s/√n has exactly the stated coverage for normal values, from n = 2 on; a 95 % bootstrap of three covers 74 %.
     Source: Student 1908 (doi:10.1093/biomet/6.1.1).
+
+    Examples:
+        >>> import numpy as np
+        >>> from tsdyn.analysis.summary import student_interval
+        >>> [round(end, 3) for end in student_interval(np.array([1.0, 2.0, 3.0]), 0.95).tolist()]
+        [-0.484, 4.484]
     """
     n, centre, spread = present(values), mean(values), standard_deviation(values)
     t = stdtrit(np.where(n > 1, n - 1, np.nan), (1 + confidence) / 2)
@@ -95,7 +130,7 @@ def student_interval(values: NDArray, confidence: float) -> NDArray:
         return np.stack([centre - half, centre + half], -1)
 
 
-def _rank(n: NDArray, confidence: float) -> NDArray:
+def _rank(n: Array, confidence: float) -> Array:
     """Largest k with P[x_(k) ≤ median ≤ x_(n+1−k)] = 1 − 2 P[Bin(n, ½) < k] ≥ `confidence`, or 0 for none."""
     k = np.zeros_like(n)
     for candidate in range(1, int(n.max(initial=0)) // 2 + 1):
@@ -103,15 +138,21 @@ def _rank(n: NDArray, confidence: float) -> NDArray:
     return np.where(n >= FEWEST_OF_A_MEDIAN, k, 0)
 
 
-def _level(n: NDArray, k: NDArray) -> NDArray:
+def _level(n: Array, k: Array) -> Array:
     return np.asarray(1 - 2 * bdtr(np.maximum(k - 1, 0), np.maximum(n, 1).astype(int), 0.5))
 
 
-def median_interval(values: NDArray, confidence: float) -> NDArray:
+def median_interval(values: Array, confidence: float) -> Array:
     """Order statistics that enclose the median with at least `confidence`, without NaN; (..., seed) -> (..., bound).
 
     Valid for any distribution without ties.  NaN for fewer than `FEWEST_OF_A_MEDIAN` values, and if no two suffice.
     Source: Thompson 1936 (doi:10.1214/aoms/1177732502).
+
+    Examples:
+        >>> import numpy as np
+        >>> from tsdyn.analysis.summary import median_interval
+        >>> median_interval(np.arange(1.0, 11.0), 0.95).tolist()
+        [2.0, 9.0]
     """
     k = _rank(present(values), confidence)
     ordered = np.sort(values, axis=-1)  # NaN last
@@ -120,18 +161,31 @@ def median_interval(values: NDArray, confidence: float) -> NDArray:
     return np.where((k > 0)[..., None], np.stack(ends, -1), np.nan)
 
 
-def median_level(values: NDArray, confidence: float) -> NDArray:
-    """Confidence that `median_interval` attains, `confidence` or more; (..., seed) -> (...); NaN if there is none."""
+def median_level(values: Array, confidence: float) -> Array:
+    """Confidence that `median_interval` attains, `confidence` or more; (..., seed) -> (...); NaN if there is none.
+
+    Examples:
+        >>> import numpy as np
+        >>> from tsdyn.analysis.summary import median_level
+        >>> round(float(median_level(np.arange(1.0, 11.0), 0.95)), 4)
+        0.9785
+    """
     n = present(values)
     k = _rank(n, confidence)
     return np.where(k > 0, _level(n, k), np.nan)
 
 
-def wilson_interval(values: NDArray, confidence: float) -> NDArray:
+def wilson_interval(values: Array, confidence: float) -> Array:
     """Interval of the share of ones among zeros and ones, without NaN; (..., seed) -> (..., bound).
 
     Wilson's score interval: all p with |p̂ − p| ≤ z √(p (1 − p) / n); unlike p̂ ± z √(p̂ (1 − p̂) / n) it stays within
     [0, 1] and has a width at 0 and 1.  Source: Wilson 1927 (doi:10.1080/01621459.1927.10502953).
+
+    Examples:
+        >>> import numpy as np
+        >>> from tsdyn.analysis.summary import wilson_interval
+        >>> [round(end, 3) for end in wilson_interval(np.array([1.0, 1.0, 0.0, 1.0]), 0.95).tolist()]
+        [0.301, 0.954]
     """
     n, successes = present(values), np.where(np.isnan(values), 0.0, values).sum(-1)
     z2 = ndtri((1 + confidence) / 2) ** 2
@@ -171,6 +225,13 @@ def summarise(
 
     Raises:
         ValueError: if `array` lacks `over`, or a probability is outside [0, 1].
+
+    Examples:
+        >>> import tsdyn
+        >>> ds = tsdyn.open("runs/quickstart")
+        >>> from tsdyn.analysis.summary import summarise
+        >>> sorted(summarise(ds.loss_eval))
+        ['count', 'mean', 'quantiles', 'standard_deviation']
     """
     _check(array, over, "summarise")
     if any(not 0 <= p <= 1 for p in probabilities):
@@ -211,6 +272,13 @@ def interval(
 
     Raises:
         ValueError: if `array` lacks `over`, the statistic is neither, or `confidence` is outside (0, 1).
+
+    Examples:
+        >>> import tsdyn
+        >>> ds = tsdyn.open("runs/quickstart")
+        >>> from tsdyn.analysis.summary import interval
+        >>> interval(ds.loss_eval, confidence=0.9).dims
+        ('overrealization', 'epoch', 'bound')
     """
     _check(array, over, "interval", confidence=confidence)
     if statistic not in ("mean", "median"):
@@ -244,6 +312,14 @@ def share_interval(successes: xr.DataArray, *, over: str = "seed", confidence: f
 
     Raises:
         ValueError: if `successes` lacks `over` or `confidence` is outside (0, 1).
+
+    Examples:
+        >>> import tsdyn
+        >>> ds = tsdyn.open("runs/quickstart")
+        >>> from tsdyn.analysis.summary import share_interval
+        >>> solved = (ds.loss_eval.isel(epoch=-1) < 0.01).astype(float)
+        >>> share_interval(solved).dims
+        ('overrealization', 'bound')
     """
     _check(successes, over, "share_interval", confidence=confidence)
     return lift(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from tsdyn import __version__, vocabulary
 from tsdyn.experiment import experiment
+from tsdyn.experiment.meanings import MEANINGS
 from tsdyn.experiment.parts import Data, Flow, Online, Part, Record, Stop, Student, Teacher, Training
 
 project = "tsdyn"
@@ -89,11 +90,12 @@ def _experiment_tables() -> str:
                 continue
             shape = part.model_json_schema()["properties"][name]
             default = "required" if field.is_required() else f"`{field.default!r}`"
-            rows.append([f"`{name}`", _kind(shape), default])
+            section = {"Top level": "", "training.stop": "training.stop."}.get(title, f"{title.strip('[]')}.")
+            rows.append([f"`{name}`", _kind(shape), default, MEANINGS.get(f"{section}{name}", "")])
         pages += [
             f"## {title}\n",
             part.__doc__.split("\n\n")[0] + "\n",
-            _table(["key", "value", "default"], rows),
+            _table(["key", "value", "default", "meaning"], rows),
         ]
     return "\n".join(pages)
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator, Mapping
-from typing import Protocol, cast, runtime_checkable
-
-import xarray as xr
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Protocol, cast, runtime_checkable
 
 from tsdyn import registers
 from tsdyn.experiment.experiment import Experiment
+
+if TYPE_CHECKING:
+    import xarray as xr
+    from matplotlib.figure import Figure
 
 #: What a study's module has.
 _WORDS = ("TITLE", "SOURCE", "EXPERIMENTS", "measure", "draw")

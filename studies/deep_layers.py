@@ -1,20 +1,15 @@
-"""Parts shared by the figures of deep networks: ρ̄ or r̄ per hidden layer and the loss over epochs, a line per width."""
+"""Parts shared by the figures of deep networks: ρ̄ or r̄ of each hidden layer and the loss over epochs."""
 
 from __future__ import annotations
 
-import itertools
-from textwrap import fill
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
-from tsdyn.analysis import specialization
-from tsdyn.analysis.figures import PANEL
-from tsdyn.analysis.layout import short
-from tsdyn.analysis.panels import colour, shade
+from tsdyn.analysis import captions, layout, panels, specialization
+from tsdyn.analysis import style as look
 
 from tsdyn.archive.selecting import experiment_of, swept_dimensions
 
@@ -46,6 +41,7 @@ def by_network(measured: xr.Dataset) -> xr.Dataset:
     return measured.drop_vars([str(name) for name in measured["point"].coords]).assign_coords(point=kinds)
 
 
+@captions.telling
 def measure(archive: xr.Dataset) -> xr.Dataset:
     """``mean_specialization``, ``mean_rank`` and ``median_rank`` (swept..., seed, epoch, layer) of the hidden layers,
     and loss, mse and top-1 accuracies where they were recorded; loaded.  The attribute ``data`` names the inputs' law.
@@ -80,83 +76,92 @@ def _top_1(accuracy: xr.DataArray) -> xr.DataArray:
     return accuracy.sel(top_k=1, drop=True).assign_attrs(long_name=meaning)
 
 
-def band(values: xr.DataArray, *, ax: Axes, color: Any, label: str, along: str = "epoch") -> None:
-    """Draw the mean over seeds against `along`, with a band from the least to the largest seed; (seed, `along`)."""
-    x = values[along]
-    ax.fill_between(x, values.min("seed"), values.max("seed"), color=color, alpha=0.15, linewidth=0)
-    ax.plot(
-        x, values.mean("seed"), color=color, label=label, linewidth=1.4, marker="o" if along != "epoch" else None, ms=3
-    )
+def first(values: xr.DataArray, *kept: str) -> xr.DataArray:
+    """`values` at the first label of every dimension but ``seed`` and those `kept`."""
+    return values.isel({dim: 0 for dim in values.dims if dim not in ("seed", *kept)})
 
 
-def draw_lines(values: xr.DataArray, lines: str | None, ax: Axes, *, along: str = "epoch") -> None:
-    """Draw one `band` per value of the dimension `lines`: layers dark to light, others in the palette's colours."""
-    there: list[Any] = [None] if lines is None else list(values[lines].values)
-    for position, value in enumerate(there):
-        one = values if lines is None else values.sel({lines: value})
-        if bool(np.isnan(one).all()):
-            continue
-        color = shade(position, len(there)) if lines == "layer" else colour(position)
-        shown = f"layer {value}" if lines == "layer" else short(value)
-        band(one, ax=ax, color=color, label=shown, along=along)
+def panel(name: str, *, along: str = "epoch") -> layout.Panel:
+    """Panel of a measured variable against `along`: layers dark to light, variables without layers black.
+
+    Of a sweep it draws the first point; select another with ``measured.sel``.
+    """
+
+    def drawn(measured: xr.Dataset, ax: Axes) -> None:
+        values = first(measured[name], along, "layer")
+        layers = values["layer"].values.tolist() if "layer" in values.dims else []
+        for position, layer in enumerate(layers):
+            panels.spread(
+                values.sel(layer=layer), ax=ax, along=along, color=look.shade(position, len(layers)),
+                label=f"layer {layer}", marker=None if along == "epoch" else "o",
+            )  # fmt: skip
+        if "layer" not in values.dims:
+            panels.spread(values, ax=ax, along=along, color=look.PALETTE[2], marker=None if along == "epoch" else "o")
+        scale(values, ax)
+        if along == "train":
+            layout.decades(ax, "x")
+            ax.set_xlabel("training samples N")
+
+    drawn.__doc__ = f"Panel of ``{name}`` against {along}."
+    return drawn
+
+
+def scale(values: xr.DataArray, ax: Axes) -> None:
+    """Scale and label the vertical axis: [0, 1] for ρ̄ and accuracies, from 0 for ranks, else logarithmic."""
+    name = str(values.name)
+    if name == "mean_specialization" or name.endswith("accuracy"):
+        ax.set_ylim(-0.02, 1.02)
+    elif name.endswith("rank"):
+        ax.update_datalim([(float(ax.dataLim.x0), 0.0)], updatex=False)
+        ax.autoscale_view(scalex=False)
+    elif bool(np.fmin.reduce(values.values, axis=None) > 0):
+        layout.decades(ax)
+    ax.set_ylabel(NAMES.get(name, panels.axis_label(values)))
+
+
+#: What the vertical axes say.
+NAMES = {
+    "mean_specialization": "mean best correlation ρ̄",
+    "mean_rank": "mean rank r̄ of winners",
+    "median_rank": "median rank of winners",
+    "mse_eval": "evaluation mse per output",
+    "mse_train": "training mse per output",
+    "loss_eval": "evaluation loss",
+    "label_accuracy": "accuracy on labels",
+    "accuracy": "share of samples with the teacher's class",
+}
 
 
 def draw(
     measured: xr.Dataset,
+    drawing: Mapping[str, layout.Panel],
     *,
-    title: str,
-    show: tuple[str, ...] = ("mean_specialization", "mse_eval"),
-    lines: str | None = None,
-) -> Figure:
-    """Figure with a row per point and layered variable: a panel per layer, then per scalar; a colour per `lines` value.
+    says: str,
+    show: Sequence[str] = ("mean_specialization", "mse_eval"),
+    across: Sequence[str] | None = None,
+    height: float = 1.3,
+    paper: Mapping[str, Any] | None = None,
+) -> look.Page:
+    """Page with a column per point of `across` and, for each point of the other swept keys, a row per variable.
 
     Args:
         measured: From `measure`.
-        title: Title of the figure.
-        show: Variables in the order of their panels; those without ``layer`` come at the end of each first row.
-        lines: Swept dimension shown by colour; the first that varies unless given.
+        drawing: Panels by the name of their variable, from `panel`.
+        says: What the figure shows.
+        show: Variables in the order of their rows.
+        across: Swept dimensions along columns; all if None.
+        height: Of a row, in inches on paper.
+        paper: Experiments by scale.
     """
-    swept = swept_dimensions(measured["mean_specialization"])
-    lines = lines or next(iter(swept), None)
-    layered = [name for name in show if "layer" in measured[name].dims]
-    scalars = [name for name in show if name not in layered]
-    others = [dim for dim in swept if dim != lines]
-    points = [dict(zip(others, v, strict=True)) for v in itertools.product(*(measured[d].values for d in others))]
-    rows, layers = list(itertools.product(points, layered)), measured["layer"].values
-    columns = len(layers) + len(scalars)
-    figure = Figure(figsize=(PANEL[0] * 0.85 * columns + 1.2, PANEL[1] * len(rows) + 0.5), layout="constrained")
-    panels = figure.subplots(len(rows), columns, squeeze=False)
-    tops = {name: _top(measured[name]) for name in layered}
-    for (point, name), row in zip(rows, panels, strict=True):
-        for layer, ax in zip(layers, row, strict=False):
-            draw_lines(measured[name].sel({**point, "layer": layer}), lines, ax)
-            ax.set(ylim=(-0.02 * tops[name], 1.02 * tops[name]), title=f"layer {layer}")
-        if name == layered[0]:
-            for scalar, ax in zip(scalars, row[len(layers) :], strict=True):
-                draw_lines(measured[scalar].sel(point), lines, ax)
-                ax.set_title(fill(str(measured[scalar].attrs.get("long_name", scalar)), 28))
-                if not scalar.endswith("accuracy"):
-                    ax.set_yscale("log")
-        else:
-            for ax in row[len(layers) :]:
-                ax.set_axis_off()
-        where = ", ".join(str(v) for v in point.values())
-        row[0].set_ylabel(
-            "\n".join(filter(None, (where, str(measured[name].attrs.get("long_name", name))))), fontsize=8
-        )
-    for ax in panels.flat:
-        ax.title.set_fontsize(8)
-        ax.tick_params(which="both", labelsize=7)
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=4))
-    figure.supxlabel("epoch", fontsize=9)
-    figure.suptitle(f"{title}; mean over {measured.sizes['seed']} seeds, band least to largest", fontsize=10)
-    if lines is not None:
-        handles, labels = panels[0, 0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside right upper", title=lines, fontsize=8, title_fontsize=8)
-    return figure
-
-
-def _top(values: xr.DataArray) -> float:
-    """Upper limit of a panel: ranks of winners fall early, and on the scale [0, 1] they would be flat lines."""
-    largest = float(np.fmax.reduce(values.values, axis=None, initial=0.0))
-    return largest if "rank" in str(values.name) and largest > 0 else 1.0
+    swept = [str(dim) for dim in swept_dimensions(measured["mean_specialization"])]
+    across = list(swept if across is None else [dim for dim in across if dim in swept])
+    columns = layout.points(measured, across)
+    rows: list[list[layout.Cell | None]] = []
+    for down in layout.points(measured, [dim for dim in swept if dim not in across]):
+        for position, name in enumerate(show):
+            titles = [layout.name_of(measured, {**down, **at}) if not position else "" for at in columns]
+            rows.append([layout.Cell(name, {**down, **at}, t) for at, t in zip(columns, titles, strict=True)])
+    return layout.arrange(
+        measured, drawing, rows, says=says, spread="curves", height=height, share_x=True, share_y="row", paper=paper,
+        columns=2,
+    )  # fmt: skip

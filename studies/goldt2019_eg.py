@@ -10,10 +10,11 @@ from collections.abc import Mapping
 
 import numpy as np
 import xarray as xr
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from tsdyn.analysis.panels import PALETTE
+from matplotlib.axes import Axes
+from tsdyn.analysis import captions, layout, panels
+from tsdyn.analysis import style as look
 
+from tsdyn.archive.selecting import experiment_of
 from tsdyn.experiment.experiment import Experiment
 
 TITLE = "generalization error of online learning: simulation against equation"
@@ -45,6 +46,7 @@ EXPERIMENTS: Mapping[str, Experiment] = {
 }
 
 
+@captions.telling
 def measure(archive: xr.Dataset) -> xr.Dataset:
     """eg of simulation and equation over (layers, nodes, seed, alpha), α > 0."""
     ds = archive[["eg", "eg_equation"]].rename(eg="eg_simulation", widths="nodes").load()
@@ -53,26 +55,49 @@ def measure(archive: xr.Dataset) -> xr.Dataset:
     return ds.drop_vars([name for name in ds.coords if name not in ds.dims]).assign_coords(nodes=nodes)
 
 
-def draw(measured: xr.Dataset) -> Figure:
+def _errors(measured: xr.Dataset, ax: Axes) -> None:
+    """Simulation (points, every seed) and equation (lines) against α, of one choice of learning layers."""
+    one = measured.isel(layers=0) if "layers" in measured.dims else measured
+    for position, K in enumerate(one["nodes"].values.tolist()):
+        own, colour = one.sel(nodes=K).transpose("alpha", "seed"), panels.colour(position)
+        alpha = own["alpha"].values
+        shown = np.unique(np.linspace(0, len(alpha) - 1, 18).astype(int))
+        for place, seed in enumerate(own["seed"].values):
+            which = shown[place % 3 :: 3] if len(shown) > 9 else shown  # seeds take turns, so that each is seen
+            ax.plot(
+                alpha[which], own["eg_simulation"].sel(seed=seed).values[which], linestyle="", color=colour,
+                marker="osD^vP*X"[place % 8], markersize=look.points(2.6), markerfacecolor="none",
+                markeredgewidth=look.points(0.6),
+            )  # fmt: skip
+            ax.plot(
+                alpha, own["eg_equation"].sel(seed=seed), color=colour, linewidth=look.points(0.8),
+                linestyle=panels.STYLES[position % 4], label=None if place else f"K = {K} student nodes",
+            )  # fmt: skip
+    layout.decades(ax, "x")
+    ax.set_xlabel("α = steps / N")
+    layout.decades(ax)
+    ax.set_ylabel("generalization error")
+
+
+#: The panel by name; of the first choice of learning layers unless selected.
+PANELS: dict[str, layout.Panel] = {"generalization error": _errors}
+
+
+@look.styled
+def draw(measured: xr.Dataset) -> look.Page:
     """One panel per choice of learning layers: lines are the equation, points the simulation from the same start."""
-    figure = Figure(figsize=(8, 3.4), layout="constrained")
-    layers = measured["layers"].values.tolist()
-    panels = figure.subplots(1, len(layers), sharey=True, squeeze=False)[0]
-    for ax, layer in zip(panels, layers, strict=True):
-        for colour, K in zip(PALETTE, measured["nodes"].values.tolist(), strict=False):
-            one = measured.sel(layers=layer, nodes=K).transpose("alpha", "seed")
-            alpha = one["alpha"].values
-            shown = np.unique(np.linspace(0, len(alpha) - 1, 25).astype(int))
-            ax.plot(alpha, one["eg_equation"].values, color=colour, linewidth=1)
-            ax.plot(alpha[shown], one["eg_simulation"].values[shown], "o", color=colour, markersize=2.5, alpha=0.6)
-        title = _TITLES[layer]
-        ax.set(xscale="log", yscale="log", xlabel="α = steps / N", title=title)
-    panels[0].set_ylabel("generalization error")
-    nodes = measured["nodes"].values.tolist()
-    handles = [Line2D([], [], color=c, label=f"K = {K}") for c, K in zip(PALETTE, nodes, strict=False)]
-    handles += [
-        Line2D([], [], color="0.3", linewidth=1, label="equation"),
-        Line2D([], [], color="0.3", marker="o", markersize=3, linestyle="", label="simulation"),
+    cells = [
+        layout.Cell("generalization error", {"layers": at}, _TITLES[at]) for at in measured["layers"].values.tolist()
     ]
-    panels[-1].legend(handles=handles, frameon=False)
-    return figure
+    says = (
+        f"Online learning, M = {TEACHER_NODES} teacher nodes: simulation (marks, a shape per seed) and equation "
+        "(lines) from the same starts"
+    )
+    page = layout.arrange(
+        measured, PANELS, [cells], says=says, spread="points", share_x=True, share_y=True, columns=2, height=2.2,
+        paper=EXPERIMENTS,
+    )  # fmt: skip
+    told = experiment_of(measured) if "experiment" in measured.attrs else None
+    if told is not None:
+        page.say(f"{page.caption} Output noise {told.online.noise:g}, N = {told.student_widths[0]} inputs.")
+    return page

@@ -23,10 +23,11 @@ from pathlib import Path
 import numpy as np
 import tomli_w
 import xarray as xr
-from matplotlib.figure import Figure
+from matplotlib.axes import Axes
+from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
-from tsdyn.analysis import batch_norm
-from tsdyn.analysis.panels import PALETTE
+from tsdyn.analysis import batch_norm, captions, layout
+from tsdyn.analysis import style as look
 from tsdyn.studies import deep_layers
 
 from tsdyn.archive.netcdf import write_dataset
@@ -39,7 +40,7 @@ SOURCE = "Tian et al. 2019 (arXiv:1905.13405), Figures 6 and 16"
 
 #: Address of the paper's pretrained networks.
 PRETRAINED = "https://download.pytorch.org/models/vgg16_bn-6c64b313.pth"
-COLUMNS = 5
+COLUMNS = 4
 
 
 @dataclass(frozen=True)
@@ -170,33 +171,51 @@ def measure(found: xr.Dataset) -> xr.Dataset:
         last = nodes.rename(pooled="node")
     measured = batch_norm.shift_histogram(last).assign(negative_shift_share=batch_norm.negative_shift_share(last))
     data = found.attrs.get("data") or deep_layers.data_of(found)
-    return measured.assign_attrs(name=found.attrs["name"], data=data, seeds=seeds)
+    return measured.assign_attrs(captions.told(found) | {"name": found.attrs["name"], "data": data, "seeds": seeds})
 
 
-def draw(measured: xr.Dataset) -> Figure:
+def _histogram(measured: xr.Dataset, ax: Axes) -> None:
+    """Histogram of the BatchNorm biases of one layer, the lowest unless selected; negative ones in another colour."""
+    one = measured.isel(layer=0) if "layer" in measured.dims else measured
+    edge, count = one["shift_edge"].values, one["shift_count"].values
+    colours = [look.NEGATIVE if low < 0 else look.POSITIVE for low in edge[:-1]]
+    ax.bar(edge[:-1], count, width=np.diff(edge), align="edge", color=colours)
+    ax.axvline(0, color="black", linewidth=look.points(0.6))
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=4, symmetric=True))
+    ax.yaxis.set_major_locator(MaxNLocator(nbins=3, integer=True))
+    ax.set(xlabel="BatchNorm bias", ylabel="number of nodes")
+
+
+#: The panel by name.
+PANELS: dict[str, layout.Panel] = {"histogram": _histogram}
+
+
+@look.styled
+def draw(measured: xr.Dataset) -> look.Page:
     """Figure with one histogram per BatchNorm layer, the lowest first; negative bins in another colour, share above."""
-    layers = measured["layer"].values
-    rows = -(-len(layers) // COLUMNS)
-    columns = min(len(layers), COLUMNS)
-    figure = Figure(figsize=(2.4 * columns + 0.4, 2.1 * rows + 0.8), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False).ravel()
-    for ax in panels[len(layers) :]:
-        ax.set_axis_off()
-    for layer, ax in zip(layers, panels, strict=False):
+    layers = measured["layer"].values.tolist()
+    cells: list[layout.Cell | None] = []
+    for layer in layers:
         one = measured.sel(layer=layer)
-        edge, count = one["shift_edge"].values, one["shift_count"].values
-        colours = [PALETTE[0] if low < 0 else PALETTE[1] for low in edge[:-1]]
-        ax.bar(edge[:-1], count, width=np.diff(edge), align="edge", color=colours)
-        ax.axvline(0, color="0.3", linewidth=0.6)
-        module = f" ({one['module'].item()})" if "module" in one.coords else ""
-        share = float(one["negative_shift_share"])
-        ax.set_title(f"layer {layer}{module}\n{int(count.sum())} nodes, {share:.0%} negative", fontsize=8)
-        ax.tick_params(labelsize=7)
-        ax.xaxis.set_major_locator(MaxNLocator(nbins=4, symmetric=True))
+        title = f"layer {layer}: {float(one['negative_shift_share']):.0%} negative"
+        cells.append(layout.Cell("histogram", {"layer": layer}, title))
+    columns = min(len(layers), COLUMNS)
+    cells += [None] * (-len(cells) % columns)
     told = measured.attrs
-    pooled = f", nodes of {told['seeds']} seeds" if told["seeds"] else ""
-    where = f", epoch {int(measured['epoch'])}" if "epoch" in measured.coords else ""
-    figure.suptitle(f"BatchNorm biases, {told['name']} ({deep_layers.data_name(measured)}){pooled}{where}", fontsize=10)
-    figure.supxlabel("BatchNorm bias: negative blue, others orange", fontsize=9)
-    figure.supylabel("number of nodes", fontsize=9)
-    return figure
+    whole = int(measured["shift_count"].sum())
+    pooled = f"n = {told['seeds']} seeds, nodes pooled" if told["seeds"] else "n = 1 seed: one trained network"
+    where = f" after epoch {int(measured['epoch'])}" if "epoch" in measured.coords else ""
+    page = layout.arrange(
+        measured.drop_attrs(deep=False), PANELS, [cells[i : i + columns] for i in range(0, len(cells), columns)],
+        says="", spread="none", height=1.3, key=None,
+    )  # fmt: skip
+    handles = [
+        Patch(color=look.NEGATIVE, label="negative"),
+        Patch(color=look.POSITIVE, label="zero or positive"),
+    ]
+    layout.legend(page, handles=handles)
+    says = f"Biases of each BatchNorm layer of {told['name']} on {deep_layers.data_name(measured)}{where}"
+    shown = captions.caption(measured.assign_attrs(seeds=None), f"{says}. {whole} nodes; {pooled}", "none")
+    page.say(shown.replace(" n = None seeds.", ""))
+    page.provenance = captions.provenance(measured)
+    return page

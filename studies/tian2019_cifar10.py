@@ -20,13 +20,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import xarray as xr
-from matplotlib.figure import Figure
+from tsdyn.analysis import style as look
 from tsdyn.studies import deep_layers
 from tsdyn.studies.deep_layers import measure
 
 from tsdyn.experiment.experiment import Experiment
 
-__all__ = ["EXPERIMENTS", "PAPER", "SOURCE", "TITLE", "draw", "measure", "points"]
+__all__ = ["EXPERIMENTS", "PANELS", "PAPER", "SOURCE", "TITLE", "draw", "measure", "points"]
 
 TITLE = "mean best correlation and ranks on CIFAR-10, teachers trained on labels, with and without BatchNorm"
 SOURCE = "Tian et al. 2019 (arXiv:1905.13405), Figures 8 and 17-21"
@@ -77,13 +77,18 @@ EXPERIMENTS: Mapping[str, Experiment] = {
 }
 
 
-def draw(measured: xr.Dataset) -> Figure:
-    """Figure with three rows per kind of network, ρ̄ and both ranks, one panel per layer, then error and accuracy; one
-    colour with BatchNorm and one without.
-    """
+#: Panels by name: ρ̄, mean and median rank of each layer, loss and accuracy, over epochs.
+PANELS = {
+    name: deep_layers.panel(name)
+    for name in ("mean_specialization", "mean_rank", "median_rank", "mse_eval", "label_accuracy")
+}
+
+
+@look.styled
+def draw(measured: xr.Dataset) -> look.Page:
+    """Figure with a column per kind of network, without and with BatchNorm; rows ρ̄, both ranks, loss and accuracy."""
+    says = f"ρ̄ and ranks of the final winners on {deep_layers.data_name(measured)}, teachers trained on labels"
     return deep_layers.draw(
-        deep_layers.by_network(measured),
-        title=f"{deep_layers.data_name(measured)}, with and without BatchNorm",
-        show=("mean_specialization", "mean_rank", "median_rank", "mse_eval", "label_accuracy"),
-        lines="batch_norm",
-    )
+        deep_layers.by_network(measured), PANELS, says=says, show=tuple(PANELS), across=("point", "batch_norm"),
+        paper=EXPERIMENTS if measured.attrs["data"] == "cifar10" else None,
+    )  # fmt: skip

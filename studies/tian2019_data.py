@@ -15,14 +15,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import xarray as xr
-from matplotlib.figure import Figure
+from tsdyn.analysis import style as look
 from tsdyn.studies import deep_layers
 from tsdyn.studies.deep_layers import measure
 from tsdyn.studies.tian2019_multilayer import PAPER as MULTILAYER
 
 from tsdyn.experiment.experiment import Experiment
 
-__all__ = ["EXPERIMENTS", "SOURCE", "TITLE", "draw", "measure"]
+__all__ = ["EXPERIMENTS", "PANELS", "SOURCE", "TITLE", "draw", "measure"]
 
 TITLE = "mean best correlation with finite and infinite data, with and without BatchNorm, fully connected and ConvNet"
 SOURCE = "Tian et al. 2019 (arXiv:1905.13405), Figures 9b and 23"
@@ -73,13 +73,14 @@ EXPERIMENTS: Mapping[str, Experiment] = {
 }
 
 
-def draw(measured: xr.Dataset) -> Figure:
-    """Figure: rows are kinds of network without and with BatchNorm, panels layers, colours finite and infinite data."""
-    named = deep_layers.by_network(measured)
-    data = ["new at every step" if n == "fresh" else f"{n} samples" for n in named["train"].values]
-    places = [f"BatchNorm {place}" if place != "none" else "no BatchNorm" for place in named["batch_norm"].values]
+#: Panels by name: ρ̄ of each layer and the loss, over epochs.
+PANELS = {name: deep_layers.panel(name) for name in ("mean_specialization", "mse_eval")}
+
+
+@look.styled
+def draw(measured: xr.Dataset) -> look.Page:
+    """Figure: columns finite and infinite data of both kinds of network, rows ρ̄ and the loss, BatchNorm below."""
+    says = "Finite against infinite data: ρ̄ of each hidden layer and evaluation loss over training"
     return deep_layers.draw(
-        named.assign_coords(train=data, batch_norm=places).rename(train="training data"),
-        title="finite and infinite data",
-        lines="training data",
+        deep_layers.by_network(measured), PANELS, says=says, across=("point", "train"), paper=EXPERIMENTS
     )

@@ -15,11 +15,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from tsdyn.studies.deep_layers import measure
-from tsdyn.studies.tian2019_cifar10 import PAPER, draw, points
+from tsdyn.studies.tian2019_cifar10 import PANELS, PAPER, draw, points
 
 from tsdyn.experiment.experiment import Experiment
 
-__all__ = ["EXPERIMENTS", "SOURCE", "TITLE", "draw", "measure"]
+__all__ = ["EXPERIMENTS", "PANELS", "SOURCE", "TITLE", "draw", "measure"]
 
 TITLE = "mean best correlation and ranks on digits, teachers trained on labels, with and without BatchNorm"
 SOURCE = "after Tian et al. 2019 (arXiv:1905.13405), Figure 8, which is of CIFAR-10"

@@ -11,17 +11,17 @@ from collections.abc import Mapping
 
 import numpy as np
 import xarray as xr
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.axes import Axes
 from numpy.typing import NDArray
-from tsdyn.analysis.figures import PANEL
+from tsdyn.analysis import captions, layout, panels
+from tsdyn.analysis import style as look
 from tsdyn.analysis.matching import assignment
 from tsdyn.studies.tian2019_multilayer import PAPER as MULTILAYER
 
 from tsdyn import layer as one_layer
 from tsdyn.experiment.experiment import Experiment
 
-__all__ = ["EXPERIMENTS", "SOURCE", "TITLE", "draw", "measure", "order"]
+__all__ = ["EXPERIMENTS", "PANELS", "SOURCE", "TITLE", "draw", "measure", "order"]
 
 TITLE = "heat maps of β* and H* before and after training, nodes reordered"
 SOURCE = "Tian et al. 2019 (arXiv:1905.13405), Figure 10"
@@ -61,6 +61,7 @@ def order(correlation: NDArray) -> NDArray:
     return np.array([*first, *rest])
 
 
+@captions.telling
 def measure(archive: xr.Dataset) -> xr.Dataset:
     """``A`` and ``H_star`` (layer, epoch, teacher_node, position) of the first seed at both ends of the run, student
     nodes in the last epoch's `order`; and of every seed ``contrast_A`` and ``contrast_H_star`` (layer, seed, epoch):
@@ -109,23 +110,56 @@ def _contrast(values: NDArray) -> NDArray:
     return found
 
 
-def draw(measured: xr.Dataset) -> Figure:
+def _map(name: str, symbol: str) -> layout.Panel:
+    """Panel of one moment: entries over the largest of the layer at either epoch, teacher nodes down."""
+
+    def drawn(measured: xr.Dataset, ax: Axes) -> None:
+        one = measured.isel(layer=0) if "layer" in measured.dims else measured
+        own = one[name].isel(epoch=-1) if "epoch" in one[name].dims else one[name]
+        limit = float(one.attrs.get(f"largest {name}", np.nan))
+        limit = limit if np.isfinite(limit) else float(np.abs(one[name]).max())
+        own = own.dropna("teacher_node", how="all").dropna("position", how="all") / limit
+        panels.table(own, ax=ax, limits=(-1, 1), cmap="RdBu", bar=False)
+        rows, columns = own.sizes["teacher_node"], own.sizes["position"]
+        ax.set_yticks([0, rows - 1], labels=["1", str(rows)])
+        ax.set_xticks([0, rows - 1, columns - 1] if columns > 1.5 * rows else [0, columns - 1])
+        ax.set_xticklabels([str(int(tick) + 1) for tick in ax.get_xticks()])
+        ax.set(
+            xlabel="student node, in the order of the teacher's; the matched first",
+            ylabel=f"{symbol}, epoch {int(own['epoch'])}: teacher node",
+        )
+
+    return drawn
+
+
+#: Panels by name: β* and H* of the lowest layer at the last epoch; select another with ``measured.sel``.
+PANELS: dict[str, layout.Panel] = {symbol: _map(name, symbol) for name, symbol in _MOMENTS.items()}
+
+
+@look.styled
+def draw(measured: xr.Dataset) -> look.Page:
     """Figure with a column per layer; rows β* and H*, before and after; teacher nodes down, student nodes across."""
-    layers, epochs = measured["layer"].values, measured["epoch"].values
-    rows = list(itertools.product(_MOMENTS, epochs))
-    figure = Figure(figsize=(PANEL[0] * 1.15 * len(layers), 1.35 * len(rows) + 0.6), layout="constrained")
-    panels = figure.subplots(len(rows), len(layers), squeeze=False)
-    for (name, epoch), row in zip(rows, panels, strict=True):
-        for at, ax in zip(layers, row, strict=True):
-            own = measured[name].sel(epoch=epoch, layer=at)
-            own = own.dropna("teacher_node", how="all").dropna("position", how="all")
-            limit = float(np.abs(own).max())
-            ax.imshow(own, vmin=-limit, vmax=limit, cmap="RdBu_r", aspect="auto", interpolation="nearest")
-            contrast = float(measured[f"contrast_{name}"].sel(epoch=epoch, layer=at).mean("seed"))
-            ax.set_title(f"layer {at}: matched over others {contrast:.1f}", fontsize=8)
-            ax.tick_params(labelsize=6)
-            ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-        row[0].set_ylabel(f"{_MOMENTS[name]}, epoch {epoch}\nteacher node", fontsize=8)
-    figure.supxlabel("student node, in the order of the teacher nodes; the matched first", fontsize=9)
-    figure.suptitle(f"β* and H* of seed {int(measured['seed'][0])}; each panel on its own scale", fontsize=10)
-    return figure
+    rows: list[list[layout.Cell | None]] = []
+    seed = measured["seed"].values[0]
+    for name, epoch in itertools.product(_MOMENTS, measured["epoch"].values.tolist()):
+        rows.append([])
+        for at in measured["layer"].values.tolist():
+            contrast = float(measured[f"contrast_{name}"].sel(epoch=epoch, layer=at, seed=seed))
+            title = f"layer {at}: {contrast:.1f}"
+            rows[-1].append(layout.Cell(f"{name} of layer {at}", {"epoch": epoch, "layer": at}, title))
+    drawing = {
+        f"{name} of layer {at}": _scaled(symbol, name, float(np.abs(measured[name].sel(layer=at)).max()))
+        for name, symbol in _MOMENTS.items()
+        for at in measured["layer"].values.tolist()
+    }
+    says = (
+        f"β* and H* before and after training of seed {int(seed)}, over the largest entry of each layer at either "
+        "epoch; in titles the mean size of matched entries over that of all others, of the same seed"
+    )
+    page = layout.arrange(measured, drawing, rows, says=says, spread="none", height=1.25, key=None, paper=EXPERIMENTS)
+    page.body.colorbar(page.axes[0].images[0], ax=page.axes, label="entry over the layer's largest", aspect=40)
+    return page
+
+
+def _scaled(symbol: str, name: str, largest: float) -> layout.Panel:
+    return lambda own, ax: PANELS[symbol](own.assign_attrs({f"largest {name}": largest}), ax)

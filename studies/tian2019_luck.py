@@ -12,14 +12,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import xarray as xr
-from matplotlib.figure import Figure
+from tsdyn.analysis import style as look
 from tsdyn.studies import deep_layers
 from tsdyn.studies.deep_layers import measure
 from tsdyn.studies.tian2019_multilayer import PAPER as MULTILAYER
 
 from tsdyn.experiment.experiment import Experiment
 
-__all__ = ["EXPERIMENTS", "SOURCE", "TITLE", "draw", "measure"]
+__all__ = ["EXPERIMENTS", "PANELS", "SOURCE", "TITLE", "draw", "measure"]
 
 TITLE = "mean best correlation and mean rank with and without BatchNorm, fully connected and ConvNet"
 SOURCE = "Tian et al. 2019 (arXiv:1905.13405), Figure 7"
@@ -61,11 +61,15 @@ EXPERIMENTS: Mapping[str, Experiment] = {
 }
 
 
-def draw(measured: xr.Dataset) -> Figure:
-    """Figure with two rows per kind of network, ρ̄ and r̄, one panel per layer; colours with and without BatchNorm."""
+#: Panels by name: ρ̄, mean and median rank of each layer, and the loss, over epochs.
+PANELS = {name: deep_layers.panel(name) for name in ("mean_specialization", "mean_rank", "median_rank", "mse_eval")}
+
+
+@look.styled
+def draw(measured: xr.Dataset) -> look.Page:
+    """Figure with a column per kind of network, without and with BatchNorm; rows ρ̄, both ranks and the loss."""
+    says = "Mean best correlation ρ̄, mean and median rank of the final winners of each layer, and evaluation loss"
     return deep_layers.draw(
-        deep_layers.by_network(measured),
-        title="with and without BatchNorm",
-        show=("mean_specialization", "mean_rank", "mse_eval"),
-        lines="batch_norm",
-    )
+        deep_layers.by_network(measured), PANELS, says=says, show=tuple(PANELS), across=("point", "batch_norm"),
+        paper=EXPERIMENTS,
+    )  # fmt: skip

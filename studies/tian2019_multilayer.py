@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import xarray as xr
-from matplotlib.figure import Figure
+from tsdyn.analysis import style as look
 from tsdyn.studies import deep_layers
 from tsdyn.studies.deep_layers import measure
 
 from tsdyn.experiment.experiment import Experiment
 
-__all__ = ["EXPERIMENTS", "SOURCE", "TITLE", "draw", "measure"]
+__all__ = ["EXPERIMENTS", "PANELS", "SOURCE", "TITLE", "draw", "measure"]
 
 TITLE = "mean best correlation of each layer by over-realization, teacher 10-15-20-25"
 SOURCE = "Tian et al. 2019 (arXiv:1905.13405), Figure 9"
@@ -51,6 +51,12 @@ EXPERIMENTS: Mapping[str, Experiment] = {
 }
 
 
-def draw(measured: xr.Dataset) -> Figure:
-    """Figure with one panel per hidden layer and one for the loss, one colour per over-realization."""
-    return deep_layers.draw(measured, title="mean best correlation of each layer")
+#: Panels by name: ρ̄ of each layer and the loss, over epochs.
+PANELS = {name: deep_layers.panel(name) for name in ("mean_specialization", "mse_eval")}
+
+
+@look.styled
+def draw(measured: xr.Dataset) -> look.Page:
+    """Figure with one column per over-realization: ρ̄ of each layer above the loss."""
+    says = "Mean best correlation ρ̄ of each hidden layer and evaluation loss over training, by over-realization"
+    return deep_layers.draw(measured, PANELS, says=says, height=1.7, paper=EXPERIMENTS)

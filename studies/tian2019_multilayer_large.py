@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from tsdyn.studies.deep_layers import measure
+from tsdyn.studies.tian2019_multilayer import PANELS, draw
 from tsdyn.studies.tian2019_multilayer import PAPER as SMALL
-from tsdyn.studies.tian2019_multilayer import draw
 
 from tsdyn.experiment.experiment import Experiment
 
-__all__ = ["EXPERIMENTS", "SOURCE", "TITLE", "draw", "measure"]
+__all__ = ["EXPERIMENTS", "PANELS", "SOURCE", "TITLE", "draw", "measure"]
 
 TITLE = "mean best correlation of each layer by over-realization, teacher 50-75-100-125"
 SOURCE = "Tian et al. 2019 (arXiv:1905.13405), Figure 9"

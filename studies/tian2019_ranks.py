@@ -18,14 +18,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import xarray as xr
-from matplotlib.figure import Figure
+from tsdyn.analysis import style as look
 from tsdyn.studies import deep_layers
 from tsdyn.studies.deep_layers import measure
 from tsdyn.studies.tian2019_multilayer import PAPER as MULTILAYER
 
 from tsdyn.experiment.experiment import Experiment
 
-__all__ = ["EXPERIMENTS", "SOURCE", "TITLE", "draw", "measure"]
+__all__ = ["EXPERIMENTS", "PANELS", "SOURCE", "TITLE", "draw", "measure"]
 
 TITLE = "mean and median rank of the final winners, mean best correlation and loss, small and large teacher"
 SOURCE = "Tian et al. 2019 (arXiv:1905.13405), Figures 17 to 22"
@@ -65,12 +65,16 @@ EXPERIMENTS: Mapping[str, Experiment] = {
 }
 
 
-def draw(measured: xr.Dataset) -> Figure:
-    """Figure with three rows per teacher, ρ̄ and both ranks, panels for layers and the loss; colours for BatchNorm."""
+#: Panels by name: ρ̄, mean and median rank of each layer, and the loss, over epochs.
+PANELS = {name: deep_layers.panel(name) for name in ("mean_specialization", "mean_rank", "median_rank", "mse_eval")}
+
+
+@look.styled
+def draw(measured: xr.Dataset) -> look.Page:
+    """Figure with a column per teacher and with and without BatchNorm; rows ρ̄, both ranks and the loss."""
     teachers = [f"teacher {'-'.join(str(widths).split('-')[1:-1])}" for widths in measured["widths"].values]
+    named = measured.assign_coords(widths=teachers).rename(widths="class")
+    says = "Mean best correlation ρ̄, mean and median rank of the final winners of each layer, and evaluation loss"
     return deep_layers.draw(
-        measured.assign_coords(widths=teachers),
-        title="winners of the small and the large teacher",
-        show=("mean_specialization", "mean_rank", "median_rank", "mse_eval"),
-        lines="batch_norm",
+        named, PANELS, says=says, show=tuple(PANELS), across=("class", "batch_norm"), paper=EXPERIMENTS
     )

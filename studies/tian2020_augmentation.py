@@ -17,24 +17,22 @@ as it stands), the agnostic set of a hundred times more samples is behind at 50 
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
-from textwrap import fill
 from typing import Any
 
 import numpy as np
 import xarray as xr
-from matplotlib.figure import Figure
-from tsdyn.analysis import alignment
-from tsdyn.analysis.figures import PANEL
-from tsdyn.analysis.panels import axis_label, colour
+from matplotlib.axes import Axes
+from tsdyn.analysis import alignment, captions, layout, panels
+from tsdyn.analysis import style as look
 from tsdyn.studies import deep_layers, samples
 from tsdyn.studies.two_layer import PAPER as TWO_LAYER
 from tsdyn.studies.two_layer import SMOKE
 
+from tsdyn.archive.selecting import experiment_of
 from tsdyn.experiment.experiment import Experiment
 
-__all__ = ["EXPERIMENTS", "SOURCE", "TITLE", "draw", "measure"]
+__all__ = ["EXPERIMENTS", "PANELS", "SOURCE", "TITLE", "draw", "measure"]
 
 TITLE = "evaluation mse and mean best correlation against samples, augmented teacher-agnostic and teacher-aware"
 SOURCE = "Tian 2020 (PMLR 119:9470), Figure 9"
@@ -80,32 +78,50 @@ EXPERIMENTS: Mapping[str, Experiment] = {
 }
 
 
+@captions.telling
 def measure(archive: xr.Dataset) -> xr.Dataset:
-    """``mse_eval``, ``mean_specialization`` and ``augmented_samples`` at the last epoch; (point, seed)."""
+    """Both mse's, ``mean_specialization`` and ``augmented_samples`` at the last epoch; (point, seed)."""
     total = alignment.augmented_samples(archive).drop_vars("layer")
-    return samples.measure(archive).isel(layer=0).assign(augmented_samples=total).load()
+    found = samples.measure(archive).isel(layer=0).assign(augmented_samples=total)
+    found = found.assign(mse_train=archive["mse_train"].isel(epoch=-1))
+    return found.assign_attrs(augment_c=experiment_of(archive).data.augment_c).load()
 
 
-def draw(measured: xr.Dataset) -> Figure:
-    """Figure with a row per variable, over inputs (left) and over all samples (right); one colour per training set."""
-    counts = {"train": "inputs N, before augmentation", "total": "training samples, with those that augmentation adds"}
-    figure = Figure(figsize=(2.7 * PANEL[0] + 1.6, 2.2 * PANEL[1] + 0.4), layout="constrained")
-    measured = measured.assign_coords(total=measured["augmented_samples"].mean("seed"))
-    panels = figure.subplots(2, 2, sharey="row")
-    for (name, row), (column, (along, of)) in itertools.product(
-        zip(("mse_eval", "mean_specialization"), panels, strict=True), enumerate(counts.items())
-    ):
-        ax = row[column]
+def _against(name: str, along: str) -> layout.Panel:
+    def drawn(measured: xr.Dataset, ax: Axes) -> None:
+        counted = measured.assign_coords(total=measured["augmented_samples"].mean("seed"))
         for position, (kind, label) in enumerate(SETS.items()):
-            one = measured[name].isel(point=np.flatnonzero(measured["augment"] == kind)).sortby(along)
-            deep_layers.band(one, ax=ax, color=colour(position), label=label, along=along)
-        samples.scales(measured[name], ax, counts=of if name == "mean_specialization" else "")
-    for name, ax in zip(("mse_eval", "mean_specialization"), panels[:, 0], strict=True):
-        ax.set_ylabel(fill(axis_label(measured[name]), 30), fontsize=9)
-    figure.legend(
-        *panels[0, 0].get_legend_handles_labels(), loc="outside right upper", fontsize=8, title="training set",
-        title_fontsize=8,
-    )  # fmt: skip
-    end = f"epoch {int(measured['epoch'])}, {measured.sizes['seed']} seeds: mean over seeds, band least to largest"
-    figure.suptitle(end, fontsize=10)
-    return figure
+            one = counted[name].isel(point=np.flatnonzero(measured["augment"] == kind)).sortby(along)
+            one = one.swap_dims(point=along)
+            panels.spread(
+                one, ax=ax, along=along, color=panels.colour(position), linestyle=panels.STYLES[position],
+                label=label, marker="o",
+            )  # fmt: skip
+        deep_layers.scale(measured[name], ax)
+        layout.decades(ax, "x")
+        ax.set(xlabel={"train": "inputs N before augmentation", "total": "training samples"}[along])
+
+    return drawn
+
+
+#: Panels by name: training and evaluation mse and ρ̄, against inputs N and against all training samples.
+PANELS: dict[str, layout.Panel] = {
+    f"{name} by {along}": _against(name, along)
+    for name in ("mse_train", "mse_eval", "mean_specialization")
+    for along in ("train", "total")
+}
+
+
+@look.styled
+def draw(measured: xr.Dataset) -> look.Page:
+    """Figure with a row over inputs and one over all samples; columns training and evaluation mse and ρ̄."""
+    titles = {"mse_train": "training", "mse_eval": "evaluation", "mean_specialization": "correlation"}
+    rows = [
+        [layout.Cell(f"{name} by {along}", {}, title) for name, title in titles.items()] for along in ("train", "total")
+    ]
+    c = float(measured.attrs["augment_c"])
+    says = (
+        f"Training and evaluation mse and mean best correlation after epoch {int(measured['epoch'])} with "
+        f"teacher-agnostic and teacher-aware augmentation, whose constant, free in Definition 7, is c = {c:g}"
+    )
+    return layout.arrange(measured, PANELS, rows, says=says, spread="curves", paper=EXPERIMENTS, key="")

@@ -14,20 +14,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from tsdyn.analysis import alignment
-from tsdyn.analysis.figures import PANEL, SNAPSHOTS, boundaries, measure_boundaries
-from tsdyn.analysis.panels import axis_label, colour
+from tsdyn.analysis import alignment, captions, layout, panels
+from tsdyn.analysis import style as look
+from tsdyn.analysis.figures import boundaries, measure_boundaries, snapshots
 
 from tsdyn import layer as one_layer
 from tsdyn.experiment.experiment import Experiment
 from tsdyn.vocabulary import TIAN
 
-__all__ = ["EXPERIMENTS", "SOURCE", "TITLE", "draw", "measure"]
+__all__ = ["EXPERIMENTS", "PANELS", "SOURCE", "TITLE", "draw", "measure"]
 
 TITLE = "boundaries of 2 teacher and 6 student nodes in the plane over training"
 SOURCE = "Tian 2020 (PMLR 119:9470), Figure 3"
@@ -49,6 +47,7 @@ EXPERIMENTS: Mapping[str, Experiment] = {
 }
 
 
+@captions.telling
 def measure(archive: xr.Dataset) -> xr.Dataset:
     """Dataset of what `boundaries` draws, for the first seed at every epoch, and for all seeds' last student nodes:
 
@@ -81,55 +80,71 @@ def measure(archive: xr.Dataset) -> xr.Dataset:
     return shown.assign(labelled).load()
 
 
-def draw(measured: xr.Dataset) -> Figure:
-    """Figure of snapshots with ‖v_k‖ of each student node, ‖v_k‖ over epochs, and ‖v_k‖ ‖w_k‖ of nodes against ε."""
-    shown = measured.drop_dims("member")
-    chosen = np.unique(np.linspace(0, shown.sizes["epoch"] - 1, SNAPSHOTS).round().astype(int))
-    figure = Figure(figsize=(PANEL[0] * 1.15 * len(chosen), PANEL[1] * 2.7), layout="constrained")
-    (above,), (below,) = figure.subfigures(2, 1, height_ratios=(1.3, 1), squeeze=False)
-    strongest = float(shown["fanout_norm"].max())
-    for position, ax in zip(chosen, above.subplots(1, len(chosen), sharey=True), strict=True):
-        now = shown.isel(epoch=position)
-        boundaries(now, ax=ax, strongest=strongest)
-        ax.set_title(f"epoch {int(now['epoch'])}", fontsize=9)
-        ax.label_outer()
-        _key(now["fanout_norm"], ax)
-    left, right = below.subplots(1, 2)
-    for k in range(shown.sizes["node"]):
-        left.plot(shown["epoch"], shown["fanout_norm"].isel(node=k), color=colour(k), linewidth=1.4)
-    left.set_xscale("symlog", linthresh=1)
-    left.set(xlabel="epoch", ylabel=axis_label(shown["fanout_norm"]), ylim=(0, None))
-    left.set_title(f"seed {int(shown['seed'])}, colours as above", fontsize=9)
-    _against_nearest(measured, right)
-    figure.suptitle(
-        f"student nodes (coloured; wide: large ‖v‖) and teacher nodes (dashed), seed {int(shown['seed'])}", fontsize=10
-    )
-    return figure
+def _plane(measured: xr.Dataset, ax: Axes) -> None:
+    """Boundaries at the last epoch, or at that of a slice."""
+    shown = measured.drop_dims("member", errors="ignore")
+    now = shown.isel(epoch=-1) if "epoch" in shown.dims else shown
+    boundaries(now, ax=ax, strongest=float(measured.attrs.get("strongest", shown["fanout_norm"].max())))
 
 
-def _key(norms: xr.DataArray, ax: Axes) -> None:
-    """Add a legend below `ax` with ‖v_k‖ of each student node; (node,)."""
-    handles = [
-        Line2D([], [], color=colour(k), linewidth=2, label=f"{k + 1}: {float(norms[k]):.2f}") for k in range(norms.size)
-    ]
-    ax.legend(
-        handles=handles, title="‖v‖ of student node", ncols=3, fontsize=7, title_fontsize=7, handlelength=1,
-        columnspacing=0.8, loc="upper center", bbox_to_anchor=(0.5, -0.2),
-    )  # fmt: skip
+def _fanouts(measured: xr.Dataset, ax: Axes) -> None:
+    """‖v_k‖ of the first seed's student nodes over epochs."""
+    norms = measured["fanout_norm"]
+    for k in range(norms.sizes["node"]):
+        ax.plot(norms["epoch"], norms.isel(node=k), color=panels.colour(k), label=f"student node {k + 1}")
+    ax.set_xscale("symlog", linthresh=1)
+    ax.set(xlabel="epoch", ylabel="fan-out norm ‖v‖", ylim=(0, None))
 
 
 def _against_nearest(measured: xr.Dataset, ax: Axes) -> None:
-    """Draw one marker per student node of any seed at the last epoch, hollow if its boundary misses the data."""
+    """One marker per student node of any seed at the last epoch, hollow if its boundary misses the data."""
     crosses = measured["offset"] < measured["extent"]
-    for inside, face, label in (
-        (True, colour(0), "boundary within 3 std"),
-        (False, "none", "beyond: on or off for almost all"),
+    for inside, colour, label in (
+        (True, panels.PALETTE[0], "boundary within 3 std"),
+        (False, panels.PALETTE[1], "beyond: on or off for almost all samples"),
     ):
         own = measured[["nearest", "regular_fanout"]].where(crosses == inside)
         ax.scatter(
-            own["nearest"], own["regular_fanout"], s=14, facecolors=face, edgecolors=colour(0 if inside else 5),
-            linewidths=0.8, alpha=0.7, label=label,
+            own["nearest"], own["regular_fanout"], s=look.points(3) ** 2, facecolors=colour if inside else "none",
+            edgecolors=colour, linewidths=look.points(0.7), label=label,
         )  # fmt: skip
-    ax.set(xscale="log", xlabel=axis_label(measured["nearest"]), ylabel=axis_label(measured["regular_fanout"]))
-    ax.set_title(f"nodes of all {measured.sizes['member']} seeds, epoch {int(measured['epoch'][-1])}", fontsize=9)
-    ax.legend(fontsize=7)
+    layout.decades(ax, "x")
+    ax.set(xlabel="ε of the nearest teacher node", ylabel="‖v‖ ‖w‖")
+
+
+#: Panels by name.
+PANELS: dict[str, layout.Panel] = {
+    "boundaries": _plane, "fan-out norms": _fanouts, "fan-out against distance": _against_nearest
+}  # fmt: skip
+
+
+@look.styled
+def draw(measured: xr.Dataset) -> look.Page:
+    """Figure of snapshots of the plane, ‖v_k‖ over epochs, and ‖v_k‖ ‖w_k‖ of all seeds' nodes against ε."""
+    page = look.page(2, 3.6)
+    above, below = page.body.subfigures(2, 1, height_ratios=(1.15, 1), squeeze=False)[:, 0]
+    chosen = snapshots(measured["epoch"].values)
+    strongest = float(measured["fanout_norm"].max())
+    letters = iter("ABCDEFGH")
+    for position, (at, ax) in enumerate(zip(chosen, above.subplots(1, len(chosen), squeeze=False)[0], strict=True)):
+        now = measured.isel(epoch=int(at)).assign_attrs(strongest=strongest)
+        _plane(now, ax)
+        layout.heading(ax, f"epoch {int(now['epoch'])}", next(letters))
+        if position:
+            ax.set(ylabel="")
+            ax.tick_params(labelleft=False)
+    left, right = below.subplots(1, 2)
+    _fanouts(measured, left)
+    layout.heading(left, f"seed {int(measured['seed'])}", next(letters))
+    _against_nearest(measured, right)
+    layout.heading(right, f"nodes of all seeds, epoch {int(measured['epoch'][-1])}", next(letters))
+    teacher = Line2D([], [], color="black", linestyle=(0, (5, 3)), linewidth=look.points(1), label="teacher node")
+    handles = left.get_legend_handles_labels()[0] + [teacher] + right.get_legend_handles_labels()[0]
+    layout.legend(page, handles=handles)
+    says = (
+        f"Boundaries of 2 teacher nodes and 6 student nodes (wide: large ‖v‖) of seed {int(measured['seed'])}, their "
+        "fan-out norms, and all seeds' nodes by distance from the nearest teacher node"
+    )
+    page.say(captions.caption(measured, says, "points", paper=EXPERIMENTS))
+    page.provenance = captions.provenance(measured)
+    return page

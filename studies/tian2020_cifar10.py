@@ -20,13 +20,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import xarray as xr
-from matplotlib.figure import Figure
+from tsdyn.analysis import style as look
 from tsdyn.studies import deep_layers
 from tsdyn.studies.deep_layers import measure
 
 from tsdyn.experiment.experiment import Experiment
 
-__all__ = ["EXPERIMENTS", "SOURCE", "TITLE", "draw", "measure"]
+__all__ = ["EXPERIMENTS", "PANELS", "SOURCE", "TITLE", "draw", "measure"]
 
 TITLE = "mean best correlation of each layer and accuracy on CIFAR-10, pruned ConvNet teacher"
 SOURCE = "Tian 2020 (PMLR 119:9470), Figure 10"
@@ -68,10 +68,15 @@ EXPERIMENTS: Mapping[str, Experiment] = {
 }
 
 
-def draw(measured: xr.Dataset) -> Figure:
-    """Figure with one panel per convolution, then accuracy and error; one colour per over-realization."""
+#: Panels by name: ρ̄ of each layer, accuracy and loss, over epochs.
+PANELS = {name: deep_layers.panel(name) for name in ("mean_specialization", "label_accuracy", "mse_eval")}
+
+
+@look.styled
+def draw(measured: xr.Dataset) -> look.Page:
+    """Figure with a column per over-realization: ρ̄ of each convolution, accuracy and loss."""
+    says = f"ρ̄ of each convolution, accuracy and loss on {deep_layers.data_name(measured)}, pruned ConvNet teacher"
     return deep_layers.draw(
-        measured,
-        title=f"{deep_layers.data_name(measured)}, pruned teacher",
-        show=("mean_specialization", "label_accuracy", "mse_eval"),
-    )
+        measured, PANELS, says=says, show=tuple(PANELS), height=1.6,
+        paper=EXPERIMENTS if measured.attrs["data"] == "cifar10" else None,
+    )  # fmt: skip

@@ -21,16 +21,15 @@ from typing import Any
 import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from tsdyn.analysis import captions, layout, panels
+from tsdyn.analysis import style as look
 from tsdyn.analysis.connectivity import LEGS, ROUTES, connect
-from tsdyn.analysis.figures import PANEL
 from tsdyn.analysis.members import PARAMETERS
-from tsdyn.analysis.panels import axis_label, colour
 from tsdyn.studies.two_layer import PAPER, SMOKE
 
 from tsdyn.experiment.experiment import Experiment
 
-__all__ = ["EXPERIMENTS", "SOURCE", "TITLE", "draw", "measure"]
+__all__ = ["EXPERIMENTS", "PANELS", "SOURCE", "TITLE", "draw", "measure"]
 
 TITLE = "loss along line segments between two solutions: straight, matched and Theorem 2's path"
 SOURCE = "after Tian 2020 (PMLR 119:9470), Theorem 2 and slides; Kuditipudi et al. 2019"
@@ -58,6 +57,7 @@ EXPERIMENTS: Mapping[str, Experiment] = {
 }
 
 
+@captions.telling
 def measure(archive: xr.Dataset) -> xr.Dataset:
     """Dataset of ``loss`` (..., route, position) and ``barrier`` (..., route) between the students of the two starts.
 
@@ -83,46 +83,62 @@ def measure(archive: xr.Dataset) -> xr.Dataset:
     return xr.Dataset(gathered)
 
 
-def draw(measured: xr.Dataset) -> Figure:
-    """Figure with one column per over-realization: loss along each route at the end, barriers over epochs."""
-    wide = measured["overrealization"].values
-    figure = Figure(figsize=(PANEL[0] * 1.5 * len(wide) + 0.6, PANEL[1] * 2.5), layout="constrained")
-    above, below = figure.subplots(2, len(wide), squeeze=False, sharey="row")  # rows of panels
-    last = int(measured["epoch"][-1])
-    for ratio, top, bottom in zip(wide, above, below, strict=True):
-        own = measured.sel(overrealization=ratio)
-        loss = own["loss"].sel(epoch=last).clip(min=_FLOOR)
-        _lines(loss, "position", top)
-        for corner in range(1, LEGS):
-            top.axvline(corner / LEGS, color="0.8", linewidth=0.6, linestyle=":")
-        top.set_xlabel("share of the way; dotted: corners", fontsize=8)
-        top.set_title(f"{ratio:g}x, epoch {last}", fontsize=9)
-        _lines(own["barrier"].where(own["barrier"] > 0), "epoch", bottom, marker="o", markersize=3)
-        ends = own["loss"].sel(route=ROUTES[0]).isel(position=[0, -1]).max("position").clip(min=_FLOOR)
-        for seed in ends["seed"].values:
-            label = "loss at the worse end" if seed == ends["seed"].values[0] else None
-            bottom.plot(ends["epoch"], ends.sel(seed=seed), color="black", linewidth=0.8, linestyle="--", label=label)
-        bottom.set_xlabel("epoch", fontsize=8)
-        if bool(own["barrier"].sel(route=ROUTES[-1]).isnull().all()):
-            bottom.set_title("no free nodes, so no path of Theorem 2", fontsize=8)
-    for ax, name in ((above[0], "loss"), (below[0], "barrier")):
-        ax.set_ylabel(axis_label(measured[name]), fontsize=8)
-    handles, labels = below[-1].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", fontsize=8)
-    figure.suptitle(
-        f"two students of one teacher, a line each of {measured.sizes['seed']} seeds; losses no lower than {_FLOOR:g}",
-        fontsize=10,
+#: Words for the routes.
+_ROUTES = {"straight": "straight line", "matched": "straight line, nodes matched", "theorem 2": "path of Theorem 2"}
+
+
+def _along(measured: xr.Dataset, ax: Axes) -> None:
+    """Loss along each route at the last epoch, of the first over-realization unless selected; a line per seed."""
+    own = measured.isel(overrealization=0) if "overrealization" in measured.dims else measured
+    loss = (own["loss"].isel(epoch=-1) if "epoch" in own["loss"].dims else own["loss"]).clip(min=_FLOOR)
+    for corner in range(1, LEGS):
+        ax.axvline(corner / LEGS, color=look.GREY, linewidth=look.points(0.5), linestyle=":")
+    _lines(loss, "position", ax)
+    ax.set(xlabel="share of the way (dotted: corners)", ylabel="loss")
+
+
+def _barriers(measured: xr.Dataset, ax: Axes) -> None:
+    """Height of the barrier along each route over epochs, and the loss at the worse end; a line per seed."""
+    own = measured.isel(overrealization=0) if "overrealization" in measured.dims else measured
+    _lines(own["barrier"].where(own["barrier"] > 0), "epoch", ax, marker="o")
+    ends = own["loss"].sel(route=ROUTES[0]).isel(position=[0, -1]).max("position").clip(min=_FLOOR)
+    panels.spread(
+        ends, ax=ax, color=look.GUIDE, linestyle="--", label="loss at the worse end", marker="s", banded=False
     )
-    return figure
+    ax.set(xlabel="epoch", ylabel="barrier")
+
+
+#: Panels by name.
+PANELS: dict[str, layout.Panel] = {"loss along the way": _along, "barrier over epochs": _barriers}
+
+
+@look.styled
+def draw(measured: xr.Dataset) -> look.Page:
+    """Figure with one column per over-realization: loss along each route at the end, barriers over epochs."""
+    widths = layout.points(measured, ["overrealization"])
+    last = int(measured["epoch"][-1])
+    rows: list[list[layout.Cell | None]] = []
+    for name in PANELS:
+        rows.append([])
+        for at in widths:
+            title = layout.name_of(measured, at) if name == "loss along the way" else ""
+            if name != "loss along the way" and bool(measured["barrier"].sel(at).sel(route=ROUTES[-1]).isnull().all()):
+                title = "no free nodes, so no path of Theorem 2"
+            rows[-1].append(layout.Cell(name, at, title))
+    says = (
+        f"Loss along routes between two students of one teacher at epoch {last}, no lower than {_FLOOR:g}, and barriers"
+    )
+    return layout.arrange(measured, PANELS, rows, says=says, spread="curves", share_y="row", paper=EXPERIMENTS)
 
 
 def _lines(values: xr.DataArray, along: str, ax: Axes, **line: Any) -> None:
-    """Draw one line per seed and route, one colour per route, on a log scale; (seed, route, `along`)."""
+    """Draw one curve per route, by the rule for spread, on a log scale; (seed, route, `along`)."""
     for position, route in enumerate(values["route"].values):
-        for seed in values["seed"].values:
-            own = values.sel(route=route, seed=seed)
-            label = str(route) if seed == values["seed"].values[0] else None
-            if bool(own.notnull().any()):
-                ax.plot(own[along], own, color=colour(position), linewidth=1.2, alpha=0.8, label=label, **line)
-    ax.set_yscale("log")
-    ax.tick_params(labelsize=8)
+        own = values.sel(route=route)
+        if bool(own.notnull().any()):
+            panels.spread(
+                own, along=along, ax=ax, color=panels.colour(position), linestyle=panels.STYLES[position],
+                label=_ROUTES.get(str(route), str(route)), **line,
+            )  # fmt: skip
+    if ax.has_data() and bool((values > 0).any()):
+        layout.decades(ax)

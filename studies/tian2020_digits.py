@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from tsdyn.studies.deep_layers import measure
-from tsdyn.studies.tian2020_cifar10 import PAPER, draw
+from tsdyn.studies.tian2020_cifar10 import PANELS, PAPER, draw
 
 from tsdyn.experiment.experiment import Experiment
 
-__all__ = ["EXPERIMENTS", "SOURCE", "TITLE", "draw", "measure"]
+__all__ = ["EXPERIMENTS", "PANELS", "SOURCE", "TITLE", "draw", "measure"]
 
 TITLE = "mean best correlation of each layer and accuracy on digits, pruned ConvNet teacher"
 SOURCE = "after Tian 2020 (PMLR 119:9470), Figure 10, which is of CIFAR-10"

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from tsdyn.analysis.figures import draw_l_shape as draw
+import xarray as xr
+from matplotlib.axes import Axes
+from tsdyn.analysis import figures, layout
+from tsdyn.analysis import style as look
 from tsdyn.analysis.figures import measure_l_shape as measure
 from tsdyn.studies.two_layer import PAPER, SMOKE
 
 from tsdyn.experiment.experiment import Experiment
 
-__all__ = ["EXPERIMENTS", "SOURCE", "TITLE", "draw", "measure"]
+__all__ = ["EXPERIMENTS", "PANELS", "SOURCE", "TITLE", "draw", "measure"]
 
 TITLE = "L-shape: fan-out norm against best correlation"
 SOURCE = "Tian 2020 (PMLR 119:9470), Figure 5"
@@ -31,3 +34,30 @@ EXPERIMENTS: Mapping[str, Experiment] = {
     ),
     "paper": PAPER.replace({"name": "l-shape-paper", "record.every": 5, "sweep": _GRID}),
 }
+
+
+def _panel(measured: xr.Dataset, ax: Axes) -> None:
+    figures.l_shape(measured.isel(dict.fromkeys(layout.swept(measured), 0)), ax=ax)
+
+
+#: The panel by name; of a sweep that of the first point, select another with ``measured.sel``.
+PANELS: dict[str, layout.Panel] = {"l_shape": _panel}
+
+
+@look.styled
+def draw(measured: xr.Dataset) -> look.Page:
+    """Figure with a column per over-realization and a row per polarity."""
+    rows = [
+        [
+            layout.Cell("l_shape", {**w, **p}, layout.name_of(measured, {**w, **p}))
+            for w in layout.points(measured, ["overrealization"])
+        ]
+        for p in layout.points(measured, ["polarity"])
+    ]
+    says = (
+        "Best correlation with any teacher node and fan-out norm of each student node after epoch "
+        f"{int(measured['epoch'])}, a colour per seed"
+    )
+    return layout.arrange(
+        measured, PANELS, rows, says=says, spread="points", share_x=True, share_y="row", key=None, paper=EXPERIMENTS
+    )

@@ -12,16 +12,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import xarray as xr
-from matplotlib.figure import Figure
+from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
-from tsdyn.analysis.figures import PANEL
-from tsdyn.analysis.panels import axis_label, points
+from tsdyn.analysis import captions, layout, panels
+from tsdyn.analysis import style as look
 from tsdyn.analysis.specialization import student_specialization
 from tsdyn.studies.tian2019_multilayer import PAPER as MULTILAYER
 
 from tsdyn.experiment.experiment import Experiment
 
-__all__ = ["EXPERIMENTS", "SOURCE", "TITLE", "draw", "measure"]
+__all__ = ["EXPERIMENTS", "PANELS", "SOURCE", "TITLE", "draw", "measure"]
 
 TITLE = "L-shape of each hidden layer over epochs, teacher 10-15-20-25"
 SOURCE = "after Tian 2020 (PMLR 119:9470), slides and released code (visualize_multi)"
@@ -49,6 +49,7 @@ EXPERIMENTS: Mapping[str, Experiment] = {
 }
 
 
+@captions.telling
 def measure(archive: xr.Dataset) -> xr.Dataset:
     """``student_specialization`` and ``fanout_norm`` (seed, epoch, layer, node) of the hidden layers; loaded."""
     hidden = archive[["correlation", "fanout_norm"]].isel(layer=slice(None, -1))
@@ -56,23 +57,29 @@ def measure(archive: xr.Dataset) -> xr.Dataset:
     return xr.Dataset(found).load()
 
 
-def draw(measured: xr.Dataset) -> Figure:
+def _panel(measured: xr.Dataset, ax: Axes) -> None:
+    own = measured.isel(layer=0) if "layer" in measured.dims else measured
+    own = own.isel(epoch=-1) if "epoch" in own.dims else own
+    panels.points(own["student_specialization"], own["fanout_norm"], ax=ax)
+    ax.yaxis.set_major_locator(MaxNLocator(nbins=4))
+
+
+#: The panel by name; of the lowest layer at the last epoch, select another with ``measured.sel``.
+PANELS: dict[str, layout.Panel] = {"l_shape": _panel}
+
+
+@look.styled
+def draw(measured: xr.Dataset) -> look.Page:
     """Figure with one row per recorded epoch and one column per hidden layer; norms on one scale per layer."""
-    epochs, layers = measured["epoch"].values, measured["layer"].values
-    figure = Figure(figsize=(PANEL[0] * len(layers) + 1, PANEL[1] * 0.8 * len(epochs) + 0.6), layout="constrained")
-    cells = figure.subplots(len(epochs), len(layers), squeeze=False, sharex=True, sharey="col")
-    for epoch, row in zip(epochs, cells, strict=True):
-        for layer, ax in zip(layers, row, strict=True):
-            own = measured.sel(epoch=epoch, layer=layer)
-            points(own["student_specialization"], own["fanout_norm"], ax=ax)
-            ax.set(xlabel="", ylabel="")
-            ax.set_title(f"layer {layer}" if epoch == epochs[0] else "", fontsize=9)
-            ax.tick_params(labelsize=7)
-            ax.yaxis.set_major_locator(MaxNLocator(nbins=4))
-        row[0].set_ylabel(f"epoch {epoch}", fontsize=9)
-    figure.supxlabel(axis_label(measured["student_specialization"]), fontsize=9)
-    figure.supylabel(axis_label(measured["fanout_norm"]), fontsize=9)
-    handles, labels = cells[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", title="seed", fontsize=8, title_fontsize=8)
-    figure.suptitle("fan-out norm against best correlation, one point per student node", fontsize=10)
-    return figure
+    rows = [
+        [
+            layout.Cell("l_shape", {"epoch": e, "layer": at}, f"layer {at}, epoch {e}")
+            for at in measured["layer"].values.tolist()
+        ]
+        for e in measured["epoch"].values.tolist()
+    ]
+    says = "Best correlation with any teacher node and fan-out norm of each student node, by layer, a colour per seed"
+    return layout.arrange(
+        measured, PANELS, rows, says=says, spread="points", height=1.35, share_x=True, share_y="col", key=None,
+        paper=EXPERIMENTS,
+    )  # fmt: skip

@@ -12,19 +12,19 @@ for want of steps; the rate of the cross entropy was chosen of two (0.1 and 0.3)
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from textwrap import fill
 from typing import Any
 
 import xarray as xr
-from matplotlib.figure import Figure
-from tsdyn.analysis.figures import PANEL
+from matplotlib.axes import Axes
+from tsdyn.analysis import captions, layout
+from tsdyn.analysis import style as look
 from tsdyn.studies import deep_layers, samples
-from tsdyn.studies.samples import measure
 from tsdyn.studies.tian2019_multilayer import PAPER as MULTILAYER
 
+from tsdyn.archive.selecting import experiment_of
 from tsdyn.experiment.experiment import Experiment
 
-__all__ = ["EXPERIMENTS", "SOURCE", "TITLE", "draw", "measure"]
+__all__ = ["EXPERIMENTS", "PANELS", "SOURCE", "TITLE", "draw", "measure"]
 
 TITLE = (
     "evaluation loss and mean best correlation of each layer against training samples, squared error and cross entropy"
@@ -33,13 +33,6 @@ SOURCE = "Tian 2020 (PMLR 119:9470), Figure 6"
 
 #: Names of the two losses in the figure.
 LOSSES = {"mse": "squared error", "cross_entropy": "cross entropy"}
-
-#: What each column shows.
-TITLES = {
-    "loss_eval": "evaluation loss",
-    "accuracy": "samples with the teacher's class, top 1",
-    "mean_specialization": "mean best correlation ρ̄",
-}
 
 
 def _sweep(train: Sequence[int], half: int) -> dict[str, Any]:
@@ -79,18 +72,43 @@ EXPERIMENTS: Mapping[str, Experiment] = {
 }
 
 
-def draw(measured: xr.Dataset) -> Figure:
-    """Figure with one row per loss: final value, top-1 accuracy, and ρ̄ with one line per hidden layer, against N."""
+def _of_loss(name: str) -> layout.Panel:
+    against_samples = deep_layers.panel(name, along="train")
+
+    def drawn(measured: xr.Dataset, ax: Axes) -> None:
+        own = measured.isel(point=0) if "point" in measured.dims else measured
+        if name == "loss_eval" and str(own["loss"].item()) == "mse":
+            # the paper's MSE is per output, the library's loss half of the sum over them
+            outputs = int(own.attrs["outputs"])
+            per_output = (own["loss_eval"] * 2 / outputs).assign_attrs(own["loss_eval"].attrs)
+            against_samples(own.assign(loss_eval=per_output), ax)
+            ax.set_ylabel("evaluation mse per output")
+        else:
+            against_samples(own, ax)
+            if name == "loss_eval":
+                ax.set_ylabel("evaluation cross entropy")
+
+    return drawn
+
+
+#: Panels by name: final loss, accuracy and ρ̄ of each layer, against samples, of the first loss unless selected.
+PANELS: dict[str, layout.Panel] = {name: _of_loss(name) for name in ("loss_eval", "mean_specialization", "accuracy")}
+
+
+@captions.telling
+def measure(archive: xr.Dataset) -> xr.Dataset:
+    """Loss, top-1 accuracy and the hidden layers' ``mean_specialization`` (swept..., seed, layer) at the last epoch."""
+    return samples.measure(archive).assign_attrs(outputs=experiment_of(archive).teacher_widths[-1])
+
+
+@look.styled
+def draw(measured: xr.Dataset) -> look.Page:
+    """Figure with one row per loss: final value, ρ̄ of each hidden layer, and top-1 accuracy, against N."""
     kinds = [str(name) for name in measured["loss"].values]
-    figure = Figure(figsize=(3 * PANEL[0] + 1.4, len(kinds) * PANEL[1] + 0.8), layout="constrained")
-    for kind, row in zip(kinds, figure.subplots(len(kinds), 3, squeeze=False), strict=True):
-        own = measured.isel(point=kinds.index(kind))
-        for name, ax in zip(("loss_eval", "accuracy", "mean_specialization"), row, strict=True):
-            deep_layers.draw_lines(own[name], "layer" if "layer" in own[name].dims else None, ax, along="train")
-            samples.scales(own[name], ax, counts="training samples N")
-            ax.set_title(fill(TITLES[name], 36), fontsize=9)
-        row[0].set_ylabel(LOSSES[kind], fontsize=9)
-    figure.legend(*figure.axes[2].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
-    end = f"students twice as wide, epoch {int(measured['epoch'])}, {measured.sizes['seed']} seeds"
-    figure.suptitle(f"{end}: mean over seeds, band least to largest", fontsize=10)
-    return figure
+    named = measured.assign_coords(point=kinds)
+    titles = {"loss_eval": "loss", "mean_specialization": "correlation", "accuracy": "accuracy"}
+    rows = [
+        [layout.Cell(name, {"point": kind}, f"{LOSSES[kind]}: {titles[name]}") for name in PANELS] for kind in kinds
+    ]
+    says = f"Loss, correlation and accuracy after epoch {int(measured['epoch'])} against the number of samples"
+    return layout.arrange(named, PANELS, rows, says=says, spread="curves", share_x=True, paper=EXPERIMENTS)

@@ -1,3 +1,4 @@
+import json
 import re
 from pathlib import Path
 
@@ -221,7 +222,8 @@ def test_report_and_cite(command, monkeypatch, tmp_path):
 def test_show_fits_a_screen_and_shows_any_file(command, swept, tmp_path):
     code, out, _ = command("show", swept)
     assert code == 0
-    assert len(out.splitlines()) < 24
+    assert len(out.splitlines()) < 45
+    assert max(map(len, out.splitlines())) <= 80
     assert "swept: overrealization" in out
     assert "4 of 4 points finished" in out
     measured = tsdyn.analysis.figures.measure_phase(tsdyn.open(swept))
@@ -276,6 +278,12 @@ def test_studies_are_listed_and_shown(command):
     code, out, _ = command("study", "list")
     assert code == 0
     assert set(studies.names()) <= set(out.split())
+    code, out, _ = command("study", "list", "--json")
+    listed = {row["name"]: row for row in json.loads(out)}
+    assert set(listed) == set(studies.names())
+    for name, row in listed.items():  # read from the source, without importing it
+        module = studies.load(name)
+        assert (row["title"], row["source"]) == (module.TITLE, module.SOURCE)
     code, out, _ = command("study", "show", "tian2020-recovery")
     assert code == 0
     assert "# --scale paper" in out

@@ -18,7 +18,7 @@ from tsdyn.networks.propagate import Frame
 
 ROOT = Path(__file__).resolve().parent.parent
 #: The floors of the house.  Imports run down; wings of one floor do not import each other.
-FLOORS = {
+FLOORS: dict[str, float] = {
     "schema": 1,
     "registers": 1,
     "vocabulary": 1,
@@ -30,8 +30,9 @@ FLOORS = {
     "networks": 2,
     "archive": 3,
     "gaussian": 3,
+    "labelled": 3,
     "derivatives": 3,
-    "theory": 3,
+    "theory": 3.5,  # its sums over samples are compiled by the engine
     "engine": 3,
     "problem": 4,
     "observables": 4,
@@ -40,6 +41,7 @@ FLOORS = {
     "analysis": 5,
     "running": 6,
     "predictions": 6,
+    "attribution": 7,
     "through_training": 7,
     "recording": 7,
     "growing": 7,
@@ -50,7 +52,7 @@ FLOORS = {
     "": 10,  # tsdyn/__init__.py, whose names are imported on first use
 }
 #: What a later issue builds.
-LATER = {"predictions", "growing", "xarray"}
+LATER = {"predictions", "xarray"}
 #: Single modules that may import one another within their floor.
 FLAT = {"schema", "vocabulary", "registers", "axes", "memory", "_version", "_forwarding"}
 LONGEST_MODULE = 600

@@ -1,6 +1,8 @@
 from . import analysis as analysis
+from . import attribution as attribution
 from . import derivatives as derivatives
 from . import flow as flow
+from . import observables as observables
 from . import population as population
 from . import schema as schema
 from . import studies as studies
@@ -14,9 +16,14 @@ from .archive.selecting import select as select
 from .archive.wrong_numbers import WrongNumbersWarning as WrongNumbersWarning
 from .experiment.errors import ExperimentError as ExperimentError
 from .experiment.experiment import Experiment as Experiment
+from .growing.measuring import measure as measure
+from .labelled.gradients import differentiable as differentiable
+from .labelled.gradients import gradient as gradient
+from .labelled.gradients import jacobian as jacobian
 from .networks.network import Network as Network
 from .observables.registry import Observed as Observed
 from .recording.recorder import Recorder as Recorder
 from .running.sweep import run as run
 from .schema import declare as declare
+from .through_training.forks import fork as fork
 from .through_training.sensitivity import sensitivity as sensitivity

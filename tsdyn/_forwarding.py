@@ -108,9 +108,7 @@ MOVED: Mapping[str, Mapping[str, str]] = {
         "tsdyn.networks.propagate": "Image",
     },
     "observables": {
-        "tsdyn.observables.formulas": (
-            "accuracy correlation cross_entropy loss mse observation observation_count standardized"
-        ),
+        "tsdyn.observables.formulas": ("accuracy cross_entropy loss mse observation observation_count standardized"),
         "tsdyn.observables.member": "Measurement Probe Response",
         "tsdyn.observables.registry": "Layers OBSERVABLES Observable Record fills measure",
     },

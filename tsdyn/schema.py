@@ -130,8 +130,7 @@ def recordable(*, deep: bool = False, own: bool = False, bare_teacher: bool = Fa
     Args:
         deep: Only those that can be measured on convolutions (a node is a channel) and networks with BatchNorm.
         own: Only those that can be measured on students that are modules of the user's own.
-        bare_teacher: Only those that can be measured with a teacher that is a module of the user's own, whose layers
-            are not known.
+        bare_teacher: Only those that can be measured with a teacher that is a module of the user's own.
     """
     rows = (row for row in VARIABLES.values() if "training" in row.kinds and row.when == "along")
     asked = {"deep": deep, "own": own, "bare_teacher": bare_teacher}
@@ -219,6 +218,8 @@ class Layout:
         return widths if variable.layered else widths[:1]
 
     def _node_widths(self, variable: Variable, dim: str) -> tuple[int, ...]:
+        if dim.startswith("teacher_node") and "teacher_layer" in variable.dims:  # of all layers side by side
+            return (self.padded(dim),) * self.depth
         if dim == "input_node":
             teacher = variable.name.startswith("teacher_")
             return self.teacher_input_widths if teacher else self.input_widths
@@ -230,7 +231,8 @@ class Layout:
             return dict(self.extra)[dim]
         if dim in SIZED:
             sizes = {"quantile": len(self.quantiles), "mode": self.modes, "top_k": min(TOP, self.widths[-1])}
-            return (sizes | {"entry": self.entries, "teacher_entry": self.teacher_entries})[dim]
+            sizes |= {"entry": self.entries, "teacher_entry": self.teacher_entries}
+            return (sizes | {"teacher_layer": sum(m > 0 for m in self.teacher_widths)})[dim]
         if dim == "input_node":
             return max(*self.input_widths, *self.teacher_input_widths)
         return max({"width": self.widths, "teacher_width": self.teacher_widths}[NODE_WIDTHS[dim]])
@@ -346,6 +348,8 @@ def problems(ds: xr.Dataset, *, swept: Iterable[str] = ()) -> list[str]:
             continue
         if name not in known and name in ds.coords and array.ndim == 1 and array.dims[0] in extra:
             continue  # a swept key that varies together with others is a coordinate
+        if name not in known and name in ds.coords and array.ndim == 0 and "key" in array.attrs:
+            continue  # the value of a swept key at the one point of the Dataset
         if name not in known:
             found.append(f"{name}: not a variable of schema {VERSION}")
             continue

@@ -14,6 +14,8 @@ Path = Literal["epoch", "time", "alpha"]
 When = Literal["start", "along", "end"]
 #: The label of a recorded step: an epoch, a time or an α.
 Label = int | float
+#: Global attribute: seconds that a run took, over all its processes; of a sweep, the sum over its points.
+WALL = "wall_seconds"
 #: Dimensions along which runs are recorded, one per kind.  `VARIABLES` writes ``epoch`` for all of them.
 PATHS: tuple[Path, ...] = ("epoch", "time", "alpha")
 #: Dimensions whose labels are real numbers; those of all others are integers.
@@ -31,6 +33,7 @@ DIMENSIONS: Mapping[str, str] = {
     "teacher_node_2": "second teacher node of a pair",
     "input_node": "node of the layer below (layer 1: the input); of a convolution (channel, row, column) of its kernel",
     "output": "node of the output layer",
+    "teacher_layer": "layer of the teacher, 1..L, where it need not be the student's",
     "sample": "sample of a data set",
     "sample_2": "second sample of a pair",
     "mode": "eigenvalue, largest first",
@@ -42,6 +45,7 @@ DIMENSIONS: Mapping[str, str] = {
 
 TIAN = "Tian 2020 (PMLR 119:9470)"
 LUCK = "Tian et al. 2019 (arXiv:1905.13405)"
+DU = "Du, Hu & Lee 2018 (arXiv:1806.00900), Theorem 2.1"
 SIMSEK = "Simsek et al. 2023 (arXiv:2311.01644)"
 SAAD = "Saad & Solla 1995; Goldt et al. 2019 (arXiv:1906.08632)"
 
@@ -60,7 +64,7 @@ class Variable:
         kinds: Kinds of experiments whose runs record it; training runs only if the experiment asks for it.
         deep: Whether it can be measured on convolutions and networks with BatchNorm, too ...
         own: ... on students that are modules of the user's own ...
-        bare_teacher: ... and with teachers that are modules of the user's own, whose layers are not known.
+        bare_teacher: ... and with teachers that are modules of the user's own.
         when: Recorded ``along`` the run, once at its ``start`` or once at its ``end``.
         words: What the numbers 0, 1, ... stand for.
     """
@@ -172,7 +176,9 @@ VARIABLES: Mapping[str, Variable] = _table(
         deep=True,
         own=True,
     ),
-    Variable("weight", (*_NODE, "input_node"), "1", "student weight", f"{TIAN}, section 3", kinds=_FLOWN, deep=True),
+    Variable(
+        "weight", (*_NODE, "input_node"), "1", "student weight", f"{TIAN}, section 3", kinds=_FLOWN, deep=True, own=True
+    ),
     Variable(
         "bias",
         _NODE,
@@ -182,6 +188,7 @@ VARIABLES: Mapping[str, Variable] = _table(
         "0 where the student has no bias",
         kinds=_TRAINED,
         deep=True,
+        own=True,
     ),
     Variable(
         "teacher_weight",
@@ -210,7 +217,7 @@ VARIABLES: Mapping[str, Variable] = _table(
         f"over the evaluation set, signed; NaN for a node whose activation is constant; {_HIDDEN}",
         kinds=_TRAINED,
         deep=True,
-        bare_teacher=False,
+        own=True,
     ),
     Variable(
         "fanout_norm",
@@ -221,6 +228,7 @@ VARIABLES: Mapping[str, Variable] = _table(
         f"over the evaluation set; ‖v_k‖ in a two-layer network; {_HIDDEN}",
         kinds=_TRAINED,
         deep=True,
+        own=True,
     ),
     Variable(
         "teacher_fanout_norm",
@@ -231,7 +239,7 @@ VARIABLES: Mapping[str, Variable] = _table(
         f"over the evaluation set; ‖v*_j‖ in a two-layer network; {_HIDDEN}",
         kinds=_TRAINED,
         deep=True,
-        bare_teacher=False,
+        own=True,
     ),
     Variable(
         "A",
@@ -242,7 +250,7 @@ VARIABLES: Mapping[str, Variable] = _table(
         _MOMENT,
         kinds=_TRAINED,
         deep=True,
-        bare_teacher=False,
+        own=True,
     ),
     Variable(
         "B",
@@ -253,7 +261,7 @@ VARIABLES: Mapping[str, Variable] = _table(
         _MOMENT,
         kinds=_TRAINED,
         deep=True,
-        bare_teacher=False,
+        own=True,
     ),
     Variable(
         "H_star",
@@ -284,19 +292,9 @@ VARIABLES: Mapping[str, Variable] = _table(
         "D", _PAIR, "1", "D = E[f' f']", f"{LUCK}, section 4", _MOMENT, kinds=_TRAINED, deep=True, bare_teacher=False
     ),
     Variable(
-        "L_star",
-        _MIXED,
-        "1",
-        "L* = E[f f*ᵀ]",
-        f"{LUCK}, section 4",
-        _MOMENT,
-        kinds=_TRAINED,
-        deep=True,
-        bare_teacher=False,
+        "L_star", _MIXED, "1", "L* = E[f f*ᵀ]", f"{LUCK}, section 4", _MOMENT, kinds=_TRAINED, deep=True, own=True
     ),
-    Variable(
-        "L", _PAIR, "1", "L = E[f fᵀ]", f"{LUCK}, section 4", _MOMENT, kinds=_TRAINED, deep=True, bare_teacher=False
-    ),
+    Variable("L", _PAIR, "1", "L = E[f fᵀ]", f"{LUCK}, section 4", _MOMENT, kinds=_TRAINED, deep=True, own=True),
     Variable(
         "gradient_rms",
         _NODE,
@@ -305,6 +303,7 @@ VARIABLES: Mapping[str, Variable] = _table(
         f"{TIAN}, Eq. 1",
         "over the training set; g is the negative gradient at the pre-activation",
         kinds=_TRAINED,
+        own=True,
     ),
     Variable(
         "gradient_max",
@@ -314,6 +313,7 @@ VARIABLES: Mapping[str, Variable] = _table(
         f"{TIAN}, Theorem 1",
         "over the training set; g is the negative gradient at the pre-activation",
         kinds=_TRAINED,
+        own=True,
     ),
     Variable(
         "gradient_norm",
@@ -394,6 +394,16 @@ VARIABLES: Mapping[str, Variable] = _table(
         deep=True,
     ),
     Variable(
+        "balance",
+        _NODE,
+        "1",
+        "balance c = ‖a‖² − ‖w‖² − b² of outgoing and incoming weights",
+        DU,
+        "gradient flow conserves it where the activation is relu, leaky_relu or identity; an SGD step of rate η "
+        f"changes it by η²(‖∂a‖² − ‖∂w‖² − ∂b²); {_HIDDEN}",
+        kinds=_TRAINED,
+    ),
+    Variable(
         "lemma1_residual",
         _MEMBER,
         "1",
@@ -401,7 +411,7 @@ VARIABLES: Mapping[str, Variable] = _table(
         f"{TIAN}, Lemma 1",
         "over the evaluation set; largest error over layers, samples and nodes, relative to the largest term",
         kinds=_TRAINED,
-        bare_teacher=False,
+        own=True,
     ),
     Variable(
         "stop_epoch",
@@ -445,6 +455,39 @@ VARIABLES: Mapping[str, Variable] = _table(
         "all of them one after another",
         kinds=_TRAINED,
         when="start",
+    ),
+    Variable(
+        "cross_correlation",
+        (*_LAYER, "teacher_layer", "teacher_node", "node"),
+        "1",
+        "correlation of activations, of every layer with every teacher layer",
+        f"{TIAN}, Eq. 9; centred as in Tian et al. 2019",
+        "over the evaluation set, output layers included; signed; NaN for a node whose activation is constant, and "
+        "between layers of other numbers of positions per sample",
+        kinds=_TRAINED,
+        deep=True,
+        own=True,
+    ),
+    Variable(
+        "neural_tangent_kernel",
+        (*_MEMBER, "sample", "sample_2"),
+        "1",
+        "empirical neural tangent kernel, summed over outputs",
+        "Jacot et al. 2018 (arXiv:1806.07572)",
+        "of the first samples of the evaluation set, in evaluation mode, over trainable parameters",
+        kinds=_TRAINED,
+        own=True,
+    ),
+    Variable(
+        "jacobian",
+        (*_MEMBER, "sample", "output", "entry"),
+        "1",
+        "derivative of an output by a number of a module of the user's own",
+        "definition",
+        "on the first samples of the evaluation set, in evaluation mode; entries as in parameter, NaN for buffers and "
+        "frozen parameters",
+        kinds=_TRAINED,
+        own=True,
     ),
     Variable(
         "hessian_eigenvalue",
@@ -539,7 +582,7 @@ COORDINATES: Mapping[str, Variable] = _table(
 )
 
 #: Dimensions whose sizes depend on ``[record]`` instead of the networks.
-SIZED = ("quantile", "mode", "top_k", "entry", "teacher_entry")
+SIZED = ("quantile", "mode", "top_k", "entry", "teacher_entry", "teacher_layer")
 #: The largest k of the top-k `accuracy`.
 TOP = 5
 

@@ -36,8 +36,14 @@ from tsdyn.analysis.figures.heat_maps import (
     measure_couplings,
 )
 from tsdyn.analysis.figures.phases import draw_phase, measure_phase, phase_diagram
-from tsdyn.analysis.figures.planes import SNAPSHOTS, animate_boundaries, boundaries, draw_boundaries, measure_boundaries
-from tsdyn.analysis.figures.reading import BAND
+from tsdyn.analysis.figures.planes import (
+    SNAPSHOTS,
+    animate_boundaries,
+    boundaries,
+    draw_boundaries,
+    measure_boundaries,
+    snapshots,
+)
 from tsdyn.analysis.figures.recipes import FIGURES, Recipe
 from tsdyn.analysis.figures.spectra import SPECTRA, draw_spectrum, measure_spectrum, spectrum
 from tsdyn.analysis.figures.teacher_nodes import (
@@ -52,8 +58,8 @@ from tsdyn.analysis.figures.teacher_nodes import (
     recovery,
     success_rate,
 )
-from tsdyn.analysis.layout import MAX_PANELS, PANEL
-from tsdyn.analysis.panels import PALETTE
+from tsdyn.analysis.layout import MAX_PANELS
+from tsdyn.analysis.style import BAND, PALETTE
 
 __all__ = [
     "BAND",
@@ -61,7 +67,6 @@ __all__ = [
     "MAX_LINES",
     "MAX_PANELS",
     "PALETTE",
-    "PANEL",
     "SNAPSHOTS",
     "SPECTRA",
     "Recipe",
@@ -102,6 +107,7 @@ __all__ = [
     "measure_winners",
     "phase_diagram",
     "recovery",
+    "snapshots",
     "spectrum",
     "success_rate",
     "winners",

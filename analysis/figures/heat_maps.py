@@ -7,8 +7,9 @@ from typing import Any, Literal, assert_never
 import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from tsdyn.analysis import layout, matching, panels
+from matplotlib.ticker import MaxNLocator
+from tsdyn.analysis import captions, layout, matching, panels
+from tsdyn.analysis import style as look
 from tsdyn.analysis.figures.reading import in_lowest_layer, variables_of
 
 
@@ -26,16 +27,17 @@ def correlation_map(ds: xr.Dataset, *, ax: Axes | None = None, bar: bool = True)
     return _map(measure_correlation(ds), "correlation", 1.0, ax, bar)
 
 
-def draw_correlation(ds: xr.Dataset) -> Figure:
+@look.styled
+def draw_correlation(ds: xr.Dataset) -> look.Page:
     """Panels of `correlation_map`."""
     measured = measure_correlation(ds)
-    figure = layout.grid(
+    where = f"Correlation of student and teacher nodes, seed {int(measured['seed'])}, epoch {int(measured['epoch'])}"
+    page = layout.grid(
         measured, lambda at, ax: correlation_map(measured.sel(at), ax=ax, bar=False),
-        title=layout.headed(f"correlation, seed {int(measured['seed'])}, epoch {int(measured['epoch'])}", measured),
-        share=False, **layout.two_ways(layout.swept(measured)),
+        title=layout.headed(where, measured), share=False, spread="none", **layout.two_ways(layout.swept(measured)),
     )  # fmt: skip
-    figure.colorbar(figure.axes[0].images[0], ax=figure.axes, label="correlation")
-    return figure
+    page.body.colorbar(page.axes[0].images[0], ax=page.axes, label="correlation", aspect=30)
+    return page
 
 
 def measure_couplings(archive: xr.Dataset) -> xr.Dataset:
@@ -60,7 +62,8 @@ def coupling_map(ds: xr.Dataset, *, variable: str = "H_star", ax: Axes | None = 
     return _map(now, variable, largest, ax, bar)
 
 
-def draw_couplings(ds: xr.Dataset) -> Figure:
+@look.styled
+def draw_couplings(ds: xr.Dataset) -> look.Page:
     """Maps of β* and H* before and after training, one row per point of the sweep; each pair on one scale."""
     measured = measure_couplings(ds)
     names = {"β*": "A", "H*": "H_star"}
@@ -70,11 +73,15 @@ def draw_couplings(ds: xr.Dataset) -> Figure:
         point = {dim: value for dim, value in at.items() if dim not in ("moment", "epoch")}
         own, name = measured.sel(point), names[at["moment"]]
         largest = float(np.fmax.reduce(np.abs(own[name].values), axis=None, initial=0.0)) or 1.0
-        ax.figure.colorbar(_map(own.sel(epoch=at["epoch"]), name, largest, ax, False).images[0], ax=ax)
+        image = _map(own.sel(epoch=at["epoch"]), name, largest, ax, False).images[0]
+        bar = ax.figure.colorbar(image, ax=ax)
+        bar.locator = MaxNLocator(nbins=4)
+        bar.update_ticks()
 
+    title = f"β* and H* before and after training, student nodes by best teacher node, seed {int(measured['seed'])}"
     return layout.grid(
-        cells, draw, across=("moment", "epoch"), down=layout.swept(measured), share=False,
-        title=layout.headed(f"student nodes ordered by best teacher node, seed {int(measured['seed'])}", measured),
+        cells, draw, across=("moment", "epoch"), down=layout.swept(measured), share=False, spread="none",
+        title=layout.headed(title, measured),
     )  # fmt: skip
 
 
@@ -91,14 +98,14 @@ def _ordered(archive: xr.Dataset, figure: Literal["correlation", "couplings"]) -
             last = shown.isel(epoch=-1)
         case other:
             assert_never(other)
-    return shown.assign(node_order=matching.node_order(last).drop_vars("epoch"))
+    return shown.assign(node_order=matching.node_order(last).drop_vars("epoch")).assign_attrs(captions.told(archive))
 
 
 def _map(one: xr.Dataset, variable: str, largest: float, ax: Axes | None, bar: bool) -> Axes:
     own = layout.unpadded(one)
     order = own["node_order"].values.astype(int)  # padding comes last and has been cut
     values = own[variable].transpose("teacher_node", "node").isel(node=order[order < own.sizes["node"]])
-    ax = panels.table(values, ax=ax, limits=(-largest, largest), cmap="RdBu_r", bar=bar)
+    ax = panels.table(values, ax=ax, limits=(-largest, largest), cmap="RdBu", bar=bar)
     ax.set(xlabel="student node, by best teacher node", ylabel="teacher node")
     ax.set_yticks(*_node_ticks(values.sizes["teacher_node"]))
     ax.set_xticks([])

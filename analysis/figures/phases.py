@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import xarray as xr
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from tsdyn.analysis import layout, panels, phase
+from tsdyn.analysis import captions, layout, panels, phase
+from tsdyn.analysis import style as look
 from tsdyn.analysis.figures.reading import in_lowest_layer, variables_of
 
 from tsdyn.experiment.sweep_axes import POINT
@@ -20,7 +20,8 @@ def measure_phase(archive: xr.Dataset) -> xr.Dataset:
         return archive
     needed = in_lowest_layer(variables_of(archive, "phase"))
     needed = needed.isel(epoch=-1) if layout.swept(needed) else needed
-    return xr.Dataset({"fraction": phase.fractions(phase.recovery_class(needed))}).load()
+    fraction = phase.fractions(phase.recovery_class(needed))
+    return xr.Dataset({"fraction": fraction}, attrs=captions.told(archive)).load()
 
 
 def phase_diagram(ds: xr.Dataset, *, of: str | None = None, ax: Axes | None = None) -> Axes:
@@ -42,7 +43,7 @@ def phase_diagram(ds: xr.Dataset, *, of: str | None = None, ax: Axes | None = No
             keys = layout.listed(shares)
             labels = zip(*([layout.short(v) for v in shares[key].values.tolist()] for key in keys), strict=True)
             panels.name_ticks(ax, "x", [", ".join(at) for at in labels])
-            ax.set_xlabel(", ".join(keys))
+            ax.set_xlabel(", ".join(map(captions.key_words, keys)))
         return ax
     if len(along) != 2:
         raise ValueError(f"phase_diagram: over {', '.join(map(str, along)) or 'nothing'}; select one or two swept keys")
@@ -53,22 +54,23 @@ def phase_diagram(ds: xr.Dataset, *, of: str | None = None, ax: Axes | None = No
     ax = panels.table(own, ax=ax, limits=(0, 1), cmap="cividis", bar=False)
     panels.numbers(own, ax)
     for axis, dim in zip("xy", along, strict=True):
-        panels.name_ticks(
-            ax, axis, [layout.name_of(own, at).removeprefix(f"{dim} ") for at in layout.points(own, [dim])]
-        )
-        ax.set(**{f"{axis}label": str(dim)})
+        listed = dim == POINT
+        shown = [layout.name_of(own, at) if listed else layout.short(at[dim]) for at in layout.points(own, [dim])]
+        panels.name_ticks(ax, axis, shown)
+        ax.set(**{f"{axis}label": "" if listed else captions.key_words(dim)})
     ax.invert_yaxis()
     return ax
 
 
-def draw_phase(ds: xr.Dataset) -> Figure:
+@look.styled
+def draw_phase(ds: xr.Dataset) -> look.Page:
     """`phase_diagram` over the first two swept keys, one panel per class, one row per point of the other keys."""
     measured = measure_phase(ds)
     swept = layout.swept(measured)
     long_name = str(measured["fraction"].attrs["long_name"])
     if len(swept) < 2:
         figure = layout.grid(
-            measured, lambda at, ax: phase_diagram(measured, ax=ax), across=(), beside=1.0,
+            measured, lambda at, ax: phase_diagram(measured, ax=ax), across=(), spread="none",
             title=layout.headed(long_name, measured),
         )  # fmt: skip
         layout.legend(figure)
@@ -81,6 +83,8 @@ def draw_phase(ds: xr.Dataset) -> Figure:
         across=("class",),
         down=swept[2:],
         title=layout.headed(long_name, measured),
+        spread="none",
+        share=False,
     )
-    figure.colorbar(figure.axes[0].images[0], ax=figure.axes, label="share of seeds")
+    figure.body.colorbar(figure.axes[0].images[0], ax=figure.axes, label="share of seeds", aspect=30)
     return figure

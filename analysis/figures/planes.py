@@ -8,8 +8,9 @@ import numpy as np
 import xarray as xr
 from matplotlib.animation import FuncAnimation
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from tsdyn.analysis import layout, panels
+from numpy.typing import NDArray
+from tsdyn.analysis import captions, layout, panels
+from tsdyn.analysis import style as look
 from tsdyn.analysis.figures.reading import variables_of
 from tsdyn.analysis.identity import per_point
 
@@ -18,6 +19,13 @@ from tsdyn.archive.selecting import lowest_layer
 
 #: Epochs shown as panels.
 SNAPSHOTS = 4
+
+
+def snapshots(epochs: NDArray) -> NDArray:
+    """Positions of up to `SNAPSHOTS` epochs, in geometric steps from the first to the last: most happens early."""
+    last = float(epochs[-1])
+    wanted = [0.0, last ** (1 / 3) * 0.6, last ** (1 / 3) * 1.8, last] if last > 20 else np.linspace(0, last, SNAPSHOTS)
+    return np.unique([int(np.abs(epochs - epoch).argmin()) for epoch in wanted])
 
 
 def measure_boundaries(archive: xr.Dataset) -> xr.Dataset:
@@ -42,7 +50,7 @@ def measure_boundaries(archive: xr.Dataset) -> xr.Dataset:
     measured = needed.isel(input_node=slice(0, 2)).load()
     extent = 3.0 * per_point(archive, lambda point: point.data.std)
     words = {"units": "1", "long_name": "three standard deviations of the inputs", "source": "tsdyn"}
-    return measured.assign(extent=extent.assign_attrs(words))
+    return measured.assign(extent=extent.assign_attrs(words)).assign_attrs(captions.told(archive))
 
 
 def boundaries(ds: xr.Dataset, *, ax: Axes | None = None, strongest: float | None = None) -> Axes:
@@ -67,7 +75,13 @@ def boundaries(ds: xr.Dataset, *, ax: Axes | None = None, strongest: float | Non
     strength = (now["fanout_norm"] / strongest).fillna(0.0).clip(0, 1)
     panels.lines(now["weight"], now["bias"], strength, ax)
     panels.lines(
-        now["teacher_weight"], now["teacher_bias"], None, ax, color="black", linestyle=(0, (5, 3)), linewidth=1.0
+        now["teacher_weight"],
+        now["teacher_bias"],
+        None,
+        ax,
+        color="black",
+        linestyle=(0, (5, 3)),
+        linewidth=look.points(1.0),
     )
     return ax
 
@@ -79,21 +93,22 @@ def _boundary_names(norms: xr.DataArray) -> list[str]:
     return ["student node"]
 
 
-def _boundary_key(figure: Figure, measured: xr.Dataset) -> None:
+def _boundary_key(page: look.Page, measured: xr.Dataset) -> None:
     """Legend: colours of student nodes with their fan-out norms at the last epoch, where there is room for them."""
     from matplotlib.lines import Line2D
 
-    handles = [Line2D([], [], color="black", linestyle="--", linewidth=1, label="teacher node")]
+    dashed = Line2D([], [], color="black", linestyle="--", linewidth=look.points(1), label="teacher node")
     last = measured.isel(epoch=-1) if "epoch" in measured.dims else measured
-    for k, name in enumerate(_boundary_names(layout.unpadded(last)["fanout_norm"])):
-        handles.append(Line2D([], [], color=panels.colour(k), linewidth=2, label=name))
-    figure.legend(handles=handles, loc="outside right upper", fontsize=7)
+    names = _boundary_names(layout.unpadded(last)["fanout_norm"])
+    own = [Line2D([], [], color=panels.colour(k), label=name) for k, name in enumerate(names)]
+    layout.legend(page, handles=[dashed, *own])
 
 
-def draw_boundaries(ds: xr.Dataset) -> Figure:
+@look.styled
+def draw_boundaries(ds: xr.Dataset) -> look.Page:
     """Panels of `boundaries` at up to `SNAPSHOTS` epochs, one row per point; widths are comparable along a row."""
     measured = measure_boundaries(ds)
-    chosen = np.unique(np.linspace(0, measured.sizes["epoch"] - 1, SNAPSHOTS).round().astype(int))
+    chosen = snapshots(np.atleast_1d(measured["epoch"].values))
     shown = measured.isel(epoch=chosen)
 
     def draw(at: dict[str, Any], ax: Axes) -> None:
@@ -101,14 +116,16 @@ def draw_boundaries(ds: xr.Dataset) -> Figure:
         strongest = float(np.fmax.reduce(measured["fanout_norm"].sel(point).values, axis=None)) or 1.0
         boundaries(shown.sel(at), ax=ax, strongest=strongest)
 
-    title = f"boundaries, seed {int(measured['seed'])}; wide: large ‖v‖"
+    title = f"Boundaries of student nodes (wide: large ‖v‖) and teacher nodes (dashed), seed {int(measured['seed'])}"
     figure = layout.grid(
-        shown, draw, across=("epoch",), down=layout.swept(measured), title=layout.headed(title, measured), beside=1.6
+        shown, draw, across=("epoch",), down=layout.swept(measured), title=layout.headed(title, measured),
+        spread="none",
     )  # fmt: skip
     _boundary_key(figure, shown)
     return figure
 
 
+@look.styled
 def animate_boundaries(ds: xr.Dataset, *, interval: int = 150) -> FuncAnimation:
     """Animation of `boundaries` over all recorded epochs of one point; ``.save("x.gif", writer="pillow")`` writes it.
 
@@ -122,17 +139,17 @@ def animate_boundaries(ds: xr.Dataset, *, interval: int = 150) -> FuncAnimation:
     layout.require_point(ds, "animate_boundaries")
     measured = measure_boundaries(ds)
     strongest = float(np.fmax.reduce(measured["fanout_norm"].values, axis=None)) or 1.0
-    figure = Figure(figsize=(5.6, 4.0), layout="constrained")
-    ax = figure.subplots()
+    figure = look.page(1, 3.4)
+    ax = figure.body.subplots()
     _boundary_key(figure, measured)
 
     def frame(position: int) -> list[Any]:
         ax.clear()
         now = measured.isel(epoch=position)
         boundaries(now, ax=ax, strongest=strongest)
-        ax.set_title(layout.headed(f"seed {int(now['seed'])}, epoch {int(now['epoch'])}", now), fontsize=10)
+        ax.set_title(layout.headed(f"seed {int(now['seed'])}, epoch {int(now['epoch'])}", now))
         names = _boundary_names(layout.unpadded(now)["fanout_norm"])
-        for text, name in zip(figure.legends[0].get_texts()[1:], names, strict=True):
+        for text, name in zip(figure.legends_below[0].get_texts()[1:], names, strict=True):
             text.set_text(name)
         return []
 

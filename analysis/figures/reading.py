@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import xarray as xr
-from tsdyn.analysis import summary
 
 from tsdyn import layer as one_layer
 from tsdyn import vocabulary
 from tsdyn.archive.selecting import lowest_layer
 
-#: Bands over seeds: from the 10th to the 90th percentile, about the median.
-BAND = (0.1, 0.5, 0.9)
 #: Variables of the archive that each figure needs; ``a|b`` where either will do.
 NEEDS: Mapping[str, tuple[str, ...]] = {
     "l-shape": ("correlation", "fanout_norm"),
@@ -69,8 +66,3 @@ def variables_of(archive: xr.Dataset, figure: str, *, epochs: Sequence[int] | sl
 
 def in_lowest_layer(ds: xr.Dataset) -> xr.Dataset:
     return one_layer(ds, lowest_layer(ds)) if "layer" in ds.dims else ds
-
-
-def over_seeds(values: xr.DataArray) -> xr.DataArray:
-    found = summary.summarise(values, probabilities=BAND)["quantiles"]
-    return found.assign_attrs(values.attrs)

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import xarray as xr
-from matplotlib.figure import Figure
 from tsdyn.analysis.figures.curves import draw_loss, draw_rank, draw_specialization, draw_winners
 from tsdyn.analysis.figures.heat_maps import draw_correlation, draw_couplings
 from tsdyn.analysis.figures.phases import draw_phase
@@ -15,6 +14,7 @@ from tsdyn.analysis.figures.reading import NEEDS, missing
 from tsdyn.analysis.figures.spectra import draw_spectrum
 from tsdyn.analysis.figures.teacher_nodes import draw_l_shape, draw_recovery, draw_success_rate
 from tsdyn.analysis.identity import refuse_odd
+from tsdyn.analysis.style import Page
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,13 @@ class Recipe:
 
     shows: str
     needs: tuple[str, ...]
-    draw: Callable[[xr.Dataset], Figure]
+    draw: Callable[[xr.Dataset], Page]
 
     def missing(self, archive: xr.Dataset) -> list[str]:
         """Needed variables that were not recorded."""
         return missing(archive, self.needs)
 
-    def __call__(self, archive: xr.Dataset) -> Figure:
+    def __call__(self, archive: xr.Dataset) -> Page:
         refuse_odd(archive, "plot")
         return self.draw(archive)
 

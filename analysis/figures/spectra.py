@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from tsdyn.analysis import layout, panels
+from tsdyn.analysis import style as look
 from tsdyn.analysis.figures.curves import measure_curves
 from tsdyn.analysis.figures.reading import variables_of
 
@@ -15,8 +15,8 @@ SPECTRA = 4
 
 
 def measure_spectrum(archive: xr.Dataset) -> xr.Dataset:
-    """Quantiles over seeds of ``hessian_eigenvalue`` at up to `SPECTRA` epochs; (swept..., epoch, mode, quantile)."""
-    if "hessian_eigenvalue" in archive and "quantile" in archive["hessian_eigenvalue"].dims:
+    """``hessian_eigenvalue`` at up to `SPECTRA` epochs; (swept..., seed, epoch, mode), loaded."""
+    if archive.attrs.get("measured") == "hessian_eigenvalue":
         return archive
     needed = variables_of(archive, "spectrum")
     chosen = np.unique(np.linspace(0, needed.sizes["epoch"] - 1, SPECTRA).round().astype(int))
@@ -24,7 +24,7 @@ def measure_spectrum(archive: xr.Dataset) -> xr.Dataset:
 
 
 def spectrum(ds: xr.Dataset, *, ax: Axes | None = None) -> Axes:
-    """Largest eigenvalues of the Hessian in descending order, dark to light over epochs, with their bands over seeds.
+    """Largest eigenvalues of the Hessian in descending order, dark to light over epochs, by the rule for spread.
 
     On a log scale, or, if some are not positive, on one that is linear near 0.
     """
@@ -35,7 +35,7 @@ def spectrum(ds: xr.Dataset, *, ax: Axes | None = None) -> Axes:
     epochs = np.atleast_1d(values["epoch"].values)
     for position, epoch in enumerate(epochs):
         own = values.sel(epoch=epoch) if "epoch" in values.dims else values
-        panels.band(own, along="mode", ax=ax, color=panels.shade(position, len(epochs)), label=f"epoch {epoch}")
+        panels.spread(own, along="mode", ax=ax, color=panels.shade(position, len(epochs)), label=f"epoch {epoch}")
     smallest, largest = (float(f.reduce(values.values, axis=None)) for f in (np.fmin, np.fmax))
     if smallest > 0:
         ax.set_yscale("log")
@@ -45,12 +45,13 @@ def spectrum(ds: xr.Dataset, *, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def draw_spectrum(ds: xr.Dataset) -> Figure:
+@look.styled
+def draw_spectrum(ds: xr.Dataset) -> look.Page:
     """Panels of `spectrum`."""
     measured = measure_spectrum(ds)
     figure = layout.grid(
-        measured, lambda at, ax: spectrum(measured.sel(at), ax=ax), beside=1.0,
-        title=layout.headed("spectrum of the Hessian, median and 10th to 90th percentile of seeds", measured),
+        measured, lambda at, ax: spectrum(measured.sel(at), ax=ax),
+        title=layout.headed("Largest eigenvalues of the Hessian", measured),
         **layout.two_ways(layout.swept(measured)),
     )  # fmt: skip
     layout.legend(figure)

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from tsdyn.analysis import layout, panels, specialization, summary
+from tsdyn.analysis import captions, layout, panels, specialization
+from tsdyn.analysis import style as look
 from tsdyn.analysis.figures.reading import in_lowest_layer, variables_of
 
 #: Most lines in one panel: every colour in every style.
@@ -25,7 +25,8 @@ def measure_l_shape(archive: xr.Dataset) -> xr.Dataset:
         {
             "student_specialization": specialization.student_specialization(last),
             "fanout_norm": last["fanout_norm"],
-        }
+        },
+        attrs=captions.told(archive),
     )
 
 
@@ -39,13 +40,25 @@ def l_shape(ds: xr.Dataset, *, ax: Axes | None = None) -> Axes:
     return panels.points(measured["student_specialization"], measured["fanout_norm"], ax=ax)
 
 
-def draw_l_shape(ds: xr.Dataset) -> Figure:
-    """Panels of `l_shape`."""
+@look.styled
+def draw_l_shape(ds: xr.Dataset) -> look.Page:
+    """Panels of `l_shape`, students wider from left to right; each row has its own scale of norms."""
     measured = measure_l_shape(ds)
-    title = f"fan-out norm against best correlation, epoch {int(measured['epoch'])}"
-    return layout.grid(
-        measured, lambda at, ax: l_shape(measured.sel(at), ax=ax),
-        title=layout.headed(title, measured), **layout.two_ways(layout.swept(measured)),
+    title = (
+        f"Fan-out norm against best correlation of each student node, a colour per seed, epoch {int(measured['epoch'])}"
+    )
+    swept = layout.swept(measured)
+    rows = layout.points(measured, swept[1:])
+    columns = layout.points(measured, swept[:1])
+    if len(columns) > layout.MOST_COLUMNS or len(rows) * len(columns) > layout.MAX_PANELS:
+        return layout.grid(
+            measured, lambda at, ax: l_shape(measured.sel(at), ax=ax), title=title, spread="points",
+            **layout.two_ways(swept),
+        )  # fmt: skip
+    cells = [[layout.Cell("l-shape", c | r, layout.name_of(measured, c | r)) for c in columns] for r in rows]
+    return layout.arrange(
+        measured, {"l-shape": lambda own, ax: l_shape(own, ax=ax)}, cells, says=layout.headed(title, measured),
+        spread="points", share_x=True, share_y="row", key=None,
     )  # fmt: skip
 
 
@@ -61,13 +74,12 @@ def measure_success_rate(archive: xr.Dataset, *, early: int = 5) -> xr.Dataset:
         {
             "success_rate": specialization.success_rate(low),
             "success_interval": specialization.success_interval(low),
-        }
+        },
+        attrs=captions.told(archive),
     )
 
 
-def success_rate(
-    ds: xr.Dataset, *, ax: Axes | None = None, color: str = panels.PALETTE[0], label: str = "", beside: float = 0.0
-) -> Axes:
+def success_rate(ds: xr.Dataset, *, ax: Axes | None = None, color: str = panels.PALETTE[0], label: str = "") -> Axes:
     """Share of seeds in which each teacher node is recovered; last epoch solid with its 95 % interval, others dotted.
 
     Source: Tian (2020), Figure 7.
@@ -77,7 +89,6 @@ def success_rate(
         ax: Axes.
         color: Colour of all its lines.
         label: Text in the legend, before the epoch.
-        beside: Horizontal offset of intervals from their nodes, so that those of several curves do not overlap.
     """
     layout.require_point(ds, "success_rate")
     measured = layout.unpadded(measure_success_rate(ds))
@@ -87,11 +98,13 @@ def success_rate(
         now = measured.sel(epoch=epoch)
         interval = now["success_interval"] if line == "-" and "success_interval" in now else None
         name = f"{label}, epoch {epoch}" if label else f"epoch {epoch}"
-        panels.rate(now["success_rate"], interval, ax=ax, color=color, linestyle=line, label=name, beside=beside)
+        own: dict[str, Any] = {} if line == "-" else {"linewidth": look.points(0.9), "marked": False}
+        panels.rate(now["success_rate"], interval, ax=ax, color=color, linestyle=line, label=name, **own)
     return ax
 
 
-def draw_success_rate(ds: xr.Dataset) -> Figure:
+@look.styled
+def draw_success_rate(ds: xr.Dataset) -> look.Page:
     """Panels of `success_rate`, one colour per student width, or else per value of the last swept key."""
     measured = measure_success_rate(ds)
     swept = layout.swept(measured)
@@ -100,18 +113,14 @@ def draw_success_rate(ds: xr.Dataset) -> Figure:
 
     def draw(at: dict[str, Any], ax: Axes) -> None:
         for position, point in enumerate(curves):
-            success_rate(
-                measured.sel({**at, **point}), ax=ax, color=panels.colour(position),
-                label=layout.name_of(measured, point),
-                beside=0.3 * (position / max(1, len(curves) - 1) - 0.5) if len(curves) > 1 else 0.0,
-            )  # fmt: skip
+            name = layout.name_of(measured, point)
+            success_rate(measured.sel({**at, **point}), ax=ax, color=panels.colour(position), label=name)
 
     others = [d for d in swept if d not in widths]
-    figure = layout.grid(
-        measured, draw, title=layout.headed("success rate", measured), beside=1.8, **layout.two_ways(others)
-    )
-    layout.legend(figure)
-    return figure
+    title = layout.headed("Share of seeds in which each teacher node is recovered", measured)
+    page = layout.grid(measured, draw, title=title, spread="shares", **layout.two_ways(others))
+    layout.legend(page)
+    return page
 
 
 def _lines(measured: xr.Dataset, dims: Sequence[str]) -> list[dict[str, Any]]:
@@ -122,16 +131,15 @@ def _lines(measured: xr.Dataset, dims: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def measure_recovery(archive: xr.Dataset) -> xr.Dataset:
-    """``specialization`` of one layer at every epoch, (swept..., epoch, teacher_node), mean over seeds."""
+    """``specialization`` of one layer at every epoch, (swept..., seed, epoch, teacher_node), loaded."""
     if "specialization" in archive:
         return archive
     best = specialization.specialization(in_lowest_layer(variables_of(archive, "recovery")))
-    mean = summary.summarise(best)["mean"].assign_attrs(best.attrs)
-    return xr.Dataset({"specialization": mean}).load()
+    return xr.Dataset({"specialization": best}, attrs=captions.told(archive)).load()
 
 
 def recovery(ds: xr.Dataset, *, ax: Axes | None = None) -> Axes:
-    """Best correlation of each teacher node against epoch, mean over seeds, dark to light from the first to the last.
+    """Best correlation of each teacher node against epoch, dark to light from the first to the last.
 
     Source: Tian (2020), Figure 8.
     """
@@ -141,16 +149,17 @@ def recovery(ds: xr.Dataset, *, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def draw_recovery(ds: xr.Dataset) -> Figure:
+@look.styled
+def draw_recovery(ds: xr.Dataset) -> look.Page:
     """Panels of `recovery`."""
-    return _by_teacher_node(measure_recovery(ds), recovery, "best correlation of each teacher node, mean over seeds")
+    return _by_teacher_node(measure_recovery(ds), recovery, "Best correlation of each teacher node over training")
 
 
-def _by_teacher_node(measured: xr.Dataset, panel: Callable[..., Axes], title: str) -> Figure:
+def _by_teacher_node(measured: xr.Dataset, panel: Callable[..., Axes], title: str) -> look.Page:
     """Panels of the sweep, one shade per teacher node."""
-    figure = layout.grid(
+    page = layout.grid(
         measured, lambda at, ax: panel(measured.sel(at), ax=ax),
         title=layout.headed(title, measured), **layout.two_ways(layout.swept(measured)),
     )  # fmt: skip
-    layout.shade_bar(figure, int(layout.unpadded(measured).sizes["teacher_node"]), "teacher node")
-    return figure
+    layout.shade_bar(page, int(layout.unpadded(measured).sizes["teacher_node"]), "teacher node")
+    return page

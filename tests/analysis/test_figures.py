@@ -116,27 +116,40 @@ def test_l_shape_shows_every_student_node_where_it_was_measured(sweep):
     assert len(figure.axes) == 4
     hidden = tsdyn.layer(sweep, 1).isel(epoch=-1)
     best = specialization.student_specialization(hidden)
-    assert [ax.get_title() for ax in figure.axes][1] == "overrealization 3, polarity 0"
+    assert "3x as many" in figure.axes[1].get_title(loc="left").replace("\n", " ")
+    assert "polarity p = 0" in figure.axes[1].get_title(loc="left").replace("\n", " ")
     at = {"overrealization": 3, "polarity": 0.0}
-    for seed, points in enumerate(figure.axes[1].collections):
-        np.testing.assert_array_equal(points.get_offsets()[:, 0], best.sel(at).isel(seed=seed))
-        np.testing.assert_array_equal(points.get_offsets()[:, 1], hidden.fanout_norm.sel(at).isel(seed=seed))
-        assert len(points.get_offsets()) == 9
+    (points,) = figure.axes[1].collections
+    drawn = np.array(points.get_offsets())
+    wanted = np.stack(
+        [best.sel(at).values.ravel(), hidden.fanout_norm.sel(at).transpose(*best.sel(at).dims).values.ravel()], 1
+    )
+    assert sorted(map(tuple, drawn)) == sorted(map(tuple, wanted))
+    assert len({tuple(c) for c in points.get_facecolor()}) == 3  # a colour per seed
     bottom, top = figure.axes[0].get_ylim()
     assert bottom == 0
     assert top > hidden.fanout_norm.max()
 
 
-def test_loss_curves_are_medians(run):
-    (line,) = FIGURES["loss"](run).axes[0].lines
-    np.testing.assert_allclose(line.get_ydata(), np.median(run.mse_eval, axis=0))
+def test_below_five_seeds_every_seed_is_a_line_and_from_five_on_the_median_has_a_band(run):
+    lines = FIGURES["loss"](run).axes[0].lines
+    np.testing.assert_array_equal([line.get_ydata() for line in lines], run.mse_eval)
+    many = xr.concat([run.mse_eval, 2 * run.mse_eval], "seed").assign_coords(seed=range(6)).to_dataset()
+    ax = FIGURES["loss"](many.assign_attrs(run.attrs)).axes[0]
+    (line,) = ax.lines
+    np.testing.assert_allclose(line.get_ydata(), np.median(many.mse_eval, axis=0))
+    (band,) = ax.collections
+    low, high = np.quantile(many.mse_eval, (0.1, 0.9), axis=0)
+    edges = band.get_paths()[0].vertices[:, 1]
+    assert edges.min() == pytest.approx(low.min(), rel=1e-12)
+    assert edges.max() == pytest.approx(high.max(), rel=1e-12)
 
 
 def test_curves_of_a_deep_network_are_of_its_layers():
     correlation = xr.DataArray(
-        np.random.default_rng(0).uniform(0, 1, (4, 3, 3, 2, 5)),
+        np.random.default_rng(0).uniform(0, 1, (5, 3, 3, 2, 5)),
         dims=("seed", "epoch", "layer", "teacher_node", "node"),
-        coords={"seed": range(4), "epoch": range(3), "layer": [1, 2, 3]},
+        coords={"seed": range(5), "epoch": range(3), "layer": [1, 2, 3]},
         name="correlation",
     )
     ds = correlation.to_dataset()
@@ -152,8 +165,10 @@ def test_success_rates_stand_in_their_intervals(run):
     measured = figures.measure_success_rate(run)
     (line,) = ax.lines  # no epoch is nearer to the fifth than the last
     np.testing.assert_array_equal(line.get_ydata(), measured.success_rate.isel(epoch=0))
-    ends = np.array([segment[:, 1] for segment in ax.collections[0].get_segments()])
-    np.testing.assert_array_equal(ends, measured.success_interval.isel(epoch=0))
+    (band,) = ax.collections
+    corners = {tuple(v) for v in band.get_paths()[0].vertices.round(12)}
+    for node, bounds in enumerate(measured.success_interval.isel(epoch=0).values, start=1):
+        assert {(node, round(float(bound), 12)) for bound in bounds} <= corners
 
 
 def test_heat_maps_are_ordered_by_best_teacher(run):
@@ -197,7 +212,7 @@ def test_the_legend_of_a_frame_is_of_its_epoch(run):
     for position in (0, run.sizes["epoch"] - 1):
         moves._draw_frame(position)
         norms = tsdyn.layer(run, 1).fanout_norm.sel(seed=2).isel(epoch=position).values
-        said = [text.get_text() for text in moves._fig.legends[0].get_texts()]
+        said = [text.get_text() for text in moves._fig.legends_below[0].get_texts()]
         assert said == ["teacher node", *(f"student {k + 1}: ‖v‖ = {norm:.2g}" for k, norm in enumerate(norms))]
     moves._draw_was_started = True  # matplotlib warns of an animation that is never saved
 
@@ -216,10 +231,8 @@ def test_phase_diagram_shows_shares(sweep):
 def test_colours_are_the_palette_and_lines_differ_beyond_it():
     looks = [(panels.colour(i), panels.style(i)) for i in range(figures.MAX_LINES)]
     assert len(set(looks)) == figures.MAX_LINES
-    with pytest.raises(ValueError, match="40 lines are more than 32"):
-        figures.draw_curves(
-            xr.Dataset({"x": (("scale", "epoch", "quantile"), np.ones((40, 2, 3)))}, {"scale": range(40)})
-        )
+    with pytest.raises(ValueError, match="40 lines are more than 28"):
+        figures.draw_curves(xr.Dataset({"x": (("scale", "seed", "epoch"), np.ones((40, 3, 2)))}, {"scale": range(40)}))
 
 
 def test_too_many_panels_are_refused(run):

@@ -197,3 +197,46 @@ def test_what_reads_well_but_is_no_archive_is_refused_in_words(run, odd, words, 
             report.render(tmp_path / "odd.nc")
         with pytest.raises(ValueError, match=words):
             figures.FIGURES["loss"](there)
+
+
+def test_curves_of_each_seed_tell_their_numbers_without_a_script(run):
+    html = report.render(run, audit=False)
+    self_contained(html)
+    ds = tsdyn.open(run).load()
+    told = re.findall(r"<title>seed (\d+), epoch (\d+): (\w+) ([^<]+)</title>", html)
+    assert len(told) == ds.sizes["seed"] * ds.sizes["epoch"]
+    for seed, epoch, name, value in told:
+        assert float(value) == pytest.approx(float(ds[name].sel(seed=int(seed), epoch=int(epoch))), rel=6e-4)
+    for place in range(ds.sizes["seed"]):
+        assert f'id="seed-{place}"' in html
+        assert f"#seed-{place}:checked ~ .charts .curve:not(.s{place})" in html
+
+
+def test_a_page_is_watched_until_the_run_is_finished(tmp_path, monkeypatch):
+    from tsdyn.running import runner
+
+    monkeypatch.setattr(runner, "COMMIT_SECONDS", 0.0)
+    path, page = tmp_path / "run", tmp_path / "page.html"
+    with pytest.raises(DirectoryError):
+        next(report.watch(path, page))
+
+    def stop(epoch, *_):
+        if epoch == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        runner.run(small(), path, progress=stop)
+    seen = report.watch(path, page, every=0.0, audit=False)
+    assert 0 < next(seen) < 1
+    self_contained(page.read_text(encoding="utf-8"))
+    assert 'http-equiv="refresh"' in page.read_text(encoding="utf-8")
+    runner.run(small(), path)
+    assert list(seen) == [1.0]
+    assert "refresh" not in page.read_text(encoding="utf-8")
+
+
+def test_each_figure_names_its_command_and_the_page_its_numbers(run):
+    html = report.render(run, audit=False)
+    assert f"<code>tsdyn plot {run.name} loss</code>" in html
+    assert "<h2>Numbers</h2>" in html
+    assert "3 seeds" in html

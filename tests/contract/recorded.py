@@ -76,6 +76,11 @@ class Plain:
         at = [self.norms[i][k].view(-1, *[1] * (x.ndim - 2)) for k in ("mean", "variance", "scale", "shift")]
         return (x - at[0]) / (at[1] + 1e-5).sqrt() * at[2] + at[3]
 
+    def balances(self) -> list[Tensor]:
+        """Σ_o a_oj² − Σ_i w_ji² − b_j² of every hidden layer, (node,)."""
+        layers = zip(self.weights[:-1], self.biases[:-1], self.weights[1:], strict=True)
+        return [(a * a).sum(0) - (w * w).sum(1) - b * b for w, b, a in layers]
+
 
 def rows(x: Tensor) -> Tensor:
     """Activations as (sample, node), or images as (sample·row·column, channel)."""

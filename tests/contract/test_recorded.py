@@ -35,7 +35,7 @@ SHAPES = {
 EVERY = ("loss", "mse", "weight", "correlation", "fanout_norm", "accuracy", "label_accuracy", "moments")
 #: ... and of fully connected ones without BatchNorm only.
 CONNECTED = (
-    "gradient_rms", "gradient_max", "gradient_norm", "hessian_eigenvalue", "observation", "alignment",
+    "gradient_rms", "gradient_max", "gradient_norm", "hessian_eigenvalue", "observation", "alignment", "balance",
 )  # fmt: skip
 QUANTILES = [0.0, 0.5, 1.0]
 
@@ -144,6 +144,7 @@ def check(ds, folder, shape, activation, loss, dtype, labels="teacher"):
         at("label_accuracy", one["label_accuracy"], seen["eval"].accuracy(sets["eval"][1], top))
         if shape != "connected":
             continue
+        layers("balance", student.balances())
         g = seen["train"].gradients()
         layers("gradient_rms", [x.square().mean(0).sqrt() for x in g])
         layers("gradient_max", [x.abs().amax(0) for x in g])

@@ -11,10 +11,13 @@ import textwrap
 
 import pytest
 
-from tsdyn.engine import compiled_step, compiled_sums, convolution, native
+from tsdyn.engine import compiled_moments, compiled_step, compiled_sums, convolution, native
 from tsdyn.experiment.errors import ExperimentError
 
-JOBS = {module.__name__: (module.SOURCE, module.Job) for module in (compiled_step, compiled_sums, convolution)}
+JOBS = {
+    module.__name__: (module.SOURCE, module.Job)
+    for module in (compiled_moments, compiled_step, compiled_sums, convolution)
+}
 
 pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler here")
 

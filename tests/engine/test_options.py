@@ -2,13 +2,14 @@
 
 import itertools
 import math
+from unittest import mock
 
 import pytest
 import torch
 from torch import nn
 
 from tsdyn import Experiment, ExperimentError
-from tsdyn.engine import batched, compiled_step, graph, propagated, train
+from tsdyn.engine import batched, compiled_step, graph, native, propagated, train
 from tsdyn.engine.batches import finite_stream
 from tsdyn.engine.ensemble import Ensemble
 from tsdyn.engine.rule import Rule
@@ -112,12 +113,14 @@ def test_fifty_steps_are_those_of_torch_optim(options, backend):
 
 
 @pytest.mark.parametrize("options", RULES.values(), ids=RULES)
-def test_the_compiled_step_takes_no_rule_that_it_does_not_serve(options):
+def test_a_backend_takes_no_rule_that_it_does_not_serve(options):
+    """The compiled step takes all of these; with the others, clipping is left to the general engine."""
     rule = Rule.of(Training(**options), 1)
-    assert not compiled_step.claims(ensemble(), rule)
-    if "clip" in options:
-        assert train.chosen(ensemble(), rule) is train.GENERAL
-        assert not graph.claims(ensemble(), rule)
+    if native.load(compiled_step.SOURCE, compiled_step.Job) is not None:
+        assert train.chosen(ensemble(), rule) is train.COMPILED
+    with mock.patch.object(native, "load", return_value=None):
+        assert (train.chosen(ensemble(), rule) is train.GENERAL) == ("clip" in options)
+    assert not (graph.claims(ensemble(), rule) and "clip" in options)
     assert not propagated.claims(ensemble(), rule)
 
 

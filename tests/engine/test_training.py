@@ -15,11 +15,13 @@ from tsdyn import registers
 from tsdyn.engine import batched, compiled_step, native, train
 from tsdyn.engine.batches import Batches, finite_stream
 from tsdyn.engine.ensemble import Ensemble, layer_of, living_blocks, mark_dead
-from tsdyn.engine.loss import LOSSES
+from tsdyn.engine.loss import LOSSES, Loss
 from tsdyn.engine.rule import Optimizer, Rule
 from tsdyn.engine.train import train_epoch
 from tsdyn.experiment.parts import Training
 from tsdyn.networks import activations
+from tsdyn.networks.activations import Activation
+from tsdyn.networks.batch_norm import BatchNorm
 from tsdyn.networks.network import Network
 from tsdyn.running import runner
 
@@ -107,10 +109,13 @@ OPTIONS = st.fixed_dictionaries(
         "learning_rate": st.sampled_from([0.01, torch.tensor([0.01, 0.02, 0.005], dtype=torch.float64)]),
         "momentum": st.sampled_from([0.0, 0.5]),
         "weight_decay": st.sampled_from([0.0, 0.1]),
-        "name": st.sampled_from(["sgd", "adam"]),
+        "name": st.sampled_from(["sgd", "nesterov", "adam", "adamw"]),
         "epsilon": st.just(0.1),  # Adam divides by √v + ε: a rounding of the gradient grows by at most η/ε a step
         "frozen": st.sets(st.integers(1, 3)).map(lambda layers: tuple(sorted(layers))),
         "normalize": st.booleans(),
+        "factors": st.sampled_from([(), (0.5, 2.0, 0.0, 1.0)]),
+        "clip": st.sampled_from([None, None, 0.3]),
+        "decay_biases": st.booleans(),
         "loss": st.sampled_from(list(LOSSES.values())),
     }
 )
@@ -167,11 +172,106 @@ def test_the_engine_equals_the_plain_path_after_100_steps_whatever_the_options(
         assert_same(fast.values[name][alive], b[alive], 1e-12, scale=float(b[alive].abs().max()), what=name)
 
 
-def trained(chosen, dtype, threads=1):
+def normalized_ensemble(hidden, places, name="tanh", affine=True, bias=True, seed=0):
+    """Three members with BatchNorm in some hidden layers: "before" or "after" the activation, None without."""
+    draw = torch.Generator().manual_seed(seed)
+    plain = ensemble((5, *hidden, 3), name=name, bias=bias, seed=seed)
+
+    def norm(width):
+        fresh = BatchNorm.fresh(width, affine=affine, like=torch.zeros((), dtype=torch.float64))
+        return fresh.map(lambda t: t + 0.3 * torch.rand(t.shape, generator=draw, dtype=t.dtype))
+
+    members = []
+    for i in range(3):
+        one = plain.network(i)
+        norms = [None if place is None else norm(w) for w, place in zip(hidden, places, strict=True)]
+        norm_places = ["before" if place is None else place for place in places]
+        members.append(Network(one.weights, one.biases, name, leak=0.1, norms=norms, norm=norm_places))
+    return Ensemble.of(members)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    layers=st.lists(st.tuples(st.integers(1, 19), st.sampled_from([None, "before", "after"])), min_size=1, max_size=3),
+    name=st.sampled_from(activations.NAMES),
+    affine=st.booleans(),
+    bias=st.booleans(),
+    options=OPTIONS,
+    batch=st.integers(2, 17),
+    data=st.sampled_from(["batches", "whole"]),
+)
+def test_batch_norm_in_compiled_code_equals_the_plain_path(layers, name, affine, bias, options, batch, data):
+    """Twenty steps; running statistics follow also in frozen layers.
+
+    BatchNorm of a node that hardly varies in a batch divides by √(variance + eps) ≥ 3e-3, so that a rounding grows by
+    up to 300 in each of at most three layers of a step.
+    """
+    hidden, places = zip(*layers, strict=True)
+    x, y, rows = samples((5, 3), steps=10, batch=batch)
+    y = y.softmax(2)
+    fast, plain = (normalized_ensemble(hidden, places, name, affine, bias) for _ in range(2))
+    stream = finite_stream(x, y, rows if data == "batches" else None, steps=10)
+    for members, backend in (fast, None), (plain, train.GENERAL):
+        for epoch in (1, 2):
+            rule = Rule(**{**options, "learning_rate": options["learning_rate"] / epoch})
+            train_epoch(members, stream, rule, batch=batch, backend=backend)
+    assert_same(fast.values, plain.values, 1e-11)
+    assert_same(fast.buffers, plain.buffers, 1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", activations.NAMES)
+def test_compiled_steps_of_both_types_follow_the_plain_path(name, dtype):
+    widths = (6, 9, 7, 4)
+    x, y, rows = samples(widths)
+    for loss in LOSSES.values():
+        fast, plain = (ensemble(widths, name=name).to(dtype) for _ in range(2))
+        stream = finite_stream(x.to(dtype), y.softmax(2).to(dtype), rows)
+        train_epoch(fast, stream, Rule(0.05, momentum=0.9, loss=loss), batch=8)
+        general(plain, stream, Rule(0.05, momentum=0.9, loss=loss))
+        assert fast.weights[0].dtype == dtype
+        assert_same(fast.values, plain.values, 1e3 * torch.finfo(dtype).eps)
+
+
+needs_compiler = pytest.mark.skipif(native.load(compiled_step.SOURCE, compiled_step.Job) is None, reason="no compiler")
+
+
+@needs_compiler
+def test_one_sample_per_batch_has_no_variance():
+    x, y, rows = samples((5, 3), steps=1, batch=1)
+    with pytest.raises(ValueError, match="a batch must hold two samples or more"):
+        train_epoch(normalized_ensemble((4,), ("before",)), finite_stream(x, y, rows), Rule(0.1), batch=1)
+
+
+@needs_compiler
+@pytest.mark.parametrize("part", ["activation", "loss", "optimizer", "none"])
+def test_a_part_of_the_users_own_is_trained_batched_and_the_log_says_so(part, caplog):
+    train._say_once.cache_clear()
+    sine = Activation("sine", torch.sin, torch.cos, torch.nn.Identity)
+    quartic = Loss("quartic", lambda f, y: (y - f).pow(4).sum(1).mean(), "E |f* - f|^4")
+    sign = Optimizer("sign", (), lambda rule, p, g, moments, rates, step: p.addcmul_(g.sign(), rates, value=-1))
+    registers.ACTIVATIONS.add("sine", sine)
+    registers.OPTIMIZERS.add("sign", sign)
+    try:
+        widths = (6, 9, 4)
+        members = ensemble(widths, name="sine" if part == "activation" else "tanh")
+        rule = Rule(0.05, "sign" if part == "optimizer" else "sgd", loss=quartic if part == "loss" else LOSSES["mse"])
+        for _ in range(2):
+            chosen = train.chosen(members, rule)
+    finally:
+        registers.ACTIVATIONS.remove("sine")
+        registers.OPTIMIZERS.remove("sign")
+    assert (chosen is train.COMPILED) == (part == "none")
+    said = [record.getMessage() for record in caplog.records if "not tsdyn's own" in record.getMessage()]
+    assert len(said) == (part != "none")
+    assert all(part in each and chosen.name in each for each in said)
+
+
+def trained(chosen, dtype, threads=1, name="relu"):
     """Train some of seven members."""
     widths, members = (20, 30, 11, 10), 7
     x, y, rows = samples(widths, members, steps=30)
-    part = Ensemble.of([ensemble(widths, members).network(i).to(dtype) for i in chosen])
+    part = Ensemble.of([ensemble(widths, members, name).network(i).to(dtype) for i in chosen])
     stream = finite_stream(x[chosen].to(dtype), y[chosen].to(dtype), rows[chosen])
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -184,11 +284,12 @@ def trained(chosen, dtype, threads=1):
 
 @pytest.mark.skipif(native.load(compiled_step.SOURCE, compiled_step.Job) is None, reason="no C++ compiler here")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_kernels_bits_depend_neither_on_neighbours_nor_on_threads(dtype):
+@pytest.mark.parametrize("name", ["relu", "gelu"])
+def test_the_kernels_bits_depend_neither_on_neighbours_nor_on_threads(dtype, name):
     every = list(range(7))
-    whole = trained(every, dtype)
+    whole = trained(every, dtype, name=name)
     for chosen, threads in ([3], 1), ([6, 3, 0], 1), (every, 2):
-        for mine, theirs in zip(trained(chosen, dtype, threads), whole, strict=True):
+        for mine, theirs in zip(trained(chosen, dtype, threads, name), whole, strict=True):
             assert torch.equal(mine, theirs[chosen])
 
 
@@ -379,8 +480,9 @@ def test_an_unknown_rule_is_refused():
 
 def test_backends_serve_what_they_name(monkeypatch):
     members, smooth = ensemble((3, 4, 2)), ensemble((3, 4, 2), name="tanh")
-    assert train.chosen(smooth, Rule(0.1)) is train.BATCHED
-    assert train.chosen(members, Rule(0.1, loss=LOSSES["cross_entropy"])) is train.BATCHED
+    compiled = native.load(compiled_step.SOURCE, compiled_step.Job) is not None
+    for rule in Rule(0.1), Rule(0.1, loss=LOSSES["cross_entropy"]), Rule(0.1, "adamw"):
+        assert train.chosen(smooth, rule) is (train.COMPILED if compiled else train.BATCHED)
     huber = type(LOSSES["mse"])("huber", lambda f, y: torch.nn.functional.huber_loss(f, y), "Huber's")
     assert train.chosen(members, Rule(0.1, loss=huber)) is train.GENERAL
     monkeypatch.setattr(native, "load", lambda *_: None)

@@ -93,11 +93,13 @@ def test_loss_and_mse_differ_by_half_the_outputs():
 
 def test_measurement_gives_every_variable_in_the_schemas_shape():
     teacher, student = random_network((4, 3, 5, 2)), random_network((4, 7, 6, 2), seed=9)
-    layout = schema.Layout((0,), 4, (7, 6, 2), (3, 5, 2), quantiles=(0.5, 1.0), modes=4)
+    layout = schema.Layout(
+        (0,), 4, (7, 6, 2), (3, 5, 2), quantiles=(0.5, 1.0), modes=4, extra=(("sample", 9), ("sample_2", 9))
+    )
     seen = probe(teacher, seed=4)
     labelled = Probe(seen.inputs, teacher, torch.zeros(len(seen.inputs), dtype=torch.int64))
     measurement = Measurement(student, probe(teacher), labelled, layout=layout)
-    found = registry.measure([v for v in schema.recordable() if v != "parameter"], measurement)
+    found = registry.measure([v for v in schema.recordable() if v not in ("parameter", "jacobian")], measurement)
     for name, value in found.items():
         if not vocabulary.VARIABLES[name].layered:
             assert value.shape == layout.block(vocabulary.VARIABLES[name], None), name
@@ -124,7 +126,8 @@ def test_measures_the_released_runs():
     for epoch in range(3):
         student = network(data[f"e{epoch}_W1_s"], data[f"e{epoch}_W2_s"])
         m = Measurement(student, train, test)
-        needs_layout = ("gradient_norm", "hessian_eigenvalue", "accuracy", "label_accuracy", "parameter")
+        needs_layout = ("gradient_norm", "hessian_eigenvalue", "accuracy", "label_accuracy", "parameter", "jacobian",
+                        "neural_tangent_kernel")  # fmt: skip
         without_layout = [v for v in schema.recordable() if v not in needs_layout]
         found = registry.measure(without_layout, m)
         at = lambda name, e=epoch: data[f"e{e}_{name}"]  # noqa: E731

@@ -398,7 +398,7 @@ def test_what_only_networks_have_is_refused_of_modules():
         ({"training__method": "flow"}, "training.method = 'flow'"),
         ({"data__augment": "aware"}, "data.augment = 'aware'"),
         ({"student__init": "torch"}, "student.init = 'torch'"),
-        ({"record__observables": ["weight"]}, r"weight is not measured with student.module = .*; there are loss_train"),
+        ({"record__observables": ["D"]}, r"D is not measured with student.module = .*; there are loss_train"),
     ):
         with pytest.raises(tsdyn.ExperimentError, match=message):
             own_modules.described(experiment(**changes), student=Residual)

@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,9 +24,10 @@ import numpy as np
 import xarray as xr
 
 from tsdyn import schema, vocabulary
-from tsdyn.archive import netcdf
+from tsdyn.archive import additions, netcdf
 from tsdyn.archive.recordings import FILE, Recording
 from tsdyn.archive.run_directory import ARCHIVE, EXPERIMENT, RUN, refuse_another, segments
+from tsdyn.archive.swept_values import KEY
 from tsdyn.archive.whole_files import (
     ALWAYS_VERIFIED,
     ArchiveError,
@@ -43,7 +45,9 @@ from tsdyn.experiment.experiment import Experiment
 INDEX = "index.json"
 _INDEX = re.compile(rb'\{"sha256": "([0-9a-f]{64})", "kept": (.*)\}', re.DOTALL)
 #: Global attributes that differ from run to run, so that they are kept outside the shared header.
-OWN = ("experiment", "recording", "name", "digest", "created", RUN, "input_sha256", "history")
+OWN = (
+    "experiment", "recording", "name", "digest", "created", vocabulary.WALL, RUN, "input_sha256", "history", "changes",
+)  # fmt: skip
 
 #: Dimensions, values and attributes of what is loaded when a file is opened.
 Loaded = tuple[tuple[str, ...], Any, dict[str, Any]]
@@ -87,6 +91,15 @@ class Header:
     variables: dict[str, Declared]
     attrs: dict[str, Any]
 
+    @cached_property
+    def numbers(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        """Variable → shape and type, of those whose numbers are stored as they are."""
+        return {
+            name: (tuple(len(self.labels[dim]) for dim in declared.dims), np.dtype(declared.dtype))
+            for name, declared in self.variables.items()
+            if not declared.encoding
+        }
+
     def as_json(self) -> list[Any]:
         columns = {
             name: (dims, np.asarray(values).tolist(), attrs) for name, (dims, values, attrs) in self.columns.items()
@@ -114,6 +127,7 @@ class Source(NamedTuple):
         own: Its attributes that are in `OWN`.
         death: ``death_epoch`` of its members; empty if it has none.
         wrong: Variables whose numbers are not what they are called (`wrong_variables`).
+        swept: Coordinates with the values of swept keys; empty where the header comes from the index.
     """
 
     path: Path
@@ -122,6 +136,7 @@ class Source(NamedTuple):
     own: dict[str, Any]
     death: list[int]
     wrong: tuple[str, ...]
+    swept: tuple[tuple[str, Loaded], ...] = ()
 
     @property
     def unchanged(self) -> bool:
@@ -152,19 +167,24 @@ class Source(NamedTuple):
                 raise DirectoryError(f"{path}: not a readable netCDF file: {error}") from error
 
 
-def _declared(path: Path, nc: netCDF4.Dataset) -> tuple[Header, dict[str, Any], list[int], tuple[str, ...]]:
+def _declared(
+    path: Path, nc: netCDF4.Dataset
+) -> tuple[Header, dict[str, Any], list[int], tuple[str, ...], tuple[tuple[str, Loaded], ...]]:
     columns: dict[str, Loaded] = {}
     texts: dict[str, Loaded] = {}
     for name, coordinate in netcdf.loaded_at_once(nc).items():
         found = netcdf.loaded(path, nc[name])
         (columns if coordinate else texts)[name] = _loaded(found)
+    # they differ from run to run, and headers are shared
+    of_keys = [name for name, (dims, _, attrs) in columns.items() if not dims and KEY in attrs]
+    swept = tuple((name, columns.pop(name)) for name in of_keys)
     death: list[int] = []
     if columns.get("death_epoch", ((),))[0] == ("seed",):
         death = columns.pop("death_epoch")[1].tolist()
     variables = {
         name: _variable(array)
         for name, array in nc.variables.items()
-        if name not in columns and name not in texts and not (name == "death_epoch" and death)
+        if name not in columns and name not in texts and name not in of_keys and not (name == "death_epoch" and death)
     }
     used = {dim for held in (columns, texts, variables) for dims, *_ in held.values() for dim in dims}
     labels = {
@@ -177,7 +197,7 @@ def _declared(path: Path, nc: netCDF4.Dataset) -> tuple[Header, dict[str, Any], 
     version = attrs.get("schema_version", schema.VERSION)
     wrong = wrong_variables(version, attrs.get(WRONG_THROUGH), str(own.get("experiment", "")))
     held = Header(version, labels, columns, texts, variables, attrs)
-    return held, own, death, tuple(name for name in wrong if name in variables)
+    return held, own, death, tuple(name for name in wrong if name in variables), swept
 
 
 def _loaded(found: xr.Variable) -> Loaded:
@@ -269,9 +289,20 @@ class Headers:
         Raises:
             ArchiveError: if it has one that cannot be read, or is of another experiment than `expected` gives.
         """
-        folder = self.path / name
-        refuse_link(folder)
-        file = folder / ARCHIVE
+        refuse_link(self.path / name)
+        return self._read(name, self.path / name / ARCHIVE, expected)
+
+    def measured(self, name: str, expected: Callable[[], Experiment | Recording]) -> list[Source]:
+        """The files of what was measured of one point after its run.
+
+        Raises:
+            ArchiveError: as `finished`.
+        """
+        found = [self._read(f"{name}/{f.name}", f, expected) for f in additions.files(self.path / name)]
+        return [source for source in found if source is not None]
+
+    def _read(self, name: str, file: Path, expected: Callable[[], Experiment | Recording]) -> Source | None:
+        """One file that is written once, under the name by which the index lists it; None if it is not there."""
         try:
             now = identity(file)
         except OSError:
@@ -284,7 +315,7 @@ class Headers:
             key = hashlib.sha256(json.dumps(source.header.as_json(), sort_keys=True).encode()).hexdigest()[:16]
             self._headers.setdefault(key, source.header)
             death = source.death if any(d >= 0 for d in source.death) else []
-            own = {kept: source.own[kept] for kept in ("digest", RUN) if kept in source.own}
+            own = {kept: source.own[kept] for kept in ("digest", RUN, "created", vocabulary.WALL) if kept in source.own}
             self._entries[name] = _Entry(stamp, key, death, own, list(source.wrong))
             self._changed = True
         else:
@@ -303,7 +334,9 @@ class Headers:
         return source._replace(header=self._headers[self._entries[name].header])
 
     def committed(self, name: str, expected: Callable[[], Experiment | Recording]) -> list[Source]:
-        """The archive of one point, or the segments of an unfinished one; empty if it has neither.
+        """The archive of one point, or the segments of an unfinished one, then what was measured of it later.
+
+        It is empty if there is no archive and no segment.
 
         Raises:
             ArchiveError: if a file cannot be read, or is of another experiment than `expected` gives.
@@ -313,11 +346,11 @@ class Headers:
             try:
                 done = self.finished(name, expected)
                 if done is not None:
-                    return [done]
+                    return [done, *self.measured(name, expected)]
                 found = [Source.of(segment.path, upto=self.verify) for segment in segments(folder)]
                 for source in found:
                     refuse_other(source, expected)
-                return found
+                return [*found, *self.measured(name, expected)] if found else []
             except FileNotFoundError:  # the run was finished or resumed meanwhile
                 continue
             except ArchiveError:

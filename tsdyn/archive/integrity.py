@@ -19,12 +19,13 @@ import netCDF4
 import numpy as np
 
 from tsdyn import schema, vocabulary
-from tsdyn.archive import netcdf, own_process, study_directories
+from tsdyn.archive import additions, netcdf, own_process, study_directories, swept_values
 from tsdyn.archive.headers import Source
 from tsdyn.archive.lock import Lock
 from tsdyn.archive.reading import opened
 from tsdyn.archive.recordings import FILE, Recording, flush_below, recordings_below
 from tsdyn.archive.run_directory import (
+    ADDED,
     ARCHIVE,
     DROPPED,
     EXPERIMENT,
@@ -55,6 +56,7 @@ from tsdyn.archive.whole_files import (
 from tsdyn.archive.wrong_numbers import WRONG
 from tsdyn.experiment.errors import ExperimentError
 from tsdyn.experiment.experiment import Experiment
+from tsdyn.experiment.sweep_axes import sweep_dimensions
 
 #: Where `repair` puts what is not whole; nothing is deleted.
 DAMAGED = "damaged"
@@ -106,7 +108,8 @@ def _check_sweep(path: Path) -> Iterator[str]:
         points = sweep_points(path)
         index = json.loads((path / SWEEP).read_text(encoding="utf-8"))
         listed = {point["directory"] for point in index["points"]}
-        named = set().union(*(possible_names(values) for values, _ in points.values()))
+        names = [swept_values.dimensions(path, values) for values, _ in list(points.values())[:1]]
+        named = set().union(*(possible_names(values, *names) for values, _ in points.values()))
         if len(listed) != len(points) or not listed <= named:
             yield f"{path / SWEEP}: lists other points than {EXPERIMENT} has"
     except (ExperimentError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
@@ -139,6 +142,9 @@ def _check_run(path: Path, expected: Experiment | None = None) -> Iterator[str]:
     for seal in (path / SEGMENTS).glob(f"*{SUFFIX}"):
         if not finished and seal.with_name(seal.name.removesuffix(SUFFIX)) not in files:
             yield f"{seal}: the checksum of a segment that is not there: lost, or its commit was cut short"
+    yield from _check_additions(path, experiment)
+    if (path / ADDED / EXPERIMENT).exists():
+        yield from _check_run(path / ADDED)
     problems = [problem for file in files for problem in _check_file(file, experiment)]
     yield from problems
     yield from (told for file in files for told in _said_of(file))
@@ -156,10 +162,41 @@ def _check_run(path: Path, expected: Experiment | None = None) -> Iterator[str]:
     missing = [e for e in experiment.labels if e not in recorded and (finished or e <= last)]
     if missing:
         yield f"{path}: {dimension}s {_few(missing)} are not there"
+    yield from _check_members(path, files, experiment)
     listed = set(experiment.labels) if isinstance(experiment, Experiment) else recorded
     extra = sorted(recorded - listed - kept) if finished else []
     if extra or epochs != sorted(recorded):
         yield f"{path}: {dimension}s {_few(extra or epochs)} are not those of the schedule, in order"
+
+
+def _check_members(path: Path, files: Sequence[Path], experiment: Experiment | Recording) -> Iterator[str]:
+    """Problems of a finished run's seeds and variables: others than the experiment file names."""
+    if not (path / ARCHIVE).exists() or not isinstance(experiment, Experiment):
+        return
+    with netcdf.dataset(files[0]) as nc:
+        seeds, names = set(nc["seed"][:].tolist()), set(nc.variables)
+    missing, more = sorted(set(experiment.seed_labels) - seeds), sorted(seeds - set(experiment.seed_labels))
+    if missing:
+        yield f"{path}: seeds {_few(missing)} are not there"
+    if more:
+        yield f"{path}: seeds {_few(more)} are there, and {EXPERIMENT} does not name them: a commit was cut short"
+    lost = sorted(set(experiment.recorded()) - names)
+    if lost:
+        yield f"{path}: {', '.join(lost)} are not there"
+
+
+def _check_additions(path: Path, experiment: Experiment | Recording) -> Iterator[str]:
+    """Problems of what was measured of a run later."""
+    try:
+        files = additions.files(path)
+    except ArchiveError as error:
+        yield str(error)
+        return
+    for file in files:
+        yield from _check_file(file, experiment)
+    for seal in (path / additions.MEASURED).glob(f"*{SUFFIX}"):
+        if seal.with_name(seal.name.removesuffix(SUFFIX)) not in files:
+            yield f"{seal}: the checksum of a file that is not there: lost, or its commit was cut short"
 
 
 def _of_directory(path: Path) -> Experiment | Recording:
@@ -215,6 +252,10 @@ def _contents(path: Path, experiment: Experiment | Recording | None, *, unsealed
         return
     with ds:
         yield from (f"{path}: {problem}" for problem in schema.problems(ds, swept=swept_dimensions(ds)))
+        if isinstance(experiment, Experiment):
+            own = [(c.attrs, c.values) for c in ds.coords.values() if swept_values.KEY in c.attrs and c.ndim == 0]
+            for key in swept_values.disagreeing(own, experiment):
+                yield f"{path}: {key} is another in its coordinate of the swept value than in its experiment"
     try:
         with netcdf.dataset(path) as nc:
             if experiment is not None and not _is_of(nc.__dict__, experiment):
@@ -258,7 +299,8 @@ def _is_of(attrs: Mapping[str, Any], experiment: Experiment | Recording) -> bool
     # digests of tsdyn 0.1 were over all keys, those at their defaults too
     whole = json.dumps(tomllib.loads(text), sort_keys=True, separators=(",", ":"))
     named = attrs.get("digest") in (theirs.digest, hashlib.sha256(whole.encode()).hexdigest())
-    return named and (theirs == experiment or extends(experiment, theirs))
+    # where seeds were joined and it was cut short, the archive is ahead of the experiment file
+    return named and (theirs == experiment or extends(experiment, theirs) or extends(theirs, experiment))
 
 
 def _blocks(array: netCDF4.Variable) -> Iterator[tuple[slice, ...]]:
@@ -315,15 +357,17 @@ def repair(path: str | Path) -> list[str]:
         return told + list(_without_leftovers(path))  # last: nobody is writing a point
     if not path.is_dir():
         raise DirectoryError(f"{path}: is not the directory of a run")
-    for folder in (path, path / SEGMENTS, path / DAMAGED):
+    for folder in (path, path / SEGMENTS, path / additions.MEASURED, path / DAMAGED):
         for entry in (folder, *folder.iterdir()) if folder.is_dir() else ():
             if entry != path:
                 refuse_link(entry)
     with Lock(path):
         try:
-            return list(_repair_run(path))
+            told = list(_repair_run(path))
         except OSError as error:
             raise refused(path, error) from error
+    refuse_link(path / ADDED)
+    return told + (repair(path / ADDED) if (path / ADDED / EXPERIMENT).exists() else [])
 
 
 def _repair_run(path: Path) -> Iterator[str]:
@@ -340,9 +384,9 @@ def _repair_run(path: Path) -> Iterator[str]:
             _move_to_damaged(path, own)
         write_text(own, experiment.to_toml())
         yield f"{own}: written anew from what the archive remembers ({error})"
-    yield from _without_leftovers(path, path / SEGMENTS)
-    after = -1
-    found = {file: list(_check_file(file, experiment)) for file in [*files, path / ARCHIVE] if file.exists()}
+    yield from _without_leftovers(path, path / SEGMENTS, path / additions.MEASURED)
+    after, added = -1, additions.files(path)
+    found = {file: list(_check_file(file, experiment)) for file in [*files, path / ARCHIVE, *added] if file.exists()}
     for file, problems in found.items():
         if problems and sealed(file):
             raise ArchiveError(
@@ -363,7 +407,10 @@ def _repair_run(path: Path) -> Iterator[str]:
         _move_to_damaged(path, file)
         reason = problems[0] if problems else f"{file}: whole, but epochs from {after + 1} before it are not there"
         yield f"{reason}; moved to {DAMAGED}/, `tsdyn run` computes its epochs again"
-    for seal in (path / SEGMENTS).glob(f"*{SUFFIX}"):
+    for file in (file for file in added if found[file]):
+        _move_to_damaged(path, file)
+        yield f"{found[file][0]}; moved to {DAMAGED}/, `tsdyn measure` measures it again"
+    for seal in (s for folder in (SEGMENTS, additions.MEASURED) for s in (path / folder).glob(f"*{SUFFIX}")):
         if not seal.with_name(seal.name.removesuffix(SUFFIX)).exists():
             _move_to_damaged(path, seal)
     if found.get(path / ARCHIVE):
@@ -415,6 +462,12 @@ def _salvaged(path: Path, experiment: Experiment | Recording, damaged: Path) -> 
     yield from found
 
 
+def _swept(path: Path, experiment: Experiment | Recording) -> tuple[swept_values.Swept, ...]:
+    if isinstance(experiment, Recording):
+        return swept_values.of_values(experiment.config, sweep_dimensions(experiment.config))
+    return swept_values.of_point(path, experiment)
+
+
 def _salvage(path: Path, experiment: Experiment | Recording, damaged: Path) -> Iterator[str]:
     """Copy what can be read of the damaged archive into a new one."""
     layout, dropped = experiment.layout, []
@@ -431,7 +484,7 @@ def _salvage(path: Path, experiment: Experiment | Recording, damaged: Path) -> I
                 attrs = {
                     name: value for name, value in netcdf.attributes(old).items() if name not in ("coordinates", RUN)
                 }
-                netcdf.create(new, layout, epochs, variables, experiment.dtype, attrs)
+                netcdf.create(new, layout, epochs, variables, experiment.dtype, attrs, _swept(path, experiment))
                 for name in ("death_epoch", *variables):
                     for index in _blocks(new[name]):
                         try:
@@ -444,7 +497,8 @@ def _salvage(path: Path, experiment: Experiment | Recording, damaged: Path) -> I
                         if not np.isnan(block).all():
                             new[name][index] = block
                 with suppress(OSError, RuntimeError):
-                    netcdf.write_state(new, netcdf.read_state(old))
+                    for group in netcdf.state_groups(old):
+                        netcdf.write_state(new, netcdf.read_state(old, group), group)
                 new.setncattr(DROPPED, "; ".join(dropped) or "nothing that could be told")
     except (ArchiveError, OSError, RuntimeError, ValueError, KeyError, IndexError, AttributeError) as error:
         (path / ARCHIVE).unlink(missing_ok=True)

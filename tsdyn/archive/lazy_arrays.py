@@ -15,7 +15,7 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from tsdyn.archive import netcdf
+from tsdyn.archive import additions, netcdf, small_files
 from tsdyn.archive.headers import Source
 from tsdyn.archive.run_directory import ARCHIVE, RUN, SEGMENTS, segments
 from tsdyn.archive.whole_files import ArchiveError, Identity, identity, refuse_changed
@@ -83,7 +83,7 @@ class Stored:
             found = np.empty(shape, self.dtype) if held == math.prod(shape) else np.full(shape, np.nan, self.dtype)
             for at, source, rows, target in parts:
                 found[at][_orthogonal(target, found.shape[outer:])] = self._rows(source, rows)
-        return found[tuple(0 if isinstance(k, (int, np.integer)) else slice(None) for k in key)]
+        return np.asarray(found[tuple(0 if isinstance(k, (int, np.integer)) else slice(None) for k in key)])
 
     def _part(self, source: Source, wanted: Sequence[NDArray]) -> tuple[list[Rows], list[Rows]] | None:
         """For each dimension, the rows of one file that are among the `wanted` positions, and where among them."""
@@ -137,8 +137,12 @@ def _stored(source: Source, name: str, rows: Sequence[Rows]) -> NDArray:
     spans = [r if isinstance(r, slice) else slice(int(r.min()), int(r.max()) + 1) for r in rows]
     chosen = [slice(None) if isinstance(r, slice) else r - span.start for r, span in zip(rows, spans, strict=True)]
     declared = source.header.variables[name]
-    with netcdf.dataset(source.path, only=name) as nc:
-        stored = np.asarray(nc[name][tuple(spans)])
+    stored = None
+    if spans and not declared.encoding:
+        stored = small_files.read(source.path, source.identity, source.header.numbers, name, spans)
+    if stored is None:
+        with netcdf.dataset(source.path, only=name) as nc:
+            stored = np.asarray(nc[name][tuple(spans)])
     if declared.encoding:
         stored = netcdf.decoded(name, xr.Variable(declared.dims, stored, declared.encoding)).values
     kept: NDArray = stored[_orthogonal(chosen, stored.shape)]
@@ -176,6 +180,8 @@ def _source(path: Path, _: Identity) -> Source:
 
 def _files_now(path: Path) -> list[Path]:
     """The files that may hold what the file at `path` held: those of its run's directory."""
+    if additions.is_addition(path):
+        return additions.files(path.parent.parent)
     if path.name != ARCHIVE and path.parent.name != SEGMENTS:
         return [path] if path.exists() else []
     folder = path.parent if path.name == ARCHIVE else path.parent.parent

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 import os
+import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from xarray.backends.locks import HDF5_LOCK, NETCDFC_LOCK, combine_locks
 
 from tsdyn import vocabulary
 from tsdyn.archive import hdf5
+from tsdyn.archive.swept_values import Swept
 from tsdyn.archive.whole_files import ArchiveError, DirectoryError, readable, replacing
 from tsdyn.schema import Layout
 from tsdyn.schema import variable as variable_of
@@ -31,6 +33,9 @@ DECLARED_CHUNK, DECLARED_CHUNKS, DECLARED_RATIO = 1 << 26, 1 << 20, 100_000
 #: Coordinates and text, which are loaded when a file is opened, may take this many bytes, or as many as the file.
 LOADED_BYTES = 1 << 20
 _TILE = 16
+#: Group of a file that holds all that training goes on from after the file's last epoch.
+STATE = "state"
+_STATE_AT = re.compile(rf"{STATE}_after_epoch_(\d{{6,}})")
 #: netCDF4 is not thread-safe: this is the lock that xarray reads under, and tsdyn takes the same.
 _LOCK = combine_locks([NETCDFC_LOCK, HDF5_LOCK])
 _inside = threading.local()
@@ -300,10 +305,11 @@ def create(
     variables: Sequence[str],
     dtype: str,
     attrs: Mapping[str, Any],
+    swept: Sequence[Swept] = (),
 ) -> None:
     """Make dimensions, coordinates and empty variables in `nc`; what is never written reads as NaN.
 
-    `epochs` are the labels along the run's dimension, ``layout.path``.
+    `epochs` are the labels along the run's dimension, ``layout.path``, and `swept` the swept values of its point.
     """
     sizes = _sizes(layout, len(epochs))
     used = {d for name in variables for d in variable_of(name).dims} | {"seed", "epoch", "layer"}
@@ -316,6 +322,7 @@ def create(
             "layer": range(1, layout.depth + 1),
             "quantile": layout.quantiles,
             "top_k": range(1, sizes["top_k"] + 1),
+            "teacher_layer": range(1, sizes["teacher_layer"] + 1),
             **{d: range(sizes[d]) for d in (*vocabulary.NODE_WIDTHS, "input_node", "mode", "entry", "teacher_entry")},
             **{d: range(size) for d, size in layout.extra},
         }[dim]
@@ -333,10 +340,7 @@ def create(
         column = nc.createVariable(name, "i8", ("layer",), fletcher32=True)
         column.setncatts(COORDINATES[name].attrs)
         column[:] = np.asarray(values, dtype=np.int64)
-    if layout.layer_names:
-        names = nc.createVariable("layer_name", str, ("layer",))
-        names.setncatts(COORDINATES["layer_name"].attrs)
-        names[:] = np.asarray(layout.layer_names, dtype=object)
+    _write_layer_names(nc, layout)
     death = nc.createVariable("death_epoch", "i8", ("seed",), fletcher32=True)
     death.setncatts(COORDINATES["death_epoch"].attrs)
     death[:] = -1
@@ -352,9 +356,27 @@ def create(
         )
         said = dict(layout.comments).get(name)
         array.setncatts(variable.attrs | ({} if said is None else {"comment": said}))
-    nc.setncatts(
-        {**attrs, "coordinates": " ".join([*columns, *(["layer_name"] if layout.layer_names else []), "death_epoch"])}
-    )
+    _write_swept(nc, swept)
+    named = [*columns, *(["layer_name"] if layout.layer_names else []), "death_epoch", *(each.name for each in swept)]
+    nc.setncatts({**attrs, "coordinates": " ".join(named)})
+
+
+def _write_layer_names(nc: netCDF4.Dataset, layout: Layout) -> None:
+    """Write the names of the layers where the layout has them; empty names where the teacher is deeper."""
+    if layout.layer_names:
+        names = nc.createVariable("layer_name", str, ("layer",))
+        names.setncatts(COORDINATES["layer_name"].attrs)
+        absent = [""] * (layout.depth - len(layout.layer_names))
+        names[:] = np.asarray([*layout.layer_names, *absent], dtype=object)
+
+
+def _write_swept(nc: netCDF4.Dataset, swept: Sequence[Swept]) -> None:
+    """Write scalar coordinates with the values of swept keys."""
+    for each in swept:
+        kind: Any = str if isinstance(each.value, str) else np.asarray(each.value).dtype
+        scalar = nc.createVariable(each.name, kind, ())
+        scalar.setncatts(each.attrs)
+        scalar[...] = np.asarray(each.value, dtype=object if kind is str else kind)
 
 
 def index(
@@ -391,20 +413,36 @@ def stored_bytes(layout: Layout, variables: Sequence[str], dtype: str, epochs: i
     return numbers * np.dtype(dtype).itemsize
 
 
-def write_state(nc: netCDF4.Dataset, state: State) -> None:
-    """Write the group ``state``: everything needed to train on, arrays by name."""
-    group = nc.createGroup("state")
+def write_state(nc: netCDF4.Dataset, state: State, group: str = STATE) -> None:
+    """Write a group of all that training goes on from: arrays by name."""
+    held = nc.createGroup(group)
     for name, array in state.items():
         dims = tuple(f"{name}_{i}" for i in range(array.ndim))
         for dim, size in zip(dims, array.shape, strict=True):
-            group.createDimension(dim, size)
-        group.createVariable(name, array.dtype, dims, fletcher32=array.ndim > 0, fill_value=False)[...] = array
+            held.createDimension(dim, size)
+        held.createVariable(name, array.dtype, dims, fletcher32=array.ndim > 0, fill_value=False)[...] = array
 
 
-def read_state(nc: netCDF4.Dataset) -> dict[str, np.ndarray]:
-    """The arrays of the group ``state``; none if the file has no such group."""
-    found = nc.groups["state"].variables if "state" in nc.groups else {}
+def read_state(nc: netCDF4.Dataset, group: str = STATE) -> dict[str, np.ndarray]:
+    """The arrays of a group of `write_state`; none if the file has no such group."""
+    found = nc.groups[group].variables if group in nc.groups else {}
     return {name: np.asarray(array[...]) for name, array in found.items()}
+
+
+def state_groups(nc: netCDF4.Dataset) -> list[str]:
+    """The names of the groups that hold states: `STATE`, and those of states along the way."""
+    return [name for name in nc.groups if name == STATE or _STATE_AT.fullmatch(name)]
+
+
+def state_at(epoch: int) -> str:
+    """The name of the group that holds the state after an epoch along the way (``record.state_every``)."""
+    return f"{STATE}_after_epoch_{epoch:06d}"
+
+
+def epoch_of(group: str) -> int | None:
+    """The epoch after which a group holds the state, by its name; None for `STATE`, the last one."""
+    match = _STATE_AT.fullmatch(group)
+    return None if match is None else int(match[1])
 
 
 def write_dataset(path: Path, ds: xr.Dataset) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import dask.array
 import numpy as np
@@ -24,16 +24,27 @@ import xarray as xr
 from dask.base import tokenize
 
 from tsdyn import schema, vocabulary
-from tsdyn.archive import study_directories
+from tsdyn.archive import additions, study_directories, zarr_stores
 from tsdyn.archive.headers import Header, Headers, Source
 from tsdyn.archive.lazy_arrays import Cells, Stored
 from tsdyn.archive.recordings import Recording, flush_below, recordings_below
 from tsdyn.archive.run_directory import ARCHIVE, EXPERIMENT
-from tsdyn.archive.sweep_directory import SWEEP, label, point_directories
+from tsdyn.archive.sweep_directory import label, point_directories
+from tsdyn.archive.swept_values import SWEEP, dimensions
 from tsdyn.archive.whole_files import ALWAYS_VERIFIED, ArchiveError, DirectoryError, local_path
-from tsdyn.archive.wrong_numbers import WRONG, WrongNumbersWarning
+from tsdyn.archive.wrong_numbers import WRONG, WRONG_THROUGH, WrongNumbersWarning, wrong_variables
+from tsdyn.experiment import subsets
 from tsdyn.experiment.experiment import Experiment, digest, flattened
-from tsdyn.experiment.sweep_axes import POINT, Axis, axes, checked_sweep, places, sweep_dimensions, swept_keys
+from tsdyn.experiment.sweep_axes import (
+    DIMENSIONS,
+    POINT,
+    Axis,
+    axes,
+    checked_sweep,
+    places,
+    sweep_dimensions,
+    swept_keys,
+)
 
 #: A dask chunk holds the whole disk chunks of as many seeds as fit in this (opening a file costs as much as 5 MB) ...
 LAZY_BYTES = 1 << 27
@@ -42,47 +53,66 @@ RUNS_PER_CHUNK = 25
 #: ... but no more bytes than this in all, so that reading one run of many stays quick.
 GATHERED_BYTES = 1 << 20
 
+#: Archives that are opened together may leave this many places of the product of their keys for each of their points.
+EMPTY_FACTOR = 2
+
 Labels = tuple[str | int | float, ...]
 
 _warned: set[Path] = set()
 
 
 def open(
-    path: str | Path | Sequence[str | Path], *, skip_damaged: bool = False, verify: bool | None = None
+    path: str | Path | Sequence[str | Path],
+    *,
+    skip_damaged: bool = False,
+    verify: bool | None = None,
+    along: Literal["keys", "point"] = "keys",
 ) -> xr.Dataset:
-    """A run, a sweep or one file as one lazy Dataset; nothing is loaded.
+    """A run, a sweep, one file or a zarr store as one lazy Dataset; nothing is loaded.
 
     The swept keys of a sweep are leading dimensions, named by the key's last word (keys that vary together are
     coordinates along ``point``).  Points without a committed epoch are NaN; ``coverage`` is the share of its epochs
     that a point has.  An unfinished run shows its committed epochs.  If several runs or sweeps are opened together,
-    the keys in which their experiments differ are dimensions, too.
+    the keys in which their experiments differ are dimensions, too.  Files and stores that ``tsdyn export``,
+    ``Dataset.to_netcdf`` and ``Dataset.to_zarr`` wrote are opened like what they were written from.
 
     The Dataset stays valid while a run goes on or is finished: its committed epochs are then read from the files that
     hold them.  Where anything else has replaced a file, reading raises `ArchiveError` and says to open it again.
 
     Args:
-        path: Directory of a run or a sweep, or a netCDF file; or a list of directories.
+        path: Directory of a run or a sweep, a netCDF file or a zarr store; or a list of directories.
         skip_damaged: Whether points of a sweep that cannot be read become NaN, with a warning, instead of raising.
         verify: Whether files are first compared with the checksums beside them, which reads them whole.  By default
             files of at most 16 MB are (in a sweep, those that the index does not list); larger ones have a checksum
             per chunk, which is compared when the chunk is read.
+        along: Whether every swept key is a dimension, or all points lie along one dimension ``point`` with the keys
+            as coordinates, in which nothing is empty.
 
     Warns:
         WrongNumbersWarning: once per path, if an earlier version stored wrong numbers in some variables; these have
             the attribute ``wrong``.
 
     Raises:
-        ArchiveError: if there is nothing of tsdyn's to read, a file differs from its checksum, or a list is empty or
-            holds a point twice.
+        ArchiveError: if there is nothing of tsdyn's to read, a file differs from its checksum, or a list is empty,
+            holds a point twice or differs in so many keys that the product of their values would be mostly empty.
+
+    Examples:
+        >>> import tsdyn
+        >>> ds = tsdyn.open("runs/quickstart")  # nothing is loaded
+        >>> ds.loss_eval.sel(overrealization=4, seed=3, epoch=slice(2, 8)).sizes["epoch"]
+        7
     """
     upto = {None: ALWAYS_VERIFIED, True: math.inf, False: -1.0}[verify]
     paths = [local_path(path)] if isinstance(path, (str, Path)) else [local_path(one) for one in path]
     if not paths:
         raise DirectoryError("open: an empty list; give directories of runs or sweeps")
-    if isinstance(path, (str, Path)):
+    if along not in ("keys", "point"):
+        raise DirectoryError(f"open: along={along!r}; it is 'keys' or 'point'")
+    if isinstance(path, (str, Path)) and not (along == "point" and (paths[0] / SWEEP).is_file()):
         ds = opened(paths[0], skip_damaged=skip_damaged, upto=upto)
     else:
-        ds = _opened_together(paths, skip_damaged, upto)
+        ds = _opened_together(paths, skip_damaged, upto, as_points=along == "point")
+    ds = _with_kept(ds)
     wrong = [str(name) for name, array in ds.data_vars.items() if "wrong" in array.attrs]
     for one in (p.absolute() for p in paths if wrong):
         if one not in _warned:
@@ -91,6 +121,17 @@ def open(
                 f"{one}: {', '.join(wrong)}: {ds[wrong[0]].attrs['wrong']}", WrongNumbersWarning, stacklevel=2
             )
     return ds
+
+
+def _with_kept(ds: xr.Dataset) -> xr.Dataset:
+    """The Dataset with ``kept`` (subset, sample) if its runs leave samples out of their training sets."""
+    text = str(ds.attrs.get("experiment", ""))
+    if "leave_out" not in text or "subset" not in ds.dims:
+        return ds
+    data = Experiment.from_toml_text(text, archived=True).data
+    attrs = {"units": "1", "long_name": "whether the sample is trained on", "source": "tsdyn: data.leave_out"}
+    found = subsets.kept(data)[ds["subset"].values.astype(int)]
+    return ds.assign(kept=(("subset", "sample"), found, attrs)).assign_coords(sample=np.arange(found.shape[1]))
 
 
 def opened(path: Path, *, skip_damaged: bool = False, upto: float = -1.0) -> xr.Dataset:
@@ -108,11 +149,28 @@ def opened(path: Path, *, skip_damaged: bool = False, upto: float = -1.0) -> xr.
     if not (path / EXPERIMENT).exists() and (recorded := recordings_below(path)):
         return _recordings(path, recorded, skip_damaged, upto)
     sources = Headers(path, upto).committed(".", lambda: Experiment.from_toml(path / EXPERIMENT, archived=True))
-    if not sources and any((path / name).exists() for name in ("zarr.json", ".zgroup", ".zmetadata")):
-        raise DirectoryError(f"{path}: is a zarr store; open it by xarray.open_zarr({str(path)!r})")
+    if not sources and zarr_stores.is_one(path):
+        return _marked_as(zarr_stores.read(path), path)
     if not sources:
         raise DirectoryError(f"{path}: holds no archive and no committed epoch; finish it with `tsdyn run`")
-    return _whole({(): sources}, ()).assign_attrs(sources[0].own)
+    return _single(sources)
+
+
+def _single(sources: Sequence[Source]) -> xr.Dataset:
+    """The Dataset of one run's files or of any one file, with the values of swept keys of the point that it is."""
+    own = {name: xr.Variable(*kept) for name, kept in sources[0].swept}
+    return _whole({(): sources}, ()).assign_coords(own).assign_attrs(sources[0].own | _when([sources]))
+
+
+def _marked_as(ds: xr.Dataset, path: Path) -> xr.Dataset:
+    """A Dataset that somebody else's reader gave, brought to the present version of the schema and marked."""
+    given = ds.attrs.get("schema_version", schema.VERSION), ds.attrs.get(WRONG_THROUGH)
+    wrong = [name for name in wrong_variables(*given, str(ds.attrs.get("experiment", ""))) if name in ds]
+    try:
+        ds = schema.migrate(ds)
+    except schema.SchemaError as error:
+        raise DirectoryError(f"{path}: {error}") from error
+    return ds.assign({name: ds[name].assign_attrs(wrong=f"{WRONG}; in {path}") for name in wrong})
 
 
 def _recordings(path: Path, folders: Sequence[Path], skip_damaged: bool, upto: float) -> xr.Dataset:
@@ -173,7 +231,7 @@ def _in_order(values: Iterable[Any]) -> list[Any]:
 def _one_file(path: Path, upto: float) -> xr.Dataset:
     source = Source.of(path, upto=upto)
     try:
-        return _whole({(): [source]}, ()).assign_attrs(source.own)
+        return _single([source])
     except (ValueError, KeyError, IndexError, TypeError) as error:
         raise DirectoryError(f"{path}: not a file of tsdyn's: {error}") from error
 
@@ -181,14 +239,16 @@ def _one_file(path: Path, upto: float) -> xr.Dataset:
 # --- all points as one Dataset -------------------------------------------------------------------------------
 
 
-def _opened_together(paths: Sequence[Path], skip_damaged: bool, upto: float) -> xr.Dataset:
+def _opened_together(paths: Sequence[Path], skip_damaged: bool, upto: float, *, as_points: bool = False) -> xr.Dataset:
     """One or several sweeps (or runs) as one lazy Dataset, with global attributes that hold for all of them.
+
+    With `as_points`, all points lie along one dimension.
 
     Raises:
         ArchiveError: if a file cannot be read (unless `skip_damaged`), nothing is committed yet, or two directories
             hold the same point.
     """
-    cells, grid, origin = _gathered(paths, skip_damaged, upto)
+    cells, grid, origin = _gathered(paths, skip_damaged, upto, as_points)
     if not cells:
         where = ", ".join(map(str, paths))
         raise DirectoryError(f"{where}: no point of this sweep has a committed epoch yet; go on with `tsdyn run`")
@@ -198,7 +258,18 @@ def _opened_together(paths: Sequence[Path], skip_damaged: bool, upto: float) -> 
         coverage[place] = _coverage(cell)
     dims = tuple(axis.dimension for axis in grid)
     column = xr.Variable(dims, coverage, vocabulary.COORDINATES["coverage"].attrs)
-    return ds.assign_coords(coverage=column).assign_attrs(origin)
+    return ds.assign_coords(coverage=column).assign_attrs(origin | _when(cells.values()))
+
+
+def _when(cells: Iterable[Sequence[Source]]) -> dict[str, Any]:
+    """When the last of all points was written, and the seconds that all took; empty if a file does not say."""
+    last = {source.path.parent: source.own for cell in cells for source in cell}
+    if not all("created" in own and vocabulary.WALL in own for own in last.values()):
+        return {}
+    return {
+        "created": max(str(own["created"]) for own in last.values()),
+        vocabulary.WALL: round(sum(float(own[vocabulary.WALL]) for own in last.values()), 3),
+    }
 
 
 def _whole(cells: Cells, grid: Sequence[Axis], skip: bool = False) -> xr.Dataset:
@@ -231,15 +302,20 @@ def _marked(ds: xr.Dataset, sources: Sequence[Source]) -> xr.Dataset:
 
 
 def _gathered(
-    paths: Sequence[Path], skip_damaged: bool, upto: float
+    paths: Sequence[Path], skip_damaged: bool, upto: float, as_points: bool
 ) -> tuple[dict[tuple[int, ...], list[Source]], tuple[Axis, ...], dict[str, str]]:
     """The files at each position of the common grid, the grid's axes (named as coordinates), and global attributes."""
     written = [_written(path) for path in paths]
     sweeps = [values.get("sweep", {}) for values in written]
     keys = tuple(dict.fromkeys([*_differing(written), *(key for sweep in sweeps for key in swept_keys(sweep))]))
     groups = {axis.keys for sweep in sweeps for axis in axes(sweep) if axis.dimension == POINT}
+    if as_points:
+        groups = {keys} if keys else set()
     if len(groups) > 1:
-        raise DirectoryError(f"open: the sweeps list points of different keys, {sorted(groups)}; open one at a time")
+        raise DirectoryError(
+            f"open: the sweeps list points of different keys, {sorted(groups)}; open one at a time, or all along one "
+            f"dimension: {_WAY_OUT}"
+        )
     listed = next(iter(groups), ())
     along = [*((key,) for key in keys if key not in listed), *groups]
     found: dict[tuple[Labels, ...], list[Source]] = {}
@@ -256,14 +332,44 @@ def _gathered(
                 )
             held += sources
     taken = [tuple(dict.fromkeys(at[i] for at in found)) for i in range(len(along))]
+    _refuse_mostly_empty(paths, along, taken, len(found))
     position = [{value: i for i, value in enumerate(of)} for of in taken]
     cells = {tuple(p[v] for p, v in zip(position, at, strict=True)): held for at, held in found.items() if held}
-    names = sweep_dimensions(keys)
+    names = _named(paths, sweeps, keys)
     grid = tuple(
         Axis(POINT if group == listed else names[group[0]], tuple(names[key] for key in group), of)
         for group, of in zip(along, taken, strict=True)
     )
-    return cells, grid, _origin(paths, written)
+    return cells, grid, _origin(paths, written, names)
+
+
+#: What `open` says where a product of keys would be mostly empty.
+_WAY_OUT = (
+    "tsdyn.open([...], along='point') gives one dimension with the keys as coordinates, "
+    "xr.DataTree.from_dict({name: tsdyn.open(path), ...}) keeps them apart"
+)
+
+
+def _refuse_mostly_empty(
+    paths: Sequence[Path], along: Sequence[tuple[str, ...]], taken: Sequence[Sequence[Any]], points: int
+) -> None:
+    """Refuse several archives whose points fill less than half of the product of the values of their keys."""
+    places = math.prod(map(len, taken))
+    if len(paths) > 1 and places > EMPTY_FACTOR * points:
+        sizes = ", ".join(f"{' and '.join(keys)} {len(values)}" for keys, values in zip(along, taken, strict=True))
+        raise DirectoryError(
+            f"open: the {len(paths)} archives differ in several keys ({sizes}), and their {points} points would fill "
+            f"{100 * points / places:.2g} % of {places} places; {_WAY_OUT}"
+        )
+
+
+def _named(paths: Sequence[Path], sweeps: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> dict[str, str]:
+    """Key → dimension: the names that each sweep was given when it began; whole keys where two would share one."""
+    names = sweep_dimensions(keys)
+    for path, sweep in reversed(list(zip(paths, sweeps, strict=True))):  # the first one's win
+        names |= dimensions(path, swept_keys(sweep)) if sweep else {}
+    shared = [name for name in names.values() if list(names.values()).count(name) > 1]
+    return {key: key if name in shared else name for key, name in names.items()}
 
 
 def _committed(
@@ -317,14 +423,24 @@ def _differing(written: Sequence[Mapping[str, Any]]) -> list[str]:
     return [key for key in keys if any(f.get(key, absent) != flat[0].get(key, absent) for f in flat)]
 
 
-def _origin(paths: Sequence[Path], written: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """Global attributes of the Dataset: the experiment of a single sweep, or the directories of several."""
+def _origin(paths: Sequence[Path], written: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> dict[str, str]:
+    """Global attributes of the Dataset: the experiment of a single sweep, or the directories of several.
+
+    Several that differ in their seeds alone have one experiment, too: that of all seeds.
+    """
     if len(paths) > 1:
-        return {"opened": json.dumps([str(path) for path in paths])}
+        opened = {"opened": json.dumps([str(path) for path in paths])}
+        if _differing(written) or any(values["sweep"] != written[0]["sweep"] for values in written):
+            return opened
+        each = [Experiment.from_toml(path / EXPERIMENT, archived=True) for path in paths]
+        seeds = sorted({seed for one in each for seed in one.seed_labels})
+        joined = each[0].replace({"seeds": seeds})
+        return opened | {"experiment": joined.to_toml(), "digest": joined.digest, "name": joined.name}
     values = {k: v for k, v in written[0].items() if k != "sweep" or v}
     text = (paths[0] / EXPERIMENT).read_text(encoding="utf-8")
     try:
-        return {"experiment": text, "digest": digest(values), "name": str(values.get("name", ""))}
+        found = {"experiment": text, "digest": digest(values), "name": str(values.get("name", ""))}
+        return found | ({DIMENSIONS: json.dumps(names)} if names else {})
     except (KeyError, AttributeError, TypeError) as error:
         raise DirectoryError(
             f"{paths[0] / EXPERIMENT}: is not an experiment of tsdyn's: {error}; `tsdyn validate` says where"
@@ -423,7 +539,9 @@ def _columns(cells: Cells, labels: Mapping[str, list[Any]], grid: Sequence[Axis]
         death = np.full((*sizes, len(labels["seed"])), -1)
         seeds = {seed: i for i, seed in enumerate(labels["seed"])}
         for place, cell in cells.items():
-            for source in cell:  # the last segment wins
+            for source in cell:  # the last segment wins; what was measured later knows of no deaths
+                if additions.is_addition(source.path):
+                    continue
                 own = source.header.labels["seed"]
                 at: tuple[Any, ...] = (*place, slice(None) if own is labels["seed"] else [seeds[s] for s in own])
                 death[at] = source.death
@@ -437,6 +555,7 @@ def _gridded(cells: Cells, labels: Mapping[str, list[Any]], grid: Sequence[Axis]
     outer, sizes = tuple(axis.dimension for axis in grid), tuple(len(axis.values) for axis in grid)
     found: dict[str, xr.Variable] = {}
     for place, (first, *_) in cells.items():
+        own = first.header.labels
         for name, (dims, values, attrs) in first.header.columns.items():
             if (
                 name == "layer_name"
@@ -447,8 +566,8 @@ def _gridded(cells: Cells, labels: Mapping[str, list[Any]], grid: Sequence[Axis]
             if name not in found:
                 empty = np.full((*sizes, *(len(labels[d]) for d in dims)), -1)
                 found[name] = xr.Variable((*outer, *dims), empty, attrs)
-            at: tuple[Any, ...] = (*place, *(slice(0, len(first.header.labels[d])) for d in dims))
-            found[name].values[at] = values
+            where = [np.flatnonzero(np.isin(labels[d], own[d])) for d in dims]  # by label: one's own may begin at 0
+            found[name].values[(*place, *np.ix_(*where))] = values
     return found
 
 
@@ -458,6 +577,7 @@ def _coverage(cell: Sequence[Source]) -> float:
         return 1.0
     experiment = Experiment.from_toml(cell[0].path.parent.parent / EXPERIMENT, archived=True)
     labels, along = set(experiment.labels), experiment.layout.path
+    cell = [source for source in cell if not additions.is_addition(source.path)]
     there = sum(label in labels for source in cell for label in source.header.labels[along])
     outcomes = experiment.recorded("end")  # counts as one more record, the last
     there += sum(set(outcomes) <= set(source.header.variables) for source in cell) if outcomes else 0

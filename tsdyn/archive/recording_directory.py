@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tsdyn.archive import joining, netcdf
+from tsdyn.archive import joining, netcdf, swept_values
 from tsdyn.archive.lock import NAME as LOCK
 from tsdyn.archive.recordings import FILE, Recording, differences
 from tsdyn.archive.run_directory import ARCHIVE, SEGMENTS, RunDirectory, segment_path
+from tsdyn.archive.swept_values import Swept
 from tsdyn.archive.whole_files import DirectoryError, make_directory, refuse_changed, refuse_link, write_text
+from tsdyn.experiment.sweep_axes import sweep_dimensions
 
 
 class RecordingDirectory(RunDirectory[Recording]):
@@ -69,6 +72,11 @@ class RecordingDirectory(RunDirectory[Recording]):
             write_text(self.path / FILE, recording.to_toml())
         make_directory(self.path / SEGMENTS)
         self.experiment, self.layout, self.variables = recording, recording.layout, recording.recorded()
+
+    @cached_property
+    def _swept(self) -> tuple[Swept, ...]:
+        """Values of the recording's config."""
+        return swept_values.of_values(self.experiment.config, sweep_dimensions(self.experiment.config))
 
     def _history(self, parts: list[joining.Part], epochs: list[Any]) -> Mapping[str, Any]:
         return {}

@@ -8,16 +8,19 @@ import re
 import secrets
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import netCDF4
 import numpy as np
 
-from tsdyn.archive import joining, netcdf, own_process, study_directories
+from tsdyn import schema
+from tsdyn.archive import beside, changes, joining, netcdf, own_process, study_directories, swept_values
 from tsdyn.archive.lock import NAME as LOCK
 from tsdyn.archive.lock import Lock
 from tsdyn.archive.netcdf import Records, State
+from tsdyn.archive.swept_values import Swept
 from tsdyn.archive.whole_files import (
     SUFFIX,
     ArchiveError,
@@ -53,6 +56,8 @@ RUN = "run"
 KEPT = "kept_epochs"
 #: Attribute of an archive that `repair` wrote anew: what it could not keep.
 DROPPED = "dropped"
+#: Folder of a run's directory in which seeds that it is to gain are run, until they are joined with its own.
+ADDED = "added"
 #: How long to wait for another command that is claiming the same sweep's directory.
 CLAIM_SECONDS = 30.0
 _SEGMENT = re.compile(r"epoch-(\d{6,})-(\d{6,})\.nc")
@@ -98,17 +103,25 @@ def segment_path(path: Path, first: int, last: int) -> Path:
 
 
 def extends(longer: Experiment, shorter: Experiment) -> bool:
-    """Whether `longer` is `shorter` with more epochs, more points, or both.
+    """Whether `longer` is `shorter` with more epochs, seeds, observables or points, or with several of these.
 
-    Only ``training.epochs`` may differ, being more, and the values in ``sweep``, of which none may be missing.  No run
-    is extended whose earlier epochs depend on its length (`depends_on_length`).
+    Only ``training.epochs`` may differ, being more, ``seeds`` and ``record.observables``, of which none may be missing,
+    ``record.state_every``, and the values in ``sweep``, of which none may be missing either.  No run is extended whose
+    earlier epochs depend on its length (`depends_on_length`).  Seeds and observables are of training runs.
     """
-    epochs = longer.training.epochs
     alike = longer.kind == shorter.kind and bool(longer.sweep) == bool(shorter.sweep)
-    if epochs < shorter.training.epochs or longer == shorter or not alike or depends_on_length(longer, shorter):
+    if longer.training.epochs < shorter.training.epochs or longer == shorter or not alike:
         return False
-    kept: dict[str, Any] = {"training.epochs": epochs} if longer.kind == "training" else {}
-    kept |= {"sweep": longer.sweep} if longer.sweep else {}
+    if depends_on_length(longer, shorter):
+        return False
+    kept: dict[str, Any] = {"sweep": longer.sweep} if longer.sweep else {}
+    if longer.kind == "training":
+        if not set(shorter.seed_labels) <= set(longer.seed_labels):
+            return False
+        if not set(schema.expand(shorter.record.observables)) <= set(schema.expand(longer.record.observables)):
+            return False
+        kept |= {"training.epochs": longer.training.epochs, "seeds": longer.seeds}
+        kept |= {"record.observables": longer.record.observables, "record.state_every": longer.record.state_every}
     if differences(longer, shorter.replace(kept)):
         return False
     theirs, mine = ([json.dumps(p, sort_keys=True) for p in places(e.sweep).values()] for e in (shorter, longer))
@@ -171,12 +184,10 @@ def _claimed(path: Path, experiment: Experiment) -> bool:
         if theirs == experiment:
             return True
         if not extends(experiment, theirs):
-            why = depends_on_length(experiment, theirs)
             raise DirectoryError(
                 f"{path}: holds another experiment; nothing was overwritten. What differs:\n  "
                 + "\n  ".join(differences(experiment, theirs))
-                + "\nGive another directory with -o, or remove this one. (A run can be extended by more epochs "
-                "and a sweep by more values, everything else the same" + (f"; not this one: {why}.)" if why else ".)")
+                + f"\n{_way_out(experiment, theirs)}"
             )
         return not experiment.sweep  # a run is extended by its writer
     # files left by a writer that was killed in its first milliseconds do not count
@@ -187,9 +198,27 @@ def _claimed(path: Path, experiment: Experiment) -> bool:
     return False
 
 
+def _way_out(asked: Experiment, theirs: Experiment) -> str:
+    """What can be done where a directory's experiment is not, and is not extended by, the one that is asked for."""
+    if bool(asked.sweep) != bool(theirs.sweep) and asked.kind == theirs.kind:
+        what = ("a run", "swept values") if asked.sweep else ("a sweep", "a run without them")
+        return (
+            f"The directory is {what[0]}'s and does not become one of {what[1]}: run this into a new directory with "
+            "-o, then tsdyn.open([one, other]) reads both as one."
+        )
+    why = depends_on_length(asked, theirs)
+    return (
+        "Give another directory with -o, or remove this one. (A run can be extended by more epochs, seeds and "
+        "observables and a sweep by more values, too, everything else the same"
+        + (f"; not this one: {why}.)" if why else ".)")
+    )
+
+
 def _sign(path: Path, experiment: Experiment) -> None:
     """Write the experiment file, under the directory's lock; another process may have done so just before."""
     if not _claimed(path, experiment):
+        if experiment.sweep and (path / EXPERIMENT).exists():
+            changes.note_in_sweep(path, Experiment.from_toml(path / EXPERIMENT, archived=True), experiment)
         write_text(path / EXPERIMENT, experiment.to_toml())
 
 
@@ -258,7 +287,7 @@ class RunDirectory(Generic[D]):
     def __enter__(self) -> RunDirectory[D]:
         if not self._claimed():
             make_directory(self.path)
-        for name in (LOCK, self.file, ARCHIVE, SEGMENTS):
+        for name in (LOCK, self.file, ARCHIVE, SEGMENTS, ADDED):
             refuse_link(self.path / name)
         self._lock.acquire()
         try:
@@ -305,9 +334,14 @@ class RunDirectory(Generic[D]):
         """Make the directory that of this run, if it is of a shorter one."""
         theirs = Experiment.from_toml(self.path / EXPERIMENT, archived=True)
         if theirs != self.experiment:
-            if self.finished:
+            if self.finished and self._archived() != self.experiment:
                 self._reopen()
             write_text(self.path / EXPERIMENT, self.experiment.to_toml())
+
+    def _archived(self) -> Experiment:
+        """The experiment that the archive itself names: experiment.toml can be behind it, or of another run."""
+        with netcdf.dataset(self.path / ARCHIVE, only=self.layout.path) as nc:
+            return self._gone_on_from(self.path / ARCHIVE, netcdf.attributes(nc))
 
     def _reopen(self) -> None:
         """Make the archive of a finished run the first segment of the longer one, in one rename."""
@@ -346,6 +380,11 @@ class RunDirectory(Generic[D]):
         """Whether the archive of all epochs has been written."""
         return (self.path / ARCHIVE).exists()
 
+    @cached_property
+    def _swept(self) -> tuple[Swept, ...]:
+        """Values of swept keys, if the directory is a point of a sweep."""
+        return swept_values.of_point(self.path, self._own)
+
     @property
     def bytes_per_epoch(self) -> int:
         """Size of one recorded epoch, without padding."""
@@ -374,6 +413,7 @@ class RunDirectory(Generic[D]):
         records: Records,
         state: State,
         attrs: Mapping[str, Any],
+        along: Mapping[int, State] | None = None,
     ) -> None:
         """Write a segment: what was recorded in training epochs `first`..`last`, and the state after `last`.
 
@@ -388,29 +428,33 @@ class RunDirectory(Generic[D]):
                 is known at the end.
             state: Everything needed to resume; arrays by name, among them ``death_epoch``.
             attrs: Global attributes.
+            along: States along the way that are kept (``record.state_every``), by the epoch after which they are.
 
         Raises:
             ArchiveError: if it cannot be written, or the lock was lost; what was committed before is intact.
         """
         self._lock.confirm()
-        expected = self.bytes_per_epoch * len(epochs) + sum(a.nbytes for a in state.values()) + (1 << 16)
+        states = {netcdf.STATE: state, **{netcdf.state_at(epoch): held for epoch, held in (along or {}).items()}}
+        expected = self.bytes_per_epoch * len(epochs) + (1 << 16)
+        expected += sum(a.nbytes for held in states.values() for a in held.values())
         with netcdf.guarded():
             nc = netCDF4.Dataset("segment", "w", format="NETCDF4", memory=expected)
             own = {**attrs, **self._own_attrs()}
-            netcdf.create(nc, self.layout, epochs, tuple(records), self.experiment.dtype, own)
+            netcdf.create(nc, self.layout, epochs, tuple(records), self.experiment.dtype, own, self._swept)
             nc["death_epoch"][:] = state["death_epoch"]
             for name, value in records.items():
                 blocks = enumerate(value, start=1) if isinstance(value, list) else ((None, value),)
                 for layer, block in blocks:
                     nc[name][netcdf.index(variable_of(name), self.layout, slice(0, len(epochs)), layer)] = block
-            netcdf.write_state(nc, state)
+            for group, held in states.items():
+                netcdf.write_state(nc, held, group)
             content = nc.close()
         target = segment_path(self.path, first, last)
         with replacing(target, len(content), seal=True) as temporary:
             write_new(temporary, content)
             del content
             # where memory runs out the library can give a file that lacks numbers, and no error
-            differing = joining.differing_records(temporary, self.layout, epochs, records, state)
+            differing = joining.differing_records(temporary, self.layout, epochs, records, states)
             if differing is not None:
                 raise ArchiveError(
                     f"{target}: {differing} read back differently from what was written, as where memory runs out; "
@@ -471,7 +515,7 @@ class RunDirectory(Generic[D]):
         """Write the archive of all segments to `target` and read it back; the variable that differs, or None."""
         with joining.little_cached():
             with netcdf.dataset(target, "w") as nc:
-                netcdf.create(nc, self.layout, epochs, self.variables, self.experiment.dtype, attrs)
+                netcdf.create(nc, self.layout, epochs, self.variables, self.experiment.dtype, attrs, self._swept)
                 joining.copy(parts, self.layout, self.variables, nc)
             with netcdf.dataset(target) as nc:
                 return joining.differing(parts, self.layout, self.variables, nc)
@@ -480,6 +524,40 @@ class RunDirectory(Generic[D]):
         for part in {str(part.attrs.get("experiment")): part for part in parts}.values():
             self._gone_on_from(part.path, part.attrs)
         return _history(parts, epochs, self._own, self.variables)
+
+    def gain(self, other: RunDirectory[Experiment], whole: Experiment, attrs: Mapping[str, Any]) -> None:
+        """Join the finished run in `other`, of further seeds, with this one, which is finished, too.
+
+        The archive of both appears in one rename, once it was compared with the two; then the experiment file is
+        written and `other` removed.  Where this is cut short, the run is whole and the same call goes on.
+
+        Args:
+            other: Held for writing; its directory is this one's folder `ADDED`.
+            whole: The experiment of all seeds.
+            attrs: Global attributes of the joined archive.
+
+        Raises:
+            ArchiveError: if it cannot be written, or a file is damaged; both runs are kept.
+        """
+        self._lock.confirm()
+        kept = segment_path(self.path, 0, self._own.last)
+        refuse_changed(self.path / ARCHIVE)
+        refuse_changed(other.path / ARCHIVE)
+        self._archive_as_segment(kept)
+        sides = [beside.Side.of(file, run.layout) for file, run in ((kept, self), (other.path / ARCHIVE, other))]
+        variables, dtype = whole.recorded(), whole.dtype
+        epochs = sorted({epoch for side in sides for epoch in side.epochs})
+        parts = [joining.Part(side.path, 0, len(epochs), side.attrs) for side in sides]
+        attrs = {**attrs, **self._own_attrs(), **_history(parts, epochs, whole, variables)}
+        needed = netcdf.bytes_per_epoch(whole.layout, variables, dtype) * len(epochs)
+        with replacing(self.path / ARCHIVE, needed, seal=True) as temporary:
+            differing = own_process.run(
+                lambda: beside.join(sides, whole.layout, epochs, variables, dtype, attrs, temporary)
+            )
+            if differing is not None:
+                raise ArchiveError(f"{self.path}: {differing} read back differently from what was written; both stay")
+        self._drop_segments()
+        write_text(self.path / EXPERIMENT, whole.to_toml())
 
     def _drop_segments(self) -> None:
         """Remove the segments once the archive is finished and whole."""

@@ -12,14 +12,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tsdyn import schema
+from tsdyn import schema, vocabulary
+from tsdyn.archive import changes
 from tsdyn.archive.run_directory import EXPERIMENT, claim, extends
+from tsdyn.archive.swept_values import SWEEP, dimensions
 from tsdyn.archive.whole_files import DirectoryError, write_text
 from tsdyn.experiment.errors import ExperimentError
 from tsdyn.experiment.experiment import Experiment
 from tsdyn.experiment.sweep_axes import places, sweep_dimensions, swept_keys
-
-SWEEP = "sweep.json"
 
 
 def label(value: Any) -> str | int | float:
@@ -31,24 +31,28 @@ def label(value: Any) -> str | int | float:
     return value  # type: ignore[no-any-return]
 
 
-def point_name(values: Mapping[str, Any]) -> str:
+def point_name(values: Mapping[str, Any], names: Mapping[str, str] | None = None) -> str:
     """Name of the directory of one point of a sweep, such as ``overrealization=5,polarity=1.0``.
 
     If characters had to be replaced or the name had to be cut, it ends with a hash, so that no two points share one.
+
+    Args:
+        values: Swept keys and values.
+        names: Swept key → dimension; `sweep_dimensions` unless given.
     """
-    text, name = _spelled(values)
+    text, name = _spelled(values, names)
     return name if name == text and len(name) <= 200 else f"{name[:180]}-{_hash(text)}"
 
 
-def possible_names(values: Mapping[str, Any]) -> set[str]:
+def possible_names(values: Mapping[str, Any], names: Mapping[str, str] | None = None) -> set[str]:
     """Names that the directory of a point may have, from this version and from those before 0.2."""
-    text, before = _spelled(values)
-    return {point_name(values), before, f"{before[:180]}-{_hash(text)}"}
+    text, before = _spelled(values, names)
+    return {point_name(values, names), before, f"{before[:180]}-{_hash(text)}"}
 
 
-def _spelled(values: Mapping[str, Any]) -> tuple[str, str]:
+def _spelled(values: Mapping[str, Any], names: Mapping[str, str] | None) -> tuple[str, str]:
     """A point's values as text, and the same text with only characters that any file system allows."""
-    names = sweep_dimensions(values)
+    names = sweep_dimensions(values) if names is None else names
     text = ",".join(f"{names[key]}={label(value)}" for key, value in values.items())
     return text, re.sub(r"[^A-Za-z0-9._+=,-]", "-", text)
 
@@ -57,7 +61,11 @@ def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def point_directories(path: Path, points: Iterable[tuple[Mapping[str, Any], Callable[[], Experiment]]]) -> list[str]:
+def point_directories(
+    path: Path,
+    points: Iterable[tuple[Mapping[str, Any], Callable[[], Experiment]]],
+    names: Mapping[str, str] | None = None,
+) -> list[str]:
     """Name of the directory of each point of the sweep in `path`: `point_name`, or the name from before 0.2.
 
     Versions before 0.2 added no hash where characters were replaced, so that two points could share a directory: it
@@ -66,16 +74,18 @@ def point_directories(path: Path, points: Iterable[tuple[Mapping[str, Any], Call
     Args:
         path: Directory of the sweep.
         points: Values of each point and a function that returns its experiment, called only in doubt.
+        names: Swept key → dimension; those of the sweep in `path` unless given.
     """
     listed = list(points)
-    before = [_spelled(values)[1] for values, _ in listed]
+    names = dimensions(path, listed[0][0] if listed else ()) if names is None else names
+    before = [_spelled(values, names)[1] for values, _ in listed]
     shared = Counter(before)
     found = []
     for (values, expected), old in zip(listed, before, strict=True):
-        name = point_name(values)
+        name = point_name(values, names)
         in_doubt = len(old) <= 200 and (shared[old] > 1 or (name != old and not (path / name).exists()))
         if in_doubt and (path / old / EXPERIMENT).is_file():
-            name = old if _holds(path / old, expected) else f"{old[:180]}-{_hash(_spelled(values)[0])}"
+            name = old if _holds(path / old, expected) else f"{old[:180]}-{_hash(_spelled(values, names)[0])}"
         found.append(name)
     return found
 
@@ -96,35 +106,43 @@ def sweep_points(path: Path) -> dict[str, tuple[dict[str, Any], Experiment]]:
     return named_points(path, Experiment.from_toml(path / EXPERIMENT, archived=True))
 
 
-def named_points(path: Path, experiment: Experiment) -> dict[str, tuple[dict[str, Any], Experiment]]:
-    """`sweep_points` of a given experiment, which need not be the one in `path` yet."""
+def named_points(
+    path: Path, experiment: Experiment, names: Mapping[str, str] | None = None
+) -> dict[str, tuple[dict[str, Any], Experiment]]:
+    """`sweep_points` of a given experiment, which need not be the one in `path` yet; `names` as in it."""
     points = list(experiment.points())
-    names = point_directories(path, [(values, partial(_itself, at)) for values, at in points])
-    return dict(zip(names, points, strict=True))
+    directories = point_directories(path, [(values, partial(_itself, at)) for values, at in points], names)
+    return dict(zip(directories, points, strict=True))
 
 
 def _itself(experiment: Experiment) -> Experiment:
     return experiment
 
 
-def refuse_equal_names(experiment: Experiment) -> None:
+def refuse_equal_names(experiment: Experiment, names: Mapping[str, str] | None = None) -> None:
     """Refuse a sweep in which two points would share a directory on file systems that ignore case.
+
+    Args:
+        experiment: The sweep.
+        names: Swept key → dimension; `sweep_dimensions` unless given.
 
     Raises:
         DirectoryError: naming the values.
     """
     seen: dict[str, dict[str, Any]] = {}
     for values in places(experiment.sweep).values():
-        other = seen.setdefault(point_name(values).casefold(), values)
+        other = seen.setdefault(point_name(values, names).casefold(), values)
         if other is not values:
             raise DirectoryError(
-                f"sweep: the points {other} and {values} would share {point_name(values)} on file systems "
+                f"sweep: the points {other} and {values} would share {point_name(values, names)} on file systems "
                 "that ignore case; give them names that differ otherwise, or run them as two sweeps"
             )
 
 
 def write_sweep(path: Path, experiment: Experiment) -> dict[str, Experiment]:
     """Make `path` the directory of a sweep; ``sweep.json`` lists every point and its directory for other readers.
+
+    It also fixes the names of the sweep's dimensions, which are those it holds already if it is there.
 
     A sweep already there is replaced if the new one has all its points and is otherwise the same.
 
@@ -133,13 +151,18 @@ def write_sweep(path: Path, experiment: Experiment) -> dict[str, Experiment]:
     Raises:
         ArchiveError: as `claim`, or if two points would have one directory.
     """
-    refuse_equal_names(experiment)
+    keys, kept = swept_keys(experiment.sweep), (path / SWEEP).exists()
+    own = [name for name in experiment.recorded() if name not in vocabulary.VARIABLES]
+    names = dimensions(path, keys) if kept else sweep_dimensions(keys, own)
+    refuse_equal_names(experiment, names)
     claim(path, experiment)
-    points = named_points(path, experiment)
+    points = named_points(path, experiment, names)
     listed = {
         "schema_version": schema.VERSION,
-        "dimensions": sweep_dimensions(swept_keys(experiment.sweep)),
+        "dimensions": names,
         "points": [{"directory": name, "values": values} for name, (values, _) in points.items()],
     }
+    told = changes.of_sweep(path)
+    listed |= {"changes": told} if told else {}
     write_text(path / SWEEP, json.dumps(listed, indent=1))
     return {name: point for name, (_, point) in points.items()}

@@ -7,6 +7,15 @@ from tsdyn.cli.application import app, main
 __all__ = ["app", "main"]
 
 #: Modules that add their commands to ``app`` when they are imported; the help lists commands in this order.
-_COMMANDS = ("run_commands", "archive_commands", "sensitivity_command")
+_COMMANDS = (
+    "run_commands",
+    "new_command",
+    "archive_commands",
+    "measure_command",
+    "sensitivity_command",
+    "draw_command",
+    "diff_command",
+    "fork_command",
+)
 for _module in _COMMANDS:
     _importlib.import_module(f"tsdyn.cli.{_module}")

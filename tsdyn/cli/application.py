@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import json
+import math
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,10 +21,13 @@ from tsdyn.registers import PartError
 from tsdyn.running.terminal import make_lenient
 from tsdyn.schema import printable
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+study = typer.Typer(no_args_is_help=True, help="Figures of the papers, from the experiment to the picture.")
+app.add_typer(study, name="study")
 FAILED, WRONG = 1, 2
 # str and not Path, which would turn http://host into the local http:/host before it can be refused.
 OutDirectory = Annotated[str | None, typer.Option("-o", "--output", help="Directory; runs/NAME if not given.")]
+StyleName = Annotated[str, typer.Option("--style", help="paper (column widths), talk or notebook (larger).")]
 Directory = Annotated[str, typer.Argument(metavar="DIR", help="A run, a sweep or an archive file.")]
 
 
@@ -116,11 +121,28 @@ def save(figure: Any, path: Path, quiet: bool) -> None:
         if path.suffix.lower() == ".gif":
             figure.save(path, writer="pillow", dpi=100)
         else:
-            figure.savefig(path, dpi=150, bbox_inches="tight")
+            figure.savefig(path)
     except (OSError, ValueError) as error:
         raise DirectoryError(f"{path}: the figure cannot be written: {error}") from error
     if not quiet:
         print(path)
+
+
+#: ``--json``, of the commands whose answers programs read.
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+
+
+def print_json(value: Any) -> None:
+    """Print a JSON value, in lines; numbers that are not finite are null."""
+    print(json.dumps(_finite(value), indent=2, ensure_ascii=True))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _finite(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def plain(text: object) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import textwrap
 from typing import Annotated, Any
 
 import typer
@@ -9,65 +11,98 @@ from rich.console import Console
 from rich.table import Table
 
 from tsdyn.archive.whole_files import DirectoryError, local_path
-from tsdyn.cli.application import FAILED, Directory, app, assignment, plain, save
+from tsdyn.cli.application import FAILED, AsJson, Directory, StyleName, app, assignment, plain, print_json, save
 from tsdyn.experiment.errors import ExperimentError
 from tsdyn.registers import PartError
-from tsdyn.schema import path_of, printable
-from tsdyn.vocabulary import COORDINATES
+from tsdyn.schema import printable
 
-#: Plurals of the names of the dimension along which a run is recorded.
-PLURAL = {"epoch": "epochs", "time": "times", "alpha": "alphas"}
+#: Points of a sweep whose last numbers `show` prints; with ``--json`` it prints `JSON_POINTS`.
+POINTS, JSON_POINTS = 8, 200
 
 
 @app.command()
-def show(directory: Directory) -> None:
-    """Show what an archive holds, on one screen."""
-    from tsdyn.archive import reading, selecting
+def show(directory: Directory, as_json: AsJson = False) -> None:
+    """Show what an archive holds: what ran, final losses, mean correlations, dead members, cost, variables."""
+    from tsdyn.analysis import overview
+    from tsdyn.archive import reading
+    from tsdyn.growing import history as growth
     from tsdyn.running import provenance
 
     ds = reading.open(directory)
-    console = Console()
-    sizes = ", ".join(f"{dim} {size}" for dim, size in ds.sizes.items())
-    facts = Table.grid(padding=(0, 2))
-    rows = {
-        "recording"
-        if "recording" in ds.attrs
-        else "experiment": f"{ds.attrs.get('name', '?')}  ({str(ds.attrs.get('digest', '?'))[:12]})",
-        "made": f"{ds.attrs.get('created', '?')}, tsdyn {ds.attrs.get('tsdyn_version', '?')}, "
-        f"torch {ds.attrs.get('torch_version', '?')}, {ds.attrs.get('device', '?')}, {ds.attrs.get('dtype', '?')}",
-        "dimensions": sizes,
-        "size": f"{ds.nbytes / 1e6:.1f} MB as arrays",
-    }
-    along = path_of(ds)
-    if ds.sizes.get(along):
-        first, last = (ds[along].values[end] for end in (0, -1))
-        rows[PLURAL[along]] = f"{first:g}..{last:g}, {ds.sizes[along]} recorded"
-    for key, column in ds.coords.items():
-        varies = column.ndim == 1 and column.dims[0] in selecting.swept_dimensions(ds)
-        if varies and key != "point" and key not in COORDINATES:
-            values = list(dict.fromkeys(column.values.tolist()))
-            shown = ", ".join(map(str, values[:8])) + (f", ... {values[-1]}" if len(values) > 8 else "")
-            rows[f"swept: {key}"] = shown
-    if "coverage" in ds.coords:
-        rows["coverage"] = f"{int((ds.coverage >= 1).sum())} of {ds.coverage.size} points finished"
-    if "death_epoch" in ds.coords:
-        dead = int((ds["death_epoch"] >= 0).sum())
-        rows["died"] = f"{dead} members became NaN or infinite" if dead else "no member became NaN or infinite"
+    if as_json:
+        print_json({**overview.as_json(ds, JSON_POINTS), "history": provenance.history(ds.attrs)})
+        return
+    width = Console().width
+    facts = overview.facts(ds)
     for position, line in enumerate(provenance.lines(ds.attrs)):
-        rows["history" if not position else f"history {position + 1}"] = line
-    for key, value in rows.items():
-        facts.add_row(plain(key), plain(value))
-    console.print(facts)
+        facts["history" if not position else f"history {position + 1}"] = line
+    if line := growth.states_kept(local_path(directory)):
+        facts["states"] = line
+    for position, line in enumerate(growth.lines(local_path(directory))):
+        facts["added" if not position else f"added {position + 1}"] = line
+    column = max(map(len, facts)) + 2
+    for key, value in facts.items():
+        _print_wrapped(printable(value.replace("\n", " ")), width, f"{printable(key):{column}}", " " * column)
+    _show_numbers(ds)
+    _show_variables(ds, width)
+
+
+def _print_wrapped(text: str, width: int, first: str, later: str) -> None:
+    lines = textwrap.wrap(text, max(20, width - 1), initial_indent=first, subsequent_indent=later)
+    print("\n".join(lines) if lines else first)
+
+
+def _show_numbers(ds: Any) -> None:
+    """Print the last numbers of a run, with their spread over seeds, or those of a sweep's points, one line each."""
+    from tsdyn.analysis import overview
+
+    named = overview.points(ds)
+    rows = overview.rows(ds, POINTS)
+    names = list(dict.fromkeys(name for row in rows for name in row.numbers))
+    if not names:
+        return
+    if len(named) == 1:
+        print("\nat the end: median over seeds (middle 80 %)")
+        for name in names:
+            print(f"  {name:12} {rows[0].numbers[name]}")
+        return
+    print("\nat the end of each point: median over seeds")
+    header, labels = _without_keys([row.point for row in rows])
+    first = max(map(len, (header, *labels)))
+    print(f"  {header:{first}}" + "".join(f"  {name:>10}" for name in names) + "  dead")
+    for label, row in zip(labels, rows, strict=True):
+        medians = [row.numbers.get(name) for name in names]
+        shown = "".join(f"  {'-' if n is None or not n.members else format(n.median, '.3g'):>10}" for n in medians)
+        print(printable(f"  {label:{first}}{shown}  {row.dead:4}"))
+    if len(named) > len(rows):
+        print(f"  ... and {len(named) - len(rows)} more points: --json prints {JSON_POINTS}, tsdyn report a table")
+
+
+def _without_keys(points: list[str]) -> tuple[str, list[str]]:
+    """The keys that all names of points share, ``a = 1, b = 2``, and the names without them."""
+    split = [[part.partition(" = ") for part in point.split(", ")] for point in points]
+    keys = [[key for key, _, _ in parts] for parts in split]
+    if any(found != keys[0] for found in keys):
+        return "", points
+    return ", ".join(keys[0]), [", ".join(value for _, _, value in parts) for parts in split]
+
+
+def _show_variables(ds: Any, width: int) -> None:
+    """Print the variables by their dimensions, one line each."""
+    from tsdyn.archive import selecting
+
     swept = selecting.swept_dimensions(ds)
-    after = f"dimensions, after {', '.join(swept)}" if swept else "dimensions"
-    lines = [("variable", after, "meaning")] + [
-        (str(name), ", ".join(str(d) for d in array.dims if d not in swept), str(array.attrs.get("long_name", "")))
-        for name, array in ds.data_vars.items()
-    ]
-    first, second = (max(len(line[i]) for line in lines) for i in (0, 1))
-    for name, dims, meaning in lines:  # one line per variable, cut at the terminal's width
-        line = printable(f"{name:{first}}  {dims:{second}}  {meaning}".replace("\n", " "))
-        print(line[: console.width] if console.is_terminal else line)
+    groups: dict[str, list[tuple[str, str]]] = {}
+    for name, array in ds.data_vars.items():
+        dims = ", ".join(str(dim) for dim in array.dims if dim not in swept)
+        groups.setdefault(dims, []).append((str(name), str(array.attrs.get("long_name", ""))))
+    after = f" of each {', '.join(swept)}" if swept else ""
+    print(f"\nvariables{printable(after)}")
+    longest = max((len(name) for found in groups.values() for name, _ in found), default=0)
+    for dims, found in groups.items():
+        print(printable(f"  ({dims})"))
+        for name, meaning in found:
+            _print_wrapped(printable(meaning.replace("\n", " ")), width, f"    {name:{longest}}  ", " " * (longest + 6))
 
 
 @app.command()
@@ -77,12 +112,15 @@ def plot(
     output: Annotated[
         str | None, typer.Option("-o", "--output", help="FILE.png (.svg, .pdf; .gif moves); FIGURE.png if not given.")
     ] = None,
+    style: StyleName = "paper",
     select: Annotated[
         list[str] | None,
         typer.Option("--select", metavar="KEY=VALUE", help="A part: a swept key, seed, epoch or layer; repeat it."),
     ] = None,
 ) -> None:
-    """Draw a figure from an archive."""
+    """Draw a figure from an archive, with a caption; in a paper's column widths unless --style says otherwise."""
+    from tsdyn.analysis import captions
+    from tsdyn.analysis import style as look
     from tsdyn.analysis.figures import planes, recipes
     from tsdyn.archive import reading, whole_files
 
@@ -100,7 +138,10 @@ def plot(
         raise ExperimentError(f"plot: {path.name}: only boundaries move; give a .png, .svg or .pdf")
     try:
         ds = _selected(ds, select or [])
-        drawn = planes.animate_boundaries(ds) if moves else recipes.FIGURES[figure](ds)
+        with look.using(look.as_name(style)):
+            drawn: Any = planes.animate_boundaries(ds) if moves else recipes.FIGURES[figure](ds)
+        if not moves:
+            drawn.provenance = captions.provenance(ds, f"tsdyn plot DIR {figure} --style {style}")
     except (ValueError, KeyError) as error:
         raise DirectoryError(f"plot {figure}: {error.args[0] if error.args else error}") from error
     save(drawn, path, quiet=False)
@@ -128,11 +169,20 @@ def report(
     directory: Directory,
     output: Annotated[str, typer.Option("-o", "--output", help="The page.")] = "report.html",
     audit: Annotated[bool, typer.Option(help="With the audit of the theorems.")] = True,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Write the page anew until the run is finished; it refreshes itself.")
+    ] = False,
+    every: Annotated[float, typer.Option(min=1.0, help="With --watch: seconds between two pages.")] = 5.0,
 ) -> None:
-    """Write one self-contained HTML page: what ran, figures, audit, coverage, failures."""
+    """Write one self-contained HTML page: what ran, numbers, figures, audit, coverage, failures."""
     from tsdyn.analysis import report
 
-    print(report.write(directory, output, audit=audit))
+    if not watch:
+        print(report.write(directory, output, audit=audit))
+        return
+    print(output, flush=True)
+    for share in report.watch(directory, output, every=every, audit=audit):
+        print(f"{share:.0%} of the recorded steps are committed", file=sys.stderr, flush=True)
 
 
 @app.command()
@@ -145,7 +195,7 @@ def cite(directory: Directory) -> None:
 
 
 @app.command()
-def audit(directory: Directory) -> None:
+def audit(directory: Directory, as_json: AsJson = False) -> None:
     """Test each theorem on an archive: hypothesis met? conclusion holds? by what margin?"""
     from tsdyn.analysis.audit import audit as measure
     from tsdyn.analysis.report import audit_rows
@@ -160,6 +210,10 @@ def audit(directory: Directory) -> None:
         gone = isinstance(error, PartError)
         way = packages.way_back(selecting.experiment_of(ds), local_path(directory)) if gone else ""
         raise DirectoryError(f"{directory}: {error.args[0] if error.args else error}{way}") from error
+    if as_json:
+        words = ("claim", "verdicts", "largest_margin", "used")
+        print_json([dict(zip(words, row, strict=True)) for row in rows])
+        return
     for row in rows:
         table.add_row(*map(plain, row))
     Console().print(table)
@@ -167,15 +221,20 @@ def audit(directory: Directory) -> None:
 
 
 @app.command()
-def validate(directory: Directory) -> None:
+def validate(directory: Directory, as_json: AsJson = False) -> None:
     """Check schema, checksums, every number, and agreement with experiment.toml; exit 1 with the reasons if damaged."""
     from tsdyn.archive import integrity
 
     found = integrity.check(directory)
-    for problem in found:
-        print(printable(problem))
+    if as_json:
+        print_json({"directory": directory, "whole": not found, "problems": found})
+    else:
+        for problem in found:
+            print(printable(problem))
     if found:
         raise typer.Exit(FAILED)
+    if as_json:
+        return
     print(f"{directory}: whole")
 
 

@@ -14,18 +14,25 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from tsdyn.archive.whole_files import local_path
-from tsdyn.cli.application import OutDirectory, Unavailable, app, assignment, fail, report_only, save
+from tsdyn.cli.application import (
+    AsJson,
+    OutDirectory,
+    Unavailable,
+    app,
+    assignment,
+    fail,
+    print_json,
+    report_only,
+    study,
+)
 from tsdyn.experiment.errors import ExperimentError
 from tsdyn.experiment.experiment import Experiment
-from tsdyn.registers import PartError
 from tsdyn.schema import printable
 
 if TYPE_CHECKING:
     from tsdyn.running.estimates import Cost
     from tsdyn.running.runner import Progress as Report
 
-study = typer.Typer(no_args_is_help=True, help="Figures of the papers, from the experiment to the picture.")
-app.add_typer(study, name="study")
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
 Workers = Annotated[int | None, typer.Option(metavar="N", help="Share the runs of a sweep among N processes here.")]
 Scheduler = Annotated[
@@ -78,22 +85,25 @@ def _experiment(file: Path, output: str | None) -> Experiment:
 
 
 @study.command("list")
-def list_studies() -> None:
-    """List the studies, with what each shows."""
-    from tsdyn import studies
+def list_studies(as_json: AsJson = False) -> None:
+    """List the studies: the paper's figure, what it shows, and its estimated time at desk scale."""
+    from tsdyn.running.words import duration
+    from tsdyn.studies import catalogue
 
-    for name in studies.names():
-        try:
-            shown = studies.load(name).TITLE
-        except PartError as error:  # of one package; the others are there
-            shown = f"({error})"
-        print(printable(f"{name:28} {shown}"))
+    rows = catalogue.rows()
+    if as_json:
+        print_json([row._asdict() for row in rows])
+        return
+    for row in rows:
+        time_needed = "" if row.desk_seconds is None else f"; {duration(row.desk_seconds)}"
+        print(printable(f"{row.name}  ({row.source}{time_needed})"))
+        print(printable(f"    {row.title}"))
 
 
 @study.command("show")
-def show_study(name: Annotated[str, typer.Argument()]) -> None:
+def showstudy_of(name: Annotated[str, typer.Argument()]) -> None:
     """Show the experiment that a study runs at each scale."""
-    module = _study(name)
+    module = study_of(name)
     print(f"{module.TITLE}\n{module.SOURCE}")
     for scale, experiment in module.EXPERIMENTS.items():
         print(f"\n# --scale {scale}\n{experiment.to_toml()}", end="")
@@ -103,6 +113,7 @@ def show_study(name: Annotated[str, typer.Argument()]) -> None:
 def run_study(
     name: Annotated[str, typer.Argument()],
     scale: Annotated[str, typer.Option(help="smoke (seconds), desk (minutes) or paper.")] = "desk",
+    seeds: Annotated[int | None, typer.Option(metavar="N", help="Number of seeds.")] = None,
     output: OutDirectory = None,
     changes: Changes = None,
     device: Device = "cpu",
@@ -111,18 +122,27 @@ def run_study(
     together: Together = None,
     quiet: Quiet = False,
 ) -> None:
-    """Run, measure and draw a study: leaves the archive, measured.nc and figure.png."""
+    """Run, measure and draw a study: leaves the archive, measured.nc, figure.pdf, figure.png and figure.txt."""
+    from tsdyn.analysis import captions
     from tsdyn.archive import netcdf, reading, whole_files
+    from tsdyn.cli.draw_command import draw_study
 
-    module = _study(name)
+    module = study_of(name)
     if scale not in module.EXPERIMENTS:
         raise ExperimentError(f"--scale {scale}: there are {', '.join(module.EXPERIMENTS)}")
     path = whole_files.local_path(output or Path("runs") / f"{name}-{scale}")
     work = module.EXPERIMENTS[scale]
-    asked = [("--set", changes), ("--workers", workers), ("--scheduler", scheduler), ("--together", together)]
+    asked = [
+        ("--seeds", seeds),
+        ("--set", changes),
+        ("--workers", workers),
+        ("--scheduler", scheduler),
+        ("--together", together),
+    ]
     given = [option for option, value in asked if value]
     if isinstance(work, Experiment):
         work = work.replace(dict(assignment(text) for text in changes or ()))
+        work = work if seeds is None else work.replace({"seeds": seeds})
         _run(work, path, device, quiet, workers, scheduler, together)
         found = reading.open(path)
     elif given:
@@ -133,13 +153,14 @@ def run_study(
     else:
         found = work.read()
     made_by = {key: found.attrs[key] for key in ("name", "digest", "experiment", "tsdyn_version") if key in found.attrs}
+    made_by |= {"study": name, "scale": scale}
     measured = module.measure(found).load()
-    measured = measured.assign_attrs(made_by | measured.attrs)
+    measured = measured.assign_attrs(captions.told(found) | made_by | measured.attrs)
     netcdf.write_dataset(path / "measured.nc", measured)
-    save(module.draw(measured), path / "figure.png", quiet)
+    draw_study(measured, path / "figure", quiet)
 
 
-def _study(name: str) -> Any:
+def study_of(name: str) -> Any:
     from tsdyn import studies
 
     try:
@@ -223,7 +244,7 @@ class _Whole:
         return sum(self._work[name] * share for name, share in self._share.items()) / sum(self._work.values())
 
     def __str__(self) -> str:
-        from tsdyn.running.estimates import duration
+        from tsdyn.running.words import duration
 
         done = sum(self._work[name] * (share - self._from[name]) for name, share in self._share.items())
         rest = sum(self._work.values()) * (1 - self.share)

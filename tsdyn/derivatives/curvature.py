@@ -14,10 +14,11 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeAlias, overload
+from typing import Any, Literal, TypeAlias, overload
 
 import numpy as np
 import torch
+import xarray as xr
 from jaxtyping import Float
 from scipy.linalg import eigh_tridiagonal
 from scipy.sparse.linalg import ArpackError, ArpackNoConvergence, LinearOperator, eigsh
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from tsdyn.derivatives import labels
 from tsdyn.derivatives.assumptions import Loss, Tree, _explained, agree, asked, comparable, gradients_on, log
 from tsdyn.derivatives.module_state import Randomness
 from tsdyn.memory import refuse_beyond
@@ -42,10 +44,13 @@ _AT_ONCE = 64 << 20
 def hessian(loss: Callable[[Any], Tensor], params: Parameters) -> Tensor: ...
 @overload
 def hessian(module: nn.Module | Network, loss: Loss, x: Tree, y: Tree = None) -> Tensor: ...
-def hessian(*args: Any, **keywords: Any) -> Tensor:
+@overload
+def hessian(*args: Any, labelled: Literal[True], **keywords: Any) -> xr.Dataset: ...
+def hessian(*args: Any, labelled: bool = False, **keywords: Any) -> Any:
     """∂²loss/∂θ∂θ', dense, (parameter, parameter), in the order the parameters are given, each flattened.
 
-    Called ``hessian(loss, params)`` or ``hessian(module, loss, x, y)``.
+    Called ``hessian(loss, params)`` or ``hessian(module, loss, x, y)``; with ``labelled=True`` a Dataset of ``hessian``
+    (parameter, parameter_2), whose coordinates say the layer, node and input node of each parameter.
 
     Args:
         loss: Of parameters of the structure of `params` → scalar; with a module, ``loss(output, target)`` of the batch.
@@ -56,7 +61,16 @@ def hessian(*args: Any, **keywords: Any) -> Tensor:
     Raises:
         ValueError: for a loss that ignores its parameters, draws random numbers, or has no second derivative in torch.
         MemoryError: before it starts, if it does not fit.
+
+    Examples:
+        >>> import torch
+        >>> from tsdyn import derivatives
+        >>> params = {"w": torch.tensor([1.0, 2.0], dtype=torch.float64)}
+        >>> derivatives.hessian(lambda p: (p["w"] ** 2).sum(), params).tolist()
+        [[2.0, 0.0], [0.0, 2.0]]
     """
+    if labelled:
+        return _labelled("hessian", hessian, args, keywords)
     with _curved("hessian", args, keywords) as (curve, _):
         curve.refuse_asymmetry()
         return curve.dense()
@@ -73,6 +87,14 @@ def hessian_vector_product(*args: Any, **keywords: Any) -> Tensor:
 
     Raises:
         ValueError: as `hessian`, or for a vector of another length.
+
+    Examples:
+        >>> import torch
+        >>> from tsdyn import derivatives
+        >>> params = {"w": torch.tensor([1.0, 2.0], dtype=torch.float64)}
+        >>> along = torch.tensor([1.0, 0.0], dtype=torch.float64)
+        >>> derivatives.hessian_vector_product(lambda p: (p["w"] ** 2).sum(), params, along)
+        tensor([2., 0.], dtype=torch.float64)
     """
     with _curved("hessian_vector_product", args, keywords, vector=inspect.Parameter.empty) as (curve, given):
         vector = _tensor(given["vector"])
@@ -90,18 +112,30 @@ def hessian_spectrum(loss: Callable[[Any], Tensor], params: Parameters, k: int |
 def hessian_spectrum(
     module: nn.Module | Network, loss: Loss, x: Tree, y: Tree = None, k: int | None = 10
 ) -> Tensor: ...
-def hessian_spectrum(*args: Any, **keywords: Any) -> Tensor:
+@overload
+def hessian_spectrum(*args: Any, labelled: Literal[True], **keywords: Any) -> xr.Dataset: ...
+def hessian_spectrum(*args: Any, labelled: bool = False, **keywords: Any) -> Any:
     """The k algebraically largest Hessian eigenvalues, largest first; all of them for k=None.
 
     Called ``hessian_spectrum(loss, params, k=10)`` or ``hessian_spectrum(module, loss, x, y, k=10)``.  Dense up to
     `DENSE_PARAMETERS` parameters or if k is not below their number, otherwise SciPy's ``eigsh`` on Hessian-vector
-    products to machine precision.  A Hessian that is zero has eigenvalues zero.
+    products to machine precision.  A Hessian that is zero has eigenvalues zero.  With ``labelled=True`` a Dataset of
+    ``hessian_eigenvalue`` (mode,).
 
     Raises:
         ValueError: as `hessian`, for k < 1, or for products that are not those of a symmetric matrix.
         RuntimeError: if Lanczos does not converge, with what did.
         MemoryError: before it starts, if a dense Hessian does not fit.
+
+    Examples:
+        >>> import torch
+        >>> from tsdyn import derivatives
+        >>> params = {"w": torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)}
+        >>> derivatives.hessian_spectrum(lambda p: (p["w"] ** 4).sum(), params, k=2)
+        tensor([108.,  48.], dtype=torch.float64)
     """
+    if labelled:
+        return _labelled("hessian_spectrum", hessian_spectrum, args, keywords, k=10)
     with _curved("hessian_spectrum", args, keywords, k=10) as (curve, given):
         k = given["k"]
         if k is not None and k < 1:
@@ -182,13 +216,16 @@ def hessian_density(
     steps: int = 80,
     seed: int = 0,
 ) -> SpectralDensity: ...
-def hessian_density(*args: Any, **keywords: Any) -> SpectralDensity:
+@overload
+def hessian_density(*args: Any, labelled: Literal[True], **keywords: Any) -> xr.Dataset: ...
+def hessian_density(*args: Any, labelled: bool = False, **keywords: Any) -> Any:
     """Density of the Hessian's eigenvalues by stochastic Lanczos quadrature; no Hessian is formed.
 
     Called ``hessian_density(loss, params)`` or ``hessian_density(module, loss, x, y)``; probes=10, steps=80, seed=0.
     `probes` random directions, for each `steps` Hessian-vector products and a full reorthogonalization, without which
     converged eigenvalues come back as ghosts and weigh twice.  Fewer steps are taken where a Krylov space is exhausted;
-    its nodes are repeated with weight 0.
+    its nodes are repeated with weight 0.  With ``labelled=True`` a Dataset of ``eigenvalue`` and ``share``
+    (probe, step).
 
     Source: Golub and Meurant (2010), Matrices, Moments and Quadrature, chapter 7.
 
@@ -196,6 +233,8 @@ def hessian_density(*args: Any, **keywords: Any) -> SpectralDensity:
         ValueError: as `hessian_spectrum`, for fewer than one probe or step.
         MemoryError: before it starts, if the basis, (steps, parameter), does not fit.
     """
+    if labelled:
+        return _labelled("hessian_density", hessian_density, args, keywords, probes=10, steps=80, seed=0)
     with _curved("hessian_density", args, keywords, probes=10, steps=80, seed=0) as (curve, given):
         probes, steps = given["probes"], given["steps"]
         if probes < 1 or steps < 1:
@@ -235,6 +274,28 @@ def _lanczos(apply: Callable[[Tensor], Tensor], start: Tensor, steps: int) -> tu
         beside.append(left)
         basis[step + 1] = image / left
     return diagonal, beside
+
+
+def _labelled(
+    caller: str, function: Callable[..., Any], args: tuple[Any, ...], keywords: dict[str, Any], **more: Any
+) -> xr.Dataset:
+    """The result of one of these functions as a Dataset; arrays with labels among the arguments lose theirs."""
+    given = {name: labels.unlabelled(value) for name, value in _bound(caller, args, keywords, more).items()}
+    found = function(**given)
+    if isinstance(found, SpectralDensity):
+        attrs = [{"units": "1", "long_name": what, "source": labels.SOURCE} for what in ("Ritz value", "its weight")]
+        pairs = zip(("eigenvalue", "share"), (found.nodes, found.weights), attrs, strict=True)
+        return xr.Dataset({name: (("probe", "step"), values, held) for name, values, held in pairs})
+    if caller == "hessian_spectrum":
+        return labels.single("hessian_eigenvalue", found, ("mode",), {}, "eigenvalue of the Hessian, largest first")
+    if "module" in given:
+        return labels.in_pairs("hessian", found, given["module"], "Hessian of the loss")
+    params = given["params"]
+    mapping = isinstance(params, Mapping | nn.ParameterDict)
+    each = dict(params.items()) if mapping else dict(enumerate([params] if hasattr(params, "shape") else params))
+    own = {str(name): _tensor(value) for name, value in each.items()}
+    coords = labels.twice(labels.of_parameters(own, None))
+    return labels.single("hessian", found, ("parameter", "parameter_2"), coords, "Hessian of the loss")
 
 
 # --- what is differentiated ----------------------------------------------------------------------------------

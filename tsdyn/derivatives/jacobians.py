@@ -6,22 +6,24 @@ one random combination; otherwise by one backward pass per sample and output.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, TypeAlias, assert_never
 
 import torch
+import xarray as xr
 from torch import Tensor, nn
 from torch.func import jacrev, vmap
 from torch.utils._pytree import tree_map
 
+from tsdyn.derivatives import labels
 from tsdyn.derivatives.assumptions import MEMORY, Asked, Loss, Tree, agree_by_name, asked, comparable, log, sample_axis
 from tsdyn.memory import refuse_beyond
 from tsdyn.networks.network import Network
 
 
 def jacobian(
-    module: nn.Module | Network, x: Tree, *, wrt: str = "parameters", memory: int = MEMORY
-) -> dict[str, Tensor] | Tensor:
+    module: nn.Module | Network, x: Tree, *, wrt: str = "parameters", memory: int = MEMORY, labelled: bool = False
+) -> Any:
     """Jacobian of every sample's output, equal to plain autograd of one output of one sample at a time.
 
     Args:
@@ -32,12 +34,25 @@ def jacobian(
             its output (V_l, for a layer's activation).  If the module gives one number per sample, the axis ``output``
             is missing.
         memory: Limit on the bytes of one chunk of samples, besides the result.
+        labelled: Whether to return a Dataset over the network's own layers and nodes and the samples, whose labels are
+            those of `x` if that is a DataArray (`tsdyn.derivatives.labels`).
 
     Raises:
         ValueError: for a module without per-sample derivatives, an unknown submodule, or one called more than once.
         MemoryError: before it starts, if the result does not fit.
+
+    Examples:
+        >>> import torch
+        >>> from torch import nn
+        >>> from tsdyn import derivatives
+        >>> module = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+        >>> x, y = torch.randn(6, 3).double(), torch.randn(6, 2).double()
+        >>> {name: tuple(j.shape) for name, j in derivatives.jacobian(module, x).items()}
+        {'0.weight': (6, 2, 4, 3), '0.bias': (6, 2, 4), '2.weight': (6, 2, 2, 4), '2.bias': (6, 2, 2)}
     """
     caller = "jacobian"
+    if labelled:
+        return _labelled_jacobian(jacobian(module, labels.unlabelled(x), wrt=wrt, memory=memory), module, x, wrt)
     with asked(caller, module, x) as one:
         view = _View(one, wrt)
         size = sum(one.count * view.outputs * t.nbytes for t in view.single().values())
@@ -48,17 +63,53 @@ def jacobian(
     return shaped if wrt == "parameters" else shaped[wrt]
 
 
-def neural_tangent_kernel(module: nn.Module | Network, x: Tree, x2: Tree = None, *, memory: int = MEMORY) -> Tensor:
+def _labelled_jacobian(found: Any, module: nn.Module | Network, x: Tree, wrt: str) -> xr.Dataset:
+    """Dataset of Jacobians: ``weight`` and ``bias`` for parameters, else ``inputs`` or ``activation``."""
+    flat = found if isinstance(found, dict) else {wrt: found}
+    own: Mapping[str, Tensor] = {}
+    if wrt == "parameters":
+        made = module.to_torch() if isinstance(module, Network) else module
+        own = {name: p for name, p in made.named_parameters() if p.requires_grad}
+    name, values = next(iter(flat.items()))
+    inner = own[name].ndim if wrt == "parameters" else 1
+    lead = ("sample", "output")[: values.ndim - inner]
+    coords = labels.of_samples(x) | (labels.outputs(values.shape[1]) if len(lead) == 2 else {})
+    if wrt == "parameters":
+        return labels.in_parameters(flat, module, lead, coords, "derivative of the output")
+    if values.ndim > 3:
+        raise ValueError(f"jacobian: labelled=True with wrt={wrt!r} is of vectors, not {tuple(values.shape[2:])}")
+    called, last = ("inputs", "input_node") if wrt == "inputs" else ("activation", "node")
+    return labels.single(called, values, (*lead, last), coords, f"derivative of the output in {wrt}")
+
+
+def neural_tangent_kernel(
+    module: nn.Module | Network, x: Tree, x2: Tree = None, *, memory: int = MEMORY, labelled: bool = False
+) -> Any:
     """Empirical NTK Θ(x, x') = J(x) J(x')ᵀ over all trainable parameters, (sample, sample2, output, output2).
 
     Contracted in blocks of samples, so that at most two blocks of Jacobians exist at a time.  The result has the
-    parameters' type, whatever the inputs'; complex parameters count as their real and imaginary parts.
+    parameters' type, whatever the inputs'; complex parameters count as their real and imaginary parts.  With
+    `labelled` a Dataset of ``kernel`` (sample, sample_2, output, output_2), with the samples' labels on both sides.
 
     Raises:
         ValueError: as `jacobian`, or for outputs that are neither vectors nor numbers.
         MemoryError: before it starts, if the kernel does not fit.
+
+    Examples:
+        >>> import torch
+        >>> from torch import nn
+        >>> from tsdyn import derivatives
+        >>> module = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+        >>> x, y = torch.randn(6, 3).double(), torch.randn(6, 2).double()
+        >>> derivatives.neural_tangent_kernel(module, x).shape
+        torch.Size([6, 6, 2, 2])
     """
     caller = "neural_tangent_kernel"
+    if labelled:
+        kernel = neural_tangent_kernel(module, *(labels.unlabelled(each) for each in (x, x2)), memory=memory)
+        coords = labels.of_samples(x) | labels.of_samples(x if x2 is None else x2, "sample_2")
+        dims = ("sample", "sample_2", "output", "output_2")
+        return labels.single("kernel", kernel, dims, coords, "neural tangent kernel")
     with asked(caller, module, x) as one, asked(caller, module, x if x2 is None else x2) as two:
         left = _View(one, "parameters")
         right = left if x2 is None else _View(two, "parameters")
@@ -80,17 +131,23 @@ def neural_tangent_kernel(module: nn.Module | Network, x: Tree, x2: Tree = None,
     return kernel.transpose(1, 2)
 
 
-def gauss_newton(module: nn.Module | Network, loss: Loss, x: Tree, y: Tree = None, *, memory: int = MEMORY) -> Tensor:
+def gauss_newton(
+    module: nn.Module | Network, loss: Loss, x: Tree, y: Tree = None, *, memory: int = MEMORY, labelled: bool = False
+) -> Any:
     """Generalized Gauss–Newton matrix E[Jᵀ (∂²ℓ/∂f²) J] over all trainable parameters, (parameter, parameter).
 
     Equals the Fisher matrix where the loss is a negative log-likelihood of exponential family (squared error, cross
     entropy); the Hessian of the mean over samples differs by the term of second derivatives of the module, which
-    vanishes at zero residual.
+    vanishes at zero residual.  With `labelled` a Dataset of ``gauss_newton`` (parameter, parameter_2); its coordinates
+    say the layer, node and input node of each parameter.
 
     Raises:
         ValueError, MemoryError: as `jacobian`.
     """
     caller = "gauss_newton"
+    if labelled:
+        matrix = gauss_newton(module, loss, *(labels.unlabelled(each) for each in (x, y)), memory=memory)
+        return labels.in_pairs("gauss_newton", matrix, module, "generalized Gauss-Newton matrix")
     with asked(caller, module, x, y) as one:
         view = _View(one, "parameters")
         if any(p.is_complex() for p in one.parameters.values()):

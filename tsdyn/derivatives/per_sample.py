@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.func import grad, vmap
 from torch.utils._pytree import tree_map
 
+from tsdyn.derivatives import labels
 from tsdyn.derivatives.assumptions import ALONE, MEMORY, Asked, Loss, Tree, agree, agree_by_name, asked, comparable, log
 from tsdyn.memory import refuse_beyond
 from tsdyn.networks.network import Network
@@ -121,7 +122,8 @@ def per_sample_gradients(
     *,
     names: Iterable[str] | None = None,
     memory: int = MEMORY,
-) -> dict[str, Tensor]:
+    labelled: bool = False,
+) -> Any:
     """Gradient of every sample's loss in every trainable parameter: name → (sample, *parameter).
 
     Equal to ``torch.autograd.grad(loss(module(x[i:i+1]), y[i:i+1]), ...)`` to rounding, with its convention for complex
@@ -135,12 +137,29 @@ def per_sample_gradients(
         y: (sample, ...), or such a structure; None is handed to the loss as it is.
         names: Names of the requested parameters; all that require a gradient if not given.
         memory: Limit on the bytes of one chunk of samples, besides the result.
+        labelled: Whether to return a Dataset over the network's own layers and nodes and the samples, whose labels are
+            those of `x` if that is a DataArray (`tsdyn.derivatives.labels`).
 
     Raises:
         ValueError: for a module without per-sample gradients (the way out is named), unknown names, an empty batch.
         MemoryError: before it starts, if the result does not fit.
+
+    Examples:
+        >>> import torch
+        >>> from torch import nn
+        >>> from tsdyn import derivatives
+        >>> module = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+        >>> x, y = torch.randn(6, 3).double(), torch.randn(6, 2).double()
+        >>> loss = lambda output, target: 0.5 * (output - target).square().sum()
+        >>> {name: tuple(g.shape) for name, g in derivatives.per_sample_gradients(module, loss, x, y).items()}
+        {'0.weight': (6, 4, 3), '0.bias': (6, 4), '2.weight': (6, 2, 4), '2.bias': (6, 2)}
     """
     caller = "per_sample_gradients"
+    if labelled:
+        names = None if names is None else list(names)
+        plain = (labels.unlabelled(each) for each in (x, y))
+        values = per_sample_gradients(module, loss, *plain, names=names, memory=memory)
+        return labels.in_parameters(values, module, ("sample",), labels.of_samples(x), "gradient of the sample's loss")
     with asked(caller, module, x, y, names=names) as one:
         _refuse_nothing(one)
         size = one.count * sum(p.nbytes for p in one.parameters.values())
@@ -182,18 +201,34 @@ def per_sample_gradient_norms(
     *,
     names: Iterable[str] | None = None,
     memory: int = MEMORY,
-) -> Tensor:
+    labelled: bool = False,
+) -> Any:
     """Euclidean norm of every sample's gradient over the named parameters, (sample,), in at least float32.
 
     Gradients of Linear and Conv2d layers are never formed; those of other parameters are, in chunks of `memory` bytes.
 
     Args:
         module, loss, x, y, names, memory: As `per_sample_gradients`.
+        labelled: Whether to return a Dataset of ``gradient_norm`` (sample,).
 
     Raises:
         ValueError: as `per_sample_gradients`.
+
+    Examples:
+        >>> import torch
+        >>> from torch import nn
+        >>> from tsdyn import derivatives
+        >>> module = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+        >>> x, y = torch.randn(6, 3).double(), torch.randn(6, 2).double()
+        >>> loss = lambda output, target: 0.5 * (output - target).square().sum()
+        >>> derivatives.per_sample_gradient_norms(module, loss, x, y).shape
+        torch.Size([6])
     """
     caller = "per_sample_gradient_norms"
+    if labelled:
+        plain = (labels.unlabelled(each) for each in (x, y))
+        norms = per_sample_gradient_norms(module, loss, *plain, names=names, memory=memory)
+        return labels.single("gradient_norm", norms, ("sample",), labels.of_samples(x), "norm of the sample's gradient")
     with asked(caller, module, x, y, names=names) as one:
         _refuse_nothing(one)
         result = []

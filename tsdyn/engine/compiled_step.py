@@ -1,27 +1,30 @@
 """The engine's compiled step: compiled_step.cpp, built and called by `native`.
 
-It serves SGD, momentum and Adam on the squared error, for fully connected networks of piecewise linear activation on a
-CPU; other backends train everything else.
+It serves every activation, loss, optimizer and option of tsdyn's own, for fully connected networks with or without
+BatchNorm on a CPU; other backends train everything else.
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from tsdyn.engine import batched, native
+from tsdyn.engine import batched, compiled_activations, native
 from tsdyn.engine.batches import Batches
-from tsdyn.engine.ensemble import Ensemble
-from tsdyn.engine.loss import MSE
-from tsdyn.engine.rule import Rule
+from tsdyn.engine.ensemble import Ensemble, Named
+from tsdyn.engine.loss import CROSS_ENTROPY, LOSSES
+from tsdyn.engine.rule import OPTIMIZERS, Rule
+from tsdyn.networks.batch_norm import require_two
+from tsdyn.networks.network import Network
 
 SOURCE = native.FOLDER / "compiled_step.cpp"
-#: Optimizers and losses that the C++ code implements; it serves no `Rule.options`.
-RULES, LOSSES = ("sgd", "momentum", "adam"), (MSE,)
+#: Number of an optimizer in the C++ code's Method.
+METHODS = {"sgd": 0, "momentum": 1, "nesterov": 2, "adam": 3, "adamw": 4}
+#: `Rule.options` that it serves.
+OPTIONS = frozenset({"factors", "clip", "decay_biases"})
 
 
 class Job(ctypes.Structure):
@@ -33,152 +36,169 @@ class Job(ctypes.Structure):
         ("batch", ctypes.c_int64),
         ("steps", ctypes.c_int64),
         ("samples", ctypes.c_int64),
+        ("activation", ctypes.c_int64),
         ("leak", ctypes.c_double),
+        ("entropy", ctypes.c_int64),
         ("weights", native.Pointers),
         ("biases", native.Pointers),
         ("first_weights", native.Pointers),
         ("first_biases", native.Pointers),
         ("second_weights", native.Pointers),
         ("second_biases", native.Pointers),
+        ("means", native.Pointers),
+        ("variances", native.Pointers),
+        ("scales", native.Pointers),
+        ("shifts", native.Pointers),
+        ("first_scales", native.Pointers),
+        ("first_shifts", native.Pointers),
+        ("second_scales", native.Pointers),
+        ("second_shifts", native.Pointers),
+        ("norm_first", ctypes.POINTER(ctypes.c_uint8)),
+        ("floors", ctypes.POINTER(ctypes.c_double)),
+        ("follow", ctypes.POINTER(ctypes.c_double)),
         ("inputs", ctypes.c_void_p),
         ("targets", ctypes.c_void_p),
         ("rows", ctypes.c_void_p),
         ("rates", ctypes.POINTER(ctypes.c_double)),
+        ("factors", ctypes.POINTER(ctypes.c_double)),
         ("momentum", ctypes.c_double),
         ("weight_decay", ctypes.c_double),
         ("beta_1", ctypes.c_double),
         ("beta_2", ctypes.c_double),
         ("epsilon", ctypes.c_double),
-        ("adam", ctypes.c_int64),
+        ("clip", ctypes.c_double),
+        ("method", ctypes.c_int64),
+        ("decay_biases", ctypes.c_int64),
         ("normalize", ctypes.c_int64),
         ("frozen", ctypes.POINTER(ctypes.c_uint8)),
         ("taken", ctypes.c_int64),
     )
 
 
-@dataclass(frozen=True)
-class Layers:
-    """One tensor per weight and bias, lowest layer first: the parameters, or one of an optimiser's moments.
-
-    Attributes:
-        weights: Each (member, node, input_node).
-        biases: Each (member, node), or None.
-    """
-
-    weights: Sequence[Tensor]
-    biases: Sequence[Tensor | None]
+def own_part(ensemble: Ensemble, rule: Rule) -> str | None:
+    """The part of a user's own that keeps fully connected members from the compiled step; None if there is none."""
+    network = _network(ensemble)
+    if network is None:
+        return None
+    if compiled_activations.kind(network.activation) is None:
+        return f"activation {network.activation.name!r}"
+    if LOSSES.get(rule.loss.name) is not rule.loss:
+        return f"loss {rule.loss.name!r}"
+    if OPTIMIZERS.get(rule.name) is not rule.optimizer:
+        return f"optimizer {rule.name!r}"
+    return None
 
 
 def claims(ensemble: Ensemble, rule: Rule) -> bool:
     """Whether the compiled step can train these members with this rule and loss."""
-    network = ensemble.connected
+    network = _network(ensemble)
     return (
         network is not None
-        and network.activation.piecewise_linear
-        and rule.name in RULES
-        and not rule.options
-        and rule.loss in LOSSES
+        and all(norm is None or norm.momentum is not None for norm in network.norms)
+        and own_part(ensemble, rule) is None
+        and rule.name in METHODS
+        and rule.options <= OPTIONS
         and native.serves(list(ensemble.tensors()), SOURCE, Job)
     )
 
 
+def _network(ensemble: Ensemble) -> Network | None:
+    """The architecture if it is a network without convolutions."""
+    network = ensemble.architecture
+    return network if type(network) is Network and not network.convolutional else None
+
+
 def advance(block: Ensemble, batches: Batches, rule: Rule, taken: int) -> None:
-    """Take the steps of `batches` in place, after `taken` earlier ones."""
-    if batches.rows is None:  # products of a whole data set are large, and torch's are as quick for those
+    """Take the steps of `batches` in place, after `taken` earlier ones.
+
+    Members are shared out over torch's threads; a member's result depends neither on the others nor on the threads.
+
+    Raises:
+        IndexError: if rows have an index outside the samples.
+        ValueError: for BatchNorm with batches of one sample.
+        MemoryError: if there is no memory for a second copy of a member's parameters.
+    """
+    if batches.rows is not None:
+        return _train(block, batches.inputs, batches.targets, batches.rows, rule, taken)
+    if batched.claims(block, rule):  # products of a whole data set are large, and torch's are as quick for those
         return batched.advance(block, batches, rule, taken)
-    layers = [Layers(block.weights, block.biases)]
-    layers += [Layers(*block.layers(block.moments[name])) for name in rule.optimizer.moments]
-    assert block.connected is not None
-    leak = block.connected.activation.leak
-    assert leak is not None
-    train(
-        layers,
-        batches.inputs.contiguous(),
-        batches.targets.contiguous(),
-        batches.rows.contiguous(),
-        rule.rates(torch.empty(block.members, dtype=torch.float64, device="cpu")),
-        leak=leak,
-        momentum=rule.momentum,
-        weight_decay=rule.weight_decay,
-        adam=(rule.beta_1, rule.beta_2, rule.epsilon) if rule.name == "adam" else None,
-        frozen=rule.frozen,
-        normalize=rule.normalize,
-        taken=taken,
-    )
+    members, samples, _ = batches.inputs.shape
+    every = torch.arange(samples, device="cpu").expand(members, 1, samples)
+    for step in range(batches.steps):
+        _train(block, batches.inputs, batches.targets, every, rule, taken + step)
     return None
 
 
-def train(
-    layers: Sequence[Layers],
-    inputs: Tensor,
-    targets: Tensor,
-    rows: Tensor,
-    rates: Tensor,
-    *,
-    leak: float,
-    momentum: float,
-    weight_decay: float,
-    adam: tuple[float, float, float] | None,
-    frozen: Sequence[int],
-    normalize: bool,
-    taken: int,
-) -> None:
-    """Take steps of SGD or Adam on ½ E‖f* − f‖², in place; members are shared out over torch's threads.
-
-    A member's result does not depend on the others, nor on the number of threads.
-
-    Args:
-        layers: Parameters of all members, then the first and the second moments if the rule has any.
-        inputs: (member, sample, input).
-        targets: (member, sample, output).
-        rows: Indices of the samples in each batch, (member, step, batch), int64.
-        rates: Learning rates, (member,), float64.
-        leak: Slope of the hidden activation below 0.
-        momentum, weight_decay, normalize: As in `rule.Rule`.
-        adam: Adam's β₁, β₂ and ε; None for SGD.
-        frozen: Layers 1..L that are not updated.
-        taken: Number of steps taken before.
-
-    Raises:
-        IndexError: if `rows` has an index outside the samples.
-        MemoryError: if there is no memory for a second copy of a member's parameters.
-    """
+def _train(block: Ensemble, inputs: Tensor, targets: Tensor, rows: Tensor, rule: Rule, taken: int) -> None:
     library = native.load(SOURCE, Job)
     assert library is not None
-    members, samples, width = inputs.shape
+    inputs, targets, rows = inputs.contiguous(), targets.contiguous(), rows.contiguous()
+    members, samples, _ = inputs.shape
     if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < samples:
         raise IndexError(f"train: rows reach from {int(rows.min())} to {int(rows.max())}; samples are 0..{samples - 1}")
-    widths = [width, *(w.shape[1] for w in layers[0].weights)]
-    depth = len(widths) - 1
-    tensors: list[Sequence[Tensor | None]] = [part for each in layers for part in (each.weights, each.biases)]
-    tensors += [[None] * depth] * (6 - len(tensors))
-    beta_1, beta_2, epsilon = adam or (0.0, 0.0, 0.0)
-    job = Job(
-        depth,
-        native.array(ctypes.c_int64, widths),
-        rows.shape[2],
-        rows.shape[1],
-        samples,
-        leak,
-        *map(native.pointers, tensors),
-        inputs.data_ptr(),
-        targets.data_ptr(),
-        rows.data_ptr(),
-        native.array(ctypes.c_double, rates.tolist()),
-        momentum,
-        weight_decay,
-        beta_1,
-        beta_2,
-        epsilon,
-        adam is not None,
-        normalize,
-        native.array(ctypes.c_uint8, [layer + 1 in frozen for layer in range(depth)]),
-        taken,
-    )
+    job = _job(block, inputs, targets, rows, rule, taken)
     function = native.function(library, "train", inputs.dtype)
 
     def one(member: int, _next: int) -> int:
         return int(function(ctypes.byref(job), ctypes.c_int64(member)))
 
     if native.each(one, [(member, member + 1) for member in range(members)]):
-        raise MemoryError(f"train: no memory for a second copy of a member of widths {widths}")
+        raise MemoryError(f"train: no memory for a second copy of a member of widths {_widths(block)}")
+
+
+def _widths(block: Ensemble) -> list[int]:
+    return [block.weights[0].shape[2], *(w.shape[1] for w in block.weights)]
+
+
+def _job(block: Ensemble, inputs: Tensor, targets: Tensor, rows: Tensor, rule: Rule, taken: int) -> Job:
+    network = _network(block)
+    assert network is not None
+    activation, depth = network.activation, block.depth
+    norms = network.norms
+    if any(norm is not None for norm in norms):
+        require_two(rows.shape[2])
+    moments: list[Named] = [block.moments[name] for name in rule.optimizer.moments]
+    moments += [{}] * (2 - len(moments))
+
+    least = torch.finfo(inputs.dtype).tiny  # torch's BatchNorm refuses 0
+    rates = rule.rates(torch.empty(block.members, dtype=torch.float64, device="cpu"))
+
+    def named(name: str, *held: Named) -> list[ctypes.Array]:
+        """Pointers to the tensors of that name in each layer, from each of the mappings; null for those not there."""
+        return [native.pointers([each.get(f"{name}_{layer + 1}") for layer in range(depth)]) for each in held]
+
+    def both(names: Sequence[str], *held: Named) -> list[ctypes.Array]:
+        return [found for each in held for name in names for found in named(name, each)]
+
+    return Job(
+        depth,
+        native.array(ctypes.c_int64, _widths(block)),
+        rows.shape[2],
+        rows.shape[1],
+        inputs.shape[1],
+        compiled_activations.kind(activation),
+        activation.leak or 0.0,
+        rule.loss is CROSS_ENTROPY,
+        *both(("weight", "bias"), block.values, *moments),
+        *both(("norm_mean", "norm_variance"), block.buffers),
+        *both(("norm_scale", "norm_shift"), block.values, *moments),
+        native.array(ctypes.c_uint8, [network.frame.norm_first(i) for i in range(len(norms))]),
+        native.array(ctypes.c_double, [0.0 if n is None else max(n.eps, least) for n in norms]),
+        native.array(ctypes.c_double, [0.0 if n is None else n.momentum for n in norms]),
+        inputs.data_ptr(),
+        targets.data_ptr(),
+        rows.data_ptr(),
+        native.array(ctypes.c_double, rates.tolist()),
+        native.array(ctypes.c_double, rule.factors or [1.0] * depth),
+        rule.momentum,
+        rule.weight_decay,
+        rule.beta_1,
+        rule.beta_2,
+        rule.epsilon,
+        rule.clip or 0.0,
+        METHODS[rule.name],
+        rule.decay_biases,
+        rule.normalize,
+        native.array(ctypes.c_uint8, [layer + 1 in rule.frozen for layer in range(depth)]),
+        taken,
+    )

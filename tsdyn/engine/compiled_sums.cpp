@@ -17,6 +17,7 @@
 
 #include "job.hpp"
 #include "product.hpp"
+#include "smooth.hpp"
 
 extern "C" {
 
@@ -25,6 +26,7 @@ struct Job {
     int64_t depth;
     const int64_t* widths;  // input, hidden ..., output
     int64_t samples, block;
+    int64_t activation;  // smooth.hpp's Kind
     double leak;
     void *const *weights, *const *biases;  // per layer: (node, input_node), (node) or null
     const void *inputs, *targets;          // (sample, ...)
@@ -36,9 +38,9 @@ struct Job {
 }
 
 TSDYN_EXPORT_JOB(
-    TSDYN_FIELD(depth), TSDYN_FIELD(widths), TSDYN_FIELD(samples), TSDYN_FIELD(block), TSDYN_FIELD(leak),
-    TSDYN_FIELD(weights), TSDYN_FIELD(biases), TSDYN_FIELD(inputs), TSDYN_FIELD(targets), TSDYN_FIELD(teacher_widths),
-    TSDYN_FIELD(teachers), TSDYN_FIELD(found), TSDYN_FIELD(numbers))
+    TSDYN_FIELD(depth), TSDYN_FIELD(widths), TSDYN_FIELD(samples), TSDYN_FIELD(block), TSDYN_FIELD(activation),
+    TSDYN_FIELD(leak), TSDYN_FIELD(weights), TSDYN_FIELD(biases), TSDYN_FIELD(inputs), TSDYN_FIELD(targets),
+    TSDYN_FIELD(teacher_widths), TSDYN_FIELD(teachers), TSDYN_FIELD(found), TSDYN_FIELD(numbers))
 
 namespace {
 
@@ -122,7 +124,7 @@ class Pass {
             multiply<Real>({k, weight[l], stride[l], 1, activation[l], kColumns, out, kColumns, Real(top ? -1 : 0)},
                            nodes[l], kColumns);
             if (top) break;
-            activate(out, nodes[l]);
+            activate<Real>(job.activation, static_cast<Real>(job.leak), out, nullptr, nodes[l] * kColumns);
             if (known[l]) {
                 gather(job.teachers[l], first, count, job.teacher_widths[l], teacher[l], known[l]);
                 compare(l, count, begins);
@@ -140,14 +142,6 @@ class Pass {
     static void gather(const void* from, long first, long count, long width, Real* to, long stride) {
         const Real* p = static_cast<const Real*>(from) + first * width;
         for (long s = 0; s < count; ++s) std::memcpy(to + s * stride, p + s * width, width * sizeof(Real));
-    }
-
-    void activate(Real* f, long rows) const {
-        const Real leak = static_cast<Real>(job.leak);
-        for (long i = 0; i < rows * kColumns; i += lanes) {
-            const Vector<Real> z = at(f + i);
-            at(f + i) = z <= 0 ? (leak == 0 ? Vector<Real>{} : leak * z) : z;  // NaN stays NaN
-        }
     }
 
     // Adds a hidden layer's sums over the samples of this piece.

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tsdyn.engine import native
+from tsdyn.engine import compiled_activations, native
 from tsdyn.networks.network import Network
 
 SOURCE = native.FOLDER / "compiled_sums.cpp"
@@ -31,6 +31,7 @@ class Job(ctypes.Structure):
         ("widths", ctypes.POINTER(ctypes.c_int64)),
         ("samples", ctypes.c_int64),
         ("block", ctypes.c_int64),
+        ("activation", ctypes.c_int64),
         ("leak", ctypes.c_double),
         ("weights", native.Pointers),
         ("biases", native.Pointers),
@@ -59,7 +60,8 @@ class Sums:
 def serves(network: Network, inputs: Tensor) -> bool:
     """Whether the compiled pass can take this network and these inputs."""
     tensors = [inputs, *network.weights, *(b for b in network.biases if b is not None)]
-    return network.plain and network.activation.piecewise_linear and native.serves(tensors, SOURCE, Job)
+    known = compiled_activations.kind(network.activation) is not None
+    return network.plain and known and native.serves(tensors, SOURCE, Job)
 
 
 def sums(network: Network, inputs: Tensor, targets: Tensor, teachers: Sequence[Tensor] = ()) -> Sums:
@@ -88,14 +90,13 @@ def sums(network: Network, inputs: Tensor, targets: Tensor, teachers: Sequence[T
         numbers += nodes * (5 + known[-1])
     blocks = -(-samples // BLOCK)
     found = inputs.new_empty(blocks, numbers)
-    leak = network.activation.leak
-    assert leak is not None
     job = Job(
         network.depth,
         native.array(ctypes.c_int64, network.widths),
         samples,
         BLOCK,
-        leak,
+        compiled_activations.kind(network.activation),
+        network.activation.leak or 0.0,
         native.pointers(network.weights),
         native.pointers(network.biases),
         held[0].data_ptr(),

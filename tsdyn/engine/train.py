@@ -8,16 +8,20 @@ that a new rule, loss or module goes to the general engine until a backend names
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
 
-from tsdyn.engine import batched, compiled_step, general, graph, propagated
+from tsdyn.engine import batched, compiled_step, general, graph, native, propagated
 from tsdyn.engine.batches import Batches, Stream
 from tsdyn.engine.ensemble import Ensemble, living_blocks
 from tsdyn.engine.rule import Rule
+
+_log = logging.getLogger("tsdyn")
 
 #: (block, batches, rule, number of steps taken before) → None: takes the steps of `batches` in place.
 Advance: TypeAlias = Callable[[Ensemble, Batches, Rule, int], None]
@@ -56,7 +60,16 @@ def chosen(ensemble: Ensemble, rule: Rule) -> Backend:
     Raises:
         ValueError: if they cannot be trained, with the reason.
     """
-    return next(backend for backend in BACKENDS if backend.claims(ensemble, rule))
+    backend = next(backend for backend in BACKENDS if backend.claims(ensemble, rule))
+    own = compiled_step.own_part(ensemble, rule)
+    if own is not None and native.serves(list(ensemble.tensors()), compiled_step.SOURCE, compiled_step.Job):
+        _say_once(f"{own} is not tsdyn's own: the {backend.name} engine trains, slower than compiled code would")
+    return backend
+
+
+@functools.cache
+def _say_once(sentence: str) -> None:
+    _log.warning("%s", sentence)
 
 
 def train_epoch(ensemble: Ensemble, stream: Stream, rule: Rule, *, batch: int, backend: Backend | None = None) -> None:

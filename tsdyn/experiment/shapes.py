@@ -9,11 +9,17 @@ from typing import TYPE_CHECKING, assert_never
 import numpy as np
 
 from tsdyn import schema, vocabulary
-from tsdyn.experiment.parts import IMAGES
+from tsdyn.experiment.parts import IMAGES, Student, Teacher
 
 if TYPE_CHECKING:
     from tsdyn.experiment.experiment import Experiment
 
+#: What is recorded of single samples is of the first samples of the evaluation set, at most this many.
+SAMPLES = 64
+_PAIRED = (
+    "over the evaluation set, positions of convolutions and tokens count as samples; hidden layer l with the teacher's "
+    "hidden layer l, both counted from the lowest; NaN at the output layer and where one of them has no such layer"
+)
 #: A population flow stops at this time at the latest, also where a student has not reached a stationary point.
 FLOW_END = 1e9
 #: Times at which a population flow is also committed, between the recorded ones.
@@ -98,30 +104,59 @@ def layout(experiment: Experiment) -> schema.Layout:
         tuple(math.prod(shape[1:]) for shape in shapes),
         tuple(math.prod(shape[1:]) for shape in weight_shapes(experiment, taught)),
         path=along(experiment),
+        extra=_sampled(experiment),
     )
 
 
 def _layout_of_modules(experiment: Experiment) -> schema.Layout:
     """The layout where a network is a module: its output is the top layer, and the layers below have width 0."""
     inputs, outputs = experiment.teacher.widths[0], experiment.teacher.widths[-1]
-    own, taught = experiment.student.module is not None, experiment.teacher.module is not None
+    own = experiment.student.module is not None
     mine, theirs = student_widths(experiment), teacher_widths(experiment)
-    depth = max(1, 0 if own else len(mine) - 1, 0 if taught else len(theirs) - 1)
-    bare = (*(0 for _ in range(depth - 1)), outputs)
+    depths = {
+        who: len(part.shapes or (outputs,)) if part.module is not None else len(widths) - 1
+        for who, part, widths in (("own", experiment.student, mine), ("taught", experiment.teacher, theirs))
+    }
+    depth = max(depths.values())
+
+    def padded(sizes: Sequence[int]) -> tuple[int, ...]:
+        return (*sizes, *(0 for _ in range(depth - len(sizes))))
+
+    def at_layers(part: Student | Teacher, widths: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Widths and lengths of weight rows; of a module without labelled layers the output alone, at the top."""
+        if part.module is None:
+            return padded(widths[1:]), padded(widths[:-1])
+        if part.shapes is None:
+            return (*(0 for _ in range(depth - 1)), outputs), (0,) * depth
+        return padded([n for n, _ in part.shapes]), padded([below for _, below in part.shapes])
+
+    nodes, fan_ins = at_layers(experiment.student, mine)
+    teacher_nodes, teacher_fan_ins = at_layers(experiment.teacher, theirs)
     parameters = sum(shape[0] * (math.prod(shape[1:]) + 1) for shape in weight_shapes(experiment, mine))
     numbers = experiment.student.numbers or 0
     return schema.Layout(
         experiment.seed_labels,
         inputs,
-        bare if own else mine[1:],
-        bare if taught else theirs[1:],
+        nodes,
+        teacher_nodes,
         experiment.record.quantiles,
         min(experiment.record.eigenvalues, numbers if own else parameters),
-        (0,) * depth if own else (),
-        (0,) * depth if taught else (),
+        fan_ins,
+        teacher_fan_ins,
         numbers,
         experiment.teacher.numbers or 0,
+        extra=_sampled(experiment),
+        layer_names=experiment.student.layers or (),
+        comments=tuple((name, _PAIRED) for name in ("correlation", "A", "L_star")),
     )
+
+
+def _sampled(experiment: Experiment) -> tuple[tuple[str, int], ...]:
+    """Sizes of ``sample``, ``sample_2`` and ``output`` where something is recorded of single samples."""
+    if not {"neural_tangent_kernel", "jacobian"} & set(experiment.record.observables):
+        return ()
+    samples = min(SAMPLES, experiment.data.eval)
+    return ("sample", samples), ("sample_2", samples), ("output", experiment.teacher.widths[-1])
 
 
 def marks(experiment: Experiment) -> tuple[vocabulary.Label, ...]:
@@ -145,7 +180,11 @@ def schedule(experiment: Experiment) -> tuple[int, ...]:
     """The steps after which a run is recorded."""
     kind = experiment.kind
     if kind == "training":
-        return experiment.record.schedule(experiment.training.epochs)
+        schedule = experiment.record.schedule(experiment.training.epochs)
+        if experiment.fork.parent is None:
+            return schedule
+        start = experiment.fork.fork_epoch
+        return tuple(sorted({start, *(epoch for epoch in schedule if epoch > start)}))
     if kind == "population-flow":
         times = experiment.flow.times
         return tuple(range(1 if times is None else 1 + times.number))

@@ -12,6 +12,8 @@ from tsdyn import vocabulary
 TOGETHER = ("zip", "points")
 #: Name of the dimension of points whose keys vary together.
 POINT = "point"
+#: Attribute of the Dataset of a sweep: swept key → dimension, as JSON.
+DIMENSIONS = "sweep_dimensions"
 
 
 class Axis(NamedTuple):
@@ -28,9 +30,14 @@ class Axis(NamedTuple):
     values: tuple[tuple[Any, ...], ...]
 
 
-def axes(sweep: Mapping[str, Any]) -> tuple[Axis, ...]:
-    """The dimensions of a sweep in order: one per key, then ``point`` for what ``zip`` or ``points`` lists."""
-    names = sweep_dimensions(swept_keys(sweep))
+def axes(sweep: Mapping[str, Any], names: Mapping[str, str] | None = None) -> tuple[Axis, ...]:
+    """The dimensions of a sweep in order: one per key, then ``point`` for what ``zip`` or ``points`` lists.
+
+    Args:
+        sweep: The experiment's.
+        names: Swept key → dimension, where these were fixed when the sweep began; `sweep_dimensions` unless given.
+    """
+    names = sweep_dimensions(swept_keys(sweep)) if names is None else names
     found = [
         Axis(names[key], (key,), tuple((v,) for v in values)) for key, values in sweep.items() if key not in TOGETHER
     ]
@@ -100,10 +107,30 @@ def _values(key: str, values: Any) -> tuple[Any, ...]:
     return tuple(values)
 
 
-def sweep_dimensions(keys: Mapping[str, Any] | Iterable[str]) -> dict[str, str]:
-    """Swept key → dimension: the key's last word, or the whole key where the schema or another key has that word."""
-    taken = {*vocabulary.VARIABLES, *vocabulary.COORDINATES, *vocabulary.DIMENSIONS, POINT}
+def sweep_dimensions(keys: Mapping[str, Any] | Iterable[str], others: Iterable[str] = ()) -> dict[str, str]:
+    """Swept key → dimension: the key's last word, or the whole key where the schema or another key has that word.
+
+    Args:
+        keys: All keys of the sweep.
+        others: Further names that are taken: variables of packages that the sweep's runs record.
+    """
+    taken = {*vocabulary.VARIABLES, *vocabulary.COORDINATES, *vocabulary.DIMENSIONS, POINT, *others}
     names = {key: key.rsplit(".", 1)[-1] for key in keys}
     names = {key: key if word in taken else word for key, word in names.items()}
     shared = {w for w in names.values() if list(names.values()).count(w) > 1}
     return {key: key if word in shared else word for key, word in names.items()}
+
+
+def named(found: Any, keys: Iterable[str]) -> dict[str, str] | None:
+    """Swept key → dimension, as `sweep_dimensions` gave them when a sweep began; None if `found` is no such mapping.
+
+    Names stay what they are though the schema has got a variable of that name since.
+    """
+    keys = tuple(keys)
+    if not isinstance(found, Mapping) or set(found) != set(keys) or len({*map(str, found.values())}) < len(keys):
+        return None
+    if any(found[key] not in (key, key.rsplit(".", 1)[-1]) for key in keys):
+        return None
+    if {*vocabulary.DIMENSIONS, *vocabulary.COORDINATES, POINT} & set(found.values()):
+        return None
+    return {key: found[key] for key in keys}

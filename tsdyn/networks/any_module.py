@@ -1,4 +1,4 @@
-"""A user's own module where measurements expect a network: it has one layer, its output."""
+"""A user's own module where measurements expect a network."""
 
 from __future__ import annotations
 
@@ -12,9 +12,15 @@ from tsdyn.networks.network import Trace
 
 @dataclass(frozen=True)
 class Own:
-    """A user's own module as a network to measure: in evaluation mode, with its output as the only layer."""
+    """A user's own module as a network to measure, in evaluation mode.
+
+    Attributes:
+        module: The module.
+        layers: Names of its labelled layers, the lowest first; empty if its output is the only one.
+    """
 
     module: nn.Module
+    layers: tuple[str, ...] = ()
 
     def __call__(self, x: Tensor) -> Tensor:
         self.module.eval()
@@ -22,15 +28,20 @@ class Own:
         return output
 
     def trace(self, x: Tensor) -> Trace:
-        """A trace that holds the output alone: pre-activations and gates are known of a `Network` only."""
+        """A trace of the output alone; `tsdyn.observables.layers` has the labelled layers."""
         return Trace([], [], [self(x)])
 
     def to(self, target: torch.dtype | str) -> Own:
-        return Own(self.module.to(target))
+        return Own(self.module.to(target), self.layers)
+
+    @property
+    def held(self) -> dict[str, Tensor]:
+        """Parameters, then buffers, by name."""
+        return _held(self.module)
 
     def entries(self) -> Tensor:
         """All numbers of the parameters and buffers in one vector, (entry,)."""
-        tensors = _held(self.module)
+        tensors = self.held
         like = next(t for t in tensors.values() if t.is_floating_point())
         return torch.cat([t.detach().reshape(-1).to(like) for t in tensors.values()])
 

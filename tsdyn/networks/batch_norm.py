@@ -94,6 +94,12 @@ def batch_norm_gradient(
     return projected * variance.rsqrt() * (1 if scale is None else scale)
 
 
+def require_two(values: int) -> None:
+    """Raise ValueError if a batch has a single value per node, which has no variance."""
+    if values == 1:
+        raise ValueError("BatchNorm: one value per node in training mode; a batch must hold two samples or more")
+
+
 def normalized(flat: Tensor, norm: BatchNorm, *, training: bool) -> Tensor:
     """BatchNorm applied to a tensor (any, member·node, ...).
 
@@ -107,8 +113,8 @@ def normalized(flat: Tensor, norm: BatchNorm, *, training: bool) -> Tensor:
             "BatchNorm: momentum=None averages over all batches so far, and how many there were is not kept; train "
             "with a number, dataclasses.replace(norm, momentum=0.1)"
         )
-    if training and flat.numel() == flat.shape[1]:
-        raise ValueError("BatchNorm: one value per node in training mode; a batch must hold two samples or more")
+    if training:
+        require_two(flat.numel() // flat.shape[1])
     scale, shift = (None if t is None else t.flatten() for t in (norm.scale, norm.shift))
     eps = max(norm.eps, torch.finfo(flat.dtype).tiny)  # torch refuses 0
     mean, variance = norm.mean.view(-1), norm.variance.view(-1)

@@ -6,6 +6,7 @@ connected layers accepts leading dimensions through vmap and keeps gradients.
 
 from __future__ import annotations
 
+import html
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -74,6 +75,14 @@ class Network:
     Raises:
         ValueError: if shapes do not chain, dtypes or devices are mixed, an image becomes smaller than a kernel, or the
             activation is unknown.
+
+    Examples:
+        >>> import torch, tsdyn
+        >>> net = tsdyn.Network([torch.ones(4, 3), torch.ones(2, 4)], [torch.zeros(4), None], activation="relu")
+        >>> net(torch.ones(5, 3)).shape
+        torch.Size([5, 2])
+        >>> net.widths
+        (3, 4, 2)
     """
 
     def __init__(
@@ -391,6 +400,21 @@ class Network:
         bias = "" if any(b is not None for b in self.biases) else ", no bias"
         widths = "-".join([str(self.widths[0]), *shapes])
         return f"Network({widths}, {self.activation.name}{norm}{bias}, {self.weights[0].dtype})"
+
+    def _repr_html_(self) -> str:
+        """Table of the layers for a notebook: widths, kernels, biases, BatchNorm, numbers of parameters."""
+        norms = [*((norm, place) for norm, place in zip(self.norms, self.frame.places, strict=True)), (None, "")]
+        rows = "".join(
+            f"<tr><td>{layer}</td><td>{weight.shape[1]}</td><td>{weight.shape[0]}</td>"
+            f"<td>{'linear' if weight.ndim == 2 else f'convolution {weight.shape[2]}x{weight.shape[3]}'}</td>"
+            f"<td>{'' if bias is None else 'bias'}</td><td>{'' if norm is None else f'BatchNorm {place}'}</td>"
+            f"<td>{weight.numel() + (0 if bias is None else bias.numel())}</td></tr>"
+            for layer, (weight, bias, (norm, place)) in enumerate(
+                zip(self.weights, self.biases, norms, strict=True), start=1
+            )
+        )
+        head = "".join(f"<th>{word}</th>" for word in ("layer", "inputs", "nodes", "kind", "", "", "parameters"))
+        return f"<p><code>{html.escape(repr(self))}</code></p><table><tr>{head}</tr>{rows}</table>"
 
 
 _PLACES = {"before", "after"}

@@ -11,7 +11,6 @@ import sys
 from typing import Any, TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 
 #: A numpy array or a torch tensor.
 Array: TypeAlias = Any
@@ -21,8 +20,10 @@ FIELDS = "covariance of the fields w·x, w as a network has it; w·w/N where fie
 
 
 def _library(array: Array) -> Any:
-    """numpy or torch, whichever the array is of."""
-    return np if isinstance(array, np.ndarray) else sys.modules["torch"]
+    """numpy, torch, or the namespace of a differentiable array, whichever the array is of."""
+    if isinstance(array, np.ndarray):
+        return np
+    return array.__array_namespace__() if hasattr(array, "__array_namespace__") else sys.modules["torch"]
 
 
 def regular(weight: Array, bias: Array) -> tuple[Array, Array]:
@@ -76,13 +77,13 @@ def overlap(weight: Array, weight_2: Array) -> Array:
     return weight @ _library(weight).swapaxes(weight_2, -1, -2)
 
 
-def best_match(score: NDArray) -> NDArray:
+def best_match(score: Array) -> Array:
     """(..., teacher_node, node) → (..., teacher_node): the largest score of any student node; NaN if all are NaN."""
-    largest: NDArray = np.fmax.reduce(score, axis=-1)  # np.nanmax would warn where all are NaN
+    largest: Array = np.fmax.reduce(score, axis=-1)  # np.nanmax would warn where all are NaN
     return largest
 
 
-def best_node(score: NDArray) -> NDArray:
+def best_node(score: Array) -> Array:
     """(..., teacher_node, node) → (..., teacher_node): index of the best student node, the first of equals.
 
     NaN where no student node has a score.
@@ -92,7 +93,7 @@ def best_node(score: NDArray) -> NDArray:
     return np.where(missing.all(-1), np.nan, winner)
 
 
-def is_winner(score: NDArray, threshold: float = -math.inf) -> NDArray:
+def is_winner(score: Array, threshold: float = -math.inf) -> Array:
     """(..., teacher_node, node) → (..., node): 1 for the best node of a teacher node matched above `threshold`, else 0.
 
     NaN for a node without any score: padding, or dead.

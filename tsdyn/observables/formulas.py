@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -47,6 +49,16 @@ def correlation(teacher_activation: TeacherActivations, activation: Activations)
     Signed; NaN for a node whose activation is constant.  Source: Tian (2020), Eq. 9, centred as in Tian et al. (2019).
     """
     return standardized(teacher_activation).T @ standardized(activation)
+
+
+def quantiles_of(values: Float[Tensor, " sample"], quantiles: Sequence[float]) -> Float[Tensor, " quantile"]:
+    """Quantiles over samples, linearly interpolated."""
+    return torch.quantile(values, torch.tensor(quantiles, dtype=values.dtype, device=values.device))
+
+
+def padded_modes(eigenvalues: Float[Tensor, " mode"], modes: int) -> Float[Tensor, " all_modes"]:
+    """Eigenvalues followed by NaN for those that a Hessian of fewer parameters does not have."""
+    return torch.cat([eigenvalues, eigenvalues.new_full((modes - len(eigenvalues),), torch.nan)])
 
 
 def observation(teacher_z: TeacherActivations, student_z: Activations, *, band: float) -> TeacherByStudent:

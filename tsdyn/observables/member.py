@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, assert_never
 
+import torch
 from torch import Tensor
 
 from tsdyn import schema
@@ -13,8 +14,9 @@ from tsdyn.engine import compiled_sums
 from tsdyn.engine.loss import MSE, Loss
 from tsdyn.networks.any_module import Own
 from tsdyn.networks.network import Network, Trace, require_plain
+from tsdyn.observables import layers, module_couplings
 from tsdyn.observables.formulas import standardized
-from tsdyn.theory import coupling_moments
+from tsdyn.theory import coupling_moments, couplings
 from tsdyn.theory.couplings import backpropagated_gradients
 
 
@@ -42,7 +44,7 @@ class Probe:
 
     @cached_property
     def trace(self) -> Trace:
-        return self.teacher.trace(self.inputs)
+        return _trace(self.teacher, self.inputs)
 
     @cached_property
     def standardized(self) -> list[Tensor]:
@@ -55,8 +57,25 @@ class Probe:
 
 def _network(member: Network | Own) -> Network:
     if isinstance(member, Own):
-        raise ValueError(f"measure: {type(member.module).__name__} is a module of the user's own, without known layers")
+        raise ValueError(f"measure: {type(member.module).__name__} is a module of the user's own, not a Network")
     return member
+
+
+def _trace(member: Network | Own, x: Tensor) -> Trace:
+    """A forward pass; of an own module its labelled layers' activations, the top one being the output."""
+    if isinstance(member, Network) or not member.layers:
+        return member.trace(x)
+    passed = layers.traced(member.module.eval(), x, member.layers)
+    return Trace([], [], [*(passed.rows(member.module, name) for name in member.layers[:-1]), passed.output])
+
+
+def _at_layers(member: Network | Own, *, as_module: bool = False) -> module_couplings.AtLayers:
+    if isinstance(member, Own):
+        return module_couplings.AtLayers(member.module.eval(), member.layers)
+    if not as_module:
+        return module_couplings.AtLayers(_plain(member))
+    module = member.to_torch().eval()
+    return module_couplings.AtLayers(module, tuple(n for n, part in module.named_modules() if layers.is_layer(part)))
 
 
 def _fanout_norms(network: Network, x: Tensor, trace: Trace) -> list[Tensor]:
@@ -79,7 +98,7 @@ class Response:
 
     @cached_property
     def trace(self) -> Trace:
-        return self.student.trace(self.probe.inputs)
+        return _trace(self.student, self.probe.inputs)
 
     @cached_property
     def _sums(self) -> compiled_sums.Sums:
@@ -87,7 +106,8 @@ class Response:
         teachers, target = probe.standardized if self.correlated else [], probe.trace.output
         if isinstance(student, Network) and compiled_sums.serves(student, probe.inputs):
             return compiled_sums.sums(student, probe.inputs, target, teachers)
-        pairs = zip(teachers, self.trace.activations, strict=False)
+        own = isinstance(student, Own) or isinstance(probe.teacher, Own)
+        pairs = [] if own else list(zip(teachers, self.trace.activations, strict=False))  # the output has none
         return compiled_sums.Sums(
             (target - self.trace.output).square().sum(), [t.T @ standardized(f) for t, f in pairs]
         )
@@ -104,8 +124,26 @@ class Response:
 
     @property
     def correlations(self) -> list[Tensor]:
-        """Correlations of each hidden layer, as `formulas.correlation`."""
-        return self._sums.correlations
+        """Correlations of each hidden layer, as `formulas.correlation`; of own modules the lowest with the lowest."""
+        if not isinstance(self.student, Own) and not isinstance(self.probe.teacher, Own):
+            return self._sums.correlations
+        pairs = zip(self.probe.standardized, self.trace.activations[:-1], strict=False)
+        return [t.T @ standardized(f) for t, f in pairs]
+
+    @property
+    def cross_correlations(self) -> list[Tensor]:
+        """Correlations of each layer with every teacher layer, padded, (teacher_layer, teacher_node, node)."""
+        theirs = [standardized(f) for f in self.probe.trace.activations]
+        widest = max(t.shape[1] for t in theirs)
+        found = []
+        for f in self.trace.activations:
+            mine = standardized(f)
+            whole = mine.new_full((len(theirs), widest, mine.shape[1]), torch.nan)
+            for block, t in zip(whole, theirs, strict=True):
+                if len(t) == len(mine):
+                    block[: t.shape[1]] = t.T @ mine
+            found.append(whole)
+        return found
 
 
 @dataclass(frozen=True)
@@ -133,6 +171,18 @@ class Measurement:
     @property
     def network(self) -> Network:
         return _network(self.student)
+
+    @property
+    def own(self) -> bool:
+        """Whether the student or the teacher is a module of the user's own."""
+        return isinstance(self.student, Own) or isinstance(self.eval.teacher, Own)
+
+    @property
+    def layer_weights(self) -> list[tuple[Tensor, Tensor | None]]:
+        """Weight and bias of each layer; a weight of several dimensions is flattened to (node, input_node)."""
+        if isinstance(self.student, Own):
+            return layers.weights_of(self.student.module, self.student.layers)
+        return [(w.flatten(1), b) for w, b in zip(self.student.weights, self.student.biases, strict=True)]
 
     @property
     def net(self) -> Network:
@@ -173,12 +223,17 @@ class Measurement:
 
     @cached_property
     def on_eval(self) -> Response:
-        # own modules have no known layers to compare
-        own = isinstance(self.student, Own) or isinstance(self.eval.teacher, Own)
-        return Response(self.student, self.eval, correlated=not own)
+        return Response(self.student, self.eval, correlated=not self.own)
+
+    @cached_property
+    def pair_sums(self) -> module_couplings.PairSums:
+        """E[A], E[B] and others by Jacobians, where the student or the teacher is a module of the user's own."""
+        return module_couplings.pair_sums(_at_layers(self.student), _at_layers(self.eval.teacher), self.eval.inputs)
 
     @property
     def fanout_norms(self) -> list[Tensor]:
+        if isinstance(self.student, Own):
+            return [b.diagonal().sqrt() for b in self.pair_sums.B]
         student = self.network
         if student.plain and student.depth == 2:  # V_1 = W_2 whatever x
             return [student.weights[1].norm(dim=0)]
@@ -188,9 +243,32 @@ class Measurement:
     def moments(self) -> coupling_moments.Moments:
         return coupling_moments.expectations(self.network, _network(self.eval.teacher), self.eval.inputs)
 
+    @property
+    def teacher_fanout_norms(self) -> list[Tensor]:
+        if isinstance(self.eval.teacher, Own):
+            return [b.diagonal().sqrt() for b in self.pair_sums.B_star]
+        return self.eval.fanout_norms
+
+    @property
+    def lemma1_residual(self) -> float:
+        """As `couplings.lemma1_residual`, of own modules as `module_couplings`."""
+        if not self.own:
+            return couplings.lemma1_residual(self.net, self.teacher, self.eval.inputs)
+        sides = [_at_layers(member, as_module=True) for member in (self.student, self.eval.teacher)]
+        return module_couplings.largest_residual(sides[0], sides[1], self.eval.inputs)
+
     @cached_property
     def gradients(self) -> list[Tensor]:
-        """Backpropagated gradients g_l of the trained loss over the training set."""
+        """Backpropagated gradients g_l of the trained loss over the training set, (sample·position, node)."""
+        if isinstance(self.student, Own):
+            target = self.target(self.train)
+
+            def negative_gradient(output: Tensor) -> Tensor:
+                return self.objective.residual(output.detach(), target)
+
+            module = self.student.module.eval()
+            found = layers.pulled_back(module, self.student.layers, self.train.inputs, negative_gradient)
+            return [g.flatten(0, 1) for g in found]
         trace = self.on_train.trace
         residual = self.objective.residual(trace.output, self.target(self.train))
         return backpropagated_gradients(self.net, trace, residual)

@@ -12,19 +12,19 @@ from typing import TypeAlias
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tsdyn import registers, schema, vocabulary
-from tsdyn.derivatives import curvature
+from tsdyn.derivatives import curvature, jacobians
 from tsdyn.derivatives.per_sample import per_sample_gradient_norms
 from tsdyn.engine.loss import loss
 from tsdyn.experiment.errors import ExperimentError
 from tsdyn.experiment.experiment import Experiment
 from tsdyn.networks.any_module import Own
 from tsdyn.networks.network import Network
-from tsdyn.observables.formulas import accuracy, observation, observation_count
+from tsdyn.observables.formulas import accuracy, observation, observation_count, padded_modes, quantiles_of
 from tsdyn.observables.member import Measurement
-from tsdyn.theory import alignments, coupling_moments, couplings
+from tsdyn.theory import alignments, coupling_moments
 
 Layers: TypeAlias = list[Tensor | None]
 
@@ -144,10 +144,10 @@ fills("mse_train")(lambda m: m.on_train.mse)
 fills("mse_eval")(lambda m: m.on_eval.mse)
 
 
-fills("weight")(lambda m: [w.flatten(1) for w in m.network.weights])
+fills("weight")(lambda m: [w for w, _ in m.layer_weights])
 
 
-fills("bias")(lambda m: [w.new_zeros(len(w)) if b is None else b for w, b in _layers(m.network)])
+fills("bias")(lambda m: [w.new_zeros(len(w)) if b is None else b for w, b in m.layer_weights])
 
 
 fills("correlation")(lambda m: list(m.on_eval.correlations))
@@ -156,7 +156,10 @@ fills("correlation")(lambda m: list(m.on_eval.correlations))
 fills("fanout_norm")(lambda m: list(m.fanout_norms))
 
 
-fills("teacher_fanout_norm")(lambda m: list(m.eval.fanout_norms))
+fills("teacher_fanout_norm")(lambda m: list(m.teacher_fanout_norms))
+
+
+fills("cross_correlation")(lambda m: list(m.on_eval.cross_correlations))
 
 
 fills("gradient_rms")(lambda m: [g.square().mean(0).sqrt() for g in m.gradients])
@@ -172,12 +175,12 @@ fills("observation_count")(lambda m: [observation_count(t, s) for t, s in _hidde
 
 
 for _moment in vocabulary.FAMILIES["moments"]:
-    fills(_moment)(lambda m, name=_moment: list(getattr(m.moments, name)))  # type: ignore[misc]
+    fills(_moment)(lambda m, name=_moment: list(getattr(m.pair_sums if m.own else m.moments, name)))  # type: ignore[misc]
 
 
 @fills("lemma1_residual")
 def _lemma1_residual(m: Measurement) -> Tensor:
-    return torch.tensor(couplings.lemma1_residual(m.net, m.teacher, m.eval.inputs))
+    return torch.tensor(m.lemma1_residual)
 
 
 @fills("alignment")
@@ -198,8 +201,7 @@ def _gradient_norm(m: Measurement) -> Tensor:
             for g, f, bias in zip(m.gradients, below, m.net.biases, strict=True)
         ]
         norms = torch.stack(squares).sum(0).sqrt()
-    quantiles = torch.tensor(_layout(m).quantiles, dtype=norms.dtype, device=norms.device)
-    return torch.quantile(norms, quantiles)
+    return quantiles_of(norms, _layout(m).quantiles)
 
 
 @fills("hessian_eigenvalue")
@@ -209,7 +211,7 @@ def _hessian_eigenvalue(m: Measurement) -> Tensor:
         module = m.student.module.eval()
         trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
         values = curvature.hessian_spectrum(module, m.objective.value, inputs, target, k=min(wanted, trained))
-        return torch.cat([values, values.new_full((wanted - len(values),), torch.nan)])
+        return padded_modes(values, wanted)
     student = m.net
     free = [*student.weights, *(b for b in student.biases if b is not None)]
     leak = student.activation.leak
@@ -220,9 +222,35 @@ def _hessian_eigenvalue(m: Measurement) -> Tensor:
         moved = Network(weights, biases, student.activation.name, leak=0.0 if leak is None else leak)
         return m.objective.value(moved(inputs), target)
 
-    values = curvature.hessian_spectrum(at, free, wanted)
-    missing = values.new_full((wanted - len(values),), torch.nan)  # a student without biases may have fewer
-    return torch.cat([values, missing])
+    return padded_modes(curvature.hessian_spectrum(at, free, wanted), wanted)
+
+
+@fills("neural_tangent_kernel")
+def _neural_tangent_kernel(m: Measurement) -> Tensor:
+    student = m.student.module.eval() if isinstance(m.student, Own) else m.student
+    return tangent_kernel(student, m.eval.inputs[: _layout(m).padded("sample")])
+
+
+@fills("jacobian")
+def _jacobian(m: Measurement) -> Tensor:
+    if not isinstance(m.student, Own):
+        raise ValueError("measure: jacobian is of students that are modules of the user's own")
+    module = m.student.module.eval()
+    found = jacobians.jacobian(module, m.eval.inputs[: _layout(m).padded("sample")])
+    assert isinstance(found, Mapping)
+    like = next(iter(found.values()))
+    return torch.cat(
+        [
+            found[name].flatten(2) if name in found else like.new_full((*like.shape[:2], t.numel()), torch.nan)
+            for name, t in m.student.held.items()
+        ],
+        2,
+    )
+
+
+def tangent_kernel(module: nn.Module | Network, x: Tensor) -> Tensor:
+    """Σ_o Θ_oo(x, x'), (sample, sample_2), over trainable parameters."""
+    return jacobians.neural_tangent_kernel(module, x).diagonal(dim1=2, dim2=3).sum(-1)
 
 
 def _layout(m: Measurement) -> schema.Layout:
@@ -248,6 +276,11 @@ def _conserved_norm(m: Measurement) -> Layers:
     return list(coupling_moments.conserved_norms(m.network))
 
 
+@fills("balance")
+def _balance(m: Measurement) -> Layers:
+    return list(coupling_moments.balances(m.net))
+
+
 def _of_norms(variable: str, name: str) -> None:
     def measured(m: Measurement) -> Layers:
         nothing = [torch.full_like(w.flatten(1)[:, 0], torch.nan) for w in m.network.weights[:-1]]
@@ -268,10 +301,6 @@ def _parameter(m: Measurement) -> Tensor:
     if not isinstance(m.student, Own):
         raise ValueError("measure: parameter is of students that are modules of the user's own; record weight")
     return m.student.entries()
-
-
-def _layers(network: Network) -> list[tuple[Tensor, Tensor | None]]:
-    return list(zip(network.weights, network.biases, strict=True))
 
 
 def _hidden_z(m: Measurement) -> list[tuple[Tensor, Tensor]]:

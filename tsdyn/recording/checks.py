@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from tsdyn import vocabulary
 from tsdyn.archive.recording_directory import neighbours
 from tsdyn.archive.recordings import Recording, recordings_below
 from tsdyn.archive.sweep_directory import label, point_name
-from tsdyn.observables.layers import evaluated, is_layer, traced
 
 _KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*")
 
@@ -100,47 +98,6 @@ def checked_probe(model: nn.Module, probe: Any) -> tuple[Tensor, Tensor]:
                 f"Recorder: the probe's {name} are {tensor.dtype}, the model {like.dtype}; convert them with .to(...)"
             )
     return x, y
-
-
-def layers_of(model: nn.Module, x: Tensor, names: Sequence[str] | None, whose: str = "model") -> tuple[str, ...]:
-    """Names of the labelled layers, the lowest first, in order of their first call on the probe.
-
-    Raises:
-        ValueError: if a named one is no layer, a layer is called twice, or layers share a parameter.
-    """
-    known = [name for name, part in model.named_modules() if is_layer(part)]
-    if names is not None and (
-        wrong := [n for n in names if n not in known] or [n for n in names if list(names).count(n) > 1]
-    ):
-        raise ValueError(
-            f"Recorder: layers: {wrong} is no Linear layer or convolution, or is named twice; there are {known}"
-        )
-    with evaluated(model), torch.no_grad():
-        passed = traced(model, x, names)
-    output = passed.output
-    if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != len(x):
-        shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        raise ValueError(
-            f"Recorder: the {whose}'s output is {shape}; (sample, output) is needed, so wrap it in a module"
-        )
-    called = Counter(passed.calls)
-    found = tuple(called) if names is None else tuple(names)
-    missing = [name for name in found if name not in called]
-    if missing or not found:
-        raise ValueError(
-            f"Recorder: {missing or 'no Linear layer or convolution'} of the {whose} is called on the probe"
-        )
-    if twice := [name for name in found if called[name] > 1]:
-        raise ValueError(
-            f"Recorder: {twice[0]} is called {called[twice[0]]} times in a pass; name the other layers: layers="
-        )
-    owner: dict[int, str] = {}
-    for name in found:
-        for p in model.get_submodule(name).parameters(recurse=False):
-            other = owner.setdefault(id(p), name)
-            if other != name:
-                raise ValueError(f"Recorder: {other} and {name} share a parameter; label one of them: layers=[...]")
-    return found
 
 
 def unlabelled(model: nn.Module, layers: tuple[str, ...]) -> dict[str, list[int]]:

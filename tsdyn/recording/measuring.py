@@ -14,17 +14,11 @@ from torch.func import vmap
 from tsdyn import derivatives, schema
 from tsdyn.engine.loss import MSE
 from tsdyn.observables import formulas
-from tsdyn.observables.layers import Pass, evaluated, rows_of, traced
+from tsdyn.observables.layers import Pass, evaluated, pulled_back, rows_of, traced, weights_of
+from tsdyn.observables.registry import tangent_kernel
 from tsdyn.vocabulary import Variable
 
 Loss = Callable[[Tensor, Tensor], Tensor]
-#: The neural tangent kernel is that of the first samples of the probe, at most this many.
-KERNEL_SAMPLES = 64
-
-KERNEL = Variable(
-    "neural_tangent_kernel", ("seed", "epoch", "sample", "sample_2"), "1",
-    "empirical neural tangent kernel, summed over outputs", "Jacot et al. 2018 (arXiv:1806.07572)", own=True,
-)  # fmt: skip
 ACTIVATION = Variable(
     "activation", ("seed", "epoch", "layer", "sample", "node"), "1", "activation of each node on each sample", "tsdyn",
     own=True,
@@ -74,14 +68,12 @@ class Probed:
     @cached_property
     def gradients(self) -> list[Tensor]:
         """−∂J_x/∂z at each layer's output, (sample, position, node)."""
-        with torch.enable_grad():
-            passed = traced(self.model, self.x, self.layers, apart=True)
-            total = self._per_sample(passed.output).sum()
-            outputs = [passed.preactivations[name] for name in self.layers]
-            found = torch.autograd.grad(total, outputs, allow_unused=True)
-        parts = [self.model.get_submodule(name) for name in self.layers]
-        whole = [torch.zeros_like(o) if g is None else -g for g, o in zip(found, outputs, strict=True)]
-        return [rows_of(part, g.detach()) for part, g in zip(parts, whole, strict=True)]
+
+        def residual(output: Tensor) -> Tensor:
+            free = output.detach().requires_grad_(True)
+            return -torch.autograd.grad(self._per_sample(free).sum(), free)[0]
+
+        return pulled_back(self.model, self.layers, self.x, residual)
 
     def _per_sample(self, output: Tensor) -> Tensor:
         def one(o: Tensor, t: Tensor) -> Tensor:
@@ -115,28 +107,21 @@ class Probed:
     def gradient_norm(self) -> Tensor:
         """Quantiles of the norms of per-sample gradients over all trainable parameters."""
         norms = derivatives.per_sample_gradient_norms(self.model, self.of, self.x, self.y)
-        return torch.quantile(norms, torch.tensor(self.layout.quantiles, dtype=norms.dtype, device=norms.device))
+        return formulas.quantiles_of(norms, self.layout.quantiles)
 
     def hessian_eigenvalue(self) -> Tensor:
         """Largest eigenvalues of the Hessian of the loss on the whole probe."""
         values = derivatives.hessian_spectrum(self.model, self.of, self.x, self.y, k=self.layout.modes)
-        return torch.cat([values, values.new_full((self.layout.modes - len(values),), torch.nan)])
+        return formulas.padded_modes(values, self.layout.modes)
 
     def tangent_kernel(self) -> Tensor:
         """Σ_o Θ_oo(x, x') on the first samples of the probe."""
-        kernel = derivatives.neural_tangent_kernel(self.model, self.x[: self.kernel])
-        return kernel.diagonal(dim1=2, dim2=3).sum(-1)
+        return tangent_kernel(self.model, self.x[: self.kernel])
 
     def activation(self) -> list[Tensor]:
         """Mean over positions of each layer's activation, (sample, node)."""
         of = self.passed.activations
         return [rows_of(self.model.get_submodule(name), of[name]).mean(1) for name in self.layers]
-
-
-def weights_of(model: nn.Module, layers: tuple[str, ...]) -> list[tuple[Tensor, Tensor | None]]:
-    """Weight, (node, input_node), and bias of each named layer."""
-    parts: list[Any] = [model.get_submodule(name) for name in layers]
-    return [(p.weight.detach().flatten(1), None if p.bias is None else p.bias.detach()) for p in parts]
 
 
 MEASURED: Mapping[str, Callable[[Probed], Tensor | list[Tensor]]] = {

@@ -23,6 +23,7 @@ from tsdyn.observables import registry
 from tsdyn.running.flow_members import FlowMembers
 from tsdyn.running.members import Members
 from tsdyn.running.online_members import OnlineMembers
+from tsdyn.running.words import duration
 
 #: Once the records in memory hold this many bytes, they are committed.
 COMMIT_BYTES = 1 << 27
@@ -55,13 +56,6 @@ class Cost:
             f"{self.members} members of {self.parameters} parameters; about {self.memory / 1e6:.0f} MB of memory, "
             f"{self.disk / 1e6:.1f} MB of disk, {duration(self.seconds)}"
         )
-
-
-def duration(seconds: float) -> str:
-    """A time in words: ``40 s``, ``12 min``, ``3.5 h``."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def estimate(experiment: Experiment, *, device: str = "cpu") -> Cost:
@@ -185,6 +179,7 @@ def footprint(experiment: Experiment, *, train: int | None = None) -> Footprint:
         experiment: One run, no sweep.
         train: Samples of a member's training set, if augmentation changes their number from ``data.train``.
     """
+    registry.load(experiment)  # a package's observables are declared when they are loaded
     kind = experiment.kind
     if kind == "training":
         return _footprint_training(experiment, train)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -15,24 +15,25 @@ from torch.nn.utils.rnn import pad_sequence
 from tsdyn import schema
 from tsdyn.engine.batches import Batches, Stream, finite_stream
 from tsdyn.engine.ensemble import Ensemble, mark_dead
-from tsdyn.engine.loss import loss
+from tsdyn.engine.loss import loss, weighted
 from tsdyn.engine.rule import Rule
 from tsdyn.engine.train import train_epoch
+from tsdyn.experiment import subsets
 from tsdyn.experiment.errors import ExperimentError
 from tsdyn.experiment.experiment import Experiment
 from tsdyn.flow import epochs
 from tsdyn.networks.any_module import Own
 from tsdyn.networks.network import Network
-from tsdyn.observables import registry
+from tsdyn.observables import layers, registry
 from tsdyn.observables.member import Measurement, Probe
 from tsdyn.problem import augmentation, targets
 from tsdyn.problem.inputs import (
     batch_indices,
     evaluation_inputs,
     fresh_batches,
-    generator,
     labels,
     new_at_every_step,
+    training_generator,
     training_inputs,
 )
 from tsdyn.problem.students import draw_student
@@ -82,7 +83,8 @@ class Members:
     def _teacher(self, seed: int) -> Network | Own:
         if self.teacher is None:
             return draw_teacher(self.experiment, seed)
-        return Own(made(self.teacher, self.experiment, seed, "teacher").requires_grad_(False))
+        module = made(self.teacher, self.experiment, seed, "teacher").requires_grad_(False)
+        return Own(module, self.experiment.teacher.layers or ())
 
     @cached_property
     def ensemble(self) -> Ensemble:
@@ -100,6 +102,27 @@ class Members:
         return [Probe(self._tensor(x), t, labels) for x, t, labels in draws]
 
     @cached_property
+    def _left_out(self) -> Tensor | None:
+        """Indices of the samples that are not trained on (``data.leave_out``); None if all are."""
+        subset = self.experiment.data.leave_out.subset
+        return None if subset is None else torch.from_numpy(subsets.left_out(self.experiment.data, subset))
+
+    @cached_property
+    def _trained_probes(self) -> list[Probe]:
+        """`_finite_probes` without the samples that are left out."""
+        if self._left_out is None:
+            return self._finite_probes
+        found = []
+        for probe, teacher in zip(self._finite_probes, self.teachers, strict=True):
+            kept = torch.ones(len(probe.inputs), dtype=torch.bool, device=probe.inputs.device)
+            kept[self._left_out] = False
+            own = None if probe.labels is None else probe.labels[kept]
+            found.append(
+                Probe(probe.inputs[kept], teacher, own, None if probe.targets is None else probe.targets[kept])
+            )
+        return found
+
+    @cached_property
     def finite(self) -> tuple[Tensor, Tensor]:
         """Inputs and targets of the training sets, (member, sample, ...); NaN beyond a member's own samples."""
         inputs = [probe.inputs for probe in self._finite_probes]
@@ -107,6 +130,10 @@ class Members:
             self.targets(member, probe.inputs) if probe.targets is None else probe.targets
             for member, probe in enumerate(self._finite_probes)
         ]
+        if self._left_out is not None:
+            weights = torch.ones(len(aims[0]), 1, dtype=aims[0].dtype, device=aims[0].device)
+            weights[self._left_out] = 0
+            aims = [torch.cat([aim, weights], 1) for aim in aims]
         padded = (pad_sequence(each, batch_first=True, padding_value=torch.nan) for each in (inputs, aims))
         return next(padded), next(padded)
 
@@ -161,7 +188,7 @@ class Members:
     def train_probe(self, member: int, epoch: int) -> Probe:
         """The samples on which this member's training quantities are measured, with the teacher's trace."""
         if self.experiment.data.train != "fresh":
-            return self._finite_probes[member]
+            return self._trained_probes[member]
         seed = self.experiment.seed_labels[member]
         x = self._tensor(training_inputs(self.experiment, seed, epoch))
         return Probe(x, self.teachers[member], targets=self._spoiled(member, x, None, epoch))
@@ -193,7 +220,7 @@ class Members:
         classes = self._shown(members, epoch) if self.experiment.training.of_data else [None] * len(seeds)
         taken = 0
         pieces = [fresh_batches(self.experiment, seed, epoch, steps_at_once=steps_at_once) for seed in seeds]
-        noises = [generator(seed, "noise", epoch) for seed in seeds]
+        noises = [training_generator(self.experiment, seed, "noise", epoch) for seed in seeds]
         for draws in zip(*pieces, strict=True):
             steps, batch, _ = draws[0].shape
             x = torch.stack([self._tensor(draw) for draw in draws]).flatten(1, 2)  # (member, sample, input)
@@ -228,7 +255,7 @@ class Members:
                 found.append(None)
                 continue
             view = Measurement(
-                self.ensemble.network(member) if self.student is None else Own(self.ensemble.module(member)),
+                self._student(member),
                 self.train_probe(member, epoch),
                 self.eval_probes[member],
                 self.experiment.record.band,
@@ -243,13 +270,18 @@ class Members:
             self._watch.look(records[self._watch.stop.variable], ensemble.stop_epoch, ensemble.idle, epoch)
         return records
 
+    def _student(self, member: int) -> Network | Own:
+        if self.student is None:
+            return self.ensemble.network(member)
+        return Own(self.ensemble.module(member), self.experiment.student.layers or ())
+
     def _stacked(self, name: str, values: list[Any]) -> Any:
         variable, dtype = schema.variable(name), self.experiment.dtype
         if not variable.layered:
             shape = self.experiment.layout.block(variable, None)
             return np.stack([np.full(shape, np.nan, dtype) if v is None else np.asarray(v, dtype) for v in values])
-        layers = max((len(v) for v in values if v is not None), default=0)
-        shapes = [self.experiment.layout.block(variable, layer) for layer in range(1, layers + 1)]
+        depth = max((len(v) for v in values if v is not None), default=0)
+        shapes = [self.experiment.layout.block(variable, layer) for layer in range(1, depth + 1)]
         return [
             np.stack([np.full(shape, np.nan, dtype) if v is None else v[i] for v in values])
             for i, shape in enumerate(shapes)
@@ -258,23 +290,16 @@ class Members:
     def constants(self) -> dict[str, Any]:
         """The teachers' parameters, one array (seed, node...) per layer; for the user's own modules (seed, entry)."""
         own = [t for t in self.teachers if isinstance(t, Own)]
-        if own:
-            return {"teacher_parameter": np.stack([t.entries().cpu().numpy() for t in own])}
-        teachers = [t for t in self.teachers if not isinstance(t, Own)]
-        depth = self.experiment.layout.depth
-        weights = [np.stack([t.weights[i].flatten(1).cpu().numpy() for t in teachers]) for i in range(depth)]
-        biases = []
-        for i in range(depth):
-            columns = [t.biases[i] for t in teachers]
-            biases.append(
-                np.stack(
-                    [
-                        np.zeros(w.shape[0], w.dtype) if b is None else b.cpu().numpy()
-                        for b, w in zip(columns, weights[i], strict=True)
-                    ]
-                )
-            )
-        return {"teacher_weight": weights, "teacher_bias": biases}
+        found: dict[str, Any] = {"teacher_parameter": np.stack([t.entries().cpu().numpy() for t in own])} if own else {}
+        if "teacher_weight" not in self.experiment.constants:
+            return found
+        each = [_weights(teacher) for teacher in self.teachers]
+        weights = [np.stack([w.cpu().numpy() for w, _ in layer]) for layer in zip(*each, strict=True)]
+        biases = [
+            np.stack([(w.new_zeros(len(w)) if b is None else b).cpu().numpy() for w, b in layer])
+            for layer in zip(*each, strict=True)
+        ]
+        return found | {"teacher_weight": weights, "teacher_bias": biases}
 
     def outcome(self) -> dict[str, Any]:
         """``stop_epoch``, if members may stop; a training run has no other variables that are only known at its end."""
@@ -308,9 +333,14 @@ class Members:
         """Give the members the moments that training needs."""
         self.ensemble.prepare(Rule.of(self.experiment.training, 1).optimizer.moments)
 
+    def rule(self, step: int) -> Rule:
+        """The rule of the epoch that ends at `step`, with the loss of the samples that are kept."""
+        rule = Rule.of(self.experiment.training, step)
+        return rule if self._left_out is None else replace(rule, loss=weighted(rule.loss))
+
     def advance(self, step: int) -> list[int]:
         """Train the epoch that ends at `step`; returns the seeds that died in it."""
-        rule = Rule.of(self.experiment.training, step)
+        rule = self.rule(step)
         if self.experiment.training.method == "flow":
             lasting = self.experiment.training.rate(step) * self.experiment.steps
             epochs.train_epoch(self.ensemble, list(zip(*self.finite, strict=True)), rule, time=lasting)
@@ -329,3 +359,9 @@ class Members:
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.device)
+
+
+def _weights(teacher: Network | Own) -> list[tuple[Tensor, Tensor | None]]:
+    if isinstance(teacher, Own):
+        return layers.weights_of(teacher.module, teacher.layers)
+    return [(w.flatten(1), b) for w, b in zip(teacher.weights, teacher.biases, strict=True)]

@@ -43,4 +43,5 @@ def _finished(path: Path, experiment: Experiment) -> bool:
         there = (path / run_directory.EXPERIMENT).read_text(encoding="utf-8")
     except (OSError, ValueError):  # ValueError: the file is not text; running the point then raises the proper error
         return False
-    return (path / run_directory.ARCHIVE).is_file() and there == experiment.to_toml()
+    done = (path / run_directory.ARCHIVE).is_file() and there == experiment.to_toml()
+    return done and not (path / run_directory.ADDED).exists()  # else seeds were joined, and this was cut short

@@ -18,6 +18,7 @@ import functools
 import hashlib
 import importlib
 import inspect
+import itertools
 import json
 import logging
 import math
@@ -30,17 +31,22 @@ import torch
 import xarray as xr
 from torch import nn
 
+from tsdyn import schema
 from tsdyn.engine.general import refuse_unfit
 from tsdyn.experiment.errors import ExperimentError
 from tsdyn.experiment.experiment import Experiment
 from tsdyn.experiment.parts import Record
 from tsdyn.networks.any_module import _held
+from tsdyn.observables import layers, module_couplings
 from tsdyn.problem import inputs
+from tsdyn.vocabulary import VARIABLES
 
 #: A function that makes the module of one seed.
 Maker = Callable[..., nn.Module]
 
 
+#: Variables of both networks' layers without a dimension that says so.
+_COUPLED = ("lemma1_residual",)
 #: Variables recorded of own modules if the experiment does not choose any.
 OBSERVABLES = ("loss", "mse", "parameter")
 
@@ -92,34 +98,108 @@ def described(experiment: Experiment, *, student: Maker | None = None, teacher: 
     Raises:
         ExperimentError: if a module cannot be a member, or something is to be recorded that only networks have.
     """
-    if student is None and experiment.student.module is None and "parameter" in experiment.record.observables:
+    alone = [name for name in ("parameter", "jacobian") if name in experiment.record.observables]
+    if student is None and experiment.student.module is None and alone:
         raise ExperimentError(
-            "record.observables: 'parameter' is of a module of your own, student.module; "
+            f"record.observables: {alone[0]!r} is of a module of your own, student.module; "
             "record 'weight' of the networks that tsdyn makes"
         )
     changes: dict[str, Any] = {}
+    chosen = experiment
+    if (student or teacher) is not None and experiment.record.observables == Record().observables:
+        observables = OBSERVABLES if student is not None else ("loss", "mse", "weight")
+        _log.info("record.observables is not chosen: %s are recorded of own modules", ", ".join(observables))
+        changes["record.observables"] = list(observables)
+        chosen = experiment.replace(changes)
     if teacher is not None:
         ends = [experiment.teacher.widths[0], experiment.teacher.widths[-1]]
-        changes |= {"teacher.widths": ends, **_keys(experiment, "teacher", teacher)}
+        changes |= {"teacher.widths": ends, **_keys(chosen, "teacher", teacher)}
         if student is None:
             changes["student.widths"] = list(experiment.student_widths)
     if student is not None:
-        changes |= _keys(experiment, "student", student)
-    if changes and experiment.record.observables == Record().observables:
-        chosen = OBSERVABLES if student is not None else ("loss", "mse", "weight")
-        _log.info("record.observables is not chosen: %s are recorded of own modules", ", ".join(chosen))
-        changes["record.observables"] = list(chosen)
-    return experiment.replace(changes) if changes else experiment
+        changes |= _keys(chosen, "student", student)
+    whole = experiment.replace(changes) if changes else experiment
+    if student is not None or teacher is not None:
+        _refuse_unlike_layers(whole, student, teacher)
+    return whole
 
 
 def _keys(experiment: Experiment, who: Literal["student", "teacher"], make: Maker) -> dict[str, Any]:
     module = made(make, experiment, experiment.seed_labels[0], who)
-    told = getattr(experiment, who).module
-    return {
-        f"{who}.module": told if told is not None and _of_path(told) is _bare(make) else _name(make),
+    part = getattr(experiment, who)
+    known = part.module is not None and _of_path(part.module) is _bare(make)
+    found = {
+        f"{who}.module": part.module if known else _name(make),
         f"{who}.source": _source(make, module),
         f"{who}.numbers": sum(t.numel() for t in _held(module).values()),
     }
+    if part.layers is None and not _labelled(experiment, who):
+        return found
+    try:
+        names = layers.labelled(module, _few_inputs(experiment), part.layers, caller=f"{who}.layers", whose=who)
+    except ValueError as error:
+        raise ExperimentError(
+            f"{error}; or record losses, mse and parameter alone, which need no layers (record.observables)"
+        ) from None
+    shapes = [list(w.shape) for w, _ in layers.weights_of(module, names)]
+    return found | {f"{who}.layers": list(names), f"{who}.shapes": shapes}
+
+
+def _labelled(experiment: Experiment, who: Literal["student", "teacher"]) -> bool:
+    """Whether something is recorded that needs the layers of the student or teacher."""
+    names = schema.expand(experiment.record.observables)
+    rows = [row for row in (VARIABLES.get(n) or schema.DECLARED.get(n) for n in names) if row is not None]
+    match who:
+        case "student":
+            return any(row.layered or row.name in _COUPLED for row in rows)
+        case "teacher":
+            return any(row.name in _COUPLED or any(d.startswith("teacher_") for d in row.dims) for row in rows)
+        case other:
+            assert_never(other)
+
+
+def _few_inputs(experiment: Experiment) -> torch.Tensor:
+    """A few samples of the first seed's evaluation set, on which modules are looked at before a run begins."""
+    return torch.from_numpy(inputs.evaluation_inputs(experiment, experiment.seed_labels[0])[:8])
+
+
+def _refuse_unlike_layers(experiment: Experiment, student: Maker | None, teacher: Maker | None) -> None:
+    """Refuse to pair layers of other numbers of positions, and Lemma 1 where its hypothesis does not hold.
+
+    Raises:
+        ExperimentError: with the reason.
+    """
+    asked = set(schema.expand(experiment.record.observables)) & {"correlation", "A", "L_star", "lemma1_residual"}
+    if not asked:
+        return
+    x, seed = _few_inputs(experiment), experiment.seed_labels[0]
+    found: dict[str, tuple[nn.Module, tuple[str, ...]]] = {}
+    for who, make in (("student", student), ("teacher", teacher)):
+        names = getattr(experiment, who).layers
+        if make is not None and names is not None:
+            found[who] = made(make, experiment, seed, who), names  # type: ignore[arg-type]
+    positions = {who: _positions(module, names, x) for who, (module, names) in found.items()}
+    for layer, (mine, theirs) in enumerate(
+        zip(positions.get("student", itertools.repeat(1)), positions.get("teacher", itertools.repeat(1)), strict=False)
+    ):
+        if mine != theirs:
+            raise ExperimentError(
+                f"record.observables: {', '.join(sorted(asked))}: hidden layer {layer + 1} of the student has {mine} "
+                f"positions per sample, that of the teacher {theirs}; name layers with equally many (student.layers, "
+                "teacher.layers), or record cross_correlation"
+            )
+    if "lemma1_residual" in asked:
+        for who, (module, names) in found.items():
+            reason = module_couplings.not_homogeneous(module, names, x)
+            if reason:
+                raise ExperimentError(f"record.observables: lemma1_residual: the {who}: {reason}; leave it out")
+
+
+def _positions(module: nn.Module, names: tuple[str, ...], x: torch.Tensor) -> list[int]:
+    """Positions per sample of each hidden layer."""
+    with layers.evaluated(module), torch.no_grad():
+        passed = layers.traced(module, x, names)
+    return [len(passed.rows(module, name)) // len(x) for name in names[:-1]]
 
 
 def _bare(make: Maker) -> Maker:

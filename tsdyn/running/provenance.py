@@ -128,6 +128,7 @@ def lines(attrs: Mapping[str, Any]) -> list[str]:
         shown = [f"{key} {entry.get(key)}" for key in DECISIVE if entry.get(key) != previous.get(key)]
         if not previous:
             shown = [word for word in shown if not word.startswith("cpu_flags ")]
-        found.append(f"from epoch {entry.get('from_epoch')}: {', '.join(shown)}")
+        whose = f"seeds {', '.join(map(str, entry['seeds']))} " if isinstance(entry.get("seeds"), list) else ""
+        found.append(f"{whose}from epoch {entry.get('from_epoch')}: {', '.join(shown)}")
         previous = entry
     return found

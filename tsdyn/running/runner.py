@@ -15,7 +15,7 @@ import torch
 import xarray as xr
 
 from tsdyn import memory, vocabulary
-from tsdyn.archive import reading, whole_files
+from tsdyn.archive import changes, reading, whole_files
 from tsdyn.archive.run_directory import RunDirectory
 from tsdyn.archive.whole_files import ArchiveError
 from tsdyn.engine import native
@@ -23,7 +23,7 @@ from tsdyn.experiment.experiment import Experiment
 from tsdyn.observables import registry
 from tsdyn.problem import input_files
 from tsdyn.problem.inputs import new_at_every_step
-from tsdyn.running import packages, provenance
+from tsdyn.running import added_seeds, packages, provenance
 from tsdyn.running.conventions import attributes
 from tsdyn.running.estimates import COMMIT_BYTES, Footprint, footprint
 from tsdyn.running.interrupts import Stopped, stopping
@@ -160,6 +160,41 @@ def run_together(
     Raises:
         DeviceError, Stopped: as in `run`.
     """
+    failed: dict[Path, Exception] = {}
+    parts: dict[Path, Experiment] = {}
+    gaining: dict[Path, Experiment] = {}
+    roots: dict[Path, Path] = {}
+    for path, experiment in experiments.items():
+        try:
+            own, joined = added_seeds.parts_of(path, experiment)
+        except Exception as error:  # of any type: the other experiments must go on
+            failed[path] = error
+            continue
+        parts |= own
+        gaining |= joined
+        roots |= dict.fromkeys([*own, *joined], path)
+    each = {part: (progress or {}).get(root) for part, root in roots.items()}
+    lost = _run_parts(parts, device=device, progress=each, asked=asked, student=student, teacher=teacher)
+    failed |= {roots[part]: error for part, error in lost.items()}
+    for path, experiment in gaining.items():
+        if roots[path] not in failed:
+            try:
+                added_seeds.join(path, experiment, device)
+            except Exception as error:
+                failed[roots[path]] = error
+    return failed
+
+
+def _run_parts(
+    experiments: Mapping[Path, Experiment],
+    *,
+    device: str,
+    progress: Mapping[Path, Progress | None],
+    asked: Callable[[], int | None] | None,
+    student: Maker | None,
+    teacher: Maker | None,
+) -> dict[Path, Exception]:
+    """`run_together` of directories that gain no seeds."""
     check_device(device)
     _exact_products(device)
     failed: dict[Path, Exception] = {}
@@ -177,7 +212,7 @@ def run_together(
                 target = held.enter_context(RunDirectory(path, experiment))
                 if not target.finished:
                     members = members_of(experiment, device, student, teacher)
-                    point = _Point(path, target, members, (progress or {}).get(path))
+                    point = _Point(path, target, members, progress.get(path))
                     begun.setdefault(point.begin(), []).append(point)
             except Exception as error:  # of any type: the other experiments must go on
                 failed[path] = error
@@ -191,7 +226,7 @@ def run_together(
                 _log.warning("%s and others cannot train together, so one by one: %s", points[0].path, error)
                 apart += [point.path for point in points if point.path not in failed]
     for path in apart:
-        failed |= run_together(
+        failed |= _run_parts(
             {path: experiments[path]}, device=device, progress=progress, asked=heard, student=student, teacher=teacher
         )
     return failed
@@ -211,7 +246,9 @@ class _Point:
         self._labels = dict(zip(self.experiment.schedule, self.experiment.labels, strict=True))
         self._pending: list[dict[str, Any]] = []
         self._recorded: list[vocabulary.Label] = []
+        self._kept: dict[int, dict[str, Any]] = {}  #: states since the last commit that are kept along the way
         self._first = 0
+        self._worked, self._since = 0.0, time.monotonic()
         self._read = False
         self.died: list[int] = []  #: seeds that died in the last step
 
@@ -229,12 +266,21 @@ class _Point:
                 where = "the segments are of another tsdyn or not whole: see `tsdyn validate`"
                 raise ArchiveError(f"{self._target.path}: {error}; {where}") from error
             self._first = committed + 1
+            self._worked = float(before.get(vocabulary.WALL, 0.0))
         if self._first <= self.experiment.last:
             self._attrs |= {provenance.HISTORY: provenance.extended(before, self._attrs, self._first)}
         elif provenance.HISTORY in before:
             self._attrs |= {provenance.HISTORY: before[provenance.HISTORY]}
+        self._attrs |= self._changes(before)
         self.members.draw()  # what cannot be drawn fails by itself
         return self._first
+
+    def _changes(self, before: Mapping[str, Any]) -> dict[str, str]:
+        """What was added to the run so far, with what it is to gain now."""
+        if "experiment" not in before:
+            return {}
+        theirs = Experiment.from_toml_text(str(before["experiment"]), archived=True)
+        return changes.extended(before, changes.described(self.experiment, theirs))
 
     def _refuse_other_inputs(self, before: Mapping[str, Any]) -> None:
         kept = input_files.kept(before)
@@ -264,6 +310,9 @@ class _Point:
         if recorded:
             self._pending.append(self.members.measure(step, self._variables))
             self._recorded.append(self._labels[step])
+        every = self.experiment.record.state_every
+        if self.experiment.kind == "training" and every is not None and step % every == 0:
+            self._kept[step] = {name: np.array(array) for name, array in self.members.state().items()}
         if self._progress is not None:
             error = _mean_error(self._pending[-1]) if recorded else None
             try:
@@ -274,7 +323,8 @@ class _Point:
 
     @property
     def pending_bytes(self) -> int:
-        return len(self._pending) * self._target.bytes_per_epoch
+        kept: int = sum(array.nbytes for state in self._kept.values() for array in state.values())
+        return len(self._pending) * self._target.bytes_per_epoch + kept
 
     def commit(self, step: int) -> None:
         self._refuse_changed_inputs()
@@ -282,8 +332,9 @@ class _Point:
         constants = self.members.constants() if self._first == 0 else {}
         outcome = self.members.outcome() if step == self.experiment.last else {}
         held = {**records, **constants, **outcome}
-        self._target.commit(self._first, step, self._recorded, held, self.members.state(), self._attrs)
-        self._pending, self._recorded, self._first = [], [], step + 1
+        self._attrs[vocabulary.WALL] = round(self._worked + time.monotonic() - self._since, 3)
+        self._target.commit(self._first, step, self._recorded, held, self.members.state(), self._attrs, self._kept)
+        self._pending, self._recorded, self._kept, self._first = [], [], {}, step + 1
 
     def finish(self) -> None:
         self._target.consolidate(self._attrs)

@@ -1,7 +1,16 @@
 """Backpropagated gradients, couplings and their expectations, alignment, and the Luck Matters dynamics."""
 
 from tsdyn.networks.batch_norm import batch_norm_gradient
-from tsdyn.theory.coupling_moments import MOMENTS, Form, Moments, conserved_norms, expectations, fanout_norms, moments
+from tsdyn.theory.coupling_moments import (
+    MOMENTS,
+    Form,
+    Moments,
+    balances,
+    conserved_norms,
+    expectations,
+    fanout_norms,
+    moments,
+)
 from tsdyn.theory.couplings import (
     Coupling,
     augmented_output_jacobian,
@@ -25,6 +34,7 @@ __all__ = [
     "augmented_output_jacobian",
     "backpropagated_gradient",
     "backpropagated_gradients",
+    "balances",
     "batch_norm_gradient",
     "conserved_norms",
     "coupling",

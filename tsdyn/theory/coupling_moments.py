@@ -12,7 +12,8 @@ import xarray as xr
 from torch import Tensor
 
 from tsdyn import schema
-from tsdyn.networks.network import Network, Trace
+from tsdyn.engine import compiled_moments
+from tsdyn.networks.network import Network, Trace, require_plain
 from tsdyn.networks.propagate import Parameters, propagate, rows
 from tsdyn.theory.inputs import MEMORY, Samples, batches, check_pair, inputs
 
@@ -109,11 +110,14 @@ def _of_nodes(student: Network, teacher: Network, x: Samples, *, form: Form, mem
     sums: dict[str, list[Tensor]] = {}
     samples = 0
     widest = max(student.widths) + max(teacher.widths)
-    per_sample = 3 * student.widths[-1] * widest + 3 * (sum(student.widths) + sum(teacher.widths))
+    compiled = compiled_moments.serves(student, teacher)
+    # compiled code holds the matrices of one sample at a time
+    per_sample = (0 if compiled else 3 * student.widths[-1] * widest) + 3 * (sum(student.widths) + sum(teacher.widths))
     with torch.no_grad():
         for part in batches("expectations", x, student, teacher, numbers=per_sample, memory=memory):
             samples += len(part)
-            for name, layers in _batch_sums(student, student.trace(part), teacher, teacher.trace(part), lowest).items():
+            own, taught = student.trace(part), teacher.trace(part)
+            for name, layers in _batch_sums(student, own, teacher, taught, lowest, compiled=compiled).items():
                 held = sums.setdefault(name, layers)
                 if held is not layers:
                     for total, more in zip(held, layers, strict=True):
@@ -136,7 +140,9 @@ def _of_nodes(student: Network, teacher: Network, x: Samples, *, form: Form, mem
     return Moments(A=a, B=b, H_star=h_star, H=h, **means)
 
 
-def _batch_sums(student: Network, own: Trace, teacher: Network, taught: Trace, lowest: int) -> dict[str, list[Tensor]]:
+def _batch_sums(
+    student: Network, own: Trace, teacher: Network, taught: Trace, lowest: int, *, compiled: bool
+) -> dict[str, list[Tensor]]:
     hidden = student.depth - 1
     gates, gates_star = own.gates[:-1], taught.gates[:-1]
     below = list(zip(own.activations, taught.activations, strict=True))[:-1]
@@ -146,6 +152,9 @@ def _batch_sums(student: Network, own: Trace, teacher: Network, taught: Trace, l
         "L": [f.T @ f for f, _ in below],
         "L_star": [f.T @ s for f, s in below],
     }
+    if compiled:
+        h_star, h = compiled_moments.sums(student, gates, teacher, gates_star, lowest)
+        return sums | {"h_star": h_star, "h": h}
     sums |= {"h_star": [], "h": []}
     # (sample·output, node) of student and teacher, from the top hidden layer, which needs no sum, downwards
     rows = [_gate(net.weights[-1], trace, hidden) for net, trace in ((student, own), (teacher, taught)) if hidden > 1]
@@ -262,6 +271,14 @@ def moments(
 
     Raises:
         ValueError: as `coupling`, or for another form.
+
+    Examples:
+        >>> import torch, tsdyn
+        >>> from tsdyn import theory
+        >>> student = tsdyn.Network([torch.randn(4, 3), torch.randn(2, 4)], [torch.zeros(4), None])
+        >>> teacher = tsdyn.Network([torch.randn(3, 3), torch.randn(2, 3)], [torch.zeros(3), None])
+        >>> sorted(theory.moments(student, teacher, torch.randn(100, 3)))
+        ['A', 'B', 'D', 'D_star', 'H', 'H_star', 'L', 'L_star', 'fanout_norm']
     """
     check_form("moments", form)
     found = expectations(student, teacher, x, form=form, memory=memory)
@@ -352,4 +369,21 @@ def conserved_norms(network: Network) -> list[Tensor]:
         if bias is not None and not network.frame.norm_first(i):
             squares = squares + bias.square()
         found.append(squares.sqrt())
+    return found
+
+
+def balances(network: Network) -> list[Tensor]:
+    """Balance c_j = Σ_o W_{l+1,oj}² − ‖W_l,j‖² − b_lj² of each hidden node, one (node,) per hidden layer.
+
+    Gradient flow of any loss conserves it where the activation is relu, leaky_relu or identity; a step of SGD with
+    rate η changes it exactly by η² times the same expression of the gradients.  Source: Du, Hu & Lee (2018).
+
+    Raises:
+        ValueError: for convolutions and BatchNorm, where other quantities are conserved (`conserved_norms`).
+    """
+    require_plain("balances", network)
+    found = []
+    for weight, bias, above in zip(network.weights[:-1], network.biases[:-1], network.weights[1:], strict=True):
+        incoming = weight.square().sum(1) if bias is None else weight.square().sum(1) + bias.square()
+        found.append(above.square().sum(0) - incoming)
     return found

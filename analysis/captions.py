@@ -1,0 +1,210 @@
+"""What figures say: captions written from the archive, and words in place of keys."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, assert_never
+
+import xarray as xr
+from tsdyn.analysis import style
+
+from tsdyn.archive.selecting import experiment_of
+from tsdyn.experiment.experiment import Experiment
+
+#: Attributes of an archive that what is measured from it keeps.
+KEPT = ("name", "digest", "experiment", "tsdyn_version", "study", "scale")
+#: What stands for the spread over seeds in a figure.
+Spread = Literal["curves", "shares", "points", "none"]
+
+
+def told(archive: xr.Dataset) -> dict[str, Any]:
+    """Attributes that captions of what is measured from `archive` are written from: `KEPT`, and ``seeds``."""
+    kept = {key: archive.attrs[key] for key in KEPT if key in archive.attrs}
+    seeds = archive.sizes.get("seed", archive.attrs.get("seeds"))
+    return kept | ({} if seeds is None else {"seeds": int(seeds)})
+
+
+def telling(measure: Callable[[xr.Dataset], xr.Dataset]) -> Callable[[xr.Dataset], xr.Dataset]:
+    """`measure`, whose result keeps what captions are written from."""
+
+    @functools.wraps(measure)
+    def measured(archive: xr.Dataset) -> xr.Dataset:
+        found = measure(archive)
+        return found.assign_attrs(told(archive) | found.attrs)
+
+    return measured
+
+
+def spread_words(kind: Spread, seeds: int | None) -> str:
+    """What stands for the spread over seeds, in a sentence; the same rule for every figure."""
+    match kind:
+        case "none":
+            return ""
+        case "shares":
+            return "Bands: Wilson's 95 % intervals of the shares."
+        case "points":
+            return "One mark per node or seed; every seed is drawn."
+        case "curves":
+            if seeds is not None and seeds < style.FEWEST_OF_A_BAND:
+                return "Thin lines: every seed."
+            return "Lines: medians over seeds; bands: the middle 80 % of seeds."
+        case other:
+            assert_never(other)
+
+
+def caption(ds: xr.Dataset, says: str, spread: Spread, *, paper: Mapping[str, Any] | None = None) -> str:
+    """A figure's caption: what it shows, its spread, and of which experiment; from the attributes of `ds`.
+
+    Args:
+        ds: An archive, or what was measured from one.
+        says: What the figure shows.
+        spread: What stands for the spread over seeds.
+        paper: The paper's experiment, where `ds` may come from a smaller one.
+    """
+    seeds = ds.sizes.get("seed", ds.attrs.get("seeds"))
+    parts = [says.rstrip(".") + ".", "" if seeds is None else f"n = {seeds} seeds.", spread_words(spread, seeds)]
+    own = _experiment(ds)
+    if own is not None:
+        facts = _facts(own)
+        parts.append(f"{'; '.join(facts)}." if facts else "")
+        parts.append(_smaller(own, (paper or {}).get("paper")))
+    return " ".join(part for part in parts if part)
+
+
+def _experiment(ds: xr.Dataset) -> Experiment | None:
+    """The experiment that made `ds`; None for files that no experiment made, and for parts that are not installed."""
+    try:
+        return experiment_of(ds)
+    except ValueError:
+        return None
+
+
+def number(value: Any) -> str:
+    """A number with thousands apart and without trailing zeros."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.0f}" if value >= 1e4 else f"{value:g}"
+
+
+def _swept(experiment: Experiment) -> set[str]:
+    """Keys that differ between points of the sweep."""
+    found: set[str] = set()
+    for key, values in experiment.sweep.items():
+        if key == "points":
+            found |= {name for point in values for name in point}
+        elif key == "zip":
+            found |= set(values)
+        else:
+            found.add(key)
+    return found
+
+
+def rate(value: Any) -> str:
+    """A learning rate in words; a schedule with the epochs at which it changes."""
+    if not isinstance(value, Mapping):
+        return f"rate {number(value)}"
+    first, *rest = sorted((int(epoch), rate) for epoch, rate in value.items())
+    return f"rate {number(first[1])}" + "".join(f", {number(r)} from epoch {e} on" for e, r in rest)
+
+
+def _facts(experiment: Experiment) -> list[str]:
+    """d, teacher, N, rate, batch, length: of what is not swept."""
+    swept = _swept(experiment)
+    fixed: dict[str, str] = {}
+    if "teacher.widths" not in swept:
+        d, *nodes = experiment.teacher_widths
+        fixed["teacher.widths"] = f"d = {d} inputs; teacher {'-'.join(map(str, nodes))}"
+    else:
+        inputs = {point.teacher_widths[0] for _, point in experiment.points()}
+        fixed |= {"inputs": f"d = {inputs.pop()} inputs"} if len(inputs) == 1 else {}
+    if experiment.kind == "training":
+        train = experiment.data.train
+        fixed["data.train"] = "new samples at every step" if train == "fresh" else f"N = {number(train)} samples"
+        fixed["training.learning_rate"] = rate(experiment.training.learning_rate)
+        fixed["training.batch"] = f"batch {experiment.training.batch}"
+        epochs = experiment.training.epochs
+        fixed["training.epochs"] = f"{epochs} epoch{'s' * (epochs != 1)} of {number(experiment.steps)} steps"
+        if experiment.teacher.init == "luck-matters":
+            fixed["teacher.init"] = "teacher and inputs of Tian et al. (2019)"
+    elif experiment.kind == "population-flow":
+        fixed["flow"] = "gradient flow of the population loss, d = k + 1 Gaussian inputs, orthonormal teacher"
+    else:
+        fixed["training.learning_rate"] = rate(experiment.training.learning_rate)
+    return [text for key, text in fixed.items() if key not in swept]
+
+
+def _smaller(own: Experiment, paper: Any) -> str:
+    """In what the paper's scale is larger than `own`."""
+    if not isinstance(paper, Experiment) or paper.digest == own.digest:
+        return ""
+    pairs = [(len(own.seed_labels), len(paper.seed_labels), "seeds")]
+    if own.kind == "training":
+        pairs.append((own.training.epochs, paper.training.epochs, "epochs"))
+    more = [f"{theirs} {what}" for mine, theirs, what in pairs if mine != theirs]
+    return f"Reduced: --scale paper has {' and '.join(more)}." if more else ""
+
+
+#: Words for the values of some keys.
+_VALUES: Mapping[str, Mapping[Any, str]] = {
+    "batch_norm": {"none": "no BatchNorm", "after": "with BatchNorm", "before": "BatchNorm before activation"},
+    "augment": {"none": "as it stands", "agnostic": "teacher-agnostic", "aware": "teacher-aware"},
+    "loss": {"mse": "squared error", "cross_entropy": "cross entropy"},
+    "method": {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW"},
+}  # fmt: skip
+#: Words around the value of some keys.
+_KEYS: Mapping[str, str] = {
+    "overrealization": "{}x as many students as teachers",
+    "polarity": "polarity p = {}",
+    "learning_rate": "rate {}",
+    "batch": "batch {}",
+    "seed": "seed {}",
+    "layer": "layer {}",
+    "epoch": "epoch {}",
+    "init": "start {}",
+}
+
+
+def words(key: str, value: Any) -> str:
+    """What a figure says of a swept key's value, such as ``5x as many students as teachers``."""
+    if key in _VALUES and value in _VALUES[key]:
+        return _VALUES[key][value]
+    if key == "train":
+        return "new samples at every step" if value == "fresh" else f"N = {number(_as_number(value))}"
+    if key == "widths":
+        return f"widths {value}"
+    if key in ("moment", "class", "point", "training data"):
+        return str(value)
+    shown = number(value) if isinstance(value, (int, float)) else str(value)
+    return _KEYS[key].format(shown) if key in _KEYS else f"{key.replace('_', ' ')} {shown}"
+
+
+#: Words for keys, as on an axis.
+_AXES: Mapping[str, str] = {
+    "overrealization": "student nodes per teacher node",
+    "polarity": "polarity p",
+    "train": "training samples N",
+    "learning_rate": "learning rate",
+    "batch_norm": "BatchNorm",
+}
+
+
+def key_words(key: str) -> str:
+    """What an axis says of a swept key."""
+    return _AXES.get(key, key.replace("_", " "))
+
+
+def _as_number(value: Any) -> Any:
+    return int(value) if str(value).isdigit() else value
+
+
+def joined(parts: Iterable[str]) -> str:
+    """``a, b and c``."""
+    *first, last = list(parts)
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def provenance(ds: xr.Dataset, command: str = "") -> dict[str, str]:
+    """What a file's metadata says of where a figure comes from; no paths."""
+    found = {key: str(ds.attrs[key]) for key in ("name", "digest", "tsdyn_version") if key in ds.attrs}
+    return found | ({"command": command} if command else {})

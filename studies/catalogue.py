@@ -1,0 +1,88 @@
+"""The list of studies without importing them: name, what each shows, the paper's figure, the time at desk scale."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from tsdyn import registers
+
+#: Seconds of a study's run at desk scale, in one process as `tsdyn study run` announced it in November 2026; None for
+#: studies that read files of the user's.
+DESK_SECONDS: Mapping[str, int | None] = {
+    "tian2019-luck": 129,
+    "tian2019-data": 154,
+    "tian2019-ranks": 95,
+    "tian2019-batchnorm-bias": 25,
+    "tian2019-cifar10": None,
+    "tian2019-digits": 83,
+    "tian2019-heatmaps": 5,
+    "tian2019-multilayer": 137,
+    "tian2019-multilayer-large": 43,
+    "tian2020-connectivity": 25,
+    "tian2020-samples": 94,
+    "tian2020-augmentation": 104,
+    "tian2020-cifar10": None,
+    "tian2020-digits": 43,
+    "tian2020-boundaries": 5,
+    "tian2020-l-shape": 40,
+    "tian2020-multilayer-l-shape": 64,
+    "tian2020-success-rate": 58,
+    "tian2020-recovery": 46,
+    "simsek2023-trajectories": 12,
+    "simsek2023-one-neuron": 115,
+    "simsek2023-loss": 225,
+    "simsek2023-norms": 126,
+    "simsek2023-phase-diagram": 78,
+    "goldt2019-eg": 114,
+}
+
+
+class Row(NamedTuple):
+    """One study.
+
+    Attributes:
+        name: As `tsdyn study run` takes it.
+        title: What the figure shows.
+        source: Paper and figure.
+        desk_seconds: Estimated time at desk scale; None if it is not known.
+    """
+
+    name: str
+    title: str
+    source: str
+    desk_seconds: int | None
+
+
+def rows() -> list[Row]:
+    """All studies: tsdyn's own, read from their source without importing it, and those of installed packages.
+
+    A package's study that cannot be loaded has the reason as its title.
+    """
+    return [Row(name, *_described(name), DESK_SECONDS.get(name)) for name in registers.STUDIES.names()]
+
+
+def _described(name: str) -> tuple[str, str]:
+    if name in registers.STUDIES.own:
+        file = Path(__file__).with_name(f"{name.replace('-', '_')}.py")
+        words = dict(_texts(ast.parse(file.read_text(encoding="utf-8"))))
+        return words["TITLE"], words["SOURCE"]
+    try:
+        from tsdyn import studies
+
+        found = studies.load(name)
+    except registers.PartError as error:
+        return f"({error})", "a package"
+    return found.TITLE, found.SOURCE
+
+
+def _texts(module: ast.Module) -> list[tuple[str, str]]:
+    """Names and values of the module's constants that are literal strings."""
+    assigned = [(node.targets[0], node.value) for node in module.body if isinstance(node, ast.Assign)]
+    return [
+        (target.id, value.value)
+        for target, value in assigned
+        if isinstance(target, ast.Name) and isinstance(value, ast.Constant) and isinstance(value.value, str)
+    ]

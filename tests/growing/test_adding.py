@@ -1,0 +1,190 @@
+"""What `tsdyn measure` adds to an archive: committed whole, read as if recorded, gone on with after a kill."""
+
+import os
+import signal
+import stat
+
+import numpy as np
+import pytest
+import xarray as xr
+
+import tsdyn
+from tests.archive.states import child
+from tests.cases import small
+from tsdyn import cli
+from tsdyn.archive import additions, integrity, whole_files
+from tsdyn.archive.whole_files import ArchiveError, DirectoryError
+from tsdyn.cli import application
+from tsdyn.experiment.errors import ExperimentError
+from tsdyn.growing.adding import add
+
+FEW = {
+    "seeds": 2, "training__epochs": 3, "training__steps_per_epoch": 3, "data__train": 24, "data__eval": 20,
+    "teacher__widths": [5, 3, 2], "record__observables": ["mse", "weight"],
+}  # fmt: skip
+NAMES = ["A", "gradient_rms", "hessian_eigenvalue"]
+SWEEP = {"sweep": {"student.overrealization": [1.0, 2.0]}, "seeds": 1}
+
+
+def command(capsys, *words):
+    """Exit status and output of the command."""
+    with pytest.raises(SystemExit) as end, application.reported_errors():
+        cli.app([*map(str, words)])
+    said = capsys.readouterr()
+    return end.value.code or 0, said.out + said.err
+
+
+def recorded(folder, **changes):
+    asked = small(**FEW).replace({key.replace("__", "."): value for key, value in changes.items()})
+    return tsdyn.run(asked.replace({"record.observables": ["mse", "weight", *NAMES]}), folder).load()
+
+
+@pytest.mark.parametrize("changes", [{}, SWEEP], ids=["run", "sweep"])
+def test_the_archive_then_is_what_it_would_be_had_it_been_recorded(tmp_path, capsys, changes):
+    known = recorded(tmp_path / "known", **changes)
+    before = tsdyn.run(small(**FEW).replace(changes), tmp_path / "run")
+    code, said = command(capsys, "measure", tmp_path / "run", "--observables", ",".join(NAMES), "--epochs", "1:2")
+    assert (code, "added" in said) == (0, True), said
+    part = tsdyn.open(tmp_path / "run")
+    for name in NAMES:
+        xr.testing.assert_equal(part[name].sel(epoch=[1, 2]).load(), known[name].sel(epoch=[1, 2]))
+        assert part[name].sel(epoch=[0, 3]).isnull().all()
+    assert command(capsys, "measure", tmp_path / "run", "--observables", ",".join(NAMES))[0] == 0
+    found = tsdyn.open(tmp_path / "run")
+    xr.testing.assert_equal(found.load(), known)
+    for name in NAMES:
+        assert found[name].attrs == known[name].attrs
+    assert integrity.check(tmp_path / "run") == []
+    files = sorted((tmp_path / "run").rglob("*.nc"))
+    assert "nothing is left to measure" in command(capsys, "measure", tmp_path / "run", "--observables", "A,mse")[1]
+    assert sorted((tmp_path / "run").rglob("*.nc")) == files
+    assert set(before.data_vars) == set(small(**FEW).recorded()), "what was opened before stays what it was"
+    xr.testing.assert_equal(before.load(), known.drop_vars(NAMES).drop_dims("mode", errors="ignore"))
+
+
+def test_one_that_is_killed_goes_on_point_by_point(tmp_path):
+    """Whatever was added before the kill stays as it is."""
+    known = recorded(tmp_path / "known", **SWEEP)
+    path = tmp_path / "run"
+    tsdyn.run(small(**FEW).replace(SWEEP), path)
+    written = additions.write
+
+    def dying(*given):
+        done = written(*given)
+        if len(list(path.rglob("measured/*.nc"))) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return done
+
+    def work():
+        additions.write = dying
+        add(path, NAMES)
+
+    assert child(work, path).how == "killed"
+    first = {file: file.stat().st_mtime_ns for file in path.rglob("measured/*.nc")}
+    assert len(first) == 2
+    assert integrity.check(path) == []
+    part = tsdyn.open(path).load()
+    whole = part["A"].sel(layer=1).notnull().any(["node", "teacher_node", "seed", "epoch"])
+    assert whole.values.tolist() == [True, False], "one point has it, the other not yet"
+    added = add(path, NAMES)
+    assert len(added) == 2 * len(NAMES) - 2
+    assert {file: file.stat().st_mtime_ns for file in first} == first
+    xr.testing.assert_equal(tsdyn.open(path).load(), known)
+
+
+def test_epochs_that_a_run_gains_later_are_measured_later(tmp_path):
+    tsdyn.run(small(**FEW), tmp_path / "run")
+    add(tmp_path / "run", ["A"])
+    grown = tsdyn.run(
+        small(
+            **FEW,
+        ).replace({"training.epochs": 5}),
+        tmp_path / "run",
+    )
+    assert grown["A"].isel(epoch=slice(4, 6)).isnull().all()
+    (file,) = add(tmp_path / "run", ["A"])
+    with xr.open_dataset(file) as alone:
+        assert alone.epoch.values.tolist() == [4, 5]
+    known = recorded(tmp_path / "known", training__epochs=5)
+    xr.testing.assert_equal(tsdyn.open(tmp_path / "run")["A"].load(), known["A"])
+    assert integrity.check(tmp_path / "run") == []
+
+
+def test_members_that_die_are_looked_at_once(tmp_path):
+    asked = small(**FEW, training__learning_rate=1e9)
+    tsdyn.run(asked, tmp_path / "run")
+    assert len(add(tmp_path / "run", ["A"])) == 1
+    assert add(tmp_path / "run", ["A"]) == []
+    found = tsdyn.open(tmp_path / "run")
+    assert (found.death_epoch.values > 0).all()
+    assert found["A"].isel(epoch=0, layer=0).notnull().any()
+    assert found["A"].isel(epoch=-1).isnull().all()
+
+
+def test_a_damaged_addition_is_told_and_measured_again(tmp_path):
+    tsdyn.run(small(**FEW), tmp_path / "run")
+    (file,) = add(tmp_path / "run", ["A"])
+    whole = tsdyn.open(tmp_path / "run").load()
+    damaged = bytearray(file.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    file.write_bytes(damaged)
+    with pytest.raises(ArchiveError, match="its checksum differs"):
+        tsdyn.open(tmp_path / "run")
+    assert any(str(file) in line for line in integrity.check(tmp_path / "run"))
+    (line,) = [line for line in integrity.repair(tmp_path / "run") if "tsdyn measure" in line]
+    assert str(file) in line
+    assert "A" not in tsdyn.open(tmp_path / "run")
+    add(tmp_path / "run", ["A"])
+    xr.testing.assert_equal(tsdyn.open(tmp_path / "run").load(), whole)
+    seal = whole_files.seal_of(next((tmp_path / "run").rglob("measured/*.nc")))
+    seal.unlink()
+    assert integrity.check(tmp_path / "run")
+    integrity.repair(tmp_path / "run")
+    assert integrity.check(tmp_path / "run") == []
+    assert seal.exists()
+
+
+def test_bad_requests_are_one_sentence_and_change_nothing(tmp_path, capsys, monkeypatch):
+    path = tmp_path / "run"
+    tsdyn.run(small(**FEW), path)
+    files = sorted(path.rglob("*"))
+    for words, part in (
+        (["--observables", "hesian_eigenvalue"], "did you mean 'hessian_eigenvalue'"),
+        (["--observables", ","], "name one at least"),
+        (["--observables", "A", "--epochs", "9"], "epochs [9] are not recorded"),
+        (["--observables", "A", "--epochs", "a"], "write 0,10,20"),
+        (["--observables", "A", "--workers", "0"], "at least 1"),
+        (["--observables", "parameter"], "of modules of your own"),
+    ):  # fmt: skip
+        code, said = command(capsys, "measure", path, *words)
+        assert (code, part in said, said.count("\n")) == (2, True, 1), said
+    with pytest.raises(DirectoryError, match="is a file"):
+        add(path / "archive.nc", ["A"])
+    tsdyn.run(small(**FEW).replace({"record.observables": ["mse"]}), tmp_path / "bare")
+    with pytest.raises(ValueError, match="no weight, bias"):
+        add(tmp_path / "bare", ["A"])
+    monkeypatch.setattr(whole_files.shutil, "disk_usage", lambda _: whole_files.shutil._ntuple_diskusage(1, 1, 0))
+    with pytest.raises(ArchiveError, match="no space left"):
+        add(path, ["A"])
+    monkeypatch.undo()
+    left = [p for p in sorted(path.rglob("*")) if p not in files and p.name not in ("measured", "LOCK")]
+    assert not left
+    add(path, ["A"])
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes into read-only directories")
+def test_a_read_only_directory_is_said(tmp_path):
+    tsdyn.run(small(**FEW), tmp_path / "run")
+    (tmp_path / "run").chmod(stat.S_IRUSR | stat.S_IXUSR)
+    with pytest.raises(ArchiveError, match="permission denied"):
+        add(tmp_path / "run", ["A"])
+
+
+def test_another_input_file_is_refused(tmp_path):
+    inputs = tmp_path / "covariance.npy"
+    np.save(inputs, np.eye(5))
+    asked = small(**FEW).replace({"data.covariance": str(inputs)})
+    tsdyn.run(asked, tmp_path / "run")
+    np.save(inputs, 2 * np.eye(5))
+    with pytest.raises((ArchiveError, ExperimentError), match="other input files"):
+        add(tmp_path / "run", ["A"])

@@ -1,0 +1,94 @@
+"""What a referee sees first: text that overlaps, is cut off, too small or too pale; a caption that does not say n."""
+
+from __future__ import annotations
+
+import itertools
+import re
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import PathCollection
+from matplotlib.colors import to_rgba
+from matplotlib.text import Text
+from matplotlib.transforms import Bbox
+from tsdyn.analysis import style
+
+#: Marks that need no contrast of their own: bands about lines, single seeds, what stands in a coloured field.
+EXEMPT = {"band", "seed", "field", "in a field"}
+
+
+def _texts(figure):
+    """Every text that is drawn, with its extent."""
+    renderer = figure.canvas.get_renderer()
+    found = []
+    parents = {id(ax.title): ax for ax in figure.axes}
+    for text in figure.findobj(Text):
+        if not text.get_visible() or not text.get_text().strip():
+            continue
+        found.append(text)
+    ticks = set()
+    for ax in figure.axes:
+        for axis in (ax.xaxis, ax.yaxis):
+            drawn = {id(label) for tick in axis._update_ticks() for label in (tick.label1, tick.label2)}
+            every = {id(t) for tick in (*axis.majorTicks, *axis.minorTicks) for t in (tick.label1, tick.label2)}
+            ticks |= every - drawn
+            if not ax.axison:
+                ticks |= every | {id(axis.label), id(axis.get_offset_text())}
+    del parents
+    return [(t, t.get_window_extent(renderer)) for t in found if id(t) not in ticks]
+
+
+def faults(figure, smallest=style.SMALLEST):
+    """Sentences, one per fault of a drawn page; none if a referee would accept it."""
+    with style.using(figure._style.name):  # ticks are made, and counted, when they are asked for
+        return _faults(figure, smallest)
+
+
+def _faults(figure, smallest):
+    FigureCanvasAgg(figure)
+    figure.set_dpi(200)
+    for _ in range(2):  # the layout may move what a tick's length had moved
+        figure.canvas.draw()
+    found = []
+    page = Bbox.from_bounds(0, 0, figure.bbox.width, figure.bbox.height)
+    texts = _texts(figure)
+    for text, box in texts:
+        name = repr(text.get_text())
+        if min(box.x0 - page.x0, box.y0 - page.y0, page.x1 - box.x1, page.y1 - box.y1) < -2.0:
+            found.append(
+                f"{name} is cut off at {[round(v) for v in box.extents]} of {page.width:.0f}x{page.height:.0f}"
+            )
+        if text.get_fontsize() < smallest - 1e-6:
+            found.append(f"{name} has {text.get_fontsize():.1f} points")
+        if text.get_gid() not in EXEMPT and style.contrast(style.over_white(text.get_color(), text.get_alpha())) < 4.5:
+            found.append(f"{name} is pale")
+        if re.search(r"\b(nan|None)\b", text.get_text()):
+            found.append(f"{name} is no word")
+    for (one, a), (other, b) in itertools.combinations(texts, 2):
+        over = Bbox.intersection(a, b)
+        if over is not None and over.width > 2.0 and over.height > 2.0:
+            found.append(f"{one.get_text()!r} and {other.get_text()!r} overlap")
+    for ax in figure.axes:
+        for line in ax.lines:
+            if line.get_gid() in EXEMPT or not line.get_visible():
+                continue
+            seen = style.contrast(style.over_white(line.get_color(), line.get_alpha()))
+            if seen < style.CONTRAST - 0.01:
+                found.append(f"a line {line.get_label()!r} of contrast {seen:.1f}")
+        for marks in ax.collections:
+            if not isinstance(marks, PathCollection) or marks.get_gid() in EXEMPT:
+                continue
+            for face, edge in itertools.zip_longest(marks.get_facecolor(), marks.get_edgecolor()):
+                looks = [style.over_white(c[:3], c[3]) for c in (face, edge) if c is not None and to_rgba(c)[3] > 0]
+                if looks and max(map(style.contrast, looks)) < style.CONTRAST - 0.01:
+                    found.append(f"marks of contrast {max(map(style.contrast, looks)):.1f}")
+                    break
+        if ax.axison and not ax.has_data():
+            found.append(f"empty panel {ax.get_title(loc='left')!r}")
+    if not re.search(r"n = \d+ seed", figure.caption):
+        found.append(f"the caption does not say n: {figure.caption!r}")
+    width = figure.get_figwidth()
+    if not any(abs(width - w) < 1e-9 for w in (style.COLUMN, style.PAGE)):
+        found.append(f"{width} in wide")
+    if figure.get_figheight() > 9.2:
+        found.append(f"{figure.get_figheight():.1f} in high")
+    return found

@@ -1,0 +1,102 @@
+"""What was measured of a run after it: files in its folder ``measured``, each whole, with a checksum.  No torch.
+
+A file holds one variable at some seeds and epochs.  No file is ever changed: what is measured later, of further epochs
+or seeds, is a further file.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tsdyn.archive import netcdf
+from tsdyn.archive.whole_files import ArchiveError, refuse_link, replacing
+from tsdyn.experiment.experiment import Experiment
+from tsdyn.schema import variable as variable_of
+
+#: Folder of a run's directory.
+MEASURED = "measured"
+#: Attribute of such a file: JSON of when it was measured, and by which version.
+ADDED = "measured"
+_NAME = re.compile(r"[A-Za-z_]\w*-(\d{4,})\.nc")
+
+
+def files(folder: Path) -> list[Path]:
+    """The files of what was measured of the run in `folder`, oldest first.
+
+    Raises:
+        DirectoryError: if one is a symbolic link.
+    """
+    below = folder / MEASURED
+    if not below.is_dir():
+        return []
+    refuse_link(below)
+    found = [(int(match[1]), file) for file in below.glob("*.nc") if (match := _NAME.fullmatch(file.name))]
+    for _, file in found:
+        refuse_link(file)
+    return [file for _, file in sorted(found)]
+
+
+def is_addition(file: Path) -> bool:
+    """Whether a file is one of those in a folder ``measured``."""
+    return file.parent.name == MEASURED
+
+
+def write(
+    folder: Path,
+    experiment: Experiment,
+    name: str,
+    seeds: Sequence[int],
+    epochs: Sequence[int],
+    values: NDArray,
+    attrs: Mapping[str, Any],
+) -> Path:
+    """Commit one variable of a run, measured at some seeds and epochs; it appears in one rename.
+
+    Args:
+        folder: Directory of the run; the caller holds the lock of its folder ``measured``, which exists.
+        experiment: That of the run, as its archive says.
+        name: The variable.
+        seeds, epochs: Labels.
+        values: (seed, epoch, ...), padded as `tsdyn.open` gives it.
+        attrs: Global attributes.
+
+    Raises:
+        ArchiveError: if it cannot be written; what was committed is intact.
+    """
+    layout = replace(experiment.layout, seeds=tuple(seeds))
+    taken = files(folder)
+    number = 1 + max((int(_NAME.fullmatch(file.name)[1]) for file in taken), default=0)  # type: ignore[index]
+    target = folder / MEASURED / f"{name}-{number:04d}.nc"
+    variable = variable_of(name)
+    layers = range(1, layout.depth + 1) if variable.layered else (None,)
+    with replacing(target, values.nbytes + (1 << 16), seal=True) as temporary:
+        with netcdf.dataset(temporary, "w") as nc:
+            netcdf.create(nc, layout, epochs, (name,), experiment.dtype, attrs)
+            for layer in layers:
+                at = netcdf.index(variable, layout, slice(0, len(epochs)), layer)
+                block = values[at]
+                if not np.isnan(block).all():
+                    nc[name][at] = block
+        with netcdf.dataset(temporary, only=name) as nc:
+            for layer in layers:
+                at = netcdf.index(variable, layout, slice(0, len(epochs)), layer)
+                if not np.array_equal(np.asarray(nc[name][at]), values[at], equal_nan=True):
+                    raise ArchiveError(f"{target}: reads back differently from what was written; it was not added")
+    return target
+
+
+def told(attrs: Mapping[str, Any]) -> dict[str, Any]:
+    """When and by which version a file was measured, from its attributes; empty if they do not say."""
+    try:
+        found = json.loads(str(attrs[ADDED]))
+    except (KeyError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,1 @@
+"""Labelled arrays with torch tensors inside, so that derivatives pass through xarray code."""
