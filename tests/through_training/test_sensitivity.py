@@ -526,3 +526,66 @@ def test_kept_files_that_are_damaged_count_as_none(relu_run, tmp_path):
     file.write_bytes(file.read_bytes()[:100])
     xr.testing.assert_equal(tsdyn.sensitivity(path, **given), first)
     assert kept is not None
+
+
+def test_a_function_of_a_differentiable_dataset(tmp_path):
+    from tsdyn.analysis import specialization
+
+    e = tiny(record__observables=["loss", "weight", "correlation"])
+    tsdyn.run(e, tmp_path / "run")
+
+    def mean(ds):
+        return specialization.mean_specialization(tsdyn.layer(ds, 1))
+
+    found = tsdyn.sensitivity(tmp_path / "run", mean, certificate=False)
+    named = tsdyn.sensitivity(tmp_path / "run", "mean_specialization", certificate=False)
+    assert np.allclose(found["value"], named["value"], rtol=1e-12)
+    assert np.allclose(found["d_start"], named["d_start"], rtol=1e-10, atol=1e-15, equal_nan=True)
+    norm = tsdyn.sensitivity(tmp_path / "run", lambda ds: (ds["weight"] ** 2).sum(), epoch=0, certificate=False)
+    for seed in e.seed_labels:
+        for layer, weight in enumerate(draw_student(e, seed).weights, start=1):
+            wanted = norm["d_start"].sel(seed=seed, layer=layer).values[: weight.shape[0], : weight.shape[1]]
+            assert np.allclose(wanted, 2 * weight, rtol=1e-12)
+
+
+class Residual(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner, self.outer = torch.nn.Linear(5, 5), torch.nn.Linear(5, 2)
+
+    def forward(self, x):
+        return self.outer(x + torch.tanh(self.inner(x)))
+
+
+class Counting(Residual):
+    def __init__(self):
+        super().__init__()
+        self.norm = torch.nn.BatchNorm1d(5)
+
+    def forward(self, x):
+        return self.outer(self.norm(x + self.inner(x)))
+
+
+def test_modules_of_ones_own(tmp_path):
+    e = tiny(seeds=[3], record__observables=["loss", "parameter"])
+    ds = tsdyn.run(e, tmp_path / "run", student=Residual)
+    found = tsdyn.sensitivity(tmp_path / "run", student=Residual, wrt=["start", "learning_rate"])
+    assert found["d_start"].dims == ("seed", "entry")
+    assert bool(found["radius"].isnull().all())
+    assert float(found["value"][0]) == pytest.approx(float(ds["loss_eval"][0, -1]), rel=1e-12)
+    curve = retraining.retrained(tmp_path / "run", student=Residual, sizes=[1e-4, -1e-4])
+    assert np.allclose(curve["retrained"], curve["predicted"], rtol=1e-3)
+    tsdyn.run(e, tmp_path / "counting", student=Counting)
+    with pytest.raises(tsdyn.ExperimentError, match="changes its buffers"):
+        tsdyn.sensitivity(tmp_path / "counting", student=Counting)
+
+
+def test_seeds_on_a_dask_client_give_the_same(relu_run):
+    from dask.distributed import Client
+
+    _, path = relu_run
+    here = tsdyn.sensitivity(path, wrt=["start", "sample"])
+    with Client(processes=False, n_workers=1, threads_per_worker=1, dashboard_address=None, set_as_default=False) as c:
+        there = tsdyn.sensitivity(path, wrt=["start", "sample"], client=c)
+    for name in here.data_vars:
+        assert np.allclose(there[name], here[name], rtol=1e-9, atol=1e-13, equal_nan=True), name

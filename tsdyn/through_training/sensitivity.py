@@ -90,7 +90,9 @@ def sensitivity(
         of: ``"loss_eval"``, ``"loss_train"``, ``"mse_eval"``, ``("correlation", {"layer": 1, "teacher_node": 9, "node":
             3})``, ``("best_correlation", {"layer": 1, "teacher_node": 9})``, ``"mean_specialization"``,
             ``("fanout_norm", {"layer": 1, "node": 3})``, ``("weight", {...})``, ``("bias", {...})``, or a function of
-            the student, a `tsdyn.Network`, that gives one number as a torch tensor.
+            the student, a `tsdyn.Network`, that gives one number as a torch tensor; one whose parameter is called
+            ``ds`` takes a differentiable Dataset of the epoch (`tsdyn.differentiable`), with ``weight``, ``bias``,
+            ``correlation``, ``loss_eval`` and ``mse_eval``.
         epoch: Of the observable; the last recorded one if not given.
         wrt: Some of ``start`` (parameters before training), ``sample`` (the weight of each training sample in the
             loss, 1), ``target``, ``input`` (of each training sample, the target held), ``learning_rate`` (of each
