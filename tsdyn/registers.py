@@ -246,7 +246,10 @@ LAWS = Register(
     ("digits", "mnist", "cifar10", "file"),
 )
 TEACHERS = Register(
-    "teacher", "tsdyn.problem.teachers:TEACHERS", ("separated", "orthonormal", "gaussian", "luck-matters"), aliases=("trained", "file")
+    "teacher",
+    "tsdyn.problem.teachers:TEACHERS",
+    ("separated", "orthonormal", "gaussian", "luck-matters"),
+    aliases=("trained", "file"),
 )
 STARTS = Register(
     "start",
@@ -269,6 +272,7 @@ STUDIES = Register(
         "tian2019-luck",
         "tian2019-data",
         "tian2019-ranks",
+        "tian2019-sizes",
         "tian2019-batchnorm-bias",
         "tian2019-cifar10",
         "tian2019-digits",
