@@ -279,6 +279,7 @@ STUDIES = Register(
         "tian2019-heatmaps",
         "tian2019-multilayer",
         "tian2019-multilayer-large",
+        "theorems",
         "tian2020-connectivity",
         "tian2020-samples",
         "tian2020-augmentation",

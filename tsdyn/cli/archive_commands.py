@@ -152,24 +152,21 @@ def cite(directory: Directory) -> None:
 
 @app.command()
 def audit(directory: Directory) -> None:
-    """Test each theorem on an archive: hypothesis met? conclusion holds? by what margin?"""
+    """Test each theorem on an archive, a line each: holds, fails, hypothesis unmet because ..., or what to record."""
     from tsdyn.analysis.audit import audit as measure
-    from tsdyn.analysis.report import audit_rows
+    from tsdyn.analysis.verdicts import lines
     from tsdyn.archive import reading, selecting
     from tsdyn.running import packages
 
-    table = Table("claim", "members", "largest margin", "what is checked, or what it needs")
     ds = reading.open(directory)
     try:
-        rows = audit_rows(measure(ds))
+        shown = lines(measure(ds))
     except (ValueError, KeyError) as error:
         gone = isinstance(error, PartError)
         way = packages.way_back(selecting.experiment_of(ds), local_path(directory)) if gone else ""
         raise DirectoryError(f"{directory}: {error.args[0] if error.args else error}{way}") from error
-    for row in rows:
-        table.add_row(*map(plain, row))
-    Console().print(table)
-    print("margin: conclusion over bound, at most 1 where it holds; unmet: the hypothesis fails, so nothing is tested")
+    for line in shown:
+        print(printable(line))
 
 
 @app.command()
