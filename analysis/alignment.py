@@ -24,7 +24,14 @@ _WEIGHTS = ("weight", "bias", "teacher_weight", "teacher_bias")
 
 
 def least(eps: Array) -> Array:
-    """ε of the nearest student node: (..., teacher_node, node) -> (..., teacher_node); NaN only where all are."""
+    """ε of the nearest student node: (..., teacher_node, node) -> (..., teacher_node); NaN only where all are.
+
+    Examples:
+        >>> import numpy as np
+        >>> from tsdyn.analysis.alignment import least
+        >>> least(np.array([[0.1, 0.5], [np.nan, 0.3]])).tolist()
+        [0.1, 0.3]
+    """
     found: Array = np.fmin.reduce(eps, axis=-1)
     return found
 
@@ -62,6 +69,13 @@ def alignment(archive: xr.Dataset) -> xr.DataArray:
 
     Raises:
         ValueError: if neither is recorded, or the slice is of another layer.
+
+    Examples:
+        >>> import tsdyn
+        >>> ds = tsdyn.open("runs/quickstart")
+        >>> from tsdyn.analysis.alignment import alignment
+        >>> alignment(ds).isel(epoch=-1).dims
+        ('overrealization', 'seed', 'teacher_node', 'node')
     """
     if "alignment" in archive:
         return archive["alignment"]
@@ -89,6 +103,13 @@ def teacher_separation(archive: xr.Dataset) -> xr.DataArray:
 
     Raises:
         ValueError: if the slice is of another layer than the lowest.  Source: Tian (2020), Assumption 3.
+
+    Examples:
+        >>> import tsdyn
+        >>> ds = tsdyn.open("runs/quickstart")
+        >>> from tsdyn.analysis.alignment import teacher_separation
+        >>> bool((teacher_separation(ds) > 0).all())
+        True
     """
     low = _lowest(archive, ("teacher_weight", "teacher_bias"))
     return lift(
@@ -106,6 +127,13 @@ def best_alignment(archive: xr.Dataset) -> xr.DataArray:
 
     Raises:
         ValueError: as `alignment`.
+
+    Examples:
+        >>> import tsdyn
+        >>> ds = tsdyn.open("runs/quickstart")
+        >>> from tsdyn.analysis.alignment import best_alignment
+        >>> best_alignment(ds).isel(epoch=-1).dims
+        ('overrealization', 'seed', 'teacher_node')
     """
     return lift(
         least,
@@ -122,6 +150,13 @@ def aligned(archive: xr.Dataset) -> xr.DataArray:
 
     Raises:
         ValueError: as `alignment`.  Source: Tian (2020), Theorem 1.
+
+    Examples:
+        >>> import tsdyn
+        >>> ds = tsdyn.open("runs/quickstart")
+        >>> from tsdyn.analysis.alignment import aligned
+        >>> aligned(ds).dims
+        ('overrealization', 'seed', 'epoch')
     """
     best = best_alignment(archive)
     near = (best <= teacher_separation(archive) / 2).where(best.notnull())
@@ -137,6 +172,13 @@ def boundary_samples(teacher_weight: Array, teacher_bias: Array, eps: Array, std
     (..., teacher_node, input_node), (..., teacher_node), (...), (...) -> (...), for x ~ N(0, std² I) and nodes scaled
     to ‖w*_j‖ = 1, so that w*_j·x is N(0, std²).  Padding and zero weights have no boundary; NaN where no node has one,
     as at a point that is not committed yet.
+
+    Examples:
+        >>> import numpy as np
+        >>> from tsdyn.analysis.alignment import boundary_samples
+        >>> weight, bias = np.array([[1.0, 0.0]]), np.array([0.0])  # one boundary through the origin
+        >>> round(float(boundary_samples(weight, bias, np.array(0.1), np.array(1.0))), 4)  # P[|z| <= 0.1]
+        0.0797
     """
     _, b = regular(teacher_weight, teacher_bias)
     eps, std = eps[..., None], std[..., None]
@@ -167,6 +209,13 @@ def augmented_samples(archive: xr.Dataset) -> xr.DataArray:
         ValueError: if samples are fresh, or augmented teacher-aware and not Gaussian.
 
     Source: Tian (2020), Definition 7.
+
+    Examples:
+        >>> import tsdyn
+        >>> ds = tsdyn.open("runs/quickstart")
+        >>> from tsdyn.analysis.alignment import augmented_samples
+        >>> float(augmented_samples(ds).max())
+        1000.0
     """
     train = per_point(archive, lambda point: -1 if point.data.train == "fresh" else point.data.train)
     if (train < 0).any():

@@ -169,10 +169,12 @@ def _theorem_4(ds: xr.Dataset, experiment: Experiment) -> Finding:
 def _per_member(ds: xr.Dataset, measure: Callable[[Member], tuple[float, float]]) -> Finding:
     """A check that needs the networks themselves; `measure` gives (1 if the hypothesis is met, margin).
 
-    The theory is about fully connected networks, so points with convolutions or BatchNorm do not meet its hypotheses.
+    The theory is about fully connected networks, so points with convolutions, BatchNorm or modules of the user's own do
+    not meet its hypotheses.
     """
     # loaded first: a dask graph for each member and variable costs more than the checks
-    found = each(ds.isel(epoch=-1).load(), measure, ("met", "margin"), of=lambda experiment: not experiment.deep)
+    now = ds.isel(epoch=-1).load()
+    found = each(now, measure, ("met", "margin"), of=lambda e: not e.deep and not e.of_own_modules)
     return Finding(found["met"] == 1, found["margin"])
 
 
@@ -542,6 +544,13 @@ def audit(archive: xr.Dataset) -> xr.Dataset:
     Raises:
         ValueError: if labels repeat, the slice lacks ``epoch`` or ``layer``, or it cannot be known whose the numbers
             are (`tsdyn.analysis.identity.points`).
+
+    Examples:
+        >>> import tsdyn
+        >>> from tsdyn.analysis.audit import audit
+        >>> found = audit(tsdyn.open("runs/quickstart").isel(overrealization=0, seed=[0]))
+        >>> sorted(found)
+        ['margin', 'source', 'used', 'verdict']
     """
     refuse_odd(archive, "audit")
     lost = [dim for dim in (path_of(archive), "layer") if dim not in archive.dims]

@@ -18,7 +18,14 @@ SOURCE = "Tian et al. 2019 (arXiv:1905.13405), Figures 6 and 16"
 
 
 def negative_share(shift: Array) -> Array:
-    """Share of entries below 0 among those that are not NaN, (..., node) -> (...); NaN where all are."""
+    """Share of entries below 0 among those that are not NaN, (..., node) -> (...); NaN where all are.
+
+    Examples:
+        >>> import numpy as np
+        >>> from tsdyn.analysis.batch_norm import negative_share
+        >>> float(negative_share(np.array([-1.0, 2.0, -3.0, np.nan, 0.0])))
+        0.5
+    """
     count = (~np.isnan(shift)).sum(-1)
     return np.where(count > 0, (shift < 0).sum(-1) / np.maximum(count, 1), np.nan)
 
@@ -27,6 +34,12 @@ def bin_edges(shift: Array, half: int) -> Array:
     """Bin edges, (..., node) -> (..., edge): 2 · half + 1 equidistant ones from −max |shift| to max |shift|.
 
     0 is an edge, so that no bin holds both signs.  From −1 to 1 where every entry is 0 or NaN.
+
+    Examples:
+        >>> import numpy as np
+        >>> from tsdyn.analysis.batch_norm import bin_edges
+        >>> bin_edges(np.array([-1.0, 2.0]), 2).tolist()
+        [-2.0, -1.0, 0.0, 1.0, 2.0]
     """
     largest = np.fmax.reduce(np.abs(shift), axis=-1, initial=0.0)
     return np.where(largest > 0, largest, 1.0)[..., None] * (np.arange(-half, half + 1) / half)
@@ -36,6 +49,12 @@ def bin_counts(shift: Array, half: int) -> Array:
     """Number of entries in each of the 2 · half bins between `bin_edges`, (..., node) -> (..., bin), without NaN.
 
     A bin includes its lower edge, so that 0 is not negative; the last bin includes its upper edge too.
+
+    Examples:
+        >>> import numpy as np
+        >>> from tsdyn.analysis.batch_norm import bin_counts
+        >>> bin_counts(np.array([-1.5, 2.0, 1.5]), 2).tolist()
+        [1.0, 0.0, 0.0, 2.0]
     """
     edges = bin_edges(shift, half)
     return np.array(

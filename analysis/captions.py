@@ -113,16 +113,18 @@ def _facts(experiment: Experiment) -> list[str]:
     swept = _swept(experiment)
     fixed: dict[str, str] = {}
     if "teacher.widths" not in swept:
-        inputs, *nodes = experiment.teacher_widths
-        fixed["teacher.widths"] = f"d = {inputs} inputs; teacher {'-'.join(map(str, nodes))}"
-    elif len({point.teacher_widths[0] for _, point in experiment.points()}) == 1:
-        fixed["inputs"] = f"d = {experiment.teacher_widths[0]} inputs"
+        d, *nodes = experiment.teacher_widths
+        fixed["teacher.widths"] = f"d = {d} inputs; teacher {'-'.join(map(str, nodes))}"
+    else:
+        inputs = {point.teacher_widths[0] for _, point in experiment.points()}
+        fixed |= {"inputs": f"d = {inputs.pop()} inputs"} if len(inputs) == 1 else {}
     if experiment.kind == "training":
         train = experiment.data.train
         fixed["data.train"] = "new samples at every step" if train == "fresh" else f"N = {number(train)} samples"
         fixed["training.learning_rate"] = rate(experiment.training.learning_rate)
         fixed["training.batch"] = f"batch {experiment.training.batch}"
-        fixed["training.epochs"] = f"{experiment.training.epochs} epochs of {number(experiment.steps)} steps"
+        epochs = experiment.training.epochs
+        fixed["training.epochs"] = f"{epochs} epoch{'s' * (epochs != 1)} of {number(experiment.steps)} steps"
         if experiment.teacher.init == "luck-matters":
             fixed["teacher.init"] = "teacher and inputs of Tian et al. (2019)"
     elif experiment.kind == "population-flow":

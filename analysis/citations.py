@@ -87,7 +87,13 @@ DATA: Mapping[str, str] = {
 
 
 def software(version: str) -> str:
-    """BibTeX entry of tsdyn itself, as in ``CITATION.cff``."""
+    """BibTeX entry of tsdyn itself, as in ``CITATION.cff``.
+
+    Examples:
+        >>> from tsdyn.analysis.citations import software
+        >>> software("0.2.0").splitlines()[0]
+        '@software{tsdyn,'
+    """
     return f"""@software{{tsdyn,
   title   = {{tsdyn: exact, labelled analysis of training dynamics in teacher-student networks}},
   author  = {{{{The tsdyn developers}}}},
@@ -96,7 +102,15 @@ def software(version: str) -> str:
 
 
 def papers(archive: xr.Dataset) -> list[str]:
-    """Papers that the variables of an archive name in ``source``, in the words of `PAPERS`, in that order."""
+    """Papers that the variables of an archive name in ``source``, in the words of `PAPERS`, in that order.
+
+    Examples:
+        >>> import tsdyn
+        >>> ds = tsdyn.open("runs/quickstart")
+        >>> from tsdyn.analysis.citations import papers
+        >>> papers(ds)
+        ['Tian 2020', 'Tian et al. 2019']
+    """
     sources = " ".join(str(array.attrs.get("source", "")) for array in archive.variables.values())
     return [words for words in PAPERS if words in sources]
 
@@ -105,6 +119,13 @@ def citations(archive: xr.Dataset) -> list[str]:
     """BibTeX entries for an archive, or for anything measured from one; tsdyn itself first.
 
     The papers that its variables name in ``source``, and its data set if it is a published one.
+
+    Examples:
+        >>> import tsdyn
+        >>> ds = tsdyn.open("runs/quickstart")
+        >>> from tsdyn.analysis.citations import citations
+        >>> citations(ds)[1].splitlines()[0]
+        '@inproceedings{tian2020student,'
     """
     found = [PAPERS[words] for words in papers(archive)]
     try:

@@ -44,6 +44,15 @@ def widened(network: Network, widths: Sequence[int]) -> Network:
 
     Raises:
         ValueError: if a width is less than the layer has.
+
+    Examples:
+        >>> import torch, tsdyn
+        >>> from tsdyn.analysis.connectivity import widened
+        >>> net = tsdyn.Network([torch.eye(3), torch.ones(1, 3)], [torch.zeros(3), None])
+        >>> x = torch.randn(5, 3)
+        >>> wide = widened(net, [4])
+        >>> wide.widths, bool(torch.equal(wide(x), net(x)))
+        ((3, 4, 1), True)
     """
     have = network.widths[1:-1]
     if len(widths) != len(have) or any(n < m for n, m in zip(widths, have, strict=True)):
@@ -61,6 +70,13 @@ def permuted(network: Network, orders: Sequence[Sequence[int]]) -> Network:
 
     Raises:
         ValueError: if an order is no permutation of its layer.
+
+    Examples:
+        >>> import torch, tsdyn
+        >>> from tsdyn.analysis.connectivity import permuted
+        >>> net = tsdyn.Network([torch.eye(3), torch.ones(1, 3)], [torch.zeros(3), None])
+        >>> permuted(net, [[2, 0, 1]]).weights[0].argmax(1).tolist()
+        [2, 0, 1]
     """
     hidden = network.widths[1:-1]
     if [sorted(order) for order in orders] != [list(range(n)) for n in hidden]:
@@ -97,7 +113,16 @@ def matched(reference: Network, other: Network, x: Tensor) -> tuple[Network, Net
 
 
 def between(first: Network, second: Network, share: float) -> Network:
-    """The network with parameters (1 − share) first + share second."""
+    """The network with parameters (1 − share) first + share second.
+
+    Examples:
+        >>> import torch, tsdyn
+        >>> from tsdyn.analysis.connectivity import between
+        >>> first = tsdyn.Network([torch.zeros(2, 2), torch.zeros(1, 2)], [torch.zeros(2), None])
+        >>> second = tsdyn.Network([torch.ones(2, 2), torch.ones(1, 2)], [torch.ones(2), None])
+        >>> between(first, second, 0.25).weights[1].tolist()
+        [[0.25, 0.25]]
+    """
     mix = [
         [(1 - share) * a + share * b for a, b in zip(mine, theirs, strict=True)]
         for mine, theirs in ((first.weights, second.weights), (_biases(first), _biases(second)))
@@ -209,6 +234,13 @@ def connect(first: xr.Dataset, second: xr.Dataset, *, points_a_leg: int = 10) ->
 
     Raises:
         ValueError: if a slice holds more than a member or no weights, or the teachers differ.
+
+    Examples:
+        >>> import tsdyn
+        >>> from tsdyn.analysis.connectivity import connect
+        >>> ds = tsdyn.open("runs/quickstart").isel(overrealization=1, epoch=-1)
+        >>> connect(ds.sel(seed=0), ds.sel(seed=0)).loss.dims
+        ('route', 'position')
     """
     a, b = _one(first), _one(second)
     same = a.teacher.widths == b.teacher.widths and all(

@@ -29,7 +29,7 @@ from tsdyn.engine.train import train_epoch
 from tsdyn.experiment.experiment import Experiment
 from tsdyn.networks.network import Network
 from tsdyn.problem import targets
-from tsdyn.problem.inputs import batch_indices, fresh_batches, generator, labels, new_at_every_step
+from tsdyn.problem.inputs import batch_indices, fresh_batches, labels, new_at_every_step, training_generator
 
 #: Most steps that are taken again per member; of a longer interval only the first ones are checked.
 STEPS = 1000
@@ -69,6 +69,8 @@ def balance_kept(ds: xr.Dataset, tolerance: dict[str, float]) -> tuple[xr.DataAr
 
 def _steps_of_sgd(experiment: Experiment) -> bool:
     training = experiment.training
+    if experiment.data.leave_out.subset is not None:  # steps of weighted samples
+        return False
     if experiment.deep or experiment.student.module is not None or training.method == "flow":
         return False
     return Rule.of(training, 1).optimizer.name == "sgd" and not training.normalize
@@ -131,7 +133,7 @@ def _batches(of: Member, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
             return
         yield from ((x[rows], y[rows]) for rows in torch.from_numpy(batch_indices(experiment, seed, epoch, len(x))))
         return
-    noise, taken, shown = generator(seed, "noise", epoch), 0, None
+    noise, taken, shown = training_generator(experiment, seed, "noise", epoch), 0, None
     if experiment.training.of_data:
         own = labels(experiment, seed, "train")
         shown = torch.from_numpy(own[batch_indices(experiment, seed, epoch, len(own))])

@@ -11,7 +11,7 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
-from matplotlib.ticker import LogFormatterSciNotation, LogLocator, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 from tsdyn.analysis import captions, panels
 from tsdyn.analysis import style as look
@@ -145,8 +145,9 @@ def arrange(
 def heading(ax: Axes, title: str, letter: str = "") -> None:
     """Set the title of a panel, at its left, after its bold letter, in lines that fit its width."""
     whole = f"{letter} {title}".strip()
-    size = ax.title.get_fontsize()
-    width = ax.figure.figure.get_figwidth() / max(1, ax.get_gridspec().ncols if ax.get_gridspec() else 1)
+    size = float(ax.title.get_fontsize())
+    spec = ax.get_gridspec()
+    width = ax.figure.figure.get_figwidth() / (1 if spec is None else spec.ncols)
     text = "\n".join(look.wrapped(whole, size, 0.86 * width))
     if letter:
         text = rf"$\mathbf{{{letter}}}$" + text[1:]
@@ -195,12 +196,35 @@ def _hide_ticks(cells: NDArray, axis: str, shared: bool | Literal["row", "col"])
             getattr(ax, f"{axis}axis").get_offset_text().set_visible(False)
 
 
-def decades(ax: Axes, axis: str = "y", most: int = 5) -> None:
-    """Make the axis ``x`` or ``y`` logarithmic with at most about `most` labelled decades."""
+class _FewDecades(LogLocator):
+    """Ticks at a few powers of ten; over less than two decades at 1, 2 and 5 of each, over less than a third at few."""
+
+    def tick_values(self, vmin: float, vmax: float) -> Any:
+        span = float(np.log10(vmax / vmin)) if 0 < vmin < vmax else 9.0
+        if span < 0.7:
+            return MaxNLocator(nbins=3).tick_values(vmin, vmax)
+        self.set_params(subs=(1.0, 2.0, 5.0) if span < 1.5 else (1.0,), numticks=6 if span < 1.5 else 5)
+        return super().tick_values(vmin, vmax)
+
+
+def _tick_text(value: float, _: object = None) -> str:
+    """A number as a power of ten where that is shorter."""
+    if value <= 0:
+        return ""
+    power = int(np.floor(np.log10(value) + 1e-9))
+    front = value / 10.0**power
+    if -3 < power < 4:
+        return f"{value:g}"
+    return rf"$10^{{{power}}}$" if abs(front - 1) < 1e-6 else rf"${front:g}\times 10^{{{power}}}$"
+
+
+def decades(ax: Axes, axis: str = "y") -> None:
+    """Make the axis ``x`` or ``y`` logarithmic, with few ticks that are read at once."""
     getattr(ax, f"set_{axis}scale")("log")
     own = getattr(ax, f"{axis}axis")
-    own.set_major_locator(LogLocator(numticks=most))
-    own.set_major_formatter(LogFormatterSciNotation(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
+    own.set_major_locator(_FewDecades())
+    own.set_major_formatter(FuncFormatter(_tick_text))
+    own.set_minor_formatter(NullFormatter())
 
 
 def legend(page: look.Page, title: str = "", *, handles: Sequence[Any] | None = None) -> None:

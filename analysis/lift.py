@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -10,7 +11,6 @@ import dask.array
 import numpy as np
 import xarray as xr
 from dask.base import tokenize
-from dask.delayed import delayed
 from numpy.typing import NDArray
 
 
@@ -110,23 +110,41 @@ def _on_blocks(formula: Callable[..., NDArray], knobs: Mapping[str, Any], *block
     return formula(*arrays, **knobs)
 
 
-def cellwise(measure: Callable[[xr.Dataset], Sequence[float]], cells: NDArray, count: int) -> Any:
-    """Apply `measure` to every Dataset of an object array: (count, *cells.shape), NaN where there is none.
+#: Blocks of members are cut into single seeds where there are fewer of them than this.
+FEW_BLOCKS = 32
 
-    For measures that need a whole member at once and are not array formulas.  Lazy, with one task per cell, if the
-    Datasets are.
+
+def blockwise(
+    job: Callable[..., NDArray], index: NDArray, arrays: Sequence[xr.DataArray], lead: Sequence[str], count: int
+) -> Any:
+    """What `job` gives for blocks of members, (*lead, count); lazy if an array is.
+
+    For measures that need whole members and are not array formulas.
+
+    Args:
+        job: Function of a block of `index` and of the blocks of each array; gives (*lead of the block, count).
+        index: (*lead), of integers.
+        arrays: Arrays with dimensions among `lead`, then others.
+        lead: Dimensions, with ``seed`` among them.
+        count: How many values there are for each entry of `index`.
     """
-    flat = list(cells.ravel())
-    nothing = np.full(count, np.nan)
-
-    def values(cell: xr.Dataset) -> NDArray:
-        return np.asarray(measure(cell), float)
-
-    if any(cell is not None and cell.chunks for cell in flat):
-        task = delayed(values)
-        columns = [
-            dask.array.from_array(nothing) if c is None else dask.array.from_delayed(task(c), (count,), float)
-            for c in flat
-        ]
-        return dask.array.stack(columns, axis=-1).reshape(count, *cells.shape)
-    return np.stack([nothing if c is None else values(c) for c in flat], axis=-1).reshape(count, *cells.shape)
+    if all(array.chunks is None for array in arrays):
+        return job(index, *(array.values for array in arrays)) if arrays else np.full((*index.shape, count), np.nan)
+    whole = [a.chunk({dim: -1 for dim in a.dims if dim not in lead}) for a in arrays]
+    tiles = max(math.prod(len(a.chunksizes[dim]) for dim in lead if dim in a.dims) for a in whole)
+    whole = [a.chunk({"seed": 1}) for a in whole] if tiles < FEW_BLOCKS else whole
+    first = whole[0]
+    numbered = dask.array.from_array(index, chunks=tuple(first.chunksizes[dim] for dim in lead))
+    pairs: list[Any] = [numbered, tuple(lead)]
+    for position, array in enumerate(whole):
+        own = tuple(str(dim) for dim in array.dims if dim in lead)
+        pairs += [array.data, (*own, *(f"{position} {dim}" for dim in array.dims if dim not in lead))]
+    return dask.array.blockwise(
+        partial(_on_blocks, job, {}),
+        (*lead, "value"),
+        *pairs,
+        new_axes={"value": count},
+        dtype=np.float64,
+        meta=np.empty((0,) * (len(lead) + 1)),
+        name=f"members-{tokenize(job, index, *arrays)}",
+    )

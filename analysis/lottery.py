@@ -17,7 +17,14 @@ SOURCE = "Tian et al. 2019 (arXiv:1905.13405), section 6"
 
 
 def settling(winner: Array) -> Array:
-    """Index of the first epoch from which on the winner is the last epoch's, (..., epoch) -> (...); or NaN."""
+    """Index of the first epoch from which on the winner is the last epoch's, (..., epoch) -> (...); or NaN.
+
+    Examples:
+        >>> import numpy as np
+        >>> from tsdyn.analysis.lottery import settling
+        >>> float(settling(np.array([3.0, 1.0, 1.0])))  # node 1 wins from the second epoch on
+        1.0
+    """
     same = winner == winner[..., -1:]
     lasting = np.flip(np.logical_and.accumulate(np.flip(same, -1), axis=-1), -1)
     return np.where(np.isnan(winner[..., -1]), np.nan, lasting.argmax(-1))
@@ -28,6 +35,13 @@ def winner(archive: xr.Dataset) -> xr.DataArray:
 
     Raises:
         ValueError: if the archive has no correlation or the slice lacks ``node``.
+
+    Examples:
+        >>> import tsdyn
+        >>> ds = tsdyn.layer(tsdyn.open("runs/quickstart"), 1)
+        >>> from tsdyn.analysis.lottery import winner
+        >>> winner(ds).isel(epoch=-1).dims
+        ('overrealization', 'seed', 'teacher_node')
     """
     return lift(
         best_node,
@@ -46,6 +60,13 @@ def winner_rank(archive: xr.Dataset) -> xr.DataArray:
 
     Raises:
         ValueError: as `winner`, or without ``epoch``.
+
+    Examples:
+        >>> import tsdyn
+        >>> ds = tsdyn.layer(tsdyn.open("runs/quickstart"), 1)
+        >>> from tsdyn.analysis.lottery import winner_rank
+        >>> float(winner_rank(ds).isel(epoch=-1).max())
+        0.0
     """
     return lift(
         specialization.winner_rank,
@@ -62,6 +83,13 @@ def settled_epoch(archive: xr.Dataset) -> xr.DataArray:
 
     Raises:
         ValueError: as `winner`, or without ``epoch``.
+
+    Examples:
+        >>> import tsdyn
+        >>> ds = tsdyn.layer(tsdyn.open("runs/quickstart"), 1)
+        >>> from tsdyn.analysis.lottery import settled_epoch
+        >>> settled_epoch(ds).dims
+        ('overrealization', 'seed', 'teacher_node')
     """
     if "epoch" not in archive.dims:
         raise ValueError("settled_epoch: the slice has no dimension epoch; select epochs with a list or slice")
@@ -90,6 +118,13 @@ def rewind_mask(archive: xr.Dataset, *, threshold: float = -1.0) -> xr.DataArray
 
     Raises:
         ValueError: as `winner`.
+
+    Examples:
+        >>> import tsdyn
+        >>> ds = tsdyn.layer(tsdyn.open("runs/quickstart"), 1)
+        >>> from tsdyn.analysis.lottery import rewind_mask
+        >>> sorted(set(rewind_mask(ds).sel(overrealization=4).values.ravel().tolist()))
+        [0.0, 1.0]
     """
     correlation = specialization.correlation_of(archive, "rewind_mask")
     return lift(

@@ -23,6 +23,12 @@ def assignment(score: Array) -> Array:
 
     NaN for a teacher node without a score (padding, dead), and for those left over if there are fewer student nodes; a
     dead student node (NaN) is never a partner.
+
+    Examples:
+        >>> import numpy as np
+        >>> from tsdyn.analysis.matching import assignment
+        >>> assignment(np.array([[0.9, 0.8], [0.7, 0.1]])).tolist()  # 0.8 + 0.7 is more than 0.9 + 0.1
+        [1.0, 0.0]
     """
     flat = score.reshape(-1, *score.shape[-2:])
     found = np.full(flat.shape[:-1], np.nan)
@@ -38,7 +44,14 @@ def assignment(score: Array) -> Array:
 
 
 def matched_score(score: Array) -> Array:
-    """Score of each teacher node with its partner, (..., teacher_node, node) -> (..., teacher_node); or NaN."""
+    """Score of each teacher node with its partner, (..., teacher_node, node) -> (..., teacher_node); or NaN.
+
+    Examples:
+        >>> import numpy as np
+        >>> from tsdyn.analysis.matching import matched_score
+        >>> matched_score(np.array([[0.9, 0.8], [0.7, 0.1]])).tolist()
+        [0.8, 0.7]
+    """
     partner = assignment(score)
     index = np.where(np.isnan(partner), 0, partner).astype(int)[..., None]
     return np.where(np.isnan(partner), np.nan, np.take_along_axis(score, index, -1)[..., 0])
@@ -49,6 +62,12 @@ def best_teacher_order(score: Array) -> Array:
 
     Among those with the same best teacher node, the better score comes first.  Nodes without a score (dead, padding)
     come last, in their original order.
+
+    Examples:
+        >>> import numpy as np
+        >>> from tsdyn.analysis.matching import best_teacher_order
+        >>> best_teacher_order(np.array([[0.1, 0.9], [0.8, 0.2]])).tolist()  # first the node of teacher node 0
+        [1.0, 0.0]
     """
     filled = np.where(np.isnan(score), -np.inf, score)
     best, teacher = filled.max(-2), filled.argmax(-2)
@@ -64,6 +83,13 @@ def partner(archive: xr.Dataset) -> xr.DataArray:
 
     Raises:
         ValueError: if the archive has no correlation or the slice lacks a node dimension.
+
+    Examples:
+        >>> import tsdyn
+        >>> ds = tsdyn.layer(tsdyn.open("runs/quickstart"), 1)
+        >>> from tsdyn.analysis.matching import partner
+        >>> partner(ds).isel(epoch=-1).dims
+        ('overrealization', 'seed', 'teacher_node')
     """
     return lift(
         assignment,
@@ -84,6 +110,13 @@ def node_order(archive: xr.Dataset) -> xr.DataArray:
     Raises:
         ValueError: if the archive has no correlation or the slice lacks a node dimension.  Source: Tian et al. (2019),
             Figure 10.
+
+    Examples:
+        >>> import tsdyn
+        >>> ds = tsdyn.layer(tsdyn.open("runs/quickstart"), 1)
+        >>> from tsdyn.analysis.matching import node_order
+        >>> node_order(ds).isel(epoch=-1).dims
+        ('overrealization', 'seed', 'node')
     """
     return lift(
         best_teacher_order,
@@ -103,6 +136,13 @@ def matched_correlation(archive: xr.Dataset) -> xr.DataArray:
 
     Raises:
         ValueError: as `partner`.
+
+    Examples:
+        >>> import tsdyn
+        >>> ds = tsdyn.layer(tsdyn.open("runs/quickstart"), 1)
+        >>> from tsdyn.analysis.matching import matched_correlation
+        >>> bool(matched_correlation(ds).max() <= 1)
+        True
     """
     return lift(
         matched_score,

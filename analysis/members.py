@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import assert_never
+from functools import cached_property, partial
+from typing import Any, TypeVar, assert_never
 
 import numpy as np
 import torch
 import xarray as xr
+from numpy.typing import NDArray
 from torch import Tensor
 from tsdyn.analysis.identity import begun, points
-from tsdyn.analysis.lift import cellwise
+from tsdyn.analysis.lift import blockwise
 
-from tsdyn.archive.selecting import experiment_of
-from tsdyn.engine.loss import Loss, loss
+from tsdyn.engine.loss import MSE, Loss, loss
 from tsdyn.experiment.experiment import Experiment
 from tsdyn.experiment.parts import Student, Teacher
 from tsdyn.experiment.sweep_axes import axes
@@ -24,9 +25,13 @@ from tsdyn.networks.network import Network
 from tsdyn.problem import augmentation, targets
 from tsdyn.problem.inputs import evaluation_inputs, labels, training_inputs
 from tsdyn.problem.teachers import draw_teacher
+from tsdyn.schema import path_of
 
+T = TypeVar("T")
 #: Variables of the archive from which a student and its teacher are rebuilt.
 PARAMETERS = ("weight", "bias", "teacher_weight", "teacher_bias")
+#: Recorded errors by which it is noticed that the data are those of another experiment.
+CHECKED = ("mse_eval", "loss_eval")
 #: Values of ``teacher.init`` whose teachers can be redrawn from (experiment, seed) alone.
 DRAWN = ("separated", "orthonormal", "gaussian")
 
@@ -77,13 +82,77 @@ class Member:
         return targets.of_training_set(self.experiment, self.seed, clean, self.experiment.training.epochs)
 
 
-def member(ds: xr.Dataset, experiment: Experiment) -> Member:
+def member(ds: xr.Dataset, experiment: Experiment | None = None) -> Member:
     """The single member that `ds` holds, at one seed, epoch and point.
+
+    Args:
+        ds: The archive there.
+        experiment: The experiment of its point; None takes the one that `ds` names.
 
     Raises:
         ValueError: naming the dimension that is left, or the variable that was not recorded; for convolutions and
+<<<<<<< HEAD
             BatchNorm, and where the labels or the recorded teacher are not those of the experiment.
+
+    Examples:
+        >>> import tsdyn
+        >>> from tsdyn.analysis.members import member
+        >>> ds = tsdyn.open("runs/quickstart").sel(overrealization=1, seed=3).isel(epoch=-1)
+        >>> one = member(ds, tsdyn.Experiment.from_toml("quickstart.toml").replace({"sweep": {}}))
+        >>> one.student.widths, one.teacher.widths
+        ((20, 5, 10), (20, 5, 10))
+||||||| 687e552
+            BatchNorm, and where the labels or the recorded teacher are not those of the experiment.
+=======
+            BatchNorm, and where the labels or the recorded teacher are not those of the experiment; for modules of the
+            user's own, and recordings of a loop of the user's own.
+>>>>>>> lab
     """
+    _refuse_unbuildable(ds, experiment)
+    left = [dim for dim in ("seed", "epoch", *(axis.dimension for axis in axes(experiment.sweep))) if dim in ds.dims]
+    if left:
+        raise ValueError(f"member: {', '.join(left)} left; select one")
+    numbers = {str(name): array.values for name, array in _parameters(ds).items()}
+    student, teacher = _networks(experiment, numbers, _rows(ds, experiment))
+    seed = int(ds["seed"])
+    _refuse_another(teacher, experiment, seed)
+    found = Member(experiment, seed, student, teacher)
+    _refuse_other_data(found, {name: float(ds[name]) for name in CHECKED if name in ds and not ds[name].ndim})
+    return found
+
+
+def _refuse_other_data(member: Member, recorded: Mapping[str, float]) -> None:
+    """Raise ValueError if the recorded error is not that of the recorded networks on the experiment's evaluation set.
+
+    It distinguishes archives whose teachers are the same and whose data or activations are not.
+    """
+    error, outputs = recorded.get("mse_eval"), member.teacher.weights[-1].shape[0]
+    if error is None and "loss_eval" in recorded and member.loss == MSE:
+        error = 2 * recorded["loss_eval"] / outputs
+    if error is None or not np.isfinite(error):
+        return
+    with torch.no_grad():
+        wanted, given = member.teacher(member.evaluation_inputs), member.student(member.evaluation_inputs)
+        found = float((wanted - given).square().mean())
+    # ten thousand roundings of outputs this large, in each output
+    rounding = 1e4 * float(torch.finfo(wanted.dtype).eps) * float(torch.maximum(wanted.abs(), given.abs()).max())
+    if not abs(found - error) <= rounding * (2 * max(found, error) ** 0.5 + rounding):
+        raise ValueError(
+            f"member: the error recorded for seed {member.seed} is {error:.6g}, and {found:.6g} on the evaluation set "
+            f"of {member.experiment.name}: the experiment is another archive's (archives joined by xarray keep the "
+            "first one's), or an input file was replaced: open archives together by tsdyn.open([...])"
+        )
+
+
+def _refuse_unbuildable(ds: xr.Dataset, experiment: Experiment) -> None:
+    """Raise ValueError if networks cannot be made of `ds`, whatever its numbers are."""
+    experiment = experiment_of(ds) if experiment is None else experiment
+    if experiment.of_own_modules:
+        raise ValueError(
+            f"member: the student or teacher of {experiment.name} is a module of the user's own, which no Network is; "
+            "tsdyn.running.own_modules.named gives its parameters, similarity.student_teacher takes student= and "
+            "teacher="
+        )
     if experiment.deep:
         raise ValueError(
             f"member: {experiment.name} has convolutions or BatchNorm, which are not rebuilt here; build a "
@@ -92,38 +161,43 @@ def member(ds: xr.Dataset, experiment: Experiment) -> Member:
     missing = [name for name in PARAMETERS if name not in ds]
     if missing:
         raise ValueError(f"member: the archive has no {', '.join(missing)}; record them (record.observables)")
-    left = [dim for dim in ("seed", "epoch", *(axis.dimension for axis in axes(experiment.sweep))) if dim in ds.dims]
-    if left:
-        raise ValueError(f"member: {', '.join(left)} left; select one")
-    seed = int(ds["seed"])
-    if seed not in experiment.seed_labels:
-        raise ValueError(f"member: seed {seed} is none of {experiment.name}'s; the experiment is another archive's")
+    foreign = [seed for seed in np.atleast_1d(ds["seed"].values).tolist() if seed not in experiment.seed_labels]
+    if foreign:
+        raise ValueError(
+            f"member: seed {foreign[0]} is none of {experiment.name}'s; the experiment is another archive's"
+        )
     absent = [i for i in range(1, experiment.layout.depth + 1) if i not in np.atleast_1d(ds["layer"].values)]
     if absent or "layer" not in ds["weight"].dims:
         raise ValueError(f"member: networks are made of all layers, and {absent or 'the dimension layer'} is left out")
-    widths, teacher_widths = experiment.layout.widths, experiment.layout.teacher_widths
-    inputs = experiment.layout.input_width
-    law, taught = experiment.student, experiment.teacher
 
-    def network(
-        weight: xr.DataArray, bias: xr.DataArray, sizes: tuple[int, ...], who: Student | Teacher, name: str, leak: float
-    ) -> Network:
-        pairs = list(enumerate(itertools.pairwise((inputs, *sizes)), start=1))
-        weights = [np.ascontiguousarray(weight.sel(layer=i).values[:n, :below]) for i, (below, n) in pairs]
+
+def _parameters(ds: xr.Dataset) -> xr.Dataset:
+    """The variables that networks are made of, their last dimensions in the order of a weight's."""
+    return ds[list(PARAMETERS)].transpose(..., "layer", "node", "teacher_node", "input_node")
+
+
+def _rows(ds: xr.Dataset, experiment: Experiment) -> list[int]:
+    """Where layers 1..L stand along the dimension ``layer``."""
+    labels = ds["layer"].values.tolist()
+    return [labels.index(number) for number in range(1, experiment.layout.depth + 1)]
+
+
+def _networks(experiment: Experiment, numbers: Mapping[str, NDArray], rows: Sequence[int]) -> tuple[Network, Network]:
+    """Student and teacher from arrays (layer, node[, input_node]) that are padded to the widest layer."""
+    layout, law, taught = experiment.layout, experiment.student, experiment.teacher
+
+    def network(prefix: str, widths: Sequence[int], who: Student | Teacher, name: str, leak: float) -> Network:
+        sizes = list(zip(rows, itertools.pairwise((layout.input_width, *widths)), strict=True))
+        weight, bias = numbers[f"{prefix}weight"], numbers[f"{prefix}bias"]
+        weights = [np.array(weight[row, :nodes, :below]) for row, (below, nodes) in sizes]
         # archives hold 0 for a missing bias, which is no parameter and has no gradient
-        biases = [
-            None if who.bias is False else np.ascontiguousarray(bias.sel(layer=i).values[:n]) for i, (_, n) in pairs
-        ]
+        biases = [None if who.bias is False else np.array(bias[row, :nodes]) for row, (_, nodes) in sizes]
         return Network(weights, biases, name, leak=leak)
 
-    ds = ds[list(PARAMETERS)].transpose(..., "layer", "node", "teacher_node", "input_node").load()
-    student = network(ds["weight"], ds["bias"], widths, law, law.activation, law.leak)
-    teacher = network(
-        ds["teacher_weight"], ds["teacher_bias"], teacher_widths, taught, taught.activation or law.activation,
+    return network("", layout.widths, law, law.activation, law.leak), network(
+        "teacher_", layout.teacher_widths, taught, taught.activation or law.activation,
         law.leak if taught.leak is None else taught.leak,
     )  # fmt: skip
-    _refuse_another(teacher, experiment, seed)
-    return Member(experiment, seed, student, teacher)
 
 
 def _refuse_another(teacher: Network, experiment: Experiment, seed: int) -> None:
@@ -148,43 +222,175 @@ def _refuse_another(teacher: Network, experiment: Experiment, seed: int) -> None
 
 def each(
     ds: xr.Dataset,
+<<<<<<< HEAD
+    measure: Callable[[Member], Sequence[Any]],
+||||||| 687e552
     measure: Callable[[Member], Sequence[float]],
+=======
+    measure: Callable[[T], Sequence[float]],
+>>>>>>> lab
     names: Sequence[str],
     *,
+    gives: Mapping[str, Mapping[str, Sequence[Any]]] | None = None,
     of: Callable[[Experiment], bool] = lambda experiment: True,
+    rebuild: Callable[[xr.Dataset, Experiment], T] = member,  # type: ignore[assignment]
+    needs: Sequence[str] = PARAMETERS,
 ) -> xr.Dataset:
-    """Dataset of `measure` for every living member at one epoch, over the (swept..., seed) of `ds`; NaN for dead ones.
+    """Dataset of `measure` for every living member, over the (swept..., seed[, epoch]) of `ds`; NaN for dead ones.
 
-    Lazy, with one task per member, if `ds` is.
+    Lazy if `ds` is, with one task per block of members that is read at once, or per seed where these are few.
 
     Args:
-        ds: Archive or slice of one, at one epoch.
-        measure: Function of a member that gives one number per name.
+        ds: Archive or slice of one, at one epoch or at many.
+        measure: Function of a member that gives one value per name.
         names: Names of the variables.
+        gives: Name → dimensions with their labels, of values that are arrays; the others are numbers.
         of: Whether to measure the points of an experiment; the others are NaN.
+        rebuild: Function of a member's Dataset and experiment that gives what `measure` takes.
+        needs: Variables that it reads.
 
     Raises:
-        ValueError: as `member`.
+        ValueError: as `member`, or if a value has not the shape that `gives` says.
     """
     if "death_epoch" not in ds.coords:
         raise ValueError("members: the Dataset has no death_epoch, so that the dead cannot be left out; is it tsdyn's?")
+<<<<<<< HEAD
+    dead, committed, path = ds["death_epoch"], begun(ds), path_of(ds)
+    labels = {name: dict((gives or {}).get(name, {})) for name in names}
+    shapes = {name: tuple(len(values) for values in own.values()) for name, own in labels.items()}
+    outer = tuple(str(dim) for dim in dead.dims if dim != "seed")
+    table: dict[int, Experiment] = {}
+||||||| 687e552
     dead, committed = ds["death_epoch"], begun(ds)
     needed = ds[list(PARAMETERS)] if set(PARAMETERS) <= set(ds) else ds
     cells = np.full(dead.shape, None, dtype=object)
     seeds = np.atleast_1d(ds["seed"].values)
+=======
+    dead, committed = ds["death_epoch"], begun(ds)
+    needed = ds[list(needs)] if set(needs) <= set(ds) else ds
+    cells = np.full(dead.shape, None, dtype=object)
+    seeds = np.atleast_1d(ds["seed"].values)
+>>>>>>> lab
     for chosen, experiment in points(ds).values():
-        if not of(experiment):
-            continue
-        there = bool(committed.sel({dim: value for dim, value in chosen.items() if dim in committed.dims}))
-        for seed in seeds if there else ():
-            at = {**chosen, **({"seed": seed} if "seed" in ds.dims else {})}
-            if int(dead.sel(at)) < 0:
-                index = tuple(dead.get_index(dim).get_loc(at[str(dim)]) for dim in dead.dims)
-                cell = needed.sel(at)
-                cells[index] = cell.assign_attrs(experiment=experiment.to_toml())
+        there = committed.sel({dim: value for dim, value in chosen.items() if dim in committed.dims})
+        if bool(there) and of(experiment):
+            _refuse_unbuildable(ds, experiment)
+            place = [int(dead.get_index(dim).get_loc(chosen[dim])) for dim in outer]
+            table[int(np.ravel_multi_index(place, [ds.sizes[dim] for dim in outer])) if outer else 0] = experiment
+    lead = (*outer, "seed", path)
+    index = _numbered(ds, dead, lead, set(table))
+    checked = [name for name in CHECKED if name in ds and set(ds[name].dims) <= set(lead)]
+    known = _Known(table, np.atleast_1d(ds["seed"].values).tolist(), ds["layer"].values.tolist(), index.shape, checked)
+    job = partial(_measured, measure, known, dict(shapes))
+    arrays = [*_members(ds, lead), *(_along(ds[name], ds, lead) for name in checked)] if table else []
+    found = blockwise(job, index, arrays, lead, sum(map(math.prod, shapes.values())))
+    dims = tuple(dim for dim in lead if dim in ds.dims)
+    found = found.reshape(*(ds.sizes[dim] for dim in dims), found.shape[-1])
+    own = {path: ds[path]} if path in ds.dims and path in ds.coords else {}
+    result, start = xr.Dataset(coords={**dead.drop_attrs().coords, **own}), 0
+    for name, shape in shapes.items():
+        block = found[..., start : start + math.prod(shape)].reshape(*found.shape[:-1], *shape)
+        result = result.assign_coords(labels[name]).assign({name: ((*dims, *labels[name]), block)})
+        start += math.prod(shape)
+    return result
 
+
+@dataclass(frozen=True)
+class _Known:
+    """What is known of the members of a Dataset without reading it.
+
+    Attributes:
+        table: Number of a point → its experiment.
+        seeds, layers: Labels of the dimensions.
+        shape: Sizes of the swept dimensions, of seed and of epoch; a member's number is its place in such an array.
+        checked: Recorded errors that are compared with those of the networks.
+    """
+
+    table: Mapping[int, Experiment]
+    seeds: Sequence[int]
+    layers: Sequence[int]
+    shape: tuple[int, ...]
+    checked: Sequence[str]
+
+
+def _numbered(ds: xr.Dataset, dead: xr.DataArray, lead: Sequence[str], asked: set[int]) -> NDArray:
+    """The number of every member and epoch of `ds` that is asked for and alive, −1 for the others; over `lead`."""
+    path = lead[-1]
+    # without labels of epochs, whether it lives to the end
+    alive = (dead < 0) | (ds[path] < dead) if path in ds.coords else dead < 0
+    alive = alive.expand_dims([dim for dim in lead if dim not in alive.dims]).transpose(*lead)
+    shape = tuple(ds.sizes.get(dim, 1) for dim in lead)
+    numbers = np.arange(math.prod(shape)).reshape(shape)
+    wanted = np.isin(numbers // (shape[-2] * shape[-1]), list(asked)) & np.broadcast_to(alive.values, shape)
+    return np.where(wanted, numbers, -1)
+
+
+def _members(ds: xr.Dataset, lead: Sequence[str]) -> list[xr.DataArray]:
+    """The variables that networks are made of, over `lead` (a teacher's without its last), then layers and nodes."""
+    found = []
+    for name, array in _parameters(ds).items():
+        own = lead[:-1] if str(name).startswith("teacher_") else lead
+        found.append(_along(array, ds, own))
+    return found
+
+
+def _along(array: xr.DataArray, ds: xr.Dataset, lead: Sequence[str]) -> xr.DataArray:
+    """The array without coordinates, over `lead` and then its other dimensions."""
+    bare = array.drop_vars(list(array.coords))
+    return bare.expand_dims({dim: ds.sizes.get(dim, 1) for dim in lead if dim not in bare.dims}).transpose(*lead, ...)
+
+
+def _measured(
+    measure: Callable[[Member], Sequence[Any]],
+    known: _Known,
+    shapes: Mapping[str, tuple[int, ...]],
+    index: NDArray,
+    *arrays: NDArray,
+) -> NDArray:
+    """Values of the members with the numbers `index`, (*index.shape, value); NaN for −1."""
+    found = np.full((index.size, sum(map(math.prod, shapes.values()))), np.nan)
+    outer = (0, 0, 1, 1, *(0 for _ in known.checked))  # a teacher has no epochs
+    flat = [a.reshape(-1, *a.shape[index.ndim - less :]) for a, less in zip(arrays, outer, strict=True)]
+    before: Member | None = None
+    for at, number in enumerate(index.ravel().tolist()):
+        if number < 0:
+            continue
+        point, seed = divmod(number // known.shape[-1], known.shape[-2])
+        experiment, label = known.table[point], known.seeds[seed]
+        rows = [known.layers.index(i) for i in range(1, experiment.layout.depth + 1)]
+        numbers = [flat[0][at], flat[1][at], flat[2][at // index.shape[-1]], flat[3][at // index.shape[-1]]]
+        student, teacher = _networks(experiment, dict(zip(PARAMETERS, numbers, strict=True)), rows)
+        if before is None or (before.experiment, before.seed) != (experiment, label):
+            _refuse_another(teacher, experiment, label)
+            before = None
+        one = Member(experiment, label, student, teacher)
+        if before is None:
+            _refuse_other_data(one, {name: float(of[at]) for name, of in zip(known.checked, flat[4:], strict=True)})
+        one.__dict__.update(_data_of(before))
+        found[at] = _flat(measure(one), shapes)
+        before = one
+    return found.reshape(*index.shape, found.shape[-1])
+
+<<<<<<< HEAD
+||||||| 687e552
     def measured(cell: xr.Dataset) -> Sequence[float]:
         return measure(member(cell, experiment_of(cell)))
+=======
+    def measured(cell: xr.Dataset) -> Sequence[float]:
+        return measure(rebuild(cell, experiment_of(cell)))
+>>>>>>> lab
 
-    found = cellwise(measured, cells, len(names))
-    return xr.Dataset({name: dead.copy(data=found[i]).drop_attrs() for i, name in enumerate(names)})
+def _data_of(before: Member | None) -> dict[str, Any]:
+    """The data that a member of the same seed has drawn, which are those of every epoch."""
+    drawn = ("evaluation_inputs", "training_inputs", "training_targets")
+    return {} if before is None else {name: before.__dict__[name] for name in drawn if name in before.__dict__}
+
+
+def _flat(values: Sequence[Any], shapes: Mapping[str, tuple[int, ...]]) -> NDArray:
+    parts = []
+    for (name, shape), value in zip(shapes.items(), values, strict=True):
+        array = np.asarray(value, float)
+        if array.shape != shape:
+            raise ValueError(f"members: {name} has the shape {array.shape}, not {shape}: say its dimensions in `gives`")
+        parts.append(array.ravel())
+    return np.concatenate(parts)

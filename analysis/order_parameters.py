@@ -24,7 +24,14 @@ SIMSEK = "Simsek et al. 2023 (arXiv:2311.01644), section 4"
 
 
 def cosine(w: Array, w2: Array) -> Array:
-    """Cosines of weights, (..., node, input), (..., node_2, input) -> (..., node, node_2); NaN for zero weights."""
+    """Cosines of weights, (..., node, input), (..., node_2, input) -> (..., node, node_2); NaN for zero weights.
+
+    Examples:
+        >>> import numpy as np
+        >>> from tsdyn.analysis.order_parameters import cosine
+        >>> cosine(np.array([[1.0, 0.0]]), np.array([[0.0, 2.0], [3.0, 0.0]])).tolist()
+        [[0.0, 1.0]]
+    """
     norms = [np.linalg.norm(v, axis=-1) for v in (w, w2)]
     first, second = (v / np.where(norm > 0, norm, np.nan)[..., None] for v, norm in zip((w, w2), norms, strict=True))
     found: Array = overlap(first, second)
@@ -105,6 +112,13 @@ def order_parameters(archive: xr.Dataset) -> xr.Dataset:
 
     Raises:
         ValueError: if weights are not recorded, or the slice is of another layer or lacks a node dimension.
+
+    Examples:
+        >>> import tsdyn
+        >>> ds = tsdyn.open("runs/quickstart")
+        >>> from tsdyn.analysis.order_parameters import order_parameters
+        >>> order_parameters(ds)["Q"].dims
+        ('overrealization', 'seed', 'epoch', 'node', 'node_2')
     """
     student, teacher = _weights(archive, "order_parameters")
     below = "input_node"
@@ -141,6 +155,13 @@ def cosines(archive: xr.Dataset) -> xr.DataArray:
 
     Raises:
         ValueError: as `order_parameters`.
+
+    Examples:
+        >>> import tsdyn
+        >>> ds = tsdyn.open("runs/quickstart")
+        >>> from tsdyn.analysis.order_parameters import cosines
+        >>> cosines(ds).isel(epoch=-1).dims
+        ('overrealization', 'seed', 'node', 'teacher_node')
     """
     return lift(
         cosine,

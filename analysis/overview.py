@@ -51,7 +51,15 @@ class Row(NamedTuple):
 
 
 def points(ds: xr.Dataset) -> list[tuple[str, dict[str, Any]]]:
-    """Name and selection of each point of a sweep; one nameless point for a run."""
+    """Name and selection of each point of a sweep; one nameless point for a run.
+
+    Examples:
+        >>> import tsdyn
+        >>> ds = tsdyn.open("runs/quickstart")
+        >>> from tsdyn.analysis.overview import points
+        >>> points(ds)[0]
+        ('overrealization = 1', {'overrealization': np.int64(1)})
+    """
     swept = selecting.swept_dimensions(ds)
     listed = [c for c in ds.coords if ds[c].ndim == 1 and ds[c].dims[0] in swept and c not in vocabulary.COORDINATES]
     found: list[tuple[str, dict[str, Any]]] = []
@@ -68,6 +76,13 @@ def rows(ds: xr.Dataset, limit: int) -> list[Row]:
 
     A point that has not recorded the sweep's last step shows its own last one.  Losses are medians over seeds with the
     middle 80 %; ``rho_l`` is the mean best correlation ρ̄ of layer l (Tian 2020, Figure 6).
+
+    Examples:
+        >>> import tsdyn
+        >>> ds = tsdyn.open("runs/quickstart")
+        >>> from tsdyn.analysis.overview import rows
+        >>> [row.point for row in rows(ds, 10)]
+        ['overrealization = 1', 'overrealization = 4']
     """
     return [_row(name, ds.sel(at) if at else ds) for name, at in points(ds)[:limit]]
 
@@ -121,7 +136,15 @@ def _number(values: Any) -> Number:
 
 
 def facts(ds: xr.Dataset) -> dict[str, str]:
-    """What ran, where and at what cost, in words; keys in the order in which they are shown."""
+    """What ran, where and at what cost, in words; keys in the order in which they are shown.
+
+    Examples:
+        >>> import tsdyn
+        >>> ds = tsdyn.open("runs/quickstart")
+        >>> from tsdyn.analysis.overview import facts
+        >>> facts(ds)["swept: overrealization"]
+        '1, 4'
+    """
     attrs = ds.attrs
     kind = "recording" if "recording" in attrs else "experiment"
     found = {kind: f"{attrs.get('name', '?')}  ({str(attrs.get('digest', '?'))[:12]})"}

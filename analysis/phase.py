@@ -23,6 +23,12 @@ def recovery_code(correlation: Array, threshold: float) -> Array:
     """Code 0 if no teacher node is matched above `threshold`, 2 if all are, else 1; (..., teacher_node, node) -> (...).
 
     NaN for dead members; padding counts as no teacher node.
+
+    Examples:
+        >>> import numpy as np
+        >>> from tsdyn.analysis.phase import recovery_code
+        >>> float(recovery_code(np.array([[0.99, 0.1], [0.2, 0.5]]), 0.95))  # some
+        1.0
     """
     best = best_match(correlation)
     nodes, found = (~np.isnan(best)).sum(-1), (best > threshold).sum(-1)
@@ -30,7 +36,14 @@ def recovery_code(correlation: Array, threshold: float) -> Array:
 
 
 def shares(codes: Array, values: Array) -> Array:
-    """Share of the codes, leaving out NaN, that equal each of `values`; (..., seed) -> (..., class)."""
+    """Share of the codes, leaving out NaN, that equal each of `values`; (..., seed) -> (..., class).
+
+    Examples:
+        >>> import numpy as np
+        >>> from tsdyn.analysis.phase import shares
+        >>> shares(np.array([0.0, 2.0, 2.0, np.nan]), np.array([0, 1, 2])).round(3).tolist()
+        [0.333, 0.0, 0.667]
+    """
     n = (~np.isnan(codes)).sum(-1)[..., None]
     hits = (codes[..., None] == values).sum(-2)
     return np.where(n > 0, hits / np.maximum(n, 1), np.nan)
@@ -48,6 +61,13 @@ def recovery_class(archive: xr.Dataset, *, threshold: float = THRESHOLD) -> xr.D
 
     Raises:
         ValueError: if the archive has no correlation or the slice lacks a node dimension.
+
+    Examples:
+        >>> import tsdyn
+        >>> ds = tsdyn.layer(tsdyn.open("runs/quickstart"), 1)
+        >>> from tsdyn.analysis.phase import recovery_class
+        >>> recovery_class(ds).isel(epoch=-1).dims
+        ('overrealization', 'seed')
     """
     found = lift(
         recovery_code,
@@ -74,6 +94,14 @@ def fractions(codes: xr.DataArray, *, over: str = "seed") -> xr.DataArray:
 
     Raises:
         ValueError: if `codes` lacks `over` or the attributes.
+
+    Examples:
+        >>> import tsdyn
+        >>> ds = tsdyn.layer(tsdyn.open("runs/quickstart"), 1)
+        >>> from tsdyn.analysis.phase import fractions, recovery_class
+        >>> found = fractions(recovery_class(ds).isel(epoch=-1)).compute()
+        >>> bool(abs(found.sum("class") - 1).max() < 1e-12)
+        True
     """
     if over not in codes.dims:
         raise ValueError(f"fractions: {codes.name!r} has no dimension {over}; select with a list or slice")

@@ -261,6 +261,11 @@ def render(path: str | Path, *, audit: bool = True, again: float | None = None) 
 
     Raises:
         ArchiveError: if there is nothing to read, or what there is cannot be an archive's (`refuse_odd`).
+
+    Examples:
+        >>> from tsdyn.analysis.report import render
+        >>> render("runs/quickstart", audit=False)[:15]
+        '<!DOCTYPE html>'
     """
     said: list[str] = []
     with warnings.catch_warnings(record=True) as caught:
@@ -305,6 +310,11 @@ def write(path: str | Path, output: str | Path, *, audit: bool = True) -> Path:
 
     Raises:
         ArchiveError: if there is nothing to read, or `output` cannot be written.
+
+    Examples:
+        >>> from tsdyn.analysis.report import write
+        >>> str(write("runs/quickstart", "page.html", audit=False))
+        'page.html'
     """
     page, target = render(path, audit=audit), whole_files.local_path(output)
     whole_files.write_text(target, page)
@@ -319,6 +329,11 @@ def watch(path: str | Path, output: str | Path, *, every: float = 5.0, audit: bo
 
     Raises:
         ArchiveError: as `write`, but for a directory in which nothing is committed yet.
+
+    Examples:
+        >>> from tsdyn.analysis.report import watch
+        >>> list(watch("runs/quickstart", "page.html", audit=False))  # finished, so one page
+        [1.0]
     """
     target = whole_files.local_path(output)
     while True:
@@ -340,7 +355,13 @@ def watch(path: str | Path, output: str | Path, *, every: float = 5.0, audit: bo
 
 
 def committed(path: str | Path) -> float:
-    """Share of the recorded steps of a run, or of all points of a sweep, that are committed; 1 if it is finished."""
+    """Share of the recorded steps of a run, or of all points of a sweep, that are committed; 1 if it is finished.
+
+    Examples:
+        >>> from tsdyn.analysis.report import committed
+        >>> committed("runs/quickstart")
+        1.0
+    """
     ds = _opened(path)
     if "coverage" in ds.coords:
         return float(ds["coverage"].mean())

@@ -7,11 +7,18 @@ would be large whatever was learned; they raise ValueError.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from functools import partial
+
 import numpy as np
 import torch
 import xarray as xr
 from numpy.typing import NDArray
+from tsdyn.analysis import own_modules
 from tsdyn.analysis.members import Member, each
+from tsdyn.analysis.own_modules import Maker
+
+from tsdyn.archive.selecting import experiment_of
 
 KORNBLITH = "Kornblith et al. 2019 (arXiv:1905.00414), Eq. 4"
 RAGHU = "Raghu et al. 2017 (arXiv:1706.05806)"
@@ -61,6 +68,14 @@ def linear_cka(x: NDArray, y: NDArray, *, debiased: bool = False) -> float:
     Raises:
         ValueError: if samples differ in number or are too few (no more than both widths together, plain).
         Source: Kornblith et al. 2019 (arXiv:1905.00414), Eq. 4; Song et al. 2012 (JMLR 13:1393), Eq. 5, debiased.
+
+    Examples:
+        >>> import numpy as np
+        >>> from tsdyn.analysis.similarity import linear_cka
+        >>> x = np.random.default_rng(0).standard_normal((100, 3))
+        >>> rotation = np.linalg.qr(np.random.default_rng(1).standard_normal((3, 3)))[0]
+        >>> round(linear_cka(x, 2 * x @ rotation), 12)  # of rotated and scaled activations
+        1.0
     """
     fewest = 3 if debiased else x.shape[-1] + y.shape[-1]
     x, y = _centred(x, y, "linear_cka", fewest)
@@ -96,6 +111,13 @@ def svcca(x: NDArray, y: NDArray, *, variance: float = 0.99) -> float:
     Raises:
         ValueError: as `linear_cka`, or if `variance` is outside (0, 1].
         Source: Raghu et al. 2017 (arXiv:1706.05806).
+
+    Examples:
+        >>> import numpy as np
+        >>> from tsdyn.analysis.similarity import svcca
+        >>> x = np.random.default_rng(0).standard_normal((100, 3))
+        >>> round(svcca(x, x @ np.diag([1.0, 2.0, 3.0]), variance=1.0), 6)
+        1.0
     """
     if not 0 < variance <= 1:
         raise ValueError(f"svcca: variance={variance!r}; it lies in (0, 1]")
@@ -124,34 +146,94 @@ def _principal(x: NDArray, variance: float, eps: float) -> NDArray:
     return basis
 
 
-def student_teacher(archive: xr.Dataset, *, samples: int | None = None, debiased: bool = False) -> xr.Dataset:
+def student_teacher(
+    archive: xr.Dataset,
+    *,
+    samples: int | None = None,
+    debiased: bool = False,
+    student: Maker | None = None,
+    teacher: Maker | None = None,
+) -> xr.Dataset:
     """``cka`` and ``svcca`` of student and teacher activations at each layer; (..., layer), lazy if `archive` is.
 
+<<<<<<< HEAD
+    On the evaluation set, which is redrawn, at every epoch that `archive` holds.
+    NaN above the last layer of a point that has fewer layers.
+||||||| 687e552
     On the evaluation set, which is redrawn, at one epoch.  NaN above the last layer of a point that has fewer layers.
+=======
+    On the evaluation set, which is redrawn, at one epoch.  NaN above the last layer of a point that has fewer layers.
+    Layers of own modules are paired from the lowest, the output layers with each other; NaN where the teacher
+    has no such layer.
+>>>>>>> lab
 
     Args:
+<<<<<<< HEAD
+        archive: A run, a sweep or a slice, with weights.
+||||||| 687e552
         archive: A run, a sweep or a slice, at one epoch, with weights.
+=======
+        archive: A run, a sweep or a slice, at one epoch, with weights; with ``parameter`` of an own module.
+>>>>>>> lab
         samples: Number of samples to use from the start of the evaluation set; None uses all.
         debiased: Whether to use the debiased estimator of CKA, see `linear_cka`.
+        student, teacher: The functions that make modules of the user's own, where the run has such.
 
     Raises:
-        ValueError: if epochs are left, layers are not, weights were not recorded, or samples are too few.
+        ValueError: if one layer is left, weights were not recorded, or samples are too few.
+
+    Examples:
+        >>> import tsdyn
+        >>> from tsdyn.analysis.similarity import student_teacher
+        >>> ds = tsdyn.open("runs/quickstart").isel(overrealization=0, epoch=-1, seed=[0])
+        >>> student_teacher(ds).cka.dims
+        ('seed', 'layer')
     """
-    if "epoch" in archive.dims:
-        raise ValueError("student_teacher: epochs are left; select one, e.g. ds.isel(epoch=-1)")
     if "layer" not in archive.dims:
         raise ValueError("student_teacher: one layer is left; networks are made of all of them, select it afterwards")
     layers = archive["layer"].values.tolist()
+    names = [f"{kind}_{number}" for kind in ("cka", "svcca") for number in layers]
 
+<<<<<<< HEAD
+    def measure(member: Member) -> list[list[float]]:
+||||||| 687e552
     def measure(member: Member) -> list[float]:
+=======
+    def compared(pairs: Iterable[tuple[int, NDArray, NDArray]]) -> list[float]:
+        values = dict.fromkeys(names, np.nan)
+        for number, f, f_star in pairs:
+            values[f"cka_{number}"] = linear_cka(f, f_star, debiased=debiased)
+            values[f"svcca_{number}"] = svcca(f, f_star)
+        return list(values.values())
+
+    def of_networks(member: Member) -> list[float]:
+>>>>>>> lab
         with torch.no_grad():
             x = member.evaluation_inputs[:samples]
             traces = [net.trace(x).activations for net in (member.student, member.teacher)]
+<<<<<<< HEAD
+        pairs = [(f.numpy(), f_star.numpy()) for f, f_star in zip(*traces, strict=True)]
+        above = [np.nan] * (len(layers) - len(pairs))
+        cka = [linear_cka(*pair, debiased=debiased) for pair in pairs]
+        return [cka + above, [svcca(*pair) for pair in pairs] + above]
+||||||| 687e552
         pairs = [(f.numpy(), f_star.numpy()) for f, f_star in zip(*traces, strict=True)]
         above = [np.nan] * (len(layers) - len(pairs))
         cka = [linear_cka(*pair, debiased=debiased) for pair in pairs]
         return cka + above + [svcca(*pair) for pair in pairs] + above
+=======
+        return compared((i, f.numpy(), t.numpy()) for i, (f, t) in enumerate(zip(*traces, strict=True), start=1))
+>>>>>>> lab
 
+<<<<<<< HEAD
+    found = each(archive, measure, ("cka", "svcca"), gives={name: {"layer": layers} for name in ("cka", "svcca")})
+    said = {
+        "cka": (f"{'debiased ' * debiased}linear CKA of student and teacher", KORNBLITH),
+        "svcca": ("SVCCA of student and teacher", RAGHU),
+    }
+    return found.assign(
+        {name: found[name].assign_attrs(units="1", long_name=t, source=source) for name, (t, source) in said.items()}
+||||||| 687e552
     names = [f"{kind}_{number}" for kind in ("cka", "svcca") for number in layers]
     found = each(archive, measure, names)
 
@@ -166,4 +248,26 @@ def student_teacher(archive: xr.Dataset, *, samples: int | None = None, debiased
             "cka": stacked("cka", f"{'debiased ' * debiased}linear CKA of student and teacher", KORNBLITH),
             "svcca": stacked("svcca", "SVCCA of student and teacher", RAGHU),
         }
+=======
+    experiment = experiment_of(archive)
+    own_modules.refuse_without_makers(experiment, student, teacher, "student_teacher")
+    if experiment.of_own_modules:
+        rebuild = partial(own_modules.activations, student=student, teacher=teacher, samples=samples)
+        needs = [name for name in ("parameter", "teacher_parameter") if name in archive]
+        found = each(archive, lambda both: compared(both.pairs()), names, rebuild=rebuild, needs=needs)
+    else:
+        found = each(archive, of_networks, names)
+
+    def stacked(kind: str, long_name: str, source: str) -> xr.DataArray:
+        parts = [found[f"{kind}_{number}"] for number in layers]
+        axis = xr.DataArray(layers, dims="layer", name="layer")
+        joined = xr.concat(parts, dim=axis, coords="minimal", compat="override", join="exact", combine_attrs="drop")
+        return joined.transpose(..., "layer").assign_attrs(units="1", long_name=long_name, source=source)
+
+    return xr.Dataset(
+        {
+            "cka": stacked("cka", f"{'debiased ' * debiased}linear CKA of student and teacher", KORNBLITH),
+            "svcca": stacked("svcca", "SVCCA of student and teacher", RAGHU),
+        }
+>>>>>>> lab
     )

@@ -30,12 +30,27 @@ def _nanmax(values: Array, axis: int) -> Array:
 
 
 def best_teacher(correlation: Array) -> Array:
-    """Largest (signed) correlation of student nodes with any teacher node; (..., teacher_node, node) -> (..., node)."""
+    """Largest (signed) correlation of student nodes with any teacher node; (..., teacher_node, node) -> (..., node).
+
+    Examples:
+        >>> import numpy as np
+        >>> from tsdyn.analysis.specialization import best_teacher
+        >>> rho = np.array([[0.9, 0.1, np.nan], [0.2, 0.4, 0.3]])  # (teacher_node, node); NaN: a dead node
+        >>> best_teacher(rho).tolist()
+        [0.9, 0.4, 0.3]
+    """
     return _nanmax(correlation, axis=-2)
 
 
 def mean_best_match(correlation: Array) -> Array:
-    """Mean best correlation ρ̄, (..., teacher_node, node) -> (...), leaving out teacher nodes without a correlation."""
+    """Mean best correlation ρ̄, (..., teacher_node, node) -> (...), leaving out teacher nodes without a correlation.
+
+    Examples:
+        >>> import numpy as np
+        >>> from tsdyn.analysis.specialization import mean_best_match
+        >>> float(mean_best_match(np.array([[0.9, 0.1], [0.2, 0.5]])))
+        0.7
+    """
     best = best_match(correlation)
     real = ~np.isnan(best)
     count = real.sum(-1)
@@ -43,7 +58,14 @@ def mean_best_match(correlation: Array) -> Array:
 
 
 def match_counts(correlation: Array, threshold: float) -> Array:
-    """Number of teacher nodes with best match above `threshold`, (..., teacher_node, node) -> (...); NaN if all are."""
+    """Number of teacher nodes with best match above `threshold`, (..., teacher_node, node) -> (...); NaN if all are.
+
+    Examples:
+        >>> import numpy as np
+        >>> from tsdyn.analysis.specialization import match_counts
+        >>> int(match_counts(np.array([[0.99, 0.1], [0.2, 0.5]]), threshold=0.95))
+        1
+    """
     best = best_match(correlation)
     return np.where(np.isnan(best).all(-1), np.nan, (best > threshold).sum(-1))
 
@@ -53,6 +75,13 @@ def winner_rank(correlation: Array) -> Array:
 
     (..., epoch, teacher_node, node) -> (..., epoch, teacher_node).  Counted from 0, the best, and divided by the number
     of nodes with a correlation at that epoch; NaN if the winner has none there, or if the last epoch has no winner.
+
+    Examples:
+        >>> import numpy as np
+        >>> from tsdyn.analysis.specialization import winner_rank
+        >>> rho = np.array([[[0.1, 0.3]], [[0.9, 0.2]]])  # node 0 wins, and began as second of 2
+        >>> winner_rank(rho).ravel().tolist()
+        [0.5, 0.0]
     """
     winner = best_node(correlation[..., -1:, :, :])
     place = np.where(np.isnan(winner), 0, winner).astype(int)[..., None]
@@ -82,6 +111,13 @@ def silent(archive: xr.Dataset) -> xr.DataArray:
     Such a student has recovered nothing, which is a result.  A value that is NaN for another reason (dead members,
     missing epochs or points, padding, the output layer) is missing, and the result False; so it is if the Dataset
     cannot tell.
+
+    Examples:
+        >>> import tsdyn
+        >>> ds = tsdyn.layer(tsdyn.open("runs/quickstart"), 1)
+        >>> from tsdyn.analysis.specialization import silent
+        >>> bool(silent(ds).any())  # no student here has fallen silent as a whole
+        False
     """
     correlation = correlation_of(archive, "silent")
     none = correlation.isnull().all(["teacher_node", "node"])
@@ -91,7 +127,7 @@ def silent(archive: xr.Dataset) -> xr.DataArray:
     there = ((death < 0) | (epoch < death)) & begun(archive)
     experiment = experiment_of(archive)
     keys = {key.split(".")[0] for key in swept_keys(experiment.sweep)}
-    if "coverage" in archive.coords and (keys & {"training", "record"} or float(archive["coverage"].min()) < 1):
+    if "coverage" in archive.coords and (keys & {"training", "record", "fork"} or float(archive["coverage"].min()) < 1):
         there = there & _recorded(archive)
     depth = per_point(archive, lambda point: point.layout.depth) if "teacher" in keys else experiment.layout.depth
     found: xr.DataArray = (none & there & (archive["layer"] < depth)).transpose(*none.dims)
@@ -113,7 +149,15 @@ def _recorded(archive: xr.Dataset) -> xr.DataArray:
 
 
 def counted(values: xr.DataArray, archive: xr.Dataset) -> xr.DataArray:
-    """`values` with 0 in place of NaN where the student is `silent`, for it has recovered no teacher node."""
+    """`values` with 0 in place of NaN where the student is `silent`, for it has recovered no teacher node.
+
+    Examples:
+        >>> import tsdyn
+        >>> ds = tsdyn.layer(tsdyn.open("runs/quickstart"), 1)
+        >>> from tsdyn.analysis.specialization import counted, specialization
+        >>> counted(specialization(ds), ds).dims
+        ('overrealization', 'seed', 'epoch', 'teacher_node')
+    """
     none = silent(archive)
     if "teacher_node" in values.dims and "teacher_width" in archive.coords:
         none = none & (archive["teacher_node"] < archive["teacher_width"])
@@ -129,6 +173,13 @@ def specialization(archive: xr.Dataset) -> xr.DataArray:
 
     Raises:
         ValueError: if the archive has no correlation or the slice lacks ``node``.
+
+    Examples:
+        >>> import tsdyn
+        >>> ds = tsdyn.layer(tsdyn.open("runs/quickstart"), 1)
+        >>> from tsdyn.analysis.specialization import specialization
+        >>> specialization(ds).isel(epoch=-1).dims
+        ('overrealization', 'seed', 'teacher_node')
     """
     return lift(
         best_match,
@@ -145,6 +196,13 @@ def student_specialization(archive: xr.Dataset) -> xr.DataArray:
 
     Raises:
         ValueError: as `specialization`.  Source: Tian (2020), Figure 5.
+
+    Examples:
+        >>> import tsdyn
+        >>> ds = tsdyn.layer(tsdyn.open("runs/quickstart"), 1)
+        >>> from tsdyn.analysis.specialization import student_specialization
+        >>> student_specialization(ds).dims
+        ('overrealization', 'seed', 'epoch', 'node')
     """
     return lift(
         best_teacher,
@@ -161,6 +219,14 @@ def mean_specialization(archive: xr.Dataset) -> xr.DataArray:
 
     Raises:
         ValueError: as `specialization`.  Source: Tian (2020), Figure 6; Tian et al. (2019), section 5.
+
+    Examples:
+        >>> import tsdyn
+        >>> ds = tsdyn.layer(tsdyn.open("runs/quickstart"), 1)
+        >>> from tsdyn.analysis.specialization import mean_specialization
+        >>> rho = mean_specialization(ds).mean("seed").compute()  # lazy until here
+        >>> bool((rho.isel(epoch=-1) > rho.isel(epoch=0)).all())  # students specialize
+        True
     """
     return lift(
         mean_best_match,
@@ -179,6 +245,14 @@ def mean_rank(archive: xr.Dataset) -> xr.DataArray:
 
     Raises:
         ValueError: as `specialization`, or without ``epoch``.  Source: Tian et al. (2019), section 6.
+
+    Examples:
+        >>> import tsdyn
+        >>> ds = tsdyn.layer(tsdyn.open("runs/quickstart"), 1)
+        >>> from tsdyn.analysis.specialization import mean_rank
+        >>> ranks = mean_rank(ds).compute()
+        >>> float(ranks.isel(epoch=-1).max())  # at the end the winners are the best
+        0.0
     """
     return _rank_named(_final_ranks(archive, "mean_rank").mean("teacher_node"), "mean_rank", "mean rank r̄")
 
@@ -192,6 +266,13 @@ def median_rank(archive: xr.Dataset) -> xr.DataArray:
         ValueError: as `mean_rank`.
 
     Source: Tian et al. (2019), Figures 19 to 21.
+
+    Examples:
+        >>> import tsdyn
+        >>> ds = tsdyn.layer(tsdyn.open("runs/quickstart"), 1)
+        >>> from tsdyn.analysis.specialization import median_rank
+        >>> median_rank(ds).dims
+        ('overrealization', 'seed', 'epoch')
     """
     ranks = lift(median, _final_ranks(archive, "median_rank"), reads=("teacher_node",))
     return _rank_named(ranks, "median_rank", "median rank")
@@ -220,6 +301,13 @@ def recovered(archive: xr.Dataset, *, threshold: float = THRESHOLD) -> xr.DataAr
 
     Raises:
         ValueError: as `specialization`.
+
+    Examples:
+        >>> import tsdyn
+        >>> ds = tsdyn.layer(tsdyn.open("runs/quickstart"), 1)
+        >>> from tsdyn.analysis.specialization import recovered
+        >>> float(recovered(ds, threshold=0.95).isel(epoch=0).max())
+        0.0
     """
     found = lift(
         match_counts,
@@ -244,6 +332,13 @@ def success_rate(archive: xr.Dataset, *, threshold: float = THRESHOLD) -> xr.Dat
 
     Raises:
         ValueError: as `specialization`.  Source: Tian (2020), Figure 7.
+
+    Examples:
+        >>> import tsdyn
+        >>> ds = tsdyn.layer(tsdyn.open("runs/quickstart"), 1)
+        >>> from tsdyn.analysis.specialization import success_rate
+        >>> success_rate(ds).isel(epoch=-1).dims
+        ('overrealization', 'teacher_node')
     """
     rate = _success(archive, threshold, "success_rate").mean("seed")
     return rate.rename("success_rate").assign_attrs(
@@ -256,6 +351,13 @@ def success_interval(archive: xr.Dataset, *, threshold: float = THRESHOLD, confi
 
     Raises:
         ValueError: as `success_rate`, or if `confidence` is outside (0, 1).
+
+    Examples:
+        >>> import tsdyn
+        >>> ds = tsdyn.layer(tsdyn.open("runs/quickstart"), 1)
+        >>> from tsdyn.analysis.specialization import success_interval
+        >>> success_interval(ds).bound.values.tolist()
+        ['low', 'high']
     """
     interval = share_interval(_success(archive, threshold, "success_interval"), confidence=confidence)
     return interval.rename("success_interval").assign_attrs(
@@ -275,6 +377,13 @@ def recovery_epoch(archive: xr.Dataset, *, threshold: float = THRESHOLD) -> xr.D
 
     Raises:
         ValueError: as `specialization`.
+
+    Examples:
+        >>> import tsdyn
+        >>> ds = tsdyn.layer(tsdyn.open("runs/quickstart"), 1)
+        >>> from tsdyn.analysis.specialization import recovery_epoch
+        >>> recovery_epoch(ds).dims
+        ('overrealization', 'seed', 'teacher_node')
     """
     best = specialization(archive)
     if "epoch" not in best.dims:

@@ -12,10 +12,11 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, ParamSpec, TypeVar, cast, get_args
+from typing import Any, Literal, ParamSpec, TypeVar, get_args
 
 import matplotlib as mpl
 import numpy as np
+from cycler import cycler
 from matplotlib import colormaps, colors
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
@@ -68,11 +69,11 @@ def _in_use() -> _Active:
     return _active.get() or _Active()
 
 
-def _parameters(name: Name) -> dict[str, Any]:
+def _parameters(name: Name) -> Any:
     """matplotlib's parameters of a style; also whatever a user's own file of parameters says otherwise is replaced."""
     s = _SCALES[name]
     return mpl.rcParamsDefault.copy() | {
-        "backend": mpl.rcParams._get("backend"),  # type: ignore[attr-defined]  # reading it by key would start one
+        "backend": mpl.rcParams._get("backend"),  # reading it by key would start one
         "font.family": ["DejaVu Sans"],  # which comes with matplotlib
         "font.size": 7.5 * s,
         "axes.titlesize": 7.5 * s,
@@ -110,13 +111,13 @@ def _parameters(name: Name) -> dict[str, Any]:
         "patch.linewidth": 0.6 * s,
         "axes.spines.top": False,
         "axes.spines.right": False,
-        "axes.prop_cycle": mpl.cycler(color=list(PALETTE)),
+        "axes.prop_cycle": cycler(color=list(PALETTE)),
         "image.cmap": "viridis",
     }
 
 
 #: Vector files with TrueType outlines that checkers accept, text as text, and the same bytes for the same figure.
-_FILES = {"pdf.fonttype": 42, "ps.fonttype": 42, "svg.fonttype": "none", "svg.hashsalt": "tsdyn"}
+_FILES: Any = {"pdf.fonttype": 42, "ps.fonttype": 42, "svg.fonttype": "none", "svg.hashsalt": "tsdyn"}
 
 
 @contextmanager
@@ -169,7 +170,7 @@ class Page(Figure):
         self._style = _in_use()
         self._heights = [self.get_figheight(), 0.0, 0.0]  # of the panels, the legend and the caption
         self._rows = self.add_gridspec(3, 1, height_ratios=(1.0, 1e-6, 1e-6))
-        self.body, self._key, self._foot = (self.add_subfigure(row) for row in self._rows)
+        self.body, self._key, self._foot = (self.add_subfigure(self._rows[row]) for row in range(3))
 
     def _resize(self, row: int, height: float | int) -> None:
         self._heights[row] = height
@@ -179,7 +180,7 @@ class Page(Figure):
     def say(self, caption: str) -> None:
         """Set the caption, and draw it unless the style has none."""
         self.caption = " ".join(printable(caption).split())
-        self.caption = self.caption[:1].upper() + self.caption[1:]
+        self.caption = (self.caption[:1].upper() if self.caption[:1].isascii() else self.caption[:1]) + self.caption[1:]
         for text in list(self._foot.texts):
             text.remove()
         if not (self.caption and self._style.captioned):
@@ -218,8 +219,9 @@ class Page(Figure):
         """
         kind = str(kwargs.get("format") or Path(str(fname)).suffix.lstrip(".") or "png").lower()
         known = _metadata(kind, self.caption, self.provenance) | dict(kwargs.pop("metadata", None) or {})
+        self.draw_without_rendering()  # the first pass does not know how wide legends and bars will be
         with mpl.rc_context(_FILES):
-            super().savefig(fname, *args, **({"metadata": known} if known else {}), **kwargs)
+            super().savefig(fname, *args, **(kwargs | ({"metadata": known} if known else {})))
 
 
 def _metadata(kind: str, caption: str, provenance: Mapping[str, str]) -> dict[str, Any]:
@@ -326,4 +328,4 @@ def as_name(text: str) -> Name:
     """`text` as the name of a style; ValueError, naming them all, if it is none."""
     if text not in NAMES:
         raise ValueError(f"style: no style {text!r}; there are {', '.join(NAMES)}")
-    return cast(Name, text)
+    return text

@@ -89,7 +89,7 @@ def panel(name: str, *, along: str = "epoch") -> layout.Panel:
 
     def drawn(measured: xr.Dataset, ax: Axes) -> None:
         values = first(measured[name], along, "layer")
-        layers = values["layer"].values if "layer" in values.dims else []
+        layers = values["layer"].values.tolist() if "layer" in values.dims else []
         for position, layer in enumerate(layers):
             panels.spread(
                 values.sel(layer=layer), ax=ax, along=along, color=look.shade(position, len(layers)),
@@ -99,7 +99,8 @@ def panel(name: str, *, along: str = "epoch") -> layout.Panel:
             panels.spread(values, ax=ax, along=along, color=look.PALETTE[2], marker=None if along == "epoch" else "o")
         scale(values, ax)
         if along == "train":
-            ax.set(xscale="log", xlabel="training samples N")
+            layout.decades(ax, "x")
+            ax.set_xlabel("training samples N")
 
     drawn.__doc__ = f"Panel of ``{name}`` against {along}."
     return drawn

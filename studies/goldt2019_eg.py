@@ -73,7 +73,8 @@ def _errors(measured: xr.Dataset, ax: Axes) -> None:
                 alpha, own["eg_equation"].sel(seed=seed), color=colour, linewidth=look.points(0.8),
                 linestyle=panels.STYLES[position % 4], label=None if place else f"K = {K} student nodes",
             )  # fmt: skip
-    ax.set(xscale="log", xlabel="α = steps / N")
+    layout.decades(ax, "x")
+    ax.set_xlabel("α = steps / N")
     layout.decades(ax)
     ax.set_ylabel("generalization error")
 
@@ -89,8 +90,8 @@ def draw(measured: xr.Dataset) -> look.Page:
         layout.Cell("generalization error", {"layers": at}, _TITLES[at]) for at in measured["layers"].values.tolist()
     ]
     says = (
-        f"Online learning, M = {TEACHER_NODES} teacher nodes: simulation (marks, a shape per seed) and equation (lines) "
-        "from the same starts"
+        f"Online learning, M = {TEACHER_NODES} teacher nodes: simulation (marks, a shape per seed) and equation "
+        "(lines) from the same starts"
     )
     page = layout.arrange(
         measured, PANELS, [cells], says=says, spread="points", share_x=True, share_y=True, columns=2, height=2.2,
@@ -98,5 +99,5 @@ def draw(measured: xr.Dataset) -> look.Page:
     )  # fmt: skip
     told = experiment_of(measured) if "experiment" in measured.attrs else None
     if told is not None:
-        page.say(f"{page.caption} Output noise {told.online.noise:g}, N = {told.online.inputs} inputs.")
+        page.say(f"{page.caption} Output noise {told.online.noise:g}, N = {told.student_widths[0]} inputs.")
     return page

@@ -8,14 +8,18 @@ from typing import Any
 import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
-from tsdyn.analysis.panels import PALETTE
+from matplotlib.image import AxesImage
+from numpy.typing import NDArray
+from tsdyn.analysis.style import PALETTE
 
 from tsdyn.experiment.experiment import Experiment
 from tsdyn.schema import words_of
 
 #: Colours of the classes, and of the regimes in which each is the best minimum.
-COLOURS = {"copy-average": PALETTE[2], "perturbed-copy": PALETTE[1], "other": "#999999"}
-NAMES = {"copy-average": "copy-average", "perturbed-copy": "perturbed n-copy", "other": "other"}
+COLOURS = {"copy-average": PALETTE[0], "perturbed-copy": PALETTE[1], "other": PALETTE[2]}
+NAMES = {"copy-average": "copy-average", "perturbed-copy": "perturbed n-copy", "other": "neither"}
+#: Marks of the classes, so that they differ in grey, too.
+MARKS = {"copy-average": "o", "perturbed-copy": "s", "other": "X"}
 
 
 #: Variables of `ends` that do not depend on the seed.
@@ -104,13 +108,18 @@ def cosines(one: xr.Dataset) -> xr.DataArray:
     u = (w / np.sqrt((w**2).sum("input_node")) * np.sign(a)).isel(input_node=slice(0, k))
     rows = []
     for values in u.transpose("seed", "node", "input_node").values:
-        best, margin = values.argmax(0), values.max(0)
-        first = np.argsort([(best == i).sum() - margin[best == i].max(initial=0) for i in range(len(values))])
-        place = np.argsort(first)
-        columns = np.lexsort((-margin, place[best]))
+        first, columns = order(values)
         rows.append(values[first][:, columns])
     dims = ("seed", "node", "teacher_node")
     return xr.DataArray(np.stack(rows), dims=dims, coords={"seed": u["seed"]}, attrs=described("cosine u of w and v"))
+
+
+def order(values: NDArray) -> tuple[NDArray, NDArray]:
+    """Orders of student and teacher nodes by best match, of cosines (node, teacher_node)."""
+    best, margin = values.argmax(0), values.max(0)
+    first = np.argsort([(best == i).sum() - margin[best == i].max(initial=0) for i in range(len(values))])
+    columns = np.lexsort((-margin, np.argsort(first)[best]))
+    return first, columns
 
 
 def described(text: str) -> dict[str, str]:
@@ -118,9 +127,13 @@ def described(text: str) -> dict[str, str]:
     return {"units": "1", "long_name": text, "source": "Simsek et al. 2023 (arXiv:2311.01644)"}
 
 
-def draw_cosines(u: xr.DataArray, ax: Axes, *, labels: bool = True) -> None:
-    """Draw a heat map of u (node, teacher_node) in the given order; blue positive, red negative."""
-    ax.imshow(u, cmap="RdBu", vmin=-1, vmax=1, aspect="equal")
+def draw_cosines(u: xr.DataArray, ax: Axes, *, labels: bool = True) -> AxesImage:
+    """Draw a heat map of u (node, teacher_node) in the given order; blue positive, red negative; gives the image."""
+    image = ax.imshow(u, cmap="RdBu", vmin=-1, vmax=1, aspect="auto", interpolation="nearest")
     ax.set(xticks=[], yticks=[])
     if labels:
-        ax.set(xlabel="teacher node", ylabel="student node")
+        rows, columns = u.shape
+        ax.set(xlabel="teacher node j", ylabel="student node i", xticks=[0, columns - 1], yticks=[0, rows - 1])
+        ax.set_xticklabels(["1", str(columns)])
+        ax.set_yticklabels(["1", str(rows)])
+    return image

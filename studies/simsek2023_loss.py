@@ -1,26 +1,28 @@
-"""Simsek et al. (2023), Figure 4: the loss at the end against n, with L*(k−n+1), the regimes and u_ij.
+"""Simsek et al. (2023), Figure 4: the loss at the end against k, with L*(k−n+1), the regimes and u_ij.
 
-Where only the copy-average point is a minimum (green), every seed reaches L*(k−n+1); where only the perturbed n-copy is
-(orange), every seed copies, at a larger or smaller loss; in between both are, and the start decides.  The background
-shades follow from the Hessians' signatures, which need no seed.
+Where only the copy-average point is a minimum, every seed reaches L*(k−n+1); where only the perturbed n-copy is, every
+seed copies, at a larger or smaller loss; in between both are, and the start decides.  The regimes follow from the
+Hessians' signatures and the losses, which need no seed.  A few seeds end at neither point, on a degenerate plateau such
+as L*(3), where three teacher nodes share a neuron.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, assert_never
 
 import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
-from tsdyn.analysis.panels import PALETTE
-from tsdyn.studies.simsek2023 import COLOURS, NAMES, at, cosines, described, draw_cosines, ends, flows
+from tsdyn.analysis import captions, layout, panels
+from tsdyn.analysis import style as look
+from tsdyn.analysis.style import PALETTE
+from tsdyn.studies.simsek2023 import COLOURS, MARKS, NAMES, at, cosines, described, draw_cosines, ends, flows
 
 from tsdyn.experiment.experiment import Experiment
 
-TITLE = "loss at the end of gradient flow against n, with the copy-average points'"
+TITLE = "loss at the end of gradient flow against k, with the copy-average points'"
 SOURCE = "Simsek et al. 2023 (arXiv:2311.01644), Figure 4"
 
 
@@ -37,102 +39,146 @@ EXPERIMENTS: Mapping[str, Experiment] = {
 }
 
 
+#: What is the best minimum at (n, k), from the Hessians' signatures and the losses, which need no seed.
+REGIMES = {
+    "copy-average always": PALETTE[0],
+    "copy-average or perturbed copy": PALETTE[3],
+    "perturbed copy, still higher": PALETTE[1],
+    "perturbed copy, lower": PALETTE[5],
+}
+_MARKS = dict(zip(REGIMES, "oDs^", strict=True))
+
+
+def regime(point: xr.Dataset) -> str:
+    """Regime of one (n, k): which of the two points is a minimum, and which has the smaller loss."""
+    average, perturbed = int(point["index_copy_average"]) == 0, int(point["index_perturbed_copy"]) == 0
+    names = list(REGIMES)
+    if perturbed and int(point["n"]) > 1 and not average:
+        return names[3] if float(point["loss_perturbed_copy"]) < float(point["loss_copy_average"]) else names[2]
+    return names[1] if perturbed and int(point["n"]) > 1 else names[0]
+
+
+@captions.telling
 def measure(archive: xr.Dataset) -> xr.Dataset:
-    """Loss and class of every seed and what theory says, over points; u_ij of three students against the largest k
-    that has every n."""
+    """Loss and class of every seed, what theory says and the regime, over points; u_ij of one student per regime.
+
+    The students of the examples are the widest of which there is one; ``example`` names n and k of each.
+    """
     wanted = ["loss", "loss_copy_average", "loss_perturbed_copy", "index_copy_average", "index_perturbed_copy", "class"]
     ended = ends(archive)
     ds = ended[wanted]
     ds["class"] = ds["class"].assign_attrs(described("class of the student at the end"))
-    k = max(_whole(ended, "k"), default=int(ended["k"].max()))
-    shown = sorted({max(1, round(k * part)) for part in (0.5, 0.75, 0.92)} & set(range(1, k)))
-    maps = []
-    for n in shown:
-        u = cosines(at(ended, "erf", n, k)).isel(seed=0, drop=True).values
-        maps.append(np.pad(u, ((0, shown[-1] - n), (0, 0)), constant_values=np.nan))
-    ds["cosine"] = ("map_n", "node", "teacher_node"), np.array(maps), described(f"u_ij at the end, k = {k}, seed 0")
-    ds = ds.assign_coords(map_n=shown)
-    return ds.drop_vars([name for name in ds.coords if name not in ("seed", "n", "k", "map_n")])
+    found = [regime(ds.isel(point=i)) for i in range(ds.sizes["point"])]
+    ds["regime"] = "point", found, described("which point is the best minimum")
+    chosen = [max(_of(ds, name), key=lambda i: _interest(ds, i)) for name in REGIMES if _of(ds, name)]
+    nodes, teachers = (max(int(ds[c][i]) for i in chosen) for c in ("n", "k"))
+    maps = np.full((len(chosen), nodes, teachers), np.nan)
+    for row, i in zip(maps, chosen, strict=True):
+        n, k = int(ds["n"][i]), int(ds["k"][i])
+        row[:n, :k] = cosines(at(ended, "erf", n, k)).isel(seed=0, drop=True).values
+    ds["cosine"] = ("example", "node", "teacher_node"), maps, described("u_ij at the end, the first seed")
+    ds = ds.assign_coords(example=chosen)
+    return ds.drop_vars([name for name in ds.coords if name not in ("seed", "n", "k", "example")])
 
 
-def _whole(ds: xr.Dataset, fixed: Literal["n", "k"]) -> list[int]:
-    """Values of k for which every n < k is present, or of n for which every k up to 2n is."""
-    pairs = list(zip(ds["n"].values.tolist(), ds["k"].values.tolist(), strict=True))
-    match fixed:
-        case "k":
-            teachers = sorted({k for _, k in pairs})
-            return [k for k in teachers if k > 2 and {n for n, o in pairs if o == k} >= set(range(1, k))]
-        case "n":
-            return [
-                n
-                for n in sorted({n for n, _ in pairs})
-                if n > 1
-                and (n, 2 * n) in pairs
-                and (n, n + 1) in pairs
-                and {k for m, k in pairs if m == n} >= set(range(n + 1, 2 * n + 1))
-            ]
-        case other:
-            assert_never(other)
+def _of(ds: xr.Dataset, name: str) -> list[int]:
+    return [i for i in range(ds.sizes["point"]) if ds["regime"].values[i] == name and int(ds["n"][i]) > 1]
 
 
-def draw(measured: xr.Dataset) -> Figure:
-    """Loss against n for each k; below it the distance from L*(k−n+1) for each n, then u_ij."""
-    teachers, students = _whole(measured, "k"), _whole(measured, "n")
-    columns = max(len(teachers), 2)
-    figure = Figure(figsize=(3.4 * columns, 5.4), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, squeeze=False)[:, 0]
-    for ax, k in zip(top.subplots(1, columns, squeeze=False)[0], teachers, strict=False):
-        one = measured.isel(point=np.flatnonzero(measured["k"] == k)).sortby("n")
-        _panel(one, "n", ax)
-        ax.set_title(f"teacher of k = {k}")
-    top.axes[0].legend(frameon=False, fontsize="x-small")
-    for ax in top.axes[len(teachers) :]:
-        ax.set_axis_off()
-    left, right = bottom.subfigures(1, 2, squeeze=False, width_ratios=[1, 1.1])[0]
-    ax = left.subplots()
-    for colour, n in zip(PALETTE, students, strict=False):
+def _interest(ds: xr.Dataset, i: int) -> tuple[int, int, int]:
+    """Examples in which the losses of seeds differ come first, then wide students against few more teacher nodes."""
+    classes = len(set(ds["class"].values[i].tolist()))
+    return (
+        classes if ds["regime"].values[i] == "copy-average or perturbed copy" else 0,
+        int(ds["n"][i]),
+        -int(ds["k"][i]),
+    )
+
+
+def _whole(ds: xr.Dataset) -> list[int]:
+    """Values of n > 1 for which every k up to 2n is present, widest last."""
+    pairs = set(zip(ds["n"].values.tolist(), ds["k"].values.tolist(), strict=True))
+    return [n for n in sorted({n for n, _ in pairs}) if n > 1 and {(n, k) for k in range(n + 1, 2 * n + 1)} <= pairs]
+
+
+def _losses(measured: xr.Dataset, ax: Axes) -> None:
+    """Mean loss of the seeds against k for each n, marks by regime, with L*(k−n+1) dashed."""
+    for n in _whole(measured):
         one = measured.isel(point=np.flatnonzero((measured["n"] == n) & (measured["k"] <= 2 * n))).sortby("k")
-        excess = 100 * (one["loss"] / one["loss_copy_average"] - 1)
-        ratio = (one["n"] / one["k"]).broadcast_like(excess)
-        ax.plot(
-            ratio.values.ravel(), excess.values.ravel(), "o", color=colour, markersize=3, alpha=0.3, markeredgewidth=0
-        )
-        ax.plot(one["n"] / one["k"], excess.median("seed"), "-", color=colour, linewidth=1.2, label=f"n = {n}")
-    ax.axhline(0, color="black", linestyle="--", linewidth=1)
-    ax.set(xlabel="n / k, every k up to 2n", ylabel="loss above L*(k−n+1), %", ylim=(-25, 12))
-    ax.legend(frameon=False, fontsize="small", title="median of seeds", title_fontsize="small")
-    maps = right.subplots(len(measured["map_n"]), 1, squeeze=False)[:, 0]
-    for ax, n in zip(maps, measured["map_n"].values, strict=True):
-        u = measured["cosine"].sel(map_n=n).isel(node=slice(0, int(n)))
-        draw_cosines(u, ax, labels=False)
-        ax.set_ylabel(f"n = {n}", rotation=0, ha="right", va="center")
-    maps[-1].set_xlabel(str(measured["cosine"].attrs["long_name"]))
-    return figure
-
-
-def _panel(one: xr.Dataset, along: str, ax: Axes) -> None:
-    # at n = 1 both points are the one-neuron optimum
-    average, perturbed = one["index_copy_average"] == 0, (one["index_perturbed_copy"] == 0) & (one["n"] > 1)
-    for x, a, p in zip(one[along].values, average.values, perturbed.values, strict=True):
-        ax.axvspan(x - 0.5, x + 0.5, color=COLOURS["copy-average"], alpha=0.18 * a, linewidth=0)
-        ax.axvspan(x - 0.5, x + 0.5, color=COLOURS["perturbed-copy"], alpha=0.25 * p, linewidth=0)
-    x = one[along].values
-    ax.plot(x, one["loss_copy_average"], "--", color="black", linewidth=1, label="L*(k−n+1)")
-    ax.plot(x, one["loss_perturbed_copy"], ":", color="black", linewidth=1, label="perturbed n-copy")
-    places = one[along].broadcast_like(one["loss"])
-    for kind, colour in COLOURS.items():
-        here = (one["class"] == kind).values
-        if here.any():
+        ax.plot(one["k"], one["loss_copy_average"], "--", color=look.GUIDE, linewidth=look.points(0.8))
+        mean = one["loss"].mean("seed")
+        for name, colour in REGIMES.items():
+            here = np.flatnonzero(one["regime"] == name)
             ax.plot(
-                places.values[here],
-                one["loss"].values[here],
-                "o",
-                color=colour,
-                markersize=5,
-                alpha=0.5,
-                markeredgewidth=0,
-                label=f"seeds: {NAMES[kind]}",
-            )
-    ax.plot(x, one["loss"].mean("seed"), "_", color="black", markersize=9, label="mean over seeds")
-    ax.set(xlabel="student nodes n", ylabel="loss at the end", xlim=(x.min() - 0.5, x.max() + 0.5))
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+                one["k"][here], mean[here], linestyle="", color=colour, marker=_MARKS[name],
+                markersize=look.points(3.2), markeredgewidth=0,
+            )  # fmt: skip
+        ax.annotate(
+            f"n = {n}", (float(one["k"][-1]), float(mean[-1])), (3, 0), textcoords="offset points", va="center",
+            size=look.points(6.8),
+        )  # fmt: skip
+    ax.set(xlabel="teacher nodes k", ylabel="loss at the end, mean over seeds")
+    ax.margins(x=0.12)
+    panels.whole_numbers(ax, "x", 8)
+
+
+def _example(measured: xr.Dataset, ax: Axes) -> None:
+    """Loss of each seed at one (n, k), in order, with both points' losses and the first seed's u_ij in an inset."""
+    one = measured.isel(example=0) if "example" in measured.dims else measured
+    own = one.isel(point=int(one["example"]))
+    ranked = np.argsort(own["loss"].values)
+    place = np.arange(1, len(ranked) + 1)
+    for kind, colour in COLOURS.items():
+        here = own["class"].values[ranked] == kind
+        ax.plot(
+            place[here], own["loss"].values[ranked][here], linestyle="", color=colour, marker=MARKS[kind],
+            markersize=look.points(2.8), markeredgewidth=0, label=f"seed at {NAMES[kind]}",
+        )  # fmt: skip
+    ax.axhline(float(own["loss_copy_average"]), color=look.GUIDE, linestyle="--", label="L*(k−n+1)")
+    ax.axhline(float(own["loss_perturbed_copy"]), color=look.GUIDE, linestyle=":", label="perturbed n-copy")
+    values = [*own["loss"].values.tolist(), float(own["loss_copy_average"]), float(own["loss_perturbed_copy"])]
+    low, high = np.nanmin(values), np.nanmax(values)
+    room = max(high - low, 0.02 * high)
+    ax.set(ylim=(low - 0.15 * room, high + 1.1 * room), xlabel="seed, by loss", ylabel="loss at the end")
+    panels.whole_numbers(ax, "x", 4)
+    ax.yaxis.set_major_locator(MaxNLocator(nbins=4))
+    inset = ax.inset_axes((0.3, 0.58, 0.42, 0.4))
+    u = one["cosine"].dropna("node", how="all").dropna("teacher_node", how="all")
+    draw_cosines(u, inset, labels=False)
+
+
+#: Panels by name; the example of the first regime unless selected.
+PANELS: dict[str, layout.Panel] = {"loss against k": _losses, "seeds": _example}
+
+
+@look.styled
+def draw(measured: xr.Dataset) -> look.Page:
+    """Figure: A, mean loss against k with its regimes; B, the losses of all seeds of one student per regime."""
+    page = look.page(2, 3.9)
+    above, below = page.body.subfigures(2, 1, height_ratios=(1.25, 1), squeeze=False)[:, 0]
+    ax = above.subplots()
+    _losses(measured, ax)
+    layout.heading(ax, "", "A")
+    handles = [
+        Line2D([], [], color=c, marker=_MARKS[name], linestyle="", markersize=look.points(3.2), label=name)
+        for name, c in REGIMES.items()
+    ]
+    ax.legend(handles=handles, loc="upper left")
+    examples = measured["example"].values.tolist()
+    cells = below.subplots(1, len(examples), squeeze=False)[0]
+    for position, (i, ax) in enumerate(zip(examples, cells, strict=True)):
+        own = measured.isel(point=i)
+        _example(measured.isel(example=position), ax)
+        ax.set_title(f"$\\mathbf{{B{position + 1}}}$ n = {int(own['n'])}, k = {int(own['k'])}", loc="left")
+        if position:
+            ax.set_ylabel("")
+    layout.legend(page)
+    below.colorbar(cells[-1].child_axes[0].images[0], ax=list(cells), label="uᵢⱼ", aspect=15)
+    says = (
+        "Loss at the end of gradient flow: mean over seeds against k, dashed L*(k−n+1), coloured by which of the "
+        "copy-average and perturbed n-copy points are minima; below, the losses of all seeds of one student per "
+        "regime, inset uᵢⱼ of the first seed; seeds at neither point end on degenerate plateaus such as L*(3)"
+    )
+    page.say(captions.caption(measured, says, "points", paper=EXPERIMENTS))
+    page.provenance = captions.provenance(measured)
+    return page

@@ -8,13 +8,15 @@ The error grows about linearly with k for bounded σ and quadratically for relu.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
 import xarray as xr
-from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
-from tsdyn.analysis.panels import PALETTE
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
+from tsdyn.analysis import captions, layout, panels
+from tsdyn.analysis import style as look
 from tsdyn.studies.simsek2023 import at, described, ends, flows
 
 from tsdyn.experiment.experiment import Experiment
@@ -33,23 +35,26 @@ EXPERIMENTS: Mapping[str, Experiment] = {
 }
 
 
+@captions.telling
 def measure(archive: xr.Dataset) -> xr.Dataset:
     """Maps of teacher and student for k = 2 over x₁, x₂; error of every seed and of the one-neuron optimum over k."""
     x = torch.linspace(-_EDGE, _EDGE, _PIXELS, dtype=torch.float64)
     grid = torch.cartesian_prod(x, x)
     ended = ends(archive)
     names = list(dict.fromkeys(ended["activation"].values.tolist()))
-    maps = []
+    maps, optima = [], []
     for name in names:
         one = at(ended, name, 1, 2)
         one = one.isel(seed=int(one["loss"].argmin("seed")))
         w, a = (torch.from_numpy(one[key].values.copy()) for key in ("weight", "outgoing"))
+        optima.append((w[0, :2] * a[0].sign()).numpy())
         teacher = Network([torch.eye(2, dtype=w.dtype), torch.ones(1, 2, dtype=w.dtype)], activation=name)
         student = Network([w[:, :2], a[None]], activation=name)
         maps.append([net(grid)[:, 0].reshape(_PIXELS, _PIXELS).numpy() for net in (teacher, student)])
     ds = xr.Dataset(
         {
             "output": (("map_activation", "role", "x1", "x2"), np.array(maps), described("output, k = 2")),
+            "optimum": (("map_activation", "axis"), np.array(optima), described("incoming weight w* of the neuron")),
             "error": ended["loss"].assign_attrs(described("error L of one neuron")),
             "one_neuron_error": ended["loss_copy_average"].assign_attrs(described("L*(k)")),
         },
@@ -58,33 +63,90 @@ def measure(archive: xr.Dataset) -> xr.Dataset:
     return ds.drop_vars([name for name in ended.coords if name not in ("seed", "activation", "k") and name in ds])
 
 
-def draw(measured: xr.Dataset) -> Figure:
-    """Figure with maps on the left and the error on the right."""
-    names = measured["map_activation"].values
-    figure = Figure(figsize=(1.35 * len(names) + 3.4, 3.2), layout="constrained")
-    left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=[1.35 * len(names), 3.4])[0]
-    panels = left.subplots(2, len(names), squeeze=False, sharex=True, sharey=True)
-    for column, name in zip(panels.T, names, strict=True):
-        one = measured["output"].sel(map_activation=name)
-        limits = {"vmin": float(one.min()), "vmax": float(one.max())}
-        for ax, role in zip(column, ("teacher", "student"), strict=True):
-            ax.imshow(one.sel(role=role).T, origin="lower", extent=(-_EDGE, _EDGE) * 2, cmap="viridis", **limits)
-            ax.contour(one["x1"], one["x2"], one.sel(role=role).T, 7, colors="white", linewidths=0.5)
-            ax.set(xticks=[-2, 0, 2], yticks=[-2, 0, 2])
-        column[0].set_title(name)
-    for ax, text in zip(panels[:, 0], ("teacher, k = 2", "one neuron"), strict=True):
-        ax.set_ylabel(f"{text}\n$x_2$")
-    for ax in panels[-1]:
-        ax.set_xlabel("$x_1$")
-    ax = right.subplots()
-    for colour, name in zip(PALETTE, names, strict=False):
-        errors = measured.isel(point=np.flatnonzero((measured["activation"] == name) & (measured["k"] > 1)))
-        ax.loglog(errors["k"], errors["one_neuron_error"], color=colour, linewidth=1, label=name)
+def _plane(role: str) -> layout.Panel:
+    """Panel of the output of teacher or student in the plane, with v₁, v₂ or w* marked."""
+
+    def drawn(measured: xr.Dataset, ax: Axes) -> None:
+        one = measured.isel(map_activation=0) if "map_activation" in measured.dims else measured
+        own = one["output"]
+        limits: dict[str, Any] = {"vmin": float(own.min()), "vmax": float(own.max())}
+        shown = own.sel(role=role).T
+        ax.imshow(shown, origin="lower", extent=(-_EDGE, _EDGE) * 2, cmap="viridis", **limits)
+        ax.contour(own["x1"], own["x2"], shown, 7, colors="white", linewidths=look.points(0.4))
+        marked = (
+            [(1.0, 0.0, "v₁"), (0.0, 1.0, "v₂")] if role == "teacher" else [(*one["optimum"].values.tolist(), "w*")]
+        )
+        for x, y, name in marked:
+            ax.plot([0, x], [0, y], color="white", linewidth=look.points(0.9), gid="in a field")
+            ax.plot(x, y, "o", color="white", markeredgecolor="black", markersize=look.points(3), gid="in a field")
+            ax.annotate(
+                name, (x, y), (3, 3), textcoords="offset points", color="black", size=look.points(7), gid="in a field",
+                bbox={"boxstyle": "round,pad=0.1", "facecolor": "white", "linewidth": 0},
+            )  # fmt: skip
+        ax.set(xticks=[-2, 0, 2], yticks=[-2, 0, 2], xlabel="x₁", ylabel="x₂")
+
+    return drawn
+
+
+def _errors(measured: xr.Dataset, ax: Axes) -> None:
+    """Error against k: seeds as marks on the line of the one-neuron optimum; guides of slope 1 and 2."""
+    names = measured["map_activation"].values.tolist()
+    largest = float(measured["k"].max())
+    for position, name in enumerate(names):
+        errors = measured.isel(point=np.flatnonzero((measured["activation"] == name) & (measured["k"] > 1))).sortby("k")
+        colour = panels.colour(position)
+        ax.plot(errors["k"], errors["one_neuron_error"], color=colour, linewidth=look.points(1), label=name)
         k = errors["k"].broadcast_like(errors["error"])
-        ax.loglog(k.values.ravel(), errors["error"].values.ravel(), "o", color=colour, markersize=3, alpha=0.6)
+        died = errors["error"] > 1.05 * errors["one_neuron_error"]
+        for chosen, face in ((~died, colour), (died, "none")):
+            ax.plot(
+                k.where(chosen).values.ravel(), errors["error"].where(chosen).values.ravel(), color=colour,
+                marker="osD^v"[position % 5], linestyle="", markersize=look.points(2.6), markerfacecolor=face,
+                markeredgewidth=look.points(0.6),
+            )  # fmt: skip
+    layout.decades(ax)
+    layout.decades(ax, "x")
+    low, high = ax.get_ylim()
+    for slope, style in ((1, "--"), (2, ":")):
+        ks = np.array([2.0, largest])
+        start = (low * high) ** 0.5 / largest**slope * largest ** (slope / 2)
+        ax.plot(
+            ks, start * ks**slope, color=look.GUIDE, linestyle=style, linewidth=look.points(0.9), label=f"slope {slope}"
+        )
     ax.set(xlabel="teacher nodes k", ylabel="error L*(k)")
-    ticks = sorted({2, int(measured["k"].max())} | {k for k in (4, 8) if k < measured["k"].max()})
-    ax.set_xticks(ticks, labels=list(map(str, ticks)))
-    ax.xaxis.set_minor_formatter(NullFormatter())
-    ax.legend(frameon=False, fontsize="small")
-    return figure
+
+
+#: Panels by name; maps are of the first activation unless selected.
+PANELS: dict[str, layout.Panel] = {
+    "teacher": _plane("teacher"), "one neuron": _plane("student"), "error against k": _errors
+}  # fmt: skip
+
+
+@look.styled
+def draw(measured: xr.Dataset) -> look.Page:
+    """Figure with the maps of each activation above, their outputs' bars, and the error against k below."""
+    names = measured["map_activation"].values.tolist()
+    page = look.page(2, 4.9)
+    above, below = page.body.subfigures(2, 1, height_ratios=(1.25, 1), squeeze=False)[:, 0]
+    cells = above.subplots(2, len(names), squeeze=False, sharex=True, sharey=True)
+    letters = iter("ABCDEFGHIJKLMNOP")
+    for column, name in zip(cells.T, names, strict=True):
+        for ax, role in zip(column, ("teacher", "one neuron"), strict=True):
+            PANELS[role](measured.sel(map_activation=name), ax)
+            layout.heading(ax, name if role == "teacher" else "one neuron", next(letters))
+            ax.label_outer()
+        bar = above.colorbar(column[0].images[0], ax=column, location="bottom", aspect=12, pad=0.02)
+        bar.ax.xaxis.set_major_locator(MaxNLocator(nbins=3))
+    axes = below.subplots(1, 2, width_ratios=(2.2, 1))
+    axes[1].set_axis_off()
+    _errors(measured, axes[0])
+    layout.heading(axes[0], "error of one neuron", next(letters))
+    axes[1].legend(*axes[0].get_legend_handles_labels(), loc="center left")
+    says = (
+        "Output of the teacher of k = 2 and of the one neuron at which the flow ends (colour: output), with v₁, v₂ and "
+        "w*; below, the error against k: marks are seeds, lines the one-neuron optimum, hollow marks seeds that died "
+        "(relu) and stay at the loss of a zero student"
+    )
+    page.say(captions.caption(measured, says, "points", paper=EXPERIMENTS))
+    page.provenance = captions.provenance(measured)
+    return page

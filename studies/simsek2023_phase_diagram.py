@@ -10,11 +10,12 @@ from collections.abc import Mapping
 
 import numpy as np
 import xarray as xr
+from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, Normalize
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
-from tsdyn.studies.simsek2023 import COLOURS, described, ends, flows
+from tsdyn.analysis import captions, layout, panels
+from tsdyn.analysis import style as look
+from tsdyn.studies.simsek2023 import described, ends, flows
 
 from tsdyn.experiment.experiment import Experiment
 
@@ -39,6 +40,7 @@ _BORDERS = {
 }
 
 
+@captions.telling
 def measure(archive: xr.Dataset) -> xr.Dataset:
     """Share of seeds at the perturbed n-copy and at neither, over (n, k); the three borders over k, NaN for none."""
     ended = ends(archive)
@@ -77,26 +79,49 @@ def measure(archive: xr.Dataset) -> xr.Dataset:
     return ds.assign({name: ds[name].assign_attrs(described(text)) for name, text in texts.items()})
 
 
-def draw(measured: xr.Dataset) -> Figure:
-    """Figure: green where every seed averages, orange where every seed copies; numbers: percent that do neither."""
-    figure = Figure(figsize=(5.6, 4.2), layout="constrained")
-    ax = figure.subplots()
-    colours = LinearSegmentedColormap.from_list("classes", [COLOURS["copy-average"], COLOURS["perturbed-copy"]])
+#: Light to dark from averaging to copying, so that grey print shows it, too.
+_SHARES = LinearSegmentedColormap.from_list("shares", ["#dbe9f6", "#08306b"])
+
+
+def _diagram(measured: xr.Dataset, ax: Axes) -> None:
+    """Share of seeds at the perturbed n-copy over (n, k), per cent of those at neither, and the seed-free borders."""
     k, n = measured["k"].values, measured["n"].values
-    ax.pcolormesh(
-        k, n, measured["perturbed_share"], cmap=colours, vmin=0, vmax=1, shading="nearest", edgecolors="white"
-    )
+    shares = measured["perturbed_share"]
+    ax.pcolormesh(k, n, shares, cmap=_SHARES, vmin=0, vmax=1, shading="nearest", edgecolors="white", linewidth=0.3)
     for i, j in np.argwhere(measured["other_share"].values > 0):
-        ax.text(k[j], n[i], f"{100 * measured['other_share'].values[i, j]:.0f}", ha="center", va="center", fontsize=6)
+        ax.text(
+            k[j], n[i], f"{100 * measured['other_share'].values[i, j]:.0f}", ha="center", va="center", gid="in a field",
+            fontsize=look.points(6), color="white" if float(shares[i, j]) > 0.5 else "black",
+        )  # fmt: skip
     edges = np.append(k - 0.5, k[-1] + 0.5)
-    for name, (text, style) in _BORDERS.items():
-        heights = measured[name].values
-        ax.stairs(heights, edges, baseline=None, color="black", linewidth=1.3, linestyle=style, label=text)
+    colours = (look.PALETTE[1], look.PALETTE[2], look.PALETTE[6])
+    for colour, (name, (text, style)) in zip(colours, _BORDERS.items(), strict=True):
+        ax.stairs(
+            measured[name].values, edges, baseline=None, color=colour, linewidth=look.points(1.3), linestyle=style,
+            label=text,
+        )  # fmt: skip
     ax.set(xlabel="teacher nodes k", ylabel="student nodes n")
-    for axis in (ax.xaxis, ax.yaxis):
-        axis.set_major_locator(MaxNLocator(integer=True))
-    ax.legend(frameon=False, loc="upper left", fontsize="small")
-    figure.colorbar(
-        ScalarMappable(Normalize(0, 1), colours), ax=ax, label=measured["perturbed_share"].attrs["long_name"]
+    panels.whole_numbers(ax, "x", 8)
+    panels.whole_numbers(ax, "y", 8)
+
+
+#: The panel by name.
+PANELS: dict[str, layout.Panel] = {"phase diagram": _diagram}
+
+
+@look.styled
+def draw(measured: xr.Dataset) -> look.Page:
+    """Figure: light where every seed averages, dark where every seed copies; numbers: per cent that do neither."""
+    says = (
+        "Share of seeds that end at the perturbed n-copy (dark) rather than at the copy-average point (light); "
+        "numbers: per cent of seeds at neither, most of them on degenerate plateaus where a neuron serves a whole "
+        "group; borders follow from the Hessians' signatures and need no seed"
     )
-    return figure
+    page = layout.arrange(
+        measured, PANELS, [[layout.Cell("phase diagram")]], says=says, spread="none", columns=1, height=2.7,
+        paper=EXPERIMENTS,
+    )  # fmt: skip
+    page.body.colorbar(
+        ScalarMappable(Normalize(0, 1), _SHARES), ax=page.axes, label="share at the perturbed n-copy", aspect=30
+    )
+    return page

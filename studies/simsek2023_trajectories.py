@@ -11,10 +11,11 @@ from collections.abc import Mapping
 
 import numpy as np
 import xarray as xr
-from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
-from tsdyn.analysis.panels import PALETTE
-from tsdyn.studies.simsek2023 import COLOURS, at, cosines, described, draw_cosines, ends, flows
+from matplotlib.axes import Axes
+from numpy.typing import NDArray
+from tsdyn.analysis import captions, layout
+from tsdyn.analysis import style as look
+from tsdyn.studies.simsek2023 import at, described, draw_cosines, ends, flows, order
 
 from tsdyn.experiment.experiment import Experiment
 
@@ -34,75 +35,191 @@ EXPERIMENTS: Mapping[str, Experiment] = {
 _PLANE = np.stack([np.array([-1, 0, 1]) / np.sqrt(2), np.array([-1, 2, -1]) / np.sqrt(6)])
 
 
+@captions.telling
 def measure(archive: xr.Dataset) -> xr.Dataset:
-    """Paths in the plane orthogonal to v₁ + v₂ + v₃, losses along them, u_ij of the seed with the least loss."""
-    path = archive[["weight", "population_loss"]].sel(layer=1, drop=True).load()
+    """Paths and outgoing weights of the small student, and the large student of least loss; over activation.
+
+    - ``path`` (activation, seed, node, axis, time): incoming weights in the plane across v₁ + v₂ + v₃, times sign a_i,
+    - ``path_outgoing`` (activation, seed, node, time): |a_i| along the way,
+    - ``overlap`` (activation, seed, node, teacher_node): r_i u_ij at the end,
+    - ``one_neuron_place`` (activation, axis): the one-neuron solution against the two teacher nodes that are averaged,
+    - ``cosine``, ``length``, ``weight_out`` (larger_node, ...): u_ij, r_i and a_i at the end for n = 4, k = 8.
+    """
+    path = archive[["weight", "population_loss"]].load()
     path = path.where(path["time"] > 0, drop=True)
-    ended = ends(archive).assign(path_weight=path["weight"], path_loss=path["population_loss"])
+    path = path.drop_vars([name for name in path.coords if name not in path.dims])
+    ended = ends(archive).assign(
+        path_weight=path["weight"].sel(layer=1, drop=True), path_loss=path["population_loss"],
+        path_outgoing=path["weight"].sel(layer=2, drop=True).isel(node=0, drop=True).rename(input_node="out_node"),
+    )  # fmt: skip
     names = list(dict.fromkeys(ended["activation"].values.tolist()))
-    rows = []
-    for name in names:
-        small, large = at(ended, name, 2, 3), at(ended, name, 4, 8)
-        w = small["path_weight"].isel(input_node=slice(0, 3)) * np.sign(small["outgoing"])
-        best = int(large["loss"].argmin("seed"))
-        one = {
-            "path": xr.dot(w, xr.DataArray(_PLANE, dims=("axis", "input_node")), dim="input_node"),
-            "path_loss": small["path_loss"],
-            "copies_and_averages": small["class"] == "copy-average",
-            "loss_copy_average": small["loss_copy_average"],
-            "cosine": cosines(large).isel(seed=best, drop=True).rename(node="larger_node"),
-            "best_loss": large["loss"].isel(seed=best, drop=True),
-        }
-        rows.append(xr.Dataset({key: array.drop_vars(_labels(array)) for key, array in one.items()}))
+    rows = [xr.Dataset(_one_activation(ended, str(name))) for name in names]
     ds = xr.concat(
         rows, dim="activation", data_vars="all", coords="minimal", compat="override", join="exact", combine_attrs="drop"
     ).assign_coords(activation=names)
     texts = {
         "path": "incoming weights across (1, 1, 1), times the sign of a",
+        "path_outgoing": "|a| along the flow, n = 2, k = 3",
+        "end_outgoing": "|a| at the end, n = 2, k = 3",
         "path_loss": "loss L along the flow, n = 2, k = 3",
+        "overlap": "r_i u_ij at the end, n = 2, k = 3",
+        "one_neuron_place": "one-neuron solution of the averaged teacher nodes, across (1, 1, 1)",
         "copies_and_averages": "whether the seed ends at the copy-average point",
         "loss_copy_average": "L*(2)",
         "cosine": "u_ij at the end, n = 4, k = 8, the seed of least loss",
+        "length": "r_i at the end, n = 4, k = 8, the same seed",
+        "weight_out": "a_i at the end, n = 4, k = 8, the same seed",
         "best_loss": "its loss",
     }
     return ds.assign({key: ds[key].assign_attrs(described(text)) for key, text in texts.items()})
 
 
-def _labels(array: xr.DataArray) -> list[str]:
-    return [str(name) for name in array.coords if name not in ("seed", "time")]
+def _one_activation(ended: xr.Dataset, name: str) -> dict[str, xr.DataArray]:
+    small, large = at(ended, name, 2, 3), at(ended, name, 4, 8)
+    sign = np.sign(small["outgoing"])
+    w = small["path_weight"].isel(input_node=slice(0, 3)) * sign
+    plane = xr.DataArray(_PLANE, dims=("axis", "input_node"))
+    outgoing = abs(small["path_outgoing"].isel(out_node=slice(0, 2))).rename(out_node="node")
+    end = (small["weight"] * sign).isel(input_node=slice(0, 3)).rename(input_node="teacher_node")
+    best = int(large["loss"].argmin("seed"))
+    one = large.isel(seed=best)
+    u = (one["weight"] / np.sqrt((one["weight"] ** 2).sum("input_node")) * np.sign(one["outgoing"])).isel(
+        input_node=slice(0, 8)
+    )
+    first, columns = order(u.transpose("node", "input_node").values)
+    found = {
+        "path": xr.dot(w, plane, dim="input_node"),
+        "path_outgoing": outgoing,
+        "path_loss": small["path_loss"],
+        "end_outgoing": abs(small["outgoing"]),
+        "overlap": end,
+        "one_neuron_place": plane.isel(input_node=slice(0, 3)).dot(
+            xr.DataArray(np.array([1.0, 1.0, 0.0]) / np.sqrt(2), dims="input_node")
+        ) * (_norm(name) or np.nan),
+        "copies_and_averages": small["class"] == "copy-average",
+        "loss_copy_average": small["loss_copy_average"],
+        "cosine": xr.DataArray(
+            u.transpose("node", "input_node").values[first][:, columns], dims=("larger_node", "teacher")
+        ),
+        "length": ((one["weight"] ** 2).sum("input_node") ** 0.5)[first].rename(node="larger_node"),
+        "weight_out": abs(one["outgoing"])[first].rename(node="larger_node"),
+        "best_loss": one["loss"],
+    }  # fmt: skip
+    labels = ("seed", "time")
+    return {
+        key: array.drop_vars([c for c in array.coords if c not in labels or c not in array.dims])
+        for key, array in found.items()
+    }
 
 
-def draw(measured: xr.Dataset) -> Figure:
-    """Figure with one row per activation."""
-    names = measured["activation"].values
-    figure = Figure(figsize=(8.4, 2.7 * len(names)), layout="constrained")
-    panels = figure.subplots(len(names), 3, squeeze=False, width_ratios=[1, 1.25, 1.25])
-    for (left, middle, right), name in zip(panels, names, strict=True):
-        one = measured.sel(activation=name)
-        for seed in one["seed"].values:
-            run = one.sel(seed=seed)
-            colour = COLOURS["copy-average" if run["copies_and_averages"] else "other"]
-            for node in range(run.sizes["node"]):
-                x, y = run["path"].isel(node=node).transpose("axis", "time").dropna("time").values
-                left.plot(x, y, color=colour, linewidth=0.8, alpha=0.7)
-                left.plot(x[0], y[0], ".", color=colour, markersize=2)
-                left.plot(x[-1], y[-1], "o", color=colour, markersize=4, zorder=3)
-            middle.loglog(run["time"], run["path_loss"], color=colour, linewidth=0.9)
-        for j, corner in enumerate(_PLANE.T, start=1):
-            left.annotate("", corner, (0, 0), arrowprops={"arrowstyle": "->", "color": PALETTE[0]})
-            left.annotate(f"v{j}", corner * 1.45, color=PALETTE[0], ha="center", va="center")
-        edge = 1.1 * max(1.1, float(abs(one["path"]).max()))
-        left.set(
-            aspect="equal",
-            xlim=(-edge, edge),
-            ylim=(-edge, edge),
-            xticks=[],
-            yticks=[],
-            title=f"{name}: w, n = 2, k = 3",
+def _norm(activation: str) -> float | None:
+    """Norm of the one-neuron solution against two teacher nodes; None for relu, whose norm its start decides."""
+    from tsdyn.population.critical_points import one_neuron  # imports torch, which listing studies does not need
+
+    return None if activation == "relu" else one_neuron(activation, 2).norm
+
+
+_NODES = (look.PALETTE[1], look.PALETTE[2])
+
+
+def _frame(one: xr.Dataset, ax: Axes) -> None:
+    """Teacher nodes as arrows, and limits that hold every path."""
+    edge = 1.35 * max(1.1, float(abs(one["path"]).max()))
+    for j, corner in enumerate(_PLANE.T, start=1):
+        ax.annotate(
+            "", corner, (0, 0), arrowprops={"arrowstyle": "-|>", "color": look.GUIDE, "linewidth": look.points(0.8)}
         )
-        middle.axhline(float(one["loss_copy_average"]), color="black", linestyle="--", linewidth=0.8)
-        middle.set(xlabel="time", ylabel="loss", title=f"{one.sizes['seed']} seeds, dashed L*(2)")
-        middle.yaxis.set_minor_formatter(NullFormatter())
-        draw_cosines(one["cosine"], right)
-        right.set_title(f"u, n = 4, k = 8, loss {float(one['best_loss']):.4f}")
-    return figure
+        ax.annotate(f"$v_{j}$", corner / np.hypot(*corner) * 0.9 * edge, ha="center", va="center", size=look.points(7))
+    ax.set(aspect="equal", xlim=(-edge, edge), ylim=(-edge, edge), xticks=[], yticks=[])
+    place = one["one_neuron_place"].values
+    if np.isfinite(place).all():
+        for turn in range(3):
+            c, s = np.cos(2 * np.pi * turn / 3), np.sin(2 * np.pi * turn / 3)
+            x, y = c * place[0] - s * place[1], s * place[0] + c * place[1]
+            ax.plot(
+                x, y, "D", color=look.PALETTE[0], markersize=look.points(4), markerfacecolor="none",
+                label=None if turn else "one-neuron solution of two teacher nodes",
+            )  # fmt: skip
+
+
+def _sizes(outgoing: NDArray) -> NDArray:
+    return np.asarray((look.points(2.0) * np.sqrt(np.maximum(outgoing, 0.0))) ** 2)
+
+
+def _paths(measured: xr.Dataset, ax: Axes) -> None:
+    """Paths of the two students' incoming vectors, circles of area |a_i| along them; thin lines: other seeds."""
+    one = measured.isel(activation=0) if "activation" in measured.dims else measured
+    _frame(one, ax)
+    shown = int(one["path_loss"].min("time").argmin("seed"))
+    for seed in range(one.sizes["seed"]):
+        for node, colour in enumerate(_NODES):
+            own = one[["path", "path_outgoing"]].isel(seed=seed, node=node).dropna("time")
+            x, y = own["path"].transpose("axis", "time").values
+            if seed != shown:
+                ax.plot(x, y, color=look.GREY, linewidth=look.points(0.4), alpha=0.6, gid="seed")
+                continue
+            ax.plot(x, y, color=colour, linewidth=look.points(0.9), zorder=3)
+            every = np.unique(np.linspace(0, len(x) - 1, 12).astype(int))
+            a = own["path_outgoing"].values
+            ax.scatter(
+                x[every], y[every], s=_sizes(a[every]) * 3, facecolors="none", edgecolors=colour, zorder=4,
+                linewidths=look.points(0.7), label=f"student node {node + 1} (area: |a|)",
+            )  # fmt: skip
+
+
+def _ends(measured: xr.Dataset, ax: Axes) -> None:
+    """r_i u_ij of both students at convergence, every seed; circles of area |a_i|."""
+    one = measured.isel(activation=0) if "activation" in measured.dims else measured
+    _frame(one, ax)
+    places = one["overlap"].transpose("seed", "node", "teacher_node").values @ _PLANE.T
+    a = one["end_outgoing"].transpose("seed", "node").values
+    good = one["copies_and_averages"].values
+    for chosen, colour, label in (
+        (good, look.PALETTE[0], "ends at the copy-average point"), (~good, look.PALETTE[6], "ends elsewhere")
+    ):  # fmt: skip
+        if chosen.any():
+            x, y = places[chosen].reshape(-1, 2).T
+            ax.scatter(
+                x, y, s=_sizes(a[chosen].ravel()) * 3, facecolors="none", edgecolors=colour, label=label,
+                linewidths=look.points(0.8), zorder=3,
+            )  # fmt: skip
+
+
+def _overlaps(measured: xr.Dataset, ax: Axes) -> None:
+    """u_ij at the end for n = 4, k = 8, with r_i and a_i of each student node at the right."""
+    one = measured.isel(activation=0) if "activation" in measured.dims else measured
+    draw_cosines(one["cosine"], ax)
+    for row, (r, a) in enumerate(zip(one["length"].values, one["weight_out"].values, strict=True)):
+        ax.annotate(
+            f"{r:.2f}  {a:.2f}", (1.0, row), (3, 0), xycoords=("axes fraction", "data"), va="center",
+            textcoords="offset points", size=look.points(6.8),
+        )  # fmt: skip
+    ax.annotate(
+        "$r_i$       $a_i$",
+        (1.0, 1.0),
+        (5, 2),
+        xycoords="axes fraction",
+        textcoords="offset points",
+        size=look.points(6.8),
+    )
+
+
+#: Panels by name; of the first activation unless selected.
+PANELS: dict[str, layout.Panel] = {"paths": _paths, "at convergence": _ends, "u, r and a": _overlaps}
+
+
+@look.styled
+def draw(measured: xr.Dataset) -> look.Page:
+    """Figure with one row per activation: paths, their ends, and order parameters of a larger student."""
+    names = measured["activation"].values.tolist()
+    rows = [[layout.Cell(name, {"activation": at}, f"{at}: {name}") for name in PANELS] for at in names]
+    says = (
+        "Two student nodes against k = 3 orthonormal teacher nodes, seen along v₁ + v₂ + v₃: paths of their incoming "
+        "weights (coloured: the seed of least loss; circles: area |a|), the same at convergence in rᵢ uᵢⱼ, and uᵢⱼ "
+        "with rᵢ = ‖wᵢ‖ and aᵢ for n = 4, k = 8; of relu the start decides the norm"
+    )
+    page = layout.arrange(
+        measured, PANELS, rows, says=says, spread="points", height=2.05, widths=(1, 1, 1.05), paper=EXPERIMENTS
+    )
+    page.body.colorbar(page.axes[2].images[0], ax=page.axes, label="cosine uᵢⱼ", aspect=40)
+    return page

@@ -110,7 +110,7 @@ def _contrast(values: NDArray) -> NDArray:
     return found
 
 
-def _map(name: str) -> layout.Panel:
+def _map(name: str, symbol: str) -> layout.Panel:
     """Panel of one moment: entries over the largest of the layer at either epoch, teacher nodes down."""
 
     def drawn(measured: xr.Dataset, ax: Axes) -> None:
@@ -124,13 +124,16 @@ def _map(name: str) -> layout.Panel:
         ax.set_yticks([0, rows - 1], labels=["1", str(rows)])
         ax.set_xticks([0, rows - 1, columns - 1] if columns > 1.5 * rows else [0, columns - 1])
         ax.set_xticklabels([str(int(tick) + 1) for tick in ax.get_xticks()])
-        ax.set(xlabel="student node, in the order of the teacher's; the matched first", ylabel="teacher node")
+        ax.set(
+            xlabel="student node, in the order of the teacher's; the matched first",
+            ylabel=f"{symbol}, epoch {int(own['epoch'])}: teacher node",
+        )
 
     return drawn
 
 
 #: Panels by name: β* and H* of the lowest layer at the last epoch; select another with ``measured.sel``.
-PANELS: dict[str, layout.Panel] = {symbol: _map(name) for name, symbol in _MOMENTS.items()}
+PANELS: dict[str, layout.Panel] = {symbol: _map(name, symbol) for name, symbol in _MOMENTS.items()}
 
 
 @look.styled
@@ -142,7 +145,7 @@ def draw(measured: xr.Dataset) -> look.Page:
         rows.append([])
         for at in measured["layer"].values.tolist():
             contrast = float(measured[f"contrast_{name}"].sel(epoch=epoch, layer=at, seed=seed))
-            title = f"{_MOMENTS[name]}, layer {at}, epoch {epoch}: {contrast:.1f}"
+            title = f"layer {at}: {contrast:.1f}"
             rows[-1].append(layout.Cell(f"{name} of layer {at}", {"epoch": epoch, "layer": at}, title))
     drawing = {
         f"{name} of layer {at}": _scaled(symbol, name, float(np.abs(measured[name].sel(layer=at)).max()))

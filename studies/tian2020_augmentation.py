@@ -98,7 +98,8 @@ def _against(name: str, along: str) -> layout.Panel:
                 label=label, marker="o",
             )  # fmt: skip
         deep_layers.scale(measured[name], ax)
-        ax.set(xscale="log", xlabel={"train": "inputs N before augmentation", "total": "training samples"}[along])
+        layout.decades(ax, "x")
+        ax.set(xlabel={"train": "inputs N before augmentation", "total": "training samples"}[along])
 
     return drawn
 

@@ -108,7 +108,8 @@ def _against_nearest(measured: xr.Dataset, ax: Axes) -> None:
             own["nearest"], own["regular_fanout"], s=look.points(3) ** 2, facecolors=colour if inside else "none",
             edgecolors=colour, linewidths=look.points(0.7), label=label,
         )  # fmt: skip
-    ax.set(xscale="log", xlabel="ε of the nearest teacher node", ylabel="‖v‖ ‖w‖")
+    layout.decades(ax, "x")
+    ax.set(xlabel="ε of the nearest teacher node", ylabel="‖v‖ ‖w‖")
 
 
 #: Panels by name.
@@ -121,7 +122,7 @@ PANELS: dict[str, layout.Panel] = {
 def draw(measured: xr.Dataset) -> look.Page:
     """Figure of snapshots of the plane, ‖v_k‖ over epochs, and ‖v_k‖ ‖w_k‖ of all seeds' nodes against ε."""
     page = look.page(2, 3.6)
-    above, below = page.body.subfigures(2, 1, height_ratios=(1.15, 1))
+    above, below = page.body.subfigures(2, 1, height_ratios=(1.15, 1), squeeze=False)[:, 0]
     chosen = snapshots(measured["epoch"].values)
     strongest = float(measured["fanout_norm"].max())
     letters = iter("ABCDEFGH")

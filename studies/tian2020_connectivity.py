@@ -117,7 +117,7 @@ def draw(measured: xr.Dataset) -> look.Page:
     """Figure with one column per over-realization: loss along each route at the end, barriers over epochs."""
     widths = layout.points(measured, ["overrealization"])
     last = int(measured["epoch"][-1])
-    rows = []
+    rows: list[list[layout.Cell | None]] = []
     for name in PANELS:
         rows.append([])
         for at in widths:

@@ -51,3 +51,11 @@ def one_thread():
     """One dask thread: NumPy silences its all-NaN warning by `warnings.catch_warnings`, which is not thread-safe."""
     with dask.config.set(scheduler="synchronous"):
         yield
+
+
+@pytest.fixture(scope="session")
+def desk(tmp_path_factory):
+    """A folder as it is after the quickstarts; pages and examples read its runs and write files of their own."""
+    from tests.desk import lay
+
+    return lay(tmp_path_factory.mktemp("desk"))

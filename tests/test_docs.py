@@ -11,27 +11,11 @@ import pytest
 from typer.main import get_command
 
 import tsdyn
+from tests.desk import blocks
 from tsdyn import cli, registers, schema
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*/*.md"))]
-
-
-def blocks(page: Path, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.M | re.S)
-
-
-@pytest.fixture(scope="module")
-def desk(tmp_path_factory):
-    """A folder as it is after the quickstarts: the tutorial's run, and the README's on fewer samples and epochs."""
-    folder = tmp_path_factory.mktemp("desk")
-    (text,) = blocks(ROOT / "docs/tutorial/quickstart.md", "toml")
-    (folder / "quickstart.toml").write_text(text, encoding="utf-8")
-    tsdyn.run(tsdyn.Experiment.from_toml(folder / "quickstart.toml"), folder / "runs/quickstart")
-    example = tsdyn.Experiment.from_toml(ROOT / "examples/l-shape.toml")
-    less = {"seeds": 4, "training.epochs": 12, "training.steps_per_epoch": 20, "data.train": 200, "data.eval": 200}
-    tsdyn.run(example.replace(less), folder / "runs/l-shape")
-    return folder
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.name)

@@ -41,6 +41,7 @@ FLOORS: dict[str, float] = {
     "analysis": 5,
     "running": 6,
     "predictions": 6,
+    "attribution": 7,
     "through_training": 7,
     "recording": 7,
     "growing": 7,

@@ -1,4 +1,5 @@
 from . import analysis as analysis
+from . import attribution as attribution
 from . import derivatives as derivatives
 from . import flow as flow
 from . import observables as observables
@@ -24,4 +25,5 @@ from .observables.registry import Observed as Observed
 from .recording.recorder import Recorder as Recorder
 from .running.sweep import run as run
 from .schema import declare as declare
+from .through_training.forks import fork as fork
 from .through_training.sensitivity import sensitivity as sensitivity

@@ -246,7 +246,10 @@ LAWS = Register(
     ("digits", "mnist", "cifar10", "file"),
 )
 TEACHERS = Register(
-    "teacher", "tsdyn.problem.teachers:TEACHERS", ("separated", "orthonormal", "gaussian"), aliases=("trained", "file")
+    "teacher",
+    "tsdyn.problem.teachers:TEACHERS",
+    ("separated", "orthonormal", "gaussian", "luck-matters"),
+    aliases=("trained", "file"),
 )
 STARTS = Register(
     "start",

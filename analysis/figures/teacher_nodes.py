@@ -98,7 +98,7 @@ def success_rate(ds: xr.Dataset, *, ax: Axes | None = None, color: str = panels.
         now = measured.sel(epoch=epoch)
         interval = now["success_interval"] if line == "-" and "success_interval" in now else None
         name = f"{label}, epoch {epoch}" if label else f"epoch {epoch}"
-        own = {} if line == "-" else {"linewidth": look.points(0.9), "marked": False}
+        own: dict[str, Any] = {} if line == "-" else {"linewidth": look.points(0.9), "marked": False}
         panels.rate(now["success_rate"], interval, ax=ax, color=color, linestyle=line, label=name, **own)
     return ax
 

@@ -145,8 +145,9 @@ def test_students_grow_similar_to_their_teacher(sweep):
     x = one.evaluation_inputs
     first = [net.trace(x).activations[0].numpy() for net in (one.student, one.teacher)]
     assert float(found.cka.sel(at).sel(layer=1)) == pytest.approx(similarity.linear_cka(*first), rel=1e-12)
-    with pytest.raises(ValueError, match="epochs are left"):
-        similarity.student_teacher(sweep)
+    along = similarity.student_teacher(sweep)  # at every epoch what that epoch alone gives
+    assert along.cka.dims == ("scale", "seed", "epoch", "layer")
+    xr.testing.assert_allclose(along.isel(epoch=-1).compute(), found.compute(), rtol=1e-12)
     with pytest.raises(ValueError, match="10 samples of 10 and 4 nodes"):
         similarity.student_teacher(end, samples=10).compute()
 

@@ -432,3 +432,47 @@ def test_norms_of_gradients_whose_positions_cancel():
     loss = lambda o, t: (o * sign).sum()  # noqa: E731
     expected = torch.cat([g.reshape(5, -1) for g in one_by_one(module, loss, x, x).values()], 1).norm(dim=1)
     torch.testing.assert_close(derivatives.per_sample_gradient_norms(module, loss, x, x), expected, rtol=1e-6, atol=0)
+
+
+OF_A_LOSS = (
+    "per_sample_gradients", "per_sample_gradient_norms", "factored_gradients", "gauss_newton", "hessian",
+    "hessian_vector_product", "hessian_spectrum", "hessian_density",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*OF_A_LOSS, "jacobian", "neural_tangent_kernel"])
+def test_every_function_takes_numpy_and_torch_and_says_when_nothing_depends_on_the_parameters(name):
+    module = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    draw = np.random.default_rng(0)
+    x, y, v = draw.standard_normal((5, 3)), draw.standard_normal((5, 2)), draw.standard_normal(26)
+    function = getattr(derivatives, name)
+
+    def called(module, loss, x, y, v):
+        more = {"vector": v} if name == "hessian_vector_product" else {}
+        return function(module, x) if name not in OF_A_LOSS else function(module, loss, x, y, **more)
+
+    def flat(found):
+        parts = found.values() if isinstance(found, dict) else [found]
+        tensors = [t for part in parts for t in ([part] if torch.is_tensor(part) else vars(part).values())]
+        return torch.cat([t.flatten().double() for t in tensors if torch.is_tensor(t)])
+
+    by_torch = called(module, half_square, *(torch.from_numpy(a) for a in (x, y, v)))
+    assert torch.equal(flat(called(module, half_square, x, y, v)), flat(by_torch))
+    with pytest.raises(ValueError, match=f"{name}: a list of numbers; give a numpy array or a torch tensor"):
+        called(module, half_square, x.tolist(), y, v)
+    if name in OF_A_LOSS:
+        for loss in (lambda o, t: t.square().sum(), lambda o, t: (o.detach() - t).square().sum()):
+            with pytest.raises(ValueError, match=f"{name}: .*loss.* does not depend on"):
+                called(module, loss, x, y, v)
+    else:
+
+        class Detached(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.inner = module
+
+            def forward(self, x):
+                return self.inner(x).detach()
+
+        with pytest.raises(ValueError, match=f"{name}: .* does not depend on"):
+            called(Detached(), half_square, x, y, v)

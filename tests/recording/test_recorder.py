@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from tsdyn.analysis import members
 
 import tsdyn
 from tests.cases import small
@@ -493,3 +494,54 @@ def test_an_activation_is_what_it_was_before_the_module_changes_it_in_place(tmp_
     tsdyn.Recorder(tmp_path, model, probe=(X, Y), observables=["activation"]).commit(0)
     found = tsdyn.open(tmp_path).activation.load()[0, 0, 0]
     assert_same(found.values, torch.relu(model.fc1(X)).detach().numpy())
+
+
+class Swapping(nn.Module):
+    """Calls two layers of one shape in an order that can be changed."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.top = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+        self.swapped = False
+
+    def forward(self, x):
+        for layer in (self.two, self.one) if self.swapped else (self.one, self.two):
+            x = torch.relu(layer(x))
+        return self.top(x)
+
+
+@pytest.mark.parametrize("layers", [None, ["two", "one", "top"]])
+def test_layers_called_in_another_order_are_refused_and_nothing_is_lost(tmp_path, layers):
+    model = made(Swapping)
+    rec = tsdyn.Recorder(tmp_path, model, probe=(X, Y), observables=["loss"], layers=layers)
+    rec.commit(0)
+    model.swapped = True
+    with pytest.raises(ValueError, match=r"in the order two, one, top; when the recording began it was one, two, top"):
+        rec.commit(1)
+    model.swapped = False
+    rec.commit(2)
+    rec.close()
+    assert tsdyn.open(tmp_path).epoch.values.tolist() == [0, 2]
+
+
+def test_own_values_may_have_layers(tmp_path, monkeypatch):
+    monkeypatch.setattr(tsdyn.schema, "DECLARED", {})
+    tsdyn.declare("step_size", ("seed", "epoch", "layer", "node"), units="1", long_name="step", source="a test")
+    rec = tsdyn.Recorder(tmp_path, made(), probe=(X, Y), observables=["loss"])
+    sizes = [torch.full((5,), 0.5), np.full(5, 0.25), [1.0, 2.0]]
+    with pytest.raises(ValueError, match=r"step_size is Tensor.*give a list of one array per layer"):
+        rec.commit(0, step_size=sizes[0])
+    with pytest.raises(ValueError, match=r"step_size has shape \(4,\); \('layer', 'node'\) is \(5,\) here"):
+        rec.commit(0, step_size=[torch.zeros(4), *sizes[1:]])
+    rec.commit(0, step_size=sizes)
+    rec.commit(1, step_size=sizes)
+    rec.close()
+    ds = tsdyn.open(tmp_path)
+    for layer, expected in enumerate(sizes, start=1):
+        np.testing.assert_array_equal(tsdyn.layer(ds["step_size"], layer).isel(seed=0, epoch=1), expected)
+
+
+def test_a_recording_is_no_experiment_to_rebuild_members_of(tmp_path):
+    loop(tmp_path, epochs=1)
+    with pytest.raises(ValueError, match="a recording of a loop of the user's own"):
+        members.member(tsdyn.open(tmp_path).isel(seed=0, epoch=0))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from tsdyn.analysis import matching, members, similarity
 
 import tsdyn
 from tests.cases import small
@@ -277,3 +278,29 @@ def test_layers_can_be_chosen(tmp_path):
     assert ds.layer_name.values.tolist() == ["top", ""]
     assert ds.width.values.tolist() == [OUTPUTS, 0]
     assert ds.cross_correlation.isel(layer=0).notnull().any()
+
+
+def test_cka_and_matching_of_own_modules(tmp_path):
+    """CKA of the layers as paired, by its definition; matching takes a slice of cross_correlation."""
+    asked = experiment(["parameter", "cross_correlation", "correlation", "weight"], data__eval=40)
+    ds = tsdyn.run(asked, tmp_path / "run", student=Skip, teacher=shallow).load()
+    found = similarity.student_teacher(ds.isel(epoch=-1), student=Skip, teacher=shallow)
+    module, teacher, x = at(ds, Skip), taught(shallow), torch.from_numpy(evaluation_inputs(asked, 1))
+    with torch.no_grad():
+        pairs = {1: (torch.relu(module.below(x)), torch.relu(teacher.layers[0](x))), 3: (module(x), teacher(x))}
+    for layer, both in pairs.items():
+        k, q = ((f - f.mean(0)) @ (f - f.mean(0)).T for f in both)  # HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L))
+        expected = float((k * q).sum() / ((k * k).sum() * (q * q).sum()).sqrt())
+        assert float(found.cka.sel(seed=1, layer=layer)) == pytest.approx(expected, rel=1e-10)
+    assert found.cka.sel(layer=2).isnull().all()
+    partners = matching.partner(ds.assign(correlation=ds.cross_correlation.sel(teacher_layer=1)).isel(epoch=-1))
+    assert partners.sel(layer=2).notnull().any()
+    assert matching.partner(ds.isel(epoch=-1)).sel(layer=1).equals(partners.sel(layer=1))
+    for makers, message in (
+        ({"student": Skip}, "the teacher is a module of the user's own.*pass the function that makes it, teacher="),
+        ({"student": shallow, "teacher": shallow}, "makes a module of 38 numbers, and the archive holds 77"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            similarity.student_teacher(ds.isel(epoch=-1), **makers)
+    with pytest.raises(ValueError, match="a module of the user's own, which no Network is"):
+        members.member(ds.isel(epoch=-1, seed=0))

@@ -1,7 +1,9 @@
 import pytest
+from matplotlib.figure import Figure
 
 import tsdyn
 from tests.cases import cifar10
+from tests.rendering import faults
 from tsdyn import studies
 from tsdyn.archive import integrity
 from tsdyn.archive.netcdf import write_dataset
@@ -26,7 +28,14 @@ def test_a_study_runs_from_experiment_to_figure(name, tmp_path):
     assert all(array.chunks is None and array.attrs["source"] for array in measured.data_vars.values())
     assert measured.nbytes < 1e6
     write_dataset(tmp_path / "measured.nc", measured)
-    study.draw(measured).savefig(tmp_path / "figure.png")
+    figure = study.draw(measured)
+    assert faults(figure) == []
+    figure.savefig(tmp_path / "figure.png")
+    for panel in study.PANELS.values():  # also on axes of the user's own
+        ax = Figure().subplots()
+        panel(measured, ax)
+        assert ax.has_data()
+        assert ax.get_xlabel() or not ax.get_xticks().size
 
 
 @pytest.mark.parametrize("name", TWO_LAYER)

@@ -202,7 +202,8 @@ def test_a_smooth_model_has_no_radius_and_says_so(tmp_path):
     tsdyn.run(e, tmp_path / "run")
     found = tsdyn.sensitivity(tmp_path / "run", "loss_eval")
     assert bool(found["radius"].isnull().all())
-    assert "smooth" in found.attrs["radius_reason"] and "smooth" in json.loads(found.attrs["reach"])[0]
+    assert "smooth" in found.attrs["radius_reason"]
+    assert "smooth" in json.loads(found.attrs["reach"])[0]
     curve = retraining.retrained(tmp_path / "run", sizes=[1e-2, 1e-3, 1e-4])
     error = np.abs(curve["retrained"] / curve["predicted"] - 1)
     assert bool((error.isel(change=2) < 0.02 * error.isel(change=0)).all())  # like ε, at every ε
@@ -307,7 +308,7 @@ def test_permuted_samples_have_permuted_derivatives(tmp_path):
 
 
 def test_a_users_function_of_the_network(relu_run):
-    e, path = relu_run
+    _, path = relu_run
 
     def product(network):
         return network.weights[0][0, 0] * network.weights[1].square().sum()
@@ -496,7 +497,8 @@ def test_the_command_writes_the_file_and_says_how_far_it_holds(relu_run, tmp_pat
         cli.main()
     assert not end.value.code
     out = capsys.readouterr().out
-    assert "predicts changes of the start" in out and "beyond, gates flip" in out and "passes" in out
+    for said in ("predicts changes of the start", "beyond, gates flip", "passes"):
+        assert said in out
     with xr.open_dataset(file) as found:
         assert set(found["wrt"].values) == {"start", "learning_rate"}
         assert found.attrs["observable"] == "correlation[layer=1,teacher_node=2,node=3]"

@@ -497,7 +497,8 @@ def _salvage(path: Path, experiment: Experiment | Recording, damaged: Path) -> I
                         if not np.isnan(block).all():
                             new[name][index] = block
                 with suppress(OSError, RuntimeError):
-                    netcdf.write_state(new, netcdf.read_state(old))
+                    for group in netcdf.state_groups(old):
+                        netcdf.write_state(new, netcdf.read_state(old, group), group)
                 new.setncattr(DROPPED, "; ".join(dropped) or "nothing that could be told")
     except (ArchiveError, OSError, RuntimeError, ValueError, KeyError, IndexError, AttributeError) as error:
         (path / ARCHIVE).unlink(missing_ok=True)

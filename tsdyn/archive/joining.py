@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -94,6 +94,9 @@ def copy(parts: Sequence[Part], layout: Layout, variables: Sequence[str], nc: ne
     with netcdf.dataset(parts[-1].path) as last:
         nc["death_epoch"][:] = last["death_epoch"][:]
         netcdf.write_state(nc, netcdf.read_state(last))
+    for part, group in _along(parts):
+        with netcdf.dataset(part.path) as held:
+            netcdf.write_state(nc, netcdf.read_state(held, group), group)
 
 
 def differing(parts: Sequence[Part], layout: Layout, variables: Sequence[str], nc: netCDF4.Dataset) -> str | None:
@@ -102,12 +105,30 @@ def differing(parts: Sequence[Part], layout: Layout, variables: Sequence[str], n
         if not same_numbers(np.asarray(nc[name][index]), block):
             return name
     with netcdf.dataset(parts[-1].path) as last:
-        same = np.array_equal(nc["death_epoch"][:], last["death_epoch"][:])
-        return _differing_state(nc, netcdf.read_state(last)) if same else "death_epoch"
+        if not np.array_equal(nc["death_epoch"][:], last["death_epoch"][:]):
+            return "death_epoch"
+        states = {netcdf.STATE: netcdf.read_state(last)}
+    for part, group in _along(parts):
+        with netcdf.dataset(part.path) as held:
+            states[group] = netcdf.read_state(held, group)
+    return _differing_states(nc, states)
+
+
+def _along(parts: Sequence[Part]) -> list[tuple[Part, str]]:
+    """The states along the way that segments keep: the segment and the name of the group, in order."""
+    found = []
+    for part in parts:
+        with netcdf.dataset(part.path) as nc:
+            found += [(part, group) for group in netcdf.state_groups(nc) if group != netcdf.STATE]
+    return found
 
 
 def differing_records(
-    file: Path, layout: Layout, epochs: Sequence[Label], records: netcdf.Records, state: netcdf.State
+    file: Path,
+    layout: Layout,
+    epochs: Sequence[Label],
+    records: netcdf.Records,
+    states: Mapping[str, netcdf.State],
 ) -> str | None:
     """The first variable or array of the state that differs in a segment's file from what was to be written, or None.
 
@@ -116,7 +137,7 @@ def differing_records(
     with little_cached(), netcdf.dataset(file) as nc:
         if not np.array_equal(nc[layout.path][:], np.asarray(epochs, dtype=nc[layout.path].dtype)):
             return layout.path
-        if not np.array_equal(nc["death_epoch"][:], state["death_epoch"]):
+        if not np.array_equal(nc["death_epoch"][:], states[netcdf.STATE]["death_epoch"]):
             return "death_epoch"
         for name, value in records.items():
             layers = enumerate(value, start=1) if isinstance(value, list) else ((None, value),)
@@ -127,16 +148,21 @@ def differing_records(
                     index = netcdf.index(variable_of(name), layout, slice(0, len(epochs)), layer, members)
                     if not same_numbers(np.asarray(nc[name][index]), np.asarray(block[members], dtype=nc[name].dtype)):
                         return name
-        return _differing_state(nc, state)
+        return _differing_states(nc, states)
 
 
-def _differing_state(nc: netCDF4.Dataset, state: netcdf.State) -> str | None:
-    stored = netcdf.read_state(nc)
-    if set(stored) != set(state):
-        return "state"
-    return next(
-        (f"state/{name}" for name, array in state.items() if not same_numbers(stored[name], np.asarray(array))), None
-    )
+def _differing_states(nc: netCDF4.Dataset, states: Mapping[str, netcdf.State]) -> str | None:
+    """The first array of the training states that differs in a file, with its group."""
+    if set(netcdf.state_groups(nc)) != set(states):
+        return netcdf.STATE
+    for group, state in states.items():
+        stored = netcdf.read_state(nc, group)
+        if set(stored) != set(state):
+            return group
+        for name, array in state.items():
+            if not same_numbers(stored[name], np.asarray(array)):
+                return f"{group}/{name}"
+    return None
 
 
 def same_numbers(found: np.ndarray, block: np.ndarray) -> bool:

@@ -83,7 +83,7 @@ class Stored:
             found = np.empty(shape, self.dtype) if held == math.prod(shape) else np.full(shape, np.nan, self.dtype)
             for at, source, rows, target in parts:
                 found[at][_orthogonal(target, found.shape[outer:])] = self._rows(source, rows)
-        return found[tuple(0 if isinstance(k, (int, np.integer)) else slice(None) for k in key)]
+        return np.asarray(found[tuple(0 if isinstance(k, (int, np.integer)) else slice(None) for k in key)])
 
     def _part(self, source: Source, wanted: Sequence[NDArray]) -> tuple[list[Rows], list[Rows]] | None:
         """For each dimension, the rows of one file that are among the `wanted` positions, and where among them."""

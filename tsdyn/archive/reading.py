@@ -33,6 +33,7 @@ from tsdyn.archive.sweep_directory import label, point_directories
 from tsdyn.archive.swept_values import SWEEP, dimensions
 from tsdyn.archive.whole_files import ALWAYS_VERIFIED, ArchiveError, DirectoryError, local_path
 from tsdyn.archive.wrong_numbers import WRONG, WRONG_THROUGH, WrongNumbersWarning, wrong_variables
+from tsdyn.experiment import subsets
 from tsdyn.experiment.experiment import Experiment, digest, flattened
 from tsdyn.experiment.sweep_axes import (
     DIMENSIONS,
@@ -94,6 +95,12 @@ def open(
     Raises:
         ArchiveError: if there is nothing of tsdyn's to read, a file differs from its checksum, or a list is empty,
             holds a point twice or differs in so many keys that the product of their values would be mostly empty.
+
+    Examples:
+        >>> import tsdyn
+        >>> ds = tsdyn.open("runs/quickstart")  # nothing is loaded
+        >>> ds.loss_eval.sel(overrealization=4, seed=3, epoch=slice(2, 8)).sizes["epoch"]
+        7
     """
     upto = {None: ALWAYS_VERIFIED, True: math.inf, False: -1.0}[verify]
     paths = [local_path(path)] if isinstance(path, (str, Path)) else [local_path(one) for one in path]
@@ -105,6 +112,7 @@ def open(
         ds = opened(paths[0], skip_damaged=skip_damaged, upto=upto)
     else:
         ds = _opened_together(paths, skip_damaged, upto, as_points=along == "point")
+    ds = _with_kept(ds)
     wrong = [str(name) for name, array in ds.data_vars.items() if "wrong" in array.attrs]
     for one in (p.absolute() for p in paths if wrong):
         if one not in _warned:
@@ -113,6 +121,17 @@ def open(
                 f"{one}: {', '.join(wrong)}: {ds[wrong[0]].attrs['wrong']}", WrongNumbersWarning, stacklevel=2
             )
     return ds
+
+
+def _with_kept(ds: xr.Dataset) -> xr.Dataset:
+    """The Dataset with ``kept`` (subset, sample) if its runs leave samples out of their training sets."""
+    text = str(ds.attrs.get("experiment", ""))
+    if "leave_out" not in text or "subset" not in ds.dims:
+        return ds
+    data = Experiment.from_toml_text(text, archived=True).data
+    attrs = {"units": "1", "long_name": "whether the sample is trained on", "source": "tsdyn: data.leave_out"}
+    found = subsets.kept(data)[ds["subset"].values.astype(int)]
+    return ds.assign(kept=(("subset", "sample"), found, attrs)).assign_coords(sample=np.arange(found.shape[1]))
 
 
 def opened(path: Path, *, skip_damaged: bool = False, upto: float = -1.0) -> xr.Dataset:
@@ -405,9 +424,18 @@ def _differing(written: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _origin(paths: Sequence[Path], written: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> dict[str, str]:
-    """Global attributes of the Dataset: the experiment of a single sweep, or the directories of several."""
+    """Global attributes of the Dataset: the experiment of a single sweep, or the directories of several.
+
+    Several that differ in their seeds alone have one experiment, too: that of all seeds.
+    """
     if len(paths) > 1:
-        return {"opened": json.dumps([str(path) for path in paths])}
+        opened = {"opened": json.dumps([str(path) for path in paths])}
+        if _differing(written) or any(values["sweep"] != written[0]["sweep"] for values in written):
+            return opened
+        each = [Experiment.from_toml(path / EXPERIMENT, archived=True) for path in paths]
+        seeds = sorted({seed for one in each for seed in one.seed_labels})
+        joined = each[0].replace({"seeds": seeds})
+        return opened | {"experiment": joined.to_toml(), "digest": joined.digest, "name": joined.name}
     values = {k: v for k, v in written[0].items() if k != "sweep" or v}
     text = (paths[0] / EXPERIMENT).read_text(encoding="utf-8")
     try:

@@ -121,7 +121,7 @@ def extends(longer: Experiment, shorter: Experiment) -> bool:
         if not set(schema.expand(shorter.record.observables)) <= set(schema.expand(longer.record.observables)):
             return False
         kept |= {"training.epochs": longer.training.epochs, "seeds": longer.seeds}
-        kept |= {"record.observables": longer.record.observables}
+        kept |= {"record.observables": longer.record.observables, "record.state_every": longer.record.state_every}
     if differences(longer, shorter.replace(kept)):
         return False
     theirs, mine = ([json.dumps(p, sort_keys=True) for p in places(e.sweep).values()] for e in (shorter, longer))
@@ -413,6 +413,7 @@ class RunDirectory(Generic[D]):
         records: Records,
         state: State,
         attrs: Mapping[str, Any],
+        along: Mapping[int, State] | None = None,
     ) -> None:
         """Write a segment: what was recorded in training epochs `first`..`last`, and the state after `last`.
 
@@ -427,12 +428,15 @@ class RunDirectory(Generic[D]):
                 is known at the end.
             state: Everything needed to resume; arrays by name, among them ``death_epoch``.
             attrs: Global attributes.
+            along: States along the way that are kept (``record.state_every``), by the epoch after which they are.
 
         Raises:
             ArchiveError: if it cannot be written, or the lock was lost; what was committed before is intact.
         """
         self._lock.confirm()
-        expected = self.bytes_per_epoch * len(epochs) + sum(a.nbytes for a in state.values()) + (1 << 16)
+        states = {netcdf.STATE: state, **{netcdf.state_at(epoch): held for epoch, held in (along or {}).items()}}
+        expected = self.bytes_per_epoch * len(epochs) + (1 << 16)
+        expected += sum(a.nbytes for held in states.values() for a in held.values())
         with netcdf.guarded():
             nc = netCDF4.Dataset("segment", "w", format="NETCDF4", memory=expected)
             own = {**attrs, **self._own_attrs()}
@@ -442,14 +446,15 @@ class RunDirectory(Generic[D]):
                 blocks = enumerate(value, start=1) if isinstance(value, list) else ((None, value),)
                 for layer, block in blocks:
                     nc[name][netcdf.index(variable_of(name), self.layout, slice(0, len(epochs)), layer)] = block
-            netcdf.write_state(nc, state)
+            for group, held in states.items():
+                netcdf.write_state(nc, held, group)
             content = nc.close()
         target = segment_path(self.path, first, last)
         with replacing(target, len(content), seal=True) as temporary:
             write_new(temporary, content)
             del content
             # where memory runs out the library can give a file that lacks numbers, and no error
-            differing = joining.differing_records(temporary, self.layout, epochs, records, state)
+            differing = joining.differing_records(temporary, self.layout, epochs, records, states)
             if differing is not None:
                 raise ArchiveError(
                     f"{target}: {differing} read back differently from what was written, as where memory runs out; "

@@ -55,6 +55,12 @@ def select(ds: T, **labels: Any) -> T:
 
     Raises:
         KeyError: if a name is not a swept key, or no point has such a value; names those there are.
+
+    Examples:
+        >>> import tsdyn
+        >>> ds = tsdyn.select(tsdyn.open("runs/quickstart"), overrealization=4)
+        >>> "overrealization" in ds.dims
+        False
     """
     for name, wanted in labels.items():
         coordinate = ds.coords.get(name)
@@ -91,6 +97,12 @@ def layer(ds: T, number: int) -> T:
 
     Raises:
         ValueError: if `ds` has no such layer.
+
+    Examples:
+        >>> import tsdyn
+        >>> hidden = tsdyn.layer(tsdyn.open("runs/quickstart"), 1)
+        >>> hidden.sizes["teacher_node"]
+        5
     """
     if "layer" not in ds.dims or number not in ds.indexes["layer"]:
         held = list(ds.indexes["layer"]) if "layer" in ds.dims else "no layer dimension"

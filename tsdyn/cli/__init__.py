@@ -14,6 +14,8 @@ _COMMANDS = (
     "measure_command",
     "sensitivity_command",
     "draw_command",
+    "diff_command",
+    "fork_command",
 )
 for _module in _COMMANDS:
     _importlib.import_module(f"tsdyn.cli.{_module}")

@@ -25,6 +25,7 @@ def show(directory: Directory, as_json: AsJson = False) -> None:
     """Show what an archive holds: what ran, final losses, mean correlations, dead members, cost, variables."""
     from tsdyn.analysis import overview
     from tsdyn.archive import reading
+    from tsdyn.growing import history as growth
     from tsdyn.running import provenance
 
     ds = reading.open(directory)
@@ -35,6 +36,10 @@ def show(directory: Directory, as_json: AsJson = False) -> None:
     facts = overview.facts(ds)
     for position, line in enumerate(provenance.lines(ds.attrs)):
         facts["history" if not position else f"history {position + 1}"] = line
+    if line := growth.states_kept(local_path(directory)):
+        facts["states"] = line
+    for position, line in enumerate(growth.lines(local_path(directory))):
+        facts["added" if not position else f"added {position + 1}"] = line
     column = max(map(len, facts)) + 2
     for key, value in facts.items():
         _print_wrapped(printable(value.replace("\n", " ")), width, f"{printable(key):{column}}", " " * column)
@@ -134,7 +139,7 @@ def plot(
     try:
         ds = _selected(ds, select or [])
         with look.using(look.as_name(style)):
-            drawn = planes.animate_boundaries(ds) if moves else recipes.FIGURES[figure](ds)
+            drawn: Any = planes.animate_boundaries(ds) if moves else recipes.FIGURES[figure](ds)
         if not moves:
             drawn.provenance = captions.provenance(ds, f"tsdyn plot DIR {figure} --style {style}")
     except (ValueError, KeyError) as error:

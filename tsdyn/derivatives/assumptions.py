@@ -180,8 +180,8 @@ class Asked:
         """Raise ValueError if autograd has no graph for `value`, rather than return zeros."""
         if not value.requires_grad:
             raise ValueError(
-                f"{self.caller}: the output of {self.name} does not depend on what it is differentiated in, as far as "
-                "autograd sees: it is detached, under no_grad, or rounded"
+                f"{self.caller}: the output or loss of {self.name} does not depend on what it is differentiated in, as "
+                "far as autograd sees: it is detached, under no_grad, rounded, or made from something else"
             )
 
     def _by_backward(self, value: Tensor, wrt: Sequence[Tensor], again: bool) -> list[Tensor]:
@@ -528,6 +528,9 @@ def _tensors(caller: str, tree: Tree, like: Tensor | None) -> Tree:
             return leaf.clone() if leaf.is_inference() else leaf.detach()
         return leaf
 
+    numbers = [isinstance(leaf, (int, float, complex)) for leaf in tree_leaves(tree)]
+    if isinstance(tree, (list, tuple)) and numbers and all(numbers):
+        raise ValueError(f"{caller}: a {type(tree).__name__} of numbers; give a numpy array or a torch tensor")
     if isinstance(tree, nn.utils.rnn.PackedSequence):
         raise ValueError(f"{caller}: a PackedSequence has no axis of samples; give a padded tensor, (sample, ...)")
     return tree_map(one, tree)

@@ -63,6 +63,13 @@ def hessian(*args: Any, labelled: bool = False, **keywords: Any) -> Any:
     Raises:
         ValueError: for a loss that ignores its parameters, draws random numbers, or has no second derivative in torch.
         MemoryError: before it starts, if it does not fit.
+
+    Examples:
+        >>> import torch
+        >>> from tsdyn import derivatives
+        >>> params = {"w": torch.tensor([1.0, 2.0], dtype=torch.float64)}
+        >>> derivatives.hessian(lambda p: (p["w"] ** 2).sum(), params).tolist()
+        [[2.0, 0.0], [0.0, 2.0]]
     """
     if labelled:
         return _labelled("hessian", hessian, args, keywords)
@@ -82,6 +89,14 @@ def hessian_vector_product(*args: Any, **keywords: Any) -> Tensor:
 
     Raises:
         ValueError: as `hessian`, or for a vector of another length.
+
+    Examples:
+        >>> import torch
+        >>> from tsdyn import derivatives
+        >>> params = {"w": torch.tensor([1.0, 2.0], dtype=torch.float64)}
+        >>> along = torch.tensor([1.0, 0.0], dtype=torch.float64)
+        >>> derivatives.hessian_vector_product(lambda p: (p["w"] ** 2).sum(), params, along)
+        tensor([2., 0.], dtype=torch.float64)
     """
     with _curved("hessian_vector_product", args, keywords, vector=inspect.Parameter.empty) as (curve, given):
         vector = _tensor(given["vector"])
@@ -113,6 +128,13 @@ def hessian_spectrum(*args: Any, labelled: bool = False, **keywords: Any) -> Any
         ValueError: as `hessian`, for k < 1, or for products that are not those of a symmetric matrix.
         RuntimeError: if Lanczos does not converge, with what did.
         MemoryError: before it starts, if a dense Hessian does not fit.
+
+    Examples:
+        >>> import torch
+        >>> from tsdyn import derivatives
+        >>> params = {"w": torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)}
+        >>> derivatives.hessian_spectrum(lambda p: (p["w"] ** 4).sum(), params, k=2)
+        tensor([108.,  48.], dtype=torch.float64)
     """
     if labelled:
         return _labelled("hessian_spectrum", hessian_spectrum, args, keywords, k=10)

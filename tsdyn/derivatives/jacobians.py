@@ -40,6 +40,15 @@ def jacobian(
     Raises:
         ValueError: for a module without per-sample derivatives, an unknown submodule, or one called more than once.
         MemoryError: before it starts, if the result does not fit.
+
+    Examples:
+        >>> import torch
+        >>> from torch import nn
+        >>> from tsdyn import derivatives
+        >>> module = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+        >>> x, y = torch.randn(6, 3).double(), torch.randn(6, 2).double()
+        >>> {name: tuple(j.shape) for name, j in derivatives.jacobian(module, x).items()}
+        {'0.weight': (6, 2, 4, 3), '0.bias': (6, 2, 4), '2.weight': (6, 2, 2, 4), '2.bias': (6, 2, 2)}
     """
     caller = "jacobian"
     if labelled:
@@ -85,6 +94,15 @@ def neural_tangent_kernel(
     Raises:
         ValueError: as `jacobian`, or for outputs that are neither vectors nor numbers.
         MemoryError: before it starts, if the kernel does not fit.
+
+    Examples:
+        >>> import torch
+        >>> from torch import nn
+        >>> from tsdyn import derivatives
+        >>> module = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+        >>> x, y = torch.randn(6, 3).double(), torch.randn(6, 2).double()
+        >>> derivatives.neural_tangent_kernel(module, x).shape
+        torch.Size([6, 6, 2, 2])
     """
     caller = "neural_tangent_kernel"
     if labelled:

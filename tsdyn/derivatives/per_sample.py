@@ -143,6 +143,16 @@ def per_sample_gradients(
     Raises:
         ValueError: for a module without per-sample gradients (the way out is named), unknown names, an empty batch.
         MemoryError: before it starts, if the result does not fit.
+
+    Examples:
+        >>> import torch
+        >>> from torch import nn
+        >>> from tsdyn import derivatives
+        >>> module = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+        >>> x, y = torch.randn(6, 3).double(), torch.randn(6, 2).double()
+        >>> loss = lambda output, target: 0.5 * (output - target).square().sum()
+        >>> {name: tuple(g.shape) for name, g in derivatives.per_sample_gradients(module, loss, x, y).items()}
+        {'0.weight': (6, 4, 3), '0.bias': (6, 4), '2.weight': (6, 2, 4), '2.bias': (6, 2)}
     """
     caller = "per_sample_gradients"
     if labelled:
@@ -203,6 +213,16 @@ def per_sample_gradient_norms(
 
     Raises:
         ValueError: as `per_sample_gradients`.
+
+    Examples:
+        >>> import torch
+        >>> from torch import nn
+        >>> from tsdyn import derivatives
+        >>> module = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+        >>> x, y = torch.randn(6, 3).double(), torch.randn(6, 2).double()
+        >>> loss = lambda output, target: 0.5 * (output - target).square().sum()
+        >>> derivatives.per_sample_gradient_norms(module, loss, x, y).shape
+        torch.Size([6])
     """
     caller = "per_sample_gradient_norms"
     if labelled:

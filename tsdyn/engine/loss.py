@@ -127,6 +127,22 @@ CROSS_ENTROPY = Loss(
 LOSSES: dict[str, Loss] = {loss.name: loss for loss in (MSE, CROSS_ENTROPY)}
 
 
+def weighted(of: Loss) -> Loss:
+    """The loss J = E[w ℓ] whose targets have one more column, the weight w of each sample; 0 leaves it out.
+
+    The mean is over all samples of a batch, so that a sample that is left out changes nothing but its own term.
+    """
+
+    def value(output: Tensor, target: Tensor) -> Tensor:
+        single = vmap(of._one)(output, target[:, :-1])
+        return (target[:, -1] * single).mean()
+
+    def residual(output: Tensor, target: Tensor) -> Tensor:
+        return target[..., -1:] * of.residual(output, target[..., :-1])
+
+    return Loss(f"weighted {of.name}", value, f"E[w l], l: {of.convention}", of.targets, residual)
+
+
 def loss(name: str) -> Loss:
     """The loss of that name: tsdyn's own, or one that an installed package offers (`registers.LOSSES`).
 

@@ -22,7 +22,21 @@ from pydantic_core import to_jsonable_python
 from tsdyn import registers, schema, vocabulary
 from tsdyn.experiment import rules, shapes
 from tsdyn.experiment.errors import ExperimentError, explain
-from tsdyn.experiment.parts import Count, Data, Epochs, Flow, Online, Part, Record, Student, Teacher, Training, as_tuple
+from tsdyn.experiment.parts import (
+    Count,
+    Data,
+    Epochs,
+    Flow,
+    Fork,
+    Online,
+    Part,
+    Record,
+    Student,
+    Teacher,
+    Training,
+    as_tuple,
+)
+from tsdyn.experiment.subsets import with_subsets
 from tsdyn.experiment.sweep_axes import checked_sweep, places
 from tsdyn.vocabulary import Kind
 
@@ -45,6 +59,12 @@ class Experiment(Part):
     Raises:
         ExperimentError: from every constructor, naming each bad key, its value, the rule and, for an
             unknown key, the nearest known one.
+
+    Examples:
+        >>> import tsdyn
+        >>> experiment = tsdyn.Experiment(name="mine", teacher={"widths": [20, 5, 10]}, training={"epochs": 3})
+        >>> experiment.replace({"training.epochs": 5}).training.epochs
+        5
     """
 
     kind: Kind = "training"
@@ -58,6 +78,7 @@ class Experiment(Part):
     record: Record = Record()
     flow: Flow = Flow()
     online: Online = Online()
+    fork: Fork = Fork()
     sweep: dict[str, Any] = {}  # noqa: RUF012 (pydantic gives each its own)
 
     def __init__(self, **values: Any) -> None:
@@ -65,6 +86,11 @@ class Experiment(Part):
             super().__init__(**values)
         except ValidationError as error:
             raise ExperimentError(explain(error, type(self))) from None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_point_per_subset(cls, values: Any) -> Any:
+        return with_subsets(values) if isinstance(values, dict) else values
 
     @field_validator("seeds", mode="before")
     @classmethod
@@ -212,7 +238,10 @@ class Experiment(Part):
     def as_dict(self) -> dict[str, Any]:
         """Plain nested dict with every default filled, as TOML writes it."""
         plain = rules.only_known(self.kind, json.loads(self.model_dump_json(exclude_none=True)))
-        return plain if self.sweep else {k: v for k, v in plain.items() if k != "sweep"}
+        if self.data.leave_out.subsets is None:
+            plain.get("data", {}).pop("leave_out", None)
+        absent = {*(() if self.sweep else ("sweep",)), *(() if self.fork.parent is not None else ("fork",))}
+        return {key: value for key, value in plain.items() if key not in absent}
 
     def to_toml(self) -> str:
         """TOML text with every default filled; `from_toml_text` gives an equal Experiment back."""

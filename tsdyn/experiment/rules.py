@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 from tsdyn import schema
 from tsdyn.experiment.errors import keys, nearest
-from tsdyn.experiment.parts import IMAGES, MAX_SEEDS, Record
+from tsdyn.experiment.parts import IMAGES, MAX_SEEDS, Fork, LeaveOut, Record
 from tsdyn.experiment.sweep_axes import axes, swept_keys
 from tsdyn.vocabulary import VARIABLES, Kind
 
@@ -358,6 +358,51 @@ def _flow_method(e: Experiment) -> str | None:
     return None
 
 
+def _leave_out(e: Experiment) -> str | None:
+    given, data = e.data.leave_out, e.data
+    if given == LeaveOut():
+        return None
+    if given.subsets is None or given.share is None:
+        return f"data.leave_out = {given.model_dump(exclude_none=True)}: give subsets and share"
+    if given.subset is not None and given.subset >= given.subsets:
+        return f"data.leave_out.subset = {given.subset}: there are subsets 0..{given.subsets - 1}"
+    if data.train == "fresh" or data.augment != "none":
+        what = "train = 'fresh'" if data.train == "fresh" else f"augment = {data.augment!r}"
+        return f"data.leave_out: data.{what} has no samples that stay the same; give a number of samples"
+    if round(given.share * data.train) >= data.train:
+        return f"data.leave_out.share = {given.share}: nothing of {data.train} samples would be left"
+    served = ("sgd", "gd", "adam", "adamw")
+    if e.deep or e.student.module is not None or e.training.clip is not None or e.training.method not in served:
+        return (
+            "data.leave_out: is for fully connected students without BatchNorm and clipping, with training.method "
+            + ", ".join(served)
+        )
+    return None
+
+
+def _fork(e: Experiment) -> str | None:
+    if e.fork.parent is None:
+        return "fork: give fork.parent, the directory it branches off (tsdyn.fork does)" if e.fork != Fork() else None
+    if e.fork.fork_epoch > e.training.epochs:
+        return f"fork.fork_epoch = {e.fork.fork_epoch}: the run has {e.training.epochs} epochs"
+    if e.student.module is not None:
+        return "fork: modules of your own are not forked; take the state that tsdyn.Recorder keeps and go on from it"
+    for kind, given in e.fork.perturb.items():
+        layer = given.get("layer") if isinstance(given, Mapping) and kind != "set" else None
+        widths = e.student_widths
+        if layer is not None and layer >= len(widths):
+            return f"fork.perturb.{kind}.layer = {layer}: the student has layers 1..{len(widths) - 1}"
+        if layer is not None and kind != "weight" and layer == len(widths) - 1:
+            return f"fork.perturb.{kind}.layer = {layer}: is the output layer; a node of a hidden layer is meant"
+        nodes = [] if layer is None else [given[k] for k in ("node", "to") if k in given] + list(given.get("nodes", ()))
+        for node in nodes:
+            if layer is not None and not 0 <= node < widths[layer]:
+                return f"fork.perturb.{kind}: node {node} is none of the {widths[layer]} of layer {layer}"
+        if kind == "transplant" and given["seed"] not in e.seed_labels:
+            return f"fork.perturb.transplant.seed = {given['seed']}: is none of the run's seeds"
+    return None
+
+
 def _fresh(e: Experiment) -> str | None:
     if e.data.train == "fresh" and e.training.steps_per_epoch is None:
         return "training.steps_per_epoch: needed with data.train = 'fresh'"
@@ -460,6 +505,8 @@ RULES: Mapping[Kind, tuple[Rule, ...]] = {
         _whole_data,
         _flow_method,
         _fresh,
+        _fork,
+        _leave_out,
         _augmented,
     ),
     "population-flow": (_two_layers_one_output, _depths, _ends, _double, _orthonormal),

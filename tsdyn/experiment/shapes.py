@@ -180,7 +180,11 @@ def schedule(experiment: Experiment) -> tuple[int, ...]:
     """The steps after which a run is recorded."""
     kind = experiment.kind
     if kind == "training":
-        return experiment.record.schedule(experiment.training.epochs)
+        schedule = experiment.record.schedule(experiment.training.epochs)
+        if experiment.fork.parent is None:
+            return schedule
+        start = experiment.fork.fork_epoch
+        return tuple(sorted({start, *(epoch for epoch in schedule if epoch > start)}))
     if kind == "population-flow":
         times = experiment.flow.times
         return tuple(range(1 if times is None else 1 + times.number))

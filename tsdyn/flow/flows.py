@@ -106,6 +106,14 @@ def gradient_flow(
             tolerances that are not positive.
 
     Source: Simsek et al. (2023), section 3 (the flow, without ½); Hairer & Wanner (1996), section VI.4.
+
+    Examples:
+        >>> import torch
+        >>> from tsdyn import flow
+        >>> loss = flow.FunctionLoss(lambda p: 0.5 * ((p - 1.0) ** 2).sum(), 2)
+        >>> ds = flow.gradient_flow(loss, torch.zeros(3, 2, dtype=torch.float64), times=[0.1, 1.0])
+        >>> ds.loss.dims, ds.sizes["seed"]
+        (('seed', 'time'), 3)
     """
     rows = initial if isinstance(initial, Tensor) else torch.as_tensor(initial, device="cpu")
     rows = rows.detach().to(loss.dtype)

@@ -130,6 +130,13 @@ def overlaps(student: Network, teacher: Network) -> Overlaps:
 
     Raises:
         ValueError: for other depths, outputs, biases, or networks that differ in activation or inputs.
+
+    Examples:
+        >>> import torch, tsdyn
+        >>> from tsdyn import flow
+        >>> net = tsdyn.Network([torch.eye(2, 4).double(), torch.ones(1, 2).double()], activation="erf")
+        >>> flow.overlaps(net, net).Q.shape
+        torch.Size([2, 2])
     """
     require_plain("overlaps", student, teacher)
     for role, network in (("student", student), ("teacher", teacher)):

@@ -231,6 +231,14 @@ def polish(
         ValueError: for rows of another length, or `within` that is not positive.
 
     Source: Kantorovich (1948), on the convergence of Newton's method: ‖H⁻¹‖ K ‖step‖ ≤ ½, K the Lipschitz constant.
+
+    Examples:
+        >>> import torch
+        >>> from tsdyn import flow
+        >>> loss = flow.FunctionLoss(lambda p: 0.5 * ((p - 1.0) ** 2).sum(), 2)
+        >>> found = flow.polish(loss, torch.tensor([0.9, 1.1], dtype=torch.float64))
+        >>> bool((found.point - 1).abs().max() < 1e-12)
+        True
     """
     rows = point if point.ndim == 2 else point[None]
     if not within > 0:

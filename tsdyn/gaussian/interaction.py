@@ -548,6 +548,11 @@ def in_cosine(
             or a σ whose integral does not settle.
 
     Source: Simsek et al. (2023), section 3.
+
+    Examples:
+        >>> from tsdyn import population
+        >>> round(float(population.interaction("erf", 1.0, 1.0, 0.0)), 12)  # orthogonal weights
+        0.0
     """
     first, second, cosine = _broadcast(r1, r2, rho)
     _check("r1", first, lambda v: v >= 0, "a norm is not negative")

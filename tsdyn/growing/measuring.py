@@ -7,6 +7,7 @@ the seed and the epoch only), and the same code measures it that measures during
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ import dask.array
 import numpy as np
 import torch
 import xarray as xr
-from dask import delayed
+from dask.delayed import delayed
 from numpy.typing import NDArray
 
 from tsdyn import registers, schema
@@ -32,7 +33,7 @@ from tsdyn.problem import input_files
 from tsdyn.running.members import Members
 from tsdyn.running.own_modules import Maker, makers, refuse_other_source
 from tsdyn.running.runner import own_device
-from tsdyn.vocabulary import FAMILIES
+from tsdyn.vocabulary import DIMENSIONS, FAMILIES
 
 #: A task holds the recorded parameters of one member at as many epochs as fit in this; its data are drawn once.
 TASK_BYTES = 1 << 27
@@ -66,6 +67,12 @@ def measure(
     Raises:
         ExperimentError: for a name that is no observable, or cannot be measured of this experiment's networks.
         ValueError: if parameters were not recorded, an epoch was not, or the Dataset is not one experiment's.
+
+    Examples:
+        >>> import tsdyn
+        >>> ds = tsdyn.open("runs/quickstart").isel(overrealization=0)
+        >>> tsdyn.measure(ds, ["gradient_rms"]).gradient_rms.dims
+        ('seed', 'epoch', 'layer', 'node')
     """
     if not isinstance(ds, xr.Dataset):
         ds = reading.open(ds)
@@ -179,8 +186,7 @@ def _labels(ds: xr.Dataset, asked: Sequence[tuple[Mapping[str, Any], Experiment]
         "top_k": np.arange(1, max(layout.padded("top_k") for layout in layouts) + 1),
         "quantile": np.array(sorted({q for layout in layouts for q in layout.quantiles})),
     }
-    told = schema.DIMENSIONS
-    return {d: xr.Variable(d, values, {"long_name": told[d]}) for d, values in plain.items()} | found
+    return {d: xr.Variable(d, values, {"long_name": DIMENSIONS[d]}) for d, values in plain.items()} | found
 
 
 def _stored(array: xr.DataArray, outer: Sequence[str]) -> Any:
@@ -224,7 +230,7 @@ class _Plan:
 
     def _epochs_at_once(self, asked: Sequence[tuple[Mapping[str, Any], Experiment]]) -> int:
         dims = len(self.outer)
-        each = sum(int(np.prod(a.shape[dims:])) * a.dtype.itemsize for a in self.stored.values())
+        each: int = sum(math.prod(a.shape[dims:]) * int(a.dtype.itemsize) for a in self.stored.values())
         return max(1, TASK_BYTES // max(1, each))
 
     def _inner(self, name: str) -> tuple[int, ...]:

@@ -79,6 +79,13 @@ def gradient(f: Labelled, ds: xr.Dataset, wrt: str | Sequence[str] = "weight") -
         TypeError: if the value is not one number, a gradient would be lost on the way, or the value does not depend
             on a variable.
         KeyError: if `ds` has no such variable.
+
+    Examples:
+        >>> import tsdyn
+        >>> ds = tsdyn.open("runs/quickstart").isel(overrealization=0, seed=0, epoch=-1).load()
+        >>> slope = tsdyn.gradient(lambda d: (d.weight.fillna(0) ** 2).sum(), ds, wrt="weight")
+        >>> bool((abs(slope - 2 * ds.weight) < 1e-12).where(ds.weight.notnull(), True).all())
+        True
     """
     leaves, placed = _placed(ds, wrt, "gradient")
     value = _value(f(placed), "gradient")

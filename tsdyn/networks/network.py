@@ -75,6 +75,14 @@ class Network:
     Raises:
         ValueError: if shapes do not chain, dtypes or devices are mixed, an image becomes smaller than a kernel, or the
             activation is unknown.
+
+    Examples:
+        >>> import torch, tsdyn
+        >>> net = tsdyn.Network([torch.ones(4, 3), torch.ones(2, 4)], [torch.zeros(4), None], activation="relu")
+        >>> net(torch.ones(5, 3)).shape
+        torch.Size([5, 2])
+        >>> net.widths
+        (3, 4, 2)
     """
 
     def __init__(

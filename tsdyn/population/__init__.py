@@ -6,6 +6,7 @@ Everything here is exact for x ~ N(0, I) up to rounding.  Losses are E‖f − f
 from tsdyn.gaussian.interaction import Derivatives, Interaction, Partials
 from tsdyn.gaussian.interaction import derivatives as interaction_derivatives
 from tsdyn.gaussian.interaction import in_cosine as interaction
+from tsdyn.population.archived import expected_loss
 from tsdyn.population.critical_point_kinds import Classification, classify, phase_boundaries
 from tsdyn.population.critical_points import (
     OneNeuron,
@@ -29,6 +30,7 @@ __all__ = [
     "ReducedLoss",
     "classify",
     "copy_average",
+    "expected_loss",
     "interaction",
     "interaction_derivatives",
     "loss",

@@ -74,6 +74,14 @@ def classify(student: Network, teacher: Network, *, owns: float = OWNS, even: fl
         ValueError: for any other teacher, other widths, or thresholds out of range.
 
     Source: Simsek et al. (2023), section 5; the thresholds are ours.
+
+    Examples:
+        >>> import torch, tsdyn
+        >>> from tsdyn import population
+        >>> teacher = tsdyn.Network([torch.eye(3, 4).double(), torch.ones(1, 3).double()], activation="erf")
+        >>> student = population.copy_average("erf", teacher, [[0], [1, 2]])
+        >>> str(population.classify(student, teacher).kind)
+        'copy-average'
     """
     unit_orthonormal("classify", teacher)
     require_plain("classify", student)

@@ -67,6 +67,12 @@ def one_neuron(activation: str, k: int, *, leak: float = 0.01) -> OneNeuron:
         ValueError: for k < 1, an unknown activation, or one whose optimum is not at a finite norm.
 
     Source: Simsek et al. (2023), Theorem 4.2; rederived (docs/theory).
+
+    Examples:
+        >>> from tsdyn import population
+        >>> best = population.one_neuron("erf", 3)
+        >>> bool(best.loss > 0), bool(best.outgoing > 1)
+        (True, True)
     """
     if k < 1:
         raise ValueError(f"one_neuron: k={k}; a teacher has at least one neuron")
@@ -141,6 +147,13 @@ def copy_average(activation: str, teacher: Network, groups: Sequence[int] | Sequ
             partition its nodes, or an odd σ with no critical point near.
 
     Source: Simsek et al. (2023), Theorem 5.1 (erf).
+
+    Examples:
+        >>> import torch, tsdyn
+        >>> from tsdyn import population
+        >>> teacher = tsdyn.Network([torch.eye(3, 4).double(), torch.ones(1, 3).double()], activation="erf")
+        >>> population.copy_average("erf", teacher, [[0], [1, 2]]).widths  # copies node 0, averages 1 and 2
+        (4, 2, 1)
     """
     b = unit_orthonormal("copy_average", teacher)
     if activation != teacher.activation.name:

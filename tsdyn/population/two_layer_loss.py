@@ -205,6 +205,13 @@ def loss(student: Network, teacher: Network) -> Float[Tensor, ""]:
         ValueError: for other depths, biases, different activations, inputs or outputs.
 
     Source: Simsek et al. (2023), section 3.
+
+    Examples:
+        >>> import torch, tsdyn
+        >>> from tsdyn import population
+        >>> teacher = tsdyn.Network([torch.eye(2, 3).double(), torch.ones(1, 2).double()], activation="erf")
+        >>> round(float(population.loss(teacher, teacher)), 12)
+        0.0
     """
     _check_two_layers("population.loss", "student", student)
     closed = PopulationLoss(teacher, student.widths[1], activation=student.activation.name)

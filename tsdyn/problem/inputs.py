@@ -22,16 +22,30 @@ from tsdyn.experiment.experiment import Experiment
 from tsdyn.networks.activations import activation
 from tsdyn.problem import covariances, images
 
-STREAMS = ("teacher", "student", "train", "eval", "batches", "probe", "augment", "law", "noise", "noise-probe")
+STREAMS = ("teacher", "student", "train", "eval", "batches", "probe", "augment", "law", "noise", "noise-probe", "fork")
 
 
-def generator(seed: int, stream: str, epoch: int = 0) -> np.random.Generator:
-    """The generator of one stream of one member at one epoch (Philox, the same on every platform)."""
+def generator(seed: int, stream: str, epoch: int = 0, branch: int | None = None) -> np.random.Generator:
+    """The generator of one stream of one member at one epoch (Philox, the same on every platform).
+
+    With a `branch` it is that of a run that forked off and draws anew.
+    """
     # numpy splits an integer into words of 32 bits, so the second word of a seed of 2^32 or more would be taken for the
     # stream; a spawn key comes after four words and cannot be confused with them.  Smaller seeds have one word
     high, low = divmod(seed, 1 << 32)
-    key = np.random.SeedSequence((low, STREAMS.index(stream), epoch), spawn_key=(high,) if high else ())
+    spawn = ((high,) if high else ()) if branch is None else (high, branch)
+    key = np.random.SeedSequence((low, STREAMS.index(stream), epoch), spawn_key=spawn)
     return np.random.Generator(np.random.Philox(key))
+
+
+def training_generator(experiment: Experiment, seed: int, stream: str, epoch: int) -> np.random.Generator:
+    """The generator of a stream that training draws from in the epoch that ends at `epoch`.
+
+    A fork with ``draws = "other"`` has streams of its own after the epoch at which it branched off.
+    """
+    fork = experiment.fork
+    own = fork.parent is not None and fork.draws == "other" and epoch > fork.fork_epoch
+    return generator(seed, stream, epoch, fork.branch if own else None)
 
 
 def _gaussian(rng: np.random.Generator, samples: int, inputs: int, *, std: float) -> np.ndarray:
@@ -188,7 +202,7 @@ def batch_indices(experiment: Experiment, seed: int, epoch: int, samples: int) -
     pass over a permutation, and a remainder smaller than a batch is left out.
     """
     shape = experiment.steps, experiment.training.batch
-    rng = generator(seed, "batches", epoch)
+    rng = training_generator(experiment, seed, "batches", epoch)
     if experiment.training.steps_per_epoch is not None:
         return rng.integers(0, samples, shape, dtype=np.int64)
     return rng.permutation(samples)[: math.prod(shape)].reshape(shape).astype(np.int64)
@@ -209,7 +223,7 @@ def fresh_batches(
     batch, steps = experiment.training.batch, experiment.steps
     pieces = (slice(start, min(start + steps_at_once, steps)) for start in range(0, steps, steps_at_once))
     if experiment.data.augment != "crop-flip":
-        rng = generator(seed, "batches", epoch)
+        rng = training_generator(experiment, seed, "batches", epoch)
         # a product of matrices may round otherwise for more rows: one step at a time where there is one
         product = experiment.data.covariance is not None or experiment.data.law == "hidden-manifold"
         for piece in pieces:
@@ -221,7 +235,7 @@ def fresh_batches(
         return
     own, _ = images.split(experiment.data, generator(seed, "train"))
     indices = own[batch_indices(experiment, seed, epoch, len(own))]
-    held, rng = images.load(experiment.data)[0], generator(seed, "augment", epoch)
+    held, rng = images.load(experiment.data)[0], training_generator(experiment, seed, "augment", epoch)
     for piece in pieces:
         # one step at a time, so that the draws do not depend on how many are taken together
         yield np.stack([held.cropped(step, rng, experiment.dtype) for step in indices[piece]])

@@ -72,6 +72,7 @@ def draw_teacher(experiment: Experiment, seed: int) -> Network:
     ``unit_norm`` the rows of the first layer are scaled to unit norm, but not their biases; with ``"every-layer"`` the
     rows of all layers are, each with its bias.  Biases are constant, or with ``"uniform"`` U[−½, ½].  A ``trained``
     teacher is trained from torch's start on the data's own labels; one of ``file`` is read from a state dict.
+    ``luck-matters`` is the teacher of Tian et al. (2019): entries from ±½, ±¼, 0, biases U[−½, ½], no row of unit norm.
 
     ``prune`` then removes the nodes of least fan-out (`prune`), after which a trained teacher is trained for
     ``finetune_epochs`` more.  Last, ``balanced`` tunes biases on the evaluation set (`balance`).
@@ -159,12 +160,18 @@ def _orthonormal(rng: np.random.Generator, nodes: int, inputs: int, *, teacher: 
     return orthonormal(rng, nodes, inputs)
 
 
+def _luck_matters(rng: np.random.Generator, nodes: int, inputs: int, *, teacher: Teacher, lowest: bool) -> np.ndarray:
+    """Entries from ±½, ±¼, 0, rows distinct and not zero (Tian et al. 2019, section 5); for ConvNets, of kernels."""
+    return separated_rows(rng, nodes, inputs, teacher.choices)
+
+
 #: ``teacher.init`` → the function that draws a layer's weight: (rng, nodes, inputs, *, teacher, lowest) →
 #: (node, input_node), with the experiment's section ``[teacher]`` and whether the layer is the lowest.
 TEACHERS: Mapping[str, Callable[..., np.ndarray]] = {
     "separated": _separated,
     "gaussian": _gaussian,
     "orthonormal": _orthonormal,
+    "luck-matters": _luck_matters,
 }
 
 

@@ -31,7 +31,7 @@ from tsdyn.observables.formulas import standardized
 from tsdyn.observables.layers import evaluated, labelled, traced, weights_of
 from tsdyn.observables.member import Measurement, Probe
 from tsdyn.observables.registry import Observed
-from tsdyn.recording import checks, measuring, states
+from tsdyn.recording import checks, measuring, own_values, states
 from tsdyn.recording.measuring import ACTIVATION, DIFFERENTIATED, FAMILIES, MEASURED, Probed
 from tsdyn.running import provenance
 from tsdyn.running.runner import _along_steps, _due
@@ -164,6 +164,8 @@ class Recorder:
         self._model, self._loss, self._teacher = model, loss, teacher
         self._stateful = _stateful(state)
         names = labelled(model, self._x, layers, caller="Recorder")
+        with evaluated(model), torch.no_grad():
+            self._called = tuple(traced(model, self._x, names).calls)
         self._chosen, self._own = _chosen(observables, teacher)
         whole = [name for name, part in self._own.items() if isinstance(part, Observed)]
         if whole and loss is not None:
@@ -208,8 +210,8 @@ class Recorder:
 
         Args:
             epoch: Greater than that of the last commit; 0 is before training.
-            own: Numbers, or arrays of variables declared by `tsdyn.declare`; the same at every commit.
-                ``loss_train=`` is the schema's variable.
+            own: Numbers, or arrays of variables declared by `tsdyn.declare`, one per layer if they have layers; the
+                same at every commit.  ``loss_train=`` is the schema's variable.
 
         Raises:
             ValueError: for an epoch or values that do not fit; what was committed stays.
@@ -385,26 +387,29 @@ class Recorder:
         biases = [(w.new_zeros(len(w)) if b is None else b).cpu().numpy()[None] for w, b in pairs]
         return {"teacher_weight": weights, "teacher_bias": biases}
 
-    def _record(self, values: Mapping[str, np.ndarray], dead: bool) -> dict[str, Any]:
+    def _record(self, values: Mapping[str, own_values.Values], dead: bool) -> dict[str, Any]:
         recording, layout = self._recording, self._recording.layout
         names = tuple(name for name in recording.variables if name not in recording.given)
         self._refuse_other_layers()
         if dead:
-            record = {name: _nothing(schema.variable(name), layout) for name in names}
-            return record | {name: np.full((1, *np.shape(v)), np.nan) for name, v in values.items()}
+            record = {name: own_values.nothing(schema.variable(name), layout) for name in names}
+            return record | {
+                name: own_values.each(v, lambda one: np.full((1, *one.shape), np.nan)) for name, v in values.items()
+            }
         kernel = dict(layout.extra).get("sample_2", SAMPLES)
         probed = Probed(
             self._model, self._x, self._y, self._loss, recording.layers, tuple(recording.parameters),
             self._teacher_rows, layout, kernel,
         )  # fmt: skip
         own = {name: self._asked(name) for name in self._own if name in names}
+        self._refuse_other_order(probed)
         found = measuring.measured(names, probed, own)
         for name, value in found.items():
-            _refuse_other_shape(name, value, layout)
+            own_values.refuse_other_shape(name, value, layout)
         stacked = {
             n: [v[None] for v in value] if isinstance(value, list) else value[None] for n, value in found.items()
         }
-        return stacked | {name: np.asarray(v)[None] for name, v in values.items()}
+        return stacked | {name: own_values.each(v, lambda one: one[None]) for name, v in values.items()}
 
     def _asked(self, name: str) -> Callable[[Any], Any]:
         part = self._own[name]
@@ -469,8 +474,18 @@ class Recorder:
                 "those that the recording began with; record it under another path"
             )
 
-    def _checked_own(self, own: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        values = {name: np.asarray(v.detach().cpu() if isinstance(v, Tensor) else v, float) for name, v in own.items()}
+    def _refuse_other_order(self, probed: Probed) -> None:
+        """Refuse a model that calls its layers in another order than at first: the labels would be others."""
+        with evaluated(self._model):
+            now = tuple(probed.passed.calls)
+        if now != self._called:
+            raise ValueError(
+                f"Recorder.commit: the model calls its layers in the order {', '.join(now)}; when the recording began "
+                f"it was {', '.join(self._called)}, by which they are labelled; record it under another path"
+            )
+
+    def _checked_own(self, own: Mapping[str, Any]) -> dict[str, own_values.Values]:
+        values = {name: own_values.plain(name, value) for name, value in own.items()}
         expected = self._recording.given
         if (self._writer.durable is not None or self._writer.pending) and set(values) != set(expected):
             raise ValueError(
@@ -480,41 +495,44 @@ class Recorder:
         for name, value in values.items():
             if name in self._recording.variables and name not in expected:
                 raise ValueError(f"Recorder.commit: {name} is measured by the recorder; leave it out")
-            if name in VARIABLES and name != "loss_train" and value.ndim:
+            if name in VARIABLES and name != "loss_train" and np.ndim(value):
                 raise ValueError(
                     f"Recorder.commit: {name} is a variable of the schema; declare one of your own for arrays"
                 )
             if not name.isidentifier() or name in DIMENSIONS or name in COORDINATES:
                 raise ValueError(f"Recorder.commit: {name!r} is a word of the schema; give another name")
             if name not in VARIABLES and name not in schema.DECLARED:
-                if value.ndim:
+                if np.ndim(value):
                     raise ValueError(
-                        f"Recorder.commit: {name} has shape {value.shape}; declare what its dimensions are: "
+                        f"Recorder.commit: {name} has shape {np.shape(value)}; declare what its dimensions are: "
                         f"tsdyn.declare({name!r}, ('seed', 'epoch', ...), ...)"
                     )
                 schema.adopt(Variable(name, ("seed", "epoch"), "1", name, "the user's own loop"))
             if expected:
-                _refuse_other_shape(name, value, self._recording.layout)
+                own_values.refuse_other_shape(name, value, self._recording.layout)
         return values
 
-    def _given(self, values: Mapping[str, np.ndarray]) -> Recording:
+    def _given(self, values: Mapping[str, own_values.Values]) -> Recording:
         """The recording with the values of the user's own that the first commit was given."""
         sizes = dict(self._recording.sizes)
         for name, value in values.items():
             row = schema.variable(name)
-            inner = [dim for dim in row.dims if dim not in ("seed", "epoch")]
-            if len(inner) != value.ndim or row.layered:
-                raise ValueError(f"Recorder.commit: {name} has shape {value.shape}, it was declared over {row.dims}")
-            for dim, n in zip(inner, value.shape, strict=True):
-                if dim in schema.SAMPLED and sizes.setdefault(dim, n) != n:
-                    raise ValueError(f"Recorder.commit: {name} has {n} along {dim}, which is {sizes[dim]} long here")
+            inner = [dim for dim in row.dims if dim not in ("seed", "epoch", "layer")]
+            for one in value if isinstance(value, list) else [value]:
+                if len(inner) != one.ndim or row.layered != isinstance(value, list):
+                    raise ValueError(f"Recorder.commit: {name} has shape {one.shape}, it was declared over {row.dims}")
+                for dim, n in zip(inner, one.shape, strict=True):
+                    if dim in schema.SAMPLED and sizes.setdefault(dim, n) != n:
+                        raise ValueError(
+                            f"Recorder.commit: {name} has {n} along {dim}, which is {sizes[dim]} long here"
+                        )
         rows = [json.loads(json.dumps(asdict(schema.variable(n)))) for n in values if n not in VARIABLES]
         given = replace(
             self._recording, given=tuple(values), sizes=sizes, declared=(*self._recording.declared, *rows),
             variables=(*self._recording.variables, *values),
         )  # fmt: skip
         for name, value in values.items():
-            _refuse_other_shape(name, value, given.layout)
+            own_values.refuse_other_shape(name, value, given.layout)
         return given
 
 
@@ -524,23 +542,6 @@ def _name_of(loss: Callable[[Tensor, Tensor], Tensor] | None) -> str:
 
 def _padded(sizes: list[int], depth: int) -> tuple[int, ...]:
     return (*sizes, *(0 for _ in range(depth - len(sizes))))
-
-
-def _nothing(row: Variable, layout: schema.Layout) -> Any:
-    if not row.layered:
-        return np.full((1, *layout.block(row, None)), np.nan)
-    return [np.full((1, *layout.block(row, layer)), np.nan) for layer in range(1, layout.depth + 1)]
-
-
-def _refuse_other_shape(name: str, value: Any, layout: schema.Layout) -> None:
-    row = schema.variable(name)
-    parts = value if isinstance(value, list) else [value]
-    if isinstance(value, list) != row.layered or len(parts) > layout.depth:
-        raise ValueError(f"Recorder: {name} gave {len(parts)} arrays; its variable has dimensions {row.dims}")
-    for layer, part in enumerate(parts, start=1):
-        wanted = layout.block(row, layer if row.layered else None)
-        if tuple(np.shape(part)) != wanted:
-            raise ValueError(f"Recorder: {name} has shape {tuple(np.shape(part))}; {row.dims[2:]} is {wanted} here")
 
 
 def _stateful(state: Any) -> dict[str, Any]:

@@ -179,6 +179,7 @@ def footprint(experiment: Experiment, *, train: int | None = None) -> Footprint:
         experiment: One run, no sweep.
         train: Samples of a member's training set, if augmentation changes their number from ``data.train``.
     """
+    registry.load(experiment)  # a package's observables are declared when they are loaded
     kind = experiment.kind
     if kind == "training":
         return _footprint_training(experiment, train)

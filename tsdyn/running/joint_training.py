@@ -12,7 +12,6 @@ from torch import Tensor
 
 from tsdyn.engine.batches import Batches, Stream, finite_stream
 from tsdyn.engine.ensemble import Ensemble
-from tsdyn.engine.rule import Rule
 from tsdyn.engine.train import train_epoch
 from tsdyn.experiment.experiment import Experiment
 from tsdyn.problem.inputs import (
@@ -31,6 +30,8 @@ def ensemble_key(experiment: Experiment) -> object | None:
     training, student = experiment.training, experiment.student
     if experiment.kind != "training" or experiment.deep or training.method == "flow" or experiment.of_own_modules:
         return None
+    if experiment.fork.parent is not None:  # points that branch off at different epochs do not step together
+        return None
     return (
         experiment.dtype,
         experiment.student_widths,
@@ -40,6 +41,7 @@ def ensemble_key(experiment: Experiment) -> object | None:
         experiment.steps,
         new_at_every_step(experiment),
         (experiment.data.train, experiment.data.augment) if training.whole else None,
+        experiment.data.leave_out.subset is None,
     )
 
 
@@ -76,7 +78,7 @@ class JointTraining:
         rates = [
             torch.full((len(p.teachers),), p.experiment.training.rate(epoch), dtype=torch.float64) for p in self.parts
         ]
-        rule = replace(Rule.of(self.parts[0].experiment.training, epoch), learning_rate=torch.cat(rates))
+        rule = replace(self.parts[0].rule(epoch), learning_rate=torch.cat(rates))
         train_epoch(self.ensemble, self._stream(epoch), rule, batch=self.parts[0].batch)
         for part in self.parts:
             part.ensemble.steps = self.ensemble.steps

@@ -7,6 +7,7 @@ from typing import assert_never
 from tsdyn.experiment.errors import ExperimentError
 from tsdyn.experiment.experiment import Experiment
 from tsdyn.running.flow_members import FlowMembers
+from tsdyn.running.forked_members import ForkedMembers
 from tsdyn.running.members import Members
 from tsdyn.running.online_members import OnlineMembers
 from tsdyn.running.own_modules import Maker
@@ -28,6 +29,8 @@ def members_of(
     """
     kind = experiment.kind
     if kind == "training":
+        if experiment.fork.parent is not None:
+            return ForkedMembers(experiment, device, teacher)
         return Members(experiment, device, student, teacher)
     if student is not None or teacher is not None:
         raise ExperimentError(f"student, teacher: kind = {kind!r} makes its networks itself; leave them out")

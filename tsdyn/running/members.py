@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -15,9 +15,10 @@ from torch.nn.utils.rnn import pad_sequence
 from tsdyn import schema
 from tsdyn.engine.batches import Batches, Stream, finite_stream
 from tsdyn.engine.ensemble import Ensemble, mark_dead
-from tsdyn.engine.loss import loss
+from tsdyn.engine.loss import loss, weighted
 from tsdyn.engine.rule import Rule
 from tsdyn.engine.train import train_epoch
+from tsdyn.experiment import subsets
 from tsdyn.experiment.errors import ExperimentError
 from tsdyn.experiment.experiment import Experiment
 from tsdyn.flow import epochs
@@ -30,9 +31,9 @@ from tsdyn.problem.inputs import (
     batch_indices,
     evaluation_inputs,
     fresh_batches,
-    generator,
     labels,
     new_at_every_step,
+    training_generator,
     training_inputs,
 )
 from tsdyn.problem.students import draw_student
@@ -101,6 +102,27 @@ class Members:
         return [Probe(self._tensor(x), t, labels) for x, t, labels in draws]
 
     @cached_property
+    def _left_out(self) -> Tensor | None:
+        """Indices of the samples that are not trained on (``data.leave_out``); None if all are."""
+        subset = self.experiment.data.leave_out.subset
+        return None if subset is None else torch.from_numpy(subsets.left_out(self.experiment.data, subset))
+
+    @cached_property
+    def _trained_probes(self) -> list[Probe]:
+        """`_finite_probes` without the samples that are left out."""
+        if self._left_out is None:
+            return self._finite_probes
+        found = []
+        for probe, teacher in zip(self._finite_probes, self.teachers, strict=True):
+            kept = torch.ones(len(probe.inputs), dtype=torch.bool, device=probe.inputs.device)
+            kept[self._left_out] = False
+            own = None if probe.labels is None else probe.labels[kept]
+            found.append(
+                Probe(probe.inputs[kept], teacher, own, None if probe.targets is None else probe.targets[kept])
+            )
+        return found
+
+    @cached_property
     def finite(self) -> tuple[Tensor, Tensor]:
         """Inputs and targets of the training sets, (member, sample, ...); NaN beyond a member's own samples."""
         inputs = [probe.inputs for probe in self._finite_probes]
@@ -108,6 +130,10 @@ class Members:
             self.targets(member, probe.inputs) if probe.targets is None else probe.targets
             for member, probe in enumerate(self._finite_probes)
         ]
+        if self._left_out is not None:
+            weights = torch.ones(len(aims[0]), 1, dtype=aims[0].dtype, device=aims[0].device)
+            weights[self._left_out] = 0
+            aims = [torch.cat([aim, weights], 1) for aim in aims]
         padded = (pad_sequence(each, batch_first=True, padding_value=torch.nan) for each in (inputs, aims))
         return next(padded), next(padded)
 
@@ -162,7 +188,7 @@ class Members:
     def train_probe(self, member: int, epoch: int) -> Probe:
         """The samples on which this member's training quantities are measured, with the teacher's trace."""
         if self.experiment.data.train != "fresh":
-            return self._finite_probes[member]
+            return self._trained_probes[member]
         seed = self.experiment.seed_labels[member]
         x = self._tensor(training_inputs(self.experiment, seed, epoch))
         return Probe(x, self.teachers[member], targets=self._spoiled(member, x, None, epoch))
@@ -194,7 +220,7 @@ class Members:
         classes = self._shown(members, epoch) if self.experiment.training.of_data else [None] * len(seeds)
         taken = 0
         pieces = [fresh_batches(self.experiment, seed, epoch, steps_at_once=steps_at_once) for seed in seeds]
-        noises = [generator(seed, "noise", epoch) for seed in seeds]
+        noises = [training_generator(self.experiment, seed, "noise", epoch) for seed in seeds]
         for draws in zip(*pieces, strict=True):
             steps, batch, _ = draws[0].shape
             x = torch.stack([self._tensor(draw) for draw in draws]).flatten(1, 2)  # (member, sample, input)
@@ -307,9 +333,14 @@ class Members:
         """Give the members the moments that training needs."""
         self.ensemble.prepare(Rule.of(self.experiment.training, 1).optimizer.moments)
 
+    def rule(self, step: int) -> Rule:
+        """The rule of the epoch that ends at `step`, with the loss of the samples that are kept."""
+        rule = Rule.of(self.experiment.training, step)
+        return rule if self._left_out is None else replace(rule, loss=weighted(rule.loss))
+
     def advance(self, step: int) -> list[int]:
         """Train the epoch that ends at `step`; returns the seeds that died in it."""
-        rule = Rule.of(self.experiment.training, step)
+        rule = self.rule(step)
         if self.experiment.training.method == "flow":
             lasting = self.experiment.training.rate(step) * self.experiment.steps
             epochs.train_epoch(self.ensemble, list(zip(*self.finite, strict=True)), rule, time=lasting)

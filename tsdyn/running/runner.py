@@ -246,6 +246,7 @@ class _Point:
         self._labels = dict(zip(self.experiment.schedule, self.experiment.labels, strict=True))
         self._pending: list[dict[str, Any]] = []
         self._recorded: list[vocabulary.Label] = []
+        self._kept: dict[int, dict[str, Any]] = {}  #: states since the last commit that are kept along the way
         self._first = 0
         self._worked, self._since = 0.0, time.monotonic()
         self._read = False
@@ -309,6 +310,9 @@ class _Point:
         if recorded:
             self._pending.append(self.members.measure(step, self._variables))
             self._recorded.append(self._labels[step])
+        every = self.experiment.record.state_every
+        if self.experiment.kind == "training" and every is not None and step % every == 0:
+            self._kept[step] = {name: np.array(array) for name, array in self.members.state().items()}
         if self._progress is not None:
             error = _mean_error(self._pending[-1]) if recorded else None
             try:
@@ -319,7 +323,8 @@ class _Point:
 
     @property
     def pending_bytes(self) -> int:
-        return len(self._pending) * self._target.bytes_per_epoch
+        kept: int = sum(array.nbytes for state in self._kept.values() for array in state.values())
+        return len(self._pending) * self._target.bytes_per_epoch + kept
 
     def commit(self, step: int) -> None:
         self._refuse_changed_inputs()
@@ -328,8 +333,8 @@ class _Point:
         outcome = self.members.outcome() if step == self.experiment.last else {}
         held = {**records, **constants, **outcome}
         self._attrs[vocabulary.WALL] = round(self._worked + time.monotonic() - self._since, 3)
-        self._target.commit(self._first, step, self._recorded, held, self.members.state(), self._attrs)
-        self._pending, self._recorded, self._first = [], [], step + 1
+        self._target.commit(self._first, step, self._recorded, held, self.members.state(), self._attrs, self._kept)
+        self._pending, self._recorded, self._kept, self._first = [], [], {}, step + 1
 
     def finish(self) -> None:
         self._target.consolidate(self._attrs)

@@ -161,12 +161,19 @@ def run(
         DeviceError: if this machine has no such device.
         WorkersError: if `workers` is below 1, both `workers` and `scheduler` are given, or no scheduler answers.
         DataError: if all points read the same data files and these are missing or damaged.
+
+    Examples:
+        >>> import tsdyn
+        >>> experiment = tsdyn.Experiment.from_toml("quickstart.toml")
+        >>> ds = tsdyn.run(experiment, "runs/quickstart")  # resumes what was committed; here all is there
+        >>> ds.sizes["epoch"]
+        13
     """
     _check_workers(workers, scheduler)
     _check_data(experiment, path, scheduler)
     _say_open(scheduler)
     means = _Means(
-        device, workers, scheduler, device != "cpu" if together is None else together, student, teacher,
+        device, workers, scheduler, _together(experiment, device) if together is None else together, student, teacher,
         tuple(observables),
     )  # fmt: skip
     if means.distributed:
@@ -189,6 +196,11 @@ def completed(experiment: Experiment, *, student: Maker | None = None, teacher: 
     """
     student, teacher = makers(experiment, student=student, teacher=teacher)
     return described(experiment, student=student, teacher=teacher)
+
+
+def _together(experiment: Experiment, device: str) -> bool:
+    """Whether points train as one ensemble unless the caller decides: on a GPU, and students that share their data."""
+    return device != "cpu" or experiment.data.leave_out.subsets is not None
 
 
 @dataclass(frozen=True)

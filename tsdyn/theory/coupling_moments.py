@@ -271,6 +271,14 @@ def moments(
 
     Raises:
         ValueError: as `coupling`, or for another form.
+
+    Examples:
+        >>> import torch, tsdyn
+        >>> from tsdyn import theory
+        >>> student = tsdyn.Network([torch.randn(4, 3), torch.randn(2, 4)], [torch.zeros(4), None])
+        >>> teacher = tsdyn.Network([torch.randn(3, 3), torch.randn(2, 3)], [torch.zeros(3), None])
+        >>> sorted(theory.moments(student, teacher, torch.randn(100, 3)))
+        ['A', 'B', 'D', 'D_star', 'H', 'H_star', 'L', 'L_star', 'fanout_norm']
     """
     check_form("moments", form)
     found = expectations(student, teacher, x, form=form, memory=memory)

@@ -57,6 +57,14 @@ def backpropagated_gradient(student: Network, teacher: Network, x: ArrayLike | T
 
     Raises:
         ValueError: for a layer out of 1..L, outputs or inputs that do not fit, an empty or non-finite batch.
+
+    Examples:
+        >>> import torch, tsdyn
+        >>> from tsdyn import theory
+        >>> student = tsdyn.Network([torch.randn(4, 3), torch.randn(2, 4)], [torch.zeros(4), None])
+        >>> teacher = tsdyn.Network([torch.randn(3, 3), torch.randn(2, 3)], [torch.zeros(3), None])
+        >>> theory.backpropagated_gradient(student, teacher, torch.randn(7, 3), layer=1).shape
+        torch.Size([7, 4])
     """
     caller = "backpropagated_gradient"
     require_plain(caller, student, teacher)
@@ -74,6 +82,13 @@ def output_jacobian(net: Network, x: ArrayLike | Tensor, layer: int) -> Tensor:
 
     Raises:
         ValueError: for a layer out of 1..L, inputs that do not fit, an empty or non-finite batch.
+
+    Examples:
+        >>> import torch, tsdyn
+        >>> from tsdyn import theory
+        >>> net = tsdyn.Network([torch.randn(4, 3), torch.randn(2, 4)], [torch.zeros(4), None])
+        >>> theory.output_jacobian(net, torch.randn(7, 3), layer=1).shape  # (sample, output, node)
+        torch.Size([7, 2, 4])
     """
     require_plain("output_jacobian", net)
     x = inputs("output_jacobian", x, net)
@@ -104,6 +119,15 @@ def coupling(student: Network, teacher: Network, x: ArrayLike | Tensor, layer: i
 
     Raises:
         ValueError: for a layer out of 1..L, depths, outputs or inputs that do not fit, an empty or non-finite batch.
+
+    Examples:
+        >>> import torch, tsdyn
+        >>> from tsdyn import theory
+        >>> student = tsdyn.Network([torch.randn(4, 3), torch.randn(2, 4)], [torch.zeros(4), None])
+        >>> teacher = tsdyn.Network([torch.randn(3, 3), torch.randn(2, 3)], [torch.zeros(3), None])
+        >>> found = theory.coupling(student, teacher, torch.randn(7, 3), layer=1)
+        >>> found.A.shape, found.B.shape  # last column: the constant node
+        (torch.Size([7, 4, 4]), torch.Size([7, 4, 5]))
     """
     require_plain("coupling", student, teacher)
     x = inputs("coupling", x, student, teacher)
@@ -162,6 +186,15 @@ def lemma1_residual(student: Network, teacher: Network, x: Samples, *, memory: i
 
     Raises:
         ValueError: for a smooth activation (σ(z) ≠ σ'(z) z, so the lemma does not hold), or as `coupling`.
+
+    Examples:
+        >>> import torch, tsdyn
+        >>> from tsdyn import theory
+        >>> kind = {"dtype": torch.float64}
+        >>> student = tsdyn.Network([torch.randn(4, 3, **kind), torch.randn(2, 4, **kind)])
+        >>> teacher = tsdyn.Network([torch.randn(3, 3, **kind), torch.randn(2, 3, **kind)])
+        >>> theory.lemma1_residual(student, teacher, torch.randn(50, 3, **kind)) < 1e-12
+        True
     """
     caller = "lemma1_residual"
     require_plain(caller, student, teacher)

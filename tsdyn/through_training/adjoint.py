@@ -8,6 +8,7 @@ computed again.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -97,7 +98,7 @@ def reverse_pass(
     sums = _empty(course, slope, wanted)
     marks = sorted(kept)
     after = kept.pop(marks[-1]) if len(marks) > 1 else None
-    for first, end in reversed(list(zip(marks, marks[1:], strict=False))):
+    for first, end in reversed(list(itertools.pairwise(marks))):
         course.go_to(kept.pop(first), first)
         states = [course.state()]
         for _ in range(first, end - 1):

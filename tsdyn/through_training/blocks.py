@@ -118,7 +118,7 @@ def compute(job: Job, tick: Tick | None = None) -> Found:
     if job.smoothed:
         found.slopes, found.errors = _averaged(block, start, tick)
     gone = np.isnan(found.value)
-    for name, array in found.slopes.items():
+    for array in found.slopes.values():
         for each in array if isinstance(array, list) else [array]:
             if each is not None:
                 each[gone] = np.nan
@@ -177,7 +177,8 @@ class Block:
         if sums.input is not None and slope.input is not None:
             sums.input += slope.input
         if taught and not course.fresh:
-            assert sums.target is not None and teacher is not None
+            assert sums.target is not None
+            assert teacher is not None
             for name, more in self.teachers.pulled(course.finite[0], sums.target).items():
                 teacher[name] += more
         return sums, slope, teacher

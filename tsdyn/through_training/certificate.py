@@ -5,8 +5,8 @@ Along a direction u of what the run starts from, the tangent of every pre-activa
 
     τ_t = (∂θ_t/∂θ_{t−1}) τ_{t−1} + (∂θ_t/∂p) u,
 
-and to first order a gate flips at ε = −z/ż.  ρ₊ is the smallest such ε > 0 over steps, samples and hidden nodes, −ρ₋ the
-largest ε < 0.  Where ``training.clip`` begins or ends to act, and where a maximum changes its winner, is a gate, too.
+and to first order a gate flips at ε = −z/ż.  ρ₊ is the smallest such ε > 0 over steps, samples and hidden nodes, −ρ₋
+the largest ε < 0.  Where ``training.clip`` begins or ends to act, and where a maximum changes its winner, is a gate, too.
 """
 
 from __future__ import annotations

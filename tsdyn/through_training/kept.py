@@ -1,4 +1,4 @@
-"""Finished blocks of a computation, kept in files, so that one that was killed goes on where it was when given again."""
+"""Finished blocks of a computation, kept in files, so that one that was killed goes on where it was."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ def key(job: Job) -> str | None:
         return None
     of = job.of if isinstance(job.of, str) else [job.of[0], dict(job.of[1])]
     told = [
-        __version__, job.experiment.to_toml(), job.epoch, of, job.wrt, job.certificate, job.smoothed, job.spread, job.device,
+        __version__, job.experiment.to_toml(), job.epoch, of, job.wrt, job.certificate, job.smoothed, job.spread,
+        job.device,
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:24]
 

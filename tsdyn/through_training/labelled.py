@@ -34,6 +34,7 @@ _DERIVATIVES: Mapping[str, tuple[tuple[str, ...], str]] = {
     "d_teacher_norm_shift": (("layer", "teacher_node"), "the shift of the teacher's BatchNorm"),
     "d_scale": ((), "student.scale"),
 }
+_WIDTHS = ("width", "teacher_width", "input_width", "layer_name")
 _COUNTED = {"sample": 0, "output": 0, "node": 0, "input_node": 0, "teacher_node": 0, "entry": 0, "layer": 1, "epoch": 1}
 
 
@@ -55,7 +56,6 @@ def dataset(
         parts.append(whole.reindex(seed=list(seeds)).expand_dims({dim: [value] for dim, value in where[place].items()}))
     if not parts:
         return xr.Dataset(coords={"seed": list(seeds)}, attrs=_attrs(ds, results, xr.Dataset()))
-    swept = list(parts[0].dims)[: len(next(iter(where.values())))] if where else []
     merged = (
         parts[0] if len(parts) == 1
         else xr.merge(parts, compat="no_conflicts", join="outer", combine_attrs="override")
@@ -66,10 +66,9 @@ def dataset(
         str(name): c.variable
         for name, c in ds.coords.items()
         if name not in merged.coords and set(c.dims) <= {*dims, "layer"} and str(name) != "epoch"
-        and (str(name) in dims or name in ("width", "teacher_width", "input_width", "layer_name") or set(c.dims) == {POINT})
+        and (str(name) in dims or name in _WIDTHS or set(c.dims) == {POINT})
         and all(merged.sizes.get(d) == ds.sizes[d] for d in c.dims)
     }  # fmt: skip
-    del swept
     merged = merged.assign_coords(coordinates)
     return merged.assign_attrs(_attrs(ds, results, merged))
 
@@ -102,7 +101,8 @@ def _block(job: Job, found: Found) -> xr.Dataset:
     if found.radius is not None and found.growth is not None:
         made["radius"] = (
             ("seed", "wrt", "side"), found.radius,
-            {"units": "1", "source": "tsdyn.sensitivity: min |z|/|ż| over steps, samples and hidden nodes, ż the tangent of z",
+            {"units": "1",
+             "source": "tsdyn.sensitivity: min |z|/|ż| over steps, samples and hidden nodes, ż the tangent of z",
              "long_name": "largest change along the normalised derivative that flips no gate",
              "comment": "side + is along the derivative, - against it; infinite where nothing flips; NaN where nothing "
              "can flip (a smooth model), or the derivative is 0"},
@@ -163,7 +163,8 @@ def _attrs(
     gated = any(result.gated for _, _, result in results)
     if job.certificate and not gated:
         found["radius_reason"] = (
-            "NaN: nothing can flip: a smooth activation (or a module whose gates are not known), no clipping, no maximum"
+            "NaN: nothing can flip: a smooth activation (or a module, whose gates are not known), no clipping, no "
+            "maximum"
         )
     if job.smoothed:
         found["smoothed"] = f"mean over {job.smoothed} starts, each weight moved by {job.spread:g} of its tensor's rms"

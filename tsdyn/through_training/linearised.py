@@ -7,8 +7,8 @@ and biases (Pearlmutter 1994),
     R z_l = f_{l−1} Λ_lᵀ + R f_{l−1} W_lᵀ + μ_l,   R g_{l−1} = (g_l Λ_l + R g_l W_l) σ' + (g_l W_l) σ'' R z_{l−1},
     R ∂J/∂W_l = −(R g_lᵀ f_{l−1} + g_lᵀ R f_{l−1}),
 
-which is also the transposed derivative, since a Hessian is symmetric.  The optimizer's part is elementwise: of SGD it is
-written out, of all others autograd's.
+which is also the transposed derivative, since a Hessian is symmetric.  The optimizer's part is elementwise: of SGD it
+is written out, of all others autograd's.
 """
 
 from __future__ import annotations
@@ -36,6 +36,16 @@ Pair: TypeAlias = tuple[Tensor, Tensor]
 def by_hand(kind: Kind, rule: Rule) -> bool:
     """Whether the derivative of the gradient is written out for these members and this loss."""
     return type(kind) is Network and kind.plain and rule.loss in (MSE, CROSS_ENTROPY)
+
+
+def moved_on(kind: Kind, state: State, given: Inputs, rule: Rule, count: int) -> State:
+    """The state after a step, as `step` gives it."""
+    if by_hand(kind, rule):
+        assert isinstance(kind, Network)
+        gradients = _passed(kind, state.values, given, rule).gradients
+        values, moments = updated(kind, state, gradients, given.rate, rule, count)
+        return State(values, state.buffers, moments)
+    return step(kind, state, given, rule, count)[0]
 
 
 def pulled(
@@ -207,7 +217,9 @@ def _along(
         if layer == 1:
             return _Along(gradients, rz[:-1], output, -lower)
         gate, z, over = p.gate[layer - 1], p.z[layer - 1], p.over[layer - 1]
-        assert gate is not None and z is not None and over is not None
+        assert gate is not None
+        assert z is not None
+        assert over is not None
         rg = lower * gate
         curved = _curved(kind.activation, z)
         if curved is not None:
@@ -217,7 +229,8 @@ def _along(
 
 def _softmax_curved(p: _Pass, v: Tensor) -> Tensor:
     """The Hessian of cross entropy in the outputs, times v."""
-    assert p.softmax is not None and p.total is not None
+    assert p.softmax is not None
+    assert p.total is not None
     return p.total * p.softmax * (v - (p.softmax * v).sum(-1, keepdim=True))
 
 

@@ -1,7 +1,7 @@
 """Observables that are differentiated through training: numbers of one member at the end of its course.
 
-Each is a smooth function of the state, or a mean of maxima over nodes of smooth ones, whose change of winner counts as a
-gate.  Counts, ranks and thresholds have no derivative and are refused, with the smooth observable to ask for instead.
+Each is a smooth function of the state, or a mean of maxima over nodes of smooth ones, whose change of winner counts as
+a gate.  Counts, ranks and thresholds have no derivative and are refused, with the smooth observable to ask for instead.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ class Student:
         """The student as a value whose tensors carry the gradient; BatchNorm is folded into the layers beside it."""
         if isinstance(self.kind, OwnModule):
             raise ExperimentError(
-                "sensitivity: of = a function: is called with a tsdyn.Network, and this student is a module of your own; "
-                "ask for loss_eval"
+                "sensitivity: of = a function: is called with a tsdyn.Network, and this student is a module of your "
+                "own; ask for loss_eval"
             )
         made = network_of(self.kind, self.values, self.buffers)
         return made if not self.buffers else made.folded()
@@ -213,8 +213,8 @@ def _loss_train(labels: Mapping[str, int], experiment: Experiment) -> Callable[[
     def of(student: Student) -> Tensor:
         if student.train is None:
             raise ExperimentError(
-                "sensitivity: of = 'loss_train': where every step has new samples there is no training set to measure it on; "
-                "ask for loss_eval"
+                "sensitivity: of = 'loss_train': where every step has new samples there is no training set to measure "
+                "it on; ask for loss_eval"
             )
         x, y = student.train
         there = ~x.isnan().any(1)

@@ -47,8 +47,8 @@ def refuse_unfit(experiment: Experiment, wrt: Sequence[str]) -> None:
     training = experiment.training
     if experiment.kind != "training":
         raise ExperimentError(
-            f"sensitivity: kind = {experiment.kind!r} takes no steps of an optimizer; kind = 'training' with fresh data "
-            "does"
+            f"sensitivity: kind = {experiment.kind!r} takes no steps of an optimizer; kind = 'training' with fresh "
+            "data does"
         )
     if training.method == "flow":
         raise ExperimentError(
@@ -74,8 +74,8 @@ def _refuse_teacher(experiment: Experiment) -> None:
         raise ExperimentError("sensitivity: wrt = 'teacher': is a module of your own; ask for target")
     if loss(experiment.training.loss).targets == "classes":
         raise ExperimentError(
-            f"sensitivity: wrt = 'teacher': training.loss = {experiment.training.loss!r} is of classes, which jump with "
-            "the teacher's largest output; ask for target, the weights of the classes"
+            f"sensitivity: wrt = 'teacher': training.loss = {experiment.training.loss!r} is of classes, which jump "
+            "with the teacher's largest output; ask for target, the weights of the classes"
         )
     enters = {
         f"student.init = {student.init!r}": student.init in _TAUGHT,
@@ -85,8 +85,8 @@ def _refuse_teacher(experiment: Experiment) -> None:
     for key, there in enters.items():
         if there:
             raise ExperimentError(
-                f"sensitivity: wrt = 'teacher': with {key} the run starts from the teacher in more than its targets; ask "
-                "for target and start"
+                f"sensitivity: wrt = 'teacher': with {key} the run starts from the teacher in more than its targets; "
+                "ask for target and start"
             )
 
 

@@ -19,10 +19,11 @@ from tsdyn.running.own_modules import Maker
 from tsdyn.through_training.blocks import Block, Job
 from tsdyn.through_training.certificate import Direction, direction_of
 from tsdyn.through_training.labelled import SIDES
+from tsdyn.through_training.linearised import moved_on
 from tsdyn.through_training.observed import Of
 from tsdyn.through_training.replay import Course
 from tsdyn.through_training.request import checked_epoch, chosen_seeds, living, refuse_unfit, wanted
-from tsdyn.through_training.steps import Inputs, State, step
+from tsdyn.through_training.steps import Inputs, State
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -79,7 +80,8 @@ def retrained(
     direction, moved, length = block.direction(name, course, start, sums, taught)
     if sizes is None and not np.isfinite(radius).any():
         raise ExperimentError(
-            "retrained: nothing flips along this derivative, so that there is no radius to take multiples of; give sizes="
+            "retrained: nothing flips along this derivative, so that there is no radius to take multiples of; give "
+            "sizes="
         )
     wide = np.array(
         [list(sizes)] * len(labels) if sizes is not None
@@ -105,7 +107,7 @@ def _value(
         state = start._replace(values=values)
     for count in range(1, course.steps + 1):
         pairs = zip(course.given(count), direction_of(course, direction, count), strict=True)
-        state, _ = step(course.kind, state, Inputs(*(by(t, a) for t, a in pairs)), course.rule(count), count)
+        state = moved_on(course.kind, state, Inputs(*(by(t, a) for t, a in pairs)), course.rule(count), count)
     moved = None
     if teacher is not None:
         assert block.teachers.values is not None

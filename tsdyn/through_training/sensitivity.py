@@ -112,8 +112,8 @@ def sensitivity(
         ``d_sample`` (seed, sample), ``d_target`` (seed, sample, output), ``d_input`` (seed, sample, input_node),
         ``d_learning_rate`` (seed, epoch), ``d_teacher`` (seed, layer, teacher_node, input_node), ``d_teacher_bias``,
         ``d_scale`` (seed); ``radius`` (seed, wrt, side): how far along the normalised derivative (side ``+``) and
-        against it (``-``) no gate flips, beyond which a piecewise linear network does something else; ``tangent_growth``
-        (seed, wrt, epoch); ``replay_difference`` (seed): the largest difference from the recorded weights.  The
+        against it (``-``) no gate flips, beyond which a piecewise linear network does something else;
+        ``tangent_growth`` (seed, wrt, epoch); ``replay_difference`` (seed): the largest difference from the recorded weights.  The
         attribute ``reach`` says in words how far the derivatives predict.
 
     Raises:
@@ -204,8 +204,8 @@ def _block_size(experiment: Experiment, bytes_of_state: int, epoch: int, room: i
         allowed = memory_of.free(torch.device("cpu"))
     if one > allowed:
         raise MemoryError(
-            f"sensitivity: the states of one member take {one / 1e6:.1f} MB ({states_held(epoch * experiment.steps)} of "
-            f"{wide / 1e6:.2f} MB), and {allowed / 1e6:.1f} MB are given; give more memory= or ask for an earlier epoch"
+            f"sensitivity: the states of one member take {one / 1e6:.1f} MB ({states_held(epoch * experiment.steps)} "
+            f"of {wide / 1e6:.2f} MB), and {allowed / 1e6:.1f} MB are given; give more memory= or ask for an earlier epoch"
         )
     return int(max(1, min(members, allowed // one)))
 

@@ -32,7 +32,7 @@ ROOTED = ("adam", "adamw")
 
 @dataclass(frozen=True)
 class OwnModule:
-    """A module of the user's own, with what training does not change: its buffers and frozen parameters, (member, ...)."""
+    """A module of the user's own, with what training leaves: buffers and frozen parameters, (member, ...) each."""
 
     module: nn.Module
     fixed: Named

@@ -30,7 +30,8 @@ class Teachers:
         if self._ensemble is None:
             return self._own[i]
         architecture = self._ensemble.architecture
-        assert isinstance(architecture, Network) and self.values is not None
+        assert isinstance(architecture, Network)
+        assert self.values is not None
         own = {n: t[i] for n, t in self.values.items()} if values is None else dict(values)
         return network_of(architecture, own, {n: t[i] for n, t in self._ensemble.buffers.items()})
 

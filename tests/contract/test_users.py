@@ -1,0 +1,185 @@
+"""Two researchers with problems of their own, each in an empty folder with the installed package.
+
+(A) has a module, a loop and five seeds; (C) has noise, correlated inputs, an activation and an observable in a package,
+two workers, and stops and goes on.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import tsdyn
+
+HERE = Path(__file__).resolve().parent
+TSDYN = str(Path(sys.executable).parent / "tsdyn")
+
+
+def run(folder, *words, site=None, wait=True):
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    if site is not None:
+        environment["PYTHONPATH"] = str(site)
+    process = subprocess.Popen(
+        words, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8"
+    )
+    if not wait:
+        return process
+    out, said = process.communicate(timeout=300)
+    assert process.returncode == 0, out + said
+    return out
+
+
+LOOP = textwrap.dedent("""
+    import torch
+    from torch import nn
+
+    import tsdyn  # hers
+
+
+    class Skip(nn.Module):
+        def __init__(self, width):
+            super().__init__()
+            self.below, self.inner, self.top = nn.Linear(6, width), nn.Linear(width, width), nn.Linear(width, 2)
+
+        def forward(self, x):
+            h = torch.relu(self.below(x))
+            return self.top(h + torch.relu(self.inner(h)))
+
+
+    torch.manual_seed(100)
+    teacher, x = Skip(3), torch.randn(80, 6)
+    y = teacher(x).detach()
+    asked = ["loss", "weight", "correlation", "gradient_norm", "hessian_eigenvalue", "neural_tangent_kernel"]  # hers
+    for seed in range(5):
+        torch.manual_seed(seed)
+        model = Skip(5)
+        optimizer = torch.optim.Adam(model.parameters(), 0.01)
+        rec = tsdyn.Recorder("run", model, probe=(x, y), teacher=teacher, seed=seed, observables=asked)  # hers
+        for epoch in range(3):
+            rec.commit(epoch)  # hers
+            loss = 0.5 * (model(x) - y).square().sum(1).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        rec.close()  # hers
+""")
+LOOK = textwrap.dedent("""
+    import sys
+    import tsdyn
+    from tsdyn import cli
+
+    ds = tsdyn.open("run")
+    assert dict(ds["weight"].sel(seed=3, epoch=slice(0, 1), layer=2).sizes) == {"epoch": 2, "node": 5, "input_node": 6}
+    assert ds["correlation"].sel(seed=4, layer=1).isel(epoch=-1).notnull().any()
+    assert ds["gradient_norm"].sel(quantile=1).shape == (5, 3)
+    assert (ds["hessian_eigenvalue"].sel(mode=0) > ds["hessian_eigenvalue"].sel(mode=1)).all()
+    assert ds["neural_tangent_kernel"].isel(epoch=-1).notnull().all()
+    for words in ("plot run loss -o loss.png", "report run -o report.html", "validate run", "show run"):
+        sys.argv = ["tsdyn", *words.split()]
+        try:
+            cli.main()
+        except SystemExit as end:
+            assert not end.code, words
+""")
+
+
+def test_a_her_loop_needs_six_lines(tmp_path):
+    assert sum(line.endswith("# hers") for line in LOOP.splitlines()) <= 6
+    (tmp_path / "loop.py").write_text(LOOP, encoding="utf-8")
+    run(tmp_path, sys.executable, "loop.py")
+    run(tmp_path, sys.executable, "-c", LOOK)
+    assert (tmp_path / "loss.png").stat().st_size > 10_000
+    assert "weight" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+WORLD = """
+name = "world"
+seeds = 2
+
+[teacher]
+widths = [4, 2, 1]
+bias = false
+
+[student]
+overrealization = 2.0
+scale = 0.3
+activation = "sine"
+bias = false
+
+[data]
+covariance = "covariance.npy"
+noise = 0.2
+train = 200
+eval = 4000
+
+[training]
+method = "gd"
+learning_rate = 0.01
+steps_per_epoch = 4
+epochs = 16
+
+[record]
+observables = ["loss", "weight", "weight_entropy"]
+
+[sweep]
+"data.noise" = [0.0, 0.2]
+"""
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """A folder in which the package with her activation and observable is installed."""
+    folder = tmp_path_factory.mktemp("installed")
+    shutil.copytree(HERE.parent / "mylab", folder / "source")
+    words = [
+        sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-index", "--no-deps",
+        "--no-build-isolation", "--target", str(folder / "site"), str(folder / "source"),
+    ]  # fmt: skip
+    subprocess.run(words, check=True, capture_output=True, timeout=300)
+    return folder / "site"
+
+
+def test_c_his_world_on_two_workers_stopped_and_resumed(tmp_path, site):
+    draw = np.random.default_rng(0).standard_normal((4, 4))
+    np.save(tmp_path / "covariance.npy", draw @ draw.T / 4 + np.eye(4) / 2)
+    (tmp_path / "world.toml").write_text(WORLD, encoding="utf-8")
+    command = [TSDYN, "run", "world.toml", "-o", "world", "--quiet"]
+    stopped = run(tmp_path, *command, "--workers", "2", site=site, wait=False)
+    deadline = time.monotonic() + 200
+    while not list((tmp_path / "world").glob("**/segments/*.nc")) and stopped.poll() is None:
+        assert time.monotonic() < deadline, "no segment was committed"
+        time.sleep(0.05)
+    stopped.send_signal(signal.SIGINT)
+    stopped.communicate(timeout=120)
+    run(tmp_path, *command, "--workers", "2", site=site)
+    run(tmp_path, sys.executable, "-c", COMPARED, site=site)
+    ds, ode = tsdyn.open(tmp_path / "world").load(), tsdyn.open(tmp_path / "flow").load()
+    assert ds["weight_entropy"].isel(epoch=-1).notnull().any()
+    assert (ds["loss_train"].sel(noise=0.2) > ds["loss_eval"].sel(noise=0.2)).all()  # only training targets are noisy
+    # a step of 0.01 against the flow: second order in the step, so within a few per cent of the change
+    both = ds["loss_train"].sel(epoch=ode["epoch"])
+    change = abs(ode["loss_train"].isel(epoch=-1) - ode["loss_train"].isel(epoch=0))
+    assert float((abs(both - ode["loss_train"]) / change).max()) < 0.05
+
+
+COMPARED = textwrap.dedent("""
+    import tsdyn
+    from tsdyn import population
+    from pathlib import Path
+
+    world = tsdyn.Experiment.from_toml("world.toml")
+    tsdyn.run(world.replace({"training.method": "flow", "training.epochs": 3}), "flow")
+    for folder in sorted(Path("world").iterdir()):
+        if folder.is_dir():
+            ds = tsdyn.open(folder)
+            expected = population.expected_loss(ds.isel(epoch=[0, -1]))
+            ratio = ds["loss_eval"].isel(epoch=[0, -1]) / expected
+            assert float(abs(ratio - 1).max()) < 6 * 2 / 4000**0.5, ratio.values  # six deviations
+""")

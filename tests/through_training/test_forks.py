@@ -1,0 +1,290 @@
+"""Forks: a branch is its parent's bits until something is changed, and an archive like any other."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import tsdyn
+from tests.cases import small
+from tsdyn import cli
+from tsdyn.archive import integrity
+from tsdyn.experiment.experiment import Experiment
+from tsdyn.running.forked_members import ForkedMembers
+from tsdyn.through_training import forks
+
+KEYS = ("weight", "bias", "loss_eval", "correlation")
+
+
+def parent_of(folder, **changes):
+    base = {
+        "training__epochs": 3, "training__steps_per_epoch": 10, "seeds": 2, "student__scale": 0.3,
+        "record__observables": ["loss", "weight", "correlation"],
+    }  # fmt: skip
+    tsdyn.run(small(**base | changes), folder / "parent")
+    return folder / "parent"
+
+
+@pytest.fixture(scope="module")
+def parent(tmp_path_factory):
+    return parent_of(tmp_path_factory.mktemp("forks"))
+
+
+OPTIONS = {
+    "adam": {"training__method": "adam"},
+    "momentum, decay": {"training__momentum": 0.9, "training__weight_decay": 0.01},
+    "fresh, noise": {"data__train": "fresh", "data__noise": 0.1},
+    "gaps in the record, float32": {"record__every": 2, "dtype": "float32"},
+    "batch norm": {
+        "student__batch_norm": "before", "record__observables": ["loss", "weight", "batch_norm", "correlation"],
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_no_change_gives_the_parents_bits(options, tmp_path):
+    path = parent_of(tmp_path, **OPTIONS[options])
+    ds = tsdyn.fork(path, at=[0, 1], out=tmp_path / "children").load()
+    own = tsdyn.open(path).load()
+    assert dict(ds.sizes)["fork_epoch"] == 2
+    for fork_epoch in (0, 1):
+        epochs = [e for e in own.epoch.values if e > fork_epoch]
+        for name in KEYS:
+            one = ds[name].sel(fork_epoch=fork_epoch, epoch=epochs)
+            same = own[name].sel(epoch=epochs)
+            np.testing.assert_array_equal(one.isel(branch=0).transpose(*same.dims).values, same.values)
+    assert float(ds["distance"].max()) == 0
+    if options != "batch norm":
+        rounding = 10 * np.finfo(ds["loss_eval"].dtype).eps * float(ds["loss_eval"].max())
+        assert float(ds["barrier"].max()) <= rounding
+        assert float(ds["cka_angle"].max()) < 1e-5
+    assert (ds["student_kept"].isin([1]) | ds["student_kept"].isnull()).all()
+    assert ds["divergence_epoch"].isnull().all()
+
+
+def test_children_are_archives_like_any_other(parent, tmp_path):
+    out = tmp_path / "children"
+    ds = tsdyn.fork(parent, at=1, perturb={"gaussian": 0.1}, branches=2, out=out).load()
+    assert not integrity.check(out)
+    assert set(ds.epoch.values) == {1, 2, 3}
+    distance = ds["distance"].isel(epoch=0)
+    assert (distance > 0).all()
+    assert len(np.unique(distance)) == distance.size  # branches and seeds draw their own
+    names = sorted(p.name for p in out.iterdir() if p.is_dir())
+    shutil.rmtree(out / names[0])
+    again = tsdyn.fork(parent, at=1, perturb={"gaussian": 0.1}, branches=3, out=out).load()
+    for name in KEYS:
+        np.testing.assert_array_equal(again[name].sel(branch=[0, 1]), ds[name])
+    runner = CliRunner()
+    for command in (["validate", str(out)], ["show", str(out)], ["audit", str(out)]):
+        done = runner.invoke(cli.app, command)
+        assert done.exit_code == 0, done.output
+    done = runner.invoke(cli.app, ["fork", str(parent), "--at", "1", "--perturb", "gaussian=0.1", "--branches", "2",
+                                   "-o", str(tmp_path / "by-command")])  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert "forked at 1: distance" in done.output
+    np.testing.assert_array_equal(tsdyn.open(tmp_path / "by-command")["weight"], ds["weight"])
+
+
+def test_a_killed_child_goes_on_without_its_parent(parent, tmp_path):
+    experiment = forks.forked(parent, at=1, perturb={"gaussian": 0.2}, draws="other", branches=1)
+    ((_, single),) = experiment.points()
+    whole = ForkedMembers(single)
+    whole.draw()
+    states = [{name: array.copy() for name, array in whole.state().items()}]
+    for step in range(1, 4):
+        whole.advance(step)
+        states.append({name: array.copy() for name, array in whole.state().items()})
+    np.testing.assert_array_equal(states[0]["weight_1"], states[1]["weight_1"])
+    gone = ForkedMembers(single.replace({"fork.parent": str(tmp_path / "gone")}))
+    gone.restore(states[2])
+    gone.draw()
+    gone.advance(3)
+    for name, array in gone.state().items():
+        np.testing.assert_array_equal(array, states[3][name])
+
+
+def changed(parent, perturb, at=1):
+    """Weights and biases by layer of the parent and of its child at the fork, and the child's members."""
+    ((_, single),) = forks.forked(parent, at=at, perturb=perturb).points()
+    members = ForkedMembers(single)
+    members.draw()
+    own, state = tsdyn.open(parent).sel(epoch=at).load(), members.state()
+    sizes = {1: (8, 10), 2: (6, 8)}
+    before = {
+        n: (own.weight.sel(layer=n).values[:, : s[0], : s[1]], own.bias.sel(layer=n).values[:, : s[0]])
+        for n, s in sizes.items()
+    }
+    after = {n: (state[f"weight_{n}"].copy(), state[f"bias_{n}"].copy()) for n in sizes}
+    return before, after, members
+
+
+def test_each_change_is_what_it_says(parent):
+    before, after, _ = changed(parent, {"weight": {"layer": 1, "node": 2, "input_node": 3, "by": 0.25}})
+    difference = after[1][0] - before[1][0]
+    assert np.allclose(difference[:, 2, 3], 0.25)
+    assert (np.nan_to_num(difference) != 0).sum() == 2  # one entry per seed
+    before, after, _ = changed(parent, {"weight": {"layer": 2, "node": 1, "by": -0.5}})
+    assert np.allclose((after[2][1] - before[2][1])[:, 1], -0.5)
+
+    before, after, members = changed(parent, {"silence": {"layer": 1, "node": 4}})
+    for values in (after[1][0][:, 4], after[1][1][:, 4], after[2][0][:, :, 4]):
+        assert (np.nan_to_num(values) == 0).all()
+    assert members.advance(2) == []
+    assert (members.state()["weight_1"][:, 4] == 0).all()  # and it stays silent
+    assert (members.state()["weight_1"][:, 3] != after[1][0][:, 3]).any()
+
+    before, after, _ = changed(parent, {"swap": {"layer": 1, "nodes": [0, 5]}})
+    order = [5, 1, 2, 3, 4, 0, 6, 7]
+    np.testing.assert_array_equal(after[1][0], before[1][0][:, order])
+    np.testing.assert_array_equal(after[1][1], before[1][1][:, order])
+    np.testing.assert_array_equal(after[2][0][..., :8], before[2][0][..., order])
+
+    before, after, _ = changed(parent, {"transplant": {"seed": 1, "layer": 1, "node": 2, "to": 6}})
+    for seed in (0, 1):
+        np.testing.assert_array_equal(after[1][0][seed, 6], before[1][0][1, 2])
+        np.testing.assert_array_equal(after[1][1][seed, 6], before[1][1][1, 2])
+        np.testing.assert_array_equal(after[2][0][seed, :, 6], before[2][0][1, :, 2])
+
+    before, after, _ = changed(parent, {"reinitialise": {"layer": 1, "node": 7}})
+    others = [k for k in range(8) if k != 7]
+    np.testing.assert_array_equal(after[1][0][:, others], before[1][0][:, others])
+    assert (after[1][0][:, 7] != before[1][0][:, 7]).all()
+    assert (after[1][1][:, 7] == 0).all()  # biases start at 0
+    spread = after[1][0][:, 7].std() / 0.3  # 20 draws N(0, 0.3²): within five standard errors of the law's
+    assert abs(spread - 1) < 5 / np.sqrt(2 * 20)
+
+    start = tsdyn.open(parent).weight.sel(epoch=0, layer=1)
+    before, after, _ = changed(parent, {"gaussian": 0.01})
+    noise = (after[1][0] - before[1][0])[0]
+    rms = float(np.sqrt((start.isel(seed=0) ** 2).mean()))
+    assert abs(noise.std() / (0.01 * rms) - 1) < 5 / np.sqrt(2 * noise.size)
+
+
+def test_set_changes_keys_from_the_fork_on(parent, tmp_path):
+    _, _, members = changed(parent, {"set": {"training.learning_rate": 0.1}})
+    for step in (1, 2, 3):
+        members.advance(step)
+    other = tsdyn.run(
+        small(training__epochs=3, training__steps_per_epoch=10, seeds=2, student__scale=0.3,
+              training__learning_rate={"0": 0.02, "1": 0.1}, record__observables=["weight"]),
+        tmp_path / "table",
+    )  # fmt: skip
+    end = other.weight.sel(epoch=3, layer=1)
+    np.testing.assert_array_equal(members.state()["weight_1"], end)
+
+
+def test_other_draws_differ_after_the_fork_and_the_barrier_falls_with_its_epoch(tmp_path):
+    path = parent_of(tmp_path, training__epochs=6, training__steps_per_epoch=60, training__learning_rate=0.05)
+    ds = tsdyn.fork(path, at=[0, 5], branches=2, draws="other", out=tmp_path / "c").load()
+    for epoch in (0, 5):
+        assert (ds["distance"].sel(fork_epoch=epoch, epoch=epoch) == 0).all()
+    assert (ds["distance"].isel(epoch=-1) > 0).all()
+    pair = ds["weight"].isel(epoch=-1, layer=0)
+    assert float(abs(pair.isel(branch=0) - pair.isel(branch=1)).min("fork_epoch").max()) > 0
+    distance = ds["distance"].isel(epoch=-1).mean(["branch", "seed"]).values
+    assert distance[0] > distance[1]
+    mean = ds["barrier"].mean(["branch", "seed"]).values
+    assert mean[0] > mean[1]
+
+
+def test_swapped_nodes_have_a_barrier_that_matching_removes(parent, tmp_path):
+    ds = tsdyn.fork(parent, at=[1], perturb={"swap": {"layer": 1, "nodes": [0, 1]}}, out=tmp_path / "c").load()
+    assert (ds["barrier"] > 1e-6).any()
+    assert float(ds["barrier_matched"].max()) < 1e-12
+    assert float(ds["cka_angle"].max()) < 1e-5
+    order = [1, 0, 2, 3, 4, 5, 6, 7]
+    own = tsdyn.open(parent).weight.sel(layer=1, epoch=3).values[:, order]
+    np.testing.assert_allclose(ds.weight.sel(layer=1, epoch=3).isel(branch=0, fork_epoch=0).values, own, atol=1e-13)
+
+
+def test_a_small_change_grows_as_the_tangent_says(tmp_path):
+    """Against forward mode through GD written out here; the change is far below the first gate that flips."""
+    rate, by, steps = 0.05, 1e-8, 20
+    path = parent_of(tmp_path, training__method="gd", training__epochs=2, training__learning_rate=rate, seeds=1)
+    ds = tsdyn.fork(path, at=0, perturb={"weight": {"layer": 1, "node": 0, "input_node": 0, "by": by}},
+                    out=tmp_path / "c").isel(branch=0, fork_epoch=0, seed=0).load()  # fmt: skip
+    own = tsdyn.open(path).isel(seed=0).load()
+    from tsdyn.problem.inputs import training_inputs
+
+    x = torch.from_numpy(training_inputs(Experiment.from_toml_text(own.attrs["experiment"]), 0))
+
+    def parameters(prefix, widths, below):
+        at = own if prefix else own.sel(epoch=0)
+        for layer in (1, 2):
+            one = at.sel(layer=layer)
+            size = int(one[widths]), int(one[below])
+            yield torch.tensor(one[f"{prefix}weight"].values[: size[0], : size[1]])
+            yield torch.tensor(one[f"{prefix}bias"].values[: size[0]])
+
+    start = tuple(parameters("", "width", "input_width"))
+    v, d, u, e = parameters("teacher_", "teacher_width", "teacher_input_width")
+    wanted = torch.relu(x @ v.T + d) @ u.T + e
+
+    def loss(w, b, a, c):
+        return 0.5 * (torch.relu(x @ w.T + b) @ a.T + c - wanted).square().sum(1).mean()
+
+    def step(*p):
+        return tuple(q - rate * g for q, g in zip(p, torch.func.grad(loss, (0, 1, 2, 3))(*p), strict=True))
+
+    tangent = [torch.zeros_like(p) for p in start]
+    tangent[0][0, 0] = 1.0
+    here, along = start, tuple(tangent)
+    for _ in range(steps):
+        here, along = torch.func.jvp(step, here, along)
+    size = float(torch.stack([t.square().sum() for t in along]).sum().sqrt())
+    assert float(ds["distance"].isel(epoch=-1)) / by == pytest.approx(size, rel=1e-5)
+
+
+def test_a_parent_that_sweeps_keeps_its_dimensions(tmp_path):
+    tsdyn.run(
+        small(
+            training__epochs=1, seeds=2, data__train=40, data__eval=30, sweep={"student.overrealization": [1.0, 2.0]}
+        ),
+        tmp_path / "parent",
+    )
+    ds = tsdyn.fork(tmp_path / "parent", at=[0], perturb={"gaussian": 0.1}, branches=2, out=tmp_path / "c").load()
+    assert ds["distance"].dims == ("overrealization", "fork_epoch", "branch", "seed", "epoch")
+    assert ds["distance"].notnull().all()
+    assert ds["barrier"].notnull().all()
+    assert tsdyn.layer(ds.sel(overrealization=1.0), 1)["weight"].sizes["node"] == 4
+
+
+def test_what_cannot_be_forked_is_refused(parent, tmp_path):
+    def refused(match, error=tsdyn.ExperimentError, **given):
+        with pytest.raises(error, match=match):
+            tsdyn.fork(parent, **{"out": tmp_path / "c", **given})
+
+    refused("the student has layers 1..2", perturb={"silence": {"layer": 3, "node": 0}})
+    refused("is the output layer", perturb={"swap": {"layer": 2, "nodes": [0, 1]}})
+    refused("node 9 is none of the 8", perturb={"silence": {"layer": 1, "node": 9}})
+    refused("none of the run's seeds", perturb={"transplant": {"seed": 9, "layer": 1, "node": 0}})
+    refused("at most one of gaussian", perturb={"noise": 0.1})
+    refused("at most one of gaussian", perturb={"gaussian": 0.1, "silence": {"layer": 1, "node": 0}})
+    refused(r"a table of layer, node, by, \[input_node\]", perturb={"weight": {"layer": 1}})
+    refused("a relative size", perturb={"gaussian": -1.0})
+    refused("the run has 3 epochs", at=[4])
+    refused("at least one epoch", at=[-1])
+    refused("cannot change during a run", perturb={"set": {"student.scale": 1.0}})
+    with pytest.raises(tsdyn.ExperimentError, match=r"give fork\.parent"):
+        small(fork={"fork_epoch": 1})
+    tsdyn.fork(parent, out=tmp_path / "children")
+    with pytest.raises(tsdyn.ExperimentError, match="holds children itself"):
+        tsdyn.fork(tmp_path / "children", out=tmp_path / "d")
+    with pytest.raises(ValueError, match="of no fork"):
+        forks.compared(parent)
+    bare = parent_of(tmp_path, record__observables=["loss"])
+    with pytest.raises(ValueError, match="weight in record"):
+        tsdyn.fork(bare, out=tmp_path / "e")
+    done = CliRunner().invoke(cli.app, ["fork", str(parent), "--at", "x"])
+    assert "write epochs" in str(done.exception)
+
+
+def test_the_barrier_is_the_largest_excess_over_the_chord():
+    weights = [torch.tensor([[v]], dtype=torch.float64) for v in (-1.0, 3.0)]
+    first, second = (tsdyn.Network([w], activation="identity") for w in weights)
+    height = forks.barrier(lambda n: 5 - float(n.weights[0][0, 0] - 1) ** 2, first, second)
+    assert height == pytest.approx(4.0)  # at the middle: 5 − 1 for ends of 1
+    assert forks.barrier(lambda n: float(n.weights[0][0, 0]) ** 2, first, second) == 0

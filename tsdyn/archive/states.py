@@ -1,0 +1,65 @@
+"""The training states that a run keeps along the way (``record.state_every``) and at its end.  Imports no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import netCDF4
+import numpy as np
+
+from tsdyn.archive import netcdf
+from tsdyn.archive.run_directory import ARCHIVE, segment_epochs, segments
+from tsdyn.archive.whole_files import DirectoryError, local_path, refuse_changed
+
+
+def kept(path: str | Path) -> dict[int, int]:
+    """Epoch → bytes of each training state that the run in `path` keeps, the last one included, in order.
+
+    Raises:
+        ArchiveError: if a file cannot be read.
+    """
+    found: dict[int, int] = {}
+    for file, last in _files(local_path(path)):
+        with netcdf.dataset(file) as nc:
+            for group in netcdf.state_groups(nc):
+                epoch = netcdf.epoch_of(group)
+                size = sum(array.size * array.dtype.itemsize for array in nc.groups[group].variables.values())
+                found[_last(nc, last) if epoch is None else epoch] = int(size)
+    return dict(sorted(found.items()))
+
+
+def state_after(path: str | Path, epoch: int) -> dict[str, np.ndarray]:
+    """The training state after an epoch: arrays by name, as `Runnable.restore` takes them.
+
+    Raises:
+        DirectoryError: if the run keeps none there; names those that it keeps.
+        ArchiveError: if the file is damaged.
+    """
+    path = local_path(path)
+    for file, last in _files(path):
+        with netcdf.dataset(file) as nc:
+            along = netcdf.state_at(epoch) in nc.groups
+            if along or (netcdf.STATE in nc.groups and _last(nc, last) == epoch):
+                refuse_changed(file)
+                return netcdf.read_state(nc, netcdf.state_at(epoch) if along else netcdf.STATE)
+    held = ", ".join(map(str, kept(path))) or "none"
+    raise DirectoryError(
+        f"{path}: keeps no training state after epoch {epoch}; it keeps those after {held}. record.state_every = k "
+        "keeps one every k epochs, of what is trained from then on"
+    )
+
+
+def _files(path: Path) -> list[tuple[Path, int | None]]:
+    """The archive of a run, or its segments, each with its last epoch if its name says it."""
+    if (path / ARCHIVE).is_file():
+        return [(path / ARCHIVE, None)]
+    found: list[tuple[Path, int | None]] = []
+    for segment in segments(path):
+        named = segment_epochs(segment.path)
+        found.append((segment.path, None if named is None else named[1]))
+    return found
+
+
+def _last(nc: netCDF4.Dataset, named: int | None) -> int:
+    """The epoch after which a file's last state is."""
+    return int(nc["epoch"][-1]) if named is None else named

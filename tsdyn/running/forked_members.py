@@ -1,0 +1,241 @@
+"""The members of a run that branches off another: they have its state at one epoch, are changed there, and go on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from tsdyn.archive import reading
+from tsdyn.archive.whole_files import ArchiveError
+from tsdyn.engine.rule import Rule
+from tsdyn.experiment.errors import ExperimentError
+from tsdyn.experiment.experiment import Experiment
+from tsdyn.experiment.parts import Fork
+from tsdyn.networks.network import Network
+from tsdyn.problem.inputs import generator
+from tsdyn.problem.students import draw_student
+from tsdyn.running.members import Members
+from tsdyn.running.own_modules import Maker
+
+#: Seeds of new starts: those of no member, since labels end below 2^32.
+_ELSEWHERE = 1 << 32
+
+State = dict[str, np.ndarray]
+
+
+class ForkedMembers:
+    """All members of a forked run; a `tsdyn.running.protocol.Runnable`.
+
+    The steps up to the fork do nothing: its beginning is the state of the run that it branches off, changed as
+    ``fork.perturb`` says.
+    """
+
+    def __init__(self, experiment: Experiment, device: str = "cpu", teacher: Maker | None = None) -> None:
+        self.experiment, self.device, self._fork = experiment, device, experiment.fork
+        self._teacher = teacher
+        changes = self._fork.perturb.get("set", {})
+        self._after = Members(experiment.replace(changes) if changes else experiment, device, None, teacher)
+        self._begun = False
+
+    def draw(self) -> None:
+        """Set the members to the changed state, unless one was restored; and draw the training data."""
+        if not self._begun:
+            origin = self.experiment.replace({"fork": {}})
+            state = perturbed(self.experiment, _state(origin, self._fork, self.device, self._teacher), self.device)
+            own = self._after.state()
+            self._after.restore(own | {name: array for name, array in state.items() if name in own})
+            self._begun = True
+        self._after.draw()
+
+    def advance(self, step: int) -> list[int]:
+        """Train the epoch that ends at `step` if it comes after the fork."""
+        return self._after.advance(step) if step > self._fork.fork_epoch else []
+
+    def measure(self, step: int, variables: tuple[str, ...]) -> dict[str, Any]:
+        return self._after.measure(step, variables)
+
+    def constants(self) -> dict[str, Any]:
+        return self._after.constants()
+
+    def outcome(self) -> dict[str, Any]:
+        return self._after.outcome()
+
+    def state(self) -> State:
+        return self._after.state()
+
+    def restore(self, state: Mapping[str, np.ndarray]) -> None:
+        self._after.restore(state)
+        self._begun = True
+
+
+def _state(origin: Experiment, fork: Fork, device: str, teacher: Maker | None) -> State:
+    """The state of the run at the epoch of the fork."""
+    kept = _kept(origin.to_toml(), str(fork.parent), fork.fork_epoch, device, teacher)
+    return {name: array.copy() for name, array in kept.items()}
+
+
+@lru_cache(maxsize=4)  # branches at one epoch share it
+def _kept(text: str, parent: str, epoch: int, device: str, teacher: Maker | None) -> State:
+    """The state after `epoch`: from the recorded weights where these are all of it, else by training again."""
+    members = Members(Experiment.from_toml_text(text), device, None, teacher)
+    members.draw()
+    first = 0
+    if epoch and not Rule.of(members.experiment.training, 1).optimizer.moments and not members.experiment.deep:
+        first = _restored(members, Path(parent), epoch)
+    for step in range(first + 1, epoch + 1):
+        members.advance(step)
+    return {name: np.array(array) for name, array in members.state().items()}
+
+
+def _restored(members: Members, parent: Path, epoch: int) -> int:
+    """Set members without moments to the latest recorded weights up to `epoch`; returns their epoch, or 0."""
+    experiment = members.experiment
+    if experiment.training.stop is not None:  # what a watch has seen is not in the weights
+        return 0
+    try:
+        ds = _point(reading.open(parent), experiment)
+    except (ArchiveError, KeyError, ValueError):
+        return 0
+    if ds is None or not {"weight", "bias"} <= set(ds) or ds["weight"].dtype != experiment.dtype:
+        return 0
+    recorded = [int(e) for e in ds["epoch"].values if e <= epoch]
+    if not recorded or recorded[-1] == 0:
+        return 0
+    at = ds[["weight", "bias"]].sel(epoch=recorded[-1], seed=list(experiment.seed_labels))
+    at = at.transpose("seed", "layer", "node", "input_node").load()
+    state = {name: np.array(array) for name, array in members.state().items()}
+    for layer in range(1, len(experiment.student_widths)):
+        for name in ("weight", "bias"):
+            held = state.get(f"{name}_{layer}")
+            if held is not None:
+                block = at[name].sel(layer=layer).values
+                held[...] = block[tuple(slice(size) for size in held.shape)]
+    death = ds["death_epoch"].sel(seed=list(experiment.seed_labels)).values
+    state["death_epoch"][...] = np.where((death >= 0) & (death <= recorded[-1]), death, -1)
+    state["steps"] = np.array(recorded[-1] * experiment.steps)
+    members.restore(state)
+    return recorded[-1]
+
+
+def _point(ds: xr.Dataset, experiment: Experiment) -> xr.Dataset | None:
+    """The point of an archive that is a run of `experiment`, whatever either records; None if there is none."""
+    whole = Experiment.from_toml_text(str(ds.attrs["experiment"]), archived=True)
+    if not whole.sweep:
+        return ds if _same(whole, experiment) else None
+    from tsdyn.analysis.identity import points
+
+    return next((ds.sel(chosen) for chosen, single in points(ds).values() if _same(single, experiment)), None)
+
+
+def _same(mine: Experiment, theirs: Experiment) -> bool:
+    left, right = (e.as_dict() for e in (mine, theirs))
+    kept = set(left) - {"record", "name"}
+    return all(left[key] == right.get(key) for key in kept)
+
+
+# --- what is changed -------------------------------------------------------------------------------------------------
+
+
+def perturbed(experiment: Experiment, state: State, device: str = "cpu") -> State:
+    """The state after the change that ``fork.perturb`` names, of every member that lives."""
+    for kind, given in experiment.fork.perturb.items():
+        if kind == "set":
+            continue
+        before = {name: array.copy() for name, array in state.items()}
+        fresh = _starts(experiment, device) if kind in ("gaussian", "reinitialise") else []
+        for member, seed in enumerate(experiment.seed_labels):
+            _change(kind, given, experiment, state, before, member, seed, fresh)
+    return state
+
+
+def _starts(experiment: Experiment, device: str) -> list[tuple[Network, Network]]:
+    """Each member's start, and another start of the same law that the branch keys."""
+    fork = experiment.fork
+    origin = experiment.replace({"fork": {}})
+    members = Members(origin, device)
+    found = []
+    for member, (seed, teacher) in enumerate(zip(origin.seed_labels, members.teachers, strict=True)):
+        taught = teacher if isinstance(teacher, Network) else None
+        other = draw_student(origin, seed + _ELSEWHERE * (1 + fork.branch), taught)
+        found.append((members.ensemble.network(member), other))
+    return found
+
+
+def _change(
+    kind: str, given: Any, experiment: Experiment, state: State, before: State, member: int, seed: int, fresh: Any
+) -> None:
+    fork, depth = experiment.fork, len(experiment.student_widths) - 1
+    match kind:
+        case "gaussian":
+            rng = generator(seed, "fork", fork.fork_epoch, fork.branch)
+            for layer in range(1, depth + 1):
+                size = given * float(fresh[member][0].weights[layer - 1].square().mean().sqrt())
+                for name in _named(state, layer):
+                    array = state[name]
+                    array[member] += (size * rng.standard_normal(array.shape[1:])).astype(array.dtype)
+        case "weight":
+            layer, node = given["layer"], given["node"]
+            if "input_node" in given:
+                row = state[f"weight_{layer}"][member][node].reshape(-1)  # a view: of a convolution its kernel
+                if given["input_node"] >= len(row):
+                    raise ExperimentError(f"fork.perturb.weight.input_node = {given['input_node']}: of {len(row)}")
+                row[given["input_node"]] += given["by"]
+            elif f"bias_{layer}" not in state:
+                raise ExperimentError("fork.perturb.weight: the student has no biases; give input_node")
+            else:
+                state[f"bias_{layer}"][member, node] += given["by"]
+        case "silence":
+            for place in _places(state, given["layer"], given["node"], moments=True):
+                place.of(state)[member] = 0
+        case "reinitialise":
+            layer, node, new = given["layer"], given["node"], fresh[member][1]
+            state[f"weight_{layer}"][member, node] = new.weights[layer - 1][node].cpu().numpy()
+            if f"bias_{layer}" in state:
+                state[f"bias_{layer}"][member, node] = new.biases[layer - 1][node].cpu().numpy()
+            state[f"weight_{layer + 1}"][member][:, node] = new.weights[layer][:, node].cpu().numpy()
+            for place in _places(state, layer, node, moments=True):
+                if place.name.split("_")[0] not in ("weight", "bias"):
+                    place.of(state)[member] = 0
+        case "transplant":
+            source, to = experiment.seed_labels.index(given["seed"]), given.get("to", given["node"])
+            mine = _places(state, given["layer"], to, moments=True)
+            for place, other in zip(mine, _places(state, given["layer"], given["node"], moments=True), strict=True):
+                place.of(state)[member] = other.of(before)[source]
+        case "swap":
+            first, second = given["nodes"]
+            one, two = (_places(state, given["layer"], node, moments=True) for node in (first, second))
+            for a, b in zip(one, two, strict=True):
+                a.of(state)[member], b.of(state)[member] = b.of(before)[member], a.of(before)[member]
+        case _:
+            raise AssertionError(f"fork.perturb: {kind}")  # `Fork` refuses others
+
+
+class _Place:
+    """Where a state holds the numbers of one node: an array, and the axis and position in it."""
+
+    def __init__(self, name: str, axis: int, node: int) -> None:
+        self.name, self._axis, self._node = name, axis, node
+
+    def of(self, state: State) -> np.ndarray:
+        """A view (member, ...) of the numbers."""
+        return state[self.name][(slice(None),) * self._axis + (self._node,)]
+
+
+def _named(state: State, layer: int) -> list[str]:
+    return [name for name in (f"weight_{layer}", f"bias_{layer}") if name in state]
+
+
+def _places(state: State, layer: int, node: int, *, moments: bool) -> list[_Place]:
+    """All numbers of a hidden node: incoming weights, bias, outgoing weights, and their moments."""
+    own = [(name, 1) for name in _named(state, layer)] + [(f"weight_{layer + 1}", 2)]
+    prefixes = {name.removesuffix(f"_weight_{layer}") for name in state if name.endswith(f"_weight_{layer}")}
+    every = [(f"{prefix}_{name}", axis) for prefix in sorted(prefixes) for name, axis in own] if moments else []
+    flattened = [name for name, axis in own if axis == 2 and state[name].shape[2] != state[f"weight_{layer}"].shape[1]]
+    if flattened:
+        raise ExperimentError(f"fork.perturb: layer {layer} is a convolution under a flattened layer; take gaussian")
+    return [_Place(name, axis, node) for name, axis in [*own, *every]]
