@@ -11,6 +11,7 @@ import dask.array
 import numpy as np
 import xarray as xr
 from dask.base import tokenize
+from dask.delayed import delayed
 from numpy.typing import NDArray
 
 
@@ -148,3 +149,25 @@ def blockwise(
         meta=np.empty((0,) * (len(lead) + 1)),
         name=f"members-{tokenize(job, index, *arrays)}",
     )
+
+
+def cellwise(measure: Callable[[xr.Dataset], Sequence[float]], cells: NDArray, count: int) -> Any:
+    """Apply `measure` to every Dataset of an object array: (count, *cells.shape), NaN where there is none.
+
+    For measures that need a whole member at once and are not array formulas.  Lazy, with one task per cell, if the
+    Datasets are.
+    """
+    flat = list(cells.ravel())
+    nothing = np.full(count, np.nan)
+
+    def values(cell: xr.Dataset) -> NDArray:
+        return np.asarray(measure(cell), float)
+
+    if any(cell is not None and cell.chunks for cell in flat):
+        task = delayed(values)
+        columns = [
+            dask.array.from_array(nothing) if c is None else dask.array.from_delayed(task(c), (count,), float)
+            for c in flat
+        ]
+        return dask.array.stack(columns, axis=-1).reshape(count, *cells.shape)
+    return np.stack([nothing if c is None else values(c) for c in flat], axis=-1).reshape(count, *cells.shape)

@@ -15,8 +15,9 @@ import xarray as xr
 from numpy.typing import NDArray
 from torch import Tensor
 from tsdyn.analysis.identity import begun, points
-from tsdyn.analysis.lift import blockwise
+from tsdyn.analysis.lift import blockwise, cellwise
 
+from tsdyn.archive.selecting import experiment_of
 from tsdyn.engine.loss import MSE, Loss, loss
 from tsdyn.experiment.experiment import Experiment
 from tsdyn.experiment.parts import Student, Teacher
@@ -91,8 +92,8 @@ def member(ds: xr.Dataset, experiment: Experiment | None = None) -> Member:
 
     Raises:
         ValueError: naming the dimension that is left, or the variable that was not recorded; for convolutions and
-<<<<<<< HEAD
-            BatchNorm, and where the labels or the recorded teacher are not those of the experiment.
+            BatchNorm, and where the labels or the recorded teacher are not those of the experiment; for modules of the
+            user's own, and recordings of a loop of the user's own.
 
     Examples:
         >>> import tsdyn
@@ -101,13 +102,8 @@ def member(ds: xr.Dataset, experiment: Experiment | None = None) -> Member:
         >>> one = member(ds, tsdyn.Experiment.from_toml("quickstart.toml").replace({"sweep": {}}))
         >>> one.student.widths, one.teacher.widths
         ((20, 5, 10), (20, 5, 10))
-||||||| 687e552
-            BatchNorm, and where the labels or the recorded teacher are not those of the experiment.
-=======
-            BatchNorm, and where the labels or the recorded teacher are not those of the experiment; for modules of the
-            user's own, and recordings of a loop of the user's own.
->>>>>>> lab
     """
+    experiment = experiment_of(ds) if experiment is None else experiment
     _refuse_unbuildable(ds, experiment)
     left = [dim for dim in ("seed", "epoch", *(axis.dimension for axis in axes(experiment.sweep))) if dim in ds.dims]
     if left:
@@ -146,6 +142,12 @@ def _refuse_other_data(member: Member, recorded: Mapping[str, float]) -> None:
 
 def _refuse_unbuildable(ds: xr.Dataset, experiment: Experiment) -> None:
     """Raise ValueError if networks cannot be made of `ds`, whatever its numbers are."""
+    if experiment.of_own_modules:
+        raise ValueError(
+            f"member: the student or teacher of {experiment.name} is a module of the user's own, which no Network is; "
+            "tsdyn.running.own_modules.named gives its parameters, similarity.student_teacher takes student= and "
+            "teacher="
+        )
     experiment = experiment_of(ds) if experiment is None else experiment
     if experiment.of_own_modules:
         raise ValueError(
@@ -222,19 +224,11 @@ def _refuse_another(teacher: Network, experiment: Experiment, seed: int) -> None
 
 def each(
     ds: xr.Dataset,
-<<<<<<< HEAD
     measure: Callable[[Member], Sequence[Any]],
-||||||| 687e552
-    measure: Callable[[Member], Sequence[float]],
-=======
-    measure: Callable[[T], Sequence[float]],
->>>>>>> lab
     names: Sequence[str],
     *,
     gives: Mapping[str, Mapping[str, Sequence[Any]]] | None = None,
     of: Callable[[Experiment], bool] = lambda experiment: True,
-    rebuild: Callable[[xr.Dataset, Experiment], T] = member,  # type: ignore[assignment]
-    needs: Sequence[str] = PARAMETERS,
 ) -> xr.Dataset:
     """Dataset of `measure` for every living member, over the (swept..., seed[, epoch]) of `ds`; NaN for dead ones.
 
@@ -246,31 +240,17 @@ def each(
         names: Names of the variables.
         gives: Name → dimensions with their labels, of values that are arrays; the others are numbers.
         of: Whether to measure the points of an experiment; the others are NaN.
-        rebuild: Function of a member's Dataset and experiment that gives what `measure` takes.
-        needs: Variables that it reads.
 
     Raises:
         ValueError: as `member`, or if a value has not the shape that `gives` says.
     """
     if "death_epoch" not in ds.coords:
         raise ValueError("members: the Dataset has no death_epoch, so that the dead cannot be left out; is it tsdyn's?")
-<<<<<<< HEAD
     dead, committed, path = ds["death_epoch"], begun(ds), path_of(ds)
     labels = {name: dict((gives or {}).get(name, {})) for name in names}
     shapes = {name: tuple(len(values) for values in own.values()) for name, own in labels.items()}
     outer = tuple(str(dim) for dim in dead.dims if dim != "seed")
     table: dict[int, Experiment] = {}
-||||||| 687e552
-    dead, committed = ds["death_epoch"], begun(ds)
-    needed = ds[list(PARAMETERS)] if set(PARAMETERS) <= set(ds) else ds
-    cells = np.full(dead.shape, None, dtype=object)
-    seeds = np.atleast_1d(ds["seed"].values)
-=======
-    dead, committed = ds["death_epoch"], begun(ds)
-    needed = ds[list(needs)] if set(needs) <= set(ds) else ds
-    cells = np.full(dead.shape, None, dtype=object)
-    seeds = np.atleast_1d(ds["seed"].values)
->>>>>>> lab
     for chosen, experiment in points(ds).values():
         there = committed.sel({dim: value for dim, value in chosen.items() if dim in committed.dims})
         if bool(there) and of(experiment):
@@ -293,6 +273,51 @@ def each(
         result = result.assign_coords(labels[name]).assign({name: ((*dims, *labels[name]), block)})
         start += math.prod(shape)
     return result
+
+
+def each_cell(
+    ds: xr.Dataset,
+    measure: Callable[[T], Sequence[float]],
+    names: Sequence[str],
+    *,
+    rebuild: Callable[[xr.Dataset, Experiment], T],
+    needs: Sequence[str],
+) -> xr.Dataset:
+    """Dataset of `measure` for every living member at one epoch, of what `rebuild` makes of a member's own Dataset.
+
+    For members that are no `Member`, such as modules of the user's own; one task per member, lazy if `ds` is.
+
+    Args:
+        ds: Archive or slice of one, at one epoch.
+        measure: Gives one number per name.
+        names: Names of the variables.
+        rebuild: Function of a member's Dataset and experiment that gives what `measure` takes.
+        needs: Variables that it reads.
+
+    Raises:
+        ValueError: as `rebuild`, and without ``death_epoch``.
+    """
+    if "death_epoch" not in ds.coords:
+        raise ValueError("members: the Dataset has no death_epoch, so that the dead cannot be left out; is it tsdyn's?")
+    dead, committed = ds["death_epoch"], begun(ds)
+    needed = ds[list(needs)] if set(needs) <= set(ds) else ds
+    cells = np.full(dead.shape, None, dtype=object)
+    seeds = np.atleast_1d(ds["seed"].values)
+    for chosen, experiment in points(ds).values():
+        there = committed.sel({dim: value for dim, value in chosen.items() if dim in committed.dims})
+        if not bool(there):
+            continue
+        for seed in seeds:
+            at = {**chosen, **({"seed": seed} if "seed" in ds.dims else {})}
+            if int(dead.sel(at)) < 0:
+                index = tuple(dead.get_index(dim).get_loc(at[str(dim)]) for dim in dead.dims)
+                cells[index] = needed.sel(at).assign_attrs(experiment=experiment.to_toml())
+
+    def measured(cell: xr.Dataset) -> Sequence[float]:
+        return measure(rebuild(cell, experiment_of(cell)))
+
+    found = cellwise(measured, cells, len(names))
+    return xr.Dataset({name: dead.copy(data=found[i]).drop_attrs() for i, name in enumerate(names)})
 
 
 @dataclass(frozen=True)
@@ -371,14 +396,6 @@ def _measured(
         before = one
     return found.reshape(*index.shape, found.shape[-1])
 
-<<<<<<< HEAD
-||||||| 687e552
-    def measured(cell: xr.Dataset) -> Sequence[float]:
-        return measure(member(cell, experiment_of(cell)))
-=======
-    def measured(cell: xr.Dataset) -> Sequence[float]:
-        return measure(rebuild(cell, experiment_of(cell)))
->>>>>>> lab
 
 def _data_of(before: Member | None) -> dict[str, Any]:
     """The data that a member of the same seed has drawn, which are those of every epoch."""

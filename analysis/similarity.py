@@ -7,7 +7,7 @@ would be large whatever was learned; they raise ValueError.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import numpy as np
@@ -15,7 +15,7 @@ import torch
 import xarray as xr
 from numpy.typing import NDArray
 from tsdyn.analysis import own_modules
-from tsdyn.analysis.members import Member, each
+from tsdyn.analysis.members import Member, each, each_cell
 from tsdyn.analysis.own_modules import Maker
 
 from tsdyn.archive.selecting import experiment_of
@@ -156,25 +156,13 @@ def student_teacher(
 ) -> xr.Dataset:
     """``cka`` and ``svcca`` of student and teacher activations at each layer; (..., layer), lazy if `archive` is.
 
-<<<<<<< HEAD
     On the evaluation set, which is redrawn, at every epoch that `archive` holds.
     NaN above the last layer of a point that has fewer layers.
-||||||| 687e552
-    On the evaluation set, which is redrawn, at one epoch.  NaN above the last layer of a point that has fewer layers.
-=======
-    On the evaluation set, which is redrawn, at one epoch.  NaN above the last layer of a point that has fewer layers.
-    Layers of own modules are paired from the lowest, the output layers with each other; NaN where the teacher
-    has no such layer.
->>>>>>> lab
+    Layers of own modules, at one epoch, are paired from the lowest, the output layers with each other; NaN where the
+    teacher has no such layer.
 
     Args:
-<<<<<<< HEAD
-        archive: A run, a sweep or a slice, with weights.
-||||||| 687e552
-        archive: A run, a sweep or a slice, at one epoch, with weights.
-=======
-        archive: A run, a sweep or a slice, at one epoch, with weights; with ``parameter`` of an own module.
->>>>>>> lab
+        archive: A run, a sweep or a slice, with weights; with ``parameter`` of an own module.
         samples: Number of samples to use from the start of the evaluation set; None uses all.
         debiased: Whether to use the debiased estimator of CKA, see `linear_cka`.
         student, teacher: The functions that make modules of the user's own, where the run has such.
@@ -192,82 +180,58 @@ def student_teacher(
     if "layer" not in archive.dims:
         raise ValueError("student_teacher: one layer is left; networks are made of all of them, select it afterwards")
     layers = archive["layer"].values.tolist()
-    names = [f"{kind}_{number}" for kind in ("cka", "svcca") for number in layers]
 
-<<<<<<< HEAD
-    def measure(member: Member) -> list[list[float]]:
-||||||| 687e552
-    def measure(member: Member) -> list[float]:
-=======
-    def compared(pairs: Iterable[tuple[int, NDArray, NDArray]]) -> list[float]:
-        values = dict.fromkeys(names, np.nan)
+    def compared(pairs: Iterable[tuple[int, NDArray, NDArray]]) -> list[list[float]]:
+        cka, cca = dict.fromkeys(layers, np.nan), dict.fromkeys(layers, np.nan)
         for number, f, f_star in pairs:
-            values[f"cka_{number}"] = linear_cka(f, f_star, debiased=debiased)
-            values[f"svcca_{number}"] = svcca(f, f_star)
-        return list(values.values())
+            cka[number], cca[number] = linear_cka(f, f_star, debiased=debiased), svcca(f, f_star)
+        return [list(cka.values()), list(cca.values())]
 
-    def of_networks(member: Member) -> list[float]:
->>>>>>> lab
-        with torch.no_grad():
-            x = member.evaluation_inputs[:samples]
-            traces = [net.trace(x).activations for net in (member.student, member.teacher)]
-<<<<<<< HEAD
-        pairs = [(f.numpy(), f_star.numpy()) for f, f_star in zip(*traces, strict=True)]
-        above = [np.nan] * (len(layers) - len(pairs))
-        cka = [linear_cka(*pair, debiased=debiased) for pair in pairs]
-        return [cka + above, [svcca(*pair) for pair in pairs] + above]
-||||||| 687e552
-        pairs = [(f.numpy(), f_star.numpy()) for f, f_star in zip(*traces, strict=True)]
-        above = [np.nan] * (len(layers) - len(pairs))
-        cka = [linear_cka(*pair, debiased=debiased) for pair in pairs]
-        return cka + above + [svcca(*pair) for pair in pairs] + above
-=======
-        return compared((i, f.numpy(), t.numpy()) for i, (f, t) in enumerate(zip(*traces, strict=True), start=1))
->>>>>>> lab
+    experiment = experiment_of(archive)
+    own_modules.refuse_without_makers(experiment, student, teacher, "student_teacher")
+    if experiment.of_own_modules:
+        found = _of_modules(archive, compared, layers, student, teacher, samples)
+    else:
 
-<<<<<<< HEAD
-    found = each(archive, measure, ("cka", "svcca"), gives={name: {"layer": layers} for name in ("cka", "svcca")})
+        def measure(member: Member) -> list[list[float]]:
+            with torch.no_grad():
+                x = member.evaluation_inputs[:samples]
+                traces = [net.trace(x).activations for net in (member.student, member.teacher)]
+            return compared((i, f.numpy(), t.numpy()) for i, (f, t) in enumerate(zip(*traces, strict=True), start=1))
+
+        gives = {name: {"layer": layers} for name in ("cka", "svcca")}
+        found = each(archive, measure, ("cka", "svcca"), gives=gives)
     said = {
         "cka": (f"{'debiased ' * debiased}linear CKA of student and teacher", KORNBLITH),
         "svcca": ("SVCCA of student and teacher", RAGHU),
     }
     return found.assign(
         {name: found[name].assign_attrs(units="1", long_name=t, source=source) for name, (t, source) in said.items()}
-||||||| 687e552
-    names = [f"{kind}_{number}" for kind in ("cka", "svcca") for number in layers]
-    found = each(archive, measure, names)
-
-    def stacked(kind: str, long_name: str, source: str) -> xr.DataArray:
-        parts = [found[f"{kind}_{number}"] for number in layers]
-        axis = xr.DataArray(layers, dims="layer", name="layer")
-        joined = xr.concat(parts, dim=axis, coords="minimal", compat="override", join="exact", combine_attrs="drop")
-        return joined.transpose(..., "layer").assign_attrs(units="1", long_name=long_name, source=source)
-
-    return xr.Dataset(
-        {
-            "cka": stacked("cka", f"{'debiased ' * debiased}linear CKA of student and teacher", KORNBLITH),
-            "svcca": stacked("svcca", "SVCCA of student and teacher", RAGHU),
-        }
-=======
-    experiment = experiment_of(archive)
-    own_modules.refuse_without_makers(experiment, student, teacher, "student_teacher")
-    if experiment.of_own_modules:
-        rebuild = partial(own_modules.activations, student=student, teacher=teacher, samples=samples)
-        needs = [name for name in ("parameter", "teacher_parameter") if name in archive]
-        found = each(archive, lambda both: compared(both.pairs()), names, rebuild=rebuild, needs=needs)
-    else:
-        found = each(archive, of_networks, names)
-
-    def stacked(kind: str, long_name: str, source: str) -> xr.DataArray:
-        parts = [found[f"{kind}_{number}"] for number in layers]
-        axis = xr.DataArray(layers, dims="layer", name="layer")
-        joined = xr.concat(parts, dim=axis, coords="minimal", compat="override", join="exact", combine_attrs="drop")
-        return joined.transpose(..., "layer").assign_attrs(units="1", long_name=long_name, source=source)
-
-    return xr.Dataset(
-        {
-            "cka": stacked("cka", f"{'debiased ' * debiased}linear CKA of student and teacher", KORNBLITH),
-            "svcca": stacked("svcca", "SVCCA of student and teacher", RAGHU),
-        }
->>>>>>> lab
     )
+
+
+def _of_modules(
+    archive: xr.Dataset,
+    compared: Callable[[Iterable[tuple[int, NDArray, NDArray]]], list[list[float]]],
+    layers: Sequence[int],
+    student: Maker | None,
+    teacher: Maker | None,
+    samples: int | None,
+) -> xr.Dataset:
+    """The two variables of runs with modules of the user's own, which are made anew."""
+    names = [f"{kind}_{number}" for kind in ("cka", "svcca") for number in layers]
+    rebuild = partial(own_modules.activations, student=student, teacher=teacher, samples=samples)
+    needs = [name for name in ("parameter", "teacher_parameter") if name in archive]
+
+    def measure(both: own_modules.Activations) -> list[float]:
+        return [value for values in compared(both.pairs()) for value in values]
+
+    cells = each_cell(archive, measure, names, rebuild=rebuild, needs=needs)
+
+    def stacked(kind: str) -> xr.DataArray:
+        parts = [cells[f"{kind}_{number}"] for number in layers]
+        axis = xr.DataArray(layers, dims="layer", name="layer")
+        joined = xr.concat(parts, dim=axis, coords="minimal", compat="override", join="exact", combine_attrs="drop")
+        return joined.transpose(..., "layer")
+
+    return xr.Dataset({kind: stacked(kind) for kind in ("cka", "svcca")})
