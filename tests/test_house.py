@@ -308,6 +308,19 @@ def test_opening_an_archive_needs_no_torch():
     assert answer.stdout.strip() == "False"
 
 
+@pytest.mark.parametrize("command", [["--help"], ["study", "list"], ["run", "--help"]])
+def test_what_the_command_prints_of_itself_needs_nothing_heavy(command):
+    heavy = "torch", "xarray", "netCDF4", "dask", "matplotlib", "scipy"
+    code = (
+        f"import sys; sys.argv = ['tsdyn', *{command!r}]\n"
+        "from tsdyn.cli import main\n"
+        f"try:\n    main()\nfinally:\n    print([m for m in {heavy!r} if m in sys.modules], file=sys.__stderr__)"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert answer.stderr.strip() == "[]"
+    assert "Usage" in answer.stdout or "tian2020" in answer.stdout
+
+
 def test_every_public_name_resolves():
     for name in tsdyn.__all__:
         assert getattr(tsdyn, name) is not None
