@@ -74,4 +74,5 @@ def test_a_recipe_has_30_lines_at_most_and_records_what_plain_torch_does(tmp_pat
     assert whole.epoch.values.tolist() == [0, 1, 2, 3, 4]
     for variable in ("weight", "bias", "loss_eval"):
         np.testing.assert_allclose(whole[variable], expected[variable], rtol=1e-5, atol=1e-7)
-        np.testing.assert_array_equal(parts[variable], whole[variable])
+        # Hugging Face sorts the samples of its one batch anew: sums are rounded otherwise
+        np.testing.assert_allclose(parts[variable], whole[variable], rtol=1e-5, atol=1e-7)
