@@ -66,6 +66,8 @@ def test_a_recipe_has_30_lines_at_most_and_records_what_plain_torch_does(tmp_pat
         )
     for last, folder in ((4, "whole"), (2, "parts"), (4, "parts")):
         names = {"x": X, "y": Y, "model": model(), "loader": whole_batches(), "data": named()}
+        if name == "lightning":
+            exec(compile(block("lightning-model"), name, "exec"), names)
         exec(compile(recipe, name, "exec"), names)
         exec(compile(use.replace("=4", f"={last}").replace("runs/", f"{folder}/"), name, "exec"), names)
         (names["record"].rec if name == "huggingface" else names["trainer"].callbacks[0].rec).close()
