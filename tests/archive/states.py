@@ -77,7 +77,9 @@ TINY = small(
 STARTS: dict[str, Experiment | Path] = {
     "run": TINY,
     "seldom": TINY.replace({"record.every": 2}),
-    "teacher file": TINY.replace({"teacher.init": "file", "teacher.path": "teacher.pt"}),
+    "teacher file": TINY.replace({
+        "teacher.init": "file", "teacher.path": "teacher.pt", "teacher.activation": "relu",
+    }),
     "sweep": TINY.replace({"training.epochs": 2, "sweep": {"teacher.polarity": [0.0, 1.0]}}),
     **{
         name: DATA / name

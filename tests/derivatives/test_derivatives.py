@@ -464,8 +464,8 @@ def test_every_function_takes_numpy_and_torch_and_says_when_nothing_depends_on_t
 
     def flat(found):
         parts = found.values() if isinstance(found, dict) else [found]
-        tensors = [t for part in parts for t in ([part] if torch.is_tensor(part) else vars(part).values())]
-        return torch.cat([t.flatten().double() for t in tensors if torch.is_tensor(t)])
+        arrays = [a for part in parts for a in ([part] if torch.is_tensor(part) else vars(part).values())]
+        return torch.cat([torch.as_tensor(a).flatten().double() for a in arrays if hasattr(a, "shape")])
 
     by_torch = called(module, half_square, *(torch.from_numpy(a) for a in (x, y, v)))
     assert torch.equal(flat(called(module, half_square, x, y, v)), flat(by_torch))

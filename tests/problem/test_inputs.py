@@ -39,6 +39,7 @@ def of_files(folder, **changes):
     table(folder / "eval.npz", 4)
     named = {
         "teacher__widths": [4, 3, 3], "teacher__init": "file", "teacher__path": str(folder / "teacher.pt"),
+        "teacher__activation": "relu",
         "student__init": "file", "student__path": str(folder / "student.pt"), "student__overrealization": 1.0,
         "data__law": "file", "data__path": str(folder / "train.npz"), "data__eval_path": str(folder / "eval.npz"),
         "data__train": 20, "data__eval": 10, "training__batch": 5,

@@ -28,7 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from tsdyn.derivatives import labels
-from tsdyn.derivatives.assumptions import Loss, Tree, _explained, agree, asked, comparable, explained, gradients_on, log
+from tsdyn.derivatives.assumptions import Loss, Tree, agree, asked, comparable, explained, gradients_on, log
 from tsdyn.derivatives.layered import Layered, layered
 from tsdyn.derivatives.module_state import Randomness
 from tsdyn.memory import refuse_beyond

@@ -24,6 +24,7 @@ from tsdyn.experiment.experiment import Experiment
 from tsdyn.experiment.sweep_axes import swept_keys
 from tsdyn.observables.registry import Observed, added
 from tsdyn.problem import images
+from tsdyn.problem.teachers import refuse_unsaid_activation
 from tsdyn.running import estimates, packages, runner
 from tsdyn.running.interrupts import stopping
 from tsdyn.running.joint_training import group_points
@@ -180,6 +181,8 @@ def run(
         refuse_unpicklable(student=student, teacher=teacher)
     with added(observables):
         own = completed(_asking(experiment, observables), student=student, teacher=teacher)
+        if not whole_files.local_path(path).exists():  # what was begun before goes on as it was
+            refuse_unsaid_activation(own)
         lost = packages.missing(own)
         if lost and unfinished(own, path):
             packages.refuse_missing(lost, own, whole_files.local_path(path))
