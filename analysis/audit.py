@@ -514,9 +514,7 @@ CLAIMS = (
         _balance,
     ),
     Claim(
-        "BatchNorm's gradient",
-        f"{LUCK}, Lemma 1",
-        "of one batch, not of an archive: tsdyn.theory.batch_norm_gradient",
+        "BatchNorm's gradient", f"{LUCK}, Lemma 1", "of one batch, not of an archive: tsdyn.theory.batch_norm_gradient"
     ),
     Claim(
         "projected dynamics",

@@ -25,7 +25,7 @@ from dask.base import tokenize
 
 from tsdyn import schema, vocabulary
 from tsdyn.archive import additions, study_directories, zarr_stores
-from tsdyn.archive.headers import Header, Headers, Source
+from tsdyn.archive.headers import Header, Headers, Source, when
 from tsdyn.archive.lazy_arrays import Cells, Stored
 from tsdyn.archive.recordings import Recording, flush_below, recordings_below
 from tsdyn.archive.run_directory import ARCHIVE, EXPERIMENT
@@ -159,7 +159,7 @@ def opened(path: Path, *, skip_damaged: bool = False, upto: float = -1.0) -> xr.
 def _single(sources: Sequence[Source]) -> xr.Dataset:
     """The Dataset of one run's files or of any one file, with the values of swept keys of the point that it is."""
     own = {name: xr.Variable(*kept) for name, kept in sources[0].swept}
-    return _whole({(): sources}, ()).assign_coords(own).assign_attrs(sources[0].own | _when([sources]))
+    return _whole({(): sources}, ()).assign_coords(own).assign_attrs(sources[0].own | when([sources]))
 
 
 def _marked_as(ds: xr.Dataset, path: Path) -> xr.Dataset:
@@ -258,18 +258,7 @@ def _opened_together(paths: Sequence[Path], skip_damaged: bool, upto: float, *, 
         coverage[place] = _coverage(cell)
     dims = tuple(axis.dimension for axis in grid)
     column = xr.Variable(dims, coverage, vocabulary.COORDINATES["coverage"].attrs)
-    return ds.assign_coords(coverage=column).assign_attrs(origin | _when(cells.values()))
-
-
-def _when(cells: Iterable[Sequence[Source]]) -> dict[str, Any]:
-    """When the last of all points was written, and the seconds that all took; empty if a file does not say."""
-    last = {source.path.parent: source.own for cell in cells for source in cell}
-    if not all("created" in own and vocabulary.WALL in own for own in last.values()):
-        return {}
-    return {
-        "created": max(str(own["created"]) for own in last.values()),
-        vocabulary.WALL: round(sum(float(own[vocabulary.WALL]) for own in last.values()), 3),
-    }
+    return ds.assign_coords(coverage=column).assign_attrs(origin | when(cells.values()))
 
 
 def _whole(cells: Cells, grid: Sequence[Axis], skip: bool = False) -> xr.Dataset:
