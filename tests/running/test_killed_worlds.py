@@ -1,4 +1,4 @@
-"""Runs with spoiled targets, correlated inputs and new options, killed by SIGKILL, end in the bits of undisturbed ones."""
+"""Runs with spoiled targets, correlated inputs and new options that SIGKILL ends go on to the bits of whole ones."""
 
 import signal
 import subprocess
@@ -22,7 +22,8 @@ WORLDS = {
         "training__warm_up": 2, "training__stop": {"variable": "loss_eval", "patience": 2},
     },
     "mixture with flipped classes": {
-        "data__law": "mixture", "data__latent": 3, "training__loss": "cross_entropy", "data__flip": 0.3, "training__clip": 0.1,
+        "data__law": "mixture", "data__latent": 3, "training__loss": "cross_entropy", "data__flip": 0.3,
+        "training__clip": 0.1,
     },
 }  # fmt: skip
 KILLED = """
