@@ -80,6 +80,7 @@ bench: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.engine
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.recording
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.durability
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.commits
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.sweeps
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.deep
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.population

@@ -402,7 +402,6 @@ class Recorder:
             self._teacher_rows, layout, kernel,
         )  # fmt: skip
         own = {name: self._asked(name) for name in self._own if name in names}
-        self._refuse_other_order(probed)
         found = measuring.measured(names, probed, own)
         for name, value in found.items():
             own_values.refuse_other_shape(name, value, layout)
@@ -422,8 +421,9 @@ class Recorder:
 
     def _state(self, epoch: int) -> dict[str, np.ndarray]:
         with evaluated(self._model), torch.no_grad():
-            witness = self._model(self._x[:WITNESSES])
-        held: dict[str, Any] = {"model": self._model.state_dict(), "witness": witness}
+            passed = traced(self._model, self._x[:WITNESSES], self._recording.layers)
+        self._refuse_other_order(tuple(passed.calls))
+        held: dict[str, Any] = {"model": self._model.state_dict(), "witness": passed.output}
         for name, holder in self._stateful.items():
             held[name] = holder.get_state() if isinstance(holder, torch.Generator) else holder.state_dict()
         arrays = {f"{_HELD}_{name}": array for name, array in states.encoded(held).items()}
@@ -474,10 +474,8 @@ class Recorder:
                 "those that the recording began with; record it under another path"
             )
 
-    def _refuse_other_order(self, probed: Probed) -> None:
+    def _refuse_other_order(self, now: tuple[str, ...]) -> None:
         """Refuse a model that calls its layers in another order than at first: the labels would be others."""
-        with evaluated(self._model):
-            now = tuple(probed.passed.calls)
         if now != self._called:
             raise ValueError(
                 f"Recorder.commit: the model calls its layers in the order {', '.join(now)}; when the recording began "
