@@ -54,7 +54,7 @@ DATA = Path(__file__).resolve().parent.parent / "data"
 #: Epochs that a run can be extended by in all.
 MORE = 4
 #: Seeds that a run can gain in all, and an observable that is measured after the run.
-MORE_SEEDS, LATER = 2, "fanout_norm"
+MORE_SEEDS, LATER = 2, "correlation"
 #: Seconds after which a child counts as hung.
 HUNG = 120
 #: Another engine, or another machine, sums in another order: a few thousand roundings of numbers of order 1, divided by

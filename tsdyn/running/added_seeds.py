@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 
 from tsdyn.archive import changes, netcdf
+from tsdyn.archive.lock import NAME as LOCK
 from tsdyn.archive.run_directory import ADDED, ARCHIVE, EXPERIMENT, RunDirectory, extends, segments
 from tsdyn.archive.whole_files import DirectoryError, refuse_link, sync_directory
 from tsdyn.experiment.errors import ExperimentError
@@ -121,9 +122,24 @@ def _machines(before: dict[str, object], theirs: dict[str, object], seeds: list[
 
 
 def _remove_joined(path: Path, experiment: Experiment) -> None:
-    """Remove the folder of further seeds if the run has all of them."""
-    left = _there(path / ADDED)
-    if left is not None and set(left.seed_labels) <= set(experiment.seed_labels):
-        refuse_link(path / ADDED)
-        shutil.rmtree(path / ADDED, ignore_errors=True)
-        sync_directory(path)
+    """Remove the folder of further seeds if the run has all of them, or if nothing was begun in it.
+
+    The experiment file goes last, so that what is left of a removal that was cut short is known for what it is.
+    """
+    folder = path / ADDED
+    refuse_link(folder)
+    if not folder.is_dir():
+        return
+    left = _there(folder)
+    begun = any(entry.name != LOCK for entry in folder.iterdir())
+    if (left is None and begun) or (left is not None and not set(left.seed_labels) <= set(experiment.seed_labels)):
+        return
+    for entry in sorted(folder.iterdir()):  # an archive goes before its checksum
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        elif entry.name not in (EXPERIMENT, LOCK):
+            entry.unlink()
+    for name in (EXPERIMENT, LOCK):
+        (folder / name).unlink(missing_ok=True)
+    folder.rmdir()
+    sync_directory(path)
