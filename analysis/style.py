@@ -105,7 +105,6 @@ def _parameters(name: Name) -> Any:
         "figure.constrained_layout.h_pad": 0.025 * s,
         "figure.constrained_layout.w_pad": 0.025 * s,
         "figure.dpi": 100,
-        "savefig.dpi": 300,
         "lines.linewidth": 1.3 * s,
         "lines.markersize": 3.5 * s,
         "patch.linewidth": 0.6 * s,
@@ -117,7 +116,13 @@ def _parameters(name: Name) -> Any:
 
 
 #: Vector files with TrueType outlines that checkers accept, text as text, and the same bytes for the same figure.
-_FILES: Any = {"pdf.fonttype": 42, "ps.fonttype": 42, "svg.fonttype": "none", "svg.hashsalt": "tsdyn"}
+_FILES: Any = {
+    "pdf.fonttype": 42,
+    "ps.fonttype": 42,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "tsdyn",
+    "savefig.dpi": 300,
+}
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Tian et al. (2019), Figure 16: as `tian2019_batchnorm_bias`, of VGG11 with BatchNorm (``vgg11_bn.pth``) at paper scale.
+"""Tian et al. (2019), Figure 16: as `tian2019_batchnorm_bias`, of VGG11 with BatchNorm (``vgg11_bn.pth``).
 
 Smoke and desk scale train the same small ConvNet on digits as there.
 """

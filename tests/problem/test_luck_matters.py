@@ -7,7 +7,12 @@ from tests.cases import small
 from tsdyn.experiment.errors import ExperimentError
 from tsdyn.problem.teachers import draw_teacher
 
-LUCK = {"teacher__init": "luck-matters", "teacher__widths": [20, 10, 15, 100], "data__std": 10.0}
+LUCK = {
+    "teacher__init": "luck-matters",
+    "teacher__widths": [20, 10, 15, 100],
+    "teacher__polarity": 0.0,
+    "data__std": 10.0,
+}
 
 
 def test_entries_biases_and_rows_are_the_papers():
@@ -40,7 +45,7 @@ def test_the_file_says_what_the_name_decides_and_reads_back():
     assert again.digest == experiment.digest
 
 
-@pytest.mark.parametrize(("key", "value"), [("unit_norm", "every-layer"), ("bias", 0.3), ("polarity", 1.0)])
+@pytest.mark.parametrize(("key", "value"), [("unit_norm", "every-layer"), ("bias", 0.3), ("balanced", True)])
 def test_another_value_of_what_is_decided_is_refused(key, value):
     with pytest.raises(ExperimentError, match=f"teacher.{key} = .* init = 'luck-matters' is that of Tian"):
         small(teacher__init="luck-matters", **{f"teacher__{key}": value})

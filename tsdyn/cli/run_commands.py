@@ -143,6 +143,7 @@ def run_study(
         found = (replace(work, **dict(assignment(text) for text in changes)) if changes else work).read()
     made_by = {key: found.attrs[key] for key in ("name", "digest", "experiment", "tsdyn_version") if key in found.attrs}
     made_by |= {"study": name, "scale": scale}
+    path.mkdir(parents=True, exist_ok=True)
     measured = module.measure(found).load()
     measured = measured.assign_attrs(captions.told(found) | made_by | measured.attrs)
     netcdf.write_dataset(path / "measured.nc", measured)
