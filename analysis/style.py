@@ -7,6 +7,7 @@ a figure is `styled`; ``with using("talk"):`` draws the same figure larger.  Not
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -264,7 +265,7 @@ def wrapped(text: str, size: float | int, width: float | int) -> list[str]:
     """`text` in lines no wider than `width` inches at `size` points."""
     lines: list[str] = []
     room, used = 72 * width / size / 1.06, 0.0  # hinting widens small type on screens
-    for word in text.split():
+    for word in re.findall(r"\S+(?: = \S+)*", text):  # a symbol stays with its value
         if lines and used + text_width(" " + word) <= room:
             lines[-1] += " " + word
             used += text_width(" " + word)
