@@ -67,7 +67,8 @@ def caption(ds: xr.Dataset, says: str, spread: Spread, *, paper: Mapping[str, An
     own = _experiment(ds)
     if own is not None:
         facts = _facts(own)
-        parts.append(f"{'; '.join(facts)}." if facts else "")
+        said = "; ".join(facts)
+        parts.append(f"{said[:1].upper() if not said.startswith('d = ') else 'd'}{said[1:]}." if said else "")
         parts.append(_smaller(own, (paper or {}).get("paper")))
     return " ".join(part for part in parts if part)
 

@@ -274,6 +274,7 @@ STUDIES = Register(
         "tian2019-ranks",
         "tian2019-sizes",
         "tian2019-batchnorm-bias",
+        "tian2019-batchnorm-bias-vgg11",
         "tian2019-cifar10",
         "tian2019-digits",
         "tian2019-heatmaps",

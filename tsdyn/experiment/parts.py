@@ -108,7 +108,6 @@ LUCK_MATTERS: Mapping[str, Any] = {
     "choices": (-0.5, -0.25, 0.0, 0.25, 0.5),
     "bias": "uniform",
     "unit_norm": False,
-    "polarity": 0.0,
     "balanced": False,
 }
 
