@@ -124,7 +124,9 @@ def _facts(experiment: Experiment) -> list[str]:
         fixed["training.learning_rate"] = rate(experiment.training.learning_rate)
         fixed["training.batch"] = f"batch {experiment.training.batch}"
         epochs = experiment.training.epochs
-        fixed["training.epochs"] = f"{epochs} epoch{'s' * (epochs != 1)} of {number(experiment.steps)} steps"
+        length = f"{epochs} epoch{'s' * (epochs != 1)}"
+        steps = {point.steps for _, point in experiment.points()}
+        fixed["training.epochs"] = f"{length} of {number(steps.pop())} steps" if len(steps) == 1 else length
         if experiment.teacher.init == "luck-matters":
             fixed["teacher.init"] = "teacher and inputs of Tian et al. (2019)"
     elif experiment.kind == "population-flow":

@@ -8,7 +8,13 @@ import pytest
 import torch
 import xarray as xr
 
+from tests.cases import small
 from tsdyn import Network, derivatives, flow, population, theory
+from tsdyn.engine.loss import LOSSES
+from tsdyn.engine.rule import OPTIMIZERS
+from tsdyn.networks.activations import activation
+from tsdyn.problem import augmentation, students, teachers
+from tsdyn.testing import check
 
 _EYE = np.eye(3, 4)
 _Q, _R, _T = np.eye(2), np.full((2, 3), 0.1), np.eye(3)
@@ -91,6 +97,36 @@ COMPUTED: dict[str, Callable[[], Any]] = {
     "output_jacobian": lambda: theory.output_jacobian(_deep(), torch.from_numpy(_X), 1),
     "online": lambda: flow.online(_Q, _R, _T, inputs=8, learning_rate=0.5, alpha=[0, 1], noise=0.1),
 }
+#: Teachers, students, inputs and labels of an experiment, drawn by themselves.
+DRAWN = small(seeds=1, data__augment="aware", student__bias=True, teacher__bias=True)
+COMPUTED |= (
+    {
+        f"teacher that is {init}": lambda init=init: [  # type: ignore[misc]
+            *(network := teachers.draw_teacher(DRAWN.replace({"teacher.init": init}), 0)).weights,
+            *(b for b in network.biases if b is not None),
+        ]
+        for init in ("gaussian", "separated", "orthonormal")
+    }
+    | {
+        f"student that starts {init}": lambda init=init: [  # type: ignore[misc]
+            *(
+                network := students.draw_student(
+                    DRAWN.replace({"student.init": init, "student.overrealization": 1.0}), 0
+                )
+            ).weights,
+            *(b for b in network.biases if b is not None),
+        ]
+        for init in ("gaussian", "torch", "near_teacher", "same_direction", "same_sign")
+    }
+    | {
+        "augmented inputs": lambda: augmentation.training_set(DRAWN, 0, teachers.draw_teacher(DRAWN, 0)),
+        "balanced teacher": lambda: teachers.balance(_teacher(), torch.from_numpy(_X)).weights,
+        "pruned teacher": lambda: teachers.prune(_teacher(), [0.5])[0].weights,
+        "contract of an activation": lambda: check(activation("tanh")),
+        "contract of a loss": lambda: check(LOSSES["mse"]),
+        "contract of an optimizer": lambda: check(OPTIMIZERS["adam"]),
+    }
+)
 
 
 def _numbers(found: Any) -> Any:

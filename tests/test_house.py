@@ -52,7 +52,7 @@ FLOORS: dict[str, float] = {
     "": 10,  # tsdyn/__init__.py, whose names are imported on first use
 }
 #: What a later issue builds.
-LATER = {"predictions", "xarray"}
+LATER = {"predictions"}
 #: Single modules that may import one another within their floor.
 FLAT = {"schema", "vocabulary", "registers", "axes", "memory", "_version", "_forwarding"}
 LONGEST_MODULE = 600
@@ -192,6 +192,56 @@ def test_a_planted_import_is_noticed():
     found = _imported("tsdyn.engine.rule", Planted())  # type: ignore[arg-type]
     assert found == [("tsdyn.theory.couplings", 5), ("tsdyn.archive", 6)]
     assert _strongly_connected({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [{"a", "b", "c"}, {"d"}]
+
+
+def _private(module: str, file: Path) -> list[tuple[str, int]]:
+    """Underscored names of other modules of tsdyn that `file` imports, or takes of an imported one, with their lines.
+
+    Modules themselves may be underscored (tsdyn._version): that says that they are no part of what is public.
+    """
+    found: list[tuple[str, int]] = []
+    modules: dict[str, str] = {}
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            source = _absolute(node, module, file)
+            for alias in node.names if source.split(".")[0] == "tsdyn" else ():
+                whole = f"{source}.{alias.name}"
+                if whole in FILES:
+                    modules[alias.asname or alias.name] = whole
+                elif _is_underscored(alias.name):
+                    found.append((whole, node.lineno))
+        elif isinstance(node, ast.Import):
+            modules |= {alias.asname: alias.name for alias in node.names if alias.asname and alias.name in FILES}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and _is_underscored(node.attr):
+            whole = f"{modules.get(node.value.id, '')}.{node.attr}"
+            if node.value.id in modules and whole not in FILES:
+                found.append((whole, node.lineno))
+    return found
+
+
+def _is_underscored(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+def test_no_module_takes_an_underscored_name_of_another():
+    """An underscore says that a name is its module's own: what two modules need is public in one of them."""
+    wrong = [f"{module}:{line} takes {name}" for module, file in FILES.items() for name, line in _private(module, file)]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_a_planted_underscored_name_is_noticed(tmp_path):
+    text = (
+        "from tsdyn.running import runner, sweep as other\n"
+        "from tsdyn import _version\n"
+        "def f():\n    from tsdyn.running.outcome import _reason\n"
+        "    return runner._due, other._x, runner.run, self._y\n"
+    )
+    (tmp_path / "planted.py").write_text(text, encoding="utf-8")
+    assert _private("tsdyn.running.planted", tmp_path / "planted.py") == [
+        ("tsdyn.running.outcome._reason", 4), ("tsdyn.running.runner._due", 5), ("tsdyn.running.sweep._x", 5),
+    ]  # fmt: skip
 
 
 def test_archives_and_experiment_files_need_no_torch():

@@ -5,12 +5,11 @@ import logging
 import os
 import shutil
 import stat
-import subprocess
-import sys
 import textwrap
 
 import pytest
 
+from tests import processes
 from tsdyn.engine import compiled_moments, compiled_step, compiled_sums, convolution, native
 from tsdyn.experiment.errors import ExperimentError
 
@@ -130,9 +129,8 @@ def test_without_a_home_directory_a_private_folder_is_used(tmp_path):
         folder = native._private_folder()
         print(native.load(convolution.SOURCE, convolution.Job) is not None, folder)
     """
-    answer = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True, cwd=tmp_path
-    )
+    answer = processes.run(["python", "-c", textwrap.dedent(code)], tmp_path)
+    assert answer.returncode == 0, answer.stderr
     loaded, folder = answer.stdout.split()
     assert loaded == "True"
     assert not os.path.exists(folder)  # it went with the process

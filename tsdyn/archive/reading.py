@@ -118,7 +118,7 @@ def open(
         if one not in _warned:
             _warned.add(one)
             warnings.warn(
-                f"{one}: {', '.join(wrong)}: {ds[wrong[0]].attrs['wrong']}", WrongNumbersWarning, stacklevel=2
+                f"{one}: {', '.join(wrong)}: {ds[wrong[0]].attrs['wrong']}", WrongNumbersWarning, stacklevel=3
             )
     return ds
 
@@ -187,7 +187,7 @@ def _recordings(path: Path, folders: Sequence[Path], skip_damaged: bool, upto: f
         except ArchiveError as error:
             if not skip_damaged:
                 raise
-            warnings.warn(f"{error}; left NaN", stacklevel=5)
+            warnings.warn(f"{error}; left NaN", stacklevel=6)
     with suppress(ArchiveError):  # as for sweeps
         headers.write()
     held = {folder: (of, sources) for folder, (of, sources) in found.items() if sources}
@@ -393,7 +393,7 @@ def _committed(
         except ArchiveError as error:
             if not skip_damaged:
                 raise
-            warnings.warn(f"{error}; left NaN", stacklevel=6)
+            warnings.warn(f"{error}; left NaN", stacklevel=7)
         yield point, sources
     if sweep:
         with suppress(ArchiveError):  # where the index cannot be written, the next reader reads the headers again
@@ -567,7 +567,8 @@ def _gridded(cells: Cells, labels: Mapping[str, list[Any]], grid: Sequence[Axis]
                 empty = np.full((*sizes, *(len(labels[d]) for d in dims)), -1)
                 found[name] = xr.Variable((*outer, *dims), empty, attrs)
             where = [np.flatnonzero(np.isin(labels[d], own[d])) for d in dims]  # by label: one's own may begin at 0
-            found[name].values[(*place, *np.ix_(*where))] = values
+            at: tuple[Any, ...] = (*place, *np.ix_(*where))
+            found[name].values[at] = values
     return found
 
 

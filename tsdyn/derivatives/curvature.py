@@ -28,7 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from tsdyn.derivatives import labels
-from tsdyn.derivatives.assumptions import Loss, Tree, _explained, agree, asked, comparable, gradients_on, log
+from tsdyn.derivatives.assumptions import Loss, Tree, agree, asked, comparable, explained, gradients_on, log
 from tsdyn.derivatives.layered import Layered, layered
 from tsdyn.derivatives.module_state import Randomness
 from tsdyn.memory import refuse_beyond
@@ -327,7 +327,7 @@ class _Curve:
         try:
             return list(torch.autograd.grad(of, self._leaves, along, allow_unused=True, **how))
         except RuntimeError as error:
-            raise _explained(self._caller, self._name, error) from error
+            raise explained(self._caller, self._name, error) from error
 
     def use(self, quick: Layered | None) -> None:
         """Compute products by formulas from now on, if one agrees with plain autograd."""

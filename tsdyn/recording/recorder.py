@@ -34,7 +34,7 @@ from tsdyn.observables.registry import Observed
 from tsdyn.recording import checks, measuring, own_values, states
 from tsdyn.recording.measuring import ACTIVATION, DIFFERENTIATED, FAMILIES, MEASURED, Probed
 from tsdyn.running import provenance
-from tsdyn.running.runner import _along_steps, _due
+from tsdyn.running.runner import along_steps, commit_is_due
 from tsdyn.vocabulary import COORDINATES, DIMENSIONS, VARIABLES, Variable
 
 _log = logging.getLogger("tsdyn")
@@ -81,7 +81,7 @@ class _Writer:
         self.epochs.append(epoch)
         self.state = state
         now = time.monotonic()
-        if self.durable is None or _due(now - self.began, now - self.clock, self.took, self.spent):
+        if self.durable is None or commit_is_due(now - self.began, now - self.clock, self.took, self.spent):
             self.flush()
 
     def flush(self) -> None:
@@ -89,7 +89,7 @@ class _Writer:
         if not self.pending:
             return
         now = time.monotonic()
-        records = {**_along_steps(self.pending), **(self.constants if self.first == 0 else {})}
+        records = {**along_steps(self.pending), **(self.constants if self.first == 0 else {})}
         self.directory.commit(self.first, self.epochs[-1], self.epochs, records, self.state, self.attrs)
         self.durable, self.first = self.epochs[-1], self.epochs[-1] + 1
         self.pending, self.epochs = [], []
@@ -430,7 +430,7 @@ class Recorder:
         return arrays | {"death_epoch": np.array([self._died], np.int64)}
 
     def _attributes(self, before: Mapping[str, Any], first: int) -> dict[str, Any]:
-        name, flags = provenance._processor()
+        name, flags = provenance.processor()
         device = str(next(self._model.parameters()).device)
         now: dict[str, Any] = {
             "recording": self._recording.to_toml(), "name": self._folder.parent.name, "digest": self._recording.digest,

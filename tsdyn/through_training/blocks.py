@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -244,9 +245,9 @@ class Block:
             for total, held in ((state.values, mine.values), (state.buffers, mine.buffers), (teacher, theirs or {})):
                 for name in held:
                     _put(total, name, i, next(slopes))
-            for total, slope in zip((x, y), slopes, strict=False):
-                if total is not None and slope is not None:
-                    total[i] = slope.nan_to_num(0.0)
+            for sums, slope in zip((x, y), slopes, strict=False):
+                if sums is not None and slope is not None:
+                    sums[i] = slope.nan_to_num(0.0)
         return _Slope(torch.stack(values), state, teacher, x, y)
 
     # --- names -----------------------------------------------------------------------------------------------
@@ -318,7 +319,7 @@ class Block:
         part = held[name]
         assert part is not None
         by_name, length = _unit({name: part})
-        return Direction(**by_name), None, length
+        return replace(Direction(), **by_name), None, length
 
     def _winners(self, course: Course, tangent: State, teacher: Named | None) -> Tensor:
         """How far the maxima of the observable keep their winners, (member, side)."""
@@ -369,13 +370,12 @@ def _averaged(
     def over(change: Callable[[np.ndarray], np.ndarray]) -> dict[str, np.ndarray | list[np.ndarray | None]]:
         made: dict[str, np.ndarray | list[np.ndarray | None]] = {}
         for name, first in each[0].items():
+            beside: list[Any] = [e[name] for e in each]
             if isinstance(first, list):
-                made[name] = [
-                    None if part is None else change(np.stack([e[name][k] for e in each]))  # type: ignore[arg-type]
-                    for k, part in enumerate(first)
-                ]
+                layers = range(len(first))
+                made[name] = [None if first[k] is None else change(np.stack([b[k] for b in beside])) for k in layers]
             else:
-                made[name] = change(np.stack([e[name] for e in each]))  # type: ignore[arg-type]
+                made[name] = change(np.stack(beside))
         return made
 
     count = len(each)

@@ -6,7 +6,8 @@ Along a direction u of what the run starts from, the tangent of every pre-activa
     τ_t = (∂θ_t/∂θ_{t−1}) τ_{t−1} + (∂θ_t/∂p) u,
 
 and to first order a gate flips at ε = −z/ż.  ρ₊ is the smallest such ε > 0 over steps, samples and hidden nodes, −ρ₋
-the largest ε < 0.  Where ``training.clip`` begins or ends to act, and where a maximum changes its winner, is a gate, too.
+the largest ε < 0.  Where ``training.clip`` begins or ends to act and where a maximum changes its winner is a gate,
+too.
 """
 
 from __future__ import annotations
@@ -141,7 +142,9 @@ def direction_of(course: Course, direction: Direction, count: int) -> Inputs:
 
 
 def _norm(tau: State) -> Tensor:
-    return torch.stack([t.flatten(1).norm(dim=1) for t in tau.values.values()]).norm(dim=0)
+    each = torch.stack([t.flatten(1).norm(dim=1) for t in tau.values.values()])
+    together: Tensor = each.norm(dim=0)
+    return together
 
 
 def winners_reach(scores: Tensor, tangent: Tensor) -> tuple[float, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -34,9 +35,9 @@ def read(folder: Path, job: Job) -> Found | None:
     if name is None or not file.is_file():
         return None
     try:
-        with np.load(file, allow_pickle=False) as held:
+        with open(file, "rb") as raw, np.load(raw, allow_pickle=False) as held:
             arrays = dict(held)
-    except (OSError, ValueError, EOFError):
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
         return None
     parts: dict[str, dict[str, np.ndarray | list[np.ndarray | None]]] = {"slopes": {}, "errors": {}}
     for where, array in arrays.items():

@@ -138,7 +138,7 @@ def _padded(layers: Sequence[np.ndarray | None]) -> np.ndarray:
     found = np.full((len(there[0]), len(layers), *shape), np.nan)
     for i, layer in enumerate(layers):
         if layer is not None and layer.size:
-            found[(slice(None), i, *(slice(n) for n in layer.shape[1:]))] = layer
+            found[:, i][(slice(None), *(slice(n) for n in layer.shape[1:]))] = layer
     return found
 
 

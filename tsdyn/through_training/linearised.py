@@ -66,7 +66,7 @@ def pulled(
     def moved(state: State, *parts: Tensor) -> State:
         return step(kind, state, given._replace(**dict(zip(names, parts, strict=True))), rule, count)[0]
 
-    after, pull = vjp(moved, state, *(getattr(given, name) for name in names))
+    after, pull = vjp(moved, state, *(getattr(given, name) for name in names))  # type: ignore[misc]
     before, *parts = pull(slope)
     return after, State(*before), dict(zip(names, parts, strict=True))
 
@@ -90,7 +90,7 @@ def pushed(
         after, gates = step(kind, state, Inputs(*parts), rule, count)
         return after, gates.hidden, [] if gates.clip is None else [gates.clip]
 
-    (_, hidden, clip), (after, dots, clip_dot) = jvp(moved, (state, *given), (tangent, *along))
+    (_, hidden, clip), (after, dots, clip_dot) = jvp(moved, (state, *given), (tangent, *along))  # type: ignore[misc]
     return State(*after), list(zip(hidden, dots, strict=True)), (clip[0], clip_dot[0]) if clip else None
 
 
@@ -129,7 +129,8 @@ def _passed(kind: Network, values: Named, given: Inputs, rule: Rule) -> _Pass:
     total = None if softmax is None else target.sum(-1, keepdim=True)
     residual = target - f[-1] if softmax is None or total is None else target - total * softmax
     share = (given.weight / given.weight.shape[1]).unsqueeze(2)
-    g, over = [residual * share], [None]
+    g: list[Tensor] = [residual * share]
+    over: list[Tensor | None] = [None]
     gradients: Named = {}
     for layer in range(depth, 0, -1):
         if learns(rule, f"weight_{layer}"):

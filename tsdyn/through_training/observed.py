@@ -6,11 +6,15 @@ a gate.  Counts, ranks and thresholds have no derivative and are refused, with t
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
+import torch.nn.functional as F
+import xarray as xr
 from torch import Tensor
 from torch.func import functional_call
 
@@ -18,12 +22,13 @@ from tsdyn.engine.ensemble import Named, network_of
 from tsdyn.engine.loss import Loss
 from tsdyn.experiment.errors import ExperimentError, nearest
 from tsdyn.experiment.experiment import Experiment
+from tsdyn.labelled.arrays import DifferentiableArray, wrap
 from tsdyn.networks.any_module import Own
 from tsdyn.networks.network import Network
 from tsdyn.observables.formulas import correlation as correlation_of
 from tsdyn.through_training.steps import Kind, OwnModule, forward
 
-#: A function of the student that gives one number with a gradient.
+#: A function of the student, or of a Dataset of it (`_dataset`), that gives one number with a gradient.
 Function: TypeAlias = Callable[[Any], Tensor]
 #: What is asked for: a name, a name with labels, or a function.
 Of: TypeAlias = str | tuple[str, Mapping[str, int]] | Function
@@ -188,8 +193,10 @@ def _refuse_beyond(name: str, labels: Mapping[str, Any], experiment: Experiment)
 
 
 def _called(function: Function, student: Student) -> Tensor:
-    value = function(student.network)
+    value: Any = function(_dataset(student) if _takes_dataset(function) else student.network)
     name = getattr(function, "__name__", "the function")
+    if isinstance(value, xr.DataArray):
+        value = value.data.tensor if isinstance(value.data, DifferentiableArray) else value.values
     if not isinstance(value, Tensor) or value.numel() != 1:
         shown = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise ExperimentError(f"sensitivity: of = {name}: gave {shown}; it must give one number as a torch tensor")
@@ -201,7 +208,53 @@ def _called(function: Function, student: Student) -> Tensor:
     return value.reshape(())
 
 
-def _loss_eval(labels: Mapping[str, int], experiment: Experiment) -> Callable[[Student], Tensor]:
+def _takes_dataset(function: Function) -> bool:
+    """Whether a function's first parameter is called ``ds`` or is annotated as a Dataset."""
+    first = next(iter(inspect.signature(function).parameters.values()), None)
+    return first is not None and (first.name == "ds" or first.annotation in (xr.Dataset, "xr.Dataset", "Dataset"))
+
+
+def _dataset(student: Student) -> xr.Dataset:
+    """What the archive would record of the student at its last epoch, as a differentiable Dataset.
+
+    It has ``weight``, ``bias`` and ``correlation``, padded with NaN, and ``loss_eval`` and ``mse_eval``.
+    """
+    network, teacher = student.network, student.teacher
+    if isinstance(teacher, Own):
+        raise ExperimentError("sensitivity: of = a function of ds: the teacher is a module of your own, without layers")
+    depth = network.depth
+    weights = [w.flatten(1) for w in network.weights]
+    biases = [w.new_zeros(len(w)) if b is None else b for w, b in zip(weights, network.biases, strict=True)]
+    taught = [w.flatten(1) for w in teacher.weights]
+    tables: list[Tensor] = [_correlations(student, layer) for layer in range(1, depth)]
+    tables.append(weights[-1].new_full((len(taught[-1]), len(weights[-1])), torch.nan))
+    node = ("layer", "node")
+    variables = {
+        "weight": ((*node, "input_node"), _beside(weights)),
+        "bias": (node, _beside(biases)),
+        "correlation": (("layer", "teacher_node", "node"), _beside(tables)),
+        "loss_eval": ((), _loss_eval({}, None)(student)),
+        "mse_eval": ((), _mse_eval({}, None)(student)),
+    }
+    sizes = {dim: n for dims, tensor in variables.values() for dim, n in zip(dims, tensor.shape, strict=True)}
+    coords: dict[str, Any] = {dim: np.arange(dim == "layer", n + (dim == "layer")) for dim, n in sizes.items()}
+    for name, of in (("", weights), ("teacher_", taught)):
+        coords[f"{name}width"] = "layer", [w.shape[0] for w in of]
+        coords[f"{name}input_width"] = "layer", [w.shape[1] for w in of]
+    return xr.Dataset({name: (dims, wrap(tensor)) for name, (dims, tensor) in variables.items()}, coords)
+
+
+def _beside(layers: list[Tensor]) -> Tensor:
+    """One tensor per layer, padded with NaN to the widest."""
+    widest = [max(t.shape[d] for t in layers) for d in range(layers[0].ndim)]
+    padded = []
+    for t in layers:
+        room = [(0, w - n) for w, n in zip(widest, t.shape, strict=True)]
+        padded.append(F.pad(t, [n for pair in reversed(room) for n in pair], value=torch.nan))
+    return torch.stack(padded)
+
+
+def _loss_eval(labels: Mapping[str, int], experiment: Experiment | None) -> Callable[[Student], Tensor]:
     def of(student: Student) -> Tensor:
         output, _ = student.traced(student.inputs)
         return student.loss.value(output, student.loss.target(student.teacher(student.inputs), student.classes))
@@ -223,7 +276,7 @@ def _loss_train(labels: Mapping[str, int], experiment: Experiment) -> Callable[[
     return of
 
 
-def _mse_eval(labels: Mapping[str, int], experiment: Experiment) -> Callable[[Student], Tensor]:
+def _mse_eval(labels: Mapping[str, int], experiment: Experiment | None) -> Callable[[Student], Tensor]:
     return lambda s: (s.teacher(s.inputs) - s.traced(s.inputs)[0]).square().mean()
 
 

@@ -40,8 +40,8 @@ def retrained(
     epoch: int | None = None,
     wrt: str = "start",
     seeds: int | Sequence[int] | None = None,
-    multiples: Sequence[float] = MULTIPLES,
-    sizes: Sequence[float] | None = None,
+    multiples: Sequence[int | float] = MULTIPLES,
+    sizes: Sequence[int | float] | None = None,
     student: Maker | None = None,
     teacher: Maker | None = None,
 ) -> xr.Dataset:
@@ -140,13 +140,20 @@ def figure(ds: xr.Dataset) -> Figure:
     import matplotlib.pyplot as plt
 
     seeds = ds["seed"].values.tolist()
-    drawn, axes = plt.subplots(1, len(seeds), figsize=(3.2 * len(seeds), 3.0), squeeze=False, layout="constrained")
+    drawn, axes = plt.subplots(
+        1, len(seeds), figsize=(max(4.8, 3.2 * len(seeds)), 3.2), squeeze=False, layout="constrained"
+    )
     for axis, seed in zip(axes[0], seeds, strict=True):
         at = ds.sel(seed=seed)
         order = np.argsort(np.abs(at["size"].values))
         size = np.abs(at["size"].values[order])
         axis.plot(size, np.abs(at["predicted"].values[order]), color="0.5", label="predicted")
-        axis.plot(size, np.abs(at["retrained"].values[order]), "o", color="C0", label="trained again")
+        found, wanted = at["retrained"].values[order], at["predicted"].values[order]
+        for same, face in ((True, "C0"), (False, "white")):
+            chosen = (np.sign(found) == np.sign(wanted)) == same
+            if chosen.any():
+                label = "trained again" if same else "trained again, the other way"
+                axis.plot(size[chosen], np.abs(found[chosen]), "o", color="C0", markerfacecolor=face, label=label)
         for side, style in zip(SIDES, ("-", "--"), strict=True):
             radius = float(at["radius"].sel(side=side))
             if np.isfinite(radius) and radius > 0 and ((at["size"] > 0) == (side == "+")).any():

@@ -90,7 +90,9 @@ def sensitivity(
         of: ``"loss_eval"``, ``"loss_train"``, ``"mse_eval"``, ``("correlation", {"layer": 1, "teacher_node": 9, "node":
             3})``, ``("best_correlation", {"layer": 1, "teacher_node": 9})``, ``"mean_specialization"``,
             ``("fanout_norm", {"layer": 1, "node": 3})``, ``("weight", {...})``, ``("bias", {...})``, or a function of
-            the student, a `tsdyn.Network`, that gives one number as a torch tensor.
+            the student, a `tsdyn.Network`, that gives one number as a torch tensor; one whose parameter is called
+            ``ds`` takes a differentiable Dataset of the epoch (`tsdyn.differentiable`), with ``weight``, ``bias``,
+            ``correlation``, ``loss_eval`` and ``mse_eval``.
         epoch: Of the observable; the last recorded one if not given.
         wrt: Some of ``start`` (parameters before training), ``sample`` (the weight of each training sample in the
             loss, 1), ``target``, ``input`` (of each training sample, the target held), ``learning_rate`` (of each
@@ -113,8 +115,8 @@ def sensitivity(
         ``d_learning_rate`` (seed, epoch), ``d_teacher`` (seed, layer, teacher_node, input_node), ``d_teacher_bias``,
         ``d_scale`` (seed); ``radius`` (seed, wrt, side): how far along the normalised derivative (side ``+``) and
         against it (``-``) no gate flips, beyond which a piecewise linear network does something else;
-        ``tangent_growth`` (seed, wrt, epoch); ``replay_difference`` (seed): the largest difference from the recorded weights.  The
-        attribute ``reach`` says in words how far the derivatives predict.
+        ``tangent_growth`` (seed, wrt, epoch); ``replay_difference`` (seed): the largest difference from the recorded
+        weights.  The attribute ``reach`` says in words how far the derivatives predict.
 
     Raises:
         ExperimentError: for what cannot be differentiated, naming the way out.
@@ -205,7 +207,8 @@ def _block_size(experiment: Experiment, bytes_of_state: int, epoch: int, room: i
     if one > allowed:
         raise MemoryError(
             f"sensitivity: the states of one member take {one / 1e6:.1f} MB ({states_held(epoch * experiment.steps)} "
-            f"of {wide / 1e6:.2f} MB), and {allowed / 1e6:.1f} MB are given; give more memory= or ask for an earlier epoch"
+            f"of {wide / 1e6:.2f} MB), and {allowed / 1e6:.1f} MB are given; give more memory= or ask for an "
+            "earlier epoch"
         )
     return int(max(1, min(members, allowed // one)))
 

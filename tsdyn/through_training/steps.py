@@ -242,7 +242,9 @@ def beyond_clip(rule: Rule, gradients: Named) -> Tensor | None:
     """Norm of each member's gradient minus ``training.clip``, (member,); None without clipping."""
     if rule.clip is None or not gradients:
         return None
-    return torch.stack([g.flatten(1).norm(dim=1) for g in gradients.values()]).norm(dim=0) - rule.clip
+    norms = torch.stack([g.flatten(1).norm(dim=1) for g in gradients.values()])
+    beyond: Tensor = norms.norm(dim=0) - rule.clip
+    return beyond
 
 
 def updated(

@@ -45,7 +45,7 @@ class Teachers:
     def pulled(self, x: Tensor, slope: Tensor) -> Named:
         """The derivative in the parameters from that in the targets of inputs x, (member, sample, ...)."""
         assert self.values is not None
-        _, pull = vjp(lambda values: self._targets(values, x), self.values)
+        _, pull = vjp(lambda values: self._targets(values, x), self.values)  # type: ignore[misc]
         (found,) = pull(slope)
         return dict(found)
 
