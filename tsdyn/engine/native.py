@@ -46,7 +46,7 @@ FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fno-math-er
 #: Seconds after which a compiler that builds, or prints its version, is taken to hang.
 BUILD_SECONDS, VERSION_SECONDS = 120.0, 20.0
 #: The same of ziglang, which at its first use builds its own C++ library.
-ZIG_SECONDS = 900.0
+ZIG_SECONDS = 1800.0
 #: Bytes of a cache line, product.hpp's kLineBytes.
 LINE = 64
 
