@@ -98,3 +98,39 @@ def test_what_the_formulas_do_not_hold_for_goes_by_autograd(what, caplog):
         expected = twice[:, None] * expected * twice
     torch.testing.assert_close(found, expected, rtol=0, atol=1e4 * EPS * (1 + float(expected.abs().max())))
     assert any("formulas differ" in r.getMessage() for r in caplog.records) == (what in ("mixes samples", "hook"))
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    hidden=st.lists(st.integers(1, 5), max_size=3),
+    name=st.sampled_from(activations.NAMES),
+    bias=st.booleans(),
+    frozen=st.sets(st.integers(0, 7), max_size=3),
+    memory=st.sampled_from([1, 8 << 20]),
+    seed=st.integers(0, 99),
+)
+def test_jacobians_are_those_of_torch_func(hidden, name, bias, frozen, memory, seed):
+    """Products of at most four layers of five nodes each: as many roundings."""
+    module = random_network((3, *hidden, 2), name, seed=seed, bias=bias).to_torch()
+    for i, p in enumerate(list(module.parameters())[:-1]):
+        p.requires_grad_(i not in frozen)
+    x = torch.randn(7, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    held = {n: p.detach() for n, p in module.named_parameters() if p.requires_grad}
+    rest = {n: p.detach() for n, p in module.named_parameters() if not p.requires_grad}
+    output = lambda values, a: torch.func.functional_call(module, values | rest, (a[None],))[0]  # noqa: E731
+    expected = torch.vmap(torch.func.jacrev(output), (None, 0))(held, x)
+    found = derivatives.jacobian(module, x, memory=memory)
+    assert list(found) == list(expected)
+    for key, jacobian in expected.items():
+        torch.testing.assert_close(found[key], jacobian, rtol=0, atol=1e2 * EPS * (1 + float(jacobian.abs().max())))
+
+
+def test_a_jacobian_that_a_hook_changes_is_torchs_own(caplog):
+    module = random_network((3, 3, 2), "tanh", seed=1).to_torch()
+    x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    right = derivatives.jacobian(module, x)
+    module[0].weight.register_hook(lambda g: 2 * g)
+    with caplog.at_level(logging.WARNING, "tsdyn"):
+        found = derivatives.jacobian(module, x)
+    assert "formulas differ from plain autograd" in caplog.text
+    torch.testing.assert_close(found["0.weight"], 2 * right["0.weight"])

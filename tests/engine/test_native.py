@@ -165,6 +165,50 @@ def test_a_fallback_is_said_and_one_that_was_asked_for_is_not(fresh, tmp_path, m
     assert caplog.records == []
 
 
+@pytest.fixture
+def without_compilers(fresh, tmp_path, monkeypatch):
+    """No compiler on the path; a package ziglang whose `c++` is this machine's, and refuses flags of GCC alone."""
+    system = shutil.which("c++")
+    package = tmp_path / "site" / "ziglang"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "__main__.py").write_text(
+        "import subprocess, sys\n"
+        "word, *rest = sys.argv[1:]\n"
+        "assert word == 'c++', word\n"
+        "if '--version' not in rest:\n"
+        "    rest.remove('-fno-sanitize=all')\n"
+        f"raise SystemExit(subprocess.call([{system!r}, *rest]))\n"
+    )
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
+    return tmp_path
+
+
+def test_without_a_compiler_that_of_ziglang_is_used_and_the_log_says_so(without_compilers, caplog):
+    with caplog.at_level(logging.WARNING):
+        for part in ("one", "two"):
+            assert native.load(source(without_compilers / part), Job).sum(ctypes.byref(Job(2, 3.0))) == 5
+    (record,) = caplog.records
+    assert "built by ziglang, which takes minutes when it is first used" in record.message
+    assert native._compiler().seconds == native.ZIG_SECONDS > native.BUILD_SECONDS
+
+
+def test_ziglang_is_not_used_where_there_is_a_compiler(without_compilers, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.syspath_prepend(without_compilers / "site")
+    assert "ziglang" not in native._compiler().command
+
+
+def test_a_ziglang_that_fails_is_named(without_compilers, caplog):
+    (without_compilers / "site" / "ziglang" / "__main__.py").write_text("raise SystemExit('no Clang in here')")
+    with caplog.at_level(logging.WARNING):
+        assert native.load(source(without_compilers / "of"), Job) is None
+    assert "ziglang ended with code 1: no Clang in here" in caplog.text
+
+
 def test_a_source_that_does_not_compile_says_what_the_compiler_says(fresh, tmp_path, caplog):
     path = source(tmp_path / "of")
     path.write_text("no C++ at all")

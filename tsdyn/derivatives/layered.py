@@ -39,6 +39,26 @@ def layered(
         value: Outputs, (sample, output) → J, a sum of terms that have one sample each.
         leaves: The parameters to differentiate in, each a weight or bias of `module`.
     """
+    found = plain_network(module, inputs, leaves)
+    if found is None or not isinstance(inputs, Tensor):
+        return None
+    network, order = found
+    samples, outputs = len(inputs), network.widths[-1]
+    if samples * outputs**2 * inputs.element_size() > _AT_ONCE:
+        return None
+    x = inputs.detach()
+    slope, bend = _of_outputs(network(x).detach(), value)
+    return Layered(network, x, slope, bend, order)
+
+
+def plain_network(
+    module: nn.Module, inputs: object, leaves: Sequence[Tensor]
+) -> tuple[Network, list[tuple[int, bool]]] | None:
+    """The plain network that a module is, and where each of its parameters is in it: (layer from 0, whether a bias).
+
+    None if it is no ``nn.Sequential`` of Linear layers and one kind of activation that is given (sample, input), or if
+    one of `leaves` is not in it exactly once.  The network's parameters need no gradient.
+    """
     if type(module) is not nn.Sequential or not isinstance(inputs, Tensor) or inputs.ndim != 2:
         return None
     try:
@@ -47,19 +67,33 @@ def layered(
         return None
     if not network.plain or network.weights[0].dtype not in (torch.float32, torch.float64):
         return None
-    places = [_place(network, leaf) for leaf in leaves]
-    order = [place for place in places if place is not None]
-    if len(order) < len(places) or len({id(w) for w in network.weights}) < network.depth:
+    order = [place for place in (_place(network, leaf) for leaf in leaves) if place is not None]
+    if len(order) < len(leaves) or len({id(w) for w in network.weights}) < network.depth:
         return None
-    samples, outputs = len(inputs), network.widths[-1]
-    if samples * outputs**2 * inputs.element_size() > _AT_ONCE:
-        return None
-    x = inputs.detach()
-    slope, bend = _of_outputs(network(x).detach(), value)
-    plain = network.with_parameters(
-        [w.detach() for w in network.weights], [None if b is None else b.detach() for b in network.biases]
-    )
-    return Layered(plain, x, slope, bend, order)
+    biases = [None if b is None else b.detach() for b in network.biases]
+    return network.with_parameters([w.detach() for w in network.weights], biases), order
+
+
+def fill_jacobians(network: Network, x: Tensor, order: Sequence[tuple[int, bool]], into: Sequence[Tensor]) -> None:
+    """Write ∂f_L/∂θ of each sample in place: t_Ll f_{l−1}ᵀ for a weight, t_Ll for a bias, (sample, output, ...).
+
+    Args:
+        network: Plain, with parameters that need no gradient.
+        x: (sample, input).
+        order: (layer from 0, whether it is the bias) of each of `into`.
+    """
+    trace = network.trace(x)
+    below = [x, *trace.activations[:-1]]
+    outputs = network.widths[-1]
+    moved = torch.eye(outputs, dtype=x.dtype, device=x.device).expand(len(x), outputs, outputs)
+    for layer in range(network.depth - 1, -1, -1):
+        for (at, bias), result in zip(order, into, strict=True):
+            if at == layer and bias:
+                result.copy_(moved)
+            elif at == layer:
+                torch.mul(moved.unsqueeze(3), below[layer][:, None, None, :], out=result)
+        if layer:
+            moved = (moved @ network.weights[layer]) * trace.gates[layer - 1].unsqueeze(1)
 
 
 def _place(network: Network, leaf: Tensor) -> tuple[int, bool] | None:

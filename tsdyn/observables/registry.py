@@ -240,7 +240,8 @@ def _jacobian(m: Measurement) -> Tensor:
 
 def tangent_kernel(module: nn.Module | Network, x: Tensor) -> Tensor:
     """Σ_o Θ_oo(x, x'), (sample, sample_2), over trainable parameters."""
-    return jacobians.neural_tangent_kernel(module, x).diagonal(dim1=2, dim2=3).sum(-1)
+    kernel: Tensor = jacobians.neural_tangent_kernel(module, x)
+    return kernel.diagonal(dim1=2, dim2=3).sum(-1)
 
 
 def _layout(m: Measurement) -> schema.Layout:
