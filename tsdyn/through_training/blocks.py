@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -319,7 +319,10 @@ class Block:
         part = held[name]
         assert part is not None
         by_name, length = _unit({name: part})
-        return replace(Direction(), **by_name), None, length
+        along = {key: by_name.get(key) for key in held}
+        return (
+            Direction(None, along["learning_rate"], along["sample"], along["target"], along["input"]), None, length
+        )  # fmt: skip
 
     def _winners(self, course: Course, tangent: State, teacher: Named | None) -> Tensor:
         """How far the maxima of the observable keep their winners, (member, side)."""
