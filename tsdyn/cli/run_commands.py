@@ -67,7 +67,7 @@ def run(
     chosen = _experiment(experiment, output)
     if changes:
         chosen = chosen.replace(dict(assignment(text) for text in changes))
-    _run(chosen, local_path(output or Path("runs") / chosen.name), device, quiet, workers, scheduler, together)
+    run_announced(chosen, local_path(output or Path("runs") / chosen.name), device, quiet, workers, scheduler, together)
 
 
 def _experiment(file: Path, output: str | None) -> Experiment:
@@ -143,7 +143,7 @@ def run_study(
     if isinstance(work, Experiment):
         work = work.replace(dict(assignment(text) for text in changes or ()))
         work = work if seeds is None else work.replace({"seeds": seeds})
-        _run(work, path, device, quiet, workers, scheduler, together)
+        run_announced(work, path, device, quiet, workers, scheduler, together)
         found = reading.open(path)
     elif given:
         raise ExperimentError(
@@ -169,7 +169,7 @@ def study_of(name: str) -> Any:
         raise ExperimentError(str(error.args[0])) from error
 
 
-def _run(
+def run_announced(
     experiment: Experiment,
     path: Path,
     device: str,
