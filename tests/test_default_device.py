@@ -1,6 +1,7 @@
 """torch's default device is the user's: what is computed is computed where its inputs are, of arrays on the CPU."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -97,36 +98,38 @@ COMPUTED: dict[str, Callable[[], Any]] = {
     "output_jacobian": lambda: theory.output_jacobian(_deep(), torch.from_numpy(_X), 1),
     "online": lambda: flow.online(_Q, _R, _T, inputs=8, learning_rate=0.5, alpha=[0, 1], noise=0.1),
 }
-#: Teachers, students, inputs and labels of an experiment, drawn by themselves.
-DRAWN = small(seeds=1, data__augment="aware", student__bias=True, teacher__bias=True)
-COMPUTED |= (
-    {
-        f"teacher that is {init}": lambda init=init: [  # type: ignore[misc]
-            *(network := teachers.draw_teacher(DRAWN.replace({"teacher.init": init}), 0)).weights,
-            *(b for b in network.biases if b is not None),
-        ]
-        for init in ("gaussian", "separated", "orthonormal")
-    }
-    | {
-        f"student that starts {init}": lambda init=init: [  # type: ignore[misc]
-            *(
-                network := students.draw_student(
-                    DRAWN.replace({"student.init": init, "student.overrealization": 1.0}), 0
-                )
-            ).weights,
-            *(b for b in network.biases if b is not None),
-        ]
-        for init in ("gaussian", "torch", "near_teacher", "same_direction", "same_sign")
-    }
-    | {
-        "augmented inputs": lambda: augmentation.training_set(DRAWN, 0, teachers.draw_teacher(DRAWN, 0)),
-        "balanced teacher": lambda: teachers.balance(_teacher(), torch.from_numpy(_X)).weights,
-        "pruned teacher": lambda: teachers.prune(_teacher(), [0.5])[0].weights,
-        "contract of an activation": lambda: check(activation("tanh")),
-        "contract of a loss": lambda: check(LOSSES["mse"]),
-        "contract of an optimizer": lambda: check(OPTIMIZERS["adam"]),
-    }
-)
+#: Teachers, students and inputs of an experiment, drawn by themselves.
+DRAWN = small(seeds=1, data__augment="aware")
+
+
+def _drawn_teacher(init: str) -> list[torch.Tensor | None]:
+    network = teachers.draw_teacher(DRAWN.replace({"teacher.init": init}), 0)
+    return [*network.weights, *network.biases]
+
+
+def _drawn_student(init: str) -> list[torch.Tensor | None]:
+    network = students.draw_student(DRAWN.replace({"student.init": init, "student.overrealization": 1.0}), 0)
+    return [*network.weights, *network.biases]
+
+
+COMPUTED |= {
+    **{f"teacher {i}": partial(_drawn_teacher, i) for i in ("gaussian", "separated")},
+    **{
+        f"student {i}": partial(_drawn_student, i)
+        for i in ("gaussian", "torch", "near-teacher", "same-direction", "same-sign")
+    },
+    "augmented inputs": lambda: augmentation.training_set(DRAWN, 0, teachers.draw_teacher(DRAWN, 0)),
+    "balanced teacher": lambda: (
+        teachers.balance(
+            teachers.draw_teacher(DRAWN, 0),
+            torch.randn(9, 10, device="cpu", generator=torch.Generator("cpu").manual_seed(0), dtype=torch.float64),
+        ).weights
+    ),
+    "pruned teacher": lambda: teachers.prune(_teacher(), [0.5])[0].weights,
+    "contract of an activation": lambda: check(activation("tanh")),
+    "contract of a loss": lambda: check(LOSSES["mse"]),
+    "contract of an optimizer": lambda: check(OPTIMIZERS["adam"]),
+}
 
 
 def _numbers(found: Any) -> Any:

@@ -93,7 +93,9 @@ def _started(
         taught = None
         if teacher is not None and teacher.weights[i].shape == shape:
             taught = teacher.weights[i].double(), _offset(teacher, i)
-        weight, bias = (torch.as_tensor(part) for part in start(rng, shape, student=student, taught=taught))
+        weight, bias = (
+            torch.as_tensor(part, device="cpu") for part in start(rng, shape, student=student, taught=taught)
+        )
         if foreign and not (
             weight.shape == shape
             and bias.shape == shape[:1]
