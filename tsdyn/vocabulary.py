@@ -109,6 +109,10 @@ def _online(name: str, dims: tuple[str, ...], text: str, conditions: str = "", w
     return Variable(name, dims, "1", text, SAAD, conditions, _ONLINE, when=when)
 
 
+def _moment(name: str, dims: tuple[str, ...], text: str, source: str, *, own: bool = False) -> Variable:
+    return Variable(name, dims, "1", text, source, _MOMENT, _TRAINED, deep=True, own=own, bare_teacher=own)
+
+
 def _flow(
     name: str,
     text: str,
@@ -213,60 +217,14 @@ VARIABLES: Mapping[str, Variable] = _table(
         deep=True,
         own=True,
     ),
-    Variable(
-        "A",
-        _MIXED,
-        "1",
-        "E[α_kj] = E[v_k · v*_j]",
-        f"{TIAN}, Definition 2",
-        _MOMENT,
-        kinds=_TRAINED,
-        deep=True,
-        own=True,
-    ),
-    Variable(
-        "B",
-        _PAIR,
-        "1",
-        "E[β_kk'] = E[v_k · v_k']",
-        f"{TIAN}, Definition 2",
-        _MOMENT,
-        kinds=_TRAINED,
-        deep=True,
-        own=True,
-    ),
-    Variable(
-        "H_star",
-        _MIXED,
-        "1",
-        "H* = β* ∘ D*",
-        f"{LUCK}, section 4",
-        _MOMENT,
-        kinds=_TRAINED,
-        deep=True,
-        bare_teacher=False,
-    ),
-    Variable(
-        "H", _PAIR, "1", "H = β ∘ D", f"{LUCK}, section 4", _MOMENT, kinds=_TRAINED, deep=True, bare_teacher=False
-    ),
-    Variable(
-        "D_star",
-        _MIXED,
-        "1",
-        "D* = E[f' f*']",
-        f"{LUCK}, section 4",
-        _MOMENT,
-        kinds=_TRAINED,
-        deep=True,
-        bare_teacher=False,
-    ),
-    Variable(
-        "D", _PAIR, "1", "D = E[f' f']", f"{LUCK}, section 4", _MOMENT, kinds=_TRAINED, deep=True, bare_teacher=False
-    ),
-    Variable(
-        "L_star", _MIXED, "1", "L* = E[f f*ᵀ]", f"{LUCK}, section 4", _MOMENT, kinds=_TRAINED, deep=True, own=True
-    ),
-    Variable("L", _PAIR, "1", "L = E[f fᵀ]", f"{LUCK}, section 4", _MOMENT, kinds=_TRAINED, deep=True, own=True),
+    _moment("A", _MIXED, "E[α_kj] = E[v_k · v*_j]", f"{TIAN}, Definition 2", own=True),
+    _moment("B", _PAIR, "E[β_kk'] = E[v_k · v_k']", f"{TIAN}, Definition 2", own=True),
+    _moment("H_star", _MIXED, "H* = β* ∘ D*", f"{LUCK}, section 4"),
+    _moment("H", _PAIR, "H = β ∘ D", f"{LUCK}, section 4"),
+    _moment("D_star", _MIXED, "D* = E[f' f*']", f"{LUCK}, section 4"),
+    _moment("D", _PAIR, "D = E[f' f']", f"{LUCK}, section 4"),
+    _moment("L_star", _MIXED, "L* = E[f f*ᵀ]", f"{LUCK}, section 4", own=True),
+    _moment("L", _PAIR, "L = E[f fᵀ]", f"{LUCK}, section 4", own=True),
     Variable(
         "gradient_rms",
         _NODE,

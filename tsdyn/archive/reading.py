@@ -26,6 +26,7 @@ from dask.base import tokenize
 from tsdyn import schema, vocabulary
 from tsdyn.archive import additions, study_directories, zarr_stores
 from tsdyn.archive.headers import Header, Headers, Source, when
+from tsdyn.archive.kept_samples import with_kept
 from tsdyn.archive.lazy_arrays import Cells, Stored
 from tsdyn.archive.recordings import Recording, flush_below, recordings_below
 from tsdyn.archive.run_directory import ARCHIVE, EXPERIMENT
@@ -33,7 +34,6 @@ from tsdyn.archive.sweep_directory import label, point_directories
 from tsdyn.archive.swept_values import SWEEP, dimensions
 from tsdyn.archive.whole_files import ALWAYS_VERIFIED, ArchiveError, DirectoryError, local_path
 from tsdyn.archive.wrong_numbers import WRONG, WRONG_THROUGH, WrongNumbersWarning, wrong_variables
-from tsdyn.experiment import subsets
 from tsdyn.experiment.experiment import Experiment, digest, flattened
 from tsdyn.experiment.sweep_axes import (
     DIMENSIONS,
@@ -112,7 +112,7 @@ def open(
         ds = opened(paths[0], skip_damaged=skip_damaged, upto=upto)
     else:
         ds = _opened_together(paths, skip_damaged, upto, as_points=along == "point")
-    ds = _with_kept(ds)
+    ds = with_kept(ds)
     wrong = [str(name) for name, array in ds.data_vars.items() if "wrong" in array.attrs]
     for one in (p.absolute() for p in paths if wrong):
         if one not in _warned:
@@ -121,17 +121,6 @@ def open(
                 f"{one}: {', '.join(wrong)}: {ds[wrong[0]].attrs['wrong']}", WrongNumbersWarning, stacklevel=3
             )
     return ds
-
-
-def _with_kept(ds: xr.Dataset) -> xr.Dataset:
-    """The Dataset with ``kept`` (subset, sample) if its runs leave samples out of their training sets."""
-    text = str(ds.attrs.get("experiment", ""))
-    if "leave_out" not in text or "subset" not in ds.dims:
-        return ds
-    data = Experiment.from_toml_text(text, archived=True).data
-    attrs = {"units": "1", "long_name": "whether the sample is trained on", "source": "tsdyn: data.leave_out"}
-    found = subsets.kept(data)[ds["subset"].values.astype(int)]
-    return ds.assign(kept=(("subset", "sample"), found, attrs)).assign_coords(sample=np.arange(found.shape[1]))
 
 
 def opened(path: Path, *, skip_damaged: bool = False, upto: float = -1.0) -> xr.Dataset:

@@ -68,7 +68,7 @@ def run(
     chosen = _experiment(experiment, output)
     if changes:
         chosen = chosen.replace(dict(assignment(text) for text in changes))
-    carry_out(chosen, local_path(output or Path("runs") / chosen.name), device, quiet, workers, scheduler, together)
+    run_announced(chosen, local_path(output or Path("runs") / chosen.name), device, quiet, workers, scheduler, together)
 
 
 def _experiment(file: Path, output: str | None) -> Experiment:
@@ -144,7 +144,7 @@ def run_study(
     if isinstance(work, Experiment):
         work = work.replace(dict(assignment(text) for text in changes or ()))
         work = work if seeds is None else work.replace({"seeds": seeds})
-        carry_out(work, path, device, quiet, workers, scheduler, together)
+        run_announced(work, path, device, quiet, workers, scheduler, together)
         found = reading.open(path)
     elif given and not _only_own(work, changes, given):
         raise ExperimentError(
@@ -177,7 +177,7 @@ def study_of(name: str) -> Any:
         raise ExperimentError(str(error.args[0])) from error
 
 
-def carry_out(
+def run_announced(
     experiment: Experiment,
     path: Path,
     device: str,
