@@ -20,7 +20,8 @@ from tsdyn.archive.headers import Source
 from tsdyn.archive.lock import Lock
 from tsdyn.archive.run_directory import RUN
 from tsdyn.archive.selecting import experiment_of
-from tsdyn.archive.sweep_directory import SWEEP, sweep_points
+from tsdyn.archive.sweep_directory import sweep_points
+from tsdyn.archive.swept_values import SWEEP
 from tsdyn.archive.whole_files import DirectoryError, local_path, make_directory, refuse_link, refused
 from tsdyn.experiment.experiment import Experiment
 from tsdyn.growing.measuring import measure

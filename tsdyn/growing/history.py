@@ -7,7 +7,8 @@ from pathlib import Path
 
 from tsdyn.archive import additions, changes, netcdf, states
 from tsdyn.archive.run_directory import ADDED, ARCHIVE, EXPERIMENT, segments
-from tsdyn.archive.sweep_directory import SWEEP, sweep_points
+from tsdyn.archive.sweep_directory import sweep_points
+from tsdyn.archive.swept_values import SWEEP
 from tsdyn.archive.whole_files import ArchiveError
 from tsdyn.experiment.errors import ExperimentError
 from tsdyn.experiment.experiment import Experiment

@@ -13,7 +13,7 @@ from tsdyn.flow import epochs
 from tsdyn.running import packages, provenance
 
 
-def attributes(experiment: Experiment, device: str) -> dict[str, str | int]:
+def attributes(experiment: Experiment, device: str) -> dict[str, str | int | float]:
     """Global attributes of an archive: what ran, where, with what, under which conventions."""
     return {
         "experiment": experiment.to_toml(),

@@ -315,11 +315,16 @@ class Block:
             if course.fresh:
                 return Direction(of_target=lambda _, given: self.teachers.pushed(given.input, unit)), unit, length
             return Direction(target=self.teachers.pushed(course.finite[0], unit)), unit, length
-        held = {"learning_rate": sums.learning_rate, "sample": sums.sample, "target": sums.target, "input": sums.input}
+        held: dict[str, Tensor | None] = {
+            "learning_rate": sums.learning_rate,
+            "sample": sums.sample,
+            "target": sums.target,
+            "input": sums.input,
+        }
         part = held[name]
         assert part is not None
         by_name, length = _unit({name: part})
-        along = {key: by_name.get(key) for key in held}
+        along: dict[str, Tensor | None] = {key: by_name.get(key) for key in held}
         return (
             Direction(None, along["learning_rate"], along["sample"], along["target"], along["input"]), None, length
         )  # fmt: skip
