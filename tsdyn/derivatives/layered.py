@@ -98,10 +98,8 @@ def fill_jacobians(network: Network, x: Tensor, order: Sequence[tuple[int, bool]
 
 def _place(network: Network, leaf: Tensor) -> tuple[int, bool] | None:
     """(layer, whether it is the bias), layers counted from 0; None for a tensor that is not in the network once."""
-    parameters = [
-        (i, kind, p) for kind, each in enumerate((network.weights, network.biases)) for i, p in enumerate(each)
-    ]
-    found = [(i, bool(kind)) for i, kind, p in parameters if p is leaf]
+    parameters: list[tuple[bool, Sequence[Tensor | None]]] = [(False, network.weights), (True, network.biases)]
+    found = [(i, bias) for bias, each in parameters for i, p in enumerate(each) if p is leaf]
     return found[0] if len(found) == 1 else None
 
 
