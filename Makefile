@@ -3,7 +3,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 RUNS   ?= runs/l-shape
 
-.PHONY: quickstart test matrix fuzz trials torture multilayer lint docs dist coverage bench scale clean
+.PHONY: quickstart test matrix lowest fuzz trials torture multilayer long lint docs dist coverage bench scale clean
 
 # Installed again whenever the project's metadata changes.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -29,6 +29,10 @@ test: $(VENV)/.installed-dev
 matrix: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.matrix
 
+# The same on this Python's lowest versions alone; TESTS names files or folders of the suite, all unless given.
+lowest: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.matrix --dependencies lowest --python $(shell $(PYTHON) -c "import sys; print('%d.%d' % sys.version_info[:2])") $(TESTS)
+
 # Property tests with FUZZ random examples each; failures that it finds become fixed examples of the suite.
 FUZZ ?= 500
 fuzz: $(VENV)/.installed-dev
@@ -45,6 +49,12 @@ torture: $(VENV)/.installed-dev
 # Compares the released multilayer experiment with its figures; takes ten minutes on one core.
 multilayer: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest tests/studies/multilayer_statistics.py
+
+# Runs the recipes for other packages' trainers against those packages, in an environment of its own.
+long:
+	$(PYTHON) -m venv build/long
+	build/long/bin/python -m pip install --quiet --disable-pip-version-check -e . pytest pytest-benchmark hypothesis beartype lightning transformers accelerate
+	build/long/bin/python -m pytest --no-typechecks tests/recipes/trainers.py -W default
 
 # Types are checked on the installed package: the tree's analysis/ and studies/ are tsdyn.analysis and tsdyn.studies there.
 lint: $(VENV)/.installed-dev
@@ -70,6 +80,7 @@ bench: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.engine
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.recording
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.durability
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.commits
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.sweeps
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.deep
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.population

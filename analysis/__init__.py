@@ -9,6 +9,7 @@ __getattr__, __dir__, __all__ = _lazy.attach(
         "audit",
         "batch_norm",
         "citations",
+        "claims",
         "connectivity",
         "figures",
         "identity",

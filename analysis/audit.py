@@ -14,7 +14,6 @@ The margin is conclusion over bound: at most 1 where it holds.  Measured at the 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -23,6 +22,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 from tsdyn.analysis import conservation, specialization
 from tsdyn.analysis.alignment import teacher_separation, without_padding
+from tsdyn.analysis.claims import Claim, Finding
 from tsdyn.analysis.identity import begun, per_point, points, refuse_odd
 from tsdyn.analysis.members import PARAMETERS, Member, each
 
@@ -44,42 +44,6 @@ NEGLIGIBLE = 0.01
 #: Number of samples at which the linear pieces of a deep network are compared.
 PIECES = 512
 VERDICTS = ("holds", "fails", "unmet", "unrecorded", "reported")
-
-
-@dataclass(frozen=True)
-class Finding:
-    """The check of one claim on one archive: arrays over what is left of (swept..., seed).
-
-    Attributes:
-        met: Whether the hypothesis is met.
-        margin: Conclusion over bound; NaN where not computed.
-    """
-
-    met: xr.DataArray
-    margin: xr.DataArray
-
-
-@dataclass(frozen=True)
-class Claim:
-    """A statement of a paper.
-
-    Attributes:
-        name: Short name.
-        source: Paper and number.
-        says: Hypothesis ⇒ conclusion, in one line, as it is checked.
-        needs: Variables of the archive that the check reads.
-        check: From those variables of the archive and its experiment; None where no run of tsdyn meets the hypothesis.
-        judged: Whether a margin above 1 counts as failure.
-        squared: Whether it is about the squared error, so that no run with another loss meets its hypothesis.
-    """
-
-    name: str
-    source: str
-    says: str
-    needs: tuple[str, ...] = ()
-    check: Callable[[xr.Dataset, Experiment], Finding] | None = None
-    judged: bool = True
-    squared: bool = False
 
 
 def _lemma_1(ds: xr.Dataset, experiment: Experiment) -> Finding:
@@ -514,9 +478,7 @@ CLAIMS = (
         _balance,
     ),
     Claim(
-        "BatchNorm's gradient",
-        f"{LUCK}, Lemma 1",
-        "of one batch, not of an archive: tsdyn.theory.batch_norm_gradient",
+        "BatchNorm's gradient", f"{LUCK}, Lemma 1", "of one batch, not of an archive: tsdyn.theory.batch_norm_gradient"
     ),
     Claim(
         "projected dynamics",

@@ -67,7 +67,8 @@ def caption(ds: xr.Dataset, says: str, spread: Spread, *, paper: Mapping[str, An
     own = _experiment(ds)
     if own is not None:
         facts = _facts(own)
-        parts.append(f"{'; '.join(facts)}." if facts else "")
+        said = "; ".join(facts)
+        parts.append(f"{said[:1].upper() if not said.startswith('d = ') else 'd'}{said[1:]}." if said else "")
         parts.append(_smaller(own, (paper or {}).get("paper")))
     return " ".join(part for part in parts if part)
 
@@ -124,7 +125,9 @@ def _facts(experiment: Experiment) -> list[str]:
         fixed["training.learning_rate"] = rate(experiment.training.learning_rate)
         fixed["training.batch"] = f"batch {experiment.training.batch}"
         epochs = experiment.training.epochs
-        fixed["training.epochs"] = f"{epochs} epoch{'s' * (epochs != 1)} of {number(experiment.steps)} steps"
+        length = f"{epochs} epoch{'s' * (epochs != 1)}"
+        steps = {point.steps for _, point in experiment.points()}
+        fixed["training.epochs"] = f"{length} of {number(steps.pop())} steps" if len(steps) == 1 else length
         if experiment.teacher.init == "luck-matters":
             fixed["teacher.init"] = "teacher and inputs of Tian et al. (2019)"
     elif experiment.kind == "population-flow":

@@ -56,6 +56,7 @@ def balance_kept(ds: xr.Dataset, tolerance: dict[str, float]) -> tuple[xr.DataAr
     met, margin = xr.full_like(dead, False, dtype=bool), xr.full_like(dead, np.nan, dtype=float)
     for chosen, experiment in points(ds).values():
         there = bool(committed.sel({dim: value for dim, value in chosen.items() if dim in committed.dims}))
+        experiment = experiment.as_trained
         if not there or not _steps_of_sgd(experiment):
             continue
         for seed in np.atleast_1d(ds["seed"].values):
@@ -86,7 +87,8 @@ def _error(ds: xr.Dataset, experiment: Experiment) -> float | None:
     start = member(ds[list(PARAMETERS)].sel(epoch=first), experiment)
     if not start.student.activation.piecewise_linear:
         return None
-    ensemble, errors, taken = Ensemble.of([start.student]), [], 0
+    ensemble, taken = Ensemble.of([start.student]), 0
+    errors: list[float] = []
     balance = sum_of_changes = _balances(start.student)
     for epoch in range(first + 1, last + 1):
         rule = Rule.of(experiment.training, epoch)

@@ -21,6 +21,7 @@ from tsdyn.archive.selecting import experiment_of
 from tsdyn.engine.loss import MSE, Loss, loss
 from tsdyn.experiment.experiment import Experiment
 from tsdyn.experiment.parts import Student, Teacher
+from tsdyn.experiment.subsets import left_out
 from tsdyn.experiment.sweep_axes import axes
 from tsdyn.networks.network import Network
 from tsdyn.problem import augmentation, targets
@@ -59,10 +60,25 @@ class Member:
 
     @cached_property
     def training_inputs(self) -> Tensor:
-        """Inputs of the training set, with the experiment's augmentation; for fresh data those last measured on."""
+        """Inputs of the training set as it was trained on; for fresh data those last measured on.
+
+        With the points that the experiment's augmentation adds, and without the samples that it leaves out.
+        """
+        return self._drawn_inputs[self._kept]
+
+    @cached_property
+    def _drawn_inputs(self) -> Tensor:
         if self.experiment.data.train == "fresh":
             return torch.from_numpy(training_inputs(self.experiment, self.seed, self.experiment.training.epochs))
         return augmentation.training_set(self.experiment, self.seed, self.teacher)
+
+    @cached_property
+    def _kept(self) -> Tensor:
+        kept = torch.ones(len(self._drawn_inputs), dtype=torch.bool)
+        subset = self.experiment.data.leave_out.subset
+        if subset is not None:
+            kept[torch.from_numpy(left_out(self.experiment.data, subset))] = False
+        return kept
 
     @property
     def loss(self) -> Loss:
@@ -79,8 +95,9 @@ class Member:
                 classes = torch.from_numpy(labels(self.experiment, self.seed, "train"))
             case other:
                 assert_never(other)
-        clean = self.loss.target(self.teacher(self.training_inputs), classes)
-        return targets.of_training_set(self.experiment, self.seed, clean, self.experiment.training.epochs)
+        clean = self.loss.target(self.teacher(self._drawn_inputs), classes)
+        found = targets.of_training_set(self.experiment, self.seed, clean, self.experiment.training.epochs)
+        return found[self._kept]
 
 
 def member(ds: xr.Dataset, experiment: Experiment | None = None) -> Member:

@@ -115,8 +115,9 @@ def spread(
             )  # fmt: skip
             label = None
     else:
-        with np.errstate(invalid="ignore"):
-            low, middle, high = np.nanquantile(np.where(np.isfinite(rows), rows, np.nan), look.BAND, axis=0)
+        there = np.isfinite(rows).any(0)
+        x = x[there]
+        low, middle, high = np.nanquantile(np.where(np.isfinite(rows), rows, np.nan)[:, there], look.BAND, axis=0)
         if one:
             ax.errorbar(
                 x, middle, yerr=[middle - low, high - middle], color=color, label=label, marker="o", markersize=size

@@ -7,6 +7,7 @@ a figure is `styled`; ``with using("talk"):`` draws the same figure larger.  Not
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -105,7 +106,6 @@ def _parameters(name: Name) -> Any:
         "figure.constrained_layout.h_pad": 0.025 * s,
         "figure.constrained_layout.w_pad": 0.025 * s,
         "figure.dpi": 100,
-        "savefig.dpi": 300,
         "lines.linewidth": 1.3 * s,
         "lines.markersize": 3.5 * s,
         "patch.linewidth": 0.6 * s,
@@ -117,7 +117,13 @@ def _parameters(name: Name) -> Any:
 
 
 #: Vector files with TrueType outlines that checkers accept, text as text, and the same bytes for the same figure.
-_FILES: Any = {"pdf.fonttype": 42, "ps.fonttype": 42, "svg.fonttype": "none", "svg.hashsalt": "tsdyn"}
+_FILES: Any = {
+    "pdf.fonttype": 42,
+    "ps.fonttype": 42,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "tsdyn",
+    "savefig.dpi": 300,
+}
 
 
 @contextmanager
@@ -259,7 +265,7 @@ def wrapped(text: str, size: float | int, width: float | int) -> list[str]:
     """`text` in lines no wider than `width` inches at `size` points."""
     lines: list[str] = []
     room, used = 72 * width / size / 1.06, 0.0  # hinting widens small type on screens
-    for word in text.split():
+    for word in re.findall(r"\S+(?: = \S+)*", text):  # a symbol stays with its value
         if lines and used + text_width(" " + word) <= room:
             lines[-1] += " " + word
             used += text_width(" " + word)

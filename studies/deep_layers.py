@@ -20,6 +20,17 @@ SCALARS = ("mse_eval", "loss_eval", "accuracy", "label_accuracy")
 DATA = {"gaussian": "Gaussian inputs", "digits": "scikit-learn's digits", "cifar10": "CIFAR-10"}
 
 
+#: The teacher of Tian et al. (2019), section 5, and its data: entries from ±½, ±¼, 0, biases U[−½, ½], inputs N(0, 10²)
+#: in 20 dimensions, outputs not standardised, 1,024 evaluation samples.
+LUCK: dict[str, Any] = {
+    "teacher": {"widths": [20, 10, 15, 20, 25, 100], "init": "luck-matters"},
+    "data.std": 10.0,
+    "data.eval": 1024,
+}
+#: Rates without and with BatchNorm of the outputs' size that this teacher has: found by halving from divergence.
+RATES: dict[str, tuple[float, float]] = {"small": (1e-4, 1e-3), "large": (1e-6, 1e-4), "ConvNet": (1e-7, 1e-4)}
+
+
 def networks(connected: list[int], channels: int) -> list[dict[str, Any]]:
     """The two kinds of teacher of Luck Matters, fully connected and ConvNet, as keys of listed points.
 
@@ -35,9 +46,13 @@ def networks(connected: list[int], channels: int) -> list[dict[str, Any]]:
     ]
 
 
-def by_network(measured: xr.Dataset) -> xr.Dataset:
-    """`measured` with its ``point`` labelled by the kind of network, as listed by `networks`."""
-    kinds = np.where(measured["convolution"] == "true", "ConvNet", "fully connected")
+def by_network(measured: xr.Dataset, *keys: str) -> xr.Dataset:
+    """`measured` with its ``point`` labelled by the kind of network, as listed by `networks`, and words for `keys`."""
+    kinds = np.where(measured["convolution"] == "true", "ConvNet", "fully connected").tolist()
+    for key in keys:
+        kinds = [
+            f"{kind}, {captions.words(key, v)}" for kind, v in zip(kinds, measured[key].values.tolist(), strict=True)
+        ]
     return measured.drop_vars([str(name) for name in measured["point"].coords]).assign_coords(point=kinds)
 
 

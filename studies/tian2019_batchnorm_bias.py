@@ -2,9 +2,9 @@
 
 The paper's networks are VGG16 and VGG11 with BatchNorm before the activation, pretrained on ImageNet: most biases are
 negative, so that few nodes are active on any one sample.  ``--scale paper`` reads such a state dict from the current
-folder (``vgg16_bn.pth``); for any other network,
+folder (``vgg16_bn.pth``); `tian2019_batchnorm_bias_vgg11` reads VGG11; for any other network,
 
->>> draw(measure(StateDict("mine", "mine.pth").read()))  # doctest: +SKIP
+    tsdyn study run tian2019-batchnorm-bias --scale paper --set path=mine.pth --set name=mine
 
 The scales smoke and desk train a small ConvNet on the labels of scikit-learn's digits instead, and say so.  At desk
 scale 89 % of the biases of the lowest convolution and 96 % of the next are negative, from the first ten epochs on, and
@@ -214,7 +214,8 @@ def draw(measured: xr.Dataset) -> look.Page:
         Patch(color=look.POSITIVE, label="zero or positive"),
     ]
     layout.legend(page, handles=handles)
-    says = f"Biases of each BatchNorm layer of {told['name']} on {deep_layers.data_name(measured)}{where}"
+    network = f"a small ConvNet trained on {deep_layers.data_name(measured)}" if told["seeds"] else str(told["name"])
+    says = f"Biases of each BatchNorm layer of {network}{where}"
     shown = captions.caption(measured.assign_attrs(seeds=None), f"{says}. {whole} nodes; {pooled}", "none")
     page.say(shown.replace(" n = None seeds.", ""))
     page.provenance = captions.provenance(measured)

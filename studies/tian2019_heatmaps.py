@@ -1,7 +1,7 @@
 """Tian et al. (2019), Figure 10: β* and H* before and after training, student nodes in the order of their teacher's.
 
 Before, no student node belongs to a teacher node.  After, the entries of the nodes that correlate best stand out along
-the diagonal, in H* = β* ∘ D* more than in β*.
+the diagonal, in H* = β* ∘ D* more than in β*.  The teacher is the paper's own (``teacher.init = "luck-matters"``).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from tsdyn.analysis import captions, layout, panels
 from tsdyn.analysis import style as look
 from tsdyn.analysis.matching import assignment
+from tsdyn.studies.deep_layers import LUCK, RATES
 from tsdyn.studies.tian2019_multilayer import PAPER as MULTILAYER
 
 from tsdyn import layer as one_layer
@@ -29,8 +30,10 @@ SOURCE = "Tian et al. 2019 (arXiv:1905.13405), Figure 10"
 _MOMENTS = {"A": "β*", "H_star": "H*"}
 
 _PAPER = MULTILAYER.replace(
-    {
+    LUCK
+    | {
         "name": "heatmaps-paper",
+        "training.learning_rate": RATES["small"][0],
         "student.overrealization": 10.0,
         "record.epochs": [0, 30],
         "record.observables": ["mse", "correlation", "A", "H_star"],

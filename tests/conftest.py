@@ -11,9 +11,10 @@ import hypothesis
 import pytest
 import torch
 
-from tests import typechecks
+from tests import processes, typechecks
 
 torch.set_num_threads(1)
+processes.dask_by_fork()
 
 # `make test` draws its examples from a fixed seed and cannot fail by chance; `make fuzz` searches at random.
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None, database=None)

@@ -1,6 +1,7 @@
 """torch's default device is the user's: what is computed is computed where its inputs are, of arrays on the CPU."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,13 @@ import pytest
 import torch
 import xarray as xr
 
+from tests.cases import small
 from tsdyn import Network, derivatives, flow, population, theory
+from tsdyn.engine.loss import LOSSES
+from tsdyn.engine.rule import OPTIMIZERS
+from tsdyn.networks.activations import activation
+from tsdyn.problem import augmentation, students, teachers
+from tsdyn.testing import check
 
 _EYE = np.eye(3, 4)
 _Q, _R, _T = np.eye(2), np.full((2, 3), 0.1), np.eye(3)
@@ -90,6 +97,38 @@ COMPUTED: dict[str, Callable[[], Any]] = {
     "luck_matters_updates": lambda: theory.luck_matters_updates(_deep(), _deep(), _X),
     "output_jacobian": lambda: theory.output_jacobian(_deep(), torch.from_numpy(_X), 1),
     "online": lambda: flow.online(_Q, _R, _T, inputs=8, learning_rate=0.5, alpha=[0, 1], noise=0.1),
+}
+#: Teachers, students and inputs of an experiment, drawn by themselves.
+DRAWN = small(seeds=1, data__augment="aware")
+
+
+def _drawn_teacher(init: str) -> list[torch.Tensor | None]:
+    network = teachers.draw_teacher(DRAWN.replace({"teacher.init": init}), 0)
+    return [*network.weights, *network.biases]
+
+
+def _drawn_student(init: str) -> list[torch.Tensor | None]:
+    network = students.draw_student(DRAWN.replace({"student.init": init, "student.overrealization": 1.0}), 0)
+    return [*network.weights, *network.biases]
+
+
+COMPUTED |= {
+    **{f"teacher {i}": partial(_drawn_teacher, i) for i in ("gaussian", "separated")},
+    **{
+        f"student {i}": partial(_drawn_student, i)
+        for i in ("gaussian", "torch", "near-teacher", "same-direction", "same-sign")
+    },
+    "augmented inputs": lambda: augmentation.training_set(DRAWN, 0, teachers.draw_teacher(DRAWN, 0)),
+    "balanced teacher": lambda: (
+        teachers.balance(
+            teachers.draw_teacher(DRAWN, 0),
+            torch.randn(9, 10, device="cpu", generator=torch.Generator("cpu").manual_seed(0), dtype=torch.float64),
+        ).weights
+    ),
+    "pruned teacher": lambda: teachers.prune(_teacher(), [0.5])[0].weights,
+    "contract of an activation": lambda: check(activation("tanh")),
+    "contract of a loss": lambda: check(LOSSES["mse"]),
+    "contract of an optimizer": lambda: check(OPTIMIZERS["adam"]),
 }
 
 

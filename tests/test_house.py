@@ -22,6 +22,7 @@ FLOORS: dict[str, float] = {
     "schema": 1,
     "registers": 1,
     "vocabulary": 1,
+    "dimensions": 1,
     "axes": 1,
     "memory": 1,
     "_version": 1,
@@ -52,9 +53,9 @@ FLOORS: dict[str, float] = {
     "": 10,  # tsdyn/__init__.py, whose names are imported on first use
 }
 #: What a later issue builds.
-LATER = {"predictions", "xarray"}
+LATER = {"predictions"}
 #: Single modules that may import one another within their floor.
-FLAT = {"schema", "vocabulary", "registers", "axes", "memory", "_version", "_forwarding"}
+FLAT = {"schema", "vocabulary", "dimensions", "registers", "axes", "memory", "_version", "_forwarding"}
 LONGEST_MODULE = 600
 LONGEST_FUNCTION = 60
 
@@ -194,6 +195,56 @@ def test_a_planted_import_is_noticed():
     assert _strongly_connected({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [{"a", "b", "c"}, {"d"}]
 
 
+def _private(module: str, file: Path) -> list[tuple[str, int]]:
+    """Underscored names of other modules of tsdyn that `file` imports, or takes of an imported one, with their lines.
+
+    Modules themselves may be underscored (tsdyn._version): that says that they are no part of what is public.
+    """
+    found: list[tuple[str, int]] = []
+    modules: dict[str, str] = {}
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            source = _absolute(node, module, file)
+            for alias in node.names if source.split(".")[0] == "tsdyn" else ():
+                whole = f"{source}.{alias.name}"
+                if whole in FILES:
+                    modules[alias.asname or alias.name] = whole
+                elif _is_underscored(alias.name):
+                    found.append((whole, node.lineno))
+        elif isinstance(node, ast.Import):
+            modules |= {alias.asname: alias.name for alias in node.names if alias.asname and alias.name in FILES}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and _is_underscored(node.attr):
+            whole = f"{modules.get(node.value.id, '')}.{node.attr}"
+            if node.value.id in modules and whole not in FILES:
+                found.append((whole, node.lineno))
+    return found
+
+
+def _is_underscored(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+def test_no_module_takes_an_underscored_name_of_another():
+    """An underscore says that a name is its module's own: what two modules need is public in one of them."""
+    wrong = [f"{module}:{line} takes {name}" for module, file in FILES.items() for name, line in _private(module, file)]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_a_planted_underscored_name_is_noticed(tmp_path):
+    text = (
+        "from tsdyn.running import runner, sweep as other\n"
+        "from tsdyn import _version\n"
+        "def f():\n    from tsdyn.running.outcome import _reason\n"
+        "    return runner._due, other._x, runner.run, self._y\n"
+    )
+    (tmp_path / "planted.py").write_text(text, encoding="utf-8")
+    assert _private("tsdyn.running.planted", tmp_path / "planted.py") == [
+        ("tsdyn.running.outcome._reason", 4), ("tsdyn.running.runner._due", 5), ("tsdyn.running.sweep._x", 5),
+    ]  # fmt: skip
+
+
 def test_archives_and_experiment_files_need_no_torch():
     for wing in ("archive", "experiment", "schema"):
         for module, file in FILES.items():
@@ -202,7 +253,13 @@ def test_archives_and_experiment_files_need_no_torch():
 
 
 def test_modules_are_short():
-    long = {m: n for m, f in FILES.items() if (n := len(f.read_text(encoding="utf-8").splitlines())) > LONGEST_MODULE}
+    """Lines without the examples in docstrings."""
+    long = {}
+    for module, file in FILES.items():
+        text = file.read_text(encoding="utf-8")
+        lines = len(re.sub(r"\n *Examples:\n(?: {8}.*\n| *\n)*?(?= *\"{3})", "\n", text).splitlines())
+        if lines > LONGEST_MODULE:
+            long[module] = lines
     assert not long
 
 
@@ -256,6 +313,19 @@ def test_opening_an_archive_needs_no_torch():
     )
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("command", [["--help"], ["study", "list"], ["run", "--help"]])
+def test_what_the_command_prints_of_itself_needs_nothing_heavy(command):
+    heavy = "torch", "xarray", "netCDF4", "dask", "matplotlib", "scipy"
+    code = (
+        f"import sys; sys.argv = ['tsdyn', *{command!r}]\n"
+        "from tsdyn.cli import main\n"
+        f"try:\n    main()\nfinally:\n    print([m for m in {heavy!r} if m in sys.modules], file=sys.__stderr__)"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert answer.stderr.strip() == "[]"
+    assert "Usage" in answer.stdout or "tian2020" in answer.stdout
 
 
 def test_every_public_name_resolves():

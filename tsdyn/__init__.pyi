@@ -10,7 +10,6 @@ from . import testing as testing
 from . import theory as theory
 from . import vocabulary as vocabulary
 from ._version import __version__ as __version__
-from .archive.reading import open as open
 from .archive.selecting import layer as layer
 from .archive.selecting import select as select
 from .archive.wrong_numbers import WrongNumbersWarning as WrongNumbersWarning
@@ -27,3 +26,4 @@ from .running.sweep import run as run
 from .schema import declare as declare
 from .through_training.forks import fork as fork
 from .through_training.sensitivity import sensitivity as sensitivity
+from .xarray import open as open

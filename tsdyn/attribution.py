@@ -11,7 +11,7 @@ Sources: Koh & Liang 2017 (arXiv:1703.04730); Pruthi et al. 2020 (arXiv:2002.084
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +41,9 @@ _SCORES = ("d_sample", "influence", "tracin", "leave_one_out")
 
 def lds(
     scores: xr.DataArray | xr.Dataset,
-    atlas: xr.Dataset | xr.DataArray | str | Path,
+    atlas: xr.Dataset | str | Path,
     *,
-    of: str = "loss_eval",
+    of: str | xr.DataArray = "loss_eval",
     confidence: float = 0.95,
     resamples: int = 1000,
 ) -> xr.Dataset:
@@ -55,9 +55,9 @@ def lds(
     Args:
         scores: (seed, sample), or (sample,) for all seeds alike; further dimensions, such as evaluation samples, are
             those of the outcome.  Of a Dataset ``d_sample``, ``influence``, ``tracin`` or ``leave_one_out`` is taken.
-        atlas: Archive of ``data.leave_out``, or its path; or O itself as a DataArray over subset with the coordinate or
-            variable ``kept`` (subset, sample).
-        of: Variable of the atlas that is the outcome; at the last epoch.
+        atlas: Archive of ``data.leave_out``, or its path; or any Dataset with ``kept`` (subset, sample) and an outcome.
+        of: The outcome O: the name of a variable of the atlas, or a DataArray (subset, seed, ...) computed from it; at
+            the last epoch.
         confidence: Of the intervals, by bootstrap over subsets.
         resamples: Of the bootstrap.
 
@@ -80,6 +80,11 @@ def lds(
             f"lds: scores are of {score.sizes['sample']} samples, the atlas of {kept.sizes['sample']}; both must be of "
             "one training set"
         )
+    if "sample" in score.coords:  # rows of kept are samples 0, 1, ... of the training set
+        absent = sorted(set(range(kept.sizes["sample"])) - set(score["sample"].values.tolist()))
+        if absent:
+            raise ValueError(f"lds: scores lack the samples {absent[:5]} of the training set")
+        score = score.sel(sample=np.arange(kept.sizes["sample"])).drop_vars("sample")
     if "seed" in score.dims and "seed" in outcome.dims:
         missing = sorted(set(outcome["seed"].values.tolist()) - set(score["seed"].values.tolist()))
         if missing:
@@ -156,19 +161,16 @@ def _score(scores: xr.DataArray | xr.Dataset) -> xr.DataArray:
     return scores[name].reset_coords(drop=True)
 
 
-def _atlas(atlas: xr.Dataset | xr.DataArray | str | Path, of: str) -> tuple[xr.DataArray, xr.DataArray]:
+def _atlas(atlas: xr.Dataset | str | Path, of: str | xr.DataArray) -> tuple[xr.DataArray, xr.DataArray]:
     """The outcome (subset, ...) at the last epoch, and kept (subset, sample)."""
-    if isinstance(atlas, xr.DataArray):
-        outcome, held = atlas, atlas.coords.get("kept")
-    else:
-        ds = atlas if isinstance(atlas, xr.Dataset) else reading.open(atlas)
-        if of not in ds:
-            raise ValueError(f"lds: the atlas has no {of}; it has {', '.join(map(str, ds.data_vars))}")
-        outcome, held = ds[of], ds.get("kept")
-    if held is None or "subset" not in outcome.dims:
+    ds = atlas if isinstance(atlas, xr.Dataset) else reading.open(atlas)
+    if isinstance(of, str) and of not in ds:
+        raise ValueError(f"lds: the atlas has no {of}; it has {', '.join(map(str, ds.data_vars))}")
+    outcome = ds[of] if isinstance(of, str) else of
+    if "kept" not in ds or "subset" not in outcome.dims:
         raise ValueError("lds: the atlas has no kept (subset, sample); it is an archive of data.leave_out")
     outcome = outcome.isel(epoch=-1, drop=True) if "epoch" in outcome.dims else outcome
-    return outcome.reset_coords(drop=True), held.reset_coords(drop=True).drop_vars("sample", errors="ignore")
+    return outcome.reset_coords(drop=True), ds["kept"].reset_coords(drop=True).drop_vars("sample", errors="ignore")
 
 
 # --- scores ----------------------------------------------------------------------------------------------------------
@@ -333,7 +335,7 @@ def _derivatives(of_member: Member, outcome: Outcome) -> tuple[Tensor, Tensor, N
 def _scores(
     archive: xr.Dataset | str | Path,
     score: Callable[[Member, int], Tensor],
-    epochs: list[int | None] | list[int],
+    epochs: Sequence[int | None],
     name: str,
     long_name: str,
     source: str,
@@ -346,7 +348,7 @@ def _scores(
     chosen, experiment = found[0]
     _refuse(experiment, name, ds)
     ds = ds.sel(chosen)
-    rows = []
+    rows: list[np.ndarray | None] = []
     for seed in np.atleast_1d(ds["seed"].values):
         one = ds.sel(seed=seed) if "seed" in ds.dims else ds
         if int(one["death_epoch"]) >= 0:

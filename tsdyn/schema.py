@@ -12,10 +12,9 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from typing import Any, assert_never
+from typing import TYPE_CHECKING, Any, assert_never
 
 import numpy as np
-import xarray as xr
 
 from tsdyn.vocabulary import (
     COORDINATES,
@@ -31,6 +30,9 @@ from tsdyn.vocabulary import (
     Variable,
     When,
 )
+
+if TYPE_CHECKING:  # the command's help needs no xarray
+    import xarray as xr
 
 #: Version 1: a finished archive has no training state and no checksum.  Version 2: it has both.
 #: Version 3: gradients and Hessians are of the trained loss; before, they were of the squared error in any case.

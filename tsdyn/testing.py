@@ -60,27 +60,30 @@ def check(part: Any, kind: Kind | None = None, *, arguments: Mapping[str, Any] |
     if arguments is not None and what not in takes:
         raise TypeError(f"check: arguments = {dict(arguments)}: only {', '.join(takes)} take some, not a {what}")
     given = dict(arguments or {})
-    match what:
-        case "activation":
-            _activation(part)
-        case "loss":
-            _loss(part)
-        case "optimizer":
-            _optimizer(part, given)
-        case "law":
-            _law(part, given)
-        case "teacher":
-            _teacher(part, given)
-        case "start":
-            _start(part, given)
-        case "observable":
-            _observable(part)
-        case "module":
-            _module(part)
-        case "study":
-            _study(part)
-        case other:
-            assert_never(other)
+    from tsdyn.running.runner import own_device
+
+    with own_device():  # also where the user's is another
+        match what:
+            case "activation":
+                _activation(part)
+            case "loss":
+                _loss(part)
+            case "optimizer":
+                _optimizer(part, given)
+            case "law":
+                _law(part, given)
+            case "teacher":
+                _teacher(part, given)
+            case "start":
+                _start(part, given)
+            case "observable":
+                _observable(part)
+            case "module":
+                _module(part)
+            case "study":
+                _study(part)
+            case other:
+                assert_never(other)
 
 
 def _kind(part: Any) -> Kind:

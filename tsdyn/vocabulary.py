@@ -7,41 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-Kind = Literal["training", "population-flow", "online"]
-Path = Literal["epoch", "time", "alpha"]
-When = Literal["start", "along", "end"]
-#: The label of a recorded step: an epoch, a time or an α.
-Label = int | float
-#: Global attribute: seconds that a run took, over all its processes; of a sweep, the sum over its points.
-WALL = "wall_seconds"
-#: Dimensions along which runs are recorded, one per kind.  `VARIABLES` writes ``epoch`` for all of them.
-PATHS: tuple[Path, ...] = ("epoch", "time", "alpha")
-#: Dimensions whose labels are real numbers; those of all others are integers.
-REAL_LABELS = ("quantile", "time", "alpha")
-
-DIMENSIONS: Mapping[str, str] = {
-    "seed": "member of the ensemble; names every random draw of that member",
-    "epoch": "epochs of training done; 0 is before training",
-    "time": "of a population flow, in the place of epoch: t of dθ/dt = −∇L; 0 is the start",
-    "alpha": "of online learning, in the place of epoch: steps / N; 0 is the start",
-    "layer": "1..L; L is the output layer",
-    "node": "student node, padded to the widest layer",
-    "node_2": "second student node of a pair",
-    "teacher_node": "teacher node, padded to the widest layer",
-    "teacher_node_2": "second teacher node of a pair",
-    "input_node": "node of the layer below (layer 1: the input); of a convolution (channel, row, column) of its kernel",
-    "output": "node of the output layer",
-    "teacher_layer": "layer of the teacher, 1..L, where it need not be the student's",
-    "sample": "sample of a data set",
-    "sample_2": "second sample of a pair",
-    "mode": "eigenvalue, largest first",
-    "quantile": "quantile over samples",
-    "top_k": "how many of the largest outputs count",
-    "entry": "number in the parameters and buffers of a student that is a module of the user's own, one after another",
-    "teacher_entry": "the same of a teacher",
-}
+# isort: off
+# names of the vocabulary, too
+from tsdyn.dimensions import DIMENSIONS as DIMENSIONS, PATHS as PATHS, REAL_LABELS as REAL_LABELS, WALL as WALL
+from tsdyn.dimensions import Kind as Kind, Label as Label, Path as Path, When as When
+# isort: on
 
 TIAN = "Tian 2020 (PMLR 119:9470)"
 LUCK = "Tian et al. 2019 (arXiv:1905.13405)"
@@ -129,12 +101,16 @@ STOP_REASONS = ("time", "gradient", "singular", "steps", "not-finite")
 END_KINDS = ("minimum", "saddle", "degenerate", "not-stationary", "time", "singular", "steps", "not-finite")
 END_CLASSES = ("copy-average", "perturbed-copy", "other")
 END_GROUNDS = (
-    "groups", "copies", "no-part", "wrong-sign", "pointing-away", "owning-nothing", "uneven", "groups-and-shared",
+    "groups", "copies", "no-part", "wrong-sign", "pointing-away", "owning-nothing", "uneven", "groups-and-shared"
 )  # fmt: skip
 
 
 def _online(name: str, dims: tuple[str, ...], text: str, conditions: str = "", when: When = "along") -> Variable:
     return Variable(name, dims, "1", text, SAAD, conditions, _ONLINE, when=when)
+
+
+def _moment(name: str, dims: tuple[str, ...], text: str, source: str, *, own: bool = False) -> Variable:
+    return Variable(name, dims, "1", text, source, _MOMENT, _TRAINED, deep=True, own=own, bare_teacher=own)
 
 
 def _flow(
@@ -241,60 +217,14 @@ VARIABLES: Mapping[str, Variable] = _table(
         deep=True,
         own=True,
     ),
-    Variable(
-        "A",
-        _MIXED,
-        "1",
-        "E[α_kj] = E[v_k · v*_j]",
-        f"{TIAN}, Definition 2",
-        _MOMENT,
-        kinds=_TRAINED,
-        deep=True,
-        own=True,
-    ),
-    Variable(
-        "B",
-        _PAIR,
-        "1",
-        "E[β_kk'] = E[v_k · v_k']",
-        f"{TIAN}, Definition 2",
-        _MOMENT,
-        kinds=_TRAINED,
-        deep=True,
-        own=True,
-    ),
-    Variable(
-        "H_star",
-        _MIXED,
-        "1",
-        "H* = β* ∘ D*",
-        f"{LUCK}, section 4",
-        _MOMENT,
-        kinds=_TRAINED,
-        deep=True,
-        bare_teacher=False,
-    ),
-    Variable(
-        "H", _PAIR, "1", "H = β ∘ D", f"{LUCK}, section 4", _MOMENT, kinds=_TRAINED, deep=True, bare_teacher=False
-    ),
-    Variable(
-        "D_star",
-        _MIXED,
-        "1",
-        "D* = E[f' f*']",
-        f"{LUCK}, section 4",
-        _MOMENT,
-        kinds=_TRAINED,
-        deep=True,
-        bare_teacher=False,
-    ),
-    Variable(
-        "D", _PAIR, "1", "D = E[f' f']", f"{LUCK}, section 4", _MOMENT, kinds=_TRAINED, deep=True, bare_teacher=False
-    ),
-    Variable(
-        "L_star", _MIXED, "1", "L* = E[f f*ᵀ]", f"{LUCK}, section 4", _MOMENT, kinds=_TRAINED, deep=True, own=True
-    ),
-    Variable("L", _PAIR, "1", "L = E[f fᵀ]", f"{LUCK}, section 4", _MOMENT, kinds=_TRAINED, deep=True, own=True),
+    _moment("A", _MIXED, "E[α_kj] = E[v_k · v*_j]", f"{TIAN}, Definition 2", own=True),
+    _moment("B", _PAIR, "E[β_kk'] = E[v_k · v_k']", f"{TIAN}, Definition 2", own=True),
+    _moment("H_star", _MIXED, "H* = β* ∘ D*", f"{LUCK}, section 4"),
+    _moment("H", _PAIR, "H = β ∘ D", f"{LUCK}, section 4"),
+    _moment("D_star", _MIXED, "D* = E[f' f*']", f"{LUCK}, section 4"),
+    _moment("D", _PAIR, "D = E[f' f']", f"{LUCK}, section 4"),
+    _moment("L_star", _MIXED, "L* = E[f f*ᵀ]", f"{LUCK}, section 4", own=True),
+    _moment("L", _PAIR, "L = E[f fᵀ]", f"{LUCK}, section 4", own=True),
     Variable(
         "gradient_rms",
         _NODE,

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from tsdyn.analysis import captions, layout, lottery, panels, specialization
 from tsdyn.analysis import style as look
 from tsdyn.analysis.figures.reading import in_lowest_layer, variables_of
-from tsdyn.analysis.figures.teacher_nodes import _by_teacher_node, _lines
+from tsdyn.analysis.figures.teacher_nodes import by_teacher_node, lines_of
 
 
 def curve(values: xr.DataArray, *, ax: Axes | None = None, color: str = panels.PALETTE[0], label: str = "") -> Axes:
@@ -37,7 +37,7 @@ def draw_curves(measured: xr.Dataset, *, log: bool = False) -> look.Page:
     if "layer" in values.dims and not layered:
         values = values.isel(layer=0)
     chosen = ("layer",) if layered else swept[-1:]
-    curves = _lines(measured, chosen)
+    curves = lines_of(measured, chosen)
 
     def draw(at: dict[str, Any], ax: Axes) -> None:
         for position, point in enumerate(curves):
@@ -157,4 +157,4 @@ def winners(ds: xr.Dataset, *, ax: Axes | None = None) -> Axes:
 @look.styled
 def draw_winners(ds: xr.Dataset) -> look.Page:
     """Panels of `winners`."""
-    return _by_teacher_node(measure_winners(ds), winners, "Rank of each teacher node's final winner")
+    return by_teacher_node(measure_winners(ds), winners, "Rank of each teacher node's final winner")

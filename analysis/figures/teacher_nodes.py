@@ -109,7 +109,7 @@ def draw_success_rate(ds: xr.Dataset) -> look.Page:
     measured = measure_success_rate(ds)
     swept = layout.swept(measured)
     widths = [dim for dim in swept if dim in ("overrealization", "widths")][:1] or list(swept[-1:])
-    curves = _lines(measured, widths)
+    curves = lines_of(measured, widths)
 
     def draw(at: dict[str, Any], ax: Axes) -> None:
         for position, point in enumerate(curves):
@@ -123,7 +123,7 @@ def draw_success_rate(ds: xr.Dataset) -> look.Page:
     return page
 
 
-def _lines(measured: xr.Dataset, dims: Sequence[str]) -> list[dict[str, Any]]:
+def lines_of(measured: xr.Dataset, dims: Sequence[str]) -> list[dict[str, Any]]:
     found = layout.points(measured, dims)
     if len(found) > MAX_LINES:
         raise ValueError(f"{len(found)} lines are more than {MAX_LINES} in a panel; select a part of the sweep first")
@@ -152,10 +152,10 @@ def recovery(ds: xr.Dataset, *, ax: Axes | None = None) -> Axes:
 @look.styled
 def draw_recovery(ds: xr.Dataset) -> look.Page:
     """Panels of `recovery`."""
-    return _by_teacher_node(measure_recovery(ds), recovery, "Best correlation of each teacher node over training")
+    return by_teacher_node(measure_recovery(ds), recovery, "Best correlation of each teacher node over training")
 
 
-def _by_teacher_node(measured: xr.Dataset, panel: Callable[..., Axes], title: str) -> look.Page:
+def by_teacher_node(measured: xr.Dataset, panel: Callable[..., Axes], title: str) -> look.Page:
     """Panels of the sweep, one shade per teacher node."""
     page = layout.grid(
         measured, lambda at, ax: panel(measured.sel(at), ax=ax),

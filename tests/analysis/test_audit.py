@@ -277,8 +277,8 @@ def test_a_student_equal_to_its_teacher_holds(tmp_path):
     teacher = draw_teacher(small(), 0)
     path = saved(tmp_path, teacher.weights, teacher.biases)
     ds = constructed(
-        tmp_path, teacher__init="file", teacher__path=path, student__init="file", student__path=path,
-        student__overrealization=1.0,
+        tmp_path, teacher__init="file", teacher__path=path, teacher__activation="relu", student__init="file",
+        student__path=path, student__overrealization=1.0,
     )  # fmt: skip
     found = audit(ds)
     assert (found.verdict.sel(claim=["Equation 1", "Lemma 1", "Theorem 1", "Theorem 3"]) == "holds").all()
@@ -341,6 +341,7 @@ def test_verdicts_do_not_depend_on_the_unit_of_the_output(tmp_path):
                 folder,
                 teacher__init="file",
                 teacher__path=paths[0],
+                teacher__activation="relu",
                 student__init="file",
                 student__path=paths[1],
                 student__overrealization=1.0,

@@ -148,3 +148,10 @@ def test_convolutions_and_batch_norm_have_no_balance():
     network = tsdyn.Network([torch.ones(2, 1, 3, 3), torch.ones(1, 18)], image=(1, 5, 5))
     with pytest.raises(ValueError, match="balances"):
         theory.balances(network)
+
+
+def test_a_fork_with_another_rate_holds_too(tmp_path):
+    claim(tmp_path)
+    change = {"set": {"training.learning_rate": 0.05}}
+    ds = tsdyn.fork(tmp_path / "run", at=1, perturb=change, draws="other", out=tmp_path / "child")
+    assert (audit(ds).sel(claim=CLAIM).verdict == "holds").all()

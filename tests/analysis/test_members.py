@@ -8,7 +8,7 @@ from tsdyn.analysis.members import each, member, points
 
 import tsdyn
 from tests.cases import small
-from tsdyn.archive import hdf5
+from tsdyn.archive import hdf5, small_files
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +63,8 @@ def test_a_value_of_another_shape_than_said_is_refused(sweep):
 def test_lazily_no_file_is_visited_more_often_than_its_variables(sweep, monkeypatch):
     ds = tsdyn.open(sweep)
     visits, opened = [], hdf5.opened
+    monkeypatch.setattr(small_files, "_kept", {})  # what earlier tests read
+    monkeypatch.setattr(small_files, "_asked", {})
     monkeypatch.setattr(hdf5, "opened", lambda path: visits.append(str(path)) or opened(path))
     each(ds, sums, ["sums", "label"], gives=GIVES).compute()
     # four variables of two layers each, whatever the number of seeds and epochs

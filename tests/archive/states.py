@@ -44,6 +44,7 @@ from tsdyn.engine import native
 from tsdyn.experiment.errors import ExperimentError
 from tsdyn.experiment.experiment import Experiment
 from tsdyn.experiment.sweep_axes import places
+from tsdyn.growing import adding
 from tsdyn.running import runner
 from tsdyn.running.interrupts import Stopped
 
@@ -52,6 +53,8 @@ SENTENCES = (ArchiveError, ExperimentError)
 DATA = Path(__file__).resolve().parent.parent / "data"
 #: Epochs that a run can be extended by in all.
 MORE = 4
+#: Seeds that a run can gain in all, and an observable that is measured after the run.
+MORE_SEEDS, LATER = 2, "correlation"
 #: Seconds after which a child counts as hung.
 HUNG = 120
 #: Another engine, or another machine, sums in another order: a few thousand roundings of numbers of order 1, divided by
@@ -74,7 +77,9 @@ TINY = small(
 STARTS: dict[str, Experiment | Path] = {
     "run": TINY,
     "seldom": TINY.replace({"record.every": 2}),
-    "teacher file": TINY.replace({"teacher.init": "file", "teacher.path": "teacher.pt"}),
+    "teacher file": TINY.replace({
+        "teacher.init": "file", "teacher.path": "teacher.pt", "teacher.activation": "relu",
+    }),
     "sweep": TINY.replace({"training.epochs": 2, "sweep": {"teacher.polarity": [0.0, 1.0]}}),
     **{
         name: DATA / name
@@ -101,7 +106,12 @@ def teacher(which: int) -> bytes:
 @functools.cache
 def _undisturbed(text: str, which: int) -> xr.Dataset:
     experiment = Experiment.from_toml_text(text, archived=True)
-    changes: dict[str, Any] = {"training.epochs": experiment.training.epochs + MORE, "record.every": 1}
+    labels = experiment.seed_labels
+    changes: dict[str, Any] = {
+        "training.epochs": experiment.training.epochs + MORE, "record.every": 1,
+        "seeds": [*labels, *(max(labels) + 1 + i for i in range(MORE_SEEDS))],
+        "record.observables": [*experiment.record.observables, LATER],
+    }  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="tsdyn-model-") as scratch:
         if experiment.teacher.path is not None:
             changes["teacher.path"] = str(Path(scratch) / "teacher.pt")
@@ -119,6 +129,16 @@ class Point:
     rounded: float = float("inf")  #: the first epoch that another engine, or another machine, may have computed
     born: int = 0  #: the teacher file with which it began
     salvaged: bool = False  #: parts of its archive were lost, and `repair` said so
+    seeds: set[int] = field(default_factory=set)  #: seeds that it was reported to have
+    inexact: set[int] = field(default_factory=set)  #: seeds, added later, that another engine may have computed
+
+    def members(self, shown: list[int]) -> Iterator[tuple[list[int], bool]]:
+        """The shown seeds in two groups: those that must be there, and those that may be."""
+        yield from (
+            (group, must)
+            for must in (True, False)
+            if (group := [seed for seed in shown if (seed in self.seeds) == must])
+        )
 
     @property
     def truth(self) -> xr.Dataset:
@@ -224,6 +244,8 @@ def _tell_commits(path: Path, pipe: int) -> None:
 
     def telling(self: RunDirectory, first: int, last: int, *rest: Any) -> None:
         commit(self, first, last, *rest)
+        if self.path.name == "added":  # of seeds that are not there yet
+            return
         name = "." if self.path == path else self.path.name
         os.write(pipe, json.dumps({"point": name, "last": last}).encode() + b"\n")
         if name in _dying and _dying[name] == last:
@@ -278,7 +300,10 @@ class Directory(RuleBasedStateMachine):
                 self._put_teacher()
                 self.base = self.base.replace({"teacher.path": str(self.scratch / "teacher.pt")})
         self.epochs = self.first_epochs = self.base.training.epochs
+        self.seeds = self.base.seed_labels
         self.points = self._points()
+        for point in self.points.values():
+            point.seeds = set(self.seeds)
         self.stateless = start == "archive-v1"
         if isinstance(from_before, Path):
             for point in self.points.values():
@@ -304,7 +329,8 @@ class Directory(RuleBasedStateMachine):
         }
 
     def _asked(self, epochs: int) -> Experiment:
-        return self.base.replace({"training.epochs": epochs})
+        gained = {} if self.seeds == self.base.seed_labels else {"seeds": list(self.seeds)}
+        return self.base.replace({"training.epochs": epochs, **gained})
 
     def _put_teacher(self) -> None:
         (self.scratch / "teacher.pt").write_bytes(teacher(self.input))
@@ -369,19 +395,26 @@ class Directory(RuleBasedStateMachine):
             shown = [int(epoch) for epoch in part.epoch.values]
             truth = point.truth
             assert set(shown) <= set(truth.epoch.values.tolist()), f"{name}: labels {shown}"
+            seeds = [int(seed) for seed in part.seed.values]
+            assert set(seeds) <= set(truth.seed.values.tolist()), f"{name}: seeds {seeds}"
             if required:
                 assert point.required <= set(shown), f"{name}: {sorted(point.required - set(shown))} are lost"
+                assert not point.required or point.seeds <= set(seeds), f"{name}: seeds {seeds} of {point.seeds}"
             for variable, array in truth.data_vars.items():
                 if variable not in part:
-                    assert not (required and point.required), f"{name}: {variable} is lost"
+                    assert variable == LATER or not (required and point.required), f"{name}: {variable} is lost"
                 elif "wrong" not in part[variable].attrs:
                     for label in shown if "epoch" in array.dims else [0]:
-                        asked = required and label in point.required and not point.salvaged
-                        at = {"epoch": label} if "epoch" in array.dims else {}
-                        said = _differs(part[variable].sel(at).values, array.sel(at).values, label < point.rounded)
-                        fine = not said or (said == "missing" and not asked and (swept or point.salvaged))
-                        fine = fine or (said == "partly missing" and point.salvaged)
-                        assert fine, f"{name}: {variable} at epoch {label}: {said}"
+                        for group, must in point.members(seeds):
+                            at = {"seed": group} | ({"epoch": label} if "epoch" in array.dims else {})
+                            exact = label < point.rounded and not point.inexact & set(group)
+                            said = _differs(part[variable].sel(at).values, array.sel(at).values, exact)
+                            asked = required and must and label in point.required and not point.salvaged
+                            may = swept or point.salvaged or not must
+                            fine = not said or (said == "missing" and not asked and may)
+                            fine = fine or (said == "partly missing" and (point.salvaged or not must))
+                            fine = fine or ("missing" in said and variable == LATER)
+                            assert fine, f"{name}: {variable} at epoch {label}, seeds {group}: {said}"
 
     def _whole(self, problems: list[str]) -> None:
         """Check what `tsdyn validate` said."""
@@ -414,9 +447,11 @@ class Directory(RuleBasedStateMachine):
         return file.name in (sweep_directory.SWEEP, "index.json")
 
     def _extended(self, file: Path) -> bool:
-        """Whether the changed experiment only asks for more epochs, of a run that is not finished."""
+        """Whether the changed experiment only asks for more epochs or seeds, of what is not finished or a sweep."""
         theirs = Experiment.from_toml(file, archived=True)
-        return theirs.replace({"training.epochs": 1}) == self._asked(1) and not list(self.path.rglob(ARCHIVE))
+        alike = {"training.epochs": 1, "seeds": 1}
+        same = theirs.replace(alike) == self._asked(1).replace(alike)
+        return same and (bool(self.base.sweep) or not list(self.path.rglob(ARCHIVE)))
 
     # --- train ---------------------------------------------------------------------------------------------------
 
@@ -439,11 +474,12 @@ class Directory(RuleBasedStateMachine):
         if engine == "off":
             for point in self.points.values():
                 point.rounded = min(point.rounded, max(point.required, default=-1) + 1)
+                point.inexact |= set(self.seeds) - point.seeds
         harmed = self.harmed
         end = child(work, path)
         assert end.how in ("done", "refused", "stopped", "killed"), f"{end.how}: {end.words}"
         if end.how == "refused":
-            stateless = self.stateless and epochs > self.first_epochs
+            stateless = self.stateless and (epochs > self.first_epochs or self.seeds != self.base.seed_labels)
             assert harmed or other_input or stateless, f"refused: {end.words}"
             if stateless:
                 return end
@@ -456,10 +492,12 @@ class Directory(RuleBasedStateMachine):
             for name, single in singles.items():
                 if not self.points[name].salvaged:
                     self.points[name].required |= set(single.labels)
+                    self.points[name].seeds |= set(self.seeds)
             # other commands may be writing into a sweep's own folder: there only `repair` removes what is left
             left = [p.name for p in path.rglob("*") if p.parent.name == SEGMENTS or (
                 p.name.endswith(".tmp") and not (self.base.sweep and p.parent == path))]  # fmt: skip
             assert not left, f"left {left}"
+            assert self.swapped or not list(path.rglob("added")), "seeds were not joined"
         return end
 
     def _there(self) -> bool:
@@ -482,6 +520,42 @@ class Directory(RuleBasedStateMachine):
     def kill_at_a_file(self, moment: int, more: int) -> None:
         steps["kill at a file"] += 1
         self._train(min(self.epochs + more, self.first_epochs + MORE), lambda: die_at(moment, self.path))
+
+    def _gain(self, before: Callable[[], None] = lambda: None) -> None:
+        """Ask for one seed more; it stays asked for unless that is refused."""
+        if len(self.seeds) == len(self.base.seed_labels) + MORE_SEEDS:
+            return
+        kept, self.seeds = self.seeds, (*self.seeds, max(self.seeds) + 1)
+        if self._train(self.epochs, before).how == "refused":
+            self.seeds = kept
+
+    @rule()
+    def gain_a_seed(self) -> None:
+        steps["gain a seed"] += 1
+        self._gain()
+
+    @rule(moment=st.integers(1, 150))
+    def kill_while_a_seed_is_gained(self, moment: int) -> None:
+        steps["kill in gaining a seed"] += 1
+        self._gain(lambda: die_at(moment, self.path))
+
+    @rule(moment=st.integers(0, 40))
+    def measure_afterwards(self, moment: int) -> None:
+        """To the end, or killed; what is measured is in `nothing_is_lost_or_wrong`'s numbers from then on."""
+        if not self._there():
+            return
+        steps["measure afterwards"] += 1
+
+        def work() -> None:
+            if moment > 20:
+                die_at(moment, self.path)
+            adding.add(self.path, [LATER])
+
+        other_input = any(point.born != self.input for point in self.points.values()) and bool(self.base.teacher.path)
+        harmed = self.harmed
+        end = child(work, self.path)
+        assert end.how in ("done", "refused", "killed"), f"{end.how}: {end.words}"
+        assert end.how != "refused" or harmed or other_input, f"refused: {end.words}"
 
     @rule(epoch=st.integers(0, 4))
     def ask_it_to_stop(self, epoch: int) -> None:
@@ -724,7 +798,7 @@ class Directory(RuleBasedStateMachine):
                 point.salvaged, point.required, point.rounded = False, set(), point.rounded
                 point.born = self.input
 
-    # --- rules that join when the library has them: added seeds, added observables, forks of a run ------------------
+    # --- rules that join when the library has them: forks of a run --------------------------------------------------
     # Each needs: a rule that asks for it through `_train`; `_undisturbed` to know its numbers; `Point.required` to
     # gain what was reported as committed.
 

@@ -180,7 +180,7 @@ def test_commits_keep_their_share_of_a_run_and_are_never_far_apart(cost, whole):
     clock, last, spent, count, gap = 0.0, 0.0, 0.0, 0, 0.0
     while clock < whole:
         clock += 0.1
-        if runner._due(clock, clock - last, cost if count else 0.0, spent):
+        if runner.commit_is_due(clock, clock - last, cost if count else 0.0, spent):
             gap = max(gap, clock - last)
             clock, spent, count = clock + cost, spent + cost, count + 1
             last = clock
@@ -283,7 +283,7 @@ def _hold(path, ready, leave):
 
 
 def test_one_writer_a_directory(tmp_path):
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
     ready, leave = context.Event(), context.Event()
     other = context.Process(target=_hold, args=(tmp_path / "run", ready, leave))
     other.start()

@@ -164,3 +164,21 @@ def test_a_segment_that_lacks_numbers_is_not_committed(tmp_path, monkeypatch):
     assert list(ds.epoch.values) == [0, 1]
     assert integrity.check(tmp_path / "run") == []
     same(tsdyn.run(small(**FEW, training__epochs=3), tmp_path / "run").sel(epoch=[0, 1]), ds)
+
+
+def test_what_is_left_of_the_segments_of_a_finished_point_is_removed(tmp_path, monkeypatch):
+    """Its writer was killed while it removed them; before, the point counted as finished, and they stayed."""
+    longest = small(**FEW, training__epochs=3, sweep=SWEEP)
+    monkeypatch.setattr(runner, "COMMIT_SECONDS", 0.0)
+
+    def killed(self):
+        first = min((self.path / "segments").glob("*.nc"))
+        first.unlink()  # its checksum not yet
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_directory.RunDirectory, "_drop_segments", killed)
+        whole = tsdyn.run(longest, tmp_path / "sweep").load()
+    assert len(list((tmp_path / "sweep").rglob("epoch-*"))) > 2
+    same(tsdyn.run(longest, tmp_path / "sweep"), whole)
+    assert not list((tmp_path / "sweep").rglob("segments"))
+    assert integrity.check(tmp_path / "sweep") == []

@@ -8,8 +8,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 
 import netCDF4
 import numpy as np
@@ -18,6 +16,7 @@ import torch
 import xarray as xr
 
 import tsdyn
+from tests import processes
 from tests.cases import small
 from tests.test_cli import command  # noqa: F401
 from tsdyn import memory
@@ -545,6 +544,6 @@ for trial in range(150):
     gc.collect()
 print(refused)
 """
-    words = [sys.executable, "-c", code, copy / "archive.nc", tmp_path / "broken.nc"]
-    told = subprocess.run(words, capture_output=True, text=True, check=True)
+    told = processes.run(["python", "-c", code, copy / "archive.nc", tmp_path / "broken.nc"], tmp_path)
+    assert told.returncode == 0, told.stderr
     assert int(told.stdout) > 10

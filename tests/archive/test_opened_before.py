@@ -5,8 +5,6 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -15,6 +13,7 @@ import pytest
 import xarray as xr
 
 import tsdyn
+from tests import processes
 from tests.cases import small
 from tsdyn.archive import integrity, joining
 from tsdyn.archive.whole_files import ArchiveError, DirectoryError
@@ -117,8 +116,8 @@ def test_a_lazy_dataset_is_read_from_another_folder(tmp_path, monkeypatch):
         (tmp_path / "ds.pkl").write_bytes(pickle.dumps(tsdyn.open(path)))
         (tmp_path / "else").mkdir(exist_ok=True)
         code = "import pickle, sys; print(float(pickle.load(open(sys.argv[1], 'rb')).mse_eval.sum()))"
-        words = [sys.executable, "-c", code, str(tmp_path / "ds.pkl")]
-        told = subprocess.run(words, cwd=tmp_path / "else", capture_output=True, text=True, check=True)
+        told = processes.run(["python", "-c", code, tmp_path / "ds.pkl"], tmp_path / "else")
+        assert told.returncode == 0, told.stderr
         one = want if path == "sweep" else want.sel(polarity=0.0)
         assert float(told.stdout) == float(one.mse_eval.sum())
 

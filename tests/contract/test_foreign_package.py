@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import tsdyn
+from tests import processes
 from tsdyn.archive import integrity
 
 HERE = Path(__file__).resolve().parent
@@ -69,14 +70,15 @@ def site(tmp_path_factory):
     return folder / "site"
 
 
+def environment(site=None):
+    """This process's variables, with the package on the path, or without."""
+    found = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    return found if site is None else {**found, "PYTHONPATH": str(site)}
+
+
 def run(folder, *words, site=None):
-    """Run words in a folder with the package, or without; (exit code, what it printed, what it complained)."""
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    if site is not None:
-        environment["PYTHONPATH"] = str(site)
-    done = subprocess.run(
-        words, cwd=folder, env=environment, capture_output=True, text=True, encoding="utf-8", timeout=300, check=False
-    )
+    """Run words in a folder, in a process that is forked; (exit code, what it printed, what it complained)."""
+    done = processes.run(words, folder, environment=environment(site))
     return done.returncode, done.stdout, done.stderr
 
 
@@ -85,36 +87,15 @@ def lab(tmp_path_factory, site):
     """An empty folder in which a sweep with every part of the package was run on two workers."""
     folder = tmp_path_factory.mktemp("lab")
     (folder / "lab.toml").write_text(EXPERIMENT, encoding="utf-8")
-    code, out, said = run(folder, TSDYN, "run", "lab.toml", "--workers", "2", site=site)
-    assert code == 0, out + said
+    words = [TSDYN, "run", "lab.toml", "--workers", "2"]  # as a user begins it, and dask its workers
+    done = subprocess.run(words, cwd=folder, env=environment(site), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
     return folder
-
-
-#: Several commands in one process, which is quicker than one after another; JSON of code, out and err of each.
-COMMANDS = """
-import contextlib, io, json, sys
-from tsdyn import cli
-
-told = []
-for words in json.loads(sys.argv[1]):
-    sys.argv = ["tsdyn", *words]
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = end.code or 0
-    told.append([code, out.getvalue(), err.getvalue()])
-print(json.dumps(told))
-"""
 
 
 def commands(folder, *each, site=None):
     """(exit code, what it printed, what it complained) of each command."""
-    words = json.dumps([one.split() for one in each])
-    code, out, said = run(folder, sys.executable, "-c", COMMANDS, words, site=site)
-    assert code == 0, said
-    return json.loads(out)
+    return [list(run(folder, "tsdyn", *one.split(), site=site)) for one in each]
 
 
 def test_the_archive_is_whole_shown_audited_and_reported_and_the_study_is_run(lab, site):
@@ -206,7 +187,7 @@ assert not [name for name in sys.modules if name.startswith("mylab")], "opening 
 
 
 def test_opening_loads_no_entry_point(lab, site):
-    assert run(lab, sys.executable, "-c", OPENING, site=site) == (0, "", "")
+    assert run(lab, "python", "-c", OPENING, site=site) == (0, "", "")
 
 
 MODULE = """
@@ -229,7 +210,7 @@ assert float(abs(ds["parameter"].diff("epoch")).max()) > 0
 
 def test_a_module_of_the_package_is_a_student_and_its_parts_keep_their_promises(tmp_path, site):
     (tmp_path / "script.py").write_text(MODULE, encoding="utf-8")
-    assert run(tmp_path, sys.executable, "script.py", site=site) == (0, "", "")
+    assert run(tmp_path, "python", "script.py", site=site) == (0, "", "")
 
 
 WORKERS = """
@@ -264,8 +245,10 @@ if __name__ == "__main__":
 
 def test_parts_of_this_process_alone_are_refused_with_workers_and_observables_are_sent(tmp_path):
     (tmp_path / "script.py").write_text(WORKERS, encoding="utf-8")
-    code, out, said = run(tmp_path, sys.executable, "script.py")
-    assert code == 0, said
+    words = [sys.executable, "script.py"]
+    done = subprocess.run(words, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    out = done.stdout
     assert "student.activation = activation 'sine'" in out
     assert "added to this process only" in out
     assert "entry point" in out

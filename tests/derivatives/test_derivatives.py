@@ -315,6 +315,17 @@ def test_modules_without_per_sample_gradients(module, message):
             call(module, half_square, x, y)
 
 
+def test_another_threads_draws_are_not_the_modules():
+    """Dask's threads draw from Python's generator while a worker measures."""
+    from tsdyn.derivatives.module_state import Randomness
+
+    seen, module = Randomness(nn.Linear(2, 2)), nn.Linear(2, 2)
+    torch.rand(1)  # once, by somebody else
+    assert seen.moved()
+    assert not seen.drawn_by(lambda: module(torch.ones(1, 2)))
+    assert seen.drawn_by(lambda: nn.functional.dropout(torch.ones(1, 2)))
+
+
 def test_random_modules_have_no_jacobian():
     with pytest.raises(ValueError, match="jacobian: Noisy draws random numbers"):
         derivatives.jacobian(Noisy(4, 3).double(), torch.randn(5, 4, dtype=torch.float64))
@@ -453,8 +464,8 @@ def test_every_function_takes_numpy_and_torch_and_says_when_nothing_depends_on_t
 
     def flat(found):
         parts = found.values() if isinstance(found, dict) else [found]
-        tensors = [t for part in parts for t in ([part] if torch.is_tensor(part) else vars(part).values())]
-        return torch.cat([t.flatten().double() for t in tensors if torch.is_tensor(t)])
+        arrays = [a for part in parts for a in ([part] if torch.is_tensor(part) else vars(part).values())]
+        return torch.cat([torch.as_tensor(a).flatten().double() for a in arrays if hasattr(a, "shape")])
 
     by_torch = called(module, half_square, *(torch.from_numpy(a) for a in (x, y, v)))
     assert torch.equal(flat(called(module, half_square, x, y, v)), flat(by_torch))

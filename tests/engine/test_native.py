@@ -5,12 +5,11 @@ import logging
 import os
 import shutil
 import stat
-import subprocess
-import sys
 import textwrap
 
 import pytest
 
+from tests import processes
 from tsdyn.engine import compiled_moments, compiled_step, compiled_sums, convolution, native
 from tsdyn.experiment.errors import ExperimentError
 
@@ -130,9 +129,8 @@ def test_without_a_home_directory_a_private_folder_is_used(tmp_path):
         folder = native._private_folder()
         print(native.load(convolution.SOURCE, convolution.Job) is not None, folder)
     """
-    answer = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True, cwd=tmp_path
-    )
+    answer = processes.run(["python", "-c", textwrap.dedent(code)], tmp_path)
+    assert answer.returncode == 0, answer.stderr
     loaded, folder = answer.stdout.split()
     assert loaded == "True"
     assert not os.path.exists(folder)  # it went with the process
@@ -165,6 +163,50 @@ def test_a_fallback_is_said_and_one_that_was_asked_for_is_not(fresh, tmp_path, m
     native.load.cache_clear()
     assert native.load(source(tmp_path / "of"), Job) is None
     assert caplog.records == []
+
+
+@pytest.fixture
+def without_compilers(fresh, tmp_path, monkeypatch):
+    """No compiler on the path; a package ziglang whose `c++` is this machine's, and refuses flags of GCC alone."""
+    system = shutil.which("c++")
+    package = tmp_path / "site" / "ziglang"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "__main__.py").write_text(
+        "import subprocess, sys\n"
+        "word, *rest = sys.argv[1:]\n"
+        "assert word == 'c++', word\n"
+        "if '--version' not in rest:\n"
+        "    rest.remove('-fno-sanitize=all')\n"
+        f"raise SystemExit(subprocess.call([{system!r}, *rest]))\n"
+    )
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
+    return tmp_path
+
+
+def test_without_a_compiler_that_of_ziglang_is_used_and_the_log_says_so(without_compilers, caplog):
+    with caplog.at_level(logging.WARNING):
+        for part in ("one", "two"):
+            assert native.load(source(without_compilers / part), Job).sum(ctypes.byref(Job(2, 3.0))) == 5
+    (record,) = caplog.records
+    assert "built by ziglang, which takes minutes when it is first used" in record.message
+    assert native._compiler().seconds == native.ZIG_SECONDS > native.BUILD_SECONDS
+
+
+def test_ziglang_is_not_used_where_there_is_a_compiler(without_compilers, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.syspath_prepend(without_compilers / "site")
+    assert "ziglang" not in native._compiler().command
+
+
+def test_a_ziglang_that_fails_is_named(without_compilers, caplog):
+    (without_compilers / "site" / "ziglang" / "__main__.py").write_text("raise SystemExit('no Clang in here')")
+    with caplog.at_level(logging.WARNING):
+        assert native.load(source(without_compilers / "of"), Job) is None
+    assert "ziglang ended with code 1: no Clang in here" in caplog.text
 
 
 def test_a_source_that_does_not_compile_says_what_the_compiler_says(fresh, tmp_path, caplog):

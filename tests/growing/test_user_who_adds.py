@@ -1,4 +1,4 @@
-"""A sweep that gets epochs, an observable, seeds and swept values more, by the command, stopped in the middle of each."""
+"""A sweep that gets epochs, an observable, seeds and swept values more, stopped in the middle of each."""
 
 import os
 import signal
@@ -13,6 +13,8 @@ import tsdyn
 from tests.cases import small
 from tsdyn.archive import integrity
 from tsdyn.archive.whole_files import DirectoryError
+from tsdyn.growing import history
+from tsdyn.growing.adding import add
 
 ASKED = small(
     seeds=4, training__epochs=10, training__steps_per_epoch=2, data__train=16, data__eval=12, teacher__widths=[4, 3, 2],
@@ -52,12 +54,12 @@ def test_what_was_added_is_what_one_run_from_the_start_gives(tmp_path):
         (MORE, "runs/small/learning_rate=0.05/segments/epoch-000011-*.nc", []),
         (MOST, "runs/small/learning_rate=0.05/added/segments/*.nc", ["--workers", 2]),
     ):
-        words = ["run", "e.toml", "--quiet", *workers, *(word for text in more for word in ("--set", text))]
+        words = ["run", "e.toml", "--quiet", *(word for text in more for word in ("--set", text))]
         code, said = command(*words, stop_once=middle, folder=tmp_path)
         assert code in (0, 143), said
         assert [line for line in integrity.check(tmp_path / "runs" / "small") if "cut short" not in line] == []
         xr.testing.assert_equal(lazy.load(), held)
-        code, said = command(*words, folder=tmp_path)
+        code, said = command(*words, *workers, folder=tmp_path)
         assert code == 0, said
     whole = tsdyn.run(
         ASKED.replace({
@@ -72,12 +74,10 @@ def test_what_was_added_is_what_one_run_from_the_start_gives(tmp_path):
         xr.testing.assert_equal(found[name].transpose(*wanted[name].dims), wanted[name])
     assert (found.coverage == 1).all()
     assert integrity.check(tmp_path / "runs" / "small") == []
-    code, said = command("show", "runs/small", folder=tmp_path)
-    said = " ".join(said.split())
+    said = "\n".join(history.lines(tmp_path / "runs" / "small"))
     assert "epochs 11..15; alignment (recorded from epoch 11 on)" in said
     assert "seeds 4, 5; training.learning_rate = 0.005, 0.1" in said
-    code, said = command("measure", "runs/small", "--observables", "alignment", folder=tmp_path)
-    assert code == 0, said
+    add(tmp_path / "runs" / "small", ["alignment"])
     measured = tsdyn.open(tmp_path / "runs" / "small")["alignment"]
     xr.testing.assert_equal(measured.transpose(*whole.alignment.dims).load(), whole.alignment)
 

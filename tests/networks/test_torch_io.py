@@ -2,12 +2,14 @@
 
 import sys
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
+import tsdyn
 from tests.networks.test_convolutional_networks import IMAGE, close, images, module
 from tsdyn import Experiment, ExperimentError, Network
 from tsdyn.networks.torch_io import load_state
@@ -242,3 +244,42 @@ def test_each_layer_has_its_own_stride_padding_and_place():
     for found in (network, network.folded(), Network.from_torch(network.to_torch(), image=IMAGE)):
         close(found(x.flatten(1)), theirs(x))
     assert repr(network) == "Network(128-3@3x3-4@3x3-5-2, tanh, BatchNorm before and after, torch.float64)"
+
+
+def _npz(path, state, said):
+    arrays = {name: tensor.numpy() for name, tensor in state.items()}
+    np.savez(path, **arrays, **({} if said is None else {"activation": said}))
+
+
+def _safetensors(path, state, said):
+    safetensors.torch.save_file(state, path, metadata=None if said is None else {"activation": said})
+
+
+def _torch(path, state, said):
+    torch.save(state if said is None else {"state_dict": state, "activation": said}, path)
+
+
+@pytest.mark.parametrize(("suffix", "save"), [("npz", _npz), ("safetensors", _safetensors), ("pt", _torch)])
+def test_a_teachers_file_says_its_activation_or_the_experiment_must(tmp_path, suffix, save):
+    """The student's activation is not taken silently: the targets would be another function's."""
+    state, path = mlp().state_dict(), tmp_path / f"teacher.{suffix}"
+    asked = Experiment(
+        name="x", seeds=1, student={"activation": "tanh", "overrealization": 1.0}, training={"epochs": 0},
+        teacher={"widths": [6, 4, 3], "init": "file", "path": str(path)}, data={"train": 20, "eval": 10},
+        record={"observables": ["loss", "weight"]},
+    )  # fmt: skip
+    save(path, state, None)
+    with pytest.raises(ExperimentError, match=r"do not say the teacher's activation; set teacher\.activation"):
+        tsdyn.run(asked, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    said = asked.replace({"teacher.activation": "relu"})
+    ds = tsdyn.run(said, tmp_path / "said").load()
+    np.testing.assert_array_equal(ds.teacher_weight.sel(seed=0, layer=1).values[:4, :6], state["0.weight"].numpy())
+    save(path, state, "relu")
+    with pytest.raises(ExperimentError, match="the file says activation 'relu', and the experiment 'tanh'"):
+        draw_teacher(asked, 0)
+    save(path, state, "tanh")
+    tsdyn.run(asked, tmp_path / "carried")
+    path.write_bytes(b"nothing")
+    with pytest.raises(ExperimentError, match="no state dict that can be read safely"):
+        tsdyn.run(asked, tmp_path / "damaged")

@@ -39,6 +39,7 @@ def of_files(folder, **changes):
     table(folder / "eval.npz", 4)
     named = {
         "teacher__widths": [4, 3, 3], "teacher__init": "file", "teacher__path": str(folder / "teacher.pt"),
+        "teacher__activation": "relu",
         "student__init": "file", "student__path": str(folder / "student.pt"), "student__overrealization": 1.0,
         "data__law": "file", "data__path": str(folder / "train.npz"), "data__eval_path": str(folder / "eval.npz"),
         "data__train": 20, "data__eval": 10, "training__batch": 5,
@@ -92,6 +93,29 @@ def test_another_input_file_is_refused_on_resume_with_both_named(tmp_path, monke
     file.write_bytes(before)
     ended = tsdyn.run(longer, tmp_path / "run").load()
     xr.testing.assert_equal(ended, tsdyn.run(longer, tmp_path / "whole").load())
+
+
+@pytest.mark.parametrize("swept", [False, True], ids=["run", "sweep"])
+def test_a_finished_run_asked_for_again_with_another_input_file_says_so(tmp_path, caplog, swept):
+    """Its archive is returned as it is: nothing is computed, and nothing is silent."""
+    experiment = of_files(tmp_path)
+    if swept:
+        experiment = experiment.replace({"sweep": {"training.learning_rate": [0.01, 0.02]}})
+    whole = tsdyn.run(experiment, tmp_path / "run").load()
+    tsdyn.run(experiment, tmp_path / "run")
+    assert not caplog.records
+    name, change = FILES["teacher.path"]
+    was = sha256(tmp_path / name)
+    change(tmp_path / name)
+    again = tsdyn.run(experiment, tmp_path / "run").load()
+    xr.testing.assert_equal(again, whole)
+    assert caplog.text.count("was computed from other input files than are there now") == (2 if swept else 1)
+    for word in ("teacher.path", was, sha256(tmp_path / name)):
+        assert word in caplog.text
+    (tmp_path / name).unlink()  # nothing is known of a file that is not there
+    caplog.clear()
+    tsdyn.run(experiment, tmp_path / "run")
+    assert not caplog.records
 
 
 def test_a_missing_input_file_is_refused_on_resume(tmp_path):

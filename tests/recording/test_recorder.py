@@ -4,8 +4,6 @@ import copy
 import json
 import os
 import signal
-import subprocess
-import sys
 import textwrap
 
 import numpy as np
@@ -15,6 +13,7 @@ from torch import nn
 from tsdyn.analysis import members
 
 import tsdyn
+from tests import processes
 from tests.cases import small
 from tsdyn import derivatives
 from tsdyn.archive import integrity
@@ -239,14 +238,16 @@ KILLED = """
 
 def test_killed_and_resumed_keeps_what_was_committed_and_goes_on_from_it(tmp_path):
     """To the bits what the killed process had committed; all of it up to rounding that two processes may differ in."""
-    words = [sys.executable, "-c", textwrap.dedent(KILLED), str(tmp_path / "killed")]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": os.getcwd()})
-    assert process.stdout.readline().strip() == "there"
+    reading, writing = os.pipe()
+    words = ["python", "-c", textwrap.dedent(KILLED), tmp_path / "killed"]
+    process = processes.Process(words, os.getcwd(), {1: writing})
+    os.close(writing)
+    with os.fdopen(reading) as out:
+        assert out.readline().strip() == "there"
     with pytest.raises(HeldError, match="another process"):
         tsdyn.Recorder(tmp_path / "killed", made(), probe=(X, Y))
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    process.stdout.close()
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
     kept = tsdyn.open(tmp_path / "killed").load()
     assert kept.epoch.values.tolist() == [0, 1, 2, 3]
     loop(tmp_path / "killed", epochs=6)

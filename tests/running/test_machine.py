@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,7 @@ from distributed import LocalCluster, Security
 from distributed.comm import connect
 
 import tsdyn
+from tests import processes
 from tests.cases import small
 from tests.test_cli import command  # noqa: F401
 from tsdyn import memory
@@ -103,15 +105,32 @@ def test_what_nohup_ignores_stays_ignored(file, tmp_path, monkeypatch):
 # --- what is printed -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "streams",
-    ["2> >(exec 0<&-)", ">/dev/full 2>/dev/full", ">&- 2>&-", "<&- >&- 2>&-", "2>/dev/full | true"],
-    ids=["stderr a closed pipe", "full disk", "closed", "all closed", "both"],
-)
+@pytest.mark.parametrize("streams", ["2> >(exec 0<&-)", "<&- >&- 2>&-"], ids=["stderr a closed pipe", "all closed"])
 def test_a_run_goes_on_where_nothing_can_be_printed(file, tmp_path, streams):
+    """From Python's own start on; the streams of the other cases are given to a process that is forked."""
     code, out, err = shell(f'"$tsdyn" run small.toml -o run {streams}; echo "code $?"', tmp_path)
-    assert b"code 0" in out + err or (code == 0 and "|" in streams), (code, out, err)
+    assert b"code 0" in out + err, (code, out, err)
     assert b"Traceback" not in err
+    assert list(tsdyn.open(tmp_path / "run").epoch.values) == [0, 1, 2, 3]
+    assert integrity.check(tmp_path / "run") == []
+
+
+@contextlib.contextmanager
+def written_in_vain(where):
+    """Streams that take nothing: of a full disk, closed, or of a reader that has gone."""
+    reading, gone = os.pipe()
+    os.close(reading)
+    full = os.open("/dev/full", os.O_WRONLY)
+    yield {"full disk": {1: full, 2: full}, "closed": {1: None, 2: None}, "both": {1: gone, 2: full}}[where]
+    os.close(gone)
+    os.close(full)
+
+
+@pytest.mark.parametrize("where", ["full disk", "closed", "both"])
+def test_a_forked_run_goes_on_where_nothing_can_be_printed(file, tmp_path, where):
+    with written_in_vain(where) as streams:
+        done = processes.run(["tsdyn", "run", "small.toml", "-o", "run"], tmp_path, streams=streams)
+    assert (done.returncode, "Traceback" in done.stderr) == (0, False)
     assert list(tsdyn.open(tmp_path / "run").epoch.values) == [0, 1, 2, 3]
     assert integrity.check(tmp_path / "run") == []
 
@@ -124,17 +143,22 @@ def test_a_progress_that_cannot_print_is_dropped(tmp_path, caplog):
     assert caplog.text.count("goes on, without telling of its epochs: nobody reads") == 1
 
 
-def test_a_reader_that_has_enough_is_no_error(file, tmp_path):
+def test_a_reader_that_has_enough_is_no_error(tmp_path):
     tsdyn.run(small(**FEW), tmp_path / "run")
-    code, _, err = shell('"$tsdyn" show run | true', tmp_path)
-    assert (code, err) == (0, b"")
     code, out, err = shell('"$tsdyn" show run | head -n 1', tmp_path)
     assert (code, err, out.count(b"\n")) == (0, b"", 1)
-    code, _, err = shell('"$tsdyn" show run > /dev/full', tmp_path)
-    assert (code, err) == (
+    reading, gone = os.pipe()
+    os.close(reading)
+    full = os.open("/dev/full", os.O_WRONLY)
+    done = processes.run(["tsdyn", "show", "run"], tmp_path, streams={1: gone})
+    assert (done.returncode, done.stderr) == (-signal.SIGPIPE if done.returncode < 0 else 0, "")
+    done = processes.run(["tsdyn", "show", "run"], tmp_path, streams={1: full})
+    assert (done.returncode, done.stderr) == (
         1,
-        b"tsdyn: standard output: No space left on device; what was to be printed is incomplete\n",
+        "tsdyn: standard output: No space left on device; what was to be printed is incomplete\n",
     )
+    os.close(gone)
+    os.close(full)
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
@@ -150,9 +174,11 @@ def test_a_terminal_without_utf8_shows_what_it_can(tmp_path, encoding):
     )
     environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
     words = [sys.executable, "-c", program, json.dumps(each)]
-    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, timeout=300, check=False)
-    assert (done.returncode, done.stderr) == (0, b"")
-    said = done.stdout.decode(encoding)
+    # one of them from Python's own start on
+    begin = subprocess.run if encoding == "ascii" else lambda w, **k: processes.run(w, k["cwd"], environment=k["env"])
+    done = begin(words, cwd=tmp_path, env=environment, capture_output=True, text=True, encoding=encoding, timeout=300)
+    assert (done.returncode, done.stderr) == (0, "")
+    said = done.stdout
     for one in each:
         shown, ended, said = said.partition(f"ended {' '.join(one)}\n")
         assert shown, one
@@ -286,6 +312,36 @@ def test_a_scheduler_without_workers_is_said_to_have_none(tmp_path, caplog, monk
     assert caplog.text.count("no worker has been there for") == 1
 
 
+SCHEDULER = """
+    import time
+    from distributed import LocalCluster
+    with LocalCluster(1, threads_per_worker=1, processes=False, dashboard_address=None, protocol="tcp") as cluster:
+        print(cluster.scheduler_address, flush=True)
+        time.sleep(600)
+"""
+
+
+def test_a_scheduler_that_is_killed_ends_the_sweep_in_a_line_and_it_goes_on_elsewhere(tmp_path):
+    """With its workers, as where one machine of several goes down: no hang, nothing committed is lost."""
+    reading, writing = os.pipe()
+    scheduler = processes.Process(["python", "-c", textwrap.dedent(SCHEDULER)], tmp_path, {1: writing})
+    os.close(writing)
+    with os.fdopen(reading) as out:
+        address = out.readline().strip()
+    experiment = small(sweep=GRID, **FEW | {"training__steps_per_epoch": 20_000})
+    with pytest.raises(WorkersError, match="the scheduler is gone; what was committed is intact") as gone:
+        tsdyn.run(
+            experiment,
+            tmp_path / "sweep",
+            scheduler=address,
+            progress=lambda *_: os.kill(scheduler.pid, signal.SIGKILL),
+        )
+    assert "\n" not in str(gone.value)
+    assert scheduler.wait() == -signal.SIGKILL
+    ended = tsdyn.run(experiment, tmp_path / "sweep").load()
+    xr.testing.assert_equal(ended, tsdyn.run(experiment, tmp_path / "whole").load())
+
+
 def test_a_frozen_worker_is_said(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(workers_module, "SILENT_SECONDS", 3.0)
     monkeypatch.setattr(workers_module, "ASK_SECONDS", 0.5)
@@ -299,9 +355,8 @@ def test_a_frozen_worker_is_said(tmp_path, caplog, monkeypatch):
 
     def freeze(epoch, *_):
         if epoch >= 1 and not frozen:  # epochs are told twice a second
-            children = [p for p in psutil.Process().children(recursive=True) if "spawn_main" in " ".join(p.cmdline())]
-            frozen.extend(children)
-            for child in children:
+            frozen.extend(processes.workers())
+            for child in frozen:
                 child.suspend()
                 threading.Thread(target=thaw, args=(child,)).start()
 
@@ -319,12 +374,11 @@ def test_a_frozen_worker_is_said(tmp_path, caplog, monkeypatch):
 def test_commands_on_one_sweep_share_its_points_and_none_fails(tmp_path, workers):
     experiment = small(sweep={"teacher.polarity": [0.0, 0.5, 1.0, 1.5, 2.0, 2.5]}, **FEW)
     (tmp_path / "sweep.toml").write_text(experiment.to_toml(), encoding="utf-8")
-    words = [TSDYN, "run", "sweep.toml", "-o", "sweep", *workers]
-    commands = [
-        subprocess.Popen(words, cwd=tmp_path, stderr=subprocess.PIPE, text=True) for _ in range(3 - len(workers))
-    ]
-    said = [each.communicate(timeout=300)[1] for each in commands]
-    assert [each.returncode for each in commands] == [0] * len(commands), said
+    words = ["tsdyn", "run", "sweep.toml", "-o", "sweep", *workers]
+    with ThreadPoolExecutor() as pool:
+        done = list(pool.map(lambda _: processes.run(words, tmp_path), range(3 - len(workers))))
+    said = [each.stderr for each in done]
+    assert [each.returncode for each in done] == [0] * len(done), said
     assert not any("Traceback" in text for text in said)
     ds = tsdyn.open(tmp_path / "sweep")
     assert int(ds.coverage.sum()) == 6
@@ -356,11 +410,17 @@ WIDE = {"teacher__widths": [4000, 4000, 10], "student__overrealization": 1.0, "s
 def test_a_run_beyond_ulimit_is_refused_in_a_sentence(tmp_path):
     wide = small(**FEW | WIDE | {"teacher__widths": [12_000, 12_000, 10]})
     (tmp_path / "wide.toml").write_text(wide.to_toml(), encoding="utf-8")
-    for quiet in ("", "--quiet"):
-        code, _, err = shell(f'ulimit -v $((5 * 1024 * 1024)); "$tsdyn" run wide.toml -o run {quiet}', tmp_path)
-        assert code == 1
-        assert b"GB of memory are free" in err
-        assert len(err.splitlines()) == 1
+    code, _, err = shell('ulimit -v $((5 * 1024 * 1024)); "$tsdyn" run wide.toml -o run', tmp_path)
+    assert code == 1
+    assert b"GB of memory are free" in err
+    assert len(err.splitlines()) == 1
+    limited = (
+        "import resource, sys; from tsdyn.cli import main; resource.setrlimit(resource.RLIMIT_AS, (5 << 30, 5 << 30));"
+        "sys.argv[1:] = ['run', 'wide.toml', '-o', 'run', '--quiet']; main()"
+    )
+    done = processes.run(["python", "-c", limited], tmp_path)
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
+    assert "GB of memory are free" in done.stderr
 
 
 def test_a_control_group_below_the_root_is_seen(tmp_path):
@@ -457,17 +517,18 @@ def test_the_commit_is_that_of_tsdyn_s_own_checkout_only(tmp_path):
 
 
 def _recorded(folder, tmp_path, **environment):
-    """``git_commit`` of a run by the copy of tsdyn there."""
+    """``git_commit`` of a run by the copy of tsdyn there, imported anew in a process that has all else."""
     code = (
         "import sys; sys.meta_path[:] = [f for f in sys.meta_path if f.__module__ != '_tsdyn_here'];"
+        "[sys.modules.pop(m) for m in list(sys.modules) if m.partition('.')[0] == 'tsdyn'];"
         "sys.path.insert(0, sys.argv[1]); import tsdyn; assert tsdyn.__file__.startswith(sys.argv[1]), tsdyn.__file__;"
         "from tsdyn.experiment.experiment import Experiment; e = Experiment.from_toml(sys.argv[2]);"
         "import tempfile; print(tsdyn.run(e, tempfile.mkdtemp() + '/run').attrs['git_commit'])"
     )
     file = tmp_path / "commit.toml"
     file.write_text(small(**FEW | {"training__epochs": 0}).to_toml(), encoding="utf-8")
-    words = [sys.executable, "-c", code, str(folder), str(file)]
-    done = subprocess.run(words, capture_output=True, text=True, check=True, env=os.environ | environment, cwd=tmp_path)
+    done = processes.run(["python", "-c", code, folder, file], tmp_path, environment={**os.environ, **environment})
+    assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
 

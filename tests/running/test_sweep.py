@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import dask
 import numpy as np
 import pytest
 import xarray as xr
@@ -102,7 +103,8 @@ def test_workers_compute_the_same_bits_and_survive_each_other(tmp_path, undistur
     """Two processes; two are killed as soon as a point has begun (`make scale`: 50 of them, at any time)."""
     told = []
     path = tmp_path / "sweep"
-    with killing(random.Random(0), path, 2, pause=(0.02, 0.1)) as killed:
+    spawned = dask.config.set({"distributed.worker.multiprocessing-method": "spawn"})  # as a user's are
+    with spawned, killing(random.Random(0), path, 2, pause=(0.02, 0.1)) as killed:
         ds = sweep.run(small(sweep=GRID, **FEW), path, workers=2, progress=lambda *news: told.append(news[:2]))
     assert killed
     same(ds, undisturbed)

@@ -17,6 +17,7 @@ import numpy as np
 import xarray as xr
 
 import tsdyn
+from tests import processes
 from tests.cases import small
 from tests.scale import generate, memory
 from tests.scale import reading as read
@@ -147,7 +148,7 @@ def killing(
         seen: set[Path] = set()
         while len(killed) < number and not stop.wait(draw.uniform(*pause)):
             there = {*path.glob("*/segments/*.nc"), *path.glob("*/archive.nc")}
-            alive = [child for child in worker_processes() if child not in killed]
+            alive = [child.pid for child in processes.workers() if child.pid not in killed]
             if alive and there - seen:  # whoever dies again and again before it has committed anything has failed
                 killed.append(draw.choice(alive))
                 os.kill(killed[-1], signal.SIGKILL)
@@ -160,20 +161,6 @@ def killing(
     finally:
         stop.set()
         thread.join()
-
-
-def worker_processes() -> list[int]:
-    """Children of ours that were spawned to be workers, not the helper that spawns them."""
-    found = []
-    for entry in os.listdir("/proc"):
-        try:
-            parent = int(Path(f"/proc/{entry}/stat").read_text().rsplit(")", 1)[1].split()[1])
-            words = Path(f"/proc/{entry}/cmdline").read_text()
-        except (OSError, ValueError, IndexError):
-            continue
-        if parent == os.getpid() and "spawn_main" in words:
-            found.append(int(entry))
-    return found
 
 
 def segments(scratch: Path, asked: argparse.Namespace) -> None:

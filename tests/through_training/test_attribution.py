@@ -36,7 +36,7 @@ def whole(tmp_path_factory):
 def atlas(tmp_path_factory):
     """Subsets that each lack one sample."""
     path = tmp_path_factory.mktemp("atlas") / "run"
-    ds = tsdyn.run(linear(data__leave_out={"subsets": 8, "share": 0.04}), path)
+    ds = tsdyn.run(linear(data__leave_out={"subsets": 4, "share": 0.04}), path)
     assert not integrity.check(path)
     return ds.load()
 
@@ -132,7 +132,7 @@ def test_tracin_of_one_gd_step_is_the_derivative_in_the_samples_weight(tmp_path)
 
 
 def test_lds_of_influence_is_high_for_a_linear_student(whole, tmp_path):
-    atlas = tsdyn.run(linear(data__leave_out={"subsets": 10, "share": 0.08}, seeds=2), tmp_path / "run").load()
+    atlas = tsdyn.run(linear(data__leave_out={"subsets": 8, "share": 0.08}, seeds=2), tmp_path / "run").load()
     good = attribution.lds(attribution.influence(whole), atlas, resamples=200)
     assert good["lds"].dims == ("seed",)
     assert (good["lds"] > 0.9).all()
@@ -154,11 +154,15 @@ def test_lds_per_evaluation_sample_and_what_does_not_fit():
     kept = xr.DataArray(rng.random((30, 12)) < 0.8, dims=("subset", "sample"))
     scores = xr.DataArray(rng.standard_normal((2, 12, 3)), {"seed": [0, 1]}, ("seed", "sample", "point"))
     outcome = xr.dot(kept.astype(float), scores, dim="sample")
-    atlas = outcome.assign_coords(kept=kept)
+    atlas = xr.Dataset({"loss_eval": outcome, "kept": kept})
     found = attribution.lds(scores, atlas, resamples=20)
     assert found["lds"].dims == ("seed", "point")
-    np.testing.assert_allclose(found["lds"], 1)
-    np.testing.assert_allclose(attribution.lds(scores, np.exp(atlas), resamples=5)["lds"], 1)  # ranks alone count
+    ranks = attribution.lds(scores, atlas, of=np.exp(outcome), resamples=5)["lds"]
+    np.testing.assert_allclose(ranks, 1)
+    shuffled = scores.assign_coords(sample=np.arange(12)).isel(sample=rng.permutation(12))  # labels count, not places
+    np.testing.assert_allclose(attribution.lds(shuffled, atlas, resamples=5)["lds"], 1)
+    with pytest.raises(ValueError, match="lack the samples"):
+        attribution.lds(scores.assign_coords(sample=np.arange(1, 13)), atlas)
     constant = attribution.lds(xr.zeros_like(scores), atlas, resamples=5)
     assert constant["lds"].isnull().all()
     with pytest.raises(ValueError, match="lack the seeds"):
@@ -166,7 +170,9 @@ def test_lds_per_evaluation_sample_and_what_does_not_fit():
     with pytest.raises(ValueError, match="of one training set"):
         attribution.lds(scores.isel(sample=slice(5)), atlas)
     with pytest.raises(ValueError, match="an archive of data"):
-        attribution.lds(scores, outcome)
+        attribution.lds(scores, atlas.drop_vars("kept"))
+    with pytest.raises(ValueError, match="the atlas has no mse_eval; it has loss_eval, kept"):
+        attribution.lds(scores, atlas, of="mse_eval")
     with pytest.raises(ValueError, match="sample is needed"):
         attribution.lds(scores.isel(sample=0), atlas)
     with pytest.raises(ValueError, match="has none of d_sample"):

@@ -142,6 +142,9 @@ def test_each_change_is_what_it_says(parent):
     np.testing.assert_array_equal(after[1][1], before[1][1][:, order])
     np.testing.assert_array_equal(after[2][0][..., :8], before[2][0][..., order])
 
+    _, again, _ = changed(parent, {"swap": {"layer": 1, "node": 0, "node_2": 5}})
+    np.testing.assert_array_equal(again[1][0], after[1][0])
+
     before, after, _ = changed(parent, {"transplant": {"seed": 1, "layer": 1, "node": 2, "to": 6}})
     for seed in (0, 1):
         np.testing.assert_array_equal(after[1][0][seed, 6], before[1][0][1, 2])
@@ -155,6 +158,9 @@ def test_each_change_is_what_it_says(parent):
     assert (after[1][1][:, 7] == 0).all()  # biases start at 0
     spread = after[1][0][:, 7].std() / 0.3  # 20 draws N(0, 0.3²): within five standard errors of the law's
     assert abs(spread - 1) < 5 / np.sqrt(2 * 20)
+
+    _, after, _ = changed(parent, {"reinitialise": {"layer": 1}})
+    assert (after[1][0] != before[1][0]).all()
 
     start = tsdyn.open(parent).weight.sel(epoch=0, layer=1)
     before, after, _ = changed(parent, {"gaussian": 0.01})
@@ -267,12 +273,15 @@ def test_what_cannot_be_forked_is_refused(parent, tmp_path):
     refused("a relative size", perturb={"gaussian": -1.0})
     refused("the run has 3 epochs", at=[4])
     refused("at least one epoch", at=[-1])
+    refused("cannot change during a run", perturb={"set": {"training.loss": "cross_entropy"}})
     refused("cannot change during a run", perturb={"set": {"student.scale": 1.0}})
     with pytest.raises(tsdyn.ExperimentError, match=r"give fork\.parent"):
         small(fork={"fork_epoch": 1})
     tsdyn.fork(parent, out=tmp_path / "children")
     with pytest.raises(tsdyn.ExperimentError, match="holds children itself"):
         tsdyn.fork(tmp_path / "children", out=tmp_path / "d")
+    with pytest.raises(tsdyn.ExperimentError, match="ask for the parent"):
+        tsdyn.sensitivity(tmp_path / "children", of="loss_eval", wrt=["start"])
     with pytest.raises(ValueError, match="of no fork"):
         forks.compared(parent)
     bare = parent_of(tmp_path, record__observables=["loss"])

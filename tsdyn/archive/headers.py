@@ -12,7 +12,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -373,3 +373,14 @@ class Headers:
         seal = hashlib.sha256(text.encode()).hexdigest()
         write_text(self.path / INDEX, f'{{"sha256": "{seal}", "kept": {text}}}')
         self._changed = False
+
+
+def when(cells: Iterable[Sequence[Source]]) -> dict[str, Any]:
+    """When the last of all points was written, and the seconds that all took; empty if a file does not say."""
+    last = {source.path.parent: source.own for cell in cells for source in cell}
+    if not all("created" in own and vocabulary.WALL in own for own in last.values()):
+        return {}
+    return {
+        "created": max(str(own["created"]) for own in last.values()),
+        vocabulary.WALL: round(sum(float(own[vocabulary.WALL]) for own in last.values()), 3),
+    }

@@ -37,7 +37,8 @@ from tsdyn.archive.run_directory import (
     segments,
 )
 from tsdyn.archive.selecting import swept_dimensions
-from tsdyn.archive.sweep_directory import SWEEP, possible_names, sweep_points
+from tsdyn.archive.sweep_directory import possible_names, sweep_points
+from tsdyn.archive.swept_values import SWEEP
 from tsdyn.archive.whole_files import (
     SUFFIX,
     ArchiveError,

@@ -45,7 +45,7 @@ State = Mapping[str, np.ndarray]
 Mode: TypeAlias = Literal["r", "w"]
 #: Variable → one array (seed, epoch), or one array per layer from the lowest up, (seed, epoch, node...); constants
 #: have no epoch.
-Records = Mapping[str, "np.ndarray | list[np.ndarray]"]
+Records = Mapping[str, np.ndarray | list[np.ndarray]]
 
 
 @contextmanager

@@ -25,7 +25,8 @@ from dask.base import tokenize
 
 from tsdyn import schema, vocabulary
 from tsdyn.archive import additions, study_directories, zarr_stores
-from tsdyn.archive.headers import Header, Headers, Source
+from tsdyn.archive.headers import Header, Headers, Source, when
+from tsdyn.archive.kept_samples import with_kept
 from tsdyn.archive.lazy_arrays import Cells, Stored
 from tsdyn.archive.recordings import Recording, flush_below, recordings_below
 from tsdyn.archive.run_directory import ARCHIVE, EXPERIMENT
@@ -33,7 +34,6 @@ from tsdyn.archive.sweep_directory import label, point_directories
 from tsdyn.archive.swept_values import SWEEP, dimensions
 from tsdyn.archive.whole_files import ALWAYS_VERIFIED, ArchiveError, DirectoryError, local_path
 from tsdyn.archive.wrong_numbers import WRONG, WRONG_THROUGH, WrongNumbersWarning, wrong_variables
-from tsdyn.experiment import subsets
 from tsdyn.experiment.experiment import Experiment, digest, flattened
 from tsdyn.experiment.sweep_axes import (
     DIMENSIONS,
@@ -112,26 +112,15 @@ def open(
         ds = opened(paths[0], skip_damaged=skip_damaged, upto=upto)
     else:
         ds = _opened_together(paths, skip_damaged, upto, as_points=along == "point")
-    ds = _with_kept(ds)
+    ds = with_kept(ds)
     wrong = [str(name) for name, array in ds.data_vars.items() if "wrong" in array.attrs]
     for one in (p.absolute() for p in paths if wrong):
         if one not in _warned:
             _warned.add(one)
             warnings.warn(
-                f"{one}: {', '.join(wrong)}: {ds[wrong[0]].attrs['wrong']}", WrongNumbersWarning, stacklevel=2
+                f"{one}: {', '.join(wrong)}: {ds[wrong[0]].attrs['wrong']}", WrongNumbersWarning, stacklevel=3
             )
     return ds
-
-
-def _with_kept(ds: xr.Dataset) -> xr.Dataset:
-    """The Dataset with ``kept`` (subset, sample) if its runs leave samples out of their training sets."""
-    text = str(ds.attrs.get("experiment", ""))
-    if "leave_out" not in text or "subset" not in ds.dims:
-        return ds
-    data = Experiment.from_toml_text(text, archived=True).data
-    attrs = {"units": "1", "long_name": "whether the sample is trained on", "source": "tsdyn: data.leave_out"}
-    found = subsets.kept(data)[ds["subset"].values.astype(int)]
-    return ds.assign(kept=(("subset", "sample"), found, attrs)).assign_coords(sample=np.arange(found.shape[1]))
 
 
 def opened(path: Path, *, skip_damaged: bool = False, upto: float = -1.0) -> xr.Dataset:
@@ -159,7 +148,7 @@ def opened(path: Path, *, skip_damaged: bool = False, upto: float = -1.0) -> xr.
 def _single(sources: Sequence[Source]) -> xr.Dataset:
     """The Dataset of one run's files or of any one file, with the values of swept keys of the point that it is."""
     own = {name: xr.Variable(*kept) for name, kept in sources[0].swept}
-    return _whole({(): sources}, ()).assign_coords(own).assign_attrs(sources[0].own | _when([sources]))
+    return _whole({(): sources}, ()).assign_coords(own).assign_attrs(sources[0].own | when([sources]))
 
 
 def _marked_as(ds: xr.Dataset, path: Path) -> xr.Dataset:
@@ -187,7 +176,7 @@ def _recordings(path: Path, folders: Sequence[Path], skip_damaged: bool, upto: f
         except ArchiveError as error:
             if not skip_damaged:
                 raise
-            warnings.warn(f"{error}; left NaN", stacklevel=5)
+            warnings.warn(f"{error}; left NaN", stacklevel=6)
     with suppress(ArchiveError):  # as for sweeps
         headers.write()
     held = {folder: (of, sources) for folder, (of, sources) in found.items() if sources}
@@ -258,18 +247,7 @@ def _opened_together(paths: Sequence[Path], skip_damaged: bool, upto: float, *, 
         coverage[place] = _coverage(cell)
     dims = tuple(axis.dimension for axis in grid)
     column = xr.Variable(dims, coverage, vocabulary.COORDINATES["coverage"].attrs)
-    return ds.assign_coords(coverage=column).assign_attrs(origin | _when(cells.values()))
-
-
-def _when(cells: Iterable[Sequence[Source]]) -> dict[str, Any]:
-    """When the last of all points was written, and the seconds that all took; empty if a file does not say."""
-    last = {source.path.parent: source.own for cell in cells for source in cell}
-    if not all("created" in own and vocabulary.WALL in own for own in last.values()):
-        return {}
-    return {
-        "created": max(str(own["created"]) for own in last.values()),
-        vocabulary.WALL: round(sum(float(own[vocabulary.WALL]) for own in last.values()), 3),
-    }
+    return ds.assign_coords(coverage=column).assign_attrs(origin | when(cells.values()))
 
 
 def _whole(cells: Cells, grid: Sequence[Axis], skip: bool = False) -> xr.Dataset:
@@ -393,7 +371,7 @@ def _committed(
         except ArchiveError as error:
             if not skip_damaged:
                 raise
-            warnings.warn(f"{error}; left NaN", stacklevel=6)
+            warnings.warn(f"{error}; left NaN", stacklevel=7)
         yield point, sources
     if sweep:
         with suppress(ArchiveError):  # where the index cannot be written, the next reader reads the headers again
@@ -567,7 +545,8 @@ def _gridded(cells: Cells, labels: Mapping[str, list[Any]], grid: Sequence[Axis]
                 empty = np.full((*sizes, *(len(labels[d]) for d in dims)), -1)
                 found[name] = xr.Variable((*outer, *dims), empty, attrs)
             where = [np.flatnonzero(np.isin(labels[d], own[d])) for d in dims]  # by label: one's own may begin at 0
-            found[name].values[(*place, *np.ix_(*where))] = values
+            at: tuple[Any, ...] = (*place, *np.ix_(*where))
+            found[name].values[at] = values
     return found
 
 

@@ -43,6 +43,7 @@ class Recording:
         given: Those of them that are given to each commit.
         declared: Declarations of those that are not the schema's.
         comments: Over which samples and positions variables are measured.
+        path: The dimension along which it was recorded; another than ``epoch`` for what was imported.
     """
 
     seed: int
@@ -70,14 +71,15 @@ class Recording:
     given: tuple[str, ...] = ()
     declared: tuple[dict[str, Any], ...] = ()
     comments: dict[str, str] = field(default_factory=dict)
+    path: vocabulary.Path = "epoch"
 
     @property
     def layout(self) -> Layout:
         """Sizes of the recording's dimensions."""
         return Layout(
             (self.seed,), self.input_width, self.widths, self.teacher_widths, self.quantiles, self.modes, self.fan_ins,
-            self.teacher_fan_ins, self.entries, extra=tuple(self.sizes.items()), layer_names=self.layers,
-            comments=tuple(self.comments.items()),
+            self.teacher_fan_ins, self.entries, path=self.path, extra=tuple(self.sizes.items()),
+            layer_names=self.layers, comments=tuple(self.comments.items()),
         )  # fmt: skip
 
     def recorded(self, when: vocabulary.When | None = None) -> tuple[str, ...]:
@@ -106,11 +108,15 @@ class Recording:
     def digest(self) -> str:
         """SHA-256 of all that is not the seed's or the point's own."""
         own = {"seed": 0, "config": {}, "teacher": "", "probe": ""}
-        return hashlib.sha256(tomli_w.dumps({**asdict(self), **own}).encode()).hexdigest()
+        return hashlib.sha256(tomli_w.dumps({**self._values(), **own}).encode()).hexdigest()
 
     def to_toml(self) -> str:
         """TOML text; `of_text` gives an equal Recording back."""
-        return tomli_w.dumps({"kind": "recording", **asdict(self)})
+        return tomli_w.dumps({"kind": "recording", **self._values()})
+
+    def _values(self) -> dict[str, Any]:
+        """All fields; without `path` where it is the usual one, so that texts and digests stay what they were."""
+        return {key: value for key, value in asdict(self).items() if key != "path" or value != "epoch"}
 
     @classmethod
     def of_text(cls, text: str, origin: str = FILE) -> Recording:

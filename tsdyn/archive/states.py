@@ -24,7 +24,9 @@ def kept(path: str | Path) -> dict[int, int]:
             for group in netcdf.state_groups(nc):
                 epoch = netcdf.epoch_of(group)
                 size = sum(array.size * array.dtype.itemsize for array in nc.groups[group].variables.values())
-                found[_last(nc, last) if epoch is None else epoch] = int(size)
+                at = _last(nc, last) if epoch is None else epoch
+                if at is not None:
+                    found[at] = int(size)
     return dict(sorted(found.items()))
 
 
@@ -60,6 +62,8 @@ def _files(path: Path) -> list[tuple[Path, int | None]]:
     return found
 
 
-def _last(nc: netCDF4.Dataset, named: int | None) -> int:
-    """The epoch after which a file's last state is."""
-    return int(nc["epoch"][-1]) if named is None else named
+def _last(nc: netCDF4.Dataset, named: int | None) -> int | None:
+    """The epoch after which a file's last state is; None for flows and online runs, whose labels are no epochs."""
+    if named is not None:
+        return named
+    return int(nc["epoch"][-1]) if "epoch" in nc.variables else None

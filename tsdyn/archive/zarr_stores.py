@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import xarray as xr
 
 from tsdyn.archive.whole_files import DirectoryError
@@ -37,7 +38,7 @@ def read(path: Path) -> xr.Dataset:
         ds = xr.open_zarr(path, chunks={}, consolidated=consolidated, decode_times=False, decode_timedelta=False)
         if not ds.variables:
             raise DirectoryError(f"{path}: is a zarr store that holds no variable")
-        return ds
+        return with_text(ds)
     except DirectoryError:
         raise
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RuntimeError, RecursionError) as e:
@@ -63,3 +64,33 @@ def _codecs(value: Any) -> Iterator[str]:
     elif isinstance(value, list):
         for held in value:
             yield from _codecs(held)
+
+
+#: Attribute of numbers that stand for texts in a store of format 3, which has no texts of its own: the texts, as JSON.
+TEXTS = "texts"
+
+
+def without_text(ds: xr.Dataset) -> xr.Dataset:
+    """The Dataset with texts replaced by numbers whose attribute `TEXTS` lists what they stand for."""
+    found = {}
+    for name, array in ds.variables.items():
+        if array.dtype.kind in "OUS":
+            words, codes = np.unique(array.values.astype(str), return_inverse=True)
+            attrs = {**array.attrs, TEXTS: json.dumps(words.tolist())}
+            found[name] = xr.Variable(array.dims, codes.reshape(array.shape).astype(np.int64), attrs)
+    return ds.assign_coords({n: v for n, v in found.items() if n in ds.coords}).assign(
+        {n: v for n, v in found.items() if n not in ds.coords}
+    )
+
+
+def with_text(ds: xr.Dataset) -> xr.Dataset:
+    """The Dataset with the texts that `without_text` replaced."""
+    found = {}
+    for name, array in ds.variables.items():
+        if TEXTS in array.attrs and array.dtype.kind in "iu":
+            attrs = {key: value for key, value in array.attrs.items() if key != TEXTS}
+            words = np.array(json.loads(array.attrs[TEXTS]), dtype=str)
+            found[name] = xr.Variable(array.dims, words[array.values], attrs)
+    return ds.assign_coords({n: v for n, v in found.items() if n in ds.coords}).assign(
+        {n: v for n, v in found.items() if n not in ds.coords}
+    )

@@ -10,12 +10,14 @@ __all__ = ["app", "main"]
 _COMMANDS = (
     "run_commands",
     "new_command",
+    "draw_command",
     "archive_commands",
+    "diff_command",
     "measure_command",
     "sensitivity_command",
-    "draw_command",
-    "diff_command",
     "fork_command",
+    "export_command",
+    "import_command",
 )
 for _module in _COMMANDS:
     _importlib.import_module(f"tsdyn.cli.{_module}")

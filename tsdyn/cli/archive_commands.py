@@ -8,10 +8,9 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from tsdyn.archive.whole_files import DirectoryError, local_path
-from tsdyn.cli.application import FAILED, AsJson, Directory, StyleName, app, assignment, plain, print_json, save
+from tsdyn.cli.application import FAILED, AsJson, Directory, StyleName, app, assignment, print_json, save
 from tsdyn.experiment.errors import ExperimentError
 from tsdyn.registers import PartError
 from tsdyn.schema import printable
@@ -196,28 +195,27 @@ def cite(directory: Directory) -> None:
 
 @app.command()
 def audit(directory: Directory, as_json: AsJson = False) -> None:
-    """Test each theorem on an archive: hypothesis met? conclusion holds? by what margin?"""
+    """Test each theorem on an archive, a line each: holds, fails, hypothesis unmet because ..., or what to record."""
     from tsdyn.analysis.audit import audit as measure
     from tsdyn.analysis.report import audit_rows
+    from tsdyn.analysis.verdicts import lines
     from tsdyn.archive import reading, selecting
     from tsdyn.running import packages
 
-    table = Table("claim", "members", "largest margin", "what is checked, or what it needs")
     ds = reading.open(directory)
     try:
-        rows = audit_rows(measure(ds))
+        found = measure(ds)
+        shown = lines(found)
     except (ValueError, KeyError) as error:
         gone = isinstance(error, PartError)
         way = packages.way_back(selecting.experiment_of(ds), local_path(directory)) if gone else ""
         raise DirectoryError(f"{directory}: {error.args[0] if error.args else error}{way}") from error
     if as_json:
         words = ("claim", "verdicts", "largest_margin", "used")
-        print_json([dict(zip(words, row, strict=True)) for row in rows])
+        print_json([dict(zip(words, row, strict=True)) for row in audit_rows(found)])
         return
-    for row in rows:
-        table.add_row(*map(plain, row))
-    Console().print(table)
-    print("margin: conclusion over bound, at most 1 where it holds; unmet: the hypothesis fails, so nothing is tested")
+    for line in shown:
+        print(printable(line))
 
 
 @app.command()

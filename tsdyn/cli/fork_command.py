@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from tsdyn.cli.application import Directory, app
-from tsdyn.cli.run_commands import Device, Quiet, Scheduler, Workers, _run
+from tsdyn.cli.run_commands import Device, Quiet, Scheduler, Workers, run_announced
 from tsdyn.experiment.errors import ExperimentError
 
 
@@ -47,7 +47,7 @@ def fork(
         parent, at=epochs, perturb=_changes(perturb), branches=branches, draws="same" if draws == "same" else "other"
     )
     target = whole_files.local_path(output or parent.with_name(f"{parent.name}-fork"))
-    _run(child, target, device, quiet, workers, scheduler, None)
+    run_announced(child, target, device, quiet, workers, scheduler, None)
     if not quiet:
         _tell(forks.compared(target))
 

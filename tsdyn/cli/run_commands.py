@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -67,7 +68,7 @@ def run(
     chosen = _experiment(experiment, output)
     if changes:
         chosen = chosen.replace(dict(assignment(text) for text in changes))
-    _run(chosen, local_path(output or Path("runs") / chosen.name), device, quiet, workers, scheduler, together)
+    run_announced(chosen, local_path(output or Path("runs") / chosen.name), device, quiet, workers, scheduler, together)
 
 
 def _experiment(file: Path, output: str | None) -> Experiment:
@@ -143,21 +144,28 @@ def run_study(
     if isinstance(work, Experiment):
         work = work.replace(dict(assignment(text) for text in changes or ()))
         work = work if seeds is None else work.replace({"seeds": seeds})
-        _run(work, path, device, quiet, workers, scheduler, together)
+        run_announced(work, path, device, quiet, workers, scheduler, together)
         found = reading.open(path)
-    elif given:
+    elif given and not _only_own(work, changes, given):
         raise ExperimentError(
             f"study run {name} --scale {scale}: reads a file and runs nothing, so {', '.join(given)} has no effect; "
             "leave it out"
         )
     else:
-        found = work.read()
+        found = (replace(work, **dict(assignment(text) for text in changes)) if changes else work).read()
     made_by = {key: found.attrs[key] for key in ("name", "digest", "experiment", "tsdyn_version") if key in found.attrs}
     made_by |= {"study": name, "scale": scale}
+    path.mkdir(parents=True, exist_ok=True)
     measured = module.measure(found).load()
     measured = measured.assign_attrs(captions.told(found) | made_by | measured.attrs)
     netcdf.write_dataset(path / "measured.nc", measured)
     draw_study(measured, path / "figure", quiet)
+
+
+def _only_own(file: Any, changes: list[str] | None, given: list[str]) -> bool:
+    """Whether nothing is asked of a study that reads a file but to set the file's own keys, such as its path."""
+    keys = {field.name for field in fields(file)} if is_dataclass(file) else set()
+    return given == ["--set"] and all(text.partition("=")[0].strip() in keys for text in changes or ())
 
 
 def study_of(name: str) -> Any:
@@ -169,7 +177,7 @@ def study_of(name: str) -> Any:
         raise ExperimentError(str(error.args[0])) from error
 
 
-def _run(
+def run_announced(
     experiment: Experiment,
     path: Path,
     device: str,

@@ -173,7 +173,7 @@ class Asked:
         except RuntimeError as error:
             if "use_reentrant" in str(error):
                 return self._by_backward(value, wrt, again)
-            raise _explained(self.caller, self.name, error) from error
+            raise explained(self.caller, self.name, error) from error
         return [torch.zeros_like(t) if g is None else g.detach() for t, g in zip(wrt, found, strict=True)]
 
     def refuse_detached(self, value: Tensor) -> None:
@@ -221,7 +221,7 @@ class Asked:
                 f"{self.caller}: {moved} of {self.name} changes when the module is called, so derivatives would depend "
                 "on how often it was; it was put back; call module.eval(), or switch running statistics off"
             )
-        if self._randomness.moved():
+        if self._randomness.moved() and self._randomness.drawn_by(value):
             raise ValueError(
                 f"{self.caller}: {self.name} draws random numbers in its forward pass, or its loss does, so there is "
                 "no one gradient; make it deterministic (module.eval())"
@@ -486,7 +486,7 @@ def _refuse_odd(caller: str, name: str, tensor: Tensor) -> None:
         raise ValueError(f"{caller}: {name} was made in inference mode, where autograd cannot follow; make it outside")
 
 
-def _explained(caller: str, name: str, error: RuntimeError) -> Exception:
+def explained(caller: str, name: str, error: RuntimeError) -> Exception:
     """Torch's error as a ValueError that names the caller and the way out, if it is a known one."""
     reason = str(error)
     if "modified by an inplace operation" in reason:

@@ -4,7 +4,8 @@ Each function takes either ``(loss, params)``, a function of parameters and the 
 ``(module, loss, x, y)``: then the function is ``loss(module(x), y)`` on the whole batch, and its arguments are the
 module's parameters that require a gradient.  Products with the Hessian are reverse mode over reverse mode; the dense
 Hessian is its products with all unit vectors, by vmap where a random combination of them agrees with a single product
-(Freivalds 1977).  A loss that ignores its parameters, draws random numbers or changes the module's state is refused.
+(Freivalds 1977).  Of fully connected networks both are formulas (`layered`), where these agree with plain autograd.
+A loss that ignores its parameters, draws random numbers or changes the module's state is refused.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from tsdyn.derivatives import labels
-from tsdyn.derivatives.assumptions import Loss, Tree, _explained, agree, asked, comparable, gradients_on, log
+from tsdyn.derivatives.assumptions import Loss, Tree, agree, asked, comparable, explained, gradients_on, log
+from tsdyn.derivatives.layered import Layered, layered
 from tsdyn.derivatives.module_state import Randomness
 from tsdyn.memory import refuse_beyond
 from tsdyn.networks.network import Network
@@ -319,15 +321,31 @@ class _Curve:
             )
         bent = [s for s in slopes if s is not None and s.requires_grad]
         self._slopes, self._at = bent, [i for i, s in enumerate(slopes) if any(s is b for b in bent)]
+        self._quick: Layered | None = None
 
     def _differentiate(self, of: Sequence[Tensor], along: Sequence[Tensor] | None = None, **how: bool) -> list[Any]:
         try:
             return list(torch.autograd.grad(of, self._leaves, along, allow_unused=True, **how))
         except RuntimeError as error:
-            raise _explained(self._caller, self._name, error) from error
+            raise explained(self._caller, self._name, error) from error
+
+    def use(self, quick: Layered | None) -> None:
+        """Compute products by formulas from now on, if one agrees with plain autograd."""
+        if quick is None or not comparable(self._leaves):
+            return
+        draw = torch.Generator().manual_seed(2)
+        vector = torch.randn(self.size, generator=draw, dtype=self.dtype, device="cpu").to(self.device)
+        right, found = self._plain(vector), quick.product(vector)
+        if agree(found, right):
+            self._quick = quick
+        else:  # samples that the loss mixes, a hook on a parameter
+            log.warning("%s: %s: formulas differ from plain autograd, which is used", self._caller, self._name)
 
     def product(self, vector: Tensor) -> Tensor:
-        """H v, by reverse mode over reverse mode."""
+        """H v, by formulas where there are some, else by reverse mode over reverse mode."""
+        return self._plain(vector) if self._quick is None else self._quick.product(vector)
+
+    def _plain(self, vector: Tensor) -> Tensor:
         return self._products(vector, batched=False)
 
     def _products(self, vectors: Tensor, *, batched: bool) -> Tensor:
@@ -353,17 +371,22 @@ class _Curve:
         unit = torch.eye(self.size, dtype=self.dtype, device=self.device)
         draw = torch.Generator().manual_seed(0)
         random = torch.randn(2, self.size, generator=draw, dtype=self.dtype, device="cpu").to(self.device)
+        right = torch.stack([self._plain(v) for v in random])
+        if self._quick is not None:
+            found = self._quick.dense()
+            if self._same(random @ found, right, found):
+                return found
+            log.warning("%s: %s: the formulas' Hessian differs from plain products", self._caller, self._name)
         try:
             step = max(1, _AT_ONCE // max(1, 64 * self.size * self.dtype.itemsize))
             found = torch.cat([self._products(part, batched=True) for part in unit.split(step)])
-            right = torch.stack([self.product(v) for v in random])
             if comparable(self._leaves) and self._same(random @ found, right, found):
                 return found
             reason = "differs from plain products"
         except (RuntimeError, ValueError) as error:
             reason = f"fails ({str(error).strip().splitlines()[0][:120]})"
         log.warning("%s: the Hessian of %s by vmap %s; column by column instead", self._caller, self._name, reason)
-        return torch.stack([self.product(v) for v in unit])
+        return torch.stack([self._plain(v) for v in unit])
 
     def _same(self, found: Tensor, right: Tensor, matrix: Tensor) -> bool:
         # Rounding of a product of a row with a random vector has the scale of its terms, not of their sum.
@@ -371,6 +394,8 @@ class _Curve:
 
     def refuse_asymmetry(self) -> None:
         """Raise ValueError unless uᵀ(H w) = wᵀ(H u) for random u and w; a user's hook or backward may break it."""
+        if self._quick is not None:  # which is symmetric, and agrees with plain autograd
+            return
         draw = torch.Generator().manual_seed(1)
         u, w = torch.randn(2, self.size, generator=draw, dtype=self.dtype, device="cpu").to(self.device)
         hu, hw = self.product(u), self.product(w)
@@ -401,7 +426,10 @@ def _curved(
             def value() -> Tensor:
                 return one.value(given["loss"], one.call(one.inputs), one.targets)
 
-            yield _traced(caller, name, leaves, lambda: one.refuse_unsteady(value), value), given
+            curve = _traced(caller, name, leaves, lambda: one.refuse_unsteady(value), value)
+            if "vector" not in given:  # a single product is not worth the comparison
+                curve.use(layered(one.module, one.inputs, lambda f: one.value(given["loss"], f, one.targets), leaves))
+            yield curve, given
             return
         stack.enter_context(gradients_on())
         leaves, structured = _leaves(caller, given["params"])

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map
 
 from tsdyn.derivatives import labels
 from tsdyn.derivatives.assumptions import MEMORY, Asked, Loss, Tree, agree_by_name, asked, comparable, log, sample_axis
+from tsdyn.derivatives.layered import fill_jacobians, plain_network
 from tsdyn.memory import refuse_beyond
 from tsdyn.networks.network import Network
 
@@ -57,8 +58,7 @@ def jacobian(
         view = _View(one, wrt)
         size = sum(one.count * view.outputs * t.nbytes for t in view.single().values())
         refuse_beyond(caller, size, one.device, "ask for fewer samples")
-        parts = [view.jacobians(part) for part in _chunks(one.count, memory // max(1, 3 * size // one.count))]
-        found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        found = view.whole(memory // max(1, 3 * size // one.count))
         shaped = {n: j.view(len(j), *view.output_shape, *j.shape[2:]) for n, j in found.items()}
     return shaped if wrt == "parameters" else shaped[wrt]
 
@@ -270,6 +270,26 @@ class _View:
                 return {self._wrt: self._at.reshape(self._at_shape)}
             case other:
                 assert_never(other)
+
+    def whole(self, size: int) -> dict[str, Tensor]:
+        """Jacobians of all samples by name, found for `size` of them at a time and written to one place."""
+        one, found = self._one, {}
+        for name, t in self.single().items():
+            found[name] = torch.empty(one.count, self.outputs, *t.shape, dtype=t.dtype, device=t.device)
+        plain = (
+            plain_network(one.module, one.inputs, list(one.parameters.values())) if self._of == "parameters" else None
+        )
+        for part in _chunks(one.count, size):
+            own = {name: j[part] for name, j in found.items()}
+            if plain is not None and self._vmap:
+                fill_jacobians(plain[0], one.some(part)[0].detach(), plain[1], list(own.values()))
+                if self._agrees(part, own):
+                    continue
+                log.warning("%s: %s: formulas differ from plain autograd; torch.func instead", one.caller, one.name)
+                plain = None
+            for name, jacobian in self.jacobians(part).items():
+                own[name].copy_(jacobian)
+        return found
 
     def rows(self, part: slice) -> Tensor:
         """Jacobians flattened to (sample, output, parameter), real."""

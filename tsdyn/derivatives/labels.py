@@ -74,8 +74,8 @@ def in_parameters(
             whole = (*sizes, len(named), *widest[: len(dims[kind]) - 1])
             arrays[kind] = np.full(whole, np.nan, numbers.dtype)
         block = numbers.reshape(*sizes, *shapes[layer][: len(dims[kind]) - 1])
-        inner = tuple(slice(size) for size in block.shape[len(sizes) :])
-        arrays[kind][(*(slice(None),) * len(sizes), layer, *inner)] = block
+        place: tuple[Any, ...] = (*(slice(None),) * len(sizes), layer, *(slice(n) for n in block.shape[len(sizes) :]))
+        arrays[kind][place] = block
     for kind, array in arrays.items():
         variables[kind] = xr.Variable((*lead, *dims[kind]), array, _attrs(f"{what} in {kind}"))
     return xr.Dataset(variables, {**coords, **(_layer_coordinates(named, shapes, widest) if arrays else {})})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,10 @@ from torch import nn
 
 #: Limit on the bytes of parameters that are copied, to detect changes that do not raise a tensor's version counter.
 SMALL = 64 << 20
+
+
+#: Calls that must all change a random generator before a module counts as one that draws.
+TRIALS = 3
 
 
 class State:
@@ -77,7 +82,22 @@ class Randomness:
 
         Python's ``random`` is ignored if beartype is loaded, which draws from it to choose what it checks.
         """
-        (cpu, cuda, numpy, python), (cpu0, cuda0, numpy0, python0) = self._now(), self._before
+        return self._differs(self._before)
+
+    def drawn_by(self, call: Callable[[], Any]) -> bool:
+        """Whether each of a few calls draws: a single change may be another thread's, such as those of dask's workers.
+
+        Calls that draw change a generator every time.
+        """
+        for _ in range(TRIALS):
+            before = self._now()
+            call()
+            if not self._differs(before):
+                return False
+        return True
+
+    def _differs(self, before: tuple[Any, ...]) -> bool:
+        (cpu, cuda, numpy, python), (cpu0, cuda0, numpy0, python0) = self._now(), before
         return (
             not torch.equal(cpu, cpu0)
             or any(not torch.equal(a, b) for a, b in zip(cuda, cuda0, strict=True))

@@ -158,8 +158,8 @@ def per_sample_gradients(
     if labelled:
         names = None if names is None else list(names)
         plain = (labels.unlabelled(each) for each in (x, y))
-        values = per_sample_gradients(module, loss, *plain, names=names, memory=memory)
-        return labels.in_parameters(values, module, ("sample",), labels.of_samples(x), "gradient of the sample's loss")
+        slopes = per_sample_gradients(module, loss, *plain, names=names, memory=memory)
+        return labels.in_parameters(slopes, module, ("sample",), labels.of_samples(x), "gradient of the sample's loss")
     with asked(caller, module, x, y, names=names) as one:
         _refuse_nothing(one)
         size = one.count * sum(p.nbytes for p in one.parameters.values())

@@ -1,5 +1,8 @@
 """Build the C++ sources of this folder with the system's compiler at first use; load, check and call the libraries.
 
+Where there is no c++, g++ or clang++, nor one named by CXX, the Clang of the ``ziglang`` package is used if it is
+installed (``pip install tsdyn[compiler]``).
+
 A build is kept in the user's cache directory, under a name made of the source, the compiler and the processor, so that
 a home directory shared by different machines holds one for each.  A library that differs from the checksum beside it is
 built again.  If there is no home directory, or the cache cannot be used or belongs to another user, a private temporary
@@ -16,6 +19,7 @@ import atexit
 import ctypes
 import functools
 import hashlib
+import importlib.util
 import logging
 import os
 import platform
@@ -23,10 +27,12 @@ import shutil
 import signal
 import stat
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +45,8 @@ FOLDER = Path(__file__).parent
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fno-math-errno", "-ffp-contract=fast")
 #: Seconds after which a compiler that builds, or prints its version, is taken to hang.
 BUILD_SECONDS, VERSION_SECONDS = 120.0, 20.0
+#: The same of ziglang, which at its first use builds its own C++ library.
+ZIG_SECONDS = 1800.0
 #: Bytes of a cache line, product.hpp's kLineBytes.
 LINE = 64
 
@@ -100,7 +108,7 @@ def _say_once(sentence: str) -> None:
     _log.warning("%s", sentence)
 
 
-def _loaded(compiler: tuple[str, bytes], source: Path) -> ctypes.CDLL:
+def _loaded(compiler: _Compiler, source: Path) -> ctypes.CDLL:
     """The library from the cache directory or, if that cannot be used, from a private one removed at exit."""
     reasons = []
     for folder in (_cache_folder, _private_folder):
@@ -132,13 +140,29 @@ def _check_layout(library: ctypes.CDLL, source: Path, job: type[ctypes.Structure
 # --- building ------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Compiler:
+    """A compiler: the words that call it, what it prints as its version, its flags, and how long a build may take."""
+
+    command: tuple[str, ...]
+    version: bytes
+    flags: tuple[str, ...] = FLAGS
+    seconds: float = BUILD_SECONDS
+
+
 @functools.cache
-def _compiler() -> tuple[str, bytes]:
-    """The compiler, and what it prints as its version."""
+def _compiler() -> _Compiler:
+    """The system's compiler or, where there is none, that of the ziglang package."""
     found = next((c for c in (os.environ.get("CXX", ""), "c++", "g++", "clang++") if c and shutil.which(c)), None)
-    if found is None:
-        raise _Unusable("no C++ compiler is installed (CXX, c++, g++ or clang++)")
-    return found, _asked([found, "--version"], VERSION_SECONDS)
+    if found is not None:
+        return _Compiler((found,), _asked([found, "--version"], VERSION_SECONDS))
+    if importlib.util.find_spec("ziglang") is None:
+        raise _Unusable(
+            "no C++ compiler is installed (CXX, c++, g++ or clang++); pip install tsdyn[compiler] brings one"
+        )
+    command = (sys.executable, "-m", "ziglang", "c++")
+    # without the sanitizer that zig adds of itself
+    return _Compiler(command, _asked([*command, "--version"], ZIG_SECONDS), (*FLAGS, "-fno-sanitize=all"), ZIG_SECONDS)
 
 
 #: Compilers that did not answer in time → the message about it; they are not called again.
@@ -147,13 +171,14 @@ _hanging: dict[str, str] = {}
 
 def _asked(command: Sequence[str], seconds: float) -> bytes:
     """The output of a command; it and its children are killed if it takes too long."""
-    if command[0] in _hanging:
-        raise _Unusable(_hanging[command[0]])
+    name = "ziglang" if "ziglang" in command else command[0]
+    if name in _hanging:
+        raise _Unusable(_hanging[name])
     with tempfile.TemporaryFile() as printed:
         try:
             process = subprocess.Popen(command, stdout=printed, stderr=subprocess.STDOUT, start_new_session=True)
         except OSError as error:
-            raise _Unusable(f"{command[0]} cannot be started: {error}") from None
+            raise _Unusable(f"{name} cannot be started: {error}") from None
         try:
             code = process.wait(seconds)
         except BaseException as error:
@@ -162,28 +187,29 @@ def _asked(command: Sequence[str], seconds: float) -> bytes:
             process.wait()
             if not isinstance(error, subprocess.TimeoutExpired):
                 raise
-            _hanging[command[0]] = f"{command[0]} hangs: given up after {seconds:g} s"
-            raise _Unusable(_hanging[command[0]]) from None
+            _hanging[name] = f"{name} hangs: given up after {seconds:g} s"
+            raise _Unusable(_hanging[name]) from None
         printed.seek(0)
         answer = printed.read()
     if code != 0:
         first = next(iter(answer.decode(errors="replace").strip().splitlines()), "it says nothing")
-        raise _Unusable(f"{command[0]} ended with code {code}: {first}")
+        raise _Unusable(f"{name} ended with code {code}: {first}")
     return answer
 
 
-def _built(compiler: tuple[str, bytes], source: Path, folder: Path) -> Path:
+def _built(compiler: _Compiler, source: Path, folder: Path) -> Path:
     """Path of the library of `source` in `folder`; it is built unless it exists and agrees with its checksum."""
-    name, version = compiler
     sources = [path.read_bytes() for path in (source, *sorted(source.parent.glob("*.hpp")))]
-    key = hashlib.sha256(b"\0".join([*sources, version, _processor(), " ".join(FLAGS).encode()]))
+    key = hashlib.sha256(b"\0".join([*sources, compiler.version, _processor(), " ".join(compiler.flags).encode()]))
     library = folder / f"{source.stem}-{key.hexdigest()[:16]}.so"
     if _whole(library):
         return library
     # several processes may build at once: each writes a file of its own and renames it when it is whole
     with tempfile.TemporaryDirectory(dir=folder) as private:
         unfinished = Path(private) / library.name
-        _asked([name, *FLAGS, str(source), "-o", str(unfinished)], BUILD_SECONDS)
+        if "ziglang" in compiler.command:
+            _say_once("the compiled step is built by ziglang, which takes minutes when it is first used on a machine")
+        _asked([*compiler.command, *compiler.flags, str(source), "-o", str(unfinished)], compiler.seconds)
         checksum = unfinished.with_suffix(".sha256")
         checksum.write_text(hashlib.sha256(unfinished.read_bytes()).hexdigest(), encoding="ascii")
         for file in (unfinished, checksum):

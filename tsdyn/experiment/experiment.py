@@ -21,13 +21,13 @@ from pydantic_core import to_jsonable_python
 
 from tsdyn import registers, schema, vocabulary
 from tsdyn.experiment import rules, shapes
+from tsdyn.experiment.branching import Fork
 from tsdyn.experiment.errors import ExperimentError, explain
 from tsdyn.experiment.parts import (
     Count,
     Data,
     Epochs,
     Flow,
-    Fork,
     Online,
     Part,
     Record,
@@ -124,6 +124,12 @@ class Experiment(Part):
     def of_own_modules(self) -> bool:
         """Whether the student or the teacher is a module of the user's own."""
         return self.student.module is not None or self.teacher.module is not None
+
+    @property
+    def as_trained(self) -> Experiment:
+        """The experiment with the values that a fork sets from its epoch on; itself for all others."""
+        changes = self.fork.perturb.get("set", {})
+        return self.replace(changes) if changes else self
 
     @property
     def complete(self) -> bool:

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel
 
 from tsdyn import schema
+from tsdyn.experiment.branching import Fork
 from tsdyn.experiment.errors import keys, nearest
-from tsdyn.experiment.parts import IMAGES, MAX_SEEDS, Fork, LeaveOut, Record
+from tsdyn.experiment.parts import IMAGES, MAX_SEEDS, LeaveOut, Record
 from tsdyn.experiment.sweep_axes import axes, swept_keys
 from tsdyn.vocabulary import VARIABLES, Kind
 

@@ -1,1 +1,1 @@
-"""What is done with archives after the runs: measure more from them, add it to them, compare them."""
+"""What happens to an archive after its run: measured, extended, compared, exported, imported."""

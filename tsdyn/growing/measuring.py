@@ -25,7 +25,7 @@ from tsdyn.analysis.identity import points
 from tsdyn.archive import reading
 from tsdyn.experiment.errors import ExperimentError
 from tsdyn.experiment.experiment import Experiment
-from tsdyn.networks.any_module import Own, _held
+from tsdyn.networks.any_module import Own, held_tensors
 from tsdyn.networks.network import Network
 from tsdyn.observables import registry
 from tsdyn.observables.registry import Observed
@@ -338,7 +338,7 @@ def _put(members: Members, now: Mapping[str, NDArray]) -> None:
     tensors = ensemble.values | ensemble.buffers
     if "parameter" in now:
         start = 0
-        for name, tensor in _held(ensemble.module(0)).items():
+        for name, tensor in held_tensors(ensemble.module(0)).items():
             end = start + tensor.numel()
             tensors[name][0].copy_(torch.from_numpy(now["parameter"][start:end]).reshape(tensor.shape))
             start = end

@@ -281,7 +281,7 @@ class _Namespace(SimpleNamespace):
 
     __name__ = "tsdyn.labelled"
 
-    def __hash__(self) -> int:
+    def __hash__(self) -> int:  # type: ignore[override]
         return id(self)
 
     def __getattr__(self, name: str) -> Any:
@@ -292,4 +292,4 @@ class _Namespace(SimpleNamespace):
         raise AttributeError(f"{name}: {_no(name)}")
 
 
-NAMESPACE = _Namespace(linalg=SimpleNamespace(norm=lambda *a, **k: _through(functions.LINALG.norm, *a, **k)))
+NAMESPACE = _Namespace(linalg=SimpleNamespace(norm=lambda *a, **k: _through(functions.FUNCTIONS["norm"], *a, **k)))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from types import SimpleNamespace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -85,7 +84,7 @@ def _may_hold_nan(value: Tensor) -> bool:
     return torch._C._functorch.is_functorch_wrapped_tensor(value) or bool(torch.isnan(value).any())
 
 
-def careful(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def careful(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function of tensors with the same values, whose NaN entries spoil no derivative but their own.
 
     Archives are padded with NaN, and what is NaN is left out later: its derivative arrives as 0, and 0 · NaN would
@@ -93,7 +92,7 @@ def careful(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     NaN without that stays NaN.
     """
 
-    def calculated(*args: Any, **more: Any) -> Tensor:
+    def calculated(*args: Any, **more: Any) -> Any:
         tensors = [arg for arg in args if isinstance(arg, Tensor)]
         if not any(tracked(t) for t in tensors) or not any(_may_hold_nan(t) for t in tensors):
             return function(*args, **more)
@@ -106,7 +105,7 @@ def careful(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 # --- elementwise -----------------------------------------------------------------------------------
 
-_UNARY = {
+_UNARY: dict[str, Callable[..., Any]] = {
     "abs": torch.abs, "absolute": torch.abs, "negative": torch.neg, "positive": torch.positive, "exp": torch.exp,
     "expm1": torch.expm1, "log": torch.log, "log1p": torch.log1p, "log2": torch.log2, "log10": torch.log10,
     "sqrt": torch.sqrt, "square": torch.square, "reciprocal": torch.reciprocal, "sin": torch.sin, "cos": torch.cos,
@@ -117,7 +116,7 @@ _UNARY = {
     "logical_not": torch.logical_not, "invert": torch.bitwise_not, "bitwise_invert": torch.bitwise_not,
     "signbit": torch.signbit,
 }  # fmt: skip
-_BINARY = {
+_BINARY: dict[str, Callable[..., Any]] = {
     "add": torch.add, "subtract": torch.subtract, "multiply": torch.multiply, "divide": torch.true_divide,
     "true_divide": torch.true_divide, "power": torch.pow, "pow": torch.pow, "float_power": torch.pow,
     "remainder": torch.remainder, "mod": torch.remainder, "floor_divide": torch.floor_divide,
@@ -155,12 +154,12 @@ for _name, _function in _BINARY.items():
 
 
 @named("where")
-def _where(condition: Any, a: Any, b: Any) -> Tensor:
+def _where(condition: Any, a: Any, b: Any) -> Any:
     return torch.where(tensor(condition), *_pair(a, b))
 
 
 @named("clip")
-def _clip(x: Any, a_min: Any = None, a_max: Any = None, min: Any = None, max: Any = None) -> Tensor:
+def _clip(x: Any, a_min: Any = None, a_max: Any = None, min: Any = None, max: Any = None) -> Any:
     low, high = (a_min if min is None else min), (a_max if max is None else max)
     x = tensor(x)
     x = x if low is None else torch.maximum(*_pair(x, low))
@@ -168,12 +167,12 @@ def _clip(x: Any, a_min: Any = None, a_max: Any = None, min: Any = None, max: An
 
 
 @named("round", "around", "round_")
-def _round(x: Any, decimals: int = 0) -> Tensor:
+def _round(x: Any, decimals: int = 0) -> Any:
     return torch.round(tensor(x), decimals=decimals)
 
 
 @named("nan_to_num")
-def _nan_to_num(x: Any, copy: bool = True, nan: float = 0.0) -> Tensor:
+def _nan_to_num(x: Any, copy: bool = True, nan: float = 0.0) -> Any:
     x = tensor(x)
     return torch.where(torch.isnan(x), torch.full_like(x, nan), x)
 
@@ -182,14 +181,14 @@ def _nan_to_num(x: Any, copy: bool = True, nan: float = 0.0) -> Tensor:
 
 
 @named("sum")
-def _sum(x: Any, axis: Axis = None, dtype: Any = None, keepdims: bool = False) -> Tensor:
+def _sum(x: Any, axis: Axis = None, dtype: Any = None, keepdims: bool = False) -> Any:
     x = tensor(x)
     axes = _axes(axis, x.ndim)
     return torch.sum(x, axes, keepdim=keepdims, dtype=_dtype(dtype)) if axes else x.to(_dtype(dtype) or x.dtype)
 
 
 @named("mean")
-def _mean(x: Any, axis: Axis = None, dtype: Any = None, keepdims: bool = False) -> Tensor:
+def _mean(x: Any, axis: Axis = None, dtype: Any = None, keepdims: bool = False) -> Any:
     x = tensor(x)
     x = x.to(_dtype(dtype) or (x.dtype if x.is_floating_point() or x.is_complex() else torch.float64))
     axes = _axes(axis, x.ndim)
@@ -197,7 +196,7 @@ def _mean(x: Any, axis: Axis = None, dtype: Any = None, keepdims: bool = False) 
 
 
 @named("prod")
-def _prod(x: Any, axis: Axis = None, dtype: Any = None, keepdims: bool = False) -> Tensor:
+def _prod(x: Any, axis: Axis = None, dtype: Any = None, keepdims: bool = False) -> Any:
     x = tensor(x)
     for each in sorted(_axes(axis, x.ndim), reverse=True):
         x = careful(torch.prod)(x, each, keepdim=keepdims, dtype=_dtype(dtype))
@@ -207,63 +206,63 @@ def _prod(x: Any, axis: Axis = None, dtype: Any = None, keepdims: bool = False) 
 @named("var")
 def _var(
     x: Any, axis: Axis = None, dtype: Any = None, ddof: Any = 0, keepdims: bool = False, correction: Any = 0
-) -> Tensor:
+) -> Any:
     x = tensor(x)
     return careful(torch.var)(x, _axes(axis, x.ndim), correction=int(ddof or correction), keepdim=keepdims)
 
 
 @named("std")
-def _std(x: Any, **more: Any) -> Tensor:
+def _std(x: Any, **more: Any) -> Any:
     return FUNCTIONS["sqrt"](_var(x, **more))
 
 
 @named("max", "amax")
-def _max(x: Any, axis: Axis = None, keepdims: bool = False) -> Tensor:
+def _max(x: Any, axis: Axis = None, keepdims: bool = False) -> Any:
     x = tensor(x)
     return careful(torch.amax)(x, _axes(axis, x.ndim), keepdim=keepdims)
 
 
 @named("min", "amin")
-def _min(x: Any, axis: Axis = None, keepdims: bool = False) -> Tensor:
+def _min(x: Any, axis: Axis = None, keepdims: bool = False) -> Any:
     x = tensor(x)
     return careful(torch.amin)(x, _axes(axis, x.ndim), keepdim=keepdims)
 
 
 @named("all")
-def _all(x: Any, axis: Axis = None, keepdims: bool = False) -> Tensor:
+def _all(x: Any, axis: Axis = None, keepdims: bool = False) -> Any:
     return torch.logical_not(_any(torch.logical_not(tensor(x)), axis, keepdims))
 
 
 @named("any")
-def _any(x: Any, axis: Axis = None, keepdims: bool = False) -> Tensor:
+def _any(x: Any, axis: Axis = None, keepdims: bool = False) -> Any:
     x = tensor(x)
     axes = _axes(axis, x.ndim)
     return torch.sum(x != 0, axes, keepdim=keepdims) > 0 if axes else x != 0
 
 
 @named("count_nonzero")
-def _count_nonzero(x: Any, axis: Axis = None, keepdims: bool = False) -> Tensor:
+def _count_nonzero(x: Any, axis: Axis = None, keepdims: bool = False) -> Any:
     return _sum(tensor(x) != 0, axis, keepdims=keepdims)
 
 
 @named("argmax")
-def _argmax(x: Any, axis: int | None = None, keepdims: bool = False) -> Tensor:
+def _argmax(x: Any, axis: int | None = None, keepdims: bool = False) -> Any:
     return torch.argmax(tensor(x), axis, keepdim=keepdims)
 
 
 @named("argmin")
-def _argmin(x: Any, axis: int | None = None, keepdims: bool = False) -> Tensor:
+def _argmin(x: Any, axis: int | None = None, keepdims: bool = False) -> Any:
     return torch.argmin(tensor(x), axis, keepdim=keepdims)
 
 
 @named("cumsum", "cumulative_sum")
-def _cumsum(x: Any, axis: int | None = None, dtype: Any = None) -> Tensor:
+def _cumsum(x: Any, axis: int | None = None, dtype: Any = None) -> Any:
     x = tensor(x)
     return torch.cumsum(x.flatten() if axis is None else x, 0 if axis is None else axis, dtype=_dtype(dtype))
 
 
 @named("norm")
-def _norm(x: Any, ord: Any = None, axis: Axis = None, keepdims: bool = False) -> Tensor:
+def _norm(x: Any, ord: Any = None, axis: Axis = None, keepdims: bool = False) -> Any:
     return careful(torch.linalg.norm)(tensor(x), ord, axis, keepdim=keepdims)
 
 
@@ -271,24 +270,24 @@ def _norm(x: Any, ord: Any = None, axis: Axis = None, keepdims: bool = False) ->
 
 
 @named("nansum")
-def _nansum(x: Any, axis: Axis = None, dtype: Any = None, keepdims: bool = False) -> Tensor:
+def _nansum(x: Any, axis: Axis = None, dtype: Any = None, keepdims: bool = False) -> Any:
     return _sum(_nan_to_num(x), axis, dtype, keepdims)
 
 
 @named("nanprod")
-def _nanprod(x: Any, axis: Axis = None, dtype: Any = None, keepdims: bool = False) -> Tensor:
+def _nanprod(x: Any, axis: Axis = None, dtype: Any = None, keepdims: bool = False) -> Any:
     return _prod(_nan_to_num(x, nan=1.0), axis, dtype, keepdims)
 
 
 @named("nanmean")
-def _nanmean(x: Any, axis: Axis = None, dtype: Any = None, keepdims: bool = False) -> Tensor:
+def _nanmean(x: Any, axis: Axis = None, dtype: Any = None, keepdims: bool = False) -> Any:
     x = tensor(x)
     count = _sum(~torch.isnan(x), axis, keepdims=keepdims)
     return _nansum(x, axis, dtype, keepdims) / count  # 0/0 is NaN, as in NumPy
 
 
 @named("nanvar")
-def _nanvar(x: Any, axis: Axis = None, dtype: Any = None, ddof: Any = 0, keepdims: bool = False) -> Tensor:
+def _nanvar(x: Any, axis: Axis = None, dtype: Any = None, ddof: Any = 0, keepdims: bool = False) -> Any:
     x = tensor(x)
     there = ~torch.isnan(x)
     centred = torch.where(there, x - _nanmean(x, axis, dtype, keepdims=True), 0.0)
@@ -298,11 +297,11 @@ def _nanvar(x: Any, axis: Axis = None, dtype: Any = None, ddof: Any = 0, keepdim
 
 
 @named("nanstd")
-def _nanstd(x: Any, **more: Any) -> Tensor:
+def _nanstd(x: Any, **more: Any) -> Any:
     return FUNCTIONS["sqrt"](_nanvar(x, **more))
 
 
-def _extreme(x: Tensor, axis: Axis, keepdims: bool, sign: float) -> Tensor:
+def _extreme(x: Tensor, axis: Axis, keepdims: bool, sign: float) -> Any:
     axes = _axes(axis, x.ndim)
     missing = torch.isnan(x)
     found = sign * torch.amax(torch.where(missing, -math.inf, sign * x), axes, keepdim=keepdims)
@@ -310,33 +309,33 @@ def _extreme(x: Tensor, axis: Axis, keepdims: bool, sign: float) -> Tensor:
 
 
 @named("nanmax", "nanamax")
-def _nanmax(x: Any, axis: Axis = None, keepdims: bool = False) -> Tensor:
+def _nanmax(x: Any, axis: Axis = None, keepdims: bool = False) -> Any:
     return _extreme(tensor(x), axis, keepdims, 1.0)
 
 
 @named("nanmin", "nanamin")
-def _nanmin(x: Any, axis: Axis = None, keepdims: bool = False) -> Tensor:
+def _nanmin(x: Any, axis: Axis = None, keepdims: bool = False) -> Any:
     return _extreme(tensor(x), axis, keepdims, -1.0)
 
 
 @named("nanargmax")
-def _nanargmax(x: Any, axis: int | None = None) -> Tensor:
+def _nanargmax(x: Any, axis: int | None = None) -> Any:
     x = tensor(x)
     return torch.argmax(torch.where(torch.isnan(x), -math.inf, x), axis)
 
 
 @named("nanargmin")
-def _nanargmin(x: Any, axis: int | None = None) -> Tensor:
+def _nanargmin(x: Any, axis: int | None = None) -> Any:
     x = tensor(x)
     return torch.argmin(torch.where(torch.isnan(x), math.inf, x), axis)
 
 
 @named("nancumsum")
-def _nancumsum(x: Any, axis: int | None = None, dtype: Any = None) -> Tensor:
+def _nancumsum(x: Any, axis: int | None = None, dtype: Any = None) -> Any:
     return _cumsum(_nan_to_num(x), axis, dtype)
 
 
-def _last(x: Tensor, axis: Axis) -> Tensor:
+def _last(x: Tensor, axis: Axis) -> Any:
     """`x` with the axes that are meant joined into a last one."""
     axes = _axes(axis, x.ndim)
     kept = [a for a in range(x.ndim) if a not in axes]
@@ -344,7 +343,7 @@ def _last(x: Tensor, axis: Axis) -> Tensor:
 
 
 @named("nanquantile")
-def _nanquantile(x: Any, q: Any, axis: Axis = None, keepdims: bool = False, method: str = "linear") -> Tensor:
+def _nanquantile(x: Any, q: Any, axis: Axis = None, keepdims: bool = False, method: str = "linear") -> Any:
     if keepdims or method != "linear":
         raise TypeError(f"differentiable arrays: quantile with method={method!r}, keepdims={keepdims}; only 'linear'")
     x = tensor(x)
@@ -352,18 +351,18 @@ def _nanquantile(x: Any, q: Any, axis: Axis = None, keepdims: bool = False, meth
 
 
 @named("quantile")
-def _quantile(x: Any, q: Any, axis: Axis = None, keepdims: bool = False, method: str = "linear") -> Tensor:
+def _quantile(x: Any, q: Any, axis: Axis = None, keepdims: bool = False, method: str = "linear") -> Any:
     found = _nanquantile(x, q, axis, keepdims, method)
     return torch.where(_any(torch.isnan(_last(tensor(x), axis)), -1), math.nan, found)
 
 
 @named("nanmedian")
-def _nanmedian(x: Any, axis: Axis = None) -> Tensor:
+def _nanmedian(x: Any, axis: Axis = None) -> Any:
     return _nanquantile(x, 0.5, axis)
 
 
 @named("median")
-def _median(x: Any, axis: Axis = None) -> Tensor:
+def _median(x: Any, axis: Axis = None) -> Any:
     return _quantile(x, 0.5, axis)
 
 
@@ -378,38 +377,38 @@ REDUCTIONS = {
 
 
 @named("reshape")
-def _reshape(x: Any, shape: int | Sequence[int]) -> Tensor:
+def _reshape(x: Any, shape: int | Sequence[int]) -> Any:
     return torch.reshape(tensor(x), (shape,) if isinstance(shape, int) else tuple(shape))
 
 
 @named("ravel")
-def _ravel(x: Any) -> Tensor:
+def _ravel(x: Any) -> Any:
     return torch.flatten(tensor(x))
 
 
 @named("transpose", "permute_dims")
-def _transpose(x: Any, axes: Sequence[int] | None = None) -> Tensor:
+def _transpose(x: Any, axes: Sequence[int] | None = None) -> Any:
     x = tensor(x)
     return x.permute(tuple(range(x.ndim))[::-1] if axes is None else tuple(axes))
 
 
 @named("matrix_transpose")
-def _matrix_transpose(x: Any) -> Tensor:
+def _matrix_transpose(x: Any) -> Any:
     return torch.swapaxes(tensor(x), -1, -2)
 
 
 @named("swapaxes")
-def _swapaxes(x: Any, first: int, second: int) -> Tensor:
+def _swapaxes(x: Any, first: int, second: int) -> Any:
     return torch.swapaxes(tensor(x), first, second)
 
 
 @named("moveaxis")
-def _moveaxis(x: Any, source: Any, destination: Any) -> Tensor:
+def _moveaxis(x: Any, source: Any, destination: Any) -> Any:
     return torch.moveaxis(tensor(x), source, destination)
 
 
 @named("expand_dims")
-def _expand_dims(x: Any, axis: int | tuple[int, ...] = 0) -> Tensor:
+def _expand_dims(x: Any, axis: int | tuple[int, ...] = 0) -> Any:
     x = tensor(x)
     for each in sorted((axis,) if isinstance(axis, int) else axis):
         x = torch.unsqueeze(x, each)
@@ -417,13 +416,13 @@ def _expand_dims(x: Any, axis: int | tuple[int, ...] = 0) -> Tensor:
 
 
 @named("squeeze")
-def _squeeze(x: Any, axis: Axis = None) -> Tensor:
+def _squeeze(x: Any, axis: Axis = None) -> Any:
     x = tensor(x)
     return torch.squeeze(x) if axis is None else torch.squeeze(x, _axes(axis, x.ndim))
 
 
 @named("broadcast_to")
-def _broadcast_to(x: Any, shape: int | Sequence[int]) -> Tensor:
+def _broadcast_to(x: Any, shape: int | Sequence[int]) -> Any:
     return torch.broadcast_to(tensor(x), (shape,) if isinstance(shape, int) else tuple(shape))
 
 
@@ -439,29 +438,29 @@ def _alike(arrays: Sequence[Any]) -> list[Tensor]:
 
 
 @named("concat", "concatenate")
-def _concat(arrays: Sequence[Any], axis: int | None = 0) -> Tensor:
+def _concat(arrays: Sequence[Any], axis: int | None = 0) -> Any:
     parts = _alike(arrays)
     return torch.cat([p.flatten() for p in parts]) if axis is None else torch.cat(parts, axis)
 
 
 @named("stack")
-def _stack(arrays: Sequence[Any], axis: int = 0) -> Tensor:
+def _stack(arrays: Sequence[Any], axis: int = 0) -> Any:
     return torch.stack(_alike(arrays), axis)
 
 
 @named("flip")
-def _flip(x: Any, axis: Axis = None) -> Tensor:
+def _flip(x: Any, axis: Axis = None) -> Any:
     x = tensor(x)
     return torch.flip(x, _axes(axis, x.ndim))
 
 
 @named("roll")
-def _roll(x: Any, shift: Any, axis: Any = None) -> Tensor:
+def _roll(x: Any, shift: Any, axis: Any = None) -> Any:
     return torch.roll(tensor(x), shift, axis)
 
 
 @named("take")
-def _take(x: Any, indices: Any, axis: int | None = None) -> Tensor:
+def _take(x: Any, indices: Any, axis: int | None = None) -> Any:
     x, at = tensor(x), tensor(indices).long()
     if axis is None:
         return x.flatten()[at]
@@ -469,7 +468,7 @@ def _take(x: Any, indices: Any, axis: int | None = None) -> Tensor:
 
 
 @named("take_along_axis")
-def _take_along_axis(x: Any, indices: Any, axis: int = -1) -> Tensor:
+def _take_along_axis(x: Any, indices: Any, axis: int = -1) -> Any:
     x, at = tensor(x), tensor(indices).long()
     shape = [max(a, b) for a, b in zip(x.shape, at.shape, strict=True)]
     shape[axis] = x.shape[axis]
@@ -479,7 +478,7 @@ def _take_along_axis(x: Any, indices: Any, axis: int = -1) -> Tensor:
 
 
 @named("pad")
-def _pad(x: Any, pad_width: Any, mode: str = "constant", constant_values: Any = 0.0) -> Tensor:
+def _pad(x: Any, pad_width: Any, mode: str = "constant", constant_values: Any = 0.0) -> Any:
     x = tensor(x)
     if mode != "constant" or not isinstance(constant_values, (int, float)):
         raise TypeError(f"differentiable arrays: pad with mode={mode!r}; only 'constant' with one number")
@@ -489,17 +488,17 @@ def _pad(x: Any, pad_width: Any, mode: str = "constant", constant_values: Any = 
 
 
 @named("sort")
-def _sort(x: Any, axis: int = -1, descending: bool = False) -> Tensor:
+def _sort(x: Any, axis: int = -1, descending: bool = False) -> Any:
     return torch.sort(tensor(x), axis, descending=descending).values
 
 
 @named("diagonal")
-def _diagonal(x: Any, offset: int = 0, axis1: int = 0, axis2: int = 1) -> Tensor:
+def _diagonal(x: Any, offset: int = 0, axis1: int = 0, axis2: int = 1) -> Any:
     return torch.diagonal(tensor(x), offset, axis1, axis2)
 
 
 @named("diff")
-def _diff(x: Any, n: int = 1, axis: int = -1) -> Tensor:
+def _diff(x: Any, n: int = 1, axis: int = -1) -> Any:
     return torch.diff(tensor(x), n, axis)
 
 
@@ -507,22 +506,22 @@ def _diff(x: Any, n: int = 1, axis: int = -1) -> Tensor:
 
 
 @named("einsum")
-def _einsum(subscripts: str, *operands: Any) -> Tensor:
+def _einsum(subscripts: str, *operands: Any) -> Any:
     return careful(torch.einsum)(subscripts, *_alike(operands))
 
 
 @named("tensordot")
-def _tensordot(a: Any, b: Any, axes: Any = 2) -> Tensor:
+def _tensordot(a: Any, b: Any, axes: Any = 2) -> Any:
     return careful(torch.tensordot)(*_pair(a, b), dims=axes)
 
 
 @named("vecdot")
-def _vecdot(a: Any, b: Any, axis: int = -1) -> Tensor:
+def _vecdot(a: Any, b: Any, axis: int = -1) -> Any:
     return careful(torch.linalg.vecdot)(*_pair(a, b), dim=axis)
 
 
 @named("dot")
-def _dot(a: Any, b: Any) -> Tensor:
+def _dot(a: Any, b: Any) -> Any:
     x, y = _pair(a, b)
     if not (x.ndim and y.ndim):
         return careful(torch.mul)(x, y)
@@ -533,13 +532,13 @@ def _dot(a: Any, b: Any) -> Tensor:
 
 
 @named("asarray", "array")
-def _asarray(x: Any, dtype: Any = None, copy: bool | None = None, device: Any = None) -> Tensor:
+def _asarray(x: Any, dtype: Any = None, copy: bool | None = None, device: Any = None) -> Any:
     found = tensor(x)
     return found.to(_dtype(dtype) or found.dtype)
 
 
 @named("astype")
-def _astype(x: Any, dtype: Any, copy: bool = True) -> Tensor:
+def _astype(x: Any, dtype: Any, copy: bool = True) -> Any:
     kind = _dtype(dtype)
     x = tensor(x)
     if x.requires_grad and kind is not None and not (kind.is_floating_point or kind.is_complex):
@@ -550,43 +549,43 @@ def _astype(x: Any, dtype: Any, copy: bool = True) -> Tensor:
 
 
 @named("zeros_like", "empty_like")
-def _zeros_like(x: Any, dtype: Any = None) -> Tensor:
+def _zeros_like(x: Any, dtype: Any = None) -> Any:
     return torch.zeros_like(tensor(x), dtype=_dtype(dtype))
 
 
 @named("ones_like")
-def _ones_like(x: Any, dtype: Any = None) -> Tensor:
+def _ones_like(x: Any, dtype: Any = None) -> Any:
     return torch.ones_like(tensor(x), dtype=_dtype(dtype))
 
 
 @named("full_like")
-def _full_like(x: Any, fill_value: Any, dtype: Any = None) -> Tensor:
+def _full_like(x: Any, fill_value: Any, dtype: Any = None) -> Any:
     x = tensor(x)
     return torch.zeros_like(x, dtype=_dtype(dtype)) + tensor(fill_value, x).to(_dtype(dtype) or x.dtype)
 
 
 @named("copy")
-def _copy(x: Any, order: str = "K") -> Tensor:
+def _copy(x: Any, order: str = "K") -> Any:
     return tensor(x).clone()
 
 
 @named("zeros")
-def _zeros(shape: Any, dtype: Any = None) -> Tensor:
+def _zeros(shape: Any, dtype: Any = None) -> Any:
     return torch.zeros(shape, dtype=_dtype(dtype) or torch.float64)
 
 
 @named("ones")
-def _ones(shape: Any, dtype: Any = None) -> Tensor:
+def _ones(shape: Any, dtype: Any = None) -> Any:
     return torch.ones(shape, dtype=_dtype(dtype) or torch.float64)
 
 
 @named("full")
-def _full(shape: Any, fill_value: Any, dtype: Any = None) -> Tensor:
+def _full(shape: Any, fill_value: Any, dtype: Any = None) -> Any:
     return torch.full((shape,) if isinstance(shape, int) else tuple(shape), fill_value, dtype=_dtype(dtype))
 
 
 @named("arange")
-def _arange(*ends: Any, dtype: Any = None) -> Tensor:
+def _arange(*ends: Any, dtype: Any = None) -> Any:
     return torch.arange(*ends, dtype=_dtype(dtype))
 
 
@@ -596,7 +595,5 @@ CONSTANTS: dict[str, Any] = {
     "bool_": np.dtype(bool), "pi": math.pi, "e": math.e, "inf": math.inf, "nan": math.nan, "newaxis": None,
     "result_type": lambda *parts: np.result_type(*(getattr(p, "dtype", p) for p in parts)),
     "isdtype": np.isdtype, "finfo": np.finfo, "iinfo": np.iinfo,
-    "can_cast": lambda a, b: np.can_cast(getattr(a, "dtype", a), b),
+    "can_cast": lambda a, b: np.can_cast(np.dtype(getattr(a, "dtype", a)), b),
 }  # fmt: skip
-#: ``linalg`` of the namespace.
-LINALG = SimpleNamespace(norm=_norm)

@@ -197,7 +197,7 @@ def _like(
     """`values` with the labels of `array`; with `coords`, those beside, and the array's renamed to ``_in``."""
     own = {key: coord.variable for key, coord in array.coords.items()}
     if coords is not None:
-        renamed = {
+        renamed: dict[Any, Any] = {
             f"{key}_in": xr.Variable([f"{dim}_in" for dim in held.dims], held.values, held.attrs)
             for key, held in own.items()
             if held.dims

@@ -37,7 +37,7 @@ class Own:
     @property
     def held(self) -> dict[str, Tensor]:
         """Parameters, then buffers, by name."""
-        return _held(self.module)
+        return held_tensors(self.module)
 
     def entries(self) -> Tensor:
         """All numbers of the parameters and buffers in one vector, (entry,)."""
@@ -46,5 +46,5 @@ class Own:
         return torch.cat([t.detach().reshape(-1).to(like) for t in tensors.values()])
 
 
-def _held(module: nn.Module) -> dict[str, Tensor]:
+def held_tensors(module: nn.Module) -> dict[str, Tensor]:
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -207,40 +208,82 @@ def unrolled(
 # --- state dicts ---------------------------------------------------------------------------------------------
 
 #: Where checkpoints keep the state dict.
+#: The name under which a file of parameters names its activation.
+ACTIVATION = "activation"
 _NESTED = ("state_dict", "model_state_dict", "model_state", "model", "net")
 
 
 def load_state(path: str | Path) -> dict[str, Tensor]:
-    """The state dict that ``torch.save`` wrote: tensors only, so that nothing in the file is executed.
+    """The state dict in a file: tensors only, so that nothing in the file is executed.
 
+    A file of ``torch.save``; ``*.safetensors``, read by the library of that name; or ``*.npz``, one array per key.
     From a checkpoint the state dict under ``state_dict`` (as Lightning's), ``model_state_dict``, ``model`` or ``net``
-    is taken.  A file ``*.safetensors`` is read by the library of that name.  Sparse tensors become dense.
+    is taken.  Sparse tensors become dense.
 
     Raises:
         ValueError: if the file is missing, damaged, or holds anything but tensors; if a tensor has no plain numbers
             (quantised, complex, on the meta device) or holds NaN or infinity; or safetensors is needed and missing.
     """
+    held = _held_in(path)
+    for key in _NESTED:
+        if isinstance(held, Mapping) and isinstance(held.get(key), Mapping):
+            held = held[key]
+    if isinstance(held, Mapping):
+        held = {key: value for key, value in held.items() if key != ACTIVATION or isinstance(value, Tensor)}
+    bad = [k for k, v in held.items() if not isinstance(v, Tensor)] if isinstance(held, Mapping) else ["the whole"]
+    if bad:
+        raise ValueError(f"load_state: {path}: {', '.join(map(str, bad))} is not a tensor; save module.state_dict()")
+    return {str(key): _numbers(f"load_state: {path}: {key}", tensor) for key, tensor in held.items()}
+
+
+def carried_activation(path: str | Path) -> str | None:
+    """The activation that a file of parameters names beside them; None if it names none.
+
+    ``activation`` in the dict that ``torch.save`` wrote, in the metadata of a ``*.safetensors`` file, or among the
+    arrays of an ``*.npz`` file.
+
+    Raises:
+        ValueError: as `load_state`, if the file cannot be read.
+    """
+    if Path(path).suffix == ".safetensors":
+        load_state(path)  # says what is wrong with it
+        from safetensors import safe_open
+
+        with safe_open(str(path), framework="pt") as file:
+            found: Any = (file.metadata() or {}).get(ACTIVATION)
+    else:
+        held = _held_in(path)
+        found = held.get(ACTIVATION) if isinstance(held, Mapping) else None
+    return found if isinstance(found, str) else None
+
+
+def _held_in(path: str | Path) -> Any:
+    """What a file of parameters holds: tensors by name, and an activation as text."""
     read: Callable[[str], Any] = functools.partial(torch.load, map_location="cpu", weights_only=True)
     if Path(path).suffix == ".safetensors":
         try:
             from safetensors.torch import load_file as read
         except ImportError:
             raise ValueError(f"load_state: {path} needs safetensors: pip install 'tsdyn[safetensors]'") from None
+    elif Path(path).suffix == ".npz":
+        read = _read_npz
     try:
-        held = read(str(path))
+        return read(str(path))
     except Exception as error:  # torch raises a different type for each kind of damage
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
             f"load_state: {path} is no state dict that can be read safely ({reason}); save one with "
             "torch.save(module.state_dict(), path)"
         ) from None
-    for key in _NESTED:
-        if isinstance(held, Mapping) and isinstance(held.get(key), Mapping):
-            held = held[key]
-    bad = [k for k, v in held.items() if not isinstance(v, Tensor)] if isinstance(held, Mapping) else ["the whole"]
-    if bad:
-        raise ValueError(f"load_state: {path}: {', '.join(map(str, bad))} is not a tensor; save module.state_dict()")
-    return {str(key): _numbers(f"load_state: {path}: {key}", tensor) for key, tensor in held.items()}
+
+
+def _read_npz(path: str) -> dict[str, Any]:
+    with np.load(path, allow_pickle=False) as file:
+        arrays = {name: file[name] for name in file.files}
+    return {
+        name: str(array) if name == ACTIVATION and array.dtype.kind == "U" else torch.from_numpy(array)
+        for name, array in arrays.items()
+    }
 
 
 def _numbers(name: str, tensor: Tensor) -> Tensor:

@@ -212,17 +212,7 @@ def _hessian_eigenvalue(m: Measurement) -> Tensor:
         trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
         values = curvature.hessian_spectrum(module, m.objective.value, inputs, target, k=min(wanted, trained))
         return padded_modes(values, wanted)
-    student = m.net
-    free = [*student.weights, *(b for b in student.biases if b is not None)]
-    leak = student.activation.leak
-
-    def at(parameters: list[Tensor]) -> Tensor:
-        weights, rest = parameters[: student.depth], iter(parameters[student.depth :])
-        biases = [None if b is None else next(rest) for b in student.biases]
-        moved = Network(weights, biases, student.activation.name, leak=0.0 if leak is None else leak)
-        return m.objective.value(moved(inputs), target)
-
-    return padded_modes(curvature.hessian_spectrum(at, free, wanted), wanted)
+    return padded_modes(curvature.hessian_spectrum(m.net, m.objective.value, inputs, target, k=wanted), wanted)
 
 
 @fills("neural_tangent_kernel")
@@ -250,7 +240,8 @@ def _jacobian(m: Measurement) -> Tensor:
 
 def tangent_kernel(module: nn.Module | Network, x: Tensor) -> Tensor:
     """Σ_o Θ_oo(x, x'), (sample, sample_2), over trainable parameters."""
-    return jacobians.neural_tangent_kernel(module, x).diagonal(dim1=2, dim2=3).sum(-1)
+    kernel: Tensor = jacobians.neural_tangent_kernel(module, x)
+    return kernel.diagonal(dim1=2, dim2=3).sum(-1)
 
 
 def _layout(m: Measurement) -> schema.Layout:

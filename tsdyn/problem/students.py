@@ -93,7 +93,9 @@ def _started(
         taught = None
         if teacher is not None and teacher.weights[i].shape == shape:
             taught = teacher.weights[i].double(), _offset(teacher, i)
-        weight, bias = (torch.as_tensor(part) for part in start(rng, shape, student=student, taught=taught))
+        weight, bias = (
+            torch.as_tensor(part, device="cpu") for part in start(rng, shape, student=student, taught=taught)
+        )
         if foreign and not (
             weight.shape == shape
             and bias.shape == shape[:1]
@@ -111,7 +113,9 @@ def _started(
 
 def _offset(teacher: Network, layer: int) -> Tensor:
     bias = teacher.biases[layer]
-    return torch.zeros(len(teacher.weights[layer]), dtype=torch.float64) if bias is None else bias.double()
+    return (
+        torch.zeros(len(teacher.weights[layer]), dtype=torch.float64, device="cpu") if bias is None else bias.double()
+    )
 
 
 def winners(correlation: np.ndarray) -> np.ndarray:
@@ -125,7 +129,7 @@ def winners(correlation: np.ndarray) -> np.ndarray:
 def _rewound(experiment: Experiment, seed: int) -> tuple[list[Tensor], list[Tensor]]:
     """The earlier run's start, or a new one, restricted to the nodes that won in that run."""
     student, path = experiment.student, str(experiment.student.path)
-    if activation(student.activation)(torch.zeros(1)) != 0:
+    if activation(student.activation)(torch.zeros(1, device="cpu")) != 0:
         raise ExperimentError(
             f"student.init = {student.init!r}: with student.activation = {student.activation!r} a node without weights "
             "still has an output, so those that lost would learn again; take one with σ(0) = 0"
@@ -170,7 +174,7 @@ def _rewound(experiment: Experiment, seed: int) -> tuple[list[Tensor], list[Tens
 
 def _gaussian(rng: np.random.Generator, shape: Shape, *, student: Student, taught: Layer | None) -> Layer:
     weight = torch.from_numpy(rng.standard_normal(shape) * student.scale)
-    return weight, torch.zeros(shape[0], dtype=torch.float64)
+    return weight, torch.zeros(shape[0], dtype=torch.float64, device="cpu")
 
 
 def _torch(rng: np.random.Generator, shape: Shape, *, student: Student, taught: Layer | None) -> Layer:

@@ -17,9 +17,10 @@ from tsdyn import registers
 from tsdyn.experiment.errors import ExperimentError
 from tsdyn.experiment.experiment import Experiment
 from tsdyn.experiment.parts import Student, Teacher
+from tsdyn.experiment.sweep_axes import swept_keys
 from tsdyn.networks.batch_norm import BatchNorm
 from tsdyn.networks.network import Network
-from tsdyn.networks.torch_io import load_state
+from tsdyn.networks.torch_io import carried_activation, load_state
 from tsdyn.problem.inputs import evaluation_inputs, generator, labels, training_inputs
 
 _ENUMERABLE = 1 << 16
@@ -198,7 +199,7 @@ def uniform_start(shapes: Sequence[tuple[int, ...]], rng: np.random.Generator) -
 
 
 def from_file(experiment: Experiment, path: str, who: Teacher | Student, widths: Sequence[int]) -> Network:
-    """The network of these widths from a state dict in a file, as ``torch.save(module.state_dict(), ...)`` writes it.
+    """The network of these widths from a state dict in a file (`load_state`).
 
     Keys are the names of ``to_torch()``'s modules, or those of `Network.state_dict`.
 
@@ -206,13 +207,45 @@ def from_file(experiment: Experiment, path: str, who: Teacher | Student, widths:
         ExperimentError: if the file cannot be read safely, or keys and shapes differ; names each.
     """
     shapes = experiment.weight_shapes(widths)
-    weights = [torch.zeros(shape, dtype=torch.float64) for shape in shapes]
+    weights = [torch.zeros(shape, dtype=torch.float64, device="cpu") for shape in shapes]
     biases = [None if who.bias is False else w.new_zeros(len(w)) for w in weights]
     blank = network_of(experiment, weights, biases, who=who)
     try:
+        _refuse_another_activation(path, blank.activation.name)
         return blank.with_state(load_state(path))
     except ValueError as error:
         raise ExperimentError(f"{path}: {error}") from None
+
+
+def _refuse_another_activation(path: str, used: str) -> None:
+    carried = carried_activation(path)
+    if carried not in (None, used):
+        raise ValueError(
+            f"the file says activation {carried!r}, and the experiment {used!r}; set the activation it says"
+        )
+
+
+def refuse_unsaid_activation(experiment: Experiment) -> None:
+    """Refuse a teacher's file of parameters whose activation neither the file nor ``teacher.activation`` says.
+
+    With the student's activation in its place the targets would be another function's, and nothing would show it.
+
+    Raises:
+        ExperimentError: naming the file.
+    """
+    teacher = experiment.teacher
+    if teacher.init != "file" or teacher.activation is not None or "teacher.activation" in swept_keys(experiment.sweep):
+        return
+    try:
+        carried = carried_activation(str(teacher.path))
+    except ValueError as error:
+        raise ExperimentError(f"{teacher.path}: {error}") from None
+    if carried is None:
+        raise ExperimentError(
+            f"teacher.path = {teacher.path!r}: parameters alone do not say the teacher's activation; set "
+            f"teacher.activation (the student's is {experiment.student.activation!r}), or save it in the file as "
+            "'activation'"
+        )
 
 
 def _on_labels(experiment: Experiment, seed: int, network: Network, rng: np.random.Generator, epochs: int) -> Network:

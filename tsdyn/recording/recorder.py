@@ -34,7 +34,7 @@ from tsdyn.observables.registry import Observed
 from tsdyn.recording import checks, measuring, own_values, states
 from tsdyn.recording.measuring import ACTIVATION, DIFFERENTIATED, FAMILIES, MEASURED, Probed
 from tsdyn.running import provenance
-from tsdyn.running.runner import _along_steps, _due
+from tsdyn.running.runner import along_steps, commit_is_due
 from tsdyn.vocabulary import COORDINATES, DIMENSIONS, VARIABLES, Variable
 
 _log = logging.getLogger("tsdyn")
@@ -81,7 +81,7 @@ class _Writer:
         self.epochs.append(epoch)
         self.state = state
         now = time.monotonic()
-        if self.durable is None or _due(now - self.began, now - self.clock, self.took, self.spent):
+        if self.durable is None or commit_is_due(now - self.began, now - self.clock, self.took, self.spent):
             self.flush()
 
     def flush(self) -> None:
@@ -89,7 +89,7 @@ class _Writer:
         if not self.pending:
             return
         now = time.monotonic()
-        records = {**_along_steps(self.pending), **(self.constants if self.first == 0 else {})}
+        records = {**along_steps(self.pending), **(self.constants if self.first == 0 else {})}
         self.directory.commit(self.first, self.epochs[-1], self.epochs, records, self.state, self.attrs)
         self.durable, self.first = self.epochs[-1], self.epochs[-1] + 1
         self.pending, self.epochs = [], []
@@ -402,7 +402,6 @@ class Recorder:
             self._teacher_rows, layout, kernel,
         )  # fmt: skip
         own = {name: self._asked(name) for name in self._own if name in names}
-        self._refuse_other_order(probed)
         found = measuring.measured(names, probed, own)
         for name, value in found.items():
             own_values.refuse_other_shape(name, value, layout)
@@ -422,15 +421,16 @@ class Recorder:
 
     def _state(self, epoch: int) -> dict[str, np.ndarray]:
         with evaluated(self._model), torch.no_grad():
-            witness = self._model(self._x[:WITNESSES])
-        held: dict[str, Any] = {"model": self._model.state_dict(), "witness": witness}
+            passed = traced(self._model, self._x[:WITNESSES], self._recording.layers)
+        self._refuse_other_order(tuple(passed.calls))
+        held: dict[str, Any] = {"model": self._model.state_dict(), "witness": passed.output}
         for name, holder in self._stateful.items():
             held[name] = holder.get_state() if isinstance(holder, torch.Generator) else holder.state_dict()
         arrays = {f"{_HELD}_{name}": array for name, array in states.encoded(held).items()}
         return arrays | {"death_epoch": np.array([self._died], np.int64)}
 
     def _attributes(self, before: Mapping[str, Any], first: int) -> dict[str, Any]:
-        name, flags = provenance._processor()
+        name, flags = provenance.processor()
         device = str(next(self._model.parameters()).device)
         now: dict[str, Any] = {
             "recording": self._recording.to_toml(), "name": self._folder.parent.name, "digest": self._recording.digest,
@@ -474,10 +474,8 @@ class Recorder:
                 "those that the recording began with; record it under another path"
             )
 
-    def _refuse_other_order(self, probed: Probed) -> None:
+    def _refuse_other_order(self, now: tuple[str, ...]) -> None:
         """Refuse a model that calls its layers in another order than at first: the labels would be others."""
-        with evaluated(self._model):
-            now = tuple(probed.passed.calls)
         if now != self._called:
             raise ValueError(
                 f"Recorder.commit: the model calls its layers in the order {', '.join(now)}; when the recording began "

@@ -11,7 +11,8 @@ import shutil
 from pathlib import Path
 
 from tsdyn.archive import changes, netcdf
-from tsdyn.archive.run_directory import ADDED, ARCHIVE, EXPERIMENT, RunDirectory, extends
+from tsdyn.archive.lock import NAME as LOCK
+from tsdyn.archive.run_directory import ADDED, ARCHIVE, EXPERIMENT, RunDirectory, extends, segments
 from tsdyn.archive.whole_files import DirectoryError, refuse_link, sync_directory
 from tsdyn.experiment.errors import ExperimentError
 from tsdyn.experiment.experiment import Experiment
@@ -41,6 +42,7 @@ def parts_of(path: Path, experiment: Experiment) -> tuple[dict[Path, Experiment]
     new = [seed for seed in experiment.seed_labels if seed not in there.seed_labels]
     if not new:
         return {path: experiment}, ({path: experiment} if (path / ADDED).exists() else {})
+    _refuse_other_inputs(path, experiment, input_files.digests(experiment))
     if (path / ARCHIVE).exists():
         with netcdf.dataset(path / ARCHIVE) as nc:
             if netcdf.STATE not in netcdf.state_groups(nc):
@@ -61,6 +63,18 @@ def _there(path: Path) -> Experiment | None:
         return Experiment.from_toml(path / EXPERIMENT, archived=True)
     except (ExperimentError, DirectoryError, OSError):  # RunDirectory says what is wrong
         return None
+
+
+def _refuse_other_inputs(path: Path, experiment: Experiment, now: dict[str, str]) -> None:
+    """Refuse to add seeds that would be drawn from other input files than those that are there.
+
+    Raises:
+        DirectoryError: naming each file with both its checksums.
+    """
+    files = [path / ARCHIVE] if (path / ARCHIVE).is_file() else [part.path for part in segments(path)[-1:]]
+    for file in files:
+        with netcdf.dataset(file) as nc:
+            input_files.refuse_other(path, experiment, input_files.kept(netcdf.attributes(nc)) or {}, now)
 
 
 def join(path: Path, experiment: Experiment, device: str) -> None:
@@ -87,6 +101,7 @@ def join(path: Path, experiment: Experiment, device: str) -> None:
             before = netcdf.attributes(nc)
         with netcdf.dataset(path / ADDED / ARCHIVE) as nc:
             theirs = netcdf.attributes(nc)
+        _refuse_other_inputs(path, own, input_files.kept(theirs) or {})
         attrs = attributes(experiment, device) | changes.extended(before, changes.described(experiment, own))
         attrs |= {key: before[key] for key in ("parameters", input_files.ATTRIBUTE) if key in before}
         attrs |= {provenance.HISTORY: _machines(before, theirs, list(new.seed_labels))}
@@ -107,9 +122,24 @@ def _machines(before: dict[str, object], theirs: dict[str, object], seeds: list[
 
 
 def _remove_joined(path: Path, experiment: Experiment) -> None:
-    """Remove the folder of further seeds if the run has all of them."""
-    left = _there(path / ADDED)
-    if left is not None and set(left.seed_labels) <= set(experiment.seed_labels):
-        refuse_link(path / ADDED)
-        shutil.rmtree(path / ADDED, ignore_errors=True)
-        sync_directory(path)
+    """Remove the folder of further seeds if the run has all of them, or if nothing was begun in it.
+
+    The experiment file goes last, so that what is left of a removal that was cut short is known for what it is.
+    """
+    folder = path / ADDED
+    refuse_link(folder)
+    if not folder.is_dir():
+        return
+    left = _there(folder)
+    begun = any(entry.name != LOCK for entry in folder.iterdir())
+    if (left is None and begun) or (left is not None and not set(left.seed_labels) <= set(experiment.seed_labels)):
+        return
+    for entry in sorted(folder.iterdir()):  # an archive goes before its checksum
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        elif entry.name not in (EXPERIMENT, LOCK):
+            entry.unlink()
+    for name in (EXPERIMENT, LOCK):
+        (folder / name).unlink(missing_ok=True)
+    folder.rmdir()
+    sync_directory(path)

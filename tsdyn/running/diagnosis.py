@@ -258,7 +258,8 @@ def _engine(trial: _Trial) -> Iterator[Finding]:
         yield Finding(
             "compiled step", f"none{off}", "note",
             "training goes by torch, several times slower and with other roundings; install a C++ compiler (c++, g++, "
-            "clang++, or name one as CXX) and let its cache be written (XDG_CACHE_HOME, or ~/.cache)",
+            "clang++, or name one as CXX; or pip install tsdyn[compiler]) and let its cache be written "
+            "(XDG_CACHE_HOME, or ~/.cache)",
         )  # fmt: skip
         return
     yield Finding(

@@ -13,9 +13,9 @@ import xarray as xr
 from tsdyn.archive import reading
 from tsdyn.archive.whole_files import ArchiveError
 from tsdyn.engine.rule import Rule
+from tsdyn.experiment.branching import Fork
 from tsdyn.experiment.errors import ExperimentError
 from tsdyn.experiment.experiment import Experiment
-from tsdyn.experiment.parts import Fork
 from tsdyn.networks.network import Network
 from tsdyn.problem.inputs import generator
 from tsdyn.problem.students import draw_student
@@ -38,8 +38,7 @@ class ForkedMembers:
     def __init__(self, experiment: Experiment, device: str = "cpu", teacher: Maker | None = None) -> None:
         self.experiment, self.device, self._fork = experiment, device, experiment.fork
         self._teacher = teacher
-        changes = self._fork.perturb.get("set", {})
-        self._after = Members(experiment.replace(changes) if changes else experiment, device, None, teacher)
+        self._after = Members(experiment.as_trained, device, None, teacher)
         self._begun = False
 
     def draw(self) -> None:
@@ -193,14 +192,9 @@ def _change(
             for place in _places(state, given["layer"], given["node"], moments=True):
                 place.of(state)[member] = 0
         case "reinitialise":
-            layer, node, new = given["layer"], given["node"], fresh[member][1]
-            state[f"weight_{layer}"][member, node] = new.weights[layer - 1][node].cpu().numpy()
-            if f"bias_{layer}" in state:
-                state[f"bias_{layer}"][member, node] = new.biases[layer - 1][node].cpu().numpy()
-            state[f"weight_{layer + 1}"][member][:, node] = new.weights[layer][:, node].cpu().numpy()
-            for place in _places(state, layer, node, moments=True):
-                if place.name.split("_")[0] not in ("weight", "bias"):
-                    place.of(state)[member] = 0
+            layer, width = given["layer"], experiment.student_widths[given["layer"]]
+            for node in [given["node"]] if "node" in given else range(width):
+                _drawn_again(state, layer, node, member, fresh[member][1])
         case "transplant":
             source, to = experiment.seed_labels.index(given["seed"]), given.get("to", given["node"])
             mine = _places(state, given["layer"], to, moments=True)
@@ -213,6 +207,17 @@ def _change(
                 a.of(state)[member], b.of(state)[member] = b.of(before)[member], a.of(before)[member]
         case _:
             raise AssertionError(f"fork.perturb: {kind}")  # `Fork` refuses others
+
+
+def _drawn_again(state: State, layer: int, node: int, member: int, new: Network) -> None:
+    state[f"weight_{layer}"][member, node] = new.weights[layer - 1][node].cpu().numpy()
+    bias = new.biases[layer - 1]
+    if bias is not None:
+        state[f"bias_{layer}"][member, node] = bias[node].cpu().numpy()
+    state[f"weight_{layer + 1}"][member][:, node] = new.weights[layer][:, node].cpu().numpy()
+    for place in _places(state, layer, node, moments=True):
+        if place.name.split("_")[0] not in ("weight", "bias"):
+            place.of(state)[member] = 0
 
 
 class _Place:

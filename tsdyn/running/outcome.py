@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tsdyn.archive import run_directory
+from tsdyn.archive import netcdf, run_directory
 from tsdyn.archive.lock import HeldError
-from tsdyn.archive.whole_files import ArchiveError
+from tsdyn.archive.whole_files import ArchiveError, DirectoryError
 from tsdyn.experiment.experiment import Experiment
+from tsdyn.problem import input_files
+
+_log = logging.getLogger("tsdyn")
 
 
 class SweepError(ArchiveError):
@@ -29,19 +33,37 @@ class SweepError(ArchiveError):
 
 
 #: The beginning of the reason for a point that was left out because another process is writing it.
-_HELD = "held: "
+HELD = "held: "
 
 
-def _reason(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
     if isinstance(error, HeldError):
-        return f"{_HELD}{error}"
+        return f"{HELD}{error}"
     return f"{type(error).__name__}: {error}" if not isinstance(error, (ArchiveError, ValueError)) else str(error)
 
 
-def _finished(path: Path, experiment: Experiment) -> bool:
+def is_finished(path: Path, experiment: Experiment) -> bool:
     try:
         there = (path / run_directory.EXPERIMENT).read_text(encoding="utf-8")
     except (OSError, ValueError):  # ValueError: the file is not text; running the point then raises the proper error
         return False
-    done = (path / run_directory.ARCHIVE).is_file() and there == experiment.to_toml()
+    # segments beside an archive: their writer ended while it removed them, and running the point does so
+    left = any((path / run_directory.SEGMENTS).glob("epoch-*"))
+    done = (path / run_directory.ARCHIVE).is_file() and not left and there == experiment.to_toml()
     return done and not (path / run_directory.ADDED).exists()  # else seeds were joined, and this was cut short
+
+
+def say_replaced_inputs(path: Path, experiment: Experiment) -> None:
+    """Log a warning if an input file of a finished run is another than the one it was computed from.
+
+    Its numbers are right, but not those of the files that are there now, which whoever asks for it again may expect.
+    """
+    there = {key: digest for key, digest in input_files.digests(experiment).items() if digest != input_files.MISSING}
+    if not there:
+        return
+    with netcdf.dataset(path / run_directory.ARCHIVE) as nc:
+        before = input_files.kept(netcdf.attributes(nc))
+    try:
+        input_files.refuse_other(path, experiment, before or {}, there)
+    except DirectoryError as other:
+        _log.warning("%s", other)

@@ -36,7 +36,7 @@ from tsdyn.engine.general import refuse_unfit
 from tsdyn.experiment.errors import ExperimentError
 from tsdyn.experiment.experiment import Experiment
 from tsdyn.experiment.parts import Record
-from tsdyn.networks.any_module import _held
+from tsdyn.networks.any_module import held_tensors
 from tsdyn.observables import layers, module_couplings
 from tsdyn.problem import inputs
 from tsdyn.vocabulary import VARIABLES
@@ -73,7 +73,7 @@ def made(make: Maker, experiment: Experiment, seed: int, stream: Literal["studen
             ) from error
     if not isinstance(module, nn.Module):
         raise ExperimentError(f"{stream}: {_name(make)} gives {type(module).__name__}; it must make an nn.Module")
-    unsafe = [name for name in _held(module) if "/" in name or name != name.strip() or not name.isprintable()]
+    unsafe = [name for name in held_tensors(module) if "/" in name or name != name.strip() or not name.isprintable()]
     if unsafe:
         raise ExperimentError(f"{stream}: names {unsafe} cannot be stored; name parts without '/' and blanks at ends")
     match stream:
@@ -131,7 +131,7 @@ def _keys(experiment: Experiment, who: Literal["student", "teacher"], make: Make
     found = {
         f"{who}.module": part.module if known else _name(make),
         f"{who}.source": _source(make, module),
-        f"{who}.numbers": sum(t.numel() for t in _held(module).values()),
+        f"{who}.numbers": sum(t.numel() for t in held_tensors(module).values()),
     }
     if part.layers is None and not _labelled(experiment, who):
         return found
@@ -216,7 +216,7 @@ def _source(make: Maker, module: nn.Module) -> str:
     """SHA-256 of the sources of the function and of the module's classes that are not torch's, and of its shapes."""
     kinds = {kind for part in module.modules() for kind in type(part).__mro__ if not _foreign(kind)}
     parts = [_text(make), *(_text(kind) for kind in sorted(kinds, key=lambda kind: kind.__qualname__))]
-    parts += [str(module), *(f"{n} {tuple(t.shape)} {t.requires_grad}" for n, t in _held(module).items())]
+    parts += [str(module), *(f"{n} {tuple(t.shape)} {t.requires_grad}" for n, t in held_tensors(module).items())]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
@@ -247,7 +247,7 @@ def _text(of: Any) -> str:
 
 def attribute(module: nn.Module) -> str:
     """JSON of the name and shape of each parameter and buffer, in order."""
-    return json.dumps({name: list(tensor.shape) for name, tensor in _held(module).items()})
+    return json.dumps({name: list(tensor.shape) for name, tensor in held_tensors(module).items()})
 
 
 def named(ds: xr.Dataset) -> dict[str, xr.DataArray]:

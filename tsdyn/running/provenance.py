@@ -46,7 +46,7 @@ def facts(device: str) -> dict[str, str | int]:
 def engine() -> dict[str, str]:
     """Whether the engine's compiled step is used, the compiler that built it, and the processor."""
     library = native.load(compiled_step.SOURCE, compiled_step.Job)
-    name, flags = _processor()
+    name, flags = processor()
     return {
         "engine": "torch" if library is None else "compiled step",
         "compiler": "none" if library is None else _compiler(Path(library._name)),
@@ -63,7 +63,7 @@ def _compiler(library: Path) -> str:
 
 
 @functools.cache
-def _processor() -> tuple[str, str]:
+def processor() -> tuple[str, str]:
     """The processor's name, and those of its flags that decide how a sum is rounded."""
     described = Path("/proc/cpuinfo")
     text = described.read_text(encoding="utf-8", errors="replace") if described.exists() else ""

@@ -30,6 +30,7 @@ from tsdyn.running.interrupts import Stopped, stopping
 from tsdyn.running.joint_training import JointTraining
 from tsdyn.running.kinds import members_of
 from tsdyn.running.members import Members
+from tsdyn.running.outcome import say_replaced_inputs
 from tsdyn.running.own_modules import Maker, attribute
 from tsdyn.running.protocol import Runnable, StateError
 
@@ -214,6 +215,8 @@ def _run_parts(
                     members = members_of(experiment, device, student, teacher)
                     point = _Point(path, target, members, progress.get(path))
                     begun.setdefault(point.begin(), []).append(point)
+                else:
+                    say_replaced_inputs(path, experiment)
             except Exception as error:  # of any type: the other experiments must go on
                 failed[path] = error
         for start, points in begun.items():
@@ -328,7 +331,7 @@ class _Point:
 
     def commit(self, step: int) -> None:
         self._refuse_changed_inputs()
-        records = _along_steps(self._pending) if self._pending else {}
+        records = along_steps(self._pending) if self._pending else {}
         constants = self.members.constants() if self._first == 0 else {}
         outcome = self.members.outcome() if step == self.experiment.last else {}
         held = {**records, **constants, **outcome}
@@ -380,7 +383,7 @@ def _train(points: list[_Point], start: int, asked: Callable[[], int | None], fa
         each(_Point.measure, step)
         full = sum(point.pending_bytes for point in going) >= COMMIT_BYTES
         now = time.monotonic()
-        if step == last or full or _due(now - began, now - clock, took, spent) or asked() is not None:
+        if step == last or full or commit_is_due(now - began, now - clock, took, spent) or asked() is not None:
             each(_Point.commit, step)
             clock = time.monotonic()
             took = clock - now
@@ -396,7 +399,7 @@ def _train(points: list[_Point], start: int, asked: Callable[[], int | None], fa
         stop_if_asked()
 
 
-def _due(elapsed: float, since: float, took: float, spent: float) -> bool:
+def commit_is_due(elapsed: float, since: float, took: float, spent: float) -> bool:
     """Whether to commit now, by the time since the last commit and by what commits cost.
 
     Once enough work is done since the last commit, one is due if it and the run's last one, which must come in any
@@ -440,7 +443,7 @@ def _say_what_changed(path: Path, before: Mapping[str, Any], attrs: Mapping[str,
         _log.warning("%s: goes on elsewhere than it began (%s): bits may differ", path, "; ".join(changed))
 
 
-def _along_steps(pending: list[dict[str, Any]]) -> dict[str, Any]:
+def along_steps(pending: list[dict[str, Any]]) -> dict[str, Any]:
     """The records of several steps, stacked along a new second axis; they are taken out of `pending` one by one."""
     found: dict[str, Any] = {}
     for name, value in list(pending[0].items()):

@@ -24,21 +24,22 @@ from tsdyn.experiment.experiment import Experiment
 from tsdyn.experiment.sweep_axes import swept_keys
 from tsdyn.observables.registry import Observed, added
 from tsdyn.problem import images
+from tsdyn.problem.teachers import refuse_unsaid_activation
 from tsdyn.running import estimates, packages, runner
 from tsdyn.running.interrupts import stopping
 from tsdyn.running.joint_training import group_points
-from tsdyn.running.outcome import _HELD, SweepError, _finished, _reason
+from tsdyn.running.outcome import HELD, SweepError, is_finished, reason_of, say_replaced_inputs
 from tsdyn.running.own_modules import Maker, described, makers
 from tsdyn.running.workers import (
     INDEX_SECONDS,
     Passed,
     WorkersError,
-    _answer,
-    _check_workers,
-    _client,
-    _on_workers,
-    _say_open,
+    answer_of,
+    check_workers,
+    connected_client,
+    on_workers,
     refuse_unpicklable,
+    say_open,
     workers_that_fit,
 )
 
@@ -57,7 +58,7 @@ def preflight(
     Raises:
         ArchiveError, WorkersError, DataError: as in `run`.
     """
-    _check_workers(workers, scheduler)
+    check_workers(workers, scheduler)
     _check_data(experiment, path, scheduler)
     run_directory.claim(whole_files.local_path(path), experiment)
 
@@ -73,7 +74,7 @@ def unfinished(experiment: Experiment, path: str | Path) -> dict[str, Experiment
     """The points that are not finished in `path`: directory name → experiment; ``.`` for a run without a sweep."""
     directory = whole_files.local_path(path)
     points = _points(experiment, directory)
-    return {name: single for name, single in points.items() if not _finished(directory / name, single)}
+    return {name: single for name, single in points.items() if not is_finished(directory / name, single)}
 
 
 def _points(experiment: Experiment, path: Path) -> dict[str, Experiment]:
@@ -169,9 +170,9 @@ def run(
         >>> ds.sizes["epoch"]
         13
     """
-    _check_workers(workers, scheduler)
+    check_workers(workers, scheduler)
     _check_data(experiment, path, scheduler)
-    _say_open(scheduler)
+    say_open(scheduler)
     means = _Means(
         device, workers, scheduler, _together(experiment, device) if together is None else together, student, teacher,
         tuple(observables),
@@ -180,6 +181,8 @@ def run(
         refuse_unpicklable(student=student, teacher=teacher)
     with added(observables):
         own = completed(_asking(experiment, observables), student=student, teacher=teacher)
+        if not whole_files.local_path(path).exists():  # what was begun before goes on as it was
+            refuse_unsaid_activation(own)
         lost = packages.missing(own)
         if lost and unfinished(own, path):
             packages.refuse_missing(lost, own, whole_files.local_path(path))
@@ -271,6 +274,9 @@ def _run(
     points = sweep_directory.write_sweep(path, experiment) if experiment.sweep else {".": experiment}
     account = _Account(path, points, is_sweep=bool(experiment.sweep))
     left = account.without_links(unfinished(experiment, path))
+    for name in points.keys() - left.keys():
+        if is_finished(path / name, points[name]):
+            say_replaced_inputs(path / name, points[name])
     places = {name: position for position, name in enumerate(points, start=1)}
 
     def telling(names: Iterable[str]) -> dict[str, runner.Progress | None]:
@@ -286,15 +292,15 @@ def _run_on_workers(
     left: Mapping[str, Experiment], path: Path, means: _Means, telling: _Telling, ended: _Ended
 ) -> None:
     at_once = means.workers and workers_that_fit(means.workers, left)
-    with stopping() as asked, _client(at_once, means.scheduler) as client:
+    with stopping() as asked, connected_client(at_once, means.scheduler) as client:
         groups = _each_alone(left)
         if means.together:
-            room = _answer(client, client.submit(memory.free, means.device, pure=False))  # waits for a first worker
+            room = answer_of(client, client.submit(memory.free, means.device, pure=False))  # waits for a first worker
             busy = at_once or len(client.scheduler_info(n_workers=-1)["workers"])
             # local workers share this machine's memory, those of a scheduler have machines of their own
             groups = group_points(left, busy, room // 2 // (at_once or 1))
         tell = telling(left)
-        told = _on_workers(client, groups, path, means.device, tell, at_once or len(left), asked, means.passed)
+        told = on_workers(client, groups, path, means.device, tell, at_once or len(left), asked, means.passed)
         for name, reason in told:
             ended(name, reason)
 
@@ -309,7 +315,7 @@ def _run_here(left: Mapping[str, Experiment], path: Path, means: _Means, telling
             teacher=means.teacher,
         )
         for name in group:
-            ended(name, _reason(failed[path / name]) if path / name in failed else None)
+            ended(name, reason_of(failed[path / name]) if path / name in failed else None)
 
 
 def _each_alone(points: Mapping[str, Experiment]) -> list[dict[str, Experiment]]:
@@ -336,11 +342,11 @@ class _Account:
 
     def ended(self, name: str, reason: str | None) -> None:
         """Note that a point is finished, or the reason why it failed."""
-        if reason is not None and reason.startswith(_HELD) and self._is_sweep:
+        if reason is not None and reason.startswith(HELD) and self._is_sweep:
             self._held.add(name)
             return
         if reason is not None:
-            self._failures[name] = reason.removeprefix(_HELD)
+            self._failures[name] = reason.removeprefix(HELD)
         self._index.note(name)
 
     def close(self) -> None:

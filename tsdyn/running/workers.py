@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, assert_never
 
 from tsdyn import memory
-from tsdyn.archive.run_directory import segments
+from tsdyn.archive.run_directory import ADDED, ARCHIVE, segments
 from tsdyn.archive.whole_files import ArchiveError
 from tsdyn.experiment.experiment import Experiment
+from tsdyn.experiment.parts import MAX_EPOCHS
 from tsdyn.observables.registry import Observed, added
 from tsdyn.running import estimates, runner
 from tsdyn.running.interrupts import Stopped
-from tsdyn.running.outcome import _finished, _reason
+from tsdyn.running.outcome import is_finished, reason_of
 from tsdyn.running.own_modules import Maker
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class WorkersError(ValueError):
     """Workers or a scheduler are not available as asked."""
 
 
-def _check_workers(workers: int | None, scheduler: str | None) -> None:
+def check_workers(workers: int | None, scheduler: str | None) -> None:
     if workers is not None and (workers < 1 or scheduler is not None):
         raise WorkersError(f"workers = {workers}: at least 1, and not together with a scheduler's address")
 
@@ -58,7 +59,7 @@ def workers_that_fit(workers: int, points: Mapping[str, Experiment]) -> int:
 
 
 @contextmanager
-def _client(workers: int | None, scheduler: str | None) -> Iterator[Client]:
+def connected_client(workers: int | None, scheduler: str | None) -> Iterator[Client]:
     """A client of the scheduler at that address, or of a new cluster of local processes.
 
     ``set_as_default=False``: a client whose scheduler never answered would stay dask's default until it is
@@ -117,7 +118,7 @@ def _own_certificate() -> Any:
         ) from None
 
 
-def _say_open(scheduler: str | None) -> None:
+def say_open(scheduler: str | None) -> None:
     if scheduler is not None and not scheduler.startswith(("tls://", "inproc://")):
         _log.warning(
             "scheduler %s: the connection is not encrypted, and anyone who reaches that address can run code as you "
@@ -176,7 +177,7 @@ class _Listening:
         return None if newest != before else "no worker has given a sign of life"
 
 
-def _answer(client: Any, future: Any) -> Any:
+def answer_of(client: Any, future: Any) -> Any:
     """The result of a future; logs a warning while no worker is there to compute it."""
     listening = _Listening(client)
     while not future.done():
@@ -212,7 +213,7 @@ def refuse_unpicklable(**makers: Maker | None) -> None:
             ) from error
 
 
-def _on_workers(
+def on_workers(
     client: Client,
     groups: Sequence[Mapping[str, Experiment]],
     path: Path,
@@ -302,7 +303,7 @@ class _Shared:
             if again:
                 return told, [] if self._stopped else [self._submit(half) for half in again]
         elif error is not None:
-            told = dict.fromkeys(group, _reason(error))
+            told = dict.fromkeys(group, reason_of(error))
         else:
             result = future.result()
             told = dict.fromkeys(result["finished"]) | result["failed"]
@@ -330,7 +331,7 @@ class _Shared:
             if self._fruitless[name] < FRUITLESS:
                 again[name] = single
             else:
-                failed[name] = _reason(error)
+                failed[name] = reason_of(error)
         halves = list(again)[::2], list(again)[1::2]
         return failed, [{name: again[name] for name in half} for half in halves if half]
 
@@ -365,12 +366,13 @@ def _work_in(single: Experiment) -> int:
 
 
 def _reached(path: Path) -> int:
-    """Last committed epoch of a point, −1 for none."""
+    """A number that grows with what is committed of a point: its last epoch, and that of the seeds it is to gain."""
     try:
         found = segments(path)
     except ArchiveError:
         return -1
-    return found[-1].last if found else -1
+    own = MAX_EPOCHS if (path / ARCHIVE).is_file() else found[-1].last if found else -1
+    return own + (2 + _reached(path / ADDED) if (path / ADDED).is_dir() else 0)
 
 
 def _work(texts: Mapping[str, str], path: str, device: str, topic: str, passed: Passed) -> dict[str, Any]:
@@ -423,6 +425,6 @@ def _work(texts: Mapping[str, str], path: str, device: str, topic: str, passed: 
             except Stopped as stopped:  # raised on, this KeyboardInterrupt would end the worker
                 failed = stopped.failed
     return {
-        "failed": {name: _reason(failed[at]) for name, at in paths.items() if at in failed},
-        "finished": [name for name, at in paths.items() if at not in failed and _finished(at, experiments[name])],
+        "failed": {name: reason_of(failed[at]) for name, at in paths.items() if at in failed},
+        "finished": [name for name, at in paths.items() if at not in failed and is_finished(at, experiments[name])],
     }

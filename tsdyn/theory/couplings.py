@@ -133,10 +133,10 @@ def coupling(student: Network, teacher: Network, x: ArrayLike | Tensor, layer: i
     x = inputs("coupling", x, student, teacher)
     check_pair("coupling", student, teacher)
     check_layer("coupling", layer, student)
-    return _coupling(student, student.trace(x), teacher, teacher.trace(x), layer)
+    return coupling_of_traces(student, student.trace(x), teacher, teacher.trace(x), layer)
 
 
-def _coupling(student: Network, own: Trace, teacher: Network, taught: Trace, layer: int) -> Coupling:
+def coupling_of_traces(student: Network, own: Trace, teacher: Network, taught: Trace, layer: int) -> Coupling:
     v = _augmented(student, own, layer)
     below = v[..., :-1].mT
     return Coupling(below @ _augmented(teacher, taught, layer), below @ v)
@@ -165,7 +165,7 @@ def _augmented(net: Network, trace: Trace, layer: int) -> Tensor:
     return torch.cat([v, c.unsqueeze(-1)], -1)
 
 
-def _with_one(f: Tensor) -> Tensor:
+def with_one_node(f: Tensor) -> Tensor:
     """Activations with the constant node appended, [f; 1], (sample, node+1)."""
     return torch.cat([f, torch.ones_like(f[:, :1])], 1)
 
@@ -213,10 +213,10 @@ def lemma1_residual(student: Network, teacher: Network, x: Samples, *, memory: i
             own, taught = student.trace(part), teacher.trace(part)
             gradients = backpropagated_gradients(student, own, taught.output - own.output)
             for layer in range(1, student.depth + 1):
-                pair = _coupling(student, own, teacher, taught, layer)
+                pair = coupling_of_traces(student, own, teacher, taught, layer)
                 gate = own.gates[layer - 1]
-                pull = gate * (pair.A @ _with_one(taught.activations[layer - 1]).unsqueeze(-1)).squeeze(-1)
-                push = gate * (pair.B @ _with_one(own.activations[layer - 1]).unsqueeze(-1)).squeeze(-1)
+                pull = gate * (pair.A @ with_one_node(taught.activations[layer - 1]).unsqueeze(-1)).squeeze(-1)
+                push = gate * (pair.B @ with_one_node(own.activations[layer - 1]).unsqueeze(-1)).squeeze(-1)
                 g, i = gradients[layer - 1], layer - 1
                 worst[i] = max(worst[i], float((g - (pull - push)).abs().max()))
                 scale[i] = max(scale[i], *(float(part.abs().max()) for part in (g, pull, push)))

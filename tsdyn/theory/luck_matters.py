@@ -25,7 +25,7 @@ from torch import Tensor
 
 from tsdyn.networks.network import Network, require_plain
 from tsdyn.theory.coupling_moments import Form, check_form
-from tsdyn.theory.couplings import _coupling, _with_one, backpropagated_gradients
+from tsdyn.theory.couplings import backpropagated_gradients, coupling_of_traces, with_one_node
 from tsdyn.theory.inputs import MEMORY, Samples, batches, check_pair
 
 Array: TypeAlias = NDArray[np.float64]
@@ -416,10 +416,10 @@ def luck_matters_updates(
             gradients = backpropagated_gradients(student, own, taught.output - own.output)
             f, f_star = [part, *own.activations], [part, *taught.activations]
             for layer in range(1, depth + 1):
-                below, below_star = _with_one(f[layer - 1]), _with_one(f_star[layer - 1])
-                pair = _coupling(student, own, teacher, taught, layer)
+                below, below_star = with_one_node(f[layer - 1]), with_one_node(f_star[layer - 1])
+                pair = coupling_of_traces(student, own, teacher, taught, layer)
                 gate = own.gates[layer - 1]
-                with_one, with_one_star = _with_one(gate), _with_one(taught.gates[layer - 1])
+                with_one, with_one_star = with_one_node(gate), with_one_node(taught.gates[layer - 1])
                 add("exact", layer, gradients[layer - 1].T @ below)
                 add("L", layer, below.T @ below)
                 add("L*", layer, below.T @ below_star)

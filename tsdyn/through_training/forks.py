@@ -56,7 +56,7 @@ def fork(
             parent is trained again up to there.
         perturb: What is changed: one of {"gaussian": s}, {"weight": {layer, node, input_node, by}}, {"silence": {layer,
             node}}, {"reinitialise": {layer, node}}, {"transplant": {seed, layer, node, to}}, {"swap": {layer, nodes}},
-            {"set": {key: value}}; see `tsdyn.experiment.parts.Fork`.  Nothing unless given.
+            {"set": {key: value}}; see `tsdyn.experiment.branching.Fork`.  Nothing unless given.
         branches: How many, or their numbers; each has random draws of its own.
         out: Directory of the children; beside the parent, ``<parent>-fork``, unless given.
         draws: ``"same"``: the batches and fresh samples of the parent; ``"other"``: new ones for each branch.

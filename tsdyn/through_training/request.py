@@ -44,6 +44,16 @@ def refuse_unfit(experiment: Experiment, wrt: Sequence[str]) -> None:
     Raises:
         ExperimentError: for runs that take no steps, and inputs of a run that it does not have or not smoothly.
     """
+    if experiment.fork.parent is not None:
+        raise ExperimentError(
+            f"sensitivity: {experiment.name} branches off another run, whose end is its start; ask for the parent, "
+            f"{experiment.fork.parent}"
+        )
+    if experiment.data.leave_out.subset is not None:
+        raise ExperimentError(
+            f"sensitivity: {experiment.name} leaves samples out; ask for a run on all samples, whose d_sample says "
+            "what leaving one out changes (tsdyn.attribution.lds compares the two)"
+        )
     training = experiment.training
     if experiment.kind != "training":
         raise ExperimentError(

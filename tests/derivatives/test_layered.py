@@ -1,0 +1,136 @@
+"""Hessians of fully connected networks by formulas, against torch.autograd.functional.hessian."""
+
+import logging
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from tests.networks.test_networks import random_network
+from tsdyn import derivatives
+from tsdyn.derivatives import curvature
+from tsdyn.engine.loss import LOSSES
+from tsdyn.networks import activations
+
+EPS = torch.finfo(torch.float64).eps
+
+
+def by_autograd(module, loss, x, y, parameters):
+    """Hessian in the parameters, flattened in their order, by torch's own double backward."""
+    sizes = [p.numel() for p in parameters]
+    names = [next(n for n, q in module.named_parameters() if q is p) for p in parameters]
+
+    def at(flat):
+        named = dict(module.named_parameters())
+        pieces = zip(names, parameters, flat.split(sizes), strict=True)
+        moved = named | {n: piece.view(p.shape) for n, p, piece in pieces}
+        return loss(torch.func.functional_call(module, moved, (x,)), y)
+
+    return torch.autograd.functional.hessian(at, torch.cat([p.detach().flatten() for p in parameters]))
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    hidden=st.lists(st.integers(1, 5), max_size=3),
+    ends=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    name=st.sampled_from(activations.NAMES),
+    bias=st.booleans(),
+    loss=st.sampled_from(list(LOSSES.values())),
+    frozen=st.sets(st.integers(0, 7), max_size=3),
+    samples=st.integers(1, 9),
+    seed=st.integers(0, 99),
+)
+def test_matrix_and_products_are_those_of_double_backward(hidden, ends, name, bias, loss, frozen, samples, seed):
+    """Sums over at most 9 samples and the paths of at most four layers of five nodes: 10⁴ terms of one size."""
+    net = random_network((ends[0], *hidden, ends[1]), name, seed=seed, bias=bias)
+    module = net.to_torch()
+    parameters = list(module.parameters())
+    for i in frozen:
+        if i < len(parameters) - 1:
+            parameters[i].requires_grad_(False)
+    free = [p for p in parameters if p.requires_grad]
+    draw = torch.Generator().manual_seed(seed)
+    x = torch.randn(samples, ends[0], generator=draw, dtype=torch.float64)
+    y = torch.randn(samples, ends[1], generator=draw, dtype=torch.float64).softmax(1)
+    expected = by_autograd(module, loss.value, x, y, free)
+    room = 1e4 * EPS * (1 + float(expected.abs().max()))
+    with curvature._curved("test", (module, loss.value, x, y), {}) as (curve, _):
+        assert curve._quick is not None
+        vector = torch.randn(curve.size, generator=draw, dtype=torch.float64)
+        dense, product = curve._quick.dense(), curve._quick.product(vector)
+    torch.testing.assert_close(dense, expected, rtol=0, atol=room)
+    torch.testing.assert_close(product, expected @ vector, rtol=0, atol=room * len(expected))
+    torch.testing.assert_close(derivatives.hessian(module, loss.value, x, y), expected, rtol=0, atol=room)
+    found = derivatives.hessian_vector_product(module, loss.value, x, y, vector)
+    torch.testing.assert_close(found, expected @ vector, rtol=0, atol=room * len(expected))
+
+
+def test_samples_may_come_in_parts(monkeypatch):
+    net = random_network((3, 5, 4, 2), "tanh", seed=1)
+    x, y = torch.randn(2, 30, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    whole = derivatives.hessian(net, LOSSES["mse"].value, x, y[:, :2])
+    with curvature._curved("test", (net, LOSSES["mse"].value, x, y[:, :2]), {}) as (curve, _):
+        monkeypatch.setattr("tsdyn.derivatives.layered._AT_ONCE", 1 << 14)
+        assert len(list(curve._quick._parts())) > 3
+        torch.testing.assert_close(curve._quick.dense(), whole, rtol=0, atol=1e4 * EPS)
+
+
+@pytest.mark.parametrize("what", ["mixes samples", "hook", "shared weight", "own activation"])
+def test_what_the_formulas_do_not_hold_for_goes_by_autograd(what, caplog):
+    module = random_network((3, 3, 3, 2), "tanh", seed=1).to_torch()
+    loss = LOSSES["mse"].value
+    if what == "mixes samples":
+        loss = lambda f, y: (f - y).mean().pow(2)  # noqa: E731
+    elif what == "shared weight":
+        module[2].weight = module[0].weight
+    elif what == "own activation":
+        module[1] = nn.Mish()
+    x, y = torch.randn(2, 6, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    if what == "hook":
+        module[0].weight.register_hook(lambda g: 2 * g)
+    with caplog.at_level(logging.WARNING, "tsdyn"):
+        found = derivatives.hessian(module, loss, x, y[:, :2])
+    expected = by_autograd(module, loss, x, y[:, :2], list(module.parameters()))
+    if what == "hook":  # torch hands that weight's gradient doubled in both passes
+        twice = torch.cat([torch.full((p.numel(),), 2.0 - (p is not module[0].weight)) for p in module.parameters()])
+        expected = twice[:, None] * expected * twice
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e4 * EPS * (1 + float(expected.abs().max())))
+    assert any("formulas differ" in r.getMessage() for r in caplog.records) == (what in ("mixes samples", "hook"))
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    hidden=st.lists(st.integers(1, 5), max_size=3),
+    name=st.sampled_from(activations.NAMES),
+    bias=st.booleans(),
+    frozen=st.sets(st.integers(0, 7), max_size=3),
+    memory=st.sampled_from([1, 8 << 20]),
+    seed=st.integers(0, 99),
+)
+def test_jacobians_are_those_of_torch_func(hidden, name, bias, frozen, memory, seed):
+    """Products of at most four layers of five nodes each: as many roundings."""
+    module = random_network((3, *hidden, 2), name, seed=seed, bias=bias).to_torch()
+    for i, p in enumerate(list(module.parameters())[:-1]):
+        p.requires_grad_(i not in frozen)
+    x = torch.randn(7, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    held = {n: p.detach() for n, p in module.named_parameters() if p.requires_grad}
+    rest = {n: p.detach() for n, p in module.named_parameters() if not p.requires_grad}
+    output = lambda values, a: torch.func.functional_call(module, values | rest, (a[None],))[0]  # noqa: E731
+    expected = torch.vmap(torch.func.jacrev(output), (None, 0))(held, x)
+    found = derivatives.jacobian(module, x, memory=memory)
+    assert list(found) == list(expected)
+    for key, jacobian in expected.items():
+        torch.testing.assert_close(found[key], jacobian, rtol=0, atol=1e2 * EPS * (1 + float(jacobian.abs().max())))
+
+
+def test_a_jacobian_that_a_hook_changes_is_torchs_own(caplog):
+    module = random_network((3, 3, 2), "tanh", seed=1).to_torch()
+    x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    right = derivatives.jacobian(module, x)
+    module[0].weight.register_hook(lambda g: 2 * g)
+    with caplog.at_level(logging.WARNING, "tsdyn"):
+        found = derivatives.jacobian(module, x)
+    assert "formulas differ from plain autograd" in caplog.text
+    torch.testing.assert_close(found["0.weight"], 2 * right["0.weight"])

@@ -1,0 +1,293 @@
+r"""Second derivatives of a loss of a fully connected network's outputs, layer by layer, from formulas.
+
+With J(f_L(θ)), z_l = W_l f_{l−1} + b_l and f_l = σ(z_l), let t_kl = ∂z_k/∂z_l, where z_l is moved as by a bias of its
+own, g_l = ∂J/∂z_l, and c_l = (∂J/∂f_l) ∘ σ''(z_l).  Of one sample
+
+.. math:: \frac{\partial^2 J}{\partial z_l \partial z_m}
+          = t_{Ll}^T \frac{\partial^2 J}{\partial f_L^2} t_{Lm} + \sum_{k \ge m} t_{kl}^T \mathrm{diag}(c_k)\, t_{km}
+
+for l ≤ m, and the second derivative in W_l (ij) and W_m (pq) is that of (i, p) times f_{l−1,j} f_{m−1,q}, plus, for
+l < m, g_{m,p} f_{l−1,j} ∂f_{m−1,q}/∂z_{l,i}, since W_l moves the input of layer m.  Summed over samples both are matrix
+products.
+
+`layered` decides from the module alone; whoever uses it compares a product with one by plain autograd.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from tsdyn.derivatives.assumptions import agree
+from tsdyn.networks.network import Network
+
+#: Limit on the bytes of the samples whose matrices are formed together.
+_AT_ONCE = 64 << 20
+
+
+def layered(
+    module: nn.Module, inputs: object, value: Callable[[Tensor], Tensor], leaves: Sequence[Tensor]
+) -> Layered | None:
+    """The formulas for this module, or None if it is not a plain fully connected network or is given other parameters.
+
+    Args:
+        module: An ``nn.Sequential`` of Linear layers and one kind of activation.
+        inputs: (sample, input).
+        value: Outputs, (sample, output) → J, a sum of terms that have one sample each.
+        leaves: The parameters to differentiate in, each a weight or bias of `module`.
+    """
+    found = plain_network(module, inputs, leaves)
+    if found is None or not isinstance(inputs, Tensor):
+        return None
+    network, order = found
+    samples, outputs = len(inputs), network.widths[-1]
+    if samples * outputs**2 * inputs.element_size() > _AT_ONCE:
+        return None
+    x = inputs.detach()
+    slope, bend = _of_outputs(network(x).detach(), value)
+    return Layered(network, x, slope, bend, order)
+
+
+def plain_network(
+    module: nn.Module, inputs: object, leaves: Sequence[Tensor]
+) -> tuple[Network, list[tuple[int, bool]]] | None:
+    """The plain network that a module is, and where each of its parameters is in it: (layer from 0, whether a bias).
+
+    None if it is no ``nn.Sequential`` of Linear layers and one kind of activation that is given (sample, input), or if
+    one of `leaves` is not in it exactly once.  The network's parameters need no gradient.
+    """
+    if type(module) is not nn.Sequential or not isinstance(inputs, Tensor) or inputs.ndim != 2:
+        return None
+    try:
+        network = Network.from_torch(module)
+    except ValueError:
+        return None
+    if not network.plain or network.weights[0].dtype not in (torch.float32, torch.float64):
+        return None
+    order = [place for place in (_place(network, leaf) for leaf in leaves) if place is not None]
+    if len(order) < len(leaves) or len({id(w) for w in network.weights}) < network.depth:
+        return None
+    biases = [None if b is None else b.detach() for b in network.biases]
+    return network.with_parameters([w.detach() for w in network.weights], biases), order
+
+
+def fill_jacobians(network: Network, x: Tensor, order: Sequence[tuple[int, bool]], into: Sequence[Tensor]) -> None:
+    """Write ∂f_L/∂θ of each sample in place: t_Ll f_{l−1}ᵀ for a weight, t_Ll for a bias, (sample, output, ...).
+
+    Args:
+        network: Plain, with parameters that need no gradient.
+        x: (sample, input).
+        order: (layer from 0, whether it is the bias) of each of `into`.
+    """
+    trace = network.trace(x)
+    below = [x, *trace.activations[:-1]]
+    outputs = network.widths[-1]
+    moved = torch.eye(outputs, dtype=x.dtype, device=x.device).expand(len(x), outputs, outputs)
+    for layer in range(network.depth - 1, -1, -1):
+        for (at, bias), result in zip(order, into, strict=True):
+            if at == layer and bias:
+                result.copy_(moved)
+            elif at == layer:
+                torch.mul(moved.unsqueeze(3), below[layer][:, None, None, :], out=result)
+        if layer:
+            moved = (moved @ network.weights[layer]) * trace.gates[layer - 1].unsqueeze(1)
+
+
+def _place(network: Network, leaf: Tensor) -> tuple[int, bool] | None:
+    """(layer, whether it is the bias), layers counted from 0; None for a tensor that is not in the network once."""
+    parameters = [
+        (i, kind, p) for kind, each in enumerate((network.weights, network.biases)) for i, p in enumerate(each)
+    ]
+    found = [(i, bool(kind)) for i, kind, p in parameters if p is leaf]
+    return found[0] if len(found) == 1 else None
+
+
+def _of_outputs(output: Tensor, value: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """∂J/∂f, (sample, output), and ∂²J/∂f², (sample, output, output) or (sample, output) if it is diagonal."""
+    free = output.clone().requires_grad_(True)
+    (slope,) = torch.autograd.grad(value(free), free, create_graph=True)
+    if not slope.requires_grad:
+        return slope, torch.zeros_like(output)
+    # each output by itself: then the product with ones holds all there is, and one with any other vector agrees
+    random = torch.randn(output.shape, generator=torch.Generator().manual_seed(0), dtype=output.dtype).to(output.device)
+    along = [torch.ones_like(output), random]
+    diagonal, product = (torch.autograd.grad(slope, free, v, retain_graph=True)[0] for v in along)
+    if agree(product, diagonal * random):
+        return slope.detach(), diagonal
+    columns = [torch.autograd.grad(slope[:, c].sum(), free, retain_graph=True)[0] for c in range(output.shape[1])]
+    return slope.detach(), torch.stack(columns, 2)
+
+
+class Layered:
+    """The Hessian of one loss of one network at one point: its products with vectors, and the dense matrix.
+
+    Args:
+        network: Plain, with parameters that need no gradient.
+        x: (sample, input).
+        slope, bend: ∂J/∂f_L and ∂²J/∂f_L² of each sample, the latter as `_of_outputs` gives it.
+        order: (layer, whether it is the bias) of each parameter of the result.
+    """
+
+    def __init__(
+        self, network: Network, x: Tensor, slope: Tensor, bend: Tensor, order: Sequence[tuple[int, bool]]
+    ) -> None:
+        trace = network.trace(x)
+        self._weights, self._bend, self._order = network.weights, bend, order
+        self._below = [x, *trace.activations[:-1]]
+        self._gates = trace.gates[:-1]
+        self._curved: list[Tensor | None] = []
+        self._slopes = [slope]
+        for layer in range(network.depth - 1, 0, -1):
+            above = self._slopes[0] @ self._weights[layer]
+            z = trace.preactivations[layer - 1]
+            second = None if network.activation.piecewise_linear else _derivative(network.activation.derivative, z)
+            self._curved.insert(0, None if second is None else above * second)
+            self._slopes.insert(0, above * self._gates[layer - 1])
+
+    def _shape(self, layer: int, bias: bool) -> torch.Size:
+        return self._weights[layer].shape[:1] if bias else self._weights[layer].shape
+
+    # --- products --------------------------------------------------------------------------------------------
+
+    def product(self, vector: Tensor) -> Tensor:
+        """H v, (parameter,), by the derivative of backpropagation along v."""
+        along: dict[tuple[int, bool], Tensor] = {}
+        shapes = [self._shape(*place) for place in self._order]
+        for place, shape, piece in zip(self._order, shapes, vector.split([s.numel() for s in shapes]), strict=True):
+            along[place] = piece.view(shape)
+        depth = len(self._weights)
+        moved_z: list[Tensor] = []
+        moved_f: list[Tensor | None] = [None]
+        for layer, (weight, below) in enumerate(zip(self._weights, self._below, strict=True)):
+            z = below @ along[layer, False].T if (layer, False) in along else below.new_zeros(len(below), len(weight))
+            if (layer, True) in along:
+                z = z + along[layer, True]
+            moved = moved_f[layer]
+            if moved is not None:
+                z = z.addmm(moved, weight.T)
+            moved_z.append(z)
+            if layer < depth - 1:
+                moved_f.append(self._gates[layer] * z)
+        moved_g = (
+            self._bend * moved_z[-1] if self._bend.ndim == 2 else (self._bend @ moved_z[-1].unsqueeze(2)).squeeze(2)
+        )
+        found: dict[tuple[int, bool], Tensor] = {}
+        for layer in range(depth - 1, -1, -1):
+            moved = moved_f[layer]
+            product = moved_g.T @ self._below[layer]
+            found[layer, False] = product if moved is None else product.addmm(self._slopes[layer].T, moved)
+            found[layer, True] = moved_g.sum(0)
+            if layer:
+                above = moved_g @ self._weights[layer]
+                if (layer, False) in along:
+                    above = above.addmm(self._slopes[layer], along[layer, False])
+                moved_g = self._gates[layer - 1] * above
+                curved = self._curved[layer - 1]
+                if curved is not None:
+                    moved_g = moved_g.addcmul(curved, moved_z[layer - 1])
+        return torch.cat([found[place].flatten() for place in self._order])
+
+    # --- the dense matrix ------------------------------------------------------------------------------------
+
+    def dense(self) -> Tensor:
+        """H, (parameter, parameter)."""
+        depth = len(self._weights)
+        nodes, inputs = [len(w) for w in self._weights], [w.shape[1] + 1 for w in self._weights]
+        pairs = list(itertools.combinations_with_replacement(range(depth), 2))
+        sums: dict[tuple[int, int], Tensor] = {}
+        crossed: dict[tuple[int, int], Tensor] = {}
+        for part in self._parts():
+            below = [torch.cat([f[part], torch.ones_like(f[part][:, :1])], 1) for f in self._below]
+            moved = self._moved(part)
+            for low, high in pairs:
+                both = (below[low].unsqueeze(2) * below[high].unsqueeze(1)).flatten(1)
+                _add(sums, (low, high), self._bent(part, moved, low, high).flatten(1).T @ both)
+                if low < high:
+                    # of the input of `high`, what z of `low` moves; with the layer just below, each node its own
+                    path = (
+                        self._gates[low][part]
+                        if high == low + 1
+                        else self._gated(part, moved, high - 1, low).flatten(1)
+                    )
+                    lever = (self._slopes[high][part].unsqueeze(2) * below[low].unsqueeze(1)).flatten(1)
+                    _add(crossed, (low, high), path.T @ lever)
+        starts = [0, *itertools.accumulate(n * d for n, d in zip(nodes, inputs, strict=True))]
+        whole = self._below[0].new_zeros(starts[-1], starts[-1])
+        for low, high in pairs:
+            n, m, d, e = nodes[low], nodes[high], inputs[low], inputs[high]
+            if (low, high) == (depth - 1, depth - 1) and self._bend.ndim == 2:  # outputs do not meet
+                block = torch.zeros(n, d, n, d, dtype=whole.dtype, device=whole.device)
+                block.diagonal(dim1=0, dim2=2).copy_(sums[low, high].view(n, d, d).permute(1, 2, 0))
+            else:
+                block = sums[low, high].view(n, m, d, e).permute(0, 2, 1, 3).contiguous()
+            if low < high and high == low + 1:  # (node = q, p, j)
+                block[..., :-1].diagonal(dim1=0, dim2=3).add_(crossed[low, high].view(n, m, d).permute(2, 1, 0))
+            elif low < high:  # (q, i, p, j)
+                block[..., :-1] += crossed[low, high].view(e - 1, n, m, d).permute(1, 3, 2, 0)
+            rows, columns = slice(starts[low], starts[low + 1]), slice(starts[high], starts[high + 1])
+            whole[rows, columns] = block.view(n * d, m * e)
+            whole[columns, rows] = whole[rows, columns].T.clone()
+        at = torch.cat([self._positions(starts[layer], layer, bias) for layer, bias in self._order])
+        return whole[at][:, at]
+
+    def _positions(self, start: int, layer: int, bias: bool) -> Tensor:
+        nodes, inputs = self._weights[layer].shape
+        places = torch.arange(start, start + nodes * (inputs + 1), device=self._bend.device).view(nodes, inputs + 1)
+        return places[:, -1] if bias else places[:, :-1].flatten()
+
+    def _parts(self) -> Iterator[slice]:
+        """Samples whose matrices fit in `_AT_ONCE` together."""
+        widest = max(max(w.shape) + 1 for w in self._weights)
+        numbers = (3 + len(self._weights) ** 2) * widest**2
+        size = max(1, _AT_ONCE // (numbers * self._bend.element_size()))
+        for start in range(0, len(self._bend), size):
+            yield slice(start, start + size)
+
+    def _moved(self, part: slice) -> dict[tuple[int, int], Tensor]:
+        """t_kl for l < k, each (sample, node of k, node of l)."""
+        found: dict[tuple[int, int], Tensor] = {}
+        for low in range(len(self._weights) - 1):
+            for high in range(low + 1, len(self._weights)):
+                weight = self._weights[high]
+                if high == low + 1:
+                    found[high, low] = weight * self._gates[low][part].unsqueeze(1)
+                else:
+                    found[high, low] = weight @ self._gated(part, found, high - 1, low)
+        return found
+
+    def _gated(self, part: slice, moved: dict[tuple[int, int], Tensor], high: int, low: int) -> Tensor:
+        """∂f_k/∂z_l for l < k."""
+        return self._gates[high][part].unsqueeze(2) * moved[high, low]
+
+    def _bent(self, part: slice, moved: dict[tuple[int, int], Tensor], low: int, high: int) -> Tensor:
+        """∂²J/∂z_l∂z_m of each sample, (sample, node, node_2); at the top (sample, output) if that is diagonal."""
+        top, bend = len(self._weights) - 1, self._bend[part]
+        if low == high == top:
+            return bend
+        if bend.ndim == 2:
+            scaled = torch.diag_embed(bend) if high == top else bend.unsqueeze(2) * moved[top, high]
+        else:
+            scaled = bend if high == top else bend @ moved[top, high]
+        total = moved[top, low].mT @ scaled
+        for k in range(high, top):
+            curved = self._curved[k]
+            if curved is None:
+                continue
+            here = curved[part]
+            right = torch.diag_embed(here) if k == high else here.unsqueeze(2) * moved[k, high]
+            total = total + (right if k == low else moved[k, low].mT @ right)
+        return total
+
+
+def _add(sums: dict[tuple[int, int], Tensor], key: tuple[int, int], more: Tensor) -> None:
+    sums[key] = sums[key].add_(more) if key in sums else more
+
+
+def _derivative(function: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
+    with torch.enable_grad():
+        free = z.detach().clone().requires_grad_(True)
+        (found,) = torch.autograd.grad(function(free).sum(), free)
+    return found
