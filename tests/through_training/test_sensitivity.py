@@ -589,3 +589,11 @@ def test_seeds_on_a_dask_client_give_the_same(relu_run):
         there = tsdyn.sensitivity(path, wrt=["start", "sample"], client=c)
     for name in here.data_vars:
         assert np.allclose(there[name], here[name], rtol=1e-9, atol=1e-13, equal_nan=True), name
+
+
+def test_before_training_nothing_has_flipped_yet(relu_run):
+    _, path = relu_run
+    found = tsdyn.sensitivity(path, epoch=0, wrt=["start", "learning_rate"])
+    assert found["tangent_growth"].sizes["epoch"] == 0
+    assert bool(np.isinf(found["radius"].sel(wrt="start")).all())
+    assert "no gate flips" in json.loads(found.attrs["reach"])[0]

@@ -324,9 +324,9 @@ class Block:
         part = held[name]
         assert part is not None
         by_name, length = _unit({name: part})
-        along: dict[str, Tensor | None] = {key: by_name.get(key) for key in held}
+        parts = {key: by_name.get(key) for key in held}
         return (
-            Direction(None, along["learning_rate"], along["sample"], along["target"], along["input"]), None, length
+            Direction(None, parts["learning_rate"], parts["sample"], parts["target"], parts["input"]), None, length
         )  # fmt: skip
 
     def _winners(self, course: Course, tangent: State, teacher: Named | None) -> Tensor:

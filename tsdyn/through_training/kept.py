@@ -25,7 +25,11 @@ def key(job: Job) -> str | None:
         __version__, job.experiment.to_toml(), job.epoch, of, job.wrt, job.certificate, job.smoothed, job.spread,
         job.device,
     ]  # fmt: skip
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:24]
+    found = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
+    for epoch, named in sorted(job.recorded.items()):  # another run of the same experiment may differ in rounding
+        for name, array in sorted(named.items()):
+            found.update(f"{epoch} {name}".encode() + np.ascontiguousarray(array).tobytes())
+    return found.hexdigest()[:24]
 
 
 def read(folder: Path, job: Job) -> Found | None:
