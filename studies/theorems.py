@@ -1,14 +1,15 @@
 """Every theorem of Tian (2020) and of Tian et al. (2019) by a run in which its hypothesis is met, and one in which not.
 
 Students start at their teacher's parameters plus noise, at four distances: near enough, gradients are as small as the
-theorems ask, every teacher node is matched as closely as they say, and margins (conclusion over bound, at most 1 where
-it holds) stay far below 1; farther off the hypotheses are not met and nothing is tested.  Theorem 5 needs a third
-layer, Theorem 4 the teacher-aware augmentation, on which all of them train.  Theorem 2 and Corollary 1 are about nodes
-that match no teacher node, which only wider students have: of those, trained to the smallest gradients that a second
-allows, some meet the hypothesis.  At desk scale (5 seeds) Theorem 2's hypothesis was met three times, and twice the
-conclusion failed; gradients vanish on the training samples only and the theorem asks for all inputs, which may be the
-reason and was not tested with more samples.  Settings were chosen after two trial runs: in the first Theorem 2 was never
-met, of the second's three settings the first is kept.  Theorems 4 and 5 of 2019 are about averaged dynamics, integrated from starts near and far.
+theorems ask, every teacher node is matched as closely as they say, and margins (conclusion over bound, at most 1
+where it holds) stay far below 1; farther off the hypotheses are not met and nothing is tested. Theorem 5 needs a
+third layer, Theorem 4 the teacher-aware augmentation, on which all of them train. Theorem 2 and Corollary 1 are about
+nodes that match no teacher node, which only wider students have: of those, trained to the smallest gradients that a
+second allows, some meet the hypothesis. At desk scale (5 seeds) Theorem 2's hypothesis was met three times, and twice
+the conclusion failed; gradients vanish on the training samples only and the theorem asks for all inputs, which may be
+the reason and was not tested with more samples. Settings were chosen after two trial runs: in the first Theorem 2 was
+never met, of the second's three settings the first is kept. Theorems 4 and 5 of 2019 are about averaged dynamics,
+integrated from starts near and far.
 """
 
 from __future__ import annotations
