@@ -37,6 +37,7 @@ DESK_SECONDS: Mapping[str, int | None] = {
     "simsek2023-norms": 126,
     "simsek2023-phase-diagram": 78,
     "goldt2019-eg": 114,
+    "fork-divergence": None,
 }
 
 

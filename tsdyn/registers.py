@@ -297,6 +297,7 @@ STUDIES = Register(
         "simsek2023-norms",
         "simsek2023-phase-diagram",
         "goldt2019-eg",
+        "fork-divergence",
     ),
 )
 
