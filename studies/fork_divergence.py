@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import tsdyn
 import xarray as xr
 from matplotlib.axes import Axes
 from tsdyn.analysis import captions, layout, panels
@@ -22,6 +21,7 @@ from tsdyn.analysis import style as look
 from tsdyn.analysis.identity import points
 from tsdyn.studies.two_layer import PAPER, SMOKE
 
+import tsdyn
 from tsdyn.archive.selecting import experiment_of
 from tsdyn.experiment.experiment import Experiment
 from tsdyn.through_training.blocks import Block, Job
@@ -34,7 +34,7 @@ TITLE = "distance of perturbed forks, the tangent's prediction, and the size at 
 SOURCE = "tsdyn: forks of the two-layer run of Tian 2020 (PMLR 119:9470)"
 
 #: Standard deviations of the change, relative to the start's of the same layer.
-SIZES = tuple(float(f"{10**power:.4g}") for power in np.arange(-7, -0.4, 0.5))
+SIZES = tuple(float(f"{size:.4g}") for size in np.logspace(-6.5, -0.5, 7))
 _MEASURED = "definition; forks by tsdyn.fork"
 _TANGENT = "tsdyn.through_training.certificate: tangent in forward mode"
 
@@ -74,7 +74,7 @@ def measure(archive: xr.Dataset) -> xr.Dataset:
             forks = tsdyn.fork(parent, perturb={"gaussian": size}, out=Path(folder) / f"forks-{number}")
             forks = forks.isel(fork_epoch=0, branch=0)
             distances.append(forks["distance"].load().reset_coords(drop=True))
-        last = forks.load()
+        last = forks[["weight", "bias"]].sel(epoch=[0]).load()
     along = xr.DataArray(list(SIZES), dims="gaussian", name="gaussian")
     distance = xr.concat(distances, along, coords="minimal", compat="override", join="exact", combine_attrs="drop")
     distance = distance.transpose("activation", "seed", "gaussian", "epoch")
@@ -110,9 +110,7 @@ def _tangent(
     block = Block(Job(experiment, int(epochs[-1]), "loss_eval", ("start",), {}))
     course = block.course(recorded=False)
     start = course.state()
-    here, there = (
-        recorded_weights(ds.sel(chosen), course.ensemble, seeds, 0)[0] for ds in (own, forks)
-    )
+    here, there = (recorded_weights(ds.sel(chosen), course.ensemble, seeds, 0)[0] for ds in (own, forks))
     moved = {name: there[name].double() - here[name].double() for name in start.values}
     length = torch.stack([t.flatten(1).norm(dim=1) for t in moved.values()]).norm(dim=0)
     unit = {name: t / length.view(-1, *[1] * (t.ndim - 1)) for name, t in moved.items()}
@@ -176,7 +174,7 @@ def _over_training(measured: xr.Dataset, ax: Axes) -> None:
         ax.plot(own["epoch"], float(one["size"]) * own["tangent_growth"], color=look.GUIDE, linewidth=look.points(1.6))
         ax.plot(
             own["epoch"], one["distance"], color=panels.colour(position), linestyle=panels.STYLES[position],
-            label=f"{ratio[i]:.2g} radii",
+            label=f"{captions.number(float(f'{ratio[i]:.2g}'))} radii",
         )  # fmt: skip
     layout.decades(ax)
     panels.whole_numbers(ax)
@@ -200,7 +198,7 @@ def draw(measured: xr.Dataset) -> look.Page:
     says = (
         "A, B: distance between a run and its fork at the last epoch over the size of the change before the first "
         "step, what the tangent says, and the size at which the first gate flips. C: by how much distance and tangent "
-        "differ. D: over epochs, tangent in grey"
+        "differ, beside softplus students changed in the same way. D: distance over epochs, the tangent's in grey"
     )
     return layout.arrange(
         measured, PANELS, [cells[:2], cells[2:]], says=says, spread="points", paper=EXPERIMENTS, height=2.1

@@ -298,6 +298,7 @@ STUDIES = Register(
         "simsek2023-phase-diagram",
         "goldt2019-eg",
         "fork-divergence",
+        "leave-out",
     ),
 )
 

@@ -1,0 +1,35 @@
+"""The study of forks: below the first gate that flips they follow the tangent, above it only a smooth student's do."""
+
+import numpy as np
+import pytest
+from tsdyn.studies import fork_divergence
+
+import tsdyn
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    small = fork_divergence.EXPERIMENTS["smoke"].replace({"seeds": 2, "training.epochs": 3})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fork_divergence, "SIZES", (1e-6, 1e-1))
+        return fork_divergence.measure(tsdyn.run(small, tmp_path_factory.mktemp("fork") / "run"))
+
+
+def test_gates_divide_forks_that_follow_the_tangent_from_those_that_leave_it(measured):
+    below, above = measured["size"].transpose("gaussian", "activation", "seed")
+    radius = measured["radius"].sel(activation="relu")
+    assert measured["radius"].sel(activation="softplus").isnull().all()
+    assert (below.sel(activation="relu") < radius).all()
+    assert (above.sel(activation="relu") > radius).all()
+    wanted = measured["size"] * measured["tangent_growth"].isel(epoch=-1)
+    off = np.abs(measured["distance"].isel(epoch=-1) / wanted - 1)
+    assert (off.isel(gaussian=0) < 1e-5).all()  # BEYOND, section 2
+    relu, smooth = (off.sel(activation=name).isel(gaussian=1) for name in ("relu", "softplus"))
+    # what curvature alone does is of the order of the change; gates do more
+    assert (smooth < above.sel(activation="softplus")).all()
+    assert (relu > 10 * smooth).all()
+
+
+def test_the_tangent_has_the_size_of_the_change_at_the_fork(measured):
+    np.testing.assert_allclose(measured["tangent_growth"].isel(epoch=0), 1, rtol=1e-12)
+    np.testing.assert_array_equal(measured["size"], measured["distance"].isel(epoch=0))
