@@ -2,8 +2,8 @@
 
 Members differ only in which samples they see.  The exact derivative through training, influence functions at the end
 and gradient products along recorded epochs each predict how the evaluation loss changes; training again says how it
-does.  For a smooth activation the exact derivative predicts size and order; for relu gates flip between the student
-and the one that never saw the samples, and it predicts less.
+does.  All three are of first order: what they miss is curvature and, for relu, gates that flip between the student and
+the one that never saw the samples.  Influence functions assume a minimum, which none of these runs has reached.
 """
 
 from __future__ import annotations
