@@ -127,17 +127,17 @@ def _at_the_end(activation: str) -> layout.Panel:
         for i in range(own.sizes["seed"]):
             one = own.isel(seed=i)
             size = one["size"].values
-            name = {"label": "tangent"} if i == 0 else {}
-            ax.plot(size, size * float(one["tangent_growth"][-1]), color=look.GUIDE, linewidth=look.points(0.7), **name)
+            words = ["tangent", "first gate flips (one line per seed)", "fork"] if i == 0 else [None, None, None]
+            end = size * float(one["tangent_growth"][-1])
+            ax.plot(size, end, color=look.GUIDE, linewidth=look.points(0.7), label=words[0])
             if np.isfinite(one["radius"]):
-                name = {"label": "first gate flips (one line per seed)"} if i == 0 else {}
                 ax.axvline(
-                    float(one["radius"]), color=panels.colour(1), linestyle="--", linewidth=look.points(0.6), **name
-                )
-            name = {"label": "fork"} if i == 0 else {}
+                    float(one["radius"]), color=panels.colour(1), linestyle="--", linewidth=look.points(0.6),
+                    label=words[1],
+                )  # fmt: skip
             ax.plot(
                 size, one["distance"].isel(epoch=-1), "o", color=panels.colour(0), markersize=look.points(2.2),
-                markeredgewidth=0, **name,
+                markeredgewidth=0, label=words[2],
             )  # fmt: skip
         layout.decades(ax)
         layout.decades(ax, "x")
@@ -152,7 +152,7 @@ def _departure(measured: xr.Dataset, ax: Axes) -> None:
     for position, activation in enumerate(("relu", "softplus")):
         own = measured.sel(activation=activation)
         wanted = own["size"] * own["tangent_growth"].isel(epoch=-1)
-        off = np.abs(own["distance"].isel(epoch=-1) / wanted - 1)
+        off: xr.DataArray = abs(own["distance"].isel(epoch=-1) / wanted - 1)
         ax.plot(
             (own["size"] / unit).transpose("gaussian", "seed").values, off.transpose("gaussian", "seed").values,
             "os"[position], color=panels.colour((0, 3)[position]), markersize=look.points(2.2), markeredgewidth=0,

@@ -26,7 +26,9 @@ from tsdyn.experiment.experiment import Experiment
 __all__ = ["EXPERIMENTS", "PANELS", "SOURCE", "TITLE", "draw", "measure"]
 
 TITLE = "predicted against retrained change of the loss when samples are left out, for three scores"
-SOURCE = f"{attribution.KOH}; {attribution.PRUTHI}; {attribution.PARK}"
+SOURCE = (
+    "Koh & Liang 2017 (arXiv:1703.04730); Pruthi et al. 2020 (arXiv:2002.08484); Park et al. 2023 (arXiv:2303.14186)"
+)
 
 #: Scores, with a word for each on an axis.
 SCORES: Mapping[str, str] = {"d_sample": "exact", "influence": "influence", "tracin": "products"}
