@@ -1,10 +1,10 @@
 """Tian et al. (2019), Figure 3 and section 1: the lottery ticket. Winners keep their initial weights, the others none.
 
 A first student is trained with all its nodes.  Those that in the end correlate best with some teacher node, its
-winners, are trained again, on the same samples in the same order: from their initial weights, and from newly drawn ones of the
-same law.  All other nodes of the hidden layers have weights and biases of zero, in and out, and keep them, since they
-then have no gradient (``student.init = "rewind"`` and ``"rewind-reinitialised"``).  The paper's explanation of the
-ticket is that winners were lucky at the start; then they need fewer steps from there than from a new start.
+winners, are trained again, on the same samples in the same order: from their initial weights, and from newly drawn
+ones of the same law.  All other nodes of the hidden layers have weights and biases of zero, in and out, and keep them,
+since they then have no gradient (``student.init = "rewind"`` and ``"rewind-reinitialised"``).  The paper's explanation
+of the ticket is that winners were lucky at the start; then they need fewer steps from there than from a new start.
 
 At smoke scale, with 16 seeds, winners end with a lower loss from their initial weights than from new ones in 15 of 16
 (two-sided sign test: p = .0005); ρ̄ of the lowest layer is 0.48 against 0.28 (medians).  They do not reach the student
@@ -67,10 +67,7 @@ _SMALL = {"teacher.widths": [20, 10, 15, 20, 25, 100], "training.learning_rate":
 EXPERIMENTS: Mapping[str, Experiment] = {
     "smoke": _PAPER.replace(
         {"name": "lottery-smoke", "seeds": 3, "student.overrealization": 4.0, "training.epochs": 6, "record.every": 1}
-        | {
-            "teacher.widths": [20, 4, 5, 6, 7, 20],
-            "training.learning_rate": 0.001,
-        }
+        | {"teacher.widths": [20, 4, 5, 6, 7, 20], "training.learning_rate": 0.001}
         | {"data.eval": 200, "training.steps_per_epoch": 400}
     ),
     # the small teacher, 4x instead of 10x, fewer samples, epochs and seeds
