@@ -136,7 +136,7 @@ def _ends(measured: xr.Dataset, ax: Axes) -> None:
     ax.set_xticks(places, labels=_SHORT)
     ax.set(xlim=(-0.5, len(places) - 0.5))
     deep_layers.scale(measured["mse_eval"], ax)
-    ax.set(xlabel="all nodes, or winners with", ylabel="final mse")
+    ax.set(xlabel="all, or winners with", ylabel="final mse")
 
 
 def _over_epochs(measured: xr.Dataset, ax: Axes) -> None:
