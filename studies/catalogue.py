@@ -10,7 +10,7 @@ from typing import NamedTuple
 from tsdyn import registers
 
 #: Seconds of a study's run at desk scale, in one process as `tsdyn study run` announced it in November 2026; None for
-#: studies that read files of the user's, and where no run at desk scale was announced yet.
+#: studies that read files of the user's, or whose time was not announced yet.
 DESK_SECONDS: Mapping[str, int | None] = {
     "tian2019-luck": 129,
     "tian2019-data": 154,
@@ -19,6 +19,7 @@ DESK_SECONDS: Mapping[str, int | None] = {
     "tian2019-cifar10": None,
     "tian2019-digits": 83,
     "tian2019-heatmaps": 5,
+    "tian2019-lottery": None,
     "tian2019-multilayer": 137,
     "tian2019-multilayer-large": 43,
     "tian2020-connectivity": 25,

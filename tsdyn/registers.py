@@ -278,6 +278,7 @@ STUDIES = Register(
         "tian2019-cifar10",
         "tian2019-digits",
         "tian2019-heatmaps",
+        "tian2019-lottery",
         "tian2019-multilayer",
         "tian2019-multilayer-large",
         "theorems",

@@ -369,9 +369,10 @@ def test_what_convolutions_do_not_have_is_refused(tmp_path):
         labelled(tmp_path, training__labels="data")
 
 
-def test_rewound_students_keep_the_winners_and_nothing_else(tmp_path):
+@pytest.mark.parametrize("law", ["gaussian", "torch"])
+def test_rewound_students_keep_the_winners_and_nothing_else(tmp_path, law):
     record = ["correlation", "weight", "mse"]
-    first = small(seeds=2, record__observables=record)
+    first = small(seeds=2, student__init=law, record__observables=record)
     ds = tsdyn.run(first, tmp_path / "first")
     for init in ("rewind", "rewind-reinitialised"):
         second = small(seeds=2, student__init=init, student__path=str(tmp_path / "first"))

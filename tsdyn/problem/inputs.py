@@ -22,7 +22,10 @@ from tsdyn.experiment.experiment import Experiment
 from tsdyn.networks.activations import activation
 from tsdyn.problem import covariances, images
 
-STREAMS = ("teacher", "student", "train", "eval", "batches", "probe", "augment", "law", "noise", "noise-probe", "fork")
+STREAMS = (
+    "teacher", "student", "train", "eval", "batches", "probe", "augment", "law", "noise", "noise-probe", "fork",
+    "student-again",
+)  # fmt: skip
 
 
 def generator(seed: int, stream: str, epoch: int = 0, branch: int | None = None) -> np.random.Generator:

@@ -43,7 +43,8 @@ def draw_student(experiment: Experiment, seed: int, teacher: Network | None = No
     ``file``: a state dict (`teachers.from_file`).  ``rewind``: the start of an earlier run of the same layers, whose
     archive ``student.path`` names, but only with its winners: of each hidden layer the nodes (channels) that at its end
     correlated best with some teacher node.  The others get no weight and bias, in or out, and then have no gradient.
-    ``rewind-reinitialised``: the same nodes, started as torch does.
+    ``rewind-reinitialised``: the same nodes, started as torch does, from random numbers of
+    their own, so that they differ from the first start whatever its law was.
 
     ``toward_weakest`` turns rows of the lowest layer round where their product with the last teacher node's weight is
     positive (``adversarial``) or negative (``helped``).  Every parameter is then multiplied by ``shrink``.  With
@@ -154,7 +155,7 @@ def _rewound(experiment: Experiment, seed: int) -> tuple[list[Tensor], list[Tens
             f"student.path = {path!r}: its students have layers of (node, inputs) {theirs}, these {own}; a rewound "
             "student has the same layers"
         )
-    weights, biases = _started(experiment, generator(seed, "student"), None, "torch")
+    weights, biases = _started(experiment, generator(seed, "student-again"), None, "torch")
     won = np.ones(1, bool)  # all inputs are kept
     for i, (shape, (nodes, inputs)) in enumerate(zip(shapes, own, strict=True), start=1):
         if student.init == "rewind":
