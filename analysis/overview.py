@@ -108,7 +108,7 @@ def _last(ds: xr.Dataset) -> Iterator[tuple[str, xr.DataArray]]:
     now = ds.isel({along: end})
     for name in held[:SHOWN_LOSSES]:
         yield name, now[name]
-    if "correlation" not in ds or "layer" not in ds["correlation"].dims:
+    if "correlation" not in ds or not {"layer", "teacher_node", "node"} <= set(ds["correlation"].dims):
         return
     own = ds["width"].notnull() if "width" in ds.coords and ds["width"].dims == ("layer",) else None
     hidden = [int(label) for label in now["layer"].values[:-1] if own is None or bool(own.sel(layer=label))]

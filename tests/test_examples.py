@@ -12,12 +12,12 @@ import tsdyn
 from tsdyn import analysis, derivatives, flow, population, schema, theory
 
 #: Modules of `tsdyn.analysis` that serve its own figures and readers.
-INNER = {"captions", "style", "figures", "identity", "layout", "lift", "panels"}
+INNER = {"captions", "style", "verdicts", "claims", "own_modules", "figures", "identity", "layout", "lift", "panels"}
 #: Functions of the other modules that serve these modules alone, or need what the example's runs do not hold.
 WITHOUT = {
     "alignment.without_padding", "audit.Claim", "audit.Finding", "batch_norm.negative_shift_share",
     "batch_norm.shift_histogram", "connectivity.carriers", "connectivity.loss_along", "connectivity.matched",
-    "connectivity.theorem_2_path", "conservation.balance_kept", "members.Member", "members.each",
+    "connectivity.theorem_2_path", "conservation.balance_kept", "members.Member", "members.each", "members.each_cell",
     "order_parameters.scaled_overlap", "overview.Number", "overview.Row", "overview.as_json", "phase.flags",
     "report.audit_rows", "report.text", "specialization.correlation_of", "specialization.median",
 }  # fmt: skip

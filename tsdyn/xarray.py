@@ -34,7 +34,14 @@ def open(
     verify: bool | None = None,
     along: Literal["keys", "point"] = "keys",
 ) -> xr.Dataset:
-    """`tsdyn.archive.reading.open`, with the accessor ``.tsdyn`` registered."""
+    """`tsdyn.archive.reading.open`, with the accessor ``.tsdyn`` registered.
+
+    Examples:
+        >>> import tsdyn
+        >>> ds = tsdyn.open("runs/quickstart")  # nothing is loaded
+        >>> ds.loss_eval.sel(overrealization=4, seed=3, epoch=slice(2, 8)).sizes["epoch"]
+        7
+    """
     from tsdyn.archive import reading
 
     return reading.open(path, skip_damaged=skip_damaged, verify=verify, along=along)

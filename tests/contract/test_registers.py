@@ -225,6 +225,13 @@ def separated():
     assert abs(held / draws - share) <= 5 * math.sqrt(share * (1 - share) / draws)
 
 
+def luck_matters():
+    found = rows("luck-matters", 20, 3)
+    assert set(found.ravel()) <= {-0.5, -0.25, 0.0, 0.25, 0.5}
+    assert len(np.unique(found, axis=0)) == 20
+    assert found.any(1).all()
+
+
 def gaussian():
     found = rows("gaussian", 200, 100, scale=0.3).ravel()
     for power, right in ((1, 0.0), (2, 0.09), (4, 3 * 0.09**2)):
@@ -246,7 +253,7 @@ def orthonormal():
 
 @pytest.mark.parametrize("name", TEACHERS)
 def test_a_teacher_has_its_properties(name):
-    {"separated": separated, "gaussian": gaussian, "orthonormal": orthonormal}[name]()
+    {"separated": separated, "gaussian": gaussian, "orthonormal": orthonormal, "luck-matters": luck_matters}[name]()
 
 
 # --- starts ------------------------------------------------------------------------------------------------------

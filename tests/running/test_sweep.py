@@ -154,7 +154,7 @@ def test_workers_that_cannot_be_had(tmp_path, monkeypatch, how, message):
     monkeypatch.setattr(workers_module, "CONNECT_SECONDS", 1)
     with pytest.raises(WorkersError, match=message) as refused:
         sweep.run(small(sweep=GRID, **FEW), tmp_path / "sweep", **how)
-    assert refused.tb is not None  # which holds a client that got no answer: it must not be who computes from here on
+    assert refused.tb is not None
     with pytest.raises(ValueError, match="No clients found"):
         default_client()
 

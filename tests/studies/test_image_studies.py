@@ -40,7 +40,7 @@ def test_digits_are_called_digits_in_the_figure_and_in_what_was_measured(tmp_pat
     experiment = study.EXPERIMENTS["smoke"].replace(short | {"teacher.widths": [64, 2, 3, 2, 10], "sweep": {}})
     measured = study.measure(tsdyn.run(experiment, tmp_path / "run"))
     assert measured.attrs["data"] == "digits"
-    assert study.draw(measured).get_suptitle().startswith("scikit-learn's digits")
+    assert "scikit-learn's digits" in study.draw(measured).caption
 
 
 def test_the_paper_scale_is_the_papers():

@@ -110,7 +110,8 @@ def _of_outputs(output: Tensor, value: Callable[[Tensor], Tensor]) -> tuple[Tens
     if not slope.requires_grad:
         return slope, torch.zeros_like(output)
     # each output by itself: then the product with ones holds all there is, and one with any other vector agrees
-    random = torch.randn(output.shape, generator=torch.Generator().manual_seed(0), dtype=output.dtype).to(output.device)
+    draw = torch.Generator(device="cpu").manual_seed(0)  # whatever the caller has made torch's default device
+    random = torch.randn(output.shape, generator=draw, dtype=output.dtype, device="cpu").to(output.device)
     along = [torch.ones_like(output), random]
     diagonal, product = (torch.autograd.grad(slope, free, v, retain_graph=True)[0] for v in along)
     if agree(product, diagonal * random):

@@ -22,6 +22,7 @@ from tsdyn.archive.whole_files import ArchiveError, refuse_link
 from tsdyn.experiment.errors import ExperimentError
 from tsdyn.experiment.experiment import Experiment
 from tsdyn.experiment.sweep_axes import swept_keys
+from tsdyn.observables import registry
 from tsdyn.observables.registry import Observed, added
 from tsdyn.problem import images
 from tsdyn.problem.teachers import refuse_unsaid_activation
@@ -181,6 +182,8 @@ def run(
         refuse_unpicklable(student=student, teacher=teacher)
     with added(observables):
         own = completed(_asking(experiment, observables), student=student, teacher=teacher)
+        if not packages.missing(own):
+            registry.load(own)  # a package's observables are declared when they are loaded
         if not whole_files.local_path(path).exists():  # what was begun before goes on as it was
             refuse_unsaid_activation(own)
         lost = packages.missing(own)

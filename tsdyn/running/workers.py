@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import signal
 import time
@@ -69,10 +70,15 @@ def connected_client(workers: int | None, scheduler: str | None) -> Iterator[Cli
     from distributed import Client, LocalCluster
 
     if scheduler is not None:
+        said = ""
         try:
             client = Client(scheduler, timeout=CONNECT_SECONDS, set_as_default=False)
         except (OSError, ValueError, ImportError, TypeError) as error:  # the last: tls:// without a certificate
-            raise WorkersError(f"scheduler {scheduler}: does not answer: {error}") from error
+            said = f"scheduler {scheduler}: does not answer: {error}"
+        if said:
+            # now, not while another client starts: closing then waits for a lock that its own thread holds
+            gc.collect()
+            raise WorkersError(said)
         with client:
             yield client
         return
