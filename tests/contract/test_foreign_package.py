@@ -106,7 +106,7 @@ def test_the_archive_is_whole_shown_audited_and_reported_and_the_study_is_run(la
     assert validate == [0, "runs/lab: whole\n", ""]
     for (code, out, said), told in (
         (show, "entropy of a node's squared"), (audit, "log_cosh"), (report, "report.html"),
-        (listed, "lab-entropy                  Entropy of squared weights along training"), (study, ""),
+        (listed, "Entropy of squared weights along training"), (study, ""),
     ):  # fmt: skip
         assert code == 0, said
         assert told in out

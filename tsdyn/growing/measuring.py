@@ -181,7 +181,10 @@ def _labels(ds: xr.Dataset, asked: Sequence[tuple[Mapping[str, Any], Experiment]
     sizes |= {dim: max(layout.padded(dim) for layout in layouts) for dim in ("mode", "entry", "teacher_entry")}
     sizes |= {"node_2": sizes["node"], "teacher_node_2": sizes["teacher_node"]}
     plain: dict[str, Any] = {dim: np.arange(size) for dim, size in sizes.items()}
+    for dim, size in {entry for layout in layouts for entry in layout.extra}:
+        plain[dim] = np.arange(max(size, plain[dim].size if dim in plain else 0))
     plain |= {
+        "teacher_layer": np.arange(1, max(layout.padded("teacher_layer") for layout in layouts) + 1),
         "layer": np.arange(1, max(layout.depth for layout in layouts) + 1),
         "top_k": np.arange(1, max(layout.padded("top_k") for layout in layouts) + 1),
         "quantile": np.array(sorted({q for layout in layouts for q in layout.quantiles})),
