@@ -157,6 +157,10 @@ def test_the_default_device_changes_no_number(name):
     with torch.device("meta"):
         assert torch.empty(0).is_meta
         found = _numbers(COMPUTED[name]())
+    if name == "warm_start":  # a minimum: rounding that depends on addresses moves it by some sqrt(eps)
+        for one, other in zip(found, wanted, strict=True):
+            np.testing.assert_allclose(one, other, rtol=0, atol=4 * np.sqrt(np.finfo(float).eps))
+        return
     np.testing.assert_equal(found, wanted)
 
 
