@@ -145,12 +145,17 @@ def run(
 
 
 def workers() -> list[psutil.Process]:
-    """Processes that dask began for this one to be workers, by fork or by spawn; not the helpers that begin them."""
+    """Processes that dask began for this one to be workers, by fork or by spawn.
+
+    Not the helpers that begin them, and not what workers fork themselves, such as the process that joins segments.
+    """
     found = []
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
             words = " ".join(process.cmdline())
-            forked = "multiprocessing.forkserver" in words and process.ppid() != os.getpid()
-            if forked or "spawn_main" in words:
+            parent = process.parent()
+            above = None if parent is None else parent.ppid()
+            forked = "multiprocessing.forkserver" in words and above == os.getpid()
+            if forked or ("spawn_main" in words and process.ppid() == os.getpid()):
                 found.append(process)
     return found
