@@ -110,7 +110,8 @@ def rewind_mask(archive: xr.Dataset, *, threshold: float = -1.0) -> xr.DataArray
     """Mask of the lottery ticket: 1 for nodes that win some teacher node at the last epoch, else 0; (..., node).
 
     ``ds.weight.sel(epoch=0) * rewind_mask(ds)`` is the initial network with all other nodes pruned; the same mask, with
-    its dimension renamed to ``input_node``, prunes the layer above.  NaN for padding and dead members.
+    its dimension renamed to ``input_node``, prunes the layer above.  NaN for padding, dead members and
+    nodes without a correlation, which are active on no evaluation sample or on all alike.
 
     Args:
         archive: A slice with ``epoch``, of which the last is used, or at a single epoch.

@@ -9,7 +9,7 @@ import numpy as np
 import xarray as xr
 from tsdyn.analysis.audit import VERDICTS
 
-#: Why a claim's hypothesis is most often not met, in a few words.
+#: Why a claim's hypothesis is most often not met, in a few words; it is not looked up in the run that is audited.
 UNMET: Mapping[str, str] = {
     "Equation 1": "the loss is another, or of BatchNorm",
     "Lemma 1": "σ is not piecewise linear",
@@ -32,6 +32,8 @@ UNMET: Mapping[str, str] = {
 def lines(found: xr.Dataset) -> list[str]:
     """An audit as text of at most 80 columns: a line per claim, then what each says and what margins mean.
 
+    Why a hypothesis is unmet is the usual reason of that claim, and not diagnosed.
+
     Args:
         found: From `audit`.
     """
@@ -44,7 +46,8 @@ def lines(found: xr.Dataset) -> list[str]:
         for word in (w for w in VERDICTS if w in tally):
             head = f"{claim:{first - 1}} {f'{tally[word]} {word}':13}"
             told += textwrap.wrap(head + _result(claim, word, row), 80, subsequent_indent=" " * len(head)) or [head]
-    told += ["", "margin: conclusion over bound, at most 1 where it holds.  What is checked:"]
+    told += ["", "because: the usual reason of that claim, which is not looked up in the run."]
+    told += ["margin: conclusion over bound, at most 1 where it holds.  What is checked:"]
     for claim in found["claim"].values.tolist():
         text = f"{claim} ({found['source'].sel(claim=claim).item()}): {found['used'].sel(claim=claim).item()}"
         told += textwrap.wrap(text, 80, initial_indent="- ", subsequent_indent="  ", break_long_words=False)

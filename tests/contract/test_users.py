@@ -5,7 +5,6 @@ two workers, and stops and goes on.
 """
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +13,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 import tsdyn
 
@@ -130,19 +128,6 @@ observables = ["loss", "weight", "weight_entropy"]
 [sweep]
 "data.noise" = [0.0, 0.2]
 """
-
-
-@pytest.fixture(scope="module")
-def site(tmp_path_factory):
-    """A folder in which the package with her activation and observable is installed."""
-    folder = tmp_path_factory.mktemp("installed")
-    shutil.copytree(HERE.parent / "mylab", folder / "source")
-    words = [
-        sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-index", "--no-deps",
-        "--no-build-isolation", "--target", str(folder / "site"), str(folder / "source"),
-    ]  # fmt: skip
-    subprocess.run(words, check=True, capture_output=True, timeout=300)
-    return folder / "site"
 
 
 def test_c_his_world_on_two_workers_stopped_and_resumed(tmp_path, site):

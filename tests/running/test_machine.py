@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import textwrap
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -312,36 +311,6 @@ def test_a_scheduler_without_workers_is_said_to_have_none(tmp_path, caplog, monk
         helper.join()
     assert int(ds.coverage.sum()) == 3
     assert caplog.text.count("no worker has been there for") == 1
-
-
-SCHEDULER = """
-    import time
-    from distributed import LocalCluster
-    with LocalCluster(1, threads_per_worker=1, processes=False, dashboard_address=None, protocol="tcp") as cluster:
-        print(cluster.scheduler_address, flush=True)
-        time.sleep(600)
-"""
-
-
-def test_a_scheduler_that_is_killed_ends_the_sweep_in_a_line_and_it_goes_on_elsewhere(tmp_path):
-    """With its workers, as where one machine of several goes down: no hang, nothing committed is lost."""
-    reading, writing = os.pipe()
-    scheduler = processes.Process(["python", "-c", textwrap.dedent(SCHEDULER)], tmp_path, {1: writing})
-    os.close(writing)
-    with os.fdopen(reading) as out:
-        address = out.readline().strip()
-    experiment = small(sweep=GRID, **FEW | {"training__steps_per_epoch": 20_000})
-    with pytest.raises(WorkersError, match="the scheduler is gone; what was committed is intact") as gone:
-        tsdyn.run(
-            experiment,
-            tmp_path / "sweep",
-            scheduler=address,
-            progress=lambda *_: os.kill(scheduler.pid, signal.SIGKILL),
-        )
-    assert "\n" not in str(gone.value)
-    assert scheduler.wait() == -signal.SIGKILL
-    ended = tsdyn.run(experiment, tmp_path / "sweep").load()
-    xr.testing.assert_equal(ended, tsdyn.run(experiment, tmp_path / "whole").load())
 
 
 def test_a_frozen_worker_is_said(tmp_path, caplog, monkeypatch):

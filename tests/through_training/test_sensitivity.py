@@ -299,9 +299,9 @@ def test_permuted_samples_have_permuted_derivatives(tmp_path):
     mine, theirs = (m.finite[0][0].numpy() for m in (one, two))
     place = [int(np.abs(theirs - row).sum(1).argmin()) for row in mine]  # where each sample is in the other run
     assert np.array_equal(theirs[place], mine)
-    if np.array_equal(np.sort(one.eval_probes[0].inputs, 0), np.sort(two.eval_probes[0].inputs, 0)):
-        assert np.allclose(second["d_sample"].values[0, place], first["d_sample"].values[0], rtol=1e-10, atol=1e-14)
-        assert np.allclose(first["d_start"], second["d_start"], rtol=1e-9, atol=1e-13, equal_nan=True)
+    assert np.array_equal(np.sort(one.eval_probes[0].inputs, 0), np.sort(two.eval_probes[0].inputs, 0))
+    assert np.allclose(second["d_sample"].values[0, place], first["d_sample"].values[0], rtol=1e-10, atol=1e-14)
+    assert np.allclose(first["d_start"], second["d_start"], rtol=1e-9, atol=1e-13, equal_nan=True)
 
 
 # --- what is asked -------------------------------------------------------------------------------------------

@@ -22,7 +22,8 @@ def lines(path: Path) -> list[str]:
     folders = [path / name for name in sweep_points(path)] if swept else [path]
     entries = [(entry.get("at", ""), entry.get("added", "")) for entry in _changes(path, swept)]
     entries += list(_measured(folders))
-    return [*(f"{at}  {added}" for at, added in sorted(entries)), *_unfinished(folders)]
+    entries.sort(key=lambda entry: entry[0])  # within a second as they were noted, not by their words
+    return [*(f"{at}  {added}" for at, added in entries), *_unfinished(folders)]
 
 
 def states_kept(path: Path) -> str:

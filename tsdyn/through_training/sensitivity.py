@@ -122,6 +122,9 @@ def sensitivity(
         ExperimentError: for what cannot be differentiated, naming the way out.
         ReplayError: if the replayed run is not the recorded one.
         MemoryError: if the states of one member do not fit in `memory`.
+
+    Source: the adjoint of the training steps (`tsdyn.through_training.adjoint`); no paper.  Units: those of the
+    observable per unit of what it is differentiated in; ``radius`` in units of the norm of the change.
     """
     ds = path_or_dataset if isinstance(path_or_dataset, xr.Dataset) else reading.open(path_or_dataset)
     names = wanted(wrt)
