@@ -240,6 +240,33 @@ def test_expected_update_is_the_gradient_and_theorem_2_is_exact_at_the_top(row):
     assert joint[-1].gap < TOLERANCE
 
 
+@pytest.mark.parametrize("form", ["product", "joint"])
+@pytest.mark.parametrize("row", ROWS)
+def test_theorem_2_s_update_is_that_of_the_matrices_of_each_sample(row, form):
+    """L*W*H* − LWH from per-sample A, B, gates and activations, in batches of any size."""
+    student, teacher, x = pair(row)
+    found = theory.luck_matters_updates(student, teacher, x, form=form, memory=20_000)
+
+    def one(f):
+        return torch.cat([f, torch.ones(len(x), 1, dtype=f.dtype)], 1)
+
+    own, taught = student.trace(x), teacher.trace(x)
+    for update, layer in zip(found[:-1], range(1, student.depth), strict=True):
+        couple = theory.coupling(student, teacher, x, layer)
+        expected = 0
+        for sign, beta, net, trace in ((1, couple.A, teacher, taught), (-1, couple.B, student, own)):
+            gates = own.gates[layer - 1].unsqueeze(2) * one(trace.gates[layer - 1]).unsqueeze(1)
+            h = beta.mean(0) * gates.mean(0) if form == "product" else (beta * gates).mean(0)
+            below = [one(([x, *t.activations])[layer - 1]) for t in (trace, own)]
+            bias = net.biases[layer - 1]
+            weight = torch.cat(
+                [net.weights[layer - 1], torch.zeros(net.widths[layer], 1) if bias is None else bias[:, None]], 1
+            )
+            carried = torch.cat([weight, torch.eye(weight.shape[1], dtype=weight.dtype)[-1:]])
+            expected = expected + sign * h @ carried @ (below[0].T @ below[1] / len(x))
+        torch.testing.assert_close(update.approximate, expected, rtol=0, atol=1e-12 * float(expected.abs().max() + 1))
+
+
 def test_gradients_flow_through_the_jacobian():
     """gradcheck of V, a multilinear function of the weights above."""
     net = scaled_network((3, 4, 3, 2), "erf", 0.0, True, 8)

@@ -24,8 +24,8 @@ from scipy.special import ndtr, owens_t
 from torch import Tensor
 
 from tsdyn.networks.network import Network, require_plain
-from tsdyn.theory.coupling_moments import Form, check_form
-from tsdyn.theory.couplings import backpropagated_gradients, coupling_of_traces, with_one_node
+from tsdyn.theory.coupling_moments import Form, check_form, expectations
+from tsdyn.theory.couplings import backpropagated_gradients, with_one_node
 from tsdyn.theory.inputs import MEMORY, Samples, batches, check_pair
 
 Array: TypeAlias = NDArray[np.float64]
@@ -401,49 +401,62 @@ def luck_matters_updates(
     for net in (student, teacher):
         if not net.activation.piecewise_linear:
             raise ValueError(f"{caller}: {net.activation.name} is smooth; the update needs σ(z) = σ'(z) z")
-    depth, samples = student.depth, 0
-    sums: dict[tuple[str, int], Tensor] = {}
-
-    def add(name: str, layer: int, value: Tensor) -> None:
-        sums[name, layer] = sums[name, layer] + value if (name, layer) in sums else value
-
-    widest = max(student.widths) + 1
-    per_sample = widest * (3 * widest + 3 * max(teacher.widths) + 4 * student.widths[-1])
+    nets = [student, teacher]
+    constant = [_with_constant_nodes(net) for net in nets]
+    sums: dict[str, list[Tensor]] = {}
+    samples = 0
     with torch.no_grad():
-        for part in batches(caller, x, student, teacher, numbers=per_sample, memory=memory):
-            samples += len(part)
+        numbers = 3 * (sum(student.widths) + sum(teacher.widths))
+        for part in batches(caller, x, *nets, numbers=numbers, memory=memory):
+            ones = with_one_node(part)
+            found = expectations(*constant, ones, form=form, memory=memory)
             own, taught = student.trace(part), teacher.trace(part)
             gradients = backpropagated_gradients(student, own, taught.output - own.output)
-            f, f_star = [part, *own.activations], [part, *taught.activations]
-            for layer in range(1, depth + 1):
-                below, below_star = with_one_node(f[layer - 1]), with_one_node(f_star[layer - 1])
-                pair = coupling_of_traces(student, own, teacher, taught, layer)
-                gate = own.gates[layer - 1]
-                with_one, with_one_star = with_one_node(gate), with_one_node(taught.gates[layer - 1])
-                add("exact", layer, gradients[layer - 1].T @ below)
-                add("L", layer, below.T @ below)
-                add("L*", layer, below.T @ below_star)
-                add("D", layer, gate.T @ with_one)
-                add("D*", layer, gate.T @ with_one_star)
-                add("β", layer, pair.B.sum(0))
-                add("β*", layer, pair.A.sum(0))
-                add("βD", layer, (gate.unsqueeze(-1) * pair.B * with_one.unsqueeze(1)).sum(0))
-                add("βD*", layer, (gate.unsqueeze(-1) * pair.A * with_one_star.unsqueeze(1)).sum(0))
-        mean = {key: total / samples for key, total in sums.items()}
-        updates = []
-        for layer in range(1, depth + 1):
-            sides = []
-            for star, net in (("*", teacher), ("", student)):
+            below = [ones, *map(with_one_node, own.activations[:-1])]
+            more = {
+                "exact": [g.T @ f / len(part) for g, f in zip(gradients, below, strict=True)],
+                "L": [ones.T @ ones / len(part), *found.L],
+                "L*": [ones.T @ ones / len(part), *found.L_star],
+                "β": found.B,
+                "β*": found.A,
+                "D": found.D,
+                "D*": found.D_star,
+                "βD": found.H,
+                "βD*": found.H_star,
+            }
+            samples += len(part)
+            share = len(part) / samples
+            for name, layers in more.items():  # running means over all samples until now
+                held = sums.setdefault(name, layers)
+                sums[name] = [m + share * (own - m) for m, own in zip(held, layers, strict=True)]
+    updates = []
+    for layer in range(1, student.depth + 1):
+        sides = []
+        for star, net in (("*", teacher), ("", student)):
+            weight = _augmented_weight(net, layer)
+            if layer == student.depth:  # β is the identity, and so is the gate: the output itself, no constant node
+                inner = weight[:-1]
+            else:
                 match form:
                     case "product":
-                        h = mean[f"β{star}", layer] * mean[f"D{star}", layer]
+                        h = sums[f"β{star}"][layer - 1] * sums[f"D{star}"][layer - 1]
                     case "joint":
-                        h = mean[f"βD{star}", layer]
+                        h = sums[f"βD{star}"][layer - 1]
                     case other:
                         assert_never(other)
-                sides.append(h @ _augmented_weight(net, layer) @ mean[f"L{star}", layer].T)
-            updates.append(WeightUpdate(layer, mean["exact", layer], sides[0] - sides[1]))
+                inner = h[:-1] @ weight  # rows of the student's own nodes; its constant node is not trained
+            sides.append(inner @ sums[f"L{star}"][layer - 1].T)
+        updates.append(WeightUpdate(layer, sums["exact"][layer - 1], sides[0] - sides[1]))
     return updates
+
+
+def _with_constant_nodes(net: Network) -> Network:
+    """The same function of [x; 1] without biases: every hidden layer has a constant node, which is 1, as its last."""
+    weights = [_augmented_weight(net, layer) for layer in range(1, net.depth + 1)]
+    weights[-1] = weights[-1][:-1]
+    kind = net.activation
+    slope = {} if kind.leak is None else {"leak": kind.leak}
+    return Network(weights, None, kind.name, gate_at_zero=net.gate_at_zero, **slope)
 
 
 def _augmented_weight(net: Network, layer: int) -> Tensor:
