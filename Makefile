@@ -3,7 +3,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 RUNS   ?= runs/l-shape
 
-.PHONY: quickstart test matrix lowest fuzz trials torture multilayer long lint docs dist coverage bench scale clean
+.PHONY: quickstart test matrix lowest fuzz trials torture multilayer long lint docs browser dist coverage bench scale clean
 
 # Installed again whenever the project's metadata changes.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -65,6 +65,10 @@ lint: $(VENV)/.installed-dev
 
 docs: $(VENV)/.installed-dev
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+
+# Report pages and documentation in headless Chromium: contrast, names, widths, selection.  Needs node and npm.
+browser: docs
+	$(BIN)/python -m tests.browser
 
 # Wheel and sdist: built twice and compared, contents checked, installed and run from an empty folder.
 dist: $(VENV)/.installed-dev

@@ -36,12 +36,13 @@ SUMMARIES = ("loss", "specialization", "phase")
 DPI = 110
 
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a;
+  overflow-wrap: anywhere; }
 h1 { font-size: 1.6rem; margin-bottom: 0; } h2 { font-size: 1.15rem; margin-top: 2rem; }
 p.sub { color: #555; margin-top: .2rem; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; }
 th, td { text-align: left; padding: .25rem .6rem; border-bottom: 1px solid #ddd; vertical-align: top; }
-td { overflow-wrap: anywhere; } td.key, th { white-space: nowrap; color: #333; }
+td.key, th { white-space: nowrap; color: #333; } .numbers td { overflow-wrap: normal; }
 pre { background: #f5f5f5; padding: .8rem; overflow-x: auto; font-size: .85rem; }
 figure { margin: 1rem 0; } img { max-width: 100%; height: auto; } figcaption { color: #555; font-size: .9rem; }
 .bad { color: #a40000; } summary { cursor: pointer; } section { overflow-x: auto; } img { background: white; }
@@ -115,7 +116,8 @@ def _numbers(ds: xr.Dataset) -> str:
         "<p>At the last recorded step: median over seeds, the middle 80 % of them in brackets. rho_l: mean over "
         "teacher nodes of the best correlation with any student node, layer l.</p>"
     )
-    return _section("Numbers", note, _table(listed, ("", *names, "dead seeds")), more)
+    table = f'<div class="numbers">{_table(listed, ("", *names, "dead seeds"))}</div>'
+    return _section("Numbers", note, table, more)
 
 
 def _each_seed(ds: xr.Dataset) -> str:

@@ -30,7 +30,7 @@ def styles(seeds: Sequence[int]) -> str:
             ".curve circle { fill-opacity: 0; stroke: none; } .curve circle:hover { fill-opacity: 1; }",
             "@media (prefers-color-scheme: dark) { .curve { stroke: #7db4ff; fill: #7db4ff; } }",
             ".axis { stroke: #767676; } .charts text { font: 10px system-ui, sans-serif; fill: currentColor; }",
-            ".seeds label { margin-right: .6rem; font-size: .85rem; } .seeds input { margin-right: .2rem; }",
+            ".seeds label { display: inline-block; padding: .3rem .6rem .3rem .2rem; font-size: .85rem; }",
             *rules,
         ]
     )
