@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 import xarray as xr
-from tsdyn.analysis.lift import lift
+from tsdyn.analysis.lift import lift, recorded
 
 from tsdyn.networks.node_pairs import Array
 
@@ -66,15 +66,6 @@ def _rows(array: Array) -> Array:
     return array.reshape(-1, array.shape[-1])
 
 
-def _shift_of(archive: xr.Dataset, caller: str) -> xr.DataArray:
-    if "norm_shift" not in archive:
-        raise ValueError(
-            f"{caller}: the archive has no norm_shift, only {', '.join(map(str, archive.data_vars))}; "
-            'record it: [record] observables = ["norm_shift", ...]'
-        )
-    return archive["norm_shift"]
-
-
 def negative_shift_share(archive: xr.Dataset) -> xr.DataArray:
     """Share of nodes whose BatchNorm bias is negative; (...).  0 does not count as negative; NaN without BatchNorm.
 
@@ -83,7 +74,7 @@ def negative_shift_share(archive: xr.Dataset) -> xr.DataArray:
     """
     return lift(
         negative_share,
-        _shift_of(archive, "negative_shift_share"),
+        recorded(archive, "norm_shift", "negative_shift_share"),
         reads=("node",),
         name="negative_shift_share",
         attrs={"units": "1", "long_name": "share of negative BatchNorm biases", "source": SOURCE},
@@ -105,7 +96,7 @@ def shift_histogram(archive: xr.Dataset, *, bins: int = 40) -> xr.Dataset:
     """
     if bins < 2 or bins % 2:
         raise ValueError(f"shift_histogram: bins = {bins}; an even number, at least 2, so that 0 is an edge")
-    shift, half = _shift_of(archive, "shift_histogram"), bins // 2
+    shift, half = recorded(archive, "norm_shift", "shift_histogram"), bins // 2
     counts = lift(
         bin_counts, shift, reads=("node",), gives=("bin",), labels={"bin": range(bins)}, half=half,
         attrs={"units": "1", "long_name": "number of nodes", "source": SOURCE},

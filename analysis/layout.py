@@ -137,6 +137,13 @@ def arrange(
     once(page, cells, share_x, share_y)
     if key is not None:
         legend(page, key)
+    return told(page, measured, says, spread, paper)
+
+
+def told(
+    page: look.Page, measured: xr.Dataset, says: str, spread: captions.Spread, paper: Mapping[str, Any] | None
+) -> look.Page:
+    """The page with its caption and with where its numbers are from; arguments as of `arrange`."""
     page.say(captions.caption(measured, says, spread, paper=paper))
     page.provenance = captions.provenance(measured)
     return page

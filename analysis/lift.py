@@ -15,6 +15,16 @@ from dask.delayed import delayed
 from numpy.typing import NDArray
 
 
+def recorded(archive: xr.Dataset, name: str, caller: str) -> xr.DataArray:
+    """The variable of an archive; a ValueError that says how it is recorded where the archive lacks it."""
+    if name not in archive:
+        raise ValueError(
+            f"{caller}: the archive has no {name}, only {', '.join(map(str, archive.data_vars))}; "
+            f'record it: [record] observables = ["{name}", ...]'
+        )
+    return archive[name]
+
+
 def lift(
     formula: Callable[..., NDArray],
     *arrays: xr.DataArray,

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, TypeVar, assert_never
+from typing import Any, TypeAlias, assert_never
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ import xarray as xr
 from numpy.typing import NDArray
 from torch import Tensor
 from tsdyn.analysis.identity import begun, points
-from tsdyn.analysis.lift import blockwise, cellwise
+from tsdyn.analysis.lift import blockwise
 
 from tsdyn.archive.selecting import experiment_of
 from tsdyn.engine.loss import MSE, Loss, loss
@@ -29,7 +29,8 @@ from tsdyn.problem.inputs import evaluation_inputs, labels, training_inputs
 from tsdyn.problem.teachers import draw_teacher
 from tsdyn.schema import path_of
 
-T = TypeVar("T")
+#: (experiment of a point, seed, name → numbers of one member) → what a measure takes.
+Rebuild: TypeAlias = Callable[[Experiment, int, Mapping[str, NDArray]], Any]
 #: Variables of the archive from which a student and its teacher are rebuilt.
 PARAMETERS = ("weight", "bias", "teacher_weight", "teacher_bias")
 #: Recorded errors by which it is noticed that the data are those of another experiment.
@@ -165,13 +166,6 @@ def _refuse_unbuildable(ds: xr.Dataset, experiment: Experiment) -> None:
             "tsdyn.running.own_modules.named gives its parameters, similarity.student_teacher takes student= and "
             "teacher="
         )
-    experiment = experiment_of(ds) if experiment is None else experiment
-    if experiment.of_own_modules:
-        raise ValueError(
-            f"member: the student or teacher of {experiment.name} is a module of the user's own, which no Network is; "
-            "tsdyn.running.own_modules.named gives its parameters, similarity.student_teacher takes student= and "
-            "teacher="
-        )
     if experiment.deep:
         raise ValueError(
             f"member: {experiment.name} has convolutions or BatchNorm, which are not rebuilt here; build a "
@@ -241,11 +235,13 @@ def _refuse_another(teacher: Network, experiment: Experiment, seed: int) -> None
 
 def each(
     ds: xr.Dataset,
-    measure: Callable[[Member], Sequence[Any]],
+    measure: Callable[[Any], Sequence[Any]],
     names: Sequence[str],
     *,
     gives: Mapping[str, Mapping[str, Sequence[Any]]] | None = None,
     of: Callable[[Experiment], bool] = lambda experiment: True,
+    rebuild: Rebuild | None = None,
+    needs: Sequence[str] = PARAMETERS,
 ) -> xr.Dataset:
     """Dataset of `measure` for every living member, over the (swept..., seed[, epoch]) of `ds`; NaN for dead ones.
 
@@ -257,9 +253,12 @@ def each(
         names: Names of the variables.
         gives: Name → dimensions with their labels, of values that are arrays; the others are numbers.
         of: Whether to measure the points of an experiment; the others are NaN.
+        rebuild: Function of a point's experiment, a seed and the member's numbers, name → array, that gives what
+            `measure` takes where that is no `Member`, such as modules of the user's own.
+        needs: Variables that `rebuild` takes, whose last dimensions are those of neither points, seeds nor epochs.
 
     Raises:
-        ValueError: as `member`, or if a value has not the shape that `gives` says.
+        ValueError: as `member` or as `rebuild`, or if a value has not the shape that `gives` says.
     """
     if "death_epoch" not in ds.coords:
         raise ValueError("members: the Dataset has no death_epoch, so that the dead cannot be left out; is it tsdyn's?")
@@ -271,15 +270,25 @@ def each(
     for chosen, experiment in points(ds).values():
         there = committed.sel({dim: value for dim, value in chosen.items() if dim in committed.dims})
         if bool(there) and of(experiment):
-            _refuse_unbuildable(ds, experiment)
+            if rebuild is None:
+                _refuse_unbuildable(ds, experiment)
             place = [int(dead.get_index(dim).get_loc(chosen[dim])) for dim in outer]
             table[int(np.ravel_multi_index(place, [ds.sizes[dim] for dim in outer])) if outer else 0] = experiment
     lead = (*outer, "seed", path)
     index = _numbered(ds, dead, lead, set(table))
-    checked = [name for name in CHECKED if name in ds and set(ds[name].dims) <= set(lead)]
-    known = _Known(table, np.atleast_1d(ds["seed"].values).tolist(), ds["layer"].values.tolist(), index.shape, checked)
-    job = partial(_measured, measure, known, dict(shapes))
-    arrays = [*_members(ds, lead), *(_along(ds[name], ds, lead) for name in checked)] if table else []
+    seeds = np.atleast_1d(ds["seed"].values).tolist()
+    if rebuild is None:
+        checked = [name for name in CHECKED if name in ds and set(ds[name].dims) <= set(lead)]
+        known = _Known(table, seeds, ds["layer"].values.tolist(), index.shape, checked)
+        job = partial(_measured, measure, known, dict(shapes))
+        numbers = _parameters(ds) if table else xr.Dataset()
+    else:
+        checked = []
+        job = partial(
+            _made_and_measured, measure, rebuild, tuple(needs), _Known(table, seeds, (), index.shape, ()), shapes
+        )
+        numbers = ds[list(needs)]
+    arrays = [*_members(numbers, ds, lead), *(_along(ds[name], ds, lead) for name in checked)] if table else []
     found = blockwise(job, index, arrays, lead, sum(map(math.prod, shapes.values())))
     dims = tuple(dim for dim in lead if dim in ds.dims)
     found = found.reshape(*(ds.sizes[dim] for dim in dims), found.shape[-1])
@@ -290,51 +299,6 @@ def each(
         result = result.assign_coords(labels[name]).assign({name: ((*dims, *labels[name]), block)})
         start += math.prod(shape)
     return result
-
-
-def each_cell(
-    ds: xr.Dataset,
-    measure: Callable[[T], Sequence[float]],
-    names: Sequence[str],
-    *,
-    rebuild: Callable[[xr.Dataset, Experiment], T],
-    needs: Sequence[str],
-) -> xr.Dataset:
-    """Dataset of `measure` for every living member at one epoch, of what `rebuild` makes of a member's own Dataset.
-
-    For members that are no `Member`, such as modules of the user's own; one task per member, lazy if `ds` is.
-
-    Args:
-        ds: Archive or slice of one, at one epoch.
-        measure: Gives one number per name.
-        names: Names of the variables.
-        rebuild: Function of a member's Dataset and experiment that gives what `measure` takes.
-        needs: Variables that it reads.
-
-    Raises:
-        ValueError: as `rebuild`, and without ``death_epoch``.
-    """
-    if "death_epoch" not in ds.coords:
-        raise ValueError("members: the Dataset has no death_epoch, so that the dead cannot be left out; is it tsdyn's?")
-    dead, committed = ds["death_epoch"], begun(ds)
-    needed = ds[list(needs)] if set(needs) <= set(ds) else ds
-    cells = np.full(dead.shape, None, dtype=object)
-    seeds = np.atleast_1d(ds["seed"].values)
-    for chosen, experiment in points(ds).values():
-        there = committed.sel({dim: value for dim, value in chosen.items() if dim in committed.dims})
-        if not bool(there):
-            continue
-        for seed in seeds:
-            at = {**chosen, **({"seed": seed} if "seed" in ds.dims else {})}
-            if int(dead.sel(at)) < 0:
-                index = tuple(dead.get_index(dim).get_loc(at[str(dim)]) for dim in dead.dims)
-                cells[index] = needed.sel(at).assign_attrs(experiment=experiment.to_toml())
-
-    def measured(cell: xr.Dataset) -> Sequence[float]:
-        return measure(rebuild(cell, experiment_of(cell)))
-
-    found = cellwise(measured, cells, len(names))
-    return xr.Dataset({name: dead.copy(data=found[i]).drop_attrs() for i, name in enumerate(names)})
 
 
 @dataclass(frozen=True)
@@ -367,10 +331,10 @@ def _numbered(ds: xr.Dataset, dead: xr.DataArray, lead: Sequence[str], asked: se
     return np.where(wanted, numbers, -1)
 
 
-def _members(ds: xr.Dataset, lead: Sequence[str]) -> list[xr.DataArray]:
-    """The variables that networks are made of, over `lead` (a teacher's without its last), then layers and nodes."""
+def _members(numbers: xr.Dataset, ds: xr.Dataset, lead: Sequence[str]) -> list[xr.DataArray]:
+    """The variables `numbers` of `ds`, over `lead` (a teacher's without its last), then their other dimensions."""
     found = []
-    for name, array in _parameters(ds).items():
+    for name, array in numbers.items():
         own = lead[:-1] if str(name).startswith("teacher_") else lead
         found.append(_along(array, ds, own))
     return found
@@ -411,6 +375,28 @@ def _measured(
         one.__dict__.update(_data_of(before))
         found[at] = _flat(measure(one), shapes)
         before = one
+    return found.reshape(*index.shape, found.shape[-1])
+
+
+def _made_and_measured(
+    measure: Callable[[Any], Sequence[Any]],
+    rebuild: Rebuild,
+    needs: Sequence[str],
+    known: _Known,
+    shapes: Mapping[str, tuple[int, ...]],
+    index: NDArray,
+    *arrays: NDArray,
+) -> NDArray:
+    """As `_measured`, of what `rebuild` makes of the members' variables `needs`."""
+    found = np.full((index.size, sum(map(math.prod, shapes.values()))), np.nan)
+    epochs = [index.shape[-1] if name.startswith("teacher_") else 1 for name in needs]  # a teacher has none
+    flat = [a.reshape(index.size // count, -1) for a, count in zip(arrays, epochs, strict=True)]
+    for at, number in enumerate(index.ravel().tolist()):
+        if number < 0:
+            continue
+        point, seed = divmod(number // known.shape[-1], known.shape[-2])
+        numbers = {name: a[at // count] for name, a, count in zip(needs, flat, epochs, strict=True)}
+        found[at] = _flat(measure(rebuild(known.table[point], known.seeds[seed], numbers)), shapes)
     return found.reshape(*index.shape, found.shape[-1])
 
 

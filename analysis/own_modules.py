@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-import xarray as xr
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -57,26 +56,29 @@ def refuse_without_makers(experiment: Experiment, student: Maker | None, teacher
 
 
 def activations(
-    ds: xr.Dataset, experiment: Experiment, *, student: Maker | None, teacher: Maker | None, samples: int | None
+    experiment: Experiment,
+    seed: int,
+    numbers: Mapping[str, NDArray],
+    *,
+    student: Maker | None,
+    teacher: Maker | None,
+    samples: int | None,
 ) -> Activations:
-    """Activations of the single member that `ds` holds, at one seed and epoch.
+    """Activations of the member of a seed with the recorded ``parameter`` (and ``teacher_parameter``) `numbers`.
 
     Raises:
-        ValueError: if parameters were not recorded, or are not as many as those of the module that a function makes.
+        ValueError: if they are not as many as those of the module that a function makes.
     """
-    if "parameter" not in ds:
-        raise ValueError("student_teacher: the archive has no parameter; record it (record.observables)")
     assert student is not None
-    seed = int(ds["seed"])
     x = torch.from_numpy(evaluation_inputs(experiment, seed)[:samples])
-    learner = _filled(student, ds["parameter"].values, experiment, seed, "student")
+    learner = _filled(student, numbers["parameter"], experiment, seed, "student")
     if teacher is None:
         trace = draw_teacher(experiment, seed)
         assert isinstance(trace, Network)
         with torch.no_grad():
             taught = [f.numpy() for f in trace.trace(x).activations]
     else:
-        made = _filled(teacher, ds["teacher_parameter"].values, experiment, seed, "teacher")
+        made = _filled(teacher, numbers["teacher_parameter"], experiment, seed, "teacher")
         taught = _of_module(made, x, experiment.teacher.layers, "teacher")
     return Activations(_of_module(learner, x, experiment.student.layers, "student"), taught)
 

@@ -15,7 +15,7 @@ import torch
 import xarray as xr
 from numpy.typing import NDArray
 from tsdyn.analysis import own_modules
-from tsdyn.analysis.members import Member, each, each_cell
+from tsdyn.analysis.members import Member, each
 from tsdyn.analysis.own_modules import Maker
 
 from tsdyn.archive.selecting import experiment_of
@@ -158,7 +158,7 @@ def student_teacher(
 
     On the evaluation set, which is redrawn, at every epoch that `archive` holds.
     NaN above the last layer of a point that has fewer layers.
-    Layers of own modules, at one epoch, are paired from the lowest, the output layers with each other; NaN where the
+    Layers of own modules are paired from the lowest, the output layers with each other; NaN where the
     teacher has no such layer.
 
     Args:
@@ -219,19 +219,9 @@ def _of_modules(
     samples: int | None,
 ) -> xr.Dataset:
     """The two variables of runs with modules of the user's own, which are made anew."""
-    names = [f"{kind}_{number}" for kind in ("cka", "svcca") for number in layers]
     rebuild = partial(own_modules.activations, student=student, teacher=teacher, samples=samples)
     needs = [name for name in ("parameter", "teacher_parameter") if name in archive]
-
-    def measure(both: own_modules.Activations) -> list[float]:
-        return [value for values in compared(both.pairs()) for value in values]
-
-    cells = each_cell(archive, measure, names, rebuild=rebuild, needs=needs)
-
-    def stacked(kind: str) -> xr.DataArray:
-        parts = [cells[f"{kind}_{number}"] for number in layers]
-        axis = xr.DataArray(layers, dims="layer", name="layer")
-        joined = xr.concat(parts, dim=axis, coords="minimal", compat="override", join="exact", combine_attrs="drop")
-        return joined.transpose(..., "layer")
-
-    return xr.Dataset({kind: stacked(kind) for kind in ("cka", "svcca")})
+    if "parameter" not in needs:
+        raise ValueError("student_teacher: the archive has no parameter; record it (record.observables)")
+    gives = {kind: {"layer": layers} for kind in ("cka", "svcca")}
+    return each(archive, lambda both: compared(both.pairs()), tuple(gives), gives=gives, rebuild=rebuild, needs=needs)

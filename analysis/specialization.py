@@ -12,6 +12,7 @@ import numpy as np
 import xarray as xr
 from tsdyn.analysis.identity import begun, per_point, points
 from tsdyn.analysis.lift import lift
+from tsdyn.analysis.lift import recorded as variable_of
 from tsdyn.analysis.summary import quantiles, share_interval
 
 from tsdyn.archive.selecting import experiment_of
@@ -97,12 +98,7 @@ def median(values: Array) -> Array:
 
 
 def correlation_of(archive: xr.Dataset, caller: str) -> xr.DataArray:
-    if "correlation" not in archive:
-        raise ValueError(
-            f"{caller}: the archive has no correlation, only {', '.join(map(str, archive.data_vars))}; "
-            'record it: [record] observables = ["correlation", ...]'
-        )
-    return archive["correlation"]
+    return variable_of(archive, "correlation", caller)
 
 
 def silent(archive: xr.Dataset) -> xr.DataArray:

@@ -47,6 +47,18 @@ def networks(connected: list[int], channels: int) -> list[dict[str, Any]]:
     ]
 
 
+def with_and_without_norm(connected: list[int], channels: int, steps: tuple[int, int], size: str) -> dict[str, Any]:
+    """Both kinds of network, with and without BatchNorm, each at a rate that it stands; `steps` in an epoch of each."""
+    kinds = zip(networks(connected, channels), (size, "ConvNet"), steps, strict=True)
+    return {
+        "points": [
+            kind | {"student.batch_norm": place, "training.learning_rate": rate, "training.steps_per_epoch": count}
+            for kind, name, count in kinds
+            for place, rate in zip(("none", "after"), RATES[name], strict=True)
+        ]
+    }
+
+
 def by_network(measured: xr.Dataset, *keys: str) -> xr.Dataset:
     """`measured` with its ``point`` labelled by the kind of network, as listed by `networks`, and words for `keys`."""
     kinds = np.where(measured["convolution"] == "true", "ConvNet", "fully connected").tolist()

@@ -147,6 +147,4 @@ def draw(measured: xr.Dataset) -> look.Page:
         "w*; below, the error against k: marks are seeds, lines the one-neuron optimum, hollow marks seeds that died "
         "(relu) and stay at the loss of a zero student"
     )
-    page.say(captions.caption(measured, says, "points", paper=EXPERIMENTS))
-    page.provenance = captions.provenance(measured)
-    return page
+    return layout.told(page, measured, says, "points", EXPERIMENTS)

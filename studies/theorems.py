@@ -241,6 +241,4 @@ def draw(measured: xr.Dataset) -> look.Page:
         "wide students that were trained; margins against distance; Theorems 4 and 5 of 2019 from starts near and far "
         "(D dotted: distance of lucky fan-outs from the teacher's)"
     )
-    page.say(captions.caption(measured, says, "points", paper=EXPERIMENTS))
-    page.provenance = captions.provenance(measured)
-    return page
+    return layout.told(page, measured, says, "points", EXPERIMENTS)

@@ -9,7 +9,6 @@ BatchNorm (ρ̄ 0.93, 0.91, 0.80, 0.67 against 0.61, 0.43, 0.35, 0.31).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import xarray as xr
 from tsdyn.analysis import style as look
@@ -25,25 +24,6 @@ TITLE = "mean best correlation with finite and infinite data, with and without B
 SOURCE = "Tian et al. 2019 (arXiv:1905.13405), Figures 9b and 23"
 
 
-def _sweep(
-    connected: list[int],
-    channels: int,
-    samples: int,
-    steps: tuple[int, int],
-    size: str,
-) -> dict[str, Any]:
-    """Both kinds of network on `samples` and on fresh samples, with `steps` per epoch and a rate that each stands."""
-    kinds = zip(deep_layers.networks(connected, channels), (size, "ConvNet"), steps, strict=True)
-    return {
-        "data.train": [samples, "fresh"],
-        "points": [
-            kind | {"student.batch_norm": place, "training.learning_rate": rate, "training.steps_per_epoch": count}
-            for kind, name, count in kinds
-            for place, rate in zip(("none", "after"), deep_layers.RATES[name], strict=True)
-        ],
-    }
-
-
 _PAPER = MULTILAYER.replace(
     deep_layers.LUCK
     | {
@@ -52,19 +32,26 @@ _PAPER = MULTILAYER.replace(
         "student.overrealization": 10.0,
         "data.eval": 1024,
         "training.epochs": 40,
-        "sweep": _sweep([50, 75, 100, 125], 64, 50_000, (781, 781), "large"),
+        "sweep": {"data.train": [50_000, "fresh"]}
+        | deep_layers.with_and_without_norm([50, 75, 100, 125], 64, (781, 781), "large"),
     }
 )
 
 EXPERIMENTS: Mapping[str, Experiment] = {
     "smoke": _PAPER.replace(
         {"name": "data-smoke", "seeds": 2, "student.overrealization": 2.0, "data.eval": 100, "training.epochs": 1}
-        | {"sweep": _sweep([4, 5, 6, 7], 2, 100, (4, 2), "small")}
+        | {
+            "sweep": {"data.train": [100, "fresh"]}
+            | deep_layers.with_and_without_norm([4, 5, 6, 7], 2, (4, 2), "small")
+        }
     ),
     # the small fully connected teacher, 6 channels instead of 64, 2x instead of 10x, fewer samples and steps
     "desk": _PAPER.replace(
         {"name": "data-desk", "seeds": 2, "student.overrealization": 2.0, "training.epochs": 20}
-        | {"sweep": _sweep([10, 15, 20, 25], 6, 2000, (300, 75), "small")}
+        | {
+            "sweep": {"data.train": [2000, "fresh"]}
+            | deep_layers.with_and_without_norm([10, 15, 20, 25], 6, (300, 75), "small")
+        }
     ),
     "paper": _PAPER,
 }

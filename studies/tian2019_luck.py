@@ -11,7 +11,6 @@ teacher of the 2020 code and finite data BatchNorm was ahead in every layer at o
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import xarray as xr
 from tsdyn.analysis import style as look
@@ -27,18 +26,6 @@ TITLE = "mean best correlation and mean rank with and without BatchNorm, fully c
 SOURCE = "Tian et al. 2019 (arXiv:1905.13405), Figure 7"
 
 
-def _points(connected: list[int], channels: int, steps: tuple[int, int], size: str) -> dict[str, Any]:
-    """Both kinds of network, with and without BatchNorm, each at a rate that it stands; `steps` in an epoch of each."""
-    kinds = zip(deep_layers.networks(connected, channels), (size, "ConvNet"), steps, strict=True)
-    return {
-        "points": [
-            kind | {"student.batch_norm": place, "training.learning_rate": rate, "training.steps_per_epoch": count}
-            for kind, name, count in kinds
-            for place, rate in zip(("none", "after"), deep_layers.RATES[name], strict=True)
-        ]
-    }
-
-
 _PAPER = MULTILAYER.replace(
     deep_layers.LUCK
     | {
@@ -48,19 +35,19 @@ _PAPER = MULTILAYER.replace(
         "student.overrealization": 10.0,
         "data.eval": 1024,
         "training.epochs": 40,
-        "sweep": _points([50, 75, 100, 125], 64, (1562, 1562), "large"),
+        "sweep": deep_layers.with_and_without_norm([50, 75, 100, 125], 64, (1562, 1562), "large"),
     }
 )
 
 EXPERIMENTS: Mapping[str, Experiment] = {
     "smoke": _PAPER.replace(
         {"name": "luck-smoke", "seeds": 2, "student.overrealization": 2.0, "data.eval": 200, "training.epochs": 2}
-        | {"sweep": _points([4, 5, 6, 7], 2, (6, 3), "small")}
+        | {"sweep": deep_layers.with_and_without_norm([4, 5, 6, 7], 2, (6, 3), "small")}
     ),
     # the small fully connected teacher, 6 channels instead of 64, 4x instead of 10x, fewer samples and epochs
     "desk": _PAPER.replace(
         {"name": "luck-desk", "seeds": 2, "student.overrealization": 4.0, "training.epochs": 15}
-        | {"sweep": _points([10, 15, 20, 25], 6, (300, 90), "small")}
+        | {"sweep": deep_layers.with_and_without_norm([10, 15, 20, 25], 6, (300, 90), "small")}
     ),
     "paper": _PAPER,
 }

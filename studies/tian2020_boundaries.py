@@ -145,6 +145,4 @@ def draw(measured: xr.Dataset) -> look.Page:
         f"Boundaries of 2 teacher nodes and 6 student nodes (wide: large ‖v‖) of seed {int(measured['seed'])}, their "
         "fan-out norms, and all seeds' nodes by distance from the nearest teacher node"
     )
-    page.say(captions.caption(measured, says, "points", paper=EXPERIMENTS))
-    page.provenance = captions.provenance(measured)
-    return page
+    return layout.told(page, measured, says, "points", EXPERIMENTS)

@@ -1,6 +1,9 @@
 """Sets one thread, no display and fixed examples, so that results depend neither on chance nor on load."""
 
+import gc
 import os
+import shutil
+from pathlib import Path
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 # The hundred subprocesses of the suite would otherwise compile tsdyn's modules each for itself.
@@ -12,6 +15,7 @@ import pytest
 import torch
 
 from tests import processes, typechecks
+from tests.shared import once
 
 torch.set_num_threads(1)
 processes.dask_by_fork()
@@ -30,8 +34,16 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    gc.disable()  # until all modules are imported, among which there is no garbage
     if not config.getoption("--no-typechecks"):
         typechecks.install()
+
+
+def pytest_collection_finish():
+    """Look for garbage from here on, and not again and again among what was imported."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items):
@@ -59,4 +71,5 @@ def desk(tmp_path_factory):
     """A folder as it is after the quickstarts; pages and examples read its runs and write files of their own."""
     from tests.desk import lay
 
-    return lay(tmp_path_factory.mktemp("desk"))
+    laid = once(tmp_path_factory, "desk", lay)
+    return Path(shutil.copytree(laid, tmp_path_factory.mktemp("desk"), dirs_exist_ok=True))

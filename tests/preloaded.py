@@ -1,12 +1,23 @@
-"""What forked processes need not import again: see tests/processes.py."""
+"""What forked processes need not import again, which takes a second of a processor: see tests/processes.py."""
 
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before the libraries below make threads
+os.environ.setdefault("MPLBACKEND", "Agg")
 
 import dask
+import matplotlib.pyplot  # noqa: F401
 import torch
+import tsdyn.analysis.overview
+import xarray  # noqa: F401
 from distributed import Client, LocalCluster, Nanny, Security, Worker  # noqa: F401
+
+import tsdyn.cli.application
+import tsdyn.cli.run_commands
+import tsdyn.running.own_modules
+import tsdyn.running.sweep
+import tsdyn.running.workers
+import tsdyn.xarray  # noqa: F401
 
 torch.set_num_threads(1)
 dask.config.set({"distributed.worker.multiprocessing-method": "forkserver"})

@@ -12,6 +12,7 @@ import contextlib
 import io
 import logging
 import multiprocessing
+import multiprocessing.forkserver
 import multiprocessing.util
 import os
 import runpy
@@ -56,8 +57,16 @@ class _Streams:
         return dict, ({n: None if fd is None else reduction.DupFd(fd) for n, fd in self.given.items()},)
 
 
-def _work(words: Sequence[str], folder: str, environment: Mapping[str, str], streams: Mapping[int, Any]) -> None:
-    """Be the process that `words` name: ``tsdyn ...``, ``python -c CODE ...`` or ``python FILE ...``."""
+def _work(
+    words: Sequence[str], folder: str, environment: Mapping[str, str], streams: Mapping[int, Any], server: str | None
+) -> None:
+    """Be the process that `words` name: ``tsdyn ...``, ``python -c CODE ...`` or ``python FILE ...``.
+
+    `server` is the address of the server that began it, from which workers that it asks for are forked, too.
+    """
+    if server is not None:
+        own = multiprocessing.forkserver._forkserver  # type: ignore[attr-defined]
+        own._forkserver_address, own.ensure_running = server, lambda: None
     for number, sent in streams.items():
         if sent is None:
             os.close(number)
@@ -85,7 +94,7 @@ def _work(words: Sequence[str], folder: str, environment: Mapping[str, str], str
     else:
         sys.path.insert(0, folder)
         sys.argv = list(rest)
-        runpy.run_path(rest[0], run_name="__main__")
+        runpy.run_path(os.path.join(folder, rest[0]), run_name="__main__")  # absolute, as Python has it
 
 
 def _stream(number: int, environment: Mapping[str, str]) -> io.TextIOWrapper | None:
@@ -107,11 +116,19 @@ class Process:
         self, words: Sequence[object], folder: Path | str, streams: Mapping[int, int | None],
         environment: Mapping[str, str] | None = None,
     ) -> None:  # fmt: skip
-        given = [[str(word) for word in words], str(folder), dict(environment or os.environ), _Streams(streams)]
+        multiprocessing.forkserver.ensure_running()
+        # from 3.14 on a server answers only the process that began it
+        found = multiprocessing.forkserver._forkserver._forkserver_address  # type: ignore[attr-defined]
+        server = found if sys.version_info < (3, 14) else None
+        given = [[str(word) for word in words], str(folder), dict(environment or os.environ), _Streams(streams), server]
         self._process = _FORKING.Process(target=_work, args=given)
         self._process.start()
         assert self._process.pid is not None
         self.pid: int = self._process.pid
+
+    @property
+    def ended(self) -> bool:
+        return self._process.exitcode is not None
 
     def wait(self, timeout: float = 300) -> int:
         """Its exit code; a signal is a negative one."""
@@ -142,6 +159,12 @@ def run(
         for file in (out, err):
             file.seek(0)
         return subprocess.CompletedProcess([str(word) for word in words], code, out.read(), err.read())
+
+
+def variables(site: Path | None = None) -> dict[str, str]:
+    """This process's variables, with a folder of packages on the path, or without any."""
+    found = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    return found if site is None else {**found, "PYTHONPATH": str(site)}
 
 
 def workers() -> list[psutil.Process]:

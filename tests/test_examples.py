@@ -17,7 +17,7 @@ INNER = {"captions", "style", "verdicts", "claims", "own_modules", "figures", "i
 WITHOUT = {
     "alignment.without_padding", "audit.Claim", "audit.Finding", "batch_norm.negative_shift_share",
     "batch_norm.shift_histogram", "connectivity.carriers", "connectivity.loss_along", "connectivity.matched",
-    "connectivity.theorem_2_path", "conservation.balance_kept", "members.Member", "members.each", "members.each_cell",
+    "connectivity.theorem_2_path", "conservation.balance_kept", "members.Member", "members.each",
     "order_parameters.scaled_overlap", "overview.Number", "overview.Row", "overview.as_json", "phase.flags",
     "report.audit_rows", "report.text", "specialization.correlation_of", "specialization.median",
 }  # fmt: skip

@@ -1,9 +1,6 @@
 """A package of somebody else's (tests/mylab): installed, used by the command on workers, and gone again."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +11,6 @@ from tests import processes
 from tsdyn.archive import integrity
 
 HERE = Path(__file__).resolve().parent
-TSDYN = str(Path(sys.executable).parent / "tsdyn")
 
 EXPERIMENT = """
 name = "lab"
@@ -56,15 +52,9 @@ PARTS = {
 }  # fmt: skip
 
 
-def environment(site=None):
-    """This process's variables, with the package on the path, or without."""
-    found = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    return found if site is None else {**found, "PYTHONPATH": str(site)}
-
-
 def run(folder, *words, site=None):
     """Run words in a folder, in a process that is forked; (exit code, what it printed, what it complained)."""
-    done = processes.run(words, folder, environment=environment(site))
+    done = processes.run(words, folder, environment=processes.variables(site))
     return done.returncode, done.stdout, done.stderr
 
 
@@ -73,9 +63,8 @@ def lab(tmp_path_factory, site):
     """An empty folder in which a sweep with every part of the package was run on two workers."""
     folder = tmp_path_factory.mktemp("lab")
     (folder / "lab.toml").write_text(EXPERIMENT, encoding="utf-8")
-    words = [TSDYN, "run", "lab.toml", "--workers", "2"]  # as a user begins it, and dask its workers
-    done = subprocess.run(words, cwd=folder, env=environment(site), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    code, said, complained = run(folder, "tsdyn", "run", "lab.toml", "--workers", "2", site=site)
+    assert code == 0, said + complained
     return folder
 
 
@@ -231,10 +220,8 @@ if __name__ == "__main__":
 
 def test_parts_of_this_process_alone_are_refused_with_workers_and_observables_are_sent(tmp_path):
     (tmp_path / "script.py").write_text(WORKERS, encoding="utf-8")
-    words = [sys.executable, "script.py"]
-    done = subprocess.run(words, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    out = done.stdout
+    code, out, complained = run(tmp_path, "python", "script.py")
+    assert code == 0, complained
     assert "student.activation = activation 'sine'" in out
     assert "added to this process only" in out
     assert "entry point" in out

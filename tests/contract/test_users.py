@@ -6,32 +6,18 @@ two workers, and stops and goes on.
 
 import os
 import signal
-import subprocess
-import sys
 import textwrap
 import time
-from pathlib import Path
 
 import numpy as np
 
 import tsdyn
-
-HERE = Path(__file__).resolve().parent
-TSDYN = str(Path(sys.executable).parent / "tsdyn")
+from tests import processes
 
 
-def run(folder, *words, site=None, wait=True):
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    if site is not None:
-        environment["PYTHONPATH"] = str(site)
-    process = subprocess.Popen(
-        words, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8"
-    )
-    if not wait:
-        return process
-    out, said = process.communicate(timeout=300)
-    assert process.returncode == 0, out + said
-    return out
+def run(folder, *words, site=None):
+    done = processes.run(words, folder, environment=processes.variables(site))
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 LOOP = textwrap.dedent("""
@@ -91,7 +77,7 @@ LOOK = textwrap.dedent("""
 def test_a_her_loop_needs_six_lines(tmp_path):
     assert sum(line.endswith("# hers") for line in LOOP.splitlines()) <= 6
     (tmp_path / "loop.py").write_text(LOOP + LOOK, encoding="utf-8")
-    run(tmp_path, sys.executable, "loop.py")
+    run(tmp_path, "python", "loop.py")
     assert (tmp_path / "loss.png").stat().st_size > 10_000
     assert "weight" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
@@ -134,16 +120,16 @@ def test_c_his_world_on_two_workers_stopped_and_resumed(tmp_path, site):
     draw = np.random.default_rng(0).standard_normal((4, 4))
     np.save(tmp_path / "covariance.npy", draw @ draw.T / 4 + np.eye(4) / 2)
     (tmp_path / "world.toml").write_text(WORLD, encoding="utf-8")
-    command = [TSDYN, "run", "world.toml", "-o", "world", "--quiet"]
-    stopped = run(tmp_path, *command, "--workers", "2", site=site, wait=False)
+    command = ["tsdyn", "run", "world.toml", "-o", "world", "--quiet"]
+    stopped = processes.Process([*command, "--workers", "2"], tmp_path, {}, processes.variables(site))
     deadline = time.monotonic() + 200
-    while not list((tmp_path / "world").glob("**/segments/*.nc")) and stopped.poll() is None:
+    while not list((tmp_path / "world").glob("**/segments/*.nc")) and not stopped.ended:
         assert time.monotonic() < deadline, "no segment was committed"
         time.sleep(0.05)
-    stopped.send_signal(signal.SIGINT)
-    stopped.communicate(timeout=120)
+    os.kill(stopped.pid, signal.SIGINT)
+    stopped.wait(120)
     run(tmp_path, *command, "--workers", "2", site=site)
-    run(tmp_path, sys.executable, "-c", COMPARED, site=site)
+    run(tmp_path, "python", "-c", COMPARED, site=site)
     ds, ode = tsdyn.open(tmp_path / "world").load(), tsdyn.open(tmp_path / "flow").load()
     assert ds["weight_entropy"].isel(epoch=-1).notnull().any()
     assert (ds["loss_train"].sel(noise=0.2) > ds["loss_eval"].sel(noise=0.2)).all()  # only training targets are noisy

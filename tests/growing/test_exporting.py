@@ -4,8 +4,6 @@ import itertools
 import json
 import os
 import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -13,6 +11,7 @@ import xarray as xr
 from pandas.testing import assert_frame_equal
 
 import tsdyn
+from tests import processes
 from tests.cases import small
 from tsdyn.archive.whole_files import DirectoryError
 from tsdyn.growing import exporting, parquet_tables
@@ -117,7 +116,7 @@ def test_killed_and_given_again_it_goes_on(archives, to, tmp_path):
         "    if done == 3: os.kill(os.getpid(), signal.SIGKILL)\n"
         f"export({str(source)!r}, {to!r}, {str(out)!r}, told=told)\n"
     )
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    ended = processes.run(["python", "-c", code], tmp_path)
     assert ended.returncode == -signal.SIGKILL, ended.stderr
     assert not out.exists()
     partial = tmp_path / ".out.nc.partial"

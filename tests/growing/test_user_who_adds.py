@@ -2,14 +2,13 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import xarray as xr
 
 import tsdyn
+from tests import processes
 from tests.cases import small
 from tsdyn.archive import integrity
 from tsdyn.archive.whole_files import DirectoryError
@@ -31,17 +30,16 @@ def command(*words, stop_once=None, folder):
         "import sys; from tsdyn.running import runner; runner.COMMIT_SECONDS = 0.0; from tsdyn import cli; "
         "sys.argv[0] = 'tsdyn'; cli.main()"
     )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, words)], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    while stop_once is not None and process.poll() is None:
-        if any(folder.glob(stop_once)):
-            process.send_signal(signal.SIGTERM)
-            break
-        time.sleep(0.005)
-    said, _ = process.communicate(timeout=240)
-    return process.returncode, said
+    with (folder / "said").open("w+", encoding="utf-8") as said:
+        process = processes.Process(["python", "-c", code, *words], folder, {1: said.fileno(), 2: said.fileno()})
+        while stop_once is not None and not process.ended:
+            if any(folder.glob(stop_once)):
+                os.kill(process.pid, signal.SIGTERM)
+                break
+            time.sleep(0.005)
+        code = process.wait(240)
+        said.seek(0)
+        return code, said.read()
 
 
 def test_what_was_added_is_what_one_run_from_the_start_gives(tmp_path):

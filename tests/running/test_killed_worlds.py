@@ -1,14 +1,13 @@
 """Runs with spoiled targets, correlated inputs and new options that SIGKILL ends go on to the bits of whole ones."""
 
 import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import tomli_w
 
 import tsdyn
+from tests import processes
 from tests.cases import small
 
 WORLDS = {
@@ -48,7 +47,7 @@ def test_a_killed_run_ends_in_the_same_bits(tmp_path, monkeypatch, world):
     asked = small(training__epochs=6, record__observables=["loss", "weight"], **world)
     (tmp_path / "world.toml").write_text(tomli_w.dumps(asked.as_dict()), encoding="utf-8")
     whole = tsdyn.run(asked, "whole").load()
-    done = subprocess.run([sys.executable, "-c", KILLED], cwd=tmp_path, check=False, capture_output=True, timeout=200)
+    done = processes.run(["python", "-c", KILLED], tmp_path, timeout=200)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert tsdyn.open("killed").sizes["epoch"] < whole.sizes["epoch"]
     again = tsdyn.run(asked, "killed").load()

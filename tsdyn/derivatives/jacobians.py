@@ -7,7 +7,7 @@ one random combination; otherwise by one backward pass per sample and output.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal, TypeAlias, assert_never
+from typing import Any, Literal, TypeAlias, assert_never, overload
 
 import torch
 import xarray as xr
@@ -22,9 +22,35 @@ from tsdyn.memory import refuse_beyond
 from tsdyn.networks.network import Network
 
 
+@overload
+def jacobian(
+    module: nn.Module | Network,
+    x: Tree,
+    *,
+    wrt: Literal["parameters"] = "parameters",
+    memory: int = MEMORY,
+    labelled: Literal[False] = False,
+) -> dict[str, Tensor]: ...
+@overload
+def jacobian(
+    module: nn.Module | Network,
+    x: Tree,
+    *,
+    wrt: Literal["inputs"],
+    memory: int = MEMORY,
+    labelled: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def jacobian(
+    module: nn.Module | Network, x: Tree, *, wrt: str, memory: int = MEMORY, labelled: Literal[False] = False
+) -> dict[str, Tensor] | Tensor: ...
+@overload
+def jacobian(
+    module: nn.Module | Network, x: Tree, *, wrt: str = "parameters", memory: int = MEMORY, labelled: Literal[True]
+) -> xr.Dataset: ...
 def jacobian(
     module: nn.Module | Network, x: Tree, *, wrt: str = "parameters", memory: int = MEMORY, labelled: bool = False
-) -> Any:
+) -> dict[str, Tensor] | Tensor | xr.Dataset:
     """Jacobian of every sample's output, equal to plain autograd of one output of one sample at a time.
 
     Args:
@@ -63,7 +89,7 @@ def jacobian(
     return shaped if wrt == "parameters" else shaped[wrt]
 
 
-def _labelled_jacobian(found: Any, module: nn.Module | Network, x: Tree, wrt: str) -> xr.Dataset:
+def _labelled_jacobian(found: dict[str, Tensor] | Tensor, module: nn.Module | Network, x: Tree, wrt: str) -> xr.Dataset:
     """Dataset of Jacobians: ``weight`` and ``bias`` for parameters, else ``inputs`` or ``activation``."""
     flat = found if isinstance(found, dict) else {wrt: found}
     own: Mapping[str, Tensor] = {}
@@ -82,9 +108,17 @@ def _labelled_jacobian(found: Any, module: nn.Module | Network, x: Tree, wrt: st
     return labels.single(called, values, (*lead, last), coords, f"derivative of the output in {wrt}")
 
 
+@overload
+def neural_tangent_kernel(
+    module: nn.Module | Network, x: Tree, x2: Tree = None, *, memory: int = MEMORY, labelled: Literal[False] = False
+) -> Tensor: ...
+@overload
+def neural_tangent_kernel(
+    module: nn.Module | Network, x: Tree, x2: Tree = None, *, memory: int = MEMORY, labelled: Literal[True]
+) -> xr.Dataset: ...
 def neural_tangent_kernel(
     module: nn.Module | Network, x: Tree, x2: Tree = None, *, memory: int = MEMORY, labelled: bool = False
-) -> Any:
+) -> Tensor | xr.Dataset:
     """Empirical NTK Θ(x, x') = J(x) J(x')ᵀ over all trainable parameters, (sample, sample2, output, output2).
 
     Contracted in blocks of samples, so that at most two blocks of Jacobians exist at a time.  The result has the
@@ -131,9 +165,23 @@ def neural_tangent_kernel(
     return kernel.transpose(1, 2)
 
 
+@overload
+def gauss_newton(
+    module: nn.Module | Network,
+    loss: Loss,
+    x: Tree,
+    y: Tree = None,
+    *,
+    memory: int = MEMORY,
+    labelled: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def gauss_newton(
+    module: nn.Module | Network, loss: Loss, x: Tree, y: Tree = None, *, memory: int = MEMORY, labelled: Literal[True]
+) -> xr.Dataset: ...
 def gauss_newton(
     module: nn.Module | Network, loss: Loss, x: Tree, y: Tree = None, *, memory: int = MEMORY, labelled: bool = False
-) -> Any:
+) -> Tensor | xr.Dataset:
     """Generalized Gauss–Newton matrix E[Jᵀ (∂²ℓ/∂f²) J] over all trainable parameters, (parameter, parameter).
 
     Equals the Fisher matrix where the loss is a negative log-likelihood of exponential family (squared error, cross

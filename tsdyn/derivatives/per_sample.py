@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, assert_never
+from typing import Any, Literal, TypeAlias, assert_never, overload
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+import xarray as xr
 from torch import Tensor, nn
 from torch.func import grad, vmap
 from torch.utils._pytree import tree_map
@@ -114,6 +115,28 @@ def _square(values: Tensor) -> Tensor:
     return values.real.square() + values.imag.square() if values.is_complex() else values.square()
 
 
+@overload
+def per_sample_gradients(
+    module: nn.Module | Network,
+    loss: Loss,
+    x: Tree,
+    y: Tree = None,
+    *,
+    names: Iterable[str] | None = None,
+    memory: int = MEMORY,
+    labelled: Literal[False] = False,
+) -> dict[str, Tensor]: ...
+@overload
+def per_sample_gradients(
+    module: nn.Module | Network,
+    loss: Loss,
+    x: Tree,
+    y: Tree = None,
+    *,
+    names: Iterable[str] | None = None,
+    memory: int = MEMORY,
+    labelled: Literal[True],
+) -> xr.Dataset: ...
 def per_sample_gradients(
     module: nn.Module | Network,
     loss: Loss,
@@ -123,7 +146,7 @@ def per_sample_gradients(
     names: Iterable[str] | None = None,
     memory: int = MEMORY,
     labelled: bool = False,
-) -> Any:
+) -> dict[str, Tensor] | xr.Dataset:
     """Gradient of every sample's loss in every trainable parameter: name → (sample, *parameter).
 
     Equal to ``torch.autograd.grad(loss(module(x[i:i+1]), y[i:i+1]), ...)`` to rounding, with its convention for complex
@@ -193,6 +216,28 @@ def factored_gradients(module: nn.Module | Network, loss: Loss, x: Tree, y: Tree
         return _Ways(one, loss, MEMORY).factors(slice(0, one.count))
 
 
+@overload
+def per_sample_gradient_norms(
+    module: nn.Module | Network,
+    loss: Loss,
+    x: Tree,
+    y: Tree = None,
+    *,
+    names: Iterable[str] | None = None,
+    memory: int = MEMORY,
+    labelled: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def per_sample_gradient_norms(
+    module: nn.Module | Network,
+    loss: Loss,
+    x: Tree,
+    y: Tree = None,
+    *,
+    names: Iterable[str] | None = None,
+    memory: int = MEMORY,
+    labelled: Literal[True],
+) -> xr.Dataset: ...
 def per_sample_gradient_norms(
     module: nn.Module | Network,
     loss: Loss,
@@ -202,7 +247,7 @@ def per_sample_gradient_norms(
     names: Iterable[str] | None = None,
     memory: int = MEMORY,
     labelled: bool = False,
-) -> Any:
+) -> Tensor | xr.Dataset:
     """Euclidean norm of every sample's gradient over the named parameters, (sample,), in at least float32.
 
     Gradients of Linear and Conv2d layers are never formed; those of other parameters are, in chunks of `memory` bytes.
@@ -227,8 +272,8 @@ def per_sample_gradient_norms(
     caller = "per_sample_gradient_norms"
     if labelled:
         plain = (labels.unlabelled(each) for each in (x, y))
-        norms = per_sample_gradient_norms(module, loss, *plain, names=names, memory=memory)
-        return labels.single("gradient_norm", norms, ("sample",), labels.of_samples(x), "norm of the sample's gradient")
+        every = per_sample_gradient_norms(module, loss, *plain, names=names, memory=memory)
+        return labels.single("gradient_norm", every, ("sample",), labels.of_samples(x), "norm of the sample's gradient")
     with asked(caller, module, x, y, names=names) as one:
         _refuse_nothing(one)
         result = []

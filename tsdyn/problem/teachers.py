@@ -46,9 +46,13 @@ def separated_rows(
             "non-zero rows exist; use fewer nodes, more inputs or more choices"
         )
     if len(values) ** columns <= _ENUMERABLE:
-        every = np.array(list(itertools.product(values, repeat=columns)))
-        every = every[every.any(axis=1)]
-        return every[rng.choice(len(every), size=rows, replace=False)]
+        # all rows in the order of counting in base len(values), without the one of zeros
+        count = np.arange(len(values) ** columns)
+        if 0.0 in values:
+            zeros = np.ravel_multi_index((np.searchsorted(values, 0.0),) * columns, (len(values),) * columns)
+            count = np.delete(count, zeros)
+        chosen = count[rng.choice(len(count), size=rows, replace=False)]
+        return values[np.stack(np.unravel_index(chosen, (len(values),) * columns), axis=1)]
     drawn: dict[bytes, np.ndarray] = {}
     while len(drawn) < rows:
         row = rng.choice(values, size=columns)
