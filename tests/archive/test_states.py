@@ -3,7 +3,7 @@
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import run_state_machine_as_test
 
-from tests.archive import states
+from tests.archive.states import actions as states
 
 
 def test_a_directory_keeps_every_number_whatever_is_done_to_it():

@@ -3,6 +3,7 @@
 import ctypes
 import logging
 import os
+import resource
 import shutil
 import stat
 import textwrap
@@ -12,6 +13,8 @@ import pytest
 from tests import processes
 from tsdyn.engine import compiled_moments, compiled_step, compiled_sums, convolution, native
 from tsdyn.experiment.errors import ExperimentError
+from tsdyn.experiment.experiment import Experiment
+from tsdyn.running import provenance
 
 JOBS = {
     module.__name__: (module.SOURCE, module.Job)
@@ -163,6 +166,51 @@ def test_a_fallback_is_said_and_one_that_was_asked_for_is_not(fresh, tmp_path, m
     native.load.cache_clear()
     assert native.load(source(tmp_path / "of"), Job) is None
     assert caplog.records == []
+
+
+@pytest.mark.skipif(not hasattr(resource, "RLIMIT_AS"), reason="no limit on addresses here")
+def test_a_library_that_finds_no_memory_is_no_reason_to_round_otherwise(fresh, tmp_path):
+    """The system's message is the same as for a folder of which nothing may be run, which is one."""
+    path = source(tmp_path / "of")
+    assert native.load(path, Job) is not None
+    code = """
+        import resource, sys
+        from pathlib import Path
+        from tests.engine.test_native import Job
+        from tsdyn.engine import native
+        native._compiler()  # it is a process
+        size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (size, size))
+        try:
+            native.load(Path(sys.argv[1]), Job)
+        except MemoryError as error:
+            print(error)
+    """
+    answer = processes.run(["python", "-c", textwrap.dedent(code), str(path)], tmp_path)
+    assert answer.returncode == 0, answer.stderr
+    assert "no memory is left to load small" in answer.stdout
+    assert "TSDYN_KERNEL=off" in answer.stdout
+    assert "rounds otherwise" not in answer.stderr
+
+
+def test_an_archive_says_which_part_was_not_compiled(monkeypatch):
+    deep = Experiment(
+        name="deep", teacher={"widths": [4, 3, 3, 2]}, data={"train": 20, "eval": 9}, record={"observables": ["A"]}
+    )
+    loaded = native.load
+
+    def without(*missing):
+        monkeypatch.setattr(native, "load", lambda part, job: None if part.stem in missing else loaded(part, job))
+        return provenance.facts("cpu", deep)["engine"]
+
+    assert without() == "compiled step"
+    assert without("compiled_sums") == "compiled step; torch for sums"
+    assert without("compiled_sums", "compiled_moments") == "compiled step; torch for sums, moments"
+    assert without("compiled_step") == "torch; compiled sums, moments"
+    assert without("compiled_step", "compiled_sums", "compiled_moments") == "torch"
+    shallow = deep.replace({"teacher.widths": [4, 3, 2]})
+    monkeypatch.setattr(native, "load", lambda part, job: None if "moments" in part.stem else loaded(part, job))
+    assert provenance.facts("cpu", shallow)["engine"] == "compiled step"
 
 
 @pytest.fixture

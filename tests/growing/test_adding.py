@@ -9,7 +9,7 @@ import pytest
 import xarray as xr
 
 import tsdyn
-from tests.archive.states import child
+from tests.archive.states.children import child
 from tests.cases import small
 from tsdyn import cli
 from tsdyn.archive import additions, integrity, whole_files

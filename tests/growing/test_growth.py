@@ -10,7 +10,7 @@ import pytest
 import xarray as xr
 
 import tsdyn
-from tests.archive.states import child, die_at
+from tests.archive.states.children import child, die_at
 from tests.cases import small
 from tsdyn.archive import changes, integrity
 from tsdyn.archive.run_directory import RunDirectory

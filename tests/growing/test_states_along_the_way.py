@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import tsdyn
-from tests.archive.states import child
+from tests.archive.states.children import child
 from tests.cases import small
 from tests.growing.test_adding import command
 from tsdyn.archive import integrity, states

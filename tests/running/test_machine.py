@@ -515,7 +515,7 @@ def test_what_computed_each_part_is_kept_and_said(command, file, tmp_path, monke
     with monkeypatch.context() as patch:
         patch.setattr("tsdyn.engine.native.load", lambda *_: None)
         patch.setattr(
-            provenance, "engine", lambda: {"engine": "torch", "compiler": "none", "cpu": "Z80", "cpu_flags": "-"}
+            provenance, "engine", lambda _: {"engine": "torch", "compiler": "none", "cpu": "Z80", "cpu_flags": "-"}
         )
         second = tsdyn.run(longer, path)
     assert "goes on elsewhere than it began" in caplog.text

@@ -12,6 +12,7 @@ from tests.cases import small
 from tsdyn import cli
 from tsdyn.archive import integrity
 from tsdyn.experiment.experiment import Experiment
+from tsdyn.running import runner
 from tsdyn.running.forked_members import ForkedMembers
 from tsdyn.through_training import forks
 
@@ -104,6 +105,31 @@ def test_a_killed_child_goes_on_without_its_parent(parent, tmp_path):
     gone.advance(3)
     for name, array in gone.state().items():
         np.testing.assert_array_equal(array, states[3][name])
+
+
+@pytest.mark.parametrize("last", [1, 2])
+def test_a_parent_that_is_not_finished_is_forked(tmp_path, last, monkeypatch):
+    """Children train to the end of the schedule; with epochs that the parent has not reached nothing is compared."""
+
+    def stop(epoch, *_):
+        if epoch == last:
+            raise RuntimeError("stopped here")
+
+    experiment = small(
+        training__epochs=3, training__steps_per_epoch=10, seeds=2, record__observables=["loss", "weight", "correlation"]
+    )
+    whole = tsdyn.run(experiment, tmp_path / "whole").load()
+    monkeypatch.setattr(runner, "COMMIT_SECONDS", 0.0)
+    with pytest.raises(RuntimeError, match="stopped here"):
+        tsdyn.run(experiment, tmp_path / "parent", progress=stop)
+    reached = tsdyn.open(tmp_path / "parent").epoch.values.tolist()
+    assert reached[-1] < 3
+    ds = tsdyn.fork(tmp_path / "parent", out=tmp_path / "children").load().isel(fork_epoch=0, branch=0)
+    for name in KEYS:
+        np.testing.assert_array_equal(ds[name].transpose(*whole[name].dims), whole[name])
+    assert (ds["distance"].sel(epoch=reached) == 0).all()
+    assert ds["distance"].isel(epoch=-1).isnull().all()
+    assert all(ds[name].isnull().all() for name in ("student_kept", "barrier", "barrier_matched", "cka_angle"))
 
 
 def changed(parent, perturb, at=1):

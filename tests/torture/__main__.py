@@ -27,8 +27,9 @@ NUMBERS = {
     "by_number.calls": (10_000, 12),
     "by_number.memory": (10, 1),
     "states.steps": (2000, 0),  # the suite has a test of its own
-    "fuzz.archives": (2000, 5),
+    "fuzz.archives": (3000, 5),
     "fuzz.experiments": (2000, 20),
+    "inputs.files": (840, 11),
 }
 SHIM = "TSDYN_TORTURE_SHIM"
 
@@ -53,9 +54,9 @@ def main() -> int:
 
     import torch
 
-    from tests.torture import by_number, fuzz, states, trials
+    from tests.torture import by_number, fuzz, inputs, states, trials
 
-    modules = {"trials": trials, "fuzz": fuzz, "by_number": by_number, "states": states}
+    modules = {"trials": trials, "fuzz": fuzz, "inputs": inputs, "by_number": by_number, "states": states}
 
     torch.set_num_threads(1)
     failed = False

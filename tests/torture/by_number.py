@@ -28,7 +28,6 @@ from tests.torture.harness import FAILED, FINISHED, arm, fork, fresh, operations
 from tsdyn.archive import integrity, whole_files
 from tsdyn.archive.run_directory import RunDirectory
 from tsdyn.archive.whole_files import ArchiveError
-from tsdyn.running import provenance
 
 FATES = ("whole", "lost", "wrong", "hung", "traceback", "crashed")
 KINDS = ("WRITE", "FSYNC", "RENAME", "OPEN", "CLOSE")
@@ -122,7 +121,6 @@ class _Bench:
 
     def __init__(self, scratch: Path) -> None:
         dask.config.set(scheduler="synchronous")  # its threads do not survive a fork
-        provenance.engine()  # loads compiled code: where memory is too small for that, torch rounds otherwise
         self.scratch = scratch
         self.base = fresh(scratch / "base")
         self.base.mkdir()

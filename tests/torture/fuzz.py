@@ -87,7 +87,7 @@ def command(*words: object) -> tuple[int, str]:
 # --- archives ------------------------------------------------------------------------------------------------
 
 
-def _mutated(raw: bytes, others: list[bytes], rng: random.Random) -> tuple[str, bytes]:
+def mutated(raw: bytes, others: list[bytes], rng: random.Random) -> tuple[str, bytes]:
     """Another file than `raw`, and what was done to it."""
     content, size = bytearray(raw), len(raw)
 
@@ -151,7 +151,7 @@ def archives(scratch: Path, rng: random.Random, number: int) -> str:
         shutil.copytree(scratch / kind, path)
         file = rng.choice([f for f in files[kind] if f.suffix == ".nc"] if rng.random() < 0.8 else files[kind])
         before = (path / file).read_bytes()
-        way, content = _mutated(before, donors, rng)
+        way, content = mutated(before, donors, rng)
         (path / file).write_bytes(content)
         seal = whole_files.seal_of(path / file)
         kept = seal.exists() and rng.random() < 0.8
@@ -296,7 +296,7 @@ def _absurd(rng: random.Random) -> Any:
 def _mutated_experiment(texts: list[str], rng: random.Random) -> str:
     text = rng.choice(texts)
     if rng.random() < 0.3:
-        raw = _mutated(text.encode(), [t.encode() for t in texts], rng)[1]
+        raw = mutated(text.encode(), [t.encode() for t in texts], rng)[1]
         return raw.decode("utf-8", errors="surrogateescape")
     if rng.random() < 0.05:
         opened, closed = rng.choice((("[", "]"), ("{a=", "}")))
@@ -335,13 +335,13 @@ def experiments(scratch: Path, rng: random.Random, number: int) -> str:
     ]
     fates: Counter[str] = Counter()
     wrong: list[str] = []
-    sweep.run = lambda *_, **__: None  # type: ignore[assignment]
     for trial in range(number):
         text = _mutated_experiment(texts, rng)
         file, path = scratch / "fuzzed.toml", fresh(scratch / "out")
         file.write_bytes(text.encode("utf-8", errors="surrogateescape"))
 
         def work(file: Path = file, path: Path = path) -> dict[str, Any]:
+            sweep.run = lambda *_, **__: None  # type: ignore[assignment]
             quiet = ["--quiet"] if rng.random() < 0.5 else []
             code, said = command("run", file, "-o", path, *quiet)
             try:

@@ -10,7 +10,7 @@ import dask
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 
-from tests.archive import states
+from tests.archive.states import actions as states
 
 #: Seconds after which no further directory is begun.
 AT_MOST = 3600

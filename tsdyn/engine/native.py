@@ -7,7 +7,8 @@ A build is kept in the user's cache directory, under a name made of the source, 
 a home directory shared by different machines holds one for each.  A library that differs from the checksum beside it is
 built again.  If there is no home directory, or the cache cannot be used or belongs to another user, a private temporary
 folder is used.  Without a compiler, or with the environment variable ``TSDYN_KERNEL=off``, `load` returns None and its
-callers compute in torch; the log says so once.
+callers compute in torch; the log says so once.  A library that is there and finds no memory is an error instead: the
+same command rounds otherwise a minute later.
 
 The struct that a call takes is declared in C++ and again in ctypes.  Every library describes its own (job.hpp), and a
 library whose struct differs from the ctypes one is refused.
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import errno
 import functools
 import hashlib
 import importlib.util
@@ -39,6 +41,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tsdyn import memory
 from tsdyn.experiment.errors import ExperimentError
 
 FOLDER = Path(__file__).parent
@@ -47,6 +50,8 @@ FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fno-math-er
 BUILD_SECONDS, VERSION_SECONDS = 120.0, 20.0
 #: The same of ziglang, which at its first use builds its own C++ library.
 ZIG_SECONDS = 1800.0
+#: Bytes of memory that loading a library takes beyond its size, at most.
+LOADING = 1 << 20
 #: Bytes of a cache line, product.hpp's kLineBytes.
 LINE = 64
 
@@ -90,6 +95,7 @@ def load(source: Path, job: type[ctypes.Structure]) -> ctypes.CDLL | None:
 
     Raises:
         LayoutError: if the library's struct is not `job`.
+        MemoryError: if there is no memory to build or load it.
     """
     if not switched_on("TSDYN_KERNEL", default=True):
         return None
@@ -113,12 +119,34 @@ def _loaded(compiler: _Compiler, source: Path) -> ctypes.CDLL:
     reasons = []
     for folder in (_cache_folder, _private_folder):
         try:
-            return ctypes.CDLL(str(_built(compiler, source, folder())))
+            return _opened(_built(compiler, source, folder()))
         except (OSError, _Unusable) as error:
             reasons.append(str(error))
         if folder is _cache_folder:
             _say_once(f"compiled code is not kept, but built by each process anew: {reasons[-1]}")
     raise _Unusable(reasons[-1])
+
+
+def _opened(library: Path) -> ctypes.CDLL:
+    """The library of a file, mapped into this process.
+
+    Raises:
+        MemoryError: if there is no memory for it; the system's message does not say so.
+        OSError: if it cannot be mapped for another reason.
+    """
+    try:
+        return ctypes.CDLL(str(library))
+    except OSError as error:
+        if memory.available() < library.stat().st_size + LOADING:
+            raise _no_memory(f"load {library.name}", error) from None
+        raise
+
+
+def _no_memory(what: str, error: OSError) -> MemoryError:
+    return MemoryError(
+        f"no memory is left to {what} ({error}): give this process more, or set TSDYN_KERNEL=off to compute in torch, "
+        "which is slower and rounds otherwise"
+    )
 
 
 def _check_layout(library: ctypes.CDLL, source: Path, job: type[ctypes.Structure]) -> None:
@@ -178,6 +206,8 @@ def _asked(command: Sequence[str], seconds: float) -> bytes:
         try:
             process = subprocess.Popen(command, stdout=printed, stderr=subprocess.STDOUT, start_new_session=True)
         except OSError as error:
+            if error.errno == errno.ENOMEM:
+                raise _no_memory(f"start {name}", error) from None
             raise _Unusable(f"{name} cannot be started: {error}") from None
         try:
             code = process.wait(seconds)

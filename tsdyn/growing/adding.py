@@ -158,7 +158,7 @@ def _covered(folder: Path, ds: xr.Dataset, name: str, seeds: list[int], epochs: 
 def _attributes(ds: xr.Dataset, asked: Experiment, name: str) -> dict[str, str | int]:
     """Global attributes of an addition: those of the run, and what measured it."""
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    facts = provenance.facts("cpu")
+    facts = provenance.facts("cpu", asked)
     return {
         **{key: ds.attrs[key] for key in _KEPT if key in ds.attrs},
         **facts,

@@ -22,7 +22,7 @@ def attributes(experiment: Experiment, device: str) -> dict[str, str | int | flo
         **packages.attribute(experiment),
         **schema.declarations(experiment.recorded()),
         "schema_version": schema.VERSION,
-        **provenance.facts(device),
+        **provenance.facts(device, experiment),
         "dtype": experiment.dtype,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "conventions": json.dumps(_conventions(experiment)),

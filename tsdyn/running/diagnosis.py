@@ -253,7 +253,7 @@ def _engine(trial: _Trial) -> Iterator[Finding]:
         yield Finding("training", last, "bad", "twenty steps do not run here: nothing else will")
         return
     found = json.loads(trial.said.strip().rpartition("\n")[2])
-    if found["engine"] == "torch":
+    if found["engine"].startswith("torch"):
         off = "" if native.switched_on("TSDYN_KERNEL", default=True) else " (TSDYN_KERNEL=off)"
         yield Finding(
             "compiled step", f"none{off}", "note",

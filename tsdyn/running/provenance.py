@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import json
 import os
@@ -16,7 +17,9 @@ import numpy as np
 import torch
 
 from tsdyn._version import __version__
-from tsdyn.engine import compiled_step, native
+from tsdyn.engine import compiled_moments, compiled_step, compiled_sums, convolution, native
+from tsdyn.experiment.experiment import Experiment
+from tsdyn.theory.coupling_moments import MOMENTS
 
 #: Global attribute of an archive: JSON list of the machines that computed it, each with the first epoch it computed.
 HISTORY = "history"
@@ -24,13 +27,15 @@ HISTORY = "history"
 DECISIVE = (
     "device", "threads", "torch_version", "numpy_version", "tsdyn_version", "engine", "compiler", "cpu", "cpu_flags",
 )  # fmt: skip
+#: Observables for which moments over gates are summed; that of the fan-out needs no sum over gates.
+_OF_MOMENTS = {*MOMENTS, "lemma1_residual"} - {"fanout_norm"}
 #: The processor's flags that name instructions which round.
 _ARITHMETIC = re.compile(r"(sse|ssse|avx|fma|f16c|amx|asimd|sve|neon|fphp)\w*")
 _COMPILER = re.compile(rb"(?:GCC: \([^)\0]*\) [\w.]+|[\w ]*clang version [\w.\-]+)")
 
 
-def facts(device: str) -> dict[str, str | int]:
-    """All that decides the bits of a run on this machine."""
+def facts(device: str, experiment: Experiment | None = None) -> dict[str, str | int]:
+    """All that decides the bits of a run on this machine; of `experiment`, if one is given."""
     return {
         "tsdyn_version": __version__,
         "torch_version": torch.__version__,
@@ -38,21 +43,45 @@ def facts(device: str) -> dict[str, str | int]:
         "python_version": platform.python_version(),
         "device": device if device == "cpu" else torch.cuda.get_device_name(device),
         "threads": torch.get_num_threads(),
-        **engine(),
+        **engine(experiment),
         "git_commit": git_commit(),
     }
 
 
-def engine() -> dict[str, str]:
-    """Whether the engine's compiled step is used, the compiler that built it, and the processor."""
-    library = native.load(compiled_step.SOURCE, compiled_step.Job)
+def engine(experiment: Experiment | None = None) -> dict[str, str]:
+    """Which compiled code a run uses, the compiler that built it, and the processor.
+
+    The libraries that the run needs are loaded here, before it begins, so that what is said holds to its end.
+
+    Raises:
+        MemoryError: if there is no memory for one that this machine has.
+    """
+    step, *others = (native.load(source, job) for source, job in _libraries(experiment).values())
+    names = list(_libraries(experiment))[1:]
+    odd = [name for name, library in zip(names, others, strict=True) if (library is None) != (step is None)]
+    base, joined = ("torch", "compiled") if step is None else ("compiled step", "torch for")
+    library = next((found for found in (step, *others) if found is not None), None)
     name, flags = processor()
     return {
-        "engine": "torch" if library is None else "compiled step",
+        "engine": f"{base}; {joined} {', '.join(odd)}" if odd else base,
         "compiler": "none" if library is None else _compiler(Path(library._name)),
         "cpu": name,
         "cpu_flags": flags,
     }
+
+
+def _libraries(experiment: Experiment | None) -> dict[str, tuple[Path, type[ctypes.Structure]]]:
+    """Source and struct of each compiled part that a run may need, the training step first."""
+    found: dict[str, tuple[Path, type[ctypes.Structure]]] = {
+        "step": (compiled_step.SOURCE, compiled_step.Job), "sums": (compiled_sums.SOURCE, compiled_sums.Job)
+    }  # fmt: skip
+    if experiment is None:
+        return found
+    if experiment.teacher.convolution:
+        found["convolutions"] = convolution.SOURCE, convolution.Job
+    if not experiment.deep and len(experiment.teacher.widths) > 3 and {*experiment.recorded()} & _OF_MOMENTS:
+        found["moments"] = compiled_moments.SOURCE, compiled_moments.Job
+    return found
 
 
 @functools.cache

@@ -116,7 +116,7 @@ def compared(children: str | Path | xr.Dataset, parent: str | Path | xr.Dataset 
     the parent (1 or 0; needs correlation), and of the last epoch ``barrier`` and ``barrier_matched``, the largest
     excess of the evaluation loss on the straight line between the two, sup_α ℓ(αθ + (1−α)θ') − αℓ(θ) − (1−α)ℓ(θ'),
     with the nodes as they are and after one-to-one matching, and ``cka_angle``, the angle arccos of linear CKA between
-    their activations in degrees.
+    their activations in degrees.  What compares with an epoch that the parent has not reached is NaN.
 
     Args:
         children: What `fork` wrote, or its path.
@@ -162,8 +162,14 @@ def _first(where: xr.DataArray, distance: xr.DataArray) -> xr.DataArray:
 
 
 def _student_kept(mine: xr.DataArray, theirs: xr.DataArray) -> xr.DataArray:
+    last = mine["epoch"].values[-1:]  # which a parent that is not finished has not reached: NaN
     best = [
-        lift(best_node, of.isel(epoch=-1, drop=True), reads=("teacher_node", "node"), gives=("teacher_node",))
+        lift(
+            best_node,
+            of.reindex(epoch=last).isel(epoch=0, drop=True),
+            reads=("teacher_node", "node"),
+            gives=("teacher_node",),
+        )
         for of in (mine, theirs)
     ]
     known = best[0].notnull() & best[1].notnull()
@@ -189,7 +195,9 @@ def _at_the_end(ds: xr.Dataset, own: xr.Dataset) -> xr.Dataset:
             if int(shape.sel(at)) >= 0 or int(mine["death_epoch"]) >= 0:
                 continue
             pair = last[list(PARAMETERS)].sel(at).assign_attrs(experiment=single.to_toml())
-            theirs = mine.sel(epoch=int(ds["epoch"].values[-1]))[["weight", "bias"]].reset_coords(drop=True)
+            theirs = (
+                mine[["weight", "bias"]].reindex(epoch=ds["epoch"].values[-1:]).isel(epoch=0).reset_coords(drop=True)
+            )
             index = tuple(shape.get_index(dim).get_loc(at[str(dim)]) for dim in shape.dims)
             cells[index] = pair.assign(parent_weight=theirs["weight"], parent_bias=theirs["bias"])
     values = cellwise(lambda cell: _pair(cell, layers), cells, 2 + len(layers))
@@ -210,7 +218,9 @@ def _at_the_end(ds: xr.Dataset, own: xr.Dataset) -> xr.Dataset:
 
 
 def _pair(cell: xr.Dataset, layers: Sequence[int]) -> list[float]:
-    """Barriers and angles of one child and its parent."""
+    """Barriers and angles of one child and its parent; NaN if the parent has not come so far."""
+    if bool(cell["parent_weight"].isnull().all()):
+        return [np.nan] * (2 + len(layers))
     experiment = experiment_of(cell)
     child = member(cell[list(PARAMETERS)], experiment)
     parent = member(
