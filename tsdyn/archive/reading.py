@@ -34,6 +34,7 @@ from tsdyn.archive.sweep_directory import label, point_directories
 from tsdyn.archive.swept_values import SWEEP, dimensions
 from tsdyn.archive.whole_files import ALWAYS_VERIFIED, ArchiveError, DirectoryError, local_path
 from tsdyn.archive.wrong_numbers import WRONG, WRONG_THROUGH, WrongNumbersWarning, wrong_variables
+from tsdyn.experiment import made_modules
 from tsdyn.experiment.experiment import Experiment, digest, flattened
 from tsdyn.experiment.sweep_axes import (
     DIMENSIONS,
@@ -379,7 +380,7 @@ def _committed(
 
 
 def _at(alone: Callable[[], Experiment], point: Mapping[str, Any]) -> Experiment:
-    return alone().replace(point) if point else alone()
+    return alone().at(point) if point else alone()
 
 
 def _written(path: Path) -> dict[str, Any]:
@@ -392,13 +393,23 @@ def _written(path: Path) -> dict[str, Any]:
 
 
 def _differing(written: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Keys in which experiments differ, without swept keys, names and seeds."""
+    """Keys in which experiments differ, without swept keys, names and seeds.
+
+    Of other modules, or modules with other arguments, also without what tsdyn fills in.
+    """
     flat = [
         dict(flattened({k: v for k, v in values.items() if k not in ("sweep", "name", "seeds")})) for values in written
     ]
     keys = dict.fromkeys(itertools.chain.from_iterable(flat))
     absent = object()
-    return [key for key in keys if any(f.get(key, absent) != flat[0].get(key, absent) for f in flat)]
+    found = [key for key in keys if any(f.get(key, absent) != flat[0].get(key, absent) for f in flat)]
+    swept = [key for values in written for key in swept_keys(values.get("sweep", {}))]
+    for who in made_modules.NETWORKS:
+        filled = [f"{who}.made."]
+        if any(key.startswith((f"{who}.module", f"{who}.arguments")) for key in (*found, *swept)):
+            filled += [f"{who}.{name}" for name in made_modules.FILLED]
+        found = [key for key in found if not key.startswith(tuple(filled))]
+    return found
 
 
 def _origin(paths: Sequence[Path], written: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> dict[str, str]:
@@ -495,7 +506,26 @@ def _built(cells: Cells, grid: Sequence[Axis], skip: bool) -> xr.Dataset:
             key: xr.Variable(axis.dimension, [value[i] for value in axis.values]) for i, key in enumerate(axis.keys)
         }
     attrs = headers[0].attrs | (schema.united([header.attrs for header in headers]) if len(headers) > 1 else {})
+    attrs |= _parameters(cells, grid)
     return xr.Dataset(arrays, coords | _columns(cells, labels, grid), attrs)
+
+
+def _parameters(cells: Cells, grid: Sequence[Axis]) -> dict[str, str]:
+    """The attribute that names the parameters of own modules where points differ in them: a list of modules.
+
+    Each with the labels of the points that have it, ``at``, and the shapes of its parameters, ``shapes``.
+    """
+    found: dict[str, list[dict[str, Any]]] = {}
+    for place, (first, *_) in cells.items():
+        labels = {
+            key: value
+            for axis, position in zip(grid, place, strict=True)
+            for key, value in zip(axis.keys, axis.values[position], strict=True)
+        }
+        found.setdefault(first.header.attrs.get("parameters", "{}"), []).append(labels)
+    if len(found) < 2:
+        return {}
+    return {"parameters": json.dumps([{"at": at, "shapes": json.loads(shapes)} for shapes, at in found.items()])}
 
 
 def _columns(cells: Cells, labels: Mapping[str, list[Any]], grid: Sequence[Axis]) -> dict[str, xr.Variable]:
@@ -505,10 +535,12 @@ def _columns(cells: Cells, labels: Mapping[str, list[Any]], grid: Sequence[Axis]
         found = {n: xr.Variable(*c) for n, c in sources[0].header.columns.items() if c[0] != (n,)}
     else:
         found = _gridded(cells, labels, grid)
-    names = {tuple(s.header.columns["layer_name"][1]) for s in sources if "layer_name" in s.header.columns}
+    every = [s.header.columns["layer_name"][1] for s in sources if "layer_name" in s.header.columns]
+    names = {tuple(name for name in each if name) for each in every}
     found.pop("layer_name", None)
     if names:
         longest = max(names, key=len)
+        longest = (*longest, *("" for _ in range(len(labels["layer"]) - len(longest))))
         alike = all(longest[: len(one)] == one for one in names)  # else each recording's attribute says its own
         shown = longest if alike else tuple(f"layer {label}" for label in labels["layer"])
         found["layer_name"] = xr.Variable("layer", list(shown), vocabulary.COORDINATES["layer_name"].attrs)

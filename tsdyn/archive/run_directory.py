@@ -39,6 +39,7 @@ from tsdyn.archive.whole_files import (
     write_text,
 )
 from tsdyn.archive.wrong_numbers import WRONG_THROUGH
+from tsdyn.experiment import made_modules
 from tsdyn.experiment.errors import ExperimentError
 from tsdyn.experiment.experiment import Experiment, differences
 from tsdyn.experiment.sweep_axes import axes, places
@@ -122,11 +123,15 @@ def extends(longer: Experiment, shorter: Experiment) -> bool:
             return False
         kept |= {"training.epochs": longer.training.epochs, "seeds": longer.seeds}
         kept |= {"record.observables": longer.record.observables, "record.state_every": longer.record.state_every}
+    for who in made_modules.NETWORKS:  # more points may have more modules; those that were there stay what they were
+        mine, theirs = (getattr(e, who).made or {} for e in (longer, shorter))
+        if mine and all(mine.get(key) == made for key, made in theirs.items()):
+            kept[f"{who}.made"] = longer.as_dict()[who]["made"]
     if differences(longer, shorter.replace(kept)):
         return False
-    theirs, mine = ([json.dumps(p, sort_keys=True) for p in places(e.sweep).values()] for e in (shorter, longer))
+    before, after = ([json.dumps(p, sort_keys=True) for p in places(e.sweep).values()] for e in (shorter, longer))
     return [axis.keys for axis in axes(longer.sweep)] == [axis.keys for axis in axes(shorter.sweep)] and (
-        set(theirs) <= set(mine)
+        set(before) <= set(after)
     )
 
 
