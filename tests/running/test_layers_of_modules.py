@@ -17,7 +17,7 @@ from tsdyn.running import own_modules
 INPUTS, OUTPUTS = 6, 2
 LAYERED = [
     "loss", "weight", "parameter", "correlation", "cross_correlation", "gradient_rms", "gradient_max", "fanout_norm",
-    "A", "B", "L", "L_star", "lemma1_residual", "neural_tangent_kernel", "jacobian",
+    "moments", "cka", "lemma1_residual", "neural_tangent_kernel", "jacobian",
 ]  # fmt: skip
 
 
@@ -147,7 +147,10 @@ def test_gradients_couplings_and_lemma_1_are_those_of_autograd(skip):
         a = (upper.mT @ teacher.layers[1].weight).mean(0)
         b = (upper.mT @ upper).mean(0)
         second, mixed = h.T @ h / len(y), h.T @ t / len(y)
+        active, taught_active = (h > 0).double(), (t > 0).double()
+        d, d_star = active.T @ active / len(y), active.T @ taught_active / len(y)
     expected = {"A": a, "B": b, "L": second, "L_star": mixed, "fanout_norm": b.diagonal().sqrt()}
+    expected |= {"D": d, "D_star": d_star, "H": b * d, "H_star": a * d_star}
     for name, value in expected.items():
         found = one[name].isel(layer=0).values
         found = found[tuple(slice(0, n) for n in value.shape)]
@@ -260,7 +263,7 @@ class Twice(nn.Module):
         (bent, ["lemma1_residual"], r"the student: σ\(x\) = σ'\(x\) x does not hold.*it calls tanh"),
         (Twice, ["weight"], r"student\.layers: same of the student is called 2 times.*record losses"),
         (convnet, ["correlation"], "hidden layer 1 of the student has 12 positions per sample, that of the teacher 1"),
-        (Skip, ["D"], "D is not measured with student.module"),
+        (Skip, ["alignment"], "alignment is not measured with student.module"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_with_the_reason(tmp_path, make, observables, message):
