@@ -353,7 +353,10 @@ def test_a_dead_member_leaves_the_others_alone():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: nn.Sequential(nn.Linear(INPUTS, OUTPUTS), nn.Dropout(0.1)), r"not keyed by seed and epoch.*set p = 0"),
+        (
+            lambda: nn.Sequential(nn.Linear(INPUTS, OUTPUTS), nn.AlphaDropout(0.1)),
+            r"not keyed by seed and epoch.*set p = 0, call its eval\(\), or take Dropout, Dropout1d",
+        ),
         (lambda: nn.Linear(INPUTS, OUTPUTS).requires_grad_(False), "no parameter that requires grad"),
         (lambda: nn.LazyLinear(OUTPUTS), "lazy or complex"),
         (lambda: nn.Linear(INPUTS, OUTPUTS, dtype=torch.complex64), "lazy or complex"),

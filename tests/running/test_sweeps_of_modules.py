@@ -9,7 +9,6 @@ import pytest
 from tsdyn.analysis import similarity
 
 import tsdyn
-from tests import processes
 from tests.cases import small
 from tsdyn.running import own_modules
 
@@ -89,7 +88,11 @@ def test_arguments_of_a_file_are_swept(tmp_path, nets):
     assert ds.parameter.dims == ("hidden", "depth", "seed", "epoch", "entry")
     assert ds.sizes["entry"] == 6 * 5 + 5 + 5 * 5 + 5 + 5 * 2 + 2
     assert ds.width.sel(hidden=2, depth=3).values.tolist() == [2, 2, OUTPUTS]
-    assert ds.layer_name.values.tolist() == ["layer 1", "layer 2", "layer 3"]  # "top" is the second here, the third there
+    assert ds.layer_name.values.tolist() == [
+        "layer 1",
+        "layer 2",
+        "layer 3",
+    ]  # "top" is the second here, the third there
     named = own_modules.named(ds.sel(hidden=5, depth=3))
     assert named["layers.1.weight"].shape == (2, 2, 5, 5)
     assert named["top.weight"].notnull().all()
@@ -124,7 +127,9 @@ def test_modules_of_student_and_teacher_are_swept(tmp_path, nets):
     chosen = {"module": "sizes_lab:Other", "hidden": 7}
     assert_points_are_runs(ds, [(chosen, run)])
     measured = tsdyn.measure(ds, ["gradient_max"]).sel(chosen).load()
-    np.testing.assert_array_equal(measured.gradient_max.isel(node=slice(4)), tsdyn.measure(run, ["gradient_max"]).gradient_max)
+    np.testing.assert_array_equal(
+        measured.gradient_max.isel(node=slice(4)), tsdyn.measure(run, ["gradient_max"]).gradient_max
+    )
     last = ds.isel(epoch=-1)
     net = last.sel(module=["sizes_lab:Net"])
     cka = similarity.student_teacher(net, student=nets.Net, teacher=nets.Net).cka

@@ -6,7 +6,6 @@ only, also while a run goes on.  Imports no torch.
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import os
@@ -28,13 +27,13 @@ from tsdyn.archive import additions, study_directories, zarr_stores
 from tsdyn.archive.headers import Header, Headers, Source, when
 from tsdyn.archive.kept_samples import with_kept
 from tsdyn.archive.lazy_arrays import Cells, Stored
+from tsdyn.archive.module_differences import differing_keys, parameters
 from tsdyn.archive.recordings import Recording, flush_below, recordings_below
 from tsdyn.archive.run_directory import ARCHIVE, EXPERIMENT
 from tsdyn.archive.sweep_directory import label, point_directories
 from tsdyn.archive.swept_values import SWEEP, dimensions
 from tsdyn.archive.whole_files import ALWAYS_VERIFIED, ArchiveError, DirectoryError, local_path
 from tsdyn.archive.wrong_numbers import WRONG, WRONG_THROUGH, WrongNumbersWarning, wrong_variables
-from tsdyn.experiment import made_modules
 from tsdyn.experiment.experiment import Experiment, digest, flattened
 from tsdyn.experiment.sweep_axes import (
     DIMENSIONS,
@@ -286,7 +285,7 @@ def _gathered(
     """The files at each position of the common grid, the grid's axes (named as coordinates), and global attributes."""
     written = [_written(path) for path in paths]
     sweeps = [values.get("sweep", {}) for values in written]
-    keys = tuple(dict.fromkeys([*_differing(written), *(key for sweep in sweeps for key in swept_keys(sweep))]))
+    keys = tuple(dict.fromkeys([*differing_keys(written), *(key for sweep in sweeps for key in swept_keys(sweep))]))
     groups = {axis.keys for sweep in sweeps for axis in axes(sweep) if axis.dimension == POINT}
     if as_points:
         groups = {keys} if keys else set()
@@ -392,26 +391,6 @@ def _written(path: Path) -> dict[str, Any]:
         raise DirectoryError(f"{path}: holds no run or sweep of tsdyn's: {error}") from error
 
 
-def _differing(written: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Keys in which experiments differ, without swept keys, names and seeds.
-
-    Of other modules, or modules with other arguments, also without what tsdyn fills in.
-    """
-    flat = [
-        dict(flattened({k: v for k, v in values.items() if k not in ("sweep", "name", "seeds")})) for values in written
-    ]
-    keys = dict.fromkeys(itertools.chain.from_iterable(flat))
-    absent = object()
-    found = [key for key in keys if any(f.get(key, absent) != flat[0].get(key, absent) for f in flat)]
-    swept = [key for values in written for key in swept_keys(values.get("sweep", {}))]
-    for who in made_modules.NETWORKS:
-        filled = [f"{who}.made."]
-        if any(key.startswith((f"{who}.module", f"{who}.arguments")) for key in (*found, *swept)):
-            filled += [f"{who}.{name}" for name in made_modules.FILLED]
-        found = [key for key in found if not key.startswith(tuple(filled))]
-    return found
-
-
 def _origin(paths: Sequence[Path], written: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> dict[str, str]:
     """Global attributes of the Dataset: the experiment of a single sweep, or the directories of several.
 
@@ -419,7 +398,7 @@ def _origin(paths: Sequence[Path], written: Sequence[Mapping[str, Any]], names: 
     """
     if len(paths) > 1:
         opened = {"opened": json.dumps([str(path) for path in paths])}
-        if _differing(written) or any(values["sweep"] != written[0]["sweep"] for values in written):
+        if differing_keys(written) or any(values["sweep"] != written[0]["sweep"] for values in written):
             return opened
         each = [Experiment.from_toml(path / EXPERIMENT, archived=True) for path in paths]
         seeds = sorted({seed for one in each for seed in one.seed_labels})
@@ -506,26 +485,8 @@ def _built(cells: Cells, grid: Sequence[Axis], skip: bool) -> xr.Dataset:
             key: xr.Variable(axis.dimension, [value[i] for value in axis.values]) for i, key in enumerate(axis.keys)
         }
     attrs = headers[0].attrs | (schema.united([header.attrs for header in headers]) if len(headers) > 1 else {})
-    attrs |= _parameters(cells, grid)
+    attrs |= parameters(cells, grid)
     return xr.Dataset(arrays, coords | _columns(cells, labels, grid), attrs)
-
-
-def _parameters(cells: Cells, grid: Sequence[Axis]) -> dict[str, str]:
-    """The attribute that names the parameters of own modules where points differ in them: a list of modules.
-
-    Each with the labels of the points that have it, ``at``, and the shapes of its parameters, ``shapes``.
-    """
-    found: dict[str, list[dict[str, Any]]] = {}
-    for place, (first, *_) in cells.items():
-        labels = {
-            key: value
-            for axis, position in zip(grid, place, strict=True)
-            for key, value in zip(axis.keys, axis.values[position], strict=True)
-        }
-        found.setdefault(first.header.attrs.get("parameters", "{}"), []).append(labels)
-    if len(found) < 2:
-        return {}
-    return {"parameters": json.dumps([{"at": at, "shapes": json.loads(shapes)} for shapes, at in found.items()])}
 
 
 def _columns(cells: Cells, labels: Mapping[str, list[Any]], grid: Sequence[Axis]) -> dict[str, xr.Variable]:

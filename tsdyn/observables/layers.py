@@ -134,7 +134,9 @@ class _Following(TorchFunctionMode):
         name, _ = self._at.get(id(first), ("", None)) if isinstance(first, Tensor) else ("", None)
         if name and kind in _ACTIVATIONS and self._sloped and name not in self.kept.slopes:
             rest = {key: value for key, value in (kwargs or {}).items() if key != "input"}
-            self.kept.slopes[name] = _slope(lambda z: func(z, *args[1:], **rest), first)  # before it is changed in place
+            self.kept.slopes[name] = _slope(
+                lambda z: func(z, *args[1:], **rest), first
+            )  # before it is changed in place
         result = func(*args, **(kwargs or {}))
         self.kept.functions[kind] = None
         if not name or not isinstance(result, Tensor):

@@ -179,12 +179,12 @@ class PairSums:
     B_star: list[Tensor]
 
     @property
-    def H(self) -> list[Tensor]:  # noqa: N802 (the paper's name)
+    def H(self) -> list[Tensor]:
         """B ∘ D."""
         return [b * d for b, d in zip(self.B, self.D, strict=True)]
 
     @property
-    def H_star(self) -> list[Tensor]:  # noqa: N802
+    def H_star(self) -> list[Tensor]:
         """A ∘ D*."""
         return [a * d for a, d in zip(self.A, self.D_star, strict=True)]
 

@@ -221,7 +221,11 @@ def _refuse_unlike_layers(experiment: Experiment, student: Maker | None, teacher
     Raises:
         ExperimentError: with the reason.
     """
-    asked = set(schema.expand(experiment.record.observables)) & {"correlation", *module_couplings.PAIRED, "lemma1_residual"}
+    asked = set(schema.expand(experiment.record.observables)) & {
+        "correlation",
+        *module_couplings.PAIRED,
+        "lemma1_residual",
+    }
     if not asked:
         return
     x, seed = _few_inputs(experiment), experiment.seed_labels[0]
