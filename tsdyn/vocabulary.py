@@ -404,8 +404,8 @@ VARIABLES: Mapping[str, Variable] = _table(
         "1",
         "linear CKA of activations, of every layer with every teacher layer",
         "Kornblith et al. 2019 (arXiv:1905.00414), Eq. 4",
-        "over the evaluation set, output layers included; of convolutions and tokens every position is a feature of its "
-        "own; NaN for a constant layer, and where there are no more samples than features of both layers",
+        "over the evaluation set, output layers included; of convolutions and tokens every position is a feature; NaN "
+        "for a constant layer, and where there are no more samples than features of both layers",
         kinds=_TRAINED,
         deep=True,
         own=True,

@@ -1,4 +1,4 @@
-"""Sweeps of own modules that differ in size, depth and layers: each point is the run of its own, padded where joined."""
+"""Sweeps of own modules that differ in size, depth and layers: each point is the run of its own, padded if joined."""
 
 import importlib
 import json
@@ -7,9 +7,11 @@ import sys
 import numpy as np
 import pytest
 from tsdyn.analysis import similarity
+from typer.testing import CliRunner
 
 import tsdyn
 from tests.cases import small
+from tsdyn import cli
 from tsdyn.running import own_modules
 
 INPUTS, OUTPUTS = 6, 2
@@ -92,7 +94,7 @@ def test_arguments_of_a_file_are_swept(tmp_path, nets):
         "layer 1",
         "layer 2",
         "layer 3",
-    ]  # "top" is the second here, the third there
+    ]  # "top" is the second here or the third
     named = own_modules.named(ds.sel(hidden=5, depth=3))
     assert named["layers.1.weight"].shape == (2, 2, 5, 5)
     assert named["top.weight"].notnull().all()
@@ -113,7 +115,7 @@ def test_python_passes_what_a_sweep_sizes(tmp_path, nets):
     with pytest.raises(tsdyn.ExperimentError, match=r"there is none; name it, student.module = .*or pass"):
         tsdyn.run(unnamed, tmp_path / "none")
     both = asked({"student.module": ["sizes_lab:Net", "sizes_lab:Other"]})
-    with pytest.raises(tsdyn.ExperimentError, match="student.module is swept, and student= is passed, too"):
+    with pytest.raises(tsdyn.ExperimentError, match=r"student\.module is swept, and student= is passed, too"):
         tsdyn.run(both, tmp_path / "none", student=nets.Net)
     assert not (tmp_path / "none").exists()
 
