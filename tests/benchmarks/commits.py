@@ -1,7 +1,7 @@
 """What a Recorder's commit adds to its observables' own passes: ``python -m tests.benchmarks.commits``.
 
-Asked: at most 10 ms, or 5 % of one pass over 10,000 samples, whichever is larger.  Prints medians in milliseconds of the
-processor's time, which other processes of the machine do not change much, and exits 1 if a commit adds more.
+Asked: at most 10 ms, or 5 % of one pass over 10,000 samples, whichever is larger.  Prints medians in milliseconds of
+the processor's time, which other processes of the machine do not change much, and exits 1 if a commit adds more.
 """
 
 from __future__ import annotations
