@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -93,9 +94,18 @@ def _of_module(module: nn.Module, x: Tensor, names: tuple[str, ...] | None, whos
 
 def _filled(make: Maker, numbers: NDArray, experiment: Experiment, seed: int, who: str) -> nn.Module:
     """The module that `make` makes, with the recorded parameters and buffers."""
+    part = getattr(experiment, who)
+    arguments = dict(part.arguments or {}) if part.module is not None else {}
+    takes = inspect.signature(make).parameters  # a partial's, too, which has its arguments bound already
+    bound = make.keywords if isinstance(make, functools.partial) else {}
+    arguments = {name: value for name, value in arguments.items() if name in takes and name not in bound}
+    if "seed" in takes and "seed" not in {*arguments, *bound}:
+        arguments["seed"] = seed
     with torch.random.fork_rng():
-        module = make(seed=seed) if "seed" in inspect.signature(make).parameters else make()
+        module = make(**arguments)
     module = module.to(getattr(torch, experiment.dtype))
+    if part.numbers is not None and numbers[part.numbers :].size and np.isnan(numbers[part.numbers :]).all():
+        numbers = numbers[: part.numbers]  # padding beside larger modules of the same sweep
     held = Own(module).held
     here = sum(t.numel() for t in held.values())
     if here != numbers.size:

@@ -19,16 +19,13 @@ from tsdyn.analysis.members import Member, each
 from tsdyn.analysis.own_modules import Maker
 
 from tsdyn.archive.selecting import experiment_of
+from tsdyn.observables.similarities import KORNBLITH, cka, debiased_product, product, unit
 
-KORNBLITH = "Kornblith et al. 2019 (arXiv:1905.00414), Eq. 4"
 RAGHU = "Raghu et al. 2017 (arXiv:1706.05806)"
 
 
 def _centred(x: NDArray, y: NDArray, caller: str, fewest: int) -> tuple[NDArray, NDArray]:
-    """Both arrays in float64, centred and scaled to largest entry 1, so that large means or scales cost no digits.
-
-    A constant layer becomes exactly 0.
-    """
+    """Both arrays as `unit` gives them, once their shapes are checked."""
     if x.ndim != 2 or y.ndim != 2 or len(x) != len(y):
         raise ValueError(f"{caller}: shapes {x.shape} and {y.shape}; both are (sample, node) of the same samples")
     if len(x) <= fewest:
@@ -36,20 +33,7 @@ def _centred(x: NDArray, y: NDArray, caller: str, fewest: int) -> tuple[NDArray,
             f"{caller}: {len(x)} samples of {x.shape[1]} and {y.shape[1]} nodes share directions whatever they hold; "
             f"give more than {fewest} samples"
         )
-    first, second = (_unit(a) for a in (x, y))
-    return first, second
-
-
-def _unit(x: NDArray) -> NDArray:
-    x = np.asarray(x, dtype=np.float64)
-    if not np.isfinite(x).all():
-        return np.full_like(x, np.nan)
-    for _ in range(2):  # scaled before centring, so that differences do not overflow, and again after it
-        largest = np.abs(x).max(initial=0.0)
-        x = x / largest if largest > 0 else x
-        x = x - x[:1]  # exactly 0 for a constant, which subtracting the rounded mean alone does not give
-        x = x - x.mean(0)
-    return x
+    return unit(x), unit(y)
 
 
 def linear_cka(x: NDArray, y: NDArray, *, debiased: bool = False) -> float:
@@ -79,27 +63,7 @@ def linear_cka(x: NDArray, y: NDArray, *, debiased: bool = False) -> float:
     """
     fewest = 3 if debiased else x.shape[-1] + y.shape[-1]
     x, y = _centred(x, y, "linear_cka", fewest)
-    product = _debiased_product if debiased else _product
-    own = [product(a, a) for a in (x, y)]
-    if not all(size > 0 for size in own):
-        return float("nan")
-    return float(product(x, y) / np.sqrt(own[0]) / np.sqrt(own[1]))
-
-
-def _product(x: NDArray, y: NDArray) -> float:
-    return float(np.linalg.norm(y.T @ x) ** 2)
-
-
-def _debiased_product(x: NDArray, y: NDArray) -> float:
-    """n (n − 3) times the unbiased estimator of ‖cov(x, y)‖², which sums over distinct samples only.
-
-    With K = X Xᵀ and L = Y Yᵀ without diagonals and centred x and y, K1 = −a and L1 = −b, a_i = |x_i|², b_i = |y_i|²:
-    tr(KL) + 1ᵀK1 1ᵀL1/((n−1)(n−2)) − 2/(n−2) 1ᵀKL1.
-    """
-    n = len(x)
-    a, b = (x**2).sum(1), (y**2).sum(1)
-    both = float((a * b).sum())
-    return _product(x, y) - both + float(a.sum() * b.sum()) / ((n - 1) * (n - 2)) - 2 * both / (n - 2)
+    return cka(x, y, debiased_product if debiased else product)
 
 
 def svcca(x: NDArray, y: NDArray, *, variance: float = 0.99) -> float:
@@ -182,10 +146,10 @@ def student_teacher(
     layers = archive["layer"].values.tolist()
 
     def compared(pairs: Iterable[tuple[int, NDArray, NDArray]]) -> list[list[float]]:
-        cka, cca = dict.fromkeys(layers, np.nan), dict.fromkeys(layers, np.nan)
+        alike, cca = dict.fromkeys(layers, np.nan), dict.fromkeys(layers, np.nan)
         for number, f, f_star in pairs:
-            cka[number], cca[number] = linear_cka(f, f_star, debiased=debiased), svcca(f, f_star)
-        return [list(cka.values()), list(cca.values())]
+            alike[number], cca[number] = linear_cka(f, f_star, debiased=debiased), svcca(f, f_star)
+        return [list(alike.values()), list(cca.values())]
 
     experiment = experiment_of(archive)
     own_modules.refuse_without_makers(experiment, student, teacher, "student_teacher")

@@ -219,10 +219,10 @@ VARIABLES: Mapping[str, Variable] = _table(
     ),
     _moment("A", _MIXED, "E[α_kj] = E[v_k · v*_j]", f"{TIAN}, Definition 2", own=True),
     _moment("B", _PAIR, "E[β_kk'] = E[v_k · v_k']", f"{TIAN}, Definition 2", own=True),
-    _moment("H_star", _MIXED, "H* = β* ∘ D*", f"{LUCK}, section 4"),
-    _moment("H", _PAIR, "H = β ∘ D", f"{LUCK}, section 4"),
-    _moment("D_star", _MIXED, "D* = E[f' f*']", f"{LUCK}, section 4"),
-    _moment("D", _PAIR, "D = E[f' f']", f"{LUCK}, section 4"),
+    _moment("H_star", _MIXED, "H* = β* ∘ D*", f"{LUCK}, section 4", own=True),
+    _moment("H", _PAIR, "H = β ∘ D", f"{LUCK}, section 4", own=True),
+    _moment("D_star", _MIXED, "D* = E[f' f*']", f"{LUCK}, section 4", own=True),
+    _moment("D", _PAIR, "D = E[f' f']", f"{LUCK}, section 4", own=True),
     _moment("L_star", _MIXED, "L* = E[f f*ᵀ]", f"{LUCK}, section 4", own=True),
     _moment("L", _PAIR, "L = E[f fᵀ]", f"{LUCK}, section 4", own=True),
     Variable(
@@ -394,6 +394,18 @@ VARIABLES: Mapping[str, Variable] = _table(
         f"{TIAN}, Eq. 9; centred as in Tian et al. 2019",
         "over the evaluation set, output layers included; signed; NaN for a node whose activation is constant, and "
         "between layers of other numbers of positions per sample",
+        kinds=_TRAINED,
+        deep=True,
+        own=True,
+    ),
+    Variable(
+        "cka",
+        (*_LAYER, "teacher_layer"),
+        "1",
+        "linear CKA of activations, of every layer with every teacher layer",
+        "Kornblith et al. 2019 (arXiv:1905.00414), Eq. 4",
+        "over the evaluation set, output layers included; of convolutions and tokens every position is a feature; NaN "
+        "for a constant layer, and where there are no more samples than features of both layers",
         kinds=_TRAINED,
         deep=True,
         own=True,

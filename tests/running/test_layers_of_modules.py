@@ -17,7 +17,7 @@ from tsdyn.running import own_modules
 INPUTS, OUTPUTS = 6, 2
 LAYERED = [
     "loss", "weight", "parameter", "correlation", "cross_correlation", "gradient_rms", "gradient_max", "fanout_norm",
-    "A", "B", "L", "L_star", "lemma1_residual", "neural_tangent_kernel", "jacobian",
+    "moments", "cka", "lemma1_residual", "neural_tangent_kernel", "jacobian",
 ]  # fmt: skip
 
 
@@ -147,7 +147,10 @@ def test_gradients_couplings_and_lemma_1_are_those_of_autograd(skip):
         a = (upper.mT @ teacher.layers[1].weight).mean(0)
         b = (upper.mT @ upper).mean(0)
         second, mixed = h.T @ h / len(y), h.T @ t / len(y)
+        active, taught_active = (h > 0).double(), (t > 0).double()
+        d, d_star = active.T @ active / len(y), active.T @ taught_active / len(y)
     expected = {"A": a, "B": b, "L": second, "L_star": mixed, "fanout_norm": b.diagonal().sqrt()}
+    expected |= {"D": d, "D_star": d_star, "H": b * d, "H_star": a * d_star}
     for name, value in expected.items():
         found = one[name].isel(layer=0).values
         found = found[tuple(slice(0, n) for n in value.shape)]
@@ -173,7 +176,7 @@ def test_an_own_module_equals_the_same_network_of_tsdyns(tmp_path, which):
     """The network that tsdyn draws, given as a module: every variable is that of the run without it."""
     names = [
         "loss", "mse", "weight", "correlation", "cross_correlation", "gradient_rms", "gradient_max", "gradient_norm",
-        "fanout_norm", "hessian_eigenvalue", "A", "B", "L", "L_star", "lemma1_residual", "neural_tangent_kernel",
+        "fanout_norm", "hessian_eigenvalue", "moments", "cka", "lemma1_residual", "neural_tangent_kernel",
     ]  # fmt: skip
     names = [n for n in names if which == "student" or not n.startswith("fan")]
     asked = experiment(names, teacher__widths=[INPUTS, 4, 3, OUTPUTS], training__epochs=0)
@@ -204,17 +207,21 @@ def test_an_own_module_equals_the_same_network_of_tsdyns(tmp_path, which):
 
 def test_of_convolutions_a_node_is_a_channel(tmp_path):
     """A network with one convolution is measured as tsdyn's own, positions as samples."""
-    asked = experiment(["weight", "parameter", "correlation", "A", "B", "lemma1_residual"])
+    asked = experiment(["weight", "parameter", "correlation", "moments", "lemma1_residual"])
     ds = tsdyn.run(asked, tmp_path / "run", student=convnet, teacher=convnet).load()
     module, teacher = at(ds, convnet), taught(convnet)
     x = torch.from_numpy(evaluation_inputs(asked, 1))
     rows = []
     with torch.no_grad():
         for net in (module, teacher):
-            rows.append(net[:4](x).flatten(2).mT.flatten(0, 1).numpy())
+            rows.append(net[:4](x.clone()).flatten(2).mT.flatten(0, 1).numpy())
     one = ds.sel(seed=1).isel(epoch=-1)
     expected = np.corrcoef(rows[1].T, rows[0].T)[:3, 3:]
     np.testing.assert_allclose(one.correlation.isel(layer=0).values[:3, :3], expected, atol=1e-12)
+    slopes = [(net[:3](x).flatten(2).mT.flatten(0, 1) > 0).double() for net in (module, teacher)]
+    for name, both in (("D", (slopes[0], slopes[0])), ("D_star", slopes)):
+        mean = both[0].T @ both[1] / len(slopes[0])
+        assert_same(torch.from_numpy(one[name].isel(layer=0).values[:3, :3]), mean, 1e-12, what=name)
     head = module[5].weight.detach().unflatten(1, (3, 12))  # (output, channel, position)
     assert_same(torch.from_numpy(one.B.isel(layer=0).values[:3, :3]), torch.einsum("ocp,odp->cd", head, head), 1e-12)
     assert float(ds.lemma1_residual.max()) < 1e-13
@@ -260,7 +267,7 @@ class Twice(nn.Module):
         (bent, ["lemma1_residual"], r"the student: σ\(x\) = σ'\(x\) x does not hold.*it calls tanh"),
         (Twice, ["weight"], r"student\.layers: same of the student is called 2 times.*record losses"),
         (convnet, ["correlation"], "hidden layer 1 of the student has 12 positions per sample, that of the teacher 1"),
-        (Skip, ["D"], "D is not measured with student.module"),
+        (Skip, ["alignment"], "alignment is not measured with student.module"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_with_the_reason(tmp_path, make, observables, message):
@@ -282,7 +289,7 @@ def test_layers_can_be_chosen(tmp_path):
 
 def test_cka_and_matching_of_own_modules(tmp_path):
     """CKA of the layers as paired, by its definition; matching takes a slice of cross_correlation."""
-    asked = experiment(["parameter", "cross_correlation", "correlation", "weight"], data__eval=40)
+    asked = experiment(["parameter", "cross_correlation", "correlation", "weight", "cka"], data__eval=40)
     ds = tsdyn.run(asked, tmp_path / "run", student=Skip, teacher=shallow).load()
     found = similarity.student_teacher(ds.isel(epoch=-1), student=Skip, teacher=shallow)
     module, teacher, x = at(ds, Skip), taught(shallow), torch.from_numpy(evaluation_inputs(asked, 1))
@@ -293,6 +300,20 @@ def test_cka_and_matching_of_own_modules(tmp_path):
         expected = float((k * q).sum() / ((k * k).sum() * (q * q).sum()).sqrt())
         assert float(found.cka.sel(seed=1, layer=layer)) == pytest.approx(expected, rel=1e-10)
     assert found.cka.sel(layer=2).isnull().all()
+    with torch.no_grad():
+        h = torch.relu(module.below(x))
+        mine = [h, torch.relu(module.inner(h)), module(x)]
+        theirs = [torch.relu(teacher.layers[0](x)), teacher(x)]
+    for i, f in enumerate(mine):
+        for j, g in enumerate(theirs):
+            k, q = ((a - a.mean(0)) @ (a - a.mean(0)).T for a in (f, g))
+            expected = float((k * q).sum() / ((k * k).sum() * (q * q).sum()).sqrt())
+            assert float(ds.cka.sel(seed=1).isel(epoch=-1, layer=i, teacher_layer=j)) == pytest.approx(expected, 1e-10)
+    again = tsdyn.measure(ds.drop_vars("cka"), ["cka"], student=Skip, teacher=shallow)
+    np.testing.assert_array_equal(again.cka, ds.cka)
+    few = experiment(["loss", "cka"], data__eval=4)
+    with pytest.raises(tsdyn.ExperimentError, match="cka: 4 samples are no more than the features of any two layers"):
+        tsdyn.run(few, tmp_path / "few", student=Skip, teacher=shallow)
     partners = matching.partner(ds.assign(correlation=ds.cross_correlation.sel(teacher_layer=1)).isel(epoch=-1))
     assert partners.sel(layer=2).notnull().any()
     assert matching.partner(ds.isel(epoch=-1)).sel(layer=1).equals(partners.sel(layer=1))

@@ -6,7 +6,6 @@ only, also while a run goes on.  Imports no torch.
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import os
@@ -28,6 +27,7 @@ from tsdyn.archive import additions, study_directories, zarr_stores
 from tsdyn.archive.headers import Header, Headers, Source, when
 from tsdyn.archive.kept_samples import with_kept
 from tsdyn.archive.lazy_arrays import Cells, Stored
+from tsdyn.archive.module_differences import differing_keys, parameters
 from tsdyn.archive.recordings import Recording, flush_below, recordings_below
 from tsdyn.archive.run_directory import ARCHIVE, EXPERIMENT
 from tsdyn.archive.sweep_directory import label, point_directories
@@ -285,7 +285,7 @@ def _gathered(
     """The files at each position of the common grid, the grid's axes (named as coordinates), and global attributes."""
     written = [_written(path) for path in paths]
     sweeps = [values.get("sweep", {}) for values in written]
-    keys = tuple(dict.fromkeys([*_differing(written), *(key for sweep in sweeps for key in swept_keys(sweep))]))
+    keys = tuple(dict.fromkeys([*differing_keys(written), *(key for sweep in sweeps for key in swept_keys(sweep))]))
     groups = {axis.keys for sweep in sweeps for axis in axes(sweep) if axis.dimension == POINT}
     if as_points:
         groups = {keys} if keys else set()
@@ -379,7 +379,7 @@ def _committed(
 
 
 def _at(alone: Callable[[], Experiment], point: Mapping[str, Any]) -> Experiment:
-    return alone().replace(point) if point else alone()
+    return alone().at(point) if point else alone()
 
 
 def _written(path: Path) -> dict[str, Any]:
@@ -391,16 +391,6 @@ def _written(path: Path) -> dict[str, Any]:
         raise DirectoryError(f"{path}: holds no run or sweep of tsdyn's: {error}") from error
 
 
-def _differing(written: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Keys in which experiments differ, without swept keys, names and seeds."""
-    flat = [
-        dict(flattened({k: v for k, v in values.items() if k not in ("sweep", "name", "seeds")})) for values in written
-    ]
-    keys = dict.fromkeys(itertools.chain.from_iterable(flat))
-    absent = object()
-    return [key for key in keys if any(f.get(key, absent) != flat[0].get(key, absent) for f in flat)]
-
-
 def _origin(paths: Sequence[Path], written: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> dict[str, str]:
     """Global attributes of the Dataset: the experiment of a single sweep, or the directories of several.
 
@@ -408,7 +398,7 @@ def _origin(paths: Sequence[Path], written: Sequence[Mapping[str, Any]], names: 
     """
     if len(paths) > 1:
         opened = {"opened": json.dumps([str(path) for path in paths])}
-        if _differing(written) or any(values["sweep"] != written[0]["sweep"] for values in written):
+        if differing_keys(written) or any(values["sweep"] != written[0]["sweep"] for values in written):
             return opened
         each = [Experiment.from_toml(path / EXPERIMENT, archived=True) for path in paths]
         seeds = sorted({seed for one in each for seed in one.seed_labels})
@@ -495,6 +485,7 @@ def _built(cells: Cells, grid: Sequence[Axis], skip: bool) -> xr.Dataset:
             key: xr.Variable(axis.dimension, [value[i] for value in axis.values]) for i, key in enumerate(axis.keys)
         }
     attrs = headers[0].attrs | (schema.united([header.attrs for header in headers]) if len(headers) > 1 else {})
+    attrs |= parameters(cells, grid)
     return xr.Dataset(arrays, coords | _columns(cells, labels, grid), attrs)
 
 
@@ -505,10 +496,12 @@ def _columns(cells: Cells, labels: Mapping[str, list[Any]], grid: Sequence[Axis]
         found = {n: xr.Variable(*c) for n, c in sources[0].header.columns.items() if c[0] != (n,)}
     else:
         found = _gridded(cells, labels, grid)
-    names = {tuple(s.header.columns["layer_name"][1]) for s in sources if "layer_name" in s.header.columns}
+    every = [s.header.columns["layer_name"][1] for s in sources if "layer_name" in s.header.columns]
+    names = {tuple(name for name in each if name) for each in every}
     found.pop("layer_name", None)
     if names:
         longest = max(names, key=len)
+        longest = (*longest, *("" for _ in range(len(labels["layer"]) - len(longest))))
         alike = all(longest[: len(one)] == one for one in names)  # else each recording's attribute says its own
         shown = longest if alike else tuple(f"layer {label}" for label in labels["layer"])
         found["layer_name"] = xr.Variable("layer", list(shown), vocabulary.COORDINATES["layer_name"].attrs)

@@ -39,6 +39,7 @@ from tsdyn.archive.whole_files import (
     write_text,
 )
 from tsdyn.archive.wrong_numbers import WRONG_THROUGH
+from tsdyn.experiment import made_modules
 from tsdyn.experiment.errors import ExperimentError
 from tsdyn.experiment.experiment import Experiment, differences
 from tsdyn.experiment.sweep_axes import axes, places
@@ -107,26 +108,31 @@ def extends(longer: Experiment, shorter: Experiment) -> bool:
 
     Only ``training.epochs`` may differ, being more, ``seeds`` and ``record.observables``, of which none may be missing,
     ``record.state_every``, and the values in ``sweep``, of which none may be missing either.  No run is extended whose
-    earlier epochs depend on its length (`depends_on_length`).  Seeds and observables are of training runs.
+    earlier epochs depend on its length (`depends_on_length`).  Population flows and online learning record all that
+    they have at times that are spread over the whole run, so that they gain seeds and points only.
     """
     alike = longer.kind == shorter.kind and bool(longer.sweep) == bool(shorter.sweep)
     if longer.training.epochs < shorter.training.epochs or longer == shorter or not alike:
         return False
     if depends_on_length(longer, shorter):
         return False
-    kept: dict[str, Any] = {"sweep": longer.sweep} if longer.sweep else {}
+    if not set(shorter.seed_labels) <= set(longer.seed_labels):
+        return False
+    kept: dict[str, Any] = {"seeds": longer.seeds} | ({"sweep": longer.sweep} if longer.sweep else {})
     if longer.kind == "training":
-        if not set(shorter.seed_labels) <= set(longer.seed_labels):
-            return False
         if not set(schema.expand(shorter.record.observables)) <= set(schema.expand(longer.record.observables)):
             return False
-        kept |= {"training.epochs": longer.training.epochs, "seeds": longer.seeds}
+        kept |= {"training.epochs": longer.training.epochs}
         kept |= {"record.observables": longer.record.observables, "record.state_every": longer.record.state_every}
+    for who in made_modules.NETWORKS:  # more points may have more modules; those that were there stay what they were
+        mine, theirs = (getattr(e, who).made or {} for e in (longer, shorter))
+        if mine and all(mine.get(key) == made for key, made in theirs.items()):
+            kept[f"{who}.made"] = longer.as_dict()[who]["made"]
     if differences(longer, shorter.replace(kept)):
         return False
-    theirs, mine = ([json.dumps(p, sort_keys=True) for p in places(e.sweep).values()] for e in (shorter, longer))
+    before, after = ([json.dumps(p, sort_keys=True) for p in places(e.sweep).values()] for e in (shorter, longer))
     return [axis.keys for axis in axes(longer.sweep)] == [axis.keys for axis in axes(shorter.sweep)] and (
-        set(theirs) <= set(mine)
+        set(before) <= set(after)
     )
 
 
@@ -205,6 +211,12 @@ def _way_out(asked: Experiment, theirs: Experiment) -> str:
         return (
             f"The directory is {what[0]}'s and does not become one of {what[1]}: run this into a new directory with "
             "-o, then tsdyn.open([one, other]) reads both as one."
+        )
+    if asked.kind == theirs.kind != "training":
+        return (
+            "Give another directory with -o, or remove this one. (A run of this kind can be extended by more seeds and "
+            "a sweep by more values, everything else the same; it records all that it has, at times that are spread "
+            "over the whole run, so that another last one, or another number of them, makes another run.)"
         )
     why = depends_on_length(asked, theirs)
     return (

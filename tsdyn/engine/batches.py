@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,12 +20,14 @@ class Batches:
         targets: (member, sample, output).
         rows: Indices of the samples in each batch, (member, step, batch); None: every step uses all samples.
         steps: Number of steps.
+        noises: One generator per member, from which dropout layers draw at each step; none where there are no such.
     """
 
     inputs: Tensor
     targets: Tensor
     rows: Tensor | None
     steps: int
+    noises: tuple[np.random.Generator, ...] = ()
 
     def chosen(self) -> Tensor | None:
         """`rows` as indices into the samples of all members in one sequence, (step, member·batch)."""

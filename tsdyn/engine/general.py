@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from tsdyn import memory
+from tsdyn.engine import dropout
 from tsdyn.engine.batches import Batches, Stream
 from tsdyn.engine.ensemble import Ensemble, Named, layer_of, loaded, network_of
 from tsdyn.engine.loss import Loss
@@ -30,8 +31,39 @@ ROUNDING = 1e3
 SHARE, MOST_BYTES = 4, 1 << 28
 _log = logging.getLogger("tsdyn")
 
-#: (block, inputs, targets, loss) → gradients, and buffers after the step, each (member, ...).
-Slope: TypeAlias = Callable[[Ensemble, Tensor, Tensor, Loss], tuple[Named, Named]]
+#: (block, inputs, targets, loss, noise) → gradients, and buffers after the step, each (member, ...).
+Slope: TypeAlias = Callable[[Ensemble, Tensor, Tensor, Loss, "Noise"], tuple[Named, Named]]
+
+
+@dataclass(frozen=True)
+class Noise:
+    """The masks of one step's dropout layers; none without any.
+
+    Attributes:
+        called: The calls of dropout layers in a forward pass.
+        masks: Their masks, each (member, ...).
+    """
+
+    called: tuple[dropout.Call, ...] = ()
+    masks: tuple[Tensor, ...] = ()
+
+    @classmethod
+    def drawn(cls, called: tuple[dropout.Call, ...], batches: Batches) -> Noise:
+        """That of the next step."""
+        if not called:
+            return cls()
+        if len(batches.noises) != len(batches.inputs):
+            raise ValueError(
+                f"train: the dropout layer {called[0].name} draws noise, and the batches have no generators for it; "
+                "give Batches noises, one per member"
+            )
+        return cls(called, tuple(dropout.drawn(called, batches.noises, batches.inputs.device)))
+
+    def of(self, member: int) -> tuple[Tensor, ...]:
+        return tuple(mask[member] for mask in self.masks)
+
+
+NONE = Noise()
 
 
 @dataclass(frozen=True)
@@ -41,17 +73,19 @@ class Way:
     Attributes:
         slope: Computes the gradients: by vmap (`mapped`), or by a loop of plain autograd (`looped`).
         bytes: Bytes of one member's activations.
+        called: The calls of its dropout layers.
     """
 
     slope: Slope
     bytes: int
+    called: tuple[dropout.Call, ...] = ()
 
 
 def claims(ensemble: Ensemble, rule: Rule) -> bool:
     """True: this engine trains any members with any rule, and refuses with an error those that cannot be trained.
 
     Raises:
-        ValueError: for frozen layers or normalised rows of a module, which has no layers; for dropout.
+        ValueError: for frozen layers or normalised rows of a module, which has no layers; as `refuse_unfit`.
     """
     module = ensemble.architecture
     if isinstance(module, nn.Module):
@@ -68,7 +102,7 @@ def refuse_unfit(module: nn.Module) -> None:
     """Raise for a module that cannot be trained as a member of an ensemble.
 
     Raises:
-        ValueError: if it has nothing to train, complex or lazy parameters, or dropout.
+        ValueError: if it has nothing to train, complex or lazy parameters, or dropout whose noise is not keyed.
     """
     name = type(module).__name__
     if not any(p.requires_grad for p in module.parameters()):
@@ -79,11 +113,12 @@ def refuse_unfit(module: nn.Module) -> None:
     for path, buffer in module.named_buffers():
         if buffer.is_complex():
             raise ValueError(f"train: {name}.{path} is a complex buffer, which no archive can hold")
-    for path, part in module.named_modules():
-        if isinstance(part, nn.modules.dropout._DropoutNd) and part.training and part.p > 0:
+    for path, part in dropout.active(module).items():
+        if type(part) not in dropout.KEYED:
             raise ValueError(
                 f"train: {name}.{path} is {part}, whose noise is not keyed by seed and epoch, so that no run could be "
-                "repeated or resumed; set p = 0, or call its eval()"
+                "repeated or resumed; set p = 0, call its eval(), or take "
+                + ", ".join(kind.__name__ for kind in dropout.KEYED)
             )
 
 
@@ -98,13 +133,14 @@ def way(ensemble: Ensemble, stream: Stream, rule: Rule) -> Way:
         idle = ensemble.idle
         first = int((idle < 0).nonzero()[0])
         two = slice(first, first + 1 + bool((idle[first + 1 : first + 2] < 0).any()))
-        x, y = next(iter(next(iter(stream(two)))))
-        ensemble.kept[key] = _examined(ensemble.block(two), x, y, rule.loss)
+        batches = next(iter(stream(two)))
+        x, y = next(iter(batches))
+        ensemble.kept[key] = _examined(ensemble.block(two), batches, x, y, rule.loss)
     found: Way = ensemble.kept[key]
     return found
 
 
-def _examined(two: Ensemble, x: Tensor, y: Tensor, loss: Loss) -> Way:
+def _examined(two: Ensemble, batches: Batches, x: Tensor, y: Tensor, loss: Loss) -> Way:
     saved: list[int] = []
 
     def noted(tensor: Tensor) -> Tensor:
@@ -112,27 +148,38 @@ def _examined(two: Ensemble, x: Tensor, y: Tensor, loss: Loss) -> Way:
         return tensor
 
     with torch.random.fork_rng(devices=[two.device] if two.device.type == "cuda" else []):
+        called = dropout.calls(_a_member(two), x[0]) if isinstance(two.architecture, nn.Module) else ()
+        noise = Noise.drawn(called, batches)
         with torch.autograd.graph.saved_tensors_hooks(noted, lambda tensor: tensor):
-            plain = looped(two, x, y, loss)
-        if not _alike(looped(two, x, y, loss), plain, rounding=ROUNDING):
+            plain = looped(two, x, y, loss, noise)
+        if not _alike(looped(two, x, y, loss, noise), plain, rounding=ROUNDING):
             raise ValueError(
                 f"train: {_name(two)} gives other gradients for the same inputs: it draws random numbers "
                 "(dropout inside attention, noise), so that no run could be repeated or resumed; set its dropout to 0"
             )
         size = 2 * sum(saved) // two.members
         try:
-            refusal = None if _alike(mapped(two, x, y, loss), plain, rounding=ROUNDING) else "gives other gradients"
+            alike = _alike(mapped(two, x, y, loss, noise), plain, rounding=ROUNDING)
+            refusal = None if alike else "gives other gradients"
         except Exception as error:  # torch.func refuses with errors of every type
             refusal = (
                 f"refuses it ({str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__})"
             )
     if refusal is None:
-        return Way(mapped, size)
+        return Way(mapped, size, called)
     _log.warning(
         "%s: torch.func.vmap %s; members are trained one after another by plain autograd, which is slower",
         _name(two), refusal,
     )  # fmt: skip
-    return Way(looped, size)
+    return Way(looped, size, called)
+
+
+def _a_member(block: Ensemble) -> nn.Module:
+    """A copy of the architecture that may be called."""
+    if "module" not in block.kept:
+        block.kept["module"] = copy.deepcopy(block.architecture).to(block.device)  # type: ignore[union-attr]
+    module: nn.Module = block.kept["module"]
+    return loaded(module, block.values, block.buffers, 0)
 
 
 def _name(ensemble: Ensemble) -> str:
@@ -177,7 +224,7 @@ def advance(block: Ensemble, batches: Batches, rule: Rule, taken: int) -> None:
     """Take the steps of `batches` in place, after `taken` earlier ones."""
     found: Way = block.kept["general", rule.loss]
     for count, (x, y) in enumerate(batches, start=taken + 1):
-        gradients, buffers = found.slope(block, x, y, rule.loss)
+        gradients, buffers = found.slope(block, x, y, rule.loss, Noise.drawn(found.called, batches))
         block.take(
             {n: g for n, g in gradients.items() if not rule.frozen or layer_of(n) not in rule.frozen}, rule, count
         )
@@ -185,26 +232,29 @@ def advance(block: Ensemble, batches: Batches, rule: Rule, taken: int) -> None:
             block.buffers[name].copy_(after)
 
 
-def mapped(block: Ensemble, x: Tensor, y: Tensor, loss: Loss) -> tuple[Named, Named]:
+def mapped(block: Ensemble, x: Tensor, y: Tensor, loss: Loss, noise: Noise = NONE) -> tuple[Named, Named]:
     """Gradients of J and buffers after the step, by torch.func: vmap over members of the gradient."""
     architecture = block.architecture
 
-    def objective(values: Named, buffers: Named, x: Tensor, y: Tensor) -> tuple[Tensor, Named]:
+    def objective(
+        values: Named, buffers: Named, x: Tensor, y: Tensor, masks: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Named]:
         moved = dict(buffers)
         if isinstance(architecture, nn.Module):
-            output = functional_call(architecture, (values, moved), (x,))
+            with dropout.masked(architecture, noise.called, masks):
+                output = functional_call(architecture, (values, moved), (x,))
         else:
             output = network_of(architecture, values, moved)(x, **_in_training(block))
         return loss.value(output, y), moved
 
     before = {name: tensor.clone() for name, tensor in block.buffers.items()}  # a forward pass updates them in place
-    found: tuple[Named, Named] = vmap(grad(objective, has_aux=True))(block.values, before, x, y)
+    found: tuple[Named, Named] = vmap(grad(objective, has_aux=True))(block.values, before, x, y, noise.masks)
     return {n: g.detach() for n, g in found[0].items()}, {n: b.detach() for n, b in found[1].items()}
 
 
-def looped(block: Ensemble, x: Tensor, y: Tensor, loss: Loss) -> tuple[Named, Named]:
+def looped(block: Ensemble, x: Tensor, y: Tensor, loss: Loss, noise: Noise = NONE) -> tuple[Named, Named]:
     """The same as `mapped`, by plain autograd of one member after another."""
-    each = [_one(block, member, x[member], y[member], loss) for member in range(block.members)]
+    each = [_one(block, member, x[member], y[member], loss, noise) for member in range(block.members)]
 
     def beside(parts: list[Named]) -> Named:
         return {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
@@ -212,14 +262,13 @@ def looped(block: Ensemble, x: Tensor, y: Tensor, loss: Loss) -> tuple[Named, Na
     return beside([gradients for gradients, _ in each]), beside([buffers for _, buffers in each])
 
 
-def _one(block: Ensemble, member: int, x: Tensor, y: Tensor, loss: Loss) -> tuple[Named, Named]:
+def _one(block: Ensemble, member: int, x: Tensor, y: Tensor, loss: Loss, noise: Noise) -> tuple[Named, Named]:
     architecture = block.architecture
     with torch.enable_grad():
         if isinstance(architecture, nn.Module):
-            if "module" not in block.kept:
-                block.kept["module"] = copy.deepcopy(architecture).to(x.device)
-            module: nn.Module = loaded(block.kept["module"], block.values, block.buffers, member)
-            output = module(x)
+            module = loaded(_a_member(block), block.values, block.buffers, member)
+            with dropout.masked(module, noise.called, noise.of(member)):
+                output = module(x)
             named: Named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
             values, buffers = {n: named[n] for n in block.values}, {n: named[n] for n in block.buffers}
         else:

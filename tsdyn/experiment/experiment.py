@@ -20,7 +20,7 @@ from pydantic import ValidationError, field_validator, model_validator
 from pydantic_core import to_jsonable_python
 
 from tsdyn import registers, schema, vocabulary
-from tsdyn.experiment import rules, shapes
+from tsdyn.experiment import made_modules, rules, shapes
 from tsdyn.experiment.branching import Fork
 from tsdyn.experiment.errors import ExperimentError, explain
 from tsdyn.experiment.parts import (
@@ -116,9 +116,25 @@ class Experiment(Part):
             raise ValueError(wrong)
         rules.check_sweep(self, Experiment)
         if self.sweep:
+            passed = [who for who in made_modules.NETWORKS if self.awaits_a_module(who)]
+            if passed:  # that its points are valid is known once it has a module
+                _ = self.replace({f"{who}.module": "passed:later" for who in passed})
+                return self
             for _ in self._points():  # each point must be a valid experiment
                 pass
         return self
+
+    def awaits_a_module(self, who: str) -> bool:
+        """Whether arguments are swept of a student or teacher that only a module passed from Python can take."""
+        part = getattr(self, who)
+        varied = made_modules.varied(self.sweep, who)
+        register = {"student": registers.STARTS, "teacher": registers.TEACHERS}[who]
+        return (
+            any(key.split(".")[1] == "arguments" for key in varied)
+            and part.module is None
+            and f"{who}.module" not in varied
+            and not register.foreign(part.init)
+        )
 
     @property
     def of_own_modules(self) -> bool:
@@ -331,9 +347,19 @@ class Experiment(Part):
             yield found
 
     def _points(self) -> Iterator[tuple[dict[str, Any], Experiment]]:
-        base = {k: v for k, v in self.as_dict().items() if k != "sweep"}
+        base = self.as_dict()
         for point in places(self.sweep).values():
-            yield point, Experiment(**_applied(base, point))
+            yield point, _at(base, point)
+
+    def at(self, point: Mapping[str, Any]) -> Experiment:
+        """The experiment of one point of the sweep, given its swept keys and values."""
+        with registers.accepting(self.part_names):
+            return _at(self.as_dict(), point)
+
+
+def _at(base: Mapping[str, Any], point: Mapping[str, Any]) -> Experiment:
+    values = _applied({k: v for k, v in base.items() if k != "sweep"}, point)
+    return Experiment(**made_modules.resolved(values))
 
 
 def digest(values: Mapping[str, Any]) -> str:

@@ -85,6 +85,15 @@ LayerShapes = Annotated[
 ModulePath = Annotated[str, Field(pattern=r"^[^\s:]+:[^:]+$")]
 
 
+class Made(Part):
+    """What tsdyn fills in of one of the modules that a sweep has, as `Teacher` says of the only one of a run."""
+
+    source: str
+    numbers: Count
+    layers: Layers | None = None
+    shapes: LayerShapes | None = None
+
+
 def _refuse_arguments(
     section: str,
     arguments: Mapping[str, Any] | None,
@@ -94,9 +103,11 @@ def _refuse_arguments(
 ) -> None:
     """Refuse keyword arguments for one of tsdyn's own parts, which would not read them; a module takes them."""
     if arguments is not None and module is None and not register.foreign(name):
+        own = section in ("student", "teacher")
         raise ValueError(
             f"{section}.arguments = {dict(arguments)}: the {register.kind} {name!r} is tsdyn's own and takes none; its "
             f"numbers are keys of [{section}]"
+            + (f"; of a module of your own, name it, too: {section}.module = 'package.module:name'" if own else "")
         )
 
 
@@ -118,7 +129,8 @@ class Teacher(Part):
     `module` is the import path of a module of the user's own, made with `arguments`, or names one that was passed from
     Python; `source` and `numbers` are its SHA-256 and its size, which tsdyn fills in (`own_modules`).  `layers` are the
     names of its Linear layers and convolutions to label 1..L; tsdyn fills them in where layers are recorded, and their
-    `shapes`, (nodes, inputs of a node).
+    `shapes`, (nodes, inputs of a node).  In a sweep of the module, its arguments or layers, `made` holds these of each
+    (`made_modules`).
     """
 
     widths: Widths
@@ -147,6 +159,7 @@ class Teacher(Part):
     layers: Layers | None = None
     shapes: LayerShapes | None = None
     arguments: Arguments | None = None
+    made: dict[str, Made] | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -192,7 +205,7 @@ class Teacher(Part):
 class Student(Part):
     """The network that learns; each seed draws its own start.
 
-    `module`, `source`, `numbers`, `layers`, `shapes` and `arguments` as in `Teacher`.
+    `module`, `source`, `numbers`, `layers`, `shapes`, `arguments` and `made` as in `Teacher`.
     """
 
     overrealization: Annotated[Positive, Field(le=MAX_COUNT)] | None = None
@@ -213,6 +226,7 @@ class Student(Part):
     layers: Layers | None = None
     shapes: LayerShapes | None = None
     arguments: Arguments | None = None
+    made: dict[str, Made] | None = None
 
     @model_validator(mode="after")
     def _whole(self) -> Student:

@@ -106,7 +106,8 @@ def _seeds(e: Experiment) -> str | None:
 
 
 def _one_of_widths_and_ratio(e: Experiment) -> str | None:
-    if e.student.module is not None and e.student.widths is None and e.student.overrealization is None:
+    own = e.student.module is not None or "student.module" in swept_keys(e.sweep)
+    if own and e.student.widths is None and e.student.overrealization is None:
         return None
     if (e.student.widths is None) == (e.student.overrealization is None):
         return "student: give either widths or overrealization"
@@ -538,12 +539,8 @@ def check_sweep(experiment: Experiment, model: type[BaseModel]) -> None:
     """
     there = [key for key in keys(model) if known(experiment.kind, key)]
     for key in swept_keys(experiment.sweep):
-        own = {"student": experiment.student.module, "teacher": experiment.teacher.module}.get(key.split(".")[0])
-        if own is not None and key.split(".")[1:2] in (["module"], ["arguments"]):
-            raise ValueError(
-                f"sweep: {key!r} cannot be swept, since own modules of one archive have one size; run each into a "
-                "directory of its own"
-            )
+        if key.split(".")[-1] in ("made", "source", "numbers", "shapes"):
+            raise ValueError(f"sweep: {key!r} is written by tsdyn; sweep the module or its arguments")
         section, _, rest = key.partition(".arguments.")
         if rest and f"{section}.arguments" in there:  # a number of a part that a package offers
             continue

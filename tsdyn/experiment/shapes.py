@@ -147,7 +147,7 @@ def _layout_of_modules(experiment: Experiment) -> schema.Layout:
         experiment.teacher.numbers or 0,
         extra=_sampled(experiment),
         layer_names=experiment.student.layers or (),
-        comments=tuple((name, _PAIRED) for name in ("correlation", "A", "L_star")),
+        comments=tuple((name, _PAIRED) for name in ("correlation", "A", "L_star", "D_star", "H_star")),
     )
 
 

@@ -115,7 +115,10 @@ class _Passed:
 
 def _at_epochs(ds: xr.Dataset, epochs: int | Iterable[int] | None) -> xr.Dataset:
     if "epoch" not in ds.dims or "seed" not in ds.dims:
-        raise ValueError("measure: the Dataset has no labels seed and epoch; give the archive of a training run")
+        raise ValueError(
+            "measure: the Dataset has no labels seed and epoch; give the archive of a training run; flows and online "
+            "runs record all that they have"
+        )
     if epochs is None:
         return ds
     wanted = [epochs] if isinstance(epochs, (int, np.integer)) else list(epochs)

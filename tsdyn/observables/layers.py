@@ -79,6 +79,7 @@ class Pass:
         preactivations: Name → the layer's output.
         activations: Name → its activation.
         functions: Names of the functions of torch that the module called, in order, each once.
+        slopes: Name → derivative of the activation function at what it is applied to, if it was asked for.
     """
 
     output: Any
@@ -86,6 +87,7 @@ class Pass:
     preactivations: dict[str, Tensor]
     activations: dict[str, Tensor]
     functions: tuple[str, ...] = ()
+    slopes: dict[str, Tensor] = field(default_factory=dict)
 
     def rows(self, module: nn.Module, name: str) -> Tensor:
         """Activation of a layer, (sample·position, node)."""
@@ -107,6 +109,7 @@ class _Kept:
     outputs: dict[str, Tensor] = field(default_factory=dict)
     activations: dict[str, Tensor] = field(default_factory=dict)
     functions: dict[str, None] = field(default_factory=dict)
+    slopes: dict[str, Tensor] = field(default_factory=dict)
 
 
 class _Following(TorchFunctionMode):
@@ -114,22 +117,28 @@ class _Following(TorchFunctionMode):
 
     With `apart` the module goes on with a copy of each activation, so that gradients at the activation itself can be
     asked for though the module changes it in place; that of the layer `leaf` is then cut from what is below it.
+    With `sloped` it keeps σ' of each.
     """
 
-    def __init__(self, kept: _Kept, *, apart: bool = False, leaf: str | None = None) -> None:
+    def __init__(self, kept: _Kept, *, apart: bool = False, leaf: str | None = None, sloped: bool = False) -> None:
         super().__init__()
-        self.kept, self._apart, self._leaf = kept, apart, leaf
+        self.kept, self._apart, self._leaf, self._sloped = kept, apart, leaf, sloped
         self._at: dict[int, tuple[str, Tensor]] = {}  # the tensor is held so that its id stays its own
 
     def follow(self, name: str, output: Tensor) -> None:
         self._at[id(output)] = (name, output)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
         kind = getattr(func, "__name__", "").removesuffix("_")
-        self.kept.functions[kind] = None
         first = args[0] if args else (kwargs or {}).get("input")
         name, _ = self._at.get(id(first), ("", None)) if isinstance(first, Tensor) else ("", None)
+        if name and kind in _ACTIVATIONS and self._sloped and name not in self.kept.slopes:
+            rest = {key: value for key, value in (kwargs or {}).items() if key != "input"}
+            self.kept.slopes[name] = _slope(
+                lambda z: func(z, *args[1:], **rest), first
+            )  # before it is changed in place
+        result = func(*args, **(kwargs or {}))
+        self.kept.functions[kind] = None
         if not name or not isinstance(result, Tensor):
             return result
         if kind in _ACTIVATIONS:
@@ -150,10 +159,20 @@ class _Following(TorchFunctionMode):
         self.kept.activations[name] = activation
         return activation.clone()
 
-    def hook(self, _: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+    def hook(self, part: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
         """Forward hook of a module that is an activation function, of several functions of torch."""
         name, _tensor = self._at.get(id(inputs[0]), ("", None)) if inputs else ("", None)
+        if name and self._sloped and name not in self.kept.slopes:
+            self.kept.slopes[name] = _slope(part.forward, inputs[0])
         return self.keep(name, output) if name else output
+
+
+def _slope(function: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
+    """Derivative of a function of each entry alone, at each entry of `z`."""
+    with torch.enable_grad():
+        leaf = z.detach().clone().requires_grad_(True)
+        found: Tensor = torch.autograd.grad(function(leaf.clone()).sum(), leaf)[0]
+    return found
 
 
 def traced(
@@ -164,6 +183,7 @@ def traced(
     apart: bool = False,
     leaf: str | None = None,
     bare: bool = False,
+    sloped: bool = False,
 ) -> Pass:
     """Call a module and keep what its layers compute.
 
@@ -175,10 +195,11 @@ def traced(
             for though the module changes them in place; outputs without a gradient then get one.
         leaf: With `apart`, the layer whose activation is cut from what is below it.
         bare: Whether the leaf has no activation function, so that its output is cut.
+        sloped: Whether to keep the derivatives of the layers' activation functions; 1 where a layer has none.
     """
     known = [n for n, part in module.named_modules() if is_layer(part)] if names is None else list(names)
     kept = _Kept()
-    mode = _Following(kept, apart=apart, leaf=leaf)
+    mode = _Following(kept, apart=apart, leaf=leaf, sloped=sloped)
 
     def keep(name: str) -> Callable[..., Tensor]:
         def hook(_: nn.Module, __: Any, output: Tensor) -> Tensor:
@@ -202,7 +223,8 @@ def traced(
         for handle in handles:
             handle.remove()
     activations = {name: kept.activations.get(name, kept.outputs[name]) for name in kept.outputs}
-    return Pass(output, kept.calls, kept.outputs, activations, tuple(kept.functions))
+    slopes = {name: kept.slopes.get(name, torch.ones_like(z)) for name, z in kept.outputs.items() if sloped}
+    return Pass(output, kept.calls, kept.outputs, activations, tuple(kept.functions), slopes)
 
 
 def labelled(

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Literal, assert_never
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tsdyn import schema
@@ -14,7 +15,7 @@ from tsdyn.engine import compiled_sums
 from tsdyn.engine.loss import MSE, Loss
 from tsdyn.networks.any_module import Own
 from tsdyn.networks.network import Network, Trace, require_plain
-from tsdyn.observables import layers, module_couplings
+from tsdyn.observables import layers, module_couplings, similarities
 from tsdyn.observables.formulas import standardized
 from tsdyn.theory import coupling_moments, couplings
 from tsdyn.theory.couplings import backpropagated_gradients
@@ -129,6 +130,34 @@ class Response:
             return self._sums.correlations
         pairs = zip(self.probe.standardized, self.trace.activations[:-1], strict=False)
         return [t.T @ standardized(f) for t, f in pairs]
+
+    @cached_property
+    def _features(self) -> tuple[list[NDArray], list[NDArray]]:
+        """Activations of every layer of student and teacher as `similarities.unit`, (sample, position·node)."""
+        samples = len(self.probe.inputs)
+        own, taught = (
+            [similarities.unit(f.reshape(samples, -1).cpu().numpy()) for f in trace.activations]
+            for trace in (self.trace, self.probe.trace)
+        )
+        return own, taught
+
+    @property
+    def enough_samples(self) -> bool:
+        """Whether there are more samples than features of some layer of the student and one of the teacher."""
+        fewest = [min(f.shape[1] for f in side) for side in self._features]
+        return len(self.probe.inputs) > sum(fewest)
+
+    @property
+    def similarities(self) -> list[Tensor]:
+        """Linear CKA of each layer with every teacher layer, (teacher_layer,); NaN where samples are too few."""
+        own, taught = self._features
+        samples, like = len(self.probe.inputs), self.trace.output
+        return [
+            like.new_tensor(
+                [similarities.cka(f, t) if samples > f.shape[1] + t.shape[1] else torch.nan for t in taught]
+            )
+            for f in own
+        ]
 
     @property
     def cross_correlations(self) -> list[Tensor]:

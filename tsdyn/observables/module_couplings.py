@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,9 @@ from tsdyn.theory.couplings import output_jacobian as theory_jacobian
 
 #: Jacobians of a piece of a batch take at most about this many bytes.
 PIECE = 1 << 27
+
+#: Expectations between layers of the student and of the teacher, which must have equally many positions.
+PAIRED = ("A", "L_star", "D_star", "H_star")
 
 #: Functions f with f(s x) = s f(x) for s > 0, beside those that are linear in inputs and biases.
 _HOMOGENEOUS = frozenset(
@@ -109,6 +113,20 @@ def lemma1_residual(student: nn.Module, teacher: nn.Module, x: Tensor, *, layers
         return largest_residual(AtLayers(student, names[0]), AtLayers(teacher, names[1]), x)
 
 
+class Hidden(NamedTuple):
+    """One hidden layer on some samples.
+
+    Attributes:
+        f: Its activation f_l, (sample, position, node).
+        v: V_l, (sample, output, position, node).
+        slope: f'_l, the derivative of the activation function at what it is applied to, (sample, position, node).
+    """
+
+    f: Tensor
+    v: Tensor
+    slope: Tensor
+
+
 @dataclass(frozen=True)
 class AtLayers:
     """A network, or a module in its present mode with the names of its layers, the lowest first."""
@@ -120,16 +138,25 @@ class AtLayers:
     def depth(self) -> int:
         return self.module.depth if isinstance(self.module, Network) else len(self.names)
 
-    def hidden(self, x: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """f_l, (sample, position, node), and V_l, (sample, output, position, node), of each hidden layer."""
+    def hidden(self, x: Tensor) -> list[Hidden]:
+        """What is summed of each hidden layer."""
         if isinstance(self.module, Network):
-            found = self.module.trace(x).activations[:-1]
-            return [(f[:, None], theory_jacobian(self.module, x, i)[:, :, None]) for i, f in enumerate(found, start=1)]
+            trace = self.module.trace(x)
+            found = zip(trace.activations[:-1], trace.gates[:-1], strict=True)
+            return [
+                Hidden(f[:, None], theory_jacobian(self.module, x, i)[:, :, None], slope[:, None])
+                for i, (f, slope) in enumerate(found, start=1)
+            ]
         names = self.names[:-1]
         with torch.no_grad():
-            passed = traced(self.module, x, names)
-        rows = [rows_of(self.module.get_submodule(name), passed.activations[name]) for name in names]
-        return list(zip(rows, jacobians(self.module, names, x, caller="measure"), strict=True))
+            passed = traced(self.module, x, names, sloped=True)
+        parts = [self.module.get_submodule(name) for name in names]
+        f, slopes = (
+            [rows_of(part, held[name]) for part, name in zip(parts, names, strict=True)]
+            for held in (passed.activations, passed.slopes)
+        )
+        views = jacobians(self.module, names, x, caller="measure")
+        return [Hidden(*each) for each in zip(f, views, slopes, strict=True)]
 
 
 @dataclass
@@ -137,8 +164,9 @@ class PairSums:
     """Expectations at each hidden layer, where nodes of layers with several positions are channels.
 
     Attributes:
-        A, L_star: E[Σ V_lᵀ V*_l] over positions and E[f_l f*_lᵀ] of the layers that both have, (node, teacher_node).
-        B, L: The same of the student alone, (node, node).
+        A, L_star, D_star: E[Σ V_lᵀ V*_l] over positions, E[f_l f*_lᵀ] and E[f'_l f*'_lᵀ] of the layers that both have,
+            (node, teacher_node).
+        B, L, D: The same of the student alone, (node, node).
         B_star: The same of the teacher alone.
     """
 
@@ -146,7 +174,19 @@ class PairSums:
     B: list[Tensor]
     L: list[Tensor]
     L_star: list[Tensor]
+    D: list[Tensor]
+    D_star: list[Tensor]
     B_star: list[Tensor]
+
+    @property
+    def H(self) -> list[Tensor]:
+        """B ∘ D."""
+        return [b * d for b, d in zip(self.B, self.D, strict=True)]
+
+    @property
+    def H_star(self) -> list[Tensor]:
+        """A ∘ D*."""
+        return [a * d for a, d in zip(self.A, self.D_star, strict=True)]
 
 
 def pair_sums(student: AtLayers, teacher: AtLayers, x: Tensor) -> PairSums:
@@ -159,11 +199,13 @@ def pair_sums(student: AtLayers, teacher: AtLayers, x: Tensor) -> PairSums:
             own, taught = student.hidden(piece), teacher.hidden(piece)
             both = list(zip(own, taught, strict=False))
             parts = {
-                "A": [_over_positions(v, v_star) for (_, v), (_, v_star) in both],
-                "B": [_over_positions(v, v) for _, v in own],
-                "B_star": [_over_positions(v, v) for _, v in taught],
-                "L": [torch.einsum("spn,spm->nm", f, f) / f.shape[1] for f, _ in own],
-                "L_star": [torch.einsum("spn,spm->nm", f, t) / f.shape[1] for (f, _), (t, _) in both],
+                "A": [_over_positions(one.v, other.v) for one, other in both],
+                "B": [_over_positions(one.v, one.v) for one in own],
+                "B_star": [_over_positions(one.v, one.v) for one in taught],
+                "L": [_mean_over_positions(one.f, one.f) for one in own],
+                "L_star": [_mean_over_positions(one.f, other.f) for one, other in both],
+                "D": [_mean_over_positions(one.slope, one.slope) for one in own],
+                "D_star": [_mean_over_positions(one.slope, other.slope) for one, other in both],
             }
             for name, found in parts.items():
                 sums[name] = [a + b for a, b in zip(sums[name], found, strict=True)] if name in sums else found
@@ -171,7 +213,15 @@ def pair_sums(student: AtLayers, teacher: AtLayers, x: Tensor) -> PairSums:
 
 
 def _over_positions(v: Tensor, v_star: Tensor) -> Tensor:
+    if v.shape[2] != v_star.shape[2]:  # such layers have no A, and are refused where it is asked for
+        return v.new_full((v.shape[-1], v_star.shape[-1]), torch.nan)
     return torch.einsum("scpn,scpm->nm", v, v_star)
+
+
+def _mean_over_positions(f: Tensor, f_star: Tensor) -> Tensor:
+    if f.shape[1] != f_star.shape[1]:
+        return f.new_full((f.shape[-1], f_star.shape[-1]), torch.nan)
+    return torch.einsum("spn,spm->nm", f, f_star) / f.shape[1]
 
 
 def largest_residual(student: AtLayers, teacher: AtLayers, x: Tensor) -> float:

@@ -162,6 +162,17 @@ fills("teacher_fanout_norm")(lambda m: list(m.teacher_fanout_norms))
 fills("cross_correlation")(lambda m: list(m.on_eval.cross_correlations))
 
 
+@fills("cka")
+def _cka(m: Measurement) -> Layers:
+    found = m.on_eval.similarities
+    if all(bool(of_layer.isnan().all()) for of_layer in found) and not m.on_eval.enough_samples:
+        raise ExperimentError(
+            f"record.observables: cka: {len(m.eval.inputs)} samples are no more than the features of any two layers, "
+            "which then share directions whatever they hold; raise data.eval"
+        )
+    return list(found)
+
+
 fills("gradient_rms")(lambda m: [g.square().mean(0).sqrt() for g in m.gradients])
 
 

@@ -24,7 +24,7 @@ from tsdyn.problem import covariances, images
 
 STREAMS = (
     "teacher", "student", "train", "eval", "batches", "probe", "augment", "law", "noise", "noise-probe", "fork",
-    "student-again",
+    "student-again", "dropout",
 )  # fmt: skip
 
 

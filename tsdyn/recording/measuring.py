@@ -170,4 +170,5 @@ def measured(names: tuple[str, ...], probed: Probed, own: Mapping[str, Callable[
                 found[name] = [torch.as_tensor(v).detach().cpu().clone().numpy() for v in value]
             else:
                 found[name] = torch.as_tensor(value).detach().cpu().clone().numpy()
+    probed.__dict__.pop("passed", None)  # the activations of the whole probe
     return found

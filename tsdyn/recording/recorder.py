@@ -198,6 +198,8 @@ class Recorder:
         self._last = self._writer.durable
         self._resumed = self._last is None
         self._died = -1
+        self._present: dict[str, np.ndarray] = {}
+        self._spare: dict[str, np.ndarray] = {}
         self._attrs: dict[str, Any] = {}
         self._finalizer = weakref.finalize(self, self._writer.close)
 
@@ -222,7 +224,7 @@ class Recorder:
             self._last = epoch
             return
         values = self._checked_own(own)
-        dead = self._died >= 0 or not all(bool(p.isfinite().all()) for p in self._model.parameters())
+        dead = self._died >= 0 or not all(_is_finite(p) for p in self._model.parameters())
         if dead and self._died < 0:
             self._died = epoch
             _log.warning(
@@ -426,7 +428,9 @@ class Recorder:
         held: dict[str, Any] = {"model": self._model.state_dict(), "witness": passed.output}
         for name, holder in self._stateful.items():
             held[name] = holder.get_state() if isinstance(holder, torch.Generator) else holder.state_dict()
-        arrays = {f"{_HELD}_{name}": array for name, array in states.encoded(held).items()}
+        now = states.encoded(held, self._spare)
+        self._spare, self._present = self._present, now  # an encoding that fails leaves the one that is pending whole
+        arrays = {f"{_HELD}_{name}": array for name, array in now.items()}
         return arrays | {"death_epoch": np.array([self._died], np.int64)}
 
     def _attributes(self, before: Mapping[str, Any], first: int) -> dict[str, Any]:
@@ -532,6 +536,16 @@ class Recorder:
         for name, value in values.items():
             own_values.refuse_other_shape(name, value, given.layout)
         return given
+
+
+def _is_finite(parameter: Tensor) -> bool:
+    """Whether all numbers are; the extremes tell, which needs no memory."""
+    if not parameter.numel():
+        return True
+    numbers = parameter.detach()
+    return all(
+        bool(e.isfinite()) for e in torch.aminmax(torch.view_as_real(numbers) if numbers.is_complex() else numbers)
+    )
 
 
 def _name_of(loss: Callable[[Tensor, Tensor], Tensor] | None) -> str:

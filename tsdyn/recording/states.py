@@ -16,18 +16,39 @@ _PLAIN = {"float32", "float64", "int8", "int16", "int32", "int64", "uint8"}
 TREE = "tree"
 
 
-def encoded(states: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def encoded(states: Mapping[str, Any], spare: Mapping[str, np.ndarray] = {}) -> dict[str, np.ndarray]:
     """Arrays by name, and the array `TREE` of JSON text that says where each stands.
+
+    Args:
+        states: What to store, by name.
+        spare: What an earlier call gave and nobody needs any longer: its memory is used again, since new memory costs
+            more than the copy.
 
     Raises:
         ValueError: for a value that is neither an array nor JSON, naming it.
     """
-    arrays: dict[str, np.ndarray] = {}
+    arrays = _Arrays(spare)
     tree = {name: _encoded(state, name, arrays) for name, state in states.items()}
     return arrays | {TREE: np.frombuffer(json.dumps(tree).encode(), np.uint8)}
 
 
-def _encoded(value: Any, at: str, arrays: dict[str, np.ndarray]) -> Any:
+class _Arrays(dict[str, np.ndarray]):
+    """Arrays by name, in the memory of former ones where these fit."""
+
+    def __init__(self, spare: Mapping[str, np.ndarray]) -> None:
+        super().__init__()
+        self._spare = spare
+
+    def copied(self, name: str, array: np.ndarray) -> None:
+        """Keep a copy of the array."""
+        held = self._spare.get(name)
+        if held is None or held.shape != array.shape or held.dtype != array.dtype or not held.flags.writeable:
+            held = np.empty_like(array)
+        np.copyto(held, array)
+        self[name] = held
+
+
+def _encoded(value: Any, at: str, arrays: _Arrays) -> Any:
     if value is None or type(value) in (bool, int, float, str):
         return value
     if isinstance(value, (Tensor, np.ndarray, np.generic)):
@@ -45,16 +66,16 @@ def _encoded(value: Any, at: str, arrays: dict[str, np.ndarray]) -> Any:
     )
 
 
-def _array(value: Any, at: str, arrays: dict[str, np.ndarray]) -> Any:
+def _array(value: Any, at: str, arrays: _Arrays) -> Any:
     torched = isinstance(value, Tensor)
     if torched and (value.layout != torch.strided or value.is_quantized):
         raise ValueError(f"Recorder: {at} is a {value.layout} tensor of {value.dtype}; dense ones can be stored")
     if torched:
         held = value.detach().cpu().contiguous()
         dtype, shape = str(held.dtype).removeprefix("torch."), list(held.shape)
-        array = held.numpy().copy() if dtype in _PLAIN else held.reshape(-1).view(torch.uint8).numpy().copy()
+        array = held.numpy() if dtype in _PLAIN else held.reshape(-1).view(torch.uint8).numpy()
     else:
-        array = np.array(value)
+        array = np.asarray(value)
         dtype, shape = str(array.dtype), list(array.shape)
         if array.dtype.hasobject:
             raise ValueError(f"Recorder: {at} is an array of Python objects, which cannot be stored without pickle")
@@ -62,7 +83,7 @@ def _array(value: Any, at: str, arrays: dict[str, np.ndarray]) -> Any:
     told = {"dtype": dtype, "shape": shape, "torch": torched}
     if array.size:
         told["name"] = f"a{len(arrays):05d}"
-        arrays[str(told["name"])] = array
+        arrays.copied(str(told["name"]), array)
     return {"array": told}
 
 

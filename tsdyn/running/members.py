@@ -199,7 +199,15 @@ class Members:
             return lambda members: self.fresh(
                 members, epoch, self.steps_at_once(len(range(len(self.teachers))[members]))
             )
-        return finite_stream(*self.finite, self.rows(epoch), steps=self.experiment.steps)
+        found = finite_stream(*self.finite, self.rows(epoch), steps=self.experiment.steps)
+        if self.student is None:
+            return found
+        return lambda members: (replace(batches, noises=self._noises(members, epoch)) for batches in found(members))
+
+    def _noises(self, members: slice, epoch: int) -> tuple[np.random.Generator, ...]:
+        """The generators from which dropout layers of own modules draw in that epoch."""
+        seeds = self.experiment.seed_labels[members]
+        return tuple(training_generator(self.experiment, seed, "dropout", epoch) for seed in seeds)
 
     def rows(self, epoch: int) -> Tensor | None:
         """Indices of samples in each batch of that epoch, (member, step, batch); None: every step uses all samples."""
@@ -221,6 +229,7 @@ class Members:
         taken = 0
         pieces = [fresh_batches(self.experiment, seed, epoch, steps_at_once=steps_at_once) for seed in seeds]
         noises = [training_generator(self.experiment, seed, "noise", epoch) for seed in seeds]
+        dropped = self._noises(members, epoch) if self.student is not None else ()
         for draws in zip(*pieces, strict=True):
             steps, batch, _ = draws[0].shape
             x = torch.stack([self._tensor(draw) for draw in draws]).flatten(1, 2)  # (member, sample, input)
@@ -233,7 +242,7 @@ class Members:
             ])  # fmt: skip
             taken += steps
             rows = torch.arange(steps * batch).view(1, steps, batch).expand(len(seeds), -1, -1)
-            yield Batches(x, y, rows, steps)
+            yield Batches(x, y, rows, steps, dropped)
 
     def _shown(self, members: slice, epoch: int) -> list[Tensor]:
         """Labels of the samples of each step of the epoch, one tensor (step, batch) per member."""

@@ -27,15 +27,18 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, assert_never
 
+import numpy as np
 import torch
 import xarray as xr
 from torch import nn
 
 from tsdyn import schema
 from tsdyn.engine.general import refuse_unfit
+from tsdyn.experiment import made_modules
 from tsdyn.experiment.errors import ExperimentError
 from tsdyn.experiment.experiment import Experiment
 from tsdyn.experiment.parts import Record
+from tsdyn.experiment.sweep_axes import places
 from tsdyn.networks.any_module import held_tensors
 from tsdyn.observables import layers, module_couplings
 from tsdyn.problem import inputs
@@ -98,6 +101,11 @@ def described(experiment: Experiment, *, student: Maker | None = None, teacher: 
     Raises:
         ExperimentError: if a module cannot be a member, or something is to be recorded that only networks have.
     """
+    if any(made_modules.varied(experiment.sweep, who) for who in made_modules.NETWORKS):
+        return _described_at_each(experiment, student, teacher)
+    if any(getattr(experiment, who).made for who in made_modules.NETWORKS):
+        experiment = experiment.replace({f"{who}.made": None for who in made_modules.NETWORKS})
+    student, teacher = makers(experiment, student=student, teacher=teacher)
     alone = [name for name in ("parameter", "jacobian") if name in experiment.record.observables]
     if student is None and experiment.student.module is None and alone:
         raise ExperimentError(
@@ -124,12 +132,56 @@ def described(experiment: Experiment, *, student: Maker | None = None, teacher: 
     return whole
 
 
+def _described_at_each(experiment: Experiment, student: Maker | None, teacher: Maker | None) -> Experiment:
+    """`described` of a sweep that varies which modules they are: each is made once."""
+    given = {"student": student, "teacher": teacher}
+    varied = {who: made_modules.varied(experiment.sweep, who) for who in made_modules.NETWORKS}
+    changes: dict[str, Any] = {}
+    for who, make in given.items():
+        if make is not None and f"{who}.module" in varied[who]:
+            raise ExperimentError(f"{who}.module is swept, and {who}= is passed, too; leave one of them out")
+        if make is None and experiment.awaits_a_module(who):
+            raise ExperimentError(
+                f"sweep: {who}.arguments is of a module of your own, and there is none; name it, {who}.module = "
+                f"'package.module:name', or pass the function that makes it, tsdyn.run(experiment, path, {who}=...)"
+            )
+        if make is not None:
+            changes[f"{who}.module"] = _module_name(getattr(experiment, who).module, make)
+        if varied[who]:
+            changes |= {f"{who}.{name}": None for name in ("made", "source", "numbers", "shapes")}
+    base = experiment.replace(changes) if changes else experiment
+    points = {json.dumps([p[k] for k in sum(varied.values(), ())]): p for p in places(base.sweep).values()}
+    whole, found = base, dict[str, dict[str, Any]](student={}, teacher={})
+    for point in points.values():
+        single = base.at(point)
+        whole = described(single, **given)
+        before, after = single.as_dict(), whole.as_dict()
+        for who, entries in found.items():
+            if after[who].get("module") is not None:
+                filled = {name: after[who][name] for name in made_modules.FILLED if name in after[who]}
+                entries[made_modules.key(before[who])] = filled
+    filled = {"record.observables": list(whole.record.observables)}
+    if found["teacher"]:
+        filled["teacher.widths"] = [base.teacher.widths[0], base.teacher.widths[-1]]
+        filled |= {} if found["student"] else {"student.widths": list(base.student_widths)}
+    for who, entries in found.items():
+        if entries and varied[who]:
+            filled[f"{who}.made"] = entries
+        elif entries:
+            filled |= {f"{who}.{name}": value for name, value in next(iter(entries.values())).items()}
+    return base.replace(filled)
+
+
+def _module_name(path: str | None, make: Maker) -> str:
+    """The import path of a function: as it is named already, if that is the function, else its own."""
+    return path if path is not None and _of_path(path) is _bare(make) else _name(make)
+
+
 def _keys(experiment: Experiment, who: Literal["student", "teacher"], make: Maker) -> dict[str, Any]:
     module = made(make, experiment, experiment.seed_labels[0], who)
     part = getattr(experiment, who)
-    known = part.module is not None and _of_path(part.module) is _bare(make)
     found = {
-        f"{who}.module": part.module if known else _name(make),
+        f"{who}.module": _module_name(part.module, make),
         f"{who}.source": _source(make, module),
         f"{who}.numbers": sum(t.numel() for t in held_tensors(module).values()),
     }
@@ -169,7 +221,11 @@ def _refuse_unlike_layers(experiment: Experiment, student: Maker | None, teacher
     Raises:
         ExperimentError: with the reason.
     """
-    asked = set(schema.expand(experiment.record.observables)) & {"correlation", "A", "L_star", "lemma1_residual"}
+    asked = set(schema.expand(experiment.record.observables)) & {
+        "correlation",
+        *module_couplings.PAIRED,
+        "lemma1_residual",
+    }
     if not asked:
         return
     x, seed = _few_inputs(experiment), experiment.seed_labels[0]
@@ -260,7 +316,7 @@ def named(ds: xr.Dataset) -> dict[str, xr.DataArray]:
     """
     if "parameter" not in ds or "parameters" not in ds.attrs:
         raise ValueError("named: the Dataset holds no parameters of an own module; record 'parameter'")
-    shapes: Mapping[str, list[int]] = json.loads(ds.attrs["parameters"])
+    shapes = _shapes(ds)
     found, start = {}, 0
     flat = ds["parameter"].transpose(..., "entry").drop_vars("entry", errors="ignore")
     for name, shape in shapes.items():
@@ -272,6 +328,31 @@ def named(ds: xr.Dataset) -> dict[str, xr.DataArray]:
         found[name] = xr.DataArray(values, coords, list(sizes), name=name, attrs=part.attrs)
         start += math.prod(shape)
     return found
+
+
+def _shapes(ds: xr.Dataset) -> Mapping[str, list[int]]:
+    """Name → shape of the parameters of the modules in `ds`, which must be those of one module.
+
+    Raises:
+        ValueError: if points that differ in their modules are left.
+    """
+    told = json.loads(ds.attrs["parameters"])
+    if isinstance(told, dict):
+        return told
+    left = [each["shapes"] for each in told if any(_is_at(ds, labels) for labels in each["at"])]
+    if len(left) != 1:
+        dims = [name for name in told[0]["at"][0] if name in ds.coords and ds[name].ndim]
+        raise ValueError(
+            f"named: the Dataset holds {len(left)} modules with other parameters; select one point, by "
+            f"{', '.join(dims) or 'its swept keys, without drop=True'}"
+        )
+    found: Mapping[str, list[int]] = left[0]
+    return found
+
+
+def _is_at(ds: xr.Dataset, labels: Mapping[str, Any]) -> bool:
+    """Whether `ds` holds the point with these labels, as far as its coordinates tell."""
+    return all(value in np.atleast_1d(ds[name].values).tolist() for name, value in labels.items() if name in ds.coords)
 
 
 def makers(
@@ -292,9 +373,7 @@ def _maker(experiment: Experiment, who: Literal["student", "teacher"], given: Ma
     if given is None and part.module is None:
         return None
     make = given if given is not None else _imported(part.module, who)
-    if part.arguments and part.module is not None:
-        make = functools.partial(make, **part.arguments)
-    return make
+    return functools.partial(make, **part.arguments) if part.arguments else make
 
 
 def refuse_other_source(experiment: Experiment, who: Literal["student", "teacher"], make: Maker) -> None:

@@ -19,6 +19,7 @@ from tsdyn import memory, registers
 from tsdyn.archive import reading, run_directory, sweep_directory, whole_files
 from tsdyn.archive.headers import Headers
 from tsdyn.archive.whole_files import ArchiveError, refuse_link
+from tsdyn.experiment import made_modules
 from tsdyn.experiment.errors import ExperimentError
 from tsdyn.experiment.experiment import Experiment
 from tsdyn.experiment.sweep_axes import swept_keys
@@ -30,7 +31,7 @@ from tsdyn.running import estimates, packages, runner
 from tsdyn.running.interrupts import stopping
 from tsdyn.running.joint_training import group_points
 from tsdyn.running.outcome import HELD, SweepError, is_finished, reason_of, say_replaced_inputs
-from tsdyn.running.own_modules import Maker, described, makers
+from tsdyn.running.own_modules import Maker, described
 from tsdyn.running.workers import (
     INDEX_SECONDS,
     Passed,
@@ -172,7 +173,8 @@ def run(
         13
     """
     check_workers(workers, scheduler)
-    _check_data(experiment, path, scheduler)
+    if not any(experiment.awaits_a_module(who) for who in made_modules.NETWORKS):
+        _check_data(experiment, path, scheduler)
     say_open(scheduler)
     means = _Means(
         device, workers, scheduler, _together(experiment, device) if together is None else together, student, teacher,
@@ -200,7 +202,6 @@ def completed(experiment: Experiment, *, student: Maker | None = None, teacher: 
     Raises:
         ExperimentError: if a module cannot be imported, made or trained.
     """
-    student, teacher = makers(experiment, student=student, teacher=teacher)
     return described(experiment, student=student, teacher=teacher)
 
 

@@ -17,9 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
+from tsdyn.engine import dropout
 from tsdyn.engine.ensemble import Ensemble, Named, layer_of, parts_of
 from tsdyn.engine.loss import MSE, Loss
 from tsdyn.engine.rule import Rule
+from tsdyn.experiment.errors import ExperimentError
 from tsdyn.networks.batch_norm import BatchNorm
 from tsdyn.networks.network import Network
 
@@ -45,7 +47,15 @@ Kind: TypeAlias = Network | OwnModule
 def kind_of(ensemble: Ensemble) -> Kind:
     """The architecture of an ensemble, for `forward` and `step`."""
     architecture = ensemble.architecture
-    return OwnModule(architecture, ensemble.buffers) if isinstance(architecture, nn.Module) else architecture
+    if not isinstance(architecture, nn.Module):
+        return architecture
+    dropped = dropout.active(architecture)
+    if dropped:
+        raise ExperimentError(
+            f"sensitivity: {type(architecture).__name__} has dropout ({', '.join(dropped)}), through whose steps no "
+            "derivative is taken; use a module without"
+        )
+    return OwnModule(architecture, ensemble.buffers)
 
 
 class State(NamedTuple):
