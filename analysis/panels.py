@@ -8,6 +8,7 @@ below every seed as a thin line; shares with Wilson's intervals as a band.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,8 +23,8 @@ from tsdyn.analysis.style import LIGHTEST, PALETTE, shade
 from tsdyn.schema import printable
 
 __all__ = [
-    "LIGHTEST", "NUMBERED", "PALETTE", "STYLES", "axes", "axis_label", "colour", "lines", "name_ticks", "nodes",
-    "numbers", "plain", "points", "rate", "shade", "spread", "stack", "style", "table", "whole_numbers",
+    "LIGHTEST", "NUMBERED", "PALETTE", "STYLES", "axes", "axis_label", "colour", "formulas", "lines", "name_ticks",
+    "nodes", "numbers", "plain", "points", "rate", "shade", "spread", "stack", "style", "table", "whole_numbers",
 ]  # fmt: skip
 
 STYLES = ("-", "--", ":", "-.")
@@ -39,7 +40,21 @@ def axes(ax: Axes | None) -> Axes:
 def axis_label(array: xr.DataArray) -> str:
     """Axis label from ``long_name`` and the units, if there are any."""
     name, units = array.attrs.get("long_name", array.name), array.attrs.get("units", "1")
-    return plain(f"{name}" if units in ("1", "epoch") else f"{name} [{units}]")
+    return formulas(plain(f"{name}" if units in ("1", "epoch") else f"{name} [{units}]"))
+
+
+def formulas(text: str) -> str:
+    """`text` whose symbols with an index, such as ``β*_jj``, are set as formulas, a root with what stands below it.
+
+    Only single letters count as symbols: names of variables stay as they are.
+    """
+
+    def formula(found: re.Match[str]) -> str:
+        root, letter, star, below = found.groups()
+        symbol = f"{letter}{'^*' if star else ''}_{{{below}}}"
+        return rf"$\sqrt{{{root.split()[0]}\,{symbol}}}$" if root else f"${symbol}$"
+
+    return re.sub(r"(?:√(E ))?(?<![A-Za-z0-9_$])([^\W\d_])(\*?)_([a-z0-9]{1,2})(?![A-Za-z0-9_])", formula, text)
 
 
 def plain(text: str) -> str:

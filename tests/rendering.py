@@ -63,6 +63,8 @@ def _faults(figure, smallest):
             found.append(f"{name} is pale")
         if re.search(r"\b(nan|None)\b", text.get_text()):
             found.append(f"{name} is no word")
+        if re.search(r"\w_\w", re.sub(r"(?<!\\)\$.*?(?<!\\)\$", "", text.get_text())):
+            found.append(f"{name} has a key or a symbol that is not set")
     for (one, a), (other, b) in itertools.combinations(texts, 2):
         over = Bbox.intersection(a, b)
         if over is not None and over.width > 2.0 and over.height > 2.0:
