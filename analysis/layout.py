@@ -214,7 +214,7 @@ class _Powers(Formatter):
         if value <= 0 or self.axis is None:
             return ""
         low, high = sorted(self.axis.get_view_interval())
-        if 9e-4 < low and high < 3e4:
+        if low > 9e-4 and high < 3e4:
             return f"{value:g}"
         power = int(np.floor(np.log10(value) + 1e-9))
         front = value / 10.0**power

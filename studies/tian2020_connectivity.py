@@ -175,7 +175,8 @@ def draw(measured: xr.Dataset) -> look.Page:
     says = (
         f"Loss along routes between two students of one teacher at epoch {last}, no lower than {_FLOOR:g}, and "
         f"barriers over epochs. States along Theorem 2's path with {width}, seed {int(measured['seed'][0])}: the "
-        f"teacher node that each student node is aligned with (marks: areas are shares of its fan-out; circles: below {_SILENT:.0%})"
+        f"teacher node that each student node is aligned with (areas of marks: shares of its fan-out; circles: below "
+        f"{_SILENT:.0%})"
     )
     page.say(captions.caption(measured, says, "curves", paper=EXPERIMENTS))
     page.provenance = captions.provenance(measured)
