@@ -11,6 +11,7 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
+from matplotlib.figure import SubFigure
 from matplotlib.ticker import Formatter, LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 from tsdyn.analysis import captions, panels
@@ -155,9 +156,15 @@ def heading(ax: Axes, title: str, letter: str = "") -> None:
 
 
 def once(
-    page: look.Page, cells: NDArray, share_x: bool | Literal["row", "col"], share_y: bool | Literal["row", "col"]
+    page: look.Page,
+    cells: NDArray,
+    share_x: bool | Literal["row", "col"],
+    share_y: bool | Literal["row", "col"],
+    *,
+    part: SubFigure | None = None,
 ) -> None:
-    """Label axes that panels share once: for the whole page where all are the same, else for each row."""
+    """Label axes that panels share once: for the page where all are the same, or for that `part`, else for each row."""
+    body = page.body if part is None else part
     drawn = [ax for ax in cells.flat if ax.axison]
     if share_x:
         _hide_ticks(cells, "x", share_x)
@@ -169,7 +176,7 @@ def once(
         if len(texts) == 1 and cells.shape[side] > 1:
             for ax in drawn:
                 ax.set(**{f"{axis}label": ""})
-            getattr(page.body, f"sup{axis}label")("\n".join(look.wrapped(texts.pop(), look.points(7.5), 0.85 * length)))
+            getattr(body, f"sup{axis}label")("\n".join(look.wrapped(texts.pop(), look.points(7.5), 0.85 * length)))
             continue
         for line in cells if axis == "y" else cells.T:
             own = [ax for ax in line if ax.axison]

@@ -147,8 +147,8 @@ def draw(measured: xr.Dataset) -> look.Page:
     """Figure: loss along each route at the end and barriers over epochs, by over-realization; states of the path."""
     widths = layout.points(measured, ["overrealization"])
     last = int(measured["epoch"][-1])
-    page = look.page(2, 5.6)
-    parts = page.body.subfigures(3, 1, height_ratios=(1.0, 1.0, 1.05), squeeze=False)[:, 0]
+    page = look.page(2, 5.9)
+    parts = page.body.subfigures(3, 1, height_ratios=(1.0, 1.0, 1.1), squeeze=False)[:, 0]
     letters = iter("ABCDEFGHIJ")
     for part, name in zip(parts, PANELS, strict=False):
         if name == "state":
@@ -161,7 +161,7 @@ def draw(measured: xr.Dataset) -> look.Page:
                 title = "no free nodes, so no path of Theorem 2"
             PANELS[name](measured.sel(at), ax)
             layout.heading(ax, title, next(letters))
-        layout.once(page, cells, False, True)
+        layout.once(page, cells, False, True, part=part)
     with_path = [at for at in widths if bool(measured["carried"].sel(at).notnull().any("node").all())]
     shown = measured.sel(with_path[0] if with_path else widths[-1])
     there = [state for state in STATES if bool(shown["carried"].sel(state=state).notnull().any())]
@@ -169,7 +169,7 @@ def draw(measured: xr.Dataset) -> look.Page:
     for letter, state, ax in zip("abcd", there, cells.flat, strict=False):
         PANELS["state"](shown.sel(state=state), ax)
         layout.heading(ax, f"({letter}) {state}")
-    layout.once(page, cells, False, True)
+    layout.once(page, cells, False, True, part=parts[-1])
     layout.legend(page)
     width = captions.words("overrealization", float(shown["overrealization"]))
     says = (
