@@ -94,7 +94,7 @@ def points(x: xr.DataArray, y: xr.DataArray, *, ax: Axes | None = None) -> Axes:
     # set_ylim would stop autoscaling, and panels that share the axis would be cut at the first one's upper limit
     ax.update_datalim([(0.0, 0.0)], updatex=False)
     lowest = float(np.fmin.reduce(x.values, axis=None, initial=0.0))  # at the start all correlations may be negative
-    ax.set(xlim=(min(-0.05, lowest - 0.05), 1.05), xlabel=axis_label(x), ylabel=axis_label(y))
+    ax.set(xlim=(min(-0.05, lowest - 0.05), 1.05), xlabel=axis_label(x), ylabel=axis_label(y), xticks=(0.0, 0.5, 1.0))
     ax.autoscale_view(scalex=False)
     return ax
 
