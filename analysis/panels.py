@@ -154,17 +154,32 @@ def rate(
     ax: Axes | None = None,
     color: str = PALETTE[0],
     marked: bool = True,
+    shift: float | int = 0.0,
     **line: Any,
 ) -> Axes:
-    """Plot a share in [0, 1] with its interval as a band against teacher node, from 1; (teacher_node,), (…, bound)."""
+    """Plot a share in [0, 1] with its interval as a band against teacher node, from 1; (teacher_node,), (…, bound).
+
+    Where the share is 0 or 1 there is no band: those of curves that coincide there would cover the panel.
+
+    Args:
+        share, interval: What is drawn.
+        ax: Axes.
+        color: Of the curve and its band.
+        marked: Whether nodes have marks.
+        shift: Added to all values, so that curves that coincide are seen beside each other.
+        line: Keywords of `matplotlib.axes.Axes.plot`.
+    """
     ax = axes(ax)
     nodes = share["teacher_node"].values + 1
     if interval is not None:
-        low, high = (interval.isel(bound=i).values for i in (0, 1))
+        inside = (share.values > 0) & (share.values < 1)
+        low, high = (np.where(inside, interval.isel(bound=i).values, share.values) + shift for i in (0, 1))
         ax.fill_between(nodes, low, high, color=color, alpha=0.15, linewidth=0, gid="band")
-    ax.plot(nodes, share.values, color=color, marker="o" if marked else None, markersize=look.points(2.2), **line)
+    ax.plot(
+        nodes, share.values + shift, color=color, marker="o" if marked else None, markersize=look.points(2.2), **line
+    )
     ends = sorted({1, len(nodes)} | {n for n in (5, 10, 15) if n <= len(nodes) - 3})
-    ax.set(ylim=(-0.03, 1.03), xlabel="teacher node", ylabel=axis_label(share), xticks=ends)
+    ax.set(ylim=(-0.06, 1.06), xlabel="teacher node", ylabel=axis_label(share), xticks=ends)
     return ax
 
 
