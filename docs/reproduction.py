@@ -50,8 +50,6 @@ def _made(found: dict[str, Any]) -> str:
 def _number(value: float | None) -> str:
     if value is None:
         return "–"
-    if value != value:
-        return "NaN"
     return f"{value:.3g}" if abs(value) < 1e-3 or abs(value) >= 1e4 else f"{value:.4g}"
 
 
@@ -203,7 +201,7 @@ def _batch_norm(found: dict[str, Any]) -> list[str]:
         own = [p for p in pairs if p["teacher"] == teacher and p["epoch"] == 20]
         hurts = [f"{p['rate']:g}" for p in own if "interval" in p and p["interval"][0] > 1]
         helps = [f"{p['rate']:g}" for p in own if "interval" in p and p["interval"][1] < 1]
-        best = [min((p[k], p["rate"]) for p in own if p[k] == p[k]) for k in ("with", "without")]
+        best = [min((p[k], p["rate"]) for p in own if p[k] is not None) for k in ("with", "without")]
         told.append(
             f"- **{teacher}**, epoch 20: it hurts at rate {', '.join(hurts) or 'none'}, helps at "
             f"{', '.join(helps) or 'none'}; each at its best rate: {_number(best[0][0])} with (rate {best[0][1]:g}), "
@@ -229,7 +227,7 @@ def _convnet_rates(found: dict[str, Any]) -> list[str]:
             (
                 [
                     words[row["batch_norm"]], f"{row['rate']:g}",
-                    ", ".join("diverged" if v != v else _number(v) for v in row["mse"]),
+                    ", ".join("diverged" if v is None else _number(v) for v in row["mse"]),
                     ", ".join(_number(v) for v in row["rho"]),
                 ]
                 for row in rows

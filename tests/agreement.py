@@ -279,12 +279,23 @@ def stored() -> Found:
     return json.loads(STORED.read_text(encoding="utf-8")) if STORED.exists() else {"agreement": {}, "desk": {}}
 
 
+def _strict(value: Any) -> Any:
+    """`value` with None for what JSON cannot hold."""
+    if isinstance(value, dict):
+        return {key: _strict(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_strict(item) for item in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
 def keep(found: Found) -> None:
     """Write measurements and page."""
     sys.path.insert(0, str(ROOT / "docs"))
     import reproduction
 
-    STORED.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    STORED.write_text(
+        json.dumps(_strict(found), indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
+    )
     reproduction.write()
 
 
