@@ -42,7 +42,12 @@ def spread_words(kind: Spread, seeds: int | None) -> str:
         case "none":
             return ""
         case "shares":
-            return "Bands: Wilson's 95 % intervals of the shares."
+            end = (
+                ""
+                if seeds is None
+                else f", which reach in to {3.84 / (seeds + 3.84):.2f} and {seeds / (seeds + 3.84):.2f}"
+            )
+            return f"Bands: Wilson's 95 % intervals of the shares, but for 0 and 1{end}."
         case "points":
             return "One mark per node or seed; every seed is drawn."
         case "curves":

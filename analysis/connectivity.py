@@ -26,6 +26,8 @@ from tsdyn.vocabulary import TIAN
 ROUTES = ("straight", "matched", "theorem 2")
 #: Number of straight legs of Theorem 2's path.
 LEGS = 5
+#: States along the path that differ in what carries the function, and their corners.
+STATES = {"one solution": 0, "on its carriers": 1, "on the other's carriers": 3, "the other": 5}
 
 
 def _like(network: Network, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Network:
@@ -221,6 +223,32 @@ def _one(ds: xr.Dataset) -> Member:
     return member(ds, experiments[0])
 
 
+def _of_one_teacher(first: xr.Dataset, second: xr.Dataset) -> tuple[Member, Member]:
+    a, b = _one(first), _one(second)
+    same = a.teacher.widths == b.teacher.widths and all(
+        torch.equal(t, u)
+        for mine, theirs in ((a.teacher.weights, b.teacher.weights), (_biases(a.teacher), _biases(b.teacher)))
+        for t, u in zip(mine, theirs, strict=True)
+    )
+    same = same and a.teacher.activation.name == b.teacher.activation.name
+    same = same and a.teacher.activation.leak == b.teacher.activation.leak
+    if not same:
+        raise ValueError(
+            f"connect: seed {a.seed} and seed {b.seed} learn from different teachers; compare points of a sweep that "
+            "differ in the student, data or training only, at one seed"
+        )
+    return a, b
+
+
+def _path(a: Member, b: Member) -> tuple[Network, Network, list[Network], str]:
+    """Both students, the second's nodes matched, and the corners of `theorem_2_path`; or none, and the reason."""
+    reference, partner = matched(a.student, b.student, a.evaluation_inputs)
+    try:
+        return reference, partner, theorem_2_path(reference, partner, a.teacher), ""
+    except ValueError as error:
+        return reference, partner, [], str(error)
+
+
 def connect(first: xr.Dataset, second: xr.Dataset, *, points_a_leg: int = 10) -> xr.Dataset:
     """Dataset of ``loss`` (route, position) on the evaluation set along every route from one student to another.
 
@@ -242,27 +270,10 @@ def connect(first: xr.Dataset, second: xr.Dataset, *, points_a_leg: int = 10) ->
         >>> connect(ds.sel(seed=0), ds.sel(seed=0)).loss.dims
         ('route', 'position')
     """
-    a, b = _one(first), _one(second)
-    same = a.teacher.widths == b.teacher.widths and all(
-        torch.equal(t, u)
-        for mine, theirs in ((a.teacher.weights, b.teacher.weights), (_biases(a.teacher), _biases(b.teacher)))
-        for t, u in zip(mine, theirs, strict=True)
-    )
-    same = same and a.teacher.activation.name == b.teacher.activation.name
-    same = same and a.teacher.activation.leak == b.teacher.activation.leak
-    if not same:
-        raise ValueError(
-            f"connect: seed {a.seed} and seed {b.seed} learn from different teachers; compare points of a sweep that "
-            "differ in the student, data or training only, at one seed"
-        )
+    a, b = _of_one_teacher(first, second)
     x, teacher = a.evaluation_inputs, a.teacher
-    reference, partner = matched(a.student, b.student, x)
+    reference, partner, path, reason = _path(a, b)
     widths = reference.widths[1:-1]
-    reason = ""
-    try:
-        path = theorem_2_path(reference, partner, teacher)
-    except ValueError as error:
-        path, reason = [], str(error)
     routes = ([reference, widened(b.student, widths)], [reference, partner], path)
     positions = np.linspace(0, 1, LEGS * points_a_leg + 1)
     losses = [
@@ -281,3 +292,52 @@ def connect(first: xr.Dataset, second: xr.Dataset, *, points_a_leg: int = 10) ->
         units="1", long_name="barrier: largest loss above the ends", source=loss.attrs["source"]
     )
     return xr.Dataset({"loss": loss, "barrier": barrier.drop_vars("position", errors="ignore")})
+
+
+def states(first: xr.Dataset, second: xr.Dataset) -> xr.Dataset:
+    """Which teacher node each student node stands for, and how much it carries, at the `STATES` of Theorem 2's path.
+
+    ``stands_for`` (state, node): number of the teacher node, from 1, that it is aligned with within ε_0/2; 0 for none.
+    ``carried`` (state, node): ‖v_k‖ ‖w_k‖ over the same of that teacher node, of the largest one for nodes aligned with
+    none.  NaN where there is no path; its ends are there always.  Computed eagerly.
+
+    Args:
+        first, second: As `connect` takes them.
+
+    Raises:
+        ValueError: as `connect`; and if there is a single teacher node, or students have more than two layers.
+
+    Examples:
+        >>> import tsdyn
+        >>> from tsdyn.analysis.connectivity import states
+        >>> ds = tsdyn.open("runs/quickstart").isel(overrealization=1, epoch=-1)
+        >>> states(ds.sel(seed=0), ds.sel(seed=0)).carried.dims
+        ('state', 'node')
+    """
+    a, b = _of_one_teacher(first, second)
+    if a.teacher.depth != 2 or a.student.depth != 2 or a.teacher.widths[1] < 2:
+        raise ValueError(f"states: {a.teacher!r} and {a.student!r}; they must be two-layer, with several teacher nodes")
+    reference, partner, path, _ = _path(a, b)
+    corners = path or [reference, *[None] * (LEGS - 1), partner]
+    near = alignments.separation(a.teacher) / 2
+    norms = a.teacher.weights[1].norm(dim=0) * a.teacher.weights[0].norm(dim=1)
+    found = np.full((2, len(STATES), reference.widths[1]), np.nan)
+    for row, corner in enumerate(STATES.values()):
+        student = corners[corner]
+        if student is None:
+            continue
+        eps = alignments.alignment(a.teacher, student)
+        nearest = torch.where(eps.isnan(), torch.inf, eps).min(0)
+        aligned = nearest.values <= near
+        strength = student.weights[1].norm(dim=0) * student.weights[0].norm(dim=1)
+        found[0, row] = torch.where(aligned, nearest.indices + 1, 0).numpy()
+        found[1, row] = (strength / torch.where(aligned, norms[nearest.indices], norms.max())).numpy()
+    words = ("number of the teacher node that it is aligned with, 0: none", "its share of the teacher node's fan-out")
+    source = {"units": "1", "source": f"{TIAN}, Theorem 2"}
+    return xr.Dataset(
+        {
+            name: (("state", "node"), values, {"long_name": text, **source})
+            for name, values, text in zip(("stands_for", "carried"), found, words, strict=True)
+        },
+        {"state": list(STATES), "node": np.arange(reference.widths[1])},
+    )

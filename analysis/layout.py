@@ -11,7 +11,8 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.figure import SubFigure
+from matplotlib.ticker import Formatter, LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 from tsdyn.analysis import captions, panels
 from tsdyn.analysis import style as look
@@ -162,9 +163,15 @@ def heading(ax: Axes, title: str, letter: str = "") -> None:
 
 
 def once(
-    page: look.Page, cells: NDArray, share_x: bool | Literal["row", "col"], share_y: bool | Literal["row", "col"]
+    page: look.Page,
+    cells: NDArray,
+    share_x: bool | Literal["row", "col"],
+    share_y: bool | Literal["row", "col"],
+    *,
+    part: SubFigure | None = None,
 ) -> None:
-    """Label axes that panels share once: for the whole page where all are the same, else for each row."""
+    """Label axes that panels share once: for the page where all are the same, or for that `part`, else for each row."""
+    body = page.body if part is None else part
     drawn = [ax for ax in cells.flat if ax.axison]
     if share_x:
         _hide_ticks(cells, "x", share_x)
@@ -176,7 +183,7 @@ def once(
         if len(texts) == 1 and cells.shape[side] > 1:
             for ax in drawn:
                 ax.set(**{f"{axis}label": ""})
-            getattr(page.body, f"sup{axis}label")("\n".join(look.wrapped(texts.pop(), look.points(7.5), 0.85 * length)))
+            getattr(body, f"sup{axis}label")("\n".join(look.wrapped(texts.pop(), look.points(7.5), 0.85 * length)))
             continue
         for line in cells if axis == "y" else cells.T:
             own = [ax for ax in line if ax.axison]
@@ -214,15 +221,18 @@ class _FewDecades(LogLocator):
         return super().tick_values(vmin, vmax)
 
 
-def _tick_text(value: float, _: object = None) -> str:
-    """A number as a power of ten where that is shorter."""
-    if value <= 0:
-        return ""
-    power = int(np.floor(np.log10(value) + 1e-9))
-    front = value / 10.0**power
-    if -3 < power < 4:
-        return f"{value:g}"
-    return rf"$10^{{{power}}}$" if abs(front - 1) < 1e-6 else rf"${front:g}\times 10^{{{power}}}$"
+class _Powers(Formatter):
+    """Numbers as they are where all of an axis are between 0.001 and 10,000, else all as powers of ten."""
+
+    def __call__(self, value: float, pos: int | None = None) -> str:
+        if value <= 0 or self.axis is None:
+            return ""
+        low, high = sorted(self.axis.get_view_interval())
+        if low > 9e-4 and high < 3e4:
+            return f"{value:g}"
+        power = int(np.floor(np.log10(value) + 1e-9))
+        front = value / 10.0**power
+        return rf"$10^{{{power}}}$" if abs(front - 1) < 1e-6 else rf"${front:g}\times 10^{{{power}}}$"
 
 
 def decades(ax: Axes, axis: str = "y") -> None:
@@ -230,7 +240,7 @@ def decades(ax: Axes, axis: str = "y") -> None:
     getattr(ax, f"set_{axis}scale")("log")
     own = getattr(ax, f"{axis}axis")
     own.set_major_locator(_FewDecades())
-    own.set_major_formatter(FuncFormatter(_tick_text))
+    own.set_major_formatter(_Powers())
     own.set_minor_formatter(NullFormatter())
 
 

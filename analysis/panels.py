@@ -8,6 +8,7 @@ below every seed as a thin line; shares with Wilson's intervals as a band.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,8 +23,8 @@ from tsdyn.analysis.style import LIGHTEST, PALETTE, shade
 from tsdyn.schema import printable
 
 __all__ = [
-    "LIGHTEST", "NUMBERED", "PALETTE", "STYLES", "axes", "axis_label", "colour", "lines", "name_ticks", "nodes",
-    "numbers", "plain", "points", "rate", "shade", "spread", "stack", "style", "table", "whole_numbers",
+    "LIGHTEST", "NUMBERED", "PALETTE", "STYLES", "axes", "axis_label", "colour", "formulas", "lines", "name_ticks",
+    "nodes", "numbers", "plain", "points", "rate", "shade", "spread", "stack", "style", "table", "whole_numbers",
 ]  # fmt: skip
 
 STYLES = ("-", "--", ":", "-.")
@@ -39,7 +40,21 @@ def axes(ax: Axes | None) -> Axes:
 def axis_label(array: xr.DataArray) -> str:
     """Axis label from ``long_name`` and the units, if there are any."""
     name, units = array.attrs.get("long_name", array.name), array.attrs.get("units", "1")
-    return plain(f"{name}" if units in ("1", "epoch") else f"{name} [{units}]")
+    return formulas(plain(f"{name}" if units in ("1", "epoch") else f"{name} [{units}]"))
+
+
+def formulas(text: str) -> str:
+    """`text` whose symbols with an index, such as ``β*_jj``, are set as formulas, a root with what stands below it.
+
+    Only single letters count as symbols: names of variables stay as they are.
+    """
+
+    def formula(found: re.Match[str]) -> str:
+        root, letter, star, below = found.groups()
+        symbol = f"{letter}{'^*' if star else ''}_{{{below}}}"
+        return rf"$\sqrt{{{root.split()[0]}\,{symbol}}}$" if root else f"${symbol}$"
+
+    return re.sub(r"(?:√(E ))?(?<![A-Za-z0-9_$])([^\W\d_])(\*?)_([a-z0-9]{1,2})(?![A-Za-z0-9_])", formula, text)
 
 
 def plain(text: str) -> str:
@@ -79,7 +94,7 @@ def points(x: xr.DataArray, y: xr.DataArray, *, ax: Axes | None = None) -> Axes:
     # set_ylim would stop autoscaling, and panels that share the axis would be cut at the first one's upper limit
     ax.update_datalim([(0.0, 0.0)], updatex=False)
     lowest = float(np.fmin.reduce(x.values, axis=None, initial=0.0))  # at the start all correlations may be negative
-    ax.set(xlim=(min(-0.05, lowest - 0.05), 1.05), xlabel=axis_label(x), ylabel=axis_label(y))
+    ax.set(xlim=(min(-0.05, lowest - 0.05), 1.05), xlabel=axis_label(x), ylabel=axis_label(y), xticks=(0.0, 0.5, 1.0))
     ax.autoscale_view(scalex=False)
     return ax
 
@@ -139,17 +154,32 @@ def rate(
     ax: Axes | None = None,
     color: str = PALETTE[0],
     marked: bool = True,
+    shift: float | int = 0.0,
     **line: Any,
 ) -> Axes:
-    """Plot a share in [0, 1] with its interval as a band against teacher node, from 1; (teacher_node,), (…, bound)."""
+    """Plot a share in [0, 1] with its interval as a band against teacher node, from 1; (teacher_node,), (…, bound).
+
+    Where the share is 0 or 1 there is no band: those of curves that coincide there would cover the panel.
+
+    Args:
+        share, interval: What is drawn.
+        ax: Axes.
+        color: Of the curve and its band.
+        marked: Whether nodes have marks.
+        shift: Added to all values, so that curves that coincide are seen beside each other.
+        line: Keywords of `matplotlib.axes.Axes.plot`.
+    """
     ax = axes(ax)
     nodes = share["teacher_node"].values + 1
     if interval is not None:
-        low, high = (interval.isel(bound=i).values for i in (0, 1))
+        inside = (share.values > 0) & (share.values < 1)
+        low, high = (np.where(inside, interval.isel(bound=i).values, share.values) + shift for i in (0, 1))
         ax.fill_between(nodes, low, high, color=color, alpha=0.15, linewidth=0, gid="band")
-    ax.plot(nodes, share.values, color=color, marker="o" if marked else None, markersize=look.points(2.2), **line)
+    ax.plot(
+        nodes, share.values + shift, color=color, marker="o" if marked else None, markersize=look.points(2.2), **line
+    )
     ends = sorted({1, len(nodes)} | {n for n in (5, 10, 15) if n <= len(nodes) - 3})
-    ax.set(ylim=(-0.03, 1.03), xlabel="teacher node", ylabel=axis_label(share), xticks=ends)
+    ax.set(ylim=(-0.06, 1.06), xlabel="teacher node", ylabel=axis_label(share), xticks=ends)
     return ax
 
 

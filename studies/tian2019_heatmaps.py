@@ -148,7 +148,7 @@ def draw(measured: xr.Dataset) -> look.Page:
         rows.append([])
         for at in measured["layer"].values.tolist():
             contrast = float(measured[f"contrast_{name}"].sel(epoch=epoch, layer=at, seed=seed))
-            title = f"layer {at}: {contrast:.1f}"
+            title = f"layer {at}, ratio {contrast:.1f}"
             rows[-1].append(layout.Cell(f"{name} of layer {at}", {"epoch": epoch, "layer": at}, title))
     drawing = {
         f"{name} of layer {at}": _scaled(symbol, name, float(np.abs(measured[name].sel(layer=at)).max()))
@@ -157,7 +157,7 @@ def draw(measured: xr.Dataset) -> look.Page:
     }
     says = (
         f"β* and H* before and after training of seed {int(seed)}, over the largest entry of each layer at either "
-        "epoch; in titles the mean size of matched entries over that of all others, of the same seed"
+        "epoch; ratio: the mean size of matched entries over that of all others, of the same seed"
     )
     page = layout.arrange(measured, drawing, rows, says=says, spread="none", height=1.25, key=None, paper=EXPERIMENTS)
     page.body.colorbar(page.axes[0].images[0], ax=page.axes, label="entry over the layer's largest", aspect=40)

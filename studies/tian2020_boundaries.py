@@ -101,7 +101,7 @@ def _against_nearest(measured: xr.Dataset, ax: Axes) -> None:
     crosses = measured["offset"] < measured["extent"]
     for inside, colour, label in (
         (True, panels.PALETTE[0], "boundary within 3 std"),
-        (False, panels.PALETTE[1], "beyond: on or off for almost all samples"),
+        (False, panels.PALETTE[1], "boundary beyond"),
     ):
         own = measured[["nearest", "regular_fanout"]].where(crosses == inside)
         ax.scatter(

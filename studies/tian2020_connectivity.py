@@ -23,7 +23,7 @@ import xarray as xr
 from matplotlib.axes import Axes
 from tsdyn.analysis import captions, layout, panels
 from tsdyn.analysis import style as look
-from tsdyn.analysis.connectivity import LEGS, ROUTES, connect
+from tsdyn.analysis.connectivity import LEGS, ROUTES, STATES, connect, states
 from tsdyn.analysis.members import PARAMETERS
 from tsdyn.studies.two_layer import PAPER, SMOKE
 
@@ -62,7 +62,8 @@ def measure(archive: xr.Dataset) -> xr.Dataset:
     """Dataset of ``loss`` (..., route, position) and ``barrier`` (..., route) between the students of the two starts.
 
     Over overrealization, epoch and seed, by `tsdyn.analysis.connectivity.connect`; loaded.
-    NaN where there is no path.  Epoch 0 is left out, since students are no solutions yet.
+    NaN where there is no path.  Epoch 0 is left out, since students are no solutions yet.  Of the first seed and the
+    last epoch also ``stands_for`` and ``carried`` (overrealization, state, node) by `connectivity.states`.
     """
     trained = archive[list(PARAMETERS)].sel(epoch=archive["epoch"] > 0).load()
     along = {str(dim): trained[dim].values for dim in ("overrealization", "epoch", "seed")}
@@ -80,9 +81,16 @@ def measure(archive: xr.Dataset) -> xr.Dataset:
         )
         for name, first in found[0].data_vars.items()
     }
-    return xr.Dataset(gathered)
+    last = trained.isel(epoch=-1, seed=0)
+    pairs = [last.sel(overrealization=width) for width in along["overrealization"]]
+    drawn = [states(*(pair.sel(init=start) for start in trained["init"].values)) for pair in pairs]
+    named = trained["overrealization"].drop_vars("node_width", errors="ignore")
+    of_states = xr.concat(drawn, named, join="outer", coords="minimal", compat="override", combine_attrs="override")
+    return xr.Dataset(gathered | {str(name): values for name, values in of_states.data_vars.items()})
 
 
+#: Share of its teacher node's fan-out below which a student node counts as one without any.
+_SILENT = 0.01
 #: Words for the routes.
 _ROUTES = {"straight": "straight line", "matched": "straight line, nodes matched", "theorem 2": "path of Theorem 2"}
 
@@ -108,27 +116,71 @@ def _barriers(measured: xr.Dataset, ax: Axes) -> None:
     ax.set(xlabel="epoch", ylabel="barrier")
 
 
+def _state(measured: xr.Dataset, ax: Axes) -> None:
+    """Teacher node that each student node stands for at a state of the path, of the first one unless selected.
+
+    Areas of marks: share of the teacher node's fan-out.  Circles: nodes without any; 0: aligned with no teacher node.
+    """
+    own = measured.isel({dim: 0 for dim in ("overrealization", "state") if dim in measured["carried"].dims})
+    own = own[["stands_for", "carried"]].dropna("node")
+    number, share = own["node"].values + 1, own["carried"].values
+    silent = share < _SILENT
+    area = look.points(2) ** 2 + look.points(4.5) ** 2 * share
+    for where, face in ((silent, "none"), (~silent, look.PALETTE[0])):
+        ax.scatter(
+            number[where], own["stands_for"].values[where], s=area[where],
+            facecolor=face, edgecolor=look.GREY if face == "none" else face, linewidth=look.points(0.6),
+        )  # fmt: skip
+    panels.whole_numbers(ax)
+    panels.whole_numbers(ax, "y")
+    ax.set(xlabel="student node", ylabel="teacher node (0: none)", xlim=(0, number.max() + 1))
+
+
 #: Panels by name.
-PANELS: dict[str, layout.Panel] = {"loss along the way": _along, "barrier over epochs": _barriers}
+PANELS: dict[str, layout.Panel] = {
+    "loss along the way": _along, "barrier over epochs": _barriers, "state": _state
+}  # fmt: skip
 
 
 @look.styled
 def draw(measured: xr.Dataset) -> look.Page:
-    """Figure with one column per over-realization: loss along each route at the end, barriers over epochs."""
+    """Figure: loss along each route at the end and barriers over epochs, by over-realization; states of the path."""
     widths = layout.points(measured, ["overrealization"])
     last = int(measured["epoch"][-1])
-    rows: list[list[layout.Cell | None]] = []
-    for name in PANELS:
-        rows.append([])
-        for at in widths:
+    page = look.page(2, 5.9)
+    parts = page.body.subfigures(3, 1, height_ratios=(1.0, 1.0, 1.1), squeeze=False)[:, 0]
+    letters = iter("ABCDEFGHIJ")
+    for part, name in zip(parts, PANELS, strict=False):
+        if name == "state":
+            break
+        cells = part.subplots(1, len(widths), squeeze=False, sharey=True)
+        for at, ax in zip(widths, cells.flat, strict=True):
             title = layout.name_of(measured, at) if name == "loss along the way" else ""
-            if name != "loss along the way" and bool(measured["barrier"].sel(at).sel(route=ROUTES[-1]).isnull().all()):
+            barred = measured["barrier"].sel(at).sel(route=ROUTES[-1])
+            if name != "loss along the way" and bool(barred.isnull().all()):
                 title = "no free nodes, so no path of Theorem 2"
-            rows[-1].append(layout.Cell(name, at, title))
+            PANELS[name](measured.sel(at), ax)
+            layout.heading(ax, title, next(letters))
+        layout.once(page, cells, False, True, part=part)
+    with_path = [at for at in widths if bool(measured["carried"].sel(at).notnull().any("node").all())]
+    shown = measured.sel(with_path[0] if with_path else widths[-1])
+    there = [state for state in STATES if bool(shown["carried"].sel(state=state).notnull().any())]
+    cells = parts[-1].subplots(1, len(there), squeeze=False, sharey=True)
+    for letter, state, ax in zip("abcd", there, cells.flat, strict=False):
+        PANELS["state"](shown.sel(state=state), ax)
+        layout.heading(ax, f"({letter}) {state}")
+    layout.once(page, cells, False, True, part=parts[-1])
+    layout.legend(page)
+    width = captions.words("overrealization", float(shown["overrealization"]))
     says = (
-        f"Loss along routes between two students of one teacher at epoch {last}, no lower than {_FLOOR:g}, and barriers"
+        f"Loss along routes between two students of one teacher at epoch {last}, no lower than {_FLOOR:g}, and "
+        f"barriers over epochs. States along Theorem 2's path with {width}, seed {int(measured['seed'][0])}: the "
+        f"teacher node that each student node is aligned with (areas of marks: shares of its fan-out; circles: below "
+        f"{_SILENT:.0%})"
     )
-    return layout.arrange(measured, PANELS, rows, says=says, spread="curves", share_y="row", paper=EXPERIMENTS)
+    page.say(captions.caption(measured, says, "curves", paper=EXPERIMENTS))
+    page.provenance = captions.provenance(measured)
+    return page
 
 
 def _lines(values: xr.DataArray, along: str, ax: Axes, **line: Any) -> None:

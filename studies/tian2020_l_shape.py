@@ -47,17 +47,20 @@ PANELS: dict[str, layout.Panel] = {"l_shape": _panel}
 @look.styled
 def draw(measured: xr.Dataset) -> look.Page:
     """Figure with a column per over-realization and a row per polarity."""
+    widths, polarities = (layout.points(measured, [dim]) for dim in ("overrealization", "polarity"))
     rows = [
-        [
-            layout.Cell("l_shape", {**w, **p}, layout.name_of(measured, {**w, **p}))
-            for w in layout.points(measured, ["overrealization"])
-        ]
-        for p in layout.points(measured, ["polarity"])
+        [layout.Cell("l_shape", {**w, **p}, "" if i else layout.name_of(measured, w)) for w in widths]
+        for i, p in enumerate(polarities)
     ]
     says = (
         "Best correlation with any teacher node and fan-out norm of each student node after epoch "
-        f"{int(measured['epoch'])}, a colour per seed"
+        f"{int(measured['epoch'])}, a colour per seed; a row per polarity of the teacher's nodes"
     )
-    return layout.arrange(
-        measured, PANELS, rows, says=says, spread="points", share_x=True, share_y="row", key=None, paper=EXPERIMENTS
-    )
+    page = layout.arrange(
+        measured, PANELS, rows, says=says, spread="points", height=1.5, share_x=True, share_y="row", key=None,
+        columns=2, paper=EXPERIMENTS,
+    )  # fmt: skip
+    if len(rows) > 1:  # whose common label stands at the page's side
+        for ax, point in zip(page.axes[:: len(widths)], polarities, strict=True):
+            ax.set_ylabel(layout.name_of(measured, point))
+    return page

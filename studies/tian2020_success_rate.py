@@ -61,9 +61,10 @@ PANELS: dict[str, layout.Panel] = {"success_rate": _panel}
 def _widths(measured: xr.Dataset, ax: Axes) -> None:
     """Success rates of every width at one polarity: a colour per width."""
     one = measured.isel(polarity=0) if "polarity" in measured.dims else measured
-    for position, ratio in enumerate(one["overrealization"].values):
-        own = one.sel(overrealization=ratio)
-        figures.success_rate(own, ax=ax, color=panels.colour(position), label=f"{ratio:g}x")
+    ratios = one["overrealization"].values
+    for position, ratio in enumerate(ratios):
+        own, shift = one.sel(overrealization=ratio), figures.dodged(position, len(ratios))
+        figures.success_rate(own, ax=ax, color=panels.colour(position), label=f"{ratio:g}x", shift=shift)
 
 
 PANELS["success_rate of every width"] = _widths
@@ -76,7 +77,10 @@ def draw(measured: xr.Dataset) -> look.Page:
         layout.Cell("success_rate of every width", at, layout.name_of(measured, at))
         for at in layout.points(measured, ["polarity"])
     ]
-    says = "Share of seeds in which each of the teacher's nodes, from the strongest to the weakest, is recovered"
+    says = (
+        "Share of seeds in which each of the teacher's nodes, from the strongest to the weakest, is recovered; curves "
+        f"are {figures.DODGE:g} apart where they would coincide"
+    )
     return layout.arrange(
         measured, PANELS, [cells], says=says, spread="shares", share_x=True, share_y=True,
         key="student nodes per teacher node, and epoch", paper=EXPERIMENTS, columns=2, height=1.9,

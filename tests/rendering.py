@@ -37,6 +37,28 @@ def _texts(figure):
     return [(t, t.get_window_extent(renderer)) for t in found if id(t) not in ticks]
 
 
+def _labelled(ax, axis):
+    """Whether an axis with tick labels is labelled: itself, once in its row or column, or for a part of the page."""
+    own = getattr(ax, f"{axis}axis")
+    shown = any(label.get_visible() and label.get_text() for label in own.get_ticklabels())
+    if not ax.axison or not shown or own.get_label_text():
+        return True
+    part = ax.figure
+    while part is not None:
+        if getattr(part, f"get_sup{axis}label")():
+            return True
+        part = None if part is part.figure else part.figure
+    numbers = any(label.get_visible() and not label.get_text().strip("−.0123456789") for label in own.get_ticklabels())
+    spec = ax.get_subplotspec()
+    if spec is None or not numbers:
+        return not numbers  # categories say themselves what they are
+    side = "colspan" if axis == "x" else "rowspan"
+    kin = [a for a in ax.figure.axes if a.get_subplotspec() is not None and a.get_gridspec() is ax.get_gridspec()]
+    kin = [a for a in kin if getattr(a.get_subplotspec(), side) == getattr(spec, side)]
+    row = [a for a in ax.figure.axes if a.get_subplotspec() is not None and a.get_gridspec() is ax.get_gridspec()]
+    return any(getattr(a, f"get_{axis}label")() for a in (kin if axis == "x" or len(row) == 1 else row))
+
+
 def faults(figure, smallest=style.SMALLEST):
     """Sentences, one per fault of a drawn page; none if a referee would accept it."""
     with style.using(figure._style.name):  # ticks are made, and counted, when they are asked for
@@ -63,11 +85,14 @@ def _faults(figure, smallest):
             found.append(f"{name} is pale")
         if re.search(r"\b(nan|None)\b", text.get_text()):
             found.append(f"{name} is no word")
+        if re.search(r"\w_\w", re.sub(r"(?<!\\)\$.*?(?<!\\)\$", "", text.get_text())):
+            found.append(f"{name} has a key or a symbol that is not set")
     for (one, a), (other, b) in itertools.combinations(texts, 2):
         over = Bbox.intersection(a, b)
         if over is not None and over.width > 2.0 and over.height > 2.0:
             found.append(f"{one.get_text()!r} and {other.get_text()!r} overlap")
     for ax in figure.axes:
+        found += [f"no label of {axis} in {ax.get_title(loc='left')!r}" for axis in "xy" if not _labelled(ax, axis)]
         for line in ax.lines:
             if line.get_gid() in EXEMPT or not line.get_visible():
                 continue

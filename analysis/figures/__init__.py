@@ -47,7 +47,9 @@ from tsdyn.analysis.figures.planes import (
 from tsdyn.analysis.figures.recipes import FIGURES, Recipe
 from tsdyn.analysis.figures.spectra import SPECTRA, draw_spectrum, measure_spectrum, spectrum
 from tsdyn.analysis.figures.teacher_nodes import (
+    DODGE,
     MAX_LINES,
+    dodged,
     draw_l_shape,
     draw_recovery,
     draw_success_rate,
@@ -63,6 +65,7 @@ from tsdyn.analysis.style import BAND, PALETTE
 
 __all__ = [
     "BAND",
+    "DODGE",
     "FIGURES",
     "MAX_LINES",
     "MAX_PANELS",
@@ -75,6 +78,7 @@ __all__ = [
     "correlation_map",
     "coupling_map",
     "curve",
+    "dodged",
     "draw_boundaries",
     "draw_correlation",
     "draw_couplings",

@@ -74,7 +74,7 @@ def draw_couplings(ds: xr.Dataset) -> look.Page:
         own, name = measured.sel(point), names[at["moment"]]
         largest = float(np.fmax.reduce(np.abs(own[name].values), axis=None, initial=0.0)) or 1.0
         image = _map(own.sel(epoch=at["epoch"]), name, largest, ax, False).images[0]
-        bar = ax.figure.colorbar(image, ax=ax)
+        bar = ax.figure.colorbar(image, ax=ax, label=str(at["moment"]))
         bar.locator = MaxNLocator(nbins=4)
         bar.update_ticks()
 

@@ -79,7 +79,23 @@ def measure_success_rate(archive: xr.Dataset, *, early: int = 5) -> xr.Dataset:
     )
 
 
-def success_rate(ds: xr.Dataset, *, ax: Axes | None = None, color: str = panels.PALETTE[0], label: str = "") -> Axes:
+#: Distance of curves that would coincide, as a share.
+DODGE = 0.02
+
+
+def dodged(position: int, count: int) -> float:
+    """Shift of the curve at `position` of `count` in one panel, symmetric about 0."""
+    return DODGE * (position - (count - 1) / 2)
+
+
+def success_rate(
+    ds: xr.Dataset,
+    *,
+    ax: Axes | None = None,
+    color: str = panels.PALETTE[0],
+    label: str = "",
+    shift: float | int = 0.0,
+) -> Axes:
     """Share of seeds in which each teacher node is recovered; last epoch solid with its 95 % interval, others dotted.
 
     Source: Tian (2020), Figure 7.
@@ -89,6 +105,7 @@ def success_rate(ds: xr.Dataset, *, ax: Axes | None = None, color: str = panels.
         ax: Axes.
         color: Colour of all its lines.
         label: Text in the legend, before the epoch.
+        shift: Added to the shares, see `dodged`.
     """
     layout.require_point(ds, "success_rate")
     measured = layout.unpadded(measure_success_rate(ds))
@@ -99,7 +116,7 @@ def success_rate(ds: xr.Dataset, *, ax: Axes | None = None, color: str = panels.
         interval = now["success_interval"] if line == "-" and "success_interval" in now else None
         name = f"{label}, epoch {epoch}" if label else f"epoch {epoch}"
         own: dict[str, Any] = {} if line == "-" else {"linewidth": look.points(0.9), "marked": False}
-        panels.rate(now["success_rate"], interval, ax=ax, color=color, linestyle=line, label=name, **own)
+        panels.rate(now["success_rate"], interval, ax=ax, color=color, linestyle=line, label=name, shift=shift, **own)
     return ax
 
 
@@ -114,7 +131,8 @@ def draw_success_rate(ds: xr.Dataset) -> look.Page:
     def draw(at: dict[str, Any], ax: Axes) -> None:
         for position, point in enumerate(curves):
             name = layout.name_of(measured, point)
-            success_rate(measured.sel({**at, **point}), ax=ax, color=panels.colour(position), label=name)
+            one, shift = measured.sel({**at, **point}), dodged(position, len(curves))
+            success_rate(one, ax=ax, color=panels.colour(position), label=name, shift=shift)
 
     others = [d for d in swept if d not in widths]
     title = layout.headed("Share of seeds in which each teacher node is recovered", measured)

@@ -15,7 +15,7 @@ SEEDS = 16
 ROUNDING = 0.5e-5
 
 
-def _experiment(config, row):
+def two_layer(config, row):
     return tsdyn.Experiment(
         name="statistics",
         seeds=SEEDS,
@@ -39,7 +39,7 @@ def _experiment(config, row):
 def test_statistics_of_the_released_experiment(row, tmp_path):
     """Means within three standard errors, taken from both samples (8 and 16 seeds), and the reference's rounding."""
     config = STATISTICS["config"]
-    ds = tsdyn.run(_experiment(config, row), tmp_path / "run")
+    ds = tsdyn.run(two_layer(config, row), tmp_path / "run")
     for stage, epoch in (("init", 0), ("epoch5", 5), ("last", config["epochs"])):
         at = tsdyn.layer(ds, 1).sel(epoch=epoch)
         measured = {
