@@ -27,7 +27,10 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 def known(module: nn.Module) -> bool:
-    """Whether a module is built of torch's own parts (`KNOWN`) alone, as torch made them: no hook, nothing replaced."""
+    """Whether a module is built of torch's own parts (`KNOWN`) alone, as torch made them: no hook, nothing replaced.
+
+    Its samples then keep apart, whatever they are, and each part is called once where its parameters are not shared.
+    """
     everywhere = torch.nn.modules.module
     if any(getattr(everywhere, f"_global{name}") for name in _HOOKS):
         return False
@@ -36,6 +39,8 @@ def known(module: nn.Module) -> bool:
         if KNOWN.get(type(part)) is not type(part).forward or "forward" in own or any(own[name] for name in _HOOKS):
             return False
         if type(part) is nn.Conv2d and part.padding_mode != "zeros":
+            return False
+        if type(part) is nn.Flatten and (part.start_dim, part.end_dim) != (1, -1):
             return False
         if any(type(p) is not nn.Parameter or p._backward_hooks for p in own["_parameters"].values() if p is not None):
             return False
@@ -53,6 +58,11 @@ class Rows:
 
     uses: Counter[int]
     owned: frozenset[Any]
+
+    def of(self, layer: nn.Module, output: Tensor) -> bool:
+        """Whether the output of a layer's call belongs to samples, and no parameter of the layer is used elsewhere."""
+        free = [p for p in layer.parameters(recurse=False) if p.requires_grad]
+        return output.grad_fn in self.owned and all(self.uses[id(p)] == 1 for p in free)
 
 
 _Shape: TypeAlias = tuple[int, ...]

@@ -106,10 +106,9 @@ def factored_gradients(module: nn.Module | Network, loss: Loss, x: Tree, y: Tree
     caller = "factored_gradients"
     with asked(caller, module, x, y) as one:
         _refuse_nothing(one)
-        found = _Ways(one, loss, MEMORY).factors(slice(0, one.count))
-        return {
-            n: f.factors() if isinstance(f, Convolved) else f for n, f in found.items() if not isinstance(f, Scaled)
-        }
+        held = _Ways(one, loss, MEMORY).factors(slice(0, one.count))
+        found = {name: f.factors() if isinstance(f, Convolved) else f for name, f in held.items()}
+        return {name: f for name, f in found.items() if isinstance(f, Factors)}
 
 
 def per_sample_gradient_norms(

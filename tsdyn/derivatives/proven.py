@@ -82,12 +82,11 @@ class Proven:
         """Try the first part; False if it is not proved, and then nothing of it is used."""
         one = self._one
         first, target = one.some(slice(0, 1))
-        if not self._known:
-            one.refuse_unsteady(lambda: (one.call(first), one.value(self._loss, one.call(first), target)))
         self._alone, calls = called(one, first, self._layers)
-        one.value(self._loss, self._alone, target)
+        value = one.value(self._loss, self._alone, target)
         if any(len(each) != 1 for each in calls.values()):
             return False
+        right = {} if self._known else {0: one.plain_again(self._loss, 0, (self._alone, value))}
         numbers = sum(f.numel() + z.numel() for ((f, z),) in calls.values())
         self.chunk = min(one.count, max(1, memory // max(1, 4 * numbers * one.dtype.itemsize)))
         part = slice(0, self.chunk)
@@ -95,7 +94,7 @@ class Proven:
         if found is None:
             return False
         self._first = part, found
-        return self._known or self._agrees(found)
+        return self._known or self._agrees(found, right)
 
     def of(self, part: slice) -> dict[str, Held] | None:
         """Gradients by layer of some samples; None if they are not proved."""
@@ -113,23 +112,22 @@ class Proven:
     def _passed(self, part: slice) -> dict[str, Held] | None:
         one, count = self._one, part.stop - part.start
         given, targets = one.some(part)
-        inputs = tree_map(lambda t: t.detach().requires_grad_(True), given)
+        inputs = given if self._known else tree_map(lambda t: t.detach().requires_grad_(True), given)
         output, calls = called(one, inputs, self._layers)
         rows = one.rows(output, self._alone, count)
         free = tree_map(lambda t: t.detach().requires_grad_(True), rows)
         losses = one.losses_of(self._loss, free, targets)
         ends, starts = tree_leaves(rows), tree_leaves(free)
-        if losses.shape != (count,) or not graph.leaves_of([losses]) <= {id(t) for t in starts}:
+        if losses.shape != (count,) or not losses.requires_grad:
             return None
-        proof = graph.rows_of(ends, tree_leaves(inputs), count)
-        if proof is None or not losses.requires_grad:
+        if not graph.leaves_of([losses]) <= {id(t) for t in starts}:
+            return None
+        proof = None if self._known else graph.rows_of(ends, tree_leaves(inputs), count)
+        if proof is None and not self._known:
             return None
         outputs = []
         for name, layer in self._layers.items():
-            if len(calls[name]) != 1 or calls[name][0][1].grad_fn not in proof.owned:
-                return None
-            free_parameters = [p for p in layer.parameters(recurse=False) if p.requires_grad]
-            if any(proof.uses[id(p)] != 1 for p in free_parameters):
+            if len(calls[name]) != 1 or (proof is not None and not proof.of(layer, calls[name][0][1])):
                 return None
             outputs.append(calls[name][0][1])
         slopes = [
@@ -145,19 +143,20 @@ class Proven:
             held[name] = found
         return held
 
-    def _agrees(self, held: dict[str, Held]) -> bool:
+    def _agrees(self, held: dict[str, Held], right: dict[int, dict[str, Tensor]]) -> bool:
         """Whether some samples of the first part are what plain autograd gives for each alone."""
         draw = torch.Generator(device="cpu").manual_seed(self.chunk)
-        others = torch.randint(max(1, self.chunk - 1), (_ALONE - 1,), generator=draw, device="cpu") + 1
-        for i in {0, *(int(i) % self.chunk for i in others)}:
-            right = self._one.plain(self._loss, i)
+        for i in torch.randint(self.chunk, (_ALONE,), generator=draw, device="cpu").tolist():
+            if len(right) < _ALONE and i not in right:
+                right[i] = self._one.plain(self._loss, i)
+        for i, slopes in right.items():
             own = {}
             for name, each in held.items():
                 row = each.row(i)
                 for kind, value in (("weight", row.weight), ("bias", row.bias_gradient)):
-                    if joined(name, kind) in right:
+                    if joined(name, kind) in slopes:
                         own[joined(name, kind)] = value()[0]
-            if not agree_by_name(own, right):
+            if not agree_by_name(own, slopes):
                 return False
         return True
 
