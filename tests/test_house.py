@@ -32,7 +32,7 @@ FLOORS: dict[str, float] = {
     "archive": 3,
     "gaussian": 3,
     "labelled": 3,
-    "derivatives": 3,
+    "derivatives": 3.5,  # its gradients of convolutions are compiled by the engine
     "theory": 3.5,  # its sums over samples are compiled by the engine
     "engine": 3,
     "problem": 4,

@@ -211,9 +211,24 @@ class Asked:
 
     # --- what must hold --------------------------------------------------------------------------------------
 
+    def plain_again(self, loss: Loss, sample: int, first: Tree) -> dict[str, Tensor]:
+        """As `plain`, of the sample whose (output, loss) were `first`; raises ValueError as `refuse_unsteady` does."""
+        self._refuse_moved(lambda: self.call(self.some(slice(sample, sample + 1))[0]))
+        inputs, targets = self.some(slice(sample, sample + 1))
+        output = self.call(inputs)
+        value = self.value(loss, output, targets)
+        self._refuse_others(first, (output, value))
+        self.refuse_detached(value)
+        return dict(zip(self.parameters, self.gradients(value, list(self.parameters.values())), strict=True))
+
     def refuse_unsteady(self, value: Callable[[], Tree]) -> Tree:
         """Compute `value` twice and return the first; raise if they differ, draw random numbers or change the state."""
         first = value()
+        self._refuse_moved(value)
+        self._refuse_others(first, value())
+        return first
+
+    def _refuse_moved(self, value: Callable[[], Tree]) -> None:
         moved = self._state.moved()
         if moved:
             self._state.restore()
@@ -226,7 +241,8 @@ class Asked:
                 f"{self.caller}: {self.name} draws random numbers in its forward pass, or its loss does, so there is "
                 "no one gradient; make it deterministic (module.eval())"
             )
-        again = value()
+
+    def _refuse_others(self, first: Tree, again: Tree) -> None:
         for one, other in zip(_numbers(first), _numbers(again), strict=True):
             told = one.is_floating_point() and comparable([one])
             if one.shape != other.shape or (told and not agree(other, one)):
@@ -234,7 +250,6 @@ class Asked:
                     f"{self.caller}: {self.name} gives two values for one input, so it draws random numbers of its own "
                     "or remembers earlier calls; make it deterministic"
                 )
-        return first
 
     def examine(self, loss: Loss | None = None) -> Tree:
         """Raise ValueError if the module has no per-sample derivatives; return the output of sample 0 alone.

@@ -1,9 +1,11 @@
 """The gradient of every sample's loss in every parameter, and its norm.
 
-Three methods, each compared with plain autograd before it is used (`assumptions`).  Gradients of Linear and Conv2d
-layers factor: with f the layer's input and g the gradient at its output, the gradient of the weight is Σ_t g_t f_tᴴ
-over positions t, and its norm follows from f and g alone.  Other parameters go through ``vmap(grad(functional_call))``.
-Where that differs from plain autograd, or torch refuses it, there is one backward pass per sample.
+Gradients of Linear and Conv2d layers factor: with f the layer's input and g the gradient at its output, the gradient of
+the weight is Σ_t g_t f_tᴴ over positions t, and its norm follows from f and g alone.  Where autograd's graph proves
+that the gradients of all requested parameters do so, or are those of a normalisation's affine map, one backward pass is
+all there is (`proven`).  Otherwise three methods follow, each compared with plain autograd before it is used
+(`assumptions`): factors, ``vmap(grad(functional_call))`` for the other parameters, and, where that differs from plain
+autograd or torch refuses it, one backward pass per sample.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, assert_never, overload
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -22,97 +25,10 @@ from torch.utils._pytree import tree_map
 
 from tsdyn.derivatives import labels
 from tsdyn.derivatives.assumptions import ALONE, MEMORY, Asked, Loss, Tree, agree, agree_by_name, asked, comparable, log
+from tsdyn.derivatives.factors import Convolved, Factors, Held, norms
+from tsdyn.derivatives.proven import called, joined, proven
 from tsdyn.memory import refuse_beyond
 from tsdyn.networks.network import Network
-
-
-@dataclass(frozen=True)
-class Factors:
-    """Per-sample gradients of one layer's parameters, stored as the two factors f and g of their product.
-
-    Attributes:
-        inputs: f, (sample, position, input); of a convolution its patches, with groups counted as samples.
-        gradients: g, (sample, position, output): the gradient of each sample's loss at the layer's output.
-        weight_shape: Shape of the weight.
-        groups: Number of groups of a convolution; 1 for a linear layer.
-        bias: Whether the layer has a bias.
-    """
-
-    inputs: Tensor
-    gradients: Tensor
-    weight_shape: torch.Size
-    groups: int
-    bias: bool
-
-    def weight(self) -> Tensor:
-        """Gradient of the weight, Σ_t g_t f_tᴴ, (sample, *weight_shape)."""
-        if self.inputs.shape[1] == 1:
-            product = self.gradients.mT * self.inputs.conj()
-        else:
-            product = torch.bmm(self.gradients.mT, self.inputs.conj())
-        return product.view(-1, *self.weight_shape)
-
-    def bias_gradient(self) -> Tensor:
-        """Gradient of the bias, Σ_t g_t, (sample, output)."""
-        return self.gradients.sum(1).view(-1, self.weight_shape[0])
-
-    def squared_norms(self, *, weight: bool = True, bias: bool = True) -> Tensor:
-        """Squared norm of each sample's gradient, (sample,), in at least float32.
-
-        For one position ‖f‖² ‖g‖².  For more, Σ_tt' (f_t · f_t')(g_t · g_t') where that is cheaper than forming the
-        gradient, unless the terms cancel to a hundredth of their size, which would cost digits.
-        """
-        f, g = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (self.inputs, self.gradients))
-        total = torch.zeros(len(f) // self.groups, dtype=g.real.dtype, device=g.device)
-        if weight:
-            _, positions, inputs = f.shape
-            outputs = g.shape[2]
-            squares = None
-            if positions == 1:
-                squares = _square(f).sum((1, 2)) * _square(g).sum((1, 2))
-            elif positions * (inputs + outputs) <= inputs * outputs:
-                gram = (torch.bmm(f, f.mH) * torch.bmm(g, g.mH).conj()).real
-                squares = gram.sum((1, 2))
-                if bool((squares < gram.abs().sum((1, 2)) / 100).any()):
-                    squares = None
-            if squares is None:
-                squares = _square(torch.bmm(g.mT, f.conj())).sum((1, 2))
-            total = total + squares.view(-1, self.groups).sum(1)
-        if bias and self.bias:
-            total = total + _square(g.sum(1).view(-1, self.weight_shape[0])).sum(1)
-        return total
-
-    def combined(self, weights: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """Σ_i c_i g_i by kind ("weight", "bias"), each as (sum, size of its terms), without forming any g_i."""
-        inputs, outputs = self.inputs.shape[-1], self.gradients.shape[-1]
-        f = (
-            self.inputs.reshape(-1, self.groups, self.inputs.shape[1], inputs)
-            .transpose(0, 1)
-            .reshape(self.groups, -1, inputs)
-        )
-        g = self.gradients.view(-1, self.groups, self.gradients.shape[1], outputs) * weights.to(
-            self.gradients.dtype
-        ).view(-1, 1, 1, 1)
-        g = g.transpose(0, 1).reshape(self.groups, -1, outputs)
-        size = torch.linalg.vector_norm(g, dim=1).max()
-        found = {
-            "weight": (
-                torch.bmm(g.mT, f.conj()).view(self.weight_shape),
-                size * torch.linalg.vector_norm(f, dim=1).max(),
-            )
-        }
-        if self.bias:
-            found["bias"] = (g.sum(1).flatten(), size * f.shape[1] ** 0.5)
-        return found
-
-    def row(self, sample: int) -> Factors:
-        """The factors of one sample."""
-        of = slice(sample * self.groups, (sample + 1) * self.groups)
-        return Factors(self.inputs[of], self.gradients[of], self.weight_shape, self.groups, self.bias)
-
-
-def _square(values: Tensor) -> Tensor:
-    return values.real.square() + values.imag.square() if values.is_complex() else values.square()
 
 
 @overload
@@ -188,17 +104,19 @@ def per_sample_gradients(
         size = one.count * sum(p.nbytes for p in one.parameters.values())
         refuse_beyond(caller, size, one.device, "ask for fewer samples or names, or for per_sample_gradient_norms")
         ways = _Ways(one, loss, memory)
-        found: dict[str, list[Tensor]] = {name: [] for name in one.parameters}
-        for factors, rest in ways.chunks():
+        found = {n: p.new_empty(one.count, *p.shape, requires_grad=False) for n, p in one.parameters.items()}
+        for part, factors, rest in ways.chunks():
             for layer, factor in factors.items():
-                values: dict[_Kind, Callable[[], Tensor]] = {"weight": factor.weight, "bias": factor.bias_gradient}
-                for kind, value in values.items():
-                    if _joined(layer, kind) in found:
-                        found[_joined(layer, kind)].append(value())
+                if joined(layer, "weight") in found:
+                    factor.weight(into=found[joined(layer, "weight")][part])
+                if joined(layer, "bias") in found:
+                    found[joined(layer, "bias")][part] = factor.bias_gradient()
+            start = part.start
             for gradients in rest:
                 for name, gradient in gradients.items():
-                    found[name].append(gradient)
-        return {name: parts[0] if len(parts) == 1 else torch.cat(parts) for name, parts in found.items()}
+                    found[name][start : start + len(gradient)] = gradient
+                start += len(next(iter(gradients.values())))
+        return found
 
 
 def factored_gradients(module: nn.Module | Network, loss: Loss, x: Tree, y: Tree = None) -> dict[str, Factors]:
@@ -213,7 +131,9 @@ def factored_gradients(module: nn.Module | Network, loss: Loss, x: Tree, y: Tree
     caller = "factored_gradients"
     with asked(caller, module, x, y) as one:
         _refuse_nothing(one)
-        return _Ways(one, loss, MEMORY).factors(slice(0, one.count))
+        held = _Ways(one, loss, MEMORY).factors(slice(0, one.count))
+        found = {name: f.factors() if isinstance(f, Convolved) else f for name, f in held.items()}
+        return {name: f for name, f in found.items() if isinstance(f, Factors)}
 
 
 @overload
@@ -272,38 +192,23 @@ def per_sample_gradient_norms(
     caller = "per_sample_gradient_norms"
     if labelled:
         plain = (labels.unlabelled(each) for each in (x, y))
-        every = per_sample_gradient_norms(module, loss, *plain, names=names, memory=memory)
-        return labels.single("gradient_norm", every, ("sample",), labels.of_samples(x), "norm of the sample's gradient")
+        plainly = per_sample_gradient_norms(module, loss, *plain, names=names, memory=memory)
+        return labels.single(
+            "gradient_norm", plainly, ("sample",), labels.of_samples(x), "norm of the sample's gradient"
+        )
     with asked(caller, module, x, y, names=names) as one:
         _refuse_nothing(one)
         result = []
-        for factors, rest in _Ways(one, loss, memory).chunks():
-            norms = [
-                _norms_of_factors(factor, **{kind: _joined(layer, kind) in one.parameters for kind in _KINDS})
+        for _, factors, rest in _Ways(one, loss, memory).chunks():
+            found = [
+                norms(factor, **{kind: joined(layer, kind) in one.parameters for kind in _KINDS})
                 for layer, factor in factors.items()
             ]
             others = [_norms(gradients) for gradients in rest]
-            norms += [torch.cat(others)] if others else []
+            found += [torch.cat(others)] if others else []
             dtype = torch.promote_types(one.dtype, torch.float32).to_real()
-            result.append(torch.linalg.vector_norm(torch.stack([n.double() for n in norms]), dim=0).to(dtype))
+            result.append(torch.linalg.vector_norm(torch.stack([n.double() for n in found]), dim=0).to(dtype))
         return torch.cat(result)
-
-
-def _norms_of_factors(factors: Factors, *, weight: bool, bias: bool) -> Tensor:
-    """Norm of each sample's gradient; where squares overflow or vanish, again in float64 with entries scaled to one."""
-    squares = factors.squared_norms(weight=weight, bias=bias)
-    limits = torch.finfo(squares.dtype)
-    if bool(((squares > limits.tiny / limits.eps**2) & (squares < limits.max)).all()):
-        return squares.sqrt()
-    largest = [t.abs().reshape(len(squares), -1).amax(1).double() for t in (factors.inputs, factors.gradients)]
-    scales = [torch.where((most > 0) & most.isfinite(), most, torch.ones_like(most)) for most in largest]
-    f, g = (
-        t.to(torch.promote_types(t.dtype, torch.float64)) / scale.repeat_interleave(factors.groups).view(-1, 1, 1)
-        for t, scale in zip((factors.inputs, factors.gradients), scales, strict=True)
-    )
-    scaled = Factors(f, g, factors.weight_shape, factors.groups, factors.bias)
-    of_weight = scaled.squared_norms(weight=weight, bias=False).sqrt() * scales[0] * scales[1]
-    return torch.hypot(of_weight, scaled.squared_norms(weight=False, bias=bias).sqrt() * scales[1])
 
 
 def _norms(gradients: Mapping[str, Tensor]) -> Tensor:
@@ -325,63 +230,78 @@ _Kind: TypeAlias = Literal["weight", "bias"]
 _KINDS: tuple[_Kind, ...] = ("weight", "bias")
 
 
-def _joined(layer: str, kind: _Kind) -> str:
-    return f"{layer}.{kind}".lstrip(".")
-
-
 # --- the three ways ------------------------------------------------------------------------------------------
-
-Calls: TypeAlias = dict[str, list[tuple[Tensor, Tensor]]]
 
 
 class _Ways:
-    """Per-sample gradients by the fastest of the three methods that agrees with plain autograd."""
+    """Per-sample gradients as proved, or by the fastest method that agrees with plain autograd."""
 
     def __init__(self, one: Asked, loss: Loss, memory: int) -> None:
         self._one, self._loss, self._memory = one, loss, memory
-        self._alone = one.examine(loss)
-        count = one.count
+        self._proven = proven(one, loss, memory)
+        self._exact = comparable(one.parameters.values())
+        self._vmap = self._exact and one.count > 1
+        self._chunk = one.count if self._proven is None else self._proven.chunk
+        if self._proven is None:
+            self._layers, self._chunk = self._planned
+
+    @cached_property
+    def _alone(self) -> Tree:
+        """The output of sample 0 alone; raises ValueError if the module has no per-sample derivatives."""
+        return self._one.examine(self._loss)
+
+    @cached_property
+    def _right(self) -> dict[int, dict[str, Tensor]]:
+        """Gradients of some samples by plain autograd."""
+        _ = self._alone
+        count = self._one.count
         middle = int(torch.randint(count, (), generator=torch.Generator().manual_seed(count), device="cpu"))
-        self._right = {i: one.plain(loss, i) for i in list(dict.fromkeys([0, count - 1, middle]))[:ALONE]}
-        exact = comparable(one.parameters.values())
-        self._layers, self._chunk = self._plan() if exact else ([], count)
-        self._vmap = exact and count > 1
-        if not exact:
-            self._say("16 bits are too few to compare ways", "one backward pass per sample")
+        return {i: self._one.plain(self._loss, i) for i in list(dict.fromkeys([0, count - 1, middle]))[:ALONE]}
 
     def _say(self, reason: str, instead: str) -> None:
         log.warning("%s: %s: %s; %s instead", self._one.caller, self._one.name, reason, instead)
 
-    def _plan(self) -> tuple[list[str], int]:
+    @cached_property
+    def _planned(self) -> tuple[list[str], int]:
         """Names of the layers whose gradient may factor, and samples per chunk, from one sample's forward pass."""
+        _ = self._right
+        if not self._exact:
+            self._say("16 bits are too few to compare ways", "one backward pass per sample")
+            return [], self._one.count
         shared = [id(p) for _, p in self._one.module.named_parameters(remove_duplicate=False)]
         names = [
             name
             for name, part in self._one.module.named_modules()
             if _factors_as(part)
-            and any(_joined(name, n) in self._one.parameters for n, _ in part.named_parameters(recurse=False))
+            and any(joined(name, n) in self._one.parameters for n, _ in part.named_parameters(recurse=False))
             and all(shared.count(id(p)) == 1 for p in part.parameters())
         ]
-        _, calls = self._pass(self._one.some(slice(0, 1))[0], names)
+        _, calls = called(self._one, self._one.some(slice(0, 1))[0], names)
         once = [name for name in names if len(calls[name]) == 1]
         numbers = sum(
             calls[n][0][0].numel() * _patch(self._one.module.get_submodule(n)) + calls[n][0][1].numel() for n in once
         )
         return once, max(1, self._memory // max(1, 4 * numbers * self._one.dtype.itemsize))
 
-    def chunks(self) -> Iterator[tuple[dict[str, Factors], Iterator[dict[str, Tensor]]]]:
+    def chunks(self) -> Iterator[tuple[slice, Mapping[str, Held], Iterator[dict[str, Tensor]]]]:
         """Per chunk of samples: the factors by layer, and the gradients of the parameters that do not factor."""
         count = self._one.count
         for start in range(0, count, self._chunk):
             part = slice(start, min(start + self._chunk, count))
             factors = self.factors(part)
-            factored = {_joined(layer, kind) for layer in factors for kind in _KINDS}
-            yield factors, self._rest(part, [n for n in self._one.parameters if n not in factored])
+            factored = {joined(layer, kind) for layer in factors for kind in _KINDS}
+            yield part, factors, self._rest(part, [n for n in self._one.parameters if n not in factored])
 
     # --- layers that factor ----------------------------------------------------------------------------------
 
-    def factors(self, part: slice) -> dict[str, Factors]:
-        """Factors by layer of those that agree with plain autograd; the others are not tried again."""
+    def factors(self, part: slice) -> Mapping[str, Held]:
+        """Factors by layer, as proved or of those that agree with plain autograd; the others are not tried again."""
+        if self._proven is not None:
+            held = self._proven.of(part)
+            if held is not None:
+                return held
+            self._proven = None
+            self._layers = self._planned[0]
         if not self._layers:
             return {}
         try:
@@ -398,7 +318,7 @@ class _Ways:
 
     def _factors(self, part: slice) -> dict[str, Factors]:
         inputs, targets = self._one.some(part)
-        output, calls = self._pass(inputs, self._layers)
+        output, calls = called(self._one, inputs, self._layers)
         count = part.stop - part.start
         losses = self._one.losses_of(self._loss, self._one.rows(output, self._alone, count), targets)
         names = [name for name in self._layers if len(calls[name]) == 1]
@@ -413,13 +333,13 @@ class _Ways:
     def _wrong(self, part: slice, found: dict[str, Factors]) -> list[str]:
         """Layers whose factors disagree with plain autograd, randomly combined over all samples or for some alone."""
         weights = _random_weights(part)
-        asked_for = {layer: [k for k in _KINDS if _joined(layer, k) in self._one.parameters] for layer in found}
-        names = [_joined(layer, kind) for layer, kinds in asked_for.items() for kind in kinds]
+        asked_for = {layer: [k for k in _KINDS if joined(layer, k) in self._one.parameters] for layer in found}
+        names = [joined(layer, kind) for layer, kinds in asked_for.items() for kind in kinds]
         right = self._one.combined(self._loss, part, self._alone, weights, names)
         wrong = []
         for layer, factor in found.items():
             sums = factor.combined(weights.to(factor.gradients.device))
-            good = all(agree(*sums[kind][:1], right[_joined(layer, kind)], sums[kind][1]) for kind in asked_for[layer])
+            good = all(agree(*sums[kind][:1], right[joined(layer, kind)], sums[kind][1]) for kind in asked_for[layer])
             for i in self._right.keys() & set(range(part.start, part.stop)):
                 own = factor.row(i - part.start)
                 size = own.gradients.abs().max() * own.inputs.shape[1] ** 0.5
@@ -431,44 +351,10 @@ class _Ways:
                             value, scale = own.bias_gradient()[0], size
                         case other:
                             assert_never(other)
-                    good = good and agree(value, self._right[i][_joined(layer, kind)], scale)
+                    good = good and agree(value, self._right[i][joined(layer, kind)], scale)
             if not good:
                 wrong.append(layer)
         return wrong
-
-    def _pass(self, inputs: Tree, names: Iterable[str], *, clone: bool = False) -> tuple[Tree, Calls]:
-        """Forward pass that keeps input and output of the named layers at each call, before the user's own hooks run.
-
-        With `clone`, layers hand on a copy of their output, for modules that change it in place afterwards.
-        """
-        calls: Calls = {name: [] for name in names}
-        versions: list[tuple[str, Tensor, int, bool]] = []
-
-        def keep(name: str) -> Callable[..., Tensor]:
-            def hook(_: nn.Module, given: tuple[Tensor, ...], keywords: dict[str, Tensor], output: Tensor) -> Tensor:
-                value = given[0] if given else keywords["input"]
-                versions.extend([(name, value, value._version, False), (name, output, output._version, True)])
-                if output.requires_grad:  # without it the call ran under no_grad and contributes no gradient
-                    calls[name].append((value.detach(), output))
-                return output.clone() if clone else output
-
-            return hook
-
-        handles = []
-        try:
-            for name in calls:
-                part = self._one.module.get_submodule(name)
-                handles.append(part.register_forward_hook(keep(name), prepend=True, with_kwargs=True))
-            output = self._one.call(inputs)
-        finally:
-            for handle in handles:
-                handle.remove()
-        moved = [(name, of_output) for name, tensor, version, of_output in versions if tensor._version != version]
-        if not clone and any(of_output for _, of_output in moved):
-            return self._pass(inputs, list(calls), clone=True)
-        for name, _ in moved:
-            calls[name] = []
-        return output, calls
 
     # --- all others ------------------------------------------------------------------------------------------
 
@@ -547,11 +433,7 @@ def _factor(layer: nn.Module, f: Tensor, g: Tensor) -> Factors:
     weight = layer.weight
     assert isinstance(weight, Tensor)
     if isinstance(layer, nn.Conv2d):
-        groups, samples = layer.groups, len(f)
-        patches = F.unfold(f, layer.kernel_size, layer.dilation, layer.padding, layer.stride)  # type: ignore[arg-type]
-        patches = patches.reshape(samples * groups, -1, patches.shape[-1]).mT
-        g = g.flatten(2).reshape(samples * groups, -1, patches.shape[1]).mT
-        return Factors(patches, g, weight.shape, groups, layer.bias is not None)
+        return Convolved(f, g, layer).factors()
     return Factors(
         f.reshape(len(f), -1, f.shape[-1]), g.reshape(len(g), -1, g.shape[-1]), weight.shape, 1, layer.bias is not None
     )

@@ -46,6 +46,15 @@ def convolve(
     return found
 
 
+def weight_gradients(
+    x: Float[Tensor, "sample below row column"],
+    g: Float[Tensor, "sample channel row_out column_out"],
+    into: Float[Tensor, "sample channel below kernel_row kernel_column"],
+) -> Tensor:
+    """Each sample's own gradient of the weight, written to `into`, a contiguous tensor; stride 1 and no padding."""
+    return _call("weight_gradient", x.unsqueeze(-1), into, None, output=g.unsqueeze(-1))
+
+
 class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
