@@ -3,12 +3,13 @@
     λ_{t−1} = λ_t ∂θ_t/∂θ_{t−1},   dO/dη_t = λ_t ∂θ_t/∂η_t,   dO/dw_i += λ_t ∂θ_t/∂w_i,   ...
 
 θ is the whole state, moments and running statistics included.  Every √n-th state is kept, and those between are
-computed again.
+computed again.  Compiled code goes back where it can (`compiled_adjoint`), `linearised` elsewhere.
 """
 
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,10 +17,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from tsdyn.engine import compiled_adjoint
 from tsdyn.experiment.errors import ExperimentError
+from tsdyn.networks.network import Network
 from tsdyn.through_training.linearised import pulled
 from tsdyn.through_training.replay import Course, ReplayError
 from tsdyn.through_training.steps import Inputs, State
+
+_log = logging.getLogger("tsdyn")
 
 #: A step of the pure function and the engine's own may differ by this much, relative to the largest number.
 SAME_STEP = 1e-9
@@ -96,19 +101,16 @@ def reverse_pass(
         ExperimentError: if a derivative is not finite.
     """
     sums = _empty(course, slope, wanted)
+    reason = not_compiled(course)
+    _log.info("sensitivity: the adjoint is %s", "compiled" if reason is None else f"general ({reason})")
+    through = _through_general if reason is not None else _through_compiled
     marks = sorted(kept)
     after = kept.pop(marks[-1]) if len(marks) > 1 else None
     for first, end in reversed(list(itertools.pairwise(marks))):
-        course.go_to(kept.pop(first), first)
-        states = [course.state()]
-        for _ in range(first, end - 1):
-            course.advance(1)
-            states.append(course.state())
-        for count in range(end, first, -1):
-            before = states.pop()
-            assert after is not None
-            sums.start = _back(course, before, after, sums, wanted, count)
-            after = before
+        before = kept.pop(first)
+        assert after is not None
+        through(course, before, after, first, end, sums, wanted)
+        after = before
         if tick is not None:
             tick(end - first)
     if not all(bool(t.isfinite().all()) for t in sums.start.tensors()):
@@ -133,6 +135,24 @@ def _empty(course: Course, slope: State, wanted: Wanted) -> Sums:
     return sums
 
 
+# --- step by step --------------------------------------------------------------------------------------------
+
+
+def _through_general(
+    course: Course, before: State, after: State, first: int, end: int, sums: Sums, wanted: Wanted
+) -> None:
+    """Go back from the state `after` step number `end` to `before`, that after `first` steps."""
+    course.go_to(before, first)
+    states = [course.state()]
+    for _ in range(first, end - 1):
+        course.advance(1)
+        states.append(course.state())
+    for count in range(end, first, -1):
+        state = states.pop()
+        sums.start = _back(course, state, after, sums, wanted, count)
+        after = state
+
+
 def _back(course: Course, before: State, after: State, sums: Sums, wanted: Wanted, count: int) -> State:
     """λ before step `count` from λ after it, which `sums.start` holds; adds what the step gives to `sums`."""
     given, rule = course.given(count), course.rule(count)
@@ -145,7 +165,7 @@ def _back(course: Course, before: State, after: State, sums: Sums, wanted: Wante
     names = [name for name, there in of.items() if there]
 
     found, lower, by_name = pulled(course.kind, before, given, rule, count, sums.start, names)
-    if not (course.anchors and count % course.per_epoch == 0 and course.epoch_of(count) in course.recorded):
+    if not _anchored(course, count):
         _refuse_other_step(course, found, after, count)
     rows = course.rows(count)
     if sums.learning_rate is not None:
@@ -164,6 +184,71 @@ def _add(total: Tensor, rows: Tensor | None, part: Tensor) -> None:
         total += part
     else:
         total.scatter_add_(1, rows.view(*rows.shape, *[1] * (part.ndim - 2)).expand_as(part), part)
+
+
+def _anchored(course: Course, count: int) -> bool:
+    """Whether the recorded weights take the place of the state after `count` steps."""
+    return course.anchors and count % course.per_epoch == 0 and course.epoch_of(count) in course.recorded
+
+
+# --- in compiled code ----------------------------------------------------------------------------------------
+
+
+def not_compiled(course: Course) -> str | None:
+    """Why the general adjoint is taken, step by step; None where compiled code goes back."""
+    if course.anchors and any(set(named) < set(course.ensemble.values) for named in course.recorded.values()):
+        return "not all parameters are recorded"
+    if course.steps and course.rows(1) is None:
+        return "the whole training set is the batch"
+    return compiled_adjoint.refusal(course.kind, course.rule(1), course.ensemble.device)
+
+
+def _through_compiled(
+    course: Course, before: State, after: State, first: int, end: int, sums: Sums, wanted: Wanted
+) -> None:
+    """As `_through_general`, in pieces between the epochs whose recorded weights the replay goes on from."""
+    course.go_to(before, first)  # the data of its epoch
+    marks = [first, *(count for count in range(first + 1, end) if _anchored(course, count)), end]
+    for begin, last in reversed(list(itertools.pairwise(marks))):
+        if begin > first:
+            values = {n: t.to(after.values[n]) for n, t in course.recorded[course.epoch_of(begin)].items()}
+            state = before._replace(values={n: values[n].clone() for n in before.values})
+        else:
+            state = before.map(torch.clone)
+        _piece(course, state, begin, last, sums, wanted)
+        if not _anchored(course, last):
+            _refuse_other_step(course, state, after, last)
+
+
+def _piece(course: Course, state: State, first: int, end: int, sums: Sums, wanted: Wanted) -> None:
+    """Go back from step number `end` to `first`; `state` is that after `first` steps, and becomes that after `end`."""
+    counts = range(first + 1, end + 1)
+    epochs = [course.epoch_of(count) for count in counts]
+    if course.fresh:
+        inputs, targets = (torch.cat(parts, 1) for parts in zip(*(course.given(c)[:1:-1] for c in counts), strict=True))
+        rows = torch.arange(inputs.shape[1]).view(1, len(counts), -1).expand(len(inputs), -1, -1)
+        of_target = None if wanted.of_target is None else torch.zeros_like(targets)
+    else:
+        inputs, targets = course.finite
+        rows, of_target = torch.stack([_rows(course, count) for count in counts], 1), None
+    given = compiled_adjoint.Stretch(
+        inputs, targets, rows, [course.experiment.training.rate(epoch) for epoch in epochs],
+        sums.sample, sums.target if of_target is None else of_target, sums.input,
+    )  # fmt: skip
+    assert isinstance(course.kind, Network)
+    held, slopes = ([s.values, *s.moments.values()] for s in (state, sums.start))
+    by_rate = compiled_adjoint.back(course.kind, held, slopes, course.rule(first + 1), given)
+    if sums.learning_rate is not None:
+        sums.learning_rate.index_add_(1, torch.tensor(epochs) - 1, by_rate)
+    if wanted.of_target is not None and of_target is not None:
+        weight = inputs.new_ones(inputs.shape[:2])
+        wanted.of_target(end, of_target, Inputs(by_rate[:, 0], weight, targets, inputs))
+
+
+def _rows(course: Course, count: int) -> Tensor:
+    rows = course.rows(count)
+    assert rows is not None
+    return rows
 
 
 def _refuse_other_step(course: Course, found: State, engine: State, count: int) -> None:

@@ -18,7 +18,7 @@ from tsdyn.problem.inputs import generator
 from tsdyn.problem.students import draw_student
 from tsdyn.running.members import Members
 from tsdyn.running.own_modules import Maker
-from tsdyn.through_training.adjoint import Sums, Wanted, forward_pass, reverse_pass
+from tsdyn.through_training.adjoint import Sums, Wanted, forward_pass, not_compiled, reverse_pass
 from tsdyn.through_training.certificate import Direction, forward_tangent, gated, winners_reach
 from tsdyn.through_training.observed import Observed, Of, Student, observed
 from tsdyn.through_training.replay import Course
@@ -76,6 +76,7 @@ class Found:
         radius: (member, wrt, side), NaN without gates.
         growth: (member, wrt, epoch 1..T).
         gated: Whether there is anything that flips.
+        way: ``"compiled"``, or ``"general"`` with the reason: how the reverse pass was made.
     """
 
     slopes: dict[str, np.ndarray | list[np.ndarray | None]]
@@ -86,6 +87,7 @@ class Found:
     radius: np.ndarray | None = None
     growth: np.ndarray | None = None
     gated: bool = False
+    way: str = ""
 
 
 @dataclass
@@ -110,9 +112,10 @@ def compute(job: Job, tick: Tick | None = None) -> Found:
     course = block.course(recorded=True)
     start = course.state()
     sums, slope, teacher = block.derivative(course, tick)
+    reason = not_compiled(course)
     found = Found(
         block.named(sums, teacher), _numbers(slope.value), course.difference.copy(), course.compared,
-        gated=gated(course) or block.observed.maximum,
+        gated=gated(course) or block.observed.maximum, way="compiled" if reason is None else f"general ({reason})",
     )  # fmt: skip
     if job.certificate:
         found.radius, found.growth = block.certificate(course, start, sums, teacher, tick)
