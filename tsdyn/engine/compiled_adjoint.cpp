@@ -100,12 +100,16 @@ class Member {
             widest = std::max({widest, layers[l].stride, layers[l].nodes});
         }
         arena.reserve(&gradient, largest);
+        arena.reserve(&scaled, widest * samples);
         arena.reserve(&target, samples * outputs);
         arena.reserve(&wanted, outputs * samples);
         arena.reserve(&output, widest * samples);
-        arena.reserve(&lower, widest * samples);
+        arena.reserve(&lower, layers[0].stride * samples);
+        arena.reserve(&lower_by_sample, samples * layers[0].stride);
         softmax.resize(job.steps);
+        whole_target.resize(job.steps);
         for (Real*& place : softmax) store.reserve(&place, job.entropy ? outputs * samples : 0);
+        for (Real*& place : whole_target) store.reserve(&place, job.entropy ? samples : 0);
         arena.allocate();
         store.allocate(false);
     }
@@ -119,15 +123,25 @@ class Member {
         exchange(member, 0, true);
         for (long s = 0; s < job.steps; ++s) {
             gather(s, x, y, rows + s * batch);
+            if (s + 1 < job.steps) {  // rows are scattered over the data: prefetch the next ones now
+                fetch(x, inputs, rows + (s + 1) * batch);
+                fetch(y, outputs, rows + (s + 1) * batch);
+            }
             forward(s);
             for (long l = 0; l < depth; ++l) update(s, l);
         }
         Real* by_rate = static_cast<Real*>(job.by_rate) + member * job.steps;
-        for (long s = job.steps - 1; s >= 0; --s) by_rate[s] = back(s, member, y, rows + s * batch);
+        for (long s = job.steps - 1; s >= 0; --s) by_rate[s] = back(s, member, rows + s * batch);
         exchange(member, job.steps, false);
     }
 
   private:
+    void fetch(const Real* all, long numbers, const int64_t* rows) const {
+        for (long b = 0; b < batch; ++b)
+            for (long i = 0; i < numbers; i += kLineBytes / static_cast<long>(sizeof(Real)))
+                __builtin_prefetch(all + rows[b] * numbers + i, 0, 2);
+    }
+
     Passed<Real>& at_step(long step, long layer) { return passed[step * depth + layer]; }
     bool learns(long l) const { return !job.frozen[l]; }
     Real decay_of(long l) const { return learns(l) ? static_cast<Real>(job.weight_decay) : 0; }
@@ -182,7 +196,7 @@ class Member {
                            samples);
             if (l < depth - 1) pass_on(layers[l + 1], at_step(s, l + 1), l + 1);
         }
-        loss(at_step(s, depth - 1).gamma, softmax[s]);
+        loss(at_step(s, depth - 1).gamma, softmax[s], whole_target[s]);
         for (long l = depth - 1; l > 0; --l) {
             const Layer<Real>& layer = layers[l];
             const Passed<Real>& p = at_step(s, l);
@@ -205,15 +219,30 @@ class Member {
     }
 
     // gamma of the outputs, over the batch: z - y, or (sum of y) softmax(z) - y; 0 of padded samples
-    void loss(Real* gamma, Real* soft) {
+    void loss(Real* gamma, Real* soft, Real* wholes) {
         const long outputs = layers[depth - 1].nodes;
         if (job.entropy) to_softmax(outputs, soft);
-        const Real share = Real(1) / batch;
-        for (long b = 0; b < samples; ++b) {
-            const Real whole = job.entropy ? whole_of(b) : 1;
-            for (long i = b; i < outputs * samples; i += samples)
-                gamma[i] = b < batch ? (whole * (job.entropy ? soft : output)[i] - wanted[i]) * share : 0;
+        const Real* f = job.entropy ? soft : output;
+        for (long b = 0; b < samples; b += lanes) {
+            const Vector<Real> share = share_of(b);
+            Vector<Real> whole = Vector<Real>{} + 1;
+            if (job.entropy) at(wholes + b) = whole = sum_of_targets(outputs, b);
+            for (long i = b; i < outputs * samples; i += samples) at(gamma + i) = (whole * at(f + i) - at(wanted + i)) * share;
         }
+    }
+
+    // 1/batch for these samples, 0 for padded ones
+    Vector<Real> share_of(long b) const {
+        Vector<Real> share{};
+        for (long i = 0; i < std::min(lanes, batch - b); ++i) share[i] = Real(1) / batch;
+        return share;
+    }
+
+    // Sum of each of these samples' targets.
+    Vector<Real> sum_of_targets(long outputs, long b) const {
+        Vector<Real> whole{};
+        for (long n = 0; n < outputs; ++n) whole += at(wanted + n * samples + b);
+        return whole;
     }
 
     void to_softmax(long outputs, Real* soft) {
@@ -230,13 +259,6 @@ class Member {
             }
             for (long n = 0; n < outputs; ++n) at(soft + n * samples + b) /= sum;
         }
-    }
-
-    // Sum of a sample's targets.
-    Real whole_of(long b) const {
-        Real whole = 0;
-        for (long n = 0; n < layers[depth - 1].nodes; ++n) whole += wanted[n * samples + b];
-        return whole;
     }
 
     void gate(const Real* f, Real* p, long nodes) const {
@@ -257,19 +279,27 @@ class Member {
             if (with_moment) std::memcpy(after.first, p.first, numbers * sizeof(Real));
             return;
         }
+        const Real eta = rate(s, l), mu = static_cast<Real>(job.momentum), decay = decay_of(l);
+        const bool nesterov = job.method == kNesterov;
+        if (!with_moment && (decay == 0 || job.decay_biases)) {
+            for (long i = 0; i < layer.nodes * samples; i += lanes) at(scaled + i) = -eta * at(p.gamma + i);
+            multiply<Real>({batch, scaled, samples, 1, p.by_sample, layer.stride, after.weight, layer.stride,
+                            1 - eta * decay, p.weight}, layer.nodes, layer.stride);
+            return;
+        }
         multiply<Real>({batch, p.gamma, samples, 1, p.by_sample, layer.stride, gradient, layer.stride, 0}, layer.nodes,
                        layer.stride);
-        const Real eta = rate(s, l), mu = static_cast<Real>(job.momentum);
-        const bool nesterov = job.method == kNesterov;
-        each_part(layer, decay_of(l), [&](long from, long to, Real decay) {
+        const Real *g = gradient, *w = p.weight, *m = p.first;
+        Real *next = after.weight, *kept = after.first;
+        each_part(layer, decay, [=](long from, long to, Real decay) {
+            if (!m) {
+                for (long i = from; i < to; ++i) next[i] = w[i] - eta * (g[i] + decay * w[i]);
+                return;
+            }
             for (long i = from; i < to; ++i) {
-                const Real change = gradient[i] + decay * p.weight[i];
-                if (!with_moment) {
-                    after.weight[i] = p.weight[i] - eta * change;
-                    continue;
-                }
-                after.first[i] = mu * p.first[i] + change;
-                after.weight[i] = p.weight[i] - eta * (nesterov ? change + mu * after.first[i] : after.first[i]);
+                const Real change = g[i] + decay * w[i];
+                kept[i] = mu * m[i] + change;
+                next[i] = w[i] - eta * (nesterov ? change + mu * kept[i] : kept[i]);
             }
         });
     }
@@ -291,12 +321,14 @@ class Member {
     Real scale_of(long s, long l) const { return !learns(l) ? 0 : with_moment ? 1 : -rate(s, l); }
 
     // One step back; returns the slope in its rate.
-    Real back(long s, long member, const Real* y, const int64_t* rows) {
+    Real back(long s, long member, const int64_t* rows) {
         Real by_rate = 0;
+        if (job.by_target) fetch(sums(job.by_target, member, job.widths[depth]), job.widths[depth], rows);
+        if (job.by_input) fetch(sums(job.by_input, member, job.widths[0]), job.widths[0], rows);
         if (with_moment)
             for (long l = 0; l < depth; ++l) by_rate += through_moment(s, l);
         for (long l = 0; l < depth; ++l) by_rate += moved_up(s, l);
-        at_the_top(s, member, y, rows);
+        at_the_top(s, member, rows);
         for (long l = depth - 1; l >= 0; --l) moved_down(s, l, member, rows);
         return by_rate;
     }
@@ -366,28 +398,36 @@ class Member {
     }
 
     // From R z of the outputs: R gamma, and the slopes in the samples' weights and targets.
-    void at_the_top(long s, long member, const Real* y, const int64_t* rows) {
+    void at_the_top(long s, long member, const int64_t* rows) {
         const Layer<Real>& layer = layers[depth - 1];
-        const Real *gamma = at_step(s, depth - 1).gamma, *soft = softmax[s], share = Real(1) / batch;
-        const long outputs = layer.nodes;
-        Real *by_weight = sums(job.by_weight, member, 1), *by_target = sums(job.by_target, member, outputs);
+        const Real *gamma = at_step(s, depth - 1).gamma, *soft = softmax[s];
+        const long outputs = layer.nodes, padded = Lanes<Real>::padded(outputs);
+        Real* by_weight = sums(job.by_weight, member, 1);
+        for (long b = 0; b < samples; b += lanes) {
+            Vector<Real> weight{}, mean{};
+            for (long i = b; i < outputs * samples; i += samples) {
+                weight += at(gamma + i) * at(output + i);
+                if (job.entropy) mean += at(soft + i) * at(output + i);
+            }
+            for (long i = 0; by_weight && i < std::min(lanes, batch - b); ++i) by_weight[rows[b + i]] += weight[i];
+            const Vector<Real> share = share_of(b);
+            const Vector<Real> whole = job.entropy ? at(whole_target[s] + b) : Vector<Real>{};
+            for (long i = b; i < outputs * samples; i += samples) {
+                const Vector<Real> v = (at(output + i) - mean) * share;
+                at(output + i) = -v;
+                at(layer.moved_gamma + i) = job.entropy ? whole * at(soft + i) * v : v;
+            }
+        }
+        if (!job.by_target) return;
+        transpose(output, samples, padded, samples, target, padded);
+        add(sums(job.by_target, member, outputs), outputs, target, padded, rows);
+    }
+
+    // Adds rows of a batch to those of the samples.
+    void add(Real* to, long numbers, const Real* from, long stride, const int64_t* rows) const {
         for (long b = 0; b < batch; ++b) {
-            Real weight = 0, mean = 0, whole = 1;
-            for (long n = 0; n < outputs; ++n) weight += gamma[n * samples + b] * output[n * samples + b];
-            if (by_weight) by_weight[rows[b]] += weight;
-            if (job.entropy) {
-                whole = 0;
-                for (long n = 0; n < outputs; ++n) {
-                    mean += soft[n * samples + b] * output[n * samples + b];
-                    whole += y[rows[b] * outputs + n];
-                }
-            }
-            for (long n = 0; n < outputs; ++n) {
-                const long i = n * samples + b;
-                const Real v = (output[i] - mean) * share;
-                if (by_target) by_target[rows[b] * outputs + n] -= v;
-                layer.moved_gamma[i] = job.entropy ? whole * soft[i] * v : v;
-            }
+            Real* sum = to + rows[b] * numbers;
+            for (long i = 0; i < numbers; ++i) sum[i] += from[b * stride + i];
         }
     }
 
@@ -409,7 +449,10 @@ class Member {
                            layer.below, samples);
             if (l > 0) gate(p.by_node, out, layer.below);
         }
-        if (l == 0 && job.by_input) add_input(member, rows);
+        if (l == 0 && job.by_input) {
+            transpose(lower, samples, layer.stride, samples, lower_by_sample, layer.stride);
+            add(sums(job.by_input, member, layer.below), layer.below, lower_by_sample, layer.stride, rows);
+        }
         Real kept = 1;
         if (decay != 0 && !with_moment && job.decay_biases)
             kept = 1 + scale * decay;
@@ -422,13 +465,6 @@ class Member {
         if (l > 0)
             multiply<Real>({batch, p.gamma, samples, 1, layer.moved_by_sample, layer.stride, layer.slope, layer.stride, 1},
                            layer.nodes, layer.stride);
-    }
-
-    void add_input(long member, const int64_t* rows) {
-        const long inputs = layers[0].below;
-        Real* by_input = sums(job.by_input, member, inputs);
-        for (long b = 0; b < batch; ++b)
-            for (long i = 0; i < inputs; ++i) by_input[rows[b] * inputs + i] += lower[i * samples + b];
     }
 
     // --- the caller's tensors ------------------------------------------------------------------------------------
@@ -462,9 +498,10 @@ class Member {
     const bool with_moment;
     std::vector<Layer<Real>> layers;
     std::vector<Passed<Real>> passed;
-    std::vector<Real*> softmax;  // per step, (output, sample)
+    std::vector<Real*> softmax, whole_target;  // per step, (output, sample), and the sum of each sample's targets
     Arena<Real> arena, store;
-    Real *gradient = nullptr, *target = nullptr, *wanted = nullptr, *output = nullptr, *lower = nullptr;
+    Real *gradient = nullptr, *scaled = nullptr, *target = nullptr, *wanted = nullptr, *output = nullptr, *lower = nullptr,
+         *lower_by_sample = nullptr;
 };
 
 }  // namespace

@@ -21,7 +21,7 @@ from tsdyn.engine import compiled_adjoint
 from tsdyn.experiment.errors import ExperimentError
 from tsdyn.networks.network import Network
 from tsdyn.through_training.linearised import pulled
-from tsdyn.through_training.replay import Course, ReplayError
+from tsdyn.through_training.replay import Course, ReplayError, taken
 from tsdyn.through_training.steps import Inputs, State
 
 _log = logging.getLogger("tsdyn")
@@ -222,19 +222,28 @@ def _through_compiled(
 
 def _piece(course: Course, state: State, first: int, end: int, sums: Sums, wanted: Wanted) -> None:
     """Go back from step number `end` to `first`; `state` is that after `first` steps, and becomes that after `end`."""
-    counts = range(first + 1, end + 1)
-    epochs = [course.epoch_of(count) for count in counts]
-    if course.fresh:
-        inputs, targets = (torch.cat(parts, 1) for parts in zip(*(course.given(c)[:1:-1] for c in counts), strict=True))
-        rows = torch.arange(inputs.shape[1]).view(1, len(counts), -1).expand(len(inputs), -1, -1)
+    parts, rates, epochs = [], [], []
+    for epoch in range(course.epoch_of(first + 1), course.epoch_of(end) + 1):
+        before = (epoch - 1) * course.per_epoch
+        steps = slice(max(first - before, 0), min(end - before, course.per_epoch))
+        data = course.data(epoch)
+        assert data.rows is not None
+        parts.append((data, data.rows[:, steps]))
+        count = steps.stop - steps.start
+        rates += [course.experiment.training.rate(epoch)] * count
+        epochs += [epoch] * count
+    rows, of_target = torch.cat([chosen for _, chosen in parts], 1), None
+    inputs, targets = (None, None) if course.fresh else course.finite
+    if inputs is None or targets is None:  # each step has samples of its own
+        inputs, targets = (
+            torch.cat([taken(getattr(data, name), chosen.flatten(1)) for data, chosen in parts], 1)
+            for name in ("inputs", "targets")
+        )
+        rows = torch.arange(inputs.shape[1]).view(1, *rows.shape[1:]).expand_as(rows)
         of_target = None if wanted.of_target is None else torch.zeros_like(targets)
-    else:
-        inputs, targets = course.finite
-        rows, of_target = torch.stack([_rows(course, count) for count in counts], 1), None
     given = compiled_adjoint.Stretch(
-        inputs, targets, rows, [course.experiment.training.rate(epoch) for epoch in epochs],
-        sums.sample, sums.target if of_target is None else of_target, sums.input,
-    )  # fmt: skip
+        inputs, targets, rows, rates, sums.sample, sums.target if of_target is None else of_target, sums.input
+    )
     assert isinstance(course.kind, Network)
     held, slopes = ([s.values, *s.moments.values()] for s in (state, sums.start))
     by_rate = compiled_adjoint.back(course.kind, held, slopes, course.rule(first + 1), given)
@@ -243,12 +252,6 @@ def _piece(course: Course, state: State, first: int, end: int, sums: Sums, wante
     if wanted.of_target is not None and of_target is not None:
         weight = inputs.new_ones(inputs.shape[:2])
         wanted.of_target(end, of_target, Inputs(by_rate[:, 0], weight, targets, inputs))
-
-
-def _rows(course: Course, count: int) -> Tensor:
-    rows = course.rows(count)
-    assert rows is not None
-    return rows
 
 
 def _refuse_other_step(course: Course, found: State, engine: State, count: int) -> None:
