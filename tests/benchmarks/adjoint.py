@@ -33,6 +33,8 @@ from tsdyn.through_training.steps import State
 #: A way to do it, and how many steps of members it takes.
 Way = tuple[Callable[[], object], int]
 SEEDS, STEPS, SHORT = 4, 1000, 100
+#: Bytes in which all steps may be kept, as `tsdyn.sensitivity` allows by default.
+ROOM = 1 << 30
 WANTED = adjoint.Wanted(True, True, True, True)
 
 
@@ -92,7 +94,7 @@ class Problem:
                 adjoint.not_compiled = lambda _: "for comparison"  # type: ignore[assignment]
             try:
                 self.course.go_to(self.start, 0)
-                kept = adjoint.forward_pass(self.course)
+                kept = adjoint.forward_pass(self.course, room=ROOM)
                 return adjoint.reverse_pass(self.course, kept, self.slope.map(torch.clone), WANTED)
             finally:
                 adjoint.not_compiled = found

@@ -1,14 +1,16 @@
 // Training steps backwards, one member at a time: derivatives in all that they started from; see compiled_adjoint.py.
 //
-// The steps are taken forwards once, and all that they went through is stored.  Then back: with w the parameters of a
-// step, gamma the gradients in a layer's sums, f its inputs, and R the derivative along the direction C that the slope
-// in the parameters gives the gradient (Pearlmutter 1994),
+// The steps are taken forwards, and what they went through is stored: activations f, and gamma, the gradients in a
+// layer's sums.  Then back: with R the derivative along the direction C that the slope in the parameters gives the
+// gradient (Pearlmutter 1994),
 //
 //   R z = C f + W R f,   R f = gate R z,   R gamma below = gate (C^T gamma + W^T R gamma),
 //   slope in W  +=  R gamma f^T + gamma (R f)^T
 //
 // No Hessian is formed.  The activation is piecewise linear, so that the gates are constant where they have a
-// derivative.  Products, layouts and padding are those of compiled_step.cpp.
+// derivative.  The weights of every step would be most of the memory: of plain SGD the steps are undone on the way back,
+// W + rate gamma f^T, which is exact up to rounding and amplifies none, since gamma and f are the stored ones.  Products,
+// layouts and padding are those of compiled_step.cpp.
 
 #include <algorithm>
 #include <cmath>
@@ -31,9 +33,9 @@ struct Job {
     double leak;
     int64_t entropy;  // loss: cross entropy, else the squared error
     // per layer: (member, node, input_node) and (member, node) or null; first moments null without momentum
-    // before the first step, and overwritten by those after the last
+    // before the first step; forth overwrites them by those after the last
     void *const *weights, *const *biases, *const *first_weights, *const *first_biases;
-    // slopes in those after the last step, overwritten by the slopes in those before the first
+    // slopes in those after the last step; back overwrites them by the slopes in those before the first
     void *const *slopes, *const *bias_slopes, *const *first_slopes, *const *first_bias_slopes;
     const void *inputs, *targets;  // (member, sample, ...)
     const int64_t* rows;           // (member, step, batch)
@@ -65,16 +67,20 @@ enum Method : int64_t { kSgd, kMomentum, kNesterov };
 // What a step went through in one layer.
 template <class Real>
 struct Passed {
-    Real *weight = nullptr, *first = nullptr;       // before the step
-    Real *by_sample = nullptr, *by_node = nullptr;  // its inputs, (sample, node + 1) and (node + 1, sample)
-    Real* gamma = nullptr;                          // (node, sample)
+    Real *weight = nullptr, *first = nullptr;  // before the step; of all steps the same memory where they are undone
+    Real* by_sample = nullptr;                 // its inputs, (sample, node + 1); of the lowest layer read again
+    Real* gamma = nullptr;                     // (node, sample)
 };
+
+// Below this share of the weights that decay leaves them, undoing it would amplify rounding.
+constexpr double kLeastKept = 1e-2;
 
 template <class Real>
 struct Layer {
     long below, nodes, stride;
     Real *slope = nullptr, *first_slope = nullptr;      // of the observable, in the parameters and in their moment
     Real* along = nullptr;                              // with a moment the direction C, else it is a multiple of slope
+    Real* by_node = nullptr;                            // inputs of the present step, (node + 1, sample)
     Real *moved = nullptr, *moved_by_sample = nullptr;  // R of its inputs
     Real* moved_gamma = nullptr;
 };
@@ -90,6 +96,7 @@ class Member {
           batch(job.batch),
           samples(Lanes<Real>::padded(batch)),
           with_moment(job.method != kSgd),
+          undone(!with_moment && least_kept() > kLeastKept),
           layers(depth),
           passed(depth * (job.steps + 1)) {
         const long outputs = Lanes<Real>::padded(job.widths[depth]);
@@ -112,27 +119,42 @@ class Member {
         for (Real*& place : whole_target) store.reserve(&place, job.entropy ? samples : 0);
         arena.allocate();
         store.allocate(false);
+        share();
     }
     Member(const Member&) = delete;
 
-    void go_back(long member) {
+    void go_forth(long member) {
         const long inputs = layers[0].below, outputs = layers[depth - 1].nodes;
         const Real* x = static_cast<const Real*>(job.inputs) + member * job.samples * inputs;
         const Real* y = static_cast<const Real*>(job.targets) + member * job.samples * outputs;
         const int64_t* rows = job.rows + member * job.steps * batch;
         exchange(member, 0, true);
-        for (long s = 0; s < job.steps; ++s) {
-            gather(s, x, y, rows + s * batch);
+        for (long s = 0; s < job.steps; ++s, rows += batch) {
+            gather(x, rows);
+            for (long b = 0; b < batch; ++b)
+                std::memcpy(target + b * Lanes<Real>::padded(outputs), y + rows[b] * outputs, outputs * sizeof(Real));
             if (s + 1 < job.steps) {  // rows are scattered over the data: prefetch the next ones now
-                fetch(x, inputs, rows + (s + 1) * batch);
-                fetch(y, outputs, rows + (s + 1) * batch);
+                fetch(x, inputs, rows + batch);
+                fetch(y, outputs, rows + batch);
             }
             forward(s);
             for (long l = 0; l < depth; ++l) update(s, l);
         }
-        Real* by_rate = static_cast<Real*>(job.by_rate) + member * job.steps;
-        for (long s = job.steps - 1; s >= 0; --s) by_rate[s] = back(s, member, rows + s * batch);
         exchange(member, job.steps, false);
+    }
+
+    void go_back(long member) {
+        const long inputs = layers[0].below;
+        const Real* x = static_cast<const Real*>(job.inputs) + member * job.samples * inputs;
+        const int64_t* rows = job.rows + member * job.steps * batch;
+        exchange_slopes(member, true);
+        Real* by_rate = static_cast<Real*>(job.by_rate) + member * job.steps;
+        for (long s = job.steps - 1; s >= 0; --s) {
+            gather(x, rows + s * batch);
+            if (s > 0) fetch(x, inputs, rows + (s - 1) * batch);
+            by_rate[s] = back(s, member, rows + s * batch);
+        }
+        exchange_slopes(member, false);
     }
 
   private:
@@ -145,6 +167,19 @@ class Member {
     Passed<Real>& at_step(long step, long layer) { return passed[step * depth + layer]; }
     bool learns(long l) const { return !job.frozen[l]; }
     Real decay_of(long l) const { return learns(l) ? static_cast<Real>(job.weight_decay) : 0; }
+    double kept(long s, long l) const { return 1 - job.rates[s] * job.factors[l] * job.weight_decay; }
+
+    // The smallest share of a layer's weights that the decay of all steps leaves.
+    double least_kept() const {
+        double least = 1;
+        for (long l = 0; l < depth; ++l) {
+            double share = 1;
+            for (long s = 0; s < job.steps; ++s) share *= std::max(0.0, kept(s, l));
+            if (!job.frozen[l]) least = std::min(least, share);
+        }
+        return least;
+    }
+
     Real rate(long s, long l) const { return static_cast<Real>(job.rates[s] * job.factors[l]); }
 
     void plan(long l) {
@@ -156,43 +191,51 @@ class Member {
         arena.reserve(&layer.slope, numbers);
         arena.reserve(&layer.first_slope, with_moment ? numbers : 0);
         arena.reserve(&layer.along, with_moment ? numbers : 0);
+        arena.reserve(&layer.by_node, layer.stride * samples);
         arena.reserve(&layer.moved, layer.stride * samples);
         arena.reserve(&layer.moved_by_sample, samples * layer.stride);
         arena.reserve(&layer.moved_gamma, layer.nodes * samples);
         for (long s = 0; s <= job.steps; ++s) {
             Passed<Real>& p = at_step(s, l);
-            store.reserve(&p.weight, numbers);
+            if (s == 0 || !undone) store.reserve(&p.weight, numbers);
             store.reserve(&p.first, with_moment ? numbers : 0);
-            if (s == job.steps) continue;
-            store.reserve(&p.by_sample, samples * layer.stride);
-            store.reserve(&p.by_node, layer.stride * samples);
-            store.reserve(&p.gamma, layer.nodes * samples);
+            if (s == 0 || (l > 0 && s < job.steps)) store.reserve(&p.by_sample, samples * layer.stride);
+            if (s < job.steps) store.reserve(&p.gamma, layer.nodes * samples);
         }
+    }
+
+    // Steps that share memory point to that of the first.
+    void share() {
+        for (long s = 1; s <= job.steps; ++s)
+            for (long l = 0; l < depth; ++l) {
+                if (undone) at_step(s, l).weight = at_step(0, l).weight;
+                if (l == 0) at_step(s, l).by_sample = at_step(0, l).by_sample;
+            }
     }
 
     // --- forwards ------------------------------------------------------------------------------------------------
 
-    void gather(long s, const Real* x, const Real* y, const int64_t* rows) {
+    // The inputs of a step, with the constant node and padding, both ways.
+    void gather(const Real* x, const int64_t* rows) {
         const Layer<Real>& layer = layers[0];
-        const Passed<Real>& p = at_step(s, 0);
-        const long outputs = layers[depth - 1].nodes, padded = Lanes<Real>::padded(outputs);
-        std::memset(p.by_sample, 0, samples * layer.stride * sizeof(Real));
+        Real* by_sample = at_step(0, 0).by_sample;
+        std::memset(by_sample, 0, samples * layer.stride * sizeof(Real));
         for (long b = 0; b < batch; ++b) {
-            std::memcpy(p.by_sample + b * layer.stride, x + rows[b] * layer.below, layer.below * sizeof(Real));
-            p.by_sample[b * layer.stride + layer.below] = job.biases[0] ? 1 : 0;  // the constant node
-            std::memcpy(target + b * padded, y + rows[b] * outputs, outputs * sizeof(Real));
+            std::memcpy(by_sample + b * layer.stride, x + rows[b] * layer.below, layer.below * sizeof(Real));
+            by_sample[b * layer.stride + layer.below] = job.biases[0] ? 1 : 0;
         }
-        transpose(p.by_sample, layer.stride, samples, layer.stride, p.by_node, samples);
-        transpose(target, padded, samples, padded, wanted, samples);
+        transpose(by_sample, layer.stride, samples, layer.stride, layer.by_node, samples);
     }
 
     // Sums, activations, and gamma of every layer.
     void forward(long s) {
+        const long padded = Lanes<Real>::padded(layers[depth - 1].nodes);
+        transpose(target, padded, samples, padded, wanted, samples);
         for (long l = 0; l < depth; ++l) {
             const Layer<Real>& layer = layers[l];
             const Passed<Real>& p = at_step(s, l);
-            Real* out = l == depth - 1 ? output : at_step(s, l + 1).by_node;
-            multiply<Real>({constant(l), p.weight, layer.stride, 1, p.by_node, samples, out, samples, 0}, layer.nodes,
+            Real* out = l == depth - 1 ? output : layers[l + 1].by_node;
+            multiply<Real>({constant(l), p.weight, layer.stride, 1, layer.by_node, samples, out, samples, 0}, layer.nodes,
                            samples);
             if (l < depth - 1) pass_on(layers[l + 1], at_step(s, l + 1), l + 1);
         }
@@ -203,7 +246,7 @@ class Member {
             Real* below = at_step(s, l - 1).gamma;
             multiply<Real>({layer.nodes, p.weight, 1, layer.stride, p.gamma, samples, below, samples, 0}, layer.below,
                            samples);
-            gate(p.by_node, below, layer.below);
+            gate(layer.by_node, below, layer.below);
         }
     }
 
@@ -212,10 +255,10 @@ class Member {
 
     // Activations of a layer's inputs in place, the constant node and padding, and all of it by sample.
     void pass_on(const Layer<Real>& layer, const Passed<Real>& p, long l) {
-        activate<Real>(kLeaky, static_cast<Real>(job.leak), p.by_node, nullptr, layer.below * samples);
-        std::memset(p.by_node + layer.below * samples, 0, (layer.stride - layer.below) * samples * sizeof(Real));
-        if (job.biases[l]) std::fill_n(p.by_node + layer.below * samples, batch, Real(1));
-        transpose(p.by_node, samples, layer.stride, samples, p.by_sample, layer.stride);
+        activate<Real>(kLeaky, static_cast<Real>(job.leak), layer.by_node, nullptr, layer.below * samples);
+        std::memset(layer.by_node + layer.below * samples, 0, (layer.stride - layer.below) * samples * sizeof(Real));
+        if (job.biases[l]) std::fill_n(layer.by_node + layer.below * samples, batch, Real(1));
+        transpose(layer.by_node, samples, layer.stride, samples, p.by_sample, layer.stride);
     }
 
     // gamma of the outputs, over the batch: z - y, or (sum of y) softmax(z) - y; 0 of padded samples
@@ -304,6 +347,26 @@ class Member {
         });
     }
 
+    // Takes back what `update` did to the weights.
+    void undo(long s, long l) {
+        const Layer<Real>& layer = layers[l];
+        const Passed<Real>& p = at_step(s, l);
+        if (!learns(l)) return;
+        const Real eta = rate(s, l), decay = decay_of(l);
+        if (decay == 0 || job.decay_biases) {
+            const Real wider = 1 / static_cast<Real>(decay == 0 ? 1 : kept(s, l));
+            for (long i = 0; i < layer.nodes * samples; i += lanes) at(scaled + i) = eta * wider * at(p.gamma + i);
+            multiply<Real>({batch, scaled, samples, 1, p.by_sample, layer.stride, p.weight, layer.stride, wider},
+                           layer.nodes, layer.stride);
+            return;
+        }
+        multiply<Real>({batch, p.gamma, samples, 1, p.by_sample, layer.stride, gradient, layer.stride, 0}, layer.nodes,
+                       layer.stride);
+        each_part(layer, decay, [&](long from, long to, Real decay) {
+            for (long i = from; i < to; ++i) p.weight[i] = (p.weight[i] + eta * gradient[i]) / (1 - eta * decay);
+        });
+    }
+
     // Calls with (from, to, decay) of the numbers of a layer that decay alike.
     template <class Call>
     void each_part(const Layer<Real>& layer, Real decay, Call call) const {
@@ -325,8 +388,12 @@ class Member {
         Real by_rate = 0;
         if (job.by_target) fetch(sums(job.by_target, member, job.widths[depth]), job.widths[depth], rows);
         if (job.by_input) fetch(sums(job.by_input, member, job.widths[0]), job.widths[0], rows);
-        if (with_moment)
-            for (long l = 0; l < depth; ++l) by_rate += through_moment(s, l);
+        for (long l = 1; l < depth; ++l)
+            transpose(at_step(s, l).by_sample, layers[l].stride, samples, layers[l].stride, layers[l].by_node, samples);
+        for (long l = 0; l < depth; ++l) {
+            if (undone) undo(s, l);
+            if (with_moment) by_rate += through_moment(s, l);
+        }
         for (long l = 0; l < depth; ++l) by_rate += moved_up(s, l);
         at_the_top(s, member, rows);
         for (long l = depth - 1; l >= 0; --l) moved_down(s, l, member, rows);
@@ -359,7 +426,7 @@ class Member {
         Real *out = top ? output : layers[l + 1].moved, by_rate = 0;
         const Real scale = scale_of(s, l);
         if (learns(l)) {
-            multiply<Real>({constant(l), along(layer), layer.stride, 1, p.by_node, samples, out, samples, 0}, layer.nodes,
+            multiply<Real>({constant(l), along(layer), layer.stride, 1, layer.by_node, samples, out, samples, 0}, layer.nodes,
                            samples);
             if (!with_moment)
                 by_rate = -static_cast<Real>(job.factors[l]) * (dot(p.gamma, out, layer.nodes) + decayed(p, l));
@@ -373,7 +440,7 @@ class Member {
             for (long i = 0; i < layer.nodes * samples; i += lanes) at(out + i) *= scale;
         if (top) return by_rate;
         const Layer<Real>& above = layers[l + 1];
-        gate(at_step(s, l + 1).by_node, out, layer.nodes);
+        gate(above.by_node, out, layer.nodes);
         transpose(out, samples, above.stride, samples, above.moved_by_sample, above.stride);
         return by_rate;
     }
@@ -447,7 +514,7 @@ class Member {
                                layer.below, samples);
             multiply<Real>({layer.nodes, p.weight, 1, layer.stride, layer.moved_gamma, samples, out, samples, scale},
                            layer.below, samples);
-            if (l > 0) gate(p.by_node, out, layer.below);
+            if (l > 0) gate(layer.by_node, out, layer.below);
         }
         if (l == 0 && job.by_input) {
             transpose(lower, samples, layer.stride, samples, lower_by_sample, layer.stride);
@@ -469,16 +536,20 @@ class Member {
 
     // --- the caller's tensors ------------------------------------------------------------------------------------
 
-    // In: the state before the first step and the slopes after the last; out: the state after, the slopes before.
+    // The state at a step, in or out.
     void exchange(long member, long step, bool in) {
         for (long l = 0; l < depth; ++l) {
-            Layer<Real>& layer = layers[l];
             const Passed<Real>& p = at_step(step, l);
-            copy(layer, member, job.weights[l], job.biases[l], p.weight, in);
+            copy(layers[l], member, job.weights[l], job.biases[l], p.weight, in);
+            if (with_moment) copy(layers[l], member, job.first_weights[l], job.first_biases[l], p.first, in);
+        }
+    }
+
+    void exchange_slopes(long member, bool in) {
+        for (long l = 0; l < depth; ++l) {
+            Layer<Real>& layer = layers[l];
             copy(layer, member, job.slopes[l], job.bias_slopes[l], layer.slope, in);
-            if (!with_moment) continue;
-            copy(layer, member, job.first_weights[l], job.first_biases[l], p.first, in);
-            copy(layer, member, job.first_slopes[l], job.first_bias_slopes[l], layer.first_slope, in);
+            if (with_moment) copy(layer, member, job.first_slopes[l], job.first_bias_slopes[l], layer.first_slope, in);
         }
     }
 
@@ -495,7 +566,7 @@ class Member {
 
     const Job& job;
     const long depth, batch, samples;
-    const bool with_moment;
+    const bool with_moment, undone;
     std::vector<Layer<Real>> layers;
     std::vector<Passed<Real>> passed;
     std::vector<Real*> softmax, whole_target;  // per step, (output, sample), and the sum of each sample's targets
@@ -507,13 +578,16 @@ class Member {
 }  // namespace
 
 extern "C" {
-int back_float64(const Job* job, int64_t first, int64_t last) {
+// Takes the steps; returns what they went through, for the next two, or null if there is no memory for it.
+void* forth_float64(const Job* job, int64_t member) {
     try {
-        Member<double> member(*job);
-        for (int64_t m = first; m < last; ++m) member.go_back(m);
+        auto* passed = new Member<double>(*job);
+        passed->go_forth(member);
+        return passed;
     } catch (const std::bad_alloc&) {
-        return 1;
+        return nullptr;
     }
-    return 0;
 }
+void back_float64(void* passed, int64_t member) { static_cast<Member<double>*>(passed)->go_back(member); }
+void drop_float64(void* passed) { delete static_cast<Member<double>*>(passed); }
 }

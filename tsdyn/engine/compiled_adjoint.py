@@ -1,15 +1,18 @@
 """Training steps gone back through in compiled code: derivatives in all that they started from.
 
-compiled_adjoint.cpp is built and called by `native`.  It takes the steps once more, keeps what they went through, and
-goes back without a graph or a Hessian.  It serves fully connected networks with a piecewise linear activation and no
+compiled_adjoint.cpp is built and called by `native`.  A `Passage` takes steps of training, keeps what they went through,
+and goes back without a graph or a Hessian.  It serves fully connected networks with a piecewise linear activation and no
 BatchNorm, in float64 on a CPU, trained on batches by SGD with or without momentum.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+import itertools
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,23 +67,19 @@ class Job(ctypes.Structure):
 
 
 @dataclass(frozen=True)
-class Stretch:
-    """Steps of training: what they take beside the state, and the sums of slopes that going back adds to.
+class Steps:
+    """Steps of training: what they take beside the state.
 
     Attributes:
         inputs, targets: (member, sample, ...).
         rows: The samples of each step, (member, step, batch).
         rates: Learning rate of each step.
-        by_weight, by_target, by_input: Slopes in the samples' weights, targets and inputs, (member, sample, ...).
     """
 
     inputs: Tensor
     targets: Tensor
     rows: Tensor
     rates: Sequence[float]
-    by_weight: Tensor | None = None
-    by_target: Tensor | None = None
-    by_input: Tensor | None = None
 
 
 def refusal(network: object, rule: Rule, device: torch.device) -> str | None:
@@ -101,71 +100,126 @@ def refusal(network: object, rule: Rule, device: torch.device) -> str | None:
     return found
 
 
-def back(network: Network, state: Sequence[Named], slopes: Sequence[Named], rule: Rule, given: Stretch) -> Tensor:
-    """The slopes in the rate of each step, (member, step); takes the steps of `given` forth and back.
+class Passage:
+    """Members that have taken some steps, and can go back.  They take `bytes_of_step` for each step while it lives."""
 
-    Args:
-        network: The members' architecture, which `refusal` has nothing against, as with `rule`.
-        state: Parameters before the first step and, with momentum, moments, name → (member, ...); overwritten by those
-            after the last.
-        slopes: Of an observable in those after the last step; overwritten by those before the first.
-        rule: Of all steps but for the rates.
-        given: The steps.
+    def __init__(self, network: Network, state: Sequence[Named], rule: Rule, steps: Steps) -> None:
+        """Take the steps.
 
-    Raises:
-        IndexError: if rows have an index outside the samples.
-        MemoryError: if there is no memory for what the steps go through.
-    """
-    library = native.load(SOURCE, Job)
-    assert library is not None
-    inputs, targets, rows = given.inputs.contiguous(), given.targets.contiguous(), given.rows.contiguous()
-    members, steps, batch = rows.shape
-    if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < inputs.shape[1]:
-        raise IndexError(f"back: rows reach from {int(rows.min())} to {int(rows.max())}; samples: {inputs.shape[1]}")
-    depth = network.depth
-    by_rate = inputs.new_zeros(members, steps)
-    held = [[*named, *[{}] * (2 - len(named))] for named in (state, slopes)]
-    sums = [given.by_weight, given.by_target, given.by_input]
-    tensors = [t for named in [*state, *slopes] for t in named.values()]
-    assert all(t.is_contiguous() and t.dtype == torch.float64 for t in [inputs, targets, *tensors])
-    assert all(t is None or t.is_contiguous() for t in sums)
+        Args:
+            network: The members' architecture, which `refusal` has nothing against, as with `rule`.
+            state: Parameters before the first step and, with momentum, moments, name → (member, ...); overwritten by
+                those after the last.
+            rule: Of all steps but for the rates.
+            steps: The steps.
 
-    def both(named: Named) -> list[ctypes.Array]:
-        names = ("weight", "bias")
-        return [native.pointers([named.get(f"{name}_{layer + 1}") for layer in range(depth)]) for name in names]
+        Raises:
+            IndexError: if rows have an index outside the samples.
+            MemoryError: if there is no memory for what the steps go through.
+        """
+        library = native.load(SOURCE, Job)
+        assert library is not None
+        samples = steps.inputs.shape[1]
+        rows = steps.rows.contiguous()
+        self.members, count, batch = rows.shape
+        if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < samples:
+            raise IndexError(f"forth: rows reach from {int(rows.min())} to {int(rows.max())}; samples: 0..{samples - 1}")
+        self._depth = network.depth
+        # all that the struct points to lives as long as it does
+        self._by_rate = torch.zeros(self.members, count, dtype=torch.float64)
+        self._held: list[object] = [held := (steps.inputs.contiguous(), steps.targets.contiguous()), rows, *state]
+        tensors = [*held, *(t for named in state for t in named.values())]
+        assert all(t.is_contiguous() and t.dtype == torch.float64 for t in tensors)
+        nothing = [native.pointers([None] * self._depth)] * 4
+        self._job = Job(
+            self._depth,
+            native.array(ctypes.c_int64, network.widths),
+            batch,
+            count,
+            samples,
+            network.activation.leak or 0.0,
+            rule.loss is CROSS_ENTROPY,
+            *self._pointers(state),
+            *nothing,
+            *(t.data_ptr() for t in held),
+            rows.data_ptr(),
+            native.array(ctypes.c_double, steps.rates),
+            native.array(ctypes.c_double, rule.factors or [1.0] * self._depth),
+            rule.momentum,
+            rule.weight_decay,
+            METHODS[rule.name],
+            rule.decay_biases,
+            native.array(ctypes.c_uint8, [layer + 1 in rule.frozen for layer in range(self._depth)]),
+            self._by_rate.data_ptr(),
+        )
+        forth, self._back, drop = (native.function(library, name, torch.float64) for name in ("forth", "back", "drop"))
+        forth.restype, drop.restype, self._back.restype = ctypes.c_void_p, None, None  # type: ignore[attr-defined]
+        self._passed: list[int | None] = [None] * self.members
+        self._drop = weakref.finalize(self, _dropped, drop, self._passed)
 
-    job = Job(
-        depth,
-        native.array(ctypes.c_int64, network.widths),
-        batch,
-        steps,
-        inputs.shape[1],
-        network.activation.leak or 0.0,
-        rule.loss is CROSS_ENTROPY,
-        *(array for named in [*held[0], *held[1]] for array in both(named)),
-        inputs.data_ptr(),
-        targets.data_ptr(),
-        rows.data_ptr(),
-        native.array(ctypes.c_double, given.rates),
-        native.array(ctypes.c_double, rule.factors or [1.0] * depth),
-        rule.momentum,
-        rule.weight_decay,
-        METHODS[rule.name],
-        rule.decay_biases,
-        native.array(ctypes.c_uint8, [layer + 1 in rule.frozen for layer in range(depth)]),
-        by_rate.data_ptr(),
-        *(None if t is None else t.data_ptr() for t in sums),
-    )
-    function = native.function(library, "back", torch.float64)
+        def one(member: int, _next: int) -> int:
+            self._passed[member] = forth(ctypes.byref(self._job), ctypes.c_int64(member))
+            return self._passed[member] is None
 
-    def some(first: int, last: int) -> int:
-        return int(function(ctypes.byref(job), ctypes.c_int64(first), ctypes.c_int64(last)))
+        if native.each(one, self._each):
+            self._drop()
+            raise MemoryError(f"forth: no memory for what {count} steps of widths {network.widths} go through")
 
-    if native.each(some, list(native.shares(members))):
-        raise MemoryError(f"back: no memory for what {steps} steps of widths {network.widths} go through")
-    return by_rate
+    @property
+    def _each(self) -> list[tuple[int, int]]:
+        return [(member, member + 1) for member in range(self.members)]
+
+    def _pointers(self, named: Sequence[Named]) -> list[ctypes.Array]:
+        """Weights and biases of each layer, of parameters and moments; null where there are none."""
+        every = [*named, *[{}] * (2 - len(named))]
+        return [
+            native.pointers([held.get(f"{name}_{layer + 1}") for layer in range(self._depth)])
+            for held in every
+            for name in ("weight", "bias")
+        ]
+
+    def back(
+        self,
+        slopes: Sequence[Named],
+        by_weight: Tensor | None = None,
+        by_target: Tensor | None = None,
+        by_input: Tensor | None = None,
+    ) -> Tensor:
+        """The slopes in the rate of each step, (member, step); goes back once, and gives up what was kept.
+
+        Args:
+            slopes: Of an observable in the state after the last step, as `state`; overwritten by those before the first.
+            by_weight, by_target, by_input: Sums of the slopes in the samples' weights, targets and inputs, (member,
+                sample, ...), which are added to.
+        """
+        sums = (by_weight, by_target, by_input)
+        tensors = [*(t for named in slopes for t in named.values()), *(t for t in sums if t is not None)]
+        assert all(t.is_contiguous() and t.dtype == torch.float64 for t in tensors)
+        job = self._job
+        job.slopes, job.bias_slopes, job.first_slopes, job.first_bias_slopes = pointers = self._pointers(slopes)
+        job.by_weight, job.by_target, job.by_input = (None if t is None else t.data_ptr() for t in sums)
+
+        def one(member: int, _next: int) -> int:
+            self._back(ctypes.c_void_p(self._passed[member]), ctypes.c_int64(member))
+            return 0
+
+        native.each(one, self._each)
+        self._drop()
+        del pointers
+        return self._by_rate
 
 
-def bytes_of_step(network: Network, batch: int) -> int:
-    """What a step goes through beside its parameters, in bytes, about."""
-    return 8 * batch * (2 * sum(network.widths[:-1]) + 3 * sum(network.widths[1:]))
+def _dropped(drop: Callable[..., Any], passed: list[int | None]) -> None:
+    for place in passed:
+        if place is not None:
+            drop(ctypes.c_void_p(place))
+    passed.clear()
+
+
+def bytes_of_step(network: Network, batch: int, *, moments: bool) -> int:
+    """What a step of one member goes through, in bytes, at most; with `moments` the parameters are kept, too."""
+    each = native.padded(batch, torch.float64)
+    hidden = [native.padded(n + 1, torch.float64) for n in network.widths[1:-1]]
+    parameters = sum(2 * n * native.padded(below + 1, torch.float64) for below, n in itertools.pairwise(network.widths))
+    outputs = native.padded(network.widths[-1], torch.float64)
+    return 8 * (each * (sum(hidden) + sum(network.widths[1:]) + outputs + 1) + moments * parameters)
