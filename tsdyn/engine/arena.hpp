@@ -13,7 +13,7 @@
 
 namespace {
 
-// Places are reserved first, then allocated at once, all zero.
+// Places are reserved first, then allocated at once; all zero unless asked otherwise.
 template <class Real>
 class Arena {
   public:
@@ -26,10 +26,10 @@ class Arena {
         places.push_back({place, size});
         size += Lanes<Real>::padded(numbers);
     }
-    void allocate() {
+    void allocate(bool zero = true) {
         memory = static_cast<Real*>(std::aligned_alloc(64, std::max<long>(size, 16) * sizeof(Real)));
         if (!memory) throw std::bad_alloc();
-        std::memset(memory, 0, size * sizeof(Real));
+        if (zero) std::memset(memory, 0, size * sizeof(Real));
         for (const auto& [place, from] : places) *place = memory + from;
     }
 

@@ -63,6 +63,7 @@ struct Product {
     Real* c;
     long c_row;
     Real beta;
+    const Real* from = nullptr;  // C before, if it is elsewhere
 };
 
 template <class Real, int R, int V>
@@ -71,13 +72,14 @@ inline void tile(const Product<Real>& p, long row, long column) {
     const Real* a = p.a + row * p.a_row;
     const Real* b = p.b + column;
     Real* c = p.c + row * p.c_row + column;
+    const Real* before = (p.from ? p.from : p.c) + row * p.c_row + column;
     const long a_row = p.a_row, a_k = p.a_k, b_k = p.b_k, c_row = p.c_row;
     Vector<Real> sum[R][V] = {};
     if (p.beta != 0) {  // C need not hold numbers otherwise
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 16
-            for (int v = 0; v < V; ++v) sum[r][v] = p.beta * at(c + r * c_row + v * lanes);
+            for (int v = 0; v < V; ++v) sum[r][v] = p.beta * at(before + r * c_row + v * lanes);
         }
     }
     for (long k = p.k; k > 0; --k, a += a_k, b += b_k) {

@@ -3,12 +3,13 @@
     λ_{t−1} = λ_t ∂θ_t/∂θ_{t−1},   dO/dη_t = λ_t ∂θ_t/∂η_t,   dO/dw_i += λ_t ∂θ_t/∂w_i,   ...
 
 θ is the whole state, moments and running statistics included.  Every √n-th state is kept, and those between are
-computed again.
+computed again.  Compiled code goes back where it can (`compiled_adjoint`), `linearised` elsewhere.
 """
 
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,10 +17,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from tsdyn.engine import compiled_adjoint
 from tsdyn.experiment.errors import ExperimentError
+from tsdyn.networks.network import Network
 from tsdyn.through_training.linearised import pulled
-from tsdyn.through_training.replay import Course, ReplayError
+from tsdyn.through_training.replay import Course, ReplayError, taken
 from tsdyn.through_training.steps import Inputs, State
+
+_log = logging.getLogger("tsdyn")
 
 #: A step of the pure function and the engine's own may differ by this much, relative to the largest number.
 SAME_STEP = 1e-9
@@ -65,8 +70,49 @@ def states_held(steps: int) -> int:
     return math.ceil(steps / apart) + apart + 2
 
 
-def forward_pass(course: Course, tick: Callable[[int], None] | None = None) -> dict[int, State]:
-    """The kept states of a course by number of steps taken, the first and the last included; ends at its end."""
+@dataclass
+class Kept:
+    """What a forward pass leaves for the way back.
+
+    Attributes:
+        end: The last state.
+        states: States by number of steps taken, the first and the last included; or ...
+        passages: ... what all steps went through, by (steps taken, steps taken at its end): compiled code only.
+        why: Why compiled code is not taken; None if it is.
+    """
+
+    end: State
+    states: dict[int, State]
+    passages: dict[tuple[int, int], _Piece]
+    why: str | None
+
+    @property
+    def way(self) -> str:
+        """How the way back is gone: ``"compiled"``, or ``"general"`` with the reason."""
+        return "compiled" if self.why is None else f"general ({self.why})"
+
+
+def forward_pass(course: Course, tick: Callable[[int], None] | None = None, room: int = 0) -> Kept:
+    """Go to the end of a course.
+
+    Args:
+        course: From its start.
+        tick: Called with the number of steps gone.
+        room: Bytes in which compiled code may keep all steps, which saves going forth once more.
+    """
+    why = not_compiled(course)
+    _log.info("sensitivity: the adjoint is %s", "compiled" if why is None else f"general ({why})")
+    course.advance(0)
+    if why is None and course.steps and bytes_of_steps(course) <= room:
+        marks = [0, *(count for count in range(1, course.steps) if _recorded(course, count)), course.steps]
+        passages = {}
+        for first, end in itertools.pairwise(marks):
+            state = course.state()
+            passages[first, end] = _piece(course, state, first, end)
+            course.arrive(state, end)
+            if tick is not None:
+                tick(end - first)
+        return Kept(course.state(), {}, passages, why)
     apart = spacing(course.steps)
     kept = {0: course.state()}
     while course.taken < course.steps:
@@ -74,19 +120,17 @@ def forward_pass(course: Course, tick: Callable[[int], None] | None = None) -> d
         if tick is not None:
             tick(course.taken - max(kept))
         kept[course.taken] = course.state()
-    if not course.steps:
-        course.advance(0)
-    return kept
+    return Kept(course.state(), kept, {}, why)
 
 
 def reverse_pass(
-    course: Course, kept: dict[int, State], slope: State, wanted: Wanted, tick: Callable[[int], None] | None = None
+    course: Course, kept: Kept, slope: State, wanted: Wanted, tick: Callable[[int], None] | None = None
 ) -> Sums:
     """Go back from `slope` = ∂O/∂θ_T to the start.
 
     Args:
         course: The course after `forward_pass`.
-        kept: Its states; emptied on the way.
+        kept: What that left; emptied on the way.
         slope: Derivatives of the observable in the last state.
         wanted: What else is differentiated in.
         tick: Called with the number of steps gone back.
@@ -96,19 +140,18 @@ def reverse_pass(
         ExperimentError: if a derivative is not finite.
     """
     sums = _empty(course, slope, wanted)
-    marks = sorted(kept)
-    after = kept.pop(marks[-1]) if len(marks) > 1 else None
+    for first, end in sorted(kept.passages, reverse=True):
+        kept.passages.pop((first, end)).back(course, sums, wanted)
+        if tick is not None:
+            tick(end - first)
+    through = _through_compiled if kept.why is None else _through_general
+    marks = sorted(kept.states)
+    after = kept.end
     for first, end in reversed(list(itertools.pairwise(marks))):
-        course.go_to(kept.pop(first), first)
-        states = [course.state()]
-        for _ in range(first, end - 1):
-            course.advance(1)
-            states.append(course.state())
-        for count in range(end, first, -1):
-            before = states.pop()
-            assert after is not None
-            sums.start = _back(course, before, after, sums, wanted, count)
-            after = before
+        del kept.states[end]
+        before = kept.states[first]
+        through(course, before, after, first, end, sums, wanted)
+        after = before
         if tick is not None:
             tick(end - first)
     if not all(bool(t.isfinite().all()) for t in sums.start.tensors()):
@@ -133,6 +176,24 @@ def _empty(course: Course, slope: State, wanted: Wanted) -> Sums:
     return sums
 
 
+# --- step by step --------------------------------------------------------------------------------------------
+
+
+def _through_general(
+    course: Course, before: State, after: State, first: int, end: int, sums: Sums, wanted: Wanted
+) -> None:
+    """Go back from the state `after` step number `end` to `before`, that after `first` steps."""
+    course.go_to(before, first)
+    states = [course.state()]
+    for _ in range(first, end - 1):
+        course.advance(1)
+        states.append(course.state())
+    for count in range(end, first, -1):
+        state = states.pop()
+        sums.start = _back(course, state, after, sums, wanted, count)
+        after = state
+
+
 def _back(course: Course, before: State, after: State, sums: Sums, wanted: Wanted, count: int) -> State:
     """λ before step `count` from λ after it, which `sums.start` holds; adds what the step gives to `sums`."""
     given, rule = course.given(count), course.rule(count)
@@ -145,7 +206,7 @@ def _back(course: Course, before: State, after: State, sums: Sums, wanted: Wante
     names = [name for name, there in of.items() if there]
 
     found, lower, by_name = pulled(course.kind, before, given, rule, count, sums.start, names)
-    if not (course.anchors and count % course.per_epoch == 0 and course.epoch_of(count) in course.recorded):
+    if not _anchored(course, count):
         _refuse_other_step(course, found, after, count)
     rows = course.rows(count)
     if sums.learning_rate is not None:
@@ -164,6 +225,99 @@ def _add(total: Tensor, rows: Tensor | None, part: Tensor) -> None:
         total += part
     else:
         total.scatter_add_(1, rows.view(*rows.shape, *[1] * (part.ndim - 2)).expand_as(part), part)
+
+
+def _recorded(course: Course, count: int) -> bool:
+    return count % course.per_epoch == 0 and course.epoch_of(count) in course.recorded
+
+
+def _anchored(course: Course, count: int) -> bool:
+    """Whether the recorded weights take the place of the state after `count` steps."""
+    return course.anchors and _recorded(course, count)
+
+
+# --- in compiled code ----------------------------------------------------------------------------------------
+
+
+def not_compiled(course: Course) -> str | None:
+    """Why the general adjoint is taken, step by step; None where compiled code goes back."""
+    if course.anchors and any(set(named) < set(course.ensemble.values) for named in course.recorded.values()):
+        return "not all parameters are recorded"
+    if course.steps and course.rows(1) is None:
+        return "the whole training set is the batch"
+    return compiled_adjoint.refusal(course.kind, course.rule(1), course.ensemble.device)
+
+
+def _through_compiled(
+    course: Course, before: State, after: State, first: int, end: int, sums: Sums, wanted: Wanted
+) -> None:
+    """As `_through_general`, in pieces between the epochs whose recorded weights the replay goes on from."""
+    course.go_to(before, first)  # the data of its epoch
+    marks = [first, *(count for count in range(first + 1, end) if _anchored(course, count)), end]
+    for begin, last in reversed(list(itertools.pairwise(marks))):
+        if begin > first:
+            values = {n: t.to(after.values[n]) for n, t in course.recorded[course.epoch_of(begin)].items()}
+            state = before._replace(values={n: values[n].clone() for n in before.values})
+        else:
+            state = before.map(torch.clone)
+        _piece(course, state, begin, last).back(course, sums, wanted)
+        if not _anchored(course, last):
+            _refuse_other_step(course, state, after, last)
+
+
+def bytes_of_steps(course: Course) -> int:
+    """Bytes that all steps of all members of a course go through in compiled code."""
+    assert isinstance(course.kind, Network)
+    moments = bool(course.ensemble.moments)
+    each = compiled_adjoint.bytes_of_step(course.kind, course.experiment.training.batch, moments=moments)
+    return each * course.steps * course.ensemble.members
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Steps that were taken, of some epochs."""
+
+    passage: compiled_adjoint.Passage
+    steps: compiled_adjoint.Steps
+    epochs: list[int]
+
+    def back(self, course: Course, sums: Sums, wanted: Wanted) -> None:
+        """Go back, and add what the steps give to `sums`."""
+        x, y = self.steps.inputs, self.steps.targets
+        # of samples that are not seen twice only the teacher's derivative is taken, by the targets
+        of_target = torch.zeros_like(y) if course.fresh and wanted.of_target is not None else None
+        slopes = [sums.start.values, *sums.start.moments.values()]
+        by_rate = self.passage.back(slopes, sums.sample, sums.target if of_target is None else of_target, sums.input)
+        if sums.learning_rate is not None:
+            sums.learning_rate.index_add_(1, torch.tensor(self.epochs) - 1, by_rate)
+        if of_target is not None and wanted.of_target is not None:
+            wanted.of_target(0, of_target, Inputs(by_rate[:, 0], x.new_ones(x.shape[:2]), y, x))
+
+
+def _piece(course: Course, state: State, first: int, end: int) -> _Piece:
+    """Go from `state` after `first` steps to that after `end`, which it becomes."""
+    parts, rates, epochs = [], [], []
+    for epoch in range(course.epoch_of(first + 1), course.epoch_of(end) + 1):
+        before = (epoch - 1) * course.per_epoch
+        steps = slice(max(first - before, 0), min(end - before, course.per_epoch))
+        data = course.data(epoch)
+        assert data.rows is not None
+        parts.append((data, data.rows[:, steps]))
+        rates += [course.experiment.training.rate(epoch)] * (steps.stop - steps.start)
+        epochs += [epoch] * (steps.stop - steps.start)
+    rows = torch.cat([chosen for _, chosen in parts], 1)
+    if course.fresh:
+        x, y = (
+            torch.cat([taken(getattr(data, name), chosen.flatten(1)) for data, chosen in parts], 1)
+            for name in ("inputs", "targets")
+        )
+        rows = torch.arange(x.shape[1]).view(1, *rows.shape[1:]).expand_as(rows)
+    else:
+        x, y = course.finite
+    assert isinstance(course.kind, Network)
+    given = compiled_adjoint.Steps(x, y, rows, rates)
+    held = [state.values, *state.moments.values()]
+    return _Piece(compiled_adjoint.Passage(course.kind, held, course.rule(first + 1), given), given, epochs)
 
 
 def _refuse_other_step(course: Course, found: State, engine: State, count: int) -> None:

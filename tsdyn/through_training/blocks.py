@@ -44,6 +44,7 @@ class Job:
         spread: Their standard deviation, relative to the root mean square of each of the start's tensors.
         student, teacher: Makers of modules of the user's own.
         device: Device on which it is computed.
+        room: Bytes in which compiled code may keep what all steps went through.
     """
 
     experiment: Experiment
@@ -57,6 +58,7 @@ class Job:
     student: Maker | None = None
     teacher: Maker | None = None
     device: str = "cpu"
+    room: int = 0
 
     @property
     def passes(self) -> int:
@@ -76,6 +78,7 @@ class Found:
         radius: (member, wrt, side), NaN without gates.
         growth: (member, wrt, epoch 1..T).
         gated: Whether there is anything that flips.
+        way: ``"compiled"``, or ``"general"`` with the reason: how the reverse pass was made.
     """
 
     slopes: dict[str, np.ndarray | list[np.ndarray | None]]
@@ -86,6 +89,7 @@ class Found:
     radius: np.ndarray | None = None
     growth: np.ndarray | None = None
     gated: bool = False
+    way: str = ""
 
 
 @dataclass
@@ -109,10 +113,10 @@ def compute(job: Job, tick: Tick | None = None) -> Found:
     block = Block(job)
     course = block.course(recorded=True)
     start = course.state()
-    sums, slope, teacher = block.derivative(course, tick)
+    sums, slope, teacher, way = block.derivative(course, tick)
     found = Found(
         block.named(sums, teacher), _numbers(slope.value), course.difference.copy(), course.compared,
-        gated=gated(course) or block.observed.maximum,
+        gated=gated(course) or block.observed.maximum, way=way,
     )  # fmt: skip
     if job.certificate:
         found.radius, found.growth = block.certificate(course, start, sums, teacher, tick)
@@ -147,11 +151,13 @@ class Block:
 
     # --- the derivative --------------------------------------------------------------------------------------
 
-    def derivative(self, course: Course, tick: Tick | None) -> tuple[Sums, _Slope, Named | None]:
-        """Goes to the end and back; the last result is the derivative in the teacher, if that is asked for."""
+    def derivative(self, course: Course, tick: Tick | None) -> tuple[Sums, _Slope, Named | None, str]:
+        """Goes to the end and back: the derivatives, the observable, the derivative in the teacher if that is asked for,
+        and by which way.
+        """
         wrt = self.job.wrt
-        kept = forward_pass(course, tick)
-        slope = self._slope(course, kept[course.steps])
+        kept = forward_pass(course, tick, self.job.room)
+        slope, way = self._slope(course, kept.end), kept.way
         teacher = slope.teacher
 
         def of_target(count: int, part: Tensor, given: Inputs) -> None:
@@ -182,7 +188,7 @@ class Block:
             assert teacher is not None
             for name, more in self.teachers.pulled(course.finite[0], sums.target).items():
                 teacher[name] += more
-        return sums, slope, teacher
+        return sums, slope, teacher, way
 
     def _student(self, course: Course, i: int, state: State, teacher: Named | None, train: bool) -> Student:
         members, kind = self.members, course.kind
@@ -372,7 +378,7 @@ def _averaged(
                 xi = torch.from_numpy(rng.standard_normal(tuple(tensor[i].shape))).to(tensor)
                 values[name][i] += block.job.spread * start.values[name][i].square().mean().sqrt() * xi
         course.go_to(start._replace(values=values), 0)
-        sums, _, teacher = block.derivative(course, tick)
+        sums, _, teacher, _ = block.derivative(course, tick)
         each.append(block.named(sums, teacher))
 
     def over(change: Callable[[np.ndarray], np.ndarray]) -> dict[str, np.ndarray | list[np.ndarray | None]]:

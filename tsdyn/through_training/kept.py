@@ -43,6 +43,8 @@ def read(folder: Path, job: Job) -> Found | None:
             arrays = dict(held)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile):
         return None
+    if "way" not in arrays:  # of an earlier version
+        return None
     parts: dict[str, dict[str, np.ndarray | list[np.ndarray | None]]] = {"slopes": {}, "errors": {}}
     for where, array in arrays.items():
         if "/" not in where:
@@ -57,7 +59,7 @@ def read(folder: Path, job: Job) -> Found | None:
             layers[int(place)] = array
     return Found(
         parts["slopes"], arrays["value"], arrays["difference"], int(arrays["compared"]), parts["errors"],
-        arrays.get("radius"), arrays.get("growth"), bool(arrays["gated"]),
+        arrays.get("radius"), arrays.get("growth"), bool(arrays["gated"]), str(arrays["way"]),
     )  # fmt: skip
 
 
@@ -67,6 +69,7 @@ def write(folder: Path, job: Job, found: Found) -> None:
     if name is None:
         return
     arrays: dict[str, np.ndarray] = {"compared": np.array(found.compared), "gated": np.array(found.gated)}
+    arrays["way"] = np.array(found.way)
     for array in _ARRAYS:
         if (held := getattr(found, array)) is not None:
             arrays[array] = held

@@ -159,6 +159,7 @@ def _attrs(
         "observable": observed(job.of, job.experiment).text,
         "observable_epoch": job.epoch,
         "wrt": ",".join(job.wrt),
+        "adjoint": ", ".join(sorted({result.way for _, _, result in results})),
     }
     gated = any(result.gated for _, _, result in results)
     if job.certificate and not gated:

@@ -178,6 +178,12 @@ class Course:
             mine.copy_(theirs)
         self.taken = self.ensemble.steps = taken
 
+    def arrive(self, state: State, taken: int) -> None:
+        """Go to a state that the course itself would have after `taken` steps, and compare as `advance` does."""
+        self.go_to(state, taken)
+        if taken % self.per_epoch == 0:
+            self._compare(self.epoch_of(taken))
+
     def advance(self, steps: int) -> None:
         """Take the next `steps` steps by the engine, and compare with the archive at each recorded epoch."""
         if not self.taken:

@@ -186,17 +186,21 @@ def _jobs(
         # one member tells how large a state is, and how its parameters are called
         first = Members(experiment.replace({"seeds": alive[:1]}), common.device, common.student, common.teacher)
         first.prepare()
-        size = _block_size(experiment, State.held(first.ensemble).bytes, common.epoch, room, len(alive))
+        size, allowed = _block_size(experiment, State.held(first.ensemble).bytes, common.epoch, room, len(alive))
         size = 1 if client is not None else size
         for begin in range(0, len(alive), size):
             block = alive[begin : begin + size]
             held = recorded_weights(single, first.ensemble, block, min(last, common.epoch))
             recorded = {e: {n: t.numpy() for n, t in by_name.items()} for e, by_name in held.items()}
-            yield chosen, replace(common, experiment=experiment.replace({"seeds": block}), recorded=recorded)
+            yield (
+                chosen, replace(common, experiment=experiment.replace({"seeds": block}), recorded=recorded, room=allowed)
+            )  # fmt: skip
 
 
-def _block_size(experiment: Experiment, bytes_of_state: int, epoch: int, room: int | None, members: int) -> int:
-    """How many members' states fit in memory together.
+def _block_size(
+    experiment: Experiment, bytes_of_state: int, epoch: int, room: int | None, members: int
+) -> tuple[int, int]:
+    """How many members' states fit in memory together, and the bytes of that memory.
 
     Raises:
         MemoryError: if those of one do not.
@@ -213,7 +217,7 @@ def _block_size(experiment: Experiment, bytes_of_state: int, epoch: int, room: i
             f"of {wide / 1e6:.2f} MB), and {allowed / 1e6:.1f} MB are given; give more memory= or ask for an "
             "earlier epoch"
         )
-    return int(max(1, min(members, allowed // one)))
+    return int(max(1, min(members, allowed // one))), int(allowed)
 
 
 def _plan(jobs: Sequence[Job]) -> Plan:
