@@ -318,7 +318,7 @@ def states(first: xr.Dataset, second: xr.Dataset) -> xr.Dataset:
     if a.teacher.depth != 2 or a.student.depth != 2 or a.teacher.widths[1] < 2:
         raise ValueError(f"states: {a.teacher!r} and {a.student!r}; they must be two-layer, with several teacher nodes")
     reference, partner, path, _ = _path(a, b)
-    corners = path or [reference, *[None] * (LEGS - 1), partner]
+    corners: list[Network | None] = [*path] if path else [reference, *[None] * (LEGS - 1), partner]
     near = alignments.separation(a.teacher) / 2
     norms = a.teacher.weights[1].norm(dim=0) * a.teacher.weights[0].norm(dim=1)
     found = np.full((2, len(STATES), reference.widths[1]), np.nan)

@@ -401,15 +401,14 @@ def luck_matters_updates(
     for net in (student, teacher):
         if not net.activation.piecewise_linear:
             raise ValueError(f"{caller}: {net.activation.name} is smooth; the update needs σ(z) = σ'(z) z")
-    nets = [student, teacher]
-    constant = [_with_constant_nodes(net) for net in nets]
+    with_constant, taught_constant = _with_constant_nodes(student), _with_constant_nodes(teacher)
     sums: dict[str, list[Tensor]] = {}
     samples = 0
     with torch.no_grad():
         numbers = 3 * (sum(student.widths) + sum(teacher.widths))
-        for part in batches(caller, x, *nets, numbers=numbers, memory=memory):
+        for part in batches(caller, x, student, teacher, numbers=numbers, memory=memory):
             ones = with_one_node(part)
-            found = expectations(*constant, ones, form=form, memory=memory)
+            found = expectations(with_constant, taught_constant, ones, form=form, memory=memory)
             own, taught = student.trace(part), teacher.trace(part)
             gradients = backpropagated_gradients(student, own, taught.output - own.output)
             below = [ones, *map(with_one_node, own.activations[:-1])]
@@ -455,8 +454,7 @@ def _with_constant_nodes(net: Network) -> Network:
     weights = [_augmented_weight(net, layer) for layer in range(1, net.depth + 1)]
     weights[-1] = weights[-1][:-1]
     kind = net.activation
-    slope = {} if kind.leak is None else {"leak": kind.leak}
-    return Network(weights, None, kind.name, gate_at_zero=net.gate_at_zero, **slope)
+    return Network(weights, None, kind.name, leak=kind.leak or 0.0, gate_at_zero=net.gate_at_zero)
 
 
 def _augmented_weight(net: Network, layer: int) -> Tensor:

@@ -21,6 +21,7 @@ from tsdyn.experiment.errors import ExperimentError
 from tsdyn.experiment.experiment import Experiment
 from tsdyn.networks.network import Network
 from tsdyn.networks.node_pairs import best_node
+from tsdyn.observables import similarities
 from tsdyn.running import sweep
 from tsdyn.running.runner import Progress
 
@@ -212,7 +213,7 @@ def _at_the_end(ds: xr.Dataset, own: xr.Dataset) -> xr.Dataset:
     }
     if angle is not None:
         whole = angle.reindex(layer=ds["layer"].values).transpose(..., "layer")
-        named = _named(whole, "cka_angle", "angle of linear CKA of child and parent", similarity.KORNBLITH)
+        named = _named(whole, "cka_angle", "angle of linear CKA of child and parent", similarities.KORNBLITH)
         found["cka_angle"] = named.assign_attrs(units="degree")
     return xr.Dataset({name: array.reset_coords(drop=True) for name, array in found.items()})
 
