@@ -63,6 +63,7 @@ def plain(text: str) -> str:
 
 
 def colour(position: int) -> str:
+    """Colour of the line at `position`; the palette's colours repeat."""
     return PALETTE[position % len(PALETTE)]
 
 

@@ -42,7 +42,8 @@ h1 { font-size: 1.6rem; margin-bottom: 0; } h2 { font-size: 1.15rem; margin-top:
 p.sub { color: #555; margin-top: .2rem; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; }
 th, td { text-align: left; padding: .25rem .6rem; border-bottom: 1px solid #ddd; vertical-align: top; }
-td.key, th { white-space: nowrap; color: #333; } .numbers td { overflow-wrap: normal; }
+td.key, th { white-space: nowrap; color: #333; } td { overflow-wrap: break-word; }
+.provenance td { overflow-wrap: anywhere; }
 pre { background: #f5f5f5; padding: .8rem; overflow-x: auto; font-size: .85rem; }
 figure { margin: 1rem 0; } img { max-width: 100%; height: auto; } figcaption { color: #555; font-size: .9rem; }
 .bad { color: #a40000; } summary { cursor: pointer; } section { overflow-x: auto; } img { background: white; }
@@ -72,7 +73,7 @@ def _table(rows: Iterable[Sequence[object]], header: Sequence[str] = ()) -> str:
 
 
 def _section(title: str, *content: str) -> str:
-    return f"<section><h2>{text(title)}</h2>{''.join(content)}</section>"
+    return f'<section class="{text(title.lower())}"><h2>{text(title)}</h2>{"".join(content)}</section>'
 
 
 def audit_rows(found: xr.Dataset) -> list[tuple[str, str, str, str]]:
@@ -116,8 +117,7 @@ def _numbers(ds: xr.Dataset) -> str:
         "<p>At the last recorded step: median over seeds, the middle 80 % of them in brackets. rho_l: mean over "
         "teacher nodes of the best correlation with any student node, layer l.</p>"
     )
-    table = f'<div class="numbers">{_table(listed, ("", *names, "dead seeds"))}</div>'
-    return _section("Numbers", note, table, more)
+    return _section("Numbers", note, _table(listed, ("", *names, "dead seeds")), more)
 
 
 def _each_seed(ds: xr.Dataset) -> str:

@@ -22,9 +22,13 @@ class Reading(Protocol):
     """An existing file that a study measures instead of running an experiment."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """Name of what is measured, as an experiment's."""
+        ...
 
-    def to_toml(self) -> str: ...
+    def to_toml(self) -> str:
+        """What is read, as the text of an experiment file."""
+        ...
 
     def read(self) -> xr.Dataset:
         """Read the file; gives the argument of `Study.measure`."""
@@ -44,9 +48,13 @@ class Study(Protocol):
     SOURCE: str
     EXPERIMENTS: Mapping[str, Experiment | Reading]
 
-    def measure(self, archive: xr.Dataset) -> xr.Dataset: ...
+    def measure(self, archive: xr.Dataset) -> xr.Dataset:
+        """The numbers that the figure shows, from the experiment's archive."""
+        ...
 
-    def draw(self, measured: xr.Dataset) -> Figure: ...
+    def draw(self, measured: xr.Dataset) -> Figure:
+        """The figure, from the numbers of `measure`."""
+        ...
 
 
 class _Modules(Mapping[str, Study]):

@@ -74,3 +74,13 @@ def test_make_targets_of_the_readme_exist():
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.M)
     for target in re.findall(r"make ([a-z]+)", (ROOT / "README.md").read_text(encoding="utf-8")):
         assert target in targets
+
+
+def test_notation_names_what_exists_where_it_says():
+    rows = re.findall(r"^\| \$.*\|$", (ROOT / "docs/theory/notation.md").read_text(encoding="utf-8"), flags=re.M)
+    assert len(rows) > 20
+    for row in rows:
+        *_, names, places = [cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1]]
+        texts = [(ROOT / place).read_text(encoding="utf-8") for place in re.findall(r"`([^`]+)`", places)]
+        for word in (name.rpartition(".")[2] for name in re.findall(r"`([^`]+)`", names)):
+            assert any(re.search(rf"\b{word}\b", text) for text in texts), f"{word}: {row}"

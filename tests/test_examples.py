@@ -9,7 +9,19 @@ import pytest
 import torch
 
 import tsdyn
-from tsdyn import analysis, derivatives, flow, population, schema, theory
+from tsdyn import (
+    analysis,
+    attribution,
+    derivatives,
+    flow,
+    gaussian,
+    observables,
+    population,
+    schema,
+    studies,
+    theory,
+    vocabulary,
+)  # fmt: skip
 
 #: Modules of `tsdyn.analysis` that serve its own figures and readers.
 INNER = {"captions", "style", "verdicts", "claims", "own_modules", "figures", "identity", "layout", "lift", "panels"}
@@ -23,7 +35,11 @@ WITHOUT = {
 }  # fmt: skip
 #: Names of the design's section 3, beside `tsdyn.analysis`.
 DESIGN = {
-    tsdyn: ("open", "run", "Experiment", "Network", "layer", "select", "measure", "gradient", "declare"),
+    tsdyn: (
+        "open", "run", "Experiment", "Network", "layer", "select", "measure", "gradient", "declare", "Recorder",
+        "differentiable", "jacobian", "sensitivity", "fork",
+    ),
+    attribution: ("lds", "influence", "tracin", "leave_one_out"),
     theory: ("backpropagated_gradient", "output_jacobian", "coupling", "lemma1_residual", "moments"),
     derivatives: (
         "per_sample_gradients", "per_sample_gradient_norms", "jacobian", "neural_tangent_kernel", "hessian",
@@ -65,3 +81,34 @@ def test_the_example_runs(name, desk, monkeypatch):
     said: list[str] = []
     doctest.DocTestRunner(verbose=False).run(test, out=said.append)
     assert not said, "".join(said)
+
+
+#: What a user meets: the package, its modules that are documented, and those of the analysis and of the studies.
+MODULES = (
+    tsdyn, attribution, derivatives, flow, gaussian, observables, population, schema, studies, theory, tsdyn.testing,
+    tsdyn.xarray, vocabulary,
+    *(importlib.import_module(f"tsdyn.analysis.{found.name}") for found in pkgutil.iter_modules(analysis.__path__)),
+)  # fmt: skip
+
+
+def _documented():
+    """Every public function, class, method and property of those modules, by its name."""
+    for module in MODULES:
+        for name in getattr(module, "__all__", None) or [n for n in vars(module) if not n.startswith("_")]:
+            value = getattr(module, name)
+            ours = str(getattr(value, "__module__", "")).startswith("tsdyn")
+            if not ours or not (inspect.isclass(value) or inspect.isfunction(value)):
+                continue
+            yield f"{module.__name__}.{name}", value
+            if inspect.isclass(value):
+                for part, method in vars(value).items():
+                    plain = getattr(method, "__func__", method)
+                    if not part.startswith("_") and (inspect.isfunction(plain) or isinstance(plain, property)):
+                        yield f"{module.__name__}.{name}.{part}", getattr(value, part)
+
+
+def test_everything_public_says_what_it_is():
+    documented = dict(_documented())
+    assert len(documented) > 300  # modules were found
+    said = {name: inspect.getdoc(value) or "" for name, value in documented.items()}
+    assert [name for name, text in said.items() if not text.split("\n\n")[0].rstrip().endswith((".", ":", "`"))] == []

@@ -70,6 +70,15 @@ def lds(
         ValueError: if the atlas has no subsets, or samples or seeds do not fit.
 
     Source: Park et al. 2023 (arXiv:2303.14186), section 2.
+
+    Examples:
+        >>> import numpy as np, xarray as xr
+        >>> from tsdyn import attribution
+        >>> kept = xr.DataArray(np.random.default_rng(0).random((20, 6)) < 0.5, dims=("subset", "sample"))
+        >>> scores = xr.DataArray([3.0, 1.0, -2.0, 0.5, 4.0, -1.0], dims="sample")
+        >>> outcome = (kept * scores).sum("sample")  # an outcome that is a sum over samples is ranked exactly
+        >>> float(attribution.lds(scores, xr.Dataset({"kept": kept}), of=outcome).lds.round(12))
+        1.0
     """
     outcome, kept = _atlas(atlas, of)
     score = _score(scores)
@@ -194,6 +203,18 @@ def influence(
         ValueError: where the Hessian is not positive definite (raise damping), and as `tracin`.
 
     Source: Koh & Liang 2017 (arXiv:1703.04730), Eq. 2.
+
+    Examples:
+        >>> import tsdyn
+        >>> from tsdyn import attribution
+        >>> linear = tsdyn.Experiment(
+        ...     name="linear", teacher={"widths": [4, 2], "init": "gaussian"},
+        ...     data={"train": 20, "eval": 20, "noise": 0.5},
+        ...     student={"widths": [4, 2], "activation": "identity"}, record={"observables": ["loss", "weight"]},
+        ...     training={"method": "gd", "epochs": 2, "steps_per_epoch": 500, "learning_rate": 0.3},
+        ... )
+        >>> attribution.influence(tsdyn.run(linear, "runs/linear")).influence.dims
+        ('seed', 'sample')
     """
 
     def score(of_member: Member, _: int) -> Tensor:
@@ -238,6 +259,13 @@ def tracin(
             one.
 
     Source: Pruthi et al. 2020 (arXiv:2002.08484), Eq. 4.
+
+    Examples:
+        >>> import tsdyn
+        >>> from tsdyn import attribution
+        >>> run = tsdyn.open("runs/quickstart").isel(overrealization=0)
+        >>> attribution.tracin(run, epochs=[0, 6, 12]).tracin.dims
+        ('seed', 'sample')
     """
     ds = archive if isinstance(archive, xr.Dataset) else reading.open(archive)
     chosen = [int(e) for e in (ds["epoch"].values if epochs is None else epochs)]
@@ -266,6 +294,20 @@ def leave_one_out(archive: xr.Dataset | str | Path, *, of: str | Outcome = "loss
 
     Raises:
         ValueError: for a student of more than one layer or another loss than the squared error, and as `tracin`.
+
+    Examples:
+        >>> import tsdyn
+        >>> from tsdyn import attribution
+        >>> linear = tsdyn.Experiment(
+        ...     name="linear", teacher={"widths": [4, 2], "init": "gaussian"},
+        ...     data={"train": 20, "eval": 20, "noise": 0.5},
+        ...     student={"widths": [4, 2], "activation": "identity"}, record={"observables": ["loss", "weight"]},
+        ...     training={"method": "gd", "epochs": 2, "steps_per_epoch": 500, "learning_rate": 0.3},
+        ... )
+        >>> run = tsdyn.run(linear, "runs/linear")
+        >>> exact, near = attribution.leave_one_out(run).leave_one_out, attribution.influence(run).influence
+        >>> bool(abs(exact - near).max() < abs(exact).max())  # influence is its first order
+        True
     """
 
     def score(of_member: Member, _: int) -> Tensor:

@@ -206,10 +206,12 @@ class Layout:
 
     @property
     def input_widths(self) -> tuple[int, ...]:
+        """Number of inputs of each of the student's layers 1..L."""
         return self.fan_ins or (self.input_width, *self.widths[:-1])
 
     @property
     def teacher_input_widths(self) -> tuple[int, ...]:
+        """Number of inputs of each of the teacher's layers 1..L."""
         return self.teacher_fan_ins or (self.input_width, *self.teacher_widths[:-1])
 
     def node_widths(self, variable: Variable, dim: str) -> tuple[int, ...]:

@@ -27,6 +27,18 @@ DOCS = ROOT / "docs" / "_build" / "html"
 #: Pages that Sphinx makes by itself.
 MADE = {"genindex.html", "py-modindex.html", "search.html"}
 
+#: A page with one of each fault, which must be found, and the words of what is found.
+PLANTED = """<html><body style="background: white"><p style="color: #ddd">pale</p><img src="data:,">
+<a href="#"></a>
+<div style="width: 5000px">wide</div><img alt="far" src="https://example.org/far.png">
+<script>throw Error("said")</script>
+<div class="seeds"><input type="radio" name="seed"><input type="radio" name="seed"><svg><g class="curve s0"><circle
+cx="5" cy="5" r="4"/></g><g class="curve s1"/></svg></div><span class="math">\\(x\\)</span></body></html>"""
+FAULTS = (
+    "color-contrast", "image-alt", "link-name", "label", "html-has-lang", "document-title", "px too wide", "asks for",
+    "error logged", "seeds: untold", "seeds: wrong", "formulas",
+)  # fmt: skip
+
 
 def main() -> int:
     if not (shutil.which("node") and shutil.which("npm")):
@@ -43,12 +55,24 @@ def main() -> int:
         print(f"documentation: not checked, no pages in {DOCS} (make docs)")
     pages = [page for page in pages if "_static" not in page.parts and page.name not in MADE]
     tasks += [{"file": str(page), "selects": False, "shown": None} for page in pages]
+    planted = TARGET / "planted.html"
+    planted.write_text(PLANTED, encoding="utf-8")
+    tasks.append({"file": str(planted), "selects": True, "shown": None})
     listed = TARGET / "tasks.json"
     listed.write_text(json.dumps(tasks), encoding="utf-8")
     found = _checked(listed, shots)
     if len(found) != 4 * len(tasks):
         raise SystemExit(f"tests.browser: {len(found)} of {4 * len(tasks)} settings were reported")
-    faults = [f"{_named(page)}: {fault}" for page in found for fault in _faults(page)] + _themes(found)
+    faults, missed = [], []
+    for page in found:
+        if page["file"] == str(planted):
+            said = " ".join(_faults(page))
+            missed += [
+                f"{_named(page)}: the planted fault {word!r} was not found" for word in FAULTS if word not in said
+            ]
+        else:
+            faults += [f"{_named(page)}: {fault}" for fault in _faults(page)]
+    faults += _themes([page for page in found if page["file"] != str(planted)]) + missed
     print("\n".join(faults))
     print(f"{len(tasks)} pages in {len(found)} settings: {len(faults)} faults; pictures of the reports in {shots}")
     return bool(faults)
@@ -95,6 +119,8 @@ def _faults(page: dict) -> list[str]:
             found += [f"seeds: {key} is {chosen[key]}" for key, value in wanted.items() if chosen[key] != value]
             if chosen["buttons"] < 2:
                 found.append("seeds: no buttons that select one")
+    if page["formulas"] and (page["formulas"]["set"] < page["formulas"]["written"] or page["formulas"]["wrong"]):
+        found.append(f"formulas: {page['formulas']}")
     if page["tooWide"]:
         found.append(f"{page['tooWide']['over']} px too wide: {page['tooWide']['elements']}")
     found += [f"{v['rule']}, {v['count']} times: {'; '.join(v['first'])}" for v in page["violations"]]

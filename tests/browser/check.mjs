@@ -11,6 +11,10 @@ const packages = createRequire(pathToFileURL(path.join(process.cwd(), "package.j
 const loaded = async (name) => (await import(pathToFileURL(packages.resolve(name)).href)).default;
 const chromium = await loaded("@sparticuz/chromium");
 const puppeteer = await loaded("puppeteer-core");
+// What the documentation takes from the network, formulas' renderer, is answered from the package.
+const CROSS = { "Access-Control-Allow-Origin": "*" };
+const MATHJAX = "https://cdn.jsdelivr.net/npm/mathjax@3/";
+const mathjax = path.dirname(packages.resolve("mathjax/package.json"));
 const axe = fs.readFileSync(packages.resolve("axe-core/axe.min.js"), "utf8");
 
 const [tasks, shots] = [JSON.parse(fs.readFileSync(process.argv[2], "utf8")), process.argv[3]];
@@ -64,7 +68,14 @@ for (const { file, selects, shown } of tasks) {
     for (const [device, width] of [["desk", 1280], ["phone", 390]]) {
       const page = await browser.newPage();
       const [elsewhere, errors] = [[], []];
-      page.on("request", (r) => /^(file|data|blob):/.test(r.url()) || elsewhere.push(r.url()));
+      await page.setRequestInterception(true);
+      page.on("request", (r) => {
+        if (/^(file|data|blob):/.test(r.url())) return r.continue();
+        elsewhere.push(r.url());
+        if (!r.url().startsWith(MATHJAX)) return r.abort();
+        const file = path.join(mathjax, r.url().slice(MATHJAX.length));
+        return fs.existsSync(file) ? r.respond({ body: fs.readFileSync(file), headers: CROSS }) : r.abort();
+      });
       page.on("pageerror", (e) => errors.push(String(e)));
       page.on("console", (m) => m.type() === "error" && errors.push(m.text()));
       await page.setViewport({ width, height: 900, isMobile: device === "phone", hasTouch: device === "phone" });
@@ -72,6 +83,13 @@ for (const { file, selects, shown } of tasks) {
       await page.goto(pathToFileURL(file).href, { waitUntil: "load" });
       const found = { file, theme, device, title: await page.title(), elsewhere, errors };
       found.background = await page.evaluate(() => getComputedStyle(document.body).backgroundColor);
+      found.formulas = await page.evaluate(async () => {
+        const written = document.querySelectorAll(".math").length;
+        if (!written) return null;
+        await window.MathJax?.startup?.promise;
+        const set = [...document.querySelectorAll("mjx-container")];
+        return { written, set: set.length, wrong: [...document.querySelectorAll("mjx-merror")].map((e) => e.textContent) };
+      });
       found.tooWide = await page.evaluate(tooWide, width);
       found.selection = selects ? await selection(page) : null;
       let violations = [];

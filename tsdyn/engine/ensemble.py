@@ -112,6 +112,7 @@ class Ensemble:
 
     @property
     def members(self) -> int:
+        """Number of members, S."""
         return len(next(iter(self.values.values())))
 
     @property
@@ -121,6 +122,7 @@ class Ensemble:
 
     @property
     def device(self) -> torch.device:
+        """Device of all tensors."""
         return next(iter(self.values.values())).device
 
     @property

@@ -172,6 +172,7 @@ class Rule:
 
     @property
     def optimizer(self) -> Optimizer:
+        """The optimizer of that name."""
         return optimizer(self.name)
 
     def block(self, members: slice) -> Rule:

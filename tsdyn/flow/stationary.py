@@ -42,10 +42,14 @@ class Loss(Protocol):
     parameters: int
 
     @property
-    def dtype(self) -> torch.dtype: ...
+    def dtype(self) -> torch.dtype:
+        """Type of a row's values."""
+        ...
 
     @property
-    def flat_directions(self) -> int: ...
+    def flat_directions(self) -> int:
+        """Number of zero Hessian eigenvalues that symmetry forces at every critical point."""
+        ...
 
     def value(self, parameters: Tensor) -> Tensor:
         """Loss of each row, (…, parameter) → (…,)."""

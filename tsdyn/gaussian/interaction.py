@@ -75,7 +75,9 @@ class Interaction(Protocol):
 
     def __call__(self, A: Tensor, B: Tensor, c: Tensor) -> Tensor: ...
 
-    def partials(self, A: Tensor, B: Tensor, c: Tensor) -> Partials: ...
+    def partials(self, A: Tensor, B: Tensor, c: Tensor) -> Partials:
+        """First and second derivatives of g in A, B and c, elementwise."""
+        ...
 
 
 # --- closed forms --------------------------------------------------------------------------------------------

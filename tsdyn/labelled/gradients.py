@@ -41,6 +41,14 @@ def differentiable(data: Any) -> Any:
 
     Raises:
         TypeError: for anything else, and for a DataArray that does not hold real numbers.
+
+    Examples:
+        >>> import tsdyn
+        >>> ds = tsdyn.differentiable(tsdyn.open("runs/quickstart").isel(overrealization=0, seed=0, epoch=[0, -1]))
+        >>> moved = (ds.weight.diff("epoch").fillna(0) ** 2).sum()
+        >>> moved.data.tensor.backward()
+        >>> ds.weight.data.tensor.grad.shape == ds.weight.shape
+        True
     """
     if isinstance(data, xr.Dataset):
         real = [name for name, array in data.data_vars.items() if array.dtype.kind == "f"]
@@ -115,6 +123,13 @@ def jacobian(f: Labelled, ds: xr.Dataset, wrt: str | Sequence[str] = "weight") -
 
     Raises:
         TypeError, KeyError: as `gradient`.
+
+    Examples:
+        >>> import tsdyn
+        >>> ds = tsdyn.open("runs/quickstart").isel(overrealization=0, seed=0, epoch=-1).load()
+        >>> norms = lambda d: (tsdyn.layer(d, 1).weight ** 2).sum("input_node")
+        >>> tsdyn.jacobian(norms, ds, wrt="weight").dims
+        ('node', 'layer_in', 'node_in', 'input_node_in')
     """
     leaves, placed = _placed(ds, wrt, "jacobian")
     output = f(placed)

@@ -32,6 +32,7 @@ class Own:
         return Trace([], [], [self(x)])
 
     def to(self, target: torch.dtype | str) -> Own:
+        """The same with the module moved to that type or device."""
         return Own(self.module.to(target), self.layers)
 
     @property

@@ -51,6 +51,7 @@ class Observed:
 
     @property
     def name(self) -> str:
+        """Name of the variable."""
         return self.variable.name
 
 

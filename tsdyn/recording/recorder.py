@@ -140,6 +140,18 @@ class Recorder:
     Raises:
         ValueError: if something does not fit, in one sentence; nothing was written.
         ArchiveError: if another process records there, or the directory holds something else.
+
+    Examples:
+        >>> import torch, tsdyn
+        >>> x, y, model = torch.randn(20, 3), torch.randn(20, 2), torch.nn.Linear(3, 2)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> with tsdyn.Recorder("runs/own", model, probe=(x, y), state=optimizer) as rec:
+        ...     for epoch in range(rec.resume(), 4):
+        ...         loss = 0.5 * (model(x) - y).square().sum(1).mean()
+        ...         optimizer.zero_grad(); loss.backward(); optimizer.step()
+        ...         rec.commit(epoch + 1, loss_train=loss.item())
+        >>> tsdyn.open("runs/own").weight.dims
+        ('seed', 'epoch', 'layer', 'node', 'input_node')
     """
 
     def __init__(
@@ -205,6 +217,7 @@ class Recorder:
 
     @property
     def durable(self) -> int | None:
+        """The last epoch that is on disk; None before the first commit."""
         return self._writer.durable
 
     def commit(self, epoch: int, **own: Any) -> None:

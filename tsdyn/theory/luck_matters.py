@@ -369,10 +369,12 @@ class WeightUpdate:
 
     @property
     def gap(self) -> float:
+        """‖approximate − exact‖ / ‖exact‖."""
         return float((self.approximate - self.exact).norm() / self.exact.norm())
 
     @property
     def cosine(self) -> float:
+        """Cosine of the angle between `approximate` and `exact`."""
         a, b = self.exact.flatten(), self.approximate.flatten()
         return float(a @ b / (a.norm() * b.norm()))
 

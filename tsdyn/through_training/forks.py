@@ -69,6 +69,12 @@ def fork(
     Raises:
         ExperimentError: for a change, an epoch or a parent that cannot be; says what can.
         ArchiveError: as `tsdyn.run`.
+
+    Examples:
+        >>> import tsdyn
+        >>> children = tsdyn.fork("runs/quickstart", at=5, perturb={"gaussian": 1e-3}, branches=2, out="runs/branches")
+        >>> children.distance.dims
+        ('overrealization', 'fork_epoch', 'branch', 'seed', 'epoch')
     """
     parent = whole_files.local_path(path).absolute()
     child = forked(parent, at=at, perturb=perturb, branches=branches, draws=draws)

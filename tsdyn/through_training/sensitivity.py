@@ -125,6 +125,14 @@ def sensitivity(
 
     Source: the adjoint of the training steps (`tsdyn.through_training.adjoint`); no paper.  Units: those of the
     observable per unit of what it is differentiated in; ``radius`` in units of the norm of the change.
+
+    Examples:
+        >>> import tsdyn
+        >>> found = tsdyn.sensitivity("runs/quickstart", of="loss_eval", wrt=["start", "learning_rate"], seeds=[0])
+        >>> found.d_learning_rate.dims  # swept keys stay dimensions
+        ('overrealization', 'seed', 'epoch')
+        >>> bool((found.radius > 0).all())
+        True
     """
     ds = path_or_dataset if isinstance(path_or_dataset, xr.Dataset) else reading.open(path_or_dataset)
     names = wanted(wrt)
