@@ -50,11 +50,9 @@ torture: $(VENV)/.installed-dev
 multilayer: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest tests/studies/multilayer_statistics.py
 
-# Runs the recipes for other packages' trainers against those packages, in an environment of its own.
-long:
-	$(PYTHON) -m venv build/long
-	build/long/bin/python -m pip install --quiet --disable-pip-version-check -e . pytest pytest-benchmark hypothesis beartype lightning transformers accelerate
-	build/long/bin/python -m pytest --no-typechecks tests/recipes/trainers.py -W default
+# What takes too long for the suite (hours), in parts; PARTS names some of them.  The table tests/long.md keeps the results.
+long: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.long $(PARTS)
 
 # Types are checked on the installed package: the tree's analysis/ and studies/ are tsdyn.analysis and tsdyn.studies there.
 lint: $(VENV)/.installed-dev

@@ -33,15 +33,14 @@ ANALYSES = {
 }
 
 SWEEPS = {
-    "input and hidden widths": {"teacher.widths": [[4, 3, 2], [7, 3, 2], [7, 1, 2]]},
-    "outputs": {"teacher.widths": [[4, 3, 1], [4, 2, 2]]},
+    "inputs, hidden nodes and outputs": {"teacher.widths": [[4, 3, 2], [7, 3, 2], [7, 1, 1]]},
     "student": {"student.overrealization": [1.0, 2.0], "student.activation": ["relu", "leaky_relu"]},
     "layers": {"points": [{"teacher.widths": [4, 3, 2]}, {"teacher.widths": [4, 3, 3, 2]}]},
     "biases": {"zip": {"teacher.bias": [-0.1, False], "student.bias": [True, False]}},
     "data": {"points": [{"data.augment": "aware", "data.std": 1.0}, {"data.augment": "none", "data.std": 2.0},
                         {"data.augment": "agnostic", "data.std": 1.0}]},
-    "sizes": {"data.train": [40, 60], "data.law": ["gaussian", "uniform"]},
-    "training": {"training.learning_rate": [0.01, 0.02], "training.loss": ["mse", "cross_entropy"]},
+    "sizes": {"zip": {"data.train": [40, 60], "data.law": ["gaussian", "uniform"]}},
+    "training": {"zip": {"training.learning_rate": [0.01, 0.02], "training.loss": ["mse", "cross_entropy"]}},
 }  # fmt: skip
 
 

@@ -30,8 +30,9 @@ def both(folder, names, recorded=("weight",), **changes):
 
 
 def assert_alike(known, measured, names):
+    measured = measured.load()  # at once: each name alone would measure all of them
     for name in schema.expand(names):
-        xr.testing.assert_equal(measured[name].load(), known[name])
+        xr.testing.assert_equal(measured[name], known[name])
         assert measured[name].attrs == known[name].attrs
         assert measured[name].dtype == known[name].dtype
         assert set(measured[name].coords) == set(known[name].coords)
@@ -55,6 +56,7 @@ def test_every_observable_is_the_bits_that_recording_would_have_given(tmp_path, 
         names = [n for n in names if n not in ("alignment", "observation", "observation_count", "lemma1_residual")]
     known, measured = both(tmp_path, names, **changes)
     assert all(array.chunks for array in measured.data_vars.values())
+    assert_alike(known, measured[["mse_eval"]], ["mse_eval"])  # alone, too
     assert_alike(known, measured, names)
 
 

@@ -44,7 +44,7 @@ def test_one_neuron_optima_are_the_reference(name):
 @pytest.mark.parametrize("name", ["erf", "relu", "tanh", "sigmoid", "softplus"])
 def test_one_neuron_optima_are_where_newton_ends(name):
     """The second way: the whole problem in k + 1 dimensions from beside the optimum."""
-    for k in range(1, 17):
+    for k in range(1, 17) if name == "erf" else (1, 2, 3, 4, 8, 16):
         best = population.one_neuron(name, k)
         loss = PopulationLoss(orthonormal_teacher(k, activation=name), 1)
         row = torch.zeros(1, k + 2, dtype=torch.float64)

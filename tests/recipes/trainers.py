@@ -1,4 +1,4 @@
-"""The recipes of docs/how-to/trainers.md against the real packages: ``make long`` installs these and runs this file.
+"""The recipes of docs/how-to/trainers.md against the real packages: ``make long`` installs them and runs this file.
 
 Each is run to the end, and stopped half-way and run again; both must leave the same archive, that of plain torch.
 """

@@ -1,5 +1,6 @@
 """`tsdyn doctor`: each check finds the problem it is for."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -11,7 +12,7 @@ import torch
 from tests.test_cli import command  # noqa: F401
 from tsdyn import memory
 from tsdyn.archive import lock
-from tsdyn.running import diagnosis
+from tsdyn.running import diagnosis, provenance
 
 
 def findings(directory, seconds=60.0):
@@ -110,7 +111,13 @@ def test_locks_that_keep_nobody_out_are_noticed(tmp_path, quick, monkeypatch):
 
 
 def test_steps_that_differ_are_noticed(tmp_path, monkeypatch):
-    wrong = diagnosis._STEPS.replace(".values)", ".values * (1 + 1e-6 * ('/off' in sys.argv[1])))")
-    assert wrong != diagnosis._STEPS
-    monkeypatch.setattr(diagnosis, "_STEPS", wrong)
-    assert findings(tmp_path)["compiled against plain"].verdict == "bad"
+    """Of weights as a trial leaves them, without its training: one of the two is wrong by a millionth."""
+    assert "weights.npy" in diagnosis._STEPS
+    for wrong, verdict in ((1e-6, "bad"), (0.0, "good")):
+        left = (
+            "import sys, numpy as np\n"
+            f"np.save(sys.argv[1] + '/weights.npy', np.ones((2, 3)) + {wrong} * ('/off' in sys.argv[1]))\n"
+            f"print({json.dumps(provenance.engine())!r})\n"
+        )
+        monkeypatch.setattr(diagnosis, "_STEPS", left)
+        assert findings(tmp_path)["compiled against plain"].verdict == verdict

@@ -16,6 +16,7 @@ import xarray as xr
 from distributed import default_client
 
 import tsdyn
+from tests import processes
 from tests.cases import small
 from tests.scale.trials import killing
 from tsdyn import memory, registers
@@ -375,17 +376,24 @@ def test_a_signal_has_the_workers_commit(tmp_path, number, code):
     """Ctrl-C goes to every process of a terminal, a termination to the command alone."""
     experiment = small(sweep=GRID, training__steps_per_epoch=8_000, **(FEW | {"training__epochs": 200}))
     (tmp_path / "sweep.toml").write_text(experiment.to_toml(), encoding="utf-8")
-    words = [Path(sys.executable).with_name("tsdyn"), "run", "sweep.toml", "-o", "sweep", "--workers", "2"]
-    with subprocess.Popen(words, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True) as child:
-        assert child.stderr is not None
+    words = ["tsdyn", "run", "sweep.toml", "-o", "sweep", "--workers", "2"]
+    reading, writing = os.pipe()
+    with os.fdopen(reading, encoding="utf-8") as stderr:
+        if number == signal.SIGINT:  # from Python's own start on, so that its workers are of its group
+            words[0] = str(Path(sys.executable).with_name(words[0]))
+            child = subprocess.Popen(words, cwd=tmp_path, stderr=writing, start_new_session=True)
+        else:
+            child = processes.Process(words, tmp_path, {2: writing})
+        os.close(writing)
         said = []
-        for line in child.stderr:
+        for line in stderr:
             said.append(line)
             if re.search(r"epoch [1-9]\d*/200", line):
                 (os.killpg if number == signal.SIGINT else os.kill)(child.pid, number)
                 break
-        said += child.stderr.readlines()
-    assert child.returncode == code, "".join(said)
+        said += stderr.readlines()
+        ended = child.wait(120)
+    assert ended == code, "".join(said)
     assert "the same command goes on from there" in said[-1], "".join(said)
     assert not any("Traceback" in line for line in said), "".join(said)
     begun = [found[-1].last for found in (segments(p) for p in (tmp_path / "sweep").iterdir() if p.is_dir()) if found]

@@ -29,12 +29,15 @@ _CACHE_BYTES = 1 << 20
 
 
 class Part(NamedTuple):
-    """A segment, the positions in the archive of the epochs that it holds, and its attributes."""
+    """A segment, the positions in the archive of the epochs that it holds, its attributes, and the names of its states
+    along the way.
+    """
 
     path: Path
     first: int
     end: int
     attrs: dict[str, Any]
+    along: tuple[str, ...] = ()
 
 
 class Block(NamedTuple):
@@ -61,7 +64,8 @@ def recorded(
     for path in paths:
         with netcdf.dataset(path, only=dimension) as nc:
             own = nc[dimension][:].tolist()
-            parts.append(Part(path, len(epochs), len(epochs) + len(own), netcdf.attributes(nc)))
+            along = tuple(group for group in netcdf.state_groups(nc) if group != netcdf.STATE)
+            parts.append(Part(path, len(epochs), len(epochs) + len(own), netcdf.attributes(nc), along))
         epochs += own
     missing = sorted(set(schedule) - set(epochs))
     if missing or epochs != sorted(set(epochs)):
@@ -94,9 +98,8 @@ def copy(parts: Sequence[Part], layout: Layout, variables: Sequence[str], nc: ne
     with netcdf.dataset(parts[-1].path) as last:
         nc["death_epoch"][:] = last["death_epoch"][:]
         netcdf.write_state(nc, netcdf.read_state(last))
-    for part, group in _along(parts):
-        with netcdf.dataset(part.path) as held:
-            netcdf.write_state(nc, netcdf.read_state(held, group), group)
+    for group, state in _along(parts).items():
+        netcdf.write_state(nc, state, group)
 
 
 def differing(parts: Sequence[Part], layout: Layout, variables: Sequence[str], nc: netCDF4.Dataset) -> str | None:
@@ -108,18 +111,16 @@ def differing(parts: Sequence[Part], layout: Layout, variables: Sequence[str], n
         if not np.array_equal(nc["death_epoch"][:], last["death_epoch"][:]):
             return "death_epoch"
         states = {netcdf.STATE: netcdf.read_state(last)}
-    for part, group in _along(parts):
-        with netcdf.dataset(part.path) as held:
-            states[group] = netcdf.read_state(held, group)
-    return _differing_states(nc, states)
+    return _differing_states(nc, states | _along(parts))
 
 
-def _along(parts: Sequence[Part]) -> list[tuple[Part, str]]:
-    """The states along the way that segments keep: the segment and the name of the group, in order."""
-    found = []
+def _along(parts: Sequence[Part]) -> dict[str, netcdf.State]:
+    """The states along the way that segments keep, by the name of their group, in order."""
+    found: dict[str, netcdf.State] = {}
     for part in parts:
-        with netcdf.dataset(part.path) as nc:
-            found += [(part, group) for group in netcdf.state_groups(nc) if group != netcdf.STATE]
+        if part.along:
+            with netcdf.dataset(part.path) as nc:
+                found |= {group: netcdf.read_state(nc, group) for group in part.along}
     return found
 
 

@@ -5,6 +5,7 @@ Imports no torch.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import numpy as np
@@ -39,7 +40,13 @@ def experiment_of(ds: xr.Dataset) -> Experiment:
             "experiment_of: the Dataset has no attribute 'experiment'; it is not an archive of tsdyn's, or lost its "
             "attributes on the way (xarray's arithmetic drops them; ds.assign_attrs(archive.attrs) puts them back)"
         )
-    return Experiment.from_toml_text(str(text), archived=True)
+    return _written(str(text))
+
+
+@lru_cache(maxsize=8)
+def _written(text: str) -> Experiment:
+    """The experiment of an archive's text; it is asked for again and again, and depends on the text alone."""
+    return Experiment.from_toml_text(text, archived=True)
 
 
 def swept_dimensions(ds: xr.Dataset | xr.DataArray) -> tuple[str, ...]:

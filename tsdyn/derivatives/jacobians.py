@@ -7,6 +7,7 @@ one random combination; otherwise by one backward pass per sample and output.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from typing import Any, Literal, TypeAlias, assert_never, overload
 
 import torch
@@ -144,7 +145,9 @@ def neural_tangent_kernel(
         coords = labels.of_samples(x) | labels.of_samples(x if x2 is None else x2, "sample_2")
         dims = ("sample", "sample_2", "output", "output_2")
         return labels.single("kernel", kernel, dims, coords, "neural tangent kernel")
-    with asked(caller, module, x) as one, asked(caller, module, x if x2 is None else x2) as two:
+    with ExitStack() as held:
+        one = held.enter_context(asked(caller, module, x))
+        two = one if x2 is None else held.enter_context(asked(caller, module, x2))
         left = _View(one, "parameters")
         right = left if x2 is None else _View(two, "parameters")
         if len(left.output_shape) > 1:
