@@ -152,7 +152,8 @@ def compared(children: str | Path | xr.Dataset, parent: str | Path | xr.Dataset 
 def _distance(ds: xr.Dataset, own: xr.Dataset) -> xr.DataArray:
     shared = own.reindex(epoch=ds["epoch"].values)  # NaN where only the children are recorded
     found = _length({name: ds[name] - shared[name] for name in ("weight", "bias")})
-    found = found.where(ds["weight"].notnull().any(["layer", "node", "input_node"]))
+    for weight in (ds["weight"], shared["weight"]):  # a sum of nothing but NaN would be 0
+        found = found.where(weight.notnull().any(["layer", "node", "input_node"]))
     return _named(found, "distance", "distance from the parent ‖θ' − θ‖", "definition")
 
 
