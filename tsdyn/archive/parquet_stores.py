@@ -15,7 +15,6 @@ from typing import Any
 
 import dask.array
 import numpy as np
-import pandas as pd
 import xarray as xr
 from dask.base import tokenize
 from dask.delayed import delayed
@@ -98,7 +97,8 @@ def read(path: Path) -> xr.Dataset:
 
 
 def _dataset(path: Path, told: Mapping[str, Any]) -> xr.Dataset:
-    coords, variables = {}, {}
+    coords: dict[str, xr.Variable] = {}
+    variables: dict[str, xr.Variable] = {}
     for dim, kept in told["dimensions"].items():
         if kept["labels"] is not None:
             coords[dim] = xr.Variable(dim, _array(kept["labels"]), kept["attributes"])
@@ -185,7 +185,7 @@ def _placed(file: Path, name: str, dtype: str, labels: Mapping[str, NDArray]) ->
     places = []
     for dim in dims:
         column = table[dim].to_pylist() if labels[dim].dtype.kind == "U" else table[dim].to_numpy()
-        places.append(pd.Index(labels[dim]).get_indexer(pd.Index(column)))
+        places.append(xr.Coordinates({dim: labels[dim]}).to_index().get_indexer(column))
     if any(bool((place < 0).any()) for place in places):
         raise DirectoryError(f"{file}: has rows with labels that {DESCRIPTION} beside it does not name")
     if dims:

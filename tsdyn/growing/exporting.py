@@ -224,7 +224,7 @@ def _to_zarr(ds: xr.Dataset, part: _Partial, zarr_format: int) -> Iterator[tuple
             )
             part.add(name)
         yield done, pieces
-    store = zarr.open_group(str(part.content), mode="r+", zarr_format=zarr_format)
+    store: Any = zarr.open_group(str(part.content), mode="r+")
     for done, block in enumerate(blocks, start=len(names) + 1):
         if block.name not in part.done:
             store[block.variable][block.at] = _computed(ds, block)

@@ -145,7 +145,7 @@ class Response:
     def enough_samples(self) -> bool:
         """Whether there are more samples than features of some layer of the student and one of the teacher."""
         fewest = [min(f.shape[1] for f in side) for side in self._features]
-        return len(self.probe.inputs) > sum(fewest)
+        return bool(len(self.probe.inputs) > sum(fewest))
 
     @property
     def similarities(self) -> list[Tensor]:
