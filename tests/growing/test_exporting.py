@@ -1,10 +1,10 @@
 """Exports, read by other libraries and compared value by value; killed and given again."""
 
-import itertools
 import json
 import os
 import signal
 
+import dask
 import numpy as np
 import pytest
 import xarray as xr
@@ -12,7 +12,9 @@ from pandas.testing import assert_frame_equal
 
 import tsdyn
 from tests import processes
+from tests.archive.states import child
 from tests.cases import small
+from tsdyn.archive import parquet_stores, reading
 from tsdyn.archive.whole_files import DirectoryError
 from tsdyn.growing import exporting, parquet_tables
 
@@ -105,35 +107,69 @@ def test_tables_written_in_small_blocks_are_the_same(archives, tmp_path, monkeyp
     assert {"widths", "student.bias"} <= set(pq.read_schema(next(whole.glob("point-seed-epoch.parquet"))).names)
 
 
+@pytest.mark.parametrize("at", [3, 9])
 @pytest.mark.parametrize("to", ["zarr", "netcdf", "parquet"])
-def test_killed_and_given_again_it_goes_on(archives, to, tmp_path):
-    """Ended by SIGKILL after the third piece, it keeps these, and then writes the others."""
+def test_killed_and_given_again_it_goes_on(archives, to, at, tmp_path, monkeypatch):
+    """Ended by SIGKILL after some pieces, it keeps these, reads none of their chunks again, and writes the others."""
     source, out = archives / "sweep", tmp_path / "out.nc"
-    code = (
-        "import os, signal, sys\n"
-        "from tsdyn.growing.exporting import export\n"
-        "def told(done, pieces):\n"
-        "    if done == 3: os.kill(os.getpid(), signal.SIGKILL)\n"
-        f"export({str(source)!r}, {to!r}, {str(out)!r}, told=told)\n"
-    )
-    ended = processes.run(["python", "-c", code], tmp_path)
-    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    asked = []
+
+    def work():
+        def told(done, pieces):
+            if done == at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        monkeypatch.setattr(reading, "RUNS_PER_CHUNK", 1)  # point by point
+        with dask.config.set(scheduler="synchronous"):  # threads are not there after a fork
+            exporting.export(source, to, out, told=told)
+
+    assert child(work, tmp_path / "words").how == "killed"
     assert not out.exists()
     partial = tmp_path / ".out.nc.partial"
-    done = json.loads((partial / "progress.json").read_text(encoding="utf-8"))["done"]
-    assert len(done) in (2, 3)
-    kept = {file: os.stat(file).st_mtime_ns for file in partial.rglob("*") if file.is_file()}
-    assert kept
+    done = (partial / "progress.txt").read_text(encoding="utf-8").splitlines()[1:]
+    assert len(done) == at
+    assert any("#" in piece for piece in done) or to == "zarr"
+    with (partial / "progress.txt").open("a") as file:
+        file.write("weight#0.0")  # a line that was cut short is none
+    monkeypatch.setattr(reading, "RUNS_PER_CHUNK", 1)
+    compute = exporting._computed
+    monkeypatch.setattr(exporting, "_computed", lambda ds, block: (asked.append(block.name), compute(ds, block))[1])
     counts = []
     path = exporting.export(source, to, out, told=lambda *at: counts.append(at))
     assert counts[-1][0] == counts[-1][1] == len(counts)
+    assert not set(asked) & set(done)
     assert not partial.exists()
-    if to == "parquet":
-        whole = exporting.export(source, to, tmp_path / "whole")
-        for one, other in itertools.pairwise([path, whole]):
-            assert sorted(f.name for f in one.iterdir()) == sorted(f.name for f in other.iterdir())
-    else:
-        xr.testing.assert_identical(tsdyn.open(path).compute(), tsdyn.open(source).compute())
+    xr.testing.assert_identical(tsdyn.open(path).compute(), tsdyn.open(source).compute())
+
+
+@pytest.mark.parametrize("rows", [parquet_stores.ROWS, 1])
+def test_tables_open_as_the_archive_that_they_are_of(source, rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(parquet_stores, "ROWS", rows)  # read at once, or label by label
+    ds = tsdyn.open(source).compute()
+    found = tsdyn.open(exporting.export(source, "parquet", tmp_path / "tables"))
+    assert all(array.chunks is not None for array in found.data_vars.values())
+    assert found.weight.data.numblocks[0] == (1 if rows > 1 else found.weight.shape[0])
+    xr.testing.assert_identical(found.compute(), ds)
+    layer = tsdyn.layer(found, 1)
+    xr.testing.assert_identical(layer.compute(), tsdyn.layer(ds, 1))
+
+
+def test_tables_that_are_not_what_export_writes_are_refused(archives, tmp_path):
+    path = exporting.export(archives / "words", "parquet", tmp_path / "tables")
+    described = json.loads((path / "dataset.json").read_text(encoding="utf-8"))
+    for change, said in (
+        ({"variables": None}, "cannot be read"),
+        ({"tables": {"../elsewhere": ["weight"]}}, "is no name of a table"),
+        ({"tables": described["tables"] | {"nowhere": ["weight"]}}, "cannot be read"),
+        ({"dimensions": described["dimensions"] | {"layer": {"size": 1, "labels": None, "attributes": {}}}}, "labels"),
+    ):
+        (path / "dataset.json").write_text(json.dumps(described | change), encoding="utf-8")
+        with pytest.raises(DirectoryError, match=said):
+            tsdyn.open(path).load()
+    del described["variables"]
+    (path / "dataset.json").write_text(json.dumps(described), encoding="utf-8")
+    with pytest.raises(DirectoryError, match="an earlier version exported these tables"):
+        tsdyn.open(path)
 
 
 def test_what_another_archive_left_is_not_gone_on_from(archives, tmp_path):

@@ -23,7 +23,7 @@ import xarray as xr
 from dask.base import tokenize
 
 from tsdyn import schema, vocabulary
-from tsdyn.archive import additions, study_directories, zarr_stores
+from tsdyn.archive import additions, parquet_stores, study_directories, zarr_stores
 from tsdyn.archive.headers import Header, Headers, Source, when
 from tsdyn.archive.kept_samples import with_kept
 from tsdyn.archive.lazy_arrays import Cells, Stored
@@ -68,7 +68,7 @@ def open(
     verify: bool | None = None,
     along: Literal["keys", "point"] = "keys",
 ) -> xr.Dataset:
-    """A run, a sweep, one file or a zarr store as one lazy Dataset; nothing is loaded.
+    """A run, a sweep, one file or an export as one lazy Dataset; nothing is loaded.
 
     The swept keys of a sweep are leading dimensions, named by the key's last word (keys that vary together are
     coordinates along ``point``).  Points without a committed epoch are NaN; ``coverage`` is the share of its epochs
@@ -80,7 +80,7 @@ def open(
     hold them.  Where anything else has replaced a file, reading raises `ArchiveError` and says to open it again.
 
     Args:
-        path: Directory of a run or a sweep, a netCDF file or a zarr store; or a list of directories.
+        path: Directory of a run or a sweep, a netCDF file, a zarr store or exported tables; or a list of directories.
         skip_damaged: Whether points of a sweep that cannot be read become NaN, with a warning, instead of raising.
         verify: Whether files are first compared with the checksums beside them, which reads them whole.  By default
             files of at most 16 MB are (in a sweep, those that the index does not list); larger ones have a checksum
@@ -138,8 +138,9 @@ def opened(path: Path, *, skip_damaged: bool = False, upto: float = -1.0) -> xr.
     if not (path / EXPERIMENT).exists() and (recorded := recordings_below(path)):
         return _recordings(path, recorded, skip_damaged, upto)
     sources = Headers(path, upto).committed(".", lambda: Experiment.from_toml(path / EXPERIMENT, archived=True))
-    if not sources and zarr_stores.is_one(path):
-        return _marked_as(zarr_stores.read(path), path)
+    for stores in (zarr_stores, parquet_stores):
+        if not sources and stores.is_one(path):
+            return _marked_as(stores.read(path), path)
     if not sources:
         raise DirectoryError(f"{path}: holds no archive and no committed epoch; finish it with `tsdyn run`")
     return _single(sources)

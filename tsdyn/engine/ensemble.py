@@ -65,10 +65,6 @@ class Ensemble:
         Raises:
             ValueError: if members differ in anything but the numbers in their parameters and buffers.
         """
-        kinds = dict.fromkeys(_kind(member) for member in members)
-        if len(kinds) > 1:
-            first, second, *_ = kinds
-            raise ValueError(f"Ensemble: an ensemble has one architecture; its members have {first} and {second}")
         parts = [_tensors(member) for member in members]
         names: list[list[str]] = [[*values, *buffers] for values, buffers in parts]
         if any(other != names[0] for other in names):
@@ -77,6 +73,10 @@ class Ensemble:
                 f"Ensemble: members must have the same tensors; some have {', '.join(odd) or 'another order'}, others "
                 "do not"
             )
+        kinds = dict.fromkeys(_kind(member) for member in members)
+        if len(kinds) > 1:
+            first, second, *_ = kinds
+            raise ValueError(f"Ensemble: an ensemble has one architecture; its members have {first} and {second}")
 
         def beside(each: Sequence[Named]) -> Named:
             return {n: torch.stack([named[n].detach() for named in each]).to(device) for n in each[0]}
@@ -279,7 +279,7 @@ def parts_of(
 def _kind(member: Architecture) -> str:
     """A text that is the same for members of one ensemble: all they share beside names and shapes of tensors."""
     if isinstance(member, nn.Module):
-        return f"{type(member).__qualname__} {member}"
+        return " ".join(f"{type(member).__qualname__} {member}".split())
     frame, sigma = member.frame, member.activation
     norms = [None if norm is None else (norm.eps, norm.momentum) for norm in member.norms]
     shared = frame.image, frame.strides, frame.paddings, frame.places, norms, member.gate_at_zero

@@ -177,9 +177,8 @@ def _examined(two: Ensemble, batches: Batches, x: Tensor, y: Tensor, loss: Loss)
 def _a_member(block: Ensemble) -> nn.Module:
     """A copy of the architecture that may be called."""
     if "module" not in block.kept:
-        architecture = block.architecture
-        assert isinstance(architecture, nn.Module)
-        block.kept["module"] = copy.deepcopy(architecture).to(block.device)
+        assert isinstance(block.architecture, nn.Module)
+        block.kept["module"] = copy.deepcopy(block.architecture).to(block.device)
     module: nn.Module = block.kept["module"]
     return loaded(module, block.values, block.buffers, 0)
 

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal, assert_never, get_args
+from typing import Any, Literal, NamedTuple, assert_never, get_args
 
+import dask.array
+import numpy as np
 import xarray as xr
 from dask.base import tokenize
+from numpy.typing import NDArray
 
-from tsdyn.archive import reading
+from tsdyn.archive import parquet_stores, reading
 from tsdyn.archive.whole_files import (
     ArchiveError,
     DirectoryError,
@@ -36,7 +39,7 @@ SUFFIXES: Mapping[str, str] = {"zarr": ".zarr", "netcdf": ".nc", "parquet": ".pa
 #: A chunk of a zarr store holds about this much, so that a slice of a few members reads little more than it needs.
 ZARR_BYTES = 1 << 23
 #: File in an unfinished export: what it is an export of, and the pieces that are whole.
-_PROGRESS = "progress.json"
+_PROGRESS = "progress.txt"
 #: What each format needs beside what tsdyn installs.
 _NEEDS: Mapping[str, str] = {"zarr": "zarr", "parquet": "pyarrow"}
 
@@ -51,7 +54,8 @@ def export(
 ) -> Path:
     """Write an archive in another format; returns where it is.
 
-    Killed and called again, it goes on after the last whole variable (or table), if the archive is still the same.
+    Killed and called again, it goes on after the last whole chunk of a variable, which is of one point, or of some
+    small ones, if the archive is still the same.
 
     Args:
         path: A run, a sweep or a file.
@@ -115,16 +119,23 @@ class _Partial:
     """
 
     def __init__(self, target: Path, token: str) -> None:
-        self.target, self._token = target, token
+        self.target = target
         self.path = target.with_name(f".{target.name}.partial")
         refuse_link(self.path)
-        self.done: list[str] = []
-        with suppress(OSError, ValueError, KeyError, TypeError):
-            kept = json.loads((self.path / _PROGRESS).read_text(encoding="utf-8"))
-            self.done = [str(piece) for piece in kept["done"]] if kept["of"] == token else []
+        of, *done = self._noted()
+        self.done = set(done) if of == token else set[str]()
         if not self.done and self.path.exists():
             shutil.rmtree(self.path)
         make_directory(self.path)
+        write_text(self.path / _PROGRESS, "".join(f"{line}\n" for line in (token, *(done if self.done else ()))))
+
+    def _noted(self) -> list[str]:
+        """What the export is of, and the pieces that are whole; a line that was cut short is none."""
+        try:
+            *lines, _ = (self.path / _PROGRESS).read_text(encoding="utf-8").split("\n")
+        except (OSError, ValueError):
+            return [""]
+        return lines or [""]
 
     @property
     def content(self) -> Path:
@@ -133,8 +144,11 @@ class _Partial:
 
     def add(self, piece: str) -> None:
         """Note that a piece is whole."""
-        self.done.append(piece)
-        write_text(self.path / _PROGRESS, json.dumps({"of": self._token, "done": self.done}))
+        self.done.add(piece)
+        with (self.path / _PROGRESS).open("a", encoding="utf-8") as file:
+            file.write(f"{piece}\n")
+            file.flush()
+            os.fsync(file.fileno())
 
     def finish(self, whole: Path) -> None:
         """Make a whole file or directory the target."""
@@ -143,6 +157,40 @@ class _Partial:
         whole.rename(self.target)
         sync_directory(self.target.parent)
         shutil.rmtree(self.path)
+
+
+class _Block(NamedTuple):
+    """One chunk of a variable, as it is read at once: of one point, or of some small ones.
+
+    Attributes:
+        name: The variable's and the number of the chunk.
+        variable: The variable.
+        at: Where it is in the variable.
+        number: Its index among the variable's chunks.
+    """
+
+    name: str
+    variable: str
+    at: tuple[slice, ...]
+    number: tuple[int, ...]
+
+
+def _blocks(ds: xr.Dataset) -> list[_Block]:
+    """The chunks of all lazy variables."""
+    found = []
+    for name, array in ds.data_vars.items():
+        if not array.chunks:
+            continue
+        ends = [np.cumsum((0, *sizes)).tolist() for sizes in array.chunks]
+        for number in np.ndindex(*(len(sizes) for sizes in array.chunks)):
+            at = tuple(slice(edge[i], edge[i + 1]) for edge, i in zip(ends, number, strict=True))
+            found.append(_Block(f"{name}#{'.'.join(map(str, number))}", str(name), at, number))
+    return found
+
+
+def _computed(ds: xr.Dataset, block: _Block) -> NDArray:
+    found: NDArray = np.asarray(ds[block.variable].data.blocks[block.number].compute())
+    return found
 
 
 def _pieces(ds: xr.Dataset) -> list[str]:
@@ -164,15 +212,24 @@ def _to_zarr(ds: xr.Dataset, part: _Partial, zarr_format: int) -> Iterator[tuple
 
     if zarr_format == 3:
         ds = without_text(ds)
-    pieces = _pieces(ds)
-    for done, name in enumerate(pieces, start=1):
+    names, blocks = _pieces(ds), _blocks(ds)
+    pieces = len(names) + len(blocks)
+    for done, name in enumerate(names, start=1):
         if name not in part.done:
             one = _piece(ds, name)
             _clear(part.content / name, name != "coordinates")
             chunks = {key: {"chunks": _zarr_chunks(array)} for key, array in one.data_vars.items() if array.chunks}
-            one.to_zarr(part.content, mode="a", zarr_format=zarr_format, consolidated=False, encoding=chunks)
+            one.to_zarr(
+                part.content, mode="a", zarr_format=zarr_format, consolidated=False, encoding=chunks, compute=False
+            )
             part.add(name)
-        yield done, len(pieces)
+        yield done, pieces
+    store: Any = zarr.open_group(str(part.content), mode="r+")
+    for done, block in enumerate(blocks, start=len(names) + 1):
+        if block.name not in part.done:
+            store[block.variable][block.at] = _computed(ds, block)
+            part.add(block.name)
+        yield done, pieces
     if zarr_format == 2:
         zarr.consolidate_metadata(str(part.content), zarr_format=2)
     part.finish(part.content)
@@ -198,27 +255,36 @@ def _zarr_chunks(array: xr.DataArray) -> tuple[int, ...]:
 
 
 def _to_netcdf(ds: xr.Dataset, part: _Partial) -> Iterator[tuple[int, int]]:
-    """One file per variable, then one of all: a netCDF file that is cut short while it grows cannot be trusted."""
-    pieces = _pieces(ds)
+    """The numbers of each variable as they are, then one file of all: a netCDF file that is cut short while it grows
+    cannot be trusted.
+    """
+    blocks = _blocks(ds)
     make_directory(part.content)
-    files = {name: part.content / f"{number}.nc" for number, name in enumerate(pieces)}
-    for done, name in enumerate(pieces, start=1):
-        if name not in part.done:
-            _piece(ds, name).to_netcdf(files[name], engine="netcdf4", encoding=_netcdf_encoding(_piece(ds, name)))
-            part.add(name)
-        yield done, len(pieces) + 1
-    opened = {
-        name: xr.open_dataset(file, engine="netcdf4", chunks={}, decode_times=False) for name, file in files.items()
-    }
-    try:
-        whole = opened["coordinates"].assign({n: one[n] for n, one in opened.items() if n != "coordinates"})
-        whole = whole[[*ds.data_vars]].assign_attrs(ds.attrs)
-        whole.to_netcdf(part.path / "whole.nc", engine="netcdf4", encoding=_netcdf_encoding(whole))
-    finally:
-        for one in opened.values():
-            one.close()
-    yield len(pieces) + 1, len(pieces) + 1
+    files = (part.content / f"{number}.raw" for number in range(len(blocks)))
+    lazy = {name: next(files) for name in dict.fromkeys(block.variable for block in blocks)}
+    for done, block in enumerate(blocks, start=1):
+        if block.name not in part.done:
+            raw = _raw(lazy[block.variable], ds[block.variable], "r+")
+            raw[block.at] = _computed(ds, block)
+            raw.flush()
+            part.add(block.name)
+            del raw
+        yield done, len(blocks) + 1
+    held = {}
+    for name, file in lazy.items():
+        array = ds[name].variable
+        data = dask.array.from_array(_raw(file, ds[name], "r"), chunks=array.chunks, name=False)
+        held[name] = xr.Variable(array.dims, data, array.attrs)
+    whole = ds.assign(held)[[*ds.data_vars]].assign_attrs(ds.attrs)
+    whole.to_netcdf(part.path / "whole.nc", engine="netcdf4", encoding=_netcdf_encoding(whole))
+    yield len(blocks) + 1, len(blocks) + 1
     part.finish(part.path / "whole.nc")
+
+
+def _raw(file: Path, array: xr.DataArray, mode: Literal["r", "r+"]) -> np.memmap:
+    """The file of a variable's numbers, made if it is not there."""
+    there = file.exists() and file.stat().st_size == array.nbytes
+    return np.memmap(file, dtype=array.dtype, mode=mode if there else "w+", shape=array.shape)
 
 
 def _netcdf_encoding(ds: xr.Dataset) -> dict[Any, dict[str, Any]]:
@@ -233,15 +299,23 @@ def _netcdf_encoding(ds: xr.Dataset) -> dict[Any, dict[str, Any]]:
 def _to_parquet(ds: xr.Dataset, part: _Partial) -> Iterator[tuple[int, int]]:
     tables = parquet_tables.tables(ds)
     make_directory(part.content)
-    for done, (name, variables) in enumerate(tables.items(), start=1):
+    work = [(name, list(parquet_tables.blocks(ds, variables))) for name, variables in tables.items()]
+    pieces, done = sum(len(blocks) + 1 for _, blocks in work), 0
+    for name, blocks in work:
+        folder = part.path / name
+        for number, block in enumerate(blocks):
+            piece = f"{name}#{number}"
+            if name not in part.done and piece not in part.done:
+                make_directory(folder)
+                parquet_tables.write(ds, tables[name], block, folder / f"{number:08d}.parquet")
+                part.add(piece)
+            done += 1
+            yield done, pieces
         if name not in part.done:
-            parquet_tables.write(ds, variables, part.content / f"{name}.parquet")
+            parquet_tables.join(sorted(folder.glob("*.parquet")), part.content / f"{name}.parquet")
             part.add(name)
-        yield done, len(tables)
-    described = {"attributes": _plain(ds.attrs), "tables": {name: list(names) for name, names in tables.items()}}
-    write_text(part.content / "dataset.json", json.dumps(described, indent=1))
+            shutil.rmtree(folder)
+        done += 1
+        yield done, pieces
+    write_text(part.content / parquet_stores.DESCRIPTION, json.dumps(parquet_stores.described(ds, tables), indent=1))
     part.finish(part.content)
-
-
-def _plain(attrs: Mapping[Any, Any]) -> dict[str, Any]:
-    return {str(key): value.tolist() if hasattr(value, "tolist") else value for key, value in attrs.items()}

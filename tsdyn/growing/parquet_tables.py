@@ -28,8 +28,15 @@ def tables(ds: xr.Dataset) -> dict[str, tuple[str, ...]]:
     return {name: tuple(names) for name, names in found.items()}
 
 
-def write(ds: xr.Dataset, names: Sequence[str], file: Path) -> None:
-    """Write the table of variables that have the same dimensions.
+def blocks(ds: xr.Dataset, names: Sequence[str]) -> Iterator[dict[str, slice]]:
+    """Slices that cover the dimensions of variables that have the same ones: what is written at once."""
+    arrays = {name: ds[name] for name in names}
+    lengths = {str(dim): ds.sizes[dim] for dim in next(iter(arrays.values())).dims}
+    return _blocks(arrays, lengths)
+
+
+def write(ds: xr.Dataset, names: Sequence[str], block: Mapping[str, slice], file: Path) -> None:
+    """Write the rows of a block of the table of variables that have the same dimensions.
 
     Its columns are the labels of the dimensions, coordinates along single dimensions of it (swept keys along
     ``point``, names of layers), and the variables.  Attributes are in the metadata of each column.
@@ -43,32 +50,30 @@ def write(ds: xr.Dataset, names: Sequence[str], file: Path) -> None:
         str(name) for name, c in ds.coords.items() if c.ndim == 1 and c.dims[0] in dims and name not in (*dims, *names)
     ]
     kept = [name for name in along if name not in vocabulary.COORDINATES or name == "layer_name"]
-    lengths = {dim: ds.sizes[dim] for dim in dims}
-    labels = {dim: ds[dim].values if dim in ds.coords else np.arange(lengths[dim]) for dim in dims}
-    writer, schema = None, None
-    try:
-        for block in _blocks(arrays, lengths):
-            values = {name: array.isel(block).transpose(*dims).values for name, array in arrays.items()}
-            mask = _unpadded(ds, dims, block)
-            if schema is not None and not mask.any():
-                continue
-            at = {dim: np.arange(lengths[dim])[block[dim]] for dim in dims}
-            columns = {dim: _spread(labels[dim][at[dim]], dims.index(dim), mask) for dim in dims}
-            for name in kept:
-                dim = str(ds[name].dims[0])
-                columns[name] = _spread(ds[name].values[at[dim]], dims.index(dim), mask)
-            columns |= {name: array[mask] for name, array in values.items()}
-            fields = {name: pa.array(_listable(column)) for name, column in columns.items()}
-            if schema is None:
-                schema = pa.schema(
-                    [pa.field(name, column.type, metadata=_metadata(ds, name)) for name, column in fields.items()]
-                )
-                writer = pq.ParquetWriter(file, schema)
-            assert writer is not None
-            writer.write_table(pa.table(list(fields.values()), schema=schema))
-    finally:
-        if writer is not None:
-            writer.close()
+    labels = {dim: ds[dim].values if dim in ds.coords else np.arange(ds.sizes[dim]) for dim in dims}
+    values = {name: array.isel(block).transpose(*dims).values for name, array in arrays.items()}
+    mask = _unpadded(ds, dims, block)
+    at = {dim: np.arange(ds.sizes[dim])[block[dim]] for dim in dims}
+    columns = {dim: _spread(labels[dim][at[dim]], dims.index(dim), mask) for dim in dims}
+    for name in kept:
+        dim = str(ds[name].dims[0])
+        columns[name] = _spread(ds[name].values[at[dim]], dims.index(dim), mask)
+    columns |= {name: array[mask] for name, array in values.items()}
+    fields = {name: pa.array(_listable(column)) for name, column in columns.items()}
+    schema = pa.schema([pa.field(name, column.type, metadata=_metadata(ds, name)) for name, column in fields.items()])
+    pq.write_table(pa.table(list(fields.values()), schema=schema), file)
+
+
+def join(parts: Sequence[Path], file: Path) -> None:
+    """Write the rows of all parts into one file, part by part."""
+    import pyarrow.parquet as pq
+
+    held = [part for part in parts if pq.read_metadata(part).num_rows] or parts[
+        :1
+    ]  # of no rows the types are not known
+    with pq.ParquetWriter(file, pq.read_schema(held[0])) as writer:
+        for part in held:
+            writer.write_table(pq.read_table(part).cast(writer.schema))
 
 
 def _listable(column: NDArray) -> Any:

@@ -132,8 +132,8 @@ class _Following(TorchFunctionMode):
         kind = getattr(func, "__name__", "").removesuffix("_")
         first = args[0] if args else (kwargs or {}).get("input")
         name, _ = self._at.get(id(first), ("", None)) if isinstance(first, Tensor) else ("", None)
-        wanted = kind in _ACTIVATIONS and self._sloped and name not in self.kept.slopes
-        if name and wanted and isinstance(first, Tensor):
+        unseen = self._sloped and name not in self.kept.slopes
+        if isinstance(first, Tensor) and name and kind in _ACTIVATIONS and unseen:
             rest = {key: value for key, value in (kwargs or {}).items() if key != "input"}
             # before it is changed in place
             self.kept.slopes[name] = _slope(lambda z: func(z, *args[1:], **rest), first)

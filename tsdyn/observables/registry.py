@@ -325,13 +325,27 @@ def measure(variables: Iterable[str], measurement: Measurement) -> dict[str, np.
     found: dict[str, np.ndarray | list[np.ndarray]] = {}
     with torch.no_grad():
         for name in variables:
-            value = observable(name)(measurement)
-            if name not in OBSERVABLES:
-                value = _checked(name, value, _layout(measurement))
+            if name in OBSERVABLES:
+                value = OBSERVABLES[name](measurement)
+            else:
+                value = _checked(name, _theirs(name, measurement), _layout(measurement))
             found[name] = (
                 [v.cpu().numpy() for v in value if v is not None] if isinstance(value, list) else value.cpu().numpy()
             )
     return found
+
+
+def _theirs(name: str, measurement: Measurement) -> Tensor | Layers:
+    """What an observable of a package or a user gives.
+
+    Raises:
+        PartError: if it raises; names it and the error.
+    """
+    measured = observable(name)
+    try:
+        return measured(measurement)
+    except Exception as error:  # the user's own code raises errors of every type
+        raise registers.PartError(f"observable {name!r} raised {type(error).__name__}: {error}") from error
 
 
 def _checked(name: str, value: Tensor | Layers, layout: schema.Layout) -> Tensor | Layers:

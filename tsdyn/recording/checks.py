@@ -119,3 +119,13 @@ def shapes(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 of the names, types and shapes of tensors."""
     told = "; ".join(f"{name} {t.dtype} {tuple(t.shape)}" for name, t in tensors.items())
     return hashlib.sha256(told.encode()).hexdigest()
+
+
+def is_finite(parameter: Tensor) -> bool:
+    """Whether all numbers are; the extremes tell, which needs no memory."""
+    if not parameter.numel():
+        return True
+    numbers = parameter.detach()
+    return all(
+        bool(e.isfinite()) for e in torch.aminmax(torch.view_as_real(numbers) if numbers.is_complex() else numbers)
+    )

@@ -174,7 +174,7 @@ class Recorder:
                 raise ValueError(f"Recorder: {name} = {number!r}; an integer of at least {least} is needed")
         self._x, self._y = checks.checked_probe(model, probe)
         self._model, self._loss, self._teacher = model, loss, teacher
-        self._stateful = _stateful(state)
+        self._stateful = states.holders(state)
         names = labelled(model, self._x, layers, caller="Recorder")
         with evaluated(model), torch.no_grad():
             self._called = tuple(traced(model, self._x, names).calls)
@@ -237,7 +237,7 @@ class Recorder:
             self._last = epoch
             return
         values = self._checked_own(own)
-        dead = self._died >= 0 or not all(_is_finite(p) for p in self._model.parameters())
+        dead = self._died >= 0 or not all(checks.is_finite(p) for p in self._model.parameters())
         if dead and self._died < 0:
             self._died = epoch
             _log.warning(
@@ -551,38 +551,12 @@ class Recorder:
         return given
 
 
-def _is_finite(parameter: Tensor) -> bool:
-    """Whether all numbers are; the extremes tell, which needs no memory."""
-    if not parameter.numel():
-        return True
-    numbers = parameter.detach()
-    return all(
-        bool(e.isfinite()) for e in torch.aminmax(torch.view_as_real(numbers) if numbers.is_complex() else numbers)
-    )
-
-
 def _name_of(loss: Callable[[Tensor, Tensor], Tensor] | None) -> str:
     return "half squared error" if loss is None else str(getattr(loss, "__qualname__", type(loss).__qualname__))
 
 
 def _padded(sizes: list[int], depth: int) -> tuple[int, ...]:
     return (*sizes, *(0 for _ in range(depth - len(sizes))))
-
-
-def _stateful(state: Any) -> dict[str, Any]:
-    """What is stored beside the model, by name."""
-    listed = list(state) if isinstance(state, (list, tuple)) else [state]
-    found = {}
-    for i, holder in enumerate(listed):
-        able = callable(getattr(holder, "state_dict", None)) and callable(getattr(holder, "load_state_dict", None))
-        if not able and not isinstance(holder, torch.Generator):
-            raise ValueError(
-                f"Recorder: state[{i}] is {type(holder).__name__}, without state_dict() and load_state_dict(); give an "
-                "optimizer, a scheduler, a module or a torch.Generator"
-            )
-        found[f"state[{i}] ({type(holder).__name__})"] = holder
-    states.encoded({n: h.get_state() if isinstance(h, torch.Generator) else h.state_dict() for n, h in found.items()})
-    return found
 
 
 def _chosen(

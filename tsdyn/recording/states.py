@@ -87,6 +87,26 @@ def _array(value: Any, at: str, arrays: _Arrays) -> Any:
     return {"array": told}
 
 
+def holders(state: Any) -> dict[str, Any]:
+    """What is stored beside the model, by name: optimizers, schedulers and others with a state, and generators.
+
+    Raises:
+        ValueError: for what has none, or a state that cannot be stored.
+    """
+    listed = list(state) if isinstance(state, (list, tuple)) else [state]
+    found = {}
+    for i, holder in enumerate(listed):
+        able = callable(getattr(holder, "state_dict", None)) and callable(getattr(holder, "load_state_dict", None))
+        if not able and not isinstance(holder, torch.Generator):
+            raise ValueError(
+                f"Recorder: state[{i}] is {type(holder).__name__}, without state_dict() and load_state_dict(); give an "
+                "optimizer, a scheduler, a module or a torch.Generator"
+            )
+        found[f"state[{i}] ({type(holder).__name__})"] = holder
+    encoded({n: h.get_state() if isinstance(h, torch.Generator) else h.state_dict() for n, h in found.items()})
+    return found
+
+
 def decoded(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """What `encoded` was given."""
     tree = json.loads(np.asarray(arrays[TREE]).tobytes())

@@ -178,7 +178,9 @@ def _module_name(path: str | None, make: Maker) -> str:
 
 
 def _keys(experiment: Experiment, who: Literal["student", "teacher"], make: Maker) -> dict[str, Any]:
-    module = made(make, experiment, experiment.seed_labels[0], who)
+    seeds = experiment.seed_labels
+    module = made(make, experiment, seeds[0], who)
+    _refuse_others(experiment, who, module, made(make, experiment, seeds[-1], who) if len(seeds) > 1 else module)
     part = getattr(experiment, who)
     found = {
         f"{who}.module": _module_name(part.module, make),
@@ -195,6 +197,35 @@ def _keys(experiment: Experiment, who: Literal["student", "teacher"], make: Make
         ) from None
     shapes = [list(w.shape) for w, _ in layers.weights_of(module, names)]
     return found | {f"{who}.layers": list(names), f"{who}.shapes": shapes}
+
+
+def _refuse_others(experiment: Experiment, who: str, module: nn.Module, last: nn.Module) -> None:
+    """Refuse a module that is another one for another seed, or whose outputs cannot be learnt from.
+
+    Raises:
+        ExperimentError: with the reason, before anything is written.
+    """
+    mine, theirs = ({n: tuple(t.shape) for n, t in held_tensors(m).items()} for m in (module, last))
+    odd = [name for name in dict.fromkeys([*mine, *theirs]) if mine.get(name) != theirs.get(name)]
+    if odd:
+        raise ExperimentError(
+            f"{who}: seeds {experiment.seed_labels[0]} and {experiment.seed_labels[-1]} get modules that differ in "
+            f"{', '.join(odd[:5])}; the function must make modules with the same names and shapes for every seed"
+        )
+    x, outputs = _few_inputs(experiment), experiment.teacher.widths[-1]
+    try:
+        with layers.evaluated(module), torch.no_grad():
+            output = module(x)
+    except Exception as error:  # the user's own code raises errors of every type
+        raise ExperimentError(
+            f"{who}: {type(module).__name__} raised {type(error).__name__} for inputs {tuple(x.shape)}: {error}"
+        ) from error
+    shape = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
+    if shape != (len(x), outputs):
+        raise ExperimentError(
+            f"{who}: {type(module).__name__} gives {shape} for inputs {tuple(x.shape)}; it must map (sample, input) to "
+            f"(sample, output), here ({len(x)}, {outputs}): unflatten images inside it, and return one tensor"
+        )
 
 
 def _labelled(experiment: Experiment, who: Literal["student", "teacher"]) -> bool:

@@ -181,7 +181,7 @@ def run(
         tuple(observables),
     )  # fmt: skip
     if means.distributed:
-        refuse_unpicklable(student=student, teacher=teacher)
+        refuse_unpicklable(student=student, teacher=teacher, **{f"observable {o.name!r}": o for o in observables})
     with added(observables):
         own = completed(_asking(experiment, observables), student=student, teacher=teacher)
         if not packages.missing(own):

@@ -201,21 +201,21 @@ class Passed:
     teacher: Maker | None = None
 
 
-def refuse_unpicklable(**makers: Maker | None) -> None:
-    """Refuse functions that cannot be sent to workers.
+def refuse_unpicklable(**passed: Any) -> None:
+    """Refuse functions and observables that cannot be sent to workers.
 
     Raises:
         WorkersError: naming the function and what cannot be pickled.
     """
-    from distributed.protocol import pickle
+    import cloudpickle
 
-    for who, make in makers.items():
+    for who, part in passed.items():
         try:
-            pickle.dumps(make)
+            cloudpickle.dumps(part)
         except Exception as error:  # pickling runs the user's code, which raises errors of every type
             raise WorkersError(
-                f"{who}: {make!r} cannot be sent to workers ({type(error).__name__}: {error}); make the module inside "
-                "the function from what can be pickled, or leave workers out"
+                f"{who}: {part!r} cannot be sent to workers ({type(error).__name__}: {error}); make what it holds "
+                "inside the function, from what can be pickled, or leave workers out"
             ) from error
 
 
