@@ -6,6 +6,7 @@ import xarray as xr
 from PIL import Image
 from tsdyn.analysis import style
 
+import tsdyn
 from tests.rendering import faults
 from tests.test_cli import command as command  # a fixture
 from tsdyn import studies
@@ -53,3 +54,11 @@ def test_every_study_has_panels_that_take_measured_and_axes():
         panels = studies.load(name).PANELS
         assert panels
         assert all(callable(panel) for panel in panels.values())
+
+
+@pytest.mark.parametrize("name", studies.names())
+def test_the_number_of_seeds_can_be_set_of_every_study_that_runs(name):
+    """As `tsdyn study run NAME --seeds N` sets it, at every scale, of every point of the sweep."""
+    for scale, work in studies.load(name).EXPERIMENTS.items():
+        if isinstance(work, tsdyn.Experiment):
+            assert {len(point.seed_labels) for _, point in work.replace({"seeds": 3}).points()} == {3}, scale
