@@ -146,11 +146,18 @@ def _smaller(own: Experiment, paper: Any) -> str:
     """In what the paper's scale is larger than `own`."""
     if not isinstance(paper, Experiment) or paper.digest == own.digest:
         return ""
-    pairs = [(len(own.seed_labels), len(paper.seed_labels), "seeds")]
+    swept = _swept(own) | _swept(paper)
+    pairs: list[tuple[Any, Any, str]] = [(len(own.seed_labels), len(paper.seed_labels), "seeds")]
     if own.kind == "training":
         pairs.append((own.training.epochs, paper.training.epochs, "epochs"))
-    more = [f"{theirs} {what}" for mine, theirs, what in pairs if mine != theirs]
-    return f"Reduced: --scale paper has {' and '.join(more)}." if more else ""
+        sizes = [e.data.train for e in (own, paper)]
+        if "data.train" not in swept and "fresh" not in sizes:
+            pairs.append((*sizes, "samples"))
+        ratios = [f"{e.student.overrealization:g}x" for e in (own, paper)]
+        if "student.overrealization" not in swept:
+            pairs.append((*ratios, "as many students as teachers"))
+    more = [f"{number(theirs)} {what}" for mine, theirs, what in pairs if mine != theirs]
+    return f"Reduced: --scale paper has {joined(more)}." if more else ""
 
 
 #: Words for the values of some keys.

@@ -110,7 +110,7 @@ def first(values: xr.DataArray, *kept: str) -> xr.DataArray:
 
 
 def panel(name: str, *, along: str = "epoch") -> layout.Panel:
-    """Panel of a measured variable against `along`: layers dark to light, variables without layers black.
+    """Panel of a measured variable against `along`: layers dark to light in styles of their own, other variables black.
 
     Of a sweep it draws the first point; select another with ``measured.sel``.
     """
@@ -121,7 +121,8 @@ def panel(name: str, *, along: str = "epoch") -> layout.Panel:
         for position, layer in enumerate(layers):
             panels.spread(
                 values.sel(layer=layer), ax=ax, along=along, color=look.shade(position, len(layers)),
-                label=f"layer {layer}", marker=None if along == "epoch" else "o",
+                label=f"layer {layer}", linestyle=panels.STYLES[position % len(panels.STYLES)],
+                marker=None if along == "epoch" else "o",
             )  # fmt: skip
         if "layer" not in values.dims:
             panels.spread(values, ax=ax, along=along, color=look.PALETTE[2], marker=None if along == "epoch" else "o")
@@ -181,6 +182,11 @@ def draw(
         height: Of a row, in inches on paper.
         paper: Experiments by scale.
     """
+    ends = [name for name in SCALARS if name in measured and name in show]
+    if ends:
+        last = measured[ends[0]].isel(epoch=-1) if "epoch" in measured[ends[0]].dims else measured[ends[0]]
+        dead = int(last.isnull().sum())
+        says += f"; {dead} of {last.size} students diverged, whose curves end there" if dead else ""
     swept = [str(dim) for dim in swept_dimensions(measured["mean_specialization"])]
     across = list(swept if across is None else [dim for dim in across if dim in swept])
     columns = layout.points(measured, across)

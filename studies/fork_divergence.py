@@ -33,6 +33,8 @@ __all__ = ["EXPERIMENTS", "PANELS", "SOURCE", "TITLE", "draw", "measure"]
 TITLE = "distance of perturbed forks, the tangent's prediction, and the size at which the first gate flips"
 SOURCE = "tsdyn: forks of the two-layer run of Tian 2020 (PMLR 119:9470)"
 
+#: Seconds of `measure` per second of the run: forks of every size, tangents and radii.
+AGAIN = 16.0
 #: Standard deviations of the change, relative to the start's of the same layer.
 SIZES = tuple(float(f"{size:.4g}") for size in np.logspace(-6.5, -0.5, 7))
 _MEASURED = "definition; forks by tsdyn.fork"

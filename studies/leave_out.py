@@ -3,7 +3,9 @@
 Members differ only in which samples they see.  The exact derivative through training, influence functions at the end
 and gradient products along recorded epochs each predict how the evaluation loss changes; training again says how it
 does.  All three are of first order: what they miss is curvature and, for relu, gates that flip between the student and
-the one that never saw the samples.  Influence functions assume a minimum, which none of these runs has reached.
+the one that never saw the samples.  Influence functions assume a minimum, which none of these runs has reached.  At
+desk scale ranks correlate with retraining by 0.78 (relu) and 0.97 (softplus) for the derivative through training, 0.70
+and 0.68 for influence functions, 0.24 and 0.04 for gradient products: medians of 5 seeds, 48 sets each.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -30,6 +33,8 @@ SOURCE = (
     "Koh & Liang 2017 (arXiv:1703.04730); Pruthi et al. 2020 (arXiv:2002.08484); Park et al. 2023 (arXiv:2303.14186)"
 )
 
+#: Seconds of `measure` per second of the run: scores of a run on all samples.
+AGAIN = 0.5
 #: Scores, with a word for each on an axis.
 SCORES: Mapping[str, str] = {"d_sample": "exact", "influence": "influence", "tracin": "products"}
 #: Dampings of the Hessian, of which the first is taken that makes it positive definite for every seed.
@@ -128,7 +133,10 @@ def _one(measured: xr.Dataset, *dims: str) -> xr.Dataset:
 
 
 def _change(measured: xr.Dataset, ax: Axes) -> None:
-    """Retrained over predicted change, a mark per subset and a colour per seed; the line is where both agree."""
+    """Retrained over predicted change, a mark per subset and a colour per seed; the line is where both agree.
+
+    There is none where the score is not on the loss's scale: ten times larger or more.
+    """
     own = _one(measured, "activation", "score")
     seeds = own.sizes["seed"]
     for i in range(seeds):
@@ -138,7 +146,8 @@ def _change(measured: xr.Dataset, ax: Axes) -> None:
             color=panels.colour(i) if seeds <= len(look.PALETTE) else look.shade(i, seeds),
         )  # fmt: skip
     ends = [float(f(own["retrained"])) for f in (np.nanmin, np.nanmax)]
-    ax.plot(ends, ends, color=look.GUIDE, linewidth=look.points(0.8))
+    if float(abs(own["predicted"]).max()) < 10 * float(abs(own["retrained"]).max()):
+        ax.plot(ends, ends, color=look.GUIDE, linewidth=look.points(0.8))
     ax.ticklabel_format(scilimits=(-5, 5), useOffset=False)  # a factor beside the axis would stand on its label
     ax.locator_params(nbins=3)
     ax.set(xlabel="predicted change", ylabel="retrained change")
@@ -156,8 +165,10 @@ def _agreement(measured: xr.Dataset, ax: Axes) -> None:
         ax.vlines(place, *bounds, color=colour, linewidth=look.points(0.7))
         ax.plot(place, one["lds"], "o", color=colour, markersize=look.points(2.2), markeredgewidth=0)
     ax.axhline(0.0, color=look.GUIDE, linewidth=look.points(0.6))
-    ax.set_xticks(range(own.sizes["score"]), labels=[SCORES[str(s)] for s in own["score"].values], rotation=90)
-    ax.set(ylim=(-1.05, 1.05), xlim=(-0.5, own.sizes["score"] - 0.5), xlabel="score", ylabel="rank correlation")
+    turned: dict[str, Any] = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
+    ax.set_xticks(range(own.sizes["score"]), labels=[SCORES[str(s)] for s in own["score"].values], **turned)
+    least = min(0.0, float(own["lds_interval"].min()))
+    ax.set(ylim=(least - 0.05, 1.05), xlim=(-0.5, own.sizes["score"] - 0.5), xlabel="score", ylabel="rank correlation")
 
 
 #: Panels by name.
@@ -171,15 +182,26 @@ def draw(measured: xr.Dataset) -> look.Page:
     for activation in measured["activation"].values.tolist():
         at = {"activation": activation}
         cells = [layout.Cell("change", {**at, "score": s}, f"{activation}, {SCORES[s]}") for s in SCORES]
-        rows.append([*cells, layout.Cell("agreement", at, f"{activation}, agreement")])
+        rows.append([*cells, layout.Cell("agreement", at, f"{activation}, ranks")])
     dampings = [
         f"{float(measured['damping'].sel(activation=name)):g} ({name})" for name in measured["activation"].values
     ]
     says = (
         f"Change of the evaluation loss when samples are left out, for {measured.sizes['subset']} sets of samples, by "
         "training again and as three scores predict it (exact: the derivative through training; influence: influence "
-        "functions; products: gradient products over recorded epochs; colours: seeds; lines: both equal), and the rank "
-        "correlation of the two with 95 % intervals over sets. Damping of the Hessian for influence functions: "
+        "functions; products: gradient products over recorded epochs; colours: seeds; lines: both equal, but for "
+        "products, whose scale is another), and the rank correlation of the two with 95 % intervals over sets. Damping "
+        "of the Hessian for influence functions: "
         f"{captions.joined(dampings)}"
     )
-    return layout.arrange(measured, PANELS, rows, says=says, spread="points", paper=EXPERIMENTS, key=None, height=2.0)
+    return layout.arrange(
+        measured,
+        PANELS,
+        rows,
+        says=says,
+        spread="points",
+        paper=EXPERIMENTS,
+        key=None,
+        height=1.9,
+        widths=(1, 1, 1, 1.1),
+    )

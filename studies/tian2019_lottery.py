@@ -41,6 +41,8 @@ __all__ = ["EXPERIMENTS", "PANELS", "SOURCE", "TITLE", "draw", "measure"]
 TITLE = "lottery ticket: winners retrained from their initial weights and from new ones, others clamped to zero"
 SOURCE = "Tian et al. 2019 (arXiv:1905.13405), section 1 and Figure 3"
 
+#: Seconds of `measure` per second of the run: two students are trained again.
+AGAIN = 2.0
 #: What is trained → its start; that of all nodes is the experiment's own.
 NETWORKS: Mapping[str, str] = {
     "all nodes": "",

@@ -30,10 +30,11 @@ def estimated(name: str, scale: str, path: Path) -> dict[str, float]:
     from tsdyn.running import estimates, sweep
 
     estimates.time.perf_counter = time.process_time  # type: ignore[attr-defined]
-    work = sweep.completed(studies.load(name).EXPERIMENTS[scale])
+    study = studies.load(name)
+    work = sweep.completed(study.EXPERIMENTS[scale])
     costs = sweep.estimate(sweep.unfinished(work, path)).values()
     return {
-        "seconds": sum(c.seconds for c in costs),
+        "seconds": sum(c.seconds for c in costs) * (1 + getattr(study, "AGAIN", 0.0)),
         "memory_mb": max(c.memory for c in costs) / 1e6,
         "disk_mb": sum(c.disk for c in costs) / 1e6,
     }

@@ -59,6 +59,54 @@ def test_the_checks_find_what_a_referee_finds():
         assert words in found
 
 
+def _clean():
+    """A page without fault: two panels with labels, a legend, marks and a caption."""
+    page = style.page(2, 2.0)
+    for ax in page.body.subplots(1, 2):
+        ax.plot([0, 1], [0, 1], label="loss")
+        ax.scatter([0.2, 0.4], [0.4, 0.2])
+        ax.set(xlabel="epoch", ylabel="loss")
+        ax.legend(loc="upper left")
+    page.say("A curve. n = 3 seeds.")
+    return page
+
+
+def _resized(page, width, height):
+    page.set_size_inches(width, height)
+
+
+#: What a referee objects to → how it is planted into a clean page.
+PLANTED = {
+    "is cut off": lambda page, ax: ax.text(-2.0, 0.5, "outside").set_in_layout(False),
+    "has 5.0 points": lambda page, ax: ax.text(0.6, 0.1, "tiny", size=5),
+    "is pale": lambda page, ax: ax.text(0.6, 0.1, "faint", color="0.8"),
+    "is no word": lambda page, ax: ax.text(0.6, 0.1, "nan"),
+    "has a key or a symbol that is not set": lambda page, ax: ax.text(0.6, 0.1, "β_kk"),
+    "overlap": lambda page, ax: [ax.text(0.6, 0.1, word) for word in ("one", "two")],
+    "no label of y": lambda page, ax: ax.set_ylabel(""),
+    "no label of x": lambda page, ax: ax.set_xlabel(""),
+    "a line 'pale' of contrast": lambda page, ax: ax.plot([0, 1], [1, 0], color="yellow", label="pale"),
+    "marks of contrast": lambda page, ax: ax.scatter([0.5], [0.7], color="yellow"),
+    "empty panel": lambda page, ax: [art.remove() for art in (*ax.lines, *ax.collections)],
+    "does not say n": lambda page, ax: page.say("A curve."),
+    "in wide": lambda page, ax: _resized(page, 8.0, 2.5),
+    "in high": lambda page, ax: _resized(page, style.PAGE, 9.5),
+}
+
+
+@pytest.mark.parametrize("objection", PLANTED)
+def test_a_planted_fault_is_found_and_nothing_else(objection):
+    with style.using("paper"):
+        page = _clean()
+        assert faults(page) == []
+        PLANTED[objection](page, page.axes[0] if "label" not in objection else page.axes[1])
+        if objection == "no label of y":  # of one panel only: its neighbour's would do where they share the axis
+            page.axes[0].set_ylabel("")
+        found = faults(page)
+    assert found
+    assert all(objection in fault for fault in found)
+
+
 @pytest.mark.parametrize("kind", ["pdf", "svg", "png"])
 def test_the_same_archive_gives_the_same_bytes_with_provenance(kind, archives):
     files = []

@@ -6,9 +6,12 @@ import xarray as xr
 from PIL import Image
 from tsdyn.analysis import style
 
+import tsdyn
+from tests.cases import small
 from tests.rendering import faults
 from tests.test_cli import command as command  # a fixture
 from tsdyn import studies
+from tsdyn.cli.run_commands import run_announced
 
 
 def test_a_study_is_drawn_again_from_what_it_measured(command, tmp_path):
@@ -53,3 +56,17 @@ def test_every_study_has_panels_that_take_measured_and_axes():
         panels = studies.load(name).PANELS
         assert panels
         assert all(callable(panel) for panel in panels.values())
+
+
+@pytest.mark.parametrize(("again", "said"), [(0.0, False), (2.0, True)])
+def test_measuring_that_trains_again_is_announced(again, said, tmp_path, capsys):
+    run_announced(small(training__epochs=1), tmp_path / "run", "cpu", False, again=again)
+    assert (" of measuring" in capsys.readouterr().out) == said
+
+
+@pytest.mark.parametrize("name", studies.names())
+def test_the_number_of_seeds_can_be_set_of_every_study_that_runs(name):
+    """As `tsdyn study run NAME --seeds N` sets it, at every scale, of every point of the sweep."""
+    for scale, work in studies.load(name).EXPERIMENTS.items():
+        if isinstance(work, tsdyn.Experiment):
+            assert {len(point.seed_labels) for _, point in work.replace({"seeds": 3}).points()} == {3}, scale

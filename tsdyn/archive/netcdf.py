@@ -400,13 +400,24 @@ def bytes_per_epoch(layout: Layout, variables: Sequence[str], dtype: str) -> int
     return numbers * len(layout.seeds) * np.dtype(dtype).itemsize
 
 
-def stored_bytes(layout: Layout, variables: Sequence[str], dtype: str, epochs: int) -> int:
-    """Size in a file of so many recorded epochs of all members, with the padding of the chunks that hold them."""
+def stored_bytes(
+    layout: Layout, variables: Sequence[str], dtype: str, epochs: int, *, depths: Mapping[str, int] | None = None
+) -> int:
+    """Size in a file of so many recorded epochs of all members, with the padding of the chunks that hold them.
+
+    Args:
+        layout: Of the file.
+        variables: Names of variables; those that are not recorded along the run count once.
+        dtype: Of their numbers.
+        epochs: Number of recorded epochs.
+        depths: Number of layers of each variable that are written; all layers if not given.
+    """
     sizes, numbers = _sizes(layout, epochs), 0
-    for variable in (variable_of(name) for name in variables if "epoch" in variable_of(name).dims):
+    for variable in map(variable_of, variables):
         chunk = dict(zip(variable.dims, _chunks(variable, layout, sizes, np.dtype(dtype).itemsize), strict=True))
         inner = [dim for dim in variable.dims if dim not in ("seed", "epoch", "layer")]
-        for layer in range(1, layout.depth + 1) if variable.layered else (None,):
+        depth = (depths or {}).get(variable.name, layout.depth)
+        for layer in range(1, depth + 1) if variable.layered else (None,):
             held = dict(zip(inner, layout.block(variable, layer), strict=True))
             held |= {"seed": sizes["seed"], "epoch": epochs, "layer": 1}
             numbers += math.prod(-(-held[dim] // chunk[dim]) * chunk[dim] for dim in variable.dims)

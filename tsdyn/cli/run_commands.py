@@ -144,7 +144,8 @@ def run_study(
     if isinstance(work, Experiment):
         work = work.replace(dict(assignment(text) for text in changes or ()))
         work = work if seeds is None else work.replace({"seeds": seeds})
-        run_announced(work, path, device, quiet, workers, scheduler, together)
+        again = float(getattr(module, "AGAIN", 0.0))
+        run_announced(work, path, device, quiet, workers, scheduler, together, again=again)
         found = reading.open(path)
     elif given and not _only_own(work, changes, given):
         raise ExperimentError(
@@ -185,8 +186,12 @@ def run_announced(
     workers: int | None = None,
     scheduler: str | None = None,
     together: bool | None = None,
+    *,
+    again: float = 0.0,
 ) -> None:
+    """Run an experiment after saying what it will cost; `again`: seconds of measuring afterwards per second of it."""
     from tsdyn.running import runner, sweep
+    from tsdyn.running.words import duration
     from tsdyn.running.workers import WorkersError
 
     report_only.append(True)
@@ -201,7 +206,9 @@ def run_announced(
         sweep.preflight(experiment, path, workers=workers, scheduler=scheduler)
         left = sweep.unfinished(experiment, path)
         costs = sweep.estimate(left, device=device if scheduler is None else "cpu")
-        print(f"{experiment.name} -> {path}: {_announced(experiment, len(left), costs, workers or 1)}", flush=True)
+        told = _announced(experiment, len(left), costs, workers or 1)
+        later = duration(again * sum(cost.seconds for cost in costs.values())) if again and costs else ""
+        print(f"{experiment.name} -> {path}: {told}{f', then {later} of measuring' if later else ''}", flush=True)
         with _reporting(costs, experiment.layout.path) as (report, point):
             sweep.run(experiment, path, **shared, progress=report, point=point)
     except (runner.DeviceError, WorkersError) as error:

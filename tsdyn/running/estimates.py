@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import assert_never
 
@@ -29,6 +29,10 @@ from tsdyn.running.words import duration
 COMMIT_BYTES = 1 << 27
 #: The HDF5 library keeps about this many bytes beside a file that it makes in memory.
 FILE_CACHE = 75 << 20
+#: What describes a variable takes about this many bytes of a file.
+HEADER_BYTES = 6 << 10
+#: Trials that take fewer seconds are repeated with more steps and samples, over which their fixed costs spread.
+QUICK = 0.1
 #: Integrator steps assumed for a population flow; the studies' flows take a few hundred.
 FLOW_STEPS = 300
 
@@ -79,7 +83,7 @@ def _estimate_flow(experiment: Experiment) -> Cost:
     limits = Limits(end=FLOW_END, steps=1)
     with torch.no_grad():
         per_step = _quickest(lambda: Flow(trial.loss, begin, times=np.zeros(0), limits=limits).until(math.inf))
-    return _cost(experiment, trial.loss.parameters, FLOW_STEPS * per_step)
+    return _cost(experiment, trial.loss.parameters, FLOW_STEPS * per_step, trial.state())
 
 
 def _estimate_online(experiment: Experiment) -> Cost:
@@ -92,40 +96,68 @@ def _estimate_online(experiment: Experiment) -> Cost:
     def once() -> None:
         OnlineMembers(experiment).simulation.until(few)
 
+    parameters = experiment.student_widths[1] * (inputs + 1)
     with torch.no_grad():
-        return _cost(experiment, experiment.student_widths[1] * (inputs + 1), _quickest(once) / few * steps)
+        seconds = _quickest(once) / few * steps
+        return _cost(experiment, parameters, seconds, OnlineMembers(experiment).state())
 
 
-def _cost(experiment: Experiment, parameters: int, seconds: float) -> Cost:
+def _cost(experiment: Experiment, parameters: int, seconds: float, state: Mapping[str, np.ndarray]) -> Cost:
     found = footprint(experiment)
-    return Cost(found.members, parameters, memory.resident() + found.bytes, found.records, seconds)
+    disk = _disk(experiment, {}, sum(array.nbytes for array in state.values()))
+    return Cost(found.members, parameters, memory.resident() + found.bytes, disk, seconds)
+
+
+def _disk(experiment: Experiment, depths: Mapping[str, int], state: int) -> int:
+    """Bytes of the archive: records in their chunks, the `state` from which it can go on, and what describes them.
+
+    Args:
+        experiment: One run.
+        depths: Number of layers that are written, of variables with layers.
+        state: Bytes of the state.
+    """
+    names = experiment.recorded()
+    stored = netcdf.stored_bytes(experiment.layout, names, experiment.dtype, len(experiment.labels), depths=depths)
+    return stored + state + HEADER_BYTES * len(names)
 
 
 def _estimate_training(experiment: Experiment, device: str) -> Cost:
-    layout, members, before = experiment.layout, len(experiment.seed_labels), memory.resident()
+    members, before = len(experiment.seed_labels), memory.resident()
+    trial, per_step, per_sample = _timed(experiment, device, steps=60, train=512, samples=512)
+    if per_step * trial.experiment.steps * trial.ensemble.members < QUICK:
+        _, per_step, _ = _timed(experiment, device, steps=600, train=16_384, samples=16)
+    if per_sample * trial.experiment.data.eval * trial.ensemble.members < QUICK:
+        _, _, per_sample = _timed(experiment, device, steps=1, train=512, samples=4096)
+    per_epoch = per_step * experiment.steps
+    recorded = len(experiment.schedule)
+    seconds = members * (per_epoch * experiment.training.epochs + per_sample * experiment.data.eval * recorded)
+    train, tried = None, trial.experiment.data.train
+    if isinstance(experiment.data.train, int) and isinstance(tried, int):
+        train = experiment.data.train * len(trial.train_probe(0, 0).inputs) // tried
+    parameters = sum(p[0].numel() for p in trial.ensemble.values.values())
+    written = trial.measure(0, schema.expand(experiment.record.observables)) | trial.constants()
+    depths = {name: len(values) for name, values in written.items() if isinstance(values, list)}
+    state = sum(array.nbytes for array in trial.state().values()) * members // trial.ensemble.members
+    most = before + footprint(experiment, train=train).bytes
+    return Cost(members, parameters, most, _disk(experiment, depths, state), seconds)
+
+
+def _timed(
+    experiment: Experiment, device: str, *, steps: int, train: int, samples: int
+) -> tuple[Members, float, float]:
+    """A few members with fewer samples to `train` on and to measure; their seconds per step and per measured sample."""
     flow = experiment.training.method == "flow"  # an epoch of it is integrated as a whole, not step by step
-    seeds = list(experiment.seed_labels[: 1 if flow else 8])
-    few = experiment.replace({"seeds": seeds, "data.eval": min(512, experiment.data.eval)})
-    steps = experiment.steps if flow else min(experiment.steps, 60)
-    few = few.replace({"training.steps_per_epoch": steps})
+    steps = experiment.steps if flow else min(experiment.steps, steps)
+    changed = {"seeds": list(experiment.seed_labels[: 1 if flow else 8]), "training.steps_per_epoch": steps}
+    few = experiment.replace(changed | {"data.eval": min(samples, experiment.data.eval)})
     if isinstance(experiment.data.train, int) and not experiment.training.whole:
-        few = few.replace({"data.train": min(experiment.data.train, max(512, experiment.training.batch))})
+        few = few.replace({"data.train": min(experiment.data.train, max(train, experiment.training.batch))})
     memory.refuse_beyond("estimate", footprint(few).bytes, torch.device(device), "narrower networks, fewer samples")
     trial = Members(few, device)
     variables = schema.expand(experiment.record.observables)
     per_step = _quickest(lambda: trial.advance(1)) / steps / trial.ensemble.members
     per_sample = _quickest(lambda: trial.measure(0, variables)) / trial.ensemble.members / few.data.eval
-    recorded = len(experiment.schedule)
-    seconds = members * (
-        per_step * experiment.steps * experiment.training.epochs + per_sample * experiment.data.eval * recorded
-    )
-    train = None
-    if isinstance(experiment.data.train, int) and isinstance(few.data.train, int):
-        train = experiment.data.train * len(trial.train_probe(0, 0).inputs) // few.data.train
-    parameters = sum(p[0].numel() for p in trial.ensemble.values.values())
-    epoch = netcdf.bytes_per_epoch(layout, variables, experiment.dtype)
-    most = before + footprint(experiment, train=train).bytes
-    return Cost(members, parameters, most, epoch * recorded, seconds)
+    return trial, per_step, per_sample
 
 
 @dataclass(frozen=True)
