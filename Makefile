@@ -3,7 +3,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 RUNS   ?= runs/l-shape
 
-.PHONY: quickstart test matrix lowest fuzz trials torture multilayer long lint docs browser dist coverage bench scale clean
+.PHONY: quickstart test matrix lowest fuzz trials torture multilayer long lint docs browser dist coverage bench peers scale clean
 
 # Installed again whenever the project's metadata changes.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -87,6 +87,12 @@ bench: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.deep
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.population
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/benchmarks --no-typechecks -o addopts= --benchmark-only --benchmark-columns=min,median
+
+# The same work by tsdyn, jax and the packages for derivatives, in turns, in an environment of its own; CELLS names some.
+peers:
+	$(PYTHON) -m venv build/peers
+	build/peers/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e . jax backpack-for-pytorch opacus curvlinops-for-pytorch
+	OMP_NUM_THREADS=1 build/peers/bin/python -m tests.benchmarks.peers --json build/peers/peers.json $(CELLS)
 
 # Archives of 20 GB, 10,000 runs, 50 killed workers; takes minutes, and 22 GB in the temporary directory until the end.
 scale: $(VENV)/.installed-dev

@@ -41,7 +41,7 @@ class Students:
         self.biases = [0.1 * normal(members, n) for n in WIDTHS[1:]]
         self.x = normal(min(members, 8), samples, WIDTHS[0])
         raw = normal(min(members, 8), samples, WIDTHS[-1])
-        self.y = loss(self.how["loss"]).target(raw, None)
+        self.y = loss(self.how["loss"]).target(raw.flatten(0, 1), None).view_as(raw)
         self.rows = None
         if batch is not None:
             self.rows = torch.randint(0, samples, (members, steps, batch), generator=draw)
@@ -59,17 +59,17 @@ class Students:
             )
             for i in range(self.members)
         ]
-        rule = Rule(RATE, self.how["method"], momentum=0.9, loss=loss(self.how["loss"]))
-        pool = len(self.x)
-        whole = Ensemble.of(networks)
+        momentum = 0.9 if self.how["method"] == "momentum" else 0.0
+        rule = Rule(RATE, self.how["method"], momentum=momentum, loss=loss(self.how["loss"]))
+        pool = len(self.x)  # members share this much data
+        parts = [Ensemble.of(networks[start : start + pool]) for start in range(0, self.members, pool)]
 
         def work() -> object:
-            for start in range(0, self.members, pool):
-                rows = None if self.rows is None else self.rows[start : start + pool]
-                part = whole.block(slice(start, start + pool))
-                stream = finite_stream(self.x, self.y, rows, steps=self.steps)
+            for i, part in enumerate(parts):
+                rows = None if self.rows is None else self.rows[i * pool : (i + 1) * pool]
+                stream = finite_stream(self.x[: part.members], self.y[: part.members], rows, steps=self.steps)
                 train_epoch(part, stream, rule, batch=self.batch or self.x.shape[1])
-            return [whole.values["weight_1"], whole.values["weight_2"]]
+            return [torch.cat([part.values[name] for part in parts]) for name in ("weight_1", "weight_2")]
 
         return work
 

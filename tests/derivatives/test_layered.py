@@ -11,6 +11,7 @@ from torch import nn
 from tests.networks.test_networks import random_network
 from tsdyn import derivatives
 from tsdyn.derivatives import curvature
+from tsdyn.derivatives.layered import layered
 from tsdyn.engine.loss import LOSSES
 from tsdyn.networks import activations
 
@@ -56,10 +57,10 @@ def test_matrix_and_products_are_those_of_double_backward(hidden, ends, name, bi
     y = torch.randn(samples, ends[1], generator=draw, dtype=torch.float64).softmax(1)
     expected = by_autograd(module, loss.value, x, y, free)
     room = 1e4 * EPS * (1 + float(expected.abs().max()))
-    with curvature._curved("test", (module, loss.value, x, y), {}) as (curve, _):
-        assert curve._quick is not None
-        vector = torch.randn(curve.size, generator=draw, dtype=torch.float64)
-        dense, product = curve._quick.dense(), curve._quick.product(vector)
+    formulas = layered(module, x, lambda f: loss.value(f, y), free)
+    assert formulas is not None
+    vector = torch.randn(formulas.size, generator=draw, dtype=torch.float64)
+    dense, product = formulas.dense(), formulas.product(vector)
     torch.testing.assert_close(dense, expected, rtol=0, atol=room)
     torch.testing.assert_close(product, expected @ vector, rtol=0, atol=room * len(expected))
     torch.testing.assert_close(derivatives.hessian(module, loss.value, x, y), expected, rtol=0, atol=room)
@@ -73,8 +74,8 @@ def test_samples_may_come_in_parts(monkeypatch):
     whole = derivatives.hessian(net, LOSSES["mse"].value, x, y[:, :2])
     with curvature._curved("test", (net, LOSSES["mse"].value, x, y[:, :2]), {}) as (curve, _):
         monkeypatch.setattr("tsdyn.derivatives.layered._AT_ONCE", 1 << 14)
-        assert len(list(curve._quick._parts())) > 3
-        torch.testing.assert_close(curve._quick.dense(), whole, rtol=0, atol=1e4 * EPS)
+        assert len(list(curve._formulas._parts())) > 3
+        torch.testing.assert_close(curve._formulas.dense(), whole, rtol=0, atol=1e4 * EPS)
 
 
 @pytest.mark.parametrize("what", ["mixes samples", "hook", "shared weight", "own activation"])
@@ -134,3 +135,28 @@ def test_a_jacobian_that_a_hook_changes_is_torchs_own(caplog):
         found = derivatives.jacobian(module, x)
     assert "formulas differ from plain autograd" in caplog.text
     torch.testing.assert_close(found["0.weight"], 2 * right["0.weight"])
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=list(LOSSES))
+@pytest.mark.parametrize("name", ["relu", "tanh", "softplus"])
+def test_torchs_own_layers_need_no_comparison(loss, name):
+    """A loss that sees the parameters, or puts samples together, is differentiated by autograd all the same."""
+    module = random_network((3, 5, 2), name, seed=1, bias=True).to_torch()
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(6, 3, generator=draw, dtype=torch.float64)
+    y = torch.randn(6, 2, generator=draw, dtype=torch.float64).softmax(1)
+    free = list(module.parameters())
+    room = 1e4 * EPS
+    for odd in (
+        loss.value,
+        lambda f, t: loss.value(f, t) + 0.1 * (module[0].weight ** 4).sum(),
+        lambda f, t: loss.value(f, t) + (f.mean(0) ** 3).sum(),
+        lambda f, t: loss.value(f, t) * loss.value(f.roll(1, 0), t),
+    ):
+        with curvature._curved("test", (module, odd, x, y), {}) as (curve, _):
+            assert isinstance(curve, curvature._Formulas) == (odd is loss.value)
+        slopes = torch.autograd.grad(odd(module(x), y), free, create_graph=True)
+        rows = [torch.autograd.grad(s, free, retain_graph=True) for s in torch.cat([s.flatten() for s in slopes])]
+        expected = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
+        found = derivatives.hessian(module, odd, x, y)
+        torch.testing.assert_close(found, expected, rtol=0, atol=room * (1 + float(expected.abs().max())))

@@ -11,7 +11,6 @@ import xarray as xr
 from pandas.testing import assert_frame_equal
 
 import tsdyn
-from tests import processes
 from tests.archive.states import child
 from tests.cases import small
 from tsdyn.archive import parquet_stores, reading

@@ -28,8 +28,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from tsdyn.derivatives import labels
-from tsdyn.derivatives.assumptions import Loss, Tree, agree, asked, comparable, explained, gradients_on, log
-from tsdyn.derivatives.layered import Layered, layered
+from tsdyn.derivatives.assumptions import Asked, Loss, Tree, agree, asked, comparable, explained, gradients_on, log
+from tsdyn.derivatives.layered import Layered, layered, proved
 from tsdyn.derivatives.module_state import Randomness
 from tsdyn.memory import refuse_beyond
 from tsdyn.networks.network import Network
@@ -149,7 +149,7 @@ def hessian_spectrum(*args: Any, labelled: bool = False, **keywords: Any) -> Any
         return _largest(curve, k)
 
 
-def _largest(curve: _Curve, k: int) -> Tensor:
+def _largest(curve: _Curve | _Formulas, k: int) -> Tensor:
     """The k largest eigenvalues, by Lanczos with implicit restarts."""
 
     def apply(vector: np.ndarray) -> np.ndarray:
@@ -366,8 +366,7 @@ class _Curve:
 
     def dense(self) -> Tensor:
         """The dense Hessian, from its products with unit vectors; symmetric to rounding."""
-        size = 3 * self.size**2 * self.dtype.itemsize
-        refuse_beyond("hessian", size, self.device, "use hessian_spectrum or hessian_vector_product")
+        _refuse_large(self.size, self.dtype, self.device)
         unit = torch.eye(self.size, dtype=self.dtype, device=self.device)
         draw = torch.Generator().manual_seed(0)
         random = torch.randn(2, self.size, generator=draw, dtype=self.dtype, device="cpu").to(self.device)
@@ -408,10 +407,35 @@ class _Curve:
             )
 
 
+def _refuse_large(size: int, dtype: torch.dtype, device: torch.device) -> None:
+    needed = 3 * size**2 * dtype.itemsize
+    refuse_beyond("hessian", needed, device, "use hessian_spectrum or hessian_vector_product")
+
+
+class _Formulas:
+    """As `_Curve`, by formulas alone."""
+
+    def __init__(self, formulas: Layered) -> None:
+        self._formulas = formulas
+        self.size, self.device, self.dtype = formulas.size, formulas.device, formulas.dtype
+
+    def product(self, vector: Tensor) -> Tensor:
+        """H v."""
+        return self._formulas.product(vector)
+
+    def dense(self) -> Tensor:
+        """The dense Hessian."""
+        _refuse_large(self.size, self.dtype, self.device)
+        return self._formulas.dense()
+
+    def refuse_asymmetry(self) -> None:
+        """Formulas are symmetric."""
+
+
 @contextmanager
 def _curved(
     caller: str, args: tuple[Any, ...], keywords: dict[str, Any], **more: Any
-) -> Iterator[tuple[_Curve, dict[str, Any]]]:
+) -> Iterator[tuple[_Curve | _Formulas, dict[str, Any]]]:
     """The function to differentiate (`_Curve`), from either form of the call, and the remaining arguments."""
     given = _bound(caller, args, keywords, more)
     with ExitStack() as stack:
@@ -423,12 +447,19 @@ def _curved(
                 raise ValueError(f"{caller}: {name} has no parameter that requires a gradient")
             _refuse_unreal(caller, leaves)
 
-            def value() -> Tensor:
-                return one.value(given["loss"], one.call(one.inputs), one.targets)
+            def of_outputs(output: Tensor) -> Tensor:
+                return one.value(given["loss"], output, one.targets)
 
+            def value() -> Tensor:
+                return of_outputs(one.call(one.inputs))
+
+            formulas = _proved(one, of_outputs, leaves)
+            if formulas is not None:
+                yield _Formulas(formulas), given
+                return
             curve = _traced(caller, name, leaves, lambda: one.refuse_unsteady(value), value)
             if "vector" not in given:  # a single product is not worth the comparison
-                curve.use(layered(one.module, one.inputs, lambda f: one.value(given["loss"], f, one.targets), leaves))
+                curve.use(layered(one.module, one.inputs, of_outputs, leaves))
             yield curve, given
             return
         stack.enter_context(gradients_on())
@@ -438,6 +469,16 @@ def _curved(
             return _scalar(caller, given["loss"](structured()))
 
         yield _traced(caller, "the loss", leaves, lambda: _steady(caller, at), at), given
+
+
+def _proved(one: Asked, value: Callable[[Tensor], Tensor], leaves: Sequence[Tensor]) -> Layered | None:
+    """Formulas that need no comparison."""
+    if not comparable(leaves):
+        return None
+    try:
+        return proved(one.module, one.inputs, value, leaves, one.refuse_unsteady)
+    except (RuntimeError, TypeError, IndexError, NotImplementedError):
+        return None  # plain autograd works, or raises its own error
 
 
 def _traced(

@@ -10,7 +10,8 @@ for l ≤ m, and the second derivative in W_l (ij) and W_m (pq) is that of (i, p
 l < m, g_{m,p} f_{l−1,j} ∂f_{m−1,q}/∂z_{l,i}, since W_l moves the input of layer m.  Summed over samples both are matrix
 products.
 
-`layered` decides from the module alone; whoever uses it compares a product with one by plain autograd.
+`layered` decides from the module alone; whoever uses it compares a product with one by plain autograd, unless the
+module is built of torch's own parts and the loss sees the parameters through the outputs only (`proved`).
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from tsdyn.derivatives import graph
 from tsdyn.derivatives.assumptions import agree
-from tsdyn.networks.network import Network
+from tsdyn.networks.network import Network, Trace
 
 #: Limit on the bytes of the samples whose matrices are formed together.
 _AT_ONCE = 64 << 20
@@ -43,12 +45,52 @@ def layered(
     if found is None or not isinstance(inputs, Tensor):
         return None
     network, order = found
-    samples, outputs = len(inputs), network.widths[-1]
-    if samples * outputs**2 * inputs.element_size() > _AT_ONCE:
+    if len(inputs) * network.widths[-1] ** 2 * inputs.element_size() > _AT_ONCE:
         return None
-    x = inputs.detach()
-    slope, bend = _of_outputs(network(x).detach(), value)
-    return Layered(network, x, slope, bend, order)
+    trace = network.trace(inputs.detach())
+    free = trace.output.clone().requires_grad_(True)
+    (slope,) = torch.autograd.grad(value(free), free, create_graph=True)
+    return Layered(network, inputs.detach(), trace, slope.detach(), _bend(slope, free), order)
+
+
+def proved(
+    module: nn.Module,
+    inputs: object,
+    value: Callable[[Tensor], Tensor],
+    leaves: Sequence[Tensor],
+    steady: Callable[[Callable[[], Tensor]], Tensor],
+) -> Layered | None:
+    """As `layered`, but None unless autograd's graph proves the formulas, which then need no comparison.
+
+    The module must be built of torch's own parts (`graph.known`), and the loss depend on the outputs alone, with no
+    second derivative in the outputs of two samples.
+
+    Args:
+        module, inputs, value, leaves: As `layered`.
+        steady: Computes a value twice, and raises ValueError if the two differ.
+    """
+    found = plain_network(module, inputs, leaves) if graph.known(module) else None
+    if found is None or not isinstance(inputs, Tensor):
+        return None
+    network, order = found
+    if len(inputs) * network.widths[-1] ** 2 * inputs.element_size() > _AT_ONCE:
+        return None
+    trace = network.trace(inputs.detach())
+    free = trace.output.clone().requires_grad_(True)
+    total = steady(lambda: value(free))
+    if not total.requires_grad or graph.leaves_of([total]) != {id(free)}:
+        return None
+    (slope,) = torch.autograd.grad(total, free, create_graph=True)
+    bend = _bend(slope, free)
+    if slope.requires_grad:
+        draw = torch.Generator(device="cpu").manual_seed(3)
+        half = (torch.randperm(len(free), generator=draw, device="cpu") % 2).to(free).unsqueeze(1)
+        along = half * _random(free)
+        (product,) = torch.autograd.grad(slope, free, along, retain_graph=True)
+        formula = bend * along if bend.ndim == 2 else (bend @ along.unsqueeze(2)).squeeze(2)
+        if not agree(product, formula, bend.abs().max()):
+            return None
+    return Layered(network, inputs.detach(), trace, slope.detach(), bend, order)
 
 
 def plain_network(
@@ -103,21 +145,23 @@ def _place(network: Network, leaf: Tensor) -> tuple[int, bool] | None:
     return found[0] if len(found) == 1 else None
 
 
-def _of_outputs(output: Tensor, value: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-    """∂J/∂f, (sample, output), and ∂²J/∂f², (sample, output, output) or (sample, output) if it is diagonal."""
-    free = output.clone().requires_grad_(True)
-    (slope,) = torch.autograd.grad(value(free), free, create_graph=True)
+def _bend(slope: Tensor, free: Tensor) -> Tensor:
+    """∂²J/∂f² from the graph of ∂J/∂f: (sample, output, output), or (sample, output) if it is diagonal."""
     if not slope.requires_grad:
-        return slope, torch.zeros_like(output)
+        return torch.zeros_like(free)
     # each output by itself: then the product with ones holds all there is, and one with any other vector agrees
-    draw = torch.Generator(device="cpu").manual_seed(0)  # whatever the caller has made torch's default device
-    random = torch.randn(output.shape, generator=draw, dtype=output.dtype, device="cpu").to(output.device)
-    along = [torch.ones_like(output), random]
+    random = _random(free)
+    along = [torch.ones_like(free), random]
     diagonal, product = (torch.autograd.grad(slope, free, v, retain_graph=True)[0] for v in along)
     if agree(product, diagonal * random):
-        return slope.detach(), diagonal
-    columns = [torch.autograd.grad(slope[:, c].sum(), free, retain_graph=True)[0] for c in range(output.shape[1])]
-    return slope.detach(), torch.stack(columns, 2)
+        return diagonal
+    columns = [torch.autograd.grad(slope[:, c].sum(), free, retain_graph=True)[0] for c in range(free.shape[1])]
+    return torch.stack(columns, 2)
+
+
+def _random(like: Tensor) -> Tensor:
+    draw = torch.Generator(device="cpu").manual_seed(0)  # whatever the caller has made torch's default device
+    return torch.randn(like.shape, generator=draw, dtype=like.dtype, device="cpu").to(like.device)
 
 
 class Layered:
@@ -126,14 +170,14 @@ class Layered:
     Args:
         network: Plain, with parameters that need no gradient.
         x: (sample, input).
-        slope, bend: ∂J/∂f_L and ∂²J/∂f_L² of each sample, the latter as `_of_outputs` gives it.
+        trace: The forward pass of `x`.
+        slope, bend: ∂J/∂f_L and ∂²J/∂f_L² of each sample, the latter as `_bend` gives it.
         order: (layer, whether it is the bias) of each parameter of the result.
     """
 
     def __init__(
-        self, network: Network, x: Tensor, slope: Tensor, bend: Tensor, order: Sequence[tuple[int, bool]]
+        self, network: Network, x: Tensor, trace: Trace, slope: Tensor, bend: Tensor, order: Sequence[tuple[int, bool]]
     ) -> None:
-        trace = network.trace(x)
         self._weights, self._bend, self._order = network.weights, bend, order
         self._below = [x, *trace.activations[:-1]]
         self._gates = trace.gates[:-1]
@@ -145,6 +189,19 @@ class Layered:
             second = None if network.activation.piecewise_linear else _derivative(network.activation.derivative, z)
             self._curved.insert(0, None if second is None else above * second)
             self._slopes.insert(0, above * self._gates[layer - 1])
+
+    @property
+    def size(self) -> int:
+        """Number of parameters."""
+        return sum(self._shape(*place).numel() for place in self._order)
+
+    @property
+    def device(self) -> torch.device:
+        return self._bend.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._bend.dtype
 
     def _shape(self, layer: int, bias: bool) -> torch.Size:
         return self._weights[layer].shape[:1] if bias else self._weights[layer].shape
