@@ -123,7 +123,9 @@ class Passage:
         rows = steps.rows.contiguous()
         self.members, count, batch = rows.shape
         if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < samples:
-            raise IndexError(f"forth: rows reach from {int(rows.min())} to {int(rows.max())}; samples: 0..{samples - 1}")
+            raise IndexError(
+                f"forth: rows reach from {int(rows.min())} to {int(rows.max())}; samples: 0..{samples - 1}"
+            )
         self._depth = network.depth
         # all that the struct points to lives as long as it does
         self._by_rate = torch.zeros(self.members, count, dtype=torch.float64)
