@@ -17,6 +17,8 @@ OPTIMIZERS = st.sampled_from([
     {"training__method": "adam"}, {"training__method": "adamw"},
 ])  # fmt: skip
 
+ACTIVATIONS = ("relu", "leaky_relu", "identity", "tanh", "softplus", "gelu", "erf")
+
 
 @st.composite
 def changes_of(draw):
@@ -25,7 +27,7 @@ def changes_of(draw):
     changes = {
         **draw(OPTIMIZERS),
         "teacher__widths": draw(st.sampled_from([[4, 2], [5, 3, 2], [4, 3, 3, 2]])),
-        "student__activation": draw(st.sampled_from(["relu", "leaky_relu", "identity", "tanh", "softplus", "gelu", "erf"])),
+        "student__activation": draw(st.sampled_from(ACTIVATIONS)),
         "student__batch_norm": draw(st.sampled_from(["none", "none", "before", "after"])),
         "student__bias": draw(st.booleans()), "student__init": draw(st.sampled_from(["gaussian", "torch"])),
         "data__train": "fresh" if fresh else draw(st.sampled_from([9, 30])), "data__eval": 10,

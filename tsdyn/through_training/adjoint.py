@@ -357,7 +357,7 @@ def _refuse_off(off: Tensor, room: Tensor, scale: float, rule: Rule, count: int)
     if bool((off <= room).all()):
         return
     raise ReplayError(
-        f"sensitivity: step {count} as it is differentiated differs from the engine's by {float(off.max()):.2g} in numbers "
-        f"up to {scale:.2g}; this optimizer, loss or module computes something that torch.func does not see "
+        f"sensitivity: step {count} as it is differentiated differs from the engine's by {float(off.max()):.2g} in "
+        f"numbers up to {scale:.2g}; this optimizer, loss or module computes something that torch.func does not see "
         f"({rule.name!r}, {rule.loss.name!r}): it cannot be differentiated here"
     )
