@@ -14,6 +14,7 @@ from tsdyn.archive import integrity
 from tsdyn.experiment.experiment import Experiment
 from tsdyn.running import runner
 from tsdyn.running.forked_members import ForkedMembers
+from tsdyn.running.members import Members
 from tsdyn.through_training import forks
 
 KEYS = ("weight", "bias", "loss_eval", "correlation")
@@ -130,6 +131,34 @@ def test_a_parent_that_is_not_finished_is_forked(tmp_path, last, monkeypatch):
     assert (ds["distance"].sel(epoch=reached) == 0).all()
     assert ds["distance"].isel(epoch=-1).isnull().all()
     assert all(ds[name].isnull().all() for name in ("student_kept", "barrier", "barrier_matched", "cka_angle"))
+
+
+@pytest.mark.parametrize("sweep", [{}, {"student.overrealization": [1.0, 2.0]}], ids=["run", "sweep"])
+def test_the_parents_kept_states_spare_training_it_again(sweep, tmp_path, monkeypatch):
+    path = parent_of(
+        tmp_path, training__method="adam", training__epochs=5, record__state_every=2, sweep=sweep,
+        record__observables=["loss", "weight"],
+    )  # fmt: skip
+    trained = []
+    advance = Members.advance
+
+    def counted(members, step):
+        trained.append(step)
+        return advance(members, step)
+
+    monkeypatch.setattr(Members, "advance", counted)
+    forked = forks.forked(path, at=3)
+    for _, single in forked.points():
+        members = ForkedMembers(single)
+        members.draw()
+        place = {key.rpartition(".")[2]: value for key, value in single.as_dict()["student"].items() if sweep}
+        own = tsdyn.open(path).sel(epoch=3)
+        own = own.sel(overrealization=place["overrealization"]) if sweep else own
+        widths = members.state()["weight_1"].shape
+        np.testing.assert_array_equal(
+            members.state()["weight_1"], own.weight.sel(layer=1).values[:, : widths[1], : widths[2]]
+        )
+    assert trained == [3] * len(list(forked.points()))  # from the state after epoch 2
 
 
 def changed(parent, perturb, at=1):

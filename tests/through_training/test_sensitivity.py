@@ -180,6 +180,58 @@ def test_the_radius_is_the_first_gate_that_flips_when_trained_again(relu_run):
         assert not np.array_equal(gates(seed, 1.03 * sign * radius), as_run)
 
 
+def test_the_observables_own_samples_bend_it_at_their_radius(relu_run):
+    """Just below it the evaluation samples' gates at the end are the run's; just above one differs.  Steps' gates apart."""
+    e, path = relu_run
+    found = tsdyn.sensitivity(path, "loss_eval", wrt="start")
+    named = tsdyn.sensitivity(path, ("weight", {"layer": 2, "node": 1, "input_node": 0}), wrt="start")
+    assert bool(named["observable_radius"].isnull().all())  # measured on no samples
+    np.testing.assert_array_equal(found["radius"].dims, found["observable_radius"].dims)
+    crossed = 0
+    for position, seed in enumerate(e.seed_labels):
+        at = found.sel(seed=seed, wrt="start")
+        x = Members(e).eval_probes[position].inputs
+
+        def gates(size, position=position, at=at, x=x):
+            members = Members(e)
+            members.draw()
+            members.prepare()
+            values = members.ensemble.values
+            length = np.sqrt(float((at["d_start"] ** 2).sum() + (at["d_start_bias"] ** 2).sum()))
+            for layer in (1, 2):
+                for name, variable in ((f"weight_{layer}", "d_start"), (f"bias_{layer}", "d_start_bias")):
+                    part = values[name][position]
+                    part += (
+                        size
+                        * torch.from_numpy(at[variable].sel(layer=layer).values)[tuple(slice(n) for n in part.shape)]
+                        / length
+                    )
+            for epoch in range(1, e.training.epochs + 1):
+                members.advance(epoch)
+            net = members.ensemble.network(position)
+            return (x @ net.weights[0].T + net.biases[0] > 0).numpy()
+
+        for side, sign in (("+", 1), ("-", -1)):
+            first = float(at["observable_radius"].sel(side=side))
+            if first < 0.95 * float(at["radius"].sel(side=side)):  # else a step's gate flips before
+                assert np.array_equal(gates(0.97 * sign * first), gates(0.0))
+                assert (gates(1.03 * sign * first) != gates(0.0)).sum() == 1
+                crossed += 1
+    assert crossed
+
+
+def test_a_kink_of_the_observable_changes_it_by_one_samples_share(tmp_path):
+    """Between the observable's radius and the steps' the prediction holds to the share of the samples that crossed."""
+    e = tiny(data__eval=2000, training__epochs=2)
+    tsdyn.run(e, tmp_path / "run")
+    found = tsdyn.sensitivity(tmp_path / "run", "loss_eval")
+    assert bool((found["observable_radius"].min("side") < found["radius"].min("side")).any())
+    curve = retraining.retrained(tmp_path / "run", "loss_eval", multiples=[0.95, -0.95])
+    off = np.abs(curve["retrained"] / curve["predicted"] - 1)
+    assert float(off.max()) < 0.01
+    assert "on single samples bend it" in " ".join(json.loads(found.attrs["reach"]))
+
+
 def test_differences_at_a_tenth_of_the_radius_agree_to_1e_6(relu_run):
     _, path = relu_run
     of = ("weight", {"layer": 2, "node": 1, "input_node": 0})

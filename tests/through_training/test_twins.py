@@ -97,7 +97,7 @@ def steps_of(e, members, position):
     for epoch in range(1, epochs + 1):
         if e.data.train == "fresh":
             for batches in members.stream(epoch)(slice(position, position + 1)):
-                yield from ((epoch - 1, x[0].clone(), y[0].clone()) for x, y in batches)
+                yield from ((epoch - 1, x[0].clone().double(), y[0].clone().double()) for x, y in batches)
         elif e.training.whole:
             yield from ((epoch - 1, None) for _ in range(e.steps))
         else:
@@ -105,8 +105,8 @@ def steps_of(e, members, position):
             yield from ((epoch - 1, torch.from_numpy(r)) for r in batch_indices(e, seed, epoch, samples))
 
 
-def unrolled(e, position, observable=None):
-    """The derivatives of one member by autograd through the unrolled graph."""
+def unrolled(e, position, target=None):
+    """The derivatives of one member by autograd through the unrolled graph; `target` gives those of the evaluation."""
     members = Members(e)
     members.draw()
     ensemble = members.ensemble
@@ -124,8 +124,10 @@ def unrolled(e, position, observable=None):
     end, stats = twin.trained(p, stats, x, y, w, rates, steps_of(e, members, position), how)
     probe = members.eval_probes[position]
     output, _ = twin.forward(end, stats, probe.inputs.double(), how, False)
-    target = members.targets(position, probe.inputs).double()
-    value = twin.sample_losses(how["loss"], output, target).mean()
+    wanted = members.targets(position, probe.inputs).double() if target is None else target(probe.inputs.double())
+    if target is not None and how["loss"] == "cross_entropy":
+        wanted = torch.nn.functional.one_hot(wanted.argmax(1), wanted.shape[1]).double()
+    value = twin.sample_losses(how["loss"], output, wanted).mean()
     leaves = {**p, **{f"rate_{k}": r for k, r in enumerate(rates, start=1)}}
     leaves |= {} if x is None else {"x": x, "y": y, "w": w}
     slopes = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)

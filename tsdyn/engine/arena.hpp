@@ -9,6 +9,10 @@
 #include <utility>
 #include <vector>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "product.hpp"
 
 namespace {
@@ -27,13 +31,20 @@ class Arena {
         size += Lanes<Real>::padded(numbers);
     }
     void allocate(bool zero = true) {
-        memory = static_cast<Real*>(std::aligned_alloc(64, std::max<long>(size, 16) * sizeof(Real)));
+        const size_t bytes = std::max<long>(size, 16) * sizeof(Real);
+        const size_t line = bytes < 2 * kPage ? 64 : kPage;
+        memory = static_cast<Real*>(std::aligned_alloc(line, (bytes + line - 1) / line * line));
         if (!memory) throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE
+        if (line == kPage) madvise(memory, bytes, MADV_HUGEPAGE);  // the first touch of small pages would take longer
+#endif
         if (zero) std::memset(memory, 0, size * sizeof(Real));
         for (const auto& [place, from] : places) *place = memory + from;
     }
 
   private:
+    static constexpr size_t kPage = size_t(1) << 21;  // a large page
+
     std::vector<std::pair<Real**, long>> places;
     long size = 0;
     Real* memory = nullptr;

@@ -191,6 +191,7 @@ class Member {
         arena.reserve(&layer.slope, numbers);
         arena.reserve(&layer.first_slope, with_moment ? numbers : 0);
         arena.reserve(&layer.along, with_moment ? numbers : 0);
+        if (l == 0) arena.reserve(&at_step(0, 0).by_sample, samples * layer.stride);
         arena.reserve(&layer.by_node, layer.stride * samples);
         arena.reserve(&layer.moved, layer.stride * samples);
         arena.reserve(&layer.moved_by_sample, samples * layer.stride);
@@ -199,7 +200,7 @@ class Member {
             Passed<Real>& p = at_step(s, l);
             if (s == 0 || !undone) store.reserve(&p.weight, numbers);
             store.reserve(&p.first, with_moment ? numbers : 0);
-            if (s == 0 || (l > 0 && s < job.steps)) store.reserve(&p.by_sample, samples * layer.stride);
+            if (l > 0 && s < job.steps) store.reserve(&p.by_sample, samples * layer.stride);
             if (s < job.steps) store.reserve(&p.gamma, layer.nodes * samples);
         }
     }
@@ -219,7 +220,6 @@ class Member {
     void gather(const Real* x, const int64_t* rows) {
         const Layer<Real>& layer = layers[0];
         Real* by_sample = at_step(0, 0).by_sample;
-        std::memset(by_sample, 0, samples * layer.stride * sizeof(Real));
         for (long b = 0; b < batch; ++b) {
             std::memcpy(by_sample + b * layer.stride, x + rows[b] * layer.below, layer.below * sizeof(Real));
             by_sample[b * layer.stride + layer.below] = job.biases[0] ? 1 : 0;

@@ -1,8 +1,8 @@
 """Training steps gone back through in compiled code: derivatives in all that they started from.
 
-compiled_adjoint.cpp is built and called by `native`.  A `Passage` takes steps of training, keeps what they went through,
-and goes back without a graph or a Hessian.  It serves fully connected networks with a piecewise linear activation and no
-BatchNorm, in float64 on a CPU, trained on batches by SGD with or without momentum.
+compiled_adjoint.cpp is built and called by `native`.  A `Passage` takes steps of training, keeps what they went
+through, and goes back without a graph or a Hessian.  It serves fully connected networks with a piecewise linear
+activation and no BatchNorm, in float64 on a CPU, trained on batches by SGD with or without momentum.
 """
 
 from __future__ import annotations
@@ -190,7 +190,8 @@ class Passage:
         """The slopes in the rate of each step, (member, step); goes back once, and gives up what was kept.
 
         Args:
-            slopes: Of an observable in the state after the last step, as `state`; overwritten by those before the first.
+            slopes: Of an observable in the state after the last step, as `state`; overwritten by those before the
+                first.
             by_weight, by_target, by_input: Sums of the slopes in the samples' weights, targets and inputs, (member,
                 sample, ...), which are added to.
         """

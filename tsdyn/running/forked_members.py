@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from tsdyn.archive import reading
+from tsdyn.archive import reading, states
+from tsdyn.archive.run_directory import EXPERIMENT
+from tsdyn.archive.sweep_directory import sweep_points
 from tsdyn.archive.whole_files import ArchiveError
 from tsdyn.engine.rule import Rule
 from tsdyn.experiment.branching import Fork
@@ -80,15 +82,34 @@ def _state(origin: Experiment, fork: Fork, device: str, teacher: Maker | None) -
 
 @lru_cache(maxsize=4)  # branches at one epoch share it
 def _kept(text: str, parent: str, epoch: int, device: str, teacher: Maker | None) -> State:
-    """The state after `epoch`: from the recorded weights where these are all of it, else by training again."""
+    """The state after `epoch`: from the latest state that the run keeps, or recorded weights that are all of it; else by
+    training again.
+    """
     members = Members(Experiment.from_toml_text(text), device, None, teacher)
     members.draw()
     first = 0
     if epoch and not Rule.of(members.experiment.training, 1).optimizer.moments and not members.experiment.deep:
         first = _restored(members, Path(parent), epoch)
+    first = _resumed(members, Path(parent), first, epoch)
     for step in range(first + 1, epoch + 1):
         members.advance(step)
     return {name: np.array(array) for name, array in members.state().items()}
+
+
+def _resumed(members: Members, parent: Path, after: int, epoch: int) -> int:
+    """Set members to the latest state that the run keeps after `after` and up to `epoch`; returns its epoch, or `after`."""
+    try:
+        runs = {".": Experiment.from_toml(parent / EXPERIMENT, archived=True)}
+        if runs["."].sweep:
+            runs = {name: experiment for name, (_, experiment) in sweep_points(parent).items()}
+        folder = next((parent / name for name, one in runs.items() if _same(one, members.experiment)), None)
+        held = [e for e in ({} if folder is None else states.kept(folder)) if after < e <= epoch]
+    except (ArchiveError, ExperimentError, OSError):  # it is trained again
+        return after
+    if folder is None or not held:
+        return after
+    members.restore(states.state_after(folder, held[-1]))
+    return held[-1]
 
 
 def _restored(members: Members, parent: Path, epoch: int) -> int:

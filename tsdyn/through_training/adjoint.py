@@ -18,16 +18,18 @@ import torch
 from torch import Tensor
 
 from tsdyn.engine import compiled_adjoint
+from tsdyn.engine.rule import Rule
 from tsdyn.experiment.errors import ExperimentError
 from tsdyn.networks.network import Network
 from tsdyn.through_training.linearised import pulled
 from tsdyn.through_training.replay import Course, ReplayError, taken
-from tsdyn.through_training.steps import Inputs, State
+from tsdyn.through_training.steps import ROOTED, Inputs, State
 
 _log = logging.getLogger("tsdyn")
 
-#: A step of the pure function and the engine's own may differ by this much, relative to the largest number.
-SAME_STEP = 1e-9
+#: Two orders of summation may differ by this much, relative to the largest number that is summed: some thousand units
+#: of the last place of float64, for products of some thousand terms.
+ROUNDING = 1e4 * torch.finfo(torch.float64).eps
 
 
 @dataclass
@@ -321,13 +323,41 @@ def _piece(course: Course, state: State, first: int, end: int) -> _Piece:
 
 
 def _refuse_other_step(course: Course, found: State, engine: State, count: int) -> None:
-    for mine, theirs in zip(found.tensors(), engine.tensors(), strict=True):
-        if not mine.numel() or not mine.is_floating_point():
-            continue
-        off, scale = float((mine - theirs).abs().max()), float(theirs.abs().max())
-        if not off <= SAME_STEP * max(scale, 1e-3):
-            raise ReplayError(
-                f"sensitivity: step {count} as it is differentiated differs from the engine's by {off:.2g} in numbers "
-                f"up to {scale:.2g}; this optimizer, loss or module computes something that torch.func does not see "
-                f"({course.rule(count).name!r}, {course.rule(count).loss.name!r}): it cannot be differentiated here"
-            )
+    rule = course.rule(count)
+    scale = max(float(t.abs().max()) for t in engine.tensors() if t.numel() and t.is_floating_point())
+    for name, room in _rooms(course, engine, count, scale).items():
+        off = (found.values[name] - engine.values[name]).abs()
+        _refuse_off(off, room, scale, rule, count)
+    others = zip(found.tensors(), engine.tensors(), strict=True)
+    for mine, theirs in list(others)[len(found.values) :]:
+        if mine.numel() and mine.is_floating_point():
+            _refuse_off((mine - theirs).abs(), theirs.new_tensor(ROUNDING * scale), scale, rule, count)
+
+
+def _rooms(course: Course, engine: State, count: int, scale: float) -> dict[str, Tensor]:
+    """How far two computations of a step may be apart in each parameter: the rounding of numbers as large as the state.
+
+    The gradient's rounding, c G for its largest entry G, comes in η times, and of optimizers that divide by the root of
+    the second moment v, η/(√v̂ + ε) times, which is large where the gradient is 0 but for rounding.
+    """
+    rule = course.rule(count)
+    plain = {name: t.new_tensor(ROUNDING * scale) for name, t in engine.values.items()}
+    if rule.name not in ROOTED or "second" not in engine.moments:
+        return plain
+    second = engine.moments["second"]
+    largest = max(float(v.max()) for v in second.values()) / (1 - rule.beta_2)  # g² of the last step is no larger
+    unbias = 1 - rule.beta_2**count
+    rates = float(torch.as_tensor(rule.learning_rate).max()) * max(rule.factors, default=1.0)
+    return plain | {
+        n: plain[n] + ROUNDING * rates * largest**0.5 / ((v / unbias).sqrt() + rule.epsilon) for n, v in second.items()
+    }
+
+
+def _refuse_off(off: Tensor, room: Tensor, scale: float, rule: Rule, count: int) -> None:
+    if bool((off <= room).all()):
+        return
+    raise ReplayError(
+        f"sensitivity: step {count} as it is differentiated differs from the engine's by {float(off.max()):.2g} in "
+        f"numbers up to {scale:.2g}; this optimizer, loss or module computes something that torch.func does not see "
+        f"({rule.name!r}, {rule.loss.name!r}): it cannot be differentiated here"
+    )

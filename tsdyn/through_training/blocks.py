@@ -19,10 +19,10 @@ from tsdyn.problem.students import draw_student
 from tsdyn.running.members import Members
 from tsdyn.running.own_modules import Maker
 from tsdyn.through_training.adjoint import Sums, Wanted, forward_pass, reverse_pass
-from tsdyn.through_training.certificate import Direction, forward_tangent, gated, winners_reach
+from tsdyn.through_training.certificate import Direction, Reach, forward_tangent, gated, kinked, winners_reach
 from tsdyn.through_training.observed import Observed, Of, Student, observed
 from tsdyn.through_training.replay import Course
-from tsdyn.through_training.steps import Inputs, OwnModule, State
+from tsdyn.through_training.steps import Inputs, OwnModule, State, forward
 from tsdyn.through_training.teaching import Teachers
 
 #: Called with the number of steps done.
@@ -76,6 +76,7 @@ class Found:
         value: The observable.
         difference, compared: Largest difference to the recorded weights, and the last epoch that was compared.
         radius: (member, wrt, side), NaN without gates.
+        kinks: As `radius`, of the samples that the observable is measured on; NaN where these are not known, too.
         growth: (member, wrt, epoch 1..T).
         gated: Whether there is anything that flips.
         way: ``"compiled"``, or ``"general"`` with the reason: how the reverse pass was made.
@@ -87,6 +88,7 @@ class Found:
     compared: int
     errors: dict[str, np.ndarray | list[np.ndarray | None]] = field(default_factory=dict)
     radius: np.ndarray | None = None
+    kinks: np.ndarray | None = None
     growth: np.ndarray | None = None
     gated: bool = False
     way: str = ""
@@ -119,7 +121,7 @@ def compute(job: Job, tick: Tick | None = None) -> Found:
         gated=gated(course) or block.observed.maximum, way=way,
     )  # fmt: skip
     if job.certificate:
-        found.radius, found.growth = block.certificate(course, start, sums, teacher, tick)
+        found.radius, found.kinks, found.growth = block.certificate(course, start, sums, teacher, tick)
     if job.smoothed:
         found.slopes, found.errors = _averaged(block, start, tick)
     gone = np.isnan(found.value)
@@ -152,9 +154,7 @@ class Block:
     # --- the derivative --------------------------------------------------------------------------------------
 
     def derivative(self, course: Course, tick: Tick | None) -> tuple[Sums, _Slope, Named | None, str]:
-        """Goes to the end and back: the derivatives, the observable, the derivative in the teacher if that is asked for,
-        and by which way.
-        """
+        """Goes to the end and back: the derivatives, the observable, that in the teacher if asked for, and the way."""
         wrt = self.job.wrt
         kept = forward_pass(course, tick, self.job.room)
         slope, way = self._slope(course, kept.end), kept.way
@@ -286,9 +286,11 @@ class Block:
 
     def certificate(
         self, course: Course, start: State, sums: Sums, teacher: Named | None, tick: Tick | None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Radius (member, wrt, side) and growth (member, wrt, epoch) along each normalised derivative."""
-        radii, growths = [], []
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Radius, that of the observable's kinks (member, wrt, side), and growth (member, wrt, epoch), along each
+        normalised derivative.
+        """
+        radii, kinks, growths = [], [], []
         flips = gated(course)
         for name in self.job.wrt:
             direction, taught, length = self.direction(name, course, start, sums, teacher)
@@ -299,9 +301,12 @@ class Block:
             if not flips and not self.observed.maximum:
                 sides = torch.full_like(sides, torch.nan)
             sides[length == 0] = torch.nan
+            own = self._kinks(course, found.end, direction)
+            own[length == 0] = torch.nan
             radii.append(_numbers(sides))
+            kinks.append(_numbers(own))
             growths.append(_numbers(found.growth[:, 1:]))
-        return np.stack(radii, 1), np.stack(growths, 1)
+        return np.stack(radii, 1), np.stack(kinks, 1), np.stack(growths, 1)
 
     def direction(
         self, name: str, course: Course, start: State, sums: Sums, teacher: Named | None
@@ -334,6 +339,32 @@ class Block:
         return (
             Direction(None, parts["learning_rate"], parts["sample"], parts["target"], parts["input"]), None, length
         )  # fmt: skip
+
+    def _kinks(self, course: Course, tangent: State, direction: Direction) -> Tensor:
+        """How far no sample that the observable is measured on crosses a kink of a hidden node, (member, side)."""
+        end, kind = course.state(), course.kind
+        sides = torch.full((course.ensemble.members, 2), torch.nan, dtype=torch.float64)
+        if not kinked(kind) or self.observed.samples is None:
+            return sides
+        for i in range(len(sides)):
+            if self.observed.samples == "train":
+                x, moved = course.finite[0][i], None if direction.input is None else direction.input[i]
+                there = ~x.isnan().any(1)
+                x, moved = x[there], None if moved is None else moved[there]
+            else:
+                x, moved = self.members.eval_probes[i].inputs.double(), None
+            dot = torch.zeros_like(x) if moved is None else moved
+            held = [self._one(state, i).map(lambda t: t.unsqueeze(0)) for state in (end, tangent)]
+
+            def hidden(state: State, x: Tensor) -> list[Tensor]:
+                return forward(kind, state.values, state.buffers, x.unsqueeze(0), training=False)[2]
+
+            reach = Reach.whole(1, x)
+            values, dots = jvp(hidden, (held[0], x), (held[1], dot))
+            for value, along in list(zip(values, dots, strict=True))[: self.observed.depth]:
+                reach.see(value, along)
+            sides[i] = torch.stack([reach.plus[0], reach.minus[0]])
+        return sides
 
     def _winners(self, course: Course, tangent: State, teacher: Named | None) -> Tensor:
         """How far the maxima of the observable keep their winners, (member, side)."""

@@ -7,7 +7,8 @@ Along a direction u of what the run starts from, the tangent of every pre-activa
 
 and to first order a gate flips at ε = −z/ż.  ρ₊ is the smallest such ε > 0 over steps, samples and hidden nodes, −ρ₋
 the largest ε < 0.  Where ``training.clip`` begins or ends to act and where a maximum changes its winner is a gate,
-too.
+too.  What flips in a step moves the run by a jump; a kink that a sample crosses where the observable is measured bends
+the observable by that sample's share, so that it has a radius of its own (`Block.certificate`).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor
 from tsdyn.networks.network import Network
 from tsdyn.through_training.linearised import pushed
 from tsdyn.through_training.replay import Course, taken
-from tsdyn.through_training.steps import Inputs, State
+from tsdyn.through_training.steps import Inputs, Kind, State
 
 
 @dataclass(frozen=True)
@@ -82,13 +83,14 @@ class Tangent:
     reach: Reach
 
 
+def kinked(kind: Kind) -> bool:
+    """Whether hidden nodes have a kink, at 0; of modules of the user's own it is not known."""
+    return isinstance(kind, Network) and kind.activation.leak not in (None, 1.0) and kind.depth > 1
+
+
 def gated(course: Course) -> bool:
     """Whether the steps have gates whose derivative jumps."""
-    clips = course.rule(1).clip is not None
-    if not isinstance(course.kind, Network):
-        return clips
-    leak = course.kind.activation.leak
-    return (leak is not None and leak != 1.0 and course.kind.depth > 1) or clips
+    return kinked(course.kind) or course.rule(1).clip is not None
 
 
 def forward_tangent(
@@ -106,12 +108,12 @@ def forward_tangent(
     tau = start.map(torch.zeros_like) if direction.start is None else direction.start
     norms = [_norm(tau)]
     reach = Reach.whole(course.ensemble.members, norms[0])
-    kinked = isinstance(course.kind, Network) and course.kind.activation.leak not in (None, 1.0)
+    flips = kinked(course.kind)
     for count in range(1, course.steps + 1):
         before, given, rule = course.state(), course.given(count), course.rule(count)
 
         tau, hidden, clip = pushed(course.kind, before, tau, given, direction_of(course, direction, count), rule, count)
-        for value, dot in hidden if kinked else []:
+        for value, dot in hidden if flips else []:
             reach.see(value, dot)
         if clip is not None:
             reach.see(clip[0].unsqueeze(1), clip[1].unsqueeze(1))

@@ -13,7 +13,7 @@ from tsdyn._version import __version__
 from tsdyn.archive.whole_files import make_directory, replacing
 from tsdyn.through_training.blocks import Found, Job
 
-_ARRAYS = ("value", "difference", "radius", "growth")
+_ARRAYS = ("value", "difference", "radius", "kinks", "growth")
 
 
 def key(job: Job) -> str | None:
@@ -59,7 +59,7 @@ def read(folder: Path, job: Job) -> Found | None:
             layers[int(place)] = array
     return Found(
         parts["slopes"], arrays["value"], arrays["difference"], int(arrays["compared"]), parts["errors"],
-        arrays.get("radius"), arrays.get("growth"), bool(arrays["gated"]), str(arrays["way"]),
+        arrays.get("radius"), arrays.get("kinks"), arrays.get("growth"), bool(arrays["gated"]), str(arrays["way"]),
     )  # fmt: skip
 
 

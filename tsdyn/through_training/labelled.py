@@ -107,6 +107,17 @@ def _block(job: Job, found: Found) -> xr.Dataset:
              "comment": "side + is along the derivative, - against it; infinite where nothing flips; NaN where nothing "
              "can flip (a smooth model), or the derivative is 0"},
         )  # fmt: skip
+        if found.kinks is not None:
+            made["observable_radius"] = (
+                ("seed", "wrt", "side"), found.kinks,
+                {"units": "1",
+                 "source": "tsdyn.sensitivity: min |z|/|ż| over hidden nodes and the samples that the observable is "
+                 "measured on, at its epoch",
+                 "long_name": "largest change along the normalised derivative by which none of the observable's own "
+                 "samples crosses a kink",
+                 "comment": "beyond it the derivative changes by a sample's share; NaN where nothing has kinks, or the "
+                 "observable is measured on no samples or on unknown ones"},
+            )  # fmt: skip
         made["tangent_growth"] = (
             ("seed", "wrt", "epoch"), found.growth,
             {"units": "1", "source": "tsdyn.sensitivity: forward pass, τ_t = (∂θ_t/∂θ_{t−1}) τ_{t−1} + (∂θ_t/∂p) u",
@@ -201,8 +212,11 @@ def words(ds: xr.Dataset, gated: bool) -> list[str]:
         else:
             low, high = radii.min(), radii[np.isfinite(radii)].max()
             span = f"{low:.2g}" if low == high else f"{low:.2g} (at best {high:.2g})"
+            kinks = ds["observable_radius"].sel(wrt=name).values if "observable_radius" in ds else np.array([])
+            first = kinks[np.isfinite(kinks)].min(initial=np.inf)
+            bends = "" if not first < low else f" (from {first:.2g} on single samples bend it, each by its share)"
             lines.append(
-                f"{name}: predicts changes {_CHANGES[name]} up to {span}; beyond, gates flip, and only training again "
-                "tells"
+                f"{name}: predicts changes {_CHANGES[name]} up to {span}{bends}; beyond, gates flip, and only training "
+                "again tells"
             )
     return lines

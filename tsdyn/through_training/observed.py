@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -92,12 +92,16 @@ class Observed:
             maximum.
         maximum: Whether the value is the mean over rows of the largest candidate.
         teaches: Whether it depends on the teacher, beside the student.
+        samples: The data that it is measured on; None for none, or if that is not known.
+        depth: How many hidden layers' activations enter; None for all.
     """
 
     text: str
     scores: Callable[[Student], Tensor]
     maximum: bool = False
     teaches: bool = True
+    samples: Literal["evaluation", "train"] | None = None
+    depth: int | None = None
 
     def value(self, student: Student) -> Tensor:
         """The observable of one member, a number."""
@@ -135,7 +139,10 @@ def observed(of: Of, experiment: Experiment) -> Observed:
             derivative; names what to ask for instead.
     """
     if callable(of):
-        return Observed(getattr(of, "__name__", type(of).__name__), lambda student: _called(of, student), teaches=False)
+        return Observed(
+            getattr(of, "__name__", type(of).__name__), lambda student: _called(of, student), teaches=False,
+            samples="evaluation" if _takes_dataset(of) else None,
+        )  # fmt: skip
     name, labels = (of, {}) if isinstance(of, str) else (of[0], dict(of[1]))
     if name in STEPPED:
         raise ExperimentError(
@@ -169,7 +176,11 @@ def observed(of: Of, experiment: Experiment) -> Observed:
         _refuse_beyond(name, labels, experiment)
     told = ",".join(f"{key}={labels[key]}" for key in keys)
     made = make(labels, experiment)
-    return Observed(f"{name}[{told}]" if told else name, made, name in _MAXIMA, name not in _BARE)
+    samples: Literal["evaluation", "train"] | None = None if name in _BARE else "evaluation"
+    if name == "loss_train":
+        samples = "train"
+    depth = labels["layer"] if name in (*_MAXIMA, "correlation") else None
+    return Observed(f"{name}[{told}]" if told else name, made, name in _MAXIMA, name not in _BARE, samples, depth)
 
 
 def _refuse_beyond(name: str, labels: Mapping[str, Any], experiment: Experiment) -> None:

@@ -76,7 +76,7 @@ def retrained(
     course = block.course(recorded=False)
     start = course.state()
     sums, slope, taught, _ = block.derivative(course, None)
-    radius, _ = block.certificate(course, start, sums, taught, None)
+    radius, _, _ = block.certificate(course, start, sums, taught, None)
     direction, moved, length = block.direction(name, course, start, sums, taught)
     if sizes is None and not np.isfinite(radius).any():
         raise ExperimentError(

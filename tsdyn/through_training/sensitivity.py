@@ -115,6 +115,8 @@ def sensitivity(
         ``d_learning_rate`` (seed, epoch), ``d_teacher`` (seed, layer, teacher_node, input_node), ``d_teacher_bias``,
         ``d_scale`` (seed); ``radius`` (seed, wrt, side): how far along the normalised derivative (side ``+``) and
         against it (``-``) no gate flips, beyond which a piecewise linear network does something else;
+        ``observable_radius`` (seed, wrt, side): how far none of the samples that the observable is measured on crosses
+        a kink, which changes the derivative by no more than that sample's share;
         ``tangent_growth`` (seed, wrt, epoch); ``replay_difference`` (seed): the largest difference from the recorded
         weights.  The attribute ``reach`` says in words how far the derivatives predict.
 
@@ -200,9 +202,8 @@ def _jobs(
             block = alive[begin : begin + size]
             held = recorded_weights(single, first.ensemble, block, min(last, common.epoch))
             recorded = {e: {n: t.numpy() for n, t in by_name.items()} for e, by_name in held.items()}
-            yield (
-                chosen, replace(common, experiment=experiment.replace({"seeds": block}), recorded=recorded, room=allowed)
-            )  # fmt: skip
+            of_block = experiment.replace({"seeds": block})
+            yield chosen, replace(common, experiment=of_block, recorded=recorded, room=allowed)
 
 
 def _block_size(
