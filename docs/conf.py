@@ -128,9 +128,11 @@ def _generate(_app: object) -> None:
     sys.path[:0] = [str(HERE), str(HERE / "gallery")]
     import draw
     import house
+    import notebooks
 
     draw.draw(HERE / "gallery" / "generated")
     house.generate(HERE / "generated")
+    notebooks.write(HERE / "tutorial", HERE / "generated" / "notebooks")
 
 
 def _plain_stars_and_bars(app, what, name, obj, options, lines):

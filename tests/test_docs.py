@@ -1,5 +1,6 @@
 """What the docs show is executed: each page's Python blocks in order, in one namespace, on a real small run."""
 
+import json
 import re
 import shlex
 import tomllib
@@ -84,3 +85,26 @@ def test_notation_names_what_exists_where_it_says():
         texts = [(ROOT / place).read_text(encoding="utf-8") for place in re.findall(r"`([^`]+)`", places)]
         for word in (name.rpartition(".")[2] for name in re.findall(r"`([^`]+)`", names)):
             assert any(re.search(rf"\b{word}\b", text) for text in texts), f"{word}: {row}"
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs/tutorial").glob("*.md")), ids=lambda p: p.stem)
+def test_a_tutorial_is_its_notebook(page, tmp_path, monkeypatch):
+    """It has the page's text and code in the page's order, commands with ! and files by %%writefile."""
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    import notebooks
+
+    files = {file.stem: file for file in notebooks.write(page.parent, tmp_path)}
+    found = json.loads(files[page.stem].read_text(encoding="utf-8"))
+    assert found["nbformat"] == 4
+    code = ["".join(cell["source"]) for cell in found["cells"] if cell["cell_type"] == "code"]
+    assert [c for c in code if c[0] not in "!%"] == [block.rstrip("\n") for block in blocks(page, "python")]
+    commands = [line[1:] for c in code if c[0] == "!" for line in c.splitlines()]
+    shown = [line[2:] for block in blocks(page, "console") for line in block.splitlines() if line.startswith("$ ")]
+    assert commands == shown
+    written = {c.split("\n", 1)[0].split()[1]: c.split("\n", 1)[1] for c in code if c.startswith("%%writefile ")}
+    assert list(written.values()) == [block.rstrip("\n") for block in blocks(page, "toml")]
+    for name in written:
+        assert any(name in command for command in commands)
+    prose = "".join("".join(cell["source"]) for cell in found["cells"] if cell["cell_type"] == "markdown")
+    assert page.read_text(encoding="utf-8").splitlines()[0] in prose
+    assert "{download}" not in prose
