@@ -3,7 +3,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 RUNS   ?= runs/l-shape
 
-.PHONY: quickstart test matrix lowest fuzz trials torture multilayer long lint docs browser dist coverage bench peers scale clean
+.PHONY: quickstart test matrix lowest fuzz trials torture multilayer long lint docs links site browser dist coverage bench peers scale clean
 
 # Installed again whenever the project's metadata changes.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -63,6 +63,14 @@ lint: $(VENV)/.installed-dev
 
 docs: $(VENV)/.installed-dev
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+
+# Links to other sites; needs the network.
+links: $(VENV)/.installed-dev
+	$(BIN)/python -m sphinx -q -b linkcheck docs docs/_build/links
+
+# Documentation of every release (tag vX.Y.Z) and of the tree, side by side.
+site: $(VENV)/.installed-dev
+	$(BIN)/python docs/versions.py docs/_build/site
 
 # Report pages and documentation in headless Chromium: contrast, names, widths, selection.  Needs node and npm.
 browser: docs

@@ -108,3 +108,13 @@ def test_a_tutorial_is_its_notebook(page, tmp_path, monkeypatch):
     prose = "".join("".join(cell["source"]) for cell in found["cells"] if cell["cell_type"] == "markdown")
     assert page.read_text(encoding="utf-8").splitlines()[0] in prose
     assert "{download}" not in prose
+
+
+#: Pages that are read outside the built documentation, whose links Sphinx does not check.
+OUTSIDE = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SUPPORT.md", "SECURITY.md", "paper.md")]
+
+
+@pytest.mark.parametrize("page", OUTSIDE, ids=lambda p: p.name)
+def test_relative_links_lead_somewhere(page):
+    for link in re.findall(r"\]\((?!https?:|mailto:)([^)#\s]+)", page.read_text(encoding="utf-8")):
+        assert (page.parent / link).exists(), link
