@@ -10,6 +10,7 @@ import argparse
 import datetime
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -97,6 +98,11 @@ def _recipes() -> list[Sequence[str]]:
     ]
 
 
+def _browser() -> list[Sequence[str]]:
+    pages = [sys.executable, "-m", "sphinx", "-q", "-b", "html", "docs", "docs/_build/html"]
+    return [pages, (sys.executable, "-m", "tests.browser")]
+
+
 PARTS: dict[str, Part] = {
     "multilayer": Part(
         "the released multilayer experiment against its figures", _tests("tests/studies/multilayer_statistics.py")
@@ -117,7 +123,10 @@ PARTS: dict[str, Part] = {
     "peers": Part(
         "the same work by other packages", _module("tests.benchmarks.peers"), lacks=_there("tests/benchmarks/peers.py")
     ),
-    "browser": Part("reports in a browser", _tests("tests/browser"), lacks=_there("tests/browser")),
+    "browser": Part(
+        "reports and documentation in headless Chromium", _browser,
+        lacks=lambda: None if shutil.which("npm") else "npm is not there",
+    ),
 }  # fmt: skip
 
 
