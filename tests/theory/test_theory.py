@@ -18,7 +18,6 @@ from tests.typechecks import unchecked
 from tsdyn import Network, theory
 from tsdyn.networks import activations
 from tsdyn.theory import couplings as couplings_module
-from tsdyn.theory.couplings import coupling_of_traces
 
 TOLERANCE = 1e-12  # of the largest quantity, THEORY section 4
 
@@ -353,12 +352,11 @@ def test_lemma_1s_residual_notices_an_error_in_any_layer(monkeypatch):
             network.biases[layer].mul_(1e7 ** (layer + 1))
             network.weights[-1].mul_(1e-7)
     assert theory.lemma1_residual(student, teacher, x) < TOLERANCE
-    right = coupling_of_traces
+    right = couplings_module._augmented
     for wrong in range(1, student.depth + 1):
 
-        def planted(student, own, teacher, taught, layer, wrong=wrong):
-            pair = right(student, own, teacher, taught, layer)
-            return theory.Coupling(0 * pair.A, 0 * pair.B) if layer == wrong else pair
+        def planted(net, trace, layer, wrong=wrong):
+            return right(net, trace, layer) * (layer != wrong)
 
-        monkeypatch.setattr(couplings_module, "coupling_of_traces", planted)
+        monkeypatch.setattr(couplings_module, "_augmented", planted)
         assert theory.lemma1_residual(student, teacher, x) == pytest.approx(1)

@@ -93,7 +93,7 @@ def output_jacobian(net: Network, x: ArrayLike | Tensor, layer: int) -> Tensor:
     require_plain("output_jacobian", net)
     x = inputs("output_jacobian", x, net)
     check_layer("output_jacobian", layer, net)
-    return _jacobian(net, net.trace(x), layer)[0]
+    return _jacobian(net, net.trace(x), layer)[0].expand(len(x), -1, -1)
 
 
 def augmented_output_jacobian(net: Network, x: ArrayLike | Tensor, layer: int) -> Tensor:
@@ -108,7 +108,7 @@ def augmented_output_jacobian(net: Network, x: ArrayLike | Tensor, layer: int) -
     require_plain("augmented_output_jacobian", net)
     x = inputs("augmented_output_jacobian", x, net)
     check_layer("augmented_output_jacobian", layer, net)
-    return _augmented(net, net.trace(x), layer)
+    return _augmented(net, net.trace(x), layer).expand(len(x), -1, -1).contiguous()
 
 
 def coupling(student: Network, teacher: Network, x: ArrayLike | Tensor, layer: int) -> Coupling:
@@ -139,17 +139,21 @@ def coupling(student: Network, teacher: Network, x: ArrayLike | Tensor, layer: i
 def coupling_of_traces(student: Network, own: Trace, teacher: Network, taught: Trace, layer: int) -> Coupling:
     v = _augmented(student, own, layer)
     below = v[..., :-1].mT
-    return Coupling(below @ _augmented(teacher, taught, layer), below @ v)
+    found = (below @ _augmented(teacher, taught, layer), below @ v)
+    return Coupling(*(pair.expand(len(own.output), -1, -1).contiguous() for pair in found))
 
 
 def _jacobian(net: Network, trace: Trace, layer: int) -> tuple[Tensor, Tensor]:
-    """V_l, (sample, output, node), and c_l, the constant column accumulated from the layers above."""
-    samples, outputs = trace.output.shape
+    """V_l, (sample, output, node), and c_l, the constant column accumulated from the layers above, (sample, output).
+
+    At the top, where all samples have the same, their axis has the length 1.
+    """
+    outputs = trace.output.shape[1]
     if layer == net.depth:
         eye = torch.eye(outputs, dtype=trace.output.dtype, device=trace.output.device)
-        return eye.expand(samples, -1, -1), trace.output.new_zeros(samples, outputs)
-    v, top = net.weights[-1].expand(samples, -1, -1), net.biases[-1]
-    c = (trace.output.new_zeros(outputs) if top is None else top).expand(samples, -1)
+        return eye.unsqueeze(0), trace.output.new_zeros(1, outputs)
+    v, top = net.weights[-1].unsqueeze(0), net.biases[-1]
+    c = (trace.output.new_zeros(outputs) if top is None else top).unsqueeze(0)
     for above in range(net.depth - 1, layer, -1):
         gated = v * trace.gates[above - 1].unsqueeze(1)
         bias = net.biases[above - 1]
@@ -161,8 +165,16 @@ def _jacobian(net: Network, trace: Trace, layer: int) -> tuple[Tensor, Tensor]:
 def _augmented(net: Network, trace: Trace, layer: int) -> Tensor:
     v, c = _jacobian(net, trace, layer)
     if not net.activation.piecewise_linear:
-        c = trace.output - (v @ trace.activations[layer - 1].unsqueeze(-1)).squeeze(-1)
-    return torch.cat([v, c.unsqueeze(-1)], -1)
+        c = trace.output - _times(v, trace.activations[layer - 1])
+    samples = max(len(v), len(c))
+    return torch.cat([v.expand(samples, -1, -1), c.expand(samples, -1).unsqueeze(-1)], -1)
+
+
+def _times(matrices: Tensor, vectors: Tensor) -> Tensor:
+    """A matrix times a vector for each sample, (sample, row); one matrix stands for all samples."""
+    if len(matrices) == 1:
+        return vectors @ matrices[0].mT
+    return (matrices @ vectors.unsqueeze(-1)).squeeze(-1)
 
 
 def with_one_node(f: Tensor) -> Tensor:
@@ -206,17 +218,20 @@ def lemma1_residual(student: Network, teacher: Network, x: Samples, *, memory: i
             )
     check_pair(caller, student, teacher)
     worst, scale = [0.0] * student.depth, [0.0] * student.depth
-    widest = max(student.widths[1:])
-    per_sample = (widest + 1) * (2 * widest + 2 * max(teacher.widths[1:]) + 4 * student.widths[-1])
+    widest = max(student.widths[1:]) + max(teacher.widths[1:])
+    per_sample = 4 * (widest + 2) * student.widths[-1] + 3 * (sum(student.widths) + sum(teacher.widths))
     with torch.no_grad():
         for part in batches(caller, x, student, teacher, numbers=per_sample, memory=memory):
             own, taught = student.trace(part), teacher.trace(part)
             gradients = backpropagated_gradients(student, own, taught.output - own.output)
             for layer in range(1, student.depth + 1):
-                pair = coupling_of_traces(student, own, teacher, taught, layer)
+                # A [f*; 1] = Vᵀ (V* [f*; 1]) and B [f; 1] = Vᵀ (V [f; 1]), without a matrix of nodes times nodes
+                v, v_star = _augmented(student, own, layer), _augmented(teacher, taught, layer)
                 gate = own.gates[layer - 1]
-                pull = gate * (pair.A @ with_one_node(taught.activations[layer - 1]).unsqueeze(-1)).squeeze(-1)
-                push = gate * (pair.B @ with_one_node(own.activations[layer - 1]).unsqueeze(-1)).squeeze(-1)
+                pull, push = (
+                    gate * _times(v[..., :-1].mT, _times(side, with_one_node(trace.activations[layer - 1])))
+                    for side, trace in ((v_star, taught), (v, own))
+                )
                 g, i = gradients[layer - 1], layer - 1
                 worst[i] = max(worst[i], float((g - (pull - push)).abs().max()))
                 scale[i] = max(scale[i], *(float(part.abs().max()) for part in (g, pull, push)))
