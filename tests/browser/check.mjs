@@ -13,8 +13,7 @@ const chromium = await loaded("@sparticuz/chromium");
 const puppeteer = await loaded("puppeteer-core");
 // What the documentation takes from the network, formulas' renderer, is answered from the package.
 const CROSS = { "Access-Control-Allow-Origin": "*" };
-const MATHJAX = "https://cdn.jsdelivr.net/npm/mathjax@3/";
-const mathjax = path.dirname(packages.resolve("mathjax/package.json"));
+const FROM_NPM = /^https:\/\/cdn\.jsdelivr\.net\/npm\/((?:@[^/]+\/)?[^/@]+)(?:@[^/]+)?\/([^?]+)/;
 const axe = fs.readFileSync(packages.resolve("axe-core/axe.min.js"), "utf8");
 
 const [tasks, shots] = [JSON.parse(fs.readFileSync(process.argv[2], "utf8")), process.argv[3]];
@@ -72,9 +71,11 @@ for (const { file, selects, shown } of tasks) {
       page.on("request", (r) => {
         if (/^(file|data|blob):/.test(r.url())) return r.continue();
         elsewhere.push(r.url());
-        if (!r.url().startsWith(MATHJAX)) return r.abort();
-        const file = path.join(mathjax, r.url().slice(MATHJAX.length));
-        return fs.existsSync(file) ? r.respond({ body: fs.readFileSync(file), headers: CROSS }) : r.abort();
+        const [, name, rest] = r.url().match(FROM_NPM) ?? [];
+        const file = name && path.join(process.cwd(), "node_modules", name, rest);
+        if (!file || !fs.existsSync(file)) return r.abort();
+        const contentType = file.endsWith(".js") ? "text/javascript" : "font/woff2";
+        return r.respond({ body: fs.readFileSync(file), headers: CROSS, contentType });
       });
       page.on("pageerror", (e) => errors.push(String(e)));
       page.on("console", (m) => m.type() === "error" && errors.push(m.text()));
