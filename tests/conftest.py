@@ -62,6 +62,7 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def one_thread():
     """One dask thread: NumPy silences its all-NaN warning by `warnings.catch_warnings`, which is not thread-safe."""
+    typechecks.test_begins()
     with dask.config.set(scheduler="synchronous"):
         yield
 

@@ -357,3 +357,8 @@ def test_annotations_are_checked_in_the_suite(pytestconfig):
     with pytest.raises(TypeError, match="g"):  # the name of a dimension, across arguments
         batch_norm_gradient(f, g)
     assert typechecks.unchecked(batch_norm_gradient)(f, torch.zeros(4, 2)).shape == (4, 2)
+    for _ in range(typechecks.CALLS):  # the first calls of a test, and those of the next one again
+        activations.activation("relu")
+    typechecks.test_begins()
+    with pytest.raises(TypeError, match="name"):
+        activations.activation(3)

@@ -1,6 +1,7 @@
 """Native code is built once and atomically, and loaded only if it belongs to this user and its structs match."""
 
 import ctypes
+import dataclasses
 import logging
 import os
 import resource
@@ -74,7 +75,10 @@ def test_a_field_on_one_side_only_is_refused(fresh, tmp_path):
         native.load(source(tmp_path / "same"), Swapped)
 
 
-def test_a_real_source_with_a_field_more_is_refused(fresh, tmp_path):
+def test_a_real_source_with_a_field_more_is_refused(fresh, tmp_path, monkeypatch):
+    """Built without optimising, which takes ten seconds and moves no field."""
+    quick = dataclasses.replace(native._compiler(), flags=tuple(flag for flag in native.FLAGS if flag != "-O3"))
+    monkeypatch.setattr(native, "_compiler", lambda: quick)
     for header in native.FOLDER.glob("*.hpp"):
         shutil.copy(header, tmp_path)
     text = convolution.SOURCE.read_text()
@@ -127,10 +131,12 @@ def test_without_a_home_directory_a_private_folder_is_used(tmp_path):
         def gone(uid): raise KeyError("getpwuid(): uid not found")
         pwd.getpwuid = gone
         os.environ.pop("HOME", None), os.environ.pop("XDG_CACHE_HOME", None)
-        from tsdyn.engine import convolution; from tsdyn.engine import native
+        from pathlib import Path
+        from tests.engine.test_native import Job, source
+        from tsdyn.engine import native
         logging.basicConfig()
         folder = native._private_folder()
-        print(native.load(convolution.SOURCE, convolution.Job) is not None, folder)
+        print(native.load(source(Path("of")), Job) is not None, folder)
     """
     answer = processes.run(["python", "-c", textwrap.dedent(code)], tmp_path)
     assert answer.returncode == 0, answer.stderr
