@@ -3,6 +3,8 @@
 import os
 import shutil
 import subprocess
+import sys
+import textwrap
 import time
 
 import pytest
@@ -20,8 +22,8 @@ def findings(directory, seconds=60.0):
 
 @pytest.fixture
 def quick(monkeypatch):
-    """`tsdyn doctor` without the trials that start processes."""
-    monkeypatch.setattr(diagnosis, "_STEPS", "import time; time.sleep(60)")
+    """`tsdyn doctor` without training steps."""
+    monkeypatch.setattr(diagnosis, "_steps", lambda: time.sleep(60))
     return lambda directory: findings(directory, seconds=0.5)
 
 
@@ -110,7 +112,39 @@ def test_locks_that_keep_nobody_out_are_noticed(tmp_path, quick, monkeypatch):
 
 
 def test_steps_that_differ_are_noticed(tmp_path, monkeypatch):
-    wrong = diagnosis._STEPS.replace(".values)", ".values * (1 + 1e-6 * ('/off' in sys.argv[1])))")
-    assert wrong != diagnosis._STEPS
-    monkeypatch.setattr(diagnosis, "_STEPS", wrong)
+    steps = diagnosis._steps
+
+    def off_by_little():
+        found = steps()
+        return found | {"plain": [(1 + 1e-6) * value for value in found["plain"]]}
+
+    monkeypatch.setattr(diagnosis, "_steps", off_by_little)
     assert findings(tmp_path)["compiled against plain"].verdict == "bad"
+
+
+def test_steps_that_fail_are_said(tmp_path, monkeypatch):
+    def failing():
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(diagnosis, "_steps", failing)
+    training = findings(tmp_path)["training"]
+    assert training.verdict == "bad"
+    assert "Cannot allocate memory" in training.found
+    monkeypatch.setattr(diagnosis, "_steps", lambda: os.kill(os.getpid(), 9))
+    assert findings(tmp_path)["training"].found == "it ended without a word"
+
+
+def test_it_takes_five_seconds_of_a_processor(tmp_path):
+    """On a machine of one core that does nothing else this is its time; the process that it forks is counted."""
+    code = """
+        import sys
+        from tsdyn.running import diagnosis
+        print(*[finding.subject for finding in diagnosis.diagnose(sys.argv[1], seconds=60)])
+    """
+    words = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path)]
+    before = os.times()
+    done = subprocess.run(words, check=True, capture_output=True, text=True)
+    after = os.times()
+    assert "compiled step" in done.stdout
+    taken = after.children_user + after.children_system - before.children_user - before.children_system
+    assert taken <= 5.0
