@@ -116,7 +116,7 @@ def compared(children: str | Path | xr.Dataset, parent: str | Path | xr.Dataset 
     the parent (1 or 0; needs correlation), and of the last epoch ``barrier`` and ``barrier_matched``, the largest
     excess of the evaluation loss on the straight line between the two, sup_α ℓ(αθ + (1−α)θ') − αℓ(θ) − (1−α)ℓ(θ'),
     with the nodes as they are and after one-to-one matching, and ``cka_angle``, the angle arccos of linear CKA between
-    their activations in degrees; NaN is what compares with an epoch, a seed or a point that the parent does not hold yet.
+    their activations in degrees.  Beside an epoch, a seed or a point that the parent does not hold yet all are NaN.
 
     Args:
         children: What `fork` wrote, or its path.
