@@ -334,6 +334,17 @@ def test_a_damaged_netcdf_file_is_read_or_refused_in_a_sentence(tmp_path, at):
     assert not read_or_refuse(images.read_arrays, tmp_path / "cut.nc")
 
 
+def test_a_netcdf_file_in_which_the_library_loops_is_refused(tmp_path, monkeypatch):
+    """The fuzzing of `tests.torture.inputs` found one: HDF5 then looks for ever."""
+    xr.Dataset({"inputs": (("sample", "input"), np.ones((5, 4)))}).to_netcdf(tmp_path / "a.nc")
+    monkeypatch.setattr(images, "SUBPROCESS_WORK", 1)
+    monkeypatch.setattr(
+        images, "_SUBPROCESS", images._SUBPROCESS.replace("with netCDF4", "while True: pass\nwith netCDF4")
+    )
+    with pytest.raises(DataError, match=r"a\.nc: .*does not end within 1 s of a processor; it is damaged"):
+        images.read_arrays(tmp_path / "a.nc")
+
+
 def test_a_netcdf_file_that_crashes_the_library_is_refused(tmp_path, monkeypatch):
     xr.Dataset({"inputs": (("sample", "input"), np.ones((5, 4)))}).to_netcdf(tmp_path / "a.nc")
     (tmp_path / "python").write_text("#!/bin/sh\nkill -SEGV $$\n", encoding="ascii")

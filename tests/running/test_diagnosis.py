@@ -1,6 +1,5 @@
 """`tsdyn doctor`: each check finds the problem it is for."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -12,7 +11,7 @@ import torch
 from tests.test_cli import command  # noqa: F401
 from tsdyn import memory
 from tsdyn.archive import lock
-from tsdyn.running import diagnosis, provenance
+from tsdyn.running import diagnosis
 
 
 def findings(directory, seconds=60.0):
@@ -21,8 +20,8 @@ def findings(directory, seconds=60.0):
 
 @pytest.fixture
 def quick(monkeypatch):
-    """`tsdyn doctor` without the trials that start processes."""
-    monkeypatch.setattr(diagnosis, "_STEPS", "import time; time.sleep(60)")
+    """`tsdyn doctor` without training steps."""
+    monkeypatch.setattr(diagnosis, "_steps", lambda: time.sleep(60))
     return lambda directory: findings(directory, seconds=0.5)
 
 
@@ -111,13 +110,23 @@ def test_locks_that_keep_nobody_out_are_noticed(tmp_path, quick, monkeypatch):
 
 
 def test_steps_that_differ_are_noticed(tmp_path, monkeypatch):
-    """Of weights as a trial leaves them, without its training: one of the two is wrong by a millionth."""
-    assert "weights.npy" in diagnosis._STEPS
-    for wrong, verdict in ((1e-6, "bad"), (0.0, "good")):
-        left = (
-            "import sys, numpy as np\n"
-            f"np.save(sys.argv[1] + '/weights.npy', np.ones((2, 3)) + {wrong} * ('/off' in sys.argv[1]))\n"
-            f"print({json.dumps(provenance.engine())!r})\n"
-        )
-        monkeypatch.setattr(diagnosis, "_STEPS", left)
-        assert findings(tmp_path)["compiled against plain"].verdict == verdict
+    steps = diagnosis._steps
+
+    def off_by_little():
+        found = steps()
+        return found | {"plain": [(1 + 1e-6) * value for value in found["plain"]]}
+
+    monkeypatch.setattr(diagnosis, "_steps", off_by_little)
+    assert findings(tmp_path)["compiled against plain"].verdict == "bad"
+
+
+def test_steps_that_fail_are_said(tmp_path, monkeypatch):
+    def failing():
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(diagnosis, "_steps", failing)
+    training = findings(tmp_path)["training"]
+    assert training.verdict == "bad"
+    assert "Cannot allocate memory" in training.found
+    monkeypatch.setattr(diagnosis, "_steps", lambda: os.kill(os.getpid(), 9))
+    assert findings(tmp_path)["training"].found == "it ended without a word"

@@ -161,6 +161,17 @@ def test_the_parents_kept_states_spare_training_it_again(sweep, tmp_path, monkey
     assert trained == [3] * len(list(forked.points()))  # from the state after epoch 2
 
 
+def test_seeds_that_the_parent_does_not_hold_yet_are_not_compared(parent, tmp_path):
+    """As after a writer was killed that added them: found by the state machine of `tests.archive.states`."""
+    tsdyn.fork(parent, at=1, perturb={"gaussian": 0.1}, out=tmp_path / "children")
+    whole = forks.compared(tmp_path / "children").load()
+    part = forks.compared(tmp_path / "children", tsdyn.open(parent).sel(seed=[1])).load()
+    for name in ("distance", "student_kept", "barrier", "barrier_matched", "cka_angle", "divergence_epoch"):
+        np.testing.assert_array_equal(part[name].sel(seed=1), whole[name].sel(seed=1))
+        assert part[name].sel(seed=0).isnull().all()
+        assert whole[name].sel(seed=0).notnull().any()
+
+
 def changed(parent, perturb, at=1):
     """Weights and biases by layer of the parent and of its child at the fork, and the child's members."""
     ((_, single),) = forks.forked(parent, at=at, perturb=perturb).points()

@@ -24,7 +24,7 @@ import dask
 import xarray as xr
 
 import tsdyn
-from tests.torture.harness import FAILED, FINISHED, arm, fork, fresh, operations, same, shim, training
+from tests.torture.harness import FAILED, FINISHED, arm, fork, fresh, operations, same, say_progress, shim, training
 from tsdyn.archive import integrity, whole_files
 from tsdyn.archive.run_directory import RunDirectory
 from tsdyn.archive.whole_files import ArchiveError
@@ -230,7 +230,9 @@ def calls(scratch: Path, rng: random.Random, number: int) -> str:
             for name_, kind_, at, errors in every:
                 chosen: Sequence[int] = errors if number > 10_000 else (errors[at % len(errors)],)
                 points += [(name_, kind_, at, error) for error in chosen]
-    for name, kind, at, error in points if number >= len(points) else rng.sample(points, number):
+    tried = points if number >= len(points) else rng.sample(points, number)
+    for trial, (name, kind, at, error) in enumerate(tried):
+        say_progress(trial, len(tried), sum(rows.values(), Counter()))
         fate, words = bench.trial(name, lambda k=kind, a=at, e=error: arm(bench.base, operation=k, at=a, number=e))
         row = rows.setdefault(f"{name}: {kind.lower()}", Counter())
         row[fate] += 1

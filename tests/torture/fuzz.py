@@ -26,7 +26,7 @@ from dask.distributed import Client as Client
 
 import tsdyn
 from tests.cases import small
-from tests.torture.harness import FINISHED, SEGMENTED, fork, fresh, same, training
+from tests.torture.harness import FINISHED, SEGMENTED, fork, fresh, same, say_progress, training
 from tsdyn import cli
 from tsdyn.archive import integrity, reading, run_directory, whole_files
 from tsdyn.archive.whole_files import ArchiveError
@@ -146,6 +146,7 @@ def archives(scratch: Path, rng: random.Random, number: int) -> str:
     fates: Counter[str] = Counter()
     wrong: list[str] = []
     for trial in range(number):
+        say_progress(trial, number, fates)
         kind = rng.choice(kinds)
         path = fresh(scratch / "damaged")
         shutil.copytree(scratch / kind, path)
@@ -336,6 +337,7 @@ def experiments(scratch: Path, rng: random.Random, number: int) -> str:
     fates: Counter[str] = Counter()
     wrong: list[str] = []
     for trial in range(number):
+        say_progress(trial, number, fates)
         text = _mutated_experiment(texts, rng)
         file, path = scratch / "fuzzed.toml", fresh(scratch / "out")
         file.write_bytes(text.encode("utf-8", errors="surrogateescape"))

@@ -12,8 +12,9 @@ import resource
 import shutil
 import signal
 import struct
+import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,6 +42,13 @@ FINISHED, FAILED, TRACEBACK = 0, 3, 4
 
 logging.getLogger("tsdyn").setLevel(logging.ERROR)  # stale locks are taken over hundreds of times
 shim = ctypes.CDLL(None)
+
+
+def say_progress(trial: int, number: int, counts: Mapping[str, int]) -> None:
+    """Say on stderr, after every hundred trials, what was counted so far: a long trial may be stopped."""
+    if trial % 100 == 0 and trial:
+        told = ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
+        print(f"  after {trial} of {number}: {told}", file=sys.stderr, flush=True)
 
 
 def operations() -> dict[str, int]:

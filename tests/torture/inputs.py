@@ -20,7 +20,7 @@ import xarray as xr
 import tsdyn
 from tests.cases import cifar10, small
 from tests.torture.fuzz import command, limited, mutated
-from tests.torture.harness import fresh, same
+from tests.torture.harness import fresh, same, say_progress
 from tsdyn.archive.whole_files import ArchiveError
 from tsdyn.experiment.experiment import Experiment
 
@@ -165,6 +165,7 @@ def files(scratch: Path, rng: random.Random, number: int) -> str:
     fates: Counter[str] = Counter()
     wrong: list[str] = []
     for trial in range(number):
+        say_progress(trial, number, fates)
         name, whole, reference = wholes[trial % len(wholes)]
         kind, folder = KINDS[name], fresh(scratch / "damaged")
         shutil.copytree(whole, folder)

@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from tests.archive.states import actions as states
+from tests.torture.harness import say_progress
 
 #: Seconds after which no further directory is begun.
 AT_MOST = 3600
@@ -30,7 +31,11 @@ def steps(scratch: Path, rng: random.Random, number: int) -> str:
     with states.quiet():
         while states.steps.total() < number and time.monotonic() - began < AT_MOST:
             states.Directory._hypothesis_internal_use_seed = rng.getrandbits(64)  # type: ignore[attr-defined]
-            run_state_machine_as_test(states.Directory, settings=found)
+            try:
+                run_state_machine_as_test(states.Directory, settings=found)
+            except AssertionError as error:
+                raise AssertionError(f"after {states.steps.total()} steps: {error}") from error
             directories += DIRECTORIES
+            say_progress(100 * directories, number, states.steps)
     made = ", ".join(f"{name} {count}" for name, count in states.steps.most_common())
     return f"{states.steps.total()} steps in {directories} directories ({made}): nothing lost, wrong or unsaid"

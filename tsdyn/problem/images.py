@@ -37,9 +37,9 @@ _SOURCES: Mapping[str, tuple[str, str]] = {
 _IDX_UNSIGNED_BYTE = 8
 #: The most bytes that deflate can store in one byte.
 DEFLATES = 1032
-#: A netCDF file of up to this size is first read whole in a subprocess, a larger one is only opened there; and the
-#: seconds after which the subprocess is stopped.
-SUBPROCESS_BYTES, SUBPROCESS_SECONDS = 1 << 26, 120
+#: A netCDF file of up to this size is first read whole in a subprocess, a larger one is only opened there; the seconds
+#: of a processor that this may take, ten times what a whole file of that size does, and the seconds in all.
+SUBPROCESS_BYTES, SUBPROCESS_WORK, SUBPROCESS_SECONDS = 1 << 26, 10, 120
 _CIFAR10_RECORD = 1 + 3 * 32 * 32
 
 
@@ -426,7 +426,8 @@ def _refuse_beyond_memory(wanted: int) -> None:
 
 #: Code of the subprocess that opens a netCDF file and reads the variables named in its arguments.
 _SUBPROCESS = """
-import netCDF4, sys
+import netCDF4, resource, sys
+resource.setrlimit(resource.RLIMIT_CPU, (int(sys.argv.pop(1)),) * 2)  # which ends it also where nobody waits any more
 with netCDF4.Dataset(sys.argv[1]) as nc:
     for name in sys.argv[2:]:
         if name in nc.variables:
@@ -453,11 +454,13 @@ def _refuse_crashing(path: Path) -> None:
     The subprocess runs in isolated mode, so that nothing is imported from the working directory.
     """
     names = ["inputs", "labels"] if path.stat().st_size <= SUBPROCESS_BYTES else []
-    words = [sys.executable, "-I", "-c", _SUBPROCESS, str(path.absolute()), *names]
+    words = [sys.executable, "-I", "-c", _SUBPROCESS, str(SUBPROCESS_WORK), str(path.absolute()), *names]
     try:
         ended = subprocess.run(words, capture_output=True, timeout=SUBPROCESS_SECONDS, check=False).returncode
     except subprocess.TimeoutExpired:
         raise ValueError(f"reading it does not end within {SUBPROCESS_SECONDS} s; it is damaged") from None
+    if ended in (-signal.SIGXCPU, -signal.SIGKILL):
+        raise ValueError(f"reading it does not end within {SUBPROCESS_WORK} s of a processor; it is damaged")
     if ended < 0:
         raise ValueError(f"reading it crashes the library ({signal.Signals(-ended).name}); it is damaged")
 

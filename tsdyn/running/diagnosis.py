@@ -4,27 +4,30 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from tsdyn import memory
 from tsdyn.archive.lock import HeldError, Lock
 from tsdyn.archive.whole_files import sync_directory, write_bytes
 from tsdyn.engine import native
 
-#: Time limit of all checks together; those that did not end by then are named as left out.
-SECONDS = 5.0
+#: Time limit of all checks together; those that did not end by then are named as left out.  Importing this module takes
+#: the rest of five seconds.
+SECONDS = 3.0
 #: Largest relative difference between compiled and plain steps, which add the same products in another order.
 ALIKE = 1e-10
 
@@ -51,68 +54,103 @@ def diagnose(directory: str | Path = ".", *, seconds: float = SECONDS) -> Iterat
     Nothing is left in the directory or changed in this process.
     """
     until = time.monotonic() + seconds
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as begun:
-        trials = {engine: begun.enter_context(_Trial(engine, Path(folder) / engine)) for engine in ("on", "off")}
+    with _Trial() as trial:
         for look in (_threads, _blas, _denormals, _tf32, _memory):
             yield from look()
         yield from _disk(Path(directory))
         yield from _locks(Path(directory))
-        ended = [trial.ended(until) for trial in trials.values()]
-        if all(ended):
-            yield from _engine(trials["on"])
-            yield from _compared(trials["on"], trials["off"])
-        else:
+        if not trial.ended(until):
             yield Finding(
                 "compiled step", f"no answer within {seconds:.0f} s", "note",
                 "it is built at the first run, which takes half a minute once, or this machine is busy: ask again",
             )  # fmt: skip
+        elif trial.found is None:
+            yield Finding("training", trial.complained, "bad", "twenty steps do not run here: nothing else will")
+        else:
+            yield _engine(trial.found)
+            yield _compared(np.array(trial.found["compiled"]), np.array(trial.found["plain"]))
 
 
-#: Code that trains 20 steps, writes the weights into the given folder and prints the engine that was used.
-_STEPS = """
-import json, sys
-import numpy as np, torch
-torch.set_num_threads(1)
-import tsdyn
-from tsdyn.running import provenance
-experiment = tsdyn.Experiment(
-    name="doctor", seeds=2, teacher={"widths": [20, 8, 4]}, data={"train": 100, "eval": 50},
-    training={"epochs": 1, "batch": 10, "steps_per_epoch": 20}, record={"observables": ["weight"]},
-)
-ds = tsdyn.run(experiment, sys.argv[1] + "/run")
-np.save(sys.argv[1] + "/weights.npy", ds["weight"].isel(epoch=-1).values)
-print(json.dumps(provenance.engine()))
-"""
+def _steps() -> dict[str, Any]:
+    """What computed 20 steps, and the weights after them: as training goes here, and by torch alone."""
+    from tsdyn.experiment.experiment import Experiment
+    from tsdyn.running import provenance
+    from tsdyn.running.members import Members
+
+    torch.set_num_threads(1)
+    experiment = Experiment(
+        name="doctor", seeds=2, teacher={"widths": [20, 8, 4]}, data={"train": 100, "eval": 50},
+        training={"epochs": 1, "batch": 10, "steps_per_epoch": 20}, record={"observables": ["weight"]},
+    )  # fmt: skip
+    found: dict[str, Any] = provenance.engine()
+    for name in ("compiled", "plain"):
+        if name == "plain":
+            os.environ["TSDYN_KERNEL"] = "off"
+            native.load.cache_clear()
+        members = Members(experiment)
+        members.draw()
+        members.advance(1)
+        state = members.state()
+        found[name] = np.concatenate([state[key].ravel() for key in ("weight_1", "weight_2")]).tolist()
+    return found
 
 
 class _Trial:
-    """Twenty training steps in a subprocess, with or without the compiled step."""
+    """Training steps in a fork of this process, which has torch imported and may build the compiled step.
 
-    def __init__(self, engine: str, folder: Path) -> None:
-        folder.mkdir()
-        self.folder, self.said, self.complained = folder, "", ""
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", _STEPS, str(folder)], cwd=folder, text=True,
-            env=os.environ | {"TSDYN_KERNEL": os.environ.get("TSDYN_KERNEL", "on") if engine == "on" else "off"},
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
-        )  # fmt: skip
+    Attributes:
+        found: What `_steps` returned, once `ended`; None if it failed.
+        complained: The last line that it wrote, if it failed.
+    """
+
+    def __init__(self) -> None:
+        self.found: dict[str, Any] | None = None
+        self.complained = "it ended without a word"
+        self._said = b""
+        self._pipe, writing = os.pipe()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # it computes on one thread, and needs no other's lock
+            self._pid = os.fork()
+        if not self._pid:
+            self._be_the_child(writing)
+        os.close(writing)
+
+    def _be_the_child(self, writing: int) -> NoReturn:
+        try:
+            os.setsid()  # so that it can be ended with its children, such as a compiler
+            nowhere = os.open(os.devnull, os.O_RDWR)
+            for stream in (0, 1, 2):
+                os.dup2(nowhere, stream)
+            with os.fdopen(writing, "w", encoding="utf-8") as told:
+                try:
+                    told.write(json.dumps({"found": _steps()}))
+                except BaseException as error:
+                    told.write(json.dumps({"failed": f"{type(error).__name__}: {error}"}))
+        finally:
+            os._exit(0)
 
     def __enter__(self) -> _Trial:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.process.poll() is None:
-            with suppress(OSError):
-                os.killpg(self.process.pid, signal.SIGKILL)  # with its children, such as a compiler
-        self.process.communicate()
+        with suppress(OSError):
+            os.killpg(self._pid, signal.SIGKILL)
+        with suppress(OSError):
+            os.kill(self._pid, signal.SIGKILL)  # before it has a group of its own
+        os.waitpid(self._pid, 0)
+        os.close(self._pipe)
 
     def ended(self, until: float) -> bool:
-        """Whether the subprocess ended by the time `until`."""
-        try:
-            self.said, self.complained = self.process.communicate(timeout=max(0.1, until - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            return False
-        return True
+        """Whether the steps were computed, or failed, by the time `until`."""
+        while select.select([self._pipe], [], [], max(0.0, until - time.monotonic()))[0]:
+            part = os.read(self._pipe, 1 << 16)
+            self._said += part
+            if not part:
+                with suppress(ValueError):
+                    answer = json.loads(self._said)
+                    self.found, self.complained = answer.get("found"), answer.get("failed", self.complained)
+                return True
+        return False
 
 
 def _threads() -> Iterator[Finding]:
@@ -247,22 +285,16 @@ def _locks(directory: Path) -> Iterator[Finding]:
         )  # fmt: skip
 
 
-def _engine(trial: _Trial) -> Iterator[Finding]:
-    if trial.process.returncode:
-        last = trial.complained.strip().rpartition("\n")[2]
-        yield Finding("training", last, "bad", "twenty steps do not run here: nothing else will")
-        return
-    found = json.loads(trial.said.strip().rpartition("\n")[2])
+def _engine(found: Mapping[str, Any]) -> Finding:
     if found["engine"].startswith("torch"):
         off = "" if native.switched_on("TSDYN_KERNEL", default=True) else " (TSDYN_KERNEL=off)"
-        yield Finding(
+        return Finding(
             "compiled step", f"none{off}", "note",
             "training goes by torch, several times slower and with other roundings; install a C++ compiler (c++, g++, "
             "clang++, or name one as CXX; or pip install tsdyn[compiler]) and let its cache be written "
             "(XDG_CACHE_HOME, or ~/.cache)",
         )  # fmt: skip
-        return
-    yield Finding(
+    return Finding(
         "compiled step", found["compiler"], "good",
         f"made for this processor ({found['cpu']}) and kept in {_cache()}; bits are promised for the same processor",
     )  # fmt: skip
@@ -273,13 +305,10 @@ def _cache() -> str:
     return f"{named or '~/.cache'}/tsdyn"
 
 
-def _compared(compiled: _Trial, plain: _Trial) -> Iterator[Finding]:
-    if compiled.process.returncode or plain.process.returncode:
-        return
-    first, second = (np.load(trial.folder / "weights.npy") for trial in (compiled, plain))
-    apart = float(np.nanmax(np.abs(first - second)) / np.nanmax(np.abs(second)))
+def _compared(compiled: NDArray, plain: NDArray) -> Finding:
+    apart = float(np.nanmax(np.abs(compiled - plain)) / np.nanmax(np.abs(plain)))
     good = apart <= ALIKE
-    yield Finding(
+    return Finding(
         "compiled against plain", f"{apart:.0e} apart after 20 steps", "good" if good else "bad",
         "the order in which products are added, and no more" if good
         else "more than rounding: the compiler or processor is at fault; set TSDYN_KERNEL=off and report it",

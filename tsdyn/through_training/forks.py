@@ -16,7 +16,7 @@ from tsdyn.analysis.identity import begun, points
 from tsdyn.analysis.lift import cellwise, lift
 from tsdyn.analysis.members import PARAMETERS, Member, member
 from tsdyn.archive import reading, whole_files
-from tsdyn.archive.selecting import experiment_of
+from tsdyn.archive.selecting import experiment_of, swept_dimensions
 from tsdyn.experiment.errors import ExperimentError
 from tsdyn.experiment.experiment import Experiment
 from tsdyn.networks.network import Network
@@ -123,7 +123,7 @@ def compared(children: str | Path | xr.Dataset, parent: str | Path | xr.Dataset 
     the parent (1 or 0; needs correlation), and of the last epoch ``barrier`` and ``barrier_matched``, the largest
     excess of the evaluation loss on the straight line between the two, sup_α ℓ(αθ + (1−α)θ') − αℓ(θ) − (1−α)ℓ(θ'),
     with the nodes as they are and after one-to-one matching, and ``cka_angle``, the angle arccos of linear CKA between
-    their activations in degrees.  What compares with an epoch that the parent has not reached is NaN.
+    their activations in degrees.  Beside an epoch, a seed or a point that the parent does not hold yet all are NaN.
 
     Args:
         children: What `fork` wrote, or its path.
@@ -142,11 +142,18 @@ def compared(children: str | Path | xr.Dataset, parent: str | Path | xr.Dataset 
         raise ValueError(
             f"compared: {', '.join(missing)} is not recorded; fork a run with weight in record.observables"
         )
+    whole, own = own, _beside(ds, own)
     distance, size = _distance(ds, own), _length({name: own[name] for name in ("weight", "bias")})
     found = {"distance": distance, "divergence_epoch": _first(distance > DIVERGED * size, distance)}
     if "correlation" in ds and "correlation" in own:
         found["student_kept"] = _student_kept(ds["correlation"], own["correlation"])
-    return ds.assign(found | dict(_at_the_end(ds, own).data_vars))
+    return ds.assign(found | dict(_at_the_end(ds, whole).data_vars))
+
+
+def _beside(ds: xr.Dataset, own: xr.Dataset) -> xr.Dataset:
+    """What is compared of the parent, at the seeds and points of its children; NaN where it has not begun them."""
+    names = [name for name in ("weight", "bias", "correlation") if name in own]
+    return own[names].reindex({dim: ds.indexes[dim] for dim in ("seed", *swept_dimensions(own)) if dim in ds.indexes})
 
 
 def _distance(ds: xr.Dataset, own: xr.Dataset) -> xr.DataArray:
@@ -196,8 +203,12 @@ def _at_the_end(ds: xr.Dataset, own: xr.Dataset) -> xr.Dataset:
         if single.deep or not bool(there.sel({d: v for d, v in chosen.items() if d in there.dims})):
             continue
         outer = {dim: value for dim, value in chosen.items() if dim not in _DIMS}
-        place = parents[tuple(outer.items())]
+        place = parents.get(tuple(outer.items()))
+        if place is None:
+            continue
         for seed in ds["seed"].values:
+            if seed not in own.indexes["seed"]:
+                continue
             at = {**chosen, "seed": seed}
             mine = own.sel({**place, "seed": seed})
             if int(shape.sel(at)) >= 0 or int(mine["death_epoch"]) >= 0:
