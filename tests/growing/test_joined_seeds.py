@@ -44,7 +44,9 @@ def test_opened_together_they_are_one_experiment(folders):
 
 
 def test_the_same_seeds_are_refused_and_both_are_named(folders):
-    with pytest.raises(DirectoryError, match=r"a/archive\.nc and .*again/archive\.nc hold the same seeds of one point"):
+    with pytest.raises(
+        DirectoryError, match=r"a/archive\.nc and .*again/archive\.nc hold the same seeds of .*, 1; open"
+    ):
         tsdyn.open([folders / "a", folders / "again"])
 
 
@@ -61,3 +63,32 @@ def test_joined_by_xarray_another_experiments_numbers_are_noticed(folders, tmp_p
     xr.testing.assert_equal(
         similarity.student_teacher(right.isel(epoch=-1)), similarity.student_teacher(one.isel(epoch=-1))
     )
+
+
+def test_what_is_not_in_all_of_them_is_nan_and_one_sentence_says_so(tmp_path, caplog):
+    few = ASKED.replace({"seeds": [0, 1], "record.observables": ["mse", "weight"]})
+    more = few.replace({"seeds": [5], "record.observables": ["mse", "weight", "correlation"]})
+    tsdyn.run(few, tmp_path / "few")
+    tsdyn.run(more, tmp_path / "more")
+    ds = tsdyn.open([tmp_path / "few", tmp_path / "more"])
+    assert f"NaN where not recorded: correlation not in {tmp_path / 'few'}; `tsdyn measure` adds" in caplog.text
+    assert len(caplog.records) == 1
+    assert ds.correlation.sel(seed=[0, 1]).isnull().all()
+    assert ds.correlation.sel(seed=5, layer=1).notnull().any()
+    assert list(ds.mse_eval.dims) == ["seed", "epoch"]
+    assert set(experiment_of(ds).record.observables) == {"mse", "weight", "correlation"}
+    added = tsdyn.measure(ds, ["A"])  # of all seeds
+    assert added.A.isel(layer=0).notnull().any(["node", "teacher_node"]).all()
+
+
+def test_a_key_that_an_earlier_version_did_not_write_is_at_its_default(tmp_path):
+    """Files of versions before lack keys that later ones write: the archives differ in none of these."""
+    one = small(seeds=1, training__epochs=1, record__observables=["mse"])
+    tsdyn.run(one, tmp_path / "now")
+    tsdyn.run(one.replace({"training.learning_rate": 0.5}), tmp_path / "before")
+    file = tmp_path / "before" / "experiment.toml"
+    dropped = ("nesterov", "warm_up", "noise", "flip", "stride", "padding", "convolution")
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(line for line in lines if line.split(" = ")[0] not in dropped))
+    ds = tsdyn.open([tmp_path / "now", tmp_path / "before"])
+    assert ds.mse_eval.dims == ("learning_rate", "seed", "epoch")

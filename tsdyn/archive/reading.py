@@ -25,9 +25,9 @@ from dask.base import tokenize
 from tsdyn import schema, vocabulary
 from tsdyn.archive import additions, parquet_stores, study_directories, zarr_stores
 from tsdyn.archive.headers import Header, Headers, Source, when
+from tsdyn.archive.joined_archives import differing_keys, parameters, say_missing
 from tsdyn.archive.kept_samples import with_kept
 from tsdyn.archive.lazy_arrays import Cells, Stored
-from tsdyn.archive.module_differences import differing_keys, parameters
 from tsdyn.archive.recordings import Recording, flush_below, recordings_below
 from tsdyn.archive.run_directory import ARCHIVE, EXPERIMENT
 from tsdyn.archive.sweep_directory import label, point_directories
@@ -242,6 +242,8 @@ def _opened_together(paths: Sequence[Path], skip_damaged: bool, upto: float, *, 
     if not cells:
         where = ", ".join(map(str, paths))
         raise DirectoryError(f"{where}: no point of this sweep has a committed epoch yet; go on with `tsdyn run`")
+    if len(paths) > 1:
+        say_missing(cells, lambda name: name in vocabulary.VARIABLES or name in schema.DECLARED)
     ds = _whole(cells, grid, skip_damaged)
     coverage = np.zeros([len(axis.values) for axis in grid])
     for place, cell in cells.items():
@@ -305,9 +307,11 @@ def _gathered(
             held = found.setdefault(at, [])
             seeds = {seed for source in held for seed in source.header.labels["seed"]}
             if sources and seeds & set(sources[0].header.labels["seed"]):
+                shared = sorted(seeds & set(sources[0].header.labels["seed"]))
+                where = ", ".join(f"{' and '.join(of)} = {label}" for of, label in zip(along, at, strict=True))
                 raise DirectoryError(
                     f"open: {held[0].path} and {sources[0].path} hold the same seeds of one point, "
-                    f"{dict(zip(map(', '.join, along), at, strict=True))}; open one of them"
+                    f"{', '.join(map(str, shared[:5]))}{f' at {where}' if where else ''}; open one of them"
                 )
             held += sources
     taken = [tuple(dict.fromkeys(at[i] for at in found)) for i in range(len(along))]
@@ -403,7 +407,8 @@ def _origin(paths: Sequence[Path], written: Sequence[Mapping[str, Any]], names: 
             return opened
         each = [Experiment.from_toml(path / EXPERIMENT, archived=True) for path in paths]
         seeds = sorted({seed for one in each for seed in one.seed_labels})
-        joined = each[0].replace({"seeds": seeds})
+        asked = dict.fromkeys(name for one in each for name in one.record.observables)
+        joined = each[0].replace({"seeds": seeds, "record.observables": list(asked)})
         return opened | {"experiment": joined.to_toml(), "digest": joined.digest, "name": joined.name}
     values = {k: v for k, v in written[0].items() if k != "sweep" or v}
     text = (paths[0] / EXPERIMENT).read_text(encoding="utf-8")

@@ -255,36 +255,42 @@ def _zarr_chunks(array: xr.DataArray) -> tuple[int, ...]:
 
 
 def _to_netcdf(ds: xr.Dataset, part: _Partial) -> Iterator[tuple[int, int]]:
-    """The numbers of each variable as they are, then one file of all: a netCDF file that is cut short while it grows
-    cannot be trusted.
+    """The numbers of each variable, chunk by chunk, then one file of all: a netCDF file that is cut short while it
+    grows cannot be trusted.
     """
     blocks = _blocks(ds)
     make_directory(part.content)
-    files = (part.content / f"{number}.raw" for number in range(len(blocks)))
-    lazy = {name: next(files) for name in dict.fromkeys(block.variable for block in blocks)}
     for done, block in enumerate(blocks, start=1):
         if block.name not in part.done:
-            raw = _raw(lazy[block.variable], ds[block.variable], "r+")
-            raw[block.at] = _computed(ds, block)
-            raw.flush()
+            numbers = _computed(ds, block)
+            if not (numbers.dtype.kind == "f" and np.isnan(numbers).all()):  # padding takes no space
+                with (part.content / f"{block.name}.npy").open("wb") as file:
+                    np.save(file, numbers)
+                    file.flush()
+                    os.fsync(file.fileno())
             part.add(block.name)
-            del raw
         yield done, len(blocks) + 1
-    held = {}
-    for name, file in lazy.items():
-        array = ds[name].variable
-        data = dask.array.from_array(_raw(file, ds[name], "r"), chunks=array.chunks, name=False)
-        held[name] = xr.Variable(array.dims, data, array.attrs)
+    lazy = {name: ds[name].variable for name in dict.fromkeys(block.variable for block in blocks)}
+    held = {name: xr.Variable(a.dims, _kept(part.content, name, a), a.attrs) for name, a in lazy.items()}
     whole = ds.assign(held)[[*ds.data_vars]].assign_attrs(ds.attrs)
     whole.to_netcdf(part.path / "whole.nc", engine="netcdf4", encoding=_netcdf_encoding(whole))
     yield len(blocks) + 1, len(blocks) + 1
     part.finish(part.path / "whole.nc")
 
 
-def _raw(file: Path, array: xr.DataArray, mode: Literal["r", "r+"]) -> np.memmap:
-    """The file of a variable's numbers, made if it is not there."""
-    there = file.exists() and file.stat().st_size == array.nbytes
-    return np.memmap(file, dtype=array.dtype, mode=mode if there else "w+", shape=array.shape)
+def _kept(folder: Path, name: str, array: xr.Variable) -> Any:
+    """The chunks of a variable in a folder, as a dask array; NaN where there is no file."""
+
+    def chunk(block_id: tuple[int, ...]) -> NDArray:
+        file = folder / f"{name}#{'.'.join(map(str, block_id))}.npy"
+        if file.exists():
+            found: NDArray = np.load(file, allow_pickle=False)
+            return found
+        sizes = [of[i] for of, i in zip(array.chunks or (), block_id, strict=True)]
+        return np.full(sizes, np.nan, array.dtype)
+
+    meta = np.empty((0,) * array.ndim, array.dtype)
+    return dask.array.map_blocks(chunk, chunks=array.chunks, dtype=array.dtype, meta=meta)
 
 
 def _netcdf_encoding(ds: xr.Dataset) -> dict[Any, dict[str, Any]]:

@@ -1,0 +1,106 @@
+"""Where archives that are opened together differ: in keys of their experiments, in variables, in their modules.
+
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic_core import to_jsonable_python
+
+from tsdyn.archive.lazy_arrays import Cells
+from tsdyn.archive.run_directory import ARCHIVE
+from tsdyn.experiment import made_modules
+from tsdyn.experiment.experiment import Experiment, flattened
+from tsdyn.experiment.parts import Part
+from tsdyn.experiment.sweep_axes import Axis, swept_keys
+
+#: Keys that decide which numbers are kept, and none of them.
+RECORDED = ("record.observables", "record.state_every")
+_log = logging.getLogger("tsdyn")
+
+
+def differing_keys(written: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Keys in which experiments differ, without swept keys, names, seeds, and what is recorded (`RECORDED`).
+
+    A key that one was written without, by an earlier version, is at its default there.  Of other modules, or modules
+    with other arguments, also without what tsdyn fills in.
+    """
+    flat = [
+        dict(flattened({k: v for k, v in values.items() if k not in ("sweep", "name", "seeds")})) for values in written
+    ]
+    keys = dict.fromkeys(key for key in itertools.chain.from_iterable(flat) if key not in RECORDED)
+    absent = object()
+    found = [key for key in keys if any(f.get(key, absent) != flat[0].get(key, absent) for f in flat)]
+    if any(key not in f for key in found for f in flat):
+        whole = [{**_defaults(), **f} for f in flat]
+        found = [key for key in found if any(f.get(key, absent) != whole[0].get(key, absent) for f in whole)]
+    swept = [key for values in written for key in swept_keys(values.get("sweep", {}))]
+    for who in made_modules.NETWORKS:
+        filled = [f"{who}.made."]
+        if any(key.startswith((f"{who}.module", f"{who}.arguments")) for key in (*found, *swept)):
+            filled += [f"{who}.{name}" for name in made_modules.FILLED]
+        found = [key for key in found if not key.startswith(tuple(filled))]
+    return found
+
+
+def _defaults() -> dict[str, Any]:
+    """Key → default of every key of an experiment that has one, as its file writes it."""
+    parts = {name: field.annotation for name, field in Experiment.model_fields.items()}
+    found: dict[str, Any] = {}
+    for section, part in parts.items():
+        if isinstance(part, type) and issubclass(part, Part):
+            fields = {f"{section}.{name}": field for name, field in part.model_fields.items()}
+        else:
+            fields = {section: Experiment.model_fields[section]}
+        for key, field in fields.items():
+            if not field.is_required():
+                found[key] = to_jsonable_python(field.get_default(call_default_factory=True))
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def say_missing(cells: Cells, read: Callable[[str], bool]) -> None:
+    """Log in one sentence which variables some of the archives that are opened together lack, where they are NaN.
+
+    Args:
+        cells: The files at each position.
+        read: Whether a variable is one that all could have.
+    """
+    held: dict[Path, set[str]] = {}
+    for source in (source for cell in cells.values() for source in cell):
+        folder = source.path.parent if source.path.name == ARCHIVE else source.path.parent.parent
+        held.setdefault(folder, set()).update(filter(read, source.header.variables))
+    lacking: dict[tuple[Path, ...], list[str]] = {}
+    for name in sorted(set().union(*held.values()) if held else ()):
+        lacking.setdefault(tuple(path for path, names in held.items() if name not in names), []).append(name)
+    told = [
+        f"{', '.join(names)} not in {paths[0]}" + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
+        for paths, names in lacking.items()
+        if paths
+    ]
+    if told:
+        _log.warning("open: NaN where not recorded: %s; `tsdyn measure` adds what weights tell", "; ".join(told))
+
+
+def parameters(cells: Cells, grid: Sequence[Axis]) -> dict[str, str]:
+    """The attribute that names the parameters of own modules where points differ in them: a list of modules.
+
+    Each with the labels of the points that have it, ``at``, and the shapes of its parameters, ``shapes``.
+    """
+    found: dict[str, list[dict[str, Any]]] = {}
+    for place, (first, *_) in cells.items():
+        labels = {
+            key: value
+            for axis, position in zip(grid, place, strict=True)
+            for key, value in zip(axis.keys, axis.values[position], strict=True)
+        }
+        found.setdefault(first.header.attrs.get("parameters", "{}"), []).append(labels)
+    if len(found) < 2:
+        return {}
+    return {"parameters": json.dumps([{"at": at, "shapes": json.loads(shapes)} for shapes, at in found.items()])}
