@@ -263,8 +263,10 @@ def _desk(desk: dict[str, Any]) -> list[str]:
     """Figure → command → time, of every desk study that was run."""
     told = [
         "## Every figure: command, time, memory, disk at desk scale\n",
-        "Processor time of one thread for the whole command: estimate, run, measurement and drawing; the estimate is "
-        "what the command announces, taken in processor time, too. A dash: not measured.\n",
+        "Processor time of one thread for the whole command: start, estimate, run, measurement and drawing. Estimated "
+        "is what the command announces, of run and measurement and in processor time, too; start and drawing take 8 to "
+        "12 s more. On a machine with fourteen processes for two cores, so that times are rather too "
+        "long; studies that are not in the table were not run at full desk scale since their figures were redrawn.\n",
     ]
     return told + _table(
         ["figure", "`tsdyn study run`", "time", "estimated", "memory, MB", "estimated", "disk, MB", "estimated", "on"],
