@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 from tsdyn import registers
 
-#: Seconds of processor time of `tsdyn study run` at desk scale: as measured (docs/reproduction.md; a test holds these to
-#: it), of the others as announced in November 2026; None for studies that read files of the user's.
+#: Seconds of processor time of `tsdyn study run` at desk scale: as measured (docs/reproduction.md; a test compares), of
+#: the others as announced in November 2026; None for studies that read files of the user's.
 DESK_SECONDS: Mapping[str, int | None] = {
     "tian2019-luck": 121,
     "tian2019-data": 154,
