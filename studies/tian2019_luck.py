@@ -10,10 +10,9 @@ At desk scale, 2 seeds, ρ̄ of the fully connected student ends at 1.00, 0.89, 
 0.07 or less after two epochs.  The ConvNet needs BatchNorm: after 8 epochs ρ̄ is 1.00, 0.93, 0.62, 0.71 with it and
 0.52, 0.29, 0.19, 0.16 without, where the rates at which it survives are too small to learn with.
 
-With the
-teacher of the 2020 code and finite data BatchNorm was ahead in every layer at one rate, too: ρ̄ ended at 1.00, 0.95,
-0.84, 0.81 with and 1.00, 0.94, 0.79, 0.79 without it, of the ConvNet's channels at 0.82, 0.82, 0.80, 0.66 and 0.83,
-0.54, 0.50, 0.40.
+With the teacher of the 2020 code and finite data BatchNorm was ahead in every layer at one rate, too: ρ̄ ended at 1.00,
+0.95, 0.84, 0.81 with and 1.00, 0.94, 0.79, 0.79 without it, of the ConvNet's channels at 0.82, 0.82, 0.80, 0.66 and
+0.83, 0.54, 0.50, 0.40.
 """
 
 from __future__ import annotations
