@@ -207,12 +207,12 @@ def _batch_norm(found: dict[str, Any]) -> list[str]:
         found_at = [("hurts", hurts), ("helps", helps)]
         words = [f"it {word} at rate {', '.join(rates)}" for word, rates in found_at if rates]
         told.append(
-            f"- **{teacher}**, epoch 20: {' and '.join(words)}; each at its best rate: {_number(best[0][0])} with (rate "
-            f"{best[0][1]:g}), {_number(best[1][0])} without (rate {best[1][1]:g})."
+            f"- **{teacher}**, epoch 20: {' and '.join(words)}; each at its best rate: {_number(best[0][0])} with "
+            f"(rate {best[0][1]:g}), {_number(best[1][0])} without (rate {best[1][1]:g})."
         )
     told.append(
-        "\nSo the sentence holds with the paper's own teacher at the smallest rate, and at none of those tried with the "
-        "2020 code's; each at its best rate, BatchNorm is ahead in both. **Open:** the paper's rate is not known here, "
+        "\nSo the sentence holds with the paper's own teacher at the smallest rate, and at none of those tried with "
+        "the 2020 code's; each at its best rate, BatchNorm is ahead in both. **Open:** the paper's rate is not known here, "
         "10x was not run, and why the smallest rate is bad for BatchNorm was not tested.\n"
     )
     return told
