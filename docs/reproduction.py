@@ -212,8 +212,8 @@ def _batch_norm(found: dict[str, Any]) -> list[str]:
         )
     told.append(
         "\nSo the sentence holds with the paper's own teacher at the smallest rate, and at none of those tried with "
-        "the 2020 code's; each at its best rate, BatchNorm is ahead in both. **Open:** the paper's rate is not known here, "
-        "10x was not run, and why the smallest rate is bad for BatchNorm was not tested.\n"
+        "the 2020 code's; each at its best rate, BatchNorm is ahead in both. **Open:** the paper's rate is not known "
+        "here, 10x was not run, and why the smallest rate is bad for BatchNorm was not tested.\n"
     )
     return told
 
