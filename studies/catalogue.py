@@ -9,37 +9,40 @@ from typing import NamedTuple
 
 from tsdyn import registers
 
-#: Seconds of a study's run at desk scale, in one process as `tsdyn study run` announced it in November 2026; None for
-#: studies that read files of the user's, or whose time was not announced yet.
+#: Seconds of processor time of `tsdyn study run` at desk scale: as measured (docs/reproduction.md; a test compares), of
+#: the others as announced in November 2026; None for studies that read files of the user's.
 DESK_SECONDS: Mapping[str, int | None] = {
-    "tian2019-luck": 129,
+    "tian2019-luck": 121,
     "tian2019-data": 154,
     "tian2019-ranks": 95,
-    "tian2019-batchnorm-bias": 25,
+    "tian2019-sizes": 22,
+    "theorems": 17,
+    "tian2019-batchnorm-bias-vgg11": 41,
+    "tian2019-batchnorm-bias": 41,
     "tian2019-cifar10": None,
     "tian2019-digits": 83,
-    "tian2019-heatmaps": 5,
-    "tian2019-lottery": None,
+    "tian2019-heatmaps": 17,
+    "tian2019-lottery": 34,
     "tian2019-multilayer": 137,
     "tian2019-multilayer-large": 43,
-    "tian2020-connectivity": 25,
+    "tian2020-connectivity": 44,
     "tian2020-samples": 94,
     "tian2020-augmentation": 104,
     "tian2020-cifar10": None,
     "tian2020-digits": 43,
-    "tian2020-boundaries": 5,
-    "tian2020-l-shape": 40,
+    "tian2020-boundaries": 16,
+    "tian2020-l-shape": 34,
     "tian2020-multilayer-l-shape": 64,
-    "tian2020-success-rate": 58,
-    "tian2020-recovery": 46,
-    "simsek2023-trajectories": 12,
+    "tian2020-success-rate": 114,
+    "tian2020-recovery": 42,
+    "simsek2023-trajectories": 16,
     "simsek2023-one-neuron": 115,
     "simsek2023-loss": 225,
     "simsek2023-norms": 126,
     "simsek2023-phase-diagram": 78,
     "goldt2019-eg": 114,
-    "fork-divergence": None,
-    "leave-out": None,
+    "fork-divergence": 19,
+    "leave-out": 47,
 }
 
 

@@ -5,7 +5,9 @@ The paper says that BatchNorm hurts in small models and helps in large ones.  Wi
 with BatchNorm is 57 and 184 at rate 1e-5, 15.5 and 16.0 at 1e-4, and 87 and 5.8 at 1e-3, where the former breaks down;
 the large model's is 1.2e5 and 1.4e5 at 1e-6, and at 1e-4 all without diverge while with it 1.6e4 is reached.  So at one
 small rate BatchNorm hurts in both, as the paper says of small models; each at its own best rate, it helps in both.
-With the teacher of the 2020 code it helped at the code's rate (0.057 against 0.075 small, 0.246 against 0.275 large).
+With 16 seeds of the small model, after 20 epochs, the loss with BatchNorm is 3.3 times that without it at 1e-5 (95 %
+interval 2.8 to 3.8), 0.79 times at 1e-4 (0.50 to 1.24) and 0.05 times at 1e-3, where 10 of 16 diverge without it; with
+the teacher of the 2020 code it is smaller at each of three rates (docs/reproduction.md).
 """
 
 from __future__ import annotations

@@ -205,7 +205,7 @@ def _left(one: Any, groups: Any) -> Found:
 def batch_norm(runs: Path) -> Found:
     """BatchNorm in the small model: the same seeds with and without it, by rate and epoch, of both teachers."""
     sizes = studies.load("tian2019-sizes").EXPERIMENTS["desk"]
-    own = {"name": "batch-norm", "seeds": 24, "data.eval": 1024, "training.epochs": 20, "record.every": 10}
+    own = {"name": "batch-norm", "seeds": 16, "data.eval": 1024, "training.epochs": 20, "record.every": 10}
     places = {"student.batch_norm": ["none", "after"]}
     small = {"teacher.widths": [20, 10, 15, 20, 25, 100]}
     works = {
