@@ -264,13 +264,6 @@ struct Silu {
     }
 };
 
-// A product that is rounded before it is added: of a b + c d compilers fuse either, so that bits would depend on them.
-template <class V>
-inline V settled(V product) {
-    TSDYN_IN_REGISTER(product);
-    return product;
-}
-
 template <class Real>
 struct Gelu {
     using S = Smooth<Real>;
@@ -280,10 +273,10 @@ struct Gelu {
         const auto e = S::gaussian(u);
         const auto m = e.mantissa(), r = S::mills(u);
         // the normal distribution's tail, hi + lo without its scale
-        const V hi = m.hi * r.hi, lo = S::rest(m.hi, r.hi, hi) + (settled(m.hi * r.lo) + m.lo * r.hi), half = u * Real(0.5);
-        const V outside = e.scaled(half * hi + settled(half * lo));
+        const V hi = m.hi * r.hi, lo = S::rest(m.hi, r.hi, hi) + (m.hi * r.lo + m.lo * r.hi), half = u * Real(0.5);
+        const V outside = e.scaled(half * hi + half * lo);
         value = z < 0 ? -outside : z - outside;
-        const V change = e.scaled(settled(Real(0.5) * hi) - half * (m.hi * S::kDensity));
+        const V change = e.scaled(Real(0.5) * hi - half * (m.hi * S::kDensity));
         return z < 0 ? change : 1 - change;
     }
 };
