@@ -1,7 +1,7 @@
 """How processor time grows, one thread: ``python -m tests.benchmarks.growth [-o growth.png]``.
 
 Training over members, nodes, depth and samples per batch; per-sample norms, moments and Hessian products over samples;
-whole runs over epochs, recorded variables and points of a sweep.  Prints durations and, for each pair of neighbours, the
+whole runs over epochs, recorded variables and points of a sweep.  Prints durations and, for each pair of sizes, the
 exponent of growth, log(time ratio)/log(size ratio): 1 is linear.
 """
 
