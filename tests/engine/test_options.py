@@ -15,6 +15,7 @@ from tsdyn.engine.ensemble import Ensemble
 from tsdyn.engine.rule import Rule
 from tsdyn.engine.train import train_epoch
 from tsdyn.experiment.parts import Training
+from tsdyn.networks.activations import NAMES, activation
 from tsdyn.networks.network import Network
 
 WIDTHS, MEMBERS, STEPS = (6, 9, 7, 4), 3, 50
@@ -179,3 +180,12 @@ def test_a_table_of_rates_is_warmed_up_too():
 def test_bad_options_are_refused_in_one_sentence(training, said):
     with pytest.raises(ExperimentError, match=said):
         Experiment(name="e", teacher={"widths": [4, 3, 2]}, training=training)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_hand_written_step_multiplies_by_the_gate_to_the_last_bit(name, dtype):
+    z = torch.linspace(-40, 40, 4001, dtype=dtype)
+    sigma, gradient = activation(name), torch.randn(4001, generator=torch.Generator().manual_seed(0)).to(dtype)
+    expected = gradient * sigma.gate(z)
+    assert torch.equal(batched._through_gate(gradient.clone(), sigma, z, sigma(z)), expected)

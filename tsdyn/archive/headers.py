@@ -47,6 +47,7 @@ _INDEX = re.compile(rb'\{"sha256": "([0-9a-f]{64})", "kept": (.*)\}', re.DOTALL)
 #: Global attributes that differ from run to run, so that they are kept outside the shared header.
 OWN = (
     "experiment", "recording", "name", "digest", "created", vocabulary.WALL, RUN, "input_sha256", "history", "changes",
+    "fallbacks",
 )  # fmt: skip
 
 #: Dimensions, values and attributes of what is loaded when a file is opened.

@@ -35,6 +35,8 @@ def show(directory: Directory, as_json: AsJson = False) -> None:
     facts = overview.facts(ds)
     for position, line in enumerate(provenance.lines(ds.attrs)):
         facts["history" if not position else f"history {position + 1}"] = line
+    if reasons := provenance.fallbacks(ds.attrs):
+        facts["not compiled"] = "; ".join(reasons)
     if line := growth.states_kept(local_path(directory)):
         facts["states"] = line
     for position, line in enumerate(growth.lines(local_path(directory))):

@@ -152,9 +152,8 @@ class Convolved:
             return self.factors().weight(into)
         samples, groups = len(self.inputs), self.layer.groups
         _, below, rows, columns = self.layer.weight.shape
+        assert not isinstance(self.layer.padding, str)
         vertical, horizontal = self.layer.padding
-        assert not isinstance(vertical, str)
-        assert not isinstance(horizontal, str)
         x = F.pad(self.inputs, (horizontal, horizontal, vertical, vertical))
         x = x.reshape(samples * groups, below, *x.shape[2:])
         g = self.gradients.reshape(samples * groups, -1, *self.gradients.shape[2:])
@@ -253,7 +252,8 @@ def norms(held: Held, *, weight: bool, bias: bool) -> Tensor:
         parts = [t.double() for t, wanted in ((held.of_weight, weight), (held.of_bias, bias)) if wanted]
         rows = torch.cat([t.flatten(1) for t in parts], 1)
         scale = _largest(rows, len(rows))
-        return torch.linalg.vector_norm(rows / scale[:, None], dim=1) * scale
+        found: Tensor = torch.linalg.vector_norm(rows / scale[:, None], dim=1) * scale
+        return found
     scaled, of_inputs, of_gradients = held.scaled()
     of_weight = scaled.squared_norms(weight=weight, bias=False).sqrt() * of_inputs * of_gradients
     return torch.hypot(of_weight, scaled.squared_norms(weight=False, bias=bias).sqrt() * of_gradients)

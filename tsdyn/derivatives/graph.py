@@ -44,7 +44,7 @@ def known(module: nn.Module) -> bool:
             return False
         if any(type(p) is not nn.Parameter or p._backward_hooks for p in own["_parameters"].values() if p is not None):
             return False
-    return not torch.is_autocast_enabled("cpu") and not torch.overrides._len_torch_function_stack()
+    return not torch.is_autocast_enabled("cpu") and not torch._C._len_torch_function_stack()
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,9 @@ def jacobian(
 def _by_formulas(one: Asked) -> dict[str, Tensor] | None:
     """Jacobians in the parameters of a fully connected network of torch's own parts, which need no comparison."""
     leaves = list(one.parameters.values())
-    plain = plain_network(one.module, one.inputs, leaves) if graph.known(one.module) and one.count and leaves else None
+    if not (graph.known(one.module) and one.count and leaves):
+        return None
+    plain = plain_network(one.module, one.inputs, leaves, compare=False)
     if plain is None:
         return None
     network, order = plain

@@ -50,7 +50,7 @@ def layered(
     trace = network.trace(inputs.detach())
     free = trace.output.clone().requires_grad_(True)
     (slope,) = torch.autograd.grad(value(free), free, create_graph=True)
-    return Layered(network, inputs.detach(), trace, slope.detach(), _bend(slope, free), order)
+    return Layered(network, inputs.detach(), trace, slope.detach(), _bend(slope, free)[0], order)
 
 
 def proved(
@@ -69,7 +69,7 @@ def proved(
         module, inputs, value, leaves: As `layered`.
         steady: Computes a value twice, and raises ValueError if the two differ.
     """
-    found = plain_network(module, inputs, leaves) if graph.known(module) else None
+    found = plain_network(module, inputs, leaves, compare=False) if graph.known(module) else None
     if found is None or not isinstance(inputs, Tensor):
         return None
     network, order = found
@@ -81,30 +81,25 @@ def proved(
     if not total.requires_grad or graph.leaves_of([total]) != {id(free)}:
         return None
     (slope,) = torch.autograd.grad(total, free, create_graph=True)
-    bend = _bend(slope, free)
-    if slope.requires_grad:
-        draw = torch.Generator(device="cpu").manual_seed(3)
-        half = (torch.randperm(len(free), generator=draw, device="cpu") % 2).to(free).unsqueeze(1)
-        along = half * _random(free)
-        (product,) = torch.autograd.grad(slope, free, along, retain_graph=True)
-        formula = bend * along if bend.ndim == 2 else (bend @ along.unsqueeze(2)).squeeze(2)
-        if not agree(product, formula, bend.abs().max()):
-            return None
+    bend, apart = _bend(slope, free)
+    if not apart:
+        return None
     return Layered(network, inputs.detach(), trace, slope.detach(), bend, order)
 
 
 def plain_network(
-    module: nn.Module, inputs: object, leaves: Sequence[Tensor]
+    module: nn.Module, inputs: object, leaves: Sequence[Tensor], *, compare: bool = True
 ) -> tuple[Network, list[tuple[int, bool]]] | None:
     """The plain network that a module is, and where each of its parameters is in it: (layer from 0, whether a bias).
 
     None if it is no ``nn.Sequential`` of Linear layers and one kind of activation that is given (sample, input), or if
-    one of `leaves` is not in it exactly once.  The network's parameters need no gradient.
+    one of `leaves` is not in it exactly once.  The network's parameters need no gradient.  Without `compare` outputs
+    are not compared with the module's, which is for modules that are known (`graph.known`).
     """
     if type(module) is not nn.Sequential or not isinstance(inputs, Tensor) or inputs.ndim != 2:
         return None
     try:
-        network = Network.from_torch(module)
+        network = Network.from_torch(module, compare=compare)
     except ValueError:
         return None
     if not network.plain or network.weights[0].dtype not in (torch.float32, torch.float64):
@@ -145,23 +140,27 @@ def _place(network: Network, leaf: Tensor) -> tuple[int, bool] | None:
     return found[0] if len(found) == 1 else None
 
 
-def _bend(slope: Tensor, free: Tensor) -> Tensor:
-    """∂²J/∂f² from the graph of ∂J/∂f: (sample, output, output), or (sample, output) if it is diagonal."""
+def _bend(slope: Tensor, free: Tensor) -> tuple[Tensor, bool]:
+    """∂²J/∂f² from the graph of ∂J/∂f, (sample, output, output), or (sample, output) if it is diagonal.
+
+    And whether that is all there is: no second derivative is in the outputs of two samples.
+    """
     if not slope.requires_grad:
-        return torch.zeros_like(free)
-    # each output by itself: then the product with ones holds all there is, and one with any other vector agrees
-    random = _random(free)
-    along = [torch.ones_like(free), random]
-    diagonal, product = (torch.autograd.grad(slope, free, v, retain_graph=True)[0] for v in along)
-    if agree(product, diagonal * random):
-        return diagonal
-    columns = [torch.autograd.grad(slope[:, c].sum(), free, retain_graph=True)[0] for c in range(free.shape[1])]
-    return torch.stack(columns, 2)
-
-
-def _random(like: Tensor) -> Tensor:
+        return torch.zeros_like(free), True
+    # of half of the samples: what it gives the others, they have in common
     draw = torch.Generator(device="cpu").manual_seed(0)  # whatever the caller has made torch's default device
-    return torch.randn(like.shape, generator=draw, dtype=like.dtype, device="cpu").to(like.device)
+    half = torch.randperm(len(free), generator=draw, device="cpu").unsqueeze(1) % 2
+    random = torch.empty(free.shape, dtype=free.dtype, device="cpu").uniform_(-1, 1, generator=draw)
+    random = (random if len(free) == 1 else random * half).to(free.device)
+    # each output by itself: then the product with ones holds all there is, and one with any other vector agrees
+    diagonal, product = (
+        torch.autograd.grad(slope, free, v, retain_graph=True)[0] for v in (torch.ones_like(free), random)
+    )
+    if agree(product, diagonal * random):
+        return diagonal, True
+    columns = [torch.autograd.grad(slope[:, c].sum(), free, retain_graph=True)[0] for c in range(free.shape[1])]
+    bend = torch.stack(columns, 2)
+    return bend, agree(product, (bend @ random.unsqueeze(2)).squeeze(2), bend.abs().max())
 
 
 class Layered:

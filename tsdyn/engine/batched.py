@@ -12,7 +12,7 @@ from tsdyn import memory
 from tsdyn.engine.batches import Batches
 from tsdyn.engine.ensemble import Ensemble
 from tsdyn.engine.rule import Rule
-from tsdyn.networks.activations import Activation
+from tsdyn.networks.activations import TABLE, Activation
 
 #: Optimizers whose updates need no value from the GPU on the host, so that a recorded graph can replay them.
 RULES = ("sgd", "momentum", "nesterov", "adam", "adamw")
@@ -80,6 +80,8 @@ def _through_gate(gradient: Tensor, activation: Activation, z: Tensor, f: Tensor
     if activation.name == "relu":  # f > 0 where z > 0
         torch.ops.aten.threshold_backward.grad_input(gradient, f, 0.0, grad_input=gradient)
         return gradient
+    if activation is TABLE["tanh"]:  # whose gate, 1 - tanh(z)^2, is known from f to the last bit
+        return gradient.mul_(f.square().neg_().add_(1))
     return gradient.mul_(activation.gate(z))
 
 

@@ -55,6 +55,16 @@ def weight_gradients(
     return _call("weight_gradient", x.unsqueeze(-1), into, None, output=g.unsqueeze(-1))
 
 
+def convolved(x: Tensor, weight: Tensor, bias: Tensor | None, into: Tensor) -> Tensor:
+    """As `convolve`, written to `into`; not differentiable."""
+    return _call("convolve", x, weight, bias, output=into)
+
+
+def weight_gradient(x: Tensor, g: Tensor, into: Tensor) -> Tensor:
+    """The gradient of `convolve` in the weight, written to `into`; `g` is that at its output."""
+    return _call("weight_gradient", x, into, None, output=g)
+
+
 class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -83,7 +93,6 @@ def _call(name: str, x: Tensor, weight: Tensor, bias: Tensor | None, *, output: 
     x, weight = x.contiguous(), weight.contiguous()
     members, channels, below, *size = weight.shape
     rows, columns = (n - k + 1 for n, k in zip(x.shape[2:4], size, strict=True))
-    written = output is None
     output = x.new_empty(members, channels, rows, columns, x.shape[4]) if output is None else output.contiguous()
     held = None if bias is None else bias.contiguous()
     function = native.function(library, name, x.dtype)
@@ -95,4 +104,4 @@ def _call(name: str, x: Tensor, weight: Tensor, bias: Tensor | None, *, output: 
         return 0
 
     native.each(some, list(native.shares(members)))
-    return output if written else weight
+    return output if name == "convolve" else weight

@@ -98,15 +98,26 @@ def load(source: Path, job: type[ctypes.Structure]) -> ctypes.CDLL | None:
         MemoryError: if there is no memory to build or load it.
     """
     if not switched_on("TSDYN_KERNEL", default=True):
+        _missing[source] = "TSDYN_KERNEL=off"
         return None
     try:
         compiler = _compiler()
         library = _loaded(compiler, source)
     except _Unusable as error:
+        _missing[source] = str(error)
         _say_once(f"compiled code is not used, which is slower and rounds otherwise: {error}")
         return None
     _check_layout(library, source, job)
     return library
+
+
+#: Sources that `load` has no library of → why.
+_missing: dict[Path, str] = {}
+
+
+def missing(source: Path, job: type[ctypes.Structure]) -> str | None:
+    """Why there is no library of a source file; None if there is one."""
+    return None if load(source, job) is not None else _missing.get(source, "it cannot be built")
 
 
 @functools.cache

@@ -16,10 +16,11 @@ from typing import TypeAlias
 
 import torch
 
-from tsdyn.engine import batched, compiled_step, general, graph, native, propagated
+from tsdyn.engine import batched, compiled_step, convolution, general, graph, native, propagated
 from tsdyn.engine.batches import Batches, Stream
 from tsdyn.engine.ensemble import Ensemble, living_blocks
 from tsdyn.engine.rule import Rule
+from tsdyn.networks.network import Network
 
 _log = logging.getLogger("tsdyn")
 
@@ -65,6 +66,31 @@ def chosen(ensemble: Ensemble, rule: Rule) -> Backend:
     if own is not None and native.serves(list(ensemble.tensors()), compiled_step.SOURCE, compiled_step.Job):
         _say_once(f"{own} is not tsdyn's own: the {backend.name} engine trains, slower than compiled code would")
     return backend
+
+
+def fallbacks(ensemble: Ensemble, rule: Rule) -> list[str]:
+    """Why these members are not trained by compiled code, where that could be; on a GPU there is none.
+
+    Raises:
+        ValueError: as `chosen`.
+    """
+    backend = chosen(ensemble, rule)
+    if backend is COMPILED or ensemble.device.type != "cpu":
+        return []
+    slower = f"so the {backend.name} engine trains"
+    network = ensemble.architecture
+    if not isinstance(network, Network):
+        return [f"the student is a module of its own, {slower}"]
+    if network.convolutional:
+        absent = native.missing(convolution.SOURCE, convolution.Job)
+        strides = sorted({stride for stride in network.frame.strides if stride != 1})
+        reasons = [f"convolutions are not compiled: {absent}"] if absent is not None else []
+        return reasons + [f"convolutions of stride {stride} are torch's own" for stride in strides]
+    absent = native.missing(compiled_step.SOURCE, compiled_step.Job)
+    if absent is not None:
+        return [f"the step is not compiled: {absent}; {slower}"]
+    own = compiled_step.own_part(ensemble, rule)
+    return [f"{own} is not tsdyn's own, {slower}" if own is not None else f"no compiled step serves this, {slower}"]
 
 
 @functools.cache

@@ -284,7 +284,9 @@ class Network:
     # --- torch -----------------------------------------------------------------------------------------------
 
     @classmethod
-    def from_torch(cls, module: nn.Module, *, image: Image | None = None, gate_at_zero: AtZero = "torch") -> Network:
+    def from_torch(
+        cls, module: nn.Module, *, image: Image | None = None, gate_at_zero: AtZero = "torch", compare: bool = True
+    ) -> Network:
         """The network that an ``nn.Sequential`` of Conv2d, Linear, BatchNorm and one kind of activation computes.
 
         Parameters and running statistics are the module's own tensors, so gradients reach them; a parametrized weight
@@ -295,6 +297,7 @@ class Network:
             module: Sequential, nested or not; Flatten between convolutions and linear layers may be there.
             image: (channel, row, column) of the inputs of a convolution; x is then (sample, channel·row·column).
             gate_at_zero: Gate at exactly 0: ``"torch"`` (autograd's) or ``"paper"`` (1).
+            compare: Whether to compare outputs; False is for those who know that each part is torch's own.
 
         Raises:
             ValueError: naming the module that cannot be converted (subclasses of these classes, forward hooks,
@@ -307,7 +310,8 @@ class Network:
             norms=parts.norms[:-1], norm=parts.places[:-1], image=image,
             stride=[stride for stride, _ in parts.geometry], padding=[padding for _, padding in parts.geometry],
         )  # fmt: skip
-        made._compare(module)
+        if compare:
+            made._compare(module)
         return made
 
     def _compare(self, module: nn.Module) -> None:

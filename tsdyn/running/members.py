@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from tsdyn import schema
+from tsdyn.engine import train
 from tsdyn.engine.batches import Batches, Stream, finite_stream
 from tsdyn.engine.ensemble import Ensemble, mark_dead
 from tsdyn.engine.loss import loss, weighted
 from tsdyn.engine.rule import Rule
-from tsdyn.engine.train import train_epoch
 from tsdyn.experiment import subsets
 from tsdyn.experiment.errors import ExperimentError
 from tsdyn.experiment.experiment import Experiment
@@ -354,8 +354,14 @@ class Members:
             lasting = self.experiment.training.rate(step) * self.experiment.steps
             epochs.train_epoch(self.ensemble, list(zip(*self.finite, strict=True)), rule, time=lasting)
         else:  # every other method, a package's own too, takes the steps of its rule
-            train_epoch(self.ensemble, self.stream(step), rule, batch=self.batch)
+            train.train_epoch(self.ensemble, self.stream(step), rule, batch=self.batch)
         return self.mark_dead(step)
+
+    def fallbacks(self) -> list[str]:
+        """Why the members are not trained by compiled code, where that could be."""
+        if self.experiment.training.method == "flow":
+            return []  # the integrator is torch's everywhere
+        return train.fallbacks(self.ensemble, self.rule(1))
 
     def mark_dead(self, epoch: int) -> list[int]:
         """Mark members whose parameters became NaN or infinite in `epoch` as dead; returns their seeds."""

@@ -23,6 +23,8 @@ from tsdyn.theory.coupling_moments import MOMENTS
 
 #: Global attribute of an archive: JSON list of the machines that computed it, each with the first epoch it computed.
 HISTORY = "history"
+#: Global attribute of an archive: JSON list of why its members were not trained by compiled code; absent if they were.
+FALLBACKS = "fallbacks"
 #: A run gives the same bits as long as none of these changes.
 DECISIVE = (
     "device", "threads", "torch_version", "numpy_version", "tsdyn_version", "engine", "compiler", "cpu", "cpu_flags",
@@ -133,6 +135,15 @@ def history(attrs: Mapping[str, Any]) -> list[dict[str, Any]]:
     except (KeyError, ValueError):
         return []
     return [entry for entry in found if isinstance(entry, dict)] if isinstance(found, list) else []
+
+
+def fallbacks(attrs: Mapping[str, Any]) -> list[str]:
+    """Why an archive's members were not trained by compiled code; empty if they were."""
+    try:
+        found = json.loads(str(attrs[FALLBACKS]))
+    except (KeyError, ValueError):
+        return []
+    return [str(reason) for reason in found] if isinstance(found, list) else []
 
 
 def extended(before: Mapping[str, Any], now: Mapping[str, Any], epoch: int) -> str:

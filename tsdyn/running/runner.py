@@ -276,6 +276,9 @@ class _Point:
             self._attrs |= {provenance.HISTORY: before[provenance.HISTORY]}
         self._attrs |= self._changes(before)
         self.members.draw()  # what cannot be drawn fails by itself
+        if isinstance(self.members, Members) and (reasons := self.members.fallbacks()):
+            self._attrs |= {provenance.FALLBACKS: json.dumps(reasons)}
+            _log.info("%s: %s", self._target.path, "; ".join(reasons))
         return self._first
 
     def _changes(self, before: Mapping[str, Any]) -> dict[str, str]:
