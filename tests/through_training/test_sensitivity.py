@@ -657,3 +657,20 @@ def test_before_training_nothing_has_flipped_yet(relu_run):
     assert found["tangent_growth"].sizes["epoch"] == 0
     assert bool(np.isinf(found["radius"].sel(wrt="start")).all())
     assert "no gate flips" in json.loads(found.attrs["reach"])[0]
+
+
+def test_a_teacher_node_that_was_missed_is_moved_as_predicted(tmp_path):
+    """Teacher node 9, the weakest, at the seed that came least near: half a radius along the derivative, to 1 %."""
+    e = tiny(
+        teacher__widths=[12, 10, 8], teacher__init="separated", teacher__polarity=1.0, student__overrealization=1.0,
+        student__scale=0.1, data__train=200, data__eval=100, training__epochs=4, training__steps_per_epoch=40, seeds=5,
+        record__observables=["loss", "weight", "correlation"],
+    )  # fmt: skip
+    ds = tsdyn.run(e, tmp_path / "run").load()
+    rho = ds["correlation"].sel(layer=1, teacher_node=9).isel(epoch=-1)
+    seed = int(rho.max("node").idxmin("seed"))
+    assert float(rho.sel(seed=seed).max()) < 0.7  # missed
+    of = ("correlation", {"layer": 1, "teacher_node": 9, "node": int(rho.sel(seed=seed).argmax("node"))})
+    curve = retraining.retrained(ds, of, seeds=[seed], multiples=[0.5, -0.5])
+    assert (np.sign(curve["predicted"].values) == [[1, -1]]).all()
+    np.testing.assert_allclose(curve["retrained"], curve["predicted"], rtol=0.01)
