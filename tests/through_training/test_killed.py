@@ -12,103 +12,107 @@ import tsdyn
 from tests import processes
 from tests.cases import small
 from tests.through_training.test_twins import tiny
+from tsdyn import cli
+from tsdyn.running.members import Members
+from tsdyn.through_training import blocks
+from tsdyn.through_training import sensitivity as made
 
-#: The command, in a process that is killed at a moment of its choice; `calls.txt` has a line for each piece of work.
-COMMAND = """
+#: The command, in a process that kills itself at a moment of its choice.
+KILLED = """
 import os, signal, sys
-from pathlib import Path
 from tsdyn import cli
 from tsdyn.running import members, runner
 from tsdyn.through_training import blocks, kept
 from tsdyn.through_training import sensitivity as made
 
+def kill(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
 moment, *words = sys.argv[1:]
 runner.COMMIT_SECONDS = 0.0
-calls = Path("calls.txt")
-
-def counted(function, kills):
-    def call(*given):
-        with calls.open("a") as log:
-            log.write(f"{getattr(given[1], 'epoch', given[1]) if len(given) > 1 else given[0]}\\n")
-        found = function(*given)
-        if kills(given):
-            os.kill(os.getpid(), signal.SIGKILL)
-        return found
-    return call
-
-if moment == "block":  # after the first block of members was kept
-    kept.write = counted(kept.write, lambda _: True)
-if moment == "back":  # while the second goes back
-    compute, done = blocks.compute, []
+if moment == "kept":  # once the first block of members is kept
+    write = kept.write
+    kept.write = lambda *given: (write(*given), kill())
+if moment == "second":  # while the second is computed
+    compute, jobs = blocks.compute, []
     def second(job, tick):
-        done.append(job)
-        return compute(job, tick if len(done) < 2 else lambda _: os.kill(os.getpid(), signal.SIGKILL))
+        jobs.append(job)
+        return compute(job, tick if len(jobs) < 2 else kill)
     made.compute = second
 if moment == "epoch":
-    members.Members.measure = counted(members.Members.measure, lambda given: given[1] == 3)
-if moment == "none":
-    made.compute = counted(made.compute, lambda _: False)
-    members.Members.measure = counted(members.Members.measure, lambda _: False)
+    measure = members.Members.measure
+    members.Members.measure = lambda self, step, given: kill() if step == 3 else measure(self, step, given)
 sys.argv = ["tsdyn", *words]
 cli.main()
 """
 
 
-def command(folder, moment, *words):
-    (folder / "calls.txt").unlink(missing_ok=True)
-    done = processes.run([sys.executable, "-c", COMMAND, moment, *words], folder)
-    calls = (folder / "calls.txt").read_text().splitlines() if (folder / "calls.txt").exists() else []
-    return done, calls
-
-
-@pytest.mark.parametrize("moment", ["block", "back"])
-def test_sensitivity_goes_on_with_the_members_that_were_not_done(tmp_path, moment):
-    tsdyn.run(tiny(seeds=3, training__steps_per_epoch=40), tmp_path / "run")
-    # room for the states of one member at a time, not of two
-    words = ["sensitivity", "run", "--wrt", "start,sample", "--memory", "20kB"]
-    done, calls = command(tmp_path, "none", *words, "-o", "whole.nc")
-    assert done.returncode == 0, done.stderr
-    blocks = len(calls)
-    assert blocks == 3
-    done, _ = command(tmp_path, moment, *words, "-o", "killed.nc")
+def kill(folder, moment, *words):
+    done = processes.run([sys.executable, "-c", KILLED, moment, *words], folder)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    assert len(list((tmp_path / "killed.nc.parts").glob("*.npz"))) == 1
-    assert not (tmp_path / "killed.nc").exists()
-    done, calls = command(tmp_path, "none", *words, "-o", "killed.nc")
-    assert done.returncode == 0, done.stderr
-    assert len(calls) == blocks - 1
-    assert not (tmp_path / "killed.nc.parts").exists()
-    with xr.open_dataset(tmp_path / "whole.nc") as whole, xr.open_dataset(tmp_path / "killed.nc") as again:
-        xr.testing.assert_equal(whole, again)
 
 
-def test_forks_go_on_at_their_last_epoch(tmp_path):
-    tsdyn.run(small(training__epochs=5, seeds=2, record__observables=["loss", "weight"]), tmp_path / "run")
-    goes_on(tmp_path, "fork", "run", "--at", "1,2", "--perturb", "gaussian=0.1")
+def command(monkeypatch, *words):
+    monkeypatch.setattr("sys.argv", ["tsdyn", *words])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert not end.value.code
 
 
-def test_an_atlas_of_left_out_samples_goes_on_at_its_last_epoch(tmp_path):
-    asked = small(
-        training__epochs=5,
-        seeds=2,
-        record__observables=["loss", "weight"],
-        data__leave_out={"subsets": 2, "share": 0.1},
-    )
-    (tmp_path / "atlas.toml").write_text(tomli_w.dumps(asked.as_dict()), encoding="utf-8")
-    goes_on(tmp_path, "run", "atlas.toml")
+def test_sensitivity_goes_on_with_the_members_that_were_not_done(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tsdyn.run(tiny(seeds=3, training__steps_per_epoch=40), "run")
+    computed = []
+
+    def counted(job, tick):
+        computed.extend(job.experiment.seed_labels)
+        return blocks.compute(job, tick)
+
+    monkeypatch.setattr(made, "compute", counted)
+    # room for the states of one member at a time
+    words = ["sensitivity", "run", "--wrt", "start,sample", "--memory", "20kB", "--quiet", "-o"]
+    command(monkeypatch, *words, "whole.nc")
+    assert computed == [0, 1, 2]
+    for moment in ("kept", "second"):
+        file = tmp_path / f"{moment}.nc"
+        kill(tmp_path, moment, *words, file.name)
+        assert not file.exists()
+        assert len(list((tmp_path / f"{file.name}.parts").glob("*.npz"))) == 1
+        computed.clear()
+        command(monkeypatch, *words, file.name)
+        assert computed == [1, 2]
+        assert not (tmp_path / f"{file.name}.parts").exists()
+        with xr.open_dataset("whole.nc") as whole, xr.open_dataset(file) as again:
+            xr.testing.assert_equal(whole, again)
 
 
-def goes_on(folder, *words):
-    done, every = command(folder, "none", *words, "-o", "whole")
-    assert done.returncode == 0, done.stderr
-    done, before = command(folder, "epoch", *words, "-o", "killed")
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    done, after = command(folder, "none", *words, "-o", "killed")
-    assert done.returncode == 0, done.stderr
-    assert len(after) < len(every)  # what was committed before the kill is not measured again
-    assert len(before) + len(after) >= len(every)
-    whole, again = (tsdyn.open(folder / name).load() for name in ("whole", "killed"))
+@pytest.mark.parametrize("family", ["forks", "left-out samples"])
+def test_runs_of_the_family_go_on_at_their_last_epoch(family, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    plain = small(training__epochs=5, seeds=2, record__observables=["loss", "weight"])
+    if family == "forks":
+        tsdyn.run(plain, "run")
+        words = ["fork", "run", "--at", "1,2", "--perturb", "gaussian=0.1", "--quiet", "-o"]
+    else:
+        atlas = plain.replace({"data.leave_out": {"subsets": 2, "share": 0.1}})
+        (tmp_path / "atlas.toml").write_text(tomli_w.dumps(atlas.as_dict()), encoding="utf-8")
+        words = ["run", "atlas.toml", "--quiet", "-o"]
+    measured = []
+    measure = Members.measure
+
+    def counted(members, step, variables):
+        measured.append(step)
+        return measure(members, step, variables)
+
+    monkeypatch.setattr(Members, "measure", counted)
+    command(monkeypatch, *words, "whole")
+    every = len(measured)
+    kill(tmp_path, "epoch", *words, "killed")
+    measured.clear()
+    command(monkeypatch, *words, "killed")
+    assert 0 < len(measured) < every  # what was committed before the kill is not measured again
+    whole, again = (tsdyn.open(name).load() for name in ("whole", "killed"))
     assert set(whole.variables) == set(again.variables)
     for name in whole.variables:
-        if name not in ("wall_seconds", "created"):
+        if name != "wall_seconds":
             np.testing.assert_array_equal(again[name], whole[name], err_msg=str(name))

@@ -180,9 +180,18 @@ def test_the_radius_is_the_first_gate_that_flips_when_trained_again(relu_run):
         assert not np.array_equal(gates(seed, 1.03 * sign * radius), as_run)
 
 
-def test_the_observables_own_samples_bend_it_at_their_radius(relu_run):
-    """Just below it the evaluation samples' gates at the end are the run's; just above one differs.  Steps' gates apart."""
-    e, path = relu_run
+@pytest.fixture(scope="module")
+def bent_run(tmp_path_factory):
+    """More evaluation samples than those of all steps, so that one of them is the first to cross a kink."""
+    e = tiny(data__eval=2000, training__epochs=2)
+    path = tmp_path_factory.mktemp("bent") / "run"
+    tsdyn.run(e, path)
+    return e, path
+
+
+def test_the_observables_own_samples_bend_it_at_their_radius(bent_run):
+    """Just below it the evaluation samples' gates at the end are the run's; just above, one differs."""
+    e, path = bent_run
     found = tsdyn.sensitivity(path, "loss_eval", wrt="start")
     named = tsdyn.sensitivity(path, ("weight", {"layer": 2, "node": 1, "input_node": 0}), wrt="start")
     assert bool(named["observable_radius"].isnull().all())  # measured on no samples
@@ -220,13 +229,12 @@ def test_the_observables_own_samples_bend_it_at_their_radius(relu_run):
     assert crossed
 
 
-def test_a_kink_of_the_observable_changes_it_by_one_samples_share(tmp_path):
+def test_a_kink_of_the_observable_changes_it_by_one_samples_share(bent_run):
     """Between the observable's radius and the steps' the prediction holds to the share of the samples that crossed."""
-    e = tiny(data__eval=2000, training__epochs=2)
-    tsdyn.run(e, tmp_path / "run")
-    found = tsdyn.sensitivity(tmp_path / "run", "loss_eval")
+    _, path = bent_run
+    found = tsdyn.sensitivity(path, "loss_eval")
     assert bool((found["observable_radius"].min("side") < found["radius"].min("side")).any())
-    curve = retraining.retrained(tmp_path / "run", "loss_eval", multiples=[0.95, -0.95])
+    curve = retraining.retrained(path, "loss_eval", multiples=[0.95, -0.95])
     off = np.abs(curve["retrained"] / curve["predicted"] - 1)
     assert float(off.max()) < 0.01
     assert "on single samples bend it" in " ".join(json.loads(found.attrs["reach"]))
@@ -649,3 +657,20 @@ def test_before_training_nothing_has_flipped_yet(relu_run):
     assert found["tangent_growth"].sizes["epoch"] == 0
     assert bool(np.isinf(found["radius"].sel(wrt="start")).all())
     assert "no gate flips" in json.loads(found.attrs["reach"])[0]
+
+
+def test_a_teacher_node_that_was_missed_is_moved_as_predicted(tmp_path):
+    """Teacher node 9, the weakest, at the seed that came least near: half a radius along the derivative, to 1 %."""
+    e = tiny(
+        teacher__widths=[12, 10, 8], teacher__init="separated", teacher__polarity=1.0, student__overrealization=1.0,
+        student__scale=0.1, data__train=200, data__eval=100, training__epochs=4, training__steps_per_epoch=40, seeds=5,
+        record__observables=["loss", "weight", "correlation"],
+    )  # fmt: skip
+    ds = tsdyn.run(e, tmp_path / "run").load()
+    rho = ds["correlation"].sel(layer=1, teacher_node=9).isel(epoch=-1)
+    seed = int(rho.max("node").idxmin("seed"))
+    assert float(rho.sel(seed=seed).max()) < 0.7  # missed
+    of = ("correlation", {"layer": 1, "teacher_node": 9, "node": int(rho.sel(seed=seed).argmax("node"))})
+    curve = retraining.retrained(ds, of, seeds=[seed], multiples=[0.5, -0.5])
+    assert (np.sign(curve["predicted"].values) == [[1, -1]]).all()
+    np.testing.assert_allclose(curve["retrained"], curve["predicted"], rtol=0.01)

@@ -82,8 +82,8 @@ def _state(origin: Experiment, fork: Fork, device: str, teacher: Maker | None) -
 
 @lru_cache(maxsize=4)  # branches at one epoch share it
 def _kept(text: str, parent: str, epoch: int, device: str, teacher: Maker | None) -> State:
-    """The state after `epoch`: from the latest state that the run keeps, or recorded weights that are all of it; else by
-    training again.
+    """The state after `epoch`: from the latest that the run keeps, or recorded weights that are all of it, and from
+    there on by training again.
     """
     members = Members(Experiment.from_toml_text(text), device, None, teacher)
     members.draw()
@@ -97,7 +97,7 @@ def _kept(text: str, parent: str, epoch: int, device: str, teacher: Maker | None
 
 
 def _resumed(members: Members, parent: Path, after: int, epoch: int) -> int:
-    """Set members to the latest state that the run keeps after `after` and up to `epoch`; returns its epoch, or `after`."""
+    """Set members to the latest state that the run keeps from `after` to `epoch`; returns its epoch, or `after`."""
     try:
         runs = {".": Experiment.from_toml(parent / EXPERIMENT, archived=True)}
         if runs["."].sweep:
