@@ -150,12 +150,12 @@ def _smaller(own: Experiment, paper: Any) -> str:
     pairs: list[tuple[Any, Any, str]] = [(len(own.seed_labels), len(paper.seed_labels), "seeds")]
     if own.kind == "training":
         pairs.append((own.training.epochs, paper.training.epochs, "epochs"))
-        sizes = [e.data.train for e in (own, paper)]
-        if "data.train" not in swept and "fresh" not in sizes:
-            pairs.append((*sizes, "samples"))
-        ratios = [f"{e.student.overrealization:g}x" for e in (own, paper)]
+        mine, theirs = own.data.train, paper.data.train
+        if "data.train" not in swept and "fresh" not in (mine, theirs):
+            pairs.append((mine, theirs, "samples"))
+        ratio, larger = (f"{e.student.overrealization:g}x" for e in (own, paper))
         if "student.overrealization" not in swept:
-            pairs.append((*ratios, "as many students as teachers"))
+            pairs.append((ratio, larger, "as many students as teachers"))
     more = [f"{number(theirs)} {what}" for mine, theirs, what in pairs if mine != theirs]
     return f"Reduced: --scale paper has {joined(more)}." if more else ""
 
