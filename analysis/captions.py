@@ -155,7 +155,7 @@ def _smaller(own: Experiment, paper: Any) -> str:
             pairs.append((mine, theirs, "samples"))
         ratio, larger = (f"{e.student.overrealization:g}x" for e in (own, paper))
         if "student.overrealization" not in swept:
-            pairs.append((ratio, larger, "as many students as teachers"))
+            pairs.append((ratio, larger, "as many student nodes as teacher nodes"))
     more = [f"{number(theirs)} {what}" for mine, theirs, what in pairs if mine != theirs]
     return f"Reduced: --scale paper has {joined(more)}." if more else ""
 
@@ -169,7 +169,7 @@ _VALUES: Mapping[str, Mapping[Any, str]] = {
 }  # fmt: skip
 #: Words around the value of some keys.
 _KEYS: Mapping[str, str] = {
-    "overrealization": "{}x as many students as teachers",
+    "overrealization": "{}x as many student nodes as teacher nodes",
     "polarity": "polarity p = {}",
     "learning_rate": "rate {}",
     "batch": "batch {}",
@@ -181,7 +181,7 @@ _KEYS: Mapping[str, str] = {
 
 
 def words(key: str, value: Any) -> str:
-    """What a figure says of a swept key's value, such as ``5x as many students as teachers``."""
+    """What a figure says of a swept key's value, such as ``5x as many student nodes as teacher nodes``."""
     if key in _VALUES and value in _VALUES[key]:
         return _VALUES[key][value]
     if key == "train":

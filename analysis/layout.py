@@ -65,8 +65,10 @@ def points(ds: xr.Dataset | xr.DataArray, dims: Iterable[str]) -> list[dict[str,
 
 
 def name_of(ds: xr.Dataset | xr.DataArray, point: Mapping[str, Any]) -> str:
-    """Words for a point, such as ``3x as many students as teachers, polarity p = 0``; for listed points, of the keys
-    that vary among them."""
+    """Words for a point, such as ``3x as many student nodes as teacher nodes, polarity p = 0``.
+
+    For listed points, of the keys that vary among them.
+    """
     named: dict[str, Any] = {}
     for dim, value in point.items():
         along = listed(ds) if dim == POINT else []

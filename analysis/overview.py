@@ -192,6 +192,7 @@ def _setting(ds: xr.Dataset) -> str:
     if e.kind == "training":
         rate = e.training.learning_rate
         shown = f"{rate:g}" if isinstance(rate, (int, float)) else json.dumps(rate)
+        shown = "swept" if "training.learning_rate" in e.sweep else shown
         words[1] = f"teacher {'-'.join(map(str, e.teacher.widths))}"
         words += [f"N = {e.data.train}", f"{e.training.method}, rate {shown}", f"batch {e.training.batch}"]
     return ", ".join(words)

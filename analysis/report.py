@@ -12,6 +12,7 @@ import html
 import io
 import json
 import math
+import shlex
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -273,7 +274,7 @@ def render(path: str | Path, *, audit: bool = True, again: float | None = None) 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         ds = _opened(path)
-        middle = [_numbers(ds), _each_seed(ds), _figures(ds, Path(path).name), _audit(ds) if audit else ""]
+        middle = [_numbers(ds), _each_seed(ds), _figures(ds, shlex.quote(str(path))), _audit(ds) if audit else ""]
     for warning in caught:
         message = str(warning.message)
         if "left NaN" in message and message not in said:

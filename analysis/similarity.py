@@ -144,6 +144,8 @@ def student_teacher(
         ('seed', 'layer')
     """
     if "layer" not in archive.dims:
+        if "weight" not in ds:
+            raise ValueError("student_teacher: there is no weight; networks are made of it, record it")
         raise ValueError("student_teacher: one layer is left; networks are made of all of them, select it afterwards")
     layers = archive["layer"].values.tolist()
 

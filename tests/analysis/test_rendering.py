@@ -179,7 +179,7 @@ def test_captions_say_what_ran(archives):
 
 
 def test_words_stand_for_keys():
-    assert captions.words("overrealization", 5.0) == "5x as many students as teachers"
+    assert captions.words("overrealization", 5.0) == "5x as many student nodes as teacher nodes"
     assert captions.words("batch_norm", "after") == "with BatchNorm"
     assert captions.words("train", "20000") == "N = 20,000"
     assert captions.words("train", "fresh") == "new samples at every step"

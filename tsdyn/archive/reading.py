@@ -28,6 +28,7 @@ from tsdyn.archive.headers import Header, Headers, Source, when
 from tsdyn.archive.joined_archives import differing_keys, parameters, say_missing
 from tsdyn.archive.kept_samples import with_kept
 from tsdyn.archive.lazy_arrays import Cells, Stored
+from tsdyn.archive.recordings import FILE as RECORDING
 from tsdyn.archive.recordings import Recording, flush_below, recordings_below
 from tsdyn.archive.run_directory import ARCHIVE, EXPERIMENT
 from tsdyn.archive.sweep_directory import label, point_directories
@@ -142,8 +143,18 @@ def opened(path: Path, *, skip_damaged: bool = False, upto: float = -1.0) -> xr.
         if not sources and stores.is_one(path):
             return _marked_as(stores.read(path), path)
     if not sources:
-        raise DirectoryError(f"{path}: holds no archive and no committed epoch; finish it with `tsdyn run`")
+        raise DirectoryError(_nothing_in(path))
     return _single(sources)
+
+
+def _nothing_in(path: Path) -> str:
+    """What is said of a directory in which nothing is committed."""
+    if (path / EXPERIMENT).exists():
+        return f"{path}: holds no committed epoch yet; finish it with `tsdyn run`"
+    marks = (EXPERIMENT, SWEEP, RECORDING, ARCHIVE)
+    inside = sorted(file.name for file in path.iterdir() if any((file / mark).is_file() for mark in marks))
+    there = f"; archives in it: {', '.join(inside[:8])}{' ...' * (len(inside) > 8)}" if inside else ""
+    return f"{path}: holds no archive{there}"
 
 
 def _single(sources: Sequence[Source]) -> xr.Dataset:

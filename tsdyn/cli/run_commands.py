@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
@@ -67,8 +68,25 @@ def run(
     """Run an experiment, or every point of its sweep; resumes from what was committed."""
     chosen = _experiment(experiment, output)
     if changes:
-        chosen = chosen.replace(dict(assignment(text) for text in changes))
+        chosen = changed(chosen, changes)
     run_announced(chosen, local_path(output or Path("runs") / chosen.name), device, quiet, workers, scheduler, together)
+
+
+def changed(experiment: Experiment, changes: Iterable[str]) -> Experiment:
+    """The experiment with keys set as ``--set KEY=VALUE`` says.
+
+    Raises:
+        ExperimentError: also for a swept key, whose value would be replaced by those of the sweep.
+    """
+    found = experiment.replace(given := dict(assignment(text) for text in changes))
+    for key in given:
+        if key in found.sweep:
+            values = json.dumps(list(found.sweep[key]))
+            raise ExperimentError(
+                f"--set {key}: is swept over {values}, which stands in its place; set the sweep, "
+                f"--set 'sweep={{\"{key}\" = {values}}}', or leave the key out"
+            )
+    return found
 
 
 def _experiment(file: Path, output: str | None) -> Experiment:
@@ -142,7 +160,7 @@ def run_study(
     ]
     given = [option for option, value in asked if value]
     if isinstance(work, Experiment):
-        work = work.replace(dict(assignment(text) for text in changes or ()))
+        work = changed(work, changes or ())
         work = work if seeds is None else work.replace({"seeds": seeds})
         again = float(getattr(module, "AGAIN", 0.0))
         run_announced(work, path, device, quiet, workers, scheduler, together, again=again)

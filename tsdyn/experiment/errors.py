@@ -41,7 +41,9 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
         if item["type"] == "extra_forbidden":
             section = ".".join(fields[:-1])
             siblings = _fields(model, fields[:-1])
-            sentence = f"{key}: unknown key{nearest(fields[-1], siblings)}; " + (
+            elsewhere = [k for k in keys(model) if k.rpartition(".")[2] == fields[-1]]
+            meant = f" (did you mean {elsewhere[0]!r}?)" if elsewhere else nearest(fields[-1], siblings)
+            sentence = f"{key}: unknown key{meant}; " + (
                 f"[{section}] has {', '.join(siblings)}" if section else f"there are {', '.join(siblings)}"
             )
         elif item["type"] == "missing":

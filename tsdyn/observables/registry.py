@@ -116,7 +116,10 @@ def load(experiment: Experiment) -> None:
                 f"record.observables: {name} cannot be measured on networks with convolutions or BatchNorm"
             )
         if experiment.student.module is not None and not row.own:
-            raise ExperimentError(f"record.observables: {name} cannot be measured on modules of your own")
+            raise ExperimentError(
+                f"record.observables: {name} cannot be measured on modules of your own; an observable of your own can, "
+                "if it is declared so: tsdyn.declare(..., own=True)"
+            )
         if experiment.teacher.module is not None and not row.bare_teacher:
             raise ExperimentError(f"record.observables: {name} has dimensions of the teacher, a module of your own")
 

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from tsdyn import vocabulary
 from tsdyn.archive.recording_directory import neighbours
 from tsdyn.archive.recordings import Recording, recordings_below
+from tsdyn.archive.run_directory import ARCHIVE, EXPERIMENT
 from tsdyn.archive.sweep_directory import label, point_name
+from tsdyn.archive.swept_values import SWEEP
 
 _KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*")
 
@@ -49,6 +51,11 @@ def directory_of(path: Path, config: Mapping[str, Any], seed: int) -> Path:
     Raises:
         ValueError: if another config beside it would share its name where case is ignored, or its labels.
     """
+    for file in (EXPERIMENT, SWEEP, ARCHIVE):
+        if (path / file).exists():
+            raise ValueError(
+                f"Recorder: {path} is a run, a sweep or an archive of tsdyn's ({file}); record into a folder of its own"
+            )
     if not config:
         return path / f"seed={seed}"
     folder = path / point_name(config)

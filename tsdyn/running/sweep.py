@@ -172,6 +172,16 @@ def run(
         >>> ds.sizes["epoch"]
         13
     """
+    if not isinstance(experiment, Experiment):
+        raise ExperimentError(
+            f"tsdyn.run: experiment is a {type(experiment).__name__}; give a tsdyn.Experiment, of a file "
+            'tsdyn.Experiment.from_toml("experiment.toml")'
+        )
+    for part in observables:
+        if not isinstance(part, Observed):
+            raise ExperimentError(
+                f"tsdyn.run: observables holds a {type(part).__name__}; give tsdyn.Observed(tsdyn.declare(...), f)"
+            )
     check_workers(workers, scheduler)
     if not any(experiment.awaits_a_module(who) for who in made_modules.NETWORKS):
         _check_data(experiment, path, scheduler)
