@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import faulthandler
+import gc
 import math
 import os
 import pickle
@@ -105,6 +106,7 @@ def _child(
         if os.getppid() != parent:
             return
         faulthandler.disable()
+        gc.disable()  # whose look at every object would copy the pages that are shared with the parent
         for number in _OF_THE_COMMAND:
             signal.signal(number, signal.SIG_IGN)
         if seconds is not None:
