@@ -152,10 +152,10 @@ def _smaller(own: Experiment, paper: Any) -> str:
         pairs.append((own.training.epochs, paper.training.epochs, "epochs"))
         sizes = [e.data.train for e in (own, paper)]
         if "data.train" not in swept and "fresh" not in sizes:
-            pairs.append((*sizes, "samples"))
+            pairs.append((sizes[0], sizes[1], "samples"))
         ratios = [f"{e.student.overrealization:g}x" for e in (own, paper)]
         if "student.overrealization" not in swept:
-            pairs.append((*ratios, "as many students as teachers"))
+            pairs.append((ratios[0], ratios[1], "as many students as teachers"))
     more = [f"{number(theirs)} {what}" for mine, theirs, what in pairs if mine != theirs]
     return f"Reduced: --scale paper has {joined(more)}." if more else ""
 
