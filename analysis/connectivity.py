@@ -294,6 +294,17 @@ def connect(first: xr.Dataset, second: xr.Dataset, *, points_a_leg: int = 10) ->
     return xr.Dataset({"loss": loss, "barrier": barrier.drop_vars("position", errors="ignore")})
 
 
+def _standing(student: Network, teacher: Network) -> np.ndarray:
+    """Number of the teacher node that each node is aligned with, 0 for none, and its share of that one's fan-out."""
+    norms = teacher.weights[1].norm(dim=0) * teacher.weights[0].norm(dim=1)
+    eps = alignments.alignment(teacher, student)
+    nearest = torch.where(eps.isnan(), torch.inf, eps).min(0)
+    aligned = nearest.values <= alignments.separation(teacher) / 2
+    strength = student.weights[1].norm(dim=0) * student.weights[0].norm(dim=1)
+    share = strength / torch.where(aligned, norms[nearest.indices], norms.max())
+    return np.stack([torch.where(aligned, nearest.indices + 1, 0).numpy(), share.numpy()])
+
+
 def states(first: xr.Dataset, second: xr.Dataset) -> xr.Dataset:
     """Which teacher node each student node stands for, and how much it carries, at the `STATES` of Theorem 2's path.
 
@@ -318,20 +329,12 @@ def states(first: xr.Dataset, second: xr.Dataset) -> xr.Dataset:
     if a.teacher.depth != 2 or a.student.depth != 2 or a.teacher.widths[1] < 2:
         raise ValueError(f"states: {a.teacher!r} and {a.student!r}; they must be two-layer, with several teacher nodes")
     reference, partner, path, _ = _path(a, b)
-    corners: list[Network | None] = [*path] if path else [reference, *[None] * (LEGS - 1), partner]
-    near = alignments.separation(a.teacher) / 2
-    norms = a.teacher.weights[1].norm(dim=0) * a.teacher.weights[0].norm(dim=1)
+    corners: list[Network | None] = [*path] or [reference, *itertools.repeat(None, LEGS - 1), partner]
     found = np.full((2, len(STATES), reference.widths[1]), np.nan)
     for row, corner in enumerate(STATES.values()):
         student = corners[corner]
-        if student is None:
-            continue
-        eps = alignments.alignment(a.teacher, student)
-        nearest = torch.where(eps.isnan(), torch.inf, eps).min(0)
-        aligned = nearest.values <= near
-        strength = student.weights[1].norm(dim=0) * student.weights[0].norm(dim=1)
-        found[0, row] = torch.where(aligned, nearest.indices + 1, 0).numpy()
-        found[1, row] = (strength / torch.where(aligned, norms[nearest.indices], norms.max())).numpy()
+        if student is not None:
+            found[:, row] = _standing(student, a.teacher)
     words = ("number of the teacher node that it is aligned with, 0: none", "its share of the teacher node's fan-out")
     source = {"units": "1", "source": f"{TIAN}, Theorem 2"}
     return xr.Dataset(

@@ -223,6 +223,19 @@ def test_theorem_2s_path_meets_no_barrier(pair):
     assert straight.max() > 10 * corners.max()
 
 
+def test_what_a_node_stands_for_and_carries_is_known_by_construction(pair):
+    """Copies have half of their teacher node's fan-out each; among carriers one has it all, the others none."""
+    teacher, *_ = pair
+    student = noisy_copy(teacher, 12, 1, noise=0.0)
+    for net, wanted in ((student, [0.5, 0.5]), (connectivity.theorem_2_path(student, student, teacher)[1], [0.0, 1.0])):
+        stands, share = connectivity._standing(net, teacher)
+        for node in (1, 2, 3):
+            np.testing.assert_allclose(np.sort(share[stands == node]), wanted, rtol=1e-12, atol=1e-15)
+        free = share[stands == 0]
+        assert len(free) == 6
+        assert bool((free > 0).all()) == (net is student)
+
+
 def test_an_exact_solution_is_connected_at_its_own_loss(pair):
     """With co-linear copies exact and unaligned fan-outs cancelling, Theorem 2's state: the loss stays at 0."""
     teacher, x, *_ = pair
