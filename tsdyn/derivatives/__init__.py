@@ -23,8 +23,9 @@ from tsdyn.derivatives.curvature import (
     hessian_spectrum,
     hessian_vector_product,
 )
+from tsdyn.derivatives.factors import Factors
 from tsdyn.derivatives.jacobians import gauss_newton, jacobian, neural_tangent_kernel
-from tsdyn.derivatives.per_sample import Factors, factored_gradients, per_sample_gradient_norms, per_sample_gradients
+from tsdyn.derivatives.per_sample import factored_gradients, per_sample_gradient_norms, per_sample_gradients
 
 __all__ = [
     "MEMORY",
