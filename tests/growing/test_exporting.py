@@ -11,7 +11,7 @@ import xarray as xr
 from pandas.testing import assert_frame_equal
 
 import tsdyn
-from tests.archive.states import child
+from tests.archive.states.children import child
 from tests.cases import small
 from tsdyn.archive import parquet_stores, reading
 from tsdyn.archive.whole_files import DirectoryError

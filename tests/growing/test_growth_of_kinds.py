@@ -7,7 +7,7 @@ import xarray as xr
 from torch import nn
 
 import tsdyn
-from tests.archive.states import child, die_at
+from tests.archive.states.children import child, die_at
 from tests.cases import small
 from tsdyn.archive import changes, integrity
 from tsdyn.archive.whole_files import DirectoryError

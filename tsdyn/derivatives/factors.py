@@ -152,8 +152,9 @@ class Convolved:
             return self.factors().weight(into)
         samples, groups = len(self.inputs), self.layer.groups
         _, below, rows, columns = self.layer.weight.shape
-        assert not isinstance(self.layer.padding, str)
-        vertical, horizontal = self.layer.padding
+        padding = self.layer.padding
+        assert not isinstance(padding, str)
+        vertical, horizontal = padding
         x = F.pad(self.inputs, (horizontal, horizontal, vertical, vertical))
         x = x.reshape(samples * groups, below, *x.shape[2:])
         g = self.gradients.reshape(samples * groups, -1, *self.gradients.shape[2:])

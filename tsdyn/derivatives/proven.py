@@ -196,8 +196,8 @@ def _held(layer: nn.Module, f: Tensor, g: Tensor, count: int) -> Held | None:
         return None
     match layer:
         case nn.Linear():
-            inputs, slopes = (t.reshape(count, -1, t.shape[-1]) for t in (f, g))
-            return Factors(inputs, slopes, layer.weight.shape, 1, layer.bias is not None)
+            of_inputs, of_gradients = (t.reshape(count, -1, t.shape[-1]) for t in (f, g))
+            return Factors(of_inputs, of_gradients, layer.weight.shape, 1, layer.bias is not None)
         case nn.Conv2d():
             return Convolved(f, g, layer) if len(f) == len(g) == count else None
         case nn.LayerNorm() | nn.GroupNorm():
