@@ -19,7 +19,7 @@ import torch
 
 import tsdyn
 from tsdyn import schema, vocabulary
-from tsdyn.archive import netcdf, run_directory
+from tsdyn.archive import joining, netcdf, run_directory
 from tsdyn.running.members import Members
 
 
@@ -45,20 +45,22 @@ def append(nc: netCDF4.Dataset, layout: schema.Layout, row: int, records: Mappin
 
 
 def costs(folder: Path, epochs: int, steps: int) -> None:
-    """Seconds of a run that its commits, its joining and, of the same records, plain appending take."""
+    """Seconds of a run that its commits, reading them back among these, its joining and plain appending take."""
     of = experiment(epochs, steps)
-    spent = dict.fromkeys(("commit", "consolidate", "append"), 0.0)
+    spent = dict.fromkeys(("commit", "read back", "consolidate", "append"), 0.0)
     commits = 0
     plain = netCDF4.Dataset(folder / "plain.nc", "w", format="NETCDF4")
     plain.set_auto_maskandscale(False)
     names = of.recorded()
     netcdf.create(plain, of.layout, of.schedule, names, of.dtype, {})
     commit, consolidate = run_directory.RunDirectory.commit, run_directory.RunDirectory.consolidate
+    differing = joining.differing_records
 
-    def timed(name: str, work: Callable[..., None], *given: Any) -> None:
+    def timed(name: str, work: Callable[..., Any], *given: Any) -> Any:
         start = time.perf_counter()
-        work(*given)
+        found = work(*given)
         spent[name] += time.perf_counter() - start
+        return found
 
     def committing(run: run_directory.RunDirectory, first: int, last: int, held: Any, records: Any, *rest: Any) -> None:
         nonlocal commits
@@ -66,13 +68,14 @@ def costs(folder: Path, epochs: int, steps: int) -> None:
         timed("commit", commit, run, first, last, held, records, *rest)
         timed("append", append, plain, of.layout, first, records, len(held))
 
-    def joining(run: run_directory.RunDirectory, attrs: Any) -> None:
+    def joining_all(run: run_directory.RunDirectory, attrs: Any) -> None:
         timed("append", plain.close)
         timed("consolidate", consolidate, run, attrs)
 
     with (
+        patch.object(joining, "differing_records", lambda *given: timed("read back", differing, *given)),
         patch.object(run_directory.RunDirectory, "commit", committing),
-        patch.object(run_directory.RunDirectory, "consolidate", joining),
+        patch.object(run_directory.RunDirectory, "consolidate", joining_all),
     ):
         start = time.perf_counter()
         tsdyn.run(of, folder / "run")

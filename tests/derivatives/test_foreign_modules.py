@@ -12,6 +12,15 @@ from tests import oracles_autograd as oracle
 from tests.derivatives.foreign_modules import CASES, PER_SAMPLE, SAMPLES, SECOND
 from tsdyn import derivatives
 
+#: Modules of which the form with labels is tried: other kinds of parameters, numbers and outputs.
+LABELLED = (
+    "mlp relu", "gru cell", "attention", "embedding", "grouped, dilated convolution", "weight norm",
+    "low rank beside frozen", "tuple of inputs", "scalar output", "sequence output", "time first inside",
+    "complex weights", "half precision", "bfloat16", "prelu twice", "lstm, time first", "subtracts the batch's mean",
+)  # fmt: skip
+#: The one refusal that the form with labels has beyond the other's.
+WITHOUT_LABELS = {("jacobian", "sequence output"): "outputs that are vectors or numbers"}
+
 
 @pytest.fixture(scope="module")
 def tally():
@@ -136,4 +145,40 @@ def test_right_or_refused(name, quantity, tally):
     assert np.array_equal(numpy_random, np.random.get_state()[1])  # noqa: NPY002
     if found is not None:
         compared(case, quantity, found, module, x, y)
-    tally["right" if words is None else "refused"] += 1
+    tally[f"{quantity} {'right' if words is None else 'refused'}"] += 1
+
+
+def plain_numbers(found):
+    parts = found.values() if isinstance(found, dict) else [found]
+    return np.sort(np.concatenate([np.asarray(part.detach().to(wide(part.dtype))).ravel() for part in parts]))
+
+
+def wide(dtype):
+    return torch.complex128 if dtype.is_complex else torch.float64
+
+
+def labelled_numbers(ds):
+    every = np.concatenate([np.asarray(array.values).ravel() for array in ds.data_vars.values()])
+    return np.sort(every[~np.isnan(every)].astype(complex if np.iscomplexobj(every) else float))
+
+
+@pytest.mark.parametrize("name", LABELLED)
+@pytest.mark.parametrize("quantity", ["gradients", "norms", "jacobian", "ntk", "hessian"])
+def test_with_labels_they_are_the_same_numbers(name, quantity):
+    """Each number once, and beside them NaN alone; refused where the form without labels is."""
+    case = CASES[name]
+    of = {
+        "gradients": lambda m, x, y, **how: derivatives.per_sample_gradients(m, case.loss, x, y, **how),
+        "norms": lambda m, x, y, **how: derivatives.per_sample_gradient_norms(m, case.loss, x, y, **how),
+        "jacobian": lambda m, x, y, **how: derivatives.jacobian(m, x, **how),
+        "ntk": lambda m, x, y, **how: derivatives.neural_tangent_kernel(m, x, **how),
+        "hessian": lambda m, x, y, **how: derivatives.hessian(m, case.loss, x, y, **how),
+    }[quantity]
+    words = case.refused.get(quantity) or WITHOUT_LABELS.get((quantity, name))
+    if words is not None:
+        with pytest.raises(ValueError, match=words):
+            of(*problem(case), labelled=True)
+        return
+    np.testing.assert_array_equal(
+        labelled_numbers(of(*problem(case), labelled=True)), plain_numbers(of(*problem(case)))
+    )

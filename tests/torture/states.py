@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 import time
 from pathlib import Path
 
@@ -11,7 +12,6 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from tests.archive.states import actions as states
-from tests.torture.harness import say_progress
 
 #: Seconds after which no further directory is begun.
 AT_MOST = 3600
@@ -36,6 +36,6 @@ def steps(scratch: Path, rng: random.Random, number: int) -> str:
             except AssertionError as error:
                 raise AssertionError(f"after {states.steps.total()} steps: {error}") from error
             directories += DIRECTORIES
-            say_progress(100 * directories, number, states.steps)
+            print(f"  {states.steps.total()} steps in {directories} directories", file=sys.stderr, flush=True)
     made = ", ".join(f"{name} {count}" for name, count in states.steps.most_common())
     return f"{states.steps.total()} steps in {directories} directories ({made}): nothing lost, wrong or unsaid"

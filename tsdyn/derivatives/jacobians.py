@@ -118,6 +118,12 @@ def _labelled_jacobian(found: dict[str, Tensor] | Tensor, module: nn.Module | Ne
         own = {name: p for name, p in made.named_parameters() if p.requires_grad}
     name, values = next(iter(flat.items()))
     inner = own[name].ndim if wrt == "parameters" else 1
+    if wrt == "parameters" and values.ndim - inner > 2:
+        outputs = tuple(values.shape[1 : values.ndim - inner])
+        raise ValueError(
+            f"jacobian: labelled=True is of outputs that are vectors or numbers, not of shape (sample, "
+            f"{', '.join(map(str, outputs))}); flatten them in the module, or take the form without labels"
+        )
     lead = ("sample", "output")[: values.ndim - inner]
     coords = labels.of_samples(x) | (labels.outputs(values.shape[1]) if len(lead) == 2 else {})
     if wrt == "parameters":

@@ -23,6 +23,13 @@ def unlabelled(x: Any) -> Any:
     return torch.from_numpy(np.array(x.values)) if isinstance(x, xr.DataArray) else x
 
 
+def _numbers(values: Tensor) -> np.ndarray:
+    """The numbers of a tensor; those of bfloat16, which NumPy does not have, in float32, which holds each of them."""
+    values = values.detach().cpu()
+    found: np.ndarray = (values.float() if values.dtype == torch.bfloat16 else values).numpy()
+    return found
+
+
 def of_samples(x: Any, dim: str = "sample") -> dict[str, xr.Variable]:
     """The coordinate of the samples of `x`: its own labels if it is a DataArray with such, else their numbers."""
     if isinstance(x, xr.DataArray):
@@ -64,7 +71,7 @@ def in_parameters(
     arrays: dict[str, np.ndarray] = {}
     variables: dict[str, xr.Variable] = {}
     for name, values in found.items():
-        numbers = values.detach().cpu().numpy()
+        numbers = _numbers(values)
         if name not in ours:
             own = [_OTHER.format(name=name, axis=axis) for axis in range(numbers.ndim - len(lead))]
             variables[name] = xr.Variable((*lead, *own), numbers, _attrs(f"{what} in {name}"))
@@ -100,7 +107,7 @@ def outputs(count: int, dim: str = "output") -> dict[str, xr.Variable]:
 
 def single(name: str, values: Tensor, dims: Sequence[str], coords: Mapping[str, xr.Variable], what: str) -> xr.Dataset:
     """A Dataset of one variable; dimensions without a coordinate get their numbers."""
-    variable = xr.Variable(dims, values.detach().cpu().numpy(), _attrs(what))
+    variable = xr.Variable(dims, _numbers(values), _attrs(what))
     numbered = {dim: xr.Variable(dim, np.arange(variable.sizes[dim])) for dim in dims if dim not in coords}
     return xr.Dataset({name: variable}, {**numbered, **coords})
 
