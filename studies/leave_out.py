@@ -171,7 +171,7 @@ def draw(measured: xr.Dataset) -> look.Page:
     for activation in measured["activation"].values.tolist():
         at = {"activation": activation}
         cells = [layout.Cell("change", {**at, "score": s}, f"{activation}, {SCORES[s]}") for s in SCORES]
-        rows.append([*cells, layout.Cell("agreement", at, f"{activation}, agreement")])
+        rows.append([*cells, layout.Cell("agreement", at, f"{activation}, ranks")])
     dampings = [
         f"{float(measured['damping'].sel(activation=name)):g} ({name})" for name in measured["activation"].values
     ]
