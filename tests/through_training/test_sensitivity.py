@@ -428,7 +428,7 @@ def test_seeds_on_a_dask_client_give_the_same(relu_run):
 
     _, path = relu_run
     here = tsdyn.sensitivity(path, wrt=["start", "sample"])
-    with Client(processes=False, n_workers=1, threads_per_worker=1, dashboard_address=None, set_as_default=False) as c:
+    with Client(processes=False, n_workers=1, threads_per_worker=1, dashboard_address=":0", set_as_default=False) as c:
         there = tsdyn.sensitivity(path, wrt=["start", "sample"], client=c)
     for name in here.data_vars:
         assert np.allclose(there[name], here[name], rtol=1e-9, atol=1e-13, equal_nan=True), name
