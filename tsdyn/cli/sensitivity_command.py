@@ -95,7 +95,7 @@ def _client(workers: int):  # type: ignore[no-untyped-def]
         return nullcontext()
     from dask.distributed import Client
 
-    return Client(n_workers=workers, threads_per_worker=1, dashboard_address=None, set_as_default=False)
+    return Client(n_workers=workers, threads_per_worker=1, dashboard_address="127.0.0.1:0", set_as_default=False)
 
 
 def told(found) -> list[str]:  # type: ignore[no-untyped-def]

@@ -121,7 +121,7 @@ class Passage:
         assert library is not None
         samples = steps.inputs.shape[1]
         rows = steps.rows.contiguous()
-        self.members, count, batch = rows.shape
+        self.members, count, _ = rows.shape
         if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < samples:
             raise IndexError(
                 f"forth: rows reach from {int(rows.min())} to {int(rows.max())}; samples: 0..{samples - 1}"
@@ -132,13 +132,37 @@ class Passage:
         self._held: list[object] = [held := (steps.inputs.contiguous(), steps.targets.contiguous()), rows, *state]
         tensors = [*held, *(t for named in state for t in named.values())]
         assert all(t.is_contiguous() and t.dtype == torch.float64 for t in tensors)
+        self._job = self._described(network, state, rule, steps, held, rows)
+        forth, self._back, drop = (native.function(library, name, torch.float64) for name in ("forth", "back", "drop"))
+        forth.restype, drop.restype, self._back.restype = ctypes.c_void_p, None, None  # type: ignore[attr-defined]
+        self._passed: list[int | None] = [None] * self.members
+        self._drop = weakref.finalize(self, _dropped, drop, self._passed)
+
+        def one(member: int, _next: int) -> int:
+            self._passed[member] = forth(ctypes.byref(self._job), ctypes.c_int64(member))
+            return self._passed[member] is None
+
+        if native.each(one, self._each):
+            self._drop()
+            raise MemoryError(f"forth: no memory for what {count} steps of widths {network.widths} go through")
+
+    def _described(
+        self,
+        network: Network,
+        state: Sequence[Named],
+        rule: Rule,
+        steps: Steps,
+        held: tuple[Tensor, Tensor],
+        rows: Tensor,
+    ) -> Job:
+        """The struct of a call, without slopes; `held` are the inputs and targets."""
         nothing = [native.pointers([None] * self._depth)] * 4
-        self._job = Job(
+        return Job(
             self._depth,
             native.array(ctypes.c_int64, network.widths),
-            batch,
-            count,
-            samples,
+            rows.shape[2],
+            rows.shape[1],
+            held[0].shape[1],
             network.activation.leak or 0.0,
             rule.loss is CROSS_ENTROPY,
             *self._pointers(state),
@@ -154,18 +178,6 @@ class Passage:
             native.array(ctypes.c_uint8, [layer + 1 in rule.frozen for layer in range(self._depth)]),
             self._by_rate.data_ptr(),
         )
-        forth, self._back, drop = (native.function(library, name, torch.float64) for name in ("forth", "back", "drop"))
-        forth.restype, drop.restype, self._back.restype = ctypes.c_void_p, None, None  # type: ignore[attr-defined]
-        self._passed: list[int | None] = [None] * self.members
-        self._drop = weakref.finalize(self, _dropped, drop, self._passed)
-
-        def one(member: int, _next: int) -> int:
-            self._passed[member] = forth(ctypes.byref(self._job), ctypes.c_int64(member))
-            return self._passed[member] is None
-
-        if native.each(one, self._each):
-            self._drop()
-            raise MemoryError(f"forth: no memory for what {count} steps of widths {network.widths} go through")
 
     @property
     def _each(self) -> list[tuple[int, int]]:

@@ -360,8 +360,8 @@ class Block:
                 return forward(kind, state.values, state.buffers, x.unsqueeze(0), training=False)[2]
 
             reach = Reach.whole(1, x)
-            pair = jvp(hidden, (held[0], x), (held[1], dot))  # values, and their derivatives along the tangent
-            for value, along in list(zip(pair[0], pair[1], strict=True))[: self.observed.depth]:
+            values, dots = jvp(hidden, (held[0], x), (held[1], dot))[:2]
+            for value, along in list(zip(values, dots, strict=True))[: self.observed.depth]:
                 reach.see(value, along)
             sides[i] = torch.stack([reach.plus[0], reach.minus[0]])
         return sides

@@ -98,6 +98,27 @@ def _block(job: Job, found: Found) -> xr.Dataset:
          "long_name": "largest difference of the weights trained again in float64 from the recorded ones",
          "comment": f"of the recorded epochs up to {found.compared}"},
     )  # fmt: skip
+    made |= _certificate(found)
+    coords: dict[str, Any] = {"seed": seeds}
+    sizes = {dim: size for dims, array, _ in made.values() for dim, size in zip(dims, array.shape, strict=True)}
+    for dim, first in _COUNTED.items():
+        if dim in sizes:
+            most = max(a.shape[d.index(dim)] for d, a, _ in made.values() if dim in d)
+            coords[dim] = np.arange(first, most + first)
+    if "wrt" in sizes:
+        coords |= {"wrt": list(job.wrt), "side": list(SIDES)}
+    arrays = {}
+    for name, (dims, array, attrs) in made.items():
+        lengths = [len(coords[dim]) for dim in dims]
+        full = np.full(lengths, np.nan)
+        full[tuple(slice(n) for n in array.shape)] = array
+        arrays[name] = (dims, full, attrs)
+    return xr.Dataset(arrays, coords)
+
+
+def _certificate(found: Found) -> dict[str, tuple[tuple[str, ...], np.ndarray, dict[str, str]]]:
+    """The variables that say how far the derivatives hold; none if that was not computed."""
+    made: dict[str, tuple[tuple[str, ...], np.ndarray, dict[str, str]]] = {}
     if found.radius is not None and found.growth is not None:
         made["radius"] = (
             ("seed", "wrt", "side"), found.radius,
@@ -123,21 +144,7 @@ def _block(job: Job, found: Found) -> xr.Dataset:
             {"units": "1", "source": "tsdyn.sensitivity: forward pass, τ_t = (∂θ_t/∂θ_{t−1}) τ_{t−1} + (∂θ_t/∂p) u",
              "long_name": "norm of the parameters' change per unit of change along the normalised derivative"},
         )  # fmt: skip
-    coords: dict[str, Any] = {"seed": seeds}
-    sizes = {dim: size for dims, array, _ in made.values() for dim, size in zip(dims, array.shape, strict=True)}
-    for dim, first in _COUNTED.items():
-        if dim in sizes:
-            most = max(a.shape[d.index(dim)] for d, a, _ in made.values() if dim in d)
-            coords[dim] = np.arange(first, most + first)
-    if "wrt" in sizes:
-        coords |= {"wrt": list(job.wrt), "side": list(SIDES)}
-    arrays = {}
-    for name, (dims, array, attrs) in made.items():
-        lengths = [len(coords[dim]) for dim in dims]
-        full = np.full(lengths, np.nan)
-        full[tuple(slice(n) for n in array.shape)] = array
-        arrays[name] = (dims, full, attrs)
-    return xr.Dataset(arrays, coords)
+    return made
 
 
 def _padded(layers: Sequence[np.ndarray | None]) -> np.ndarray:
