@@ -263,7 +263,7 @@ MODULES = {
     "not an nn.Module": lambda: torch.tanh,
     "share parameters": lambda: ONE,
     "nothing to train": lambda: nn.Linear(3, 2).requires_grad_(False),
-    "noise": lambda: nn.Sequential(nn.Linear(3, 2), nn.Dropout()),
+    "noise": lambda: nn.Sequential(nn.Linear(3, 2), nn.AlphaDropout()),
     "start differently": of_numpy,
 }
 
