@@ -144,9 +144,11 @@ def student_teacher(
         ('seed', 'layer')
     """
     if "layer" not in archive.dims:
-        if "weight" not in ds:
-            raise ValueError("student_teacher: there is no weight; networks are made of it, record it")
-        raise ValueError("student_teacher: one layer is left; networks are made of all of them, select it afterwards")
+        if "weight" in archive:
+            raise ValueError(
+                "student_teacher: one layer is left; networks are made of all of them, select it afterwards"
+            )
+        raise ValueError("student_teacher: there is no weight, which networks are made of; record it, or keep it")
     layers = archive["layer"].values.tolist()
 
     def compared(pairs: Iterable[tuple[int, NDArray, NDArray]]) -> list[list[float]]:

@@ -135,7 +135,7 @@ def draw(measured: xr.Dataset) -> look.Page:
             PANELS[role](measured.sel(map_activation=name), ax)
             layout.heading(ax, name if role == "teacher" else "one neuron", next(letters))
             ax.label_outer()
-        bar = above.colorbar(column[0].images[0], ax=column, location="bottom", aspect=12, pad=0.02)
+        bar = above.colorbar(column[0].images[0], ax=column, location="bottom", aspect=12, pad=0.02, label="output")
         bar.ax.xaxis.set_major_locator(MaxNLocator(nbins=3))
     axes = below.subplots(1, 2, width_ratios=(2.2, 1))
     axes[1].set_axis_off()

@@ -87,8 +87,8 @@ def test_own_modules_are_measured_alike_and_another_source_is_refused(tmp_path):
     assert_alike(known, tsdyn.measure(tmp_path / "bare", names, student=make), names)
     with pytest.raises(tsdyn.ExperimentError, match="its source has SHA-256"):
         tsdyn.measure(tmp_path / "bare", names, student=lambda: nn.Linear(5, 2))
-    with pytest.raises(tsdyn.ExperimentError, match=r"H is not measured with student.module"):
-        tsdyn.measure(tmp_path / "bare", ["H"], student=make)
+    with pytest.raises(tsdyn.ExperimentError, match=r"alignment is not measured with student.module"):
+        tsdyn.measure(tmp_path / "bare", ["alignment"], student=make)
 
 
 def test_a_sweep_is_measured_lazily_and_by_parts(tmp_path, monkeypatch):

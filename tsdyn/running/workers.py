@@ -207,7 +207,7 @@ def refuse_unpicklable(**passed: Any) -> None:
     Raises:
         WorkersError: naming the function and what cannot be pickled.
     """
-    import cloudpickle  # type: ignore[import-untyped]
+    import cloudpickle
 
     for who, part in passed.items():
         try:
