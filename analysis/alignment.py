@@ -11,7 +11,7 @@ from typing import assert_never
 import numpy as np
 import xarray as xr
 from scipy.special import ndtr
-from tsdyn.analysis.identity import per_point
+from tsdyn.analysis.identity import per_point, refuse_part
 from tsdyn.analysis.lift import lift
 
 from tsdyn import layer as one_layer
@@ -55,6 +55,7 @@ def _lowest(archive: xr.Dataset, names: tuple[str, ...]) -> xr.Dataset:
     else:
         part = one_layer(part, lowest_layer(part))
     if "input_node" in part.dims and "input_width" in part.coords:
+        refuse_part(part, {"input_node": int(part["input_width"].max())}, "alignment")
         part = part.isel(input_node=slice(0, int(part["input_width"].max())))
         weights = {n: w for n, w in part.data_vars.items() if "input_node" in w.dims}
         part = part.assign({n: without_padding(w, part["input_width"]) for n, w in weights.items()})

@@ -87,6 +87,36 @@ def refuse_odd(ds: xr.Dataset, caller: str) -> None:
             raise ValueError(f"{caller}: {name} holds {array.dtype}, not integers; it cannot come from an archive")
 
 
+def refuse_part(ds: xr.Dataset | xr.DataArray, needed: Mapping[str, int], caller: str) -> None:
+    """Raise ValueError where `ds` holds a part of the nodes that networks are made of, or holds them in another order.
+
+    Args:
+        ds: Its labels along each dimension of `needed` that it has must be 0, 1, ... in their order.
+        needed: Dimension → how many there are at least; padding beyond them may be there or not.
+        caller: Named by the error.
+    """
+    for dim, count in needed.items():
+        if dim not in ds.dims:
+            continue
+        labels = ds[dim].values
+        if len(labels) < count or not np.array_equal(labels, np.arange(len(labels))):
+            few = ", ".join(map(str, labels[:6].tolist())) + (", ..." if len(labels) > 6 else "")
+            raise ValueError(
+                f"{caller}: {dim} holds {few}, and all {count} in their order are needed; compute first, and select "
+                f"{dim} afterwards"
+            )
+
+
+def nodes_of(experiment: Experiment) -> dict[str, int]:
+    """How many nodes `refuse_part` needs along each dimension, for networks of all layers of `experiment`."""
+    layout = experiment.layout
+    return {
+        "node": max(layout.widths),
+        "teacher_node": max(layout.teacher_widths),
+        "input_node": max(*layout.input_widths, *layout.teacher_input_widths),
+    }
+
+
 def begun(ds: xr.Dataset) -> xr.DataArray:
     """Whether each point has a committed epoch; True for a single run."""
     return ds["coverage"] > 0 if "coverage" in ds.coords else xr.DataArray(True)

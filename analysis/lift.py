@@ -17,6 +17,10 @@ from numpy.typing import NDArray
 
 def recorded(archive: xr.Dataset, name: str, caller: str) -> xr.DataArray:
     """The variable of an archive; a ValueError that says how it is recorded where the archive lacks it."""
+    if not isinstance(archive, xr.Dataset):
+        raise TypeError(
+            f"{caller}: got {type(archive).__name__}; give the Dataset of an archive, as tsdyn.open gives it"
+        )
     if name not in archive:
         raise ValueError(
             f"{caller}: the archive has no {name}, only {', '.join(map(str, archive.data_vars))}; "

@@ -14,7 +14,7 @@ import torch
 import xarray as xr
 from numpy.typing import NDArray
 from torch import Tensor
-from tsdyn.analysis.identity import begun, points
+from tsdyn.analysis.identity import begun, nodes_of, points, refuse_part
 from tsdyn.analysis.lift import blockwise
 
 from tsdyn.archive.selecting import experiment_of
@@ -174,6 +174,7 @@ def _refuse_unbuildable(ds: xr.Dataset, experiment: Experiment) -> None:
     missing = [name for name in PARAMETERS if name not in ds]
     if missing:
         raise ValueError(f"member: the archive has no {', '.join(missing)}; record them (record.observables)")
+    refuse_part(ds, nodes_of(experiment), "member")
     foreign = [seed for seed in np.atleast_1d(ds["seed"].values).tolist() if seed not in experiment.seed_labels]
     if foreign:
         raise ValueError(

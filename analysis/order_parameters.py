@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 from tsdyn.analysis.alignment import without_padding
-from tsdyn.analysis.identity import per_point
+from tsdyn.analysis.identity import per_point, refuse_part
 from tsdyn.analysis.lift import lift
 
 from tsdyn import layer as one_layer
@@ -59,6 +59,7 @@ def _weights(archive: xr.Dataset, caller: str) -> tuple[xr.DataArray, xr.DataArr
     lost = [d for d, n in (("node", "weight"), ("teacher_node", "teacher_weight")) if d not in low[n].dims]
     if lost:
         raise ValueError(f"{caller}: the slice has no dimension {', '.join(lost)}; select with a list or slice")
+    refuse_part(low, {"input_node": int(low["input_width"].max())}, caller)
     low = low.isel(input_node=slice(0, int(low["input_width"].max())))
     student, teacher = (without_padding(low[name], low["input_width"]) for name in ("weight", "teacher_weight"))
     return student, teacher

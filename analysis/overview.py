@@ -148,7 +148,7 @@ def facts(ds: xr.Dataset) -> dict[str, str]:
     attrs = ds.attrs
     kind = "recording" if "recording" in attrs else "experiment"
     found = {kind: f"{attrs.get('name', '?')}  ({str(attrs.get('digest', '?'))[:12]})"}
-    if named := papers(ds):
+    if (named := papers(ds)) and "recording" not in ds.attrs:  # a loop of the user's own is no experiment of a paper's
         found["papers"] = "; ".join(named)
     if kind == "experiment" and (told := _setting(ds)):
         found["setting"] = told

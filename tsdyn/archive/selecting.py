@@ -112,7 +112,7 @@ def layer(ds: T, number: int) -> T:
         5
     """
     if "layer" not in ds.dims or number not in ds.indexes["layer"]:
-        held = list(ds.indexes["layer"]) if "layer" in ds.dims else "no layer dimension"
+        held = list(ds.indexes["layer"]) if "layer" in ds.dims else "no layer dimension (sel(layer=[1]) keeps it)"
         raise ValueError(f"layer: {number} is not in the dataset, which has {held}")
     if number > lowest_layer(ds) and isinstance(ds, xr.Dataset):  # variables of layer 1 alone have no ``layer``
         lowest = [
@@ -132,4 +132,11 @@ def layer(ds: T, number: int) -> T:
         below = below or ["input_width", "teacher_input_width"]
         if held := [int(at[c].max()) for c in below if c in at]:
             widths["input_node"] = max(held)
-    return ds.isel({"layer": place, **{dim: slice(0, width) for dim, width in widths.items()}})
+    return ds.isel({"layer": place, **{dim: _below(ds, dim, width) for dim, width in widths.items() if dim in ds.dims}})
+
+
+def _below(ds: xr.Dataset, dim: str, width: int) -> slice | list[int]:
+    """Where the nodes of a layer of that width stand: first, unless the user has put them in another order."""
+    labels = ds[dim].values
+    ordered = np.array_equal(labels, np.arange(len(labels)))
+    return slice(0, width) if ordered else np.flatnonzero(labels < width).tolist()

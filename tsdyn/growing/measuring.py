@@ -21,7 +21,7 @@ from dask.delayed import delayed
 from numpy.typing import NDArray
 
 from tsdyn import registers, schema
-from tsdyn.analysis.identity import points
+from tsdyn.analysis.identity import nodes_of, points, refuse_part
 from tsdyn.archive import reading
 from tsdyn.experiment.errors import ExperimentError
 from tsdyn.experiment.experiment import Experiment
@@ -84,6 +84,9 @@ def measure(
     found_at = list(points(ds).values())
     if len(found_at) == 1:  # the points of a sweep have each their own; the teacher is compared in any case
         _refuse_other_inputs(ds, found_at[0][1])
+    for _, single in found_at:
+        if not single.of_own_modules:
+            refuse_part(ds, nodes_of(single), "measure")
     asked = [(chosen, _asked(single, names, passed)) for chosen, single in found_at]
     needed = _needed(ds, asked[0][1])
     swept = tuple(str(d) for d in ds[needed[0]].dims if any(d in chosen for chosen, _ in asked))

@@ -403,6 +403,11 @@ def _maker(experiment: Experiment, who: Literal["student", "teacher"], given: Ma
     part = getattr(experiment, who)
     if given is None and part.module is None:
         return None
+    if isinstance(given, nn.Module):
+        raise ExperimentError(
+            f"{who}: is a {type(given).__name__} that is made already; give its class, or a function that makes one "
+            f"for each seed, such as {who}=lambda: {type(given).__name__}(...)"
+        )
     make = given if given is not None else _imported(part.module, who)
     return functools.partial(make, **part.arguments) if part.arguments else make
 
