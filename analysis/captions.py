@@ -68,7 +68,11 @@ def caption(ds: xr.Dataset, says: str, spread: Spread, *, paper: Mapping[str, An
         paper: The paper's experiment, where `ds` may come from a smaller one.
     """
     seeds = ds.sizes.get("seed", ds.attrs.get("seeds"))
-    parts = [says.rstrip(".") + ".", "" if seeds is None else f"n = {seeds} seeds.", spread_words(spread, seeds)]
+    parts = [
+        says.rstrip(".") + ".",
+        "" if seeds is None else f"n = {seeds} seed{'s' * (seeds != 1)}.",
+        spread_words(spread, seeds),
+    ]
     own = _experiment(ds)
     if own is not None:
         facts = _facts(own)

@@ -188,7 +188,8 @@ def _setting(ds: xr.Dataset) -> str:
         e = experiment_of(ds)
     except ValueError:
         return ""
-    words = [f"{ds.sizes.get('seed', 1)} seeds", e.kind]
+    seeds = ds.sizes.get("seed", 1)
+    words = [f"{seeds} seed{'s' * (seeds != 1)}", e.kind]
     if e.kind == "training":
         rate = e.training.learning_rate
         shown = f"{rate:g}" if isinstance(rate, (int, float)) else json.dumps(rate)

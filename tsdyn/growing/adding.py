@@ -73,7 +73,7 @@ def add(
         done = list(_added(folder, ds, observables, wanted, student, teacher))
         added += done
         title = f"[{position}/{len(folders)}] {folder.name}: " if len(folders) > 1 else ""
-        told(title + (f"{len(done)} files added" if done else "nothing is left to measure"))
+        told(title + (f"{len(done)} file{'s' * (len(done) != 1)} added" if done else "nothing is left to measure"))
     return added
 
 
