@@ -109,7 +109,7 @@ def papers(archive: xr.Dataset) -> list[str]:
         >>> ds = tsdyn.open("runs/quickstart")
         >>> from tsdyn.analysis.citations import papers
         >>> papers(ds)
-        ['Tian 2020', 'Tian et al. 2019']
+        ['Tian 2020', 'Tian et al. 2019', 'Du, Hu & Lee 2018']
     """
     sources = " ".join(str(array.attrs.get("source", "")) for array in archive.variables.values())
     return [words for words in PAPERS if words in sources]

@@ -62,6 +62,7 @@ def test_the_answers_give_an_experiment_that_runs(command, tmp_path, question, w
         (["--question", "why"], "question 'why'; there are specialization"),
         (["--question", "deep", "--widths", "a,b"], "widths 'a,b'; write whole numbers"),
         (["--question", "online", "--widths", "9,3,3,1", "--seeds", "1"], "one hidden layer"),
+        (["--question", "deep", "--widths", "8,4", "--seeds", "1"], "'8,4'; a network has inputs, hidden nodes"),
         (["--question", "deep", "--widths", "9,0,1", "--seeds", "1"], "teacher.widths"),
         (["--study", "tian2020-l-shape", "--seeds", "3"], "--seeds has no effect"),
         (["--study", "tian2020-l-shape", "--scale", "huge"], "there are smoke, desk, paper"),

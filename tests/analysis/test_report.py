@@ -237,6 +237,6 @@ def test_a_page_is_watched_until_the_run_is_finished(tmp_path, monkeypatch):
 
 def test_each_figure_names_its_command_and_the_page_its_numbers(run):
     html = report.render(run, audit=False)
-    assert f"<code>tsdyn plot {run.name} loss</code>" in html
+    assert f"<code>tsdyn plot {run} loss</code>" in html
     assert "<h2>Numbers</h2>" in html
     assert "3 seeds" in html

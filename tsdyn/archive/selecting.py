@@ -135,7 +135,7 @@ def layer(ds: T, number: int) -> T:
     return ds.isel({"layer": place, **{dim: _below(ds, dim, width) for dim, width in widths.items() if dim in ds.dims}})
 
 
-def _below(ds: xr.Dataset, dim: str, width: int) -> slice | list[int]:
+def _below(ds: xr.Dataset | xr.DataArray, dim: str, width: int) -> slice | list[int]:
     """Where the nodes of a layer of that width stand: first, unless the user has put them in another order."""
     labels = ds[dim].values
     ordered = np.array_equal(labels, np.arange(len(labels)))

@@ -87,7 +87,7 @@ def _by_questions(question: str | None, widths: str | None, seeds: int | None, n
         found = [int(word) for word in sizes.replace("-", ",").split(",")]
     except ValueError:
         raise ExperimentError(f"new: widths {sizes!r}; write whole numbers with commas, e.g. {usual}") from None
-    if len(found) < 3 or min(found) < 1:
+    if len(found) < 3:
         raise ExperimentError(f"new: widths {sizes!r}; a network has inputs, hidden nodes and outputs, e.g. {usual}")
     members = seeds or typer.prompt("3. How many students (seeds)", default=4, type=int)
     return Experiment(**{"name": name, "seeds": members, **make(found)}), QUESTIONS[chosen]

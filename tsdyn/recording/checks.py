@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from tsdyn.archive.recordings import Recording, recordings_below
 from tsdyn.archive.run_directory import ARCHIVE, EXPERIMENT
 from tsdyn.archive.sweep_directory import label, point_name
 from tsdyn.archive.swept_values import SWEEP
+from tsdyn.observables.layers import labelled
 
 _KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*")
 
@@ -136,3 +137,17 @@ def is_finite(parameter: Tensor) -> bool:
     return all(
         bool(e.isfinite()) for e in torch.aminmax(torch.view_as_real(numbers) if numbers.is_complex() else numbers)
     )
+
+
+def layers_of(model: nn.Module, x: Tensor, layers: Sequence[str] | None) -> tuple[str, ...]:
+    """Names of the layers to label; a model that cannot take the probe is refused with its own words.
+
+    Raises:
+        ValueError: naming the shape of the inputs, or as `labelled`.
+    """
+    try:
+        return tuple(labelled(model, x, layers, caller="Recorder"))
+    except RuntimeError as error:
+        raise ValueError(
+            f"Recorder: the model raised {type(error).__name__} for inputs {tuple(x.shape)} of the probe: {error}"
+        ) from error

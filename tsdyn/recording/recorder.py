@@ -175,13 +175,7 @@ class Recorder:
         self._x, self._y = checks.checked_probe(model, probe)
         self._model, self._loss, self._teacher = model, loss, teacher
         self._stateful = states.holders(state)
-        try:
-            names = labelled(model, self._x, layers, caller="Recorder")
-        except RuntimeError as error:
-            raise ValueError(
-                f"Recorder: the model raised {type(error).__name__} for inputs {tuple(self._x.shape)} of the probe: "
-                f"{error}"
-            ) from error
+        names = checks.layers_of(model, self._x, layers)
         with evaluated(model), torch.no_grad():
             self._called = tuple(traced(model, self._x, names).calls)
         self._chosen, self._own = _chosen(observables, teacher)

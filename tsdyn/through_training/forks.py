@@ -72,7 +72,7 @@ def fork(
 
     Examples:
         >>> import tsdyn
-        >>> children = tsdyn.fork("runs/quickstart", at=5, perturb={"gaussian": 1e-3}, branches=2, out="runs/branches")
+        >>> children = tsdyn.fork("runs/quickstart", at=5, perturb={"gaussian": 1e-3}, branches=2, out="runs/nudged")
         >>> children.distance.dims
         ('overrealization', 'fork_epoch', 'branch', 'seed', 'epoch')
     """

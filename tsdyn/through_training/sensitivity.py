@@ -130,9 +130,10 @@ def sensitivity(
 
     Examples:
         >>> import tsdyn
-        >>> found = tsdyn.sensitivity("runs/quickstart", of="loss_eval", wrt=["start", "learning_rate"], seeds=[0])
-        >>> found.d_learning_rate.dims  # swept keys stay dimensions
-        ('overrealization', 'seed', 'epoch')
+        >>> run = tsdyn.open("runs/quickstart").isel(overrealization=0)
+        >>> found = tsdyn.sensitivity(run, of="loss_eval", epoch=6, wrt=["start", "learning_rate"], seeds=[0])
+        >>> found.d_learning_rate.dims
+        ('seed', 'epoch')
         >>> bool((found.radius > 0).all())
         True
     """

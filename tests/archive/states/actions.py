@@ -20,7 +20,7 @@ import tsdyn
 from tests.archive.states.checks import Checked, allowed, steps
 from tests.archive.states.children import SENTENCES, End, child, die_at, dying
 from tests.archive.states.model import GAINED, GAINING, LATER, MORE, MORE_SEEDS, STARTS, Damage, Opened, content
-from tsdyn.archive import integrity, whole_files
+from tsdyn.archive import additions, integrity, whole_files
 from tsdyn.archive.run_directory import ARCHIVE, EXPERIMENT, SEGMENTS, segment_epochs
 from tsdyn.engine import native
 from tsdyn.experiment.experiment import Experiment
@@ -96,9 +96,11 @@ class Directory(Checked):
                 if not self.points[name].salvaged:
                     self.points[name].required |= set(single.labels)
                     self.points[name].seeds |= set(self.seeds)
-            # other commands may be writing into a sweep's own folder: there only `repair` removes what is left
+            # other commands may be writing into a sweep's own folder, and `measure` beside a run: there only `repair`
+            # and `measure` given again remove what is left
             left = [p.name for p in path.rglob("*") if p.parent.name == SEGMENTS or (
-                p.name.endswith(".tmp") and not (self.base.sweep and p.parent == path))]  # fmt: skip
+                p.name.endswith(".tmp") and p.parent.name != additions.MEASURED
+                and not (self.base.sweep and p.parent == path))]  # fmt: skip
             assert not left, f"left {left}"
             assert self.swapped or not list(path.rglob("added")), "seeds were not joined"
         return end
