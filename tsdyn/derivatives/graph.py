@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.utils._device import DeviceContext
 
 #: Modules whose forward pass is torch's own, deterministic, keeps its state, and treats samples one by one.
 KNOWN: dict[type[nn.Module], object] = {
@@ -44,7 +45,9 @@ def known(module: nn.Module) -> bool:
             return False
         if any(type(p) is not nn.Parameter or p._backward_hooks for p in own["_parameters"].values() if p is not None):
             return False
-    return not torch.is_autocast_enabled("cpu") and not torch._C._len_torch_function_stack()
+    modes = torch.overrides._get_current_function_mode_stack()
+    # a default device is a mode, too, and changes none of these modules' functions
+    return not torch.is_autocast_enabled("cpu") and all(isinstance(mode, DeviceContext) for mode in modes)
 
 
 @dataclass(frozen=True)
