@@ -42,12 +42,11 @@ def spread_words(kind: Spread, seeds: int | None) -> str:
         case "none":
             return ""
         case "shares":
-            end = (
-                ""
-                if seeds is None
-                else f", which reach in to {3.84 / (seeds + 3.84):.2f} and {seeds / (seeds + 3.84):.2f}"
-            )
-            return f"Bands: Wilson's 95 % intervals of the shares, but for 0 and 1{end}."
+            told = "Bands: Wilson's 95 % intervals of the shares; none is drawn at shares of 0 and 1"
+            if seeds is None:
+                return f"{told}."
+            reach = 3.84 / (seeds + 3.84)  # z²/(n + z²), the interval's other end at a share of 0
+            return f"{told}, where they end at {reach:.2f} and {1 - reach:.2f}."
         case "points":
             return "One mark per node or seed; every seed is drawn."
         case "curves":

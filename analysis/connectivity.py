@@ -223,7 +223,7 @@ def _one(ds: xr.Dataset) -> Member:
     return member(ds, experiments[0])
 
 
-def _of_one_teacher(first: xr.Dataset, second: xr.Dataset) -> tuple[Member, Member]:
+def _of_one_teacher(first: xr.Dataset, second: xr.Dataset, caller: str) -> tuple[Member, Member]:
     a, b = _one(first), _one(second)
     same = a.teacher.widths == b.teacher.widths and all(
         torch.equal(t, u)
@@ -234,7 +234,7 @@ def _of_one_teacher(first: xr.Dataset, second: xr.Dataset) -> tuple[Member, Memb
     same = same and a.teacher.activation.leak == b.teacher.activation.leak
     if not same:
         raise ValueError(
-            f"connect: seed {a.seed} and seed {b.seed} learn from different teachers; compare points of a sweep that "
+            f"{caller}: seed {a.seed} and seed {b.seed} learn from different teachers; compare points of a sweep that "
             "differ in the student, data or training only, at one seed"
         )
     return a, b
@@ -270,7 +270,7 @@ def connect(first: xr.Dataset, second: xr.Dataset, *, points_a_leg: int = 10) ->
         >>> connect(ds.sel(seed=0), ds.sel(seed=0)).loss.dims
         ('route', 'position')
     """
-    a, b = _of_one_teacher(first, second)
+    a, b = _of_one_teacher(first, second, "connect")
     x, teacher = a.evaluation_inputs, a.teacher
     reference, partner, path, reason = _path(a, b)
     widths = reference.widths[1:-1]
@@ -325,7 +325,7 @@ def states(first: xr.Dataset, second: xr.Dataset) -> xr.Dataset:
         >>> states(ds.sel(seed=0), ds.sel(seed=0)).carried.dims
         ('state', 'node')
     """
-    a, b = _of_one_teacher(first, second)
+    a, b = _of_one_teacher(first, second, "states")
     if a.teacher.depth != 2 or a.student.depth != 2 or a.teacher.widths[1] < 2:
         raise ValueError(f"states: {a.teacher!r} and {a.student!r}; they must be two-layer, with several teacher nodes")
     reference, partner, path, _ = _path(a, b)

@@ -16,7 +16,12 @@ from numpy.typing import NDArray
 
 
 def recorded(archive: xr.Dataset, name: str, caller: str) -> xr.DataArray:
-    """The variable of an archive; a ValueError that says how it is recorded where the archive lacks it."""
+    """The variable of an archive.
+
+    Raises:
+        TypeError: if `archive` is no Dataset.
+        ValueError: if it lacks the variable, saying how it is recorded.
+    """
     if not isinstance(archive, xr.Dataset):
         raise TypeError(
             f"{caller}: got {type(archive).__name__}; give the Dataset of an archive, as tsdyn.open gives it"

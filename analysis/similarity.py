@@ -19,10 +19,8 @@ from tsdyn.analysis.members import Member, each
 from tsdyn.analysis.own_modules import Maker
 
 from tsdyn.archive.selecting import experiment_of
-from tsdyn.observables import similarities
-from tsdyn.observables.similarities import cka, debiased_product, product, unit
+from tsdyn.observables.similarities import KORNBLITH, cka, debiased_product, product, unit
 
-KORNBLITH = similarities.KORNBLITH
 RAGHU = "Raghu et al. 2017 (arXiv:1706.05806)"
 
 

@@ -98,7 +98,7 @@ def median(values: Array) -> Array:
 
 
 def correlation_of(archive: xr.Dataset, caller: str) -> xr.DataArray:
-    """Recorded correlation of an archive; raises KeyError naming `caller` and the way out if there is none."""
+    """Recorded correlation of an archive, (..., teacher_node, node); raises as `lift.recorded`, naming `caller`."""
     return variable_of(archive, "correlation", caller)
 
 

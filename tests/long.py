@@ -70,22 +70,8 @@ def tutorial_studies() -> list[str]:
 
 def _tutorials() -> list[Sequence[str]]:
     code = "import sys; from tsdyn.cli import main; main()"
-    return [
-        (
-            sys.executable,
-            "-c",
-            code,
-            "study",
-            "run",
-            name,
-            "--scale",
-            "desk",
-            "--quiet",
-            "-o",
-            str(LOGS / f"{name}-desk"),
-        )
-        for name in tutorial_studies()
-    ]
+    run = (sys.executable, "-c", code, "study", "run")
+    return [(*run, name, "--scale", "desk", "--quiet", "-o", str(LOGS / f"{name}-desk")) for name in tutorial_studies()]
 
 
 def _recipes() -> list[Sequence[str]]:

@@ -152,9 +152,9 @@ def _nothing_in(path: Path) -> str:
     if (path / EXPERIMENT).exists():
         return f"{path}: holds no committed epoch yet; finish it with `tsdyn run`"
     marks = (EXPERIMENT, SWEEP, RECORDING, ARCHIVE)
-    inside = sorted(file.name for file in path.iterdir() if any((file / mark).is_file() for mark in marks))
-    there = f"; archives in it: {', '.join(inside[:8])}{' ...' * (len(inside) > 8)}" if inside else ""
-    return f"{path}: holds no archive{there}"
+    inside = [f.name for f in sorted(path.iterdir()) if any((f / mark).is_file() for mark in marks)]
+    few = ", ".join(inside[:8]) + " ..." * (len(inside) > 8)
+    return f"{path}: holds no archive{f'; archives in it: {few}' if inside else ''}"
 
 
 def _single(sources: Sequence[Source]) -> xr.Dataset:

@@ -132,7 +132,7 @@ def layer(ds: T, number: int) -> T:
         below = below or ["input_width", "teacher_input_width"]
         if held := [int(at[c].max()) for c in below if c in at]:
             widths["input_node"] = max(held)
-    return ds.isel({"layer": place, **{dim: _below(ds, dim, width) for dim, width in widths.items() if dim in ds.dims}})
+    return ds.isel({"layer": place, **{dim: _below(ds, dim, width) for dim, width in widths.items()}})
 
 
 def _below(ds: xr.Dataset | xr.DataArray, dim: str, width: int) -> slice | list[int]:

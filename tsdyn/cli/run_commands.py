@@ -29,6 +29,7 @@ from tsdyn.cli.application import (
 )
 from tsdyn.experiment.errors import ExperimentError
 from tsdyn.experiment.experiment import Experiment
+from tsdyn.experiment.sweep_axes import swept_keys
 from tsdyn.schema import printable
 
 if TYPE_CHECKING:
@@ -80,11 +81,12 @@ def changed(experiment: Experiment, changes: Iterable[str]) -> Experiment:
     """
     found = experiment.replace(given := dict(assignment(text) for text in changes))
     for key in given:
-        if key in found.sweep:
-            values = json.dumps(list(found.sweep[key]))
+        if key in swept_keys(found.sweep):
+            table = ", ".join(f"{json.dumps(axis)} = {json.dumps(values)}" for axis, values in found.sweep.items())
+            values = f" over {json.dumps(found.sweep[key])}" if key in found.sweep else ""
             raise ExperimentError(
-                f"--set {key}: is swept over {values}, which stands in its place; set the sweep, "
-                f"--set 'sweep={{\"{key}\" = {values}}}', or leave the key out"
+                f"--set {key}: is swept{values}, which stands in its place; set the sweep, --set 'sweep={{{table}}}', "
+                "or leave the key out"
             )
     return found
 

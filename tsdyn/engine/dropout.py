@@ -1,6 +1,6 @@
 """Dropout of members whose noise is keyed: masks are drawn from each member's own generator, call by call.
 
-Within an epoch a member draws, for each of its steps, one mask per call of a dropout layer, in the order of the calls.
+At each step of an epoch every member draws one mask per call of a dropout layer, in the order of the calls.
 So noise depends on (seed, epoch, step, layer) only, and neither on other members nor on where a run was resumed.
 """
 

@@ -77,7 +77,6 @@ class Interaction(Protocol):
 
     def partials(self, A: Tensor, B: Tensor, c: Tensor) -> Partials:
         """First and second derivatives of g in A, B and c, elementwise."""
-        ...
 
 
 # --- closed forms --------------------------------------------------------------------------------------------

@@ -68,9 +68,8 @@ def join(parts: Sequence[Path], file: Path) -> None:
     """Write the rows of all parts into one file, part by part."""
     import pyarrow.parquet as pq
 
-    held = [part for part in parts if pq.read_metadata(part).num_rows] or parts[
-        :1
-    ]  # of no rows the types are not known
+    # a part without rows does not tell the columns' types
+    held = [part for part in parts if pq.read_metadata(part).num_rows] or parts[:1]
     with pq.ParquetWriter(file, pq.read_schema(held[0])) as writer:
         for part in held:
             writer.write_table(pq.read_table(part).cast(writer.schema))

@@ -403,7 +403,7 @@ def luck_matters_updates(
     for net in (student, teacher):
         if not net.activation.piecewise_linear:
             raise ValueError(f"{caller}: {net.activation.name} is smooth; the update needs σ(z) = σ'(z) z")
-    sums = _means(student, teacher, x, form=form, memory=memory)
+    means = _means(student, teacher, x, form=form, memory=memory)
     updates = []
     for layer in range(1, student.depth + 1):
         sides = []
@@ -414,14 +414,14 @@ def luck_matters_updates(
             else:
                 match form:
                     case "product":
-                        h = sums[f"β{star}"][layer - 1] * sums[f"D{star}"][layer - 1]
+                        h = means[f"β{star}"][layer - 1] * means[f"D{star}"][layer - 1]
                     case "joint":
-                        h = sums[f"βD{star}"][layer - 1]
+                        h = means[f"βD{star}"][layer - 1]
                     case other:
                         assert_never(other)
                 inner = h[:-1] @ weight  # rows of the student's own nodes; its constant node is not trained
-            sides.append(inner @ sums[f"L{star}"][layer - 1].T)
-        updates.append(WeightUpdate(layer, sums["exact"][layer - 1], sides[0] - sides[1]))
+            sides.append(inner @ means[f"L{star}"][layer - 1].T)
+        updates.append(WeightUpdate(layer, means["exact"][layer - 1], sides[0] - sides[1]))
     return updates
 
 
@@ -429,7 +429,7 @@ def _means(student: Network, teacher: Network, x: Samples, *, form: Form, memory
     """Means over all samples of what the update is made of, by layer, with the constant nodes."""
     caller = "luck_matters_updates"
     with_constant, taught_constant = _with_constant_nodes(student), _with_constant_nodes(teacher)
-    sums: dict[str, list[Tensor]] = {}
+    means: dict[str, list[Tensor]] = {}
     samples = 0
     with torch.no_grad():
         numbers = 3 * (sum(student.widths) + sum(teacher.widths))
@@ -453,9 +453,9 @@ def _means(student: Network, teacher: Network, x: Samples, *, form: Form, memory
             samples += len(part)
             share = len(part) / samples
             for name, layers in more.items():  # running means over all samples until now
-                held = sums.setdefault(name, layers)
-                sums[name] = [m + share * (own - m) for m, own in zip(held, layers, strict=True)]
-    return sums
+                held = means.setdefault(name, layers)
+                means[name] = [m + share * (own - m) for m, own in zip(held, layers, strict=True)]
+    return means
 
 
 def _with_constant_nodes(net: Network) -> Network:
