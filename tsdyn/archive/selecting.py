@@ -12,6 +12,7 @@ import numpy as np
 import xarray as xr
 
 from tsdyn import vocabulary
+from tsdyn.arguments import LABELLED, WHOLE, takes
 from tsdyn.experiment.experiment import Experiment
 from tsdyn.experiment.sweep_axes import POINT
 
@@ -90,6 +91,7 @@ def lowest_layer(ds: xr.Dataset | xr.DataArray) -> int:
     return min(1, int(ds.indexes["layer"].min()))
 
 
+@takes(ds=LABELLED, number=WHOLE)
 def layer(ds: T, number: int) -> T:
     """One layer without padding.
 

@@ -20,6 +20,7 @@ from pydantic import ValidationError, field_validator, model_validator
 from pydantic_core import to_jsonable_python
 
 from tsdyn import registers, schema, vocabulary
+from tsdyn.arguments import PATH, takes
 from tsdyn.experiment import made_modules, rules, shapes
 from tsdyn.experiment.branching import Fork
 from tsdyn.experiment.errors import ExperimentError, explain
@@ -316,6 +317,7 @@ class Experiment(Part):
             raise ExperimentError(f"{origin}: {error}") from None
 
     @classmethod
+    @takes(path=PATH)
     def from_toml(cls, path: str | Path, *, archived: bool = False) -> Experiment:
         """The experiment in a file; `archived` as in `from_toml_text`.
 

@@ -17,6 +17,7 @@ from tsdyn.analysis.lift import cellwise, lift
 from tsdyn.analysis.members import PARAMETERS, Member, member
 from tsdyn.archive import reading, whole_files
 from tsdyn.archive.selecting import experiment_of, swept_dimensions
+from tsdyn.arguments import PATH, takes
 from tsdyn.experiment.errors import ExperimentError
 from tsdyn.experiment.experiment import Experiment
 from tsdyn.networks.network import Network
@@ -33,6 +34,7 @@ SOURCE = "Frankle et al. 2020 (arXiv:1912.05671)"
 _DIMS = ("fork_epoch", "branch")
 
 
+@takes(path=PATH)
 def fork(
     path: str | Path,
     at: int | Sequence[int] = (0,),
