@@ -399,7 +399,7 @@ def test_an_own_module_without_a_change_has_its_parents_bits(own_parent, tmp_pat
 
 
 def test_an_own_module_is_changed_as_said(own_parent, tmp_path):
-    """One weight by 0.5; and Gaussian noise of s times each parameter's own rms, of which the sample's length says s."""
+    """One weight by 0.5; and Gaussian noise of s times each parameter's own rms, whose expected length is known."""
     one = {"weight": {"layer": 1, "node": 2, "input_node": 3, "by": 0.5}}
     ds = tsdyn.fork(own_parent, at=2, perturb=one, out=tmp_path / "one", student=Residual).load()
     np.testing.assert_allclose(ds.distance.sel(epoch=2).values, 0.5, rtol=1e-14)
