@@ -169,7 +169,9 @@ def proven(one: Asked, loss: Loss, memory: int) -> Proven | None:
         for name, part in module.named_modules()
         if type(part) in _LAYERS and any(joined(name, k) in one.parameters for k in ("weight", "bias"))
     }
-    held = [p for part in layers.values() for p in part.parameters(recurse=False)]
+    # what else a layer holds, weight_norm's length and direction, say, its formulas do not know
+    own = [part._parameters.get(kind) for part in layers.values() for kind in ("weight", "bias")]
+    held = [p for p in own if p is not None]
     shared = [id(p) for _, p in module.named_parameters(remove_duplicate=False)]
     if (
         one.count < 2
