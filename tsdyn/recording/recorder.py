@@ -28,7 +28,7 @@ from tsdyn.experiment.shapes import SAMPLES
 from tsdyn.networks.any_module import Own
 from tsdyn.observables import registry
 from tsdyn.observables.formulas import standardized
-from tsdyn.observables.layers import evaluated, labelled, traced, weights_of
+from tsdyn.observables.layers import evaluated, labelled, refuse_unsteady, traced, weights_of
 from tsdyn.observables.member import Measurement, Probe
 from tsdyn.observables.registry import Observed
 from tsdyn.recording import checks, measuring, own_values, states
@@ -176,6 +176,7 @@ class Recorder:
         self._model, self._loss, self._teacher = model, loss, teacher
         self._stateful = states.holders(state)
         names = checks.layers_of(model, self._x, layers)
+        refuse_unsteady(model, self._x[:WITNESSES], caller="Recorder", whose="model")
         with evaluated(model), torch.no_grad():
             self._called = tuple(traced(model, self._x, names).calls)
         self._chosen, self._own = _chosen(observables, teacher)
@@ -340,6 +341,11 @@ class Recorder:
         names = list(self._chosen)
         if "weight" in names and rest:
             names.append("parameter")
+        if "parameter" in names and not rest:
+            raise ValueError(
+                "Recorder: parameter is of parameters and buffers in no labelled layer, and all are in one: leave it "
+                "out, and take weight"
+            )
         if not trainable and (asked := [n for n in names if n in DIFFERENTIATED]):
             raise ValueError(
                 f"Recorder: {asked[0]} is of trainable parameters, and every parameter is frozen; leave it out"
