@@ -376,7 +376,7 @@ def frozen():
         (Skip, {"layers": ["norm"]}, "no Linear layer or convolution"),
         (Skip, {"observables": ["correlation"]}, "give teacher="),
         (Skip, {"observables": ["fanout_norm"]}, "cannot be recorded"),
-        (Skip, {"observables": ["parameter"]}, "in no labelled layer, and all are in one"),
+        (lambda: nn.Linear(6, 2), {"observables": ["parameter"]}, "in no labelled layer, and all are in one"),
         (Skip, {"state": [3]}, r"state\[0\] is int"),
         (Skip, {"seed": -1}, "seed = -1"),
         (Skip, {"every": 0}, "every = 0"),
