@@ -467,40 +467,51 @@ def test_memory_that_runs_out_all_the_same_is_a_sentence(command, file, tmp_path
 def test_the_commit_is_that_of_tsdyn_s_own_checkout_only(tmp_path):
     """Installed inside somebody's repository, even tracked by it, it is none of that; nor does GIT_DIR mislead."""
     root = Path(tsdyn.__file__).resolve().parent.parent
-    site = tmp_path / "theirs" / ".venv" / "site"
-    own = tmp_path / "own"
-    for target in (site, own):
+    theirs, own = tmp_path / "theirs", tmp_path / "own"
+    places = {theirs: (theirs / ".venv" / "site", ["-f", ".venv"]), own: (own, ["tsdyn"])}
+    for folder, (site, _) in places.items():
         for name, source in (("tsdyn", "tsdyn"), ("tsdyn/analysis", "analysis"), ("tsdyn/studies", "studies")):
-            shutil.copytree(root / source, target / name, ignore=shutil.ignore_patterns("__pycache__"))
-    commits = {}
-    for folder, files in ((tmp_path / "theirs", ["-f", ".venv"]), (own, ["tsdyn"])):
-        git = ["git", "-C", str(folder), "-c", "user.name=x", "-c", "user.email=x@x"]
-        for words in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "first"]):
-            subprocess.run([*git, *words], check=True)
-        commits[folder, False] = _recorded(site if folder != own else own, tmp_path)
-        subprocess.run([*git, "add", *files], check=True)
-        subprocess.run([*git, "commit", "-q", "-m", "second"], check=True)
-        commits[folder, True] = _recorded(site if folder != own else own, tmp_path)
-        head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
-    misled = _recorded(site, tmp_path, GIT_DIR=str(own / ".git"), GIT_WORK_TREE=str(own))
-    assert list(commits.values()) == ["unknown", "unknown", "unknown", head]
-    assert misled == "unknown"
+            shutil.copytree(root / source, site / name)
+        git(folder, "init", "-q")
+        git(folder, "commit", "-q", "--allow-empty", "-m", "first")
+    (tmp_path / "commit.toml").write_text(small(**FEW | {"training__epochs": 0}).to_toml(), encoding="utf-8")
+    for folder, (site, files) in places.items():
+        words = ["python", "-c", RECORDED, site, tmp_path / "commit.toml", own, folder, *files]
+        done = processes.run(words, tmp_path)
+        assert done.returncode == 0, done.stderr
+        tracked = git(own, "rev-parse", "HEAD") if folder == own else "unknown"
+        assert done.stdout.split() == ["unknown", tracked, tracked]
 
 
-def _recorded(folder, tmp_path, **environment):
-    """``git_commit`` of a run by the copy of tsdyn there, imported anew in a process that has all else."""
-    code = (
-        "import sys; sys.meta_path[:] = [f for f in sys.meta_path if f.__module__ != '_tsdyn_here'];"
-        "[sys.modules.pop(m) for m in list(sys.modules) if m.partition('.')[0] == 'tsdyn'];"
-        "sys.path.insert(0, sys.argv[1]); import tsdyn; assert tsdyn.__file__.startswith(sys.argv[1]), tsdyn.__file__;"
-        "from tsdyn.experiment.experiment import Experiment; e = Experiment.from_toml(sys.argv[2]);"
-        "import tempfile; print(tsdyn.run(e, tempfile.mkdtemp() + '/run').attrs['git_commit'])"
-    )
-    file = tmp_path / "commit.toml"
-    file.write_text(small(**FEW | {"training__epochs": 0}).to_toml(), encoding="utf-8")
-    done = processes.run(["python", "-c", code, folder, file], tmp_path, environment={**os.environ, **environment})
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+def git(folder, *words):
+    command = ["git", "-C", str(folder), "-c", "user.name=x", "-c", "user.email=x@x", *words]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+#: Prints ``git_commit`` of runs by the copy of tsdyn in a folder, imported anew in a process that has all else: before
+#: its repository tracks it, after, and then with variables that name another repository.
+RECORDED = """
+import os, subprocess, sys, tempfile
+site, file, other, folder, *files = sys.argv[1:]
+sys.meta_path[:] = [f for f in sys.meta_path if f.__module__ != '_tsdyn_here']
+[sys.modules.pop(m) for m in list(sys.modules) if m.partition('.')[0] == 'tsdyn']
+sys.path.insert(0, site)
+import tsdyn
+assert tsdyn.__file__.startswith(site), tsdyn.__file__
+from tsdyn.experiment.experiment import Experiment
+from tsdyn.running import provenance
+def recorded():
+    provenance.git_commit.cache_clear()
+    run = tsdyn.run(Experiment.from_toml(file), tempfile.mkdtemp() + '/run')
+    print(run.attrs['git_commit'])
+git = ['git', '-C', folder, '-c', 'user.name=x', '-c', 'user.email=x@x']
+recorded()
+subprocess.run([*git, 'add', *files], check=True)
+subprocess.run([*git, 'commit', '-q', '-m', 'second'], check=True)
+recorded()
+os.environ |= {'GIT_DIR': other + '/.git', 'GIT_WORK_TREE': other}
+recorded()
+"""
 
 
 def test_what_computed_each_part_is_kept_and_said(command, file, tmp_path, monkeypatch, caplog):  # noqa: F811
