@@ -52,6 +52,7 @@ def pytest_collection_finish():
             logger.propagate = True  # pytest hangs its handlers on each logger that does not, six times for every test
     gc.collect()
     gc.freeze()
+    gc.set_threshold(20_000, 20, 20)  # a test makes some 100,000 objects, few of which are garbage in a circle
     gc.enable()
 
 
