@@ -1,7 +1,6 @@
 """Sets one thread, no display and fixed examples, so that results depend neither on chance nor on load."""
 
 import gc
-import logging
 import os
 import shutil
 from pathlib import Path
@@ -47,9 +46,6 @@ LONG = ("tests/torture/", "tests/archive/test_states.py")
 
 def pytest_collection_finish():
     """Look for garbage from here on, and not again and again among what was imported."""
-    for name, logger in logging.root.manager.loggerDict.items():
-        if name.startswith("torch") and isinstance(logger, logging.Logger):
-            logger.propagate = True  # pytest hangs its handlers on each logger that does not, six times for every test
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)  # a test makes some 100,000 objects, few of which are garbage in a circle
