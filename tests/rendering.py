@@ -7,7 +7,6 @@ import re
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import PathCollection
-from matplotlib.colors import to_rgba
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 from tsdyn.analysis import style
@@ -69,7 +68,7 @@ def _faults(figure, smallest):
     FigureCanvasAgg(figure)
     figure.set_dpi(200)
     for _ in range(2):  # the layout may move what a tick's length had moved
-        figure.canvas.draw()
+        figure.draw_without_rendering()
     found = []
     page = Bbox.from_bounds(0, 0, figure.bbox.width, figure.bbox.height)
     texts = _texts(figure)
@@ -102,8 +101,9 @@ def _faults(figure, smallest):
         for marks in ax.collections:
             if not isinstance(marks, PathCollection) or marks.get_gid() in EXEMPT:
                 continue
-            for face, edge in itertools.zip_longest(marks.get_facecolor(), marks.get_edgecolor()):
-                looks = [style.over_white(c[:3], c[3]) for c in (face, edge) if c is not None and to_rgba(c)[3] > 0]
+            colours = ([tuple(c) for c in every.tolist()] for every in (marks.get_facecolor(), marks.get_edgecolor()))
+            for face, edge in dict.fromkeys(itertools.zip_longest(*colours)):
+                looks = [style.over_white(c[:3], c[3]) for c in (face, edge) if c is not None and c[3] > 0]
                 if looks and max(map(style.contrast, looks)) < style.CONTRAST - 0.01:
                     found.append(f"marks of contrast {max(map(style.contrast, looks)):.1f}")
                     break
