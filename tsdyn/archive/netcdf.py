@@ -223,8 +223,11 @@ def loaded(path: Path, array: netCDF4.Variable) -> xr.Variable:
     Raises:
         DirectoryError: if its text is more than the file's size warrants.
     """
+    attrs = attributes(array)
     if isinstance(array.dtype, np.dtype):
-        values = np.asarray(array[...])
+        values = stored_numbers.all_of(array)
+        if array.dtype.kind in "iuf" and not attrs.keys() & set(_PACKING):
+            return xr.Variable(array.dimensions, values, attrs)
     else:  # the size of text is known only once it is read, so it is read a little at a time
         values, room = np.empty(math.prod(array.shape), object), _room(path)
         step = max(1, LOADED_BYTES // path.stat().st_size)
@@ -240,7 +243,7 @@ def loaded(path: Path, array: netCDF4.Variable) -> xr.Variable:
                     "damaged or not tsdyn's"
                 )
         values = values.reshape(array.shape)
-    return decoded(str(array.name), xr.Variable(array.dimensions, values, attributes(array)))
+    return decoded(str(array.name), xr.Variable(array.dimensions, values, attrs))
 
 
 def attributes(holder: Any) -> dict[str, Any]:
