@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 
 import netCDF4
 import numpy as np
+from numpy.typing import NDArray
 
-from tsdyn.archive import joining, netcdf, stored_numbers
+from tsdyn.archive import hdf5, joining, netcdf, stored_numbers
 from tsdyn.archive.netcdf import Records, State
 from tsdyn.archive.swept_values import Swept
 from tsdyn.archive.whole_files import ArchiveError, replacing, write_new
@@ -61,8 +62,8 @@ def write(target: Path, content: Content, attrs: Mapping[str, Any], swept: Seque
         ArchiveError: if it cannot be written; nothing changed.
     """
     made = _made(content, attrs, swept)
-    with replacing(target, len(made), seal=True) as temporary:
-        write_new(temporary, made)
+    with replacing(target, made.nbytes, seal=True) as temporary:
+        write_new(temporary, made.data)
         del made
         # where memory runs out the library can give a file that lacks numbers, and no error
         differing = joining.differing_records(
@@ -78,23 +79,34 @@ def write(target: Path, content: Content, attrs: Mapping[str, Any], swept: Seque
     return Made(shape, attrs, np.asarray(content.states[netcdf.STATE]["death_epoch"]).tolist())
 
 
-def _made(content: Content, attrs: Mapping[str, Any], swept: Sequence[Swept]) -> memoryview:
-    """The bytes of the file."""
-    layout, epochs, records, states = content.layout, content.epochs, content.records, content.states
-    expected = netcdf.bytes_per_epoch(layout, content.variables, content.dtype) * len(epochs) + (1 << 16)
-    expected += sum(a.nbytes for held in states.values() for a in held.values())
-    members = slice(0, len(layout.seeds))
+def _made(content: Content, attrs: Mapping[str, Any], swept: Sequence[Swept]) -> NDArray:
+    """The bytes of the file.
+
+    It is a file of the library's that stays in memory: one of netCDF4's own (``memory=``) does not keep the order of
+    its variables, and could not be opened for writing ever after.
+    """
     with netcdf.guarded():
-        nc = netCDF4.Dataset("segment", "w", format="NETCDF4", memory=expected)
-        netcdf.create(nc, layout, epochs, content.variables, content.dtype, attrs, swept)
-        stored_numbers.put_all(nc["death_epoch"], states[netcdf.STATE]["death_epoch"])
-        for name, value in records.items():
-            blocks = enumerate(value, start=1) if isinstance(value, list) else ((None, value),)
-            for layer, block in blocks:
-                if not np.isnan(block).all():  # what is never written reads as NaN and takes no space
-                    index = netcdf.index(variable_of(name), layout, slice(0, len(epochs)), layer, members)
-                    stored_numbers.put(nc[name], index, block)
-        for group, held in states.items():
-            netcdf.write_state(nc, held, group)
-        found: memoryview = nc.close()
-        return found
+        before = hdf5.handles()
+        nc = netCDF4.Dataset("in memory", "w", format="NETCDF4", diskless=True, persist=False)
+        try:
+            _fill(nc, content, attrs, swept)
+            nc.sync()
+            (file,) = hdf5.handles() - before
+            return hdf5.image(file)
+        finally:
+            nc.close()
+
+
+def _fill(nc: netCDF4.Dataset, content: Content, attrs: Mapping[str, Any], swept: Sequence[Swept]) -> None:
+    layout, epochs = content.layout, content.epochs
+    netcdf.create(nc, layout, epochs, content.variables, content.dtype, attrs, swept)
+    stored_numbers.put_all(nc["death_epoch"], content.states[netcdf.STATE]["death_epoch"])
+    members = slice(0, len(layout.seeds))
+    for name, value in content.records.items():
+        blocks = enumerate(value, start=1) if isinstance(value, list) else ((None, value),)
+        for layer, block in blocks:
+            if not np.isnan(block).all():  # what is never written reads as NaN and takes no space
+                index = netcdf.index(variable_of(name), layout, slice(0, len(epochs)), layer, members)
+                stored_numbers.put(nc[name], index, block)
+    for group, held in content.states.items():
+        netcdf.write_state(nc, held, group)
