@@ -356,6 +356,14 @@ class Experiment(Part):
         with registers.accepting(self.part_names):  # an archived experiment may name parts not installed here
             return type(self)(**_applied(self.as_dict(), changes))
 
+    def says(self, values: Mapping[str, Any]) -> bool:
+        """Whether setting these dotted keys changes nothing.
+
+        Raises:
+            ExperimentError: if a value cannot be set.
+        """
+        return json.dumps(_applied(self.as_dict(), values)) == self._as_json or self.replace(values) == self
+
     def points(self) -> Iterator[tuple[dict[str, Any], Experiment]]:
         """Each point of the sweep: its swept values, and the experiment there (without a sweep)."""
         with registers.accepting(None):  # names were checked when this experiment was made
