@@ -1,4 +1,4 @@
-"""What each of many small points of a sweep costs, counted: files opened, synced and forked for, and experiments checked."""
+"""What each of many small points of a sweep costs, counted: files opened and synced, forks, experiments checked."""
 
 import copy
 import json
