@@ -13,8 +13,6 @@ The margin is conclusion over bound: at most 1 where it holds.  Measured at the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 import xarray as xr
@@ -130,18 +128,6 @@ def _theorem_4(ds: xr.Dataset, experiment: Experiment) -> Finding:
     return Finding(found.met & per_point(ds, lambda point: point.data.augment == "aware"), found.margin)
 
 
-def _per_member(ds: xr.Dataset, measure: Callable[[Member], tuple[float, float]]) -> Finding:
-    """A check that needs the networks themselves; `measure` gives (1 if the hypothesis is met, margin).
-
-    The theory is about fully connected networks, so points with convolutions, BatchNorm or modules of the user's own do
-    not meet its hypotheses.
-    """
-    # loaded first: a dask graph for each member and variable costs more than the checks
-    now = ds.isel(epoch=-1).load()
-    found = each(now, measure, ("met", "margin"), of=lambda e: not e.deep and not e.of_own_modules)
-    return Finding(found["met"] == 1, found["margin"])
-
-
 def _share(part: float, whole: float) -> float:
     """part/whole of nonnegative numbers, with 0/0 = 0 and infinity for any other part of 0."""
     return part / whole if whole > 0 else (np.inf if part > 0 else 0.0)
@@ -155,63 +141,49 @@ def _backpropagated(member: Member) -> tuple[list[Tensor], list[Tensor]]:
     return [x, *trace.activations[:-1]], theory.backpropagated_gradients(member.student, trace, residual)
 
 
-def _equation_1(ds: xr.Dataset, experiment: Experiment) -> Finding:
-    def measure(member: Member) -> tuple[float, float]:
-        below, g = _backpropagated(member)
-        student, x = member.student, member.training_inputs
-        free = [w.clone().requires_grad_() for w in student.weights]
-        moved = Network(free, student.biases, student.activation.name, leak=student.activation.leak or 0.0)
-        with torch.enable_grad():
-            slopes = torch.autograd.grad(member.loss.value(moved(x), member.training_targets), free)
-        off = []
-        for f, b, slope in zip(below, g, slopes, strict=True):
-            # what is summed, not what is left of it: a fitted student's gradient is all cancellation; by layer, for
-            # the largest would hide an error in the others
-            scale = float((b.abs().T @ f.abs()).max()) / len(x)
-            off.append(_share(float((b.T @ f / len(x) + slope).abs().max()), scale))
-        return 1.0, max(off) / TOLERANCE[member.experiment.dtype]
-
-    return _per_member(ds, measure)
+def _equation_1(member: Member) -> tuple[float, float]:
+    below, g = _backpropagated(member)
+    student, x = member.student, member.training_inputs
+    free = [w.clone().requires_grad_() for w in student.weights]
+    moved = Network(free, student.biases, student.activation.name, leak=student.activation.leak or 0.0)
+    with torch.enable_grad():
+        slopes = torch.autograd.grad(member.loss.value(moved(x), member.training_targets), free)
+    off = []
+    for f, b, slope in zip(below, g, slopes, strict=True):
+        # what is summed, not what is left of it: a fitted student's gradient is all cancellation; by layer, for
+        # the largest would hide an error in the others
+        scale = float((b.abs().T @ f.abs()).max()) / len(x)
+        off.append(_share(float((b.T @ f / len(x) + slope).abs().max()), scale))
+    return 1.0, max(off) / TOLERANCE[member.experiment.dtype]
 
 
-def _assumption_2(ds: xr.Dataset, experiment: Experiment) -> Finding:
-    def measure(member: Member) -> tuple[float, float]:
-        pairs = zip(*_backpropagated(member), strict=True)
-        return 1.0, max(float((f.abs().amax(1) * g.abs().amax(1)).max()) for f, g in pairs)
-
-    return _per_member(ds, measure)
+def _assumption_2(member: Member) -> tuple[float, float]:
+    pairs = zip(*_backpropagated(member), strict=True)
+    return 1.0, max(float((f.abs().amax(1) * g.abs().amax(1)).max()) for f, g in pairs)
 
 
-def _assumption_3(ds: xr.Dataset, experiment: Experiment) -> Finding:
-    def measure(member: Member) -> tuple[float, float]:
-        eps = member.experiment.record.band * member.experiment.data.std
-        return 1.0, float(alignments.band_density(member.teacher, member.training_inputs, eps).min())
-
-    return _per_member(ds, measure)
+def _assumption_3(member: Member) -> tuple[float, float]:
+    eps = member.experiment.record.band * member.experiment.data.std
+    return 1.0, float(alignments.band_density(member.teacher, member.training_inputs, eps).min())
 
 
-def _factorization(ds: xr.Dataset, experiment: Experiment) -> Finding:
-    def measure(member: Member) -> tuple[float, float]:
-        given = member.student, member.teacher, member.evaluation_inputs
-        product, joint = (theory.expectations(*given, form=form) for form in ("product", "joint"))
-        layers = [*zip(product.H, joint.H, strict=True), *zip(product.H_star, joint.H_star, strict=True)]
-        some = [(p, j) for p, j in layers if p.norm() > 0 or j.norm() > 0]  # none, if the student is dead
-        return float(bool(some)), max((_share(float((p - j).norm()), float(j.norm())) for p, j in some), default=np.nan)
-
-    return _per_member(ds, measure)
+def _factorization(member: Member) -> tuple[float, float]:
+    given = member.student, member.teacher, member.evaluation_inputs
+    found = theory.expectations(*given, form="joint")
+    product = [a * d for a, d in zip([*found.B, *found.A], [*found.D, *found.D_star], strict=True)]
+    layers = list(zip(product, [*found.H, *found.H_star], strict=True))
+    some = [(p, j) for p, j in layers if p.norm() > 0 or j.norm() > 0]  # none, if the student is dead
+    return float(bool(some)), max((_share(float((p - j).norm()), float(j.norm())) for p, j in some), default=np.nan)
 
 
-def _weak_overlaps(ds: xr.Dataset, experiment: Experiment) -> Finding:
-    def measure(member: Member) -> tuple[float, float]:
-        own = theory.expectations(member.teacher, member.teacher, member.evaluation_inputs)
-        overlaps = []
-        for matrix in (own.D[0], own.L[0]):
-            alive = matrix.diagonal() > 0  # a node that is never active overlaps with none
-            share = (matrix[alive][:, alive] / matrix.diagonal()[alive, None]).fill_diagonal_(-torch.inf)
-            overlaps.append(float(share.max()) if len(share) > 1 else np.nan)
-        return float(not np.isnan(overlaps).any()), max(overlaps)
-
-    return _per_member(ds, measure)
+def _weak_overlaps(member: Member) -> tuple[float, float]:
+    own = theory.expectations(member.teacher, member.teacher, member.evaluation_inputs)
+    overlaps = []
+    for matrix in (own.D[0], own.L[0]):
+        alive = matrix.diagonal() > 0  # a node that is never active overlaps with none
+        share = (matrix[alive][:, alive] / matrix.diagonal()[alive, None]).fill_diagonal_(-torch.inf)
+        overlaps.append(float(share.max()) if len(share) > 1 else np.nan)
+    return float(not np.isnan(overlaps).any()), max(overlaps)
 
 
 def _conserved_norm(ds: xr.Dataset, experiment: Experiment) -> Finding:
@@ -256,71 +228,59 @@ def _unaligned(member: Member) -> tuple[list[alignments.ClusterFanout], bool]:
     return tested, len(tested) == len(groups)
 
 
-def _theorem_2(ds: xr.Dataset, experiment: Experiment) -> Finding:
-    def measure(member: Member) -> tuple[float, float]:
-        if member.student.depth != 2 or not _critical(member):
-            return 0.0, np.nan
-        groups, _ = _unaligned(member)
-        strongest = float((member.teacher.weights[1].norm(dim=0) * member.teacher.weights[0].norm(dim=1)).max())
-        left = max((g.total for g in groups), default=np.nan)
-        return float(bool(groups)), left / (NEGLIGIBLE * strongest) if strongest > 0 else np.nan
-
-    return _per_member(ds, measure)
+def _theorem_2(member: Member) -> tuple[float, float]:
+    if member.student.depth != 2 or not _critical(member):
+        return 0.0, np.nan
+    groups, _ = _unaligned(member)
+    strongest = float((member.teacher.weights[1].norm(dim=0) * member.teacher.weights[0].norm(dim=1)).max())
+    left = max((g.total for g in groups), default=np.nan)
+    return float(bool(groups)), left / (NEGLIGIBLE * strongest) if strongest > 0 else np.nan
 
 
-def _corollary_1(ds: xr.Dataset, experiment: Experiment) -> Finding:
-    def measure(member: Member) -> tuple[float, float]:
-        # a node that is active for every sample is affine there: it has no boundary in the data, and so no observer
-        if member.student.depth != 2 or not _critical(member):
-            return 0.0, np.nan
-        groups, all_observed = _unaligned(member)
-        student, x = member.student, member.evaluation_inputs
-        dropped = [k for g in groups for k in g.nodes]
-        fanout = student.weights[1].clone()
-        fanout[:, dropped] = 0
-        leak = student.activation.leak
-        pruned = Network([student.weights[0], fanout], student.biases, student.activation.name, leak=leak or 0.0)
-        f = student(x)
-        changed = _share(float((pruned(x) - f).norm()), float(f.norm()))
-        return float(bool(dropped) and all_observed), changed / NEGLIGIBLE
-
-    return _per_member(ds, measure)
+def _corollary_1(member: Member) -> tuple[float, float]:
+    # a node that is active for every sample is affine there: it has no boundary in the data, and so no observer
+    if member.student.depth != 2 or not _critical(member):
+        return 0.0, np.nan
+    groups, all_observed = _unaligned(member)
+    student, x = member.student, member.evaluation_inputs
+    dropped = [k for g in groups for k in g.nodes]
+    fanout = student.weights[1].clone()
+    fanout[:, dropped] = 0
+    leak = student.activation.leak
+    pruned = Network([student.weights[0], fanout], student.biases, student.activation.name, leak=leak or 0.0)
+    f = student(x)
+    changed = _share(float((pruned(x) - f).norm()), float(f.norm()))
+    return float(bool(dropped) and all_observed), changed / NEGLIGIBLE
 
 
-def _theorem_5(ds: xr.Dataset, experiment: Experiment) -> Finding:
-    def measure(member: Member) -> tuple[float, float]:
-        student, teacher = member.student, member.teacher
-        x = member.evaluation_inputs[:PIECES]
-        eps_0 = alignments.separation(teacher)
-        if student.depth == 2 or not student.activation.piecewise_linear or not np.isfinite(eps_0):
-            return 0.0, np.nan
-        traces = [net.trace(x) for net in (student, teacher)]
-        pieces = len(np.unique(torch.cat([gate for t in traces for gate in t.gates[:-1]], 1).numpy(), axis=0))
-        # of regular teacher nodes, ‖w*‖ = 1, whose fan-out takes the norm
-        pull = theory.coupling(student, teacher, x, 1).A[..., :-1].abs() * teacher.weights[0].norm(dim=1)
-        std = member.experiment.data.std
-        there = alignments.boundary(teacher, x, member.experiment.record.band * std)[:, None, :]
-        there = there & (traces[0].preactivations[0] > 0)[:, :, None]
-        least = torch.where(there, pull, torch.inf).amin(0)  # over the regions where k sees j's boundary
-        strength = torch.where(there.any(0), least, 0).amax(0)
-        g = theory.backpropagated_gradient(student, teacher, member.training_inputs, 1).abs().max()
-        reach = 5 * pieces**1.5 * student.widths[0] ** 0.5 * g / torch.where(strength > 0, strength, torch.nan)
-        inside = reach <= eps_0 * min(1.0, std)
-        best = alignments.alignment(teacher, student).nan_to_num(nan=torch.inf).amin(1)
-        bound = reach.clamp(min=10 * TOLERANCE[member.experiment.dtype])
-        return float(bool(inside.any())), float((best / bound)[inside].amax()) if bool(inside.any()) else np.nan
-
-    return _per_member(ds, measure)
+def _theorem_5(member: Member) -> tuple[float, float]:
+    student, teacher = member.student, member.teacher
+    x = member.evaluation_inputs[:PIECES]
+    eps_0 = alignments.separation(teacher)
+    if student.depth == 2 or not student.activation.piecewise_linear or not np.isfinite(eps_0):
+        return 0.0, np.nan
+    traces = [net.trace(x) for net in (student, teacher)]
+    pieces = len(np.unique(torch.cat([gate for t in traces for gate in t.gates[:-1]], 1).numpy(), axis=0))
+    # of regular teacher nodes, ‖w*‖ = 1, whose fan-out takes the norm
+    pull = theory.coupling(student, teacher, x, 1).A[..., :-1].abs() * teacher.weights[0].norm(dim=1)
+    std = member.experiment.data.std
+    there = alignments.boundary(teacher, x, member.experiment.record.band * std)[:, None, :]
+    there = there & (traces[0].preactivations[0] > 0)[:, :, None]
+    least = torch.where(there, pull, torch.inf).amin(0)  # over the regions where k sees j's boundary
+    strength = torch.where(there.any(0), least, 0).amax(0)
+    g = theory.backpropagated_gradient(student, teacher, member.training_inputs, 1).abs().max()
+    reach = 5 * pieces**1.5 * student.widths[0] ** 0.5 * g / torch.where(strength > 0, strength, torch.nan)
+    inside = reach <= eps_0 * min(1.0, std)
+    best = alignments.alignment(teacher, student).nan_to_num(nan=torch.inf).amin(1)
+    bound = reach.clamp(min=10 * TOLERANCE[member.experiment.dtype])
+    return float(bool(inside.any())), float((best / bound)[inside].amax()) if bool(inside.any()) else np.nan
 
 
-def _update_gap(ds: xr.Dataset, experiment: Experiment) -> Finding:
-    def measure(member: Member) -> tuple[float, float]:
-        if not (member.student.activation.piecewise_linear and member.teacher.activation.piecewise_linear):
-            return 0.0, np.nan
-        updates = theory.luck_matters_updates(member.student, member.teacher, member.training_inputs)
-        return 1.0, max((u.gap for u in updates[:-1]), default=0.0)
-
-    return _per_member(ds, measure)
+def _update_gap(member: Member) -> tuple[float, float]:
+    if not (member.student.activation.piecewise_linear and member.teacher.activation.piecewise_linear):
+        return 0.0, np.nan
+    updates = theory.luck_matters_updates(member.student, member.teacher, member.training_inputs)
+    return 1.0, max((u.gap for u in updates[:-1]), default=0.0)
 
 
 def _strong_first(ds: xr.Dataset, experiment: Experiment) -> Finding:
@@ -345,7 +305,7 @@ CLAIMS = (
         f"{TIAN}, Eq. 1",
         "always tested: |E[g fᵀ] + ∂J/∂W| ≤ rounding of E|g||f|, layer by layer, on the training set",
         PARAMETERS,
-        _equation_1,
+        of_member=_equation_1,
         squared=True,
     ),
     Claim(
@@ -368,7 +328,7 @@ CLAIMS = (
         f"{TIAN}, Assumption 2",
         "never judged: the margin is max |f|_∞ |g|_∞ over layers and training samples, the least ε of a batch of one",
         PARAMETERS,
-        _assumption_2,
+        of_member=_assumption_2,
         judged=False,
         squared=True,
     ),
@@ -377,7 +337,7 @@ CLAIMS = (
         f"{TIAN}, Assumption 3",
         "never judged: the margin is τ = min_j N[I_j(ε)]/(εN) on the training set, ε = record.band × data.std",
         PARAMETERS,
-        _assumption_3,
+        of_member=_assumption_3,
         judged=False,
     ),
     Claim(
@@ -396,7 +356,7 @@ CLAIMS = (
         f"students with ε > ε_0/2 whose observers' fan-outs have rank C ⇒ ‖Σ v‖w‖‖ ≤ {NEGLIGIBLE:g} of the largest "
         "teacher's; two-layer",
         PARAMETERS,
-        _theorem_2,
+        of_member=_theorem_2,
         squared=True,
     ),
     Claim(
@@ -404,7 +364,7 @@ CLAIMS = (
         f"{TIAN}, Corollary 1",
         f"as Theorem 2, for all students with ε > ε_0/2 ⇒ without them the output changes by ≤ {NEGLIGIBLE:g} in norm",
         PARAMETERS,
-        _corollary_1,
+        of_member=_corollary_1,
         squared=True,
     ),
     Claim(
@@ -431,7 +391,7 @@ CLAIMS = (
         "deeper than two layers, otherwise as Theorem 3 with ε_g = 5 Q^{3/2} √d max|g_1| / max_k min_R "
         f"|α_kj(R)|‖w*_j‖; Q: the linear pieces that {PIECES} samples meet, a lower bound: tested the sharper",
         PARAMETERS,
-        _theorem_5,
+        of_member=_theorem_5,
         squared=True,
     ),
     Claim(
@@ -446,7 +406,7 @@ CLAIMS = (
         f"{LUCK}, Theorem 2",
         "exact at the top weight; an approximation below, never judged: the margin is its largest relative gap to −∇J",
         PARAMETERS,
-        _update_gap,
+        of_member=_update_gap,
         judged=False,
         squared=True,
     ),
@@ -455,7 +415,7 @@ CLAIMS = (
         f"{LUCK}, Assumption 1",
         "an approximation, never judged: the margin is the relative difference of H in its two forms, largest layer",
         PARAMETERS,
-        _factorization,
+        of_member=_factorization,
         judged=False,
     ),
     Claim(
@@ -463,7 +423,7 @@ CLAIMS = (
         f"{LUCK}, Assumption 3",
         "never judged: the margin is the larger of ε_d and ε_l, max_{j≠j'} d*_jj'/d*_jj and l*_jj'/l*_jj, lowest layer",
         PARAMETERS,
-        _weak_overlaps,
+        of_member=_weak_overlaps,
         judged=False,
     ),
     Claim(
@@ -497,6 +457,38 @@ CLAIMS = (
         "needs the approximate dynamics, not SGD's: tsdyn.theory.luck_matters.two_layer_dynamics",
     ),
 )
+
+
+def _needed(claim: Claim) -> list[str]:
+    """Variables that are read for a claim."""
+    return list({*claim.needs, "teacher_weight", "teacher_bias"}) if claim.needs else []
+
+
+def _of_members(archive: xr.Dataset, squared: xr.DataArray) -> dict[str, Finding]:
+    """What is found of the claims that need the networks themselves, all in one visit of each member.
+
+    The theory is about fully connected networks, so points with convolutions, BatchNorm or modules of the user's own do
+    not meet its hypotheses.
+    """
+    measures = {
+        claim.name: claim.of_member
+        for claim in CLAIMS
+        if claim.of_member is not None
+        and not set(_needed(claim)) - set(archive)
+        and bool(squared.any() or not claim.squared)
+    }
+    if not measures:
+        return {}
+
+    def measured(member: Member) -> list[float]:
+        return [number for measure in measures.values() for number in measure(member)]
+
+    # loaded first: a dask graph for each member and variable costs more than the checks
+    now = archive[list(PARAMETERS)].isel({path_of(archive): -1}).load()
+    pairs = {name: (f"{name}: met", f"{name}: margin") for name in measures}
+    plain = lambda point: not point.deep and not point.of_own_modules  # noqa: E731
+    found = each(now, measured, [name for pair in pairs.values() for name in pair], of=plain)
+    return {name: Finding(found[met] == 1, found[margin]) for name, (met, margin) in pairs.items()}
 
 
 def audit(archive: xr.Dataset) -> xr.Dataset:
@@ -533,8 +525,9 @@ def audit(archive: xr.Dataset) -> xr.Dataset:
     squared = per_point(archive, lambda point: point.training.loss == "mse")
     reason = f"of the squared error, not of training.loss = {', '.join(map(repr, sorted(losses - {'mse'})))}"
     verdicts, margins, used = [], [], []
+    of_members = _of_members(archive, squared) if experiment.kind == "training" else {}
     for claim in CLAIMS:
-        needed = list({*claim.needs, "teacher_weight", "teacher_bias"}) if claim.needs else []
+        needed = _needed(claim)
         missing = sorted(name for name in needed if name not in archive)
         margin, verdict = xr.full_like(shape, np.nan, dtype=float), xr.full_like(shape, "", dtype="U10")
         fits = squared if claim.squared else xr.ones_like(squared)
@@ -542,14 +535,14 @@ def audit(archive: xr.Dataset) -> xr.Dataset:
         if experiment.kind != "training":
             verdict[...] = "unmet"
             used.append(f"of students trained on samples, and this is kind = {experiment.kind!r}; {claim.says}")
-        elif claim.check is None or not bool(fits.any()):
+        elif (claim.check is None and claim.of_member is None) or not bool(fits.any()):
             verdict[...] = "unmet"
             used.append(says)
         elif missing:
             verdict[...] = "unrecorded"
             used.append(f"record.observables lacks {', '.join(missing)}; {says}")
         else:
-            found = claim.check(archive[needed], experiment)
+            found = of_members[claim.name] if claim.check is None else claim.check(archive[needed], experiment)
             met = (found.met & alive & fits).transpose(*shape.dims).load()
             margin = found.margin.broadcast_like(met).transpose(*shape.dims).load().where(met)
             judged = np.where(margin <= 1, "holds", "fails") if claim.judged else "reported"

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import xarray as xr
+from tsdyn.analysis.members import Member
 
 from tsdyn.experiment.experiment import Experiment
 
@@ -32,7 +33,9 @@ class Claim:
         source: Paper and number.
         says: Hypothesis ⇒ conclusion, in one line, as it is checked.
         needs: Variables of the archive that the check reads.
-        check: From those variables of the archive and its experiment; None where no run of tsdyn meets the hypothesis.
+        check: From those variables of the archive and its experiment.
+        of_member: Instead, from the networks of one member at the last epoch: 1 if the hypothesis is met, the margin.
+            Neither is given where no run of tsdyn meets the hypothesis.
         judged: Whether a margin above 1 counts as failure.
         squared: Whether it is about the squared error, so that no run with another loss meets its hypothesis.
     """
@@ -44,3 +47,4 @@ class Claim:
     check: Callable[[xr.Dataset, Experiment], Finding] | None = None
     judged: bool = True
     squared: bool = False
+    of_member: Callable[[Member], tuple[float, float]] | None = None

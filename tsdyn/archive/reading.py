@@ -25,7 +25,7 @@ from dask.base import tokenize
 from tsdyn import schema, vocabulary
 from tsdyn.archive import additions, parquet_stores, study_directories, zarr_stores
 from tsdyn.archive.headers import Header, Headers, Source, when
-from tsdyn.archive.joined_archives import differing_keys, parameters, say_missing
+from tsdyn.archive.joined_archives import UnrecordedWarning, differing_keys, parameters, unrecorded
 from tsdyn.archive.kept_samples import with_kept
 from tsdyn.archive.lazy_arrays import Cells, Stored
 from tsdyn.archive.recordings import FILE as RECORDING
@@ -90,6 +90,7 @@ def open(
             as coordinates, in which nothing is empty.
 
     Warns:
+        UnrecordedWarning: if some points recorded fewer variables than others; they are NaN there.
         WrongNumbersWarning: once per path, if an earlier version stored wrong numbers in some variables; these have
             the attribute ``wrong``.
 
@@ -253,8 +254,9 @@ def _opened_together(paths: Sequence[Path], skip_damaged: bool, upto: float, *, 
     if not cells:
         where = ", ".join(map(str, paths))
         raise DirectoryError(f"{where}: no point of this sweep has a committed epoch yet; go on with `tsdyn run`")
-    if len(paths) > 1:
-        say_missing(cells, lambda name: name in vocabulary.VARIABLES or name in schema.DECLARED)
+    said = unrecorded(cells, lambda name: name in vocabulary.VARIABLES or name in schema.DECLARED)
+    if said is not None:
+        warnings.warn(said, UnrecordedWarning, stacklevel=4)
     ds = _whole(cells, grid, skip_damaged)
     coverage = np.zeros([len(axis.values) for axis in grid])
     for place, cell in cells.items():

@@ -86,6 +86,8 @@ def _given(part: BaseModel, prefix: str = "") -> Iterator[str]:
 
 
 def _keys_of_the_kind(e: Experiment) -> str | None:
+    if e.kind == "training" and not OWN.keys() & e.model_fields_set:
+        return None  # it knows all others
     unknown = [key for key in _given(e) if key != "kind" and not known(e.kind, key)]
     if not unknown:
         return None
@@ -556,6 +558,8 @@ def check_sweep(experiment: Experiment, model: type[BaseModel]) -> None:
     Raises:
         ValueError: naming the key, the repeated values or the number of points.
     """
+    if not experiment.sweep:
+        return
     there = [key for key in keys(model) if known(experiment.kind, key)]
     for key in swept_keys(experiment.sweep):
         if key.split(".")[-1] in ("made", "source", "numbers", "shapes"):

@@ -113,8 +113,9 @@ def _of_nodes(student: Network, teacher: Network, x: Samples, *, form: Form, mem
     samples = 0
     widest = max(student.widths) + max(teacher.widths)
     compiled = compiled_moments.serves(student, teacher)
-    # compiled code holds the matrices of one sample at a time
-    per_sample = (0 if compiled else 3 * student.widths[-1] * widest) + 3 * (sum(student.widths) + sum(teacher.widths))
+    # of two layers no matrix of a single sample is needed, and compiled code holds those of one at a time
+    matrices = 0 if compiled or hidden < 2 else 3 * student.widths[-1] * widest
+    per_sample = matrices + 3 * (sum(student.widths) + sum(teacher.widths))
     with torch.no_grad():
         for part in batches("expectations", x, student, teacher, numbers=per_sample, memory=memory):
             samples += len(part)
