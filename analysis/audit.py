@@ -20,7 +20,7 @@ import torch
 import xarray as xr
 from scipy.stats import spearmanr
 from torch import Tensor
-from tsdyn.analysis import conservation, specialization
+from tsdyn.analysis import claims, conservation, specialization
 from tsdyn.analysis.alignment import teacher_separation, without_padding
 from tsdyn.analysis.claims import Claim, Finding
 from tsdyn.analysis.identity import begun, per_point, points, refuse_odd
@@ -241,7 +241,7 @@ def _critical(member: Member) -> bool:
     return True
 
 
-def _unaligned(member: Member) -> tuple[list[alignments.ClusterFanout], bool]:
+def unaligned(member: Member) -> tuple[list[alignments.ClusterFanout], bool]:
     """Groups of co-linear student nodes aligned with no teacher node, and whether each is observed with full rank.
 
     A group is observed with full rank if the fan-outs of the student nodes active at its boundary span the outputs.
@@ -260,7 +260,7 @@ def _theorem_2(ds: xr.Dataset, experiment: Experiment) -> Finding:
     def measure(member: Member) -> tuple[float, float]:
         if member.student.depth != 2 or not _critical(member):
             return 0.0, np.nan
-        groups, _ = _unaligned(member)
+        groups, _ = unaligned(member)
         strongest = float((member.teacher.weights[1].norm(dim=0) * member.teacher.weights[0].norm(dim=1)).max())
         left = max((g.total for g in groups), default=np.nan)
         return float(bool(groups)), left / (NEGLIGIBLE * strongest) if strongest > 0 else np.nan
@@ -273,7 +273,7 @@ def _corollary_1(ds: xr.Dataset, experiment: Experiment) -> Finding:
         # a node that is active for every sample is affine there: it has no boundary in the data, and so no observer
         if member.student.depth != 2 or not _critical(member):
             return 0.0, np.nan
-        groups, all_observed = _unaligned(member)
+        groups, all_observed = unaligned(member)
         student, x = member.student, member.evaluation_inputs
         dropped = [k for g in groups for k in g.nodes]
         fanout = student.weights[1].clone()
@@ -347,6 +347,7 @@ CLAIMS = (
         PARAMETERS,
         _equation_1,
         squared=True,
+        bars=(claims.not_plain,),
     ),
     Claim(
         "Lemma 1",
@@ -355,6 +356,7 @@ CLAIMS = (
         ("lemma1_residual",),
         _lemma_1,
         squared=True,
+        bars=(claims.smooth,),
     ),
     Claim(
         "Assumption 1",
@@ -362,6 +364,7 @@ CLAIMS = (
         "two teacher nodes or more ⇒ boundaries differ, ε_0 > 10 × rounding (that the data cross them is not tested)",
         ("teacher_weight", "teacher_bias"),
         _assumption_1,
+        bars=(claims.one_teacher_node,),
     ),
     Claim(
         "Assumption 2",
@@ -371,6 +374,7 @@ CLAIMS = (
         _assumption_2,
         judged=False,
         squared=True,
+        bars=(claims.not_plain,),
     ),
     Claim(
         "Assumption 3",
@@ -379,6 +383,7 @@ CLAIMS = (
         PARAMETERS,
         _assumption_3,
         judged=False,
+        bars=(claims.not_plain,),
     ),
     Claim(
         "Theorem 1",
@@ -388,6 +393,7 @@ CLAIMS = (
         ("gradient_max", "observation", "A", "alignment"),
         _theorem_1,
         squared=True,
+        bars=(claims.one_teacher_node,),
     ),
     Claim(
         "Theorem 2",
@@ -398,6 +404,7 @@ CLAIMS = (
         PARAMETERS,
         _theorem_2,
         squared=True,
+        bars=(claims.not_plain, claims.not_two_layers),
     ),
     Claim(
         "Corollary 1",
@@ -406,6 +413,7 @@ CLAIMS = (
         PARAMETERS,
         _corollary_1,
         squared=True,
+        bars=(claims.not_plain, claims.not_two_layers),
     ),
     Claim(
         "Theorem 3",
@@ -415,6 +423,7 @@ CLAIMS = (
         ("gradient_max", "observation", "A", "alignment"),
         _theorem_3,
         squared=True,
+        bars=(claims.one_teacher_node,),
     ),
     Claim(
         "Theorem 4",
@@ -424,6 +433,7 @@ CLAIMS = (
         ("gradient_max", "observation", "A", "alignment"),
         _theorem_4,
         squared=True,
+        bars=(claims.not_aware, claims.one_teacher_node),
     ),
     Claim(
         "Theorem 5",
@@ -433,6 +443,7 @@ CLAIMS = (
         PARAMETERS,
         _theorem_5,
         squared=True,
+        bars=(claims.not_plain, claims.two_layers, claims.smooth, claims.one_teacher_node),
     ),
     Claim(
         "strong teachers first",
@@ -449,6 +460,7 @@ CLAIMS = (
         _update_gap,
         judged=False,
         squared=True,
+        bars=(claims.not_plain, claims.smooth),
     ),
     Claim(
         "E[β f'f'] = E[β] ∘ E[f'f']",
@@ -457,6 +469,7 @@ CLAIMS = (
         PARAMETERS,
         _factorization,
         judged=False,
+        bars=(claims.not_plain,),
     ),
     Claim(
         "weak overlaps",
@@ -465,6 +478,7 @@ CLAIMS = (
         PARAMETERS,
         _weak_overlaps,
         judged=False,
+        bars=(claims.not_plain, claims.one_teacher_node),
     ),
     Claim(
         "BatchNorm keeps ‖w‖",
@@ -474,6 +488,7 @@ CLAIMS = (
         ("conserved_norm",),
         _conserved_norm,
         judged=False,
+        bars=(claims.no_batch_norm,),
     ),
     Claim(
         "balance of each node",
@@ -482,6 +497,7 @@ CLAIMS = (
         "with rates and weight decay as trained: the last recorded interval, taken again",
         ("balance", *PARAMETERS),
         _balance,
+        bars=(claims.not_plain, claims.smooth),
     ),
     Claim(
         "BatchNorm's gradient", f"{LUCK}, Lemma 1", "of one batch, not of an archive: tsdyn.theory.batch_norm_gradient"
@@ -506,8 +522,9 @@ def audit(archive: xr.Dataset) -> xr.Dataset:
         archive: As `tsdyn.open` gives it.
 
     Returns:
-        Dataset of ``verdict`` (a word of `VERDICTS`) and ``margin`` over (claim, swept..., seed), and of ``source`` and
-        ``used`` over claim.  Loaded into memory: one epoch of a few variables.
+        Dataset of ``verdict`` (a word of `VERDICTS`), ``margin`` and ``reason`` over (claim, swept..., seed), and of
+        ``source`` and ``used`` over claim.  A reason is what the experiment's keys or the student's death say against
+        the hypothesis; it is empty where numbers decided.  Loaded into memory: one epoch of a few variables.
 
     Raises:
         ValueError: if labels repeat, the slice lacks ``epoch`` or ``layer``, or it cannot be known whose the numbers
@@ -518,7 +535,7 @@ def audit(archive: xr.Dataset) -> xr.Dataset:
         >>> from tsdyn.analysis.audit import audit
         >>> found = audit(tsdyn.open("runs/quickstart").isel(overrealization=0, seed=[0]))
         >>> sorted(found)
-        ['margin', 'source', 'used', 'verdict']
+        ['margin', 'reason', 'source', 'used', 'verdict']
     """
     refuse_odd(archive, "audit")
     lost = [dim for dim in (path_of(archive), "layer") if dim not in archive.dims]
@@ -532,7 +549,7 @@ def audit(archive: xr.Dataset) -> xr.Dataset:
     alive = (shape < 0) & begun(archive)
     squared = per_point(archive, lambda point: point.training.loss == "mse")
     reason = f"of the squared error, not of training.loss = {', '.join(map(repr, sorted(losses - {'mse'})))}"
-    verdicts, margins, used = [], [], []
+    verdicts, margins, whys, used = [], [], [], []
     for claim in CLAIMS:
         needed = list({*claim.needs, "teacher_weight", "teacher_bias"}) if claim.needs else []
         missing = sorted(name for name in needed if name not in archive)
@@ -556,8 +573,10 @@ def audit(archive: xr.Dataset) -> xr.Dataset:
             words = np.where(met & margin.notnull(), judged, "unmet")
             verdict = met.copy(data=words)
             used.append(says)
-        verdicts.append(verdict.drop_vars(set(verdict.coords) - set(verdict.dims)))
-        margins.append(margin.drop_vars(set(margin.coords) - set(margin.dims)))
+        why = per_point(archive, claim.barred).where(alive, "the student died, or was not trained")
+        why = why.broadcast_like(shape).transpose(*shape.dims).where(verdict == "unmet", "")
+        for kept, array in ((verdicts, verdict), (margins, margin), (whys, why)):
+            kept.append(array.drop_vars(set(array.coords) - set(array.dims)))
     names = xr.DataArray([claim.name for claim in CLAIMS], dims="claim", name="claim")
 
     def stacked(arrays: list[xr.DataArray]) -> xr.DataArray:
@@ -568,6 +587,7 @@ def audit(archive: xr.Dataset) -> xr.Dataset:
         {
             "verdict": stacked(verdicts),
             "margin": stacked(margins).assign_attrs(units="1", long_name="conclusion over bound"),
+            "reason": stacked(whys).assign_attrs(long_name="why a hypothesis is unmet, as far as the keys say"),
             "source": ("claim", [claim.source for claim in CLAIMS]),
             "used": ("claim", used),
         }

@@ -14,6 +14,13 @@ from tsdyn.experiment.experiment import Experiment
 
 #: Attributes of an archive that what is measured from it keeps.
 KEPT = ("name", "digest", "experiment", "tsdyn_version", "study", "scale")
+#: How nodes are numbered, in figures as in archives.
+NUMBERED = "Nodes are numbered from 0, as in the archive."
+#: What the rank of a winner is.
+RANKS = (
+    "rank: of each teacher node's best student node of the last epoch, among all nodes of its layer by their "
+    "correlation with that teacher node at each epoch; 0 is the first, 0.5 the middle"
+)
 #: What stands for the spread over seeds in a figure.
 Spread = Literal["curves", "shares", "points", "none"]
 
@@ -42,11 +49,11 @@ def spread_words(kind: Spread, seeds: int | None) -> str:
         case "none":
             return ""
         case "shares":
-            told = "Bands: Wilson's 95 % intervals of the shares; none is drawn at shares of 0 and 1"
+            told = "Bands: Wilson's 95 % intervals of the shares; none is drawn where all seeds agree"
             if seeds is None:
                 return f"{told}."
             reach = 3.84 / (seeds + 3.84)  # z²/(n + z²), the interval's other end at a share of 0
-            return f"{told}, where they end at {reach:.2f} and {1 - reach:.2f}."
+            return f"{told}, for it would reach from 0 to {reach:.2f} or from {1 - reach:.2f} to 1."
         case "points":
             return "One mark per node or seed; every seed is drawn."
         case "curves":
@@ -66,7 +73,8 @@ def caption(ds: xr.Dataset, says: str, spread: Spread, *, paper: Mapping[str, An
         spread: What stands for the spread over seeds.
         paper: The paper's experiment, where `ds` may come from a smaller one.
     """
-    seeds = ds.sizes.get("seed", ds.attrs.get("seeds"))
+    known = ds.sizes.get("seed", ds.attrs.get("seeds"))
+    seeds = None if known is None else int(known)  # a number of NumPy's if xarray read it from a file
     parts = [
         says.rstrip(".") + ".",
         "" if seeds is None else f"n = {seeds} seed{'s' * (seeds != 1)}.",

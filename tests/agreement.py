@@ -183,7 +183,7 @@ def theorem_2(runs: Path) -> Found:
         ds = tsdyn.run(work, runs / f"theorem-2-{samples}").isel(epoch=-1).load()
         for seed in range(8):
             one = member(ds.sel(seed=seed), work)
-            groups, _ = audit._unaligned(one)
+            groups, _ = audit.unaligned(one)
             if groups:
                 rows.append({"samples": samples, "seed": seed, **_left(one, groups)})
     return {"members": rows}
