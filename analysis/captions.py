@@ -136,6 +136,8 @@ def _facts(experiment: Experiment) -> list[str]:
         inputs = {point.teacher_widths[0] for _, point in experiment.points()}
         fixed |= {"inputs": f"d = {inputs.pop()} inputs"} if len(inputs) == 1 else {}
     if experiment.kind == "training":
+        if experiment.student.widths is None:
+            fixed["student.overrealization"] = words("overrealization", experiment.student.overrealization)
         train = experiment.data.train
         fixed["data.train"] = "new samples at every step" if train == "fresh" else f"N = {number(train)} samples"
         fixed["training.learning_rate"] = rate(experiment.training.learning_rate)
