@@ -148,9 +148,12 @@ def _facts(experiment: Experiment) -> list[str]:
         fixed["training.epochs"] = f"{length} of {number(steps.pop())} steps" if len(steps) == 1 else length
         if experiment.teacher.init == "luck-matters":
             fixed["teacher.init"] = "teacher and inputs of Tian et al. (2019)"
-    elif experiment.kind == "population-flow":
+    names = {point.student.activation for _, point in experiment.points()}
+    if names != {"relu"} and len(names) == 1:
+        fixed["σ"] = f"σ = {names.pop()}"
+    if experiment.kind == "population-flow":
         fixed["flow"] = "gradient flow of the population loss, d = k + 1 Gaussian inputs, orthonormal teacher"
-    else:
+    elif experiment.kind == "online":
         fixed["training.learning_rate"] = rate(experiment.training.learning_rate)
     return [text for key, text in fixed.items() if key not in swept]
 

@@ -110,9 +110,7 @@ def _barriers(measured: xr.Dataset, ax: Axes) -> None:
     own = measured.isel(overrealization=0) if "overrealization" in measured.dims else measured
     _lines(own["barrier"].where(own["barrier"] > 0), "epoch", ax, marker="o")
     ends = own["loss"].sel(route=ROUTES[0]).isel(position=[0, -1]).max("position").clip(min=_FLOOR)
-    panels.spread(
-        ends, ax=ax, color=look.GUIDE, linestyle="--", label="loss at the worse end", marker="s", band=0.0
-    )
+    panels.spread(ends, ax=ax, color=look.GUIDE, linestyle="--", label="loss at the worse end", marker="s", band=0.0)
     ax.set(xlabel="epoch", ylabel="barrier")
 
 

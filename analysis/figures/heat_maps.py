@@ -111,4 +111,3 @@ def _map(one: xr.Dataset, variable: str, largest: float, ax: Axes | None, bar: b
     ax.set_yticks([tick - int(values["teacher_node"][0]) for tick in ticks], labels=[str(tick) for tick in ticks])
     ax.set_xticks([])
     return ax
-
