@@ -14,8 +14,6 @@ from tsdyn.experiment.experiment import Experiment
 
 #: Attributes of an archive that what is measured from it keeps.
 KEPT = ("name", "digest", "experiment", "tsdyn_version", "study", "scale")
-#: How nodes are numbered, in figures as in archives.
-NUMBERED = "Nodes are numbered from 0, as in the archive."
 #: What the rank of a winner is.
 RANKS = (
     "rank: of each teacher node's best student node of the last epoch, among all nodes of its layer by their "

@@ -24,7 +24,8 @@ from tsdyn.schema import printable
 
 __all__ = [
     "LIGHTEST", "NUMBERED", "PALETTE", "STYLES", "axes", "axis_label", "colour", "formulas", "lines", "name_ticks",
-    "node_ticks", "nodes", "numbers", "plain", "points", "rate", "shade", "spread", "stack", "style", "table", "whole_numbers",
+    "node_ticks", "nodes", "numbers", "plain", "points", "rate", "shade", "spread", "stack", "style", "table",
+    "whole_numbers",
 ]  # fmt: skip
 
 STYLES = ("-", "--", ":", "-.")
@@ -113,8 +114,8 @@ def spread(
 ) -> Axes:
     """Draw `values` (seed, `along`) by the rule for spread: median and middle 80 %, or below five seeds every seed.
 
-    A single position is drawn as a marker per seed, or as the median with an error bar, since a line needs two.  The band
-    has the opacity `band`; at 0 there is none.
+    A single position is drawn as a marker per seed, or as the median with an error bar, since a line needs two.  The
+    opacity of the band is `band`; at 0 there is none.
     """
     ax = axes(ax)
     values = values.expand_dims("seed") if "seed" not in values.dims else values

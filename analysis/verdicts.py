@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 import xarray as xr
 from tsdyn.analysis.audit import VERDICTS
+
 from tsdyn.vocabulary import DU, LUCK, TIAN
 
 #: A claim's hypothesis in a few words: what was not met where no key of the experiment rules it out.

@@ -1,7 +1,7 @@
 """Tian (2020), Figure 8: best correlation of each teacher node over training, at 5x over-realization.
 
-Strong teacher nodes are learned first, weak ones later or not at all.  Nodes have the labels of the archive, from 0; the
-paper counts from 1.
+Strong teacher nodes are learned first, weak ones later or not at all.  Nodes have the labels of the archive, from 0;
+the paper counts from 1.
 """
 
 from __future__ import annotations

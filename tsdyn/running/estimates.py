@@ -171,10 +171,9 @@ def _teaching(experiment: Experiment) -> float:
     batch = experiment.training.batch
     few = experiment.replace({"seeds": 1, "data.train": min(train, 16 * batch), "teacher.prune": []})
     seed = few.seed_labels[0]
-    one, four = (
-        _quickest(lambda: draw_teacher(few.replace({"teacher.train_epochs": epochs}), seed), times=2)
-        for epochs in (1, 4)
-    )
+    short, long = (few.replace({"teacher.train_epochs": epochs}) for epochs in (1, 4))
+    one = _quickest(lambda: draw_teacher(short, seed), times=2)
+    four = _quickest(lambda: draw_teacher(long, seed), times=2)
     epochs = teacher.train_epochs + (teacher.finetune_epochs if teacher.prune else 0)
     return max(0.0, four - one) / 3 * epochs * (train // batch) / (min(train, 16 * batch) // batch)
 
