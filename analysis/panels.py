@@ -96,7 +96,9 @@ def points(x: xr.DataArray, y: xr.DataArray, *, ax: Axes | None = None) -> Axes:
     # set_ylim would stop autoscaling, and panels that share the axis would be cut at the first one's upper limit
     ax.update_datalim([(0.0, 0.0)], updatex=False)
     lowest = float(np.fmin.reduce(x.values, axis=None, initial=0.0))  # at the start all correlations may be negative
-    ax.set(xlim=(min(-0.05, lowest - 0.05), 1.05), xlabel=axis_label(x), ylabel=axis_label(y), xticks=(0.0, 0.5, 1.0))
+    beside = (other for other in ax.get_shared_x_axes().get_siblings(ax) if other is not ax and other.collections)
+    left = min([-0.05, lowest - 0.05, *(other.get_xlim()[0] for other in beside)])
+    ax.set(xlim=(left, 1.05), xlabel=axis_label(x), ylabel=axis_label(y), xticks=(0.0, 0.5, 1.0))
     ax.autoscale_view(scalex=False)
     return ax
 

@@ -156,7 +156,8 @@ def winners(ds: xr.Dataset, *, ax: Axes | None = None) -> Axes:
     """
     layout.require_point(ds, "winners")
     ax = panels.nodes(layout.unpadded(measure_winners(ds))["winner_rank"], ax=ax)
-    ax.set_ylim(bottom=-0.02)
+    ax.update_datalim([(float(ax.dataLim.x0), 0.0)], updatex=False)  # set_ylim would cut panels that share the axis
+    ax.autoscale_view(scalex=False)
     return ax
 
 
