@@ -97,7 +97,7 @@ def _estimate_online(experiment: Experiment) -> Cost:
     """The cost of an online run: a few steps of all members are timed, and there are α · N of them."""
     inputs = experiment.student_widths[0]
     steps = round(experiment.marks[-1] * inputs)
-    few = min(steps, 200)
+    few = min(steps, 2_000)  # of fewer, drawing the start would be the larger part
     memory.refuse_beyond("estimate", footprint(experiment).bytes, torch.device("cpu"), "fewer seeds, smaller networks")
 
     def once() -> None:
