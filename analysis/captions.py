@@ -167,6 +167,9 @@ def _smaller(own: Experiment, paper: Any) -> str:
         mine, theirs = own.data.train, paper.data.train
         if "data.train" not in swept and "fresh" not in (mine, theirs):
             pairs.append((mine, theirs, "samples"))
+        teacher, bigger = ("-".join(map(str, e.teacher_widths[1:-1])) for e in (own, paper))
+        if "teacher.widths" not in swept:
+            pairs.append((teacher, bigger, "as hidden widths of the teacher"))
         ratio, larger = (f"{e.student.overrealization:g}x" for e in (own, paper))
         if "student.overrealization" not in swept:
             pairs.append((ratio, larger, "as many student nodes as teacher nodes"))

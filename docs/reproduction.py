@@ -251,8 +251,8 @@ SECTIONS: dict[str, Any] = {
     "theorem-2": _theorem_2,
     "one-neuron": _differences(
         "One neuron against many (Simsek et al. 2023, Figures 3 and 5)",
-        "Optima from closed forms and quadrature (`tests/reference/copy_average.json`); and the growth of the error with "
-        "k, which the paper calls near linear, of relu quadratic.",
+        "Optima from closed forms and quadrature (`tests/reference/copy_average.json`); and the growth of the error "
+        "with k, which the paper calls near linear, of relu quadratic.",
     ),
     "perturbed-copies": _differences(
         "Perturbed copies (Simsek et al. 2023, Figure 4)",
