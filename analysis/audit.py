@@ -18,7 +18,7 @@ import torch
 import xarray as xr
 from scipy.stats import spearmanr
 from torch import Tensor
-from tsdyn.analysis import conservation, specialization
+from tsdyn.analysis import claims, conservation, specialization
 from tsdyn.analysis.alignment import teacher_separation, without_padding
 from tsdyn.analysis.claims import Claim, Finding
 from tsdyn.analysis.identity import begun, per_point, points, refuse_odd
@@ -213,7 +213,7 @@ def _critical(member: Member) -> bool:
     return True
 
 
-def _unaligned(member: Member) -> tuple[list[alignments.ClusterFanout], bool]:
+def unaligned(member: Member) -> tuple[list[alignments.ClusterFanout], bool]:
     """Groups of co-linear student nodes aligned with no teacher node, and whether each is observed with full rank.
 
     A group is observed with full rank if the fan-outs of the student nodes active at its boundary span the outputs.
@@ -231,7 +231,7 @@ def _unaligned(member: Member) -> tuple[list[alignments.ClusterFanout], bool]:
 def _theorem_2(member: Member) -> tuple[float, float]:
     if member.student.depth != 2 or not _critical(member):
         return 0.0, np.nan
-    groups, _ = _unaligned(member)
+    groups, _ = unaligned(member)
     strongest = float((member.teacher.weights[1].norm(dim=0) * member.teacher.weights[0].norm(dim=1)).max())
     left = max((g.total for g in groups), default=np.nan)
     return float(bool(groups)), left / (NEGLIGIBLE * strongest) if strongest > 0 else np.nan
@@ -241,7 +241,7 @@ def _corollary_1(member: Member) -> tuple[float, float]:
     # a node that is active for every sample is affine there: it has no boundary in the data, and so no observer
     if member.student.depth != 2 or not _critical(member):
         return 0.0, np.nan
-    groups, all_observed = _unaligned(member)
+    groups, all_observed = unaligned(member)
     student, x = member.student, member.evaluation_inputs
     dropped = [k for g in groups for k in g.nodes]
     fanout = student.weights[1].clone()
@@ -307,6 +307,7 @@ CLAIMS = (
         PARAMETERS,
         of_member=_equation_1,
         squared=True,
+        bars=(claims.not_plain,),
     ),
     Claim(
         "Lemma 1",
@@ -315,6 +316,7 @@ CLAIMS = (
         ("lemma1_residual",),
         _lemma_1,
         squared=True,
+        bars=(claims.smooth,),
     ),
     Claim(
         "Assumption 1",
@@ -322,6 +324,7 @@ CLAIMS = (
         "two teacher nodes or more ⇒ boundaries differ, ε_0 > 10 × rounding (that the data cross them is not tested)",
         ("teacher_weight", "teacher_bias"),
         _assumption_1,
+        bars=(claims.one_teacher_node,),
     ),
     Claim(
         "Assumption 2",
@@ -331,6 +334,7 @@ CLAIMS = (
         of_member=_assumption_2,
         judged=False,
         squared=True,
+        bars=(claims.not_plain,),
     ),
     Claim(
         "Assumption 3",
@@ -339,6 +343,7 @@ CLAIMS = (
         PARAMETERS,
         of_member=_assumption_3,
         judged=False,
+        bars=(claims.not_plain,),
     ),
     Claim(
         "Theorem 1",
@@ -348,6 +353,7 @@ CLAIMS = (
         ("gradient_max", "observation", "A", "alignment"),
         _theorem_1,
         squared=True,
+        bars=(claims.one_teacher_node,),
     ),
     Claim(
         "Theorem 2",
@@ -358,6 +364,7 @@ CLAIMS = (
         PARAMETERS,
         of_member=_theorem_2,
         squared=True,
+        bars=(claims.not_plain, claims.not_two_layers),
     ),
     Claim(
         "Corollary 1",
@@ -366,6 +373,7 @@ CLAIMS = (
         PARAMETERS,
         of_member=_corollary_1,
         squared=True,
+        bars=(claims.not_plain, claims.not_two_layers),
     ),
     Claim(
         "Theorem 3",
@@ -375,6 +383,7 @@ CLAIMS = (
         ("gradient_max", "observation", "A", "alignment"),
         _theorem_3,
         squared=True,
+        bars=(claims.one_teacher_node,),
     ),
     Claim(
         "Theorem 4",
@@ -384,6 +393,7 @@ CLAIMS = (
         ("gradient_max", "observation", "A", "alignment"),
         _theorem_4,
         squared=True,
+        bars=(claims.not_aware, claims.one_teacher_node),
     ),
     Claim(
         "Theorem 5",
@@ -393,6 +403,7 @@ CLAIMS = (
         PARAMETERS,
         of_member=_theorem_5,
         squared=True,
+        bars=(claims.not_plain, claims.two_layers, claims.smooth, claims.one_teacher_node),
     ),
     Claim(
         "strong teachers first",
@@ -409,6 +420,7 @@ CLAIMS = (
         of_member=_update_gap,
         judged=False,
         squared=True,
+        bars=(claims.not_plain, claims.smooth),
     ),
     Claim(
         "E[β f'f'] = E[β] ∘ E[f'f']",
@@ -417,6 +429,7 @@ CLAIMS = (
         PARAMETERS,
         of_member=_factorization,
         judged=False,
+        bars=(claims.not_plain,),
     ),
     Claim(
         "weak overlaps",
@@ -425,6 +438,7 @@ CLAIMS = (
         PARAMETERS,
         of_member=_weak_overlaps,
         judged=False,
+        bars=(claims.not_plain, claims.one_teacher_node),
     ),
     Claim(
         "BatchNorm keeps ‖w‖",
@@ -434,6 +448,7 @@ CLAIMS = (
         ("conserved_norm",),
         _conserved_norm,
         judged=False,
+        bars=(claims.no_batch_norm,),
     ),
     Claim(
         "balance of each node",
@@ -442,6 +457,7 @@ CLAIMS = (
         "with rates and weight decay as trained: the last recorded interval, taken again",
         ("balance", *PARAMETERS),
         _balance,
+        bars=(claims.not_plain, claims.smooth),
     ),
     Claim(
         "BatchNorm's gradient", f"{LUCK}, Lemma 1", "of one batch, not of an archive: tsdyn.theory.batch_norm_gradient"
@@ -498,8 +514,9 @@ def audit(archive: xr.Dataset) -> xr.Dataset:
         archive: As `tsdyn.open` gives it.
 
     Returns:
-        Dataset of ``verdict`` (a word of `VERDICTS`) and ``margin`` over (claim, swept..., seed), and of ``source`` and
-        ``used`` over claim.  Loaded into memory: one epoch of a few variables.
+        Dataset of ``verdict`` (a word of `VERDICTS`), ``margin`` and ``reason`` over (claim, swept..., seed), and of
+        ``source`` and ``used`` over claim.  A reason is what the experiment's keys or the student's death say against
+        the hypothesis; it is empty where numbers decided.  Loaded into memory: one epoch of a few variables.
 
     Raises:
         ValueError: if labels repeat, the slice lacks ``epoch`` or ``layer``, or it cannot be known whose the numbers
@@ -510,7 +527,7 @@ def audit(archive: xr.Dataset) -> xr.Dataset:
         >>> from tsdyn.analysis.audit import audit
         >>> found = audit(tsdyn.open("runs/quickstart").isel(overrealization=0, seed=[0]))
         >>> sorted(found)
-        ['margin', 'source', 'used', 'verdict']
+        ['margin', 'reason', 'source', 'used', 'verdict']
     """
     refuse_odd(archive, "audit")
     lost = [dim for dim in (path_of(archive), "layer") if dim not in archive.dims]
@@ -524,7 +541,7 @@ def audit(archive: xr.Dataset) -> xr.Dataset:
     alive = (shape < 0) & begun(archive)
     squared = per_point(archive, lambda point: point.training.loss == "mse")
     reason = f"of the squared error, not of training.loss = {', '.join(map(repr, sorted(losses - {'mse'})))}"
-    verdicts, margins, used = [], [], []
+    verdicts, margins, whys, used = [], [], [], []
     of_members = _of_members(archive, squared) if experiment.kind == "training" else {}
     for claim in CLAIMS:
         needed = _needed(claim)
@@ -549,8 +566,10 @@ def audit(archive: xr.Dataset) -> xr.Dataset:
             words = np.where(met & margin.notnull(), judged, "unmet")
             verdict = met.copy(data=words)
             used.append(says)
-        verdicts.append(verdict.drop_vars(set(verdict.coords) - set(verdict.dims)))
-        margins.append(margin.drop_vars(set(margin.coords) - set(margin.dims)))
+        why = per_point(archive, claim.barred).where(alive, "the student died, or was not trained")
+        why = why.broadcast_like(shape).transpose(*shape.dims).where(verdict == "unmet", "")
+        for kept, array in ((verdicts, verdict), (margins, margin), (whys, why)):
+            kept.append(array.drop_vars(set(array.coords) - set(array.dims)))
     names = xr.DataArray([claim.name for claim in CLAIMS], dims="claim", name="claim")
 
     def stacked(arrays: list[xr.DataArray]) -> xr.DataArray:
@@ -561,6 +580,7 @@ def audit(archive: xr.Dataset) -> xr.Dataset:
         {
             "verdict": stacked(verdicts),
             "margin": stacked(margins).assign_attrs(units="1", long_name="conclusion over bound"),
+            "reason": stacked(whys).assign_attrs(long_name="why a hypothesis is unmet, as far as the keys say"),
             "source": ("claim", [claim.source for claim in CLAIMS]),
             "used": ("claim", used),
         }
