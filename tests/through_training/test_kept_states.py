@@ -44,7 +44,7 @@ def test_the_result_is_to_the_bit_that_of_a_replay_from_the_start(case, tmp_path
         found = tsdyn.sensitivity(tmp_path / "run", **given)
         assert found.attrs["replayed_from"] == ",".join(map(str, [0, *epochs]))
         with monkeypatch.context() as patched:
-            patched.setattr(made, "states_kept", lambda folder: [])
+            patched.setattr(made, "states_kept", lambda folder: {})
             without = tsdyn.sensitivity(tmp_path / "run", **given)
         assert without.attrs["replayed_from"] == ("0,1,2,3,4,5" if case.endswith("at every epoch") else "0")
         xr.testing.assert_equal(found, without)
@@ -56,17 +56,17 @@ def test_no_step_is_taken_twice_where_states_are_kept(tmp_path, monkeypatch):
     tsdyn.sensitivity(tmp_path / "run", certificate=False)
     assert sum(taken) == e.steps * 6
     taken.clear()
-    monkeypatch.setattr(made, "states_kept", lambda folder: [])
+    monkeypatch.setattr(made, "states_kept", lambda folder: {})
     tsdyn.sensitivity(tmp_path / "run", certificate=False)
     assert sum(taken) == e.steps * (6 + 4)  # and once more to where the last block begins
 
 
 def test_kept_states_shorten_what_must_fit_in_memory(tmp_path):
     for name, every in (("kept", 1), ("not kept", None)):
-        kept_run(tmp_path / name, training__method="adam", training__epochs=40, record__state_every=every, seeds=[3])
-    given = {"certificate": False, "memory": 20_000}
-    assert tsdyn.sensitivity(tmp_path / "kept", **given).attrs["replayed_from"].endswith("38,39")
-    with pytest.raises(MemoryError, match="record.state_every"):
+        kept_run(tmp_path / name, training__method="adam", training__epochs=20, record__state_every=every, seeds=[3])
+    given = {"certificate": False, "memory": 18_000}
+    assert tsdyn.sensitivity(tmp_path / "kept", **given).attrs["replayed_from"].endswith("18,19")
+    with pytest.raises(MemoryError, match=r"record\.state_every"):
         tsdyn.sensitivity(tmp_path / "not kept", **given)
 
 
@@ -84,12 +84,13 @@ def test_a_kept_state_of_another_run_is_refused(tmp_path, monkeypatch):
     from tsdyn.archive import states
 
     kept_run(tmp_path / "run", training__method="adam")
-    read = states.state_after
+    read = states.states_after
 
-    def other(path, epoch):
-        found = read(path, epoch)
-        return found if epoch < 4 else found | {"first_weight_1": found["first_weight_1"] + 1e-5}
+    def other(path, epochs):
+        found = read(path, epochs)
+        found[4]["first_weight_1"] += 1e-5
+        return found
 
-    monkeypatch.setattr(states, "state_after", other)
-    with pytest.raises(ReplayError, match="epoch 4: weight_1|epoch 6: weight|epoch 5: weight"):
+    monkeypatch.setattr(states, "states_after", other)
+    with pytest.raises(ReplayError, match=r"trained again from the archive's epoch [24] differs"):
         tsdyn.sensitivity(tmp_path / "run", certificate=False)

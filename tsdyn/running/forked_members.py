@@ -116,12 +116,12 @@ def folders(path: Path) -> dict[str, Path]:
     return {identity(experiment): path / name for name, experiment in runs.items()}
 
 
-def states_kept(folder: Path | None) -> list[int]:
-    """The epochs after which the run in a directory keeps its state; none if that cannot be read."""
+def states_kept(folder: Path | None) -> dict[int, int]:
+    """Epoch → bytes of the states that the run in a directory keeps; none if that cannot be read."""
     try:
-        return [] if folder is None else list(states.kept(folder))
+        return {} if folder is None else states.kept(folder)
     except (ArchiveError, OSError):  # it is trained again
-        return []
+        return {}
 
 
 def identity(experiment: Experiment) -> str:

@@ -203,7 +203,7 @@ def reverse_pass(
             f"{course.rule(1).name!r} has a step without derivative; ask for an earlier epoch"
         )
     if sums.learning_rate is not None:
-        sums.learning_rate = sums.learning_rate.view(-1, course.epochs, course.per_epoch).sum(2)
+        sums.learning_rate = sums.learning_rate.unflatten(1, (course.epochs, course.per_epoch)).sum(2)
     return sums
 
 

@@ -39,6 +39,10 @@ from tsdyn.through_training.steps import Inputs, Kind, OwnModule, State, kind_of
 ROUNDING = {"float64": 2e-8, "float32": 1e-3}
 
 
+#: Bytes of kept states that are read at once.
+READ_BYTES = 1 << 26
+
+
 class ReplayError(ExperimentError):
     """A replayed run is not the recorded one."""
 
@@ -69,23 +73,30 @@ class Data:
     rows: Tensor | None
 
 
-@dataclass(frozen=True)
+@dataclass
 class KeptStates:
     """Training states that a run keeps along the way (``record.state_every``).
 
     Attributes:
         folder: Directory of the run.
         epochs: The epochs after which they are.
+        bytes: Of the largest of them.
         places: Where the members that are asked for stand among the run's.
     """
 
     folder: Path
     epochs: tuple[int, ...]
+    bytes: int
     places: tuple[int, ...]
+    _read: dict[int, dict[str, np.ndarray]] = field(default_factory=dict, init=False, repr=False)
 
     def after(self, epoch: int, like: Ensemble) -> State:
         """The members' state after one of `epochs`, as `State.of` gives it of an ensemble like `like`."""
-        arrays = states.state_after(self.folder, epoch)
+        if epoch not in self._read:  # and those before it, which are asked for next: opening the file takes long
+            upto = self.epochs.index(epoch) + 1
+            wanted = self.epochs[max(0, upto - max(1, READ_BYTES // max(1, self.bytes))) : upto]
+            self._read = states.states_after(self.folder, wanted)
+        arrays = self._read.pop(epoch)
         own = "module." if isinstance(like.architecture, nn.Module) else ""
 
         def named(tensors: Named, prefix: str) -> Named:
@@ -375,8 +386,8 @@ class Course:
                 raise ReplayError(
                     f"sensitivity: {self.experiment.name}, seed {self.experiment.seed_labels[worst]}, epoch {epoch}: "
                     f"{name} trained again{since} differs from the archive's by {float(off[worst]):.2g}, with "
-                    f"numbers up to {float(scale[worst]):.2g}: more than rounding, so that a derivative would be another "
-                    "run's; train the run again with this version on this machine"
+                    f"numbers up to {float(scale[worst]):.2g}: more than rounding, so that a derivative would be "
+                    "another run's; train the run again with this version on this machine"
                     + (", in float64" if self.experiment.dtype == "float32" else "")
                 )
             self.difference = np.maximum(self.difference, off.cpu().numpy())

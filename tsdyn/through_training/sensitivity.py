@@ -207,7 +207,8 @@ def _jobs(
         first.prepare()
         every = experiment.record.state_every
         folder = runs.get(identity(experiment)) if every is not None and experiment.dtype == "float64" else None
-        epochs = tuple(states_kept(folder))
+        kept_bytes = states_kept(folder)
+        epochs = tuple(kept_bytes)
         longest, starts = _division(single, experiment, first.ensemble, alive[0], min(last, common.epoch), epochs)
         held = State.held(first.ensemble).bytes
         size, allowed = _block_size(experiment, held, longest * experiment.steps, starts, room, len(alive))
@@ -218,7 +219,9 @@ def _jobs(
             recorded = {e: {n: t.numpy() for n, t in by_name.items()} for e, by_name in held.items()}
             of_block = experiment.replace({"seeds": block})
             places = tuple(experiment.seed_labels.index(seed) for seed in block)
-            kept_states = KeptStates(folder, epochs, places) if folder is not None and epochs else None
+            kept_states = None
+            if folder is not None and epochs:
+                kept_states = KeptStates(folder, epochs, max(kept_bytes.values()), places)
             yield chosen, replace(
                 common, experiment=of_block, recorded=recorded, room=allowed, kept=kept_states,
                 states=states_held(longest * experiment.steps) + starts,
