@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -225,13 +226,21 @@ def _empty(course: Course, slope: State, wanted: Wanted) -> Sums:
     sums = Sums(slope)
     like = slope.tensors()[0]
     if wanted.learning_rate:
-        sums.learning_rate = like.new_zeros(members, course.steps)  # summed over the steps of each epoch at last
+        sums.learning_rate = _zeros(like, members, course.steps)  # summed over the steps of each epoch at last
     if not course.fresh:
         x, y = course.finite
-        sums.sample = like.new_zeros(x.shape[:2]) if wanted.sample else None
-        sums.target = torch.zeros_like(y) if wanted.target else None
-        sums.input = torch.zeros_like(x) if wanted.input else None
+        sums.sample = _zeros(like, *x.shape[:2]) if wanted.sample else None
+        sums.target = _zeros(like, *y.shape) if wanted.target else None
+        sums.input = _zeros(like, *x.shape) if wanted.input else None
     return sums
+
+
+def _zeros(like: Tensor, *shape: int) -> Tensor:
+    if like.device.type != "cpu":
+        return like.new_zeros(shape)
+    # of numpy, which asks for large pages: the first touch of small ones, in the order of the batches, takes a tenth
+    # of the way back
+    return torch.from_numpy(np.zeros(shape))
 
 
 # --- step by step --------------------------------------------------------------------------------------------
