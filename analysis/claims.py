@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import xarray as xr
-
-from tsdyn.experiment.experiment import Experiment
 
 
 @dataclass(frozen=True)
@@ -34,6 +33,7 @@ class Claim:
         needs: Variables of the archive that the check reads.
         check: From those variables of the archive and its experiment; None where no run of tsdyn meets the hypothesis.
         judged: Whether a margin above 1 counts as failure.
+        recorded: Whether recorded numbers alone judge it, without the experiment that made them.
         squared: Whether it is about the squared error, so that no run with another loss meets its hypothesis.
     """
 
@@ -41,6 +41,7 @@ class Claim:
     source: str
     says: str
     needs: tuple[str, ...] = ()
-    check: Callable[[xr.Dataset, Experiment], Finding] | None = None
+    check: Callable[[xr.Dataset, Any], Finding] | None = None
     judged: bool = True
     squared: bool = False
+    recorded: bool = False

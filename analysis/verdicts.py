@@ -29,6 +29,14 @@ UNMET: Mapping[str, str] = {
 }
 
 
+#: How `used` begins where the reason is known, and the reason in a few words.
+_KNOWN: Mapping[str, str] = {
+    "of the squared error": "it has another loss",
+    "of students trained on": "nothing trains on samples",
+    "of networks and samples that": "it is a recording",
+}
+
+
 def lines(found: xr.Dataset) -> list[str]:
     """An audit as text of at most 80 columns: a line per claim, then what each says and what margins mean.
 
@@ -63,9 +71,8 @@ def _result(claim: str, word: str, row: xr.Dataset) -> str:
             return largest
         case "unmet":
             used = str(row["used"].item())
-            other = used.startswith(("of the squared error", "of students trained on"))
-            because = "it has another loss" if used.startswith("of the squared") else "nothing trains on samples"
-            return f"because {because if other else UNMET.get(claim, 'of what is said below')}"
+            known = (because for begin, because in _KNOWN.items() if used.startswith(begin))
+            return f"because {next(known, UNMET.get(claim, 'of what is said below'))}"
         case "unrecorded":
             return f"record {str(row['used'].item()).partition(';')[0].partition('lacks ')[2]}"
         case _:

@@ -65,7 +65,7 @@ LOOK = textwrap.dedent("""
     assert ds["gradient_norm"].sel(quantile=1).shape == (5, 3)
     assert (ds["hessian_eigenvalue"].sel(mode=0) > ds["hessian_eigenvalue"].sel(mode=1)).all()
     assert ds["neural_tangent_kernel"].isel(epoch=-1).notnull().all()
-    for words in ("plot run loss -o loss.png", "report run -o report.html", "validate run", "show run"):
+    for words in ("plot run loss -o loss.png", "report run -o report.html", "validate run", "show run", "audit run"):
         sys.argv = ["tsdyn", *words.split()]
         try:
             cli.main()

@@ -479,10 +479,10 @@ def test_a_model_that_raises_on_the_way_loses_nothing(tmp_path):
 def test_numbers_that_are_not_finite_are_told_once_and_recorded(tmp_path, caplog):
     rec = tsdyn.Recorder(tmp_path, made(), probe=(X, Y), observables=["loss", giving(lambda m: math.inf)])
     for epoch in range(5):
-        rec.commit(epoch, rate=math.nan if epoch else 0.1)
-    said = [record.getMessage() for record in caplog.records]
-    assert [line for line in said if "mine" in line and "epoch 2" in line and "recorded as it is" in line]
-    assert len([line for line in said if "recorded as it is" in line]) == 2
+        rec.commit(epoch, rate=math.nan)  # as it was given
+    said = [record.getMessage() for record in caplog.records if "recorded as it is" in record.getMessage()]
+    assert len(said) == 1
+    assert "epoch 2: mine is NaN or infinite" in said[0]
     assert tsdyn.open(tmp_path)["mine"].values.tolist() == [[1, 1, math.inf, math.inf, math.inf]]
 
 
@@ -663,3 +663,28 @@ def test_a_recording_is_no_experiment_to_rebuild_members_of(tmp_path):
     loop(tmp_path, epochs=1)
     with pytest.raises(ValueError, match="a recording of a loop of the user's own"):
         members.member(tsdyn.open(tmp_path).isel(seed=0, epoch=0))
+
+
+def test_audit_judges_what_recorded_numbers_alone_show(tmp_path):
+    from tsdyn.analysis.audit import CLAIMS, audit
+    from tsdyn.analysis.verdicts import lines
+
+    model, taught = made(), made()
+    with tsdyn.Recorder(tmp_path, model, probe=(X, Y), teacher=taught) as rec:
+        rec.commit(0)
+    found = audit(tsdyn.open(tmp_path))
+    assert found.sizes == {"claim": len(CLAIMS), "seed": 1}
+    verdicts = dict(zip(found["claim"].values.tolist(), found["verdict"].values[:, 0].tolist(), strict=True))
+    assert verdicts.pop("Assumption 1") == "holds"
+    assert set(verdicts.values()) == {"unmet"}
+    assert sum("it is a recording" in line for line in lines(found)) == len(verdicts)
+
+
+def test_a_layer_is_found_by_its_name(tmp_path):
+    with tsdyn.Recorder(tmp_path, made(), probe=(X, Y)) as rec:
+        rec.commit(0)
+    ds = tsdyn.open(tmp_path)
+    assert tsdyn.layer(ds, "fc2").identical(tsdyn.layer(ds, 2))
+    for of, name in ((ds, "fc9"), (ds["weight"].drop_vars("layer_name"), "fc2")):
+        with pytest.raises(ValueError, match="is no name of a layer"):
+            tsdyn.layer(of, name)

@@ -76,7 +76,7 @@ def test_the_trajectory_follows_the_tangent_up_to_the_first_gate_and_jumps_there
 def test_a_named_node_that_was_missed_moves_as_predicted_within_half_the_radius(tmp_path):
     """Teacher node 9 at seed 3 of the released configuration, with as many student nodes as teacher nodes.
 
-    The quickstart's teacher has the nodes 0 to 4.  Here the archive shows that after ten epochs seven nodes of ten have
+    The quickstart's teacher has the nodes 0 to 4.  Here the archive shows that after ten epochs eight nodes of ten have
     their student, and node 9, the one with the least fan-out, has none, nor has any of its candidates come near; so the
     correlation after the first epoch is asked for, when it was left behind.
     """
@@ -87,7 +87,7 @@ def test_a_named_node_that_was_missed_moves_as_predicted_within_half_the_radius(
     rho = tsdyn.layer(tsdyn.run(e, tmp_path / "run"), 1)["correlation"].sel(seed=3)
     best = rho.sel(epoch=10).max("node")
     assert float(best.sel(teacher_node=9)) < 0.2
-    assert int((best > 0.95).sum()) >= 7
+    assert int((best > 0.95).sum()) == 8
     node = int(rho.sel(epoch=1, teacher_node=9).argmax("node"))
     of = ("correlation", {"layer": 1, "teacher_node": 9, "node": node})
     found = retraining.retrained(tmp_path / "run", of, epoch=1, multiples=[0.5, -0.5])

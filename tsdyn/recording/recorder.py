@@ -249,7 +249,7 @@ class Recorder:
             self._recording = given
         record = self._record(values, dead)
         if not dead:
-            mine = {name: record[name] for name in record if name in self._own or name in values}
+            mine = {name: record[name] for name in record if name in self._own}
             self._told |= own_values.tell_odd(mine, self._told, f"{self._folder}, epoch {epoch}")
         if self._writer.durable is None and not self._writer.pending:
             self._writer.directory.sign(self._recording)
