@@ -44,9 +44,9 @@ PIECES = 512
 VERDICTS = ("holds", "fails", "unmet", "unrecorded", "reported")
 
 
-def _lemma_1(ds: xr.Dataset, experiment: Experiment) -> Finding:
+def _lemma_1(ds: xr.Dataset, experiment: Experiment | None) -> Finding:
     residual = ds["lemma1_residual"].max("epoch").load()
-    return Finding(residual.notnull(), residual / TOLERANCE[experiment.dtype])
+    return Finding(residual.notnull(), residual / TOLERANCE[str(residual.dtype)])
 
 
 def _separation(ds: xr.Dataset) -> xr.DataArray:
@@ -55,9 +55,9 @@ def _separation(ds: xr.Dataset) -> xr.DataArray:
     return eps_0.where(np.isfinite(eps_0))
 
 
-def _assumption_1(ds: xr.Dataset, experiment: Experiment) -> Finding:
+def _assumption_1(ds: xr.Dataset, experiment: Experiment | None) -> Finding:
     eps_0 = _separation(ds)
-    rounding = 10 * TOLERANCE[experiment.dtype]
+    rounding = 10 * TOLERANCE[str(ds["teacher_weight"].dtype)]
     margin = (rounding / eps_0.where(eps_0 > 0)).where(eps_0 > 0, np.inf)
     return Finding(eps_0.notnull(), margin.where(eps_0.notnull()))
 
@@ -325,6 +325,7 @@ CLAIMS = (
         ("teacher_weight", "teacher_bias"),
         _assumption_1,
         bars=(claims.one_teacher_node,),
+        recorded=True,
     ),
     Claim(
         "Assumption 2",
@@ -513,6 +514,9 @@ def audit(archive: xr.Dataset) -> xr.Dataset:
     Args:
         archive: As `tsdyn.open` gives it.
 
+    Of a recording (`tsdyn.Recorder`), from which networks and samples cannot be made again, claims about recorded
+    numbers alone are judged, and the others are unmet.
+
     Returns:
         Dataset of ``verdict`` (a word of `VERDICTS`), ``margin`` and ``reason`` over (claim, swept..., seed), and of
         ``source`` and ``used`` over claim.  A reason is what the experiment's keys or the student's death say against
@@ -533,23 +537,27 @@ def audit(archive: xr.Dataset) -> xr.Dataset:
     lost = [dim for dim in (path_of(archive), "layer") if dim not in archive.dims]
     if lost:
         raise ValueError(f"audit: the slice has no dimension {', '.join(lost)}; select with a list or slice")
-    experiment = experiment_of(archive)
-    losses = {point.training.loss for _, point in points(archive).values()}
+    recording = "recording" in archive.attrs
+    experiment = None if recording else experiment_of(archive)
+    losses = set() if recording else {point.training.loss for _, point in points(archive).values()}
     if "death_epoch" not in archive.coords:
         raise ValueError("audit: the Dataset has no death_epoch, so that the dead cannot be left out; is it tsdyn's?")
     shape = archive["death_epoch"]
     alive = (shape < 0) & begun(archive)
-    squared = per_point(archive, lambda point: point.training.loss == "mse")
+    squared = xr.DataArray(True) if recording else per_point(archive, lambda point: point.training.loss == "mse")
     reason = f"of the squared error, not of training.loss = {', '.join(map(repr, sorted(losses - {'mse'})))}"
     verdicts, margins, whys, used = [], [], [], []
-    of_members = _of_members(archive, squared) if experiment.kind == "training" else {}
+    of_members = _of_members(archive, squared) if experiment is not None and experiment.kind == "training" else {}
     for claim in CLAIMS:
         needed = _needed(claim)
         missing = sorted(name for name in needed if name not in archive)
         margin, verdict = xr.full_like(shape, np.nan, dtype=float), xr.full_like(shape, "", dtype="U10")
         fits = squared if claim.squared else xr.ones_like(squared)
         says = claim.says if bool(fits.all()) else f"{reason}; {claim.says}"
-        if experiment.kind != "training":
+        if recording and not claim.recorded:
+            verdict[...] = "unmet"
+            used.append(f"of networks and samples that can be made again, and this is a recording; {claim.says}")
+        elif experiment is not None and experiment.kind != "training":
             verdict[...] = "unmet"
             used.append(f"of students trained on samples, and this is kind = {experiment.kind!r}; {claim.says}")
         elif (claim.check is None and claim.of_member is None) or not bool(fits.any()):
@@ -566,7 +574,9 @@ def audit(archive: xr.Dataset) -> xr.Dataset:
             words = np.where(met & margin.notnull(), judged, "unmet")
             verdict = met.copy(data=words)
             used.append(says)
-        why = per_point(archive, claim.barred).where(alive, "the student died, or was not trained")
+        barred = xr.DataArray("" if claim.recorded else "it is a recording")
+        why = barred if recording else per_point(archive, claim.barred)
+        why = why.where(alive, "the student died, or was not trained")
         why = why.broadcast_like(shape).transpose(*shape.dims).where(verdict == "unmet", "")
         for kept, array in ((verdicts, verdict), (margins, margin), (whys, why)):
             kept.append(array.drop_vars(set(array.coords) - set(array.dims)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import xarray as xr
 from tsdyn.analysis.members import Member
@@ -92,6 +93,7 @@ class Claim:
         of_member: Instead, from the networks of one member at the last epoch: 1 if the hypothesis is met, the margin.
             Neither is given where no run of tsdyn meets the hypothesis.
         judged: Whether a margin above 1 counts as failure.
+        recorded: Whether recorded numbers alone judge it, without the experiment that made them.
         squared: Whether it is about the squared error, so that no run with another loss meets its hypothesis.
         bars: What in an experiment rules its hypothesis out.
     """
@@ -100,7 +102,7 @@ class Claim:
     source: str
     says: str
     needs: tuple[str, ...] = ()
-    check: Callable[[xr.Dataset, Experiment], Finding] | None = None
+    check: Callable[[xr.Dataset, Any], Finding] | None = None
     judged: bool = True
     squared: bool = False
     of_member: Callable[[Member], tuple[float, float]] | None = None
@@ -110,3 +112,5 @@ class Claim:
         """Why no member of `experiment` meets the hypothesis, as its keys say; empty if they do not say it."""
         found = (bar(experiment) for bar in (no_samples, *((another_loss,) if self.squared else ()), *self.bars))
         return next((why for why in found if why), "")
+
+    recorded: bool = False

@@ -38,6 +38,14 @@ NEEDS: Mapping[str, str] = {
 _SHORT: Mapping[str, str] = {TIAN: "T20", LUCK: "T19", DU: "D18"}
 
 
+#: How `used` begins where the reason is known, and the reason in a few words.
+_KNOWN: Mapping[str, str] = {
+    "of the squared error": "it has another loss",
+    "of students trained on": "nothing trains on samples",
+    "of networks and samples that": "it is a recording",
+}
+
+
 def lines(found: xr.Dataset) -> list[str]:
     """An audit as text of at most 80 columns: a line per claim and result, then what each checks.
 

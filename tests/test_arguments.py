@@ -44,7 +44,7 @@ def bowl(p):
         (lambda: flow.gradient_flow(3, X), "gradient_flow: loss is 3; it takes a function of a row"),
         (lambda: flow.polish(bowl, None), "polish: point is None; it takes an array"),
         (lambda: tsdyn.open(3), "open: path is 3; it takes a path, or a list of paths"),
-        (lambda: tsdyn.layer(xr.Dataset(), "first"), "layer: number is 'first'; it takes a whole number"),
+        (lambda: tsdyn.layer(xr.Dataset(), 1.5), "layer: number is 1.5; it takes a layer's number, or its name"),
         (lambda: tsdyn.gradient(3, xr.Dataset()), "gradient: f is 3; it takes a function"),
         (lambda: tsdyn.jacobian(bowl, X), "jacobian: ds is a Tensor; it takes an xarray.Dataset"),
         (lambda: tsdyn.measure(X, ["A"]), "measure: ds is a Tensor; it takes the path of an archive, or a Dataset"),

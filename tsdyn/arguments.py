@@ -142,6 +142,7 @@ LAYERS = Kind("a list of arrays, one per layer", lambda value: _listed(value, la
 NUMBER = Kind("a number", lambda value: isinstance(value, Real | np.number) and not isinstance(value, bool))
 NUMBERS = Kind("an array or a tensor of numbers", _numbers)
 WHOLE = Kind("a whole number", _whole)
+LAYER = Kind("a layer's number, or its name in a module of your own", lambda value: _whole(value) or _name(value))
 FUNCTION = Kind("a function", callable)
 DATASET = Kind("an xarray.Dataset, as tsdyn.open gives it", _dataset)
 LABELLED = Kind("an xarray.Dataset or DataArray, as tsdyn.open gives it", _of("xarray", "Dataset", "DataArray"))

@@ -1,7 +1,9 @@
 """Parts of the user's own where they meet the rest: ensembles, labels, modules, versions."""
 
 import json
+import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -9,6 +11,7 @@ from torch import nn
 import tsdyn
 from tests.cases import small
 from tsdyn import registers, schema
+from tsdyn.archive import integrity
 from tsdyn.engine.loss import Loss
 from tsdyn.engine.rule import Optimizer
 from tsdyn.networks.any_module import Own
@@ -78,6 +81,53 @@ def test_an_observable_declared_for_modules_is_measured_of_them_and_another_is_r
     schema.DECLARED.clear()
     with pytest.raises(tsdyn.ExperimentError, match=r"whole_norm cannot be measured on modules of your own"):
         tsdyn.run(asked, tmp_path / "other", student=make, observables=[tsdyn.Observed(declared(), sizes)])
+
+
+def later(value):
+    """A measuring function that gives 1 for two members at epochs 0 and 1, and then this."""
+    calls = []
+
+    def measured(m):
+        calls.append(1)
+        return torch.tensor(1.0) if len(calls) < 5 else value()
+
+    return measured
+
+
+def lost():
+    raise KeyError("key")
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (lost, "observable 'whole_norm' raised KeyError: 'key'"),
+        (lambda: torch.ones(3), r"gave shape \(3,\); its variable declares no dimension here: one number"),
+        (lambda: None, "gave None; give a number or a tensor"),
+        (lambda: "a", "gave str; give a number or a tensor"),
+        (dict, "gave dict"),
+        (lambda: 1j, "complex numbers"),
+    ],
+)
+def test_an_observable_that_fails_on_the_way_is_one_sentence_and_the_run_goes_on_when_it_is_mended(
+    tmp_path, value, said
+):
+    asked = small().replace({**FEW, "training.epochs": 3, "seeds": 2, "record.observables": ["loss"]})
+    broken, mended = (tsdyn.Observed(declared(), f) for f in (later(value), lambda m: torch.tensor(1.0)))
+    with pytest.raises(registers.PartError, match=said):
+        tsdyn.run(asked, tmp_path / "run", observables=[broken])
+    ds = tsdyn.run(asked, tmp_path / "run", observables=[mended])
+    assert (ds["whole_norm"] == 1).all()
+    assert not integrity.check(tmp_path / "run")
+
+
+def test_an_observable_that_is_not_finite_is_told_once_and_recorded(tmp_path, caplog):
+    asked = small().replace({**FEW, "training.epochs": 3, "seeds": 2, "record.observables": ["loss"]})
+    ds = tsdyn.run(asked, tmp_path / "run", observables=[tsdyn.Observed(declared(), later(lambda: math.inf))])
+    assert np.isinf(ds["whole_norm"].values).sum() == 4
+    said = [r.getMessage() for r in caplog.records if "NaN or infinite" in r.getMessage()]
+    assert len(said) == 1
+    assert "epoch 2" in said[0]
 
 
 def test_a_name_that_is_declared_differently_is_refused():

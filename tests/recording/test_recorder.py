@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import os
 import signal
 import textwrap
@@ -390,6 +391,122 @@ def test_what_does_not_fit_is_refused_and_nothing_written(tmp_path, make, given,
     assert not (tmp_path / "new").exists()
 
 
+class Breaking(Skip):
+    """Its forward raises once it is told to."""
+
+    broken = False
+
+    def forward(self, x):
+        if self.broken:
+            raise RuntimeError("out of order")
+        return super().forward(x)
+
+
+def giving(value):
+    """An observable that is 1 until its third call, and then this."""
+    calls = []
+
+    def mine(model, x, y):
+        calls.append(1)
+        return torch.tensor(1.0) if len(calls) < 3 else value(model)
+
+    return mine
+
+
+def lost(_):
+    raise KeyError("key")
+
+
+@pytest.mark.parametrize(
+    ("value", "sentence"),
+    [
+        (
+            lost,
+            r"observable 'mine' raised KeyError: 'key'; nothing of this epoch is recorded, what was committed stays",
+        ),
+        (lambda m: torch.ones(3), r"mine has shape \(3,\); over .* it is one number"),
+        (lambda m: [1.0, 2.0], r"mine has shape \(2,\)"),
+        (lambda m: None, "'mine' gave NoneType; give a number or a tensor"),
+        (lambda m: "a", "'mine' gave str"),
+        (lambda m: {}, "'mine' gave dict"),
+        (lambda m: torch.tensor(1j), "gave complex numbers"),
+    ],
+)
+def test_an_observable_that_fails_on_the_way_loses_nothing_and_can_be_mended(tmp_path, value, sentence):
+    model = made()
+    rec = tsdyn.Recorder(tmp_path, model, probe=(X, Y), observables=["loss", giving(value)])
+    rec.commit(0)
+    rec.commit(1)
+    with pytest.raises(ValueError, match=sentence):
+        rec.commit(2)
+    assert tsdyn.open(tmp_path)["mine"].values.tolist() == [[1, 1]]
+    rec.close()
+
+    def mine(model, x, y):
+        return model.fc1.weight.sum()  # with its gradient
+
+    again = tsdyn.Recorder(tmp_path, model, probe=(X, Y), observables=["loss", mine])
+    assert again.resume() == 1
+    again.commit(2)
+    assert tsdyn.open(tmp_path)["mine"].values[0, 2] == float(model.fc1.weight.detach().sum())
+    assert not integrity.check(tmp_path)
+
+
+def test_a_first_commit_that_fails_leaves_the_folder_free(tmp_path):
+    for loss, sentence in (
+        (lambda o, t: (o - t).square().sum(1), "a loss is the mean over the batch"),
+        (lambda o, t: 1 / 0, "loss_eval: the model or the loss raised ZeroDivisionError"),
+    ):
+        rec = tsdyn.Recorder(tmp_path, made(), probe=(X, Y), loss=loss)
+        with pytest.raises(ValueError, match=sentence):
+            rec.commit(0)
+        rec.close()
+    tsdyn.Recorder(tmp_path, made(), probe=(X, Y)).commit(0)
+    assert tsdyn.open(tmp_path).epoch.values.tolist() == [0]
+
+
+def test_a_model_that_raises_on_the_way_loses_nothing(tmp_path):
+    model = made(Breaking)
+    rec = tsdyn.Recorder(tmp_path, model, probe=(X, Y))
+    rec.commit(0)
+    model.broken = True
+    with pytest.raises(ValueError, match="the model or the loss raised RuntimeError: out of order"):
+        rec.commit(1)
+    model.broken = False
+    rec.commit(1)
+    assert tsdyn.open(tmp_path).epoch.values.tolist() == [0, 1]
+
+
+def test_numbers_that_are_not_finite_are_told_once_and_recorded(tmp_path, caplog):
+    rec = tsdyn.Recorder(tmp_path, made(), probe=(X, Y), observables=["loss", giving(lambda m: math.inf)])
+    for epoch in range(5):
+        rec.commit(epoch, rate=math.nan)  # as it was given
+    said = [record.getMessage() for record in caplog.records if "recorded as it is" in record.getMessage()]
+    assert len(said) == 1
+    assert "epoch 2: mine is NaN or infinite" in said[0]
+    assert tsdyn.open(tmp_path)["mine"].values.tolist() == [[1, 1, math.inf, math.inf, math.inf]]
+
+
+@pytest.mark.parametrize("value", ["a", None, 1j, {}])
+def test_own_values_that_are_no_numbers_are_refused(tmp_path, value):
+    rec = tsdyn.Recorder(tmp_path, made(), probe=(X, Y))
+    with pytest.raises(ValueError, match=r"rate = .*; give a real number"):
+        rec.commit(0, rate=value)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "sentence"),
+    [
+        (nn.Linear(5, 2).double(), "the teacher raised RuntimeError for inputs"),
+        (nn.Linear(6, 2).float(), "the teacher is torch.float32 on cpu, the model torch.float64"),
+    ],
+)
+def test_teachers_that_cannot_be_compared_are_refused(tmp_path, teacher, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        tsdyn.Recorder(tmp_path / "new", made(), probe=(X, Y), teacher=teacher)
+    assert not (tmp_path / "new").exists()
+
+
 def test_configs_that_cannot_be_told_apart_are_refused(tmp_path):
     def recorded(**config):
         tsdyn.Recorder(tmp_path, made(), probe=(X, Y), config=config).commit(0)
@@ -547,3 +664,28 @@ def test_a_recording_is_no_experiment_to_rebuild_members_of(tmp_path):
     loop(tmp_path, epochs=1)
     with pytest.raises(ValueError, match="a recording of a loop of the user's own"):
         members.member(tsdyn.open(tmp_path).isel(seed=0, epoch=0))
+
+
+def test_audit_judges_what_recorded_numbers_alone_show(tmp_path):
+    from tsdyn.analysis.audit import CLAIMS, audit
+    from tsdyn.analysis.verdicts import lines
+
+    model, taught = made(), made()
+    with tsdyn.Recorder(tmp_path, model, probe=(X, Y), teacher=taught) as rec:
+        rec.commit(0)
+    found = audit(tsdyn.open(tmp_path))
+    assert found.sizes == {"claim": len(CLAIMS), "seed": 1}
+    verdicts = dict(zip(found["claim"].values.tolist(), found["verdict"].values[:, 0].tolist(), strict=True))
+    assert verdicts.pop("Assumption 1") == "holds"
+    assert set(verdicts.values()) == {"unmet"}
+    assert sum("it is a recording" in line for line in lines(found)) == len(verdicts)
+
+
+def test_a_layer_is_found_by_its_name(tmp_path):
+    with tsdyn.Recorder(tmp_path, made(), probe=(X, Y)) as rec:
+        rec.commit(0)
+    ds = tsdyn.open(tmp_path)
+    assert tsdyn.layer(ds, "fc2").identical(tsdyn.layer(ds, 2))
+    for of, name in ((ds, "fc9"), (ds["weight"].drop_vars("layer_name"), "fc2")):
+        with pytest.raises(ValueError, match="is no name of a layer"):
+            tsdyn.layer(of, name)

@@ -22,6 +22,7 @@ import tsdyn
 from tests import processes
 from tests.cases import small
 from tests.comparing import assert_same
+from tsdyn import registers
 from tsdyn.archive import whole_files
 from tsdyn.engine import general, train
 from tsdyn.engine.batches import finite_stream
@@ -440,6 +441,35 @@ def test_what_measuring_would_change_is_refused_before_anything_is_written(tmp_p
         tsdyn.Recorder(tmp_path / "own", module, probe=(x, y), observables=("loss", "weight"))
     assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
     assert not list(tmp_path.iterdir())
+
+
+class Locked(nn.Linear):
+    def __init__(self):
+        super().__init__(INPUTS, OUTPUTS)
+        self.lock = threading.Lock()
+
+
+class Tiring(nn.Linear):
+    """Raises when it is measured for the fifth time."""
+
+    measured = 0
+
+    def forward(self, x):
+        Tiring.measured += not self.training
+        if Tiring.measured > 4:
+            raise RuntimeError("too often")
+        return super().forward(x)
+
+
+def test_a_module_that_cannot_be_copied_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(tsdyn.ExperimentError, match=r"Locked cannot be copied .*lock.* each member is a copy"):
+        tsdyn.run(experiment(), tmp_path / "run", student=Locked)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_module_that_raises_while_it_is_measured_is_named(tmp_path):
+    with pytest.raises(registers.PartError, match="Tiring raised RuntimeError while it was measured: too often"):
+        tsdyn.run(experiment(), tmp_path / "run", student=lambda: Tiring(INPUTS, OUTPUTS))
 
 
 def test_dropout_that_is_off_is_no_dropout():

@@ -70,7 +70,7 @@ def test_sensitivity_goes_on_with_the_members_that_were_not_done(tmp_path, monke
 
     monkeypatch.setattr(made, "compute", counted)
     # room for the states of one member at a time
-    words = ["sensitivity", "run", "--wrt", "start,sample", "--memory", "20kB", "--quiet", "-o"]
+    words = ["sensitivity", "run", "--wrt", "start,sample", "--memory", "10kB", "--quiet", "-o"]
     command(monkeypatch, *words, "whole.nc")
     assert computed == [0, 1, 2]
     for moment in ("kept", "second"):

@@ -9,7 +9,7 @@ import xarray as xr
 
 import tsdyn
 from tests.through_training.test_twins import tiny, unrolled
-from tsdyn.problem.inputs import training_inputs
+from tsdyn.problem.inputs import batch_indices, generator, training_inputs
 from tsdyn.problem.students import draw_student
 from tsdyn.problem.teachers import draw_teacher
 from tsdyn.running.members import Members
@@ -313,7 +313,7 @@ def test_finished_blocks_are_kept_and_not_computed_again(relu_run, tmp_path, mon
     _, path = relu_run
     from tsdyn.through_training import sensitivity as module
 
-    given = {"wrt": ["start", "sample"], "keep": tmp_path / "parts", "memory": 15_000}
+    given = {"wrt": ["start", "sample"], "keep": tmp_path / "parts", "memory": 8_000}
     first = tsdyn.sensitivity(path, **given)
     files = sorted((tmp_path / "parts").iterdir())
     assert len(files) == 2  # one member each
@@ -421,6 +421,66 @@ def test_modules_of_ones_own(tmp_path):
     tsdyn.run(e, tmp_path / "counting", student=Counting)
     with pytest.raises(tsdyn.ExperimentError, match="changes its buffers"):
         tsdyn.sensitivity(tmp_path / "counting", student=Counting)
+
+
+class Dropping(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner, self.outer, self.drop = torch.nn.Linear(5, 6), torch.nn.Linear(6, 2), torch.nn.Dropout(0.3)
+
+    def forward(self, x):
+        return self.outer(self.drop(torch.tanh(self.inner(self.drop(x)))))
+
+
+def dropped(e, seed, position):
+    """Value and derivatives of one member by a graph of all steps, its masks drawn as the documentation says."""
+    members = Members(e, student=Dropping)
+    w, b, v, c = (members.ensemble.values[f"{n}"][position].clone().requires_grad_() for n in (
+        "inner.weight", "inner.bias", "outer.weight", "outer.bias"
+    ))  # fmt: skip
+    x, y = (t[position].clone() for t in members.finite)
+    weight = torch.ones(len(x), dtype=torch.float64, requires_grad=True)
+    rates = [torch.tensor(e.training.rate(k), dtype=torch.float64, requires_grad=True) for k in (1, 2, 3)]
+    now = (w, b, v, c)
+    velocity = [torch.zeros_like(p) for p in now]
+    for epoch in (1, 2, 3):
+        rng = generator(seed=seed, stream="dropout", epoch=epoch)
+        for rows in batch_indices(e, seed, epoch, len(x)):
+            masks = [torch.from_numpy((rng.random((len(rows), n)) >= 0.3) / 0.7) for n in (5, 6)]
+            hidden = torch.tanh((x[rows] * masks[0]) @ now[0].T + now[1]) * masks[1]
+            off = hidden @ now[2].T + now[3] - y[rows]
+            loss = 0.5 * (weight[rows] * off.square().sum(1)).mean()
+            slopes = torch.autograd.grad(loss, now, create_graph=True)
+            velocity = [e.training.momentum * m + g for m, g in zip(velocity, slopes, strict=True)]
+            now = tuple(p - rates[epoch - 1] * m for p, m in zip(now, velocity, strict=True))
+    probe = members.eval_probes[position].inputs
+    output = torch.tanh(probe @ now[0].T + now[1]) @ now[2].T + now[3]
+    value = 0.5 * (members.targets(position, probe) - output).square().sum(1).mean()
+    return float(value.detach()), torch.autograd.grad(value, [w, b, v, c, weight, *rates])
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.8])
+def test_keyed_dropout_is_a_part_of_the_steps(momentum, tmp_path):
+    e = tiny(
+        training__epochs=3,
+        training__momentum=momentum,
+        record__observables=["loss", "parameter"],
+        record__state_every=2,
+    )
+    tsdyn.run(e, tmp_path / "run", student=Dropping)
+    found = tsdyn.sensitivity(tmp_path / "run", student=Dropping, wrt=["start", "sample", "learning_rate"])
+    assert found.attrs["replayed_from"] == ("0,2" if momentum else "0,1,2")
+    for position, seed in enumerate(e.seed_labels):
+        value, (*start, sample, one, two, three) = dropped(e, seed, position)
+        at = found.sel(seed=seed)
+        assert float(at["value"]) == pytest.approx(value, rel=1e-12)
+        for mine, wanted in (
+            (at["d_start"], torch.cat([t.flatten() for t in start])), (at["d_sample"], sample),
+            (at["d_learning_rate"], torch.stack([one, two, three])),
+        ):  # fmt: skip
+            assert np.abs(mine.values - wanted.numpy()).max() <= 1e-10 * float(wanted.abs().max())
+    curve = retraining.retrained(tmp_path / "run", student=Dropping, sizes=[1e-4, -1e-4])
+    assert np.allclose(curve["retrained"], curve["predicted"], rtol=1e-2)
 
 
 def test_seeds_on_a_dask_client_give_the_same(relu_run):

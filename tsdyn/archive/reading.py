@@ -115,6 +115,8 @@ def open(
     else:
         ds = _opened_together(paths, skip_damaged, upto, as_points=along == "point")
     ds = with_kept(ds)
+    if isinstance(path, (str, Path)):
+        ds.encoding["source"] = str(paths[0].absolute())  # as xarray's own readers say it
     wrong = [str(name) for name, array in ds.data_vars.items() if "wrong" in array.attrs]
     for one in (p.absolute() for p in paths if wrong):
         if one not in _warned:

@@ -12,7 +12,7 @@ import numpy as np
 import xarray as xr
 
 from tsdyn import vocabulary
-from tsdyn.arguments import LABELLED, WHOLE, takes
+from tsdyn.arguments import LABELLED, LAYER, takes
 from tsdyn.experiment.experiment import Experiment
 from tsdyn.experiment.sweep_axes import POINT
 
@@ -91,8 +91,17 @@ def lowest_layer(ds: xr.Dataset | xr.DataArray) -> int:
     return min(1, int(ds.indexes["layer"].min()))
 
 
-@takes(ds=LABELLED, number=WHOLE)
-def layer(ds: T, number: int) -> T:
+def _named_layer(ds: xr.Dataset | xr.DataArray, name: str) -> int:
+    """The label of the layer that a module of the user's own calls so."""
+    names = ds.coords["layer_name"] if "layer_name" in ds.coords and "layer" in ds.dims else None
+    held = [] if names is None or names.ndim != 1 else names.values.tolist()
+    if held.count(name) != 1:
+        raise ValueError(f"layer: {name!r} is no name of a layer; there are {held or 'no names (layer_name)'}")
+    return int(ds.indexes["layer"][held.index(name)])
+
+
+@takes(ds=LABELLED, number=LAYER)
+def layer(ds: T, number: int | str) -> T:
     """One layer without padding.
 
     Node dimensions end where the layer does (for several widths in `ds`, where the widest of them does), so that
@@ -102,7 +111,8 @@ def layer(ds: T, number: int) -> T:
 
     Args:
         ds: Dataset or variable of a run or a sweep, with a ``layer`` dimension.
-        number: A label of ``layer``, 1..L in an archive; layers of your own may be counted from 0.
+        number: A label of ``layer``, 1..L in an archive; layers of your own may be counted from 0.  Of modules of your
+            own also a layer's name, one of ``layer_name``.
 
     Raises:
         ValueError: if `ds` has no such layer.
@@ -113,6 +123,8 @@ def layer(ds: T, number: int) -> T:
         >>> hidden.sizes["teacher_node"]
         5
     """
+    if isinstance(number, str):
+        number = _named_layer(ds, number)
     if "layer" not in ds.dims or number not in ds.indexes["layer"]:
         held = list(ds.indexes["layer"]) if "layer" in ds.dims else "no layer dimension (sel(layer=[1]) keeps it)"
         raise ValueError(f"layer: {number} is not in the dataset, which has {held}")

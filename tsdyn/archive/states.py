@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 import netCDF4
@@ -37,18 +38,28 @@ def state_after(path: str | Path, epoch: int) -> dict[str, np.ndarray]:
         DirectoryError: if the run keeps none there; names those that it keeps.
         ArchiveError: if the file is damaged.
     """
-    path = local_path(path)
+    return states_after(path, [epoch])[epoch]
+
+
+def states_after(path: str | Path, epochs: Collection[int]) -> dict[int, dict[str, np.ndarray]]:
+    """`state_after` of several epochs, for which each file is opened once."""
+    path, found = local_path(path), dict[int, dict[str, np.ndarray]]()
     for file, last in _files(path):
         with netcdf.dataset(file) as nc:
-            along = netcdf.state_at(epoch) in nc.groups
-            if along or (netcdf.STATE in nc.groups and _last(nc, last) == epoch):
+            groups = {epoch: netcdf.state_at(epoch) for epoch in epochs if netcdf.state_at(epoch) in nc.groups}
+            if netcdf.STATE in nc.groups and (end := _last(nc, last)) in epochs:
+                groups.setdefault(int(end), netcdf.STATE)
+            if groups:
                 refuse_changed(file)
-                return netcdf.read_state(nc, netcdf.state_at(epoch) if along else netcdf.STATE)
-    held = ", ".join(map(str, kept(path))) or "none"
-    raise DirectoryError(
-        f"{path}: keeps no training state after epoch {epoch}; it keeps those after {held}. record.state_every = k "
-        "keeps one every k epochs, of what is trained from then on"
-    )
+            found |= {epoch: netcdf.read_state(nc, group) for epoch, group in groups.items() if epoch not in found}
+    missing = [epoch for epoch in epochs if epoch not in found]
+    if missing:
+        held = ", ".join(map(str, kept(path))) or "none"
+        raise DirectoryError(
+            f"{path}: keeps no training state after epoch {missing[0]}; it keeps those after {held}. "
+            "record.state_every = k keeps one every k epochs, of what is trained from then on"
+        )
+    return found
 
 
 def _files(path: Path) -> list[tuple[Path, int | None]]:

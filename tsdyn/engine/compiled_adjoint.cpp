@@ -111,8 +111,7 @@ class Member {
         arena.reserve(&target, samples * outputs);
         arena.reserve(&wanted, outputs * samples);
         arena.reserve(&output, widest * samples);
-        arena.reserve(&lower, layers[0].stride * samples);
-        arena.reserve(&lower_by_sample, samples * layers[0].stride);
+        arena.reserve(&lower, samples * layers[0].stride);
         softmax.resize(job.steps);
         whole_target.resize(job.steps);
         for (Real*& place : softmax) store.reserve(&place, job.entropy ? outputs * samples : 0);
@@ -507,18 +506,21 @@ class Member {
         Layer<Real>& layer = layers[l];
         const Passed<Real>& p = at_step(s, l);
         const Real scale = scale_of(s, l), decay = decay_of(l);
-        if (l > 0 || job.by_input) {
-            Real* out = l > 0 ? layers[l - 1].moved_gamma : lower;
+        if (l > 0) {
+            Real* out = layers[l - 1].moved_gamma;
             if (scale != 0)
                 multiply<Real>({layer.nodes, along(layer), 1, layer.stride, p.gamma, samples, out, samples, 0},
                                layer.below, samples);
             multiply<Real>({layer.nodes, p.weight, 1, layer.stride, layer.moved_gamma, samples, out, samples, scale},
                            layer.below, samples);
-            if (l > 0) gate(layer.by_node, out, layer.below);
-        }
-        if (l == 0 && job.by_input) {
-            transpose(lower, samples, layer.stride, samples, lower_by_sample, layer.stride);
-            add(sums(job.by_input, member, layer.below), layer.below, lower_by_sample, layer.stride, rows);
+            gate(layer.by_node, out, layer.below);
+        } else if (job.by_input) {  // by sample, as the sums are
+            if (scale != 0)
+                multiply<Real>({layer.nodes, p.gamma, 1, samples, along(layer), layer.stride, lower, layer.stride, 0},
+                               batch, layer.stride);
+            multiply<Real>({layer.nodes, layer.moved_gamma, 1, samples, p.weight, layer.stride, lower, layer.stride,
+                            scale}, batch, layer.stride);
+            add(sums(job.by_input, member, layer.below), layer.below, lower, layer.stride, rows);
         }
         Real kept = 1;
         if (decay != 0 && !with_moment && job.decay_biases)
@@ -571,8 +573,7 @@ class Member {
     std::vector<Passed<Real>> passed;
     std::vector<Real*> softmax, whole_target;  // per step, (output, sample), and the sum of each sample's targets
     Arena<Real> arena, store;
-    Real *gradient = nullptr, *scaled = nullptr, *target = nullptr, *wanted = nullptr, *output = nullptr, *lower = nullptr,
-         *lower_by_sample = nullptr;
+    Real *gradient = nullptr, *scaled = nullptr, *target = nullptr, *wanted = nullptr, *output = nullptr, *lower = nullptr;
 };
 
 }  // namespace

@@ -185,7 +185,11 @@ class Ensemble:
         def moved(t: Tensor) -> Tensor:
             return t.to(target, copy=True) if t.is_floating_point() or isinstance(target, str) else t.clone()
 
-        return self._changed(moved, self.death_epoch.clone(), self.stop_epoch.clone(), kept={})
+        own = self.architecture
+        architecture = copy.deepcopy(own).to(target) if isinstance(own, nn.Module) else own
+        return self._changed(
+            moved, self.death_epoch.clone(), self.stop_epoch.clone(), kept={}, architecture=architecture
+        )
 
     def _changed(self, change: Callable[[Tensor], Tensor], death: Tensor, stop: Tensor, **more: Any) -> Ensemble:
         return replace(

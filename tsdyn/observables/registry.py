@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -329,7 +329,7 @@ def measure(variables: Iterable[str], measurement: Measurement) -> dict[str, np.
     with torch.no_grad():
         for name in variables:
             if name in OBSERVABLES:
-                value = OBSERVABLES[name](measurement)
+                value = _ours(name, measurement)
             else:
                 value = _checked(name, _theirs(name, measurement), _layout(measurement))
             found[name] = (
@@ -338,7 +338,26 @@ def measure(variables: Iterable[str], measurement: Measurement) -> dict[str, np.
     return found
 
 
-def _theirs(name: str, measurement: Measurement) -> Tensor | Layers:
+def _ours(name: str, measurement: Measurement) -> Tensor | Layers:
+    """What an observable of tsdyn's own gives.
+
+    Raises:
+        PartError: if a module of the user's own raises in it.
+    """
+    try:
+        return OBSERVABLES[name](measurement)
+    except (ValueError, MemoryError):
+        raise
+    except Exception as error:
+        student = measurement.student
+        if not isinstance(student, Own):
+            raise
+        raise registers.PartError(
+            f"{name}: {type(student.module).__name__} raised {type(error).__name__} while it was measured: {error}"
+        ) from error
+
+
+def _theirs(name: str, measurement: Measurement) -> Any:
     """What an observable of a package or a user gives.
 
     Raises:
@@ -351,7 +370,16 @@ def _theirs(name: str, measurement: Measurement) -> Tensor | Layers:
         raise registers.PartError(f"observable {name!r} raised {type(error).__name__}: {error}") from error
 
 
-def _checked(name: str, value: Tensor | Layers, layout: schema.Layout) -> Tensor | Layers:
+def _tensor(name: str, part: Any) -> Tensor:
+    try:
+        return torch.as_tensor(part)
+    except (TypeError, ValueError, RuntimeError):
+        raise registers.PartError(
+            f"observable {name!r} gave {type(part).__name__}; give a number or a tensor"
+        ) from None
+
+
+def _checked(name: str, value: Any, layout: schema.Layout) -> Tensor | Layers:
     """Return a user's observable unchanged if it has the dimensions that its variable declares.
 
     Raises:
@@ -365,7 +393,9 @@ def _checked(name: str, value: Tensor | Layers, layout: schema.Layout) -> Tensor
             f"observable {name!r} gave {what}; its variable has dimensions {row.dims}: "
             + ("give a list of one tensor per layer from the lowest up" if row.layered else "give one tensor")
         )
-    tensors = [torch.as_tensor(part) for part in parts if part is not None]
+    if not row.layered and value is None:
+        raise registers.PartError(f"observable {name!r} gave None; give a number or a tensor")
+    tensors = [_tensor(name, part) for part in parts if part is not None]
     for layer, tensor in enumerate(tensors, start=1):
         wanted = layout.block(row, layer if row.layered else None)
         if tensor.is_complex():
@@ -373,8 +403,8 @@ def _checked(name: str, value: Tensor | Layers, layout: schema.Layout) -> Tensor
         if tuple(tensor.shape) != wanted:
             inner = [dim for dim in row.dims if dim not in ("seed", "epoch", "layer")]
             where = f" at layer {layer}" if row.layered else ""
+            size = f"({', '.join(inner)}), which is {wanted} here" if inner else "no dimension here: one number"
             raise registers.PartError(
-                f"observable {name!r} gave shape {tuple(tensor.shape)}{where}; its variable declares "
-                f"({', '.join(inner)}), which is {wanted} here"
+                f"observable {name!r} gave shape {tuple(tensor.shape)}{where}; its variable declares {size}"
             )
     return list(tensors) if row.layered else tensors[0]

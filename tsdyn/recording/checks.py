@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -139,15 +139,39 @@ def is_finite(parameter: Tensor) -> bool:
     )
 
 
-def layers_of(model: nn.Module, x: Tensor, layers: Sequence[str] | None) -> tuple[str, ...]:
-    """Names of the layers to label; a model that cannot take the probe is refused with its own words.
+def layers_of(module: nn.Module, x: Tensor, layers: Sequence[str] | None, whose: str) -> tuple[str, ...]:
+    """Names of the layers to label; a module that cannot take the probe is refused with its own words.
 
     Raises:
         ValueError: naming the shape of the inputs, or as `labelled`.
     """
     try:
-        return tuple(labelled(model, x, layers, caller="Recorder"))
-    except RuntimeError as error:
+        return tuple(labelled(module, x, layers, caller="Recorder", whose=whose))
+    except (ValueError, MemoryError):
+        raise
+    except Exception as error:  # the user's own code raises errors of every type
         raise ValueError(
-            f"Recorder: the model raised {type(error).__name__} for inputs {tuple(x.shape)} of the probe: {error}"
+            f"Recorder: the {whose} raised {type(error).__name__} for inputs {tuple(x.shape)} of the probe: {error}"
         ) from error
+
+
+def layers_of_teacher(teacher: Any, model: nn.Module, x: Tensor) -> tuple[str, ...]:
+    """`layers_of` of a teacher that can be compared with the model.
+
+    Raises:
+        ValueError: if it is no module, or of another dtype or on another device than the model; as `layers_of`.
+    """
+    if not isinstance(teacher, nn.Module):
+        raise ValueError(f"Recorder: teacher is {type(teacher).__name__}; an nn.Module is needed")
+    like, mine = next(model.parameters()), next(teacher.parameters(), None)
+    if mine is not None and (mine.dtype, mine.device) != (like.dtype, like.device):
+        raise ValueError(
+            f"Recorder: the teacher is {mine.dtype} on {mine.device}, the model {like.dtype} on {like.device}; convert "
+            "it with .to(...)"
+        )
+    return layers_of(teacher, x, None, "teacher")
+
+
+def name_of(loss: Callable[[Tensor, Tensor], Tensor] | None) -> str:
+    """What a recording calls its loss."""
+    return "half squared error" if loss is None else str(getattr(loss, "__qualname__", type(loss).__qualname__))

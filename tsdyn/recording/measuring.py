@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import vmap
@@ -161,14 +162,45 @@ DIFFERENTIATED = ("gradient_norm", "hessian_eigenvalue", "neural_tangent_kernel"
 
 
 def measured(names: tuple[str, ...], probed: Probed, own: Mapping[str, Callable[[Any], Any]]) -> dict[str, Any]:
-    """The named variables of a model: each an array, or a list of one per layer, as copies on the CPU."""
+    """The named variables of a model: each an array, or a list of one per layer, as copies on the CPU.
+
+    Raises:
+        ValueError: if one cannot be measured, be it the user's own, the loss or the model that raised, or gives no
+            real numbers.
+    """
     found: dict[str, Any] = {}
     with evaluated(probed.model), torch.no_grad():
         for name in names:
-            value = own[name](probed) if name in own else MEASURED[name](probed)
-            if isinstance(value, (list, tuple)):
-                found[name] = [torch.as_tensor(v).detach().cpu().clone().numpy() for v in value]
-            else:
-                found[name] = torch.as_tensor(value).detach().cpu().clone().numpy()
+            value = _asked(name, probed, own)
+            layered = isinstance(value, (list, tuple)) and (name not in own or schema.variable(name).layered)
+            found[name] = [_numbers(name, v) for v in value] if layered else _numbers(name, value)
     probed.__dict__.pop("passed", None)  # the activations of the whole probe
     return found
+
+
+def _asked(name: str, probed: Probed, own: Mapping[str, Callable[[Any], Any]]) -> Any:
+    try:
+        return own[name](probed) if name in own else MEASURED[name](probed)
+    except MemoryError:
+        raise
+    except Exception as error:  # code of the user's own raises errors of every type
+        if name not in own and isinstance(error, ValueError):
+            raise
+        what = f"observable {name!r}" if name in own else f"{name}: the model or the loss"
+        raise ValueError(
+            f"Recorder.commit: {what} raised {type(error).__name__}: {error}; nothing of this epoch is recorded, what "
+            "was committed stays"
+        ) from error
+
+
+def _numbers(name: str, value: Any) -> np.ndarray:
+    try:
+        tensor = torch.as_tensor(value).detach().cpu()
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(
+            f"Recorder.commit: observable {name!r} gave {type(value).__name__}; give a number or a tensor"
+        ) from None
+    if tensor.is_complex():
+        raise ValueError(f"Recorder.commit: observable {name!r} gave complex numbers; give their parts as real ones")
+    plain: np.ndarray = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor.clone()).numpy()
+    return plain

@@ -28,7 +28,7 @@ from tsdyn.experiment.shapes import SAMPLES
 from tsdyn.networks.any_module import Own
 from tsdyn.observables import registry
 from tsdyn.observables.formulas import standardized
-from tsdyn.observables.layers import evaluated, labelled, refuse_unsteady, traced, weights_of
+from tsdyn.observables.layers import evaluated, refuse_unsteady, traced, weights_of
 from tsdyn.observables.member import Measurement, Probe
 from tsdyn.observables.registry import Observed
 from tsdyn.recording import checks, measuring, own_values, states
@@ -175,7 +175,7 @@ class Recorder:
         self._x, self._y = checks.checked_probe(model, probe)
         self._model, self._loss, self._teacher = model, loss, teacher
         self._stateful = states.holders(state)
-        names = checks.layers_of(model, self._x, layers)
+        names = checks.layers_of(model, self._x, layers, "model")
         refuse_unsteady(model, self._x[:WITNESSES], caller="Recorder", whose="model")
         with evaluated(model), torch.no_grad():
             self._called = tuple(traced(model, self._x, names).calls)
@@ -214,6 +214,7 @@ class Recorder:
         self._present: dict[str, np.ndarray] = {}
         self._spare: dict[str, np.ndarray] = {}
         self._attrs: dict[str, Any] = {}
+        self._told: set[str] = set()
         self._finalizer = weakref.finalize(self, self._writer.close)
 
     @property
@@ -248,6 +249,9 @@ class Recorder:
         if given is not None and self._writer.durable is None:
             self._recording = given
         record = self._record(values, dead)
+        if not dead:
+            mine = {name: record[name] for name in record if name in self._own}
+            self._told |= own_values.tell_odd(mine, self._told, f"{self._folder}, epoch {epoch}")
         if self._writer.durable is None and not self._writer.pending:
             self._writer.directory.sign(self._recording)
         if not self._attrs:
@@ -332,7 +336,7 @@ class Recorder:
         weights = [w for w, _ in weights_of(self._model, layers)]
         taught: list[Tensor] = []
         if self._teacher is not None:
-            self._taught = labelled(self._teacher, self._x, caller="Recorder", whose="teacher")
+            self._taught = checks.layers_of_teacher(self._teacher, self._model, self._x)
             taught = [w for w, _ in weights_of(self._teacher, self._taught)]
         depth = max(len(weights), len(taught))
         held = {**dict(self._model.named_parameters()), **dict(self._model.named_buffers())}
@@ -374,7 +378,7 @@ class Recorder:
             f"{type(self._model).__module__}:{type(self._model).__qualname__}",
             rest, checks.shapes(held), checks.digest({"x": self._x, "y": self._y}),
             "" if self._teacher is None else checks.digest(dict(self._teacher.named_parameters())),
-            _name_of(self._loss),
+            checks.name_of(self._loss),
             int(np.prod(self._x.shape[1:])), layers, _padded([len(w) for w in weights], depth),
             _padded([w.shape[1] for w in weights], depth), _padded([len(w) for w in taught], depth),
             _padded([w.shape[1] for w in taught], depth), Record().quantiles,
@@ -555,10 +559,6 @@ class Recorder:
         for name, value in values.items():
             own_values.refuse_other_shape(name, value, given.layout)
         return given
-
-
-def _name_of(loss: Callable[[Tensor, Tensor], Tensor] | None) -> str:
-    return "half squared error" if loss is None else str(getattr(loss, "__qualname__", type(loss).__qualname__))
 
 
 def _padded(sizes: list[int], depth: int) -> tuple[int, ...]:

@@ -110,18 +110,35 @@ def _kept(text: str, parent: str, epoch: int, device: str, student: Maker | None
 
 def _resumed(members: Members, parent: Path, after: int, epoch: int) -> int:
     """Set members to the latest state that the run keeps from `after` to `epoch`; returns its epoch, or `after`."""
-    try:
-        runs = {".": Experiment.from_toml(parent / EXPERIMENT, archived=True)}
-        if runs["."].sweep:
-            runs = {name: experiment for name, (_, experiment) in sweep_points(parent).items()}
-        folder = next((parent / name for name, one in runs.items() if _same(one, members.experiment)), None)
-        held = [e for e in ({} if folder is None else states.kept(folder)) if after < e <= epoch]
-    except (ArchiveError, ExperimentError, OSError):  # it is trained again
-        return after
+    folder = folders(parent).get(identity(members.experiment))
+    held = [e for e in states_kept(folder) if after < e <= epoch]
     if folder is None or not held:
         return after
     members.restore(states.state_after(folder, held[-1]))
     return held[-1]
+
+
+def folders(path: Path) -> dict[str, Path]:
+    """The directories of a run, or of a sweep's runs, by `identity`; none where there is no such archive."""
+    try:
+        whole = Experiment.from_toml(path / EXPERIMENT, archived=True)
+        runs = {".": whole} if not whole.sweep else {name: run for name, (_, run) in sweep_points(path).items()}
+    except (ArchiveError, ExperimentError, OSError):
+        return {}
+    return {identity(experiment): path / name for name, experiment in runs.items()}
+
+
+def states_kept(folder: Path | None) -> dict[int, int]:
+    """Epoch → bytes of the states that the run in a directory keeps; none if that cannot be read."""
+    try:
+        return {} if folder is None else states.kept(folder)
+    except (ArchiveError, OSError):  # it is trained again
+        return {}
+
+
+def identity(experiment: Experiment) -> str:
+    """A text that is the same for runs of the same members, whatever they record and are called."""
+    return repr(sorted((key, part) for key, part in experiment.as_dict().items() if key not in ("record", "name")))
 
 
 def _restored(members: Members, parent: Path, epoch: int) -> int:
@@ -158,16 +175,11 @@ def _point(ds: xr.Dataset, experiment: Experiment) -> xr.Dataset | None:
     """The point of an archive that is a run of `experiment`, whatever either records; None if there is none."""
     whole = Experiment.from_toml_text(str(ds.attrs["experiment"]), archived=True)
     if not whole.sweep:
-        return ds if _same(whole, experiment) else None
+        return ds if identity(whole) == identity(experiment) else None
     from tsdyn.analysis.identity import points
 
-    return next((ds.sel(chosen) for chosen, single in points(ds).values() if _same(single, experiment)), None)
-
-
-def _same(mine: Experiment, theirs: Experiment) -> bool:
-    left, right = (e.as_dict() for e in (mine, theirs))
-    kept = set(left) - {"record", "name"}
-    return all(left[key] == right.get(key) for key in kept)
+    wanted = identity(experiment)
+    return next((ds.sel(chosen) for chosen, single in points(ds).values() if identity(single) == wanted), None)
 
 
 # --- what is changed -------------------------------------------------------------------------------------------------

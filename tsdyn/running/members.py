@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -42,6 +43,7 @@ from tsdyn.running.own_modules import Maker, made, makers, refuse_other_source
 from tsdyn.running.protocol import of_this_shape
 from tsdyn.running.stopping import Watch
 
+_log = logging.getLogger("tsdyn")
 #: Fresh batches of a block of members are drawn this many bytes at a time.
 FRESH_BYTES = 1 << 26
 
@@ -56,6 +58,7 @@ class Members:
     teacher: Maker | None = None
 
     def __post_init__(self) -> None:
+        self._told: set[str] = set()
         given = self.student, self.teacher
         self.student, self.teacher = makers(self.experiment, student=self.student, teacher=self.teacher)
         if given[0] is None and self.student is not None:
@@ -273,11 +276,23 @@ class Members:
                 self.experiment.training.labels,
             )
             found.append(registry.measure(variables, view))
+            self._tell_odd(found[-1] or {}, member, epoch)
         records = {name: self._stacked(name, [None if f is None else f[name] for f in found]) for name in variables}
         if self._watch is not None and self._watch.stop.variable in records:
             ensemble = self.ensemble
             self._watch.look(records[self._watch.stop.variable], ensemble.stop_epoch, ensemble.idle, epoch)
         return records
+
+    def _tell_odd(self, record: Mapping[str, Any], member: int, epoch: int) -> None:
+        """Log, once for each, which observables that are not tsdyn's own are NaN or infinite."""
+        for name in set(record) - set(registry.OBSERVABLES) - self._told:
+            parts = record[name] if isinstance(record[name], list) else [record[name]]
+            if not all(np.isfinite(part).all() for part in parts):
+                self._told.add(name)
+                _log.warning(
+                    "%s: observable %r is NaN or infinite for seed %d at epoch %d; it is recorded as it is",
+                    self.experiment.name, name, self.experiment.seed_labels[member], epoch,
+                )  # fmt: skip
 
     def _student(self, member: int) -> Network | Own:
         if self.student is None:

@@ -215,8 +215,9 @@ def refuse_unpicklable(**passed: Any) -> None:
         try:
             cloudpickle.dumps(part)
         except Exception as error:  # pickling runs the user's code, which raises errors of every type
+            shown = part.measure if isinstance(part, Observed) else part
             raise WorkersError(
-                f"{who}: {part!r} cannot be sent to workers ({type(error).__name__}: {error}); make what it holds "
+                f"{who}: {shown!r} cannot be sent to workers ({type(error).__name__}: {error}); make what it holds "
                 "inside the function, from what can be pickled, or leave workers out"
             ) from error
 

@@ -2,8 +2,10 @@
 
     λ_{t−1} = λ_t ∂θ_t/∂θ_{t−1},   dO/dη_t = λ_t ∂θ_t/∂η_t,   dO/dw_i += λ_t ∂θ_t/∂w_i,   ...
 
-θ is the whole state, moments and running statistics included.  Every √n-th state is kept, and those between are
-computed again.  Compiled code goes back where it can (`compiled_adjoint`), `linearised` elsewhere.
+θ is the whole state, moments and running statistics included.  The way is gone in blocks, the last first, each from
+the state that the archive holds at its beginning; where it holds none, all is trained once to get there.  Where the
+states of a block do not fit in memory, every √n-th is kept, and those between are computed again.  Compiled code goes
+back where it can (`compiled_adjoint`), `linearised` elsewhere.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,6 +30,8 @@ from tsdyn.through_training.steps import ROOTED, Inputs, State
 
 _log = logging.getLogger("tsdyn")
 
+#: What is held of one member beside the states of a block, in states: the graph of a step, and sums over samples.
+BESIDE = 6
 #: Two orders of summation may differ by this much, relative to the largest number that is summed: some thousand units
 #: of the last place of float64, for products of some thousand terms.
 ROUNDING = 1e4 * torch.finfo(torch.float64).eps
@@ -73,56 +78,99 @@ def states_held(steps: int) -> int:
 
 
 @dataclass
+class Gone:
+    """A block of the way that was gone forth.
+
+    Attributes:
+        start: The state before it.
+        states: States by number of steps taken, the first and the last included; or ...
+        passages: ... what all steps went through, by (steps taken, steps taken at its end): compiled code only.
+    """
+
+    start: State
+    states: dict[int, State]
+    passages: dict[tuple[int, int], _Piece]
+
+
+@dataclass
 class Kept:
     """What a forward pass leaves for the way back.
 
     Attributes:
         end: The last state.
-        states: States by number of steps taken, the first and the last included; or ...
-        passages: ... what all steps went through, by (steps taken, steps taken at its end): compiled code only.
+        starts: States at which blocks begin, by number of steps taken, beside those that the archive holds.
+        gone: The last block; None if there are no steps.
         why: Why compiled code is not taken; None if it is.
+        room: Bytes in which all states of a block may be kept.
     """
 
     end: State
-    states: dict[int, State]
-    passages: dict[tuple[int, int], _Piece]
+    starts: dict[int, State]
+    gone: Gone | None
     why: str | None
+    room: int
 
     @property
     def way(self) -> str:
         """How the way back is gone: ``"compiled"``, or ``"general"`` with the reason."""
         return "compiled" if self.why is None else f"general ({self.why})"
 
+    def start(self, course: Course, first: int) -> State:
+        """The state at which a block begins."""
+        return self.starts.pop(first) if first in self.starts else course.known(first)
+
 
 def forward_pass(course: Course, tick: Callable[[int], None] | None = None, room: int = 0) -> Kept:
-    """Go to the end of a course.
+    """Go to the end of a course: through its last block, and through all before whose states the archive does not hold.
 
     Args:
         course: From its start.
         tick: Called with the number of steps gone.
-        room: Bytes in which compiled code may keep all steps, which saves going forth once more.
+        room: Bytes in which all states of a block may be kept, which saves going forth once more.
     """
     why = not_compiled(course)
     _log.info("sensitivity: the adjoint is %s", "compiled" if why is None else f"general ({why})")
     course.advance(0)
-    if why is None and course.steps and bytes_of_steps(course) <= room:
-        marks = [0, *(count for count in range(1, course.steps) if _recorded(course, count)), course.steps]
-        passages = {}
-        for first, end in itertools.pairwise(marks):
+    starts = {0: course.state()}
+    known = {epoch * course.per_epoch for epoch in course.known_epochs}
+    for first, last in course.blocks[:-1]:
+        if last not in known:
+            course.begin(starts[first] if first in starts else course.known(first), first)
+            course.advance(last - first)
+            starts[last] = course.state()
+    kept = Kept(course.state(), starts, None, why, room)
+    if course.blocks:
+        kept.gone = _forth(course, kept, *course.blocks[-1], tick)
+        kept.end = course.state()
+    return kept
+
+
+def _forth(course: Course, kept: Kept, first: int, last: int, tick: Callable[[int], None] | None) -> Gone:
+    """Go forth through a block."""
+    gone = Gone(kept.start(course, first), {}, {})
+    course.begin(gone.start, first)
+    if kept.why is None and bytes_of_steps(course, last - first) <= kept.room:
+        marks = [first, *(count for count in range(first + 1, last) if _recorded(course, count)), last]
+        for begin, end in itertools.pairwise(marks):
             state = course.state()
-            passages[first, end] = _piece(course, state, first, end)
+            gone.passages[begin, end] = _piece(course, state, begin, end)
             course.arrive(state, end)
-            if tick is not None:
-                tick(end - first)
-        return Kept(course.state(), {}, passages, why)
-    apart = spacing(course.steps)
-    kept = {0: course.state()}
-    while course.taken < course.steps:
-        course.advance(min(apart, course.steps - course.taken))
-        if tick is not None:
-            tick(course.taken - max(kept))
-        kept[course.taken] = course.state()
-    return Kept(course.state(), kept, {}, why)
+            _told(tick, end - begin)
+        return gone
+    every = kept.why is not None and (last - first + BESIDE) * State.held(course.ensemble).bytes <= kept.room
+    apart = 1 if every else spacing(last - first)
+    gone.states[first] = course.state()
+    while course.taken < last:
+        begin = course.taken
+        course.advance(min(apart, last - begin))
+        gone.states[course.taken] = course.state()
+        _told(tick, course.taken - begin)
+    return gone
+
+
+def _told(tick: Callable[[int], None] | None, steps: int) -> None:
+    if tick is not None:
+        tick(steps)
 
 
 def reverse_pass(
@@ -135,33 +183,42 @@ def reverse_pass(
         kept: What that left; emptied on the way.
         slope: Derivatives of the observable in the last state.
         wanted: What else is differentiated in.
-        tick: Called with the number of steps gone back.
+        tick: Called with the number of steps gone, there or back.
 
     Raises:
-        ReplayError: if a step of the engine is not the step that is differentiated.
+        ReplayError: if a step of the engine is not the step that is differentiated, or a block does not end in the
+            state from which the next began.
         ExperimentError: if a derivative is not finite.
     """
     sums = _empty(course, slope, wanted)
-    for first, end in sorted(kept.passages, reverse=True):
-        kept.passages.pop((first, end)).back(course, sums, wanted)
-        if tick is not None:
-            tick(end - first)
-    through = _through_compiled if kept.why is None else _through_general
-    marks = sorted(kept.states)
-    after = kept.end
-    for first, end in reversed(list(itertools.pairwise(marks))):
-        del kept.states[end]
-        before = kept.states[first]
-        through(course, before, after, first, end, sums, wanted)
-        after = before
-        if tick is not None:
-            tick(end - first)
+    gone, kept.gone, after = kept.gone, None, kept.end
+    for first, last in reversed(course.blocks):
+        if gone is None:
+            gone = _forth(course, kept, first, last, tick)
+            course.meet(after)
+        _gone_back(course, gone, kept.why, sums, wanted, tick)
+        gone, after = None, gone.start
     if not all(bool(t.isfinite().all()) for t in sums.start.tensors()):
         raise ExperimentError(
             "sensitivity: the derivative is not finite: it grew beyond all numbers on the way back, or the optimizer "
             f"{course.rule(1).name!r} has a step without derivative; ask for an earlier epoch"
         )
+    if sums.learning_rate is not None:
+        sums.learning_rate = sums.learning_rate.unflatten(1, (course.epochs, course.per_epoch)).sum(2)
     return sums
+
+
+def _gone_back(
+    course: Course, gone: Gone, why: str | None, sums: Sums, wanted: Wanted, tick: Callable[[int], None] | None
+) -> None:
+    """Go back through a block; what is kept of it is given up on the way."""
+    for first, end in sorted(gone.passages, reverse=True):
+        gone.passages.pop((first, end)).back(course, sums, wanted, first)
+        _told(tick, end - first)
+    through = _through_compiled if why is None else _through_general
+    for first, end in reversed(list(itertools.pairwise(sorted(gone.states)))):
+        through(course, gone.states[first], gone.states.pop(end), first, end, sums, wanted)
+        _told(tick, end - first)
 
 
 def _empty(course: Course, slope: State, wanted: Wanted) -> Sums:
@@ -169,13 +226,21 @@ def _empty(course: Course, slope: State, wanted: Wanted) -> Sums:
     sums = Sums(slope)
     like = slope.tensors()[0]
     if wanted.learning_rate:
-        sums.learning_rate = like.new_zeros(members, course.epochs)
+        sums.learning_rate = _zeros(like, members, course.steps)  # summed over the steps of each epoch at last
     if not course.fresh:
         x, y = course.finite
-        sums.sample = like.new_zeros(x.shape[:2]) if wanted.sample else None
-        sums.target = torch.zeros_like(y) if wanted.target else None
-        sums.input = torch.zeros_like(x) if wanted.input else None
+        sums.sample = _zeros(like, *x.shape[:2]) if wanted.sample else None
+        sums.target = _zeros(like, *y.shape) if wanted.target else None
+        sums.input = _zeros(like, *x.shape) if wanted.input else None
     return sums
+
+
+def _zeros(like: Tensor, *shape: int) -> Tensor:
+    if like.device.type != "cpu":
+        return like.new_zeros(shape)
+    # of numpy, which asks for large pages: the first touch of small ones, in the order of the batches, takes a tenth
+    # of the way back
+    return torch.from_numpy(np.zeros(shape))
 
 
 # --- step by step --------------------------------------------------------------------------------------------
@@ -207,12 +272,12 @@ def _back(course: Course, before: State, after: State, sums: Sums, wanted: Wante
     }
     names = [name for name, there in of.items() if there]
 
-    found, lower, by_name = pulled(course.kind, before, given, rule, count, sums.start, names)
+    found, lower, by_name = pulled(course.kind_at(count), before, given, rule, count, sums.start, names)
     if not _anchored(course, count):
         _refuse_other_step(course, found, after, count)
     rows = course.rows(count)
     if sums.learning_rate is not None:
-        sums.learning_rate[:, course.epoch_of(count) - 1] += by_name["rate"]
+        sums.learning_rate[:, count - 1] = by_name["rate"]
     if wanted.of_target is not None:
         wanted.of_target(count, by_name["target"], given)
     for total, name in ((sums.sample, "weight"), (sums.target, "target"), (sums.input, "input")):
@@ -243,7 +308,7 @@ def _anchored(course: Course, count: int) -> bool:
 
 def not_compiled(course: Course) -> str | None:
     """Why the general adjoint is taken, step by step; None where compiled code goes back."""
-    if course.anchors and any(set(named) < set(course.ensemble.values) for named in course.recorded.values()):
+    if course.anchors and len(course.anchor_epochs) < len(course.recorded):
         return "not all parameters are recorded"
     if course.steps and course.rows(1) is None:
         return "the whole training set is the batch"
@@ -253,52 +318,44 @@ def not_compiled(course: Course) -> str | None:
 def _through_compiled(
     course: Course, before: State, after: State, first: int, end: int, sums: Sums, wanted: Wanted
 ) -> None:
-    """As `_through_general`, in pieces between the epochs whose recorded weights the replay goes on from."""
-    course.go_to(before, first)  # the data of its epoch
-    marks = [first, *(count for count in range(first + 1, end) if _anchored(course, count)), end]
-    for begin, last in reversed(list(itertools.pairwise(marks))):
-        if begin > first:
-            values = {n: t.to(after.values[n]) for n, t in course.recorded[course.epoch_of(begin)].items()}
-            state = before._replace(values={n: values[n].clone() for n in before.values})
-        else:
-            state = before.map(torch.clone)
-        _piece(course, state, begin, last).back(course, sums, wanted)
-        if not _anchored(course, last):
-            _refuse_other_step(course, state, after, last)
+    """As `_through_general`."""
+    state = before.map(torch.clone)
+    _piece(course, state, first, end).back(course, sums, wanted, first)
+    if not _anchored(course, end):
+        _refuse_other_step(course, state, after, end)
 
 
-def bytes_of_steps(course: Course) -> int:
-    """Bytes that all steps of all members of a course go through in compiled code."""
+def bytes_of_steps(course: Course, steps: int) -> int:
+    """Bytes that so many steps of all members of a course go through in compiled code."""
     assert isinstance(course.kind, Network)
     moments = bool(course.ensemble.moments)
     each = compiled_adjoint.bytes_of_step(course.kind, course.experiment.training.batch, moments=moments)
-    return each * course.steps * course.ensemble.members
+    return each * steps * course.ensemble.members
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """Steps that were taken, of some epochs."""
+    """Steps that were taken."""
 
     passage: compiled_adjoint.Passage
     steps: compiled_adjoint.Steps
-    epochs: list[int]
 
-    def back(self, course: Course, sums: Sums, wanted: Wanted) -> None:
-        """Go back, and add what the steps give to `sums`."""
+    def back(self, course: Course, sums: Sums, wanted: Wanted, first: int) -> None:
+        """Go back, and add what the steps, after `first` others, give to `sums`."""
         x, y = self.steps.inputs, self.steps.targets
         # of samples that are not seen twice only the teacher's derivative is taken, by the targets
         of_target = torch.zeros_like(y) if course.fresh and wanted.of_target is not None else None
         slopes = [sums.start.values, *sums.start.moments.values()]
         by_rate = self.passage.back(slopes, sums.sample, sums.target if of_target is None else of_target, sums.input)
         if sums.learning_rate is not None:
-            sums.learning_rate.index_add_(1, torch.tensor(self.epochs) - 1, by_rate)
+            sums.learning_rate[:, first : first + by_rate.shape[1]] = by_rate
         if of_target is not None and wanted.of_target is not None:
             wanted.of_target(0, of_target, Inputs(by_rate[:, 0], x.new_ones(x.shape[:2]), y, x))
 
 
 def _piece(course: Course, state: State, first: int, end: int) -> _Piece:
     """Go from `state` after `first` steps to that after `end`, which it becomes."""
-    parts, rates, epochs = [], [], []
+    parts, rates = [], []
     for epoch in range(course.epoch_of(first + 1), course.epoch_of(end) + 1):
         before = (epoch - 1) * course.per_epoch
         steps = slice(max(first - before, 0), min(end - before, course.per_epoch))
@@ -306,7 +363,6 @@ def _piece(course: Course, state: State, first: int, end: int) -> _Piece:
         assert data.rows is not None
         parts.append((data, data.rows[:, steps]))
         rates += [course.experiment.training.rate(epoch)] * (steps.stop - steps.start)
-        epochs += [epoch] * (steps.stop - steps.start)
     rows = torch.cat([chosen for _, chosen in parts], 1)
     if course.fresh:
         x, y = (
@@ -319,7 +375,7 @@ def _piece(course: Course, state: State, first: int, end: int) -> _Piece:
     assert isinstance(course.kind, Network)
     given = compiled_adjoint.Steps(x, y, rows, rates)
     held = [state.values, *state.moments.values()]
-    return _Piece(compiled_adjoint.Passage(course.kind, held, course.rule(first + 1), given), given, epochs)
+    return _Piece(compiled_adjoint.Passage(course.kind, held, course.rule(first + 1), given), given)
 
 
 def _refuse_other_step(course: Course, found: State, engine: State, count: int) -> None:

@@ -21,7 +21,7 @@ from tsdyn.running.own_modules import Maker
 from tsdyn.through_training.adjoint import Sums, Wanted, forward_pass, reverse_pass
 from tsdyn.through_training.certificate import Direction, Reach, forward_tangent, gated, kinked, winners_reach
 from tsdyn.through_training.observed import Observed, Of, Student, observed
-from tsdyn.through_training.replay import Course
+from tsdyn.through_training.replay import Course, KeptStates
 from tsdyn.through_training.steps import Inputs, OwnModule, State, forward
 from tsdyn.through_training.teaching import Teachers
 
@@ -44,7 +44,9 @@ class Job:
         spread: Their standard deviation, relative to the root mean square of each of the start's tensors.
         student, teacher: Makers of modules of the user's own.
         device: Device on which it is computed.
-        room: Bytes in which compiled code may keep what all steps went through.
+        room: Bytes in which all states of a block of the way may be kept.
+        kept: States that the archive keeps along the way.
+        states: How many states are held at once, at least.
     """
 
     experiment: Experiment
@@ -59,6 +61,14 @@ class Job:
     teacher: Maker | None = None
     device: str = "cpu"
     room: int = 0
+    kept: KeptStates | None = None
+    states: int = 0
+
+    @property
+    def bytes(self) -> int:
+        """What `states` take, without optimizer moments."""
+        named = next(iter(self.recorded.values()), {})
+        return self.states * sum(8 * array.size for array in named.values())
 
     @property
     def passes(self) -> int:
@@ -80,6 +90,7 @@ class Found:
         growth: (member, wrt, epoch 1..T).
         gated: Whether there is anything that flips.
         way: ``"compiled"``, or ``"general"`` with the reason: how the reverse pass was made.
+        begun: Epochs whose state the archive holds, from which it was trained again.
     """
 
     slopes: dict[str, np.ndarray | list[np.ndarray | None]]
@@ -92,6 +103,7 @@ class Found:
     growth: np.ndarray | None = None
     gated: bool = False
     way: str = ""
+    begun: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -118,7 +130,7 @@ def compute(job: Job, tick: Tick | None = None) -> Found:
     sums, slope, teacher, way = block.derivative(course, tick)
     found = Found(
         block.named(sums, teacher), _numbers(slope.value), course.difference.copy(), course.compared,
-        gated=gated(course) or block.observed.maximum, way=way,
+        gated=gated(course) or block.observed.maximum, way=way, begun=course.known_epochs,
     )  # fmt: skip
     if job.certificate:
         found.radius, found.kinks, found.growth = block.certificate(course, start, sums, teacher, tick)
@@ -149,7 +161,7 @@ class Block:
             e: {n: torch.from_numpy(np.array(a)).to(self.job.device) for n, a in by_name.items()}
             for e, by_name in held.items()
         }
-        return Course(self.members, self.job.epoch, named)
+        return Course(self.members, self.job.epoch, named, kept=self.job.kept if recorded else None)
 
     # --- the derivative --------------------------------------------------------------------------------------
 

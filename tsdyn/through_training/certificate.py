@@ -112,7 +112,9 @@ def forward_tangent(
     for count in range(1, course.steps + 1):
         before, given, rule = course.state(), course.given(count), course.rule(count)
 
-        tau, hidden, clip = pushed(course.kind, before, tau, given, direction_of(course, direction, count), rule, count)
+        tau, hidden, clip = pushed(
+            course.kind_at(count), before, tau, given, direction_of(course, direction, count), rule, count
+        )
         for value, dot in hidden if flips else []:
             reach.see(value, dot)
         if clip is not None:

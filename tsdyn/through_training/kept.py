@@ -43,7 +43,7 @@ def read(folder: Path, job: Job) -> Found | None:
             arrays = dict(held)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile):
         return None
-    if "way" not in arrays:  # of an earlier version
+    if "begun" not in arrays:  # of an earlier version
         return None
     parts: dict[str, dict[str, np.ndarray | list[np.ndarray | None]]] = {"slopes": {}, "errors": {}}
     for where, array in arrays.items():
@@ -60,6 +60,7 @@ def read(folder: Path, job: Job) -> Found | None:
     return Found(
         parts["slopes"], arrays["value"], arrays["difference"], int(arrays["compared"]), parts["errors"],
         arrays.get("radius"), arrays.get("kinks"), arrays.get("growth"), bool(arrays["gated"]), str(arrays["way"]),
+        arrays["begun"].tolist(),
     )  # fmt: skip
 
 
@@ -69,7 +70,7 @@ def write(folder: Path, job: Job, found: Found) -> None:
     if name is None:
         return
     arrays: dict[str, np.ndarray] = {"compared": np.array(found.compared), "gated": np.array(found.gated)}
-    arrays["way"] = np.array(found.way)
+    arrays |= {"way": np.array(found.way), "begun": np.array(found.begun, dtype=np.int64)}
     for array in _ARRAYS:
         if (held := getattr(found, array)) is not None:
             arrays[array] = held

@@ -178,6 +178,8 @@ def _attrs(
         "observable_epoch": job.epoch,
         "wrt": ",".join(job.wrt),
         "adjoint": ", ".join(sorted({result.way for _, _, result in results})),
+        # 0 is the start
+        "replayed_from": ",".join(map(str, sorted({0, *(e for _, _, result in results for e in result.begun)}))),
     }
     gated = any(result.gated for _, _, result in results)
     if job.certificate and not gated:

@@ -107,7 +107,7 @@ def _value(
         state = start._replace(values=values)
     for count in range(1, course.steps + 1):
         pairs = zip(course.given(count), direction_of(course, direction, count), strict=True)
-        state = moved_on(course.kind, state, Inputs(*(by(t, a) for t, a in pairs)), course.rule(count), count)
+        state = moved_on(course.kind_at(count), state, Inputs(*(by(t, a) for t, a in pairs)), course.rule(count), count)
     moved = None
     if teacher is not None:
         assert block.teachers.values is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,16 +19,18 @@ from tsdyn.archive import reading
 from tsdyn.archive.selecting import experiment_of
 from tsdyn.archive.whole_files import local_path
 from tsdyn.arguments import ARCHIVE, NAMES, takes
+from tsdyn.engine.ensemble import Ensemble
 from tsdyn.experiment.errors import ExperimentError
 from tsdyn.experiment.experiment import Experiment
 from tsdyn.observables import registry
+from tsdyn.running.forked_members import folders, identity, states_kept
 from tsdyn.running.members import Members
 from tsdyn.running.own_modules import Maker
 from tsdyn.through_training import kept, labelled
-from tsdyn.through_training.adjoint import states_held
+from tsdyn.through_training.adjoint import BESIDE, states_held
 from tsdyn.through_training.blocks import Found, Job, compute
 from tsdyn.through_training.observed import Of, observed
-from tsdyn.through_training.replay import recorded_weights
+from tsdyn.through_training.replay import KeptStates, marks, recorded_weights
 from tsdyn.through_training.request import bytes_of, checked_epoch, chosen_seeds, living, refuse_unfit, wanted
 from tsdyn.through_training.steps import State
 
@@ -85,7 +88,9 @@ def sensitivity(
     """Derivatives of an observable of one epoch in everything that the run started from.
 
     The run is trained again from its keyed draws, compared with the recorded weights, and gone through backwards, in
-    float64.  All that is in `wrt` comes from one reverse pass; the certificate takes one forward pass for each.
+    float64: in blocks, each from recorded weights or a kept state (``record.state_every``) where the archive has them
+    and they are all that training depends on, else from the start.  All that is in `wrt` comes from one reverse pass;
+    the certificate takes one forward pass for each.
 
     Args:
         path_or_dataset: A run or a sweep, which records weights; swept keys stay dimensions.
@@ -120,7 +125,9 @@ def sensitivity(
         ``observable_radius`` (seed, wrt, side): how far none of the samples that the observable is measured on crosses
         a kink, which changes the derivative by no more than that sample's share;
         ``tangent_growth`` (seed, wrt, epoch); ``replay_difference`` (seed): the largest difference from the recorded
-        weights.  The attribute ``reach`` says in words how far the derivatives predict.
+        weights.  The attribute ``replayed_from`` names the epochs from whose archived states it was trained again (0 is
+        the start), ``adjoint`` how it was gone back through, and ``reach`` says in words how far the derivatives
+        predict.
 
     Raises:
         ExperimentError: for what cannot be differentiated, naming the way out.
@@ -185,6 +192,7 @@ def _jobs(
     ds: xr.Dataset, common: Job, seeds: Sequence[int], *, named: bool, room: int | None, client: Any
 ) -> Iterator[tuple[Mapping[str, Any], Job]]:
     """The blocks of members of every point, each with where its point stands in the Dataset."""
+    runs = folders(Path(source)) if (source := ds.encoding.get("source")) is not None else {}
     for chosen, experiment in points(ds).values():
         single = ds.sel(chosen) if chosen else ds
         registry.load(experiment)
@@ -199,35 +207,59 @@ def _jobs(
         # one member tells how large a state is, and how its parameters are called
         first = Members(experiment.replace({"seeds": alive[:1]}), common.device, common.student, common.teacher)
         first.prepare()
-        size, allowed = _block_size(experiment, State.held(first.ensemble).bytes, common.epoch, room, len(alive))
+        every = experiment.record.state_every
+        folder = runs.get(identity(experiment)) if every is not None and experiment.dtype == "float64" else None
+        kept_bytes = states_kept(folder)
+        epochs = tuple(kept_bytes)
+        longest, starts = _division(single, experiment, first.ensemble, alive[0], min(last, common.epoch), epochs)
+        held = State.held(first.ensemble).bytes
+        size, allowed = _block_size(experiment, held, longest * experiment.steps, starts, room, len(alive))
         size = 1 if client is not None else size
         for begin in range(0, len(alive), size):
             block = alive[begin : begin + size]
             held = recorded_weights(single, first.ensemble, block, min(last, common.epoch))
             recorded = {e: {n: t.numpy() for n, t in by_name.items()} for e, by_name in held.items()}
             of_block = experiment.replace({"seeds": block})
-            yield chosen, replace(common, experiment=of_block, recorded=recorded, room=allowed)
+            places = tuple(experiment.seed_labels.index(seed) for seed in block)
+            kept_states = None
+            if folder is not None and epochs:
+                kept_states = KeptStates(folder, epochs, max(kept_bytes.values()), places)
+            yield chosen, replace(
+                common, experiment=of_block, recorded=recorded, room=allowed, kept=kept_states,
+                states=states_held(longest * experiment.steps) + starts,
+            )  # fmt: skip
+
+
+def _division(
+    single: xr.Dataset, experiment: Experiment, one: Ensemble, seed: int, last: int, kept_epochs: Sequence[int]
+) -> tuple[int, int]:
+    """How the way of a replay is divided: epochs of the longest block, and number of states to be found for it."""
+    whole = () if one.moments or one.buffers else recorded_weights(single, one, [seed], last).items()
+    anchors = {epoch for epoch, named in whole if set(named) == set(one.values)}
+    begun = marks(experiment, last, anchors)
+    longest = max((b - a for a, b in itertools.pairwise([*begun, last])), default=0)
+    return longest, len(set(begun) - anchors - set(kept_epochs))
 
 
 def _block_size(
-    experiment: Experiment, bytes_of_state: int, epoch: int, room: int | None, members: int
+    experiment: Experiment, bytes_of_state: int, steps: int, starts: int, room: int | None, members: int
 ) -> tuple[int, int]:
-    """How many members' states fit in memory together, and the bytes of that memory.
+    """How many members' states fit in memory together, and the bytes of that memory; of blocks of so many steps.
 
     Raises:
         MemoryError: if those of one do not.
     """
     # in float64, a copy with the graph of one step, and the sums over samples and epochs
     wide = bytes_of_state * (2 if experiment.dtype == "float32" else 1)
-    one = wide * (states_held(epoch * experiment.steps) + 6)
+    one = wide * (states_held(steps) + starts + BESIDE)
     allowed = min(memory_of.free(torch.device("cpu")) // SHARE, MOST_BYTES) if room is None else room
     if room is None and one > allowed:
         allowed = memory_of.free(torch.device("cpu"))
     if one > allowed:
         raise MemoryError(
-            f"sensitivity: the states of one member take {one / 1e6:.1f} MB ({states_held(epoch * experiment.steps)} "
-            f"of {wide / 1e6:.2f} MB), and {allowed / 1e6:.1f} MB are given; give more memory= or ask for an "
-            "earlier epoch"
+            f"sensitivity: the states of one member take {one / 1e6:.1f} MB ({states_held(steps) + starts} of "
+            f"{wide / 1e6:.2f} MB), and {allowed / 1e6:.1f} MB are given; give more memory=, ask for an earlier epoch, "
+            "or let the run keep states along the way (record.state_every)"
         )
     return int(max(1, min(members, allowed // one))), int(allowed)
 
@@ -236,15 +268,10 @@ def _plan(jobs: Sequence[Job]) -> Plan:
     if not jobs:
         return Plan(0, 0, 0, 0, 0, 0)
     steps = max(job.epoch * job.experiment.steps for job in jobs)
-    states = states_held(steps)
-    bytes_each = [
-        states
-        * sum(8 * a[0].size for a in next(iter(job.recorded.values()), {}).values())
-        * len(job.experiment.seed_labels)
-        for job in jobs
-    ]
     members = sum(len(job.experiment.seed_labels) for job in jobs)
-    return Plan(members, steps, jobs[0].passes, states, max(bytes_each), len(jobs))
+    return Plan(
+        members, steps, jobs[0].passes, max(job.states for job in jobs), max(job.bytes for job in jobs), len(jobs)
+    )
 
 
 def _computed(

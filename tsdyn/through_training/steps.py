@@ -19,9 +19,9 @@ from torch.func import functional_call, grad, vmap
 
 from tsdyn.engine import dropout
 from tsdyn.engine.ensemble import Ensemble, Named, layer_of, parts_of
+from tsdyn.engine.general import NONE, Noise
 from tsdyn.engine.loss import MSE, Loss
 from tsdyn.engine.rule import Rule
-from tsdyn.experiment.errors import ExperimentError
 from tsdyn.networks.batch_norm import BatchNorm
 from tsdyn.networks.network import Network
 
@@ -34,10 +34,17 @@ ROOTED = ("adam", "adamw")
 
 @dataclass(frozen=True)
 class OwnModule:
-    """A module of the user's own, with what training leaves: buffers and frozen parameters, (member, ...) each."""
+    """A module of the user's own.
+
+    Attributes:
+        module: The module.
+        fixed: What training leaves: buffers and frozen parameters, (member, ...) each.
+        noise: The masks of its dropout layers in one step.
+    """
 
     module: nn.Module
     fixed: Named
+    noise: Noise = NONE
 
 
 #: What members are: networks, or modules.
@@ -47,15 +54,7 @@ Kind: TypeAlias = Network | OwnModule
 def kind_of(ensemble: Ensemble) -> Kind:
     """The architecture of an ensemble, for `forward` and `step`."""
     architecture = ensemble.architecture
-    if not isinstance(architecture, nn.Module):
-        return architecture
-    dropped = dropout.active(architecture)
-    if dropped:
-        raise ExperimentError(
-            f"sensitivity: {type(architecture).__name__} has dropout ({', '.join(dropped)}), through whose steps no "
-            "derivative is taken; use a module without"
-        )
-    return OwnModule(architecture, ensemble.buffers)
+    return OwnModule(architecture, ensemble.buffers) if isinstance(architecture, nn.Module) else architecture
 
 
 class State(NamedTuple):
@@ -147,11 +146,15 @@ def forward(
     if isinstance(architecture, OwnModule):
         module = architecture.module
 
-        def one(v: Named, fixed: Named, x: Tensor) -> Tensor:
-            output: Tensor = functional_call(module, (v, fixed), (x,))
+        called = architecture.noise.called
+
+        def one(v: Named, fixed: Named, x: Tensor, masks: tuple[Tensor, ...]) -> Tensor:
+            with dropout.masked(module, called, masks):
+                output: Tensor = functional_call(module, (v, fixed), (x,))
             return output
 
-        return vmap(one)(values, {n: t.clone() for n, t in architecture.fixed.items()}, x), buffers, [], []
+        fixed = {n: t.clone() for n, t in architecture.fixed.items()}
+        return vmap(one)(values, fixed, x, architecture.noise.masks), buffers, [], []
     weights, biases, norms = parts_of(architecture, values, buffers)
     frame, members = architecture.frame, len(x)
     after = dict(buffers)
