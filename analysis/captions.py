@@ -14,6 +14,11 @@ from tsdyn.experiment.experiment import Experiment
 
 #: Attributes of an archive that what is measured from it keeps.
 KEPT = ("name", "digest", "experiment", "tsdyn_version", "study", "scale")
+#: What the rank of a winner is.
+RANKS = (
+    "rank: of each teacher node's best student node of the last epoch, among all nodes of its layer by their "
+    "correlation with that teacher node at each epoch; 0 is the first, 0.5 the middle"
+)
 #: What stands for the spread over seeds in a figure.
 Spread = Literal["curves", "shares", "points", "none"]
 
@@ -42,11 +47,11 @@ def spread_words(kind: Spread, seeds: int | None) -> str:
         case "none":
             return ""
         case "shares":
-            told = "Bands: Wilson's 95 % intervals of the shares; none is drawn at shares of 0 and 1"
+            told = "Bands: Wilson's 95 % intervals of the shares; none is drawn where all seeds agree"
             if seeds is None:
                 return f"{told}."
             reach = 3.84 / (seeds + 3.84)  # z²/(n + z²), the interval's other end at a share of 0
-            return f"{told}, where they end at {reach:.2f} and {1 - reach:.2f}."
+            return f"{told}, for it would reach from 0 to {reach:.2f} or from {1 - reach:.2f} to 1."
         case "points":
             return "One mark per node or seed; every seed is drawn."
         case "curves":
@@ -66,7 +71,8 @@ def caption(ds: xr.Dataset, says: str, spread: Spread, *, paper: Mapping[str, An
         spread: What stands for the spread over seeds.
         paper: The paper's experiment, where `ds` may come from a smaller one.
     """
-    seeds = ds.sizes.get("seed", ds.attrs.get("seeds"))
+    known = ds.sizes.get("seed", ds.attrs.get("seeds"))
+    seeds = None if known is None else int(known)  # a number of NumPy's if xarray read it from a file
     parts = [
         says.rstrip(".") + ".",
         "" if seeds is None else f"n = {seeds} seed{'s' * (seeds != 1)}.",
@@ -128,6 +134,8 @@ def _facts(experiment: Experiment) -> list[str]:
         inputs = {point.teacher_widths[0] for _, point in experiment.points()}
         fixed |= {"inputs": f"d = {inputs.pop()} inputs"} if len(inputs) == 1 else {}
     if experiment.kind == "training":
+        if experiment.student.widths is None:
+            fixed["student.overrealization"] = words("overrealization", experiment.student.overrealization)
         train = experiment.data.train
         fixed["data.train"] = "new samples at every step" if train == "fresh" else f"N = {number(train)} samples"
         fixed["training.learning_rate"] = rate(experiment.training.learning_rate)
@@ -138,9 +146,12 @@ def _facts(experiment: Experiment) -> list[str]:
         fixed["training.epochs"] = f"{length} of {number(steps.pop())} steps" if len(steps) == 1 else length
         if experiment.teacher.init == "luck-matters":
             fixed["teacher.init"] = "teacher and inputs of Tian et al. (2019)"
-    elif experiment.kind == "population-flow":
+    names = {point.student.activation for _, point in experiment.points()}
+    if names != {"relu"} and len(names) == 1:
+        fixed["σ"] = f"σ = {names.pop()}"
+    if experiment.kind == "population-flow":
         fixed["flow"] = "gradient flow of the population loss, d = k + 1 Gaussian inputs, orthonormal teacher"
-    else:
+    elif experiment.kind == "online":
         fixed["training.learning_rate"] = rate(experiment.training.learning_rate)
     return [text for key, text in fixed.items() if key not in swept]
 
@@ -156,6 +167,9 @@ def _smaller(own: Experiment, paper: Any) -> str:
         mine, theirs = own.data.train, paper.data.train
         if "data.train" not in swept and "fresh" not in (mine, theirs):
             pairs.append((mine, theirs, "samples"))
+        teacher, bigger = ("-".join(map(str, e.teacher_widths[1:-1])) for e in (own, paper))
+        if "teacher.widths" not in swept:
+            pairs.append((teacher, bigger, "as hidden widths of the teacher"))
         ratio, larger = (f"{e.student.overrealization:g}x" for e in (own, paper))
         if "student.overrealization" not in swept:
             pairs.append((ratio, larger, "as many student nodes as teacher nodes"))

@@ -10,7 +10,7 @@ import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
+from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import SubFigure
 from matplotlib.ticker import Formatter, LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
@@ -303,15 +303,16 @@ def two_ways(swept: Sequence[str]) -> Ways:
     return {"across": swept[:1], "down": swept[1:]}
 
 
-def shade_bar(page: look.Page, count: int, text: str) -> None:
-    """Add the colour bar of `style.shade` for numbers 1..count."""
+def shade_bar(page: look.Page, labels: Sequence[int], text: str) -> None:
+    """Add the colour bar of `style.shade` for nodes with these consecutive `labels`, a step for each."""
+    count = len(labels)
     if count == 1:
         return
+    shades = ListedColormap([look.shade(i, count) for i in range(count)])
     bar = page.body.colorbar(
-        ScalarMappable(Normalize(0.5, count + 0.5), look.ORDERED), ax=page.axes, label=text, aspect=30
+        ScalarMappable(Normalize(labels[0] - 0.5, labels[-1] + 0.5), shades), ax=page.axes, label=text, aspect=30
     )
-    bar.locator = MaxNLocator(integer=True, nbins=6)
-    bar.set_ticks(sorted({1, count} | set(range(5, count - 2, 5))) if count > 6 else list(range(1, count + 1)))
+    bar.set_ticks(panels.node_ticks(labels))
 
 
 def place(ds: xr.Dataset) -> str:

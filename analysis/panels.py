@@ -24,7 +24,8 @@ from tsdyn.schema import printable
 
 __all__ = [
     "LIGHTEST", "NUMBERED", "PALETTE", "STYLES", "axes", "axis_label", "colour", "formulas", "lines", "name_ticks",
-    "nodes", "numbers", "plain", "points", "rate", "shade", "spread", "stack", "style", "table", "whole_numbers",
+    "node_ticks", "nodes", "numbers", "plain", "points", "rate", "shade", "spread", "stack", "style", "table",
+    "whole_numbers",
 ]  # fmt: skip
 
 STYLES = ("-", "--", ":", "-.")
@@ -95,7 +96,9 @@ def points(x: xr.DataArray, y: xr.DataArray, *, ax: Axes | None = None) -> Axes:
     # set_ylim would stop autoscaling, and panels that share the axis would be cut at the first one's upper limit
     ax.update_datalim([(0.0, 0.0)], updatex=False)
     lowest = float(np.fmin.reduce(x.values, axis=None, initial=0.0))  # at the start all correlations may be negative
-    ax.set(xlim=(min(-0.05, lowest - 0.05), 1.05), xlabel=axis_label(x), ylabel=axis_label(y), xticks=(0.0, 0.5, 1.0))
+    beside = (other for other in ax.get_shared_x_axes().get_siblings(ax) if other is not ax and other.collections)
+    left = min([-0.05, lowest - 0.05, *(other.get_xlim()[0] for other in beside)])
+    ax.set(xlim=(left, 1.05), xlabel=axis_label(x), ylabel=axis_label(y), xticks=(0.0, 0.5, 1.0))
     ax.autoscale_view(scalex=False)
     return ax
 
@@ -109,11 +112,12 @@ def spread(
     linestyle: Any = "-",
     label: str | None = None,
     marker: str | None = None,
-    banded: bool = True,
+    band: float = 0.2,
 ) -> Axes:
     """Draw `values` (seed, `along`) by the rule for spread: median and middle 80 %, or below five seeds every seed.
 
-    A single position is drawn as a marker per seed, or as the median with an error bar, since a line needs two.
+    A single position is drawn as a marker per seed, or as the median with an error bar, since a line needs two.  The
+    opacity of the band is `band`; at 0 there is none.
     """
     ax = axes(ax)
     values = values.expand_dims("seed") if "seed" not in values.dims else values
@@ -139,8 +143,8 @@ def spread(
                 x, middle, yerr=[middle - low, high - middle], color=color, label=label, marker="o", markersize=size
             )
         else:
-            if banded:
-                ax.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0, gid="band")
+            if band:
+                ax.fill_between(x, low, high, color=color, alpha=band, linewidth=0, gid="band")
             ax.plot(x, middle, color=color, label=label, linestyle=linestyle, marker=marker, markersize=size)
     if along == "epoch":
         whole_numbers(ax)
@@ -158,7 +162,7 @@ def rate(
     shift: float | int = 0.0,
     **line: Any,
 ) -> Axes:
-    """Plot a share in [0, 1] with its interval as a band against teacher node, from 1; (teacher_node,), (…, bound).
+    """Plot a share in [0, 1] with its interval as a band against teacher node; (teacher_node,), (…, bound).
 
     Where the share is 0 or 1 there is no band: those of curves that coincide there would cover the panel.
 
@@ -171,7 +175,7 @@ def rate(
         line: Keywords of `matplotlib.axes.Axes.plot`.
     """
     ax = axes(ax)
-    nodes = share["teacher_node"].values + 1
+    nodes = share["teacher_node"].values
     if interval is not None:
         inside = (share.values > 0) & (share.values < 1)
         low, high = (np.where(inside, interval.isel(bound=i).values, share.values) + shift for i in (0, 1))
@@ -179,9 +183,17 @@ def rate(
     ax.plot(
         nodes, share.values + shift, color=color, marker="o" if marked else None, markersize=look.points(2.2), **line
     )
-    ends = sorted({1, len(nodes)} | {n for n in (5, 10, 15) if n <= len(nodes) - 3})
+    ends = node_ticks(nodes)
     ax.set(ylim=(-0.06, 1.06), xlabel="teacher node", ylabel=axis_label(share), xticks=ends)
     return ax
+
+
+def node_ticks(labels: Any) -> list[int]:
+    """Labels of nodes for an axis, at most about eight: the first, the last, and round ones between."""
+    first, last = int(labels[0]), int(labels[-1])
+    step = next(s for s in (1, 2, 5, 10, 20, 50, 100, 1000) if len(labels) <= 6 * s or s == 1000)
+    between = range(first + step - first % step, last, step)
+    return [first, *(n for n in between if last - n >= (step + 1) // 2), *([last] if last > first else [])]
 
 
 def nodes(values: xr.DataArray, *, ax: Axes | None = None) -> Axes:
@@ -189,7 +201,8 @@ def nodes(values: xr.DataArray, *, ax: Axes | None = None) -> Axes:
     ax = axes(ax)
     count = values.sizes["teacher_node"]
     for j in range(count):
-        spread(values.isel(teacher_node=j), ax=ax, color=shade(j, count))
+        # as many bands as nodes lie over one another
+        spread(values.isel(teacher_node=j), ax=ax, color=shade(j, count), band=0.2 if count <= 5 else 0.08)
     ax.set(xlabel="epoch", ylabel=axis_label(values))
     return ax
 

@@ -76,7 +76,7 @@ def recovery_class(archive: xr.Dataset, *, threshold: float = THRESHOLD) -> xr.D
         name="recovery_class",
         attrs={
             "units": "1",
-            "long_name": f"teacher nodes with correlation > {threshold:g}",
+            "long_name": f"how many teacher nodes are recovered (correlation with a student node > {threshold:g})",
             "source": SOURCE,
             **flags(RECOVERY),
         },
@@ -118,7 +118,7 @@ def fractions(codes: xr.DataArray, *, over: str = "seed") -> xr.DataArray:
         name="fraction",
         attrs={
             "units": "1",
-            "long_name": f"share of {over}s, {codes.attrs.get('long_name', codes.name)}",
+            "long_name": f"share of {over}s by {codes.attrs.get('long_name', codes.name)}",
             "source": str(codes.attrs.get("source", "")),
         },
         values=np.atleast_1d(codes.attrs["flag_values"]),

@@ -10,6 +10,7 @@ from tsdyn.experiment.meanings import MEANINGS
 from tsdyn.experiment.parts import Data, Flow, Online, Part, Record, Stop, Student, Teacher, Training
 
 project = "tsdyn"
+copyright = "2026, The tsdyn developers"
 author = "The tsdyn developers"
 release = version = __version__
 extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax", "myst_parser"]

@@ -152,8 +152,8 @@ def scale(values: xr.DataArray, ax: Axes) -> None:
 #: What the vertical axes say.
 NAMES = {
     "mean_specialization": "mean best correlation ρ̄",
-    "mean_rank": "mean rank r̄ of winners",
-    "median_rank": "median rank of winners",
+    "mean_rank": "mean rank r̄ of winners (0: first)",
+    "median_rank": "median rank of winners (0: first)",
     "mse_eval": "evaluation mse per output",
     "mse_train": "training mse per output",
     "loss_eval": "evaluation loss",
@@ -188,6 +188,7 @@ def draw(
         last = measured[ends[0]].isel(epoch=-1) if "epoch" in measured[ends[0]].dims else measured[ends[0]]
         dead = int(last.isnull().sum())
         says += f"; {dead} of {last.size} students diverged, whose curves end there" if dead else ""
+    says += f"; {captions.RANKS}" if any(name.endswith("_rank") for name in show) else ""
     swept = [str(dim) for dim in swept_dimensions(measured["mean_specialization"])]
     across = list(swept if across is None else [dim for dim in across if dim in swept])
     columns = layout.points(measured, across)

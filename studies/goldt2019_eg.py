@@ -90,14 +90,15 @@ def draw(measured: xr.Dataset) -> look.Page:
         layout.Cell("generalization error", {"layers": at}, _TITLES[at]) for at in measured["layers"].values.tolist()
     ]
     says = (
-        f"Online learning, M = {TEACHER_NODES} teacher nodes: simulation (marks, a shape per seed) and equation "
-        "(lines) from the same starts"
+        f"Generalization error of online learning in N = d dimensions, M = {TEACHER_NODES} teacher nodes, against the "
+        "number of steps over N: simulation (marks, a shape per seed; seeds take turns along a curve) and equation "
+        "(lines) from the same starts, every seed"
     )
     page = layout.arrange(
-        measured, PANELS, [cells], says=says, spread="points", share_x=True, share_y=True, columns=2, height=2.2,
+        measured, PANELS, [cells], says=says, spread="none", share_x=True, share_y=True, columns=2, height=2.2,
         paper=EXPERIMENTS,
     )  # fmt: skip
     told = experiment_of(measured) if "experiment" in measured.attrs else None
     if told is not None:
-        page.say(f"{page.caption} Output noise {told.online.noise:g}, N = {told.student_widths[0]} inputs.")
+        page.say(f"{page.caption} Output noise {told.online.noise:g}.")
     return page

@@ -114,8 +114,8 @@ def draw(measured: xr.Dataset) -> look.Page:
     """Figure: light where every seed averages, dark where every seed copies; numbers: per cent that do neither."""
     says = (
         "Share of seeds that end at the perturbed n-copy (dark) rather than at the copy-average point (light); "
-        "numbers: per cent of seeds at neither, most of them on degenerate plateaus where a neuron serves a whole "
-        "group; borders follow from the Hessians' signatures and need no seed"
+        "numbers: per cent of seeds at neither; borders, of which some coincide, follow from the Hessians' signatures "
+        "and the losses and need no seed"
     )
     page = layout.arrange(
         measured, PANELS, [[layout.Cell("phase diagram")]], says=says, spread="none", columns=1, height=2.7,

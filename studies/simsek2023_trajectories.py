@@ -131,6 +131,7 @@ def _frame(one: xr.Dataset, ax: Axes) -> None:
         )
         ax.annotate(f"$v_{j}$", corner / np.hypot(*corner) * 0.9 * edge, ha="center", va="center", size=look.points(7))
     ax.set(aspect="equal", xlim=(-edge, edge), ylim=(-edge, edge), xticks=[], yticks=[])
+    ax.spines[["left", "bottom"]].set_visible(False)  # the arrows are the axes
     place = one["one_neuron_place"].values
     if np.isfinite(place).all():
         for turn in range(3):
@@ -163,7 +164,7 @@ def _paths(measured: xr.Dataset, ax: Axes) -> None:
             a = own["path_outgoing"].values
             ax.scatter(
                 x[every], y[every], s=_sizes(a[every]) * 3, facecolors="none", edgecolors=colour, zorder=4,
-                linewidths=look.points(0.7), label=f"student node {node + 1} (area: |a|)",
+                linewidths=look.points(0.7), label=f"student node {node} (area: |a|)",
             )  # fmt: skip
 
 
@@ -214,7 +215,8 @@ def draw(measured: xr.Dataset) -> look.Page:
     names = measured["activation"].values.tolist()
     rows = [[layout.Cell(name, {"activation": at}, f"{at}: {name}") for name in PANELS] for at in names]
     says = (
-        "Two student nodes against k = 3 orthonormal teacher nodes, seen along v₁ + v₂ + v₃: paths of their incoming "
+        "Two student nodes against k = 3 orthonormal teacher nodes (arrows: their incoming weights v₁, v₂, v₃ of nodes "
+        "0, 1, 2, of length 1), seen along v₁ + v₂ + v₃: paths of their incoming "
         "weights (coloured: the seed of least loss; circles: area |a|), the same at convergence in rᵢ uᵢⱼ, and uᵢⱼ "
         "with rᵢ = ‖wᵢ‖ and aᵢ for n = 4, k = 8; of relu the start decides the norm"
     )

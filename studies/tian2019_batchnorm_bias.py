@@ -214,7 +214,8 @@ def draw(measured: xr.Dataset) -> look.Page:
         Patch(color=look.POSITIVE, label="zero or positive"),
     ]
     layout.legend(page, handles=handles)
-    network = f"a small ConvNet trained on {deep_layers.data_name(measured)}" if told["seeds"] else str(told["name"])
+    small = f"a small ConvNet trained on {deep_layers.data_name(measured)}, in place of the paper's VGG,"
+    network = small if told["seeds"] else str(told["name"])
     says = f"Biases of each BatchNorm layer of {network}{where}"
     shown = captions.caption(measured.assign_attrs(seeds=None), f"{says}. {whole} nodes; {pooled}", "none")
     page.say(shown.replace(" n = None seeds.", ""))

@@ -124,9 +124,8 @@ def _map(name: str, symbol: str) -> layout.Panel:
         own = own.dropna("teacher_node", how="all").dropna("position", how="all") / limit
         panels.table(own, ax=ax, limits=(-1, 1), cmap="RdBu", bar=False)
         rows, columns = own.sizes["teacher_node"], own.sizes["position"]
-        ax.set_yticks([0, rows - 1], labels=["1", str(rows)])
+        ax.set_yticks([0, rows - 1])
         ax.set_xticks([0, rows - 1, columns - 1] if columns > 1.5 * rows else [0, columns - 1])
-        ax.set_xticklabels([str(int(tick) + 1) for tick in ax.get_xticks()])
         ax.set(
             xlabel="student node, in the order of the teacher's; the matched first",
             ylabel=f"{symbol}, epoch {int(own['epoch'])}: teacher node",

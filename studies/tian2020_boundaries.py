@@ -91,7 +91,9 @@ def _fanouts(measured: xr.Dataset, ax: Axes) -> None:
     """‖v_k‖ of the first seed's student nodes over epochs."""
     norms = measured["fanout_norm"]
     for k in range(norms.sizes["node"]):
-        ax.plot(norms["epoch"], norms.isel(node=k), color=panels.colour(k), label=f"student node {k + 1}")
+        ax.plot(
+            norms["epoch"], norms.isel(node=k), color=panels.colour(k), label=f"student node {int(norms['node'][k])}"
+        )
     ax.set_xscale("symlog", linthresh=1)
     ax.set(xlabel="epoch", ylabel="fan-out norm ‖v‖", ylim=(0, None))
 

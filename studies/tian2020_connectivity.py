@@ -110,30 +110,30 @@ def _barriers(measured: xr.Dataset, ax: Axes) -> None:
     own = measured.isel(overrealization=0) if "overrealization" in measured.dims else measured
     _lines(own["barrier"].where(own["barrier"] > 0), "epoch", ax, marker="o")
     ends = own["loss"].sel(route=ROUTES[0]).isel(position=[0, -1]).max("position").clip(min=_FLOOR)
-    panels.spread(
-        ends, ax=ax, color=look.GUIDE, linestyle="--", label="loss at the worse end", marker="s", banded=False
-    )
+    panels.spread(ends, ax=ax, color=look.GUIDE, linestyle="--", label="loss at the worse end", marker="s", band=0.0)
     ax.set(xlabel="epoch", ylabel="barrier")
 
 
 def _state(measured: xr.Dataset, ax: Axes) -> None:
     """Teacher node that each student node stands for at a state of the path, of the first one unless selected.
 
-    Areas of marks: share of the teacher node's fan-out.  Circles: nodes without any; 0: aligned with no teacher node.
+    Areas of marks: share of the teacher node's fan-out.  Circles: nodes without any.
     """
     own = measured.isel({dim: 0 for dim in ("overrealization", "state") if dim in measured["carried"].dims})
     own = own[["stands_for", "carried"]].dropna("node")
-    number, share = own["node"].values + 1, own["carried"].values
+    number, share = own["node"].values, own["carried"].values
+    teacher = own["stands_for"].values - 1  # labels; −1: aligned with none
     silent = share < _SILENT
     area = look.points(2) ** 2 + look.points(4.5) ** 2 * share
     for where, face in ((silent, "none"), (~silent, look.PALETTE[0])):
         ax.scatter(
-            number[where], own["stands_for"].values[where], s=area[where],
+            number[where], teacher[where], s=area[where],
             facecolor=face, edgecolor=look.GREY if face == "none" else face, linewidth=look.points(0.6),
         )  # fmt: skip
     panels.whole_numbers(ax)
-    panels.whole_numbers(ax, "y")
-    ax.set(xlabel="student node", ylabel="teacher node (0: none)", xlim=(0, number.max() + 1))
+    shown = range(int(teacher.max()) + 1)
+    ax.set_yticks([-1, *shown], labels=["none", *map(str, shown)])
+    ax.set(xlabel="student node", ylabel="teacher node", xlim=(-1, number.max() + 1))
 
 
 #: Panels by name.

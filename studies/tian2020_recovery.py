@@ -1,6 +1,7 @@
 """Tian (2020), Figure 8: best correlation of each teacher node over training, at 5x over-realization.
 
-Strong teacher nodes are learned first, weak ones later or not at all.
+Strong teacher nodes are learned first, weak ones later or not at all.  Nodes have the labels of the archive, from 0;
+the paper counts from 1.
 """
 
 from __future__ import annotations
@@ -55,10 +56,13 @@ PANELS: dict[str, layout.Panel] = {"recovery": _panel}
 def draw(measured: xr.Dataset) -> look.Page:
     """Figure with a panel per polarity, a shade per teacher node."""
     cells = [layout.Cell("recovery", at, layout.name_of(measured, at)) for at in layout.points(measured, ["polarity"])]
-    says = "Best correlation of each teacher node, from the strongest (1) to the weakest, over training, at 5x"
+    says = (
+        "Best correlation of each teacher node with any student node over training, five student nodes per teacher "
+        "node; from node 0, the strongest, to the weakest: the fan-out of node j is divided by (j + 1)ᵖ"
+    )
     page = layout.arrange(
         measured, PANELS, [cells], says=says, spread="curves", share_x=True, share_y=True, key=None,
         paper=EXPERIMENTS, columns=2, height=1.9,
     )  # fmt: skip
-    layout.shade_bar(page, int(layout.unpadded(measured).sizes["teacher_node"]), "teacher node")
+    layout.shade_bar(page, layout.unpadded(measured)["teacher_node"].values.tolist(), "teacher node")
     return page

@@ -1,7 +1,8 @@
 """Tian (2020), Figure 7: which of 20 teacher nodes are recovered, by index.
 
-The stronger a teacher node (small index, since node j's fan-out is divided by j^p) the sooner it is recovered;
-over-realization helps the weak ones.  Epoch 5 dotted, the last solid.
+The stronger a teacher node (small label, since the fan-out of node j = 0, 1, ... is divided by (j + 1)^p) the sooner it
+is recovered; over-realization helps the weak ones.  Epoch 5 dotted, the last solid.  Nodes have the labels of the
+archive, from 0; the paper counts from 1.
 """
 
 from __future__ import annotations
@@ -78,8 +79,9 @@ def draw(measured: xr.Dataset) -> look.Page:
         for at in layout.points(measured, ["polarity"])
     ]
     says = (
-        "Share of seeds in which each of the teacher's nodes, from the strongest to the weakest, is recovered; curves "
-        f"are {figures.DODGE:g} apart where they would coincide"
+        "Share of seeds in which each teacher node is recovered (correlation with some student node above 0.95), from "
+        "node 0, the strongest, to the weakest: the fan-out of node j is divided by (j + 1)ᵖ; the curves of the widths "
+        f"are drawn {figures.DODGE:g} above one another, since many coincide at 0 and 1"
     )
     return layout.arrange(
         measured, PANELS, [cells], says=says, spread="shares", share_x=True, share_y=True,

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import xarray as xr
 from scipy import stats
-from tsdyn.analysis import audit, specialization
+from tsdyn.analysis import specialization, theorems
 from tsdyn.analysis.members import member
 from tsdyn.studies import deep_layers
 
@@ -137,6 +137,12 @@ def one_neuron(_: Path) -> Found:
     others = {key: value for key, value in VALUES.items() if key[0] not in ("erf", "relu")}
     ours = [population.one_neuron(name, k).loss for name, k in others]
     rows.append(_difference("tanh, sigmoid, softplus: L*(2)", ours, list(others.values())))
+    for name, told in {"erf": 1, "sigmoid": 1, "tanh": 1, "softplus": 1, "relu": 2}.items():
+        low, high = (population.one_neuron(name, k).loss for k in (8, 12))
+        slope = float(np.log(high / low) / np.log(12 / 8))
+        rows.append(
+            {"what": f"{name}: growth of L*(k), slope of its logarithm, k = 8 to 12", "ours": slope, "theirs": told}
+        )
     return {"rows": rows}
 
 
@@ -183,7 +189,7 @@ def theorem_2(runs: Path) -> Found:
         ds = tsdyn.run(work, runs / f"theorem-2-{samples}").isel(epoch=-1).load()
         for seed in range(8):
             one = member(ds.sel(seed=seed), work)
-            groups, _ = audit._unaligned(one)
+            groups, _ = theorems.unaligned(one)
             if groups:
                 rows.append({"samples": samples, "seed": seed, **_left(one, groups)})
     return {"members": rows}

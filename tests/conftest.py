@@ -4,6 +4,7 @@ import gc
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 # The hundred subprocesses of the suite would otherwise compile tsdyn's modules each for itself.
@@ -39,15 +40,21 @@ def pytest_configure(config):
         typechecks.install()
 
 
+#: Tests that take so long that they would end last, by themselves, if they did not begin first.
+LONG = ("tests/torture/", "tests/archive/test_states.py")
+
+
 def pytest_collection_finish():
     """Look for garbage from here on, and not again and again among what was imported."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(20_000, 20, 20)  # a test makes some 100,000 objects, few of which are garbage in a circle
     gc.enable()
 
 
 def pytest_collection_modifyitems(items):
-    """With `make fuzz` all property tests use the same number of examples, whatever they set for the suite."""
+    """What takes longest first; with `make fuzz` all property tests use the same number of examples."""
+    items.sort(key=lambda item: not item.nodeid.startswith(LONG))
     if not FUZZING:
         return
     examples = hypothesis.settings.get_profile("fuzz").max_examples
@@ -64,6 +71,24 @@ def one_thread():
     """One dask thread: NumPy silences its all-NaN warning by `warnings.catch_warnings`, which is not thread-safe."""
     typechecks.test_begins()
     with dask.config.set(scheduler="synchronous"):
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def light_writing(request):
+    """Nothing waits for the disk, and segments are joined in the process that runs the test.
+
+    What lies on the disk after a power cut is tried by tests/torture, in a process of its own; that joining is done by
+    a forked process, by tests/archive and by every command and worker that a test begins.  A fork copies the page table
+    of a process that has imported all of the suite, for each of some thousand runs.
+    """
+    from tsdyn.archive import own_process, run_directory
+
+    here = SimpleNamespace(run=lambda work, seconds=None: work(), Crashed=own_process.Crashed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
+        if not request.node.nodeid.startswith("tests/archive/"):
+            patch.setattr(run_directory, "own_process", here)
         yield
 
 

@@ -1,8 +1,8 @@
 """Runs studies at desk scale and stores what they took beside what was estimated, for docs/reproduction.md.
 
 ``python -m tests.desk_runs NAME ...`` (``all``: every study that needs no files) takes minutes for each, all in a
-process of its own; ``--paper`` stores the estimates at paper scale instead, which run nothing.  Times are processor
-times of one thread, so that they mean something on a busy machine; the archive stays in ``--runs`` if given.
+process of its own; ``--paper`` stores the estimates at paper scale instead, which train no students.  Times are
+processor times of one thread, so that they mean something on a busy machine; archives stay in ``--runs`` if given.
 """
 
 from __future__ import annotations
@@ -87,10 +87,14 @@ def main() -> None:
         told = estimated(name, "paper", given.runs / "none") if given.paper else run(name, given.runs / name)
         print(json.dumps(told))
         return
+    import tsdyn
     from tests import agreement
     from tsdyn import studies
 
-    names = [n for n in studies.names() if n not in OF_FILES] if given.names == ["all"] else given.names
+    scale = "paper" if given.paper else "desk"
+    own = [n for n in studies.names() if n not in OF_FILES]
+    own = [n for n in own if isinstance(studies.load(n).EXPERIMENTS[scale], tsdyn.Experiment)]  # no file of the user's
+    names = own if given.names == ["all"] else given.names
     for name in names:
         with tempfile.TemporaryDirectory() as folder:
             words = [sys.executable, "-m", "tests.desk_runs", "--one", name, "--runs", str(given.runs or folder)]

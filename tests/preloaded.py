@@ -20,4 +20,5 @@ import tsdyn.running.workers
 import tsdyn.xarray  # noqa: F401
 
 torch.set_num_threads(1)
+os.fsync = lambda handle: None  # nothing waits for the disk: see tests/conftest.py
 dask.config.set({"distributed.worker.multiprocessing-method": "forkserver"})

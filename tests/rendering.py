@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 import re
 
+import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import PathCollection
-from matplotlib.colors import to_rgba
+from matplotlib.lines import AxLine
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 from tsdyn.analysis import style
@@ -59,6 +60,18 @@ def _labelled(ax, axis):
     return any(getattr(a, f"get_{axis}label")() for a in (kin if axis == "x" or len(row) == 1 else row))
 
 
+def _outside(ax):
+    """Names of curves, bands and marks of which a point lies more than a hundredth of the panel beyond its axes."""
+    marks = [(m, m.get_offsets()) for m in ax.collections if isinstance(m, PathCollection)]
+    bands = [(b, p.vertices) for b in ax.collections if b.get_gid() == "band" for p in b.get_paths()]
+    curves = [(c, c.get_xydata()) for c in ax.lines if not isinstance(c, AxLine) and c.get_transform() == ax.transData]
+    for artist, points in [*marks, *bands, *curves]:
+        places = ax.transAxes.inverted().transform(ax.transData.transform(np.asarray(points, float)))
+        places = places[np.isfinite(places).all(1)]
+        if places.size and (places.min() < -0.01 or places.max() > 1.01):
+            yield artist.get_gid() or artist.get_label()
+
+
 def faults(figure, smallest=style.SMALLEST):
     """Sentences, one per fault of a drawn page; none if a referee would accept it."""
     with style.using(figure._style.name):  # ticks are made, and counted, when they are asked for
@@ -69,7 +82,7 @@ def _faults(figure, smallest):
     FigureCanvasAgg(figure)
     figure.set_dpi(200)
     for _ in range(2):  # the layout may move what a tick's length had moved
-        figure.canvas.draw()
+        figure.draw_without_rendering()
     found = []
     page = Bbox.from_bounds(0, 0, figure.bbox.width, figure.bbox.height)
     texts = _texts(figure)
@@ -102,11 +115,13 @@ def _faults(figure, smallest):
         for marks in ax.collections:
             if not isinstance(marks, PathCollection) or marks.get_gid() in EXEMPT:
                 continue
-            for face, edge in itertools.zip_longest(marks.get_facecolor(), marks.get_edgecolor()):
-                looks = [style.over_white(c[:3], c[3]) for c in (face, edge) if c is not None and to_rgba(c)[3] > 0]
+            colours = ([tuple(c) for c in every.tolist()] for every in (marks.get_facecolor(), marks.get_edgecolor()))
+            for face, edge in dict.fromkeys(itertools.zip_longest(*colours)):
+                looks = [style.over_white(c[:3], c[3]) for c in (face, edge) if c is not None and c[3] > 0]
                 if looks and max(map(style.contrast, looks)) < style.CONTRAST - 0.01:
                     found.append(f"marks of contrast {max(map(style.contrast, looks)):.1f}")
                     break
+        found += [f"{name!r} leaves the panel {ax.get_title(loc='left')!r}" for name in _outside(ax)]
         if ax.axison and not ax.has_data():
             found.append(f"empty panel {ax.get_title(loc='left')!r}")
     if not re.search(r"n = \d+ seed", figure.caption):

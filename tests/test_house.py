@@ -25,6 +25,7 @@ FLOORS: dict[str, float] = {
     "dimensions": 1,
     "axes": 1,
     "memory": 1,
+    "arguments": 1,
     "_version": 1,
     "_forwarding": 1,
     "experiment": 2,
@@ -55,7 +56,7 @@ FLOORS: dict[str, float] = {
 #: What a later issue builds.
 LATER = {"predictions"}
 #: Single modules that may import one another within their floor.
-FLAT = {"schema", "vocabulary", "dimensions", "registers", "axes", "memory", "_version", "_forwarding"}
+FLAT = {"schema", "vocabulary", "dimensions", "registers", "arguments", "axes", "memory", "_version", "_forwarding"}
 LONGEST_MODULE = 600
 LONGEST_FUNCTION = 60
 

@@ -10,6 +10,7 @@ from . import testing as testing
 from . import theory as theory
 from . import vocabulary as vocabulary
 from ._version import __version__ as __version__
+from .archive.joined_archives import UnrecordedWarning as UnrecordedWarning
 from .archive.selecting import layer as layer
 from .archive.selecting import select as select
 from .archive.wrong_numbers import WrongNumbersWarning as WrongNumbersWarning

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, assert_never
 
 import numpy as np
@@ -126,6 +127,7 @@ def variable(name: str) -> Variable:
     return found
 
 
+@cache
 def recordable(*, deep: bool = False, own: bool = False, bare_teacher: bool = False) -> tuple[str, ...]:
     """Variables that a training experiment can record; `observables` registers a measurement for each.
 

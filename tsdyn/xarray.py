@@ -17,6 +17,8 @@ import xarray as xr
 from xarray.backends import BackendArray, BackendEntrypoint
 from xarray.core import indexing
 
+from tsdyn.arguments import PATHS, takes
+
 if TYPE_CHECKING:
     from tsdyn.experiment.experiment import Experiment
 
@@ -27,6 +29,7 @@ TOPICS = (
 )  # fmt: skip
 
 
+@takes(path=PATHS)
 def open(
     path: str | Path | Sequence[str | Path],
     *,

@@ -28,8 +28,14 @@ def measure_curves(archive: xr.Dataset, name: str) -> xr.Dataset:
 
 
 @look.styled
-def draw_curves(measured: xr.Dataset, *, log: bool = False) -> look.Page:
-    """Panels over the swept keys with one curve per value of the last key (per layer, if there are several)."""
+def draw_curves(measured: xr.Dataset, *, log: bool = False, says: str = "") -> look.Page:
+    """Panels over the swept keys with one curve per value of the last key (per layer, if there are several).
+
+    Args:
+        measured: From `measure_curves`.
+        log: Whether the vertical axis is logarithmic.
+        says: What the caption says besides the variable's name.
+    """
     (name,) = measured.data_vars
     values = measured[name]
     swept = layout.swept(measured)
@@ -51,7 +57,7 @@ def draw_curves(measured: xr.Dataset, *, log: bool = False) -> look.Page:
         ax.set_ylabel(panels.axis_label(values))
 
     others = [d for d in swept if d not in chosen]
-    title = layout.headed(panels.axis_label(values), measured)
+    title = layout.headed(panels.axis_label(values) + (f" ({says})" if says else ""), measured)
     page = layout.grid(measured, draw, title=title, **layout.two_ways(others))
     layout.legend(page)
     return page
@@ -117,7 +123,7 @@ def mean_rank(ds: xr.Dataset, *, ax: Axes | None = None, color: str = panels.PAL
 
 def draw_rank(ds: xr.Dataset) -> look.Page:
     """Panels of `mean_rank`, colours as in `draw_specialization`."""
-    return draw_curves(measure_rank(ds))
+    return draw_curves(measure_rank(ds), says=captions.RANKS)
 
 
 def _by_layer(needed: xr.Dataset, measure: Callable[[xr.Dataset], xr.DataArray]) -> xr.Dataset:
@@ -150,11 +156,12 @@ def winners(ds: xr.Dataset, *, ax: Axes | None = None) -> Axes:
     """
     layout.require_point(ds, "winners")
     ax = panels.nodes(layout.unpadded(measure_winners(ds))["winner_rank"], ax=ax)
-    ax.set_ylim(bottom=-0.02)
+    ax.update_datalim([(float(ax.dataLim.x0), 0.0)], updatex=False)  # set_ylim would cut panels that share the axis
+    ax.autoscale_view(scalex=False)
     return ax
 
 
 @look.styled
 def draw_winners(ds: xr.Dataset) -> look.Page:
     """Panels of `winners`."""
-    return by_teacher_node(measure_winners(ds), winners, "Rank of each teacher node's final winner")
+    return by_teacher_node(measure_winners(ds), winners, f"Rank of each teacher node's final winner ({captions.RANKS})")

@@ -107,12 +107,7 @@ def _map(one: xr.Dataset, variable: str, largest: float, ax: Axes | None, bar: b
     values = own[variable].transpose("teacher_node", "node").isel(node=order[order < own.sizes["node"]])
     ax = panels.table(values, ax=ax, limits=(-largest, largest), cmap="RdBu", bar=bar)
     ax.set(xlabel="student node, by best teacher node", ylabel="teacher node")
-    ax.set_yticks(*_node_ticks(values.sizes["teacher_node"]))
+    ticks = panels.node_ticks(values["teacher_node"].values)
+    ax.set_yticks([tick - int(values["teacher_node"][0]) for tick in ticks], labels=[str(tick) for tick in ticks])
     ax.set_xticks([])
     return ax
-
-
-def _node_ticks(count: int) -> tuple[list[int], list[str]]:
-    """Tick positions of about eight nodes, counted from 1."""
-    step = max(1, round(count / 8))
-    return list(range(0, count, step)), [str(1 + i) for i in range(0, count, step)]

@@ -39,6 +39,7 @@ def phase_diagram(ds: xr.Dataset, *, of: str | None = None, ax: Axes | None = No
     along = [str(dim) for dim in shares.dims if dim != "class"]
     if len(along) == 1:
         ax = panels.stack(shares, ax=ax)
+        ax.set_xlabel(captions.key_words(along[0]))
         if along[0] == POINT:
             keys = layout.listed(shares)
             labels = zip(*([layout.short(v) for v in shares[key].values.tolist()] for key in keys), strict=True)
@@ -67,11 +68,13 @@ def draw_phase(ds: xr.Dataset) -> look.Page:
     """`phase_diagram` over the first two swept keys, one panel per class, one row per point of the other keys."""
     measured = measure_phase(ds)
     swept = layout.swept(measured)
-    long_name = str(measured["fraction"].attrs["long_name"])
+    says = str(measured["fraction"].attrs["long_name"])
+    if "epoch" in measured.coords and measured["epoch"].ndim == 0:
+        says += f" after epoch {int(measured['epoch'])}"
     if len(swept) < 2:
         figure = layout.grid(
             measured, lambda at, ax: phase_diagram(measured, ax=ax), across=(), spread="none",
-            title=layout.headed(long_name, measured),
+            title=layout.headed(says, measured),
         )  # fmt: skip
         layout.legend(figure)
         return figure
@@ -82,7 +85,7 @@ def draw_phase(ds: xr.Dataset) -> look.Page:
         ),
         across=("class",),
         down=swept[2:],
-        title=layout.headed(long_name, measured),
+        title=layout.headed(says, measured),
         spread="none",
         share=False,
     )

@@ -89,7 +89,7 @@ def boundaries(ds: xr.Dataset, *, ax: Axes | None = None, strongest: float | Non
 def _boundary_names(norms: xr.DataArray) -> list[str]:
     """Legend entries of the student nodes with their fan-out norms, if there is one point and few nodes."""
     if norms.ndim == 1 and norms.size <= 2 * len(panels.PALETTE):
-        return [f"student {k + 1}: ‖v‖ = {float(norms[k]):.2g}" for k in range(norms.size)]
+        return [f"student {int(norm['node'])}: ‖v‖ = {float(norm):.2g}" for norm in norms]
     return ["student node"]
 
 

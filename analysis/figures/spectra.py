@@ -30,7 +30,6 @@ def spectrum(ds: xr.Dataset, *, ax: Axes | None = None) -> Axes:
     """
     layout.require_point(ds, "spectrum")
     values = measure_spectrum(ds)["hessian_eigenvalue"]
-    values = values.assign_coords(mode=values["mode"] + 1)
     ax = panels.axes(ax)
     epochs = np.atleast_1d(values["epoch"].values)
     for position, epoch in enumerate(epochs):
@@ -41,7 +40,7 @@ def spectrum(ds: xr.Dataset, *, ax: Axes | None = None) -> Axes:
         ax.set_yscale("log")
     elif largest > smallest:
         ax.set_yscale("symlog", linthresh=1e-3 * max(largest, -smallest))
-    ax.set(xlabel="eigenvalue, largest first", ylabel="eigenvalue of the Hessian")
+    ax.set(xlabel="mode (0: largest eigenvalue)", ylabel="eigenvalue of the Hessian")
     return ax
 
 

@@ -179,5 +179,5 @@ def by_teacher_node(measured: xr.Dataset, panel: Callable[..., Axes], title: str
         measured, lambda at, ax: panel(measured.sel(at), ax=ax),
         title=layout.headed(title, measured), **layout.two_ways(layout.swept(measured)),
     )  # fmt: skip
-    layout.shade_bar(page, int(layout.unpadded(measured).sizes["teacher_node"]), "teacher node")
+    layout.shade_bar(page, layout.unpadded(measured)["teacher_node"].values.tolist(), "teacher node")
     return page

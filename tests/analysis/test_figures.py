@@ -170,10 +170,25 @@ def test_success_rates_stand_in_their_intervals(run):
     shares = measured.success_rate.isel(epoch=0).values
     assert np.any((shares > 0) & (shares < 1))
     for node, (share, bounds) in enumerate(
-        zip(shares, measured.success_interval.isel(epoch=0).values, strict=True), start=1
+        zip(shares, measured.success_interval.isel(epoch=0).values, strict=True)
     ):  # at 0 and 1 no band is drawn
         ends = bounds if 0 < share < 1 else [share]
         assert {(node, round(float(end), 12)) for end in ends} <= {(int(x), float(y)) for x, y in corners}
+
+
+@pytest.mark.parametrize("first", [0, 3, 17])
+@pytest.mark.parametrize("count", [1, 2, 6, 7, 20, 64, 500])
+def test_nodes_are_numbered_as_in_the_archive(first, count):
+    """Ticks are labels, from the first to the last, few and increasing; so are the places where shares are drawn."""
+    labels = np.arange(first, first + count)
+    ticks = panels.node_ticks(labels)
+    assert (ticks[0], ticks[-1]) == (first, first + count - 1)
+    assert ticks == sorted(set(ticks))
+    assert len(ticks) <= 8
+    share = xr.DataArray(np.linspace(0, 1, count), {"teacher_node": labels}, "teacher_node")
+    ax = panels.rate(share)
+    np.testing.assert_array_equal(ax.lines[0].get_xdata(), labels)
+    assert ax.get_xticks().tolist() == ticks
 
 
 def test_heat_maps_are_ordered_by_best_teacher(run):
@@ -218,7 +233,7 @@ def test_the_legend_of_a_frame_is_of_its_epoch(run):
         moves._draw_frame(position)
         norms = tsdyn.layer(run, 1).fanout_norm.sel(seed=2).isel(epoch=position).values
         said = [text.get_text() for text in moves._fig.legends_below[0].get_texts()]
-        assert said == ["teacher node", *(f"student {k + 1}: ‖v‖ = {norm:.2g}" for k, norm in enumerate(norms))]
+        assert said == ["teacher node", *(f"student {k}: ‖v‖ = {norm:.2g}" for k, norm in enumerate(norms))]
     moves._draw_was_started = True  # matplotlib warns of an animation that is never saved
 
 

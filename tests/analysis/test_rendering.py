@@ -89,6 +89,7 @@ PLANTED = {
     "marks of contrast": lambda page, ax: ax.scatter([0.5], [0.7], color="yellow"),
     "empty panel": lambda page, ax: [art.remove() for art in (*ax.lines, *ax.collections)],
     "does not say n": lambda page, ax: page.say("A curve."),
+    "leaves the panel": lambda page, ax: ax.set_ylim(0, 0.5),
     "in wide": lambda page, ax: _resized(page, 8.0, 2.5),
     "in high": lambda page, ax: _resized(page, style.PAGE, 9.5),
 }

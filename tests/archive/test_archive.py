@@ -274,7 +274,7 @@ def test_a_write_that_fails_midway_leaves_no_temporary_file(tmp_path, monkeypatc
         monkeypatch.setattr(whole_files.os, "fsync", full)
         with pytest.raises(ArchiveError, match="no space left"):
             whole_files.write_text(tmp_path / "run" / "note.txt", "x")
-    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["LOCK", "experiment.toml", "segments"]
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["LOCK", "experiment.toml"]
 
 
 def _hold(path, ready, leave):

@@ -123,9 +123,10 @@ def test_c_his_world_on_two_workers_stopped_and_resumed(tmp_path, site):
     command = ["tsdyn", "run", "world.toml", "-o", "world", "--quiet"]
     stopped = processes.Process([*command, "--workers", "2"], tmp_path, {}, processes.variables(site))
     deadline = time.monotonic() + 200
-    while not list((tmp_path / "world").glob("**/segments/*.nc")) and not stopped.ended:
-        assert time.monotonic() < deadline, "no segment was committed"
-        time.sleep(0.05)
+    while not list((tmp_path / "world").glob("*/LOCK")):  # a point is being run
+        assert not stopped.ended, "the sweep ended before it could be stopped"
+        assert time.monotonic() < deadline, "no point was begun"
+        time.sleep(0.01)
     os.kill(stopped.pid, signal.SIGINT)
     stopped.wait(120)
     run(tmp_path, *command, "--workers", "2", site=site)

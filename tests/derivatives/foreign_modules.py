@@ -3,6 +3,7 @@
 Each `Case` gives the expected result: numbers equal to the loops of tests/oracles_autograd.py, or an error message.
 """
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -184,6 +185,19 @@ def weight_norm_written_out(module, x):
     return module[2](torch.tanh(F.linear(x, weight, module[0].bias)))
 
 
+def hook_weight_norm(layer):
+    """torch's former weight_norm, which warns that it is one."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return nn.utils.weight_norm(layer)
+
+
+def hook_weight_norm_written_out(module, x):
+    first, tanh, last = module
+    weight = first.weight_g * first.weight_v / first.weight_v.norm(dim=1, keepdim=True)
+    return last(tanh(nn.functional.linear(x, weight, first.bias)))
+
+
 class Symmetric(nn.Module):
     def forward(self, w):
         return w.triu() + w.triu(1).T
@@ -308,6 +322,7 @@ CASES = {
         IMAGE,
     ),
     "weight norm": Case(parametrized(parametrizations.weight_norm), X4, call=weight_norm_written_out),
+    "weight norm by a hook": Case(parametrized(hook_weight_norm), X4, call=hook_weight_norm_written_out),
     "spectral norm in eval": Case(lambda: parametrized(parametrizations.spectral_norm)().eval(), X4),
     "spectral norm in training": Case(
         parametrized(parametrizations.spectral_norm), X4, refused=refused("changes when the module is called")

@@ -148,7 +148,7 @@ def test_bad_input_is_named():
         gradient_flow(POTENTIAL, START, rtol=0.0)
     with pytest.raises(ValueError, match="2 labels for 1 rows"):
         gradient_flow(POTENTIAL, START, seeds=[1, 2])
-    with pytest.raises(ValueError, match="points have 3 parameters, the loss takes 2"):
+    with pytest.raises(ValueError, match=r"point has shape \(1, 3\); the loss takes \(member, 2\)"):
         polish(POTENTIAL, torch.zeros(3))
 
 

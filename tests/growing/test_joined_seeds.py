@@ -7,8 +7,10 @@ from tsdyn.analysis import audit, similarity
 
 import tsdyn
 from tests.cases import small
+from tsdyn.archive import sweep_directory
 from tsdyn.archive.selecting import experiment_of
 from tsdyn.archive.whole_files import DirectoryError
+from tsdyn.running import runner
 
 ASKED = small(
     seeds=4, training__epochs=1, training__steps_per_epoch=5, data__train=40, data__eval=60, teacher__widths=[5, 3, 2],
@@ -65,20 +67,34 @@ def test_joined_by_xarray_another_experiments_numbers_are_noticed(folders, tmp_p
     )
 
 
-def test_what_is_not_in_all_of_them_is_nan_and_one_sentence_says_so(tmp_path, caplog):
+def test_what_is_not_in_all_of_them_is_nan_and_one_sentence_says_so(tmp_path):
     few = ASKED.replace({"seeds": [0, 1], "record.observables": ["mse", "weight"]})
     more = few.replace({"seeds": [5], "record.observables": ["mse", "weight", "correlation"]})
     tsdyn.run(few, tmp_path / "few")
     tsdyn.run(more, tmp_path / "more")
-    ds = tsdyn.open([tmp_path / "few", tmp_path / "more"])
-    assert f"NaN where not recorded: correlation not in {tmp_path / 'few'}; `tsdyn measure` adds" in caplog.text
-    assert len(caplog.records) == 1
+    with pytest.warns(tsdyn.UnrecordedWarning) as told:
+        ds = tsdyn.open([tmp_path / "few", tmp_path / "more"])
+    (sentence,) = {str(each.message) for each in told}
+    assert sentence.startswith(f"open: NaN where not recorded: correlation not in {tmp_path / 'few'}; `tsdyn measure`")
     assert ds.correlation.sel(seed=[0, 1]).isnull().all()
     assert ds.correlation.sel(seed=5, layer=1).notnull().any()
     assert list(ds.mse_eval.dims) == ["seed", "epoch"]
     assert set(experiment_of(ds).record.observables) == {"mse", "weight", "correlation"}
     added = tsdyn.measure(ds, ["A"])  # of all seeds
     assert added.A.isel(layer=0).notnull().any(["node", "teacher_node"]).all()
+
+
+def test_a_point_that_does_not_record_yet_what_others_do_is_named(tmp_path):
+    few = small(seeds=1, training__epochs=1, record__observables=["mse"], sweep={"training.learning_rate": [0.1, 0.2]})
+    before = tsdyn.run(few, tmp_path).load()  # all points record the same: nothing is said
+    points = sweep_directory.write_sweep(
+        tmp_path, few.replace({"training.epochs": 2, "record.observables": ["mse", "weight"]})
+    )
+    assert not runner.run_together({tmp_path / "learning_rate=0.2": points["learning_rate=0.2"]})
+    with pytest.warns(tsdyn.UnrecordedWarning, match=r"weight not in .*learning_rate=0\.1; `tsdyn measure`"):
+        ds = tsdyn.open(tmp_path)
+    assert ds.weight.notnull().any(["seed", "epoch", "layer", "node", "input_node"]).values.tolist() == [False, True]
+    xr.testing.assert_equal(ds.mse_eval.isel(epoch=[0, 1]).drop_vars("coverage"), before.mse_eval.drop_vars("coverage"))
 
 
 def test_a_key_that_an_earlier_version_did_not_write_is_at_its_default(tmp_path):

@@ -16,12 +16,12 @@ from tsdyn.growing import history
 from tsdyn.growing.adding import add
 
 ASKED = small(
-    seeds=4, training__epochs=10, training__steps_per_epoch=2, data__train=16, data__eval=12, teacher__widths=[4, 3, 2],
+    seeds=3, training__epochs=4, training__steps_per_epoch=2, data__train=16, data__eval=12, teacher__widths=[4, 3, 2],
     record__observables=["mse", "weight"], sweep={"training.learning_rate": [0.01, 0.05]},
 )  # fmt: skip
 #: What is asked for: first epochs and an observable, then seeds and values.
-MORE = ["training.epochs=15", 'record.observables=["mse", "weight", "alignment"]']
-MOST = [*MORE, "seeds=6", 'sweep={"training.learning_rate" = [0.005, 0.01, 0.05, 0.1]}']
+MORE = ["training.epochs=6", 'record.observables=["mse", "weight", "alignment"]']
+MOST = [*MORE, "seeds=5", 'sweep={"training.learning_rate" = [0.005, 0.01, 0.05, 0.1]}']
 
 
 def command(*words, stop_once=None, folder):
@@ -49,7 +49,7 @@ def test_what_was_added_is_what_one_run_from_the_start_gives(tmp_path):
     held = first.load()
     lazy = tsdyn.open(tmp_path / "runs" / "small")
     for more, middle, workers in (
-        (MORE, "runs/small/learning_rate=0.05/segments/epoch-000011-*.nc", []),
+        (MORE, "runs/small/learning_rate=0.05/segments/epoch-000005-*.nc", []),
         (MOST, "runs/small/learning_rate=0.05/added/segments/*.nc", ["--workers", 2]),
     ):
         words = ["run", "e.toml", "--quiet", *(word for text in more for word in ("--set", text))]
@@ -61,20 +61,20 @@ def test_what_was_added_is_what_one_run_from_the_start_gives(tmp_path):
         assert code == 0, said
     whole = tsdyn.run(
         ASKED.replace({
-            "training.epochs": 15, "seeds": 6, "record.observables": ["mse", "weight", "alignment"],
+            "training.epochs": 6, "seeds": 5, "record.observables": ["mse", "weight", "alignment"],
             "sweep": {"training.learning_rate": [0.005, 0.01, 0.05, 0.1]},
         }), tmp_path / "whole",
     ).load()  # fmt: skip
     found = tsdyn.open(tmp_path / "runs" / "small").load()
-    old = whole.learning_rate.isin([0.01, 0.05]) & (whole.seed < 4) & (whole.epoch <= 10)
+    old = whole.learning_rate.isin([0.01, 0.05]) & (whole.seed < 3) & (whole.epoch <= 4)
     wanted = whole.assign(alignment=whole.alignment.where(~old))
     for name in wanted.data_vars:
         xr.testing.assert_equal(found[name].transpose(*wanted[name].dims), wanted[name])
     assert (found.coverage == 1).all()
     assert integrity.check(tmp_path / "runs" / "small") == []
     said = "\n".join(history.lines(tmp_path / "runs" / "small"))
-    assert "epochs 11..15; alignment (recorded from epoch 11 on)" in said
-    assert "seeds 4, 5; training.learning_rate = 0.005, 0.1" in said
+    assert "epochs 5..6; alignment (recorded from epoch 5 on)" in said
+    assert "seeds 3, 4; training.learning_rate = 0.005, 0.1" in said
     add(tmp_path / "runs" / "small", ["alignment"])
     measured = tsdyn.open(tmp_path / "runs" / "small")["alignment"]
     xr.testing.assert_equal(measured.transpose(*whole.alignment.dims).load(), whole.alignment)

@@ -377,6 +377,7 @@ def frozen():
         (Skip, {"layers": ["norm"]}, "no Linear layer or convolution"),
         (Skip, {"observables": ["correlation"]}, "give teacher="),
         (Skip, {"observables": ["fanout_norm"]}, "cannot be recorded"),
+        (lambda: nn.Linear(6, 2), {"observables": ["parameter"]}, "in no labelled layer, and all are in one"),
         (Skip, {"state": [3]}, r"state\[0\] is int"),
         (Skip, {"seed": -1}, "seed = -1"),
         (Skip, {"every": 0}, "every = 0"),
@@ -666,7 +667,8 @@ def test_a_recording_is_no_experiment_to_rebuild_members_of(tmp_path):
 
 
 def test_audit_judges_what_recorded_numbers_alone_show(tmp_path):
-    from tsdyn.analysis.audit import CLAIMS, audit
+    from tsdyn.analysis.audit import audit
+    from tsdyn.analysis.theorems import CLAIMS
     from tsdyn.analysis.verdicts import lines
 
     model, taught = made(), made()

@@ -106,10 +106,9 @@ def test_what_nohup_ignores_stays_ignored(file, tmp_path, monkeypatch):
 # --- what is printed -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("streams", ["2> >(exec 0<&-)", "<&- >&- 2>&-"], ids=["stderr a closed pipe", "all closed"])
-def test_a_run_goes_on_where_nothing_can_be_printed(file, tmp_path, streams):
+def test_a_run_goes_on_where_nothing_can_be_printed(file, tmp_path):
     """From Python's own start on; the streams of the other cases are given to a process that is forked."""
-    code, out, err = shell(f'"$tsdyn" run small.toml -o run {streams}; echo "code $?"', tmp_path)
+    code, out, err = shell('"$tsdyn" run small.toml -o run <&- >&- 2>&-; echo "code $?"', tmp_path)
     assert b"code 0" in out + err, (code, out, err)
     assert b"Traceback" not in err
     assert list(tsdyn.open(tmp_path / "run").epoch.values) == [0, 1, 2, 3]
@@ -122,12 +121,17 @@ def written_in_vain(where):
     reading, gone = os.pipe()
     os.close(reading)
     full = os.open("/dev/full", os.O_WRONLY)
-    yield {"full disk": {1: full, 2: full}, "closed": {1: None, 2: None}, "both": {1: gone, 2: full}}[where]
+    yield {
+        "full disk": {1: full, 2: full},
+        "closed": {1: None, 2: None},
+        "both": {1: gone, 2: full},
+        "stderr gone": {2: gone},
+    }[where]
     os.close(gone)
     os.close(full)
 
 
-@pytest.mark.parametrize("where", ["full disk", "closed", "both"])
+@pytest.mark.parametrize("where", ["full disk", "closed", "both", "stderr gone"])
 def test_a_forked_run_goes_on_where_nothing_can_be_printed(file, tmp_path, where):
     with written_in_vain(where) as streams:
         done = processes.run(["tsdyn", "run", "small.toml", "-o", "run"], tmp_path, streams=streams)
@@ -145,9 +149,9 @@ def test_a_progress_that_cannot_print_is_dropped(tmp_path, caplog):
 
 
 def test_a_reader_that_has_enough_is_no_error(tmp_path):
-    tsdyn.run(small(**FEW), tmp_path / "run")
-    code, out, err = shell('"$tsdyn" show run | head -n 1', tmp_path)
+    code, out, err = shell('"$tsdyn" study list | head -n 1', tmp_path)
     assert (code, err, out.count(b"\n")) == (0, b"", 1)
+    tsdyn.run(small(**FEW), tmp_path / "run")
     reading, gone = os.pipe()
     os.close(reading)
     full = os.open("/dev/full", os.O_WRONLY)
@@ -174,10 +178,16 @@ def test_a_terminal_without_utf8_shows_what_it_can(tmp_path, encoding):
         "    print('ended', *words)\n"
     )
     environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
-    words = [sys.executable, "-c", program, json.dumps(each)]
-    # one of them from Python's own start on
-    begin = subprocess.run if encoding == "ascii" else lambda w, **k: processes.run(w, k["cwd"], environment=k["env"])
-    done = begin(words, cwd=tmp_path, env=environment, capture_output=True, text=True, encoding=encoding, timeout=300)
+    forked = processes.run([sys.executable, "-c", program, json.dumps(each)], tmp_path, environment=environment)
+    _all_shown(forked, each)
+    if encoding == "ascii":  # from Python's own start on
+        quick = [one for one in each if one[0] in ("study", "--help")]
+        words = [sys.executable, "-c", program, json.dumps(quick)]
+        done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, encoding=encoding)
+        _all_shown(done, quick)
+
+
+def _all_shown(done, each):
     assert (done.returncode, done.stderr) == (0, "")
     said = done.stdout
     for one in each:
@@ -191,9 +201,10 @@ def test_a_terminal_without_utf8_shows_what_it_can(tmp_path, encoding):
 GRID = {"teacher.polarity": [0.0, 1.0, 2.0]}
 
 
-def listening(process):
-    """Ports on which a process and its children listen."""
-    found = [c for p in (process, *process.children(recursive=True)) for c in p.net_connections("tcp")]
+def listening(*processes):
+    """Ports on which processes and their children listen."""
+    family = {child for process in processes for child in (process, *process.children(recursive=True))}
+    found = [c for p in family for c in p.net_connections("tcp")]
     return {c.laddr.port for c in found if c.status == psutil.CONN_LISTEN}
 
 
@@ -224,23 +235,26 @@ def test_nobody_without_the_certificate_reaches_a_sweep_s_workers(tmp_path):
     """On every port that is open: not plainly, not with a certificate of their own; and there is no dashboard."""
     experiment = small(sweep=GRID, **FEW | {"training__epochs": 100_000})
     (tmp_path / "sweep.toml").write_text(experiment.to_toml(), encoding="utf-8")
-    words = [TSDYN, "run", "sweep.toml", "-o", "sweep", "--workers", "1"]
+    words = ["tsdyn", "run", "sweep.toml", "-o", "sweep", "--workers", "1"]
     found, stranger = {}, Security.temporary()
-    with subprocess.Popen(words, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as sweeping:
+    reading, writing = os.pipe()
+    sweeping = processes.Process(words, tmp_path, {2: writing})
+    os.close(writing)
+    with os.fdopen(reading) as stderr:
         try:
-            sweeping.stderr.readline()  # an epoch was told of: all is up
-            drain = threading.Thread(target=sweeping.stderr.read)
+            stderr.readline()  # an epoch was told of: all is up
+            drain = threading.Thread(target=stderr.read)
             drain.start()
             pages = ("", "status", "info/main/workers.html", "json/counts.json", "metrics", "health")
             with ThreadPoolExecutor(32) as pool:  # each waits for seconds for an answer that must not come
                 asked = {}
-                for port in listening(psutil.Process(sweeping.pid)):
+                for port in listening(psutil.Process(sweeping.pid), *processes.workers()):
                     asked |= {(port, page): pool.submit(answers, port, page) for page in pages}
                     asked[port, "tcp"] = pool.submit(reached, f"tcp://127.0.0.1:{port}")
                     asked[port, "tls"] = pool.submit(reached, f"tls://127.0.0.1:{port}", security=stranger)
                 found = {which: answer.result() for which, answer in asked.items()}
         finally:
-            sweeping.terminate()
+            os.kill(sweeping.pid, signal.SIGTERM)
             assert sweeping.wait(120) == 143
             drain.join()
     assert len(found) >= 4
@@ -314,8 +328,8 @@ def test_a_scheduler_without_workers_is_said_to_have_none(tmp_path, caplog, monk
 
 
 def test_a_frozen_worker_is_said(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(workers_module, "SILENT_SECONDS", 3.0)
-    monkeypatch.setattr(workers_module, "ASK_SECONDS", 0.5)
+    monkeypatch.setattr(workers_module, "SILENT_SECONDS", 1.5)
+    monkeypatch.setattr(workers_module, "ASK_SECONDS", 0.3)
     frozen = []
 
     def thaw(child):
@@ -343,7 +357,7 @@ def test_a_frozen_worker_is_said(tmp_path, caplog, monkeypatch):
 
 @pytest.mark.parametrize("workers", [[], ["--workers", "1"]], ids=["alone", "with a worker"])
 def test_commands_on_one_sweep_share_its_points_and_none_fails(tmp_path, workers):
-    experiment = small(sweep={"teacher.polarity": [0.0, 0.5, 1.0, 1.5, 2.0, 2.5]}, **FEW)
+    experiment = small(sweep={"teacher.polarity": [0.0, 0.5, 1.0, 1.5]}, **FEW)
     (tmp_path / "sweep.toml").write_text(experiment.to_toml(), encoding="utf-8")
     words = ["tsdyn", "run", "sweep.toml", "-o", "sweep", *workers]
     with ThreadPoolExecutor() as pool:
@@ -352,7 +366,7 @@ def test_commands_on_one_sweep_share_its_points_and_none_fails(tmp_path, workers
     assert [each.returncode for each in done] == [0] * len(done), said
     assert not any("Traceback" in text for text in said)
     ds = tsdyn.open(tmp_path / "sweep")
-    assert int(ds.coverage.sum()) == 6
+    assert int(ds.coverage.sum()) == 4
     assert integrity.check(tmp_path / "sweep") == []
 
 
@@ -381,10 +395,6 @@ WIDE = {"teacher__widths": [4000, 4000, 10], "student__overrealization": 1.0, "s
 def test_a_run_beyond_ulimit_is_refused_in_a_sentence(tmp_path):
     wide = small(**FEW | WIDE | {"teacher__widths": [12_000, 12_000, 10]})
     (tmp_path / "wide.toml").write_text(wide.to_toml(), encoding="utf-8")
-    code, _, err = shell('ulimit -v $((5 * 1024 * 1024)); "$tsdyn" run wide.toml -o run', tmp_path)
-    assert code == 1
-    assert b"GB of memory are free" in err
-    assert len(err.splitlines()) == 1
     limited = (
         "import resource, sys; from tsdyn.cli import main; resource.setrlimit(resource.RLIMIT_AS, (5 << 30, 5 << 30));"
         "sys.argv[1:] = ['run', 'wide.toml', '-o', 'run', '--quiet']; main()"
@@ -405,10 +415,12 @@ def test_a_control_group_below_the_root_is_seen(tmp_path):
     try:
         wide = small(**FEW | WIDE | {"teacher__widths": [6_000, 6_000, 10]})
         (tmp_path / "wide.toml").write_text(wide.to_toml(), encoding="utf-8")
-        code, _, err = shell(
-            f'echo $$ > {job}/step/cgroup.procs && "$tsdyn" run wide.toml -o run --quiet', tmp_path, OMP_NUM_THREADS="1"
+        inside = (
+            "import os, sys; from tsdyn.cli import main; open(sys.argv[1], 'w').write(str(os.getpid()));"
+            "sys.argv[1:] = ['run', 'wide.toml', '-o', 'run', '--quiet']; main()"
         )
-        assert (code, b"GB of memory are free" in err) == (1, True), err
+        done = processes.run(["python", "-c", inside, job / "step" / "cgroup.procs"], tmp_path)
+        assert (done.returncode, "GB of memory are free" in done.stderr) == (1, True), done.stderr
     finally:
         (job / "step").rmdir()
         job.rmdir()
@@ -467,40 +479,51 @@ def test_memory_that_runs_out_all_the_same_is_a_sentence(command, file, tmp_path
 def test_the_commit_is_that_of_tsdyn_s_own_checkout_only(tmp_path):
     """Installed inside somebody's repository, even tracked by it, it is none of that; nor does GIT_DIR mislead."""
     root = Path(tsdyn.__file__).resolve().parent.parent
-    site = tmp_path / "theirs" / ".venv" / "site"
-    own = tmp_path / "own"
-    for target in (site, own):
+    theirs, own = tmp_path / "theirs", tmp_path / "own"
+    places = {theirs: (theirs / ".venv" / "site", ["-f", ".venv"]), own: (own, ["tsdyn"])}
+    for folder, (site, _) in places.items():
         for name, source in (("tsdyn", "tsdyn"), ("tsdyn/analysis", "analysis"), ("tsdyn/studies", "studies")):
-            shutil.copytree(root / source, target / name, ignore=shutil.ignore_patterns("__pycache__"))
-    commits = {}
-    for folder, files in ((tmp_path / "theirs", ["-f", ".venv"]), (own, ["tsdyn"])):
-        git = ["git", "-C", str(folder), "-c", "user.name=x", "-c", "user.email=x@x"]
-        for words in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "first"]):
-            subprocess.run([*git, *words], check=True)
-        commits[folder, False] = _recorded(site if folder != own else own, tmp_path)
-        subprocess.run([*git, "add", *files], check=True)
-        subprocess.run([*git, "commit", "-q", "-m", "second"], check=True)
-        commits[folder, True] = _recorded(site if folder != own else own, tmp_path)
-        head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
-    misled = _recorded(site, tmp_path, GIT_DIR=str(own / ".git"), GIT_WORK_TREE=str(own))
-    assert list(commits.values()) == ["unknown", "unknown", "unknown", head]
-    assert misled == "unknown"
+            shutil.copytree(root / source, site / name)
+        git(folder, "init", "-q")
+        git(folder, "commit", "-q", "--allow-empty", "-m", "first")
+    (tmp_path / "commit.toml").write_text(small(**FEW | {"training__epochs": 0}).to_toml(), encoding="utf-8")
+    for folder, (site, files) in places.items():
+        words = ["python", "-c", RECORDED, site, tmp_path / "commit.toml", own, folder, *files]
+        done = processes.run(words, tmp_path)
+        assert done.returncode == 0, done.stderr
+        tracked = git(own, "rev-parse", "HEAD") if folder == own else "unknown"
+        assert done.stdout.split() == ["unknown", tracked, tracked]
 
 
-def _recorded(folder, tmp_path, **environment):
-    """``git_commit`` of a run by the copy of tsdyn there, imported anew in a process that has all else."""
-    code = (
-        "import sys; sys.meta_path[:] = [f for f in sys.meta_path if f.__module__ != '_tsdyn_here'];"
-        "[sys.modules.pop(m) for m in list(sys.modules) if m.partition('.')[0] == 'tsdyn'];"
-        "sys.path.insert(0, sys.argv[1]); import tsdyn; assert tsdyn.__file__.startswith(sys.argv[1]), tsdyn.__file__;"
-        "from tsdyn.experiment.experiment import Experiment; e = Experiment.from_toml(sys.argv[2]);"
-        "import tempfile; print(tsdyn.run(e, tempfile.mkdtemp() + '/run').attrs['git_commit'])"
-    )
-    file = tmp_path / "commit.toml"
-    file.write_text(small(**FEW | {"training__epochs": 0}).to_toml(), encoding="utf-8")
-    done = processes.run(["python", "-c", code, folder, file], tmp_path, environment={**os.environ, **environment})
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+def git(folder, *words):
+    whole = ["git", "-C", str(folder), "-c", "user.name=x", "-c", "user.email=x@x", *words]
+    return subprocess.run(whole, check=True, capture_output=True, text=True).stdout.strip()
+
+
+#: Prints ``git_commit`` of runs by the copy of tsdyn in a folder, imported anew in a process that has all else: before
+#: its repository tracks it, after, and then with variables that name another repository.
+RECORDED = """
+import os, subprocess, sys, tempfile
+site, file, other, folder, *files = sys.argv[1:]
+sys.meta_path[:] = [f for f in sys.meta_path if f.__module__ != '_tsdyn_here']
+[sys.modules.pop(m) for m in list(sys.modules) if m.partition('.')[0] == 'tsdyn']
+sys.path.insert(0, site)
+import tsdyn
+assert tsdyn.__file__.startswith(site), tsdyn.__file__
+from tsdyn.experiment.experiment import Experiment
+from tsdyn.running import provenance
+def recorded():
+    provenance.git_commit.cache_clear()
+    run = tsdyn.run(Experiment.from_toml(file), tempfile.mkdtemp() + '/run')
+    print(run.attrs['git_commit'])
+git = ['git', '-C', folder, '-c', 'user.name=x', '-c', 'user.email=x@x']
+recorded()
+subprocess.run([*git, 'add', *files], check=True)
+subprocess.run([*git, 'commit', '-q', '-m', 'second'], check=True)
+recorded()
+os.environ |= {'GIT_DIR': other + '/.git', 'GIT_WORK_TREE': other}
+recorded()
+"""
 
 
 def test_what_computed_each_part_is_kept_and_said(command, file, tmp_path, monkeypatch, caplog):  # noqa: F811

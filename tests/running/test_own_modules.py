@@ -8,6 +8,8 @@ import logging
 import subprocess
 import sys
 import threading
+import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -351,9 +353,23 @@ def test_a_dead_member_leaves_the_others_alone():
         assert_same(tensor[::2], alone.values[name][::2], 1e-13, what=name)
 
 
+def hooked():
+    module = nn.Linear(INPUTS, OUTPUTS)
+    module.weight.register_hook(lambda g: 2 * g)
+    return module
+
+
+def hook_weight_norm():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return nn.utils.weight_norm(nn.Linear(INPUTS, OUTPUTS))
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (hooked, "weight has a hook on its gradient"),
+        (hook_weight_norm, "cannot be copied"),
         (
             lambda: nn.Sequential(nn.Linear(INPUTS, OUTPUTS), nn.AlphaDropout(0.1)),
             r"not keyed by seed and epoch.*set p = 0, call its eval\(\), or take Dropout, Dropout1d",
@@ -390,6 +406,41 @@ def test_outputs_that_cannot_be_learnt_from_are_refused(make, message):
     ensemble, x, y, rows = drawn(make)
     with pytest.raises(ValueError, match=message):
         train_epoch(ensemble, finite_stream(x, y, rows), Rule(0.05), batch=8)
+
+
+class Counter(nn.Module):
+    """Counts its calls in a buffer, or where only Python sees it."""
+
+    def __init__(self, buffer):
+        super().__init__()
+        self.top, self.calls = nn.Linear(INPUTS, OUTPUTS), 0
+        if buffer:
+            del self.calls
+            self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls = self.calls + 1
+        return self.top(x) * self.calls
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (partial(Counter, buffer=True), "changes calls when it is called in evaluation mode"),
+        (partial(Counter, buffer=False), "gives other outputs for the same inputs in evaluation mode"),
+        (Noisy, "gives other outputs for the same inputs in evaluation mode"),
+    ],
+)
+def test_what_measuring_would_change_is_refused_before_anything_is_written(tmp_path, make, message):
+    with pytest.raises(tsdyn.ExperimentError, match=message):
+        tsdyn.run(experiment(), tmp_path / "run", student=make)
+    module = make().double()
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    x, y = torch.ones(4, INPUTS, dtype=torch.float64), torch.ones(4, OUTPUTS, dtype=torch.float64)
+    with pytest.raises(ValueError, match=message):
+        tsdyn.Recorder(tmp_path / "own", module, probe=(x, y), observables=("loss", "weight"))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+    assert not list(tmp_path.iterdir())
 
 
 class Locked(nn.Linear):

@@ -74,7 +74,7 @@ def test_a_resumed_run_stops_the_same_members_at_the_same_bits(tmp_path, monkeyp
     monkeypatch.setattr(runner, "COMMIT_SECONDS", 0.0)
     stopping = experiment({"variable": "loss_eval", "patience": 2}, rate=0.6)
     whole = tsdyn.run(stopping, tmp_path / "whole").load()
-    for cut_at in range(1, EPOCHS):
+    for cut_at in (1, 2, EPOCHS // 2, EPOCHS - 1):
 
         def cut(step, *_, cut_at=cut_at):
             if step == cut_at:

@@ -5,9 +5,6 @@ import os
 import random
 import re
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import dask
 import numpy as np
@@ -104,13 +101,17 @@ def test_workers_compute_the_same_bits_and_survive_each_other(tmp_path, undistur
     """Two processes; two are killed as soon as a point has begun (`make scale`: 50 of them, at any time)."""
     told = []
     path = tmp_path / "sweep"
-    spawned = dask.config.set({"distributed.worker.multiprocessing-method": "spawn"})  # as a user's are
-    with spawned, killing(random.Random(0), path, 2, pause=(0.02, 0.1)) as killed:
+    with killing(random.Random(0), path, 2, pause=(0.02, 0.1)) as killed:
         ds = sweep.run(small(sweep=GRID, **FEW), path, workers=2, progress=lambda *news: told.append(news[:2]))
     assert killed
     same(ds, undisturbed)
     assert (3, 3) in told
     assert not any(segments(point) for point in path.iterdir() if point.is_dir())
+
+
+def test_a_worker_that_is_spawned_as_a_user_s_is_computes_the_same_bits(tmp_path, undisturbed):
+    with dask.config.set({"distributed.worker.multiprocessing-method": "spawn"}):
+        same(sweep.run(small(sweep=GRID, **FEW), tmp_path / "sweep", workers=1), undisturbed)
 
 
 def test_what_is_estimated_is_timed_once_a_shape(monkeypatch):
@@ -379,17 +380,15 @@ def test_a_signal_has_the_workers_commit(tmp_path, number, code):
     words = ["tsdyn", "run", "sweep.toml", "-o", "sweep", "--workers", "2"]
     reading, writing = os.pipe()
     with os.fdopen(reading, encoding="utf-8") as stderr:
-        if number == signal.SIGINT:  # from Python's own start on, so that its workers are of its group
-            words[0] = str(Path(sys.executable).with_name(words[0]))
-            child = subprocess.Popen(words, cwd=tmp_path, stderr=writing, start_new_session=True)
-        else:
-            child = processes.Process(words, tmp_path, {2: writing})
+        child = processes.Process(words, tmp_path, {2: writing})
         os.close(writing)
         said = []
         for line in stderr:
             said.append(line)
             if re.search(r"epoch [1-9]\d*/200", line):
-                (os.killpg if number == signal.SIGINT else os.kill)(child.pid, number)
+                terminal = [worker.pid for worker in processes.workers()] if number == signal.SIGINT else []
+                for pid in (*terminal, child.pid):
+                    os.kill(pid, number)
                 break
         said += stderr.readlines()
         ended = child.wait(120)

@@ -5,6 +5,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from typer.testing import CliRunner
 
 import tsdyn
@@ -12,7 +13,7 @@ from tests.cases import small
 from tsdyn import cli
 from tsdyn.archive import integrity
 from tsdyn.experiment.experiment import Experiment
-from tsdyn.running import runner
+from tsdyn.running import own_modules, runner
 from tsdyn.running.forked_members import ForkedMembers
 from tsdyn.running.members import Members
 from tsdyn.through_training import forks
@@ -363,3 +364,68 @@ def test_the_barrier_is_the_largest_excess_over_the_chord():
     height = forks.barrier(lambda n: 5 - float(n.weights[0][0, 0] - 1) ** 2, first, second)
     assert height == pytest.approx(4.0)  # at the middle: 5 − 1 for ends of 1
     assert forks.barrier(lambda n: float(n.weights[0][0, 0]) ** 2, first, second) == 0
+
+
+class Residual(nn.Module):
+    """A skip connection and LayerNorm: nothing that tsdyn makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.below, self.norm, self.above = nn.Linear(4, 5), nn.LayerNorm(5), nn.Linear(5, 2)
+
+    def forward(self, x):
+        hidden = torch.relu(self.below(x))
+        return self.above(hidden + self.norm(hidden))
+
+
+@pytest.fixture(scope="module")
+def own_parent(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("own")
+    base = {"training__epochs": 3, "training__steps_per_epoch": 5, "seeds": 2, "training__momentum": 0.9}
+    asked = small(**base, teacher__widths=[4, 3, 2], record__observables=["loss", "parameter", "weight"])
+    tsdyn.run(asked, folder / "parent", student=Residual)
+    return folder / "parent"
+
+
+def test_an_own_module_without_a_change_has_its_parents_bits(own_parent, tmp_path):
+    ds = tsdyn.fork(own_parent, at=[0, 2], out=tmp_path / "children", student=Residual).load()
+    own = tsdyn.open(own_parent).load()
+    for fork_epoch in (0, 2):
+        epochs = [e for e in own.epoch.values if e > fork_epoch]
+        child = ds.parameter.sel(fork_epoch=fork_epoch, epoch=epochs).isel(branch=0)
+        np.testing.assert_array_equal(child.transpose(*own.parameter.dims).values, own.parameter.sel(epoch=epochs))
+    assert float(ds.distance.max()) == 0
+    assert "barrier" not in ds
+
+
+def test_an_own_module_is_changed_as_said(own_parent, tmp_path):
+    """One weight by 0.5; and Gaussian noise of s times each parameter's own rms, whose expected length is known."""
+    one = {"weight": {"layer": 1, "node": 2, "input_node": 3, "by": 0.5}}
+    ds = tsdyn.fork(own_parent, at=2, perturb=one, out=tmp_path / "one", student=Residual).load()
+    np.testing.assert_allclose(ds.distance.sel(epoch=2).values, 0.5, rtol=1e-14)
+    moved = (ds.weight.sel(epoch=2) - tsdyn.open(own_parent).weight.sel(epoch=2)).isel(fork_epoch=0, branch=0)
+    assert np.argwhere(moved.sel(seed=0).fillna(0).values).tolist() == [[0, 2, 3]]
+
+    size = 0.01
+    ds = tsdyn.fork(own_parent, at=2, perturb={"gaussian": size}, branches=20, out=tmp_path / "all", student=Residual)
+    start = own_modules.named(tsdyn.open(own_parent).isel(epoch=0).load())
+    rms = {name: np.sqrt((values**2).mean([d for d in values.dims if d != "seed"])) for name, values in start.items()}
+    like = {name: rms[f"{name.removesuffix('bias')}weight" if name.endswith("bias") else name] for name in rms}
+    expected = sum(size**2 * like[name] ** 2 * values[0].size for name, values in start.items())
+    ratio = ds.distance.sel(epoch=2).squeeze("fork_epoch").load() ** 2 / expected
+    # a mean of 20 sums of squares of some 40 normal numbers: relative deviation below sqrt(2 / 20 / 5) = 0.14
+    assert (np.abs(ratio.mean("branch") - 1) < 4 * 0.14).all()
+
+
+@pytest.mark.parametrize(
+    ("perturb", "told"),
+    [
+        ({"swap": {"layer": 1, "nodes": [0, 1]}}, "which numbers of a module of your own belong to a node"),
+        ({"weight": {"layer": 9, "node": 0, "by": 1.0}}, "2 labelled layers"),
+        ({"weight": {"layer": 1, "node": 5, "by": 1.0}}, "node 5 is none of the 5 of layer 1"),
+    ],
+)
+def test_what_an_own_module_has_not_is_refused(own_parent, tmp_path, perturb, told):
+    with pytest.raises(ValueError, match=told):
+        tsdyn.fork(own_parent, at=2, perturb=perturb, out=tmp_path / "children", student=Residual)
+    assert not (tmp_path / "children").exists()

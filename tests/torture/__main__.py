@@ -24,8 +24,8 @@ NUMBERS = {
     "full_disks": (50, 2),
     "two_writers": (100, 2),
     "readers": (20, 1),
-    "by_number.calls": (10_000, 5),
-    "by_number.memory": (10, 1),
+    "by_number.calls": (10_000, 4),
+    "by_number.memory": (10, 2),
     "states.steps": (2000, 0),  # the suite has a test of its own
     "fuzz.archives": (3000, 3),
     "fuzz.experiments": (2000, 8),

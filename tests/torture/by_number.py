@@ -119,7 +119,7 @@ ACTIONS = {
 class _Bench:
     """Templates of the directories, and the reference that every trial is compared with."""
 
-    def __init__(self, scratch: Path) -> None:
+    def __init__(self, scratch: Path, actions: Sequence[str]) -> None:
         dask.config.set(scheduler="synchronous")  # its threads do not survive a fork
         self.scratch = scratch
         self.base = fresh(scratch / "base")
@@ -128,8 +128,8 @@ class _Bench:
         _finished(scratch / "reference", EPOCHS)
         with tsdyn.open(scratch / "reference") as ds:
             self.reference = ds.load()
-        for name, action in ACTIONS.items():
-            action.prepare(scratch / name)
+        for name in actions:
+            ACTIONS[name].prepare(scratch / name)
 
     def place(self, name: str) -> None:
         """Put the directory that an action is done to in its place."""
@@ -217,13 +217,15 @@ def _counted(rows: dict[str, Counter[str]], told: list[str], first: str) -> str:
 def calls(scratch: Path, rng: random.Random, number: int) -> str:
     """The n-th write, fsync, rename, open and close below the directory fails, for every n and action.
 
-    With fewer than all trials asked for, each n fails with one of the errors in turn, and `number` of these are tried.
+    With fewer than all trials asked for, each n fails with one of the errors in turn, and `number` of these are tried;
+    of so many actions at most.
     """
-    bench = _Bench(scratch)
+    actions = _some(rng, number)
+    bench = _Bench(scratch, actions)
     rows: dict[str, Counter[str]] = {}
     told: list[str] = []
     points: list[tuple[str, str, int, int]] = []
-    for name in ACTIONS:
+    for name in actions:
         counts = _calls_of(bench, name)
         for kind in KINDS:
             every = [(name, kind, at, ERRORS) for at in range(1, counts[kind] + 1)]
@@ -240,6 +242,11 @@ def calls(scratch: Path, rng: random.Random, number: int) -> str:
         if fate != "whole":
             told.append(f"{name}: {kind} {at} {errno.errorcode[error]}: {fate}: {words}")
     return _counted(dict(sorted(rows.items())), told, "action: what fails")
+
+
+def _some(rng: random.Random, number: int) -> list[str]:
+    """`number` of the actions, or all."""
+    return list(ACTIONS) if number >= len(ACTIONS) else rng.sample(list(ACTIONS), number)
 
 
 def _calls_of(bench: _Bench, name: str) -> dict[str, int]:
@@ -261,11 +268,15 @@ def _calls_of(bench: _Bench, name: str) -> dict[str, int]:
 
 
 def memory(scratch: Path, rng: random.Random, number: int) -> str:
-    """A limit on the address space lowered in ten steps, from nearly what the work takes to a twentieth of it."""
-    bench = _Bench(scratch)
+    """A limit on the address space lowered in ten steps, from nearly what the work takes to a twentieth of it.
+
+    With fewer steps asked for, only so many of them, for so many of the actions.
+    """
+    actions = _some(rng, number)
+    bench = _Bench(scratch, actions)
     rows: dict[str, Counter[str]] = {}
     told: list[str] = []
-    for name in ACTIONS:
+    for name in actions:
         needed = _addresses_of(bench, name)
         for share in SHARES[:: max(1, len(SHARES) // number)]:
             fate, words = bench.trial(name, lambda more=share * needed: _limit(round(more)))

@@ -19,9 +19,9 @@ from pathlib import Path
 
 import dask
 import xarray as xr
-from dask.distributed import Client, LocalCluster
 
 import tsdyn
+from tests import processes
 from tests.torture import trace
 from tests.torture.harness import FAILED, FINISHED, SEGMENTED, Law, arm, fork, fresh, operations, same, shim, training
 from tsdyn.archive import whole_files
@@ -233,7 +233,13 @@ def two_writers(scratch: Path, rng: random.Random, number: int) -> str:
 
 
 def readers(scratch: Path, rng: random.Random, number: int) -> str:
-    """An archive of many chunks read so often under each of dask's schedulers, by two datasets at once."""
+    """An archive of many chunks read so often under each of dask's schedulers, by two datasets at once.
+
+    Processes are forks of a server that holds nothing of this one.
+    """
+    processes.dask_by_fork()
+    from dask.distributed import Client, LocalCluster
+
     experiment = SEGMENTED.replace({"seeds": 6, "training.epochs": 40, "record.observables": ["mse", "weight", "D"]})
     tsdyn.run(experiment, scratch / "run")
     whole = tsdyn.open(scratch / "run").load()
@@ -241,7 +247,7 @@ def readers(scratch: Path, rng: random.Random, number: int) -> str:
     with dask.config.set(scheduler="threads", num_workers=8):
         wrong += _read("threads", scratch / "run", whole, number)
     with (
-        ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool,
+        ProcessPoolExecutor(2, multiprocessing.get_context("forkserver")) as pool,
         dask.config.set(scheduler="processes", pool=pool),
     ):
         wrong += _read("processes", scratch / "run", whole, number)

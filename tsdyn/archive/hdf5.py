@@ -19,6 +19,10 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {  # the result, then the arguments
     "H5Fopen": (_ID, _TEXT, ctypes.c_uint, _ID),
     "H5Fclose": (_INT, _ID),
     "H5Fget_name": (ctypes.c_ssize_t, _ID, _TEXT, _SIZE),
+    "H5Fflush": (_INT, _ID, _INT),
+    "H5Fget_obj_count": (ctypes.c_ssize_t, _ID, ctypes.c_uint),
+    "H5Fget_obj_ids": (ctypes.c_ssize_t, _ID, ctypes.c_uint, _SIZE, ctypes.c_void_p),
+    "H5Fget_file_image": (ctypes.c_ssize_t, _ID, ctypes.c_void_p, _SIZE),
     "H5Dopen2": (_ID, _ID, _TEXT, _ID),
     "H5Dclose": (_INT, _ID),
     "H5Dget_create_plist": (_ID, _ID),
@@ -40,6 +44,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {  # the result, then the arguments
     "H5Eset_auto2": (_INT, _ID, ctypes.c_void_p, ctypes.c_void_p),
 }
 _VIRTUAL, _INTEGER, _FLOATING = 3, 0, 1  # H5D_VIRTUAL, H5T_INTEGER, H5T_FLOAT
+_ALL, _FILE = 0x1F, 1  # H5F_OBJ_ALL, H5F_OBJ_FILE
 
 
 @cache
@@ -71,6 +76,31 @@ def opened(path: Path) -> int | None:
 def closed(file: int) -> bool:
     """Close what `opened` gave; whether that succeeded."""
     return bool(_library().H5Fclose(file) >= 0)
+
+
+def handles() -> set[int]:
+    """The library's own handles on files that are open; to be called inside `netcdf.guarded`."""
+    library = _library()
+    found = np.empty(library.H5Fget_obj_count(_ALL, _FILE), np.int64)
+    library.H5Fget_obj_ids(_ALL, _FILE, len(found), found.ctypes.data)
+    return {int(handle) for handle in found}
+
+
+def image(file: int) -> NDArray:
+    """The bytes of an open file, as closing it would leave them.
+
+    Args:
+        file: One of `handles`; netCDF must have written all that it holds back (``sync``).
+
+    Raises:
+        MemoryError: if the library does not give them.
+    """
+    library = _library()
+    size = library.H5Fget_file_image(file, None, 0) if library.H5Fflush(file, 0) >= 0 else -1
+    found = np.empty(max(size, 0), np.uint8)
+    if size <= 0 or library.H5Fget_file_image(file, found.ctypes.data, size) != size:
+        raise MemoryError("image: the HDF5 library does not give the file that it made in memory")
+    return found
 
 
 def read_all(path: Path, spans: Mapping[str, Sequence[slice]], dtypes: Mapping[str, np.dtype]) -> dict[str, NDArray]:

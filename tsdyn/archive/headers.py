@@ -25,6 +25,7 @@ import xarray as xr
 
 from tsdyn import schema, vocabulary
 from tsdyn.archive import additions, netcdf
+from tsdyn.archive.made_files import Made
 from tsdyn.archive.recordings import FILE, Recording
 from tsdyn.archive.run_directory import ARCHIVE, EXPERIMENT, RUN, refuse_another, segments
 from tsdyn.archive.swept_values import KEY
@@ -272,6 +273,7 @@ class Headers:
         self._entries: dict[str, _Entry] = {}
         self._of_theirs: set[str] = set()  # points whose file was compared with this experiment
         self._changed = False
+        self._made: dict[Any, str] = {}  # what a file of this process declares → key of its header
         self._experiment = ""
         with suppress(OSError):
             self._experiment = hashlib.sha256((self.path / EXPERIMENT).read_bytes()).hexdigest()
@@ -292,6 +294,30 @@ class Headers:
         """
         refuse_link(self.path / name)
         return self._read(name, self.path / name / ARCHIVE, expected)
+
+    def made(self, name: str, made: Made) -> None:
+        """Note the archive of a point that this process has just written for the sweep's own experiment.
+
+        Files of one shape declare the same, so that only the first of them is read.
+        """
+        file = self.path / name / ARCHIVE
+        shared = json.dumps({key: value for key, value in made.attrs.items() if key not in OWN}, sort_keys=True)
+        if (made.shape, shared) in self._made:
+            now, own = identity(file), _plain(made.attrs)
+            wrong = wrong_variables(made.attrs["schema_version"], None, str(own.get("experiment", "")))
+            stamp = [now.size, now.modified, now.seal]
+            self._note(name, stamp, self._made[made.shape, shared], made.death, own, wrong)
+            self._of_theirs.add(name)
+        else:
+            self.finished(name, lambda: Experiment.from_toml_text(str(made.attrs["experiment"]), archived=True))
+            self._made[made.shape, shared] = self._entries[name].header
+
+    def _note(
+        self, name: str, stamp: list[Any], key: str, death: list[int], own: Mapping[str, Any], wrong: Iterable[str]
+    ) -> None:
+        kept = {known: own[known] for known in ("digest", RUN, "created", vocabulary.WALL) if known in own}
+        self._entries[name] = _Entry(stamp, key, death if any(d >= 0 for d in death) else [], kept, list(wrong))
+        self._changed = True
 
     def measured(self, name: str, expected: Callable[[], Experiment | Recording]) -> list[Source]:
         """The files of what was measured of one point after its run.
@@ -316,10 +342,7 @@ class Headers:
             source = Source.of(file, upto=self.verify)
             key = hashlib.sha256(json.dumps(source.header.as_json(), sort_keys=True).encode()).hexdigest()[:16]
             self._headers.setdefault(key, source.header)
-            death = source.death if any(d >= 0 for d in source.death) else []
-            own = {kept: source.own[kept] for kept in ("digest", RUN, "created", vocabulary.WALL) if kept in source.own}
-            self._entries[name] = _Entry(stamp, key, death, own, list(source.wrong))
-            self._changed = True
+            self._note(name, stamp, key, source.death, source.own, source.wrong)
         else:
             header = self._headers[entry.header]
             source = Source(

@@ -1,4 +1,4 @@
-"""Where archives that are opened together differ: in keys of their experiments, in variables, in their modules.
+"""Where archives that are opened together differ: in keys of experiments, variables, modules, labels.
 
 Imports no torch.
 """
@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import itertools
 import json
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic_core import to_jsonable_python
 
+from tsdyn.archive.headers import Source
 from tsdyn.archive.lazy_arrays import Cells
 from tsdyn.archive.run_directory import ARCHIVE
+from tsdyn.archive.whole_files import ArchiveError
 from tsdyn.experiment import made_modules
 from tsdyn.experiment.experiment import Experiment, flattened
 from tsdyn.experiment.parts import Part
@@ -23,7 +24,6 @@ from tsdyn.experiment.sweep_axes import Axis, swept_keys
 
 #: Keys that decide which numbers are kept, and none of them.
 RECORDED = ("record.observables", "record.state_every")
-_log = logging.getLogger("tsdyn")
 
 
 def differing_keys(written: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -65,27 +65,41 @@ def _defaults() -> dict[str, Any]:
     return {key: value for key, value in found.items() if value is not None}
 
 
-def say_missing(cells: Cells, read: Callable[[str], bool]) -> None:
-    """Log in one sentence which variables some of the archives that are opened together lack, where they are NaN.
+class UnrecordedWarning(UserWarning):
+    """Some points of what was opened recorded fewer variables than others, and are NaN there."""
+
+
+def unrecorded(cells: Cells, read: Callable[[str], bool]) -> str | None:
+    """One sentence on the variables that some points lack, where they are NaN; None if all have the same.
 
     Args:
         cells: The files at each position.
         read: Whether a variable is one that all could have.
     """
-    held: dict[Path, set[str]] = {}
+    held: dict[Path, set[int]] = {}
+    headers: dict[int, frozenset[str]] = {}  # points of one shape share theirs
     for source in (source for cell in cells.values() for source in cell):
         folder = source.path.parent if source.path.name == ARCHIVE else source.path.parent.parent
-        held.setdefault(folder, set()).update(filter(read, source.header.variables))
-    lacking: dict[tuple[Path, ...], list[str]] = {}
-    for name in sorted(set().union(*held.values()) if held else ()):
-        lacking.setdefault(tuple(path for path, names in held.items() if name not in names), []).append(name)
+        key = id(source.header)
+        held.setdefault(folder, set()).add(key)
+        if key not in headers:
+            headers[key] = frozenset(filter(read, source.header.variables))
+    of_kind: dict[frozenset[int], list[Path]] = {}
+    for folder, keys in held.items():
+        of_kind.setdefault(frozenset(keys), []).append(folder)
+    whole = frozenset().union(*headers.values())
+    lacking: dict[str, list[Path]] = {}
+    for keys, folders in of_kind.items():
+        for name in whole - frozenset().union(*(headers[key] for key in keys)):
+            lacking.setdefault(name, []).extend(folders)
+    alike: dict[tuple[Path, ...], list[str]] = {}
+    for name, folders in sorted(lacking.items()):
+        alike.setdefault(tuple(folders), []).append(name)
     told = [
-        f"{', '.join(names)} not in {paths[0]}" + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
-        for paths, names in lacking.items()
-        if paths
+        f"{', '.join(names)} not in {folders[0]}" + (f" and {len(folders) - 1} more" if len(folders) > 1 else "")
+        for folders, names in alike.items()
     ]
-    if told:
-        _log.warning("open: NaN where not recorded: %s; `tsdyn measure` adds what weights tell", "; ".join(told))
+    return f"open: NaN where not recorded: {'; '.join(told)}; `tsdyn measure` adds what weights tell" if told else None
 
 
 def parameters(cells: Cells, grid: Sequence[Axis]) -> dict[str, str]:
@@ -104,3 +118,20 @@ def parameters(cells: Cells, grid: Sequence[Axis]) -> dict[str, str]:
     if len(found) < 2:
         return {}
     return {"parameters": json.dumps([{"at": at, "shapes": json.loads(shapes)} for shapes, at in found.items()])}
+
+
+def union(sources: Sequence[Source], dim: str) -> list[Any]:
+    """The labels of all files along a dimension, without repetition.
+
+    Raises:
+        ArchiveError: if files differ and labels repeat within one, so that a label does not name one position.
+    """
+    lists = {id(s.header.labels[dim]): (s, s.header.labels[dim]) for s in sources if dim in s.header.labels}
+    longest = max((labels for _, labels in lists.values()), key=len)
+    if all(labels == longest for _, labels in lists.values()):
+        return longest
+    for source, labels in lists.values():
+        if len(set(labels)) < len(labels):
+            raise ArchiveError(f"{source.path}: labels of {dim} repeat; `tsdyn validate` tells what is whole")
+    everything = set().union(*(labels for _, labels in lists.values()))
+    return longest if everything == set(longest) else sorted(everything)

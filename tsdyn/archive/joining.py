@@ -12,7 +12,7 @@ import netCDF4
 import numpy as np
 
 from tsdyn import vocabulary
-from tsdyn.archive import netcdf
+from tsdyn.archive import netcdf, stored_numbers
 from tsdyn.archive.whole_files import ArchiveError
 from tsdyn.archive.wrong_numbers import WRONG_THROUGH, wrong_variables
 from tsdyn.schema import Layout
@@ -136,18 +136,21 @@ def differing_records(
     One member is read at a time where a variable is large, so that this takes little memory.
     """
     with little_cached(), netcdf.dataset(file) as nc:
-        if not np.array_equal(nc[layout.path][:], np.asarray(epochs, dtype=nc[layout.path].dtype)):
+        labels = nc[layout.path]
+        if not np.array_equal(stored_numbers.all_of(labels), np.asarray(epochs, dtype=labels.dtype)):
             return layout.path
-        if not np.array_equal(nc["death_epoch"][:], states[netcdf.STATE]["death_epoch"]):
+        if not np.array_equal(stored_numbers.all_of(nc["death_epoch"]), states[netcdf.STATE]["death_epoch"]):
             return "death_epoch"
         for name, value in records.items():
+            stored = nc[name]
             layers = enumerate(value, start=1) if isinstance(value, list) else ((None, value),)
             for layer, block in layers:
                 step = len(block) if block.nbytes <= BLOCK_BYTES else 1
                 for low in range(0, len(block), step):
                     members = slice(low, min(low + step, len(block)))
                     index = netcdf.index(variable_of(name), layout, slice(0, len(epochs)), layer, members)
-                    if not same_numbers(np.asarray(nc[name][index]), np.asarray(block[members], dtype=nc[name].dtype)):
+                    there = stored_numbers.taken(stored, index)
+                    if not same_numbers(there, np.asarray(block[members], dtype=stored.dtype)):
                         return name
         return _differing_states(nc, states)
 

@@ -18,7 +18,7 @@ import xarray as xr
 from xarray.backends.locks import HDF5_LOCK, NETCDFC_LOCK, combine_locks
 
 from tsdyn import vocabulary
-from tsdyn.archive import hdf5
+from tsdyn.archive import hdf5, stored_numbers
 from tsdyn.archive.swept_values import Swept
 from tsdyn.archive.whole_files import ArchiveError, DirectoryError, readable, replacing
 from tsdyn.schema import Layout
@@ -223,8 +223,11 @@ def loaded(path: Path, array: netCDF4.Variable) -> xr.Variable:
     Raises:
         DirectoryError: if its text is more than the file's size warrants.
     """
+    attrs = attributes(array)
     if isinstance(array.dtype, np.dtype):
-        values = np.asarray(array[...])
+        values = stored_numbers.all_of(array)
+        if array.dtype.kind in "iuf" and not attrs.keys() & set(_PACKING):
+            return xr.Variable(array.dimensions, values, attrs)
     else:  # the size of text is known only once it is read, so it is read a little at a time
         values, room = np.empty(math.prod(array.shape), object), _room(path)
         step = max(1, LOADED_BYTES // path.stat().st_size)
@@ -240,7 +243,7 @@ def loaded(path: Path, array: netCDF4.Variable) -> xr.Variable:
                     "damaged or not tsdyn's"
                 )
         values = values.reshape(array.shape)
-    return decoded(str(array.name), xr.Variable(array.dimensions, values, attributes(array)))
+    return decoded(str(array.name), xr.Variable(array.dimensions, values, attrs))
 
 
 def attributes(holder: Any) -> dict[str, Any]:
@@ -329,7 +332,7 @@ def create(
         kind = "f8" if name in vocabulary.REAL_LABELS else "i8"
         labelled = nc.createVariable(name, kind, (name,), fletcher32=len(labels) > 0)
         labelled.long_name = vocabulary.DIMENSIONS[name]
-        labelled[:] = np.asarray(labels, dtype=kind)
+        stored_numbers.put_all(labelled, np.asarray(labels, dtype=kind))
     columns = {
         "width": layout.widths,
         "teacher_width": layout.teacher_widths,
@@ -339,11 +342,11 @@ def create(
     for name, values in columns.items():
         column = nc.createVariable(name, "i8", ("layer",), fletcher32=True)
         column.setncatts(COORDINATES[name].attrs)
-        column[:] = np.asarray(values, dtype=np.int64)
+        stored_numbers.put_all(column, np.asarray(values, dtype=np.int64))
     _write_layer_names(nc, layout)
     death = nc.createVariable("death_epoch", "i8", ("seed",), fletcher32=True)
     death.setncatts(COORDINATES["death_epoch"].attrs)
-    death[:] = -1
+    stored_numbers.put_all(death, np.full(len(layout.seeds), -1))
     for name in variables:
         variable = variable_of(name)
         array = nc.createVariable(
@@ -431,13 +434,14 @@ def write_state(nc: netCDF4.Dataset, state: State, group: str = STATE) -> None:
         dims = tuple(f"{name}_{i}" for i in range(array.ndim))
         for dim, size in zip(dims, array.shape, strict=True):
             held.createDimension(dim, size)
-        held.createVariable(name, array.dtype, dims, fletcher32=array.ndim > 0, fill_value=False)[...] = array
+        stored = held.createVariable(name, array.dtype, dims, fletcher32=array.ndim > 0, fill_value=False)
+        stored_numbers.put_all(stored, array)
 
 
 def read_state(nc: netCDF4.Dataset, group: str = STATE) -> dict[str, np.ndarray]:
     """The arrays of a group of `write_state`; none if the file has no such group."""
     found = nc.groups[group].variables if group in nc.groups else {}
-    return {name: np.asarray(array[...]) for name, array in found.items()}
+    return {name: stored_numbers.all_of(array) for name, array in found.items()}
 
 
 def state_groups(nc: netCDF4.Dataset) -> list[str]:

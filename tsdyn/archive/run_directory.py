@@ -12,11 +12,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
 
-import netCDF4
 import numpy as np
 
 from tsdyn import schema
-from tsdyn.archive import beside, changes, joining, netcdf, own_process, study_directories, swept_values
+from tsdyn.archive import beside, changes, joining, made_files, netcdf, own_process, study_directories, swept_values
 from tsdyn.archive.lock import NAME as LOCK
 from tsdyn.archive.lock import Lock
 from tsdyn.archive.netcdf import Records, State
@@ -35,7 +34,6 @@ from tsdyn.archive.whole_files import (
     seal_of,
     sha256,
     sync_directory,
-    write_new,
     write_text,
 )
 from tsdyn.archive.wrong_numbers import WRONG_THROUGH
@@ -44,7 +42,6 @@ from tsdyn.experiment.errors import ExperimentError
 from tsdyn.experiment.experiment import Experiment, differences
 from tsdyn.experiment.sweep_axes import axes, places
 from tsdyn.schema import Layout
-from tsdyn.schema import variable as variable_of
 from tsdyn.vocabulary import Label, When
 
 EXPERIMENT = "experiment.toml"
@@ -186,7 +183,7 @@ def _claimed(path: Path, experiment: Experiment) -> bool:
     file = path / EXPERIMENT
     if file.exists():
         study_directories.refuse_to_write(path)
-        theirs = Experiment.from_toml(file, archived=True)
+        theirs = _experiment_in(file, experiment)
         if theirs == experiment:
             return True
         if not extends(experiment, theirs):
@@ -202,6 +199,14 @@ def _claimed(path: Path, experiment: Experiment) -> bool:
         what = "is not empty and holds no experiment" if path.is_dir() else "is a file"
         raise DirectoryError(f"{path}: {what}; nothing was overwritten. Give another directory with -o.")
     return False
+
+
+def _experiment_in(file: Path, expected: Experiment) -> Experiment:
+    """The experiment in a file, which is read as TOML only if it is not the text of the `expected` one."""
+    with suppress(OSError, UnicodeDecodeError):
+        if file.read_text(encoding="utf-8") == expected.to_toml():
+            return expected
+    return Experiment.from_toml(file, archived=True)
 
 
 def _way_out(asked: Experiment, theirs: Experiment) -> str:
@@ -295,6 +300,8 @@ class RunDirectory(Generic[D]):
         self.variables = experiment.recorded()
         self._lock = Lock(self.path)
         self._run: str | None = None
+        #: What the archive declares, if the first commit wrote it.
+        self.made: made_files.Made | None = None
 
     def __enter__(self) -> RunDirectory[D]:
         if not self._claimed():
@@ -339,12 +346,10 @@ class RunDirectory(Generic[D]):
                 refuse_changed(self.path / ARCHIVE)
             self._drop_segments()
         self._extend()
-        if not self.finished and not (self.path / SEGMENTS).is_dir():
-            make_directory(self.path / SEGMENTS)
 
     def _extend(self) -> None:
         """Make the directory that of this run, if it is of a shorter one."""
-        theirs = Experiment.from_toml(self.path / EXPERIMENT, archived=True)
+        theirs = _experiment_in(self.path / EXPERIMENT, self._own)
         if theirs != self.experiment:
             if self.finished and self._archived() != self.experiment:
                 self._reopen()
@@ -429,8 +434,7 @@ class RunDirectory(Generic[D]):
     ) -> None:
         """Write a segment: what was recorded in training epochs `first`..`last`, and the state after `last`.
 
-        It appears in one rename.  The file is made in memory and written at once, so that a failed write raises the
-        system's error, not HDF5's.
+        It appears in one rename.  Of a run that its first commit finishes, the file is the archive at once.
 
         Args:
             first: First step of the segment; in training a step is an epoch.
@@ -447,31 +451,16 @@ class RunDirectory(Generic[D]):
         """
         self._lock.confirm()
         states = {netcdf.STATE: state, **{netcdf.state_at(epoch): held for epoch, held in (along or {}).items()}}
-        expected = self.bytes_per_epoch * len(epochs) + (1 << 16)
-        expected += sum(a.nbytes for held in states.values() for a in held.values())
-        with netcdf.guarded():
-            nc = netCDF4.Dataset("segment", "w", format="NETCDF4", memory=expected)
-            own = {**attrs, **self._own_attrs()}
-            netcdf.create(nc, self.layout, epochs, tuple(records), self.experiment.dtype, own, self._swept)
-            nc["death_epoch"][:] = state["death_epoch"]
-            for name, value in records.items():
-                blocks = enumerate(value, start=1) if isinstance(value, list) else ((None, value),)
-                for layer, block in blocks:
-                    nc[name][netcdf.index(variable_of(name), self.layout, slice(0, len(epochs)), layer)] = block
-            for group, held in states.items():
-                netcdf.write_state(nc, held, group)
-            content = nc.close()
-        target = segment_path(self.path, first, last)
-        with replacing(target, len(content), seal=True) as temporary:
-            write_new(temporary, content)
-            del content
-            # where memory runs out the library can give a file that lacks numbers, and no error
-            differing = joining.differing_records(temporary, self.layout, epochs, records, states)
-            if differing is not None:
-                raise ArchiveError(
-                    f"{target}: {differing} read back differently from what was written, as where memory runs out; "
-                    "nothing was added to what was committed"
-                )
+        own = self.experiment
+        whole = first == 0 and isinstance(own, Experiment) and last == own.last and tuple(epochs) == own.labels
+        target = self.path / ARCHIVE if whole else segment_path(self.path, first, last)
+        if not whole:
+            make_directory(target.parent)
+        held = made_files.Content(
+            self.layout, epochs, self.variables if whole else tuple(records), self.experiment.dtype, records, states
+        )
+        made = made_files.write(target, held, {**attrs, **self._own_attrs()}, self._swept)
+        self.made = made if whole else None
 
     def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """The state after the last committed epoch, and the global attributes of its segment.

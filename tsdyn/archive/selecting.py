@@ -12,6 +12,7 @@ import numpy as np
 import xarray as xr
 
 from tsdyn import vocabulary
+from tsdyn.arguments import LABELLED, LAYER, takes
 from tsdyn.experiment.experiment import Experiment
 from tsdyn.experiment.sweep_axes import POINT
 
@@ -99,6 +100,7 @@ def _named_layer(ds: xr.Dataset | xr.DataArray, name: str) -> int:
     return int(ds.indexes["layer"][held.index(name)])
 
 
+@takes(ds=LABELLED, number=LAYER)
 def layer(ds: T, number: int | str) -> T:
     """One layer without padding.
 

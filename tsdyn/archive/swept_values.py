@@ -23,6 +23,8 @@ from tsdyn.experiment.sweep_axes import named, sweep_dimensions
 SWEEP = "sweep.json"
 #: Attribute of a coordinate that holds the value of a swept key: the key, as in the experiment file.
 KEY = "key"
+#: Where the content of ``sweep.json``, once read, has its points by directory.
+_BY_DIRECTORY = "by directory"
 
 
 class Swept(NamedTuple):
@@ -54,10 +56,9 @@ def of_point(folder: Path, experiment: Experiment) -> tuple[Swept, ...]:
     """The values of swept keys at the point in `folder`; none if it is no point of the sweep in the folder above."""
     folder = folder.absolute()
     listed = _listed(folder.parent)
-    with suppress(KeyError, TypeError, AttributeError, StopIteration, ExperimentError):
-        points = listed["points"] if listed else ()
-        values: dict[str, Any] = next(point["values"] for point in points if point["directory"] == folder.name)
-        if experiment.replace(values) == experiment:  # the file is for other readers, and is not trusted
+    with suppress(KeyError, ExperimentError):
+        values = (listed or {})[_BY_DIRECTORY][folder.name]
+        if experiment.says(values):  # the file is for other readers, and is not trusted
             return of_values(values, dimensions(folder.parent, values))
     return ()
 
@@ -90,7 +91,7 @@ def disagreeing(attrs_and_values: Iterable[tuple[Mapping[str, Any], Any]], exper
 
 def _is_as_it_is(experiment: Experiment, key: str, value: Any) -> bool:
     with suppress(ExperimentError):
-        return experiment.replace({key: value}) == experiment
+        return experiment.says({key: value})
     return False
 
 
@@ -100,9 +101,17 @@ def _listed(path: Path) -> dict[str, Any] | None:
     return None if now is None else _read(path.absolute() / SWEEP, now)
 
 
+def _by_directory(listed: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Directory → swept values of each point that ``sweep.json`` lists; empty if it is not what tsdyn writes."""
+    with suppress(KeyError, TypeError, AttributeError):
+        found = {point["directory"]: point["values"] for point in listed["points"]}
+        return found if all(isinstance(values, dict) for values in found.values()) else {}
+    return {}
+
+
 @lru_cache(maxsize=4)
 def _read(file: Path, _: tuple[object, ...]) -> dict[str, Any] | None:
     with suppress(OSError, ValueError, RecursionError):
         found = json.loads(file.read_text(encoding="utf-8"))
-        return found if isinstance(found, dict) else None
+        return found | {_BY_DIRECTORY: _by_directory(found)} if isinstance(found, dict) else None
     return None

@@ -67,11 +67,8 @@ def _tell(ds: Any) -> None:
     for epoch in ds["fork_epoch"].values:
         one = ds[[n for n in ("distance", "barrier", "barrier_matched", "student_kept") if n in ds]]
         one = one.sel(fork_epoch=epoch).isel(epoch=-1).load()
-        numbers = {
-            "distance": one["distance"], "barrier": one["barrier"],
-            "after matching": one["barrier_matched"],
-        }  # fmt: skip
-        said = ", ".join(f"{name} {float(value.median()):.3g}" for name, value in numbers.items())
+        words = {"distance": "distance", "barrier": "barrier", "barrier_matched": "after matching"}
+        said = ", ".join(f"{word} {float(one[name].median()):.3g}" for name, word in words.items() if name in one)
         if "student_kept" in one:
             said += f", {float(one['student_kept'].mean()):.0%} of teacher nodes keep their student"
         print(f"forked at {int(epoch)}: {said}")

@@ -265,25 +265,28 @@ class _Whole:
 
     def __init__(self, costs: Mapping[str, Cost]) -> None:
         self._work = {name: max(cost.seconds, 1e-9) for name, cost in costs.items()}
-        self._from: dict[str, float] = {}  # work committed by an earlier call does not count
+        self._all = sum(self._work.values())
         self._share: dict[str, float] = {}
+        self._reached = self._done = 0.0  # work that is committed, and that of this call alone
         self._began = time.monotonic()
 
     def reached(self, name: str, epoch: int, epochs: int) -> None:
         if name in self._work:
-            self._from.setdefault(name, epoch / (epochs + 1))
+            # work committed by an earlier call does not count
+            before = self._share.get(name, epoch / (epochs + 1))
+            self._reached += self._work[name] * ((epoch + 1) / (epochs + 1) - self._share.get(name, 0.0))
             self._share[name] = (epoch + 1) / (epochs + 1)
+            self._done += self._work[name] * (self._share[name] - before)
 
     @property
     def share(self) -> float:
-        return sum(self._work[name] * share for name, share in self._share.items()) / sum(self._work.values())
+        return self._reached / self._all
 
     def __str__(self) -> str:
         from tsdyn.running.words import duration
 
-        done = sum(self._work[name] * (share - self._from[name]) for name, share in self._share.items())
-        rest = sum(self._work.values()) * (1 - self.share)
-        return f"{self.share:.0%}, {duration((time.monotonic() - self._began) * rest / done)} left"
+        rest = max(0.0, self._all - self._reached)
+        return f"{self.share:.0%}, {duration((time.monotonic() - self._began) * rest / self._done)} left"
 
 
 @contextmanager

@@ -15,6 +15,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -100,6 +101,7 @@ class Asked:
         name: Class name of the module, for messages.
         inputs, targets: Tensors, or tuples, lists and dicts of them, of `count` samples.
         parameters: The requested parameters by name; all that require a gradient if none are named.
+        arguments: Function from inputs to (arguments, keywords) of the module.
     """
 
     def __init__(self, caller: str, module: nn.Module, x: Tree, y: Tree, names: Iterable[str] | None) -> None:
@@ -109,10 +111,10 @@ class Asked:
         self._drawn = False
         kept = next((p for p in module.parameters() if p.is_floating_point()), None)
         self.inputs, self.targets = (_tensors(caller, tree, kept) for tree in (x, y))
-        self._how = _called(caller, module, self.inputs)
+        self.arguments = _called(caller, module, self.inputs)
         self.parameters = _wanted(caller, module, names)
 
-    @property
+    @cached_property
     def count(self) -> int:
         """Number of samples; raises ValueError if inputs and targets disagree about it."""
         x, y = ({len(t) for t in tree_leaves(tree) if _sliced(t)} for tree in (self.inputs, self.targets))
@@ -142,12 +144,12 @@ class Asked:
 
     def call(self, inputs: Tree) -> Tree:
         """The module's output for `inputs`."""
-        args, keywords = self._how(inputs)
+        args, keywords = self.arguments(inputs)
         return self.module(*args, **keywords)
 
     def call_with(self, parameters: Mapping[str, Tensor], inputs: Tree) -> Tree:
         """The module's output with `parameters` in place of its own, all others detached; for torch.func."""
-        args, keywords = self._how(inputs)
+        args, keywords = self.arguments(inputs)
         rest = {n: p.detach() for n, p in self.module.named_parameters() if n not in parameters}
         buffers = dict(self.module.named_buffers())
         return functional_call(self.module, {**rest, **buffers, **parameters}, args, keywords)

@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
@@ -27,14 +27,14 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from tsdyn.arguments import FUNCTION, MODULE, WHOLE, check
 from tsdyn.derivatives import labels
 from tsdyn.derivatives.assumptions import Asked, Loss, Tree, agree, asked, comparable, explained, gradients_on, log
+from tsdyn.derivatives.given import Parameters, as_tensor, flat, leaves_of, names_of, refuse_unreal
 from tsdyn.derivatives.layered import Layered, layered, proved
 from tsdyn.derivatives.module_state import Randomness
 from tsdyn.memory import refuse_beyond
 from tsdyn.networks.network import Network
-
-Parameters: TypeAlias = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 
 #: Hessians of at most this many parameters are diagonalized densely, which takes less than a second and is exact.
 DENSE_PARAMETERS = 1000
@@ -79,16 +79,19 @@ def hessian(*args: Any, labelled: bool = False, **keywords: Any) -> Any:
 
 
 @overload
-def hessian_vector_product(loss: Callable[[Any], Tensor], params: Parameters, vector: Tensor) -> Tensor: ...
+def hessian_vector_product(loss: Callable[[Any], Tensor], params: Parameters, vector: Parameters) -> Tensor: ...
 @overload
-def hessian_vector_product(module: nn.Module | Network, loss: Loss, x: Tree, y: Tree, vector: Tensor) -> Tensor: ...
+def hessian_vector_product(module: nn.Module | Network, loss: Loss, x: Tree, y: Tree, vector: Parameters) -> Tensor: ...
 def hessian_vector_product(*args: Any, **keywords: Any) -> Tensor:
     """(∂²loss/∂θ∂θ') v, (parameter,), flattened as in `hessian`; reverse over reverse, about two gradients.
 
     Called ``hessian_vector_product(loss, params, vector)`` or ``hessian_vector_product(module, loss, x, y, vector)``.
 
+    Args:
+        vector: v, (parameter,), or its pieces in the order of the parameters, or by their names.
+
     Raises:
-        ValueError: as `hessian`, or for a vector of another length.
+        ValueError: as `hessian`, or for a vector of another length, of other pieces or other names.
 
     Examples:
         >>> import torch
@@ -99,7 +102,7 @@ def hessian_vector_product(*args: Any, **keywords: Any) -> Tensor:
         tensor([2., 0.], dtype=torch.float64)
     """
     with _curved("hessian_vector_product", args, keywords, vector=inspect.Parameter.empty) as (curve, given):
-        vector = _tensor(given["vector"])
+        vector = flat(given["vector"], list(names_of(given)))
         if vector.shape != (curve.size,):
             raise ValueError(
                 f"hessian_vector_product: the vector has shape {tuple(vector.shape)}, there are {curve.size} parameters"
@@ -140,6 +143,7 @@ def hessian_spectrum(*args: Any, labelled: bool = False, **keywords: Any) -> Any
         return _labelled("hessian_spectrum", hessian_spectrum, args, keywords, k=10)
     with _curved("hessian_spectrum", args, keywords, k=10) as (curve, given):
         k = given["k"]
+        check("hessian_spectrum", "k", 1 if k is None else k, WHOLE)
         if k is not None and k < 1:
             raise ValueError(f"hessian_spectrum: k={k}; ask for at least one eigenvalue, or None for all")
         curve.refuse_asymmetry()
@@ -295,7 +299,7 @@ def _labelled(
     params = given["params"]
     mapping = isinstance(params, Mapping | nn.ParameterDict)
     each = dict(params.items()) if mapping else dict(enumerate([params] if hasattr(params, "shape") else params))
-    own = {str(name): _tensor(value) for name, value in each.items()}
+    own = {str(name): as_tensor(value) for name, value in each.items()}
     coords = labels.twice(labels.of_parameters(own, None))
     return labels.single("hessian", found, ("parameter", "parameter_2"), coords, "Hessian of the loss")
 
@@ -445,7 +449,7 @@ def _curved(
             name = one.name
             if not leaves:
                 raise ValueError(f"{caller}: {name} has no parameter that requires a gradient")
-            _refuse_unreal(caller, leaves)
+            refuse_unreal(caller, leaves)
 
             def of_outputs(output: Tensor) -> Tensor:
                 return one.value(given["loss"], output, one.targets)
@@ -463,7 +467,7 @@ def _curved(
             yield curve, given
             return
         stack.enter_context(gradients_on())
-        leaves, structured = _leaves(caller, given["params"])
+        leaves, structured = leaves_of(caller, given["params"])
 
         def at() -> Tensor:
             return _scalar(caller, given["loss"](structured()))
@@ -542,38 +546,6 @@ def _scalar(caller: str, value: Any) -> Tensor:
     return value
 
 
-def _refuse_unreal(caller: str, leaves: Sequence[Tensor]) -> None:
-    for t in leaves:
-        if not t.is_floating_point() or t.is_meta:
-            kind = "meta tensors" if t.is_meta else str(t.dtype)
-            raise ValueError(f"{caller}: parameters are {kind}; a Hessian is that of real ones (view_as_real)")
-
-
-def _tensor(given: Any) -> Tensor:
-    """A tensor where it is; an array on the CPU, whatever torch's default device."""
-    return given if isinstance(given, Tensor) else torch.as_tensor(given, device="cpu")
-
-
-def _leaves(caller: str, params: Any) -> tuple[list[Tensor], Callable[[], Any]]:
-    """Copies of the parameters to differentiate in, and a function that hands them to the loss in their structure."""
-    single = isinstance(params, Tensor | np.ndarray)
-    mapping = isinstance(params, Mapping | nn.ParameterDict)
-    given = [params] if single else list(params.values()) if mapping else list(params)
-    tensors = [_tensor(t).detach() for t in given]
-    if not tensors:
-        raise ValueError(f"{caller}: there are no parameters")
-    _refuse_unreal(caller, tensors)
-    leaves = [t.clone().requires_grad_(True) for t in tensors]
-
-    def structured() -> Any:
-        pieces = [t.clone() for t in leaves]  # the loss may work in place
-        if mapping:
-            return dict(zip(params.keys(), pieces, strict=True))
-        return pieces[0] if single else pieces
-
-    return leaves, structured
-
-
 def _bound(caller: str, args: tuple[Any, ...], keywords: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
     """Arguments by name, bound to the form of the call: (module, loss, x, y) or (loss, params)."""
     containers = Tensor | np.ndarray | Mapping | nn.ParameterList | nn.ParameterDict
@@ -593,4 +565,7 @@ def _bound(caller: str, args: tuple[Any, ...], keywords: dict[str, Any], more: d
         forms = f"{caller}(loss, params, ...) or {caller}(module, loss, x, y, ...)"
         raise TypeError(f"{caller}: {error}; call it {forms}") from None
     bound.apply_defaults()
+    check(caller, "loss", bound.arguments["loss"], FUNCTION)
+    if of_module:
+        check(caller, "module", bound.arguments["module"], MODULE)
     return dict(bound.arguments)

@@ -8,7 +8,7 @@ not known proves nothing.  What enters without a gradient (indices, masks, detac
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -48,6 +48,16 @@ def known(module: nn.Module) -> bool:
     modes = torch.overrides._get_current_function_mode_stack()
     # a default device is a mode, too, and changes none of these modules' functions
     return not torch.is_autocast_enabled("cpu") and all(isinstance(mode, DeviceContext) for mode in modes)
+
+
+def steps(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The parts that a `known` module calls, one after another, by name; one that stands twice comes twice."""
+    if type(module) is not nn.Sequential:
+        yield name, module
+        return
+    for own, part in module._modules.items():
+        if part is not None:
+            yield from steps(part, f"{name}.{own}" if name else own)
 
 
 @dataclass(frozen=True)

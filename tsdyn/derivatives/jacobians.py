@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.func import jacrev, vmap
 from torch.utils._pytree import tree_map
 
+from tsdyn.arguments import FUNCTION, MODULE, takes
 from tsdyn.derivatives import graph, labels
 from tsdyn.derivatives.assumptions import MEMORY, Asked, Loss, Tree, agree_by_name, asked, comparable, log, sample_axis
 from tsdyn.derivatives.layered import fill_jacobians, plain_network
@@ -49,6 +50,7 @@ def jacobian(
 def jacobian(
     module: nn.Module | Network, x: Tree, *, wrt: str = "parameters", memory: int = MEMORY, labelled: Literal[True]
 ) -> xr.Dataset: ...
+@takes(module=MODULE)
 def jacobian(
     module: nn.Module | Network, x: Tree, *, wrt: str = "parameters", memory: int = MEMORY, labelled: bool = False
 ) -> dict[str, Tensor] | Tensor | xr.Dataset:
@@ -142,6 +144,7 @@ def neural_tangent_kernel(
 def neural_tangent_kernel(
     module: nn.Module | Network, x: Tree, x2: Tree = None, *, memory: int = MEMORY, labelled: Literal[True]
 ) -> xr.Dataset: ...
+@takes(module=MODULE)
 def neural_tangent_kernel(
     module: nn.Module | Network, x: Tree, x2: Tree = None, *, memory: int = MEMORY, labelled: bool = False
 ) -> Tensor | xr.Dataset:
@@ -207,6 +210,7 @@ def gauss_newton(
 def gauss_newton(
     module: nn.Module | Network, loss: Loss, x: Tree, y: Tree = None, *, memory: int = MEMORY, labelled: Literal[True]
 ) -> xr.Dataset: ...
+@takes(module=MODULE, loss=FUNCTION)
 def gauss_newton(
     module: nn.Module | Network, loss: Loss, x: Tree, y: Tree = None, *, memory: int = MEMORY, labelled: bool = False
 ) -> Tensor | xr.Dataset:

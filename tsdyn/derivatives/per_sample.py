@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.func import grad, vmap
 from torch.utils._pytree import tree_map
 
+from tsdyn.arguments import FUNCTION, MODULE, takes
 from tsdyn.derivatives import labels
 from tsdyn.derivatives.assumptions import ALONE, MEMORY, Asked, Loss, Tree, agree, agree_by_name, asked, comparable, log
 from tsdyn.derivatives.factors import Convolved, Factors, Held, norms
@@ -51,6 +52,7 @@ def per_sample_gradients(
     memory: int = MEMORY,
     labelled: Literal[True],
 ) -> xr.Dataset: ...
+@takes(module=MODULE, loss=FUNCTION)
 def per_sample_gradients(
     module: nn.Module | Network,
     loss: Loss,
@@ -117,6 +119,7 @@ def per_sample_gradients(
         return found
 
 
+@takes(module=MODULE, loss=FUNCTION)
 def factored_gradients(module: nn.Module | Network, loss: Loss, x: Tree, y: Tree = None) -> dict[str, Factors]:
     """Per-sample gradients of Linear and Conv2d layers as `Factors`, by layer name, without multiplying them out.
 
@@ -156,6 +159,7 @@ def per_sample_gradient_norms(
     memory: int = MEMORY,
     labelled: Literal[True],
 ) -> xr.Dataset: ...
+@takes(module=MODULE, loss=FUNCTION)
 def per_sample_gradient_norms(
     module: nn.Module | Network,
     loss: Loss,

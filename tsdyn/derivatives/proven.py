@@ -9,7 +9,7 @@ trace in a graph.  Whatever is not proved is left to `per_sample`'s other ways.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from typing import TypeAlias
 
 import torch
@@ -68,6 +68,19 @@ def called(one: Asked, inputs: Tree, names: Iterable[str], *, clone: bool = Fals
     return output, calls
 
 
+def walked(one: Asked, inputs: Tree, names: Container[str]) -> tuple[Tensor, Calls]:
+    """As `called`, of a module that is known: its parts are called one after another, without hooks."""
+    args, keywords = one.arguments(inputs)
+    (value,) = (*args, *keywords.values())
+    calls: Calls = {}
+    for name, part in graph.steps(one.module):
+        given = value.clone() if getattr(part, "inplace", False) else value
+        value = part.forward(given)
+        if name in names:
+            calls.setdefault(name, []).append((given.detach(), value))
+    return value, calls
+
+
 class Proven:
     """A batch's gradients by layer, in parts of `chunk` samples; made by `proven`."""
 
@@ -82,11 +95,17 @@ class Proven:
         """Try the first part; False if it is not proved, and then nothing of it is used."""
         one = self._one
         first, target = one.some(slice(0, 1))
-        self._alone, calls = called(one, first, self._layers)
-        value = one.value(self._loss, self._alone, target)
+        right = {}
+        if self._known:
+            with torch.no_grad():
+                self._alone, calls = walked(one, first, self._layers)
+        else:
+            self._alone, calls = called(one, first, self._layers)
         if any(len(each) != 1 for each in calls.values()):
             return False
-        right = {} if self._known else {0: one.plain_again(self._loss, 0, (self._alone, value))}
+        if not self._known:
+            value = one.value(self._loss, self._alone, target)
+            right = {0: one.plain_again(self._loss, 0, (self._alone, value))}
         numbers = sum(f.numel() + z.numel() for ((f, z),) in calls.values())
         self.chunk = min(one.count, max(1, memory // max(1, 4 * numbers * one.dtype.itemsize)))
         part = slice(0, self.chunk)
@@ -112,8 +131,13 @@ class Proven:
     def _passed(self, part: slice) -> dict[str, Held] | None:
         one, count = self._one, part.stop - part.start
         given, targets = one.some(part)
-        inputs = given if self._known else tree_map(lambda t: t.detach().requires_grad_(True), given)
-        output, calls = called(one, inputs, self._layers)
+        output: Tree
+        if self._known:
+            inputs = given
+            output, calls = walked(one, inputs, self._layers)
+        else:
+            inputs = tree_map(lambda t: t.detach().requires_grad_(True), given)
+            output, calls = called(one, inputs, self._layers)
         rows = one.rows(output, self._alone, count)
         free = tree_map(lambda t: t.detach().requires_grad_(True), rows)
         losses = one.losses_of(self._loss, free, targets)
@@ -169,7 +193,9 @@ def proven(one: Asked, loss: Loss, memory: int) -> Proven | None:
         for name, part in module.named_modules()
         if type(part) in _LAYERS and any(joined(name, k) in one.parameters for k in ("weight", "bias"))
     }
-    held = [p for part in layers.values() for p in part.parameters(recurse=False)]
+    # what else a layer holds, weight_norm's length and direction, say, its formulas do not know
+    own = [part._parameters.get(kind) for part in layers.values() for kind in ("weight", "bias")]
+    held = [p for p in own if p is not None]
     shared = [id(p) for _, p in module.named_parameters(remove_duplicate=False)]
     if (
         one.count < 2

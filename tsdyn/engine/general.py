@@ -102,7 +102,8 @@ def refuse_unfit(module: nn.Module) -> None:
     """Raise for a module that cannot be trained as a member of an ensemble.
 
     Raises:
-        ValueError: if it has nothing to train, complex or lazy parameters, or dropout whose noise is not keyed.
+        ValueError: if it has nothing to train, complex or lazy parameters, hooks on gradients, or dropout whose noise
+            is not keyed, or if it cannot be copied.
     """
     name = type(module).__name__
     if not any(p.requires_grad for p in module.parameters()):
@@ -110,6 +111,18 @@ def refuse_unfit(module: nn.Module) -> None:
     for path, parameter in module.named_parameters():
         if isinstance(parameter, nn.parameter.UninitializedParameter) or parameter.is_complex():
             raise ValueError(f"train: {name}.{path} is lazy or complex; parameters must be real, their shapes known")
+        if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
+            raise ValueError(
+                f"train: {name}.{path} has a hook on its gradient, which members of an ensemble, being copies, would "
+                "not call; remove it, and do in the module what it did"
+            )
+    try:
+        copy.deepcopy(module)
+    except Exception as error:  # a module's own copying may raise errors of every type
+        raise ValueError(
+            f"train: {name} cannot be copied ({str(error).strip().splitlines()[0]}); members of an ensemble are "
+            "copies: torch.nn.utils.parametrizations.weight_norm can be, in the place of torch.nn.utils.weight_norm"
+        ) from error
     for path, buffer in module.named_buffers():
         if buffer.is_complex():
             raise ValueError(f"train: {name}.{path} is a complex buffer, which no archive can hold")
@@ -155,7 +168,8 @@ def _examined(two: Ensemble, batches: Batches, x: Tensor, y: Tensor, loss: Loss)
         if not _alike(looped(two, x, y, loss, noise), plain, rounding=ROUNDING):
             raise ValueError(
                 f"train: {_name(two)} gives other gradients for the same inputs: it draws random numbers "
-                "(dropout inside attention, noise), so that no run could be repeated or resumed; set its dropout to 0"
+                "(dropout inside attention, noise) or counts its calls, so that no run could be repeated or resumed; "
+                "set its dropout to 0, and keep what changes in buffers"
             )
         size = 2 * sum(saved) // two.members
         try:

@@ -5,13 +5,13 @@ Imports no torch.  Field names are those of the experiment file (DESIGN section 
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, assert_never
 
@@ -20,6 +20,7 @@ from pydantic import ValidationError, field_validator, model_validator
 from pydantic_core import to_jsonable_python
 
 from tsdyn import registers, schema, vocabulary
+from tsdyn.arguments import PATH, takes
 from tsdyn.experiment import made_modules, rules, shapes
 from tsdyn.experiment.branching import Fork
 from tsdyn.experiment.errors import ExperimentError, explain
@@ -87,6 +88,18 @@ class Experiment(Part):
         except ValidationError as error:
             raise ExperimentError(explain(error, type(self))) from None
 
+    # What follows from an experiment is kept once it is known; a copy may be changed, and a pickle need not hold it.
+
+    def __copy__(self) -> Experiment:
+        return _without_what_follows(super().__copy__())
+
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Experiment:
+        return _without_what_follows(super().__deepcopy__(memo))
+
+    def __getstate__(self) -> dict[Any, Any]:
+        state = super().__getstate__()
+        return state | {"__dict__": {name: state["__dict__"][name] for name in type(self).model_fields}}
+
     @model_validator(mode="before")
     @classmethod
     def _a_point_per_subset(cls, values: Any) -> Any:
@@ -120,8 +133,7 @@ class Experiment(Part):
             if passed:  # that its points are valid is known once it has a module
                 _ = self.replace({f"{who}.module": "passed:later" for who in passed})
                 return self
-            for _ in self._points():  # each point must be a valid experiment
-                pass
+            _ = self._every_point  # each point must be a valid experiment
         return self
 
     def awaits_a_module(self, who: str) -> bool:
@@ -190,17 +202,17 @@ class Experiment(Part):
         """Weight shapes of a network of these widths: (node, input_node), or those of 3 x 3 convolutions."""
         return shapes.weight_shapes(self, widths)
 
-    @property
+    @cached_property
     def teacher_widths(self) -> tuple[int, ...]:
         """Widths of what pruning leaves of the teacher: input, hidden ..., output."""
         return shapes.teacher_widths(self)
 
-    @property
+    @cached_property
     def student_widths(self) -> tuple[int, ...]:
         """Widths of the student: input, hidden ..., output."""
         return shapes.student_widths(self)
 
-    @property
+    @cached_property
     def layout(self) -> schema.Layout:
         """Shape of the run."""
         return shapes.layout(self)
@@ -252,21 +264,30 @@ class Experiment(Part):
 
         return table(self)
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """SHA-256 that identifies the experiment; see `digest`."""
         return digest(self.as_dict())
 
     def as_dict(self) -> dict[str, Any]:
         """Plain nested dict with every default filled, as TOML writes it."""
+        found: dict[str, Any] = json.loads(self._as_json)
+        return found
+
+    @cached_property
+    def _as_json(self) -> str:
         plain = rules.only_known(self.kind, json.loads(self.model_dump_json(exclude_none=True)))
         if self.data.leave_out.subsets is None:
             plain.get("data", {}).pop("leave_out", None)
         absent = {*(() if self.sweep else ("sweep",)), *(() if self.fork.parent is not None else ("fork",))}
-        return {key: value for key, value in plain.items() if key not in absent}
+        return json.dumps({key: value for key, value in plain.items() if key not in absent})
 
     def to_toml(self) -> str:
         """TOML text with every default filled; `from_toml_text` gives an equal Experiment back."""
+        return self._as_toml
+
+    @cached_property
+    def _as_toml(self) -> str:
         return tomli_w.dumps(self.as_dict())
 
     @property
@@ -316,6 +337,7 @@ class Experiment(Part):
             raise ExperimentError(f"{origin}: {error}") from None
 
     @classmethod
+    @takes(path=PATH)
     def from_toml(cls, path: str | Path, *, archived: bool = False) -> Experiment:
         """The experiment in a file; `archived` as in `from_toml_text`.
 
@@ -336,30 +358,49 @@ class Experiment(Part):
         with registers.accepting(self.part_names):  # an archived experiment may name parts not installed here
             return type(self)(**_applied(self.as_dict(), changes))
 
+    def says(self, values: Mapping[str, Any]) -> bool:
+        """Whether setting these dotted keys changes nothing.
+
+        Raises:
+            ExperimentError: if a value cannot be set.
+        """
+        return json.dumps(_applied(self.as_dict(), values)) == self._as_json or self.replace(values) == self
+
     def points(self) -> Iterator[tuple[dict[str, Any], Experiment]]:
         """Each point of the sweep: its swept values, and the experiment there (without a sweep)."""
-        points = self._points()
-        while True:
-            with registers.accepting(None):  # names were checked when this experiment was made
-                found = next(points, None)
-            if found is None:
-                return
-            yield found
+        with registers.accepting(None):  # names were checked when this experiment was made
+            found = self._every_point
+        yield from found
 
-    def _points(self) -> Iterator[tuple[dict[str, Any], Experiment]]:
-        base = self.as_dict()
-        for point in places(self.sweep).values():
-            yield point, _at(base, point)
+    @cached_property
+    def _every_point(self) -> tuple[tuple[dict[str, Any], Experiment], ...]:
+        return tuple((point, self._at(point)) for point in places(self.sweep).values())
 
     def at(self, point: Mapping[str, Any]) -> Experiment:
         """The experiment of one point of the sweep, given its swept keys and values."""
         with registers.accepting(self.part_names):
-            return _at(self.as_dict(), point)
+            return self._at(point)
+
+    def _at(self, point: Mapping[str, Any]) -> Experiment:
+        """`at`; sections in which the point says nothing are those of this experiment, and are not checked again."""
+        said = {key.partition(".")[0] for key in point} | {
+            who for who in made_modules.NETWORKS if getattr(self, who).made is not None
+        }
+        base = self._tables
+        values = _applied({name: base[name] for name in said if name in base}, point)
+        values |= {name: getattr(self, name) for name in base if name not in said}
+        return Experiment(**made_modules.resolved(values))
+
+    @cached_property
+    def _tables(self) -> dict[str, Any]:
+        """`as_dict` without the sweep; not to be changed."""
+        return {name: value for name, value in self.as_dict().items() if name != "sweep"}
 
 
-def _at(base: Mapping[str, Any], point: Mapping[str, Any]) -> Experiment:
-    values = _applied({k: v for k, v in base.items() if k != "sweep"}, point)
-    return Experiment(**made_modules.resolved(values))
+def _without_what_follows(copied: Experiment) -> Experiment:
+    for name in copied.__dict__.keys() - type(copied).model_fields.keys():
+        del copied.__dict__[name]
+    return copied
 
 
 def digest(values: Mapping[str, Any]) -> str:
@@ -388,15 +429,16 @@ def _chosen(values: Mapping[str, Any], part: type[Part]) -> dict[str, Any]:
 
 
 def _applied(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of the nested dict `base` with dotted keys set."""
-    values: dict[str, Any] = copy.deepcopy(dict(base))
+    """The nested dict `base` with dotted keys set; the tables in which something is set are copies."""
+    values = dict(base)
     for key, value in changes.items():
         *sections, last = key.split(".")
         table = values
         for section in sections:
-            table = table.setdefault(section, {})
-            if not isinstance(table, dict):
+            inner = table.get(section, {})
+            if not isinstance(inner, dict):
                 raise ExperimentError(f"{key}: {section} is a value, not a table")
+            table[section] = table = dict(inner)
         if key in ("student.widths", "student.overrealization"):
             table.pop("overrealization" if last == "widths" else "widths", None)
         table[last] = value

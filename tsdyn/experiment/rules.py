@@ -86,6 +86,8 @@ def _given(part: BaseModel, prefix: str = "") -> Iterator[str]:
 
 
 def _keys_of_the_kind(e: Experiment) -> str | None:
+    if e.kind == "training" and not OWN.keys() & e.model_fields_set:
+        return None  # it knows all others
     unknown = [key for key in _given(e) if key != "kind" and not known(e.kind, key)]
     if not unknown:
         return None
@@ -392,7 +394,7 @@ def _fork(e: Experiment) -> str | None:
     if e.fork.fork_epoch > e.training.epochs:
         return f"fork.fork_epoch = {e.fork.fork_epoch}: the run has {e.training.epochs} epochs"
     if e.student.module is not None:
-        return "fork: modules of your own are not forked; take the state that tsdyn.Recorder keeps and go on from it"
+        return _fork_of_own_modules(e)
     for kind, given in e.fork.perturb.items():
         layer = given.get("layer") if isinstance(given, Mapping) and kind != "set" else None
         widths = e.student_widths
@@ -406,6 +408,25 @@ def _fork(e: Experiment) -> str | None:
                 return f"fork.perturb.{kind}: node {node} is none of the {widths[layer]} of layer {layer}"
         if kind == "transplant" and given["seed"] not in e.seed_labels:
             return f"fork.perturb.transplant.seed = {given['seed']}: is none of the run's seeds"
+    return None
+
+
+def _fork_of_own_modules(e: Experiment) -> str | None:
+    for kind, given in e.fork.perturb.items():
+        if kind not in ("gaussian", "weight", "set"):
+            return (
+                f"fork.perturb.{kind}: which numbers of a module of your own belong to a node is not known; change "
+                "gaussian, weight or set"
+            )
+        if kind != "weight":
+            continue
+        layer, node, shapes = given["layer"], given["node"], e.student.shapes or ()
+        if layer > len(shapes):
+            return (
+                f"fork.perturb.weight.layer = {layer}: the student has {len(shapes)} labelled layers (student.layers)"
+            )
+        if node >= shapes[layer - 1][0]:
+            return f"fork.perturb.weight: node {node} is none of the {shapes[layer - 1][0]} of layer {layer}"
     return None
 
 
@@ -541,6 +562,8 @@ def check_sweep(experiment: Experiment, model: type[BaseModel]) -> None:
     Raises:
         ValueError: naming the key, the repeated values or the number of points.
     """
+    if not experiment.sweep:
+        return
     there = [key for key in keys(model) if known(experiment.kind, key)]
     for key in swept_keys(experiment.sweep):
         if key.split(".")[-1] in ("made", "source", "numbers", "shapes"):

@@ -20,7 +20,8 @@ import xarray as xr
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from tsdyn.flow.stationary import Loss, chunk_size
+from tsdyn.arguments import NUMBERS, takes
+from tsdyn.flow.stationary import LOSS, Loss, chunk_size, with_rows
 
 _GAMMA = 0.25
 #: Coefficients of Rodas4(3): stage i starts from y + Σ_j A[i][j] k_j, with Σ_j C[i][j] k_j / h on its right-hand side;
@@ -68,8 +69,9 @@ class _State:
     gradient: Tensor  # at y
 
 
+@takes(loss=LOSS, initial=NUMBERS)
 def gradient_flow(
-    loss: Loss,
+    loss: Loss | Callable[[Tensor], Tensor],
     initial: ArrayLike | Tensor,
     *,
     times: ArrayLike | None = None,
@@ -84,7 +86,8 @@ def gradient_flow(
     """Trajectories of gradient flow dθ/dt = −∇L from each initial row to where it stops.
 
     Args:
-        loss: With gradient and Hessian: `PopulationLoss`, `FunctionLoss`, or your own.
+        loss: With gradient and Hessian: `PopulationLoss`, `FunctionLoss`, or your own; or a function of one row, which
+            becomes a `FunctionLoss`.
         initial: Rows of parameters (member, parameter), or one row.
         times: Increasing output times, e.g. ``np.geomspace(1e-2, 1e5, 200)``; without them only the end is kept.
         end: Time at which members stop; the last output time unless given, 1e9 if there are none either.
@@ -102,6 +105,7 @@ def gradient_flow(
         it stopped.
 
     Raises:
+        TypeError: for what is no loss, or no rows of numbers.
         ValueError: for rows of another length than the loss's, times that do not increase or are negative, and
             tolerances that are not positive.
 
@@ -110,18 +114,12 @@ def gradient_flow(
     Examples:
         >>> import torch
         >>> from tsdyn import flow
-        >>> loss = flow.FunctionLoss(lambda p: 0.5 * ((p - 1.0) ** 2).sum(), 2)
+        >>> loss = lambda p: 0.5 * ((p - 1.0) ** 2).sum()
         >>> ds = flow.gradient_flow(loss, torch.zeros(3, 2, dtype=torch.float64), times=[0.1, 1.0])
         >>> ds.loss.dims, ds.sizes["seed"]
         (('seed', 'time'), 3)
     """
-    rows = initial if isinstance(initial, Tensor) else torch.as_tensor(initial, device="cpu")
-    rows = rows.detach().to(loss.dtype)
-    rows = rows if rows.ndim == 2 else rows[None]
-    if rows.ndim != 2 or rows.shape[1] != loss.parameters:
-        raise ValueError(
-            f"gradient_flow: initial has shape {tuple(rows.shape)}; the loss takes (member, {loss.parameters})"
-        )
+    loss, rows = with_rows("gradient_flow", loss, initial, "initial")
     at = np.atleast_1d(np.asarray([] if times is None else times, dtype=float))
     if (np.diff(at) <= 0).any() or (at < 0).any() or not np.isfinite(at).all():
         raise ValueError("gradient_flow: times must increase and not be negative")

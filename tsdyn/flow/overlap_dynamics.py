@@ -26,6 +26,7 @@ from numpy.typing import ArrayLike
 from scipy.integrate import solve_ivp
 from torch import Tensor
 
+from tsdyn.arguments import NUMBER, NUMBERS, takes
 from tsdyn.flow import overlap_matrices as order
 from tsdyn.flow.overlap_matrices import Overlaps
 from tsdyn.gaussian import interaction
@@ -42,6 +43,7 @@ Pairs: TypeAlias = Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray, np.
 Fluctuation: TypeAlias = Callable[[np.ndarray, np.ndarray, int], np.ndarray]
 
 
+@takes(Q=NUMBERS, R=NUMBERS, T=NUMBERS, v=NUMBERS, A=NUMBERS, learning_rate=NUMBER, alpha=NUMBERS)
 def order_parameters(
     Q: ArrayLike | Tensor,
     R: ArrayLike | Tensor,

@@ -21,6 +21,7 @@ from jaxtyping import Float
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from tsdyn.arguments import NETWORK, takes
 from tsdyn.gaussian import interaction
 from tsdyn.networks import node_pairs
 from tsdyn.networks.activations import Activation
@@ -121,6 +122,7 @@ def checked(
     return found
 
 
+@takes(student=NETWORK, teacher=NETWORK)
 def overlaps(student: Network, teacher: Network) -> Overlaps:
     """Order parameters of a student and its teacher, for inputs of unit variance; ``flow.overlaps``.
 

@@ -6,14 +6,17 @@ plateau with a gradient below 1e-8.  The Hessian's signature tells minima, saddl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
+from numpy.typing import ArrayLike
 from torch import Tensor
+
+from tsdyn.arguments import NUMBERS, Kind, takes
 
 #: Number of roundings in one entry of a Hessian and in the eigenvalue solver: eigenvalues err by this many times the
 #: matrix's order, ε and its norm (Weyl), and those below that count as zero.
@@ -70,6 +73,12 @@ class Loss(Protocol):
     def labelled(self, parameters: Tensor) -> Mapping[str, tuple[tuple[str, ...], Tensor]]:
         """Named parts of each row, with the names of their dimensions after the leading ones."""
         ...
+
+
+LOSS = Kind(
+    "a function of a row of parameters, or a loss with gradient and Hessian such as PopulationLoss or FunctionLoss",
+    lambda value: isinstance(value, Loss) or callable(value),
+)
 
 
 class FunctionLoss:
@@ -131,6 +140,24 @@ class FunctionLoss:
         return found.reshape(*lead, *found.shape[1:])
 
 
+def with_rows(
+    caller: str, loss: Loss | Callable[[Tensor], Tensor], rows: ArrayLike | Tensor, name: str
+) -> tuple[Loss, Tensor]:
+    """The loss and its rows (member, parameter), of the loss's type; a plain function becomes a `FunctionLoss`.
+
+    Raises:
+        ValueError: for rows of another length than the loss's.
+    """
+    given = (rows if isinstance(rows, Tensor) else torch.as_tensor(rows, device="cpu")).detach()
+    given = given[None] if given.ndim == 1 else given
+    if not isinstance(loss, Loss):
+        dtype = given.dtype if given.is_floating_point() else torch.float64
+        loss = FunctionLoss(loss, given.shape[-1] if given.ndim else 0, dtype=dtype)
+    if given.ndim != 2 or given.shape[1] != loss.parameters:
+        raise ValueError(f"{caller}: {name} has shape {tuple(given.shape)}; the loss takes (member, {loss.parameters})")
+    return loss, given.to(loss.dtype)
+
+
 @dataclass(frozen=True)
 class Signature:
     """Numbers of Hessian eigenvalues by sign, (member,) each.
@@ -176,14 +203,19 @@ class Polished:
     kind: np.ndarray
 
 
-def signature(loss: Loss, point: Float[Tensor, "member parameter"]) -> Signature:
+@takes(loss=LOSS, point=NUMBERS)
+def signature(loss: Loss | Callable[[Tensor], Tensor], point: ArrayLike | Tensor) -> Signature:
     """Number of Hessian eigenvalues of each sign at each point.
 
     Args:
-        loss: A loss with a Hessian.
-        point: Rows of parameters.
+        loss: A loss with a Hessian, or a function of one row.
+        point: Rows of parameters, or one row.
+
+    Raises:
+        TypeError, ValueError: as `polish`.
     """
-    spectra = [torch.linalg.eigvalsh(loss.hessian(rows)) for rows in _chunks(loss, point)]
+    loss, rows = with_rows("signature", loss, point, "point")
+    spectra = [torch.linalg.eigvalsh(loss.hessian(chunk)) for chunk in rows.split(chunk_size(loss))]
     return _joined([_signs(loss, spectrum, _seen(loss, spectrum)) for spectrum in spectra])
 
 
@@ -204,9 +236,10 @@ def _signs(loss: Loss, spectrum: Tensor, certain: Tensor) -> Signature:
     return Signature(negative, zero, positive, spectrum[..., 0], spectrum.abs().amax(-1))
 
 
+@takes(loss=LOSS, point=NUMBERS)
 def polish(
-    loss: Loss,
-    point: Float[Tensor, "member parameter"] | Float[Tensor, " parameter"],
+    loss: Loss | Callable[[Tensor], Tensor],
+    point: ArrayLike | Tensor,
     *,
     tolerance: float = 1e-12,
     within: float = WITHIN,
@@ -223,7 +256,7 @@ def polish(
     channels like e⁻ˣ or 1/x, whose curvature changes as fast as it is small, are degenerate however small the gradient.
 
     Args:
-        loss: A loss with gradient and Hessian.
+        loss: A loss with gradient and Hessian, or a function of one row, which becomes a `FunctionLoss`.
         point: Rows of parameters, or one row.
         tolerance: Of the largest component of the gradient; rounding of the loss limits it to some 1e-14.
         within: How far a point may move, as a share of 1 + its norm.
@@ -232,6 +265,7 @@ def polish(
         Point, loss, gradient and kind of each member, including members that do not converge.
 
     Raises:
+        TypeError: for what is no loss, or no rows of numbers.
         ValueError: for rows of another length, or `within` that is not positive.
 
     Source: Kantorovich (1948), on the convergence of Newton's method: ‖H⁻¹‖ K ‖step‖ ≤ ½, K the Lipschitz constant.
@@ -239,15 +273,14 @@ def polish(
     Examples:
         >>> import torch
         >>> from tsdyn import flow
-        >>> loss = flow.FunctionLoss(lambda p: 0.5 * ((p - 1.0) ** 2).sum(), 2)
-        >>> found = flow.polish(loss, torch.tensor([0.9, 1.1], dtype=torch.float64))
+        >>> found = flow.polish(lambda p: 0.5 * ((p - 1.0) ** 2).sum(), torch.tensor([0.9, 1.1], dtype=torch.float64))
         >>> bool((found.point - 1).abs().max() < 1e-12)
         True
     """
-    rows = point if point.ndim == 2 else point[None]
+    loss, rows = with_rows("polish", loss, point, "point")
     if not within > 0:
         raise ValueError(f"polish: within={within}; a share of 1 + the point's norm, above 0")
-    found = [_polished(loss, chunk, tolerance, within) for chunk in _chunks(loss, rows)]
+    found = [_polished(loss, chunk, tolerance, within) for chunk in rows.split(chunk_size(loss))]
     return Polished(
         point=torch.cat([f.point for f in found]),
         loss=torch.cat([f.loss for f in found]),
@@ -340,12 +373,6 @@ def _halved(loss: Loss, point: Tensor, step: Tensor, gradient: Tensor) -> tuple[
         moved[index[better]], after[index[better]] = trial[better], slope[better]
         improved[index[better]] = True
     return moved, after, improved
-
-
-def _chunks(loss: Loss, rows: Tensor) -> Iterator[Tensor]:
-    if rows.shape[-1] != loss.parameters:
-        raise ValueError(f"polish: points have {rows.shape[-1]} parameters, the loss takes {loss.parameters}")
-    yield from rows.split(chunk_size(loss))
 
 
 def chunk_size(loss: Loss) -> int:

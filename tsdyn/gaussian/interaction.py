@@ -24,6 +24,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tsdyn.arguments import NUMBERS, SIGMA, takes
 from tsdyn.networks import activations
 from tsdyn.networks.activations import Activation
 
@@ -529,6 +530,7 @@ def interaction_of(activation: str | Activation | Function, *, leak: float = 0.0
     return _Quadrature(activation.function) if closed is None else closed
 
 
+@takes(activation=SIGMA, r1=NUMBERS, r2=NUMBERS, rho=NUMBERS)
 def in_cosine(
     activation: str | Activation | Function, r1: Any, r2: Any, rho: Any, *, leak: float = 0.01
 ) -> Elementwise:

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from tsdyn import registers, schema
 from tsdyn.analysis.identity import nodes_of, points, refuse_part
 from tsdyn.archive import reading
+from tsdyn.arguments import ARCHIVE, takes
 from tsdyn.experiment.errors import ExperimentError
 from tsdyn.experiment.experiment import Experiment
 from tsdyn.networks.any_module import Own, held_tensors
@@ -41,6 +42,7 @@ TASK_BYTES = 1 << 27
 SAME_TEACHER = 1e-4
 
 
+@takes(ds=ARCHIVE)
 def measure(
     ds: xr.Dataset | str | Path,
     observables: Sequence[str | Observed],

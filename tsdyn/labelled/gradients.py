@@ -10,6 +10,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
+from tsdyn.arguments import DATASET, FUNCTION, NAMES, takes
 from tsdyn.labelled.arrays import DifferentiableArray, wrap
 from tsdyn.labelled.functions import tensor
 
@@ -70,6 +71,7 @@ def _leaf(array: xr.DataArray) -> xr.DataArray:
     return array.copy(data=wrap(tensor(array.values).requires_grad_()))
 
 
+@takes(f=FUNCTION, ds=DATASET, wrt=NAMES)
 def gradient(f: Labelled, ds: xr.Dataset, wrt: str | Sequence[str] = "weight") -> Any:
     """The derivative of a scalar function of a Dataset in its variables, with their labels.
 
@@ -109,6 +111,7 @@ def gradient(f: Labelled, ds: xr.Dataset, wrt: str | Sequence[str] = "weight") -
     return results[f"d_{wrt}"] if isinstance(wrt, str) else xr.Dataset(results)
 
 
+@takes(f=FUNCTION, ds=DATASET, wrt=NAMES)
 def jacobian(f: Labelled, ds: xr.Dataset, wrt: str | Sequence[str] = "weight") -> Any:
     """The derivative of every entry of a labelled function of a Dataset in every entry of its variables.
 

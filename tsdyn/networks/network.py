@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
+from tsdyn.arguments import LAYERS, NETWORK, TEXT, TORCH, check, takes
 from tsdyn.networks import activations, torch_io
 from tsdyn.networks.activations import Activation, AtZero
 from tsdyn.networks.batch_norm import BatchNorm, torch_norm
@@ -73,6 +74,7 @@ class Network:
     (sample, output); an image is flattened (channel, row, column).
 
     Raises:
+        TypeError: for arguments of another kind.
         ValueError: if shapes do not chain, dtypes or devices are mixed, an image becomes smaller than a kernel, or the
             activation is unknown.
 
@@ -85,6 +87,7 @@ class Network:
         (3, 4, 2)
     """
 
+    @takes(weights=LAYERS, biases=LAYERS, activation=TEXT)
     def __init__(
         self,
         weights: Sequence[ArrayLike | Tensor],
@@ -284,6 +287,7 @@ class Network:
     # --- torch -----------------------------------------------------------------------------------------------
 
     @classmethod
+    @takes(module=TORCH)
     def from_torch(
         cls, module: nn.Module, *, image: Image | None = None, gate_at_zero: AtZero = "torch", compare: bool = True
     ) -> Network:
@@ -425,15 +429,14 @@ _PLACES = {"before", "after"}
 _NORM_FIELDS = {"mean": "running_mean", "variance": "running_var", "scale": "weight", "shift": "bias"}
 
 
-def require_plain(caller: str, *networks: object) -> None:
+def require_plain(caller: str, *networks: Network) -> None:
     """Refuse networks with convolutions or BatchNorm, whose weights alone are not the function that they compute.
 
     Raises:
         TypeError, ValueError: naming the way out.
     """
     for network in networks:
-        if not isinstance(network, Network):
-            raise TypeError(f"{caller}: {network!r} is not a Network; Network.from_torch makes one of an nn.Sequential")
+        check(caller, "network", network, NETWORK)
         if not network.plain:
             raise ValueError(
                 f"{caller}: {network!r} has convolutions or BatchNorm; take its folded(), which is the same function "

@@ -313,11 +313,21 @@ def pulled_back(
     return [rows_of(module.get_submodule(n), g.detach()) for n, g in zip(names, whole, strict=True)]
 
 
+class UnsteadyError(ValueError):
+    """A module that is another one after it was called in evaluation mode."""
+
+
 @contextmanager
 def evaluated(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the context: training flags and torch's random state are restored on leaving."""
+    """Evaluation mode inside the context; training flags, buffers and torch's random state are restored on leaving.
+
+    Raises:
+        UnsteadyError: if the module changed its buffers, so that what is measured depends on how often.
+    """
     flags = [(part, part.training) for part in module.modules()]
     state = torch.random.get_rng_state()
+    before = {name: (buffer, buffer.detach().clone()) for name, buffer in module.named_buffers()}
+    moved = []
     try:
         module.eval()
         yield
@@ -325,6 +335,39 @@ def evaluated(module: nn.Module) -> Iterator[None]:
         for part, training in flags:
             part.training = training
         torch.random.set_rng_state(state)
+        for name, (buffer, kept) in before.items():
+            if module.get_buffer(name) is not buffer or not _equal(buffer, kept):
+                moved.append(name)
+                with torch.no_grad():
+                    buffer.copy_(kept)
+                setattr(module.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], buffer)
+    if moved:
+        raise UnsteadyError(
+            f"{type(module).__name__} changes {', '.join(moved[:5])} when it is called in evaluation mode, so that "
+            "measuring it would change what is measured (it was put back); let it do so in training mode only "
+            "(self.training)"
+        )
+
+
+def refuse_unsteady(module: nn.Module, x: Tensor, *, caller: str, whose: str) -> None:
+    """Refuse a module that gives other outputs when it is called again in evaluation mode, or changes its buffers.
+
+    Raises:
+        UnsteadyError: naming the way out.
+    """
+    with evaluated(module), torch.no_grad():
+        one, again = module(x), module(x)
+    if isinstance(one, Tensor) and not _equal(one, again):
+        raise UnsteadyError(
+            f"{caller}: the {whose}, {type(module).__name__}, gives other outputs for the same inputs in evaluation "
+            "mode, so that nothing measured of it could be repeated; let it draw random numbers, or count its calls, "
+            "in training mode only (self.training)"
+        )
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors hold the same numbers; NaN equals NaN."""
+    return one.shape == other.shape and bool(((one == other) | ((one != one) & (other != other))).all())
 
 
 def correlation(

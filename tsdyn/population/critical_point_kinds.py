@@ -14,6 +14,7 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
+from tsdyn.arguments import NETWORK, WHOLE, takes
 from tsdyn.flow.stationary import signature
 from tsdyn.networks.network import Network, require_plain
 from tsdyn.population.critical_points import ODD, copy_average, perturbed_copy, unit_orthonormal
@@ -57,6 +58,7 @@ class Classification:
     reason: str
 
 
+@takes(student=NETWORK, teacher=NETWORK)
 def classify(student: Network, teacher: Network, *, owns: float = OWNS, even: float = EVEN) -> Classification:
     """Classify a student of one output as copy-average, perturbed copy, or other.
 
@@ -133,6 +135,7 @@ def classify(student: Network, teacher: Network, *, owns: float = OWNS, even: fl
     return found("other", clear, "groups-and-shared", "some teacher nodes are averaged, others shared")
 
 
+@takes(k=WHOLE)
 def phase_boundaries(k: int, *, activation: str = "erf", outside: int = 1) -> xr.Dataset:
     """Losses and signatures of both kinds of critical points for every n < k, which give the phases without seeds.
 

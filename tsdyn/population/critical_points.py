@@ -24,6 +24,7 @@ from jaxtyping import Float
 from scipy.optimize import brentq
 from torch import Tensor
 
+from tsdyn.arguments import NETWORK, SIGMA, WHOLE, takes
 from tsdyn.flow.flows import gradient_flow
 from tsdyn.flow.stationary import Loss, polish
 from tsdyn.gaussian import interaction
@@ -56,6 +57,7 @@ class OneNeuron:
     loss: float
 
 
+@takes(activation=SIGMA, k=WHOLE)
 @lru_cache(maxsize=256)
 def one_neuron(activation: str, k: int, *, leak: float = 0.01) -> OneNeuron:
     """The one-neuron optimum against k unit-orthonormal teacher neurons of outgoing weight 1.
@@ -114,6 +116,7 @@ def one_neuron(activation: str, k: int, *, leak: float = 0.01) -> OneNeuron:
     return OneNeuron(r, k * g(r, 1.0, u) / g(r, r, 1.0), power + explained(log_r) if k > 1 else 0.0)
 
 
+@takes(k=WHOLE, n=WHOLE)
 def partitions(k: int, n: int) -> Iterator[tuple[int, ...]]:
     """All ways to write k as a sum of n positive integers in increasing order: the possible group sizes of n nodes."""
 
@@ -129,6 +132,7 @@ def partitions(k: int, n: int) -> Iterator[tuple[int, ...]]:
         yield from rest(k, n, 1)
 
 
+@takes(activation=SIGMA, teacher=NETWORK)
 def copy_average(activation: str, teacher: Network, groups: Sequence[int] | Sequence[Sequence[int]]) -> Network:
     """The student whose node i averages the i-th group of teacher nodes, or copies it if the group has one node.
 
@@ -289,6 +293,7 @@ def _solved(caller: str, loss: PopulationLoss, basis: Tensor, start: Sequence[fl
     return loss.network(basis @ end.point[0])
 
 
+@takes(teacher=NETWORK, nodes=WHOLE)
 def perturbed_copy(teacher: Network, nodes: int) -> Network:
     """The perturbed n-copy (P-n-C): every node copies one teacher node and mixes in the others equally.
 
@@ -317,6 +322,7 @@ def perturbed_copy(teacher: Network, nodes: int) -> Network:
     return _solved("perturbed_copy", loss, _subspace(loss, patterns, b), start, _flat(loss, 1))
 
 
+@takes(teacher=NETWORK, nodes=WHOLE)
 def perturbed_copy_average(teacher: Network, nodes: int) -> Network:
     """The critical point near the copy-average point with groups (1, …, 1, k−n+1), for σ that makes the latter no
     critical point.

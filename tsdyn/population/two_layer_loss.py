@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tsdyn.arguments import NETWORK, takes
 from tsdyn.gaussian import interaction
 from tsdyn.gaussian.interaction import Interaction
 from tsdyn.networks.network import Network, require_plain
@@ -194,6 +195,7 @@ def starts(loss: PopulationLoss, seeds: Iterable[int]) -> Tensor:
     return torch.from_numpy(np.stack(rows)).to(loss.dtype)
 
 
+@takes(student=NETWORK, teacher=NETWORK)
 def loss(student: Network, teacher: Network) -> Float[Tensor, ""]:
     """Population loss E‖student(x) − teacher(x)‖² on x ~ N(0, I), without ½.
 

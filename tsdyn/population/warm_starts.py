@@ -8,10 +8,12 @@ import torch
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
+from tsdyn.arguments import NETWORK, WHOLE, takes
 from tsdyn.gaussian import interaction
 from tsdyn.networks.network import Network, require_plain
 
 
+@takes(teacher=NETWORK, nodes=WHOLE)
 def warm_start(teacher: Network, nodes: int) -> Network:
     """A smaller student built from its teacher by copying and averaging, the start that Simsek et al. (2023) suggest.
 

@@ -28,7 +28,7 @@ from tsdyn.experiment.shapes import SAMPLES
 from tsdyn.networks.any_module import Own
 from tsdyn.observables import registry
 from tsdyn.observables.formulas import standardized
-from tsdyn.observables.layers import evaluated, traced, weights_of
+from tsdyn.observables.layers import evaluated, refuse_unsteady, traced, weights_of
 from tsdyn.observables.member import Measurement, Probe
 from tsdyn.observables.registry import Observed
 from tsdyn.recording import checks, measuring, own_values, states
@@ -169,13 +169,12 @@ class Recorder:
         observables: Sequence[str | Observed | Callable[..., Any]] = DEFAULT,
         every: int = 1,
     ) -> None:
-        for name, number, least in (("seed", seed, 0), ("every", every, 1)):
-            if isinstance(number, bool) or not isinstance(number, int) or number < least:
-                raise ValueError(f"Recorder: {name} = {number!r}; an integer of at least {least} is needed")
+        checks.refuse_below(("seed", seed, 0), ("every", every, 1))
         self._x, self._y = checks.checked_probe(model, probe)
         self._model, self._loss, self._teacher = model, loss, teacher
         self._stateful = states.holders(state)
         names = checks.layers_of(model, self._x, layers, "model")
+        refuse_unsteady(model, self._x[:WITNESSES], caller="Recorder", whose="model")
         with evaluated(model), torch.no_grad():
             self._called = tuple(traced(model, self._x, names).calls)
         self._chosen, self._own = _chosen(observables, teacher)
@@ -342,6 +341,11 @@ class Recorder:
         names = list(self._chosen)
         if "weight" in names and rest:
             names.append("parameter")
+        if "parameter" in names and not rest:
+            raise ValueError(
+                "Recorder: parameter is of parameters and buffers in no labelled layer, and all are in one: leave it "
+                "out, and take weight"
+            )
         if not trainable and (asked := [n for n in names if n in DIFFERENTIATED]):
             raise ValueError(
                 f"Recorder: {asked[0]} is of trainable parameters, and every parameter is frozen; leave it out"

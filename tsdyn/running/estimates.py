@@ -13,6 +13,7 @@ import torch
 
 from tsdyn import memory, schema
 from tsdyn.archive import netcdf
+from tsdyn.engine import compiled_sums
 from tsdyn.experiment import shapes
 from tsdyn.experiment.experiment import Experiment
 from tsdyn.experiment.shapes import FLOW_END
@@ -20,6 +21,7 @@ from tsdyn.flow.flows import Flow, Limits
 from tsdyn.flow.online_learning import PIECE_BYTES
 from tsdyn.flow.stationary import CHUNK_BYTES as HESSIAN_BYTES
 from tsdyn.observables import registry
+from tsdyn.problem.teachers import draw_teacher
 from tsdyn.running.flow_members import FlowMembers
 from tsdyn.running.members import Members
 from tsdyn.running.online_members import OnlineMembers
@@ -35,6 +37,11 @@ HEADER_BYTES = 6 << 10
 QUICK = 0.1
 #: Integrator steps assumed for a population flow; the studies' flows take a few hundred.
 FLOW_STEPS = 300
+
+
+#: Variables that `compiled_sums` give, without a trace; and those that need a trace on evaluation samples at most.
+_SUMS = frozenset({"mse_train", "mse_eval", "correlation"})
+_ON_EVAL = _SUMS | {"fanout_norm", "accuracy", "label_accuracy", "weight", "bias"}
 
 
 @dataclass(frozen=True)
@@ -90,7 +97,7 @@ def _estimate_online(experiment: Experiment) -> Cost:
     """The cost of an online run: a few steps of all members are timed, and there are α · N of them."""
     inputs = experiment.student_widths[0]
     steps = round(experiment.marks[-1] * inputs)
-    few = min(steps, 200)
+    few = min(steps, 2_000)  # of fewer, drawing the start would be the larger part
     memory.refuse_beyond("estimate", footprint(experiment).bytes, torch.device("cpu"), "fewer seeds, smaller networks")
 
     def once() -> None:
@@ -130,7 +137,8 @@ def _estimate_training(experiment: Experiment, device: str) -> Cost:
         _, _, per_sample = _timed(experiment, device, steps=1, train=512, samples=4096)
     per_epoch = per_step * experiment.steps
     recorded = len(experiment.schedule)
-    seconds = members * (per_epoch * experiment.training.epochs + per_sample * experiment.data.eval * recorded)
+    seconds = per_epoch * experiment.training.epochs + per_sample * experiment.data.eval * recorded
+    seconds = members * (seconds + _teaching(experiment))
     train, tried = None, trial.experiment.data.train
     if isinstance(experiment.data.train, int) and isinstance(tried, int):
         train = experiment.data.train * len(trial.train_probe(0, 0).inputs) // tried
@@ -138,8 +146,36 @@ def _estimate_training(experiment: Experiment, device: str) -> Cost:
     written = trial.measure(0, schema.expand(experiment.record.observables)) | trial.constants()
     depths = {name: len(values) for name, values in written.items() if isinstance(values, list)}
     state = sum(array.nbytes for array in trial.state().values()) * members // trial.ensemble.members
-    most = before + footprint(experiment, train=train).bytes
+    most = before + footprint(experiment, train=train, traced=_traced(trial, experiment)).bytes
     return Cost(members, parameters, most, _disk(experiment, depths, state), seconds)
+
+
+def _traced(trial: Members, experiment: Experiment) -> int | None:
+    """Samples on which a student's trace is needed to measure it, where `compiled_sums` serve; None: all there are."""
+    names = set(schema.expand(experiment.record.observables))
+    if trial.student is not None or not names <= _ON_EVAL:
+        return None
+    if not compiled_sums.serves(trial.ensemble.network(0), trial.eval_probes[0].inputs):
+        return None
+    return 0 if names <= _SUMS else experiment.data.eval
+
+
+def _teaching(experiment: Experiment) -> float:
+    """Seconds that a teacher of ``init = "trained"`` takes to be trained; 0 for others.  One or a few epochs are timed.
+
+    The nodes that ``prune`` removes are counted in the epochs after it, too.
+    """
+    teacher, train = experiment.teacher, experiment.data.train
+    if teacher.init != "trained" or not isinstance(train, int):
+        return 0.0
+    batch = experiment.training.batch
+    few = experiment.replace({"seeds": 1, "data.train": min(train, 16 * batch), "teacher.prune": []})
+    seed = few.seed_labels[0]
+    short, long = (few.replace({"teacher.train_epochs": epochs}) for epochs in (1, 4))
+    one = _quickest(lambda: draw_teacher(short, seed), times=2)
+    four = _quickest(lambda: draw_teacher(long, seed), times=2)
+    epochs = teacher.train_epochs + (teacher.finetune_epochs if teacher.prune else 0)
+    return max(0.0, four - one) / 3 * epochs * (train // batch) / (min(train, 16 * batch) // batch)
 
 
 def _timed(
@@ -150,6 +186,8 @@ def _timed(
     steps = experiment.steps if flow else min(experiment.steps, steps)
     changed = {"seeds": list(experiment.seed_labels[: 1 if flow else 8]), "training.steps_per_epoch": steps}
     few = experiment.replace(changed | {"data.eval": min(samples, experiment.data.eval)})
+    if few.teacher.init == "trained":  # how long teachers are trained does not change what a step of a student takes
+        few = few.replace({"teacher.train_epochs": 1, "teacher.finetune_epochs": 0})
     if isinstance(experiment.data.train, int) and not experiment.training.whole:
         few = few.replace({"data.train": min(experiment.data.train, max(train, experiment.training.batch))})
     memory.refuse_beyond("estimate", footprint(few).bytes, torch.device(device), "narrower networks, fewer samples")
@@ -201,7 +239,7 @@ class Footprint:
         return self.members * self.each + self.extra + segment + max(segment, written)
 
 
-def footprint(experiment: Experiment, *, train: int | None = None) -> Footprint:
+def footprint(experiment: Experiment, *, train: int | None = None, traced: int | None = None) -> Footprint:
     """The memory that a run of `experiment` holds, from shapes alone; nothing is drawn.
 
     For each member these are the samples with the teacher's trace on them, parameters, moments and gradients; for one
@@ -210,11 +248,12 @@ def footprint(experiment: Experiment, *, train: int | None = None) -> Footprint:
     Args:
         experiment: One run, no sweep.
         train: Samples of a member's training set, if augmentation changes their number from ``data.train``.
+        traced: Samples on which a student's trace is needed to measure it; None: all there are.
     """
     registry.load(experiment)  # a package's observables are declared when they are loaded
     kind = experiment.kind
     if kind == "training":
-        return _footprint_training(experiment, train)
+        return _footprint_training(experiment, train, traced)
     if kind == "population-flow":
         return _footprint_flow(experiment)
     if kind == "online":
@@ -261,7 +300,7 @@ def _records(experiment: Experiment) -> tuple[int, int]:
     return netcdf.bytes_per_epoch(layout, names, experiment.dtype), numbers * len(layout.seeds) * dtype.itemsize
 
 
-def _footprint_training(experiment: Experiment, train: int | None) -> Footprint:
+def _footprint_training(experiment: Experiment, train: int | None, traced: int | None) -> Footprint:
     layout = experiment.layout
     if train is None:
         drawn = experiment.data.train
@@ -269,12 +308,15 @@ def _footprint_training(experiment: Experiment, train: int | None) -> Footprint:
     taught, own = (
         _trace_numbers(experiment, widths) for widths in (experiment.teacher.active_widths, experiment.student_widths)
     )
+    standard = _hidden(experiment, experiment.teacher.active_widths)  # activations, on evaluation samples only
     parameters = layout.entries or _parameters(layout.widths, layout.input_widths)
-    each = (train + experiment.data.eval) * (_inputs(experiment) + taught)
+    each = (train + experiment.data.eval) * (_inputs(experiment) + taught) + experiment.data.eval * standard
     each += 4 * (
         parameters + (layout.teacher_entries or _parameters(layout.teacher_widths, layout.teacher_input_widths))
     )
-    extra = max(train, experiment.data.eval) * own * 3 // 2  # while a trace is computed, half of it exists twice
+    own += _hidden(experiment, experiment.student_widths)
+    # while a trace is computed, half of it exists twice
+    extra = (max(train, experiment.data.eval) if traced is None else traced) * own * 3 // 2
     if experiment.training.method == "flow":  # the Hessian of one member, its factors and temporaries
         extra += 4 * parameters**2
     size = np.dtype(experiment.dtype).itemsize
@@ -302,10 +344,13 @@ def _inputs(experiment: Experiment) -> int:
 
 
 def _trace_numbers(experiment: Experiment, widths: Sequence[int]) -> int:
-    """Numbers in the trace of one sample: pre-activations, gates, activations and standardised activations."""
-    # a channel counts once per pixel: so many inputs a linear layer on top would have
-    seen = [experiment.weight_shapes((*widths[: i + 1], 1))[-1][1] for i in range(1, len(widths) - 1)]
-    return 4 * (sum(seen) + widths[-1])
+    """Numbers in the trace of one sample: pre-activations, gates and activations; of a plain output layer two."""
+    return 3 * _hidden(experiment, widths) + (3 if experiment.deep else 2) * widths[-1]
+
+
+def _hidden(experiment: Experiment, widths: Sequence[int]) -> int:
+    """Hidden nodes of a network; a channel counts once per pixel: so many inputs a linear layer on top would have."""
+    return sum(experiment.weight_shapes((*widths[: i + 1], 1))[-1][1] for i in range(1, len(widths) - 1))
 
 
 def _quickest(work: Callable[[], object], *, times: int = 3) -> float:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import xarray as xr
+from torch import Tensor
 
 from tsdyn.archive import reading, states
 from tsdyn.archive.run_directory import EXPERIMENT
@@ -37,17 +38,28 @@ class ForkedMembers:
     ``fork.perturb`` says.
     """
 
-    def __init__(self, experiment: Experiment, device: str = "cpu", teacher: Maker | None = None) -> None:
+    def __init__(
+        self,
+        experiment: Experiment,
+        device: str = "cpu",
+        student: Maker | None = None,
+        teacher: Maker | None = None,
+    ) -> None:
         self.experiment, self.device, self._fork = experiment, device, experiment.fork
-        self._teacher = teacher
-        self._after = Members(experiment.as_trained, device, None, teacher)
+        self._student, self._teacher = student, teacher
+        self._after = Members(experiment.as_trained, device, student, teacher)
         self._begun = False
 
     def draw(self) -> None:
         """Set the members to the changed state, unless one was restored; and draw the training data."""
         if not self._begun:
             origin = self.experiment.replace({"fork": {}})
-            state = perturbed(self.experiment, _state(origin, self._fork, self.device, self._teacher), self.device)
+            before = _state(origin, self._fork, self.device, self._student, self._teacher)
+            if self._after.student is None:
+                state = perturbed(self.experiment, before, self.device)
+            else:
+                start = Members(origin, self.device, self._student, self._teacher).ensemble.values
+                state = perturbed_module(self.experiment, before, start)
             own = self._after.state()
             self._after.restore(own | {name: array for name, array in state.items() if name in own})
             self._begun = True
@@ -74,21 +86,21 @@ class ForkedMembers:
         self._begun = True
 
 
-def _state(origin: Experiment, fork: Fork, device: str, teacher: Maker | None) -> State:
+def _state(origin: Experiment, fork: Fork, device: str, student: Maker | None, teacher: Maker | None) -> State:
     """The state of the run at the epoch of the fork."""
-    kept = _kept(origin.to_toml(), str(fork.parent), fork.fork_epoch, device, teacher)
+    kept = _kept(origin.to_toml(), str(fork.parent), fork.fork_epoch, device, student, teacher)
     return {name: array.copy() for name, array in kept.items()}
 
 
 @lru_cache(maxsize=4)  # branches at one epoch share it
-def _kept(text: str, parent: str, epoch: int, device: str, teacher: Maker | None) -> State:
+def _kept(text: str, parent: str, epoch: int, device: str, student: Maker | None, teacher: Maker | None) -> State:
     """The state after `epoch`: from the latest that the run keeps, or recorded weights that are all of it, and from
     there on by training again.
     """
-    members = Members(Experiment.from_toml_text(text), device, None, teacher)
+    members = Members(Experiment.from_toml_text(text), device, student, teacher)
     members.draw()
-    first = 0
-    if epoch and not Rule.of(members.experiment.training, 1).optimizer.moments and not members.experiment.deep:
+    first, moments = 0, Rule.of(members.experiment.training, 1).optimizer.moments
+    if epoch and not moments and not members.experiment.deep and members.student is None:
         first = _restored(members, Path(parent), epoch)
     first = _resumed(members, Path(parent), first, epoch)
     for step in range(first + 1, epoch + 1):
@@ -183,6 +195,48 @@ def perturbed(experiment: Experiment, state: State, device: str = "cpu") -> Stat
         for member, seed in enumerate(experiment.seed_labels):
             _change(kind, given, experiment, state, before, member, seed, fresh)
     return state
+
+
+def perturbed_module(experiment: Experiment, state: State, start: Mapping[str, Tensor]) -> State:
+    """`perturbed` for members that are a user's own modules; `start`: their parameters at epoch 0, by name.
+
+    ``gaussian`` is relative to the rms of the parameter at epoch 0, for a ``bias`` to that of the ``weight`` beside it.
+    """
+    fork = experiment.fork
+    for kind, given in fork.perturb.items():
+        for member, seed in enumerate(experiment.seed_labels):
+            match kind:
+                case "gaussian":
+                    rng = generator(seed, "fork", fork.fork_epoch, fork.branch)
+                    for name in start:
+                        beside = f"{name.removesuffix('bias')}weight" if name.endswith("bias") else name
+                        size = given * float(start.get(beside, start[name])[member].square().mean().sqrt())
+                        array = state[f"module.{name}"]
+                        array[member] += (size * rng.standard_normal(array.shape[1:])).astype(array.dtype)
+                case "weight":
+                    _one_number(experiment, state, given)[member] += given["by"]
+                case "set":
+                    pass
+                case _:
+                    raise AssertionError(f"fork.perturb: {kind}")  # the experiment's rules refuse others
+    return state
+
+
+def _one_number(experiment: Experiment, state: State, given: Mapping[str, Any]) -> np.ndarray:
+    """A view (member,) of the weight, or the bias, that ``fork.perturb.weight`` names in a user's own module."""
+    layer = (experiment.student.layers or ())[given["layer"] - 1]
+    name = f"module.{layer}.{'weight' if 'input_node' in given else 'bias'}"
+    if name not in state:
+        raise ExperimentError(
+            f"fork.perturb.weight: layer {given['layer']} of the student, {layer!r}, has no parameter "
+            f"{name.removeprefix('module.')!r} of its own; take another layer, or gaussian"
+        )
+    if "input_node" not in given:
+        return state[name][:, given["node"]]
+    row = state[name][:, given["node"]].reshape(len(state[name]), -1)  # a view: of a convolution its kernel
+    if given["input_node"] >= row.shape[1]:
+        raise ExperimentError(f"fork.perturb.weight.input_node = {given['input_node']}: of {row.shape[1]}")
+    return row[:, given["input_node"]]
 
 
 def _starts(experiment: Experiment, device: str) -> list[tuple[Network, Network]]:

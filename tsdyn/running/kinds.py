@@ -30,7 +30,7 @@ def members_of(
     kind = experiment.kind
     if kind == "training":
         if experiment.fork.parent is not None:
-            return ForkedMembers(experiment, device, teacher)
+            return ForkedMembers(experiment, device, student, teacher)
         return Members(experiment, device, student, teacher)
     if student is not None or teacher is not None:
         raise ExperimentError(f"student, teacher: kind = {kind!r} makes its networks itself; leave them out")

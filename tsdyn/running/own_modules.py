@@ -219,6 +219,9 @@ def _refuse_others(experiment: Experiment, who: str, module: nn.Module, last: nn
     try:
         with layers.evaluated(module), torch.no_grad():
             output = module(x)
+        layers.refuse_unsteady(module, x, caller=who, whose=who)
+    except layers.UnsteadyError as error:
+        raise ExperimentError(f"{who}: {str(error).removeprefix(f'{who}: ')}") from None
     except Exception as error:  # the user's own code raises errors of every type
         raise ExperimentError(
             f"{who}: {type(module).__name__} raised {type(error).__name__} for inputs {tuple(x.shape)}: {error}"

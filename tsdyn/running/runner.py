@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ import xarray as xr
 
 from tsdyn import memory, vocabulary
 from tsdyn.archive import changes, reading, whole_files
+from tsdyn.archive.made_files import Made
 from tsdyn.archive.run_directory import RunDirectory
 from tsdyn.archive.whole_files import ArchiveError
 from tsdyn.engine import native
@@ -142,6 +143,7 @@ def run_together(
     asked: Callable[[], int | None] | None = None,
     student: Maker | None = None,
     teacher: Maker | None = None,
+    wrote: Callable[[Path, Made], None] | None = None,
 ) -> dict[Path, Exception]:
     """Run experiments of one `ensemble_key` as one ensemble, each into its own directory, as `run` would.
 
@@ -154,6 +156,7 @@ def run_together(
         progress: Directory → the function that is called after every epoch.
         asked: Returns the signal that asked to stop, or None; `stopping` unless given.
         student, teacher: As in `run`.
+        wrote: Called with the directory of each archive that was written at once, and what it declares.
 
     Returns:
         Directory → error of the experiments that failed; the others are done.
@@ -175,7 +178,8 @@ def run_together(
         gaining |= joined
         roots |= dict.fromkeys([*own, *joined], path)
     each = {part: (progress or {}).get(root) for part, root in roots.items()}
-    lost = _run_parts(parts, device=device, progress=each, asked=asked, student=student, teacher=teacher)
+    means = _Means(device, each, asked, student, teacher, wrote)
+    lost = _run_parts(parts, means)
     failed |= {roots[part]: error for part, error in lost.items()}
     for path, experiment in gaining.items():
         if roots[path] not in failed:
@@ -186,23 +190,26 @@ def run_together(
     return failed
 
 
-def _run_parts(
-    experiments: Mapping[Path, Experiment],
-    *,
-    device: str,
-    progress: Mapping[Path, Progress | None],
-    asked: Callable[[], int | None] | None,
-    student: Maker | None,
-    teacher: Maker | None,
-) -> dict[Path, Exception]:
+class _Means(NamedTuple):
+    """Arguments of `run_together` but the experiments, with a Progress for each directory."""
+
+    device: str
+    progress: Mapping[Path, Progress | None]
+    asked: Callable[[], int | None] | None
+    student: Maker | None
+    teacher: Maker | None
+    wrote: Callable[[Path, Made], None] | None
+
+
+def _run_parts(experiments: Mapping[Path, Experiment], means: _Means) -> dict[Path, Exception]:
     """`run_together` of directories that gain no seeds."""
-    check_device(device)
+    device = check_device(means.device)
     _exact_products(device)
     failed: dict[Path, Exception] = {}
     apart: list[Path] = []
     with ExitStack() as held:
         held.enter_context(own_device())
-        heard, asked = asked, asked or held.enter_context(stopping())
+        asked = means.asked or held.enter_context(stopping())
         begun: dict[int, list[_Point]] = {}
         for experiment in experiments.values():
             registry.load(experiment)
@@ -212,8 +219,8 @@ def _run_parts(
                 memory.refuse_beyond("run", needed, torch.device(device), _SMALLER)
                 target = held.enter_context(RunDirectory(path, experiment))
                 if not target.finished:
-                    members = members_of(experiment, device, student, teacher)
-                    point = _Point(path, target, members, progress.get(path))
+                    members = members_of(experiment, device, means.student, means.teacher)
+                    point = _Point(path, target, members, means.progress.get(path))
                     begun.setdefault(point.begin(), []).append(point)
                 else:
                     say_replaced_inputs(path, experiment)
@@ -222,6 +229,9 @@ def _run_parts(
         for start, points in begun.items():
             try:
                 _train(points, start, asked, failed)
+                for point in points:
+                    if means.wrote is not None and point.made is not None:
+                        means.wrote(point.path, point.made)
             except Exception as error:
                 if len(points) == 1:
                     failed[points[0].path] = error
@@ -229,9 +239,7 @@ def _run_parts(
                 _log.warning("%s and others cannot train together, so one by one: %s", points[0].path, error)
                 apart += [point.path for point in points if point.path not in failed]
     for path in apart:
-        failed |= _run_parts(
-            {path: experiments[path]}, device=device, progress=progress, asked=heard, student=student, teacher=teacher
-        )
+        failed |= _run_parts({path: experiments[path]}, means)
     return failed
 
 
@@ -342,8 +350,15 @@ class _Point:
         self._target.commit(self._first, step, self._recorded, held, self.members.state(), self._attrs, self._kept)
         self._pending, self._recorded, self._kept, self._first = [], [], {}, step + 1
 
+    @property
+    def made(self) -> Made | None:
+        """What its archive declares, if the first commit wrote it."""
+        return self._target.made
+
     def finish(self) -> None:
-        self._target.consolidate(self._attrs)
+        """Join the segments, unless the first commit held the whole run."""
+        if not self._target.finished:
+            self._target.consolidate(self._attrs)
 
 
 def _train(points: list[_Point], start: int, asked: Callable[[], int | None], failed: dict[Path, Exception]) -> None:

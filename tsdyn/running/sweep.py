@@ -5,7 +5,6 @@ A point that fails does not stop the others; if a worker dies, its point is resu
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,10 +17,12 @@ import xarray as xr
 from tsdyn import memory, registers
 from tsdyn.archive import reading, run_directory, sweep_directory, whole_files
 from tsdyn.archive.headers import Headers
+from tsdyn.archive.made_files import Made
 from tsdyn.archive.whole_files import ArchiveError, refuse_link
 from tsdyn.experiment import made_modules
 from tsdyn.experiment.errors import ExperimentError
 from tsdyn.experiment.experiment import Experiment
+from tsdyn.experiment.parts import Part
 from tsdyn.experiment.sweep_axes import swept_keys
 from tsdyn.observables import registry
 from tsdyn.observables.registry import Observed, added
@@ -34,6 +35,7 @@ from tsdyn.running.outcome import HELD, SweepError, is_finished, reason_of, say_
 from tsdyn.running.own_modules import Maker, described
 from tsdyn.running.workers import (
     INDEX_SECONDS,
+    INDEX_TIMES,
     Passed,
     WorkersError,
     answer_of,
@@ -96,9 +98,10 @@ def estimate(points: Mapping[str, Experiment], *, device: str = "cpu") -> dict[s
         ExperimentError: if an experiment without a sweep cannot begin.
     """
     known: dict[Any, estimates.Cost] = {}
+    shapes: dict[int, Any] = {}  # of the sections that points share
     found = {}
     for name, single in points.items():
-        kind = single.layout, json.dumps(_without_reals(single.as_dict()), sort_keys=True)
+        kind = single.student_widths, single.teacher_widths, _without_reals(single, shapes)
         try:
             if kind not in known:
                 with runner.own_device():
@@ -111,12 +114,26 @@ def estimate(points: Mapping[str, Experiment], *, device: str = "cpu") -> dict[s
     return found
 
 
-def _without_reals(values: Any) -> Any:
+def _without_reals(values: Any, shapes: dict[int, Any]) -> Any:
+    """What is left of an experiment, a section or a value without its real numbers; equal and hashed if it is the same.
+
+    Args:
+        values: The experiment, which outlives `shapes`.
+        shapes: What was found of sections, by their identity.
+    """
+    if isinstance(values, float):
+        return None
+    if values is None or isinstance(values, (str, int)):
+        return values
+    if isinstance(values, (list, tuple)):
+        return tuple(_without_reals(value, shapes) for value in values)
     if isinstance(values, dict):
-        return {key: _without_reals(value) for key, value in values.items()}
-    if isinstance(values, list):
-        return [_without_reals(value) for value in values]
-    return None if isinstance(values, float) else values
+        return tuple((key, _without_reals(value, shapes)) for key, value in values.items())
+    assert isinstance(values, Part), f"{type(values).__name__} in an experiment"
+    if id(values) not in shapes:
+        names = type(values).model_fields
+        shapes[id(values)] = tuple(_without_reals(getattr(values, name), shapes) for name in names)
+    return shapes[id(values)]
 
 
 def run(
@@ -296,8 +313,10 @@ def _run(
     def telling(names: Iterable[str]) -> dict[str, runner.Progress | None]:
         return {n: (point(places[n], len(points), n, left[n]) if point else None) or progress for n in names}
 
-    if left:
-        (_run_on_workers if means.distributed else _run_here)(left, path, means, telling, account.ended)
+    if left and means.distributed:
+        _run_on_workers(left, path, means, telling, account.ended)
+    elif left:
+        _run_here(left, path, means, telling, account)
     account.close()
     return reading.open(path)
 
@@ -319,7 +338,7 @@ def _run_on_workers(
             ended(name, reason)
 
 
-def _run_here(left: Mapping[str, Experiment], path: Path, means: _Means, telling: _Telling, ended: _Ended) -> None:
+def _run_here(left: Mapping[str, Experiment], path: Path, means: _Means, telling: _Telling, account: _Account) -> None:
     for group in group_points(left, 1, memory.free(means.device) // 2) if means.together else _each_alone(left):
         failed = runner.run_together(
             {path / name: single for name, single in group.items()},
@@ -327,9 +346,10 @@ def _run_here(left: Mapping[str, Experiment], path: Path, means: _Means, telling
             progress={path / name: report for name, report in telling(group).items()},
             student=means.student,
             teacher=means.teacher,
+            wrote=account.wrote,
         )
         for name in group:
-            ended(name, reason_of(failed[path / name]) if path / name in failed else None)
+            account.ended(name, reason_of(failed[path / name]) if path / name in failed else None)
 
 
 def _each_alone(points: Mapping[str, Experiment]) -> list[dict[str, Experiment]]:
@@ -363,6 +383,11 @@ class _Account:
             self._failures[name] = reason.removeprefix(HELD)
         self._index.note(name)
 
+    def wrote(self, folder: Path, made: Made) -> None:
+        """Note what the archive of a point declares that was just written."""
+        if self._is_sweep and folder.parent == self._path:  # not of seeds that a point gains
+            self._index.made(folder.name, made)
+
     def close(self) -> None:
         """Write the index, once all points have ended.
 
@@ -382,13 +407,21 @@ class _IndexKeeper:
     """Writes the sweep's index while points are finished; the index is a cache, so a failed write does no harm."""
 
     def __init__(self, path: Path, points: Mapping[str, Experiment]) -> None:
-        self._headers, self._points, self._clock = Headers(path), points, time.monotonic()
+        self._headers, self._points, self._due = Headers(path), points, time.monotonic() + INDEX_SECONDS
 
     def note(self, name: str) -> None:
         self._read(name)
-        if time.monotonic() - self._clock >= INDEX_SECONDS:
+        begin = time.monotonic()
+        if begin >= self._due:
             self._headers.write()
-            self._clock = time.monotonic()
+            now = time.monotonic()  # the whole index is written each time, and is long where points are many
+            self._due = now + max(INDEX_SECONDS, INDEX_TIMES * (now - begin))
+
+    def made(self, name: str, made: Made) -> None:
+        try:
+            self._headers.made(name, made)
+        except (ArchiveError, OSError) as error:
+            _log.warning("%s", error)
 
     def write(self) -> None:
         for name in self._points:

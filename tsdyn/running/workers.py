@@ -33,6 +33,8 @@ _log = logging.getLogger("tsdyn")
 FRUITLESS = 3
 #: Seconds between a worker's reports of its epochs, and between writes of the index.
 TELL_SECONDS, INDEX_SECONDS = 0.5, 5.0
+#: ... but at most a twentieth of the time goes into writing the index.
+INDEX_TIMES = 20
 CONNECT_SECONDS = 10
 POLL_SECONDS = 0.05
 #: Seconds without a sign of life from any worker after which the log says so, and seconds between checks.

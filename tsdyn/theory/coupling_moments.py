@@ -12,6 +12,7 @@ import xarray as xr
 from torch import Tensor
 
 from tsdyn import schema
+from tsdyn.arguments import NETWORK, takes
 from tsdyn.engine import compiled_moments
 from tsdyn.networks.network import Network, Trace, require_plain
 from tsdyn.networks.propagate import Parameters, propagate, rows
@@ -53,6 +54,7 @@ class Moments:
         return [b.diagonal().clamp(min=0).sqrt() for b in self.B]
 
 
+@takes(student=NETWORK, teacher=NETWORK)
 def expectations(
     student: Network, teacher: Network, x: Samples, *, form: Form = "product", memory: int = MEMORY
 ) -> Moments:
@@ -111,8 +113,9 @@ def _of_nodes(student: Network, teacher: Network, x: Samples, *, form: Form, mem
     samples = 0
     widest = max(student.widths) + max(teacher.widths)
     compiled = compiled_moments.serves(student, teacher)
-    # compiled code holds the matrices of one sample at a time
-    per_sample = (0 if compiled else 3 * student.widths[-1] * widest) + 3 * (sum(student.widths) + sum(teacher.widths))
+    # of two layers no matrix of a single sample is needed, and compiled code holds those of one at a time
+    matrices = 0 if compiled or hidden < 2 else 3 * student.widths[-1] * widest
+    per_sample = matrices + 3 * (sum(student.widths) + sum(teacher.widths))
     with torch.no_grad():
         for part in batches("expectations", x, student, teacher, numbers=per_sample, memory=memory):
             samples += len(part)
@@ -250,6 +253,7 @@ class _Backward:
 MOMENTS = ("A", "B", "H", "H_star", "D_star", "D", "L_star", "L", "fanout_norm")
 
 
+@takes(student=NETWORK, teacher=NETWORK)
 def moments(
     student: Network,
     teacher: Network,
@@ -356,6 +360,7 @@ def _fanouts_of_channels(network: Network, x: Tensor) -> list[Tensor]:
     return [(total / len(x)).sqrt() for total in squares]
 
 
+@takes(network=NETWORK)
 def conserved_norms(network: Network) -> list[Tensor]:
     """Norm of each hidden node's incoming weights that BatchNorm conserves, one (node,) per hidden layer.
 
@@ -372,6 +377,7 @@ def conserved_norms(network: Network) -> list[Tensor]:
     return found
 
 
+@takes(network=NETWORK)
 def balances(network: Network) -> list[Tensor]:
     """Balance c_j = Σ_o W_{l+1,oj}² − ‖W_l,j‖² − b_lj² of each hidden node, one (node,) per hidden layer.
 

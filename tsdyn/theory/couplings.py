@@ -17,6 +17,7 @@ from jaxtyping import Float
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from tsdyn.arguments import NETWORK, WHOLE, takes
 from tsdyn.axes import Outputs
 from tsdyn.networks.network import Network, Trace, require_plain
 from tsdyn.theory.inputs import MEMORY, Samples, batches, check_layer, check_outputs, check_pair, inputs
@@ -50,6 +51,7 @@ def backpropagated_gradients(student: Network, trace: Trace, residual: Outputs) 
     return found[::-1]
 
 
+@takes(student=NETWORK, teacher=NETWORK, layer=WHOLE)
 def backpropagated_gradient(student: Network, teacher: Network, x: ArrayLike | Tensor, layer: int) -> Tensor:
     """Backpropagated gradient g_l(x), (sample, node): minus the gradient of J_x = ½‖f*_L − f_L‖² at z_l.
 
@@ -75,6 +77,7 @@ def backpropagated_gradient(student: Network, teacher: Network, x: ArrayLike | T
     return backpropagated_gradients(student, trace, teacher(x) - trace.output)[layer - 1]
 
 
+@takes(net=NETWORK, layer=WHOLE)
 def output_jacobian(net: Network, x: ArrayLike | Tensor, layer: int) -> Tensor:
     """Output Jacobian V_l(x) = ∂f_L/∂f_l, (sample, output, node), in the activation f_l after the gate; V_L = I.
 
@@ -96,6 +99,7 @@ def output_jacobian(net: Network, x: ArrayLike | Tensor, layer: int) -> Tensor:
     return _jacobian(net, net.trace(x), layer)[0].expand(len(x), -1, -1)
 
 
+@takes(net=NETWORK, layer=WHOLE)
 def augmented_output_jacobian(net: Network, x: ArrayLike | Tensor, layer: int) -> Tensor:
     """Output Jacobian with the constant node's column, [V_l(x), c_l(x)], (sample, output, node+1): f_L = V_l f_l + c_l.
 
@@ -111,6 +115,7 @@ def augmented_output_jacobian(net: Network, x: ArrayLike | Tensor, layer: int) -
     return _augmented(net, net.trace(x), layer).expand(len(x), -1, -1).contiguous()
 
 
+@takes(student=NETWORK, teacher=NETWORK, layer=WHOLE)
 def coupling(student: Network, teacher: Network, x: ArrayLike | Tensor, layer: int) -> Coupling:
     """Coupling matrices A_l(x) = V_lᵀ [V*_l, c*_l] and B_l(x) = V_lᵀ [V_l, c_l] of every sample.
 
@@ -182,6 +187,7 @@ def with_one_node(f: Tensor) -> Tensor:
     return torch.cat([f, torch.ones_like(f[:, :1])], 1)
 
 
+@takes(student=NETWORK, teacher=NETWORK)
 def lemma1_residual(student: Network, teacher: Network, x: Samples, *, memory: int = MEMORY) -> float:
     """Largest relative error of Lemma 1, g_l = D_l (A_l [f*_l; 1] − B_l [f_l; 1]), over layers, samples and nodes.
 

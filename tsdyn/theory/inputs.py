@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TypeAlias
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from tsdyn.arguments import NUMBERS, check
 from tsdyn.axes import Inputs
 from tsdyn.networks.network import Network
 
@@ -25,6 +26,7 @@ def inputs(caller: str, x: ArrayLike | Tensor, *nets: Network) -> Inputs:
     Raises:
         ValueError: for another shape, dtype or device, no samples, or values that are not finite.
     """
+    check(caller, "x", x, NUMBERS)
     given = x if isinstance(x, Tensor) else torch.as_tensor(x, device="cpu")
     if given.ndim != 2 or len(given) == 0:
         raise ValueError(
@@ -55,7 +57,8 @@ def batches(
     whole = isinstance(x, (Tensor, np.ndarray, list, tuple)) and not (
         isinstance(x, (list, tuple)) and x and isinstance(x[0], Tensor)
     )
-    parts: Iterable[ArrayLike | Tensor] = [x] if whole else x  # type: ignore[list-item, assignment]
+    iterable = isinstance(x, Iterable) and not isinstance(x, str | bytes | Mapping)
+    parts: Iterable[ArrayLike | Tensor] = [x] if whole or not iterable else x  # type: ignore[list-item, assignment]
     empty = True
     for part in parts:
         held = inputs(caller, part, *nets)

@@ -23,6 +23,7 @@ from scipy.integrate import solve_ivp
 from scipy.special import ndtr, owens_t
 from torch import Tensor
 
+from tsdyn.arguments import NETWORK, takes
 from tsdyn.networks.network import Network, require_plain
 from tsdyn.theory.coupling_moments import Form, check_form, expectations
 from tsdyn.theory.couplings import backpropagated_gradients, with_one_node
@@ -379,6 +380,7 @@ class WeightUpdate:
         return float(a @ b / (a.norm() * b.norm()))
 
 
+@takes(student=NETWORK, teacher=NETWORK)
 def luck_matters_updates(
     student: Network,
     teacher: Network,

@@ -17,12 +17,14 @@ from tsdyn.analysis.lift import cellwise, lift
 from tsdyn.analysis.members import PARAMETERS, Member, member
 from tsdyn.archive import reading, whole_files
 from tsdyn.archive.selecting import experiment_of, swept_dimensions
+from tsdyn.arguments import PATH, takes
 from tsdyn.experiment.errors import ExperimentError
 from tsdyn.experiment.experiment import Experiment
 from tsdyn.networks.network import Network
 from tsdyn.networks.node_pairs import best_node
 from tsdyn.observables import similarities
 from tsdyn.running import sweep
+from tsdyn.running.own_modules import Maker
 from tsdyn.running.runner import Progress
 
 #: Distance, relative to the parent's parameters, above which a child has diverged.
@@ -31,8 +33,11 @@ DIVERGED = 1e-3
 POSITIONS = 21
 SOURCE = "Frankle et al. 2020 (arXiv:1912.05671)"
 _DIMS = ("fork_epoch", "branch")
+#: Dimensions of one member's parameters.
+_SUMMED = ("layer", "node", "input_node", "entry")
 
 
+@takes(path=PATH)
 def fork(
     path: str | Path,
     at: int | Sequence[int] = (0,),
@@ -45,6 +50,8 @@ def fork(
     workers: int | None = None,
     scheduler: str | None = None,
     progress: Progress | None = None,
+    student: Maker | None = None,
+    teacher: Maker | None = None,
 ) -> xr.Dataset:
     """Train counterfactual branches of a run: its state at an epoch, changed, then trained to the end.
 
@@ -61,7 +68,8 @@ def fork(
         branches: How many, or their numbers; each has random draws of its own.
         out: Directory of the children; beside the parent, ``<parent>-fork``, unless given.
         draws: ``"same"``: the batches and fresh samples of the parent; ``"other"``: new ones for each branch.
-        device, workers, scheduler, progress: As in `tsdyn.run`.
+        device, workers, scheduler, progress, student, teacher: As in `tsdyn.run`.  Of modules of the user's own only
+            ``gaussian`` (on every parameter), ``weight`` (of a labelled layer) and ``set`` can be changed.
 
     Returns:
         The lazy archive of the children, with the measures of `compared`.
@@ -79,7 +87,10 @@ def fork(
     parent = whole_files.local_path(path).absolute()
     child = forked(parent, at=at, perturb=perturb, branches=branches, draws=draws)
     target = whole_files.local_path(out) if out is not None else parent.with_name(f"{parent.name}-fork")
-    sweep.run(child, target, device=device, workers=workers, scheduler=scheduler, progress=progress)
+    sweep.run(
+        child, target, device=device, workers=workers, scheduler=scheduler, progress=progress, student=student,
+        teacher=teacher,
+    )  # fmt: skip
     return compared(target)
 
 
@@ -98,9 +109,8 @@ def forked(
     """
     parent = whole_files.local_path(parent).absolute()
     experiment = experiment_of(reading.open(parent))
-    if experiment.kind != "training" or experiment.of_own_modules:
-        what = "modules of your own" if experiment.of_own_modules else f"kind = {experiment.kind!r}"
-        raise ExperimentError(f"fork: {parent} is a run of {what}; only training runs of tsdyn's networks are forked")
+    if experiment.kind != "training":
+        raise ExperimentError(f"fork: {parent} is a run of kind = {experiment.kind!r}; only training runs are forked")
     if experiment.fork.parent is not None:
         raise ExperimentError(f"fork: {parent} holds children itself; fork their parent, {experiment.fork.parent}")
     epochs = [at] if isinstance(at, int) else list(at)
@@ -123,7 +133,9 @@ def compared(children: str | Path | xr.Dataset, parent: str | Path | xr.Dataset 
     the parent (1 or 0; needs correlation), and of the last epoch ``barrier`` and ``barrier_matched``, the largest
     excess of the evaluation loss on the straight line between the two, sup_α ℓ(αθ + (1−α)θ') − αℓ(θ) − (1−α)ℓ(θ'),
     with the nodes as they are and after one-to-one matching, and ``cka_angle``, the angle arccos of linear CKA between
-    their activations in degrees.  Beside an epoch, a seed or a point that the parent does not hold yet all are NaN.
+    their activations in degrees.  Beside an epoch, a seed or a point that the parent does not hold yet all are NaN.  Of
+    modules of the user's own the distance is over ``parameter``, buffers included, and the last three, which need the
+    modules, are left out.
 
     Args:
         children: What `fork` wrote, or its path.
@@ -137,36 +149,37 @@ def compared(children: str | Path | xr.Dataset, parent: str | Path | xr.Dataset 
     if experiment.fork.parent is None:
         raise ValueError("compared: the archive is of no fork; give what tsdyn.fork wrote")
     own = parent if isinstance(parent, xr.Dataset) else reading.open(parent or experiment.fork.parent)
-    missing = [name for name in ("weight", "bias") if name not in own or name not in ds]
+    held = ("weight", "bias") if experiment.student.module is None else ("parameter",)
+    missing = [name for name in held if name not in own or name not in ds]
     if missing:
         raise ValueError(
-            f"compared: {', '.join(missing)} is not recorded; fork a run with weight in record.observables"
+            f"compared: {', '.join(missing)} is not recorded; fork a run with {held[0]} in record.observables"
         )
     whole, own = own, _beside(ds, own)
-    distance, size = _distance(ds, own), _length({name: own[name] for name in ("weight", "bias")})
+    distance, size = _distance(ds, own, held), _length({name: own[name] for name in held})
     found = {"distance": distance, "divergence_epoch": _first(distance > DIVERGED * size, distance)}
     if "correlation" in ds and "correlation" in own:
         found["student_kept"] = _student_kept(ds["correlation"], own["correlation"])
-    return ds.assign(found | dict(_at_the_end(ds, whole).data_vars))
+    return ds.assign(found | ({} if experiment.of_own_modules else dict(_at_the_end(ds, whole).data_vars)))
 
 
 def _beside(ds: xr.Dataset, own: xr.Dataset) -> xr.Dataset:
     """What is compared of the parent, at the seeds and points of its children; NaN where it has not begun them."""
-    names = [name for name in ("weight", "bias", "correlation") if name in own]
+    names = [name for name in ("weight", "bias", "parameter", "correlation") if name in own]
     return own[names].reindex({dim: ds.indexes[dim] for dim in ("seed", *swept_dimensions(own)) if dim in ds.indexes})
 
 
-def _distance(ds: xr.Dataset, own: xr.Dataset) -> xr.DataArray:
+def _distance(ds: xr.Dataset, own: xr.Dataset, held: Sequence[str]) -> xr.DataArray:
     shared = own.reindex(epoch=ds["epoch"].values)  # NaN where only the children are recorded
-    found = _length({name: ds[name] - shared[name] for name in ("weight", "bias")})
-    for weight in (ds["weight"], shared["weight"]):  # a sum of nothing but NaN would be 0
-        found = found.where(weight.notnull().any(["layer", "node", "input_node"]))
+    found = _length({name: ds[name] - shared[name] for name in held})
+    for weight in (ds[held[0]], shared[held[0]]):  # a sum of nothing but NaN would be 0
+        found = found.where(weight.notnull().any([dim for dim in _SUMMED if dim in weight.dims]))
     return _named(found, "distance", "distance from the parent ‖θ' − θ‖", "definition")
 
 
 def _length(parts: Mapping[str, xr.DataArray]) -> xr.DataArray:
-    squares = [(part**2).sum([d for d in ("layer", "node", "input_node") if d in part.dims]) for part in parts.values()]
-    total: xr.DataArray = squares[0] + squares[1]
+    squares = [(part**2).sum([d for d in _SUMMED if d in part.dims]) for part in parts.values()]
+    total: xr.DataArray = sum(squares[1:], squares[0])
     return total**0.5
 
 

@@ -18,6 +18,7 @@ from tsdyn.analysis.identity import points
 from tsdyn.archive import reading
 from tsdyn.archive.selecting import experiment_of
 from tsdyn.archive.whole_files import local_path
+from tsdyn.arguments import ARCHIVE, NAMES, takes
 from tsdyn.engine.ensemble import Ensemble
 from tsdyn.experiment.errors import ExperimentError
 from tsdyn.experiment.experiment import Experiment
@@ -64,6 +65,7 @@ class Plan:
         )
 
 
+@takes(path_or_dataset=ARCHIVE, wrt=NAMES)
 def sensitivity(
     path_or_dataset: str | Path | xr.Dataset,
     of: Of = "loss_eval",

@@ -134,15 +134,22 @@ class Checked(RuleBasedStateMachine):
             if required:
                 assert point.required <= set(shown), f"{name}: {sorted(point.required - set(shown))} are lost"
                 assert not point.required or point.seeds <= set(seeds), f"{name}: seeds {seeds} of {point.seeds}"
+            rows, members = truth.get_index("epoch").get_indexer(shown), truth.get_index("seed").get_indexer(seeds)
+            groups = [(group, must, [seeds.index(seed) for seed in group]) for group, must in point.members(seeds)]
             for variable, array in truth.data_vars.items():
                 if variable not in part:
                     assert variable == LATER or not (required and point.required), f"{name}: {variable} is lost"
                 elif "wrong" not in part[variable].attrs:
-                    for label in shown if "epoch" in array.dims else [0]:
-                        for group, must in point.members(seeds):
-                            at = {"seed": group} | ({"epoch": label} if "epoch" in array.dims else {})
+                    along = "epoch" in array.dims
+                    first = ("seed", "epoch") if along else ("seed",)
+                    there, model = (one.transpose(*first, ...).values for one in (part[variable], array))
+                    for place, label in enumerate(shown) if along else [(0, 0)]:
+                        for group, must, at in groups:
+                            now, wanted = there[at], model[members[at]]
+                            if along:
+                                now, wanted = now[:, place], wanted[:, rows[place]]
                             exact = label < point.rounded and not point.inexact & set(group)
-                            said = differs(part[variable].sel(at).values, array.sel(at).values, exact)
+                            said = differs(now, wanted, exact)
                             asked = required and must and label in point.required and not point.salvaged
                             may = swept or point.salvaged or not must
                             fine = not said or (said == "missing" and not asked and may)

@@ -1,0 +1,73 @@
+"""Parameters and vectors as users give them: tensors or arrays, single, in order or by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tsdyn.arguments import NUMBERS, check
+from tsdyn.networks.network import Network
+
+Parameters: TypeAlias = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
+
+
+def refuse_unreal(caller: str, leaves: Sequence[Tensor]) -> None:
+    for t in leaves:
+        if not t.is_floating_point() or t.is_meta:
+            kind = "meta tensors" if t.is_meta else str(t.dtype)
+            raise ValueError(f"{caller}: parameters are {kind}; a Hessian is that of real ones (view_as_real)")
+
+
+def as_tensor(given: Any) -> Tensor:
+    """A tensor as it is; an array on the CPU, whatever torch's default device; Python's numbers in float64."""
+    return given if isinstance(given, Tensor) else torch.as_tensor(np.asarray(given), device="cpu")
+
+
+def names_of(given: Mapping[str, Any]) -> Iterable[str]:
+    """Names of the parameters that are differentiated in, in their order; none if they have no names."""
+    if "module" in given:
+        module = given["module"].to_torch() if isinstance(given["module"], Network) else given["module"]
+        return [name for name, parameter in module.named_parameters() if parameter.requires_grad]
+    return given["params"].keys() if isinstance(given["params"], Mapping | nn.ParameterDict) else ()
+
+
+def flat(vector: Any, names: Sequence[str]) -> Tensor:
+    """A vector over all parameters, from itself or from a piece per parameter."""
+    if isinstance(vector, Mapping | nn.ParameterDict):
+        if set(vector.keys()) != set(names):
+            raise ValueError(
+                f"hessian_vector_product: the vector has pieces {sorted(vector.keys())}, the parameters are {names}"
+            )
+        vector = [vector[name] for name in names]
+    if isinstance(vector, list | tuple) and not all(isinstance(piece, int | float) for piece in vector):
+        pieces = []
+        for at, piece in enumerate(vector):
+            check("hessian_vector_product", f"piece {at} of vector", piece, NUMBERS)
+            pieces.append(as_tensor(piece).reshape(-1))
+        return torch.cat(pieces) if pieces else torch.zeros(0)
+    check("hessian_vector_product", "vector", vector, NUMBERS)
+    return as_tensor(vector)
+
+
+def leaves_of(caller: str, params: Any) -> tuple[list[Tensor], Callable[[], Any]]:
+    """Copies of the parameters to differentiate in, and a function that hands them to the loss in their structure."""
+    single = isinstance(params, Tensor | np.ndarray)
+    mapping = isinstance(params, Mapping | nn.ParameterDict)
+    given = [params] if single else list(params.values()) if mapping else list(params)
+    tensors = [as_tensor(t).detach() for t in given]
+    if not tensors:
+        raise ValueError(f"{caller}: there are no parameters")
+    refuse_unreal(caller, tensors)
+    leaves = [t.clone().requires_grad_(True) for t in tensors]
+
+    def structured() -> Any:
+        pieces = [t.clone() for t in leaves]  # the loss may work in place
+        if mapping:
+            return dict(zip(params.keys(), pieces, strict=True))
+        return pieces[0] if single else pieces
+
+    return leaves, structured
