@@ -207,12 +207,10 @@ class Recorder:
             directory.__exit__()
             raise
         self._last = self._writer.durable
-        self._resumed = self._last is None
-        self._died = -1
+        self._resumed, self._died, self._told = self._last is None, -1, set[str]()
         self._present: dict[str, np.ndarray] = {}
         self._spare: dict[str, np.ndarray] = {}
         self._attrs: dict[str, Any] = {}
-        self._told: set[str] = set()
         self._finalizer = weakref.finalize(self, self._writer.close)
 
     @property

@@ -369,7 +369,17 @@ class Members:
             lasting = self.experiment.training.rate(step) * self.experiment.steps
             epochs.train_epoch(self.ensemble, list(zip(*self.finite, strict=True)), rule, time=lasting)
         else:  # every other method, a package's own too, takes the steps of its rule
-            train.train_epoch(self.ensemble, self.stream(step), rule, batch=self.batch)
+            try:
+                train.train_epoch(self.ensemble, self.stream(step), rule, batch=self.batch)
+            except (ValueError, MemoryError, torch.OutOfMemoryError):
+                raise
+            except Exception as error:  # the user's own code raises errors of every type
+                if self.student is None:
+                    raise
+                raise ExperimentError(
+                    f"student: {self.experiment.student.module} raised {type(error).__name__} while it was trained in "
+                    f"epoch {step}: {error}"
+                ) from error
         return self.mark_dead(step)
 
     def fallbacks(self) -> list[str]:
