@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import xarray as xr
 from scipy import stats
-from tsdyn.analysis import audit, specialization
+from tsdyn.analysis import specialization, theorems
 from tsdyn.analysis.members import member
 from tsdyn.studies import deep_layers
 
@@ -189,7 +189,7 @@ def theorem_2(runs: Path) -> Found:
         ds = tsdyn.run(work, runs / f"theorem-2-{samples}").isel(epoch=-1).load()
         for seed in range(8):
             one = member(ds.sel(seed=seed), work)
-            groups, _ = audit.unaligned(one)
+            groups, _ = theorems.unaligned(one)
             if groups:
                 rows.append({"samples": samples, "seed": seed, **_left(one, groups)})
     return {"members": rows}

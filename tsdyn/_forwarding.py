@@ -99,6 +99,9 @@ MOVED: Mapping[str, Mapping[str, str]] = {
         "tsdyn.gaussian.interaction": "Elementwise Function Number arc_cosine",
         "tsdyn.population": "Derivatives Interaction Partials",
     },
+    "kernel": {
+        "tsdyn.engine.native": "array load padded pointers",
+    },
     "members": {
         "tsdyn.running.members": "FRESH_BYTES Members",
     },

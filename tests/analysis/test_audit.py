@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
 import torch
-from tsdyn.analysis.audit import CLAIMS, VERDICTS, audit
+from tsdyn.analysis.audit import VERDICTS, audit
 from tsdyn.analysis.members import member
+from tsdyn.analysis.theorems import CLAIMS
 
 import tsdyn
 from tests.cases import small
@@ -137,7 +138,7 @@ def test_theorem_2_and_its_corollary_judge_the_fanouts_of_unaligned_nodes(run, m
     # fan-outs that do not cancel are no critical point; taken for one, both claims fail
     ds = placed(run, [perfect(8, t, extra, torch.cat([some, some], 1)) for t in teachers], teachers)
     assert (audit(ds).verdict.sel(claim="Theorem 2") == "unmet").all()
-    monkeypatch.setattr("tsdyn.analysis.audit.CRITICAL", np.inf)
+    monkeypatch.setattr("tsdyn.analysis.theorems.CRITICAL", np.inf)
     for claim in ("Theorem 2", "Corollary 1"):
         assert (audit(ds).verdict.sel(claim=claim) == "fails").any()
 

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import xarray as xr
-from tsdyn.analysis.audit import CLAIMS, VERDICTS, audit
+from tsdyn.analysis.audit import VERDICTS, audit
+from tsdyn.analysis.theorems import CLAIMS
 from tsdyn.analysis.verdicts import NEEDS, lines
 
 import tsdyn

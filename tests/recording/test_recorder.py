@@ -667,7 +667,8 @@ def test_a_recording_is_no_experiment_to_rebuild_members_of(tmp_path):
 
 
 def test_audit_judges_what_recorded_numbers_alone_show(tmp_path):
-    from tsdyn.analysis.audit import CLAIMS, audit
+    from tsdyn.analysis.audit import audit
+    from tsdyn.analysis.theorems import CLAIMS
     from tsdyn.analysis.verdicts import lines
 
     model, taught = made(), made()

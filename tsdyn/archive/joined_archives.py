@@ -1,4 +1,4 @@
-"""Where archives that are opened together differ: in keys of their experiments, in variables, in their modules.
+"""Where archives that are opened together differ: in keys of experiments, variables, modules, labels.
 
 Imports no torch.
 """
@@ -13,8 +13,10 @@ from typing import Any
 
 from pydantic_core import to_jsonable_python
 
+from tsdyn.archive.headers import Source
 from tsdyn.archive.lazy_arrays import Cells
 from tsdyn.archive.run_directory import ARCHIVE
+from tsdyn.archive.whole_files import ArchiveError
 from tsdyn.experiment import made_modules
 from tsdyn.experiment.experiment import Experiment, flattened
 from tsdyn.experiment.parts import Part
@@ -116,3 +118,20 @@ def parameters(cells: Cells, grid: Sequence[Axis]) -> dict[str, str]:
     if len(found) < 2:
         return {}
     return {"parameters": json.dumps([{"at": at, "shapes": json.loads(shapes)} for shapes, at in found.items()])}
+
+
+def union(sources: Sequence[Source], dim: str) -> list[Any]:
+    """The labels of all files along a dimension, without repetition.
+
+    Raises:
+        ArchiveError: if files differ and labels repeat within one, so that a label does not name one position.
+    """
+    lists = {id(s.header.labels[dim]): (s, s.header.labels[dim]) for s in sources if dim in s.header.labels}
+    longest = max((labels for _, labels in lists.values()), key=len)
+    if all(labels == longest for _, labels in lists.values()):
+        return longest
+    for source, labels in lists.values():
+        if len(set(labels)) < len(labels):
+            raise ArchiveError(f"{source.path}: labels of {dim} repeat; `tsdyn validate` tells what is whole")
+    everything = set().union(*(labels for _, labels in lists.values()))
+    return longest if everything == set(longest) else sorted(everything)

@@ -25,7 +25,7 @@ from dask.base import tokenize
 from tsdyn import schema, vocabulary
 from tsdyn.archive import additions, parquet_stores, study_directories, zarr_stores
 from tsdyn.archive.headers import Header, Headers, Source, when
-from tsdyn.archive.joined_archives import UnrecordedWarning, differing_keys, parameters, unrecorded
+from tsdyn.archive.joined_archives import UnrecordedWarning, differing_keys, parameters, union, unrecorded
 from tsdyn.archive.kept_samples import with_kept
 from tsdyn.archive.lazy_arrays import Cells, Stored
 from tsdyn.archive.recordings import FILE as RECORDING
@@ -436,23 +436,6 @@ def _origin(paths: Sequence[Path], written: Sequence[Mapping[str, Any]], names: 
         ) from error
 
 
-def _union(sources: Sequence[Source], dim: str) -> list[Any]:
-    """The labels of all files along a dimension, without repetition.
-
-    Raises:
-        ArchiveError: if files differ and labels repeat within one, so that a label does not name one position.
-    """
-    lists = {id(s.header.labels[dim]): (s, s.header.labels[dim]) for s in sources if dim in s.header.labels}
-    longest = max((labels for _, labels in lists.values()), key=len)
-    if all(labels == longest for _, labels in lists.values()):
-        return longest
-    for source, labels in lists.values():
-        if len(set(labels)) < len(labels):
-            raise ArchiveError(f"{source.path}: labels of {dim} repeat; `tsdyn validate` tells what is whole")
-    everything = set().union(*(labels for _, labels in lists.values()))
-    return longest if everything == set(longest) else sorted(everything)
-
-
 def _declared(sources: Sequence[Source], name: str, many: bool) -> tuple[tuple[str, ...], np.dtype, dict[str, Any]]:
     """Dimensions, dtype and attributes of a variable in all files; where it may be missing, the dtype has NaN.
 
@@ -476,7 +459,7 @@ def _built(cells: Cells, grid: Sequence[Axis], skip: bool) -> xr.Dataset:
     sources = [source for cell in cells.values() for source in cell]
     headers = list({id(s.header): s.header for s in sources}.values())
     used = dict.fromkeys(dim for header in headers for dim in header.labels)
-    labels = {dim: _union(sources, dim) for dim in sorted(used, key=[*vocabulary.DIMENSIONS, *used].index)}
+    labels = {dim: union(sources, dim) for dim in sorted(used, key=[*vocabulary.DIMENSIONS, *used].index)}
     outer, sizes = tuple(axis.dimension for axis in grid), tuple(len(axis.values) for axis in grid)
     token = tokenize([(place, [(str(s.path), s.identity) for s in cell]) for place, cell in cells.items()], skip)
     arrays: dict[str, xr.Variable] = {}

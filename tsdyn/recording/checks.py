@@ -175,3 +175,14 @@ def layers_of_teacher(teacher: Any, model: nn.Module, x: Tensor) -> tuple[str, .
 def name_of(loss: Callable[[Tensor, Tensor], Tensor] | None) -> str:
     """What a recording calls its loss."""
     return "half squared error" if loss is None else str(getattr(loss, "__qualname__", type(loss).__qualname__))
+
+
+def refuse_below(*given: tuple[str, object, int]) -> None:
+    """Refuse what is no integer of at least that size: (name, value, least) each.
+
+    Raises:
+        ValueError: naming it.
+    """
+    for name, number, least in given:
+        if isinstance(number, bool) or not isinstance(number, int) or number < least:
+            raise ValueError(f"Recorder: {name} = {number!r}; an integer of at least {least} is needed")

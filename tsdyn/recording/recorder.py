@@ -169,9 +169,7 @@ class Recorder:
         observables: Sequence[str | Observed | Callable[..., Any]] = DEFAULT,
         every: int = 1,
     ) -> None:
-        for name, number, least in (("seed", seed, 0), ("every", every, 1)):
-            if isinstance(number, bool) or not isinstance(number, int) or number < least:
-                raise ValueError(f"Recorder: {name} = {number!r}; an integer of at least {least} is needed")
+        checks.refuse_below(("seed", seed, 0), ("every", every, 1))
         self._x, self._y = checks.checked_probe(model, probe)
         self._model, self._loss, self._teacher = model, loss, teacher
         self._stateful = states.holders(state)
