@@ -4,7 +4,6 @@ import gc
 import os
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 # The hundred subprocesses of the suite would otherwise compile tsdyn's modules each for itself.
@@ -74,21 +73,11 @@ def one_thread():
         yield
 
 
-@pytest.fixture(scope="module", autouse=True)
-def light_writing(request):
-    """Nothing waits for the disk, and segments are joined in the process that runs the test.
-
-    What lies on the disk after a power cut is tried by tests/torture, in a process of its own; that joining is done by
-    a forked process, by tests/archive and by every command and worker that a test begins.  A fork copies the page table
-    of a process that has imported all of the suite, for each of some thousand runs.
-    """
-    from tsdyn.archive import own_process, run_directory
-
-    here = SimpleNamespace(run=lambda work, seconds=None: work(), Crashed=own_process.Crashed)
+@pytest.fixture(scope="session", autouse=True)
+def nothing_waits_for_the_disk():
+    """What lies there after a power cut is tried by tests/torture, in a process of its own that syncs."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda handle: None)
-        if not request.node.nodeid.startswith("tests/archive/"):
-            patch.setattr(run_directory, "own_process", here)
         yield
 
 

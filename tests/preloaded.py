@@ -8,15 +8,22 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 import dask
 import matplotlib.pyplot  # noqa: F401
 import torch
+import torch._dynamo  # as torch.optim does at its first optimiser
+import tsdyn.analysis.audit
 import tsdyn.analysis.overview
+import tsdyn.analysis.report
+import typer.rich_utils  # noqa: F401
 import xarray  # noqa: F401
 from distributed import Client, LocalCluster, Nanny, Security, Worker  # noqa: F401
 
 import tsdyn.cli.application
 import tsdyn.cli.run_commands
+import tsdyn.growing.adding
+import tsdyn.recording.recorder
 import tsdyn.running.own_modules
 import tsdyn.running.sweep
 import tsdyn.running.workers
+import tsdyn.through_training.forks
 import tsdyn.xarray  # noqa: F401
 
 torch.set_num_threads(1)

@@ -386,8 +386,8 @@ def test_a_signal_has_the_workers_commit(tmp_path, number, code):
         for line in stderr:
             said.append(line)
             if re.search(r"epoch [1-9]\d*/200", line):
-                terminal = [worker.pid for worker in processes.workers()] if number == signal.SIGINT else []
-                for pid in (*terminal, child.pid):
+                terminal = {worker.pid for worker in processes.workers()} if number == signal.SIGINT else set()
+                for pid in terminal | {child.pid}:  # once each: a second signal ends the command at once
                     os.kill(pid, number)
                 break
         said += stderr.readlines()

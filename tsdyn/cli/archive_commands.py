@@ -258,7 +258,7 @@ def doctor(
     from tsdyn.running import diagnosis
 
     bad = False
-    for finding in diagnosis.diagnose(local_path(directory)):
+    for finding in diagnosis.diagnose(local_path(directory), seconds=diagnosis.SECONDS):
         bad |= finding.verdict == "bad"
         print(printable(f"{finding.verdict:4}  {finding.subject}: {finding.found}".replace("\n", " ")))
         print(printable(f"      {finding.meaning}".replace("\n", " ")), flush=True)

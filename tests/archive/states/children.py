@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -57,7 +58,8 @@ def child(work: Callable[[], None], path: Path) -> End:
         except BaseException:
             words = traceback.format_exc()
         finally:
-            os.write(writing, json.dumps({"end": how, "words": words}).encode() + b"\n")
+            with contextlib.suppress(OSError):  # nobody waits for the answer any more
+                os.write(writing, json.dumps({"end": how, "words": words}).encode() + b"\n")
             os._exit(0)
     os.close(writing)
     with os.fdopen(reading, "rb") as pipe:
