@@ -180,7 +180,7 @@ def _smaller(own: Experiment, paper: Any) -> str:
 #: Words for the values of some keys.
 _VALUES: Mapping[str, Mapping[Any, str]] = {
     "batch_norm": {"none": "no BatchNorm", "after": "with BatchNorm", "before": "BatchNorm before activation"},
-    "augment": {"none": "as it stands", "agnostic": "teacher-agnostic", "aware": "teacher-aware"},
+    "augment": {"none": "without augmentation", "agnostic": "teacher-agnostic", "aware": "teacher-aware"},
     "loss": {"mse": "squared error", "cross_entropy": "cross entropy"},
     "method": {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW"},
 }  # fmt: skip
