@@ -27,7 +27,7 @@ from tsdyn import (
 INNER = {"captions", "style", "verdicts", "claims", "own_modules", "figures", "identity", "layout", "lift", "panels"}
 #: Functions of the other modules that serve these modules alone, or need what the example's runs do not hold.
 WITHOUT = {
-    "alignment.without_padding", "audit.Claim", "audit.Finding", "batch_norm.negative_shift_share",
+    "alignment.without_padding", "audit.Claim", "audit.Finding", "audit.unaligned", "batch_norm.negative_shift_share",
     "batch_norm.shift_histogram", "connectivity.carriers", "connectivity.loss_along", "connectivity.matched",
     "connectivity.theorem_2_path", "conservation.balance_kept", "members.Member", "members.each",
     "order_parameters.scaled_overlap", "overview.Number", "overview.Row", "overview.as_json", "phase.flags",
