@@ -179,4 +179,4 @@ def draw(measured: xr.Dataset) -> look.Page:
         "copy-average and perturbed n-copy points are minima; below, the losses of all seeds of one student per "
         "regime, inset uᵢⱼ of the first seed; seeds at neither point end on degenerate plateaus such as L*(3)"
     )
-    return layout.told(page, measured, says, "points", EXPERIMENTS)
+    return layout.told(page, measured, says, "none", EXPERIMENTS)

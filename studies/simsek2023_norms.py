@@ -99,9 +99,9 @@ def draw(measured: xr.Dataset) -> look.Page:
     """Figure with three panels: ‖w*‖ a*, ‖w*‖ and a* against k; seeds as marks, the optimum as a line."""
     died = int((measured["product"] <= 1e-3).sum())
     says = (
-        "Norm and outgoing weight of one neuron against k: marks are seeds (side by side), lines the one-neuron "
-        "optimum, of relu the exact product, its single factors depending on the start"
+        "Norm and outgoing weight of one neuron against k: marks are seeds (activations side by side), lines the "
+        "one-neuron optimum, of relu the exact product, its single factors depending on the start"
         + (f"; {died} relu seeds died and are not drawn" if died else "")
     )
     cells = [layout.Cell(name) for name in PANELS]
-    return layout.arrange(measured, PANELS, [cells], says=says, spread="points", height=2.0, paper=EXPERIMENTS)
+    return layout.arrange(measured, PANELS, [cells], says=says, spread="none", height=2.0, paper=EXPERIMENTS)
