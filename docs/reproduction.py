@@ -139,8 +139,8 @@ def _multilayer(found: dict[str, Any]) -> list[str]:
     if single:
         words = ", ".join(f"{row['what']} p = {_p(_as_a_draw(row))}" for row in single)
         told.append(
-            f"Of these the released code has one seed. As one more draw beside ours it has, by the t distribution: {words}"
-            f"; not corrected for {len(found['rows'])} comparisons. Not tried: more seeds of the released code.\n"
+            "Of these the released code has one seed. As one more draw beside ours it has, by the t distribution: "
+            f"{words}; not corrected for {len(found['rows'])} comparisons. Not tried: more seeds of the released code.\n"
         )
     return told
 
