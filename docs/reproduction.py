@@ -140,7 +140,7 @@ def _multilayer(found: dict[str, Any]) -> list[str]:
         words = ", ".join(f"{row['what']} p = {_p(_as_a_draw(row))}" for row in single)
         told.append(
             "Of these the released code has one seed. As one more draw beside ours it has, by the t distribution: "
-            f"{words}; not corrected for {len(found['rows'])} comparisons. Not tried: more seeds of the released code.\n"
+            f"{words}; not corrected for {len(found['rows'])} comparisons. Not tried: more seeds of theirs.\n"
         )
     return told
 
