@@ -95,13 +95,16 @@ def _errors(measured: xr.Dataset, ax: Axes) -> None:
     for position, name in enumerate(names):
         errors = measured.isel(point=np.flatnonzero((measured["activation"] == name) & (measured["k"] > 1))).sortby("k")
         colour = panels.colour(position)
-        ax.plot(errors["k"], errors["one_neuron_error"], color=colour, linewidth=look.points(1), label=name)
+        line: dict[str, Any] = {"color": colour, "linewidth": look.points(1)}
+        ax.plot(errors["k"], errors["one_neuron_error"], **line)
+        mark = "osD^v"[position % 5]
+        ax.plot([], [], marker=mark, markersize=look.points(2.6), label=name, **line)  # the legend shows the mark, too
         k = errors["k"].broadcast_like(errors["error"])
         died = errors["error"] > 1.05 * errors["one_neuron_error"]
         for chosen, face in ((~died, colour), (died, "none")):
             ax.plot(
                 k.where(chosen).values.ravel(), errors["error"].where(chosen).values.ravel(), color=colour,
-                marker="osD^v"[position % 5], linestyle="", markersize=look.points(2.6), markerfacecolor=face,
+                marker=mark, linestyle="", markersize=look.points(2.6), markerfacecolor=face,
                 markeredgewidth=look.points(0.6),
             )  # fmt: skip
     layout.decades(ax)
