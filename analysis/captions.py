@@ -82,7 +82,8 @@ def caption(ds: xr.Dataset, says: str, spread: Spread, *, paper: Mapping[str, An
     if own is not None:
         facts = _facts(own)
         said = "; ".join(facts)
-        parts.append(f"{said[:1].upper() if not said.startswith('d = ') else 'd'}{said[1:]}." if said else "")
+        symbol = said.startswith("d = ") or not said[:1].isascii()  # of which a capital is another
+        parts.append(f"{said[:1] if symbol else said[:1].upper()}{said[1:]}." if said else "")
         parts.append(_smaller(own, (paper or {}).get("paper")))
     return " ".join(part for part in parts if part)
 
