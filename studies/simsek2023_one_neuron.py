@@ -109,7 +109,7 @@ def _errors(measured: xr.Dataset, ax: Axes) -> None:
             )  # fmt: skip
     layout.decades(ax)
     layout.decades(ax, "x")
-    ks = [int(k) for k in np.unique(measured["k"]) if k > 1]
+    ks = [float(k) for k in np.unique(measured["k"]) if k > 1]
     ax.set_xticks([k for k in ks if len(ks) <= 7 or k in (2, 3, 4, 6, 8, 12, 16)])
     ax.set_xticks([], minor=True)
     low, high = ax.get_ylim()
