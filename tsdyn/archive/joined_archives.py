@@ -87,7 +87,7 @@ def unrecorded(cells: Cells, read: Callable[[str], bool]) -> str | None:
     of_kind: dict[frozenset[int], list[Path]] = {}
     for folder, keys in held.items():
         of_kind.setdefault(frozenset(keys), []).append(folder)
-    whole = frozenset().union(*headers.values())
+    whole: frozenset[str] = frozenset().union(*headers.values())
     lacking: dict[str, list[Path]] = {}
     for keys, folders in of_kind.items():
         for name in whole - frozenset().union(*(headers[key] for key in keys)):
