@@ -94,8 +94,8 @@ def unrecorded(cells: Cells, read: Callable[[str], bool]) -> str | None:
         if key not in headers:
             headers[key] = frozenset(filter(read, source.header.variables))
     of_kind: dict[frozenset[int], list[Path]] = {}
-    for folder, keys in held.items():
-        of_kind.setdefault(frozenset(keys), []).append(folder)
+    for folder, own in held.items():
+        of_kind.setdefault(frozenset(own), []).append(folder)
     whole = frozenset().union(*headers.values())
     lacking: dict[str, list[Path]] = {}
     for keys, folders in of_kind.items():
