@@ -123,8 +123,8 @@ def test_c_his_world_on_two_workers_stopped_and_resumed(tmp_path, site):
     command = ["tsdyn", "run", "world.toml", "-o", "world", "--quiet"]
     stopped = processes.Process([*command, "--workers", "2"], tmp_path, {}, processes.variables(site))
     deadline = time.monotonic() + 200
-    while not list((tmp_path / "world").glob("**/segments/*.nc")) and not stopped.ended:
-        assert time.monotonic() < deadline, "no segment was committed"
+    while not list((tmp_path / "world").glob("*/**/*.nc")) and not stopped.ended:
+        assert time.monotonic() < deadline, "nothing was committed"
         time.sleep(0.05)
     os.kill(stopped.pid, signal.SIGINT)
     stopped.wait(120)
