@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from tsdyn import registers, schema
 from tsdyn._version import __version__
-from tsdyn.archive import whole_files
+from tsdyn.archive import machines, whole_files
 from tsdyn.archive.recording_directory import RecordingDirectory
 from tsdyn.archive.recordings import WRITERS, Recording
 from tsdyn.archive.whole_files import ArchiveError
@@ -472,7 +472,7 @@ class Recorder:
                 "correlation": "centred, standardised, signed",
             }),
         }  # fmt: skip
-        return now | {provenance.HISTORY: provenance.extended(before, now, first)}
+        return now | {machines.HISTORY: machines.extended(before, now, first)}
 
     # --- what is refused -------------------------------------------------------------------------------------
 
