@@ -17,8 +17,8 @@ from unittest.mock import patch
 import torch
 
 import tsdyn
-from tsdyn import forward
 from tsdyn.archive import run_directory
+from tsdyn.engine import compiled_sums
 from tsdyn.running.members import Members
 
 PARTS = {
@@ -85,8 +85,8 @@ def main() -> None:
         for nodes in asked.nodes:
             for train in asked.train:
                 of = experiment(nodes, train, asked.seeds, asked.epochs, dtype)
-                for way, serves in (("compiled", forward.serves), ("torch", lambda *_: False)):
-                    with patch.object(forward, "serves", serves):
+                for way, serves in (("compiled", compiled_sums.serves), ("torch", lambda *_: False)):
+                    with patch.object(compiled_sums, "serves", serves):
                         found = seconds(of)
                     whole = found.pop("whole")
                     shares = [*found.values(), whole - sum(found.values())]
