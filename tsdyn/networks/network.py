@@ -186,7 +186,7 @@ class Network:
             pairs = [(rows(part.preactivation), rows(part.activation)) for part in found]
         gates = [self.activation.gate(z, at_zero=self.gate_at_zero) for z, _ in pairs[:-1]]
         return Trace(
-            [z for z, _ in pairs], [*gates, pairs[-1][0].new_ones(()).expand_as(pairs[-1][0])], [f for _, f in pairs]
+            [z for z, _ in pairs], [*gates, torch.ones_like(pairs[-1][0])], [f for _, f in pairs]
         )
 
     def _layers(self, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
