@@ -1,3 +1,4 @@
+import ctypes
 import errno
 import hashlib
 import json
@@ -15,7 +16,7 @@ import xarray as xr
 import tsdyn
 from tests.cases import small
 from tsdyn import schema
-from tsdyn.archive import integrity, lock, run_directory, whole_files
+from tsdyn.archive import hdf5, integrity, lock, run_directory, whole_files
 from tsdyn.archive.run_directory import RunDirectory
 from tsdyn.archive.whole_files import ArchiveError, DirectoryError
 from tsdyn.running import runner
@@ -500,3 +501,8 @@ def test_the_index_that_workers_wrote_beside_a_single_run_takes_none_of_its_attr
     (tmp_path / "run" / INDEX).unlink()
     single.write()
     assert not (tmp_path / "run" / INDEX).exists()
+
+
+def test_a_library_that_cannot_be_called_is_named():
+    with pytest.raises(ImportError, match=r"tsdyn calls nc_no_such .* does not show it; take the netCDF4 of PyPI"):
+        hdf5.linked({"nc_no_such": (ctypes.c_int, ctypes.c_int)})

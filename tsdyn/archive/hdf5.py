@@ -47,13 +47,32 @@ _VIRTUAL, _INTEGER, _FLOATING = 3, 0, 1  # H5D_VIRTUAL, H5T_INTEGER, H5T_FLOAT
 _ALL, _FILE = 0x1F, 1  # H5F_OBJ_ALL, H5F_OBJ_FILE
 
 
+def linked(signatures: Mapping[str, tuple[Any, ...]]) -> Any:
+    """The HDF5 and netCDF libraries that netCDF4 has loaded: other copies would not know the files that are open.
+
+    Args:
+        signatures: Name of a function → its result, then its arguments.
+
+    Raises:
+        ImportError: if netCDF4 was built so that they cannot be reached.
+    """
+    file = sys.modules[netCDF4.Dataset.__module__].__file__
+    library = ctypes.CDLL(file)
+    for name, (result, *arguments) in signatures.items():
+        try:
+            function = getattr(library, name)
+        except AttributeError:
+            raise ImportError(
+                f"tsdyn calls {name} of the libraries that netCDF4 has loaded, and {file} does not show it; take the "
+                "netCDF4 of PyPI or conda-forge on Linux or macOS (on Windows: in WSL)"
+            ) from None
+        function.restype, function.argtypes = result, arguments
+    return library
+
+
 @cache
 def _library() -> Any:
-    """The HDF5 library that netCDF4 has loaded: another copy would not know the files that are open."""
-    library = ctypes.CDLL(sys.modules[netCDF4.Dataset.__module__].__file__)
-    for name, (result, *arguments) in _SIGNATURES.items():
-        function = getattr(library, name)
-        function.restype, function.argtypes = result, arguments
+    library = linked(_SIGNATURES)
     library.H5Eset_auto2(0, None, None)  # errors are told by what is raised, not printed by the library
     return library
 

@@ -7,7 +7,6 @@ small file takes.  To be called inside `netcdf.guarded`, on files opened by this
 from __future__ import annotations
 
 import ctypes
-import sys
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -16,17 +15,13 @@ import netCDF4
 import numpy as np
 from numpy.typing import NDArray
 
+from tsdyn.archive.hdf5 import linked
+
 
 @cache
 def _library() -> Any:
-    """The netCDF library that netCDF4 has loaded: another copy would not know the files that are open."""
-    library = ctypes.CDLL(sys.modules[netCDF4.Dataset.__module__].__file__)
-    for name in ("nc_put_vara", "nc_get_vara"):
-        function = getattr(library, name)
-        function.restype = ctypes.c_int
-        function.argtypes = [ctypes.c_int, ctypes.c_int, *[ctypes.c_void_p] * 3]
-    library.nc_strerror.restype, library.nc_strerror.argtypes = ctypes.c_char_p, [ctypes.c_int]
-    return library
+    numbers = (ctypes.c_int, ctypes.c_int, ctypes.c_int, *[ctypes.c_void_p] * 3)
+    return linked({"nc_put_vara": numbers, "nc_get_vara": numbers, "nc_strerror": (ctypes.c_char_p, ctypes.c_int)})
 
 
 def put(variable: netCDF4.Variable, index: Sequence[slice | int], numbers: Any) -> None:
