@@ -613,7 +613,7 @@ def test_the_user_s_default_device_is_the_user_s(command, file, tmp_path):  # no
         code, _, err = command("run", file, "-o", tmp_path / "again")
         assert torch.get_default_device().type == "meta"
     finally:
-        torch.set_default_device("cpu")
+        torch.set_default_device(None)
     assert code == 0, err
     xr.testing.assert_equal(found, expected)
     xr.testing.assert_equal(tsdyn.open(tmp_path / "again").load(), expected)
