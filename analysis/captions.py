@@ -82,7 +82,8 @@ def caption(ds: xr.Dataset, says: str, spread: Spread, *, paper: Mapping[str, An
     if own is not None:
         facts = _facts(own)
         said = "; ".join(facts)
-        parts.append(f"{said[:1].upper() if not said.startswith('d = ') else 'd'}{said[1:]}." if said else "")
+        symbol = said.startswith("d = ") or not said[:1].isascii()  # of which a capital is another
+        parts.append(f"{said[:1] if symbol else said[:1].upper()}{said[1:]}." if said else "")
         parts.append(_smaller(own, (paper or {}).get("paper")))
     return " ".join(part for part in parts if part)
 
@@ -180,7 +181,7 @@ def _smaller(own: Experiment, paper: Any) -> str:
 #: Words for the values of some keys.
 _VALUES: Mapping[str, Mapping[Any, str]] = {
     "batch_norm": {"none": "no BatchNorm", "after": "with BatchNorm", "before": "BatchNorm before activation"},
-    "augment": {"none": "as it stands", "agnostic": "teacher-agnostic", "aware": "teacher-aware"},
+    "augment": {"none": "without augmentation", "agnostic": "teacher-agnostic", "aware": "teacher-aware"},
     "loss": {"mse": "squared error", "cross_entropy": "cross entropy"},
     "method": {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW"},
 }  # fmt: skip

@@ -7,6 +7,8 @@ import re
 import tomllib
 from pathlib import Path
 
+#: Pictures that code and commands write.
+_PICTURES = re.compile(r'(?:savefig\("|-o )([\w-]+\.png)')
 #: Fenced blocks of a page: (language, text).
 _FENCED = re.compile(r"^```(\w+)\n(.*?)^```\n?", flags=re.M | re.S)
 _KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
@@ -26,6 +28,8 @@ def write(pages: Path, target: Path) -> list[Path]:
 def notebook(page: str) -> dict:
     """A page as a notebook: text between code; commands with ``!``, experiment files by ``%%writefile``.
 
+    A picture is shown below the code that writes it, and the page's own are left out.
+
     Raises:
         ValueError: for a fenced block of another language, which has no place in a notebook.
     """
@@ -33,7 +37,11 @@ def notebook(page: str) -> dict:
     cells, end = [], 0
     for block in _FENCED.finditer(text):
         cells += _text(text[end : block.start()])
-        cells.append(_cell("code", _code(*block.groups())))
+        code = _code(*block.groups())
+        cells.append(_cell("code", code))
+        cells += [
+            _cell("code", f'from IPython.display import Image\n\nImage("{name}")') for name in _PICTURES.findall(code)
+        ]
         end = block.end()
     cells += _text(text[end:])
     return {"cells": cells, "metadata": {"kernelspec": _KERNEL}, "nbformat": 4, "nbformat_minor": 4}
@@ -52,6 +60,7 @@ def _code(language: str, block: str) -> str:
 
 
 def _text(markdown: str) -> list[dict]:
+    markdown = re.sub(r"^!\[[^]]*\]\([^)]*\)\n?", "", markdown, flags=re.M)
     markdown = re.sub(r"\]\((?!https?:)[^)]*\)", "]", markdown)  # links to other pages lead nowhere from a notebook
     return [_cell("markdown", markdown.strip() + "\n")] if markdown.strip() else []
 

@@ -27,7 +27,7 @@ DESK_SECONDS: Mapping[str, int | None] = {
     "tian2019-multilayer-large": 75,
     "tian2020-connectivity": 44,
     "tian2020-samples": 75,
-    "tian2020-augmentation": 104,
+    "tian2020-augmentation": 86,
     "tian2020-cifar10": None,
     "tian2020-digits": 119,
     "tian2020-boundaries": 16,

@@ -132,7 +132,7 @@ def _example(measured: xr.Dataset, ax: Axes) -> None:
         here = own["class"].values[ranked] == kind
         ax.plot(
             place[here], own["loss"].values[ranked][here], linestyle="", color=colour, marker=MARKS[kind],
-            markersize=look.points(2.8), markeredgewidth=0, label=f"seed at {NAMES[kind]}",
+            markersize=look.points(3.4), markeredgewidth=0, zorder=3, label=f"seed at {NAMES[kind]}",
         )  # fmt: skip
     ax.axhline(float(own["loss_copy_average"]), color=look.GUIDE, linestyle="--", label="L*(k−n+1)")
     ax.axhline(float(own["loss_perturbed_copy"]), color=look.GUIDE, linestyle=":", label="perturbed n-copy")
@@ -162,6 +162,7 @@ def draw(measured: xr.Dataset) -> look.Page:
     handles = [
         Line2D([], [], color=c, marker=_MARKS[name], linestyle="", markersize=look.points(3.2), label=name)
         for name, c in REGIMES.items()
+        if name in measured["regime"]
     ]
     ax.legend(handles=handles, loc="upper left")
     examples = measured["example"].values.tolist()
@@ -174,9 +175,10 @@ def draw(measured: xr.Dataset) -> look.Page:
             ax.set_ylabel("")
     layout.legend(page)
     below.colorbar(cells[-1].child_axes[0].images[0], ax=list(cells), label="uᵢⱼ", aspect=15)
+    missing = [name for name in REGIMES if name not in measured["regime"]]
     says = (
         "Loss at the end of gradient flow: mean over seeds against k, dashed L*(k−n+1), coloured by which of the "
         "copy-average and perturbed n-copy points are minima; below, the losses of all seeds of one student per "
         "regime, inset uᵢⱼ of the first seed; seeds at neither point end on degenerate plateaus such as L*(3)"
-    )
-    return layout.told(page, measured, says, "points", EXPERIMENTS)
+    ) + "".join(f"; no n and k here are of the regime “{name}”" for name in missing)
+    return layout.told(page, measured, says, "none", EXPERIMENTS)

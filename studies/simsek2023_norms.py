@@ -71,17 +71,20 @@ def _against_k(quantity: str) -> layout.Panel:
                 continue  # only the product is determined: a relu neuron may shift its scale from w to a
             line = [relu_product(k) for k in one["k"].values] if name == "relu" else one[f"one_neuron_{quantity}"]
             colour = panels.colour(position)
-            ax.plot(one["k"], line, color=colour, linewidth=look.points(1), label=name)
+            ax.plot(one["k"], line, color=colour, linewidth=look.points(1))
+            mark = {"color": colour, "marker": "osD^v"[position], "markersize": look.points(2.6), "markeredgewidth": 0}
+            ax.plot([], [], linewidth=look.points(1), label=name, **mark)  # the legend shows the mark, too
             k = one["k"].broadcast_like(one[quantity]) + 0.08 * (position - len(names) / 2)
             alive = one["product"] > 1e-3
             ax.plot(
-                k.where(alive).values.ravel(), one[quantity].where(alive).values.ravel(), color=colour, linestyle="",
-                marker="osD^v"[position], markersize=look.points(2.2), markeredgewidth=0,
+                k.where(alive).values.ravel(), one[quantity].where(alive).values.ravel(), linestyle="", **mark
             )  # fmt: skip
         if quantity == "product":
             ax.plot(ks, np.sqrt(ks), linestyle="--", **guide, label="√k")
         if quantity == "norm":
             ax.plot(ks, 1 / np.sqrt(ks), linestyle=":", **guide, label="1/√k")
+        if quantity == "outgoing":
+            ax.plot(ks, ks, linestyle="-.", **guide, label="k")
         ax.set(xlabel="teacher nodes k", ylabel=str(measured[quantity].attrs["long_name"]), ylim=(0, None))
         panels.whole_numbers(ax)
 
@@ -99,9 +102,9 @@ def draw(measured: xr.Dataset) -> look.Page:
     """Figure with three panels: ‖w*‖ a*, ‖w*‖ and a* against k; seeds as marks, the optimum as a line."""
     died = int((measured["product"] <= 1e-3).sum())
     says = (
-        "Norm and outgoing weight of one neuron against k: marks are seeds (side by side), lines the one-neuron "
-        "optimum, of relu the exact product, its single factors depending on the start"
-        + (f"; {died} relu seeds died and are not drawn" if died else "")
+        "Norm and outgoing weight of one neuron against k: marks are seeds (activations side by side), lines the "
+        "one-neuron optimum, of relu the exact product, its single factors depending on the start; "
+        "those of erf and sigmoid lie on a* = k" + (f"; {died} relu seeds died and are not drawn" if died else "")
     )
     cells = [layout.Cell(name) for name in PANELS]
-    return layout.arrange(measured, PANELS, [cells], says=says, spread="points", height=2.0, paper=EXPERIMENTS)
+    return layout.arrange(measured, PANELS, [cells], says=says, spread="none", height=2.0, paper=EXPERIMENTS)

@@ -72,7 +72,7 @@ def _plane(role: str) -> layout.Panel:
         limits: dict[str, Any] = {"vmin": float(own.min()), "vmax": float(own.max())}
         shown = own.sel(role=role).T
         ax.imshow(shown, origin="lower", extent=(-_EDGE, _EDGE) * 2, cmap="viridis", **limits)
-        ax.contour(own["x1"], own["x2"], shown, 7, colors="white", linewidths=look.points(0.4))
+        ax.contour(own["x1"], own["x2"], shown, 7, colors="white", linewidths=look.points(0.4), linestyles="solid")
         marked = (
             [(1.0, 0.0, "v₁"), (0.0, 1.0, "v₂")] if role == "teacher" else [(*one["optimum"].values.tolist(), "w*")]
         )
@@ -95,23 +95,34 @@ def _errors(measured: xr.Dataset, ax: Axes) -> None:
     for position, name in enumerate(names):
         errors = measured.isel(point=np.flatnonzero((measured["activation"] == name) & (measured["k"] > 1))).sortby("k")
         colour = panels.colour(position)
-        ax.plot(errors["k"], errors["one_neuron_error"], color=colour, linewidth=look.points(1), label=name)
+        line: dict[str, Any] = {"color": colour, "linewidth": look.points(1)}
+        ax.plot(errors["k"], errors["one_neuron_error"], **line)
+        mark = "osD^v"[position % 5]
+        ax.plot([], [], marker=mark, markersize=look.points(2.6), label=name, **line)  # the legend shows the mark, too
         k = errors["k"].broadcast_like(errors["error"])
         died = errors["error"] > 1.05 * errors["one_neuron_error"]
         for chosen, face in ((~died, colour), (died, "none")):
             ax.plot(
                 k.where(chosen).values.ravel(), errors["error"].where(chosen).values.ravel(), color=colour,
-                marker="osD^v"[position % 5], linestyle="", markersize=look.points(2.6), markerfacecolor=face,
+                marker=mark, linestyle="", markersize=look.points(2.6), markerfacecolor=face,
                 markeredgewidth=look.points(0.6),
             )  # fmt: skip
     layout.decades(ax)
     layout.decades(ax, "x")
+    ks = [float(k) for k in np.unique(measured["k"]) if k > 1]
+    ax.set_xticks([k for k in ks if len(ks) <= 7 or k in (2, 3, 4, 6, 8, 12, 16)])
+    ax.set_xticks([], minor=True)
     low, high = ax.get_ylim()
     for slope, style in ((1, "--"), (2, ":")):
-        ks = np.array([2.0, largest])
+        ends = np.array([2.0, largest])
         start = (low * high) ** 0.5 / largest**slope * largest ** (slope / 2)
         ax.plot(
-            ks, start * ks**slope, color=look.GUIDE, linestyle=style, linewidth=look.points(0.9), label=f"slope {slope}"
+            ends,
+            start * ends**slope,
+            color=look.GUIDE,
+            linestyle=style,
+            linewidth=look.points(0.9),
+            label=f"slope {slope}",
         )
     ax.set(xlabel="teacher nodes k", ylabel="error L*(k)")
 
@@ -143,8 +154,9 @@ def draw(measured: xr.Dataset) -> look.Page:
     layout.heading(axes[0], "error of one neuron", next(letters))
     axes[1].legend(*axes[0].get_legend_handles_labels(), loc="center left")
     says = (
-        "Output of the teacher of k = 2 and of the one neuron at which the flow ends (colour: output), with v₁, v₂ and "
-        "w*; below, the error against k: marks are seeds, lines the one-neuron optimum, hollow marks seeds that died "
-        "(relu) and stay at the loss of a zero student"
+        "Output of the teacher of k = 2 and of the one neuron at which the flow ends (colour and white contours: "
+        "output), with v₁, v₂, the incoming weights of teacher nodes 0 and 1, and w*, the neuron's; below, the error "
+        "against k: marks are seeds, lines the one-neuron optimum, hollow marks seeds that died (relu) and stay at the "
+        "loss of a zero student"
     )
     return layout.told(page, measured, says, "points", EXPERIMENTS)

@@ -1,7 +1,9 @@
 """Tian et al. (2019), Figure 9a, small teacher: ρ̄ of each hidden layer and the loss against epochs.
 
 The released multilayer experiment: lower layers specialize first and most, and the more nodes a student has for each
-of its teacher's, the closer the best of them come.
+of its teacher's, the closer the best of them come.  At desk scale, 8 seeds, medians of ρ̄ of layers 1 to 4 end at 1.00,
+0.90, 0.79, 0.73 (1x), 1.00, 1.00, 0.98, 0.93 (2x) and 1.00, 0.99, 0.91, 0.94 (10x), and the mse per output at 0.11,
+0.021 and 0.014: from 2x to 10x it falls, and ρ̄ rises no more.  docs/reproduction.md has the released code's beside.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ EXPERIMENTS: Mapping[str, Experiment] = {
         {"name": "multilayer-smoke", "seeds": 2, "data.train": 1000, "data.eval": 500, "training.epochs": 3}
         | {"sweep": {"student.overrealization": [1.0, 2.0]}}
     ),
-    # the whole experiment takes ten minutes of one core, nearly all of it 10x
+    # the whole experiment takes three minutes of one core, nearly all of it 10x
     "desk": PAPER.replace({"name": "multilayer-desk"}),
     "paper": PAPER.replace({"seeds": 32}),
 }

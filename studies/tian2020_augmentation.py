@@ -11,8 +11,9 @@ and 0.16 aware, 0.14 and 0.08, and 0.04 both.
 At desk scale teacher-aware sets are far ahead at equal totals: at 10,000 samples of either kind the mse is 7e-6
 against 1.5 and ρ̄ 1.00 against 0.67, since a teacher-agnostic set of that size has 50 inputs and a teacher-aware one
 5,000.  At equal N both beat what they started from where inputs are few (at N = 50, ρ̄ 0.76 aware, 0.67 agnostic, 0.35
-as it stands), the agnostic set of a hundred times more samples is behind at 50 and 100 and level at 200 and 400; from
-800 inputs on nothing is left to gain.  At equal totals, from 400 samples on, new inputs are worth more than either.
+without augmentation), the agnostic set of a hundred times more samples is behind at 50 and 100 and level at 200 and
+400; from 800 inputs on nothing is left to gain.  At equal totals, from 400 samples on, new inputs are worth more than
+either.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ TITLE = "evaluation mse and mean best correlation against samples, augmented tea
 SOURCE = "Tian 2020 (PMLR 119:9470), Figure 9"
 
 #: Names of the training sets in the figure.
-SETS = {"none": "as it stands", "agnostic": "teacher-agnostic", "aware": "teacher-aware"}
+SETS = {"none": "without augmentation", "agnostic": "teacher-agnostic", "aware": "teacher-aware"}
 
 
 def _sweep(few: Sequence[int], many: Sequence[int]) -> dict[str, Any]:

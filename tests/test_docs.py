@@ -96,7 +96,13 @@ def test_a_tutorial_is_its_notebook(page, tmp_path, monkeypatch):
     files = {file.stem: file for file in notebooks.write(page.parent, tmp_path)}
     found = json.loads(files[page.stem].read_text(encoding="utf-8"))
     assert found["nbformat"] == 4
-    code = ["".join(cell["source"]) for cell in found["cells"] if cell["cell_type"] == "code"]
+    every = ["".join(cell["source"]) for cell in found["cells"] if cell["cell_type"] == "code"]
+    pictures = [c for c in every if c.startswith("from IPython.display import Image")]
+    code = [c for c in every if c not in pictures]
+    for c in code:  # each picture is shown right below the code that writes it
+        for picture in re.findall(r"[\w-]+\.png", c):
+            assert every[every.index(c) + 1].endswith(f'Image("{picture}")')
+    assert len(pictures) == sum(c.count(".png") for c in code) > 0
     assert [c for c in code if c[0] not in "!%"] == [block.rstrip("\n") for block in blocks(page, "python")]
     commands = [line[1:] for c in code if c[0] == "!" for line in c.splitlines()]
     shown = [line[2:] for block in blocks(page, "console") for line in block.splitlines() if line.startswith("$ ")]
@@ -108,6 +114,7 @@ def test_a_tutorial_is_its_notebook(page, tmp_path, monkeypatch):
     prose = "".join("".join(cell["source"]) for cell in found["cells"] if cell["cell_type"] == "markdown")
     assert page.read_text(encoding="utf-8").splitlines()[0] in prose
     assert "{download}" not in prose
+    assert "![" not in prose
 
 
 #: Pages that are read outside the built documentation, whose links Sphinx does not check.

@@ -329,6 +329,19 @@ def test_what_the_command_prints_of_itself_needs_nothing_heavy(command):
     assert "Usage" in answer.stdout or "tian2020" in answer.stdout
 
 
+@pytest.mark.parametrize("command", ["show", "validate"])
+def test_what_reads_an_archive_imports_what_reads_netcdf(command):
+    """`tsdyn show` takes little longer than ``import xarray, netCDF4, dask.array``."""
+    heavy = "torch", "matplotlib", "distributed"
+    code = (
+        f"import sys; sys.argv = ['tsdyn', {command!r}, {str(ROOT / 'tests' / 'data' / 'sweep-v2')!r}]\n"
+        "from tsdyn.cli import main\n"
+        f"try:\n    main()\nfinally:\n    print([m for m in {heavy!r} if m in sys.modules], file=sys.__stderr__)"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert answer.stderr.strip() == "[]"
+
+
 def test_every_public_name_resolves():
     for name in tsdyn.__all__:
         assert getattr(tsdyn, name) is not None

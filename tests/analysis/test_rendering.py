@@ -18,6 +18,7 @@ import tsdyn
 from tests.analysis.test_figures import RICH
 from tests.cases import small
 from tests.rendering import faults
+from tsdyn import studies
 
 
 @pytest.fixture(scope="module")
@@ -177,6 +178,14 @@ def test_captions_say_what_ran(archives):
         bare = FIGURES["loss"](archives[0])
     assert bare.caption == said
     assert not bare.findobj(lambda artist: artist.get_gid() == "caption")
+
+
+def test_a_symbol_at_the_start_of_a_sentence_stays_what_it_is():
+    """σ, not Σ; of numbers that xarray read from a file, which are NumPy's."""
+    flows = studies.load("simsek2023-loss").EXPERIMENTS["smoke"]
+    ds = xr.Dataset(attrs={"experiment": flows.to_toml(), "seeds": np.int64(2)})
+    said = captions.caption(ds, "Losses", "none")
+    assert said.startswith("Losses. n = 2 seeds. σ = erf; ")
 
 
 def test_words_stand_for_keys():

@@ -1,4 +1,5 @@
 import errno
+import hashlib
 import json
 import multiprocessing
 import os
@@ -477,3 +478,25 @@ def test_a_zarr_store_is_called_one(tmp_path):
     (tmp_path / "zarr.json").write_text("{}")
     with pytest.raises(whole_files.DirectoryError, match=r"zarr store"):
         tsdyn.open(tmp_path)
+
+
+def test_the_index_that_workers_wrote_beside_a_single_run_takes_none_of_its_attributes(tmp_path):
+    """Up to 0.2.0 a run with workers= left an index of itself, by which it was opened without its experiment."""
+    from tsdyn.archive.headers import INDEX, Headers
+
+    e = small(**{"training.epochs": 1, "seeds": 1})
+    plain = tsdyn.run(e, tmp_path / "run").attrs
+    headers = Headers(tmp_path)
+    headers.committed("run", lambda: tsdyn.Experiment.from_toml(tmp_path / "run/experiment.toml", archived=True))
+    headers.write()
+    kept = json.loads((tmp_path / INDEX).read_text())["kept"]
+    text = json.dumps(kept | {"runs": {".": kept["runs"]["run"]}}, separators=(",", ":"))
+    seal = hashlib.sha256(text.encode()).hexdigest()
+    (tmp_path / "run" / INDEX).write_text(f'{{"sha256": "{seal}", "kept": {text}}}')
+    assert tsdyn.open(tmp_path / "run").attrs == plain
+    assert "experiment" in plain
+    single = Headers(tmp_path / "run")
+    assert single.committed(".", lambda: tsdyn.Experiment.from_toml(tmp_path / "run/experiment.toml", archived=True))
+    (tmp_path / "run" / INDEX).unlink()
+    single.write()
+    assert not (tmp_path / "run" / INDEX).exists()

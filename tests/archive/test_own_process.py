@@ -13,6 +13,7 @@ from tests.cases import small
 from tests.test_cli import command  # noqa: F401
 from tsdyn.archive import integrity, joining, own_process
 from tsdyn.archive.whole_files import ArchiveError, DirectoryError
+from tsdyn.running import runner
 
 FEW = {"seeds": 2, "record__observables": ["mse", "weight"], "training__epochs": 2}
 
@@ -84,6 +85,7 @@ def test_the_process_ends_with_the_one_that_asked(tmp_path):
 
 
 def test_a_crash_while_joining_is_one_line_and_the_segments_stay(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "COMMIT_SECONDS", 0.0)  # so that there are segments to join
     whole = tsdyn.run(small(**FEW), tmp_path / "whole").load()
     with monkeypatch.context() as patch:
         patch.setattr(joining, "copy", lambda *_: os.kill(os.getpid(), signal.SIGSEGV))
@@ -106,6 +108,7 @@ def test_a_crash_while_joining_is_an_exit_code_and_other_points_are_done(tmp_pat
         copy(parts, *rest)
 
     monkeypatch.setattr(joining, "copy", dying)
+    monkeypatch.setattr(runner, "COMMIT_SECONDS", 0.0)
     with pytest.raises(ArchiveError, match=r"1 of 2 points failed(.|\n)*polarity=0.0: .*SIGABRT"):
         tsdyn.run(experiment, tmp_path / "sweep")
     assert int((tsdyn.open(tmp_path / "sweep").coverage == 1).sum()) == 2

@@ -160,3 +160,40 @@ def test_torchs_own_layers_need_no_comparison(loss, name):
         expected = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
         found = derivatives.hessian(module, odd, x, y)
         torch.testing.assert_close(found, expected, rtol=0, atol=room * (1 + float(expected.abs().max())))
+
+
+def test_one_product_takes_a_loss_that_puts_samples_together():
+    module = random_network((3, 4, 2), "tanh", seed=1).to_torch()
+    draw = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(6, n, generator=draw, dtype=torch.float64) for n in (3, 2))
+    parameters = list(module.parameters())
+    vector = torch.randn(sum(p.numel() for p in parameters), generator=draw, dtype=torch.float64)
+
+    def spread(output, target):
+        return (output - target).mean(0).pow(4).sum() + torch.logsumexp(output.flatten(), 0)
+
+    expected = by_autograd(module, spread, x, y, parameters) @ vector
+    found = derivatives.hessian_vector_product(module, spread, x, y, vector)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e4 * EPS * float(expected.abs().max()))
+
+
+class Sheared(torch.autograd.Function):
+    """The identity, with a gradient of which no function is: its derivative is not symmetric."""
+
+    @staticmethod
+    def forward(ctx, f):
+        ctx.save_for_backward(f)
+        return f.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        (f,) = ctx.saved_tensors
+        return g * f.cumsum(1)
+
+
+def test_one_product_refuses_a_loss_whose_hessian_is_not_symmetric():
+    module = random_network((3, 4, 2), "tanh", seed=1).to_torch()
+    x = torch.randn(6, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    vector = torch.ones(sum(p.numel() for p in module.parameters()), dtype=torch.float64)
+    with pytest.raises(ValueError, match="not those of a symmetric matrix"):
+        derivatives.hessian_vector_product(module, lambda o, t: Sheared.apply(o).sum(), x, x[:, :2], vector)

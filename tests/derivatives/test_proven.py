@@ -185,3 +185,32 @@ def test_parts_that_are_not_as_torch_made_them_are_not_known():
     watched.weight.register_hook(lambda g: g)
     for part in (Own(2, 2), hooked, replaced, watched, nn.Flatten(0), nn.Dropout(), nn.BatchNorm1d(2)):
         assert not graph.known(nn.Sequential(part))
+
+
+class Relu(torch.autograd.Function):
+    """Takes the mean over samples off, under the name of an operation that keeps samples apart."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x - x.mean(0)
+
+    @staticmethod
+    def backward(ctx, g):
+        return g - g.mean(0)
+
+
+class Named(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(3, 2)
+
+    def forward(self, x):
+        return Relu.apply(self.inner(x))
+
+
+def test_a_function_of_a_users_own_proves_nothing_whatever_its_name():
+    module, x = Named().double(), drawn(SAMPLES, 3)
+    free = x.clone().requires_grad_(True)
+    assert graph.rows_of([module(free)], [free], SAMPLES) is None
+    with pytest.raises(ValueError, match="mixes samples"):
+        derivatives.per_sample_gradients(module, half_square, x, drawn(SAMPLES, 2))

@@ -83,7 +83,7 @@ def test_one_that_is_killed_goes_on_point_by_point(tmp_path):
     first = {file: file.stat().st_mtime_ns for file in path.rglob("measured/*.nc")}
     assert len(first) == 2
     assert integrity.check(path) == []
-    with pytest.warns(tsdyn.UnrecordedWarning, match=r"A, gradient_rms not in .*overrealization=2.0"):
+    with pytest.warns(tsdyn.UnrecordedWarning, match="A, gradient_rms not in .*overrealization=2.0;"):
         part = tsdyn.open(path).load()
     whole = part["A"].sel(layer=1).notnull().any(["node", "teacher_node", "seed", "epoch"])
     assert whole.values.tolist() == [True, False], "one point has it, the other not yet"

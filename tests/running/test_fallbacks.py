@@ -8,13 +8,13 @@ from typer.testing import CliRunner
 
 import tsdyn
 from tests.cases import small
+from tsdyn.archive import machines
 from tsdyn.cli import app
 from tsdyn.engine import compiled_step, convolution, native, train
 from tsdyn.engine.ensemble import Ensemble
 from tsdyn.engine.loss import Loss
 from tsdyn.engine.rule import Rule
 from tsdyn.networks.network import Network
-from tsdyn.running import provenance
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def shown(path):
 
 def test_a_run_without_a_compiler_says_so(without_library, tmp_path):
     tsdyn.run(small(training__epochs=1), tmp_path / "run")
-    (reason,) = provenance.fallbacks(tsdyn.open(tmp_path / "run").attrs)
+    (reason,) = machines.fallbacks(tsdyn.open(tmp_path / "run").attrs)
     assert reason == "the step is not compiled: TSDYN_KERNEL=off; so the batched engine trains"
     assert reason in shown(tmp_path / "run")
 
@@ -43,7 +43,7 @@ def test_a_run_without_a_compiler_says_so(without_library, tmp_path):
 )
 def test_a_compiled_run_says_nothing(tmp_path):
     tsdyn.run(small(training__epochs=1), tmp_path / "run")
-    assert provenance.FALLBACKS not in tsdyn.open(tmp_path / "run").attrs
+    assert machines.FALLBACKS not in tsdyn.open(tmp_path / "run").attrs
     assert "not compiled" not in shown(tmp_path / "run")
 
 
@@ -71,4 +71,4 @@ def test_reasons_of_parts_that_are_not_compiled():
 
 def test_reasons_that_cannot_be_read_are_none():
     for text in ("no list", json.dumps({"a": 1})):
-        assert provenance.fallbacks({provenance.FALLBACKS: text}) == []
+        assert machines.fallbacks({machines.FALLBACKS: text}) == []

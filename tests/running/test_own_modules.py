@@ -449,14 +449,19 @@ class Locked(nn.Linear):
         self.lock = threading.Lock()
 
 
-class Tiring(nn.Linear):
-    """Raises when it is measured for the fifth time."""
+CALLS: list[int] = []
 
-    measured = 0
+
+class Tiring(nn.Linear):
+    """Raises when it has been called too often, in training or in evaluation."""
+
+    def __init__(self, training):
+        super().__init__(INPUTS, OUTPUTS)
+        self.when = training
 
     def forward(self, x):
-        Tiring.measured += not self.training
-        if Tiring.measured > 4:
+        CALLS[0] += self.training == self.when
+        if CALLS[0] > 20:
             raise RuntimeError("too often")
         return super().forward(x)
 
@@ -467,9 +472,25 @@ def test_a_module_that_cannot_be_copied_is_refused_before_anything_is_written(tm
     assert not (tmp_path / "run").exists()
 
 
-def test_a_module_that_raises_while_it_is_measured_is_named(tmp_path):
-    with pytest.raises(registers.PartError, match="Tiring raised RuntimeError while it was measured: too often"):
-        tsdyn.run(experiment(), tmp_path / "run", student=lambda: Tiring(INPUTS, OUTPUTS))
+@pytest.mark.parametrize(
+    ("training", "error", "said"),
+    [
+        (False, registers.PartError, "Tiring raised RuntimeError while it was measured: too often"),
+        (True, tsdyn.ExperimentError, r"raised RuntimeError while it was trained in epoch \d+: too often"),
+    ],
+)
+def test_a_module_that_raises_on_the_way_is_named_and_the_run_goes_on_when_it_is_mended(
+    tmp_path, training, error, said
+):
+    def make():
+        return Tiring(training)
+
+    asked = experiment(training__epochs=12, training__steps_per_epoch=4)
+    CALLS[:] = [0]
+    with pytest.raises(error, match=said):
+        tsdyn.run(asked, tmp_path / "run", student=make)
+    CALLS[0] = -(10**6)
+    assert tsdyn.run(asked, tmp_path / "run", student=make)["epoch"].values[-1] == 12
 
 
 def test_dropout_that_is_off_is_no_dropout():

@@ -344,7 +344,9 @@ def test_the_command_writes_the_file_and_says_how_far_it_holds(relu_run, tmp_pat
         cli.main()
     assert not end.value.code
     out = capfd.readouterr().out
-    for said in ("predicts changes of the start", "beyond, gates flip", "passes"):
+    for said in (
+        "predicts changes of the start", "beyond, gates flip", "passes", "begun from the archive's states of 2 epochs",
+    ):  # fmt: skip
         assert said in out
     with xr.open_dataset(file) as found:
         assert set(found["wrt"].values) == {"start", "learning_rate"}

@@ -20,6 +20,7 @@ NUMBERS = {
     "kills": (500, 2),
     "prefixes": (100_000, 2),
     "power_cuts": (200, 3),
+    "at_once": (200, 4),
     "faults": (100_000, 3),
     "full_disks": (50, 2),
     "two_writers": (100, 2),

@@ -111,8 +111,10 @@ def fork(work: Callable[[int], None]) -> Child:
         os._exit(code)
 
 
-def training(path: Path, epochs: int, before: Callable[[], None] = lambda: None) -> Callable[[int], None]:
-    """A run of `SEGMENTED` for so many epochs, one segment per epoch, that reports each commit."""
+def training(
+    path: Path, epochs: int, before: Callable[[], None] = lambda: None, *, seconds: float = 0.0
+) -> Callable[[int], None]:
+    """A run of `SEGMENTED` for so many epochs that reports each commit, one per epoch unless `seconds` are between."""
 
     def work(pipe: int) -> None:
         commit = RunDirectory.commit
@@ -123,7 +125,7 @@ def training(path: Path, epochs: int, before: Callable[[], None] = lambda: None)
             shim.torture_mark(ctypes.c_long(last))
 
         RunDirectory.commit = telling  # type: ignore[method-assign]
-        runner.COMMIT_SECONDS = 0.0
+        runner.COMMIT_SECONDS = seconds
         before()
         tsdyn.run(SEGMENTED.replace({"training.epochs": epochs}), path)
 

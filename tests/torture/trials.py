@@ -50,14 +50,14 @@ def kills(scratch: Path, rng: random.Random, number: int) -> str:
     return _verdict(law, f"{number} SIGKILLs ({counts})")
 
 
-def _traced(scratch: Path, *runs: int) -> tuple[list[trace.Change], Path]:
+def _traced(scratch: Path, *runs: int, seconds: float = 0.0) -> tuple[list[trace.Change], Path]:
     """The changes of runs of so many epochs, one after another in one directory."""
     base = fresh(scratch / "traced")
     base.mkdir()
     record = scratch / "trace"
     handle = os.open(record, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
     for epochs in runs:
-        code, _, words = fork(training(base / "run", epochs, lambda: arm(base, trace=handle))).end()
+        code, _, words = fork(training(base / "run", epochs, lambda: arm(base, trace=handle), seconds=seconds)).end()
         assert code == FINISHED, words
     os.close(handle)
     return trace.read(record), base
@@ -92,14 +92,35 @@ def power_cuts(scratch: Path, rng: random.Random, number: int) -> str:
 CRASHES = 4
 
 
+#: More than any run takes: it commits once, at its end.
+ONCE = 1e9
+
+
+def at_once(scratch: Path, rng: random.Random, number: int) -> str:
+    """A run whose first commit writes the archive: half power cuts, half system calls that fail."""
+    changes, source = _traced(scratch, 3, seconds=ONCE)
+    law = Law(scratch, 3)
+    for trial in range(number - number // 2):
+        cut = rng.randint(1, len(changes))
+        target = fresh(scratch / "cut")
+        trace.after_power_loss(changes[:cut], source, target, rng)
+        law.holds(target / "run", trace.committed(changes[:cut]), f"power cut {trial} at {cut}")
+    cuts = _verdict(law, f"{number - number // 2} power cuts in a trace of {len(changes)} changes")
+    return f"{cuts}; {_failing(scratch, rng, number // 2, seconds=ONCE)}"
+
+
 def faults(scratch: Path, rng: random.Random, number: int) -> str:
     """The n-th write, fsync, rename or close fails with ENOSPC or EIO, for every n (or `number` of these)."""
+    return _failing(scratch, rng, number, seconds=0.0)
+
+
+def _failing(scratch: Path, rng: random.Random, number: int, *, seconds: float) -> str:
     law, path, base = Law(scratch, 3), scratch / "faulty" / "run", scratch / "faulty"
     fresh(base).mkdir()
     counts: dict[str, int] = {}
 
     def counted(pipe: int) -> None:
-        training(path, 3, lambda: arm(base))(pipe)
+        training(path, 3, lambda: arm(base), seconds=seconds)(pipe)
         os.write(pipe, b"\xff" + ",".join(f"{k}={shim.torture_count(n)}" for k, n in operations().items()).encode())
 
     words = fork(counted).end()[2]
@@ -114,7 +135,7 @@ def faults(scratch: Path, rng: random.Random, number: int) -> str:
         fresh(path)
         origin = f"{kind} {at} {errno.errorcode[error]}"
         arming = _arming(base, kind, at, error)
-        code, told, words = fork(training(path, 3, arming)).end()
+        code, told, words = fork(training(path, 3, arming, seconds=seconds)).end()
         if code == FINISHED:
             unaffected += 1
         elif code == FAILED and "what was committed is intact" in words:

@@ -335,7 +335,8 @@ class Headers:
         except OSError:
             return None
         refuse_link(file)
-        stamp, entry = [now.size, now.modified, now.seal], self._entries.get(name)
+        # of a run by itself all attributes are wanted, and the index keeps few
+        stamp, entry = [now.size, now.modified, now.seal], None if name == "." else self._entries.get(name)
         if entry is None or entry.stamp != stamp or entry.header not in self._headers or self.verify == math.inf:
             self._of_theirs.discard(name)
             source = Source.of(file, upto=self.verify)
@@ -383,8 +384,8 @@ class Headers:
         return []
 
     def write(self) -> None:
-        """Write ``index.json`` if anything was read that it lacks."""
-        if not self._changed:
+        """Write ``index.json`` if anything was read that it lacks; a run by itself needs none."""
+        if not self._changed or not self._entries.keys() - {"."}:
             return
         used = {entry.header for entry in self._entries.values()}
         kept = {

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from pydantic_core import to_jsonable_python
 from tsdyn.archive.headers import Source
 from tsdyn.archive.lazy_arrays import Cells
 from tsdyn.archive.run_directory import ARCHIVE
-from tsdyn.archive.whole_files import ArchiveError
+from tsdyn.archive.whole_files import ArchiveError, DirectoryError
 from tsdyn.experiment import made_modules
 from tsdyn.experiment.experiment import Experiment, flattened
 from tsdyn.experiment.parts import Part
@@ -24,6 +25,15 @@ from tsdyn.experiment.sweep_axes import Axis, swept_keys
 
 #: Keys that decide which numbers are kept, and none of them.
 RECORDED = ("record.observables", "record.state_every")
+
+
+#: Archives that are opened together may leave this many places of the product of their keys for each of their points.
+EMPTY_FACTOR = 2
+#: What `open` says where a product of keys would be mostly empty.
+WAY_OUT = (
+    "tsdyn.open([...], along='point') gives one dimension with the keys as coordinates, "
+    "xr.DataTree.from_dict({name: tsdyn.open(path), ...}) keeps them apart"
+)
 
 
 def differing_keys(written: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -85,9 +95,9 @@ def unrecorded(cells: Cells, read: Callable[[str], bool]) -> str | None:
         if key not in headers:
             headers[key] = frozenset(filter(read, source.header.variables))
     of_kind: dict[frozenset[int], list[Path]] = {}
-    for folder, keys in held.items():
-        of_kind.setdefault(frozenset(keys), []).append(folder)
-    whole = frozenset().union(*headers.values())
+    for folder, own in held.items():
+        of_kind.setdefault(frozenset(own), []).append(folder)
+    whole: frozenset[str] = frozenset().union(*headers.values())
     lacking: dict[str, list[Path]] = {}
     for keys, folders in of_kind.items():
         for name in whole - frozenset().union(*(headers[key] for key in keys)):
@@ -100,6 +110,19 @@ def unrecorded(cells: Cells, read: Callable[[str], bool]) -> str | None:
         for folders, names in alike.items()
     ]
     return f"open: NaN where not recorded: {'; '.join(told)}; `tsdyn measure` adds what weights tell" if told else None
+
+
+def refuse_mostly_empty(
+    paths: Sequence[Path], along: Sequence[tuple[str, ...]], taken: Sequence[Sequence[Any]], points: int
+) -> None:
+    """Refuse several archives whose points fill less than half of the product of the values of their keys."""
+    places = math.prod(map(len, taken))
+    if len(paths) > 1 and places > EMPTY_FACTOR * points:
+        sizes = ", ".join(f"{' and '.join(keys)} {len(values)}" for keys, values in zip(along, taken, strict=True))
+        raise DirectoryError(
+            f"open: the {len(paths)} archives differ in several keys ({sizes}), and their {points} points would fill "
+            f"{100 * points / places:.2g} % of {places} places; {WAY_OUT}"
+        )
 
 
 def parameters(cells: Cells, grid: Sequence[Axis]) -> dict[str, str]:

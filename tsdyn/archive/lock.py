@@ -203,8 +203,10 @@ class Lock:
         """Raise if this process no longer holds the lock, before anything is committed."""
         try:
             ours = _parsed(self.path.read_bytes()).get("token") == self._token
-        except OSError:
+        except FileNotFoundError:
             ours = False
+        except OSError as error:
+            raise refused(self.path, error) from error
         if not ours:
             raise ArchiveError(
                 f"{self.path.parent}: the lock was taken away (by another process, or {NAME} was removed); nothing "

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from tsdyn.archive import hdf5, joining, netcdf, stored_numbers
 from tsdyn.archive.netcdf import Records, State
 from tsdyn.archive.swept_values import Swept
-from tsdyn.archive.whole_files import ArchiveError, replacing, write_new
+from tsdyn.archive.whole_files import ArchiveError, refused, replacing, write_new
 from tsdyn.schema import Layout
 from tsdyn.schema import variable as variable_of
 from tsdyn.vocabulary import Label
@@ -66,9 +66,12 @@ def write(target: Path, content: Content, attrs: Mapping[str, Any], swept: Seque
         write_new(temporary, made.data)
         del made
         # where memory runs out the library can give a file that lacks numbers, and no error
-        differing = joining.differing_records(
-            temporary, content.layout, content.epochs, content.records, content.states
-        )
+        try:
+            differing = joining.differing_records(
+                temporary, content.layout, content.epochs, content.records, content.states
+            )
+        except ArchiveError as error:  # what this process has just written: the file system fails
+            raise refused(target, error) from error
         if differing is not None:
             raise ArchiveError(
                 f"{target}: {differing} read back differently from what was written, as where memory runs out; "

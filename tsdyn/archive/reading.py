@@ -25,7 +25,15 @@ from dask.base import tokenize
 from tsdyn import schema, vocabulary
 from tsdyn.archive import additions, parquet_stores, study_directories, zarr_stores
 from tsdyn.archive.headers import Header, Headers, Source, when
-from tsdyn.archive.joined_archives import UnrecordedWarning, differing_keys, parameters, union, unrecorded
+from tsdyn.archive.joined_archives import (
+    WAY_OUT,
+    UnrecordedWarning,
+    differing_keys,
+    parameters,
+    refuse_mostly_empty,
+    union,
+    unrecorded,
+)
 from tsdyn.archive.kept_samples import with_kept
 from tsdyn.archive.lazy_arrays import Cells, Stored
 from tsdyn.archive.recordings import FILE as RECORDING
@@ -53,9 +61,6 @@ LAZY_BYTES = 1 << 27
 RUNS_PER_CHUNK = 25
 #: ... but no more bytes than this in all, so that reading one run of many stays quick.
 GATHERED_BYTES = 1 << 20
-
-#: Archives that are opened together may leave this many places of the product of their keys for each of their points.
-EMPTY_FACTOR = 2
 
 Labels = tuple[str | int | float, ...]
 
@@ -110,13 +115,16 @@ def open(
         raise DirectoryError("open: an empty list; give directories of runs or sweeps")
     if along not in ("keys", "point"):
         raise DirectoryError(f"open: along={along!r}; it is 'keys' or 'point'")
+    told: list[str] = []
     if isinstance(path, (str, Path)) and not (along == "point" and (paths[0] / SWEEP).is_file()):
-        ds = opened(paths[0], skip_damaged=skip_damaged, upto=upto)
+        ds = _opened(paths[0], skip_damaged, upto, told)
     else:
-        ds = _opened_together(paths, skip_damaged, upto, as_points=along == "point")
+        ds = _opened_together(paths, skip_damaged, upto, told, as_points=along == "point")
     ds = with_kept(ds)
     if isinstance(path, (str, Path)):
         ds.encoding["source"] = str(paths[0].absolute())  # as xarray's own readers say it
+    for said in told:
+        warnings.warn(said, UnrecordedWarning, stacklevel=3)
     wrong = [str(name) for name, array in ds.data_vars.items() if "wrong" in array.attrs]
     for one in (p.absolute() for p in paths if wrong):
         if one not in _warned:
@@ -128,12 +136,17 @@ def open(
 
 
 def opened(path: Path, *, skip_damaged: bool = False, upto: float = -1.0) -> xr.Dataset:
-    """`open` of one path, without its warning; files of at most `upto` bytes are compared with their checksums."""
+    """`open` of one path, without its warnings; files of at most `upto` bytes are compared with their checksums."""
+    return _opened(path, skip_damaged, upto, [])
+
+
+def _opened(path: Path, skip_damaged: bool, upto: float, told: list[str]) -> xr.Dataset:
+    """`opened`; what is to be said of it is added to `told`."""
     flush_below(path)
     if path.is_file():
         return _one_file(path, upto)
     if (path / SWEEP).is_file():
-        return _opened_together([path], skip_damaged, upto)
+        return _opened_together([path], skip_damaged, upto, told)
     if not path.exists():
         raise DirectoryError(f"{path}: does not exist; runs are made by `tsdyn run EXPERIMENT.toml -o {path}`")
     of_a_study = study_directories.result(path)
@@ -243,10 +256,12 @@ def _one_file(path: Path, upto: float) -> xr.Dataset:
 # --- all points as one Dataset -------------------------------------------------------------------------------
 
 
-def _opened_together(paths: Sequence[Path], skip_damaged: bool, upto: float, *, as_points: bool = False) -> xr.Dataset:
+def _opened_together(
+    paths: Sequence[Path], skip_damaged: bool, upto: float, told: list[str], *, as_points: bool = False
+) -> xr.Dataset:
     """One or several sweeps (or runs) as one lazy Dataset, with global attributes that hold for all of them.
 
-    With `as_points`, all points lie along one dimension.
+    With `as_points`, all points lie along one dimension.  What is to be said of it is added to `told`.
 
     Raises:
         ArchiveError: if a file cannot be read (unless `skip_damaged`), nothing is committed yet, or two directories
@@ -258,7 +273,7 @@ def _opened_together(paths: Sequence[Path], skip_damaged: bool, upto: float, *, 
         raise DirectoryError(f"{where}: no point of this sweep has a committed epoch yet; go on with `tsdyn run`")
     said = unrecorded(cells, lambda name: name in vocabulary.VARIABLES or name in schema.DECLARED)
     if said is not None:
-        warnings.warn(said, UnrecordedWarning, stacklevel=4)
+        told.append(said)
     ds = _whole(cells, grid, skip_damaged)
     coverage = np.zeros([len(axis.values) for axis in grid])
     for place, cell in cells.items():
@@ -310,7 +325,7 @@ def _gathered(
     if len(groups) > 1:
         raise DirectoryError(
             f"open: the sweeps list points of different keys, {sorted(groups)}; open one at a time, or all along one "
-            f"dimension: {_WAY_OUT}"
+            f"dimension: {WAY_OUT}"
         )
     listed = next(iter(groups), ())
     along = [*((key,) for key in keys if key not in listed), *groups]
@@ -330,7 +345,7 @@ def _gathered(
                 )
             held += sources
     taken = [tuple(dict.fromkeys(at[i] for at in found)) for i in range(len(along))]
-    _refuse_mostly_empty(paths, along, taken, len(found))
+    refuse_mostly_empty(paths, along, taken, len(found))
     position = [{value: i for i, value in enumerate(of)} for of in taken]
     cells = {tuple(p[v] for p, v in zip(position, at, strict=True)): held for at, held in found.items() if held}
     names = _named(paths, sweeps, keys)
@@ -339,26 +354,6 @@ def _gathered(
         for group, of in zip(along, taken, strict=True)
     )
     return cells, grid, _origin(paths, written, names)
-
-
-#: What `open` says where a product of keys would be mostly empty.
-_WAY_OUT = (
-    "tsdyn.open([...], along='point') gives one dimension with the keys as coordinates, "
-    "xr.DataTree.from_dict({name: tsdyn.open(path), ...}) keeps them apart"
-)
-
-
-def _refuse_mostly_empty(
-    paths: Sequence[Path], along: Sequence[tuple[str, ...]], taken: Sequence[Sequence[Any]], points: int
-) -> None:
-    """Refuse several archives whose points fill less than half of the product of the values of their keys."""
-    places = math.prod(map(len, taken))
-    if len(paths) > 1 and places > EMPTY_FACTOR * points:
-        sizes = ", ".join(f"{' and '.join(keys)} {len(values)}" for keys, values in zip(along, taken, strict=True))
-        raise DirectoryError(
-            f"open: the {len(paths)} archives differ in several keys ({sizes}), and their {points} points would fill "
-            f"{100 * points / places:.2g} % of {places} places; {_WAY_OUT}"
-        )
 
 
 def _named(paths: Sequence[Path], sweeps: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> dict[str, str]:

@@ -47,8 +47,8 @@ def states_after(path: str | Path, epochs: Collection[int]) -> dict[int, dict[st
     for file, last in _files(path):
         with netcdf.dataset(file) as nc:
             groups = {epoch: netcdf.state_at(epoch) for epoch in epochs if netcdf.state_at(epoch) in nc.groups}
-            if netcdf.STATE in nc.groups and (end := _last(nc, last)) in epochs:
-                groups.setdefault(int(end), netcdf.STATE)
+            if netcdf.STATE in nc.groups and (end := _last(nc, last)) is not None and end in epochs:
+                groups.setdefault(end, netcdf.STATE)
             if groups:
                 refuse_changed(file)
             found |= {epoch: netcdf.read_state(nc, group) for epoch, group in groups.items() if epoch not in found}

@@ -22,20 +22,28 @@ POINTS, JSON_POINTS = 8, 200
 @app.command()
 def show(directory: Directory, as_json: AsJson = False) -> None:
     """Show what an archive holds: what ran, final losses, mean correlations, dead members, cost, variables."""
+    import dask
+    import dask.threaded
+
+    # else dask looks for a client of `distributed`, whose import takes half as long as all that is needed
+    with dask.config.set(scheduler=dask.threaded.get):
+        _show(directory, as_json)
+
+
+def _show(directory: str, as_json: bool) -> None:
     from tsdyn.analysis import overview
-    from tsdyn.archive import reading
+    from tsdyn.archive import machines, reading
     from tsdyn.growing import history as growth
-    from tsdyn.running import provenance
 
     ds = reading.open(directory)
     if as_json:
-        print_json({**overview.as_json(ds, JSON_POINTS), "history": provenance.history(ds.attrs)})
+        print_json({**overview.as_json(ds, JSON_POINTS), "history": machines.history(ds.attrs)})
         return
     width = Console().width
     facts = overview.facts(ds)
-    for position, line in enumerate(provenance.lines(ds.attrs)):
+    for position, line in enumerate(machines.lines(ds.attrs)):
         facts["history" if not position else f"history {position + 1}"] = line
-    if reasons := provenance.fallbacks(ds.attrs):
+    if reasons := machines.fallbacks(ds.attrs):
         facts["not compiled"] = "; ".join(reasons)
     if line := growth.states_kept(local_path(directory)):
         facts["states"] = line

@@ -111,5 +111,7 @@ def told(found) -> list[str]:  # type: ignore[no-untyped-def]
     lines = [f"{attrs['observable']} at epoch {attrs['observable_epoch']}: {values.mean():.6g} (mean of {values.size})"]
     off = found["replay_difference"].values
     if not np.isnan(off).all():
-        lines.append(f"trained again: weights within {np.nanmax(off):.2g} of the recorded ones")
+        begun = len(attrs["replayed_from"].split(",")) - 1  # beside the start
+        how = f", begun from the archive's states of {begun} epochs" if begun else ""
+        lines.append(f"trained again: weights within {np.nanmax(off):.2g} of the recorded ones{how}")
     return [*lines, *json.loads(attrs["reach"])]

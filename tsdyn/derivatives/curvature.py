@@ -457,7 +457,7 @@ def _curved(
             def value() -> Tensor:
                 return of_outputs(one.call(one.inputs))
 
-            formulas = _proved(one, of_outputs, leaves)
+            formulas = _proved(one, of_outputs, leaves, once="vector" in given)
             if formulas is not None:
                 yield _Formulas(formulas), given
                 return
@@ -475,12 +475,12 @@ def _curved(
         yield _traced(caller, "the loss", leaves, lambda: _steady(caller, at), at), given
 
 
-def _proved(one: Asked, value: Callable[[Tensor], Tensor], leaves: Sequence[Tensor]) -> Layered | None:
-    """Formulas that need no comparison."""
+def _proved(one: Asked, value: Callable[[Tensor], Tensor], leaves: Sequence[Tensor], *, once: bool) -> Layered | None:
+    """Formulas that need no comparison; for a single product, if `once`."""
     if not comparable(leaves):
         return None
     try:
-        return proved(one.module, one.inputs, value, leaves, one.refuse_unsteady)
+        return proved(one.module, one.inputs, value, leaves, one.refuse_unsteady, once=once)
     except (RuntimeError, TypeError, IndexError, NotImplementedError):
         return None  # plain autograd works, or raises its own error
 

@@ -141,9 +141,9 @@ class Convolved:
         return Factors(patches, g, weight.shape, groups, self.layer.bias is not None)
 
     def _compiled(self) -> bool:
-        """Whether the engine's convolutions form the gradient; their vectors go along a row of the output."""
+        """Whether the engine's convolutions form the gradient: of stride 1, with vectors along a row of the output."""
         row = self.gradients.shape[3] * self.gradients.element_size()
-        plain = tuple(self.layer.dilation) == (1, 1) and (row % 64 == 0 or row >= 256)
+        plain = tuple(self.layer.dilation) == tuple(self.layer.stride) == (1, 1) and (row % 64 == 0 or row >= 256)
         return plain and convolution.serves(self.inputs)
 
     def weight(self, into: Tensor | None = None) -> Tensor:
@@ -158,19 +158,9 @@ class Convolved:
         x = F.pad(self.inputs, (horizontal, horizontal, vertical, vertical))
         x = x.reshape(samples * groups, below, *x.shape[2:])
         g = self.gradients.reshape(samples * groups, -1, *self.gradients.shape[2:])
-        down, right = self.layer.stride
         shape = (samples * groups, g.shape[1], below, rows, columns)
         target = x.new_empty(shape) if into is None else into.view(shape)
-        if (down, right) == (1, 1):
-            convolution.weight_gradients(x, g, target)
-        else:  # each phase of the stride meets every stride-th tap, as a convolution of stride 1
-            for i in range(min(down, rows)):
-                for j in range(min(right, columns)):
-                    taps = target[..., i::down, j::right]
-                    phase = x[:, :, i::down, j::right]
-                    phase = phase[:, :, : g.shape[2] + taps.shape[3] - 1, : g.shape[3] + taps.shape[4] - 1]
-                    taps.copy_(convolution.weight_gradients(phase, g, taps.new_empty(taps.shape)))
-        return target.view(samples, *self.layer.weight.shape)
+        return convolution.weight_gradients(x, g, target).view(samples, *self.layer.weight.shape)
 
     def bias_gradient(self) -> Tensor:
         """Gradient of the bias, (sample, output)."""

@@ -207,7 +207,8 @@ def rows_of(outputs: Sequence[Tensor], inputs: Sequence[Tensor], count: int) -> 
 
 
 def _kept(of: _Operation) -> bool:
-    rule = _KEEPS.get(of.node.name().split("Backward")[0])
+    written = isinstance(of.node, torch.autograd.function.BackwardCFunction)  # by a user, under whatever name
+    rule = None if written else _KEEPS.get(of.node.name().split("Backward")[0])
     try:
         return rule is not None and rule(of)
     except (AttributeError, IndexError, TypeError, ZeroDivisionError):  # another form of the operation

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -59,28 +60,33 @@ def proved(
     value: Callable[[Tensor], Tensor],
     leaves: Sequence[Tensor],
     steady: Callable[[Callable[[], Tensor]], Tensor],
+    *,
+    once: bool,
 ) -> Layered | None:
     """As `layered`, but None unless autograd's graph proves the formulas, which then need no comparison.
 
-    The module must be built of torch's own parts (`graph.known`), and the loss depend on the outputs alone, with no
-    second derivative in the outputs of two samples.
+    The module must be built of torch's own parts (`graph.known`), and the loss depend on the outputs alone.  For more
+    than one product it must also have no second derivative in the outputs of two samples.
 
     Args:
         module, inputs, value, leaves: As `layered`.
         steady: Computes a value twice, and raises ValueError if the two differ.
+        once: Whether one product is all that is asked for; then the loss's own graph serves for its second derivative.
     """
     found = plain_network(module, inputs, leaves, compare=False) if graph.known(module) else None
     if found is None or not isinstance(inputs, Tensor):
         return None
     network, order = found
-    if len(inputs) * network.widths[-1] ** 2 * inputs.element_size() > _AT_ONCE:
+    if not once and len(inputs) * network.widths[-1] ** 2 * inputs.element_size() > _AT_ONCE:
         return None
     trace = network.trace(inputs.detach())
-    free = trace.output.clone().requires_grad_(True)
+    free = trace.output.detach().requires_grad_(True)
     total = steady(lambda: value(free))
     if not total.requires_grad or graph.leaves_of([total]) != {id(free)}:
         return None
     (slope,) = torch.autograd.grad(total, free, create_graph=True)
+    if once:
+        return Layered(network, inputs.detach(), trace, slope.detach(), _Bent(slope, free), order)
     bend, apart = _bend(slope, free)
     if not apart:
         return None
@@ -163,6 +169,41 @@ def _bend(slope: Tensor, free: Tensor) -> tuple[Tensor, bool]:
     return bend, agree(product, (bend @ random.unsqueeze(2)).squeeze(2), bend.abs().max())
 
 
+@dataclass(frozen=True)
+class _Bent:
+    """∂²J/∂f², held as the graph of ∂J/∂f in f, both (sample, output)."""
+
+    slope: Tensor
+    free: Tensor
+
+    def along(self, moved: Tensor) -> Tensor:
+        """Its product with `moved`, which is compared with that of a random vector, uᵀ(H v) = vᵀ(H u).
+
+        Raises:
+            ValueError: if they differ.
+        """
+        draw = torch.Generator(device="cpu").manual_seed(0)
+        rows, columns = (
+            torch.randn(n, generator=draw, dtype=moved.dtype, device="cpu").to(moved.device) for n in moved.shape
+        )
+        random = torch.outer(rows, columns)
+        found, other = self._product(moved), self._product(random)
+        there, back = (random * found).sum(), (moved * other).sum()
+        if not agree(there, back, torch.maximum(random.norm() * found.norm(), moved.norm() * other.norm())):
+            raise ValueError(
+                "hessian_vector_product: products with the Hessian of the loss in the outputs are not those of a "
+                f"symmetric matrix (uHv = {float(there):.6g}, vHu = {float(back):.6g}); a hook, or a backward pass of "
+                "its own, changes its gradients"
+            )
+        return found
+
+    def _product(self, moved: Tensor) -> Tensor:
+        if not self.slope.requires_grad:
+            return torch.zeros_like(moved)
+        (found,) = torch.autograd.grad(self.slope, self.free, moved, retain_graph=True, allow_unused=True)
+        return torch.zeros_like(moved) if found is None else found
+
+
 class Layered:
     """The Hessian of one loss of one network at one point: its products with vectors, and the dense matrix.
 
@@ -170,14 +211,21 @@ class Layered:
         network: Plain, with parameters that need no gradient.
         x: (sample, input).
         trace: The forward pass of `x`.
-        slope, bend: ∂J/∂f_L and ∂²J/∂f_L² of each sample, the latter as `_bend` gives it.
+        slope, bend: ∂J/∂f_L and ∂²J/∂f_L² of each sample, the latter as `_bend` gives it, or for products alone a
+            `_Bent`.
         order: (layer, whether it is the bias) of each parameter of the result.
     """
 
     def __init__(
-        self, network: Network, x: Tensor, trace: Trace, slope: Tensor, bend: Tensor, order: Sequence[tuple[int, bool]]
+        self,
+        network: Network,
+        x: Tensor,
+        trace: Trace,
+        slope: Tensor,
+        bend: Tensor | _Bent,
+        order: Sequence[tuple[int, bool]],
     ) -> None:
-        self._weights, self._bend, self._order = network.weights, bend, order
+        self._weights, self._second, self._order = network.weights, bend, order
         self._below = [x, *trace.activations[:-1]]
         self._gates = trace.gates[:-1]
         self._curved: list[Tensor | None] = []
@@ -196,11 +244,16 @@ class Layered:
 
     @property
     def device(self) -> torch.device:
-        return self._bend.device
+        return self._below[0].device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self._bend.dtype
+        return self._below[0].dtype
+
+    @property
+    def _bend(self) -> Tensor:
+        assert isinstance(self._second, Tensor), "one product was asked for"
+        return self._second
 
     def _shape(self, layer: int, bias: bool) -> torch.Size:
         return self._weights[layer].shape[:1] if bias else self._weights[layer].shape
@@ -217,33 +270,42 @@ class Layered:
         moved_z: list[Tensor] = []
         moved_f: list[Tensor | None] = [None]
         for layer, (weight, below) in enumerate(zip(self._weights, self._below, strict=True)):
-            z = below @ along[layer, False].T if (layer, False) in along else below.new_zeros(len(below), len(weight))
-            if (layer, True) in along:
-                z = z + along[layer, True]
+            bias = along.get((layer, True))
+            if (layer, False) in along:
+                z = nn.functional.linear(below, along[layer, False], bias)
+            elif bias is not None:
+                z = bias.repeat(len(below), 1)
+            else:
+                z = below.new_zeros(len(below), len(weight))
             moved = moved_f[layer]
             if moved is not None:
-                z = z.addmm(moved, weight.T)
+                z.addmm_(moved, weight.T)
             moved_z.append(z)
             if layer < depth - 1:
                 moved_f.append(self._gates[layer] * z)
-        moved_g = (
-            self._bend * moved_z[-1] if self._bend.ndim == 2 else (self._bend @ moved_z[-1].unsqueeze(2)).squeeze(2)
-        )
+        moved_g = self._along(moved_z[-1])
         found: dict[tuple[int, bool], Tensor] = {}
         for layer in range(depth - 1, -1, -1):
             moved = moved_f[layer]
-            product = moved_g.T @ self._below[layer]
-            found[layer, False] = product if moved is None else product.addmm(self._slopes[layer].T, moved)
+            found[layer, False] = moved_g.T @ self._below[layer]
+            if moved is not None:
+                found[layer, False].addmm_(self._slopes[layer].T, moved)
             found[layer, True] = moved_g.sum(0)
             if layer:
-                above = moved_g @ self._weights[layer]
+                moved_g = moved_g @ self._weights[layer]
                 if (layer, False) in along:
-                    above = above.addmm(self._slopes[layer], along[layer, False])
-                moved_g = self._gates[layer - 1] * above
+                    moved_g.addmm_(self._slopes[layer], along[layer, False])
+                moved_g.mul_(self._gates[layer - 1])
                 curved = self._curved[layer - 1]
                 if curved is not None:
-                    moved_g = moved_g.addcmul(curved, moved_z[layer - 1])
+                    moved_g.addcmul_(curved, moved_z[layer - 1])
         return torch.cat([found[place].flatten() for place in self._order])
+
+    def _along(self, moved: Tensor) -> Tensor:
+        """∂²J/∂f² times `moved`, (sample, output)."""
+        if isinstance(self._second, _Bent):
+            return self._second.along(moved)
+        return self._second * moved if self._second.ndim == 2 else (self._second @ moved.unsqueeze(2)).squeeze(2)
 
     # --- the dense matrix ------------------------------------------------------------------------------------
 

@@ -107,7 +107,7 @@ class Proven:
             value = one.value(self._loss, self._alone, target)
             right = {0: one.plain_again(self._loss, 0, (self._alone, value))}
         numbers = sum(f.numel() + z.numel() for ((f, z),) in calls.values())
-        self.chunk = min(one.count, max(1, memory // max(1, 4 * numbers * one.dtype.itemsize)))
+        self.chunk = min(one.count, max(1, memory // max(1, 2 * numbers * one.dtype.itemsize)))
         part = slice(0, self.chunk)
         found = self._tried(part)
         if found is None:

@@ -8,7 +8,8 @@
 //
 // A bias is the column of W that belongs to a constant node 1.  Rows are padded to whole cache lines with zeros.
 // Padded samples may get numbers, but columns do not mix in the first two products and the third leaves them out;
-// padded input nodes stay zero.
+// padded input nodes stay zero.  A step on all samples takes them in parts that stay in the cache, and sums the
+// gradients of the parts.
 // Sums are added in the same order for any number of members or threads.
 
 #include <algorithm>
@@ -41,7 +42,7 @@ struct Job {
     const uint8_t* norm_first;        // per hidden layer: before the activation, else after
     const double *floors, *follow;  // per hidden layer: eps, and the weight of a batch in the statistics
     const void *inputs, *targets;     // (member, sample, ...)
-    const int64_t* rows;              // (member, step, batch)
+    const int64_t* rows;              // (member, step, batch); null: each step uses all samples, in their order
     const double* rates;              // (member,)
     const double* factors;            // per layer, on the rates
     double momentum, weight_decay, beta_1, beta_2, epsilon;
@@ -67,6 +68,9 @@ namespace {
 
 // Mirrored by compiled_step.METHODS.
 enum Method : int64_t { kSgd, kMomentum, kNesterov, kAdam, kAdamW };
+
+// Samples of a part of a step on all samples.
+constexpr long kPart = 64;
 
 // A parameter with its moments and its gradient, null if there are none.
 template <class Real>
@@ -95,25 +99,26 @@ class Member {
     explicit Member(const Job& job)
         : job(job),
           depth(job.depth),
-          batch(job.batch),
+          batch(parted(job) ? kPart : job.batch),
           samples(Lanes<Real>::padded(batch)),
           moments(job.method == kSgd ? 0 : job.method < kAdam ? 1 : 2),
+          together(job.clip != 0 || parted(job)),
           // otherwise the step is added to the weights as it is summed
-          separate(moments || job.clip != 0 || factored() || (job.weight_decay != 0 && !job.decay_biases)) {
+          separate(moments || together || factored() || (job.weight_decay != 0 && !job.decay_biases)) {
         layers.resize(depth);
         long widest = 0, largest = 0;
         for (long l = 0; l < depth; ++l) widest = std::max({widest, plan(l), job.widths[l + 1]});
         for (const auto& layer : layers) largest = std::max(largest, layer.nodes * layer.stride);
         const long outputs = Lanes<Real>::padded(job.widths[depth]);
         widest = std::max(widest, outputs);
-        arena.reserve(&shared, separate && job.clip == 0 ? largest : 0);
+        arena.reserve(&shared, separate && !together ? largest : 0);
         arena.reserve(&target, samples * outputs);
         arena.reserve(&g, widest * samples);
         arena.reserve(&passed, widest * samples);
         arena.allocate();
         for (long l = 0; l < depth; ++l) {
             Layer<Real>& layer = layers[l];
-            if (job.clip == 0) layer.weight.gradient = shared;
+            if (!together) layer.weight.gradient = shared;
             for (long b = 0; b < batch; ++b) {  // the constant node
                 const Real one = job.biases[l] ? 1 : 0;
                 layer.by_sample[b * layer.stride + layer.below] = one;
@@ -128,26 +133,36 @@ class Member {
         const long inputs = layers[0].below, outputs = layers[depth - 1].nodes;
         const Real* x = static_cast<const Real*>(job.inputs) + member * job.samples * inputs;
         const Real* y = static_cast<const Real*>(job.targets) + member * job.samples * outputs;
-        const int64_t* rows = job.rows + member * job.steps * batch;
+        const int64_t* rows = job.rows ? job.rows + member * job.steps * batch : nullptr;
         rate = job.rates[member];
-        for (long s = 0; s < job.steps; ++s, rows += batch) {
-            for (long b = 0; b < batch; ++b) {
-                std::memcpy(layers[0].by_sample + b * layers[0].stride, x + rows[b] * inputs, inputs * sizeof(Real));
-                std::memcpy(target + b * Lanes<Real>::padded(outputs), y + rows[b] * outputs, outputs * sizeof(Real));
-            }
-            if (s + 1 < job.steps)  // rows are scattered over the data: prefetch the next ones now
-                for (long b = 0; b < batch; ++b) {
-                    fetch(x + rows[batch + b] * inputs, inputs);
-                    fetch(y + rows[batch + b] * outputs, outputs);
+        for (step = job.taken + 1; step <= job.taken + job.steps; ++step) {
+            for (first = 0; first < job.batch; first += batch) {
+                for (long b = 0; b < batch; ++b) {  // a part that is not full holds its first sample again
+                    const long at = rows ? rows[b] : first + b < job.batch ? first + b : first;
+                    std::memcpy(layers[0].by_sample + b * layers[0].stride, x + at * inputs, inputs * sizeof(Real));
+                    std::memcpy(target + b * Lanes<Real>::padded(outputs), y + at * outputs, outputs * sizeof(Real));
                 }
-            forward();
-            step = job.taken + s + 1;
-            backward();
+                if (rows && step < job.taken + job.steps)  // rows are scattered over the data: prefetch the next ones
+                    for (long b = 0; b < batch; ++b) {
+                        fetch(x + rows[batch + b] * inputs, inputs);
+                        fetch(y + rows[batch + b] * outputs, outputs);
+                    }
+                forward();
+                backward();
+            }
+            if (together) finish();
+            if (rows) rows += batch;
         }
         exchange(member, &Member::unpack);
     }
 
   private:
+    // BatchNorm needs all samples of a step at once.
+    static bool parted(const Job& job) {
+        return !job.rows && job.batch > kPart &&
+               std::none_of(job.means, job.means + job.depth, [](const void* mean) { return mean != nullptr; });
+    }
+
     bool factored() const { return std::any_of(job.factors, job.factors + job.depth, [](double f) { return f != 1; }); }
 
     // Reserves the memory of a layer and what is below it; returns its number of input nodes.
@@ -169,7 +184,7 @@ class Member {
             arena.reserve(&layer.standard, layer.nodes * samples);
             for (Parameter<Real>* p : {&layer.scale, &layer.shift}) {
                 reserve(*p, layer.nodes);
-                if (job.clip == 0) arena.reserve(&p->gradient, layer.nodes);
+                if (!together) arena.reserve(&p->gradient, layer.nodes);
             }
         }
         return layer.below;
@@ -179,7 +194,7 @@ class Member {
         arena.reserve(&p.value, numbers);
         arena.reserve(&p.first, moments > 0 ? numbers : 0);
         arena.reserve(&p.second, moments > 1 ? numbers : 0);
-        arena.reserve(&p.gradient, job.clip != 0 ? numbers : 0);
+        arena.reserve(&p.gradient, together ? numbers : 0);
     }
 
     static void fetch(const Real* p, long numbers) {
@@ -206,8 +221,10 @@ class Member {
         }
         if (job.entropy) softmax(outputs);
         // everything below is linear in it
-        const Real scale = static_cast<Real>((separate ? 1 : -rate) / batch);
+        const Real scale = static_cast<Real>((separate ? 1 : -rate) / job.batch);
         for (long i = 0; i < outputs * samples; ++i) g[i] *= scale;
+        const long held = job.batch - first;
+        for (long n = 0; held < batch && n < outputs; ++n) std::fill(g + n * samples + held, g + (n + 1) * samples, Real(0));
     }
 
     // What follows a hidden layer's sums, in place: activation, BatchNorm; above is the next layer.
@@ -281,10 +298,13 @@ class Member {
 
     // --- backward ------------------------------------------------------------------------------------------------
 
+    long lowest() const {
+        return std::find(job.frozen, job.frozen + depth, uint8_t(0)) - job.frozen;
+    }
+
     // Down the layers: g below = (W^T g) gate, and g f^T is dJ/dW, or at once the step -rate dJ/dW.
     void backward() {
-        long lowest = 0;
-        while (lowest < depth && job.frozen[lowest]) ++lowest;
+        const long lowest = this->lowest();
         for (long l = depth - 1; l >= lowest; --l) {
             Layer<Real>& layer = layers[l];
             if (l > lowest) {
@@ -297,13 +317,16 @@ class Member {
             }
             if (!job.frozen[l]) {
                 differentiate(layer);
-                if (job.clip == 0) update(l);
+                if (!together) update(l);
             }
             std::swap(g, passed);
         }
-        if (job.clip == 0) return;
-        clip(lowest);
-        for (long l = lowest; l < depth; ++l)
+    }
+
+    // Updates all layers, where that waits for the gradients of all layers and parts.
+    void finish() {
+        if (job.clip != 0) clip(lowest());
+        for (long l = lowest(); l < depth; ++l)
             if (!job.frozen[l]) update(l);
     }
 
@@ -336,7 +359,7 @@ class Member {
     }
 
     void differentiate(Layer<Real>& layer) {
-        const Real kept = static_cast<Real>(separate ? 0 : 1 - rate * job.weight_decay);
+        const Real kept = static_cast<Real>(separate ? first > 0 : 1 - rate * job.weight_decay);
         Real* sum = separate ? layer.weight.gradient : layer.weight.value;
         multiply<Real>({batch, g, samples, 1, layer.by_sample, layer.stride, sum, layer.stride, kept}, layer.nodes,
                        layer.stride);
@@ -490,12 +513,12 @@ class Member {
 
     const Job& job;
     const long depth, batch, samples, moments;
-    const bool separate;
+    const bool together, separate;
     std::vector<Layer<Real>> layers;
     Arena<Real> arena;
     Real *shared = nullptr, *target = nullptr, *g = nullptr, *passed = nullptr;
     double rate = 0;
-    long step = 0;
+    long step = 0, first = 0;  // the step's number from 1, and the first sample of its part
 };
 
 template <class Real>

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tsdyn.engine import batched, compiled_activations, native
+from tsdyn.engine import compiled_activations, native
 from tsdyn.engine.batches import Batches
 from tsdyn.engine.ensemble import Ensemble, Named
 from tsdyn.engine.loss import CROSS_ENTROPY, LOSSES
@@ -118,25 +118,14 @@ def advance(block: Ensemble, batches: Batches, rule: Rule, taken: int) -> None:
         ValueError: for BatchNorm with batches of one sample.
         MemoryError: if there is no memory for a second copy of a member's parameters.
     """
-    if batches.rows is not None:
-        return _train(block, batches.inputs, batches.targets, batches.rows, rule, taken)
-    if batched.claims(block, rule):  # products of a whole data set are large, and torch's are as quick for those
-        return batched.advance(block, batches, rule, taken)
-    members, samples, _ = batches.inputs.shape
-    every = torch.arange(samples, device="cpu").expand(members, 1, samples)
-    for step in range(batches.steps):
-        _train(block, batches.inputs, batches.targets, every, rule, taken + step)
-    return None
-
-
-def _train(block: Ensemble, inputs: Tensor, targets: Tensor, rows: Tensor, rule: Rule, taken: int) -> None:
     library = native.load(SOURCE, Job)
     assert library is not None
-    inputs, targets, rows = inputs.contiguous(), targets.contiguous(), rows.contiguous()
+    inputs, targets = batches.inputs.contiguous(), batches.targets.contiguous()
+    rows = None if batches.rows is None else batches.rows.contiguous()
     members, samples, _ = inputs.shape
-    if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < samples:
+    if rows is not None and rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < samples:
         raise IndexError(f"train: rows reach from {int(rows.min())} to {int(rows.max())}; samples are 0..{samples - 1}")
-    job = _job(block, inputs, targets, rows, rule, taken)
+    job = _job(block, inputs, targets, rows, batches.steps, rule, taken)
     function = native.function(library, "train", inputs.dtype)
 
     def one(member: int, _next: int) -> int:
@@ -150,13 +139,16 @@ def _widths(block: Ensemble) -> list[int]:
     return [block.weights[0].shape[2], *(w.shape[1] for w in block.weights)]
 
 
-def _job(block: Ensemble, inputs: Tensor, targets: Tensor, rows: Tensor, rule: Rule, taken: int) -> Job:
+def _job(
+    block: Ensemble, inputs: Tensor, targets: Tensor, rows: Tensor | None, steps: int, rule: Rule, taken: int
+) -> Job:
     network = _network(block)
     assert network is not None
     activation, depth = network.activation, block.depth
     norms = network.norms
+    batch = inputs.shape[1] if rows is None else rows.shape[2]
     if any(norm is not None for norm in norms):
-        require_two(rows.shape[2])
+        require_two(batch)
     moments: list[Named] = [block.moments[name] for name in rule.optimizer.moments]
     moments += [{}] * (2 - len(moments))
 
@@ -173,8 +165,8 @@ def _job(block: Ensemble, inputs: Tensor, targets: Tensor, rows: Tensor, rule: R
     return Job(
         depth,
         native.array(ctypes.c_int64, _widths(block)),
-        rows.shape[2],
-        rows.shape[1],
+        batch,
+        steps,
         inputs.shape[1],
         compiled_activations.kind(activation),
         activation.leak or 0.0,
@@ -187,7 +179,7 @@ def _job(block: Ensemble, inputs: Tensor, targets: Tensor, rows: Tensor, rule: R
         native.array(ctypes.c_double, [0.0 if n is None else n.momentum for n in norms]),
         inputs.data_ptr(),
         targets.data_ptr(),
-        rows.data_ptr(),
+        None if rows is None else rows.data_ptr(),
         native.array(ctypes.c_double, rates.tolist()),
         native.array(ctypes.c_double, rule.factors or [1.0] * depth),
         rule.momentum,

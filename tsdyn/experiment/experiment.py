@@ -10,8 +10,7 @@ import json
 import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal, assert_never
 
@@ -327,14 +326,11 @@ class Experiment(Part):
             archived: Whether the text comes from an archive: parts that it names then need not be installed here.
         """
         try:
-            values = tomllib.loads(text)
-        except (ValueError, RecursionError) as error:  # ValueError: TOMLDecodeError, and numbers of thousands of digits
-            raise ExperimentError(f"{origin}: not TOML: {error}") from None
-        try:
-            with registers.accepting(None) if archived else nullcontext():
-                return cls(**values)
+            return _archived(text) if archived else cls(**tomllib.loads(text))
         except ExperimentError as error:
             raise ExperimentError(f"{origin}: {error}") from None
+        except (ValueError, RecursionError) as error:  # ValueError: TOMLDecodeError, and numbers of thousands of digits
+            raise ExperimentError(f"{origin}: not TOML: {error}") from None
 
     @classmethod
     @takes(path=PATH)
@@ -395,6 +391,13 @@ class Experiment(Part):
     def _tables(self) -> dict[str, Any]:
         """`as_dict` without the sweep; not to be changed."""
         return {name: value for name, value in self.as_dict().items() if name != "sweep"}
+
+
+@lru_cache(maxsize=4)
+def _archived(text: str) -> Experiment:
+    """The experiment of an archive, which whoever reads one asks for several times."""
+    with registers.accepting(None):
+        return Experiment(**tomllib.loads(text))
 
 
 def _without_what_follows(copied: Experiment) -> Experiment:

@@ -163,7 +163,11 @@ def _own_modules(e: Experiment) -> str | None:
     """Refuse what an experiment with a module of the user's own cannot have."""
     for who, part in (("student", e.student), ("teacher", e.teacher)):
         if part.module is None and (part.layers is not None or part.shapes is not None):
-            return f"{who}.layers: names layers of a module of your own, and there is no {who}.module; leave it out"
+            return (
+                f"{who}.layers: names layers of a module of your own, and there is no {who}.module; name the function "
+                f"that makes it, too, {who}.module = 'package.module:name', also where it is passed, {who}=..., or "
+                "leave the layers out"
+            )
     if not e.of_own_modules:
         return None
     own, taught = e.student.module is not None, e.teacher.module is not None

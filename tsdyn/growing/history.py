@@ -32,7 +32,8 @@ def states_kept(path: Path) -> str:
         return ""
     swept = (path / SWEEP).is_file()
     folders = [path / name for name in sweep_points(path)] if swept else [path]
-    held = next((found for folder in folders if (found := states.kept(folder))), {})
+    begun = next((folder for folder in folders if (folder / ARCHIVE).is_file() or segments(folder)), None)
+    held = {} if begun is None else states.kept(begun)
     if len(held) < 2:  # the last one is needed to train on
         return ""
     shown = [*map(str, held)] if len(held) <= 8 else [*map(str, [*held][:6]), "...", str([*held][-1])]

@@ -87,7 +87,7 @@ def _leaky(name: str, leak: float) -> Activation:
         return torch.where(z > 0, torch.ones_like(z), leak)  # the other way round would be float32
 
     if name == "relu":
-        return Activation(name, torch.relu, derivative, nn.ReLU, 0.0)
+        return Activation(name, torch.relu, lambda z: (z > 0).to(z.dtype), nn.ReLU, 0.0)
     return Activation(name, lambda z: F.leaky_relu(z, leak), derivative, lambda: nn.LeakyReLU(leak), leak)
 
 

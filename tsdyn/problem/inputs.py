@@ -52,7 +52,9 @@ def training_generator(experiment: Experiment, seed: int, stream: str, epoch: in
 
 
 def _gaussian(rng: np.random.Generator, samples: int, inputs: int, *, std: float) -> np.ndarray:
-    return rng.standard_normal((samples, inputs)) * std
+    drawn = rng.standard_normal((samples, inputs))
+    drawn *= std
+    return drawn
 
 
 def _uniform(rng: np.random.Generator, samples: int, inputs: int, *, std: float) -> np.ndarray:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from tsdyn import registers, schema
 from tsdyn._version import __version__
-from tsdyn.archive import whole_files
+from tsdyn.archive import machines, whole_files
 from tsdyn.archive.recording_directory import RecordingDirectory
 from tsdyn.archive.recordings import WRITERS, Recording
 from tsdyn.archive.whole_files import ArchiveError
@@ -207,12 +207,10 @@ class Recorder:
             directory.__exit__()
             raise
         self._last = self._writer.durable
-        self._resumed = self._last is None
-        self._died = -1
+        self._resumed, self._died, self._told = self._last is None, -1, set[str]()
         self._present: dict[str, np.ndarray] = {}
         self._spare: dict[str, np.ndarray] = {}
         self._attrs: dict[str, Any] = {}
-        self._told: set[str] = set()
         self._finalizer = weakref.finalize(self, self._writer.close)
 
     @property
@@ -474,7 +472,7 @@ class Recorder:
                 "correlation": "centred, standardised, signed",
             }),
         }  # fmt: skip
-        return now | {provenance.HISTORY: provenance.extended(before, now, first)}
+        return now | {machines.HISTORY: machines.extended(before, now, first)}
 
     # --- what is refused -------------------------------------------------------------------------------------
 

@@ -10,14 +10,13 @@ import json
 import shutil
 from pathlib import Path
 
-from tsdyn.archive import changes, netcdf
+from tsdyn.archive import changes, machines, netcdf
 from tsdyn.archive.lock import NAME as LOCK
 from tsdyn.archive.run_directory import ADDED, ARCHIVE, EXPERIMENT, RunDirectory, extends, segments
 from tsdyn.archive.whole_files import DirectoryError, refuse_link, sync_directory
 from tsdyn.experiment.errors import ExperimentError
 from tsdyn.experiment.experiment import Experiment
 from tsdyn.problem import input_files
-from tsdyn.running import provenance
 from tsdyn.running.conventions import attributes
 
 
@@ -104,19 +103,19 @@ def join(path: Path, experiment: Experiment, device: str) -> None:
         _refuse_other_inputs(path, own, input_files.kept(theirs) or {})
         attrs = attributes(experiment, device) | changes.extended(before, changes.described(experiment, own))
         attrs |= {key: before[key] for key in ("parameters", input_files.ATTRIBUTE) if key in before}
-        attrs |= {provenance.HISTORY: _machines(before, theirs, list(new.seed_labels))}
+        attrs |= {machines.HISTORY: _machines(before, theirs, list(new.seed_labels))}
         target.gain(other, experiment, attrs)
     _remove_joined(path, experiment)
 
 
 def _machines(before: dict[str, object], theirs: dict[str, object], seeds: list[int]) -> str:
     """The machines that computed both: those of the further seeds are named with them, where they are others."""
-    own = provenance.history(before)
-    known = [{key: entry.get(key) for key in provenance.DECISIVE} for entry in own]
+    own = machines.history(before)
+    known = [{key: entry.get(key) for key in machines.DECISIVE} for entry in own]
     more = [
         {**entry, "seeds": seeds}
-        for entry in provenance.history(theirs)
-        if {key: entry.get(key) for key in provenance.DECISIVE} not in known
+        for entry in machines.history(theirs)
+        if {key: entry.get(key) for key in machines.DECISIVE} not in known
     ]
     return json.dumps([*own, *more])
 

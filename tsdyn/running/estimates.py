@@ -311,6 +311,7 @@ def _footprint_training(experiment: Experiment, train: int | None, traced: int |
     standard = _hidden(experiment, experiment.teacher.active_widths)  # activations, on evaluation samples only
     parameters = layout.entries or _parameters(layout.widths, layout.input_widths)
     each = (train + experiment.data.eval) * (_inputs(experiment) + taught) + experiment.data.eval * standard
+    each += train * (_inputs(experiment) + experiment.student_widths[-1])  # all members' samples in one array
     each += 4 * (
         parameters + (layout.teacher_entries or _parameters(layout.teacher_widths, layout.teacher_input_widths))
     )

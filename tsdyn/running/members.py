@@ -236,12 +236,13 @@ class Members:
         for draws in zip(*pieces, strict=True):
             steps, batch, _ = draws[0].shape
             x = torch.stack([self._tensor(draw) for draw in draws]).flatten(1, 2)  # (member, sample, input)
-            y = torch.stack([
+            own = range(*members.indices(len(self.teachers)))
+            clean = [
                 self.targets(member, part, None if shown is None else shown[taken : taken + steps].flatten())
-                for member, part, shown in zip(range(*members.indices(len(self.teachers))), x, classes, strict=True)
-            ])  # fmt: skip
+                for member, part, shown in zip(own, x, classes, strict=True)
+            ]
             y = torch.stack([
-                targets.spoiled(self.experiment, clean, noise) for clean, noise in zip(y, noises, strict=True)
+                targets.spoiled(self.experiment, each, noise) for each, noise in zip(clean, noises, strict=True)
             ])  # fmt: skip
             taken += steps
             rows = torch.arange(steps * batch).view(1, steps, batch).expand(len(seeds), -1, -1)
@@ -369,7 +370,17 @@ class Members:
             lasting = self.experiment.training.rate(step) * self.experiment.steps
             epochs.train_epoch(self.ensemble, list(zip(*self.finite, strict=True)), rule, time=lasting)
         else:  # every other method, a package's own too, takes the steps of its rule
-            train.train_epoch(self.ensemble, self.stream(step), rule, batch=self.batch)
+            try:
+                train.train_epoch(self.ensemble, self.stream(step), rule, batch=self.batch)
+            except (ValueError, MemoryError, torch.OutOfMemoryError):
+                raise
+            except Exception as error:  # the user's own code raises errors of every type
+                if self.student is None:
+                    raise
+                raise ExperimentError(
+                    f"student: {self.experiment.student.module} raised {type(error).__name__} while it was trained in "
+                    f"epoch {step}: {error}"
+                ) from error
         return self.mark_dead(step)
 
     def fallbacks(self) -> list[str]:

@@ -195,7 +195,8 @@ def _keys(experiment: Experiment, who: Literal["student", "teacher"], make: Make
         names = layers.labelled(module, _few_inputs(experiment), part.layers, caller=f"{who}.layers", whose=who)
     except ValueError as error:
         raise ExperimentError(
-            f"{error}; or record losses, mse and parameter alone, which need no layers (record.observables)"
+            f"{error} ({who}.layers of the experiment, beside {who}.module); or record losses, mse and parameter "
+            "alone, which need no layers (record.observables)"
         ) from None
     shapes = [list(w.shape) for w, _ in layers.weights_of(module, names)]
     return found | {f"{who}.layers": list(names), f"{who}.shapes": shapes}

@@ -15,7 +15,7 @@ import torch
 import xarray as xr
 
 from tsdyn import memory, vocabulary
-from tsdyn.archive import changes, reading, whole_files
+from tsdyn.archive import changes, machines, reading, whole_files
 from tsdyn.archive.made_files import Made
 from tsdyn.archive.run_directory import RunDirectory
 from tsdyn.archive.whole_files import ArchiveError
@@ -24,7 +24,7 @@ from tsdyn.experiment.experiment import Experiment
 from tsdyn.observables import registry
 from tsdyn.problem import input_files
 from tsdyn.problem.inputs import new_at_every_step
-from tsdyn.running import added_seeds, packages, provenance
+from tsdyn.running import added_seeds, packages
 from tsdyn.running.conventions import attributes
 from tsdyn.running.estimates import COMMIT_BYTES, Footprint, footprint
 from tsdyn.running.interrupts import Stopped, stopping
@@ -279,13 +279,13 @@ class _Point:
             self._first = committed + 1
             self._worked = float(before.get(vocabulary.WALL, 0.0))
         if self._first <= self.experiment.last:
-            self._attrs |= {provenance.HISTORY: provenance.extended(before, self._attrs, self._first)}
-        elif provenance.HISTORY in before:
-            self._attrs |= {provenance.HISTORY: before[provenance.HISTORY]}
+            self._attrs |= {machines.HISTORY: machines.extended(before, self._attrs, self._first)}
+        elif machines.HISTORY in before:
+            self._attrs |= {machines.HISTORY: before[machines.HISTORY]}
         self._attrs |= self._changes(before)
         self.members.draw()  # what cannot be drawn fails by itself
         if isinstance(self.members, Members) and (reasons := self.members.fallbacks()):
-            self._attrs |= {provenance.FALLBACKS: json.dumps(reasons)}
+            self._attrs |= {machines.FALLBACKS: json.dumps(reasons)}
             _log.info("%s: %s", self._target.path, "; ".join(reasons))
         return self._first
 
@@ -456,7 +456,7 @@ def _say_what_changed(path: Path, before: Mapping[str, Any], attrs: Mapping[str,
     """Log a warning if device, threads, versions, engine or processor changed: only with the same ones are bits the
     same.
     """
-    changed = provenance.changed(before, attrs) + packages.changed(before, attrs)
+    changed = machines.changed(before, attrs) + packages.changed(before, attrs)
     if changed:
         _log.warning("%s: goes on elsewhere than it began (%s): bits may differ", path, "; ".join(changed))
 

@@ -191,13 +191,14 @@ def reverse_pass(
         ExperimentError: if a derivative is not finite.
     """
     sums = _empty(course, slope, wanted)
-    gone, kept.gone, after = kept.gone, None, kept.end
+    after = kept.end
     for first, last in reversed(course.blocks):
+        gone, kept.gone = kept.gone, None
         if gone is None:
             gone = _forth(course, kept, first, last, tick)
             course.meet(after)
         _gone_back(course, gone, kept.why, sums, wanted, tick)
-        gone, after = None, gone.start
+        after = gone.start
     if not all(bool(t.isfinite().all()) for t in sums.start.tensors()):
         raise ExperimentError(
             "sensitivity: the derivative is not finite: it grew beyond all numbers on the way back, or the optimizer "

@@ -150,7 +150,7 @@ class Course:
         self.begun = 0  #: the epoch from whose state it goes on
         self.taken = 0
         self._data: dict[int, Data] = {}
-        self._noise: dict[int, list[list[dict[str, Any]]]] = {}
+        self._noise: dict[int, list[list[Mapping[str, Any]]]] = {}
 
     @property
     def experiment(self) -> Experiment:

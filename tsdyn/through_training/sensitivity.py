@@ -212,8 +212,8 @@ def _jobs(
         kept_bytes = states_kept(folder)
         epochs = tuple(kept_bytes)
         longest, starts = _division(single, experiment, first.ensemble, alive[0], min(last, common.epoch), epochs)
-        held = State.held(first.ensemble).bytes
-        size, allowed = _block_size(experiment, held, longest * experiment.steps, starts, room, len(alive))
+        state_bytes = State.held(first.ensemble).bytes
+        size, allowed = _block_size(experiment, state_bytes, longest * experiment.steps, starts, room, len(alive))
         size = 1 if client is not None else size
         for begin in range(0, len(alive), size):
             block = alive[begin : begin + size]
