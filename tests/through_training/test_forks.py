@@ -1,6 +1,7 @@
 """Forks: a branch is its parent's bits until something is changed, and an archive like any other."""
 
 import shutil
+import warnings
 
 import numpy as np
 import pytest
@@ -429,3 +430,19 @@ def test_what_an_own_module_has_not_is_refused(own_parent, tmp_path, perturb, to
     with pytest.raises(ValueError, match=told):
         tsdyn.fork(own_parent, at=2, perturb=perturb, out=tmp_path / "children", student=Residual)
     assert not (tmp_path / "children").exists()
+
+
+@pytest.mark.parametrize("kept", [{"record__state_every": 1}, {}], ids=["states kept", "weights recorded"])
+def test_a_parent_that_has_not_gained_its_newest_seeds_yet_is_trained_again(kept, tmp_path):
+    """The sweep asks for three seeds, its points hold two, as where the command that adds one was killed at once."""
+    path = parent_of(tmp_path, sweep={"teacher.polarity": [0.0, 1.0]}, **kept)
+    held = Experiment.from_toml(path / "experiment.toml")
+    grown = held.replace({"seeds": 3})
+    (path / "experiment.toml").write_text(grown.to_toml(), encoding="utf-8")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", tsdyn.UnrecordedWarning)
+        found = tsdyn.fork(path, at=1, out=tmp_path / "children").load()
+    tsdyn.run(grown, tmp_path / "whole")
+    wanted = tsdyn.fork(tmp_path / "whole", at=1, out=tmp_path / "children of the whole").load()
+    for name in ("weight", "loss_eval"):
+        np.testing.assert_array_equal(found[name], wanted[name])

@@ -119,13 +119,24 @@ def _resumed(members: Members, parent: Path, after: int, epoch: int) -> int:
 
 
 def folders(path: Path) -> dict[str, Path]:
-    """The directories of a run, or of a sweep's runs, by `identity`; none where there is no such archive."""
+    """The directories of a run, or of a sweep's runs, by `identity`; none where there is no such archive.
+
+    A point that has not gained the newest seeds of its sweep yet is left out: what it holds is of fewer members.
+    """
     try:
         whole = Experiment.from_toml(path / EXPERIMENT, archived=True)
         runs = {".": whole} if not whole.sweep else {name: run for name, (_, run) in sweep_points(path).items()}
     except (ArchiveError, ExperimentError, OSError):
         return {}
-    return {identity(experiment): path / name for name, experiment in runs.items()}
+    return {identity(run): path / name for name, run in runs.items() if _holds(path / name, run.seed_labels)}
+
+
+def _holds(folder: Path, seeds: tuple[int, ...]) -> bool:
+    """Whether the run in a directory is of these seeds."""
+    try:
+        return Experiment.from_toml(folder / EXPERIMENT, archived=True).seed_labels == seeds
+    except (ArchiveError, ExperimentError, OSError):
+        return False
 
 
 def states_kept(folder: Path | None) -> dict[int, int]:
@@ -144,7 +155,8 @@ def identity(experiment: Experiment) -> str:
 def _restored(members: Members, parent: Path, epoch: int) -> int:
     """Set members without moments to the latest recorded weights up to `epoch`; returns their epoch, or 0."""
     experiment = members.experiment
-    if experiment.training.stop is not None:  # what a watch has seen is not in the weights
+    watched = experiment.training.stop is not None  # what a watch has seen is not in the weights
+    if watched or identity(experiment) not in folders(parent):
         return 0
     try:
         ds = _point(reading.open(parent), experiment)
