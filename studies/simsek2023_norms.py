@@ -72,7 +72,12 @@ def _against_k(quantity: str) -> layout.Panel:
             line = [relu_product(k) for k in one["k"].values] if name == "relu" else one[f"one_neuron_{quantity}"]
             colour = panels.colour(position)
             ax.plot(one["k"], line, color=colour, linewidth=look.points(1))
-            mark = {"color": colour, "marker": "osD^v"[position], "markersize": look.points(2.6), "markeredgewidth": 0}
+            mark: dict[str, Any] = {
+                "color": colour,
+                "marker": "osD^v"[position],
+                "markersize": look.points(2.6),
+                "markeredgewidth": 0,
+            }
             ax.plot([], [], linewidth=look.points(1), label=name, **mark)  # the legend shows the mark, too
             k = one["k"].broadcast_like(one[quantity]) + 0.08 * (position - len(names) / 2)
             alive = one["product"] > 1e-3
