@@ -288,7 +288,8 @@ def _desk(desk: dict[str, Any]) -> list[str]:
         "Processor time of one thread for the whole command: start, estimate, run, measurement and drawing. Estimated "
         "is what the command announces, of run and measurement and in processor time, too; start and drawing take 8 to "
         "12 s more. On a machine with fourteen processes for two cores, so that times are rather too "
-        "long; studies that are not in the table were not run at full desk scale since their figures were redrawn.\n",
+        "long; studies that are not in the table were not run at full desk scale since their figures were redrawn, or "
+        "took more than 1.5 times what was announced there.\n",
     ]
     return told + _table(
         ["figure", "`tsdyn study run`", "time", "estimated", "memory, MB", "estimated", "disk, MB", "estimated", "on"],
@@ -310,7 +311,10 @@ def _told(row: dict[str, Any], key: str, words: Any) -> str:
 def _paper(paper: dict[str, Any]) -> list[str]:
     if not paper:
         return []
-    told = ["## Paper scale\n", "Estimated on one core, nothing was run; `--workers N` or `--scheduler` share it.\n"]
+    told = [
+        "## Paper scale\n",
+        "Estimated on one core, no student was trained; `--workers N` or `--scheduler` share it.\n",
+    ]
     return told + _table(
         ["`tsdyn study run … --scale paper`", "time", "memory, MB", "disk, MB"],
         (
