@@ -2,10 +2,10 @@
 
     λ_{t−1} = λ_t ∂θ_t/∂θ_{t−1},   dO/dη_t = λ_t ∂θ_t/∂η_t,   dO/dw_i += λ_t ∂θ_t/∂w_i,   ...
 
-θ is the whole state, moments and running statistics included.  The way is gone in blocks, the last first, each from
-the state that the archive holds at its beginning; where it holds none, all is trained once to get there.  Where the
-states of a block do not fit in memory, every √n-th is kept, and those between are computed again.  Compiled code goes
-back where it can (`compiled_adjoint`), `linearised` elsewhere.
+θ is the whole state, moments and running statistics included.  The steps are replayed in blocks, the last block first,
+each from the state that the archive holds at its beginning; where it holds none, all steps are replayed once to get
+there.  Where the states of a block do not fit in memory, every √n-th is kept, and those between are computed again.
+The backward pass is compiled where it can be (`compiled_adjoint`), and that of `linearised` elsewhere.
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ def states_held(steps: int) -> int:
 
 
 @dataclass
-class Gone:
-    """A block of the way that was gone forth.
+class Replayed:
+    """A block of steps that was replayed.
 
     Attributes:
         start: The state before it.
@@ -94,25 +94,25 @@ class Gone:
 
 @dataclass
 class Kept:
-    """What a forward pass leaves for the way back.
+    """What a forward pass leaves for the backward pass.
 
     Attributes:
         end: The last state.
         starts: States at which blocks begin, by number of steps taken, beside those that the archive holds.
-        gone: The last block; None if there are no steps.
+        last: The last block; None if there are no steps.
         why: Why compiled code is not taken; None if it is.
         room: Bytes in which all states of a block may be kept.
     """
 
     end: State
     starts: dict[int, State]
-    gone: Gone | None
+    last: Replayed | None
     why: str | None
     room: int
 
     @property
     def way(self) -> str:
-        """How the way back is gone: ``"compiled"``, or ``"general"`` with the reason."""
+        """How the backward pass is computed: ``"compiled"``, or ``"general"`` with the reason."""
         return "compiled" if self.why is None else f"general ({self.why})"
 
     def start(self, course: Course, first: int) -> State:
@@ -125,7 +125,7 @@ def forward_pass(course: Course, tick: Callable[[int], None] | None = None, room
 
     Args:
         course: From its start.
-        tick: Called with the number of steps gone.
+        tick: Called with the number of steps replayed.
         room: Bytes in which all states of a block may be kept, which saves going forth once more.
     """
     why = not_compiled(course)
@@ -140,32 +140,32 @@ def forward_pass(course: Course, tick: Callable[[int], None] | None = None, room
             starts[last] = course.state()
     kept = Kept(course.state(), starts, None, why, room)
     if course.blocks:
-        kept.gone = _forth(course, kept, *course.blocks[-1], tick)
+        kept.last = _replayed(course, kept, *course.blocks[-1], tick)
         kept.end = course.state()
     return kept
 
 
-def _forth(course: Course, kept: Kept, first: int, last: int, tick: Callable[[int], None] | None) -> Gone:
-    """Go forth through a block."""
-    gone = Gone(kept.start(course, first), {}, {})
-    course.begin(gone.start, first)
+def _replayed(course: Course, kept: Kept, first: int, last: int, tick: Callable[[int], None] | None) -> Replayed:
+    """Replay the steps of a block."""
+    block = Replayed(kept.start(course, first), {}, {})
+    course.begin(block.start, first)
     if kept.why is None and bytes_of_steps(course, last - first) <= kept.room:
         marks = [first, *(count for count in range(first + 1, last) if _recorded(course, count)), last]
         for begin, end in itertools.pairwise(marks):
             state = course.state()
-            gone.passages[begin, end] = _piece(course, state, begin, end)
+            block.passages[begin, end] = _piece(course, state, begin, end)
             course.arrive(state, end)
             _told(tick, end - begin)
-        return gone
+        return block
     every = kept.why is not None and (last - first + BESIDE) * State.held(course.ensemble).bytes <= kept.room
     apart = 1 if every else spacing(last - first)
-    gone.states[first] = course.state()
+    block.states[first] = course.state()
     while course.taken < last:
         begin = course.taken
         course.advance(min(apart, last - begin))
-        gone.states[course.taken] = course.state()
+        block.states[course.taken] = course.state()
         _told(tick, course.taken - begin)
-    return gone
+    return block
 
 
 def _told(tick: Callable[[int], None] | None, steps: int) -> None:
@@ -183,7 +183,7 @@ def reverse_pass(
         kept: What that left; emptied on the way.
         slope: Derivatives of the observable in the last state.
         wanted: What else is differentiated in.
-        tick: Called with the number of steps gone, there or back.
+        tick: Called with the number of steps replayed or gone back.
 
     Raises:
         ReplayError: if a step of the engine is not the step that is differentiated, or a block does not end in the
@@ -193,32 +193,32 @@ def reverse_pass(
     sums = _empty(course, slope, wanted)
     after = kept.end
     for first, last in reversed(course.blocks):
-        gone, kept.gone = kept.gone, None
-        if gone is None:
-            gone = _forth(course, kept, first, last, tick)
+        block, kept.last = kept.last, None
+        if block is None:
+            block = _replayed(course, kept, first, last, tick)
             course.meet(after)
-        _gone_back(course, gone, kept.why, sums, wanted, tick)
-        after = gone.start
+        _backward(course, block, kept.why, sums, wanted, tick)
+        after = block.start
     if not all(bool(t.isfinite().all()) for t in sums.start.tensors()):
         raise ExperimentError(
-            "sensitivity: the derivative is not finite: it grew beyond all numbers on the way back, or the optimizer "
-            f"{course.rule(1).name!r} has a step without derivative; ask for an earlier epoch"
+            "sensitivity: the derivative is not finite: it grew beyond all numbers in the backward pass, or the "
+            f"optimizer {course.rule(1).name!r} has a step without derivative; ask for an earlier epoch"
         )
     if sums.learning_rate is not None:
         sums.learning_rate = sums.learning_rate.unflatten(1, (course.epochs, course.per_epoch)).sum(2)
     return sums
 
 
-def _gone_back(
-    course: Course, gone: Gone, why: str | None, sums: Sums, wanted: Wanted, tick: Callable[[int], None] | None
+def _backward(
+    course: Course, block: Replayed, why: str | None, sums: Sums, wanted: Wanted, tick: Callable[[int], None] | None
 ) -> None:
-    """Go back through a block; what is kept of it is given up on the way."""
-    for first, end in sorted(gone.passages, reverse=True):
-        gone.passages.pop((first, end)).back(course, sums, wanted, first)
+    """The backward pass through a block, which frees what was kept of it."""
+    for first, end in sorted(block.passages, reverse=True):
+        block.passages.pop((first, end)).back(course, sums, wanted, first)
         _told(tick, end - first)
     through = _through_compiled if why is None else _through_general
-    for first, end in reversed(list(itertools.pairwise(sorted(gone.states)))):
-        through(course, gone.states[first], gone.states.pop(end), first, end, sums, wanted)
+    for first, end in reversed(list(itertools.pairwise(sorted(block.states)))):
+        through(course, block.states[first], block.states.pop(end), first, end, sums, wanted)
         _told(tick, end - first)
 
 
@@ -240,7 +240,7 @@ def _zeros(like: Tensor, *shape: int) -> Tensor:
     if like.device.type != "cpu":
         return like.new_zeros(shape)
     # of numpy, which asks for large pages: the first touch of small ones, in the order of the batches, takes a tenth
-    # of the way back
+    # of the backward pass
     return torch.from_numpy(np.zeros(shape))
 
 

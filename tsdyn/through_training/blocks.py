@@ -44,7 +44,7 @@ class Job:
         spread: Their standard deviation, relative to the root mean square of each of the start's tensors.
         student, teacher: Makers of modules of the user's own.
         device: Device on which it is computed.
-        room: Bytes in which all states of a block of the way may be kept.
+        room: Bytes in which all states of a block may be kept.
         kept: States that the archive keeps along the way.
         states: How many states are held at once, at least.
     """

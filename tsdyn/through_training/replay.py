@@ -109,7 +109,7 @@ class KeptStates:
 
 
 def marks(experiment: Experiment, epochs: int, anchors: Iterable[int]) -> list[int]:
-    """The epochs that divide the way of a replay: 0, and those below `epochs` after which the archive holds the state.
+    """The epochs that divide a replay into blocks: 0, and those below `epochs` after which the archive holds the state.
 
     These are `anchors`, whose recorded weights are the whole state, and those of ``record.state_every``, be the states
     there or not, so that what is computed does not depend on it.  A float32 run's states are other numbers than its
@@ -202,13 +202,13 @@ class Course:
 
     @cached_property
     def blocks(self) -> list[tuple[int, int]]:
-        """The way in parts that begin where the archive may hold the state: (steps taken, steps taken at its end)."""
+        """Blocks of steps that begin where the archive may hold the state: (steps before it, steps at its end)."""
         epochs = marks(self.experiment, self.epochs, self.anchor_epochs) if self.recorded else [0]
         return list(itertools.pairwise([*(e * self.per_epoch for e in epochs), self.steps])) if self.steps else []
 
     @property
     def known_epochs(self) -> list[int]:
-        """The epochs that begin a block of the way and whose state the archive holds."""
+        """The epochs that begin a block and whose state the archive holds."""
         held = self.anchor_epochs.union(() if self.kept is None else self.kept.epochs)
         return [first // self.per_epoch for first, _ in self.blocks if first and first // self.per_epoch in held]
 
@@ -297,7 +297,7 @@ class Course:
         self.taken = self.ensemble.steps = taken
 
     def begin(self, state: State, taken: int) -> None:
-        """Go to a state from which a block of the way begins."""
+        """Go to a state from which a block begins."""
         self.go_to(state, taken)
         self.begun = taken // self.per_epoch
 

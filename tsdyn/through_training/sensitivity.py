@@ -126,7 +126,7 @@ def sensitivity(
         a kink, which changes the derivative by no more than that sample's share;
         ``tangent_growth`` (seed, wrt, epoch); ``replay_difference`` (seed): the largest difference from the recorded
         weights.  The attribute ``replayed_from`` names the epochs from whose archived states it was trained again (0 is
-        the start), ``adjoint`` how it was gone back through, and ``reach`` says in words how far the derivatives
+        the start), ``adjoint`` how the backward pass was computed, and ``reach`` says in words how far the derivatives
         predict.
 
     Raises:
@@ -233,7 +233,7 @@ def _jobs(
 def _division(
     single: xr.Dataset, experiment: Experiment, one: Ensemble, seed: int, last: int, kept_epochs: Sequence[int]
 ) -> tuple[int, int]:
-    """How the way of a replay is divided: epochs of the longest block, and number of states to be found for it."""
+    """How a replay is divided into blocks: epochs of the longest block, and number of states to be found for it."""
     whole = () if one.moments or one.buffers else recorded_weights(single, one, [seed], last).items()
     anchors = {epoch for epoch, named in whole if set(named) == set(one.values)}
     begun = marks(experiment, last, anchors)
