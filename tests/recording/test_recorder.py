@@ -690,3 +690,27 @@ def test_a_layer_is_found_by_its_name(tmp_path):
     for of, name in ((ds, "fc9"), (ds["weight"].drop_vars("layer_name"), "fc2")):
         with pytest.raises(ValueError, match="is no name of a layer"):
             tsdyn.layer(of, name)
+
+
+def _steps(model, x, y):
+    with torch.no_grad():
+        next(model.parameters()).add_(1.0)
+    return 0.0
+
+
+def _goes_backward(model, x, y):
+    with torch.enable_grad():
+        (model(x) - y).square().sum().backward()
+    return 0.0
+
+
+@pytest.mark.parametrize("observable", [_steps, _goes_backward])
+def test_an_observable_that_changes_the_model_is_refused_and_the_model_put_back(tmp_path, observable):
+    model = made(Skip)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    rec = tsdyn.Recorder(tmp_path / "own", model, probe=(X, Y), observables=("loss", observable))
+    with pytest.raises(ValueError, match=r"changes fc1\.weight"):
+        rec.commit(0)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name])
+        assert parameter.grad is None

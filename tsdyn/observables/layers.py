@@ -336,7 +336,7 @@ def evaluated(module: nn.Module) -> Iterator[None]:
             part.training = training
         torch.random.set_rng_state(state)
         for name, (buffer, kept) in before.items():
-            if module.get_buffer(name) is not buffer or not _equal(buffer, kept):
+            if module.get_buffer(name) is not buffer or not equal(buffer, kept):
                 moved.append(name)
                 with torch.no_grad():
                     buffer.copy_(kept)
@@ -357,7 +357,7 @@ def refuse_unsteady(module: nn.Module, x: Tensor, *, caller: str, whose: str) ->
     """
     with evaluated(module), torch.no_grad():
         one, again = module(x), module(x)
-    if isinstance(one, Tensor) and not _equal(one, again):
+    if isinstance(one, Tensor) and not equal(one, again):
         raise UnsteadyError(
             f"{caller}: the {whose}, {type(module).__name__}, gives other outputs for the same inputs in evaluation "
             "mode, so that nothing measured of it could be repeated; let it draw random numbers, or count its calls, "
@@ -365,7 +365,7 @@ def refuse_unsteady(module: nn.Module, x: Tensor, *, caller: str, whose: str) ->
         )
 
 
-def _equal(one: Tensor, other: Tensor) -> bool:
+def equal(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors hold the same numbers; NaN equals NaN."""
     return one.shape == other.shape and bool(((one == other) | ((one != one) & (other != other))).all())
 
