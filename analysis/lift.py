@@ -10,7 +10,7 @@ from typing import Any
 import dask.array
 import numpy as np
 import xarray as xr
-from dask.base import tokenize
+from dask.base import is_dask_collection, tokenize
 from dask.delayed import delayed
 from numpy.typing import NDArray
 
@@ -182,7 +182,8 @@ def cellwise(measure: Callable[[xr.Dataset], Sequence[float]], cells: NDArray, c
     def values(cell: xr.Dataset) -> NDArray:
         return np.asarray(measure(cell), float)
 
-    if any(cell is not None and cell.chunks for cell in flat):
+    # not by Dataset.chunks, which refuses variables that are cut apart at different places
+    if any(cell is not None and is_dask_collection(cell) for cell in flat):
         task = delayed(values)
         columns = [
             dask.array.from_array(nothing) if c is None else dask.array.from_delayed(task(c), (count,), float)

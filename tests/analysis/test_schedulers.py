@@ -7,6 +7,7 @@ import xarray as xr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tsdyn.analysis import specialization, summary
+from tsdyn.analysis.lift import cellwise
 
 import tsdyn
 from tests.cases import small
@@ -107,3 +108,14 @@ def test_eagerly_it_is_the_same(sweep, wanted):
 )
 def test_chunks_change_nothing(sweep, wanted, chunks):
     agree(measured(tsdyn.layer(tsdyn.open(sweep).chunk(chunks), 1)).compute(), wanted)
+
+
+def test_a_cell_whose_variables_are_cut_apart_differently_is_measured():
+    """As those of a fork's child and its parent are, whose files have other chunks."""
+    plain = xr.Dataset({"a": ("node", np.arange(6.0)), "b": ("node", np.arange(6.0) ** 2)})
+    cell = plain.assign(a=plain.a.chunk(node=4), b=plain.b.chunk(node=3))
+    cells = np.full(3, None, dtype=object)
+    cells[0], cells[2] = cell, plain
+    found = cellwise(lambda ds: [float(ds.a.sum()), float(ds.b.sum())], cells, 2)
+    assert hasattr(found, "dask")
+    np.testing.assert_array_equal(found.compute(), [[15.0, np.nan, 15.0], [55.0, np.nan, 55.0]])
