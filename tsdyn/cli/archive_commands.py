@@ -26,7 +26,7 @@ def show(directory: Directory, as_json: AsJson = False) -> None:
     import dask.threaded
 
     # else dask looks for a client of `distributed`, whose import takes half as long as all that is needed
-    with dask.config.set(scheduler=dask.threaded.get):
+    with dask.config.set(scheduler=dask.config.get("scheduler", None) or dask.threaded.get):
         _show(directory, as_json)
 
 

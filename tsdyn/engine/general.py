@@ -120,8 +120,9 @@ def refuse_unfit(module: nn.Module) -> None:
         copy.deepcopy(module)
     except Exception as error:  # a module's own copying may raise errors of every type
         raise ValueError(
-            f"train: {name} cannot be copied ({str(error).strip().splitlines()[0]}); members of an ensemble are "
-            "copies: torch.nn.utils.parametrizations.weight_norm can be, in the place of torch.nn.utils.weight_norm"
+            f"train: {name} cannot be copied ({type(error).__name__}: {str(error).strip().splitlines()[0]}), and each "
+            "member is a copy; leave out of it what cannot be, such as locks, files and generators, and take "
+            "torch.nn.utils.parametrizations.weight_norm for torch.nn.utils.weight_norm"
         ) from error
     for path, buffer in module.named_buffers():
         if buffer.is_complex():

@@ -14,7 +14,6 @@ holds the name and shape of each, and `named` gives them back by name.
 
 from __future__ import annotations
 
-import copy
 import functools
 import hashlib
 import importlib
@@ -182,7 +181,6 @@ def _keys(experiment: Experiment, who: Literal["student", "teacher"], make: Make
     seeds = experiment.seed_labels
     module = made(make, experiment, seeds[0], who)
     _refuse_others(experiment, who, module, made(make, experiment, seeds[-1], who) if len(seeds) > 1 else module)
-    _refuse_unique(who, module)
     part = getattr(experiment, who)
     found = {
         f"{who}.module": _module_name(part.module, make),
@@ -232,21 +230,6 @@ def _refuse_others(experiment: Experiment, who: str, module: nn.Module, last: nn
             f"{who}: {type(module).__name__} gives {shape} for inputs {tuple(x.shape)}; it must map (sample, input) to "
             f"(sample, output), here ({len(x)}, {outputs}): unflatten images inside it, and return one tensor"
         )
-
-
-def _refuse_unique(who: str, module: nn.Module) -> None:
-    """Refuse a module of which there can be no copy, as each member is one.
-
-    Raises:
-        ExperimentError: with the reason.
-    """
-    try:
-        copy.deepcopy(module)
-    except Exception as error:  # whatever a part of it raises
-        raise ExperimentError(
-            f"{who}: {type(module).__name__} cannot be copied ({type(error).__name__}: {error}), and each member is a "
-            "copy; leave out of it what cannot be, such as locks, files and generators"
-        ) from None
 
 
 def _labelled(experiment: Experiment, who: Literal["student", "teacher"]) -> bool:
