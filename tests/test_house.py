@@ -2,6 +2,7 @@
 
 import ast
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -330,11 +331,12 @@ def test_what_the_command_prints_of_itself_needs_nothing_heavy(command):
 
 
 @pytest.mark.parametrize("command", ["show", "validate"])
-def test_what_reads_an_archive_imports_what_reads_netcdf(command):
+def test_what_reads_an_archive_imports_what_reads_netcdf(command, tmp_path):
     """`tsdyn show` takes little longer than ``import xarray, netCDF4, dask.array``."""
     heavy = "torch", "matplotlib", "distributed"
+    copied = shutil.copytree(ROOT / "tests" / "data" / "sweep-v2", tmp_path / "sweep")  # whose index is written anew
     code = (
-        f"import sys; sys.argv = ['tsdyn', {command!r}, {str(ROOT / 'tests' / 'data' / 'sweep-v2')!r}]\n"
+        f"import sys; sys.argv = ['tsdyn', {command!r}, {str(copied)!r}]\n"
         "from tsdyn.cli import main\n"
         f"try:\n    main()\nfinally:\n    print([m for m in {heavy!r} if m in sys.modules], file=sys.__stderr__)"
     )
