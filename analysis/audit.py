@@ -60,7 +60,7 @@ def _of_members(archive: xr.Dataset, squared: xr.DataArray) -> dict[str, Finding
     return {name: Finding(found[met] == 1, found[margin]) for name, (met, margin) in pairs.items()}
 
 
-class _Judgement(NamedTuple):
+class _Result(NamedTuple):
     """What `audit` says of one claim: over members, and in words."""
 
     verdict: xr.DataArray
@@ -69,7 +69,7 @@ class _Judgement(NamedTuple):
     used: str
 
 
-class _Court:
+class _Audited:
     """An archive, and what every claim needs to know of it."""
 
     def __init__(self, archive: xr.Dataset) -> None:
@@ -85,7 +85,7 @@ class _Court:
         trained = self._experiment is not None and self._experiment.kind == "training"
         self._of_members = _of_members(archive, self._squared) if trained else {}
 
-    def judged(self, claim: Claim) -> _Judgement:
+    def result(self, claim: Claim) -> _Result:
         """Verdict, margin and reason of one claim."""
         needed = _needed(claim)
         missing = sorted(name for name in needed if name not in self._archive)
@@ -114,7 +114,7 @@ class _Court:
             margin = found.margin.broadcast_like(met).transpose(*dims).load().where(met)
             word = np.where(margin <= 1, "holds", "fails") if claim.judged else "reported"
             verdict = met.copy(data=np.where(met & margin.notnull(), word, "unmet"))
-        return _Judgement(verdict, margin, self._reason(claim).where(verdict == "unmet", ""), used)
+        return _Result(verdict, margin, self._reason(claim).where(verdict == "unmet", ""), used)
 
     def _reason(self, claim: Claim) -> xr.DataArray:
         """Why no member can meet the hypothesis, as far as the experiment's keys say."""
@@ -157,8 +157,8 @@ def audit(archive: xr.Dataset) -> xr.Dataset:
         raise ValueError(f"audit: the slice has no dimension {', '.join(lost)}; select with a list or slice")
     if "death_epoch" not in archive.coords:
         raise ValueError("audit: the Dataset has no death_epoch, so that the dead cannot be left out; is it tsdyn's?")
-    court = _Court(archive)
-    judgements = [court.judged(claim) for claim in CLAIMS]
+    audited = _Audited(archive)
+    results = [audited.result(claim) for claim in CLAIMS]
     names = xr.DataArray([claim.name for claim in CLAIMS], dims="claim", name="claim")
 
     def stacked(arrays: list[xr.DataArray]) -> xr.DataArray:
@@ -166,14 +166,14 @@ def audit(archive: xr.Dataset) -> xr.Dataset:
         joined = xr.concat(plain, dim=names, coords="minimal", compat="override", join="exact", combine_attrs="drop")
         return joined.transpose("claim", ...)
 
-    margins = stacked([one.margin for one in judgements])
-    reasons = stacked([one.reason for one in judgements])
+    margins = stacked([one.margin for one in results])
+    reasons = stacked([one.reason for one in results])
     return xr.Dataset(
         {
-            "verdict": stacked([one.verdict for one in judgements]),
+            "verdict": stacked([one.verdict for one in results]),
             "margin": margins.assign_attrs(units="1", long_name="conclusion over bound"),
             "reason": reasons.assign_attrs(long_name="why a hypothesis is unmet, as far as the keys say"),
             "source": ("claim", [claim.source for claim in CLAIMS]),
-            "used": ("claim", [one.used for one in judgements]),
+            "used": ("claim", [one.used for one in results]),
         }
     )

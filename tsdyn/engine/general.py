@@ -119,8 +119,9 @@ def refuse_unfit(module: nn.Module) -> None:
     try:
         copy.deepcopy(module)
     except Exception as error:  # a module's own copying may raise errors of every type
+        said, _, _ = str(error).strip().partition("\n")
         raise ValueError(
-            f"train: {name} cannot be copied ({type(error).__name__}: {str(error).strip().splitlines()[0]}), and each "
+            f"train: {name} cannot be copied ({type(error).__name__}: {said}), and each "
             "member is a copy; leave out of it what cannot be, such as locks, files and generators, and take "
             "torch.nn.utils.parametrizations.weight_norm for torch.nn.utils.weight_norm"
         ) from error

@@ -314,7 +314,7 @@ def pulled_back(
 
 
 class UnsteadyError(ValueError):
-    """A module that is another one after it was called in evaluation mode."""
+    """A module that, called again in evaluation mode, gives other outputs or has other buffers."""
 
 
 @contextmanager
