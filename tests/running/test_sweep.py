@@ -5,6 +5,7 @@ import os
 import random
 import re
 import signal
+import time
 
 import dask
 import numpy as np
@@ -107,6 +108,29 @@ def test_workers_compute_the_same_bits_and_survive_each_other(tmp_path, undistur
     same(ds, undisturbed)
     assert (3, 3) in told
     assert not any(segments(point) for point in path.iterdir() if point.is_dir())
+
+
+@pytest.mark.parametrize("noticed", [True, False])
+def test_a_worker_that_dies_after_its_point_has_ended_does_not_end_the_sweep(
+    tmp_path, monkeypatch, undisturbed, noticed
+):
+    """It takes its answer with it; the scheduler, which may have noticed, has it computed again."""
+    end = workers_module._Shared.end
+    seen = []
+
+    def later(shared, future):
+        if not seen:
+            for child in processes.workers():
+                child.kill()
+            while noticed and future.done():  # until the scheduler has said that the answer is lost
+                time.sleep(0.01)
+        seen.append(future.done())
+        return end(shared, future)
+
+    monkeypatch.setattr(workers_module._Shared, "end", later)
+    same(sweep.run(small(sweep=GRID, **FEW), tmp_path / "sweep", workers=1), undisturbed)
+    assert seen[0] != noticed
+    assert len(seen) >= 3 + noticed
 
 
 def test_a_worker_that_is_spawned_as_a_user_s_is_computes_the_same_bits(tmp_path, undisturbed):

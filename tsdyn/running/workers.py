@@ -186,12 +186,47 @@ class _Listening:
 
 
 def answer_of(client: Any, future: Any) -> Any:
-    """The result of a future; logs a warning while no worker is there to compute it."""
+    """The result of a future; logs a warning while no worker is there to compute it.
+
+    Raises:
+        WorkersError: if the scheduler is gone.
+    """
     listening = _Listening(client)
-    while not future.done():
+    while (answer := _answer(future)) is None:
         listening.ask()
         time.sleep(POLL_SECONDS)
-    return future.result()
+    if answer.error is not None:
+        raise answer.error
+    return answer.result
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What a future ended with: its result, or the error that was raised instead."""
+
+    result: Any = None
+    error: Exception | None = None
+
+
+def _answer(future: Any) -> _Answer | None:
+    """The answer of a future; None if it is still to come.
+
+    That may be so of a future that had ended: a worker that dies takes its answers with it, and the scheduler has them
+    computed again.
+
+    Raises:
+        WorkersError: if the scheduler is gone.
+    """
+    try:
+        return _Answer(future.result(timeout=ASK_SECONDS)) if future.done() else None
+    except Exception as error:
+        if future.status == "cancelled":
+            raise WorkersError(_GONE) from None
+        if future.status == "error":
+            return _Answer(error=error)
+        if isinstance(error, TimeoutError):
+            return None
+        raise
 
 
 @dataclass(frozen=True)
@@ -296,26 +331,27 @@ class _Shared:
         Event(self._topic, client=self._client).set()
 
     def end(self, future: Future) -> tuple[dict[str, str | None], list[Future]]:
-        """Points of a finished future, each with the reason if it failed, and futures of the groups submitted next.
+        """Points of a finished future, each with the reason if it failed, and the futures to wait for next.
+
+        These are the groups submitted next, or the same future if its answer is still to come.
 
         Raises:
             WorkersError: if the scheduler is gone.
         """
         from distributed import KilledWorker
 
-        if future.status in ("cancelled", "lost"):  # only a lost worker or scheduler cancels
-            raise WorkersError(_GONE)
+        answer = _answer(future)
+        if answer is None:
+            return {}, [future]
         group = self._out.pop(future)
-        error = future.exception()
-        if isinstance(error, KilledWorker):
-            told, again = self._killed(group, error)
+        if isinstance(answer.error, KilledWorker):
+            told, again = self._killed(group, answer.error)
             if again:
                 return told, [] if self._stopped else [self._submit(half) for half in again]
-        elif error is not None:
-            told = dict.fromkeys(group, reason_of(error))
+        elif answer.error is not None:
+            told = dict.fromkeys(group, reason_of(answer.error))
         else:
-            result = future.result()
-            told = dict.fromkeys(result["finished"]) | result["failed"]
+            told = dict.fromkeys(answer.result["finished"]) | answer.result["failed"]
         return told, [self._submit(self._waiting.pop())] if self._waiting else []
 
     def close(self) -> None:
