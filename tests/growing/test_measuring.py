@@ -9,7 +9,9 @@ from torch import nn
 import tsdyn
 from tests.cases import small
 from tsdyn import registers, schema
+from tsdyn.archive import integrity
 from tsdyn.growing import measuring
+from tsdyn.growing.adding import add
 
 FEW = {
     "seeds": 2, "training__epochs": 2, "training__steps_per_epoch": 3, "data__train": 24, "data__eval": 20,
@@ -38,6 +40,14 @@ def assert_alike(known, measured, names):
         assert set(measured[name].coords) == set(known[name].coords)
 
 
+def assert_added(known, folder, names, **makers):
+    """The same numbers, kept in the archive: also of dimensions that no recorded variable of it has."""
+    add(folder, names, **makers)
+    found = tsdyn.open(folder)
+    assert_alike(known, found, names)
+    assert integrity.check(folder) == []
+
+
 NAMES = [
     n for n in schema.recordable()
     if n not in ("parameter", "label_accuracy", "weight", "bias", "jacobian") and not n.startswith("norm_")
@@ -58,12 +68,14 @@ def test_every_observable_is_the_bits_that_recording_would_have_given(tmp_path, 
     assert all(array.chunks for array in measured.data_vars.values())
     assert_alike(known, measured[["mse_eval"]], ["mse_eval"])  # alone, too
     assert_alike(known, measured, names)
+    assert_added(known, tmp_path / "bare", names)
 
 
 def test_convolutions_with_batch_norm_are_measured_alike(tmp_path):
     names = [n for n in NAMES if n in schema.recordable(deep=True)]
     known, measured = both(tmp_path, names, recorded=("weight", "batch_norm"), **DEEP)
     assert_alike(known, measured, names)
+    assert_added(known, tmp_path / "bare", names)
 
 
 class Residual(nn.Module):
@@ -80,15 +92,34 @@ def make():
 
 
 def test_own_modules_are_measured_alike_and_another_source_is_refused(tmp_path):
-    names = ["loss", "gradient_norm", "hessian_eigenvalue"]
+    names = ["loss", "gradient_norm", "hessian_eigenvalue", "neural_tangent_kernel", "jacobian", "cka"]
     asked = small(**FEW).replace({"record.observables": ["parameter", *names]})
     known = tsdyn.run(asked, tmp_path / "known", student=make).load()
     tsdyn.run(asked.replace({"record.observables": ["parameter"]}), tmp_path / "bare", student=make)
     assert_alike(known, tsdyn.measure(tmp_path / "bare", names, student=make), names)
+    assert_added(known, tmp_path / "bare", names, student=make)
     with pytest.raises(tsdyn.ExperimentError, match="its source has SHA-256"):
         tsdyn.measure(tmp_path / "bare", names, student=lambda: nn.Linear(5, 2))
     with pytest.raises(tsdyn.ExperimentError, match=r"alignment is not measured with student.module"):
         tsdyn.measure(tmp_path / "bare", ["alignment"], student=make)
+
+
+class Unlayered(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randn(5, 2))
+
+    def forward(self, x):
+        return x @ self.matrix
+
+
+def test_a_module_without_layers_is_measured_as_a_whole_alone(tmp_path):
+    asked = small(**FEW).replace({"record.observables": ["parameter"]})
+    ds = tsdyn.run(asked, tmp_path / "run", student=Unlayered)
+    assert tsdyn.measure(ds, ["neural_tangent_kernel"], student=Unlayered).load().notnull().all()
+    for name in ("weight", "cka", "A", "lemma1_residual"):
+        with pytest.raises(tsdyn.ExperimentError, match="the student's layers are not labelled in small"):
+            tsdyn.measure(ds, [name], student=Unlayered)
 
 
 def test_a_sweep_is_measured_lazily_and_by_parts(tmp_path, monkeypatch):

@@ -62,7 +62,7 @@ def write(
 
     Args:
         folder: Directory of the run; the caller holds the lock of its folder ``measured``, which exists.
-        experiment: That of the run, as its archive says.
+        experiment: That of the run, recording `name`.
         name: The variable.
         seeds, epochs: Labels.
         values: (seed, epoch, ...), padded as `tsdyn.open` gives it.

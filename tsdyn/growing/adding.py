@@ -99,8 +99,9 @@ def _added(
     teacher: Maker | None,
 ) -> Iterator[Path]:
     lazy = measure(ds, observables, epochs, student, teacher)
-    experiment, names = experiment_of(ds), tuple(str(name) for name in lazy.data_vars)
-    asked = experiment.replace({"record.observables": list(names)})
+    names = tuple(str(name) for name in lazy.data_vars)
+    # what is asked for decides which dimensions there are, not what the run recorded
+    asked = experiment_of(ds).replace({"record.observables": list(names)})
     if not _missing(folder, ds, lazy, names):
         return
     try:
@@ -110,14 +111,14 @@ def _added(
                 leftover.unlink()
             # looked at again under the lock: another command may have measured meanwhile
             for (seeds, labels), left in _missing(folder, ds, lazy, names).items():
-                each = netcdf.bytes_per_epoch(experiment.layout, left, experiment.dtype)
+                each = netcdf.bytes_per_epoch(asked.layout, left, asked.dtype)
                 step = max(1, COMMIT_BYTES // max(1, each))
                 for low in range(0, len(labels), step):
                     part = lazy[list(left)].sel(seed=list(seeds), epoch=list(labels[low : low + step])).compute()
                     for name in left:
                         attrs = _attributes(ds, asked, name)
                         values = part[name].values
-                        yield additions.write(folder, experiment, name, seeds, labels[low : low + step], values, attrs)
+                        yield additions.write(folder, asked, name, seeds, labels[low : low + step], values, attrs)
     except OSError as error:
         raise refused(folder / additions.MEASURED, error) from error
 

@@ -32,7 +32,7 @@ from tsdyn.observables import registry
 from tsdyn.observables.registry import Observed
 from tsdyn.problem import input_files
 from tsdyn.running.members import Members
-from tsdyn.running.own_modules import Maker, makers, refuse_other_source
+from tsdyn.running.own_modules import Maker, refuse_unmeasurable
 from tsdyn.running.runner import own_device
 from tsdyn.vocabulary import DIMENSIONS, FAMILIES
 
@@ -152,10 +152,7 @@ def _asked(single: Experiment, names: Sequence[str], passed: _Passed) -> Experim
     recorded = [*schema.expand(single.record.observables), *names]
     asked = single.replace({"record.observables": list(dict.fromkeys(recorded))})
     registry.load(asked)
-    given = makers(asked, student=passed.student, teacher=passed.teacher)
-    for who, make in zip(("student", "teacher"), given, strict=True):
-        if make is not None:
-            refuse_other_source(asked, who, make)  # type: ignore[arg-type]
+    refuse_unmeasurable(asked, student=passed.student, teacher=passed.teacher)
     return asked
 
 

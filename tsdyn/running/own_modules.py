@@ -187,11 +187,11 @@ def _keys(experiment: Experiment, who: Literal["student", "teacher"], make: Make
         f"{who}.source": _source(make, module),
         f"{who}.numbers": sum(t.numel() for t in held_tensors(module).values()),
     }
-    if part.layers is None and not _labelled(experiment, who):
-        return found
     try:
         names = layers.labelled(module, _few_inputs(experiment), part.layers, caller=f"{who}.layers", whose=who)
     except ValueError as error:
+        if part.layers is None and not _labelled(experiment, who):
+            return found  # whose layers have no order, or which has none; what is recorded needs none
         raise ExperimentError(
             f"{error} ({who}.layers of the experiment, beside {who}.module); or record losses, mse and parameter "
             "alone, which need no layers (record.observables)"
@@ -414,6 +414,26 @@ def _maker(experiment: Experiment, who: Literal["student", "teacher"], given: Ma
         )
     make = given if given is not None else _imported(part.module, who)
     return functools.partial(make, **part.arguments) if part.arguments else make
+
+
+def refuse_unmeasurable(experiment: Experiment, *, student: Maker | None = None, teacher: Maker | None = None) -> None:
+    """Refuse modules of another source than an archive's, and observables that need what these modules do not have.
+
+    Raises:
+        ExperimentError: with the reason.
+    """
+    student, teacher = makers(experiment, student=student, teacher=teacher)
+    for who, make in (("student", student), ("teacher", teacher)):
+        if make is None:
+            continue
+        refuse_other_source(experiment, who, make)  # type: ignore[arg-type]
+        if getattr(experiment, who).shapes is None and _labelled(experiment, who):  # type: ignore[arg-type]
+            raise ExperimentError(
+                f"record.observables = {list(experiment.record.observables)}: the {who}'s layers are not labelled in "
+                f"{experiment.name}, so that nothing can be measured of single ones; losses, parameters and "
+                f"neural_tangent_kernel need no layers, or name them, {who}.layers, in a new directory"
+            )
+    _refuse_unlike_layers(experiment, student, teacher)
 
 
 def refuse_other_source(experiment: Experiment, who: Literal["student", "teacher"], make: Maker) -> None:
