@@ -182,6 +182,8 @@ def test_mistakes_are_named_with_key_value_rule_and_way_out(change, message):
 def test_file_errors(tmp_path):
     with pytest.raises(ExperimentError, match="cannot be read"):
         Experiment.from_toml(tmp_path / "none.toml")
+    with pytest.raises(ExperimentError, match=r"is a directory; give the experiment's file$"):
+        Experiment.from_toml(tmp_path)
     (tmp_path / "bad.toml").write_text("name = [")
     with pytest.raises(ExperimentError, match=r"bad.toml: not TOML"):
         Experiment.from_toml(tmp_path / "bad.toml")

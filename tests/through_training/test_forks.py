@@ -350,6 +350,10 @@ def test_what_cannot_be_forked_is_refused(parent, tmp_path):
         tsdyn.fork(tmp_path / "children", out=tmp_path / "d")
     with pytest.raises(tsdyn.ExperimentError, match="ask for the parent"):
         tsdyn.sensitivity(tmp_path / "children", of="loss_eval", wrt=["start"])
+    with tsdyn.Recorder(tmp_path / "recording", nn.Linear(2, 1), probe=(torch.ones(3, 2), torch.ones(3, 1))) as rec:
+        rec.commit(0)
+    with pytest.raises(tsdyn.ExperimentError, match="a recording of a loop of the user's own"):
+        tsdyn.fork(tmp_path / "recording", at=[0], perturb={"gaussian": 0.1}, out=tmp_path / "none")
     with pytest.raises(ValueError, match="of no fork"):
         forks.compared(parent)
     bare = parent_of(tmp_path, record__observables=["loss"])

@@ -182,6 +182,16 @@ def test_float32_runs_are_differentiated_in_float64_with_the_difference_reported
     assert np.abs(found["d_start"].sel(seed=3, layer=1).values[:, :5] - slopes["weight_1"]).max() < 1e-4
 
 
+def test_biases_that_batch_norm_subtracts_again_consist_of_rounding_and_are_no_other_run(tmp_path):
+    """Their gradients are 0 but for rounding, and float32 rounds otherwise than the float64 in which it is repeated."""
+    e = tiny(dtype="float32", student__batch_norm="before", training__batch=8)
+    bias = tsdyn.run(e, tmp_path / "run")["bias"].sel(layer=1, epoch=2)
+    assert 0 < float(abs(bias).max()) < 1e-6
+    found = tsdyn.sensitivity(tmp_path / "run", wrt="start")
+    assert bool(found["value"].notnull().all())
+    assert float(found["replay_difference"].max()) < 1e-4
+
+
 BY_HAND = [
     option for option in OPTIONS if "norm b" not in option and "norm a" not in option and option != "convolutions"
 ]

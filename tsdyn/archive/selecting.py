@@ -13,6 +13,7 @@ import xarray as xr
 
 from tsdyn import vocabulary
 from tsdyn.arguments import LABELLED, LAYER, takes
+from tsdyn.experiment.errors import ExperimentError
 from tsdyn.experiment.experiment import Experiment
 from tsdyn.experiment.sweep_axes import POINT
 
@@ -23,21 +24,21 @@ def experiment_of(ds: xr.Dataset) -> Experiment:
     """The experiment that made an archive, given the archive or any slice of it.
 
     Raises:
-        ValueError: if the Dataset names none, or comes from several archives opened together, each with its own.
+        ExperimentError: if the Dataset names none, or comes from several archives opened together, each with its own.
     """
     text = ds.attrs.get("experiment")
     if "recording" in ds.attrs:
-        raise ValueError(
+        raise ExperimentError(
             "experiment_of: this is a recording of a loop of the user's own (tsdyn.Recorder), which has no experiment "
             "file from which networks, teacher and data could be made again"
         )
     if text is None:
         if "opened" in ds.attrs:
-            raise ValueError(
+            raise ExperimentError(
                 "experiment_of: several archives opened together have several experiments; ask each by itself, "
                 "tsdyn.open(one of them)"
             )
-        raise ValueError(
+        raise ExperimentError(
             "experiment_of: the Dataset has no attribute 'experiment'; it is not an archive of tsdyn's, or lost its "
             "attributes on the way (xarray's arithmetic drops them; ds.assign_attrs(archive.attrs) puts them back)"
         )

@@ -340,6 +340,12 @@ class Experiment(Part):
         Raises:
             ExperimentError: if the file cannot be read or does not hold an experiment.
         """
+        if Path(path).is_dir():
+            own = Path(path, "experiment.toml")
+            raise ExperimentError(
+                f"{path}: is a directory; give the experiment's file"
+                + (f", of this run {own} (to go on with it: tsdyn run {own} -o {path})" if own.is_file() else "")
+            )
         try:
             text = Path(path).read_text(encoding="utf-8-sig")  # Windows editors may write a byte-order mark first
         except (OSError, UnicodeDecodeError) as error:

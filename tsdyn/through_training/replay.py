@@ -34,8 +34,9 @@ from tsdyn.running.members import Members
 from tsdyn.running.own_modules import Maker
 from tsdyn.through_training.steps import Inputs, Kind, OwnModule, State, kind_of
 
-#: Largest difference to the recorded weights that counts as rounding, relative to the largest weight of the layer: the
-#: root of a unit of the last place, since training amplifies rounding wherever a gate flips.
+#: Largest difference to the recorded weights that counts as rounding, relative to the largest parameter of the layer:
+#: the root of a unit of the last place, since training amplifies rounding wherever a gate flips.  Not of each parameter
+#: by itself: a bias that BatchNorm subtracts again consists of rounding alone.
 ROUNDING = {"float64": 2e-8, "float32": 1e-3}
 
 
@@ -377,20 +378,30 @@ class Course:
 
     def _refuse_off(self, found: Named, held: Mapping[str, Tensor], epoch: int) -> None:
         room = ROUNDING[self.experiment.dtype]
+        scales: dict[str, Tensor] = {}
+        for name, wanted in held.items():
+            largest = wanted.flatten(1).abs().amax(1)
+            scales[_layer(name)] = torch.maximum(largest, scales.get(_layer(name), largest))
         for name, wanted in held.items():
             off = (found[name] - wanted).flatten(1).abs().amax(1)
-            scale = wanted.flatten(1).abs().amax(1)
+            scale = scales[_layer(name)]
             worst = int((off - room * scale).nan_to_num(torch.inf).argmax())
             if not float(off[worst]) <= room * float(scale[worst]):
                 since = f" from the archive's epoch {self.begun}" if self.begun else ""
                 raise ReplayError(
                     f"sensitivity: {self.experiment.name}, seed {self.experiment.seed_labels[worst]}, epoch {epoch}: "
                     f"{name} trained again{since} differs from the archive's by {float(off[worst]):.2g}, with "
-                    f"numbers up to {float(scale[worst]):.2g}: more than rounding, so that a derivative would be "
-                    "another run's; train the run again with this version on this machine"
+                    f"numbers up to {float(scale[worst]):.2g} in its layer: more than rounding, so that a derivative "
+                    "would be another run's; train the run again with this version on this machine"
                     + (", in float64" if self.experiment.dtype == "float32" else "")
                 )
             self.difference = np.maximum(self.difference, off.cpu().numpy())
+
+
+def _layer(name: str) -> str:
+    """What the parameters of one layer have in common: ``1`` of weight_1 and bias_1, ``top`` of top.weight."""
+    above, dot, _ = name.rpartition(".")
+    return above if dot else name.rpartition("_")[2]
 
 
 def _part(batches: Batches, members: slice) -> Batches:

@@ -155,7 +155,7 @@ def sensitivity(
     if not (math.isfinite(spread) and spread > 0):
         raise ExperimentError(f"sensitivity: spread = {spread!r}; a positive number, such as 0.05")
     common = Job(
-        _experiment(ds),
+        experiment_of(ds),
         checked_epoch(ds, epoch),
         of,
         names,
@@ -177,15 +177,6 @@ def sensitivity(
     return labelled.dataset(
         ds, [(chosen, job, result) for (chosen, job), result in zip(jobs, found, strict=True)], chosen_seeds(ds, seeds)
     )
-
-
-def _experiment(ds: xr.Dataset) -> Experiment:
-    try:
-        return experiment_of(ds)
-    except ExperimentError:
-        raise
-    except ValueError as error:
-        raise ExperimentError(f"sensitivity: {error}") from None
 
 
 def _jobs(
