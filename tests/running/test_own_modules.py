@@ -143,7 +143,11 @@ def test_what_is_recorded_and_how_it_is_read(tmp_path, caplog):
     assert "loss, mse, parameter are recorded" in caplog.text  # the default list is of networks
     assert ds.parameter.dims == ("seed", "epoch", "entry")
     assert tsdyn.schema.problems(ds) == []
-    assert ds.width.values.tolist() == [0, OUTPUTS]  # a module has no layers below its output
+    assert ds.layer_name.values.tolist() == [
+        "below",
+        "inner",
+        "top",
+    ]  # whatever is recorded: measured later, it is there
     shapes = json.loads(ds.attrs["parameters"])
     assert shapes == {n: list(t.shape) for n, t in Residual().state_dict().items()}
     named = own_modules.named(ds)

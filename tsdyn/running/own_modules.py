@@ -187,11 +187,14 @@ def _keys(experiment: Experiment, who: Literal["student", "teacher"], make: Make
         f"{who}.source": _source(make, module),
         f"{who}.numbers": sum(t.numel() for t in held_tensors(module).values()),
     }
+    needed = part.layers is not None or _labelled(experiment, who)
+    if who == "teacher" and not needed:  # the layers of a deeper one would be layers without nodes of the student
+        return found
     try:
         names = layers.labelled(module, _few_inputs(experiment), part.layers, caller=f"{who}.layers", whose=who)
     except ValueError as error:
-        if part.layers is None and not _labelled(experiment, who):
-            return found  # whose layers have no order, or which has none; what is recorded needs none
+        if not needed:
+            return found  # it has no layers, or calls one twice; what is measured later needs none either
         raise ExperimentError(
             f"{error} ({who}.layers of the experiment, beside {who}.module); or record losses, mse and parameter "
             "alone, which need no layers (record.observables)"
