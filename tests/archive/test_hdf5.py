@@ -17,7 +17,7 @@ def first_block(content):
 
 
 def test_the_checksum_is_that_of_jenkins():
-    """The values that his own test prints for a text of 30 bytes, which is in no block of 12."""
+    """The value that his own test program prints; the text ends within a block of 12 bytes."""
     assert hdf5.lookup3(b"Four score and seven years ago") == 0x17770551
 
 

@@ -136,7 +136,7 @@ def seal(image: NDArray) -> None:
 
 
 def lookup3(data: bytes) -> int:
-    """The checksum that HDF5 has of its metadata, of 1 byte or more: Bob Jenkins' ``lookup3``, ``hashlittle``, from 0."""
+    """HDF5's checksum of one byte of metadata or more: `hashlittle` of Bob Jenkins' lookup3.c, from 0."""
 
     def turned(value: int, by: int) -> int:
         return (value << by | value >> (32 - by)) & 0xFFFFFFFF
