@@ -1,6 +1,7 @@
 """`tsdyn.Recorder`: what it refuses, and that nothing is lost by it."""
 
 import math
+import shutil
 
 import pytest
 import torch
@@ -299,3 +300,24 @@ def test_an_observable_that_changes_the_model_is_refused_and_the_model_put_back(
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name])
         assert parameter.grad is None
+
+
+def test_of_several_recordings_those_that_cannot_be_opened_are_named_and_may_be_left_out(tmp_path):
+    for seed in range(2):
+        with tsdyn.Recorder(tmp_path / "two", made(), probe=(X, Y), seed=seed) as rec:
+            rec.commit(0)
+    (tmp_path / "two" / "seed=1" / "recording.toml").write_text("no = [")
+    with pytest.raises(ArchiveError, match="seed=1"):
+        tsdyn.open(tmp_path / "two")
+    with pytest.warns(UserWarning, match=r"seed=1.*; left NaN"):
+        assert tsdyn.open(tmp_path / "two", skip_damaged=True)["seed"].values.tolist() == [0]
+    shutil.rmtree(tmp_path / "two" / "seed=1")
+    shutil.copytree(tmp_path / "two" / "seed=0", tmp_path / "two" / "copy")
+    with pytest.raises(DirectoryError, match="hold the same seed of one config"):
+        tsdyn.open(tmp_path / "two")
+
+
+@pytest.mark.parametrize(("along", "paths"), [("seed", "run"), ("keys", [])])
+def test_ways_of_opening_that_there_are_not_are_refused(along, paths):
+    with pytest.raises(DirectoryError, match=r"along='seed'; it is 'keys' or 'point'|an empty list"):
+        tsdyn.open(paths, along=along)

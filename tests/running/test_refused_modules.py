@@ -180,3 +180,59 @@ def test_what_only_networks_have_is_refused_of_modules():
     module = nn.Linear(INPUTS, OUTPUTS)
     with pytest.raises(ValueError, match="call requires_grad_"):
         train.chosen(Ensemble.of([module]), Rule(0.1, frozen=(1,)))
+
+
+class Raising(nn.Linear):
+    def forward(self, x):
+        raise RuntimeError("out of order")
+
+
+def unnamable():
+    module = nn.Sequential(nn.Linear(INPUTS, OUTPUTS))
+    module.add_module("a/b", nn.Linear(OUTPUTS, OUTPUTS))
+    return module
+
+
+def wider_with_the_seed(seed):
+    return nn.Sequential(nn.Linear(INPUTS, 3 + seed), nn.Linear(3 + seed, OUTPUTS))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: [nn.Linear(INPUTS, OUTPUTS)], "gives list; it must make an nn.Module"),
+        (unnamable, r"names \['a/b.weight', 'a/b.bias'\] cannot be stored"),
+        (wider_with_the_seed, "seeds 0 and 1 get modules that differ in 0.weight, 0.bias, 1.weight"),
+        (lambda: Raising(INPUTS, OUTPUTS), r"Raising raised RuntimeError for inputs \(.*\): out of order"),
+    ],
+)
+def test_what_makes_no_member_is_refused_before_anything_is_written(tmp_path, make, message):
+    with pytest.raises(tsdyn.ExperimentError, match=message):
+        tsdyn.run(experiment(), tmp_path / "run", student=make)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_digest_of_a_source_sees_static_methods_properties_and_partial_arguments():
+    def of(scale, used):
+        class Scaled(nn.Linear):
+            if used:
+                factor = staticmethod(lambda x: 2.0 * x)
+            else:
+                factor = staticmethod(lambda x: 3.0 * x)
+
+            @property
+            def size(self):
+                return self.weight.shape
+
+            def forward(self, x):
+                return self.factor(super().forward(x))
+
+        return partial(Scaled, INPUTS, OUTPUTS, bias=scale)
+
+    sources = {
+        own_modules.described(experiment(), student=of(scale, used)).student.source
+        for scale in (True, False)
+        for used in (True, False)
+    }
+    assert len(sources) == 4
+    assert own_modules.described(experiment(), student=of(True, True)).student.source in sources
