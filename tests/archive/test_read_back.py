@@ -11,20 +11,17 @@ COMPARED = joining.differing_records
 
 
 def changed(records, states):
-    """Each thing that may differ, with what is to be found: epochs and records and states, and a name."""
+    """What may differ of a file, each with the name under which it is to be found."""
     weight = [layer.copy() for layer in records["weight"]]
     weight[1][-1, -1, 0, 0] += 1e-12
-    state = {group: dict(held) for group, held in states.items()}
+    held = states["state"]
     yield {"epochs": True}, "epoch"
     yield {"records": records | {"mse_eval": -records["mse_eval"]}}, "mse_eval"
     yield {"records": records | {"weight": weight}}, "weight"
-    yield (
-        {"states": state | {"state": state["state"] | {"death_epoch": state["state"]["death_epoch"] + 1}}},
-        "death_epoch",
-    )
-    yield {"states": state | {"state": state["state"] | {"steps": state["state"]["steps"] + 1}}}, "state/steps"
-    yield {"states": state | {"state": {n: a for n, a in state["state"].items() if n != "steps"}}}, "state"
-    yield {"states": state | {"state_1": state["state"]}}, "state"
+    yield {"states": {"state": {**held, "death_epoch": held["death_epoch"] + 1}}}, "death_epoch"
+    yield {"states": {"state": {**held, "steps": held["steps"] + 1}}}, "state/steps"
+    yield {"states": {"state": {name: array for name, array in held.items() if name != "steps"}}}, "state"
+    yield {"states": {"state": held, "state_1": held}}, "state"
 
 
 def test_whatever_differs_is_named(tmp_path, monkeypatch):
@@ -45,7 +42,7 @@ def test_whatever_differs_is_named(tmp_path, monkeypatch):
 
 def test_what_reads_back_differently_is_not_committed(tmp_path, monkeypatch):
     monkeypatch.setattr(joining, "differing_records", lambda *_: "weight")
-    with pytest.raises(ArchiveError, match="weight read back differently .*nothing was added"):
+    with pytest.raises(ArchiveError, match=r"weight read back differently .*nothing was added"):
         tsdyn.run(small(**FEW), tmp_path / "run")
     monkeypatch.undo()
     assert tsdyn.run(small(**FEW), tmp_path / "run").sizes["epoch"] == 4

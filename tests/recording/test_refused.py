@@ -311,13 +311,8 @@ def test_of_several_recordings_those_that_cannot_be_opened_are_named_and_may_be_
         tsdyn.open(tmp_path / "two")
     with pytest.warns(UserWarning, match=r"seed=1.*; left NaN"):
         assert tsdyn.open(tmp_path / "two", skip_damaged=True)["seed"].values.tolist() == [0]
-    shutil.rmtree(tmp_path / "two" / "seed=1")
-    shutil.copytree(tmp_path / "two" / "seed=0", tmp_path / "two" / "copy")
+    with tsdyn.Recorder(tmp_path / "rates", made(), probe=(X, Y), config={"rate": 1}) as rec:
+        rec.commit(0)
+    shutil.copytree(tmp_path / "rates" / "rate=1", tmp_path / "rates" / "copy")
     with pytest.raises(DirectoryError, match="hold the same seed of one config"):
-        tsdyn.open(tmp_path / "two")
-
-
-@pytest.mark.parametrize(("along", "paths"), [("seed", "run"), ("keys", [])])
-def test_ways_of_opening_that_there_are_not_are_refused(along, paths):
-    with pytest.raises(DirectoryError, match=r"along='seed'; it is 'keys' or 'point'|an empty list"):
-        tsdyn.open(paths, along=along)
+        tsdyn.open(tmp_path / "rates")

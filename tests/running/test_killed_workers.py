@@ -27,9 +27,10 @@ def test_a_point_that_kills_its_workers_fails_alone_and_only_after_several_tries
     TRIED.clear()
     experiment = small(sweep={"teacher.polarity": [0.0, 0.5, 1.0, 2.0]}, **FEW)
     with LocalCluster(1, threads_per_worker=1, processes=False, dashboard_address=None, protocol="tcp") as cluster:
-        with monkeypatch.context() as patch, pytest.raises(SweepError, match="1 of 4 points failed") as told:
-            patch.setattr(workers_module, "_work", dying)
+        monkeypatch.setattr(workers_module, "_work", dying)
+        with pytest.raises(SweepError, match="1 of 4 points failed") as told:
             tsdyn.run(experiment, tmp_path / "sweep", scheduler=cluster.scheduler_address, together=together)
+        monkeypatch.undo()
         assert "polarity=2.0" in str(told.value)
         assert len(TRIED) == workers_module.FRUITLESS
         assert TRIED[-1] == 1 or not together  # alone in the end

@@ -212,13 +212,18 @@ def test_what_makes_no_member_is_refused_before_anything_is_written(tmp_path, ma
     assert not (tmp_path / "run").exists()
 
 
+def _doubled(x):
+    return 2.0 * x
+
+
+def _tripled(x):
+    return 3.0 * x
+
+
 def test_the_digest_of_a_source_sees_static_methods_properties_and_partial_arguments():
-    def of(scale, used):
+    def of(biased, used):
         class Scaled(nn.Linear):
-            if used:
-                factor = staticmethod(lambda x: 2.0 * x)
-            else:
-                factor = staticmethod(lambda x: 3.0 * x)
+            factor = staticmethod(_doubled if used else _tripled)
 
             @property
             def size(self):
@@ -227,11 +232,11 @@ def test_the_digest_of_a_source_sees_static_methods_properties_and_partial_argum
             def forward(self, x):
                 return self.factor(super().forward(x))
 
-        return partial(Scaled, INPUTS, OUTPUTS, bias=scale)
+        return partial(Scaled, INPUTS, OUTPUTS, bias=biased)
 
     sources = {
-        own_modules.described(experiment(), student=of(scale, used)).student.source
-        for scale in (True, False)
+        own_modules.described(experiment(), student=of(biased, used)).student.source
+        for biased in (True, False)
         for used in (True, False)
     }
     assert len(sources) == 4
