@@ -313,6 +313,6 @@ def test_of_several_recordings_those_that_cannot_be_opened_are_named_and_may_be_
         assert tsdyn.open(tmp_path / "two", skip_damaged=True)["seed"].values.tolist() == [0]
     with tsdyn.Recorder(tmp_path / "rates", made(), probe=(X, Y), config={"rate": 1}) as rec:
         rec.commit(0)
-    shutil.copytree(tmp_path / "rates" / "rate=1", tmp_path / "rates" / "copy")
+    shutil.copytree(tmp_path / "rates" / "rate=1" / "seed=0", tmp_path / "rates" / "rate=1" / "seed=7")
     with pytest.raises(DirectoryError, match="hold the same seed of one config"):
         tsdyn.open(tmp_path / "rates")
