@@ -13,6 +13,8 @@ from tsdyn.population.two_layer_loss import PopulationLoss
 
 HERE = Path(__file__).resolve().parent
 REFERENCE = HERE / "reference"
+#: Changes to `small` for tests in which the numbers do not matter.
+FEW = {"training__epochs": 3, "seeds": 2, "record__observables": ["mse", "weight"]}
 
 
 def small(**changes: Any) -> Experiment:

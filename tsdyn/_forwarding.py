@@ -96,7 +96,8 @@ MOVED: Mapping[str, Mapping[str, str]] = {
         "tsdyn.archive.integrity": "BLOCK_BYTES DAMAGED check repair",
     },
     "interaction": {
-        "tsdyn.gaussian.interaction": "Elementwise Function Number arc_cosine",
+        "tsdyn.gaussian.closed_forms": "Number arc_cosine",
+        "tsdyn.gaussian.interaction": "Elementwise Function",
         "tsdyn.population": "Derivatives Interaction Partials",
     },
     "kernel": {

@@ -17,6 +17,7 @@ from tsdyn.experiment.experiment import Experiment
 from tsdyn.running import own_modules, runner
 from tsdyn.running.forked_members import ForkedMembers
 from tsdyn.running.members import Members
+from tsdyn.running.outcome import SweepError
 from tsdyn.through_training import forks
 
 KEYS = ("weight", "bias", "loss_eval", "correlation")
@@ -361,6 +362,24 @@ def test_what_cannot_be_forked_is_refused(parent, tmp_path):
         tsdyn.fork(bare, out=tmp_path / "e")
     done = CliRunner().invoke(cli.app, ["fork", str(parent), "--at", "x"])
     assert "write epochs" in str(done.exception)
+
+
+@pytest.mark.parametrize(
+    ("changes", "perturb", "message"),
+    [
+        ({}, {"weight": {"layer": 1, "node": 0, "input_node": 99, "by": 1.0}}, "input_node = 99: of 10"),
+        ({"student__bias": False}, {"weight": {"layer": 1, "node": 0, "by": 1.0}}, "has no biases; give input_node"),
+        (
+            {"teacher__widths": [36, 3, 2], "teacher__convolution": True, "data__image": [1, 6, 6]},
+            {"silence": {"layer": 1, "node": 0}},
+            "layer 1 is a convolution under a flattened layer; take gaussian",
+        ),
+    ],
+)
+def test_numbers_that_a_student_does_not_have_are_not_changed(tmp_path, changes, perturb, message):
+    started = parent_of(tmp_path, **changes, training__epochs=1, record__observables=["loss", "weight"])
+    with pytest.raises((tsdyn.ExperimentError, SweepError), match=message):
+        tsdyn.fork(started, perturb=perturb, out=tmp_path / "children")
 
 
 def test_the_barrier_is_the_largest_excess_over_the_chord():

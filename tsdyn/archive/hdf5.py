@@ -119,7 +119,41 @@ def image(file: int) -> NDArray:
     found = np.empty(max(size, 0), np.uint8)
     if size <= 0 or library.H5Fget_file_image(file, found.ctypes.data, size) != size:
         raise MemoryError("image: the HDF5 library does not give the file that it made in memory")
+    seal(found)
     return found
+
+
+def seal(image: NDArray) -> None:
+    """Write the checksum of a file's first block, which HDF5 before 2.0 leaves as it was while the file was open.
+
+    There it clears the mark of an open file in the image, on which the checksum depends, so that the image could not
+    be opened.
+    """
+    if image[8] < 2:  # the version of the block; older ones have no checksum
+        return
+    end = 12 + 4 * int(image[9])  # four addresses of so many bytes
+    image[end : end + 4] = np.frombuffer(lookup3(image[:end].tobytes()).to_bytes(4, "little"), np.uint8)
+
+
+def lookup3(data: bytes) -> int:
+    """HDF5's checksum of one byte of metadata or more: `hashlittle` of Bob Jenkins' lookup3.c, from 0."""
+
+    def turned(value: int, by: int) -> int:
+        return (value << by | value >> (32 - by)) & 0xFFFFFFFF
+
+    a = b = c = 0xDEADBEEF + len(data)
+    blocks = [data[at : at + 12].ljust(12, b"\0") for at in range(0, len(data), 12)]
+    for left, block in zip(reversed(range(len(blocks))), blocks, strict=True):
+        x, y, z = (int.from_bytes(block[at : at + 4], "little") for at in (0, 4, 8))
+        a, b, c = (a + x) & 0xFFFFFFFF, (b + y) & 0xFFFFFFFF, (c + z) & 0xFFFFFFFF
+        for by in (4, 6, 8, 16, 19, 4) if left else ():  # each step is the next one's with a, b, c moved on by one
+            a = (a - c & 0xFFFFFFFF) ^ turned(c, by)
+            c = c + b & 0xFFFFFFFF
+            a, b, c = b, c, a
+    for by in (14, 11, 25, 16, 4, 14, 24):
+        c = (c ^ b) - turned(b, by) & 0xFFFFFFFF
+        a, b, c = b, c, a
+    return b
 
 
 def read_all(path: Path, spans: Mapping[str, Sequence[slice]], dtypes: Mapping[str, np.dtype]) -> dict[str, NDArray]:

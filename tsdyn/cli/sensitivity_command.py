@@ -112,6 +112,6 @@ def told(found) -> list[str]:  # type: ignore[no-untyped-def]
     off = found["replay_difference"].values
     if not np.isnan(off).all():
         begun = len(attrs["replayed_from"].split(",")) - 1  # beside the start
-        how = f", begun from the archive's states of {begun} epochs" if begun else ""
+        how = f", begun from the archive's states of {begun} epoch{'s' * (begun > 1)}" if begun else ""
         lines.append(f"trained again: weights within {np.nanmax(off):.2g} of the recorded ones{how}")
     return [*lines, *json.loads(attrs["reach"])]

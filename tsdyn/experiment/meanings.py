@@ -33,7 +33,7 @@ MEANINGS: Mapping[str, str] = {
     "teacher.choices": "values that entries of separated rows are drawn from",
     "teacher.scale": 'standard deviation of the weights, with init = "gaussian"',
     "teacher.unit_norm": "whether the first layer's rows, or those of every layer, are scaled to unit norm",
-    "teacher.polarity": "fan-out of teacher node j is divided by j to this power",
+    "teacher.polarity": "fan-out of the teacher's j-th node (j = 1, 2, ...) is divided by j to this power",
     "teacher.bias": "every bias, false for none, or uniform",
     "teacher.balanced": "whether each node is shifted to be active on half of the samples",
     "teacher.activation": "the student's unless given",

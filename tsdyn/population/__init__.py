@@ -3,7 +3,8 @@
 Everything here is exact for x ~ N(0, I) up to rounding.  Losses are E‖f − f*‖², without ½ (docs/theory).
 """
 
-from tsdyn.gaussian.interaction import Derivatives, Interaction, Partials
+from tsdyn.gaussian.closed_forms import Partials
+from tsdyn.gaussian.interaction import Derivatives, Interaction
 from tsdyn.gaussian.interaction import derivatives as interaction_derivatives
 from tsdyn.gaussian.interaction import in_cosine as interaction
 from tsdyn.population.archived import expected_loss

@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import json
 import logging
-import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -20,7 +19,7 @@ from tsdyn import registers, schema
 from tsdyn._version import __version__
 from tsdyn.archive import machines, whole_files
 from tsdyn.archive.recording_directory import RecordingDirectory
-from tsdyn.archive.recordings import WRITERS, Recording
+from tsdyn.archive.recordings import Recording
 from tsdyn.archive.whole_files import ArchiveError
 from tsdyn.engine.loss import MSE
 from tsdyn.experiment.parts import Record
@@ -33,8 +32,8 @@ from tsdyn.observables.member import Measurement, Probe
 from tsdyn.observables.registry import Observed
 from tsdyn.recording import checks, measuring, own_values, states
 from tsdyn.recording.measuring import ACTIVATION, DIFFERENTIATED, FAMILIES, MEASURED, Probed
+from tsdyn.recording.writing import Writer
 from tsdyn.running import provenance
-from tsdyn.running.runner import along_steps, commit_is_due
 from tsdyn.vocabulary import COORDINATES, DIMENSIONS, VARIABLES, Variable
 
 _log = logging.getLogger("tsdyn")
@@ -53,59 +52,6 @@ class _Fixed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.y
-
-
-class _Writer:
-    """What was committed and is not on disk yet, and the directory that it goes to.
-
-    It outlives the Recorder until it has written, and knows nothing of it.
-    """
-
-    def __init__(self, directory: RecordingDirectory) -> None:
-        self.path, self.directory = directory.path.absolute(), directory
-        self.pending: list[dict[str, Any]] = []
-        self.epochs: list[int] = []
-        self.state: dict[str, np.ndarray] = {}
-        self.constants: dict[str, Any] = {}
-        self.attrs: dict[str, Any] = {}
-        committed = directory.committed()
-        self.durable = committed
-        self.first = 0 if committed is None else committed + 1
-        self.began = self.clock = time.monotonic()
-        self.took = self.spent = 0.0
-        self.closed = False
-        WRITERS.add(self)
-
-    def add(self, epoch: int, record: dict[str, Any], state: dict[str, np.ndarray]) -> None:
-        self.pending.append(record)
-        self.epochs.append(epoch)
-        self.state = state
-        now = time.monotonic()
-        if self.durable is None or commit_is_due(now - self.began, now - self.clock, self.took, self.spent):
-            self.flush()
-
-    def flush(self) -> None:
-        """Write all that was committed as one segment."""
-        if not self.pending:
-            return
-        now = time.monotonic()
-        records = {**along_steps(self.pending), **(self.constants if self.first == 0 else {})}
-        self.directory.commit(self.first, self.epochs[-1], self.epochs, records, self.state, self.attrs)
-        self.durable, self.first = self.epochs[-1], self.epochs[-1] + 1
-        self.pending, self.epochs = [], []
-        self.clock = time.monotonic()
-        self.took = self.clock - now
-        self.spent += self.took
-
-    def close(self) -> None:
-        """Write what is pending and free the directory."""
-        if not self.closed:
-            self.closed = True
-            try:
-                self.flush()
-            finally:
-                WRITERS.discard(self)
-                self.directory.__exit__()
 
 
 class Recorder:
@@ -202,7 +148,7 @@ class Recorder:
                     variables=(*self._recording.variables, *kept.given),
                 )  # fmt: skip
                 directory.sign(self._recording)
-            self._writer = _Writer(directory)
+            self._writer = Writer(directory)
         except BaseException:
             directory.__exit__()
             raise
