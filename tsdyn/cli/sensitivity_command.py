@@ -55,8 +55,7 @@ def sensitivity(
     from tsdyn.archive import netcdf, whole_files
     from tsdyn.through_training import sensitivity as made
 
-    run = whole_files.local_path(directory).absolute()
-    path = whole_files.local_path(output or run.with_name(f"{run.name}-sensitivity.nc"))
+    path = whole_files.local_path(output or f"{whole_files.local_path(directory).absolute()}-sensitivity.nc")
     whole_files.refuse_link(path)
     if not path.parent.is_dir():
         whole_files.make_directory(path.parent)
