@@ -182,6 +182,21 @@ class Register:
             raise PartError(f"{self.kind} {name!r} is there already ({self.origin(name).package}); give another name")
         self._added[name] = part
 
+    def given(self, part: Any) -> Any:
+        """The name of a part that is given itself, known to this process from then on; anything else as it is.
+
+        Raises:
+            PartError: for a part without a name of its own, such as a lambda, or whose name is another's.
+        """
+        name = getattr(part, "name", getattr(part, "__name__", None))
+        if isinstance(part, str) or not isinstance(name, str):
+            return part
+        if not name.isidentifier():
+            raise PartError(f"{self.kind} {part!r} has no name, by which an archive calls it; write it as a function")
+        if name not in self._added or self._added[name] is not part:
+            self.add(name, part)
+        return name
+
     def holds(self, name: str, part: Any) -> bool:
         """Whether `part` itself is registered under `name`."""
         if name not in self._added and name not in self._installed:
@@ -308,3 +323,27 @@ ALL: Mapping[str, Register] = {
     register.kind: register
     for register in (ACTIVATIONS, LOSSES, OPTIMIZERS, LAWS, TEACHERS, STARTS, OBSERVABLES, STUDIES)
 }
+
+
+class Sent(NamedTuple):
+    """A part of one process on its way to another."""
+
+    kind: str
+    name: str
+    part: Any
+
+
+@contextmanager
+def present(parts: Iterable[Sent]) -> Iterator[None]:
+    """Context in which this process knows the parts that another one sent."""
+    done: list[tuple[Register, str]] = []
+    try:
+        for kind, name, part in parts:
+            register = ALL[kind]
+            if name not in register._added:
+                register.add(name, part)
+                done.append((register, name))
+        yield
+    finally:
+        for register, name in done:
+            register.remove(name)

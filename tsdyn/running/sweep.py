@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,6 @@ from tsdyn.running.workers import (
     INDEX_SECONDS,
     INDEX_TIMES,
     Passed,
-    WorkersError,
     answer_of,
     check_workers,
     connected_client,
@@ -219,7 +218,7 @@ def run(
         if lost and unfinished(own, path):
             packages.refuse_missing(lost, own, whole_files.local_path(path))
         if means.distributed and not lost:
-            _refuse_parts_of_this_process(own, observables)
+            means = _with_parts(means, _parts_of_this_process(own, observables))
         return _run(own, path, means, progress, point)
 
 
@@ -248,14 +247,27 @@ class _Means:
     student: Maker | None
     teacher: Maker | None
     observables: tuple[Observed, ...]
+    parts: tuple[registers.Sent, ...] = ()
 
     @property
     def passed(self) -> Passed:
-        return Passed(self.observables, self.student, self.teacher)
+        return Passed(self.observables, self.student, self.teacher, self.parts)
 
     @property
     def distributed(self) -> bool:
         return self.workers is not None or self.scheduler is not None
+
+
+def _with_parts(means: _Means, parts: Sequence[registers.Sent]) -> _Means:
+    """The means with parts of this process that its workers lack.
+
+    Raises:
+        WorkersError: for one that cannot be sent.
+    """
+    refuse_unpicklable(**{f"{kind} {name!r}": part for kind, name, part in parts})
+    observed = tuple(each.part for each in parts if isinstance(each.part, Observed))
+    others = tuple(each for each in parts if not isinstance(each.part, Observed))
+    return replace(means, observables=(*means.observables, *observed), parts=others)
 
 
 def _asking(experiment: Experiment, observables: Sequence[Observed]) -> Experiment:
@@ -265,20 +277,15 @@ def _asking(experiment: Experiment, observables: Sequence[Observed]) -> Experime
     return experiment.replace({"record.observables": [*asked, *missing]}) if missing else experiment
 
 
-def _refuse_parts_of_this_process(experiment: Experiment, passed: Sequence[Observed]) -> None:
-    """Refuse parts that were added to this process only: workers, being other processes, would not find them."""
+def _parts_of_this_process(experiment: Experiment, passed: Sequence[Observed]) -> list[registers.Sent]:
+    """Parts that were added to this process only, beside the observables that are passed: workers are sent them."""
     names = {each.name for each in passed}
-    lost = [
-        f"{key} = {register.kind} {name!r}"
-        for key, register, name in packages.every_part(experiment)
+    found = {
+        (register.kind, name): registers.Sent(register.kind, name, register.load(name))
+        for _, register, name in packages.every_part(experiment)
         if name not in names and register.origin(name).package == registers.THIS_PROCESS
-    ]
-    if lost:
-        raise WorkersError(
-            f"{', '.join(dict.fromkeys(lost))}: added to this process only, so that workers do not have it; offer it "
-            "by an entry point of an installed package (docs: Growing tsdyn), pass observables to tsdyn.run, or leave "
-            "workers out"
-        )
+    }
+    return list(found.values())
 
 
 #: Called with the names of points that begin; returns the Progress of each.

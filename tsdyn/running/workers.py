@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, assert_never
 
-from tsdyn import memory
+from tsdyn import memory, registers
 from tsdyn.archive.run_directory import ADDED, ARCHIVE, segments
 from tsdyn.archive.whole_files import ArchiveError
 from tsdyn.experiment.experiment import Experiment
@@ -231,11 +231,12 @@ def _answer(future: Any) -> _Answer | None:
 
 @dataclass(frozen=True)
 class Passed:
-    """Parts of the user's own that were passed to `tsdyn.run` and are sent to workers by cloudpickle."""
+    """Parts of the user's own that only the process of `tsdyn.run` has; workers are sent them by cloudpickle."""
 
     observables: tuple[Observed, ...] = ()
     student: Maker | None = None
     teacher: Maker | None = None
+    parts: tuple[registers.Sent, ...] = ()
 
 
 def refuse_unpicklable(**passed: Any) -> None:
@@ -455,7 +456,7 @@ def _work(texts: Mapping[str, str], path: str, device: str, topic: str, passed: 
 
     paths = {name: Path(path) / name for name in texts}
     failed: Mapping[Path, Exception] = {}
-    with added(passed.observables):
+    with registers.present(passed.parts), added(passed.observables):
         experiments = {name: Experiment.from_toml_text(text) for name, text in texts.items()}
         if asked() is None:
             try:
