@@ -173,7 +173,7 @@ class Register:
         return found
 
     def add(self, name: str, part: Any) -> None:
-        """Make a part known to this process under `name`; other processes do not see it.
+        """Make a part known to this process, and to the workers of its runs, under `name`.
 
         Raises:
             PartError: if the name is taken.

@@ -333,12 +333,12 @@ def minimum_derivative(
                 f"minimum_derivative: row {member} is {kind}: only a minimum with a Hessian of full rank (beside "
                 f"flat_directions={flat_directions}) moves with what the loss depends on as a derivative says"
             )
-    mixed = torch.func.vmap(torch.func.jacrev(torch.func.grad(loss), 1), (0, None))(
+    mixed: Tensor = torch.func.vmap(torch.func.jacrev(torch.func.grad(loss), 1), (0, None))(
         found.point, with_respect.to(found.point)
     )
     spectrum, basis = torch.linalg.eigh(here.hessian(found.point))
     inverse = torch.where(_seen(here, spectrum), 1 / spectrum, 0.0)
-    moved = -basis @ (inverse[..., None] * (basis.mT @ mixed.reshape(*spectrum.shape, -1)))
+    moved: Tensor = -basis @ (inverse[..., None] * (basis.mT @ mixed.reshape(*spectrum.shape, -1)))
     return moved.reshape(mixed.shape)
 
 
