@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -197,6 +198,11 @@ class Register:
             self.add(name, part)
         return name
 
+    @property
+    def adds(self) -> bool:
+        """Whether parts were added to this process."""
+        return bool(self._added)
+
     def holds(self, name: str, part: Any) -> bool:
         """Whether `part` itself is registered under `name`."""
         if name not in self._added and name not in self._installed:
@@ -333,17 +339,29 @@ class Sent(NamedTuple):
     part: Any
 
 
+#: How many contexts of `present` use each part that was sent here, by kind and name.
+_USED: dict[tuple[str, str], int] = {}
+_USED_LOCK = threading.Lock()
+
+
 @contextmanager
 def present(parts: Iterable[Sent]) -> Iterator[None]:
-    """Context in which this process knows the parts that another one sent."""
-    done: list[tuple[Register, str]] = []
+    """Context in which this process knows the parts that another one sent, forgotten after the last such context."""
+    mine: list[tuple[str, str]] = []
     try:
-        for kind, name, part in parts:
-            register = ALL[kind]
-            if name not in register._added:
-                register.add(name, part)
-                done.append((register, name))
+        with _USED_LOCK:
+            for kind, name, part in parts:
+                used = _USED.get((kind, name), 0)
+                if not used and name in ALL[kind]._added:
+                    continue  # the process that sent it
+                if not used:
+                    ALL[kind].add(name, part)
+                _USED[kind, name] = used + 1
+                mine.append((kind, name))
         yield
     finally:
-        for register, name in done:
-            register.remove(name)
+        with _USED_LOCK:
+            for kind, name in mine:
+                _USED[kind, name] -= 1
+                if not _USED[kind, name]:
+                    ALL[kind].remove(name)

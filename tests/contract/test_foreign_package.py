@@ -189,6 +189,7 @@ def test_a_module_of_the_package_is_a_student_and_its_parts_keep_their_promises(
 
 
 WORKERS = """
+import numpy as np
 import tsdyn
 from tsdyn import registers
 from tsdyn.engine.loss import Loss
@@ -233,6 +234,21 @@ if __name__ == "__main__":
     for name in one.data_vars:
         assert one[name].equals(other[name]), name
     assert one.attrs["parts"] == other.attrs["parts"]
+
+    # what is computed on a cluster of one's own, too; with another definition of the name after the first
+    from dask.distributed import Client, LocalCluster
+    linear = experiment.replace({"data.law": shifted, "sweep": {}, "seeds": 2})
+    ds = tsdyn.run(linear, "linear")
+    mine_ = [tsdyn.Observed(largest, lambda m, k=k: k * m.network.weights[0].max()) for k in (1, 2)]
+    registers.OBSERVABLES.remove("largest")
+    with LocalCluster(1, threads_per_worker=2, dashboard_address=None) as cluster, Client(cluster) as client:
+        for k, own in enumerate(mine_, start=1):
+            found = tsdyn.measure(ds, [own, "A"]).compute()
+            np.testing.assert_array_equal(found["largest"], k * ds["weight"].isel(layer=0).max(["node", "input_node"]))
+            registers.OBSERVABLES.remove("largest")
+        given = {"wrt": "start", "certificate": False}
+        there = tsdyn.sensitivity("linear", client=client, **given)
+    assert there["d_start"].equals(tsdyn.sensitivity("linear", **given)["d_start"])
 
     import threading
     lock = threading.Lock()

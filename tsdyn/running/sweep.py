@@ -203,8 +203,7 @@ def run(
         _check_data(experiment, path, scheduler)
     say_open(scheduler)
     means = _Means(
-        device, workers, scheduler, _together(experiment, device) if together is None else together, student, teacher,
-        tuple(observables),
+        device, workers, scheduler, _together(experiment, device) if together is None else together, student, teacher
     )  # fmt: skip
     if means.distributed:
         refuse_unpicklable(student=student, teacher=teacher, **{f"observable {o.name!r}": o for o in observables})
@@ -218,7 +217,8 @@ def run(
         if lost and unfinished(own, path):
             packages.refuse_missing(lost, own, whole_files.local_path(path))
         if means.distributed and not lost:
-            means = _with_parts(means, _parts_of_this_process(own, observables))
+            means = replace(means, parts=packages.of_this_process(own))
+            refuse_unpicklable(**{f"{kind} {name!r}": part for kind, name, part in means.parts})
         return _run(own, path, means, progress, point)
 
 
@@ -246,28 +246,15 @@ class _Means:
     together: bool
     student: Maker | None
     teacher: Maker | None
-    observables: tuple[Observed, ...]
     parts: tuple[registers.Sent, ...] = ()
 
     @property
     def passed(self) -> Passed:
-        return Passed(self.observables, self.student, self.teacher, self.parts)
+        return Passed(self.parts, self.student, self.teacher)
 
     @property
     def distributed(self) -> bool:
         return self.workers is not None or self.scheduler is not None
-
-
-def _with_parts(means: _Means, parts: Sequence[registers.Sent]) -> _Means:
-    """The means with parts of this process that its workers lack.
-
-    Raises:
-        WorkersError: for one that cannot be sent.
-    """
-    refuse_unpicklable(**{f"{kind} {name!r}": part for kind, name, part in parts})
-    observed = tuple(each.part for each in parts if isinstance(each.part, Observed))
-    others = tuple(each for each in parts if not isinstance(each.part, Observed))
-    return replace(means, observables=(*means.observables, *observed), parts=others)
 
 
 def _asking(experiment: Experiment, observables: Sequence[Observed]) -> Experiment:
@@ -275,17 +262,6 @@ def _asking(experiment: Experiment, observables: Sequence[Observed]) -> Experime
     asked = list(experiment.record.observables)
     missing = [each.name for each in observables if each.name not in asked]
     return experiment.replace({"record.observables": [*asked, *missing]}) if missing else experiment
-
-
-def _parts_of_this_process(experiment: Experiment, passed: Sequence[Observed]) -> list[registers.Sent]:
-    """Parts that were added to this process only, beside the observables that are passed: workers are sent them."""
-    names = {each.name for each in passed}
-    found = {
-        (register.kind, name): registers.Sent(register.kind, name, register.load(name))
-        for _, register, name in packages.every_part(experiment)
-        if name not in names and register.origin(name).package == registers.THIS_PROCESS
-    }
-    return list(found.values())
 
 
 #: Called with the names of points that begin; returns the Progress of each.

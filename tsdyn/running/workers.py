@@ -18,8 +18,8 @@ from tsdyn.archive.run_directory import ADDED, ARCHIVE, segments
 from tsdyn.archive.whole_files import ArchiveError
 from tsdyn.experiment.experiment import Experiment
 from tsdyn.experiment.parts import MAX_EPOCHS
-from tsdyn.observables.registry import Observed, added
-from tsdyn.running import estimates, runner
+from tsdyn.observables.registry import Observed
+from tsdyn.running import estimates, packages, runner
 from tsdyn.running.interrupts import Stopped
 from tsdyn.running.outcome import is_finished, reason_of
 from tsdyn.running.own_modules import Maker
@@ -233,10 +233,9 @@ def _answer(future: Any) -> _Answer | None:
 class Passed:
     """Parts of the user's own that only the process of `tsdyn.run` has; workers are sent them by cloudpickle."""
 
-    observables: tuple[Observed, ...] = ()
+    parts: tuple[registers.Sent, ...] = ()
     student: Maker | None = None
     teacher: Maker | None = None
-    parts: tuple[registers.Sent, ...] = ()
 
 
 def refuse_unpicklable(**passed: Any) -> None:
@@ -456,7 +455,7 @@ def _work(texts: Mapping[str, str], path: str, device: str, topic: str, passed: 
 
     paths = {name: Path(path) / name for name in texts}
     failed: Mapping[Path, Exception] = {}
-    with registers.present(passed.parts), added(passed.observables):
+    with packages.known(passed.parts):
         experiments = {name: Experiment.from_toml_text(text) for name, text in texts.items()}
         if asked() is None:
             try:
