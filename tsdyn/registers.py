@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -173,7 +174,7 @@ class Register:
         return found
 
     def add(self, name: str, part: Any) -> None:
-        """Make a part known to this process under `name`; other processes do not see it.
+        """Make a part known to this process, and to the workers of its runs, under `name`.
 
         Raises:
             PartError: if the name is taken.
@@ -181,6 +182,26 @@ class Register:
         if not self.foreign(name) or name in self._added or name in self._installed:
             raise PartError(f"{self.kind} {name!r} is there already ({self.origin(name).package}); give another name")
         self._added[name] = part
+
+    def given(self, part: Any) -> Any:
+        """The name of a part that is given itself, known to this process from then on; anything else as it is.
+
+        Raises:
+            PartError: for a part without a name of its own, such as a lambda, or whose name is another's.
+        """
+        name = getattr(part, "name", getattr(part, "__name__", None))
+        if isinstance(part, str) or not isinstance(name, str):
+            return part
+        if not name.isidentifier():
+            raise PartError(f"{self.kind} {part!r} has no name, by which an archive calls it; write it as a function")
+        if name not in self._added or self._added[name] is not part:
+            self.add(name, part)
+        return name
+
+    @property
+    def adds(self) -> bool:
+        """Whether parts were added to this process."""
+        return bool(self._added)
 
     def holds(self, name: str, part: Any) -> bool:
         """Whether `part` itself is registered under `name`."""
@@ -308,3 +329,39 @@ ALL: Mapping[str, Register] = {
     register.kind: register
     for register in (ACTIVATIONS, LOSSES, OPTIMIZERS, LAWS, TEACHERS, STARTS, OBSERVABLES, STUDIES)
 }
+
+
+class Sent(NamedTuple):
+    """A part of one process on its way to another."""
+
+    kind: str
+    name: str
+    part: Any
+
+
+#: How many contexts of `present` use each part that was sent here, by kind and name.
+_USED: dict[tuple[str, str], int] = {}
+_USED_LOCK = threading.Lock()
+
+
+@contextmanager
+def present(parts: Iterable[Sent]) -> Iterator[None]:
+    """Context in which this process knows the parts that another one sent, forgotten after the last such context."""
+    mine: list[tuple[str, str]] = []
+    try:
+        with _USED_LOCK:
+            for kind, name, part in parts:
+                used = _USED.get((kind, name), 0)
+                if not used and name in ALL[kind]._added:
+                    continue  # the process that sent it
+                if not used:
+                    ALL[kind].add(name, part)
+                _USED[kind, name] = used + 1
+                mine.append((kind, name))
+        yield
+    finally:
+        with _USED_LOCK:
+            for kind, name in mine:
+                _USED[kind, name] -= 1
+                if not _USED[kind, name]:
+                    ALL[kind].remove(name)

@@ -189,8 +189,11 @@ def test_a_module_of_the_package_is_a_student_and_its_parts_keep_their_promises(
 
 
 WORKERS = """
+import numpy as np
 import tsdyn
 from tsdyn import registers
+from tsdyn.engine.loss import Loss
+from tsdyn.engine.rule import Optimizer
 from tsdyn.networks.activations import Activation
 from tsdyn.running.workers import WorkersError
 import torch
@@ -208,22 +211,60 @@ if __name__ == "__main__":
     right = 2 * (ds["weight"] ** 2).sum("input_node") ** 0.5
     assert float(abs(ds["row_norm"] - right).max()) < 1e-14
 
-    registers.ACTIVATIONS.add("sine", Activation("sine", torch.sin, torch.cos, torch.nn.Identity))
-    mine = experiment.replace({"student.activation": "sine"})
-    assert tsdyn.run(mine, "here").sizes["learning_rate"] == 2
+    def shifted(rng, samples, inputs, *, std):
+        return factor * std * rng.standard_normal((samples, inputs)) + 0.1
+
+    def ternary(rng, nodes, inputs, *, teacher, lowest):
+        return rng.choice([-1.0, 0.5, 1.0], (nodes, inputs))
+
+    def step(rule, parameter, gradient, moments, rates, number):
+        parameter.sub_(rates * torch.sign(gradient))
+
+    largest = tsdyn.declare("largest", ("seed", "epoch"), units="1", long_name="largest", source="a script")
+    registers.OBSERVABLES.add("largest", tsdyn.Observed(largest, lambda m: m.network.weights[0].max()))
+    mine = experiment.replace({
+        "student.activation": Activation("sine", torch.sin, torch.cos, torch.nn.Identity), "data.law": shifted,
+        "training.method": Optimizer("signs", (), step), "teacher.init": ternary,
+        "training.loss": Loss("quartic", lambda output, target: (output - target).pow(4).sum(-1).mean(), "power 4"),
+        "record.observables": ["loss", "weight", "largest"],
+    })
+    assert mine.training.loss == "quartic" and mine == experiment.from_toml_text(mine.to_toml())
+    one, other = tsdyn.run(mine, "here").load(), tsdyn.run(mine, "there", workers=2).load()
+    assert float(abs(one["weight"].isel(epoch=-1) - one["weight"].isel(epoch=0)).max()) > 0
+    for name in one.data_vars:
+        assert one[name].equals(other[name]), name
+    assert one.attrs["parts"] == other.attrs["parts"]
+
+    # what is computed on a cluster of one's own, too; with another definition of the name after the first
+    from dask.distributed import Client, LocalCluster
+    linear = experiment.replace({"data.law": shifted, "sweep": {}, "seeds": 2})
+    ds = tsdyn.run(linear, "linear")
+    mine_ = [tsdyn.Observed(largest, lambda m, k=k: k * m.network.weights[0].max()) for k in (1, 2)]
+    registers.OBSERVABLES.remove("largest")
+    with LocalCluster(1, threads_per_worker=2, dashboard_address=None) as cluster, Client(cluster) as client:
+        for k, own in enumerate(mine_, start=1):
+            found = tsdyn.measure(ds, [own, "A"]).compute()
+            np.testing.assert_array_equal(found["largest"], k * ds["weight"].isel(layer=0).max(["node", "input_node"]))
+            registers.OBSERVABLES.remove("largest")
+        given = {"wrt": "start", "certificate": False}
+        there = tsdyn.sensitivity("linear", client=client, **given)
+    assert there["d_start"].equals(tsdyn.sensitivity("linear", **given)["d_start"])
+
+    import threading
+    lock = threading.Lock()
+    def locked(rng, samples, inputs, *, std):
+        return std * rng.standard_normal((samples, inputs)) + lock.locked()
     try:
-        tsdyn.run(mine, "there", workers=2)
+        tsdyn.run(experiment.replace({"data.law": locked}), "nowhere", workers=2)
     except WorkersError as error:
         print(error)
 """
 
 
-def test_parts_of_this_process_alone_are_refused_with_workers_and_observables_are_sent(tmp_path):
+def test_parts_that_are_passed_or_added_are_sent_to_workers(tmp_path):
     (tmp_path / "script.py").write_text(WORKERS, encoding="utf-8")
     code, out, complained = run(tmp_path, "python", "script.py")
     assert code == 0, complained
-    assert "student.activation = activation 'sine'" in out
-    assert "added to this process only" in out
-    assert "entry point" in out
-    assert "leave workers out" in out
-    assert not (tmp_path / "there").exists()
+    assert "law 'locked'" in out
+    assert "cannot be sent to workers (TypeError: cannot pickle" in out
+    assert not (tmp_path / "nowhere").exists()

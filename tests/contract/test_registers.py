@@ -94,6 +94,31 @@ def test_a_part_is_added_to_this_process_and_forgotten(register):
         register.add(register.own[0], part)
 
 
+def test_a_part_may_be_given_itself_and_is_known_by_its_name():
+    def heavy(rng, samples, inputs, *, std):
+        return std * rng.standard_t(5.0, (samples, inputs))
+
+    try:
+        e = Experiment(name="e", teacher={"widths": [4, 3, 2]}, data={"law": heavy, "train": 20, "eval": 10})
+        assert e.data.law == "heavy"
+        assert e.replace({"data.law": heavy}) == e == Experiment.from_toml_text(e.to_toml())
+        x = draw_inputs(e, generator(0, "train"), 5, seed=0)
+        np.testing.assert_array_equal(x, heavy(generator(0, "train"), 5, 4, std=e.data.std))
+
+        def other(rng, samples, inputs, *, std):
+            return std * rng.standard_normal((samples, inputs))
+
+        other.__name__ = "heavy"
+        with pytest.raises(ExperimentError, match=r"law 'heavy' is there already \(this process\)"):
+            e.replace({"data.law": other})
+        with pytest.raises(ExperimentError, match="has no name, by which an archive calls it"):
+            e.replace({"data.law": lambda rng, samples, inputs, *, std: 0})
+        with pytest.raises(ExperimentError, match="law"):
+            e.replace({"data.law": 3})
+    finally:
+        registers.LAWS.remove("heavy")
+
+
 @KINDS
 def test_loading_one_of_tsdyns_own_gives_the_tables(register):
     name = register.own[-1]

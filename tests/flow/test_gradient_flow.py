@@ -7,7 +7,8 @@ import torch
 from tests import oracles
 from tests.cases import glorot_students, orthonormal_teacher
 from tsdyn.flow.flows import _solver, _stages, gradient_flow
-from tsdyn.flow.stationary import FunctionLoss, polish, signature
+from tsdyn.flow.stationary import FunctionLoss, minimum_derivative, polish, signature
+from tsdyn.population import interaction
 from tsdyn.population.two_layer_loss import PopulationLoss
 
 POTENTIAL = FunctionLoss(lambda x: x[0] ** 4 / 4 + torch.cos(3 * x[1]) * x[0] + 5 * x[1] ** 2, 2)
@@ -162,3 +163,54 @@ def test_a_step_beyond_a_negative_eigenvalue_solves_the_same_system():
     right = torch.randn(3, 6, generator=draw, dtype=torch.float64)
     found = _solver(matrix)(right)
     torch.testing.assert_close((matrix @ found[..., None])[..., 0], right, rtol=0, atol=1e-12)
+
+
+def test_a_ridge_minimum_moves_with_its_targets_in_closed_form():
+    draw = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(*size, generator=draw, dtype=torch.float64) for size in ((12, 3), (12,)))
+
+    def loss(row, targets):
+        return 0.5 * (x @ row - targets).square().sum() + 0.1 * row.square().sum()
+
+    solve = torch.linalg.solve(x.T @ x + 0.2 * torch.eye(3, dtype=torch.float64), x.T)
+    found = minimum_derivative(loss, (solve @ y)[None] + 0.01, y)
+    assert found.shape == (1, 3, 12)
+    assert float((found[0] - solve).abs().max()) < 1e-12
+
+
+def test_a_population_minimum_moves_with_its_teacher_as_when_polished_again():
+    """One erf neuron against two: dθ*/dp at the teacher's rows and outgoing weights, against central differences."""
+    rows = torch.tensor([[1.0, 0.2, 0.0], [0.3, 0.9, 0.4]], dtype=torch.float64)
+    teacher = torch.cat([rows, torch.tensor([[1.0], [0.7]])], 1)
+
+    def loss(row, p):
+        w, a, v, b = row[:3], row[3], p[:, :3], p[:, 3]
+        among = interaction("erf", v.norm(dim=1), w.norm(), (v @ w) / (v.norm(dim=1) * w.norm()))
+        return a**2 * interaction("erf", w.norm(), w.norm(), torch.ones_like(a)) - 2 * a * (b * among).sum()
+
+    flowed_to = torch.tensor([[0.64128383, 0.43306455, 0.14514656, 1.68745702]], dtype=torch.float64)  # from ones
+    end = polish(FunctionLoss(lambda row: loss(row, teacher), 4), flowed_to).point
+    found = minimum_derivative(loss, end, teacher)
+    assert found.shape == (1, 4, 2, 4)
+    for place in ((0, 0), (1, 2), (1, 3)):
+        moved = []
+        for step in (1e-4, -1e-4):
+            other = teacher.clone()
+            other[place] += step
+            moved.append(polish(FunctionLoss(lambda row, other=other: loss(row, other), 4), end).point)
+        slope = (moved[0] - moved[1])[0] / 2e-4
+        assert float((found[(0, slice(None), *place)] - slope).abs().max()) < 1e-6 * float(slope.abs().max())
+
+
+def test_what_moves_as_no_derivative_says_is_refused_and_symmetry_stands_still():
+    circle = torch.tensor([[1.1, 0.0], [0.0, 0.9]], dtype=torch.float64)
+
+    def loss(row, p):
+        return (row.square().sum() - p) ** 2
+
+    found = minimum_derivative(loss, circle, torch.tensor(1.0), flat_directions=1)
+    assert torch.allclose(found, torch.eye(2, dtype=torch.float64) / 2, atol=1e-12)  # |θ*| = √p
+    with pytest.raises(ValueError, match="row 0 is degenerate: only a minimum with a Hessian of full rank"):
+        minimum_derivative(loss, circle, torch.tensor(1.0))
+    with pytest.raises(ValueError, match="row 0 is saddle"):
+        minimum_derivative(lambda row, p: p * (row[0] ** 2 - row[1] ** 2), torch.zeros(1, 2), torch.tensor(1.0))

@@ -1,5 +1,9 @@
 """Archives joined along seed keep their experiment, so that what rebuilds networks works on them or refuses."""
 
+import shutil
+from pathlib import Path
+
+import netCDF4
 import numpy as np
 import pytest
 import xarray as xr
@@ -7,11 +11,12 @@ from tsdyn.analysis import audit, similarity
 
 import tsdyn
 from tests.cases import small
-from tsdyn.archive import sweep_directory
+from tsdyn.archive import sweep_directory, whole_files
 from tsdyn.archive.selecting import experiment_of
 from tsdyn.archive.whole_files import DirectoryError
 from tsdyn.running import runner
 
+DATA = Path(__file__).resolve().parent.parent / "data"
 ASKED = small(
     seeds=4, training__epochs=1, training__steps_per_epoch=5, data__train=40, data__eval=60, teacher__widths=[5, 3, 2],
     record__observables=["mse", "weight", "correlation", "lemma1_residual"],
@@ -108,3 +113,21 @@ def test_a_key_that_an_earlier_version_did_not_write_is_at_its_default(tmp_path)
     file.write_text("".join(line for line in lines if line.split(" = ")[0] not in dropped))
     ds = tsdyn.open([tmp_path / "now", tmp_path / "before"])
     assert ds.mse_eval.dims == ("learning_rate", "seed", "epoch")
+
+
+def test_archives_of_different_schema_versions_join_and_one_of_a_later_version_is_named(tmp_path):
+    shutil.copytree(DATA / "archive-v2", tmp_path / "before")
+    asked = tsdyn.Experiment.from_toml(tmp_path / "before" / "experiment.toml")
+    now = tsdyn.run(asked.replace({"seeds": [7, 8]}), tmp_path / "now").load()
+    before = tsdyn.open(tmp_path / "before").load()
+    both = tsdyn.open([tmp_path / "before", tmp_path / "now"]).load()
+    assert both.seed.values.tolist() == [*before.seed.values.tolist(), 7, 8]
+    for name in now.data_vars:
+        for part in (before, now):
+            xr.testing.assert_equal(both[name].sel(seed=part.seed).drop_vars("coverage", errors="ignore"), part[name])
+    file = tmp_path / "now" / "archive.nc"
+    with netCDF4.Dataset(file, "a") as nc:
+        nc.setncattr("schema_version", 99)
+    whole_files.seal_of(file).unlink()
+    with pytest.raises(DirectoryError, match=r"now/archive\.nc: schema version 99 is not one of"):
+        tsdyn.open([tmp_path / "before", tmp_path / "now"])

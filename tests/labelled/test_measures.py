@@ -14,6 +14,7 @@ from tsdyn.analysis import batch_norm, summary
 import tsdyn
 from tests.cases import small
 from tsdyn.labelled.arrays import DifferentiableArray
+from tsdyn.through_training.observed import NAMED, STEPPED
 
 #: Measures that keep the gradient, and in which variable it is taken.
 DIFFERENTIATES = {
@@ -162,3 +163,12 @@ def test_the_error_names_the_smooth_measure(run):
     with pytest.raises(TypeError, match="mean_specialization in the place of recovered"):
         tsdyn.gradient(lambda ds: recovered(ds).sum(), run, wrt="correlation")
     assert batch_norm.negative_shift_share(run).notnull().all()
+
+
+def test_sensitivity_names_the_smooth_observable_for_each_count_and_rank():
+    """All of them but what is of no student at an epoch, or draws and rebuilds."""
+    others = {"audit", "student_teacher", "augmented_samples", "negative_shift_share", "shift_histogram"}
+    counts = {name.partition(".")[2] for name in RAISES} - others
+    assert counts <= set(STEPPED)
+    assert not set(STEPPED) & set(NAMED)
+    assert {instead.strip("('").partition("'")[0] for instead in STEPPED.values()} <= set(NAMED)

@@ -2,6 +2,14 @@
 
 import json
 import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import warnings
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +17,8 @@ import torch
 from torch import nn
 
 import tsdyn
+from tests import processes
+from tests.archive.states.children import child
 from tests.cases import small
 from tests.comparing import assert_same
 from tests.running.modules import (
@@ -32,8 +42,8 @@ from tsdyn.engine.rule import Rule
 from tsdyn.engine.train import train_epoch
 from tsdyn.experiment.parts import Record
 from tsdyn.problem import teachers
-from tsdyn.problem.inputs import batch_indices, training_inputs
-from tsdyn.running import own_modules
+from tsdyn.problem.inputs import batch_indices, generator, training_inputs
+from tsdyn.running import own_modules, runner
 from tsdyn.running.members import Members
 
 
@@ -145,6 +155,35 @@ def test_a_resumed_run_has_the_same_bits_and_another_module_is_refused(tmp_path)
     held = tsdyn.Experiment.from_toml(tmp_path / "whole" / "experiment.toml").replace({"training.epochs": 9})
     with pytest.raises(tsdyn.ExperimentError, match="pass the function that makes it"):
         tsdyn.run(held, tmp_path / "whole")
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_eight_killed_and_resumed_seeds_are_eight_plain_loops(tmp_path, rule):
+    """50 steps as one ensemble, ended by SIGKILL after some epochs: the bits of a whole run, the numbers of torch."""
+    asked = experiment(seeds=8, training__epochs=5, **RULES[rule] | {"training__steps_per_epoch": 10})
+    whole = tsdyn.run(asked, tmp_path / "whole", student=Residual).load()
+
+    def work():
+        def told(epoch, *_):
+            if epoch == 3:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        runner.COMMIT_SECONDS = 0.0
+        tsdyn.run(asked, tmp_path / "killed", progress=told, student=Residual)
+
+    assert child(work, tmp_path / "killed").how == "killed"
+    assert 1 < tsdyn.open(tmp_path / "killed").sizes["epoch"] < 6
+    again = tsdyn.run(asked, tmp_path / "killed", student=Residual).load()
+    for name in whole.variables:
+        np.testing.assert_array_equal(again[name], whole[name], err_msg=str(name))
+    for seed in asked.seed_labels:
+        x, teacher = torch.from_numpy(training_inputs(asked, seed)), teachers.draw_teacher(asked, seed)
+        rows = [torch.from_numpy(batch_indices(asked, seed, epoch, len(x))) for epoch in range(1, 6)]
+        module = by_torch(start(Residual, seed), asked, [(x[r], teacher(x[r])) for each in rows for r in each])
+        found = own_modules.named(again.sel(seed=seed).isel(epoch=-1))
+        for entry, expected in module.state_dict().items():
+            mine = torch.from_numpy(found[entry].values)
+            assert_same(mine, expected, 1e-9 if rule == "adam" else 1e-12, what=f"{seed} {entry}")
 
 
 def test_a_network_learns_from_a_module_of_another_depth(tmp_path):

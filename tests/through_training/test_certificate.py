@@ -3,6 +3,7 @@
 import itertools
 import json
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -17,18 +18,14 @@ from tsdyn.through_training import retraining
 def test_differences_agree_below_the_radius_and_not_above(relu_run, wrt):
     _, path = relu_run
     of = ("weight", {"layer": 2, "node": 1, "input_node": 0})  # smooth at the end, so that only training has gates
-    found = retraining.retrained(path, of, wrt=wrt, multiples=[0.9, -0.9, 1.001, -1.001, 3.0, -3.0])
-    error = (found["retrained"] - found["predicted"]) / found["predicted"]
+    found = retraining.retrained(path, of, wrt=wrt, multiples=[0.9, -0.9, 0.45, -0.45, 10.0, -10.0])
+    off = np.abs(found["retrained"] / found["predicted"] - 1).values
+    below, half, above = off[:, :2], off[:, 2:4], off[:, 4:]
     # below, what is left is the curvature of a smooth piece: it halves with the size
-    small = retraining.retrained(path, of, wrt=wrt, multiples=[0.45, -0.45])
-    less = (small["retrained"] - small["predicted"]) / small["predicted"]
-    smooth = np.abs(less / error.isel(change=[0, 1]) - 0.5)
-    tiny_error = np.abs(error.isel(change=[0, 1])) < 1e-7
-    assert bool(((smooth < 0.05) | tiny_error).all())
-    # one gate of one sample has flipped just above: the jump is seen where curvature would not have made it
-    curved = np.abs(error.isel(change=[0, 1])).values
-    jumped = np.abs(error.isel(change=[4, 5])).values
-    assert (jumped > 3.5 * curved).mean() >= 0.5
+    assert ((np.abs(half / below - 0.5) < 0.05) | (below < 1e-7)).all()
+    # above, gates have flipped: curvature alone would have made the error of 0.9 radii 10/0.9 times as large
+    assert (above > 3e-3).all()
+    assert (np.abs(np.log(above / (10 / 0.9 * below))) > 0.1).mean() >= 0.75
 
 
 def test_the_radius_is_the_first_gate_that_flips_when_trained_again(relu_run):
@@ -170,12 +167,26 @@ def test_a_change_of_winner_counts_as_a_gate(tmp_path):
     assert bool(np.isfinite(best["radius"]).any())
     rho = ds["correlation"].sel(layer=1, teacher_node=0).isel(epoch=-1)
     assert np.allclose(best["value"], rho.max("node"), rtol=1e-12)
-    for seed in e.seed_labels:
+    crossed = 0
+    for position, seed in enumerate(e.seed_labels):
         winner = int(rho.sel(seed=seed).values.argmax())
-        one = tsdyn.sensitivity(
-            tmp_path / "run", ("correlation", {"layer": 1, "teacher_node": 0, "node": winner}), seeds=seed
-        )
+        alone = ("correlation", {"layer": 1, "teacher_node": 0, "node": winner})
+        one = tsdyn.sensitivity(tmp_path / "run", alone, seeds=seed)
         assert np.allclose(best["d_start"].sel(seed=[seed]), one["d_start"], rtol=1e-12, equal_nan=True)
+        # trained again along that derivative, the winner is the best just below the radius, and no more just above
+        for side, sign in (("+", 1), ("-", -1)):
+            radius = float(best["radius"].isel(seed=position, wrt=0).sel(side=side))
+            if not radius < 0.5:  # to first order
+                continue
+            sizes = [0.8 * sign * radius, 1.25 * sign * radius]
+            whole, mine = (
+                retraining.retrained(tmp_path / "run", of, seeds=[seed], sizes=sizes)["retrained"][0]
+                for of in (("best_correlation", {"layer": 1, "teacher_node": 0}), alone)
+            )
+            assert float(abs(whole[0] - mine[0])) < 1e-12
+            assert float(whole[1] - mine[1]) > 1e-6
+            crossed += 1
+    assert crossed
     mean = tsdyn.sensitivity(tmp_path / "run", "mean_specialization")
     rho = ds["correlation"].sel(layer=1).isel(epoch=-1, teacher_node=slice(3))
     assert np.allclose(mean["value"], rho.max("node").mean("teacher_node"), rtol=1e-12)
@@ -241,3 +252,21 @@ def test_a_teacher_node_that_was_missed_is_moved_as_predicted(tmp_path):
     curve = retraining.retrained(ds, of, seeds=[seed], multiples=[0.5, -0.5])
     assert (np.sign(curve["predicted"].values) == [[1, -1]]).all()
     np.testing.assert_allclose(curve["retrained"], curve["predicted"], rtol=0.01)
+
+
+def test_the_figure_shows_predicted_and_retrained_changes_and_the_radius(relu_run):
+    _, path = relu_run
+    curve = retraining.retrained(path, "loss_eval", multiples=[0.1, 0.9, 10.0, -3.0])
+    drawn = retraining.figure(curve)
+    assert len(drawn.axes) == curve.sizes["seed"]
+    for axis, seed in zip(drawn.axes, curve["seed"].values, strict=True):
+        at = curve.sel(seed=seed)
+        lines = {line.get_label(): line for line in axis.lines}
+        order = np.argsort(np.abs(at["size"].values))
+        np.testing.assert_array_equal(lines["predicted"].get_xdata(), np.abs(at["size"].values[order]))
+        np.testing.assert_array_equal(lines["predicted"].get_ydata(), np.abs(at["predicted"].values[order]))
+        again = [line.get_ydata() for label, line in lines.items() if label.startswith("trained again")]
+        np.testing.assert_array_equal(np.sort(np.concatenate(again)), np.sort(np.abs(at["retrained"].values)))
+        for side in ("+", "-"):
+            assert set(lines[f"radius {side}"].get_xdata()) == {float(at["radius"].sel(side=side))}
+    plt.close(drawn)

@@ -147,6 +147,29 @@ def test_permuted_samples_have_permuted_derivatives(tmp_path):
     assert np.allclose(first["d_start"], second["d_start"], rtol=1e-9, atol=1e-13, equal_nan=True)
 
 
+def test_permuted_nodes_have_permuted_derivatives(tmp_path):
+    """The same start with its hidden nodes in another order: derivatives follow the nodes, those of samples stay."""
+    e, order = tiny(seeds=[3]), np.random.default_rng(1).permutation(6)
+    w, v = (t.numpy() for t in draw_student(e, 3).weights)
+    b, c = (t.numpy() for t in draw_student(e, 3).biases)
+    found = []
+    for name, rows in (("one", slice(None)), ("two", order)):
+        parameters = {"0.weight": w[rows], "0.bias": b[rows], "2.weight": v[:, rows], "2.bias": c}
+        np.savez(tmp_path / f"{name}.npz", **parameters)
+        start = {"student.init": "file", "student.path": str(tmp_path / f"{name}.npz")}
+        tsdyn.run(e.replace(start), tmp_path / name)
+        found.append(tsdyn.sensitivity(tmp_path / name, wrt=["start", "sample", "learning_rate"]).isel(seed=0))
+    first, second = found
+    one, two = ((f["d_start"].sel(layer=1), f["d_start"].sel(layer=2), f["d_start_bias"].sel(layer=1)) for f in found)
+    same = {"rtol": 1e-9, "atol": 1e-13, "equal_nan": True}
+    assert np.allclose(two[0].values, one[0].values[order], **same)
+    assert np.allclose(two[1].values[:2], one[1].values[:2][:, order], **same)
+    assert np.allclose(two[2].values, one[2].values[order], **same)
+    assert np.abs(one[0] - two[0]).max() > 1e-3
+    for name in ("d_sample", "d_learning_rate", "radius"):
+        assert np.allclose(first[name], second[name], **same), name
+
+
 # --- what is asked -------------------------------------------------------------------------------------------
 
 
@@ -352,6 +375,12 @@ def test_the_command_writes_the_file_and_says_how_far_it_holds(relu_run, tmp_pat
         assert set(found["wrt"].values) == {"start", "learning_rate"}
         assert found.attrs["observable"] == "correlation[layer=1,teacher_node=2,node=3]"
     assert not list(tmp_path.glob("*.parts"))
+    monkeypatch.setattr("sys.argv", ["tsdyn", "sensitivity", str(path), "--wrt", "learning_rate", "--quiet"])
+    with pytest.raises(SystemExit) as end:  # no name is given
+        cli.main()
+    assert not end.value.code
+    with xr.open_dataset(path.with_name("run-sensitivity.nc")) as found:
+        assert found.attrs["observable"] == "loss_eval"
 
 
 def test_a_run_is_repeated_to_the_bit(relu_run):

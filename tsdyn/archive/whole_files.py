@@ -138,7 +138,10 @@ def make_directory(path: Path) -> None:
     except OSError as error:
         if error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.ESTALE):
             raise refused(path, error) from error
-        raise DirectoryError(f"{path}: cannot be made: {error}; give another directory with -o") from error
+        reason = _REASONS.get(error.errno or 0, str(error))
+        raise DirectoryError(
+            f"{path}: cannot be made: {reason}; nothing was written: put this right, or write to another directory"
+        ) from error
 
 
 @contextmanager

@@ -25,7 +25,6 @@ def _seeds(text: str | None) -> list[int] | None:
 @app.command()
 def sensitivity(
     directory: Directory,
-    output: Annotated[str, typer.Option("-o", "--output", help="The netCDF file.")],
     of: Annotated[
         str,
         typer.Option("--of", help="The observable: loss_eval, 'correlation[layer=1,teacher_node=9,node=3]', ..."),
@@ -38,6 +37,9 @@ def sensitivity(
         str | None, typer.Option(help="Labels of members, commas between; all that live if not given.")
     ] = None,
     memory: Annotated[str | None, typer.Option(help="For states, e.g. 500MB.")] = None,
+    output: Annotated[
+        str | None, typer.Option("-o", "--output", help="The netCDF file; DIR-sensitivity.nc if not given.")
+    ] = None,
     certificate: Annotated[bool, typer.Option(help="With radius and tangent growth.")] = True,
     smoothed: Annotated[int | None, typer.Option(help="Mean over this many starts beside the run's.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:0.")] = "cpu",
@@ -53,7 +55,7 @@ def sensitivity(
     from tsdyn.archive import netcdf, whole_files
     from tsdyn.through_training import sensitivity as made
 
-    path = whole_files.local_path(output)
+    path = whole_files.local_path(output or f"{whole_files.local_path(directory).absolute()}-sensitivity.nc")
     whole_files.refuse_link(path)
     if not path.parent.is_dir():
         whole_files.make_directory(path.parent)

@@ -65,12 +65,15 @@ Rate = Annotated[
     PlainSerializer(lambda v: {str(k): r for k, r in v.items()} if isinstance(v, dict) else v),
 ]
 #: Names of registered parts; an archived experiment may also name parts that are not installed here.
-ActivationName = Annotated[str, AfterValidator(registers.ACTIVATIONS.check)]
-LossName = Annotated[str, AfterValidator(registers.LOSSES.check)]
-Method = Annotated[str, AfterValidator(registers.OPTIMIZERS.check)]
-Law = Annotated[str, AfterValidator(registers.LAWS.check)]
-TeacherInit = Annotated[str, AfterValidator(registers.TEACHERS.check)]
-StudentInit = Annotated[str, AfterValidator(registers.STARTS.check)]
+# a part is given by its name, or itself
+ActivationName = Annotated[
+    str, BeforeValidator(registers.ACTIVATIONS.given), AfterValidator(registers.ACTIVATIONS.check)
+]
+LossName = Annotated[str, BeforeValidator(registers.LOSSES.given), AfterValidator(registers.LOSSES.check)]
+Method = Annotated[str, BeforeValidator(registers.OPTIMIZERS.given), AfterValidator(registers.OPTIMIZERS.check)]
+Law = Annotated[str, BeforeValidator(registers.LAWS.given), AfterValidator(registers.LAWS.check)]
+TeacherInit = Annotated[str, BeforeValidator(registers.TEACHERS.given), AfterValidator(registers.TEACHERS.check)]
+StudentInit = Annotated[str, BeforeValidator(registers.STARTS.given), AfterValidator(registers.STARTS.check)]
 #: Keyword arguments of a part that a package offers; tsdyn's own parts have keys of their own.
 Arguments = Annotated[dict[str, Any], Field(min_length=1)]
 

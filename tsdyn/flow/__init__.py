@@ -8,7 +8,7 @@ from tsdyn.flow.flows import REASONS, gradient_flow
 from tsdyn.flow.online_learning import online
 from tsdyn.flow.overlap_dynamics import order_parameters
 from tsdyn.flow.overlap_matrices import Overlaps, generalization_error, overlaps
-from tsdyn.flow.stationary import FunctionLoss, Loss, Polished, Signature, polish, signature
+from tsdyn.flow.stationary import FunctionLoss, Loss, Polished, Signature, minimum_derivative, polish, signature
 
 __all__ = [
     "REASONS",
@@ -21,6 +21,7 @@ __all__ = [
     "convention",
     "generalization_error",
     "gradient_flow",
+    "minimum_derivative",
     "online",
     "order_parameters",
     "overlaps",

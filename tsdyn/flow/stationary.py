@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from tsdyn.arguments import NUMBERS, Kind, takes
+from tsdyn.arguments import FUNCTION, NUMBERS, Kind, takes
 
 #: Number of roundings in one entry of a Hessian and in the eigenvalue solver: eigenvalues err by this many times the
 #: matrix's order, ε and its norm (Weyl), and those below that count as zero.
@@ -289,6 +289,57 @@ def polish(
         signature=_joined([f.signature for f in found]),
         kind=np.concatenate([f.kind for f in found]),
     )
+
+
+@takes(loss=FUNCTION, point=NUMBERS, of=NUMBERS)
+def minimum_derivative(
+    loss: Callable[[Tensor, Tensor], Tensor],
+    point: ArrayLike | Tensor,
+    of: ArrayLike | Tensor,
+    *,
+    flat_directions: int = 0,
+) -> Float[Tensor, "member parameter *of"]:
+    """The derivative of minima θ* in what the loss depends on beside: dθ*/dp = −H⁻¹ ∂²L/∂θ∂p.
+
+    So the end of a gradient flow is differentiated in its targets or its teacher without going back through the flow.
+
+    Args:
+        loss: L(θ, p), of one row and of `of`, twice differentiable.
+        point: Rows θ near minima, or one row; `polish` brings them there.
+        of: What is differentiated in, p, of any shape.
+        flat_directions: Number of zero Hessian eigenvalues that a symmetry of L forces; along these nothing moves.
+
+    Raises:
+        TypeError: for no rows of numbers, or a loss that is no function.
+        ValueError: for a row near which there is no minimum with a Hessian of full rank; it is named.
+
+    Examples:
+        >>> import torch
+        >>> from tsdyn import flow
+        >>> def loss(row, p):
+        ...     return ((row - p.square()) ** 2).sum()
+        >>> flow.minimum_derivative(loss, [[8.9]], [3.0]).squeeze().round(decimals=12).item()
+        6.0
+    """
+    with_respect = torch.as_tensor(of).detach()
+    at, rows = with_rows("minimum_derivative", lambda row: loss(row, with_respect.to(row)), point, "point")
+    here = FunctionLoss(
+        lambda row: loss(row, with_respect.to(row)), at.parameters, dtype=at.dtype, flat_directions=flat_directions
+    )
+    found = polish(here, rows)
+    for member, kind in enumerate(found.kind):
+        if kind != "minimum":
+            raise ValueError(
+                f"minimum_derivative: row {member} is {kind}: only a minimum with a Hessian of full rank (beside "
+                f"flat_directions={flat_directions}) moves with what the loss depends on as a derivative says"
+            )
+    mixed: Tensor = torch.func.vmap(torch.func.jacrev(torch.func.grad(loss), 1), (0, None))(
+        found.point, with_respect.to(found.point)
+    )
+    spectrum, basis = torch.linalg.eigh(here.hessian(found.point))
+    inverse = torch.where(_seen(here, spectrum), 1 / spectrum, 0.0)
+    moved: Tensor = -basis @ (inverse[..., None] * (basis.mT @ mixed.reshape(*spectrum.shape, -1)))
+    return moved.reshape(mixed.shape)
 
 
 def _polished(loss: Loss, begin: Tensor, tolerance: float, within: float) -> Polished:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from tsdyn.networks.network import Network
 from tsdyn.observables import registry
 from tsdyn.observables.registry import Observed
 from tsdyn.problem import input_files
+from tsdyn.running import packages
 from tsdyn.running.members import Members
 from tsdyn.running.own_modules import Maker, refuse_unmeasurable
 from tsdyn.running.runner import own_device
@@ -109,9 +110,10 @@ class _Passed:
     observables: tuple[Observed, ...]
     student: Maker | None
     teacher: Maker | None
+    parts: tuple[registers.Sent, ...] = ()
 
     def make_known(self) -> None:
-        """Register the observables in this process; they stay registered, since other threads may use them."""
+        """Register the observables in this process; tasks in another one are sent them (`parts`)."""
         for each in self.observables:
             if not registers.OBSERVABLES.holds(each.name, each):
                 schema.adopt(each.variable)
@@ -260,7 +262,8 @@ class _Plan:
             for name, array in taught.items()
         }
         inner = {name: self._inner(name) for name in self.names}
-        return delayed(_records)(single, seed, epochs, parameters, taught, inner, self.passed, len(place))
+        passed = replace(self.passed, parts=packages.of_this_process(single))
+        return delayed(_records)(single, seed, epochs, parameters, taught, inner, passed, len(place))
 
     def _joined(
         self,
@@ -304,7 +307,21 @@ def _records(
         passed: What was passed from Python.
         lead: Number of dimensions before the epochs, of size 1.
     """
-    passed.make_known()
+    with packages.known(passed.parts):
+        return _measured(asked, seed, epochs, parameters, taught, inner, passed, lead)
+
+
+def _measured(
+    asked: Experiment,
+    seed: int,
+    epochs: Sequence[int],
+    parameters: Mapping[str, NDArray],
+    taught: Mapping[str, NDArray],
+    inner: Mapping[str, tuple[int, ...]],
+    passed: _Passed,
+    lead: int,
+) -> dict[str, NDArray]:
+    """`_records` where all parts of the experiment are known."""
     # the recorded numbers say which members stopped: NaN
     single = asked.replace({"seeds": [seed], "training.stop": None})
     members: Members | None = None

@@ -2,9 +2,10 @@
 
 The function is passed from Python, ``tsdyn.run(experiment, path, student=make_module)``, or an experiment file names
 it by its import path, ``student.module = "mylab.nets:Residual"``, and its keyword arguments, ``student.arguments``.  A
-run calls it once per seed, with torch's generator seeded from the seed's own stream; if it has a parameter called
-``seed``, it is given the seed.  The module maps (sample, input) to (sample, output).  It trains in the mode in which it
-was made and is measured in evaluation mode.
+run calls it once per seed, with torch's generator seeded from the seed's own stream, and once more for the first and
+the last seed, whose modules are looked at before anything is written; a parameter called ``seed`` is given the seed.
+The module maps (sample, input) to (sample, output).  It trains in the mode in which it was made and is measured in
+evaluation mode.
 
 The experiment that is run and stored names the module, how many numbers it holds, and the SHA-256 of its source, so
 that a directory is resumed with the same module only.  Parameters and buffers are recorded as one variable,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from tsdyn.archive.whole_files import ArchiveError
 from tsdyn.experiment.errors import ExperimentError
 from tsdyn.experiment.experiment import Experiment
 from tsdyn.experiment.sweep_axes import swept_keys
-from tsdyn.schema import PARTS
+from tsdyn.schema import PARTS, adopt
 
 
 def attribute(experiment: Experiment) -> dict[str, str]:
@@ -45,6 +46,28 @@ def every_part(experiment: Experiment) -> Iterator[tuple[str, registers.Register
     for single in singles:
         for key, (register, name) in single.parts.items():
             yield key, register, name
+
+
+def of_this_process(experiment: Experiment) -> tuple[registers.Sent, ...]:
+    """The experiment's parts that only this process has, observables included."""
+    if not any(register.adds for register in registers.ALL.values()):
+        return ()
+    found = {
+        (register.kind, name): registers.Sent(register.kind, name, register.load(name))
+        for _, register, name in every_part(experiment)
+        if register.foreign(name) and register.origin(name).package == registers.THIS_PROCESS
+    }
+    return tuple(found.values())
+
+
+@contextmanager
+def known(parts: Iterable[registers.Sent]) -> Iterator[None]:
+    """Context in which this process knows parts `of_this_process` of another, and the observables' variables."""
+    for each in parts:
+        if each.kind == registers.OBSERVABLES.kind:
+            adopt(each.part.variable)
+    with registers.present(parts):
+        yield
 
 
 def missing(experiment: Experiment) -> dict[str, registers.PartError]:

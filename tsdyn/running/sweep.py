@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,6 @@ from tsdyn.running.workers import (
     INDEX_SECONDS,
     INDEX_TIMES,
     Passed,
-    WorkersError,
     answer_of,
     check_workers,
     connected_client,
@@ -204,8 +203,7 @@ def run(
         _check_data(experiment, path, scheduler)
     say_open(scheduler)
     means = _Means(
-        device, workers, scheduler, _together(experiment, device) if together is None else together, student, teacher,
-        tuple(observables),
+        device, workers, scheduler, _together(experiment, device) if together is None else together, student, teacher
     )  # fmt: skip
     if means.distributed:
         refuse_unpicklable(student=student, teacher=teacher, **{f"observable {o.name!r}": o for o in observables})
@@ -219,7 +217,8 @@ def run(
         if lost and unfinished(own, path):
             packages.refuse_missing(lost, own, whole_files.local_path(path))
         if means.distributed and not lost:
-            _refuse_parts_of_this_process(own, observables)
+            means = replace(means, parts=packages.of_this_process(own))
+            refuse_unpicklable(**{f"{kind} {name!r}": part for kind, name, part in means.parts})
         return _run(own, path, means, progress, point)
 
 
@@ -247,11 +246,11 @@ class _Means:
     together: bool
     student: Maker | None
     teacher: Maker | None
-    observables: tuple[Observed, ...]
+    parts: tuple[registers.Sent, ...] = ()
 
     @property
     def passed(self) -> Passed:
-        return Passed(self.observables, self.student, self.teacher)
+        return Passed(self.parts, self.student, self.teacher)
 
     @property
     def distributed(self) -> bool:
@@ -263,22 +262,6 @@ def _asking(experiment: Experiment, observables: Sequence[Observed]) -> Experime
     asked = list(experiment.record.observables)
     missing = [each.name for each in observables if each.name not in asked]
     return experiment.replace({"record.observables": [*asked, *missing]}) if missing else experiment
-
-
-def _refuse_parts_of_this_process(experiment: Experiment, passed: Sequence[Observed]) -> None:
-    """Refuse parts that were added to this process only: workers, being other processes, would not find them."""
-    names = {each.name for each in passed}
-    lost = [
-        f"{key} = {register.kind} {name!r}"
-        for key, register, name in packages.every_part(experiment)
-        if name not in names and register.origin(name).package == registers.THIS_PROCESS
-    ]
-    if lost:
-        raise WorkersError(
-            f"{', '.join(dict.fromkeys(lost))}: added to this process only, so that workers do not have it; offer it "
-            "by an entry point of an installed package (docs: Growing tsdyn), pass observables to tsdyn.run, or leave "
-            "workers out"
-        )
 
 
 #: Called with the names of points that begin; returns the Progress of each.

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, assert_never
 
-from tsdyn import memory
+from tsdyn import memory, registers
 from tsdyn.archive.run_directory import ADDED, ARCHIVE, segments
 from tsdyn.archive.whole_files import ArchiveError
 from tsdyn.experiment.experiment import Experiment
 from tsdyn.experiment.parts import MAX_EPOCHS
-from tsdyn.observables.registry import Observed, added
-from tsdyn.running import estimates, runner
+from tsdyn.observables.registry import Observed
+from tsdyn.running import estimates, packages, runner
 from tsdyn.running.interrupts import Stopped
 from tsdyn.running.outcome import is_finished, reason_of
 from tsdyn.running.own_modules import Maker
@@ -231,9 +231,9 @@ def _answer(future: Any) -> _Answer | None:
 
 @dataclass(frozen=True)
 class Passed:
-    """Parts of the user's own that were passed to `tsdyn.run` and are sent to workers by cloudpickle."""
+    """Parts of the user's own that only the process of `tsdyn.run` has; workers are sent them by cloudpickle."""
 
-    observables: tuple[Observed, ...] = ()
+    parts: tuple[registers.Sent, ...] = ()
     student: Maker | None = None
     teacher: Maker | None = None
 
@@ -455,7 +455,7 @@ def _work(texts: Mapping[str, str], path: str, device: str, topic: str, passed: 
 
     paths = {name: Path(path) / name for name in texts}
     failed: Mapping[Path, Exception] = {}
-    with added(passed.observables):
+    with packages.known(passed.parts):
         experiments = {name: Experiment.from_toml_text(text) for name, text in texts.items()}
         if asked() is None:
             try:

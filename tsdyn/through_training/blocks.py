@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 from torch.func import jvp
 
+from tsdyn import registers
 from tsdyn.engine.ensemble import Ensemble, Named
 from tsdyn.engine.loss import loss
 from tsdyn.experiment.experiment import Experiment
 from tsdyn.problem.inputs import generator
 from tsdyn.problem.students import draw_student
+from tsdyn.running import packages
 from tsdyn.running.members import Members
 from tsdyn.running.own_modules import Maker
 from tsdyn.through_training.adjoint import Sums, Wanted, forward_pass, reverse_pass
@@ -47,6 +49,7 @@ class Job:
         room: Bytes in which all states of a block may be kept.
         kept: States that the archive keeps along the way.
         states: How many states are held at once, at least.
+        parts: What the experiment names and only the sending process has.
     """
 
     experiment: Experiment
@@ -63,6 +66,7 @@ class Job:
     room: int = 0
     kept: KeptStates | None = None
     states: int = 0
+    parts: tuple[registers.Sent, ...] = ()
 
     @property
     def bytes(self) -> int:
@@ -124,6 +128,12 @@ def compute(job: Job, tick: Tick | None = None) -> Found:
         ReplayError: if the replayed run is not the recorded one.
         ExperimentError: if something cannot be differentiated.
     """
+    with packages.known(job.parts):
+        return _computed(job, tick)
+
+
+def _computed(job: Job, tick: Tick | None) -> Found:
+    """`compute` where all parts of the experiment are known."""
     block = Block(job)
     course = block.course(recorded=True)
     start = course.state()

@@ -120,15 +120,20 @@ STEPPED: Mapping[str, str] = {
     "label_accuracy": "loss_eval",
     "observation": "('correlation', {...})",
     "observation_count": "('correlation', {...})",
-    "success_rate": "mean_specialization",
-    "coverage": "mean_specialization",
-    "match_counts": "mean_specialization",
-    "winner_rank": "('correlation', {...})",
-    "best_node": "('correlation', {...})",
-    "dead": "('fanout_norm', {...})",
-    "stop_epoch": "loss_eval",
-    "death_epoch": "loss_eval",
-}
+    **dict.fromkeys(
+        [
+            "success_rate", "success_interval", "recovered", "recovery_epoch", "recovery_class", "mean_rank",
+            "median_rank", "coverage", "match_counts",
+        ],
+        "mean_specialization",
+    ),
+    **dict.fromkeys(["matched_correlation", "partner", "node_order"], "('best_correlation', {...})"),
+    **dict.fromkeys(
+        ["winner", "winner_rank", "settled_epoch", "rewind_mask", "best_node", "aligned"], "('correlation', {...})"
+    ),
+    **dict.fromkeys(["dead", "silent"], "('fanout_norm', {...})"),
+    **dict.fromkeys(["stop_epoch", "death_epoch"], "loss_eval"),
+}  # fmt: skip
 
 
 def observed(of: Of, experiment: Experiment) -> Observed:
@@ -149,12 +154,12 @@ def observed(of: Of, experiment: Experiment) -> Observed:
             f"sensitivity: of = {name!r}: is a count, rank or share, whose derivative is 0 almost everywhere and says "
             f"nothing; ask for {STEPPED[name]}, which is smooth"
         )
-    if name not in _MAKERS:
+    if name not in NAMED:
         raise ExperimentError(
-            f"sensitivity: of = {name!r}: no such observable{nearest(name, list(_MAKERS))}; there are "
-            f"{', '.join(_MAKERS)}, or a function of the network"
+            f"sensitivity: of = {name!r}: no such observable{nearest(name, list(NAMED))}; there are "
+            f"{', '.join(NAMED)}, or a function of the network"
         )
-    keys, make = _MAKERS[name]
+    keys, make = NAMED[name]
     if set(labels) - set(keys):
         raise ExperimentError(
             f"sensitivity: of = {name!r} has the labels {', '.join(keys) or 'none'}, not {', '.join(labels)}"
@@ -342,7 +347,7 @@ def _fanout_norm(labels: Mapping[str, int], experiment: Experiment) -> Callable[
 
 
 _NODE = ("layer", "teacher_node", "node")
-_MAKERS: Mapping[str, tuple[tuple[str, ...], Callable[..., Callable[[Student], Tensor]]]] = {
+NAMED: Mapping[str, tuple[tuple[str, ...], Callable[..., Callable[[Student], Tensor]]]] = {
     "loss_eval": ((), _loss_eval),
     "loss_train": ((), _loss_train),
     "mse_eval": ((), _mse_eval),

@@ -23,6 +23,7 @@ from tsdyn.engine.ensemble import Ensemble
 from tsdyn.experiment.errors import ExperimentError
 from tsdyn.experiment.experiment import Experiment
 from tsdyn.observables import registry
+from tsdyn.running import packages
 from tsdyn.running.forked_members import folders, identity, states_kept
 from tsdyn.running.members import Members
 from tsdyn.running.own_modules import Maker
@@ -281,9 +282,8 @@ def _computed(
     found: list[Found | None] = [None if keep is None else kept.read(keep, job) for job in jobs]
     if client is not None:
         open_ones = [i for i, result in enumerate(found) if result is None]
-        for i, result in zip(
-            open_ones, client.gather(client.map(compute, [jobs[i] for i in open_ones], pure=False)), strict=True
-        ):
+        sent = [replace(jobs[i], parts=packages.of_this_process(jobs[i].experiment)) for i in open_ones]
+        for i, result in zip(open_ones, client.gather(client.map(compute, sent, pure=False)), strict=True):
             found[i] = result
             if keep is not None:
                 kept.write(keep, jobs[i], result)
