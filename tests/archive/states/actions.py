@@ -93,9 +93,11 @@ class Directory(Checked):
             self.points[name].required |= {label for label in singles[name].labels if label <= last}
         if end.how == "done" and not harmed:
             for name, single in singles.items():
-                if not self.points[name].salvaged:
-                    self.points[name].required |= set(single.labels)
-                    self.points[name].seeds |= set(self.seeds)
+                if not (point := self.points[name]).salvaged:
+                    kept = point.required - set(single.labels)
+                    point.lacking |= {seed: kept for seed in self.seeds if seed not in point.seeds}
+                    point.required |= set(single.labels)
+                    point.seeds |= set(self.seeds)
             # other commands may be writing into a sweep's own folder, and `measure` beside a run: there only `repair`
             # and `measure` given again remove what is left
             left = [p.name for p in path.rglob("*") if p.parent.name == SEGMENTS or (

@@ -135,7 +135,6 @@ class Checked(RuleBasedStateMachine):
                 assert point.required <= set(shown), f"{name}: {sorted(point.required - set(shown))} are lost"
                 assert not point.required or point.seeds <= set(seeds), f"{name}: seeds {seeds} of {point.seeds}"
             rows, members = truth.get_index("epoch").get_indexer(shown), truth.get_index("seed").get_indexer(seeds)
-            groups = [(group, must, [seeds.index(seed) for seed in group]) for group, must in point.members(seeds)]
             for variable, array in truth.data_vars.items():
                 if variable not in part:
                     assert variable == LATER or not (required and point.required), f"{name}: {variable} is lost"
@@ -144,7 +143,8 @@ class Checked(RuleBasedStateMachine):
                     first = ("seed", "epoch") if along else ("seed",)
                     there, model = (one.transpose(*first, ...).values for one in (part[variable], array))
                     for place, label in enumerate(shown) if along else [(0, 0)]:
-                        for group, must, at in groups:
+                        for group, must in point.members(seeds, label):
+                            at = [seeds.index(seed) for seed in group]
                             now, wanted = there[at], model[members[at]]
                             if along:
                                 now, wanted = now[:, place], wanted[:, rows[place]]

@@ -95,13 +95,14 @@ class Point:
     salvaged: bool = False  #: parts of its archive were lost, and `repair` said so
     seeds: set[int] = field(default_factory=set)  #: seeds that it was reported to have
     inexact: set[int] = field(default_factory=set)  #: seeds, added later, that another engine may have computed
+    #: Seed, added later → epochs that the others keep from a shorter run, and that its own schedule leaves out.
+    lacking: dict[int, set[int]] = field(default_factory=dict)
 
-    def members(self, shown: list[int]) -> Iterator[tuple[list[int], bool]]:
-        """The shown seeds in two groups: those that must be there, and those that may be."""
+    def members(self, shown: list[int], label: int) -> Iterator[tuple[list[int], bool]]:
+        """The shown seeds in two groups: those that must be there at an epoch, and those that may be."""
+        asked = {seed for seed in self.seeds if label not in self.lacking.get(seed, ())}
         yield from (
-            (group, must)
-            for must in (True, False)
-            if (group := [seed for seed in shown if (seed in self.seeds) == must])
+            (group, must) for must in (True, False) if (group := [seed for seed in shown if (seed in asked) == must])
         )
 
     @property
