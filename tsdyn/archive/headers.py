@@ -367,7 +367,7 @@ class Headers:
             ArchiveError: if a file cannot be read, or is of another experiment than `expected` gives.
         """
         folder = self.path / name
-        for attempt in range(3):
+        for last in (*[False] * 4, True):  # its writer may be joining or extending it: then it is looked at again
             try:
                 done = self.finished(name, expected)
                 if done is not None:
@@ -375,13 +375,16 @@ class Headers:
                 found = [Source.of(segment.path, upto=self.verify) for segment in segments(folder)]
                 for source in found:
                     refuse_other(source, expected)
-                return [*found, *self.measured(name, expected)] if found else []
-            except FileNotFoundError:  # the run was finished or resumed meanwhile
+                if found:
+                    return [*found, *self.measured(name, expected)]
+                if not (folder / ARCHIVE).is_file():
+                    return []
+            except FileNotFoundError:
                 continue
             except ArchiveError:
-                if attempt == 2 or not (folder / ARCHIVE).is_file() or (folder / ARCHIVE).is_symlink():
+                if last:
                     raise
-        return []
+        raise DirectoryError(f"{folder}: changes while it is read; open it again")
 
     def write(self) -> None:
         """Write ``index.json`` if anything was read that it lacks; a run by itself needs none."""

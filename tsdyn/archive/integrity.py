@@ -264,7 +264,7 @@ def _contents(path: Path, experiment: Experiment | Recording | None, *, unsealed
     try:
         with netcdf.dataset(path) as nc:
             if experiment is not None and not _is_of(nc.__dict__, experiment):
-                yield f"{path}: the archive's digest is not that of {EXPERIMENT}"
+                yield _of_another(path)
             if experiment is not None and unsealed and int(nc.schema_version) > 1:
                 yield _without_checksum(path)
             for name, array in nc.variables.items():
@@ -275,6 +275,10 @@ def _contents(path: Path, experiment: Experiment | Recording | None, *, unsealed
                         yield f"{path}: {name} cannot be read at {_where(array, index)}: {error}"
     except (OSError, RuntimeError, AttributeError, ValueError, TypeError) as error:
         yield f"{path}: cannot be read: {error}"
+
+
+def _of_another(path: Path) -> str:
+    return f"{path}: the archive's digest is not that of {EXPERIMENT}"
 
 
 def _without_checksum(path: Path) -> str:
@@ -397,6 +401,13 @@ def _repair_run(path: Path) -> Iterator[str]:
             raise ArchiveError(
                 f"{problems[0]}; yet its checksum agrees: it is what was written, and the reason lies elsewhere (the "
                 "file system, its locks, memory, or a file that belongs to another run); nothing was moved"
+            )
+    for file, problems in found.items():
+        # each block of it has a checksum of its own, so that it is whole; which of the two was changed cannot be told
+        if _of_another(file) in problems and set(problems) <= {_of_another(file), _without_checksum(file)}:
+            raise ArchiveError(
+                f"{problems[0]}; otherwise it is whole, and has no checksum beside it ({seal_of(file).name}): put the "
+                "right experiment file back, or remove the archive if that one is right; nothing was moved"
             )
     for file, problems in found.items():
         if problems == [_without_checksum(file)]:  # every number of it was read, and each block has one of its own
