@@ -20,7 +20,7 @@ import numpy as np
 
 from tsdyn import schema, vocabulary
 from tsdyn.archive import additions, netcdf, own_process, study_directories, swept_values
-from tsdyn.archive.headers import Source
+from tsdyn.archive.headers import Source, refuse_of_other_inputs
 from tsdyn.archive.lock import Lock
 from tsdyn.archive.reading import opened
 from tsdyn.archive.recordings import FILE, Recording, flush_below, recordings_below
@@ -143,7 +143,8 @@ def _check_run(path: Path, expected: Experiment | None = None) -> Iterator[str]:
     for seal in (path / SEGMENTS).glob(f"*{SUFFIX}"):
         if not finished and seal.with_name(seal.name.removesuffix(SUFFIX)) not in files:
             yield f"{seal}: the checksum of a segment that is not there: lost, or its commit was cut short"
-    yield from _check_additions(path, experiment)
+    later = list(_check_additions(path, experiment))
+    yield from later
     if (path / ADDED / EXPERIMENT).exists():
         yield from _check_run(path / ADDED)
     problems = [problem for file in files for problem in _check_file(file, experiment)]
@@ -151,6 +152,12 @@ def _check_run(path: Path, expected: Experiment | None = None) -> Iterator[str]:
     yield from (told for file in files for told in _said_of(file))
     if problems:  # the epochs that a damaged file claims to hold prove nothing
         return
+    if files and not later:
+        try:
+            for file in additions.files(path):
+                refuse_of_other_inputs(Source.of(file), Source.of(files[-1]))
+        except ArchiveError as error:
+            yield str(error)
     epochs: list[vocabulary.Label] = []
     kept: set[vocabulary.Label] = set()
     dimension = experiment.layout.path
