@@ -465,8 +465,17 @@ def read_state(nc: netCDF4.Dataset, group: str = STATE) -> dict[str, np.ndarray]
 
 
 def state_groups(nc: netCDF4.Dataset) -> list[str]:
-    """The names of the groups that hold states: `STATE`, and those of states along the way."""
-    return [name for name in nc.groups if name == STATE or _STATE_AT.fullmatch(name)]
+    """The names of the groups that hold states of all members: `STATE`, and those of states along the way.
+
+    Development versions of 0.2 left some of a part of the members where seeds were gained, without saying of which.
+    """
+    members = nc.dimensions["seed"].size if "seed" in nc.dimensions else None
+
+    def of_all(name: str) -> bool:
+        death = nc.groups[name].variables.get("death_epoch")
+        return members is None or death is None or death.shape == (members,)
+
+    return [name for name in nc.groups if name == STATE or (_STATE_AT.fullmatch(name) and of_all(name))]
 
 
 def state_at(epoch: int) -> str:
