@@ -17,7 +17,7 @@ from hypothesis.stateful import initialize, precondition, rule
 import tsdyn
 from tests.archive.states.checks import Checked, allowed, steps
 from tests.archive.states.children import SENTENCES, End, begun, child, die_at, dying
-from tests.archive.states.model import GAINED, GAINING, LATER, MORE, MORE_SEEDS, STARTS
+from tests.archive.states.model import GAINED, GAINING, LATER, MORE, MORE_SEEDS, OFTEN, STARTS
 from tsdyn.archive import additions
 from tsdyn.archive.run_directory import EXPERIMENT, SEGMENTS
 from tsdyn.engine import native
@@ -33,7 +33,7 @@ class Growing(Checked):
         self.stateless = False
         self.gained: int | None = None  #: the last epoch that was asked for before `LATER` was recorded along the way
 
-    @initialize(start=st.sampled_from(sorted(STARTS)), committed=st.integers(0, 5))
+    @initialize(start=st.sampled_from([*OFTEN, *sorted(STARTS)]), committed=st.integers(0, 5))
     def begin(self, start: str, committed: int = 0) -> None:
         from_before = STARTS[start]
         if isinstance(from_before, Path):

@@ -56,6 +56,9 @@ STARTS: dict[str, Experiment | Path] = {
     },
 }  # fmt: skip
 
+#: Begun with as often again as with all others: more rules apply to a new sweep, and a new run's bits are known.
+OFTEN = ("sweep", "run", "sweep", "teacher file", "sweep", "seldom", "run", "teacher file")
+
 
 @functools.cache
 def teacher(which: int) -> bytes:
