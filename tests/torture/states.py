@@ -17,8 +17,8 @@ from tests.archive.states import actions as states
 
 #: Seconds after which no further directory is begun.
 AT_MOST = 7200
-#: Directories that are begun one after another, and steps in each at most.
-DIRECTORIES, STEPS = 5, 40
+#: Directories that are begun one after another, the first by the simplest of all choices, and steps in each at most.
+DIRECTORIES, STEPS = 10, 40
 
 
 def steps(scratch: Path, rng: random.Random, number: int) -> str:
