@@ -8,7 +8,7 @@ import pytest
 
 import tsdyn
 from tests.cases import small
-from tsdyn.archive import hdf5, integrity, netcdf, run_directory
+from tsdyn.archive import hdf5, headers, integrity, lazy_arrays, netcdf, run_directory, small_files, whole_files
 from tsdyn.archive.whole_files import ArchiveError
 from tsdyn.running import runner
 from tsdyn.running.interrupts import Stopped
@@ -182,3 +182,109 @@ def test_what_is_left_of_the_segments_of_a_finished_point_is_removed(tmp_path, m
     same(tsdyn.run(longest, tmp_path / "sweep"), whole)
     assert not list((tmp_path / "sweep").rglob("segments"))
     assert integrity.check(tmp_path / "sweep") == []
+
+
+def _joined_aside(path):
+    """Make a finished archive the first segment of a longer run, as an extension begins."""
+    with run_directory.RunDirectory(path, small(**FEW, training__epochs=3)):
+        pass
+
+
+def _joined(path):
+    """Join the segments of a run, as its last step does."""
+    with run_directory.RunDirectory(path, small(**FEW, training__epochs=2)) as target:
+        _, attrs = target.state()
+        target.consolidate(attrs)
+
+
+def _replaced(path):
+    """Write the same archive anew, under other bytes of its own and another checksum."""
+    shutil.rmtree(path)
+    tsdyn.run(small(**FEW, training__epochs=2, record__state_every=1), path)
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "writer"),
+    [
+        (netcdf, "_opened", _joined_aside),
+        (hdf5, "opened", _joined_aside),
+        (whole_files, "sealed", _joined_aside),
+        (whole_files, "sealed", _replaced),
+        (headers, "segments", _joined),
+        (lazy_arrays, "_found_again", _joined_aside),
+        (hdf5, "read_all", _joined_aside),
+    ],
+)
+def test_a_reader_whose_files_are_moved_while_it_opens_them_reads_the_same(tmp_path, monkeypatch, module, name, writer):
+    """The writer does its next step just before the reader's next call."""
+    path = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        if writer is _joined:
+            patch.setattr(run_directory.RunDirectory, "consolidate", lambda *_: None)
+            patch.setattr(runner, "COMMIT_SECONDS", 0.0)
+        tsdyn.run(small(**FEW, training__epochs=2), path)
+    whole = tsdyn.run(small(**FEW, training__epochs=2), tmp_path / "whole").load()
+    lazy = tsdyn.open(path)
+    if name == "_found_again":  # the file that was opened is elsewhere, and moves again
+        _joined_aside(path)
+        writer = _joined_again
+    whole_files._as_sealed.cache_clear()
+    small_files._kept.clear()
+    real, done = getattr(module, name), []
+
+    def late(*given, **named):
+        if not done:
+            done.append(True)
+            writer(path)
+        return real(*given, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, late)
+        found = (lazy if name in ("_found_again", "read_all") else tsdyn.open(path)).load()
+    assert done
+    same(found, whole)
+
+
+def _joined_again(path):
+    tsdyn.run(small(**FEW, training__epochs=3), path)
+
+
+def test_a_file_that_took_another_s_place_while_it_was_read_is_not_kept_under_its_name(tmp_path, monkeypatch):
+    """It comes back: before, the other file's numbers were shown then."""
+    one, other = (tmp_path / name for name in ("one", "other"))
+    for path, rate in ((one, 0.02), (other, 0.04)):
+        tsdyn.run(small(**FEW, training__epochs=1, training__learning_rate=rate), path)
+    whole = tsdyn.open(one).load()
+    lazy = tsdyn.open(one)
+    real = hdf5.read_all
+
+    def of_another(path, *rest):
+        (one / "archive.nc").rename(tmp_path / "aside")
+        shutil.copy(other / "archive.nc", one / "archive.nc")
+        return real(path, *rest)
+
+    monkeypatch.setattr(hdf5, "read_all", of_another)
+    small_files._kept.clear()
+    with pytest.raises(ArchiveError, match="its checksum differs"):
+        lazy.compute()
+    monkeypatch.setattr(hdf5, "read_all", real)
+    (tmp_path / "aside").rename(one / "archive.nc")
+    same(lazy.load(), whole)
+
+
+def test_repair_moves_no_whole_file_that_the_experiment_file_disagrees_with(tmp_path):
+    """The checksum is lost, and a digit of the experiment changed: either of the two can be the right one."""
+    path = tmp_path / "run"
+    whole = tsdyn.run(small(**FEW, training__epochs=1), path).load()
+    (path / "archive.nc.sha256").unlink()
+    text = (path / "experiment.toml").read_text(encoding="utf-8")
+    (path / "experiment.toml").write_text(
+        text.replace("learning_rate = 0.02", "learning_rate = 0.03"), encoding="utf-8"
+    )
+    with pytest.raises(ArchiveError, match=r"digest is not that of experiment\.toml; otherwise it is whole"):
+        integrity.repair(path)
+    assert not (path / "damaged").exists()
+    (path / "experiment.toml").write_text(text, encoding="utf-8")
+    assert len(integrity.repair(path)) == 1
+    same(tsdyn.open(path), whole)
+    assert integrity.check(path) == []

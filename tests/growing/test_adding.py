@@ -229,3 +229,27 @@ def test_another_input_file_is_refused(tmp_path):
     np.save(inputs, 2 * np.eye(5))
     with pytest.raises((ArchiveError, ExperimentError), match="other input files"):
         add(tmp_path / "run", ["A"])
+
+
+def test_what_was_measured_of_a_run_with_other_inputs_is_not_shown_beside_the_one_that_took_its_place(tmp_path):
+    """The archive was removed and computed again from a changed file: before, both were shown as one run's."""
+    path, inputs = tmp_path / "run", tmp_path / "covariance.npy"
+    np.save(inputs, np.eye(5))
+    asked = small(**FEW).replace({"data.covariance": str(inputs), "training.epochs": 1})
+    tsdyn.run(asked, path)
+    (file,) = add(path, ["A"])
+    whole_files.remove_sealed(path / "archive.nc")
+    tsdyn.run(asked, path)
+    assert "A" in tsdyn.open(path)  # the same numbers again
+    whole_files.remove_sealed(path / "archive.nc")
+    np.save(inputs, 2 * np.eye(5))
+    words = f"{file.name}: was measured of an earlier run in this directory, which began with another file in data.cov"
+    with pytest.raises(ArchiveError, match=words):
+        tsdyn.run(asked, path)
+    with pytest.raises(ArchiveError, match=words):
+        tsdyn.open(path)
+    assert [words in line for line in integrity.check(path)] == [True]
+    whole_files.remove_sealed(file)
+    assert "A" not in tsdyn.open(path)
+    add(path, ["A"])
+    assert integrity.check(path) == []

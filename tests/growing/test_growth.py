@@ -13,6 +13,7 @@ import tsdyn
 from tests.archive.states.children import child, die_at
 from tests.cases import small
 from tsdyn.archive import changes, integrity
+from tsdyn.archive.lock import HeldError
 from tsdyn.archive.run_directory import RunDirectory
 from tsdyn.archive.whole_files import ArchiveError, DirectoryError
 from tsdyn.running import runner
@@ -186,3 +187,22 @@ def test_another_addition_that_is_unfinished_is_named(tmp_path, monkeypatch):
     with pytest.raises(DirectoryError, match=r"run/added: holds another experiment; .*\n  seeds: \[3\] here, \[2\]"):
         tsdyn.run(tiny(seeds=[0, 1, 3]), tmp_path / "run")
     assert_grown(tsdyn.run(asked, tmp_path / "run"), tsdyn.run(asked, tmp_path / "whole"))
+
+
+def test_a_command_that_may_not_write_a_run_does_not_hold_its_new_seeds_either(tmp_path, monkeypatch):
+    """Before, of two commands at once one could hold the run and one the seeds, and each left the join to the other."""
+    path, enter, entered = tmp_path / "run", RunDirectory.__enter__, []
+    tsdyn.run(tiny(), path)
+
+    def held(self):
+        if self.path == path:
+            raise HeldError("another process is writing here")
+        entered.append(self.path)
+        return enter(self)
+
+    monkeypatch.setattr(RunDirectory, "__enter__", held)
+    (error,) = runner.run_together({path: tiny(seeds=3)}).values()
+    assert isinstance(error, HeldError)
+    assert not entered
+    monkeypatch.undo()
+    assert_grown(tsdyn.run(tiny(seeds=3), path), tsdyn.run(tiny(seeds=3), tmp_path / "whole"))

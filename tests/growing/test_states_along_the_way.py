@@ -10,7 +10,7 @@ import tsdyn
 from tests.archive.states.children import child
 from tests.cases import small
 from tests.growing.test_adding import command
-from tsdyn.archive import integrity, states
+from tsdyn.archive import integrity, netcdf, states
 from tsdyn.archive.run_directory import RunDirectory
 from tsdyn.archive.whole_files import DirectoryError
 from tsdyn.running import runner
@@ -83,3 +83,30 @@ def test_it_may_be_asked_for_later_and_decides_no_number(tmp_path):
     shutil.rmtree(tmp_path / "run")
     with pytest.raises(tsdyn.ExperimentError, match=r"record\.state_every = 0"):
         ASKED.replace({"record.state_every": 0})
+
+
+def test_states_that_only_the_newer_seeds_keep_are_not_taken_for_those_of_all(tmp_path):
+    """Before, they stayed in the file: a fork found states of other members, and more seeds ended in a traceback."""
+    path, asked = tmp_path / "run", ASKED.replace({"training.epochs": 2, "record.state_every": None, "seeds": 1})
+    tsdyn.run(asked, path)
+    asked = asked.replace({"record.state_every": 1, "seeds": 2})
+    tsdyn.run(asked, path)
+    assert list(states.kept(path)) == [2]
+    children = tsdyn.fork(path, at=1, out=tmp_path / "children").isel(fork_epoch=0, branch=0)
+    whole = tsdyn.run(asked.replace({"seeds": 3}), tmp_path / "whole").load()
+    np.testing.assert_array_equal(children.weight.sel(epoch=2), whole.weight.sel(epoch=2, seed=[0, 1]))
+    grown = tsdyn.run(asked.replace({"seeds": 3}), path)
+    np.testing.assert_array_equal(grown.weight.values, whole.weight.values)
+    assert integrity.check(path) == []
+
+
+def test_a_state_of_some_of_the_members_is_no_state_of_the_run(tmp_path):
+    """As development versions of 0.2 left it."""
+    path = tmp_path / "run"
+    tsdyn.run(ASKED.replace({"training.epochs": 2, "record.state_every": 1}), path)
+    with netcdf.dataset(path / "archive.nc", "a") as nc:
+        part = {name: array[:1] if array.ndim else array for name, array in netcdf.read_state(nc).items()}
+        netcdf.write_state(nc, part, netcdf.state_at(7))
+    assert list(states.kept(path)) == [0, 1, 2]
+    with pytest.raises(DirectoryError, match="keeps no training state after epoch 7"):
+        states.state_after(path, 7)

@@ -111,9 +111,12 @@ def test_a_killed_child_goes_on_without_its_parent(parent, tmp_path):
         np.testing.assert_array_equal(array, states[3][name])
 
 
-@pytest.mark.parametrize("last", [1, 2])
-def test_a_parent_that_is_not_finished_is_forked(tmp_path, last, monkeypatch):
-    """Children train to the end of the schedule; with epochs that the parent has not reached nothing is compared."""
+@pytest.mark.parametrize(("last", "at"), [(1, 0), (2, 0), (1, 1)])
+def test_a_parent_that_is_not_finished_is_forked(tmp_path, last, at, monkeypatch):
+    """Children train to the end of the schedule; with epochs that the parent has not reached nothing is compared.
+
+    The last ones branch off where the parent has not come yet, so that the two share no epoch.
+    """
 
     def stop(epoch, *_):
         if epoch == last:
@@ -128,10 +131,13 @@ def test_a_parent_that_is_not_finished_is_forked(tmp_path, last, monkeypatch):
         tsdyn.run(experiment, tmp_path / "parent", progress=stop)
     reached = tsdyn.open(tmp_path / "parent").epoch.values.tolist()
     assert reached[-1] < 3
-    ds = tsdyn.fork(tmp_path / "parent", out=tmp_path / "children").load().isel(fork_epoch=0, branch=0)
+    ds = tsdyn.fork(tmp_path / "parent", at=at, out=tmp_path / "children").load().isel(fork_epoch=0, branch=0)
     for name in KEYS:
-        np.testing.assert_array_equal(ds[name].transpose(*whole[name].dims), whole[name])
-    assert (ds["distance"].sel(epoch=reached) == 0).all()
+        np.testing.assert_array_equal(ds[name].transpose(*whole[name].dims), whole[name].sel(epoch=ds.epoch))
+    shared = [epoch for epoch in reached if epoch in ds.epoch]
+    assert bool(shared) == (at == 0)
+    assert (ds["distance"].sel(epoch=shared) == 0).all()
+    assert ds["divergence_epoch"].isnull().all()
     assert ds["distance"].isel(epoch=-1).isnull().all()
     assert all(ds[name].isnull().all() for name in ("student_kept", "barrier", "barrier_matched", "cka_angle"))
 

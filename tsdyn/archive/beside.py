@@ -115,6 +115,8 @@ def _runs(positions: Sequence[int]) -> list[tuple[slice, slice]]:
 def states_beside(sides: Sequence[Side], layout: Layout) -> dict[str, dict[str, np.ndarray]]:
     """The training states of all seeds, by the name of the group: that after the last epoch, and those along the way.
 
+    A state along the way that one side does not keep is left out: it would be of some members only.
+
     Raises:
         ArchiveError: if a side keeps no state, or other arrays than the others.
     """
@@ -124,27 +126,28 @@ def states_beside(sides: Sequence[Side], layout: Layout) -> dict[str, dict[str, 
             held.append({group: netcdf.read_state(nc, group) for group in netcdf.state_groups(nc)})
             if netcdf.STATE not in held[-1]:
                 raise ArchiveError(f"{side.path}: keeps no training state; run further seeds into another directory")
-    groups = dict.fromkeys(group for states in held for group in states)
     return {
-        group: _state_beside(
-            [(side, states[group]) for side, states in zip(sides, held, strict=True) if group in states], layout
-        )
-        for group in groups
+        group: _state_beside([(side, states[group]) for side, states in zip(sides, held, strict=True)], layout)
+        for group in held[0]
+        if all(group in states for states in held)
     }
 
 
 def _state_beside(parts: Sequence[tuple[Side, Mapping[str, np.ndarray]]], layout: Layout) -> dict[str, np.ndarray]:
     names = set(parts[0][1])
-    seeds = [seed for seed in layout.seeds if any(seed in side.layout.seeds for side, _ in parts)]
     found: dict[str, np.ndarray] = {}
     for side, state in parts:
         if set(state) != names:
             raise ArchiveError(f"{side.path}: its training state has other arrays than that of the other seeds")
-        at = [seeds.index(seed) for seed in side.layout.seeds]
+        at = _members(side, layout)
         for name, array in state.items():
-            if array.ndim and len(array) == len(at):
-                shape = (len(seeds), *array.shape[1:])
-                found.setdefault(name, np.zeros(shape, array.dtype))[at] = array
-            else:  # the number of steps, which a run whose members all died stopped counting
+            if not array.ndim:  # the number of steps, which a run whose members all died stopped counting
                 found[name] = np.maximum(found[name], array) if name in found else array
+            elif len(array) == len(at):
+                shape = (len(layout.seeds), *array.shape[1:])
+                found.setdefault(name, np.zeros(shape, array.dtype))[at] = array
+            else:
+                raise ArchiveError(
+                    f"{side.path}: {name} of its training state is of {len(array)} members, and the run of {len(at)}"
+                )
     return found

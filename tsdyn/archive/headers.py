@@ -27,7 +27,7 @@ from tsdyn import schema, vocabulary
 from tsdyn.archive import additions, netcdf
 from tsdyn.archive.made_files import Made
 from tsdyn.archive.recordings import FILE, Recording
-from tsdyn.archive.run_directory import ARCHIVE, EXPERIMENT, RUN, refuse_another, segments
+from tsdyn.archive.run_directory import ARCHIVE, EXPERIMENT, INPUTS, RUN, refuse_another, segments
 from tsdyn.archive.swept_values import KEY
 from tsdyn.archive.whole_files import (
     ALWAYS_VERIFIED,
@@ -47,7 +47,7 @@ INDEX = "index.json"
 _INDEX = re.compile(rb'\{"sha256": "([0-9a-f]{64})", "kept": (.*)\}', re.DOTALL)
 #: Global attributes that differ from run to run, so that they are kept outside the shared header.
 OWN = (
-    "experiment", "recording", "name", "digest", "created", vocabulary.WALL, RUN, "input_sha256", "history", "changes",
+    "experiment", "recording", "name", "digest", "created", vocabulary.WALL, RUN, INPUTS, "history", "changes",
     "fallbacks",
 )  # fmt: skip
 
@@ -248,6 +248,35 @@ def refuse_other(source: Source, expected: Callable[[], Experiment | Recording])
         return  # the archive can be read without; `tsdyn validate` names it
 
 
+def refuse_of_other_inputs(addition: Source, run: Source) -> None:
+    """Refuse what was measured of a run whose input files were others than those of the run that is there.
+
+    The run was removed and computed again: its experiment names the same files, and their contents changed.
+
+    Raises:
+        ArchiveError: naming the files.
+    """
+    if run.own.get(RUN) is not None and addition.own.get(RUN) == run.own[RUN]:
+        return
+    before, now = (_inputs(source) for source in (addition, run))
+    differing = [key for key in before if key in now and before[key] != now[key]]
+    if differing:
+        raise ArchiveError(
+            f"{addition.path}: was measured of an earlier run in this directory, which began with another file in "
+            f"{', '.join(differing)}; remove it with its checksum, and `tsdyn measure` measures it again"
+        )
+
+
+def _inputs(source: Source) -> dict[str, str]:
+    """The checksums of a file's input files; empty if an earlier version wrote it without them."""
+    text = source.own.get(INPUTS, Source.of(source.path).own.get(INPUTS))  # the index does not remember them
+    try:
+        found = json.loads(str(text))
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 class _Entry(NamedTuple):
     """A finished point in the index: a `Source` with its header replaced by the header's key."""
 
@@ -319,14 +348,17 @@ class Headers:
         self._entries[name] = _Entry(stamp, key, death if any(d >= 0 for d in death) else [], kept, list(wrong))
         self._changed = True
 
-    def measured(self, name: str, expected: Callable[[], Experiment | Recording]) -> list[Source]:
-        """The files of what was measured of one point after its run.
+    def measured(self, name: str, expected: Callable[[], Experiment | Recording], run: Source) -> list[Source]:
+        """The files of what was measured of one point after its run, which `run` is a file of.
 
         Raises:
-            ArchiveError: as `finished`.
+            ArchiveError: as `finished`, or if one is of a run with other input files.
         """
-        found = [self._read(f"{name}/{f.name}", f, expected) for f in additions.files(self.path / name)]
-        return [source for source in found if source is not None]
+        read = [self._read(f"{name}/{f.name}", f, expected) for f in additions.files(self.path / name)]
+        found = [source for source in read if source is not None]
+        for source in found:
+            refuse_of_other_inputs(source, run)
+        return found
 
     def _read(self, name: str, file: Path, expected: Callable[[], Experiment | Recording]) -> Source | None:
         """One file that is written once, under the name by which the index lists it; None if it is not there."""
@@ -367,21 +399,24 @@ class Headers:
             ArchiveError: if a file cannot be read, or is of another experiment than `expected` gives.
         """
         folder = self.path / name
-        for attempt in range(3):
+        for last in (*[False] * 4, True):  # its writer may be joining or extending it: then it is looked at again
             try:
                 done = self.finished(name, expected)
                 if done is not None:
-                    return [done, *self.measured(name, expected)]
+                    return [done, *self.measured(name, expected, done)]
                 found = [Source.of(segment.path, upto=self.verify) for segment in segments(folder)]
                 for source in found:
                     refuse_other(source, expected)
-                return [*found, *self.measured(name, expected)] if found else []
-            except FileNotFoundError:  # the run was finished or resumed meanwhile
+                if found:
+                    return [*found, *self.measured(name, expected, found[-1])]
+                if not (folder / ARCHIVE).is_file():
+                    return []
+            except FileNotFoundError:
                 continue
             except ArchiveError:
-                if attempt == 2 or not (folder / ARCHIVE).is_file() or (folder / ARCHIVE).is_symlink():
+                if last:
                     raise
-        return []
+        raise DirectoryError(f"{folder}: changes while it is read; open it again")
 
     def write(self) -> None:
         """Write ``index.json`` if anything was read that it lacks; a run by itself needs none."""

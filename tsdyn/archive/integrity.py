@@ -20,7 +20,7 @@ import numpy as np
 
 from tsdyn import schema, vocabulary
 from tsdyn.archive import additions, netcdf, own_process, study_directories, swept_values
-from tsdyn.archive.headers import Source
+from tsdyn.archive.headers import Source, refuse_of_other_inputs
 from tsdyn.archive.lock import Lock
 from tsdyn.archive.reading import opened
 from tsdyn.archive.recordings import FILE, Recording, flush_below, recordings_below
@@ -143,7 +143,8 @@ def _check_run(path: Path, expected: Experiment | None = None) -> Iterator[str]:
     for seal in (path / SEGMENTS).glob(f"*{SUFFIX}"):
         if not finished and seal.with_name(seal.name.removesuffix(SUFFIX)) not in files:
             yield f"{seal}: the checksum of a segment that is not there: lost, or its commit was cut short"
-    yield from _check_additions(path, experiment)
+    later = list(_check_additions(path, experiment))
+    yield from later
     if (path / ADDED / EXPERIMENT).exists():
         yield from _check_run(path / ADDED)
     problems = [problem for file in files for problem in _check_file(file, experiment)]
@@ -151,6 +152,12 @@ def _check_run(path: Path, expected: Experiment | None = None) -> Iterator[str]:
     yield from (told for file in files for told in _said_of(file))
     if problems:  # the epochs that a damaged file claims to hold prove nothing
         return
+    if files and not later:
+        try:
+            for file in additions.files(path):
+                refuse_of_other_inputs(Source.of(file), Source.of(files[-1]))
+        except ArchiveError as error:
+            yield str(error)
     epochs: list[vocabulary.Label] = []
     kept: set[vocabulary.Label] = set()
     dimension = experiment.layout.path
@@ -264,7 +271,7 @@ def _contents(path: Path, experiment: Experiment | Recording | None, *, unsealed
     try:
         with netcdf.dataset(path) as nc:
             if experiment is not None and not _is_of(nc.__dict__, experiment):
-                yield f"{path}: the archive's digest is not that of {EXPERIMENT}"
+                yield _of_another(path)
             if experiment is not None and unsealed and int(nc.schema_version) > 1:
                 yield _without_checksum(path)
             for name, array in nc.variables.items():
@@ -275,6 +282,10 @@ def _contents(path: Path, experiment: Experiment | Recording | None, *, unsealed
                         yield f"{path}: {name} cannot be read at {_where(array, index)}: {error}"
     except (OSError, RuntimeError, AttributeError, ValueError, TypeError) as error:
         yield f"{path}: cannot be read: {error}"
+
+
+def _of_another(path: Path) -> str:
+    return f"{path}: the archive's digest is not that of {EXPERIMENT}"
 
 
 def _without_checksum(path: Path) -> str:
@@ -397,6 +408,13 @@ def _repair_run(path: Path) -> Iterator[str]:
             raise ArchiveError(
                 f"{problems[0]}; yet its checksum agrees: it is what was written, and the reason lies elsewhere (the "
                 "file system, its locks, memory, or a file that belongs to another run); nothing was moved"
+            )
+    for file, problems in found.items():
+        # each block of it has a checksum of its own, so that it is whole; which of the two was changed cannot be told
+        if _of_another(file) in problems and set(problems) <= {_of_another(file), _without_checksum(file)}:
+            raise ArchiveError(
+                f"{problems[0]}; otherwise it is whole, and has no checksum beside it ({seal_of(file).name}): put the "
+                "right experiment file back, or remove the archive if that one is right; nothing was moved"
             )
     for file, problems in found.items():
         if problems == [_without_checksum(file)]:  # every number of it was read, and each block has one of its own

@@ -26,7 +26,7 @@ Rows = slice | NDArray
 Cells = Mapping[tuple[int, ...], Sequence[Source]]
 
 #: Attempts to read from a directory that another process is changing.
-_ATTEMPTS = 3
+_ATTEMPTS = 5
 
 
 @dataclass(eq=False)
@@ -119,12 +119,17 @@ class Stored:
 
     def _read(self, source: Source, rows: Sequence[Rows]) -> NDArray:
         """Read from the file that was opened or, if the run went on, from the file that holds its epochs now."""
-        for _ in range(_ATTEMPTS):
-            with suppress(FileNotFoundError):
+        for left in reversed(range(_ATTEMPTS)):  # its writer may be joining or extending it: then it is looked at again
+            try:
                 now, at = (source, rows) if source.unchanged else _found_again(source, self.name, rows)
                 found = _stored(now, self.name, at)
                 if now.unchanged:  # else another file took its name just before it was opened
                     return found
+            except FileNotFoundError:
+                continue
+            except ArchiveError:
+                if not left:
+                    raise
         raise _Replaced("its directory changes while it is read; open it again")
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import math
 import os
 import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -86,30 +87,49 @@ def dataset(path: Path, mode: Mode = "r", *, only: str | None = None) -> Iterato
     Raises:
         DirectoryError: if it exists and cannot be read, or what will be read is stored in other files or in number
             types that crash the library.
+        FileNotFoundError: if there is none, or it was moved, removed or replaced while it was opened, which takes
+            several looks at its name.
     """
     with guarded():
+        before = _at(path)
         try:
             nc = _opened(path, mode)
         except FileNotFoundError:
             raise
         except (OSError, RuntimeError, ValueError) as error:
             if mode == "r":
+                _refuse_gone(path, before)
                 raise DirectoryError(f"{path}: not a readable netCDF file: {error}") from error
             raise
         file = hdf5.opened(path)
         try:
             nc.set_auto_maskandscale(False)
             if mode != "w":
-                if file is None:
-                    raise DirectoryError(f"{path}: cannot be opened by the HDF5 library")
-                odd = hdf5.oddities(file, _names(nc) if only is None else [only])
+                odd = ["cannot be opened by the HDF5 library"]
+                if file is not None:
+                    odd = hdf5.oddities(file, _names(nc) if only is None else [only])
                 if odd:
+                    _refuse_gone(path, before)
                     raise DirectoryError(f"{path}: {odd[0]}; it is not tsdyn's")
             yield nc
             if mode != "r":
                 _flush(nc, path)
         finally:
             _close(nc, file, path)
+
+
+def _at(path: Path) -> tuple[int, int, int] | None:
+    """Which file is at a path; None for none."""
+    with suppress(OSError):
+        status = os.stat(path)
+        return status.st_ino, status.st_size, status.st_mtime_ns
+    return None
+
+
+def _refuse_gone(path: Path, before: tuple[int, int, int] | None) -> None:
+    """Raise FileNotFoundError if a path no longer leads to the file that it led to before."""
+    if before is not None and _at(path) != before:
+        raise FileNotFoundError(errno.ENOENT, "was moved, removed or replaced while it was opened", str(path))
 
 
 def _names(nc: netCDF4.Dataset) -> list[str]:
@@ -445,8 +465,17 @@ def read_state(nc: netCDF4.Dataset, group: str = STATE) -> dict[str, np.ndarray]
 
 
 def state_groups(nc: netCDF4.Dataset) -> list[str]:
-    """The names of the groups that hold states: `STATE`, and those of states along the way."""
-    return [name for name in nc.groups if name == STATE or _STATE_AT.fullmatch(name)]
+    """The names of the groups that hold states of all members: `STATE`, and those of states along the way.
+
+    Development versions of 0.2 left some of a part of the members where seeds were gained, without saying of which.
+    """
+    members = nc.dimensions["seed"].size if "seed" in nc.dimensions else None
+
+    def of_all(name: str) -> bool:
+        death = nc.groups[name].variables.get("death_epoch")
+        return members is None or death is None or death.shape == (members,)
+
+    return [name for name in nc.groups if name == STATE or (_STATE_AT.fullmatch(name) and of_all(name))]
 
 
 def state_at(epoch: int) -> str:

@@ -49,6 +49,8 @@ ARCHIVE = "archive.nc"
 SEGMENTS = "segments"
 #: Attribute shared by all files of one run, drawn at random when it begins; later files hold all that earlier ones do.
 RUN = "run"
+#: Attribute of an archive: JSON of key of the experiment file → SHA-256 of the file that it names.
+INPUTS = "input_sha256"
 
 #: Attribute of an archive: epochs outside its schedule, which shorter runs that it extends recorded last.
 KEPT = "kept_epochs"

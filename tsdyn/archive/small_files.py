@@ -7,6 +7,7 @@ them, which are read in one visit and kept in bounded memory.
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from tsdyn.archive import hdf5, netcdf
+from tsdyn.archive import hdf5, netcdf, whole_files
 from tsdyn.archive.whole_files import Identity
 
 #: So many different variables are read one by one, since reading all of a file's takes ten times as long as one.
@@ -56,6 +57,9 @@ def read(path: Path, identity: Identity, shapes: Shapes, name: str, spans: Seque
         shapes: All variables of numbers in it.
         name: The one to read.
         spans: A start and a stop along each dimension.
+
+    Raises:
+        FileNotFoundError: if another file, or none, was there once it had been read.
     """
     _, dtype = shapes[name]
     key = path, identity
@@ -65,6 +69,8 @@ def read(path: Path, identity: Identity, shapes: Shapes, name: str, spans: Seque
         if kept is None and len(asked) > FEW and _room_for(shapes):
             whole = {n: tuple(slice(0, size) for size in shape) for n, (shape, _) in shapes.items() if shape}
             found = hdf5.read_all(path, whole, {n: dtype for n, (_, dtype) in shapes.items()})
+            if whole_files.identity(path)[:3] != identity[:3]:  # not to be kept under that name: the file may come back
+                raise FileNotFoundError(errno.ENOENT, "was moved, removed or replaced while it was read", str(path))
             kept = _kept[key] = _Kept(found, 0.0)
             _asked.pop(key, None)
         elif kept is None:

@@ -46,7 +46,8 @@ def states_after(path: str | Path, epochs: Collection[int]) -> dict[int, dict[st
     path, found = local_path(path), dict[int, dict[str, np.ndarray]]()
     for file, last in _files(path):
         with netcdf.dataset(file) as nc:
-            groups = {epoch: netcdf.state_at(epoch) for epoch in epochs if netcdf.state_at(epoch) in nc.groups}
+            named = {epoch: netcdf.state_at(epoch) for epoch in epochs}
+            groups = {epoch: group for epoch, group in named.items() if group in netcdf.state_groups(nc)}
             if netcdf.STATE in nc.groups and (end := _last(nc, last)) is not None and end in epochs:
                 groups.setdefault(end, netcdf.STATE)
             if groups:

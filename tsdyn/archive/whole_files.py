@@ -285,15 +285,25 @@ def refuse_changed(path: Path, *, upto: float = math.inf) -> None:
 
     Raises:
         ArchiveError: naming the file and the way out.
+        FileNotFoundError: if there is none, or its writer replaced it, or its checksum, while they were compared.
     """
+    stamp = _stamp(path)
+    if len(stamp) == 4 and stamp[1] <= upto and not _as_sealed(path.absolute(), stamp):
+        if _stamp(path) != stamp:
+            raise FileNotFoundError(errno.ENOENT, "was replaced while it was compared with its checksum", str(path))
+        raise ArchiveError(
+            f"{path}: was changed or is damaged: its checksum differs from the one in {seal_of(path).name}; "
+            "`tsdyn validate` says where, `tsdyn repair` keeps what is whole"
+        )
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    """Inode, size and time of a file, then the time of its checksum if it has one."""
     status = path.stat()
+    own = status.st_ino, status.st_size, status.st_mtime_ns
     with suppress(FileNotFoundError):
-        stamp = (status.st_ino, status.st_size, status.st_mtime_ns, seal_of(path).stat().st_mtime_ns)
-        if status.st_size <= upto and not _as_sealed(path.absolute(), stamp):
-            raise ArchiveError(
-                f"{path}: was changed or is damaged: its checksum differs from the one in {seal_of(path).name}; "
-                "`tsdyn validate` says where, `tsdyn repair` keeps what is whole"
-            )
+        return (*own, seal_of(path).stat().st_mtime_ns)
+    return own
 
 
 @lru_cache(maxsize=1 << 14)

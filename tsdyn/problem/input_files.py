@@ -7,12 +7,13 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from tsdyn.archive.run_directory import INPUTS
 from tsdyn.archive.whole_files import DirectoryError, digest_of
 from tsdyn.experiment.experiment import Experiment
 from tsdyn.problem import images
 
 #: Global attribute of an archive: JSON of key of the experiment file → SHA-256 of the file that it names.
-ATTRIBUTE = "input_sha256"
+ATTRIBUTE = INPUTS
 MISSING = "missing"
 
 

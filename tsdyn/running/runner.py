@@ -16,8 +16,9 @@ import xarray as xr
 
 from tsdyn import memory, vocabulary
 from tsdyn.archive import changes, machines, reading, whole_files
+from tsdyn.archive.lock import HeldError
 from tsdyn.archive.made_files import Made
-from tsdyn.archive.run_directory import RunDirectory
+from tsdyn.archive.run_directory import ADDED, RunDirectory
 from tsdyn.archive.whole_files import ArchiveError
 from tsdyn.engine import native
 from tsdyn.experiment.experiment import Experiment
@@ -215,6 +216,9 @@ def _run_parts(experiments: Mapping[Path, Experiment], means: _Means) -> dict[Pa
             registry.load(experiment)
         needed = sum((footprint(single) for single in experiments.values()), Footprint()).bytes
         for path, experiment in experiments.items():
+            if path.name == ADDED and isinstance(held_by := failed.get(path.parent), HeldError):
+                failed[path] = held_by  # two commands, each with one of the two, would both leave the join to the other
+                continue
             try:
                 memory.refuse_beyond("run", needed, torch.device(device), _SMALLER)
                 target = held.enter_context(RunDirectory(path, experiment))

@@ -156,7 +156,8 @@ def compared(children: str | Path | xr.Dataset, parent: str | Path | xr.Dataset 
             f"compared: {', '.join(missing)} is not recorded; fork a run with {held[0]} in record.observables"
         )
     whole, own = own, _beside(ds, own)
-    distance, size = _distance(ds, own, held), _length({name: own[name] for name in held})
+    shared = own.reindex(epoch=ds["epoch"].values)  # NaN where only the children are recorded
+    distance, size = _distance(ds, shared, held), _length({name: shared[name] for name in held})
     found = {"distance": distance, "divergence_epoch": _first(distance > DIVERGED * size, distance)}
     if "correlation" in ds and "correlation" in own:
         found["student_kept"] = _student_kept(ds["correlation"], own["correlation"])
@@ -169,8 +170,7 @@ def _beside(ds: xr.Dataset, own: xr.Dataset) -> xr.Dataset:
     return own[names].reindex({dim: ds.indexes[dim] for dim in ("seed", *swept_dimensions(own)) if dim in ds.indexes})
 
 
-def _distance(ds: xr.Dataset, own: xr.Dataset, held: Sequence[str]) -> xr.DataArray:
-    shared = own.reindex(epoch=ds["epoch"].values)  # NaN where only the children are recorded
+def _distance(ds: xr.Dataset, shared: xr.Dataset, held: Sequence[str]) -> xr.DataArray:
     found = _length({name: ds[name] - shared[name] for name in held})
     for weight in (ds[held[0]], shared[held[0]]):  # a sum of nothing but NaN would be 0
         found = found.where(weight.notnull().any([dim for dim in _SUMMED if dim in weight.dims]))

@@ -8,6 +8,7 @@ import tempfile
 import warnings
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import xarray as xr
 from hypothesis.stateful import RuleBasedStateMachine, invariant
@@ -17,7 +18,7 @@ from tests.archive.states.children import SENTENCES
 from tests.archive.states.model import LATER, Damage, Opened, Point, content, differs, teacher
 from tsdyn.archive import integrity, sweep_directory, whole_files
 from tsdyn.archive.run_directory import ARCHIVE, EXPERIMENT
-from tsdyn.archive.selecting import swept_dimensions
+from tsdyn.archive.selecting import experiment_of, swept_dimensions
 from tsdyn.experiment.errors import ExperimentError
 from tsdyn.experiment.experiment import Experiment
 from tsdyn.experiment.sweep_axes import places
@@ -44,6 +45,10 @@ class Checked(RuleBasedStateMachine):
         self.damages: list[Damage] = []
         self.opened: list[Opened] = []
         self.seen: object = None
+        #: Children of the directory that were kept, and the epoch at which they branched off.
+        self.children: tuple[Path, int] | None = None
+        #: What is asked for beside epochs and seeds, which decides no number that was there.
+        self.more: dict[str, Any] = {}
 
     def teardown(self) -> None:
         shutil.rmtree(self.scratch, ignore_errors=True)
@@ -61,7 +66,7 @@ class Checked(RuleBasedStateMachine):
 
     def _asked(self, epochs: int) -> Experiment:
         gained = {} if self.seeds == self.base.seed_labels else {"seeds": list(self.seeds)}
-        return self.base.replace({"training.epochs": epochs, **gained})
+        return self.base.replace({"training.epochs": epochs, **gained, **self.more})
 
     def _put_teacher(self) -> None:
         (self.scratch / "teacher.pt").write_bytes(teacher(self.input))
@@ -87,6 +92,7 @@ class Checked(RuleBasedStateMachine):
         """What is done now can change files under the Datasets that are open."""
         for opened in self.opened:
             opened.must = False
+        self.children = None
 
     # --- what must hold ------------------------------------------------------------------------------------------
 
@@ -97,6 +103,10 @@ class Checked(RuleBasedStateMachine):
         if not self.path.exists() or self.seen == now:
             return
         self.seen = now
+        self._read_all()
+
+    def _read_all(self) -> None:
+        """Compare the directory, and what was opened before, with the model."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self._look(skip_damaged=False)
@@ -135,16 +145,18 @@ class Checked(RuleBasedStateMachine):
                 assert point.required <= set(shown), f"{name}: {sorted(point.required - set(shown))} are lost"
                 assert not point.required or point.seeds <= set(seeds), f"{name}: seeds {seeds} of {point.seeds}"
             rows, members = truth.get_index("epoch").get_indexer(shown), truth.get_index("seed").get_indexer(seeds)
-            groups = [(group, must, [seeds.index(seed) for seed in group]) for group, must in point.members(seeds)]
             for variable, array in truth.data_vars.items():
                 if variable not in part:
-                    assert variable == LATER or not (required and point.required), f"{name}: {variable} is lost"
+                    needed = variable != LATER or any(labels & point.required for labels in point.later.values())
+                    lost = required and needed and point.required and not point.salvaged
+                    assert not lost, f"{name}: {variable} is lost"
                 elif "wrong" not in part[variable].attrs:
                     along = "epoch" in array.dims
                     first = ("seed", "epoch") if along else ("seed",)
                     there, model = (one.transpose(*first, ...).values for one in (part[variable], array))
                     for place, label in enumerate(shown) if along else [(0, 0)]:
-                        for group, must, at in groups:
+                        for group, must in point.members(seeds, label, str(variable)):
+                            at = [seeds.index(seed) for seed in group]
                             now, wanted = there[at], model[members[at]]
                             if along:
                                 now, wanted = now[:, place], wanted[:, rows[place]]
@@ -154,19 +166,23 @@ class Checked(RuleBasedStateMachine):
                             may = swept or point.salvaged or not must
                             fine = not said or (said == "missing" and not asked and may)
                             fine = fine or (said == "partly missing" and (point.salvaged or not must))
-                            fine = fine or ("missing" in said and variable == LATER)
+                            fine = fine or ("missing" in said and variable == LATER and not (required and must))
                             assert fine, f"{name}: {variable} at epoch {label}, seeds {group}: {said}"
 
     def _same_from(self, children: Path, at: int) -> None:
-        """Check that children which branched off at an epoch, and were not changed, are the model's runs."""
+        """Check that children that branched off at an epoch, and were not changed, are the model's runs."""
         assert integrity.check(children) == []
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             found = tsdyn.open(children).compute().isel(fork_epoch=0, branch=0)
         swept = [dim for dim in swept_dimensions(found) if dim in found.dims]
+        labels = [label for label in experiment_of(found).labels if label > at]
         for name, point in self.points.items():
+            if any(place >= found.sizes[dim] for dim, place in zip(swept, point.place, strict=True)):
+                assert not point.required, f"child of {name} is not there"  # asked for, and not begun
+                continue
             part = found.isel(dict(zip(swept, point.place, strict=True)))
-            part = part.sel(epoch=part.epoch > at)
+            part = part.sel(epoch=labels)
             truth = point.truth.sel(epoch=part.epoch, seed=part.seed)
             exact = point.rounded == float("inf") and not point.inexact
             for variable in ("weight", "mse_train", "mse_eval"):
@@ -207,6 +223,6 @@ class Checked(RuleBasedStateMachine):
     def _extended(self, file: Path) -> bool:
         """Whether the changed experiment only asks for more epochs or seeds, of what is not finished or a sweep."""
         theirs = Experiment.from_toml(file, archived=True)
-        alike = {"training.epochs": 1, "seeds": 1}
+        alike = {"training.epochs": 1, "seeds": 1, "record.state_every": 1}
         same = theirs.replace(alike) == self._asked(1).replace(alike)
         return same and (bool(self.base.sweep) or not list(self.path.rglob(ARCHIVE)))

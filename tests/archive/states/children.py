@@ -36,8 +36,32 @@ class End:
     told: list[tuple[str, int]]
 
 
+@dataclass(frozen=True)
+class Begun:
+    """A forked child, and the pipe in which it reports."""
+
+    pid: int
+    pipe: int
+
+    def end(self) -> End:
+        """How it ended, once it has."""
+        with os.fdopen(self.pipe, "rb") as pipe:
+            lines = [json.loads(line) for line in pipe.read().splitlines()]
+        code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        told = [(line["point"], line["last"]) for line in lines if "point" in line]
+        if code:
+            names = {-signal.SIGKILL: "killed", -signal.SIGALRM: "hung"}
+            return End(names.get(code, "crashed"), f"exit {code}", told)
+        return End(lines[-1]["end"], lines[-1]["words"], told)
+
+
 def child(work: Callable[[], None], path: Path) -> End:
-    """`work` in a forked child, which reports each commit below `path`."""
+    """How `work` ends in a forked child, which reports each commit below `path`."""
+    return begun(work, path).end()
+
+
+def begun(work: Callable[[], None], path: Path) -> Begun:
+    """`child` that has begun, and goes on beside what is done here."""
     reading, writing = os.pipe()
     pid = os.fork()
     if not pid:
@@ -62,14 +86,7 @@ def child(work: Callable[[], None], path: Path) -> End:
                 os.write(writing, json.dumps({"end": how, "words": words}).encode() + b"\n")
             os._exit(0)
     os.close(writing)
-    with os.fdopen(reading, "rb") as pipe:
-        lines = [json.loads(line) for line in pipe.read().splitlines()]
-    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    told = [(line["point"], line["last"]) for line in lines if "point" in line]
-    if code:
-        names = {-signal.SIGKILL: "killed", -signal.SIGALRM: "hung"}
-        return End(names.get(signal.Signals(code) if code > 0 else code, "crashed"), f"exit {code}", told)
-    return End(lines[-1]["end"], lines[-1]["words"], told)
+    return Begun(pid, reading)
 
 
 def _tell_commits(path: Path, pipe: int) -> None:

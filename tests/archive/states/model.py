@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -55,6 +56,9 @@ STARTS: dict[str, Experiment | Path] = {
     },
 }  # fmt: skip
 
+#: Begun with as often again as with all others: more rules apply to a new sweep, and a new run's bits are known.
+OFTEN = ("sweep", "run", "sweep", "teacher file", "sweep", "seldom", "run", "teacher file")
+
 
 @functools.cache
 def teacher(which: int) -> bytes:
@@ -73,7 +77,7 @@ def undisturbed(text: str, which: int) -> xr.Dataset:
     labels = experiment.seed_labels
     changes: dict[str, Any] = {
         "training.epochs": experiment.training.epochs + MORE, "record.every": 1,
-        "seeds": [*labels, *(max(labels) + 1 + i for i in range(MORE_SEEDS))],
+        "seeds": [*labels, *more_seeds(experiment)],
         "record.observables": [*experiment.record.observables, LATER],
     }  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="tsdyn-model-") as scratch:
@@ -95,19 +99,46 @@ class Point:
     salvaged: bool = False  #: parts of its archive were lost, and `repair` said so
     seeds: set[int] = field(default_factory=set)  #: seeds that it was reported to have
     inexact: set[int] = field(default_factory=set)  #: seeds, added later, that another engine may have computed
+    #: Seed, added later → epochs that the others keep from a shorter run, and that its own schedule leaves out.
+    lacking: dict[int, set[int]] = field(default_factory=dict)
+    later: dict[int, set[int]] = field(default_factory=dict)  #: seed → epochs at which `LATER` was said to be there
 
-    def members(self, shown: list[int]) -> Iterator[tuple[list[int], bool]]:
-        """The shown seeds in two groups: those that must be there, and those that may be."""
+    def members(self, shown: list[int], label: int, variable: str) -> Iterator[tuple[list[int], bool]]:
+        """The shown seeds in two groups: those that must be there at an epoch, and those that may be."""
+        asked = {seed for seed in self.seeds if label not in self.lacking.get(seed, ())}
+        if variable == LATER:
+            asked = {seed for seed in asked if label in self.later.get(seed, ())}
         yield from (
-            (group, must)
-            for must in (True, False)
-            if (group := [seed for seed in shown if (seed in self.seeds) == must])
+            (group, must) for must in (True, False) if (group := [seed for seed in shown if (seed in asked) == must])
         )
+
+    def forget_later(self, first: int = 0) -> None:
+        """What was measured may be gone from an epoch on."""
+        self.later = {seed: {label for label in labels if label < first} for seed, labels in self.later.items()}
 
     @property
     def truth(self) -> xr.Dataset:
         named = {} if self.single.teacher.path is None else {"teacher.path": "teacher.pt"}
         return undisturbed(self.single.replace(named).to_toml(), self.born)
+
+
+@functools.cache
+def _kept() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="tsdyn-model-")
+
+
+@functools.cache
+def of_other_seeds(text: str) -> Path:
+    """A finished run of the seeds that the given one can gain."""
+    experiment = Experiment.from_toml_text(text, archived=True)
+    path = Path(_kept().name) / hashlib.sha256(text.encode()).hexdigest()
+    tsdyn.run(experiment.replace({"seeds": more_seeds(experiment)}), path)
+    return path
+
+
+def more_seeds(experiment: Experiment) -> list[int]:
+    """The seeds that a run can gain."""
+    return [max(experiment.seed_labels) + 1 + i for i in range(MORE_SEEDS)]
 
 
 @dataclass
