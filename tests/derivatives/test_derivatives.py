@@ -119,6 +119,11 @@ def test_frozen_parameters_are_left_out():
     try:
         found = derivatives.per_sample_gradients(module, half_square, x, y)
         assert all(not name.startswith("0.") for name in found)
+        jacobian = derivatives.jacobian(module, x)
+        assert set(jacobian) == set(found)
+        rows = torch.cat([part.flatten(2) for part in jacobian.values()], 2)
+        kernel = torch.einsum("sop,tqp->stoq", rows, rows)
+        torch.testing.assert_close(derivatives.neural_tangent_kernel(module, x), kernel)
         assert "0.weight" in derivatives.per_sample_gradients(module, half_square, x, y, names=["0.weight"])
     finally:
         module[0].requires_grad_(True)

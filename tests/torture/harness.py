@@ -27,7 +27,7 @@ from tsdyn.archive import integrity
 from tsdyn.archive.run_directory import RunDirectory
 from tsdyn.archive.whole_files import ArchiveError
 from tsdyn.experiment.errors import ExperimentError
-from tsdyn.running import runner
+from tsdyn.running import provenance, runner
 
 SEGMENTED = small(
     teacher__widths=[5, 3, 2],
@@ -41,6 +41,7 @@ SEGMENTED = small(
 FINISHED, FAILED, TRACEBACK = 0, 3, 4
 
 logging.getLogger("tsdyn").setLevel(logging.ERROR)  # stale locks are taken over hundreds of times
+provenance.git_commit()  # asked of git by three processes, which no child need start again
 shim = ctypes.CDLL(None)
 
 
