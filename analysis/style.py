@@ -19,10 +19,13 @@ import matplotlib as mpl
 import numpy as np
 from cycler import cycler
 from matplotlib import colormaps, colors
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, FigureBase
 from matplotlib.font_manager import FontProperties
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.legend import Legend
+from matplotlib.mathtext import MathTextParser
 from matplotlib.textpath import TextToPath
+from matplotlib.transforms import Bbox
 from numpy.typing import NDArray
 
 from tsdyn._version import __version__
@@ -160,6 +163,41 @@ def points(size: float | int) -> float:
     return size * _SCALES[_in_use().name]
 
 
+#: Positions on a page are multiples of this share of it, a ten-thousandth of a point or less.
+_GRID = 2.0**-24
+
+
+class _Layout(ConstrainedLayoutEngine):
+    """Constrained layout with positions on a grid.
+
+    Its solver orders what it solves for by addresses in memory, so that the last bits of its results change from one
+    drawing to the next; a vector file would show them.
+    """
+
+    def execute(self, fig: FigureBase) -> Any:
+        found = super().execute(fig)
+        _settle(fig)
+        return found
+
+
+def _on_grid(positions: Any) -> NDArray:
+    found: NDArray = np.round(np.asarray(positions) / _GRID) * _GRID
+    return found
+
+
+def _settle(fig: Any) -> None:
+    """Move to the grid what a layout has placed: axes, parts of the page and their common labels."""
+    for part in fig.subfigs:
+        part.bbox_relative.set_points(_on_grid(part.bbox_relative.get_points()))
+        _settle(part)
+    for text in (fig._suptitle, fig._supxlabel, fig._supylabel):
+        if text is not None:
+            text.set_position(_on_grid(text.get_position()))
+    for ax in fig._localaxes:
+        if ax.get_in_layout():
+            ax._set_position(Bbox(_on_grid(ax.get_position(original=True).get_points())))
+
+
 class Page(Figure):
     """A figure of the width of one or two columns; panels are laid out in `body`, the caption stands below.
 
@@ -221,12 +259,15 @@ class Page(Figure):
     def savefig(self, fname: Any, *args: Any, **kwargs: Any) -> None:
         """Write the figure as `matplotlib.figure.Figure.savefig` does, with what it shows and where it comes from.
 
-        PDF files have TrueType fonts, SVG files text; neither has a date, so that the same figure has the same bytes.
+        PDF files have TrueType fonts, SVG files text; neither has a date, so that the same figure has the same bytes,
+        whatever was drawn before and whatever the user's own parameters of matplotlib are.
         """
         kind = str(kwargs.get("format") or Path(str(fname)).suffix.lstrip(".") or "png").lower()
         known = _metadata(kind, self.caption, self.provenance) | dict(kwargs.pop("metadata", None) or {})
+        # parsed formulas are kept without the parameters (mathtext.default and others) with which they were parsed
+        MathTextParser._parse_cached.cache_clear()
         self.draw_without_rendering()  # the first pass does not know how wide legends and bars will be
-        with mpl.rc_context(_FILES):
+        with using(self._style.name, captioned=self._style.captioned):
             super().savefig(fname, *args, **(kwargs | ({"metadata": known} if known else {})))
 
 
@@ -252,7 +293,7 @@ def page(columns: Literal[1, 2], height: float | int) -> Page:
     active = _in_use()
     with using(active.name, captioned=active.captioned):
         s = _SCALES[active.name]
-        return Page(figsize=((COLUMN if columns == 1 else PAGE) * s, height * s), layout="constrained")
+        return Page(figsize=((COLUMN if columns == 1 else PAGE) * s, height * s), layout=_Layout())
 
 
 @functools.lru_cache(maxsize=4096)
