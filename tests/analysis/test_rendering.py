@@ -9,7 +9,10 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 import xarray as xr
+from matplotlib._layoutgrid import LayoutGrid
 from matplotlib.figure import Figure
+from matplotlib.text import Text
+from matplotlib.transforms import Bbox
 from PIL import Image
 from tsdyn.analysis import captions, layout, panels, style
 from tsdyn.analysis.figures import FIGURES
@@ -134,6 +137,35 @@ def test_the_same_archive_gives_the_same_bytes_with_provenance(kind, archives):
             with Image.open(io.BytesIO(one)) as image:
                 assert digest in image.text["Source"]
                 assert "n = 6 seeds" in image.text["Description"]
+
+
+def _written(figure, kind):
+    file = io.BytesIO()
+    figure.savefig(file, format=kind)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["pdf", "svg"])
+def test_a_vector_file_depends_on_the_figure_alone(kind, archives, monkeypatch):
+    """Not on the last bits of the layout's solver, which orders variables by their addresses in memory, not on formulas
+    that were parsed before, of which matplotlib's cache does not know with which font, nor on the user's parameters."""
+    page = FIGURES["loss"](archives[1])
+    formulas = [text for text in page.findobj(Text) if "$" in text.get_text()]
+    assert formulas
+    first = _written(page, kind)
+    noise = np.random.default_rng(0)
+
+    def disturbed(found):
+        return lambda *given, **named: Bbox(found(*given, **named).get_points() + noise.uniform(-1e-14, 1e-14, (2, 2)))
+
+    for name in ("get_inner_bbox", "get_outer_bbox", "get_bbox_for_cb"):
+        monkeypatch.setattr(LayoutGrid, name, disturbed(getattr(LayoutGrid, name)))
+    with mpl.rc_context({"mathtext.default": "rm", "savefig.bbox": "tight", "path.simplify_threshold": 1.0}):
+        other = Figure()
+        for text in formulas:
+            other.text(0.5, 0.5, text.get_text(), fontproperties=text.get_fontproperties())
+        other.savefig(io.BytesIO(), format=kind)
+        assert _written(FIGURES["loss"](archives[1]), kind) == first
 
 
 def test_a_second_process_writes_the_same_bytes(archives, tmp_path):
