@@ -124,8 +124,25 @@ def rate(value: Any) -> str:
     return f"rate {number(first[1])}" + "".join(f", {number(r)} from epoch {e} on" for e, r in rest)
 
 
+#: Most values of a key that a caption lists.
+_MOST_LISTED = 5
+
+
+def _differing(experiment: Experiment, swept: set[str]) -> list[str]:
+    """Teachers and rates of a sweep over them, in the order of its points; none if there are many."""
+    points = [point for _, point in experiment.points()]
+    teachers = list(dict.fromkeys("-".join(map(str, p.teacher_widths[1:])) for p in points))
+    rates = list(dict.fromkeys(rate(p.training.learning_rate).removeprefix("rate ") for p in points))
+    told = []
+    if "teacher.widths" in swept and 1 < len(teachers) <= _MOST_LISTED:
+        told.append(f"teachers {joined(teachers)}")
+    if "training.learning_rate" in swept and 1 < len(rates) <= _MOST_LISTED:
+        told.append(f"rates {joined(f'({r})' if ',' in r else r for r in rates)}")
+    return told
+
+
 def _facts(experiment: Experiment) -> list[str]:
-    """d, teacher, N, rate, batch, length: of what is not swept."""
+    """d, teacher, N, rate, batch, length: of what is not swept; of teachers and rates that are, a short list."""
     swept = _swept(experiment)
     fixed: dict[str, str] = {}
     if "teacher.widths" not in swept:
@@ -154,7 +171,8 @@ def _facts(experiment: Experiment) -> list[str]:
         fixed["flow"] = "gradient flow of the population loss, d = k + 1 Gaussian inputs, orthonormal teacher"
     elif experiment.kind == "online":
         fixed["training.learning_rate"] = rate(experiment.training.learning_rate)
-    return [text for key, text in fixed.items() if key not in swept]
+    differing = _differing(experiment, swept) if experiment.kind == "training" else []
+    return [text for key, text in fixed.items() if key not in swept] + differing
 
 
 def _smaller(own: Experiment, paper: Any) -> str:

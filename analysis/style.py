@@ -100,7 +100,7 @@ def _parameters(name: Name) -> Any:
         "legend.fontsize": 6.8 * s,
         "legend.title_fontsize": 6.8 * s,
         "legend.frameon": False,
-        "legend.handlelength": 1.6,
+        "legend.handlelength": 2.4,
         "legend.columnspacing": 1.2,
         "legend.borderaxespad": 0.3,
         "legend.labelspacing": 0.35,
@@ -245,7 +245,7 @@ class Page(Figure):
     def legend_below(self, handles: Sequence[Any], labels: Sequence[str], title: str = "") -> None:
         """Add one legend for all panels, between these and the caption, in as many columns as fit."""
         size = 6.8 * _SCALES[self._style.name]
-        widest = max(text_width(label) for label in labels) + 3.4  # with the handle and the gap
+        widest = max(text_width(label) for label in labels) + 4.2  # with the handle and the gap
         count = min(len(labels), max(1, int(0.96 * self.get_figwidth() * 72 / size / widest)))
         rows = -(-len(labels) // count)
         self._resize(1, (1.5 * (rows + bool(title)) + 0.5) * size / 72)

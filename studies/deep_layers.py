@@ -123,7 +123,7 @@ def panel(name: str, *, along: str = "epoch") -> layout.Panel:
             panels.spread(
                 values.sel(layer=layer), ax=ax, along=along, color=look.shade(position, len(layers)),
                 label=f"layer {layer}", linestyle=panels.STYLES[position % len(panels.STYLES)],
-                marker=None if along == "epoch" else "o",
+                marker=None if along == "epoch" else panels.mark(position),
             )  # fmt: skip
         if "layer" not in values.dims:
             panels.spread(values, ax=ax, along=along, color=look.PALETTE[2], marker=None if along == "epoch" else "o")

@@ -35,8 +35,10 @@ FILE_CACHE = 75 << 20
 HEADER_BYTES = 6 << 10
 #: Trials that take fewer seconds are repeated with more steps and samples, over which their fixed costs spread.
 QUICK = 0.1
-#: Integrator steps assumed for a population flow; the studies' flows take a few hundred.
-FLOW_STEPS = 300
+#: Integrator steps assumed for a population flow of one node and of more: the studies' take 40 to 80 and 80 to 160.
+FLOW_STEPS = (60, 120)
+#: Seconds for what a population flow is compared with at its end, and for committing it.
+FLOW_END_SECONDS = 0.4
 
 
 #: Variables that `compiled_sums` give, without a trace; and those that need a trace on evaluation samples at most.
@@ -84,13 +86,14 @@ def estimate(experiment: Experiment, *, device: str = "cpu") -> Cost:
 
 def _estimate_flow(experiment: Experiment) -> Cost:
     """The cost of a population flow of `FLOW_STEPS` steps; one step and one Hessian of all members are timed."""
+    steps = FLOW_STEPS[experiment.student_widths[1] > 1]
     trial = FlowMembers(experiment)
     memory.refuse_beyond("estimate", footprint(experiment).bytes, torch.device("cpu"), "fewer seeds, smaller networks")
     begin = trial.flow.joined("y")
     limits = Limits(end=FLOW_END, steps=1)
     with torch.no_grad():
         per_step = _quickest(lambda: Flow(trial.loss, begin, times=np.zeros(0), limits=limits).until(math.inf))
-    return _cost(experiment, trial.loss.parameters, FLOW_STEPS * per_step, trial.state())
+    return _cost(experiment, trial.loss.parameters, FLOW_END_SECONDS + steps * per_step, trial.state())
 
 
 def _estimate_online(experiment: Experiment) -> Cost:
