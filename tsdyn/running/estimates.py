@@ -145,9 +145,8 @@ def _estimate_training(experiment: Experiment, device: str) -> Cost:
     train, tried, measured = None, trial.experiment.data.train, experiment.data.eval
     if isinstance(experiment.data.train, int) and isinstance(tried, int):
         train = experiment.data.train * len(trial.train_probe(0, 0).inputs) // tried
-    on_train = _measured_on(trial) - trial.experiment.data.eval
-    if on_train:
-        measured += on_train if train is None else train
+    if _measured_on(trial) > trial.experiment.data.eval:
+        measured += experiment.data.eval if train is None else train  # of new samples as many as of evaluation
     seconds = per_epoch * experiment.training.epochs + per_sample * measured * recorded
     seconds = members * (seconds + _teaching(experiment))
     parameters = sum(p[0].numel() for p in trial.ensemble.values.values())
