@@ -11,7 +11,7 @@ import pytest
 import xarray as xr
 from matplotlib._layoutgrid import LayoutGrid
 from matplotlib.figure import Figure
-from matplotlib.text import Text
+from matplotlib.mathtext import MathTextParser
 from matplotlib.transforms import Bbox
 from PIL import Image
 from tsdyn.analysis import captions, layout, panels, style
@@ -147,12 +147,9 @@ def _written(figure, kind):
 
 @pytest.mark.parametrize("kind", ["pdf", "svg"])
 def test_a_vector_file_depends_on_the_figure_alone(kind, archives, monkeypatch):
-    """Not on the last bits of the layout's solver, which orders variables by their addresses in memory, not on formulas
-    that were parsed before, of which matplotlib's cache does not know with which font, nor on the user's parameters."""
-    page = FIGURES["loss"](archives[1])
-    formulas = [text for text in page.findobj(Text) if "$" in text.get_text()]
-    assert formulas
-    first = _written(page, kind)
+    """Not on the last bits of the layout's solver, which orders variables by their addresses in memory, nor on the
+    user's parameters."""
+    first = _written(FIGURES["loss"](archives[1]), kind)
     noise = np.random.default_rng(0)
 
     def disturbed(found):
@@ -160,11 +157,7 @@ def test_a_vector_file_depends_on_the_figure_alone(kind, archives, monkeypatch):
 
     for name in ("get_inner_bbox", "get_outer_bbox", "get_bbox_for_cb"):
         monkeypatch.setattr(LayoutGrid, name, disturbed(getattr(LayoutGrid, name)))
-    with mpl.rc_context({"mathtext.default": "rm", "savefig.bbox": "tight", "path.simplify_threshold": 1.0}):
-        other = Figure()
-        for text in formulas:
-            other.text(0.5, 0.5, text.get_text(), fontproperties=text.get_fontproperties())
-        other.savefig(io.BytesIO(), format=kind)
+    with mpl.rc_context({"savefig.bbox": "tight", "path.simplify_threshold": 1.0}):
         assert _written(FIGURES["loss"](archives[1]), kind) == first
 
 
@@ -218,6 +211,56 @@ def test_a_symbol_at_the_start_of_a_sentence_stays_what_it_is():
     ds = xr.Dataset(attrs={"experiment": flows.to_toml(), "seeds": np.int64(2)})
     said = captions.caption(ds, "Losses", "none")
     assert said.startswith("Losses. n = 2 seeds. σ = erf; ")
+
+
+def test_a_caption_lists_the_teachers_and_rates_of_listed_points_in_their_order():
+    ds = xr.Dataset(attrs={"experiment": studies.load("tian2019-ranks").EXPERIMENTS["desk"].to_toml(), "seeds": 2})
+    said = captions.caption(ds, "Ranks", "none")
+    assert "teachers 10-15-20-25-100 and 50-75-100-125-100; " in said
+    assert "rates, point by point, 0.0001, 0.001, 1e-06 and 0.0001." in said
+
+
+def test_a_formula_is_set_by_the_pages_own_parameters_after_the_users():
+    """matplotlib keeps parsed formulas without the parameters with which they were parsed."""
+
+    def page():
+        with style.using("paper"):
+            made = style.page(1, 0.5)
+            made.body.text(0.5, 0.5, "$k$")
+        return made
+
+    first = _written(page(), "pdf")
+    MathTextParser._parse_cached.cache_clear()
+    with mpl.rc_context({"mathtext.default": "tt"}):
+        users = Figure()
+        users.text(0.5, 0.5, "$k$", fontproperties=page().body.texts[0].get_fontproperties())
+        users.savefig(io.BytesIO(), format="pdf")
+    assert _written(page(), "pdf") == first
+
+
+def test_names_at_the_ends_of_curves_stand_apart_in_order_within_the_panel():
+    for values in ([0.0, 0.01, 0.02, 0.99, 1.0], [1.0, 1.0, 1.0], [0.5], [0.0, 0.0, 0.99, 0.5]):
+        ax = Figure().subplots()
+        ax.set_ylim(0, 1)
+        panels.name_ends(ax, {f"curve {i}": value for i, value in enumerate(values)})
+        places = {text.get_text(): text.xy[1] for text in ax.texts}
+        heights = [places[f"curve {i}"] for i in np.argsort(values, kind="stable")]
+        assert all(np.diff(heights) >= 0.085 - 1e-9)
+        assert 0 <= min(heights) <= max(heights) <= 1
+        assert len(values) > 1 or heights == values
+
+
+def test_clearly_negative_cells_of_a_heat_map_have_a_minus_sign_which_the_caption_explains():
+    values = np.array([[1.0, -1.0, np.nan], [-0.3, -0.2, 0.3]])
+    with style.using("paper"):
+        made = style.page(1, 1.0)
+        ax = panels.table(xr.DataArray(values), ax=made.body.subplots(), limits=(-1, 1), cmap="RdBu", bar=False)
+    (marks,) = ax.collections
+    assert {tuple(place) for place in np.array(marks.get_offsets())} == {(1, 0), (0, 1)}
+    ds = xr.Dataset(attrs={"seeds": 2})
+    assert "minus signs" in layout.told(made, ds, "Map", "none", None).caption
+    panels.table(xr.DataArray(abs(values)), ax=ax, limits=(0, 1), cmap="cividis", bar=False)
+    assert len(ax.collections) == 1
 
 
 def test_words_stand_for_keys():

@@ -36,7 +36,7 @@ HEADER_BYTES = 6 << 10
 #: Trials that take fewer seconds are repeated with more steps and samples, over which their fixed costs spread.
 QUICK = 0.1
 #: Integrator steps assumed for a population flow of one node and of more: the studies' take 40 to 80 and 80 to 160.
-FLOW_STEPS = (60, 120)
+FLOW_STEPS = (80, 120)
 #: Seconds for what a population flow is compared with at its end, and for committing it.
 FLOW_END_SECONDS = 0.4
 
