@@ -23,7 +23,6 @@ from matplotlib.figure import Figure, FigureBase
 from matplotlib.font_manager import FontProperties
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.legend import Legend
-from matplotlib.mathtext import MathTextParser
 from matplotlib.textpath import TextToPath
 from matplotlib.transforms import Bbox
 from numpy.typing import NDArray
@@ -264,8 +263,6 @@ class Page(Figure):
         """
         kind = str(kwargs.get("format") or Path(str(fname)).suffix.lstrip(".") or "png").lower()
         known = _metadata(kind, self.caption, self.provenance) | dict(kwargs.pop("metadata", None) or {})
-        # parsed formulas are kept without the parameters (mathtext.default and others) with which they were parsed
-        MathTextParser._parse_cached.cache_clear()
         self.draw_without_rendering()  # the first pass does not know how wide legends and bars will be
         with using(self._style.name, captioned=self._style.captioned):
             super().savefig(fname, *args, **(kwargs | ({"metadata": known} if known else {})))

@@ -11,7 +11,6 @@ import pytest
 import xarray as xr
 from matplotlib._layoutgrid import LayoutGrid
 from matplotlib.figure import Figure
-from matplotlib.mathtext import MathTextParser
 from matplotlib.transforms import Bbox
 from PIL import Image
 from tsdyn.analysis import captions, layout, panels, style
@@ -218,24 +217,6 @@ def test_a_caption_lists_the_teachers_and_rates_of_listed_points_in_their_order(
     said = captions.caption(ds, "Ranks", "none")
     assert "teachers 10-15-20-25-100 and 50-75-100-125-100; " in said
     assert "rates, point by point, 0.0001, 0.001, 1e-06 and 0.0001." in said
-
-
-def test_a_formula_is_set_by_the_pages_own_parameters_after_the_users():
-    """matplotlib keeps parsed formulas without the parameters with which they were parsed."""
-
-    def page():
-        with style.using("paper"):
-            made = style.page(1, 0.5)
-            made.body.text(0.5, 0.5, "$k$")
-        return made
-
-    first = _written(page(), "pdf")
-    MathTextParser._parse_cached.cache_clear()
-    with mpl.rc_context({"mathtext.default": "tt"}):
-        users = Figure()
-        users.text(0.5, 0.5, "$k$", fontproperties=page().body.texts[0].get_fontproperties())
-        users.savefig(io.BytesIO(), format="pdf")
-    assert _written(page(), "pdf") == first
 
 
 def test_names_at_the_ends_of_curves_stand_apart_in_order_within_the_panel():
