@@ -124,8 +124,28 @@ def rate(value: Any) -> str:
     return f"rate {number(first[1])}" + "".join(f", {number(r)} from epoch {e} on" for e, r in rest)
 
 
+#: Most values of a key that a caption lists.
+_MOST_LISTED = 5
+#: The key of the learning rate.
+RATE = "training.learning_rate"
+
+
+def _differing(experiment: Experiment, swept: set[str]) -> list[str]:
+    """Teachers and rates of a sweep over them, in the order of its points; none if there are many."""
+    points = [point for _, point in experiment.points()]
+    teachers = list(dict.fromkeys("-".join(map(str, p.teacher_widths[1:])) for p in points))
+    listed = [point[RATE] for point in experiment.sweep.get("points", ()) if RATE in point]
+    rates = [rate(value).removeprefix("rate ") for value in listed]
+    told = []
+    if "teacher.widths" in swept and 1 < len(teachers) <= _MOST_LISTED:
+        told.append(f"teachers {joined(teachers)}")
+    if RATE in swept and 1 < len(rates) <= _MOST_LISTED:
+        told.append(f"rates, point by point, {joined(f'({r})' if ',' in r else r for r in rates)}")
+    return told
+
+
 def _facts(experiment: Experiment) -> list[str]:
-    """d, teacher, N, rate, batch, length: of what is not swept."""
+    """d, teacher, N, rate, batch, length: of what is not swept; of teachers and rates that are, a short list."""
     swept = _swept(experiment)
     fixed: dict[str, str] = {}
     if "teacher.widths" not in swept:
@@ -139,7 +159,7 @@ def _facts(experiment: Experiment) -> list[str]:
             fixed["student.overrealization"] = words("overrealization", experiment.student.overrealization)
         train = experiment.data.train
         fixed["data.train"] = "new samples at every step" if train == "fresh" else f"N = {number(train)} samples"
-        fixed["training.learning_rate"] = rate(experiment.training.learning_rate)
+        fixed[RATE] = rate(experiment.training.learning_rate)
         fixed["training.batch"] = f"batch {experiment.training.batch}"
         epochs = experiment.training.epochs
         length = f"{epochs} epoch{'s' * (epochs != 1)}"
@@ -153,8 +173,9 @@ def _facts(experiment: Experiment) -> list[str]:
     if experiment.kind == "population-flow":
         fixed["flow"] = "gradient flow of the population loss, d = k + 1 Gaussian inputs, orthonormal teacher"
     elif experiment.kind == "online":
-        fixed["training.learning_rate"] = rate(experiment.training.learning_rate)
-    return [text for key, text in fixed.items() if key not in swept]
+        fixed[RATE] = rate(experiment.training.learning_rate)
+    differing = _differing(experiment, swept) if experiment.kind == "training" else []
+    return [text for key, text in fixed.items() if key not in swept] + differing
 
 
 def _smaller(own: Experiment, paper: Any) -> str:

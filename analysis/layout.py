@@ -147,6 +147,8 @@ def told(
     page: look.Page, measured: xr.Dataset, says: str, spread: captions.Spread, paper: Mapping[str, Any] | None
 ) -> look.Page:
     """The page with its caption and with where its numbers are from; arguments as of `arrange`."""
+    if any(marks.get_gid() == panels.SIGNS for ax in page.axes for marks in ax.collections):
+        says = f"{says.rstrip('.')}; minus signs: below a quarter of the scale's negative end"
     page.say(captions.caption(measured, says, spread, paper=paper))
     page.provenance = captions.provenance(measured)
     return page

@@ -1,15 +1,16 @@
 """Drawing functions for one set of axes each, from labelled, measured arrays; they compute nothing but quantiles.
 
 Colours: `tsdyn.analysis.style`'s palette for unordered things, viridis as far as it is seen on white for ordered ones,
-RdBu for signed values (blue is positive), cividis for shares.  When there are more lines than colours, line styles
-distinguish them.  One rule for the spread over seeds: from five seeds on the median with the middle 80 % as a band,
+RdBu for signed values (blue is positive, a minus sign on what is clearly negative), cividis for shares.  When there
+are more lines than colours, line styles distinguish them; what is marked has a mark of its own, so that a print in grey
+can be read.  One rule for the spread over seeds: from five seeds on the median with the middle 80 % as a band,
 below every seed as a thin line; shares with Wilson's intervals as a band.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,15 +18,16 @@ import xarray as xr
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
 from tsdyn.analysis import style as look
 from tsdyn.analysis.style import LIGHTEST, PALETTE, shade
 
 from tsdyn.schema import printable
 
 __all__ = [
-    "LIGHTEST", "NUMBERED", "PALETTE", "STYLES", "axes", "axis_label", "colour", "formulas", "lines", "name_ticks",
-    "node_ticks", "nodes", "numbers", "plain", "points", "rate", "shade", "spread", "stack", "style", "table",
-    "whole_numbers",
+    "LIGHTEST", "NUMBERED", "PALETTE", "STYLES", "axes", "axis_label", "colour", "formulas", "lines", "mark",
+    "name_ends", "name_ticks", "node_ticks", "nodes", "numbers", "plain", "points", "rate", "shade", "signs", "spread",
+    "stack", "style", "table", "whole_numbers",
 ]  # fmt: skip
 
 STYLES = ("-", "--", ":", "-.")
@@ -73,9 +75,14 @@ def style(position: int) -> str:
     return STYLES[position // len(PALETTE) % len(STYLES)]
 
 
+def mark(position: int) -> str:
+    """Shape of the mark at `position`, so that things of different colours differ in grey, too; the shapes repeat."""
+    return "osD^vXP"[position % 7]
+
+
 def whole_numbers(ax: Axes, axis: str = "x", most: int = 5) -> None:
     """Put ticks of the axis ``x`` or ``y`` at whole numbers, at most about `most`."""
-    getattr(ax, f"{axis}axis").set_major_locator(MaxNLocator(integer=True, nbins=most))
+    getattr(ax, f"{axis}axis").set_major_locator(MaxNLocator(integer=True, nbins=most, steps=[1, 2, 5, 10]))
 
 
 def points(x: xr.DataArray, y: xr.DataArray, *, ax: Axes | None = None) -> Axes:
@@ -158,7 +165,7 @@ def rate(
     *,
     ax: Axes | None = None,
     color: str = PALETTE[0],
-    marked: bool = True,
+    marker: str = "o",
     shift: float | int = 0.0,
     **line: Any,
 ) -> Axes:
@@ -170,7 +177,7 @@ def rate(
         share, interval: What is drawn.
         ax: Axes.
         color: Of the curve and its band.
-        marked: Whether nodes have marks.
+        marker: Shape of the marks of nodes.
         shift: Added to all values, so that curves that coincide are seen beside each other.
         line: Keywords of `matplotlib.axes.Axes.plot`.
     """
@@ -180,9 +187,7 @@ def rate(
         inside = (share.values > 0) & (share.values < 1)
         low, high = (np.where(inside, interval.isel(bound=i).values, share.values) + shift for i in (0, 1))
         ax.fill_between(nodes, low, high, color=color, alpha=0.15, linewidth=0, gid="band")
-    ax.plot(
-        nodes, share.values + shift, color=color, marker="o" if marked else None, markersize=look.points(2.2), **line
-    )
+    ax.plot(nodes, share.values + shift, **({"color": color, "marker": marker, "markersize": look.points(2.2)} | line))
     ends = node_ticks(nodes)
     ax.set(ylim=(-0.06, 1.06), xlabel="teacher node", ylabel=axis_label(share), xticks=ends)
     return ax
@@ -226,7 +231,44 @@ def table(
         ax.spines[side].set_visible(True)
     if bar:
         ax.figure.colorbar(image, ax=ax, label=axis_label(values))
+    if limits[0] < 0:
+        signs(values.values, limits[0], ax)
     return ax
+
+
+#: Name of the minus signs in a heat map, for captions, which say what they are.
+SIGNS = "minus"
+
+
+def signs(values: NDArray, least: float | int, ax: Axes) -> None:
+    """Put minus signs on the cells of a heat map below a quarter of `least` < 0: in grey, −1 and 1 are as dark."""
+    rows, columns = np.nonzero(np.nan_to_num(values) < least / 4)
+    if rows.size:
+        colours = np.where(values[rows, columns] < 0.6 * least, "white", "black")
+        size = look.points(min(4.0, 70.0 / values.shape[1]))
+        ax.scatter(columns, rows, s=size**2, c=colours, marker="_", linewidths=look.points(0.6), gid=SIGNS)
+
+
+def name_ends(ax: Axes, values: Mapping[str, float | int]) -> None:
+    """Write the name of each curve at its right end, of which its value is given, apart from one another.
+
+    The vertical axis is linear and has its limits.
+    """
+    low, high = ax.get_ylim()
+    apart, lowest = 0.085 * (high - low), low
+    places: list[float] = []
+    for value in sorted(values.values()):
+        places.append(max(float(value), lowest))
+        lowest = places[-1] + apart
+    over = max(0.0, places[-1] - high)
+    for position in range(len(places) - 1, -1, -1):  # what would end above the panel pushes down what is below it
+        over = over if position == len(places) - 1 else max(0.0, places[position] - places[position + 1] + apart)
+        places[position] -= over
+    for name, place in zip(sorted(values, key=lambda name: values[name]), places, strict=True):
+        ax.annotate(
+            name, (1.0, place), (2, 0), xycoords=("axes fraction", "data"), textcoords="offset points", va="center",
+            size=look.points(6.8),
+        )  # fmt: skip
 
 
 def name_ticks(ax: Axes, axis: str, labels: Sequence[str]) -> None:

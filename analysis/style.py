@@ -19,10 +19,12 @@ import matplotlib as mpl
 import numpy as np
 from cycler import cycler
 from matplotlib import colormaps, colors
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, FigureBase
 from matplotlib.font_manager import FontProperties
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.legend import Legend
 from matplotlib.textpath import TextToPath
+from matplotlib.transforms import Bbox
 from numpy.typing import NDArray
 
 from tsdyn._version import __version__
@@ -97,7 +99,7 @@ def _parameters(name: Name) -> Any:
         "legend.fontsize": 6.8 * s,
         "legend.title_fontsize": 6.8 * s,
         "legend.frameon": False,
-        "legend.handlelength": 1.6,
+        "legend.handlelength": 2.4,
         "legend.columnspacing": 1.2,
         "legend.borderaxespad": 0.3,
         "legend.labelspacing": 0.35,
@@ -160,6 +162,41 @@ def points(size: float | int) -> float:
     return size * _SCALES[_in_use().name]
 
 
+#: Positions on a page are multiples of this share of it, a ten-thousandth of a point or less.
+_GRID = 2.0**-24
+
+
+class _Layout(ConstrainedLayoutEngine):
+    """Constrained layout with positions on a grid.
+
+    Its solver orders what it solves for by addresses in memory, so that the last bits of its results change from one
+    drawing to the next; a vector file would show them.
+    """
+
+    def execute(self, fig: FigureBase) -> Any:
+        found = super().execute(fig)
+        _settle(fig)
+        return found
+
+
+def _on_grid(positions: Any) -> NDArray:
+    found: NDArray = np.round(np.asarray(positions) / _GRID) * _GRID
+    return found
+
+
+def _settle(fig: Any) -> None:
+    """Move to the grid what a layout has placed: axes, parts of the page and their common labels."""
+    for part in fig.subfigs:
+        part.bbox_relative.set_points(_on_grid(part.bbox_relative.get_points()))
+        _settle(part)
+    for text in (fig._suptitle, fig._supxlabel, fig._supylabel):
+        if text is not None:
+            text.set_position(_on_grid(text.get_position()))
+    for ax in fig._localaxes:
+        if ax.get_in_layout():
+            ax._set_position(Bbox(_on_grid(ax.get_position(original=True).get_points())))
+
+
 class Page(Figure):
     """A figure of the width of one or two columns; panels are laid out in `body`, the caption stands below.
 
@@ -207,7 +244,7 @@ class Page(Figure):
     def legend_below(self, handles: Sequence[Any], labels: Sequence[str], title: str = "") -> None:
         """Add one legend for all panels, between these and the caption, in as many columns as fit."""
         size = 6.8 * _SCALES[self._style.name]
-        widest = max(text_width(label) for label in labels) + 3.4  # with the handle and the gap
+        widest = max(text_width(label) for label in labels) + 4.2  # with the handle and the gap
         count = min(len(labels), max(1, int(0.96 * self.get_figwidth() * 72 / size / widest)))
         rows = -(-len(labels) // count)
         self._resize(1, (1.5 * (rows + bool(title)) + 0.5) * size / 72)
@@ -221,12 +258,13 @@ class Page(Figure):
     def savefig(self, fname: Any, *args: Any, **kwargs: Any) -> None:
         """Write the figure as `matplotlib.figure.Figure.savefig` does, with what it shows and where it comes from.
 
-        PDF files have TrueType fonts, SVG files text; neither has a date, so that the same figure has the same bytes.
+        PDF files have TrueType fonts, SVG files text; neither has a date, so that the same figure has the same bytes,
+        whatever was drawn before and whatever the user's own parameters of matplotlib are.
         """
         kind = str(kwargs.get("format") or Path(str(fname)).suffix.lstrip(".") or "png").lower()
         known = _metadata(kind, self.caption, self.provenance) | dict(kwargs.pop("metadata", None) or {})
         self.draw_without_rendering()  # the first pass does not know how wide legends and bars will be
-        with mpl.rc_context(_FILES):
+        with using(self._style.name, captioned=self._style.captioned):
             super().savefig(fname, *args, **(kwargs | ({"metadata": known} if known else {})))
 
 
@@ -252,7 +290,7 @@ def page(columns: Literal[1, 2], height: float | int) -> Page:
     active = _in_use()
     with using(active.name, captioned=active.captioned):
         s = _SCALES[active.name]
-        return Page(figsize=((COLUMN if columns == 1 else PAGE) * s, height * s), layout="constrained")
+        return Page(figsize=((COLUMN if columns == 1 else PAGE) * s, height * s), layout=_Layout())
 
 
 @functools.lru_cache(maxsize=4096)

@@ -287,9 +287,9 @@ def _desk(desk: dict[str, Any]) -> list[str]:
         "## Every figure: command, time, memory, disk at desk scale\n",
         "Processor time of one thread for the whole command: start, estimate, run, measurement and drawing. Estimated "
         "is what the command announces, of run and measurement and in processor time, too; start and drawing take 8 to "
-        "12 s more. On a machine with fourteen processes for two cores, so that times are rather too "
-        "long; studies that are not in the table were not run at full desk scale since their figures were redrawn, or "
-        "took more than 1.5 times what was announced there.\n",
+        "12 s more. On a machine with fourteen to eighteen processes for two cores, so that times are rather too long; "
+        "of some, the time was estimated again after the run, when what is measured on training samples and the steps "
+        "of flows were counted better.\n",
     ]
     return told + _table(
         ["figure", "`tsdyn study run`", "time", "estimated", "memory, MB", "estimated", "disk, MB", "estimated", "on"],

@@ -13,8 +13,8 @@ from tsdyn import registers
 #: the others as announced in November 2026; None for studies that read files of the user's.
 DESK_SECONDS: Mapping[str, int | None] = {
     "tian2019-luck": 121,
-    "tian2019-data": 154,
-    "tian2019-ranks": 95,
+    "tian2019-data": 171,
+    "tian2019-ranks": 97,
     "tian2019-sizes": 22,
     "theorems": 17,
     "tian2019-batchnorm-bias-vgg11": 32,
@@ -36,9 +36,9 @@ DESK_SECONDS: Mapping[str, int | None] = {
     "tian2020-success-rate": 114,
     "tian2020-recovery": 42,
     "simsek2023-trajectories": 16,
-    "simsek2023-one-neuron": 115,
-    "simsek2023-loss": 225,
-    "simsek2023-norms": 126,
+    "simsek2023-one-neuron": 36,
+    "simsek2023-loss": 120,
+    "simsek2023-norms": 133,
     "simsek2023-phase-diagram": 52,
     "goldt2019-eg": 38,
     "fork-divergence": 19,

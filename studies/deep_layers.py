@@ -123,7 +123,7 @@ def panel(name: str, *, along: str = "epoch") -> layout.Panel:
             panels.spread(
                 values.sel(layer=layer), ax=ax, along=along, color=look.shade(position, len(layers)),
                 label=f"layer {layer}", linestyle=panels.STYLES[position % len(panels.STYLES)],
-                marker=None if along == "epoch" else "o",
+                marker=None if along == "epoch" else panels.mark(position),
             )  # fmt: skip
         if "layer" not in values.dims:
             panels.spread(values, ax=ax, along=along, color=look.PALETTE[2], marker=None if along == "epoch" else "o")
@@ -193,11 +193,18 @@ def draw(
     across = list(swept if across is None else [dim for dim in across if dim in swept])
     columns = layout.points(measured, across)
     rows: list[list[layout.Cell | None]] = []
-    for down in layout.points(measured, [dim for dim in swept if dim not in across]):
-        for position, name in enumerate(show):
-            titles = [layout.name_of(measured, {**down, **at}) if not position else "" for at in columns]
+    for block, down in enumerate(layout.points(measured, [dim for dim in swept if dim not in across])):
+        for position, name in enumerate(show):  # columns are named once, at the top of the page
+            named = [down if block else {**down, **at} for at in columns]
+            titles = [layout.name_of(measured, of) if not position else "" for of in named]
             rows.append([layout.Cell(name, {**down, **at}, t) for at, t in zip(columns, titles, strict=True)])
-    return layout.arrange(
+    page = layout.arrange(
         measured, drawing, rows, says=says, spread="curves", height=height, share_x=True, share_y="row", paper=paper,
         columns=2,
     )  # fmt: skip
+    for position in range(len(show)):  # a variable has one scale on the whole page, not one in each block
+        kin = page.axes[position * len(columns) :: len(show) * len(columns)]
+        low, high = (np.array([ax.get_ylim() for ax in kin]).T[i] for i in (0, 1))
+        for ax in kin:
+            ax.set_ylim(low.min(), high.max())
+    return page

@@ -131,7 +131,7 @@ def _at_the_end(activation: str) -> layout.Panel:
             size = one["size"].values
             words = ["tangent", "first gate flips (one line per seed)", "fork"] if i == 0 else [None, None, None]
             end = size * float(one["tangent_growth"][-1])
-            ax.plot(size, end, color=look.GUIDE, linewidth=look.points(0.7), label=words[0])
+            ax.plot(size, end, color=look.PALETTE[2], linewidth=look.points(0.6), label=words[0])
             if np.isfinite(one["radius"]):
                 ax.axvline(
                     float(one["radius"]), color=panels.colour(1), linestyle="--", linewidth=look.points(0.6),
@@ -157,8 +157,8 @@ def _departure(measured: xr.Dataset, ax: Axes) -> None:
         off: xr.DataArray = abs(own["distance"].isel(epoch=-1) / wanted - 1)
         ax.plot(
             (own["size"] / unit).transpose("gaussian", "seed").values, off.transpose("gaussian", "seed").values,
-            "os"[position], color=panels.colour((0, 3)[position]), markersize=look.points(2.2), markeredgewidth=0,
-            label=activation,
+            panels.mark(position), color=panels.colour((0, 3)[position]), label=activation,
+            markersize=look.points(2.2), markeredgewidth=0,
         )  # fmt: skip
     ax.axvline(1.0, color=panels.colour(1), linestyle="--", linewidth=look.points(0.8))
     layout.decades(ax)
@@ -167,13 +167,16 @@ def _departure(measured: xr.Dataset, ax: Axes) -> None:
 
 
 def _over_training(measured: xr.Dataset, ax: Axes) -> None:
-    """Distance over epochs of the first relu student, at sizes about its radius, beside the tangent (grey)."""
+    """Distance over epochs of the first relu student, at sizes about its radius, beside the tangent (thin)."""
     own = measured.sel(activation="relu").isel(seed=0)
     ratio = (own["size"] / own["radius"]).values
     sizes = [int(np.nanargmin(np.abs(np.log(ratio) - np.log(times)))) for times in (0.1, 10, 1000)]
     for position, i in enumerate(dict.fromkeys(sizes)):
         one = own.isel(gaussian=i)
-        ax.plot(own["epoch"], float(one["size"]) * own["tangent_growth"], color=look.GUIDE, linewidth=look.points(1.6))
+        ax.plot(
+            own["epoch"], float(one["size"]) * own["tangent_growth"], color=look.PALETTE[2],
+            linewidth=look.points(0.6), zorder=3,
+        )  # fmt: skip
         ax.plot(
             own["epoch"], one["distance"], color=panels.colour(position), linestyle=panels.STYLES[position],
             label=f"{captions.number(float(f'{ratio[i]:.2g}'))} radii",
@@ -200,7 +203,7 @@ def draw(measured: xr.Dataset) -> look.Page:
     says = (
         "A, B: distance between a run and its fork at the last epoch over the size of the change before the first "
         "step, what the tangent says, and the size at which the first gate flips. C: by how much distance and tangent "
-        "differ, beside softplus students changed in the same way. D: distance over epochs, the tangent's in grey"
+        "differ, beside softplus students changed in the same way. D: distance over epochs, thin: the tangent's"
     )
     return layout.arrange(
         measured, PANELS, [cells[:2], cells[2:]], says=says, spread="points", paper=EXPERIMENTS, height=2.1

@@ -10,6 +10,7 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.image import AxesImage
 from numpy.typing import NDArray
+from tsdyn.analysis import panels
 from tsdyn.analysis.style import PALETTE
 
 from tsdyn.experiment.experiment import Experiment
@@ -130,6 +131,7 @@ def described(text: str) -> dict[str, str]:
 def draw_cosines(u: xr.DataArray, ax: Axes, *, labels: bool = True) -> AxesImage:
     """Draw a heat map of u (node, teacher_node) in the given order; blue positive, red negative; gives the image."""
     image = ax.imshow(u, cmap="RdBu", vmin=-1, vmax=1, aspect="auto", interpolation="nearest")
+    panels.signs(np.asarray(u), -1, ax)
     ax.set(xticks=[], yticks=[])
     if labels:
         ax.set(xlabel="teacher nodes j, by match", ylabel="student nodes i")

@@ -72,7 +72,9 @@ def _plane(role: str) -> layout.Panel:
         limits: dict[str, Any] = {"vmin": float(own.min()), "vmax": float(own.max())}
         shown = own.sel(role=role).T
         ax.imshow(shown, origin="lower", extent=(-_EDGE, _EDGE) * 2, cmap="viridis", **limits)
-        ax.contour(own["x1"], own["x2"], shown, 7, colors="white", linewidths=look.points(0.4), linestyles="solid")
+        # of relu a quarter of the plane is at the least output: a contour there would follow rounding
+        levels = [v for v in MaxNLocator(7).tick_values(limits["vmin"], limits["vmax"]) if v > limits["vmin"] + 1e-9]
+        ax.contour(own["x1"], own["x2"], shown, levels, colors="white", linewidths=look.points(0.4), linestyles="solid")
         marked = (
             [(1.0, 0.0, "v₁"), (0.0, 1.0, "v₂")] if role == "teacher" else [(*one["optimum"].values.tolist(), "w*")]
         )
@@ -97,14 +99,14 @@ def _errors(measured: xr.Dataset, ax: Axes) -> None:
         colour = panels.colour(position)
         line: dict[str, Any] = {"color": colour, "linewidth": look.points(1)}
         ax.plot(errors["k"], errors["one_neuron_error"], **line)
-        mark = "osD^v"[position % 5]
-        ax.plot([], [], marker=mark, markersize=look.points(2.6), label=name, **line)  # the legend shows the mark, too
+        shape = panels.mark(position)
+        ax.plot([], [], marker=shape, markersize=look.points(2.6), label=name, **line)  # the legend shows the mark, too
         k = errors["k"].broadcast_like(errors["error"])
         died = errors["error"] > 1.05 * errors["one_neuron_error"]
         for chosen, face in ((~died, colour), (died, "none")):
             ax.plot(
                 k.where(chosen).values.ravel(), errors["error"].where(chosen).values.ravel(), color=colour,
-                marker=mark, linestyle="", markersize=look.points(2.6), markerfacecolor=face,
+                marker=shape, linestyle="", markersize=look.points(2.6), markerfacecolor=face,
                 markeredgewidth=look.points(0.6),
             )  # fmt: skip
     layout.decades(ax)

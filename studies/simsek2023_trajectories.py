@@ -175,14 +175,14 @@ def _ends(measured: xr.Dataset, ax: Axes) -> None:
     places = one["overlap"].transpose("seed", "node", "teacher_node").values @ _PLANE.T
     a = one["end_outgoing"].transpose("seed", "node").values
     good = one["copies_and_averages"].values
-    for chosen, colour, label in (
-        (good, look.PALETTE[0], "ends at the copy-average point"), (~good, look.PALETTE[6], "ends elsewhere")
+    for chosen, colour, shape, label in (
+        (good, look.PALETTE[0], "o", "ends at the copy-average point"), (~good, look.PALETTE[6], "s", "ends elsewhere")
     ):  # fmt: skip
         if chosen.any():
             x, y = places[chosen].reshape(-1, 2).T
             ax.scatter(
                 x, y, s=_sizes(a[chosen].ravel()) * 3, facecolors="none", edgecolors=colour, label=label,
-                linewidths=look.points(0.8), zorder=3,
+                linewidths=look.points(0.8), zorder=3, marker=shape,
             )  # fmt: skip
 
 

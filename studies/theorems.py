@@ -190,23 +190,31 @@ def _margins(measured: xr.Dataset, ax: Axes) -> None:
         values = measured["margin"].sel(claim=claim).isel(start=here)
         largest = np.fmax.reduce(values.transpose("start", "seed").values, axis=1)
         ax.plot(
-            distance, np.where(largest > 0, largest, np.nan), color=panels.colour(position), marker="osD^"[position],
-            markersize=look.points(2.8), linestyle=panels.STYLES[position], label=claim,
+            distance, np.where(largest > 0, largest, np.nan), color=panels.colour(position),
+            marker=panels.mark(position), markersize=look.points(2.8), linestyle=panels.STYLES[position], label=claim,
         )  # fmt: skip
     ax.axhline(1.0, color=look.GUIDE, linewidth=look.points(0.8))
     layout.decades(ax)
     layout.decades(ax, "x")
     ax.set(xlim=(min(_DISTANCES) / 3, 3 * max(_DISTANCES)), ylim=(None, 10))
     ax.set(xlabel="distance from the teacher", ylabel="largest margin (holds below 1)")
-    ax.legend(loc="upper right", ncols=2, bbox_to_anchor=(1.0, 0.93))
+    ax.legend(loc="lower right")
+
+
+def _start(position: int) -> dict[str, Any]:
+    """Colour and marks of a start of the averaged dynamics."""
+    return {
+        "color": panels.colour(position), "marker": panels.mark(position), "markersize": look.points(2.6),
+        "markevery": (3 * position, 6),
+    }  # fmt: skip
 
 
 def _theorem_4(measured: xr.Dataset, ax: Axes) -> None:
     """2019, Theorem 4: the largest angle (solid) below its envelope (dashed), which a far start does not have."""
     for position, where in enumerate(measured["away"].values.tolist()):
         own = measured.sel(away=where)
-        ax.plot(own["time"], own["angle"], color=panels.colour(position), label=f"start {where}")
-        ax.plot(own["time"], own["bound"], color=panels.colour(position), linestyle="--")
+        ax.plot(own["time"], own["angle"], **_start(position), label=f"start {where}")
+        ax.plot(own["time"], own["bound"], **_start(position), linestyle="--")
     layout.decades(ax)
     ax.set(xlabel="time", ylabel="angle, dashed: bound")
     ax.legend()
@@ -217,7 +225,7 @@ def _theorem_5(measured: xr.Dataset, ax: Axes) -> None:
     for position, where in enumerate(measured["away"].values.tolist()):
         own = measured.sel(away=where)
         for name, line in (("moved", "-"), ("moved_bound", "--"), ("unmatched", ":")):
-            ax.plot(own["time"][1:], own[name][1:], color=panels.colour(position), linestyle=line)
+            ax.plot(own["time"][1:], own[name][1:], **_start(position), linestyle=line)
     layout.decades(ax)
     ax.set(xlabel="time", ylabel="moved, dashed: bound")
 

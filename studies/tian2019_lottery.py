@@ -50,7 +50,6 @@ NETWORKS: Mapping[str, str] = {
     "winners, reinitialised": "rewind-reinitialised",
 }
 _SHORT = ("all\nnodes", "initial\nweights", "new\nweights")
-_MARKS = ("o", "s", "^")
 
 _PAPER = MULTILAYER.replace(
     deep_layers.LUCK
@@ -117,7 +116,7 @@ def _lines(values: xr.DataArray, ax: Axes, along: str = "epoch", marked: bool = 
     for position, name in enumerate(values["network"].values.tolist()):
         panels.spread(
             values.sel(network=name), ax=ax, along=along, color=panels.colour(position), label=name,
-            linestyle=panels.STYLES[position], marker=_MARKS[position] if marked else None,
+            linestyle=panels.STYLES[position], marker=panels.mark(position) if marked else None,
         )  # fmt: skip
 
 
@@ -135,7 +134,7 @@ def _ends(measured: xr.Dataset, ax: Axes) -> None:
     ax.plot(places, last.values, color=look.GREY, linewidth=look.points(0.5), gid="seed")
     for position in places:
         ax.plot(
-            np.full(last.sizes["seed"], position), last.values[position], linestyle="", marker=_MARKS[position],
+            np.full(last.sizes["seed"], position), last.values[position], linestyle="", marker=panels.mark(position),
             color=panels.colour(int(position)), markersize=look.points(2.8),
         )  # fmt: skip
     ax.set_xticks(places, labels=_SHORT)
@@ -164,8 +163,8 @@ def _by_layer(measured: xr.Dataset, ax: Axes) -> None:
 def _kept(measured: xr.Dataset, ax: Axes) -> None:
     """Number of winners of each layer, and of all its nodes."""
     kept = measured["kept"]
-    ax.plot(kept["layer"], kept["width"], color=panels.colour(0), marker=_MARKS[0], markersize=look.points(2.6))
-    panels.spread(kept, ax=ax, along="layer", color=panels.colour(1), linestyle=panels.STYLES[1], marker=_MARKS[1])
+    ax.plot(kept["layer"], kept["width"], color=panels.colour(0), marker=panels.mark(0), markersize=look.points(2.6))
+    panels.spread(kept, ax=ax, along="layer", color=panels.colour(1), linestyle=panels.STYLES[1], marker=panels.mark(1))
     ax.update_datalim([(1.0, 0.0)], updatex=False)
     ax.autoscale_view(scalex=False)
     ax.set_ylabel("number of nodes")

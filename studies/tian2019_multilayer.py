@@ -60,5 +60,10 @@ PANELS = {name: deep_layers.panel(name) for name in ("mean_specialization", "mse
 @look.styled
 def draw(measured: xr.Dataset) -> look.Page:
     """Figure with one column per over-realization: ρ̄ of each layer above the loss."""
+    return drawn(measured, EXPERIMENTS)
+
+
+def drawn(measured: xr.Dataset, experiments: Mapping[str, Experiment]) -> look.Page:
+    """The figure of `draw`, of a study with these experiments."""
     says = "Mean best correlation ρ̄ of each hidden layer and evaluation loss over training, by over-realization"
-    return deep_layers.draw(measured, PANELS, says=says, height=1.7, paper=EXPERIMENTS)
+    return deep_layers.draw(measured, PANELS, says=says, height=1.7, paper=experiments)

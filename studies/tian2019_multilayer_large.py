@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import xarray as xr
+from tsdyn.analysis import style as look
 from tsdyn.studies.deep_layers import measure
-from tsdyn.studies.tian2019_multilayer import PANELS, draw
+from tsdyn.studies.tian2019_multilayer import PANELS, drawn
 from tsdyn.studies.tian2019_multilayer import PAPER as SMALL
 
 from tsdyn.experiment.experiment import Experiment
@@ -34,3 +36,9 @@ EXPERIMENTS: Mapping[str, Experiment] = {
     ),
     "paper": _PAPER,
 }
+
+
+@look.styled
+def draw(measured: xr.Dataset) -> look.Page:
+    """Figure as of `tian2019_multilayer`."""
+    return drawn(measured, EXPERIMENTS)

@@ -88,7 +88,7 @@ def _against_rate(name: str) -> layout.Panel:
             own = one[name].sel(batch_norm=place)
             panels.spread(
                 own, ax=ax, along="learning_rate", color=panels.colour(position), linestyle=panels.STYLES[position],
-                marker="o", label=captions.words("batch_norm", place),
+                marker=panels.mark(position), label=captions.words("batch_norm", place),
             )  # fmt: skip
         deep_layers.scale(one[name], ax)
         layout.decades(ax, "x")

@@ -96,7 +96,7 @@ def _against(name: str, along: str) -> layout.Panel:
             one = one.swap_dims(point=along)
             panels.spread(
                 one, ax=ax, along=along, color=panels.colour(position), linestyle=panels.STYLES[position],
-                label=label, marker="o",
+                label=label, marker=panels.mark(position),
             )  # fmt: skip
         deep_layers.scale(measured[name], ax)
         layout.decades(ax, "x")

@@ -96,6 +96,7 @@ def _fanouts(measured: xr.Dataset, ax: Axes) -> None:
         )
     ax.set_xscale("symlog", linthresh=1)
     ax.set(xlabel="epoch", ylabel="fan-out norm ‖v‖", ylim=(0, None))
+    panels.name_ends(ax, {str(int(k)): float(norms.sel(node=k)[-1]) for k in norms["node"]})
 
 
 def _against_nearest(measured: xr.Dataset, ax: Axes) -> None:
@@ -145,6 +146,7 @@ def draw(measured: xr.Dataset) -> look.Page:
     layout.legend(page, handles=handles)
     says = (
         f"Boundaries of 2 teacher nodes and 6 student nodes (wide: large ‖v‖) of seed {int(measured['seed'])}, their "
-        "fan-out norms, and all seeds' nodes by distance from the nearest teacher node"
+        "fan-out norms, at whose ends their numbers stand, and all seeds' nodes by distance from the nearest teacher "
+        "node"
     )
     return layout.told(page, measured, says, "points", EXPERIMENTS)

@@ -65,7 +65,9 @@ def _widths(measured: xr.Dataset, ax: Axes) -> None:
     ratios = one["overrealization"].values
     for position, ratio in enumerate(ratios):
         own, shift = one.sel(overrealization=ratio), figures.dodged(position, len(ratios))
-        figures.success_rate(own, ax=ax, color=panels.colour(position), label=f"{ratio:g}x", shift=shift)
+        figures.success_rate(
+            own, ax=ax, color=panels.colour(position), label=f"{ratio:g}x", shift=shift, marker=panels.mark(position)
+        )
 
 
 PANELS["success_rate of every width"] = _widths

@@ -14,7 +14,7 @@ from matplotlib.transforms import Bbox
 from tsdyn.analysis import style
 
 #: Marks that need no contrast of their own: bands about lines, single seeds, what stands in a coloured field.
-EXEMPT = {"band", "seed", "field", "in a field"}
+EXEMPT = {"band", "seed", "field", "in a field", "minus"}
 
 
 def _texts(figure):

@@ -94,6 +94,7 @@ def success_rate(
     ax: Axes | None = None,
     color: str = panels.PALETTE[0],
     label: str = "",
+    marker: str = "o",
     shift: float | int = 0.0,
 ) -> Axes:
     """Share of seeds in which each teacher node is recovered; last epoch solid with its 95 % interval, others dotted.
@@ -105,6 +106,7 @@ def success_rate(
         ax: Axes.
         color: Colour of all its lines.
         label: Text in the legend, before the epoch.
+        marker: Shape of the marks of nodes, hollow where the line is dotted.
         shift: Added to the shares, see `dodged`.
     """
     layout.require_point(ds, "success_rate")
@@ -115,8 +117,11 @@ def success_rate(
         now = measured.sel(epoch=epoch)
         interval = now["success_interval"] if line == "-" and "success_interval" in now else None
         name = f"{label}, epoch {epoch}" if label else f"epoch {epoch}"
-        own: dict[str, Any] = {} if line == "-" else {"linewidth": look.points(0.9), "marked": False}
-        panels.rate(now["success_rate"], interval, ax=ax, color=color, linestyle=line, label=name, shift=shift, **own)
+        own: dict[str, Any] = {"linestyle": line, "label": name, "marker": marker, "shift": shift}
+        if line != "-":
+            own |= {"linewidth": look.points(0.9), "markersize": look.points(1.8), "markerfacecolor": "white"}
+            own |= {"markeredgewidth": look.points(0.5)}
+        panels.rate(now["success_rate"], interval, ax=ax, color=color, **own)
     return ax
 
 

@@ -9,7 +9,9 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 import xarray as xr
+from matplotlib._layoutgrid import LayoutGrid
 from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
 from PIL import Image
 from tsdyn.analysis import captions, layout, panels, style
 from tsdyn.analysis.figures import FIGURES
@@ -136,6 +138,28 @@ def test_the_same_archive_gives_the_same_bytes_with_provenance(kind, archives):
                 assert "n = 6 seeds" in image.text["Description"]
 
 
+def _written(figure, kind):
+    file = io.BytesIO()
+    figure.savefig(file, format=kind)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["pdf", "svg"])
+def test_a_vector_file_depends_on_the_figure_alone(kind, archives, monkeypatch):
+    """Not on the last bits of the layout's solver, which orders variables by their addresses in memory, nor on the
+    user's parameters."""
+    first = _written(FIGURES["loss"](archives[1]), kind)
+    noise = np.random.default_rng(0)
+
+    def disturbed(found):
+        return lambda *given, **named: Bbox(found(*given, **named).get_points() + noise.uniform(-1e-14, 1e-14, (2, 2)))
+
+    for name in ("get_inner_bbox", "get_outer_bbox", "get_bbox_for_cb"):
+        monkeypatch.setattr(LayoutGrid, name, disturbed(getattr(LayoutGrid, name)))
+    with mpl.rc_context({"savefig.bbox": "tight", "path.simplify_threshold": 1.0}):
+        assert _written(FIGURES["loss"](archives[1]), kind) == first
+
+
 def test_a_second_process_writes_the_same_bytes(archives, tmp_path):
     script = (
         "import sys, matplotlib; matplotlib.use('Agg'); import tsdyn; from tsdyn.analysis.figures import FIGURES; "
@@ -186,6 +210,38 @@ def test_a_symbol_at_the_start_of_a_sentence_stays_what_it_is():
     ds = xr.Dataset(attrs={"experiment": flows.to_toml(), "seeds": np.int64(2)})
     said = captions.caption(ds, "Losses", "none")
     assert said.startswith("Losses. n = 2 seeds. σ = erf; ")
+
+
+def test_a_caption_lists_the_teachers_and_rates_of_listed_points_in_their_order():
+    ds = xr.Dataset(attrs={"experiment": studies.load("tian2019-ranks").EXPERIMENTS["desk"].to_toml(), "seeds": 2})
+    said = captions.caption(ds, "Ranks", "none")
+    assert "teachers 10-15-20-25-100 and 50-75-100-125-100; " in said
+    assert "rates, point by point, 0.0001, 0.001, 1e-06 and 0.0001." in said
+
+
+def test_names_at_the_ends_of_curves_stand_apart_in_order_within_the_panel():
+    for values in ([0.0, 0.01, 0.02, 0.99, 1.0], [1.0, 1.0, 1.0], [0.5], [0.0, 0.0, 0.99, 0.5]):
+        ax = Figure().subplots()
+        ax.set_ylim(0, 1)
+        panels.name_ends(ax, {f"curve {i}": value for i, value in enumerate(values)})
+        places = {text.get_text(): text.xy[1] for text in ax.texts}
+        heights = [places[f"curve {i}"] for i in np.argsort(values, kind="stable")]
+        assert all(np.diff(heights) >= 0.085 - 1e-9)
+        assert 0 <= min(heights) <= max(heights) <= 1
+        assert len(values) > 1 or heights == values
+
+
+def test_clearly_negative_cells_of_a_heat_map_have_a_minus_sign_which_the_caption_explains():
+    values = np.array([[1.0, -1.0, np.nan], [-0.3, -0.2, 0.3]])
+    with style.using("paper"):
+        made = style.page(1, 1.0)
+        ax = panels.table(xr.DataArray(values), ax=made.body.subplots(), limits=(-1, 1), cmap="RdBu", bar=False)
+    (marks,) = ax.collections
+    assert {tuple(place) for place in np.array(marks.get_offsets())} == {(1, 0), (0, 1)}
+    ds = xr.Dataset(attrs={"seeds": 2})
+    assert "minus signs" in layout.told(made, ds, "Map", "none", None).caption
+    panels.table(xr.DataArray(abs(values)), ax=ax, limits=(0, 1), cmap="cividis", bar=False)
+    assert len(ax.collections) == 1
 
 
 def test_words_stand_for_keys():

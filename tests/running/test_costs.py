@@ -6,6 +6,7 @@ import torch
 import tsdyn
 from tests.cases import small
 from tsdyn.archive import netcdf
+from tsdyn.running import estimates
 from tsdyn.running.estimates import Footprint, footprint
 from tsdyn.running.members import Members
 
@@ -54,3 +55,20 @@ def test_a_file_takes_what_its_padded_chunks_take(tmp_path):
     assert stored >= netcdf.bytes_per_epoch(experiment.layout, experiment.recorded("along"), experiment.dtype) * 21
     state = 2 * 8 * (90 * 41 + 20 * 91 + 30 * 41 + 20 * 31)
     assert stored < size < 1.02 * stored + 4 * state + 2e5
+
+
+@pytest.mark.parametrize("train", [400, 4000, "fresh"])
+def test_samples_of_training_count_as_far_as_something_is_measured_on_them(train, monkeypatch):
+    """With every trial taking one second, what measuring takes is known: the share of samples, epoch by epoch."""
+    monkeypatch.setattr(estimates, "_quickest", lambda work, times=3: 1.0)
+    monkeypatch.setattr(estimates, "QUICK", 0.0)
+
+    def seconds(*names):
+        changes = {"data__train": train, "data__eval": 100, "training__epochs": 4, "training__steps_per_epoch": 10}
+        return estimates.estimate(small(**changes, record__observables=list(names))).seconds
+
+    training = 4.0  # epochs of one trial, a second each
+    measured = 5  # epochs 0 to 4
+    assert seconds("mse_eval", "correlation") == pytest.approx(training + measured)
+    few, every = (100, 100) if train == "fresh" else (min(train, 512), train)
+    assert seconds("mse_eval", "mse_train") == pytest.approx(training + measured * (100 + every) / (100 + few))

@@ -25,9 +25,6 @@ def test_a_study_is_drawn_again_from_what_it_measured(command, tmp_path):
         (run / name).unlink()
     assert command("study", "draw", run)[0] == 0
     again = {name: (run / name).read_bytes() for name in first}
-    # a PDF's numbers are written with rounding: once in six runs of the whole suite one was five bytes longer
-    one, other = (len(figures.pop("figure.pdf")) for figures in (first, again))
-    assert abs(one - other) <= one / 100
     assert again == first
     assert command("study", "draw", run, "--style", "talk", "-o", tmp_path / "talk.svg")[0] == 0
     assert "<text" in (tmp_path / "talk.svg").read_text(encoding="utf-8")

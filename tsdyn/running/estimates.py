@@ -35,13 +35,17 @@ FILE_CACHE = 75 << 20
 HEADER_BYTES = 6 << 10
 #: Trials that take fewer seconds are repeated with more steps and samples, over which their fixed costs spread.
 QUICK = 0.1
-#: Integrator steps assumed for a population flow; the studies' flows take a few hundred.
-FLOW_STEPS = 300
+#: Integrator steps assumed for a population flow of one node and of more: the studies' take 40 to 80 and 80 to 160.
+FLOW_STEPS = (80, 120)
+#: Seconds for what a population flow is compared with at its end, and for committing it.
+FLOW_END_SECONDS = 0.4
 
 
 #: Variables that `compiled_sums` give, without a trace; and those that need a trace on evaluation samples at most.
 _SUMS = frozenset({"mse_train", "mse_eval", "correlation"})
 _ON_EVAL = _SUMS | {"fanout_norm", "accuracy", "label_accuracy", "weight", "bias"}
+#: Variables that are measured on evaluation samples alone.
+_EVAL_ALONE = _ON_EVAL - {"mse_train"}
 
 
 @dataclass(frozen=True)
@@ -84,13 +88,14 @@ def estimate(experiment: Experiment, *, device: str = "cpu") -> Cost:
 
 def _estimate_flow(experiment: Experiment) -> Cost:
     """The cost of a population flow of `FLOW_STEPS` steps; one step and one Hessian of all members are timed."""
+    steps = FLOW_STEPS[experiment.student_widths[1] > 1]
     trial = FlowMembers(experiment)
     memory.refuse_beyond("estimate", footprint(experiment).bytes, torch.device("cpu"), "fewer seeds, smaller networks")
     begin = trial.flow.joined("y")
     limits = Limits(end=FLOW_END, steps=1)
     with torch.no_grad():
         per_step = _quickest(lambda: Flow(trial.loss, begin, times=np.zeros(0), limits=limits).until(math.inf))
-    return _cost(experiment, trial.loss.parameters, FLOW_STEPS * per_step, trial.state())
+    return _cost(experiment, trial.loss.parameters, FLOW_END_SECONDS + steps * per_step, trial.state())
 
 
 def _estimate_online(experiment: Experiment) -> Cost:
@@ -133,21 +138,29 @@ def _estimate_training(experiment: Experiment, device: str) -> Cost:
     trial, per_step, per_sample = _timed(experiment, device, steps=60, train=512, samples=512)
     if per_step * trial.experiment.steps * trial.ensemble.members < QUICK:
         _, per_step, _ = _timed(experiment, device, steps=600, train=16_384, samples=16)
-    if per_sample * trial.experiment.data.eval * trial.ensemble.members < QUICK:
+    if per_sample * _measured_on(trial) * trial.ensemble.members < QUICK:
         _, _, per_sample = _timed(experiment, device, steps=1, train=512, samples=4096)
     per_epoch = per_step * experiment.steps
     recorded = len(experiment.schedule)
-    seconds = per_epoch * experiment.training.epochs + per_sample * experiment.data.eval * recorded
-    seconds = members * (seconds + _teaching(experiment))
-    train, tried = None, trial.experiment.data.train
+    train, tried, measured = None, trial.experiment.data.train, experiment.data.eval
     if isinstance(experiment.data.train, int) and isinstance(tried, int):
         train = experiment.data.train * len(trial.train_probe(0, 0).inputs) // tried
+    if _measured_on(trial) > trial.experiment.data.eval:
+        measured += experiment.data.eval if train is None else train  # of new samples as many as of evaluation
+    seconds = per_epoch * experiment.training.epochs + per_sample * measured * recorded
+    seconds = members * (seconds + _teaching(experiment))
     parameters = sum(p[0].numel() for p in trial.ensemble.values.values())
     written = trial.measure(0, schema.expand(experiment.record.observables)) | trial.constants()
     depths = {name: len(values) for name, values in written.items() if isinstance(values, list)}
     state = sum(array.nbytes for array in trial.state().values()) * members // trial.ensemble.members
     most = before + footprint(experiment, train=train, traced=_traced(trial, experiment)).bytes
     return Cost(members, parameters, most, _disk(experiment, depths, state), seconds)
+
+
+def _measured_on(trial: Members) -> int:
+    """Samples on which a member is measured: those of evaluation, and of training unless no variable needs them."""
+    names = set(schema.expand(trial.experiment.record.observables))
+    return trial.experiment.data.eval + (0 if names <= _EVAL_ALONE else len(trial.train_probe(0, 0).inputs))
 
 
 def _traced(trial: Members, experiment: Experiment) -> int | None:
@@ -194,7 +207,7 @@ def _timed(
     trial = Members(few, device)
     variables = schema.expand(experiment.record.observables)
     per_step = _quickest(lambda: trial.advance(1)) / steps / trial.ensemble.members
-    per_sample = _quickest(lambda: trial.measure(0, variables)) / trial.ensemble.members / few.data.eval
+    per_sample = _quickest(lambda: trial.measure(0, variables)) / trial.ensemble.members / _measured_on(trial)
     return trial, per_step, per_sample
 
 
