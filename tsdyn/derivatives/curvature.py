@@ -102,7 +102,7 @@ def hessian_vector_product(*args: Any, **keywords: Any) -> Tensor:
         tensor([2., 0.], dtype=torch.float64)
     """
     with _curved("hessian_vector_product", args, keywords, vector=inspect.Parameter.empty) as (curve, given):
-        vector = flat(given["vector"], list(names_of(given)))
+        vector = flat(given["vector"], lambda: list(names_of(given)))
         if vector.shape != (curve.size,):
             raise ValueError(
                 f"hessian_vector_product: the vector has shape {tuple(vector.shape)}, there are {curve.size} parameters"
