@@ -12,7 +12,7 @@ import textwrap
 import pytest
 
 from tests import processes
-from tsdyn.engine import compiled_moments, compiled_step, compiled_sums, convolution, native
+from tsdyn.engine import compiled_curvature, compiled_moments, compiled_step, compiled_sums, convolution, native
 from tsdyn.experiment.errors import ExperimentError
 from tsdyn.experiment.experiment import Experiment
 from tsdyn.running import provenance
