@@ -84,7 +84,7 @@ class Passed:
         self.output = x.new_empty(len(x), network.widths[-1])
         self._strides = [native.padded(n + 1, x.dtype) for n in network.widths[:-1]]
         nothing = native.pointers([None] * network.depth)
-        self._held = (f, gates, moved, gamma)
+        self._held: tuple[object, ...] = (f, gates, moved, gamma)
         self._job = Job(
             network.depth,
             native.array(ctypes.c_int64, network.widths),
