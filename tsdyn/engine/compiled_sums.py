@@ -125,13 +125,16 @@ def sums(network: Network, inputs: Tensor, targets: Tensor, teachers: Sequence[T
 
     if native.each(some, list(native.shares(blocks))):
         raise MemoryError(f"sums: no memory for a second copy of a network of widths {network.widths}")
-    own, sizes, correlations = found[:, 1:], inputs.new_full((blocks, 1), BLOCK), []
-    sizes[-1] = samples - BLOCK * (blocks - 1)
+    total = found[:, 0].sum()
+    if not teachers:
+        return Sums(total, [])
+    own, correlations = found[:, 1:], []
+    sizes = inputs.new_tensor([BLOCK] * (blocks - 1) + [samples - BLOCK * (blocks - 1)]).unsqueeze(1)
     for t, width, room, nodes in zip(teachers, widths, known, network.widths[1:], strict=False):
         part, own = own[:, : nodes * (5 + room)], own[:, nodes * (5 + room) :]
         moments, overlap = part[:, : 5 * nodes].view(blocks, 5, nodes), part[:, 5 * nodes :].view(blocks, nodes, room)
         correlations.append(_correlation(moments, overlap[..., :width].mT, sizes, t))
-    return Sums(found[:, 0].sum(), correlations)
+    return Sums(total, correlations)
 
 
 def _correlation(moments: Tensor, overlap: Tensor, sizes: Tensor, teacher: Taught) -> Tensor:
