@@ -1,6 +1,7 @@
 """Hessians of fully connected networks by formulas, against torch.autograd.functional.hessian."""
 
 import logging
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -43,8 +44,11 @@ def by_autograd(module, loss, x, y, parameters):
     frozen=st.sets(st.integers(0, 7), max_size=3),
     samples=st.integers(1, 9),
     seed=st.integers(0, 99),
+    compiled=st.booleans(),
 )
-def test_matrix_and_products_are_those_of_double_backward(hidden, ends, name, bias, loss, frozen, samples, seed):
+def test_matrix_and_products_are_those_of_double_backward(
+    hidden, ends, name, bias, loss, frozen, samples, seed, compiled
+):
     """Sums over at most 9 samples and the paths of at most four layers of five nodes: 10⁴ terms of one size."""
     net = random_network((ends[0], *hidden, ends[1]), name, seed=seed, bias=bias)
     module = net.to_torch()
@@ -58,7 +62,8 @@ def test_matrix_and_products_are_those_of_double_backward(hidden, ends, name, bi
     y = torch.randn(samples, ends[1], generator=draw, dtype=torch.float64).softmax(1)
     expected = by_autograd(module, loss.value, x, y, free)
     room = 1e4 * EPS * (1 + float(expected.abs().max()))
-    formulas = layered(module, x, lambda f: loss.value(f, y), free)
+    with patch("tsdyn.derivatives.layered.serves", serves if compiled else lambda *_: False):
+        formulas = layered(module, x, lambda f: loss.value(f, y), free)
     assert formulas is not None
     vector = torch.randn(formulas.size, generator=draw, dtype=torch.float64)
     dense, product = formulas.dense(), formulas.product(vector)
