@@ -1,17 +1,19 @@
 """Hessians of fully connected networks by formulas, against torch.autograd.functional.hessian."""
 
 import logging
+from unittest.mock import patch
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 from tests.networks.test_networks import random_network
 from tsdyn import derivatives
 from tsdyn.derivatives import curvature
-from tsdyn.derivatives.layered import layered
+from tsdyn.derivatives.layered import Walk, layered, plain_network
+from tsdyn.engine.compiled_curvature import Passed, serves
 from tsdyn.engine.loss import LOSSES
 from tsdyn.networks import activations
 
@@ -42,8 +44,11 @@ def by_autograd(module, loss, x, y, parameters):
     frozen=st.sets(st.integers(0, 7), max_size=3),
     samples=st.integers(1, 9),
     seed=st.integers(0, 99),
+    compiled=st.booleans(),
 )
-def test_matrix_and_products_are_those_of_double_backward(hidden, ends, name, bias, loss, frozen, samples, seed):
+def test_matrix_and_products_are_those_of_double_backward(
+    hidden, ends, name, bias, loss, frozen, samples, seed, compiled
+):
     """Sums over at most 9 samples and the paths of at most four layers of five nodes: 10⁴ terms of one size."""
     net = random_network((ends[0], *hidden, ends[1]), name, seed=seed, bias=bias)
     module = net.to_torch()
@@ -57,7 +62,8 @@ def test_matrix_and_products_are_those_of_double_backward(hidden, ends, name, bi
     y = torch.randn(samples, ends[1], generator=draw, dtype=torch.float64).softmax(1)
     expected = by_autograd(module, loss.value, x, y, free)
     room = 1e4 * EPS * (1 + float(expected.abs().max()))
-    formulas = layered(module, x, lambda f: loss.value(f, y), free)
+    with patch("tsdyn.derivatives.layered.serves", serves if compiled else lambda *_: False):
+        formulas = layered(module, x, lambda f: loss.value(f, y), free)
     assert formulas is not None
     vector = torch.randn(formulas.size, generator=draw, dtype=torch.float64)
     dense, product = formulas.dense(), formulas.product(vector)
@@ -66,6 +72,85 @@ def test_matrix_and_products_are_those_of_double_backward(hidden, ends, name, bi
     torch.testing.assert_close(derivatives.hessian(module, loss.value, x, y), expected, rtol=0, atol=room)
     found = derivatives.hessian_vector_product(module, loss.value, x, y, vector)
     torch.testing.assert_close(found, expected @ vector, rtol=0, atol=room * len(expected))
+
+
+def pieces_of(module, vector):
+    parameters = list(module.parameters())
+    cut = vector.split([p.numel() for p in parameters])
+    return [piece.view(p.shape) for piece, p in zip(cut, parameters, strict=True)]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    hidden=st.lists(st.integers(1, 33), max_size=3),
+    ends=st.tuples(st.integers(1, 20), st.integers(1, 20)),
+    name=st.sampled_from(activations.NAMES),
+    bias=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    loss=st.sampled_from(list(LOSSES.values())),
+    samples=st.sampled_from([1, 2, 63, 64, 65, 150]),
+    seed=st.integers(0, 99),
+)
+def test_compiled_products_of_one_pass_are_those_of_double_backward(
+    hidden, ends, name, bias, dtype, loss, samples, seed
+):
+    """Of several directions after one another, the first once more with the same bits.
+
+    A sum of n terms is off by n eps of the sum of their sizes; both ways sum over samples and the widths in turn.
+    """
+    widths = (ends[0], *hidden, ends[1])
+    module = random_network(widths, name, seed=seed, bias=bias).to_torch().to(dtype)
+    draw = torch.Generator().manual_seed(seed)
+    x = torch.randn(samples, ends[0], generator=draw, dtype=torch.float64).to(dtype)
+    y = torch.randn(samples, ends[1], generator=draw, dtype=torch.float64).softmax(1).to(dtype)
+    free = list(module.parameters())
+    network = plain_network(module, x, free, compare=False)[0]
+    assert serves(network, x)
+    formulas = layered(module, x, lambda f: loss.value(f, y), free)
+    assert isinstance(formulas._walk, Passed)
+    if dtype == torch.float32:  # gates that rounding turns would be another function
+        room = torch.finfo(dtype).eps * (samples + sum(widths))
+        hidden_z = network.trace(x).preactivations[:-1]
+        assume(not network.activation.piecewise_linear or all(float(z.abs().min()) > 20 * room for z in hidden_z))
+    slow = module.double()
+    leaves = list(slow.parameters())
+    slopes = torch.autograd.grad(loss.value(slow(x.double()), y.double()), leaves, create_graph=True)
+    vectors = torch.randn(3, formulas.size, generator=draw, dtype=torch.float64).to(dtype)
+    found = [formulas.product(v) for v in vectors]
+    assert torch.equal(formulas.product(vectors[0]), found[0])
+    for vector, product in zip(vectors.double(), found, strict=True):
+        right = torch.autograd.grad(slopes, leaves, pieces_of(slow, vector), retain_graph=True, allow_unused=True)
+        expected = torch.cat(
+            [torch.zeros(p.numel()) if g is None else g.flatten() for p, g in zip(leaves, right, strict=True)]
+        )
+        size = float(vector.norm()) * (1 + float(expected.abs().max()))
+        room = torch.finfo(dtype).eps * (samples + sum(widths)) * size
+        torch.testing.assert_close(product.double(), expected, rtol=0, atol=room, check_dtype=False)
+
+
+@pytest.mark.parametrize("name", ["relu", "gelu"])
+def test_compiled_products_have_the_same_bits_on_any_number_of_threads(name):
+    network = random_network((7, 9, 5), name, seed=1, bias=True)
+    draw = torch.Generator().manual_seed(0)
+    x, slope, moved = (torch.randn(2100, n, generator=draw, dtype=torch.float64) for n in (7, 5, 5))
+    order = [(0, False), (1, True)]
+    along = {(0, False): torch.randn(9, 7, generator=draw, dtype=torch.float64)}
+
+    def products(walk):
+        walk.descend(slope, lambda z: -z.sin())
+        return [walk.output, walk.moved(along), *walk.back(moved, order)]
+
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = products(Passed(network, x))
+        torch.set_num_threads(3)
+        three = products(Passed(network, x))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(one, three, strict=True))
+    for a, b in zip(one, products(Walk(network, x)), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=2100 * EPS * float(b.abs().max()))
 
 
 def test_samples_may_come_in_parts(monkeypatch):
@@ -97,7 +182,12 @@ def test_what_the_formulas_do_not_hold_for_goes_by_autograd(what, caplog):
     if what == "hook":  # torch hands that weight's gradient doubled in both passes
         twice = torch.cat([torch.full((p.numel(),), 2.0 - (p is not module[0].weight)) for p in module.parameters()])
         expected = twice[:, None] * expected * twice
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e4 * EPS * (1 + float(expected.abs().max())))
+    room = 1e4 * EPS * (1 + float(expected.abs().max()))
+    torch.testing.assert_close(found, expected, rtol=0, atol=room)
+    vector = torch.ones(len(expected), dtype=torch.float64)
+    if what != "hook":  # whose Hessian is not symmetric, which is refused
+        product = derivatives.hessian_vector_product(module, loss, x, y[:, :2], vector)
+        torch.testing.assert_close(product, expected @ vector, rtol=0, atol=room * len(expected))
     assert any("formulas differ" in r.getMessage() for r in caplog.records) == (what in ("mixes samples", "hook"))
 
 

@@ -45,7 +45,7 @@ def test_sums_are_those_of_the_formulas(hidden, ends, samples, bias, name, dtype
     )
     x = torch.randn(samples, ends[0], generator=torch.Generator().manual_seed(seed), dtype=dtype)
     probe = member.Probe(x, teacher)
-    found = compiled_sums.sums(student, x, probe.trace.output, probe.standardized)
+    found = compiled_sums.sums(student, x, probe.trace.output, probe.taught)
     squared_error, correlations = by_formula(student, teacher, x)
     eps = torch.finfo(dtype).eps
     # an output is a sum of its own, of products that may cancel: as exact as its size before that
@@ -72,7 +72,7 @@ def test_bits_do_not_depend_on_threads(samples):
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            found.append(compiled_sums.sums(student, x, probe.trace.output, probe.standardized))
+            found.append(compiled_sums.sums(student, x, probe.trace.output, probe.taught))
     finally:
         torch.set_num_threads(before)
     for other in found[1:]:
@@ -89,7 +89,7 @@ def test_a_node_of_small_variance_keeps_its_digits():
     student.weights[0].fill_(1e-6)
     student.biases[0].fill_(1.0)
     t = formulas.standardized(x)
-    (got,) = compiled_sums.sums(student, x, teacher(x), [t]).correlations
+    (got,) = compiled_sums.sums(student, x, teacher(x), [compiled_sums.Taught(t)]).correlations
     # f itself is rounded to eps/2, and the scatter of those errors is 2**-53 / 1e-6 of its own
     assert float(got) == pytest.approx(1.0, abs=1e-9)
 
@@ -101,7 +101,7 @@ def test_constant_and_dead_nodes_are_nan():
     student.weights[0][5] = torch.nan
     x = torch.randn(2500, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     probe = member.Probe(x, teacher)
-    found = compiled_sums.sums(student, x, probe.trace.output, probe.standardized)
+    found = compiled_sums.sums(student, x, probe.trace.output, probe.taught)
     lost = found.correlations[0].isnan()
     assert lost[:, [2, 4, 5]].all()
     assert not lost[:, [0, 1, 3]].any()

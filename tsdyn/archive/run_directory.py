@@ -404,7 +404,7 @@ class RunDirectory(Generic[D]):
         """Values of swept keys, if the directory is a point of a sweep."""
         return swept_values.of_point(self.path, self._own)
 
-    @property
+    @cached_property
     def bytes_per_epoch(self) -> int:
         """Size of one recorded epoch, without padding."""
         return netcdf.bytes_per_epoch(self.layout, self.variables, self.experiment.dtype)

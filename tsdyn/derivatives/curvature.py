@@ -10,6 +10,7 @@ A loss that ignores its parameters, draws random numbers or changes the module's
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -102,7 +103,7 @@ def hessian_vector_product(*args: Any, **keywords: Any) -> Tensor:
         tensor([2., 0.], dtype=torch.float64)
     """
     with _curved("hessian_vector_product", args, keywords, vector=inspect.Parameter.empty) as (curve, given):
-        vector = flat(given["vector"], list(names_of(given)))
+        vector = flat(given["vector"], lambda: list(names_of(given)))
         if vector.shape != (curve.size,):
             raise ValueError(
                 f"hessian_vector_product: the vector has shape {tuple(vector.shape)}, there are {curve.size} parameters"
@@ -553,14 +554,8 @@ def _bound(caller: str, args: tuple[Any, ...], keywords: dict[str, Any], more: d
     of_module = "module" in keywords or (
         bool(args) and isinstance(args[0], nn.Module | Network) and callable(loss) and not isinstance(loss, containers)
     )
-    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    empty = inspect.Parameter.empty
-    first = {"module": empty, "loss": empty, "x": empty, "y": None} if of_module else {"loss": empty, "params": empty}
-    if of_module and empty in more.values():
-        first["y"] = empty
-    named = [inspect.Parameter(name, kind, default=default) for name, default in {**first, **more}.items()]
     try:
-        bound = inspect.Signature(named).bind(*args, **keywords)
+        bound = _form(of_module, **more).bind(*args, **keywords)
     except TypeError as error:
         forms = f"{caller}(loss, params, ...) or {caller}(module, loss, x, y, ...)"
         raise TypeError(f"{caller}: {error}; call it {forms}") from None
@@ -569,3 +564,13 @@ def _bound(caller: str, args: tuple[Any, ...], keywords: dict[str, Any], more: d
     if of_module:
         check(caller, "module", bound.arguments["module"], MODULE)
     return dict(bound.arguments)
+
+
+@functools.cache
+def _form(of_module: bool, **more: Any) -> inspect.Signature:
+    """Signature of one form of a call, with these arguments and their defaults at its end."""
+    kind, empty = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.empty
+    first = {"module": empty, "loss": empty, "x": empty, "y": None} if of_module else {"loss": empty, "params": empty}
+    if of_module and empty in more.values():
+        first["y"] = empty
+    return inspect.Signature([inspect.Parameter(n, kind, default=d) for n, d in {**first, **more}.items()])

@@ -35,14 +35,15 @@ def names_of(given: Mapping[str, Any]) -> Iterable[str]:
     return given["params"].keys() if isinstance(given["params"], Mapping | nn.ParameterDict) else ()
 
 
-def flat(vector: Any, names: Sequence[str]) -> Tensor:
-    """A vector over all parameters, from itself or from a piece per parameter."""
+def flat(vector: Any, names: Callable[[], Sequence[str]]) -> Tensor:
+    """A vector over all parameters, from itself or from a piece per parameter; `names` says how these are called."""
     if isinstance(vector, Mapping | nn.ParameterDict):
-        if set(vector.keys()) != set(names):
+        known = names()
+        if set(vector.keys()) != set(known):
             raise ValueError(
-                f"hessian_vector_product: the vector has pieces {sorted(vector.keys())}, the parameters are {names}"
+                f"hessian_vector_product: the vector has pieces {sorted(vector.keys())}, the parameters are {known}"
             )
-        vector = [vector[name] for name in names]
+        vector = [vector[name] for name in known]
     if isinstance(vector, list | tuple) and not all(isinstance(piece, int | float) for piece in vector):
         pieces = []
         for at, piece in enumerate(vector):

@@ -17,15 +17,17 @@ module is built of torch's own parts and the loss sees the parameters through th
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 from tsdyn.derivatives import graph
 from tsdyn.derivatives.assumptions import agree
-from tsdyn.networks.network import Network, Trace
+from tsdyn.engine.compiled_curvature import Passed, serves
+from tsdyn.networks.network import Network
 
 #: Limit on the bytes of the samples whose matrices are formed together.
 _AT_ONCE = 64 << 20
@@ -48,10 +50,10 @@ def layered(
     network, order = found
     if len(inputs) * network.widths[-1] ** 2 * inputs.element_size() > _AT_ONCE:
         return None
-    trace = network.trace(inputs.detach())
-    free = trace.output.clone().requires_grad_(True)
+    walk = walked(network, inputs.detach())
+    free = walk.output.clone().requires_grad_(True)
     (slope,) = torch.autograd.grad(value(free), free, create_graph=True)
-    return Layered(network, inputs.detach(), trace, slope.detach(), _bend(slope, free)[0], order)
+    return Layered(network, inputs.detach(), walk, slope.detach(), _bend(slope, free)[0], order)
 
 
 def proved(
@@ -79,18 +81,18 @@ def proved(
     network, order = found
     if not once and len(inputs) * network.widths[-1] ** 2 * inputs.element_size() > _AT_ONCE:
         return None
-    trace = network.trace(inputs.detach())
-    free = trace.output.detach().requires_grad_(True)
+    walk = walked(network, inputs.detach())
+    free = walk.output.detach().requires_grad_(True)
     total = steady(lambda: value(free))
     if not total.requires_grad or graph.leaves_of([total]) != {id(free)}:
         return None
     (slope,) = torch.autograd.grad(total, free, create_graph=True)
     if once:
-        return Layered(network, inputs.detach(), trace, slope.detach(), _Bent(slope, free), order)
+        return Layered(network, inputs.detach(), walk, slope.detach(), _Bent(slope, free), order)
     bend, apart = _bend(slope, free)
     if not apart:
         return None
-    return Layered(network, inputs.detach(), trace, slope.detach(), bend, order)
+    return Layered(network, inputs.detach(), walk, slope.detach(), bend, order)
 
 
 def plain_network(
@@ -113,8 +115,9 @@ def plain_network(
     order = [place for place in (_place(network, leaf) for leaf in leaves) if place is not None]
     if len(order) < len(leaves) or len({id(w) for w in network.weights}) < network.depth:
         return None
-    biases = [None if b is None else b.detach() for b in network.biases]
-    return network.with_parameters([w.detach() for w in network.weights], biases), order
+    network.weights = [w.detach() for w in network.weights]
+    network.biases = [None if b is None else b.detach() for b in network.biases]
+    return network, order
 
 
 def fill_jacobians(network: Network, x: Tensor, order: Sequence[tuple[int, bool]], into: Sequence[Tensor]) -> None:
@@ -188,8 +191,9 @@ class _Bent:
         )
         random = torch.outer(rows, columns)
         found, other = self._product(moved), self._product(random)
-        there, back = (random * found).sum(), (moved * other).sum()
-        if not agree(there, back, torch.maximum(random.norm() * found.norm(), moved.norm() * other.norm())):
+        u, hu, v, hv = (t.flatten() for t in (random, other, moved, found))
+        there, back = u.dot(hv), v.dot(hu)
+        if not agree(there, back, torch.maximum(u.dot(u) * hv.dot(hv), v.dot(v) * hu.dot(hu)).sqrt()):
             raise ValueError(
                 "hessian_vector_product: products with the Hessian of the loss in the outputs are not those of a "
                 f"symmetric matrix (uHv = {float(there):.6g}, vHu = {float(back):.6g}); a hook, or a backward pass of "
@@ -204,13 +208,87 @@ class _Bent:
         return torch.zeros_like(moved) if found is None else found
 
 
+class Walk:
+    """A plain network's forward pass on some samples, in torch, and its derivative along directions of the parameters.
+
+    `compiled_curvature.Passed` is the same in compiled code.
+
+    Attributes:
+        below: What each layer is given, (sample, input_node).
+        gates, curved: σ' and, unless it is zero, (∂J/∂f) ∘ σ'' of each hidden layer, (sample, node).
+        slopes: ∂J/∂z of each layer, (sample, node).
+    """
+
+    def __init__(self, network: Network, x: Tensor) -> None:
+        trace = network.trace(x)
+        self._network, self._trace, self.output = network, trace, trace.output
+        self.below, self.gates = [x, *trace.activations[:-1]], trace.gates[:-1]
+
+    def descend(self, slope: Tensor, second: Callable[[Tensor], Tensor]) -> None:
+        """Take ∂J/∂f_L, (sample, output), and σ''; once, before any direction."""
+        network = self._network
+        self.curved: list[Tensor | None] = []
+        self.slopes = [slope]
+        for layer in range(network.depth - 1, 0, -1):
+            above = self.slopes[0] @ network.weights[layer]
+            linear = network.activation.piecewise_linear
+            self.curved.insert(0, None if linear else above * second(self._trace.preactivations[layer - 1]))
+            self.slopes.insert(0, above * self.gates[layer - 1])
+
+    def moved(self, along: Mapping[tuple[int, bool], Tensor]) -> Tensor:
+        """What the outputs move by along a direction, by (layer, whether the bias), (sample, output)."""
+        self._along = along
+        self._moved_z: list[Tensor] = []
+        self._moved_f: list[Tensor | None] = [None]
+        for layer, (weight, below) in enumerate(zip(self._network.weights, self.below, strict=True)):
+            bias = along.get((layer, True))
+            if (layer, False) in along:
+                z = nn.functional.linear(below, along[layer, False], bias)
+            elif bias is not None:
+                z = bias.repeat(len(below), 1)
+            else:
+                z = below.new_zeros(len(below), len(weight))
+            moved = self._moved_f[layer]
+            if moved is not None:
+                z.addmm_(moved, weight.T)
+            self._moved_z.append(z)
+            if layer < len(self.gates):
+                self._moved_f.append(self.gates[layer] * z)
+        return self._moved_z[-1]
+
+    def back(self, moved_slope: Tensor, order: Sequence[tuple[int, bool]]) -> list[Tensor]:
+        """The Hessian's product with the direction of the last `moved`, from what ∂J/∂f_L moves by."""
+        moved_g = moved_slope
+        found: dict[tuple[int, bool], Tensor] = {}
+        for layer in range(len(self.below) - 1, -1, -1):
+            moved = self._moved_f[layer]
+            found[layer, False] = moved_g.T @ self.below[layer]
+            if moved is not None:
+                found[layer, False].addmm_(self.slopes[layer].T, moved)
+            found[layer, True] = moved_g.sum(0)
+            if layer:
+                moved_g = moved_g @ self._network.weights[layer]
+                if (layer, False) in self._along:
+                    moved_g.addmm_(self.slopes[layer], self._along[layer, False])
+                moved_g.mul_(self.gates[layer - 1])
+                curved = self.curved[layer - 1]
+                if curved is not None:
+                    moved_g.addcmul_(curved, self._moved_z[layer - 1])
+        return [found[place] for place in order]
+
+
+def walked(network: Network, x: Tensor) -> Walk | Passed:
+    """The forward pass of (sample, input), compiled where that is possible."""
+    return Passed(network, x) if serves(network, x) else Walk(network, x)
+
+
 class Layered:
     """The Hessian of one loss of one network at one point: its products with vectors, and the dense matrix.
 
     Args:
         network: Plain, with parameters that need no gradient.
         x: (sample, input).
-        trace: The forward pass of `x`.
+        walk: The forward pass of `x`.
         slope, bend: ∂J/∂f_L and ∂²J/∂f_L² of each sample, the latter as `_bend` gives it, or for products alone a
             `_Bent`.
         order: (layer, whether it is the bias) of each parameter of the result.
@@ -220,22 +298,18 @@ class Layered:
         self,
         network: Network,
         x: Tensor,
-        trace: Trace,
+        walk: Walk | Passed,
         slope: Tensor,
         bend: Tensor | _Bent,
         order: Sequence[tuple[int, bool]],
     ) -> None:
-        self._weights, self._second, self._order = network.weights, bend, order
-        self._below = [x, *trace.activations[:-1]]
-        self._gates = trace.gates[:-1]
-        self._curved: list[Tensor | None] = []
-        self._slopes = [slope]
-        for layer in range(network.depth - 1, 0, -1):
-            above = self._slopes[0] @ self._weights[layer]
-            z = trace.preactivations[layer - 1]
-            second = None if network.activation.piecewise_linear else _derivative(network.activation.derivative, z)
-            self._curved.insert(0, None if second is None else above * second)
-            self._slopes.insert(0, above * self._gates[layer - 1])
+        self._network, self._x, self._slope, self._second, self._order = network, x, slope, bend, order
+        self._weights, self._walk = network.weights, walk
+        walk.descend(slope, self._curvature)
+
+    def _curvature(self, z: Tensor) -> Tensor:
+        """σ''(z)."""
+        return _derivative(self._network.activation.derivative, z)
 
     @property
     def size(self) -> int:
@@ -244,11 +318,11 @@ class Layered:
 
     @property
     def device(self) -> torch.device:
-        return self._below[0].device
+        return self._x.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self._below[0].dtype
+        return self._x.dtype
 
     @property
     def _bend(self) -> Tensor:
@@ -261,45 +335,12 @@ class Layered:
     # --- products --------------------------------------------------------------------------------------------
 
     def product(self, vector: Tensor) -> Tensor:
-        """H v, (parameter,), by the derivative of backpropagation along v."""
-        along: dict[tuple[int, bool], Tensor] = {}
+        """H v, (parameter,), by the derivative of backpropagation along v (Pearlmutter 1994)."""
         shapes = [self._shape(*place) for place in self._order]
-        for place, shape, piece in zip(self._order, shapes, vector.split([s.numel() for s in shapes]), strict=True):
-            along[place] = piece.view(shape)
-        depth = len(self._weights)
-        moved_z: list[Tensor] = []
-        moved_f: list[Tensor | None] = [None]
-        for layer, (weight, below) in enumerate(zip(self._weights, self._below, strict=True)):
-            bias = along.get((layer, True))
-            if (layer, False) in along:
-                z = nn.functional.linear(below, along[layer, False], bias)
-            elif bias is not None:
-                z = bias.repeat(len(below), 1)
-            else:
-                z = below.new_zeros(len(below), len(weight))
-            moved = moved_f[layer]
-            if moved is not None:
-                z.addmm_(moved, weight.T)
-            moved_z.append(z)
-            if layer < depth - 1:
-                moved_f.append(self._gates[layer] * z)
-        moved_g = self._along(moved_z[-1])
-        found: dict[tuple[int, bool], Tensor] = {}
-        for layer in range(depth - 1, -1, -1):
-            moved = moved_f[layer]
-            found[layer, False] = moved_g.T @ self._below[layer]
-            if moved is not None:
-                found[layer, False].addmm_(self._slopes[layer].T, moved)
-            found[layer, True] = moved_g.sum(0)
-            if layer:
-                moved_g = moved_g @ self._weights[layer]
-                if (layer, False) in along:
-                    moved_g.addmm_(self._slopes[layer], along[layer, False])
-                moved_g.mul_(self._gates[layer - 1])
-                curved = self._curved[layer - 1]
-                if curved is not None:
-                    moved_g.addcmul_(curved, moved_z[layer - 1])
-        return torch.cat([found[place].flatten() for place in self._order])
+        pieces = vector.split([s.numel() for s in shapes])
+        along = {place: p.view(s) for place, p, s in zip(self._order, pieces, shapes, strict=True)}
+        moved = self._along(self._walk.moved(along))
+        return torch.cat([found.flatten() for found in self._walk.back(moved, self._order)])
 
     def _along(self, moved: Tensor) -> Tensor:
         """∂²J/∂f² times `moved`, (sample, output)."""
@@ -309,6 +350,14 @@ class Layered:
 
     # --- the dense matrix ------------------------------------------------------------------------------------
 
+    @cached_property
+    def _inner(self) -> Walk:
+        if isinstance(self._walk, Walk):
+            return self._walk
+        walk = Walk(self._network, self._x)
+        walk.descend(self._slope, self._curvature)
+        return walk
+
     def dense(self) -> Tensor:
         """H, (parameter, parameter)."""
         depth = len(self._weights)
@@ -317,7 +366,7 @@ class Layered:
         sums: dict[tuple[int, int], Tensor] = {}
         crossed: dict[tuple[int, int], Tensor] = {}
         for part in self._parts():
-            below = [torch.cat([f[part], torch.ones_like(f[part][:, :1])], 1) for f in self._below]
+            below = [torch.cat([f[part], torch.ones_like(f[part][:, :1])], 1) for f in self._inner.below]
             moved = self._moved(part)
             for low, high in pairs:
                 both = (below[low].unsqueeze(2) * below[high].unsqueeze(1)).flatten(1)
@@ -325,14 +374,14 @@ class Layered:
                 if low < high:
                     # of the input of `high`, what z of `low` moves; with the layer just below, each node its own
                     path = (
-                        self._gates[low][part]
+                        self._inner.gates[low][part]
                         if high == low + 1
                         else self._gated(part, moved, high - 1, low).flatten(1)
                     )
-                    lever = (self._slopes[high][part].unsqueeze(2) * below[low].unsqueeze(1)).flatten(1)
+                    lever = (self._inner.slopes[high][part].unsqueeze(2) * below[low].unsqueeze(1)).flatten(1)
                     _add(crossed, (low, high), path.T @ lever)
         starts = [0, *itertools.accumulate(n * d for n, d in zip(nodes, inputs, strict=True))]
-        whole = self._below[0].new_zeros(starts[-1], starts[-1])
+        whole = self._x.new_zeros(starts[-1], starts[-1])
         for low, high in pairs:
             n, m, d, e = nodes[low], nodes[high], inputs[low], inputs[high]
             if (low, high) == (depth - 1, depth - 1) and self._bend.ndim == 2:  # outputs do not meet
@@ -370,14 +419,14 @@ class Layered:
             for high in range(low + 1, len(self._weights)):
                 weight = self._weights[high]
                 if high == low + 1:
-                    found[high, low] = weight * self._gates[low][part].unsqueeze(1)
+                    found[high, low] = weight * self._inner.gates[low][part].unsqueeze(1)
                 else:
                     found[high, low] = weight @ self._gated(part, found, high - 1, low)
         return found
 
     def _gated(self, part: slice, moved: dict[tuple[int, int], Tensor], high: int, low: int) -> Tensor:
         """∂f_k/∂z_l for l < k."""
-        return self._gates[high][part].unsqueeze(2) * moved[high, low]
+        return self._inner.gates[high][part].unsqueeze(2) * moved[high, low]
 
     def _bent(self, part: slice, moved: dict[tuple[int, int], Tensor], low: int, high: int) -> Tensor:
         """∂²J/∂z_l∂z_m of each sample, (sample, node, node_2); at the top (sample, output) if that is diagonal."""
@@ -390,7 +439,7 @@ class Layered:
             scaled = bend if high == top else bend @ moved[top, high]
         total = moved[top, low].mT @ scaled
         for k in range(high, top):
-            curved = self._curved[k]
+            curved = self._inner.curved[k]
             if curved is None:
                 continue
             here = curved[part]

@@ -162,10 +162,11 @@ class Pass {
                 at(own + 2 * lanes) = Vector<Real>{} + most;
                 at(own + 3 * lanes) = Vector<Real>{} - most;
             }
+            const Real about = shift[k];
             Vector<Real> sum = at(own), squares = at(own + lanes), low = at(own + 2 * lanes), high = at(own + 3 * lanes);
             Real* const c = centred + k * kColumns;
             for (long i = 0; i < whole; i += lanes) {
-                const Vector<Real> value = at(row + i), d = value - shift[k];
+                const Vector<Real> value = at(row + i), d = value - about;
                 at(c + i) = d;
                 sum += d;
                 squares += d * d;
@@ -173,7 +174,7 @@ class Pass {
                 high = value > high ? value : high;
             }
             for (long i = whole; i < count; ++i) {
-                const Real d = row[i] - shift[k];
+                const Real d = row[i] - about;
                 c[i] = d;
                 sum[i - whole] += d;
                 squares[i - whole] += d * d;

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -45,6 +46,18 @@ class Job(ctypes.Structure):
 
 
 @dataclass(frozen=True)
+class Taught:
+    """A teacher's activations at one hidden layer, centred and of unit norm over samples, (sample, teacher_node)."""
+
+    activations: Tensor
+
+    @cached_property
+    def of_blocks(self) -> Tensor:
+        """Their sums over each block, (block, teacher_node)."""
+        return torch.stack([t.sum(0) for t in self.activations.split(BLOCK)])
+
+
+@dataclass(frozen=True)
 class Sums:
     """The sums that a forward pass leaves.
 
@@ -64,7 +77,7 @@ def serves(network: Network, inputs: Tensor) -> bool:
     return network.plain and known and native.serves(tensors, SOURCE, Job)
 
 
-def sums(network: Network, inputs: Tensor, targets: Tensor, teachers: Sequence[Tensor] = ()) -> Sums:
+def sums(network: Network, inputs: Tensor, targets: Tensor, teachers: Sequence[Taught] = ()) -> Sums:
     """Squared error, and correlations with a teacher's standardised activations, over any number of samples.
 
     The result has the same bits for any number of threads.
@@ -73,8 +86,7 @@ def sums(network: Network, inputs: Tensor, targets: Tensor, teachers: Sequence[T
         network: A network for which `serves` is True.
         inputs: (sample, input).
         targets: (sample, output).
-        teachers: The teacher's activations at hidden layers 1, 2, ... as far as correlations are asked for, each
-            (sample, teacher_node), centred and of unit norm over samples.
+        teachers: The teacher's at hidden layers 1, 2, ... as far as correlations are asked for.
 
     Raises:
         MemoryError: if there is no memory for a second copy of the network's parameters.
@@ -82,7 +94,7 @@ def sums(network: Network, inputs: Tensor, targets: Tensor, teachers: Sequence[T
     library = native.load(SOURCE, Job)
     assert library is not None
     samples, hidden = len(inputs), network.depth - 1
-    held = [t.contiguous() for t in (inputs, targets, *teachers)]
+    held = [t.contiguous() for t in (inputs, targets, *(t.activations for t in teachers))]
     widths, known = [t.shape[1] for t in held[2:]], []
     numbers = 1
     for width, nodes in zip(widths, network.widths[1:], strict=False):
@@ -113,23 +125,25 @@ def sums(network: Network, inputs: Tensor, targets: Tensor, teachers: Sequence[T
 
     if native.each(some, list(native.shares(blocks))):
         raise MemoryError(f"sums: no memory for a second copy of a network of widths {network.widths}")
-    own, sizes, correlations = found[:, 1:], inputs.new_full((blocks, 1), BLOCK), []
-    sizes[-1] = samples - BLOCK * (blocks - 1)
-    for t, width, room, nodes in zip(held[2:], widths, known, network.widths[1:], strict=False):
+    total = found[:, 0].sum()
+    if not teachers:
+        return Sums(total, [])
+    own, correlations = found[:, 1:], []
+    sizes = inputs.new_tensor([BLOCK] * (blocks - 1) + [samples - BLOCK * (blocks - 1)]).unsqueeze(1)
+    for t, width, room, nodes in zip(teachers, widths, known, network.widths[1:], strict=False):
         part, own = own[:, : nodes * (5 + room)], own[:, nodes * (5 + room) :]
         moments, overlap = part[:, : 5 * nodes].view(blocks, 5, nodes), part[:, 5 * nodes :].view(blocks, nodes, room)
         correlations.append(_correlation(moments, overlap[..., :width].mT, sizes, t))
-    return Sums(found[:, 0].sum(), correlations)
+    return Sums(total, correlations)
 
 
-def _correlation(moments: Tensor, overlap: Tensor, sizes: Tensor, teacher: Tensor) -> Tensor:
+def _correlation(moments: Tensor, overlap: Tensor, sizes: Tensor, teacher: Taught) -> Tensor:
     """Correlations from the sums of all blocks: Σ_x t (f − m) = Σ_b [Σ_{x∈b} t (f − c_b) + (c_b − m) Σ_{x∈b} t], and
     Σ_x (f − m)² = Σ_b [Σ_{x∈b} (f − m_b)² + n_b (m_b − m)²], with mean m, means m_b and shifts c_b of blocks of n_b.
     """
     mean, square, least, greatest, shift = moments.unbind(1)
     whole = (mean * sizes).sum(0) / sizes.sum()
     variance = (square + sizes * (mean - whole).square()).sum(0)
-    sums = torch.stack([t.sum(0) for t in teacher.split(BLOCK)])
-    total = overlap.sum(0) + sums.T @ (shift - whole)
+    total = overlap.sum(0) + teacher.of_blocks.T @ (shift - whole)
     constant = least.amin(0) == greatest.amax(0)
     return total / torch.where(constant, torch.nan, variance.sqrt())

@@ -66,8 +66,9 @@ struct Product {
     const Real* from = nullptr;  // C before, if it is elsewhere
 };
 
+// Not inlined: among a caller's own numbers its sums and addresses would not all find a register, at half the speed.
 template <class Real, int R, int V>
-inline void tile(const Product<Real>& p, long row, long column) {
+__attribute__((noinline)) void tile(const Product<Real>& p, long row, long column) {
     constexpr long lanes = Lanes<Real>::count;
     const Real* a = p.a + row * p.a_row;
     const Real* b = p.b + column;

@@ -141,7 +141,10 @@ class Network:
     def widths(self) -> tuple[int, ...]:
         """Width of the input, then the number of nodes (or channels) of each layer: n_0..n_L."""
         image, first = self.frame.image, self.weights[0]
-        return (first.shape[1] if image is None else math.prod(image), *(len(w) for w in self.weights))
+        return (
+            first.shape[1] if image is None else math.prod(image),
+            *(w.shape[0] for w in self.weights),
+        )  # len() of a tensor is slow
 
     @property
     def images(self) -> list[Image | None]:
@@ -469,7 +472,7 @@ def _check(network: Network) -> list[Image | None]:
             if flat is not None and weight.shape[1] != flat:
                 below = f"layer {i - 1}" if i > 1 else "an input"
                 raise ValueError(f"Network: layer {i} takes {weight.shape[1]} inputs, {below} has {flat} nodes")
-            image, flat = None, len(weight)
+            image, flat = None, weight.shape[0]
         images.append(image)
         norm = norms[i - 1] if i < len(weights) else None
         _check_layer(i, weight, {"bias": bias, **({} if norm is None else norm.tensors())}, weights[0])
@@ -483,7 +486,7 @@ def _check_layer(i: int, weight: Tensor, held: Mapping[str, Tensor | None], firs
     for what, tensor in {"weight": weight, **held}.items():
         if tensor is None:
             continue
-        if tensor is not weight and tensor.shape != (len(weight),):
+        if tensor is not weight and tensor.shape != weight.shape[:1]:
             raise ValueError(
                 f"Network: {what} of layer {i} has shape {tuple(tensor.shape)}, the layer has {len(weight)} nodes"
             )

@@ -134,14 +134,14 @@ def _leaves(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
 @contextlib.contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
     """Put a module in evaluation mode inside the context; every submodule's mode is restored afterwards."""
-    modes = [(part, part.training) for part in module.modules()]
+    training = [part for part in module.modules() if part.training]
     try:
-        for part, _ in modes:
+        for part in training:
             part.training = False
         yield
     finally:
-        for part, mode in modes:
-            part.training = mode
+        for part in training:
+            part.training = True
 
 
 def compare(network: Callable[[Tensor], Tensor], terms: Tensor, module: nn.Module, x: Tensor, given: Tensor) -> None:

@@ -52,6 +52,10 @@ class Probe:
         return [standardized(f) for f in self.trace.activations[:-1]]
 
     @cached_property
+    def taught(self) -> list[compiled_sums.Taught]:
+        return [compiled_sums.Taught(t) for t in self.standardized]
+
+    @cached_property
     def fanout_norms(self) -> list[Tensor]:
         return _fanout_norms(_network(self.teacher), self.inputs, self.trace)
 
@@ -104,11 +108,12 @@ class Response:
     @cached_property
     def _sums(self) -> compiled_sums.Sums:
         student, probe = self.student, self.probe
-        teachers, target = probe.standardized if self.correlated else [], probe.trace.output
+        target = probe.trace.output
         if isinstance(student, Network) and compiled_sums.serves(student, probe.inputs):
-            return compiled_sums.sums(student, probe.inputs, target, teachers)
+            return compiled_sums.sums(student, probe.inputs, target, probe.taught if self.correlated else [])
         own = isinstance(student, Own) or isinstance(probe.teacher, Own)
-        pairs = [] if own else list(zip(teachers, self.trace.activations, strict=False))  # the output has none
+        teachers = probe.standardized if self.correlated and not own else []
+        pairs = list(zip(teachers, self.trace.activations, strict=False))  # the output has none
         return compiled_sums.Sums(
             (target - self.trace.output).square().sum(), [t.T @ standardized(f) for t, f in pairs]
         )
