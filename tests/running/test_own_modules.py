@@ -4,12 +4,6 @@ import json
 import logging
 import os
 import signal
-import subprocess
-import sys
-import threading
-import warnings
-from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +11,6 @@ import torch
 from torch import nn
 
 import tsdyn
-from tests import processes
 from tests.archive.states.children import child
 from tests.cases import small
 from tests.comparing import assert_same
@@ -42,7 +35,7 @@ from tsdyn.engine.rule import Rule
 from tsdyn.engine.train import train_epoch
 from tsdyn.experiment.parts import Record
 from tsdyn.problem import teachers
-from tsdyn.problem.inputs import batch_indices, generator, training_inputs
+from tsdyn.problem.inputs import batch_indices, training_inputs
 from tsdyn.running import own_modules, runner
 from tsdyn.running.members import Members
 
@@ -96,11 +89,8 @@ def test_what_is_recorded_and_how_it_is_read(tmp_path, caplog):
     assert "loss, mse, parameter are recorded" in caplog.text  # the default list is of networks
     assert ds.parameter.dims == ("seed", "epoch", "entry")
     assert tsdyn.schema.problems(ds) == []
-    assert ds.layer_name.values.tolist() == [
-        "below",
-        "inner",
-        "top",
-    ]  # whatever is recorded: measured later, it is there
+    # labelled whatever is recorded, so that it can be measured later
+    assert ds.layer_name.values.tolist() == ["below", "inner", "top"]
     shapes = json.loads(ds.attrs["parameters"])
     assert shapes == {n: list(t.shape) for n, t in Residual().state_dict().items()}
     named = own_modules.named(ds)
