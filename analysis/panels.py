@@ -187,7 +187,8 @@ def rate(
         inside = (share.values > 0) & (share.values < 1)
         low, high = (np.where(inside, interval.isel(bound=i).values, share.values) + shift for i in (0, 1))
         ax.fill_between(nodes, low, high, color=color, alpha=0.15, linewidth=0, gid="band")
-    ax.plot(nodes, share.values + shift, **({"color": color, "marker": marker, "markersize": look.points(2.2)} | line))
+    own: dict[str, Any] = {"color": color, "marker": marker, "markersize": look.points(2.2)}
+    ax.plot(nodes, share.values + shift, **(own | line))
     ends = node_ticks(nodes)
     ax.set(ylim=(-0.06, 1.06), xlabel="teacher node", ylabel=axis_label(share), xticks=ends)
     return ax

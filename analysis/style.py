@@ -19,7 +19,7 @@ import matplotlib as mpl
 import numpy as np
 from cycler import cycler
 from matplotlib import colormaps, colors
-from matplotlib.figure import Figure, FigureBase
+from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.legend import Legend
@@ -173,7 +173,7 @@ class _Layout(ConstrainedLayoutEngine):
     drawing to the next; a vector file would show them.
     """
 
-    def execute(self, fig: FigureBase) -> Any:
+    def execute(self, fig: Figure) -> Any:
         found = super().execute(fig)
         _settle(fig)
         return found

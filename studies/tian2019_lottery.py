@@ -132,10 +132,10 @@ def _ends(measured: xr.Dataset, ax: Axes) -> None:
     last = measured["mse_eval"].isel(epoch=-1).transpose("network", "seed")
     places = np.arange(last.sizes["network"])
     ax.plot(places, last.values, color=look.GREY, linewidth=look.points(0.5), gid="seed")
-    for position in places:
+    for position in places.tolist():
         ax.plot(
             np.full(last.sizes["seed"], position), last.values[position], linestyle="", marker=panels.mark(position),
-            color=panels.colour(int(position)), markersize=look.points(2.8),
+            color=panels.colour(position), markersize=look.points(2.8),
         )  # fmt: skip
     ax.set_xticks(places, labels=_SHORT)
     ax.set(xlim=(-0.5, len(places) - 0.5))
