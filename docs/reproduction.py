@@ -33,7 +33,7 @@ def page(measured: dict[str, Any]) -> str:
     for name, section in SECTIONS.items():
         if name in measured["agreement"]:
             told += [*section(measured["agreement"][name]), _made(measured["agreement"][name]), ""]
-    told += [*_desk(measured["desk"]), *_paper(measured.get("paper", {}))]
+    told += [*_desk(measured["desk"]), *_paper(measured.get("paper", {}), set(measured["desk"]))]
     return "\n".join(told).rstrip() + "\n"
 
 
@@ -308,20 +308,23 @@ def _told(row: dict[str, Any], key: str, words: Any) -> str:
     return words(row["estimated"][key]) if "estimated" in row else "–"
 
 
-def _paper(paper: dict[str, Any]) -> list[str]:
+def _paper(paper: dict[str, Any], known: set[str]) -> list[str]:
+    """Estimates of studies at paper scale, and which of the studies that ran at desk scale have none."""
     if not paper:
         return []
     told = [
         "## Paper scale\n",
         "Estimated on one core, no student was trained; `--workers N` or `--scheduler` share it.\n",
     ]
-    return told + _table(
+    told += _table(
         ["`tsdyn study run … --scale paper`", "time", "memory, MB", "disk, MB"],
         (
             [f"`{name}`", _seconds(row["seconds"]), f"{row['memory_mb']:,.0f}", f"{row['disk_mb']:,.0f}"]
             for name, row in paper.items()
         ),
     )
+    missing = sorted(known - set(paper))
+    return [*told, f"**Open:** not estimated yet: {', '.join(f'`{name}`' for name in missing)}."] if missing else told
 
 
 def write() -> None:
