@@ -1,11 +1,17 @@
 """Estimates of what a run will take."""
 
+import multiprocessing
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 import tsdyn
 from tests.cases import small
+from tests.scale.memory import large
 from tsdyn.archive import netcdf
+from tsdyn.running import runner
 from tsdyn.running.estimates import Footprint, footprint
 from tsdyn.running.members import Members
 
@@ -54,3 +60,28 @@ def test_a_file_takes_what_its_padded_chunks_take(tmp_path):
     assert stored >= netcdf.bytes_per_epoch(experiment.layout, experiment.recorded("along"), experiment.dtype) * 21
     state = 2 * 8 * (90 * 41 + 20 * 91 + 30 * 41 + 20 * 31)
     assert stored < size < 1.02 * stored + 4 * state + 2e5
+
+
+def _peak_of_one_segment(path, pipe):
+    def held(field):
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith(field))
+
+    runner.COMMIT_SECONDS = 1e9
+    tsdyn.run(large(0.004), path / "first")  # what is loaded once
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    before = held("VmRSS")
+    tsdyn.run(large(0.06), path / "run")
+    pipe.send(held("VmHWM") - before)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_what_writing_a_segment_takes_is_announced(tmp_path):
+    """Its file exists twice, as the library holds it and as it is given out; 60 MB of records, in a forked process."""
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe()
+    child = context.Process(target=_peak_of_one_segment, args=(tmp_path, there))
+    child.start()
+    peak = here.recv() if here.poll(120) else 0
+    child.join()
+    assert peak == pytest.approx(footprint(large(0.06)).bytes, rel=0.15)
