@@ -1,12 +1,17 @@
 """Estimates of what a run will take."""
 
+import multiprocessing
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 import tsdyn
 from tests.cases import small
+from tests.scale.memory import large
 from tsdyn.archive import netcdf
-from tsdyn.running import estimates
+from tsdyn.running import estimates, runner
 from tsdyn.running.estimates import Footprint, footprint
 from tsdyn.running.members import Members
 
@@ -72,3 +77,28 @@ def test_samples_of_training_count_as_far_as_something_is_measured_on_them(train
     assert seconds("mse_eval", "correlation") == pytest.approx(training + measured)
     few, every = (100, 100) if train == "fresh" else (min(train, 512), train)
     assert seconds("mse_eval", "mse_train") == pytest.approx(training + measured * (100 + every) / (100 + few))
+
+
+def _peak_of_one_segment(path, pipe):
+    def held(field):
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith(field))
+
+    runner.COMMIT_SECONDS = 1e9
+    tsdyn.run(large(0.004), path / "first")  # what is loaded once
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    before = held("VmRSS")
+    tsdyn.run(large(0.06), path / "run")
+    pipe.send(held("VmHWM") - before)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_what_writing_a_segment_takes_is_announced(tmp_path):
+    """Its file exists twice, as the library holds it and as it is given out; 60 MB of records, in a forked process."""
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe()
+    child = context.Process(target=_peak_of_one_segment, args=(tmp_path, there))
+    child.start()
+    peak = here.recv() if here.poll(120) else 0
+    child.join()
+    assert peak == pytest.approx(footprint(large(0.06)).bytes, rel=0.15)
