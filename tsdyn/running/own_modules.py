@@ -273,6 +273,8 @@ def _refuse_unlike_layers(experiment: Experiment, student: Maker | None, teacher
         names = getattr(experiment, who).layers
         if make is not None and names is not None:
             found[who] = made(make, experiment, seed, who), names  # type: ignore[arg-type]
+    if not found:
+        return
     positions = {who: _positions(module, names, x) for who, (module, names) in found.items()}
     for layer, (mine, theirs) in enumerate(
         zip(positions.get("student", itertools.repeat(1)), positions.get("teacher", itertools.repeat(1)), strict=False)
@@ -468,7 +470,7 @@ def _of_path(path: str) -> Any:
 
 def _imported(path: str, who: str) -> Maker:
     place, _, name = path.partition(":")
-    way_out = f"pass the function that makes it, tsdyn.run(experiment, path, {who}=...)"
+    way_out = f"pass the function that makes it from Python, {who}=..."
     if place == "__main__" or "<" in name:
         raise ExperimentError(f"{who}.module = {path!r}: is not at an import path that other scripts reach; {way_out}")
     try:
