@@ -117,6 +117,19 @@ def test_a_seed_parameter_is_filled_and_torchs_generator_stays(tmp_path):
     assert seen == [4, 7, 4, 7]  # looked at before, then drawn
 
 
+def test_a_layer_by_itself_is_a_module_with_one_layer(tmp_path):
+    """Its name among its own submodules is the empty string."""
+    asked = experiment(teacher__widths=[INPUTS, OUTPUTS], record__observables=["weight", "bias", "gradient_rms"])
+    make = lambda: nn.Linear(INPUTS, OUTPUTS)  # noqa: E731
+    ds = tsdyn.run(asked, tmp_path / "run", student=make).load()
+    assert ds.layer_name.values.tolist() == [""]
+    first = start(make, int(ds.seed[0]))
+    np.testing.assert_array_equal(ds.weight.isel(seed=0, epoch=0, layer=0), first.weight.detach())
+    again = tsdyn.Experiment.from_toml(tmp_path / "run" / "experiment.toml")
+    assert again.student.layers == ("",)
+    assert tsdyn.layer(ds, "").identical(tsdyn.layer(ds, 1))
+
+
 def test_a_resumed_run_has_the_same_bits_and_another_module_is_refused(tmp_path):
     """Also with running statistics, Adam's moments and a boolean buffer in the state."""
 

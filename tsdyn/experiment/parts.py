@@ -79,7 +79,7 @@ Arguments = Annotated[dict[str, Any], Field(min_length=1)]
 
 
 #: Names of a module's labelled layers, the lowest first.
-Layers = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(as_tuple), Field(min_length=1)]
+Layers = Annotated[tuple[str, ...], BeforeValidator(as_tuple), Field(min_length=1)]
 #: Nodes and inputs of a node of each of them.
 LayerShapes = Annotated[
     tuple[Annotated[tuple[Count, Count], BeforeValidator(as_tuple)], ...], BeforeValidator(as_tuple)
