@@ -73,6 +73,9 @@ COMPUTED: dict[str, Callable[[], Any]] = {
     "gradient_flow of an array": lambda: flow.gradient_flow(_quartic(), np.ones((1, 2)), times=[0, 0.5]),
     "polish": lambda: flow.polish(_loss(), _loss().pack([population.copy_average("erf", _teacher(), [1, 2])])),
     "signature": lambda: flow.signature(_loss(), _loss().pack([_student()])),
+    "minimum_derivative": lambda: flow.minimum_derivative(
+        lambda row, p: ((row - p.square()) ** 2).sum(), [[8.9]], [3.0]
+    ),
     "overlaps": lambda: flow.overlaps(_student(), _teacher()),
     "generalization_error": lambda: flow.generalization_error(
         flow.overlaps(_student(), _teacher()), _teacher().activation

@@ -214,3 +214,10 @@ def test_what_moves_as_no_derivative_says_is_refused_and_symmetry_stands_still()
         minimum_derivative(loss, circle, torch.tensor(1.0))
     with pytest.raises(ValueError, match="row 0 is saddle"):
         minimum_derivative(lambda row, p: p * (row[0] ** 2 - row[1] ** 2), torch.zeros(1, 2), torch.tensor(1.0))
+
+
+def test_numbers_of_python_are_float64():
+    """0.1 is not rounded to float32 on its way."""
+    found = gradient_flow(lambda row: 0.5 * row.square().sum(), [[0.1]], end=0.0)
+    assert found.final.values.tolist() == [[0.1]]
+    assert signature(lambda row: row.square().sum(), [0.1]).least.dtype == torch.float64

@@ -3,6 +3,7 @@
 import os
 import shutil
 
+import netCDF4
 import numpy as np
 import pytest
 
@@ -104,7 +105,7 @@ def test_a_state_of_some_of_the_members_is_no_state_of_the_run(tmp_path):
     """As development versions of 0.2 left it."""
     path = tmp_path / "run"
     tsdyn.run(ASKED.replace({"training.epochs": 2, "record.state_every": 1}), path)
-    with netcdf.dataset(path / "archive.nc", "a") as nc:
+    with netCDF4.Dataset(path / "archive.nc", "a") as nc:
         part = {name: array[:1] if array.ndim else array for name, array in netcdf.read_state(nc).items()}
         netcdf.write_state(nc, part, netcdf.state_at(7))
     assert list(states.kept(path)) == [0, 1, 2]

@@ -18,7 +18,7 @@ from tests import processes
 from tests.cases import small
 from tests.scale.trials import killing
 from tsdyn import memory, registers
-from tsdyn.archive import run_directory, sweep_directory
+from tsdyn.archive import headers, run_directory, sweep_directory
 from tsdyn.archive.run_directory import segments
 from tsdyn.archive.whole_files import ArchiveError
 from tsdyn.engine import compiled_step, native
@@ -131,6 +131,21 @@ def test_a_worker_that_dies_after_its_point_has_ended_does_not_end_the_sweep(
     same(sweep.run(small(sweep=GRID, **FEW), tmp_path / "sweep", workers=1), undisturbed)
     assert seen[0] != noticed
     assert len(seen) >= 3 + noticed
+
+
+def test_an_archive_that_another_command_moves_meanwhile_is_left_out_of_the_index(tmp_path, monkeypatch, undisturbed):
+    path = tmp_path / "sweep"
+    tsdyn.run(small(sweep=GRID, **FEW), path)
+    (path / "index.json").unlink()
+    points = {name: single for name, (_, single) in sweep_directory.sweep_points(path).items()}
+
+    def moved(*_):
+        raise FileNotFoundError("moved while it was opened")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(headers, "refuse_other", moved)
+        sweep._IndexKeeper(path, points).write()
+    same(tsdyn.open(path), undisturbed)
 
 
 def test_a_worker_that_is_spawned_as_a_user_s_is_computes_the_same_bits(tmp_path, undisturbed):

@@ -140,6 +140,11 @@ class FunctionLoss:
         return found.reshape(*lead, *found.shape[1:])
 
 
+def _tensor(given: ArrayLike | Tensor) -> Tensor:
+    """A tensor as it is, or one of an array or of numbers, which are float64."""
+    return given if isinstance(given, Tensor) else torch.as_tensor(np.asarray(given), device="cpu")
+
+
 def with_rows(
     caller: str, loss: Loss | Callable[[Tensor], Tensor], rows: ArrayLike | Tensor, name: str
 ) -> tuple[Loss, Tensor]:
@@ -148,7 +153,7 @@ def with_rows(
     Raises:
         ValueError: for rows of another length than the loss's.
     """
-    given = (rows if isinstance(rows, Tensor) else torch.as_tensor(rows, device="cpu")).detach()
+    given = _tensor(rows).detach()
     given = given[None] if given.ndim == 1 else given
     if not isinstance(loss, Loss):
         dtype = given.dtype if given.is_floating_point() else torch.float64
@@ -321,7 +326,7 @@ def minimum_derivative(
         >>> flow.minimum_derivative(loss, [[8.9]], [3.0]).squeeze().round(decimals=12).item()
         6.0
     """
-    with_respect = torch.as_tensor(of).detach()
+    with_respect = _tensor(of).detach()
     at, rows = with_rows("minimum_derivative", lambda row: loss(row, with_respect.to(row)), point, "point")
     here = FunctionLoss(
         lambda row: loss(row, with_respect.to(row)), at.parameters, dtype=at.dtype, flat_directions=flat_directions

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -413,6 +414,7 @@ class _IndexKeeper:
 
     def _read(self, name: str) -> None:
         try:
-            self._headers.finished(name, lambda: self._points[name])
+            with suppress(FileNotFoundError):  # another command extends it, and notes it itself
+                self._headers.finished(name, lambda: self._points[name])
         except ArchiveError as error:
             _log.warning("%s", error)
