@@ -28,6 +28,9 @@ from tsdyn.growing import adding, exporting
 class Growing(Checked):
     """One directory, and the rules that are applied to it."""
 
+    #: Whether processes may work on the directory side by side; what happens then is another thing each time.
+    side_by_side = True
+
     def __init__(self) -> None:
         super().__init__()
         self.stateless = False
@@ -153,6 +156,7 @@ class Growing(Checked):
         steps["kill at a file"] += 1
         self._train(min(self.epochs + more, self.first_epochs + MORE), lambda: die_at(moment, self.path))
 
+    @precondition(lambda self: self.side_by_side)
     @rule(more=st.integers(0, 2), moment=st.integers(0, 300))
     def two_at_once(self, more: int, moment: int) -> None:
         """The same command twice, as a job array gives it; one of the two may be killed."""
@@ -160,7 +164,7 @@ class Growing(Checked):
         epochs = min(self.epochs + more, self.first_epochs + MORE)
         self._train(epochs, lambda: die_at(moment, self.path) if moment > 150 else None, commands=2)
 
-    @precondition(lambda self: not self.standing and not self.swapped)
+    @precondition(lambda self: self.side_by_side and not self.standing and not self.swapped)
     @rule(more=st.integers(0, 2))
     def read_while_it_is_written(self, more: int) -> None:
         """Two other processes read again and again: the directory anew, and what was opened before."""
