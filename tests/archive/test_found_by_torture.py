@@ -1,7 +1,9 @@
 """What the state machine and the faults by number found, each as a fixed example."""
 
+import os
 import shutil
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -288,3 +290,59 @@ def test_repair_moves_no_whole_file_that_the_experiment_file_disagrees_with(tmp_
     assert len(integrity.repair(path)) == 1
     same(tsdyn.open(path), whole)
     assert integrity.check(path) == []
+
+
+def test_a_file_that_differs_from_its_checksum_is_opened_by_no_command_itself(tmp_path, monkeypatch):
+    """The library loops or crashes in some of them; `validate` looks in a process of its own."""
+    path = tmp_path / "run"
+    tsdyn.run(small(**FEW), path)
+    file = path / "archive.nc"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    opened, mine = netcdf._opened, os.getpid()
+
+    def watched(target, mode):
+        assert os.getpid() != mine or mode != "r", f"{target} was opened"
+        return opened(target, mode)
+
+    monkeypatch.setattr(netcdf, "_opened", watched)
+    assert any("its checksum differs" in told for told in integrity.check(path))
+    for asked in (small(**FEW), small(**FEW | {"seeds": 3}), small(**FEW, training__epochs=6)):
+        with pytest.raises(ArchiveError, match="its checksum differs"):
+            tsdyn.run(asked, path)
+    with pytest.raises(ArchiveError, match="its checksum differs"):
+        tsdyn.open(path)
+
+
+def test_attributes_that_cannot_be_read_are_an_error_of_the_archive():
+    """netCDF4 raises AttributeError for those that are there and damaged."""
+
+    class Damaged:
+        def ncattrs(self):
+            raise AttributeError("NetCDF: Can't open HDF5 attribute")
+
+        def group(self):
+            return SimpleNamespace(filepath=lambda: "run/archive.nc")
+
+    with pytest.raises(ArchiveError, match=r"^run/archive.nc: not a readable netCDF file: NetCDF: Can't open HDF5"):
+        netcdf.attributes(Damaged())
+
+
+def test_what_is_salvaged_is_compared_with_what_was_read(tmp_path, monkeypatch):
+    """The library reports some writes that fail at the next reading only, or not at all."""
+    path = tmp_path / "run"
+    tsdyn.run(small(**FEW), path)
+    (path / "archive.nc.sha256").write_text("0" * 64 + "  archive.nc\n")
+    before = netcdf.write_state
+
+    def loses(nc, state, group):
+        before(nc, state, group)
+        nc["weight"][0] = 0.0
+
+    monkeypatch.setattr(netcdf, "write_state", loses)
+    told = integrity.repair(path)
+    assert any(
+        "nothing of it could be kept (weight at seed 0" in line and "reads back differently" in line for line in told
+    )
+    assert not (path / "archive.nc").exists()

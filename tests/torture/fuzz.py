@@ -213,6 +213,7 @@ def archives(scratch: Path, rng: random.Random, number: int) -> str:
             bad = bad or not found.get("problems") or found.get("gone on") == "wrong" or found["fate"] == "wrong"
         if bad:
             wrong.append(f"archive {trial}: {kind}/{file} {way}, seal {'kept' if kept else 'none'}: {found}")
+            print(wrong[-1], flush=True)
     text = (
         f"{number} fuzzed archives: {fates['crash']} crashes, {fates['hang']} hangs over {WORK} s, "
         f"{fates['traceback']} tracebacks; of {fates['sealed']} with their checksum kept "

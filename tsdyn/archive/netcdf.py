@@ -267,8 +267,16 @@ def loaded(path: Path, array: netCDF4.Variable) -> xr.Variable:
 
 
 def attributes(holder: Any) -> dict[str, Any]:
-    """Attributes of a file or of a variable in it."""
-    return {name: holder.getncattr(name) for name in holder.ncattrs()}
+    """Attributes of a file or of a variable in it.
+
+    Raises:
+        DirectoryError: if the file is damaged where they are.
+    """
+    try:
+        return {name: holder.getncattr(name) for name in holder.ncattrs()}
+    except (AttributeError, OSError, RuntimeError, ValueError) as error:  # netCDF4 calls a damaged one not there
+        file = holder if isinstance(holder, netCDF4.Dataset) else holder.group()
+        raise DirectoryError(f"{file.filepath()}: not a readable netCDF file: {error}") from error
 
 
 #: Attributes by which stored numbers differ from the numbers they mean.

@@ -359,12 +359,12 @@ class RunDirectory(Generic[D]):
 
     def _archived(self) -> Experiment:
         """The experiment that the archive itself names: experiment.toml can be behind it, or of another run."""
+        refuse_changed(self.path / ARCHIVE)
         with netcdf.dataset(self.path / ARCHIVE, only=self.layout.path) as nc:
             return self._gone_on_from(self.path / ARCHIVE, netcdf.attributes(nc))
 
     def _reopen(self) -> None:
-        """Make the archive of a finished run the first segment of the longer one, in one rename."""
-        refuse_changed(self.path / ARCHIVE)
+        """Make the archive of a finished run, verified before, the first segment of the longer one, in one rename."""
         with netcdf.dataset(self.path / ARCHIVE) as nc:
             # experiment.toml can be of another run: what is gone on from is what the archive itself says
             shorter = self._gone_on_from(self.path / ARCHIVE, netcdf.attributes(nc))

@@ -13,7 +13,14 @@ from pathlib import Path
 from tsdyn.archive import changes, machines, netcdf
 from tsdyn.archive.lock import NAME as LOCK
 from tsdyn.archive.run_directory import ADDED, ARCHIVE, EXPERIMENT, RunDirectory, extends, segments
-from tsdyn.archive.whole_files import DirectoryError, refuse_link, sync_directory
+from tsdyn.archive.whole_files import (
+    ALWAYS_VERIFIED,
+    ArchiveError,
+    DirectoryError,
+    refuse_changed,
+    refuse_link,
+    sync_directory,
+)
 from tsdyn.experiment.errors import ExperimentError
 from tsdyn.experiment.experiment import Experiment
 from tsdyn.problem import input_files
@@ -57,10 +64,11 @@ def _there(path: Path) -> Experiment | None:
     """The experiment of a directory: of its archive if it is finished, since the experiment file may be behind it."""
     try:
         if (path / ARCHIVE).is_file() and not (path / ARCHIVE).is_symlink():
+            refuse_changed(path / ARCHIVE, upto=ALWAYS_VERIFIED)
             with netcdf.dataset(path / ARCHIVE) as nc:
                 return Experiment.from_toml_text(str(netcdf.attributes(nc).get("experiment")), archived=True)
         return Experiment.from_toml(path / EXPERIMENT, archived=True)
-    except (ExperimentError, DirectoryError, OSError):  # RunDirectory says what is wrong
+    except (ExperimentError, ArchiveError, OSError):  # RunDirectory says what is wrong
         return None
 
 
