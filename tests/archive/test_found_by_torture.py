@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -346,3 +347,20 @@ def test_what_is_salvaged_is_compared_with_what_was_read(tmp_path, monkeypatch):
         "nothing of it could be kept (weight at seed 0" in line and "reads back differently" in line for line in told
     )
     assert not (path / "archive.nc").exists()
+
+
+def test_a_directory_in_which_another_command_begins_meanwhile_is_that_of_its_experiment(tmp_path, monkeypatch):
+    """Its file was not there yet at the first look, and the directory was not empty at the second."""
+    path = tmp_path / "run"
+    tsdyn.run(small(**FEW), path)
+    exists, looks = Path.exists, []
+
+    def late(self):
+        if self.name == run_directory.EXPERIMENT:
+            looks.append(self)
+            return exists(self) and len(looks) > 1
+        return exists(self)
+
+    monkeypatch.setattr(Path, "exists", late)
+    assert run_directory._claimed(path, small(**FEW))
+    assert len(looks) > 1

@@ -198,6 +198,8 @@ def _claimed(path: Path, experiment: Experiment) -> bool:
     # files left by a writer that was killed in its first milliseconds do not count
     leftovers = re.compile(rf"{LOCK}(\.\w+)?|\.{re.escape(EXPERIMENT)}\.\d+\.tmp")
     if path.exists() and (not path.is_dir() or any(not leftovers.fullmatch(e.name) for e in path.iterdir())):
+        if file.exists():  # another command has begun here since
+            return _claimed(path, experiment)
         what = "is not empty and holds no experiment" if path.is_dir() else "is a file"
         raise DirectoryError(f"{path}: {what}; nothing was overwritten. Give another directory with -o.")
     return False
