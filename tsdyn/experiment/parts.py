@@ -64,8 +64,8 @@ Rate = Annotated[
     BeforeValidator(_epochs_as_integers),
     PlainSerializer(lambda v: {str(k): r for k, r in v.items()} if isinstance(v, dict) else v),
 ]
-#: Names of registered parts; an archived experiment may also name parts that are not installed here.
-# a part is given by its name, or itself
+#: Names of registered parts, which are given by name or themselves; an archived experiment may also name parts that are
+#: not installed here.
 ActivationName = Annotated[
     str, BeforeValidator(registers.ACTIVATIONS.given), AfterValidator(registers.ACTIVATIONS.check)
 ]

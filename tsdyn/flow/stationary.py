@@ -314,9 +314,14 @@ def minimum_derivative(
         of: What is differentiated in, p, of any shape.
         flat_directions: Number of zero Hessian eigenvalues that a symmetry of L forces; along these nothing moves.
 
+    Returns:
+        dθ*/dp, (member, parameter, *shape of p), in units of θ per unit of p.
+
     Raises:
         TypeError: for no rows of numbers, or a loss that is no function.
         ValueError: for a row near which there is no minimum with a Hessian of full rank; it is named.
+
+    Source: the implicit function theorem, for ∂L/∂θ(θ*, p) = 0.
 
     Examples:
         >>> import torch

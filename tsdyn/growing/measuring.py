@@ -307,26 +307,11 @@ def _records(
         passed: What was passed from Python.
         lead: Number of dimensions before the epochs, of size 1.
     """
-    with packages.known(passed.parts):
-        return _measured(asked, seed, epochs, parameters, taught, inner, passed, lead)
-
-
-def _measured(
-    asked: Experiment,
-    seed: int,
-    epochs: Sequence[int],
-    parameters: Mapping[str, NDArray],
-    taught: Mapping[str, NDArray],
-    inner: Mapping[str, tuple[int, ...]],
-    passed: _Passed,
-    lead: int,
-) -> dict[str, NDArray]:
-    """`_records` where all parts of the experiment are known."""
-    # the recorded numbers say which members stopped: NaN
-    single = asked.replace({"seeds": [seed], "training.stop": None})
     members: Members | None = None
-    found = {name: np.full((len(epochs), *sizes), np.nan, single.dtype) for name, sizes in inner.items()}
-    with own_device():
+    found = {name: np.full((len(epochs), *sizes), np.nan, asked.dtype) for name, sizes in inner.items()}
+    with packages.known(passed.parts), own_device():
+        # the recorded numbers say which members stopped: NaN
+        single = asked.replace({"seeds": [seed], "training.stop": None})
         for position, epoch in enumerate(epochs):
             now = {name: np.asarray(array[position]) for name, array in parameters.items()}
             if np.isnan(_recorded(single, now)).any():
