@@ -14,6 +14,8 @@ from tsdyn.experiment.experiment import Experiment
 
 #: Attributes of an archive that what is measured from it keeps.
 KEPT = ("name", "digest", "experiment", "tsdyn_version", "study", "scale")
+#: How figures number nodes; `tsdyn.analysis.panels.node_numbers` does it.
+NODES = "node j has the label j − 1 in the archive"
 #: What the rank of a winner is.
 RANKS = (
     "rank: of each teacher node's best student node of the last epoch, among all nodes of its layer by their "

@@ -306,15 +306,15 @@ def two_ways(swept: Sequence[str]) -> Ways:
 
 
 def shade_bar(page: look.Page, labels: Sequence[int], text: str) -> None:
-    """Add the colour bar of `style.shade` for nodes with these consecutive `labels`, a step for each."""
-    count = len(labels)
+    """Add the colour bar of `style.shade` for nodes with these consecutive `labels`: one step per node, by number."""
+    numbers, count = panels.node_numbers(labels), len(labels)
     if count == 1:
         return
     shades = ListedColormap([look.shade(i, count) for i in range(count)])
     bar = page.body.colorbar(
-        ScalarMappable(Normalize(labels[0] - 0.5, labels[-1] + 0.5), shades), ax=page.axes, label=text, aspect=30
+        ScalarMappable(Normalize(numbers[0] - 0.5, numbers[-1] + 0.5), shades), ax=page.axes, label=text, aspect=30
     )
-    bar.set_ticks(panels.node_ticks(labels))
+    bar.set_ticks(panels.node_ticks(numbers))
 
 
 def place(ds: xr.Dataset) -> str:

@@ -26,8 +26,8 @@ from tsdyn.schema import printable
 
 __all__ = [
     "LIGHTEST", "NUMBERED", "PALETTE", "STYLES", "axes", "axis_label", "colour", "formulas", "lines", "mark",
-    "name_ends", "name_ticks", "node_ticks", "nodes", "numbers", "plain", "points", "rate", "shade", "signs", "spread",
-    "stack", "style", "table", "whole_numbers",
+    "name_ends", "name_ticks", "node_numbers", "node_ticks", "nodes", "numbers", "plain", "points", "rate", "shade",
+    "signs", "spread", "stack", "style", "table", "whole_numbers",
 ]  # fmt: skip
 
 STYLES = ("-", "--", ":", "-.")
@@ -169,7 +169,7 @@ def rate(
     shift: float | int = 0.0,
     **line: Any,
 ) -> Axes:
-    """Plot a share in [0, 1] with its interval as a band against teacher node; (teacher_node,), (…, bound).
+    """Plot a share in [0, 1] with its interval as a band against teacher node, from 1; (teacher_node,), (…, bound).
 
     Where the share is 0 or 1 there is no band: those of curves that coincide there would cover the panel.
 
@@ -182,7 +182,7 @@ def rate(
         line: Keywords of `matplotlib.axes.Axes.plot`.
     """
     ax = axes(ax)
-    nodes = share["teacher_node"].values
+    nodes = node_numbers(share["teacher_node"].values)
     if interval is not None:
         inside = (share.values > 0) & (share.values < 1)
         low, high = (np.where(inside, interval.isel(bound=i).values, share.values) + shift for i in (0, 1))
@@ -194,10 +194,15 @@ def rate(
     return ax
 
 
-def node_ticks(labels: Any) -> list[int]:
-    """Labels of nodes for an axis, at most about eight: the first, the last, and round ones between."""
-    first, last = int(labels[0]), int(labels[-1])
-    step = next(s for s in (1, 2, 5, 10, 20, 50, 100, 1000) if len(labels) <= 6 * s or s == 1000)
+def node_numbers(labels: Any) -> NDArray:
+    """Return the numbers that figures give to nodes with these labels: 1 for the label 0, as the papers count."""
+    return np.asarray(labels).astype(int) + 1
+
+
+def node_ticks(numbers: Any) -> list[int]:
+    """Return which of consecutive node `numbers` an axis names: the first, the last, and round ones between."""
+    first, last = int(numbers[0]), int(numbers[-1])
+    step = next(s for s in (1, 2, 5, 10, 20, 50, 100, 1000) if len(numbers) <= 6 * s or s == 1000)
     between = range(first + step - first % step, last, step)
     return [first, *(n for n in between if last - n >= (step + 1) // 2), *([last] if last > first else [])]
 

@@ -157,7 +157,7 @@ def draw(measured: xr.Dataset) -> look.Page:
     axes[1].legend(*axes[0].get_legend_handles_labels(), loc="center left")
     says = (
         "Output of the teacher of k = 2 and of the one neuron at which the flow ends (colour and white contours: "
-        "output), with v₁, v₂, the incoming weights of teacher nodes 0 and 1, and w*, the neuron's; below, the error "
+        "output), with v₁, v₂, the incoming weights of teacher nodes 1 and 2, and w*, the neuron's; below, the error "
         "against k: marks are seeds, lines the one-neuron optimum, hollow marks seeds that died (relu) and stay at the "
         "loss of a zero student"
     )

@@ -13,7 +13,7 @@ import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
 from numpy.typing import NDArray
-from tsdyn.analysis import captions, layout
+from tsdyn.analysis import captions, layout, panels
 from tsdyn.analysis import style as look
 from tsdyn.studies.simsek2023 import at, described, draw_cosines, ends, flows, order
 
@@ -164,7 +164,7 @@ def _paths(measured: xr.Dataset, ax: Axes) -> None:
             a = own["path_outgoing"].values
             ax.scatter(
                 x[every], y[every], s=_sizes(a[every]) * 3, facecolors="none", edgecolors=colour, zorder=4,
-                linewidths=look.points(0.7), label=f"student node {node} (area: |a|)",
+                linewidths=look.points(0.7), label=f"student node {panels.node_numbers(node)} (area: |a|)",
             )  # fmt: skip
 
 
@@ -215,8 +215,8 @@ def draw(measured: xr.Dataset) -> look.Page:
     names = measured["activation"].values.tolist()
     rows = [[layout.Cell(name, {"activation": at}, f"{at}: {name}") for name in PANELS] for at in names]
     says = (
-        "Two student nodes against k = 3 orthonormal teacher nodes (arrows: their incoming weights v₁, v₂, v₃ of nodes "
-        "0, 1, 2, of length 1), seen along v₁ + v₂ + v₃: paths of their incoming "
+        "Two student nodes against k = 3 orthonormal teacher nodes (arrows: their incoming weights v₁, v₂, v₃, "
+        "of length 1), seen along v₁ + v₂ + v₃: paths of their incoming "
         "weights (coloured: the seed of least loss; circles: area |a|), the same at convergence in rᵢ uᵢⱼ, and uᵢⱼ "
         "with rᵢ = ‖wᵢ‖ and aᵢ for n = 4, k = 8; of relu the start decides the norm"
     )

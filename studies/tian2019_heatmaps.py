@@ -124,8 +124,9 @@ def _map(name: str, symbol: str) -> layout.Panel:
         own = own.dropna("teacher_node", how="all").dropna("position", how="all") / limit
         panels.table(own, ax=ax, limits=(-1, 1), cmap="RdBu", bar=False)
         rows, columns = own.sizes["teacher_node"], own.sizes["position"]
-        ax.set_yticks([0, rows - 1])
-        ax.set_xticks([0, rows - 1, columns - 1] if columns > 1.5 * rows else [0, columns - 1])
+        shown = [0, rows - 1, columns - 1] if columns > 1.5 * rows else [0, columns - 1]
+        ax.set_xticks(shown, labels=[str(n) for n in panels.node_numbers(shown)])
+        ax.set_yticks([0, rows - 1], labels=[str(n) for n in panels.node_numbers([0, rows - 1])])
         ax.set(
             xlabel="student node, in the order of the teacher's; the matched first",
             ylabel=f"{symbol}, epoch {int(own['epoch'])}: teacher node",
@@ -156,7 +157,8 @@ def draw(measured: xr.Dataset) -> look.Page:
     }
     says = (
         f"β* and H* before and after training of seed {int(seed)}, over the largest entry of each layer at either "
-        "epoch; ratio: the mean size of matched entries over that of all others, of the same seed"
+        "epoch; ratio: the mean size of matched entries over that of all others, of the same seed; teacher "
+        f"{captions.NODES}"
     )
     page = layout.arrange(measured, drawing, rows, says=says, spread="none", height=1.25, key=None, paper=EXPERIMENTS)
     page.body.colorbar(page.axes[0].images[0], ax=page.axes, label="entry over the layer's largest", aspect=40)

@@ -90,13 +90,12 @@ def _plane(measured: xr.Dataset, ax: Axes) -> None:
 def _fanouts(measured: xr.Dataset, ax: Axes) -> None:
     """‖v_k‖ of the first seed's student nodes over epochs."""
     norms = measured["fanout_norm"]
-    for k in range(norms.sizes["node"]):
-        ax.plot(
-            norms["epoch"], norms.isel(node=k), color=panels.colour(k), label=f"student node {int(norms['node'][k])}"
-        )
+    numbers = panels.node_numbers(norms["node"].values)
+    for k, number in enumerate(numbers):
+        ax.plot(norms["epoch"], norms.isel(node=k), color=panels.colour(k), label=f"student node {number}")
     ax.set_xscale("symlog", linthresh=1)
     ax.set(xlabel="epoch", ylabel="fan-out norm ‖v‖", ylim=(0, None))
-    panels.name_ends(ax, {str(int(k)): float(norms.sel(node=k)[-1]) for k in norms["node"]})
+    panels.name_ends(ax, {str(number): float(norms.isel(node=k)[-1]) for k, number in enumerate(numbers)})
 
 
 def _against_nearest(measured: xr.Dataset, ax: Axes) -> None:
@@ -147,6 +146,6 @@ def draw(measured: xr.Dataset) -> look.Page:
     says = (
         f"Boundaries of 2 teacher nodes and 6 student nodes (wide: large ‖v‖) of seed {int(measured['seed'])}, their "
         "fan-out norms, at whose ends their numbers stand, and all seeds' nodes by distance from the nearest teacher "
-        "node"
+        f"node; {captions.NODES}"
     )
     return layout.told(page, measured, says, "points", EXPERIMENTS)

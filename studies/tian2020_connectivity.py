@@ -121,8 +121,8 @@ def _state(measured: xr.Dataset, ax: Axes) -> None:
     """
     own = measured.isel({dim: 0 for dim in ("overrealization", "state") if dim in measured["carried"].dims})
     own = own[["stands_for", "carried"]].dropna("node")
-    number, share = own["node"].values, own["carried"].values
-    teacher = own["stands_for"].values - 1  # labels; −1: aligned with none
+    number, share = panels.node_numbers(own["node"].values), own["carried"].values
+    teacher = own["stands_for"].values  # numbers; 0: aligned with none
     silent = share < _SILENT
     area = look.points(2) ** 2 + look.points(4.5) ** 2 * share
     for where, face in ((silent, "none"), (~silent, look.PALETTE[0])):
@@ -131,9 +131,9 @@ def _state(measured: xr.Dataset, ax: Axes) -> None:
             facecolor=face, edgecolor=look.GREY if face == "none" else face, linewidth=look.points(0.6),
         )  # fmt: skip
     panels.whole_numbers(ax)
-    shown = range(int(teacher.max()) + 1)
-    ax.set_yticks([-1, *shown], labels=["none", *map(str, shown)])
-    ax.set(xlabel="student node", ylabel="teacher node", xlim=(-1, number.max() + 1))
+    shown = range(1, int(teacher.max()) + 1)
+    ax.set_yticks([0, *shown], labels=["none", *map(str, shown)])
+    ax.set(xlabel="student node", ylabel="teacher node", xlim=(0, number.max() + 1))
 
 
 #: Panels by name.
@@ -176,7 +176,7 @@ def draw(measured: xr.Dataset) -> look.Page:
         f"Loss along routes between two students of one teacher at epoch {last}, no lower than {_FLOOR:g}, and "
         f"barriers over epochs. States along Theorem 2's path with {width}, seed {int(measured['seed'][0])}: the "
         f"teacher node that each student node is aligned with (areas of marks: shares of its fan-out; circles: below "
-        f"{_SILENT:.0%})"
+        f"{_SILENT:.0%}); {captions.NODES}"
     )
     page.say(captions.caption(measured, says, "curves", paper=EXPERIMENTS))
     page.provenance = captions.provenance(measured)

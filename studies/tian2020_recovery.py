@@ -1,7 +1,6 @@
 """Tian (2020), Figure 8: best correlation of each teacher node over training, at 5x over-realization.
 
-Strong teacher nodes are learned first, weak ones later or not at all.  Nodes have the labels of the archive, from 0;
-the paper counts from 1.
+Strong teacher nodes are learned first, weak ones later or not at all.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from collections.abc import Mapping
 
 import xarray as xr
 from matplotlib.axes import Axes
-from tsdyn.analysis import figures, layout
+from tsdyn.analysis import captions, figures, layout
 from tsdyn.analysis import style as look
 from tsdyn.analysis.figures import measure_recovery as measure
 from tsdyn.studies.two_layer import PAPER, SMOKE
@@ -58,7 +57,8 @@ def draw(measured: xr.Dataset) -> look.Page:
     cells = [layout.Cell("recovery", at, layout.name_of(measured, at)) for at in layout.points(measured, ["polarity"])]
     says = (
         "Best correlation of each teacher node with any student node over training, five student nodes per teacher "
-        "node; from node 0, the strongest, to the weakest: the fan-out of node j is divided by (j + 1)ᵖ"
+        "node; from node 1, the strongest, to the weakest: the fan-out of node j is divided by jᵖ; "
+        f"{captions.NODES}"
     )
     page = layout.arrange(
         measured, PANELS, [cells], says=says, spread="curves", share_x=True, share_y=True, key=None,

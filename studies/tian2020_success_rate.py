@@ -1,8 +1,7 @@
 """Tian (2020), Figure 7: which of 20 teacher nodes are recovered, by index.
 
-The stronger a teacher node (small label, since the fan-out of node j = 0, 1, ... is divided by (j + 1)^p) the sooner it
-is recovered; over-realization helps the weak ones.  Epoch 5 dotted, the last solid.  Nodes have the labels of the
-archive, from 0; the paper counts from 1.
+The stronger a teacher node (small index, since the fan-out of node j = 1, 2, ... is divided by j^p) the sooner it is
+recovered; over-realization helps the weak ones.  Epoch 5 dotted, the last solid.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from collections.abc import Mapping
 
 import xarray as xr
 from matplotlib.axes import Axes
-from tsdyn.analysis import figures, layout, panels
+from tsdyn.analysis import captions, figures, layout, panels
 from tsdyn.analysis import style as look
 from tsdyn.analysis.figures import measure_success_rate as measure
 from tsdyn.studies.two_layer import PAPER, SMOKE
@@ -82,8 +81,8 @@ def draw(measured: xr.Dataset) -> look.Page:
     ]
     says = (
         "Share of seeds in which each teacher node is recovered (correlation with some student node above 0.95), from "
-        "node 0, the strongest, to the weakest: the fan-out of node j is divided by (j + 1)ᵖ; the curves of the widths "
-        f"are drawn {figures.DODGE:g} above one another, since many coincide at 0 and 1"
+        f"node 1, the strongest, to the weakest: the fan-out of node j is divided by jᵖ; {captions.NODES}; the "
+        f"curves of the widths are drawn {figures.DODGE:g} above one another, since many coincide at 0 and 1"
     )
     return layout.arrange(
         measured, PANELS, [cells], says=says, spread="shares", share_x=True, share_y=True,

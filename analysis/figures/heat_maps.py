@@ -78,7 +78,10 @@ def draw_couplings(ds: xr.Dataset) -> look.Page:
         bar.locator = MaxNLocator(nbins=4)
         bar.update_ticks()
 
-    title = f"β* and H* before and after training, student nodes by best teacher node, seed {int(measured['seed'])}"
+    title = (
+        "β* and H* before and after training, student nodes by best teacher node, seed "
+        f"{int(measured['seed'])}; {captions.NODES}"
+    )
     return layout.grid(
         cells, draw, across=("moment", "epoch"), down=layout.swept(measured), share=False, spread="none",
         title=layout.headed(title, measured),
@@ -107,7 +110,8 @@ def _map(one: xr.Dataset, variable: str, largest: float, ax: Axes | None, bar: b
     values = own[variable].transpose("teacher_node", "node").isel(node=order[order < own.sizes["node"]])
     ax = panels.table(values, ax=ax, limits=(-largest, largest), cmap="RdBu", bar=bar)
     ax.set(xlabel="student node, by best teacher node", ylabel="teacher node")
-    ticks = panels.node_ticks(values["teacher_node"].values)
-    ax.set_yticks([tick - int(values["teacher_node"][0]) for tick in ticks], labels=[str(tick) for tick in ticks])
+    numbers = panels.node_numbers(values["teacher_node"].values)
+    ticks = panels.node_ticks(numbers)
+    ax.set_yticks([tick - int(numbers[0]) for tick in ticks], labels=[str(tick) for tick in ticks])
     ax.set_xticks([])
     return ax

@@ -89,7 +89,8 @@ def boundaries(ds: xr.Dataset, *, ax: Axes | None = None, strongest: float | Non
 def _boundary_names(norms: xr.DataArray) -> list[str]:
     """Legend entries of the student nodes with their fan-out norms, if there is one point and few nodes."""
     if norms.ndim == 1 and norms.size <= 2 * len(panels.PALETTE):
-        return [f"student {int(norm['node'])}: ‖v‖ = {float(norm):.2g}" for norm in norms]
+        numbers = panels.node_numbers(norms["node"].values)
+        return [f"student {j}: ‖v‖ = {float(norm):.2g}" for j, norm in zip(numbers, norms, strict=True)]
     return ["student node"]
 
 
@@ -116,7 +117,10 @@ def draw_boundaries(ds: xr.Dataset) -> look.Page:
         strongest = float(np.fmax.reduce(measured["fanout_norm"].sel(point).values, axis=None)) or 1.0
         boundaries(shown.sel(at), ax=ax, strongest=strongest)
 
-    title = f"Boundaries of student nodes (wide: large ‖v‖) and teacher nodes (dashed), seed {int(measured['seed'])}"
+    title = (
+        "Boundaries of student nodes (wide: large ‖v‖) and teacher nodes (dashed), seed "
+        f"{int(measured['seed'])}; {captions.NODES}"
+    )
     figure = layout.grid(
         shown, draw, across=("epoch",), down=layout.swept(measured), title=layout.headed(title, measured),
         spread="none",

@@ -140,7 +140,7 @@ def draw_success_rate(ds: xr.Dataset) -> look.Page:
             success_rate(one, ax=ax, color=panels.colour(position), label=name, shift=shift)
 
     others = [d for d in swept if d not in widths]
-    title = layout.headed("Share of seeds in which each teacher node is recovered", measured)
+    title = layout.headed(f"Share of seeds in which each teacher node is recovered; {captions.NODES}", measured)
     page = layout.grid(measured, draw, title=title, spread="shares", **layout.two_ways(others))
     layout.legend(page)
     return page
@@ -182,7 +182,7 @@ def by_teacher_node(measured: xr.Dataset, panel: Callable[..., Axes], title: str
     """Panels of the sweep, one shade per teacher node."""
     page = layout.grid(
         measured, lambda at, ax: panel(measured.sel(at), ax=ax),
-        title=layout.headed(title, measured), **layout.two_ways(layout.swept(measured)),
+        title=layout.headed(f"{title}; {captions.NODES}", measured), **layout.two_ways(layout.swept(measured)),
     )  # fmt: skip
     layout.shade_bar(page, layout.unpadded(measured)["teacher_node"].values.tolist(), "teacher node")
     return page
