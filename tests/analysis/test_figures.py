@@ -234,7 +234,7 @@ def test_the_legend_of_a_frame_is_of_its_epoch(run):
         moves._draw_frame(position)
         norms = tsdyn.layer(run, 1).fanout_norm.sel(seed=2).isel(epoch=position).values
         said = [text.get_text() for text in moves._fig.legends_below[0].get_texts()]
-        assert said == ["teacher node", *(f"student {k}: ‖v‖ = {norm:.2g}" for k, norm in enumerate(norms))]
+        assert said == ["teacher node", *(f"student {k}: ‖v‖ = {norm:.2g}" for k, norm in enumerate(norms, start=1))]
     moves._draw_was_started = True  # matplotlib warns of an animation that is never saved
 
 
