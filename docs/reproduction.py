@@ -11,6 +11,8 @@ from typing import Any
 
 from scipy import stats
 
+from tsdyn import Experiment, studies
+
 HERE = Path(__file__).resolve().parent
 STORED, PAGE = HERE / "reproduction.json", HERE / "reproduction.md"
 
@@ -323,8 +325,16 @@ def _paper(paper: dict[str, Any], known: set[str]) -> list[str]:
             for name, row in paper.items()
         ),
     )
-    missing = sorted(known - set(paper))
-    return [*told, f"**Open:** not estimated yet: {', '.join(f'`{name}`' for name in missing)}."] if missing else told
+    lacking = sorted(known - set(paper))
+    untrained = [name for name in lacking if not isinstance(studies.load(name).EXPERIMENTS["paper"], Experiment)]
+    if untrained:
+        told.append(f"At paper scale these train nothing but read your file: {_listed(untrained)}.\n")
+    missing = [name for name in lacking if name not in untrained]
+    return [*told, f"**Open:** not estimated yet: {_listed(missing)}."] if missing else told
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
 
 
 def write() -> None:
