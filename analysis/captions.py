@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any, Literal, assert_never
 
 import xarray as xr
@@ -105,16 +106,18 @@ def number(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:,.0f}" if value >= 1e4 else f"{value:g}"
 
 
-def _swept(experiment: Experiment) -> set[str]:
-    """Keys that differ between points of the sweep."""
-    found: set[str] = set()
+def _swept(experiment: Experiment) -> dict[str, list[Any]]:
+    """Keys that differ between points of the sweep, with their values."""
+    found: dict[str, list[Any]] = {}
     for key, values in experiment.sweep.items():
         if key == "points":
-            found |= {name for point in values for name in point}
+            for point in values:
+                for name, value in point.items():
+                    found.setdefault(name, []).append(value)
         elif key == "zip":
-            found |= set(values)
+            found |= {name: list(each) for name, each in values.items()}
         else:
-            found.add(key)
+            found[key] = list(values)
     return found
 
 
@@ -132,7 +135,7 @@ _MOST_LISTED = 5
 RATE = "training.learning_rate"
 
 
-def _differing(experiment: Experiment, swept: set[str]) -> list[str]:
+def _differing(experiment: Experiment, swept: Container[str]) -> list[str]:
     """Teachers and rates of a sweep over them, in the order of its points; none if there are many."""
     points = [point for _, point in experiment.points()]
     teachers = list(dict.fromkeys("-".join(map(str, p.teacher_widths[1:])) for p in points))
@@ -180,11 +183,46 @@ def _facts(experiment: Experiment) -> list[str]:
     return [text for key, text in fixed.items() if key not in swept] + differing
 
 
+#: Swept keys that follow from others at each scale, and of which captions do not compare the values.
+_CONSEQUENCES = frozenset({RATE, "training.steps_per_epoch"})
+
+
+def _lacking(key: str, ours: Sequence[Any], papers: Sequence[Any]) -> str:
+    """What the paper's values of a swept key have that `ours` lack: a larger end, or how many more; empty if nothing.
+
+    Of widths those of hidden layers are compared.
+    """
+    if key.endswith(".widths"):
+        ours, papers = ([list(widths)[1:-1] for widths in values] for values in (ours, papers))
+    distinct = [value for i, value in enumerate(papers) if value not in papers[:i]]
+    missing = [value for value in distinct if value not in ours]
+    if not missing:
+        return ""
+    if key == "data.leave_out.subset":
+        return f"{number(len(distinct))} subsets"
+    whose = f"{key.split('.')[0]} nodes" if key.endswith(".widths") else key_words(key.split(".")[-1])
+    single = [value[0] if isinstance(value, list) and len(value) == 1 else value for value in missing]
+    numbers = _only_numbers(single)
+    if len(numbers) == len(missing) and max(numbers) > max(_only_numbers(ours), default=-math.inf):
+        return f"{whose} up to {number(max(numbers))}"
+    if all(isinstance(value, list) for value in single):
+        return f"hidden {whose} {joined('-'.join(map(str, value)) for value in single)}"
+    counted = "number" if key.endswith(".widths") else "value"
+    return f"{len(missing)} more {counted}{'s' * (len(missing) > 1)} of {whose}"
+
+
+def _only_numbers(values: Sequence[Any]) -> list[float]:
+    """The numbers among values, those in lists of one, too."""
+    single = [value[0] if isinstance(value, list) and len(value) == 1 else value for value in values]
+    return [value for value in single if isinstance(value, (int, float)) and not isinstance(value, bool)]
+
+
 def _smaller(own: Experiment, paper: Any) -> str:
     """In what the paper's scale is larger than `own`."""
     if not isinstance(paper, Experiment) or paper.digest == own.digest:
         return ""
-    swept = _swept(own) | _swept(paper)
+    ours, papers = _swept(own), _swept(paper)
+    swept = ours.keys() | papers.keys()
     pairs: list[tuple[Any, Any, str]] = [(len(own.seed_labels), len(paper.seed_labels), "seeds")]
     if own.kind == "training":
         pairs.append((own.training.epochs, paper.training.epochs, "epochs"))
@@ -198,6 +236,8 @@ def _smaller(own: Experiment, paper: Any) -> str:
         if "student.overrealization" not in swept:
             pairs.append((ratio, larger, "as many student nodes as teacher nodes"))
     more = [f"{number(theirs)} {what}" for mine, theirs, what in pairs if mine != theirs]
+    more += [_lacking(key, ours[key], papers[key]) for key in ours if key in papers and key not in _CONSEQUENCES]
+    more = [text for text in more if text]
     return f"Reduced: --scale paper has {joined(more)}." if more else ""
 
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import xarray as xr
+from tsdyn.analysis import captions
 
 from tests.rendering import faults
 from tsdyn import studies
@@ -71,3 +72,24 @@ def test_figures_of_desk_shape_have_no_fault(made):
     figure = studies.load(name).draw(measured.assign_attrs(told(name)))
     assert faults(figure) == []
     assert "Reduced: --scale paper" in figure.caption
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("simsek2023-loss", "has teacher nodes up to 32 and student nodes up to 16."),
+        ("simsek2023-norms", "has 4 more numbers of teacher nodes."),
+        ("tian2019-luck", "and hidden teacher nodes 50-75-100-125 and 64-64-64-64."),
+        ("tian2020-samples", "and training samples N up to 200,000."),
+        ("goldt2019-eg", "has 10 seeds and student nodes up to 8."),
+        ("leave-out", "has 32 seeds and 200 subsets."),
+        ("tian2020-l-shape", "has 32 seeds and 100 epochs."),
+    ],
+)
+def test_captions_say_which_sizes_the_desk_leaves_out(name, said):
+    """The sentence of the numbers that studies/ gives at both scales; at the paper's scale there is none."""
+    experiments = studies.load(name).EXPERIMENTS
+    measured = {scale: xr.Dataset(attrs={"experiment": experiments[scale].to_toml()}) for scale in experiments}
+    captions_of = {s: captions.caption(ds, "A", "none", paper=experiments) for s, ds in measured.items()}
+    assert captions_of["desk"].endswith(said)
+    assert "Reduced" not in captions_of["paper"]
