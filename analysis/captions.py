@@ -211,7 +211,7 @@ def _lacking(key: str, ours: Sequence[Any], papers: Sequence[Any]) -> str:
     return f"{len(missing)} more {counted}{'s' * (len(missing) > 1)} of {whose}"
 
 
-def _only_numbers(values: Sequence[Any]) -> list[float]:
+def _only_numbers(values: Sequence[Any]) -> list[float | int]:
     """The numbers among values, those in lists of one, too."""
     single = [value[0] if isinstance(value, list) and len(value) == 1 else value for value in values]
     return [value for value in single if isinstance(value, (int, float)) and not isinstance(value, bool)]
