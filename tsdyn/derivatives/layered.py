@@ -24,6 +24,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from tsdyn import memory
 from tsdyn.derivatives import graph
 from tsdyn.derivatives.assumptions import agree
 from tsdyn.engine.compiled_curvature import Passed, serves
@@ -31,6 +32,8 @@ from tsdyn.networks.network import Network
 
 #: Limit on the bytes of the samples whose matrices are formed together.
 _AT_ONCE = 64 << 20
+#: Bytes of new memory that are made and written together, so that they stay in the cache between.
+_AT_A_TOUCH = 1 << 20
 
 
 def layered(
@@ -137,9 +140,22 @@ def fill_jacobians(network: Network, x: Tensor, order: Sequence[tuple[int, bool]
             if at == layer and bias:
                 result.copy_(moved)
             elif at == layer:
-                torch.mul(moved.unsqueeze(3), below[layer][:, None, None, :], out=result)
+                _fill_outer(moved, below[layer], result)
         if layer:
             moved = (moved @ network.weights[layer]) * trace.gates[layer - 1].unsqueeze(1)
+
+
+def _fill_outer(moved: Tensor, f: Tensor, into: Tensor) -> None:
+    """Write t fᵀ of each sample, (sample, output, node, input_node), page by page if there are many."""
+    outputs, nodes, inputs = into.shape[1:]
+    step = max(1, _AT_A_TOUCH // max(1, nodes * inputs * into.element_size()))
+    if into.nbytes <= _AT_A_TOUCH or step >= outputs * len(into):
+        torch.mul(moved.unsqueeze(3), f[:, None, None, :], out=into)
+        return
+    for sample, part in itertools.product(range(len(into)), range(0, outputs, step)):
+        piece = into[sample, part : part + step]
+        memory.touch(piece)
+        torch.mul(moved[sample, part : part + step].unsqueeze(2), f[sample], out=piece)
 
 
 def _place(network: Network, leaf: Tensor) -> tuple[int, bool] | None:
