@@ -49,7 +49,9 @@ def test_products_and_their_norms(samples, positions, lines, outputs, dtype, thr
 
 @served
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(("positions", "inputs", "outputs"), [(3, 16, 8), (9, 64, 48), (9, 24, 5), (2, 7, 5), (3, 16, 1)])
+@pytest.mark.parametrize(
+    ("positions", "inputs", "outputs"), [(3, 16, 8), (9, 64, 48), (9, 24, 5), (2, 7, 5), (3, 16, 1)]
+)
 def test_factors_are_the_same_with_and_without(positions, inputs, outputs, dtype, monkeypatch):
     f, g = (drawn(4, positions, n, dtype=dtype, seed=n) for n in (inputs, outputs))
     held = Factors(f, g, torch.Size((outputs, inputs)), 1, True)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from tsdyn.derivatives import graph
 from tsdyn.derivatives.module_state import Randomness, State
 from tsdyn.networks.network import Network
 
@@ -102,13 +103,15 @@ class Asked:
         inputs, targets: Tensors, or tuples, lists and dicts of them, of `count` samples.
         parameters: The requested parameters by name; all that require a gradient if none are named.
         arguments: Function from inputs to (arguments, keywords) of the module.
+        known: Whether the module is built of torch's own parts (`graph.known`).
     """
 
     def __init__(self, caller: str, module: nn.Module, x: Tree, y: Tree, names: Iterable[str] | None) -> None:
         self.caller, self.module, self.name = caller, module, type(module).__name__
-        self._state = State(module)
-        self._randomness = Randomness(module)
-        self._drawn = False
+        self._before: tuple[State, Randomness] | None = None
+        self.known = graph.known(module)
+        if not self.known:
+            self.note()
         kept = next((p for p in module.parameters() if p.is_floating_point()), None)
         self.inputs, self.targets = (_tensors(caller, tree, kept) for tree in (x, y))
         self.arguments = _called(caller, module, self.inputs)
@@ -137,9 +140,23 @@ class Asked:
             found = p.dtype if found is None else torch.promote_types(found, p.dtype)
         return found or torch.get_default_dtype()
 
+    def note(self) -> tuple[State, Randomness]:
+        """The state of the module and of the random generators before anything of the user's own was called.
+
+        Torch's own parts change neither, so of a module that is known they are noted when the loss is first called.
+        """
+        if self._before is None:
+            self._before = State(self.module), Randomness(self.module)
+        return self._before
+
+    def restore(self) -> None:
+        """Put back what was noted."""
+        for held in self._before or ():
+            held.restore()
+
     def some(self, index: slice | Tensor) -> tuple[Tree, Tree]:
         """Inputs and targets of the samples in `index`."""
-        cut = [tree_map(lambda t: t[index] if _sliced(t) else t, tree) for tree in (self.inputs, self.targets)]
+        cut = [mapped(lambda t: t[index] if _sliced(t) else t, tree) for tree in (self.inputs, self.targets)]
         return cut[0], cut[1]
 
     def call(self, inputs: Tree) -> Tree:
@@ -156,6 +173,7 @@ class Asked:
 
     def value(self, loss: Loss, output: Tree, targets: Tree) -> Tensor:
         """The loss; raises ValueError unless it is a real scalar."""
+        self.note()
         found = loss(output, targets)
         if not isinstance(found, Tensor) or found.ndim:
             shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
@@ -225,20 +243,22 @@ class Asked:
 
     def refuse_unsteady(self, value: Callable[[], Tree]) -> Tree:
         """Compute `value` twice and return the first; raise if they differ, draw random numbers or change the state."""
+        self.note()
         first = value()
         self._refuse_moved(value)
         self._refuse_others(first, value())
         return first
 
     def _refuse_moved(self, value: Callable[[], Tree]) -> None:
-        moved = self._state.moved()
+        state, randomness = self.note()
+        moved = state.moved()
         if moved:
-            self._state.restore()
+            state.restore()
             raise ValueError(
                 f"{self.caller}: {moved} of {self.name} changes when the module is called, so derivatives would depend "
                 "on how often it was; it was put back; call module.eval(), or switch running statistics off"
             )
-        if self._randomness.moved() and self._randomness.drawn_by(value):
+        if randomness.moved() and randomness.drawn_by(value):
             raise ValueError(
                 f"{self.caller}: {self.name} draws random numbers in its forward pass, or its loss does, so there is "
                 "no one gradient; make it deterministic (module.eval())"
@@ -292,6 +312,8 @@ class Asked:
 
     def rows(self, output: Tree, alone: Tree, count: int) -> Tree:
         """A batch's output as (count, *shape), `shape` being that of one sample's output alone."""
+        if isinstance(output, Tensor) and isinstance(alone, Tensor):
+            return self._rows(output, alone, count)
         leaves, structure = tree_flatten(output)
         singles, structure_alone = tree_flatten(alone)
         if structure != structure_alone:
@@ -380,10 +402,13 @@ class Asked:
         return self.losses_of(loss, self.rows(self.call(inputs), alone, count), targets)
 
     def losses_of(self, loss: Loss, rows: Tree, targets: Tree) -> Tensor:
-        def one(output: Tree, target: Tree) -> Tensor:
-            return loss(output, tree_map(lambda t: t[None] if isinstance(t, Tensor) else t, target))
+        """Loss of every sample from the outputs of each, (sample, 1, ...); by vmap."""
+        self.note()
 
-        sliced = tree_map(lambda t: 0 if _sliced(t) else None, targets)
+        def one(output: Tree, target: Tree) -> Tensor:
+            return loss(output, mapped(lambda t: t[None] if isinstance(t, Tensor) else t, target))
+
+        sliced = mapped(lambda t: 0 if _sliced(t) else None, targets)
         found: Tensor = vmap(one, (0, sliced))(rows, targets)
         return found
 
@@ -443,8 +468,7 @@ def asked(
         finally:
             for p in frozen:
                 p.requires_grad_(False)
-            one._state.restore()
-            one._randomness.restore()
+            one.restore()
 
 
 @contextmanager
@@ -519,6 +543,11 @@ def explained(caller: str, name: str, error: RuntimeError) -> Exception:
 # --- reading what is given -----------------------------------------------------------------------------------
 
 
+def mapped(function: Callable[[Any], Any], tree: Tree) -> Tree:
+    """As torch's ``tree_map``, which takes its time for a tree that is a single tensor or nothing."""
+    return function(tree) if isinstance(tree, Tensor) or tree is None else tree_map(function, tree)
+
+
 def _sliced(leaf: object) -> bool:
     return isinstance(leaf, Tensor) and leaf.ndim > 0
 
@@ -545,6 +574,8 @@ def _tensors(caller: str, tree: Tree, like: Tensor | None) -> Tree:
             return leaf.clone() if leaf.is_inference() else leaf.detach()
         return leaf
 
+    if isinstance(tree, Tensor) or tree is None:
+        return one(tree)
     numbers = [isinstance(leaf, (int, float, complex)) for leaf in tree_leaves(tree)]
     if isinstance(tree, (list, tuple)) and numbers and all(numbers):
         raise ValueError(f"{caller}: a {type(tree).__name__} of numbers; give a numpy array or a torch tensor")

@@ -62,23 +62,24 @@ def layered(
 def proved(
     module: nn.Module,
     inputs: object,
-    value: Callable[[Tensor], Tensor],
+    value: Callable[[Tensor], tuple[Tensor, bool]],
     leaves: Sequence[Tensor],
-    steady: Callable[[Callable[[], Tensor]], Tensor],
     *,
     once: bool,
 ) -> Layered | None:
     """As `layered`, but None unless autograd's graph proves the formulas, which then need no comparison.
 
-    The module must be built of torch's own parts (`graph.known`), and the loss depend on the outputs alone.  For more
-    than one product it must also have no second derivative in the outputs of two samples.
+    The loss must depend on the outputs alone.  For more than one product it must also have no second derivative in the
+    outputs of two samples.
 
     Args:
-        module, inputs, value, leaves: As `layered`.
-        steady: Computes a value twice, and raises ValueError if the two differ.
+        module: Built of torch's own parts (`graph.known`).
+        inputs, leaves: As `layered`.
+        value: Outputs, (sample, output) → J, and whether nothing but straight arithmetic of torch's made it of them
+            (`straight`); raises ValueError if it is not steady.
         once: Whether one product is all that is asked for; then the loss's own graph serves for its second derivative.
     """
-    found = plain_network(module, inputs, leaves, compare=False) if graph.known(module) else None
+    found = plain_network(module, inputs, leaves, compare=False)
     if found is None or not isinstance(inputs, Tensor):
         return None
     network, order = found
@@ -86,12 +87,12 @@ def proved(
         return None
     walk = walked(network, inputs.detach())
     free = walk.output.detach().requires_grad_(True)
-    total = steady(lambda: value(free))
-    if not total.requires_grad or graph.leaves_of([total]) != {id(free)}:
+    total, straight = value(free)
+    if not total.requires_grad or (not straight and graph.leaves_of([total]) != {id(free)}):
         return None
     (slope,) = torch.autograd.grad(total, free, create_graph=True)
     if once:
-        return Layered(network, inputs.detach(), walk, slope.detach(), _Bent(slope, free), order)
+        return Layered(network, inputs.detach(), walk, slope.detach(), _Bent(slope, free, straight), order)
     bend, apart = _bend(slope, free)
     if not apart:
         return None
@@ -190,17 +191,24 @@ def _bend(slope: Tensor, free: Tensor) -> tuple[Tensor, bool]:
 
 @dataclass(frozen=True)
 class _Bent:
-    """∂²J/∂f², held as the graph of ∂J/∂f in f, both (sample, output)."""
+    """∂²J/∂f², held as the graph of ∂J/∂f in f, both (sample, output).
+
+    Attributes:
+        straight: Whether that graph is of torch's own arithmetic alone, which is symmetric.
+    """
 
     slope: Tensor
     free: Tensor
+    straight: bool
 
     def along(self, moved: Tensor) -> Tensor:
-        """Its product with `moved`, which is compared with that of a random vector, uᵀ(H v) = vᵀ(H u).
+        """Its product with `moved`; unless it is straight, compared with that of a random vector, uᵀ(H v) = vᵀ(H u).
 
         Raises:
             ValueError: if they differ.
         """
+        if self.straight:
+            return self._product(moved)
         draw = torch.Generator(device="cpu").manual_seed(0)
         rows, columns = (
             torch.randn(n, generator=draw, dtype=moved.dtype, device="cpu").to(moved.device) for n in moved.shape
