@@ -46,7 +46,8 @@ _CALL = nn.Module.__call__
 def known(module: nn.Module) -> bool:
     """Whether a module is built of torch's own parts (`KNOWN`) alone, as torch made them: no hook, nothing replaced.
 
-    Nor may what these parts call be replaced, or torch be in a mode that computes something else.  Its samples then keep apart, whatever they are, and each part is called once where its parameters are not shared.
+    Nor may what these parts call be replaced, or torch be in a mode that computes something else.  Its samples then
+    keep apart, whatever they are, and each part is called once where its parameters are not shared.
     """
     everywhere = torch.nn.modules.module
     if any(getattr(everywhere, f"_global{name}") for name in _HOOKS):

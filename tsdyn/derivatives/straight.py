@@ -35,9 +35,10 @@ _METHODS = {
     "square", "sub", "sum", "tanh",
 }  # fmt: skip
 #: What Python's operators call.
-_OPERATORS = tuple(
-    f"__{side}{name}__" for name in ("add", "sub", "mul", "truediv", "pow") for side in ("", "r")
-) + ("__neg__", "__torch_function__")  # fmt: skip
+_OPERATORS = (
+    *(f"__{side}{name}__" for name in ("add", "sub", "mul", "truediv", "pow") for side in ("", "r")),
+    *("__neg__", "__getattribute__", "__torch_function__"),
+)
 
 _aten = torch.ops.aten
 #: Operations that compute each entry from the same entry of their operands.
@@ -135,7 +136,7 @@ class _Trace:
 
 
 def _traced(loss: FunctionType, given: Sequence[Tensor], count: int) -> _Trace | None:
-    """What torch does for a loss; None if something other than `_ENTRYWISE` and `_OTHERS`, or no real number results."""
+    """What torch does for a loss; None if anything but `_ENTRYWISE` and `_OTHERS`, or no real number results."""
     arguments = [*given, None][:2]
     with torch.no_grad(), _Recorder(given, count) as recorder:
         value = loss(*arguments)
