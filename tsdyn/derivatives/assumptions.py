@@ -14,7 +14,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cached_property
 from typing import Any, TypeAlias
 
@@ -109,9 +109,8 @@ class Asked:
     def __init__(self, caller: str, module: nn.Module, x: Tree, y: Tree, names: Iterable[str] | None) -> None:
         self.caller, self.module, self.name = caller, module, type(module).__name__
         self._before: tuple[State, Randomness] | None = None
+        self._guards = ExitStack()
         self.known = graph.known(module)
-        if not self.known:
-            self.note()
         kept = next((p for p in module.parameters() if p.is_floating_point()), None)
         self.inputs, self.targets = (_tensors(caller, tree, kept) for tree in (x, y))
         self.arguments = _called(caller, module, self.inputs)
@@ -144,15 +143,18 @@ class Asked:
         """The state of the module and of the random generators before anything of the user's own was called.
 
         Torch's own parts change neither, so of a module that is known they are noted when the loss is first called.
+        From then on compiled code runs uncompiled, too.
         """
         if self._before is None:
+            self._guards.enter_context(uncompiled())
             self._before = State(self.module), Randomness(self.module)
         return self._before
 
     def restore(self) -> None:
         """Put back what was noted."""
-        for held in self._before or ():
-            held.restore()
+        with self._guards:
+            for held in self._before or ():
+                held.restore()
 
     def some(self, index: slice | Tensor) -> tuple[Tree, Tree]:
         """Inputs and targets of the samples in `index`."""
@@ -458,10 +460,12 @@ def asked(
     """
     module = module.to_torch() if isinstance(module, Network) else module
     refuse_by_kind(caller, module, per_sample=per_sample)
-    with gradients_on():
+    with torch.inference_mode(False), torch.enable_grad():
         one = Asked(caller, module, x, y, names)
         frozen = [p for p in one.parameters.values() if not p.requires_grad]
         try:
+            if not one.known:
+                one.note()
             for p in frozen:
                 p.requires_grad_(True)
             yield one
@@ -482,12 +486,16 @@ def without_advice() -> Iterator[None]:
 
 @contextmanager
 def gradients_on() -> Iterator[None]:
-    """Enable gradients, leave inference mode, and run compiled code uncompiled.
+    """Enable gradients, leave inference mode, and run compiled code uncompiled."""
+    with torch.inference_mode(False), torch.enable_grad(), uncompiled():
+        yield
 
-    Autograd cannot differentiate a compiled function twice.
-    """
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Run compiled code uncompiled, since autograd cannot differentiate it twice, and without torch's advice."""
     eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
-    with torch.inference_mode(False), torch.enable_grad(), eager, without_advice():
+    with eager, without_advice():
         yield
 
 

@@ -49,7 +49,8 @@ class Factors:
 
     def bias_gradient(self) -> Tensor:
         """Gradient of the bias, Σ_t g_t, (sample, output)."""
-        return self.gradients.sum(1).view(-1, self.weight_shape[0])
+        total = self.gradients[:, 0] if self.gradients.shape[1] == 1 else self.gradients.sum(1)
+        return total.reshape(-1, self.weight_shape[0])
 
     def squared_norms(self, *, weight: bool = True, bias: bool = True) -> Tensor:
         """Squared norm of each sample's gradient, (sample,), in at least float32.
