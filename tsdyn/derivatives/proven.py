@@ -127,10 +127,8 @@ class Proven:
 
     def of(self, part: slice) -> dict[str, Held] | None:
         """Gradients by layer of some samples; None if they are not proved."""
-        if self._first is not None and self._first[0] == part:
-            return self._first[1]
-        self._first = None
-        return self._tried(part)
+        first, self._first = self._first, None
+        return first[1] if first is not None and first[0] == part else self._tried(part)
 
     def _tried(self, part: slice) -> dict[str, Held] | None:
         try:
