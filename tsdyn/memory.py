@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 import resource
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
+
+#: Linux's MADV_POPULATE_WRITE.
+_POPULATE = 23
+#: Memory of more bytes than this is always new, page by page, where glibc gives it (M_MMAP_THRESHOLD's limit).
+_NEW = 32 << 20
 
 #: Results of up to this many bytes are made without asking, since asking takes 0.1 ms.
 ALWAYS = 16 << 20
@@ -149,3 +156,27 @@ def cache(folder: str = "/sys/devices/system/cpu/cpu0/cache") -> int:
         if kind != "Instruction" and "," not in cores and "-" not in cores and size.endswith("K"):
             sizes.append(int(size.removesuffix("K")) * 1024)
     return max(sizes, default=1 << 20)
+
+
+def touch(piece: Tensor) -> None:
+    """Have the pages of a piece of a large new tensor made at once, just before numbers are written to it.
+
+    One call for many pages takes four fifths of the time that their first touches take, one by one.  Where the system
+    has no such call, or refuses it, nothing is lost: pages are then made as they are touched.
+    """
+    advise = _advise()
+    if advise is None or piece.device.type != "cpu" or piece.untyped_storage().nbytes() <= _NEW:
+        return
+    page = resource.getpagesize()
+    first, last = -(-piece.data_ptr() // page) * page, (piece.data_ptr() + piece.nbytes) // page * page
+    if piece.is_contiguous() and last > first:
+        advise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _POPULATE)
+
+
+@functools.cache
+def _advise() -> Callable[..., int] | None:
+    """The system's madvise, on Linux."""
+    if not sys.platform.startswith("linux"):
+        return None
+    found: Callable[..., int] | None = getattr(ctypes.CDLL(None), "madvise", None)
+    return found

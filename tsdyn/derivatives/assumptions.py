@@ -14,7 +14,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cached_property
 from typing import Any, TypeAlias
 
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from tsdyn.derivatives import graph
 from tsdyn.derivatives.module_state import Randomness, State
 from tsdyn.networks.network import Network
 
@@ -102,13 +103,14 @@ class Asked:
         inputs, targets: Tensors, or tuples, lists and dicts of them, of `count` samples.
         parameters: The requested parameters by name; all that require a gradient if none are named.
         arguments: Function from inputs to (arguments, keywords) of the module.
+        known: Whether the module is built of torch's own parts (`graph.known`).
     """
 
     def __init__(self, caller: str, module: nn.Module, x: Tree, y: Tree, names: Iterable[str] | None) -> None:
         self.caller, self.module, self.name = caller, module, type(module).__name__
-        self._state = State(module)
-        self._randomness = Randomness(module)
-        self._drawn = False
+        self._before: tuple[State, Randomness] | None = None
+        self._guards = ExitStack()
+        self.known = graph.known(module)
         kept = next((p for p in module.parameters() if p.is_floating_point()), None)
         self.inputs, self.targets = (_tensors(caller, tree, kept) for tree in (x, y))
         self.arguments = _called(caller, module, self.inputs)
@@ -137,9 +139,26 @@ class Asked:
             found = p.dtype if found is None else torch.promote_types(found, p.dtype)
         return found or torch.get_default_dtype()
 
+    def note(self) -> tuple[State, Randomness]:
+        """The state of the module and of the random generators before anything of the user's own was called.
+
+        Torch's own parts change neither, so of a module that is known they are noted when the loss is first called.
+        From then on compiled code runs uncompiled, too.
+        """
+        if self._before is None:
+            self._guards.enter_context(uncompiled())
+            self._before = State(self.module), Randomness(self.module)
+        return self._before
+
+    def restore(self) -> None:
+        """Put back what was noted."""
+        with self._guards:
+            for held in self._before or ():
+                held.restore()
+
     def some(self, index: slice | Tensor) -> tuple[Tree, Tree]:
         """Inputs and targets of the samples in `index`."""
-        cut = [tree_map(lambda t: t[index] if _sliced(t) else t, tree) for tree in (self.inputs, self.targets)]
+        cut = [mapped(lambda t: t[index] if _sliced(t) else t, tree) for tree in (self.inputs, self.targets)]
         return cut[0], cut[1]
 
     def call(self, inputs: Tree) -> Tree:
@@ -156,6 +175,7 @@ class Asked:
 
     def value(self, loss: Loss, output: Tree, targets: Tree) -> Tensor:
         """The loss; raises ValueError unless it is a real scalar."""
+        self.note()
         found = loss(output, targets)
         if not isinstance(found, Tensor) or found.ndim:
             shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
@@ -225,20 +245,22 @@ class Asked:
 
     def refuse_unsteady(self, value: Callable[[], Tree]) -> Tree:
         """Compute `value` twice and return the first; raise if they differ, draw random numbers or change the state."""
+        self.note()
         first = value()
         self._refuse_moved(value)
         self._refuse_others(first, value())
         return first
 
     def _refuse_moved(self, value: Callable[[], Tree]) -> None:
-        moved = self._state.moved()
+        state, randomness = self.note()
+        moved = state.moved()
         if moved:
-            self._state.restore()
+            state.restore()
             raise ValueError(
                 f"{self.caller}: {moved} of {self.name} changes when the module is called, so derivatives would depend "
                 "on how often it was; it was put back; call module.eval(), or switch running statistics off"
             )
-        if self._randomness.moved() and self._randomness.drawn_by(value):
+        if randomness.moved() and randomness.drawn_by(value):
             raise ValueError(
                 f"{self.caller}: {self.name} draws random numbers in its forward pass, or its loss does, so there is "
                 "no one gradient; make it deterministic (module.eval())"
@@ -292,6 +314,8 @@ class Asked:
 
     def rows(self, output: Tree, alone: Tree, count: int) -> Tree:
         """A batch's output as (count, *shape), `shape` being that of one sample's output alone."""
+        if isinstance(output, Tensor) and isinstance(alone, Tensor):
+            return self._rows(output, alone, count)
         leaves, structure = tree_flatten(output)
         singles, structure_alone = tree_flatten(alone)
         if structure != structure_alone:
@@ -380,10 +404,13 @@ class Asked:
         return self.losses_of(loss, self.rows(self.call(inputs), alone, count), targets)
 
     def losses_of(self, loss: Loss, rows: Tree, targets: Tree) -> Tensor:
-        def one(output: Tree, target: Tree) -> Tensor:
-            return loss(output, tree_map(lambda t: t[None] if isinstance(t, Tensor) else t, target))
+        """Loss of every sample from the outputs of each, (sample, 1, ...); by vmap."""
+        self.note()
 
-        sliced = tree_map(lambda t: 0 if _sliced(t) else None, targets)
+        def one(output: Tree, target: Tree) -> Tensor:
+            return loss(output, mapped(lambda t: t[None] if isinstance(t, Tensor) else t, target))
+
+        sliced = mapped(lambda t: 0 if _sliced(t) else None, targets)
         found: Tensor = vmap(one, (0, sliced))(rows, targets)
         return found
 
@@ -433,18 +460,19 @@ def asked(
     """
     module = module.to_torch() if isinstance(module, Network) else module
     refuse_by_kind(caller, module, per_sample=per_sample)
-    with gradients_on():
+    with torch.inference_mode(False), torch.enable_grad():
         one = Asked(caller, module, x, y, names)
         frozen = [p for p in one.parameters.values() if not p.requires_grad]
         try:
+            if not one.known:
+                one.note()
             for p in frozen:
                 p.requires_grad_(True)
             yield one
         finally:
             for p in frozen:
                 p.requires_grad_(False)
-            one._state.restore()
-            one._randomness.restore()
+            one.restore()
 
 
 @contextmanager
@@ -458,12 +486,16 @@ def without_advice() -> Iterator[None]:
 
 @contextmanager
 def gradients_on() -> Iterator[None]:
-    """Enable gradients, leave inference mode, and run compiled code uncompiled.
+    """Enable gradients, leave inference mode, and run compiled code uncompiled."""
+    with torch.inference_mode(False), torch.enable_grad(), uncompiled():
+        yield
 
-    Autograd cannot differentiate a compiled function twice.
-    """
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Run compiled code uncompiled, since autograd cannot differentiate it twice, and without torch's advice."""
     eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
-    with torch.inference_mode(False), torch.enable_grad(), eager, without_advice():
+    with eager, without_advice():
         yield
 
 
@@ -519,6 +551,11 @@ def explained(caller: str, name: str, error: RuntimeError) -> Exception:
 # --- reading what is given -----------------------------------------------------------------------------------
 
 
+def mapped(function: Callable[[Any], Any], tree: Tree) -> Tree:
+    """As torch's ``tree_map``, which takes its time for a tree that is a single tensor or nothing."""
+    return function(tree) if isinstance(tree, Tensor) or tree is None else tree_map(function, tree)
+
+
 def _sliced(leaf: object) -> bool:
     return isinstance(leaf, Tensor) and leaf.ndim > 0
 
@@ -545,6 +582,8 @@ def _tensors(caller: str, tree: Tree, like: Tensor | None) -> Tree:
             return leaf.clone() if leaf.is_inference() else leaf.detach()
         return leaf
 
+    if isinstance(tree, Tensor) or tree is None:
+        return one(tree)
     numbers = [isinstance(leaf, (int, float, complex)) for leaf in tree_leaves(tree)]
     if isinstance(tree, (list, tuple)) and numbers and all(numbers):
         raise ValueError(f"{caller}: a {type(tree).__name__} of numbers; give a numpy array or a torch tensor")

@@ -34,6 +34,7 @@ from tsdyn.derivatives.assumptions import Asked, Loss, Tree, agree, asked, compa
 from tsdyn.derivatives.given import Parameters, as_tensor, flat, leaves_of, names_of, refuse_unreal
 from tsdyn.derivatives.layered import Layered, layered, proved
 from tsdyn.derivatives.module_state import Randomness
+from tsdyn.derivatives.straight import straight
 from tsdyn.memory import refuse_beyond
 from tsdyn.networks.network import Network
 
@@ -458,7 +459,7 @@ def _curved(
             def value() -> Tensor:
                 return of_outputs(one.call(one.inputs))
 
-            formulas = _proved(one, of_outputs, leaves, once="vector" in given)
+            formulas = _proved(one, given["loss"], leaves, once="vector" in given)
             if formulas is not None:
                 yield _Formulas(formulas), given
                 return
@@ -476,12 +477,18 @@ def _curved(
         yield _traced(caller, "the loss", leaves, lambda: _steady(caller, at), at), given
 
 
-def _proved(one: Asked, value: Callable[[Tensor], Tensor], leaves: Sequence[Tensor], *, once: bool) -> Layered | None:
+def _proved(one: Asked, loss: Loss, leaves: Sequence[Tensor], *, once: bool) -> Layered | None:
     """Formulas that need no comparison; for a single product, if `once`."""
-    if not comparable(leaves):
+    if not comparable(leaves) or not one.known:
         return None
+
+    def value(output: Tensor) -> tuple[Tensor, bool]:
+        if straight(loss, output, one.targets) is not None:
+            return loss(output, one.targets), True
+        return one.refuse_unsteady(lambda: one.value(loss, output, one.targets)), False
+
     try:
-        return proved(one.module, one.inputs, value, leaves, one.refuse_unsteady, once=once)
+        return proved(one.module, one.inputs, value, leaves, once=once)
     except (RuntimeError, TypeError, IndexError, NotImplementedError):
         return None  # plain autograd works, or raises its own error
 

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._device import DeviceContext
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 #: Modules whose forward pass is torch's own, deterministic, keeps its state, and treats samples one by one.
 KNOWN: dict[type[nn.Module], object] = {
@@ -24,27 +26,48 @@ KNOWN: dict[type[nn.Module], object] = {
         nn.ELU, nn.Identity, nn.Flatten, nn.LayerNorm, nn.GroupNorm, nn.AvgPool2d, nn.MaxPool2d,
     )
 }  # fmt: skip
+#: What these modules' forward passes call, by owner and name, as torch made it.
+_CALLED: list[tuple[object, str, object]] = [
+    (owner, name, getattr(owner, name))
+    for owner, names in (
+        (F, "linear conv2d relu leaky_relu softplus gelu silu elu layer_norm group_norm avg_pool2d max_pool2d"),
+        (torch, "relu tanh sigmoid layer_norm group_norm conv2d"),
+        (Tensor, "flatten"),
+        (nn.Conv2d, "_conv_forward"),
+        (nn.Module, "__call__ _call_impl _wrapped_call_impl"),
+    )
+    for name in names.split()
+    if hasattr(owner, name)
+]
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_CALL = nn.Module.__call__
 
 
 def known(module: nn.Module) -> bool:
     """Whether a module is built of torch's own parts (`KNOWN`) alone, as torch made them: no hook, nothing replaced.
 
-    Its samples then keep apart, whatever they are, and each part is called once where its parameters are not shared.
+    Nor may what these parts call be replaced, or torch be in a mode that computes something else.  Its samples then
+    keep apart, whatever they are, and each part is called once where its parameters are not shared.
     """
     everywhere = torch.nn.modules.module
     if any(getattr(everywhere, f"_global{name}") for name in _HOOKS):
         return False
+    if any(getattr(owner, name, None) is not as_made for owner, name, as_made in _CALLED):
+        return False
     for part in module.modules():
-        own = vars(part)
-        if KNOWN.get(type(part)) is not type(part).forward or "forward" in own or any(own[name] for name in _HOOKS):
+        kind, own = type(part), vars(part)
+        if KNOWN.get(kind) is not kind.forward or kind.__call__ is not _CALL:
             return False
-        if type(part) is nn.Conv2d and part.padding_mode != "zeros":
+        if "forward" in own or "_conv_forward" in own or any(own[name] for name in _HOOKS):
             return False
-        if type(part) is nn.Flatten and (part.start_dim, part.end_dim) != (1, -1):
+        if kind is nn.Conv2d and part.padding_mode != "zeros":
+            return False
+        if kind is nn.Flatten and (part.start_dim, part.end_dim) != (1, -1):
             return False
         if any(type(p) is not nn.Parameter or p._backward_hooks for p in own["_parameters"].values() if p is not None):
             return False
+    if _get_current_dispatch_mode() is not None:
+        return False
     modes = torch.overrides._get_current_function_mode_stack()
     # a default device is a mode, too, and changes none of these modules' functions
     return not torch.is_autocast_enabled("cpu") and all(isinstance(mode, DeviceContext) for mode in modes)

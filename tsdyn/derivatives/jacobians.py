@@ -17,7 +17,7 @@ from torch.func import jacrev, vmap
 from torch.utils._pytree import tree_map
 
 from tsdyn.arguments import FUNCTION, MODULE, takes
-from tsdyn.derivatives import graph, labels
+from tsdyn.derivatives import labels
 from tsdyn.derivatives.assumptions import MEMORY, Asked, Loss, Tree, agree_by_name, asked, comparable, log, sample_axis
 from tsdyn.derivatives.layered import fill_jacobians, plain_network
 from tsdyn.memory import refuse_beyond
@@ -97,7 +97,7 @@ def jacobian(
 def _by_formulas(one: Asked) -> dict[str, Tensor] | None:
     """Jacobians in the parameters of a fully connected network of torch's own parts, which need no comparison."""
     leaves = list(one.parameters.values())
-    if not (graph.known(one.module) and one.count and leaves):
+    if not (one.known and one.count and leaves):
         return None
     plain = plain_network(one.module, one.inputs, leaves, compare=False)
     if plain is None:

@@ -24,6 +24,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from tsdyn import memory
 from tsdyn.derivatives import graph
 from tsdyn.derivatives.assumptions import agree
 from tsdyn.engine.compiled_curvature import Passed, serves
@@ -31,6 +32,8 @@ from tsdyn.networks.network import Network
 
 #: Limit on the bytes of the samples whose matrices are formed together.
 _AT_ONCE = 64 << 20
+#: Bytes of new memory that are made and written together, so that they stay in the cache between.
+_AT_A_TOUCH = 1 << 20
 
 
 def layered(
@@ -59,23 +62,24 @@ def layered(
 def proved(
     module: nn.Module,
     inputs: object,
-    value: Callable[[Tensor], Tensor],
+    value: Callable[[Tensor], tuple[Tensor, bool]],
     leaves: Sequence[Tensor],
-    steady: Callable[[Callable[[], Tensor]], Tensor],
     *,
     once: bool,
 ) -> Layered | None:
     """As `layered`, but None unless autograd's graph proves the formulas, which then need no comparison.
 
-    The module must be built of torch's own parts (`graph.known`), and the loss depend on the outputs alone.  For more
-    than one product it must also have no second derivative in the outputs of two samples.
+    The loss must depend on the outputs alone.  For more than one product it must also have no second derivative in the
+    outputs of two samples.
 
     Args:
-        module, inputs, value, leaves: As `layered`.
-        steady: Computes a value twice, and raises ValueError if the two differ.
+        module: Built of torch's own parts (`graph.known`).
+        inputs, leaves: As `layered`.
+        value: Outputs, (sample, output) → J, and whether nothing but straight arithmetic of torch's made it of them
+            (`straight`); raises ValueError if it is not steady.
         once: Whether one product is all that is asked for; then the loss's own graph serves for its second derivative.
     """
-    found = plain_network(module, inputs, leaves, compare=False) if graph.known(module) else None
+    found = plain_network(module, inputs, leaves, compare=False)
     if found is None or not isinstance(inputs, Tensor):
         return None
     network, order = found
@@ -83,12 +87,12 @@ def proved(
         return None
     walk = walked(network, inputs.detach())
     free = walk.output.detach().requires_grad_(True)
-    total = steady(lambda: value(free))
-    if not total.requires_grad or graph.leaves_of([total]) != {id(free)}:
+    total, straight = value(free)
+    if not total.requires_grad or (not straight and graph.leaves_of([total]) != {id(free)}):
         return None
     (slope,) = torch.autograd.grad(total, free, create_graph=True)
     if once:
-        return Layered(network, inputs.detach(), walk, slope.detach(), _Bent(slope, free), order)
+        return Layered(network, inputs.detach(), walk, slope.detach(), _Bent(slope, free, straight), order)
     bend, apart = _bend(slope, free)
     if not apart:
         return None
@@ -137,9 +141,22 @@ def fill_jacobians(network: Network, x: Tensor, order: Sequence[tuple[int, bool]
             if at == layer and bias:
                 result.copy_(moved)
             elif at == layer:
-                torch.mul(moved.unsqueeze(3), below[layer][:, None, None, :], out=result)
+                _fill_outer(moved, below[layer], result)
         if layer:
             moved = (moved @ network.weights[layer]) * trace.gates[layer - 1].unsqueeze(1)
+
+
+def _fill_outer(moved: Tensor, f: Tensor, into: Tensor) -> None:
+    """Write t fᵀ of each sample, (sample, output, node, input_node), page by page if there are many."""
+    outputs, nodes, inputs = into.shape[1:]
+    step = max(1, _AT_A_TOUCH // max(1, nodes * inputs * into.element_size()))
+    if into.nbytes <= _AT_A_TOUCH or step >= outputs * len(into):
+        torch.mul(moved.unsqueeze(3), f[:, None, None, :], out=into)
+        return
+    for sample, part in itertools.product(range(len(into)), range(0, outputs, step)):
+        piece = into[sample, part : part + step]
+        memory.touch(piece)
+        torch.mul(moved[sample, part : part + step].unsqueeze(2), f[sample], out=piece)
 
 
 def _place(network: Network, leaf: Tensor) -> tuple[int, bool] | None:
@@ -174,17 +191,24 @@ def _bend(slope: Tensor, free: Tensor) -> tuple[Tensor, bool]:
 
 @dataclass(frozen=True)
 class _Bent:
-    """∂²J/∂f², held as the graph of ∂J/∂f in f, both (sample, output)."""
+    """∂²J/∂f², held as the graph of ∂J/∂f in f, both (sample, output).
+
+    Attributes:
+        straight: Whether that graph is of torch's own arithmetic alone, which is symmetric.
+    """
 
     slope: Tensor
     free: Tensor
+    straight: bool
 
     def along(self, moved: Tensor) -> Tensor:
-        """Its product with `moved`, which is compared with that of a random vector, uᵀ(H v) = vᵀ(H u).
+        """Its product with `moved`; unless it is straight, compared with that of a random vector, uᵀ(H v) = vᵀ(H u).
 
         Raises:
             ValueError: if they differ.
         """
+        if self.straight:
+            return self._product(moved)
         draw = torch.Generator(device="cpu").manual_seed(0)
         rows, columns = (
             torch.randn(n, generator=draw, dtype=moved.dtype, device="cpu").to(moved.device) for n in moved.shape

@@ -104,19 +104,28 @@ def per_sample_gradients(
         size = one.count * sum(p.nbytes for p in one.parameters.values())
         refuse_beyond(caller, size, one.device, "ask for fewer samples or names, or for per_sample_gradient_norms")
         ways = _Ways(one, loss, memory)
-        found = {n: p.new_empty(one.count, *p.shape, requires_grad=False) for n, p in one.parameters.items()}
+        found: dict[str, Tensor] = {}
+
+        def place(name: str) -> Tensor:  # made when it is first written to, of memory that factors have left
+            if name not in found:
+                p = one.parameters[name]
+                found[name] = p.new_empty(one.count, *p.shape, requires_grad=False)
+            return found[name]
+
         for part, factors, rest in ways.chunks():
-            for layer, factor in factors.items():
-                if joined(layer, "weight") in found:
-                    factor.weight(into=found[joined(layer, "weight")][part])
-                if joined(layer, "bias") in found:
-                    found[joined(layer, "bias")][part] = factor.bias_gradient()
+            while factors:
+                layer, factor = factors.popitem()
+                if joined(layer, "weight") in one.parameters:
+                    factor.weight(into=place(joined(layer, "weight"))[part])
+                if joined(layer, "bias") in one.parameters:
+                    place(joined(layer, "bias"))[part] = factor.bias_gradient()
+                del factor
             start = part.start
             for gradients in rest:
                 for name, gradient in gradients.items():
-                    found[name][start : start + len(gradient)] = gradient
+                    place(name)[start : start + len(gradient)] = gradient
                 start += len(next(iter(gradients.values())))
-        return found
+        return {name: found[name] for name in one.parameters}
 
 
 @takes(module=MODULE, loss=FUNCTION)
@@ -285,8 +294,8 @@ class _Ways:
         )
         return once, max(1, self._memory // max(1, 4 * numbers * self._one.dtype.itemsize))
 
-    def chunks(self) -> Iterator[tuple[slice, Mapping[str, Held], Iterator[dict[str, Tensor]]]]:
-        """Per chunk of samples: the factors by layer, and the gradients of the parameters that do not factor."""
+    def chunks(self) -> Iterator[tuple[slice, dict[str, Held], Iterator[dict[str, Tensor]]]]:
+        """Per chunk of samples: the factors by layer, to be taken out, and the gradients of all other parameters."""
         count = self._one.count
         for start in range(0, count, self._chunk):
             part = slice(start, min(start + self._chunk, count))
@@ -296,7 +305,7 @@ class _Ways:
 
     # --- layers that factor ----------------------------------------------------------------------------------
 
-    def factors(self, part: slice) -> Mapping[str, Held]:
+    def factors(self, part: slice) -> dict[str, Held]:
         """Factors by layer, as proved or of those that agree with plain autograd; the others are not tried again."""
         if self._proven is not None:
             held = self._proven.of(part)

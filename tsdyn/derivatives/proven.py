@@ -14,11 +14,12 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from tsdyn.derivatives import graph
-from tsdyn.derivatives.assumptions import Asked, Loss, Tree, agree_by_name, comparable
+from tsdyn.derivatives.assumptions import Asked, Loss, Tree, agree_by_name, comparable, mapped
 from tsdyn.derivatives.factors import Convolved, Factors, Held, Scaled
+from tsdyn.derivatives.straight import straight
 
 #: Layers whose gradients are formed of their input and the gradient at their output.
 _LAYERS = (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.GroupNorm)
@@ -86,7 +87,7 @@ class Proven:
 
     def __init__(self, one: Asked, loss: Loss, layers: dict[str, nn.Module]) -> None:
         self._one, self._loss, self._layers = one, loss, layers
-        self._known = graph.known(one.module)  # before hooks are set
+        self._known = one.known
         self._first: tuple[slice, dict[str, Held]] | None = None
         self._alone: Tree = None
         self.chunk = 1
@@ -94,19 +95,22 @@ class Proven:
     def begin(self, memory: int) -> bool:
         """Try the first part; False if it is not proved, and then nothing of it is used."""
         one = self._one
-        first, target = one.some(slice(0, 1))
         right = {}
-        if self._known:
-            with torch.no_grad():
-                self._alone, calls = walked(one, first, self._layers)
+        if self._connected():
+            numbers = sum(layer.weight.shape[0] + layer.weight.shape[1] for layer in self._layers.values())
         else:
-            self._alone, calls = called(one, first, self._layers)
-        if any(len(each) != 1 for each in calls.values()):
-            return False
-        if not self._known:
-            value = one.value(self._loss, self._alone, target)
-            right = {0: one.plain_again(self._loss, 0, (self._alone, value))}
-        numbers = sum(f.numel() + z.numel() for ((f, z),) in calls.values())
+            first, target = one.some(slice(0, 1))
+            if self._known:
+                with torch.no_grad():
+                    self._alone, calls = walked(one, first, self._layers)
+            else:
+                self._alone, calls = called(one, first, self._layers)
+            if any(len(each) != 1 for each in calls.values()):
+                return False
+            if not self._known:
+                value = one.value(self._loss, self._alone, target)
+                right = {0: one.plain_again(self._loss, 0, (self._alone, value))}
+            numbers = sum(f.numel() + z.numel() for ((f, z),) in calls.values())
         self.chunk = min(one.count, max(1, memory // max(1, 2 * numbers * one.dtype.itemsize)))
         part = slice(0, self.chunk)
         found = self._tried(part)
@@ -115,12 +119,16 @@ class Proven:
         self._first = part, found
         return self._known or self._agrees(found, right)
 
+    def _connected(self) -> bool:
+        """Whether the module is known, and of vectors only: one sample alone then tells nothing more of its shapes."""
+        vectors = isinstance(self._one.inputs, Tensor) and self._one.inputs.ndim == 2
+        kinds = {type(part) for _, part in graph.steps(self._one.module)} if self._known and vectors else {nn.Flatten}
+        return kinds.isdisjoint((nn.Flatten, nn.Conv2d, nn.LayerNorm, nn.GroupNorm, nn.AvgPool2d, nn.MaxPool2d))
+
     def of(self, part: slice) -> dict[str, Held] | None:
         """Gradients by layer of some samples; None if they are not proved."""
-        if self._first is not None and self._first[0] == part:
-            return self._first[1]
-        self._first = None
-        return self._tried(part)
+        first, self._first = self._first, None
+        return first[1] if first is not None and first[0] == part else self._tried(part)
 
     def _tried(self, part: slice) -> dict[str, Held] | None:
         try:
@@ -136,17 +144,9 @@ class Proven:
             inputs = given
             output, calls = walked(one, inputs, self._layers)
         else:
-            inputs = tree_map(lambda t: t.detach().requires_grad_(True), given)
+            inputs = mapped(lambda t: t.detach().requires_grad_(True), given)
             output, calls = called(one, inputs, self._layers)
-        rows = one.rows(output, self._alone, count)
-        free = tree_map(lambda t: t.detach().requires_grad_(True), rows)
-        losses = one.losses_of(self._loss, free, targets)
-        ends, starts = tree_leaves(rows), tree_leaves(free)
-        if losses.shape != (count,) or not losses.requires_grad:
-            return None
-        if not graph.leaves_of([losses]) <= {id(t) for t in starts}:
-            return None
-        proof = None if self._known else graph.rows_of(ends, tree_leaves(inputs), count)
+        proof = None if self._known else graph.rows_of(tree_leaves(output), tree_leaves(inputs), count)
         if proof is None and not self._known:
             return None
         outputs = []
@@ -154,11 +154,9 @@ class Proven:
             if len(calls[name]) != 1 or (proof is not None and not proof.of(layer, calls[name][0][1])):
                 return None
             outputs.append(calls[name][0][1])
-        slopes = [
-            torch.zeros_like(t) if s is None else s
-            for t, s in zip(starts, torch.autograd.grad(losses.sum(), starts, allow_unused=True), strict=True)
-        ]
-        gradients = torch.autograd.grad(ends, outputs, slopes)
+        gradients = self._descended(output, outputs, targets, count)
+        if gradients is None:
+            return None
         held = {}
         for (name, layer), g in zip(self._layers.items(), gradients, strict=True):
             found = _held(layer, calls[name][0][0], g, count)
@@ -166,6 +164,28 @@ class Proven:
                 return None
             held[name] = found
         return held
+
+    def _descended(self, output: Tree, at: list[Tensor], targets: Tree, count: int) -> tuple[Tensor, ...] | None:
+        """Gradients of the losses of `count` samples in some tensors that their output is made of."""
+        one = self._one
+        if self._known and isinstance(output, Tensor) and len(output) == count:
+            told = straight(self._loss, output, targets)
+            if told is not None and told.sums:  # it sees no parameter, and no two samples together
+                return torch.autograd.grad(self._loss(output, targets), at)
+        alone = output[:1].detach() if self._alone is None else self._alone
+        rows = one.rows(output, alone, count)
+        free = mapped(lambda t: t.detach().requires_grad_(True), rows)
+        losses = one.losses_of(self._loss, free, targets)
+        ends, starts = tree_leaves(rows), tree_leaves(free)
+        if losses.shape != (count,) or not losses.requires_grad or one.note()[1].moved():
+            return None
+        if not graph.leaves_of([losses]) <= {id(t) for t in starts}:
+            return None
+        slopes = [
+            torch.zeros_like(t) if s is None else s
+            for t, s in zip(starts, torch.autograd.grad(losses.sum(), starts, allow_unused=True), strict=True)
+        ]
+        return torch.autograd.grad(ends, at, slopes)
 
     def _agrees(self, held: dict[str, Held], right: dict[int, dict[str, Tensor]]) -> bool:
         """Whether some samples of the first part are what plain autograd gives for each alone."""
