@@ -22,6 +22,7 @@ from torch import Tensor
 
 from tsdyn.arguments import NUMBERS, takes
 from tsdyn.flow.stationary import LOSS, Loss, chunk_size, with_rows
+from tsdyn.networks.members_alone import combined
 
 _GAMMA = 0.25
 #: Coefficients of Rodas4(3): stage i starts from y + Σ_j A[i][j] k_j, with Σ_j C[i][j] k_j / h on its right-hand side;
@@ -232,7 +233,7 @@ def _step(loss: Loss, state: _State, index: Tensor, gradient: Tensor, times: Ten
     finite = torch.isfinite(error) & torch.isfinite(slope).all(-1)
     error = torch.where(finite, error, math.inf)
     taken = error <= 1
-    factor = (_SAFETY * error.clamp(min=1e-12) ** -0.25).clamp(_SHRINK, _GROW)
+    factor = (_SAFETY * error.clamp(min=1e-12).sqrt().rsqrt()).clamp(_SHRINK, _GROW)
     state.h[index] = h * factor
     state.steps[index] += 1
     state.rejected[index] += ~taken
@@ -256,9 +257,8 @@ def _stages(loss: Loss, y: Tensor, h: Tensor, gradient: Tensor) -> tuple[list[Te
     for a, c in zip(_A, _C, strict=True):
         right = -gradient
         if k:
-            point = y + torch.stack([w * stage for w, stage in zip(a, k, strict=True)]).sum(0)
-            mixed = torch.stack([w * stage for w, stage in zip(c, k, strict=True)]).sum(0)
-            right = mixed / h[:, None] - loss.gradient(point)
+            point = y + combined(a, k)
+            right = combined(c, k) / h[:, None] - loss.gradient(point)
         k.append(solve(right))
     return k, point + k[-1]
 
@@ -291,7 +291,7 @@ def _record(
     y, y1, t, h = step
     low = state.recorded[index]
     high = torch.searchsorted(times, t + h, right=True)
-    bends = [torch.stack([w * stage for w, stage in zip(d, k, strict=False)]).sum(0) for d in _D]
+    bends = [combined(d, k) for d in _D]
     for row, member in enumerate(index.tolist()):
         s = ((times[low[row] : high[row]] - t[row]) / h[row])[:, None]
         if len(s):
