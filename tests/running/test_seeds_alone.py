@@ -54,7 +54,7 @@ def parts(experiment):
 
 @pytest.mark.parametrize(
     "experiment",
-    [flow(1, 2, "erf", 3), flow(3, 7, "relu"), flow(3, 2, "tanh"),
+    [flow(1, 2, "erf", 3), flow(3, 7, "relu"), flow(3, 8, "erf"), flow(2, 2, "tanh"),
      online(30, 2, 2, "erf"), online(501, 5, 3, "erf", "both"), online(77, 3, 2, "relu")],
     ids=lambda e: f"{e.kind}-{e.student.activation}-{e.student.widths}",
 )  # fmt: skip
