@@ -56,7 +56,9 @@ def test_a_function_of_many_numbers_is_not_cut_for_the_threads():
 @given(st.integers(1, 5), st.integers(1, 11))
 def test_terms_are_added_in_order_everywhere(terms, size):
     weights = np.random.default_rng(5).standard_normal(6).tolist()
-    found = assert_alone(lambda *of: members_alone.combined(weights, of), *(drawn(MEMBERS, size, seed=i) for i in range(terms)))
+    found = assert_alone(
+        lambda *of: members_alone.combined(weights, of), *(drawn(MEMBERS, size, seed=i) for i in range(terms))
+    )
     expected = sum(w * drawn(MEMBERS, size, seed=i) for i, w in zip(range(terms), weights, strict=False))
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 

@@ -7,7 +7,7 @@ import tsdyn
 from tsdyn.running.kinds import members_of
 
 SEEDS = (0, 1, 2, 3, 4)
-CHOICES = [(0,), (3,), (4, 1), (3, 2, 0)]
+CHOICES = [(3,), (4, 1), (3, 2, 0)]
 
 
 def flow(nodes, k, activation, inputs=None):
@@ -17,7 +17,7 @@ def flow(nodes, k, activation, inputs=None):
         seeds=list(SEEDS),
         teacher={"widths": [inputs or k, k, 1], "init": "orthonormal"},
         student={"widths": [inputs or k, nodes, 1], "activation": activation},
-        flow={"times": {"first": 0.1, "last": 10.0, "number": 4}},
+        flow={"times": {"first": 0.1, "last": 3.0, "number": 3}},
     )
 
 
@@ -41,12 +41,14 @@ def parts(experiment):
     names = ("weight", "population_loss") if experiment.kind == "population-flow" else experiment.record.observables
     if experiment.kind == "online":
         names = tuple(n + e for n in ("Q", "R", "outgoing", "eg") for e in ("", "_equation"))
-    for step in range(experiment.last + 1):
+    for step in range(len(experiment.labels)):
         if step:
             members.advance(step)
-        if step < len(experiment.labels):
-            found |= {f"{name} {step}": value for name, value in members.measure(step, names).items()}
-    for kind in (members.constants, members.outcome, members.state):
+        found |= {f"{name} {step}": value for name, value in members.measure(step, names).items()}
+    ended = experiment.last < len(experiment.labels) or experiment.student_widths[1] == 1  # others take seconds to end
+    if ended and experiment.kind == "population-flow":
+        members.advance(experiment.last)
+    for kind in (members.constants, *((members.outcome,) if ended else ()), members.state):
         found |= {f"{name} {kind.__name__}": value for name, value in kind().items()}
     each = {f"{name} {i}": v for name, value in found.items() if isinstance(value, list) for i, v in enumerate(value)}
     return each | {name: value for name, value in found.items() if not isinstance(value, list)}
@@ -54,8 +56,8 @@ def parts(experiment):
 
 @pytest.mark.parametrize(
     "experiment",
-    [flow(1, 2, "erf", 3), flow(3, 7, "relu"), flow(3, 8, "erf"), flow(2, 2, "tanh"),
-     online(30, 2, 2, "erf"), online(501, 5, 3, "erf", "both"), online(77, 3, 2, "relu")],
+    [flow(1, 2, "erf", 3), flow(3, 2, "erf"), flow(5, 7, "relu"),
+     online(30, 2, 2, "erf"), online(501, 5, 3, "erf", "both")],
     ids=lambda e: f"{e.kind}-{e.student.activation}-{e.student.widths}",
 )  # fmt: skip
 def test_a_seed_has_the_bits_that_it_has_alone(experiment):

@@ -1,9 +1,9 @@
 """Operations on a batch of members that give each member the bits that it has alone, wherever it stands in the batch.
 
-torch's own do not: MKL's products round by the address at which a matrix begins, vectorised functions leave the last few
-elements of a batch to other code, and sums of stacked terms add up in another order there.  So a member that is computed
-later, or beside others, would differ from itself in the last bits.  Additions, products, quotients and roots of single
-numbers are rounded by the standard, and need nothing of this.
+torch's own do not: MKL's products round by the address at which a matrix begins, vectorised functions leave the last
+few elements of a batch to other code, and sums of stacked terms add up in another order there.  So a member that is
+computed later, or beside others, would differ from itself in the last bits.  Additions, products, quotients and roots
+of single numbers are rounded by the standard, and need nothing of this.
 """
 
 from __future__ import annotations
