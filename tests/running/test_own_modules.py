@@ -37,7 +37,6 @@ from tsdyn.experiment.parts import Record
 from tsdyn.problem import teachers
 from tsdyn.problem.inputs import batch_indices, training_inputs
 from tsdyn.running import own_modules, runner
-from tsdyn.running.members import Members
 
 
 def by_torch(module, of, batches):
@@ -102,19 +101,61 @@ def test_what_is_recorded_and_how_it_is_read(tmp_path, caplog):
         own_modules.named(ds.drop_vars("parameter"))
 
 
-def test_a_seed_parameter_is_filled_and_torchs_generator_stays(tmp_path):
-    seen = []
+def counted(folder, **changes):
+    """A function that makes a module and notes in a file for which seed, also on a worker."""
 
     def make(seed):
-        seen.append(seed)
+        with open(folder / "calls", "a", encoding="utf-8") as file:
+            file.write(f"{seed}\n")
         return nn.Linear(INPUTS, OUTPUTS)
 
+    return experiment(**{"training__steps_per_epoch": 2} | changes), make
+
+
+def calls(folder):
+    """Seeds since the last call, in order."""
+    file = folder / "calls"
+    found = [int(line) for line in file.read_text(encoding="utf-8").split()] if file.exists() else []
+    file.unlink(missing_ok=True)
+    return found
+
+
+def test_a_seed_parameter_is_filled_and_torchs_generator_stays(tmp_path):
+    asked, make = counted(tmp_path, seeds=[4, 7, 5])
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    Members(own_modules.described(experiment(seeds=[4, 7]), student=make), student=make).draw()
+    tsdyn.run(asked, tmp_path / "run", student=make)
     assert torch.equal(torch.rand(3), expected)
-    assert seen == [4, 7, 4, 7]  # looked at before, then drawn
+    assert calls(tmp_path) == [4, 7, 5]  # looked at before, and trained
+
+
+def test_a_module_is_made_once_per_seed(tmp_path, monkeypatch):
+    """In a run, one that is resumed, seeds that are added, and each point of a sweep; large modules, too."""
+    asked, make = counted(tmp_path, seeds=3)
+    first = tsdyn.run(asked, tmp_path / "run", student=make, teacher=Residual).load()
+    assert calls(tmp_path) == [0, 1, 2]
+    tsdyn.run(asked.replace({"training.epochs": 2}), tmp_path / "run", student=make, teacher=Residual)
+    assert calls(tmp_path) == [0, 1, 2]
+    tsdyn.run(asked.replace({"training.epochs": 2, "seeds": 5}), tmp_path / "run", student=make, teacher=Residual)
+    assert calls(tmp_path) == [0, 1, 2, 3, 4]
+    rates = {"sweep": {"training.learning_rate": [0.01, 0.02]}}
+    tsdyn.run(asked.replace(rates), tmp_path / "sweep", student=make)
+    assert calls(tmp_path) == [0, 1, 2] * 2
+    monkeypatch.setattr(own_modules, "_KEPT_BYTES", 0)
+    again = tsdyn.run(asked, tmp_path / "large", student=make, teacher=Residual).load()
+    assert calls(tmp_path) == [0, 2, 1]
+    for name in first.data_vars:
+        np.testing.assert_array_equal(again[name], first[name], err_msg=str(name))
+
+
+def test_a_worker_trains_the_modules_that_were_looked_at(tmp_path):
+    asked, make = counted(tmp_path, seeds=3)
+    here = tsdyn.run(asked, tmp_path / "here", student=make).load()
+    assert calls(tmp_path) == [0, 1, 2]
+    there = tsdyn.run(asked, tmp_path / "there", student=make, workers=1).load()
+    assert calls(tmp_path) == [0, 1, 2]
+    np.testing.assert_array_equal(there.parameter, here.parameter)
 
 
 def test_a_layer_by_itself_is_a_module_with_one_layer(tmp_path):

@@ -210,7 +210,7 @@ def run_announced(
     again: float = 0.0,
 ) -> None:
     """Run an experiment after saying what it will cost; `again`: seconds of measuring afterwards per second of it."""
-    from tsdyn.running import runner, sweep
+    from tsdyn.running import own_modules, runner, sweep
     from tsdyn.running.words import duration
     from tsdyn.running.workers import WorkersError
 
@@ -219,18 +219,19 @@ def run_announced(
     try:
         if scheduler is None:
             runner.check_device(device)
-        experiment = sweep.completed(experiment)
-        if quiet:
-            sweep.run(experiment, path, **shared)
-            return
-        sweep.preflight(experiment, path, workers=workers, scheduler=scheduler)
-        left = sweep.unfinished(experiment, path)
-        costs = sweep.estimate(left, device=device if scheduler is None else "cpu")
-        told = _announced(experiment, len(left), costs, workers or 1)
-        later = duration(again * sum(cost.seconds for cost in costs.values())) if again and costs else ""
-        print(f"{experiment.name} -> {path}: {told}{f', then {later} of measuring' if later else ''}", flush=True)
-        with _reporting(costs, experiment.layout.path) as (report, point):
-            sweep.run(experiment, path, **shared, progress=report, point=point)
+        with own_modules.keeping():
+            experiment = sweep.completed(experiment)
+            if quiet:
+                sweep.run(experiment, path, **shared)
+                return
+            sweep.preflight(experiment, path, workers=workers, scheduler=scheduler)
+            left = sweep.unfinished(experiment, path)
+            costs = sweep.estimate(left, device=device if scheduler is None else "cpu")
+            told = _announced(experiment, len(left), costs, workers or 1)
+            later = duration(again * sum(cost.seconds for cost in costs.values())) if again and costs else ""
+            print(f"{experiment.name} -> {path}: {told}{f', then {later} of measuring' if later else ''}", flush=True)
+            with _reporting(costs, experiment.layout.path) as (report, point):
+                sweep.run(experiment, path, **shared, progress=report, point=point)
     except (runner.DeviceError, WorkersError) as error:
         raise Unavailable(str(error)) from error
     except KeyboardInterrupt as error:  # caught here: typer would exit 130 for every signal, without a message

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from tsdyn.arguments import NUMBERS, takes
 from tsdyn.flow.stationary import LOSS, Loss, chunk_size, with_rows
+from tsdyn.networks.members_alone import combined
 
 _GAMMA = 0.25
 #: Coefficients of Rodas4(3): stage i starts from y + Σ_j A[i][j] k_j, with Σ_j C[i][j] k_j / h on its right-hand side;
@@ -232,7 +233,7 @@ def _step(loss: Loss, state: _State, index: Tensor, gradient: Tensor, times: Ten
     finite = torch.isfinite(error) & torch.isfinite(slope).all(-1)
     error = torch.where(finite, error, math.inf)
     taken = error <= 1
-    factor = (_SAFETY * error.clamp(min=1e-12) ** -0.25).clamp(_SHRINK, _GROW)
+    factor = (_SAFETY * error.clamp(min=1e-12).sqrt().rsqrt()).clamp(_SHRINK, _GROW)
     state.h[index] = h * factor
     state.steps[index] += 1
     state.rejected[index] += ~taken
@@ -256,9 +257,8 @@ def _stages(loss: Loss, y: Tensor, h: Tensor, gradient: Tensor) -> tuple[list[Te
     for a, c in zip(_A, _C, strict=True):
         right = -gradient
         if k:
-            point = y + torch.stack([w * stage for w, stage in zip(a, k, strict=True)]).sum(0)
-            mixed = torch.stack([w * stage for w, stage in zip(c, k, strict=True)]).sum(0)
-            right = mixed / h[:, None] - loss.gradient(point)
+            point = y + combined(a, k)
+            right = combined(c, k) / h[:, None] - loss.gradient(point)
         k.append(solve(right))
     return k, point + k[-1]
 
@@ -267,19 +267,26 @@ def _solver(matrix: Tensor) -> Callable[[Tensor], Tensor]:
     """Function that solves linear systems with H + I/(γh).
 
     By Cholesky's method, in a third of LU's time, if the matrix is positive definite, as it is for almost all step
-    sizes that the error estimate allows; otherwise by LU.
+    sizes that the error estimate allows; otherwise by LU.  Rows of the identity fill matrices up to a multiple of four
+    rows, so that all begin at a line of the cache: solutions round by where a matrix begins.
     """
+    order, room = matrix.shape[-1], -matrix.shape[-1] % 4
+    if room:
+        matrix = torch.nn.functional.pad(matrix, (0, room, 0, room))
+        matrix.diagonal(dim1=-2, dim2=-1)[..., order:] = 1
     lower, failed = torch.linalg.cholesky_ex(matrix)
     other = failed.nonzero()[:, 0]
     factors = torch.linalg.lu_factor_ex(matrix[other]) if len(other) else None
 
     def solve(right: Tensor) -> Tensor:
+        if room:
+            right = torch.nn.functional.pad(right, (0, room))
         # cholesky_solve copies the factor first
         half = torch.linalg.solve_triangular(lower, right[..., None], upper=False)
         found: Tensor = torch.linalg.solve_triangular(lower.mT, half, upper=True)[..., 0]
         if factors is not None:
             found[other] = torch.linalg.lu_solve(factors.LU, factors.pivots, right[other, :, None])[..., 0]
-        return found
+        return found[..., :order]
 
     return solve
 
@@ -291,7 +298,7 @@ def _record(
     y, y1, t, h = step
     low = state.recorded[index]
     high = torch.searchsorted(times, t + h, right=True)
-    bends = [torch.stack([w * stage for w, stage in zip(d, k, strict=False)]).sum(0) for d in _D]
+    bends = [combined(d, k) for d in _D]
     for row, member in enumerate(index.tolist()):
         s = ((times[low[row] : high[row]] - t[row]) / h[row])[:, None]
         if len(s):

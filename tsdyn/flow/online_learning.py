@@ -30,10 +30,12 @@ from tsdyn.flow.overlap_dynamics import Rates, checked_times
 from tsdyn.flow.overlap_matrices import Overlaps
 from tsdyn.networks import activations
 from tsdyn.networks.activations import Activation
+from tsdyn.networks.members_alone import product
 from tsdyn.networks.network import Network
 
-#: Approximate bytes of the pieces in which the inputs of a block of members are drawn.
-PIECE_BYTES = 1 << 23
+#: Approximate bytes of the pieces in which the inputs of each member are drawn, however many others there are: targets
+#: of a piece of another length are products of another shape, which round differently.
+PIECE_BYTES = 1 << 20
 
 
 def online(
@@ -161,7 +163,8 @@ class Simulation:
             mark_dead(self.ensemble, step)
             self._taken = step
         w, u = self.ensemble.weights
-        return w @ w.mT / self._inputs, w @ self._B.mT / self._inputs, u[:, 0] * self._scale
+        Q, R = (product(w, other.mT) / self._inputs for other in (w, self._B))
+        return Q, R, u[:, 0] * self._scale
 
     def state(self) -> dict[str, np.ndarray]:
         """Everything that the next step depends on, by name; generators as (seed, 6) numbers."""
@@ -221,15 +224,15 @@ def _stream(members: list[Member], sigma: Activation, rates: Rates, scale: float
 
     def stream(chosen: slice) -> Iterator[Batches]:
         block = members[chosen]
-        piece = max(1, PIECE_BYTES // (8 * len(block) * batch * inputs))
+        piece = max(1, PIECE_BYTES // (8 * batch * inputs))
         for done in range(0, steps, piece):
             count = min(piece, steps - done)
-            x = np.stack([m.x.standard_normal((count * batch, inputs)) for m in block])
-            fields = torch.from_numpy(x).div_(math.sqrt(inputs))
+            # each member's fields have memory of their own: products round by where it begins
+            fields = [torch.from_numpy(m.x.standard_normal((count * batch, inputs))) / math.sqrt(inputs) for m in block]
             y = torch.stack([sigma(field @ m.B.T) @ m.A for field, m in zip(fields, block, strict=True)])
             if rates.noise:
                 y += rates.noise * torch.from_numpy(np.stack([m.noise.standard_normal(y.shape[1]) for m in block]))
             rows = torch.arange(count * batch, device="cpu").view(1, count, batch).expand(len(block), -1, -1)
-            yield Batches(fields, y[..., None] / scale, rows, count)
+            yield Batches(torch.stack(fields), y[..., None] / scale, rows, count)
 
     return stream

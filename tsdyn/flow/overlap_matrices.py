@@ -25,6 +25,7 @@ from tsdyn.arguments import NETWORK, takes
 from tsdyn.gaussian import interaction
 from tsdyn.networks import node_pairs
 from tsdyn.networks.activations import Activation
+from tsdyn.networks.members_alone import product
 from tsdyn.networks.network import Network, require_plain
 from tsdyn.networks.node_pairs import FIELDS
 
@@ -171,7 +172,7 @@ def generalization_error(overlaps: Overlaps, sigma: Activation) -> Float[Tensor,
     own = C.diagonal(dim1=-2, dim2=-1)
     A, B, c = torch.broadcast_tensors(own[..., :, None], own[..., None, :], C)
     pairs = interaction.interaction_of(sigma)(A, B, c)
-    return (masses[..., None, :] @ pairs @ masses[..., :, None])[..., 0, 0] / 2
+    return product(product(masses[..., None, :], pairs), masses[..., :, None])[..., 0, 0] / 2
 
 
 def _stated(name: str) -> dict[str, str]:

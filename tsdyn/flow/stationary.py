@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from tsdyn.arguments import FUNCTION, NUMBERS, Kind, takes
+from tsdyn.networks.members_alone import product
 
 #: Number of roundings in one entry of a Hessian and in the eigenvalue solver: eigenvalues err by this many times the
 #: matrix's order, ε and its norm (Weyl), and those below that count as zero.
@@ -403,11 +404,12 @@ class _Newton:
         self.spectrum, self._axes = torch.linalg.eigh(loss.hessian(point))
         self._seen = _seen(loss, self.spectrum)
         inverse = torch.where(self._seen, 1 / self.spectrum, 0.0)
-        self.step = -(self._axes @ (inverse * (self._axes.mT @ gradient[..., None])[..., 0])[..., None])[..., 0]
+        along = inverse * product(self._axes.mT, gradient[..., None])[..., 0]
+        self.step = -product(self._axes, along[..., None])[..., 0]
 
     def certain(self, ahead: Tensor) -> Tensor:
         """Whether each eigenvalue changes by less than half between here and the Hessian at the step's end."""
-        there = (self._axes * (ahead @ self._axes)).sum(-2)
+        there = (self._axes * product(ahead, self._axes)).sum(-2)
         certain: Tensor = self._seen & ((there - self.spectrum).abs() < self.spectrum.abs() / 2)
         return certain
 

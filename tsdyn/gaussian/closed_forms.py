@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tsdyn.networks import members_alone
+
 Number: TypeAlias = Tensor | float
 
 #: Weights with sin θ below this count as parallel: relu's E[σ''σ''], infinite at 0, enters a Hessian times sin² θ, so
@@ -49,6 +51,11 @@ class Partials(NamedTuple):
     cc: Tensor
 
 
+def _angle(y: Tensor, x: Tensor) -> Tensor:
+    """Angle of the point (x, y)."""
+    return members_alone.elementwise(torch.atan2, y, x)
+
+
 def _determinant(A: Tensor, B: Tensor, c: Tensor, a: Number, b: Number) -> Tensor:
     """Determinant D = pq − c² with p = a + A, q = b + B, in a form that stays positive and accurate at large norms.
 
@@ -70,7 +77,7 @@ def _arcsine_partials(A: Tensor, B: Tensor, c: Tensor, a: Number, b: Number) -> 
     D = _determinant(A, B, c, a, b)
     root = D.rsqrt()
     cube = root / D
-    value = torch.atan2(c, D.sqrt())  # accurate near c = √(pq), where asin loses half of its digits
+    value = _angle(c, D.sqrt())  # accurate near c = √(pq), where asin loses half of its digits
     A = -c * root / (2 * p)
     AA = c * (3 * pq - 2 * c * c) * cube / (4 * p * p)
     return Partials(value, A, root, AA, -q * cube / 2, -p * cube / 2, c * cube)
@@ -91,7 +98,7 @@ class _ArcCosine(torch.autograd.Function):
         sine = ((1 - u) * (1 + u)).sqrt()
         if order == 2:
             return _inverse_sine(sine)
-        beyond = math.pi - torch.atan2(sine, u)
+        beyond = math.pi - _angle(sine, u)
         return beyond if order else sine + u * beyond
 
     @staticmethod
@@ -130,7 +137,7 @@ def _rectifier_partials(A: Tensor, B: Tensor, c: Tensor) -> Partials:
     u = (c / product).clamp(-1, 1)
     s = ((1 - u) * (1 + u)).sqrt()
     inverse = _inverse_sine(s)
-    slope = math.pi - torch.atan2(s, u)
+    slope = math.pi - _angle(s, u)
     A_safe, B_safe = r1 * r1, r2 * r2
     return Partials(
         product * (s + u * slope) / (2 * math.pi),
@@ -149,7 +156,7 @@ class Erf:
     homogeneous = False
 
     def __call__(self, A: Tensor, B: Tensor, c: Tensor) -> Tensor:
-        return torch.atan2(c, _determinant(A, B, c, 1.0, 1.0).sqrt()) * (2 / math.pi)
+        return _angle(c, _determinant(A, B, c, 1.0, 1.0).sqrt()) * (2 / math.pi)
 
     def partials(self, A: Tensor, B: Tensor, c: Tensor) -> Partials:
         return _scaled(_arcsine_partials(A, B, c, 1.0, 1.0), 2 / math.pi)
@@ -207,7 +214,7 @@ class Gelu:
         pq = (a + A) * (b + B)
         # the remainder (AB D + λ²λ'²c²)/(pq √D) − √D, since _rectified contains √D already
         rest = (c * c * (a * b / pq) - (a * B + b * A + a * b) / pq * D) / root
-        both = 0.25 + torch.atan2(c, root) / (2 * math.pi)
+        both = 0.25 + _angle(c, root) / (2 * math.pi)
         plain = c * both + (A * B + c * c * (a * b - A * B) / pq) / (2 * math.pi * root)
         return torch.where(A * B > _LARGE, (rest + _rectified(c, root)) / (2 * math.pi), plain)
 
@@ -250,7 +257,7 @@ def _rectified(c: Tensor, root: Tensor) -> Tensor:
     At c < 0, where these terms cancel, it is computed as |c| (t − atan t), t = √D/|c|.
     """
     size = torch.where(c < 0, -c, 1.0)
-    return torch.where(c < 0, size * _beyond_slope(root / size), root + c * (math.pi / 2 + torch.atan2(c, root)))
+    return torch.where(c < 0, size * _beyond_slope(root / size), root + c * (math.pi / 2 + _angle(c, root)))
 
 
 def _beyond_slope(t: Tensor) -> Tensor:
@@ -308,7 +315,7 @@ class LogisticMixture:
         A, B, c, a, b, pairs = self._mixed(A, B, c)
 
         def angle() -> Tensor:
-            return (torch.atan2(c, _determinant(A, B, c, a, b).sqrt()) * pairs).sum((-2, -1))
+            return (_angle(c, _determinant(A, B, c, a, b).sqrt()) * pairs).sum((-2, -1))
 
         match self.of:
             case "softplus":  # E relu(x + λZ)

@@ -20,6 +20,7 @@ from torch import Tensor
 from tsdyn.arguments import NETWORK, takes
 from tsdyn.gaussian import interaction
 from tsdyn.gaussian.interaction import Interaction
+from tsdyn.networks.members_alone import product
 from tsdyn.networks.network import Network, require_plain
 from tsdyn.problem.inputs import generator
 
@@ -104,22 +105,22 @@ class PopulationLoss:
         z = torch.cat([w, self._rows.to(w).expand(*lead, *self._rows.shape)], -2)
         masses = torch.cat([a, self._masses.to(w).expand(*lead, *self._masses.shape)], -2)
         A, B = w.square().sum(-1)[..., None], z.square().sum(-1)[..., None, :]
-        return w, a, z, masses, A, B, w @ z.mT
+        return w, a, z, masses, A, B, product(w, z.mT)
 
     def value(self, parameters: Parameters) -> Float[Tensor, "*member"]:
         """L of each row of parameters; also differentiable by autograd, with which tests compare `gradient`."""
         _w, a, _z, masses, A, B, c = self._signed(parameters)
         n = self.nodes
-        g = self.interaction(A, B, c) * (a @ masses.mT)
+        g = self.interaction(A, B, c) * product(a, masses.mT)
         return g[..., :n].sum((-2, -1)) + 2 * g[..., n:].sum((-2, -1)) + self.teacher_power
 
     def gradient(self, parameters: Parameters) -> Parameters:
         """Gradient ∂L/∂(w, a) in closed form."""
         w, a, z, masses, A, B, c = self._signed(parameters)
         g = self.interaction.partials(A, B, c)
-        pull = a @ masses.mT
-        by_w = 4 * (pull * g.A).sum(-1, keepdim=True) * w + 2 * (pull * g.c) @ z
-        by_a = 2 * g.value @ masses
+        pull = product(a, masses.mT)
+        by_w = 4 * (pull * g.A).sum(-1, keepdim=True) * w + 2 * product(pull * g.c, z)
+        by_a = 2 * product(g.value, masses)
         return torch.cat([by_w.flatten(-2), by_a.flatten(-2)], -1)
 
     def hessian(self, parameters: Parameters) -> Float[Tensor, "*member parameter parameter"]:
@@ -127,7 +128,7 @@ class PopulationLoss:
         w, a, z, masses, A, B, c = self._signed(parameters)
         lead, (n, d, outputs) = w.shape[:-2], (self.nodes, self.inputs, self.outputs)
         g = self.interaction.partials(A, B, c)
-        pull = a @ masses.mT
+        pull = product(a, masses.mT)
         found = w.new_empty(*lead, self.parameters, self.parameters)
         eye = torch.eye(d, dtype=w.dtype, device=w.device)
 
@@ -144,9 +145,9 @@ class PopulationLoss:
         blocks.diagonal(dim1=-3, dim2=-1).add_((own * g.c[..., :n])[..., None])
 
         # one node, against all rows z: 2 Σ aᵢ·m_z [2g_A I + 4g_AA wᵢwᵢᵀ + 2g_Ac (wᵢzᵀ + zwᵢᵀ) + g_cc zzᵀ]
-        both = w[..., :, None] * (4 * (pull * g.Ac) @ z)[..., None, :]
+        both = w[..., :, None] * product(4 * (pull * g.Ac), z)[..., None, :]
         weighted = z[..., None, :, :] * (2 * pull * g.cc)[..., None]
-        diagonal = both + both.mT + weighted.mT @ z[..., None, :, :]
+        diagonal = both + both.mT + product(weighted.mT, z[..., None, :, :])
         diagonal += (8 * (pull * g.AA).sum(-1))[..., None, None] * (w[..., :, None] * w[..., None, :])
         diagonal += (4 * (pull * g.A).sum(-1))[..., None, None] * eye
         blocks.diagonal(dim1=-4, dim2=-2).add_(diagonal.movedim(-3, -1))
@@ -154,8 +155,8 @@ class PopulationLoss:
         # incoming by outgoing: 2 a_ic (2g_A wᵢ + g_c wₖ), and on the diagonal 2 Σ m_zc (2g_A wᵢ + g_c z)
         mixed = 2 * (2 * g.A[..., None, :n] * w_i + g.c[..., None, :n] * w_k)
         cross = mixed[..., None] * a[..., :, None, None, :]  # (…, i, input, k, output)
-        force = 4 * w[..., :, None] * (g.A @ masses)[..., None, :]
-        force += 2 * z.mT[..., None, :, :] @ (g.c[..., :, None] * masses[..., None, :, :])
+        force = 4 * w[..., :, None] * product(g.A, masses)[..., None, :]
+        force += 2 * product(z.mT[..., None, :, :], g.c[..., :, None] * masses[..., None, :, :])
         cross.diagonal(dim1=-4, dim2=-2).add_(force.movedim(-3, -1))
         cross = cross.reshape(*lead, size, n * outputs)
         found[..., :size, size:] = cross

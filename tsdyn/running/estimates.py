@@ -291,11 +291,11 @@ def _footprint_online(experiment: Experiment) -> Footprint:
     """Weights of student and teacher; and the samples drawn at once, three times: drawn, stacked and in use."""
     inputs, nodes, _ = experiment.student_widths
     epoch, once = _records(experiment)
-    each = 8 * inputs * (3 * nodes + 2 * experiment.teacher_widths[1])
+    each = 8 * inputs * (3 * nodes + 2 * experiment.teacher_widths[1]) + 3 * PIECE_BYTES
     return Footprint(
         len(experiment.seed_labels),
         each,
-        3 * PIECE_BYTES,
+        0,
         epoch,
         epoch * len(experiment.labels) + once,
         _padded(experiment),

@@ -94,18 +94,20 @@ class FlowMembers:
         """The point at which each student ended, its kind and its class."""
         flow, loss = self.flow, self.loss
         final = flow.joined("y")
-        end = polish(loss, final)
+        # one by one: eigenvectors round by where in memory a Hessian begins
+        ends = [polish(loss, row) for row in final]
         # Newton steps are only taken from small gradients: from a singularity or a channel they would lead away
         arrived = torch.from_numpy(flow.reasons == "gradient")
-        at = torch.where(arrived[:, None], end.point, final)
+        at = torch.where(arrived[:, None], torch.cat([end.point for end in ends]), final)
         found = [classify(loss.network(row), loss.teacher) for row in at]
         reasons = _hyphened(flow.reasons)
-        kinds = np.where(arrived.numpy(), _hyphened(end.kind), reasons)
+        kinds = np.where(arrived.numpy(), _hyphened(np.concatenate([end.kind for end in ends])), reasons)
+        index = torch.cat([end.signature.negative for end in ends]).double()
         return {
             "end_weight": self._layers(at),
             "end_loss": loss.value(at).numpy(),
             "end_gradient_max": loss.gradient(at).abs().amax(-1).numpy(),
-            "end_index": torch.where(arrived, end.signature.negative.double(), math.nan).numpy(),
+            "end_index": torch.where(arrived, index, math.nan).numpy(),
             "end_kind": _codes(kinds, vocabulary.END_KINDS),
             "end_class": _codes([c.kind for c in found], vocabulary.END_CLASSES),
             "end_ground": _codes([c.ground for c in found], vocabulary.END_GROUNDS),

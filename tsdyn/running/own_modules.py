@@ -2,8 +2,8 @@
 
 The function is passed from Python, ``tsdyn.run(experiment, path, student=make_module)``, or an experiment file names
 it by its import path, ``student.module = "mylab.nets:Residual"``, and its keyword arguments, ``student.arguments``.  A
-run calls it once per seed, with torch's generator seeded from the seed's own stream, and once more for the first and
-the last seed, whose modules are looked at before anything is written; a parameter called ``seed`` is given the seed.
+run calls it once per seed, with torch's generator seeded from the seed's own stream; a parameter called ``seed`` is
+given the seed.  Modules are looked at before anything is written, and kept: these are the ones that train (`keeping`).
 The module maps (sample, input) to (sample, output).  It trains in the mode in which it was made and is measured in
 evaluation mode.
 
@@ -15,6 +15,8 @@ holds the name and shape of each, and `named` gives them back by name.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
 import hashlib
 import importlib
@@ -23,10 +25,11 @@ import itertools
 import json
 import logging
 import math
+import pickle
 import sys
 import typing
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, assert_never
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal, TypeAlias, assert_never
 
 import numpy as np
 import torch
@@ -47,6 +50,14 @@ from tsdyn.vocabulary import VARIABLES
 
 #: A function that makes the module of one seed.
 Maker = Callable[..., nn.Module]
+#: The random stream from which a module is seeded.
+Stream: TypeAlias = Literal["student", "teacher"]
+
+#: Modules that were looked at and no run has taken yet, by what decides them; None outside of `keeping`.
+_kept: contextvars.ContextVar[dict[str, nn.Module] | None] = contextvars.ContextVar("kept modules", default=None)
+#: If the modules of all seeds hold more bytes than this, only the first and the last seed's are made to be looked at,
+#: and none is sent to workers.
+_KEPT_BYTES = 1 << 24
 
 
 #: Variables of both networks' layers without a dimension that says so.
@@ -58,8 +69,73 @@ OBSERVABLES = ("loss", "mse", "parameter")
 _log = logging.getLogger("tsdyn")
 
 
-def made(make: Maker, experiment: Experiment, seed: int, stream: Literal["student", "teacher"]) -> nn.Module:
-    """The module of one seed, in the experiment's dtype; torch's global generator is left as it was.
+@contextlib.contextmanager
+def keeping(sent: bytes = b"") -> Iterator[None]:
+    """Keep the modules that are looked at inside the context until a run takes them, so that none is made twice.
+
+    Args:
+        sent: What `sent` gave in another process.
+    """
+    if _kept.get() is not None and not sent:  # an outer context has begun
+        yield
+        return
+    before = _kept.set(pickle.loads(sent) if sent else {})
+    try:
+        yield
+    finally:
+        _kept.reset(before)
+
+
+def sent() -> bytes:
+    """The modules that are kept, for `keeping` on a worker; empty if they cannot be sent or are large.
+
+    A worker then makes those of the seeds that were looked at anew.
+    """
+    import cloudpickle
+
+    kept = _kept.get() or {}
+    if sum(_bytes(module) for module in kept.values()) > _KEPT_BYTES:
+        return b""
+    try:
+        written: bytes = cloudpickle.dumps(kept)
+    except Exception:  # pickling runs the user's code, which raises errors of every type
+        return b""
+    return written
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in held_tensors(module).values())
+
+
+def made(make: Maker, experiment: Experiment, seed: int, stream: Stream) -> nn.Module:
+    """The module of one seed, in the experiment's dtype, for whoever asks to have it: one that is kept, or a new one.
+
+    Raises:
+        ExperimentError: if `make` gives no module, or one that cannot be trained.
+    """
+    kept = (_kept.get() or {}).pop(_key(make, experiment, seed, stream), None)
+    return _new(make, experiment, seed, stream) if kept is None else kept
+
+
+def _looked_at(make: Maker, experiment: Experiment, seed: int, stream: Stream) -> nn.Module:
+    """The module of one seed, to be looked at only; it is kept for `made` inside a context of `keeping`."""
+    kept = _kept.get()
+    if kept is None:
+        return _new(make, experiment, seed, stream)
+    key = _key(make, experiment, seed, stream)
+    if key not in kept:
+        kept[key] = _new(make, experiment, seed, stream)
+    return kept[key]
+
+
+def _key(make: Maker, experiment: Experiment, seed: int, stream: Stream) -> str:
+    """What decides a module: the same in every process."""
+    given = (make.args, sorted(make.keywords.items())) if isinstance(make, functools.partial) else ()
+    return repr((stream, _name(make), given, seed, experiment.dtype))
+
+
+def _new(make: Maker, experiment: Experiment, seed: int, stream: Stream) -> nn.Module:
+    """A new module of one seed, in the experiment's dtype; torch's global generator is left as it was.
 
     Raises:
         ExperimentError: if `make` gives no module, or one that cannot be trained.
@@ -180,8 +256,10 @@ def _module_name(path: str | None, make: Maker) -> str:
 
 def _keys(experiment: Experiment, who: Literal["student", "teacher"], make: Maker) -> dict[str, Any]:
     seeds = experiment.seed_labels
-    module = made(make, experiment, seeds[0], who)
-    _refuse_others(experiment, who, module, made(make, experiment, seeds[-1], who) if len(seeds) > 1 else module)
+    module = _looked_at(make, experiment, seeds[0], who)
+    few = _kept.get() is None or _bytes(module) * len(seeds) > _KEPT_BYTES
+    modules = {seed: _looked_at(make, experiment, seed, who) for seed in (seeds[-1:] if few else seeds[1:])}
+    _refuse_others(experiment, who, module, modules)
     part = getattr(experiment, who)
     found = {
         f"{who}.module": _module_name(part.module, make),
@@ -204,19 +282,21 @@ def _keys(experiment: Experiment, who: Literal["student", "teacher"], make: Make
     return found | {f"{who}.layers": list(names), f"{who}.shapes": shapes}
 
 
-def _refuse_others(experiment: Experiment, who: str, module: nn.Module, last: nn.Module) -> None:
-    """Refuse a module that is another one for another seed, or whose outputs cannot be learnt from.
+def _refuse_others(experiment: Experiment, who: str, module: nn.Module, others: Mapping[int, nn.Module]) -> None:
+    """Refuse a first seed's module that is another one for others, or whose outputs cannot be learnt from.
 
     Raises:
         ExperimentError: with the reason, before anything is written.
     """
-    mine, theirs = ({n: tuple(t.shape) for n, t in held_tensors(m).items()} for m in (module, last))
-    odd = [name for name in dict.fromkeys([*mine, *theirs]) if mine.get(name) != theirs.get(name)]
-    if odd:
-        raise ExperimentError(
-            f"{who}: seeds {experiment.seed_labels[0]} and {experiment.seed_labels[-1]} get modules that differ in "
-            f"{', '.join(odd[:5])}; the function must make modules with the same names and shapes for every seed"
-        )
+    mine = {name: tuple(tensor.shape) for name, tensor in held_tensors(module).items()}
+    for seed, other in others.items():
+        theirs = {name: tuple(tensor.shape) for name, tensor in held_tensors(other).items()}
+        odd = [name for name in dict.fromkeys([*mine, *theirs]) if mine.get(name) != theirs.get(name)]
+        if odd:
+            raise ExperimentError(
+                f"{who}: seeds {experiment.seed_labels[0]} and {seed} get modules that differ in "
+                f"{', '.join(odd[:5])}; the function must make modules with the same names and shapes for every seed"
+            )
     x, outputs = _few_inputs(experiment), experiment.teacher.widths[-1]
     try:
         with layers.evaluated(module), torch.no_grad():
@@ -272,7 +352,7 @@ def _refuse_unlike_layers(experiment: Experiment, student: Maker | None, teacher
     for who, make in (("student", student), ("teacher", teacher)):
         names = getattr(experiment, who).layers
         if make is not None and names is not None:
-            found[who] = made(make, experiment, seed, who), names  # type: ignore[arg-type]
+            found[who] = _looked_at(make, experiment, seed, who), names  # type: ignore[arg-type]
     if not found:
         return
     positions = {who: _positions(module, names, x) for who, (module, names) in found.items()}
@@ -451,7 +531,7 @@ def refuse_other_source(experiment: Experiment, who: Literal["student", "teacher
     part = getattr(experiment, who)
     if part.source is None:
         return
-    found = _source(make, made(make, experiment, experiment.seed_labels[0], who))
+    found = _source(make, _looked_at(make, experiment, experiment.seed_labels[0], who))
     if part.source != found:
         raise ExperimentError(
             f"{who}.module = {part.module!r}: its source has SHA-256 {found} here, and the experiment was begun with "

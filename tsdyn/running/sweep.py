@@ -29,7 +29,7 @@ from tsdyn.observables import registry
 from tsdyn.observables.registry import Observed, added
 from tsdyn.problem import images
 from tsdyn.problem.teachers import refuse_unsaid_activation
-from tsdyn.running import estimates, packages, runner
+from tsdyn.running import estimates, own_modules, packages, runner
 from tsdyn.running.interrupts import stopping
 from tsdyn.running.joint_training import group_points
 from tsdyn.running.outcome import HELD, SweepError, is_finished, reason_of, say_replaced_inputs
@@ -208,7 +208,7 @@ def run(
     )  # fmt: skip
     if means.distributed:
         refuse_unpicklable(student=student, teacher=teacher, **{f"observable {o.name!r}": o for o in observables})
-    with added(observables):
+    with added(observables), own_modules.keeping():
         own = completed(_asking(experiment, observables), student=student, teacher=teacher)
         if not packages.missing(own):
             registry.load(own)  # a package's observables are declared when they are loaded
@@ -251,7 +251,7 @@ class _Means:
 
     @property
     def passed(self) -> Passed:
-        return Passed(self.parts, self.student, self.teacher)
+        return Passed(self.parts, self.student, self.teacher, own_modules.sent())
 
     @property
     def distributed(self) -> bool:

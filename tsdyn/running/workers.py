@@ -19,7 +19,7 @@ from tsdyn.archive.whole_files import ArchiveError
 from tsdyn.experiment.experiment import Experiment
 from tsdyn.experiment.parts import MAX_EPOCHS
 from tsdyn.observables.registry import Observed
-from tsdyn.running import estimates, packages, runner
+from tsdyn.running import estimates, own_modules, packages, runner
 from tsdyn.running.interrupts import Stopped
 from tsdyn.running.outcome import is_finished, reason_of
 from tsdyn.running.own_modules import Maker
@@ -236,6 +236,7 @@ class Passed:
     parts: tuple[registers.Sent, ...] = ()
     student: Maker | None = None
     teacher: Maker | None = None
+    modules: bytes = b""  #: that were looked at already (`own_modules.sent`)
 
 
 def refuse_unpicklable(**passed: Any) -> None:
@@ -455,7 +456,7 @@ def _work(texts: Mapping[str, str], path: str, device: str, topic: str, passed: 
 
     paths = {name: Path(path) / name for name in texts}
     failed: Mapping[Path, Exception] = {}
-    with packages.known(passed.parts):
+    with packages.known(passed.parts), own_modules.keeping(passed.modules):
         experiments = {name: Experiment.from_toml_text(text) for name, text in texts.items()}
         if asked() is None:
             try:
