@@ -130,9 +130,11 @@ def test_a_segment_that_crashes_the_library_is_neither_gone_on_from_nor_joined(t
     request.getfixturevalue("crashing")
     with pytest.raises(ArchiveError, match=r"segments/epoch-0.*has no checksum beside it"):
         tsdyn.run(small(**FEW), path)
-    with run_directory.RunDirectory(path, small(**FEW)) as held:
-        with pytest.raises(ArchiveError, match=r"segments/epoch-0.*has no checksum beside it"):
-            held.consolidate({})
+    with (
+        run_directory.RunDirectory(path, small(**FEW)) as held,
+        pytest.raises(ArchiveError, match=r"segments/epoch-0.*has no checksum beside it"),
+    ):
+        held.consolidate({})
     assert len(list((path / "segments").glob("*.nc"))) == 3
 
 
