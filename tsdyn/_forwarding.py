@@ -93,7 +93,8 @@ MOVED: Mapping[str, Mapping[str, str]] = {
         "tsdyn.archive.headers": "Header INDEX OWN Source",
     },
     "integrity": {
-        "tsdyn.archive.integrity": "BLOCK_BYTES DAMAGED check repair",
+        "tsdyn.archive.integrity": "DAMAGED check repair",
+        "tsdyn.archive.netcdf": "BLOCK_BYTES",
     },
     "interaction": {
         "tsdyn.gaussian.closed_forms": "Number arc_cosine",

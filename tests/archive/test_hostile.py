@@ -20,7 +20,7 @@ from tests import processes
 from tests.cases import small
 from tests.test_cli import command  # noqa: F401
 from tsdyn import memory
-from tsdyn.archive import integrity, lock, reading, run_directory, whole_files
+from tsdyn.archive import integrity, lock, own_process, reading, run_directory, whole_files
 from tsdyn.archive.whole_files import ArchiveError, DirectoryError
 from tsdyn.experiment.errors import ExperimentError
 from tsdyn.experiment.experiment import Experiment
@@ -517,7 +517,7 @@ def test_nothing_is_kept_of_an_archive_of_another_experiment(tmp_path):
 def test_reading_a_damaged_file_apart_has_a_limit(copy, monkeypatch):
     """An endless loop is ended by the limit on processor time."""
     _flipped(copy / "archive.nc")
-    monkeypatch.setattr(integrity, "APART_SECONDS", 0.5)
+    monkeypatch.setattr(own_process, "SECONDS", 0.5)
     monkeypatch.setattr(integrity, "_contents", lambda *_: iter(int, 1))
     assert any("crashes the library" in line for line in integrity.check(copy))
 

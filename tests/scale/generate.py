@@ -10,7 +10,7 @@ import numpy as np
 
 from tests.cases import small
 from tsdyn import schema, vocabulary
-from tsdyn.archive import netcdf, sweep_directory
+from tsdyn.archive import hdf5, netcdf, sweep_directory
 from tsdyn.archive.run_directory import ARCHIVE, EXPERIMENT
 from tsdyn.experiment.experiment import Experiment
 
@@ -45,7 +45,7 @@ def _write(task: tuple[Path, str, int]) -> int:
     layout, names = experiment.layout, schema.expand(experiment.record.observables)
     size = netcdf.bytes_per_epoch(layout, names, experiment.dtype) * len(experiment.schedule)
     attrs = {"experiment": text, "name": experiment.name, "digest": experiment.digest, "schema_version": schema.VERSION}
-    with netcdf.guarded():
+    with hdf5.guarded():
         nc = netCDF4.Dataset("run", "w", format="NETCDF4", memory=size)
         netcdf.create(nc, layout, experiment.schedule, (*names, *experiment.constants), experiment.dtype, attrs)
         for layer in range(1, layout.depth + 1):

@@ -85,7 +85,7 @@ def write(
                 block = values[at]
                 if not np.isnan(block).all():
                     nc[name][at] = block
-        with netcdf.dataset(temporary, only=name) as nc:
+        with netcdf.dataset(temporary, only=name, upto=None) as nc:
             for layer in layers:
                 at = netcdf.index(variable, layout, slice(0, len(epochs)), layer)
                 if not np.array_equal(np.asarray(nc[name][at]), values[at], equal_nan=True):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from typing import Any
 import netCDF4
 import numpy as np
 from numpy.typing import NDArray
+from xarray.backends.locks import HDF5_LOCK, NETCDFC_LOCK, combine_locks
 
 _ID, _INT, _SIZE, _TEXT = ctypes.c_int64, ctypes.c_int, ctypes.c_size_t, ctypes.c_char_p
 _SIGNATURES: dict[str, tuple[Any, ...]] = {  # the result, then the arguments
@@ -45,6 +48,23 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {  # the result, then the arguments
 }
 _VIRTUAL, _INTEGER, _FLOATING = 3, 0, 1  # H5D_VIRTUAL, H5T_INTEGER, H5T_FLOAT
 _ALL, _FILE = 0x1F, 1  # H5F_OBJ_ALL, H5F_OBJ_FILE
+#: netCDF4 is not thread-safe: this is the lock that xarray reads under, and tsdyn takes the same.
+_LOCK = combine_locks([NETCDFC_LOCK, HDF5_LOCK])
+_inside = threading.local()
+
+
+@contextmanager
+def guarded() -> Iterator[None]:
+    """Hold the lock on the netCDF library inside the context; may be nested in one thread."""
+    if getattr(_inside, "held", False):
+        yield
+        return
+    with _LOCK:
+        _inside.held = True
+        try:
+            yield
+        finally:
+            _inside.held = False
 
 
 def linked(signatures: Mapping[str, tuple[Any, ...]]) -> Any:
@@ -98,7 +118,7 @@ def closed(file: int) -> bool:
 
 
 def handles() -> set[int]:
-    """The library's own handles on files that are open; to be called inside `netcdf.guarded`."""
+    """The library's own handles on files that are open; to be called inside `guarded`."""
     library = _library()
     found = np.empty(library.H5Fget_obj_count(_ALL, _FILE), np.int64)
     library.H5Fget_obj_ids(_ALL, _FILE, len(found), found.ctypes.data)
@@ -157,7 +177,7 @@ def lookup3(data: bytes) -> int:
 
 
 def read_all(path: Path, spans: Mapping[str, Sequence[slice]], dtypes: Mapping[str, np.dtype]) -> dict[str, NDArray]:
-    """Numbers of some variables as they are stored, in one visit of the file; to be called inside `netcdf.guarded`.
+    """Numbers of some variables as they are stored, in one visit of the file; to be called inside `guarded`.
 
     Opening a file by the netCDF library takes 7 ms, since it reads the header of every variable; this takes 0.2 ms.
     Left out are variables that are not such numbers, lie in another file or cannot be read: the netCDF library then
@@ -216,7 +236,7 @@ def _numbers(library: Any, file: int, name: str, spans: Sequence[slice], dtype: 
 
 
 def oddities(file: int, names: Iterable[str]) -> list[str]:
-    """Storage of these variables that must not be read, one phrase each; to be called inside `netcdf.guarded`.
+    """Storage of these variables that must not be read, one phrase each; to be called inside `guarded`.
 
     HDF5 can keep a variable's bytes in any file that the header names, so that opening a stranger's file could show
     the contents of other files of this machine.  Floating-point numbers of two bytes are taken for text by netCDF, and

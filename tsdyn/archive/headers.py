@@ -35,7 +35,6 @@ from tsdyn.archive.whole_files import (
     DirectoryError,
     Identity,
     identity,
-    refuse_changed,
     refuse_link,
     write_text,
 )
@@ -149,17 +148,16 @@ class Source(NamedTuple):
         return False
 
     @classmethod
-    def of(cls, path: Path, *, upto: float = -1.0) -> Source:
-        """The file at `path` with its header; a file of at most `upto` bytes is first compared with its checksum.
+    def of(cls, path: Path, *, upto: float = ALWAYS_VERIFIED) -> Source:
+        """The file at `path` with its header; it goes through `netcdf.refuse_unproven` first, with `upto`.
 
         Raises:
-            ArchiveError: if it is not a netCDF-4 file, declares more than its size warrants or differs from its
-                checksum.
+            ArchiveError: if it is not a netCDF-4 file, declares more than its size warrants, or is refused there.
         """
-        refuse_changed(path, upto=upto)
+        netcdf.refuse_unproven(path, upto=upto)
         netcdf.refuse_foreign(path)
         now = identity(path)
-        with netcdf.dataset(path) as nc:
+        with netcdf.dataset(path, upto=None) as nc:
             netcdf.refuse_oversized(path, nc)
             try:
                 return cls(path.absolute(), now, *_declared(path, nc))

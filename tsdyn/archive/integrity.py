@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import math
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -61,10 +60,6 @@ from tsdyn.experiment.sweep_axes import sweep_dimensions
 
 #: Where `repair` puts what is not whole; nothing is deleted.
 DAMAGED = "damaged"
-#: `check` and `repair` hold about this much of a variable in memory.
-BLOCK_BYTES = 1 << 26
-#: Processor time that the process which reads a damaged file may use: seconds, plus seconds per byte of the file.
-APART_SECONDS, APART_PER_BYTE = 2, 2e-7
 
 
 def check(path: str | Path) -> list[str]:
@@ -276,7 +271,7 @@ def _contents(path: Path, experiment: Experiment | Recording | None, *, unsealed
             if experiment is not None and unsealed and int(nc.schema_version) > 1:
                 yield _without_checksum(path)
             for name, array in nc.variables.items():
-                for index in _blocks(array):
+                for index in netcdf.blocks(array):
                     try:
                         array[index]
                     except (OSError, RuntimeError) as error:
@@ -303,7 +298,7 @@ def _apart(file: Path, work: Callable[[], Iterator[str]]) -> list[str] | None:
     On damaged bytes the netCDF library can crash its process or never return.
     """
     try:
-        return own_process.run(lambda: list(work()), seconds=APART_SECONDS + APART_PER_BYTE * file.stat().st_size)
+        return own_process.reading(file, lambda: list(work()))
     except Exception:  # of any type: damaged bytes can make the library raise whatever there is
         return None
 
@@ -322,21 +317,6 @@ def _is_of(attrs: Mapping[str, Any], experiment: Experiment | Recording) -> bool
     named = attrs.get("digest") in (theirs.digest, hashlib.sha256(whole.encode()).hexdigest())
     # where seeds were joined and it was cut short, the archive is ahead of the experiment file
     return named and (theirs == experiment or extends(experiment, theirs) or extends(theirs, experiment))
-
-
-def _blocks(array: netCDF4.Variable) -> Iterator[tuple[slice, ...]]:
-    """Indices that cover a variable in whole chunks, of about `BLOCK_BYTES` each."""
-    if not isinstance(array.dtype, np.dtype):  # text, of which there is little
-        yield tuple(slice(0, n) for n in array.shape)
-        return
-    stored = array.chunking()
-    step = list(stored) if isinstance(stored, list) else list(array.shape)
-    for axis in reversed(range(len(step))):
-        held = math.prod(step) * array.dtype.itemsize
-        step[axis] = min(array.shape[axis], step[axis] * max(1, BLOCK_BYTES // max(1, held)))
-    starts = (range(0, n, max(1, s)) for n, s in zip(array.shape, step, strict=True))
-    for corner in itertools.product(*starts):
-        yield tuple(slice(c, min(c + s, n)) for c, s, n in zip(corner, step, array.shape, strict=True))
 
 
 def _where(array: netCDF4.Variable, index: tuple[slice, ...]) -> str:
@@ -529,7 +509,7 @@ def _salvage(path: Path, experiment: Experiment | Recording, damaged: Path) -> I
                 }
                 netcdf.create(new, layout, epochs, variables, experiment.dtype, attrs, _swept(path, experiment))
                 for name in ("death_epoch", *variables):
-                    for index in _blocks(new[name]):
+                    for index in netcdf.blocks(new[name]):
                         try:
                             block = old[name][index]
                             if block.shape != tuple(part.stop - part.start for part in index):

@@ -12,7 +12,7 @@ import netCDF4
 import numpy as np
 
 from tsdyn import vocabulary
-from tsdyn.archive import netcdf, stored_numbers
+from tsdyn.archive import hdf5, netcdf, stored_numbers
 from tsdyn.archive.whole_files import ArchiveError
 from tsdyn.archive.wrong_numbers import WRONG_THROUGH, wrong_variables
 from tsdyn.schema import Layout
@@ -80,8 +80,8 @@ def recorded(
 
 @contextmanager
 def little_cached() -> Iterator[None]:
-    """Hold the netCDF lock (`netcdf.guarded`) with small chunk caches for files opened inside."""
-    with netcdf.guarded():
+    """Hold the netCDF lock (`hdf5.guarded`) with small chunk caches for files opened inside."""
+    with hdf5.guarded():
         before = netCDF4.get_chunk_cache()
         netCDF4.set_chunk_cache(_CACHE_BYTES)
         try:
@@ -135,7 +135,7 @@ def differing_records(
 
     One member is read at a time where a variable is large, so that this takes little memory.
     """
-    with little_cached(), netcdf.dataset(file) as nc:
+    with little_cached(), netcdf.dataset(file, upto=None) as nc:
         labels = nc[layout.path]
         if not np.array_equal(stored_numbers.all_of(labels), np.asarray(epochs, dtype=labels.dtype)):
             return layout.path

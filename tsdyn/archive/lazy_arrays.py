@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from tsdyn.archive import additions, netcdf, small_files
 from tsdyn.archive.headers import Source
 from tsdyn.archive.run_directory import ARCHIVE, RUN, SEGMENTS, segments
-from tsdyn.archive.whole_files import ArchiveError, Identity, identity, refuse_changed
+from tsdyn.archive.whole_files import ArchiveError, Identity, identity
 
 #: Positions along one dimension.
 Rows = slice | NDArray
@@ -143,10 +143,12 @@ def _stored(source: Source, name: str, rows: Sequence[Rows]) -> NDArray:
     chosen = [slice(None) if isinstance(r, slice) else r - span.start for r, span in zip(rows, spans, strict=True)]
     declared = source.header.variables[name]
     stored = None
+    if source.identity.seal is None:  # an index may have listed it without looking at it
+        netcdf.refuse_unproven(source.path)
     if spans and not declared.encoding:
         stored = small_files.read(source.path, source.identity, source.header.numbers, name, spans)
     if stored is None:
-        with netcdf.dataset(source.path, only=name) as nc:
+        with netcdf.dataset(source.path, only=name, upto=None) as nc:
             stored = np.asarray(nc[name][tuple(spans)])
     if declared.encoding:
         stored = netcdf.decoded(name, xr.Variable(declared.dims, stored, declared.encoding)).values
@@ -164,7 +166,7 @@ def _found_again(source: Source, name: str, rows: Sequence[Rows]) -> tuple[Sourc
         now = _source(path, identity(path))
         same = source.identity.seal is not None and now.identity.seal == source.identity.seal
         if same:
-            refuse_changed(path)
+            netcdf.refuse_unproven(path)
         if same or (source.own.get(RUN) is not None and now.own.get(RUN) == source.own[RUN]):
             with suppress(KeyError):
                 dims = now.header.variables[name].dims

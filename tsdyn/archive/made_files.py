@@ -88,7 +88,7 @@ def _made(content: Content, attrs: Mapping[str, Any], swept: Sequence[Swept]) ->
     It is a file of the library's that stays in memory: one of netCDF4's own (``memory=``) does not keep the order of
     its variables, and could not be opened for writing ever after.
     """
-    with netcdf.guarded():
+    with hdf5.guarded():
         before = hdf5.handles()
         nc = netCDF4.Dataset("in memory", "w", format="NETCDF4", diskless=True, persist=False)
         try:

@@ -4,24 +4,33 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import itertools
 import math
 import os
 import re
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import netCDF4
 import numpy as np
 import xarray as xr
-from xarray.backends.locks import HDF5_LOCK, NETCDFC_LOCK, combine_locks
 
 from tsdyn import vocabulary
-from tsdyn.archive import hdf5, stored_numbers
+from tsdyn.archive import hdf5, own_process, stored_numbers
 from tsdyn.archive.swept_values import Swept
-from tsdyn.archive.whole_files import ArchiveError, DirectoryError, readable, replacing
+from tsdyn.archive.whole_files import (
+    ALWAYS_VERIFIED,
+    ArchiveError,
+    DirectoryError,
+    readable,
+    refuse_changed,
+    replacing,
+    seal_of,
+    stamp,
+)
 from tsdyn.schema import Layout
 from tsdyn.schema import variable as variable_of
 from tsdyn.vocabulary import COORDINATES
@@ -37,9 +46,8 @@ _TILE = 16
 #: Group of a file that holds all that training goes on from after the file's last epoch.
 STATE = "state"
 _STATE_AT = re.compile(rf"{STATE}_after_epoch_(\d{{6,}})")
-#: netCDF4 is not thread-safe: this is the lock that xarray reads under, and tsdyn takes the same.
-_LOCK = combine_locks([NETCDFC_LOCK, HDF5_LOCK])
-_inside = threading.local()
+#: `blocks` holds about this much of a variable in memory.
+BLOCK_BYTES = 1 << 26
 
 State = Mapping[str, np.ndarray]
 #: Files are read, or written from their beginning; none is changed in its place.
@@ -47,20 +55,6 @@ Mode: TypeAlias = Literal["r", "w"]
 #: Variable → one array (seed, epoch), or one array per layer from the lowest up, (seed, epoch, node...); constants
 #: have no epoch.
 Records = Mapping[str, np.ndarray | list[np.ndarray]]
-
-
-@contextmanager
-def guarded() -> Iterator[None]:
-    """Hold the lock on the netCDF library inside the context; may be nested in one thread."""
-    if getattr(_inside, "held", False):
-        yield
-        return
-    with _LOCK:
-        _inside.held = True
-        try:
-            yield
-        finally:
-            _inside.held = False
 
 
 def _opened(path: str | Path, mode: Mode) -> netCDF4.Dataset:
@@ -76,21 +70,28 @@ def _opened(path: str | Path, mode: Mode) -> netCDF4.Dataset:
 
 
 @contextmanager
-def dataset(path: Path, mode: Mode = "r", *, only: str | None = None) -> Iterator[netCDF4.Dataset]:
-    """An open file, under the lock of `guarded`; values are as stored, nothing is masked or scaled.
+def dataset(
+    path: Path, mode: Mode = "r", *, only: str | None = None, upto: float | None = ALWAYS_VERIFIED
+) -> Iterator[netCDF4.Dataset]:
+    """An open file, under the lock of `hdf5.guarded`; values are as stored, nothing is masked or scaled.
 
     Args:
         path: The file.
         mode: As in ``netCDF4.Dataset``.
         only: The one variable that will be read; None for any.
+        upto: A file that is read goes through `refuse_unproven` with this first; None if it just did, or if this
+            process has just written it.
 
     Raises:
+        ArchiveError: if it is refused there.
         DirectoryError: if it exists and cannot be read, or what will be read is stored in other files or in number
             types that crash the library.
         FileNotFoundError: if there is none, or it was moved, removed or replaced while it was opened, which takes
             several looks at its name.
     """
-    with guarded():
+    if mode == "r" and upto is not None:
+        refuse_unproven(path, upto=upto)
+    with hdf5.guarded():
         before = _at(path)
         try:
             nc = _opened(path, mode)
@@ -116,6 +117,74 @@ def dataset(path: Path, mode: Mode = "r", *, only: str | None = None) -> Iterato
                 _flush(nc, path)
         finally:
             _close(nc, file, path)
+
+
+def refuse_unproven(path: Path, *, upto: float = math.inf) -> None:
+    """Refuse a file that could be damaged where the library crashes or never returns; a process of its own reads any.
+
+    That is a file of at most `upto` bytes that differs from its checksum, and one without a checksum of which a process
+    of its own could not read all, which is tried once while the file is unchanged.
+
+    Raises:
+        ArchiveError: naming the file and the way out.
+        FileNotFoundError: as `refuse_changed`.
+    """
+    if own_process.within():
+        return
+    refuse_changed(path, upto=upto)
+    with readable(path):
+        now = stamp(path)
+    if now.sealed is None and (why := _unreadable(path.absolute(), now)) is not None:
+        raise ArchiveError(
+            f"{path}: has no checksum beside it ({seal_of(path).name}) and was not opened: the process in which it was "
+            f"read first {why}; put a whole copy in its place, or the checksum of one, or let `tsdyn repair` keep what "
+            "can be read of its run"
+        )
+
+
+@lru_cache(maxsize=1 << 14)
+def _unreadable(path: Path, _: object) -> str | None:
+    """How the process ended that read all of a file; None if it came to its end."""
+    try:
+        own_process.reading(path, lambda: _read_all(path))
+    except own_process.Crashed as error:
+        if error.how == "SIGXCPU":
+            return "did not come to an end in the seconds of a processor that such a file warrants"
+        return f"crashed ({error.how})"
+    except MemoryError:
+        return "needed more memory than such a file warrants"
+    return None
+
+
+def _read_all(path: Path) -> None:
+    """Read all that a file holds; what cannot be read, or must not, is passed by, since reading it says so."""
+    said = (OSError, RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError)
+    with suppress(*said):
+        refuse_foreign(path)
+        with dataset(path) as nc:
+            refuse_oversized(path, nc)
+            for holder in (nc, *nc.groups.values()):
+                attributes(holder)
+                for array in holder.variables.values():
+                    with suppress(*said):
+                        attributes(array)
+                    for index in blocks(array):
+                        with suppress(*said):
+                            array[index]
+
+
+def blocks(array: netCDF4.Variable) -> Iterator[tuple[slice, ...]]:
+    """Indices that cover a variable in whole chunks, of about `BLOCK_BYTES` each."""
+    if not isinstance(array.dtype, np.dtype):  # text, of which there is little
+        yield tuple(slice(0, n) for n in array.shape)
+        return
+    step = stored_chunk(array)
+    for axis in reversed(range(len(step))):
+        held = math.prod(step) * array.dtype.itemsize
+        step[axis] = min(array.shape[axis], step[axis] * max(1, BLOCK_BYTES // max(1, held)))
+    starts = (range(0, n, max(1, s)) for n, s in zip(array.shape, step, strict=True))
+    for corner in itertools.product(*starts):
+        yield tuple(slice(c, min(c + s, n)) for c, s, n in zip(corner, step, array.shape, strict=True))
 
 
 def _at(path: Path) -> tuple[int, int, int] | None:

@@ -13,7 +13,7 @@ from tsdyn.archive.lock import NAME as LOCK
 from tsdyn.archive.recordings import FILE, Recording, differences
 from tsdyn.archive.run_directory import ARCHIVE, SEGMENTS, RunDirectory, segment_path
 from tsdyn.archive.swept_values import Swept
-from tsdyn.archive.whole_files import DirectoryError, make_directory, refuse_changed, refuse_link, write_text
+from tsdyn.archive.whole_files import DirectoryError, make_directory, refuse_link, write_text
 from tsdyn.experiment.sweep_axes import sweep_dimensions
 
 
@@ -43,7 +43,7 @@ class RecordingDirectory(RunDirectory[Recording]):
     def _extend(self) -> None:
         """Make a finished archive the first segment again, so that the recording can go on."""
         if self.finished:
-            refuse_changed(self.path / ARCHIVE)
+            netcdf.refuse_unproven(self.path / ARCHIVE)
             with netcdf.dataset(self.path / ARCHIVE, only="epoch") as nc:
                 last = int(nc["epoch"][-1])
             self._archive_as_segment(segment_path(self.path, 0, last))

@@ -26,7 +26,6 @@ from tsdyn.archive.whole_files import (
     DirectoryError,
     local_path,
     make_directory,
-    refuse_changed,
     refuse_link,
     refused,
     remove_sealed,
@@ -347,7 +346,7 @@ class RunDirectory(Generic[D]):
                 seal.unlink()
         if self.finished and (self.path / SEGMENTS).is_dir():
             if any((self.path / SEGMENTS).iterdir()):
-                refuse_changed(self.path / ARCHIVE)
+                netcdf.refuse_unproven(self.path / ARCHIVE)
             self._drop_segments()
         self._extend()
 
@@ -361,7 +360,7 @@ class RunDirectory(Generic[D]):
 
     def _archived(self) -> Experiment:
         """The experiment that the archive itself names: experiment.toml can be behind it, or of another run."""
-        refuse_changed(self.path / ARCHIVE)
+        netcdf.refuse_unproven(self.path / ARCHIVE)
         with netcdf.dataset(self.path / ARCHIVE, only=self.layout.path) as nc:
             return self._gone_on_from(self.path / ARCHIVE, netcdf.attributes(nc))
 
@@ -473,7 +472,7 @@ class RunDirectory(Generic[D]):
             ArchiveError: if that segment is damaged.
         """
         newest = segments(self.path)[-1]
-        refuse_changed(newest.path)
+        netcdf.refuse_unproven(newest.path)
         try:
             with netcdf.dataset(newest.path) as nc:
                 attrs = netcdf.attributes(nc)
@@ -496,7 +495,7 @@ class RunDirectory(Generic[D]):
         self._lock.confirm()
         files = [segment.path for segment in segments(self.path)]
         for file in files:
-            refuse_changed(file)
+            netcdf.refuse_unproven(file)
         parts, epochs = joining.recorded(files, self.experiment.labels, self.layout.path)
         attrs = {**attrs, **self._own_attrs(), **self._history(parts, epochs)}
         with replacing(self.path / ARCHIVE, self.bytes_per_epoch * len(epochs), seal=True) as temporary:
@@ -546,8 +545,8 @@ class RunDirectory(Generic[D]):
         """
         self._lock.confirm()
         kept = segment_path(self.path, 0, self._own.last)
-        refuse_changed(self.path / ARCHIVE)
-        refuse_changed(other.path / ARCHIVE)
+        netcdf.refuse_unproven(self.path / ARCHIVE)
+        netcdf.refuse_unproven(other.path / ARCHIVE)
         self._archive_as_segment(kept)
         sides = [beside.Side.of(file, run.layout) for file, run in ((kept, self), (other.path / ARCHIVE, other))]
         variables, dtype = whole.recorded(), whole.dtype

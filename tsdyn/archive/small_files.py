@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from tsdyn.archive import hdf5, netcdf, whole_files
+from tsdyn.archive import hdf5, whole_files
 from tsdyn.archive.whole_files import Identity
 
 #: So many different variables are read one by one, since reading all of a file's takes ten times as long as one.
@@ -63,7 +63,7 @@ def read(path: Path, identity: Identity, shapes: Shapes, name: str, spans: Seque
     """
     _, dtype = shapes[name]
     key = path, identity
-    with netcdf.guarded():
+    with hdf5.guarded():
         kept = _kept.get(key)
         asked = _asked.get(key, set()) | {name}
         if kept is None and len(asked) > FEW and _room_for(shapes):

@@ -1,7 +1,7 @@
 """Numbers into and out of variables of an open netCDF file, by the netCDF library's own calls.  Imports no torch.
 
 Indexing a ``netCDF4.Variable`` takes a tenth of a millisecond of Python each time, which is most of the time that a
-small file takes.  To be called inside `netcdf.guarded`, on files opened by this process.
+small file takes.  To be called inside `hdf5.guarded`, on files opened by this process.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ def read(file: Path) -> xr.Dataset:
     with netcdf.dataset(file) as nc:
         netcdf.refuse_oversized(file, nc)
     try:
-        return xr.load_dataset(file, engine="netcdf4")  # under the lock that `netcdf.guarded` holds
+        return xr.load_dataset(file, engine="netcdf4")  # under the lock that `hdf5.guarded` holds
     except (OSError, RuntimeError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise DirectoryError(f"{file}: cannot be read: {error}") from error
 

@@ -280,16 +280,28 @@ def identity(path: Path) -> Identity:
     return Identity(status.st_ino, status.st_size, status.st_mtime_ns, seal)
 
 
+class Stamp(NamedTuple):
+    """Inode, size and time of a file, and the time of its checksum if it has one."""
+
+    inode: int
+    size: int
+    modified: int
+    sealed: int | None
+
+
 def refuse_changed(path: Path, *, upto: float = math.inf) -> None:
     """Refuse a file of at most `upto` bytes that differs from its checksum; the result is cached while it is unchanged.
+
+    What may have no checksum is for `netcdf.refuse_unproven`, which calls this.
 
     Raises:
         ArchiveError: naming the file and the way out.
         FileNotFoundError: if there is none, or its writer replaced it, or its checksum, while they were compared.
     """
-    stamp = _stamp(path)
-    if len(stamp) == 4 and stamp[1] <= upto and not _as_sealed(path.absolute(), stamp):
-        if _stamp(path) != stamp:
+    with readable(path):
+        before = stamp(path)
+    if before.sealed is not None and before.size <= upto and not _as_sealed(path.absolute(), before):
+        if stamp(path) != before:
             raise FileNotFoundError(errno.ENOENT, "was replaced while it was compared with its checksum", str(path))
         raise ArchiveError(
             f"{path}: was changed or is damaged: its checksum differs from the one in {seal_of(path).name}; "
@@ -297,17 +309,16 @@ def refuse_changed(path: Path, *, upto: float = math.inf) -> None:
         )
 
 
-def _stamp(path: Path) -> tuple[int, ...]:
-    """Inode, size and time of a file, then the time of its checksum if it has one."""
-    status = path.stat()
-    own = status.st_ino, status.st_size, status.st_mtime_ns
+def stamp(path: Path) -> Stamp:
+    """The stamp of the file that is there now; raises the system's own errors."""
+    status, sealed_at = path.stat(), None
     with suppress(FileNotFoundError):
-        return (*own, seal_of(path).stat().st_mtime_ns)
-    return own
+        sealed_at = seal_of(path).stat().st_mtime_ns
+    return Stamp(status.st_ino, status.st_size, status.st_mtime_ns, sealed_at)
 
 
 @lru_cache(maxsize=1 << 14)
-def _as_sealed(path: Path, stamp: tuple[int, ...]) -> bool:
+def _as_sealed(path: Path, _: Stamp) -> bool:
     return sealed(path) is not False
 
 

@@ -440,7 +440,7 @@ def _netcdf(path: Path) -> dict[str, np.ndarray]:
     _refuse_crashing(path)
     found = {}
     try:
-        with netcdf.dataset(path) as nc:
+        with netcdf.dataset(path, upto=None) as nc:
             for name, variable in nc.variables.items():
                 found[name] = _decoded(name, variable) if name in ("inputs", "labels") else np.empty(0)
     except ArchiveError as error:

@@ -7,24 +7,21 @@ finished the run stays what it was; the joined archive appears in one rename.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
 from tsdyn.archive import changes, machines, netcdf
 from tsdyn.archive.lock import NAME as LOCK
 from tsdyn.archive.run_directory import ADDED, ARCHIVE, EXPERIMENT, RunDirectory, extends, segments
-from tsdyn.archive.whole_files import (
-    ALWAYS_VERIFIED,
-    ArchiveError,
-    DirectoryError,
-    refuse_changed,
-    refuse_link,
-    sync_directory,
-)
+from tsdyn.archive.whole_files import ArchiveError, DirectoryError, refuse_link, sync_directory
 from tsdyn.experiment.errors import ExperimentError
 from tsdyn.experiment.experiment import Experiment
 from tsdyn.problem import input_files
 from tsdyn.running.conventions import attributes
+
+#: How often an archive that another command is moving is looked at.
+_LOOKS = 5
 
 
 def parts_of(path: Path, experiment: Experiment) -> tuple[dict[Path, Experiment], dict[Path, Experiment]]:
@@ -62,14 +59,17 @@ def parts_of(path: Path, experiment: Experiment) -> tuple[dict[Path, Experiment]
 
 def _there(path: Path) -> Experiment | None:
     """The experiment of a directory: of its archive if it is finished, since the experiment file may be behind it."""
-    try:
-        if (path / ARCHIVE).is_file() and not (path / ARCHIVE).is_symlink():
-            refuse_changed(path / ARCHIVE, upto=ALWAYS_VERIFIED)
-            with netcdf.dataset(path / ARCHIVE) as nc:
-                return Experiment.from_toml_text(str(netcdf.attributes(nc).get("experiment")), archived=True)
-        return Experiment.from_toml(path / EXPERIMENT, archived=True)
-    except (ExperimentError, ArchiveError, OSError):  # RunDirectory says what is wrong
-        return None
+    for _ in range(_LOOKS):
+        try:
+            if (path / ARCHIVE).is_file() and not (path / ARCHIVE).is_symlink():
+                with netcdf.dataset(path / ARCHIVE) as nc:
+                    return Experiment.from_toml_text(str(netcdf.attributes(nc).get("experiment")), archived=True)
+            return Experiment.from_toml(path / EXPERIMENT, archived=True)
+        except FileNotFoundError:  # another command has just moved it: it is looked at again
+            continue
+        except (ExperimentError, ArchiveError, OSError):  # RunDirectory says what is wrong
+            return None
+    return None
 
 
 def _refuse_other_inputs(path: Path, experiment: Experiment, now: dict[str, str]) -> None:
@@ -80,7 +80,7 @@ def _refuse_other_inputs(path: Path, experiment: Experiment, now: dict[str, str]
     """
     files = [path / ARCHIVE] if (path / ARCHIVE).is_file() else [part.path for part in segments(path)[-1:]]
     for file in files:
-        with netcdf.dataset(file) as nc:
+        with netcdf.dataset(file, upto=math.inf) as nc:  # what is gone on from is compared, however large
             input_files.refuse_other(path, experiment, input_files.kept(netcdf.attributes(nc)) or {}, now)
 
 

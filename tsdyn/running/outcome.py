@@ -61,8 +61,11 @@ def say_replaced_inputs(path: Path, experiment: Experiment) -> None:
     there = {key: digest for key, digest in input_files.digests(experiment).items() if digest != input_files.MISSING}
     if not there:
         return
-    with netcdf.dataset(path / run_directory.ARCHIVE) as nc:
-        before = input_files.kept(netcdf.attributes(nc))
+    try:
+        with netcdf.dataset(path / run_directory.ARCHIVE) as nc:
+            before = input_files.kept(netcdf.attributes(nc))
+    except (ArchiveError, FileNotFoundError):  # it is opened next, which says what is wrong; or another moves it
+        return
     try:
         input_files.refuse_other(path, experiment, before or {}, there)
     except DirectoryError as other:

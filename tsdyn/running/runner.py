@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -16,10 +16,9 @@ import xarray as xr
 
 from tsdyn import memory, vocabulary
 from tsdyn.archive import changes, machines, reading, whole_files
-from tsdyn.archive.lock import HeldError
 from tsdyn.archive.made_files import Made
 from tsdyn.archive.run_directory import ADDED, RunDirectory
-from tsdyn.archive.whole_files import ArchiveError
+from tsdyn.archive.whole_files import ArchiveError, DirectoryError
 from tsdyn.engine import native
 from tsdyn.experiment.experiment import Experiment
 from tsdyn.observables import registry
@@ -55,6 +54,9 @@ _SMALLER = "train fewer seeds per directory (seeds = [0, 1, ...]) or on less dat
 
 
 _log = logging.getLogger("tsdyn")
+
+#: What `added_seeds.parts_of` gives.
+_Parts: TypeAlias = tuple[dict[Path, Experiment], dict[Path, Experiment]]
 
 
 class DeviceError(ValueError):
@@ -169,9 +171,10 @@ def run_together(
     parts: dict[Path, Experiment] = {}
     gaining: dict[Path, Experiment] = {}
     roots: dict[Path, Path] = {}
+    looked: dict[Path, _Parts] = {}
     for path, experiment in experiments.items():
         try:
-            own, joined = added_seeds.parts_of(path, experiment)
+            own, joined = looked[path] = added_seeds.parts_of(path, experiment)
         except Exception as error:  # of any type: the other experiments must go on
             failed[path] = error
             continue
@@ -188,7 +191,23 @@ def run_together(
                 added_seeds.join(path, experiment, device)
             except Exception as error:
                 failed[roots[path]] = error
+    moved_on = {p: experiments[p] for p, e in failed.items() if _moved_on(p, experiments[p], looked.get(p), e)}
+    if moved_on:
+        failed = {path: error for path, error in failed.items() if path not in moved_on}
+        failed |= run_together(
+            moved_on, device=device, progress=progress, asked=asked, student=student, teacher=teacher, wrote=wrote
+        )
     return failed
+
+
+def _moved_on(path: Path, experiment: Experiment, looked: _Parts | None, error: Exception) -> bool:
+    """Whether a directory was refused since another command has joined seeds there after it was looked at."""
+    if looked is None or not isinstance(error, DirectoryError):
+        return False
+    try:
+        return added_seeds.parts_of(path, experiment) != looked
+    except ArchiveError:
+        return False
 
 
 class _Means(NamedTuple):
@@ -216,8 +235,10 @@ def _run_parts(experiments: Mapping[Path, Experiment], means: _Means) -> dict[Pa
             registry.load(experiment)
         needed = sum((footprint(single) for single in experiments.values()), Footprint()).bytes
         for path, experiment in experiments.items():
-            if path.name == ADDED and isinstance(held_by := failed.get(path.parent), HeldError):
-                failed[path] = held_by  # two commands, each with one of the two, would both leave the join to the other
+            if path.name == ADDED and path.parent in failed:
+                # two commands, each with one of the two, would both leave the join to the other; and seeds that cannot
+                # be joined need no training
+                failed[path] = failed[path.parent]
                 continue
             try:
                 memory.refuse_beyond("run", needed, torch.device(device), _SMALLER)
