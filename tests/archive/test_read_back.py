@@ -21,18 +21,18 @@ def changed(records, states):
     yield {"states": {"state": {**held, "death_epoch": held["death_epoch"] + 1}}}, "death_epoch"
     yield {"states": {"state": {**held, "steps": held["steps"] + 1}}}, "state/steps"
     yield {"states": {"state": {name: array for name, array in held.items() if name != "steps"}}}, "state"
-    yield {"states": {"state": held, "state_1": held}}, "state"
+    yield {"states": {"state": held, "state_1": held}}, "state_1"
 
 
 def test_whatever_differs_is_named(tmp_path, monkeypatch):
     found = []
 
-    def compared(file, layout, epochs, records, states):
+    def compared(file, layout, epochs, dtype, records, states):
         for change, name in changed(records, states):
             other = [epoch + 1 for epoch in epochs] if "epochs" in change else epochs
             given = change.get("records", records), change.get("states", states)
-            found.append((name, COMPARED(file, layout, other, *given)))
-        return COMPARED(file, layout, epochs, records, states)
+            found.append((name, COMPARED(file, layout, other, dtype, *given)))
+        return COMPARED(file, layout, epochs, dtype, records, states)
 
     monkeypatch.setattr(joining, "differing_records", compared)
     tsdyn.run(small(**FEW), tmp_path / "run")

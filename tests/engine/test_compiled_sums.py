@@ -106,3 +106,27 @@ def test_constant_and_dead_nodes_are_nan():
     assert lost[:, [2, 4, 5]].all()
     assert not lost[:, [0, 1, 3]].any()
     assert found.squared_error.isnan()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("samples", [1, 7, 150, compiled_sums.BLOCK])
+def test_one_block_is_rounded_as_many_are(samples, dtype, monkeypatch):
+    """The correlations of one block by numpy are those by torch's operations, bit by bit."""
+    both, one = [], compiled_sums._of_one_block
+
+    def twice(*given):
+        both.append((one(*given), compiled_sums._correlation(*given)))
+        return both[-1][0]
+
+    monkeypatch.setattr(compiled_sums, "_of_one_block", twice)
+    for seed in range(12):
+        student, teacher = (drawn((10, 9, 8, 3), seed + at, dtype=dtype) for at in (0, 100))
+        for change in (0, torch.nan, 1e30):  # nodes that are constant, NaN and beyond any range
+            student.weights[0][1] *= change if seed % 3 else 1
+            probe = member.Probe(
+                torch.randn(samples, 10, generator=torch.Generator().manual_seed(seed)).to(dtype), teacher
+            )
+            compiled_sums.sums(student, probe.inputs, probe.trace.output, probe.taught)
+    assert len(both) == 2 * 3 * 12
+    for ours, theirs in both:
+        np.testing.assert_array_equal(ours.numpy().view(np.uint8), theirs.numpy().view(np.uint8))

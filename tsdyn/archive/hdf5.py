@@ -26,6 +26,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {  # the result, then the arguments
     "H5Fget_obj_count": (ctypes.c_ssize_t, _ID, ctypes.c_uint),
     "H5Fget_obj_ids": (ctypes.c_ssize_t, _ID, ctypes.c_uint, _SIZE, ctypes.c_void_p),
     "H5Fget_file_image": (ctypes.c_ssize_t, _ID, ctypes.c_void_p, _SIZE),
+    "H5Gget_info_by_name": (_INT, _ID, _TEXT, ctypes.c_void_p, _ID),
     "H5Dopen2": (_ID, _ID, _TEXT, _ID),
     "H5Dclose": (_INT, _ID),
     "H5Dget_create_plist": (_ID, _ID),
@@ -188,25 +189,67 @@ def read_all(path: Path, spans: Mapping[str, Sequence[slice]], dtypes: Mapping[s
         spans: Variable of its root group → a start and a stop along each dimension.
         dtypes: Variable → type of the stored numbers.
     """
-    file, found = opened(path), dict[str, NDArray]()
-    if file is None:
-        return found
-    try:
-        for name, of in spans.items():
-            numbers = None if oddities(file, [name]) else _numbers(_library(), file, name, of, dtypes[name])
+    found = dict[str, NDArray]()
+    with visited(path) as file:
+        for name, of in spans.items() if file is not None else ():
+            numbers = None if oddities(file, [name]) else numbers_of(file, name, of, dtypes[name])
             found |= {} if numbers is None else {name: numbers}
-        return found
+    return found
+
+
+@contextmanager
+def visited(path: Path) -> Iterator[int | None]:
+    """What `opened` gives of a file, inside the context."""
+    file = opened(path)
+    try:
+        yield file
     finally:
-        if not closed(file):
+        if file is not None and not closed(file):
             raise OSError(f"{path}: cannot be closed: the file system fails")
 
 
-def _numbers(library: Any, file: int, name: str, spans: Sequence[slice], dtype: np.dtype) -> NDArray | None:
-    variable = library.H5Dopen2(file, name.encode(), 0)
-    if variable < 0:
+def variable(file: int, name: str) -> int:
+    """The library's handle on a variable, of one in a group ``group/variable``; negative if there is none."""
+    library = _library()
+    found = library.H5Dopen2(file, name.encode(), 0)
+    if found >= 0:
+        return int(found)
+    *groups, last = name.split("/")  # netCDF's name for a variable that a dimension shadows
+    return int(library.H5Dopen2(file, "/".join([*groups, f"_nc4_non_coord_{last}"]).encode(), 0))
+
+
+class _OfGroup(ctypes.Structure):
+    """What the library says of a group (``H5G_info_t``)."""
+
+    _fields_ = (("kept", _INT), ("links", ctypes.c_uint64), ("order", ctypes.c_int64), ("mounted", ctypes.c_bool))
+
+
+def held_in(file: int, group: str) -> int:
+    """Number of variables in a group, and of its dimensions without a variable; -1 if there is no such group.
+
+    Args:
+        file: What `opened` gave.
+        group: Name of a group at the root.
+    """
+    found = _OfGroup()
+    done = _library().H5Gget_info_by_name(file, group.encode(), ctypes.byref(found), 0)
+    return int(found.links) if done >= 0 else -1
+
+
+def numbers_of(file: int, name: str, spans: Sequence[slice], dtype: np.dtype) -> NDArray | None:
+    """Numbers of one variable as they are stored, as `read_all` gives them; None if they are not such numbers.
+
+    Args:
+        file: What `opened` gave.
+        name: Of the variable; of one in a group ``group/variable``.
+        spans: A start and a stop along each dimension.
+        dtype: Type of the stored numbers.
+    """
+    library, held = _library(), variable(file, name)
+    if held < 0:
         return None
-    stored = library.H5Dget_type(variable)
-    kind, space = library.H5Tget_native_type(stored, 0), library.H5Dget_space(variable)
+    stored = library.H5Dget_type(held)
+    kind, space = library.H5Tget_native_type(stored, 0), library.H5Dget_space(held)
     try:
         classes = {"f": _FLOATING, "i": _INTEGER, "u": _INTEGER}
         alike = library.H5Tget_class(kind) == classes.get(dtype.kind) and library.H5Tget_size(kind) == dtype.itemsize
@@ -215,16 +258,17 @@ def _numbers(library: Any, file: int, name: str, spans: Sequence[slice], dtype: 
             return None
         sizes = np.zeros(rank, np.uint64)
         library.H5Sget_simple_extent_dims(space, sizes.ctypes.data, None)
-        start, count = (
-            np.array(of, np.uint64) for of in zip(*((s.start, s.stop - s.start) for s in spans), strict=True)
-        )
+        start = np.array([span.start for span in spans], np.uint64)
+        count = np.array([span.stop - span.start for span in spans], np.uint64)
         if (start + count > sizes).any():
             return None  # along an unlimited dimension netCDF fills up what is not stored
         found = np.empty(tuple(count.tolist()), dtype)
+        if not rank:
+            return found if library.H5Dread(held, kind, 0, 0, 0, found.ctypes.data) >= 0 else None
         memory = library.H5Screate_simple(rank, count.ctypes.data, None)
         try:
             library.H5Sselect_hyperslab(space, 0, start.ctypes.data, None, count.ctypes.data, None)
-            done = library.H5Dread(variable, kind, memory, space, 0, found.ctypes.data)
+            done = library.H5Dread(held, kind, memory, space, 0, found.ctypes.data)
         finally:
             library.H5Sclose(memory)
         return found if done >= 0 else None
@@ -232,7 +276,7 @@ def _numbers(library: Any, file: int, name: str, spans: Sequence[slice], dtype: 
         library.H5Sclose(space)
         library.H5Tclose(kind)
         library.H5Tclose(stored)
-        library.H5Dclose(variable)
+        library.H5Dclose(held)
 
 
 def oddities(file: int, names: Iterable[str]) -> list[str]:
@@ -249,18 +293,14 @@ def oddities(file: int, names: Iterable[str]) -> list[str]:
     library, found = _library(), []
     own = _file_name(library, file)
     for name in names:
-        *groups, last = name.split("/")
-        # netCDF's name for a variable that a dimension shadows
-        kept = "/".join([*groups, f"_nc4_non_coord_{last}"])
-        variable = library.H5Dopen2(file, name.encode(), 0)
-        variable = library.H5Dopen2(file, kept.encode(), 0) if variable < 0 else variable
-        if variable < 0:
+        held = variable(file, name)
+        if held < 0:
             found.append(f"{name} cannot be opened by the HDF5 library")
             continue
         try:
-            found += [f"{name} {what}" for what in _odd(library, variable, own)]
+            found += [f"{name} {what}" for what in _odd(library, held, own)]
         finally:
-            library.H5Dclose(variable)
+            library.H5Dclose(held)
     return found
 
 

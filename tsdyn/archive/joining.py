@@ -12,7 +12,7 @@ import netCDF4
 import numpy as np
 
 from tsdyn import vocabulary
-from tsdyn.archive import hdf5, netcdf, stored_numbers
+from tsdyn.archive import hdf5, netcdf
 from tsdyn.archive.whole_files import ArchiveError
 from tsdyn.archive.wrong_numbers import WRONG_THROUGH, wrong_variables
 from tsdyn.schema import Layout
@@ -128,6 +128,7 @@ def differing_records(
     file: Path,
     layout: Layout,
     epochs: Sequence[Label],
+    dtype: str,
     records: netcdf.Records,
     states: Mapping[str, netcdf.State],
 ) -> str | None:
@@ -135,24 +136,36 @@ def differing_records(
 
     One member is read at a time where a variable is large, so that this takes little memory.
     """
-    with little_cached(), netcdf.dataset(file, upto=None) as nc:
-        labels = nc[layout.path]
-        if not np.array_equal(stored_numbers.all_of(labels), np.asarray(epochs, dtype=labels.dtype)):
+    with hdf5.guarded(), hdf5.visited(file) as handle:
+        if handle is None:
+            raise ArchiveError(f"{file}: cannot be read back")
+
+        def differs(name: str, spans: Sequence[slice], written: np.ndarray) -> bool:
+            found = hdf5.numbers_of(handle, name, spans, written.dtype)
+            return found is None or not same_numbers(found.reshape(written.shape), written)
+
+        labels = np.asarray(epochs, "f8" if layout.path in vocabulary.REAL_LABELS else "i8")
+        if differs(layout.path, [slice(0, len(labels))], labels):
             return layout.path
-        if not np.array_equal(stored_numbers.all_of(nc["death_epoch"]), states[netcdf.STATE]["death_epoch"]):
+        death = np.asarray(states[netcdf.STATE]["death_epoch"], np.int64)
+        if differs("death_epoch", [slice(0, len(death))], death):
             return "death_epoch"
         for name, value in records.items():
-            stored = nc[name]
-            layers = enumerate(value, start=1) if isinstance(value, list) else ((None, value),)
-            for layer, block in layers:
+            for layer, block in enumerate(value, start=1) if isinstance(value, list) else ((None, value),):
                 step = len(block) if block.nbytes <= BLOCK_BYTES else 1
                 for low in range(0, len(block), step):
                     members = slice(low, min(low + step, len(block)))
                     index = netcdf.index(variable_of(name), layout, slice(0, len(epochs)), layer, members)
-                    there = stored_numbers.taken(stored, index)
-                    if not same_numbers(there, np.asarray(block[members], dtype=stored.dtype)):
+                    spans = [part if isinstance(part, slice) else slice(part, part + 1) for part in index]
+                    if differs(name, spans, np.asarray(block[members], dtype)):
                         return name
-        return _differing_states(nc, states)
+        for group, state in states.items():
+            if hdf5.held_in(handle, group) != sum(1 + np.ndim(array) for array in state.values()):
+                return group
+            for name, array in state.items():
+                if differs(f"{group}/{name}", [slice(0, size) for size in np.shape(array)], np.asarray(array)):
+                    return f"{group}/{name}"
+        return None
 
 
 def _differing_states(nc: netCDF4.Dataset, states: Mapping[str, netcdf.State]) -> str | None:

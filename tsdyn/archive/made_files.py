@@ -10,7 +10,7 @@ import netCDF4
 import numpy as np
 from numpy.typing import NDArray
 
-from tsdyn.archive import hdf5, joining, netcdf, stored_numbers
+from tsdyn.archive import file_images, hdf5, joining, netcdf
 from tsdyn.archive.netcdf import Records, State
 from tsdyn.archive.swept_values import Swept
 from tsdyn.archive.whole_files import ArchiveError, refused, replacing, write_new
@@ -68,7 +68,7 @@ def write(target: Path, content: Content, attrs: Mapping[str, Any], swept: Seque
         # where memory runs out the library can give a file that lacks numbers, and no error
         try:
             differing = joining.differing_records(
-                temporary, content.layout, content.epochs, content.records, content.states
+                temporary, content.layout, content.epochs, content.dtype, content.records, content.states
             )
         except ArchiveError as error:  # what this process has just written: the file system fails
             raise refused(target, error) from error
@@ -77,39 +77,95 @@ def write(target: Path, content: Content, attrs: Mapping[str, Any], swept: Seque
                 f"{target}: {differing} read back differently from what was written, as where memory runs out; "
                 "nothing was added to what was committed"
             )
-    keys = tuple((each.name, each.key, type(each.value)) for each in swept)
-    shape = content.layout, tuple(content.epochs), content.variables, content.dtype, keys
-    return Made(shape, attrs, np.asarray(content.states[netcdf.STATE]["death_epoch"]).tolist())
+    return Made(_shape(content, swept), attrs, np.asarray(content.states[netcdf.STATE]["death_epoch"]).tolist())
+
+
+class _Declared(NamedTuple):
+    """The bytes of a file that declares its variables and holds a state, and its global attributes."""
+
+    image: NDArray
+    attrs: Mapping[str, Any]
+
+
+#: What files declare → the file that the next ones begin from; the latest few that are small.
+_declared: dict[Hashable, _Declared] = {}
+_KEPT, _KEPT_BYTES = 8, 1 << 21
 
 
 def _made(content: Content, attrs: Mapping[str, Any], swept: Sequence[Swept]) -> NDArray:
-    """The bytes of the file.
+    """The bytes of the file."""
+    with hdf5.guarded():
+        key = _key(content, attrs, swept)
+        declared = _declared.get(key) if key is not None else None
+        if declared is None:
+            declared = _declare(content, attrs, swept)
+            if key is not None and declared.image.nbytes <= _KEPT_BYTES:
+                while len(_declared) >= _KEPT:
+                    del _declared[next(iter(_declared))]
+                _declared[key] = declared
+        held = sum(part.nbytes for value in content.records.values() for part in _parts(value))
+        with file_images.opened(declared.image, growth=held // 4) as image:
+            _fill(image, content, swept)
+            if key is not None:
+                image.say({**declared.attrs, **attrs}, declared.attrs)
+            return image.content()
+
+
+def _key(content: Content, attrs: Mapping[str, Any], swept: Sequence[Swept]) -> Hashable | None:
+    """Equal for files that differ in numbers and attributes alone which can be exchanged; None for one of its own."""
+    kinds = [(name, file_images.changeable(value)) for name, value in attrs.items()]
+    if any(kind is None for _, kind in kinds):
+        return None
+    states = [
+        (group, *((name, np.shape(array), np.asarray(array).dtype.str) for name, array in state.items()))
+        for group, state in content.states.items()
+    ]
+    texts = [each.value for each in swept if isinstance(each.value, str)]
+    return _shape(content, swept), tuple(kinds), tuple(states), tuple(texts)
+
+
+def _shape(content: Content, swept: Sequence[Swept]) -> Hashable:
+    keys = tuple((each.name, each.key, type(each.value)) for each in swept)
+    return content.layout, tuple(content.epochs), content.variables, content.dtype, keys
+
+
+def _declare(content: Content, attrs: Mapping[str, Any], swept: Sequence[Swept]) -> _Declared:
+    """The file without its records.
 
     It is a file of the library's that stays in memory: one of netCDF4's own (``memory=``) does not keep the order of
     its variables, and could not be opened for writing ever after.
     """
-    with hdf5.guarded():
-        before = hdf5.handles()
-        nc = netCDF4.Dataset("in memory", "w", format="NETCDF4", diskless=True, persist=False)
-        try:
-            _fill(nc, content, attrs, swept)
-            nc.sync()
-            (file,) = hdf5.handles() - before
-            return hdf5.image(file)
-        finally:
-            nc.close()
+    before = hdf5.handles()
+    nc = netCDF4.Dataset("in memory", "w", format="NETCDF4", diskless=True, persist=False)
+    try:
+        netcdf.create(nc, content.layout, content.epochs, content.variables, content.dtype, attrs, swept)
+        for group, state in content.states.items():
+            netcdf.write_state(nc, state, group)
+        nc.sync()
+        (file,) = hdf5.handles() - before
+        return _Declared(hdf5.image(file), netcdf.attributes(nc))
+    finally:
+        nc.close()
 
 
-def _fill(nc: netCDF4.Dataset, content: Content, attrs: Mapping[str, Any], swept: Sequence[Swept]) -> None:
-    layout, epochs = content.layout, content.epochs
-    netcdf.create(nc, layout, epochs, content.variables, content.dtype, attrs, swept)
-    stored_numbers.put_all(nc["death_epoch"], content.states[netcdf.STATE]["death_epoch"])
+def _fill(image: file_images.Image, content: Content, swept: Sequence[Swept]) -> None:
+    layout, dtype = content.layout, np.dtype(content.dtype)
+    death = np.asarray(content.states[netcdf.STATE]["death_epoch"], np.int64)
+    image.put("death_epoch", [((slice(0, len(death)),), death)])
     members = slice(0, len(layout.seeds))
     for name, value in content.records.items():
-        blocks = enumerate(value, start=1) if isinstance(value, list) else ((None, value),)
-        for layer, block in blocks:
-            if not np.isnan(block).all():  # what is never written reads as NaN and takes no space
-                index = netcdf.index(variable_of(name), layout, slice(0, len(epochs)), layer, members)
-                stored_numbers.put(nc[name], index, block)
-    for group, held in content.states.items():
-        netcdf.write_state(nc, held, group)
+        layers = range(1, len(value) + 1) if isinstance(value, list) else (None,)
+        places = (netcdf.index(variable_of(name), layout, slice(0, len(content.epochs)), i, members) for i in layers)
+        blocks = [(place, np.asarray(part, dtype)) for place, part in zip(places, _parts(value), strict=True)]
+        # what is never written reads as NaN and takes no space
+        image.put(name, [(place, part) for place, part in blocks if not np.isnan(part).all()])
+    for each in swept:
+        if not isinstance(each.value, str):
+            image.put(each.name, [((), np.asarray(each.value))])
+    for group, state in content.states.items():
+        for name, array in state.items():
+            image.put(f"{group}/{name}", [([slice(0, size) for size in np.shape(array)], array)])
+
+
+def _parts(value: NDArray | list[NDArray]) -> Sequence[NDArray]:
+    return value if isinstance(value, list) else (value,)

@@ -2,7 +2,10 @@
 
 import importlib as _importlib
 
-from tsdyn.cli.application import app, main
+from tsdyn.cli.importing import uncollected as _uncollected
+
+with _uncollected():
+    from tsdyn.cli.application import app, main
 
 __all__ = ["app", "main"]
 
@@ -19,5 +22,6 @@ _COMMANDS = (
     "export_command",
     "import_command",
 )
-for _module in _COMMANDS:
-    _importlib.import_module(f"tsdyn.cli.{_module}")
+with _uncollected():
+    for _module in _COMMANDS:
+        _importlib.import_module(f"tsdyn.cli.{_module}")

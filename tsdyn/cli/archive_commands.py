@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import textwrap
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from tsdyn.archive.whole_files import DirectoryError, local_path
 from tsdyn.cli.application import FAILED, AsJson, Directory, StyleName, app, assignment, print_json, save
+from tsdyn.cli.importing import uncollected
 from tsdyn.experiment.errors import ExperimentError
 from tsdyn.registers import PartError
+from tsdyn.running import terminal
 from tsdyn.schema import printable
 
 #: Points of a sweep whose last numbers `show` prints; with ``--json`` it prints `JSON_POINTS`.
@@ -22,12 +24,20 @@ POINTS, JSON_POINTS = 8, 200
 @app.command()
 def show(directory: Directory, as_json: AsJson = False) -> None:
     """Show what an archive holds: what ran, final losses, mean correlations, dead members, cost, variables."""
-    import dask
-    import dask.threaded
+    with uncollected():
+        import dask
+        import dask.threaded
 
-    # else dask looks for a client of `distributed`, whose import takes half as long as all that is needed
-    with dask.config.set(scheduler=dask.config.get("scheduler", None) or dask.threaded.get):
-        _show(directory, as_json)
+        from tsdyn.analysis import overview  # noqa: F401
+        from tsdyn.archive import machines, reading  # noqa: F401
+        from tsdyn.growing import history  # noqa: F401
+
+    try:
+        # else dask looks for a client of `distributed`, whose import takes half as long as all that is needed
+        with dask.config.set(scheduler=dask.config.get("scheduler", None) or dask.threaded.get):
+            _show(directory, as_json)
+    finally:
+        gc.unfreeze()
 
 
 def _show(directory: str, as_json: bool) -> None:
@@ -39,7 +49,7 @@ def _show(directory: str, as_json: bool) -> None:
     if as_json:
         print_json({**overview.as_json(ds, JSON_POINTS), "history": machines.history(ds.attrs)})
         return
-    width = Console().width
+    width = terminal.width()
     facts = overview.facts(ds)
     for position, line in enumerate(machines.lines(ds.attrs)):
         facts["history" if not position else f"history {position + 1}"] = line

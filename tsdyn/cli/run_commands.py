@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
 
 from tsdyn.archive.whole_files import local_path
 from tsdyn.cli.application import (
@@ -298,6 +296,9 @@ def _reporting(costs: Mapping[str, Cost], step: str) -> Iterator[tuple[Report, C
         costs: Costs of the runs that are left.
         step: Name of a step: epoch, time or alpha.
     """
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn
+
     console, whole = Console(stderr=True), _Whole(costs)
 
     def following(name: str, title: str, show: Callable[[str, str, float | None], None]) -> Report:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from tsdyn.cli.application import Directory, app
 from tsdyn.experiment.errors import ExperimentError
@@ -51,6 +49,9 @@ def sensitivity(
     Given again after a kill, it goes on with the members that were not done.
     """
     import shutil
+
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     from tsdyn.archive import netcdf, whole_files
     from tsdyn.through_training import sensitivity as made

@@ -323,6 +323,8 @@ def mark_dead(ensemble: Ensemble, epoch: int) -> list[int]:
         0
     )
     dead = ~whole.cpu() & (ensemble.death_epoch < 0)
+    if not dead.any():
+        return []
     for parameter in parameters:
         parameter[dead.to(parameter.device)] = torch.nan
     ensemble.death_epoch[dead] = epoch

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from tsdyn import schema
+from tsdyn import registers, schema
 from tsdyn.engine import train
 from tsdyn.engine.batches import Batches, Stream, finite_stream
 from tsdyn.engine.ensemble import Ensemble, mark_dead
@@ -27,7 +27,7 @@ from tsdyn.networks.any_module import Own
 from tsdyn.networks.network import Network
 from tsdyn.observables import layers, registry
 from tsdyn.observables.member import Measurement, Probe
-from tsdyn.problem import augmentation, targets
+from tsdyn.problem import augmentation, input_files, targets
 from tsdyn.problem.inputs import (
     batch_indices,
     evaluation_inputs,
@@ -40,7 +40,7 @@ from tsdyn.problem.inputs import (
 from tsdyn.problem.students import draw_student
 from tsdyn.problem.teachers import draw_teacher
 from tsdyn.running.own_modules import Maker, made, makers, refuse_other_source
-from tsdyn.running.protocol import of_this_shape
+from tsdyn.running.protocol import Runnable, of_this_shape
 from tsdyn.running.stopping import Watch
 
 _log = logging.getLogger("tsdyn")
@@ -139,6 +139,19 @@ class Members:
             aims = [torch.cat([aim, weights], 1) for aim in aims]
         padded = (pad_sequence(each, batch_first=True, padding_value=torch.nan) for each in (inputs, aims))
         return next(padded), next(padded)
+
+    def drawn_by(self) -> tuple[object, ...] | None:
+        """All that teachers and data are drawn by: equal for members whose teachers and data have the same bits.
+
+        None where files, modules of the user's own or parts of other packages have a say.
+        """
+        e = self.experiment
+        foreign = registers.LAWS.foreign(e.data.law) or registers.TEACHERS.foreign(e.teacher.init)
+        if foreign or self.student is not None or self.teacher is not None or input_files.files(e):
+            return None
+        of_student = e.student_widths, e.student.activation, e.student.leak
+        return (e.seed_labels, e.dtype, e.teacher, e.data, e.fork, of_student, e.training.loss, e.training.labels,
+                self.device)  # fmt: skip
 
     def draw(self) -> None:
         """Draw the students and, if it is finite, the training data."""
@@ -400,6 +413,26 @@ class Members:
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.device)
+
+
+class Shared:
+    """Hands on what members drew, to those of the next run where the draws are the same: points of one sweep."""
+
+    def __init__(self) -> None:
+        self._latest: Members | None = None
+
+    def hand_on(self, members: Runnable) -> None:
+        """Give `members`, which drew nothing yet, what the latest ones drew; of others it is let go before they draw.
+
+        The latest ones, at their end, hold nothing but what they drew and their parameters.
+        """
+        latest, self._latest = self._latest, members if isinstance(members, Members) else None
+        if latest is None or self._latest is None:
+            return
+        asked = self._latest.drawn_by()
+        if asked is not None and asked == latest.drawn_by():
+            held = ("teachers", "eval_probes", "_finite_probes", "_trained_probes", "finite")
+            self._latest.__dict__ |= {name: latest.__dict__[name] for name in held if name in latest.__dict__}
 
 
 def _weights(teacher: Network | Own) -> list[tuple[Tensor, Tensor | None]]:

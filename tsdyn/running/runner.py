@@ -30,7 +30,7 @@ from tsdyn.running.estimates import COMMIT_BYTES, Footprint, footprint
 from tsdyn.running.interrupts import Stopped, stopping
 from tsdyn.running.joint_training import JointTraining
 from tsdyn.running.kinds import members_of
-from tsdyn.running.members import Members
+from tsdyn.running.members import Members, Shared
 from tsdyn.running.outcome import say_replaced_inputs
 from tsdyn.running.own_modules import Maker, attribute
 from tsdyn.running.protocol import Runnable, StateError
@@ -147,6 +147,7 @@ def run_together(
     student: Maker | None = None,
     teacher: Maker | None = None,
     wrote: Callable[[Path, Made], None] | None = None,
+    shared: Shared | None = None,
 ) -> dict[Path, Exception]:
     """Run experiments of one `ensemble_key` as one ensemble, each into its own directory, as `run` would.
 
@@ -160,6 +161,8 @@ def run_together(
         asked: Returns the signal that asked to stop, or None; `stopping` unless given.
         student, teacher: As in `run`.
         wrote: Called with the directory of each archive that was written at once, and what it declares.
+        shared: Hands on what the members of earlier calls drew; of single experiments, since those that train together
+            hold their data in one array.
 
     Returns:
         Directory → error of the experiments that failed; the others are done.
@@ -182,7 +185,7 @@ def run_together(
         gaining |= joined
         roots |= dict.fromkeys([*own, *joined], path)
     each = {part: (progress or {}).get(root) for part, root in roots.items()}
-    means = _Means(device, each, asked, student, teacher, wrote)
+    means = _Means(device, each, asked, student, teacher, wrote, shared)
     lost = _run_parts(parts, means)
     failed |= {roots[part]: error for part, error in lost.items()}
     for path, experiment in gaining.items():
@@ -219,6 +222,7 @@ class _Means(NamedTuple):
     student: Maker | None
     teacher: Maker | None
     wrote: Callable[[Path, Made], None] | None
+    shared: Shared | None
 
 
 def _run_parts(experiments: Mapping[Path, Experiment], means: _Means) -> dict[Path, Exception]:
@@ -245,6 +249,8 @@ def _run_parts(experiments: Mapping[Path, Experiment], means: _Means) -> dict[Pa
                 target = held.enter_context(RunDirectory(path, experiment))
                 if not target.finished:
                     members = members_of(experiment, device, means.student, means.teacher)
+                    if means.shared is not None:
+                        means.shared.hand_on(members)
                     point = _Point(path, target, members, means.progress.get(path))
                     begun.setdefault(point.begin(), []).append(point)
                 else:

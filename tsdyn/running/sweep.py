@@ -32,6 +32,7 @@ from tsdyn.problem.teachers import refuse_unsaid_activation
 from tsdyn.running import estimates, own_modules, packages, runner
 from tsdyn.running.interrupts import stopping
 from tsdyn.running.joint_training import group_points
+from tsdyn.running.members import Shared
 from tsdyn.running.outcome import HELD, SweepError, is_finished, reason_of, say_replaced_inputs
 from tsdyn.running.own_modules import Maker, described
 from tsdyn.running.workers import (
@@ -323,6 +324,7 @@ def _run_on_workers(
 
 
 def _run_here(left: Mapping[str, Experiment], path: Path, means: _Means, telling: _Telling, account: _Account) -> None:
+    shared = None if means.together else Shared()
     for group in group_points(left, 1, memory.free(means.device) // 2) if means.together else _each_alone(left):
         failed = runner.run_together(
             {path / name: single for name, single in group.items()},
@@ -331,6 +333,7 @@ def _run_here(left: Mapping[str, Experiment], path: Path, means: _Means, telling
             student=means.student,
             teacher=means.teacher,
             wrote=account.wrote,
+            shared=shared,
         )
         for name in group:
             account.ended(name, reason_of(failed[path / name]) if path / name in failed else None)

@@ -95,3 +95,14 @@ def make_lenient() -> tuple[Lenient, Lenient]:
     assert isinstance(sys.stdout, Lenient)
     assert isinstance(sys.stderr, Lenient)
     return sys.stdout, sys.stderr
+
+
+def width() -> int:
+    """Columns of the terminal that a standard stream is connected to, or what ``COLUMNS`` says; 80 where none is."""
+    said = os.environ.get("COLUMNS", "")
+    if said.isdigit():
+        return int(said)
+    for stream in (sys.__stdin__, sys.__stdout__, sys.__stderr__):
+        with suppress(AttributeError, ValueError, OSError):  # no stream, a closed one, no terminal
+            return os.get_terminal_size(stream.fileno()).columns or 80  # type: ignore[union-attr]
+    return 80

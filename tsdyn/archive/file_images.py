@@ -1,0 +1,212 @@
+"""A netCDF file in memory whose numbers and attributes are changed by the HDF5 library.  Imports no torch.
+
+Declaring the variables of a small file takes the netCDF library ten times as long as writing its numbers.  What it
+declared once is kept as bytes, and files that declare the same begin from them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tsdyn.archive import hdf5
+
+_ID, _INT, _SIZE, _TEXT, _AT = ctypes.c_int64, ctypes.c_int, ctypes.c_size_t, ctypes.c_char_p, ctypes.c_void_p
+_SIGNATURES: dict[str, tuple[Any, ...]] = {  # the result, then the arguments
+    "H5Pcreate": (_ID, _ID),
+    "H5Pclose": (_INT, _ID),
+    "H5Pset_fapl_core": (_INT, _ID, _SIZE, _INT),
+    "H5Pset_file_image": (_INT, _ID, _AT, _SIZE),
+    "H5Fopen": (_ID, _TEXT, ctypes.c_uint, _ID),
+    "H5Fclose": (_INT, _ID),
+    "H5Dget_space": (_ID, _ID),
+    "H5Dget_type": (_ID, _ID),
+    "H5Dwrite": (_INT, _ID, _ID, _ID, _ID, _ID, _AT),
+    "H5Dclose": (_INT, _ID),
+    "H5Screate_simple": (_ID, _INT, _AT, _AT),
+    "H5Sselect_hyperslab": (_INT, _ID, _INT, *[_AT] * 4),
+    "H5Sclose": (_INT, _ID),
+    "H5Tcopy": (_ID, _ID),
+    "H5Tget_size": (_SIZE, _ID),
+    "H5Tset_size": (_INT, _ID, _SIZE),
+    "H5Tclose": (_INT, _ID),
+    "H5Aopen": (_ID, _ID, _TEXT, _ID),
+    "H5Acreate2": (_ID, _ID, _TEXT, _ID, _ID, _ID, _ID),
+    "H5Aget_type": (_ID, _ID),
+    "H5Aget_space": (_ID, _ID),
+    "H5Awrite": (_INT, _ID, _ID, _AT),
+    "H5Adelete": (_INT, _ID, _TEXT),
+    "H5Aclose": (_INT, _ID),
+}
+_WRITABLE = 1  # H5F_ACC_RDWR
+_GROWTH = 1 << 16
+
+
+@cache
+def _library() -> Any:
+    hdf5.prepare()
+    return hdf5.linked(_SIGNATURES)
+
+
+@cache
+def _of_access() -> int:
+    """The library's class of the properties with which files are opened."""
+    return int(_ID.in_dll(_library(), "H5P_CLS_FILE_ACCESS_ID_g").value)
+
+
+@contextmanager
+def opened(image: NDArray, growth: int = _GROWTH) -> Iterator[Image]:
+    """A copy of a file's bytes, open for writing in memory; to be called inside `hdf5.guarded`.
+
+    Args:
+        image: As `hdf5.image` gives it.
+        growth: Bytes that will be written to it; it grows by this much at a time.
+
+    Raises:
+        MemoryError: if the library cannot open it.
+    """
+    library, access = _library(), _library().H5Pcreate(_of_access())
+    try:
+        ready = (
+            library.H5Pset_fapl_core(access, max(growth, _GROWTH), 0) >= 0
+            and library.H5Pset_file_image(access, image.ctypes.data, image.nbytes) >= 0
+        )
+        file = library.H5Fopen(b"in memory", _WRITABLE, access) if ready else -1
+    finally:
+        library.H5Pclose(access)
+    if file < 0:
+        raise MemoryError("opened: the HDF5 library cannot open the file that it made in memory")
+    try:
+        yield Image(file)
+    finally:
+        library.H5Fclose(file)
+
+
+class Image:
+    """A file that is open in memory; what is written must have been declared in it.
+
+    Args:
+        file: The library's handle.
+    """
+
+    def __init__(self, file: int) -> None:
+        self._file, self._library = file, _library()
+
+    def put(self, name: str, blocks: Sequence[tuple[Sequence[slice | int], Any]]) -> None:
+        """Write blocks of numbers of one variable, each with its place along every dimension.
+
+        Args:
+            name: Of the variable; of one in a group ``group/variable``.
+            blocks: Places, each a position or a slice with a start and a stop, and the numbers there, of the
+                variable's type.
+
+        Raises:
+            KeyError: if there is no such variable.
+            MemoryError: if the library does not write them.
+            ValueError: if numbers do not fit their place or the variable's type.
+        """
+        library = self._library
+        variable = hdf5.variable(self._file, name)
+        if variable < 0:
+            raise KeyError(f"{name}: not declared in the file in memory")
+        stored, space = library.H5Dget_type(variable), library.H5Dget_space(variable)
+        try:
+            for place, numbers in blocks:
+                shape = tuple(part.stop - part.start for part in place if isinstance(part, slice))
+                if np.shape(numbers) != shape:
+                    raise ValueError(f"{name}: numbers of shape {np.shape(numbers)} do not fit the place {shape}")
+                block = np.ascontiguousarray(numbers)
+                if block.dtype.itemsize != library.H5Tget_size(stored):
+                    raise ValueError(f"{name}: numbers of type {block.dtype} are not of the type that was declared")
+                if block.size and not self._written(variable, stored, space, place, block):
+                    raise MemoryError(f"{name}: the HDF5 library does not write it to the file in memory")
+        finally:
+            library.H5Sclose(space)
+            library.H5Tclose(stored)
+            library.H5Dclose(variable)
+
+    def _written(self, variable: int, stored: int, space: int, place: Sequence[slice | int], block: NDArray) -> bool:
+        library = self._library
+        if not place:
+            return bool(library.H5Dwrite(variable, stored, 0, 0, 0, block.ctypes.data) >= 0)
+        pairs = [(part.start, part.stop - part.start) if isinstance(part, slice) else (part, 1) for part in place]
+        start, count = (np.array(of, np.uint64) for of in zip(*pairs, strict=True))
+        memory = library.H5Screate_simple(len(pairs), count.ctypes.data, None)
+        try:
+            chosen = library.H5Sselect_hyperslab(space, 0, start.ctypes.data, None, count.ctypes.data, None) >= 0
+            return chosen and bool(library.H5Dwrite(variable, stored, memory, space, 0, block.ctypes.data) >= 0)
+        finally:
+            library.H5Sclose(memory)
+
+    def say(self, attrs: Mapping[str, Any], before: Mapping[str, Any]) -> None:
+        """Change the file's attributes from `before`, all that it has, to `attrs`, in the same order.
+
+        Text may change its length; a number stays one of its type.
+
+        Raises:
+            MemoryError: if the library does not write them.
+        """
+        names = list(before)
+        longer = (i for i, name in enumerate(names) if _bytes(attrs[name]).nbytes != _bytes(before[name]).nbytes)
+        first = next(longer, len(names))
+        kept = names[:first]
+        done = all(self._said(name, _bytes(attrs[name])) for name in kept if attrs[name] != before[name])
+        if not done or not self._anew({name: _bytes(attrs[name]) for name in names[first:]}):
+            raise MemoryError("say: the HDF5 library does not write the attributes of the file in memory")
+
+    def _said(self, name: str, content: NDArray) -> bool:
+        """Write an attribute in its place; whether that succeeded."""
+        library = self._library
+        attribute = library.H5Aopen(self._file, name.encode(), 0)
+        kind = library.H5Aget_type(attribute)
+        done = library.H5Awrite(attribute, kind, content.ctypes.data) >= 0
+        library.H5Tclose(kind)
+        return bool(library.H5Aclose(attribute) >= 0 and done)
+
+    def _anew(self, contents: Mapping[str, NDArray]) -> bool:
+        """Remove attributes and make them again, of the same kinds, so that they keep their order."""
+        library, kinds = self._library, {}
+        for name in contents:
+            attribute = library.H5Aopen(self._file, name.encode(), 0)
+            kinds[name] = library.H5Aget_type(attribute), library.H5Aget_space(attribute)
+            library.H5Aclose(attribute)
+            library.H5Adelete(self._file, name.encode())
+        done = True
+        for name, content in contents.items():
+            kind, space = kinds[name]
+            sized = library.H5Tcopy(kind)
+            if content.dtype.kind == "S":
+                library.H5Tset_size(sized, content.nbytes)
+            attribute = library.H5Acreate2(self._file, name.encode(), sized, space, 0, 0)
+            done &= library.H5Awrite(attribute, sized, content.ctypes.data) >= 0
+            done &= library.H5Aclose(attribute) >= 0
+            library.H5Tclose(sized)
+            library.H5Tclose(kind)
+            library.H5Sclose(space)
+        return bool(done)
+
+    def content(self) -> NDArray:
+        """The bytes of the file."""
+        return hdf5.image(self._file)
+
+
+def changeable(value: Any) -> object | None:
+    """What values of an attribute have in common that `Image.say` can exchange; None for one that it cannot write.
+
+    The netCDF library stores other text than ASCII, and empty text, in other ways.
+    """
+    if isinstance(value, str):
+        return "text" if value and value.isascii() and "\0" not in value else None
+    numbers = np.asarray(value)
+    return (numbers.dtype.str, numbers.size) if numbers.dtype.kind in "fiu" and numbers.ndim <= 1 else None
+
+
+def _bytes(value: Any) -> NDArray:
+    """An attribute's value as the library takes it."""
+    return np.array(value.encode()) if isinstance(value, str) else np.ascontiguousarray(value)
