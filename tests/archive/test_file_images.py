@@ -6,7 +6,7 @@ import pytest
 
 import tsdyn
 from tests.cases import FEW, small
-from tsdyn.archive import file_images, made_files, netcdf
+from tsdyn.archive import file_images, hdf5, made_files, netcdf
 from tsdyn.archive.run_directory import ARCHIVE
 
 
