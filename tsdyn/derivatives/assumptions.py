@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -74,11 +75,20 @@ def agree(found: Tensor, right: Tensor, scale: float | Tensor = 0.0) -> bool:
     if not found.numel():
         return True
     found, right = found.detach(), right.detach()
-    limit = tolerance(right.dtype) * torch.maximum(right.abs().max(), torch.as_tensor(scale, device=right.device))
-    apart = (found - right).abs()
-    if bool((apart <= limit).all()):
+    return _within(found, right, float(right.abs().max()), float(scale))
+
+
+def _within(found: Tensor, right: Tensor, largest: float, scale: float) -> bool:
+    """As `agree`, with the largest entry of `right`, which is not finite if one of them is not."""
+    size = max(largest, scale)
+    if (
+        math.isfinite(largest)
+        and math.isfinite(size)
+        and float((found - right).abs().max()) <= tolerance(right.dtype) * size
+    ):
         return True
-    return torch.allclose(found, right, rtol=0, atol=float(limit.nan_to_num(0, 0, 0)), equal_nan=True)
+    finite = max(float(right.abs().nan_to_num(0, 0, 0).max()), scale if math.isfinite(scale) else 0.0)
+    return torch.allclose(found, right, rtol=0, atol=tolerance(right.dtype) * finite, equal_nan=True)
 
 
 def agree_by_name(found: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> bool:
@@ -86,8 +96,13 @@ def agree_by_name(found: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> b
 
     Without it the rounding left of an exact zero would be compared with its own size.
     """
-    largest = max((float(g.abs().max()) for g in right.values() if g.numel()), default=0.0)
-    return all(agree(found[name], g, largest / 1000) for name, g in right.items())
+    sizes = {name: float(g.abs().max()) for name, g in right.items() if g.numel()}
+    scale = max((size for size in sizes.values() if math.isfinite(size)), default=0.0) / 1000
+    return all(
+        found[name].shape == g.shape
+        and (name not in sizes or _within(found[name].detach(), g.detach(), sizes[name], scale))
+        for name, g in right.items()
+    )
 
 
 # --- the module and its input --------------------------------------------------------------------------------
@@ -227,31 +242,25 @@ class Asked:
     def plain(self, loss: Loss, sample: int) -> dict[str, Tensor]:
         """Gradient of one sample's loss by name, by plain autograd: the definition."""
         inputs, targets = self.some(slice(sample, sample + 1))
-        value = self.value(loss, self.call(inputs), targets)
+        return self.slopes(self.value(loss, self.call(inputs), targets))
+
+    def slopes(self, value: Tensor) -> dict[str, Tensor]:
+        """Gradient of a loss by name, by plain autograd."""
         self.refuse_detached(value)
         return dict(zip(self.parameters, self.gradients(value, list(self.parameters.values())), strict=True))
 
     # --- what must hold --------------------------------------------------------------------------------------
 
-    def plain_again(self, loss: Loss, sample: int, first: Tree) -> dict[str, Tensor]:
-        """As `plain`, of the sample whose (output, loss) were `first`; raises ValueError as `refuse_unsteady` does."""
-        self._refuse_moved(lambda: self.call(self.some(slice(sample, sample + 1))[0]))
-        inputs, targets = self.some(slice(sample, sample + 1))
-        output = self.call(inputs)
-        value = self.value(loss, output, targets)
-        self._refuse_others(first, (output, value))
-        self.refuse_detached(value)
-        return dict(zip(self.parameters, self.gradients(value, list(self.parameters.values())), strict=True))
-
     def refuse_unsteady(self, value: Callable[[], Tree]) -> Tree:
         """Compute `value` twice and return the first; raise if they differ, draw random numbers or change the state."""
         self.note()
         first = value()
-        self._refuse_moved(value)
+        self.refuse_moved(value)
         self._refuse_others(first, value())
         return first
 
-    def _refuse_moved(self, value: Callable[[], Tree]) -> None:
+    def refuse_moved(self, value: Callable[[], Tree]) -> None:
+        """Raise ValueError if what was called since `note` has changed the state, or if `value` draws numbers."""
         state, randomness = self.note()
         moved = state.moved()
         if moved:

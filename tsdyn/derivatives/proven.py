@@ -108,8 +108,8 @@ class Proven:
             if any(len(each) != 1 for each in calls.values()):
                 return False
             if not self._known:
-                value = one.value(self._loss, self._alone, target)
-                right = {0: one.plain_again(self._loss, 0, (self._alone, value))}
+                right = {0: one.slopes(one.value(self._loss, self._alone, target))}
+                one.refuse_moved(lambda: one.call(first))
             numbers = sum(f.numel() + z.numel() for ((f, z),) in calls.values())
         self.chunk = min(one.count, max(1, memory // max(1, 2 * numbers * one.dtype.itemsize)))
         part = slice(0, self.chunk)
