@@ -97,7 +97,8 @@ class Proven:
         one = self._one
         right = {}
         if self._connected():
-            numbers = sum(layer.weight.shape[0] + layer.weight.shape[1] for layer in self._layers.values())
+            linear = [layer for layer in self._layers.values() if isinstance(layer, nn.Linear)]
+            numbers = sum(sum(layer.weight.shape) for layer in linear)
         else:
             first, target = one.some(slice(0, 1))
             if self._known:
