@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.derivatives.test_proven import drawn
 from tsdyn import derivatives
 from tsdyn.derivatives import graph
-from tsdyn.derivatives.assumptions import agree, agree_by_name
+from tsdyn.derivatives.agreement import agree, agree_by_name
 from tsdyn.derivatives.straight import straight
 
 EPS = torch.finfo(torch.float64).eps

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from tsdyn.derivatives import graph
-from tsdyn.derivatives.assumptions import Asked, Loss, Tree, agree_by_name, comparable, mapped
+from tsdyn.derivatives.agreement import agree_by_name, comparable
+from tsdyn.derivatives.assumptions import Asked, Loss, Tree, mapped
 from tsdyn.derivatives.factors import Convolved, Factors, Held, Scaled
 from tsdyn.derivatives.straight import straight
 
