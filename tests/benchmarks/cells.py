@@ -11,6 +11,8 @@ from functools import partial
 import numpy as np
 import torch
 
+#: Seconds for what a way leaves to a thread of its own, which its processor time includes: jax frees its results so.
+_SETTLE = 0.03
 #: Does the work once, and returns what all ways must agree in; None if there is nothing to compare.
 Way = Callable[[], object]
 
@@ -106,6 +108,7 @@ def measured(cell: Cell, *, rounds: int, seconds: float, rates: Mapping[str, flo
             start = time.process_time()
             for _ in range(times[name]):
                 work()
+            time.sleep(_SETTLE)
             taken[name].append((time.process_time() - start) / times[name])
     scale = {"us": 1e6, "ms": 1e3}[cell.unit] / cell.count
     medians = {name: statistics.median(each) * scale for name, each in taken.items()}

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tests.networks.test_networks import random_network
-from tsdyn import derivatives
+from tsdyn import derivatives, memory
 from tsdyn.derivatives import curvature
 from tsdyn.derivatives.layered import Walk, layered, plain_network
 from tsdyn.engine.compiled_curvature import Passed, serves
@@ -287,3 +287,35 @@ def test_one_product_refuses_a_loss_whose_hessian_is_not_symmetric():
     vector = torch.ones(sum(p.numel() for p in module.parameters()), dtype=torch.float64)
     with pytest.raises(ValueError, match="not those of a symmetric matrix"):
         derivatives.hessian_vector_product(module, lambda o, t: Sheared.apply(o).sum(), x, x[:, :2], vector)
+
+
+@pytest.mark.parametrize("room", [1, 500, 1 << 20])
+def test_jacobians_that_are_written_piece_by_piece_are_the_same(room, monkeypatch):
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    x = torch.randn(6, 4, dtype=torch.float64)
+    whole = derivatives.jacobian(module, x)
+    touched = []
+    monkeypatch.setattr("tsdyn.derivatives.layered._AT_A_TOUCH", room)
+    monkeypatch.setattr("tsdyn.memory.touch", lambda piece: touched.append(piece.nbytes))
+    pieces = derivatives.jacobian(module, x)
+    assert {name: torch.equal(j, whole[name]) for name, j in pieces.items()} == dict.fromkeys(whole, True)
+    weights = sum(j.nbytes for name, j in whole.items() if "weight" in name)
+    assert sum(touched) == (weights if room < 1000 else 0)
+
+
+def test_new_memory_is_made_when_it_is_touched_and_numbers_stay():
+    large = torch.empty((40 << 20) // 8, dtype=torch.float64)
+    piece = large[: (16 << 20) // 8]
+    before = memory.resident()
+    memory.touch(piece)
+    made = memory.resident() - before
+    if memory.resident():  # 16 MB at once, where the system can; none where it cannot
+        assert made < 1 << 20 or made > 15 << 20
+    piece.fill_(3.0)
+    memory.touch(piece)
+    assert bool((piece == 3.0).all())
+    small = torch.ones(8)
+    memory.touch(small)  # too small to be new memory
+    memory.touch(large.view(2, -1).T)  # nothing that lies together
+    assert bool((small == 1).all())

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.derivatives.test_proven import drawn
 from tsdyn import derivatives
 from tsdyn.derivatives import graph
+from tsdyn.derivatives.agreement import agree, agree_by_name
 from tsdyn.derivatives.straight import straight
 
 EPS = torch.finfo(torch.float64).eps
@@ -301,3 +302,15 @@ def test_a_part_that_is_random_when_it_is_put_in_is_refused():
     module.append(nn.Dropout(0.5))
     with pytest.raises(ValueError, match="Dropout in training mode"):
         derivatives.per_sample_gradients(module, half_square, x, y)
+
+
+def test_an_infinity_agrees_with_an_equal_one_only():
+    right = torch.tensor([torch.inf, 1.0, torch.nan])
+    assert agree(right.clone(), right)
+    assert agree(right * (1 + 1e-7), right)  # 4,504 roundings of float32 are allowed
+    for place, wrong in ((0, 3.0), (0, -torch.inf), (1, 7.0), (1, torch.nan), (2, 0.0)):
+        found = right.clone()
+        found[place] = wrong
+        assert not agree(found, right)
+        assert not agree_by_name({"": found, "other": right[1]}, {"": right, "other": right[1]})
+    assert not agree(torch.zeros(2), torch.zeros(3))

@@ -25,6 +25,7 @@ from torch.func import functional_call, vmap
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from tsdyn.derivatives import graph
+from tsdyn.derivatives.agreement import agree, comparable, tolerance
 from tsdyn.derivatives.module_state import Randomness, State
 from tsdyn.networks.network import Network
 
@@ -40,19 +41,6 @@ TOGETHER, ALONE = 32, 3
 log = logging.getLogger("tsdyn")
 
 
-def tolerance(dtype: torch.dtype) -> float:
-    """Relative tolerance for comparing two results: 1e-12 in float64, the same number of roundings in other types.
-
-    That is 4,504 times eps; in 16-bit types it exceeds 1, so that no comparison is possible (`comparable`).
-    """
-    return 1e-12 * torch.finfo(dtype).eps / torch.finfo(torch.float64).eps
-
-
-def comparable(tensors: Iterable[Tensor]) -> bool:
-    """Whether comparing to `tolerance` can tell right from wrong; it cannot in 16-bit types."""
-    return all(tolerance(t.dtype) < 1e-2 for t in tensors)
-
-
 def _rounding_of_batches(values: Tensor) -> float:
     """Absolute tolerance between a sample's output alone and in a batch, since batch sizes select different kernels.
 
@@ -62,32 +50,6 @@ def _rounding_of_batches(values: Tensor) -> float:
         return 0.0
     share = max(min(1000 * tolerance(values.dtype), 1e-3), 16 * torch.finfo(values.dtype).eps)
     return share * float(values.detach().abs().max().nan_to_num(0, 0, 0))
-
-
-def agree(found: Tensor, right: Tensor, scale: float | Tensor = 0.0) -> bool:
-    """Whether two results are equal to rounding, relative to the largest entry of `right` or, if larger, to `scale`.
-
-    NaN agrees with NaN, and an infinity with an equal one.
-    """
-    if found.shape != right.shape:
-        return False
-    if not found.numel():
-        return True
-    found, right = found.detach(), right.detach()
-    limit = tolerance(right.dtype) * torch.maximum(right.abs().max(), torch.as_tensor(scale, device=right.device))
-    apart = (found - right).abs()
-    if bool((apart <= limit).all()):
-        return True
-    return torch.allclose(found, right, rtol=0, atol=float(limit.nan_to_num(0, 0, 0)), equal_nan=True)
-
-
-def agree_by_name(found: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> bool:
-    """Whether gradients by name agree, with a scale of at least a thousandth of the largest entry of all.
-
-    Without it the rounding left of an exact zero would be compared with its own size.
-    """
-    largest = max((float(g.abs().max()) for g in right.values() if g.numel()), default=0.0)
-    return all(agree(found[name], g, largest / 1000) for name, g in right.items())
 
 
 # --- the module and its input --------------------------------------------------------------------------------
@@ -227,31 +189,25 @@ class Asked:
     def plain(self, loss: Loss, sample: int) -> dict[str, Tensor]:
         """Gradient of one sample's loss by name, by plain autograd: the definition."""
         inputs, targets = self.some(slice(sample, sample + 1))
-        value = self.value(loss, self.call(inputs), targets)
+        return self.slopes(self.value(loss, self.call(inputs), targets))
+
+    def slopes(self, value: Tensor) -> dict[str, Tensor]:
+        """Gradient of a loss by name, by plain autograd."""
         self.refuse_detached(value)
         return dict(zip(self.parameters, self.gradients(value, list(self.parameters.values())), strict=True))
 
     # --- what must hold --------------------------------------------------------------------------------------
 
-    def plain_again(self, loss: Loss, sample: int, first: Tree) -> dict[str, Tensor]:
-        """As `plain`, of the sample whose (output, loss) were `first`; raises ValueError as `refuse_unsteady` does."""
-        self._refuse_moved(lambda: self.call(self.some(slice(sample, sample + 1))[0]))
-        inputs, targets = self.some(slice(sample, sample + 1))
-        output = self.call(inputs)
-        value = self.value(loss, output, targets)
-        self._refuse_others(first, (output, value))
-        self.refuse_detached(value)
-        return dict(zip(self.parameters, self.gradients(value, list(self.parameters.values())), strict=True))
-
     def refuse_unsteady(self, value: Callable[[], Tree]) -> Tree:
         """Compute `value` twice and return the first; raise if they differ, draw random numbers or change the state."""
         self.note()
         first = value()
-        self._refuse_moved(value)
+        self.refuse_moved(value)
         self._refuse_others(first, value())
         return first
 
-    def _refuse_moved(self, value: Callable[[], Tree]) -> None:
+    def refuse_moved(self, value: Callable[[], Tree]) -> None:
+        """Raise ValueError if what was called since `note` has changed the state, or if `value` draws numbers."""
         state, randomness = self.note()
         moved = state.moved()
         if moved:

@@ -30,7 +30,8 @@ from torch.overrides import TorchFunctionMode
 
 from tsdyn.arguments import FUNCTION, MODULE, WHOLE, check
 from tsdyn.derivatives import labels
-from tsdyn.derivatives.assumptions import Asked, Loss, Tree, agree, asked, comparable, explained, gradients_on, log
+from tsdyn.derivatives.agreement import agree, comparable
+from tsdyn.derivatives.assumptions import Asked, Loss, Tree, asked, explained, gradients_on, log
 from tsdyn.derivatives.given import Parameters, as_tensor, flat, leaves_of, names_of, refuse_unreal
 from tsdyn.derivatives.layered import Layered, layered, proved
 from tsdyn.derivatives.module_state import Randomness

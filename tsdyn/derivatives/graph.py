@@ -62,7 +62,7 @@ def known(module: nn.Module) -> bool:
             return False
         if kind is nn.Conv2d and part.padding_mode != "zeros":
             return False
-        if kind is nn.Flatten and (part.start_dim, part.end_dim) != (1, -1):
+        if type(part) is nn.Flatten and (part.start_dim, part.end_dim) != (1, -1):
             return False
         if any(type(p) is not nn.Parameter or p._backward_hooks for p in own["_parameters"].values() if p is not None):
             return False

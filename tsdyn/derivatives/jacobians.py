@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_map
 
 from tsdyn.arguments import FUNCTION, MODULE, takes
 from tsdyn.derivatives import labels
-from tsdyn.derivatives.assumptions import MEMORY, Asked, Loss, Tree, agree_by_name, asked, comparable, log, sample_axis
+from tsdyn.derivatives.agreement import agree_by_name, comparable
+from tsdyn.derivatives.assumptions import MEMORY, Asked, Loss, Tree, asked, log, sample_axis
 from tsdyn.derivatives.layered import fill_jacobians, plain_network
 from tsdyn.memory import refuse_beyond
 from tsdyn.networks.network import Network

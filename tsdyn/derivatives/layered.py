@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from tsdyn import memory
 from tsdyn.derivatives import graph
-from tsdyn.derivatives.assumptions import agree
+from tsdyn.derivatives.agreement import agree
 from tsdyn.engine.compiled_curvature import Passed, serves
 from tsdyn.networks.network import Network
 

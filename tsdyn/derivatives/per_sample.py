@@ -23,7 +23,8 @@ from torch.utils._pytree import tree_map
 
 from tsdyn.arguments import FUNCTION, MODULE, takes
 from tsdyn.derivatives import labels
-from tsdyn.derivatives.assumptions import ALONE, MEMORY, Asked, Loss, Tree, agree, agree_by_name, asked, comparable, log
+from tsdyn.derivatives.agreement import agree, agree_by_name, comparable
+from tsdyn.derivatives.assumptions import ALONE, MEMORY, Asked, Loss, Tree, asked, log
 from tsdyn.derivatives.factors import Convolved, Factors, Held, norms
 from tsdyn.derivatives.proven import called, joined, proven
 from tsdyn.memory import refuse_beyond

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from tsdyn.derivatives import graph
-from tsdyn.derivatives.assumptions import Asked, Loss, Tree, agree_by_name, comparable, mapped
+from tsdyn.derivatives.agreement import agree_by_name, comparable
+from tsdyn.derivatives.assumptions import Asked, Loss, Tree, mapped
 from tsdyn.derivatives.factors import Convolved, Factors, Held, Scaled
 from tsdyn.derivatives.straight import straight
 
@@ -97,7 +98,8 @@ class Proven:
         one = self._one
         right = {}
         if self._connected():
-            numbers = sum(layer.weight.shape[0] + layer.weight.shape[1] for layer in self._layers.values())
+            linear = [layer for layer in self._layers.values() if isinstance(layer, nn.Linear)]
+            numbers = sum(sum(layer.weight.shape) for layer in linear)
         else:
             first, target = one.some(slice(0, 1))
             if self._known:
@@ -108,8 +110,8 @@ class Proven:
             if any(len(each) != 1 for each in calls.values()):
                 return False
             if not self._known:
-                value = one.value(self._loss, self._alone, target)
-                right = {0: one.plain_again(self._loss, 0, (self._alone, value))}
+                right = {0: one.slopes(one.value(self._loss, self._alone, target))}
+                one.refuse_moved(lambda: one.call(first))
             numbers = sum(f.numel() + z.numel() for ((f, z),) in calls.values())
         self.chunk = min(one.count, max(1, memory // max(1, 2 * numbers * one.dtype.itemsize)))
         part = slice(0, self.chunk)

@@ -1,0 +1,62 @@
+"""Whether two results are equal to rounding."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Relative tolerance for comparing two results: 1e-12 in float64, the same number of roundings in other types.
+
+    That is 4,504 times eps; in 16-bit types it exceeds 1, so that no comparison is possible (`comparable`).
+    """
+    return 1e-12 * torch.finfo(dtype).eps / torch.finfo(torch.float64).eps
+
+
+def comparable(tensors: Iterable[Tensor]) -> bool:
+    """Whether comparing to `tolerance` can tell right from wrong; it cannot in 16-bit types."""
+    return all(tolerance(t.dtype) < 1e-2 for t in tensors)
+
+
+def agree(found: Tensor, right: Tensor, scale: float | Tensor = 0.0) -> bool:
+    """Whether two results are equal to rounding, relative to the largest entry of `right` or, if larger, to `scale`.
+
+    NaN agrees with NaN, and an infinity with an equal one.
+    """
+    if found.shape != right.shape:
+        return False
+    if not found.numel():
+        return True
+    found, right = found.detach(), right.detach()
+    return _within(found, right, float(right.abs().max()), float(scale))
+
+
+def _within(found: Tensor, right: Tensor, largest: float, scale: float) -> bool:
+    """As `agree`, with the largest entry of `right`, which is not finite if one of them is not."""
+    size = max(largest, scale)
+    if (
+        math.isfinite(largest)
+        and math.isfinite(size)
+        and float((found - right).abs().max()) <= tolerance(right.dtype) * size
+    ):
+        return True
+    finite = max(float(right.abs().nan_to_num(0, 0, 0).max()), scale if math.isfinite(scale) else 0.0)
+    return torch.allclose(found, right, rtol=0, atol=tolerance(right.dtype) * finite, equal_nan=True)
+
+
+def agree_by_name(found: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> bool:
+    """Whether gradients by name agree, with a scale of at least a thousandth of the largest entry of all.
+
+    Without it the rounding left of an exact zero would be compared with its own size.
+    """
+    sizes = {name: float(g.abs().max()) for name, g in right.items() if g.numel()}
+    scale = max((size for size in sizes.values() if math.isfinite(size)), default=0.0) / 1000
+    return all(
+        found[name].shape == g.shape
+        and (name not in sizes or _within(found[name].detach(), g.detach(), sizes[name], scale))
+        for name, g in right.items()
+    )
