@@ -183,8 +183,8 @@ def test_a_run_begun_before_layers_were_always_named_goes_on(tmp_path, monkeypat
     assert tsdyn.Experiment.from_toml(path / "experiment.toml").student.layers is None
     grown = tsdyn.run(longer, path, student=Residual).load()
     np.testing.assert_array_equal(grown.parameter, tsdyn.run(longer, tmp_path / "whole", student=Residual).parameter)
+    more = longer.replace({"record.observables": ["loss", "mse", "parameter", "gradient_rms"]})
     with pytest.raises(whole_files.ArchiveError, match=r"student\.layers"):  # there are none to record
-        more = longer.replace({"record.observables": ["loss", "mse", "parameter", "gradient_rms"]})
         tsdyn.run(more, path, student=Residual)
 
 
