@@ -64,7 +64,8 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     left, right = (_laid_out(t.expand(*lead, *t.shape[-2:])) for t in (a, b))
     found = _room(a, left.shape[0], rows, columns)
     torch.bmm(left, right, out=found)
-    return found.unflatten(0, lead) if lead else found[0]
+    whole: Tensor = found.unflatten(0, lead) if lead else found[0]
+    return whole
 
 
 def _laid_out(matrices: Tensor) -> Tensor:

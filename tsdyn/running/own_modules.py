@@ -212,7 +212,9 @@ def described(experiment: Experiment, *, student: Maker | None = None, teacher: 
 def _described_at_each(experiment: Experiment, student: Maker | None, teacher: Maker | None) -> Experiment:
     """`described` of a sweep that varies which modules they are: each is made once."""
     given = {"student": student, "teacher": teacher}
-    varied = {who: made_modules.varied(experiment.sweep, who) for who in made_modules.NETWORKS}
+    varied: dict[str, tuple[str, ...]] = {
+        who: made_modules.varied(experiment.sweep, who) for who in made_modules.NETWORKS
+    }
     changes: dict[str, Any] = {}
     for who, make in given.items():
         if make is not None and f"{who}.module" in varied[who]:
