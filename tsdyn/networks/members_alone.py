@@ -64,8 +64,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     left, right = (_laid_out(t.expand(*lead, *t.shape[-2:])) for t in (a, b))
     found = _room(a, left.shape[0], rows, columns)
     torch.bmm(left, right, out=found)
-    whole: Tensor = found.unflatten(0, lead) if lead else found[0]
-    return whole
+    return found.unflatten(0, lead) if lead else found[0]
 
 
 def _laid_out(matrices: Tensor) -> Tensor:
@@ -80,4 +79,5 @@ def _laid_out(matrices: Tensor) -> Tensor:
 def _room(like: Tensor, count: int, rows: int, columns: int) -> Tensor:
     line = _LINE // like.element_size()
     step = -(-rows * columns // line) * line
-    return like.new_empty(count, step)[:, : rows * columns].unflatten(-1, (rows, columns))
+    found: Tensor = like.new_empty(count, step)[:, : rows * columns].unflatten(-1, (rows, columns))
+    return found
