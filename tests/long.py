@@ -79,9 +79,11 @@ def _recipes() -> list[Sequence[str]]:
     needs = ("pytest", "pytest-benchmark", "hypothesis", "beartype", "lightning", "transformers", "accelerate")
     return [
         (sys.executable, "-m", "venv", str(LOGS / "venv")),
-        (own, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-e", str(ROOT), *needs),
+        # an unconstrained torch draws several GB of CUDA packages
+        (own, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-c", str(ROOT / "constraints.txt"),
+         "-e", str(ROOT), *needs),
         (own, "-m", "pytest", "-q", "--no-typechecks", "tests/recipes/trainers.py", "-W", "default"),
-    ]
+    ]  # fmt: skip
 
 
 def _browser() -> list[Sequence[str]]:

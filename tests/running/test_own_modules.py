@@ -171,6 +171,23 @@ def test_a_layer_by_itself_is_a_module_with_one_layer(tmp_path):
     assert tsdyn.layer(ds, "").identical(tsdyn.layer(ds, 1))
 
 
+def test_a_run_begun_before_layers_were_always_named_goes_on(tmp_path, monkeypatch):
+    def unnamed(*_, **__):
+        raise ValueError
+
+    asked, path = experiment(training__epochs=1), tmp_path / "run"
+    longer = asked.replace({"training.epochs": 2, "seeds": 3})
+    with monkeypatch.context() as before:
+        before.setattr(own_modules.layers, "labelled", unnamed)
+        tsdyn.run(asked, path, student=Residual)
+    assert tsdyn.Experiment.from_toml(path / "experiment.toml").student.layers is None
+    grown = tsdyn.run(longer, path, student=Residual).load()
+    np.testing.assert_array_equal(grown.parameter, tsdyn.run(longer, tmp_path / "whole", student=Residual).parameter)
+    more = longer.replace({"record.observables": ["loss", "mse", "parameter", "gradient_rms"]})
+    with pytest.raises(whole_files.ArchiveError, match=r"student\.layers"):  # there are none to record
+        tsdyn.run(more, path, student=Residual)
+
+
 def test_a_resumed_run_has_the_same_bits_and_another_module_is_refused(tmp_path):
     """Also with running statistics, Adam's moments and a boolean buffer in the state."""
 

@@ -68,7 +68,9 @@ def single(seeds):
     counts = ", ".join(str(int(n)) for n in reached.sum(1))
     print(f"{DIRECTIONS} directions, {seeds} seeds, both sides: {told(sides)}")
     print(f"of {sides.shape[1]} sides {counts} reach the reported values, {int(reached.all(0).sum())} all of them;")
-    print(f"{int(near.all(0).sum())} are within 20 % of all of them", flush=True)
+    print(f"{int(near.all(0).sum())} are within 20 % of all of them;")
+    slow = float((sides[1] / sides[2] <= REPORTED[1] / REPORTED[2]).double().mean())
+    print(f"{slow:.0%} fall as little from {STEPS[1]} to {STEPS[2]} steps", flush=True)
 
 
 if __name__ == "__main__":

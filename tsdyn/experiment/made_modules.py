@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from tsdyn.experiment.sweep_axes import swept_keys
 
 #: Keys of a module that tsdyn fills in; ``layers`` may be given, too.
 FILLED = ("source", "numbers", "layers", "shapes")
-NETWORKS = ("student", "teacher")
+NETWORKS: tuple[Literal["student", "teacher"], ...] = ("student", "teacher")
 
 
 def varied(sweep: Mapping[str, Any], who: str) -> tuple[str, ...]:

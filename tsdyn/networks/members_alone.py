@@ -79,4 +79,5 @@ def _laid_out(matrices: Tensor) -> Tensor:
 def _room(like: Tensor, count: int, rows: int, columns: int) -> Tensor:
     line = _LINE // like.element_size()
     step = -(-rows * columns // line) * line
-    return like.new_empty(count, step)[:, : rows * columns].unflatten(-1, (rows, columns))
+    found: Tensor = like.new_empty(count, step)[:, : rows * columns].unflatten(-1, (rows, columns))
+    return found

@@ -212,7 +212,9 @@ def described(experiment: Experiment, *, student: Maker | None = None, teacher: 
 def _described_at_each(experiment: Experiment, student: Maker | None, teacher: Maker | None) -> Experiment:
     """`described` of a sweep that varies which modules they are: each is made once."""
     given = {"student": student, "teacher": teacher}
-    varied = {who: made_modules.varied(experiment.sweep, who) for who in made_modules.NETWORKS}
+    varied: dict[str, tuple[str, ...]] = {
+        who: made_modules.varied(experiment.sweep, who) for who in made_modules.NETWORKS
+    }
     changes: dict[str, Any] = {}
     for who, make in given.items():
         if make is not None and f"{who}.module" in varied[who]:
@@ -266,7 +268,7 @@ def _keys(experiment: Experiment, who: Literal["student", "teacher"], make: Make
         f"{who}.source": _source(make, module),
         f"{who}.numbers": sum(t.numel() for t in held_tensors(module).values()),
     }
-    needed = part.layers is not None or _labelled(experiment, who)
+    needed = part.layers is not None or needs_layers(experiment, who)
     if who == "teacher" and not needed:  # the layers of a deeper one would be layers without nodes of the student
         return found
     try:
@@ -316,7 +318,7 @@ def _refuse_others(experiment: Experiment, who: str, module: nn.Module, others: 
         )
 
 
-def _labelled(experiment: Experiment, who: Literal["student", "teacher"]) -> bool:
+def needs_layers(experiment: Experiment, who: Stream) -> bool:
     """Whether something is recorded that needs the layers of the student or teacher."""
     names = schema.expand(experiment.record.observables)
     rows = [row for row in (VARIABLES.get(n) or schema.DECLARED.get(n) for n in names) if row is not None]
@@ -513,7 +515,7 @@ def refuse_unmeasurable(experiment: Experiment, *, student: Maker | None = None,
         if make is None:
             continue
         refuse_other_source(experiment, who, make)  # type: ignore[arg-type]
-        if getattr(experiment, who).shapes is None and _labelled(experiment, who):  # type: ignore[arg-type]
+        if getattr(experiment, who).shapes is None and needs_layers(experiment, who):  # type: ignore[arg-type]
             raise ExperimentError(
                 f"record.observables = {list(experiment.record.observables)}: the {who}'s layers are not labelled in "
                 f"{experiment.name}, so that nothing can be measured of single ones; losses, parameters and "

@@ -210,7 +210,7 @@ def run(
     if means.distributed:
         refuse_unpicklable(student=student, teacher=teacher, **{f"observable {o.name!r}": o for o in observables})
     with added(observables), own_modules.keeping():
-        own = completed(_asking(experiment, observables), student=student, teacher=teacher)
+        own = _as_begun(completed(_asking(experiment, observables), student=student, teacher=teacher), path)
         if not packages.missing(own):
             registry.load(own)  # a package's observables are declared when they are loaded
         if not whole_files.local_path(path).exists():  # what was begun before goes on as it was
@@ -231,6 +231,22 @@ def completed(experiment: Experiment, *, student: Maker | None = None, teacher: 
         ExperimentError: if a module cannot be imported, made or trained.
     """
     return described(experiment, student=student, teacher=teacher)
+
+
+def _as_begun(experiment: Experiment, path: str | Path) -> Experiment:
+    """The experiment without names of modules' layers where the directory was begun without.
+
+    They were filled in only where something was recorded of single layers; where nothing is, the run goes on as it was.
+    """
+    try:
+        there = Experiment.from_toml(whole_files.local_path(path) / run_directory.EXPERIMENT, archived=True)
+    except (ExperimentError, OSError):  # nothing is there, or what is there is refused with the reason where it is read
+        return experiment
+    parts = [(who, getattr(there, who)) for who in made_modules.NETWORKS]
+    begun = [who for who, part in parts if part.source is not None and part.layers is None]
+    lacking = [who for who in begun if not own_modules.needs_layers(experiment, who)]
+    changes: dict[str, Any] = {f"{who}.{name}": None for who in lacking for name in ("layers", "shapes")}
+    return experiment.replace(changes) if changes else experiment
 
 
 def _together(experiment: Experiment, device: str) -> bool:
