@@ -9,7 +9,10 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 from tsdyn.archive import changes, machines, netcdf
 from tsdyn.archive.lock import NAME as LOCK
@@ -20,7 +23,9 @@ from tsdyn.experiment.experiment import Experiment
 from tsdyn.problem import input_files
 from tsdyn.running.conventions import attributes
 
-#: How often an archive that another command is moving is looked at.
+Found = TypeVar("Found")
+
+#: How often files that another command is moving are looked at.
 _LOOKS = 5
 
 
@@ -38,6 +43,18 @@ def parts_of(path: Path, experiment: Experiment) -> tuple[dict[Path, Experiment]
     Raises:
         DirectoryError: if seeds are to be added to a run that keeps no training state.
     """
+    return _steadily(lambda: _parts_of(path, experiment))
+
+
+def _steadily(look: Callable[[], Found]) -> Found:
+    """What `look` gives; asked again where another command has just moved or joined the files that it looks at."""
+    for _ in range(_LOOKS - 1):
+        with suppress(FileNotFoundError):
+            return look()
+    return look()
+
+
+def _parts_of(path: Path, experiment: Experiment) -> tuple[dict[Path, Experiment], dict[Path, Experiment]]:
     there = _there(path)
     if there is None or not (there == experiment or extends(experiment, there)):
         return {path: experiment}, {}  # a new run, or one that will be refused
@@ -53,23 +70,23 @@ def parts_of(path: Path, experiment: Experiment) -> tuple[dict[Path, Experiment]
                     f"{path}: its archive is of schema {nc.schema_version}, which keeps no state to train on from; it "
                     f"stays as it is: run seeds {new} into another directory with -o, then tsdyn.open([one, other])"
                 )
-    runs, joins = parts_of(path / ADDED, experiment.replace({"seeds": new}))
+    runs, joins = _parts_of(path / ADDED, experiment.replace({"seeds": new}))
     return {path: experiment.replace({"seeds": there.seeds}), **runs}, {**joins, path: experiment}
 
 
 def _there(path: Path) -> Experiment | None:
     """The experiment of a directory: of its archive if it is finished, since the experiment file may be behind it."""
-    for _ in range(_LOOKS):
-        try:
-            if (path / ARCHIVE).is_file() and not (path / ARCHIVE).is_symlink():
-                with netcdf.dataset(path / ARCHIVE) as nc:
-                    return Experiment.from_toml_text(str(netcdf.attributes(nc).get("experiment")), archived=True)
-            return Experiment.from_toml(path / EXPERIMENT, archived=True)
-        except FileNotFoundError:  # another command has just moved it: it is looked at again
-            continue
-        except (ExperimentError, ArchiveError, OSError):  # RunDirectory says what is wrong
-            return None
-    return None
+
+    def look() -> Experiment:
+        if (path / ARCHIVE).is_file() and not (path / ARCHIVE).is_symlink():
+            with netcdf.dataset(path / ARCHIVE) as nc:
+                return Experiment.from_toml_text(str(netcdf.attributes(nc).get("experiment")), archived=True)
+        return Experiment.from_toml(path / EXPERIMENT, archived=True)
+
+    try:
+        return _steadily(look)
+    except (ExperimentError, ArchiveError, OSError):  # RunDirectory says what is wrong
+        return None
 
 
 def _refuse_other_inputs(path: Path, experiment: Experiment, now: dict[str, str]) -> None:
