@@ -238,17 +238,26 @@ def test_another_experiment_is_still_refused_once(tmp_path, monkeypatch):
     assert len(looks) == 2
 
 
-@pytest.mark.parametrize("which", range(3))
+LOOKED = {
+    "seeds that are there": (0, lambda path: added_seeds.parts_of(path, small(**FEW | {"seeds": 3}))),
+    "input files": (1, lambda path: added_seeds.parts_of(path, small(**FEW | {"seeds": 3}))),
+    "whether a state is kept": (2, lambda path: added_seeds.parts_of(path, small(**FEW | {"seeds": 3}))),
+    "states": (0, states.kept),
+    "a state": (0, lambda path: sorted(states.state_after(path, 2))),
+}
+
+
+@pytest.mark.parametrize("which", LOOKED)
 def test_an_archive_that_is_moved_while_it_is_looked_at_is_looked_at_again(tmp_path, monkeypatch, which):
-    """Each of the three looks by which a command finds which seeds are to be added; found by the state machine."""
+    """Without the lock, by a command that finds what there is; found by the state machine."""
     path, opened, looks = tmp_path / "run", netcdf._opened, []
     tsdyn.run(small(**FEW), path)
-    more = small(**FEW | {"seeds": 3})
-    expected = added_seeds.parts_of(path, more)
+    at, look = LOOKED[which]
+    expected = look(path)
 
     def late(file, mode):
         looks.append(file)
-        if len(looks) != which + 1:
+        if len(looks) != at + 1:
             return opened(file, mode)
         shutil.move(file, tmp_path / "aside")
         try:
@@ -257,8 +266,8 @@ def test_an_archive_that_is_moved_while_it_is_looked_at_is_looked_at_again(tmp_p
             shutil.move(tmp_path / "aside", file)
 
     monkeypatch.setattr(netcdf, "_opened", late)
-    assert added_seeds.parts_of(path, more) == expected
-    assert len(looks) > 3
+    assert look(path) == expected
+    assert len(looks) > at + 1
 
 
 def test_a_file_that_is_moved_while_it_is_tried_is_not_taken_for_proven(run, tmp_path, monkeypatch, tried):

@@ -9,24 +9,16 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
-from typing import TypeVar
 
 from tsdyn.archive import changes, machines, netcdf
 from tsdyn.archive.lock import NAME as LOCK
 from tsdyn.archive.run_directory import ADDED, ARCHIVE, EXPERIMENT, RunDirectory, extends, segments
-from tsdyn.archive.whole_files import ArchiveError, DirectoryError, refuse_link, sync_directory
+from tsdyn.archive.whole_files import ArchiveError, DirectoryError, looked_again, refuse_link, sync_directory
 from tsdyn.experiment.errors import ExperimentError
 from tsdyn.experiment.experiment import Experiment
 from tsdyn.problem import input_files
 from tsdyn.running.conventions import attributes
-
-Found = TypeVar("Found")
-
-#: How often files that another command is moving are looked at.
-_LOOKS = 5
 
 
 def parts_of(path: Path, experiment: Experiment) -> tuple[dict[Path, Experiment], dict[Path, Experiment]]:
@@ -43,15 +35,7 @@ def parts_of(path: Path, experiment: Experiment) -> tuple[dict[Path, Experiment]
     Raises:
         DirectoryError: if seeds are to be added to a run that keeps no training state.
     """
-    return _steadily(lambda: _parts_of(path, experiment))
-
-
-def _steadily(look: Callable[[], Found]) -> Found:
-    """What `look` gives; asked again where another command has just moved or joined the files that it looks at."""
-    for _ in range(_LOOKS - 1):
-        with suppress(FileNotFoundError):
-            return look()
-    return look()
+    return looked_again(lambda: _parts_of(path, experiment))
 
 
 def _parts_of(path: Path, experiment: Experiment) -> tuple[dict[Path, Experiment], dict[Path, Experiment]]:
@@ -84,7 +68,7 @@ def _there(path: Path) -> Experiment | None:
         return Experiment.from_toml(path / EXPERIMENT, archived=True)
 
     try:
-        return _steadily(look)
+        return looked_again(look)
     except (ExperimentError, ArchiveError, OSError):  # RunDirectory says what is wrong
         return None
 
