@@ -17,7 +17,6 @@ from tests.problem.test_inputs import of_files
 from tests.test_cli import command  # noqa: F401
 from tsdyn.archive import integrity, netcdf, own_process, run_directory, states
 from tsdyn.archive.whole_files import ArchiveError
-from tsdyn.experiment.experiment import Experiment
 from tsdyn.growing import history
 from tsdyn.running import added_seeds, runner
 from tsdyn.running.interrupts import Stopped
@@ -239,20 +238,49 @@ def test_another_experiment_is_still_refused_once(tmp_path, monkeypatch):
     assert len(looks) == 2
 
 
-def test_an_archive_that_is_moved_while_it_is_looked_at_is_looked_at_again(tmp_path, monkeypatch):
-    path, opened, moved = tmp_path / "run", netcdf._opened, []
+LOOKED = {
+    "seeds that are there": (0, lambda path: added_seeds.parts_of(path, small(**FEW | {"seeds": 3}))),
+    "input files": (1, lambda path: added_seeds.parts_of(path, small(**FEW | {"seeds": 3}))),
+    "whether a state is kept": (2, lambda path: added_seeds.parts_of(path, small(**FEW | {"seeds": 3}))),
+    "states": (0, states.kept),
+    "a state": (0, lambda path: sorted(states.state_after(path, 2))),
+}
+
+
+@pytest.mark.parametrize("which", LOOKED)
+def test_an_archive_that_is_moved_while_it_is_looked_at_is_looked_at_again(tmp_path, monkeypatch, which):
+    """Without the lock, by a command that finds what there is; found by the state machine."""
+    path, opened, looks = tmp_path / "run", netcdf._opened, []
     tsdyn.run(small(**FEW), path)
+    at, look = LOOKED[which]
+    expected = look(path)
 
     def late(file, mode):
-        if not moved:
-            moved.append(shutil.move(file, tmp_path / "aside"))
-            try:
-                return opened(file, mode)
-            finally:
-                shutil.move(tmp_path / "aside", file)
-        return opened(file, mode)
+        looks.append(file)
+        if len(looks) != at + 1:
+            return opened(file, mode)
+        shutil.move(file, tmp_path / "aside")
+        try:
+            return opened(file, mode)
+        finally:
+            shutil.move(tmp_path / "aside", file)
 
     monkeypatch.setattr(netcdf, "_opened", late)
-    (path / "experiment.toml").unlink()
-    assert isinstance(added_seeds._there(path), Experiment)
-    assert moved
+    assert look(path) == expected
+    assert len(looks) > at + 1
+
+
+def test_a_file_that_is_moved_while_it_is_tried_is_not_taken_for_proven(run, tmp_path, monkeypatch, tried):
+    read = netcdf._read_all
+
+    def late(path):
+        shutil.move(path, tmp_path / "aside")
+        read(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(netcdf, "_read_all", late)
+        with pytest.raises(FileNotFoundError):
+            netcdf.refuse_unproven(run / "archive.nc")
+    shutil.move(tmp_path / "aside", run / "archive.nc")
+    netcdf.refuse_unproven(run / "archive.nc")
+    assert len(tried) == 2

@@ -25,6 +25,7 @@ from tsdyn.archive.whole_files import (
     ALWAYS_VERIFIED,
     ArchiveError,
     DirectoryError,
+    Stamp,
     readable,
     refuse_changed,
     replacing,
@@ -143,10 +144,12 @@ def refuse_unproven(path: Path, *, upto: float = math.inf) -> None:
 
 
 @lru_cache(maxsize=1 << 14)
-def _unreadable(path: Path, _: object) -> str | None:
-    """How the process ended that read all of a file; None if it came to its end."""
+def _unreadable(path: Path, now: Stamp) -> str | None:
+    """How the process ended that read all of the file with this stamp; None if it came to its end."""
     try:
         own_process.reading(path, lambda: _read_all(path))
+        if stamp(path) != now:
+            raise FileNotFoundError(errno.ENOENT, "was moved, removed or replaced while it was read", str(path))
     except own_process.Crashed as error:
         if error.how == "SIGXCPU":
             return "did not come to an end in the seconds of a processor that such a file warrants"

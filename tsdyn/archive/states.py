@@ -11,7 +11,7 @@ import numpy as np
 
 from tsdyn.archive import netcdf
 from tsdyn.archive.run_directory import ARCHIVE, segment_epochs, segments
-from tsdyn.archive.whole_files import DirectoryError, local_path
+from tsdyn.archive.whole_files import DirectoryError, local_path, looked_again
 
 
 def kept(path: str | Path) -> dict[int, int]:
@@ -20,8 +20,12 @@ def kept(path: str | Path) -> dict[int, int]:
     Raises:
         ArchiveError: if a file cannot be read.
     """
+    return looked_again(lambda: _kept(local_path(path)))
+
+
+def _kept(path: Path) -> dict[int, int]:
     found: dict[int, int] = {}
-    for file, last in _files(local_path(path)):
+    for file, last in _files(path):
         with netcdf.dataset(file) as nc:
             for group in netcdf.state_groups(nc):
                 epoch = netcdf.epoch_of(group)
@@ -44,7 +48,11 @@ def state_after(path: str | Path, epoch: int) -> dict[str, np.ndarray]:
 
 def states_after(path: str | Path, epochs: Collection[int]) -> dict[int, dict[str, np.ndarray]]:
     """`state_after` of several epochs, for which each file is opened once."""
-    path, found = local_path(path), dict[int, dict[str, np.ndarray]]()
+    return looked_again(lambda: _states_after(local_path(path), epochs))
+
+
+def _states_after(path: Path, epochs: Collection[int]) -> dict[int, dict[str, np.ndarray]]:
+    found: dict[int, dict[str, np.ndarray]] = {}
     for file, last in _files(path):
         with netcdf.dataset(file, upto=math.inf) as nc:  # what is gone on from is compared, however large
             named = {epoch: netcdf.state_at(epoch) for epoch in epochs}

@@ -9,16 +9,20 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
+
+Found = TypeVar("Found")
 
 #: Bytes of the disk that must stay free after a write.
 MARGIN = 1 << 20
 #: A file up to this size is compared with its checksum whenever it is opened: 10 ms.
 ALWAYS_VERIFIED = float(1 << 24)
+#: How often files that another command is moving are looked at.
+LOOKS = 5
 #: Suffix of the file that holds the SHA-256 of the file beside it, in the format of ``sha256sum -c``.
 SUFFIX = ".sha256"
 #: A file changed less than this many seconds ago could change again and keep its times, since file times are coarse.
@@ -110,6 +114,18 @@ def readable(path: Path) -> Iterator[None]:
     except OSError as error:
         reason = _REASONS.get(error.errno or 0, error.strerror or str(error))
         raise ArchiveError(f"{path}: cannot be read: {reason}; nothing was changed") from error
+
+
+def looked_again(look: Callable[[], Found]) -> Found:
+    """What `look` gives; asked again where another command has just moved or joined the files that it looks at.
+
+    Raises:
+        FileNotFoundError: if one that it looks at is not there, at none of several looks.
+    """
+    for _ in range(LOOKS - 1):
+        with suppress(FileNotFoundError):
+            return look()
+    return look()
 
 
 def sync_directory(path: Path) -> None:

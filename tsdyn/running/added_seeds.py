@@ -14,14 +14,11 @@ from pathlib import Path
 from tsdyn.archive import changes, machines, netcdf
 from tsdyn.archive.lock import NAME as LOCK
 from tsdyn.archive.run_directory import ADDED, ARCHIVE, EXPERIMENT, RunDirectory, extends, segments
-from tsdyn.archive.whole_files import ArchiveError, DirectoryError, refuse_link, sync_directory
+from tsdyn.archive.whole_files import ArchiveError, DirectoryError, looked_again, refuse_link, sync_directory
 from tsdyn.experiment.errors import ExperimentError
 from tsdyn.experiment.experiment import Experiment
 from tsdyn.problem import input_files
 from tsdyn.running.conventions import attributes
-
-#: How often an archive that another command is moving is looked at.
-_LOOKS = 5
 
 
 def parts_of(path: Path, experiment: Experiment) -> tuple[dict[Path, Experiment], dict[Path, Experiment]]:
@@ -38,6 +35,10 @@ def parts_of(path: Path, experiment: Experiment) -> tuple[dict[Path, Experiment]
     Raises:
         DirectoryError: if seeds are to be added to a run that keeps no training state.
     """
+    return looked_again(lambda: _parts_of(path, experiment))
+
+
+def _parts_of(path: Path, experiment: Experiment) -> tuple[dict[Path, Experiment], dict[Path, Experiment]]:
     there = _there(path)
     if there is None or not (there == experiment or extends(experiment, there)):
         return {path: experiment}, {}  # a new run, or one that will be refused
@@ -53,23 +54,23 @@ def parts_of(path: Path, experiment: Experiment) -> tuple[dict[Path, Experiment]
                     f"{path}: its archive is of schema {nc.schema_version}, which keeps no state to train on from; it "
                     f"stays as it is: run seeds {new} into another directory with -o, then tsdyn.open([one, other])"
                 )
-    runs, joins = parts_of(path / ADDED, experiment.replace({"seeds": new}))
+    runs, joins = _parts_of(path / ADDED, experiment.replace({"seeds": new}))
     return {path: experiment.replace({"seeds": there.seeds}), **runs}, {**joins, path: experiment}
 
 
 def _there(path: Path) -> Experiment | None:
     """The experiment of a directory: of its archive if it is finished, since the experiment file may be behind it."""
-    for _ in range(_LOOKS):
-        try:
-            if (path / ARCHIVE).is_file() and not (path / ARCHIVE).is_symlink():
-                with netcdf.dataset(path / ARCHIVE) as nc:
-                    return Experiment.from_toml_text(str(netcdf.attributes(nc).get("experiment")), archived=True)
-            return Experiment.from_toml(path / EXPERIMENT, archived=True)
-        except FileNotFoundError:  # another command has just moved it: it is looked at again
-            continue
-        except (ExperimentError, ArchiveError, OSError):  # RunDirectory says what is wrong
-            return None
-    return None
+
+    def look() -> Experiment:
+        if (path / ARCHIVE).is_file() and not (path / ARCHIVE).is_symlink():
+            with netcdf.dataset(path / ARCHIVE) as nc:
+                return Experiment.from_toml_text(str(netcdf.attributes(nc).get("experiment")), archived=True)
+        return Experiment.from_toml(path / EXPERIMENT, archived=True)
+
+    try:
+        return looked_again(look)
+    except (ExperimentError, ArchiveError, OSError):  # RunDirectory says what is wrong
+        return None
 
 
 def _refuse_other_inputs(path: Path, experiment: Experiment, now: dict[str, str]) -> None:
