@@ -12,14 +12,22 @@ import textwrap
 import pytest
 
 from tests import processes
-from tsdyn.engine import compiled_curvature, compiled_moments, compiled_step, compiled_sums, convolution, native
+from tsdyn.engine import (
+    compiled_curvature,
+    compiled_moments,
+    compiled_normals,
+    compiled_step,
+    compiled_sums,
+    convolution,
+    native,
+)
 from tsdyn.experiment.errors import ExperimentError
 from tsdyn.experiment.experiment import Experiment
 from tsdyn.running import provenance
 
 JOBS = {
     module.__name__: (module.SOURCE, module.Job)
-    for module in (compiled_curvature, compiled_moments, compiled_step, compiled_sums, convolution)
+    for module in (compiled_curvature, compiled_moments, compiled_normals, compiled_step, compiled_sums, convolution)
 }
 
 pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler here")
