@@ -80,7 +80,7 @@ def drawn(rng: np.random.Generator, count: int, layers: Layers, margin: float = 
     assert library is not None
     found, made = np.empty(count), 0
     while made < count:
-        held = rng.bit_generator.state
+        held: dict[str, Any] = dict(rng.bit_generator.state)
         job = Job(
             *((ctypes.c_uint64 * len(words))(*words.tolist()) for words in (*held["state"].values(), held["buffer"])),
             held["buffer_pos"],
@@ -136,7 +136,7 @@ class _Chosen:
 
     def __init__(self) -> None:
         self.more, self._word, self.lock = False, 0, threading.Lock()
-        kinds = dict(_Told._fields_)
+        kinds: dict[str, Any] = dict(_Told._fields_)
         word = kinds["next_uint64"](self._next)
         self._told = _Told(None, word, kinds["next_uint32"](lambda _: 0), kinds["next_double"](self._real), word)
         make = ctypes.pythonapi.PyCapsule_New
