@@ -16,6 +16,7 @@ from tsdyn.engine import (
     compiled_curvature,
     compiled_factors,
     compiled_moments,
+    compiled_normals,
     compiled_step,
     compiled_sums,
     convolution,
@@ -27,7 +28,10 @@ from tsdyn.running import provenance
 
 JOBS = {
     module.__name__: (module.SOURCE, module.Job)
-    for module in (compiled_curvature, compiled_factors, compiled_moments, compiled_step, compiled_sums, convolution)
+    for module in (
+        *(compiled_curvature, compiled_factors, compiled_moments, compiled_normals),
+        *(compiled_step, compiled_sums, convolution),
+    )
 }
 
 pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler here")

@@ -191,7 +191,9 @@ def read_all(path: Path, spans: Mapping[str, Sequence[slice]], dtypes: Mapping[s
     """
     found = dict[str, NDArray]()
     with visited(path) as file:
-        for name, of in spans.items() if file is not None else ():
+        if file is None:
+            return found
+        for name, of in spans.items():
             numbers = None if oddities(file, [name]) else numbers_of(file, name, of, dtypes[name])
             found |= {} if numbers is None else {name: numbers}
     return found

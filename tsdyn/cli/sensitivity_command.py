@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tsdyn.cli.application import Directory, app
 from tsdyn.experiment.errors import ExperimentError
 from tsdyn.schema import printable
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 
 def _seeds(text: str | None) -> list[int] | None:
@@ -50,9 +53,6 @@ def sensitivity(
     """
     import shutil
 
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
     from tsdyn.archive import netcdf, whole_files
     from tsdyn.through_training import sensitivity as made
 
@@ -61,16 +61,12 @@ def sensitivity(
     if not path.parent.is_dir():
         whole_files.make_directory(path.parent)
     keep = path.with_name(f"{path.name}.parts")
-    console = Console(stderr=True)
-    shown = console.is_terminal and not quiet
 
     def announce(plan: made.Plan) -> None:
         if not quiet:
             print(f"{printable(directory)}: {plan}")
 
-    with Progress(
-        TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), console=console, disable=not shown
-    ) as bar:
+    with _bar(quiet) as bar:
         task = bar.add_task("through training", total=None)
 
         def progress(done: int, total: int) -> None:
@@ -88,6 +84,16 @@ def sensitivity(
         print(printable(line))
     if not quiet:
         print(printable(str(path)))
+
+
+def _bar(quiet: bool) -> Progress:
+    """A bar of progress, shown on a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()
+    return Progress(*columns, console=console, disable=quiet or not console.is_terminal)
 
 
 def _client(workers: int):  # type: ignore[no-untyped-def]

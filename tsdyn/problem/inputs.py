@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from scipy.special import ndtr
 
 from tsdyn import registers
+from tsdyn.engine.compiled_normals import standard_normal
 from tsdyn.experiment.experiment import Experiment
 from tsdyn.networks.activations import activation
 from tsdyn.problem import covariances, images
@@ -52,7 +53,7 @@ def training_generator(experiment: Experiment, seed: int, stream: str, epoch: in
 
 
 def _gaussian(rng: np.random.Generator, samples: int, inputs: int, *, std: float) -> np.ndarray:
-    drawn = rng.standard_normal((samples, inputs))
+    drawn = standard_normal(rng, samples, inputs)
     drawn *= std
     return drawn
 
