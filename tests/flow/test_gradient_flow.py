@@ -221,3 +221,17 @@ def test_numbers_of_python_are_float64():
     found = gradient_flow(lambda row: 0.5 * row.square().sum(), [[0.1]], end=0.0)
     assert found.final.values.tolist() == [[0.1]]
     assert signature(lambda row: row.square().sum(), [0.1]).least.dtype == torch.float64
+
+
+def test_indefinite_systems_of_several_members_are_solved_on_several_threads():
+    """torch's batched LU gives wrong factors for more than some 150 rows where MKL has several threads."""
+    draw = np.random.default_rng(0)
+    matrix, right = draw.standard_normal((3, 201, 201)), draw.standard_normal((3, 201))
+    matrix += matrix.swapaxes(1, 2)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        found = _solver(torch.from_numpy(matrix))(torch.from_numpy(right))
+    finally:
+        torch.set_num_threads(threads)
+    np.testing.assert_allclose(found, np.linalg.solve(matrix, right[..., None])[..., 0], rtol=1e-9, atol=1e-9)

@@ -276,7 +276,9 @@ def _solver(matrix: Tensor) -> Callable[[Tensor], Tensor]:
         matrix.diagonal(dim1=-2, dim2=-1)[..., order:] = 1
     lower, failed = torch.linalg.cholesky_ex(matrix)
     other = failed.nonzero()[:, 0]
-    factors = torch.linalg.lu_factor_ex(matrix[other]) if len(other) else None
+    # one by one: of a batch, MKL on several threads gives wrong factors from some 150 rows on
+    each = [torch.linalg.lu_factor_ex(matrix[member]) for member in other.tolist()]
+    factors = (torch.stack([f.LU for f in each]), torch.stack([f.pivots for f in each])) if each else None
 
     def solve(right: Tensor) -> Tensor:
         if room:
@@ -285,7 +287,7 @@ def _solver(matrix: Tensor) -> Callable[[Tensor], Tensor]:
         half = torch.linalg.solve_triangular(lower, right[..., None], upper=False)
         found: Tensor = torch.linalg.solve_triangular(lower.mT, half, upper=True)[..., 0]
         if factors is not None:
-            found[other] = torch.linalg.lu_solve(factors.LU, factors.pivots, right[other, :, None])[..., 0]
+            found[other] = torch.linalg.lu_solve(*factors, right[other, :, None])[..., 0]
         return found[..., :order]
 
     return solve
