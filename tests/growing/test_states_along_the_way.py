@@ -13,7 +13,7 @@ from tests.cases import small
 from tests.growing.test_adding import command
 from tsdyn.archive import integrity, netcdf, states
 from tsdyn.archive.run_directory import RunDirectory
-from tsdyn.archive.whole_files import DirectoryError
+from tsdyn.archive.whole_files import DirectoryError, sha256
 from tsdyn.running import runner
 from tsdyn.running.members import Members
 
@@ -108,6 +108,7 @@ def test_a_state_of_some_of_the_members_is_no_state_of_the_run(tmp_path):
     with netCDF4.Dataset(path / "archive.nc", "a") as nc:
         part = {name: array[:1] if array.ndim else array for name, array in netcdf.read_state(nc).items()}
         netcdf.write_state(nc, part, netcdf.state_at(7))
+    (path / "archive.nc.sha256").write_text(f"{sha256(path / 'archive.nc')}  archive.nc\n", encoding="ascii")
     assert list(states.kept(path)) == [0, 1, 2]
     with pytest.raises(DirectoryError, match="keeps no training state after epoch 7"):
         states.state_after(path, 7)
