@@ -1,16 +1,20 @@
 """Estimates of what a run will take."""
 
+import itertools
 import multiprocessing
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
+from typer.testing import CliRunner
 
 import tsdyn
 from tests.cases import small
 from tests.scale.memory import large
 from tsdyn.archive import netcdf
+from tsdyn.cli import app
 from tsdyn.running import estimates, runner
 from tsdyn.running.estimates import Footprint, footprint
 from tsdyn.running.members import Members
@@ -102,3 +106,49 @@ def test_what_writing_a_segment_takes_is_announced(tmp_path):
     peak = here.recv() if here.poll(120) else 0
     child.join()
     assert peak == pytest.approx(footprint(large(0.06)).bytes, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"teacher__widths": [5, 4, 3, 2], "student__overrealization": 2.0}, CONVOLUTION]
+)
+def test_multiply_adds_are_those_that_torch_counts(changes):
+    experiment = small(seeds=1, **changes)
+    members = Members(experiment)
+    with FlopCounterMode(display=False) as counted, torch.no_grad():
+        members.ensemble.network(0).to_torch()(
+            members.eval_probes[0].inputs[:1].unflatten(1, experiment.image or (-1,))
+        )
+    assert 2 * estimates.multiply_adds(experiment) == counted.get_total_flops()
+
+
+def test_large_networks_are_tried_for_few_steps(monkeypatch):
+    """As many steps and members as fit in the work of a trial, one at least."""
+    experiment = small(seeds=4, data__train=200, training__steps_per_epoch=40)
+    tried = []
+    members = estimates.Members
+    monkeypatch.setattr(estimates, "Members", lambda few, device: tried.append(few) or members(few, device))
+    each = 3 * estimates.multiply_adds(experiment) * experiment.training.batch
+    for steps_of_a_member in (0.5, 3, 12, 1e6):
+        monkeypatch.setattr(estimates, "TRIAL_WORK", steps_of_a_member * each)
+        estimates._timed(experiment, "cpu", steps=20, train=512, samples=512)
+    shapes = [(len(few.seed_labels), few.training.steps_per_epoch) for few in tried]
+    assert shapes == [(1, 1), (3, 1), (4, 3), (4, 20)]
+
+
+@pytest.mark.parametrize(("taken", "calls"), [(0.1, 3), (4.0, 2), (30.0, 1)])
+def test_long_trials_are_not_repeated(taken, calls, monkeypatch):
+    clock, done = itertools.count(), []
+    monkeypatch.setattr(estimates.time, "perf_counter", lambda: taken * next(clock))
+    assert estimates._quickest(lambda: done.append(1)) == pytest.approx(taken)
+    assert len(done) == calls
+
+
+def test_a_command_that_tries_for_long_says_so_first(tmp_path, monkeypatch):
+    runs = {"seeds": 2, "training.epochs": 1, "sweep": {"student.overrealization": [1.0, 2.0]}}
+    file = tmp_path / "one.toml"
+    file.write_text(small().replace(runs).to_toml())
+    for rate, said in ((estimates.RATE, False), (1e-3, True)):
+        monkeypatch.setattr(estimates, "RATE", rate)
+        ended = CliRunner().invoke(app, ["run", str(file), "-o", str(tmp_path / str(said))])
+        assert ended.exit_code == 0
+        assert ("trying a few steps" in ended.output.splitlines()[0]) == said

@@ -35,6 +35,12 @@ FILE_CACHE = 75 << 20
 HEADER_BYTES = 6 << 10
 #: Trials that take fewer seconds are repeated with more steps and samples, over which their fixed costs spread.
 QUICK = 0.1
+#: Multiply-adds of one timed call at most, some seconds of a core: of large networks fewer steps and members are timed.
+TRIAL_WORK = 1e11
+#: Multiply-adds per second of a slow core.
+RATE = 1e10
+#: Seconds after which a trial is not repeated a second time, and not at all.
+_ENOUGH, _LONG = 5.0, 20.0
 #: Integrator steps assumed for a population flow of one node and of more: the studies' take 40 to 80 and 80 to 160.
 FLOW_STEPS = (80, 120)
 #: Seconds for what a population flow is compared with at its end, and for committing it.
@@ -84,6 +90,12 @@ def estimate(experiment: Experiment, *, device: str = "cpu") -> Cost:
     if kind == "online":
         return _estimate_online(experiment)
     assert_never(kind)
+
+
+def trial_seconds(experiment: Experiment) -> float:
+    """Roughly how long `estimate` takes: what is set up, and the multiply-adds of what is timed."""
+    work = 3 * multiply_adds(experiment) * experiment.training.batch * 60 * min(8, len(experiment.seed_labels))
+    return 0.1 + 3 * min(work, TRIAL_WORK) / RATE
 
 
 def _estimate_flow(experiment: Experiment) -> Cost:
@@ -157,6 +169,17 @@ def _estimate_training(experiment: Experiment, device: str) -> Cost:
     return Cost(members, parameters, most, _disk(experiment, depths, state), seconds)
 
 
+def multiply_adds(experiment: Experiment) -> int:
+    """Multiply-adds of one sample's pass through a student; 0 for a module of one's own, whose passes are not known."""
+    if experiment.student.module is not None or experiment.kind != "training":
+        return 0
+    widths, total = experiment.student_widths, 0
+    for layer, shape in enumerate(experiment.weight_shapes(widths), start=1):
+        flat = shape[0] if len(shape) == 2 else experiment.weight_shapes((*widths[: layer + 1], 1))[-1][1]
+        total += math.prod(shape[1:]) * flat
+    return total
+
+
 def _measured_on(trial: Members) -> int:
     """Samples on which a member is measured: those of evaluation, and of training unless no variable needs them."""
     names = set(schema.expand(trial.experiment.record.observables))
@@ -196,8 +219,12 @@ def _timed(
 ) -> tuple[Members, float, float]:
     """A few members with fewer samples to `train` on and to measure; their seconds per step and per measured sample."""
     flow = experiment.training.method == "flow"  # an epoch of it is integrated as a whole, not step by step
-    steps = experiment.steps if flow else min(experiment.steps, steps)
-    changed = {"seeds": list(experiment.seed_labels[: 1 if flow else 8]), "training.steps_per_epoch": steps}
+    each = multiply_adds(experiment)
+    fit = max(1, int(TRIAL_WORK / max(1, 3 * each * experiment.training.batch)))  # steps of a member
+    members = min(1 if flow else 8, fit, len(experiment.seed_labels))
+    steps = experiment.steps if flow else min(experiment.steps, steps, max(1, fit // members))
+    samples = min(samples, max(experiment.training.batch, int(TRIAL_WORK / max(1, each * members))))
+    changed = {"seeds": list(experiment.seed_labels[:members]), "training.steps_per_epoch": steps}
     few = experiment.replace(changed | {"data.eval": min(samples, experiment.data.eval)})
     if few.teacher.init == "trained":  # how long teachers are trained does not change what a step of a student takes
         few = few.replace({"teacher.train_epochs": 1, "teacher.finetune_epochs": 0})
@@ -370,10 +397,9 @@ def _hidden(experiment: Experiment, widths: Sequence[int]) -> int:
 
 def _quickest(work: Callable[[], object], *, times: int = 3) -> float:
     """Seconds of the quickest of a few calls: the first ones warm caches, and others may be disturbed."""
-
-    def once() -> float:
+    taken: list[float] = []
+    while len(taken) < times and sum(taken) < (_ENOUGH if len(taken) > 1 else _LONG):
         start = time.perf_counter()
         work()
-        return time.perf_counter() - start
-
-    return min(once() for _ in range(times))
+        taken.append(time.perf_counter() - start)
+    return min(taken)

@@ -99,10 +99,9 @@ def estimate(points: Mapping[str, Experiment], *, device: str = "cpu") -> dict[s
         ExperimentError: if an experiment without a sweep cannot begin.
     """
     known: dict[Any, estimates.Cost] = {}
-    shapes: dict[int, Any] = {}  # of the sections that points share
     found = {}
-    for name, single in points.items():
-        kind = single.student_widths, single.teacher_widths, _without_reals(single, shapes)
+    for name, kind in _kinds(points).items():
+        single = points[name]
         try:
             if kind not in known:
                 with runner.own_device():
@@ -113,6 +112,21 @@ def estimate(points: Mapping[str, Experiment], *, device: str = "cpu") -> dict[s
             continue
         found[name] = known[kind]
     return found
+
+
+def trial_seconds(points: Mapping[str, Experiment]) -> float:
+    """Roughly how long `estimate` takes on these points."""
+    first = {kind: name for name, kind in reversed(_kinds(points).items())}
+    return sum(estimates.trial_seconds(points[name]) for name in first.values())
+
+
+def _kinds(points: Mapping[str, Experiment]) -> dict[str, Any]:
+    """Each point's shapes and settings, equal where the cost is."""
+    shapes: dict[int, Any] = {}  # of the sections that points share
+    return {
+        name: (single.student_widths, single.teacher_widths, _without_reals(single, shapes))
+        for name, single in points.items()
+    }
 
 
 def _without_reals(values: Any, shapes: dict[int, Any]) -> Any:
