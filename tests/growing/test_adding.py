@@ -22,6 +22,7 @@ from tsdyn.cli import application
 from tsdyn.experiment.errors import ExperimentError
 from tsdyn.growing.adding import add
 from tsdyn.growing.exporting import export
+from tsdyn.growing.measuring import lost_parameters
 from tsdyn.running import runner
 from tsdyn.running.interrupts import Stopped
 
@@ -194,6 +195,60 @@ def test_seeds_that_a_run_lost_are_hidden_in_what_was_measured(tmp_path):
     whole_files.remove_sealed(path / "archive.nc")
     xr.testing.assert_equal(tsdyn.run(asked, path).load(), whole.isel(seed=[0]))
     xr.testing.assert_equal(tsdyn.run(more, path).load(), whole)
+
+
+def measured_at(array):
+    """Whether there is any number, (seed, epoch)."""
+    inner = [dim for dim in array.dims if dim not in ("seed", "epoch")]
+    return array.notnull().any(inner).transpose("seed", "epoch").values
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_a_parameter_that_is_nan_was_lost_unless_its_member_had_died_or_stopped(tmp_path, name):
+    asked = small(**FEW)
+    whole = tsdyn.run(asked, tmp_path / "run").load()
+    assert not lost_parameters(whole).any()
+    here = (whole.seed == 1) & (whole.epoch == 2) & (whole.layer == 2) & (whole.node == 1)
+    odd, on = (whole.assign({name: whole[name].where(~at)}) for at in (here, here.cumsum("epoch").astype(bool)))
+    gone = np.zeros((2, 4), bool)
+    gone[1, 2] = True
+    np.testing.assert_array_equal(lost_parameters(odd), gone)
+    np.testing.assert_array_equal(measured_at(tsdyn.measure(odd, ["hessian_eigenvalue"]).hessian_eigenvalue), ~gone)
+    for death, found in (([-1, 2], False), ([2, -1], True), ([-1, 3], True)):
+        np.testing.assert_array_equal(lost_parameters(odd.assign_coords(death_epoch=("seed", death))), gone & found)
+    stop = asked.replace({"training.stop": {"variable": "mse_eval", "below": 0.1}}).to_toml()
+    np.testing.assert_array_equal(lost_parameters(odd.assign_attrs(experiment=stop)), gone)
+    assert not lost_parameters(on.assign_attrs(experiment=stop)).any()
+    assert lost_parameters(on).sum() == 2
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_nothing_is_measured_where_parameters_were_lost_until_they_are_there_again(tmp_path, name):
+    """Before, it was NaN for good once the archive was computed again; an eigenvalue ended in an error of torch's."""
+    asked, path, names = small(**FEW), tmp_path / "run", ["gradient_rms", "hessian_eigenvalue"]
+    whole = tsdyn.run(asked, path).load()
+    file = path / "archive.nc"
+    raw, one = bytearray(file.read_bytes()), whole[name].values[1, 2, 0, :3]
+    raw[raw.index(one.tobytes() if name == "bias" else one[0, :3].tobytes())] ^= 1
+    file.write_bytes(raw)
+    assert any(f"dropped {name} at" in line for line in integrity.repair(path))
+    lost = tsdyn.open(path)[name].isel(layer=0, node=0).isnull()
+    lost = lost.any([dim for dim in lost.dims if dim not in ("seed", "epoch")]).transpose("seed", "epoch")
+    assert lost.any()
+    np.testing.assert_array_equal(lost_parameters(tsdyn.open(path)), lost)
+    said = []
+    add(path, names, told=said.append)
+    assert "are not stored; nothing is measured there" in said[0]
+    part = tsdyn.open(path)
+    for each in names:
+        there = measured_at(part[each]) if each in part else np.zeros((2, 4), bool)  # all were in one block
+        np.testing.assert_array_equal(there, ~lost.values)
+    whole_files.remove_sealed(file)
+    tsdyn.run(asked, path)
+    add(path, names)
+    found = tsdyn.open(path).load()
+    assert all(measured_at(found[each]).all() for each in names)
+    xr.testing.assert_equal(found.drop_vars(names).drop_dims("mode", errors="ignore"), whole)
 
 
 def test_a_damaged_addition_is_told_and_measured_again(tmp_path):
