@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import pickle
 import signal
 import stat
 import struct
@@ -21,6 +22,9 @@ from tsdyn.cli import application
 from tsdyn.experiment.errors import ExperimentError
 from tsdyn.growing.adding import add
 from tsdyn.growing.exporting import export
+from tsdyn.growing.measuring import lost_parameters
+from tsdyn.running import runner
+from tsdyn.running.interrupts import Stopped
 
 FEW = {
     "seeds": 2, "training__epochs": 3, "training__steps_per_epoch": 3, "data__train": 24, "data__eval": 20,
@@ -124,6 +128,127 @@ def test_members_that_die_are_looked_at_once(tmp_path):
     assert (found.death_epoch.values > 0).all()
     assert found["A"].isel(epoch=0, layer=0).notnull().any()
     assert found["A"].isel(epoch=-1).isnull().all()
+
+
+def stopped_after(epoch, asked, path):
+    def stop(now, *_):
+        if now == epoch:
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(Stopped):
+        tsdyn.run(asked, path, progress=stop)
+
+
+def test_epochs_that_repair_drops_are_hidden_in_what_was_measured_until_they_are_there_again(tmp_path, monkeypatch):
+    """Before, they were shown without the run's own numbers, and what was measured of these was NaN for good."""
+    monkeypatch.setattr(runner, "COMMIT_SECONDS", 0.0)
+    asked, path = small(**FEW), tmp_path / "run"
+    names = ["A", "gradient_rms"]
+    known = tsdyn.run(asked.replace({"record.observables": ["mse", "weight", *names]}), tmp_path / "known").load()
+    stopped_after(2, asked, path)
+    add(path, ["gradient_rms"])
+    seal = path / "segments" / "epoch-000000-000000.nc.sha256"
+    seal.write_bytes(bytes([seal.read_bytes()[0] ^ 1]) + seal.read_bytes()[1:])
+    assert len(integrity.repair(path)) == 3
+    with pytest.raises(DirectoryError, match="holds no committed epoch yet"):
+        tsdyn.open(path)
+    stopped_after(0, asked, path)
+    assert integrity.check(path) == []
+    part = pickle.loads(pickle.dumps(tsdyn.open(path)))
+    assert part.epoch.values.tolist() == [0]
+    for name in ("mse_train", "weight", "gradient_rms"):
+        np.testing.assert_array_equal(part[name].values, known[name].sel(epoch=[0]).values)
+    add(path, ["A"])
+    tsdyn.run(asked, path)
+    add(path, names)
+    xr.testing.assert_equal(tsdyn.open(path).load(), known)
+
+
+def test_a_point_shows_what_was_measured_at_its_own_epochs_whatever_others_hold(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "COMMIT_SECONDS", 0.0)
+    asked, path = small(**FEW).replace(SWEEP), tmp_path / "run"
+    tsdyn.run(asked, path)
+    add(path, ["gradient_rms"])
+    whole = tsdyn.open(path).load()
+    whole_files.remove_sealed(path / "overrealization=1.0" / "archive.nc")
+    stopped_after(0, asked, path)
+    for _ in range(2):  # without, and with what the index remembers
+        part = tsdyn.open(path).load()
+        xr.testing.assert_equal(part.isel(overrealization=1).drop_vars("coverage"),
+                                whole.isel(overrealization=1).drop_vars("coverage"))  # fmt: skip
+        for name in ("mse_train", "gradient_rms"):
+            now, before = (ds[name].isel(overrealization=0) for ds in (part, whole))
+            xr.testing.assert_equal(now.sel(epoch=0, drop=True).drop_vars("coverage"),
+                                    before.sel(epoch=0, drop=True).drop_vars("coverage"))  # fmt: skip
+            assert now.sel(epoch=slice(1, None)).isnull().all(), name
+    tsdyn.run(asked, path)
+    xr.testing.assert_equal(tsdyn.open(path).load(), whole)
+
+
+def test_seeds_that_a_run_lost_are_hidden_in_what_was_measured(tmp_path):
+    """Gaining them was cut short before the experiment file named them, and then the archive was lost."""
+    more, asked, path = small(**FEW), small(**FEW).replace({"seeds": 1}), tmp_path / "run"
+    tsdyn.run(more, path)
+    add(path, ["A"])
+    whole = tsdyn.open(path).load()
+    (path / "experiment.toml").write_text(asked.to_toml(), encoding="utf-8")
+    whole_files.remove_sealed(path / "archive.nc")
+    xr.testing.assert_equal(tsdyn.run(asked, path).load(), whole.isel(seed=[0]))
+    xr.testing.assert_equal(tsdyn.run(more, path).load(), whole)
+
+
+def measured_at(array):
+    """Whether there is any number, (seed, epoch)."""
+    inner = [dim for dim in array.dims if dim not in ("seed", "epoch")]
+    return array.notnull().any(inner).transpose("seed", "epoch").values
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_a_parameter_that_is_nan_was_lost_unless_its_member_had_died_or_stopped(tmp_path, name):
+    asked = small(**FEW)
+    whole = tsdyn.run(asked, tmp_path / "run").load()
+    assert not lost_parameters(whole).any()
+    here = (whole.seed == 1) & (whole.epoch == 2) & (whole.layer == 2) & (whole.node == 1)
+    odd, on = (whole.assign({name: whole[name].where(~at)}) for at in (here, here.cumsum("epoch").astype(bool)))
+    gone = np.zeros((2, 4), bool)
+    gone[1, 2] = True
+    np.testing.assert_array_equal(lost_parameters(odd), gone)
+    np.testing.assert_array_equal(measured_at(tsdyn.measure(odd, ["hessian_eigenvalue"]).hessian_eigenvalue), ~gone)
+    for death, found in (([-1, 2], False), ([2, -1], True), ([-1, 3], True)):
+        np.testing.assert_array_equal(lost_parameters(odd.assign_coords(death_epoch=("seed", death))), gone & found)
+    stop = asked.replace({"training.stop": {"variable": "mse_eval", "below": 0.1}}).to_toml()
+    np.testing.assert_array_equal(lost_parameters(odd.assign_attrs(experiment=stop)), gone)
+    assert not lost_parameters(on.assign_attrs(experiment=stop)).any()
+    assert lost_parameters(on).sum() == 2
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_nothing_is_measured_where_parameters_were_lost_until_they_are_there_again(tmp_path, name):
+    """Before, it was NaN for good once the archive was computed again; an eigenvalue ended in an error of torch's."""
+    asked, path, names = small(**FEW), tmp_path / "run", ["gradient_rms", "hessian_eigenvalue"]
+    whole = tsdyn.run(asked, path).load()
+    file = path / "archive.nc"
+    raw, one = bytearray(file.read_bytes()), whole[name].values[1, 2, 0, :3]
+    raw[raw.index(one.tobytes() if name == "bias" else one[0, :3].tobytes())] ^= 1
+    file.write_bytes(raw)
+    assert any(f"dropped {name} at" in line for line in integrity.repair(path))
+    lost = tsdyn.open(path)[name].isel(layer=0, node=0).isnull()
+    lost = lost.any([dim for dim in lost.dims if dim not in ("seed", "epoch")]).transpose("seed", "epoch")
+    assert lost.any()
+    np.testing.assert_array_equal(lost_parameters(tsdyn.open(path)), lost)
+    said = []
+    add(path, names, told=said.append)
+    assert "are not stored; nothing is measured there" in said[0]
+    part = tsdyn.open(path)
+    for each in names:
+        there = measured_at(part[each]) if each in part else np.zeros((2, 4), bool)  # all were in one block
+        np.testing.assert_array_equal(there, ~lost.values)
+    whole_files.remove_sealed(file)
+    tsdyn.run(asked, path)
+    add(path, names)
+    found = tsdyn.open(path).load()
+    assert all(measured_at(found[each]).all() for each in names)
+    xr.testing.assert_equal(found.drop_vars(names).drop_dims("mode", errors="ignore"), whole)
 
 
 def test_a_damaged_addition_is_told_and_measured_again(tmp_path):

@@ -129,6 +129,7 @@ class Source(NamedTuple):
         death: ``death_epoch`` of its members; empty if it has none.
         wrong: Variables whose numbers are not what they are called (`wrong_variables`).
         swept: Coordinates with the values of swept keys; empty where the header comes from the index.
+        hidden: Dimension → labels that are not shown: of what was measured of a run, those that the run does not hold.
     """
 
     path: Path
@@ -138,6 +139,12 @@ class Source(NamedTuple):
     death: list[int]
     wrong: tuple[str, ...]
     swept: tuple[tuple[str, Loaded], ...] = ()
+    hidden: Mapping[str, frozenset[Any]] = {}
+
+    def shown(self, dim: str) -> list[Any]:
+        """Its labels along a dimension, without those that are hidden."""
+        labels, hidden = self.header.labels[dim], self.hidden.get(dim)
+        return [label for label in labels if label not in hidden] if hidden else labels
 
     @property
     def unchanged(self) -> bool:
@@ -265,6 +272,17 @@ def refuse_of_other_inputs(addition: Source, run: Source) -> None:
         )
 
 
+def _hiding(addition: Source, run: Sequence[Source]) -> Source:
+    """What was measured of a run, with those of its seeds and epochs hidden that the run's files do not hold."""
+    labels = addition.header.labels
+    more = {
+        dim: frozenset(labels[dim]).difference(*(file.header.labels.get(dim, ()) for file in run))
+        for dim in ("seed", *vocabulary.PATHS)
+        if dim in labels
+    }
+    return addition._replace(hidden={dim: those for dim, those in more.items() if those})
+
+
 def _inputs(source: Source) -> dict[str, str]:
     """The checksums of a file's input files; empty if an earlier version wrote it without them."""
     text = source.own.get(INPUTS, Source.of(source.path).own.get(INPUTS))  # the index does not remember them
@@ -346,8 +364,13 @@ class Headers:
         self._entries[name] = _Entry(stamp, key, death if any(d >= 0 for d in death) else [], kept, list(wrong))
         self._changed = True
 
-    def measured(self, name: str, expected: Callable[[], Experiment | Recording], run: Source) -> list[Source]:
-        """The files of what was measured of one point after its run, which `run` is a file of.
+    def measured(
+        self, name: str, expected: Callable[[], Experiment | Recording], run: Sequence[Source]
+    ) -> list[Source]:
+        """The files of what was measured of one point after its run, whose files are `run`.
+
+        Of these, epochs and seeds that the run does not hold are hidden.  A damaged run that was repaired, and is
+        computed again, comes to them later; until then all else would be NaN there, as it is of the dead.
 
         Raises:
             ArchiveError: as `finished`, or if one is of a run with other input files.
@@ -355,8 +378,9 @@ class Headers:
         read = [self._read(f"{name}/{f.name}", f, expected) for f in additions.files(self.path / name)]
         found = [source for source in read if source is not None]
         for source in found:
-            refuse_of_other_inputs(source, run)
-        return found
+            refuse_of_other_inputs(source, run[-1])
+        shown = [_hiding(source, run) for source in found]
+        return [source for source in shown if all(source.shown(dim) for dim in source.hidden)]
 
     def _read(self, name: str, file: Path, expected: Callable[[], Experiment | Recording]) -> Source | None:
         """One file that is written once, under the name by which the index lists it; None if it is not there."""
@@ -401,12 +425,12 @@ class Headers:
             try:
                 done = self.finished(name, expected)
                 if done is not None:
-                    return [done, *self.measured(name, expected, done)]
+                    return [done, *self.measured(name, expected, [done])]
                 found = [Source.of(segment.path, upto=self.verify) for segment in segments(folder)]
                 for source in found:
                     refuse_other(source, expected)
                 if found:
-                    return [*found, *self.measured(name, expected, found[-1])]
+                    return [*found, *self.measured(name, expected, found)]
                 if not (folder / ARCHIVE).is_file():
                     return []
             except FileNotFoundError:

@@ -149,7 +149,8 @@ def union(sources: Sequence[Source], dim: str) -> list[Any]:
     Raises:
         ArchiveError: if files differ and labels repeat within one, so that a label does not name one position.
     """
-    lists = {id(s.header.labels[dim]): (s, s.header.labels[dim]) for s in sources if dim in s.header.labels}
+    found = [(s, s.shown(dim)) for s in sources if dim in s.header.labels]
+    lists = {id(labels): (s, labels) for s, labels in found}
     longest = max((labels for _, labels in lists.values()), key=len)
     if all(labels == longest for _, labels in lists.values()):
         return longest

@@ -91,12 +91,13 @@ class Stored:
             return None
         rows, target = [], []
         for dim, positions in zip(self.inner, wanted, strict=True):
-            there = source.header.labels[dim]
-            if there is self.labels[dim]:
+            there, hidden = source.header.labels[dim], source.hidden.get(dim, ())
+            if there is self.labels[dim] and not hidden:
                 asked = positions
             else:
                 row = np.full(len(self.labels[dim]), -1)
-                row[[self._position[dim][value] for value in there]] = np.arange(len(there))
+                shown = [i for i, value in enumerate(there) if value not in hidden]
+                row[[self._position[dim][there[i]] for i in shown]] = shown
                 asked = row[positions]
             (inside,) = np.nonzero(asked >= 0)
             if not len(inside):

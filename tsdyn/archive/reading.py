@@ -335,7 +335,7 @@ def _gathered(
         for point, sources in _committed(path, values, skip_damaged, upto):
             at = tuple(tuple(label({**base, **point}.get(key, "unset")) for key in group) for group in along)
             held = found.setdefault(at, [])
-            seeds = {seed for source in held for seed in source.header.labels["seed"]}
+            seeds = {seed for source in held for seed in source.shown("seed")}
             if sources and seeds & set(sources[0].header.labels["seed"]):
                 shared = sorted(seeds & set(sources[0].header.labels["seed"]))
                 where = ", ".join(f"{' and '.join(of)} = {label}" for of, label in zip(along, at, strict=True))

@@ -24,7 +24,7 @@ from tsdyn.archive.sweep_directory import sweep_points
 from tsdyn.archive.swept_values import SWEEP
 from tsdyn.archive.whole_files import DirectoryError, local_path, make_directory, refuse_link, refused
 from tsdyn.experiment.experiment import Experiment
-from tsdyn.growing.measuring import measure
+from tsdyn.growing.measuring import lost_parameters, measure
 from tsdyn.observables.registry import Observed
 from tsdyn.problem import input_files
 from tsdyn.running import packages, provenance
@@ -47,8 +47,9 @@ def add(
 ) -> list[Path]:
     """Measure observables from recorded parameters and add them to a run, or to every point of a sweep.
 
-    Recorded numbers stay as they are; only members and epochs at which a variable is missing are measured.  Each file
-    is committed whole as soon as it is measured, so that a call that was stopped is gone on with by the same call.
+    Recorded numbers stay as they are; only members and epochs at which a variable is missing are measured, and none
+    whose parameters were lost (`lost_parameters`), so that they can be once these are there again.  Each file is
+    committed whole as soon as it is measured, so that a call that was stopped is gone on with by the same call.
 
     Args:
         path: Directory of a training run or sweep, finished or not.
@@ -70,11 +71,15 @@ def add(
     folders = _folders(path)
     for position, folder in enumerate(folders, start=1):
         ds = reading.opened(folder)
-        done = list(_added(folder, ds, observables, wanted, student, teacher))
+        say = _titled(f"[{position}/{len(folders)}] {folder.name}: " if len(folders) > 1 else "", told)
+        done = list(_added(folder, ds, observables, wanted, student, teacher, say))
         added += done
-        title = f"[{position}/{len(folders)}] {folder.name}: " if len(folders) > 1 else ""
-        told(title + (f"{len(done)} file{'s' * (len(done) != 1)} added" if done else "nothing is left to measure"))
+        say(f"{len(done)} file{'s' * (len(done) != 1)} added" if done else "nothing is left to measure")
     return added
+
+
+def _titled(title: str, told: Callable[[str], object]) -> Callable[[str], object]:
+    return lambda line: told(title + line)
 
 
 def _folders(path: Path) -> list[Path]:
@@ -97,6 +102,7 @@ def _added(
     epochs: list[int] | None,
     student: Maker | None,
     teacher: Maker | None,
+    told: Callable[[str], object],
 ) -> Iterator[Path]:
     lazy = measure(ds, observables, epochs, student, teacher)
     names = tuple(str(name) for name in lazy.data_vars)
@@ -104,13 +110,17 @@ def _added(
     asked = experiment_of(ds).replace({"record.observables": list(names)})
     if not _missing(folder, ds, lazy, names):
         return
+    lost = lost_parameters(ds.sel(epoch=lazy.indexes["epoch"]))
+    if lost.any():
+        members, labels = ds["seed"].values[lost.any(1)].tolist(), lazy["epoch"].values[lost.any(0)].tolist()
+        told(f"parameters of seeds {members} at epochs {labels} are not stored; nothing is measured there")
     try:
         make_directory(folder / additions.MEASURED)
         with Lock(folder / additions.MEASURED):
             for leftover in (folder / additions.MEASURED).glob(".*.tmp"):
                 leftover.unlink()
             # looked at again under the lock: another command may have measured meanwhile
-            for (seeds, labels), left in _missing(folder, ds, lazy, names).items():
+            for (seeds, labels), left in _missing(folder, ds, lazy, names, lost).items():
                 each = netcdf.bytes_per_epoch(asked.layout, left, asked.dtype)
                 step = max(1, COMMIT_BYTES // max(1, each))
                 for low in range(0, len(labels), step):
@@ -127,11 +137,14 @@ def _added(
 _Missing = dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[str, ...]]
 
 
-def _missing(folder: Path, ds: xr.Dataset, lazy: xr.Dataset, names: Sequence[str]) -> _Missing:
+def _missing(
+    folder: Path, ds: xr.Dataset, lazy: xr.Dataset, names: Sequence[str], lost: NDArray | None = None
+) -> _Missing:
+    """What is neither recorded nor measured yet; without what cannot be measured, since its parameters are `lost`."""
     seeds, epochs = lazy.indexes["seed"].tolist(), lazy.indexes["epoch"].tolist()
     found: dict[tuple[tuple[int, ...], tuple[int, ...]], list[str]] = {}
     for name in names:
-        covered = _covered(folder, ds, name, seeds, epochs)
+        covered = _covered(folder, ds, name, seeds, epochs) | (False if lost is None else lost)
         alike: dict[tuple[int, ...], list[int]] = {}
         for seed, row in zip(seeds, covered, strict=True):
             alike.setdefault(tuple(e for e, done in zip(epochs, row, strict=True) if not done), []).append(seed)
