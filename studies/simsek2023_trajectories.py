@@ -152,6 +152,7 @@ def _paths(measured: xr.Dataset, ax: Axes) -> None:
     one = measured.isel(activation=0) if "activation" in measured.dims else measured
     _frame(one, ax)
     shown = int(one["path_loss"].min("time").argmin("seed"))
+    numbers = panels.node_numbers(range(len(_NODES)))
     for seed in range(one.sizes["seed"]):
         for node, colour in enumerate(_NODES):
             own = one[["path", "path_outgoing"]].isel(seed=seed, node=node).dropna("time")
@@ -164,7 +165,7 @@ def _paths(measured: xr.Dataset, ax: Axes) -> None:
             a = own["path_outgoing"].values
             ax.scatter(
                 x[every], y[every], s=_sizes(a[every]) * 3, facecolors="none", edgecolors=colour, zorder=4,
-                linewidths=look.points(0.7), label=f"student node {panels.node_numbers(node)} (area: |a|)",
+                linewidths=look.points(0.7), label=f"student node {numbers[node]} (area: |a|)",
             )  # fmt: skip
 
 

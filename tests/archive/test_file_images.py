@@ -6,6 +6,7 @@ import pytest
 
 import tsdyn
 from tests.cases import FEW, small
+from tsdyn import schema
 from tsdyn.archive import file_images, hdf5, made_files, netcdf
 from tsdyn.archive.run_directory import ARCHIVE
 
@@ -61,6 +62,19 @@ def test_no_more_files_are_kept_than_said(tmp_path):
     for seeds in range(1, made_files._KEPT + 3):
         tsdyn.run(small(**FEW | {"seeds": seeds, "training__epochs": 1}), tmp_path / str(seeds))
     assert len(made_files._declared) == made_files._KEPT
+
+
+def test_a_variable_that_is_declared_anew_is_written_as_it_is_now(tmp_path, monkeypatch):
+    """In one process, with the same name: dims and words are those of the second declaration."""
+    rows = {("seed", "epoch"): "s", ("seed", "epoch", "layer", "node"): "m"}
+    for dims, units in rows.items():
+        monkeypatch.setattr(schema, "DECLARED", {})
+        declared = tsdyn.declare("planted", dims, units=units, long_name=f"in {units}", source="tests", own=True)
+        measured = {2: lambda m: m.on_eval.mse, 4: lambda m: [w.norm(dim=1) for w in m.network.weights[:-1]]}
+        observed = tsdyn.Observed(declared, measured[len(dims)])
+        ds = tsdyn.run(small(**FEW), tmp_path / units, observables=[observed])
+        assert ds.planted.dims == dims
+        assert (ds.planted.units, ds.planted.long_name) == (units, f"in {units}")
 
 
 @pytest.fixture

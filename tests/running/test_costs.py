@@ -98,8 +98,11 @@ def _peak_of_one_segment(path, pipe):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 def test_what_writing_a_segment_takes_is_announced(tmp_path):
-    """Its file exists twice, as the library holds it and as it is given out; 60 MB of records, in a forked process."""
-    context = multiprocessing.get_context("fork")
+    """Its file exists twice, as the library holds it and as it is given out; 60 MB of records.
+
+    The process is forked from a server that ran nothing: memory that others freed would be taken and not be counted.
+    """
+    context = multiprocessing.get_context("forkserver")
     here, there = context.Pipe()
     child = context.Process(target=_peak_of_one_segment, args=(tmp_path, there))
     child.start()

@@ -126,7 +126,8 @@ def _key(content: Content, attrs: Mapping[str, Any], swept: Sequence[Swept]) -> 
 
 def _shape(content: Content, swept: Sequence[Swept]) -> Hashable:
     keys = tuple((each.name, each.key, type(each.value)) for each in swept)
-    return content.layout, tuple(content.epochs), content.variables, content.dtype, keys
+    declared = tuple(variable_of(name) for name in content.variables)  # one of a user's own may be declared anew
+    return content.layout, tuple(content.epochs), content.variables, declared, content.dtype, keys
 
 
 def _declare(content: Content, attrs: Mapping[str, Any], swept: Sequence[Swept]) -> _Declared:
