@@ -117,6 +117,22 @@ def test_a_salvaged_archive_that_is_extended_still_says_what_it_lost(tmp_path):
     np.testing.assert_array_equal(grown.mse_eval[:, :3], whole.mse_eval)
 
 
+def test_a_salvaged_run_that_was_opened_can_be_read_while_it_is_extended(tmp_path):
+    """Before, it had no name by which its longer archive is known to hold the same epochs."""
+    path = tmp_path / "run"
+    whole = tsdyn.run(small(**FEW, training__epochs=2), path).load()
+    raw = bytearray((path / "archive.nc").read_bytes())
+    raw[raw.find(whole.weight.values[0, 0, 0, 0, :3].tobytes())] ^= 1
+    (path / "archive.nc").write_bytes(raw)
+    before = tsdyn.open(path, verify=False)
+    integrity.repair(path)
+    lazy = tsdyn.open(path)
+    tsdyn.run(small(**FEW, training__epochs=3), path)
+    np.testing.assert_array_equal(lazy.mse_eval.values, whole.mse_eval.values)
+    with pytest.raises(ArchiveError, match="open it again"):  # the salvaged one does not hold all that it held
+        before.mse_eval.load()
+
+
 @pytest.mark.parametrize("finished", [True, False])
 def test_repair_keeps_a_whole_file_whose_checksum_was_lost(tmp_path, monkeypatch, finished):
     path = tmp_path / "run"

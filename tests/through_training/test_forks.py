@@ -13,6 +13,8 @@ import tsdyn
 from tests.cases import small
 from tsdyn import cli
 from tsdyn.archive import integrity
+from tsdyn.archive.run_directory import RunDirectory
+from tsdyn.archive.whole_files import ArchiveError
 from tsdyn.experiment.experiment import Experiment
 from tsdyn.running import own_modules, runner
 from tsdyn.running.forked_members import ForkedMembers
@@ -475,3 +477,25 @@ def test_a_parent_that_has_not_gained_its_newest_seeds_yet_is_trained_again(kept
     wanted = tsdyn.fork(tmp_path / "whole", at=1, out=tmp_path / "children of the whole").load()
     for name in ("weight", "loss_eval"):
         np.testing.assert_array_equal(found[name], wanted[name])
+
+
+@pytest.mark.parametrize(("finished", "longer"), [(True, False), (True, True), (False, False)])
+@pytest.mark.parametrize("swept", [{}, {"sweep": {"training.learning_rate": [0.1, 0.2]}}], ids=["run", "sweep"])
+def test_a_run_whose_input_file_changed_is_not_forked(tmp_path, monkeypatch, finished, longer, swept):
+    """Before, its children were trained on the other file's data, beside the parent as if on its own."""
+    if not finished:
+        monkeypatch.setattr(RunDirectory, "consolidate", lambda *_: None)
+        monkeypatch.setattr(runner, "COMMIT_SECONDS", 0.0)
+    inputs = tmp_path / "covariance.npy"
+    np.save(inputs, np.eye(small().layout.input_width))
+    asked = {"data.covariance": str(inputs), "training.epochs": 1, "record.observables": ["mse", "weight"], **swept}
+    tsdyn.run(small(seeds=1).replace(asked), tmp_path / "run")
+    np.save(inputs, 2 * np.eye(small().layout.input_width))
+    if longer:  # asked for, and refused
+        with pytest.raises((ArchiveError, SweepError), match="other input files than are there"):
+            tsdyn.run(small(seeds=1).replace({**asked, "training.epochs": 2}), tmp_path / "run")
+    with pytest.raises((ArchiveError, SweepError), match="other input files than are there"):
+        tsdyn.fork(tmp_path / "run", at=0, out=tmp_path / "children")
+    np.save(inputs, np.eye(small().layout.input_width))
+    children = tsdyn.fork(tmp_path / "run", at=0, out=tmp_path / "children")
+    assert float(children.distance.max()) == 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import secrets
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -525,6 +526,7 @@ def _salvage(path: Path, experiment: Experiment | Recording, damaged: Path) -> I
                 for group, state in states.items():
                     netcdf.write_state(new, state, group)
                 new.setncattr(DROPPED, "; ".join(dropped) or "nothing that could be told")
+                new.setncattr(RUN, secrets.token_hex(8))  # not the old one: it does not hold all that that file did
             with netcdf.dataset(temporary) as new:
                 _refuse_other_numbers(old, new, kept, states)
     except (ArchiveError, OSError, RuntimeError, ValueError, KeyError, IndexError, AttributeError) as error:

@@ -20,6 +20,7 @@ from tsdyn.experiment.branching import Fork
 from tsdyn.experiment.errors import ExperimentError
 from tsdyn.experiment.experiment import Experiment
 from tsdyn.networks.network import Network
+from tsdyn.problem import input_files
 from tsdyn.problem.inputs import generator
 from tsdyn.problem.students import draw_student
 from tsdyn.running.members import Members
@@ -54,6 +55,7 @@ class ForkedMembers:
         """Set the members to the changed state, unless one was restored; and draw the training data."""
         if not self._begun:
             origin = self.experiment.replace({"fork": {}})
+            _refuse_other_inputs(origin, Path(str(self._fork.parent)))
             before = _state(origin, self._fork, self.device, self._student, self._teacher)
             if self._after.student is None:
                 state = perturbed(self.experiment, before, self.device)
@@ -84,6 +86,21 @@ class ForkedMembers:
     def restore(self, state: Mapping[str, np.ndarray]) -> None:
         self._after.restore(state)
         self._begun = True
+
+
+def _refuse_other_inputs(origin: Experiment, parent: Path) -> None:
+    """Refuse to branch off a run whose input files are others now: its children would be those of another run.
+
+    Raises:
+        DirectoryError: naming the files.
+    """
+    runs = _runs(parent) if input_files.files(origin) else {}
+    # its directory may have been asked for more epochs and seeds since
+    alike = {_whatever_it_gains(run): parent / name for name, run in runs.items()}
+    folder = alike.get(_whatever_it_gains(origin))
+    if folder is not None and any(folder.rglob("*.nc")):
+        before = input_files.kept(reading.opened(folder).attrs)
+        input_files.refuse_other(folder, origin, before or {}, input_files.digests(origin))
 
 
 def _state(origin: Experiment, fork: Fork, device: str, student: Maker | None, teacher: Maker | None) -> State:
@@ -123,12 +140,23 @@ def folders(path: Path) -> dict[str, Path]:
 
     A point that has not gained the newest seeds of its sweep yet is left out: what it holds is of fewer members.
     """
+    runs = _runs(path)
+    return {identity(run): path / name for name, run in runs.items() if _holds(path / name, run.seed_labels)}
+
+
+def _runs(path: Path) -> dict[str, Experiment]:
+    """The runs of a directory, by the name of their own in it; none where there is no such archive."""
     try:
         whole = Experiment.from_toml(path / EXPERIMENT, archived=True)
-        runs = {".": whole} if not whole.sweep else {name: run for name, (_, run) in sweep_points(path).items()}
+        return {".": whole} if not whole.sweep else {name: run for name, (_, run) in sweep_points(path).items()}
     except (ArchiveError, ExperimentError, OSError):
         return {}
-    return {identity(run): path / name for name, run in runs.items() if _holds(path / name, run.seed_labels)}
+
+
+def _whatever_it_gains(experiment: Experiment) -> str:
+    """A text that a run keeps when it gains epochs, seeds or observables."""
+    parts = {key: part for key, part in experiment.as_dict().items() if key not in ("record", "name", "seeds")}
+    return repr(sorted((parts | {"training": {**parts["training"], "epochs": 0}}).items()))
 
 
 def _holds(folder: Path, seeds: tuple[int, ...]) -> bool:
