@@ -3,6 +3,7 @@
 import ctypes
 import os
 import pickle
+import shutil
 import signal
 import stat
 import struct
@@ -16,7 +17,7 @@ import tsdyn
 from tests.archive.states.children import child
 from tests.cases import small
 from tsdyn import cli
-from tsdyn.archive import additions, integrity, whole_files
+from tsdyn.archive import additions, integrity, lazy_arrays, whole_files
 from tsdyn.archive.whole_files import ArchiveError, DirectoryError
 from tsdyn.cli import application
 from tsdyn.experiment.errors import ExperimentError
@@ -378,3 +379,31 @@ def test_what_was_measured_of_a_run_with_other_inputs_is_not_shown_beside_the_on
     assert "A" not in tsdyn.open(path)
     add(path, ["A"])
     assert integrity.check(path) == []
+
+
+class _Sevens:
+    """NumPy, whose empty arrays are full of sevens."""
+
+    def __getattr__(self, name):
+        return getattr(np, name)
+
+    def empty(self, shape, dtype):
+        return np.full(shape, 7, dtype)
+
+
+def test_a_point_without_files_is_nan_beside_one_that_holds_a_variable_twice(tmp_path, monkeypatch):
+    """Recorded from some epoch on and measured before it, in files that overlap: their sizes add up to the whole's."""
+    path = tmp_path / "sweep"
+    tsdyn.run(small(**FEW | {"sweep": {"teacher.polarity": [0.0, 1.0]}}), path)
+    add(path, ["correlation"])
+    more = {"training__epochs": 4, "record__observables": ["mse", "weight", "correlation"]}
+    tsdyn.run(small(**FEW | more | {"sweep": {"teacher.polarity": [0.0, 1.0]}}), path)
+    before = tsdyn.open(path).load()
+    lost = next(path.glob("*=1.0"))
+    shutil.move(lost, tmp_path / "elsewhere")
+    found = tsdyn.open(path)
+    monkeypatch.setattr(lazy_arrays, "np", _Sevens())
+    for window in (slice(0, 3), slice(0, 4), slice(3, 4)):
+        now, then = (ds.correlation.isel(epoch=window).load() for ds in (found, before))
+        assert now.sel(polarity=1.0).isnull().all()
+        xr.testing.assert_equal(now.sel(polarity=0.0), then.sel(polarity=0.0))

@@ -75,12 +75,14 @@ class Stored:
                 part = self._part(source, wanted[outer:])
                 if part is not None:
                     parts.append((at, source, *part))
-        held = sum(math.prod(map(_length, target)) for *_, target in parts)
-        if len(parts) == 1 and held == math.prod(shape):  # as it comes, without a copy
+        # files can overlap, as one that a variable was added to and what was measured before: their sizes do not add up
+        whole = [at for at, _, _, target in parts if [_length(rows) for rows in target] == shape[outer:]]
+        complete = len(set(whole)) == math.prod(shape[:outer])
+        if len(parts) == 1 and complete:  # as it comes, without a copy
             _, source, rows, _ = parts[0]
             found = self._rows(source, rows).reshape(shape).astype(self.dtype, copy=False)
         else:
-            found = np.empty(shape, self.dtype) if held == math.prod(shape) else np.full(shape, np.nan, self.dtype)
+            found = np.empty(shape, self.dtype) if complete else np.full(shape, np.nan, self.dtype)
             for at, source, rows, target in parts:
                 found[at][_orthogonal(target, found.shape[outer:])] = self._rows(source, rows)
         return np.asarray(found[tuple(0 if isinstance(k, (int, np.integer)) else slice(None) for k in key)])
