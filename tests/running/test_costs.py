@@ -100,7 +100,8 @@ def _peak_of_one_segment(path, pipe):
 def test_what_writing_a_segment_takes_is_announced(tmp_path):
     """Its file exists twice, as the library holds it and as it is given out; 60 MB of records.
 
-    The process is forked from a server that ran nothing: memory that others freed would be taken and not be counted.
+    The process is forked from a server that ran nothing.  What that freed while it imported, some 50 MB, is taken again
+    without being counted.
     """
     context = multiprocessing.get_context("forkserver")
     here, there = context.Pipe()
@@ -108,7 +109,8 @@ def test_what_writing_a_segment_takes_is_announced(tmp_path):
     child.start()
     peak = here.recv() if here.poll(120) else 0
     child.join()
-    assert peak == pytest.approx(footprint(large(0.06)).bytes, rel=0.15)
+    announced = footprint(large(0.06)).bytes
+    assert 0.7 * announced < peak < 1.15 * announced
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ A point that fails does not stop the others; if a worker dies, its point is resu
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -117,7 +118,7 @@ def estimate(points: Mapping[str, Experiment], *, device: str = "cpu") -> dict[s
 def trial_seconds(points: Mapping[str, Experiment]) -> float:
     """Roughly how long `estimate` takes on these points."""
     first = {kind: name for name, kind in reversed(_kinds(points).items())}
-    return sum(estimates.trial_seconds(points[name]) for name in first.values())
+    return math.fsum(estimates.trial_seconds(points[name]) for name in first.values())
 
 
 def _kinds(points: Mapping[str, Experiment]) -> dict[str, Any]:
