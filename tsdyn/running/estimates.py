@@ -93,7 +93,7 @@ def estimate(experiment: Experiment, *, device: str = "cpu") -> Cost:
 
 
 def trial_seconds(experiment: Experiment) -> float:
-    """Roughly how long `estimate` takes: what is set up, and the multiply-adds of what is timed."""
+    """Return roughly how many seconds `estimate` takes: what is set up, and the multiply-adds of what is timed."""
     work = 3 * multiply_adds(experiment) * experiment.training.batch * 60 * min(8, len(experiment.seed_labels))
     return 0.1 + 3 * min(work, TRIAL_WORK) / RATE
 
@@ -170,7 +170,7 @@ def _estimate_training(experiment: Experiment, device: str) -> Cost:
 
 
 def multiply_adds(experiment: Experiment) -> int:
-    """Multiply-adds of one sample's pass through a student; 0 for a module of one's own, whose passes are not known."""
+    """Return the multiply-adds of one sample's pass through a student; 0 for one's own module, which is not known."""
     if experiment.student.module is not None or experiment.kind != "training":
         return 0
     widths, total = experiment.student_widths, 0
