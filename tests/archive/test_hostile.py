@@ -505,7 +505,8 @@ def test_a_file_that_crashes_the_library_is_named_and_put_aside(copy, monkeypatc
 
 def test_a_damaged_checksum_is_named_and_no_crash_is_claimed(copy):
     seal = copy / "archive.nc.sha256"
-    seal.write_text(seal.read_text(encoding="ascii").replace("0", "1"), encoding="ascii")
+    text = seal.read_text(encoding="ascii")
+    seal.write_text(("1" if text[0] == "0" else "0") + text[1:], encoding="ascii")
     told = integrity.check(copy)
     assert any("its checksum differs" in line for line in told)
     assert not any("crashes" in line for line in told)
