@@ -2,7 +2,9 @@
 
 import gc
 import os
+import random
 import shutil
+import zlib
 from pathlib import Path
 
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -11,6 +13,7 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 import dask
 import hypothesis
+import numpy as np
 import pytest
 import torch
 
@@ -71,6 +74,15 @@ def one_thread():
     typechecks.test_begins()
     with dask.config.set(scheduler="synchronous"):
         yield
+
+
+@pytest.fixture(autouse=True)
+def draws_of_its_own(request):
+    """What a test draws without naming a seed depends on its name alone, not on the tests before it in this process."""
+    seed = zlib.crc32(request.node.nodeid.encode())
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 - what a test draws from numpy's global generator
+    torch.manual_seed(seed)
 
 
 @pytest.fixture(scope="session", autouse=True)
