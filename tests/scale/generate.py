@@ -10,7 +10,7 @@ import numpy as np
 
 from tests.cases import small
 from tsdyn import schema, vocabulary
-from tsdyn.archive import hdf5, netcdf, sweep_directory
+from tsdyn.archive import hdf5, netcdf, sweep_directory, whole_files
 from tsdyn.archive.run_directory import ARCHIVE, EXPERIMENT
 from tsdyn.experiment.experiment import Experiment
 
@@ -55,7 +55,7 @@ def _write(task: tuple[Path, str, int]) -> int:
         content = nc.close()
     path.mkdir(parents=True)
     (path / EXPERIMENT).write_text(text, encoding="utf-8")
-    (path / ARCHIVE).write_bytes(content)
+    whole_files.write_bytes(path / ARCHIVE, content, seal=True)
     return len(content)
 
 
