@@ -19,6 +19,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHONS = ("3.11", "3.12", "3.13", "3.14")
+#: Where pytest's output is kept.
+LOGS = ROOT / "build" / "matrix"
 #: Extras that the suite needs.
 EXTRAS = "dev,docs"
 _TESTED = re.compile(r"(\d+ (?:passed|failed|error|skipped)[^\n]*)")
@@ -65,7 +67,7 @@ def torch_reason(python: str) -> str | None:
 
 
 def run(python: str, constraints: list[str], folder: Path, tests: list[str]) -> str:
-    """Last line of pytest's output, run in a new environment."""
+    """Last line of pytest's output, all of which is kept in `LOGS`, run in a new environment at `folder`."""
     subprocess.run([python, "-m", "venv", str(folder)], check=True)
     bounds = folder / "bounds.txt"
     pinned = (ROOT / "constraints.txt").read_text(encoding="utf-8")
@@ -78,7 +80,8 @@ def run(python: str, constraints: list[str], folder: Path, tests: list[str]) -> 
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [str(own), "-m", "pytest", "-q", "-n", "auto", "--dist", "worksteal", "-p", "no:cacheprovider", *tests]
     answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
-    (folder.parent / f"{folder.name}.log").write_text(answer.stdout + answer.stderr, encoding="utf-8")
+    LOGS.mkdir(parents=True, exist_ok=True)
+    (LOGS / f"{folder.name}.log").write_text(answer.stdout + answer.stderr, encoding="utf-8")
     said = _TESTED.findall(answer.stdout)
     return f"{'passed' if answer.returncode == 0 else 'FAILED'}: {said[-1] if said else 'no test ran'}"
 
