@@ -1,7 +1,9 @@
 """A power user of xarray: two sweeps joined, derived quantities in zarr, reduced on two workers; then without tsdyn."""
 
 import math
+import pickle
 
+import cloudpickle
 import numpy as np
 import pytest
 import xarray as xr
@@ -52,6 +54,15 @@ def test_a_series_has_few_tasks(folder):
     blocks = math.prod(len(ds.loss_eval.chunksizes[dim]) for dim in ds.loss_eval.dims)
     assert blocks <= ds.sizes["polarity"] * math.ceil(points / RUNS_PER_CHUNK)
     assert len(ds.loss_eval.__dask_graph__()) <= 3 * blocks + 2
+
+
+def test_graphs_carry_no_experiments(folder):
+    """What a task needs of a file is its place and which file it was: no text of some kilobytes per point."""
+    ds = tsdyn.open(folder / "b")
+    sent = cloudpickle.dumps(dict(ds.loss_eval.__dask_graph__()))
+    assert b"archive.nc" in sent
+    assert b"[training]" not in sent
+    assert pickle.loads(sent).keys() == dict(ds.loss_eval.__dask_graph__()).keys()
 
 
 def test_everything_again_by_xarray_alone(folder):

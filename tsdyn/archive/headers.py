@@ -147,6 +147,11 @@ class Source(NamedTuple):
         return [label for label in labels if label not in hidden] if hidden else labels
 
     @property
+    def to_read(self) -> Source:
+        """The file with no more than reading its numbers needs: task graphs carry one for each file."""
+        return self._replace(own={RUN: self.own[RUN]} if RUN in self.own else {}, swept=())
+
+    @property
     def unchanged(self) -> bool:
         """Whether the file that was opened is still the one at its path."""
         with suppress(OSError):

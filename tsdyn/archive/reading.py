@@ -457,11 +457,12 @@ def _built(cells: Cells, grid: Sequence[Axis], skip: bool) -> xr.Dataset:
     labels = {dim: union(sources, dim) for dim in sorted(used, key=[*vocabulary.DIMENSIONS, *used].index)}
     outer, sizes = tuple(axis.dimension for axis in grid), tuple(len(axis.values) for axis in grid)
     token = tokenize([(place, [(str(s.path), s.identity) for s in cell]) for place, cell in cells.items()], skip)
+    read = {place: [source.to_read for source in cell] for place, cell in cells.items()}
     arrays: dict[str, xr.Variable] = {}
     for name in dict.fromkeys(name for header in headers for name in header.variables):
         inner, dtype, attrs = _declared(sources, name, many=bool(grid) or len(sources) > 1)
         shape = (*sizes, *(len(labels[dim]) for dim in inner))
-        stored = Stored(name, outer, inner, shape, dtype, cells, {dim: labels[dim] for dim in inner}, skip)
+        stored = Stored(name, outer, inner, shape, dtype, read, {dim: labels[dim] for dim in inner}, skip)
         lazy = dask.array.from_array(
             stored,
             chunks=_chunks([h for h in headers if name in h.variables], stored),
