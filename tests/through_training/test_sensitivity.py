@@ -14,7 +14,7 @@ from tsdyn.problem.students import draw_student
 from tsdyn.problem.teachers import draw_teacher
 from tsdyn.running.members import Members
 from tsdyn.through_training import kept, retraining
-from tsdyn.through_training.replay import ReplayError, members_at
+from tsdyn.through_training.replay import ReplayError
 
 
 def linear(**changes):
@@ -386,8 +386,12 @@ def test_the_command_writes_the_file_and_says_how_far_it_holds(relu_run, tmp_pat
 def test_a_run_is_repeated_to_the_bit(relu_run):
     e, path = relu_run
     ds = tsdyn.open(path)
-    for epoch in (0, 3):
-        members = members_at(e, epoch)
+    members = Members(e, "cpu")
+    members.draw()
+    members.prepare()
+    for epoch in range(4):
+        if epoch:
+            members.advance(epoch)
         mine = np.stack([members.ensemble.network(i).weights[0].numpy() for i in range(2)])
         assert np.array_equal(mine, ds["weight"].sel(epoch=epoch, layer=1).values[:, :6, :5])
 

@@ -1,9 +1,8 @@
 """Runs again from their start: the state of members at any step, by the engine's own steps, compared with the archive.
 
-Draws are keyed, so a run can be repeated from its experiment alone.  `members_at` gives the members of a run at an
-epoch, bit for bit those of the run on the same machine; a `Course` steps through a run in float64, one step or many at
-a time, and goes to any state that it is given.  Where the archive holds the state after an epoch, as recorded weights
-or as a state kept along the way, the epochs after it can be gone through without those before.
+Draws are keyed, so a run can be repeated from its experiment alone.  A `Course` steps through a run in float64, one
+step or many at a time, and goes to any state that it is given.  Where the archive holds the state after an epoch, as
+recorded weights or as a state kept along the way, the epochs after it can be gone through without those before.
 """
 
 from __future__ import annotations
@@ -31,7 +30,6 @@ from tsdyn.experiment.experiment import Experiment
 from tsdyn.problem.inputs import new_at_every_step, training_generator
 from tsdyn.running import own_modules
 from tsdyn.running.members import Members
-from tsdyn.running.own_modules import Maker
 from tsdyn.through_training.steps import Inputs, Kind, OwnModule, State, kind_of
 
 #: Largest difference to the recorded weights that counts as rounding, relative to the largest parameter of the layer:
@@ -46,23 +44,6 @@ READ_BYTES = 1 << 26
 
 class ReplayError(ExperimentError):
     """A replayed run is not the recorded one."""
-
-
-def members_at(
-    experiment: Experiment,
-    epoch: int,
-    *,
-    device: str = "cpu",
-    student: Maker | None = None,
-    teacher: Maker | None = None,
-) -> Members:
-    """The members of a run after `epoch` epochs, trained again from their start: the run's own bits on its machine."""
-    members = Members(experiment, device, student, teacher)
-    members.draw()
-    members.prepare()
-    for step in range(1, epoch + 1):
-        members.advance(step)
-    return members
 
 
 @dataclass

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -316,9 +315,3 @@ def parsed(text: str) -> str | tuple[str, dict[str, int]]:
             raise ExperimentError(f"--of {text}: {word!r}; {way}")
         labels[key.strip()] = int(value)
     return name.strip(), labels
-
-
-def reach_of(ds: xr.Dataset) -> list[str]:
-    """How far the derivatives in a result predict, in words: one line for each ``wrt``."""
-    lines: list[str] = json.loads(ds.attrs["reach"])
-    return lines
