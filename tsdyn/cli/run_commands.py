@@ -224,9 +224,12 @@ def run_announced(
                 return
             sweep.preflight(experiment, path, workers=workers, scheduler=scheduler)
             left = sweep.unfinished(experiment, path)
-            if sweep.trial_seconds(left) > 1:
-                print(f"{experiment.name} -> {path}: trying a few steps, to estimate the time", flush=True)
-            costs = sweep.estimate(left, device=device if scheduler is None else "cpu")
+
+            def expected(seconds: float) -> None:
+                if seconds > 1:
+                    print(f"{experiment.name} -> {path}: trying a few steps, to estimate the time", flush=True)
+
+            costs = sweep.estimate(left, device=device if scheduler is None else "cpu", expected=expected)
             told = _announced(experiment, len(left), costs, workers or 1)
             later = duration(again * sum(cost.seconds for cost in costs.values())) if again and costs else ""
             print(f"{experiment.name} -> {path}: {told}{f', then {later} of measuring' if later else ''}", flush=True)

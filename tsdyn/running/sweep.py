@@ -89,19 +89,30 @@ def _points(experiment: Experiment, path: Path) -> dict[str, Experiment]:
     return {name: single for name, (_, single) in sweep_directory.named_points(path, experiment).items()}
 
 
-def estimate(points: Mapping[str, Experiment], *, device: str = "cpu") -> dict[str, estimates.Cost]:
+def estimate(
+    points: Mapping[str, Experiment], *, device: str = "cpu", expected: Callable[[float], None] | None = None
+) -> dict[str, estimates.Cost]:
     """The estimated cost of each point; of points with the same shapes and settings only one is timed.
 
     Real numbers, such as rates and scales, do not change the time.  Points of a sweep that cannot begin are left out:
     they fail when they are run, and the others go on.
 
+    Args:
+        points: Directory name → experiment.
+        device: As in `run`.
+        expected: Called first, with roughly how many seconds the estimate itself takes.
+
     Raises:
         DeviceError: if this machine has no such device.
         ExperimentError: if an experiment without a sweep cannot begin.
     """
+    kinds = _kinds(points)
+    if expected is not None:
+        first = {kind: name for name, kind in reversed(kinds.items())}
+        expected(math.fsum(estimates.trial_seconds(points[name]) for name in first.values()))
     known: dict[Any, estimates.Cost] = {}
     found = {}
-    for name, kind in _kinds(points).items():
+    for name, kind in kinds.items():
         single = points[name]
         try:
             if kind not in known:
@@ -113,12 +124,6 @@ def estimate(points: Mapping[str, Experiment], *, device: str = "cpu") -> dict[s
             continue
         found[name] = known[kind]
     return found
-
-
-def trial_seconds(points: Mapping[str, Experiment]) -> float:
-    """Roughly how long `estimate` takes on these points."""
-    first = {kind: name for name, kind in reversed(_kinds(points).items())}
-    return math.fsum(estimates.trial_seconds(points[name]) for name in first.values())
 
 
 def _kinds(points: Mapping[str, Experiment]) -> dict[str, Any]:
