@@ -390,7 +390,8 @@ class Experiment(Part):
         }
         base = self._tables
         values = _applied({name: base[name] for name in said if name in base}, point)
-        values |= {name: getattr(self, name) for name in base if name not in said}
+        # `as_dict` has no fork where there is none; pydantic would copy its default deeply for every point
+        values |= {name: getattr(self, name) for name in (*base, "fork") if name not in said}
         return Experiment(**made_modules.resolved(values))
 
     @cached_property

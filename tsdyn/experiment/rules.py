@@ -55,6 +55,8 @@ KNOWN: Mapping[Kind, tuple[str, ...]] = {
 #: Section → the only kind that has it.
 OWN = {"flow": "population-flow", "online": "online"}
 
+_NO_FORK = Fork()
+
 
 def known(kind: Kind, key: str) -> bool:
     """Whether experiments of `kind` have this dotted key, or keys in this section."""
@@ -390,7 +392,7 @@ def _leave_out(e: Experiment) -> str | None:
 
 def _fork(e: Experiment) -> str | None:
     if e.fork.parent is None:
-        return "fork: give fork.parent, the directory it branches off (tsdyn.fork does)" if e.fork != Fork() else None
+        return "fork: give fork.parent, the directory it branches off (tsdyn.fork does)" if e.fork != _NO_FORK else None
     if e.fork.fork_epoch > e.training.epochs:
         return f"fork.fork_epoch = {e.fork.fork_epoch}: the run has {e.training.epochs} epochs"
     if e.student.module is not None:
