@@ -389,3 +389,19 @@ def test_a_directory_in_which_another_command_begins_meanwhile_is_that_of_its_ex
     monkeypatch.setattr(Path, "exists", late)
     assert run_directory._claimed(path, small(**FEW))
     assert len(looks) > 1
+
+
+def test_an_unfinished_run_is_of_the_experiment_of_its_directory(tmp_path, monkeypatch):
+    """It was extended, and its first segment names the shorter run: before, so did the Dataset, and its forks ended."""
+    monkeypatch.setattr(runner, "COMMIT_SECONDS", 0.0)
+    longer = small(**FEW, training__epochs=5)
+    tsdyn.run(small(**FEW, training__epochs=2), tmp_path / "run")
+    with pytest.raises(Stopped):
+        tsdyn.run(longer, tmp_path / "run", progress=_stop_after(3))
+    ds = tsdyn.open(tmp_path / "run")
+    assert list(ds.epoch.values) == [0, 1, 2, 3]
+    assert tsdyn.Experiment.from_toml_text(ds.attrs["experiment"]) == longer
+    assert ds.attrs["digest"] == longer.digest
+    assert list(tsdyn.fork(tmp_path / "run", at=3).epoch.values) == [3, 4, 5]
+    tsdyn.run(longer.replace({"seeds": [7]}), tmp_path / "other")
+    assert dict(tsdyn.open([tmp_path / "run", tmp_path / "other"]).mse_eval.sizes) == {"seed": 3, "epoch": 6}

@@ -43,6 +43,7 @@ from tsdyn.archive.sweep_directory import label, point_directories
 from tsdyn.archive.swept_values import SWEEP, dimensions
 from tsdyn.archive.whole_files import ALWAYS_VERIFIED, ArchiveError, DirectoryError, local_path
 from tsdyn.archive.wrong_numbers import WRONG, WRONG_THROUGH, WrongNumbersWarning, wrong_variables
+from tsdyn.experiment.errors import ExperimentError
 from tsdyn.experiment.experiment import Experiment, digest, flattened
 from tsdyn.experiment.sweep_axes import (
     DIMENSIONS,
@@ -160,7 +161,7 @@ def _opened(path: Path, skip_damaged: bool, upto: float, told: list[str]) -> xr.
             return _marked_as(stores.read(path), path)
     if not sources:
         raise DirectoryError(_nothing_in(path))
-    return _single(sources)
+    return _single(sources).assign_attrs(_going_on(path, sources[0]))
 
 
 def _nothing_in(path: Path) -> str:
@@ -176,7 +177,23 @@ def _nothing_in(path: Path) -> str:
 def _single(sources: Sequence[Source]) -> xr.Dataset:
     """The Dataset of one run's files or of any one file, with the values of swept keys of the point that it is."""
     own = {name: xr.Variable(*kept) for name, kept in sources[0].swept}
-    return _whole({(): sources}, ()).assign_coords(own).assign_attrs(sources[0].own | when([sources]))
+    # of an unfinished run the last segment, which knows of other machines and of longer runs
+    newest = [source for source in sources if not additions.is_addition(source.path)] or sources
+    return _whole({(): sources}, ()).assign_coords(own).assign_attrs(newest[-1].own | when([sources]))
+
+
+def _going_on(path: Path, file: Source) -> dict[str, str]:
+    """Global attributes of an unfinished run: the experiment of its directory, where one of its files names a shorter.
+
+    It is empty for a finished run, whose archive says what it is of, and where there is no experiment file to read.
+    """
+    if file.path.name == ARCHIVE:
+        return {}
+    try:
+        mine = Experiment.from_toml(path / EXPERIMENT, archived=True)
+    except ExperimentError:  # the files can be read without; `tsdyn validate` names it
+        return {}
+    return {"experiment": mine.to_toml(), "digest": mine.digest, "name": mine.name}
 
 
 def _marked_as(ds: xr.Dataset, path: Path) -> xr.Dataset:
