@@ -23,6 +23,7 @@ from tsdyn.archive import (
     whole_files,
 )
 from tsdyn.archive.whole_files import ArchiveError
+from tsdyn.growing import adding, exporting
 from tsdyn.running import runner
 from tsdyn.running.interrupts import Stopped
 
@@ -405,3 +406,56 @@ def test_an_unfinished_run_is_of_the_experiment_of_its_directory(tmp_path, monke
     assert list(tsdyn.fork(tmp_path / "run", at=3).epoch.values) == [3, 4, 5]
     tsdyn.run(longer.replace({"seeds": [7]}), tmp_path / "other")
     assert dict(tsdyn.open([tmp_path / "run", tmp_path / "other"]).mse_eval.sizes) == {"seed": 3, "epoch": 6}
+
+
+def test_a_fork_begins_from_no_weights_that_are_missing(tmp_path):
+    """Of seed 1, gained later, epoch 3 was not recorded: before, its child began as NaN and counted as dead."""
+    asked = small(**FEW, training__epochs=3, record__every=2).replace({"seeds": 1})
+    tsdyn.run(asked, tmp_path / "run")
+    parent = tsdyn.run(asked.replace({"seeds": 2, "training.epochs": 4}), tmp_path / "run").load()
+    assert np.isnan(parent.weight.sel(seed=1, epoch=3)).all()
+    child = tsdyn.fork(tmp_path / "run", at=3).isel(fork_epoch=0, branch=0).sel(epoch=4).load()
+    same(child, parent[["weight", "mse_eval"]].sel(epoch=4))
+    assert (child.death_epoch == -1).all()
+
+
+def test_a_fork_begins_from_no_weights_that_repair_could_not_keep(tmp_path):
+    whole = tsdyn.run(small(**FEW, training__epochs=2), tmp_path / "run").load()
+    file = tmp_path / "run" / "archive.nc"
+    raw = bytearray(file.read_bytes())
+    raw[raw.find(whole.weight.values[0, 0, 0, 0, :3].tobytes())] ^= 1
+    file.write_bytes(raw)
+    integrity.repair(tmp_path / "run")
+    assert np.isnan(tsdyn.open(tmp_path / "run").weight.sel(seed=0, epoch=1)).all()
+    child = tsdyn.fork(tmp_path / "run", at=1).isel(fork_epoch=0, branch=0).sel(epoch=2).load()
+    same(child, whole[["weight", "mse_eval"]].sel(epoch=2))
+
+
+def test_what_lasts_is_made_from_no_large_file_that_differs_from_its_checksum(tmp_path):
+    """Of more than 16 MB, so that `tsdyn.open` compares it only when asked to."""
+    path = tmp_path / "run"
+    large = small(
+        seeds=1, teacher__widths=[800, 800, 1], student__overrealization=1.0, data__train=16, training__epochs=0,
+        record__observables=["mse", "weight"],
+    )  # fmt: skip
+    tsdyn.run(large, path)
+    file = path / "archive.nc"
+    assert file.stat().st_size > whole_files.ALWAYS_VERIFIED
+    raw = bytearray(file.read_bytes())
+    raw[raw.find(tsdyn.open(path).weight.values[0, 0, 0, 0, :3].tobytes())] ^= 1
+    file.write_bytes(raw)
+    tsdyn.open(path).mse_eval.load()
+    for asked in (
+        lambda: tsdyn.open(path, verify=True),
+        lambda: tsdyn.run(large.replace({"training.epochs": 1}), path),
+        lambda: tsdyn.run(large.replace({"seeds": 2}), path),
+        lambda: tsdyn.run(large.replace({"record.observables": ["mse", "weight", "loss"]}), path),
+        lambda: tsdyn.fork(path, at=0),
+        lambda: tsdyn.measure(path, ["loss"]),
+        lambda: adding.add(path, ["loss"]),
+        lambda: exporting.export(path, "netcdf"),
+    ):
+        with pytest.raises(ArchiveError, match="its checksum differs from the one in archive"):
+            asked()
+    assert any("its checksum differs" in line for line in integrity.check(path))
+    assert "moved to damaged/" in integrity.repair(path)[0]

@@ -255,7 +255,7 @@ def _said_of(path: Path) -> Iterator[str]:
 
 def _contents(path: Path, experiment: Experiment | Recording | None, *, unsealed: bool = False) -> Iterator[str]:
     try:
-        ds = opened(path)
+        ds = opened(path, upto=-1.0)  # it was compared just before
     except ArchiveError as error:
         yield str(error)
         return

@@ -91,7 +91,8 @@ def open(
         skip_damaged: Whether points of a sweep that cannot be read become NaN, with a warning, instead of raising.
         verify: Whether files are first compared with the checksums beside them, which reads them whole.  By default
             files of at most 16 MB are (in a sweep, those that the index does not list); larger ones have a checksum
-            per chunk, which is compared when the chunk is read.
+            per chunk, which is compared when the chunk is read.  What `fork`, `measure` of a path and ``tsdyn export``
+            begin from is always compared.
         along: Whether every swept key is a dimension, or all points lie along one dimension ``point`` with the keys
             as coordinates, in which nothing is empty.
 
@@ -136,7 +137,7 @@ def open(
     return ds
 
 
-def opened(path: Path, *, skip_damaged: bool = False, upto: float = -1.0) -> xr.Dataset:
+def opened(path: Path, *, skip_damaged: bool = False, upto: float = ALWAYS_VERIFIED) -> xr.Dataset:
     """`open` of one path, without its warnings; files of at most `upto` bytes are compared with their checksums."""
     return _opened(path, skip_damaged, upto, [])
 

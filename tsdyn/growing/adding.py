@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -70,7 +71,7 @@ def add(
     added: list[Path] = []
     folders = _folders(path)
     for position, folder in enumerate(folders, start=1):
-        ds = reading.opened(folder)
+        ds = reading.opened(folder, upto=math.inf)
         say = _titled(f"[{position}/{len(folders)}] {folder.name}: " if len(folders) > 1 else "", told)
         done = list(_added(folder, ds, observables, wanted, student, teacher, say))
         added += done

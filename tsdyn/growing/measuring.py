@@ -79,7 +79,7 @@ def measure(
         ('seed', 'epoch', 'layer', 'node')
     """
     if not isinstance(ds, xr.Dataset):
-        ds = reading.open(ds)
+        ds = reading.open(ds, verify=True)
     dropped = [dim for dim in ("seed", "epoch") if dim in ds.coords and dim not in ds.dims]
     ds = _at_epochs(ds.expand_dims(dropped) if dropped else ds, epochs)
     passed = _Passed(tuple(o for o in observables if isinstance(o, Observed)), student, teacher)
