@@ -6,12 +6,14 @@ import signal
 from pathlib import Path
 from types import SimpleNamespace
 
+import netCDF4
 import numpy as np
 import pytest
 
 import tsdyn
 from tests.cases import small
 from tsdyn.archive import (
+    additions,
     file_images,
     hdf5,
     headers,
@@ -459,3 +461,29 @@ def test_what_lasts_is_made_from_no_large_file_that_differs_from_its_checksum(tm
             asked()
     assert any("its checksum differs" in line for line in integrity.check(path))
     assert "moved to damaged/" in integrity.repair(path)[0]
+
+
+def test_what_an_earlier_version_measured_of_lost_parameters_is_named_and_measured_again(tmp_path):
+    """As NaN, which stayed when the run was whole again; of a member that died NaN is right."""
+    path = tmp_path / "run"
+    experiment = small(**FEW, training__epochs=1)
+    tsdyn.run(experiment, path)
+    adding.add(path, ["correlation"])
+    whole = tsdyn.open(path).correlation.load()
+    (file,) = additions.files(path)
+    with netCDF4.Dataset(file) as nc:
+        attrs = {name: nc.getncattr(name) for name in nc.ncattrs() if name != "coordinates"}
+    assert additions.trusted(attrs)
+    attrs[additions.ADDED] = '{"at": "2026-11-29T20:00:00+00:00", "tsdyn_version": "0.2"}'
+    whole_files.remove_sealed(file)
+    values = whole.values.copy()
+    values[1, 0] = np.nan
+    asked = experiment.replace({"record.observables": ["correlation"]})
+    additions.write(path, asked, "correlation", [0, 1], [0, 1], values, attrs)
+    (told,) = integrity.check(path)
+    assert "correlation is NaN at seeds 1, epochs 0, where the run's parameters are stored" in told
+    assert "tsdyn measure" in told
+    assert len(adding.add(path, ["correlation"])) == 1
+    np.testing.assert_array_equal(tsdyn.open(path).correlation, whole)
+    assert integrity.check(path) == []
+    assert adding.add(path, ["correlation"]) == []
