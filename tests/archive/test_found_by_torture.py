@@ -1,5 +1,6 @@
 """What the state machine and the faults by number found, each as a fixed example."""
 
+import errno
 import os
 import shutil
 import signal
@@ -19,9 +20,11 @@ from tsdyn.archive import (
     headers,
     integrity,
     lazy_arrays,
+    lock,
     netcdf,
     run_directory,
     small_files,
+    sweep_directory,
     whole_files,
 )
 from tsdyn.archive.whole_files import ArchiveError
@@ -487,3 +490,60 @@ def test_what_an_earlier_version_measured_of_lost_parameters_is_named_and_measur
     np.testing.assert_array_equal(tsdyn.open(path).correlation, whole)
     assert integrity.check(path) == []
     assert adding.add(path, ["correlation"]) == []
+
+
+def test_an_archive_that_is_extended_keeps_its_own_checksum(tmp_path):
+    """A byte changed within its time after it was compared: before, it got the checksum of the damage."""
+    path = tmp_path / "run"
+    tsdyn.run(small(**FEW, training__epochs=1), path).load()
+    file = path / "archive.nc"
+    raw, times = bytearray(file.read_bytes()), file.stat()
+    raw[raw.find(tsdyn.open(path).weight.values[0, 0, 0, 0, :3].tobytes())] ^= 1
+    file.write_bytes(raw)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(ArchiveError, match="its checksum differs"):
+        tsdyn.run(small(**FEW, training__epochs=3), path)
+    assert any("its checksum differs" in line for line in integrity.check(path))
+
+
+def test_a_sweep_that_another_command_has_extended_meanwhile_keeps_its_list(tmp_path, monkeypatch):
+    """Between this command's claim and its list of points; before, the list was that of the shorter sweep."""
+    path = tmp_path / "sweep"
+    shorter = small(**FEW, training__epochs=1, sweep=SWEEP)
+    longer = shorter.replace({"sweep": {"teacher.polarity": [0.0, 0.5, 1.0]}})
+    named = sweep_directory.named_points
+
+    def meanwhile(*given):
+        monkeypatch.setattr(sweep_directory, "named_points", named)
+        sweep_directory.write_sweep(path, longer)
+        return named(*given)
+
+    monkeypatch.setattr(sweep_directory, "named_points", meanwhile)
+    tsdyn.run(shorter, path)
+    assert integrity.check(path) == []
+    assert tsdyn.run(longer, path).sizes["polarity"] == 3
+
+
+def test_a_lock_whose_holder_ends_while_it_is_looked_at_is_taken(tmp_path, monkeypatch):
+    """On a file system without flock; before, it was a traceback."""
+    monkeypatch.setattr(lock.fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSYS, "no flock")))
+    (tmp_path / lock.NAME).write_text("{}", encoding="ascii")
+    read = Path.read_bytes
+
+    def ended(self):
+        monkeypatch.setattr(Path, "read_bytes", read)
+        self.unlink()
+        return read(self)
+
+    monkeypatch.setattr(Path, "read_bytes", ended)
+    with lock.Lock(tmp_path) as held:
+        held.confirm()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("values", [[2**53 + 1, 0.5, 2**53], ["a\0", "a"]])
+def test_swept_values_that_would_be_one_label_are_refused_before_anything_is_trained(tmp_path, values):
+    experiment = small(student={"module": "passed:later"}, sweep={"student.arguments.kind": values})
+    with pytest.raises(ArchiveError, match=r"student.arguments.kind has the values .* would be one label"):
+        sweep_directory.write_sweep(tmp_path / "sweep", experiment)
+    assert not (tmp_path / "sweep").exists()

@@ -232,7 +232,7 @@ def _measured_of_nothing(path: Path) -> Iterator[str]:
             yield (
                 f"{path / additions.MEASURED}: {name} is NaN at seeds {_few(seeds)}, epochs {_few(epochs)}, where the "
                 f"run's parameters are stored: an earlier version may have measured it while they were lost; `tsdyn "
-                f"measure {path} {name}` measures it again"
+                f"measure {path} --observables {name}` measures it again"
             )
 
 

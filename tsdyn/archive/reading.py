@@ -39,7 +39,7 @@ from tsdyn.archive.lazy_arrays import Cells, Stored
 from tsdyn.archive.recordings import FILE as RECORDING
 from tsdyn.archive.recordings import Recording, flush_below, recordings_below
 from tsdyn.archive.run_directory import ARCHIVE, EXPERIMENT
-from tsdyn.archive.sweep_directory import label, point_directories
+from tsdyn.archive.sweep_directory import label, point_directories, refuse_equal_labels
 from tsdyn.archive.swept_values import SWEEP, dimensions
 from tsdyn.archive.whole_files import ALWAYS_VERIFIED, ArchiveError, DirectoryError, local_path
 from tsdyn.archive.wrong_numbers import WRONG, WRONG_THROUGH, WrongNumbersWarning, wrong_variables
@@ -364,6 +364,9 @@ def _gathered(
             held += sources
     taken = [tuple(dict.fromkeys(at[i] for at in found)) for i in range(len(along))]
     refuse_mostly_empty(paths, along, taken, len(found))
+    for group, of in zip(along, taken, strict=True):
+        for i, key in enumerate(group):
+            refuse_equal_labels(key, (value[i] for value in of))
     position = [{value: i for i, value in enumerate(of)} for of in taken]
     cells = {tuple(p[v] for p, v in zip(position, at, strict=True)): held for at, held in found.items() if held}
     names = _named(paths, sweeps, keys)
