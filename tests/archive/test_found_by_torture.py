@@ -1,28 +1,34 @@
 """What the state machine and the faults by number found, each as a fixed example."""
 
+import errno
 import os
 import shutil
 import signal
 from pathlib import Path
 from types import SimpleNamespace
 
+import netCDF4
 import numpy as np
 import pytest
 
 import tsdyn
 from tests.cases import small
 from tsdyn.archive import (
+    additions,
     file_images,
     hdf5,
     headers,
     integrity,
     lazy_arrays,
+    lock,
     netcdf,
     run_directory,
     small_files,
+    sweep_directory,
     whole_files,
 )
 from tsdyn.archive.whole_files import ArchiveError
+from tsdyn.growing import adding, exporting
 from tsdyn.running import runner
 from tsdyn.running.interrupts import Stopped
 
@@ -389,3 +395,155 @@ def test_a_directory_in_which_another_command_begins_meanwhile_is_that_of_its_ex
     monkeypatch.setattr(Path, "exists", late)
     assert run_directory._claimed(path, small(**FEW))
     assert len(looks) > 1
+
+
+def test_an_unfinished_run_is_of_the_experiment_of_its_directory(tmp_path, monkeypatch):
+    """It was extended, and its first segment names the shorter run: before, so did the Dataset, and its forks ended."""
+    monkeypatch.setattr(runner, "COMMIT_SECONDS", 0.0)
+    longer = small(**FEW, training__epochs=5)
+    tsdyn.run(small(**FEW, training__epochs=2), tmp_path / "run")
+    with pytest.raises(Stopped):
+        tsdyn.run(longer, tmp_path / "run", progress=_stop_after(3))
+    ds = tsdyn.open(tmp_path / "run")
+    assert list(ds.epoch.values) == [0, 1, 2, 3]
+    assert tsdyn.Experiment.from_toml_text(ds.attrs["experiment"]) == longer
+    assert ds.attrs["digest"] == longer.digest
+    assert list(tsdyn.fork(tmp_path / "run", at=3).epoch.values) == [3, 4, 5]
+    tsdyn.run(longer.replace({"seeds": [7]}), tmp_path / "other")
+    assert dict(tsdyn.open([tmp_path / "run", tmp_path / "other"]).mse_eval.sizes) == {"seed": 3, "epoch": 6}
+
+
+def test_a_fork_begins_from_no_weights_that_are_missing(tmp_path):
+    """Of seed 1, gained later, epoch 3 was not recorded: before, its child began as NaN and counted as dead."""
+    asked = small(**FEW, training__epochs=3, record__every=2).replace({"seeds": 1})
+    tsdyn.run(asked, tmp_path / "run")
+    parent = tsdyn.run(asked.replace({"seeds": 2, "training.epochs": 4}), tmp_path / "run").load()
+    assert np.isnan(parent.weight.sel(seed=1, epoch=3)).all()
+    child = tsdyn.fork(tmp_path / "run", at=3).isel(fork_epoch=0, branch=0).sel(epoch=4).load()
+    same(child, parent[["weight", "mse_eval"]].sel(epoch=4))
+    assert (child.death_epoch == -1).all()
+
+
+def test_a_fork_begins_from_no_weights_that_repair_could_not_keep(tmp_path):
+    whole = tsdyn.run(small(**FEW, training__epochs=2), tmp_path / "run").load()
+    file = tmp_path / "run" / "archive.nc"
+    raw = bytearray(file.read_bytes())
+    raw[raw.find(whole.weight.values[0, 0, 0, 0, :3].tobytes())] ^= 1
+    file.write_bytes(raw)
+    integrity.repair(tmp_path / "run")
+    assert np.isnan(tsdyn.open(tmp_path / "run").weight.sel(seed=0, epoch=1)).all()
+    child = tsdyn.fork(tmp_path / "run", at=1).isel(fork_epoch=0, branch=0).sel(epoch=2).load()
+    same(child, whole[["weight", "mse_eval"]].sel(epoch=2))
+
+
+def test_what_lasts_is_made_from_no_large_file_that_differs_from_its_checksum(tmp_path):
+    """Of more than 16 MB, so that `tsdyn.open` compares it only when asked to."""
+    path = tmp_path / "run"
+    large = small(
+        seeds=1, teacher__widths=[800, 800, 1], student__overrealization=1.0, data__train=16, training__epochs=0,
+        record__observables=["mse", "weight"],
+    )  # fmt: skip
+    tsdyn.run(large, path)
+    file = path / "archive.nc"
+    assert file.stat().st_size > whole_files.ALWAYS_VERIFIED
+    raw = bytearray(file.read_bytes())
+    raw[raw.find(tsdyn.open(path).weight.values[0, 0, 0, 0, :3].tobytes())] ^= 1
+    file.write_bytes(raw)
+    tsdyn.open(path).mse_eval.load()
+    for asked in (
+        lambda: tsdyn.open(path, verify=True),
+        lambda: tsdyn.run(large.replace({"training.epochs": 1}), path),
+        lambda: tsdyn.run(large.replace({"seeds": 2}), path),
+        lambda: tsdyn.run(large.replace({"record.observables": ["mse", "weight", "loss"]}), path),
+        lambda: tsdyn.fork(path, at=0),
+        lambda: tsdyn.measure(path, ["loss"]),
+        lambda: adding.add(path, ["loss"]),
+        lambda: exporting.export(path, "netcdf"),
+    ):
+        with pytest.raises(ArchiveError, match="its checksum differs from the one in archive"):
+            asked()
+    assert any("its checksum differs" in line for line in integrity.check(path))
+    assert "moved to damaged/" in integrity.repair(path)[0]
+
+
+def test_what_an_earlier_version_measured_of_lost_parameters_is_named_and_measured_again(tmp_path):
+    """As NaN, which stayed when the run was whole again; of a member that died NaN is right."""
+    path = tmp_path / "run"
+    experiment = small(**FEW, training__epochs=1)
+    tsdyn.run(experiment, path)
+    adding.add(path, ["correlation"])
+    whole = tsdyn.open(path).correlation.load()
+    (file,) = additions.files(path)
+    with netCDF4.Dataset(file) as nc:
+        attrs = {name: nc.getncattr(name) for name in nc.ncattrs() if name != "coordinates"}
+    assert additions.trusted(attrs)
+    attrs[additions.ADDED] = '{"at": "2026-11-29T20:00:00+00:00", "tsdyn_version": "0.2"}'
+    whole_files.remove_sealed(file)
+    values = whole.values.copy()
+    values[1, 0] = np.nan
+    asked = experiment.replace({"record.observables": ["correlation"]})
+    additions.write(path, asked, "correlation", [0, 1], [0, 1], values, attrs)
+    (told,) = integrity.check(path)
+    assert "correlation is NaN at seeds 1, epochs 0, where the run's parameters are stored" in told
+    assert "tsdyn measure" in told
+    assert len(adding.add(path, ["correlation"])) == 1
+    np.testing.assert_array_equal(tsdyn.open(path).correlation, whole)
+    assert integrity.check(path) == []
+    assert adding.add(path, ["correlation"]) == []
+
+
+def test_an_archive_that_is_extended_keeps_its_own_checksum(tmp_path):
+    """A byte changed within its time after it was compared: before, it got the checksum of the damage."""
+    path = tmp_path / "run"
+    tsdyn.run(small(**FEW, training__epochs=1), path).load()
+    file = path / "archive.nc"
+    raw, times = bytearray(file.read_bytes()), file.stat()
+    raw[raw.find(tsdyn.open(path).weight.values[0, 0, 0, 0, :3].tobytes())] ^= 1
+    file.write_bytes(raw)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(ArchiveError, match="its checksum differs"):
+        tsdyn.run(small(**FEW, training__epochs=3), path)
+    assert any("its checksum differs" in line for line in integrity.check(path))
+
+
+def test_a_sweep_that_another_command_has_extended_meanwhile_keeps_its_list(tmp_path, monkeypatch):
+    """Between this command's claim and its list of points; before, the list was that of the shorter sweep."""
+    path = tmp_path / "sweep"
+    shorter = small(**FEW, training__epochs=1, sweep=SWEEP)
+    longer = shorter.replace({"sweep": {"teacher.polarity": [0.0, 0.5, 1.0]}})
+    named = sweep_directory.named_points
+
+    def meanwhile(*given):
+        monkeypatch.setattr(sweep_directory, "named_points", named)
+        sweep_directory.write_sweep(path, longer)
+        return named(*given)
+
+    monkeypatch.setattr(sweep_directory, "named_points", meanwhile)
+    tsdyn.run(shorter, path)
+    assert integrity.check(path) == []
+    assert tsdyn.run(longer, path).sizes["polarity"] == 3
+
+
+def test_a_lock_whose_holder_ends_while_it_is_looked_at_is_taken(tmp_path, monkeypatch):
+    """On a file system without flock; before, it was a traceback."""
+    monkeypatch.setattr(lock.fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSYS, "no flock")))
+    (tmp_path / lock.NAME).write_text("{}", encoding="ascii")
+    read = Path.read_bytes
+
+    def ended(self):
+        monkeypatch.setattr(Path, "read_bytes", read)
+        self.unlink()
+        return read(self)
+
+    monkeypatch.setattr(Path, "read_bytes", ended)
+    with lock.Lock(tmp_path) as held:
+        held.confirm()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("values", [[2**53 + 1, 0.5, 2**53], ["a\0", "a"]])
+def test_swept_values_that_would_be_one_label_are_refused_before_anything_is_trained(tmp_path, values):
+    experiment = small(student={"module": "passed:later"}, sweep={"student.arguments.kind": values})
+    with pytest.raises(ArchiveError, match=r"student.arguments.kind has the values .* would be one label"):
+        sweep_directory.write_sweep(tmp_path / "sweep", experiment)
+    assert not (tmp_path / "sweep").exists()

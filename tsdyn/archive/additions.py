@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xarray as xr
 from numpy.typing import NDArray
 
 from tsdyn.archive import netcdf
+from tsdyn.archive.selecting import experiment_of
 from tsdyn.archive.whole_files import ArchiveError, refuse_link, replacing
 from tsdyn.experiment.experiment import Experiment
 from tsdyn.schema import variable as variable_of
@@ -25,6 +27,9 @@ from tsdyn.schema import variable as variable_of
 MEASURED = "measured"
 #: Attribute of such a file: JSON of when it was measured, and by which version.
 ADDED = "measured"
+#: What that JSON also has, so that NaN means a member that died or stopped, or an observable that is not defined.
+#: Development versions of 0.2 before 30 November 2026 measured NaN of parameters that were lost, too.
+COMPLETE = {"of": "whole parameters"}
 _NAME = re.compile(r"[A-Za-z_]\w*-(\d{4,})\.nc")
 
 
@@ -100,3 +105,29 @@ def told(attrs: Mapping[str, Any]) -> dict[str, Any]:
     except (KeyError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def parameters_there(ds: xr.Dataset) -> NDArray:
+    """Whether all of a member's parameters are stored at an epoch, (seed, epoch), of one run that records them."""
+    single = experiment_of(ds)
+    there = np.ones((ds.sizes["seed"], ds.sizes["epoch"]), bool)
+    if single.student.module is not None:
+        parts = [ds["parameter"].isel(entry=slice(single.layout.entries))]
+    else:
+        parts = [
+            part
+            for i, (n, below) in enumerate(zip(single.layout.widths, single.layout.input_widths, strict=True))
+            for part in (
+                ds["weight"].isel(layer=i, node=slice(n), input_node=slice(below)),
+                ds["bias"].isel(layer=i, node=slice(n)),
+            )
+        ]
+    for part in parts:
+        inner = [dim for dim in part.dims if dim not in ("seed", "epoch")]
+        there &= part.notnull().all(inner).transpose("seed", "epoch").values
+    return there
+
+
+def trusted(attrs: Mapping[str, Any]) -> bool:
+    """Whether a file's NaN mean that there was nothing to measure (`COMPLETE`)."""
+    return COMPLETE.items() <= told(attrs).items()

@@ -17,6 +17,7 @@ from typing import Any
 
 import netCDF4
 import numpy as np
+from numpy.typing import NDArray
 
 from tsdyn import schema, vocabulary
 from tsdyn.archive import additions, netcdf, own_process, study_directories, swept_values
@@ -168,6 +169,7 @@ def _check_run(path: Path, expected: Experiment | None = None) -> Iterator[str]:
     if missing:
         yield f"{path}: {dimension}s {_few(missing)} are not there"
     yield from _check_members(path, files, experiment)
+    yield from _measured_of_nothing(path)
     listed = set(experiment.labels) if isinstance(experiment, Experiment) else recorded
     extra = sorted(recorded - listed - kept) if finished else []
     if extra or epochs != sorted(recorded):
@@ -206,6 +208,32 @@ def _check_additions(path: Path, experiment: Experiment | Recording) -> Iterator
     for seal in (path / additions.MEASURED).glob(f"*{SUFFIX}"):
         if seal.with_name(seal.name.removesuffix(SUFFIX)) not in files:
             yield f"{seal}: the checksum of a file that is not there: lost, or its commit was cut short"
+
+
+def _measured_of_nothing(path: Path) -> Iterator[str]:
+    """What an earlier version measured as NaN where the run's parameters are stored: they may have been lost then."""
+    headers = [Source.of(file).header for file in additions.files(path)]
+    if all(additions.trusted(header.attrs) for header in headers):
+        return
+    ds = opened(path, upto=-1.0)
+    there = additions.parameters_there(ds)
+    doubted: dict[str, NDArray] = {}
+    for trusted in (False, True):
+        for header in (header for header in headers if additions.trusted(header.attrs) is trusted):
+            for name in (name for name in header.variables if name in ds):
+                inside = np.logical_and.outer(*(np.isin(ds[dim], header.labels[dim]) for dim in ("seed", "epoch")))
+                before = doubted.get(name, np.zeros_like(inside))
+                doubted[name] = before & ~inside if trusted else before | inside
+    for name, where in doubted.items():
+        inner = [dim for dim in ds[name].dims if dim not in ("seed", "epoch")]
+        empty = where & there & ds[name].isnull().all(inner).transpose("seed", "epoch").values
+        if empty.any():
+            seeds, epochs = ds["seed"].values[empty.any(1)].tolist(), ds["epoch"].values[empty.any(0)].tolist()
+            yield (
+                f"{path / additions.MEASURED}: {name} is NaN at seeds {_few(seeds)}, epochs {_few(epochs)}, where the "
+                f"run's parameters are stored: an earlier version may have measured it while they were lost; `tsdyn "
+                f"measure {path} --observables {name}` measures it again"
+            )
 
 
 def _of_directory(path: Path) -> Experiment | Recording:
@@ -255,7 +283,7 @@ def _said_of(path: Path) -> Iterator[str]:
 
 def _contents(path: Path, experiment: Experiment | Recording | None, *, unsealed: bool = False) -> Iterator[str]:
     try:
-        ds = opened(path)
+        ds = opened(path, upto=-1.0)  # it was compared just before
     except ArchiveError as error:
         yield str(error)
         return

@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from tsdyn.archive.whole_files import ArchiveError, refused
+from tsdyn.archive.whole_files import ArchiveError, looked_again, refused
 
 NAME = "LOCK"
 #: Without flock: a writer touches its lock file every BEAT seconds, and counts as dead after SILENCE without a touch.
@@ -68,7 +68,10 @@ class Lock:
         except OSError as error:
             if error.errno not in _NO_FLOCK:
                 raise refused(self.path, error) from error
-            self._exclusive_file()
+            try:
+                looked_again(self._exclusive_file)  # its holder can remove it between two looks
+            except OSError as failed:
+                raise refused(self.path, failed) from failed
         _held.add(self)
         return self
 

@@ -39,10 +39,11 @@ from tsdyn.archive.lazy_arrays import Cells, Stored
 from tsdyn.archive.recordings import FILE as RECORDING
 from tsdyn.archive.recordings import Recording, flush_below, recordings_below
 from tsdyn.archive.run_directory import ARCHIVE, EXPERIMENT
-from tsdyn.archive.sweep_directory import label, point_directories
+from tsdyn.archive.sweep_directory import label, point_directories, refuse_equal_labels
 from tsdyn.archive.swept_values import SWEEP, dimensions
 from tsdyn.archive.whole_files import ALWAYS_VERIFIED, ArchiveError, DirectoryError, local_path
 from tsdyn.archive.wrong_numbers import WRONG, WRONG_THROUGH, WrongNumbersWarning, wrong_variables
+from tsdyn.experiment.errors import ExperimentError
 from tsdyn.experiment.experiment import Experiment, digest, flattened
 from tsdyn.experiment.sweep_axes import (
     DIMENSIONS,
@@ -90,7 +91,8 @@ def open(
         skip_damaged: Whether points of a sweep that cannot be read become NaN, with a warning, instead of raising.
         verify: Whether files are first compared with the checksums beside them, which reads them whole.  By default
             files of at most 16 MB are (in a sweep, those that the index does not list); larger ones have a checksum
-            per chunk, which is compared when the chunk is read.
+            per chunk, which is compared when the chunk is read.  What `fork`, `measure` of a path and ``tsdyn export``
+            begin from is always compared.
         along: Whether every swept key is a dimension, or all points lie along one dimension ``point`` with the keys
             as coordinates, in which nothing is empty.
 
@@ -135,7 +137,7 @@ def open(
     return ds
 
 
-def opened(path: Path, *, skip_damaged: bool = False, upto: float = -1.0) -> xr.Dataset:
+def opened(path: Path, *, skip_damaged: bool = False, upto: float = ALWAYS_VERIFIED) -> xr.Dataset:
     """`open` of one path, without its warnings; files of at most `upto` bytes are compared with their checksums."""
     return _opened(path, skip_damaged, upto, [])
 
@@ -160,7 +162,7 @@ def _opened(path: Path, skip_damaged: bool, upto: float, told: list[str]) -> xr.
             return _marked_as(stores.read(path), path)
     if not sources:
         raise DirectoryError(_nothing_in(path))
-    return _single(sources)
+    return _single(sources).assign_attrs(_going_on(path, sources[0]))
 
 
 def _nothing_in(path: Path) -> str:
@@ -176,7 +178,23 @@ def _nothing_in(path: Path) -> str:
 def _single(sources: Sequence[Source]) -> xr.Dataset:
     """The Dataset of one run's files or of any one file, with the values of swept keys of the point that it is."""
     own = {name: xr.Variable(*kept) for name, kept in sources[0].swept}
-    return _whole({(): sources}, ()).assign_coords(own).assign_attrs(sources[0].own | when([sources]))
+    # of an unfinished run the last segment, which knows of other machines and of longer runs
+    newest = [source for source in sources if not additions.is_addition(source.path)] or sources
+    return _whole({(): sources}, ()).assign_coords(own).assign_attrs(newest[-1].own | when([sources]))
+
+
+def _going_on(path: Path, file: Source) -> dict[str, str]:
+    """Global attributes of an unfinished run: the experiment of its directory, where one of its files names a shorter.
+
+    It is empty for a finished run, whose archive says what it is of, and where there is no experiment file to read.
+    """
+    if file.path.name == ARCHIVE:
+        return {}
+    try:
+        mine = Experiment.from_toml(path / EXPERIMENT, archived=True)
+    except ExperimentError:  # the files can be read without; `tsdyn validate` names it
+        return {}
+    return {"experiment": mine.to_toml(), "digest": mine.digest, "name": mine.name}
 
 
 def _marked_as(ds: xr.Dataset, path: Path) -> xr.Dataset:
@@ -346,6 +364,9 @@ def _gathered(
             held += sources
     taken = [tuple(dict.fromkeys(at[i] for at in found)) for i in range(len(along))]
     refuse_mostly_empty(paths, along, taken, len(found))
+    for group, of in zip(along, taken, strict=True):
+        for i, key in enumerate(group):
+            refuse_equal_labels(key, (value[i] for value in of))
     position = [{value: i for i, value in enumerate(of)} for of in taken]
     cells = {tuple(p[v] for p, v in zip(position, at, strict=True)): held for at, held in found.items() if held}
     names = _named(paths, sweeps, keys)

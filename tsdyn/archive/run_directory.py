@@ -24,6 +24,7 @@ from tsdyn.archive.whole_files import (
     SUFFIX,
     ArchiveError,
     DirectoryError,
+    identity,
     local_path,
     make_directory,
     refuse_link,
@@ -378,7 +379,9 @@ class RunDirectory(Generic[D]):
 
     def _archive_as_segment(self, target: Path) -> None:
         make_directory(self.path / SEGMENTS)
-        write_text(seal_of(target), f"{sha256(self.path / ARCHIVE)}  {target.name}\n")
+        # its own checksum, not one taken now: of what has changed since it was compared it would be that of the damage
+        kept = identity(self.path / ARCHIVE).seal or sha256(self.path / ARCHIVE)
+        write_text(seal_of(target), f"{kept}  {target.name}\n")
         (self.path / ARCHIVE).rename(target)
         sync_directory(self.path / SEGMENTS)
         sync_directory(self.path)

@@ -12,14 +12,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tsdyn import schema, vocabulary
 from tsdyn.archive import changes
-from tsdyn.archive.run_directory import EXPERIMENT, claim, extends
+from tsdyn.archive.lock import Lock
+from tsdyn.archive.run_directory import CLAIM_SECONDS, EXPERIMENT, claim, extends
 from tsdyn.archive.swept_values import SWEEP, dimensions
 from tsdyn.archive.whole_files import DirectoryError, write_text
 from tsdyn.experiment.errors import ExperimentError
 from tsdyn.experiment.experiment import Experiment
-from tsdyn.experiment.sweep_axes import places, sweep_dimensions, swept_keys
+from tsdyn.experiment.sweep_axes import axes, places, sweep_dimensions, swept_keys
 
 
 def label(value: Any) -> str | int | float:
@@ -119,8 +122,25 @@ def _itself(experiment: Experiment) -> Experiment:
     return experiment
 
 
+def refuse_equal_labels(key: str, labels: Iterable[str | int | float]) -> None:
+    """Refuse labels of a swept key that would be one as a coordinate, whose numbers and texts are all of one type.
+
+    Raises:
+        DirectoryError: naming them.
+    """
+    distinct = list(dict.fromkeys(labels))
+    shown = np.asarray(distinct).tolist()
+    if len(set(shown)) < len(shown):
+        alike = [own for own, one in zip(distinct, shown, strict=True) if shown.count(one) > 1]
+        raise DirectoryError(
+            f"sweep: {key} has the values {', '.join(map(repr, alike))}, which beside the others would be one label "
+            f"({shown[distinct.index(alike[0])]!r}): numbers with a fraction hold whole ones up to 2**53, texts end "
+            "before a zero byte; give other values, or run and open them as two sweeps"
+        )
+
+
 def refuse_equal_names(experiment: Experiment, names: Mapping[str, str] | None = None) -> None:
-    """Refuse a sweep in which two points would share a directory on file systems that ignore case.
+    """Refuse a sweep in which two points would share a label, or a directory on file systems that ignore case.
 
     Args:
         experiment: The sweep.
@@ -129,6 +149,9 @@ def refuse_equal_names(experiment: Experiment, names: Mapping[str, str] | None =
     Raises:
         DirectoryError: naming the values.
     """
+    for axis in axes(experiment.sweep):
+        for position, key in enumerate(axis.keys):
+            refuse_equal_labels(key, (label(values[position]) for values in axis.values))
     seen: dict[str, dict[str, Any]] = {}
     for values in places(experiment.sweep).values():
         other = seen.setdefault(point_name(values, names).casefold(), values)
@@ -157,10 +180,16 @@ def write_sweep(path: Path, experiment: Experiment) -> dict[str, Experiment]:
     refuse_equal_names(experiment, names)
     claim(path, experiment)
     points = named_points(path, experiment, names)
-    told = changes.of_sweep(path)
-    said = {"schema_version": schema.VERSION, "dimensions": names} | ({"changes": told} if told else {})
     rows = (json.dumps({"directory": name, "values": values}) for name, (values, _) in points.items())
-    head = "".join(f'"{key}": {json.dumps(value)},\n' for key, value in said.items())
     # a line per point: json's own indentation takes ten times as long
-    write_text(path / SWEEP, f'{{{head}"points": [\n' + ",\n".join(rows) + "\n]}\n")
+    listed = '"points": [\n' + ",\n".join(rows) + "\n]}\n"
+    lock = Lock(path).wait(CLAIM_SECONDS)
+    try:
+        if Experiment.from_toml(path / EXPERIMENT, archived=True) == experiment:  # else another has extended it since
+            told = changes.of_sweep(path)
+            said = {"schema_version": schema.VERSION, "dimensions": names} | ({"changes": told} if told else {})
+            head = "".join(f'"{key}": {json.dumps(value)},\n' for key, value in said.items())
+            write_text(path / SWEEP, f"{{{head}{listed}")
+    finally:
+        lock.release()
     return {name: point for name, (_, point) in points.items()}

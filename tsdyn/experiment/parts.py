@@ -7,6 +7,7 @@ Field names are those of the file (DESIGN section 5).  Rules that need several s
 from __future__ import annotations
 
 import math
+import numbers
 import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, assert_never
@@ -74,8 +75,34 @@ Method = Annotated[str, BeforeValidator(registers.OPTIMIZERS.given), AfterValida
 Law = Annotated[str, BeforeValidator(registers.LAWS.given), AfterValidator(registers.LAWS.check)]
 TeacherInit = Annotated[str, BeforeValidator(registers.TEACHERS.given), AfterValidator(registers.TEACHERS.check)]
 StudentInit = Annotated[str, BeforeValidator(registers.STARTS.given), AfterValidator(registers.STARTS.check)]
+
+
+def _as_in_a_file(value: Any) -> Any:
+    """A keyword argument as an experiment file gives it back: a list for a tuple, plain numbers for numpy's.
+
+    Else the same run would get one value when it begins and another when it goes on.
+
+    Raises:
+        ValueError: if a file cannot hold it.
+    """
+    if isinstance(value, (bool, str)):
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real) and math.isfinite(value):
+        return float(value)
+    if isinstance(value, (list, tuple)):
+        return [_as_in_a_file(each) for each in value]
+    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        return {key: _as_in_a_file(each) for key, each in value.items()}
+    raise ValueError(
+        f"{value!r}, a {type(value).__name__}, cannot be an argument, since an experiment file must keep it: give "
+        "finite numbers, texts, truth values, lists, and tables of these with texts as keys, and leave out what is None"
+    )
+
+
 #: Keyword arguments of a part that a package offers; tsdyn's own parts have keys of their own.
-Arguments = Annotated[dict[str, Any], Field(min_length=1)]
+Arguments = Annotated[dict[str, Any], Field(min_length=1), AfterValidator(_as_in_a_file)]
 
 
 #: Names of a module's labelled layers, the lowest first.

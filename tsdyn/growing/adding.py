@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -70,7 +71,7 @@ def add(
     added: list[Path] = []
     folders = _folders(path)
     for position, folder in enumerate(folders, start=1):
-        ds = reading.opened(folder)
+        ds = reading.opened(folder, upto=math.inf)
         say = _titled(f"[{position}/{len(folders)}] {folder.name}: " if len(folders) > 1 else "", told)
         done = list(_added(folder, ds, observables, wanted, student, teacher, say))
         added += done
@@ -155,7 +156,10 @@ def _missing(
 
 
 def _covered(folder: Path, ds: xr.Dataset, name: str, seeds: list[int], epochs: list[int]) -> NDArray:
-    """Whether a variable is recorded or was added, (seed, epoch); of the dead it counts once it was looked at."""
+    """Whether a variable is recorded or was added, (seed, epoch); of the dead it counts once it was looked at.
+
+    NaN of an earlier version, which can be those of parameters that were lost then, are measured again.
+    """
     there = np.zeros((len(seeds), len(epochs)), bool)
     if name in ds:
         array = ds[name].sel(seed=seeds, epoch=epochs)
@@ -163,7 +167,7 @@ def _covered(folder: Path, ds: xr.Dataset, name: str, seeds: list[int], epochs: 
         there |= array.notnull().any(inner).transpose("seed", "epoch").values
     for file in additions.files(folder):
         header = Source.of(file).header
-        if name in header.variables:
+        if name in header.variables and additions.trusted(header.attrs):
             held = np.isin(seeds, header.labels["seed"]), np.isin(epochs, header.labels["epoch"])
             there |= np.logical_and.outer(*held)
     return there
@@ -180,5 +184,5 @@ def _attributes(ds: xr.Dataset, asked: Experiment, name: str) -> dict[str, str |
         **schema.declarations((name,)),
         "schema_version": schema.VERSION,
         "created": now,
-        additions.ADDED: json.dumps({"at": now, "tsdyn_version": facts["tsdyn_version"]}),
+        additions.ADDED: json.dumps({"at": now, "tsdyn_version": facts["tsdyn_version"], **additions.COMPLETE}),
     }

@@ -84,7 +84,7 @@ def export(
     refuse_link(target)
     if target.exists():
         raise DirectoryError(f"{target}: is there already; nothing was overwritten: remove it, or give another with -o")
-    ds = reading.open(source)
+    ds = reading.open(source, verify=True)
     part = _Partial(target, tokenize(ds, to, zarr_format))
     try:
         for done, pieces in _written(ds, to, part, zarr_format):

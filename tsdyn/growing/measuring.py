@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from tsdyn import registers, schema
 from tsdyn.analysis.identity import nodes_of, points, refuse_part
-from tsdyn.archive import reading
+from tsdyn.archive import additions, reading
 from tsdyn.archive.selecting import experiment_of
 from tsdyn.arguments import ARCHIVE, takes
 from tsdyn.experiment.errors import ExperimentError
@@ -79,7 +79,7 @@ def measure(
         ('seed', 'epoch', 'layer', 'node')
     """
     if not isinstance(ds, xr.Dataset):
-        ds = reading.open(ds)
+        ds = reading.open(ds, verify=True)
     dropped = [dim for dim in ("seed", "epoch") if dim in ds.coords and dim not in ds.dims]
     ds = _at_epochs(ds.expand_dims(dropped) if dropped else ds, epochs)
     passed = _Passed(tuple(o for o in observables if isinstance(o, Observed)), student, teacher)
@@ -346,25 +346,10 @@ def lost_parameters(ds: xr.Dataset) -> NDArray:
 
     `tsdyn.archive.integrity.repair` could not keep it, or the epoch was recorded for the other seeds only.
     """
-    lost = np.zeros((ds.sizes["seed"], ds.sizes["epoch"]), bool)
     if "death_epoch" not in ds.coords:
-        return lost
-    single = experiment_of(ds)
-    if single.student.module is not None:
-        parts = [ds["parameter"].isel(entry=slice(single.layout.entries))]
-    else:
-        parts = [
-            part
-            for i, (n, below) in enumerate(zip(*_shape(single.layout), strict=True))
-            for part in (
-                ds["weight"].isel(layer=i, node=slice(n), input_node=slice(below)),
-                ds["bias"].isel(layer=i, node=slice(n)),
-            )
-        ]
-    for part in parts:
-        inner = [dim for dim in part.dims if dim not in ("seed", "epoch")]
-        lost |= part.isnull().any(inner).transpose("seed", "epoch").values
-    if single.training.stop is not None:  # a member that stopped has nothing from there on, and no death
+        return np.zeros((ds.sizes["seed"], ds.sizes["epoch"]), bool)
+    lost = ~additions.parameters_there(ds)
+    if experiment_of(ds).training.stop is not None:  # a member that stopped has nothing from there on, and no death
         lost &= np.maximum.accumulate(~lost[:, ::-1], axis=1)[:, ::-1]
     death, epochs = ds["death_epoch"].values[:, None], ds["epoch"].values
     return lost & ~((death >= 0) & (epochs >= death))

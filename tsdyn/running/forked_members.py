@@ -181,34 +181,48 @@ def identity(experiment: Experiment) -> str:
 
 
 def _restored(members: Members, parent: Path, epoch: int) -> int:
-    """Set members without moments to the latest recorded weights up to `epoch`; returns their epoch, or 0."""
+    """Set members without moments to the latest weights up to `epoch` that are recorded of all; their epoch, or 0."""
     experiment = members.experiment
     watched = experiment.training.stop is not None  # what a watch has seen is not in the weights
     if watched or identity(experiment) not in folders(parent):
         return 0
     try:
-        ds = _point(reading.open(parent), experiment)
+        ds = _point(reading.open(parent, verify=True), experiment)
     except (ArchiveError, KeyError, ValueError):
         return 0
     if ds is None or not {"weight", "bias"} <= set(ds) or ds["weight"].dtype != experiment.dtype:
         return 0
-    recorded = [int(e) for e in ds["epoch"].values if e <= epoch]
-    if not recorded or recorded[-1] == 0:
-        return 0
-    at = ds[["weight", "bias"]].sel(epoch=recorded[-1], seed=list(experiment.seed_labels))
-    at = at.transpose("seed", "layer", "node", "input_node").load()
+    recorded = [int(e) for e in ds["epoch"].values if 0 < e <= epoch]
+    ds = ds[["weight", "bias"]].sel(seed=list(experiment.seed_labels)).transpose("seed", "epoch", "layer", ...)
+    for last in reversed(recorded):
+        state = _as_recorded(members, ds.sel(epoch=last).load(), last)
+        if state is not None:
+            members.restore(state)
+            return last
+    return 0
+
+
+def _as_recorded(members: Members, at: xr.Dataset, epoch: int) -> State | None:
+    """The state of members without moments after an epoch, from the weights recorded there.
+
+    None if not all are there of a member that lives: `repair` could not keep them, or the epoch is one that a shorter
+    run of other seeds recorded.
+    """
+    experiment = members.experiment
     state = {name: np.array(array) for name, array in members.state().items()}
+    death = at["death_epoch"].values
+    dead = (death >= 0) & (death <= epoch)
     for layer in range(1, len(experiment.student_widths)):
         for name in ("weight", "bias"):
             held = state.get(f"{name}_{layer}")
             if held is not None:
                 block = at[name].sel(layer=layer).values
                 held[...] = block[tuple(slice(size) for size in held.shape)]
-    death = ds["death_epoch"].sel(seed=list(experiment.seed_labels)).values
-    state["death_epoch"][...] = np.where((death >= 0) & (death <= recorded[-1]), death, -1)
-    state["steps"] = np.array(recorded[-1] * experiment.steps)
-    members.restore(state)
-    return recorded[-1]
+                if np.isnan(held[~dead]).any():
+                    return None
+    state["death_epoch"][...] = np.where(dead, death, -1)
+    state["steps"] = np.array(epoch * experiment.steps)
+    return state
 
 
 def _point(ds: xr.Dataset, experiment: Experiment) -> xr.Dataset | None:

@@ -108,7 +108,7 @@ def forked(
         ExperimentError: as `fork`.
     """
     parent = whole_files.local_path(parent).absolute()
-    experiment = experiment_of(reading.open(parent))
+    experiment = experiment_of(reading.open(parent, verify=True))
     if experiment.kind != "training":
         raise ExperimentError(f"fork: {parent} is a run of kind = {experiment.kind!r}; only training runs are forked")
     if experiment.fork.parent is not None:
