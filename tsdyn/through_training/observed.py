@@ -209,8 +209,16 @@ def _refuse_beyond(name: str, labels: Mapping[str, Any], experiment: Experiment)
 
 
 def _called(function: Function, student: Student) -> Tensor:
-    value: Any = function(_dataset(student) if _takes_dataset(function) else student.network)
     name = getattr(function, "__name__", "the function")
+    given = _dataset(student) if _takes_dataset(function) else student.network
+    try:
+        value: Any = function(given)
+    except AttributeError as error:  # most likely names of a Dataset asked of a network, or the other way
+        what = "a Dataset" if isinstance(given, xr.Dataset) else f"the student, a {given!r}"
+        raise ExperimentError(
+            f"sensitivity: of = {name}: {error}; it was called with {what}: a function whose first parameter is called "
+            "ds takes a differentiable Dataset, any other the student as a tsdyn.Network"
+        ) from error
     if isinstance(value, xr.DataArray):
         value = value.data.tensor if isinstance(value.data, DifferentiableArray) else value.values
     if not isinstance(value, Tensor) or value.numel() != 1:
