@@ -16,14 +16,13 @@ import torch
 import torch.nn.functional as F
 import xarray as xr
 from torch import Tensor
-from torch.func import functional_call
 
 from tsdyn.engine.ensemble import Named, network_of
 from tsdyn.engine.loss import Loss
 from tsdyn.experiment.errors import ExperimentError, nearest
 from tsdyn.experiment.experiment import Experiment
 from tsdyn.labelled.arrays import DifferentiableArray, wrap
-from tsdyn.networks.any_module import Own
+from tsdyn.networks.any_module import Own, called_with
 from tsdyn.networks.network import Network
 from tsdyn.observables.formulas import correlation as correlation_of
 from tsdyn.through_training.steps import Kind, OwnModule, forward
@@ -63,7 +62,7 @@ class Student:
             was = module.training
             module.eval()
             try:
-                return functional_call(module, (self.values, self.kind.fixed), (x,)), []
+                return called_with(module, {**self.values, **self.kind.fixed}, (x,)), []
             finally:
                 module.train(was)
         values, buffers = ({n: t.unsqueeze(0) for n, t in held.items()} for held in (self.values, self.buffers))
