@@ -22,7 +22,7 @@ def trained(module):
 
 def slopes(value, parameters, **keywords):
     found = torch.autograd.grad(value, list(parameters), allow_unused=True, retain_graph=True, **keywords)
-    return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
+    return [torch.zeros_like(p) if g is None else g.to_dense() for p, g in zip(parameters, found, strict=True)]
 
 
 def gradients(module, call, loss, x, y, samples):
@@ -37,7 +37,7 @@ def gradients(module, call, loss, x, y, samples):
 
 def norms(by_name):
     real = [torch.view_as_real(g) if g.is_complex() else g for g in by_name.values()]
-    return torch.cat([g.double().flatten(1) for g in real], 1).norm(dim=1)
+    return torch.cat([g.double().reshape(len(g), -1) for g in real], 1).norm(dim=1)
 
 
 def jacobian(module, call, x, samples):
@@ -56,7 +56,7 @@ def jacobian(module, call, x, samples):
 def kernel(jacobians):
     """Neural tangent kernel, (sample, sample2, output, output2)."""
     real = [torch.view_as_real(j) if j.is_complex() else j for j in jacobians.values()]
-    flat = torch.cat([j.flatten(2) for j in real], 2)
+    flat = torch.cat([j.reshape(*j.shape[:2], -1) for j in real], 2)
     return torch.einsum("sop,tqp->stoq", flat, flat)
 
 

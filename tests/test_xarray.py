@@ -90,6 +90,12 @@ def test_the_accessor_is_the_functions(sweep):
         _ = ds.weight.tsdyn.experiment
 
 
+def test_whatever_reads_archives_registers_the_accessor():
+    code = "import tsdyn.archive.reading, xarray as xr; print(hasattr(xr.Dataset, 'tsdyn'))"
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert answer.stdout.split() == ["True"]
+
+
 def test_importing_it_is_cheap_and_registers_the_accessor():
     code = (
         "import tsdyn.xarray, sys, xarray as xr; print('torch' in sys.modules, 'netCDF4' in sys.modules, "

@@ -209,6 +209,35 @@ def frozen_first():
     return module
 
 
+def slices_of_one():
+    """A Sequential and two slices of it: every layer goes by two names."""
+    whole = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
+    return Does(lambda m, x: m.top(m.low(x)) + m.whole(x), whole=whole, low=whole[:2], top=whole[2:])
+
+
+def listed_thrice():
+    layer = nn.Linear(4, 4)
+    return nn.ModuleList([layer, layer, nn.Linear(4, 4), layer])
+
+
+def through_list(m, x):
+    for layer in m.layers:
+        x = torch.tanh(layer(x))
+    return x if x.abs().sum() < 1e9 else x.detach()  # torch.func cannot follow it
+
+
+def checkpointed(reentrant):
+    def forward(m, x):
+        return m.c(checkpoint(lambda z: torch.tanh(m.b(z)), m.a(x), use_reentrant=reentrant))
+
+    return forward
+
+
+def over_samples(m, x):
+    """A layer along the axis of samples, which takes as many samples as it is wide."""
+    return (x + torch.tanh(m.a(x.transpose(0, -1))).transpose(0, -1)).mean(1)
+
+
 def under_no_grad(m, x):
     with torch.no_grad():
         h = torch.tanh(m.a(x))
@@ -473,6 +502,36 @@ CASES = {
             b=linear(3, 2),
         ),
         X4,
+    ),
+    "reentrant checkpoint": Case(
+        does(checkpointed(True), a=linear(4, 4), b=linear(4, 3), c=linear(3, 2)),
+        X4,
+        call=lambda m, x: checkpointed(False)(m, x),
+        refused=refused(r"use checkpoint\(\.\.\., use_reentrant=False\)", *SECOND),
+    ),
+    "scalar parameters": Case(
+        does(
+            lambda m, x: m.s * torch.tanh(m.a(x)) + m.t,
+            a=linear(4, 3),
+            s=lambda: nn.Parameter(torch.tensor(1.3)),
+            t=lambda: nn.Parameter(torch.tensor(0.3)),
+        ),
+        X4,
+    ),
+    "one scalar": Case(does(lambda m, x: m.s * x, s=lambda: nn.Parameter(torch.tensor(1.3))), X4),
+    "slices of one sequential": Case(slices_of_one, X4),
+    "one layer listed thrice": Case(does(through_list, layers=listed_thrice), X4),
+    "sparse embedding": Case(
+        does(lambda m, x: m.f(torch.tanh(m.e(x)).sum(1)), e=lambda: nn.Embedding(7, 3, sparse=True), f=linear(3, 2)),
+        TOKENS,
+    ),
+    "as wide as samples": Case(
+        does(over_samples, a=linear(SAMPLES, SAMPLES)),
+        SQUARE,
+        refused=refused("takes 5 samples together but not one alone", *PER_SAMPLE),
+    ),
+    "scripted": Case(
+        lambda: torch.jit.script(chain(linear(4, 3), nn.Tanh)()), X4, refused=refused("is a torch.jit.ScriptModule")
     ),
     "backward of its own": Case(does(lambda m, x: m.b(Twice.apply(m.a(x))), a=linear(4, 3), b=linear(3, 2)), X4),
     "einsum": Case(

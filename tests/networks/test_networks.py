@@ -82,6 +82,11 @@ def test_numpy_is_accepted():
     network = Network([np.eye(3), np.ones((1, 3))], [np.zeros(3), None], activation="tanh")
     assert network.widths == (3, 3, 1)
     assert "no bias" not in repr(network)
+    x = np.random.default_rng(0).standard_normal((4, 3))
+    assert torch.equal(network(x), network(torch.from_numpy(x)))
+    assert torch.equal(network(x), network.trace(x).output)
+    with pytest.raises(ValueError, match=r"Network: x is an array of torch\.float32, the weights are torch\.float64"):
+        network(x.astype(np.float32))
 
 
 @pytest.mark.parametrize(

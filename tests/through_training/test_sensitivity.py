@@ -191,6 +191,8 @@ def test_a_users_function_of_the_network(relu_run):
             tsdyn.sensitivity(path, wrong)
     with pytest.raises(tsdyn.ExperimentError, match="one number as a torch tensor"):
         tsdyn.sensitivity(path, lambda network: network.weights[0])
+    with pytest.raises(tsdyn.ExperimentError, match=r"has no attribute 'loss_eval'; .* parameter is called ds takes a"):
+        tsdyn.sensitivity(path, lambda archive: archive.loss_eval)
 
 
 def test_loss_train_is_also_a_function_of_the_training_set(relu_run):

@@ -23,6 +23,7 @@ import xarray as xr
 from dask.base import tokenize
 
 from tsdyn import schema, vocabulary
+from tsdyn.archive import accessor as accessor  # registers ``ds.tsdyn``
 from tsdyn.archive import additions, parquet_stores, study_directories, zarr_stores
 from tsdyn.archive.headers import Header, Headers, Source, when
 from tsdyn.archive.joined_archives import (

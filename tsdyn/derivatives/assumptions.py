@@ -14,19 +14,21 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import cached_property
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
+from torch.func import vmap
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from tsdyn.derivatives import graph
 from tsdyn.derivatives.agreement import agree, comparable, tolerance
 from tsdyn.derivatives.module_state import Randomness, State
+from tsdyn.derivatives.unfit import explained, refuse_by_kind, refuse_odd, strided
+from tsdyn.networks.any_module import called_with
 from tsdyn.networks.network import Network
 
 #: Arrays, or tuples, lists and dicts of them.
@@ -72,6 +74,7 @@ class Asked:
         self.caller, self.module, self.name = caller, module, type(module).__name__
         self._before: tuple[State, Randomness] | None = None
         self._guards = ExitStack()
+        self._reentrant: bool | None = None  # whether it has a reentrant checkpoint; found at the first gradient
         self.known = graph.known(module)
         kept = next((p for p in module.parameters() if p.is_floating_point()), None)
         self.inputs, self.targets = (_tensors(caller, tree, kept) for tree in (x, y))
@@ -133,7 +136,7 @@ class Asked:
         args, keywords = self.arguments(inputs)
         rest = {n: p.detach() for n, p in self.module.named_parameters() if n not in parameters}
         buffers = dict(self.module.named_buffers())
-        return functional_call(self.module, {**rest, **buffers, **parameters}, args, keywords)
+        return called_with(self.module, {**rest, **buffers, **parameters}, args, keywords)
 
     def value(self, loss: Loss, output: Tree, targets: Tree) -> Tensor:
         """The loss; raises ValueError unless it is a real scalar."""
@@ -152,13 +155,19 @@ class Asked:
         """Gradients of `value` in `wrt` by plain autograd; zeros where it does not depend on a tensor."""
         if not value.requires_grad:
             return [torch.zeros_like(t) for t in wrt]
+        if self._reentrant:
+            return self._by_backward(value, wrt, again)
+        # the first graph is kept, since a reentrant checkpoint is met when a part of it is used up
+        keep = again or self._reentrant is None
         try:
-            found = torch.autograd.grad(value, wrt, retain_graph=again, allow_unused=True)
+            found = torch.autograd.grad(value, wrt, retain_graph=keep, allow_unused=True)
         except RuntimeError as error:
-            if "use_reentrant" in str(error):
+            if "use_reentrant" in str(error) and keep:
+                self._reentrant = True
                 return self._by_backward(value, wrt, again)
             raise explained(self.caller, self.name, error) from error
-        return [torch.zeros_like(t) if g is None else g.detach() for t, g in zip(wrt, found, strict=True)]
+        self._reentrant = False
+        return [torch.zeros_like(t) if g is None else strided(g.detach()) for t, g in zip(wrt, found, strict=True)]
 
     def refuse_detached(self, value: Tensor) -> None:
         """Raise ValueError if autograd has no graph for `value`, rather than return zeros."""
@@ -170,6 +179,11 @@ class Asked:
 
     def _by_backward(self, value: Tensor, wrt: Sequence[Tensor], again: bool) -> list[Tensor]:
         """Gradients through a reentrant checkpoint, which supports only ``backward``; restores ``.grad`` afterwards."""
+        if not all(t.is_leaf for t in wrt):
+            raise ValueError(
+                f"{self.caller}: {self.name} has a reentrant checkpoint, which gives gradients of parameters and "
+                "inputs alone; use checkpoint(..., use_reentrant=False)"
+            )
         leaves = [*self.module.parameters(), *wrt]
         if any(getattr(p, "_post_accumulate_grad_hooks", None) for p in leaves):
             raise ValueError(
@@ -181,7 +195,7 @@ class Asked:
             for p in leaves:
                 p.grad = None
             value.backward(retain_graph=again)
-            return [torch.zeros_like(t) if t.grad is None else t.grad for t in wrt]
+            return [torch.zeros_like(t) if t.grad is None else strided(t.grad) for t in wrt]
         finally:
             for p, g in zip(leaves, before, strict=True):
                 p.grad = g
@@ -244,7 +258,11 @@ class Asked:
             output = self.call(inputs)
             return output, None if loss is None else self.value(loss, output, targets)
 
-        alone = self.refuse_unsteady(both)[0]
+        try:
+            alone = self.refuse_unsteady(both)[0]
+        except RuntimeError as error:
+            self._refuse_only_together(inputs, error)
+            raise
         if count == 1:
             return alone
         draw = torch.Generator().manual_seed(count)
@@ -267,6 +285,18 @@ class Asked:
         self._refuse_other_values(rows, chosen)
         self._refuse_other_gradients(rows, [t for t in tree_leaves(together) if _sliced(t) and t.requires_grad], draw)
         return alone
+
+    def _refuse_only_together(self, inputs: Tree, error: RuntimeError) -> None:
+        """Raise ValueError if the module raises for one sample, but not for all of them."""
+        with suppress(RuntimeError):
+            self.call(inputs)
+            return
+        with suppress(RuntimeError):
+            self.call(self.inputs)
+            raise ValueError(
+                f"{self.caller}: {self.name} takes {self.count} samples together but not one alone ({error}), so no "
+                f"derivative of one sample exists{self._layout()}"
+            ) from error
 
     def rows(self, output: Tree, alone: Tree, count: int) -> Tree:
         """A batch's output as (count, *shape), `shape` being that of one sample's output alone."""
@@ -455,55 +485,6 @@ def uncompiled() -> Iterator[None]:
         yield
 
 
-def refuse_by_kind(caller: str, module: nn.Module, *, per_sample: bool = True) -> None:
-    """Raise ValueError for layers known to be random, to change their state or to mix samples, before any call."""
-    for name, part in module.named_modules():
-        who = name or type(part).__name__
-        if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.training and per_sample:
-            raise ValueError(
-                f"{caller}: {who} is BatchNorm in training mode, which mixes samples: no "
-                "per-sample derivative exists; call module.eval() to use its running statistics, or use GroupNorm"
-            )
-        if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.running_mean is None and per_sample:
-            raise ValueError(
-                f"{caller}: {who} is BatchNorm without running statistics, which mixes samples in eval() too, as "
-                "BatchNorm in training mode does: no per-sample derivative exists; use GroupNorm"
-            )
-        if isinstance(part, nn.modules.batchnorm._NormBase) and part.training and part.running_mean is not None:
-            raise ValueError(
-                f"{caller}: {who} is {type(part).__name__} in training mode, which moves its running statistics when "
-                "it is called; call module.eval()"
-            )
-        if isinstance(part, nn.modules.dropout._DropoutNd) and part.training and part.p > 0:
-            raise ValueError(f"{caller}: {who} is Dropout in training mode, which is random; call module.eval()")
-    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-        if nn.parameter.is_lazy(tensor):
-            raise ValueError(f"{caller}: {name} has no shape yet; call the module once on its input")
-        _refuse_odd(caller, name, tensor)
-
-
-def _refuse_odd(caller: str, name: str, tensor: Tensor) -> None:
-    if tensor.is_meta:
-        raise ValueError(f"{caller}: {name} is a meta tensor, which holds no numbers; give it some (to_empty, load)")
-    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested:
-        raise ValueError(f"{caller}: {name} is {tensor.layout} of {tensor.dtype}; dense tensors are needed (to_dense)")
-    if isinstance(tensor, nn.Parameter) and tensor.is_inference():
-        raise ValueError(f"{caller}: {name} was made in inference mode, where autograd cannot follow; make it outside")
-
-
-def explained(caller: str, name: str, error: RuntimeError) -> Exception:
-    """Torch's error as a ValueError that names the caller and the way out, if it is a known one."""
-    reason = str(error)
-    if "modified by an inplace operation" in reason:
-        return ValueError(
-            f"{caller}: {name} overwrites the input of a layer in place, which its gradient needs; "
-            "write the operation out of place (inplace=False)"
-        )
-    if "not implemented" in reason:
-        return ValueError(f"{caller}: {name} holds an operation that torch cannot differentiate here ({reason})")
-    return error
-
-
 # --- reading what is given -----------------------------------------------------------------------------------
 
 
@@ -530,7 +511,7 @@ def _tensors(caller: str, tree: Tree, like: Tensor | None) -> Tree:
                 given = given.to(like.device, like.dtype if given.is_floating_point() else given.dtype)
             return given
         if isinstance(leaf, Tensor):
-            _refuse_odd(caller, "an input", leaf)
+            refuse_odd(caller, "an input", leaf)
             if not leaf.ndim:
                 raise ValueError(
                     f"{caller}: a tensor among the inputs or targets has no axis of samples; (sample, ...)"

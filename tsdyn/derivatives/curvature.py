@@ -31,11 +31,12 @@ from torch.overrides import TorchFunctionMode
 from tsdyn.arguments import FUNCTION, MODULE, WHOLE, check
 from tsdyn.derivatives import labels
 from tsdyn.derivatives.agreement import agree, comparable
-from tsdyn.derivatives.assumptions import Asked, Loss, Tree, asked, explained, gradients_on, log
+from tsdyn.derivatives.assumptions import Asked, Loss, Tree, asked, gradients_on, log
 from tsdyn.derivatives.given import Parameters, as_tensor, flat, leaves_of, names_of, refuse_unreal
 from tsdyn.derivatives.layered import Layered, layered, proved
 from tsdyn.derivatives.module_state import Randomness
 from tsdyn.derivatives.straight import straight
+from tsdyn.derivatives.unfit import explained, strided
 from tsdyn.memory import refuse_beyond
 from tsdyn.networks.network import Network
 
@@ -332,9 +333,10 @@ class _Curve:
 
     def _differentiate(self, of: Sequence[Tensor], along: Sequence[Tensor] | None = None, **how: bool) -> list[Any]:
         try:
-            return list(torch.autograd.grad(of, self._leaves, along, allow_unused=True, **how))
+            found = torch.autograd.grad(of, self._leaves, along, allow_unused=True, **how)
         except RuntimeError as error:
             raise explained(self._caller, self._name, error) from error
+        return [None if g is None else strided(g) for g in found]
 
     def use(self, quick: Layered | None) -> None:
         """Compute products by formulas from now on, if one agrees with plain autograd."""
@@ -360,7 +362,7 @@ class _Curve:
             return torch.zeros_like(vectors)
         pieces = torch.split(vectors, self._sizes, -1)
         along = [
-            pieces[i].reshape(*vectors.shape[:-1], *self._leaves[i].shape).to(self._leaves[i].dtype) for i in self._at
+            pieces[i].reshape((*vectors.shape[:-1], *self._leaves[i].shape)).to(self._leaves[i].dtype) for i in self._at
         ]
         found = self._differentiate(self._slopes, along, retain_graph=True, is_grads_batched=batched)
         flat = [

@@ -56,7 +56,7 @@ def known(module: nn.Module) -> bool:
         return False
     for part in module.modules():
         kind, own = type(part), vars(part)
-        if KNOWN.get(kind) is not kind.forward or kind.__call__ is not _CALL:
+        if kind not in KNOWN or KNOWN[kind] is not kind.forward or kind.__call__ is not _CALL:
             return False
         if "forward" in own or "_conv_forward" in own or any(own[name] for name in _HOOKS):
             return False

@@ -16,7 +16,7 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch.func import grad, vmap
 
 from tsdyn import memory
 from tsdyn.engine import dropout
@@ -24,6 +24,7 @@ from tsdyn.engine.batches import Batches, Stream
 from tsdyn.engine.ensemble import Ensemble, Named, layer_of, loaded, network_of
 from tsdyn.engine.loss import Loss
 from tsdyn.engine.rule import Rule
+from tsdyn.networks.any_module import called_with
 
 #: Difference allowed between two orders of summation, in units of the last place of a member's largest gradient.
 ROUNDING = 1e3
@@ -259,7 +260,7 @@ def mapped(block: Ensemble, x: Tensor, y: Tensor, loss: Loss, noise: Noise = NON
         moved = dict(buffers)
         if isinstance(architecture, nn.Module):
             with dropout.masked(architecture, noise.called, masks):
-                output = functional_call(architecture, (values, moved), (x,))
+                output = called_with(architecture, {**values, **moved}, (x,))
         else:
             output = network_of(architecture, values, moved)(x, **_in_training(block))
         return loss.value(output, y), moved

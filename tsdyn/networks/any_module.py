@@ -1,11 +1,14 @@
-"""A user's own module where measurements expect a network."""
+"""A user's own module where measurements expect a network, and calls of it with other tensors than its own."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from tsdyn.networks.network import Trace
 
@@ -49,3 +52,22 @@ class Own:
 
 def held_tensors(module: nn.Module) -> dict[str, Tensor]:
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+def called_with(
+    module: nn.Module, tensors: Mapping[str, Tensor], args: tuple[Any, ...], keywords: Mapping[str, Any] | None = None
+) -> Any:
+    """What a module gives with `tensors` in place of its own, by their names in ``named_parameters`` and buffers.
+
+    Torch's ``functional_call`` replaces the tensors of a part that goes by two names twice, and so puts its
+    replacements back in the end: here each part is visited once, and a tensor that several parts hold is replaced in
+    each of them.
+    """
+    first = {id(own): name for name, own in held_tensors(module).items()}
+    replaced = {}
+    for path, part in module.named_modules():
+        for key, own in (*part._parameters.items(), *part._buffers.items()):
+            name = None if own is None else first.get(id(own))
+            if name in tensors:
+                replaced[f"{path}.{key}" if path else key] = tensors[name]
+    return functional_call(module, replaced, args, dict(keywords or {}), tie_weights=False)

@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
-from tsdyn.arguments import LAYERS, NETWORK, TEXT, TORCH, check, takes
+from tsdyn.arguments import LAYERS, NETWORK, NUMBERS, TEXT, TORCH, check, takes
 from tsdyn.networks import activations, torch_io
 from tsdyn.networks.activations import Activation, AtZero
 from tsdyn.networks.batch_norm import BatchNorm, torch_norm
@@ -163,12 +163,16 @@ class Network:
 
     # --- forward ---------------------------------------------------------------------------------------------
 
-    def __call__(self, x: Float[Tensor, "sample input"], *, training: bool = False) -> Float[Tensor, "sample output"]:
+    def __call__(
+        self, x: Float[Tensor, "sample input"] | ArrayLike, *, training: bool = False
+    ) -> Float[Tensor, "sample output"]:
         """f_L(x), (sample, output); with `training` BatchNorm uses the batch and updates its running statistics.
 
         Raises:
-            ValueError: for inputs of another width, or a single value per node in training mode.
+            ValueError: for inputs of another width, arrays of another dtype than the weights, or a single value per
+                node in training mode.
         """
+        x = self._given(x)
         if not self.plain:
             return self._propagate(x, training)[-1].activation[0]
         for layer in range(self.depth):
@@ -178,13 +182,14 @@ class Network:
 
     forward = __call__
 
-    def trace(self, x: Float[Tensor, "sample input"], *, training: bool = False) -> Trace:
+    def trace(self, x: Float[Tensor, "sample input"] | ArrayLike, *, training: bool = False) -> Trace:
         """Pre-activation, gate and activation of every layer, each (sample, node).
 
         For a convolution each is (sample·row·column, channel).
 
         Source: Tian (2020), section 3 (f_l, D_l = diag of the gate).
         """
+        x = self._given(x)
         if self.plain:
             pairs = list(self._layers(x))
         else:
@@ -192,6 +197,19 @@ class Network:
             pairs = [(rows(part.preactivation), rows(part.activation)) for part in found]
         gates = [self.activation.gate(z, at_zero=self.gate_at_zero) for z, _ in pairs[:-1]]
         return Trace([z for z, _ in pairs], [*gates, torch.ones_like(pairs[-1][0])], [f for _, f in pairs])
+
+    def _given(self, x: Tensor | ArrayLike) -> Tensor:
+        """Inputs as a tensor; arrays come to where the weights are, and must have their dtype."""
+        if isinstance(x, Tensor):
+            return x
+        check("Network", "x", x, NUMBERS)
+        weight = self.weights[0]
+        found = torch.as_tensor(x, device=weight.device)
+        if found.dtype != weight.dtype:
+            raise ValueError(
+                f"Network: x is an array of {found.dtype}, the weights are {weight.dtype}; convert one of them"
+            )
+        return found
 
     def _layers(self, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """z_l and f_l of plain layers."""

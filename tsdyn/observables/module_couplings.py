@@ -19,8 +19,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
+from tsdyn.networks.any_module import called_with
 from tsdyn.networks.network import Network
 from tsdyn.observables.layers import evaluated, is_layer, pulled_back, rows_of, traced
 from tsdyn.theory.couplings import Coupling
@@ -339,7 +339,7 @@ class _Called(nn.Module):
         self.module, self._replaced = module, replaced
 
     def forward(self, x: Tensor) -> Tensor:
-        output: Tensor = functional_call(self.module, self._replaced, (x,))
+        output: Tensor = called_with(self.module, self._replaced, (x,))
         return output
 
 

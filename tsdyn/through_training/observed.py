@@ -16,14 +16,13 @@ import torch
 import torch.nn.functional as F
 import xarray as xr
 from torch import Tensor
-from torch.func import functional_call
 
 from tsdyn.engine.ensemble import Named, network_of
 from tsdyn.engine.loss import Loss
 from tsdyn.experiment.errors import ExperimentError, nearest
 from tsdyn.experiment.experiment import Experiment
 from tsdyn.labelled.arrays import DifferentiableArray, wrap
-from tsdyn.networks.any_module import Own
+from tsdyn.networks.any_module import Own, called_with
 from tsdyn.networks.network import Network
 from tsdyn.observables.formulas import correlation as correlation_of
 from tsdyn.through_training.steps import Kind, OwnModule, forward
@@ -63,7 +62,7 @@ class Student:
             was = module.training
             module.eval()
             try:
-                return functional_call(module, (self.values, self.kind.fixed), (x,)), []
+                return called_with(module, {**self.values, **self.kind.fixed}, (x,)), []
             finally:
                 module.train(was)
         values, buffers = ({n: t.unsqueeze(0) for n, t in held.items()} for held in (self.values, self.buffers))
@@ -209,8 +208,16 @@ def _refuse_beyond(name: str, labels: Mapping[str, Any], experiment: Experiment)
 
 
 def _called(function: Function, student: Student) -> Tensor:
-    value: Any = function(_dataset(student) if _takes_dataset(function) else student.network)
     name = getattr(function, "__name__", "the function")
+    given = _dataset(student) if _takes_dataset(function) else student.network
+    try:
+        value: Any = function(given)
+    except AttributeError as error:  # most likely names of a Dataset asked of a network, or the other way
+        what = "a Dataset" if isinstance(given, xr.Dataset) else f"the student, a {given!r}"
+        raise ExperimentError(
+            f"sensitivity: of = {name}: {error}; it was called with {what}: a function whose first parameter is called "
+            "ds takes a differentiable Dataset, any other the student as a tsdyn.Network"
+        ) from error
     if isinstance(value, xr.DataArray):
         value = value.data.tensor if isinstance(value.data, DifferentiableArray) else value.values
     if not isinstance(value, Tensor) or value.numel() != 1:

@@ -15,13 +15,14 @@ from typing import NamedTuple, TypeAlias
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch.func import grad, vmap
 
 from tsdyn.engine import dropout
 from tsdyn.engine.ensemble import Ensemble, Named, layer_of, parts_of
 from tsdyn.engine.general import NONE, Noise
 from tsdyn.engine.loss import MSE, Loss
 from tsdyn.engine.rule import Rule
+from tsdyn.networks.any_module import called_with
 from tsdyn.networks.batch_norm import BatchNorm
 from tsdyn.networks.network import Network
 
@@ -150,7 +151,7 @@ def forward(
 
         def one(v: Named, fixed: Named, x: Tensor, masks: tuple[Tensor, ...]) -> Tensor:
             with dropout.masked(module, called, masks):
-                output: Tensor = functional_call(module, (v, fixed), (x,))
+                output: Tensor = called_with(module, {**v, **fixed}, (x,))
             return output
 
         fixed = {n: t.clone() for n, t in architecture.fixed.items()}
