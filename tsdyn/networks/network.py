@@ -191,7 +191,9 @@ class Network:
             found = self._propagate(x, training)
             pairs = [(rows(part.preactivation), rows(part.activation)) for part in found]
         gates = [self.activation.gate(z, at_zero=self.gate_at_zero) for z, _ in pairs[:-1]]
-        return Trace([z for z, _ in pairs], [*gates, torch.ones_like(pairs[-1][0])], [f for _, f in pairs])
+        output = pairs[-1][0]
+        one = output.new_ones(()).expand_as(output)  # the gate of a linear layer, one number for all
+        return Trace([z for z, _ in pairs], [*gates, one], [f for _, f in pairs])
 
     def _layers(self, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """z_l and f_l of plain layers."""
