@@ -6,6 +6,7 @@ connected layers accepts leading dimensions through vmap and keeps gradients.
 
 from __future__ import annotations
 
+import copy
 import html
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -242,6 +243,12 @@ class Network:
             norms=self.norms if norms is None else norms, norm=f.places,
             image=f.image, stride=f.strides, padding=f.paddings,
         )  # fmt: skip
+
+    def sharing(self, weights: list[Tensor], biases: list[Tensor | None], norms: list[BatchNorm | None]) -> Network:
+        """`with_parameters` of tensors that are known to have the shapes of its own, and one dtype and device."""
+        found = copy.copy(self)
+        found.weights, found.biases, found.norms = weights, biases, norms
+        return found
 
     def folded(self, *, training: bool = False) -> Network:
         """A network of plain linear layers that computes the same function in evaluation mode: `theory` works on it.
