@@ -141,6 +141,11 @@ def recordable(*, deep: bool = False, own: bool = False, bare_teacher: bool = Fa
     return tuple(row.name for row in rows if all(getattr(row, of) for of, only in asked.items() if only))
 
 
+@cache
+def _of_kind(kind: Kind) -> tuple[Variable, ...]:
+    return tuple(row for row in VARIABLES.values() if kind in row.kinds)
+
+
 def recorded(kind: Kind, asked: Iterable[str], when: When | None = None) -> tuple[str, ...]:
     """Variables that a run of `kind` records: in training those `asked` for, in other kinds all of that kind.
 
@@ -149,7 +154,7 @@ def recorded(kind: Kind, asked: Iterable[str], when: When | None = None) -> tupl
         asked: ``record.observables``.
         when: Only variables recorded at this time: along the run, at its start or at its end.
     """
-    rows = tuple(row for row in VARIABLES.values() if kind in row.kinds)
+    rows = _of_kind(kind)
     match kind:
         case "training":
             names = (*expand(asked), *(row.name for row in rows if row.when != "along"))

@@ -1,5 +1,9 @@
 """The compiled forward pass against the formulas of `observables`."""
 
+import ctypes
+import mmap
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -130,3 +134,33 @@ def test_one_block_is_rounded_as_many_are(samples, dtype, monkeypatch):
     assert len(both) == 2 * 3 * 12
     for ours, theirs in both:
         np.testing.assert_array_equal(ours.numpy().view(np.uint8), theirs.numpy().view(np.uint8))
+
+
+def walled(t, held):
+    """The same numbers, ending where memory begins that nobody may read: who does ends with this process."""
+    size = -(-t.numel() * t.element_size() // mmap.PAGESIZE) * mmap.PAGESIZE
+    room = mmap.mmap(-1, size + mmap.PAGESIZE)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(room))
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(start + size), mmap.PAGESIZE, 0) == 0
+    found = torch.frombuffer(room, dtype=t.dtype, count=t.numel(), offset=size - t.numel() * t.element_size())
+    held.append(found.copy_(t.flatten()))
+    return found.view(t.shape)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="protects memory as Linux does")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (3, 9, 2, 17), (8, 8, 13, 5), (100, 10, 50, 16)])
+def test_nothing_is_read_beyond_the_data(sizes, dtype):
+    """Rows are read in whole vectors, past their ends; the last ones must not be."""
+    width, known, nodes, outputs = sizes
+    teacher, student = drawn((width, known, outputs), 1, dtype=dtype), drawn((width, nodes, outputs), 2, dtype=dtype)
+    for samples in (1, 2, 31, 32, 33, 39, 40, 41, 64, 65, 1024, 1025, 1056, 1064):
+        held = []
+        x = torch.randn(samples, width, generator=torch.Generator().manual_seed(3), dtype=dtype)
+        probe = member.Probe(x, teacher)
+        (taught,) = probe.taught
+        there = compiled_sums.Taught(walled(taught.activations, held))
+        found = compiled_sums.sums(student, walled(x, held), walled(probe.trace.output, held), [there])
+        plain = compiled_sums.sums(student, x, probe.trace.output, [taught])
+        assert torch.equal(found.squared_error, plain.squared_error)
+        np.testing.assert_array_equal(found.correlations[0], plain.correlations[0])

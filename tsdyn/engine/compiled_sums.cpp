@@ -13,6 +13,7 @@
 #include <cstring>
 #include <limits>
 #include <new>
+#include <utility>
 #include <vector>
 
 #include "job.hpp"
@@ -72,8 +73,7 @@ class Pass {
             reserve(asked ? kColumns * known[l] : 0);                                   // teacher's, (sample, node)
         }
         const long inputs = stride[0], outputs = Lanes<Real>::padded(nodes[depth - 1]);
-        reserve(kColumns * inputs);
-        reserve(kColumns * outputs);
+        reserve(kColumns * std::max(inputs, outputs));
         reserve(outputs * kColumns);
         reserve(widest * kColumns);
         memory = static_cast<Real*>(std::aligned_alloc(64, size * sizeof(Real)));
@@ -93,11 +93,10 @@ class Pass {
             }
             std::fill_n(activation[l] + below[l] * kColumns, kColumns, Real(1));  // the constant node
         }
-        input = memory + *place++;
-        target = memory + *place++;
+        rows_of_piece = memory + *place++;
         error = memory + *place++;
         centred = memory + *place++;
-        for (long s = 0; s < kColumns; ++s) input[s * inputs + below[0]] = 1;
+        for (long l = 0; l < depth; ++l) tiles += (nodes[l] + kRows - 1) / kRows * (kColumns / (kVectors * lanes));
     }
     Pass(const Pass&) = delete;
     ~Pass() { std::free(memory); }
@@ -112,17 +111,17 @@ class Pass {
 
   private:
     void piece(long first, long count, bool begins) {
-        gather(job.inputs, first, count, below[0], input, stride[0]);
-        transpose(input, stride[0], kColumns, stride[0], activation[0], kColumns);
-        const long outputs = nodes[depth - 1], padded = Lanes<Real>::padded(outputs);
-        gather(job.targets, first, count, outputs, target, padded);
-        transpose(target, padded, kColumns, padded, error, kColumns);
+        const long outputs = nodes[depth - 1];
+        turn(job.inputs, first, count, below[0], activation[0]);
+        std::fill_n(activation[0] + below[0] * kColumns, kColumns, Real(1));  // the constant node
+        turn(job.targets, first, count, outputs, error);
+        ask_for(first + count);
         for (long l = 0; l < depth; ++l) {
             const bool top = l == depth - 1;
             const long k = below[l] + (job.biases[l] ? 1 : 0);
             Real* out = top ? error : activation[l + 1];
             multiply<Real>({k, weight[l], stride[l], 1, activation[l], kColumns, out, kColumns, Real(top ? -1 : 0)},
-                           nodes[l], kColumns);
+                           nodes[l], kColumns, [this] { ahead(); });
             if (top) break;
             activate<Real>(job.activation, static_cast<Real>(job.leak), out, nullptr, nodes[l] * kColumns);
             if (known[l]) {
@@ -135,6 +134,46 @@ class Pass {
             const Real* e = error + n * kColumns;
             for (long i = 0; i < whole; i += lanes) square += at(e + i) * at(e + i);
             for (long i = whole; i < count; ++i) rest += e[i] * e[i];
+        }
+    }
+
+    // to (node, sample) = rows of a piece (sample, node).  Whole vectors are read, past the end of a row from the next:
+    // what that leaves in nodes that there are not is not used.
+    void turn(const void* from, long first, long count, long width, Real* to) {
+        const long padded = Lanes<Real>::padded(width);
+        const Real* rows = static_cast<const Real*>(from) + first * width;
+        if (count == kColumns && (job.samples - first - count) * width >= padded - width) {
+            transpose(rows, width, kColumns, padded, to, kColumns);
+        } else {
+            gather(from, first, count, width, rows_of_piece, padded);
+            transpose(rows_of_piece, padded, kColumns, padded, to, kColumns);
+        }
+    }
+
+    // Memory that the piece from sample `first` on will read; some lines are asked for with each tile of this one, since
+    // otherwise a quarter of all time is waiting for them.
+    void ask_for(long first) {
+        const long count = std::min(kColumns, job.samples - first);
+        wanted.clear();
+        lines = 0;
+        const auto add = [&](const void* of, long width) {
+            const char* p = reinterpret_cast<const char*>(static_cast<const Real*>(of) + first * width);
+            wanted.push_back({p, p + count * width * sizeof(Real)});
+            lines += count * width * sizeof(Real) / kLineBytes + 1;
+        };
+        if (count <= 0) return;
+        add(job.inputs, below[0]);
+        add(job.targets, nodes[depth - 1]);
+        for (long l = 0; l + 1 < depth; ++l)
+            if (known[l]) add(job.teachers[l], job.teacher_widths[l]);
+        lines = (lines + tiles - 1) / tiles;
+    }
+    void ahead() {
+        for (long i = 0; i < lines && !wanted.empty(); ++i) {
+            auto& [p, end] = wanted.back();
+            __builtin_prefetch(p, 0, 2);
+            p += kLineBytes;
+            if (p >= end) wanted.pop_back();
         }
     }
 
@@ -222,7 +261,9 @@ class Pass {
     const long depth;
     std::vector<long> below, nodes, stride, known;  // known: padded teacher nodes, 0 where not asked
     std::vector<Real*> weight, activation, sums, teacher;
-    Real *memory, *input, *target, *error, *centred;
+    Real *memory, *rows_of_piece, *error, *centred;
+    std::vector<std::pair<const char*, const char*>> wanted;
+    long lines = 0, tiles = 0;  // lines asked for per tile; tiles of a piece
     Vector<Real> square{};
     Real rest = 0;
 };

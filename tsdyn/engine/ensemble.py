@@ -168,7 +168,8 @@ class Ensemble:
 
     def network(self, i: int) -> Network:
         """One member of an ensemble of networks; shares the ensemble's memory."""
-        return network_of(self._network, _mapped(self.values, lambda t: t[i]), _mapped(self.buffers, lambda t: t[i]))
+        own = self._network  # whose kind all members were compared with
+        return own.sharing(*parts_of(own, _mapped(self.values, lambda t: t[i]), _mapped(self.buffers, lambda t: t[i])))
 
     def module(self, i: int) -> nn.Module:
         """One member of an ensemble of modules; a copy, in the module's own mode."""

@@ -29,6 +29,9 @@ constexpr int kLineBytes = 64;
 #define TSDYN_IN_REGISTER(vector)
 #endif
 
+// An address that is formed here, not for all rows of a tile ahead of its sums, which took as long as ten products.
+#define TSDYN_HERE(address) asm("" : "+r"(address))
+
 namespace {
 
 template <class Real>
@@ -52,6 +55,13 @@ template <class Real>
 inline const Vector<Real>& at(const Real* p) {
     return *reinterpret_cast<const Vector<Real>*>(p);
 }
+// The vector that begins at any number.
+template <class Real>
+inline Vector<Real> anywhere(const Real* p) {
+    Vector<Real> found;
+    __builtin_memcpy(&found, p, sizeof found);
+    return found;
+}
 
 template <class Real>
 struct Product {
@@ -72,15 +82,15 @@ __attribute__((noinline)) void tile(const Product<Real>& p, long row, long colum
     constexpr long lanes = Lanes<Real>::count;
     const Real* a = p.a + row * p.a_row;
     const Real* b = p.b + column;
-    Real* c = p.c + row * p.c_row + column;
-    const Real* before = (p.from ? p.from : p.c) + row * p.c_row + column;
     const long a_row = p.a_row, a_k = p.a_k, b_k = p.b_k, c_row = p.c_row;
     Vector<Real> sum[R][V] = {};
     if (p.beta != 0) {  // C need not hold numbers otherwise
+        const Real* before = (p.from ? p.from : p.c) + row * c_row + column;
 #pragma GCC unroll 16
-        for (int r = 0; r < R; ++r) {
+        for (int r = 0; r < R; ++r, before += c_row) {
+            TSDYN_HERE(before);
 #pragma GCC unroll 16
-            for (int v = 0; v < V; ++v) sum[r][v] = p.beta * at(before + r * c_row + v * lanes);
+            for (int v = 0; v < V; ++v) sum[r][v] = p.beta * at(before + v * lanes);
         }
     }
     for (long k = p.k; k > 0; --k, a += a_k, b += b_k) {
@@ -97,33 +107,43 @@ __attribute__((noinline)) void tile(const Product<Real>& p, long row, long colum
             for (int v = 0; v < V; ++v) sum[r][v] += factor * line[v];
         }
     }
+    Real* c = p.c + row * c_row + column;
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
+    for (int r = 0; r < R; ++r, c += c_row) {
+        TSDYN_HERE(c);
 #pragma GCC unroll 16
-        for (int v = 0; v < V; ++v) at(c + r * c_row + v * lanes) = sum[r][v];
+        for (int v = 0; v < V; ++v) at(c + v * lanes) = sum[r][v];
     }
 }
 
-template <class Real, int R = kRows>
-void panel(const Product<Real>& p, long rows, long row, long columns) {
+template <class Real, int R = kRows, class Each>
+void panel(const Product<Real>& p, long rows, long row, long columns, Each& each) {
     if constexpr (R > 1) {
-        if (rows < R) return panel<Real, R - 1>(p, rows, row, columns);
+        if (rows < R) return panel<Real, R - 1>(p, rows, row, columns, each);
     }
     constexpr long lanes = Lanes<Real>::count;
     long column = 0;
-    for (; column + kVectors * lanes <= columns; column += kVectors * lanes) tile<Real, R, kVectors>(p, row, column);
+    for (; column + kVectors * lanes <= columns; column += kVectors * lanes) {
+        each();
+        tile<Real, R, kVectors>(p, row, column);
+    }
     for (; column < columns; column += lanes) tile<Real, R, 1>(p, row, column);
 }
 
-// Rows of A, the larger factor, once from far away; B again for each panel, from a near cache.
-template <class Real>
-void multiply(const Product<Real>& p, long rows, long columns) {
+// Rows of A, the larger factor, once from far away; B again for each panel, from a near cache.  `each` is called before
+// each whole tile.
+template <class Real, class Each>
+void multiply(const Product<Real>& p, long rows, long columns, Each&& each) {
     // panels of nearly equal height: a low last one would wait for its own sums
     const long panels = (rows + kRows - 1) / kRows;
     for (long i = 0; i < panels; ++i) {
         const long from = rows * i / panels, to = rows * (i + 1) / panels;
-        panel<Real>(p, to - from, from, columns);
+        panel<Real>(p, to - from, from, columns, each);
     }
+}
+template <class Real>
+void multiply(const Product<Real>& p, long rows, long columns) {
+    multiply<Real>(p, rows, columns, [] {});
 }
 
 // Lanes of two vectors in turn: those of their lower halves, or of their upper.
@@ -139,7 +159,8 @@ Vector<Real> interleave(Vector<Real> a, Vector<Real> b, std::integer_sequence<in
 #endif
 }
 
-// to (column, row) = from (row, column), both in whole vectors each way: log2(lanes) perfect shuffles of a square.
+// to (column, row) = from (row, column), both in whole vectors each way: log2(lanes) perfect shuffles of a square.  Rows
+// of `from` may begin at any number.
 template <class Real>
 void transpose(const Real* from, long from_row, long rows, long columns, Real* to, long to_row) {
     constexpr int lanes = Lanes<Real>::count;
@@ -147,7 +168,7 @@ void transpose(const Real* from, long from_row, long rows, long columns, Real* t
     for (long r = 0; r < rows; r += lanes)
         for (long c = 0; c < columns; c += lanes) {
             Vector<Real> v[lanes], w[lanes];
-            for (int i = 0; i < lanes; ++i) v[i] = at(from + (r + i) * from_row + c);
+            for (int i = 0; i < lanes; ++i) v[i] = anywhere(from + (r + i) * from_row + c);
 #pragma GCC unroll 4
             for (int stage = 1; stage < lanes; stage *= 2) {
 #pragma GCC unroll 16

@@ -10,7 +10,7 @@ import json
 import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal, assert_never
 
@@ -424,17 +424,26 @@ def digest(values: Mapping[str, Any]) -> str:
 
 def _chosen(values: Mapping[str, Any], part: type[Part]) -> dict[str, Any]:
     """`values` without the keys that are at the defaults of `part`."""
-    found = {}
+    found, known = {}, _defaults(part)
     for key, value in values.items():
-        field = part.model_fields[key]
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Part):
-            value = _chosen(value, field.annotation)
-            default: object = {}
-        else:
-            required = field.is_required()
-            default = None if required else to_jsonable_python(field.get_default(call_default_factory=True))
+        inner, default = known[key]
+        if inner is not None:
+            value = _chosen(value, inner)
         if value != default:
             found[key] = value
+    return found
+
+
+@cache
+def _defaults(part: type[Part]) -> dict[str, tuple[type[Part] | None, object]]:
+    """For each key the class of its table, if it is one, and its default as plain values."""
+    found: dict[str, tuple[type[Part] | None, object]] = {}
+    for key, field in part.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Part):
+            found[key] = field.annotation, {}
+        else:
+            required = field.is_required()
+            found[key] = None, None if required else to_jsonable_python(field.get_default(call_default_factory=True))
     return found
 
 

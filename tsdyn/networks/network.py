@@ -6,6 +6,7 @@ connected layers accepts leading dimensions through vmap and keeps gradients.
 
 from __future__ import annotations
 
+import copy
 import html
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -196,7 +197,9 @@ class Network:
             found = self._propagate(x, training)
             pairs = [(rows(part.preactivation), rows(part.activation)) for part in found]
         gates = [self.activation.gate(z, at_zero=self.gate_at_zero) for z, _ in pairs[:-1]]
-        return Trace([z for z, _ in pairs], [*gates, torch.ones_like(pairs[-1][0])], [f for _, f in pairs])
+        output = pairs[-1][0]
+        one = output.new_ones(()).expand_as(output)  # the gate of a linear layer, one number for all
+        return Trace([z for z, _ in pairs], [*gates, one], [f for _, f in pairs])
 
     def _given(self, x: Tensor | ArrayLike) -> Tensor:
         """Inputs as a tensor; arrays come to where the weights are, and must have their dtype."""
@@ -258,6 +261,12 @@ class Network:
             norms=self.norms if norms is None else norms, norm=f.places,
             image=f.image, stride=f.strides, padding=f.paddings,
         )  # fmt: skip
+
+    def sharing(self, weights: list[Tensor], biases: list[Tensor | None], norms: list[BatchNorm | None]) -> Network:
+        """`with_parameters` of tensors that are known to have the shapes of its own, and one dtype and device."""
+        found = copy.copy(self)
+        found.weights, found.biases, found.norms = weights, biases, norms
+        return found
 
     def folded(self, *, training: bool = False) -> Network:
         """A network of plain linear layers that computes the same function in evaluation mode: `theory` works on it.

@@ -314,16 +314,18 @@ class Members:
         return Own(self.ensemble.module(member), self.experiment.student.layers or ())
 
     def _stacked(self, name: str, values: list[Any]) -> Any:
-        variable, dtype = schema.variable(name), self.experiment.dtype
+        variable, dtype, layout = schema.variable(name), self.experiment.dtype, self.experiment.layout
+
+        def beside(parts: list[Any], layer: int | None) -> np.ndarray:
+            if any(part is None for part in parts):
+                nothing = np.full(layout.block(variable, layer), np.nan, dtype)
+                parts = [nothing if part is None else part for part in parts]
+            return np.stack(parts)
+
         if not variable.layered:
-            shape = self.experiment.layout.block(variable, None)
-            return np.stack([np.full(shape, np.nan, dtype) if v is None else np.asarray(v, dtype) for v in values])
+            return beside([None if v is None else np.asarray(v, dtype) for v in values], None)
         depth = max((len(v) for v in values if v is not None), default=0)
-        shapes = [self.experiment.layout.block(variable, layer) for layer in range(1, depth + 1)]
-        return [
-            np.stack([np.full(shape, np.nan, dtype) if v is None else v[i] for v in values])
-            for i, shape in enumerate(shapes)
-        ]
+        return [beside([None if v is None else v[i] for v in values], i + 1) for i in range(depth)]
 
     def constants(self) -> dict[str, Any]:
         """The teachers' parameters, one array (seed, node...) per layer; for the user's own modules (seed, entry)."""
