@@ -167,6 +167,7 @@ def _dynamics() -> dict[str, xr.DataArray]:
 
 
 _MARKS = {"holds": "o", "fails": "X", "reported": "D", "unmet": "o", "unrecorded": "s"}
+_WORDS = {"unmet": "hypothesis unmet", "reported": "reported, not judged"}
 _COLOURS = {
     "holds": look.POSITIVE, "fails": look.NEGATIVE, "reported": look.PALETTE[2], "unmet": look.GREY,
     "unrecorded": look.GREY,
@@ -268,7 +269,7 @@ def draw(measured: xr.Dataset) -> look.Page:
     shown = [word for word in _MARKS if bool((measured["verdict"] == word).any())]
     handles = [
         Line2D(
-            [], [], linestyle="", marker=_MARKS[w], color=_COLOURS[w], label={"unmet": "hypothesis unmet"}.get(w, w),
+            [], [], linestyle="", marker=_MARKS[w], color=_COLOURS[w], label=_WORDS.get(w, w),
             markersize=look.points(2.8), markerfacecolor="none" if w.startswith("un") else _COLOURS[w],
         )
         for w in shown
