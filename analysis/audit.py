@@ -101,9 +101,10 @@ class _Audited:
             used = f"of students trained on samples, and this is kind = {kind!r}; {claim.says}"
         elif (claim.check is None and claim.of_member is None) or not bool(fits.any()):
             verdict[...] = "unmet"
-        elif missing:
-            verdict[...] = "unrecorded"
-            used = f"record.observables lacks {', '.join(missing)}; {used}"
+        elif missing:  # recording them would not help members that cannot meet the hypothesis
+            barred = self._barred(claim).broadcast_like(self._shape).transpose(*self._shape.dims) != ""
+            verdict[...] = np.where(barred, "unmet", "unrecorded")
+            used = used if bool(barred.all()) else f"record.observables lacks {', '.join(missing)}; {used}"
         else:
             if claim.check is None:
                 found = self._of_members[claim.name]
@@ -118,12 +119,14 @@ class _Audited:
 
     def _reason(self, claim: Claim) -> xr.DataArray:
         """Why no member can meet the hypothesis, as far as the experiment's keys say."""
-        if self._experiment is None:
-            why = xr.DataArray("" if claim.recorded else "it is a recording")
-        else:
-            why = per_point(self._archive, claim.barred)
-        dead = why.where(self._alive, "the student died, or was not trained")
+        dead = self._barred(claim).where(self._alive, "the student died, or was not trained")
         return dead.broadcast_like(self._shape).transpose(*self._shape.dims)
+
+    def _barred(self, claim: Claim) -> xr.DataArray:
+        """Why no member of a point can meet the hypothesis, whatever is recorded; empty if one can."""
+        if self._experiment is None:
+            return xr.DataArray("" if claim.recorded else "it is a recording")
+        return per_point(self._archive, claim.barred)
 
 
 def audit(archive: xr.Dataset) -> xr.Dataset:

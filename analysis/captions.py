@@ -50,7 +50,7 @@ def spread_words(kind: Spread, seeds: int | None) -> str:
         case "none":
             return ""
         case "shares":
-            told = "Bands: Wilson's 95 % intervals of the shares; none is drawn where all seeds agree"
+            told = "Bands: Wilson's 95 % intervals of the solid curves' shares; none where all seeds agree"
             if seeds is None:
                 return f"{told}."
             reach = 3.84 / (seeds + 3.84)  # z²/(n + z²), the interval's other end at a share of 0

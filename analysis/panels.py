@@ -317,11 +317,17 @@ def numbers(values: xr.DataArray, ax: Axes) -> None:
             )  # fmt: skip
 
 
+#: Most boundaries that carry a number.
+_NUMBERED_LINES = 10
+
+
 def lines(weight: xr.DataArray, bias: xr.DataArray, strength: xr.DataArray | None, ax: Axes, **line: Any) -> None:
     """Boundary w·x + b = 0 of each node in the plane; (node, input_node), (node,); `strength` in [0, 1]: line widths.
 
-    A node of zero weight has no boundary.
+    Boundaries with a strength carry the numbers of their nodes, as far as they are within the axes' limits.  A node of
+    zero weight has no boundary.
     """
+    numbered = strength is not None and weight.shape[0] <= _NUMBERED_LINES
     for position in range(weight.shape[0]):
         (w1, w2), b = weight.values[position], float(bias.values[position])
         length = float(np.hypot(w1, w2))
@@ -331,4 +337,23 @@ def lines(weight: xr.DataArray, bias: xr.DataArray, strength: xr.DataArray | Non
         own = {"color": colour(position), **line}
         if strength is not None:
             own |= {"linewidth": look.points(0.5 + 2.2 * float(strength.values[position]))}
-        ax.axline(foot, (foot[0] - w2 / length, foot[1] + w1 / length), **own)
+        ahead = np.array([-w2, w1]) / length
+        ax.axline(foot, tuple(np.array(foot) + ahead), **own)
+        if numbered:
+            _number_line(ax, position, np.array(foot), ahead if ahead @ (1.0, 1e-3) >= 0 else -ahead)
+
+
+def _number_line(ax: Axes, position: int, foot: NDArray, ahead: NDArray) -> None:
+    """Write a node's number on its line, from the left to the right at a place of its own: lines may coincide."""
+    limits = np.array([ax.get_xlim(), ax.get_ylim()])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        crossed = np.sort((limits - foot[:, None]) / ahead[:, None], axis=1)
+    first, last = float(np.nanmax(crossed[:, 0])), float(np.nanmin(crossed[:, 1]))
+    if not last > first:
+        return
+    step = 0.08 + 0.1 * (position // 2)
+    place = foot + ahead * (first + (last - first) * (1 - step if position % 2 else step))
+    ax.text(
+        *place, str(node_numbers([position])[0]), size=look.points(look.SMALLEST), ha="center", va="center", zorder=5,
+        bbox={"boxstyle": "circle,pad=0.12", "facecolor": "white", "linewidth": 0}, clip_on=True,
+    )  # fmt: skip

@@ -129,17 +129,24 @@ def _frame(one: xr.Dataset, ax: Axes) -> None:
         ax.annotate(
             "", corner, (0, 0), arrowprops={"arrowstyle": "-|>", "color": look.GUIDE, "linewidth": look.points(0.8)}
         )
+        far = corner / np.hypot(*corner) * 0.8 * edge
+        ax.plot([0, far[0]], [0, far[1]], ":", color=look.GREY, linewidth=look.points(0.5), zorder=0)
         ax.annotate(f"$v_{j}$", corner / np.hypot(*corner) * 0.9 * edge, ha="center", va="center", size=look.points(7))
     ax.set(aspect="equal", xlim=(-edge, edge), ylim=(-edge, edge), xticks=[], yticks=[])
     ax.spines[["left", "bottom"]].set_visible(False)  # the arrows are the axes
     place = one["one_neuron_place"].values
-    if np.isfinite(place).all():
-        for turn in range(3):
-            c, s = np.cos(2 * np.pi * turn / 3), np.sin(2 * np.pi * turn / 3)
-            x, y = c * place[0] - s * place[1], s * place[0] + c * place[1]
+    for turn, corner in enumerate(_PLANE.T):  # opposite to each teacher node is the average of the two others
+        if np.isfinite(place).all():
+            x, y = -corner / np.hypot(*corner) * np.hypot(*place)
             ax.plot(
                 x, y, "D", color=look.PALETTE[0], markersize=look.points(4), markerfacecolor="none",
                 label=None if turn else "one-neuron solution of two teacher nodes",
+            )  # fmt: skip
+        else:
+            x, y = -corner / np.hypot(*corner) * edge
+            ax.plot(
+                [0, x], [0, y], "--", color=look.PALETTE[0], linewidth=look.points(0.8), zorder=1,
+                label=None if turn else "its direction, where any length is one (relu)",
             )  # fmt: skip
 
 

@@ -78,6 +78,10 @@ def measure(archive: xr.Dataset) -> xr.Dataset:
     return ds.assign_coords(teacher=("point", archive["widths"].values.astype(str)))
 
 
+#: Ratio of the places on a logarithmic axis at which marks of one rate are drawn, beside one another.
+_BESIDE = 1.08
+
+
 def _against_rate(name: str) -> layout.Panel:
     """Panel of a final value against the rate, without and with BatchNorm, of the first teacher unless selected."""
 
@@ -86,6 +90,7 @@ def _against_rate(name: str) -> layout.Panel:
         one = one.swap_dims(point="learning_rate").sortby("learning_rate")
         for position, place in enumerate(one["batch_norm"].values.tolist()):
             own = one[name].sel(batch_norm=place)
+            own = own.assign_coords(learning_rate=own["learning_rate"] * _BESIDE ** (position - 0.5))
             panels.spread(
                 own, ax=ax, along="learning_rate", color=panels.colour(position), linestyle=panels.STYLES[position],
                 marker=panels.mark(position), label=captions.words("batch_norm", place),
@@ -113,7 +118,8 @@ def draw(measured: xr.Dataset) -> look.Page:
     dead = int(measured["mse_eval"].isnull().sum())
     says = (
         f"Final loss and correlation averaged over layers against the rate after epoch {int(measured['epoch'])}; "
-        f"{dead} of {measured['mse_eval'].size} students diverged and are left out"
+        f"{dead} of {measured['mse_eval'].size} students diverged and are left out (no mark: all did); "
+        "marks of one rate are drawn beside one another"
     )
     return layout.arrange(
         measured, parts, rows, says=says, spread="curves", height=1.6, share_x="col", share_y="row", paper=EXPERIMENTS

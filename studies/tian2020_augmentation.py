@@ -121,8 +121,13 @@ def draw(measured: xr.Dataset) -> look.Page:
         [layout.Cell(f"{name} by {along}", {}, title) for name, title in titles.items()] for along in ("train", "total")
     ]
     c = float(measured.attrs["augment_c"])
+    agnostic = measured.isel(point=np.flatnonzero(measured["augment"] == "agnostic"))
+    most = captions.number(int(agnostic["train"].max()))
+    each = round(float((agnostic["augmented_samples"] / agnostic["train"]).max()))
     says = (
         f"Training and evaluation mse and mean best correlation after epoch {int(measured['epoch'])} with "
-        f"teacher-agnostic and teacher-aware augmentation, whose constant, free in Definition 7, is c = {c:g}"
+        f"teacher-agnostic and teacher-aware augmentation, whose constant, free in Definition 7, is c = {c:g} and "
+        "decides who is ahead at equal N; above over the inputs N that were augmented, below over the samples that "
+        f"these became: a teacher-agnostic set has {each} for each input, so no more than {most} were augmented so"
     )
     return layout.arrange(measured, PANELS, rows, says=says, spread="curves", paper=EXPERIMENTS, key="")

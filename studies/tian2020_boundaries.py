@@ -128,13 +128,12 @@ def draw(measured: xr.Dataset) -> look.Page:
     chosen = snapshots(measured["epoch"].values)
     strongest = float(measured["fanout_norm"].max())
     letters = iter("ABCDEFGH")
-    for position, (at, ax) in enumerate(zip(chosen, above.subplots(1, len(chosen), squeeze=False)[0], strict=True)):
+    planes = above.subplots(1, len(chosen), squeeze=False)
+    for at, ax in zip(chosen, planes[0], strict=True):
         now = measured.isel(epoch=int(at)).assign_attrs(strongest=strongest)
         _plane(now, ax)
         layout.heading(ax, f"epoch {int(now['epoch'])}", next(letters))
-        if position:
-            ax.set(ylabel="")
-            ax.tick_params(labelleft=False)
+    layout.once(page, planes, False, True, part=above)
     left, right = below.subplots(1, 2)
     _fanouts(measured, left)
     layout.heading(left, f"seed {int(measured['seed'])}", next(letters))
@@ -144,8 +143,8 @@ def draw(measured: xr.Dataset) -> look.Page:
     handles = left.get_legend_handles_labels()[0] + [teacher] + right.get_legend_handles_labels()[0]
     layout.legend(page, handles=handles)
     says = (
-        f"Boundaries of 2 teacher nodes and 6 student nodes (wide: large ‖v‖) of seed {int(measured['seed'])}, their "
-        "fan-out norms, at whose ends their numbers stand, and all seeds' nodes by distance from the nearest teacher "
-        f"node; {captions.NODES}"
+        f"Boundaries of 2 teacher nodes and 6 student nodes (numbers on their lines; wide: large ‖v‖) of seed "
+        f"{int(measured['seed'])}, their fan-out norms, at whose ends their numbers stand, and all seeds' nodes by "
+        f"distance from the nearest teacher node; {captions.NODES}"
     )
     return layout.told(page, measured, says, "points", EXPERIMENTS)

@@ -130,7 +130,7 @@ def _state(measured: xr.Dataset, ax: Axes) -> None:
             number[where], teacher[where], s=area[where],
             facecolor=face, edgecolor=look.GREY if face == "none" else face, linewidth=look.points(0.6),
         )  # fmt: skip
-    panels.whole_numbers(ax)
+    ax.set_xticks(panels.node_ticks(number))
     shown = range(1, int(teacher.max()) + 1)
     ax.set_yticks([0, *shown], labels=["none", *map(str, shown)])
     ax.set(xlabel="student node", ylabel="teacher node", xlim=(0, number.max() + 1))

@@ -72,6 +72,8 @@ def boundaries(ds: xr.Dataset, *, ax: Axes | None = None, strongest: float | Non
     ax = panels.axes(ax)
     extent = float(measured["extent"])
     ax.set(xlim=(-extent, extent), ylim=(-extent, extent), aspect="equal", xlabel="$x_1$", ylabel="$x_2$")
+    for axis in "xy":
+        panels.whole_numbers(ax, axis)
     strength = (now["fanout_norm"] / strongest).fillna(0.0).clip(0, 1)
     panels.lines(now["weight"], now["bias"], strength, ax)
     panels.lines(

@@ -11,6 +11,7 @@ import tsdyn
 from tests.cases import REFERENCE, small
 from tests.networks.test_networks import random_network
 from tsdyn import derivatives, schema, theory, vocabulary
+from tsdyn.networks import network
 from tsdyn.networks.network import Network
 from tsdyn.observables import formulas, registry
 from tsdyn.observables.member import Measurement, Probe
@@ -259,3 +260,44 @@ def test_a_two_layer_record_made_in_pieces_is_what_the_formulas_give(name):
     np.testing.assert_allclose(found["correlation"][0], expected, rtol=0, atol=1e-13)
     assert np.isnan(found["correlation"][0][:, 2]).all()
     np.testing.assert_allclose(found["fanout_norm"][0], theory.fanout_norms(student, trace)[0], rtol=1e-14)
+
+
+_IMAGES = {
+    "teacher__convolution": True, "teacher__widths": [256, 3, 4, 10], "teacher__init": "gaussian",
+    "data__image": [1, 16, 16], "data__train": 50, "data__eval": 12, "training__loss": "cross_entropy",
+    "record__observables": ["mse", "loss", "correlation", "accuracy", "norm_shift"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", [{"student__batch_norm": "after"}, {"dtype": "float32"}])
+def test_large_training_sets_are_measured_in_pieces(changes, monkeypatch):
+    """With the numbers of one pass, up to the rounding of a sum in another order; no pass takes more than a piece."""
+    experiment = small(seeds=2, **_IMAGES, **changes)
+    variables = schema.expand(experiment.record.observables)
+    whole, targets = (members := Members(experiment)).measure(0, variables), members.finite[1]
+    each = max(members.teachers[0].trace_bytes, members.ensemble.network(0).trace_bytes)
+    monkeypatch.setattr(network, "PASS_BYTES", 13 * each)
+    passed = []
+    propagate = Network._propagate
+    monkeypatch.setattr(
+        Network, "_propagate", lambda n, x, training: passed.append(len(x)) or propagate(n, x, training)
+    )
+    again = Members(experiment)
+    pieces = again.measure(0, variables)
+    assert 12 < max(passed) < 50
+    eps = torch.finfo(getattr(torch, experiment.dtype)).eps
+    torch.testing.assert_close(again.finite[1], targets, rtol=256 * eps, atol=256 * eps)
+    for name in variables:
+        for a, b in zip(np.atleast_1d(whole[name]) if isinstance(whole[name], np.ndarray) else whole[name],
+                        np.atleast_1d(pieces[name]) if isinstance(pieces[name], np.ndarray) else pieces[name],
+                        strict=True):  # fmt: skip
+            np.testing.assert_allclose(a, b, rtol=256 * eps, atol=256 * eps, err_msg=name)
+
+
+def test_the_bytes_of_a_trace_are_those_of_its_tensors():
+    for changes in ({}, {"dtype": "float32"}, _IMAGES | {"student__batch_norm": "before"}):
+        members = Members(small(seeds=1, **changes))
+        for net in (members.teachers[0], members.ensemble.network(0)):
+            trace = net.trace(members.eval_probes[0].inputs[:1])
+            parts = (*trace.preactivations, *trace.gates, *trace.activations)
+            assert net.trace_bytes == sum(part.nbytes for part in parts)

@@ -42,6 +42,21 @@ def test_the_traces_that_a_run_keeps_fit_in_its_footprint(changes):
     assert found <= footprint(experiment).bytes <= 3 * found + 3 * footprint(experiment).records
 
 
+@pytest.mark.parametrize(("name", "bounded"), [("mse_train", True), ("loss_train", True), ("observation", False)])
+def test_traces_on_training_samples_are_announced_as_they_are_held(name, bounded):
+    """Of ten times the samples ten times the outputs, and nine traces less than that where outputs are enough."""
+    networks = {"teacher__convolution": name != "observation", **(CONVOLUTION if name != "observation" else {})}
+    few, many = (
+        footprint(small(seeds=2, data__train=n, data__eval=20, record__observables=[name], **networks))
+        for n in (10**6, 10**7)
+    )
+    assert (many.extra == few.extra) == bounded
+    outputs = 8 * (10 if bounded else 6)
+    inputs = 8 * (256 if bounded else 10)
+    grown = many.each - few.each
+    assert (grown == 9 * 10**6 * (2 * inputs + 2 * outputs)) == bounded
+
+
 def test_footprints_add_up_to_that_of_runs_side_by_side():
     """Data padded to the longest, records of a segment once."""
     one, two = (footprint(small(data__train=n, seeds=s)) for n, s in ((100, 2), (1000, 3)))

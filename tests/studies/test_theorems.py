@@ -25,11 +25,20 @@ def test_hypotheses_are_met_near_the_teacher_and_unmet_far_from_it(measured, cla
         assert (verdict.sel(start=start) == "unmet").all()
 
 
-def test_theorem_5_asks_for_a_third_layer_and_lemma_1_for_nothing(measured):
+def test_lemma_1_asks_for_a_piecewise_linear_activation(measured):
+    """And the update of 2019's Theorem 2, which is never judged."""
+    relu = [str(start) for start in measured["start"].values if not str(start).startswith("tanh")]
+    (tanh,) = set(measured["start"].values.tolist()) - set(relu)
+    for claim, met in (("Lemma 1", "holds"), ("update L*W*H* − LWH", "reported")):
+        verdict = measured["verdict"].sel(claim=claim)
+        assert (verdict.sel(start=relu) == met).all()
+        assert (verdict.sel(start=tanh) == "unmet").all()
+
+
+def test_theorem_5_asks_for_a_third_layer(measured):
     five = measured["verdict"].sel(claim="Theorem 5")
     assert [str(w) for w in np.unique(five.sel(start=NEAR[0]))] == ["unmet"]
     assert (five.sel(start=NEAR[1]) == "holds").all()
-    assert (measured["verdict"].sel(claim="Lemma 1") == "holds").all()
 
 
 def test_the_averaged_dynamics_stay_within_the_bounds_of_2019(measured):

@@ -25,6 +25,9 @@ from tsdyn.networks.activations import Activation, AtZero
 from tsdyn.networks.batch_norm import BatchNorm, torch_norm
 from tsdyn.networks.propagate import Frame, Image, Layer, Parameters, Place, propagate, rows
 
+#: Bytes of the traces that `Network.output` makes at once.
+PASS_BYTES = 1 << 30
+
 
 @dataclass(frozen=True)
 class Trace:
@@ -182,6 +185,22 @@ class Network:
         return x
 
     forward = __call__
+
+    @property
+    def trace_bytes(self) -> int:
+        """Bytes of the trace of one sample."""
+        hidden = zip(self.widths[1:], self._images, strict=True)
+        numbers = sum(width if image is None else math.prod(image) for width, image in hidden)
+        return 3 * numbers * self.weights[0].element_size()
+
+    def pieces(self, x: Float[Tensor, "sample input"]) -> tuple[Tensor, ...]:
+        """The inputs `x` in their order, cut so that the trace of each piece takes `PASS_BYTES` at most."""
+        return x.split(max(1, PASS_BYTES // self.trace_bytes))
+
+    def output(self, x: Float[Tensor, "sample input"]) -> Float[Tensor, "sample output"]:
+        """f_L(x) in evaluation mode as a call gives it, `pieces` one after another: memory does not grow with x."""
+        outputs = [self(piece) for piece in self.pieces(x)]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def trace(self, x: Float[Tensor, "sample input"] | ArrayLike, *, training: bool = False) -> Trace:
         """Pre-activation, gate and activation of every layer, each (sample, node).

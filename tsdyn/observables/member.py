@@ -41,11 +41,16 @@ class Probe:
     @cached_property
     def classes(self) -> Tensor:
         """The teacher's class of each sample, the index of its largest output, (sample,)."""
-        return self.trace.output.argmax(1)
+        return self.output.argmax(1)
 
     @cached_property
     def trace(self) -> Trace:
         return _trace(self.teacher, self.inputs)
+
+    @cached_property
+    def output(self) -> Tensor:
+        """The teacher's outputs, (sample, output); without its trace where that is large."""
+        return self.trace.output if _whole(self.teacher, self.inputs) else _network(self.teacher).output(self.inputs)
 
     @cached_property
     def standardized(self) -> list[Tensor]:
@@ -64,6 +69,11 @@ def _network(member: Network | Own) -> Network:
     if isinstance(member, Own):
         raise ValueError(f"measure: {type(member.module).__name__} is a module of the user's own, not a Network")
     return member
+
+
+def _whole(member: Network | Own, x: Tensor) -> bool:
+    """Whether one pass takes all samples; of an own module always, for what it makes of one may depend on others."""
+    return isinstance(member, Own) or len(member.pieces(x)) == 1
 
 
 def _trace(member: Network | Own, x: Tensor) -> Trace:
@@ -106,13 +116,21 @@ class Response:
         return _trace(self.student, self.probe.inputs)
 
     @cached_property
+    def output(self) -> Tensor:
+        """The student's outputs, (sample, output); without its trace where that is large."""
+        x = self.probe.inputs
+        return self.trace.output if _whole(self.student, x) else _network(self.student).output(x)
+
+    @cached_property
     def _sums(self) -> compiled_sums.Sums:
         student, probe = self.student, self.probe
-        target = probe.trace.output
+        target = probe.output
         if isinstance(student, Network) and compiled_sums.serves(student, probe.inputs):
             return compiled_sums.sums(student, probe.inputs, target, probe.taught if self.correlated else [])
         own = isinstance(student, Own) or isinstance(probe.teacher, Own)
         teachers = probe.standardized if self.correlated and not own else []
+        if not teachers:
+            return compiled_sums.Sums((target - self.output).square().sum(), [])
         pairs = list(zip(teachers, self.trace.activations, strict=False))  # the output has none
         return compiled_sums.Sums(
             (target - self.trace.output).square().sum(), [t.T @ standardized(f) for t, f in pairs]
@@ -126,7 +144,7 @@ class Response:
     @property
     def mse(self) -> Tensor:
         """Mean squared error over samples and outputs, as `formulas.mse`."""
-        return self.squared_error / self.probe.trace.output.numel()
+        return self.squared_error / self.probe.output.numel()
 
     @property
     def correlations(self) -> list[Tensor]:
@@ -229,16 +247,16 @@ class Measurement:
     def loss(self, response: Response) -> Tensor:
         """The trained loss J over a probe."""
         if response.probe.targets is not None:
-            return self.objective.value(response.trace.output, response.probe.targets)
+            return self.objective.value(response.output, response.probe.targets)
         if self.objective == MSE:  # its sums are compiled
             return 0.5 * response.squared_error / len(response.probe.inputs)
-        return self.objective.over(response.trace.output, response.probe.trace.output, self._classes(response.probe))
+        return self.objective.over(response.output, response.probe.output, self._classes(response.probe))
 
     def target(self, probe: Probe) -> Tensor:
         """Targets of the trained loss on a probe, (sample, output)."""
         if probe.targets is not None:
             return probe.targets
-        return self.objective.target(probe.trace.output, self._classes(probe))
+        return self.objective.target(probe.output, self._classes(probe))
 
     def _classes(self, probe: Probe) -> Tensor:
         match self.labels:

@@ -267,14 +267,14 @@ def _layout(m: Measurement) -> schema.Layout:
 
 @fills("accuracy")
 def _accuracy(m: Measurement) -> Tensor:
-    return accuracy(m.eval.classes, m.on_eval.trace.output, most=_layout(m).padded("top_k"))
+    return accuracy(m.eval.classes, m.on_eval.output, most=_layout(m).padded("top_k"))
 
 
 @fills("label_accuracy")
 def _label_accuracy(m: Measurement) -> Tensor:
     if m.eval.labels is None:
         raise ValueError("measure: label_accuracy needs a Probe with labels")
-    return accuracy(m.eval.labels, m.on_eval.trace.output, most=_layout(m).padded("top_k"))
+    return accuracy(m.eval.labels, m.on_eval.output, most=_layout(m).padded("top_k"))
 
 
 @fills("conserved_norm")

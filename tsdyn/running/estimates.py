@@ -20,6 +20,7 @@ from tsdyn.experiment.shapes import FLOW_END
 from tsdyn.flow.flows import Flow, Limits
 from tsdyn.flow.online_learning import PIECE_BYTES
 from tsdyn.flow.stationary import CHUNK_BYTES as HESSIAN_BYTES
+from tsdyn.networks.network import PASS_BYTES
 from tsdyn.observables import registry
 from tsdyn.problem.teachers import draw_teacher
 from tsdyn.running.flow_members import FlowMembers
@@ -50,6 +51,8 @@ FLOW_END_SECONDS = 0.4
 #: Variables that `compiled_sums` give, without a trace; and those that need a trace on evaluation samples at most.
 _SUMS = frozenset({"mse_train", "mse_eval", "correlation"})
 _ON_EVAL = _SUMS | {"fanout_norm", "accuracy", "label_accuracy", "weight", "bias"}
+#: Variables for which outputs on training samples are enough, which networks make in pieces.
+_BY_OUTPUTS = _ON_EVAL | {"loss_train", "loss_eval", "cross_correlation", "cka", *schema.expand(["batch_norm"])}
 #: Variables that are measured on evaluation samples alone.
 _EVAL_ALONE = _ON_EVAL - {"mse_train"}
 
@@ -284,7 +287,8 @@ def footprint(experiment: Experiment, *, train: int | None = None, traced: int |
     """The memory that a run of `experiment` holds, from shapes alone; nothing is drawn.
 
     For each member these are the samples with the teacher's trace on them, parameters, moments and gradients; for one
-    member at a time also the student's trace.
+    member at a time also the student's trace.  Traces on training samples that are larger than `PASS_BYTES` are made in
+    pieces of that size, of which only outputs remain, where these are enough (`_BY_OUTPUTS`).
 
     Args:
         experiment: One run, no sweep.
@@ -351,20 +355,33 @@ def _footprint_training(experiment: Experiment, train: int | None, traced: int |
     )
     standard = _hidden(experiment, experiment.teacher.active_widths)  # activations, on evaluation samples only
     parameters = layout.entries or _parameters(layout.widths, layout.input_widths)
-    each = (train + experiment.data.eval) * (_inputs(experiment) + taught) + experiment.data.eval * standard
+    own += _hidden(experiment, experiment.student_widths)
+    held, teaching = _on_training(experiment, train, taught)
+    _, measuring = _on_training(experiment, train, own)
+    each = (train + experiment.data.eval) * _inputs(experiment) + held + experiment.data.eval * (taught + standard)
     each += train * (_inputs(experiment) + experiment.student_widths[-1])  # all members' samples in one array
     each += 4 * (
         parameters + (layout.teacher_entries or _parameters(layout.teacher_widths, layout.teacher_input_widths))
     )
-    own += _hidden(experiment, experiment.student_widths)
     # while a trace is computed, half of it exists twice
-    extra = (max(train, experiment.data.eval) if traced is None else traced) * own * 3 // 2
+    extra = (max(measuring, experiment.data.eval * own) if traced is None else traced * own) * 3 // 2
+    extra += 0 if held == teaching else teaching * 3 // 2
     if experiment.training.method == "flow":  # the Hessian of one member, its factors and temporaries
         extra += 4 * parameters**2
     size = np.dtype(experiment.dtype).itemsize
     epoch = netcdf.bytes_per_epoch(layout, schema.expand(experiment.record.observables), experiment.dtype)
     records = epoch * len(experiment.schedule)
     return Footprint(len(layout.seeds), each * size, extra * size, epoch, records, _padded(experiment))
+
+
+def _on_training(experiment: Experiment, train: int, numbers: int) -> tuple[int, int]:
+    """Numbers that remain of a trace on the training samples, `numbers` of each, and those held while it is made."""
+    outputs_are_enough = set(schema.expand(experiment.record.observables)) <= _BY_OUTPUTS
+    networks = experiment.student.module is None and experiment.teacher.module is None
+    most = PASS_BYTES // np.dtype(experiment.dtype).itemsize
+    if train * numbers <= most or not (outputs_are_enough and networks):
+        return train * numbers, train * numbers
+    return train * experiment.student_widths[-1], most
 
 
 def _padded(experiment: Experiment) -> float:

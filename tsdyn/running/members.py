@@ -166,11 +166,16 @@ class Members:
         then be the training set) or of the teacher's largest output.
         """
         training = self.experiment.training
-        with torch.no_grad():
-            output = self.teachers[member](x)
+        output = self._taught(member, x)
         if training.of_data and classes is None:
             classes = self._finite_probes[member].labels
         return loss(training.loss).target(output, classes)
+
+    def _taught(self, member: int, x: Tensor) -> Tensor:
+        """The outputs of a member's teacher on `x`, (sample, output)."""
+        teacher = self.teachers[member]
+        with torch.no_grad():
+            return teacher.output(x) if isinstance(teacher, Network) else teacher(x)
 
     def _labels(self, seed: int, part: Literal["train", "eval"]) -> Tensor | None:
         """The data's own labels, if the loss or a recorded variable needs them, else None."""
@@ -192,8 +197,7 @@ class Members:
         if not targets.spoils(self.experiment):
             return None
         classes = own if self.experiment.training.labels == "data" else None
-        with torch.no_grad():
-            clean = loss(self.experiment.training.loss).target(self.teachers[member](x), classes)
+        clean = loss(self.experiment.training.loss).target(self._taught(member, x), classes)
         return targets.of_training_set(self.experiment, self.experiment.seed_labels[member], clean, epoch)
 
     def _training_set(self, seed: int, teacher: Network | Own) -> Tensor:
