@@ -547,3 +547,40 @@ def test_swept_values_that_would_be_one_label_are_refused_before_anything_is_tra
     with pytest.raises(ArchiveError, match=r"student.arguments.kind has the values .* would be one label"):
         sweep_directory.write_sweep(tmp_path / "sweep", experiment)
     assert not (tmp_path / "sweep").exists()
+
+
+def test_points_without_checksums_that_were_exchanged_are_noticed_though_an_index_lists_them(tmp_path):
+    """Their files have one size and, unpacked in one second, one time: before, each was shown as the other."""
+    path = tmp_path / "sweep"
+    tsdyn.run(small(**FEW, training__epochs=1, sweep=SWEEP), path)
+    for file in path.rglob("archive.nc"):
+        whole_files.seal_of(file).unlink()
+        os.utime(file, (1e9, 1e9))
+    assert len({file.stat().st_size for file in path.rglob("archive.nc")}) == 1
+    tsdyn.open(path)  # writes the index
+    (path / "polarity=0.0").rename(tmp_path / "aside")
+    (path / "polarity=1.0").rename(path / "polarity=0.0")
+    (tmp_path / "aside").rename(path / "polarity=1.0")
+    with pytest.raises(ArchiveError, match="holds a file of another run"):
+        tsdyn.open(path)
+
+
+def test_nothing_is_measured_where_a_batch_norm_was_lost(tmp_path):
+    """Weights and biases alone are not all: before, NaN was measured, and stayed when the run was whole again."""
+    path = tmp_path / "run"
+    asked = small(
+        seeds=2, training__epochs=2, student__batch_norm="before", record__observables=["weight", "batch_norm"]
+    )
+    whole = tsdyn.run(asked, path).load()
+    file = path / "archive.nc"
+    raw = bytearray(file.read_bytes())
+    raw[raw.find(whole.norm_mean.values[1, 1, 0, :3].tobytes())] ^= 1
+    file.write_bytes(raw)
+    integrity.repair(path)
+    told = []
+    adding.add(path, ["mse"], told=told.append)
+    assert any("parameters of seeds" in line and "nothing is measured there" in line for line in told)
+    whole_files.remove_sealed(file)
+    tsdyn.run(asked, path)
+    adding.add(path, ["mse"])
+    assert tsdyn.open(path).mse_eval.notnull().all()
