@@ -21,6 +21,7 @@ from tsdyn.archive import (
     integrity,
     lazy_arrays,
     lock,
+    machines,
     netcdf,
     run_directory,
     small_files,
@@ -29,7 +30,7 @@ from tsdyn.archive import (
 )
 from tsdyn.archive.whole_files import ArchiveError
 from tsdyn.growing import adding, exporting
-from tsdyn.running import runner
+from tsdyn.running import members, runner
 from tsdyn.running.interrupts import Stopped
 
 FEW = {"seeds": 2, "record__observables": ["mse", "weight"]}
@@ -584,3 +585,18 @@ def test_nothing_is_measured_where_a_batch_norm_was_lost(tmp_path):
     tsdyn.run(asked, path)
     adding.add(path, ["mse"])
     assert tsdyn.open(path).mse_eval.notnull().all()
+
+
+def test_a_run_that_gains_a_seed_still_says_how_long_it_took_and_why_it_was_not_compiled(tmp_path, monkeypatch):
+    """Before, it said neither, which is read as: compiled."""
+    why = ["there is no compiler here"]
+    with monkeypatch.context() as patch:
+        patch.setattr(members.Members, "fallbacks", lambda _: why)
+        first = tsdyn.run(small(**FEW, training__epochs=1), tmp_path / "run")
+    more = small(**FEW | {"seeds": 3}, training__epochs=1)
+    gained = tsdyn.run(more, tmp_path / "run")
+    assert machines.fallbacks(gained.attrs) == why
+    assert gained.attrs["wall_seconds"] >= first.attrs["wall_seconds"] > 0
+    longer = tsdyn.run(more.replace({"training.epochs": 2}), tmp_path / "run")
+    assert machines.fallbacks(longer.attrs) == why
+    assert longer.attrs["wall_seconds"] >= gained.attrs["wall_seconds"]
