@@ -600,3 +600,15 @@ def test_a_run_that_gains_a_seed_still_says_how_long_it_took_and_why_it_was_not_
     longer = tsdyn.run(more.replace({"training.epochs": 2}), tmp_path / "run")
     assert machines.fallbacks(longer.attrs) == why
     assert longer.attrs["wall_seconds"] >= gained.attrs["wall_seconds"]
+
+
+def test_exported_tables_that_were_replaced_are_not_read_as_those_that_were_opened(tmp_path):
+    for rate in (0.02, 0.04):
+        tsdyn.run(small(**FEW, training__epochs=1, training__learning_rate=rate), tmp_path / f"{rate}")
+    out = exporting.export(tmp_path / "0.02", "parquet", tmp_path / "tables")
+    lazy = tsdyn.open(out)
+    shutil.rmtree(out)
+    exporting.export(tmp_path / "0.04", "parquet", out)
+    with pytest.raises(ArchiveError, match="was replaced since it was opened; open it again"):
+        lazy.mse_eval.load()
+    same(tsdyn.open(out), tsdyn.open(tmp_path / "0.04")[["mse_eval"]])
