@@ -612,3 +612,29 @@ def test_exported_tables_that_were_replaced_are_not_read_as_those_that_were_open
     with pytest.raises(ArchiveError, match="was replaced since it was opened; open it again"):
         lazy.mse_eval.load()
     same(tsdyn.open(out), tsdyn.open(tmp_path / "0.04")[["mse_eval"]])
+
+
+def test_a_sweep_that_lost_its_list_of_points_is_still_one(tmp_path):
+    """Before, `open` said that nothing was committed, and `validate` that all was whole."""
+    path = tmp_path / "sweep"
+    experiment = small(**FEW, training__epochs=1, sweep=SWEEP)
+    whole = tsdyn.run(experiment, path).load()
+    (path / "sweep.json").unlink()
+    same(tsdyn.open(path), whole)
+    assert dict(tsdyn.open(path, along="point").mse_eval.sizes) == {"point": 2, "seed": 2, "epoch": 2}
+    assert integrity.check(path) == [f"{path}/sweep.json: is not there; the same `tsdyn run` writes it anew"]
+    assert len(adding.add(path, ["correlation"])) == 2
+    assert integrity.repair(path) == []
+    same(tsdyn.run(experiment, path), whole)
+    assert integrity.check(path) == []
+
+
+def test_a_run_whose_experiment_file_was_saved_with_a_byte_order_mark_is_read(tmp_path):
+    """As editors of Windows write it first; `tsdyn run` took it, and `open` of a sweep refused it."""
+    whole = tsdyn.run(small(**FEW, training__epochs=1, sweep=SWEEP), tmp_path / "sweep").load()
+    file = tmp_path / "sweep" / "experiment.toml"
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    ds = tsdyn.open(tmp_path / "sweep")
+    same(ds, whole)
+    assert ds.attrs["experiment"] == whole.attrs["experiment"]
+    assert integrity.check(tmp_path / "sweep") == []
