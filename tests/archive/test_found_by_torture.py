@@ -638,3 +638,18 @@ def test_a_run_whose_experiment_file_was_saved_with_a_byte_order_mark_is_read(tm
     same(ds, whole)
     assert ds.attrs["experiment"] == whole.attrs["experiment"]
     assert integrity.check(tmp_path / "sweep") == []
+
+
+def test_an_unfinished_point_is_read_without_its_experiment_file(tmp_path, monkeypatch):
+    """As a finished one is; before, the whole sweep was refused, with ``skip_damaged``, too."""
+    monkeypatch.setattr(runner, "COMMIT_SECONDS", 0.0)
+    path = tmp_path / "sweep"
+    with pytest.raises(Stopped):
+        tsdyn.run(small(**FEW, training__epochs=3, sweep=SWEEP), path, progress=_stop_after(1))
+    before = tsdyn.open(path).load()
+    (path / "polarity=0.0" / "experiment.toml").write_text("epochs = [", encoding="utf-8")
+    found = tsdyn.open(path)
+    same(found, before)
+    np.testing.assert_array_equal(found.coverage, before.coverage)
+    assert found.coverage.values.tolist() == [0.5, 0.0]
+    assert any("experiment.toml" in line for line in integrity.check(path))

@@ -567,9 +567,12 @@ def _coverage(cell: Sequence[Source]) -> float:
     """Share of the recorded epochs that are committed."""
     if cell[0].path.name == ARCHIVE:
         return 1.0
-    experiment = Experiment.from_toml(cell[0].path.parent.parent / EXPERIMENT, archived=True)
-    labels, along = set(experiment.labels), experiment.layout.path
     cell = [source for source in cell if not additions.is_addition(source.path)]
+    try:
+        experiment = Experiment.from_toml(cell[0].path.parent.parent / EXPERIMENT, archived=True)
+    except ExperimentError:  # `tsdyn validate` names it; the segments can be read without
+        experiment = Experiment.from_toml_text(str(cell[-1].own.get("experiment")), archived=True)
+    labels, along = set(experiment.labels), experiment.layout.path
     there = sum(label in labels for source in cell for label in source.header.labels[along])
     outcomes = experiment.recorded("end")  # counts as one more record, the last
     there += sum(set(outcomes) <= set(source.header.variables) for source in cell) if outcomes else 0
