@@ -21,6 +21,7 @@ from tsdyn.archive import (
     integrity,
     lazy_arrays,
     lock,
+    machines,
     netcdf,
     run_directory,
     small_files,
@@ -29,7 +30,7 @@ from tsdyn.archive import (
 )
 from tsdyn.archive.whole_files import ArchiveError
 from tsdyn.growing import adding, exporting
-from tsdyn.running import runner
+from tsdyn.running import members, runner
 from tsdyn.running.interrupts import Stopped
 
 FEW = {"seeds": 2, "record__observables": ["mse", "weight"]}
@@ -547,3 +548,108 @@ def test_swept_values_that_would_be_one_label_are_refused_before_anything_is_tra
     with pytest.raises(ArchiveError, match=r"student.arguments.kind has the values .* would be one label"):
         sweep_directory.write_sweep(tmp_path / "sweep", experiment)
     assert not (tmp_path / "sweep").exists()
+
+
+def test_points_without_checksums_that_were_exchanged_are_noticed_though_an_index_lists_them(tmp_path):
+    """Their files have one size and, unpacked in one second, one time: before, each was shown as the other."""
+    path = tmp_path / "sweep"
+    tsdyn.run(small(**FEW, training__epochs=1, sweep=SWEEP), path)
+    for file in path.rglob("archive.nc"):
+        whole_files.seal_of(file).unlink()
+        os.utime(file, (1e9, 1e9))
+    assert len({file.stat().st_size for file in path.rglob("archive.nc")}) == 1
+    tsdyn.open(path)  # writes the index
+    (path / "polarity=0.0").rename(tmp_path / "aside")
+    (path / "polarity=1.0").rename(path / "polarity=0.0")
+    (tmp_path / "aside").rename(path / "polarity=1.0")
+    with pytest.raises(ArchiveError, match="holds a file of another run"):
+        tsdyn.open(path)
+
+
+def test_nothing_is_measured_where_a_batch_norm_was_lost(tmp_path):
+    """Weights and biases alone are not all: before, NaN was measured, and stayed when the run was whole again."""
+    path = tmp_path / "run"
+    asked = small(
+        seeds=2, training__epochs=2, student__batch_norm="before", record__observables=["weight", "batch_norm"]
+    )
+    whole = tsdyn.run(asked, path).load()
+    file = path / "archive.nc"
+    raw = bytearray(file.read_bytes())
+    raw[raw.find(whole.norm_mean.values[1, 1, 0, :3].tobytes())] ^= 1
+    file.write_bytes(raw)
+    integrity.repair(path)
+    told = []
+    adding.add(path, ["mse"], told=told.append)
+    assert any("parameters of seeds" in line and "nothing is measured there" in line for line in told)
+    whole_files.remove_sealed(file)
+    tsdyn.run(asked, path)
+    adding.add(path, ["mse"])
+    assert tsdyn.open(path).mse_eval.notnull().all()
+
+
+def test_a_run_that_gains_a_seed_still_says_how_long_it_took_and_why_it_was_not_compiled(tmp_path, monkeypatch):
+    """Before, it said neither, which is read as: compiled."""
+    why = ["there is no compiler here"]
+    with monkeypatch.context() as patch:
+        patch.setattr(members.Members, "fallbacks", lambda _: why)
+        first = tsdyn.run(small(**FEW, training__epochs=1), tmp_path / "run")
+    more = small(**FEW | {"seeds": 3}, training__epochs=1)
+    gained = tsdyn.run(more, tmp_path / "run")
+    assert machines.fallbacks(gained.attrs) == why
+    assert gained.attrs["wall_seconds"] >= first.attrs["wall_seconds"] > 0
+    longer = tsdyn.run(more.replace({"training.epochs": 2}), tmp_path / "run")
+    assert machines.fallbacks(longer.attrs) == why
+    assert longer.attrs["wall_seconds"] >= gained.attrs["wall_seconds"]
+
+
+def test_exported_tables_that_were_replaced_are_not_read_as_those_that_were_opened(tmp_path):
+    for rate in (0.02, 0.04):
+        tsdyn.run(small(**FEW, training__epochs=1, training__learning_rate=rate), tmp_path / f"{rate}")
+    out = exporting.export(tmp_path / "0.02", "parquet", tmp_path / "tables")
+    lazy = tsdyn.open(out)
+    shutil.rmtree(out)
+    exporting.export(tmp_path / "0.04", "parquet", out)
+    with pytest.raises(ArchiveError, match="was replaced since it was opened; open it again"):
+        lazy.mse_eval.load()
+    same(tsdyn.open(out), tsdyn.open(tmp_path / "0.04")[["mse_eval"]])
+
+
+def test_a_sweep_that_lost_its_list_of_points_is_still_one(tmp_path):
+    """Before, `open` said that nothing was committed, and `validate` that all was whole."""
+    path = tmp_path / "sweep"
+    experiment = small(**FEW, training__epochs=1, sweep=SWEEP)
+    whole = tsdyn.run(experiment, path).load()
+    (path / "sweep.json").unlink()
+    same(tsdyn.open(path), whole)
+    assert dict(tsdyn.open(path, along="point").mse_eval.sizes) == {"point": 2, "seed": 2, "epoch": 2}
+    assert integrity.check(path) == [f"{path}/sweep.json: is not there; the same `tsdyn run` writes it anew"]
+    assert len(adding.add(path, ["correlation"])) == 2
+    assert integrity.repair(path) == []
+    same(tsdyn.run(experiment, path), whole)
+    assert integrity.check(path) == []
+
+
+def test_a_run_whose_experiment_file_was_saved_with_a_byte_order_mark_is_read(tmp_path):
+    """As editors of Windows write it first; `tsdyn run` took it, and `open` of a sweep refused it."""
+    whole = tsdyn.run(small(**FEW, training__epochs=1, sweep=SWEEP), tmp_path / "sweep").load()
+    file = tmp_path / "sweep" / "experiment.toml"
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    ds = tsdyn.open(tmp_path / "sweep")
+    same(ds, whole)
+    assert ds.attrs["experiment"] == whole.attrs["experiment"]
+    assert integrity.check(tmp_path / "sweep") == []
+
+
+def test_an_unfinished_point_is_read_without_its_experiment_file(tmp_path, monkeypatch):
+    """As a finished one is; before, the whole sweep was refused, with ``skip_damaged``, too."""
+    monkeypatch.setattr(runner, "COMMIT_SECONDS", 0.0)
+    path = tmp_path / "sweep"
+    with pytest.raises(Stopped):
+        tsdyn.run(small(**FEW, training__epochs=3, sweep=SWEEP), path, progress=_stop_after(1))
+    before = tsdyn.open(path).load()
+    (path / "polarity=0.0" / "experiment.toml").write_text("epochs = [", encoding="utf-8")
+    found = tsdyn.open(path)
+    same(found, before)
+    np.testing.assert_array_equal(found.coverage, before.coverage)
+    assert found.coverage.values.tolist() == [0.5, 0.0]
+    assert any("experiment.toml" in line for line in integrity.check(path))

@@ -1,7 +1,10 @@
+import datetime
 import json
+import math
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -198,3 +201,19 @@ def test_differences_name_the_key_and_both_values():
 def test_an_overrealization_that_no_width_can_have_is_refused():
     with pytest.raises(ExperimentError, match=r"student.overrealization = 1e\+308: must be less than or equal to"):
         small(student__overrealization=1e308)
+
+
+def test_arguments_are_from_the_beginning_what_a_file_gives_back():
+    given = {"shape": (3, 3), "rate": np.float64(0.5), "count": np.int64(2), "inner": {"flags": (True, "a")}}
+    experiment = small(student={"module": "package.module:Name", "arguments": given})
+    assert experiment.student.arguments == {"shape": [3, 3], "rate": 0.5, "count": 2, "inner": {"flags": [True, "a"]}}
+    assert {type(value) for value in experiment.student.arguments.values()} == {list, float, int, dict}
+    assert Experiment.from_toml_text(experiment.to_toml()) == experiment
+
+
+@pytest.mark.parametrize(
+    "value", [math.nan, math.inf, None, [None], {1: 2}, b"a", 1j, {1}, np.zeros(2), datetime.date(2026, 1, 1), object()]
+)
+def test_arguments_that_no_file_can_keep_are_refused(value):
+    with pytest.raises(ExperimentError, match=r"student.arguments = .* cannot be an argument, since a"):
+        small(student={"module": "package.module:Name", "arguments": {"given": value}})

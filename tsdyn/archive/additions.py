@@ -22,6 +22,7 @@ from tsdyn.archive.selecting import experiment_of
 from tsdyn.archive.whole_files import ArchiveError, refuse_link, replacing
 from tsdyn.experiment.experiment import Experiment
 from tsdyn.schema import variable as variable_of
+from tsdyn.vocabulary import FAMILIES
 
 #: Folder of a run's directory.
 MEASURED = "measured"
@@ -121,6 +122,10 @@ def parameters_there(ds: xr.Dataset) -> NDArray:
                 ds["weight"].isel(layer=i, node=slice(n), input_node=slice(below)),
                 ds["bias"].isel(layer=i, node=slice(n)),
             )
+        ]
+        norms = FAMILIES["batch_norm"] if single.student.batch_norm != "none" else ()
+        parts += [
+            ds[name].isel(layer=i, node=slice(n)) for name in norms for i, n in enumerate(single.layout.widths[:-1])
         ]
     for part in parts:
         inner = [dim for dim in part.dims if dim not in ("seed", "epoch")]

@@ -66,6 +66,10 @@ def join(
             for name, at, block in _placed(sides, layout, epochs, variables):
                 if not joining.same_numbers(np.asarray(nc[name][at]), block):
                     return name
+            for side in sides:
+                with netcdf.dataset(side.path) as held:
+                    if not np.array_equal(nc["death_epoch"][_members(side, layout)], held["death_epoch"][:]):
+                        return "death_epoch"
             for group, state in states.items():
                 stored = netcdf.read_state(nc, group)
                 odd = [n for n, array in state.items() if not joining.same_numbers(stored[n], np.asarray(array))]

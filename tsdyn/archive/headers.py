@@ -308,6 +308,14 @@ class _Entry(NamedTuple):
     wrong: list[str]
 
 
+def _stamp(now: Identity) -> list[Any]:
+    """What is compared of a file that the index lists.
+
+    Without a checksum that is its inode, too: two files of one shape, unpacked in one second, have one size and time.
+    """
+    return [now.size, now.modified, now.inode if now.seal is None else now.seal]
+
+
 class Headers:
     """Headers of the finished points of a sweep, from ``index.json`` where it is up to date, else from the files.
 
@@ -355,8 +363,7 @@ class Headers:
         if (made.shape, shared) in self._made:
             now, own = identity(file), _plain(made.attrs)
             wrong = wrong_variables(made.attrs["schema_version"], None, str(own.get("experiment", "")))
-            stamp = [now.size, now.modified, now.seal]
-            self._note(name, stamp, self._made[made.shape, shared], made.death, own, wrong)
+            self._note(name, _stamp(now), self._made[made.shape, shared], made.death, own, wrong)
             self._of_theirs.add(name)
         else:
             self.finished(name, lambda: Experiment.from_toml_text(str(made.attrs["experiment"]), archived=True))
@@ -395,7 +402,7 @@ class Headers:
             return None
         refuse_link(file)
         # of a run by itself all attributes are wanted, and the index keeps few
-        stamp, entry = [now.size, now.modified, now.seal], None if name == "." else self._entries.get(name)
+        stamp, entry = _stamp(now), None if name == "." else self._entries.get(name)
         if self.verify == math.inf:
             netcdf.refuse_unproven(file)
             entry = entry if now.seal else None  # what has no checksum can have changed within its time and size

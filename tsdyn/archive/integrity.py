@@ -38,7 +38,7 @@ from tsdyn.archive.run_directory import (
     segments,
 )
 from tsdyn.archive.selecting import swept_dimensions
-from tsdyn.archive.sweep_directory import possible_names, sweep_points
+from tsdyn.archive.sweep_directory import is_sweep, possible_names, sweep_points
 from tsdyn.archive.swept_values import SWEEP
 from tsdyn.archive.whole_files import (
     SUFFIX,
@@ -74,7 +74,7 @@ def check(path: str | Path) -> list[str]:
     flush_below(path)
     if path.is_dir() and not (path / EXPERIMENT).exists() and (found := recordings_below(path)):
         return list(dict.fromkeys(problem for folder in found for problem in _check_run(folder)))
-    if (path / SWEEP).is_file():
+    if is_sweep(path):
         return list(dict.fromkeys(_check_sweep(path)))
     of_a_study = study_directories.result(path)
     if of_a_study is not None:
@@ -104,6 +104,24 @@ def _check_study(file: Path) -> list[str]:
 def _check_sweep(path: Path) -> Iterator[str]:
     try:
         points = sweep_points(path)
+    except (ExperimentError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        yield f"{path}: the sweep cannot be read: {error}"
+        return
+    yield from _check_list(path, points)
+    for name, (_, experiment) in points.items():
+        if (path / name).is_symlink():
+            yield f"{path / name}: is a symbolic link; a sweep holds its own points"
+        elif (path / name).exists():
+            yield from _check_run(path / name, experiment)
+
+
+def _check_list(path: Path, points: Mapping[str, tuple[dict[str, Any], Experiment]]) -> Iterator[str]:
+    """Problems of ``sweep.json``, which `tsdyn run` writes anew."""
+    if not (path / SWEEP).is_file():
+        if any((path / name).exists() for name in points):
+            yield f"{path / SWEEP}: is not there; the same `tsdyn run` writes it anew"
+        return
+    try:
         index = json.loads((path / SWEEP).read_text(encoding="utf-8"))
         listed = {point["directory"] for point in index["points"]}
         names = [swept_values.dimensions(path, values) for values, _ in list(points.values())[:1]]
@@ -112,12 +130,6 @@ def _check_sweep(path: Path) -> Iterator[str]:
             yield f"{path / SWEEP}: lists other points than {EXPERIMENT} has"
     except (ExperimentError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         yield f"{path}: the sweep cannot be read: {error}"
-        return
-    for name, (_, experiment) in points.items():
-        if (path / name).is_symlink():
-            yield f"{path / name}: is a symbolic link; a sweep holds its own points"
-        elif (path / name).exists():
-            yield from _check_run(path / name, experiment)
 
 
 def _check_run(path: Path, expected: Experiment | None = None) -> Iterator[str]:
@@ -373,7 +385,7 @@ def repair(path: str | Path) -> list[str]:
         below = recordings_below(path)
         if below:
             return [line for folder in below for line in repair(folder)]
-    if (path / SWEEP).is_file():
+    if is_sweep(path):
         try:
             points = [path / name for name in sweep_points(path)]
         except ExperimentError as error:

@@ -34,6 +34,12 @@ def fallbacks(attrs: Mapping[str, Any]) -> list[str]:
     return [str(reason) for reason in found] if isinstance(found, list) else []
 
 
+def all_fallbacks(*parts: Mapping[str, Any]) -> dict[str, str]:
+    """The attribute `FALLBACKS` of an archive that parts with these attributes make; no attribute where none has it."""
+    reasons = list(dict.fromkeys(reason for attrs in parts for reason in fallbacks(attrs)))
+    return {FALLBACKS: json.dumps(reasons)} if reasons else {}
+
+
 def extended(before: Mapping[str, Any], now: Mapping[str, Any], epoch: int) -> str:
     """The history of an archive, with this machine added as the one that computes epochs from `epoch` on."""
     entries, entry = history(before), {key: now[key] for key in DECISIVE}

@@ -20,7 +20,7 @@ from dask.base import tokenize
 from dask.delayed import delayed
 from numpy.typing import NDArray
 
-from tsdyn.archive.whole_files import DirectoryError, identity
+from tsdyn.archive.whole_files import DirectoryError, Identity, identity
 
 DESCRIPTION = "dataset.json"
 #: Tables of at most so many rows are read as one chunk; larger ones label by label of their first dimension.
@@ -155,7 +155,8 @@ class _Table:
             steps = [slice(None)]
         else:
             steps = [slice(i, i + 1) for i in range(self.shape[0])]
-        token = tokenize(self.file, identity(self.file), name)
+        now = identity(self.file)
+        token = tokenize(self.file, now, name)
         parts = []
         for number, step in enumerate(steps):
             labels = dict(self.labels)
@@ -163,9 +164,23 @@ class _Table:
                 first = next(iter(labels))
                 labels[first] = labels[first][step]
             shape = tuple(len(values) for values in labels.values())
-            task = delayed(_placed)(self.file, name, dtype, labels, dask_key_name=f"{name}-{token}-{number}")
+            task = delayed(_unless_replaced)(
+                now, self.file, name, dtype, labels, dask_key_name=f"{name}-{token}-{number}"
+            )
             parts.append(dask.array.from_delayed(task, shape, np.dtype(dtype), name=f"{name}-{token}-{number}-a"))
         return dask.array.concatenate(parts) if len(parts) > 1 else parts[0]
+
+
+def _unless_replaced(before: Identity, file: Path, name: str, dtype: str, labels: Mapping[str, NDArray]) -> NDArray:
+    """`_placed`, if the table is still the one that was opened.
+
+    Raises:
+        DirectoryError: if another has taken its place.
+    """
+    found = _placed(file, name, dtype, labels)
+    if identity(file)[:3] != before[:3]:
+        raise DirectoryError(f"{file}: was replaced since it was opened; open it again")
+    return found
 
 
 def _placed(file: Path, name: str, dtype: str, labels: Mapping[str, NDArray]) -> NDArray:

@@ -40,7 +40,7 @@ from tsdyn.archive.lazy_arrays import Cells, Stored
 from tsdyn.archive.recordings import FILE as RECORDING
 from tsdyn.archive.recordings import Recording, flush_below, recordings_below
 from tsdyn.archive.run_directory import ARCHIVE, EXPERIMENT
-from tsdyn.archive.sweep_directory import label, point_directories, refuse_equal_labels
+from tsdyn.archive.sweep_directory import is_sweep, label, point_directories, refuse_equal_labels
 from tsdyn.archive.swept_values import SWEEP, dimensions
 from tsdyn.archive.whole_files import ALWAYS_VERIFIED, ArchiveError, DirectoryError, local_path
 from tsdyn.archive.wrong_numbers import WRONG, WRONG_THROUGH, WrongNumbersWarning, wrong_variables
@@ -119,7 +119,7 @@ def open(
     if along not in ("keys", "point"):
         raise DirectoryError(f"open: along={along!r}; it is 'keys' or 'point'")
     told: list[str] = []
-    if isinstance(path, (str, Path)) and not (along == "point" and (paths[0] / SWEEP).is_file()):
+    if isinstance(path, (str, Path)) and not (along == "point" and is_sweep(paths[0])):
         ds = _opened(paths[0], skip_damaged, upto, told)
     else:
         ds = _opened_together(paths, skip_damaged, upto, told, as_points=along == "point")
@@ -148,7 +148,7 @@ def _opened(path: Path, skip_damaged: bool, upto: float, told: list[str]) -> xr.
     flush_below(path)
     if path.is_file():
         return _one_file(path, upto)
-    if (path / SWEEP).is_file():
+    if is_sweep(path):
         return _opened_together([path], skip_damaged, upto, told)
     if not path.exists():
         raise DirectoryError(f"{path}: does not exist; runs are made by `tsdyn run EXPERIMENT.toml -o {path}`")
@@ -422,7 +422,7 @@ def _at(alone: Callable[[], Experiment], point: Mapping[str, Any]) -> Experiment
 def _written(path: Path) -> dict[str, Any]:
     """The experiment file as a nested dict; only its sweep is checked, since checking a thousand points takes long."""
     try:
-        values = tomllib.loads((path / EXPERIMENT).read_text(encoding="utf-8"))
+        values = tomllib.loads((path / EXPERIMENT).read_text(encoding="utf-8-sig"))
         return {**values, "sweep": checked_sweep(values.get("sweep", {}))}
     except (OSError, ValueError, RecursionError) as error:
         raise DirectoryError(f"{path}: holds no run or sweep of tsdyn's: {error}") from error
@@ -443,7 +443,7 @@ def _origin(paths: Sequence[Path], written: Sequence[Mapping[str, Any]], names: 
         joined = each[0].replace({"seeds": seeds, "record.observables": list(asked)})
         return opened | {"experiment": joined.to_toml(), "digest": joined.digest, "name": joined.name}
     values = {k: v for k, v in written[0].items() if k != "sweep" or v}
-    text = (paths[0] / EXPERIMENT).read_text(encoding="utf-8")
+    text = (paths[0] / EXPERIMENT).read_text(encoding="utf-8-sig")
     try:
         found = {"experiment": text, "digest": digest(values), "name": str(values.get("name", ""))}
         return found | ({DIMENSIONS: json.dumps(names)} if names else {})
@@ -569,9 +569,12 @@ def _coverage(cell: Sequence[Source]) -> float:
     """Share of the recorded epochs that are committed."""
     if cell[0].path.name == ARCHIVE:
         return 1.0
-    experiment = Experiment.from_toml(cell[0].path.parent.parent / EXPERIMENT, archived=True)
-    labels, along = set(experiment.labels), experiment.layout.path
     cell = [source for source in cell if not additions.is_addition(source.path)]
+    try:
+        experiment = Experiment.from_toml(cell[0].path.parent.parent / EXPERIMENT, archived=True)
+    except ExperimentError:  # `tsdyn validate` names it; the segments can be read without
+        experiment = Experiment.from_toml_text(str(cell[-1].own.get("experiment")), archived=True)
+    labels, along = set(experiment.labels), experiment.layout.path
     there = sum(label in labels for source in cell for label in source.header.labels[along])
     outcomes = experiment.recorded("end")  # counts as one more record, the last
     there += sum(set(outcomes) <= set(source.header.variables) for source in cell) if outcomes else 0

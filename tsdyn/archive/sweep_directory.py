@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -62,6 +63,17 @@ def _spelled(values: Mapping[str, Any], names: Mapping[str, str] | None) -> tupl
 
 def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def is_sweep(path: Path) -> bool:
+    """Whether a directory is that of a sweep: ``sweep.json`` is there, or was lost, and its experiment has one."""
+    if (path / SWEEP).is_file():
+        return True
+    try:
+        text = (path / EXPERIMENT).read_text(encoding="utf-8-sig")
+        return "sweep" in text and bool(tomllib.loads(text).get("sweep"))
+    except (OSError, ValueError, RecursionError):
+        return False
 
 
 def point_directories(

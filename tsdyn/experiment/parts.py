@@ -78,32 +78,23 @@ StudentInit = Annotated[str, BeforeValidator(registers.STARTS.given), AfterValid
 
 
 def _as_in_a_file(value: Any) -> Any:
-    """A keyword argument as an experiment file gives it back: a list for a tuple, plain numbers for numpy's.
-
-    Else the same run would get one value when it begins and another when it goes on.
-
-    Raises:
-        ValueError: if a file cannot hold it.
-    """
+    """A keyword argument as a file gives it back, a list for a tuple, to a run that goes on; ValueError if none can."""
     if isinstance(value, (bool, str)):
         return value
-    if isinstance(value, numbers.Integral):
-        return int(value)
-    if isinstance(value, numbers.Real) and math.isfinite(value):
-        return float(value)
     if isinstance(value, (list, tuple)):
         return [_as_in_a_file(each) for each in value]
     if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
         return {key: _as_in_a_file(each) for key, each in value.items()}
+    if isinstance(value, numbers.Real) and math.isfinite(value):
+        return int(value) if isinstance(value, numbers.Integral) else float(value)
     raise ValueError(
-        f"{value!r}, a {type(value).__name__}, cannot be an argument, since an experiment file must keep it: give "
-        "finite numbers, texts, truth values, lists, and tables of these with texts as keys, and leave out what is None"
+        f"{value!r}, a {type(value).__name__}, cannot be an argument, since a file must keep it: give finite numbers, "
+        "texts, truth values, lists, and tables of these with texts as keys, and leave out what is None"
     )
 
 
 #: Keyword arguments of a part that a package offers; tsdyn's own parts have keys of their own.
 Arguments = Annotated[dict[str, Any], Field(min_length=1), AfterValidator(_as_in_a_file)]
-
 
 #: Names of a module's labelled layers, the lowest first.
 Layers = Annotated[tuple[str, ...], BeforeValidator(as_tuple), Field(min_length=1)]

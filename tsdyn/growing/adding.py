@@ -21,8 +21,7 @@ from tsdyn.archive.headers import Source
 from tsdyn.archive.lock import Lock
 from tsdyn.archive.run_directory import RUN
 from tsdyn.archive.selecting import experiment_of
-from tsdyn.archive.sweep_directory import sweep_points
-from tsdyn.archive.swept_values import SWEEP
+from tsdyn.archive.sweep_directory import is_sweep, sweep_points
 from tsdyn.archive.whole_files import DirectoryError, local_path, make_directory, refuse_link, refused
 from tsdyn.experiment.experiment import Experiment
 from tsdyn.growing.measuring import lost_parameters, measure
@@ -85,7 +84,7 @@ def _titled(title: str, told: Callable[[str], object]) -> Callable[[str], object
 
 def _folders(path: Path) -> list[Path]:
     """The directories of the runs that have a committed epoch."""
-    if not (path / SWEEP).is_file():
+    if not is_sweep(path):
         return [path]
     folders = [path / name for name in sweep_points(path)]
     for folder in folders:

@@ -7,8 +7,7 @@ from pathlib import Path
 
 from tsdyn.archive import additions, changes, netcdf, states
 from tsdyn.archive.run_directory import ADDED, ARCHIVE, EXPERIMENT, segments
-from tsdyn.archive.sweep_directory import sweep_points
-from tsdyn.archive.swept_values import SWEEP
+from tsdyn.archive.sweep_directory import is_sweep, sweep_points
 from tsdyn.archive.whole_files import ArchiveError
 from tsdyn.experiment.errors import ExperimentError
 from tsdyn.experiment.experiment import Experiment
@@ -18,7 +17,7 @@ def lines(path: Path) -> list[str]:
     """One line for each change of a run or a sweep, each with its time, oldest first; none for other paths."""
     if not path.is_dir() or not (path / EXPERIMENT).is_file():
         return []
-    swept = (path / SWEEP).is_file()
+    swept = is_sweep(path)
     folders = [path / name for name in sweep_points(path)] if swept else [path]
     entries = [(entry.get("at", ""), entry.get("added", "")) for entry in _changes(path, swept)]
     entries += list(_measured(folders))
@@ -30,7 +29,7 @@ def states_kept(path: Path) -> str:
     """The training states along the way of a run, and of a sweep's first point, and their size; empty without any."""
     if not path.is_dir() or not (path / EXPERIMENT).is_file():
         return ""
-    swept = (path / SWEEP).is_file()
+    swept = is_sweep(path)
     folders = [path / name for name in sweep_points(path)] if swept else [path]
     begun = next((folder for folder in folders if (folder / ARCHIVE).is_file() or segments(folder)), None)
     held = {} if begun is None else states.kept(begun)

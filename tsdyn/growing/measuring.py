@@ -336,9 +336,11 @@ def _recorded(single: Experiment, now: Mapping[str, NDArray]) -> NDArray:
         return now["parameter"][: single.layout.entries]
     layout = single.layout
     blocks = [now["weight"][i, :n, :below] for i, (n, below) in enumerate(zip(*_shape(layout), strict=True))]
-    return np.concatenate(
-        [*(block.ravel() for block in blocks), *(now["bias"][i, : len(b)] for i, b in enumerate(blocks))]
-    )
+    biases = [now["bias"][i, : len(block)] for i, block in enumerate(blocks)]
+    norms = [
+        now[name][i, :n] for name in FAMILIES["batch_norm"] if name in now for i, n in enumerate(layout.widths[:-1])
+    ]
+    return np.concatenate([*(block.ravel() for block in blocks), *biases, *norms])
 
 
 def lost_parameters(ds: xr.Dataset) -> NDArray:

@@ -10,7 +10,9 @@ import json
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
+from tsdyn import vocabulary
 from tsdyn.archive import changes, machines, netcdf
 from tsdyn.archive.lock import NAME as LOCK
 from tsdyn.archive.run_directory import ADDED, ARCHIVE, EXPERIMENT, RunDirectory, extends, segments
@@ -113,11 +115,14 @@ def join(path: Path, experiment: Experiment, device: str) -> None:
         attrs = attributes(experiment, device) | changes.extended(before, changes.described(experiment, own))
         attrs |= {key: before[key] for key in ("parameters", input_files.ATTRIBUTE) if key in before}
         attrs |= {machines.HISTORY: _machines(before, theirs, list(new.seed_labels))}
+        attrs |= machines.all_fallbacks(before, theirs)
+        if vocabulary.WALL in before and vocabulary.WALL in theirs:
+            attrs[vocabulary.WALL] = round(sum(float(one[vocabulary.WALL]) for one in (before, theirs)), 3)
         target.gain(other, experiment, attrs)
     _remove_joined(path, experiment)
 
 
-def _machines(before: dict[str, object], theirs: dict[str, object], seeds: list[int]) -> str:
+def _machines(before: dict[str, Any], theirs: dict[str, Any], seeds: list[int]) -> str:
     """The machines that computed both: those of the further seeds are named with them, where they are others."""
     own = machines.history(before)
     known = [{key: entry.get(key) for key in machines.DECISIVE} for entry in own]

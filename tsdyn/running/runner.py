@@ -315,9 +315,10 @@ class _Point:
             self._attrs |= {machines.HISTORY: before[machines.HISTORY]}
         self._attrs |= self._changes(before)
         self.members.draw()  # what cannot be drawn fails by itself
-        if isinstance(self.members, Members) and (reasons := self.members.fallbacks()):
-            self._attrs |= {machines.FALLBACKS: json.dumps(reasons)}
+        reasons = self.members.fallbacks() if isinstance(self.members, Members) else []
+        if reasons:
             _log.info("%s: %s", self._target.path, "; ".join(reasons))
+        self._attrs |= machines.all_fallbacks(before, {machines.FALLBACKS: json.dumps(reasons)})
         return self._first
 
     def _changes(self, before: Mapping[str, Any]) -> dict[str, str]:

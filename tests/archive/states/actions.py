@@ -19,7 +19,7 @@ from tests.archive.states.checks import allowed, steps
 from tests.archive.states.children import SENTENCES, child, die_at
 from tests.archive.states.growing import Growing
 from tests.archive.states.model import STARTS, Damage, Opened, content, more_seeds, of_other_seeds
-from tsdyn.archive import integrity, whole_files
+from tsdyn.archive import integrity, sweep_directory, whole_files
 from tsdyn.archive.run_directory import ARCHIVE, EXPERIMENT, segment_epochs
 from tsdyn.archive.selecting import experiment_of
 from tsdyn.growing import comparing
@@ -154,6 +154,13 @@ class Directory(Growing):
     def remove_the_index(self) -> None:
         steps["remove the index"] += 1
         (self.path / "index.json").unlink()
+
+    @precondition(lambda self: (self.path / sweep_directory.SWEEP).exists() and not self.standing)
+    @rule()
+    def lose_the_list_of_points(self) -> None:
+        """It is for other readers, and the next run writes it anew."""
+        steps["lose the list"] += 1
+        (self.path / sweep_directory.SWEEP).unlink()
 
     def _two_there(self) -> bool:
         return len(self.points) > 1 and all((self.path / name).exists() for name in list(self.points)[:2])

@@ -253,13 +253,13 @@ class Growing(Checked):
         self._gain_points(lambda: die_at(moment, self.path))
 
     @precondition(lambda self: self._there())
-    @rule(at=st.integers(0, 1), moment=st.integers(0, 400), keep=st.booleans())
+    @rule(at=st.integers(0, 3), moment=st.integers(0, 400), keep=st.booleans())
     def fork(self, at: int, moment: int, keep: bool) -> None:
         """Children without a change are their parent from there on, killed in between or not; it stays as it was.
 
         Those that were kept grow with their parent.
         """
-        out, parent = self.scratch / "children", self._contents()
+        out, parent, at = self.scratch / "children", self._contents(), min(at, self.base.training.epochs)
         if self.children is None:
             shutil.rmtree(out, ignore_errors=True)
             steps["fork"] += 1

@@ -45,6 +45,7 @@ TINY = small(
 STARTS: dict[str, Experiment | Path] = {
     "run": TINY,
     "seldom": TINY.replace({"record.every": 2}),
+    "plain": TINY.replace({"record.every": 2, "training.momentum": 0.0}),  # forks begin from its recorded weights
     "teacher file": TINY.replace({
         "teacher.init": "file", "teacher.path": "teacher.pt", "teacher.activation": "relu",
     }),
