@@ -319,3 +319,23 @@ def test_new_memory_is_made_when_it_is_touched_and_numbers_stay():
     memory.touch(small)  # too small to be new memory
     memory.touch(large.view(2, -1).T)  # nothing that lies together
     assert bool((small == 1).all())
+
+
+@pytest.mark.parametrize("loss", [nn.functional.l1_loss, lambda f, t: (f - t).abs().mean(), lambda f, t: f.sgn().sum()])
+@pytest.mark.parametrize("middle", [nn.Tanh, nn.ReLU])
+def test_losses_whose_second_derivative_is_no_number_in_memory(loss, middle):
+    """Torch gives the derivative of a sign as a tensor without memory, which no compiled code may read."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(4, 5), middle(), nn.Linear(5, 3)).double()
+    x, y, v = (torch.randn(*shape).double() for shape in ((6, 4), (6, 3), (43,)))
+    leaves = list(module.parameters())
+    slopes = torch.autograd.grad(loss(module(x), y), leaves, create_graph=True)
+    flat = torch.cat([s.flatten() for s in slopes])
+    bent = torch.autograd.grad(flat, leaves, v, allow_unused=True)
+    right = torch.cat([torch.zeros(p.numel()) if b is None else b.flatten() for p, b in zip(leaves, bent, strict=True)])
+    found = derivatives.hessian_vector_product(module, loss, x, y, v)
+    torch.testing.assert_close(found, right.double(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(derivatives.hessian(module, loss, x, y) @ v, right.double(), rtol=0, atol=1e-12)
+    for name, gradient in derivatives.per_sample_gradients(module, loss, x, y).items():
+        gradient.add_(0)  # of memory of its own
+        assert gradient.shape == (6, *module.get_parameter(name).shape)

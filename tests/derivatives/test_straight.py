@@ -196,6 +196,34 @@ def test_a_loss_that_draws_is_refused_of_known_modules_too(draw):
     assert np.array_equal(np.random.get_state()[1], numpys)  # noqa: NPY002
 
 
+class Counts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, f, t):
+        self.calls += 1
+        return self.calls * (f - t).square().sum()
+
+
+@pytest.mark.parametrize("moment", [1, 3])
+def test_a_loss_that_remembers_its_calls_is_refused_of_known_modules_too(moment):
+    module, x, y = problem()
+    for loss in (Counts(), lambda f, t, calls=[]: (calls.append(1), (f - t).square().sum() * len(calls))[1]):
+        for _ in range(moment):
+            loss(module(x), y)
+        for function in (derivatives.per_sample_gradients, derivatives.per_sample_gradient_norms, derivatives.hessian):
+            with pytest.raises(ValueError, match="or the loss, gives two values for one input"):
+                function(module, loss, x, y)
+
+
+def test_a_loss_without_a_second_derivative_is_named_where_formulas_are_used():
+    module, x, _ = problem()
+    classes, vector = torch.zeros(len(x), dtype=torch.long), drawn(sum(p.numel() for p in module.parameters()))
+    with pytest.raises(ValueError, match="Sequential holds an operation that torch cannot differentiate here"):
+        derivatives.hessian_vector_product(module, F.multi_margin_loss, x, classes, vector)
+
+
 # --- the module, between two calls -----------------------------------------------------------------------------
 
 

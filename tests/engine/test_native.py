@@ -10,6 +10,7 @@ import stat
 import textwrap
 
 import pytest
+import torch
 
 from tests import processes
 from tsdyn.engine import (
@@ -301,3 +302,17 @@ def test_a_switch_that_is_neither_on_nor_off_is_refused(monkeypatch, name, word,
     monkeypatch.setenv(name, word)
     with pytest.raises(ExperimentError, match=message):
         native.switched_on(name, default=default)
+
+
+def test_numbers_that_are_not_in_memory_are_written_out_or_refused():
+    one = torch.tensor([1.0, 2.0], requires_grad=True)
+    (nothing,) = torch.autograd.grad(one.sgn().sum(), one)
+    assert nothing.data_ptr() == 0  # where compiled code would read
+    negative = torch._neg_view(torch.tensor([1.0, 2.0]))
+    assert negative.is_contiguous()
+    for tensor, numbers in ((nothing, [0.0, 0.0]), (negative, [-1.0, -2.0])):
+        assert not native.serves([tensor], compiled_factors.SOURCE, compiled_factors.Job)
+        with pytest.raises(ValueError, match="torch computes this tensor's numbers"):
+            native.address(tensor)
+        held = native.written(tensor)
+        assert (ctypes.c_float * 2).from_address(native.address(held))[:] == numbers

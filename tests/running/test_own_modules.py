@@ -80,6 +80,46 @@ def test_a_run_is_plain_torch_on_the_same_batches(tmp_path, name, rule, taught):
         assert float(ds.loss_train.sel(seed=seed)[-1]) == pytest.approx(last, rel=1e-8 if rule == "adam" else 1e-11)
 
 
+class Odd(nn.Module):
+    """One layer that goes by three names, a weight that moves buffers when it is read, and a parameter of no number."""
+
+    def __init__(self):
+        super().__init__()
+        again = nn.Linear(4, 4)
+        self.layers = nn.ModuleList([nn.utils.parametrizations.spectral_norm(nn.Linear(INPUTS, 4)), again, again])
+        self.top, self.nothing = nn.Sequential(again, nn.Linear(4, OUTPUTS)), nn.Parameter(torch.zeros(0, 3))
+        self.scale = nn.Parameter(torch.tensor(0.7))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return self.scale * self.top(x) + self.nothing.sum()
+
+
+class Followed(Odd):
+    """The same in a way that torch.func cannot follow."""
+
+    def forward(self, x):
+        return super().forward(x) if x.abs().sum() < 1e9 else x
+
+
+@pytest.mark.parametrize("make", [Odd, Followed])
+def test_shared_computed_and_empty_parts_are_trained_as_by_torch(tmp_path, make):
+    asked = experiment(**RULES["momentum"], training__steps_per_epoch=10)
+    ds = tsdyn.run(asked, tmp_path / "run", student=make).load()
+    for seed in (0, 1):
+        x = torch.from_numpy(training_inputs(asked, seed))
+        y = teachers.draw_teacher(asked, seed)(x)
+        rows = torch.from_numpy(batch_indices(asked, seed, 1, len(x)))
+        module = by_torch(start(make, seed), asked, [(x[r], y[r]) for r in rows])
+        for epoch, expected in ((0, start(make, seed)), (1, module)):
+            found = own_modules.named(ds.sel(seed=seed, epoch=epoch))
+            held = {**dict(expected.named_parameters()), **dict(expected.named_buffers())}
+            assert found.keys() == held.keys()
+            for name, tensor in held.items():
+                assert_same(torch.from_numpy(found[name].values), tensor.detach(), 1e-12, what=name)
+
+
 def test_what_is_recorded_and_how_it_is_read(tmp_path, caplog):
     unchosen = Record().observables
     asked = small(teacher__widths=[INPUTS, 5, OUTPUTS], training__epochs=2, record__observables=unchosen)

@@ -241,8 +241,8 @@ class Asked:
             told = one.is_floating_point() and comparable([one])
             if one.shape != other.shape or (told and not agree(other, one)):
                 raise ValueError(
-                    f"{self.caller}: {self.name} gives two values for one input, so it draws random numbers of its own "
-                    "or remembers earlier calls; make it deterministic"
+                    f"{self.caller}: {self.name}, or the loss, gives two values for one input, so it draws random "
+                    "numbers of its own or remembers earlier calls; make it deterministic"
                 )
 
     def examine(self, loss: Loss | None = None) -> Tree:

@@ -424,13 +424,16 @@ def _refuse_large(size: int, dtype: torch.dtype, device: torch.device) -> None:
 class _Formulas:
     """As `_Curve`, by formulas alone."""
 
-    def __init__(self, formulas: Layered) -> None:
-        self._formulas = formulas
+    def __init__(self, caller: str, name: str, formulas: Layered) -> None:
+        self._caller, self._name, self._formulas = caller, name, formulas
         self.size, self.device, self.dtype = formulas.size, formulas.device, formulas.dtype
 
     def product(self, vector: Tensor) -> Tensor:
         """H v."""
-        return self._formulas.product(vector)
+        try:
+            return self._formulas.product(vector)
+        except RuntimeError as error:  # of the loss, which is differentiated here
+            raise explained(self._caller, self._name, error) from error
 
     def dense(self) -> Tensor:
         """The dense Hessian."""
@@ -464,7 +467,7 @@ def _curved(
 
             formulas = _proved(one, given["loss"], leaves, once="vector" in given)
             if formulas is not None:
-                yield _Formulas(formulas), given
+                yield _Formulas(caller, name, formulas), given
                 return
             curve = _traced(caller, name, leaves, lambda: one.refuse_unsteady(value), value)
             if "vector" not in given:  # a single product is not worth the comparison

@@ -226,6 +226,9 @@ def per_sample_gradient_norms(
 def _norms(gradients: Mapping[str, Tensor]) -> Tensor:
     """Norm of each sample's gradient over all parameters, in float64, scaled by its largest entry against overflow."""
     rows = [g.reshape(len(g), -1).abs() for g in gradients.values() if g.numel()]
+    if not rows:  # parameters without numbers
+        first = next(iter(gradients.values()))
+        return first.new_zeros(len(first), dtype=torch.float64)
     most = torch.stack([r.amax(1).double() for r in rows]).amax(0)
     scale = torch.where((most > 0) & most.isfinite(), most, torch.ones_like(most))
     squares = [(r.double() / scale[:, None]).square().sum(1) for r in rows]

@@ -49,8 +49,10 @@ def refuse_odd(caller: str, name: str, tensor: Tensor) -> None:
 
 
 def strided(gradient: Tensor) -> Tensor:
-    """A gradient with all its zeros; that of an ``Embedding(sparse=True)`` comes without."""
-    return gradient if gradient.layout is torch.strided else gradient.to_dense()
+    """A gradient with all its zeros: that of an ``Embedding(sparse=True)`` comes without, that of a sign as none."""
+    if gradient.layout is not torch.strided:
+        return gradient.to_dense()
+    return gradient.clone() if gradient._is_zerotensor() else gradient
 
 
 def explained(caller: str, name: str, error: RuntimeError) -> Exception:

@@ -120,7 +120,7 @@ class Passage:
         library = native.load(SOURCE, Job)
         assert library is not None
         samples = steps.inputs.shape[1]
-        rows = steps.rows.contiguous()
+        rows = native.written(steps.rows)
         self.members, count, _ = rows.shape
         if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < samples:
             raise IndexError(
@@ -129,7 +129,7 @@ class Passage:
         self._depth = network.depth
         # all that the struct points to lives as long as it does
         self._by_rate = torch.zeros(self.members, count, dtype=torch.float64)
-        self._held: list[object] = [held := (steps.inputs.contiguous(), steps.targets.contiguous()), rows, *state]
+        self._held: list[object] = [held := (native.written(steps.inputs), native.written(steps.targets)), rows, *state]
         tensors = [*held, *(t for named in state for t in named.values())]
         assert all(t.is_contiguous() and t.dtype == torch.float64 for t in tensors)
         self._job = self._described(network, state, rule, steps, held, rows)
@@ -167,8 +167,8 @@ class Passage:
             rule.loss is CROSS_ENTROPY,
             *self._pointers(state),
             *nothing,
-            *(t.data_ptr() for t in held),
-            rows.data_ptr(),
+            *(native.address(t) for t in held),
+            native.address(rows),
             native.array(ctypes.c_double, steps.rates),
             native.array(ctypes.c_double, rule.factors or [1.0] * self._depth),
             rule.momentum,
@@ -176,7 +176,7 @@ class Passage:
             METHODS[rule.name],
             rule.decay_biases,
             native.array(ctypes.c_uint8, [layer + 1 in rule.frozen for layer in range(self._depth)]),
-            self._by_rate.data_ptr(),
+            native.address(self._by_rate),
         )
 
     @property
@@ -212,7 +212,7 @@ class Passage:
         assert all(t.is_contiguous() and t.dtype == torch.float64 for t in tensors)
         job = self._job
         job.slopes, job.bias_slopes, job.first_slopes, job.first_bias_slopes = pointers = self._pointers(slopes)
-        job.by_weight, job.by_target, job.by_input = (None if t is None else t.data_ptr() for t in sums)
+        job.by_weight, job.by_target, job.by_input = (None if t is None else native.address(t) for t in sums)
 
         def one(member: int, _next: int) -> int:
             self._back(ctypes.c_void_p(self._passed[member]), ctypes.c_int64(member))

@@ -96,9 +96,9 @@ class Passed:
             native.pointers(network.biases),
             nothing,
             nothing,
-            x.data_ptr(),
+            native.address(x),
             *(native.pointers(kept) for kept in (f, gates, self._bends, moved, gamma)),
-            self.output.data_ptr(),
+            native.address(self.output),
         )
         self._job.numbers = sum(n * s for n, s in zip(network.widths[1:], self._strides, strict=True))
         self._run("forward", self._pieces)
@@ -124,8 +124,8 @@ class Passed:
         """
         for bend in self._bends:
             bend.copy_(second(bend))
-        self._held = (*self._held, slope := slope.contiguous())
-        self._job.slope = slope.data_ptr()
+        self._held = (*self._held, slope := native.written(slope))
+        self._job.slope = native.address(slope)
         self._run("descend", self._pieces)
 
     def moved(self, along: Mapping[tuple[int, bool], Tensor]) -> Tensor:
@@ -135,14 +135,14 @@ class Passed:
             along: By (layer from 0, whether it is the bias); what is left out does not move.
         """
         layers = range(self._network.depth)
-        along = {place: piece.contiguous() for place, piece in along.items()}
+        along = {place: native.written(piece) for place, piece in along.items()}
         self._along = along  # alive as long as the job points to it
         job = self._job
         job.along, job.bias_along = (
             native.pointers([along.get((layer, bias)) for layer in layers]) for bias in (False, True)
         )
         found = torch.empty_like(self.output)
-        job.moved_outputs = found.data_ptr()
+        job.moved_outputs = native.address(found)
         self._run("moved_up", self._pieces)
         return found
 
@@ -154,9 +154,9 @@ class Passed:
             order: (layer from 0, whether it is the bias).
         """
         job, widths = self._job, self._network.widths
-        moved_slope = moved_slope.contiguous()
+        moved_slope = native.written(moved_slope)
         sums = self._x.new_empty(self._blocks, job.numbers)
-        job.moved_slope, job.found = moved_slope.data_ptr(), sums.data_ptr()
+        job.moved_slope, job.found = native.address(moved_slope), native.address(sums)
         self._run("moved_down", self._blocks)
         sizes = [n * s for n, s in zip(widths[1:], self._strides, strict=True)]
         total = sums[0] if len(sums) == 1 else sums.sum(0)

@@ -61,7 +61,7 @@ def _call(name: str, f: Tensor, g: Tensor, found: Tensor) -> None:
     library = native.load(SOURCE, Job)
     assert library is not None
     call: Any = native.function(library, name, f.dtype)
-    job = Job(*f.shape, g.shape[2], f.data_ptr(), g.data_ptr(), found.data_ptr())
+    job = Job(*f.shape, g.shape[2], *(native.address(t) for t in (f, g, found)))
 
     def part(first: int, last: int) -> int:
         return int(call(ctypes.byref(job), ctypes.c_int64(first), ctypes.c_int64(last)))

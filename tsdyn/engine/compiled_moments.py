@@ -72,7 +72,7 @@ def sums(
     """
     library = native.load(SOURCE, Job)
     assert library is not None
-    held = [[g.contiguous() for g in each] for each in (gates, teacher_gates)]
+    held = [[native.written(g) for g in each] for each in (gates, teacher_gates)]
     samples, depth = len(held[0][0]), student.depth
     blocks = -(-samples // BLOCK)
     shapes = [(student.widths[layer], teacher.widths[layer]) for layer in range(lowest, depth - 1)]
@@ -89,7 +89,7 @@ def sums(
         native.pointers(teacher.weights),
         native.pointers(held[0]),
         native.pointers(held[1]),
-        found.data_ptr(),
+        native.address(found),
         numbers,
     )
     function = native.function(library, "moments", found.dtype)

@@ -120,8 +120,8 @@ def advance(block: Ensemble, batches: Batches, rule: Rule, taken: int) -> None:
     """
     library = native.load(SOURCE, Job)
     assert library is not None
-    inputs, targets = batches.inputs.contiguous(), batches.targets.contiguous()
-    rows = None if batches.rows is None else batches.rows.contiguous()
+    inputs, targets = native.written(batches.inputs), native.written(batches.targets)
+    rows = None if batches.rows is None else native.written(batches.rows)
     members, samples, _ = inputs.shape
     if rows is not None and rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < samples:
         raise IndexError(f"train: rows reach from {int(rows.min())} to {int(rows.max())}; samples are 0..{samples - 1}")
@@ -177,9 +177,9 @@ def _job(
         native.array(ctypes.c_uint8, [network.frame.norm_first(i) for i in range(len(norms))]),
         native.array(ctypes.c_double, [0.0 if n is None else max(n.eps, least) for n in norms]),
         native.array(ctypes.c_double, [0.0 if n is None else n.momentum for n in norms]),
-        inputs.data_ptr(),
-        targets.data_ptr(),
-        None if rows is None else rows.data_ptr(),
+        native.address(inputs),
+        native.address(targets),
+        None if rows is None else native.address(rows),
         native.array(ctypes.c_double, rates.tolist()),
         native.array(ctypes.c_double, rule.factors or [1.0] * depth),
         rule.momentum,

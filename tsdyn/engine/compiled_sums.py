@@ -95,7 +95,7 @@ def sums(network: Network, inputs: Tensor, targets: Tensor, teachers: Sequence[T
     library = native.load(SOURCE, Job)
     assert library is not None
     samples, hidden, of = len(inputs), network.depth - 1, network.widths
-    held = [t.contiguous() for t in (inputs, targets, *(t.activations for t in teachers))]
+    held = [native.written(t) for t in (inputs, targets, *(t.activations for t in teachers))]
     widths, known = [t.shape[1] for t in held[2:]], []
     numbers = 1
     for width, nodes in zip(widths, of[1:], strict=False):
@@ -112,11 +112,11 @@ def sums(network: Network, inputs: Tensor, targets: Tensor, teachers: Sequence[T
         network.activation.leak or 0.0,
         native.pointers(network.weights),
         native.pointers(network.biases),
-        held[0].data_ptr(),
-        held[1].data_ptr(),
+        native.address(held[0]),
+        native.address(held[1]),
         native.array(ctypes.c_int64, [*widths, *[0] * (hidden - len(widths))]),
         native.pointers([*held[2:], *[None] * (hidden - len(widths))]),
-        found.data_ptr(),
+        native.address(found),
         numbers,
     )
     function = native.function(library, "forward", inputs.dtype)

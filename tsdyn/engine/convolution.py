@@ -90,16 +90,16 @@ class _Convolution(torch.autograd.Function):
 def _call(name: str, x: Tensor, weight: Tensor, bias: Tensor | None, *, output: Tensor | None = None) -> Tensor:
     library = native.load(SOURCE, Job)
     assert library is not None
-    x, weight = x.contiguous(), weight.contiguous()
+    x, weight = native.written(x), native.written(weight)
     members, channels, below, *size = weight.shape
     rows, columns = (n - k + 1 for n, k in zip(x.shape[2:4], size, strict=True))
-    output = x.new_empty(members, channels, rows, columns, x.shape[4]) if output is None else output.contiguous()
-    held = None if bias is None else bias.contiguous()
+    output = x.new_empty(members, channels, rows, columns, x.shape[4]) if output is None else native.written(output)
+    held = None if bias is None else native.written(bias)
     function = native.function(library, name, x.dtype)
     shape = (channels, below, rows, columns, *size, x.shape[4])
 
     def some(first: int, last: int) -> int:
-        own = (t if t is None else t[first:last].data_ptr() for t in (x, weight, held, output))
+        own = (t if t is None else native.address(t[first:last]) for t in (x, weight, held, output))
         function(ctypes.byref(Job(last - first, *shape, *own)))
         return 0
 

@@ -207,7 +207,7 @@ def _name(ensemble: Ensemble) -> str:
 def _alike(found: tuple[Named, Named], expected: tuple[Named, Named], *, rounding: float) -> bool:
     """Whether both agree up to rounding relative to the member's largest gradient; NaN equals NaN, inf equals inf."""
     for mine, theirs in zip(found, expected, strict=True):
-        floating = [t for t in theirs.values() if t.is_floating_point()]
+        floating = [t for t in theirs.values() if t.is_floating_point() and t.numel()]
         scale = (
             torch.stack([t.flatten(1).abs().amax(1) if t.ndim > 1 else t.abs() for t in floating]).amax(0)
             if floating

@@ -329,7 +329,29 @@ def array(kind: Any, values: Sequence[object]) -> ctypes.Array:
 
 def pointers(tensors: Sequence[Tensor | None]) -> ctypes.Array:
     """A C array of the tensors' addresses; null for None."""
-    return array(ctypes.c_void_p, [None if t is None else t.data_ptr() for t in tensors])
+    return array(ctypes.c_void_p, [None if t is None else address(t) for t in tensors])
+
+
+def address(tensor: Tensor) -> int:
+    """Where the numbers of a contiguous tensor are.
+
+    Raises:
+        ValueError: for a tensor whose memory does not hold its numbers; `written` makes one that does.
+    """
+    if not _in_memory(tensor):
+        raise ValueError("native: torch computes this tensor's numbers when it reads them: no compiled code can")
+    return tensor.data_ptr()
+
+
+def written(tensor: Tensor) -> Tensor:
+    """The tensor with its numbers in contiguous memory: a copy where torch computes them when it reads them."""
+    if tensor._is_zerotensor():  # gradients that are zero by their formula, which have no memory at all
+        return tensor.clone()
+    return tensor.resolve_neg().contiguous()
+
+
+def _in_memory(tensor: Tensor) -> bool:
+    return not tensor._is_zerotensor() and not tensor.is_neg()
 
 
 def padded(numbers: int, dtype: torch.dtype) -> int:
@@ -342,6 +364,7 @@ def serves(tensors: Sequence[Tensor], source: Path, job: type[ctypes.Structure])
     """Whether these tensors can be passed to a library, and there is one."""
     return (
         all(t.device.type == "cpu" and t.is_contiguous() and t.dtype == tensors[0].dtype for t in tensors)
+        and all(_in_memory(t) for t in tensors)
         and tensors[0].dtype in (torch.float32, torch.float64)
         and load(source, job) is not None
     )

@@ -286,9 +286,13 @@ def refuse_other_outputs(output: Any, samples: int, *, caller: str, whose: str =
 
 
 def weights_of(module: nn.Module, names: Sequence[str]) -> list[tuple[Tensor, Tensor | None]]:
-    """Weight, (node, input_node), and bias of each named layer."""
+    """Weight, (node, input_node), and bias of each named layer, in evaluation mode.
+
+    A weight that is computed when it is read may change the module in training mode: spectral norm's buffers move.
+    """
     parts: list[Any] = [module.get_submodule(name) for name in names]
-    return [(p.weight.detach().flatten(1), None if p.bias is None else p.bias.detach()) for p in parts]
+    with evaluated(module):
+        return [(p.weight.detach().flatten(1), None if p.bias is None else p.bias.detach()) for p in parts]
 
 
 def pulled_back(

@@ -109,10 +109,10 @@ def checked_probe(model: nn.Module, probe: Any) -> tuple[Tensor, Tensor]:
 
 
 def unlabelled(model: nn.Module, layers: tuple[str, ...]) -> dict[str, list[int]]:
-    """Name → shape of the parameters and buffers that belong to no labelled layer."""
+    """Name → shape of the parameters and buffers that belong to no labelled layer, and hold a number at all."""
     own = {id(p) for name in layers for p in model.get_submodule(name).parameters(recurse=False)}
     held = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    return {name: list(t.shape) for name, t in held.items() if id(t) not in own}
+    return {name: list(t.shape) for name, t in held.items() if id(t) not in own and t.numel()}
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:

@@ -219,6 +219,8 @@ class Recorder:
             {name.removeprefix(f"{_HELD}_"): a for name, a in arrays.items() if name != "death_epoch"}
         )
         self._model.load_state_dict(found["model"])
+        for name, buffer in found.get("buffers", {}).items():
+            self._model.get_buffer(name).copy_(buffer)
         for name, holder in self._stateful.items():
             if name not in found:
                 raise ArchiveError(f"{self._folder}: the last commit holds no {name}; give the same state= as then")
@@ -391,6 +393,7 @@ class Recorder:
             passed = traced(self._model, self._x[:WITNESSES], self._recording.layers)
         self._refuse_other_order(tuple(passed.calls))
         held: dict[str, Any] = {"model": self._model.state_dict(), "witness": passed.output}
+        held["buffers"] = {n: t for n, t in self._model.named_buffers() if n not in held["model"]}  # not persistent
         for name, holder in self._stateful.items():
             held[name] = holder.get_state() if isinstance(holder, torch.Generator) else holder.state_dict()
         now = states.encoded(held, self._spare)
