@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tomli_w
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -62,6 +63,8 @@ def test_the_designs_example_reads_and_round_trips():
     assert experiment.seed_labels == tuple(range(32))
     points = list(experiment.points())
     assert len(points) == 12
+    for single in (experiment, *(one for _, one in points)):
+        assert single.to_toml() == tomli_w.dumps(single.as_dict())
     values, point = points[-1]
     assert values == {"student.overrealization": 10, "teacher.polarity": 2.0}
     assert point.student_widths == (100, 100, 50)
@@ -85,6 +88,7 @@ def test_round_trip(seeds, rate, bias, train, steps):
         data__train=train,
         training__steps_per_epoch=steps,
     )
+    assert experiment.to_toml() == tomli_w.dumps(experiment.as_dict())
     again = Experiment.from_toml_text(experiment.to_toml())
     assert again == experiment
     assert again.digest == experiment.digest

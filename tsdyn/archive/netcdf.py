@@ -496,11 +496,17 @@ def index(
 
 def bytes_per_epoch(layout: Layout, variables: Sequence[str], dtype: str) -> int:
     """Size of one recorded epoch of all members, without padding."""
+    return _per_epoch(layout, tuple(map(variable_of, variables))) * len(layout.seeds) * np.dtype(dtype).itemsize
+
+
+@lru_cache(maxsize=16)  # asked of every point of a sweep, several times
+def _per_epoch(layout: Layout, variables: tuple[vocabulary.Variable, ...]) -> int:
+    """How many numbers one epoch of one member records."""
     numbers = 0
-    for variable in (variable_of(name) for name in variables if "epoch" in variable_of(name).dims):
+    for variable in (each for each in variables if "epoch" in each.dims):
         layers = range(1, layout.depth + 1) if variable.layered else (None,)
         numbers += sum(math.prod(layout.block(variable, layer)) for layer in layers)
-    return numbers * len(layout.seeds) * np.dtype(dtype).itemsize
+    return numbers
 
 
 def stored_bytes(
@@ -515,16 +521,29 @@ def stored_bytes(
         epochs: Number of recorded epochs.
         depths: Number of layers of each variable that are written; all layers if not given.
     """
+    size = np.dtype(dtype).itemsize
+    return size * _stored(layout, tuple(map(variable_of, variables)), size, epochs, tuple((depths or {}).items()))
+
+
+@lru_cache(maxsize=16)
+def _stored(
+    layout: Layout,
+    variables: tuple[vocabulary.Variable, ...],
+    size: int,
+    epochs: int,
+    depths: tuple[tuple[str, int], ...],
+) -> int:
+    """How many numbers of that many bytes, padding included, a file holds; `depths` as pairs."""
     sizes, numbers = _sizes(layout, epochs), 0
-    for variable in map(variable_of, variables):
-        chunk = dict(zip(variable.dims, _chunks(variable, layout, sizes, np.dtype(dtype).itemsize), strict=True))
+    for variable in variables:
+        chunk = dict(zip(variable.dims, _chunks(variable, layout, sizes, size), strict=True))
         inner = [dim for dim in variable.dims if dim not in ("seed", "epoch", "layer")]
-        depth = (depths or {}).get(variable.name, layout.depth)
+        depth = dict(depths).get(variable.name, layout.depth)
         for layer in range(1, depth + 1) if variable.layered else (None,):
             held = dict(zip(inner, layout.block(variable, layer), strict=True))
             held |= {"seed": sizes["seed"], "epoch": epochs, "layer": 1}
             numbers += math.prod(-(-held[dim] // chunk[dim]) * chunk[dim] for dim in variable.dims)
-    return numbers * np.dtype(dtype).itemsize
+    return numbers
 
 
 def write_state(nc: netCDF4.Dataset, state: State, group: str = STATE) -> None:

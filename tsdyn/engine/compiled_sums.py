@@ -15,6 +15,7 @@ from functools import cached_property
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tsdyn.engine import compiled_activations, native
@@ -94,7 +95,7 @@ def sums(network: Network, inputs: Tensor, targets: Tensor, teachers: Sequence[T
     """
     library = native.load(SOURCE, Job)
     assert library is not None
-    samples, hidden, of = len(inputs), network.depth - 1, network.widths
+    samples, hidden, of = inputs.shape[0], network.depth - 1, network.widths
     held = [native.written(t) for t in (inputs, targets, *(t.activations for t in teachers))]
     widths, known = [t.shape[1] for t in held[2:]], []
     numbers = 1
@@ -126,40 +127,42 @@ def sums(network: Network, inputs: Tensor, targets: Tensor, teachers: Sequence[T
 
     if native.each(some, list(native.shares(blocks))):
         raise MemoryError(f"sums: no memory for a second copy of a network of widths {of}")
-    total = found[:, 0].sum()
+    total = found[:, 0].sum() if blocks > 1 else found[0, 0]
     if not teachers:
         return Sums(total, [])
-    own, correlations = found[:, 1:], []
-    sizes = inputs.new_tensor([BLOCK] * (blocks - 1) + [samples - BLOCK * (blocks - 1)]).unsqueeze(1)
+    held_sums, at, correlations = found.numpy(), 1, []  # numpy takes a tenth of torch's time to begin
     for t, width, room, nodes in zip(teachers, widths, known, of[1:], strict=False):
-        part, own = own[:, : nodes * (5 + room)], own[:, nodes * (5 + room) :]
-        moments, overlap = part[:, : 5 * nodes].view(blocks, 5, nodes), part[:, 5 * nodes :].view(blocks, nodes, room)
+        moments = held_sums[:, at : at + 5 * nodes].reshape(blocks, 5, nodes)
+        at += 5 * nodes
+        overlap = held_sums[:, at : at + nodes * room].reshape(blocks, nodes, room)[..., :width].swapaxes(1, 2)
+        at += nodes * room
         of_samples = _correlation if blocks > 1 else _of_one_block
-        correlations.append(of_samples(moments, overlap[..., :width].mT, sizes, t))
+        correlations.append(of_samples(moments, overlap, samples, t))
     return Sums(total, correlations)
 
 
-def _correlation(moments: Tensor, overlap: Tensor, sizes: Tensor, teacher: Taught) -> Tensor:
+def _correlation(moments: NDArray, overlap: NDArray, samples: int, teacher: Taught) -> Tensor:
     """Correlations from the sums of all blocks: Σ_x t (f − m) = Σ_b [Σ_{x∈b} t (f − c_b) + (c_b − m) Σ_{x∈b} t], and
     Σ_x (f − m)² = Σ_b [Σ_{x∈b} (f − m_b)² + n_b (m_b − m)²], with mean m, means m_b and shifts c_b of blocks of n_b.
     """
-    mean, square, least, greatest, shift = moments.unbind(1)
-    whole = (mean * sizes).sum(0) / sizes.sum()
+    mean, square, least, greatest, shift = torch.from_numpy(moments).unbind(1)
+    blocks = len(moments)
+    sizes = mean.new_tensor([BLOCK] * (blocks - 1) + [samples - BLOCK * (blocks - 1)]).unsqueeze(1)
+    whole = (mean * sizes).sum(0) / samples
     variance = (square + sizes * (mean - whole).square()).sum(0)
-    total = overlap.sum(0) + teacher.of_blocks.T @ (shift - whole)
+    total = torch.from_numpy(overlap).sum(0) + teacher.of_blocks.T @ (shift - whole)
     constant = least.amin(0) == greatest.amax(0)
     return total / torch.where(constant, torch.nan, variance.sqrt())
 
 
-def _of_one_block(moments: Tensor, overlap: Tensor, sizes: Tensor, teacher: Taught) -> Tensor:
-    """`_correlation` of one block, rounded alike: nothing is summed, and numpy takes a tenth of torch's time to begin.
+def _of_one_block(moments: NDArray, overlap: NDArray, samples: int, teacher: Taught) -> Tensor:
+    """`_correlation` of one block, rounded alike: nothing is summed.
 
     Roots are torch's, which may be those of a library that rounds otherwise.
     """
-    mean, square, least, greatest, shift = moments[0].numpy()
-    samples = int(sizes)
+    mean, square, least, greatest, shift = moments[0]
     with np.errstate(all="ignore"):  # of students with NaN and infinite numbers
         whole = mean * samples / samples
         norm = torch.from_numpy(square + samples * np.square(mean - whole)).sqrt().numpy()
-        total = overlap[0].numpy() + teacher.of_blocks.numpy().T * (shift - whole)
+        total = overlap[0] + teacher.of_blocks.numpy().T * (shift - whole)
         return torch.from_numpy(total / np.where(least == greatest, np.asarray(np.nan, mean.dtype), norm))

@@ -113,7 +113,7 @@ class Ensemble:
     @property
     def members(self) -> int:
         """Number of members, S."""
-        return len(next(iter(self.values.values())))
+        return next(iter(self.values.values())).shape[0]  # len() of a tensor is slow
 
     @property
     def idle(self) -> Tensor:

@@ -287,7 +287,7 @@ class Experiment(Part):
 
     @cached_property
     def _as_toml(self) -> str:
-        return tomli_w.dumps(self.as_dict())
+        return _toml(self.as_dict())
 
     @property
     def parts(self) -> dict[str, tuple[registers.Register, str]]:
@@ -411,6 +411,22 @@ def _without_what_follows(copied: Experiment) -> Experiment:
     for name in copied.__dict__.keys() - type(copied).model_fields.keys():
         del copied.__dict__[name]
     return copied
+
+
+def _toml(values: Mapping[str, Any]) -> str:
+    """``tomli_w.dumps(values)``, whose tables, which points of a sweep share, are written once."""
+    tabled = any(isinstance(value, list) and value and isinstance(value[0], dict) for value in values.values())
+    if tabled or values.get("sweep"):  # whose values may be many
+        return tomli_w.dumps(values)
+    plain = {key: value for key, value in values.items() if not isinstance(value, dict)}
+    tables = [_table(key, json.dumps(value)) for key, value in values.items() if isinstance(value, dict)]
+    return "\n".join([tomli_w.dumps(plain), *tables] if plain else tables)
+
+
+@lru_cache(maxsize=32)
+def _table(key: str, text: str) -> str:
+    """A table of a TOML file, from its JSON."""
+    return tomli_w.dumps({key: json.loads(text)})
 
 
 def digest(values: Mapping[str, Any]) -> str:
