@@ -146,6 +146,7 @@ def run_study(
     from tsdyn.analysis import captions
     from tsdyn.archive import netcdf, reading, whole_files
     from tsdyn.cli.draw_command import draw_study
+    from tsdyn.studies import seconds_of_measuring
 
     module = study_of(name)
     if scale not in module.EXPERIMENTS:
@@ -163,7 +164,7 @@ def run_study(
     if isinstance(work, Experiment):
         work = changed(work, changes or ())
         work = work if seeds is None else work.replace({"seeds": seeds})
-        again = partial(studies.seconds_of_measuring, module, work)
+        again = partial(seconds_of_measuring, module, work)
         run_announced(work, path, device, quiet, workers, scheduler, together, again=again)
         found = reading.open(path)
     elif given and not _only_own(work, changes, given):
