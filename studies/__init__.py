@@ -35,6 +35,15 @@ class Reading(Protocol):
         ...
 
 
+def seconds_of_measuring(study: object, experiment: Experiment, seconds: float) -> float:
+    """Seconds that a study's `measure` takes after a run of so many `seconds`, where it trains again; 0 where not.
+
+    ``study.AGAIN`` says it: a number of seconds per second of the run, or a function of experiment and seconds.
+    """
+    said = getattr(study, "AGAIN", 0.0)
+    return float(said(experiment, seconds)) if callable(said) else float(said) * seconds
+
+
 class Study(Protocol):
     """Interface of a study's module.
 

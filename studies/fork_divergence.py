@@ -9,6 +9,7 @@ relu as for a smooth activation; above it only the smooth student goes on as the
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -33,8 +34,6 @@ __all__ = ["EXPERIMENTS", "PANELS", "SOURCE", "TITLE", "draw", "measure"]
 TITLE = "distance of perturbed forks, the tangent's prediction, and the size at which the first gate flips"
 SOURCE = "tsdyn: forks of the two-layer run of Tian 2020 (PMLR 119:9470)"
 
-#: Seconds of `measure` per second of the run: forks of every size, tangents and radii.
-AGAIN = 16.0
 #: Standard deviations of the change, relative to the start's of the same layer.
 SIZES = tuple(float(f"{size:.4g}") for size in np.logspace(-6.5, -0.5, 7))
 _MEASURED = "definition; forks by tsdyn.fork"
@@ -57,6 +56,27 @@ EXPERIMENTS: Mapping[str, Experiment] = {
         | {"training.steps_per_epoch": 300}
     ),
 }
+
+
+def _again(experiment: Experiment, seconds: float) -> float:
+    """Seconds of `measure`: the run and its forks of every size are trained, and tangents take a time of their own."""
+    return (1 + len(SIZES)) * seconds + sum(_seconds_of_tangents(one) for _, one in experiment.points())
+
+
+def _seconds_of_tangents(experiment: Experiment, steps: int = 10) -> float:
+    """Seconds of the tangents of one point, of which a few steps are taken, twice."""
+    steps = min(steps, experiment.steps)
+    few = experiment.replace({"training.epochs": 1, "training.steps_per_epoch": steps})
+    course = Block(Job(few, 1, "loss_eval", ("start",), {})).course(recorded=False)
+    start, taken = course.state(), []
+    for _ in range(2):
+        began = time.perf_counter()
+        forward_tangent(course, start, Direction(start=start))
+        taken.append(time.perf_counter() - began)
+    return min(taken) / steps * experiment.steps * experiment.training.epochs
+
+
+AGAIN = _again
 
 
 @captions.telling

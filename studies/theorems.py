@@ -42,7 +42,7 @@ SOURCE = (
     "Tian 2020 (PMLR 119:9470), Lemma 1, Theorems 1-5, Corollary 1; Tian et al. 2019 (arXiv:1905.13405), Theorems 2-5"
 )
 
-#: Seconds of `measure`, which audits, per second of the run.
+#: Seconds of `measure`, which audits and trains smooth students, per second of the run.
 AGAIN = 10.0
 #: Claims of the audit that are shown, in the order of rows.
 CLAIMS = (

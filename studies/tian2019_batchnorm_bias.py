@@ -38,8 +38,11 @@ from tsdyn.vocabulary import COORDINATES, VARIABLES
 TITLE = "BatchNorm biases of each layer, and the share of negative ones"
 SOURCE = "Tian et al. 2019 (arXiv:1905.13405), Figures 6 and 16"
 
-#: Address of the paper's pretrained networks.
-PRETRAINED = "https://download.pytorch.org/models/vgg16_bn-6c64b313.pth"
+#: Addresses of the paper's pretrained networks, by the name of the file that a study reads.
+PRETRAINED: Mapping[str, str] = {
+    "vgg16_bn.pth": "https://download.pytorch.org/models/vgg16_bn-6c64b313.pth",
+    "vgg11_bn.pth": "https://download.pytorch.org/models/vgg11_bn-6002323d.pth",
+}
 COLUMNS = 4
 
 
@@ -79,9 +82,10 @@ class StateDict:
 
         path = Path(self.path)
         if not path.is_file():
+            address = PRETRAINED.get(path.name)
+            how = f"save a network's state dict there{f', the one of {address}' if address else ''}"
             raise ExperimentError(
-                f"{path.absolute()}: no such file; save a network's state dict there, e.g. get {PRETRAINED} and "
-                f"name it {path.name}, or run --scale desk, which trains a small network on digits"
+                f"{path.absolute()}: no such file; {how}, or run --scale desk, which trains a small network on digits"
             )
         try:
             state = load_state(path)

@@ -24,7 +24,7 @@ import xarray as xr
 from scipy import stats
 from tsdyn.analysis import specialization, theorems
 from tsdyn.analysis.members import member
-from tsdyn.studies import deep_layers
+from tsdyn.studies import deep_layers, simsek2023
 
 import tsdyn
 from tests.cases import REFERENCE, orthonormal_teacher
@@ -150,7 +150,7 @@ def one_neuron(_: Path) -> Found:
 PERTURBED = {(4, 6): 0.04403587491622, (5, 6): 0.02228060126859}
 
 
-def perturbed_copies(_: Path) -> Found:
+def perturbed_copies(runs: Path) -> Found:
     """Perturbed copies: losses, and from which n/k on they are lower than the best copy-average point."""
     teachers = {k: orthonormal_teacher(k) for _, k in PERTURBED}
     ours = [
@@ -162,7 +162,16 @@ def perturbed_copies(_: Path) -> Found:
         rows.append(
             {"what": f"erf, k = {k}: perturbed copy lower from n/k on", "ours": [(n - 1) / k, n / k], "theirs": 0.76}
         )
-    return {"rows": rows}
+    return {"rows": rows, "seeds": [_ends(n, k, runs / f"copies-{n}-{k}") for n, k in ((8, 14), (12, 16), (16, 22))]}
+
+
+def _ends(n: int, k: int, path: Path) -> Found:
+    """At which point 20 seeds of erf end, and the losses of both."""
+    found = simsek2023.ends(tsdyn.run(simsek2023.flows(f"copies-{n}-{k}", ((n, k),), seeds=20), path)).squeeze("point")
+    classes = found["class"].values.tolist()
+    told = {name: classes.count(name) for name in ("copy-average", "perturbed-copy", "other")}
+    losses = ("loss_copy_average", "loss_perturbed_copy")
+    return {"n": n, "k": k, **told, **{name: float(found[name]) for name in losses}}
 
 
 def online(_: Path) -> Found:

@@ -34,7 +34,7 @@ def estimated(name: str, scale: str, path: Path) -> dict[str, float]:
     work = sweep.completed(study.EXPERIMENTS[scale])
     costs = sweep.estimate(sweep.unfinished(work, path)).values()
     return {
-        "seconds": sum(c.seconds for c in costs) * (1 + getattr(study, "AGAIN", 0.0)),
+        "seconds": (run := sum(c.seconds for c in costs)) + studies.seconds_of_measuring(study, work, run),
         "memory_mb": max(c.memory for c in costs) / 1e6,
         "disk_mb": sum(c.disk for c in costs) / 1e6,
     }

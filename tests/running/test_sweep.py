@@ -162,6 +162,16 @@ def test_what_is_estimated_is_timed_once_a_shape(monkeypatch):
     assert [e.student.overrealization for e in timed] == [1, 2]
 
 
+def test_runs_that_each_lack_other_samples_are_timed_once(monkeypatch):
+    timed = []
+    monkeypatch.setattr(estimates, "estimate", lambda e, device: timed.append(e) or estimates.Cost(2, 3, 4, 5, 6.0))
+    atlas = small(data__leave_out={"subsets": 12, "share": 0.1}, sweep={"student.activation": ["relu", "tanh"]})
+    points = {str(i): single for i, (_, single) in enumerate(sweep.completed(atlas).points())}
+    assert len(points) == 24
+    assert set(sweep.estimate(points)) == set(points)
+    assert [e.student.activation for e in timed] == ["relu", "tanh"]
+
+
 def test_points_that_cannot_begin_are_no_part_of_the_estimate():
     widths = {"teacher.widths": [[10, 4, 6], [1, 20, 6]]}
     points = {str(i): single for i, (_, single) in enumerate(small(sweep=widths, **FEW).points())}

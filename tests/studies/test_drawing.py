@@ -59,7 +59,7 @@ def test_every_study_has_panels_that_take_measured_and_axes():
         assert all(callable(panel) for panel in panels.values())
 
 
-@pytest.mark.parametrize(("again", "said"), [(0.0, False), (2.0, True)])
+@pytest.mark.parametrize(("again", "said"), [(None, False), (lambda seconds: 0.0, False), (lambda seconds: 2.0, True)])
 def test_measuring_that_trains_again_is_announced(again, said, tmp_path, capsys):
     run_announced(small(training__epochs=1), tmp_path / "run", "cpu", False, again=again)
     assert (" of measuring" in capsys.readouterr().out) == said

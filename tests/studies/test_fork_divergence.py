@@ -5,6 +5,9 @@ import pytest
 from tsdyn.studies import fork_divergence
 
 import tsdyn
+from tsdyn import studies
+from tsdyn.engine import train
+from tsdyn.through_training import certificate
 
 
 @pytest.fixture(scope="module")
@@ -12,7 +15,17 @@ def measured(tmp_path_factory):
     small = fork_divergence.EXPERIMENTS["smoke"].replace({"seeds": 2, "training.epochs": 3})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fork_divergence, "SIZES", (1e-6, 1e-1))
-        return fork_divergence.measure(tsdyn.run(small, tmp_path_factory.mktemp("fork") / "run"))
+        patch.setattr(fork_divergence, "_seconds_of_tangents", lambda experiment: 0.0)
+        advance = train.train_epoch
+        trained = [0]
+        count = lambda ensemble, *given, **more: trained.append(ensemble.members) or advance(ensemble, *given, **more)  # noqa: E731
+        patch.setattr(train, "train_epoch", count)
+        archive = tsdyn.run(small, tmp_path_factory.mktemp("fork") / "run")
+        run = sum(trained)
+        found = fork_divergence.measure(archive)
+        # of what is trained, as much again as is announced, counted in students and epochs
+        assert sum(trained) - run == studies.seconds_of_measuring(fork_divergence, small, float(run))
+        return found
 
 
 def test_gates_divide_forks_that_follow_the_tangent_from_those_that_leave_it(measured):
@@ -33,3 +46,14 @@ def test_gates_divide_forks_that_follow_the_tangent_from_those_that_leave_it(mea
 def test_the_tangent_has_the_size_of_the_change_at_the_fork(measured):
     np.testing.assert_allclose(measured["tangent_growth"].isel(epoch=0), 1, rtol=1e-12)
     np.testing.assert_array_equal(measured["size"], measured["distance"].isel(epoch=0))
+
+
+def test_tangents_are_announced_by_their_steps(monkeypatch):
+    """Of a clock that stands at the number of steps pushed, the seconds announced are all steps of all points."""
+    small = fork_divergence.EXPERIMENTS["smoke"].replace({"seeds": 2, "training.epochs": 3})
+    pushed, push = [], certificate.pushed
+    monkeypatch.setattr(certificate, "pushed", lambda *given: pushed.append(1) or push(*given))
+    monkeypatch.setattr(fork_divergence.time, "perf_counter", lambda: float(len(pushed)))
+    steps = small.steps * small.training.epochs
+    assert fork_divergence.AGAIN(small, 0.0) == pytest.approx(2 * steps)
+    assert len(pushed) == 2 * 2 * 10

@@ -56,3 +56,10 @@ def test_influence_functions_take_the_least_damping_that_works(both, tmp_path):
     absent = ~atlas["kept"].transpose("subset", "sample").values.astype(bool)
     found = measured["predicted"].sel(activation="softplus", score="influence").transpose("seed", "subset")
     np.testing.assert_allclose(found, -scores @ absent.T, rtol=1e-10)
+
+
+def test_scores_are_announced_whatever_the_number_of_subsets():
+    """Four times the subsets take four times as long to train; the scores of the run on all samples do not."""
+    few = leave_out.EXPERIMENTS["smoke"]
+    many = few.replace({"data.leave_out": {"subsets": 4 * few.data.leave_out.subsets, "share": 0.05}})
+    assert leave_out.AGAIN(many, 4.0) == leave_out.AGAIN(few, 1.0) > 0

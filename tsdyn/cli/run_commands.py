@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -145,6 +146,7 @@ def run_study(
     from tsdyn.analysis import captions
     from tsdyn.archive import netcdf, reading, whole_files
     from tsdyn.cli.draw_command import draw_study
+    from tsdyn.studies import seconds_of_measuring
 
     module = study_of(name)
     if scale not in module.EXPERIMENTS:
@@ -162,7 +164,7 @@ def run_study(
     if isinstance(work, Experiment):
         work = changed(work, changes or ())
         work = work if seeds is None else work.replace({"seeds": seeds})
-        again = float(getattr(module, "AGAIN", 0.0))
+        again = partial(seconds_of_measuring, module, work)
         run_announced(work, path, device, quiet, workers, scheduler, together, again=again)
         found = reading.open(path)
     elif given and not _only_own(work, changes, given):
@@ -205,9 +207,9 @@ def run_announced(
     scheduler: str | None = None,
     together: bool | None = None,
     *,
-    again: float = 0.0,
+    again: Callable[[float], float] | None = None,
 ) -> None:
-    """Run an experiment after saying what it will cost; `again`: seconds of measuring afterwards per second of it."""
+    """Run an experiment after saying what it will cost; `again`: seconds of the run -> of measuring afterwards."""
     from tsdyn.running import own_modules, runner, sweep
     from tsdyn.running.words import duration
     from tsdyn.running.workers import WorkersError
@@ -231,8 +233,9 @@ def run_announced(
 
             costs = sweep.estimate(left, device=device if scheduler is None else "cpu", expected=expected)
             told = _announced(experiment, len(left), costs, workers or 1)
-            later = duration(again * sum(cost.seconds for cost in costs.values())) if again and costs else ""
-            print(f"{experiment.name} -> {path}: {told}{f', then {later} of measuring' if later else ''}", flush=True)
+            after = again(sum(cost.seconds for cost in costs.values())) if again is not None and costs else 0.0
+            later = f", then {duration(after)} of measuring" if after else ""
+            print(f"{experiment.name} -> {path}: {told}{later}", flush=True)
             with _reporting(costs, experiment.layout.path) as (report, point):
                 sweep.run(experiment, path, **shared, progress=report, point=point)
     except (runner.DeviceError, WorkersError) as error:

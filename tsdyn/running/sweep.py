@@ -22,9 +22,10 @@ from tsdyn.archive.headers import Headers
 from tsdyn.archive.made_files import Made
 from tsdyn.archive.whole_files import ArchiveError, refuse_link
 from tsdyn.experiment import made_modules
+from tsdyn.experiment.branching import Fork
 from tsdyn.experiment.errors import ExperimentError
 from tsdyn.experiment.experiment import Experiment
-from tsdyn.experiment.parts import Part
+from tsdyn.experiment.parts import LeaveOut, Part
 from tsdyn.experiment.sweep_axes import swept_keys
 from tsdyn.observables import registry
 from tsdyn.observables.registry import Observed, added
@@ -94,8 +95,8 @@ def estimate(
 ) -> dict[str, estimates.Cost]:
     """The estimated cost of each point; of points with the same shapes and settings only one is timed.
 
-    Real numbers, such as rates and scales, do not change the time.  Points of a sweep that cannot begin are left out:
-    they fail when they are run, and the others go on.
+    Real numbers, such as rates and scales, and numbers of subsets and branches do not change the time.  Points of a
+    sweep that cannot begin are left out: they fail when they are run, and the others go on.
 
     Args:
         points: Directory name → experiment.
@@ -126,6 +127,10 @@ def estimate(
     return found
 
 
+#: Keys that number runs of one cost.
+_NUMBERS: Mapping[type[Part], tuple[str, ...]] = {LeaveOut: ("subset",), Fork: ("branch",)}
+
+
 def _kinds(points: Mapping[str, Experiment]) -> dict[str, Any]:
     """Each point's shapes and settings, equal where the cost is."""
     shapes: dict[int, Any] = {}  # of the sections that points share
@@ -152,8 +157,11 @@ def _without_reals(values: Any, shapes: dict[int, Any]) -> Any:
         return tuple((key, _without_reals(value, shapes)) for key, value in values.items())
     assert isinstance(values, Part), f"{type(values).__name__} in an experiment"
     if id(values) not in shapes:
-        names = type(values).model_fields
-        shapes[id(values)] = tuple(_without_reals(getattr(values, name), shapes) for name in names)
+        numbers = _NUMBERS.get(type(values), ())
+        shapes[id(values)] = tuple(
+            getattr(values, name) is None if name in numbers else _without_reals(getattr(values, name), shapes)
+            for name in type(values).model_fields
+        )
     return shapes[id(values)]
 
 
