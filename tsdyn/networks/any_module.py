@@ -68,6 +68,6 @@ def called_with(
     for path, part in module.named_modules():
         for key, own in (*part._parameters.items(), *part._buffers.items()):
             name = None if own is None else first.get(id(own))
-            if name in tensors:
+            if name is not None and name in tensors:
                 replaced[f"{path}.{key}" if path else key] = tensors[name]
     return functional_call(module, replaced, args, dict(keywords or {}), tie_weights=False)
