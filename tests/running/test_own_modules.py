@@ -1,5 +1,6 @@
 """Students and teachers that are modules of a user's own, against plain torch loops on the same batches."""
 
+import copy
 import json
 import logging
 import os
@@ -35,7 +36,7 @@ from tsdyn.engine.rule import Rule
 from tsdyn.engine.train import train_epoch
 from tsdyn.experiment.parts import Record
 from tsdyn.problem import teachers
-from tsdyn.problem.inputs import batch_indices, training_inputs
+from tsdyn.problem.inputs import batch_indices, evaluation_inputs, training_inputs
 from tsdyn.running import own_modules, runner
 
 
@@ -118,6 +119,57 @@ def test_shared_computed_and_empty_parts_are_trained_as_by_torch(tmp_path, make)
             assert found.keys() == held.keys()
             for name, tensor in held.items():
                 assert_same(torch.from_numpy(found[name].values), tensor.detach(), 1e-12, what=name)
+
+
+class Few(nn.Module):
+    """Parameters of one number, of none, and of a layer that goes by two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.below, self.nothing = nn.Linear(INPUTS, 4), nn.Parameter(torch.zeros(0, 3))
+        self.again = nn.Sequential(self.below, nn.Tanh(), nn.Linear(4, OUTPUTS))
+        self.scale = nn.Parameter(torch.tensor(0.7))
+
+    def forward(self, x):
+        return self.scale * self.again(x + self.below(x).mean(1, keepdim=True)) + self.nothing.sum()
+
+
+class Branching(Few):
+    def forward(self, x):
+        return super().forward(x) if x.sum() < 1e9 else super().forward(-x)
+
+
+def test_parameters_of_one_number_or_none_are_measured_and_differentiated_through_training(tmp_path):
+    asked = experiment(
+        training__learning_rate=0.1, training__steps_per_epoch=5, training__clip=0.5, data__eval=7, seeds=1,
+        record__observables=["loss", "parameter", "jacobian"],
+    )  # fmt: skip
+    ds = tsdyn.run(asked, tmp_path / "run", student=Few).load().isel(seed=0)
+    teacher, x = teachers.draw_teacher(asked, 0), torch.from_numpy(training_inputs(asked, 0))
+    seen = torch.from_numpy(evaluation_inputs(asked, 0))
+    module = start(Few, 0)
+    names, values = zip(*module.named_parameters(), strict=True)
+
+    def loss(values, x):
+        output = torch.func.functional_call(copy.deepcopy(module), dict(zip(names, values, strict=True)), (x,))
+        return 0.5 * (output - teacher(x).detach()).square().sum(1).mean()
+
+    now = values
+    for rows in torch.from_numpy(batch_indices(asked, 0, 1, len(x))):
+        slopes = torch.autograd.grad(loss(now, x[rows]), now, create_graph=True)
+        length = torch.cat([g.flatten() for g in slopes]).norm()
+        now = [v - 0.1 * g * (0.5 / (length + 1e-6)).clamp(max=1) for v, g in zip(now, slopes, strict=True)]
+    assert_same(torch.from_numpy(ds.parameter.values[-1]), torch.cat([v.detach().flatten() for v in now]), 1e-12)
+    right = torch.autograd.grad(loss(now, seen), values)
+    found = tsdyn.sensitivity(tmp_path / "run", wrt="start", student=Few).d_start.isel(seed=0)
+    assert_same(torch.from_numpy(found.values), torch.cat([g.flatten() for g in right]), 1e-10)
+    output = module(seen)
+    slopes = torch.autograd.grad(output[2, 1], values)
+    found = torch.from_numpy(ds.jacobian.isel(epoch=0).values[2, 1])
+    assert_same(found, torch.cat([g.flatten() for g in slopes]), 1e-12)
+    tsdyn.run(asked.replace({"record.observables": ["loss", "parameter"]}), tmp_path / "other", student=Branching)
+    with pytest.raises(tsdyn.ExperimentError, match=r"sensitivity: torch\.func\.vmap refuses Branching .* branches"):
+        tsdyn.sensitivity(tmp_path / "other", wrt="start", student=Branching)
 
 
 def test_what_is_recorded_and_how_it_is_read(tmp_path, caplog):

@@ -185,7 +185,7 @@ def _claimed(path: Path, experiment: Experiment) -> bool:
     file = path / EXPERIMENT
     if file.exists():
         study_directories.refuse_to_write(path)
-        theirs = _experiment_in(file, experiment)
+        theirs = experiment_in(file, experiment)
         if theirs == experiment:
             return True
         if not extends(experiment, theirs):
@@ -205,7 +205,7 @@ def _claimed(path: Path, experiment: Experiment) -> bool:
     return False
 
 
-def _experiment_in(file: Path, expected: Experiment) -> Experiment:
+def experiment_in(file: Path, expected: Experiment) -> Experiment:
     """The experiment in a file, which is read as TOML only if it is not the text of the `expected` one."""
     with suppress(OSError, UnicodeDecodeError):
         if file.read_text(encoding="utf-8") == expected.to_toml():
@@ -353,7 +353,7 @@ class RunDirectory(Generic[D]):
 
     def _extend(self) -> None:
         """Make the directory that of this run, if it is of a shorter one."""
-        theirs = _experiment_in(self.path / EXPERIMENT, self._own)
+        theirs = experiment_in(self.path / EXPERIMENT, self._own)
         if theirs != self.experiment:
             if self.finished and self._archived() != self.experiment:
                 self._reopen()

@@ -18,7 +18,7 @@ import numpy as np
 from tsdyn import schema, vocabulary
 from tsdyn.archive import changes
 from tsdyn.archive.lock import Lock
-from tsdyn.archive.run_directory import CLAIM_SECONDS, EXPERIMENT, claim, extends
+from tsdyn.archive.run_directory import CLAIM_SECONDS, EXPERIMENT, claim, experiment_in, extends
 from tsdyn.archive.swept_values import SWEEP, dimensions
 from tsdyn.archive.whole_files import DirectoryError, write_text
 from tsdyn.experiment.errors import ExperimentError
@@ -197,7 +197,7 @@ def write_sweep(path: Path, experiment: Experiment) -> dict[str, Experiment]:
     listed = '"points": [\n' + ",\n".join(rows) + "\n]}\n"
     lock = Lock(path).wait(CLAIM_SECONDS)
     try:
-        if Experiment.from_toml(path / EXPERIMENT, archived=True) == experiment:  # else another has extended it since
+        if experiment_in(path / EXPERIMENT, experiment) == experiment:  # else another has extended it since
             told = changes.of_sweep(path)
             said = {"schema_version": schema.VERSION, "dimensions": names} | ({"changes": told} if told else {})
             head = "".join(f'"{key}": {json.dumps(value)},\n' for key, value in said.items())

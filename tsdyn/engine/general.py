@@ -23,7 +23,7 @@ from tsdyn.engine import dropout
 from tsdyn.engine.batches import Batches, Stream
 from tsdyn.engine.ensemble import Ensemble, Named, layer_of, loaded, network_of
 from tsdyn.engine.loss import Loss
-from tsdyn.engine.rule import Rule
+from tsdyn.engine.rule import Rule, of_members
 from tsdyn.networks.any_module import called_with
 
 #: Difference allowed between two orders of summation, in units of the last place of a member's largest gradient.
@@ -208,11 +208,7 @@ def _alike(found: tuple[Named, Named], expected: tuple[Named, Named], *, roundin
     """Whether both agree up to rounding relative to the member's largest gradient; NaN equals NaN, inf equals inf."""
     for mine, theirs in zip(found, expected, strict=True):
         floating = [t for t in theirs.values() if t.is_floating_point() and t.numel()]
-        scale = (
-            torch.stack([t.flatten(1).abs().amax(1) if t.ndim > 1 else t.abs() for t in floating]).amax(0)
-            if floating
-            else None
-        )
+        scale = torch.stack([of_members(t).abs().amax(1) for t in floating]).amax(0) if floating else None
         for name, expect in theirs.items():
             got = mine[name]
             if got.shape != expect.shape or got.dtype != expect.dtype:

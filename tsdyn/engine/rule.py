@@ -5,6 +5,7 @@ A `Rule` is an optimizer with its hyperparameters, the frozen layers, and the lo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
@@ -204,7 +205,7 @@ class Rule:
         """
         if self.clip is None or not gradients:
             return gradients
-        norms = [gradient.flatten(1).norm(dim=1) for gradient in gradients.values()]
+        norms = [of_members(gradient).norm(dim=1) for gradient in gradients.values()]
         scale = (self.clip / (torch.stack(norms).norm(dim=0) + 1e-6)).clamp(max=1.0)
         return {name: g * scale.view(-1, *[1] * (g.dim() - 1)) for name, g in gradients.items()}
 
@@ -226,3 +227,8 @@ class Rule:
             else:
                 gradient = gradient.add_(parameter, alpha=self.weight_decay)
         self.optimizer.update(self, parameter, gradient, moments, rates, step)
+
+
+def of_members(tensor: Tensor) -> Tensor:
+    """The numbers of each member, (member, number), also where that is one or none: (member, ...) given."""
+    return tensor.reshape(len(tensor), math.prod(tensor.shape[1:]))

@@ -246,7 +246,9 @@ def _jacobian(m: Measurement) -> Tensor:
     like = next(iter(found.values()))
     return torch.cat(
         [
-            found[name].flatten(2) if name in found else like.new_full((*like.shape[:2], t.numel()), torch.nan)
+            found[name].reshape(*like.shape[:2], t.numel())
+            if name in found
+            else like.new_full((*like.shape[:2], t.numel()), torch.nan)
             for name, t in m.student.held.items()
         ],
         2,

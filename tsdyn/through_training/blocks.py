@@ -14,6 +14,7 @@ from torch.func import jvp
 from tsdyn import registers
 from tsdyn.engine.ensemble import Ensemble, Named
 from tsdyn.engine.loss import loss
+from tsdyn.engine.rule import of_members
 from tsdyn.experiment.experiment import Experiment
 from tsdyn.problem.inputs import generator
 from tsdyn.problem.students import draw_student
@@ -452,7 +453,7 @@ def _averaged(
 def _layered(ensemble: Ensemble | None, named: Named, name: str) -> dict[str, np.ndarray | list[np.ndarray | None]]:
     """Parameters by name, (member, ...), as lists over layers; of modules one vector (member, entry)."""
     if ensemble is not None and isinstance(ensemble.architecture, torch.nn.Module):
-        return {name: _numbers(torch.cat([t.flatten(1) for t in named.values()], 1))}
+        return {name: _numbers(torch.cat([of_members(t) for t in named.values()], 1))}
     depth = max(int(n.rpartition("_")[2]) for n in named)
     found: dict[str, np.ndarray | list[np.ndarray | None]] = {}
     for kind, suffix in (
@@ -469,7 +470,7 @@ def _layered(ensemble: Ensemble | None, named: Named, name: str) -> dict[str, np
 
 
 def _dot(left: Named, right: Named) -> Tensor:
-    return torch.stack([(left[n] * right[n]).flatten(1).sum(1) for n in left]).sum(0)
+    return torch.stack([of_members(left[n] * right[n]).sum(1) for n in left]).sum(0)
 
 
 def _unit(named: Named) -> tuple[Named, Tensor]:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tsdyn.engine.rule import of_members
 from tsdyn.networks.network import Network
 from tsdyn.through_training.linearised import pushed
 from tsdyn.through_training.replay import Course, taken
@@ -146,7 +147,7 @@ def direction_of(course: Course, direction: Direction, count: int) -> Inputs:
 
 
 def _norm(tau: State) -> Tensor:
-    each = torch.stack([t.flatten(1).norm(dim=1) for t in tau.values.values()])
+    each = torch.stack([of_members(t).norm(dim=1) for t in tau.values.values()])
     together: Tensor = each.norm(dim=0)
     return together
 

@@ -24,7 +24,7 @@ from tsdyn.archive import states
 from tsdyn.engine import dropout, general, train
 from tsdyn.engine.batches import Batches
 from tsdyn.engine.ensemble import Ensemble, Named
-from tsdyn.engine.rule import Rule
+from tsdyn.engine.rule import Rule, of_members
 from tsdyn.experiment.errors import ExperimentError
 from tsdyn.experiment.experiment import Experiment
 from tsdyn.problem.inputs import new_at_every_step, training_generator
@@ -360,11 +360,12 @@ class Course:
     def _refuse_off(self, found: Named, held: Mapping[str, Tensor], epoch: int) -> None:
         room = ROUNDING[self.experiment.dtype]
         scales: dict[str, Tensor] = {}
-        for name, wanted in held.items():
-            largest = wanted.flatten(1).abs().amax(1)
+        numbered = {name: wanted for name, wanted in held.items() if wanted.numel()}
+        for name, wanted in numbered.items():
+            largest = of_members(wanted).abs().amax(1)
             scales[_layer(name)] = torch.maximum(largest, scales.get(_layer(name), largest))
-        for name, wanted in held.items():
-            off = (found[name] - wanted).flatten(1).abs().amax(1)
+        for name, wanted in numbered.items():
+            off = of_members(found[name] - wanted).abs().amax(1)
             scale = scales[_layer(name)]
             worst = int((off - room * scale).nan_to_num(torch.inf).argmax())
             if not float(off[worst]) <= room * float(scale[worst]):

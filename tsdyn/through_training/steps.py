@@ -21,7 +21,8 @@ from tsdyn.engine import dropout
 from tsdyn.engine.ensemble import Ensemble, Named, layer_of, parts_of
 from tsdyn.engine.general import NONE, Noise
 from tsdyn.engine.loss import MSE, Loss
-from tsdyn.engine.rule import Rule
+from tsdyn.engine.rule import Rule, of_members
+from tsdyn.experiment.errors import ExperimentError
 from tsdyn.networks.any_module import called_with
 from tsdyn.networks.batch_norm import BatchNorm
 from tsdyn.networks.network import Network
@@ -155,7 +156,14 @@ def forward(
             return output
 
         fixed = {n: t.clone() for n, t in architecture.fixed.items()}
-        return vmap(one)(values, fixed, x, architecture.noise.masks), buffers, [], []
+        try:
+            return vmap(one)(values, fixed, x, architecture.noise.masks), buffers, [], []
+        except RuntimeError as error:
+            said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise ExperimentError(
+                f"sensitivity: torch.func.vmap refuses {type(module).__name__} ({said}), so that its training cannot "
+                "be differentiated; write it without branches on its numbers, and recurrent layers as loops of cells"
+            ) from error
     weights, biases, norms = parts_of(architecture, values, buffers)
     frame, members = architecture.frame, len(x)
     after = dict(buffers)
@@ -256,7 +264,7 @@ def beyond_clip(rule: Rule, gradients: Named) -> Tensor | None:
     """Norm of each member's gradient minus ``training.clip``, (member,); None without clipping."""
     if rule.clip is None or not gradients:
         return None
-    norms = torch.stack([g.flatten(1).norm(dim=1) for g in gradients.values()])
+    norms = torch.stack([of_members(g).norm(dim=1) for g in gradients.values()])
     beyond: Tensor = norms.norm(dim=0) - rule.clip
     return beyond
 
