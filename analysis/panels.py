@@ -354,6 +354,7 @@ def _number_line(ax: Axes, position: int, foot: NDArray, ahead: NDArray) -> None
     step = 0.08 + 0.1 * (position // 2)
     place = foot + ahead * (first + (last - first) * (1 - step if position % 2 else step))
     ax.text(
-        *place, str(node_numbers([position])[0]), size=look.points(look.SMALLEST), ha="center", va="center", zorder=5,
-        bbox={"boxstyle": "circle,pad=0.12", "facecolor": "white", "linewidth": 0}, clip_on=True,
+        float(place[0]), float(place[1]), str(node_numbers([position])[0]), size=look.points(look.SMALLEST),
+        ha="center", va="center", zorder=5, clip_on=True,
+        bbox={"boxstyle": "circle,pad=0.12", "facecolor": "white", "linewidth": 0},
     )  # fmt: skip

@@ -155,7 +155,7 @@ def draw(measured: xr.Dataset) -> look.Page:
         for name, symbol in _MOMENTS.items()
         for at in measured["layer"].values.tolist()
     }
-    sizes = np.abs(measured[list(_MOMENTS)])
+    sizes = abs(measured[list(_MOMENTS)])
     over = ("teacher_node", "position")
     start = (sizes.isel(epoch=0).max(over) / sizes.max(("epoch", *over))).to_array().max("variable").values
     says = (

@@ -190,7 +190,8 @@ class Network:
 
     def pieces(self, x: Float[Tensor, "sample input"]) -> tuple[Tensor, ...]:
         """The inputs `x` in their order, cut so that the trace of each piece takes `PASS_BYTES` at most."""
-        return x.split(max(1, PASS_BYTES // self.trace_bytes))
+        found: tuple[Tensor, ...] = x.split(max(1, PASS_BYTES // self.trace_bytes))
+        return found
 
     def output(self, x: Float[Tensor, "sample input"]) -> Float[Tensor, "sample output"]:
         """f_L(x) in evaluation mode as a call gives it, `pieces` one after another: memory does not grow with x."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -101,13 +102,15 @@ def estimate(points: Mapping[str, Experiment], *, device: str = "cpu") -> dict[s
         ExperimentError: if an experiment without a sweep cannot begin.
     """
     known: dict[Any, estimates.Cost] = {}
-    found = {}
-    for name, kind in _kinds(points).items():
+    found, kinds = {}, _kinds(points)
+    counted = Counter(kinds.values())
+    for name, kind in kinds.items():
         single = points[name]
+        kin = counted[kind] if _together(single, device) else 1
         try:
             if kind not in known:
                 with runner.own_device():
-                    known[kind] = estimates.estimate(single, device=runner.check_device(device))
+                    known[kind] = estimates.estimate(single, device=runner.check_device(device), together=kin)
         except ExperimentError:
             if name == ".":
                 raise
