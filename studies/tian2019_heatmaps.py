@@ -160,8 +160,8 @@ def draw(measured: xr.Dataset) -> look.Page:
     start = (sizes.isel(epoch=0).max(over) / sizes.max(("epoch", *over))).to_array().max("variable").values
     says = (
         f"β* and H* before and after training of seed {int(seed)}, over the largest entry of each layer at either "
-        f"epoch, which is at epoch 0 {', '.join(f'{100 * share:.2g}' for share in start)} % of it in layers 1 to "
-        f"{len(start)}; ratio: the mean size of matched entries over that of all others, of the same seed; teacher "
+        f"epoch (the largest at epoch 0: {', '.join(f'{100 * share:.2g}' for share in start)} % of it in layers 1 to "
+        f"{len(start)}); ratio: the mean size of matched entries over that of all others, of the same seed; teacher "
         f"{captions.NODES}"
     )
     page = layout.arrange(measured, drawing, rows, says=says, spread="none", height=1.25, key=None, paper=EXPERIMENTS)

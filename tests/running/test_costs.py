@@ -15,7 +15,7 @@ from tests.cases import small
 from tests.scale.memory import large
 from tsdyn.archive import netcdf
 from tsdyn.cli import app
-from tsdyn.running import estimates, runner
+from tsdyn.running import estimates, runner, sweep
 from tsdyn.running.estimates import Footprint, footprint
 from tsdyn.running.members import Members
 
@@ -153,6 +153,18 @@ def test_large_networks_are_tried_for_few_steps(monkeypatch):
         estimates._timed(experiment, "cpu", steps=20, train=512, samples=512)
     shapes = [(len(few.seed_labels), few.training.steps_per_epoch) for few in tried]
     assert shapes == [(1, 1), (3, 1), (4, 3), (4, 20)]
+
+
+def test_runs_that_train_together_are_tried_together(monkeypatch):
+    """With as many members as there are in all, 40 at most; what is measured is tried member by member."""
+    tried = []
+    members = estimates.Members
+    monkeypatch.setattr(estimates, "Members", lambda few, device: tried.append(few) or members(few, device))
+    experiment = small(seeds=3, data__train=40, data__eval=20, data__leave_out={"subsets": 30, "share": 0.1})
+    single = next(iter(sweep.completed(experiment).points()))[1]
+    for together in (1, 4, 30):
+        estimates._timed(single, "cpu", steps=2, train=512, samples=64, together=together)
+    assert [len(few.seed_labels) for few in tried] == [3, 12, 40]
 
 
 @pytest.mark.parametrize(("taken", "calls"), [(0.1, 3), (4.0, 2), (30.0, 1)])

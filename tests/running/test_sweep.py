@@ -153,23 +153,26 @@ def test_a_worker_that_is_spawned_as_a_user_s_is_computes_the_same_bits(tmp_path
         same(sweep.run(small(sweep=GRID, **FEW), tmp_path / "sweep", workers=1), undisturbed)
 
 
+COST = estimates.Cost(2, 3, 4, 5, 6.0)
+
+
 def test_what_is_estimated_is_timed_once_a_shape(monkeypatch):
     timed = []
-    monkeypatch.setattr(estimates, "estimate", lambda e, device: timed.append(e) or estimates.Cost(2, 3, 4, 5, 6.0))
+    monkeypatch.setattr(estimates, "estimate", lambda e, device, together: timed.append((e, together)) or COST)
     grid = {"teacher.polarity": [0.0, 1.0, 2.0], "student.overrealization": [1, 2]}
     points = {str(i): single for i, (_, single) in enumerate(small(sweep=grid).points())}
     assert set(sweep.estimate(points)) == set(points)
-    assert [e.student.overrealization for e in timed] == [1, 2]
+    assert [(e.student.overrealization, together) for e, together in timed] == [(1, 1), (2, 1)]
 
 
-def test_runs_that_each_lack_other_samples_are_timed_once(monkeypatch):
+def test_runs_that_each_lack_other_samples_are_timed_once_and_as_they_train_together(monkeypatch):
     timed = []
-    monkeypatch.setattr(estimates, "estimate", lambda e, device: timed.append(e) or estimates.Cost(2, 3, 4, 5, 6.0))
+    monkeypatch.setattr(estimates, "estimate", lambda e, device, together: timed.append((e, together)) or COST)
     atlas = small(data__leave_out={"subsets": 12, "share": 0.1}, sweep={"student.activation": ["relu", "tanh"]})
     points = {str(i): single for i, (_, single) in enumerate(sweep.completed(atlas).points())}
     assert len(points) == 24
     assert set(sweep.estimate(points)) == set(points)
-    assert [e.student.activation for e in timed] == ["relu", "tanh"]
+    assert [(e.student.activation, together) for e, together in timed] == [("relu", 12), ("tanh", 12)]
 
 
 def test_points_that_cannot_begin_are_no_part_of_the_estimate():

@@ -38,6 +38,8 @@ HEADER_BYTES = 6 << 10
 QUICK = 0.1
 #: Multiply-adds of one timed call at most, some seconds of a core: of large networks fewer steps and members are timed.
 TRIAL_WORK = 1e11
+#: Most members of a trial of runs that train together.
+TOGETHER = 40
 #: Multiply-adds per second of a slow core.
 RATE = 1e10
 #: Seconds after which a trial is not repeated a second time, and not at all.
@@ -82,12 +84,18 @@ class Cost:
         )
 
 
-def estimate(experiment: Experiment, *, device: str = "cpu") -> Cost:
-    """The estimated cost of `experiment` (one run, no sweep); times a few steps and one measurement."""
+def estimate(experiment: Experiment, *, device: str = "cpu", together: int = 1) -> Cost:
+    """The estimated cost of `experiment` (one run, no sweep); times a few steps and one measurement.
+
+    Args:
+        experiment: One run.
+        device: Where it runs.
+        together: How many runs of this shape train as one ensemble, in which a member's step takes less time.
+    """
     registry.load(experiment)
     kind = experiment.kind
     if kind == "training":
-        return _estimate_training(experiment, device)
+        return _estimate_training(experiment, device, together)
     if kind == "population-flow":
         return _estimate_flow(experiment)
     if kind == "online":
@@ -148,11 +156,11 @@ def _disk(experiment: Experiment, depths: Mapping[str, int], state: int) -> int:
     return stored + state + HEADER_BYTES * len(names)
 
 
-def _estimate_training(experiment: Experiment, device: str) -> Cost:
+def _estimate_training(experiment: Experiment, device: str, together: int) -> Cost:
     members, before = len(experiment.seed_labels), memory.resident()
     trial, per_step, per_sample = _timed(experiment, device, steps=60, train=512, samples=512)
-    if per_step * trial.experiment.steps * trial.ensemble.members < QUICK:
-        _, per_step, _ = _timed(experiment, device, steps=600, train=16_384, samples=16)
+    if together > 1 or per_step * trial.experiment.steps * trial.ensemble.members < QUICK:
+        _, per_step, _ = _timed(experiment, device, steps=600, train=16_384, samples=16, together=together)
     if per_sample * _measured_on(trial) * trial.ensemble.members < QUICK:
         _, _, per_sample = _timed(experiment, device, steps=1, train=512, samples=4096)
     per_epoch = per_step * experiment.steps
@@ -218,16 +226,18 @@ def _teaching(experiment: Experiment) -> float:
 
 
 def _timed(
-    experiment: Experiment, device: str, *, steps: int, train: int, samples: int
+    experiment: Experiment, device: str, *, steps: int, train: int, samples: int, together: int = 1
 ) -> tuple[Members, float, float]:
     """A few members with fewer samples to `train` on and to measure; their seconds per step and per measured sample."""
     flow = experiment.training.method == "flow"  # an epoch of it is integrated as a whole, not step by step
     each = multiply_adds(experiment)
     fit = max(1, int(TRIAL_WORK / max(1, 3 * each * experiment.training.batch)))  # steps of a member
-    members = min(1 if flow else 8, fit, len(experiment.seed_labels))
+    members = min(1 if flow else 8 if together == 1 else TOGETHER, fit, together * len(experiment.seed_labels))
     steps = experiment.steps if flow else min(experiment.steps, steps, max(1, fit // members))
     samples = min(samples, max(experiment.training.batch, int(TRIAL_WORK / max(1, each * members))))
-    changed = {"seeds": list(experiment.seed_labels[:members]), "training.steps_per_epoch": steps}
+    own = experiment.seed_labels
+    seeds = own[:members] if members <= len(own) else range(members)
+    changed = {"seeds": list(seeds), "training.steps_per_epoch": steps}
     few = experiment.replace(changed | {"data.eval": min(samples, experiment.data.eval)})
     if few.teacher.init == "trained":  # how long teachers are trained does not change what a step of a student takes
         few = few.replace({"teacher.train_epochs": 1, "teacher.finetune_epochs": 0})

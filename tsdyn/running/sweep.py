@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -112,13 +113,14 @@ def estimate(
         first = {kind: name for name, kind in reversed(kinds.items())}
         expected(math.fsum(estimates.trial_seconds(points[name]) for name in first.values()))
     known: dict[Any, estimates.Cost] = {}
-    found = {}
+    found, counted = {}, Counter(kinds.values())
     for name, kind in kinds.items():
         single = points[name]
+        kin = counted[kind] if _together(single, device) else 1
         try:
             if kind not in known:
                 with runner.own_device():
-                    known[kind] = estimates.estimate(single, device=runner.check_device(device))
+                    known[kind] = estimates.estimate(single, device=runner.check_device(device), together=kin)
         except ExperimentError:
             if name == ".":
                 raise
