@@ -353,3 +353,19 @@ def test_verdicts_do_not_depend_on_the_unit_of_the_output(tmp_path):
     np.testing.assert_array_equal(margins[0].verdict, margins[1].verdict)
     sizes = ["Theorem 1", "Theorem 2", "Corollary 1", "Theorem 3", "weak overlaps"]
     np.testing.assert_allclose(margins[0].margin.sel(claim=sizes), margins[1].margin.sel(claim=sizes), rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("claim", "changes", "why"),
+    [
+        ("BatchNorm keeps ‖w‖", {}, "the student has no BatchNorm"),
+        ("Lemma 1", {"student__activation": "tanh"}, "σ = tanh is not piecewise linear"),
+    ],
+)
+def test_what_could_not_be_met_is_not_asked_to_be_recorded(claim, changes, why, tmp_path):
+    """Neither needed variable was recorded; with conserved_norm there would be no verdict, and tanh is refused."""
+    few = {"seeds": 1, "training__epochs": 1, "training__steps_per_epoch": 2, "record__observables": ["weight"]}
+    found = audit(tsdyn.run(small(**few, **changes), tmp_path / "run").load()).sel(claim=claim)
+    assert found.verdict.values.tolist() == ["unmet"]
+    assert found.reason.values.tolist() == [why]
+    assert "record.observables lacks" not in str(found.used.values)

@@ -1,6 +1,7 @@
 """The study of BatchNorm's biases on a network trained here and saved as anybody would save one."""
 
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import xarray as xr
 from torch import nn
 from tsdyn.studies.tian2019_batchnorm_bias import EXPERIMENTS, StateDict, draw, measure, norms
 
-from tsdyn import ExperimentError
+from tsdyn import ExperimentError, studies
 
 
 class Net(nn.Module):
@@ -88,3 +89,13 @@ def test_files_that_hold_no_batch_norm_are_refused(tmp_path, monkeypatch):
     (tmp_path / "vgg16_bn.pth").write_bytes(b"no pickle")
     with pytest.raises(ExperimentError, match="is no state dict that can be read safely"):
         paper.read()
+
+
+@pytest.mark.parametrize("name", ["tian2019-batchnorm-bias", "tian2019-batchnorm-bias-vgg11"])
+def test_a_missing_file_is_to_be_had_at_an_address_of_its_own(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    paper = studies.load(name).EXPERIMENTS["paper"]
+    with pytest.raises(ExperimentError) as refused:
+        paper.read()
+    network = Path(paper.path).stem
+    assert re.search(rf"https://\S+/{network}-\w+\.pth", str(refused.value))

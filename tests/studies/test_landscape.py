@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import xarray as xr
 from tsdyn.analysis import figures
+from tsdyn.studies import simsek2023_loss
 
 import tsdyn
 from tests.cases import small
@@ -75,3 +76,19 @@ def test_l_shapes_of_a_deep_student_are_those_of_its_layers(tmp_path):
             wanted = np.stack([own["student_specialization"], own["fanout_norm"]], -1).reshape(-1, 2)
             drawn, known = (set(map(tuple, a[~np.isnan(a).any(1)].tolist())) for a in (shown, wanted))
             assert drawn == known
+
+
+@pytest.mark.parametrize(
+    ("classes", "perturbed", "wanted"),
+    [
+        (["copy-average"] * 3, 0.9, "copy-average always"),
+        (["copy-average", "perturbed-copy", "other"], 0.9, "copy-average or perturbed copy"),
+        (["perturbed-copy", "perturbed-copy", "other"], 1.1, "perturbed copy, still higher"),
+        (["perturbed-copy", "perturbed-copy", "other"], 0.9, "perturbed copy, lower"),
+    ],
+)
+def test_regimes_are_those_of_the_seeds(classes, perturbed, wanted):
+    """Simsek et al. (2023), Figure 4: where seeds end; those at neither point do not count."""
+    point = xr.Dataset({"class": ("seed", classes), "loss_copy_average": 1.0, "loss_perturbed_copy": perturbed})
+    assert simsek2023_loss.regime(point) == wanted
+    assert list(simsek2023_loss.REGIMES).count(wanted) == 1
