@@ -38,8 +38,9 @@ HEADER_BYTES = 6 << 10
 QUICK = 0.1
 #: Multiply-adds of one timed call at most, some seconds of a core: of large networks fewer steps and members are timed.
 TRIAL_WORK = 1e11
-#: Most members of a trial of runs that train together.
-TOGETHER = 40
+#: Steps of the first trial; most members of a trial, of a run by itself and of runs that train together.
+TRIAL_STEPS = 60
+ALONE, TOGETHER = 8, 40
 #: Multiply-adds per second of a slow core.
 RATE = 1e10
 #: Seconds after which a trial is not repeated a second time, and not at all.
@@ -105,7 +106,8 @@ def estimate(experiment: Experiment, *, device: str = "cpu", together: int = 1) 
 
 def trial_seconds(experiment: Experiment) -> float:
     """Return roughly how many seconds `estimate` takes: what is set up, and the multiply-adds of what is timed."""
-    work = 3 * multiply_adds(experiment) * experiment.training.batch * 60 * min(8, len(experiment.seed_labels))
+    steps = TRIAL_STEPS * min(ALONE, len(experiment.seed_labels))
+    work = 3 * multiply_adds(experiment) * experiment.training.batch * steps
     return 0.1 + 3 * min(work, TRIAL_WORK) / RATE
 
 
@@ -158,7 +160,7 @@ def _disk(experiment: Experiment, depths: Mapping[str, int], state: int) -> int:
 
 def _estimate_training(experiment: Experiment, device: str, together: int) -> Cost:
     members, before = len(experiment.seed_labels), memory.resident()
-    trial, per_step, per_sample = _timed(experiment, device, steps=60, train=512, samples=512)
+    trial, per_step, per_sample = _timed(experiment, device, steps=TRIAL_STEPS, train=512, samples=512)
     if together > 1 or per_step * trial.experiment.steps * trial.ensemble.members < QUICK:
         _, per_step, _ = _timed(experiment, device, steps=600, train=16_384, samples=16, together=together)
     if per_sample * _measured_on(trial) * trial.ensemble.members < QUICK:
@@ -232,7 +234,7 @@ def _timed(
     flow = experiment.training.method == "flow"  # an epoch of it is integrated as a whole, not step by step
     each = multiply_adds(experiment)
     fit = max(1, int(TRIAL_WORK / max(1, 3 * each * experiment.training.batch)))  # steps of a member
-    members = min(1 if flow else 8 if together == 1 else TOGETHER, fit, together * len(experiment.seed_labels))
+    members = min(1 if flow else ALONE if together == 1 else TOGETHER, fit, together * len(experiment.seed_labels))
     steps = experiment.steps if flow else min(experiment.steps, steps, max(1, fit // members))
     samples = min(samples, max(experiment.training.batch, int(TRIAL_WORK / max(1, each * members))))
     own = experiment.seed_labels
