@@ -169,6 +169,24 @@ def test_an_observable_of_the_users_own_is_measured(tmp_path, monkeypatch):
     assert tsdyn.schema.problems(measured.load()) == []
 
 
+def test_what_does_not_need_a_users_observable_goes_without_it(tmp_path, monkeypatch):
+    """An observable that was passed to `tsdyn.run` is known to that run alone."""
+    monkeypatch.setattr(schema, "DECLARED", {})
+    monkeypatch.setattr(registers.OBSERVABLES, "_added", {})
+    variable = tsdyn.declare("largest_output", ("seed", "epoch"), units="1", long_name="l", source="here")
+    own = tsdyn.Observed(variable, sharpness)
+    asked = small(**FEW).replace({"record.observables": ["weight"]})
+    run = tsdyn.run(asked, tmp_path / "run", observables=[own])
+    known = tsdyn.run(asked.replace({"record.observables": ["mse"]}), tmp_path / "known").load()
+    assert_alike(known, tsdyn.measure(run, ["mse"]), ["mse_eval"])
+    assert "d_start" in tsdyn.sensitivity(run, wrt="start", certificate=False)
+    with pytest.raises(tsdyn.ExperimentError, match="'largest_output' is no observable"):
+        tsdyn.fork(tmp_path / "run", at=1, out=tmp_path / "fork")
+    children = tsdyn.fork(tmp_path / "run", at=1, out=tmp_path / "fork", observables=[own])
+    last = children.largest_output.isel(epoch=-1, fork_epoch=0, branch=0)  # nothing was changed
+    np.testing.assert_array_equal(last, run.largest_output.isel(epoch=-1))
+
+
 def test_what_cannot_be_measured_is_refused_in_a_sentence(tmp_path):
     ds = tsdyn.run(small(**FEW).replace({"record.observables": ["mse"]}), tmp_path / "bare")
     whole = tsdyn.run(small(**FEW), tmp_path / "whole")

@@ -152,7 +152,7 @@ def _asked(single: Experiment, names: Sequence[str], passed: _Passed) -> Experim
         )
     if "parameter" in names and single.student.module is None:
         raise ExperimentError("measure: parameter is of modules of your own (student.module); ask for weight")
-    recorded = [*schema.expand(single.record.observables), *names]
+    recorded = [*schema.expand(registry.without_foreign(single, names).record.observables), *names]
     asked = single.replace({"record.observables": list(dict.fromkeys(recorded))})
     registry.load(asked)
     refuse_unmeasurable(asked, student=passed.student, teacher=passed.teacher)

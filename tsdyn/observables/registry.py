@@ -124,6 +124,18 @@ def load(experiment: Experiment) -> None:
             raise ExperimentError(f"record.observables: {name} has dimensions of the teacher, a module of your own")
 
 
+def without_foreign(experiment: Experiment, but: Sequence[str] = ()) -> Experiment:
+    """The experiment without the observables of packages and users, which need not be here to compute others.
+
+    Args:
+        experiment: One that may record them.
+        but: Names of those that stay.
+    """
+    names = schema.expand(experiment.record.observables)
+    kept = [name for name in names if name in but or not registers.OBSERVABLES.foreign(name)]
+    return experiment if len(kept) == len(names) else experiment.replace({"record.observables": kept or ["loss"]})
+
+
 def fills(variable: str) -> Callable[[Observable], Observable]:
     """Decorator that registers a measuring function under the schema variable it fills."""
     if variable not in vocabulary.VARIABLES:

@@ -23,6 +23,7 @@ from tsdyn.experiment.experiment import Experiment
 from tsdyn.networks.network import Network
 from tsdyn.networks.node_pairs import best_node
 from tsdyn.observables import similarities
+from tsdyn.observables.registry import Observed
 from tsdyn.running import sweep
 from tsdyn.running.own_modules import Maker
 from tsdyn.running.runner import Progress
@@ -52,6 +53,7 @@ def fork(
     progress: Progress | None = None,
     student: Maker | None = None,
     teacher: Maker | None = None,
+    observables: Sequence[Observed] = (),
 ) -> xr.Dataset:
     """Train counterfactual branches of a run: its state at an epoch, changed, then trained to the end.
 
@@ -68,7 +70,8 @@ def fork(
         branches: How many, or their numbers; each has random draws of its own.
         out: Directory of the children; beside the parent, ``<parent>-fork``, unless given.
         draws: ``"same"``: the batches and fresh samples of the parent; ``"other"``: new ones for each branch.
-        device, workers, scheduler, progress, student, teacher: As in `tsdyn.run`.  Of modules of the user's own only
+        device, workers, scheduler, progress, student, teacher, observables: As in `tsdyn.run`; the children record what
+            the parent recorded, and so need the observables that were passed to it.  Of modules of the user's own only
             ``gaussian`` (on every parameter), ``weight`` (of a labelled layer) and ``set`` can be changed.
 
     Returns:
@@ -89,7 +92,7 @@ def fork(
     target = whole_files.local_path(out) if out is not None else parent.with_name(f"{parent.name}-fork")
     sweep.run(
         child, target, device=device, workers=workers, scheduler=scheduler, progress=progress, student=student,
-        teacher=teacher,
+        teacher=teacher, observables=observables,
     )  # fmt: skip
     return compared(target)
 

@@ -186,7 +186,7 @@ def _jobs(
     runs = folders(Path(source)) if (source := ds.encoding.get("source")) is not None else {}
     for chosen, experiment in points(ds).values():
         single = ds.sel(chosen) if chosen else ds
-        registry.load(experiment)
+        registry.load(registry.without_foreign(experiment))
         refuse_unfit(experiment, common.wrt)
         observed(common.of, experiment)
         if "coverage" in single.coords and not float(single["coverage"]) > 0:
