@@ -79,8 +79,7 @@ MOVED: Mapping[str, Mapping[str, str]] = {
         "tsdyn.flow": "REASONS gradient_flow",
     },
     "grid": {
-        "tsdyn.archive.lazy_arrays": "Stored",
-        "tsdyn.archive.reading": "GATHERED_BYTES LAZY_BYTES",
+        "tsdyn.archive.lazy_arrays": "GATHERED_BYTES LAZY_BYTES Stored",
         "tsdyn.archive.sweep_directory": "SWEEP label point_name sweep_points write_sweep",
     },
     "images": {
@@ -157,7 +156,7 @@ RENAMED: Mapping[str, str] = {
     "deepnets.Layer": "tsdyn.networks.propagate.Layer",
     "deepnets.Parameters": "tsdyn.networks.propagate.Parameters",
     "flow_runner.run": "tsdyn.run",
-    "grid.RUNS_A_CHUNK": "tsdyn.archive.reading.RUNS_PER_CHUNK",
+    "grid.RUNS_A_CHUNK": "tsdyn.archive.lazy_arrays.RUNS_PER_CHUNK",
     "grid.open_sweeps": "tsdyn.open",
     "index.Index": "tsdyn.archive.headers.Headers",
     "interaction.derivatives": "tsdyn.population.interaction_derivatives",

@@ -13,7 +13,7 @@ from pandas.testing import assert_frame_equal
 import tsdyn
 from tests.archive.states.children import child
 from tests.cases import small
-from tsdyn.archive import parquet_stores, reading
+from tsdyn.archive import lazy_arrays, parquet_stores
 from tsdyn.archive.whole_files import DirectoryError
 from tsdyn.growing import exporting, parquet_tables
 
@@ -118,7 +118,7 @@ def test_killed_and_given_again_it_goes_on(archives, to, at, tmp_path, monkeypat
             if done == at:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        monkeypatch.setattr(reading, "RUNS_PER_CHUNK", 1)  # point by point
+        monkeypatch.setattr(lazy_arrays, "RUNS_PER_CHUNK", 1)  # point by point
         with dask.config.set(scheduler="synchronous"):  # threads are not there after a fork
             exporting.export(source, to, out, told=told)
 
@@ -130,7 +130,7 @@ def test_killed_and_given_again_it_goes_on(archives, to, at, tmp_path, monkeypat
     assert any("#" in piece for piece in done) or to == "zarr"
     with (partial / "progress.txt").open("a") as file:
         file.write("weight#0.0")  # a line that was cut short is none
-    monkeypatch.setattr(reading, "RUNS_PER_CHUNK", 1)
+    monkeypatch.setattr(lazy_arrays, "RUNS_PER_CHUNK", 1)
     compute = exporting._computed
     monkeypatch.setattr(exporting, "_computed", lambda ds, block: (asked.append(block.name), compute(ds, block))[1])
     counts = []

@@ -12,7 +12,7 @@ from tsdyn.analysis import specialization
 
 import tsdyn
 from tests.cases import small
-from tsdyn.archive.reading import RUNS_PER_CHUNK
+from tsdyn.archive.lazy_arrays import RUNS_PER_CHUNK
 
 POLARITIES = {"a": [0.0, 0.5, 1.0], "b": [1.5, 2.0]}
 

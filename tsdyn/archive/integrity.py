@@ -181,7 +181,8 @@ def _check_run(path: Path, expected: Experiment | None = None) -> Iterator[str]:
     if missing:
         yield f"{path}: {dimension}s {_few(missing)} are not there"
     yield from _check_members(path, files, experiment)
-    yield from _measured_of_nothing(path)
+    if not later:
+        yield from _measured_of_nothing(path)
     listed = set(experiment.labels) if isinstance(experiment, Experiment) else recorded
     extra = sorted(recorded - listed - kept) if finished else []
     if extra or epochs != sorted(recorded):

@@ -15,8 +15,9 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
+from tsdyn import vocabulary
 from tsdyn.archive import additions, netcdf, small_files
-from tsdyn.archive.headers import Source
+from tsdyn.archive.headers import Header, Source
 from tsdyn.archive.run_directory import ARCHIVE, RUN, SEGMENTS, segments
 from tsdyn.archive.whole_files import ArchiveError, Identity, identity
 
@@ -25,6 +26,12 @@ Rows = slice | NDArray
 #: Position in the sweep's grid → the files that hold that point.
 Cells = Mapping[tuple[int, ...], Sequence[Source]]
 
+#: A dask chunk holds the whole disk chunks of as many seeds as fit in this (opening a file costs as much as 5 MB) ...
+LAZY_BYTES = 1 << 27
+#: ... and, where a run holds less, those of up to this many runs ...
+RUNS_PER_CHUNK = 25
+#: ... but no more bytes than this in all, so that reading one run of many stays quick.
+GATHERED_BYTES = 1 << 20
 #: Attempts to read from a directory that another process is changing.
 _ATTEMPTS = 5
 
@@ -222,3 +229,32 @@ def _orthogonal(rows: Sequence[Rows], shape: Sequence[int]) -> tuple[Any, ...]:
     if all(isinstance(r, slice) for r in rows):
         return tuple(rows)
     return np.ix_(*(np.arange(n)[r] for r, n in zip(rows, shape, strict=True)))
+
+
+def chunks(headers: Sequence[Header], array: Stored) -> tuple[int, ...]:
+    """Dask chunks made of whole disk chunks: of as many seeds as fit, and of several runs only if these are small."""
+    lengths = dict(zip(array.inner, array.shape[len(array.outer) :], strict=True))
+    stored = [header.variables[array.name].chunk for header in headers]
+    chunk = {dim: min(n, lengths[dim]) for dim, n in zip(array.inner, np.max(stored, axis=0).tolist(), strict=True)}
+    chunk |= {dim: lengths[dim] for dim in (*vocabulary.NODE_WIDTHS, "input_node") if dim in chunk}
+    whole = math.prod(chunk.values()) * array.dtype.itemsize
+    size = max(1, round(whole * max(_filled(header, array) for header in headers)))
+    if "seed" in chunk:
+        seeds = min(lengths["seed"], chunk["seed"] * max(1, LAZY_BYTES // size))
+        size, chunk["seed"] = size * seeds // chunk["seed"], seeds
+    runs = [1] * len(array.outer)
+    if runs:
+        runs[-1] = min(array.shape[len(runs) - 1], RUNS_PER_CHUNK, max(1, GATHERED_BYTES // max(1, size)))
+    return (*runs, *(max(1, n) for n in chunk.values()))
+
+
+def _filled(header: Header, array: Stored) -> float:
+    """Share of the padded node dimensions that a run's largest layer fills; the rest is never read."""
+    own = "teacher_input_width" if array.name.startswith("teacher_") else "input_width"
+    names = {**vocabulary.NODE_WIDTHS, "input_node": own}
+    sizes = {
+        dim: (np.asarray(header.columns[names[dim]][1]), array.shape[len(array.outer) + i])
+        for i, dim in enumerate(array.inner)
+        if names.get(dim) in header.columns
+    }
+    return float(np.max(np.prod([widths / padded for widths, padded in sizes.values()], axis=0))) if sizes else 1.0

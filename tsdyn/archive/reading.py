@@ -25,7 +25,7 @@ from dask.base import tokenize
 from tsdyn import schema, vocabulary
 from tsdyn.archive import accessor as accessor  # registers ``ds.tsdyn``
 from tsdyn.archive import additions, parquet_stores, study_directories, zarr_stores
-from tsdyn.archive.headers import Header, Headers, Source, when
+from tsdyn.archive.headers import Headers, Source, when
 from tsdyn.archive.joined_archives import (
     WAY_OUT,
     UnrecordedWarning,
@@ -36,7 +36,7 @@ from tsdyn.archive.joined_archives import (
     unrecorded,
 )
 from tsdyn.archive.kept_samples import with_kept
-from tsdyn.archive.lazy_arrays import Cells, Stored
+from tsdyn.archive.lazy_arrays import Cells, Stored, chunks
 from tsdyn.archive.recordings import FILE as RECORDING
 from tsdyn.archive.recordings import Recording, flush_below, recordings_below
 from tsdyn.archive.run_directory import ARCHIVE, EXPERIMENT
@@ -56,13 +56,6 @@ from tsdyn.experiment.sweep_axes import (
     sweep_dimensions,
     swept_keys,
 )
-
-#: A dask chunk holds the whole disk chunks of as many seeds as fit in this (opening a file costs as much as 5 MB) ...
-LAZY_BYTES = 1 << 27
-#: ... and, where a run holds less, those of up to this many runs ...
-RUNS_PER_CHUNK = 25
-#: ... but no more bytes than this in all, so that reading one run of many stays quick.
-GATHERED_BYTES = 1 << 20
 
 Labels = tuple[str | int | float, ...]
 
@@ -487,7 +480,7 @@ def _built(cells: Cells, grid: Sequence[Axis], skip: bool) -> xr.Dataset:
         stored = Stored(name, outer, inner, shape, dtype, read, {dim: labels[dim] for dim in inner}, skip)
         lazy = dask.array.from_array(
             stored,
-            chunks=_chunks([h for h in headers if name in h.variables], stored),
+            chunks=chunks([h for h in headers if name in h.variables], stored),
             name=f"{name}-{token}",
             asarray=False,
             meta=np.empty((0,) * len(shape), stored.dtype),
@@ -579,32 +572,3 @@ def _coverage(cell: Sequence[Source]) -> float:
     outcomes = experiment.recorded("end")  # counts as one more record, the last
     there += sum(set(outcomes) <= set(source.header.variables) for source in cell) if outcomes else 0
     return there / (len(labels) + bool(outcomes))
-
-
-def _chunks(headers: Sequence[Header], array: Stored) -> tuple[int, ...]:
-    """Dask chunks made of whole disk chunks: of as many seeds as fit, and of several runs only if these are small."""
-    lengths = dict(zip(array.inner, array.shape[len(array.outer) :], strict=True))
-    stored = [header.variables[array.name].chunk for header in headers]
-    chunk = {dim: min(n, lengths[dim]) for dim, n in zip(array.inner, np.max(stored, axis=0).tolist(), strict=True)}
-    chunk |= {dim: lengths[dim] for dim in (*vocabulary.NODE_WIDTHS, "input_node") if dim in chunk}
-    whole = math.prod(chunk.values()) * array.dtype.itemsize
-    size = max(1, round(whole * max(_filled(header, array) for header in headers)))
-    if "seed" in chunk:
-        seeds = min(lengths["seed"], chunk["seed"] * max(1, LAZY_BYTES // size))
-        size, chunk["seed"] = size * seeds // chunk["seed"], seeds
-    runs = [1] * len(array.outer)
-    if runs:
-        runs[-1] = min(array.shape[len(runs) - 1], RUNS_PER_CHUNK, max(1, GATHERED_BYTES // max(1, size)))
-    return (*runs, *(max(1, n) for n in chunk.values()))
-
-
-def _filled(header: Header, array: Stored) -> float:
-    """Share of the padded node dimensions that a run's largest layer fills; the rest is never read."""
-    own = "teacher_input_width" if array.name.startswith("teacher_") else "input_width"
-    names = {**vocabulary.NODE_WIDTHS, "input_node": own}
-    sizes = {
-        dim: (np.asarray(header.columns[names[dim]][1]), array.shape[len(array.outer) + i])
-        for i, dim in enumerate(array.inner)
-        if names.get(dim) in header.columns
-    }
-    return float(np.max(np.prod([widths / padded for widths, padded in sizes.values()], axis=0))) if sizes else 1.0
