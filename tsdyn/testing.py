@@ -48,13 +48,18 @@ def check(part: Any, kind: Kind | None = None, *, arguments: Mapping[str, Any] |
 
     Raises:
         ContractError: naming the requirement, the input and both numbers.
-        TypeError: if the kind cannot be found from the part's type.
+        TypeError: if the kind cannot be found from the part's type, or for a module that was made.
 
     Example:
         >>> import torch, tsdyn
         >>> from tsdyn.testing import check
         >>> check(tsdyn.networks.activations.activation("tanh"))
     """
+    if isinstance(part, nn.Module) and kind in (None, "module"):
+        raise TypeError(
+            f"check: {type(part).__name__} is a module that was made; give the function or class that makes it, since "
+            "a run makes one for each seed"
+        )
     what = _kind(part) if kind is None else kind
     takes = ("optimizer", "law", "teacher", "start")
     if arguments is not None and what not in takes:

@@ -299,6 +299,9 @@ def test_it_notices_a_wrong_study(said, planted):
 
 
 def test_it_says_what_it_needs_to_know():
+    for kind in (None, "module"):
+        with pytest.raises(TypeError, match="Linear is a module that was made; give the function or class"):
+            check(nn.Linear(3, 2), kind)
     with pytest.raises(TypeError, match="Give kind="):
         check(lambda: None)
     with pytest.raises(TypeError, match="not a loss"):

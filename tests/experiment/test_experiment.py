@@ -164,7 +164,7 @@ def test_dimensions_of_swept_keys_avoid_the_schemas_names():
             {"record.observables": ["corelation"]},
             "'corelation' is not an observable (did you mean 'correlation'?)",
         ),
-        ({"record.observables": ["Q"]}, "'Q' is not an observable"),
+        ({"record.observables": ["Q"]}, "'Q' is not an observable: runs of kind = 'online' have it, unasked"),
         ({"name": "../../etc/passwd"}, "a name is 1–100 letters"),
         ({"seeds": 0}, "seeds = 0: must be greater than or equal to 1"),
         ({"seeds": 10**9}, "at most 1000000 members"),

@@ -167,6 +167,31 @@ def test_stopped_and_resumed_gives_the_same_bits(tmp_path):
     assert not integrity.check(tmp_path / "parts")
 
 
+class Clocked(nn.Linear):
+    """A layer whose outputs depend a little on a buffer that ``state_dict`` leaves out."""
+
+    def __init__(self):
+        super().__init__(6, 3)
+        self.register_buffer("clock", torch.zeros(()), persistent=False)
+
+    def forward(self, x):
+        return super().forward(x) * (1 + 1e-6 * self.clock)
+
+
+def test_buffers_that_are_not_persistent_are_given_back(tmp_path):
+    x, y = torch.randn(20, 6), torch.randn(20, 3)
+    model = Clocked()
+    with tsdyn.Recorder(tmp_path, model, probe=(x, y), observables=["loss"]) as rec:
+        rec.commit(0)
+        model.clock += 7
+        rec.commit(1)
+    other = Clocked()
+    with tsdyn.Recorder(tmp_path, other, probe=(x, y), observables=["loss"]) as rec:
+        assert rec.resume() == 1
+    assert other.clock == 7
+    assert torch.equal(other.weight, model.weight)
+
+
 KILLED = """
     import sys, time
     import torch

@@ -25,6 +25,7 @@ from pydantic import (
 
 from tsdyn import registers
 from tsdyn.experiment.errors import nearest
+from tsdyn.vocabulary import VARIABLES
 
 MAX_SEEDS = MAX_EPOCHS = 1_000_000
 #: Larger counts overflow somewhere.  Much smaller ones may not fit in memory: `runner.run` checks that.
@@ -510,7 +511,10 @@ class Record(Part):
             try:
                 registers.OBSERVABLES.check(name)
             except registers.PartError:
-                known = registers.OBSERVABLES.names()
+                known, row = registers.OBSERVABLES.names(), VARIABLES.get(name)
+                if row is not None:
+                    kinds = " and ".join(f"kind = {kind!r}" for kind in row.kinds)
+                    raise ValueError(f"{name!r} is not an observable: runs of {kinds} have it, unasked") from None
                 raise ValueError(
                     f"{name!r} is not an observable{nearest(name, known)}; there are: " + ", ".join(known)
                 ) from None
