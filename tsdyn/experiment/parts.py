@@ -7,7 +7,6 @@ Field names are those of the file (DESIGN section 5).  Rules that need several s
 from __future__ import annotations
 
 import math
-import numbers
 import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, assert_never
@@ -25,6 +24,7 @@ from pydantic import (
 
 from tsdyn import registers
 from tsdyn.experiment.errors import nearest
+from tsdyn.experiment.file_values import as_in_a_file
 from tsdyn.vocabulary import VARIABLES
 
 MAX_SEEDS = MAX_EPOCHS = 1_000_000
@@ -77,25 +77,8 @@ Law = Annotated[str, BeforeValidator(registers.LAWS.given), AfterValidator(regis
 TeacherInit = Annotated[str, BeforeValidator(registers.TEACHERS.given), AfterValidator(registers.TEACHERS.check)]
 StudentInit = Annotated[str, BeforeValidator(registers.STARTS.given), AfterValidator(registers.STARTS.check)]
 
-
-def _as_in_a_file(value: Any) -> Any:
-    """A keyword argument as a file gives it back, a list for a tuple, to a run that goes on; ValueError if none can."""
-    if isinstance(value, (bool, str)):
-        return value
-    if isinstance(value, (list, tuple)):
-        return [_as_in_a_file(each) for each in value]
-    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
-        return {key: _as_in_a_file(each) for key, each in value.items()}
-    if isinstance(value, numbers.Real) and math.isfinite(value):
-        return int(value) if isinstance(value, numbers.Integral) else float(value)
-    raise ValueError(
-        f"{value!r}, a {type(value).__name__}, cannot be an argument, since a file must keep it: give finite numbers, "
-        "texts, truth values, lists, and tables of these with texts as keys, and leave out what is None"
-    )
-
-
 #: Keyword arguments of a part that a package offers; tsdyn's own parts have keys of their own.
-Arguments = Annotated[dict[str, Any], Field(min_length=1), AfterValidator(_as_in_a_file)]
+Arguments = Annotated[dict[str, Any], Field(min_length=1), AfterValidator(as_in_a_file)]
 
 #: Names of a module's labelled layers, the lowest first.
 Layers = Annotated[tuple[str, ...], BeforeValidator(as_tuple), Field(min_length=1)]
