@@ -19,7 +19,7 @@ def test_a_directory_keeps_every_number_whatever_is_done_to_it(seed, monkeypatch
     states.steps.clear()
     monkeypatch.setattr(OneByOne, "_hypothesis_internal_use_seed", seed, raising=False)
     fixed = settings(
-        max_examples=4, stateful_step_count=20, deadline=None, database=None, suppress_health_check=list(HealthCheck)
+        max_examples=3, stateful_step_count=20, deadline=None, database=None, suppress_health_check=list(HealthCheck)
     )
     with states.quiet():
         run_state_machine_as_test(OneByOne, settings=fixed)
