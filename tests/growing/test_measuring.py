@@ -157,11 +157,16 @@ def sharpness(m):
     return m.on_eval.trace.output.abs().amax()
 
 
-def test_an_observable_of_the_users_own_is_measured(tmp_path, monkeypatch):
+@pytest.fixture
+def own(monkeypatch):
+    """An observable of the user's own, which is forgotten after the test."""
     monkeypatch.setattr(schema, "DECLARED", {})
     monkeypatch.setattr(registers.OBSERVABLES, "_added", {})
     variable = tsdyn.declare("largest_output", ("seed", "epoch"), units="1", long_name="l", source="here")
-    own = tsdyn.Observed(variable, sharpness)
+    return tsdyn.Observed(variable, sharpness)
+
+
+def test_an_observable_of_the_users_own_is_measured(tmp_path, own):
     asked = small(**FEW).replace({"record.observables": ["weight"]})
     known = tsdyn.run(asked, tmp_path / "known", observables=[own]).load()
     measured = tsdyn.measure(tsdyn.run(asked, tmp_path / "bare"), [own, "mse"])
@@ -169,12 +174,8 @@ def test_an_observable_of_the_users_own_is_measured(tmp_path, monkeypatch):
     assert tsdyn.schema.problems(measured.load()) == []
 
 
-def test_what_does_not_need_a_users_observable_goes_without_it(tmp_path, monkeypatch):
+def test_what_does_not_need_a_users_observable_goes_without_it(tmp_path, own):
     """An observable that was passed to `tsdyn.run` is known to that run alone."""
-    monkeypatch.setattr(schema, "DECLARED", {})
-    monkeypatch.setattr(registers.OBSERVABLES, "_added", {})
-    variable = tsdyn.declare("largest_output", ("seed", "epoch"), units="1", long_name="l", source="here")
-    own = tsdyn.Observed(variable, sharpness)
     asked = small(**FEW).replace({"record.observables": ["weight"]})
     run = tsdyn.run(asked, tmp_path / "run", observables=[own])
     known = tsdyn.run(asked.replace({"record.observables": ["mse"]}), tmp_path / "known").load()
