@@ -45,6 +45,8 @@ def dask_by_fork() -> None:
         logging.getLogger(name).handlers.clear()
         logging.getLogger(name).propagate = True
     _FORKING.set_forkserver_preload(PRELOADED)
+    # dask names its own again with each of its workers; a server that begins with one would import no more than those
+    multiprocessing.forkserver.set_forkserver_preload = lambda names: None
 
 
 class _Streams:
