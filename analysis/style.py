@@ -263,8 +263,9 @@ class Page(Figure):
         """
         kind = str(kwargs.get("format") or Path(str(fname)).suffix.lstrip(".") or "png").lower()
         known = _metadata(kind, self.caption, self.provenance) | dict(kwargs.pop("metadata", None) or {})
-        self.draw_without_rendering()  # the first pass does not know how wide legends and bars will be
         with using(self._style.name, captioned=self._style.captioned):
+            if (layout := self.get_layout_engine()) is not None:
+                layout.execute(self)  # a first pass, which does not know how wide legends and bars will be
             super().savefig(fname, *args, **(kwargs | ({"metadata": known} if known else {})))
 
 

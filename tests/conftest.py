@@ -4,6 +4,7 @@ import gc
 import os
 import random
 import shutil
+import sys
 import zlib
 from pathlib import Path
 
@@ -20,6 +21,7 @@ import torch
 from tests import processes, typechecks
 from tests.shared import once
 
+sys.dont_write_bytecode = False  # or each worker rewrites the assertions of all modules whenever the suite begins
 torch.set_num_threads(1)
 processes.dask_by_fork()
 

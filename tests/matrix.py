@@ -23,6 +23,8 @@ PYTHONS = ("3.11", "3.12", "3.13", "3.14")
 LOGS = ROOT / "build" / "matrix"
 #: Extras that the suite needs.
 EXTRAS = "dev,docs"
+#: Options of pip on a machine or network that is busy.
+PATIENT = ("--timeout", "60", "--retries", "10")
 _TESTED = re.compile(r"(\d+ (?:passed|failed|error|skipped)[^\n]*)")
 
 
@@ -59,11 +61,18 @@ def interpreter(version: str) -> str | None:
 def torch_reason(python: str) -> str | None:
     """Why torch cannot be had for this Python without CUDA's packages; None if it can."""
     (pinned,) = re.findall(r"^torch==\S+$", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE)
-    command = [python, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--quiet", "--report", "-", pinned]
+    install = [python, "-m", "pip", "install", "--quiet", *PATIENT]
+    command = [*install, "--dry-run", "--ignore-installed", "--report", "-", pinned]
     answer = subprocess.run(command, capture_output=True, text=True)
-    if answer.returncode:
-        return f"{pinned} is not to be had for it"
+    if answer.returncode:  # no such wheel, or no network
+        return f"{pinned} is not to be had for it: {_last(answer.stderr)}"
     return "its torch comes with CUDA's packages, several GB" if '"nvidia-' in answer.stdout else None
+
+
+def _last(said: str) -> str:
+    """The last line of what a command complained; pip's is the error, unless it says that a newer pip is to be had."""
+    lines = [line.strip() for line in said.splitlines() if line.strip() and not line.startswith("[notice]")]
+    return lines[-1] if lines else "it said nothing"
 
 
 def run(python: str, constraints: list[str], folder: Path, tests: list[str]) -> str:
@@ -73,10 +82,10 @@ def run(python: str, constraints: list[str], folder: Path, tests: list[str]) -> 
     pinned = (ROOT / "constraints.txt").read_text(encoding="utf-8")
     bounds.write_text("\n".join([*constraints, pinned]), encoding="utf-8")
     own = folder / "bin" / "python"
-    install = [str(own), "-m", "pip", "install", "--quiet", "-c", str(bounds), "-e", f"{ROOT}[{EXTRAS}]"]
+    install = [str(own), "-m", "pip", "install", "--quiet", *PATIENT, "-c", str(bounds), "-e", f"{ROOT}[{EXTRAS}]"]
     installed = subprocess.run(install, capture_output=True, text=True)
     if installed.returncode:
-        return "FAILED to install: " + installed.stderr.strip().splitlines()[-1]
+        return f"FAILED to install: {_last(installed.stderr)}"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [str(own), "-m", "pytest", "-q", "-n", "auto", "--dist", "worksteal", "-p", "no:cacheprovider", *tests]
     answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)

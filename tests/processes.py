@@ -30,6 +30,8 @@ import psutil
 
 #: Imported by the server in this order, silently left out if they fail.
 PRELOADED = ["tests.preloaded", "tests.processes"]
+#: Seconds after which something is taken to hang, however busy the machine; the same work takes seconds by itself.
+HUNG = 600
 _FORKING = multiprocessing.get_context("forkserver")
 
 
@@ -45,6 +47,8 @@ def dask_by_fork() -> None:
         logging.getLogger(name).handlers.clear()
         logging.getLogger(name).propagate = True
     _FORKING.set_forkserver_preload(PRELOADED)
+    # dask names its own again with each of its workers; a server that begins with one would import no more than those
+    multiprocessing.forkserver.set_forkserver_preload = lambda names: None
 
 
 class _Streams:
@@ -130,7 +134,7 @@ class Process:
     def ended(self) -> bool:
         return self._process.exitcode is not None
 
-    def wait(self, timeout: float = 300) -> int:
+    def wait(self, timeout: float = HUNG) -> int:
         """Its exit code; a signal is a negative one."""
         self._process.join(timeout)
         code = self._process.exitcode
@@ -142,7 +146,7 @@ class Process:
 
 def run(
     words: Sequence[object], folder: Path | str, *, streams: Mapping[int, int | None] | None = None,
-    environment: Mapping[str, str] | None = None, timeout: float = 300,
+    environment: Mapping[str, str] | None = None, timeout: float = HUNG,
 ) -> subprocess.CompletedProcess[str]:  # fmt: skip
     """As ``subprocess.run(words, cwd=folder, capture_output=True, text=True)``.
 

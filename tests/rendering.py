@@ -72,16 +72,19 @@ def _outside(ax):
             yield artist.get_gid() or artist.get_label()
 
 
-def faults(figure, smallest=style.SMALLEST):
-    """Sentences, one per fault of a drawn page; none if a referee would accept it."""
+def faults(figure, smallest=style.SMALLEST, *, laid_out=False):
+    """Sentences, one per fault of a drawn page; none if a referee would accept it.
+
+    The page is `laid_out` if it was saved before.
+    """
     with style.using(figure._style.name):  # ticks are made, and counted, when they are asked for
-        return _faults(figure, smallest)
+        return _faults(figure, smallest, 1 if laid_out else 2)
 
 
-def _faults(figure, smallest):
+def _faults(figure, smallest, times):
     FigureCanvasAgg(figure)
     figure.set_dpi(200)
-    for _ in range(2):  # the layout may move what a tick's length had moved
+    for _ in range(times):  # the layout may move what a tick's length had moved
         figure.draw_without_rendering()
     found = []
     page = Bbox.from_bounds(0, 0, figure.bbox.width, figure.bbox.height)

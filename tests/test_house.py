@@ -1,6 +1,8 @@
 """The house itself: what may import what, how long a part may be, what a wheel holds, what an import costs."""
 
 import ast
+import functools
+import multiprocessing.forkserver
 import re
 import shutil
 import subprocess
@@ -8,11 +10,12 @@ import sys
 import zipfile
 from pathlib import Path
 
+import distributed.utils
 import pytest
 import torch
 
 import tsdyn
-from tests import typechecks
+from tests import processes, typechecks
 from tsdyn.networks import activations
 from tsdyn.networks.batch_norm import batch_norm_gradient
 from tsdyn.networks.propagate import Frame
@@ -116,7 +119,9 @@ def _absolute(node: ast.ImportFrom, module: str, file: Path) -> str:
     return ".".join([*base, node.module] if node.module else base)
 
 
-IMPORTS = {module: _imported(module, file) for module, file in FILES.items()}
+@functools.cache
+def _imports() -> dict[str, list[tuple[str, int]]]:
+    return {module: _imported(module, file) for module, file in FILES.items()}
 
 
 def test_every_wing_has_a_floor():
@@ -128,7 +133,7 @@ def test_every_wing_has_a_floor():
 def test_imports_run_down():
     """Also those inside functions: a function that imports what lies above it cannot be read from below."""
     wrong = []
-    for module, imports in IMPORTS.items():
+    for module, imports in _imports().items():
         for other, line in imports:
             here, there = _wing(module), _wing(other)
             within = here == there or {here, there} <= FLAT
@@ -143,7 +148,7 @@ def test_no_circles():
 
     A package's __init__ runs before each of its modules; what it imports itself is counted, that it runs is not.
     """
-    edges = {module: {other for other, _ in imports if other in FILES} for module, imports in IMPORTS.items()}
+    edges = {module: {other for other, _ in imports if other in FILES} for module, imports in _imports().items()}
     circles = [" <-> ".join(sorted(group)) for group in _strongly_connected(edges) if len(group) > 1]
     circles += [module for module, others in edges.items() if module in others]
     assert not circles, "\n".join(circles)
@@ -376,3 +381,10 @@ def test_annotations_are_checked_in_the_suite(pytestconfig):
     typechecks.test_begins()
     with pytest.raises(TypeError, match="name"):
         activations.activation(3)
+
+
+def test_what_is_forked_has_everything_imported_though_dask_asks_for_less(monkeypatch):
+    """Else each worker and command would import torch itself wherever a worker of dask's was the first to begin."""
+    monkeypatch.setattr(distributed.utils, "_forkserver_preload_set", False, raising=False)
+    distributed.utils.get_mp_context()
+    assert multiprocessing.forkserver._forkserver._preload_modules == processes.PRELOADED

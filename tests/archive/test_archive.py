@@ -14,6 +14,7 @@ import pytest
 import xarray as xr
 
 import tsdyn
+from tests import processes
 from tests.cases import small
 from tsdyn import schema
 from tsdyn.archive import hdf5, integrity, lock, run_directory, whole_files
@@ -281,7 +282,7 @@ def test_a_write_that_fails_midway_leaves_no_temporary_file(tmp_path, monkeypatc
 def _hold(path, ready, leave):
     with RunDirectory(path, small()):
         ready.set()
-        leave.wait(30)
+        leave.wait(processes.HUNG)
 
 
 def test_one_writer_a_directory(tmp_path):
@@ -290,7 +291,7 @@ def test_one_writer_a_directory(tmp_path):
     other = context.Process(target=_hold, args=(tmp_path / "run", ready, leave))
     other.start()
     try:
-        assert ready.wait(60)
+        assert ready.wait(processes.HUNG)
         with pytest.raises(ArchiveError, match=rf"another process is writing here \(.* pid {other.pid}, since .*\)"):
             tsdyn.run(small(), tmp_path / "run")
     finally:

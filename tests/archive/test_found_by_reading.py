@@ -237,6 +237,20 @@ def test_a_sweep_that_lost_its_list_of_points_is_still_one(tmp_path):
     assert integrity.check(path) == []
 
 
+def test_a_damaged_list_of_points_is_what_validate_names(tmp_path):
+    """Before, it said that the sweep cannot be read, which is read without its list."""
+    experiment = small(**FEW, training__epochs=1, sweep=SWEEP)
+    whole = tsdyn.run(experiment, tmp_path).load()
+    for damaged in (b"{", b"[]", b'{"points": 3}', b"\xff", b"[" * 100_000):
+        (tmp_path / "sweep.json").write_bytes(damaged)
+        (problem,) = integrity.check(tmp_path)
+        assert problem.startswith(f"{tmp_path}/sweep.json: cannot be read as a list of points (")
+        assert problem.endswith("; the same `tsdyn run` writes it anew")
+        same(tsdyn.open(tmp_path), whole)
+        tsdyn.run(experiment, tmp_path)
+        assert integrity.check(tmp_path) == []
+
+
 def test_a_run_whose_experiment_file_was_saved_with_a_byte_order_mark_is_read(tmp_path):
     """As editors of Windows write it first; `tsdyn run` took it, and `open` of a sweep refused it."""
     whole = tsdyn.run(small(**FEW, training__epochs=1, sweep=SWEEP), tmp_path / "sweep").load()

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import tsdyn
+from tests import processes
 from tests.cases import small
 from tests.test_cli import command  # noqa: F401
 from tsdyn.archive import integrity, joining, own_process
@@ -67,7 +68,7 @@ def test_the_process_ends_with_the_one_that_asked(tmp_path):
     def outlive():
         (tmp_path / "pid").write_text(str(os.getpid()), encoding="ascii")
         (tmp_path / "pid").rename(tmp_path / "there")
-        time.sleep(60)
+        time.sleep(2 * processes.HUNG)
 
     pid = os.fork()
     if not pid:
@@ -78,7 +79,7 @@ def test_the_process_ends_with_the_one_that_asked(tmp_path):
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     stat = Path(f"/proc/{(tmp_path / 'there').read_text(encoding='ascii')}/stat")
-    until = time.monotonic() + 30
+    until = time.monotonic() + processes.HUNG
     while stat.exists() and stat.read_text(encoding="ascii").split()[2] != "Z":
         assert time.monotonic() < until
         time.sleep(0.01)

@@ -37,7 +37,7 @@ def command(*words, stop_once=None, folder):
                 os.kill(process.pid, signal.SIGTERM)
                 break
             time.sleep(0.005)
-        code = process.wait(240)
+        code = process.wait()
         said.seek(0)
         return code, said.read()
 

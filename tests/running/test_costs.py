@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 import tsdyn
+from tests import processes
 from tests.cases import small
 from tests.scale.memory import large
 from tsdyn.archive import netcdf
@@ -122,7 +123,7 @@ def test_what_writing_a_segment_takes_is_announced(tmp_path):
     here, there = context.Pipe()
     child = context.Process(target=_peak_of_one_segment, args=(tmp_path, there))
     child.start()
-    peak = here.recv() if here.poll(120) else 0
+    peak = here.recv() if here.poll(processes.HUNG) else 0
     child.join()
     announced = footprint(large(0.06)).bytes
     assert 0.7 * announced < peak < 1.15 * announced

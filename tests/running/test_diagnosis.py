@@ -8,6 +8,7 @@ import time
 import pytest
 import torch
 
+from tests import processes
 from tests.test_cli import command  # noqa: F401
 from tsdyn import memory
 from tsdyn.archive import lock
@@ -48,7 +49,7 @@ def test_the_command_ends_in_its_time_and_says_what_is_bad(command, tmp_path, qu
     monkeypatch.setattr(diagnosis, "SECONDS", 0.5)
     began = time.monotonic()
     code, out, _ = command("doctor", tmp_path)
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < processes.HUNG
     assert code == int("bad   " in out)
     assert "note  compiled step: no answer within" in out
     code, out, _ = command("doctor", tmp_path / "absent")

@@ -47,7 +47,7 @@ def test_a_killed_run_ends_in_the_same_bits(tmp_path, monkeypatch, world):
     asked = small(training__epochs=6, record__observables=["loss", "weight"], **world)
     (tmp_path / "world.toml").write_text(tomli_w.dumps(asked.as_dict()), encoding="utf-8")
     whole = tsdyn.run(asked, "whole").load()
-    done = processes.run(["python", "-c", KILLED], tmp_path, timeout=200)
+    done = processes.run(["python", "-c", KILLED], tmp_path)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert tsdyn.open("killed").sizes["epoch"] < whole.sizes["epoch"]
     again = tsdyn.run(asked, "killed").load()

@@ -41,7 +41,7 @@ def shell(script, folder, **more):
         cwd=folder,
         env=environment,
         capture_output=True,
-        timeout=300,
+        timeout=processes.HUNG,
         check=False,
     )
     return done.returncode, done.stdout, done.stderr

@@ -443,7 +443,7 @@ def test_a_signal_has_the_workers_commit(tmp_path, number, code):
                     os.kill(pid, number)
                 break
         said += stderr.readlines()
-        ended = child.wait(120)
+        ended = child.wait()
     assert ended == code, "".join(said)
     assert "the same command goes on from there" in said[-1], "".join(said)
     assert not any("Traceback" in line for line in said), "".join(said)

@@ -82,7 +82,7 @@ def test_nobody_without_the_certificate_reaches_a_sweep_s_workers(tmp_path):
                 found = {which: answer.result() for which, answer in asked.items()}
         finally:
             os.kill(sweeping.pid, signal.SIGTERM)
-            assert sweeping.wait(120) == 143
+            assert sweeping.wait() == 143
             drain.join()
     assert len(found) >= 4
     assert not any(found.values()), found
@@ -139,7 +139,7 @@ def test_a_scheduler_without_workers_is_said_to_have_none(tmp_path, caplog, monk
             time.sleep(0.1)
 
         def join():
-            until = time.monotonic() + 60
+            until = time.monotonic() + processes.HUNG
             while "no worker has been there for" not in caplog.text and time.monotonic() < until:
                 time.sleep(0.1)
             cluster.scale(1)
@@ -160,7 +160,7 @@ def test_a_frozen_worker_is_said(tmp_path, caplog, monkeypatch):
     frozen = []
 
     def thaw(child):
-        until = time.monotonic() + 60
+        until = time.monotonic() + processes.HUNG
         while "no worker has given a sign of life for" not in caplog.text and time.monotonic() < until:
             time.sleep(0.1)
         child.resume()

@@ -40,8 +40,8 @@ def test_a_study_runs_from_experiment_to_figure(name, tmp_path, monkeypatch):
     assert measured.nbytes < 1e6
     write_dataset(tmp_path / "measured.nc", measured)
     figure = study.draw(measured)
-    assert faults(figure) == []
     figure.savefig(tmp_path / "figure.png", dpi=50)
+    assert faults(figure, laid_out=True) == []
     for panel in study.PANELS.values():  # also on axes of the user's own
         ax = Figure().subplots()
         panel(measured, ax)

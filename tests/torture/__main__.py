@@ -6,6 +6,7 @@ Prints one line per trial; exit 1 if a promise was broken.  ``--short`` is what 
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import random
 import subprocess
@@ -24,7 +25,7 @@ NUMBERS = {
     "faults": (100_000, 3),
     "full_disks": (50, 2),
     "two_writers": (100, 2),
-    "readers": (20, 1),
+    "readers": (20, 0),  # needs no shim: the suite has a test of its own
     "by_number.calls": (10_000, 4),
     "by_number.memory": (10, 2),
     "states.steps": (2000, 0),  # the suite has a test of its own
@@ -60,6 +61,7 @@ def main() -> int:
     modules = {"trials": trials, "fuzz": fuzz, "inputs": inputs, "by_number": by_number, "states": states}
 
     torch.set_num_threads(1)
+    logging.getLogger("tsdyn").setLevel(logging.ERROR)  # stale locks are taken over hundreds of times
     failed = False
     for name in chosen.trials or NUMBERS:
         number = chosen.number or NUMBERS[name][chosen.short]

@@ -24,6 +24,7 @@ import dask
 import xarray as xr
 
 import tsdyn
+from tests import processes
 from tests.torture.harness import FAILED, FINISHED, arm, fork, fresh, operations, same, say_progress, shim, training
 from tsdyn.archive import integrity, whole_files
 from tsdyn.archive.run_directory import RunDirectory
@@ -33,8 +34,6 @@ FATES = ("whole", "lost", "wrong", "hung", "traceback", "crashed")
 KINDS = ("WRITE", "FSYNC", "RENAME", "OPEN", "CLOSE")
 ERRORS = (errno.ENOSPC, errno.EIO, errno.EDQUOT)
 EPOCHS = 3
-#: Seconds after which a child counts as hung.
-HUNG = 60
 #: Ten limits on the address space: shares of what the work takes undisturbed, beyond what the child was forked with.
 SHARES = (0.95, 0.85, 0.75, 0.65, 0.55, 0.45, 0.35, 0.25, 0.15, 0.05)
 
@@ -143,7 +142,7 @@ class _Bench:
         self.place(name)
 
         def work(pipe: int) -> None:
-            signal.alarm(HUNG)
+            signal.alarm(processes.HUNG)
             before()
             action.work(self.path, pipe)
 

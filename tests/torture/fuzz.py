@@ -27,6 +27,7 @@ import xarray as xr
 from dask.distributed import Client as Client
 
 import tsdyn
+from tests import processes
 from tests.cases import small
 from tests.torture.harness import FINISHED, SEGMENTED, fork, fresh, same, say_progress, training
 from tsdyn import cli
@@ -39,7 +40,7 @@ from tsdyn.running.members import Members
 
 HERE = Path(__file__).resolve().parent
 #: What a child may take beyond what it was forked with, for files below 1 MB; seconds of work; seconds in all.
-MEMORY, WORK, WALL = 256 << 20, 5, 120
+MEMORY, WORK, WALL = 256 << 20, 5, processes.HUNG
 
 # What is alike in all children is made before they are forked: the command's parsers, a quarter of a trial.
 typer.main.get_command = functools.cache(typer.main.get_command)

@@ -6,7 +6,6 @@ The process is started with the shim loaded (see `__main__`); its children arm i
 from __future__ import annotations
 
 import ctypes
-import logging
 import os
 import resource
 import shutil
@@ -40,7 +39,6 @@ SEGMENTED = small(
 )
 FINISHED, FAILED, TRACEBACK = 0, 3, 4
 
-logging.getLogger("tsdyn").setLevel(logging.ERROR)  # stale locks are taken over hundreds of times
 provenance.git_commit()  # asked of git by three processes, which no child need start again
 shim = ctypes.CDLL(None)
 

@@ -237,12 +237,8 @@ def two_writers(scratch: Path, rng: random.Random, number: int) -> str:
         os.close(done)
         time.sleep(rng.uniform(0, 0.002))
         os.close(go)
-        for _ in children:  # the one that is in says so, the other ends
-            select.select([c.pipe for c in children], [], [])
-        time.sleep(0.05)
-        said = select.select([c.pipe for c in children], [], [], 30)[0]
-        while len(said) < 2:
-            said = select.select([c.pipe for c in children], [], [], 30)[0]
+        for child in children:  # the one that is in says so, the other ends
+            select.select([child.pipe], [], [])
         os.close(leave)
         ends = sorted(child.end()[::2] for child in children)
         if [code for code, _ in ends] != [FINISHED, FAILED] or "another process is writing here" not in ends[1][1]:

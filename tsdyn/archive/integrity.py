@@ -129,7 +129,7 @@ def _check_list(path: Path, points: Mapping[str, tuple[dict[str, Any], Experimen
         if len(listed) != len(points) or not listed <= named:
             yield f"{path / SWEEP}: lists other points than {EXPERIMENT} has"
     except (ExperimentError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        yield f"{path}: the sweep cannot be read: {error}"
+        yield f"{path / SWEEP}: cannot be read as a list of points ({error}); the same `tsdyn run` writes it anew"
 
 
 def _check_run(path: Path, expected: Experiment | None = None) -> Iterator[str]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests import processes
 from tsdyn.archive.run_directory import RunDirectory
 from tsdyn.archive.whole_files import ArchiveError
 from tsdyn.experiment.errors import ExperimentError
@@ -23,8 +24,6 @@ from tsdyn.running.interrupts import Stopped
 
 #: What the library raises on purpose, in a sentence.
 SENTENCES = (ArchiveError, ExperimentError)
-#: Seconds after which a child counts as hung.
-HUNG = 120
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ def begun(work: Callable[[], None], path: Path) -> Begun:
         how, words = "traceback", ""
         try:
             os.close(reading)
-            signal.alarm(HUNG)
+            signal.alarm(processes.HUNG)
             logging.getLogger("tsdyn").setLevel(logging.CRITICAL)
             _tell_commits(path, writing)
             with warnings.catch_warnings():
