@@ -307,7 +307,7 @@ def _still_higher(seeds: list[dict[str, Any]]) -> str:
         if row["seeds"] > 20
     ]
     return (
-        f"{regime}: all of 20 seeds at {_words(alone)}. It needs wide students: the share that averages falls with n. "
+        f"{regime}: all of 20 seeds at {_words(alone)}. At the narrower of these sizes more seeds average. "
         f"{'It is one of seeds, for both points are minima at all of these sizes; with' if minima else 'With'} more "
         f"seeds it has exceptions: {_words(more)}.\n"
     )

@@ -6,10 +6,10 @@ degenerate plateau such as L*(3), where three teacher nodes share a neuron; they
 are minima needs no seed, and is another thing: where seeds always average, the perturbed copy may be a minimum, too
 (`simsek2023_phase_diagram`).
 
-"Perturbed copy, still higher" needs wide students.  At the first k at which the perturbed copy is the higher one, 7 of
-20 seeds average for n = 8, 3 for n = 12 and for n = 16, none for n = 18; so n = 18 is run about there, at `AROUND`.  It
-is a matter of seeds, since both points are minima there: of 100 seeds at (18, 25) one averages and one ends at neither
-(docs/reproduction.md).
+"Perturbed copy, still higher" was found for wide students only.  At the first k at which the perturbed copy is the
+higher one, 7 of 20 seeds average for n = 8, 3 for n = 12 and for n = 16, none for n = 18; so n = 18 is run about there,
+at `AROUND`.  It is a matter of seeds, since both points are minima there: of 100 seeds at (18, 25) one averages and one
+ends at neither (docs/reproduction.md); of 20 each at (23, 31) and (26, 35), 4 and none average.
 """
 
 from __future__ import annotations

@@ -190,15 +190,15 @@ def test_what_a_run_takes_to_begin_and_to_write_is_announced_once_for_each(tmp_p
     """With every trial taking one second, each of three short runs costs what a run of one step does on top."""
     points = {str(rate): small(training__epochs=2, training__learning_rate=rate) for rate in (0.1, 0.2, 0.3)}
     points["longer"] = small(training__epochs=3)
-    tried, run = [], runner.run
-    monkeypatch.setattr(runner, "run", lambda single, path, **means: tried.append((single, path)) or run(single, path))
+    tried, run = [], runner.run_together
+    monkeypatch.setattr(runner, "run_together", lambda of, **means: tried.extend(of.items()) or run(of, **means))
     monkeypatch.setattr(estimates, "quickest", lambda work, times=3: [work(), 1.0][1])
     monkeypatch.setattr(estimates, "QUICK", 0.0)
     monkeypatch.setattr(sweep, "SHORT", 1e9)
     alone = {name: estimates.estimate(single).seconds for name, single in points.items()}
     found = sweep.estimate(points)
     assert {name: cost.seconds - alone[name] for name, cost in found.items()} == pytest.approx(dict.fromkeys(points, 1))
-    ((single, path),) = tried
+    ((path, single),) = tried
     assert (single.training.epochs, single.steps) == (1, 1)
     assert not path.exists()
     monkeypatch.setattr(sweep, "SHORT", 0.0)

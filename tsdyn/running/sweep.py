@@ -149,7 +149,7 @@ def _is_tried(experiment: Experiment) -> bool:
 def _seconds_of_ends(experiment: Experiment, device: str) -> float:
     """Seconds in which a run begins and writes its files: those of one step, on few samples, in a temporary folder.
 
-    0 where no such folder can be written, which does not keep the run from its own.
+    0 where none can be written, or the run fails there: it tells the reason itself when its turn comes.
     """
     few: dict[str, Any] = {"training.epochs": 1, "training.steps_per_epoch": 1, "training.warm_up": 0}
     few |= {"data.eval": min(estimates.FEW_SAMPLES, experiment.data.eval)}
@@ -158,14 +158,17 @@ def _seconds_of_ends(experiment: Experiment, device: str) -> float:
         few |= {"data.train": min(experiment.data.train, most)}
     if experiment.teacher.init == "trained":
         few |= {"teacher.train_epochs": 1, "teacher.finetune_epochs": 0}
-    single, numbers = experiment.replace(few), itertools.count()
+    single, numbers, failed = experiment.replace(few), itertools.count(), dict[Path, Exception]()
     try:
         with tempfile.TemporaryDirectory() as folder:
-            return estimates.quickest(
-                lambda: runner.run(single, Path(folder) / f"{next(numbers)}", device=device), times=2
-            )
-    except (OSError, ArchiveError):
+
+            def once() -> None:
+                failed.update(runner.run_together({Path(folder) / f"{next(numbers)}": single}, device=device))
+
+            seconds = estimates.quickest(once, times=2)
+    except OSError:
         return 0.0
+    return 0.0 if failed else seconds
 
 
 #: Keys that number runs of one cost.
