@@ -6,7 +6,8 @@ import torch
 
 from tests import oracles
 from tests.cases import glorot_students, orthonormal_teacher
-from tsdyn.flow.flows import _solver, _stages, gradient_flow
+from tsdyn.flow.flows import gradient_flow
+from tsdyn.flow.rodas import _solver, _stages
 from tsdyn.flow.stationary import FunctionLoss, minimum_derivative, polish, signature
 from tsdyn.population import interaction
 from tsdyn.population.two_layer_loss import PopulationLoss

@@ -19,7 +19,8 @@ from tsdyn.archive import integrity, reading
 from tsdyn.archive.whole_files import DirectoryError
 from tsdyn.experiment import rules
 from tsdyn.flow import overlap_dynamics
-from tsdyn.flow.flows import REASONS, Flow, Limits
+from tsdyn.flow.flows import REASONS, Flow
+from tsdyn.flow.steps import Limits
 from tsdyn.population.critical_point_kinds import Ground, Kind
 from tsdyn.running import estimates, kinds, runner, sweep
 from tsdyn.running.protocol import Runnable, StateError

@@ -1,6 +1,6 @@
 """Gradient flow and its end points; online learning in infinite and in finite dimension.
 
-Source: Simsek et al. (2023), section 3; Saad & Solla (1995); Goldt et al. (2019); Hairer & Wanner (1996), section VI.4.
+Source: Simsek et al. (2023), section 3; Saad & Solla (1995); Goldt et al. (2019); Hairer & Wanner (1996), IV.8, VI.4.
 """
 
 from tsdyn.flow.conventions import Online, convention

@@ -20,6 +20,8 @@ from tsdyn.memory import refuse_beyond
 
 #: Tolerance of a step's local error: well below what plots show and below the differences between seeds.
 RTOL, ATOL = 1e-6, 1e-8
+#: The method of integration, as `gradient_flow` takes it; `tsdyn.running.conventions` says it in every archive.
+METHOD = "rodas"
 #: Limit on the bytes of activations held for the Hessian rows that are computed together.
 _CHUNK_BYTES = 1 << 27
 _log = logging.getLogger("tsdyn")
@@ -87,7 +89,7 @@ def train_epoch(ensemble: Ensemble, data: Sequence[tuple[Tensor, Tensor]], rule:
             "the Hessian is dense: use 'gd', or fewer nodes",
         )
         loss = TrainingLoss(ensemble, member, inputs.cpu(), targets.cpu(), rule)
-        ds = gradient_flow(loss, row, end=time, rtol=RTOL, atol=ATOL, gradient_tolerance=0.0)
+        ds = gradient_flow(loss, row, end=time, rtol=RTOL, atol=ATOL, gradient_tolerance=0.0, method=METHOD)
         reached, reason = torch.from_numpy(ds["final"].values[0]), ds["stop_reason"].item()
         if reason != "time":
             _log.warning("gradient flow of member %d ended by %r at t = %g", member, reason, ds["stop_time"].item())

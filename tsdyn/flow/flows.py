@@ -1,11 +1,11 @@
 """Integrates gradient flow dθ/dt = −∇L for many members at once.
 
 The flow is stiff (the Hessian's largest eigenvalue is near 100, times reach 1e5), which rules out explicit methods.
-The integrator is linearly implicit: Rodas4(3), an L-stable Rosenbrock method of order 4, with the exact Hessian; a step
-costs one Hessian, one factorisation and six gradients.  Members are computed in one batch, each with its own step size,
-and leave the batch when they are done.
+Two implicit methods use the exact Hessian: Rodas4(3), of order 4, and at tolerances below 1e-6, where its steps would
+be many, Radau IIA of order 9.  Members are computed in one batch, each with its own step size, and leave the batch when
+they are done.
 
-Source: Hairer & Wanner (1996), Solving Ordinary Differential Equations II, section VI.4 (RODAS, method 1).
+Source: Hairer & Wanner (1996), Solving Ordinary Differential Equations II.
 """
 
 from __future__ import annotations
@@ -21,34 +21,14 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from tsdyn.arguments import NUMBERS, takes
+from tsdyn.flow.radau import Radau
+from tsdyn.flow.rodas import Rodas
 from tsdyn.flow.stationary import LOSS, Loss, chunk_size, with_rows
-from tsdyn.networks.members_alone import combined
+from tsdyn.flow.steps import Attempt, Limits, Method
 
-_GAMMA = 0.25
-#: Coefficients of Rodas4(3): stage i starts from y + Σ_j A[i][j] k_j, with Σ_j C[i][j] k_j / h on its right-hand side;
-#: the last two stages give the steps of order 3 and 4, whose difference, the last k, is the error estimate.
-_A = (
-    (),
-    (1.544,),
-    (0.9466785280815826, 0.2557011698983284),
-    (3.314825187068521, 2.896124015972201, 0.9986419139977817),
-    (1.221224509226641, 6.019134481288629, 12.53708332932087, -0.6878860361058950),
-    (1.221224509226641, 6.019134481288629, 12.53708332932087, -0.6878860361058950, 1.0),
-)
-_C = (
-    (),
-    (-5.6688,),
-    (-2.430093356833875, -0.2063599157091915),
-    (-0.1073529058151375, -9.594562251023355, -20.47028614809616),
-    (7.496443313967647, -10.24680431464352, -33.99990352819905, 11.70890893206160),
-    (8.083246795921522, -7.981132988064893, -31.52159432874371, 16.31930543123136, -6.058818238834054),
-)
-#: Coefficients of the dense output of order 3: y(t + sh) = (1−s) y₀ + s [y₁ + (1−s) (Σ D₀ⱼ kⱼ + s Σ D₁ⱼ kⱼ)].
-_D = (
-    (10.12623508344586, -7.487995877610167, -34.80091861555747, -7.992771707568823, 1.025137723295662),
-    (-0.6762803392806898, 6.087714651680015, 16.43084320892478, 24.76722511418386, -6.594389125716872),
-)
-_SAFETY, _SHRINK, _GROW = 0.9, 0.2, 6.0
+_METHODS: Mapping[str, type[Rodas] | type[Radau]] = {"rodas": Rodas, "radau": Radau}
+#: Relative tolerance below which Radau's steps cost less than Rodas's.
+_FINE = 1e-6
 
 #: Reasons for which a member stops.
 REASONS = ("time", "gradient", "singular", "steps", "not finite")
@@ -70,6 +50,18 @@ class _State:
     gradient: Tensor  # at y
 
 
+@dataclass
+class _Chunk:
+    """Members that are computed together."""
+
+    state: _State
+    method: Method
+
+    def arrays(self) -> dict[str, Tensor]:
+        """Everything that the next step depends on, by name, (member, …) each."""
+        return {field.name: getattr(self.state, field.name) for field in fields(_State)} | self.method.memory()
+
+
 @takes(loss=LOSS, initial=NUMBERS)
 def gradient_flow(
     loss: Loss | Callable[[Tensor], Tensor],
@@ -82,6 +74,7 @@ def gradient_flow(
     gradient_tolerance: float = 1e-7,
     least_norm: float = 1e-6,
     max_steps: int = 20_000,
+    method: str = "auto",
     seeds: Sequence[int] | None = None,
 ) -> xr.Dataset:
     """Trajectories of gradient flow dθ/dt = −∇L from each initial row to where it stops.
@@ -97,6 +90,8 @@ def gradient_flow(
         gradient_tolerance: A member whose |∇|_∞ falls below this has converged and stops; 0 to continue to `end`.
         least_norm: A member stops if a weight's norm falls below this: relu's loss is singular at w = 0.
         max_steps: Number of steps, rejected ones included, after which a member stops.
+        method: ``rodas``, Rodas4(3); ``radau``, Radau IIA of order 9, the faster one for accurate trajectories; or
+            ``auto``: ``radau`` at an `rtol` below 1e-6.  The attribute ``method`` of the result says which.
         seeds: Labels of the rows; 0, 1, … unless given.
 
     Returns:
@@ -107,10 +102,10 @@ def gradient_flow(
 
     Raises:
         TypeError: for what is no loss, or no rows of numbers.
-        ValueError: for rows of another length than the loss's, times that do not increase or are negative, and
-            tolerances that are not positive.
+        ValueError: for rows of another length than the loss's, times that do not increase or are negative, tolerances
+            that are not positive, an unknown method, and for ``radau`` an `rtol` that the loss's type does not resolve.
 
-    Source: Simsek et al. (2023), section 3 (the flow, without ½); Hairer & Wanner (1996), section VI.4.
+    Source: Simsek et al. (2023), section 3 (the flow, without ½); Hairer & Wanner (1996), sections IV.8, VI.4.
 
     Examples:
         >>> import torch
@@ -124,6 +119,8 @@ def gradient_flow(
     at = np.atleast_1d(np.asarray([] if times is None else times, dtype=float))
     if (np.diff(at) <= 0).any() or (at < 0).any() or not np.isfinite(at).all():
         raise ValueError("gradient_flow: times must increase and not be negative")
+    if method not in ("auto", *_METHODS):
+        raise ValueError(f"gradient_flow: method={method!r}; it is one of auto, {', '.join(_METHODS)}")
     if not (rtol > 0 and atol > 0):
         raise ValueError(f"gradient_flow: rtol={rtol}, atol={atol}; both must be positive")
     until = float(end if end is not None else at[-1] if len(at) else 1e9)
@@ -132,21 +129,9 @@ def gradient_flow(
         raise ValueError(f"gradient_flow: {len(labels)} labels for {len(rows)} rows")
     limits = Limits(rtol, atol, gradient_tolerance, least_norm, max_steps, until)
     with torch.no_grad():
-        flow = Flow(loss, rows, times=at, limits=limits)
+        flow = Flow(loss, rows, times=at, limits=limits, method=method)
         flow.until(math.inf)
-        return _dataset(loss, flow.states, at, labels, limits)
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Tolerances of a step and conditions under which a member stops; see `gradient_flow`."""
-
-    rtol: float = 1e-4
-    atol: float = 1e-6
-    gradient: float = 1e-7
-    norm: float = 1e-6
-    steps: int = 20_000
-    end: float = 1e9
+        return _dataset(flow, at, labels, limits)
 
 
 class Flow:
@@ -159,18 +144,30 @@ class Flow:
         initial: Rows of parameters (member, parameter).
         times: Increasing output times.
         limits: Tolerances of a step and conditions for stopping.
+        method: As in `gradient_flow`.
+
+    Attributes:
+        method: Name of the method of integration.
     """
 
-    def __init__(self, loss: Loss, initial: Tensor, *, times: np.ndarray, limits: Limits) -> None:
+    def __init__(self, loss: Loss, initial: Tensor, *, times: np.ndarray, limits: Limits, method: str = "auto") -> None:
         self.loss, self._limits = loss, limits
         self._times = torch.tensor(np.asarray(times, float), dtype=initial.dtype, device=initial.device)
-        self.states = [_begun(loss, chunk, self._times, limits) for chunk in initial.split(chunk_size(loss))]
+        kind = _METHODS[("radau" if limits.rtol < _FINE else "rodas") if method == "auto" else method]
+        self.method = kind.NAME
+        self._chunks = [
+            _Chunk(_begun(loss, rows, self._times, limits), kind(loss, rows, limits))
+            for rows in initial.split(chunk_size(loss))
+        ]
 
     def until(self, time: float) -> None:
         """Advance every member that has not stopped until it reaches `time`."""
-        for state in self.states:
+        for chunk in self._chunks:
+            state = chunk.state
             while len(index := ((state.reason == _RUNNING) & (state.t < time)).nonzero()[:, 0]):
-                state.gradient[index] = _step(self.loss, state, index, state.gradient[index], self._times, self._limits)
+                state.gradient[index] = _step(self.loss, chunk, index, self._times, self._limits)
+            if len(self._chunks) > 1:
+                chunk.method.release()
 
     @property
     def running(self) -> Tensor:
@@ -185,19 +182,21 @@ class Flow:
 
     def joined(self, name: str) -> Tensor:
         """A named array of all members: ``y`` (parameters), ``t`` (times), ``path`` (member, time, parameter), ..."""
-        return torch.cat([getattr(state, name) for state in self.states])
+        return torch.cat([chunk.arrays()[name] for chunk in self._chunks])
 
     def state(self) -> dict[str, np.ndarray]:
         """Everything that the next step depends on, by name; for `restore`."""
-        return {field.name: self.joined(field.name).numpy() for field in fields(_State)}
+        return {name: self.joined(name).numpy() for name in self._chunks[0].arrays()}
 
     def restore(self, stored: Mapping[str, np.ndarray]) -> None:
         """Continue from a stored `state`."""
-        sizes = [len(state.y) for state in self.states]
-        for field in fields(_State):
-            parts = torch.from_numpy(np.array(stored[field.name])).split(sizes)
-            for state, part in zip(self.states, parts, strict=True):
-                getattr(state, field.name).copy_(part)
+        sizes = [len(chunk.state.y) for chunk in self._chunks]
+        for name in self._chunks[0].arrays():
+            parts = torch.from_numpy(np.array(stored[name])).split(sizes)
+            for chunk, part in zip(self._chunks, parts, strict=True):
+                chunk.arrays()[name].copy_(part)
+        for chunk in self._chunks:
+            chunk.method.release()
 
 
 def _begun(loss: Loss, begin: Tensor, at: Tensor, limits: Limits) -> _State:
@@ -222,90 +221,36 @@ def _begun(loss: Loss, begin: Tensor, at: Tensor, limits: Limits) -> _State:
     return state
 
 
-def _step(loss: Loss, state: _State, index: Tensor, gradient: Tensor, times: Tensor, limits: Limits) -> Tensor:
+def _step(loss: Loss, chunk: _Chunk, index: Tensor, times: Tensor, limits: Limits) -> Tensor:
     """Try one step of the members in `index`, accepted or rejected; return the gradient where they are afterwards."""
-    y, t = state.y[index], state.t[index]
+    state = chunk.state
+    y, t, gradient = state.y[index], state.t[index], state.gradient[index]
     h = torch.minimum(state.h[index], limits.end - t)
-    k, y1 = _stages(loss, y, h, gradient)
-    scale = limits.atol + limits.rtol * torch.maximum(y.abs(), y1.abs())
-    error = (k[-1] / scale).square().mean(-1).sqrt()
-    slope = loss.gradient(y1)
-    finite = torch.isfinite(error) & torch.isfinite(slope).all(-1)
-    error = torch.where(finite, error, math.inf)
-    taken = error <= 1
-    factor = (_SAFETY * error.clamp(min=1e-12).sqrt().rsqrt()).clamp(_SHRINK, _GROW)
-    state.h[index] = h * factor
+    tried = chunk.method.attempt(y, h, gradient, index)
+    taken = tried.error <= 1
+    state.h[index] = h * tried.factor
     state.steps[index] += 1
     state.rejected[index] += ~taken
     moved = index[taken]
     if len(times):
-        _record(state, moved, times, (y[taken], y1[taken], t[taken], h[taken]), [stage[taken] for stage in k])
-    state.y[moved], state.t[moved] = y1[taken], t[taken] + h[taken]
-    now = torch.where(taken[:, None], slope, gradient)
+        _record(state, index, times, (t, h, taken), tried)
+    state.y[moved], state.t[moved] = tried.end[taken], t[taken] + h[taken]
+    now = torch.where(taken[:, None], tried.slope, gradient)
     _stop(loss, state, index, now, limits)
     # no step is small enough for the state to stay finite
     state.reason[index[~taken & (state.h[index] <= 1e-15 * (1e-15 + state.t[index]))]] = REASONS.index("not finite")
     return now
 
 
-def _stages(loss: Loss, y: Tensor, h: Tensor, gradient: Tensor) -> tuple[list[Tensor], Tensor]:
-    matrix = loss.hessian(y)
-    matrix.diagonal(dim1=-2, dim2=-1).add_((1 / (_GAMMA * h))[:, None])
-    solve = _solver(matrix)
-    k: list[Tensor] = []
-    point = y
-    for a, c in zip(_A, _C, strict=True):
-        right = -gradient
-        if k:
-            point = y + combined(a, k)
-            right = combined(c, k) / h[:, None] - loss.gradient(point)
-        k.append(solve(right))
-    return k, point + k[-1]
-
-
-def _solver(matrix: Tensor) -> Callable[[Tensor], Tensor]:
-    """Function that solves linear systems with H + I/(γh).
-
-    By Cholesky's method, in a third of LU's time, if the matrix is positive definite, as it is for almost all step
-    sizes that the error estimate allows; otherwise by LU.  Rows of the identity fill matrices up to a multiple of four
-    rows, so that all begin at a line of the cache: solutions round by where a matrix begins.
-    """
-    order, room = matrix.shape[-1], -matrix.shape[-1] % 4
-    if room:
-        matrix = torch.nn.functional.pad(matrix, (0, room, 0, room))
-        matrix.diagonal(dim1=-2, dim2=-1)[..., order:] = 1
-    lower, failed = torch.linalg.cholesky_ex(matrix)
-    other = failed.nonzero()[:, 0]
-    # one by one: of a batch, MKL on several threads gives wrong factors from some 150 rows on
-    each = [torch.linalg.lu_factor_ex(matrix[member]) for member in other.tolist()]
-    factors = (torch.stack([f.LU for f in each]), torch.stack([f.pivots for f in each])) if each else None
-
-    def solve(right: Tensor) -> Tensor:
-        if room:
-            right = torch.nn.functional.pad(right, (0, room))
-        # cholesky_solve copies the factor first
-        half = torch.linalg.solve_triangular(lower, right[..., None], upper=False)
-        found: Tensor = torch.linalg.solve_triangular(lower.mT, half, upper=True)[..., 0]
-        if factors is not None:
-            found[other] = torch.linalg.lu_solve(*factors, right[other, :, None])[..., 0]
-        return found[..., :order]
-
-    return solve
-
-
-def _record(
-    state: _State, index: Tensor, times: Tensor, step: tuple[Tensor, Tensor, Tensor, Tensor], k: list[Tensor]
-) -> None:
+def _record(state: _State, index: Tensor, times: Tensor, step: tuple[Tensor, Tensor, Tensor], tried: Attempt) -> None:
     """Fill in the output times that the steps just taken passed."""
-    y, y1, t, h = step
+    t, h, taken = step
     low = state.recorded[index]
-    high = torch.searchsorted(times, t + h, right=True)
-    bends = [combined(d, k) for d in _D]
+    high = torch.where(taken, torch.searchsorted(times, t + h, right=True), low)
     for row, member in enumerate(index.tolist()):
         s = ((times[low[row] : high[row]] - t[row]) / h[row])[:, None]
         if len(s):
-            inner = bends[0][row] + s * bends[1][row]
-            state.path[member, low[row] : high[row]] = (1 - s) * y[row] + s * (y1[row] + (1 - s) * inner)
+            state.path[member, low[row] : high[row]] = tried.inside(row, s)
     state.recorded[index] = high
 
 
@@ -319,10 +264,8 @@ def _stop(loss: Loss, state: _State, index: Tensor, gradient: Tensor, limits: Li
     state.reason[index] = reason
 
 
-def _dataset(loss: Loss, states: list[_State], times: np.ndarray, labels: list[int], limits: Limits) -> xr.Dataset:
-    def joined(name: str) -> Tensor:
-        return torch.cat([getattr(s, name) for s in states])
-
+def _dataset(flow: Flow, times: np.ndarray, labels: list[int], limits: Limits) -> xr.Dataset:
+    loss, joined = flow.loss, flow.joined
     final, path = joined("y"), joined("path")
     per_seed = {
         "stop_time": (joined("t").numpy(), "time at which it stopped"),
@@ -336,7 +279,7 @@ def _dataset(loss: Loss, states: list[_State], times: np.ndarray, labels: list[i
         {name: ("seed", values, _described(text)) for name, (values, text) in per_seed.items()},
         {"seed": labels, "stop_reason": ("seed", reasons, {"long_name": "why the member stopped"})},
         {
-            "method": "Rodas4(3)",
+            "method": flow.method,
             "rtol": limits.rtol,
             "atol": limits.atol,
             "gradient_tolerance": limits.gradient,

@@ -60,17 +60,23 @@ def product(a: Tensor, b: Tensor) -> Tensor:
         return a @ b
     if a.device.type != "cpu" or torch._C._functorch.is_functorch_wrapped_tensor(a):
         return a @ b
-    lead = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
-    left, right = (_laid_out(t.expand(*lead, *t.shape[-2:])) for t in (a, b))
+    lead = a.shape[:-2]
+    if lead != b.shape[:-2]:
+        lead = torch.broadcast_shapes(lead, b.shape[:-2])
+        a, b = (t.expand(*lead, *t.shape[-2:]) for t in (a, b))
+    left, right = _laid_out(a), _laid_out(b)
     found = _room(a, left.shape[0], rows, columns)
     torch.bmm(left, right, out=found)
     return found.unflatten(0, lead) if lead else found[0]
 
 
 def _laid_out(matrices: Tensor) -> Tensor:
-    """The matrices (matrix, row, column), each from a line of the cache on."""
+    """The matrices (matrix, row, column), each from a line of the cache on; a copy unless they are so already."""
     rows, columns = matrices.shape[-2:]
     stacked = matrices.reshape(-1, rows, columns)
+    whole = len(stacked) == 1 or rows * columns * stacked.element_size() % _LINE == 0
+    if whole and stacked.is_contiguous() and stacked.data_ptr() % _LINE == 0:
+        return stacked
     found = _room(stacked, len(stacked), rows, columns)
     found.copy_(stacked)
     return found

@@ -17,9 +17,10 @@ from tsdyn.engine import compiled_sums
 from tsdyn.experiment import shapes
 from tsdyn.experiment.experiment import Experiment
 from tsdyn.experiment.shapes import FLOW_END
-from tsdyn.flow.flows import Flow, Limits
+from tsdyn.flow.flows import Flow
 from tsdyn.flow.online_learning import PIECE_BYTES
 from tsdyn.flow.stationary import CHUNK_BYTES as HESSIAN_BYTES
+from tsdyn.flow.steps import Limits
 from tsdyn.networks.network import PASS_BYTES
 from tsdyn.observables import registry
 from tsdyn.problem.teachers import draw_teacher

@@ -18,8 +18,9 @@ from torch import Tensor
 from tsdyn import vocabulary
 from tsdyn.experiment.experiment import Experiment
 from tsdyn.experiment.shapes import FLOW_END
-from tsdyn.flow.flows import Flow, Limits
+from tsdyn.flow.flows import Flow
 from tsdyn.flow.stationary import polish, signature
+from tsdyn.flow.steps import Limits
 from tsdyn.networks.network import Network
 from tsdyn.population.critical_point_kinds import Classification, classify
 from tsdyn.population.critical_points import ODD, copy_average, one_neuron, perturbed_copy
