@@ -127,12 +127,20 @@ def member(ds: xr.Dataset, experiment: Experiment | None = None) -> Member:
     if left:
         raise ValueError(f"member: {', '.join(left)} left; select one")
     numbers = {str(name): array.values for name, array in _parameters(ds).items()}
-    student, teacher = _networks(experiment, numbers, _rows(ds, experiment))
-    seed = int(ds["seed"])
-    _refuse_another(teacher, experiment, seed)
-    found = Member(experiment, seed, student, teacher)
+    found = rebuilt(experiment, int(ds["seed"]), numbers, ds["layer"].values.tolist())
     _refuse_other_data(found, {name: float(ds[name]) for name in CHECKED if name in ds and not ds[name].ndim})
     return found
+
+
+def rebuilt(experiment: Experiment, seed: int, numbers: Mapping[str, NDArray], layers: Sequence[int]) -> Member:
+    """The member whose `PARAMETERS` are `numbers`, name → array as `networks` takes it.
+
+    Raises:
+        ValueError: if the teacher is not the one that the experiment draws for this seed.
+    """
+    student, teacher = networks(experiment, numbers, layers)
+    _refuse_another(teacher, experiment, seed)
+    return Member(experiment, seed, student, teacher)
 
 
 def _refuse_other_data(member: Member, recorded: Mapping[str, float]) -> None:
@@ -174,6 +182,11 @@ def _refuse_unbuildable(ds: xr.Dataset, experiment: Experiment) -> None:
     missing = [name for name in PARAMETERS if name not in ds]
     if missing:
         raise ValueError(f"member: the archive has no {', '.join(missing)}; record them (record.observables)")
+    refuse_parts(ds, experiment)
+
+
+def refuse_parts(ds: xr.Dataset, experiment: Experiment) -> None:
+    """Raise ValueError if `ds` holds other seeds, or a part of the networks; only its labels are looked at."""
     refuse_part(ds, nodes_of(experiment), "member")
     foreign = [seed for seed in np.atleast_1d(ds["seed"].values).tolist() if seed not in experiment.seed_labels]
     if foreign:
@@ -181,7 +194,7 @@ def _refuse_unbuildable(ds: xr.Dataset, experiment: Experiment) -> None:
             f"member: seed {foreign[0]} is none of {experiment.name}'s; the experiment is another archive's"
         )
     absent = [i for i in range(1, experiment.layout.depth + 1) if i not in np.atleast_1d(ds["layer"].values)]
-    if absent or "layer" not in ds["weight"].dims:
+    if absent or "layer" not in ds.dims:
         raise ValueError(f"member: networks are made of all layers, and {absent or 'the dimension layer'} is left out")
 
 
@@ -190,15 +203,16 @@ def _parameters(ds: xr.Dataset) -> xr.Dataset:
     return ds[list(PARAMETERS)].transpose(..., "layer", "node", "teacher_node", "input_node")
 
 
-def _rows(ds: xr.Dataset, experiment: Experiment) -> list[int]:
-    """Where layers 1..L stand along the dimension ``layer``."""
-    labels = ds["layer"].values.tolist()
-    return [labels.index(number) for number in range(1, experiment.layout.depth + 1)]
+def networks(experiment: Experiment, numbers: Mapping[str, NDArray], layers: Sequence[int]) -> tuple[Network, Network]:
+    """Student and teacher from arrays (layer, node[, input_node]) that are padded to the widest layer.
 
-
-def _networks(experiment: Experiment, numbers: Mapping[str, NDArray], rows: Sequence[int]) -> tuple[Network, Network]:
-    """Student and teacher from arrays (layer, node[, input_node]) that are padded to the widest layer."""
+    Args:
+        experiment: The experiment of their point.
+        numbers: One array for each of `PARAMETERS`, by name.
+        layers: Labels along the arrays' first dimension.
+    """
     layout, law, taught = experiment.layout, experiment.student, experiment.teacher
+    rows = [layers.index(number) for number in range(1, layout.depth + 1)]  # where layers 1..L stand
 
     def network(prefix: str, widths: Sequence[int], who: Student | Teacher, name: str, leak: float) -> Network:
         sizes = list(zip(rows, itertools.pairwise((layout.input_width, *widths)), strict=True))
@@ -364,9 +378,8 @@ def _measured(
             continue
         point, seed = divmod(number // known.shape[-1], known.shape[-2])
         experiment, label = known.table[point], known.seeds[seed]
-        rows = [known.layers.index(i) for i in range(1, experiment.layout.depth + 1)]
         numbers = [flat[0][at], flat[1][at], flat[2][at // index.shape[-1]], flat[3][at // index.shape[-1]]]
-        student, teacher = _networks(experiment, dict(zip(PARAMETERS, numbers, strict=True)), rows)
+        student, teacher = networks(experiment, dict(zip(PARAMETERS, numbers, strict=True)), known.layers)
         if before is None or (before.experiment, before.seed) != (experiment, label):
             _refuse_another(teacher, experiment, label)
             before = None
@@ -390,8 +403,12 @@ def _made_and_measured(
 ) -> NDArray:
     """As `_measured`, of what `rebuild` makes of the members' variables `needs`."""
     found = np.full((index.size, sum(map(math.prod, shapes.values()))), np.nan)
-    epochs = [index.shape[-1] if name.startswith("teacher_") else 1 for name in needs]  # a teacher has none
-    flat = [a.reshape(index.size // count, -1) for a, count in zip(arrays, epochs, strict=True)]
+    without = [name.startswith("teacher_") for name in needs]  # a teacher has no epochs
+    epochs = [index.shape[-1] if less else 1 for less in without]
+    flat = [
+        a.reshape(index.size // count, *a.shape[index.ndim - less :])
+        for a, count, less in zip(arrays, epochs, without, strict=True)
+    ]
     for at, number in enumerate(index.ravel().tolist()):
         if number < 0:
             continue

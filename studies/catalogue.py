@@ -16,7 +16,7 @@ DESK_SECONDS: Mapping[str, int | None] = {
     "tian2019-data": 171,
     "tian2019-ranks": 97,
     "tian2019-sizes": 22,
-    "theorems": 8,
+    "theorems": 9,
     "tian2019-batchnorm-bias-vgg11": 32,
     "tian2019-batchnorm-bias": 41,
     "tian2019-cifar10": None,
@@ -37,12 +37,12 @@ DESK_SECONDS: Mapping[str, int | None] = {
     "tian2020-recovery": 42,
     "simsek2023-trajectories": 16,
     "simsek2023-one-neuron": 36,
-    "simsek2023-loss": 120,
+    "simsek2023-loss": 184,
     "simsek2023-norms": 133,
     "simsek2023-phase-diagram": 52,
     "goldt2019-eg": 38,
-    "fork-divergence": 19,
-    "leave-out": 47,
+    "fork-divergence": 16,
+    "leave-out": 30,
 }
 
 

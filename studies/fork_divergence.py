@@ -59,8 +59,23 @@ EXPERIMENTS: Mapping[str, Experiment] = {
 
 
 def _again(experiment: Experiment, seconds: float) -> float:
-    """Seconds of `measure`: the run and its forks of every size are trained, and tangents take a time of their own."""
-    return (1 + len(SIZES)) * seconds + sum(_seconds_of_tangents(one) for _, one in experiment.points())
+    """Seconds of `measure`: the run and its forks of every size are trained; forks and tangents take more beside."""
+    forks = len(SIZES) * (seconds + _seconds_of_a_fork(experiment))
+    return seconds + forks + sum(_seconds_of_tangents(one) for _, one in experiment.points())
+
+
+def _seconds_of_a_fork(experiment: Experiment) -> float:
+    """Seconds by which a fork takes longer than the run: it is changed, and compared; of runs of one step, twice."""
+    few = experiment.replace({"training.epochs": 1, "training.steps_per_epoch": 1})
+    taken = []
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(2):
+            parent, began = Path(folder) / f"run-{number}", time.perf_counter()
+            tsdyn.run(few, parent)
+            between = time.perf_counter()
+            _forked(parent, SIZES[0], Path(folder) / f"forks-{number}")
+            taken.append(time.perf_counter() - between - (between - began))
+    return max(0.0, min(taken))
 
 
 def _seconds_of_tangents(experiment: Experiment, steps: int = 10) -> float:
@@ -93,9 +108,8 @@ def measure(archive: xr.Dataset) -> xr.Dataset:
         own = tsdyn.run(experiment, parent).load()
         distances = []
         for number, size in enumerate(SIZES):
-            forks = tsdyn.fork(parent, perturb={"gaussian": size}, out=Path(folder) / f"forks-{number}")
-            forks = forks.isel(fork_epoch=0, branch=0)
-            distances.append(forks["distance"].load().reset_coords(drop=True))
+            forks, distance = _forked(parent, size, Path(folder) / f"forks-{number}")
+            distances.append(distance)
         last = forks[["weight", "bias"]].sel(epoch=[0]).load()
     along = xr.DataArray(list(SIZES), dims="gaussian", name="gaussian")
     distance = xr.concat(distances, along, coords="minimal", compat="override", join="exact", combine_attrs="drop")
@@ -122,6 +136,12 @@ def measure(archive: xr.Dataset) -> xr.Dataset:
     return ds.assign(
         {n: ds[n].assign_attrs(units="1", long_name=text, source=source) for n, (text, source) in texts.items()}
     )
+
+
+def _forked(parent: Path, size: float, out: Path) -> tuple[xr.Dataset, xr.DataArray]:
+    """The forks of a run whose weights are moved by `size`, and their distances from it, loaded."""
+    forks = tsdyn.fork(parent, perturb={"gaussian": size}, out=out).isel(fork_epoch=0, branch=0)
+    return forks, forks["distance"].load().reset_coords(drop=True)
 
 
 def _tangent(

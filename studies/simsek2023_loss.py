@@ -6,8 +6,10 @@ degenerate plateau such as L*(3), where three teacher nodes share a neuron; they
 are minima needs no seed, and is another thing: where seeds always average, the perturbed copy may be a minimum, too
 (`simsek2023_phase_diagram`).
 
-Of the four regimes "perturbed copy, still higher" is not found at any of these sizes.  Perturbed copies are the higher
-ones from k = 16 on for n = 12 and from k = 22 on for n = 16, and there 17 and 17 of 20 seeds copy, the others average.
+"Perturbed copy, still higher" was found for wide students only.  At the first k at which the perturbed copy is the
+higher one, 7 of 20 seeds average for n = 8, 3 for n = 12 and for n = 16, none for n = 18; so n = 18 is run about there,
+at `AROUND`.  It is a matter of seeds, since both points are minima there: of 100 seeds at (18, 25) one averages and one
+ends at neither (docs/reproduction.md); of 20 each at (23, 31) and (26, 35), 4 and none average.
 """
 
 from __future__ import annotations
@@ -36,10 +38,13 @@ def _curves(teachers: tuple[int, ...], students: tuple[int, ...]) -> tuple[tuple
     return tuple(dict.fromkeys(against_n + [(n, k) for n in students for k in range(n + 1, 2 * n + 1)]))
 
 
+#: Sizes about the first k at which the perturbed copy of 18 nodes has the higher loss.
+AROUND = ((18, 24), (18, 25), (18, 26))
+
 EXPERIMENTS: Mapping[str, Experiment] = {
     "smoke": flows("loss-smoke", _curves((3,), (2,)), seeds=2),
-    "desk": flows("loss-desk", _curves((8, 12), (4, 8, 12)), seeds=20),
-    "paper": flows("loss-paper", _curves((8, 12, 16), (4, 8, 12, 16)), seeds=20),
+    "desk": flows("loss-desk", (*_curves((8, 12), (4, 8, 12)), *AROUND), seeds=20),
+    "paper": flows("loss-paper", (*_curves((8, 12, 16), (4, 8, 12, 16)), *AROUND), seeds=20),
 }
 
 
@@ -99,15 +104,18 @@ def _interest(ds: xr.Dataset, i: int) -> tuple[int, int, int]:
     )
 
 
-def _whole(ds: xr.Dataset) -> list[int]:
-    """Values of n > 1 for which every k up to 2n is present, widest last."""
-    pairs = set(zip(ds["n"].values.tolist(), ds["k"].values.tolist(), strict=True))
-    return [n for n in sorted({n for n, _ in pairs}) if n > 1 and {(n, k) for k in range(n + 1, 2 * n + 1)} <= pairs]
+def _curved(ds: xr.Dataset) -> list[int]:
+    """Values of n > 1 of which two or more k up to 2n are present, without a gap, widest last."""
+    own: dict[int, list[int]] = {}
+    for n, k in zip(ds["n"].values.tolist(), ds["k"].values.tolist(), strict=True):
+        if n > 1 and k <= 2 * n:
+            own.setdefault(n, []).append(k)
+    return [n for n, ks in sorted(own.items()) if len(ks) > 1 and max(ks) - min(ks) < len(ks)]
 
 
 def _losses(measured: xr.Dataset, ax: Axes) -> None:
     """Mean loss of the seeds against k for each n, marks by regime, with L*(k−n+1) dashed."""
-    for n in _whole(measured):
+    for n in _curved(measured):
         one = measured.isel(point=np.flatnonzero((measured["n"] == n) & (measured["k"] <= 2 * n))).sortby("k")
         ax.plot(one["k"], one["loss_copy_average"], "--", color=look.GUIDE, linewidth=look.points(0.8))
         mean = one["loss"].mean("seed")

@@ -162,16 +162,34 @@ def perturbed_copies(runs: Path) -> Found:
         rows.append(
             {"what": f"erf, k = {k}: perturbed copy lower from n/k on", "ours": [(n - 1) / k, n / k], "theirs": 0.76}
         )
-    return {"rows": rows, "seeds": [_ends(n, k, runs / f"copies-{n}-{k}") for n, k in ((8, 14), (12, 16), (16, 22))]}
+    sizes = [(8, 14, 20), *((n, _first_higher(n), 20) for n in STUDENTS), *MANY]
+    return {"rows": rows, "seeds": [_ends(*size, runs / "copies-{}-{}-{}".format(*size)) for size in sizes]}
 
 
-def _ends(n: int, k: int, path: Path) -> Found:
-    """At which point 20 seeds of erf end, and the losses of both."""
-    found = simsek2023.ends(tsdyn.run(simsek2023.flows(f"copies-{n}-{k}", ((n, k),), seeds=20), path)).squeeze("point")
+#: Widths of students that are run at the first k at which the perturbed copy has the higher loss.
+STUDENTS = range(8, 21)
+#: (n, k, seeds): sizes at which more seeds are run.
+MANY = ((18, 25, 100),)
+
+
+def _first_higher(n: int) -> int:
+    """The least k at which the perturbed n-copy has a higher loss than the best copy-average point."""
+    for k in range(n + 1, 2 * n):
+        teacher = orthonormal_teacher(k)
+        perturbed = float(population.loss(population.perturbed_copy(teacher, n), teacher).detach())
+        if perturbed > population.one_neuron("erf", k - n + 1).loss:
+            return k
+    raise AssertionError(f"no k below {2 * n}")  # n/k = .76 is passed long before
+
+
+def _ends(n: int, k: int, seeds: int, path: Path) -> Found:
+    """At which point seeds of erf end, and the losses and numbers of negative curvatures of both."""
+    work = simsek2023.flows(f"copies-{n}-{k}", ((n, k),), seeds=seeds)
+    found = simsek2023.ends(tsdyn.run(work, path)).squeeze("point")
     classes = found["class"].values.tolist()
     told = {name: classes.count(name) for name in ("copy-average", "perturbed-copy", "other")}
-    losses = ("loss_copy_average", "loss_perturbed_copy")
-    return {"n": n, "k": k, **told, **{name: float(found[name]) for name in losses}}
+    losses = [f"{name}_{point}" for name in ("loss", "index") for point in ("copy_average", "perturbed_copy")]
+    return {"n": n, "k": k, "seeds": seeds, **told, **{name: float(found[name]) for name in losses}}
 
 
 def online(_: Path) -> Found:

@@ -85,7 +85,7 @@ def test_a_file_takes_what_its_padded_chunks_take(tmp_path):
 @pytest.mark.parametrize("train", [400, 4000, "fresh"])
 def test_samples_of_training_count_as_far_as_something_is_measured_on_them(train, monkeypatch):
     """With every trial taking one second, what measuring takes is known: the share of samples, epoch by epoch."""
-    monkeypatch.setattr(estimates, "_quickest", lambda work, times=3: 1.0)
+    monkeypatch.setattr(estimates, "quickest", lambda work, times=3: 1.0)
     monkeypatch.setattr(estimates, "QUICK", 0.0)
 
     def seconds(*names):
@@ -172,7 +172,7 @@ def test_runs_that_train_together_are_tried_together(monkeypatch):
 def test_long_trials_are_not_repeated(taken, calls, monkeypatch):
     clock, done = itertools.count(), []
     monkeypatch.setattr(estimates.time, "perf_counter", lambda: taken * next(clock))
-    assert estimates._quickest(lambda: done.append(1)) == pytest.approx(taken)
+    assert estimates.quickest(lambda: done.append(1)) == pytest.approx(taken)
     assert len(done) == calls
 
 
@@ -185,3 +185,22 @@ def test_a_command_that_tries_for_long_says_so_first(tmp_path, monkeypatch):
         ended = CliRunner().invoke(app, ["run", str(file), "-o", str(tmp_path / str(said))])
         assert ended.exit_code == 0
         assert ("trying a few steps" in ended.output.splitlines()[0]) == said
+
+
+def test_what_a_run_takes_to_begin_and_to_write_is_announced_once_for_each(tmp_path, monkeypatch):
+    """With every trial taking one second, each of three short runs costs what a run of one step does on top."""
+    points = {str(rate): small(training__epochs=2, training__learning_rate=rate) for rate in (0.1, 0.2, 0.3)}
+    points["longer"] = small(training__epochs=3)
+    tried, run = [], runner.run_together
+    monkeypatch.setattr(runner, "run_together", lambda of, **means: tried.extend(of.items()) or run(of, **means))
+    monkeypatch.setattr(estimates, "quickest", lambda work, times=3: [work(), 1.0][1])
+    monkeypatch.setattr(estimates, "QUICK", 0.0)
+    monkeypatch.setattr(sweep, "SHORT", 1e9)
+    alone = {name: estimates.estimate(single).seconds for name, single in points.items()}
+    found = sweep.estimate(points)
+    assert {name: cost.seconds - alone[name] for name, cost in found.items()} == pytest.approx(dict.fromkeys(points, 1))
+    ((path, single),) = tried
+    assert (single.training.epochs, single.steps) == (1, 1)
+    assert not path.exists()
+    monkeypatch.setattr(sweep, "SHORT", 0.0)
+    assert {name: cost.seconds for name, cost in sweep.estimate(points).items()} == alone

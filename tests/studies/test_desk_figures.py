@@ -77,7 +77,7 @@ def test_figures_of_desk_shape_have_no_fault(made):
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("simsek2023-loss", "has teacher nodes up to 32 and student nodes up to 16."),
+        ("simsek2023-loss", "has teacher nodes up to 32 and 4 more numbers of student nodes."),
         ("simsek2023-norms", "has 4 more numbers of teacher nodes."),
         ("tian2019-luck", "and hidden teacher nodes 50-75-100-125 and 64-64-64-64."),
         ("tian2020-samples", "and training samples N up to 200,000."),

@@ -7,7 +7,7 @@ from tsdyn.studies import fork_divergence
 import tsdyn
 from tsdyn import studies
 from tsdyn.engine import train
-from tsdyn.through_training import certificate
+from tsdyn.through_training import certificate, forks
 
 
 @pytest.fixture(scope="module")
@@ -15,7 +15,8 @@ def measured(tmp_path_factory):
     small = fork_divergence.EXPERIMENTS["smoke"].replace({"seeds": 2, "training.epochs": 3})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fork_divergence, "SIZES", (1e-6, 1e-1))
-        patch.setattr(fork_divergence, "_seconds_of_tangents", lambda experiment: 0.0)
+        for name in ("_seconds_of_tangents", "_seconds_of_a_fork"):
+            patch.setattr(fork_divergence, name, lambda experiment: 0.0)
         advance = train.train_epoch
         trained = [0]
         count = lambda ensemble, *given, **more: trained.append(ensemble.members) or advance(ensemble, *given, **more)  # noqa: E731
@@ -57,3 +58,14 @@ def test_tangents_are_announced_by_their_steps(monkeypatch):
     steps = small.steps * small.training.epochs
     assert fork_divergence.AGAIN(small, 0.0) == pytest.approx(2 * steps)
     assert len(pushed) == 2 * 2 * 10
+
+
+def test_forks_are_announced_with_what_they_take_beside_training(monkeypatch):
+    """Of a clock that stands at the number of forks compared, the seconds announced are one for each size."""
+    small = fork_divergence.EXPERIMENTS["smoke"].replace({"seeds": 2, "training.epochs": 3})
+    told, compared = [], forks.compared
+    monkeypatch.setattr(forks, "compared", lambda *given: told.append(1) or compared(*given))
+    monkeypatch.setattr(fork_divergence.time, "perf_counter", lambda: float(len(told)))
+    monkeypatch.setattr(fork_divergence, "_seconds_of_tangents", lambda experiment: 0.0)
+    assert fork_divergence.AGAIN(small, 10.0) == 10 + len(fork_divergence.SIZES) * (10 + 1)
+    assert len(told) == 2

@@ -7,8 +7,8 @@ from tsdyn.analysis import figures
 from tsdyn.studies import simsek2023_loss
 
 import tsdyn
-from tests.cases import small
-from tsdyn import studies
+from tests.cases import orthonormal_teacher, small
+from tsdyn import population, studies
 
 
 @pytest.fixture(scope="module")
@@ -92,3 +92,25 @@ def test_regimes_are_those_of_the_seeds(classes, perturbed, wanted):
     point = xr.Dataset({"class": ("seed", classes), "loss_copy_average": 1.0, "loss_perturbed_copy": perturbed})
     assert simsek2023_loss.regime(point) == wanted
     assert list(simsek2023_loss.REGIMES).count(wanted) == 1
+
+
+def test_curves_are_of_students_at_successive_numbers_of_teacher_nodes():
+    """n = 8 at every k up to 2n, 18 at three in a row; not 6 with a gap, 5 at one, nor what lies beyond 2n."""
+    sizes = [(8, k) for k in range(9, 17)] + [(18, 25), (18, 24), (18, 26), (6, 8), (6, 12), (5, 8), (4, 12), (4, 11)]
+    n, k = np.array(sizes).T
+    assert simsek2023_loss._curved(xr.Dataset({"n": ("point", n), "k": ("point", k)})) == [8, 18]
+
+
+def test_the_desk_has_sizes_on_both_sides_of_the_still_higher_regime():
+    """Of 18 nodes the perturbed copy is the lower one at the first k of `AROUND`, and the higher one at the others."""
+    higher = []
+    for n, k in simsek2023_loss.AROUND:
+        teacher = orthonormal_teacher(k)
+        perturbed = float(population.loss(population.perturbed_copy(teacher, n), teacher))
+        higher.append(perturbed > population.one_neuron("erf", k - n + 1).loss)
+        for scale in ("desk", "paper"):
+            zipped = simsek2023_loss.EXPERIMENTS[scale].sweep["zip"]
+            assert ([k + 1, k, 1], [k + 1, n, 1]) in [
+                (list(t), list(s)) for t, s in zip(zipped["teacher.widths"], zipped["student.widths"], strict=True)
+            ]
+    assert higher == [False, True, True]

@@ -56,3 +56,16 @@ def test_a_desk_study_fits_a_small_machine_and_its_estimate_is_near(name):
     assert told["disk_mb"] / 1.5 <= row["disk_mb"] <= 1.5 * told["disk_mb"]
     assert catalogue.DESK_SECONDS[name] == round(row["cpu_seconds"])
     assert name in studies.names()
+
+
+def test_a_regime_that_no_size_shows_is_listed_as_open():
+    """Made-up counts: one average at each size, and none at the widest; more seeds are told as exceptions."""
+    at = {"loss_copy_average": 1.0, "loss_perturbed_copy": 1.1, "index_copy_average": 0, "index_perturbed_copy": 0}
+    rows = [{"n": n, "k": n + 4, "seeds": 20, "copy-average": 1, "perturbed-copy": 19, "other": 0} | at for n in (8, 9)]
+    assert reproduction._still_higher(rows).startswith("**Open:**")
+    rows[-1] |= {"copy-average": 0, "perturbed-copy": 20}
+    more = rows[-1] | {"seeds": 100, "copy-average": 3, "perturbed-copy": 96, "other": 1}
+    told = reproduction._still_higher([*rows, more])
+    assert "Open" not in told
+    assert "all of 20 seeds at n = 9, k = 13." in told
+    assert "of 100 seeds at n = 9, k = 13 3 average and 1 end at neither" in told

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from tsdyn.studies import theorems
 
 import tsdyn
 from tsdyn import studies
@@ -46,3 +47,13 @@ def test_the_averaged_dynamics_stay_within_the_bounds_of_2019(measured):
     assert (measured["angle"].sel(away="near") <= measured["bound"].sel(away="near") * (1 + 1e-9)).all()
     assert measured["bound"].sel(away="far").isnull().all()
     assert (measured["moved"] <= measured["moved_bound"] * (1 + 1e-9) + 1e-12).all()
+
+
+def test_audits_are_announced_by_points(monkeypatch):
+    """Of a clock that stands at the number of audits, those announced are one for each point and one beside."""
+    small, audits, audit = theorems.EXPERIMENTS["smoke"], [], theorems.audit
+    monkeypatch.setattr(theorems, "audit", lambda ds: audits.append(1) or audit(ds))
+    monkeypatch.setattr(theorems.time, "perf_counter", lambda: float(len(audits)))
+    points = len(list(small.points()))
+    assert theorems.AGAIN(small, 0.0) == points + 1
+    assert theorems.AGAIN(small, 5.0 * points) == 5 + points + 1

@@ -7,6 +7,10 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from tsdyn.analysis import connectivity
+from tsdyn.analysis.identity import points
+from tsdyn.analysis.members import member
+from tsdyn.analysis.similarity import linear_cka
 from typer.testing import CliRunner
 
 import tsdyn
@@ -333,6 +337,49 @@ def test_a_parent_that_sweeps_keeps_its_dimensions(tmp_path):
     assert ds["distance"].notnull().all()
     assert ds["barrier"].notnull().all()
     assert tsdyn.layer(ds.sel(overrealization=1.0), 1)["weight"].sizes["node"] == 4
+
+
+def test_children_are_compared_as_pair_by_pair(tmp_path):
+    """Against a loop that rebuilds each child and its parent by itself; two widths, and a parent that died."""
+    path = parent_of(tmp_path, sweep={"student.overrealization": [1.0, 2.0]})
+    forks.fork(path, at=[0, 1], perturb={"gaussian": 0.3}, branches=2, out=tmp_path / "children")
+    own = tsdyn.open(path).load()
+    dead = own["death_epoch"].copy()
+    dead.loc[{"overrealization": 2.0, "seed": 1}] = 2
+    own = own.assign_coords(death_epoch=dead)
+    ds = forks.compared(tmp_path / "children", own)
+    found, cells = ds[["barrier", "barrier_matched", "cka_angle"]].load(), 0
+    for chosen, single in points(ds).values():
+        for seed in (0, 1):
+            at = {**chosen, "seed": seed}
+            values = found.sel(at)
+            if chosen["overrealization"] == 2.0 and seed == 1:
+                assert all(array.isnull().all() for array in values.data_vars.values())
+                continue
+            child = member(ds.sel(at).isel(epoch=-1), single)
+            parent = member(own.sel(overrealization=chosen["overrealization"], seed=seed).isel(epoch=-1), single)
+            x = child.evaluation_inputs
+
+            def loss(network, x=x, child=child):
+                return float(0.5 * (network(x) - child.teacher(x)).square().sum(1).mean())
+
+            pairs = [(parent.student, child.student), connectivity.matched(parent.student, child.student, x)]
+            for name, pair in zip(("barrier", "barrier_matched"), pairs, strict=True):
+                assert float(values[name]) == pytest.approx(forks.barrier(loss, *pair), rel=1e-10, abs=1e-14)
+            f, g = (network.trace(x).activations[0] for network in pairs[0])
+            angle = np.degrees(np.arccos(min(1.0, linear_cka(f.numpy(), g.numpy()))))
+            assert float(values["cka_angle"].sel(layer=1)) == pytest.approx(angle, rel=1e-6, abs=1e-5)
+            assert bool(values["cka_angle"].sel(layer=2).isnull())
+            cells += 1
+    assert cells == 2 * 2 * 2 * 2 - 4
+
+
+def test_a_part_of_the_networks_is_not_compared(parent, tmp_path):
+    forks.fork(parent, at=1, perturb={"gaussian": 0.1}, out=tmp_path / "children")
+    part = forks.compared(tsdyn.open(tmp_path / "children").isel(node=slice(0, 4)))
+    part["distance"].load()  # what needs no networks can be had
+    with pytest.raises(ValueError, match="node holds 0, 1, 2, 3, and all 8"):
+        part["barrier"].load()
 
 
 def test_what_cannot_be_forked_is_refused(parent, tmp_path):

@@ -42,6 +42,8 @@ TRIAL_WORK = 1e11
 #: Steps of the first trial; most members of a trial, of a run by itself and of runs that train together.
 TRIAL_STEPS = 60
 ALONE, TOGETHER = 8, 40
+#: Samples to train on and to measure of the first trial.
+FEW_SAMPLES = 512
 #: Multiply-adds per second of a slow core.
 RATE = 1e10
 #: Seconds after which a trial is not repeated a second time, and not at all.
@@ -120,7 +122,7 @@ def _estimate_flow(experiment: Experiment) -> Cost:
     begin = trial.flow.joined("y")
     limits = Limits(end=FLOW_END, steps=1)
     with torch.no_grad():
-        per_step = _quickest(lambda: Flow(trial.loss, begin, times=np.zeros(0), limits=limits).until(math.inf))
+        per_step = quickest(lambda: Flow(trial.loss, begin, times=np.zeros(0), limits=limits).until(math.inf))
     return _cost(experiment, trial.loss.parameters, FLOW_END_SECONDS + steps * per_step, trial.state())
 
 
@@ -136,7 +138,7 @@ def _estimate_online(experiment: Experiment) -> Cost:
 
     parameters = experiment.student_widths[1] * (inputs + 1)
     with torch.no_grad():
-        seconds = _quickest(once) / few * steps
+        seconds = quickest(once) / few * steps
         return _cost(experiment, parameters, seconds, OnlineMembers(experiment).state())
 
 
@@ -161,7 +163,7 @@ def _disk(experiment: Experiment, depths: Mapping[str, int], state: int) -> int:
 
 def _estimate_training(experiment: Experiment, device: str, together: int) -> Cost:
     members, before = len(experiment.seed_labels), memory.resident()
-    trial, per_step, per_sample = _timed(experiment, device, steps=TRIAL_STEPS, train=512, samples=512)
+    trial, per_step, per_sample = _timed(experiment, device, steps=TRIAL_STEPS, train=FEW_SAMPLES, samples=FEW_SAMPLES)
     if together > 1 or per_step * trial.experiment.steps * trial.ensemble.members < QUICK:
         _, per_step, _ = _timed(experiment, device, steps=600, train=16_384, samples=16, together=together)
     if per_sample * _measured_on(trial) * trial.ensemble.members < QUICK:
@@ -222,8 +224,8 @@ def _teaching(experiment: Experiment) -> float:
     few = experiment.replace({"seeds": 1, "data.train": min(train, 16 * batch), "teacher.prune": []})
     seed = few.seed_labels[0]
     short, long = (few.replace({"teacher.train_epochs": epochs}) for epochs in (1, 4))
-    one = _quickest(lambda: draw_teacher(short, seed), times=2)
-    four = _quickest(lambda: draw_teacher(long, seed), times=2)
+    one = quickest(lambda: draw_teacher(short, seed), times=2)
+    four = quickest(lambda: draw_teacher(long, seed), times=2)
     epochs = teacher.train_epochs + (teacher.finetune_epochs if teacher.prune else 0)
     return max(0.0, four - one) / 3 * epochs * (train // batch) / (min(train, 16 * batch) // batch)
 
@@ -249,8 +251,8 @@ def _timed(
     memory.refuse_beyond("estimate", footprint(few).bytes, torch.device(device), "narrower networks, fewer samples")
     trial = Members(few, device)
     variables = schema.expand(experiment.record.observables)
-    per_step = _quickest(lambda: trial.advance(1)) / steps / trial.ensemble.members
-    per_sample = _quickest(lambda: trial.measure(0, variables)) / trial.ensemble.members / _measured_on(trial)
+    per_step = quickest(lambda: trial.advance(1)) / steps / trial.ensemble.members
+    per_sample = quickest(lambda: trial.measure(0, variables)) / trial.ensemble.members / _measured_on(trial)
     return trial, per_step, per_sample
 
 
@@ -425,7 +427,7 @@ def _hidden(experiment: Experiment, widths: Sequence[int]) -> int:
     return sum(experiment.weight_shapes((*widths[: i + 1], 1))[-1][1] for i in range(1, len(widths) - 1))
 
 
-def _quickest(work: Callable[[], object], *, times: int = 3) -> float:
+def quickest(work: Callable[[], object], *, times: int = 3) -> float:
     """Seconds of the quickest of a few calls: the first ones warm caches, and others may be disturbed."""
     taken: list[float] = []
     while len(taken) < times and sum(taken) < (_ENOUGH if len(taken) > 1 else _LONG):

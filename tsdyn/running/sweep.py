@@ -5,8 +5,10 @@ A point that fails does not stop the others; if a worker dies, its point is resu
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -96,8 +98,9 @@ def estimate(
 ) -> dict[str, estimates.Cost]:
     """The estimated cost of each point; of points with the same shapes and settings only one is timed.
 
-    Real numbers, such as rates and scales, and numbers of subsets and branches do not change the time.  Points of a
-    sweep that cannot begin are left out: they fail when they are run, and the others go on.
+    Real numbers, such as rates and scales, and numbers of subsets and branches do not change the time.  Where runs are
+    short, what each takes to begin and to write its files is timed, too, once for all.  Points of a sweep that cannot
+    begin are left out: they fail when they are run, and the others go on.
 
     Args:
         points: Directory name → experiment.
@@ -113,6 +116,7 @@ def estimate(
         first = {kind: name for name, kind in reversed(kinds.items())}
         expected(math.fsum(estimates.trial_seconds(points[name]) for name in first.values()))
     known: dict[Any, estimates.Cost] = {}
+    ends: float | None = None
     found, counted = {}, Counter(kinds.values())
     for name, kind in kinds.items():
         single = points[name]
@@ -120,13 +124,51 @@ def estimate(
         try:
             if kind not in known:
                 with runner.own_device():
-                    known[kind] = estimates.estimate(single, device=runner.check_device(device), together=kin)
+                    cost = estimates.estimate(single, device=runner.check_device(device), together=kin)
+                    if cost.seconds < SHORT and _is_tried(single):
+                        ends = _seconds_of_ends(single, device) if ends is None else ends
+                        cost = replace(cost, seconds=cost.seconds + ends)
+                    known[kind] = cost
         except ExperimentError:
             if name == ".":
                 raise
             continue
         found[name] = known[kind]
     return found
+
+
+#: Of runs that take as many seconds or more, those of their beginning and end, some tenths of one, are left out.
+SHORT = 5.0
+
+
+def _is_tried(experiment: Experiment) -> bool:
+    """Whether `_seconds_of_ends` can run it: training, without modules of the user's own, that is no fork."""
+    return experiment.kind == "training" and not experiment.of_own_modules and experiment.fork.parent is None
+
+
+def _seconds_of_ends(experiment: Experiment, device: str) -> float:
+    """Seconds in which a run begins and writes its files: those of one step, on few samples, in a temporary folder.
+
+    0 where none can be written, or the run fails there: it tells the reason itself when its turn comes.
+    """
+    few: dict[str, Any] = {"training.epochs": 1, "training.steps_per_epoch": 1, "training.warm_up": 0}
+    few |= {"data.eval": min(estimates.FEW_SAMPLES, experiment.data.eval)}
+    if isinstance(experiment.data.train, int) and not experiment.training.whole:
+        most = max(estimates.FEW_SAMPLES, experiment.training.batch)
+        few |= {"data.train": min(experiment.data.train, most)}
+    if experiment.teacher.init == "trained":
+        few |= {"teacher.train_epochs": 1, "teacher.finetune_epochs": 0}
+    single, numbers, failed = experiment.replace(few), itertools.count(), dict[Path, Exception]()
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+
+            def once() -> None:
+                failed.update(runner.run_together({Path(folder) / f"{next(numbers)}": single}, device=device))
+
+            seconds = estimates.quickest(once, times=2)
+    except OSError:
+        return 0.0
+    return 0.0 if failed else seconds
 
 
 #: Keys that number runs of one cost.

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 import xarray as xr
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tsdyn.analysis import connectivity, similarity
-from tsdyn.analysis.identity import begun, points
-from tsdyn.analysis.lift import cellwise, lift
-from tsdyn.analysis.members import PARAMETERS, Member, member
+from tsdyn.analysis.lift import lift
+from tsdyn.analysis.members import PARAMETERS, Member, each, networks, rebuilt, refuse_parts
 from tsdyn.archive import reading, whole_files
 from tsdyn.archive.selecting import experiment_of, swept_dimensions
 from tsdyn.arguments import PATH, takes
@@ -33,7 +34,8 @@ DIVERGED = 1e-3
 #: Positions α at which the loss between two students is compared with its ends.
 POSITIONS = 21
 SOURCE = "Frankle et al. 2020 (arXiv:1912.05671)"
-_DIMS = ("fork_epoch", "branch")
+#: Prefix of the parent's variables beside those of its children.
+_PARENT = "parent_"
 #: Dimensions of one member's parameters.
 _SUMMED = ("layer", "node", "input_node", "entry")
 
@@ -158,13 +160,13 @@ def compared(children: str | Path | xr.Dataset, parent: str | Path | xr.Dataset 
         raise ValueError(
             f"compared: {', '.join(missing)} is not recorded; fork a run with {held[0]} in record.observables"
         )
-    whole, own = own, _beside(ds, own)
+    own = _beside(ds, own)
     shared = own.reindex(epoch=ds["epoch"].values)  # NaN where only the children are recorded
     distance, size = _distance(ds, shared, held), _length({name: shared[name] for name in held})
     found = {"distance": distance, "divergence_epoch": _first(distance > DIVERGED * size, distance)}
     if "correlation" in ds and "correlation" in own:
         found["student_kept"] = _student_kept(ds["correlation"], own["correlation"])
-    return ds.assign(found | ({} if experiment.of_own_modules else dict(_at_the_end(ds, whole).data_vars)))
+    return ds.assign(found | ({} if experiment.of_own_modules else dict(_at_the_end(ds, own).data_vars)))
 
 
 def _beside(ds: xr.Dataset, own: xr.Dataset) -> xr.Dataset:
@@ -209,70 +211,71 @@ def _student_kept(mine: xr.DataArray, theirs: xr.DataArray) -> xr.DataArray:
 
 
 def _at_the_end(ds: xr.Dataset, own: xr.Dataset) -> xr.Dataset:
-    """``barrier``, ``barrier_matched`` and ``cka_angle`` of the last epoch, of every pair of living members."""
-    parents = {tuple(chosen.items()): chosen for chosen, _ in points(own).values()}
-    last, there = ds.isel(epoch=-1), begun(ds)
-    layers = [int(layer) for layer in ds["layer"].values[:-1]]
-    shape = ds["death_epoch"]
-    cells = np.full(shape.shape, None, dtype=object)
-    for chosen, single in points(ds).values():
-        if single.deep or not bool(there.sel({d: v for d, v in chosen.items() if d in there.dims})):
-            continue
-        outer = {dim: value for dim, value in chosen.items() if dim not in _DIMS}
-        place = parents.get(tuple(outer.items()))
-        if place is None:
-            continue
-        for seed in ds["seed"].values:
-            if seed not in own.indexes["seed"]:
-                continue
-            at = {**chosen, "seed": seed}
-            mine = own.sel({**place, "seed": seed})
-            if int(shape.sel(at)) >= 0 or int(mine["death_epoch"]) >= 0:
-                continue
-            pair = last[list(PARAMETERS)].sel(at).assign_attrs(experiment=single.to_toml())
-            theirs = (
-                mine[["weight", "bias"]].reindex(epoch=ds["epoch"].values[-1:]).isel(epoch=0).reset_coords(drop=True)
-            )
-            index = tuple(shape.get_index(dim).get_loc(at[str(dim)]) for dim in shape.dims)
-            cells[index] = pair.assign(parent_weight=theirs["weight"], parent_bias=theirs["bias"])
-    values = cellwise(lambda cell: _pair(cell, layers), cells, 2 + len(layers))
-    arrays = [shape.copy(data=values[i]).drop_attrs() for i in range(2 + len(layers))]
-    angle = xr.concat(
-        arrays[2:], dim=xr.DataArray(layers, dims="layer", name="layer"), coords="minimal", compat="override",
-        join="exact", combine_attrs="drop",
-    ) if layers else None  # fmt: skip
-    found = {
-        "barrier": _named(arrays[0], "barrier", "loss barrier between child and parent", SOURCE),
-        "barrier_matched": _named(arrays[1], "barrier_matched", "loss barrier after matching nodes", SOURCE),
+    """``barrier``, ``barrier_matched`` and ``cka_angle`` of the last epoch, of every pair of living members.
+
+    Args:
+        ds: The children.
+        own: Their parent at their seeds and points, as `_beside` gives it.
+    """
+    last, layers = ds.isel(epoch=[-1]), [int(layer) for layer in ds["layer"].values[:-1]]
+    before = own[["weight", "bias"]].reindex(epoch=last["epoch"].values).isel(epoch=0, drop=True)
+    before = before.where(own["death_epoch"] < 0).transpose(..., "layer", "node", "input_node")
+    dims = ("layer", "node", "teacher_node", "input_node")
+    pairs = last[list(PARAMETERS)].transpose(..., *dims, missing_dims="ignore")
+    pairs = pairs.assign({_PARENT + name: before[name].reset_coords(drop=True) for name in ("weight", "bias")})
+    labels = xr.Dataset(coords={dim: last.indexes[dim] for dim in (*dims, "seed") if dim in last.indexes})
+    found = each(
+        pairs, partial(_pair, layers), ["barrier", "barrier_matched", "cka_angle"],
+        gives={"cka_angle": {"layer": layers}}, of=lambda experiment: not experiment.deep,
+        rebuild=partial(_beside_its_parent, labels),
+        needs=[*PARAMETERS, *(_PARENT + name for name in ("weight", "bias"))],
+    ).isel(epoch=0).reset_coords(drop=True)  # fmt: skip
+    named = {
+        "barrier": _named(found["barrier"], "barrier", "loss barrier between child and parent", SOURCE),
+        "barrier_matched": _named(
+            found["barrier_matched"], "barrier_matched", "loss barrier after matching nodes", SOURCE
+        ),
     }
-    if angle is not None:
-        whole = angle.reindex(layer=ds["layer"].values).transpose(..., "layer")
-        named = _named(whole, "cka_angle", "angle of linear CKA of child and parent", similarities.KORNBLITH)
-        found["cka_angle"] = named.assign_attrs(units="degree")
-    return xr.Dataset({name: array.reset_coords(drop=True) for name, array in found.items()})
+    if layers:
+        whole = found["cka_angle"].reindex(layer=ds["layer"].values).transpose(..., "layer")
+        angle = _named(whole, "cka_angle", "angle of linear CKA of child and parent", similarities.KORNBLITH)
+        named["cka_angle"] = angle.assign_attrs(units="degree")
+    return xr.Dataset(named)
 
 
-def _pair(cell: xr.Dataset, layers: Sequence[int]) -> list[float]:
-    """Barriers and angles of one child and its parent; NaN if the parent has not come so far."""
-    if bool(cell["parent_weight"].isnull().all()):
-        return [np.nan] * (2 + len(layers))
-    experiment = experiment_of(cell)
-    child = member(cell[list(PARAMETERS)], experiment)
-    parent = member(
-        cell[["teacher_weight", "teacher_bias"]].assign(weight=cell["parent_weight"], bias=cell["parent_bias"]),
-        experiment,
-    )
+def _beside_its_parent(
+    labels: xr.Dataset, experiment: Experiment, seed: int, numbers: Mapping[str, NDArray]
+) -> tuple[Member, Network | None]:
+    """A child, and its parent's student; None where that has died, or has not come so far.
+
+    Raises:
+        ValueError: if `labels`, those of the children's archive, are of a part of their networks.
+    """
+    refuse_parts(labels, experiment)
+    layers = labels["layer"].values.tolist()
+    child = rebuilt(experiment, seed, {name: numbers[name] for name in PARAMETERS}, layers)
+    theirs = {name: numbers[_PARENT + name] for name in ("weight", "bias")}
+    if np.isnan(theirs["weight"]).all():
+        return child, None
+    return child, networks(experiment, dict(numbers) | theirs, layers)[0]
+
+
+def _pair(layers: Sequence[int], pair: tuple[Member, Network | None]) -> list[Any]:
+    """Barriers and angles of one child and its parent; NaN if there is none to compare with."""
+    child, parent = pair
+    if parent is None:
+        return [np.nan, np.nan, np.full(len(layers), np.nan)]
     x = child.evaluation_inputs
-    wanted = child.loss.target(child.teacher(x), None) if not experiment.training.of_data else _labelled(child)
-    reference, other = connectivity.matched(parent.student, child.student, x)
+    wanted = child.loss.target(child.teacher(x), None) if not child.experiment.training.of_data else _labelled(child)
+    reference, other = connectivity.matched(parent, child.student, x)
 
     def loss(network: Network) -> float:
         return float(child.loss.value(network(x), wanted))
 
-    barriers = [barrier(loss, *pair) for pair in ((parent.student, child.student), (reference, other))]
-    traces = [net.trace(x).activations for net in (parent.student, child.student)]
+    barriers = [barrier(loss, *pair) for pair in ((parent, child.student), (reference, other))]
+    traces = [net.trace(x).activations for net in (parent, child.student)]
     angles = [_angle(f, g) for f, g in zip(*(trace[:-1] for trace in traces), strict=True)]
-    return [*barriers, *angles, *[np.nan] * (len(layers) - len(angles))]
+    return [*barriers, np.array([*angles, *[np.nan] * (len(layers) - len(angles))])]
 
 
 def _labelled(child: Member) -> Tensor:
