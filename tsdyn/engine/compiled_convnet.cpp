@@ -1,8 +1,8 @@
-// One training step of a relu ConvNet up to its gradients, for one member at a time; see compiled_convnet.py.
+// One training step of a relu ConvNet up to its gradients, one member after another; see compiled_convnet.py.
 //
 // Samples are innermost.  Activations are written where the layer above reads them, with its frame of zeros, gradients
-// in a frame of columns; rows of the frame are left out of the sums.  What a step writes is kept for the next one:
-// frames stay zero, and no memory is new.
+// in a frame of columns; rows of the frame are left out of the sums.  The memory of a thread serves one member after
+// another, step after step: it stays in the cache, frames stay zero, and no page is new.
 
 #include <cmath>
 #include <vector>
@@ -14,7 +14,7 @@ extern "C" {
 
 // Mirrored by compiled_convnet.Job.  Arrays have an entry for each layer; pointers are null for what is not there.
 struct Job {
-    int64_t depth, batch, lowest;  // lowest: the first layer that is trained, from 0
+    int64_t depth, batch, lowest, loss;  // lowest: the first layer that is trained, from 0; loss: kMse, ...
     int64_t image_channels, image_rows, image_columns;
     const int64_t *channels, *kernel_rows, *kernel_columns, *paddings;  // kernels: 0 for a linear layer
     const int64_t *places;                                              // of BatchNorm: kNone, kBefore, kAfter
@@ -22,23 +22,24 @@ struct Job {
     const void *const *weights, *const *biases, *const *scales, *const *shifts;
     void *const *means, *const *variances;
     void *const *down_weights, *const *down_biases, *const *down_scales, *const *down_shifts;
-    const void* inputs;  // (member, sample, input)
-    void *memory, *outputs;
-    const void* slopes;  // of the loss in the outputs, (member, sample, output)
+    const void *inputs, *targets;  // (member, sample, ...)
+    void* memory;                  // of each thread
+    void* outputs;                 // of a loss of the user's own: (member, sample, output), which it replaces by its slope
 };
 }
 
 TSDYN_EXPORT_JOB(
-    TSDYN_FIELD(depth), TSDYN_FIELD(batch), TSDYN_FIELD(lowest), TSDYN_FIELD(image_channels), TSDYN_FIELD(image_rows),
-    TSDYN_FIELD(image_columns), TSDYN_FIELD(channels), TSDYN_FIELD(kernel_rows), TSDYN_FIELD(kernel_columns),
+    TSDYN_FIELD(depth), TSDYN_FIELD(batch), TSDYN_FIELD(lowest), TSDYN_FIELD(loss), TSDYN_FIELD(image_channels),
+    TSDYN_FIELD(image_rows), TSDYN_FIELD(image_columns), TSDYN_FIELD(channels), TSDYN_FIELD(kernel_rows), TSDYN_FIELD(kernel_columns),
     TSDYN_FIELD(paddings), TSDYN_FIELD(places), TSDYN_FIELD(epsilons), TSDYN_FIELD(momenta), TSDYN_FIELD(weights),
     TSDYN_FIELD(biases), TSDYN_FIELD(scales), TSDYN_FIELD(shifts), TSDYN_FIELD(means), TSDYN_FIELD(variances),
     TSDYN_FIELD(down_weights), TSDYN_FIELD(down_biases), TSDYN_FIELD(down_scales), TSDYN_FIELD(down_shifts),
-    TSDYN_FIELD(inputs), TSDYN_FIELD(memory), TSDYN_FIELD(outputs), TSDYN_FIELD(slopes))
+    TSDYN_FIELD(inputs), TSDYN_FIELD(targets), TSDYN_FIELD(memory), TSDYN_FIELD(outputs))
 
 namespace {
 
 enum Place { kNone, kBefore, kAfter };
+enum Loss { kOwn, kMse, kCrossEntropy };
 
 // Numbers (channel, row, run) in memory, a run being columns x samples.
 template <class Real>
@@ -94,19 +95,47 @@ inline T gated(T g, T f) {
 template <class Real>
 class Net {
   public:
-    Net(const Job& job, long member, bool measure = false) : job(job), member(member), layers(job.depth) {
-        Real* base = measure ? nullptr : static_cast<Real*>(job.memory);
-        lay_out(base);
-        if (measure || !member) return;
-        const long own = used;
+    // In the memory of a thread; with none it only measures.
+    Net(const Job& job, long thread) : job(job), layers(job.depth) {
+        lay_out(nullptr);
+        if (!job.memory) return;
+        Real* own = static_cast<Real*>(job.memory) + thread * used;
         used = 0;
-        lay_out(base + member * own);
+        lay_out(own);
     }
 
-    // How many numbers the memory of a member holds.
+    // How many numbers the memory of a thread holds.
     long numbers() const { return used; }
 
-    void forward() {
+    void step(long of) {
+        forward(of);
+        const long outputs = layers.back().channels;
+        const Real* y = static_cast<const Real*>(job.targets) + member * job.batch * outputs;
+        for (long s = 0; s < job.batch; ++s, y += outputs)
+            job.loss == kMse ? slope_of_mse(s, y) : slope_of_cross_entropy(s, y);
+        backward(of);
+    }
+
+    // The slope of the loss in the outputs stands in their place.
+    void backward_from_outputs(long of) {
+        member = of;
+        const Planes<Real>& g = layers.back().g;
+        const Real* slopes = static_cast<const Real*>(job.outputs) + member * job.batch * g.channels;
+        for (long s = 0; s < job.batch; ++s)
+            for (long c = 0; c < g.channels; ++c) g.row(c, 0)[s] = *slopes++;
+        backward(of);
+    }
+
+    void forward_to_outputs(long of) {
+        forward(of);
+        Real* outputs = static_cast<Real*>(job.outputs) + member * job.batch * output.channels;
+        for (long s = 0; s < job.batch; ++s)
+            for (long c = 0; c < output.channels; ++c) *outputs++ = output.row(c, 0)[s];
+    }
+
+  private:
+    void forward(long of) {
+        member = of;
         turn_inputs();
         for (long i = 0; i < job.depth; ++i) {
             const Layer& own = layers[i];
@@ -118,16 +147,10 @@ class Net {
                 convolve_by_weight(i, to, rectified);
             if (own.place != kNone) normalize(i, own.r, above(i));
         }
-        auto* outputs = static_cast<Real*>(job.outputs) + member * job.batch * layers.back().channels;
-        for (long s = 0; s < job.batch; ++s)
-            for (long c = 0; c < layers.back().channels; ++c) *outputs++ = *(output.row(c, 0) + s);
     }
 
-    void backward() {
-        const Layer& top = layers.back();
-        auto* slopes = static_cast<const Real*>(job.slopes) + member * job.batch * top.channels;
-        for (long s = 0; s < job.batch; ++s)
-            for (long c = 0; c < top.channels; ++c) *(top.g.row(c, 0) + s) = *slopes++;
+    void backward(long of) {
+        member = of;
         for (long i = job.depth - 1; i >= job.lowest; --i) {
             if (Real* down = own(job.down_weights, i, layers[i].channels * layers[i].taps)) gradient_of_weight(i, down);
             if (Real* down = own(job.down_biases, i, layers[i].channels)) gradient_of_bias(layers[i].g, down);
@@ -140,7 +163,6 @@ class Net {
         }
     }
 
-  private:
     struct Layer {
         bool linear;
         long channels, taps, place;
@@ -152,7 +174,7 @@ class Net {
     };
 
     const Job& job;
-    const long member;
+    long member = 0;
     std::vector<Layer> layers;
     Planes<Real> output;
     Real *packed, *scratch, *down;
@@ -166,17 +188,10 @@ class Net {
         return found;
     }
 
-    // An odd number of lines from image to image: channels of equal rows then lie in different sets of the cache.
-    static long apart(long numbers) {
-        constexpr long line = kLineBytes / sizeof(Real);
-        return Lanes<Real>::padded(numbers) / line % 2 ? Lanes<Real>::padded(numbers) : Lanes<Real>::padded(numbers) + line;
-    }
-
-    // Planes within frames of zeros; `close`: without gaps from image to image.
-    Planes<Real> planes(Real* base, long channels, long rows, long columns, long row_frame, long column_frame,
-                        bool close) {
+    // Planes within frames of zeros.
+    Planes<Real> planes(Real* base, long channels, long rows, long columns, long row_frame, long column_frame) {
         const long line = (columns + 2 * column_frame) * job.batch, image = (rows + 2 * row_frame) * line;
-        Planes<Real> found{nullptr, channels, rows, columns * job.batch, {line, close ? image : apart(image)}};
+        Planes<Real> found{nullptr, channels, rows, columns * job.batch, {line, image}};
         found.p = take(base, channels * found.strides.image) + row_frame * line + column_frame * job.batch;
         return found;
     }
@@ -199,7 +214,7 @@ class Net {
                 const bool flat = i && layers[i - 1].linear;
                 own.taps = flat ? channels : channels * rows * columns;
                 own.inputs = Lanes<Real>::padded(own.taps);
-                own.f = flat ? nodes(base, channels) : planes(base, channels, rows, columns, 0, 0, true);
+                own.f = flat ? nodes(base, channels) : planes(base, channels, rows, columns, 0, 0);
                 own.lines = flat ? own.f.p : nullptr;
                 if (!flat) {  // room for the lines that are read beyond its end
                     take(base, (own.inputs - own.taps) * job.batch);
@@ -212,7 +227,7 @@ class Net {
             } else {
                 const long edge = job.paddings[i];
                 Convolution& s = own.convolution;
-                own.f = planes(base, channels, rows, columns, edge, edge, false);
+                own.f = planes(base, channels, rows, columns, edge, edge);
                 s.below = channels;
                 s.batch = job.batch;
                 s.channels = channels = own.channels;
@@ -223,8 +238,8 @@ class Net {
                 s.x = own.f.strides;
                 own.taps = s.taps();
                 own.frame = std::max<long>(0, s.kernel_columns - 1 - edge);
-                own.g = planes(base, channels, rows, columns, 0, own.frame, false);
-                if (own.place != kNone) own.r = planes(base, channels, rows, columns, 0, 0, false);
+                own.g = planes(base, channels, rows, columns, 0, own.frame);
+                if (own.place != kNone) own.r = planes(base, channels, rows, columns, 0, 0);
                 most_packed = std::max(most_packed, s.channels * s.taps());
                 most_scratch = std::max(most_scratch, gradient_scratch<Real>(s));
             }
@@ -327,6 +342,25 @@ class Net {
     }
 
     // --- backward --------------------------------------------------------------------------------------------
+
+    // Of one sample, whose target is y.
+    void slope_of_mse(long s, const Real* y) {
+        const Planes<Real>& g = layers.back().g;
+        const Real share = Real(1) / Real(job.batch);
+        for (long c = 0; c < g.channels; ++c) g.row(c, 0)[s] = (output.row(c, 0)[s] - y[c]) * share;
+    }
+
+    void slope_of_cross_entropy(long s, const Real* y) {
+        const Planes<Real>& g = layers.back().g;
+        const Real share = Real(1) / Real(job.batch);
+        Real most = output.row(0, 0)[s], weights = 0, total = 0;
+        for (long c = 1; c < g.channels; ++c) most = std::max(most, output.row(c, 0)[s]);
+        for (long c = 0; c < g.channels; ++c) {
+            weights += y[c];
+            total += g.row(c, 0)[s] = std::exp(output.row(c, 0)[s] - most);
+        }
+        for (long c = 0; c < g.channels; ++c) g.row(c, 0)[s] = (weights * (g.row(c, 0)[s] / total) - y[c]) * share;
+    }
 
     void gradient_of_bias(const Planes<Real>& g, Real* down) {
         for (long c = 0; c < g.channels; ++c) {
@@ -447,10 +481,20 @@ class Net {
 }  // namespace
 
 extern "C" {
-int64_t numbers_float32(const Job* job) { return Net<float>(*job, 0, true).numbers(); }
-int64_t numbers_float64(const Job* job) { return Net<double>(*job, 0, true).numbers(); }
-void forward_float32(const Job* job, int64_t member) { Net<float>(*job, member).forward(); }
-void forward_float64(const Job* job, int64_t member) { Net<double>(*job, member).forward(); }
-void backward_float32(const Job* job, int64_t member) { Net<float>(*job, member).backward(); }
-void backward_float64(const Job* job, int64_t member) { Net<double>(*job, member).backward(); }
+int64_t numbers_float32(const Job* job) { return Net<float>(*job, 0).numbers(); }
+int64_t numbers_float64(const Job* job) { return Net<double>(*job, 0).numbers(); }
+
+// The steps of some members on one thread.
+#define TSDYN_STEPS(name, call)                                                              \
+    void name##_float32(const Job* job, int64_t thread, int64_t first, int64_t last) {      \
+        Net<float> net(*job, thread);                                                        \
+        for (int64_t member = first; member < last; ++member) net.call(member);              \
+    }                                                                                        \
+    void name##_float64(const Job* job, int64_t thread, int64_t first, int64_t last) {      \
+        Net<double> net(*job, thread);                                                       \
+        for (int64_t member = first; member < last; ++member) net.call(member);              \
+    }
+TSDYN_STEPS(step, step)
+TSDYN_STEPS(forward, forward_to_outputs)
+TSDYN_STEPS(backward, backward_from_outputs)
 }

@@ -1,8 +1,9 @@
 """The compiled step of relu ConvNets with or without BatchNorm: compiled_convnet.cpp, built and called by `native`.
 
-The outputs of all members of a block are computed, then the slope of the loss in them by torch, and then the gradients
-of all parameters, which `Ensemble.take` turns into the step.  What a step computes on the way is kept in memory from
-step to step and from epoch to epoch.  A member's result does not depend on the others or on the number of threads.
+It computes the gradients of all parameters of one member after another, which `Ensemble.take` turns into a step of
+all.  What it computes on the way lies in memory that serves all members of a thread, and is kept from epoch to epoch.
+For a loss of a user's own as many members as there are threads are stopped at their outputs, and torch computes the
+slope of the loss in them.  A member's result does not depend on the others or on the number of threads.
 
 The step that it must agree with is `propagated.step`.
 """
@@ -21,7 +22,7 @@ from torch.func import vmap
 from tsdyn.engine import native
 from tsdyn.engine.batches import Batches
 from tsdyn.engine.ensemble import Ensemble, Named, layer_of
-from tsdyn.engine.loss import Loss
+from tsdyn.engine.loss import CROSS_ENTROPY, MSE, Loss
 from tsdyn.engine.rule import Rule
 from tsdyn.networks.batch_norm import require_two
 from tsdyn.networks.network import Network
@@ -37,14 +38,14 @@ class Job(ctypes.Structure):
     """The argument of a call; compiled_convnet.cpp declares the same fields."""
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("depth", "batch", "lowest")),
+        *((name, ctypes.c_int64) for name in ("depth", "batch", "lowest", "loss")),
         *((name, ctypes.c_int64) for name in ("image_channels", "image_rows", "image_columns")),
         *((name, ctypes.POINTER(ctypes.c_int64)) for name in ("channels", "kernel_rows", "kernel_columns")),
         *((name, ctypes.POINTER(ctypes.c_int64)) for name in ("paddings", "places")),
         *((name, ctypes.POINTER(ctypes.c_double)) for name in ("epsilons", "momenta")),
         *((name, native.Pointers) for name in ("weights", "biases", "scales", "shifts", "means", "variances")),
         *((name, native.Pointers) for name in ("down_weights", "down_biases", "down_scales", "down_shifts")),
-        *((name, ctypes.c_void_p) for name in ("inputs", "memory", "outputs", "slopes")),
+        *((name, ctypes.c_void_p) for name in ("inputs", "targets", "memory", "outputs")),
     )
 
 
@@ -62,6 +63,12 @@ def claims(ensemble: Ensemble) -> bool:
     )
 
 
+def block_size(ensemble: Ensemble, room: int) -> int:
+    """How many members' gradients fit in `room` bytes; at least one for each of torch's threads."""
+    own = sum(value[0].numel() * value.element_size() for value in ensemble.values.values())
+    return max(room // own, torch.get_num_threads())
+
+
 @dataclass
 class Step:
     """The gradients of a block's members, over memory that is kept.
@@ -70,14 +77,13 @@ class Step:
         block: Members for which `claims` is true.
         gradients: Name → (member, ...) of what is trained, overwritten by each call.
         job: The argument of the compiled functions; its arrays keep alive what they point to.
-        outputs, slopes: (member, sample, output).
+        outputs: For a loss of a user's own, (member, sample, output), one member for each thread.
     """
 
     block: Ensemble
     gradients: Named
     job: Job
     outputs: Tensor
-    slopes: Tensor
 
     @classmethod
     def of(cls, block: Ensemble, batch: int, frozen: Sequence[int]) -> Step:
@@ -86,41 +92,53 @@ class Step:
         Raises:
             ValueError: for BatchNorm with a single value per node.
         """
-        weight = block.values["weight_1"]
         network = block.architecture
         assert isinstance(network, Network)
         for norm, image in zip(network.norms, network.images, strict=False):
             if norm is not None:
                 require_two(batch * (1 if image is None else image[1] * image[2]))
         free = {name: tensor for name, tensor in block.values.items() if layer_of(name) not in frozen}
-        key = "compiled_convnet", block.members, batch, weight.dtype, tuple(free)
+        threads = len(list(native.shares(block.members)))
+        key = "compiled_convnet", threads, batch
         if key not in block.kept:
-            shape = block.members, batch, block.weights[-1].shape[1]
-            gradients = {name: torch.empty_like(tensor) for name, tensor in free.items()}
-            block.kept[key] = gradients, weight.new_empty(shape), _memory(block, batch)
-        gradients, outputs, memory = block.kept[key]
-        return cls(block, gradients, _job(block, batch, gradients, outputs, memory), outputs, torch.empty_like(outputs))
+            block.kept[key] = _memory(block, threads, batch), block.weights[-1].new_empty(
+                block.members, batch, block.weights[-1].shape[1]
+            )
+        memory, outputs = block.kept[key]
+        key = "compiled_convnet", block.members, tuple(free)
+        if key not in block.kept:
+            block.kept[key] = {name: torch.empty_like(tensor) for name, tensor in free.items()}
+        return cls(block, block.kept[key], _job(block, batch, block.kept[key], memory), outputs)
 
     def __call__(self, x: Tensor, y: Tensor, loss: Loss) -> Named:
         """Gradients of each member's own loss, on inputs `x` (member, sample, input) and targets `y`."""
-        x = native.written(x)
-        self.job.inputs = native.address(x)
-        self._each("forward")
-        slopes = native.written(_slope(self.outputs, y, loss))
-        self.job.slopes = native.address(slopes)
-        self._each("backward")
+        x, y = native.written(x), native.written(y)
+        self.job.inputs, self.job.targets = native.address(x), native.address(y)
+        bounds = list(native.shares(self.block.members))
+        if loss is MSE or loss is CROSS_ENTROPY:
+            self.job.loss = 1 if loss is MSE else 2
+            self._each("step", bounds)
+            return self.gradients
+        self.job.outputs = native.address(self.outputs)
+        for count in range(max(last - first for first, last in bounds)):
+            now = [(first + count, first + count + 1) for first, last in bounds if first + count < last]
+            self._each("forward", now)
+            members = [first for first, _ in now]
+            self.outputs[members] = _slope(self.outputs[members], y[members], loss)
+            self._each("backward", now)
         return self.gradients
 
-    def _each(self, name: str) -> None:
+    def _each(self, name: str, bounds: Sequence[tuple[int, int]]) -> None:
+        """Call the compiled function of that name, each thread with its own (first, last + 1) of the members."""
         library = native.load(SOURCE, Job)
         assert library is not None
         function = native.function(library, name, self.outputs.dtype)
 
-        def one(member: int, _next: int) -> int:
-            function(ctypes.byref(self.job), ctypes.c_int64(member))
+        def one(thread: int, _next: int) -> int:
+            function(ctypes.byref(self.job), *(ctypes.c_int64(number) for number in (thread, *bounds[thread])))
             return 0
 
-        native.each(one, [(member, member + 1) for member in range(self.block.members)])
+        native.each(one, [(thread, thread + 1) for thread in range(len(bounds))])
 
 
 def advance(block: Ensemble, batches: Batches, rule: Rule, taken: int) -> None:
@@ -133,24 +151,22 @@ def advance(block: Ensemble, batches: Batches, rule: Rule, taken: int) -> None:
 
 def _slope(outputs: Tensor, y: Tensor, loss: Loss) -> Tensor:
     """Slope of each member's loss in its outputs."""
-    if loss.negative_gradient is not None:
-        return loss.residual(outputs, y).mul_(-1 / outputs.shape[1])
     own = outputs.detach().requires_grad_(True)
     with torch.enable_grad():
         (found,) = torch.autograd.grad(vmap(loss.value)(own, y).sum(), own)
     return found
 
 
-def _memory(block: Ensemble, batch: int) -> Tensor:
-    """Zeros for what the members' steps compute."""
+def _memory(block: Ensemble, threads: int, batch: int) -> Tensor:
+    """Zeros for what the steps of one member at a time compute on each thread."""
     library, weight = native.load(SOURCE, Job), block.values["weight_1"]
     assert library is not None
     measure = native.function(library, "numbers", weight.dtype)
     measure.restype = ctypes.c_int64
-    return weight.new_zeros(block.members * measure(ctypes.byref(_job(block, batch, {}, None, None))))
+    return weight.new_zeros(threads * measure(ctypes.byref(_job(block, batch, {}, None))))
 
 
-def _job(block: Ensemble, batch: int, gradients: Named, outputs: Tensor | None, memory: Tensor | None) -> Job:
+def _job(block: Ensemble, batch: int, gradients: Named, memory: Tensor | None) -> Job:
     network = block.architecture
     assert isinstance(network, Network)
     assert network.frame.image is not None
@@ -169,6 +185,7 @@ def _job(block: Ensemble, batch: int, gradients: Named, outputs: Tensor | None, 
         depth,
         batch,
         min((layer_of(name) for name in gradients), default=depth + 1) - 1,
+        0,
         *network.frame.image,
         integers([weight.shape[0] for weight in network.weights]),
         integers([0 if flat else weight.shape[2] for flat, weight in zip(linear, network.weights, strict=True)]),
@@ -181,7 +198,7 @@ def _job(block: Ensemble, batch: int, gradients: Named, outputs: Tensor | None, 
         *named(BUFFERS, block.buffers),
         *named(PARAMETERS, gradients),
         None,
+        None,
         None if memory is None else native.address(memory),
-        None if outputs is None else native.address(outputs),
         None,
     )

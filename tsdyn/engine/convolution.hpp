@@ -21,7 +21,7 @@ constexpr int kTileRows = 3, kGradientRows = 4;
 #endif
 constexpr int kTileVectors = 4, kGradientColumns = 3;
 // Bytes of a gradient that a pass for the weight keeps in the nearest cache.
-constexpr long kNear = 24 << 10;
+constexpr long kNear = 48 << 10;
 
 namespace {
 
@@ -189,7 +189,8 @@ void products(const Convolution& s, long rows, const Real* g, const Real* x, Vec
             for (int j = 0; j < J; ++j) shifted[j] = anywhere(x + q + j * s.batch);
 #pragma GCC unroll 8
             for (int r = 0; r < R; ++r) {
-                const Vector<Real> own = anywhere(g + r * s.z.image + q);
+                Vector<Real> own = anywhere(g + r * s.z.image + q);
+                TSDYN_IN_REGISTER(own);
 #pragma GCC unroll 8
                 for (int j = 0; j < J; ++j) sum[r][j] += own * shifted[j];
             }

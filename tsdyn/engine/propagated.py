@@ -35,7 +35,12 @@ def claims(ensemble: Ensemble, rule: Rule) -> bool:
 
 
 def block_size(ensemble: Ensemble, batch: int) -> int:
-    """How many members' activations and gradients fit in `BLOCK_BYTES`, on CUDA in an eighth of memory; at least 1."""
+    """How many members' activations and gradients fit in `BLOCK_BYTES`, on CUDA in an eighth of memory; at least 1.
+
+    The compiled step has one member's activations at a time.
+    """
+    if compiled_convnet.claims(ensemble):
+        return compiled_convnet.block_size(ensemble, BLOCK_BYTES)
     architecture = ensemble.architecture
     assert isinstance(architecture, Network)
     numbers = 0
