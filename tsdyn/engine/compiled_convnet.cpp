@@ -5,6 +5,7 @@
 // another, step after step: it stays in the cache, frames stay zero, and no page is new.
 
 #include <cmath>
+#include <new>
 #include <vector>
 
 #include "convolution.hpp"
@@ -478,23 +479,39 @@ class Net {
     }
 };
 
+// What `call` gives of a net in the memory of a thread; -1 if there is no memory for its layers' table.
+template <class Real, class Call>
+int64_t with_net(const Job& job, int64_t thread, Call call) {
+    try {
+        Net<Real> net(job, thread);
+        return call(net);
+    } catch (const std::bad_alloc&) {
+        return -1;
+    }
+}
+
 }  // namespace
 
-extern "C" {
-int64_t numbers_float32(const Job* job) { return Net<float>(*job, 0).numbers(); }
-int64_t numbers_float64(const Job* job) { return Net<double>(*job, 0).numbers(); }
-
-// The steps of some members on one thread.
-#define TSDYN_STEPS(name, call)                                                              \
-    void name##_float32(const Job* job, int64_t thread, int64_t first, int64_t last) {      \
-        Net<float> net(*job, thread);                                                        \
-        for (int64_t member = first; member < last; ++member) net.call(member);              \
-    }                                                                                        \
-    void name##_float64(const Job* job, int64_t thread, int64_t first, int64_t last) {      \
-        Net<double> net(*job, thread);                                                       \
-        for (int64_t member = first; member < last; ++member) net.call(member);              \
+// Of some members on one thread, one after another.
+#define TSDYN_OF_MEMBERS(Real, name, call)                                                \
+    int64_t name(const Job* job, int64_t thread, int64_t first, int64_t last) {           \
+        return with_net<Real>(*job, thread, [&](Net<Real>& net) {                         \
+            for (int64_t member = first; member < last; ++member) net.call(member);       \
+            return int64_t(0);                                                            \
+        });                                                                               \
     }
-TSDYN_STEPS(step, step)
-TSDYN_STEPS(forward, forward_to_outputs)
-TSDYN_STEPS(backward, backward_from_outputs)
+
+extern "C" {
+int64_t numbers_float32(const Job* job) {
+    return with_net<float>(*job, 0, [](auto& net) { return int64_t(net.numbers()); });
+}
+int64_t numbers_float64(const Job* job) {
+    return with_net<double>(*job, 0, [](auto& net) { return int64_t(net.numbers()); });
+}
+TSDYN_OF_MEMBERS(float, step_float32, step)
+TSDYN_OF_MEMBERS(double, step_float64, step)
+TSDYN_OF_MEMBERS(float, forward_float32, forward_to_outputs)
+TSDYN_OF_MEMBERS(double, forward_float64, forward_to_outputs)
+TSDYN_OF_MEMBERS(float, backward_float32, backward_from_outputs)
+TSDYN_OF_MEMBERS(double, backward_float64, backward_from_outputs)
 }

@@ -76,12 +76,14 @@ class Step:
     Attributes:
         block: Members for which `claims` is true.
         gradients: Name → (member, ...) of what is trained, overwritten by each call.
+        bounds: (first, last + 1) of the members of each thread.
         job: The argument of the compiled functions; its arrays keep alive what they point to.
-        outputs: For a loss of a user's own, (member, sample, output), one member for each thread.
+        outputs: For a loss of a user's own, (member, sample, output).
     """
 
     block: Ensemble
     gradients: Named
+    bounds: list[tuple[int, int]]
     job: Job
     outputs: Tensor
 
@@ -91,6 +93,7 @@ class Step:
 
         Raises:
             ValueError: for BatchNorm with a single value per node.
+            MemoryError: if there is no memory.
         """
         network = block.architecture
         assert isinstance(network, Network)
@@ -98,33 +101,42 @@ class Step:
             if norm is not None:
                 require_two(batch * (1 if image is None else image[1] * image[2]))
         free = {name: tensor for name, tensor in block.values.items() if layer_of(name) not in frozen}
-        threads = len(list(native.shares(block.members)))
-        key = "compiled_convnet", threads, batch
+        bounds, top = list(native.shares(block.members)), block.weights[-1]
+        key = "compiled_convnet", len(bounds), batch
         if key not in block.kept:
-            block.kept[key] = _memory(block, threads, batch), block.weights[-1].new_empty(
-                block.members, batch, block.weights[-1].shape[1]
-            )
-        memory, outputs = block.kept[key]
-        key = "compiled_convnet", block.members, tuple(free)
-        if key not in block.kept:
-            block.kept[key] = {name: torch.empty_like(tensor) for name, tensor in free.items()}
-        return cls(block, block.kept[key], _job(block, batch, block.kept[key], memory), outputs)
+            block.kept[key] = _memory(block, len(bounds), batch)
+        own = "compiled_convnet", block.members, tuple(free)
+        if own not in block.kept:
+            block.kept[own] = {name: torch.empty_like(tensor) for name, tensor in free.items()}
+        job = _job(block, batch, block.kept[own], block.kept[key])
+        return cls(block, block.kept[own], bounds, job, top.new_empty(block.members, batch, top.shape[1]))
 
     def __call__(self, x: Tensor, y: Tensor, loss: Loss) -> Named:
-        """Gradients of each member's own loss, on inputs `x` (member, sample, input) and targets `y`."""
+        """Gradients of each member's own loss, on inputs `x` (member, sample, input) and targets `y`.
+
+        Raises:
+            ValueError: for inputs or targets of another shape or dtype.
+        """
+        network = self.block.architecture
+        assert isinstance(network, Network)
+        shape = (*self.outputs.shape[:2], network.widths[0])
+        if x.shape != shape or y.shape != self.outputs.shape or not x.dtype == y.dtype == self.outputs.dtype:
+            raise ValueError(
+                f"train: batches of {tuple(x.shape)} and {tuple(y.shape)}, {x.dtype} and {y.dtype}; these members take "
+                f"{shape} and {tuple(self.outputs.shape)}, {self.outputs.dtype}"
+            )
         x, y = native.written(x), native.written(y)
         self.job.inputs, self.job.targets = native.address(x), native.address(y)
-        bounds = list(native.shares(self.block.members))
         if loss is MSE or loss is CROSS_ENTROPY:
             self.job.loss = 1 if loss is MSE else 2
-            self._each("step", bounds)
+            self._each("step", self.bounds)
             return self.gradients
         self.job.outputs = native.address(self.outputs)
-        for count in range(max(last - first for first, last in bounds)):
-            now = [(first + count, first + count + 1) for first, last in bounds if first + count < last]
+        for count in range(max(last - first for first, last in self.bounds)):
+            now = [(first + count, first + count + 1) for first, last in self.bounds if first + count < last]
             self._each("forward", now)
-            members = [first for first, _ in now]
-            self.outputs[members] = _slope(self.outputs[members], y[members], loss)
+            at = [first for first, _ in now]
+            self.outputs[at] = _slope(self.outputs[at], y[at], loss)
             self._each("backward", now)
         return self.gradients
 
@@ -135,10 +147,10 @@ class Step:
         function = native.function(library, name, self.outputs.dtype)
 
         def one(thread: int, _next: int) -> int:
-            function(ctypes.byref(self.job), *(ctypes.c_int64(number) for number in (thread, *bounds[thread])))
-            return 0
+            return int(function(ctypes.byref(self.job), *map(ctypes.c_int64, (thread, *bounds[thread]))))
 
-        native.each(one, [(thread, thread + 1) for thread in range(len(bounds))])
+        if native.each(one, [(thread, thread + 1) for thread in range(len(bounds))]):
+            raise MemoryError(f"train: no memory for a step of {self.block.depth} layers")
 
 
 def advance(block: Ensemble, batches: Batches, rule: Rule, taken: int) -> None:
@@ -161,9 +173,12 @@ def _memory(block: Ensemble, threads: int, batch: int) -> Tensor:
     """Zeros for what the steps of one member at a time compute on each thread."""
     library, weight = native.load(SOURCE, Job), block.values["weight_1"]
     assert library is not None
-    measure = native.function(library, "numbers", weight.dtype)
+    measure: Any = native.function(library, "numbers", weight.dtype)
     measure.restype = ctypes.c_int64
-    return weight.new_zeros(threads * measure(ctypes.byref(_job(block, batch, {}, None))))
+    numbers = measure(ctypes.byref(_job(block, batch, {}, None)))
+    if numbers < 0:
+        raise MemoryError(f"train: no memory for a step of {block.depth} layers")
+    return weight.new_zeros(threads * numbers)
 
 
 def _job(block: Ensemble, batch: int, gradients: Named, memory: Tensor | None) -> Job:
