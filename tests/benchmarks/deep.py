@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, stack_module_state, vmap
 
-from tsdyn.engine import convolution, propagated
+from tsdyn.engine import compiled_convnet, convolution, propagated
 from tsdyn.engine.batches import finite_stream
 from tsdyn.engine.ensemble import Ensemble
 from tsdyn.engine.rule import Rule
@@ -72,6 +72,7 @@ class Problem:
 
         def without() -> None:
             with (
+                patch.object(compiled_convnet, "claims", lambda ensemble: False),
                 patch.object(convolution, "serves", lambda x: False),
                 patch.object(propagated, "BLOCK_BYTES", 1 << 24),
             ):

@@ -17,10 +17,16 @@ served = pytest.mark.skipif(not convolution.serves(torch.zeros(1)), reason="no c
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(
     ("channels", "below", "rows", "columns", "kernel", "samples"),
-    [(1, 1, 3, 3, (3, 3), 1), (7, 2, 6, 5, (3, 3), 3), (16, 5, 8, 8, (3, 3), 16), (4, 3, 5, 9, (2, 5), 11)],
+    [
+        (1, 1, 3, 3, (3, 3), 1),
+        (7, 2, 6, 5, (3, 3), 3),
+        (16, 5, 8, 8, (3, 3), 16),
+        (4, 3, 5, 9, (2, 5), 11),
+        (9, 2, 8, 16, (3, 3), 64),
+    ],
 )
 def test_it_is_torchs_convolution_of_each_member(channels, below, rows, columns, kernel, samples, dtype, threads):
-    """Rows shorter than a vector, of whole vectors and with a remainder; every channel count that a tile can have."""
+    """Rows shorter than a vector, of whole vectors and with a remainder; several passes; every height of a tile."""
     draw = torch.Generator().manual_seed(0)
     x = torch.randn(3, below, rows, columns, samples, generator=draw, dtype=dtype)
     weight = torch.randn(3, channels, below, *kernel, generator=draw, dtype=dtype)

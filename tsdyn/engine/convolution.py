@@ -100,8 +100,8 @@ def _call(name: str, x: Tensor, weight: Tensor, bias: Tensor | None, *, output: 
 
     def some(first: int, last: int) -> int:
         own = (t if t is None else native.address(t[first:last]) for t in (x, weight, held, output))
-        function(ctypes.byref(Job(last - first, *shape, *own)))
-        return 0
+        return int(function(ctypes.byref(Job(last - first, *shape, *own))))
 
-    native.each(some, list(native.shares(members)))
+    if native.each(some, list(native.shares(members))):
+        raise MemoryError(f"convolution: no memory for a second copy of a weight of shape {tuple(weight.shape[1:])}")
     return output if name == "convolve" else weight

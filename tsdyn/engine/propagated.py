@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import vmap
 
-from tsdyn.engine import convolution, kept_memory
+from tsdyn.engine import compiled_convnet, convolution
 from tsdyn.engine.batches import Batches
 from tsdyn.engine.ensemble import Ensemble, layer_of, parts_of
 from tsdyn.engine.rule import Rule
@@ -35,7 +35,12 @@ def claims(ensemble: Ensemble, rule: Rule) -> bool:
 
 
 def block_size(ensemble: Ensemble, batch: int) -> int:
-    """How many members' activations and gradients fit in `BLOCK_BYTES`, on CUDA in an eighth of memory; at least 1."""
+    """How many members' activations and gradients fit in `BLOCK_BYTES`, on CUDA in an eighth of memory; at least 1.
+
+    The compiled step has one member's activations at a time.
+    """
+    if compiled_convnet.claims(ensemble):
+        return compiled_convnet.block_size(ensemble, BLOCK_BYTES)
     architecture = ensemble.architecture
     assert isinstance(architecture, Network)
     numbers = 0
@@ -48,12 +53,11 @@ def block_size(ensemble: Ensemble, batch: int) -> int:
 
 def advance(block: Ensemble, batches: Batches, rule: Rule, taken: int) -> None:
     """Take the steps of `batches` in place, after `taken` earlier ones."""
-    memory = kept_memory.Memory()
+    if compiled_convnet.claims(block):
+        compiled_convnet.advance(block, batches, rule, taken)
+        return
     for count, (x, y) in enumerate(batches, start=taken + 1):
-        if kept_memory.claims(block, x):
-            block.take(kept_memory.gradients(block, x, y, rule, memory), rule, count)
-        else:
-            step(block, x, y, rule, count)
+        step(block, x, y, rule, count)
 
 
 def step(block: Ensemble, x: Tensor, y: Tensor, rule: Rule, count: int) -> None:

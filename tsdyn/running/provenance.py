@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from tsdyn._version import __version__
-from tsdyn.engine import compiled_moments, compiled_step, compiled_sums, convolution, native
+from tsdyn.engine import compiled_convnet, compiled_moments, compiled_step, compiled_sums, convolution, native
 from tsdyn.experiment.experiment import Experiment
 from tsdyn.theory.coupling_moments import MOMENTS
 
@@ -70,6 +70,7 @@ def _libraries(experiment: Experiment | None) -> dict[str, tuple[Path, type[ctyp
         return found
     if experiment.teacher.convolution:
         found["convolutions"] = convolution.SOURCE, convolution.Job
+        found["steps of ConvNets"] = compiled_convnet.SOURCE, compiled_convnet.Job
     if not experiment.deep and len(experiment.teacher.widths) > 3 and {*experiment.recorded()} & _OF_MOMENTS:
         found["moments"] = compiled_moments.SOURCE, compiled_moments.Job
     return found
