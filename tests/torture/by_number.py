@@ -8,6 +8,7 @@ opened.  ``wrong``: other numbers.  ``hung``: no end.  ``traceback``: another er
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import random
@@ -284,6 +285,9 @@ def memory(scratch: Path, rng: random.Random, number: int) -> str:
             row["said"] += bool(words) and fate == "whole"
             if fate != "whole":
                 told.append(f"{name}: {share:.0%} of {needed} bytes: {fate}: {words}")
+    assert number < len(SHARES) or any(row["said"] for row in rows.values()), (
+        "no action felt a limit: nothing was tried"
+    )
     return _counted(rows, told, f"action: what it takes, of which {', '.join(f'{s:.0%}' for s in SHARES)} are left")
 
 
@@ -298,6 +302,7 @@ def _addresses_of(bench: _Bench, name: str) -> int:
     bench.place(name)
 
     def measured(pipe: int) -> None:
+        _trim()
         before = _size("VmSize")
         aside = os.open(os.devnull, os.O_WRONLY)
         ACTIONS[name].work(bench.path, aside)
@@ -308,8 +313,14 @@ def _addresses_of(bench: _Bench, name: str) -> int:
     return int(words)
 
 
+def _trim() -> None:
+    """Give back what the C library keeps of memory that was freed, from which an action would be served unlimited."""
+    ctypes.CDLL(None).malloc_trim(0)
+
+
 def _limit(more: int) -> None:
     """Leave this process so many bytes of addresses."""
+    _trim()
     size = _size("VmSize") + more
     resource.setrlimit(resource.RLIMIT_AS, (size, size))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

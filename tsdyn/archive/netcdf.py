@@ -23,6 +23,7 @@ from tsdyn.archive import hdf5, own_process, stored_numbers
 from tsdyn.archive.swept_values import Swept
 from tsdyn.archive.whole_files import (
     ALWAYS_VERIFIED,
+    INTACT,
     ArchiveError,
     DirectoryError,
     Stamp,
@@ -107,10 +108,13 @@ def dataset(
         try:
             nc.set_auto_maskandscale(False)
             if mode != "w":
-                odd = ["cannot be opened by the HDF5 library"]
-                if file is not None:
-                    odd = hdf5.oddities(file, _names(nc) if only is None else [only])
-                if odd:
+                if file is None:
+                    _refuse_gone(path, before)
+                    raise DirectoryError(
+                        f"{path}: the HDF5 library cannot open it: the file system fails, or it is damaged; nothing "
+                        "was changed"
+                    )
+                if odd := hdf5.oddities(file, _names(nc) if only is None else [only]):
                     _refuse_gone(path, before)
                     raise DirectoryError(f"{path}: {odd[0]}; it is not tsdyn's")
             yield nc
@@ -220,10 +224,10 @@ def _close(nc: netCDF4.Dataset, file: int | None, path: Path) -> None:
         nc.close()
     except (OSError, RuntimeError) as error:
         nc._isopen = 0  # so that it is not closed again, which would crash
-        raise ArchiveError(f"{path}: cannot be closed: {error}; the file system fails") from error
+        raise ArchiveError(f"{path}: cannot be closed: {error}: the file system fails; {INTACT}") from error
     finally:
         if file is not None and not hdf5.closed(file):
-            raise ArchiveError(f"{path}: cannot be closed: the file system fails")
+            raise ArchiveError(f"{path}: cannot be closed: the file system fails; {INTACT}")
 
 
 def _flush(nc: netCDF4.Dataset, path: Path) -> None:

@@ -23,6 +23,8 @@ MARGIN = 1 << 20
 ALWAYS_VERIFIED = float(1 << 24)
 #: How often files that another command is moving are looked at.
 LOOKS = 5
+#: What errors of the file system say of everything that was committed before.
+INTACT = "what was committed is intact"
 #: Suffix of the file that holds the SHA-256 of the file beside it, in the format of ``sha256sum -c``.
 SUFFIX = ".sha256"
 #: A file changed less than this many seconds ago could change again and keep its times, since file times are coarse.
@@ -91,8 +93,8 @@ def refused(path: Path, error: BaseException, needed: int = 0) -> ArchiveError:
     elif reason == _REASONS[errno.ENOSPC] and free is not None:
         reason += f": {(needed + MARGIN) / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free"
     return ArchiveError(
-        f"{path}: cannot be written: {reason or error}; what was committed is intact: put this right and run the same "
-        "command again to go on"
+        f"{path}: cannot be written: {reason or error}; {INTACT}: put this right and run the same command again to go "
+        "on"
     )
 
 
