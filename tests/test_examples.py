@@ -25,12 +25,13 @@ from tsdyn import (
 
 #: Modules of `tsdyn.analysis` that serve its own figures and readers.
 INNER = {"captions", "style", "verdicts", "claims", "own_modules", "figures", "identity", "layout", "lift", "panels"}
-#: Functions of the other modules that serve these modules alone, or need what the example's runs do not hold.
+#: Functions of the other modules that serve these modules or other wings alone, or need what the example's runs do not hold.
 WITHOUT = {
     "alignment.without_padding", "theorems.Claim", "theorems.Finding", "audit.Claim", "audit.Finding",
     "batch_norm.negative_shift_share",
     "batch_norm.shift_histogram", "connectivity.carriers", "connectivity.loss_along", "connectivity.matched",
     "connectivity.theorem_2_path", "conservation.balance_kept", "members.Member", "members.each",
+    "members.networks", "members.rebuilt", "members.refuse_parts",
     "order_parameters.scaled_overlap", "overview.Number", "overview.Row", "overview.as_json", "phase.flags",
     "report.audit_rows", "report.text", "specialization.correlation_of", "specialization.median",
 }  # fmt: skip
