@@ -25,7 +25,7 @@ from tsdyn import (
 
 #: Modules of `tsdyn.analysis` that serve its own figures and readers.
 INNER = {"captions", "style", "verdicts", "claims", "own_modules", "figures", "identity", "layout", "lift", "panels"}
-#: Functions of the other modules that serve these modules or other wings alone, or need what the example's runs do not hold.
+#: Functions of the others that serve these or other wings alone, or need what the example's runs do not hold.
 WITHOUT = {
     "alignment.without_padding", "theorems.Claim", "theorems.Finding", "audit.Claim", "audit.Finding",
     "batch_norm.negative_shift_share",
