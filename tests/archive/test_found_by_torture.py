@@ -388,3 +388,21 @@ def test_an_unfinished_run_is_of_the_experiment_of_its_directory(tmp_path, monke
     assert list(tsdyn.fork(tmp_path / "run", at=3).epoch.values) == [3, 4, 5]
     tsdyn.run(longer.replace({"seeds": [7]}), tmp_path / "other")
     assert dict(tsdyn.open([tmp_path / "run", tmp_path / "other"]).mse_eval.sizes) == {"seed": 3, "epoch": 6}
+
+
+def test_a_run_s_experiment_in_a_sweep_s_place_is_named_and_not_repaired(tmp_path):
+    """`repair` took the directory for its own point and called itself until Python refused."""
+    path = tmp_path / "sweep"
+    tsdyn.run(small(**FEW, training__epochs=2, sweep=SWEEP), path)
+    own, points = path / "experiment.toml", sorted(path.glob("*/archive.nc"))
+    kept, numbers = own.read_text(), [point.read_bytes() for point in points]
+    own.write_text(small(**FEW, training__epochs=2).to_toml())
+    said = "sweeps nothing, although sweep.json is there: it is another's"
+    assert [said in line for line in integrity.check(path)] == [True]
+    with pytest.raises(ArchiveError, match=f"{said}; put the sweep's experiment file back"):
+        integrity.repair(path)
+    with pytest.raises(ArchiveError):
+        tsdyn.open(path)
+    own.write_text(kept)
+    assert integrity.check(path) == []
+    assert [point.read_bytes() for point in points] == numbers

@@ -117,8 +117,14 @@ def sweep_points(path: Path) -> dict[str, tuple[dict[str, Any], Experiment]]:
     """Directory name → swept values and experiment of each point of the sweep in `path`.
 
     They come from ``experiment.toml``: ``sweep.json`` is for other readers, and its names are not trusted.
+
+    Raises:
+        ExperimentError: if that file is no experiment, or sweeps nothing.
     """
-    return named_points(path, Experiment.from_toml(path / EXPERIMENT, archived=True))
+    experiment = Experiment.from_toml(path / EXPERIMENT, archived=True)
+    if not experiment.sweep:
+        raise ExperimentError(f"{path / EXPERIMENT}: sweeps nothing, although {SWEEP} is there: it is another's")
+    return named_points(path, experiment)
 
 
 def named_points(
