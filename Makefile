@@ -82,7 +82,7 @@ dist: $(VENV)/.installed-dev
 
 # Branches covered by the suite, of all and of the two wings that must not lose anything.
 coverage: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n auto --dist worksteal --cov --cov-branch --cov-report=
+	TSDYN_COVERAGE=1 $(BIN)/python -m pytest -n auto --dist worksteal --cov --cov-branch --cov-report=
 	$(BIN)/python -m coverage report
 	$(BIN)/python -m coverage report --include='tsdyn/archive/*,tsdyn/running/*' --fail-under=95
 

@@ -25,7 +25,9 @@ import tsdyn.running.sweep
 import tsdyn.running.workers
 import tsdyn.through_training.forks
 import tsdyn.xarray  # noqa: F401
+from tests import processes
 
 torch.set_num_threads(1)
 os.fsync = lambda handle: None  # nothing waits for the disk: see tests/conftest.py
 dask.config.set({"distributed.worker.multiprocessing-method": "forkserver"})
+processes.slowed()

@@ -235,10 +235,8 @@ def test_a_file_whose_checksum_agrees_is_never_moved(copy, monkeypatch):
 def _hold_and_leave_a_child(path, told):
     held = RunDirectory(path, small(**FEW))
     held.__enter__()
-    pid = os.fork()
-    if pid == 0:
-        signal.pause()
-    told.send(pid)
+    if os.fork() == 0:
+        told.send(os.getpid())  # by then the child has let go of the lock
     signal.pause()
 
 
