@@ -54,7 +54,7 @@ def pytest_collection_finish():
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)  # a test makes some 100,000 objects, few of which are garbage in a circle
     gc.enable()
-    processes.slowed()
+    processes.allow_for_coverage()
 
 
 def pytest_collection_modifyitems(items):

@@ -30,4 +30,4 @@ from tests import processes
 torch.set_num_threads(1)
 os.fsync = lambda handle: None  # nothing waits for the disk: see tests/conftest.py
 dask.config.set({"distributed.worker.multiprocessing-method": "forkserver"})
-processes.slowed()
+processes.allow_for_coverage()

@@ -51,7 +51,7 @@ def dask_by_fork() -> None:
     multiprocessing.forkserver.set_forkserver_preload = lambda names: None
 
 
-def slowed() -> None:
+def allow_for_coverage() -> None:
     """Under `make coverage` give ten times the processor time to processes that read what may be damaged."""
     if "TSDYN_COVERAGE" in os.environ:
         from tsdyn.archive import own_process

@@ -4,6 +4,10 @@ import signal
 
 import numpy as np
 
+#: What small experiments of these tests have, and the sweep that some are given.
+FEW = {"seeds": 2, "record__observables": ["mse", "weight"]}
+SWEEP = {"teacher.polarity": [0.0, 1.0]}
+
 
 def damage(file, numbers):
     """Flip a bit of the first of some numbers, as they are stored in a file."""

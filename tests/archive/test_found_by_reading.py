@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import tsdyn
-from tests.archive.damage import damage, same, stop_after
+from tests.archive.damage import FEW, SWEEP, damage, same, stop_after
 from tests.cases import small
 from tsdyn.archive import (
     additions,
@@ -24,9 +24,6 @@ from tsdyn.archive.whole_files import ArchiveError
 from tsdyn.growing import adding, exporting
 from tsdyn.running import members, runner
 from tsdyn.running.interrupts import Stopped
-
-FEW = {"seeds": 2, "record__observables": ["mse", "weight"]}
-SWEEP = {"teacher.polarity": [0.0, 1.0]}
 
 
 def test_a_fork_begins_from_no_weights_that_are_missing(tmp_path):

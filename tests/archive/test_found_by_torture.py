@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import tsdyn
-from tests.archive.damage import damage, same, stop_after
+from tests.archive.damage import FEW, SWEEP, damage, same, stop_after
 from tests.cases import small
 from tsdyn.archive import (
     file_images,
@@ -25,9 +25,6 @@ from tsdyn.archive import (
 from tsdyn.archive.whole_files import ArchiveError
 from tsdyn.running import runner
 from tsdyn.running.interrupts import Stopped
-
-FEW = {"seeds": 2, "record__observables": ["mse", "weight"]}
-SWEEP = {"teacher.polarity": [0.0, 1.0]}
 
 
 def test_another_point_s_archive_is_not_gone_on_from(tmp_path):

@@ -14,14 +14,13 @@ import xarray as xr
 
 import tsdyn
 from tests import processes
+from tests.archive.damage import FEW, SWEEP
 from tests.cases import small
 from tsdyn.archive import integrity, joining
 from tsdyn.archive.whole_files import ArchiveError, DirectoryError
 from tsdyn.running import runner
 
-FEW = {"seeds": 2, "record__observables": ["mse", "weight"]}
 EVERY_4 = {**FEW, "record__every": 4}
-SWEEP = {"teacher.polarity": [0.0, 1.0]}
 
 
 def same(one, other):

@@ -21,6 +21,7 @@ from tsdyn.archive.lock import Lock
 from tsdyn.archive.netcdf import Records, State
 from tsdyn.archive.swept_values import Swept
 from tsdyn.archive.whole_files import (
+    INTACT,
     SUFFIX,
     ArchiveError,
     DirectoryError,
@@ -507,7 +508,7 @@ class RunDirectory(Generic[D]):
             except own_process.Crashed as error:
                 raise ArchiveError(
                     f"{self.path / ARCHIVE}: cannot be written: joining the segments crashed the netCDF library "
-                    f"({error.how}), as it does where memory or the disk fails; what was committed is intact and can "
+                    f"({error.how}), as it does where memory or the disk fails; {INTACT} and can "
                     "be opened: run the same command again to join it"
                 ) from None
             if differing is not None:

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from tsdyn._version import __version__
-from tsdyn.archive.whole_files import ArchiveError, DirectoryError, refuse_link
+from tsdyn.archive.whole_files import INTACT, ArchiveError, DirectoryError, refuse_link
 from tsdyn.experiment.errors import ExperimentError
 from tsdyn.registers import PartError
 from tsdyn.running.terminal import make_lenient
@@ -67,11 +67,11 @@ def reported_errors() -> Iterator[None]:
     except (ArchiveError, MemoryError) as error:
         fail(error, FAILED)
     except OSError as error:
-        fail(f"{error}; what was committed is intact", FAILED)
+        fail(f"{error}; {INTACT}", FAILED)
     except RuntimeError as error:
         if "allocate memory" not in str(error) and "out of memory" not in str(error):
             raise
-        fail(f"no memory is left ({str(error).splitlines()[0]}); what was committed is intact", FAILED)
+        fail(f"no memory is left ({str(error).splitlines()[0]}); {INTACT}", FAILED)
 
 
 class Unavailable(Exception):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tsdyn.archive.whole_files import local_path
+from tsdyn.archive.whole_files import INTACT, local_path
 from tsdyn.cli.application import (
     AsJson,
     OutDirectory,
@@ -242,7 +242,7 @@ def run_announced(
         raise Unavailable(str(error)) from error
     except KeyboardInterrupt as error:  # caught here: typer would exit 130 for every signal, without a message
         signal = getattr(error, "signal", 2)
-        fail("interrupted; what was committed is intact, the same command goes on from there", 128 + signal)
+        fail(f"interrupted; {INTACT}, the same command goes on from there", 128 + signal)
     print(f"done: {path}", flush=True)
 
 

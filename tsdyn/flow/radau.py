@@ -22,7 +22,7 @@ from torch import Tensor
 
 from tsdyn.flow.stationary import Loss
 from tsdyn.flow.steps import Attempt, Limits, settled
-from tsdyn.networks.members_alone import elementwise
+from tsdyn.networks.members_alone import LINE, elementwise
 
 STAGES = 5
 #: Stage in the middle of a step (at 0.58 of it), where the Hessian is taken.
@@ -36,7 +36,6 @@ _KEPT, _KEPT_ITERATIONS = 0.15, 5
 #: of the step size.
 _RATE = 0.3
 _SAFETY, _SHRINK, _GROW = 0.9, 0.2, 8.0
-_LINE = 64
 
 
 class _Tableau(NamedTuple):
@@ -84,6 +83,8 @@ def _lagrange(nodes: np.ndarray, j: int, at: np.ndarray) -> np.ndarray:
 
 
 _TABLEAU = _tableau()
+#: Where a step's polynomial is known: at its beginning, where z = 0, and at its stages.
+_KNOWN = np.append(0.0, _TABLEAU.nodes)
 #: Where the other part of a complex number lies.
 _PARTNER = [0, 2, 1, 4, 3]
 
@@ -121,7 +122,7 @@ class Radau:
         self._share = max(least / limits.rtol, _SHARE)
         members, self._parameters = like.shape
         # products round by where a matrix begins: at a line of the cache, all of them
-        self._room = -self._parameters % (_LINE // like.element_size())
+        self._room = -self._parameters % (LINE // like.element_size())
         self._order = self._parameters + self._room
         self._back = torch.from_numpy(_TABLEAU.back).to(like)
         self._forth = torch.from_numpy(_TABLEAU.forth).to(like)
@@ -148,7 +149,7 @@ class Radau:
         self._held[:] = False
 
     def attempt(self, y: Tensor, h: Tensor, gradient: Tensor, index: Tensor) -> Attempt:
-        """Try a step of size `h` from `y` of the members in `index`."""
+        """Try a step of size `h` (member,) from `y` (member, parameter) of the members in `index`; see `Attempt`."""
         memory = self._memory
         stages = self._predicted(h, index)
         self._linearise(y + stages[:, _MIDDLE, : self._parameters], index)
@@ -168,12 +169,11 @@ class Radau:
         memory["last_error"][moved] = error[taken].clamp(min=1e-2)
 
         def inside(row: int, s: Tensor) -> Tensor:
-            at = s[:, 0].numpy(force=True)
-            nodes = np.append(0.0, _TABLEAU.nodes)
+            at = s.numpy(force=True)
             within = y[row].expand(len(at), -1).clone()
             for j in range(STAGES):
-                share = torch.from_numpy(_lagrange(nodes, j + 1, at)).to(within)
-                within += share[:, None] * solved.stages[row, j, : self._parameters]
+                share = torch.from_numpy(_lagrange(_KNOWN, j + 1, at)).to(within)
+                within += share * solved.stages[row, j, : self._parameters]
             return within
 
         return Attempt(end, slope, error, factor, inside)
@@ -181,16 +181,11 @@ class Radau:
     def _predicted(self, h: Tensor, index: Tensor) -> Tensor:
         """The last step's polynomial at the stages of the next; 0 before there is one."""
         memory = self._memory
-        ratio = (h / memory["last_size"][index]).nan_to_num(0.0)
-        nodes = np.append(0.0, _TABLEAU.nodes)
-        at = 1 + torch.from_numpy(_TABLEAU.nodes).to(h) * ratio[:, None]
-        columns = []
-        for j in range(1, STAGES + 1):
-            column = torch.ones_like(at)
-            for other in np.delete(np.arange(STAGES + 1), j):
-                column = column * ((at - nodes[other]) / (nodes[j] - nodes[other]))
-            columns.append(column - float(j == STAGES))  # from where the last step ended
-        return _mixed(torch.stack(columns, -1), memory["stages"][index])
+        ratio = (h / memory["last_size"][index]).nan_to_num(0.0).numpy(force=True)
+        at = 1 + _TABLEAU.nodes * ratio[:, None]
+        # less 1 at the last stage: from where the last step ended
+        shares = [_lagrange(_KNOWN, j, at) - (j == STAGES) for j in range(1, STAGES + 1)]
+        return _mixed(torch.from_numpy(np.stack(shares, -1)).to(h), memory["stages"][index])
 
     def _linearise(self, point: Tensor, index: Tensor) -> None:
         """Take the Hessian at `point` where it is due, and once more where it was if its eigenvectors are not held."""

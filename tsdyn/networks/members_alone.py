@@ -18,7 +18,7 @@ _ROUND = 16
 #: Below this torch does not cut an array for its threads, which would make ends within it.
 _UNCUT = 1 << 14
 #: Bytes of a line of the cache, at which MKL's kernels begin.
-_LINE = 64
+LINE = 64
 #: Multiplications of one product below which torch uses a loop of its own, which knows no addresses.
 _PLAIN = 400
 
@@ -74,8 +74,8 @@ def _laid_out(matrices: Tensor) -> Tensor:
     """The matrices (matrix, row, column), each from a line of the cache on; a copy unless they are so already."""
     rows, columns = matrices.shape[-2:]
     stacked = matrices.reshape(-1, rows, columns)
-    whole = len(stacked) == 1 or rows * columns * stacked.element_size() % _LINE == 0
-    if whole and stacked.is_contiguous() and stacked.data_ptr() % _LINE == 0:
+    whole = len(stacked) == 1 or rows * columns * stacked.element_size() % LINE == 0
+    if whole and stacked.is_contiguous() and stacked.data_ptr() % LINE == 0:
         return stacked
     found = _room(stacked, len(stacked), rows, columns)
     found.copy_(stacked)
@@ -83,7 +83,7 @@ def _laid_out(matrices: Tensor) -> Tensor:
 
 
 def _room(like: Tensor, count: int, rows: int, columns: int) -> Tensor:
-    line = _LINE // like.element_size()
+    line = LINE // like.element_size()
     step = -(-rows * columns // line) * line
     found: Tensor = like.new_empty(count, step)[:, : rows * columns].unflatten(-1, (rows, columns))
     return found

@@ -10,6 +10,7 @@ from tsdyn import schema
 from tsdyn.engine.loss import loss
 from tsdyn.experiment.experiment import Experiment
 from tsdyn.flow import epochs
+from tsdyn.flow.rodas import Rodas
 from tsdyn.running import packages, provenance
 
 
@@ -58,7 +59,7 @@ def _conventions(experiment: Experiment) -> dict[str, str]:
 
 def _time_convention(experiment: Experiment) -> dict[str, str]:
     if experiment.training.method == "flow":
-        how = f"Rodas4(3), rtol {epochs.RTOL:g}, atol {epochs.ATOL:g}"
+        how = f"{Rodas.NAME}, rtol {epochs.RTOL:g}, atol {epochs.ATOL:g}"
         return {
             "learning_rate": "time an epoch takes, by steps_per_epoch",
             "time": f"epoch = learning_rate steps_per_epoch of t in dtheta/dt = -grad J ({how})",

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, assert_never
 
 from tsdyn import memory, registers
 from tsdyn.archive.run_directory import ADDED, ARCHIVE, segments
-from tsdyn.archive.whole_files import ArchiveError
+from tsdyn.archive.whole_files import INTACT, ArchiveError
 from tsdyn.experiment.experiment import Experiment
 from tsdyn.experiment.parts import MAX_EPOCHS
 from tsdyn.observables.registry import Observed
@@ -135,7 +135,7 @@ def say_open(scheduler: str | None) -> None:
         )
 
 
-_GONE = "the scheduler is gone; what was committed is intact, the same command goes on from there"
+_GONE = f"the scheduler is gone; {INTACT}, the same command goes on from there"
 
 
 class _Listening:
