@@ -48,8 +48,9 @@ FEW_SAMPLES = 512
 RATE = 1e10
 #: Seconds after which a trial is not repeated a second time, and not at all.
 _ENOUGH, _LONG = 5.0, 20.0
-#: Integrator steps assumed for a population flow of one node and of more: the studies' take 40 to 80 and 80 to 160.
-FLOW_STEPS = (80, 120)
+#: Integrator steps assumed for a population flow of one node and of more: the studies' slowest seeds take 37 to 94, 61
+#: on average, and 80 to 160.
+FLOW_STEPS = (60, 120)
 #: Seconds for what a population flow is compared with at its end, and for committing it.
 FLOW_END_SECONDS = 0.4
 
