@@ -11,15 +11,15 @@
 
 #include "product.hpp"
 
+// Tiles of sums that are kept in registers, 32 of AVX-512 and 16 otherwise: beside a tile's sums there must be room for
+// its vectors of the input and for a weight.
 #if defined(__AVX512F__)
 #include <immintrin.h>
-constexpr int kTileRows = 6, kGradientRows = 8;
-#elif defined(__AVX__)
-constexpr int kTileRows = 3, kGradientRows = 4;
+constexpr int kTileRows = 6, kTileVectors = 4, kGradientRows = 8;
 #else
-constexpr int kTileRows = 3, kGradientRows = 4;
+constexpr int kTileRows = 6, kTileVectors = 2, kGradientRows = 4;
 #endif
-constexpr int kTileVectors = 4, kGradientColumns = 3;
+constexpr int kGradientColumns = 3;
 // Bytes of a gradient that a pass for the weight keeps in the nearest cache.
 constexpr long kNear = 48 << 10;
 
