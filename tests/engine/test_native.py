@@ -18,6 +18,7 @@ from tsdyn.engine import (
     compiled_factors,
     compiled_moments,
     compiled_normals,
+    compiled_patches,
     compiled_step,
     compiled_sums,
     convolution,
@@ -31,7 +32,7 @@ JOBS = {
     module.__name__: (module.SOURCE, module.Job)
     for module in (
         *(compiled_curvature, compiled_factors, compiled_moments, compiled_normals),
-        *(compiled_step, compiled_sums, convolution),
+        *(compiled_patches, compiled_step, compiled_sums, convolution),
     )
 }
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tsdyn.engine import compiled_factors, convolution
+from tsdyn.engine import compiled_factors, compiled_patches
 
 #: Bytes of the gradients that are formed, squared and dropped together, so that they stay in a core's cache.
 _IN_CACHE = 1 << 20
@@ -68,8 +68,7 @@ class Factors:
                 squares = _square(f).sum((1, 2)) * _square(g).sum((1, 2))
             else:
                 compiled = compiled_factors.serves(f, g := g.contiguous())
-                ahead = _COMPILED if compiled and f.dtype == torch.float64 else 1
-                if positions * (inputs + outputs) * ahead <= inputs * outputs:
+                if _pairs_pay(positions, inputs, outputs, f.dtype if compiled else None):
                     gram = (torch.bmm(f, f.mH) * torch.bmm(g, g.mH).conj()).real
                     squares = gram.sum((1, 2))
                     if bool((squares < gram.abs().sum((1, 2)) / 100).any()):
@@ -148,27 +147,13 @@ class Convolved:
         g = self.gradients.flatten(2).reshape(len(patches), -1, patches.shape[1]).mT
         return Factors(patches, g, weight.shape, groups, self.layer.bias is not None)
 
-    def _compiled(self) -> bool:
-        """Whether the engine's convolutions form the gradient: of stride 1, with vectors along a row of the output."""
-        row = self.gradients.shape[3] * self.gradients.element_size()
-        plain = tuple(self.layer.dilation) == tuple(self.layer.stride) == (1, 1) and (row % 64 == 0 or row >= 256)
-        return plain and convolution.serves(self.inputs)
-
     def weight(self, into: Tensor | None = None) -> Tensor:
         """Gradient of the weight, (sample, *weight_shape); written to `into` if that is given."""
-        if not self._compiled():
+        if not compiled_patches.serves(self.inputs, self.gradients):
             return self.factors().weight(into)
-        samples, groups = len(self.inputs), self.layer.groups
-        _, below, rows, columns = self.layer.weight.shape
-        padding = self.layer.padding
-        assert not isinstance(padding, str)
-        vertical, horizontal = padding
-        x = F.pad(self.inputs, (horizontal, horizontal, vertical, vertical))
-        x = x.reshape(samples * groups, below, *x.shape[2:])
-        g = self.gradients.reshape(samples * groups, -1, *self.gradients.shape[2:])
-        shape = (samples * groups, g.shape[1], below, rows, columns)
-        target = x.new_empty(shape) if into is None else into.view(shape)
-        return convolution.weight_gradients(x, g, target).view(samples, *self.layer.weight.shape)
+        shape = (len(self.inputs), *self.layer.weight.shape)
+        target = self.inputs.new_empty(shape) if into is None else into.view(shape)
+        return compiled_patches.gradients(self.layer, self.inputs, self.gradients, target)
 
     def bias_gradient(self) -> Tensor:
         """Gradient of the bias, (sample, output)."""
@@ -176,13 +161,14 @@ class Convolved:
 
     def squared_norms(self, *, weight: bool = True, bias: bool = True) -> Tensor:
         """Squared norm of each sample's gradient, (sample,), in at least float32."""
-        if weight and not self._compiled():
+        outputs, inputs = len(self.layer.weight) // self.layer.groups, self.layer.weight[0].numel()
+        positions = self.gradients[0, 0].numel()
+        compiled = compiled_patches.serves(self.inputs, self.gradients)
+        if weight and (not compiled or _pairs_pay(positions, inputs, outputs, self.inputs.dtype)):
             return self.factors().squared_norms(weight=weight, bias=bias)
         total = torch.zeros(len(self.inputs), dtype=self.gradients.dtype, device=self.gradients.device)
         if weight:
-            at_once = max(1, _IN_CACHE // self.layer.weight.nbytes)
-            parts = zip(self.inputs.split(at_once), self.gradients.split(at_once), strict=True)
-            total = torch.cat([_square(Convolved(x, g, self.layer).weight()).flatten(1).sum(1) for x, g in parts])
+            total = compiled_patches.squared_norms(self.layer, self.inputs, self.gradients)
         if bias and self.layer.bias is not None:
             total = total + _square(self.bias_gradient()).sum(1)
         return total
@@ -256,6 +242,15 @@ def norms(held: Held, *, weight: bool, bias: bool) -> Tensor:
     scaled, of_inputs, of_gradients = held.scaled()
     of_weight = scaled.squared_norms(weight=weight, bias=False).sqrt() * of_inputs * of_gradients
     return torch.hypot(of_weight, scaled.squared_norms(weight=False, bias=bias).sqrt() * of_gradients)
+
+
+def _pairs_pay(positions: int, inputs: int, outputs: int, compiled: torch.dtype | None) -> bool:
+    """Whether products of a sample's positions in pairs cost less than its gradient.
+
+    `compiled` is the dtype in which compiled code would form the gradient, None where torch would.
+    """
+    ahead = _COMPILED if compiled == torch.float64 else 1
+    return positions * (inputs + outputs) * ahead <= inputs * outputs
 
 
 def _products(f: Tensor, g: Tensor, into: Tensor | None) -> Tensor:

@@ -46,15 +46,6 @@ def convolve(
     return found
 
 
-def weight_gradients(
-    x: Float[Tensor, "sample below row column"],
-    g: Float[Tensor, "sample channel row_out column_out"],
-    into: Float[Tensor, "sample channel below kernel_row kernel_column"],
-) -> Tensor:
-    """Each sample's own gradient of the weight, written to `into`, a contiguous tensor; stride 1 and no padding."""
-    return _call("weight_gradient", x.unsqueeze(-1), into, None, output=g.unsqueeze(-1))
-
-
 def convolved(x: Tensor, weight: Tensor, bias: Tensor | None, into: Tensor) -> Tensor:
     """As `convolve`, written to `into`; not differentiable."""
     return _call("convolve", x, weight, bias, output=into)
