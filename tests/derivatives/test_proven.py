@@ -90,6 +90,44 @@ class Residual(nn.Module):
         return self.top(F.relu(x + self.norm(self.second(F.gelu(x)))).mean((2, 3)))
 
 
+class Wide(nn.Module):
+    """Convolutions that the engine takes; with `twist`, something that its convolutions do not know."""
+
+    def __init__(self, twist=None):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 32, 3, padding=1), nn.Conv2d(32, 32, 3, padding=1)
+        self.top, self.twist, self.seen = nn.Linear(32, 2), twist, []
+
+    def forward(self, x):
+        x = F.relu(self.first(x))
+        self.seen.append("forward" in vars(self.second))
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.twist == "autocast"):
+            z = self.second(x)
+        match self.twist:
+            case "in place":
+                z = z.relu_()
+            case "twice":
+                z = self.second(z)
+            case "raises":
+                if self.seen[-1]:
+                    raise TypeError("a layer whose forward pass is torch's own, please")
+        return self.top((x + z).mean((2, 3)))
+
+
+@pytest.mark.parametrize("twist", [None, "in place", "twice", "autocast", "raises"])
+def test_convolutions_by_the_engine(twist):
+    torch.manual_seed(0)
+    module, x = Wide(twist).double(), drawn(9, 3, 16, 16)
+    y = drawn(9, 2, seed=1)
+    right = one_by_one(module, x, y)
+    module.seen.clear()
+    found = derivatives.per_sample_gradients(module, half_square, x, y)
+    assert any(module.seen) == (twist != "twice")  # which is known of one sample's pass
+    assert "forward" not in vars(module.second)
+    for name, g in right.items():
+        torch.testing.assert_close(found[name], g, rtol=0, atol=1e4 * EPS * float(1 + g.abs().max()))
+
+
 class Attention(nn.Module):
     """A block of a transformer."""
 

@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from tests.networks.test_convolutional_networks import IMAGE, images, module
 from tsdyn.engine import convolution
@@ -80,3 +81,49 @@ def test_a_step_is_the_same_without_a_compiler(place, padding, monkeypatch):
         ways.append(list(ensemble.tensors()))
     for a, b in zip(*ways, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@served
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(
+    ("samples", "channels", "below", "image", "kernel", "padding"),
+    [
+        (8, 32, 16, (16, 16), (3, 3), (1, 1)),
+        (19, 7, 24, (9, 30), (3, 5), (0, 2)),
+        (33, 12, 12, (20, 7), (5, 3), (4, 0)),
+        (64, 32, 64, (5, 5), (1, 3), (0, 1)),
+    ],
+)
+def test_samples_are_convolved_as_by_torch(samples, channels, below, image, kernel, padding, threads):
+    draw = torch.Generator().manual_seed(0)
+    layer = nn.Conv2d(below, channels, kernel, padding=padding, dtype=torch.float64)
+    x = torch.randn(samples, below, *image, generator=draw, dtype=torch.float64, requires_grad=True)
+    above = torch.randn(layer(x).shape, generator=draw, dtype=torch.float64)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert convolution.pays(layer, x)
+        found, expected = convolution.of_samples(layer, x), layer(x)
+        (gradient,), (wanted,) = (torch.autograd.grad(z, x, above) for z in (found, expected))
+        fewer = convolution.of_samples(layer, x[1:])
+    finally:
+        torch.set_num_threads(before)
+    # sums of at most so many products of numbers below five
+    terms = max(channels, below) * kernel[0] * kernel[1]
+    torch.testing.assert_close(found, expected, rtol=0, atol=8 * terms * torch.finfo(torch.float64).eps)
+    torch.testing.assert_close(gradient, wanted, rtol=0, atol=8 * terms * torch.finfo(torch.float64).eps)
+    assert torch.equal(fewer, found[1:])  # the same bits in every company
+    with pytest.raises(RuntimeError, match="used in the graph"):  # none of the parameters', none that is zero
+        torch.autograd.grad(convolution.of_samples(layer, x), layer.weight, above)
+
+
+@served
+def test_samples_that_torch_convolves_itself():
+    layer, x = nn.Conv2d(32, 32, 3, padding=1, dtype=torch.float64), torch.zeros(32, 32, 16, 16, dtype=torch.float64)
+    assert convolution.pays(layer, x)
+    assert not convolution.pays(layer, x[:4])  # few samples, little to do
+    assert not convolution.pays(layer, x[:, :, :1, :1])
+    assert not convolution.pays(layer.float(), x.float())  # torch is faster
+    assert not convolution.pays(layer, x)  # of two dtypes: torch raises its error
+    for changed in ({"stride": 2}, {"dilation": 2}, {"groups": 2}, {"padding": 3}):
+        assert not convolution.pays(nn.Conv2d(32, 32, 3, dtype=torch.float64, **changed), x)

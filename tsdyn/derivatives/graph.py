@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from tsdyn.engine import convolution
+
 #: Modules whose forward pass is torch's own, deterministic, keeps its state, and treats samples one by one.
 KNOWN: dict[type[nn.Module], object] = {
     kind: kind.forward
@@ -66,6 +68,11 @@ def known(module: nn.Module) -> bool:
             return False
         if any(type(p) is not nn.Parameter or p._backward_hooks for p in own["_parameters"].values() if p is not None):
             return False
+    return unwatched()
+
+
+def unwatched() -> bool:
+    """Whether no mode of torch changes what its functions do, or is told of their calls."""
     if _get_current_dispatch_mode() is not None:
         return False
     modes = torch.overrides._get_current_function_mode_stack()
@@ -230,6 +237,8 @@ def rows_of(outputs: Sequence[Tensor], inputs: Sequence[Tensor], count: int) -> 
 
 
 def _kept(of: _Operation) -> bool:
+    if isinstance(of.node, convolution.OfSamples._backward_cls):  # type: ignore[attr-defined]
+        return _first_alone(of)
     written = isinstance(of.node, torch.autograd.function.BackwardCFunction)  # by a user, under whatever name
     rule = None if written else _KEEPS.get(of.node.name().split("Backward")[0])
     try:

@@ -9,6 +9,7 @@ trace in a graph.  Whatever is not proved is left to `per_sample`'s other ways.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Container, Iterable
 from typing import TypeAlias
 
@@ -21,6 +22,7 @@ from tsdyn.derivatives.agreement import agree, agree_by_name, comparable
 from tsdyn.derivatives.assumptions import Asked, Loss, Tree, mapped
 from tsdyn.derivatives.factors import Convolved, Factors, Held, Scaled
 from tsdyn.derivatives.straight import straight
+from tsdyn.engine import convolution
 
 #: Layers whose gradients are formed of their input and the gradient at their output.
 _LAYERS = (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.GroupNorm)
@@ -35,10 +37,13 @@ def joined(layer: str, kind: str) -> str:
     return f"{layer}.{kind}".lstrip(".")
 
 
-def called(one: Asked, inputs: Tree, names: Iterable[str], *, clone: bool = False) -> tuple[Tree, Calls]:
+def called(
+    one: Asked, inputs: Tree, names: Iterable[str], *, clone: bool = False, compiled: bool = False
+) -> tuple[Tree, Calls]:
     """Forward pass that keeps input and output of the named layers at each call, before the user's own hooks run.
 
-    With `clone`, layers hand on a copy of their output, for modules that change it in place afterwards.
+    With `clone`, layers hand on a copy of their output, for modules that change it in place afterwards.  With
+    `compiled`, convolutions are the engine's where that is faster; then parameters have no gradients.
     """
     calls: Calls = {name: [] for name in names}
     versions: list[tuple[str, Tensor, int, bool]] = []
@@ -53,18 +58,23 @@ def called(one: Asked, inputs: Tree, names: Iterable[str], *, clone: bool = Fals
 
         return hook
 
-    handles = []
+    handles, replaced = [], []
     try:
         for name in calls:
             part = one.module.get_submodule(name)
             handles.append(part.register_forward_hook(keep(name), prepend=True, with_kwargs=True))
+            if compiled and isinstance(part, nn.Conv2d):
+                part.forward = functools.partial(_convolved, part)  # type: ignore[method-assign]
+                replaced.append(part)
         output = one.call(inputs)
     finally:
         for handle in handles:
             handle.remove()
+        for part in replaced:
+            del part.forward
     moved = [(name, of_output) for name, tensor, version, of_output in versions if tensor._version != version]
     if not clone and any(of_output for _, of_output in moved):
-        return called(one, inputs, list(calls), clone=True)
+        return called(one, inputs, list(calls), clone=True, compiled=compiled)
     for name, _ in moved:
         calls[name] = []
     return output, calls
@@ -77,10 +87,17 @@ def walked(one: Asked, inputs: Tree, names: Container[str]) -> tuple[Tensor, Cal
     calls: Calls = {}
     for name, part in graph.steps(one.module):
         given = value.clone() if getattr(part, "inplace", False) else value
-        value = part.forward(given)
+        value = _convolved(part, given) if isinstance(part, nn.Conv2d) else part.forward(given)
         if name in names:
             calls.setdefault(name, []).append((given.detach(), value))
     return value, calls
+
+
+def _convolved(layer: nn.Conv2d, inputs: Tensor) -> Tensor:
+    """What a layer of torch's own class gives, by compiled code where that is faster."""
+    if graph.unwatched() and convolution.pays(layer, inputs):
+        return convolution.of_samples(layer, inputs)
+    return type(layer).forward(layer, inputs)
 
 
 class Proven:
@@ -117,7 +134,8 @@ class Proven:
                 right = {0: one.slopes(one.value(self._loss, self._alone, target))}
                 one.refuse_moved(lambda: one.call(first))
             numbers = sum(f.numel() + z.numel() for ((f, z),) in calls.values())
-        self.chunk = min(one.count, max(1, memory // max(1, 2 * numbers * one.dtype.itemsize)))
+        most = max(1, memory // max(1, 2 * numbers * one.dtype.itemsize))
+        self.chunk = -(-one.count // -(-one.count // most))  # parts of nearly equal size
         part = slice(0, self.chunk)
         found = self._tried(part)
         if found is None:
@@ -151,7 +169,7 @@ class Proven:
             output, calls = walked(one, inputs, self._layers)
         else:
             inputs = mapped(lambda t: t.detach().requires_grad_(True), given)
-            output, calls = called(one, inputs, self._layers)
+            output, calls = called(one, inputs, self._layers, compiled=True)
         proof = None if self._known else graph.rows_of(tree_leaves(output), tree_leaves(inputs), count)
         if proof is None and not self._known:
             return None

@@ -10,6 +10,7 @@
 
 #include "arena.hpp"
 #include "job.hpp"
+#include "turned.hpp"
 
 extern "C" {
 
@@ -39,31 +40,6 @@ constexpr int kChannels = 4, kTaps = 3;
 #endif
 // Bytes of the gradient that a pass over all taps keeps in the nearest cache, and of a band of turned rows.
 constexpr long kNear = 16 << 10, kBand = 2 << 20;
-
-// Some samples, as many as a vector has lanes; lanes beyond `count` repeat the last one.
-struct Samples {
-    long first, count;
-    long of(long lane) const { return first + std::min(lane, count - 1); }
-};
-
-// `numbers` of each sample, contiguous from `from` on and `apart` from one sample to the next: put(place, vector of lanes).
-template <class Real, class Put>
-void turn(const Samples& samples, const Real* from, long apart, long numbers, Put put) {
-    constexpr long lanes = Lanes<Real>::count;
-    alignas(kLineBytes) Real read[lanes * lanes] = {}, turned[lanes * lanes];
-    for (long n = 0; n < numbers; n += lanes) {
-        const long some = std::min(lanes, numbers - n);
-        for (long lane = 0; lane < lanes; ++lane) {
-            const Real* own = from + samples.of(lane) * apart + n;
-            if (some == lanes)
-                at(read + lane * lanes) = anywhere(own);
-            else
-                std::copy_n(own, some, read + lane * lanes);
-        }
-        transpose(read, lanes, lanes, lanes, turned, lanes);
-        for (long i = 0; i < some; ++i) put(n + i, at(turned + i * lanes));
-    }
-}
 
 // Rows of numbers: how far apart rows and channels lie.
 struct Strides {
@@ -217,16 +193,10 @@ int gradients(const Job& job, int64_t from, int64_t to) {
     constexpr long lanes = Lanes<Real>::count;
     const long taps = job.below * job.kernel_rows * job.kernel_columns, own = job.groups * job.channels * taps;
     return each<Real>(job, from, to, [&](const Samples& samples, long group, long first, long channels, const Real* sums) {
-        alignas(kLineBytes) Real read[lanes * lanes], turned[lanes * lanes];
         Real* found = static_cast<Real*>(job.found) + (group * job.channels + first) * taps;
         for (long r = 0; r < channels; ++r)
-            for (long t = 0; t < taps; t += lanes) {
-                const long some = std::min(lanes, taps - t);
-                for (long i = 0; i < lanes; ++i) at(read + i * lanes) = at(sums + ((t + std::min(i, some - 1)) * channels + r) * lanes);
-                transpose(read, lanes, lanes, lanes, turned, lanes);
-                for (long lane = 0; lane < samples.count; ++lane)
-                    std::copy_n(turned + lane * lanes, some, found + (samples.first + lane) * own + r * taps + t);
-            }
+            turn_back(samples, found + r * taps, own, taps,
+                      [&](long t) { return at(sums + (t * channels + r) * lanes); });
     });
 }
 

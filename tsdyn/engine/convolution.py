@@ -14,11 +14,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from tsdyn.engine import native
 
 SOURCE = native.FOLDER / "convolution.cpp"
+#: Multiply-adds, and samples, below which turning samples takes longer than it gains.
+_WORTH, _TOGETHER = 1 << 20, 8
 
 
 class Job(ctypes.Structure):
@@ -26,7 +28,10 @@ class Job(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("members", "channels", "below", "rows", "columns")),
-        *((name, ctypes.c_int64) for name in ("kernel_rows", "kernel_columns", "batch")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("kernel_rows", "kernel_columns", "batch", "row_padding", "column_padding")
+        ),
         *((name, ctypes.c_void_p) for name in ("input", "weight", "bias", "output")),
     )
 
@@ -44,6 +49,65 @@ def convolve(
     """Each member's own convolution, stride 1 and without padding; differentiable once."""
     found: Tensor = _Convolution.apply(x, weight, bias)  # type: ignore[no-untyped-call]
     return found
+
+
+def pays(layer: nn.Conv2d, x: Tensor) -> bool:
+    """Whether `of_samples` takes a layer that is padded with zeros, and these inputs, and is faster than torch is.
+
+    torch has a fast convolution of its own for float32, and a slow one for float64.
+    """
+    if type(x) is not Tensor or x.ndim != 4 or x.dtype != torch.float64 or layer.weight.dtype != x.dtype:
+        return False
+    steps = (layer.groups, *layer.stride, *layer.dilation)
+    inside = all(0 <= p < k for p, k in zip(layer.padding, layer.kernel_size, strict=True))
+    much = len(x) >= _TOGETHER and layer.weight.numel() * x[:, 0].numel() > _WORTH
+    return set(steps) == {1} and inside and much and serves(x)
+
+
+def of_samples(layer: nn.Conv2d, x: Float[Tensor, "sample below row column"]) -> Tensor:
+    """What a layer gives, where `pays`; differentiable once, and in the inputs alone."""
+    found: Tensor = OfSamples.apply(x, layer.weight, layer.bias, layer.padding)  # type: ignore[no-untyped-call]
+    return found
+
+
+class OfSamples(torch.autograd.Function):
+    """As `of_samples`; a graph shows the parameters as operands, but none of their gradients is formed."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, int]) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.padding = padding
+        return _padded(x, weight, bias, padding)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        (weight,), (g,) = ctx.saved_tensors, gradients
+        # the gradient of the input is the zero-padded gradient of the output, convolved with the flipped weight
+        rows, columns = (k - 1 - p for k, p in zip(weight.shape[2:], ctx.padding, strict=True))
+        return _padded(g, weight.flip(2, 3).transpose(0, 1), None, (rows, columns)), None, None, None
+
+
+def _padded(x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, int]) -> Tensor:
+    """The convolution of samples, (sample, channel, row, column), padded with so many zeros on each side."""
+    library = native.load(SOURCE, Job)
+    assert library is not None
+    x, weight = native.written(x), native.written(weight)
+    held = None if bias is None else native.written(bias)
+    channels, below, *kernel = weight.shape
+    rows, columns = (n + 2 * p - k + 1 for n, p, k in zip(x.shape[2:], padding, kernel, strict=True))
+    output = x.new_empty(len(x), channels, rows, columns)
+    function = native.function(library, "samples", x.dtype)
+    shape = (channels, below, rows, columns, *kernel, 1, *padding)
+
+    def some(first: int, last: int) -> int:
+        own = (x[first:last], weight, held, output[first:last])
+        job = Job(last - first, *shape, *(t if t is None else native.address(t) for t in own))
+        return int(function(ctypes.byref(job)))
+
+    if native.each(some, list(native.shares(len(x)))):
+        raise MemoryError(f"convolution: no memory for a few samples of {tuple(x.shape[1:])} and what they give")
+    return output
 
 
 def convolved(x: Tensor, weight: Tensor, bias: Tensor | None, into: Tensor) -> Tensor:
@@ -87,7 +151,7 @@ def _call(name: str, x: Tensor, weight: Tensor, bias: Tensor | None, *, output: 
     output = x.new_empty(members, channels, rows, columns, x.shape[4]) if output is None else native.written(output)
     held = None if bias is None else native.written(bias)
     function = native.function(library, name, x.dtype)
-    shape = (channels, below, rows, columns, *size, x.shape[4])
+    shape = (channels, below, rows, columns, *size, x.shape[4], 0, 0)
 
     def some(first: int, last: int) -> int:
         own = (t if t is None else native.address(t[first:last]) for t in (x, weight, held, output))
