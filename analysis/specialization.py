@@ -358,7 +358,9 @@ def success_interval(archive: xr.Dataset, *, threshold: float = THRESHOLD, confi
     """
     interval = share_interval(_success(archive, threshold, "success_interval"), confidence=confidence)
     return interval.rename("success_interval").assign_attrs(
-        units="1", long_name=f"{confidence:.0%} interval of the share of seeds with correlation > {threshold:g}"
+        units="1",
+        long_name=f"{confidence:.0%} interval of the share of seeds with correlation > {threshold:g}",
+        source=SOURCE,
     )
 
 

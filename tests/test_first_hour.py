@@ -64,7 +64,8 @@ def test_networks_are_not_made_of_a_part_of_the_nodes(part, ds):
             order_parameters.order_parameters(bare)
     else:  # a node's own measures are the same, whatever other nodes are there
         whole, own = (alignment.alignment(each.drop_vars("alignment")).load() for each in (ds, cut))
-        np.testing.assert_array_equal(own, whole.isel(PARTS[part]))
+        # a product of 20 terms of a cosine, summed in an order that goes by the matrix's shape
+        np.testing.assert_allclose(own, whole.isel(PARTS[part]), rtol=0, atol=20 * np.finfo(float).eps)
 
 
 def test_an_analysis_takes_a_dataset(ds):

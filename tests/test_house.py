@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -363,6 +364,16 @@ def test_the_wheel_holds_every_wing_and_only_tsdyn(tmp_path):
     modules = {m.replace(".", "/") + ("/__init__.py" if f.name == "__init__.py" else ".py") for m, f in FILES.items()}
     sources = {str(f.relative_to(ROOT)) for s in ("cpp", "hpp", "pyi") for f in (ROOT / "tsdyn").rglob(f"*.{s}")}
     assert names >= modules | sources | {"tsdyn/py.typed"}
+
+
+def test_the_conda_recipe_has_the_lower_bounds_of_the_project():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    declared = dict(re.match(r"([\w-]+)(?:\[.*\])?(>=[\d.]+)$", line).groups() for line in project["dependencies"])
+    declared["distributed"] = declared["dask"]
+    declared = {{"torch": "pytorch", "matplotlib": "matplotlib-base"}.get(n, n.lower()): b for n, b in declared.items()}
+    recipe = (ROOT / "conda" / "meta.yaml").read_text(encoding="utf-8")
+    run = recipe[recipe.index("  run:") : recipe.index("test:")]
+    assert dict(re.findall(r"- (\S+) (>=\S+)", run)) == declared | {"python": project["requires-python"]}
 
 
 def test_annotations_are_checked_in_the_suite(pytestconfig):

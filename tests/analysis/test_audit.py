@@ -225,7 +225,7 @@ def test_theorem_5_is_for_deep_students(tmp_path):
     near = run.copy(deep=True)
     for name in ("weight", "bias"):
         source = run[f"teacher_{name}"].rename(teacher_node="node")
-        near[name] = source.expand_dims(epoch=run.epoch).transpose(*run[name].dims)
+        near[name] = source.expand_dims(epoch=run.epoch).transpose(*run[name].dims).copy()
     # α (1 + 1e-9): a gradient of that order, aligned to the last bit
     near["weight"].loc[{"layer": 3}] = near["weight"].sel(layer=3) * (1 + 1e-9)
     found = audit(near).sel(claim="Theorem 5")
