@@ -87,7 +87,9 @@ def compare(e, room):
     # in float64 from the numbers that were drawn in e.dtype; the evaluation's targets are never rounded
     teacher = draw_teacher(e, 3).to(torch.float64)
     value, slopes = unrolled(e, 0, target=lambda x: teacher(x))
-    assert abs(float(found.value[0]) - value) <= 1e-12 * max(1.0, abs(value))
+    # a gradient that BatchNorm makes zero is rounding, which Adam divides by: what a start moved by rounding gives
+    other, others = unrolled(e, 0, target=lambda x: teacher(x), moved=2**-52)
+    assert abs(float(found.value[0]) - value) <= 1e-12 * max(1.0, abs(value)) + 4 * abs(other - value)
     scale = max(np.abs(s).max() for n, s in slopes.items() if n.startswith(("weight_", "bias_", "norm_")))
     for name, slope in slopes.items():
         kind, _, number = name.rpartition("_")
@@ -98,4 +100,6 @@ def compare(e, room):
         else:
             layers = found.slopes["d_start" + ("" if kind == "weight" else f"_{kind}")]
             mine, room_ = layers[int(number) - 1][0], scale
-        assert np.abs(mine.reshape(-1) - slope.reshape(-1)).max() <= SAME * room_, name
+        rounding = np.abs(others[name] - slope).max()
+        assert rounding <= 1e-6 * room_, name
+        assert np.abs(mine.reshape(-1) - slope.reshape(-1)).max() <= SAME * room_ + 4 * rounding, name

@@ -105,12 +105,18 @@ def steps_of(e, members, position):
             yield from ((epoch - 1, torch.from_numpy(r)) for r in batch_indices(e, seed, epoch, samples))
 
 
-def unrolled(e, position, target=None):
-    """The derivatives of one member by autograd through the unrolled graph; `target` gives those of the evaluation."""
+def unrolled(e, position, target=None, moved=0.0):
+    """The derivatives of one member by autograd through the unrolled graph; `target` gives those of the evaluation.
+
+    Each number of the start is moved by up to so much of itself.
+    """
     members = Members(e)
     members.draw()
     ensemble = members.ensemble
-    p = {n: t[position].double().clone().requires_grad_() for n, t in ensemble.values.items()}
+    draw, p = torch.Generator().manual_seed(0), {}
+    for n, t in ensemble.values.items():
+        step = torch.randint(-1, 2, t[position].shape, generator=draw).double()
+        p[n] = (t[position].double() * (1 + moved * step)).requires_grad_()
     stats = {n: t[position].double() for n, t in ensemble.buffers.items()}
     x = y = w = None
     if e.data.train != "fresh":
