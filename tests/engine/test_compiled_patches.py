@@ -107,6 +107,9 @@ def test_what_it_cannot_take_goes_through_torch():
     assert not compiled_patches.serves(x.float(), g)
     assert not compiled_patches.serves(x.clone().requires_grad_(True), g)
     assert not compiled_patches.serves(x[:0], g[:0])
+    assert not compiled_patches.serves(x[0], g[0])
     layer = nn.Conv2d(2, 4, 3, dtype=torch.float64)
     apart = Convolved(x.to(memory_format=torch.channels_last), g.mT.contiguous().mT, layer)  # copied where it is needed
     torch.testing.assert_close(apart.weight(), by_patches(layer, x, g)[0])
+    with pytest.raises(ValueError, match=r"gradients: gradients of shape \(3, 4, 2, 2\) at a layer that gives"):
+        compiled_patches.gradients(layer, x, g[..., :2, :2].contiguous(), torch.empty(3, 4, 2, 3, 3).double())

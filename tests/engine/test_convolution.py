@@ -123,6 +123,7 @@ def test_samples_that_torch_convolves_itself():
     assert convolution.pays(layer, x)
     assert not convolution.pays(layer, x[:4])  # few samples, little to do
     assert not convolution.pays(layer, x[:, :, :1, :1])
+    assert not convolution.pays(layer, torch.cat([x, x], 1))  # too many channels: torch raises its error
     assert not convolution.pays(layer.float(), x.float())  # torch is faster
     assert not convolution.pays(layer, x)  # of two dtypes: torch raises its error
     for changed in ({"stride": 2}, {"dilation": 2}, {"groups": 2}, {"padding": 3}):

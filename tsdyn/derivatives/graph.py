@@ -237,7 +237,7 @@ def rows_of(outputs: Sequence[Tensor], inputs: Sequence[Tensor], count: int) -> 
 
 
 def _kept(of: _Operation) -> bool:
-    if isinstance(of.node, convolution.OfSamples._backward_cls):  # type: ignore[attr-defined]
+    if isinstance(of.node, convolution.OfSamples._backward_cls):
         return _first_alone(of)
     written = isinstance(of.node, torch.autograd.function.BackwardCFunction)  # by a user, under whatever name
     rule = None if written else _KEEPS.get(of.node.name().split("Backward")[0])

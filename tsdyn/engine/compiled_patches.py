@@ -36,9 +36,11 @@ def serves(x: Tensor, g: Tensor) -> bool:
     plain = all(type(t) is Tensor and not t.requires_grad and t.numel() > 0 for t in (x, g))
     return (
         plain
+        and x.ndim == g.ndim == 4
         and x.dtype == g.dtype
         and x.device.type == g.device.type == "cpu"
-        and (x.dtype in (torch.float32, torch.float64) and native.load(SOURCE, Job) is not None)
+        and x.dtype in (torch.float32, torch.float64)
+        and native.load(SOURCE, Job) is not None
     )
 
 
@@ -69,6 +71,12 @@ def _call(name: str, layer: nn.Conv2d, x: Tensor, g: Tensor, found: Tensor) -> N
     call: Any = native.function(library, name, x.dtype)
     x, g = native.written(x), native.written(g)
     groups, (channels, below, *kernel) = layer.groups, layer.weight.shape
+    given = zip(x.shape[2:], layer.padding, layer.dilation, kernel, layer.stride, strict=True)
+    right = (len(x), channels, *((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, p, d, k, s in given))
+    if x.shape[1] != below * groups or g.shape != right:
+        raise ValueError(
+            f"{name}: gradients of shape {tuple(g.shape)} at a layer that gives {right} of {tuple(x.shape)}"
+        )
     shape = (len(x), groups, channels // groups, below, *x.shape[2:], *g.shape[2:], *kernel)
     steps = (*layer.stride, *layer.padding, *layer.dilation)
     job = Job(*shape, *steps, *(native.address(t) for t in (x, g, found)))

@@ -56,12 +56,15 @@ def pays(layer: nn.Conv2d, x: Tensor) -> bool:
 
     torch has a fast convolution of its own for float32, and a slow one for float64.
     """
-    if type(x) is not Tensor or x.ndim != 4 or x.dtype != torch.float64 or layer.weight.dtype != x.dtype:
+    held = [t for t in (x, layer.weight, layer.bias) if t is not None]
+    if type(x) is not Tensor or x.ndim != 4 or any(t.dtype != torch.float64 or t.device.type != "cpu" for t in held):
         return False
+    _, below, *kernel = layer.weight.shape
     steps = (layer.groups, *layer.stride, *layer.dilation)
-    inside = all(0 <= p < k for p, k in zip(layer.padding, layer.kernel_size, strict=True))
+    assert not isinstance(layer.padding, str)
+    inside = all(p < k <= n + 2 * p for n, p, k in zip(x.shape[2:], layer.padding, kernel, strict=True))
     much = len(x) >= _TOGETHER and layer.weight.numel() * x[:, 0].numel() > _WORTH
-    return set(steps) == {1} and inside and much and serves(x)
+    return set(steps) == {1} and x.shape[1] == below and inside and much and serves(x)
 
 
 def of_samples(layer: nn.Conv2d, x: Float[Tensor, "sample below row column"]) -> Tensor:
@@ -80,7 +83,7 @@ class OfSamples(torch.autograd.Function):
         return _padded(x, weight, bias, padding)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
         (weight,), (g,) = ctx.saved_tensors, gradients
         # the gradient of the input is the zero-padded gradient of the output, convolved with the flipped weight
