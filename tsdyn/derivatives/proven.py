@@ -71,7 +71,7 @@ def called(
         for handle in handles:
             handle.remove()
         for part in replaced:
-            del part.forward
+            vars(part).pop("forward", None)
     moved = [(name, of_output) for name, tensor, version, of_output in versions if tensor._version != version]
     if not clone and any(of_output for _, of_output in moved):
         return called(one, inputs, list(calls), clone=True, compiled=compiled)

@@ -18,8 +18,8 @@ struct Job {
 
 TSDYN_EXPORT_JOB(
     TSDYN_FIELD(members), TSDYN_FIELD(channels), TSDYN_FIELD(below), TSDYN_FIELD(rows), TSDYN_FIELD(columns),
-    TSDYN_FIELD(kernel_rows), TSDYN_FIELD(kernel_columns), TSDYN_FIELD(batch), TSDYN_FIELD(row_padding), TSDYN_FIELD(column_padding), TSDYN_FIELD(input),
-    TSDYN_FIELD(weight), TSDYN_FIELD(bias), TSDYN_FIELD(output))
+    TSDYN_FIELD(kernel_rows), TSDYN_FIELD(kernel_columns), TSDYN_FIELD(batch), TSDYN_FIELD(row_padding),
+    TSDYN_FIELD(column_padding), TSDYN_FIELD(input), TSDYN_FIELD(weight), TSDYN_FIELD(bias), TSDYN_FIELD(output))
 
 namespace {
 
@@ -69,7 +69,7 @@ int64_t weight_gradient(const Job& job) {
     });
 }
 
-// Vectors of samples that are convolved together.
+// Vectors of samples that are convolved together: their run along a row is as long, and what they need stays near.
 constexpr long kVectorsOfSamples = 2;
 
 // One convolution of many samples, (sample, channel, row, column), padded with zeros.
