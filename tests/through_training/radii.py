@@ -60,6 +60,12 @@ def told(found):
     return ", ".join(f"{m:.2g} +- {e:.1g}" for m, e in zip(found.mean(1), error, strict=True))
 
 
+def distances(drawn, points):
+    """Mahalanobis distance of some points, (coordinate, point), from the mean of what was drawn."""
+    apart = points - drawn.mean(1, keepdim=True)
+    return (apart * torch.linalg.solve(torch.cov(drawn), apart)).sum(0).sqrt()
+
+
 def single(seeds):
     """What single directions of the released configuration say of the reported values."""
     sides = torch.cat([each.flatten(1) for each in radii({}, seeds, ("",) * DIRECTIONS)], 1)
@@ -69,6 +75,12 @@ def single(seeds):
     print(f"{DIRECTIONS} directions, {seeds} seeds, both sides: {told(sides)}")
     print(f"of {sides.shape[1]} sides {counts} reach the reported values, {int(reached.all(0).sum())} all of them;")
     print(f"{int(near.all(0).sum())} are within 20 % of all of them;")
+    beside = ((sides[:, :, None] / sides[:, None, :] - 1).abs() < 0.2).all(0).sum(0) - 1
+    print(f"a single one has {float(beside.double().mean()):.2f} others within 20 % at all three lengths, on average;")
+    logarithms, reported = sides.log(), wanted.log()
+    apart = distances(logarithms, logarithms)
+    farther = float((apart > distances(logarithms, reported)).double().mean())
+    print(f"{farther:.0%} are farther from the means than the reported values (Mahalanobis, of logarithms);")
     slow = float((sides[1] / sides[2] <= REPORTED[1] / REPORTED[2]).double().mean())
     print(f"{slow:.0%} fall as little from {STEPS[1]} to {STEPS[2]} steps", flush=True)
 
