@@ -51,10 +51,11 @@ def connected():
     return Network([torch.eye(3, dtype=torch.float64)] * 2, None)
 
 
-def convolved(stride):
+def convolved(stride=1, activation="relu"):
     kernel = torch.ones(1, 1, 3, 3, dtype=torch.float64)
     side = (8 - 3) // stride + 1
-    return Network([kernel, torch.ones(2, side * side, dtype=torch.float64)], None, image=(1, 8, 8), stride=[stride])
+    top = torch.ones(2, side * side, dtype=torch.float64)
+    return Network([kernel, top], None, activation, image=(1, 8, 8), stride=[stride])
 
 
 @pytest.mark.skipif(native.missing(convolution.SOURCE, convolution.Job) is not None, reason="there is no C++ compiler")
@@ -65,6 +66,7 @@ def test_reasons_of_parts_that_are_not_compiled():
         (connected(), Rule(0.1, loss=own), ["loss 'own' is not tsdyn's own, so the general engine trains"]),
         (convolved(1), Rule(0.1), []),
         (convolved(2), Rule(0.1), ["convolutions of stride 2 are torch's own"]),
+        (convolved(1, "tanh"), Rule(0.1), ["steps of ConvNets are compiled for relu, not for tanh"]),
     ):
         assert train.fallbacks(Ensemble.of([network]), rule) == expected
 

@@ -49,15 +49,22 @@ class Job(ctypes.Structure):
     )
 
 
+def unserved(network: Network) -> list[str]:
+    """Why a convolutional network is not trained here, one phrase per reason."""
+    strides = sorted({stride for stride in network.frame.strides if stride != 1})
+    reasons = [f"convolutions of stride {stride} are torch's own" for stride in strides]
+    if network.activation.name != "relu":
+        reasons.append(f"steps of ConvNets are compiled for relu, not for {network.activation.name}")
+    return reasons
+
+
 def claims(ensemble: Ensemble) -> bool:
-    """Whether these members' gradients are computed here: relu ConvNets of stride 1 whose last layer is linear."""
+    """Whether these members' gradients are computed here: relu ConvNets of stride 1."""
     network = ensemble.architecture
     return (
         type(network) is Network
         and network.convolutional
-        and network.activation.name == "relu"
-        and network.weights[-1].ndim == 2
-        and all(stride == 1 for stride in network.frame.strides)
+        and not unserved(network)
         and all(norm is None or norm.momentum is not None for norm in network.norms)
         and native.serves(list(ensemble.tensors()), SOURCE, Job)
     )

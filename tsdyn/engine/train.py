@@ -16,7 +16,7 @@ from typing import TypeAlias
 
 import torch
 
-from tsdyn.engine import batched, compiled_step, convolution, general, graph, native, propagated
+from tsdyn.engine import batched, compiled_convnet, compiled_step, convolution, general, graph, native, propagated
 from tsdyn.engine.batches import Batches, Stream
 from tsdyn.engine.ensemble import Ensemble, living_blocks
 from tsdyn.engine.rule import Rule
@@ -83,9 +83,8 @@ def fallbacks(ensemble: Ensemble, rule: Rule) -> list[str]:
         return [f"the student is a module of its own, {slower}"]
     if network.convolutional:
         absent = native.missing(convolution.SOURCE, convolution.Job)
-        strides = sorted({stride for stride in network.frame.strides if stride != 1})
         reasons = [f"convolutions are not compiled: {absent}"] if absent is not None else []
-        return reasons + [f"convolutions of stride {stride} are torch's own" for stride in strides]
+        return reasons + compiled_convnet.unserved(network)
     absent = native.missing(compiled_step.SOURCE, compiled_step.Job)
     if absent is not None:
         return [f"the step is not compiled: {absent}; {slower}"]
