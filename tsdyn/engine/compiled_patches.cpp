@@ -41,15 +41,11 @@ constexpr int kChannels = 4, kTaps = 3;
 // Bytes of the gradient that a pass over all taps keeps in the nearest cache, and of a band of turned rows.
 constexpr long kNear = 16 << 10, kBand = 2 << 20;
 
-// Rows of numbers: how far apart rows and channels lie.
-struct Strides {
-    long line, image;
-};
-
 // R channels x T taps: sums over some rows of the output of gradient times input.
 template <class Real, int R, int T>
-__attribute__((noinline)) void tile(long rows, long columns, const Real* g, Strides of_g, const Real* x, const long* taps,
-                                    long row_step, long column_step, Vector<Real>* held, bool more) {
+__attribute__((noinline)) void tile(long rows, long columns, const Real* g, Strides of_g, const Real* x,
+                                    const long* taps, long row_step, long column_step, Vector<Real>* held,
+                                    bool more) {
     constexpr long lanes = Lanes<Real>::count;
     Vector<Real> sum[R][T] = {};
     if (more)
@@ -94,15 +90,16 @@ class Group {
     explicit Group(const Job& job) : job(job), kernel(job.kernel_rows * job.kernel_columns), taps(job.below * kernel) {
         constexpr long lanes = Lanes<Real>::count;
         const long columns = job.columns + 2 * job.column_padding;
-        const long per_row = (job.below * columns * job.row_stride + job.channels * job.columns_out) * lanes * long(sizeof(Real));
-        band = std::clamp<long>(kBand / per_row, 1, job.rows_out);
+        const long per_row = (job.below * columns * job.row_stride + job.channels * job.columns_out) * lanes;
+        band = std::clamp<long>(kBand / (per_row * long(sizeof(Real))), 1, job.rows_out);
         const long input_rows = (band - 1) * job.row_stride + (job.kernel_rows - 1) * job.row_dilation + 1;
         of_x = {columns * lanes, input_rows * columns * lanes};
         of_g = {job.columns_out * lanes, band * job.columns_out * lanes};
         for (long c = 0; c < job.below; ++c)
             for (long i = 0; i < job.kernel_rows; ++i)
                 for (long j = 0; j < job.kernel_columns; ++j)
-                    places.push_back(c * of_x.image + i * job.row_dilation * of_x.line + j * job.column_dilation * lanes);
+                    places.push_back(c * of_x.image + i * job.row_dilation * of_x.line +
+                                     j * job.column_dilation * lanes);
         arena.reserve(&x, job.below * of_x.image);
         arena.reserve(&g, job.channels * of_g.image);
         arena.reserve(&sums, kChannels * taps * lanes);
@@ -192,12 +189,13 @@ template <class Real>
 int gradients(const Job& job, int64_t from, int64_t to) {
     constexpr long lanes = Lanes<Real>::count;
     const long taps = job.below * job.kernel_rows * job.kernel_columns, own = job.groups * job.channels * taps;
-    return each<Real>(job, from, to, [&](const Samples& samples, long group, long first, long channels, const Real* sums) {
+    const auto keep = [&](const Samples& samples, long group, long first, long channels, const Real* sums) {
         Real* found = static_cast<Real*>(job.found) + (group * job.channels + first) * taps;
         for (long r = 0; r < channels; ++r)
             turn_back(samples, found + r * taps, own, taps,
                       [&](long t) { return at(sums + (t * channels + r) * lanes); });
-    });
+    };
+    return each<Real>(job, from, to, keep);
 }
 
 template <class Real>
@@ -205,13 +203,17 @@ int squares(const Job& job, int64_t from, int64_t to) {
     constexpr long lanes = Lanes<Real>::count;
     const long taps = job.below * job.kernel_rows * job.kernel_columns;
     std::vector<double> totals(to - from, 0.0);
-    const int failed = each<Real>(job, from, to, [&](const Samples& samples, long, long, long channels, const Real* sums) {
+    const auto add = [&](const Samples& samples, long, long, long channels, const Real* sums) {
         for (long c = 0; c < channels; ++c) {  // of many sums, each of a channel
             Vector<Real> sum = {};
-            for (long t = 0; t < taps; ++t) sum += at(sums + (t * channels + c) * lanes) * at(sums + (t * channels + c) * lanes);
+            for (long t = 0; t < taps; ++t) {
+                const Vector<Real>& own = at(sums + (t * channels + c) * lanes);
+                sum += own * own;
+            }
             for (long lane = 0; lane < samples.count; ++lane) totals[samples.first + lane - from] += sum[lane];
         }
-    });
+    };
+    const int failed = each<Real>(job, from, to, add);
     std::copy(totals.begin(), totals.end(), static_cast<Real*>(job.found) + from);
     return failed;
 }

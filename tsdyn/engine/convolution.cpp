@@ -4,7 +4,6 @@
 
 #include "arena.hpp"
 #include "job.hpp"
-#include "turned.hpp"
 
 extern "C" {
 

@@ -10,6 +10,7 @@
 #include <cstdint>
 
 #include "product.hpp"
+#include "turned.hpp"
 
 // Tiles of sums that are kept in registers, 32 of AVX-512 and 16 otherwise: beside a tile's sums there must be room for
 // its vectors of the input and for a weight.
@@ -24,11 +25,6 @@ constexpr int kGradientColumns = 3;
 constexpr long kNear = 48 << 10;
 
 namespace {
-
-// Rows of numbers: from one row and one channel to the next.
-struct Strides {
-    long line, image;
-};
 
 struct Convolution {
     long channels, below, rows, columns;  // rows, columns: of the output

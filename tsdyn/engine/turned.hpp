@@ -1,4 +1,5 @@
-// Numbers of several samples side by side in a vector, and back: squares of lanes x lanes are turned in registers.
+// Images of several samples with their numbers side by side in a vector, and back: squares of lanes x lanes are turned
+// in registers.
 
 #pragma once
 
@@ -8,13 +9,19 @@
 
 namespace {
 
+// Rows of numbers: from one row and one channel to the next.
+struct Strides {
+    long line, image;
+};
+
 // Some samples, at most as many as a vector has lanes; lanes beyond `count` repeat the last one.
 struct Samples {
     long first, count;
     long of(long lane) const { return first + std::min(lane, count - 1); }
 };
 
-// `numbers` of each sample, contiguous from `from` on and `apart` from one sample to the next: put(place, vector of lanes).
+// `numbers` of each sample, contiguous from `from` on and `apart` from one sample to the next:
+// put(place, vector of lanes).
 template <class Real, class Put>
 void turn(const Samples& samples, const Real* from, long apart, long numbers, Put put) {
     constexpr long lanes = Lanes<Real>::count;
