@@ -64,7 +64,7 @@ def test_networks_are_not_made_of_a_part_of_the_nodes(part, ds):
             order_parameters.order_parameters(bare)
     else:  # a node's own measures are the same, whatever other nodes are there
         whole, own = (alignment.alignment(each.drop_vars("alignment")).load() for each in (ds, cut))
-        # a product of 20 terms of a cosine, summed in an order that goes by the matrix's shape
+        # a cosine is a sum of 20 products, and a product of matrices adds them in an order that depends on their shapes
         np.testing.assert_allclose(own, whole.isel(PARTS[part]), rtol=0, atol=20 * np.finfo(float).eps)
 
 

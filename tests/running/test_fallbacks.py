@@ -51,7 +51,7 @@ def connected():
     return Network([torch.eye(3, dtype=torch.float64)] * 2, None)
 
 
-def convolved(stride=1, activation="relu"):
+def convolved(stride, activation="relu"):
     kernel = torch.ones(1, 1, 3, 3, dtype=torch.float64)
     side = (8 - 3) // stride + 1
     top = torch.ones(2, side * side, dtype=torch.float64)

@@ -43,7 +43,7 @@ def called(
     """Forward pass that keeps input and output of the named layers at each call, before the user's own hooks run.
 
     With `clone`, layers hand on a copy of their output, for modules that change it in place afterwards.  With
-    `compiled`, convolutions are the engine's where that is faster; then parameters have no gradients.
+    `compiled`, convolutions are the engine's where that is faster; those layers' parameters have no gradients then.
     """
     calls: Calls = {name: [] for name in names}
     versions: list[tuple[str, Tensor, int, bool]] = []

@@ -50,7 +50,12 @@ def gradients(
     g: Float[Tensor, "sample channel row_out column_out"],
     into: Float[Tensor, "sample channel below kernel_row kernel_column"],
 ) -> Tensor:
-    """Each sample's gradient of the weight of a layer padded with zeros, written to `into`, a contiguous tensor."""
+    """Each sample's gradient of the weight of a layer padded with zeros, written to `into`, a contiguous tensor.
+
+    Raises:
+        ValueError: for gradients of another shape than the layer's outputs have.
+        MemoryError: if there is no memory for the inputs of a few samples.
+    """
     _call("gradients", layer, x, g, into)
     return into
 
@@ -58,7 +63,11 @@ def gradients(
 def squared_norms(
     layer: nn.Conv2d, x: Float[Tensor, "sample input row column"], g: Float[Tensor, "sample channel row_out column_out"]
 ) -> Tensor:
-    """Squared norm of each sample's gradient, (sample,)."""
+    """Squared norm of each sample's gradient of the weight, (sample,).
+
+    Raises:
+        ValueError, MemoryError: as `gradients`.
+    """
     found = x.new_empty(len(x))
     _call("squares", layer, x, g, found)
     return found

@@ -1,4 +1,4 @@
-"""Convolutions of an ensemble, compiled: convolution.cpp, built and called by `native`.
+"""Convolutions of an ensemble, and of many samples by one weight, compiled: convolution.cpp, built by `native`.
 
 Samples are the innermost axis, (member, channel, row, column, sample): the inner loop then runs over contiguous columns
 and samples, whatever the numbers of channels and samples.  A member's result does not depend on the others or on the
@@ -60,15 +60,21 @@ def pays(layer: nn.Conv2d, x: Tensor) -> bool:
     if type(x) is not Tensor or x.ndim != 4 or any(t.dtype != torch.float64 or t.device.type != "cpu" for t in held):
         return False
     _, below, *kernel = layer.weight.shape
+    if x.shape[1] != below:
+        return False
     steps = (layer.groups, *layer.stride, *layer.dilation)
     assert not isinstance(layer.padding, str)
     inside = all(p < k <= n + 2 * p for n, p, k in zip(x.shape[2:], layer.padding, kernel, strict=True))
     much = len(x) >= _TOGETHER and layer.weight.numel() * x[:, 0].numel() > _WORTH
-    return set(steps) == {1} and x.shape[1] == below and inside and much and serves(x)
+    return set(steps) == {1} and inside and much and serves(x)
 
 
 def of_samples(layer: nn.Conv2d, x: Float[Tensor, "sample below row column"]) -> Tensor:
-    """What a layer gives, where `pays`; differentiable once, and in the inputs alone."""
+    """What a layer gives, (sample, channel, row_out, column_out), where `pays`; once differentiable, in the inputs.
+
+    Raises:
+        MemoryError: if there is no memory for a few samples and what they give.
+    """
     found: Tensor = OfSamples.apply(x, layer.weight, layer.bias, layer.padding)  # type: ignore[no-untyped-call]
     return found
 
