@@ -320,9 +320,9 @@ def mark_dead(ensemble: Ensemble, epoch: int) -> list[int]:
     Returns the positions of those that died now.
     """
     parameters = list(ensemble.values.values())
-    whole = torch.stack([torch.isfinite(parameter).reshape(len(parameter), -1).all(1) for parameter in parameters]).all(
-        0
-    )
+    # the largest number of each member, in one pass where isfinite takes three; NaN where there is one
+    largest = [torch.linalg.vector_norm(p.reshape(len(p), -1), torch.inf, 1) for p in parameters if p.numel()]
+    whole = torch.stack([torch.isfinite(each) for each in largest]).all(0)
     dead = ~whole.cpu() & (ensemble.death_epoch < 0)
     if not dead.any():
         return []
