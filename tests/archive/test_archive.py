@@ -146,6 +146,16 @@ def test_points_of_a_sweep_that_are_not_there_yet_are_nan(swept, tmp_path):
         tsdyn.open(partial)
 
 
+def test_a_sweep_with_the_experiment_of_another_says_so(swept, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(swept, other)
+    of = tsdyn.Experiment.from_toml(other / "experiment.toml")
+    of = of.replace({"sweep": {"student.overrealization": [7.0, 8.0]}})
+    (other / "experiment.toml").write_text(of.to_toml())
+    with pytest.raises(DirectoryError, match=r"polarity=0.0.* of its experiment.toml, which may be another sweep's"):
+        tsdyn.open(other)
+
+
 class _Stop(Exception):
     pass
 

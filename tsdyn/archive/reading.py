@@ -169,6 +169,19 @@ def _nothing_in(path: Path) -> str:
     return f"{path}: holds no archive{f'; archives in it: {few}' if inside else ''}"
 
 
+def _nothing_of(sweeps: Sequence[Path]) -> str:
+    """What is said of sweeps of whose points nothing is committed, or only of points that are not theirs."""
+    where = ", ".join(map(str, sweeps))
+    others = sorted(file.parent.name for path in sweeps for file in path.glob(f"*/{ARCHIVE}"))
+    if not others:
+        return f"{where}: no point of this sweep has a committed epoch yet; go on with `tsdyn run`"
+    few = ", ".join(others[:4]) + " ..." * (len(others) > 4)
+    return (
+        f"{where}: none of the archives in it ({few}) is of a point of its {EXPERIMENT}, which may be another sweep's; "
+        "put its own back (an archive's attribute `experiment` says the rest)"
+    )
+
+
 def _single(sources: Sequence[Source]) -> xr.Dataset:
     """The Dataset of one run's files or of any one file, with the values of swept keys of the point that it is."""
     own = {name: xr.Variable(*kept) for name, kept in sources[0].swept}
@@ -281,8 +294,7 @@ def _opened_together(
     """
     cells, grid, origin = _gathered(paths, skip_damaged, upto, as_points)
     if not cells:
-        where = ", ".join(map(str, paths))
-        raise DirectoryError(f"{where}: no point of this sweep has a committed epoch yet; go on with `tsdyn run`")
+        raise DirectoryError(_nothing_of(paths))
     said = unrecorded(cells, lambda name: name in vocabulary.VARIABLES or name in schema.DECLARED)
     if said is not None:
         told.append(said)
