@@ -9,6 +9,7 @@ import argparse
 import logging
 import os
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -77,6 +78,7 @@ def main() -> int:
             except AssertionError as error:
                 failed, told = True, f"BROKEN: {error}"
         print(f"{name}: {told} [{time.monotonic() - began:.0f} s]", flush=True)
+    shutil.rmtree(Path(os.environ[SHIM]).parent)
     return int(failed)
 
 
