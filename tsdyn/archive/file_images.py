@@ -133,13 +133,14 @@ class Image:
 
     def _written(self, variable: int, stored: int, space: int, place: Sequence[slice | int], block: NDArray) -> bool:
         library = self._library
-        if not place:
+        starts = [part.start if isinstance(part, slice) else part for part in place]
+        counts = [part.stop - part.start if isinstance(part, slice) else 1 for part in place]
+        if not any(starts) and counts == hdf5.extent(space):
             return bool(library.H5Dwrite(variable, stored, 0, 0, 0, block.ctypes.data) >= 0)
-        pairs = [(part.start, part.stop - part.start) if isinstance(part, slice) else (part, 1) for part in place]
-        start, count = (np.array(of, np.uint64) for of in zip(*pairs, strict=True))
-        memory = library.H5Screate_simple(len(pairs), count.ctypes.data, None)
+        start, count = hdf5.sizes(starts), hdf5.sizes(counts)
+        memory = library.H5Screate_simple(len(counts), count, None)
         try:
-            chosen = library.H5Sselect_hyperslab(space, 0, start.ctypes.data, None, count.ctypes.data, None) >= 0
+            chosen = library.H5Sselect_hyperslab(space, 0, start, None, count, None) >= 0
             return chosen and bool(library.H5Dwrite(variable, stored, memory, space, 0, block.ctypes.data) >= 0)
         finally:
             library.H5Sclose(memory)

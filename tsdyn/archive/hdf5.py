@@ -255,21 +255,19 @@ def numbers_of(file: int, name: str, spans: Sequence[slice], dtype: np.dtype) ->
     try:
         classes = {"f": _FLOATING, "i": _INTEGER, "u": _INTEGER}
         alike = library.H5Tget_class(kind) == classes.get(dtype.kind) and library.H5Tget_size(kind) == dtype.itemsize
-        rank = library.H5Sget_simple_extent_ndims(space)
-        if not alike or not dtype.isnative or rank != len(spans):
+        there = extent(space)
+        if not alike or not dtype.isnative or len(there) != len(spans):
             return None
-        sizes = np.zeros(rank, np.uint64)
-        library.H5Sget_simple_extent_dims(space, sizes.ctypes.data, None)
-        start = np.array([span.start for span in spans], np.uint64)
-        count = np.array([span.stop - span.start for span in spans], np.uint64)
-        if (start + count > sizes).any():
+        if any(span.stop > size for span, size in zip(spans, there, strict=True)):
             return None  # along an unlimited dimension netCDF fills up what is not stored
-        found = np.empty(tuple(count.tolist()), dtype)
-        if not rank:
+        counts = [span.stop - span.start for span in spans]
+        found = np.empty(counts, dtype)
+        if counts == there:
             return found if library.H5Dread(held, kind, 0, 0, 0, found.ctypes.data) >= 0 else None
-        memory = library.H5Screate_simple(rank, count.ctypes.data, None)
+        count = sizes(counts)
+        memory = library.H5Screate_simple(len(counts), count, None)
         try:
-            library.H5Sselect_hyperslab(space, 0, start.ctypes.data, None, count.ctypes.data, None)
+            library.H5Sselect_hyperslab(space, 0, sizes([span.start for span in spans]), None, count, None)
             done = library.H5Dread(held, kind, memory, space, 0, found.ctypes.data)
         finally:
             library.H5Sclose(memory)
@@ -279,6 +277,18 @@ def numbers_of(file: int, name: str, spans: Sequence[slice], dtype: np.dtype) ->
         library.H5Tclose(kind)
         library.H5Tclose(stored)
         library.H5Dclose(held)
+
+
+def extent(space: int) -> list[int]:
+    """Sizes along the dimensions of a dataspace of the library's."""
+    found = sizes([0] * max(0, _library().H5Sget_simple_extent_ndims(space)))
+    _library().H5Sget_simple_extent_dims(space, found, None)
+    return list(found)
+
+
+def sizes(numbers: Sequence[int]) -> ctypes.Array[ctypes.c_uint64]:
+    """An array of sizes or positions, as the library takes them."""
+    return (ctypes.c_uint64 * len(numbers))(*numbers)
 
 
 def oddities(file: int, names: Iterable[str]) -> list[str]:

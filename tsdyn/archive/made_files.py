@@ -87,28 +87,50 @@ class _Declared(NamedTuple):
     attrs: Mapping[str, Any]
 
 
-#: What files declare → the file that the next ones begin from; the latest few that are small.
+#: What files declare, without and with the lengths of their texts → the file that the next ones begin from; the latest
+#: few that are small.
 _declared: dict[Hashable, _Declared] = {}
-_KEPT, _KEPT_BYTES = 8, 1 << 21
+_KEPT, _KEPT_BYTES = 16, 1 << 21
 
 
 def _made(content: Content, attrs: Mapping[str, Any], swept: Sequence[Swept]) -> NDArray:
     """The bytes of the file."""
     with hdf5.guarded():
         key = _key(content, attrs, swept)
-        declared = _declared.get(key) if key is not None else None
+        if key is None:
+            return _filled(_declare(content, attrs, swept), content, swept, None)
+        # a text that keeps its length is written in its place, any other with all attributes after it
+        same = (key, *(len(value) for value in attrs.values() if isinstance(value, str)))
+        declared = _declared.get(same)
         if declared is None:
-            declared = _declare(content, attrs, swept)
-            if key is not None and declared.image.nbytes <= _KEPT_BYTES:
-                while len(_declared) >= _KEPT:
-                    del _declared[next(iter(_declared))]
-                _declared[key] = declared
-        held = sum(part.nbytes for value in content.records.values() for part in _parts(value))
-        with file_images.opened(declared.image, growth=held // 4) as image:
-            _fill(image, content, swept)
-            if key is not None:
-                image.say({**declared.attrs, **attrs}, declared.attrs)
-            return image.content()
+            alike = _declared.get(key)
+            if alike is None:
+                declared = alike = _kept(key, _declare(content, attrs, swept))
+            else:
+                with file_images.opened(alike.image) as image:
+                    image.say(said := {**alike.attrs, **attrs}, alike.attrs)
+                    declared = _Declared(image.content(), said)
+            _kept(same, declared)
+        return _filled(declared, content, swept, attrs)
+
+
+def _kept(key: Hashable, declared: _Declared) -> _Declared:
+    """`declared`, from which the next files of this key begin."""
+    if declared.image.nbytes <= _KEPT_BYTES:
+        while len(_declared) >= _KEPT:
+            del _declared[next(iter(_declared))]
+        _declared[key] = declared
+    return declared
+
+
+def _filled(declared: _Declared, content: Content, swept: Sequence[Swept], attrs: Mapping[str, Any] | None) -> NDArray:
+    """The bytes of a file that holds the numbers, and `attrs` in place of those declared."""
+    held = sum(part.nbytes for value in content.records.values() for part in _parts(value))
+    with file_images.opened(declared.image, growth=held // 4) as image:
+        _fill(image, content, swept)
+        if attrs is not None:
+            image.say({**declared.attrs, **attrs}, declared.attrs)
+        return image.content()
 
 
 def _key(content: Content, attrs: Mapping[str, Any], swept: Sequence[Swept]) -> Hashable | None:

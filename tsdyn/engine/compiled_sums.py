@@ -58,6 +58,11 @@ class Taught:
         """Their sums over each block, (block, teacher_node)."""
         return torch.stack([t.sum(0) for t in self.activations.split(BLOCK)])
 
+    @cached_property
+    def of_one_block(self) -> NDArray:
+        """`of_blocks` of data of one block, (teacher_node, 1), of numpy."""
+        return self.of_blocks.numpy().T
+
 
 @dataclass(frozen=True)
 class Sums:
@@ -164,5 +169,5 @@ def _of_one_block(moments: NDArray, overlap: NDArray, samples: int, teacher: Tau
     with np.errstate(all="ignore"):  # of students with NaN and infinite numbers
         whole = mean * samples / samples
         norm = torch.from_numpy(square + samples * np.square(mean - whole)).sqrt().numpy()
-        total = overlap[0] + teacher.of_blocks.numpy().T * (shift - whole)
+        total = overlap[0] + teacher.of_one_block * (shift - whole)
         return torch.from_numpy(total / np.where(least == greatest, np.asarray(np.nan, mean.dtype), norm))
