@@ -4,10 +4,11 @@
 // one after another: sum of squared errors; then for each hidden layer for which a teacher's activations are given
 // mean, sum of squares about it, least and greatest of every node (node); and sum over samples of
 // (f - shift) t (node, teacher_node, rows padded), with the shift (node): the mean of the block's first piece, so that
-// no digit is lost in nodes of small variance.  Blocks are of a fixed size and added by the caller in order: sums do not
+// no digit is lost in nodes of small variance.  Blocks are of a fixed size and are added in order (`finish`): sums do not
 // depend on how many threads share them.
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -33,15 +34,19 @@ struct Job {
     const void *inputs, *targets;          // (sample, ...)
     const int64_t* teacher_widths;         // per hidden layer
     void* const* teachers;                 // per hidden layer: (sample, teacher_node) or null
+    void* const* taught;                   // per hidden layer: their sums over each block, (block, teacher_node)
     void* found;                           // (block, numbers)
     int64_t numbers;
+    void* const* correlations;  // per hidden layer: (teacher_node, node)
+    void* squared_error;
 };
 }
 
 TSDYN_EXPORT_JOB(
     TSDYN_FIELD(depth), TSDYN_FIELD(widths), TSDYN_FIELD(samples), TSDYN_FIELD(block), TSDYN_FIELD(activation),
     TSDYN_FIELD(leak), TSDYN_FIELD(weights), TSDYN_FIELD(biases), TSDYN_FIELD(inputs), TSDYN_FIELD(targets),
-    TSDYN_FIELD(teacher_widths), TSDYN_FIELD(teachers), TSDYN_FIELD(found), TSDYN_FIELD(numbers))
+    TSDYN_FIELD(teacher_widths), TSDYN_FIELD(teachers), TSDYN_FIELD(taught),
+    TSDYN_FIELD(found), TSDYN_FIELD(numbers), TSDYN_FIELD(correlations), TSDYN_FIELD(squared_error))
 
 namespace {
 
@@ -279,10 +284,54 @@ int run(const Job& job, int64_t from, int64_t to) {
     return 0;
 }
 
+// The whole data's numbers of those of its blocks, with mean m, means m_b and shifts c_b of blocks of n_b samples:
+// sum_x t (f - m) = sum_b [sum_(x in b) t (f - c_b) + (c_b - m) sum_(x in b) t], and
+// sum_x (f - m)^2 = sum_b [sum_(x in b) (f - m_b)^2 + n_b (m_b - m)^2].  Nodes that are constant are NaN.
+template <class Real>
+void finish(const Job& job) {
+    const long blocks = (job.samples + job.block - 1) / job.block, numbers = job.numbers;
+    const Real* found = static_cast<const Real*>(job.found);
+    const auto size = [&](long b) { return static_cast<Real>(std::min<long>(job.block, job.samples - b * job.block)); };
+    Real total = 0;
+    for (long b = 0; b < blocks; ++b) total += found[b * numbers];
+    *static_cast<Real*>(job.squared_error) = total;
+    ++found;
+    for (long l = 0; l + 1 < job.depth; ++l) {
+        if (!job.teachers[l]) continue;
+        const long n = job.widths[l + 1], known = job.teacher_widths[l], padded = Lanes<Real>::padded(known);
+        const Real* taught = static_cast<const Real*>(job.taught[l]);
+        for (long k = 0; k < n; ++k) {
+            constexpr Real most = std::numeric_limits<Real>::infinity();
+            Real mean = 0, square = 0, low = most, high = -most;
+            for (long b = 0; b < blocks; ++b) mean += size(b) * found[b * numbers + k];
+            mean /= static_cast<Real>(job.samples);
+            for (long b = 0; b < blocks; ++b) {
+                const Real *of = found + b * numbers + k, off = of[0] - mean;
+                square += of[n] + size(b) * off * off;
+                low = std::min(low, of[2 * n]);
+                high = std::max(high, of[3 * n]);
+            }
+            const Real norm = low == high ? std::numeric_limits<Real>::quiet_NaN() : std::sqrt(square);
+            for (long t = 0; t < known; ++t) {
+                Real sum = 0;
+                for (long b = 0; b < blocks; ++b) {
+                    const Real* of = found + b * numbers;
+                    sum += of[5 * n + k * padded + t] + taught[b * known + t] * (of[4 * n + k] - mean);
+                }
+                static_cast<Real*>(job.correlations[l])[t * n + k] = sum / norm;
+            }
+        }
+        found += n * (5 + padded);
+    }
+}
+
 }  // namespace
 
 extern "C" {
 // Blocks from..to-1.
 int forward_float64(const Job* job, int64_t from, int64_t to) { return run<double>(*job, from, to); }
 int forward_float32(const Job* job, int64_t from, int64_t to) { return run<float>(*job, from, to); }
+// After all blocks.
+void finish_float64(const Job* job) { finish<double>(*job); }
+void finish_float32(const Job* job) { finish<float>(*job); }
 }

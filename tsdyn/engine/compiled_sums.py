@@ -13,9 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from tsdyn.engine import compiled_activations, native
@@ -42,8 +40,11 @@ class Job(ctypes.Structure):
         ("targets", ctypes.c_void_p),
         ("teacher_widths", ctypes.POINTER(ctypes.c_int64)),
         ("teachers", native.Pointers),
+        ("taught", native.Pointers),
         ("found", ctypes.c_void_p),
         ("numbers", ctypes.c_int64),
+        ("correlations", native.Pointers),
+        ("squared_error", ctypes.c_void_p),
     )
 
 
@@ -57,11 +58,6 @@ class Taught:
     def of_blocks(self) -> Tensor:
         """Their sums over each block, (block, teacher_node)."""
         return torch.stack([t.sum(0) for t in self.activations.split(BLOCK)])
-
-    @cached_property
-    def of_one_block(self) -> NDArray:
-        """`of_blocks` of data of one block, (teacher_node, 1), of numpy."""
-        return self.of_blocks.numpy().T
 
 
 @dataclass(frozen=True)
@@ -101,14 +97,14 @@ def sums(network: Network, inputs: Tensor, targets: Tensor, teachers: Sequence[T
     library = native.load(SOURCE, Job)
     assert library is not None
     samples, hidden, of = inputs.shape[0], network.depth - 1, network.widths
-    held = [native.written(t) for t in (inputs, targets, *(t.activations for t in teachers))]
-    widths, known = [t.shape[1] for t in held[2:]], []
-    numbers = 1
-    for width, nodes in zip(widths, of[1:], strict=False):
-        known.append(native.padded(width, inputs.dtype))
-        numbers += nodes * (5 + known[-1])
+    asked = teachers[:hidden]
+    x, y, *known = (native.written(t) for t in (inputs, targets, *(t.activations for t in asked)))
+    taught = [native.written(t.of_blocks) for t in asked]
+    correlations = [inputs.new_empty(t.shape[1], nodes) for t, nodes in zip(known, of[1:], strict=False)]
+    numbers = 1 + sum(nodes * (5 + native.padded(t.shape[1], t.dtype)) for t, nodes in zip(known, of[1:], strict=False))
     blocks = -(-samples // BLOCK)
-    found = inputs.new_empty(blocks, numbers)
+    found, squared_error = inputs.new_empty(blocks, numbers), inputs.new_empty(())
+    none = [None] * (hidden - len(asked))
     job = Job(
         network.depth,
         native.array(ctypes.c_int64, of),
@@ -118,56 +114,22 @@ def sums(network: Network, inputs: Tensor, targets: Tensor, teachers: Sequence[T
         network.activation.leak or 0.0,
         native.pointers(network.weights),
         native.pointers(network.biases),
-        native.address(held[0]),
-        native.address(held[1]),
-        native.array(ctypes.c_int64, [*widths, *[0] * (hidden - len(widths))]),
-        native.pointers([*held[2:], *[None] * (hidden - len(widths))]),
+        native.address(x),
+        native.address(y),
+        native.array(ctypes.c_int64, [*(t.shape[1] for t in known), *[0] * len(none)]),
+        native.pointers([*known, *none]),
+        native.pointers([*taught, *none]),
         native.address(found),
         numbers,
+        native.pointers([*correlations, *none]),
+        native.address(squared_error),
     )
-    function = native.function(library, "forward", inputs.dtype)
+    forward = native.function(library, "forward", inputs.dtype)
 
     def some(first: int, last: int) -> int:
-        return int(function(ctypes.byref(job), ctypes.c_int64(first), ctypes.c_int64(last)))
+        return int(forward(ctypes.byref(job), ctypes.c_int64(first), ctypes.c_int64(last)))
 
     if native.each(some, list(native.shares(blocks))):
         raise MemoryError(f"sums: no memory for a second copy of a network of widths {of}")
-    total = found[:, 0].sum() if blocks > 1 else found[0, 0]
-    if not teachers:
-        return Sums(total, [])
-    held_sums, at, correlations = found.numpy(), 1, []  # numpy takes a tenth of torch's time to begin
-    for t, width, room, nodes in zip(teachers, widths, known, of[1:], strict=False):
-        moments = held_sums[:, at : at + 5 * nodes].reshape(blocks, 5, nodes)
-        at += 5 * nodes
-        overlap = held_sums[:, at : at + nodes * room].reshape(blocks, nodes, room)[..., :width].swapaxes(1, 2)
-        at += nodes * room
-        of_samples = _correlation if blocks > 1 else _of_one_block
-        correlations.append(of_samples(moments, overlap, samples, t))
-    return Sums(total, correlations)
-
-
-def _correlation(moments: NDArray, overlap: NDArray, samples: int, teacher: Taught) -> Tensor:
-    """Correlations from the sums of all blocks: Σ_x t (f − m) = Σ_b [Σ_{x∈b} t (f − c_b) + (c_b − m) Σ_{x∈b} t], and
-    Σ_x (f − m)² = Σ_b [Σ_{x∈b} (f − m_b)² + n_b (m_b − m)²], with mean m, means m_b and shifts c_b of blocks of n_b.
-    """
-    mean, square, least, greatest, shift = torch.from_numpy(moments).unbind(1)
-    blocks = len(moments)
-    sizes = mean.new_tensor([BLOCK] * (blocks - 1) + [samples - BLOCK * (blocks - 1)]).unsqueeze(1)
-    whole = (mean * sizes).sum(0) / samples
-    variance = (square + sizes * (mean - whole).square()).sum(0)
-    total = torch.from_numpy(overlap).sum(0) + teacher.of_blocks.T @ (shift - whole)
-    constant = least.amin(0) == greatest.amax(0)
-    return total / torch.where(constant, torch.nan, variance.sqrt())
-
-
-def _of_one_block(moments: NDArray, overlap: NDArray, samples: int, teacher: Taught) -> Tensor:
-    """`_correlation` of one block, rounded alike: nothing is summed.
-
-    Roots are torch's, which may be those of a library that rounds otherwise.
-    """
-    mean, square, least, greatest, shift = moments[0]
-    with np.errstate(all="ignore"):  # of students with NaN and infinite numbers
-        whole = mean * samples / samples
-        norm = torch.from_numpy(square + samples * np.square(mean - whole)).sqrt().numpy()
-        total = overlap[0] + teacher.of_one_block * (shift - whole)
-        return torch.from_numpy(total / np.where(least == greatest, np.asarray(np.nan, mean.dtype), norm))
+    native.function(library, "finish", inputs.dtype)(ctypes.byref(job))
+    return Sums(squared_error, correlations)
