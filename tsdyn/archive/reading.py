@@ -25,7 +25,7 @@ from dask.base import tokenize
 from tsdyn import schema, vocabulary
 from tsdyn.archive import accessor as accessor  # registers ``ds.tsdyn``
 from tsdyn.archive import additions, parquet_stores, study_directories, zarr_stores
-from tsdyn.archive.headers import Headers, Source, when
+from tsdyn.archive.headers import Header, Headers, Source, when
 from tsdyn.archive.joined_archives import (
     WAY_OUT,
     UnrecordedWarning,
@@ -552,9 +552,12 @@ def _gridded(cells: Cells, labels: Mapping[str, list[Any]], grid: Sequence[Axis]
     """Coordinates of the schema that differ between files, over the grid; a cell's first file decides."""
     outer, sizes = tuple(axis.dimension for axis in grid), tuple(len(axis.values) for axis in grid)
     found: dict[str, xr.Variable] = {}
+    alike: dict[int, tuple[Header, list[tuple[int, ...]]]] = {}  # files of one shape share their header
     for place, (first, *_) in cells.items():
-        own = first.header.labels
-        for name, (dims, values, attrs) in first.header.columns.items():
+        alike.setdefault(id(first.header), (first.header, []))[1].append(place)
+    for header, theirs in alike.values():
+        positions = np.array(theirs, int).reshape(len(theirs), len(grid)).T
+        for name, (dims, values, attrs) in header.columns.items():
             if (
                 name == "layer_name"
                 or name not in vocabulary.COORDINATES
@@ -564,9 +567,10 @@ def _gridded(cells: Cells, labels: Mapping[str, list[Any]], grid: Sequence[Axis]
             if name not in found:
                 empty = np.full((*sizes, *(len(labels[d]) for d in dims)), -1)
                 found[name] = xr.Variable((*outer, *dims), empty, attrs)
-            where = [np.flatnonzero(np.isin(labels[d], own[d])) for d in dims]  # by label: one's own may begin at 0
-            at: tuple[Any, ...] = (*place, *np.ix_(*where))
-            found[name].values[at] = values
+            # by label: one's own may begin at 0
+            where = [np.flatnonzero(np.isin(labels[d], header.labels[d])) for d in dims]
+            each, *inner = np.ix_(np.arange(len(theirs)), *where)
+            found[name].values[(*(along[each] for along in positions), *inner)] = values
     return found
 
 
