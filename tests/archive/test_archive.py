@@ -152,7 +152,7 @@ def test_a_sweep_with_the_experiment_of_another_says_so(swept, tmp_path):
     of = tsdyn.Experiment.from_toml(other / "experiment.toml")
     of = of.replace({"sweep": {"student.overrealization": [7.0, 8.0]}})
     (other / "experiment.toml").write_text(of.to_toml())
-    with pytest.raises(DirectoryError, match=r"polarity=0.0.* of its experiment.toml, which may be another sweep's"):
+    with pytest.raises(DirectoryError, match=r"polarity=0.0.* of its experiment.toml; if that is another sweep's"):
         tsdyn.open(other)
 
 

@@ -107,8 +107,9 @@ def _made(content: Content, attrs: Mapping[str, Any], swept: Sequence[Swept]) ->
             if alike is None:
                 declared = alike = _kept(key, _declare(content, attrs, swept))
             else:
+                said = {**alike.attrs, **attrs}
                 with file_images.opened(alike.image) as image:
-                    image.say(said := {**alike.attrs, **attrs}, alike.attrs)
+                    image.say(said, alike.attrs)
                     declared = _Declared(image.content(), said)
             _kept(same, declared)
         return _filled(declared, content, swept, attrs)

@@ -170,15 +170,15 @@ def _nothing_in(path: Path) -> str:
 
 
 def _nothing_of(sweeps: Sequence[Path]) -> str:
-    """What is said of sweeps of whose points nothing is committed, or only of points that are not theirs."""
+    """What is said of sweeps of whose points nothing was read."""
     where = ", ".join(map(str, sweeps))
     others = sorted(file.parent.name for path in sweeps for file in path.glob(f"*/{ARCHIVE}"))
     if not others:
         return f"{where}: no point of this sweep has a committed epoch yet; go on with `tsdyn run`"
     few = ", ".join(others[:4]) + " ..." * (len(others) > 4)
     return (
-        f"{where}: none of the archives in it ({few}) is of a point of its {EXPERIMENT}, which may be another sweep's; "
-        "put its own back (an archive's attribute `experiment` says the rest)"
+        f"{where}: none of the archives in it ({few}) was read as that of a point of its {EXPERIMENT}; if that is "
+        "another sweep's, put its own back (the attribute `experiment` of an archive says the rest of it)"
     )
 
 
