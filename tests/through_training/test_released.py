@@ -54,8 +54,8 @@ def test_radii_are_those_reported():
     assert [float(f"{radius:.1e}") for radius in reported()] == list(REPORTED)
 
 
-def test_radii_scatter_about_the_reported_mean(moved):
-    """ρ along random unit directions of the start, after 100 steps.
+def test_radii_scatter_by_their_size(moved):
+    """ρ along random unit directions of the start, after 100 steps, where the reported draw is near the mean.
 
     The first of very many gates is a draw from an exponential distribution, so that one run's radius scatters by its
     size; its mean over runs and both sides is compared, whose standard error over 48 is 14 %.

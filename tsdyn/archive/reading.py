@@ -169,7 +169,7 @@ def _nothing_in(path: Path) -> str:
     return f"{path}: holds no archive{f'; archives in it: {few}' if inside else ''}"
 
 
-def _nothing_of(sweeps: Sequence[Path]) -> str:
+def nothing_read_of(sweeps: Sequence[Path]) -> str:
     """What is said of sweeps of whose points nothing was read."""
     where = ", ".join(map(str, sweeps))
     others = sorted(file.parent.name for path in sweeps for file in path.glob(f"*/{ARCHIVE}"))
@@ -294,7 +294,7 @@ def _opened_together(
     """
     cells, grid, origin = _gathered(paths, skip_damaged, upto, as_points)
     if not cells:
-        raise DirectoryError(_nothing_of(paths))
+        raise DirectoryError(nothing_read_of(paths))
     said = unrecorded(cells, lambda name: name in vocabulary.VARIABLES or name in schema.DECLARED)
     if said is not None:
         told.append(said)

@@ -320,7 +320,7 @@ def mark_dead(ensemble: Ensemble, epoch: int) -> list[int]:
     Returns the positions of those that died now.
     """
     parameters = list(ensemble.values.values())
-    # the largest number of each member, in one pass where isfinite takes three; NaN where there is one
+    # by the largest number of each member, which is NaN where there is one
     largest = [torch.linalg.vector_norm(p.reshape(len(p), -1), torch.inf, 1) for p in parameters if p.numel()]
     whole = torch.stack([torch.isfinite(each) for each in largest]).all(0)
     dead = ~whole.cpu() & (ensemble.death_epoch < 0)

@@ -91,7 +91,7 @@ def _folders(path: Path) -> list[Path]:
         refuse_link(folder)
     begun = [folder for folder in folders if any(folder.rglob("*.nc"))]
     if not begun:
-        raise DirectoryError(f"{path}: no point of this sweep has a committed epoch yet; go on with `tsdyn run`")
+        raise DirectoryError(reading.nothing_read_of([path]))
     return begun
 
 
