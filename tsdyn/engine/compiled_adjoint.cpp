@@ -9,13 +9,16 @@
 //
 // No Hessian is formed.  The activation is piecewise linear, so that the gates are constant where they have a
 // derivative.  The weights of every step would be most of the memory: of plain SGD the steps are undone on the way back,
-// W + rate gamma f^T, which is exact up to rounding and amplifies none, since gamma and f are the stored ones.  Products,
-// layouts and padding are those of compiled_step.cpp.
+// W + rate gamma f^T, which is exact up to the rounding of the largest weights that they went through, since gamma and f
+// are the stored ones; where weights grew or shrank by much, some are held (`hold`).  Products, layouts and padding are
+// those of compiled_step.cpp.
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
+#include <memory>
 #include <vector>
 
 #include "arena.hpp"
@@ -70,10 +73,13 @@ struct Passed {
     Real *weight = nullptr, *first = nullptr;  // before the step; of all steps the same memory where they are undone
     Real* by_sample = nullptr;                 // its inputs, (sample, node + 1); of the lowest layer read again
     Real* gamma = nullptr;                     // (node, sample)
+    std::unique_ptr<Real[]> held;              // the weights before the step, where undoing would lose digits of them
 };
 
 // Below this share of the weights that decay leaves them, undoing it would amplify rounding.
 constexpr double kLeastKept = 1e-2;
+// Largest weights of a layer may be this many times the smallest ones within steps that are undone: digits they lose.
+constexpr double kGrowth = 64;
 
 template <class Real>
 struct Layer {
@@ -83,6 +89,9 @@ struct Layer {
     Real* by_node = nullptr;                            // inputs of the present step, (node + 1, sample)
     Real *moved = nullptr, *moved_by_sample = nullptr;  // R of its inputs
     Real* moved_gamma = nullptr;
+    // of steps that are undone: the largest weight when it was last looked for, how far weights can have moved since,
+    // and the smallest and largest that were found since weights were held
+    Real size = 0, reach = 0, least = std::numeric_limits<Real>::infinity(), most = 0;
 };
 
 template <class Real>
@@ -137,7 +146,10 @@ class Member {
                 fetch(y, outputs, rows + batch);
             }
             forward(s);
-            for (long l = 0; l < depth; ++l) update(s, l);
+            for (long l = 0; l < depth; ++l) {
+                if (undone) hold(s, l);
+                update(s, l);
+            }
         }
         exchange(member, job.steps, false);
     }
@@ -346,11 +358,47 @@ class Member {
         });
     }
 
+    // Holds the weights before a step if those since others were held are, or can become, too large to come back from.
+    void hold(long s, long l) {
+        Layer<Real>& layer = layers[l];
+        Passed<Real>& p = at_step(s, l);
+        if (!learns(l)) return;
+        const long numbers = layer.nodes * layer.stride;
+        const Real most = largest(p.gamma, layer.nodes * samples) * largest(p.by_sample, batch * layer.stride);
+        const Real moves = rate(s, l) * static_cast<Real>(batch) * most;
+        layer.reach += moves;
+        if (layer.reach <= layer.size) return;  // at most twice what they were
+        layer.size = largest(p.weight, numbers);
+        layer.reach = moves;
+        layer.least = std::min(layer.least, layer.size);
+        layer.most = std::max(layer.most, layer.size);
+        if (std::max(layer.most, layer.size + moves) <= static_cast<Real>(kGrowth) * layer.least) return;
+        p.held.reset(new Real[numbers]);
+        std::memcpy(p.held.get(), p.weight, numbers * sizeof(Real));
+        layer.size = layer.most = 0;
+        layer.least = std::numeric_limits<Real>::infinity();
+    }
+
+    static Real largest(const Real* p, long numbers) {
+        Vector<Real> most{};
+        for (long i = 0; i < numbers; i += lanes) {
+            const Vector<Real> size = Smooth<Real>::absolute(at(p + i));
+            most = size > most ? size : most;
+        }
+        Real found = 0;
+        for (long i = 0; i < lanes; ++i) found = std::max(found, most[i]);
+        return found;
+    }
+
     // Takes back what `update` did to the weights.
     void undo(long s, long l) {
         const Layer<Real>& layer = layers[l];
         const Passed<Real>& p = at_step(s, l);
         if (!learns(l)) return;
+        if (p.held) {
+            std::memcpy(p.weight, p.held.get(), layer.nodes * layer.stride * sizeof(Real));
+            return;
+        }
         const Real eta = rate(s, l), decay = decay_of(l);
         if (decay == 0 || job.decay_biases) {
             const Real wider = 1 / static_cast<Real>(decay == 0 ? 1 : kept(s, l));
