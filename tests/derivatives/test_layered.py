@@ -5,7 +5,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -46,6 +46,7 @@ def by_autograd(module, loss, x, y, parameters):
     seed=st.integers(0, 99),
     compiled=st.booleans(),
 )
+@example([3, 3, 3], (3, 3), "relu", False, LOSSES["cross_entropy"], set(), 1, 58, False)  # a softmax that is nearly 1
 def test_matrix_and_products_are_those_of_double_backward(
     hidden, ends, name, bias, loss, frozen, samples, seed, compiled
 ):
@@ -287,6 +288,61 @@ def test_one_product_refuses_a_loss_whose_hessian_is_not_symmetric():
     vector = torch.ones(sum(p.numel() for p in module.parameters()), dtype=torch.float64)
     with pytest.raises(ValueError, match="not those of a symmetric matrix"):
         derivatives.hessian_vector_product(module, lambda o, t: Sheared.apply(o).sum(), x, x[:, :2], vector)
+
+
+class Beside(nn.Module):
+    """A module of which there are no formulas."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.top = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        h = torch.tanh(self.first(x))
+        return self.top(h + torch.tanh(self.second(h)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("gain", [5, 20, 60, 300])
+@pytest.mark.parametrize("make", [lambda: nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)), Beside])
+def test_the_hessian_of_a_classifier_that_is_sure_is_not_refused(make, gain, dtype):
+    """Its softmax is nearly, then exactly, 1: what cancels there leaves products that are symmetric to no digit."""
+    for samples in (1, 7):
+        torch.manual_seed(gain + samples)
+        module = make().to(dtype)
+        with torch.no_grad():
+            list(module.parameters())[-2].mul_(gain)
+        x = torch.randn(samples, 4, dtype=dtype)
+        y = module(x).argmax(1)
+        parameters = list(module.parameters())
+        vector = torch.randn(sum(p.numel() for p in parameters), dtype=dtype)
+        expected = by_autograd(module, nn.functional.cross_entropy, x, y, parameters)
+        # the rounding of terms of size ‖v‖, times the weights on the paths that they go back along
+        room = 1e4 * torch.finfo(dtype).eps * gain**2
+        given = module, nn.functional.cross_entropy, x, y
+        torch.testing.assert_close(derivatives.hessian(*given), expected, rtol=0, atol=room)
+        torch.testing.assert_close(
+            derivatives.hessian_vector_product(*given, vector), expected @ vector, rtol=0, atol=room
+        )
+        names = [name for name, _ in module.named_parameters()]
+
+        def loss(params, module=module, x=x, y=y, names=names):
+            called = torch.func.functional_call(module, dict(zip(names, params, strict=True)), (x,))
+            return nn.functional.cross_entropy(called, y)
+
+        found = derivatives.hessian_vector_product(loss, [p.detach() for p in parameters], vector)
+        torch.testing.assert_close(found, expected @ vector, rtol=0, atol=room)
+
+
+@pytest.mark.parametrize("gain", [1, 60, 300])
+def test_a_backward_pass_of_its_own_is_refused_where_the_softmax_is_sure_too(gain):
+    torch.manual_seed(0)
+    for module in (nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)), Beside()):
+        with torch.no_grad():
+            list(module.parameters())[-2].mul_(gain)
+        x, y = torch.randn(7, 4), torch.randint(3, (7,))
+        with pytest.raises(ValueError, match="not those of a symmetric matrix"):
+            derivatives.hessian(module, lambda o, t: nn.functional.cross_entropy(Sheared.apply(o), t), x, y)
 
 
 @pytest.mark.parametrize("room", [1, 500, 1 << 20])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -60,3 +60,34 @@ def agree_by_name(found: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> b
         and (name not in sizes or _within(found[name].detach(), g.detach(), sizes[name], scale))
         for name, g in right.items()
     )
+
+
+#: Factors by which a point is moved towards 0 to see how large a function's second derivative is elsewhere.
+TOWARDS_ZERO = (1 / 4, 1 / 16, 1 / 64)
+
+
+def asymmetry(
+    u: Tensor, hu: Tensor, w: Tensor, hw: Tensor, elsewhere: Callable[[], Iterable[tuple[Tensor, Tensor]]]
+) -> tuple[float, float] | None:
+    """(u·Hw, w·Hu) of products with a Hessian H if they are not those of a symmetric matrix, else None.
+
+    Terms that cancel leave their own rounding behind, not that of what is left: of a softmax p that is nearly one-hot,
+    p_i v_i − p_i (p·v) is far smaller than either.  So products that differ at this point's scale are compared at that
+    of other points of the same function, where terms need not cancel.
+
+    Args:
+        u, w: Two vectors, of one shape.
+        hu, hw: H u and H w.
+        elsewhere: Gives H u and H w at other points; called only if it is needed.
+    """
+
+    def scale(hu: Tensor, hw: Tensor) -> float:
+        return max(float(hu.norm() * w.norm()), float(hw.norm() * u.norm()))
+
+    there, back = (u * hw).sum(), (w * hu).sum()
+    if agree(there, back, scale(hu, hw)):
+        return None
+    others = [scale(*products) for products in elsewhere()]
+    if agree(there, back, max((other for other in others if math.isfinite(other)), default=0.0)):
+        return None
+    return float(there), float(back)

@@ -14,9 +14,9 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypeAlias, overload
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ from torch.overrides import TorchFunctionMode
 
 from tsdyn.arguments import FUNCTION, MODULE, WHOLE, check
 from tsdyn.derivatives import labels
-from tsdyn.derivatives.agreement import agree, comparable
+from tsdyn.derivatives.agreement import TOWARDS_ZERO, agree, asymmetry, comparable
 from tsdyn.derivatives.assumptions import Asked, Loss, Tree, asked, gradients_on, log
 from tsdyn.derivatives.given import Parameters, as_tensor, flat, leaves_of, names_of, refuse_unreal
 from tsdyn.derivatives.layered import Layered, layered, proved
@@ -311,11 +311,22 @@ def _labelled(
 # --- what is differentiated ----------------------------------------------------------------------------------
 
 
-class _Curve:
-    """A scalar function at one point; its gradient's graph is kept, so that a Hessian product is one backward pass."""
+#: Tensors in place of the parameters → the function's value there.
+_At: TypeAlias = Callable[[Sequence[Tensor]], Tensor]
 
-    def __init__(self, caller: str, name: str, leaves: Sequence[Tensor], value: Tensor) -> None:
-        self._caller, self._name, self._leaves = caller, name, list(leaves)
+
+class _Curve:
+    """A scalar function at one point; its gradient's graph is kept, so that a Hessian product is one backward pass.
+
+    Args:
+        caller, name: For messages.
+        leaves: The parameters.
+        value: The function's value.
+        at: Gives it at other parameters.
+    """
+
+    def __init__(self, caller: str, name: str, leaves: Sequence[Tensor], value: Tensor, at: _At) -> None:
+        self._caller, self._name, self._leaves, self._at_others = caller, name, list(leaves), at
         self._sizes = [t.numel() for t in leaves]
         self.size, self.device = sum(self._sizes), leaves[0].device
         self.dtype = torch.float32
@@ -402,16 +413,23 @@ class _Curve:
 
     def refuse_asymmetry(self) -> None:
         """Raise ValueError unless uᵀ(H w) = wᵀ(H u) for random u and w; a user's hook or backward may break it."""
-        if self._quick is not None:  # which is symmetric, and agrees with plain autograd
-            return
         draw = torch.Generator().manual_seed(1)
         u, w = torch.randn(2, self.size, generator=draw, dtype=self.dtype, device="cpu").to(self.device)
-        hu, hw = self.product(u), self.product(w)
-        scale = max(float(hu.norm() * w.norm()), float(hw.norm() * u.norm()))
-        if comparable(self._leaves) and not agree(u @ hw, w @ hu, scale):
+        if not comparable(self._leaves):
+            return
+
+        def elsewhere() -> Iterator[tuple[Tensor, Tensor]]:
+            for factor in TOWARDS_ZERO:
+                leaves = [(t.detach() * factor).requires_grad_(True) for t in self._leaves]
+                with suppress(RuntimeError, ValueError):  # it need not be defined there
+                    there = _Curve(self._caller, self._name, leaves, self._at_others(leaves), self._at_others)
+                    yield there.product(u), there.product(w)
+
+        differing = asymmetry(u, self.product(u), w, self.product(w), elsewhere)
+        if differing is not None:
             raise ValueError(
                 f"{self._caller}: products with the Hessian of {self._name} are not those of a symmetric matrix "
-                f"(uHw = {float(u @ hw):.6g}, wHu = {float(w @ hu):.6g}); a hook, or a backward pass of its own, "
+                f"(uHw = {differing[0]:.6g}, wHu = {differing[1]:.6g}); a hook, or a backward pass of its own, "
                 "changes its gradients"
             )
 
@@ -441,7 +459,7 @@ class _Formulas:
         return self._formulas.dense()
 
     def refuse_asymmetry(self) -> None:
-        """Formulas are symmetric."""
+        """Nothing to refuse: `proved` takes a symmetric ∂²J/∂f² alone, and a single product looks at its own."""
 
 
 @contextmanager
@@ -469,7 +487,12 @@ def _curved(
             if formulas is not None:
                 yield _Formulas(caller, name, formulas), given
                 return
-            curve = _traced(caller, name, leaves, lambda: one.refuse_unsteady(value), value)
+
+            def at_others(parameters: Sequence[Tensor]) -> Tensor:
+                named = dict(zip(one.parameters, parameters, strict=True))
+                return of_outputs(one.call_with(named, one.inputs))
+
+            curve = _traced(caller, name, leaves, lambda: one.refuse_unsteady(value), value, at_others)
             if "vector" not in given:  # a single product is not worth the comparison
                 curve.use(layered(one.module, one.inputs, of_outputs, leaves))
             yield curve, given
@@ -477,10 +500,13 @@ def _curved(
         stack.enter_context(gradients_on())
         leaves, structured = leaves_of(caller, given["params"])
 
-        def at() -> Tensor:
-            return _scalar(caller, given["loss"](structured()))
+        def here() -> Tensor:
+            return at(leaves)
 
-        yield _traced(caller, "the loss", leaves, lambda: _steady(caller, at), at), given
+        def at(parameters: Sequence[Tensor]) -> Tensor:
+            return _scalar(caller, given["loss"](structured(parameters)))
+
+        yield _traced(caller, "the loss", leaves, lambda: _steady(caller, here), here, at), given
 
 
 def _proved(one: Asked, loss: Loss, leaves: Sequence[Tensor], *, once: bool) -> Layered | None:
@@ -500,7 +526,12 @@ def _proved(one: Asked, loss: Loss, leaves: Sequence[Tensor], *, once: bool) -> 
 
 
 def _traced(
-    caller: str, name: str, leaves: list[Tensor], steady: Callable[[], Tensor], value: Callable[[], Tensor]
+    caller: str,
+    name: str,
+    leaves: list[Tensor],
+    steady: Callable[[], Tensor],
+    value: Callable[[], Tensor],
+    at: _At,
 ) -> _Curve:
     """The value with a graph that can be differentiated twice.
 
@@ -509,7 +540,7 @@ def _traced(
     once a product has failed.
     """
     with sdpa_kernel(SDPBackend.MATH), _WrittenOut():
-        curve = _Curve(caller, name, leaves, steady())
+        curve = _Curve(caller, name, leaves, steady(), at)
         ones = torch.ones(curve.size, dtype=curve.dtype, device=curve.device)
         try:
             curve.product(ones)
@@ -517,7 +548,7 @@ def _traced(
         except (RuntimeError, ValueError) as error:
             log.warning("%s: %s; without fused kernels instead", caller, str(error).strip().splitlines()[0][:120])
         with torch.backends.mkldnn.flags(enabled=False), torch.backends.cudnn.flags(enabled=False):
-            curve = _Curve(caller, name, leaves, value())
+            curve = _Curve(caller, name, leaves, value(), at)
             curve.product(ones)
     return curve
 

@@ -54,8 +54,8 @@ def flat(vector: Any, names: Callable[[], Sequence[str]]) -> Tensor:
     return as_tensor(vector)
 
 
-def leaves_of(caller: str, params: Any) -> tuple[list[Tensor], Callable[[], Any]]:
-    """Copies of the parameters to differentiate in, and a function that hands them to the loss in their structure."""
+def leaves_of(caller: str, params: Any) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], Any]]:
+    """Copies of the parameters to differentiate in, and a function that puts such tensors in their structure."""
     single = isinstance(params, Tensor | np.ndarray)
     mapping = isinstance(params, Mapping | nn.ParameterDict)
     given = [params] if single else list(params.values()) if mapping else list(params)
@@ -65,8 +65,8 @@ def leaves_of(caller: str, params: Any) -> tuple[list[Tensor], Callable[[], Any]
     refuse_unreal(caller, tensors)
     leaves = [t.clone().requires_grad_(True) for t in tensors]
 
-    def structured() -> Any:
-        pieces = [t.clone() for t in leaves]  # the loss may work in place
+    def structured(of: Sequence[Tensor]) -> Any:
+        pieces = [t.clone() for t in of]  # the loss may work in place
         if mapping:
             return dict(zip(params.keys(), pieces, strict=True))
         return pieces[0] if single else pieces

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from tsdyn import memory
 from tsdyn.derivatives import graph
-from tsdyn.derivatives.agreement import agree
+from tsdyn.derivatives.agreement import TOWARDS_ZERO, agree, asymmetry
 from tsdyn.engine.compiled_curvature import Passed, serves
 from tsdyn.networks.network import Network
 
@@ -92,7 +92,7 @@ def proved(
         return None
     (slope,) = torch.autograd.grad(total, free, create_graph=True)
     if once:
-        return Layered(network, inputs.detach(), walk, slope.detach(), _Bent(slope, free, straight), order)
+        return Layered(network, inputs.detach(), walk, slope.detach(), _Bent(slope, free, value, straight), order)
     bend, apart = _bend(slope, free)
     if not apart:
         return None
@@ -169,7 +169,8 @@ def _place(network: Network, leaf: Tensor) -> tuple[int, bool] | None:
 def _bend(slope: Tensor, free: Tensor) -> tuple[Tensor, bool]:
     """∂²J/∂f² from the graph of ∂J/∂f, (sample, output, output), or (sample, output) if it is diagonal.
 
-    And whether that is all there is: no second derivative is in the outputs of two samples.
+    And whether that is all there is, no second derivative being in the outputs of two samples, and symmetric, as it is
+    unless a hook or a backward pass of the loss's own made it.
     """
     if not slope.requires_grad:
         return torch.zeros_like(free), True
@@ -186,7 +187,8 @@ def _bend(slope: Tensor, free: Tensor) -> tuple[Tensor, bool]:
         return diagonal, True
     columns = [torch.autograd.grad(slope[:, c].sum(), free, retain_graph=True)[0] for c in range(free.shape[1])]
     bend = torch.stack(columns, 2)
-    return bend, agree(product, (bend @ random.unsqueeze(2)).squeeze(2), bend.abs().max())
+    whole = (bend @ random.unsqueeze(2)).squeeze(2)
+    return bend, agree(product, whole, bend.abs().max()) and agree(bend, bend.transpose(1, 2))
 
 
 @dataclass(frozen=True)
@@ -194,11 +196,13 @@ class _Bent:
     """∂²J/∂f², held as the graph of ∂J/∂f in f, both (sample, output).
 
     Attributes:
-        straight: Whether that graph is of torch's own arithmetic alone, which is symmetric.
+        value: f → J, and whether nothing but torch's own arithmetic, of which H is symmetric, made it of f.
+        straight: Whether that was so.
     """
 
     slope: Tensor
     free: Tensor
+    value: Callable[[Tensor], tuple[Tensor, bool]]
     straight: bool
 
     def along(self, moved: Tensor) -> Tensor:
@@ -214,13 +218,22 @@ class _Bent:
             torch.randn(n, generator=draw, dtype=moved.dtype, device="cpu").to(moved.device) for n in moved.shape
         )
         random = torch.outer(rows, columns)
-        found, other = self._product(moved), self._product(random)
-        u, hu, v, hv = (t.flatten() for t in (random, other, moved, found))
-        there, back = u.dot(hv), v.dot(hu)
-        if not agree(there, back, torch.maximum(u.dot(u) * hv.dot(hv), v.dot(v) * hu.dot(hu)).sqrt()):
+
+        def elsewhere() -> Iterator[tuple[Tensor, Tensor]]:
+            for factor in TOWARDS_ZERO:
+                free = (self.free.detach() * factor).requires_grad_(True)
+                total, _ = self.value(free)
+                if total.requires_grad:
+                    (slope,) = torch.autograd.grad(total, free, create_graph=True)
+                    there = replace(self, slope=slope, free=free)
+                    yield there._product(random), there._product(moved)
+
+        found = self._product(moved)
+        differing = asymmetry(random, self._product(random), moved, found, elsewhere)
+        if differing is not None:
             raise ValueError(
                 "hessian_vector_product: products with the Hessian of the loss in the outputs are not those of a "
-                f"symmetric matrix (uHv = {float(there):.6g}, vHu = {float(back):.6g}); a hook, or a backward pass of "
+                f"symmetric matrix (uHv = {differing[0]:.6g}, vHu = {differing[1]:.6g}); a hook, or a backward pass of "
                 "its own, changes its gradients"
             )
         return found
