@@ -7,7 +7,8 @@ import pytest
 import tsdyn
 from tests.cases import FEW, small
 from tsdyn import schema
-from tsdyn.archive import file_images, hdf5, made_files, netcdf
+from tsdyn.archive import exchanged_numbers, file_images, hdf5, made_files, netcdf, whole_files
+from tsdyn.archive.exchanged_numbers import Block
 from tsdyn.archive.run_directory import ARCHIVE
 
 
@@ -57,6 +58,103 @@ def test_points_of_one_shape_are_declared_once(tmp_path, monkeypatch):
     np.testing.assert_array_equal(ds["weight"].isel(learning_rate=1).values, alone["weight"].values)
 
 
+def test_the_checksum_of_chunks_is_that_of_hdf5(tmp_path):
+    """As the library wrote it to a file, and word by word."""
+
+    def once(total):
+        return (total & 0xFFFF) + (total >> 16)
+
+    rng = np.random.default_rng(0)
+    for size in (1, 2, 3, 8, 719, 720, 721, 1442, 100_000):
+        for stored in (rng.integers(0, 256, size, np.uint8), np.zeros(size, np.uint8), np.full(size, 255, np.uint8)):
+            first = second = 0
+            for at in range(0, size, 2):
+                first = once(first + int.from_bytes(stored[at : at + 2].tobytes().ljust(2, b"\0"), "big"))
+                second = once(second + first)
+            found = exchanged_numbers.fletcher32(stored)
+            assert found == second << 16 | first
+            with netCDF4.Dataset(tmp_path / "file.nc", "w") as nc:
+                nc.createDimension("x", size)
+                nc.createVariable("v", "u1", ("x",), fletcher32=True, chunksizes=(size,))[:] = stored
+            assert stored.tobytes() + found.to_bytes(4, "little") in (tmp_path / "file.nc").read_bytes()
+
+
+def _made(tmp_path, monkeypatch, changes):
+    """(bytes, whether in place) of each file that runs of these changes make, one after another, in a new process."""
+    monkeypatch.setattr(made_files, "_declared", {})
+    monkeypatch.setattr(made_files, "_examples", {})
+    made, make = [], made_files._made
+
+    def noting(*given):
+        found = make(*given)
+        made.append((found[0].copy(), found[1]))
+        return found
+
+    monkeypatch.setattr(made_files, "_made", noting)
+    for each in changes:
+        tsdyn.run(small(**FEW).replace(each), tmp_path / f"run-{len(made)}")
+    return made
+
+
+SAME = [{"training.learning_rate": rate} for rate in (0.011, 0.012, 0.013, 0.014, 0.015)]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"dtype": "float32"},
+        {"training.method": "adam"},
+        {"seeds": 3},
+        {"record.observables": ["mse", "correlation", "weight"], "record.state_every": 1},
+    ],
+)
+def test_numbers_that_are_exchanged_leave_the_bytes_that_the_library_writes(tmp_path, monkeypatch, more):
+    fixed = {"run": "0" * 16, "created": "then", "wall_seconds": 0.5}
+    say = file_images.Image.say
+    monkeypatch.setattr(file_images.Image, "say", lambda image, attrs, before: say(image, {**attrs, **fixed}, before))
+    made = _made(tmp_path, monkeypatch, [{**more, **each} for each in SAME])
+    assert [in_place for _, in_place in made][-2:] == [True, True]
+    monkeypatch.setattr(made_files, "_example", lambda *given: None)
+    plain = _made(tmp_path / "plain", monkeypatch, [{**more, **each} for each in SAME])
+    assert not any(in_place for _, in_place in plain)
+    assert plain[-1][0].tobytes() == made[-1][0].tobytes()
+
+
+def test_no_example_is_made_of_a_file_that_is_stored_otherwise(tmp_path, monkeypatch):
+    monkeypatch.setattr(exchanged_numbers, "fletcher32", lambda stored: 1)
+    made = _made(tmp_path, monkeypatch, SAME)
+    assert not any(in_place for _, in_place in made)
+    assert not made_files._examples
+
+
+def test_a_file_that_the_disk_changes_is_not_committed(tmp_path, monkeypatch):
+    """Of one whose numbers were exchanged, which the library does not read again."""
+    _made(tmp_path, monkeypatch, SAME[:4])
+    write = made_files.write_new
+    monkeypatch.setattr(
+        made_files, "write_new", lambda path, content: write(path, bytes(content)[:-9] + b"?" + bytes(content)[-8:])
+    )
+    with pytest.raises(whole_files.ArchiveError, match="the file read back differently"):
+        tsdyn.run(small(**FEW).replace(SAME[4]), tmp_path / "last")
+    assert not (tmp_path / "last" / ARCHIVE).exists()
+    assert not made_files._examples
+
+
+def test_no_more_than_attributes_may_change_where_numbers_are_exchanged(tmp_path, monkeypatch):
+    _made(tmp_path, monkeypatch, SAME[:4])
+    content = file_images.Image.content
+
+    def losing(image):
+        found = content(image)
+        found[1000:9000] = 0
+        return found
+
+    monkeypatch.setattr(file_images.Image, "content", losing)
+    with pytest.raises(MemoryError, match="more of the file in memory than its attributes"):
+        tsdyn.run(small(**FEW).replace(SAME[4]), tmp_path / "last")
+
+
 def test_no_more_files_are_kept_than_said(tmp_path):
     made_files._declared.clear()
     for seeds in range(1, made_files._KEPT + 3):
@@ -93,7 +191,7 @@ def test_attributes_keep_their_order_and_kinds(tmp_path, image, text, number):
     content, before = image
     after = before | {"a": text, "b": np.int64(number), "d3": np.float64(np.nan)}
     with hdf5.guarded(), file_images.opened(content) as made:
-        made.put("v", [((slice(0, 4),), np.arange(4.0))])
+        made.put([Block("v", (slice(0, 4),), np.arange(4.0))])
         made.say(after, before)
         (tmp_path / "new.nc").write_bytes(made.content().tobytes())
     with netCDF4.Dataset(tmp_path / "new.nc", "a") as nc:
@@ -106,15 +204,15 @@ def test_attributes_keep_their_order_and_kinds(tmp_path, image, text, number):
 def test_what_does_not_fit_is_refused(image):
     with hdf5.guarded(), file_images.opened(image[0]) as made:
         with pytest.raises(ValueError, match="do not fit"):
-            made.put("v", [((slice(0, 3),), np.arange(4.0))])
+            made.put([Block("v", (slice(0, 3),), np.arange(4.0))])
         with pytest.raises(ValueError, match="type"):
-            made.put("v", [((slice(0, 4),), np.arange(4, dtype=np.float32))])
+            made.put([Block("v", (slice(0, 4),), np.arange(4, dtype=np.float32))])
         with pytest.raises(MemoryError, match="does not write"):
-            made.put("v", [((slice(1, 5),), np.arange(4.0))])
+            made.put([Block("v", (slice(1, 5),), np.arange(4.0))])
         with pytest.raises(MemoryError, match="attributes"):
             made.say({"absent": "y"}, {"absent": "x"})
         with pytest.raises(KeyError, match="absent"):
-            made.put("absent", [((slice(0, 4),), np.arange(4.0))])
+            made.put([Block("absent", (slice(0, 4),), np.arange(4.0))])
     with hdf5.guarded(), pytest.raises(MemoryError, match="cannot open"), file_images.opened(image[0][:100].copy()):
         pass
     assert file_images.changeable("é") is file_images.changeable("") is file_images.changeable(["a", "b"]) is None

@@ -7,6 +7,7 @@ declared once is kept as bytes, and files that declare the same begin from them.
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -16,8 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tsdyn.archive import hdf5
+from tsdyn.archive.exchanged_numbers import CHECKSUM, Block, Piece
 
 _ID, _INT, _SIZE, _TEXT, _AT = ctypes.c_int64, ctypes.c_int, ctypes.c_size_t, ctypes.c_char_p, ctypes.c_void_p
+_ADDRESS = _NUMBER = ctypes.c_uint64
 _SIGNATURES: dict[str, tuple[Any, ...]] = {  # the result, then the arguments
     "H5Pcreate": (_ID, _ID),
     "H5Pclose": (_INT, _ID),
@@ -27,6 +30,13 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {  # the result, then the arguments
     "H5Fclose": (_INT, _ID),
     "H5Dget_space": (_ID, _ID),
     "H5Dget_type": (_ID, _ID),
+    "H5Dget_create_plist": (_ID, _ID),
+    "H5Dget_offset": (_ADDRESS, _ID),
+    "H5Dget_num_chunks": (_INT, _ID, _ID, _AT),
+    "H5Dget_chunk_info": (_INT, _ID, _ID, _NUMBER, *[_AT] * 4),
+    "H5Pget_layout": (_INT, _ID),
+    "H5Pget_chunk": (_INT, _ID, _INT, _AT),
+    "H5Pget_nfilters": (_INT, _ID),
     "H5Dwrite": (_INT, _ID, _ID, _ID, _ID, _ID, _AT),
     "H5Dclose": (_INT, _ID),
     "H5Screate_simple": (_ID, _INT, _AT, _AT),
@@ -45,6 +55,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {  # the result, then the arguments
     "H5Aclose": (_INT, _ID),
 }
 _WRITABLE = 1  # H5F_ACC_RDWR
+_CONTIGUOUS, _CHUNKED, _NOWHERE = 1, 2, (1 << 64) - 1  # H5D_CONTIGUOUS, H5D_CHUNKED, HADDR_UNDEF
 _GROWTH = 1 << 16
 
 
@@ -98,52 +109,89 @@ class Image:
     def __init__(self, file: int) -> None:
         self._file, self._library = file, _library()
 
-    def put(self, name: str, blocks: Sequence[tuple[Sequence[slice | int], Any]]) -> None:
-        """Write blocks of numbers of one variable, each with its place along every dimension.
-
-        Args:
-            name: Of the variable; of one in a group ``group/variable``.
-            blocks: Places, each a position or a slice with a start and a stop, and the numbers there, of the
-                variable's type.
+    def put(self, blocks: Sequence[Block]) -> None:
+        """Write blocks of numbers of one variable.
 
         Raises:
             KeyError: if there is no such variable.
             MemoryError: if the library does not write them.
             ValueError: if numbers do not fit their place or the variable's type.
         """
-        library = self._library
+        library, name = self._library, blocks[0].name
+        with self._variable(name) as (variable, stored, space):
+            for block in blocks:
+                shape = tuple(part.stop - part.start for part in block.place if isinstance(part, slice))
+                numbers = np.ascontiguousarray(block.numbers)
+                if np.shape(block.numbers) != shape:
+                    raise ValueError(f"{name}: numbers of shape {np.shape(block.numbers)} do not fit the place {shape}")
+                if numbers.dtype.itemsize != library.H5Tget_size(stored):
+                    raise ValueError(f"{name}: numbers of type {numbers.dtype} are not of the type that was declared")
+                if numbers.size and not self._written(variable, stored, space, block, numbers):
+                    raise MemoryError(f"{name}: the HDF5 library does not write it to the file in memory")
+
+    @contextmanager
+    def _variable(self, name: str) -> Iterator[tuple[int, int, int]]:
+        """The library's handles on a variable, the type of its numbers and its dataspace."""
         variable = hdf5.variable(self._file, name)
         if variable < 0:
             raise KeyError(f"{name}: not declared in the file in memory")
-        stored, space = library.H5Dget_type(variable), library.H5Dget_space(variable)
+        stored, space = self._library.H5Dget_type(variable), self._library.H5Dget_space(variable)
         try:
-            for place, numbers in blocks:
-                shape = tuple(part.stop - part.start for part in place if isinstance(part, slice))
-                if np.shape(numbers) != shape:
-                    raise ValueError(f"{name}: numbers of shape {np.shape(numbers)} do not fit the place {shape}")
-                block = np.ascontiguousarray(numbers)
-                if block.dtype.itemsize != library.H5Tget_size(stored):
-                    raise ValueError(f"{name}: numbers of type {block.dtype} are not of the type that was declared")
-                if block.size and not self._written(variable, stored, space, place, block):
-                    raise MemoryError(f"{name}: the HDF5 library does not write it to the file in memory")
+            yield variable, stored, space
         finally:
-            library.H5Sclose(space)
-            library.H5Tclose(stored)
-            library.H5Dclose(variable)
+            self._library.H5Sclose(space)
+            self._library.H5Tclose(stored)
+            self._library.H5Dclose(variable)
 
-    def _written(self, variable: int, stored: int, space: int, place: Sequence[slice | int], block: NDArray) -> bool:
-        library = self._library
-        starts = [part.start if isinstance(part, slice) else part for part in place]
-        counts = [part.stop - part.start if isinstance(part, slice) else 1 for part in place]
+    def _written(self, variable: int, stored: int, space: int, block: Block, numbers: NDArray) -> bool:
+        library, starts, counts = self._library, block.starts, block.counts
         if not any(starts) and counts == hdf5.extent(space):
-            return bool(library.H5Dwrite(variable, stored, 0, 0, 0, block.ctypes.data) >= 0)
+            return bool(library.H5Dwrite(variable, stored, 0, 0, 0, numbers.ctypes.data) >= 0)
         start, count = hdf5.sizes(starts), hdf5.sizes(counts)
         memory = library.H5Screate_simple(len(counts), count, None)
         try:
             chosen = library.H5Sselect_hyperslab(space, 0, start, None, count, None) >= 0
-            return chosen and bool(library.H5Dwrite(variable, stored, memory, space, 0, block.ctypes.data) >= 0)
+            return chosen and bool(library.H5Dwrite(variable, stored, memory, space, 0, numbers.ctypes.data) >= 0)
         finally:
             library.H5Sclose(memory)
+
+    def pieces(self, name: str) -> list[Piece] | None:
+        """Where a variable's numbers that were written lie in the file; None if they are not stored as they are.
+
+        Raises:
+            KeyError: if there is no such variable.
+        """
+        library = self._library
+        with self._variable(name) as (variable, stored, space):
+            creation = library.H5Dget_create_plist(variable)
+            try:
+                layout, filters = library.H5Pget_layout(creation), library.H5Pget_nfilters(creation)
+                shape, chunk = hdf5.extent(space), hdf5.sizes(hdf5.extent(space))
+                if layout == _CONTIGUOUS:
+                    byte = library.H5Dget_offset(variable)
+                    return [] if byte == _NOWHERE else [Piece(byte, (0,) * len(shape), tuple(shape), checked=False)]
+                if layout != _CHUNKED or library.H5Pget_chunk(creation, len(shape), chunk) != len(shape):
+                    return None
+            finally:
+                library.H5Pclose(creation)
+            plain = math.prod(chunk) * library.H5Tget_size(stored)
+            return self._chunks(variable, space, tuple(chunk), plain, checked=filters == 1)
+
+    def _chunks(
+        self, variable: int, space: int, shape: tuple[int, ...], plain: int, *, checked: bool
+    ) -> list[Piece] | None:
+        """The chunks of a variable; None unless each holds its `plain` bytes and, if `checked`, those of a checksum."""
+        library, found, held = self._library, [], plain + CHECKSUM * checked
+        number, byte, size, left_out = _NUMBER(), _ADDRESS(), _NUMBER(), ctypes.c_uint()
+        if library.H5Dget_num_chunks(variable, space, ctypes.byref(number)) < 0:
+            return None
+        for index in range(number.value):
+            origin = hdf5.sizes([0] * len(shape))
+            told = (origin, *(ctypes.byref(each) for each in (left_out, byte, size)))
+            if library.H5Dget_chunk_info(variable, space, index, *told) < 0 or size.value != held or left_out.value:
+                return None
+            found.append(Piece(byte.value, tuple(origin), shape, checked))
+        return found
 
     def say(self, attrs: Mapping[str, Any], before: Mapping[str, Any]) -> None:
         """Change the file's attributes from `before`, all that it has, to `attrs`, in the same order.
@@ -157,7 +205,8 @@ class Image:
         longer = (i for i, name in enumerate(names) if _bytes(attrs[name]).nbytes != _bytes(before[name]).nbytes)
         first = next(longer, len(names))
         kept = names[:first]
-        done = all(self._said(name, _bytes(attrs[name])) for name in kept if attrs[name] != before[name])
+        others = changed({name: attrs[name] for name in kept}, before)
+        done = all(self._said(name, _bytes(attrs[name])) for name in others)
         if not done or not self._anew({name: _bytes(attrs[name]) for name in names[first:]}):
             raise MemoryError("say: the HDF5 library does not write the attributes of the file in memory")
 
@@ -206,6 +255,16 @@ def changeable(value: Any) -> object | None:
         return "text" if value and value.isascii() and "\0" not in value else None
     numbers = np.asarray(value)
     return (numbers.dtype.str, numbers.size) if numbers.dtype.kind in "fiu" and numbers.ndim <= 1 else None
+
+
+def changed(attrs: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, int]:
+    """Names of attributes that are others than before → how many of their bytes are others: all, at another length."""
+    found = {}
+    for name, value in attrs.items():
+        new, old = (np.frombuffer(_bytes(each).tobytes(), np.uint8) for each in (value, before[name]))
+        others = len(new) if len(new) != len(old) else int(np.count_nonzero(new != old))
+        found |= {name: others} if others else {}
+    return found
 
 
 def _bytes(value: Any) -> NDArray:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+import itertools
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import netCDF4
 import numpy as np
 from numpy.typing import NDArray
 
-from tsdyn.archive import file_images, hdf5, joining, netcdf
+from tsdyn.archive import exchanged_numbers, file_images, hdf5, joining, netcdf
+from tsdyn.archive.exchanged_numbers import Block
 from tsdyn.archive.netcdf import Records, State
 from tsdyn.archive.swept_values import Swept
 from tsdyn.archive.whole_files import ArchiveError, refused, replacing, write_new
@@ -61,18 +63,23 @@ def write(target: Path, content: Content, attrs: Mapping[str, Any], swept: Seque
     Raises:
         ArchiveError: if it cannot be written; nothing changed.
     """
-    made = _made(content, attrs, swept)
+    made, in_place = _made(content, attrs, swept)
     with replacing(target, made.nbytes, seal=True) as temporary:
         write_new(temporary, made.data)
-        del made
-        # where memory runs out the library can give a file that lacks numbers, and no error
-        try:
-            differing = joining.differing_records(
-                temporary, content.layout, content.epochs, content.dtype, content.records, content.states
-            )
-        except ArchiveError as error:  # what this process has just written: the file system fails
-            raise refused(target, error) from error
+        if in_place:  # of a file that was compared by the library
+            differing = None if temporary.read_bytes() == made.data else "the file"
+        else:
+            del made
+            # where memory runs out the library can give a file that lacks numbers, and no error
+            try:
+                differing = joining.differing_records(
+                    temporary, content.layout, content.epochs, content.dtype, content.records, content.states
+                )
+            except ArchiveError as error:  # what this process has just written: the file system fails
+                raise refused(target, error) from error
         if differing is not None:
+            _declared.clear()  # what this file began from, or is an example of others, may be what is wrong
+            _examples.clear()
             raise ArchiveError(
                 f"{target}: {differing} read back differently from what was written, as where memory runs out; "
                 "nothing was added to what was committed"
@@ -87,48 +94,103 @@ class _Declared(NamedTuple):
     attrs: Mapping[str, Any]
 
 
-#: What files declare, without and with the lengths of their texts → the file that the next ones begin from; the latest
-#: few that are small.
+class _Example(NamedTuple):
+    """The bytes of a whole file, its global attributes, and where its numbers are."""
+
+    image: NDArray
+    attrs: Mapping[str, Any]
+    targets: Sequence[exchanged_numbers.Target]
+
+
+#: What files declare → the file that the next ones begin from; the latest few that are small.
 _declared: dict[Hashable, _Declared] = {}
+#: The same with which numbers there are, without and with the lengths of texts → the file in which the next ones
+#: exchange theirs.
+_examples: dict[Hashable, _Example] = {}
 _KEPT, _KEPT_BYTES = 16, 1 << 21
+_K = TypeVar("_K", _Declared, _Example)
 
 
-def _made(content: Content, attrs: Mapping[str, Any], swept: Sequence[Swept]) -> NDArray:
-    """The bytes of the file."""
+def _made(content: Content, attrs: Mapping[str, Any], swept: Sequence[Swept]) -> tuple[NDArray, bool]:
+    """The bytes of the file, and whether they are those of an example but for numbers and attributes in their places.
+
+    The first file of its kind is declared by the netCDF library and filled by HDF5; the second begins from what the
+    first declared, and is the example of all later ones.
+    """
     with hdf5.guarded():
+        blocks = list(_blocks(content, swept))
         key = _key(content, attrs, swept)
         if key is None:
-            return _filled(_declare(content, attrs, swept), content, swept, None)
-        # a text that keeps its length is written in its place, any other with all attributes after it
-        same = (key, *(len(value) for value in attrs.values() if isinstance(value, str)))
-        declared = _declared.get(same)
+            return _filled(_declare(content, attrs, swept), blocks, None), False
+        kind = key, tuple((block.name, tuple(block.starts)) for block in blocks)
+        example = _examples.get(kind)
+        if example is not None:
+            return _exchanged(kind, example, blocks, attrs)
+        declared = _declared.get(key)
         if declared is None:
-            alike = _declared.get(key)
-            if alike is None:
-                declared = alike = _kept(key, _declare(content, attrs, swept))
-            else:
-                said = {**alike.attrs, **attrs}
-                with file_images.opened(alike.image) as image:
-                    image.say(said, alike.attrs)
-                    declared = _Declared(image.content(), said)
-            _kept(same, declared)
-        return _filled(declared, content, swept, attrs)
+            return _filled(_keep(_declared, key, _declare(content, attrs, swept)), blocks, attrs), False
+        image = _filled(declared, blocks, attrs)
+        found = _example(image, {**declared.attrs, **attrs}, blocks)
+        if found is not None:
+            _keep(_examples, kind, found)
+        return image, False
 
 
-def _kept(key: Hashable, declared: _Declared) -> _Declared:
-    """`declared`, from which the next files of this key begin."""
-    if declared.image.nbytes <= _KEPT_BYTES:
-        while len(_declared) >= _KEPT:
-            del _declared[next(iter(_declared))]
-        _declared[key] = declared
-    return declared
+def _example(image: NDArray, attrs: Mapping[str, Any], blocks: Sequence[Block]) -> _Example | None:
+    """A file that was just filled, as an example; None if the library stores its numbers in a way not known here."""
+    if image.nbytes > _KEPT_BYTES:
+        return None
+    with file_images.opened(image) as opened:
+        pieces = {name: opened.pieces(name) for name in {block.name for block in blocks}}
+    targets = exchanged_numbers.targets(blocks, pieces)
+    if targets is None:
+        return None
+    again = image.copy()
+    exchanged_numbers.exchange(again, targets, blocks)
+    return _Example(image, attrs, targets) if np.array_equal(again, image) else None
 
 
-def _filled(declared: _Declared, content: Content, swept: Sequence[Swept], attrs: Mapping[str, Any] | None) -> NDArray:
+def _exchanged(
+    kind: Hashable, example: _Example, blocks: Sequence[Block], attrs: Mapping[str, Any]
+) -> tuple[NDArray, bool]:
+    """The bytes of a file that differs from the example by these numbers and attributes, and whether by no others.
+
+    Raises:
+        MemoryError: if the library changed more than the attributes.
+    """
+    said = {**example.attrs, **attrs}
+    # a text that keeps its length is written in its place, any other with all attributes after it
+    same = kind, *(len(value) for value in said.values() if isinstance(value, str))
+    in_place = same in _examples
+    nearest = _examples[same] if in_place else example
+    with file_images.opened(nearest.image) as opened:
+        opened.say(said, nearest.attrs)
+        image = opened.content()
+    if in_place:
+        changed = file_images.changed(said, nearest.attrs)
+        room = sum(others + exchanged_numbers.CHECKSUM for others in changed.values())
+        if len(image) != len(nearest.image) or np.count_nonzero(image != nearest.image) > room:
+            raise MemoryError("write: the HDF5 library changed more of the file in memory than its attributes")
+    exchanged_numbers.exchange(image, nearest.targets, blocks)
+    if not in_place:
+        _keep(_examples, same, _Example(image, said, nearest.targets))
+    return image, in_place
+
+
+def _keep(kept: dict[Hashable, _K], key: Hashable, what: _K) -> _K:
+    """`what`, kept from now on, if it is small, in place of the oldest."""
+    if what.image.nbytes <= _KEPT_BYTES:
+        while len(kept) >= _KEPT:
+            del kept[next(iter(kept))]
+        kept[key] = what
+    return what
+
+
+def _filled(declared: _Declared, blocks: Sequence[Block], attrs: Mapping[str, Any] | None) -> NDArray:
     """The bytes of a file that holds the numbers, and `attrs` in place of those declared."""
-    held = sum(part.nbytes for value in content.records.values() for part in _parts(value))
-    with file_images.opened(declared.image, growth=held // 4) as image:
-        _fill(image, content, swept)
+    with file_images.opened(declared.image, growth=sum(block.numbers.nbytes for block in blocks) // 4) as image:
+        for _, own in itertools.groupby(blocks, lambda block: block.name):
+            image.put(list(own))
         if attrs is not None:
             image.say({**declared.attrs, **attrs}, declared.attrs)
         return image.content()
@@ -172,24 +234,20 @@ def _declare(content: Content, attrs: Mapping[str, Any], swept: Sequence[Swept])
         nc.close()
 
 
-def _fill(image: file_images.Image, content: Content, swept: Sequence[Swept]) -> None:
+def _blocks(content: Content, swept: Sequence[Swept]) -> Iterator[Block]:
+    """All numbers but blocks of NaN alone, those of one variable one after another."""
     layout, dtype = content.layout, np.dtype(content.dtype)
     death = np.asarray(content.states[netcdf.STATE]["death_epoch"], np.int64)
-    image.put("death_epoch", [((slice(0, len(death)),), death)])
-    members = slice(0, len(layout.seeds))
+    yield Block("death_epoch", (slice(0, len(death)),), death)
+    members, epochs = slice(0, len(layout.seeds)), slice(0, len(content.epochs))
     for name, value in content.records.items():
-        layers = range(1, len(value) + 1) if isinstance(value, list) else (None,)
-        places = (netcdf.index(variable_of(name), layout, slice(0, len(content.epochs)), i, members) for i in layers)
-        blocks = [(place, np.asarray(part, dtype)) for place, part in zip(places, _parts(value), strict=True)]
-        # what is never written reads as NaN and takes no space
-        image.put(name, [(place, part) for place, part in blocks if not np.isnan(part).all()])
+        for layer, part in enumerate(value, start=1) if isinstance(value, list) else ((None, value),):
+            if not np.isnan(part).all():  # what is never written reads as NaN and takes no space
+                place = netcdf.index(variable_of(name), layout, epochs, layer, members)
+                yield Block(name, place, np.asarray(part, dtype))
     for each in swept:
         if not isinstance(each.value, str):
-            image.put(each.name, [((), np.asarray(each.value))])
+            yield Block(each.name, (), np.asarray(each.value))
     for group, state in content.states.items():
         for name, array in state.items():
-            image.put(f"{group}/{name}", [([slice(0, size) for size in np.shape(array)], array)])
-
-
-def _parts(value: NDArray | list[NDArray]) -> Sequence[NDArray]:
-    return value if isinstance(value, list) else (value,)
+            yield Block(f"{group}/{name}", [slice(0, size) for size in np.shape(array)], np.asarray(array))
