@@ -259,7 +259,7 @@ def changeable(value: Any) -> object | None:
 
 def changed(attrs: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, int]:
     """Names of attributes that are others than before → how many of their bytes are others: all, at another length."""
-    found = {}
+    found: dict[str, int] = {}
     for name, value in attrs.items():
         new, old = (np.frombuffer(_bytes(each).tobytes(), np.uint8) for each in (value, before[name]))
         others = len(new) if len(new) != len(old) else int(np.count_nonzero(new != old))
