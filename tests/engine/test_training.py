@@ -5,7 +5,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import tests.oracles as oracles
@@ -201,23 +201,40 @@ def normalized_ensemble(hidden, places, name="tanh", affine=True, bias=True, see
     batch=st.integers(2, 17),
     data=st.sampled_from(["batches", "whole"]),
 )
+@example(
+    [(9, None), (4, "after"), (10, "after")], "relu", False, True, {"learning_rate": 0.01, "name": "sgd"}, 2, "batches"
+)  # nodes that hardly vary
 def test_batch_norm_in_compiled_code_equals_the_plain_path(layers, name, affine, bias, options, batch, data):
     """Twenty steps; running statistics follow also in frozen layers.
 
     BatchNorm of a node that hardly varies in a batch divides by √(variance + eps) ≥ 3e-3, so that a rounding grows by
-    up to 300 in each of at most three layers of a step.
+    up to 300 in each of at most three layers of a step.  Where numbers are farther apart than roundings that do not
+    grow, the plain path tells how much they grow here, by one more start from parameters whose last digits are others.
     """
     hidden, places = zip(*layers, strict=True)
     x, y, rows = samples((5, 3), steps=10, batch=batch)
     y = y.softmax(2)
-    fast, plain = (normalized_ensemble(hidden, places, name, affine, bias) for _ in range(2))
     stream = finite_stream(x, y, rows if data == "batches" else None, steps=10)
-    for members, backend in (fast, None), (plain, train.GENERAL):
+
+    def trained(backend, moved=False):
+        members = normalized_ensemble(hidden, places, name, affine, bias)
+        draw = torch.Generator().manual_seed(1)
+        for tensor in members.values.values() if moved else ():
+            tensor *= 1 + torch.finfo(tensor.dtype).eps * torch.randn(tensor.shape, generator=draw, dtype=tensor.dtype)
         for epoch in (1, 2):
             rule = Rule(**{**options, "learning_rate": options["learning_rate"] / epoch})
             train_epoch(members, stream, rule, batch=batch, backend=backend)
-    assert_same(fast.values, plain.values, 1e-11)
-    assert_same(fast.buffers, plain.buffers, 1e-11)
+        return {**members.values, **members.buffers}
+
+    fast, plain = trained(None), trained(train.GENERAL)
+    try:
+        assert_same(fast, plain, 1e-11)
+    except AssertionError:
+        again = trained(train.GENERAL, moved=True)
+        for tensor, right in plain.items():
+            # of some tens of roundings per step, where the start was moved by one
+            room = 100 * float((again[tensor] - right).abs().max())
+            assert_same(fast[tensor], right, 1e-11 + room, what=tensor)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -526,12 +526,7 @@ def _proved(one: Asked, loss: Loss, leaves: Sequence[Tensor], *, once: bool) -> 
 
 
 def _traced(
-    caller: str,
-    name: str,
-    leaves: list[Tensor],
-    steady: Callable[[], Tensor],
-    value: Callable[[], Tensor],
-    at: _At,
+    caller: str, name: str, leaves: list[Tensor], steady: Callable[[], Tensor], value: Callable[[], Tensor], at: _At
 ) -> _Curve:
     """The value with a graph that can be differentiated twice.
 
