@@ -5,12 +5,12 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 import tests.oracles as oracles
 from tests.cases import REFERENCE
-from tests.comparing import assert_same
+from tests.comparing import assert_same, assert_same_but_for_rounding, last_digits
 from tsdyn import registers
 from tsdyn.engine import batched, compiled_step, native, train
 from tsdyn.engine.batches import Batches, finite_stream
@@ -98,10 +98,18 @@ def test_batched_plain_and_torch_optim_agree(rule, bias):
 def test_batched_equals_plain_for_any_depth_and_activation(hidden, name, bias, rule):
     widths = (5, *hidden, 3)
     x, y, indices = samples(widths, steps=6)
-    fast, plain = (ensemble(widths, name=name, bias=bias) for _ in range(2))
-    train_epoch(fast, finite_stream(x, y, indices), rule, batch=8)
-    general(plain, finite_stream(x, y, indices), rule)
-    assert_same(fast.values, plain.values, 1e3 * EPS)
+
+    def trained(backend=None, moved=False):
+        members = ensemble(widths, name=name, bias=bias)
+        if moved:
+            last_digits(members.values)
+        train_epoch(members, finite_stream(x, y, indices), rule, batch=8, backend=backend)
+        return members.values
+
+    plain = trained(train.GENERAL)
+    # training that grew to 1e20 within 6 steps overflows in the next, in one order of summation before the other
+    assume(all(float(tensor.abs().max()) < 1e20 for tensor in plain.values()))
+    assert_same_but_for_rounding(trained(), plain, 1e3 * EPS, lambda: trained(train.GENERAL, moved=True))
 
 
 OPTIONS = st.fixed_dictionaries(
@@ -218,23 +226,16 @@ def test_batch_norm_in_compiled_code_equals_the_plain_path(layers, name, affine,
 
     def trained(backend, moved=False):
         members = normalized_ensemble(hidden, places, name, affine, bias)
-        draw = torch.Generator().manual_seed(1)
-        for tensor in members.values.values() if moved else ():
-            tensor *= 1 + torch.finfo(tensor.dtype).eps * torch.randn(tensor.shape, generator=draw, dtype=tensor.dtype)
+        if moved:
+            last_digits(members.values)
         for epoch in (1, 2):
             rule = Rule(**{**options, "learning_rate": options["learning_rate"] / epoch})
             train_epoch(members, stream, rule, batch=batch, backend=backend)
         return {**members.values, **members.buffers}
 
-    fast, plain = trained(None), trained(train.GENERAL)
-    try:
-        assert_same(fast, plain, 1e-11)
-    except AssertionError:
-        again = trained(train.GENERAL, moved=True)
-        for tensor, right in plain.items():
-            # of some tens of roundings per step, where the start was moved by one
-            room = 100 * float((again[tensor] - right).abs().max())
-            assert_same(fast[tensor], right, 1e-11 + room, what=tensor)
+    assert_same_but_for_rounding(
+        trained(None), trained(train.GENERAL), 1e-11, lambda: trained(train.GENERAL, moved=True)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
