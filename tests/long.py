@@ -58,10 +58,6 @@ def _module(name: str) -> Callable[[], list[Sequence[str]]]:
     return lambda: [(sys.executable, "-m", name)]
 
 
-def _there(place: str) -> Callable[[], str | None]:
-    return lambda: None if (ROOT / place).exists() else f"{place} is not there"
-
-
 def tutorial_studies() -> list[str]:
     """Studies that the tutorials run."""
     pages = "\n".join(page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs/tutorial").glob("*.md")))
@@ -108,8 +104,9 @@ PARTS: dict[str, Part] = {
     "tutorials": Part("the tutorials' studies at desk scale", _tutorials),
     "recipes": Part("Lightning's and Hugging Face's trainers, installed", _recipes),
     "matrix": Part("the suite on every Python, lowest and newest versions", _module("tests.matrix")),
-    "peers": Part(
-        "the same work by other packages", _module("tests.benchmarks.peers"), lacks=_there("tests/benchmarks/peers.py")
+    "peers": Part(  # in an environment of its own, with the packages that it is compared with
+        "the same work by other packages", lambda: [("make", "peers", "CELLS=--rounds 3")],
+        lacks=lambda: None if shutil.which("make") else "make is not there",
     ),
     "browser": Part(
         "reports and documentation in headless Chromium", _browser,
