@@ -232,7 +232,11 @@ def _dropped(drop: Callable[..., Any], passed: list[int | None]) -> None:
 
 
 def bytes_of_step(network: Network, batch: int, *, moments: bool) -> int:
-    """What a step of one member goes through, in bytes, at most; with `moments` the parameters are kept, too."""
+    """What a step of one member goes through, in bytes; with `moments` the parameters are kept, too.
+
+    Steps in which weights grow or shrink many times over hold the parameters beside this: a few of a thousand where
+    training is not about to diverge.
+    """
     each = native.padded(batch, torch.float64)
     hidden = [native.padded(n + 1, torch.float64) for n in network.widths[1:-1]]
     parameters = sum(2 * n * native.padded(below + 1, torch.float64) for below, n in itertools.pairwise(network.widths))
