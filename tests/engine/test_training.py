@@ -171,7 +171,10 @@ def test_the_engine_equals_the_plain_path_after_100_steps_whatever_the_options(
             with no_kernel:
                 train_epoch(fast, stream, at, batch=batch)
         general(plain, stream, at)
-        assert mark_dead(fast, epoch) == mark_dead(plain, epoch)
+        dead = {*mark_dead(fast, epoch)}, {*mark_dead(plain, epoch)}
+        # 1e300 is no target of a cross entropy: sums overflow in one order and not in another, and the member may live
+        chance = {1} if dies and options["loss"].targets == "classes" else set()
+        assert dead[0] - chance == dead[1] - chance
     alive = fast.death_epoch < 0
     trained = [layer for layer in range(1, len(widths)) if layer not in options["frozen"]]
     assert alive[::2].all()
