@@ -170,7 +170,9 @@ def _exchanged(
         changed = file_images.changed(said, nearest.attrs)
         room = sum(others + exchanged_numbers.CHECKSUM for others in changed.values())
         if len(image) != len(nearest.image) or np.count_nonzero(image != nearest.image) > room:
-            raise MemoryError("write: the HDF5 library changed more of the file in memory than its attributes")
+            raise MemoryError(
+                "write: the HDF5 library changed more of the file in memory than its attributes: is memory short?"
+            )
     exchanged_numbers.exchange(image, nearest.targets, blocks)
     if not in_place:
         _keep(_examples, same, _Example(image, said, nearest.targets))

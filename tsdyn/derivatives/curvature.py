@@ -32,9 +32,8 @@ from tsdyn.arguments import FUNCTION, MODULE, WHOLE, check
 from tsdyn.derivatives import labels
 from tsdyn.derivatives.agreement import TOWARDS_ZERO, agree, asymmetry, comparable
 from tsdyn.derivatives.assumptions import Asked, Loss, Tree, asked, gradients_on, log
-from tsdyn.derivatives.given import Parameters, as_tensor, flat, leaves_of, names_of, refuse_unreal
+from tsdyn.derivatives.given import Parameters, as_tensor, flat, leaves_of, names_of, refuse_unreal, steady
 from tsdyn.derivatives.layered import Layered, layered, proved
-from tsdyn.derivatives.module_state import Randomness
 from tsdyn.derivatives.straight import straight
 from tsdyn.derivatives.unfit import explained, strided
 from tsdyn.memory import refuse_beyond
@@ -506,7 +505,7 @@ def _curved(
         def at(parameters: Sequence[Tensor]) -> Tensor:
             return _scalar(caller, given["loss"](structured(parameters)))
 
-        yield _traced(caller, "the loss", leaves, lambda: _steady(caller, here), here, at), given
+        yield _traced(caller, "the loss", leaves, lambda: steady(caller, here), here, at), given
 
 
 def _proved(one: Asked, loss: Loss, leaves: Sequence[Tensor], *, once: bool) -> Layered | None:
@@ -556,27 +555,6 @@ class _WrittenOut(TorchFunctionMode):
             v, g, dim = (*args, 0)[:3] if not kwargs else (*args, *kwargs.values(), 0)[:3]
             return v * (g / torch.norm_except_dim(v, 2, dim))
         return func(*args, **(kwargs or {}))
-
-
-def _steady(caller: str, compute: Callable[[], Tensor]) -> Tensor:
-    """Compute the loss twice and return it; raise ValueError if it draws random numbers or the values differ."""
-    randomness = Randomness(nn.Module())
-    try:
-        first = compute()
-        if randomness.moved():
-            raise ValueError(
-                f"{caller}: the loss draws random numbers, so it has no one Hessian; make it deterministic "
-                "(module.eval())"
-            )
-        again = compute()
-    finally:
-        randomness.restore()
-    if comparable([first]) and not agree(again, first):
-        raise ValueError(
-            f"{caller}: the loss gives two values for the same parameters, so it draws random numbers of its own or "
-            "remembers earlier calls; make it deterministic"
-        )
-    return first
 
 
 def _scalar(caller: str, value: Any) -> Tensor:

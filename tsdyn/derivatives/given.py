@@ -1,4 +1,4 @@
-"""Parameters and vectors as users give them: tensors or arrays, single, in order or by name."""
+"""Parameters, vectors and losses as users give them: tensors or arrays, single, in order or by name."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from tsdyn.arguments import NUMBERS, check
+from tsdyn.derivatives.agreement import agree, comparable
+from tsdyn.derivatives.module_state import Randomness
 from tsdyn.networks.network import Network
 
 Parameters: TypeAlias = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
@@ -72,3 +74,24 @@ def leaves_of(caller: str, params: Any) -> tuple[list[Tensor], Callable[[Sequenc
         return pieces[0] if single else pieces
 
     return leaves, structured
+
+
+def steady(caller: str, compute: Callable[[], Tensor]) -> Tensor:
+    """Compute the loss twice and return it; raise ValueError if it draws random numbers or the values differ."""
+    randomness = Randomness(nn.Module())
+    try:
+        first = compute()
+        if randomness.moved():
+            raise ValueError(
+                f"{caller}: the loss draws random numbers, so it has no one Hessian; make it deterministic "
+                "(module.eval())"
+            )
+        again = compute()
+    finally:
+        randomness.restore()
+    if comparable([first]) and not agree(again, first):
+        raise ValueError(
+            f"{caller}: the loss gives two values for the same parameters, so it draws random numbers of its own or "
+            "remembers earlier calls; make it deterministic"
+        )
+    return first

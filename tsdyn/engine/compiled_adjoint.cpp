@@ -78,7 +78,7 @@ struct Passed {
 
 // Below this share of the weights that decay leaves them, undoing it would amplify rounding.
 constexpr double kLeastKept = 1e-2;
-// Largest weights of a layer may be this many times the smallest ones within steps that are undone: digits they lose.
+// By this factor a layer's largest weight may change within steps that are undone; roundings of the small ones grow by it.
 constexpr double kGrowth = 64;
 
 template <class Real>
