@@ -125,7 +125,10 @@ def _made(content: Content, attrs: Mapping[str, Any], swept: Sequence[Swept]) ->
         kind = key, tuple((block.name, tuple(block.starts)) for block in blocks)
         example = _examples.get(kind)
         if example is not None:
-            return _exchanged(kind, example, blocks, attrs)
+            made = _exchanged(kind, example, blocks, attrs)
+            if made is not None:
+                return made
+            _examples.clear()  # this file is filled by the library, and compared once it is written
         declared = _declared.get(key)
         if declared is None:
             return _filled(_keep(_declared, key, _declare(content, attrs, swept)), blocks, attrs), False
@@ -152,11 +155,10 @@ def _example(image: NDArray, attrs: Mapping[str, Any], blocks: Sequence[Block]) 
 
 def _exchanged(
     kind: Hashable, example: _Example, blocks: Sequence[Block], attrs: Mapping[str, Any]
-) -> tuple[NDArray, bool]:
+) -> tuple[NDArray, bool] | None:
     """The bytes of a file that differs from the example by these numbers and attributes, and whether by no others.
 
-    Raises:
-        MemoryError: if the library changed more than the attributes.
+    None if the library changed more of an example than its attributes, as where memory runs out.
     """
     said = {**example.attrs, **attrs}
     # a text that keeps its length is written in its place, any other with all attributes after it
@@ -170,9 +172,7 @@ def _exchanged(
         changed = file_images.changed(said, nearest.attrs)
         room = sum(others + exchanged_numbers.CHECKSUM for others in changed.values())
         if len(image) != len(nearest.image) or np.count_nonzero(image != nearest.image) > room:
-            raise MemoryError(
-                "write: the HDF5 library changed more of the file in memory than its attributes: is memory short?"
-            )
+            return None
     exchanged_numbers.exchange(image, nearest.targets, blocks)
     if not in_place:
         _keep(_examples, same, _Example(image, said, nearest.targets))
