@@ -47,6 +47,29 @@ def shell(script, folder, **more):
     return done.returncode, done.stdout, done.stderr
 
 
+# --- threads -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("own", "then"),
+    [
+        ({}, {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}),
+        *(({name: value}, {name: value}) for name, value in [("OMP_WAIT_POLICY", "ACTIVE"), ("KMP_BLOCKTIME", "7")]),
+    ],
+)
+def test_threads_wait_asleep_unless_the_environment_says_otherwise(own, then):
+    """Set before torch, whose OpenMP reads it once."""
+    waiting = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+    code = (
+        "import json, os, sys, tsdyn.cli; early = 'torch' in sys.modules; sys.argv = ['tsdyn', '--version']\n"
+        "try: tsdyn.cli.main()\n"
+        f"finally: print(json.dumps([early, {{n: os.environ[n] for n in {waiting} if n in os.environ}}]))"
+    )
+    environment = {name: value for name, value in os.environ.items() if name not in waiting} | own
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout.splitlines()[-1]) == [False, then]
+
+
 # --- signals -------------------------------------------------------------------------------------------------
 
 

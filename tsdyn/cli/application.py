@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import math
+import os
 import sys
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -38,6 +39,7 @@ def main() -> None:
     the reader closed the pipe.
     """
     report_only.clear()
+    _wait_asleep()
     before = sys.stdout, sys.stderr
     out, complaints = make_lenient()
     try:
@@ -52,6 +54,17 @@ def main() -> None:
         out.abandon()
         complaints.abandon()
         sys.stdout, sys.stderr = before
+
+
+def _wait_asleep() -> None:
+    """Let torch's threads wait for each other asleep, unless the environment says how; called before torch's import.
+
+    By default they wait at full speed for milliseconds, at every operation.  Where other processes keep the cores busy,
+    the thread that is waited for does not run meanwhile, and a run takes two to seven times as long.
+    """
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys():
+        # GNU's OpenMP: some microseconds awake, since falling asleep takes as long
+        os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
 
 
 #: Whether the output is only the report of work that is done in any case.

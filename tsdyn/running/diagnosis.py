@@ -160,7 +160,8 @@ def _threads() -> Iterator[Finding]:
     yield Finding(
         "threads", f"{threads} of torch on {cores} cores", "bad" if many else "good",
         f"more threads than cores wait for each other: set OMP_NUM_THREADS={cores}" if many
-        else "bits of a run are promised for the same number of threads; OMP_NUM_THREADS sets it",
+        else "bits of a run are promised for the same number of threads; OMP_NUM_THREADS sets it; where other "
+        "processes keep the cores busy, set OMP_WAIT_POLICY=PASSIVE before Python starts, as the command does",
     )  # fmt: skip
 
 
