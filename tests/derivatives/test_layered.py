@@ -305,8 +305,12 @@ class Beside(nn.Module):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("gain", [5, 20, 60, 300])
 @pytest.mark.parametrize("make", [lambda: nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)), Beside])
-def test_the_hessian_of_a_classifier_that_is_sure_is_not_refused(make, gain, dtype):
-    """Its softmax is nearly, then exactly, 1: what cancels there leaves products that are symmetric to no digit."""
+def test_the_hessian_of_a_classifier_that_is_sure_is_not_refused(make, gain, dtype, monkeypatch):
+    """Its softmax is nearly, then exactly, 1: what cancels there leaves products that are symmetric to no digit.
+
+    Nor is it computed column by column with a warning that one way differs from another: all are equal to roundings.
+    """
+    monkeypatch.setattr(curvature.log, "warning", lambda *said: pytest.fail(str(said)))
     for samples in (1, 7):
         torch.manual_seed(gain + samples)
         module = make().to(dtype)
@@ -343,6 +347,50 @@ def test_a_backward_pass_of_its_own_is_refused_where_the_softmax_is_sure_too(gai
         x, y = torch.randn(7, 4), torch.randint(3, (7,))
         with pytest.raises(ValueError, match="not those of a symmetric matrix"):
             derivatives.hessian(module, lambda o, t: nn.functional.cross_entropy(Sheared.apply(o), t), x, y)
+
+
+def sure(module, gain, samples):
+    """Inputs and classes that a module finds the likelier, the larger the gain of its top layer."""
+    with torch.no_grad():
+        list(module.parameters())[-2].mul_(gain)
+    x = torch.randn(samples, 4, dtype=torch.float64)
+    return x, module(x).argmax(1)
+
+
+@pytest.mark.parametrize("gain", [1, 80, 100])
+def test_a_way_that_is_wrong_by_a_millionth_is_noticed_where_the_softmax_is_sure_too(gain, monkeypatch):
+    """There it differs by less than terms that cancel leave; it is noticed at other points."""
+    torch.manual_seed(0)
+    module = Beside().double()
+    x, y = sure(module, gain, 1)
+    products, said = curvature._Curve._products, []
+    monkeypatch.setattr(
+        curvature._Curve,
+        "_products",
+        lambda curve, vectors, *, batched: products(curve, vectors, batched=batched) * (1 + 1e-6 * batched),
+    )
+    monkeypatch.setattr(curvature.log, "warning", lambda text, *_: said.append(text))
+    found = derivatives.hessian(module, nn.functional.cross_entropy, x, y)
+    assert ["column by column" in text for text in said] == [True]
+    # less than the tolerance of numbers of size 1
+    assert 1e-6 * found.abs().max() < 1e-12 or gain == 1
+
+
+@pytest.mark.parametrize("gain", [1, 20, 40])
+def test_a_loss_that_mixes_samples_is_computed_as_such_where_the_softmax_is_sure_too(gain):
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    x, y = sure(module, gain, 3)
+
+    def mixing(o, t):
+        return nn.functional.cross_entropy(o + 0.1 * o.mean(0), t)
+
+    alone, expected = (
+        by_autograd(module, loss, x, y, list(module.parameters())) for loss in (nn.functional.cross_entropy, mixing)
+    )
+    room = 1e4 * torch.finfo(x.dtype).eps * gain**2  # as for a sure classifier above
+    torch.testing.assert_close(derivatives.hessian(module, mixing, x, y), expected, rtol=0, atol=room)
+    assert (alone - expected).abs().max() > 100 * room
 
 
 @pytest.mark.parametrize("room", [1, 500, 1 << 20])

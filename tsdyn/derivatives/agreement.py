@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -62,8 +63,33 @@ def agree_by_name(found: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> b
     )
 
 
+#: Two results that should be equal, and a scale as for `agree`.
+Compared: TypeAlias = tuple[Tensor, Tensor, float | Tensor]
 #: Factors by which a point is moved towards 0 to see how large a function's second derivative is elsewhere.
 TOWARDS_ZERO = (1 / 4, 1 / 16, 1 / 64)
+
+
+def agree_or_cancel(
+    found: Tensor, right: Tensor, scale: float | Tensor, elsewhere: Callable[[], Iterable[Compared]]
+) -> bool:
+    """Whether two results are equal to rounding, or to that of terms which cancel in them.
+
+    Terms that cancel leave their own rounding behind, not that of what is left: of a softmax p that is nearly one-hot,
+    p_i v_i − p_i (p·v) is far smaller than either.  So results that differ at this point's scale are compared at the
+    largest of other points of the same function, where terms need not cancel, if they agree there at that scale.
+
+    Args:
+        found, right, scale: As for `agree`.
+        elsewhere: Gives the same three at other points; called only if it is needed.
+    """
+    if agree(found, right, scale):
+        return True
+    sizes = [(max(float(b.abs().max()), float(own)), a, b) for a, b, own in elsewhere()]
+    largest = max((each for each in sizes if math.isfinite(each[0])), key=lambda each: each[0], default=None)
+    if largest is None:
+        return False
+    size, one, other = largest
+    return agree(one, other, size) and agree(found, right, size)
 
 
 def asymmetry(
@@ -71,9 +97,8 @@ def asymmetry(
 ) -> tuple[float, float] | None:
     """(u·Hw, w·Hu) of products with a Hessian H if they are not those of a symmetric matrix, else None.
 
-    Terms that cancel leave their own rounding behind, not that of what is left: of a softmax p that is nearly one-hot,
-    p_i v_i − p_i (p·v) is far smaller than either.  So products that differ at this point's scale are compared at that
-    of other points of the same function, where terms need not cancel.
+    Products that differ at this point's scale are compared at the largest of other points, as by `agree_or_cancel`, but
+    need not agree there: where terms cancel at all of them, a function is not refused.
 
     Args:
         u, w: Two vectors, of one shape.

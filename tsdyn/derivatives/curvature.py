@@ -10,10 +10,9 @@ A loss that ignores its parameters, draws random numbers or changes the module's
 
 from __future__ import annotations
 
-import functools
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, overload
@@ -28,11 +27,20 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from tsdyn.arguments import FUNCTION, MODULE, WHOLE, check
+from tsdyn.arguments import WHOLE, check
 from tsdyn.derivatives import labels
-from tsdyn.derivatives.agreement import TOWARDS_ZERO, agree, asymmetry, comparable
+from tsdyn.derivatives.agreement import TOWARDS_ZERO, Compared, agree, agree_or_cancel, asymmetry, comparable
 from tsdyn.derivatives.assumptions import Asked, Loss, Tree, asked, gradients_on, log
-from tsdyn.derivatives.given import Parameters, as_tensor, flat, leaves_of, names_of, refuse_unreal, steady
+from tsdyn.derivatives.given import (
+    Parameters,
+    as_tensor,
+    bound_to_a_form,
+    flat,
+    leaves_of,
+    names_of,
+    refuse_unreal,
+    steady,
+)
 from tsdyn.derivatives.layered import Layered, layered, proved
 from tsdyn.derivatives.straight import straight
 from tsdyn.derivatives.unfit import explained, strided
@@ -289,7 +297,7 @@ def _labelled(
     caller: str, function: Callable[..., Any], args: tuple[Any, ...], keywords: dict[str, Any], **more: Any
 ) -> xr.Dataset:
     """The result of one of these functions as a Dataset; arrays with labels among the arguments lose theirs."""
-    given = {name: labels.unlabelled(value) for name, value in _bound(caller, args, keywords, more).items()}
+    given = {name: labels.unlabelled(value) for name, value in bound_to_a_form(caller, args, keywords, more).items()}
     found = function(**given)
     if isinstance(found, SpectralDensity):
         attrs = [{"units": "1", "long_name": what, "source": labels.SOURCE} for what in ("Ritz value", "its weight")]
@@ -398,7 +406,7 @@ class _Curve:
         try:
             step = max(1, _AT_ONCE // max(1, 64 * self.size * self.dtype.itemsize))
             found = torch.cat([self._products(part, batched=True) for part in unit.split(step)])
-            if comparable(self._leaves) and self._same(random @ found, right, found):
+            if comparable(self._leaves) and self._same(random @ found, right, found, lambda: self._both(random)):
                 return found
             reason = "differs from plain products"
         except (RuntimeError, ValueError) as error:
@@ -406,9 +414,24 @@ class _Curve:
         log.warning("%s: the Hessian of %s by vmap %s; column by column instead", self._caller, self._name, reason)
         return torch.stack([self._plain(v) for v in unit])
 
-    def _same(self, found: Tensor, right: Tensor, matrix: Tensor) -> bool:
+    def _same(
+        self, found: Tensor, right: Tensor, matrix: Tensor, elsewhere: Callable[[], Iterable[Compared]] = tuple
+    ) -> bool:
         # Rounding of a product of a row with a random vector has the scale of its terms, not of their sum.
-        return agree(found, right, matrix.abs().max() * math.sqrt(self.size))
+        return agree_or_cancel(found, right, matrix.abs().max() * math.sqrt(self.size), elsewhere)
+
+    def _both(self, vectors: Tensor) -> Iterator[Compared]:
+        """Products with vectors by vmap and plainly, and their scale, at other points."""
+        for there in self._elsewhere():
+            with suppress(RuntimeError, ValueError):
+                yield there._products(vectors, batched=True), torch.stack([there._plain(v) for v in vectors]), 0.0
+
+    def _elsewhere(self) -> Iterator[_Curve]:
+        """The same function at points nearer to 0, where it is defined there."""
+        for factor in TOWARDS_ZERO:
+            leaves = [(t.detach() * factor).requires_grad_(True) for t in self._leaves]
+            with suppress(RuntimeError, ValueError):
+                yield _Curve(self._caller, self._name, leaves, self._at_others(leaves), self._at_others)
 
     def refuse_asymmetry(self) -> None:
         """Raise ValueError unless uᵀ(H w) = wᵀ(H u) for random u and w; a user's hook or backward may break it."""
@@ -418,10 +441,8 @@ class _Curve:
             return
 
         def elsewhere() -> Iterator[tuple[Tensor, Tensor]]:
-            for factor in TOWARDS_ZERO:
-                leaves = [(t.detach() * factor).requires_grad_(True) for t in self._leaves]
-                with suppress(RuntimeError, ValueError):  # it need not be defined there
-                    there = _Curve(self._caller, self._name, leaves, self._at_others(leaves), self._at_others)
+            for there in self._elsewhere():
+                with suppress(RuntimeError, ValueError):
                     yield there.product(u), there.product(w)
 
         differing = asymmetry(u, self.product(u), w, self.product(w), elsewhere)
@@ -466,7 +487,7 @@ def _curved(
     caller: str, args: tuple[Any, ...], keywords: dict[str, Any], **more: Any
 ) -> Iterator[tuple[_Curve | _Formulas, dict[str, Any]]]:
     """The function to differentiate (`_Curve`), from either form of the call, and the remaining arguments."""
-    given = _bound(caller, args, keywords, more)
+    given = bound_to_a_form(caller, args, keywords, more)
     with ExitStack() as stack:
         if "module" in given:
             one = stack.enter_context(asked(caller, given["module"], given["x"], given["y"], per_sample=False))
@@ -562,32 +583,3 @@ def _scalar(caller: str, value: Any) -> Tensor:
         shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"{caller}: the loss has shape {shape}; it must be one real number")
     return value
-
-
-def _bound(caller: str, args: tuple[Any, ...], keywords: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
-    """Arguments by name, bound to the form of the call: (module, loss, x, y) or (loss, params)."""
-    containers = Tensor | np.ndarray | Mapping | nn.ParameterList | nn.ParameterDict
-    loss = keywords.get("loss", args[1] if len(args) > 1 else None)
-    of_module = "module" in keywords or (
-        bool(args) and isinstance(args[0], nn.Module | Network) and callable(loss) and not isinstance(loss, containers)
-    )
-    try:
-        bound = _form(of_module, **more).bind(*args, **keywords)
-    except TypeError as error:
-        forms = f"{caller}(loss, params, ...) or {caller}(module, loss, x, y, ...)"
-        raise TypeError(f"{caller}: {error}; call it {forms}") from None
-    bound.apply_defaults()
-    check(caller, "loss", bound.arguments["loss"], FUNCTION)
-    if of_module:
-        check(caller, "module", bound.arguments["module"], MODULE)
-    return dict(bound.arguments)
-
-
-@functools.cache
-def _form(of_module: bool, **more: Any) -> inspect.Signature:
-    """Signature of one form of a call, with these arguments and their defaults at its end."""
-    kind, empty = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.empty
-    first = {"module": empty, "loss": empty, "x": empty, "y": None} if of_module else {"loss": empty, "params": empty}
-    if of_module and empty in more.values():
-        first["y"] = empty
-    return inspect.Signature([inspect.Parameter(n, kind, default=d) for n, d in {**first, **more}.items()])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -9,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tsdyn.arguments import NUMBERS, check
+from tsdyn.arguments import FUNCTION, MODULE, NUMBERS, check
 from tsdyn.derivatives.agreement import agree, comparable
 from tsdyn.derivatives.module_state import Randomness
 from tsdyn.networks.network import Network
@@ -95,3 +97,34 @@ def steady(caller: str, compute: Callable[[], Tensor]) -> Tensor:
             "remembers earlier calls; make it deterministic"
         )
     return first
+
+
+def bound_to_a_form(
+    caller: str, args: tuple[Any, ...], keywords: dict[str, Any], more: dict[str, Any]
+) -> dict[str, Any]:
+    """Arguments by name, bound to the form of the call: (module, loss, x, y) or (loss, params)."""
+    containers = Tensor | np.ndarray | Mapping | nn.ParameterList | nn.ParameterDict
+    loss = keywords.get("loss", args[1] if len(args) > 1 else None)
+    of_module = "module" in keywords or (
+        bool(args) and isinstance(args[0], nn.Module | Network) and callable(loss) and not isinstance(loss, containers)
+    )
+    try:
+        bound = _form(of_module, **more).bind(*args, **keywords)
+    except TypeError as error:
+        forms = f"{caller}(loss, params, ...) or {caller}(module, loss, x, y, ...)"
+        raise TypeError(f"{caller}: {error}; call it {forms}") from None
+    bound.apply_defaults()
+    check(caller, "loss", bound.arguments["loss"], FUNCTION)
+    if of_module:
+        check(caller, "module", bound.arguments["module"], MODULE)
+    return dict(bound.arguments)
+
+
+@functools.cache
+def _form(of_module: bool, **more: Any) -> inspect.Signature:
+    """Signature of one form of a call, with these arguments and their defaults at its end."""
+    kind, empty = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.empty
+    first = {"module": empty, "loss": empty, "x": empty, "y": None} if of_module else {"loss": empty, "params": empty}
+    if of_module and empty in more.values():
+        first["y"] = empty
+    return inspect.Signature([inspect.Parameter(n, kind, default=d) for n, d in {**first, **more}.items()])

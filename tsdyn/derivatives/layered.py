@@ -16,9 +16,11 @@ module is built of torch's own parts and the loss sees the parameters through th
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -26,7 +28,7 @@ from torch import Tensor, nn
 
 from tsdyn import memory
 from tsdyn.derivatives import graph
-from tsdyn.derivatives.agreement import TOWARDS_ZERO, agree, asymmetry
+from tsdyn.derivatives.agreement import TOWARDS_ZERO, agree, agree_or_cancel, asymmetry
 from tsdyn.engine.compiled_curvature import Passed, serves
 from tsdyn.networks.network import Network
 
@@ -56,7 +58,7 @@ def layered(
     walk = walked(network, inputs.detach())
     free = walk.output.clone().requires_grad_(True)
     (slope,) = torch.autograd.grad(value(free), free, create_graph=True)
-    return Layered(network, inputs.detach(), walk, slope.detach(), _bend(slope, free)[0], order)
+    return Layered(network, inputs.detach(), walk, slope.detach(), _bend(slope, free, value)[0], order)
 
 
 def proved(
@@ -91,9 +93,13 @@ def proved(
     if not total.requires_grad or (not straight and graph.leaves_of([total]) != {id(free)}):
         return None
     (slope,) = torch.autograd.grad(total, free, create_graph=True)
+
+    def alone(output: Tensor) -> Tensor:
+        return value(output)[0]
+
     if once:
-        return Layered(network, inputs.detach(), walk, slope.detach(), _Bent(slope, free, value, straight), order)
-    bend, apart = _bend(slope, free)
+        return Layered(network, inputs.detach(), walk, slope.detach(), _Bent(slope, free, alone, straight), order)
+    bend, apart = _bend(slope, free, alone)
     if not apart:
         return None
     return Layered(network, inputs.detach(), walk, slope.detach(), bend, order)
@@ -166,11 +172,14 @@ def _place(network: Network, leaf: Tensor) -> tuple[int, bool] | None:
     return found[0] if len(found) == 1 else None
 
 
-def _bend(slope: Tensor, free: Tensor) -> tuple[Tensor, bool]:
+def _bend(slope: Tensor, free: Tensor, value: Callable[[Tensor], Tensor]) -> tuple[Tensor, bool]:
     """∂²J/∂f² from the graph of ∂J/∂f, (sample, output, output), or (sample, output) if it is diagonal.
 
     And whether that is all there is, no second derivative being in the outputs of two samples, and symmetric, as it is
     unless a hook or a backward pass of the loss's own made it.
+
+    Args:
+        value: f → J.
     """
     if not slope.requires_grad:
         return torch.zeros_like(free), True
@@ -180,15 +189,42 @@ def _bend(slope: Tensor, free: Tensor) -> tuple[Tensor, bool]:
     random = torch.empty(free.shape, dtype=free.dtype, device="cpu").uniform_(-1, 1, generator=draw)
     random = (random if len(free) == 1 else random * half).to(free.device)
     # each output by itself: then the product with ones holds all there is, and one with any other vector agrees
-    diagonal, product = (
-        torch.autograd.grad(slope, free, v, retain_graph=True)[0] for v in (torch.ones_like(free), random)
-    )
+    diagonal, product = (_along(slope, free, v) for v in (torch.ones_like(free), random))
     if agree(product, diagonal * random):
         return diagonal, True
-    columns = [torch.autograd.grad(slope[:, c].sum(), free, retain_graph=True)[0] for c in range(free.shape[1])]
-    bend = torch.stack(columns, 2)
-    whole = (bend @ random.unsqueeze(2)).squeeze(2)
-    return bend, agree(product, whole, bend.abs().max()) and agree(bend, bend.transpose(1, 2))
+
+    def of_samples(slope: Tensor, free: Tensor) -> Tensor:
+        ones = torch.ones_like(slope[:, 0])
+        return torch.stack([_along(slope[:, c], free, ones) for c in range(free.shape[1])], 2)
+
+    def with_random(bend: Tensor) -> Tensor:
+        return (bend @ random.unsqueeze(2)).squeeze(2)
+
+    bend = of_samples(slope, free)
+    others = functools.cache(lambda: [(_along(*at, random), of_samples(*at)) for at in _elsewhere(free, value)])
+    apart = agree_or_cancel(
+        product, with_random(bend), bend.abs().max(), lambda: [(p, with_random(b), b.abs().max()) for p, b in others()]
+    )
+    return bend, apart and agree_or_cancel(bend, bend.mT, 0.0, lambda: [(b, b.mT, 0.0) for _, b in others()])
+
+
+def _along(slope: Tensor, free: Tensor, vector: Tensor) -> Tensor:
+    """The product of the second derivative in `free` with a vector, by the graph of the first one."""
+    if not slope.requires_grad:
+        return torch.zeros_like(free)
+    (found,) = torch.autograd.grad(slope, free, vector, retain_graph=True, allow_unused=True)
+    return torch.zeros_like(free) if found is None else found
+
+
+def _elsewhere(free: Tensor, value: Callable[[Tensor], Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """(∂J/∂f with its graph, f) at outputs nearer to 0, where J depends on them."""
+    for factor in TOWARDS_ZERO:
+        there = (free.detach() * factor).requires_grad_(True)
+        with suppress(RuntimeError, ValueError):  # it need not be defined there
+            total = value(there)
+            if total.requires_grad:
+                (slope,) = torch.autograd.grad(total, there, create_graph=True)
+                yield slope, there
 
 
 @dataclass(frozen=True)
@@ -196,13 +232,13 @@ class _Bent:
     """∂²J/∂f², held as the graph of ∂J/∂f in f, both (sample, output).
 
     Attributes:
-        value: f → J, and whether nothing but torch's own arithmetic, of which H is symmetric, made it of f.
-        straight: Whether that was so.
+        value: f → J.
+        straight: Whether nothing but torch's own arithmetic, of which H is symmetric, made it of f.
     """
 
     slope: Tensor
     free: Tensor
-    value: Callable[[Tensor], tuple[Tensor, bool]]
+    value: Callable[[Tensor], Tensor]
     straight: bool
 
     def along(self, moved: Tensor) -> Tensor:
@@ -212,7 +248,7 @@ class _Bent:
             ValueError: if they differ.
         """
         if self.straight:
-            return self._product(moved)
+            return _along(self.slope, self.free, moved)
         draw = torch.Generator(device="cpu").manual_seed(0)
         rows, columns = (
             torch.randn(n, generator=draw, dtype=moved.dtype, device="cpu").to(moved.device) for n in moved.shape
@@ -220,16 +256,11 @@ class _Bent:
         random = torch.outer(rows, columns)
 
         def elsewhere() -> Iterator[tuple[Tensor, Tensor]]:
-            for factor in TOWARDS_ZERO:
-                free = (self.free.detach() * factor).requires_grad_(True)
-                total, _ = self.value(free)
-                if total.requires_grad:
-                    (slope,) = torch.autograd.grad(total, free, create_graph=True)
-                    there = replace(self, slope=slope, free=free)
-                    yield there._product(random), there._product(moved)
+            for at in _elsewhere(self.free, self.value):
+                yield _along(*at, random), _along(*at, moved)
 
-        found = self._product(moved)
-        differing = asymmetry(random, self._product(random), moved, found, elsewhere)
+        found = _along(self.slope, self.free, moved)
+        differing = asymmetry(random, _along(self.slope, self.free, random), moved, found, elsewhere)
         if differing is not None:
             raise ValueError(
                 "hessian_vector_product: products with the Hessian of the loss in the outputs are not those of a "
@@ -237,12 +268,6 @@ class _Bent:
                 "its own, changes its gradients"
             )
         return found
-
-    def _product(self, moved: Tensor) -> Tensor:
-        if not self.slope.requires_grad:
-            return torch.zeros_like(moved)
-        (found,) = torch.autograd.grad(self.slope, self.free, moved, retain_graph=True, allow_unused=True)
-        return torch.zeros_like(moved) if found is None else found
 
 
 class Walk:
