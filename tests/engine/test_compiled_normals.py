@@ -62,13 +62,15 @@ def test_what_is_close_is_left_to_numpy(layers, monkeypatch, margin):
 
     class Counting(np.random.Generator):
         def standard_normal(self, *given):
-            asked.append(1)
+            asked.append(self.bit_generator.state["buffer_pos"])
             return draw(self, *given)
 
     found = compiled_normals.drawn(Counting(ours.bit_generator), 200_000, layers, margin)
     assert found.tobytes() == theirs.standard_normal(200_000).tobytes()
     same(ours, theirs)
     assert 0 < len(asked) < 200_000 * 0.02
+    assert set(asked) <= {1, 2, 3, 4}  # as numpy's own states are, and from 2.5 on must be
+    assert margin < 1e-3 or 4 in asked  # where a block begins
 
 
 def test_layers_are_a_ziggurat_of_equal_areas(layers):

@@ -54,13 +54,15 @@ class Words {
     void take(int64_t count) { at += count; }
     double unit() { return static_cast<double>(next() >> 11) * (1.0 / 9007199254740992.0); }
 
-    // The generator as it is before the word that was taken last, or after it.
+    // The generator as it is before the word that was taken last, or after it.  Where a block is to begin numpy has all
+    // of the one before taken: a position is 1 to 4.
     void keep(Job& job, bool before) const {
-        if (at == 0) return;
-        const long block = (at - 1) / kWords;
+        const int64_t taken = at - (before ? 1 : 0);
+        if (taken == 0) return;
+        const int64_t block = (taken - 1) / kWords;
         counter(block, job.counter);
         std::memcpy(job.buffer, words + block * kWords, sizeof job.buffer);
-        job.position = at - (before ? 1 : 0) - block * kWords;
+        job.position = taken - block * kWords;
     }
 
   private:
@@ -72,13 +74,15 @@ class Words {
         }
     }
 
+    // The last block, and those after it.
     void refill() {
-        uint64_t begin[kWords];
-        counter(end / kWords, begin);
-        std::memcpy(first, begin, sizeof first);
-        at = 0;
-        end = kBlocks * kWords;
-        for (int block = 0; block < kBlocks; ++block) fill(block);
+        uint64_t last[kWords];
+        counter(end / kWords - 1, last);
+        std::memcpy(first, last, sizeof first);
+        std::memcpy(words, words + end - kWords, sizeof last);
+        at = kWords;
+        end = (kBlocks + 1) * kWords;
+        for (int block = 1; block <= kBlocks; ++block) fill(block);
     }
 
     // Philox 4x64 of ten rounds (Salmon et al. 2011).
@@ -98,7 +102,7 @@ class Words {
         std::memcpy(words + block * kWords, v, sizeof v);
     }
 
-    uint64_t first[kWords], key[2], words[kBlocks * kWords];
+    uint64_t first[kWords], key[2], words[(kBlocks + 1) * kWords];
     int64_t at, end;
 };
 
