@@ -305,7 +305,7 @@ class Beside(nn.Module):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("gain", [5, 20, 60, 300])
 @pytest.mark.parametrize("make", [lambda: nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)), Beside])
-def test_the_hessian_of_a_classifier_that_is_sure_is_not_refused(make, gain, dtype, monkeypatch):
+def test_the_hessian_of_a_classifier_that_is_sure_is_computed_as_any_other(make, gain, dtype, monkeypatch):
     """Its softmax is nearly, then exactly, 1: what cancels there leaves products that are symmetric to no digit.
 
     Nor is it computed column by column with a warning that one way differs from another: all are equal to roundings.
