@@ -143,7 +143,7 @@ def test_a_file_that_the_disk_changes_is_not_committed(tmp_path, monkeypatch):
     assert not made_files._examples
 
 
-def test_where_more_than_attributes_changed_the_library_fills_the_file(tmp_path, monkeypatch):
+def test_where_more_than_attributes_changed_the_library_fills_the_file(tmp_path, monkeypatch, caplog):
     made = _made(tmp_path, monkeypatch, SAME[:4])
     content = file_images.Image.content
 
@@ -154,7 +154,9 @@ def test_where_more_than_attributes_changed_the_library_fills_the_file(tmp_path,
         return found
 
     monkeypatch.setattr(file_images.Image, "content", losing)
-    tsdyn.run(small(**FEW).replace(SAME[4]), tmp_path / "last")
+    with caplog.at_level("INFO", logger="tsdyn.archive"):
+        tsdyn.run(small(**FEW).replace(SAME[4]), tmp_path / "last")
+    assert "changed more of a file in memory than its attributes" in caplog.text
     assert [in_place for _, in_place in made] == [False, False, False, True, False]
     monkeypatch.setattr(made_files, "_declared", {})
     tsdyn.run(small(**FEW).replace(SAME[4]), tmp_path / "alone")

@@ -302,6 +302,14 @@ class Beside(nn.Module):
         return self.top(h + torch.tanh(self.second(h)))
 
 
+def sure(module, gain, samples):
+    """Inputs, and the class that a module finds likeliest of each: the surer, the larger the gain of its top layer."""
+    with torch.no_grad():
+        list(module.parameters())[-2].mul_(gain)
+    x = torch.randn(samples, 4, dtype=next(module.parameters()).dtype)
+    return x, module(x).argmax(1)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("gain", [5, 20, 60, 300])
 @pytest.mark.parametrize("make", [lambda: nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)), Beside])
@@ -314,10 +322,7 @@ def test_the_hessian_of_a_classifier_that_is_sure_is_computed_as_any_other(make,
     for samples in (1, 7):
         torch.manual_seed(gain + samples)
         module = make().to(dtype)
-        with torch.no_grad():
-            list(module.parameters())[-2].mul_(gain)
-        x = torch.randn(samples, 4, dtype=dtype)
-        y = module(x).argmax(1)
+        x, y = sure(module, gain, samples)
         parameters = list(module.parameters())
         vector = torch.randn(sum(p.numel() for p in parameters), dtype=dtype)
         expected = by_autograd(module, nn.functional.cross_entropy, x, y, parameters)
@@ -347,14 +352,6 @@ def test_a_backward_pass_of_its_own_is_refused_where_the_softmax_is_sure_too(gai
         x, y = torch.randn(7, 4), torch.randint(3, (7,))
         with pytest.raises(ValueError, match="not those of a symmetric matrix"):
             derivatives.hessian(module, lambda o, t: nn.functional.cross_entropy(Sheared.apply(o), t), x, y)
-
-
-def sure(module, gain, samples):
-    """Inputs and classes that a module finds the likelier, the larger the gain of its top layer."""
-    with torch.no_grad():
-        list(module.parameters())[-2].mul_(gain)
-    x = torch.randn(samples, 4, dtype=torch.float64)
-    return x, module(x).argmax(1)
 
 
 @pytest.mark.parametrize("gain", [1, 80, 100])

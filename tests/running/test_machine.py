@@ -66,7 +66,8 @@ def test_threads_wait_asleep_unless_the_environment_says_otherwise(own, then):
         f"finally: print(json.dumps([early, {{n: os.environ[n] for n in {waiting} if n in os.environ}}]))"
     )
     environment = {name: value for name, value in os.environ.items() if name not in waiting} | own
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    words = [sys.executable, "-c", code]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=True, timeout=processes.HUNG)
     assert json.loads(done.stdout.splitlines()[-1]) == [False, then]
 
 

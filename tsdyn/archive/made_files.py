@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -19,6 +20,8 @@ from tsdyn.archive.whole_files import ArchiveError, refused, replacing, write_ne
 from tsdyn.schema import Layout
 from tsdyn.schema import variable as variable_of
 from tsdyn.vocabulary import Label
+
+_log = logging.getLogger("tsdyn.archive")
 
 
 class Content(NamedTuple):
@@ -128,7 +131,8 @@ def _made(content: Content, attrs: Mapping[str, Any], swept: Sequence[Swept]) ->
             made = _exchanged(kind, example, blocks, attrs)
             if made is not None:
                 return made
-            _examples.clear()  # this file is filled by the library, and compared once it is written
+            _examples.clear()
+            _log.info("the HDF5 library changed more of a file in memory than its attributes; it fills the file itself")
         declared = _declared.get(key)
         if declared is None:
             return _filled(_keep(_declared, key, _declare(content, attrs, swept)), blocks, attrs), False

@@ -69,7 +69,7 @@ Compared: TypeAlias = tuple[Tensor, Tensor, float | Tensor]
 TOWARDS_ZERO = (1 / 4, 1 / 16, 1 / 64)
 
 
-def agree_or_cancel(
+def agree_up_to_cancellation(
     found: Tensor, right: Tensor, scale: float | Tensor, elsewhere: Callable[[], Iterable[Compared]]
 ) -> bool:
     """Whether two results are equal to rounding, or to that of terms which cancel in them.
@@ -80,7 +80,7 @@ def agree_or_cancel(
 
     Args:
         found, right, scale: As for `agree`.
-        elsewhere: Gives the same three at other points; called only if it is needed.
+        elsewhere: Gives the same three at other points, where they exist; called only if it is needed.
     """
     if agree(found, right, scale):
         return True
@@ -97,8 +97,8 @@ def asymmetry(
 ) -> tuple[float, float] | None:
     """(u·Hw, w·Hu) of products with a Hessian H if they are not those of a symmetric matrix, else None.
 
-    Products that differ at this point's scale are compared at the largest of other points, as by `agree_or_cancel`, but
-    need not agree there: where terms cancel at all of them, a function is not refused.
+    As by `agree_up_to_cancellation`, products that differ at this point's scale are compared at the largest of other
+    points; but they need not agree there: where terms cancel at all of them, a function is not refused.
 
     Args:
         u, w: Two vectors, of one shape.

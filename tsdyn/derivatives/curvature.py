@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, overload
@@ -29,7 +29,7 @@ from torch.overrides import TorchFunctionMode
 
 from tsdyn.arguments import WHOLE, check
 from tsdyn.derivatives import labels
-from tsdyn.derivatives.agreement import TOWARDS_ZERO, Compared, agree, agree_or_cancel, asymmetry, comparable
+from tsdyn.derivatives.agreement import TOWARDS_ZERO, Compared, agree, agree_up_to_cancellation, asymmetry, comparable
 from tsdyn.derivatives.assumptions import Asked, Loss, Tree, asked, gradients_on, log
 from tsdyn.derivatives.given import (
     Parameters,
@@ -400,13 +400,15 @@ class _Curve:
         right = torch.stack([self._plain(v) for v in random])
         if self._quick is not None:
             found = self._quick.dense()
-            if self._same(random @ found, right, found):
+            if agree(random @ found, right, self._scale(found)):
                 return found
             log.warning("%s: %s: the formulas' Hessian differs from plain products", self._caller, self._name)
         try:
             step = max(1, _AT_ONCE // max(1, 64 * self.size * self.dtype.itemsize))
             found = torch.cat([self._products(part, batched=True) for part in unit.split(step)])
-            if comparable(self._leaves) and self._same(random @ found, right, found, lambda: self._both(random)):
+            if comparable(self._leaves) and agree_up_to_cancellation(
+                random @ found, right, self._scale(found), lambda: self._both(random)
+            ):
                 return found
             reason = "differs from plain products"
         except (RuntimeError, ValueError) as error:
@@ -414,14 +416,12 @@ class _Curve:
         log.warning("%s: the Hessian of %s by vmap %s; column by column instead", self._caller, self._name, reason)
         return torch.stack([self._plain(v) for v in unit])
 
-    def _same(
-        self, found: Tensor, right: Tensor, matrix: Tensor, elsewhere: Callable[[], Iterable[Compared]] = tuple
-    ) -> bool:
-        # Rounding of a product of a row with a random vector has the scale of its terms, not of their sum.
-        return agree_or_cancel(found, right, matrix.abs().max() * math.sqrt(self.size), elsewhere)
+    def _scale(self, matrix: Tensor) -> Tensor:
+        """Of the rounding of a row's product with a random vector: that of its terms, not of their sum."""
+        return matrix.abs().max() * math.sqrt(self.size)
 
     def _both(self, vectors: Tensor) -> Iterator[Compared]:
-        """Products with vectors by vmap and plainly, and their scale, at other points."""
+        """Products with vectors at other points, by vmap and plainly, (vector, parameter); their scale is their own."""
         for there in self._elsewhere():
             with suppress(RuntimeError, ValueError):
                 yield there._products(vectors, batched=True), torch.stack([there._plain(v) for v in vectors]), 0.0

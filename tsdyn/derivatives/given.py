@@ -102,7 +102,16 @@ def steady(caller: str, compute: Callable[[], Tensor]) -> Tensor:
 def bound_to_a_form(
     caller: str, args: tuple[Any, ...], keywords: dict[str, Any], more: dict[str, Any]
 ) -> dict[str, Any]:
-    """Arguments by name, bound to the form of the call: (module, loss, x, y) or (loss, params)."""
+    """Arguments by name, of the form of the call that they have: (module, loss, x, y, ...) or (loss, params, ...).
+
+    Args:
+        caller: For messages.
+        args, keywords: What it was called with.
+        more: Arguments after those of either form, by name, and their defaults; ``Parameter.empty`` if there is none.
+
+    Raises:
+        TypeError: if they have neither form, or a loss or module is none; both forms are said.
+    """
     containers = Tensor | np.ndarray | Mapping | nn.ParameterList | nn.ParameterDict
     loss = keywords.get("loss", args[1] if len(args) > 1 else None)
     of_module = "module" in keywords or (

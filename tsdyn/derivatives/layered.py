@@ -16,19 +16,18 @@ module is built of torch's own parts and the loss sees the parameters through th
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor, nn
 
 from tsdyn import memory
 from tsdyn.derivatives import graph
-from tsdyn.derivatives.agreement import TOWARDS_ZERO, agree, agree_or_cancel, asymmetry
+from tsdyn.derivatives.agreement import TOWARDS_ZERO, agree, agree_up_to_cancellation, asymmetry
 from tsdyn.engine.compiled_curvature import Passed, serves
 from tsdyn.networks.network import Network
 
@@ -194,22 +193,29 @@ def _bend(slope: Tensor, free: Tensor, value: Callable[[Tensor], Tensor]) -> tup
         return diagonal, True
 
     def of_samples(slope: Tensor, free: Tensor) -> Tensor:
+        """∂²J/∂f², (sample, output, output), if no two samples meet."""
         ones = torch.ones_like(slope[:, 0])
         return torch.stack([_along(slope[:, c], free, ones) for c in range(free.shape[1])], 2)
 
     def with_random(bend: Tensor) -> Tensor:
+        """Its product with `random`, (sample, output)."""
         return (bend @ random.unsqueeze(2)).squeeze(2)
 
     bend = of_samples(slope, free)
-    others = functools.cache(lambda: [(_along(*at, random), of_samples(*at)) for at in _elsewhere(free, value)])
-    apart = agree_or_cancel(
+
+    @cache  # both comparisons may ask for it
+    def others() -> list[tuple[Tensor, Tensor]]:
+        """The product with `random`, and what `of_samples` gives, at other points."""
+        return [(_along(*at, random), of_samples(*at)) for at in _elsewhere(free, value)]
+
+    apart = agree_up_to_cancellation(
         product, with_random(bend), bend.abs().max(), lambda: [(p, with_random(b), b.abs().max()) for p, b in others()]
     )
-    return bend, apart and agree_or_cancel(bend, bend.mT, 0.0, lambda: [(b, b.mT, 0.0) for _, b in others()])
+    return bend, apart and agree_up_to_cancellation(bend, bend.mT, 0.0, lambda: [(b, b.mT, 0.0) for _, b in others()])
 
 
 def _along(slope: Tensor, free: Tensor, vector: Tensor) -> Tensor:
-    """The product of the second derivative in `free` with a vector, by the graph of the first one."""
+    """The product of ∂²J/∂f² with a vector, (sample, output), from the graph of ∂J/∂f or of one column of it."""
     if not slope.requires_grad:
         return torch.zeros_like(free)
     (found,) = torch.autograd.grad(slope, free, vector, retain_graph=True, allow_unused=True)

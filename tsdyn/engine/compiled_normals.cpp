@@ -54,8 +54,8 @@ class Words {
     void take(int64_t count) { at += count; }
     double unit() { return static_cast<double>(next() >> 11) * (1.0 / 9007199254740992.0); }
 
-    // The generator as it is before the word that was taken last, or after it.  Where a block is to begin numpy has all
-    // of the one before taken: a position is 1 to 4.
+    // The generator as it is before the word that was taken last, or after it, in a state that numpy itself has: one to
+    // four words of a block are taken.  Before the first word of a block these are the four of the block before.
     void keep(Job& job, bool before) const {
         const int64_t taken = at - (before ? 1 : 0);
         if (taken == 0) return;
@@ -74,12 +74,12 @@ class Words {
         }
     }
 
-    // The last block, and those after it.
+    // Makes `words` anew: the last block, whose words are all taken, and those after it.
     void refill() {
         uint64_t last[kWords];
         counter(end / kWords - 1, last);
         std::memcpy(first, last, sizeof first);
-        std::memcpy(words, words + end - kWords, sizeof last);
+        std::memmove(words, words + end - kWords, sizeof last);  // the same place when there is one block
         at = kWords;
         end = (kBlocks + 1) * kWords;
         for (int block = 1; block <= kBlocks; ++block) fill(block);
