@@ -85,6 +85,62 @@ def test_bits_do_not_depend_on_threads(samples):
             np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.parametrize("at_once", [1, 5000, 1 << 20])
+def test_passes_made_together_have_the_bits_of_each_alone(monkeypatch, at_once):
+    """Of several widths and numbers of samples, over any number of threads, whatever fits in one call."""
+    monkeypatch.setattr(compiled_sums, "AT_ONCE", at_once)
+    shapes = [((7, 5, 6, 3), 33), ((7, 9, 3), 2500), ((2, 1, 1), 1), ((7, 5, 6, 3), 1024)]
+    passes, alone, before = [], [], torch.get_num_threads()
+    for i, (widths, samples) in enumerate(shapes):
+        teacher, student = drawn(widths, i), drawn(widths, i + 10)
+        x = torch.randn(samples, widths[0], generator=torch.Generator().manual_seed(i), dtype=torch.float64)
+        probe = member.Probe(x, teacher)
+        taught = probe.taught if i != 1 else []
+        passes.append(compiled_sums.Pass(student, x, probe.output, taught))
+        alone.append(compiled_sums.sums(student, x, probe.output, taught))
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            for got, wanted in zip(compiled_sums.made(passes), alone, strict=True):
+                assert torch.equal(got.squared_error, wanted.squared_error)
+                for a, b in zip(got.correlations, wanted.correlations, strict=True):
+                    np.testing.assert_array_equal(a, b)
+    finally:
+        torch.set_num_threads(before)
+    assert compiled_sums.made([]) == []
+
+
+def test_a_pass_is_of_the_numbers_that_the_network_has_when_it_is_made(monkeypatch):
+    teacher, students = drawn((4, 3, 2), 1), [drawn((4, 6, 2), seed) for seed in (2, 3, 4)]
+    x = torch.randn(40, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    probe, made, calls = member.Probe(x, teacher), compiled_sums.made, []
+    monkeypatch.setattr(compiled_sums, "made", lambda passes: calls.append(len(passes)) or made(passes))
+    passes = [compiled_sums.Pass(s, x, probe.output, probe.taught) for s in students]
+    joint = compiled_sums.JointSums(lambda: [*passes, None])
+    joint.renew([0, 2, 3])
+    first = [joint.of(i) for i in (0, 2)]
+    assert calls == [2]
+    assert joint.of(3) is None  # it has no pass
+    other = float(joint.of(1).squared_error)  # not asked for with the others: made by itself
+    assert other == pytest.approx(float(by_formula(students[1], teacher, x)[0]), rel=1e-12)
+    kept = [s.squared_error.clone() for s in first]
+    students[0].weights[0].mul_(2)
+    assert torch.equal(joint.of(0).squared_error, kept[0])  # as it was when they were renewed and asked for
+    joint.renew([0, 1])
+    again = joint.of(0)
+    assert float(again.squared_error) == pytest.approx(float(by_formula(students[0], teacher, x)[0]), rel=1e-12)
+    assert all(torch.equal(a.squared_error, b) for a, b in zip(first, kept, strict=True))  # what was given out stays
+
+    def full(passes):
+        if len(passes) > 1:
+            raise MemoryError
+        return made(passes)
+
+    joint.renew([0, 1, 2])
+    monkeypatch.setattr(compiled_sums, "made", full)
+    assert torch.equal(joint.of(0).squared_error, again.squared_error)
+
+
 def test_a_node_of_small_variance_keeps_its_digits():
     """f = 1 + 1e-6 x: centred by a mean within its own scatter, the correlation with x is exact to 1e-6 of eps."""
     samples = 3000

@@ -55,7 +55,7 @@ def test_all_that_draws_read_of_an_experiment_is_compared(monkeypatch):
             return get(self, name)
 
         monkeypatch.setattr(section, "__getattribute__", noting)
-    _ = theirs.teachers, theirs.eval_probes, theirs.finite, theirs._trained_probes
+    _ = theirs.teachers, theirs.eval_probes, theirs.finite, theirs.trained_probes
     # observables decide whether the data's labels are kept, and these data have none
     compared = {"Student.activation", "Student.leak", "Training.loss", "Training.labels", "Record.observables"}
     assert {"Student.activation", "Training.loss"} <= read <= compared

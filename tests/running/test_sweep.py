@@ -66,7 +66,7 @@ def test_a_point_that_fails_in_training_does_not_stop_the_others(tmp_path, monke
 
     monkeypatch.setattr(Members, "advance", failing)
     with pytest.raises(outcome.SweepError, match=r"1 of 3 points failed(.|\n)*polarity=0.0: RuntimeError: no more"):
-        tsdyn.run(small(sweep=GRID, **FEW), tmp_path / "sweep")
+        tsdyn.run(small(sweep=GRID, **FEW), tmp_path / "sweep", together=False)
     with pytest.raises(RuntimeError, match="no more"):
         tsdyn.run(small(teacher__polarity=0.0, **FEW), tmp_path / "run")
 
@@ -259,7 +259,7 @@ def test_points_of_one_shape_train_as_one_ensemble(tmp_path, ensembles, changes,
     experiment = small(sweep=MIXED, **(FEW | changes))
     found = sweep.run(experiment, tmp_path / "together", together=True).compute()
     assert ensembles == [4]
-    wanted = sweep.run(experiment, tmp_path / "apart").compute()
+    wanted = sweep.run(experiment, tmp_path / "apart", together=False).compute()
     assert ensembles == [4]
     if bits and native.load(compiled_step.SOURCE, compiled_step.Job) is not None:
         xr.testing.assert_equal(found, wanted)
@@ -268,9 +268,61 @@ def test_points_of_one_shape_train_as_one_ensemble(tmp_path, ensembles, changes,
     assert not np.allclose(found.mse_eval.isel(learning_rate=0), found.mse_eval.isel(learning_rate=1))
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"data__train": "fresh", "training__steps_per_epoch": 7, "student__scale": 0.3},
+        {"training__method": "gd"},
+        {"student__activation": "erf", "training__method": "adam", "training__epsilon": 0.1, "dtype": "float32"},
+        {"training__loss": "cross_entropy", "data__augment": "aware"},
+        {"training__stop": {"variable": "mse_eval", "below": 0.3}},
+    ],
+)
+@pytest.mark.parametrize("key", ["training.learning_rate", "teacher.polarity"])  # data that points share, and do not
+def test_small_points_train_together_unasked_where_each_has_the_bits_it_has_alone(tmp_path, ensembles, changes, key):
+    values = {"training.learning_rate": [0.01, 1e9, {"0": 0.02, "2": 0.005}], "teacher.polarity": [0.0, 1.0, 2.0]}
+    every = {"record__observables": ["loss", "mse", "correlation", "weight"]}
+    experiment = small(sweep={key: values[key]}, **(FEW | every | changes))
+    found = sweep.run(experiment, tmp_path / "small").compute()
+    compiled = native.load(compiled_step.SOURCE, compiled_step.Job) is not None
+    assert ensembles == ([3] if compiled else [])
+    xr.testing.assert_identical(
+        found.drop_attrs(), sweep.run(experiment, tmp_path / "apart", together=False).compute().drop_attrs()
+    )
+    assert ensembles == ([3] if compiled else [])
+
+
+def test_points_that_are_large_or_whose_bits_would_be_others_train_one_after_another(tmp_path, ensembles, monkeypatch):
+    registers.OPTIMIZERS.add("plain", Optimizer("plain", (), OPTIMIZERS["sgd"].update))
+    try:
+        sweep.run(small(sweep=MIXED, training__method="plain", **FEW), tmp_path / "own").close()
+    finally:
+        registers.OPTIMIZERS.remove("plain")
+    large = small(sweep=GRID, **FEW | {"training__steps_per_epoch": 10**6})
+    points = {str(i): single for i, (_, single) in enumerate(large.points())}
+    assert len(joint_training.group_points(points, 1, 1 << 40, small=True)) == 3
+    many = small(sweep={"training.learning_rate": [0.001 * i for i in range(1, 40)]}, **FEW)
+    points = {str(i): single for i, (_, single) in enumerate(many.points())}
+    groups = joint_training.group_points(points, 1, 1 << 40, small=True)
+    assert [len(group) for group in groups] == [16, 16, 7]
+    monkeypatch.setattr(joint_training, "SMALL_BYTES", 1)
+    assert len(joint_training.group_points(points, 1, 1 << 40, small=True)) == 39
+    assert ensembles == []
+
+
+def test_points_that_draw_the_same_have_the_same_batches_drawn_once(tmp_path, monkeypatch):
+    drawn, rows = [], Members.rows
+    monkeypatch.setattr(Members, "rows", lambda members, epoch: drawn.append(epoch) or rows(members, epoch))
+    sweep.run(small(sweep={"training.learning_rate": [0.01, 0.02, 0.03]}, **FEW), tmp_path / "rates").close()
+    assert drawn == [1, 2, 3]
+    sweep.run(small(sweep=GRID, **FEW), tmp_path / "polarities").close()
+    assert drawn[3:] == [1, 1, 1, 2, 2, 2, 3, 3, 3]
+
+
 def test_an_ensemble_of_points_goes_through_the_chunks_of_a_device(tmp_path, monkeypatch, ensembles):
     """As on a GPU: their steps are recorded once and taken again in later epochs, with the rates of each member."""
-    wanted = sweep.run(small(sweep=MIXED, **FEW), tmp_path / "apart").compute()
+    wanted = sweep.run(small(sweep=MIXED, **FEW), tmp_path / "apart", together=False).compute()
     chunks = dataclasses.replace(CHUNKS, claims=lambda *_: True)
     monkeypatch.setattr(train_module, "BACKENDS", (chunks,))
     found = sweep.run(small(sweep=MIXED, **FEW), tmp_path / "together", together=True).compute()
@@ -283,7 +335,7 @@ def test_a_member_that_dies_leaves_its_ensemble_as_it_is(tmp_path, ensembles):
     found = sweep.run(experiment, tmp_path / "together", together=True).compute()
     assert ensembles == [3]
     assert (found.death_epoch.isel(learning_rate=1) > 0).all()
-    same(found, sweep.run(experiment, tmp_path / "apart"))
+    same(found, sweep.run(experiment, tmp_path / "apart", together=False))
 
 
 def test_who_fails_in_company_does_not_stop_the_others_and_goes_on_later(tmp_path, monkeypatch, ensembles, undisturbed):
@@ -340,7 +392,7 @@ def test_an_ensemble_that_was_stopped_goes_on_as_one(tmp_path, monkeypatch, ense
     assert {tuple(s.last for s in segments(p)) for p in (tmp_path / "sweep").iterdir() if p.is_dir()} == {(0, 1, 2)}
     found = sweep.run(experiment, tmp_path / "sweep", together=True)
     assert ensembles == [3, 3]
-    same(found, sweep.run(experiment, tmp_path / "apart"))
+    same(found, sweep.run(experiment, tmp_path / "apart", together=False))
 
 
 def test_a_point_whose_members_all_died_by_itself_goes_on_in_company(tmp_path, monkeypatch, ensembles, stopping_at):
@@ -353,7 +405,7 @@ def test_a_point_whose_members_all_died_by_itself_goes_on_in_company(tmp_path, m
                 runner.run(point, tmp_path / "sweep" / name)
     found = sweep.run(experiment, tmp_path / "sweep", together=True)
     assert ensembles == [3]
-    same(found, sweep.run(experiment, tmp_path / "apart"))
+    same(found, sweep.run(experiment, tmp_path / "apart", together=False))
 
 
 def test_data_that_cannot_be_had_fail_one_point_of_an_ensemble(tmp_path, ensembles):
@@ -370,7 +422,9 @@ def test_data_of_different_sizes_and_their_own_labels(tmp_path, ensembles):
     experiment = small(sweep={"data.train": [100, 200]}, **(FEW | labels))
     found = sweep.run(experiment, tmp_path / "together", together=True).compute()
     assert ensembles == [2]
-    xr.testing.assert_allclose(found, sweep.run(experiment, tmp_path / "apart").compute(), rtol=1e-10, atol=1e-12)
+    xr.testing.assert_allclose(
+        found, sweep.run(experiment, tmp_path / "apart", together=False).compute(), rtol=1e-10, atol=1e-12
+    )
 
 
 def test_an_ensemble_that_cannot_be_trained_is_taken_apart(tmp_path, monkeypatch, undisturbed, caplog):

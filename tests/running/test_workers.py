@@ -22,6 +22,7 @@ from tests import processes
 from tests.cases import FEW, small
 from tests.test_cli import command  # noqa: F401
 from tsdyn.archive import integrity, run_directory, sweep_directory, whole_files
+from tsdyn.running import outcome
 from tsdyn.running import workers as workers_module
 from tsdyn.running.workers import WorkersError
 
@@ -195,6 +196,22 @@ def test_commands_on_one_sweep_share_its_points_and_none_fails(tmp_path, workers
     ds = tsdyn.open(tmp_path / "sweep")
     assert int(ds.coverage.sum()) == 4
     assert integrity.check(tmp_path / "sweep") == []
+
+
+def test_a_command_that_finds_all_points_held_has_nothing_to_do(tmp_path):
+    experiment = small(sweep={"teacher.polarity": [0.0, 1.0]}, **FEW)
+    (tmp_path / "sweep.toml").write_text(experiment.to_toml(), encoding="utf-8")
+    path = tmp_path / "sweep"
+    points = sweep_directory.write_sweep(path, experiment)
+    with contextlib.ExitStack() as held:
+        for name, single in points.items():
+            held.enter_context(run_directory.RunDirectory(path / name, single))
+        with pytest.raises(outcome.AllHeldError, match=r"other processes are writing all its points: .*no point"):
+            tsdyn.run(experiment, path)
+        done = processes.run(["tsdyn", "run", "sweep.toml", "-o", "sweep", "--quiet"], tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert "other processes are writing all its points" in done.stdout
+    assert int(tsdyn.run(experiment, path).coverage.sum()) == 2
 
 
 def test_a_point_that_is_held_is_left_to_its_writer(tmp_path, caplog):

@@ -211,6 +211,7 @@ def run_announced(
 ) -> None:
     """Run an experiment after saying what it will cost; `again`: seconds of the run -> of measuring afterwards."""
     from tsdyn.running import own_modules, runner, sweep
+    from tsdyn.running.outcome import AllHeldError
     from tsdyn.running.words import duration
     from tsdyn.running.workers import WorkersError
 
@@ -240,6 +241,9 @@ def run_announced(
                 sweep.run(experiment, path, **shared, progress=report, point=point)
     except (runner.DeviceError, WorkersError) as error:
         raise Unavailable(str(error)) from error
+    except AllHeldError as held:  # nothing is left for this command, as may be for one of a job array
+        print(printable(str(held)), flush=True)
+        return
     except KeyboardInterrupt as error:  # caught here: typer would exit 130 for every signal, without a message
         signal = getattr(error, "signal", 2)
         fail(f"interrupted; {INTACT}, the same command goes on from there", 128 + signal)

@@ -273,11 +273,19 @@ class Pass {
     Real rest = 0;
 };
 
+long blocks_of(const Job& job) { return (job.samples + job.block - 1) / job.block; }
+
 template <class Real>
-int run(const Job& job, int64_t from, int64_t to) {
+int run(const Job* const* jobs, int64_t count, int64_t from, int64_t to) {
     try {
-        Pass<Real> pass(job);
-        for (int64_t i = from; i < to; ++i) pass.block(i);
+        for (long j = 0, start = 0; j < count && start < to; ++j) {
+            const long blocks = blocks_of(*jobs[j]), first = std::max<long>(from - start, 0);
+            const long last = std::min<long>(to - start, blocks);
+            start += blocks;
+            if (first >= last) continue;
+            Pass<Real> pass(*jobs[j]);
+            for (long i = first; i < last; ++i) pass.block(i);
+        }
     } catch (const std::bad_alloc&) {
         return 1;
     }
@@ -289,7 +297,7 @@ int run(const Job& job, int64_t from, int64_t to) {
 // sum_x (f - m)^2 = sum_b [sum_(x in b) (f - m_b)^2 + n_b (m_b - m)^2].  Nodes that are constant are NaN.
 template <class Real>
 void finish(const Job& job) {
-    const long blocks = (job.samples + job.block - 1) / job.block, numbers = job.numbers;
+    const long blocks = blocks_of(job), numbers = job.numbers;
     const Real* found = static_cast<const Real*>(job.found);
     const auto size = [&](long b) { return static_cast<Real>(std::min<long>(job.block, job.samples - b * job.block)); };
     Real total = 0;
@@ -328,10 +336,18 @@ void finish(const Job& job) {
 }  // namespace
 
 extern "C" {
-// Blocks from..to-1.
-int forward_float64(const Job* job, int64_t from, int64_t to) { return run<double>(*job, from, to); }
-int forward_float32(const Job* job, int64_t from, int64_t to) { return run<float>(*job, from, to); }
+// Blocks from..to-1 of all jobs', counted from the first job's on.
+int forward_float64(const Job* const* jobs, int64_t count, int64_t from, int64_t to) {
+    return run<double>(jobs, count, from, to);
+}
+int forward_float32(const Job* const* jobs, int64_t count, int64_t from, int64_t to) {
+    return run<float>(jobs, count, from, to);
+}
 // After all blocks.
-void finish_float64(const Job* job) { finish<double>(*job); }
-void finish_float32(const Job* job) { finish<float>(*job); }
+void finish_float64(const Job* const* jobs, int64_t count) {
+    for (int64_t j = 0; j < count; ++j) finish<double>(*jobs[j]);
+}
+void finish_float32(const Job* const* jobs, int64_t count) {
+    for (int64_t j = 0; j < count; ++j) finish<float>(*jobs[j]);
+}
 }

@@ -9,7 +9,9 @@ False.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -22,6 +24,8 @@ from tsdyn.networks.network import Network
 SOURCE = native.FOLDER / "compiled_sums.cpp"
 #: Samples per block; blocks are shared out over threads, and their sums are added in order.
 BLOCK = 1024
+#: Sums of blocks, of all passes of one call, are at most so many numbers.
+AT_ONCE = 1 << 20
 
 
 class Job(ctypes.Structure):
@@ -80,56 +84,144 @@ def serves(network: Network, inputs: Tensor) -> bool:
     return network.plain and known and native.serves(tensors, SOURCE, Job)
 
 
-def sums(network: Network, inputs: Tensor, targets: Tensor, teachers: Sequence[Taught] = ()) -> Sums:
-    """Squared error, and correlations with a teacher's standardised activations, over any number of samples.
+class Pass:
+    """A network's pass over a data set, made as often as asked for (`made`) with the numbers that it has then.
 
-    The result has the same bits for any number of threads.
+    A pass is prepared once: the network's tensors may be changed in place between two, but not replaced.
 
     Args:
         network: A network for which `serves` is True.
         inputs: (sample, input).
         targets: (sample, output).
-        teachers: The teacher's at hidden layers 1, 2, ... as far as correlations are asked for.
+        teachers: The teacher's activations at hidden layers 1, 2, ... as far as correlations are asked for.
+    """
+
+    def __init__(self, network: Network, inputs: Tensor, targets: Tensor, teachers: Sequence[Taught] = ()) -> None:
+        hidden, of = network.depth - 1, network.widths
+        asked = teachers[:hidden]
+        x, y, *known = (native.written(t) for t in (inputs, targets, *(t.activations for t in asked)))
+        taught = [native.written(t.of_blocks) for t in asked]
+        self._shapes = [(t.shape[1], nodes) for t, nodes in zip(known, of[1:], strict=False)]
+        #: What the call leaves: the squared error, and the correlations one layer after another.
+        self._found = inputs.new_empty(1 + sum(math.prod(shape) for shape in self._shapes))
+        self.numbers = 1 + sum(nodes * (5 + native.padded(t, inputs.dtype)) for t, nodes in self._shapes)
+        self.blocks = -(-inputs.shape[0] // BLOCK)
+        self.dtype, self.widths = inputs.dtype, of
+        squared_error, correlations = self._views(self._found)
+        none = [None] * (hidden - len(asked))
+        self.job = Job(
+            network.depth,
+            native.array(ctypes.c_int64, of),
+            inputs.shape[0],
+            BLOCK,
+            compiled_activations.kind(network.activation),
+            network.activation.leak or 0.0,
+            native.pointers(network.weights),
+            native.pointers(network.biases),
+            native.address(x),
+            native.address(y),
+            native.array(ctypes.c_int64, [*(t.shape[1] for t in known), *[0] * len(none)]),
+            native.pointers([*known, *none]),
+            native.pointers([*taught, *none]),
+            None,
+            self.numbers,
+            native.pointers([*correlations, *none]),
+            native.address(squared_error),
+        )
+        self._held = network, x, y, known, taught  #: the memory that the job points to
+
+    @property
+    def sums(self) -> Sums:
+        """A copy of what the latest call left."""
+        return Sums(*self._views(self._found.clone()))
+
+    def _views(self, found: Tensor) -> tuple[Tensor, list[Tensor]]:
+        sizes = [1, *(math.prod(shape) for shape in self._shapes)]
+        squared_error, *layers = found.split(sizes)
+        return squared_error[0], [t.view(shape) for t, shape in zip(layers, self._shapes, strict=True)]
+
+
+def made(passes: Sequence[Pass]) -> list[Sums]:
+    """The sums of each of these passes of one dtype, whose blocks torch's threads share out.
+
+    The result has the same bits for any number of threads, and whatever passes are beside each.
 
     Raises:
-        MemoryError: if there is no memory for a second copy of the network's parameters.
+        MemoryError: if there is no memory for a second copy of a network's parameters.
     """
     library = native.load(SOURCE, Job)
     assert library is not None
-    samples, hidden, of = inputs.shape[0], network.depth - 1, network.widths
-    asked = teachers[:hidden]
-    x, y, *known = (native.written(t) for t in (inputs, targets, *(t.activations for t in asked)))
-    taught = [native.written(t.of_blocks) for t in asked]
-    correlations = [inputs.new_empty(t.shape[1], nodes) for t, nodes in zip(known, of[1:], strict=False)]
-    numbers = 1 + sum(nodes * (5 + native.padded(t.shape[1], t.dtype)) for t, nodes in zip(known, of[1:], strict=False))
-    blocks = -(-samples // BLOCK)
-    found, squared_error = inputs.new_empty(blocks, numbers), inputs.new_empty(())
-    none = [None] * (hidden - len(asked))
-    job = Job(
-        network.depth,
-        native.array(ctypes.c_int64, of),
-        samples,
-        BLOCK,
-        compiled_activations.kind(network.activation),
-        network.activation.leak or 0.0,
-        native.pointers(network.weights),
-        native.pointers(network.biases),
-        native.address(x),
-        native.address(y),
-        native.array(ctypes.c_int64, [*(t.shape[1] for t in known), *[0] * len(none)]),
-        native.pointers([*known, *none]),
-        native.pointers([*taught, *none]),
-        native.address(found),
-        numbers,
-        native.pointers([*correlations, *none]),
-        native.address(squared_error),
-    )
-    forward = native.function(library, "forward", inputs.dtype)
+    for few in _pieces(passes):
+        forward, finish = (native.function(library, name, few[0].dtype) for name in ("forward", "finish"))
+        scratch = torch.empty(sum(p.blocks * p.numbers for p in few), dtype=few[0].dtype, device="cpu")
+        begin = native.address(scratch)
+        for each in few:
+            each.job.found = begin
+            begin += each.blocks * each.numbers * scratch.itemsize
+        jobs = native.array(ctypes.c_void_p, [ctypes.addressof(each.job) for each in few])
+        count = ctypes.c_int64(len(few))
 
-    def some(first: int, last: int) -> int:
-        return int(forward(ctypes.byref(job), ctypes.c_int64(first), ctypes.c_int64(last)))
+        def some(first: int, last: int) -> int:
+            return int(forward(jobs, count, ctypes.c_int64(first), ctypes.c_int64(last)))  # noqa: B023 - called in here
 
-    if native.each(some, list(native.shares(blocks))):
-        raise MemoryError(f"sums: no memory for a second copy of a network of widths {of}")
-    native.function(library, "finish", inputs.dtype)(ctypes.byref(job))
-    return Sums(squared_error, correlations)
+        if native.each(some, list(native.shares(sum(each.blocks for each in few)))):
+            raise MemoryError(f"sums: no memory for a second copy of a network of widths {few[0].widths}")
+        finish(jobs, count)
+    return [each.sums for each in passes]
+
+
+def _pieces(passes: Sequence[Pass]) -> Iterator[Sequence[Pass]]:
+    """Consecutive passes whose sums of blocks take at most `AT_ONCE` numbers, but at least one."""
+    begin = held = 0
+    for end, each in enumerate(passes):
+        held += each.blocks * each.numbers
+        if held > AT_ONCE and end > begin:
+            yield passes[begin:end]
+            begin, held = end, each.blocks * each.numbers
+    if passes:
+        yield passes[begin:]
+
+
+class JointSums:
+    """The sums of several passes, made together when the first of them is asked for.
+
+    Args:
+        prepare: Gives the passes when they are first needed; None where a network cannot have one.
+    """
+
+    def __init__(self, prepare: Callable[[], Sequence[Pass | None]]) -> None:
+        self._prepare = prepare
+        self._passes: Sequence[Pass | None] | None = None
+        self._asked: tuple[int, ...] = ()
+        self._found: dict[int, Sums] = {}
+
+    def renew(self, asked: Iterable[int]) -> None:
+        """Forget what was made; the passes at the positions `asked` are made again when one of them is needed."""
+        self._asked, self._found = tuple(asked), {}
+
+    def of(self, position: int) -> Sums | None:
+        """The sums of the pass at `position`; None if it has none.
+
+        Raises:
+            MemoryError: as `made`, for this pass alone.
+        """
+        if self._passes is None:
+            self._passes = self._prepare()
+        own = self._passes[position]
+        if own is None:
+            return None
+        if not self._found:
+            passes = {i: each for i in self._asked if (each := self._passes[i]) is not None}
+            with suppress(MemoryError):  # alone they may have room
+                self._found = dict(zip(passes, made(list(passes.values())), strict=True))
+        return self._found[position] if position in self._found else made([own])[0]
+
+
+def sums(network: Network, inputs: Tensor, targets: Tensor, teachers: Sequence[Taught] = ()) -> Sums:
+    """Squared error, and correlations with a teacher's standardised activations, of one `Pass` with these arguments.
+
+    Raises:
+        MemoryError: as `made`.
+    """
+    (found,) = made([Pass(network, inputs, targets, teachers)])
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, assert_never
@@ -105,11 +106,13 @@ class Response:
         student: A network, or a module of the user's own.
         probe: The data set.
         correlated: Whether correlations are needed too.
+        joint: Gives the compiled sums, made together with other members'; or None where these have none.
     """
 
     student: Network | Own
     probe: Probe
     correlated: bool = False
+    joint: Callable[[], compiled_sums.Sums | None] = lambda: None
 
     @cached_property
     def trace(self) -> Trace:
@@ -123,6 +126,9 @@ class Response:
 
     @cached_property
     def _sums(self) -> compiled_sums.Sums:
+        found = self.joint()
+        if found is not None:
+            return found
         student, probe = self.student, self.probe
         target = probe.output
         if isinstance(student, Network) and compiled_sums.serves(student, probe.inputs):
@@ -210,6 +216,7 @@ class Measurement:
         layout: Array sizes that the experiment's record settings determine.
         objective: The loss that is trained, to which gradients and Hessians belong.
         labels: For a loss on classes, whether they are the teacher's or the data set's.
+        joint_on_train, joint_on_eval: `Response.joint` on the two probes.
     """
 
     student: Network | Own
@@ -219,6 +226,8 @@ class Measurement:
     layout: schema.Layout | None = None
     objective: Loss = MSE
     labels: Literal["teacher", "data"] = "teacher"
+    joint_on_train: Callable[[], compiled_sums.Sums | None] = lambda: None
+    joint_on_eval: Callable[[], compiled_sums.Sums | None] = lambda: None
 
     @property
     def network(self) -> Network:
@@ -271,11 +280,11 @@ class Measurement:
 
     @cached_property
     def on_train(self) -> Response:
-        return Response(self.student, self.train)
+        return Response(self.student, self.train, joint=self.joint_on_train)
 
     @cached_property
     def on_eval(self) -> Response:
-        return Response(self.student, self.eval, correlated=not self.own)
+        return Response(self.student, self.eval, correlated=not self.own, joint=self.joint_on_eval)
 
     @cached_property
     def pair_sums(self) -> module_couplings.PairSums:

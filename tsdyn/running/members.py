@@ -39,6 +39,7 @@ from tsdyn.problem.inputs import (
 )
 from tsdyn.problem.students import draw_student
 from tsdyn.problem.teachers import draw_teacher
+from tsdyn.running.joint_sums import MemberSums
 from tsdyn.running.own_modules import Maker, made, makers, refuse_other_source
 from tsdyn.running.protocol import Runnable, of_this_shape
 from tsdyn.running.stopping import Watch
@@ -59,6 +60,7 @@ class Members:
 
     def __post_init__(self) -> None:
         self._told: set[str] = set()
+        self._sums: MemberSums | None = None
         given = self.student, self.teacher
         self.student, self.teacher = makers(self.experiment, student=self.student, teacher=self.teacher)
         if given[0] is None and self.student is not None:
@@ -111,7 +113,7 @@ class Members:
         return None if subset is None else torch.from_numpy(subsets.left_out(self.experiment.data, subset))
 
     @cached_property
-    def _trained_probes(self) -> list[Probe]:
+    def trained_probes(self) -> list[Probe]:
         """`_finite_probes` without the samples that are left out."""
         if self._left_out is None:
             return self._finite_probes
@@ -139,6 +141,22 @@ class Members:
             aims = [torch.cat([aim, weights], 1) for aim in aims]
         padded = (pad_sequence(each, batch_first=True, padding_value=torch.nan) for each in (inputs, aims))
         return next(padded), next(padded)
+
+    @property
+    def sums(self) -> MemberSums:
+        """The members' compiled sums, made side by side: with those of other runs while they train together."""
+        if self._sums is None or not self._sums.fit():
+            self._sums = MemberSums([self])
+        return self._sums
+
+    def measured_with(self, sums: MemberSums) -> None:
+        """Have the members' sums made with those of other runs, whose owner renews them."""
+        self._sums = sums
+
+    def living(self, epoch: int) -> list[int]:
+        """Members that are measured at `epoch`: those that live and had not stopped before."""
+        ended, stopped = self.ensemble.death_epoch.tolist(), self.ensemble.stop_epoch.tolist()
+        return [i for i, (d, s) in enumerate(zip(ended, stopped, strict=True)) if d < 0 and not 0 <= s < epoch]
 
     def drawn_by(self) -> tuple[object, ...] | None:
         """All that teachers and data are drawn by: equal for members whose teachers and data have the same bits.
@@ -208,7 +226,7 @@ class Members:
     def train_probe(self, member: int, epoch: int) -> Probe:
         """The samples on which this member's training quantities are measured, with the teacher's trace."""
         if self.experiment.data.train != "fresh":
-            return self._trained_probes[member]
+            return self.trained_probes[member]
         seed = self.experiment.seed_labels[member]
         x = self._tensor(training_inputs(self.experiment, seed, epoch))
         return Probe(x, self.teachers[member], targets=self._spoiled(member, x, None, epoch))
@@ -279,22 +297,23 @@ class Members:
 
         NaN for the dead, and for those that stopped before.  Members whose watched variable says so stop here.
         """
-        found: list[dict[str, Any] | None] = []
-        for member in range(self.ensemble.members):
-            if self.ensemble.death_epoch[member] >= 0 or 0 <= self.ensemble.stop_epoch[member] < epoch:
-                found.append(None)
-                continue
+        found: list[dict[str, Any] | None] = [None] * self.ensemble.members
+        sums = self.sums
+        if sums.alone:
+            sums.renew(epoch)
+        for member in self.living(epoch):
             view = Measurement(
-                self._student(member),
+                self._student(member, sums),
                 self.train_probe(member, epoch),
                 self.eval_probes[member],
                 self.experiment.record.band,
                 self.experiment.layout,
                 loss(self.experiment.training.loss),
                 self.experiment.training.labels,
+                *sums.of(self, member),
             )
-            found.append(registry.measure(variables, view))
-            self._tell_odd(found[-1] or {}, member, epoch)
+            found[member] = registry.measure(variables, view)
+            self._tell_odd(found[member] or {}, member, epoch)
         records = {name: self._stacked(name, [None if f is None else f[name] for f in found]) for name in variables}
         if self._watch is not None and self._watch.stop.variable in records:
             ensemble = self.ensemble
@@ -312,9 +331,9 @@ class Members:
                     self.experiment.name, name, self.experiment.seed_labels[member], epoch,
                 )  # fmt: skip
 
-    def _student(self, member: int) -> Network | Own:
+    def _student(self, member: int, sums: MemberSums) -> Network | Own:
         if self.student is None:
-            return self.ensemble.network(member)
+            return sums.network(self, member)
         return Own(self.ensemble.module(member), self.experiment.student.layers or ())
 
     def _stacked(self, name: str, values: list[Any]) -> Any:
@@ -437,7 +456,7 @@ class Shared:
             return
         asked = self._latest.drawn_by()
         if asked is not None and asked == latest.drawn_by():
-            held = ("teachers", "eval_probes", "_finite_probes", "_trained_probes", "finite")
+            held = ("teachers", "eval_probes", "_finite_probes", "trained_probes", "finite")
             self._latest.__dict__ |= {name: latest.__dict__[name] for name in held if name in latest.__dict__}
 
 

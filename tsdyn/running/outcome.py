@@ -32,6 +32,10 @@ class SweepError(ArchiveError):
         return RuntimeError, (str(self),)
 
 
+class AllHeldError(HeldError):
+    """Other processes are writing all points of a sweep, and it cannot be opened yet."""
+
+
 #: The beginning of the reason for a point that was left out because another process is writing it.
 HELD = "held: "
 

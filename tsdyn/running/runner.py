@@ -28,7 +28,7 @@ from tsdyn.running import added_seeds, packages
 from tsdyn.running.conventions import attributes
 from tsdyn.running.estimates import COMMIT_BYTES, Footprint, footprint
 from tsdyn.running.interrupts import Stopped, stopping
-from tsdyn.running.joint_training import JointTraining
+from tsdyn.running.joint_training import JointTraining, keeps_bits
 from tsdyn.running.kinds import members_of
 from tsdyn.running.members import Members, Shared
 from tsdyn.running.outcome import say_replaced_inputs
@@ -148,6 +148,7 @@ def run_together(
     teacher: Maker | None = None,
     wrote: Callable[[Path, Made], None] | None = None,
     shared: Shared | None = None,
+    exact: bool = False,
 ) -> dict[Path, Exception]:
     """Run experiments of one `ensemble_key` as one ensemble, each into its own directory, as `run` would.
 
@@ -161,8 +162,9 @@ def run_together(
         asked: Returns the signal that asked to stop, or None; `stopping` unless given.
         student, teacher: As in `run`.
         wrote: Called with the directory of each archive that was written at once, and what it declares.
-        shared: Hands on what the members of earlier calls drew; of single experiments, since those that train together
-            hold their data in one array.
+        shared: Hands on what the members of earlier calls drew.
+        exact: Whether experiments train together only where each has the bits that it has alone
+            (`joint_training.keeps_bits`), and one after another elsewhere.
 
     Returns:
         Directory → error of the experiments that failed; the others are done.
@@ -185,7 +187,7 @@ def run_together(
         gaining |= joined
         roots |= dict.fromkeys([*own, *joined], path)
     each = {part: (progress or {}).get(root) for part, root in roots.items()}
-    means = _Means(device, each, asked, student, teacher, wrote, shared)
+    means = _Means(device, each, asked, student, teacher, wrote, shared, exact)
     lost = _run_parts(parts, means)
     failed |= {roots[part]: error for part, error in lost.items()}
     for path, experiment in gaining.items():
@@ -198,8 +200,9 @@ def run_together(
     if moved_on:
         failed = {path: error for path, error in failed.items() if path not in moved_on}
         failed |= run_together(
-            moved_on, device=device, progress=progress, asked=asked, student=student, teacher=teacher, wrote=wrote
-        )
+            moved_on, device=device, progress=progress, asked=asked, student=student, teacher=teacher, wrote=wrote,
+            exact=exact,
+        )  # fmt: skip
     return failed
 
 
@@ -223,6 +226,7 @@ class _Means(NamedTuple):
     teacher: Maker | None
     wrote: Callable[[Path, Made], None] | None
     shared: Shared | None
+    exact: bool
 
 
 def _run_parts(experiments: Mapping[Path, Experiment], means: _Means) -> dict[Path, Exception]:
@@ -257,7 +261,8 @@ def _run_parts(experiments: Mapping[Path, Experiment], means: _Means) -> dict[Pa
                     say_replaced_inputs(path, experiment)
             except Exception as error:  # of any type: the other experiments must go on
                 failed[path] = error
-        for start, points in begun.items():
+        companies = [(start, few) for start, points in begun.items() for few in _companies(points, exact=means.exact)]
+        for start, points in companies:
             try:
                 _train(points, start, asked, failed)
                 for point in points:
@@ -272,6 +277,13 @@ def _run_parts(experiments: Mapping[Path, Experiment], means: _Means) -> dict[Pa
     for path in apart:
         failed |= _run_parts({path: experiments[path]}, means)
     return failed
+
+
+def _companies(points: list[_Point], *, exact: bool) -> list[list[_Point]]:
+    """The points that train as one ensemble: all of them, or each by itself where its bits would be others."""
+    if exact and len(points) > 1 and not keeps_bits(_training(points[0].members)):
+        return [[point] for point in points]
+    return [points]
 
 
 class _Point:

@@ -38,7 +38,7 @@ from tsdyn.running import estimates, own_modules, packages, runner
 from tsdyn.running.interrupts import stopping
 from tsdyn.running.joint_training import group_points
 from tsdyn.running.members import Shared
-from tsdyn.running.outcome import HELD, SweepError, is_finished, reason_of, say_replaced_inputs
+from tsdyn.running.outcome import HELD, AllHeldError, SweepError, is_finished, reason_of, say_replaced_inputs
 from tsdyn.running.own_modules import Maker, described
 from tsdyn.running.workers import (
     INDEX_SECONDS,
@@ -235,8 +235,9 @@ def run(
         workers: Processes on this machine that share the points, one thread each; None runs them here, in turn.
         scheduler: Address of a dask scheduler, such as ``tcp://10.0.0.1:8786``, whose workers share the points.
         together: Whether points whose students have the same shape train as one ensemble, as many as fit in memory
-            (`group_points`).  None: only on a GPU, which is quicker with many members; on a CPU the compiled step
-            trains member by member and gains nothing.
+            (`group_points`).  None: on a GPU, which is quicker with many members.  On a CPU the compiled step trains
+            member by member, so that only what surrounds it is shared: there small points train together, in this
+            process, where each keeps the bits that it has alone.
         progress: Called after every epoch, see `runner.Progress`; with workers at most twice a second.
         point: For a sweep, called before each point; returns that point's progress, or None for `progress`.
         student, teacher: Functions that make an ``nn.Module`` of the user's own as student or teacher (`own_modules`);
@@ -251,6 +252,7 @@ def run(
     Raises:
         ArchiveError: if the directory is another's, held by another process, or cannot be written.
         SweepError: at the end, if points failed; names them with the reasons.
+        AllHeldError: if other processes are writing all points of the sweep and none has a committed epoch.
         DeviceError: if this machine has no such device.
         WorkersError: if `workers` is below 1, both `workers` and `scheduler` are given, or no scheduler answers.
         DataError: if all points read the same data files and these are missing or damaged.
@@ -277,7 +279,8 @@ def run(
         _check_data(experiment, path, scheduler)
     say_open(scheduler)
     means = _Means(
-        device, workers, scheduler, _together(experiment, device) if together is None else together, student, teacher
+        device, workers, scheduler, _together(experiment, device) if together is None else together, student, teacher,
+        small=together is None and device == "cpu",
     )  # fmt: skip
     if means.distributed:
         refuse_unpicklable(student=student, teacher=teacher, **{f"observable {o.name!r}": o for o in observables})
@@ -328,7 +331,10 @@ def _together(experiment: Experiment, device: str) -> bool:
 
 @dataclass(frozen=True)
 class _Means:
-    """Arguments of `run` that say where and with what the points are run; `together` is not None here."""
+    """Arguments of `run` that say where and with what the points are run.
+
+    `together` is not None here; `small`: whether small points train together where none else do.
+    """
 
     device: str
     workers: int | None
@@ -337,6 +343,7 @@ class _Means:
     student: Maker | None
     teacher: Maker | None
     parts: tuple[registers.Sent, ...] = ()
+    small: bool = False
 
     @property
     def passed(self) -> Passed:
@@ -391,7 +398,12 @@ def _run(
     elif left:
         _run_here(left, path, means, telling, account)
     account.close()
-    return reading.open(path)
+    try:
+        return reading.open(path)
+    except ArchiveError as error:
+        if account.all_held:
+            raise AllHeldError(f"{path}: other processes are writing all its points: {error}") from error
+        raise
 
 
 def _run_on_workers(
@@ -412,8 +424,12 @@ def _run_on_workers(
 
 
 def _run_here(left: Mapping[str, Experiment], path: Path, means: _Means, telling: _Telling, account: _Account) -> None:
-    shared = None if means.together else Shared()
-    for group in group_points(left, 1, memory.free(means.device) // 2) if means.together else _each_alone(left):
+    shared, small = None if means.together else Shared(), means.small and not means.together
+    if means.together or small:
+        groups = group_points(left, 1, memory.free(means.device) // 2, small=small)
+    else:
+        groups = _each_alone(left)
+    for group in groups:
         failed = runner.run_together(
             {path / name: single for name, single in group.items()},
             device=means.device,
@@ -422,6 +438,7 @@ def _run_here(left: Mapping[str, Experiment], path: Path, means: _Means, telling
             teacher=means.teacher,
             wrote=account.wrote,
             shared=shared,
+            exact=small,
         )
         for name in group:
             account.ended(name, reason_of(failed[path / name]) if path / name in failed else None)
@@ -462,6 +479,11 @@ class _Account:
         """Note what the archive of a point declares that was just written."""
         if self._is_sweep and folder.parent == self._path:  # not of seeds that a point gains
             self._index.made(folder.name, made)
+
+    @property
+    def all_held(self) -> bool:
+        """Whether other processes are writing all points."""
+        return len(self._held) == len(self._points)
 
     def close(self) -> None:
         """Write the index, once all points have ended.
