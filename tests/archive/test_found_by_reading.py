@@ -264,7 +264,7 @@ def test_an_unfinished_point_is_read_without_its_experiment_file(tmp_path, monke
     monkeypatch.setattr(runner, "COMMIT_SECONDS", 0.0)
     path = tmp_path / "sweep"
     with pytest.raises(Stopped):
-        tsdyn.run(small(**FEW, training__epochs=3, sweep=SWEEP), path, progress=stop_after(1))
+        tsdyn.run(small(**FEW, training__epochs=3, sweep=SWEEP), path, together=False, progress=stop_after(1))
     before = tsdyn.open(path).load()
     (path / "polarity=0.0" / "experiment.toml").write_text("epochs = [", encoding="utf-8")
     found = tsdyn.open(path)

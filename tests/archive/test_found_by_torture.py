@@ -77,7 +77,7 @@ def test_a_sweep_that_is_being_extended_is_whole(tmp_path):
     path = tmp_path / "sweep"
     tsdyn.run(small(**FEW, training__epochs=1, sweep=SWEEP), path)
     with pytest.raises(Stopped):
-        tsdyn.run(small(**FEW, training__epochs=3, sweep=SWEEP), path, progress=stop_after(2))
+        tsdyn.run(small(**FEW, training__epochs=3, sweep=SWEEP), path, together=False, progress=stop_after(2))
     assert integrity.check(path) == []
 
 

@@ -202,7 +202,11 @@ class Image:
             MemoryError: if the library does not write them.
         """
         names = list(before)
-        longer = (i for i, name in enumerate(names) if _bytes(attrs[name]).nbytes != _bytes(before[name]).nbytes)
+        longer = (
+            i
+            for i, name in enumerate(names)
+            if not _same_text(attrs[name], before[name]) and _bytes(attrs[name]).nbytes != _bytes(before[name]).nbytes
+        )
         first = next(longer, len(names))
         kept = names[:first]
         others = changed({name: attrs[name] for name in kept}, before)
@@ -261,10 +265,16 @@ def changed(attrs: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, in
     """Names of attributes that are others than before → how many of their bytes are others: all, at another length."""
     found: dict[str, int] = {}
     for name, value in attrs.items():
+        if _same_text(value, before[name]):
+            continue
         new, old = (np.frombuffer(_bytes(each).tobytes(), np.uint8) for each in (value, before[name]))
         others = len(new) if len(new) != len(old) else int(np.count_nonzero(new != old))
         found |= {name: others} if others else {}
     return found
+
+
+def _same_text(value: Any, before: Any) -> bool:
+    return isinstance(value, str) and isinstance(before, str) and value == before
 
 
 def _bytes(value: Any) -> NDArray:

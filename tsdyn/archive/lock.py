@@ -12,6 +12,7 @@ import threading
 import time
 import weakref
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -181,9 +182,7 @@ class Lock:
     def _owner(self) -> bytes:
         owner = {
             "host": os.uname().nodename,
-            "world": _world(),
-            "pid": os.getpid(),
-            "started": _started(os.getpid()),
+            **_process(os.getpid()),
             "since": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "token": self._token,
         }
@@ -254,6 +253,12 @@ def _started(pid: int) -> int | None:
     except OSError:
         return None
     return int(stat.rpartition(")")[2].split()[19])
+
+
+@lru_cache(maxsize=1)
+def _process(pid: int) -> dict[str, Any]:
+    """What names this process, `pid`, which does not change while it lives; a forked child has another pid."""
+    return {"world": _world(), "pid": pid, "started": _started(pid)}
 
 
 def _parsed(content: bytes) -> dict[str, Any]:

@@ -48,7 +48,10 @@ class Swept(NamedTuple):
 
 def dimensions(path: Path, keys: Iterable[str]) -> dict[str, str]:
     """Swept key → dimension, as ``sweep.json`` in `path` says; for one without or with other keys by the rule."""
-    listed, keys = _listed(path), tuple(keys)
+    return _dimensions(_listed(path), tuple(keys))
+
+
+def _dimensions(listed: Mapping[str, Any] | None, keys: tuple[str, ...]) -> dict[str, str]:
     return named(listed.get("dimensions") if listed else None, keys) or sweep_dimensions(keys)
 
 
@@ -59,7 +62,7 @@ def of_point(folder: Path, experiment: Experiment) -> tuple[Swept, ...]:
     with suppress(KeyError, ExperimentError):
         values = (listed or {})[_BY_DIRECTORY][folder.name]
         if experiment.says(values):  # the file is for other readers, and is not trusted
-            return of_values(values, dimensions(folder.parent, values))
+            return of_values(values, _dimensions(listed, tuple(values)))
     return ()
 
 

@@ -174,7 +174,7 @@ def replacing(path: Path, needed: int, *, seal: bool = False) -> Iterator[Path]:
     Raises:
         ArchiveError: if it cannot be written; `path` is then unchanged.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary, renamed = path.with_name(f".{path.name}.{os.getpid()}.tmp"), False
     try:
         if shutil.disk_usage(path.parent).free < needed + MARGIN:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -188,14 +188,16 @@ def replacing(path: Path, needed: int, *, seal: bool = False) -> Iterator[Path]:
         if seal:
             write_text(seal_of(path), f"{sha256(temporary)}  {path.name}\n")
         temporary.replace(path)
+        renamed = True
         sync_directory(path.parent)
     except (OSError, RuntimeError) as error:
         if isinstance(error, ArchiveError):
             raise
         raise refused(path, error, needed) from error
     finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        if not renamed:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
 
 
 def write_bytes(path: Path, content: bytes | memoryview, *, seal: bool = False) -> None:

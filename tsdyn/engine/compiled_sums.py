@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tsdyn.engine import compiled_activations, native
@@ -107,7 +108,7 @@ class Pass:
         self.numbers = 1 + sum(nodes * (5 + native.padded(t, inputs.dtype)) for t, nodes in self._shapes)
         self.blocks = -(-inputs.shape[0] // BLOCK)
         self.dtype, self.widths = inputs.dtype, of
-        squared_error, correlations = self._views(self._found)
+        squared_error, *correlations = self._views(self._found.numpy())
         none = [None] * (hidden - len(asked))
         self.job = Job(
             network.depth,
@@ -125,20 +126,25 @@ class Pass:
             native.pointers([*taught, *none]),
             None,
             self.numbers,
-            native.pointers([*correlations, *none]),
-            native.address(squared_error),
+            native.array(ctypes.c_void_p, [*(each.ctypes.data for each in correlations), *none]),
+            squared_error.ctypes.data,
         )
         self._held = network, x, y, known, taught  #: the memory that the job points to
 
     @property
     def sums(self) -> Sums:
         """A copy of what the latest call left."""
-        return Sums(*self._views(self._found.clone()))
+        squared_error, *correlations = map(torch.from_numpy, self._views(self._found.numpy().copy()))
+        return Sums(squared_error[0], correlations)
 
-    def _views(self, found: Tensor) -> tuple[Tensor, list[Tensor]]:
-        sizes = [1, *(math.prod(shape) for shape in self._shapes)]
-        squared_error, *layers = found.split(sizes)
-        return squared_error[0], [t.view(shape) for t, shape in zip(layers, self._shapes, strict=True)]
+    def _views(self, found: NDArray) -> list[NDArray]:
+        """The squared error, (1,), and the correlations of each layer, by numpy: torch takes ten times as long."""
+        views, begin = [found[:1]], 1
+        for shape in self._shapes:
+            end = begin + math.prod(shape)
+            views.append(found[begin:end].reshape(shape))
+            begin = end
+        return views
 
 
 def made(passes: Sequence[Pass]) -> list[Sums]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -47,6 +48,8 @@ from tsdyn.running.stopping import Watch
 _log = logging.getLogger("tsdyn")
 #: Fresh batches of a block of members are drawn this many bytes at a time.
 FRESH_BYTES = 1 << 26
+#: Students before training are kept for the next runs if their weights are so many numbers at most.
+KEPT_NUMBERS = 1 << 16
 
 
 @dataclass
@@ -96,9 +99,18 @@ class Members:
         seeds = self.experiment.seed_labels
         if self.student is not None:
             return Ensemble.of([made(self.student, self.experiment, s, "student") for s in seeds], device=self.device)
-        drawn = [None if isinstance(t, Own) else t.to("cpu") for t in self.teachers]
-        students = [draw_student(self.experiment, seed, t) for seed, t in zip(seeds, drawn, strict=True)]
-        return Ensemble.of(students, device=self.device)
+        return Ensemble.of(self._starts if self.started_by() is None else self.starts, device=self.device)
+
+    @property
+    def _starts(self) -> list[Network]:
+        pairs = zip(self.experiment.seed_labels, self.teachers, strict=True)
+        taught = [(seed, None if isinstance(t, Own) else t.to("cpu")) for seed, t in pairs]
+        return [draw_student(self.experiment, seed, t) for seed, t in taught]
+
+    @cached_property
+    def starts(self) -> list[Network]:
+        """The students before training, kept for other runs that start alike (`started_by`)."""
+        return self._starts
 
     @cached_property
     def eval_probes(self) -> list[Probe]:
@@ -170,6 +182,14 @@ class Members:
         of_student = e.student_widths, e.student.activation, e.student.leak
         return (e.seed_labels, e.dtype, e.teacher, e.data, e.fork, of_student, e.training.loss, e.training.labels,
                 self.device)  # fmt: skip
+
+    def started_by(self) -> tuple[object, ...] | None:
+        """All that students are drawn by, as `drawn_by`; None also where they are too large to be kept."""
+        e, drawn = self.experiment, self.drawn_by()
+        numbers = sum(math.prod(shape) for shape in e.weight_shapes(e.student_widths))
+        if drawn is None or registers.STARTS.foreign(e.student.init) or numbers * len(e.seed_labels) > KEPT_NUMBERS:
+            return None
+        return (*drawn, e.student, e.training.normalize)
 
     def draw(self) -> None:
         """Draw the students and, if it is finite, the training data."""
@@ -454,9 +474,10 @@ class Shared:
         latest, self._latest = self._latest, members if isinstance(members, Members) else None
         if latest is None or self._latest is None:
             return
-        asked = self._latest.drawn_by()
+        asked, started = self._latest.drawn_by(), self._latest.started_by()
         if asked is not None and asked == latest.drawn_by():
-            held = ("teachers", "eval_probes", "_finite_probes", "trained_probes", "finite")
+            held = ["teachers", "eval_probes", "_finite_probes", "trained_probes", "finite"]
+            held += ["starts"] if started is not None and started == latest.started_by() else []
             self._latest.__dict__ |= {name: latest.__dict__[name] for name in held if name in latest.__dict__}
 
 

@@ -505,9 +505,11 @@ class _IndexKeeper:
 
     def __init__(self, path: Path, points: Mapping[str, Experiment]) -> None:
         self._headers, self._points, self._due = Headers(path), points, time.monotonic() + INDEX_SECONDS
+        self._known: set[str] = set()  # points that `made` has told of
 
     def note(self, name: str) -> None:
-        self._read(name)
+        if name not in self._known:
+            self._read(name)
         begin = time.monotonic()
         if begin >= self._due:
             self._headers.write()
@@ -517,6 +519,7 @@ class _IndexKeeper:
     def made(self, name: str, made: Made) -> None:
         try:
             self._headers.made(name, made)
+            self._known.add(name)
         except (ArchiveError, OSError) as error:
             _log.warning("%s", error)
 
