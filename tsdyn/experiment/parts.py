@@ -203,8 +203,9 @@ class Teacher(Part):
     @property
     def active_widths(self) -> tuple[int, ...]:
         """Widths of the teacher after pruning: m − ⌊m · ratio⌋ nodes of each hidden layer."""
-        ratios = (0.0, *(self.prune or (0.0,) * (len(self.widths) - 2)), 0.0)
-        return tuple(m - int(m * ratio) for m, ratio in zip(self.widths, ratios, strict=True))
+        if not self.prune:
+            return tuple(self.widths)
+        return tuple(m - int(m * ratio) for m, ratio in zip(self.widths, (0.0, *self.prune, 0.0), strict=True))
 
 
 class Student(Part):

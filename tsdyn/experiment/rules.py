@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
@@ -143,9 +144,14 @@ def _ends(e: Experiment) -> str | None:
 # --- training ------------------------------------------------------------------------------------------------
 
 
-def _asked(e: Experiment) -> set[str]:
+def _asked(e: Experiment) -> frozenset[str]:
     """The schema's own variables that are to be recorded; `observables.registry.load` checks others."""
-    return set(schema.expand(e.record.observables)) & set(VARIABLES)
+    return _own_variables(tuple(e.record.observables))
+
+
+@lru_cache(maxsize=64)
+def _own_variables(observables: tuple[str, ...]) -> frozenset[str]:
+    return frozenset(schema.expand(observables)) & frozenset(VARIABLES)
 
 
 def _own_modules_record(e: Experiment) -> str | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import os
 import tempfile
 import time
 from collections import Counter
@@ -84,7 +85,12 @@ def unfinished(experiment: Experiment, path: str | Path) -> dict[str, Experiment
     """The points that are not finished in `path`: directory name → experiment; ``.`` for a run without a sweep."""
     directory = whole_files.local_path(path)
     points = _points(experiment, directory)
-    return {name: single for name, single in points.items() if not is_finished(directory / name, single)}
+    there = {"."} | {entry.name for entry in os.scandir(directory)} if directory.is_dir() else set()
+    return {
+        name: single
+        for name, single in points.items()
+        if name not in there or not is_finished(directory / name, single)
+    }
 
 
 def _points(experiment: Experiment, path: Path) -> dict[str, Experiment]:
@@ -184,6 +190,10 @@ def _kinds(points: Mapping[str, Experiment]) -> dict[str, Any]:
     }
 
 
+#: Types of values that are what they are.
+_PLAIN = frozenset((str, int, bool, type(None)))
+
+
 def _without_reals(values: Any, shapes: dict[int, Any]) -> Any:
     """What is left of an experiment, a section or a value without its real numbers; equal and hashed if it is the same.
 
@@ -191,10 +201,10 @@ def _without_reals(values: Any, shapes: dict[int, Any]) -> Any:
         values: The experiment, which outlives `shapes`.
         shapes: What was found of sections, by their identity.
     """
+    if type(values) in _PLAIN:
+        return values
     if isinstance(values, float):
         return None
-    if values is None or isinstance(values, (str, int)):
-        return values
     if isinstance(values, (list, tuple)):
         return tuple(_without_reals(value, shapes) for value in values)
     if isinstance(values, dict):
@@ -202,9 +212,10 @@ def _without_reals(values: Any, shapes: dict[int, Any]) -> Any:
     assert isinstance(values, Part), f"{type(values).__name__} in an experiment"
     if id(values) not in shapes:
         numbers = _NUMBERS.get(type(values), ())
+        fields = ((name, getattr(values, name)) for name in type(values).model_fields)
         shapes[id(values)] = tuple(
-            getattr(values, name) is None if name in numbers else _without_reals(getattr(values, name), shapes)
-            for name in type(values).model_fields
+            value is None if name in numbers else value if type(value) in _PLAIN else _without_reals(value, shapes)
+            for name, value in fields
         )
     return shapes[id(values)]
 
