@@ -188,7 +188,7 @@ def test_a_command_that_tries_for_long_says_so_first(tmp_path, monkeypatch):
 
 
 def test_what_a_run_takes_to_begin_and_to_write_is_announced_once_for_each(tmp_path, monkeypatch):
-    """With every trial taking one second, each of three short runs costs what a run of one step does on top."""
+    """With every trial taking one second, three runs of one step, tried together, cost a third of one each."""
     points = {str(rate): small(training__epochs=2, training__learning_rate=rate) for rate in (0.1, 0.2, 0.3)}
     points["longer"] = small(training__epochs=3)
     tried, run = [], runner.run_together
@@ -198,9 +198,11 @@ def test_what_a_run_takes_to_begin_and_to_write_is_announced_once_for_each(tmp_p
     monkeypatch.setattr(sweep, "SHORT", 1e9)
     alone = {name: estimates.estimate(single).seconds for name, single in points.items()}
     found = sweep.estimate(points)
-    assert {name: cost.seconds - alone[name] for name, cost in found.items()} == pytest.approx(dict.fromkeys(points, 1))
-    ((path, single),) = tried
-    assert (single.training.epochs, single.steps) == (1, 1)
-    assert not path.exists()
+    more = {name: cost.seconds - alone[name] for name, cost in found.items()}
+    assert more == pytest.approx(dict.fromkeys(points, 1 / 3))
+    assert len(tried) == 3
+    for path, single in tried:
+        assert (single.training.epochs, single.steps) == (1, 1)
+        assert not path.exists()
     monkeypatch.setattr(sweep, "SHORT", 0.0)
     assert {name: cost.seconds for name, cost in sweep.estimate(points).items()} == alone

@@ -164,6 +164,12 @@ def group_points(
     return groups
 
 
+def beside(experiment: Experiment, runs: int) -> int:
+    """How many of `runs` experiments of one shape train together unasked on a CPU."""
+    small = _is_small(experiment, estimates.footprint(experiment)) and ensemble_key(experiment) is not None
+    return min(runs, SMALL_POINTS, _at_most()) if small else 1
+
+
 def _is_small(experiment: Experiment, footprint: estimates.Footprint) -> bool:
     training, data = experiment.training, experiment.data
     if experiment.kind != "training" or footprint.bytes > SMALL_BYTES:

@@ -35,9 +35,8 @@ from tsdyn.observables import registry
 from tsdyn.observables.registry import Observed, added
 from tsdyn.problem import images
 from tsdyn.problem.teachers import refuse_unsaid_activation
-from tsdyn.running import estimates, own_modules, packages, runner
+from tsdyn.running import estimates, joint_training, own_modules, packages, runner
 from tsdyn.running.interrupts import stopping
-from tsdyn.running.joint_training import group_points
 from tsdyn.running.members import Shared
 from tsdyn.running.outcome import HELD, AllHeldError, SweepError, is_finished, reason_of, say_replaced_inputs
 from tsdyn.running.own_modules import Maker, described
@@ -132,7 +131,7 @@ def estimate(
                 with runner.own_device():
                     cost = estimates.estimate(single, device=runner.check_device(device), together=kin)
                     if cost.seconds < SHORT and _is_tried(single):
-                        ends = _seconds_of_ends(single, device) if ends is None else ends
+                        ends = _seconds_of_ends(single, device, counted[kind]) if ends is None else ends
                         cost = replace(cost, seconds=cost.seconds + ends)
                     known[kind] = cost
         except ExperimentError:
@@ -152,10 +151,15 @@ def _is_tried(experiment: Experiment) -> bool:
     return experiment.kind == "training" and not experiment.of_own_modules and experiment.fork.parent is None
 
 
-def _seconds_of_ends(experiment: Experiment, device: str) -> float:
+def _seconds_of_ends(experiment: Experiment, device: str, runs: int) -> float:
     """Seconds in which a run begins and writes its files: those of one step, on few samples, in a temporary folder.
 
     0 where none can be written, or the run fails there: it tells the reason itself when its turn comes.
+
+    Args:
+        experiment: The run.
+        device: Where it runs.
+        runs: How many there are of its cost: small ones begin and end together.
     """
     few: dict[str, Any] = {"training.epochs": 1, "training.steps_per_epoch": 1, "training.warm_up": 0}
     few |= {"data.eval": min(estimates.FEW_SAMPLES, experiment.data.eval)}
@@ -165,13 +169,15 @@ def _seconds_of_ends(experiment: Experiment, device: str) -> float:
     if experiment.teacher.init == "trained":
         few |= {"teacher.train_epochs": 1, "teacher.finetune_epochs": 0}
     single, numbers, failed = experiment.replace(few), itertools.count(), dict[Path, Exception]()
+    beside = joint_training.beside(experiment, runs) if device == "cpu" else 1
     try:
         with tempfile.TemporaryDirectory() as folder:
 
             def once() -> None:
-                failed.update(runner.run_together({Path(folder) / f"{next(numbers)}": single}, device=device))
+                each = {Path(folder) / f"{next(numbers)}": single for _ in range(beside)}
+                failed.update(runner.run_together(each, device=device, shared=Shared(), exact=True))
 
-            seconds = estimates.quickest(once, times=2)
+            seconds = estimates.quickest(once, times=2) / beside
     except OSError:
         return 0.0
     return 0.0 if failed else seconds
@@ -246,9 +252,9 @@ def run(
         workers: Processes on this machine that share the points, one thread each; None runs them here, in turn.
         scheduler: Address of a dask scheduler, such as ``tcp://10.0.0.1:8786``, whose workers share the points.
         together: Whether points whose students have the same shape train as one ensemble, as many as fit in memory
-            (`group_points`).  None: on a GPU, which is quicker with many members.  On a CPU the compiled step trains
-            member by member, so that only what surrounds it is shared: there small points train together, in this
-            process, where each keeps the bits that it has alone.
+            (`joint_training.group_points`).  None: on a GPU, which is quicker with many members.  On a CPU the compiled
+            step trains member by member, so that only what surrounds it is shared: there small points train together,
+            in this process, where each keeps the bits that it has alone.
         progress: Called after every epoch, see `runner.Progress`; with workers at most twice a second.
         point: For a sweep, called before each point; returns that point's progress, or None for `progress`.
         student, teacher: Functions that make an ``nn.Module`` of the user's own as student or teacher (`own_modules`);
@@ -427,7 +433,7 @@ def _run_on_workers(
             room = answer_of(client, client.submit(memory.free, means.device, pure=False))  # waits for a first worker
             busy = at_once or len(client.scheduler_info(n_workers=-1)["workers"])
             # local workers share this machine's memory, those of a scheduler have machines of their own
-            groups = group_points(left, busy, room // 2 // (at_once or 1))
+            groups = joint_training.group_points(left, busy, room // 2 // (at_once or 1))
         tell = telling(left)
         told = on_workers(client, groups, path, means.device, tell, at_once or len(left), asked, means.passed)
         for name, reason in told:
@@ -437,7 +443,7 @@ def _run_on_workers(
 def _run_here(left: Mapping[str, Experiment], path: Path, means: _Means, telling: _Telling, account: _Account) -> None:
     shared, small = None if means.together else Shared(), means.small and not means.together
     if means.together or small:
-        groups = group_points(left, 1, memory.free(means.device) // 2, small=small)
+        groups = joint_training.group_points(left, 1, memory.free(means.device) // 2, small=small)
     else:
         groups = _each_alone(left)
     for group in groups:
