@@ -36,7 +36,7 @@ Tree: TypeAlias = Any
 Loss: TypeAlias = Callable[[Any, Any], Tensor]
 
 #: Default limit on the bytes of one chunk of samples.
-MEMORY = 64 << 20
+MEMORY = 128 << 20
 #: Number of samples in the batch that tests whether samples mix, and how many of them are also evaluated alone.
 TOGETHER, ALONE = 32, 3
 

@@ -1,5 +1,6 @@
 // Products of two factors, one per sample, and their squared norms; see compiled_factors.py.
 
+#include <algorithm>
 #include <cstdint>
 #include <new>
 
@@ -23,16 +24,47 @@ TSDYN_EXPORT_JOB(
 
 namespace {
 
+// Results of more bytes are written past the caches.
+constexpr int64_t kCached = 1 << 20;
+
+// Two stretches of memory that are asked for ahead, some lines at a time.
+struct Ahead {
+    const char *next[2], *end[2];
+    long at_once;
+
+    void some() {
+        for (long i = 0; i < at_once; ++i) {
+            const int which = next[0] < end[0] ? 0 : 1;
+            if (next[which] >= end[which]) return;
+            __builtin_prefetch(next[which], 0, 2);
+            next[which] += kLineBytes;
+        }
+    }
+};
+
+// A sample's product.  The next one's factors are asked for with each tile of it: they are read in columns, a line here
+// and a line there, for which nobody else asks ahead.
 template <class Real>
-void product(const Job& job, int64_t s, Real* to) {
-    const Real* f = static_cast<const Real*>(job.f) + s * job.positions * job.inputs;
-    const Real* g = static_cast<const Real*>(job.g) + s * job.positions * job.outputs;
-    multiply<Real>({job.positions, g, 1, job.outputs, f, job.inputs, to, job.inputs, 0}, job.outputs, job.inputs);
+void product(const Job& job, int64_t s, Real* to, bool past) {
+    const int64_t of_f = job.positions * job.inputs, of_g = job.positions * job.outputs;
+    const Real *f = static_cast<const Real*>(job.f) + s * of_f, *g = static_cast<const Real*>(job.g) + s * of_g;
+    const int64_t ahead = s + 1 < job.samples ? 1 : 0;
+    const long tiles = (job.outputs + kRows - 1) / kRows * (job.inputs / (kVectors * Lanes<Real>::count));
+    const long lines = (of_f + of_g) * static_cast<long>(sizeof(Real)) / kLineBytes;
+    const auto bytes = [](const Real* p) { return reinterpret_cast<const char*>(p); };
+    Ahead next{{bytes(f + of_f), bytes(g + of_g)},
+               {bytes(f + (1 + ahead) * of_f), bytes(g + (1 + ahead) * of_g)},
+               lines / std::max(tiles, 1L) + 1};
+    multiply<Real>({job.positions, g, 1, job.outputs, f, job.inputs, to, job.inputs, 0, nullptr, past}, job.outputs,
+                   job.inputs, [&] { next.some(); });
 }
 
 template <class Real>
 int products(const Job& job, int64_t from, int64_t to) {
-    for (int64_t s = from; s < to; ++s) product<Real>(job, s, static_cast<Real*>(job.found) + s * job.outputs * job.inputs);
+    const int64_t each = job.outputs * job.inputs;
+    const bool past = job.samples * each * static_cast<int64_t>(sizeof(Real)) > kCached;
+    for (int64_t s = from; s < to; ++s) product<Real>(job, s, static_cast<Real*>(job.found) + s * each, past);
+    if (past) settle();
     return 0;
 }
 
@@ -45,7 +77,7 @@ int squares(const Job& job, int64_t from, int64_t to) {
         arena.reserve(&one, job.outputs * job.inputs);
         arena.allocate(false);
         for (int64_t s = from; s < to; ++s) {
-            product<Real>(job, s, one);
+            product<Real>(job, s, one, false);
             double total = 0;  // of many sums, each of a row and a lane
             for (long row = 0; row < job.outputs; ++row) {
                 Vector<Real> sum = {};

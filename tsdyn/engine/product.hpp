@@ -9,6 +9,10 @@
 #include <type_traits>
 #include <utility>
 
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
+
 // A tile of C, kRows x kVectors, is summed in registers: enough sums to wait for none (two multiply-adds a cycle, four
 // cycles each, need eight), and room for a line of B and a number of A beside them.
 #if defined(__AVX512F__)
@@ -63,6 +67,28 @@ inline Vector<Real> anywhere(const Real* p) {
     return found;
 }
 
+// Written past the caches, a whole line at a time: what is not read soon need not be fetched to be written.  `settle` is
+// called once by whoever wrote so, before others read.
+#if defined(__AVX512F__)
+template <class V>
+inline void stream(void* p, V v) {
+    _mm512_stream_si512(static_cast<__m512i*>(p), (__m512i)v);
+}
+inline void settle() { _mm_sfence(); }
+#elif defined(__AVX__)
+template <class V>
+inline void stream(void* p, V v) {
+    _mm256_stream_si256(static_cast<__m256i*>(p), (__m256i)v);
+}
+inline void settle() { _mm_sfence(); }
+#else
+template <class V>
+inline void stream(void* p, V v) {
+    *static_cast<V*>(p) = v;
+}
+inline void settle() {}
+#endif
+
 template <class Real>
 struct Product {
     long k;
@@ -74,6 +100,7 @@ struct Product {
     long c_row;
     Real beta;
     const Real* from = nullptr;  // C before, if it is elsewhere
+    bool past = false;           // whether C is written past the caches
 };
 
 // Not inlined: among a caller's own numbers its sums and addresses would not all find a register, at half the speed.
@@ -108,6 +135,15 @@ __attribute__((noinline)) void tile(const Product<Real>& p, long row, long colum
         }
     }
     Real* c = p.c + row * c_row + column;
+    if (p.past) {
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r, c += c_row) {
+            TSDYN_HERE(c);
+#pragma GCC unroll 16
+            for (int v = 0; v < V; ++v) stream(c + v * lanes, sum[r][v]);
+        }
+        return;
+    }
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r, c += c_row) {
         TSDYN_HERE(c);
