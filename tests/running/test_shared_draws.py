@@ -61,6 +61,44 @@ def test_all_that_draws_read_of_an_experiment_is_compared(monkeypatch):
     assert {"Student.activation", "Training.loss"} <= read <= compared
 
 
+def test_all_that_starts_read_of_an_experiment_is_compared(monkeypatch):
+    """What is read while students are drawn: the whole of student, data, seeds and teacher is compared."""
+    experiment = small(**FEW, training__normalize=True, student__toward_weakest="adversarial")
+    theirs, read = Members(experiment), set()
+    _ = theirs.teachers
+    for section in (parts.Training, parts.Record):
+        get = section.__getattribute__
+
+        def noting(self, name, get=get, section=section):
+            if name in section.model_fields:
+                read.add(f"{section.__name__}.{name}")
+            return get(self, name)
+
+        monkeypatch.setattr(section, "__getattribute__", noting)
+    _ = theirs._starts
+    assert read == {"Training.normalize"}
+    assert theirs.started_by() is not None
+
+
+def test_starts_are_handed_on_where_they_are_the_same(monkeypatch):
+    drawn, draw = [], members.draw_student
+    monkeypatch.setattr(members, "draw_student", lambda *given: drawn.append(given) or draw(*given))
+    shared, ensembles = Shared(), []
+    first = {"training.learning_rate": 0.1}
+    for changes in (first, {"training.learning_rate": 0.2}, {"student.scale": 0.2}, {"training.normalize": True}):
+        own = Members(small(**FEW).replace(changes))
+        shared.hand_on(own)
+        own.draw()
+        own.advance(1)
+        ensembles.append(own)
+    assert len(drawn) == 2 * 3
+    again = Members(small(**FEW).replace({"training.learning_rate": 0.2}))
+    again.advance(1)
+    assert again.ensemble.weights[0].equal(ensembles[1].ensemble.weights[0])  # those handed on were not trained
+    monkeypatch.setattr(members, "KEPT_NUMBERS", 1)
+    assert Members(small(**FEW)).started_by() is None
+
+
 def test_files_and_modules_are_drawn_anew(tmp_path):
     teacher = tmp_path / "teacher.pt"
     import torch

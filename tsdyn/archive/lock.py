@@ -34,6 +34,7 @@ _held: weakref.WeakSet[Lock] = weakref.WeakSet()
 
 
 def _forked() -> None:
+    _process.cache_clear()
     for lock in list(_held):
         lock._forget()
 

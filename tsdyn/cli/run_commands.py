@@ -44,7 +44,8 @@ Scheduler = Annotated[
 Together = Annotated[
     bool | None,
     typer.Option(
-        "--together/--apart", help="Train points whose students have one shape as one ensemble; on a GPU the default."
+        "--together/--apart",
+        help="Train points whose students have one shape as one ensemble; the default on a GPU, and for small points.",
     ),
 ]
 Changes = Annotated[

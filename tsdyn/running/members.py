@@ -186,10 +186,10 @@ class Members:
     def started_by(self) -> tuple[object, ...] | None:
         """All that students are drawn by, as `drawn_by`; None also where they are too large to be kept."""
         e, drawn = self.experiment, self.drawn_by()
-        numbers = sum(math.prod(shape) for shape in e.weight_shapes(e.student_widths))
-        if drawn is None or registers.STARTS.foreign(e.student.init) or numbers * len(e.seed_labels) > KEPT_NUMBERS:
+        if drawn is None or registers.STARTS.foreign(e.student.init):
             return None
-        return (*drawn, e.student, e.training.normalize)
+        numbers = sum(math.prod(shape) for shape in e.weight_shapes(e.student_widths)) * len(e.seed_labels)
+        return (*drawn, e.student, e.training.normalize) if numbers <= KEPT_NUMBERS else None
 
     def draw(self) -> None:
         """Draw the students and, if it is finite, the training data."""

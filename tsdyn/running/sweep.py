@@ -196,7 +196,7 @@ def _kinds(points: Mapping[str, Experiment]) -> dict[str, Any]:
     }
 
 
-#: Types of values that are what they are.
+#: Types of most values that are no real numbers, which are asked for first: a sweep may have 100,000 points.
 _PLAIN = frozenset((str, int, bool, type(None)))
 
 
@@ -207,10 +207,10 @@ def _without_reals(values: Any, shapes: dict[int, Any]) -> Any:
         values: The experiment, which outlives `shapes`.
         shapes: What was found of sections, by their identity.
     """
-    if type(values) in _PLAIN:
-        return values
     if isinstance(values, float):
         return None
+    if values is None or isinstance(values, (str, int)):
+        return values
     if isinstance(values, (list, tuple)):
         return tuple(_without_reals(value, shapes) for value in values)
     if isinstance(values, dict):
