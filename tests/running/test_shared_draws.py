@@ -41,12 +41,10 @@ def test_points_have_the_bits_that_each_has_alone(tmp_path, monkeypatch, key):
             np.testing.assert_array_equal(point[name].values, padded.values, err_msg=name)
 
 
-def test_all_that_draws_read_of_an_experiment_is_compared(monkeypatch):
-    """What is read of training, student and record while teachers and data are drawn; other sections count whole."""
-    experiment = small(**FEW, data__noise=0.1, data__augment="agnostic")
-    theirs, read = Members(experiment), set()
-    assert theirs.drawn_by() is not None
-    for section in (parts.Training, parts.Student, parts.Record):
+def keys_read(monkeypatch, sections, draw):
+    """Keys of these sections of the experiment file that are read while `draw` is called."""
+    read = set()
+    for section in sections:
         get = section.__getattribute__
 
         def noting(self, name, get=get, section=section):
@@ -55,7 +53,19 @@ def test_all_that_draws_read_of_an_experiment_is_compared(monkeypatch):
             return get(self, name)
 
         monkeypatch.setattr(section, "__getattribute__", noting)
-    _ = theirs.teachers, theirs.eval_probes, theirs.finite, theirs.trained_probes
+    draw()
+    return read
+
+
+def test_all_that_draws_read_of_an_experiment_is_compared(monkeypatch):
+    """What is read of training, student and record while teachers and data are drawn; other sections count whole."""
+    theirs = Members(small(**FEW, data__noise=0.1, data__augment="agnostic"))
+    assert theirs.drawn_by() is not None
+    read = keys_read(
+        monkeypatch,
+        (parts.Training, parts.Student, parts.Record),
+        lambda: (theirs.teachers, theirs.eval_probes, theirs.finite, theirs.trained_probes),
+    )
     # observables decide whether the data's labels are kept, and these data have none
     compared = {"Student.activation", "Student.leak", "Training.loss", "Training.labels", "Record.observables"}
     assert {"Student.activation", "Training.loss"} <= read <= compared
@@ -63,21 +73,11 @@ def test_all_that_draws_read_of_an_experiment_is_compared(monkeypatch):
 
 def test_all_that_starts_read_of_an_experiment_is_compared(monkeypatch):
     """What is read while students are drawn: the whole of student, data, seeds and teacher is compared."""
-    experiment = small(**FEW, training__normalize=True, student__toward_weakest="adversarial")
-    theirs, read = Members(experiment), set()
+    theirs = Members(small(**FEW, training__normalize=True, student__toward_weakest="adversarial"))
     _ = theirs.teachers
-    for section in (parts.Training, parts.Record):
-        get = section.__getattribute__
-
-        def noting(self, name, get=get, section=section):
-            if name in section.model_fields:
-                read.add(f"{section.__name__}.{name}")
-            return get(self, name)
-
-        monkeypatch.setattr(section, "__getattribute__", noting)
-    _ = theirs._starts
-    assert read == {"Training.normalize"}
     assert theirs.started_by() is not None
+    read = keys_read(monkeypatch, (parts.Training, parts.Record), lambda: theirs._starts)
+    assert read == {"Training.normalize"}
 
 
 def test_starts_are_handed_on_where_they_are_the_same(monkeypatch):
