@@ -12,6 +12,7 @@ from torch import nn
 from tests.networks.test_networks import random_network
 from tsdyn import derivatives, memory
 from tsdyn.derivatives import curvature
+from tsdyn.derivatives import layered as layered_module
 from tsdyn.derivatives.layered import Walk, layered, plain_network
 from tsdyn.engine.compiled_curvature import Passed, serves
 from tsdyn.engine.loss import LOSSES
@@ -152,6 +153,65 @@ def test_compiled_products_have_the_same_bits_on_any_number_of_threads(name):
     assert all(torch.equal(a, b) for a, b in zip(one, three, strict=True))
     for a, b in zip(one, products(Walk(network, x)), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=2100 * EPS * float(b.abs().max()))
+
+
+PIECEWISE_LINEAR = [name for name in activations.NAMES if activations.activation(name).piecewise_linear]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    hidden=st.lists(st.integers(1, 33), max_size=3),
+    ends=st.tuples(st.integers(1, 20), st.integers(1, 20)),
+    name=st.sampled_from(PIECEWISE_LINEAR),
+    bias=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    frozen=st.sets(st.integers(0, 7), max_size=3),
+    samples=st.sampled_from([1, 2, 63, 64, 65, 150, 1100]),
+    seed=st.integers(0, 99),
+)
+def test_products_of_a_sum_of_squares_in_one_call_are_those_of_double_backward(
+    hidden, ends, name, bias, dtype, frozen, samples, seed
+):
+    """As above; and of the same bits whatever the number of threads."""
+    widths = (ends[0], *hidden, ends[1])
+    module = random_network(widths, name, seed=seed, bias=bias).to_torch().to(dtype)
+    parameters = list(module.parameters())
+    for i in frozen:
+        if i < len(parameters) - 1:
+            parameters[i].requires_grad_(False)
+    draw = torch.Generator().manual_seed(seed)
+    x, y = (torch.randn(samples, n, generator=draw, dtype=torch.float64).to(dtype) for n in ends)
+    free = [p for p in parameters if p.requires_grad]
+    room = 4 * torch.finfo(dtype).eps * (samples + sum(widths))
+    if dtype == torch.float32:  # gates that rounding turns would be another function
+        network = plain_network(module, x, free, compare=False)[0]
+        zs = network.trace(x).preactivations[:-1]
+        assume(all(float(z.abs().min()) > 20 * room for z in zs))
+
+    def loss(f, t):
+        return 0.3 * (f - t).square().sum(1).mean()
+
+    vector = torch.randn(sum(p.numel() for p in free), generator=draw, dtype=torch.float64).to(dtype)
+    calls, made, found = [], layered_module.product_of_squares, []
+    before = torch.get_num_threads()
+    with patch.object(layered_module, "product_of_squares", lambda *given: calls.append(given) or made(*given)):
+        try:
+            for threads in (1, 3):
+                torch.set_num_threads(threads)
+                found.append(derivatives.hessian_vector_product(module, loss, x, y, vector))
+        finally:
+            torch.set_num_threads(before)
+    assert len(calls) == 2
+    assert torch.equal(*found)
+    slow = module.double()
+    leaves = [p for p in slow.parameters() if p.requires_grad]
+    slopes = torch.autograd.grad(loss(slow(x.double()), y.double()), leaves, create_graph=True)
+    sizes = [p.numel() for p in leaves]
+    moved = sum((g * v.view_as(g)).sum() for g, v in zip(slopes, vector.double().split(sizes), strict=True))
+    expected = torch.autograd.grad(moved, leaves, allow_unused=True) if moved.requires_grad else [None] * len(leaves)
+    flat = [torch.zeros_like(p).flatten() if e is None else e.flatten() for p, e in zip(leaves, expected, strict=True)]
+    size = float(torch.cat(flat).abs().max()) + float(vector.abs().max()) * float(x.square().sum()) / samples
+    torch.testing.assert_close(found[0].double(), torch.cat(flat), rtol=0, atol=room * (1 + size))
 
 
 def test_samples_may_come_in_parts(monkeypatch):

@@ -119,6 +119,60 @@ def test_losses_are_told_apart_and_right(name):
         compared(module, loss, x, y)
 
 
+#: Loss → c of c Σ (f − t)² over 6 samples of 3 outputs.
+SQUARES = {
+    "half square": (half_square, 0.5),
+    "mean": (lambda f, t: (f - t).square().mean(), 1 / 18),
+    "mean of sums": (mean_square, 0.5 / 6),
+    "sum of means": (lambda f, t: (t - f).pow(2).mean(1).sum(), 1 / 3),
+    "by itself": (two_lines, 1.0),
+    "scaled before": (lambda f, t: ((f - t) / 2).square().sum(), 0.25),
+    "scaled after": (lambda f, t: -3 * (2 * f - 2 * t).square().sum(-1).sum(), -12.0),
+    "negative": (lambda f, t: (-(f - t)).square().sum() / 4, 0.25),
+    "by methods": (lambda f, t: f.sub(t).mul(3).square().sum().div(2), 4.5),
+    "added": (lambda f, t: (f + (-t)).square().sum(), 1.0),
+    "with alpha": (lambda f, t: f.sub(t, alpha=1).square().sum(), 1.0),
+}
+NO_SQUARES = {
+    "another multiple": lambda f, t: (f - 2 * t).square().sum(),
+    "alpha": lambda f, t: f.sub(t, alpha=2).square().sum(),
+    "sum": lambda f, t: (f + t).square().sum(),
+    "outputs alone": lambda f, t: f.square().sum() + 0 * t.sum(),
+    "a product of two": lambda f, t: ((f - t) * (t - f)).sum(),
+    "of sums": lambda f, t: (f - t).sum(1).square().sum(),
+    "a cube": lambda f, t: (f - t).pow(3).sum(),
+    "a shifted difference": lambda f, t: (f - t + 1).square().sum(),
+    "a shifted total": lambda f, t: (f - t).square().sum() + 1,
+    "two of them": lambda f, t: (f - t).square().sum() + (f - t).square().sum(),
+    "a root": lambda f, t: (f - t).square().sum().sqrt(),
+    "absolute": lambda f, t: (f - t).abs().square().sum(),
+    "divided by it": lambda f, t: (1 / (f - t)).square().sum(),
+    "over targets": lambda f, t: ((f - t) / t).square().sum(),
+}
+
+
+@pytest.mark.parametrize("name", [*SQUARES, *NO_SQUARES])
+def test_sums_of_squares_are_told_with_their_factor(name):
+    """All that is not recognised is computed by the loss's own graph: both are compared with autograd."""
+    loss, factor = SQUARES.get(name, (NO_SQUARES.get(name), None))
+    _, x, y = problem()
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, OUTPUTS)).double()
+    found = straight(loss, module(x), y).squares
+    assert (found is None) == (factor is None)
+    assert factor is None or found == pytest.approx(factor, rel=4 * EPS)
+    compared(module, loss, x, y)
+
+
+def test_squares_are_of_tensors_of_one_shape_and_type():
+    f, t = drawn(SAMPLES, OUTPUTS), drawn(SAMPLES, OUTPUTS)
+    assert straight(half_square, f, t).squares == 0.5
+    assert straight(half_square, f, drawn(OUTPUTS).view(1, -1)).squares is None
+    assert straight(half_square, f, drawn(SAMPLES).view(-1, 1)).squares is None
+    assert straight(half_square, f, t.float()).squares is None
+    assert straight(lambda f, t: (f * f).sum(), f, None).squares is None
+
+
 def test_shapes_that_put_samples_together_are_no_sums():
     f = drawn(SAMPLES, SAMPLES)
     assert straight(half_square, f, drawn(SAMPLES, SAMPLES)).sums

@@ -41,7 +41,7 @@ from tsdyn.derivatives.given import (
     refuse_unreal,
     steady,
 )
-from tsdyn.derivatives.layered import Layered, layered, proved
+from tsdyn.derivatives.layered import Layered, OfSquares, layered, proved
 from tsdyn.derivatives.straight import straight
 from tsdyn.derivatives.unfit import explained, strided
 from tsdyn.memory import refuse_beyond
@@ -462,7 +462,7 @@ def _refuse_large(size: int, dtype: torch.dtype, device: torch.device) -> None:
 class _Formulas:
     """As `_Curve`, by formulas alone."""
 
-    def __init__(self, caller: str, name: str, formulas: Layered) -> None:
+    def __init__(self, caller: str, name: str, formulas: Layered | OfSquares) -> None:
         self._caller, self._name, self._formulas = caller, name, formulas
         self.size, self.device, self.dtype = formulas.size, formulas.device, formulas.dtype
 
@@ -476,6 +476,7 @@ class _Formulas:
     def dense(self) -> Tensor:
         """The dense Hessian."""
         _refuse_large(self.size, self.dtype, self.device)
+        assert isinstance(self._formulas, Layered), "one product was asked for"
         return self._formulas.dense()
 
     def refuse_asymmetry(self) -> None:
@@ -529,7 +530,7 @@ def _curved(
         yield _traced(caller, "the loss", leaves, lambda: steady(caller, here), here, at), given
 
 
-def _proved(one: Asked, loss: Loss, leaves: Sequence[Tensor], *, once: bool) -> Layered | None:
+def _proved(one: Asked, loss: Loss, leaves: Sequence[Tensor], *, once: bool) -> Layered | OfSquares | None:
     """Formulas that need no comparison; for a single product, if `once`."""
     if not comparable(leaves) or not one.known:
         return None
@@ -539,8 +540,12 @@ def _proved(one: Asked, loss: Loss, leaves: Sequence[Tensor], *, once: bool) -> 
             return loss(output, one.targets), True
         return one.refuse_unsteady(lambda: one.value(loss, output, one.targets)), False
 
+    def squares(like: Tensor) -> tuple[Tensor, float] | None:
+        told = straight(loss, like, one.targets)
+        return None if told is None or told.squares is None else (one.targets.detach(), told.squares)
+
     try:
-        return proved(one.module, one.inputs, value, leaves, once=once)
+        return proved(one.module, one.inputs, value, leaves, once=once, squares=squares)
     except (RuntimeError, TypeError, IndexError, NotImplementedError):
         return None  # plain autograd works, or raises its own error
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from tsdyn import memory
 from tsdyn.derivatives import graph
 from tsdyn.derivatives.agreement import TOWARDS_ZERO, agree, agree_up_to_cancellation, asymmetry
-from tsdyn.engine.compiled_curvature import Passed, serves
+from tsdyn.engine.compiled_curvature import Passed, product_of_squares, serves
 from tsdyn.networks.network import Network
 
 #: Limit on the bytes of the samples whose matrices are formed together.
@@ -67,7 +67,8 @@ def proved(
     leaves: Sequence[Tensor],
     *,
     once: bool,
-) -> Layered | None:
+    squares: Callable[[Tensor], tuple[Tensor, float] | None] = lambda _: None,
+) -> Layered | OfSquares | None:
     """As `layered`, but None unless autograd's graph proves the formulas, which then need no comparison.
 
     The loss must depend on the outputs alone.  For more than one product it must also have no second derivative in the
@@ -79,6 +80,7 @@ def proved(
         value: Outputs, (sample, output) → J, and whether nothing but straight arithmetic of torch's made it of them
             (`straight`); raises ValueError if it is not steady.
         once: Whether one product is all that is asked for; then the loss's own graph serves for its second derivative.
+        squares: A tensor like the outputs → target and c, if the loss is proved to be c Σ (output − target)².
     """
     found = plain_network(module, inputs, leaves, compare=False)
     if found is None or not isinstance(inputs, Tensor):
@@ -86,6 +88,10 @@ def proved(
     network, order = found
     if not once and len(inputs) * network.widths[-1] ** 2 * inputs.element_size() > _AT_ONCE:
         return None
+    if once and network.activation.piecewise_linear and serves(network, inputs.detach()):
+        told = squares(inputs.detach().new_empty(len(inputs), network.widths[-1]))
+        if told is not None:
+            return OfSquares(network, inputs.detach(), *told, order)
     walk = walked(network, inputs.detach())
     free = walk.output.detach().requires_grad_(True)
     total, straight = value(free)
@@ -350,7 +356,58 @@ def walked(network: Network, x: Tensor) -> Walk | Passed:
     return Passed(network, x) if serves(network, x) else Walk(network, x)
 
 
-class Layered:
+class _Placed:
+    """Parameters of a network in an order that was asked for.
+
+    Args:
+        network: Plain, with parameters that need no gradient.
+        x: (sample, input).
+        order: (layer, whether it is the bias) of each parameter of the result.
+    """
+
+    def __init__(self, network: Network, x: Tensor, order: Sequence[tuple[int, bool]]) -> None:
+        self._network, self._x, self._order, self._weights = network, x, order, network.weights
+
+    @property
+    def size(self) -> int:
+        """Number of parameters."""
+        return sum(self._shape(*place).numel() for place in self._order)
+
+    @property
+    def device(self) -> torch.device:
+        return self._x.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._x.dtype
+
+    def _shape(self, layer: int, bias: bool) -> torch.Size:
+        return self._weights[layer].shape[:1] if bias else self._weights[layer].shape
+
+    def _pieces(self, vector: Tensor) -> dict[tuple[int, bool], Tensor]:
+        """A vector, (parameter,), by layer and kind."""
+        shapes = [self._shape(*place) for place in self._order]
+        pieces = vector.split([s.numel() for s in shapes])
+        return {place: p.view(s) for place, p, s in zip(self._order, pieces, shapes, strict=True)}
+
+
+class OfSquares(_Placed):
+    """The Hessian of c Σ (f_L − target)², of a piecewise linear network, for one product, in compiled code."""
+
+    def __init__(
+        self, network: Network, x: Tensor, target: Tensor, factor: float, order: Sequence[tuple[int, bool]]
+    ) -> None:
+        super().__init__(network, x, order)
+        self._target, self._factor = target, factor
+
+    def product(self, vector: Tensor) -> Tensor:
+        """H v, (parameter,)."""
+        along = self._pieces(vector)
+        found = product_of_squares(self._network, self._x, self._target, self._factor, along, self._order)
+        return torch.cat([each.flatten() for each in found])
+
+
+class Layered(_Placed):
     """The Hessian of one loss of one network at one point: its products with vectors, and the dense matrix.
 
     Args:
@@ -371,8 +428,8 @@ class Layered:
         bend: Tensor | _Bent,
         order: Sequence[tuple[int, bool]],
     ) -> None:
-        self._network, self._x, self._slope, self._second, self._order = network, x, slope, bend, order
-        self._weights, self._walk = network.weights, walk
+        super().__init__(network, x, order)
+        self._slope, self._second, self._walk = slope, bend, walk
         walk.descend(slope, self._curvature)
 
     def _curvature(self, z: Tensor) -> Tensor:
@@ -380,34 +437,15 @@ class Layered:
         return _derivative(self._network.activation.derivative, z)
 
     @property
-    def size(self) -> int:
-        """Number of parameters."""
-        return sum(self._shape(*place).numel() for place in self._order)
-
-    @property
-    def device(self) -> torch.device:
-        return self._x.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self._x.dtype
-
-    @property
     def _bend(self) -> Tensor:
         assert isinstance(self._second, Tensor), "one product was asked for"
         return self._second
-
-    def _shape(self, layer: int, bias: bool) -> torch.Size:
-        return self._weights[layer].shape[:1] if bias else self._weights[layer].shape
 
     # --- products --------------------------------------------------------------------------------------------
 
     def product(self, vector: Tensor) -> Tensor:
         """H v, (parameter,), by the derivative of backpropagation along v (Pearlmutter 1994)."""
-        shapes = [self._shape(*place) for place in self._order]
-        pieces = vector.split([s.numel() for s in shapes])
-        along = {place: p.view(s) for place, p, s in zip(self._order, pieces, shapes, strict=True)}
-        moved = self._along(self._walk.moved(along))
+        moved = self._along(self._walk.moved(self._pieces(vector)))
         return torch.cat([found.flatten() for found in self._walk.back(moved, self._order)])
 
     def _along(self, moved: Tensor) -> Tensor:

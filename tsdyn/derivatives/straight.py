@@ -16,7 +16,7 @@ import dis
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import CodeType, FunctionType
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -59,9 +59,11 @@ class Straight:
 
     Attributes:
         sums: Whether it is a sum over samples, the slices of its arguments along the first axis.
+        squares: c, if its arithmetic is that of c Σ (output − target)², over all entries of tensors of one shape.
     """
 
     sums: bool
+    squares: float | None = None
 
 
 #: (code, shapes, types, devices) → the methods that were there, and what is proved.
@@ -124,15 +126,17 @@ def _examined(loss: FunctionType, given: Sequence[Tensor], methods: tuple[object
         return None  # the call itself raises it, where it can be told
     if whole is None:
         return None
-    return Straight(whole.total and single is not None and whole.told == single.told and single.total)
+    sums = whole.total and single is not None and whole.told == single.told and single.total
+    return Straight(sums, whole.squares)
 
 
 @dataclass(frozen=True)
 class _Trace:
-    """Operations with their numbers and operands, and whether the result is a total over samples."""
+    """Operations with their numbers and operands; whether the result is a total over samples; `Straight.squares`."""
 
     told: list[tuple[object, ...]]
     total: bool
+    squares: float | None
 
 
 def _traced(loss: FunctionType, given: Sequence[Tensor], count: int) -> _Trace | None:
@@ -143,7 +147,80 @@ def _traced(loss: FunctionType, given: Sequence[Tensor], count: int) -> _Trace |
     if not isinstance(value, Tensor) or value.ndim or not value.is_floating_point() or not recorder.known:
         return None
     place = recorder.place_of(value)
-    return None if place is None else _Trace(recorder.told, recorder.kinds[place] == "total")
+    if place is None:
+        return None
+    form = recorder.forms[place]
+    squares = form.factor if isinstance(form, _Squares) else None
+    return _Trace(recorder.told, recorder.kinds[place] == "total", squares)
+
+
+@dataclass(frozen=True)
+class _Linear:
+    """Entries a·output + b·target."""
+
+    of_output: float
+    of_target: float
+
+    def plus(self, other: _Linear, times: float) -> _Linear:
+        return _Linear(self.of_output + times * other.of_output, self.of_target + times * other.of_target)
+
+    def times(self, number: float) -> _Linear:
+        return _Linear(self.of_output * number, self.of_target * number)
+
+    def squared(self) -> _Squares | None:
+        """Its square, if it is a multiple of output − target."""
+        return _Squares(self.of_output**2) if self.of_output == -self.of_target else None
+
+
+@dataclass(frozen=True)
+class _Squares:
+    """Entries whose total is ``factor`` Σ (output − target)²."""
+
+    factor: float
+
+    def times(self, number: float) -> _Squares:
+        return _Squares(self.factor * number)
+
+
+_Form: TypeAlias = _Linear | _Squares | None
+
+
+def _form(func: Any, args: Any, kwargs: Any, forms: Sequence[_Form], result: Tensor) -> _Form:
+    """The form of a result, from those of its operands; None for any that is not told here, broadcast ones among them.
+
+    Args:
+        func, args, kwargs: The operation.
+        forms: Of its tensors, in their order.
+        result: What it gave.
+    """
+    tensors, numbers = [a for a in args if isinstance(a, Tensor)], [a for a in args if isinstance(a, (int, float))]
+    first = forms[0] if forms else None
+    if first is None or any(t.shape != tensors[0].shape for t in tensors) or set(kwargs) - {"alpha"}:
+        return None
+    times = float(kwargs.get("alpha", 1))
+    if len(tensors) == 2:
+        second = forms[1]
+        if not (isinstance(first, _Linear) and isinstance(second, _Linear)):
+            return None
+        if func is _aten.mul.Tensor and first == second:
+            return first.squared()
+        signs = {_aten.add.Tensor: times, _aten.sub.Tensor: -times}
+        return first.plus(second, signs[func]) if func in signs else None
+    if func in (_aten.sum.default, _aten.sum.dim_IntList):
+        return first if isinstance(first, _Squares) else None
+    if func in (_aten.mean.default, _aten.mean.dim):
+        return first.times(result.numel() / tensors[0].numel()) if isinstance(first, _Squares) else None
+    if func is _aten.neg.default:
+        return first.times(-1.0)
+    if len(numbers) != 1 or len(args) != 2:
+        return None
+    if func is _aten.mul.Tensor:
+        return first.times(float(numbers[0]))
+    if func is _aten.div.Tensor and args[0] is tensors[0] and numbers[0]:
+        return first.times(1 / numbers[0])
+    if func is _aten.pow.Tensor_Scalar and numbers[0] == 2:
+        return first.squared() if isinstance(first, _Linear) else None
+    return None
 
 
 class _Recorder(TorchDispatchMode):
@@ -153,6 +230,8 @@ class _Recorder(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self._held, self._count = list(given), count
         self.kinds = ["rows"] * len(self._held)
+        alike = len({(t.shape, t.dtype, t.device) for t in self._held}) == 1 and len(self._held) == 2
+        self.forms: list[_Form] = [_Linear(1.0, 0.0), _Linear(0.0, 1.0)] if alike else [None] * len(self._held)
         self.told: list[tuple[object, ...]] = []
         self.known = True
 
@@ -170,6 +249,8 @@ class _Recorder(TorchDispatchMode):
         self.told.append((func, *plain, repr(kwargs)))
         self._held.append(result)
         self.kinds.append(self._kind(func, args, operands, result))
+        forms = [self.forms[place] for place in places if place is not None]
+        self.forms.append(_form(func, args, kwargs or {}, forms, result))
         return result
 
     def _kind(self, func: Any, args: Any, operands: Sequence[Tensor], result: Tensor) -> str:

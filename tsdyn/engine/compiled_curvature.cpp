@@ -40,6 +40,9 @@ struct Job {
     const void *slope, *moved_slope;
     void* found;  // (block, numbers): per layer (node, stride), the bias after the input nodes
     int64_t numbers;
+    // of squares: the loss is factor/2 times the sum of (outputs - targets)^2, and nothing is kept
+    const void* targets;
+    double factor;
 };
 }
 
@@ -48,7 +51,7 @@ TSDYN_EXPORT_JOB(
     TSDYN_FIELD(leak), TSDYN_FIELD(weights), TSDYN_FIELD(biases), TSDYN_FIELD(along), TSDYN_FIELD(bias_along),
     TSDYN_FIELD(inputs), TSDYN_FIELD(f), TSDYN_FIELD(gates), TSDYN_FIELD(bends), TSDYN_FIELD(moved), TSDYN_FIELD(gamma),
     TSDYN_FIELD(outputs), TSDYN_FIELD(moved_outputs), TSDYN_FIELD(slope), TSDYN_FIELD(moved_slope), TSDYN_FIELD(found),
-    TSDYN_FIELD(numbers))
+    TSDYN_FIELD(numbers), TSDYN_FIELD(targets), TSDYN_FIELD(factor))
 
 namespace {
 
@@ -60,7 +63,9 @@ class Pass {
     static constexpr long lanes = Lanes<Real>::count;
 
   public:
-    explicit Pass(const Job& job) : job(job), depth(job.depth), weight(depth), along(depth) {
+    // With `whole`, a piece goes all the way at once, and what is kept of it is this object's own.
+    explicit Pass(const Job& job, bool whole = false)
+        : job(job), depth(job.depth), whole(whole), weight(depth), along(depth), f(depth), moved(depth), gammas(depth) {
         long widest = 0;
         for (long l = 0; l <= depth; ++l) {
             nodes.push_back(job.widths[l]);
@@ -72,6 +77,18 @@ class Pass {
             if (directed(l)) arena.reserve(&along[l], nodes[l + 1] * stride[l]);
         }
         for (Real** place : {&by_sample, &by_node, &above, &moved_above, &gated, &below}) arena.reserve(place, widest * kColumns);
+        for (long l = 0; l < depth; ++l) {
+            if (!whole) {
+                gammas[l] = static_cast<Real*>(job.gamma[l]);
+                if (l + 1 == depth) continue;
+                f[l] = static_cast<Real*>(job.f[l]), moved[l] = static_cast<Real*>(job.moved[l]);
+                continue;
+            }
+            arena.reserve(&gammas[l], nodes[l + 1] * kColumns);
+            if (l + 1 == depth) continue;
+            arena.reserve(&f[l], stride[l + 1] * kColumns);
+            arena.reserve(&moved[l], nodes[l + 1] * kColumns);
+        }
         arena.allocate(false);
         for (long l = 0; l < depth; ++l) {
             copy(l, job.weights[l], job.biases[l], weight[l]);
@@ -80,15 +97,52 @@ class Pass {
     }
     Pass(const Pass&) = delete;
 
-    // f, sigma' and z of the hidden layers, and the outputs.
     void forward(long piece) {
         gather(piece);
+        up(piece);
+        put(piece, above, job.outputs);
+    }
+
+    void descend(long piece) {
+        get(piece, job.slope, gamma(depth - 1, piece));
+        down(piece);
+    }
+
+    void moved_up(long piece) {
+        gather(piece);
+        up_along(piece);
+        put(piece, above, job.moved_outputs);
+    }
+
+    void moved_down(long piece, bool begins, Real* found) {
+        get(piece, job.moved_slope, moved_above);
+        down_along(piece, begins, found);
+    }
+
+    // All of it, of a loss that is a sum of squares; sigma is piecewise linear.
+    void of_squares(long piece, bool begins, Real* found) {
+        const Real factor = static_cast<Real>(job.factor);
+        const long numbers = nodes[depth] * kColumns;
+        gather(piece);
+        up(piece);
+        Real* top = gamma(depth - 1, piece);
+        get(piece, job.targets, top);
+        for (long i = 0; i < numbers; i += lanes) at(top + i) = factor * (at(above + i) - at(top + i));
+        down(piece);
+        up_along(piece);
+        for (long i = 0; i < numbers; i += lanes) at(moved_above + i) = factor * at(above + i);
+        down_along(piece, begins, found);
+    }
+
+  private:
+    // f, sigma' and z of the hidden layers, from the inputs by node; the outputs are `above`.
+    void up(long piece) {
         const Real* f = by_node;
         for (long l = 0; l < depth; ++l) {
             const bool top = l == depth - 1;
-            Real* z = top ? above : kept(job.f, l, piece, stride[l + 1]);
+            Real* z = top ? above : kept(this->f, l, piece, stride[l + 1]);
             multiply<Real>({constant(l), weight[l], stride[l], 1, f, kColumns, z, kColumns, 0}, nodes[l + 1], kColumns);
-            if (top) return put(piece, z, job.outputs);
+            if (top) return;
             const long numbers = nodes[l + 1] * kColumns;
             Real *gate = nullptr, *bend = nullptr;
             if (job.activation != kLeaky) {
@@ -103,9 +157,8 @@ class Pass {
         }
     }
 
-    // gamma of all layers from the slope at the outputs; bends, sigma'' until now, become sigma'' a.
-    void descend(long piece) {
-        get(piece, job.slope, gamma(depth - 1, piece));
+    // gamma of all layers from that of the top one; bends, sigma'' until now, become sigma'' a.
+    void down(long piece) {
         for (long l = depth - 1; l > 0; --l) {
             Real* out = gamma(l - 1, piece);
             multiply<Real>({nodes[l + 1], weight[l], 1, stride[l], gamma(l, piece), kColumns, out, kColumns, 0}, nodes[l],
@@ -118,13 +171,12 @@ class Pass {
         }
     }
 
-    // R z of all layers.
-    void moved_up(long piece) {
-        gather(piece);
+    // R z of all layers, from the inputs by node; that of the outputs is `above`.
+    void up_along(long piece) {
         for (long l = 0; l < depth; ++l) {
             const bool top = l == depth - 1;
-            Real* z = top ? above : kept(job.moved, l, piece, nodes[l + 1]);
-            const Real* f = l ? kept(job.f, l - 1, piece, stride[l]) : by_node;
+            Real* z = top ? above : kept(moved, l, piece, nodes[l + 1]);
+            const Real* f = l ? kept(this->f, l - 1, piece, stride[l]) : by_node;
             if (directed(l))
                 multiply<Real>({nodes[l] + 1, along[l], stride[l], 1, f, kColumns, z, kColumns, 0}, nodes[l + 1], kColumns);
             else if (!l)
@@ -132,27 +184,26 @@ class Pass {
             if (l)
                 multiply<Real>({nodes[l], weight[l], stride[l], 1, gated, kColumns, z, kColumns, Real(directed(l))},
                                nodes[l + 1], kColumns);
-            if (top) return put(piece, z, job.moved_outputs);
+            if (top) return;
             through_gate(l, piece, z, gated);
         }
     }
 
-    // Adds to what is found from R gamma of the outputs.
-    void moved_down(long piece, bool begins, Real* found) {
+    // Adds to what is found from R gamma of the outputs, `moved_above`.
+    void down_along(long piece, bool begins, Real* found) {
         const long count = counted(piece);
-        get(piece, job.moved_slope, moved_above);
         for (long l = depth - 1; l >= 0; --l) found += nodes[l + 1] * stride[l];
         for (long l = depth - 1; l >= 0; --l) {
             found -= nodes[l + 1] * stride[l];
             if (l)
-                transpose(kept(job.f, l - 1, piece, stride[l]), kColumns, stride[l], kColumns, by_sample, stride[l]);
+                transpose(kept(f, l - 1, piece, stride[l]), kColumns, stride[l], kColumns, by_sample, stride[l]);
             else
                 gather_by_sample(piece);
             multiply<Real>({count, moved_above, kColumns, 1, by_sample, stride[l], found, stride[l], Real(!begins)},
                            nodes[l + 1], stride[l]);
             if (!l) return;
-            const Real* moved = kept(job.moved, l - 1, piece, nodes[l]);
-            through_gate(l - 1, piece, moved, gated);
+            const Real* own = kept(moved, l - 1, piece, nodes[l]);
+            through_gate(l - 1, piece, own, gated);
             std::fill_n(gated + nodes[l] * kColumns, (stride[l] - nodes[l]) * kColumns, Real(0));
             transpose(gated, kColumns, stride[l], kColumns, by_sample, stride[l]);
             multiply<Real>({count, gamma(l, piece), kColumns, 1, by_sample, stride[l], found, stride[l], 1}, nodes[l + 1],
@@ -165,16 +216,18 @@ class Pass {
             through_gate(l - 1, piece, below, moved_above);
             if (job.activation == kLeaky) continue;
             const Real* bend = kept(job.bends, l - 1, piece, nodes[l]);
-            for (long i = 0; i < nodes[l] * kColumns; i += lanes) at(moved_above + i) += at(bend + i) * at(moved + i);
+            for (long i = 0; i < nodes[l] * kColumns; i += lanes) at(moved_above + i) += at(bend + i) * at(own + i);
         }
     }
 
-  private:
     bool directed(long l) const { return job.along[l] || job.bias_along[l]; }
     // Number of input nodes, with the constant one if there are biases.
     long constant(long l) const { return nodes[l] + (job.biases[l] ? 1 : 0); }
     long counted(long piece) const { return std::min<long>(kColumns, job.samples - piece * kColumns); }
-    Real* gamma(long l, long piece) const { return kept(job.gamma, l, piece, nodes[l + 1]); }
+    Real* gamma(long l, long piece) const { return kept(gammas, l, piece, nodes[l + 1]); }
+    Real* kept(const std::vector<Real*>& layers, long l, long piece, long rows) const {
+        return layers[l] + (whole ? 0 : piece * rows * kColumns);
+    }
 
     static Real* kept(void* const* layers, long l, long piece, long rows) {
         return static_cast<Real*>(layers[l]) + piece * rows * kColumns;
@@ -237,7 +290,7 @@ class Pass {
             for (long i = 0; i < numbers; i += lanes) at(to + i) = at(gate + i) * at(from + i);
             return;
         }
-        const Real leak = static_cast<Real>(job.leak), *f = kept(job.f, l, piece, stride[l + 1]);
+        const Real leak = static_cast<Real>(job.leak), *f = kept(this->f, l, piece, stride[l + 1]);
         for (long i = 0; i < numbers; i += lanes) {
             const Vector<Real> value = at(from + i), low = leak * value;
             at(to + i) = at(f + i) > 0 ? value : low;
@@ -246,9 +299,11 @@ class Pass {
 
     const Job& job;
     const long depth;
+    const bool whole;
     Arena<Real> arena;
     std::vector<long> nodes, stride;  // of inputs, hidden layers, outputs
     std::vector<Real*> weight, along;
+    std::vector<Real*> f, moved, gammas;  // kept, per hidden layer and per layer
     Real *by_sample = nullptr, *by_node = nullptr;                     // of a layer's inputs
     Real *above = nullptr, *moved_above = nullptr, *below = nullptr;  // (node, sample)
     Real* gated = nullptr;
@@ -266,14 +321,14 @@ int each(const Job& job, int64_t from, int64_t to, void (Pass<Real>::*call)(long
 }
 
 template <class Real>
-int sums(const Job& job, int64_t from, int64_t to) {
+int sums(const Job& job, int64_t from, int64_t to, bool whole, void (Pass<Real>::*call)(long, bool, Real*)) {
     try {
-        Pass<Real> pass(job);
+        Pass<Real> pass(job, whole);
         const int64_t pieces = (job.samples + kColumns - 1) / kColumns;
         for (int64_t block = from; block < to; ++block) {
             Real* found = static_cast<Real*>(job.found) + block * job.numbers;
             const int64_t first = block * job.block, last = std::min(first + job.block, pieces);
-            for (int64_t piece = first; piece < last; ++piece) pass.moved_down(piece, piece == first, found);
+            for (int64_t piece = first; piece < last; ++piece) (pass.*call)(piece, piece == first, found);
         }
     } catch (const std::bad_alloc&) {
         return 1;
@@ -287,10 +342,11 @@ int sums(const Job& job, int64_t from, int64_t to) {
     int forward_##type(const Job* job, int64_t from, int64_t to) { return each<Real>(*job, from, to, &Pass<Real>::forward); } \
     int descend_##type(const Job* job, int64_t from, int64_t to) { return each<Real>(*job, from, to, &Pass<Real>::descend); } \
     int moved_up_##type(const Job* job, int64_t from, int64_t to) { return each<Real>(*job, from, to, &Pass<Real>::moved_up); } \
-    int moved_down_##type(const Job* job, int64_t from, int64_t to) { return sums<Real>(*job, from, to); }
+    int moved_down_##type(const Job* job, int64_t from, int64_t to) { return sums<Real>(*job, from, to, false, &Pass<Real>::moved_down); } \
+    int of_squares_##type(const Job* job, int64_t from, int64_t to) { return sums<Real>(*job, from, to, true, &Pass<Real>::of_squares); }
 
 extern "C" {
-// Pieces from..to-1; of moved_down blocks.
+// Pieces from..to-1; of moved_down and of_squares blocks.
 TSDYN_PASSES(double, float64)
 TSDYN_PASSES(float, float32)
 }

@@ -51,6 +51,8 @@ class Job(ctypes.Structure):
         ("moved_slope", ctypes.c_void_p),
         ("found", ctypes.c_void_p),
         ("numbers", ctypes.c_int64),
+        ("targets", ctypes.c_void_p),
+        ("factor", ctypes.c_double),
     )
 
 
@@ -73,16 +75,13 @@ class Passed:
         assert library is not None
         self._network, self._x = network, x
         self._call: Callable[[str], Any] = lambda name: native.function(library, name, x.dtype)
-        self._pieces = -(-len(x) // PIECE)
-        block = max(BLOCK, -(-self._pieces // BLOCKS))
-        self._blocks = -(-self._pieces // block)
+        self._pieces, block, self._blocks = _shared_out(len(x))
         hidden, smooth = network.widths[1:-1], not network.activation.piecewise_linear
         self._bends = [self._kept(n) for n in hidden] if smooth else []
         f = [self._kept(native.padded(n + 1, x.dtype)) for n in hidden]
         gates, moved = [self._kept(n) for n in hidden] if smooth else [], [self._kept(n) for n in hidden]
         gamma = [self._kept(n) for n in network.widths[1:]]
         self.output = x.new_empty(len(x), network.widths[-1])
-        self._strides = [native.padded(n + 1, x.dtype) for n in network.widths[:-1]]
         nothing = native.pointers([None] * network.depth)
         self._held: tuple[object, ...] = (f, gates, moved, gamma)
         self._job = Job(
@@ -100,20 +99,14 @@ class Passed:
             *(native.pointers(kept) for kept in (f, gates, self._bends, moved, gamma)),
             native.address(self.output),
         )
-        self._job.numbers = sum(n * s for n, s in zip(network.widths[1:], self._strides, strict=True))
+        self._job.numbers = sum(_sizes(network))
         self._run("forward", self._pieces)
 
     def _kept(self, rows: int) -> Tensor:
         return self._x.new_empty(self._pieces, rows, PIECE)
 
     def _run(self, name: str, count: int) -> None:
-        call = self._call(name)
-
-        def part(first: int, last: int) -> int:
-            return int(call(ctypes.byref(self._job), ctypes.c_int64(first), ctypes.c_int64(last)))
-
-        if native.each(part, list(native.shares(count))):
-            raise MemoryError(f"{name}: no memory for a second copy of the parameters of widths {self._network.widths}")
+        _run(self._call(name), self._job, count, self._network)
 
     def descend(self, slope: Tensor, second: Callable[[Tensor], Tensor]) -> None:
         """Take the slope of the loss at the outputs, (sample, output); once, before any direction.
@@ -153,12 +146,92 @@ class Passed:
             moved_slope: What the slope at the outputs moves by, (sample, output).
             order: (layer from 0, whether it is the bias).
         """
-        job, widths = self._job, self._network.widths
+        job = self._job
         moved_slope = native.written(moved_slope)
         sums = self._x.new_empty(self._blocks, job.numbers)
         job.moved_slope, job.found = native.address(moved_slope), native.address(sums)
         self._run("moved_down", self._blocks)
-        sizes = [n * s for n, s in zip(widths[1:], self._strides, strict=True)]
-        total = sums[0] if len(sums) == 1 else sums.sum(0)
-        layers = [each.view(-1, s) for each, s in zip(total.split(sizes), self._strides, strict=True)]
-        return [layers[at][:, widths[at]] if bias else layers[at][:, : widths[at]] for at, bias in order]
+        return _by_layer(self._network, sums, order)
+
+
+def product_of_squares(
+    network: Network,
+    x: Tensor,
+    target: Tensor,
+    factor: float,
+    along: Mapping[tuple[int, bool], Tensor],
+    order: Sequence[tuple[int, bool]],
+) -> list[Tensor]:
+    """The product of a direction with the Hessian of c Σ (f_L − target)², by layer and kind in the order asked for.
+
+    One call takes each piece of samples all the way, and keeps nothing of it.
+
+    Args:
+        network: One that `serves` takes, of a piecewise linear activation.
+        x: (sample, input).
+        target: (sample, output), of the type of `x`.
+        factor: c.
+        along: The direction, by (layer from 0, whether it is the bias); what is left out does not move.
+        order: (layer from 0, whether it is the bias).
+
+    Raises:
+        MemoryError: if there is no memory for a second copy of the parameters.
+    """
+    library = native.load(SOURCE, Job)
+    assert library is not None
+    _, block, blocks = _shared_out(len(x))
+    layers = range(network.depth)
+    target, along = native.written(target), {place: native.written(piece) for place, piece in along.items()}
+    sizes = _sizes(network)
+    sums = x.new_empty(blocks, sum(sizes))
+    job = Job(
+        network.depth,
+        native.array(ctypes.c_int64, network.widths),
+        len(x),
+        block,
+        compiled_activations.kind(network.activation),
+        network.activation.leak or 0.0,
+        native.pointers(network.weights),
+        native.pointers(network.biases),
+        *(native.pointers([along.get((layer, bias)) for layer in layers]) for bias in (False, True)),
+        native.address(x),
+    )
+    job.found, job.numbers = native.address(sums), sum(sizes)
+    job.targets, job.factor = native.address(target), 2 * factor
+    _run(native.function(library, "of_squares", x.dtype), job, blocks, network)
+    return _by_layer(network, sums, order)
+
+
+def _shared_out(samples: int) -> tuple[int, int, int]:
+    """Pieces of some samples, pieces per block, and blocks."""
+    pieces = -(-samples // PIECE)
+    block = max(BLOCK, -(-pieces // BLOCKS))
+    return pieces, block, -(-pieces // block)
+
+
+def _strides(network: Network) -> list[int]:
+    """Numbers in a row of what is found of each layer: its input nodes, the bias, and padding."""
+    dtype = network.weights[0].dtype
+    return [native.padded(n + 1, dtype) for n in network.widths[:-1]]
+
+
+def _sizes(network: Network) -> list[int]:
+    return [n * s for n, s in zip(network.widths[1:], _strides(network), strict=True)]
+
+
+def _run(call: Any, job: Job, count: int, network: Network) -> None:
+    """Call compiled code with items 0..count-1, shared out over torch's threads."""
+
+    def part(first: int, last: int) -> int:
+        return int(call(ctypes.byref(job), ctypes.c_int64(first), ctypes.c_int64(last)))
+
+    if native.each(part, list(native.shares(count))):
+        raise MemoryError(f"curvature: no memory for a second copy of the parameters of widths {network.widths}")
+
+
+def _by_layer(network: Network, sums: Tensor, order: Sequence[tuple[int, bool]]) -> list[Tensor]:
+    """What blocks found, added, by layer and kind in the order asked for."""
+    widths, strides = network.widths, _strides(network)
+    total = sums[0] if len(sums) == 1 else sums.sum(0)
+    layers = [each.view(-1, s) for each, s in zip(total.split(_sizes(network)), strides, strict=True)]
+    return [layers[at][:, widths[at]] if bias else layers[at][:, : widths[at]] for at, bias in order]
