@@ -78,7 +78,7 @@ def axes() -> Iterator[tuple[str, Axis]]:
     )
     nets = connected((50, 20, 20, 20), seed=1), connected((50, 40, 40, 20))
     yield "samples of moments", of_samples(lambda x: theory.expectations(nets[1], nets[0], x))
-    for what, sizes in (("epochs", (4, 8, 16, 32)), ("variables", (1, 2, 4, 8)), ("points", (1, 2, 4, 8))):
+    for what, sizes in (("epochs", (4, 16, 64, 256)), ("variables", (1, 2, 4, 8)), ("points", (1, 4, 16, 64, 256))):
         yield what, (sizes, lambda size, what=what: run(size, what))
 
 
