@@ -27,43 +27,32 @@ namespace {
 // Results of more bytes are written past the caches.
 constexpr int64_t kCached = 1 << 20;
 
-// Two stretches of memory that are asked for ahead, some lines at a time.
-struct Ahead {
-    const char *next[2], *end[2];
-    long at_once;
-
-    void some() {
-        for (long i = 0; i < at_once; ++i) {
-            const int which = next[0] < end[0] ? 0 : 1;
-            if (next[which] >= end[which]) return;
-            __builtin_prefetch(next[which], 0, 2);
-            next[which] += kLineBytes;
-        }
-    }
-};
-
-// A sample's product.  The next one's factors are asked for with each tile of it: they are read in columns, a line here
-// and a line there, for which nobody else asks ahead.
+// A sample's product.  The next one's factors are asked for meanwhile: they are read in columns, a line here and a line
+// there, for which nobody else asks ahead.
 template <class Real>
-void product(const Job& job, int64_t s, Real* to, bool past) {
+void product(const Job& job, int64_t s, Real* to, bool past, Ahead& later) {
     const int64_t of_f = job.positions * job.inputs, of_g = job.positions * job.outputs;
     const Real *f = static_cast<const Real*>(job.f) + s * of_f, *g = static_cast<const Real*>(job.g) + s * of_g;
-    const int64_t ahead = s + 1 < job.samples ? 1 : 0;
-    const long tiles = (job.outputs + kRows - 1) / kRows * (job.inputs / (kVectors * Lanes<Real>::count));
-    const long lines = (of_f + of_g) * static_cast<long>(sizeof(Real)) / kLineBytes;
-    const auto bytes = [](const Real* p) { return reinterpret_cast<const char*>(p); };
-    Ahead next{{bytes(f + of_f), bytes(g + of_g)},
-               {bytes(f + (1 + ahead) * of_f), bytes(g + (1 + ahead) * of_g)},
-               lines / std::max(tiles, 1L) + 1};
+    later.clear();
+    if (s + 1 < job.samples) {
+        later.add(g + of_g, of_g);
+        later.add(f + of_f, of_f);
+        later.within(rounds_of<Real>(job.outputs, job.inputs, job.positions));
+    }
     multiply<Real>({job.positions, g, 1, job.outputs, f, job.inputs, to, job.inputs, 0, nullptr, past}, job.outputs,
-                   job.inputs, [&] { next.some(); });
+                   job.inputs, later);
 }
 
 template <class Real>
 int products(const Job& job, int64_t from, int64_t to) {
     const int64_t each = job.outputs * job.inputs;
     const bool past = job.samples * each * static_cast<int64_t>(sizeof(Real)) > kCached;
-    for (int64_t s = from; s < to; ++s) product<Real>(job, s, static_cast<Real*>(job.found) + s * each, past);
+    try {
+        Ahead later;
+        for (int64_t s = from; s < to; ++s) product<Real>(job, s, static_cast<Real*>(job.found) + s * each, past, later);
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
     if (past) settle();
     return 0;
 }
@@ -76,8 +65,9 @@ int squares(const Job& job, int64_t from, int64_t to) {
         Real* one = nullptr;
         arena.reserve(&one, job.outputs * job.inputs);
         arena.allocate(false);
+        Ahead later;
         for (int64_t s = from; s < to; ++s) {
-            product<Real>(job, s, one, false);
+            product<Real>(job, s, one, false, later);
             double total = 0;  // of many sums, each of a row and a lane
             for (long row = 0; row < job.outputs; ++row) {
                 Vector<Real> sum = {};

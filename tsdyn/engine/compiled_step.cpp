@@ -71,6 +71,8 @@ enum Method : int64_t { kSgd, kMomentum, kNesterov, kAdam, kAdamW };
 
 // Samples of a part of a step on all samples.
 constexpr long kPart = 64;
+// Rows of a step of fewer bytes are asked for in one burst.
+constexpr long kBurst = 1 << 14;
 
 // A parameter with its moments and its gradient, null if there are none.
 template <class Real>
@@ -118,6 +120,8 @@ class Member {
         arena.allocate();
         for (long l = 0; l < depth; ++l) {
             Layer<Real>& layer = layers[l];
+            rounds += rounds_of<Real>(layer.nodes, samples, layer.below) + rounds_of<Real>(layer.nodes, layer.stride, batch);
+            if (l > 0) rounds += rounds_of<Real>(layer.below, samples, layer.nodes);
             if (!together) layer.weight.gradient = shared;
             for (long b = 0; b < batch; ++b) {  // the constant node
                 const Real one = job.biases[l] ? 1 : 0;
@@ -142,11 +146,8 @@ class Member {
                     std::memcpy(layers[0].by_sample + b * layers[0].stride, x + at * inputs, inputs * sizeof(Real));
                     std::memcpy(target + b * Lanes<Real>::padded(outputs), y + at * outputs, outputs * sizeof(Real));
                 }
-                if (rows && step < job.taken + job.steps)  // rows are scattered over the data: prefetch the next ones
-                    for (long b = 0; b < batch; ++b) {
-                        fetch(x + rows[batch + b] * inputs, inputs);
-                        fetch(y + rows[batch + b] * outputs, outputs);
-                    }
+                if (rows && step < job.taken + job.steps)  // rows are scattered over the data: ask for the next ones
+                    ask_for(rows + batch, x, y);
                 forward();
                 backward();
             }
@@ -197,8 +198,25 @@ class Member {
         arena.reserve(&p.gradient, together ? numbers : 0);
     }
 
+    // Have the next step's rows in a near cache by then; where they are few bytes, ask for them at once.
+    void ask_for(const int64_t* rows, const Real* x, const Real* y) {
+        const long inputs = layers[0].below, outputs = layers[depth - 1].nodes;
+        const bool little = batch * (inputs + outputs) * static_cast<long>(sizeof(Real)) < kBurst;
+        later.clear();
+        for (long b = 0; b < batch; ++b) {
+            const Real *input = x + rows[b] * inputs, *output = y + rows[b] * outputs;
+            if (little) {
+                fetch(input, inputs);
+                fetch(output, outputs);
+            } else {
+                later.add(output, outputs);
+                later.add(input, inputs);
+            }
+        }
+        later.within(rounds);
+    }
     static void fetch(const Real* p, long numbers) {
-        for (long i = 0; i < numbers; i += 64 / static_cast<long>(sizeof(Real))) __builtin_prefetch(p + i, 0, 2);
+        for (long i = 0; i < numbers; i += kLineBytes / static_cast<long>(sizeof(Real))) __builtin_prefetch(p + i, 0, 2);
     }
 
     // --- forward -------------------------------------------------------------------------------------------------
@@ -216,7 +234,7 @@ class Member {
             // at the top z - y
             multiply<Real>({k, layer.weight.value, layer.stride, 1, layer.by_node, samples, out, samples,
                             Real(square ? -1 : 0)},
-                           layer.nodes, samples);
+                           layer.nodes, samples, later);
             if (!top) hidden(layer, layers[l + 1]);
         }
         if (job.entropy) softmax(outputs);
@@ -309,7 +327,7 @@ class Member {
             Layer<Real>& layer = layers[l];
             if (l > lowest) {
                 multiply<Real>({layer.nodes, layer.weight.value, 1, layer.stride, g, samples, passed, samples, 0},
-                               layer.below, samples);
+                               layer.below, samples, later);
                 Layer<Real>& under = layers[l - 1];
                 if (under.normalized && !under.norm_first) through_norm(under);
                 gate(layer);
@@ -362,7 +380,7 @@ class Member {
         const Real kept = static_cast<Real>(separate ? first > 0 : 1 - rate * job.weight_decay);
         Real* sum = separate ? layer.weight.gradient : layer.weight.value;
         multiply<Real>({batch, g, samples, 1, layer.by_sample, layer.stride, sum, layer.stride, kept}, layer.nodes,
-                       layer.stride);
+                       layer.stride, later);
     }
 
     // Scales the gradient of all trained parameters to the norm `clip` where it is longer, as torch's clip_grad_norm_.
@@ -519,6 +537,8 @@ class Member {
     Real *shared = nullptr, *target = nullptr, *g = nullptr, *passed = nullptr;
     double rate = 0;
     long step = 0, first = 0;  // the step's number from 1, and the first sample of its part
+    Ahead later;
+    long rounds = 0;  // of all tiles of a step
 };
 
 template <class Real>

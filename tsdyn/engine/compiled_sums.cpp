@@ -101,7 +101,7 @@ class Pass {
         rows_of_piece = memory + *place++;
         error = memory + *place++;
         centred = memory + *place++;
-        for (long l = 0; l < depth; ++l) tiles += (nodes[l] + kRows - 1) / kRows * (kColumns / (kVectors * lanes));
+        for (long l = 0; l < depth; ++l) rounds += rounds_of<Real>(nodes[l], kColumns, below[l]);
     }
     Pass(const Pass&) = delete;
     ~Pass() { std::free(memory); }
@@ -126,7 +126,7 @@ class Pass {
             const long k = below[l] + (job.biases[l] ? 1 : 0);
             Real* out = top ? error : activation[l + 1];
             multiply<Real>({k, weight[l], stride[l], 1, activation[l], kColumns, out, kColumns, Real(top ? -1 : 0)},
-                           nodes[l], kColumns, [this] { ahead(); });
+                           nodes[l], kColumns, later);
             if (top) break;
             activate<Real>(job.activation, static_cast<Real>(job.leak), out, nullptr, nodes[l] * kColumns);
             if (known[l]) {
@@ -155,31 +155,18 @@ class Pass {
         }
     }
 
-    // Memory that the piece from sample `first` on will read; some lines are asked for with each tile of this one, since
-    // otherwise a quarter of all time is waiting for them.
+    // Ask for the piece from sample `first` on while this one is multiplied: otherwise a quarter of all time is waiting.
     void ask_for(long first) {
         const long count = std::min(kColumns, job.samples - first);
-        wanted.clear();
-        lines = 0;
+        later.clear();
         const auto add = [&](const void* of, long width) {
-            const char* p = reinterpret_cast<const char*>(static_cast<const Real*>(of) + first * width);
-            wanted.push_back({p, p + count * width * sizeof(Real)});
-            lines += count * width * sizeof(Real) / kLineBytes + 1;
+            if (count > 0) later.add(static_cast<const Real*>(of) + first * width, count * width);
         };
-        if (count <= 0) return;
         add(job.inputs, below[0]);
         add(job.targets, nodes[depth - 1]);
         for (long l = 0; l + 1 < depth; ++l)
             if (known[l]) add(job.teachers[l], job.teacher_widths[l]);
-        lines = (lines + tiles - 1) / tiles;
-    }
-    void ahead() {
-        for (long i = 0; i < lines && !wanted.empty(); ++i) {
-            auto& [p, end] = wanted.back();
-            __builtin_prefetch(p, 0, 2);
-            p += kLineBytes;
-            if (p >= end) wanted.pop_back();
-        }
+        later.within(rounds);
     }
 
     // Copies some rows, each to the start of a cache line.
@@ -267,8 +254,8 @@ class Pass {
     std::vector<long> below, nodes, stride, known;  // known: padded teacher nodes, 0 where not asked
     std::vector<Real*> weight, activation, sums, teacher;
     Real *memory, *rows_of_piece, *error, *centred;
-    std::vector<std::pair<const char*, const char*>> wanted;
-    long lines = 0, tiles = 0;  // lines asked for per tile; tiles of a piece
+    Ahead later;
+    long rounds = 0;  // of all tiles of a piece
     Vector<Real> square{};
     Real rest = 0;
 };

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 #if defined(__AVX__)
 #include <immintrin.h>
@@ -103,9 +104,54 @@ struct Product {
     bool past = false;           // whether C is written past the caches
 };
 
+// Memory that is read after some products, and asked for while these are summed: in each round of a tile, which is one
+// multiply-add for each of its numbers, some bytes further.  What is asked for in one burst waits for the lines before it,
+// and the products wait with it.
+class Ahead {
+  public:
+    // Where a tile asks first, and how many bytes further in each round; nowhere if `from` is null.
+    struct Asked {
+        const char* from;
+        long pace;
+    };
+
+    void clear() { stretches.clear(), all = 0; }
+    template <class Real>
+    void add(const Real* from, long numbers) {
+        const char* begin = reinterpret_cast<const char*>(from);
+        const long bytes = numbers * static_cast<long>(sizeof(Real));
+        stretches.push_back({begin, begin + bytes}), all += bytes;
+    }
+    // Have all of it asked for within so many rounds, at even distances.
+    void within(long rounds) {
+        const long each = all / std::max(rounds, 1L) * 9 / 8 + 1;
+        pace = std::min<long>(each, kLineBytes), burst = each - pace;
+    }
+    // For a tile of so many rounds.
+    Asked next(long rounds) {
+        if (stretches.empty() || rounds == 0) return {nullptr, 0};
+        auto& [begin, end] = stretches.back();
+        for (const char* stop = std::min(begin + rounds * burst, end); begin < stop; begin += kLineBytes)
+            __builtin_prefetch(begin, 0, 2);
+        // a short rest is not left for another tile
+        const long rest = (end - begin) / rounds + 1, own = rest <= 2 * pace ? std::min<long>(rest, kLineBytes) : pace;
+        const Asked found{begin, own};
+        begin += rounds * own;
+        if (begin >= end) stretches.pop_back();
+        return found;
+    }
+
+  private:
+    std::vector<std::pair<const char*, const char*>> stretches;
+    long all = 0, pace = 0, burst = 0;
+};
+
+// Where nothing is asked for.
+struct Nothing {};
+
 // Not inlined: among a caller's own numbers its sums and addresses would not all find a register, at half the speed.
-template <class Real, int R, int V>
-__attribute__((noinline)) void tile(const Product<Real>& p, long row, long column) {
+template <class Real, int R, int V, bool asks = false>
+__attribute__((noinline)) void tile(const Product<Real>& p, long row, long column, Ahead::Asked ahead = {}) {
     constexpr long lanes = Lanes<Real>::count;
     const Real* a = p.a + row * p.a_row;
     const Real* b = p.b + column;
@@ -121,6 +167,10 @@ __attribute__((noinline)) void tile(const Product<Real>& p, long row, long colum
         }
     }
     for (long k = p.k; k > 0; --k, a += a_k, b += b_k) {
+        if constexpr (asks) {
+            __builtin_prefetch(ahead.from, 0, 2);
+            ahead.from += ahead.pace;
+        }
         Vector<Real> line[V];
 #pragma GCC unroll 16
         for (int v = 0; v < V; ++v) {
@@ -152,70 +202,95 @@ __attribute__((noinline)) void tile(const Product<Real>& p, long row, long colum
     }
 }
 
-template <class Real, int R = kRows, class Each>
-void panel(const Product<Real>& p, long rows, long row, long columns, Each& each) {
+template <class Real, int R = kRows, class Later>
+void panel(const Product<Real>& p, long rows, long row, long columns, Later& later) {
     if constexpr (R > 1) {
-        if (rows < R) return panel<Real, R - 1>(p, rows, row, columns, each);
+        if (rows < R) return panel<Real, R - 1>(p, rows, row, columns, later);
     }
     constexpr long lanes = Lanes<Real>::count;
     long column = 0;
     for (; column + kVectors * lanes <= columns; column += kVectors * lanes) {
-        each();
+        if constexpr (!std::is_same_v<Later, const Nothing>) {
+            if (const Ahead::Asked ahead = later.next(p.k); ahead.from) {
+                tile<Real, R, kVectors, true>(p, row, column, ahead);
+                continue;
+            }
+        }
         tile<Real, R, kVectors>(p, row, column);
     }
     for (; column < columns; column += lanes) tile<Real, R, 1>(p, row, column);
 }
 
-// Rows of A, the larger factor, once from far away; B again for each panel, from a near cache.  `each` is called before
-// each whole tile.
-template <class Real, class Each>
-void multiply(const Product<Real>& p, long rows, long columns, Each&& each) {
+// Rows of A, the larger factor, once from far away; B again for each panel, from a near cache.  What is read `later` is
+// asked for meanwhile.
+template <class Real, class Later = const Nothing>
+void multiply(const Product<Real>& p, long rows, long columns, Later&& later = {}) {
     // panels of nearly equal height: a low last one would wait for its own sums
     const long panels = (rows + kRows - 1) / kRows;
     for (long i = 0; i < panels; ++i) {
         const long from = rows * i / panels, to = rows * (i + 1) / panels;
-        panel<Real>(p, to - from, from, columns, each);
+        panel<Real>(p, to - from, from, columns, later);
     }
 }
+
+// Rounds of all whole tiles of a product of `k` multiply-adds per number.
 template <class Real>
-void multiply(const Product<Real>& p, long rows, long columns) {
-    multiply<Real>(p, rows, columns, [] {});
+long rounds_of(long rows, long columns, long k) {
+    return (rows + kRows - 1) / kRows * (columns / (kVectors * Lanes<Real>::count)) * k;
 }
 
-// Lanes of two vectors in turn: those of their lower halves, or of their upper.
-template <class Real, bool upper, int... I>
-Vector<Real> interleave(Vector<Real> a, Vector<Real> b, std::integer_sequence<int, I...>) {
-    constexpr int lanes = Lanes<Real>::count, from = upper ? lanes / 2 : 0;
-#ifdef __clang__
-    return __builtin_shufflevector(a, b, (from + I / 2 + I % 2 * lanes)...);
+// Two half vectors, from any numbers on, as one.
+template <class Real>
+inline Vector<Real> halves(const Real* low, const Real* high) {
+#if defined(__AVX512F__)
+    const auto half = [](const Real* p) { return _mm256_loadu_pd(reinterpret_cast<const double*>(p)); };
+    return (Vector<Real>)_mm512_insertf64x4(_mm512_castpd256_pd512(half(low)), half(high), 1);
+#elif defined(__AVX__)
+    const auto half = [](const Real* p) { return _mm_loadu_pd(reinterpret_cast<const double*>(p)); };
+    return (Vector<Real>)_mm256_insertf128_pd(_mm256_castpd128_pd256(half(low)), half(high), 1);
 #else
-    typedef typename std::conditional<sizeof(Real) == 8, int64_t, int32_t>::type Index;
-    typedef Index Order __attribute__((vector_size(kVectorBytes)));
-    return __builtin_shuffle(a, b, Order{(from + I / 2 + I % 2 * lanes)...});
+    Vector<Real> found;
+    __builtin_memcpy(&found, low, sizeof found / 2);
+    __builtin_memcpy(reinterpret_cast<char*>(&found) + sizeof found / 2, high, sizeof found / 2);
+    return found;
 #endif
 }
 
-// to (column, row) = from (row, column), both in whole vectors each way: log2(lanes) perfect shuffles of a square.  Rows
-// of `from` may begin at any number.
+// Lanes of two vectors in turn, in each half of them: those of its lower quarter, or of its upper.
+template <class Real, bool upper, int... I>
+Vector<Real> interleave(Vector<Real> a, Vector<Real> b, std::integer_sequence<int, I...>) {
+    constexpr int lanes = Lanes<Real>::count, half = lanes / 2, from = upper ? half / 2 : 0;
+#ifdef __clang__
+    return __builtin_shufflevector(a, b, (from + I / half * half + I % half / 2 + I % 2 * lanes)...);
+#else
+    typedef typename std::conditional<sizeof(Real) == 8, int64_t, int32_t>::type Index;
+    typedef Index Order __attribute__((vector_size(kVectorBytes)));
+    return __builtin_shuffle(a, b, Order{(from + I / half * half + I % half / 2 + I % 2 * lanes)...});
+#endif
+}
+
+// to (column, row) = from (row, column), both in whole vectors each way.  Rows of `from` may begin at any number.  Half
+// vectors are put beside each other as they are loaded, which is no shuffle; log2(lanes/2) perfect shuffles turn the rest.
 template <class Real>
 void transpose(const Real* from, long from_row, long rows, long columns, Real* to, long to_row) {
-    constexpr int lanes = Lanes<Real>::count;
+    constexpr int lanes = Lanes<Real>::count, half = lanes / 2;
     constexpr std::make_integer_sequence<int, lanes> each{};
     for (long r = 0; r < rows; r += lanes)
-        for (long c = 0; c < columns; c += lanes) {
-            Vector<Real> v[lanes], w[lanes];
-            for (int i = 0; i < lanes; ++i) v[i] = anywhere(from + (r + i) * from_row + c);
+        for (long c = 0; c < columns; c += half) {
+            Vector<Real> v[half], w[half];
+            const Real* own = from + r * from_row + c;
+            for (int i = 0; i < half; ++i) v[i] = halves(own + i * from_row, own + (i + half) * from_row);
 #pragma GCC unroll 4
-            for (int stage = 1; stage < lanes; stage *= 2) {
+            for (int stage = 1; stage < half; stage *= 2) {
 #pragma GCC unroll 16
-                for (int i = 0; i < lanes / 2; ++i) {
-                    w[2 * i] = interleave<Real, false>(v[i], v[i + lanes / 2], each);
-                    w[2 * i + 1] = interleave<Real, true>(v[i], v[i + lanes / 2], each);
+                for (int i = 0; i < half / 2; ++i) {
+                    w[2 * i] = interleave<Real, false>(v[i], v[i + half / 2], each);
+                    w[2 * i + 1] = interleave<Real, true>(v[i], v[i + half / 2], each);
                 }
 #pragma GCC unroll 16
-                for (int i = 0; i < lanes; ++i) v[i] = w[i];
+                for (int i = 0; i < half; ++i) v[i] = w[i];
             }
-            for (int i = 0; i < lanes; ++i) at(to + (c + i) * to_row + r) = v[i];
+            for (int i = 0; i < half; ++i) at(to + (c + i) * to_row + r) = v[i];
         }
 }
 
