@@ -147,7 +147,7 @@ class Pass {
     void turn(const void* from, long first, long count, long width, Real* to) {
         const long padded = Lanes<Real>::padded(width);
         const Real* rows = static_cast<const Real*>(from) + first * width;
-        if (count == kColumns && (job.samples - first - count) * width >= padded - width) {
+        if (count == kColumns && vectors_fit(first + count, width)) {
             transpose(rows, width, kColumns, padded, to, kColumns);
         } else {
             gather(from, first, count, width, rows_of_piece, padded);
@@ -169,10 +169,20 @@ class Pass {
         later.within(rounds);
     }
 
+    // Whether whole vectors can be read of all rows before this one.
+    bool vectors_fit(long row, long width) const {
+        return (job.samples - row) * width >= Lanes<Real>::padded(width) - width;
+    }
+
     // Copies some rows, each to the start of a cache line.
-    static void gather(const void* from, long first, long count, long width, Real* to, long stride) {
+    void gather(const void* from, long first, long count, long width, Real* to, long stride) const {
         const Real* p = static_cast<const Real*>(from) + first * width;
-        for (long s = 0; s < count; ++s) std::memcpy(to + s * stride, p + s * width, width * sizeof(Real));
+        if (!vectors_fit(first + count, width)) {
+            for (long s = 0; s < count; ++s) std::memcpy(to + s * stride, p + s * width, width * sizeof(Real));
+            return;
+        }
+        for (long s = 0; s < count; ++s)
+            for (long i = 0; i < stride; i += lanes) at(to + s * stride + i) = anywhere(p + s * width + i);
     }
 
     // Adds a hidden layer's sums over the samples of this piece.
