@@ -110,6 +110,60 @@ def test_passes_made_together_have_the_bits_of_each_alone(monkeypatch, at_once):
     assert compiled_sums.made([]) == []
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("widths", "samples"),
+    [((7, 5, 6, 3), 33), ((8, 16, 24), 2500), ((2, 1, 1), 1), ((31, 64), 64), ((5, 9, 9, 8), 1024)],
+)
+def test_data_that_are_held_turned_give_the_same_bits(widths, samples, dtype):
+    """Of layers that are compared and layers that are not, of whole pieces and others, from the first block on."""
+    teacher, student = (
+        drawn(widths, 1, dtype=dtype),
+        drawn((widths[0], *(2 * n for n in widths[1:-1]), widths[-1]), 2, dtype=dtype),
+    )
+    x = torch.randn(samples, widths[0], generator=torch.Generator().manual_seed(3), dtype=dtype)
+    probe = member.Probe(x, teacher)
+    for taught in (probe.taught, probe.taught[:1], []):
+        one = compiled_sums.Pass(student, x, probe.output, taught)
+        (before,) = compiled_sums.made([one])
+        one.turn()
+        (after,) = compiled_sums.made([one])
+        assert torch.equal(after.squared_error, before.squared_error)
+        for a, b in zip(after.correlations, before.correlations, strict=True):
+            np.testing.assert_array_equal(a, b)
+        assert one._turned.numel() == one.turned_numbers
+
+
+def test_data_that_will_be_passed_often_are_held_turned_as_far_as_there_is_room(monkeypatch):
+    teacher, students = drawn((4, 3, 2), 1), [drawn((4, 6, 2), seed) for seed in (2, 3, 4)]
+    x = torch.randn(40, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    probe = member.Probe(x, teacher)
+
+    def made(times):
+        passes = [compiled_sums.Pass(s, x, probe.output, probe.taught) for s in students]
+        joint = compiled_sums.JointSums(lambda: [passes[0], None, *passes[1:]], times)
+        joint.renew([0, 2, 3])
+        return (
+            [float(joint.of(i).squared_error) for i in (0, 2, 3)],
+            [one._turned is not None for one in passes],
+            passes,
+        )
+
+    found, turned, passes = made(compiled_sums.OFTEN - 1)
+    assert turned == [False, False, False]
+    # 64 samples in two pieces: five inputs with the constant node, two outputs, three teacher nodes, all padded
+    assert passes[0].turned_numbers == 64 * (8 + 8 + 8)
+    assert made(compiled_sums.OFTEN)[:2] == (found, [True, True, True])
+    monkeypatch.setattr(compiled_sums, "TURNED", 2 * 64 * 24 * 8)
+    assert made(compiled_sums.OFTEN)[:2] == (found, [True, True, False])
+
+    def full(self):
+        raise MemoryError
+
+    monkeypatch.setattr(compiled_sums.Pass, "turn", full)
+    assert made(compiled_sums.OFTEN)[:2] == (found, [False, False, False])
+
+
 def test_a_pass_is_of_the_numbers_that_the_network_has_when_it_is_made(monkeypatch):
     teacher, students = drawn((4, 3, 2), 1), [drawn((4, 6, 2), seed) for seed in (2, 3, 4)]
     x = torch.randn(40, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)

@@ -6,6 +6,9 @@
 // (f - shift) t (node, teacher_node, rows padded), with the shift (node): the mean of the block's first piece, so that
 // no digit is lost in nodes of small variance.  Blocks are of a fixed size and are added in order (`finish`): sums do not
 // depend on how many threads share them.
+//
+// Data that are passed often may be given turned, too (`turn`), piece after piece as they are read: inputs and the
+// constant node (node, sample), targets (node, sample), each teacher's activations (sample, node), all rows padded.
 
 #include <algorithm>
 #include <cmath>
@@ -32,6 +35,7 @@ struct Job {
     double leak;
     void *const *weights, *const *biases;  // per layer: (node, input_node), (node) or null
     const void *inputs, *targets;          // (sample, ...)
+    const void* turned;                    // inputs, targets and teachers as they are read, or null
     const int64_t* teacher_widths;         // per hidden layer
     void* const* teachers;                 // per hidden layer: (sample, teacher_node) or null
     void* const* taught;                   // per hidden layer: their sums over each block, (block, teacher_node)
@@ -44,7 +48,7 @@ struct Job {
 
 TSDYN_EXPORT_JOB(
     TSDYN_FIELD(depth), TSDYN_FIELD(widths), TSDYN_FIELD(samples), TSDYN_FIELD(block), TSDYN_FIELD(activation),
-    TSDYN_FIELD(leak), TSDYN_FIELD(weights), TSDYN_FIELD(biases), TSDYN_FIELD(inputs), TSDYN_FIELD(targets),
+    TSDYN_FIELD(leak), TSDYN_FIELD(weights), TSDYN_FIELD(biases), TSDYN_FIELD(inputs), TSDYN_FIELD(targets), TSDYN_FIELD(turned),
     TSDYN_FIELD(teacher_widths), TSDYN_FIELD(teachers), TSDYN_FIELD(taught),
     TSDYN_FIELD(found), TSDYN_FIELD(numbers), TSDYN_FIELD(correlations), TSDYN_FIELD(squared_error))
 
@@ -96,7 +100,8 @@ class Pass {
                 std::memcpy(weight[l] + n * stride[l], w + n * below[l], below[l] * sizeof(Real));
                 if (b) weight[l][n * stride[l] + below[l]] = b[n];
             }
-            std::fill_n(activation[l] + below[l] * kColumns, kColumns, Real(1));  // the constant node
+            add_constant(activation[l], l);
+            rows_of_teachers += known[l];
         }
         rows_of_piece = memory + *place++;
         error = memory + *place++;
@@ -105,6 +110,23 @@ class Pass {
     }
     Pass(const Pass&) = delete;
     ~Pass() { std::free(memory); }
+
+    // Writes what `Job.turned` explains.
+    void turn(Real* to) {
+        for (long s = 0; s < job.samples; s += kColumns) {
+            const long count = std::min(kColumns, job.samples - s), outputs = nodes[depth - 1];
+            turn_inputs(s, count, to);
+            to += stride[0] * kColumns;
+            turn(job.targets, s, count, outputs, to);
+            to += Lanes<Real>::padded(outputs) * kColumns;
+            for (long l = 0; l + 1 < depth; ++l) {
+                if (!known[l]) continue;
+                std::fill_n(to, known[l] * kColumns, Real(0));
+                gather(job.teachers[l], s, count, job.teacher_widths[l], to, known[l]);
+                to += known[l] * kColumns;
+            }
+        }
+    }
 
     void block(long index) {
         const long from = index * job.block, to = std::min<long>(from + job.block, job.samples);
@@ -117,22 +139,29 @@ class Pass {
   private:
     void piece(long first, long count, bool begins) {
         const long outputs = nodes[depth - 1];
-        turn(job.inputs, first, count, below[0], activation[0]);
-        std::fill_n(activation[0] + below[0] * kColumns, kColumns, Real(1));  // the constant node
-        turn(job.targets, first, count, outputs, error);
+        const Real *inputs = activation[0], *targets = error, *taught = nullptr;
+        if (job.turned) {
+            inputs = turned(first);
+            targets = inputs + stride[0] * kColumns;
+            taught = targets + Lanes<Real>::padded(outputs) * kColumns;
+        } else {
+            turn_inputs(first, count, activation[0]);
+            turn(job.targets, first, count, outputs, error);
+        }
         ask_for(first + count);
         for (long l = 0; l < depth; ++l) {
             const bool top = l == depth - 1;
             const long k = below[l] + (job.biases[l] ? 1 : 0);
             Real* out = top ? error : activation[l + 1];
-            multiply<Real>({k, weight[l], stride[l], 1, activation[l], kColumns, out, kColumns, Real(top ? -1 : 0)},
+            multiply<Real>({k, weight[l], stride[l], 1, l ? activation[l] : inputs, kColumns, out, kColumns,
+                            Real(top ? -1 : 0), top ? targets : nullptr},
                            nodes[l], kColumns, later);
             if (top) break;
             activate<Real>(job.activation, static_cast<Real>(job.leak), out, nullptr, nodes[l] * kColumns);
-            if (known[l]) {
-                gather(job.teachers[l], first, count, job.teacher_widths[l], teacher[l], known[l]);
-                compare(l, count, begins);
-            }
+            if (!known[l]) continue;
+            if (!taught) gather(job.teachers[l], first, count, job.teacher_widths[l], teacher[l], known[l]);
+            compare(l, taught ? taught : teacher[l], count, begins);
+            if (taught) taught += known[l] * kColumns;
         }
         const long whole = count / lanes * lanes;
         for (long n = 0; n < outputs; ++n) {
@@ -140,6 +169,19 @@ class Pass {
             for (long i = 0; i < whole; i += lanes) square += at(e + i) * at(e + i);
             for (long i = whole; i < count; ++i) rest += e[i] * e[i];
         }
+    }
+
+    void add_constant(Real* f, long l) const { std::fill_n(f + below[l] * kColumns, kColumns, Real(1)); }
+
+    void turn_inputs(long first, long count, Real* to) {
+        turn(job.inputs, first, count, below[0], to);
+        add_constant(to, 0);
+    }
+
+    // The piece from sample `first` on.
+    const Real* turned(long first) const {
+        const long rows = stride[0] + Lanes<Real>::padded(nodes[depth - 1]) + rows_of_teachers;
+        return static_cast<const Real*>(job.turned) + first * rows;  // kColumns numbers in each row
     }
 
     // to (node, sample) = rows of a piece (sample, node).  Whole vectors are read, past the end of a row from the next:
@@ -159,8 +201,17 @@ class Pass {
     void ask_for(long first) {
         const long count = std::min(kColumns, job.samples - first);
         later.clear();
+        if (count <= 0) return;
+        if (job.turned) {
+            const Real *inputs = turned(first), *targets = inputs + stride[0] * kColumns;
+            const long padded = Lanes<Real>::padded(nodes[depth - 1]);
+            later.add(targets + padded * kColumns, rows_of_teachers * kColumns);
+            later.add(targets, nodes[depth - 1] * kColumns);
+            later.add(inputs, (below[0] + 1) * kColumns);
+            return later.within(rounds);
+        }
         const auto add = [&](const void* of, long width) {
-            if (count > 0) later.add(static_cast<const Real*>(of) + first * width, count * width);
+            later.add(static_cast<const Real*>(of) + first * width, count * width);
         };
         add(job.inputs, below[0]);
         add(job.targets, nodes[depth - 1]);
@@ -186,7 +237,7 @@ class Pass {
     }
 
     // Adds a hidden layer's sums over the samples of this piece.
-    void compare(long l, long count, bool begins) {
+    void compare(long l, const Real* taught, long count, bool begins) {
         const long n = nodes[l], whole = count / lanes * lanes;
         Real* const f = activation[l + 1];
         Real* shift = sums[l] + n * 4 * lanes;
@@ -224,7 +275,7 @@ class Pass {
             }
             at(own) = sum, at(own + lanes) = squares, at(own + 2 * lanes) = low, at(own + 3 * lanes) = high;
         }
-        multiply<Real>({count, centred, kColumns, 1, teacher[l], known[l], overlap, known[l], Real(begins ? 0 : 1)}, n,
+        multiply<Real>({count, centred, kColumns, 1, taught, known[l], overlap, known[l], Real(begins ? 0 : 1)}, n,
                        known[l]);
     }
 
@@ -265,7 +316,8 @@ class Pass {
     std::vector<Real*> weight, activation, sums, teacher;
     Real *memory, *rows_of_piece, *error, *centred;
     Ahead later;
-    long rounds = 0;  // of all tiles of a piece
+    long rounds = 0;            // of all tiles of a piece
+    long rows_of_teachers = 0;  // of a piece
     Vector<Real> square{};
     Real rest = 0;
 };
@@ -283,6 +335,16 @@ int run(const Job* const* jobs, int64_t count, int64_t from, int64_t to) {
             Pass<Real> pass(*jobs[j]);
             for (long i = first; i < last; ++i) pass.block(i);
         }
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
+    return 0;
+}
+
+template <class Real>
+int turn(const Job& job, void* to) {
+    try {
+        Pass<Real>(job).turn(static_cast<Real*>(to));
     } catch (const std::bad_alloc&) {
         return 1;
     }
@@ -340,6 +402,9 @@ int forward_float64(const Job* const* jobs, int64_t count, int64_t from, int64_t
 int forward_float32(const Job* const* jobs, int64_t count, int64_t from, int64_t to) {
     return run<float>(jobs, count, from, to);
 }
+// Writes what `turned` points to then; 1 if there is no memory for a second copy of the parameters.
+int turn_float64(const Job* job, void* to) { return turn<double>(*job, to); }
+int turn_float32(const Job* job, void* to) { return turn<float>(*job, to); }
 // After all blocks.
 void finish_float64(const Job* const* jobs, int64_t count) {
     for (int64_t j = 0; j < count; ++j) finish<double>(*jobs[j]);

@@ -25,6 +25,12 @@ from tsdyn.networks.network import Network
 SOURCE = native.FOLDER / "compiled_sums.cpp"
 #: Samples per block; blocks are shared out over threads, and their sums are added in order.
 BLOCK = 1024
+#: Samples are passed so many at a time.
+COLUMNS = 32
+#: Data that are passed so often are held as they are read, too (`Pass.turn`), which takes what some 25 passes save.
+OFTEN = 50
+#: At most so many bytes are held so by one `JointSums`.
+TURNED = 128 << 20
 #: Sums of blocks, of all passes of one call, are at most so many numbers.
 AT_ONCE = 1 << 20
 
@@ -43,6 +49,7 @@ class Job(ctypes.Structure):
         ("biases", native.Pointers),
         ("inputs", ctypes.c_void_p),
         ("targets", ctypes.c_void_p),
+        ("turned", ctypes.c_void_p),
         ("teacher_widths", ctypes.POINTER(ctypes.c_int64)),
         ("teachers", native.Pointers),
         ("taught", native.Pointers),
@@ -88,7 +95,8 @@ def serves(network: Network, inputs: Tensor) -> bool:
 class Pass:
     """A network's pass over a data set, made as often as asked for (`made`) with the numbers that it has then.
 
-    A pass is prepared once: the network's tensors may be changed in place between two, but not replaced.
+    A pass is prepared once: the network's tensors may be changed in place between two, but not replaced, and the data
+    not at all.
 
     Args:
         network: A network for which `serves` is True.
@@ -121,6 +129,7 @@ class Pass:
             native.pointers(network.biases),
             native.address(x),
             native.address(y),
+            None,
             native.array(ctypes.c_int64, [*(t.shape[1] for t in known), *[0] * len(none)]),
             native.pointers([*known, *none]),
             native.pointers([*taught, *none]),
@@ -130,6 +139,31 @@ class Pass:
             squared_error.ctypes.data,
         )
         self._held = network, x, y, known, taught  #: the memory that the job points to
+        self._turned: Tensor | None = None
+
+    @property
+    def turned_numbers(self) -> int:
+        """How many numbers `turn` takes memory for."""
+        rows = (self.widths[0] + 1, self.widths[-1], *(t for t, _ in self._shapes))
+        samples: int = self.job.samples
+        return -(-samples // COLUMNS) * COLUMNS * sum(native.padded(n, self.dtype) for n in rows)
+
+    def turn(self) -> None:
+        """Hold inputs, targets and teachers as they are read, too: sums keep their bits and take some 15 % less time.
+
+        Raises:
+            MemoryError: if there is no memory for it; nothing is changed then.
+        """
+        library = native.load(SOURCE, Job)
+        assert library is not None
+        try:
+            held = torch.empty(self.turned_numbers, dtype=self.dtype, device="cpu")
+        except RuntimeError as error:
+            raise MemoryError(f"sums: {error}") from None
+        if native.function(library, "turn", self.dtype)(ctypes.byref(self.job), ctypes.c_void_p(native.address(held))):
+            raise MemoryError(f"sums: no memory for a second copy of a network of widths {self.widths}")
+        self._turned = held
+        self.job.turned = native.address(held)
 
     @property
     def sums(self) -> Sums:
@@ -193,10 +227,11 @@ class JointSums:
 
     Args:
         prepare: Gives the passes when they are first needed; None where a network cannot have one.
+        times: How often they will be made, roughly.
     """
 
-    def __init__(self, prepare: Callable[[], Sequence[Pass | None]]) -> None:
-        self._prepare = prepare
+    def __init__(self, prepare: Callable[[], Sequence[Pass | None]], times: int = 1) -> None:
+        self._prepare, self._times = prepare, times
         self._passes: Sequence[Pass | None] | None = None
         self._asked: tuple[int, ...] = ()
         self._found: dict[int, Sums] = {}
@@ -213,6 +248,8 @@ class JointSums:
         """
         if self._passes is None:
             self._passes = self._prepare()
+            if self._times >= OFTEN:
+                _turn([each for each in self._passes if each is not None])
         own = self._passes[position]
         if own is None:
             return None
@@ -221,6 +258,17 @@ class JointSums:
             with suppress(MemoryError):  # alone they may have room
                 self._found = dict(zip(passes, made(list(passes.values())), strict=True))
         return self._found[position] if position in self._found else made([own])[0]
+
+
+def _turn(passes: Iterable[Pass]) -> None:
+    """Turn the data of passes, as far as there is room."""
+    room = TURNED
+    for each in passes:
+        room -= each.turned_numbers * each.dtype.itemsize
+        if room < 0:
+            return
+        with suppress(MemoryError):
+            each.turn()
 
 
 def sums(network: Network, inputs: Tensor, targets: Tensor, teachers: Sequence[Taught] = ()) -> Sums:

@@ -387,7 +387,20 @@ def _footprint_training(experiment: Experiment, train: int | None, traced: int |
     size = np.dtype(experiment.dtype).itemsize
     epoch = netcdf.bytes_per_epoch(layout, schema.expand(experiment.record.observables), experiment.dtype)
     records = epoch * len(experiment.schedule)
-    return Footprint(len(layout.seeds), each * size, extra * size, epoch, records, _padded(experiment))
+    extra = extra * size + _turned(experiment, train)
+    return Footprint(len(layout.seeds), each * size, extra, epoch, records, _padded(experiment))
+
+
+def _turned(experiment: Experiment, train: int) -> int:
+    """Bytes of data that are held turned for sums that are made often, at most."""
+    own = experiment.student.module is not None or experiment.image is not None
+    summed = _SUMS | {"loss_train", "loss_eval"}
+    if own or len(experiment.schedule) < compiled_sums.OFTEN or summed.isdisjoint(experiment.recorded()):
+        return 0
+    members, size = len(experiment.layout.seeds), np.dtype(experiment.dtype).itemsize
+    rows = _inputs(experiment) + experiment.student_widths[-1]
+    each = (train * rows, experiment.data.eval * (rows + _hidden(experiment, experiment.teacher.active_widths)))
+    return sum(min(members * numbers * size, compiled_sums.TURNED) for numbers in each)
 
 
 def _on_training(experiment: Experiment, train: int, numbers: int) -> tuple[int, int]:

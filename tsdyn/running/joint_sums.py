@@ -38,8 +38,9 @@ class MemberSums:
         self._networks: list[Network | None] = [None] * count
         # training samples that are drawn anew for each measurement are held for one member at a time
         kept = all(run.experiment.data.train != "fresh" for run in runs)
-        self._train = JointSums(partial(_all_passes, self._runs, "train")) if kept else None
-        self._eval = JointSums(partial(_all_passes, self._runs, "eval"))
+        times = max(len(run.experiment.schedule) for run in runs)
+        self._train = JointSums(partial(_all_passes, self._runs, "train"), times) if kept else None
+        self._eval = JointSums(partial(_all_passes, self._runs, "eval"), times)
 
     @property
     def alone(self) -> bool:
