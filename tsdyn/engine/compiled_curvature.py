@@ -82,24 +82,11 @@ class Passed:
         gates, moved = [self._kept(n) for n in hidden] if smooth else [], [self._kept(n) for n in hidden]
         gamma = [self._kept(n) for n in network.widths[1:]]
         self.output = x.new_empty(len(x), network.widths[-1])
-        nothing = native.pointers([None] * network.depth)
         self._held: tuple[object, ...] = (f, gates, moved, gamma)
-        self._job = Job(
-            network.depth,
-            native.array(ctypes.c_int64, network.widths),
-            len(x),
-            block,
-            compiled_activations.kind(network.activation),
-            network.activation.leak or 0.0,
-            native.pointers(network.weights),
-            native.pointers(network.biases),
-            nothing,
-            nothing,
-            native.address(x),
-            *(native.pointers(kept) for kept in (f, gates, self._bends, moved, gamma)),
-            native.address(self.output),
-        )
-        self._job.numbers = sum(_sizes(network))
+        self._job = job = _job(network, x, block, {})
+        job.f, job.gates, job.bends = (native.pointers(kept) for kept in (f, gates, self._bends))
+        job.moved, job.gamma = native.pointers(moved), native.pointers(gamma)
+        job.outputs = native.address(self.output)
         self._run("forward", self._pieces)
 
     def _kept(self, rows: int) -> Tensor:
@@ -180,10 +167,18 @@ def product_of_squares(
     library = native.load(SOURCE, Job)
     assert library is not None
     _, block, blocks = _shared_out(len(x))
-    layers = range(network.depth)
     target, along = native.written(target), {place: native.written(piece) for place, piece in along.items()}
-    sizes = _sizes(network)
-    sums = x.new_empty(blocks, sum(sizes))
+    job = _job(network, x, block, along)
+    sums = x.new_empty(blocks, job.numbers)
+    job.found = native.address(sums)
+    job.targets, job.factor = native.address(target), 2 * factor
+    _run(native.function(library, "of_squares", x.dtype), job, blocks, network)
+    return _by_layer(network, sums, order)
+
+
+def _job(network: Network, x: Tensor, block: int, along: Mapping[tuple[int, bool], Tensor]) -> Job:
+    """A call's argument as far as every call needs it."""
+    layers = range(network.depth)
     job = Job(
         network.depth,
         native.array(ctypes.c_int64, network.widths),
@@ -196,10 +191,8 @@ def product_of_squares(
         *(native.pointers([along.get((layer, bias)) for layer in layers]) for bias in (False, True)),
         native.address(x),
     )
-    job.found, job.numbers = native.address(sums), sum(sizes)
-    job.targets, job.factor = native.address(target), 2 * factor
-    _run(native.function(library, "of_squares", x.dtype), job, blocks, network)
-    return _by_layer(network, sums, order)
+    job.numbers = sum(_sizes(network))
+    return job
 
 
 def _shared_out(samples: int) -> tuple[int, int, int]:
