@@ -56,6 +56,19 @@ namespace {
 
 constexpr long kColumns = 32;
 
+// Rows of a piece of turned data, of kColumns numbers each.
+template <class Real>
+long rows_of_teachers(const Job& job) {
+    long rows = 0;
+    for (long l = 0; l + 1 < job.depth; ++l)
+        if (job.teachers[l]) rows += Lanes<Real>::padded(job.teacher_widths[l]);
+    return rows;
+}
+template <class Real>
+long turned_rows(const Job& job) {
+    return Lanes<Real>::padded(job.widths[0] + 1) + Lanes<Real>::padded(job.widths[job.depth]) + rows_of_teachers<Real>(job);
+}
+
 template <class Real>
 class Pass {
     static constexpr long lanes = Lanes<Real>::count;
@@ -101,7 +114,6 @@ class Pass {
                 if (b) weight[l][n * stride[l] + below[l]] = b[n];
             }
             add_constant(activation[l], l);
-            rows_of_teachers += known[l];
         }
         rows_of_piece = memory + *place++;
         error = memory + *place++;
@@ -179,10 +191,7 @@ class Pass {
     }
 
     // The piece from sample `first` on.
-    const Real* turned(long first) const {
-        const long rows = stride[0] + Lanes<Real>::padded(nodes[depth - 1]) + rows_of_teachers;
-        return static_cast<const Real*>(job.turned) + first * rows;  // kColumns numbers in each row
-    }
+    const Real* turned(long first) const { return static_cast<const Real*>(job.turned) + first * turned_rows<Real>(job); }
 
     // to (node, sample) = rows of a piece (sample, node).  Whole vectors are read, past the end of a row from the next:
     // what that leaves in nodes that there are not is not used.
@@ -205,7 +214,7 @@ class Pass {
         if (job.turned) {
             const Real *inputs = turned(first), *targets = inputs + stride[0] * kColumns;
             const long padded = Lanes<Real>::padded(nodes[depth - 1]);
-            later.add(targets + padded * kColumns, rows_of_teachers * kColumns);
+            later.add(targets + padded * kColumns, rows_of_teachers<Real>(job) * kColumns);
             later.add(targets, nodes[depth - 1] * kColumns);
             later.add(inputs, (below[0] + 1) * kColumns);
             return later.within(rounds);
@@ -316,12 +325,12 @@ class Pass {
     std::vector<Real*> weight, activation, sums, teacher;
     Real *memory, *rows_of_piece, *error, *centred;
     Ahead later;
-    long rounds = 0;            // of all tiles of a piece
-    long rows_of_teachers = 0;  // of a piece
+    long rounds = 0;  // of all tiles of a piece
     Vector<Real> square{};
     Real rest = 0;
 };
 
+long columns_of(const Job& job) { return (job.samples + kColumns - 1) / kColumns * kColumns; }
 long blocks_of(const Job& job) { return (job.samples + job.block - 1) / job.block; }
 
 template <class Real>
@@ -402,7 +411,10 @@ int forward_float64(const Job* const* jobs, int64_t count, int64_t from, int64_t
 int forward_float32(const Job* const* jobs, int64_t count, int64_t from, int64_t to) {
     return run<float>(jobs, count, from, to);
 }
-// Writes what `turned` points to then; 1 if there is no memory for a second copy of the parameters.
+// Numbers that `turned` points to.
+int64_t turned_numbers_float64(const Job* job) { return turned_rows<double>(*job) * columns_of(*job); }
+int64_t turned_numbers_float32(const Job* job) { return turned_rows<float>(*job) * columns_of(*job); }
+// Writes them; 1 if there is no memory for a second copy of the parameters.
 int turn_float64(const Job* job, void* to) { return turn<double>(*job, to); }
 int turn_float32(const Job* job, void* to) { return turn<float>(*job, to); }
 // After all blocks.

@@ -25,8 +25,6 @@ from tsdyn.networks.network import Network
 SOURCE = native.FOLDER / "compiled_sums.cpp"
 #: Samples per block; blocks are shared out over threads, and their sums are added in order.
 BLOCK = 1024
-#: Samples are passed so many at a time.
-COLUMNS = 32
 #: Data that are passed so often are held as they are read, too (`Pass.turn`), which takes what some 25 passes save.
 OFTEN = 50
 #: At most so many bytes are held so by one `JointSums`.
@@ -144,9 +142,11 @@ class Pass:
     @property
     def turned_numbers(self) -> int:
         """How many numbers `turn` takes memory for."""
-        rows = (self.widths[0] + 1, self.widths[-1], *(t for t, _ in self._shapes))
-        samples: int = self.job.samples
-        return -(-samples // COLUMNS) * COLUMNS * sum(native.padded(n, self.dtype) for n in rows)
+        library = native.load(SOURCE, Job)
+        assert library is not None
+        call = native.function(library, "turned_numbers", self.dtype)
+        call.restype = ctypes.c_int64  # type: ignore[attr-defined]
+        return int(call(ctypes.byref(self.job)))
 
     def turn(self) -> None:
         """Hold inputs, targets and teachers as they are read, too: sums keep their bits and take some 15 % less time.
