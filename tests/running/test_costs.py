@@ -16,6 +16,7 @@ from tests.cases import small
 from tests.scale.memory import large
 from tsdyn.archive import netcdf
 from tsdyn.cli import app
+from tsdyn.engine import compiled_sums, native
 from tsdyn.running import estimates, runner, sweep
 from tsdyn.running.estimates import Footprint, footprint
 from tsdyn.running.members import Members
@@ -127,6 +128,25 @@ def test_what_writing_a_segment_takes_is_announced(tmp_path):
     child.join()
     announced = footprint(large(0.06)).bytes
     assert 0.7 * announced < peak < 1.15 * announced
+
+
+@pytest.mark.skipif(native.load(compiled_sums.SOURCE, compiled_sums.Job) is None, reason="no compiler here")
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_data_that_are_held_turned_are_announced(monkeypatch, dtype):
+    """Where as many epochs are recorded as make it pay, and of whole pieces to the byte."""
+    experiment = small(
+        seeds=2, dtype=dtype, teacher__widths=[5, 9, 3, 2], data__train=64, data__eval=96,
+        training__epochs=compiled_sums.OFTEN, record__observables=["loss", "correlation"],
+    )  # fmt: skip
+    announced = footprint(experiment).bytes
+    members = Members(experiment)
+    members.draw()
+    members.measure(0, ("loss_train", "loss_eval", "correlation"))
+    passes = [each for sums in (members.sums._train, members.sums._eval) for each in sums._passes]
+    assert len(passes) == 4
+    assert all(each._turned is not None for each in passes)
+    monkeypatch.setattr(compiled_sums, "OFTEN", compiled_sums.OFTEN + 2)
+    assert announced - footprint(experiment).bytes == sum(each._turned.nbytes for each in passes)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import torch
 
 from tsdyn import memory, schema
 from tsdyn.archive import netcdf
-from tsdyn.engine import compiled_sums
+from tsdyn.engine import compiled_sums, native
 from tsdyn.experiment import shapes
 from tsdyn.experiment.experiment import Experiment
 from tsdyn.experiment.shapes import FLOW_END
@@ -392,15 +392,17 @@ def _footprint_training(experiment: Experiment, train: int | None, traced: int |
 
 
 def _turned(experiment: Experiment, train: int) -> int:
-    """Bytes of data that are held turned for sums that are made often, at most."""
-    own = experiment.student.module is not None or experiment.image is not None
+    """Bytes of all members' data that are held turned where their sums are made often (`compiled_sums.Pass.turn`)."""
+    uncompiled = experiment.student.module is not None or experiment.image is not None
     summed = _SUMS | {"loss_train", "loss_eval"}
-    if own or len(experiment.schedule) < compiled_sums.OFTEN or summed.isdisjoint(experiment.recorded()):
+    if uncompiled or len(experiment.schedule) < compiled_sums.OFTEN or summed.isdisjoint(experiment.recorded()):
         return 0
-    members, size = len(experiment.layout.seeds), np.dtype(experiment.dtype).itemsize
-    rows = _inputs(experiment) + experiment.student_widths[-1]
-    each = (train * rows, experiment.data.eval * (rows + _hidden(experiment, experiment.teacher.active_widths)))
-    return sum(min(members * numbers * size, compiled_sums.TURNED) for numbers in each)
+    dtype = getattr(torch, experiment.dtype)
+    rows = [native.padded(n, dtype) for n in (_inputs(experiment) + 1, experiment.student_widths[-1])]
+    compared = [native.padded(n, dtype) for n in experiment.teacher.active_widths[1:-1]]
+    numbers = (train * sum(rows), experiment.data.eval * sum(rows + compared))
+    each = len(experiment.layout.seeds) * dtype.itemsize
+    return sum(min(each * n, compiled_sums.TURNED) for n in numbers)
 
 
 def _on_training(experiment: Experiment, train: int, numbers: int) -> tuple[int, int]:
