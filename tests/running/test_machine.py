@@ -1,6 +1,7 @@
 """How runs respond to signals, terminals and limits of the machine."""
 
 import contextlib
+import ctypes
 import json
 import os
 import shutil
@@ -281,6 +282,38 @@ def test_the_narrowest_control_group_counts(tmp_path, membership, kind, root, li
         encoding="ascii",
     )
     assert memory._of_the_groups(str(tmp_path / "cgroup"), str(tmp_path / "mountinfo")) == left
+
+
+MAPPED = """
+import ctypes, torch
+from tsdyn import derivatives
+from torch import nn
+
+class Told(ctypes.Structure):
+    names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_ = [(name, ctypes.c_size_t) for name in names.split()]
+
+told = ctypes.CDLL(None).mallinfo2
+told.restype = Told
+
+def mapped():
+    before = told().hblks
+    held = torch.empty(24 << 20, dtype=torch.uint8)
+    return told().hblks - before
+
+before = mapped()
+derivatives.per_sample_gradients(nn.Linear(2, 1), lambda f, _: f.sum(), torch.ones(2, 2))
+print(before, mapped())
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="this is not glibc 2.33 or newer")
+@pytest.mark.parametrize(("own", "told"), [({}, "1 0"), ({"MALLOC_TRIM_THRESHOLD_": "1000000"}, "1 1")])
+def test_after_a_derivative_large_arrays_reuse_memory_unless_the_environment_says_otherwise(own, told):
+    """glibc maps new pages for an array of 24 MB in a new process (1), and reuses its heap (0) once that may grow."""
+    environment = {name: value for name, value in os.environ.items() if "MALLOC" not in name} | own
+    done = subprocess.run([sys.executable, "-c", MAPPED], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == told
 
 
 def test_memory_that_runs_out_all_the_same_is_a_sentence(command, file, tmp_path, monkeypatch):  # noqa: F811

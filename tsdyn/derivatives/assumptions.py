@@ -28,6 +28,7 @@ from tsdyn.derivatives import graph
 from tsdyn.derivatives.agreement import agree, comparable, tolerance
 from tsdyn.derivatives.module_state import Randomness, State
 from tsdyn.derivatives.unfit import explained, refuse_by_kind, refuse_odd, strided
+from tsdyn.memory import keep_freed
 from tsdyn.networks.any_module import called_with
 from tsdyn.networks.network import Network
 
@@ -446,6 +447,7 @@ def asked(
     """
     module = module.to_torch() if isinstance(module, Network) else module
     refuse_by_kind(caller, module, per_sample=per_sample)
+    keep_freed()
     with torch.inference_mode(False), torch.enable_grad():
         one = Asked(caller, module, x, y, names)
         frozen = [p for p in one.parameters.values() if not p.requires_grad]
