@@ -201,12 +201,60 @@ def test_attributes_keep_their_order_and_kinds(tmp_path, image, text, number):
     with hdf5.guarded(), file_images.opened(content) as made:
         made.put([Block("v", (slice(0, 4),), np.arange(4.0))])
         made.say(after, before)
-        (tmp_path / "new.nc").write_bytes(made.content().tobytes())
+    (tmp_path / "new.nc").write_bytes(made.content().tobytes())
     with netCDF4.Dataset(tmp_path / "new.nc", "a") as nc:
         found = netcdf.attributes(nc)
         assert repr(found) == repr(after)
         assert nc["v"][:].tolist() == [0, 1, 2, 3]
         nc.setncattr("added", 1)
+
+
+def test_the_bytes_that_are_left_are_those_of_the_open_file_and_outlive_it(image):
+    """Of 1 MB written 64 kB at a time, so that the file moves while it grows."""
+    numbers = np.arange(1 << 17, dtype=np.float64)
+    with netCDF4.Dataset("larger", "w", diskless=True, persist=False) as nc, hdf5.guarded():
+        nc.createDimension("x", len(numbers))
+        nc.createVariable("v", "f8", ("x",), fletcher32=True, chunksizes=(1 << 12,))
+        nc.sync()
+        (file,) = hdf5.handles()
+        declared = hdf5.image(file)
+    with hdf5.guarded(), file_images.opened(declared) as made:
+        made.put([Block("v", (slice(0, len(numbers)),), numbers)])
+        (file,) = hdf5.handles()
+        open_still = hdf5.image(file)
+    left = made.content()
+    del made
+    assert left.tobytes() == open_still.tobytes()
+    assert len(file_images._given) == len(file_images._left) == 0
+
+
+def test_where_the_system_gives_no_memory_nothing_is_kept(image, monkeypatch):
+    class Refusing:
+        calls = 0
+
+        def __getattr__(self, name):
+            def call(*given):
+                Refusing.calls -= name != "free"
+                return getattr(system, name)(*given) if name == "free" or Refusing.calls >= 0 else None
+
+            return call
+
+    system = file_images._system()
+    monkeypatch.setattr(file_images, "_system", Refusing)
+    numbers = np.arange(4.0)
+    for calls in range(12):
+        Refusing.calls = calls
+        try:
+            with hdf5.guarded(), file_images.opened(image[0]) as made:
+                made.put([Block("v", (slice(0, 4),), numbers)])
+                made.say(image[1] | {"a": "x" * 200_000}, image[1])
+        except MemoryError:
+            assert Refusing.calls < 0
+        else:
+            assert Refusing.calls >= 0
+            break
+        assert len(file_images._given) == len(file_images._left) == 0
+    assert calls > 2
 
 
 def test_what_does_not_fit_is_refused(image):

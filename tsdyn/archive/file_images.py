@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -26,6 +27,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {  # the result, then the arguments
     "H5Pclose": (_INT, _ID),
     "H5Pset_fapl_core": (_INT, _ID, _SIZE, _INT),
     "H5Pset_file_image": (_INT, _ID, _AT, _SIZE),
+    "H5Pset_file_image_callbacks": (_INT, _ID, _AT),
     "H5Fopen": (_ID, _TEXT, ctypes.c_uint, _ID),
     "H5Fclose": (_INT, _ID),
     "H5Dget_space": (_ID, _ID),
@@ -71,6 +73,76 @@ def _of_access() -> int:
     return int(_ID.in_dll(_library(), "H5P_CLS_FILE_ACCESS_ID_g").value)
 
 
+# --- memory that outlives its file --------------------------------------------------------------------------
+
+_ALLOCATED, _RESIZED = ctypes.CFUNCTYPE(_AT, _SIZE, _INT, _AT), ctypes.CFUNCTYPE(_AT, _AT, _SIZE, _INT, _AT)
+_FREED = ctypes.CFUNCTYPE(_INT, _AT, _INT, _AT)
+_CLOSING = 7  # H5FD_FILE_IMAGE_OP_FILE_CLOSE
+#: Bytes at each address that the library was given, and the addresses of files that it has closed since.
+_given: dict[int, int] = {}
+_left: list[int] = []
+
+
+class _Callbacks(ctypes.Structure):
+    """How the library has and resizes memory (``H5FD_file_image_callbacks_t``)."""
+
+    _fields_ = (("allocate", _ALLOCATED), ("copy", _AT), ("resize", _RESIZED), ("free", _FREED), ("others", _AT * 3))
+
+
+@cache
+def _system() -> Any:
+    """The system's malloc, realloc and free: its realloc moves pages, not bytes."""
+    system = ctypes.CDLL(None)
+    system.malloc.restype = system.realloc.restype = _AT
+    system.malloc.argtypes, system.realloc.argtypes = (_SIZE,), (_AT, _SIZE)
+    system.free.restype, system.free.argtypes = None, (_AT,)
+    return system
+
+
+def _allocated(size: int, operation: int, of: int | None) -> int | None:
+    return _noted(_system().malloc(size), size)
+
+
+def _resized(address: int, size: int, operation: int, of: int | None) -> int | None:
+    found = _noted(_system().realloc(address, size), size)
+    if found not in (None, address):
+        del _given[address]
+    return found
+
+
+def _freed(address: int, operation: int, of: int | None) -> int:
+    if operation == _CLOSING:  # the file's own bytes stay
+        _left.append(address)
+    else:
+        del _given[address]
+        _system().free(address)
+    return 0
+
+
+def _noted(address: int | None, size: int) -> int | None:
+    if address is not None:
+        _given[address] = size
+    return address
+
+
+#: Never let go: the library calls these while any of its files is open.
+_CALLBACKS = _Callbacks(_ALLOCATED(_allocated), None, _RESIZED(_resized), _FREED(_freed))
+
+
+def _taken(size: int) -> NDArray | None:
+    """The first bytes of the file that the library closed last, to be freed with the array; None if there is none."""
+    found = None
+    while _left:
+        address = _left.pop()
+        held = (ctypes.c_uint8 * min(size, _given.pop(address))).from_address(address)
+        weakref.finalize(held, _system().free, address).atexit = False
+        found = np.ctypeslib.as_array(held)
+    return found
+
+
+# --- files in memory ----------------------------------------------------------------------------------------
+
+
 @contextmanager
 def opened(image: NDArray, growth: int = _GROWTH) -> Iterator[Image]:
     """A copy of a file's bytes, open for writing in memory; to be called inside `hdf5.guarded`.
@@ -80,23 +152,30 @@ def opened(image: NDArray, growth: int = _GROWTH) -> Iterator[Image]:
         growth: Bytes that will be written to it; it grows by this much at a time.
 
     Raises:
-        MemoryError: if the library cannot open it.
+        MemoryError: if the library cannot open it, or write all of it.
     """
     library, access = _library(), _library().H5Pcreate(_of_access())
     try:
         ready = (
             library.H5Pset_fapl_core(access, max(growth, _GROWTH), 0) >= 0
+            and library.H5Pset_file_image_callbacks(access, ctypes.byref(_CALLBACKS)) >= 0
             and library.H5Pset_file_image(access, image.ctypes.data, image.nbytes) >= 0
         )
         file = library.H5Fopen(b"in memory", _WRITABLE, access) if ready else -1
     finally:
         library.H5Pclose(access)
     if file < 0:
+        _taken(0)
         raise MemoryError("opened: the HDF5 library cannot open the file that it made in memory")
+    made, size = Image(file), 0
     try:
-        yield Image(file)
+        yield made
+        size = hdf5.flushed(file)
     finally:
         library.H5Fclose(file)
+        made._left = _taken(size)
+    if made._left is None or len(made._left) < size:
+        raise MemoryError("opened: the HDF5 library does not close the file that it made in memory")
 
 
 class Image:
@@ -108,6 +187,7 @@ class Image:
 
     def __init__(self, file: int) -> None:
         self._file, self._library = file, _library()
+        self._left: NDArray | None = None
 
     def put(self, blocks: Sequence[Block]) -> None:
         """Write blocks of numbers of one variable.
@@ -246,8 +326,9 @@ class Image:
         return bool(done)
 
     def content(self) -> NDArray:
-        """The bytes of the file."""
-        return hdf5.image(self._file)
+        """The bytes of the file, once `opened` has closed it; they are not copied."""
+        assert self._left is not None
+        return self._left
 
 
 def changeable(value: Any) -> object | None:

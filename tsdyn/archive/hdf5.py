@@ -135,13 +135,23 @@ def image(file: int) -> NDArray:
     Raises:
         MemoryError: if the library does not give them.
     """
-    library = _library()
-    size = library.H5Fget_file_image(file, None, 0) if library.H5Fflush(file, 0) >= 0 else -1
-    found = np.empty(max(size, 0), np.uint8)
-    if size <= 0 or library.H5Fget_file_image(file, found.ctypes.data, size) != size:
+    found = np.empty(flushed(file), np.uint8)
+    if _library().H5Fget_file_image(file, found.ctypes.data, len(found)) != len(found):
         raise MemoryError("image: the HDF5 library does not give the file that it made in memory")
     seal(found)
     return found
+
+
+def flushed(file: int) -> int:
+    """Number of bytes of an open file, after all that the library held back was written to it.
+
+    Raises:
+        MemoryError: if the library does not write it.
+    """
+    size = _library().H5Fget_file_image(file, None, 0) if _library().H5Fflush(file, 0) >= 0 else -1
+    if size <= 0:
+        raise MemoryError("flushed: the HDF5 library does not write all of the file that it made in memory")
+    return int(size)
 
 
 def seal(image: NDArray) -> None:

@@ -171,7 +171,7 @@ def _exchanged(
     nearest = _examples[same] if in_place else example
     with file_images.opened(nearest.image) as opened:
         opened.say(said, nearest.attrs)
-        image = opened.content()
+    image = opened.content()
     if in_place:
         changed = file_images.changed(said, nearest.attrs)
         room = sum(others + exchanged_numbers.CHECKSUM for others in changed.values())
@@ -199,7 +199,7 @@ def _filled(declared: _Declared, blocks: Sequence[Block], attrs: Mapping[str, An
             image.put(list(own))
         if attrs is not None:
             image.say({**declared.attrs, **attrs}, declared.attrs)
-        return image.content()
+    return image.content()
 
 
 def _key(content: Content, attrs: Mapping[str, Any], swept: Sequence[Swept]) -> Hashable | None:
@@ -248,12 +248,17 @@ def _blocks(content: Content, swept: Sequence[Swept]) -> Iterator[Block]:
     members, epochs = slice(0, len(layout.seeds)), slice(0, len(content.epochs))
     for name, value in content.records.items():
         for layer, part in enumerate(value, start=1) if isinstance(value, list) else ((None, value),):
-            if not np.isnan(part).all():  # what is never written reads as NaN and takes no space
-                place = netcdf.index(variable_of(name), layout, epochs, layer, members)
-                yield Block(name, place, np.asarray(part, dtype))
+            numbers = np.asarray(part, dtype)
+            if not _nothing(numbers):  # what is never written reads as NaN and takes no space
+                yield Block(name, netcdf.index(variable_of(name), layout, epochs, layer, members), numbers)
     for each in swept:
         if not isinstance(each.value, str):
             yield Block(each.name, (), np.asarray(each.value))
     for group, state in content.states.items():
         for name, array in state.items():
             yield Block(f"{group}/{name}", [slice(0, size) for size in np.shape(array)], np.asarray(array))
+
+
+def _nothing(numbers: NDArray) -> bool:
+    """Whether all numbers are NaN; most arrays are told by their first one."""
+    return not numbers.size or bool(np.isnan(numbers.flat[0]) and np.isnan(numbers).all())
