@@ -95,6 +95,22 @@ def test_workers_without_cryptography_say_what_to_install(tmp_path, monkeypatch)
         tsdyn.run(small(sweep=GRID, **FEW), tmp_path / "sweep", workers=1)
 
 
+def test_a_cluster_that_does_not_close_does_not_hold_up_the_sweep(tmp_path, caplog, monkeypatch):
+    close, opened = LocalCluster._close, []
+
+    async def hanging(cluster):
+        opened.append(cluster)
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(LocalCluster, "_close", hanging)
+    monkeypatch.setattr(workers_module, "CLOSE_SECONDS", 1.0)
+    ds = tsdyn.run(small(sweep=GRID, **FEW), tmp_path / "sweep", workers=1)
+    assert int(ds.coverage.sum()) == 3
+    assert "dask has not ended its processes in 1 seconds" in caplog.text
+    monkeypatch.setattr(LocalCluster, "_close", close)
+    opened[0].close(timeout=processes.HUNG)
+
+
 def test_a_scheduler_s_address_decides_how_it_is_talked_to(tmp_path, caplog):
     """tls:// with what dask's own settings say; tcp:// with a word about who else can."""
     ours = Security.temporary()

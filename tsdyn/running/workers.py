@@ -8,7 +8,7 @@ import signal
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, assert_never
@@ -25,7 +25,7 @@ from tsdyn.running.outcome import is_finished, reason_of
 from tsdyn.running.own_modules import Maker
 
 if TYPE_CHECKING:
-    from distributed import Client, Future
+    from distributed import Client, Future, LocalCluster
 
 _log = logging.getLogger("tsdyn")
 
@@ -36,6 +36,8 @@ TELL_SECONDS, INDEX_SECONDS = 0.5, 5.0
 #: ... but at most a twentieth of the time goes into writing the index.
 INDEX_TIMES = 20
 CONNECT_SECONDS = 10
+#: Seconds in which dask's processes must have ended; each is asked for four, and then killed.
+CLOSE_SECONDS = 60.0
 POLL_SECONDS = 0.05
 #: Seconds without a sign of life from any worker after which the log says so, and seconds between checks.
 SILENT_SECONDS, ASK_SECONDS = 20.0, 5.0
@@ -91,9 +93,8 @@ def connected_client(workers: int | None, scheduler: str | None) -> Iterator[Cli
     # each of dask's processes also serves its dashboard, without TLS: it is turned off
     settings |= {f"distributed.{who}.http.routes": [] for who in ("scheduler", "worker")}
     ignored = "signal.SIGINT, signal.SIGHUP, signal.SIGUSR1"
-    with (
-        dask.config.set(settings),
-        LocalCluster(
+    with dask.config.set(settings), ExitStack() as held:
+        cluster = LocalCluster(
             n_workers=workers,
             threads_per_worker=1,
             processes=True,
@@ -104,10 +105,21 @@ def connected_client(workers: int | None, scheduler: str | None) -> Iterator[Cli
             # Ctrl-C and a closed terminal signal every process of it; workers ignore that and are stopped by this one
             preload=f"import signal; [signal.signal(number, signal.SIG_IGN) for number in ({ignored})]",
             silence_logs=logging.CRITICAL,
-        ) as cluster,
-        Client(cluster, set_as_default=False) as client,
-    ):
-        yield client
+        )
+        held.callback(_close, cluster)
+        yield held.enter_context(Client(cluster, set_as_default=False))
+
+
+def _close(cluster: LocalCluster) -> None:
+    """Close a cluster, or leave it where that hangs, as it does in some versions of dask after a worker was killed."""
+    try:
+        cluster.close(timeout=CLOSE_SECONDS)
+    except TimeoutError:
+        _log.warning(
+            "workers: dask has not ended its processes in %.0f seconds, as after one of them was killed; they end with "
+            "this process, and what was computed is committed",
+            CLOSE_SECONDS,
+        )
 
 
 def _own_certificate() -> Any:
