@@ -134,7 +134,7 @@ def differing_records(
 ) -> str | None:
     """The first variable or array of the state that differs in a segment's file from what was to be written, or None.
 
-    One member is read at a time where a variable is large, so that this takes little memory.
+    Of a large variable some members are read at a time, so that this takes little memory.
     """
     with hdf5.guarded(), hdf5.visited(file) as handle:
         if handle is None:
@@ -151,8 +151,10 @@ def differing_records(
         if differs("death_epoch", [slice(0, len(death))], death):
             return "death_epoch"
         for name, value in records.items():
+            # a chunk holds one member of what has layers, many of others, which would be read again for each few
+            most = netcdf.CHUNK_BYTES if variable_of(name).layered else BLOCK_BYTES
             for layer, block in enumerate(value, start=1) if isinstance(value, list) else ((None, value),):
-                step = len(block) if block.nbytes <= BLOCK_BYTES else 1
+                step = max(1, most * len(block) // max(1, block.nbytes))
                 for low in range(0, len(block), step):
                     members = slice(low, min(low + step, len(block)))
                     index = netcdf.index(variable_of(name), layout, slice(0, len(epochs)), layer, members)
