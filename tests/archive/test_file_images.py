@@ -209,7 +209,7 @@ def test_attributes_keep_their_order_and_kinds(tmp_path, image, text, number):
         nc.setncattr("added", 1)
 
 
-def test_the_bytes_that_are_left_are_those_of_the_open_file_and_outlive_it(image):
+def test_the_bytes_that_are_left_are_those_of_the_open_file_and_outlive_it():
     """Of 1 MB written 64 kB at a time, so that the file moves while it grows."""
     numbers = np.arange(1 << 17, dtype=np.float64)
     with netCDF4.Dataset("larger", "w", diskless=True, persist=False) as nc, hdf5.guarded():

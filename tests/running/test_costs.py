@@ -115,7 +115,7 @@ def _peak_of_one_segment(path, pipe):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 def test_what_writing_a_segment_takes_is_announced(tmp_path):
-    """Its file exists twice, as the library holds it and as it is given out; 60 MB of records.
+    """Its file exists once, and is written from where the library made it; 60 MB of records.
 
     The process is forked from a server that ran nothing.  What that freed while it imported, some 50 MB, is taken again
     without being counted.

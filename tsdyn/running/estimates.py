@@ -291,11 +291,11 @@ class Footprint:
     def bytes(self) -> int:
         """Total bytes.
 
-        Those of a segment count as stacked, and as they were measured or in the file made of them: as the library holds
-        it, with its caches, and as it is given out to be written.
+        Those of a segment count as stacked, and as they were measured or in the file made of them, which grows by a
+        quarter at a time, with the library's caches.
         """
         segment = min(max(COMMIT_BYTES, self.epoch), self.records)
-        written = round(2 * self.padded * segment) + min(segment, FILE_CACHE)
+        written = round(1.25 * self.padded * segment) + min(segment, FILE_CACHE)
         return self.members * self.each + self.extra + segment + max(segment, written)
 
 
