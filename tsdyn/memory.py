@@ -182,7 +182,7 @@ def keep_freed() -> None:
 
     It keeps twice the largest array that was ever freed, of at most 32 MB.  Where all arrays are smaller, but many,
     their memory is given back at the end of each call otherwise, and its pages made again in the next: a quarter of
-    the time of a transformer's per-sample gradients.  So one of 32 MB is made and freed, no page of which is touched;
+    the time of a transformer's per-sample gradients.  So nearly 32 MB are taken and freed, no page of which is touched;
     glibc changes nothing if the user has set its limits (``MALLOC_TRIM_THRESHOLD_``), nor does any other allocator.
     """
     with suppress(RuntimeError):  # no address left, as under `ulimit -v`

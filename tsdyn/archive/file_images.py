@@ -130,7 +130,7 @@ _CALLBACKS = _Callbacks(_ALLOCATED(_allocated), None, _RESIZED(_resized), _FREED
 
 
 def _taken(size: int) -> NDArray | None:
-    """The first bytes of the file that the library closed last, to be freed with the array; None if there is none."""
+    """The first `size` bytes of the file that the library closed last, freed with the array; None if there is none."""
     found = None
     while _left:
         address = _left.pop()
